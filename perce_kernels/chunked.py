@@ -1,0 +1,324 @@
+"""Backend "torch": PerCE over chunks of tokens in plain PyTorch, on any device, without an (N, V) tensor.
+
+Once logp_cf is known the weights are constants, so one sweep yields the loss *and* its gradients; nothing is recomputed:
+
+    per chunk of C tokens   z = h Wᵀ, z_cf = h_cf Wᵀ                       4·C·D·V FLOP
+                            logp, logp_cf → pir → w                        row statistics, fp32
+                            dz = w·scale·(softmax(z) − onehot), over z     expm1(logp) at the target
+                            dh = dz W          dW += dzᵀ h (fp32)          2·C·D·V each, only where needed
+
+The gradients are of the *sum* Σ w·(−logp); 1/n and batch normalisation are scalars and are applied by the caller.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from perce_kernels.reference import contrast_weight
+
+LOGITS_BYTES = 64 * 2**20  # all live logits buffers of one chunk; past 32 MiB the GEMMs here run at their full rate
+ROW_BLOCK_BYTES = 2**20  # element-wise passes walk the logits in blocks that stay in a core's cache
+
+
+class Head(NamedTuple):
+    """The output layer: logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)."""
+
+    weight: Tensor  # (V, D), already in the statistics dtype on CPU
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+
+
+class PerCEOutput(NamedTuple):
+    """What one sweep yields; gradients are fp32, of the sum, and have no elements where not needed."""
+
+    loss_sum: Tensor  # ()
+    logp: Tensor  # (N,)
+    logp_cf: Tensor  # (N,)
+    token_weight: Tensor  # (N,)
+    dhidden: Tensor  # (N, D) or (0,)
+    dlm_head: Tensor  # (V, D) or (0,)
+    dbias: Tensor  # (V,) or (0,)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64 inputs: the dtype of logits, statistics, loss and accumulated gradients."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def chunk_rows(vocab_size: int, dtype: torch.dtype, buffers: int) -> int:
+    """Tokens per chunk so that `buffers` logits blocks of the statistics dtype fit LOGITS_BYTES; never of free memory."""
+    return max(16, LOGITS_BYTES // (buffers * vocab_size * statistics_dtype(dtype).itemsize))
+
+
+def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """ValueError for the first id outside the vocabulary that is not ignore_index."""
+    outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(target[row])} at row {row}"
+        )
+
+
+@contextmanager
+def full_fp32_matmul() -> Iterator[None]:
+    """fp32 products in fp32 whatever the user's TF32 / "medium" setting, which is back in place afterwards."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b with fp32 accumulation *and* output. CPU GEMMs have no out_dtype, so operands are upcast there beforehand."""
+    if a.dtype == out.dtype == b.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a.to(b.dtype), b, out_dtype=out.dtype, out=out)
+
+
+def _mm_accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, accumulated in total's dtype: bf16 sums over chunks hurt convergence."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+def _row_blocks(z: Tensor) -> Iterator[slice]:
+    rows = max(1, ROW_BLOCK_BYTES // (z.shape[1] * z.itemsize)) if z.device.type == "cpu" else z.shape[0]
+    for start in range(0, z.shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def _transform(z: Tensor, head: Head) -> None:
+    """Raw products → logits, in place: bias, scale, softcap."""
+    if head.bias is not None:
+        z.add_(head.bias)
+    if head.logit_scale != 1.0:
+        z.mul_(head.logit_scale)
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def _softmax_parts(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (R, V) → exp(z − max) in place, with (R, 1) sums and (R,) log-probabilities of the target.
+
+    logp is (z_y − max) − log Σ: subtracting a log-sum-exp with a large common offset instead would cancel digits.
+    """
+    z.sub_(z.amax(1, keepdim=True))
+    z_target = z.gather(1, target[:, None])
+    total = z.exp_().sum(1, keepdim=True)
+    return z, total, (z_target - total.log()).squeeze(1)
+
+
+def _statistics(z: Tensor, target: Tensor, head: Head) -> Tensor:
+    """(R,) log-probabilities of the target; overwrites the raw products z (R, V)."""
+    logp = z.new_empty(z.shape[0])
+    for block in _row_blocks(z):
+        _transform(z[block], head)
+        logp[block] = _softmax_parts(z[block], target[block])[2]
+    return logp
+
+
+def _row_loss(
+    z: Tensor,  # (R, V) raw products; with need_dz it leaves as dz, else as scratch
+    target: Tensor,  # (R,)
+    valid: Tensor | None,  # (R,) or None: all valid
+    logp_cf: Tensor | None,  # (R,)
+    token_weight: Tensor | None,  # (R,) given weights instead of logp_cf
+    dcap: Tensor | None,  # (R, V) scratch for the softcap's derivative
+    head: Head,
+    contrast: str,
+    clip_min: float,
+    clip_max: float,
+    need_dz: bool,
+) -> tuple[Tensor, Tensor]:
+    """(R,) logp and weight of one chunk: the rows' statistics, contrast, clip and, in place, the gradient."""
+    logp, weight = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
+    for block in _row_blocks(z):
+        _transform(z[block], head)
+        if dcap is not None:
+            torch.addcmul(z.new_ones(()), z[block], z[block], value=-1 / head.softcap**2, out=dcap[block])
+        p, total, logp[block] = _softmax_parts(z[block], target[block])
+        if token_weight is None:
+            weight[block] = contrast_weight(logp[block], logp_cf[block], contrast, clip_min, clip_max)
+        else:
+            weight[block] = token_weight[block]
+        if valid is not None:
+            weight[block] *= valid[block]
+        if need_dz:
+            # dz = w·scale·(softmax − onehot)·(1 − (z/softcap)²). The target's p − 1 is expm1(logp): formed by subtraction
+            # it would lose all its digits as p → 1.
+            scaled = weight[block] * head.logit_scale
+            p.mul_(scaled[:, None] / total)
+            p.scatter_(1, target[block, None], (scaled * logp[block].expm1())[:, None])
+            if dcap is not None:
+                p.mul_(dcap[block])
+    return logp, weight
+
+
+class _Rows:
+    """Which rows of the call are computed: the valid ones, or all with the ignored zeroed (no host sync)."""
+
+    def __init__(self, target: Tensor, vocab_size: int, ignore_index: int, compact: bool):
+        self.valid = target != ignore_index
+        in_range = (target >= 0) & (target < vocab_size) | ~self.valid
+        if target.device.type == "cpu":
+            check_target(target, vocab_size, ignore_index)
+        else:
+            torch._assert_async(in_range.all(), f"target: an id lies outside [0, {vocab_size}) and is not ignore_index")
+        self.target = torch.where(self.valid & in_range, target, 0)
+        self.n = target.shape[0]
+        self.index = None
+        if compact and not bool(self.valid.all()):
+            self.index = self.valid.nonzero().squeeze(1)
+            self.n = self.index.shape[0]
+        self.mask = not compact
+
+    def chunks(self, size: int) -> Iterator[slice]:
+        for start in range(0, self.n, size):
+            yield slice(start, min(start + size, self.n))
+
+    def pick(self, x: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor | None:
+        """This chunk's rows of x, an ignored row zeroed."""
+        if x is None:
+            return None
+        rows = (x[chunk] if self.index is None else x[self.index[chunk]]).to(dtype)
+        if not self.mask:
+            return rows
+        valid = self.valid[chunk]
+        return torch.where(valid[:, None] if rows.dim() == 2 else valid, rows, 0)
+
+    def put(self, out: Tensor, chunk: slice, value: Tensor) -> None:
+        """Write this chunk's rows into out, whose other rows stay 0."""
+        if self.index is not None:
+            out[self.index[chunk]] = value
+        elif self.mask:
+            valid = self.valid[chunk]
+            out[chunk] = torch.where(valid[:, None] if value.dim() == 2 else valid, value, 0)
+        else:
+            out[chunk] = value
+
+
+def _prepare_head(lm_head: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Head:
+    dtype = statistics_dtype(lm_head.dtype)
+    weight = lm_head.to(dtype) if lm_head.device.type == "cpu" else lm_head
+    return Head(weight, None if bias is None else bias.to(dtype), softcap, logit_scale)
+
+
+@torch.no_grad()
+def fused_perce_loss(
+    hidden: Tensor,  # (N, D)
+    lm_head: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    hidden_cf: Tensor | None,  # (N, D)
+    logp_cf: Tensor | None,  # (N,)
+    token_weight: Tensor | None,  # (N,)
+    bias: Tensor | None,  # (V,)
+    clip_min: float,
+    clip_max: float,
+    contrast: str,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    compact: bool,
+    need_dhidden: bool,
+    need_dlm_head: bool,
+    need_dbias: bool,
+) -> PerCEOutput:
+    """One sweep over the tokens: loss sum, statistics and fp32 sum-scale gradients. Arguments are validated upstream."""
+    dtype = statistics_dtype(hidden.dtype)
+    (n, d), v = hidden.shape, lm_head.shape[0]
+    need_dz = need_dhidden or need_dlm_head or need_dbias
+    head = _prepare_head(lm_head, bias, softcap, logit_scale)
+    rows = _Rows(target, v, ignore_index, compact)
+
+    def zeros(needed: bool, *shape: int) -> Tensor:
+        return hidden.new_zeros(shape if needed else (0,), dtype=dtype)
+
+    out = PerCEOutput(
+        zeros(True), zeros(True, n), zeros(True, n), zeros(True, n),
+        zeros(need_dhidden, n, d), zeros(need_dlm_head, v, d), zeros(need_dbias, v),
+    )  # fmt: skip
+    buffers = 1 + (need_dz and softcap is not None)
+    size = min(chunk_rows(v, hidden.dtype, buffers), max(rows.n, 1))
+    z_buffer, *dcap_buffer = (hidden.new_empty((size, v), dtype=dtype) for _ in range(buffers))
+
+    with full_fp32_matmul():
+        for chunk in rows.chunks(size):
+            z = z_buffer[: chunk.stop - chunk.start]
+            y = rows.pick(rows.target, chunk, torch.int64)
+            chunk_logp_cf = rows.pick(logp_cf, chunk, dtype)
+            if hidden_cf is not None:
+                _mm(rows.pick(hidden_cf, chunk, head.weight.dtype), head.weight.T, z)
+                chunk_logp_cf = _statistics(z, y, head)
+            h = rows.pick(hidden, chunk, head.weight.dtype)
+            _mm(h, head.weight.T, z)
+            logp, weight = _row_loss(
+                z, y, rows.valid[chunk] if rows.mask else None, chunk_logp_cf, rows.pick(token_weight, chunk, dtype),
+                dcap_buffer[0][: z.shape[0]] if dcap_buffer else None, head, contrast, clip_min, clip_max, need_dz,
+            )  # fmt: skip
+
+            out.loss_sum.sub_(torch.dot(weight, logp))
+            rows.put(out.logp, chunk, logp)
+            rows.put(out.token_weight, chunk, weight)
+            if chunk_logp_cf is not None:
+                rows.put(out.logp_cf, chunk, chunk_logp_cf)
+            dz = z.to(head.weight.dtype)
+            if need_dhidden:
+                rows.put(out.dhidden, chunk, _mm(dz, head.weight, z.new_empty((z.shape[0], d))))
+            if need_dlm_head:
+                _mm_accumulate(out.dlm_head, dz.T, h)
+            if need_dbias:
+                out.dbias.add_(z.sum(0))
+    return out
+
+
+@torch.no_grad()
+def token_logprobs(
+    hidden: Tensor,  # (N, D)
+    lm_head: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    compact: bool,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """(N,) log-probabilities of `target` and, on request, (N,) predictive entropies in nats ((0,) otherwise)."""
+    dtype = statistics_dtype(hidden.dtype)
+    n, v = hidden.shape[0], lm_head.shape[0]
+    head = _prepare_head(lm_head, bias, softcap, logit_scale)
+    rows = _Rows(target, v, ignore_index, compact)
+    logp = hidden.new_zeros(n, dtype=dtype)
+    entropy = hidden.new_zeros(n if return_entropy else 0, dtype=dtype)
+    size = min(chunk_rows(v, hidden.dtype, 1), max(rows.n, 1))
+    z_buffer = hidden.new_empty((size, v), dtype=dtype)
+    with full_fp32_matmul():
+        for chunk in rows.chunks(size):
+            y = rows.pick(rows.target, chunk, torch.int64)
+            h = rows.pick(hidden, chunk, head.weight.dtype)
+            z = _mm(h, head.weight.T, z_buffer[: chunk.stop - chunk.start])
+            if not return_entropy:
+                rows.put(logp, chunk, _statistics(z, y, head))
+                continue
+            chunk_logp, chunk_entropy = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
+            for block in _row_blocks(z):
+                _transform(z[block], head)
+                # A p of exactly 0 contributes nothing, but 0 · −inf would be NaN.
+                exponent = (z[block] - z[block].amax(1, keepdim=True)).clamp_(min=-1e30)
+                p, total, chunk_logp[block] = _softmax_parts(z[block], y[block])
+                chunk_entropy[block] = (total.log() - exponent.mul_(p).sum(1, keepdim=True) / total).squeeze(1)
+            rows.put(logp, chunk, chunk_logp)
+            rows.put(entropy, chunk, chunk_entropy)
+    return logp, entropy

@@ -1,0 +1,271 @@
+"""The public op: check the arguments, choose a backend, and apply what is a scalar outside the sweep."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from perce_kernels import chunked, ops, reference
+
+BACKENDS = ("auto", "torch", "reference")
+
+
+class PerCEStats(NamedTuple):
+    """Per-token statistics, each (N,), fp32 (fp64 for fp64 inputs), detached, and 0 where the target is ignored."""
+
+    logp: Tensor
+    """log P(y_i | persona, query, y_<i)."""
+    logp_cf: Tensor
+    """log P(y_i | query, y_<i): without the persona. 0 when `token_weight` was given."""
+    pir: Tensor
+    """Personal Influence Ratio, logp − logp_cf. 0 when `token_weight` was given."""
+    token_weight: Tensor
+    """The weight each token's cross-entropy was multiplied by, after clip and normalisation."""
+
+
+def fused_perce_loss(
+    hidden: Tensor,  # (N, D)
+    lm_head: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    hidden_cf: Tensor | None = None,  # (N, D)
+    *,
+    logp_cf: Tensor | None = None,  # (N,)
+    token_weight: Tensor | None = None,  # (N,)
+    bias: Tensor | None = None,  # (V,)
+    clip_min: float = 0.8,
+    clip_max: float = 5.0,
+    contrast: str = "log",
+    normalize: str = "none",
+    seq_id: Tensor | None = None,  # (N,)
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    compact: bool = True,
+    backend: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, PerCEStats]:
+    """The PerCE loss of arXiv 2603.06595, −(1/n) Σ_i clip(pir_i, m, M) · logp_i, with no (N, V) tensor in memory.
+
+    With pir_i = logp_i − logp_cf_i, how much the persona raised token i's log-probability. Exactly one of `hidden_cf`,
+    `logp_cf` and `token_weight` says where the weights come from; no gradient ever flows through them.
+
+    Args:
+        hidden: (N, D) factual hidden states; row i predicts target[i]. Any float dtype; statistics and loss are fp32
+            (fp64 for fp64). Under autocast, hidden, hidden_cf, lm_head and bias are cast to the autocast dtype first.
+        lm_head: (V, D) output embedding, same dtype as hidden.
+        target: (N,) int64 token ids. Rows equal to `ignore_index` contribute nothing.
+        hidden_cf: (N, D) hidden states of the same tokens with the persona removed from the prompt.
+        logp_cf: (N,) counterfactual log-probabilities from an earlier pass.
+        token_weight: (N,) weights taken as given, neither contrasted nor clipped; ones make this plain cross-entropy.
+        bias: (V,) output bias.
+        clip_min, clip_max: bounds m and M of the weight, 0 ≤ m ≤ M.
+        contrast: "log" clips pir (PerCE); "ratio" clips exp(pir) (LongCE, arXiv 2410.23771).
+        normalize: "none" (the paper), or weights rescaled to mean 1 over the valid tokens of this call ("batch") or of
+            each sequence ("sequence", which needs `seq_id`).
+        seq_id: (N,) integer sequence of each token.
+        reduction: "mean" divides the sum by `num_items`, or by the number of valid tokens; "sum"; "none" gives (N,).
+        num_items: denominator of "mean", such as the global token count of an accumulation window; int > 0, or a 0-d
+            tensor, clamped to ≥ 1.
+        softcap, logit_scale: logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap).
+        compact: drop ignored rows before the head, at one host sync on CUDA; False never syncs.
+        backend: "auto", "torch" (chunked, any device) or "reference" (materialises the logits; differentiable twice).
+        return_stats: also return PerCEStats.
+
+    Returns:
+        The loss, 0-d or (N,), in fp32 (fp64 for fp64 inputs), or (loss, PerCEStats).
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, option or out-of-range target, naming the argument.
+        RuntimeError: a second-order gradient through the fused backends.
+    """
+    _check_options(contrast=contrast, normalize=normalize, reduction=reduction, backend=backend)
+    sources = {"hidden_cf": hidden_cf, "logp_cf": logp_cf, "token_weight": token_weight}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"expected exactly one of hidden_cf, logp_cf, token_weight, got {' and '.join(given) or 'none'}")
+    if not (math.isfinite(clip_min) and math.isfinite(clip_max) and 0 <= clip_min <= clip_max):
+        raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
+    hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
+    _check_head(hidden, lm_head, target, bias, softcap, logit_scale)
+    if hidden_cf is not None:
+        _check_like("hidden_cf", hidden_cf, hidden)
+    for name in ("logp_cf", "token_weight"):
+        if (per_token := sources[name]) is not None:
+            _check_per_token(name, per_token, target, "float")
+    if (normalize == "sequence") != (seq_id is not None):
+        raise ValueError(f'seq_id: expected with normalize="sequence" and only then, got normalize="{normalize}"')
+    if seq_id is not None:
+        _check_per_token("seq_id", seq_id, target, "integer")
+    denominator = _denominator(num_items, reduction, target, ignore_index)
+
+    hidden_cf, logp_cf, token_weight = (None if x is None else x.detach() for x in (hidden_cf, logp_cf, token_weight))
+    head = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+    clip = {"clip_min": clip_min, "clip_max": clip_max, "contrast": contrast}
+    if backend == "reference":
+        chunked.check_target(target, lm_head.shape[0], ignore_index)
+        loss, logp, logp_cf, weight = reference.fused_perce_loss(
+            hidden, lm_head, target, hidden_cf, logp_cf=logp_cf, token_weight=token_weight, normalize=normalize,
+            seq_id=seq_id, reduction="none", **head, **clip,
+        )  # fmt: skip
+        loss = loss if reduction == "none" else loss.sum()
+    elif reduction == "none" or normalize == "sequence":
+        loss, logp, logp_cf, weight = _per_token_loss(
+            hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, compact, head, clip
+        )
+        loss = loss if reduction == "none" else loss.sum()
+    else:
+        needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
+        loss, logp, logp_cf, weight, *_ = ops.fused_perce_loss(
+            hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
+            ignore_index, softcap, logit_scale, compact, *needed,
+        )  # fmt: skip
+        if normalize == "batch":  # one scalar for all tokens, so it commutes with the sum
+            weight = weight.detach()
+            total, count = weight.sum(), (target != ignore_index).sum()
+            scale = torch.where(total == 0, 0.0, count / total)
+            loss, weight = loss * scale, weight * scale
+    if reduction == "mean":
+        loss = loss / denominator
+    if not return_stats:
+        return loss
+    logp, logp_cf, weight = logp.detach(), logp_cf.detach(), weight.detach()
+    pir = torch.zeros_like(logp) if token_weight is not None else logp - logp_cf
+    return loss, PerCEStats(logp, logp_cf, pir, weight)
+
+
+def token_logprobs(
+    hidden: Tensor,  # (N, D)
+    lm_head: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    compact: bool = True,
+    backend: str = "auto",
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(N,) log-probabilities of `target` under softmax(logits), without materialising the logits.
+
+    Differentiable in hidden, lm_head and bias by recomputation (6·N·D·V FLOP backward). Arguments as in
+    `fused_perce_loss`. With `return_entropy`, also the (N,) predictive entropies in nats, detached. Both are fp32 (fp64 for
+    fp64 inputs) and 0 where ignored.
+
+    Raises:
+        ValueError, RuntimeError: as `fused_perce_loss`.
+    """
+    _check_options(backend=backend)
+    hidden, lm_head, _, bias = _autocast(hidden, lm_head, None, bias)
+    _check_head(hidden, lm_head, target, bias, softcap, logit_scale)
+    if backend == "reference":
+        chunked.check_target(target, lm_head.shape[0], ignore_index)
+        logp, entropy = reference.token_logprobs(
+            hidden, lm_head, target, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
+        )
+    else:
+        logp, entropy = ops.token_logprobs(
+            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy
+        )
+    return (logp, entropy.detach()) if return_entropy else logp
+
+
+def _per_token_loss(hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, compact, head, clip):
+    """(N,) losses by recomputation: what needs a weight per token that is only known after the whole sweep."""
+    logp = token_logprobs(hidden, lm_head, target, compact=compact, **head)
+    valid = target != head["ignore_index"]
+    if token_weight is None:
+        if hidden_cf is not None:
+            with torch.no_grad():
+                logp_cf = token_logprobs(hidden_cf, lm_head, target, compact=compact, **head)
+        logp_cf = torch.where(valid, logp_cf.to(logp.dtype), 0)
+        contrasted = {"contrast": clip["contrast"], "clip_min": clip["clip_min"], "clip_max": clip["clip_max"]}
+        token_weight = reference.contrast_weight(logp, logp_cf, **contrasted)
+    else:
+        logp_cf = torch.zeros_like(logp)
+    weight = torch.where(valid, token_weight.to(logp.dtype), 0)
+    weight = reference.normalize_weight(weight, valid, normalize, seq_id)
+    return -weight * logp, logp, logp_cf, weight
+
+
+def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast to the autocast dtype where autocast is on, as F.linear would be; fp64 is left alone, as there."""
+    device = hidden.device.type
+    tensors = (hidden, *others)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
+
+
+def _check_options(**options: str) -> None:
+    allowed = {
+        "contrast": ("log", "ratio"),
+        "normalize": ("none", "batch", "sequence"),
+        "reduction": ("mean", "sum", "none"),
+        "backend": BACKENDS,
+    }
+    for name, value in options.items():
+        if value not in allowed[name]:
+            expected = ", ".join(f'"{choice}"' for choice in allowed[name])
+            why = ": it needs a CUDA device and the Triton kernels, which this version lacks" if value == "triton" else ""
+            raise ValueError(f"{name}: expected one of {expected}, got {value!r}{why}")
+
+
+def _check_head(hidden, lm_head, target, bias, softcap, logit_scale) -> None:
+    if hidden.dim() != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden: expected a floating-point (N, D) tensor, got {_describe(hidden)}")
+    d = hidden.shape[1]
+    if lm_head.dim() != 2 or lm_head.shape[1] != d or lm_head.shape[0] == 0:
+        raise ValueError(f"lm_head: expected (V, {d}) with V >= 1 to match hidden (N, {d}), got {_describe(lm_head)}")
+    _check_like("lm_head", lm_head, hidden, shape=False)
+    _check_per_token("target", target, hidden, "int64")
+    if bias is not None:
+        if bias.shape != lm_head.shape[:1] or not bias.is_floating_point():
+            raise ValueError(f"bias: expected a floating-point ({lm_head.shape[0]},) tensor, got {_describe(bias)}")
+        if bias.device != hidden.device:
+            raise ValueError(f"bias: expected device {hidden.device} as hidden, got {bias.device}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+
+
+def _check_like(name: str, value: Tensor, hidden: Tensor, shape: bool = True) -> None:
+    same_shape = not shape or value.shape == hidden.shape
+    if not same_shape or value.dtype != hidden.dtype or value.device != hidden.device:
+        expected = _describe(hidden) if shape else f"{hidden.dtype} on {hidden.device}"
+        raise ValueError(f"{name}: expected {expected} as hidden, got {_describe(value)}")
+
+
+def _check_per_token(name: str, value: Tensor, like: Tensor, kind: str) -> None:
+    right_kind = {
+        "float": value.is_floating_point(),
+        "integer": not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool),
+        "int64": value.dtype == torch.int64,
+    }[kind]
+    if value.shape != like.shape[:1] or not right_kind or value.device != like.device:
+        raise ValueError(f"{name}: expected {kind} ({like.shape[0]},) on {like.device}, got {_describe(value)}")
+
+
+def _denominator(num_items: int | Tensor | None, reduction: str, target: Tensor, ignore_index: int) -> Tensor | int:
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f'num_items: it is the denominator of reduction="mean", got reduction="{reduction}"')
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(f"num_items: expected an int or a 0-d tensor, got {_describe(num_items)}")
+        return num_items.to(target.device).clamp(min=1)
+    if num_items is not None:
+        if isinstance(num_items, bool) or not isinstance(num_items, int | torch.SymInt) or num_items <= 0:
+            raise ValueError(f"num_items: expected an int > 0 or a 0-d tensor, got {num_items!r}")
+        return num_items
+    return (target != ignore_index).sum().clamp(min=1)
+
+
+def _describe(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}"

@@ -1,0 +1,135 @@
+"""torch.ops.perce.*: schema, shapes for tracing (fake), autograd. Values and errors are the backends' business.
+
+`fused_perce_loss` returns fp32 gradients of the weighted *sum*; autograd only scales them by the upstream gradient, out of
+place and before the cast to the input's dtype, so that a second backward, or a loss scale in fp16, is exact.
+"""
+
+import torch
+from torch import Tensor
+
+from perce_kernels import chunked
+
+HIGHER_ORDER = (
+    "perce_kernels: higher-order gradients (create_graph=True) are not supported by the fused op; "
+    "use backend='reference', which is plain autograd"
+)
+
+
+@torch.library.custom_op("perce::fused_perce_loss", mutates_args=())
+def fused_perce_loss(
+    hidden: Tensor,  # (N, D)
+    lm_head: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    hidden_cf: Tensor | None,  # (N, D)
+    logp_cf: Tensor | None,  # (N,)
+    token_weight: Tensor | None,  # (N,)
+    bias: Tensor | None,  # (V,)
+    clip_min: float,
+    clip_max: float,
+    contrast: str,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    compact: bool,
+    need_dhidden: bool,
+    need_dlm_head: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss_sum, logp, logp_cf, token_weight, dhidden, dlm_head, dbias); see chunked.PerCEOutput."""
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast stays on inside a custom op's body
+        return tuple(
+            chunked.fused_perce_loss(
+                hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
+                ignore_index, softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias,
+            )
+        )  # fmt: skip
+
+
+@fused_perce_loss.register_fake
+def _(hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast, ignore_index,
+      softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias):  # fmt: skip
+    (n, d), v = hidden.shape, lm_head.shape[0]
+    dtype = chunked.statistics_dtype(hidden.dtype)
+    shapes = [(), (n,), (n,), (n,), (n, d) if need_dhidden else (0,), (v, d) if need_dlm_head else (0,),
+              (v,) if need_dbias else (0,)]  # fmt: skip
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, lm_head, bias = inputs[0], inputs[1], inputs[6]
+    *_, dhidden, dlm_head, dbias = output
+    ctx.dtypes = hidden.dtype, lm_head.dtype, None if bias is None else bias.dtype
+    ctx.needed = inputs[-3:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dhidden, dlm_head, dbias)
+
+
+def _backward(ctx, dloss, *_statistics):
+    """Statistics and stored gradients are constants by definition: only loss_sum is differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(HIGHER_ORDER)
+    scaled = [
+        (gradient * dloss).to(dtype) if needed and dloss is not None else None
+        for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
+    ]
+    dhidden, dlm_head, dbias = scaled
+    return dhidden, dlm_head, None, None, None, None, dbias, *[None] * 10
+
+
+fused_perce_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("perce::token_logprobs", mutates_args=())
+def token_logprobs(
+    hidden: Tensor,  # (N, D)
+    lm_head: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    compact: bool,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """((N,) log-probabilities, (N,) entropies or (0,)); see chunked.token_logprobs."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return chunked.token_logprobs(
+            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy
+        )
+
+
+@token_logprobs.register_fake
+def _(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy):
+    dtype = chunked.statistics_dtype(hidden.dtype)
+    n = hidden.shape[0]
+    return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if return_entropy else 0, dtype=dtype)
+
+
+def _setup_logprobs(ctx, inputs, output) -> None:
+    hidden, lm_head, target, bias, *ctx.options, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, lm_head, target, bias)
+
+
+def _backward_logprobs(ctx, dlogp, _dentropy):
+    """Recompute: d(Σ g·logp) is the fused loss's own gradient with the token weights −g."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(HIGHER_ORDER)
+    hidden, lm_head, target, bias = ctx.saved_tensors
+    ignore_index, softcap, logit_scale, compact = ctx.options
+    needed = [ctx.needs_input_grad[i] and dlogp is not None for i in (0, 1, 3)]
+    grads = [None] * 3
+    if any(needed):
+        *_, dhidden, dlm_head, dbias = fused_perce_loss(
+            hidden, lm_head, target, None, None, -dlogp, bias, 0.0, 0.0, "log", ignore_index, softcap, logit_scale,
+            compact, *needed,
+        )  # fmt: skip
+        inputs = (hidden, lm_head, bias)
+        grads = [
+            gradient.to(x.dtype) if need else None
+            for gradient, x, need in zip((dhidden, dlm_head, dbias), inputs, needed, strict=True)
+        ]
+    return grads[0], grads[1], None, grads[2], *[None] * 5
+
+
+token_logprobs.register_autograd(_backward_logprobs, setup_context=_setup_logprobs)
