@@ -153,8 +153,9 @@ def _row_loss(
             weight[block] = contrast_weight(logp[block], logp_cf[block], contrast, clip_min, clip_max)
         else:
             weight[block] = token_weight[block]
-        if valid is not None:
-            weight[block] *= valid[block]
+        if valid is not None:  # where, not a product: a −inf bias on token 0, an ignored row's stand-in, makes NaN · 0
+            weight[block] = torch.where(valid[block], weight[block], 0)
+            logp[block] = torch.where(valid[block], logp[block], 0)
         if need_dz:
             # dz = w·scale·(softmax − onehot)·(1 − (z/softcap)²). The target's p − 1 is expm1(logp): formed by subtraction
             # it would lose all its digits as p → 1.

@@ -86,7 +86,7 @@ def fused_perce_loss(
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"expected exactly one of hidden_cf, logp_cf, token_weight, got {' and '.join(given) or 'none'}")
-    if not (math.isfinite(clip_min) and math.isfinite(clip_max) and 0 <= clip_min <= clip_max):
+    if not 0 <= clip_min <= clip_max < math.inf:  # comparisons, for math.isfinite breaks the graph of a dynamic compile
         raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
     hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
     _check_head(hidden, lm_head, target, bias, softcap, logit_scale)
@@ -230,9 +230,9 @@ def _check_head(hidden, lm_head, target, bias, softcap, logit_scale) -> None:
             raise ValueError(f"bias: expected a floating-point ({lm_head.shape[0]},) tensor, got {_describe(bias)}")
         if bias.device != hidden.device:
             raise ValueError(f"bias: expected device {hidden.device} as hidden, got {bias.device}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
-    if not math.isfinite(logit_scale):
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
 
 
