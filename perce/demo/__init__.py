@@ -1,0 +1,10 @@
+"""The built-in example set and the small default model: what `python -m perce.train` uses when told nothing."""
+
+from pathlib import Path
+
+from perce.demo.model import default_model_path
+
+__all__ = ["DATA_DIR", "default_model_path"]
+
+# train.jsonl, validation.jsonl, test.jsonl; see README.md beside this file.
+DATA_DIR: Path = Path(__file__).parent / "data"

