@@ -1,0 +1,349 @@
+"""Token heat maps (HTML, terminal) and training curves: the one renderer of the commands.
+
+A token is tinted by its weight, clip(PIR, clip_min, clip_max): no tint at the floor, full tint and an underline at
+the ceiling. The HTML is one file without scripts. Text from data is escaped, and control characters are shown as
+symbols, so that neither a page nor a terminal can be steered by what a model or a user wrote.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.text import Text
+
+_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (0x09, 0x0A)} | {0x7F: 0x2421}
+
+
+class ScoredToken(NamedTuple):
+    """One response token with its log-probability with the persona (logp) and without it (logp_cf), in nats."""
+
+    text: str
+    logp: float
+    logp_cf: float
+    token_weight: float
+
+    @property
+    def pir(self) -> float:
+        return self.logp - self.logp_cf
+
+
+@dataclass(frozen=True)
+class ScoredResponse:
+    """A response scored once or more, e.g. passes = {"before training": ..., "after training": ...}."""
+
+    persona: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...]
+    """The conversation before the response: (role, content)."""
+    passes: Mapping[str, Sequence[ScoredToken]]
+    user_id: str | None = None
+
+
+def intensity(token_weight: float, clip: tuple[float, float]) -> float:
+    """Place of a weight on the colour scale: 0 at clip_min (or for NaN), 1 at clip_max, linear between."""
+    clip_min, clip_max = clip
+    if not token_weight > clip_min:
+        return 0.0
+    return min((token_weight - clip_min) / (clip_max - clip_min), 1.0) if clip_max > clip_min else 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# HTML
+
+_CSS = """
+:root { color-scheme: light dark; --bg: #fbfbf9; --card: #fff; --ink: #1b1d22; --muted: #646873; --line: #e4e4df;
+  --tint: 45, 105, 225; --tint-max: .46; --mark: #1d4fc4; }
+@media (prefers-color-scheme: dark) {
+  :root { --bg: #131519; --card: #1a1d23; --ink: #e8e9ec; --muted: #9aa0ac; --line: #2b2f38;
+    --tint: 84, 140, 255; --tint-max: .58; --mark: #9dbfff; }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body { margin: 0; background: var(--bg); color: var(--ink); overflow-wrap: anywhere;
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 54rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; font-weight: 650; letter-spacing: -.01em; margin: 0 0 1.25rem; }
+.label, dt, h2, h3, summary { font-size: .8rem; line-height: 1.5; color: var(--muted); font-weight: 500; }
+.summary { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .9rem 1.5rem;
+  margin: 0 0 1.75rem; }
+.summary dd { margin: 0; font-size: 1.05rem; font-weight: 550; font-variant-numeric: tabular-nums; line-height: 1.4; }
+.legend { margin: 0 0 2rem; padding: 1rem 0; border-block: 1px solid var(--line); }
+.scale { display: flex; align-items: center; gap: .6rem; font-size: .85rem; white-space: nowrap; }
+.scale i { flex: 0 1 18rem; min-width: 0; height: .9rem; border-radius: 3px; border: 1px solid var(--line);
+  background: linear-gradient(90deg, transparent, rgba(var(--tint), var(--tint-max))); }
+.legend p { margin: .5rem 0 0; font-size: .85rem; color: var(--muted); }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1.25rem 1.5rem 1.5rem;
+  margin: 0 0 1.5rem; }
+article > header { display: flex; justify-content: space-between; gap: 1rem; margin: 0 0 .75rem; }
+h2, h3 { margin: 0; }
+.persona ul { margin: .25rem 0 1rem; padding: 0 1.15rem; }
+.persona li { margin: .1rem 0; white-space: pre-wrap; }
+.persona li::marker { color: var(--muted); }
+.turn { margin: .75rem 0 0; padding-inline-start: .85rem; border-inline-start: 2px solid var(--line); }
+.text, .tokens { margin: 0; white-space: pre-wrap; }
+.pass { margin: 1.1rem 0 0; padding-top: 1rem; border-top: 1px solid var(--line); }
+.pass > header { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem; margin-bottom: .35rem; }
+.pass h3 { color: var(--ink); font-weight: 600; }
+.tokens { line-height: 1.85; tab-size: 4; }
+.t { background: rgba(var(--tint), calc(var(--w, 0) * var(--tint-max))); border-radius: 2px; padding-block: .14em;
+  -webkit-box-decoration-break: clone; box-decoration-break: clone; }
+.t:hover { outline: 1px solid var(--mark); }
+.top { text-decoration: underline; text-decoration-color: var(--mark); text-decoration-thickness: 1.5px;
+  text-underline-offset: .22em; }
+.nl::before { content: "\\21B5"; color: var(--muted); font-style: normal; font-size: .8em; }
+@media (hover: none) {  /* no tooltips on a phone: the tapped token's numbers appear at the bottom edge */
+  .t:hover::after { content: attr(title); position: fixed; inset: auto 0 0 0; padding: .8rem 1.25rem; z-index: 1;
+    background: var(--ink); color: var(--bg); font-size: .85rem; line-height: 1.4; white-space: normal;
+    direction: ltr; text-align: start; }
+}
+@media (max-width: 36rem) {
+  main { padding: 1.5rem .9rem 4rem; }
+  article { padding: 1rem 1rem 1.25rem; }
+}
+@media print { .t { print-color-adjust: exact; } }
+"""
+
+
+def write_html(
+    path: str | Path,
+    responses: Sequence[ScoredResponse],
+    *,
+    title: str,
+    summary: Sequence[tuple[str, str]],
+    clip: tuple[float, float],
+) -> None:
+    """Write the heat map of `responses` as one self-contained file.
+
+    `summary` is shown at the top as (label, value) pairs; `clip` is (clip_min, clip_max), the ends of the colour scale.
+    Raises ValueError when clip_min > clip_max or either is not finite.
+    """
+    _check_clip(clip)
+    cards = "\n".join(_article(r, f"{i} of {len(responses)}", clip) for i, r in enumerate(responses, start=1))
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_html(title)}</title>
+<style>{_CSS}</style>
+</head>
+<body>
+<main>
+<h1 dir="auto">{_html(title)}</h1>
+{_summary(summary)}
+{_legend(clip)}
+{cards or "<p>No responses were scored.</p>"}
+</main>
+</body>
+</html>
+"""
+    _parent_made(path).write_text(page, encoding="utf-8", errors="replace")
+
+
+def _summary(rows: Sequence[tuple[str, str]]) -> str:
+    if not rows:
+        return ""
+    items = "".join(f"<div><dt>{_html(label)}</dt><dd>{_html(value)}</dd></div>" for label, value in rows)
+    return f'<dl class="summary">{items}</dl>'
+
+
+def _legend(clip: tuple[float, float]) -> str:
+    clip_min, clip_max = clip
+    return f"""<section class="legend" aria-label="Colour scale">
+<div class="scale"><b class="label">Token weight</b> {clip_min:g} <i></i> {clip_max:g}</div>
+<p>PIR is a token's log-probability with the persona minus without it. Its weight is PIR clipped to this scale:
+no tint is the floor, <span class="top">underlined</span> is the ceiling. Point at or tap a token for its numbers.</p>
+</section>"""
+
+
+def _article(response: ScoredResponse, place: str, clip: tuple[float, float]) -> str:
+    user = f'<span class="label" dir="auto">{_html(response.user_id)}</span>' if response.user_id is not None else ""
+    turns = "".join(
+        f'<div class="turn"><div class="label">{_html(role)}</div><p class="text" dir="auto">{_html(content)}</p></div>'
+        for role, content in response.turns
+    )
+    passes = "\n".join(_pass(name, tokens, clip) for name, tokens in response.passes.items())
+    return f"""<article>
+<header><h2>Response {_html(place)}</h2>{user}</header>
+{_persona(response.persona)}
+{turns}
+{passes}
+</article>"""
+
+
+def _persona(facts: Sequence[str]) -> str:
+    if not facts:
+        return '<p class="label">No persona</p>'
+    # A profile of passages runs to thousands of words; folded, it does not push the response off the screen.
+    is_open = " open" if sum(map(len, facts)) <= 1200 else ""
+    count = f"{len(facts)} entr{'y' if len(facts) == 1 else 'ies'}"
+    items = "".join(f'<li dir="auto">{_html(fact)}</li>' for fact in facts)
+    return f'<details class="persona"{is_open}><summary>Persona, {count}</summary><ul>{items}</ul></details>'
+
+
+def _pass(name: str, tokens: Sequence[ScoredToken], clip: tuple[float, float]) -> str:
+    return f"""<section class="pass">
+<header><h3>{_html(name)}</h3><span class="label">{_pass_stats(tokens, clip)}</span></header>
+<p class="tokens" dir="auto">{"".join(_token(token, clip) for token in tokens)}</p>
+</section>"""
+
+
+def _pass_stats(tokens: Sequence[ScoredToken], clip: tuple[float, float]) -> str:
+    if not tokens:
+        return "no tokens"
+    mean_pir = sum(token.pir for token in tokens) / len(tokens)
+    ce = -sum(token.logp for token in tokens) / len(tokens)
+    at_ceiling = sum(_at_ceiling(token, clip) for token in tokens)
+    count = f"{len(tokens):,} token{'s' if len(tokens) > 1 else ''}"
+    return f"{count} · mean PIR {mean_pir:.2f} · loss {ce:.2f} · {at_ceiling:,} at the ceiling"
+
+
+def _token(token: ScoredToken, clip: tuple[float, float]) -> str:
+    shade = intensity(token.token_weight, clip)
+    css_class = "t top" if _at_ceiling(token, clip) else "t"
+    style = f' style="--w:{shade:.3g}"' if shade > 0 else ""
+    text = _html(token.text).replace("\n", '<i class="nl"></i>\n')
+    return f'<span class="{css_class}"{style} title="{_tooltip(token)}">{text}</span>'
+
+
+def _tooltip(token: ScoredToken) -> str:
+    logps = f"logp {token.logp:.2f} with persona, logp_cf {token.logp_cf:.2f} without"
+    return f"PIR {token.pir:.2f} · weight {token.token_weight:.2f} · {logps}"
+
+
+def _at_ceiling(token: ScoredToken, clip: tuple[float, float]) -> bool:
+    return token.token_weight >= clip[1] > clip[0]
+
+
+def _html(text: str) -> str:
+    return escape(_visible(text))
+
+
+def _visible(text: str) -> str:
+    """The text with control characters other than tab and newline replaced by their symbols (ESC -> ␛)."""
+    return text.translate(_CONTROL_PICTURES)
+
+
+def _check_clip(clip: tuple[float, float]) -> None:
+    if not (all(map(math.isfinite, clip)) and clip[0] <= clip[1]):
+        raise ValueError(f"clip: expected finite clip_min <= clip_max, got {clip}")
+
+
+def _parent_made(path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Terminal
+
+# From slate to blue of one lightness: visible on dark and light terminals, white text keeps a contrast of at least 4.7.
+_TERMINAL_LOW = (100, 116, 139)
+_TERMINAL_HIGH = (37, 99, 235)
+
+
+def terminal_text(tokens: Iterable[ScoredToken], clip: tuple[float, float]) -> Text:
+    """The tokens as coloured rich text. Its plain text is the tokens' text, control characters shown as symbols."""
+    from rich.text import Text
+
+    _check_clip(clip)
+    text = Text()
+    for token in tokens:
+        text.append(_visible(token.text), style=_terminal_style(token, clip))
+    return text
+
+
+def _terminal_style(token: ScoredToken, clip: tuple[float, float]) -> str:
+    shade = intensity(token.token_weight, clip)
+    if shade == 0:
+        return ""
+    ends = zip(_TERMINAL_LOW, _TERMINAL_HIGH, strict=True)
+    red, green, blue = (round(low + shade * (high - low)) for low, high in ends)
+    return f"{'bold underline ' if _at_ceiling(token, clip) else ''}#ffffff on #{red:02x}{green:02x}{blue:02x}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Curves
+
+
+class _Panel(NamedTuple):
+    title: str
+    unit: str
+    series: tuple[tuple[str, str, str], ...]
+    """(key in the log, label, colour)"""
+
+
+_BLUE, _ORANGE, _GREY = "#2d69e1", "#d9822b", "#7a808c"
+_PANELS = (
+    _Panel("Training loss", "nats", (("loss", "weighted", _BLUE), ("ce", "unweighted (CE)", _GREY))),
+    _Panel(
+        "Evaluation loss",
+        "nats",
+        (("eval_loss_with_persona", "with persona", _BLUE), ("eval_loss_without_persona", "without persona", _GREY)),
+    ),
+    _Panel(
+        "Persona influence (PIR) and weight",
+        "mean per token",
+        (("pir_mean", "PIR", _BLUE), ("eval_pir_mean", "PIR, evaluation", _ORANGE), ("weight_mean", "weight", _GREY)),
+    ),
+    _Panel("Tokens at the clip", "%", (("frac_at_floor", "floor", _GREY), ("frac_at_ceiling", "ceiling", _BLUE))),
+)
+
+
+def write_curves(path: str | Path, log_history: Sequence[Mapping[str, Any]]) -> None:
+    """Draw `trainer_state.log_history` as a PNG. Panels of which nothing was logged are left out."""
+    from matplotlib.figure import Figure
+
+    panels = [panel for panel in _PANELS if any(_points(log_history, key) for key, _, _ in panel.series)]
+    columns = min(len(panels), 2) or 1
+    rows = math.ceil(len(panels) / columns) or 1
+    figure = Figure(figsize=(4.8 * columns, 3.1 * rows), dpi=150, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax, panel in zip(axes, panels, strict=False):
+        _draw(ax, panel, log_history)
+    for ax in list(axes)[len(panels) :]:
+        ax.set_axis_off()
+    if not panels:
+        figure.text(0.5, 0.5, "Nothing logged yet", ha="center", color=_GREY)
+    figure.savefig(_parent_made(path), format="png")
+
+
+def _draw(ax: Axes, panel: _Panel, log_history: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    scale = 100 if panel.unit == "%" else 1
+    for key, label, colour in panel.series:
+        points = _points(log_history, key)
+        if points:
+            steps, values = zip(*points, strict=True)
+            marker = "o" if len(points) <= 12 else None  # a single point has no line to be seen by
+            ax.plot(steps, [scale * v for v in values], color=colour, label=label, lw=1.7, marker=marker, ms=3.5)
+    ax.set_title(panel.title, loc="left", fontsize=10.5, fontweight="semibold", color="#1b1d22", pad=22)
+    ax.set_xlabel("step", fontsize=8.5, color=_GREY)
+    ax.set_ylabel(panel.unit, fontsize=8.5, color=_GREY)
+    ax.tick_params(labelsize=8.5, colors=_GREY, length=0)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
+    ax.set_xlim(left=0)
+    ax.grid(axis="y", color="#e8e8e4", lw=0.8)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["bottom"].set_color("#d5d5d0")
+    # Above the axes, so that it never lies on a curve.
+    spacing = {"handlelength": 1.2, "columnspacing": 1.4, "borderpad": 0, "borderaxespad": 0.5}
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8.5, **spacing)
+
+
+def _points(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the records that hold a finite number under `key`."""
+    return [(r["step"], r[key]) for r in log_history if "step" in r and _is_finite_number(r.get(key))]
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
