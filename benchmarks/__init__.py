@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest benchmarks/ --benchmark-only`; each checks correctness before it times anything."""

@@ -1,0 +1,77 @@
+"""The PerCE loss as a user could have it in PyTorch today, beside ours: same inputs, same loss, fp32 statistics.
+
+Every implementation maps (hidden, lm_head, target, hidden_cf) to the scalar loss. bf16 inputs are upcast where PyTorch
+would compute bf16 logits: those cost up to 14 % of a token's weight, so an implementation with them is no rival.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perce_kernels import fused_perce_loss
+
+CLIP = (0.8, 5.0)
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def perce(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> Tensor:
+    """Ours."""
+    return fused_perce_loss(hidden, lm_head, target, hidden_cf)
+
+
+def naive(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> Tensor:
+    """The logits materialised; each set of them freed as soon as PyTorch can."""
+    lm_head = lm_head.float()
+    with torch.no_grad():
+        nll_cf = F.cross_entropy(hidden_cf.float() @ lm_head.T, target, reduction="none")
+    nll = F.cross_entropy(hidden.float() @ lm_head.T, target, reduction="none")
+    return ((nll_cf - nll).detach().clamp(*CLIP) * nll).mean()
+
+
+def linear_cross_entropy(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> Tensor:
+    """torch 2.13's chunked F.linear_cross_entropy, composed: no logits in memory, but one more pass over them."""
+    options = {"reduction": "none", "options": torch.nn.LinearCrossEntropyOptions()}
+    lm_head = lm_head.float()
+    with torch.no_grad():
+        nll_cf = F.linear_cross_entropy(hidden_cf.float(), lm_head, target, **options)
+    nll = F.linear_cross_entropy(hidden.float(), lm_head, target, **options)
+    return ((nll_cf - nll).detach().clamp(*CLIP) * nll).mean()
+
+
+@cache
+def _compiled() -> Loss:
+    return torch.compile(naive)
+
+
+def compiled(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> Tensor:
+    """torch.compile of the naive loss."""
+    return _compiled()(hidden, lm_head, target, hidden_cf)
+
+
+IMPLEMENTATIONS: dict[str, Loss] = {
+    "perce": perce,
+    "naive": naive,
+    "linear_cross_entropy": linear_cross_entropy,
+    "compiled": compiled,
+}
+
+
+def make_inputs(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, lm_head, target, hidden_cf with logits of standard deviation 3; the first two require a gradient."""
+    g = torch.Generator().manual_seed(0)
+    hidden, hidden_cf = (torch.randn(n, d, generator=g).to(dtype) for _ in range(2))
+    lm_head = (torch.randn(v, d, generator=g) * (3 / d**0.5)).to(dtype)
+    target = torch.randint(0, v, (n,), generator=g)
+    return hidden.requires_grad_(), lm_head.requires_grad_(), target, hidden_cf
+
+
+def step(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """Forward and backward; returns the loss and leaves fresh gradients on the inputs."""
+    for x in inputs:
+        x.grad = None
+    value = loss(*inputs)
+    value.backward()
+    return value.detach()

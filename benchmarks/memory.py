@@ -1,0 +1,57 @@
+"""Peak extra memory of one forward and backward: `python -m benchmarks.memory IMPL N D V DTYPE` prints it as JSON.
+
+Peak resident memory over what the inputs hold, gradients included, in a process of its own. glibc keeps freed blocks
+unless M_MMAP_THRESHOLD is fixed (it grows by itself otherwise): RSS would then measure the allocator.
+"""
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+M_MMAP_THRESHOLD = -3
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux only")
+
+
+def measure(implementation: str, n: int, d: int, v: int, dtype: str) -> int:
+    """Bytes, in this process. Call once in a fresh process."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+    import torch
+
+    from benchmarks.implementations import IMPLEMENTATIONS, make_inputs, step
+
+    loss = IMPLEMENTATIONS[implementation]
+    # Thread pools, GEMM primitives and compiled code are no part of the loss.
+    warm_up = (n, d, v) if implementation == "compiled" else (32, d, 512)
+    step(loss, make_inputs(*warm_up, getattr(torch, dtype)))
+    inputs = make_inputs(n, d, v, getattr(torch, dtype))
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = _status_bytes("VmRSS")
+    step(loss, inputs)
+    return _status_bytes("VmHWM") - before
+
+
+def peak_extra_bytes(implementation: str, n: int, d: int, v: int, dtype: str) -> int:
+    """Bytes, measured in a child process."""
+    command = [sys.executable, "-m", "benchmarks.memory", implementation, str(n), str(d), str(v), dtype]
+    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
+    return json.loads(child.stdout)["peak_extra_bytes"]
+
+
+def main() -> None:
+    if len(sys.argv) != 6:
+        sys.exit(__doc__)
+    implementation, n, d, v, dtype = sys.argv[1:]
+    print(json.dumps({"peak_extra_bytes": measure(implementation, int(n), int(d), int(v), dtype)}))
+
+
+if __name__ == "__main__":
+    main()
