@@ -1,0 +1,50 @@
+# make train | test | check | format | bench | clean
+# PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check format bench clean
+
+help:
+	@echo "make train    train the default small model on the built-in examples (CPU or GPU, minutes)"
+	@echo "make test     run the tests"
+	@echo "make check    lint, formatting and types"
+	@echo "make format   apply the formatter and the safe lint fixes"
+	@echo "make bench    run the benchmarks"
+	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"
+
+setup: $(STAMP)
+
+# pip, not python, tells whether .venv is whole: an interrupted `venv` leaves an interpreter without pip.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]' -c constraints.txt
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/python -m perce.train $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
