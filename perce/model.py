@@ -1,0 +1,237 @@
+"""Load a causal language model and teach its own forward to return what PerCE needs.
+
+`install_perce` gives the model two extra ways to be called, always through whatever wraps it (DDP, FSDP, PEFT):
+
+    model(input_ids, perce={"rows": rows})                                   → hidden states (N, D) at those rows
+    model(input_ids, perce={"rows": rows, "target": …, "loss": {…}})         → (loss, logp, logp_cf, token_weight)
+
+The loss runs inside the forward of the output-embedding module. Reading the head's weight anywhere else would bypass the
+hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
+"""
+
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perce.config import ModelConfig
+from perce.errors import UserError
+from perce_kernels import fused_perce_loss, reference
+
+PROBE_TOKENS = 8
+# Largest difference of log-probabilities between the model's own logits and ours; fp32 shows 1e-5, bf16 logits 1e-2.
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.25
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap), as fused_perce_loss takes it; b is the head's own bias."""
+
+    softcap: float | None
+    logit_scale: float
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """The head's transform from a model config: Gemma softcaps, Granite divides, Cohere multiplies."""
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+    return LogitTransform(getattr(text, "final_logit_softcapping", None), scale)
+
+
+def install_perce(model: nn.Module) -> nn.Module:
+    """Patch model and head in place, before PEFT or any parallel wrapper; UserError if the logits cannot be reproduced."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        raise UserError(
+            f"{type(model).__name__}: expected a floating-point linear output embedding, got {type(head).__name__}"
+            f"{'' if head is None else f' ({head.weight.dtype})'}. Quantised or custom heads are not supported."
+        )
+    transform = logit_transform(model.config)
+    _check_attention(model.config)
+    _patch_head(head, transform)
+    _patch_model(model)
+    _self_check(model, head, transform)
+    return model
+
+
+def _check_attention(config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{config.model_type}: PerCE needs a decoder-only causal model, and this one has an encoder.")
+    dropout = getattr(config.get_text_config(), "attention_dropout", 0.0)
+    if dropout:
+        raise UserError(
+            f"attention_dropout={dropout} in the model's config makes attention materialise a T × T matrix on CPU. "
+            "Set it to 0 in config.json."
+        )
+
+
+def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
+    own_forward = head.forward
+
+    def forward(self, hidden: Tensor, perce: dict[str, Any] | None = None):
+        if perce is None:
+            return own_forward(hidden)
+        loss, stats = fused_perce_loss(
+            hidden, self.weight, perce["target"], bias=self.bias, softcap=transform.softcap,
+            logit_scale=transform.logit_scale, return_stats=True, **perce["loss"],
+        )  # fmt: skip
+        return loss, stats.logp, stats.logp_cf, stats.token_weight
+
+    head.forward = types.MethodType(forward, head)
+
+
+def _patch_model(model: nn.Module) -> None:
+    own_forward = model.forward
+
+    def forward(self, *args, perce: dict[str, Any] | None = None, **kwargs):
+        if perce is None:
+            return own_forward(*args, **kwargs)
+        # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
+        output = self.base_model(*args, use_cache=False, **kwargs)
+        hidden = output[0].flatten(0, 1)[perce["rows"]]
+        return hidden if "target" not in perce else self.get_output_embeddings()(hidden, perce=perce)
+
+    model.forward = types.MethodType(forward, model)
+
+
+@torch.no_grad()
+def _self_check(model: nn.Module, head: nn.Module, transform: LogitTransform) -> None:
+    """Our reading of the head against the model's own logits on a few tokens."""
+    training = model.training
+    model.eval()
+    vocab = head.weight.shape[0]
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=head.weight.device)[None] * 97 % vocab
+    rows = torch.arange(PROBE_TOKENS, device=ids.device)
+    own = model(input_ids=ids, use_cache=False).logits[0].double()
+    hidden = model(input_ids=ids, perce={"rows": rows})
+    ours = reference.logits(hidden.double(), head.weight.double(), head.bias, transform.softcap, transform.logit_scale)
+    model.train(training)
+    difference = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().item()
+    tolerance = SELF_CHECK_TOLERANCE.get(head.weight.dtype, SELF_CHECK_TOLERANCE_LOW_PRECISION)
+    if not difference <= tolerance:
+        raise UserError(
+            f"{type(model).__name__} ({model.config.model_type}): its log-probabilities differ from those computed from "
+            f"its hidden states and head by up to {difference:.3g} (allowed {tolerance:g}), with softcap="
+            f"{transform.softcap}, logit_scale={transform.logit_scale:g}. The architecture transforms its logits in a "
+            "way that is not known here, so training it would be wrong."
+        )
+
+
+def check_head_unwrapped(model: nn.Module) -> None:
+    """UserError when PEFT put an adapter on the output embedding: the loss would ignore it."""
+    for name, module in model.named_modules():
+        wrapped = hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
+        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if wrapped and inner is not None and inner is _output_embeddings(model):
+            raise UserError(
+                f"{name}: an adapter sits on the output embedding, and the fused loss reads the embedding alone. Leave "
+                "lm_head (and, with tied embeddings, embed_tokens) out of target_modules and modules_to_save."
+            )
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for attribute in ("base_layer", "original_module"):
+        head = getattr(head, attribute, head)
+    return head
+
+
+def bf16_is_sound(device: str) -> bool:
+    """Whether bf16 arithmetic is native: elsewhere a CPU emulates it at a quarter of the speed of fp32."""
+    if device == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """"auto" | "fp32" | "bf16" → "fp32" | "bf16"."""
+    if precision == "auto":
+        return "bf16" if bf16_is_sound(device) else "fp32"
+    if precision == "bf16" and not bf16_is_sound(device):
+        raise UserError(f"precision=bf16: this {device} has no native bf16 arithmetic. Use --precision fp32.")
+    return precision
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, path)
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {path}: a fast tokenizer is needed (tokenizer.json), and this one has none.")
+    return tokenizer
+
+
+def load_model(path: str, config: ModelConfig, device: str) -> nn.Module:
+    """The model with PerCE installed, and a LoRA adapter if lora_r > 0.
+
+    Full fine-tuning keeps fp32 weights (a pure-bf16 weight of 1.0 does not move by 1e-3) and autocasts where bf16 is sound;
+    LoRA keeps the frozen base in bf16 there and the adapters in fp32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    low = resolve_precision(config.precision, device) == "bf16" and config.lora_r > 0
+    kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
+    if config.attn_implementation:
+        kwargs["attn_implementation"] = config.attn_implementation
+    if config.load_in_4bit:
+        kwargs["quantization_config"] = _four_bit(config)
+    model = _from_pretrained(AutoModelForCausalLM, path, **kwargs)
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if method is not None and "bitsandbytes" not in str(method):
+        raise UserError(f"--model {path}: quantised with {method}. Only bitsandbytes bases can be trained here.")
+    if method is not None and not config.lora_r:
+        raise UserError("A 4-bit base cannot be trained itself: add --lora_r 16.")
+    install_perce(model)
+    if config.lora_r:
+        model = _add_lora(model, config)
+    return model
+
+
+def _add_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if config.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    adapter = LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = get_peft_model(model, adapter)
+    check_head_unwrapped(model)
+    return model
+
+
+def _four_bit(config: ModelConfig) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit needs bitsandbytes: pip install 'perce[quant]' (a CUDA device is required).")
+    if not config.lora_r:
+        raise UserError("--load_in_4bit: a 4-bit base cannot be trained itself: add --lora_r 16.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
+def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
+    """from_pretrained with its many failures told as one paragraph."""
+    local = Path(path).expanduser()
+    if local.exists() and not (local / "config.json").is_file():
+        raise UserError(f"--model {path}: the directory holds no config.json, so it is no saved Hugging Face model.")
+    if not local.exists() and path.count("/") != 1:
+        raise UserError(f"--model {path}: no such directory, and not a Hub id of the form owner/name either.")
+    try:
+        return auto_class.from_pretrained(str(local) if local.exists() else path, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--model {path}: could not be loaded as a causal language model ({reason}). Expected a directory with "
+            "config.json, tokenizer and weights, or a Hub id that this machine can reach."
+        ) from error

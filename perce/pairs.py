@@ -1,0 +1,222 @@
+"""Example → aligned token pair: the factual sequence, and the span of it that is the persona.
+
+    factual         prefix  [ persona block ]  suffix  response  end-of-turn
+    counterfactual  prefix                     suffix  response  end-of-turn
+
+The counterfactual sequence *is* the factual one with one contiguous span of ids deleted; it is never rendered, tokenised or
+stored on its own, so response token i is the same id at the same response offset in both passes. The persona block opens the
+system message and is followed by one fixed sentence that both prompts keep: a message that were empty or missing would make
+many chat templates insert a default system prompt of their own, and poison every contrast.
+
+The pieces are tokenised one by one. Dropping a passage that does not fit then drops whole ids, and no byte-pair merge can
+reach across the border of the block.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perce.errors import UserError
+from perce.rows import Example
+
+PERSONA_HEADER = "About the user:\n"
+PERSONA_ITEM = "- {}\n"
+PERSONA_FOOTER = "\n"
+SYSTEM_MESSAGE = "Write the next message exactly as this user would."
+
+# For tokenizers without a chat template (base models): plain text, the end-of-sequence token closes each reply.
+PLAIN_CHAT_TEMPLATE = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ message.content }}\n\n"
+    "{% elif message.role == 'user' %}Message: {{ message.content }}\n"
+    "{% else %}Reply: {{ message.content }}{{ eos_token }}\n{% endif %}"
+    "{% endfor %}"
+)
+CONVERSATION_START = "(the conversation begins)"  # for templates that insist on a user turn first
+
+# Stand-ins that mark where the persona and the response go while a chat template is rendered; private-use characters, so
+# that no template strips them and no real text contains them.
+_PERSONA, _RESPONSE = "\ue0f0persona\ue0f1", "\ue0f0response\ue0f1"
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
+# Words too common to be anybody's own, for the automatic label of personal tokens.
+_COMMON = frozenset(
+    """a about after again all also always am an and another any are as at back be because been before being but by can come
+    could day did do does doing done down each even ever every few find first for from get give go going good got great had
+    has have having he her here him his how i i'm i've if in into is it it's its just keep know last least let like little
+    live long look lot love made make many maybe me more most much my need never new next nice no not now of off old on once
+    one only or other our out over own people really right same say see she should since so some something still such take
+    than thank thanks that that's the their them then there these they thing things think this those though three time to
+    today too two until up us use used very want was way we well were what when where which while who why will with work
+    would yeah year years yes you you're your""".split()
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training example in token ids."""
+
+    input_ids: list[int]
+    """Factual prompt and response, end-of-turn included, (T,)."""
+    persona_span: tuple[int, int]
+    """The half-open range of input_ids that the counterfactual sequence lacks."""
+    response_length: int
+    """How many of the last ids are the response."""
+    personal: list[bool]
+    """(response_length,) whether a token belongs to a marked span, or else to a word taken from the persona."""
+    dropped_passages: int
+    """Persona entries left out, last-ranked first, so that the sequence fits max_length."""
+
+    def counterfactual_ids(self) -> list[int]:
+        return counterfactual_ids(self.input_ids, self.persona_span, self.response_length)
+
+
+def counterfactual_ids(input_ids: Sequence[int], persona_span: Sequence[int], response_length: int) -> list[int]:
+    """input_ids without the persona span; asserts that both end in the identical response."""
+    start, end = persona_span
+    assert 0 <= start < end <= len(input_ids) - response_length, "the persona span must lie inside the prompt"
+    ids = [*input_ids[:start], *input_ids[end:]]
+    assert ids[-response_length:] == list(input_ids[-response_length:]), "both passes must end in the same response ids"
+    return ids
+
+
+class PairBuilder:
+    """Turns Examples into Pairs for one tokenizer. Raises UserError for an example that cannot be built.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        max_length: longest factual sequence, in tokens; persona entries are dropped from the end until it fits.
+        max_passages: keep at most this many persona entries (the paper: 4 passages of a history), or None for all.
+        chat_template_kwargs: extra variables of the chat template, such as {"enable_thinking": False}.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        max_passages: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.max_passages = max_passages
+        self.template_kwargs = chat_template_kwargs or {}
+        self.chat_template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
+        if not tokenizer.chat_template and tokenizer.eos_token is None:
+            raise UserError(
+                "The tokenizer has neither a chat template nor an end-of-sequence token, so a reply could not be ended. "
+                "Set tokenizer.eos_token, save the tokenizer, and pass that directory as --model."
+            )
+        self.has_system_role = self._accepts([("system", "s"), ("user", "u")], must_contain="s")
+        self.accepts_reply_first = self._accepts([("assistant", "a"), ("user", "u")], must_contain="a")
+        self._header = self._encode(PERSONA_HEADER)
+        self._footer = self._encode(PERSONA_FOOTER)
+
+    def build(self, example: Example) -> Pair:
+        prefix_text, suffix_text, tail_text = self._render(example)
+        prefix, suffix = self._encode(prefix_text), self._encode(suffix_text)
+        encoded = self.tokenizer(
+            example.response.strip(), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        response = [*encoded["input_ids"], *self._end_of_turn(tail_text)]
+        persona = list(example.persona[: self.max_passages])
+        passages = [self._encode(PERSONA_ITEM.format(entry.strip())) for entry in persona]
+        fixed = len(prefix) + len(self._header) + len(self._footer) + len(suffix) + len(response)
+        kept = len(passages)
+        while kept and fixed + sum(map(len, passages[:kept])) > self.max_length:
+            kept -= 1
+        if not kept:
+            raise UserError(
+                f"{example.source}: query and response take {fixed} of max_length={self.max_length} tokens (the response "
+                f"{len(response)}), which leaves no room for even the first persona entry ({len(passages[0])} tokens). "
+                "Raise --max_length, or leave such rows out with --skip_bad_rows."
+            )
+        block = [*self._header, *(token for passage in passages[:kept] for token in passage), *self._footer]
+        personal = self._personal(example, persona[:kept], encoded["offset_mapping"])
+        pair = Pair(
+            input_ids=[*prefix, *block, *suffix, *response],
+            persona_span=(len(prefix), len(prefix) + len(block)),
+            response_length=len(response),
+            personal=[*personal, *[False] * (len(response) - len(personal))],
+            dropped_passages=len(persona) - kept,
+        )
+        assert pair.counterfactual_ids() == [*prefix, *suffix, *response]
+        return pair
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _apply_template(self, messages: Sequence[tuple[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in messages],
+            tokenize=False,
+            chat_template=self.chat_template,
+            **self.template_kwargs,
+        )
+
+    def _accepts(self, messages: Sequence[tuple[str, str]], must_contain: str) -> bool:
+        """Whether the chat template renders these roles. Templates refuse by raising whatever they like from Jinja."""
+        from jinja2.exceptions import TemplateError
+
+        marked = [(role, f"{_PERSONA}{content}") for role, content in messages]
+        try:
+            return f"{_PERSONA}{must_contain}" in self._apply_template(marked)
+        except TemplateError:
+            return False
+
+    def _render(self, example: Example) -> tuple[str, str, str]:
+        """The text before the persona block, between it and the response, and after the response."""
+        system = _PERSONA + SYSTEM_MESSAGE
+        turns = [(turn.role, turn.content) for turn in example.turns]
+        if turns[0][0] != "user" and not self.accepts_reply_first:
+            turns.insert(0, ("user", CONVERSATION_START))
+        if self.has_system_role:
+            turns.insert(0, ("system", system))
+        elif turns[0][0] == "user":
+            turns[0] = ("user", f"{system}\n\n{turns[0][1]}")
+        else:
+            turns.insert(0, ("user", system))
+        text = self._apply_template([*turns, ("assistant", _RESPONSE)])
+        if text.count(_PERSONA) != 1 or text.count(_RESPONSE) != 1:
+            raise UserError(
+                f"{example.source}: the chat template of {self.tokenizer.name_or_path!r} repeats or drops the system "
+                "message or the reply, so the two passes could not be aligned. Give the tokenizer another chat_template."
+            )
+        prompt, tail = text.split(_RESPONSE)
+        prefix, suffix = prompt.split(_PERSONA)
+        return prefix, suffix, tail
+
+    def _end_of_turn(self, tail: str) -> list[int]:
+        """The ids that end a reply: what the template puts after it, up to and with the first special token."""
+        ids = self._encode(tail)
+        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        for position, token in enumerate(ids):
+            if token in special or token == self.tokenizer.eos_token_id:
+                return ids[: position + 1]
+        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
+    def _personal(self, example: Example, persona: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[bool]:
+        shift = len(example.response) - len(example.response.lstrip())
+        spans = example.personal_spans
+        if spans is None:
+            conversation = " ".join(turn.content for turn in example.turns)
+            spans = tuple(personal_word_spans(example.response, persona, conversation))
+        return [
+            any(start + shift < span_end and span_start < end + shift for span_start, span_end in spans) and start < end
+            for start, end in offsets
+        ]
+
+
+def personal_word_spans(response: str, persona: Sequence[str], conversation: str) -> list[tuple[int, int]]:
+    """Character spans of words of the response that the persona contains and the conversation does not; common words never.
+
+    The automatic label of personal tokens for data without marked spans: it finds quoted facts, and misses paraphrase and
+    style.
+    """
+    persona_words = {word.lower() for entry in persona for word in _WORD.findall(entry)}
+    said = {word.lower() for word in _WORD.findall(conversation)}
+    own = {word for word in persona_words - said - _COMMON if len(word) > 2 or word.isdigit()}
+    return [match.span() for match in _WORD.finditer(response) if match.group().lower() in own]

@@ -1,0 +1,229 @@
+"""PerceTrainer: a transformers.Trainer whose step is two forwards and one fused loss.
+
+    counterfactual hidden states (no grad, eval mode) → factual hidden states → fused_perce_loss, inside the head → backward
+
+Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers, DDP) is the Trainer's.
+"""
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from perce.batch import Batch, collate
+from perce.config import LossConfig
+from perce.errors import UserError
+
+MIB = 2**20
+
+
+@dataclass
+class PerceArguments(TrainingArguments):
+    """TrainingArguments and the loss."""
+
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        if self.fsdp and self.use_cpu:
+            raise UserError("fsdp with use_cpu: the Trainer would silently run plain data parallelism instead.")
+        self.remove_unused_columns = False
+        self.label_names = []
+        self.ddp_find_unused_parameters = False
+        super().__post_init__()
+        if self.n_gpu > 1:
+            raise UserError(
+                f"{self.n_gpu} GPUs are visible to one process. Start one process a GPU (torchrun --nproc_per_node "
+                f"{self.n_gpu} -m perce.train …), or show it one (CUDA_VISIBLE_DEVICES=0)."
+            )
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Per response token of one example, on the CPU, each (n,)."""
+
+    target: Tensor
+    logp: Tensor
+    logp_cf: Tensor
+    token_weight: Tensor
+    personal: Tensor
+
+
+class PerceTrainer(Trainer):
+    """Fine-tunes a causal language model with PerCE (or plain cross-entropy) on token pairs.
+
+    Args:
+        model: a model prepared by perce.model.load_model, or any on which install_perce has been called.
+        args: PerceArguments.
+        train_dataset, eval_dataset: datasets with the columns of perce.pairs.Pair.
+        processing_class: the tokenizer, saved with every checkpoint.
+    """
+
+    args: PerceArguments
+
+    def __init__(self, model: nn.Module, args: PerceArguments, **kwargs: Any):
+        tokenizer = kwargs.get("processing_class")
+        pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+        kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id))
+        super().__init__(model=model, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch; the Trainer must not divide again
+        self.pass_seconds = {"counterfactual": 0.0, "total": 0.0}
+        self._window = _Window()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        started = self._now()
+        loss = self.args.loss
+        call: dict[str, Any] = {"num_items": num_items_in_batch, "normalize": loss.normalize}
+        if loss.normalize == "sequence":
+            call["seq_id"] = inputs["sequence"]
+        if loss.objective == "ce":
+            call["token_weight"] = torch.ones_like(inputs["target"], dtype=torch.float32)
+        else:
+            call["hidden_cf"] = self.counterfactual_hidden(model, inputs)
+            call |= {"clip_min": loss.clip_min, "clip_max": loss.clip_max, "contrast": loss.contrast}
+        self.pass_seconds["counterfactual"] += self._now() - started
+
+        value, *statistics = model(
+            input_ids=inputs["input_ids"],
+            perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call},
+        )
+        self._window.add(loss, *statistics, tokens=inputs["tokens"])
+        # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
+        value = value * self.accelerator.num_processes
+        return (value, statistics) if return_outputs else value
+
+    @torch.no_grad()
+    def counterfactual_hidden(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """(N, D) hidden states of the response tokens without the persona, with dropout off: with it on, the PIR of two
+        identical prompts would not be 0."""
+        training = model.training
+        model.eval()
+        hidden = model(input_ids=inputs["input_ids_cf"], perce={"rows": inputs["rows_cf"]})
+        model.train(training)
+        return hidden
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        started = self._now()
+        loss = super().training_step(*args, **kwargs)
+        self.pass_seconds["total"] += self._now() - started
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
+        """Response tokens of the whole accumulation window, over all ranks."""
+        count = torch.tensor(sum(batch["target"].numel() for batch in batch_samples), device=device)
+        return self.accelerator.reduce(count, "sum")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            total = self.accelerator.reduce(self._window.total.to(self.args.device), "sum")
+            logs |= self._window.summary(total)
+            logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
+            self._window = _Window()
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def token_statistics(self, model: nn.Module, inputs: Batch) -> list[TokenStatistics]:
+        """Statistics of one batch under the current model, whatever the training objective. The model must be in eval mode."""
+        loss = self.args.loss
+        call = {
+            "hidden_cf": self.counterfactual_hidden(model, inputs), "clip_min": loss.clip_min, "clip_max": loss.clip_max,
+            "contrast": loss.contrast,
+        }  # fmt: skip
+        _, *statistics = model(
+            input_ids=inputs["input_ids"], perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call}
+        )
+        columns = [inputs["target"], *statistics, inputs["personal"]]
+        per_example = torch.bincount(inputs["sequence"]).tolist()
+        return [TokenStatistics(*row) for row in zip(*(x.cpu().split(per_example) for x in columns), strict=True)]
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        """Mean negative log-likelihood per response token with and without the persona, of personal tokens, and mean PIR."""
+        model = self.model_wrapped if self.is_in_train else self._wrap_model(self.model, training=False)
+        training = model.training
+        model.eval()
+        rows = []
+        for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                examples = self.token_statistics(model, inputs)
+            sums = [
+                [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]
+                for x in examples
+            ]
+            # gather_for_metrics leaves out the examples that pad the last batch to a full one on every rank
+            rows.append(self.accelerator.gather_for_metrics(torch.tensor(sums, device=self.args.device)).cpu())
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(training)
+        examples_seen = torch.cat(rows)
+        n, ce, ce_cf, n_personal, ce_personal = examples_seen.double().sum(0).tolist()
+        metrics = {
+            "loss_with_persona": ce / n,
+            "loss_without_persona": ce_cf / n,
+            "loss_personal_tokens": ce_personal / n_personal if n_personal else float("nan"),
+            "pir_mean": (ce_cf - ce) / n,
+        }
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, num_samples=len(examples_seen),
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+        )  # fmt: skip
+
+    def _now(self) -> float:
+        """Seconds; on CUDA after the queued work, so that each pass is charged its own time."""
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class _Window:
+    """Sums over the training tokens since the last log, kept on the device: no sync in a step."""
+
+    NAMES = ("tokens", "count", "ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling")
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.total = torch.zeros(len(self.NAMES), dtype=torch.float64)
+
+    def add(self, loss: LossConfig, logp: Tensor, logp_cf: Tensor, token_weight: Tensor, *, tokens: Tensor) -> None:
+        if loss.objective == "ce":
+            pir = clipped = torch.full_like(logp, float("nan"))
+        else:
+            pir = logp - logp_cf
+            clipped = pir.exp() if loss.contrast == "ratio" else pir
+        sums = torch.stack(
+            [
+                tokens.to(logp), logp.new_tensor(logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),
+                (clipped <= loss.clip_min).sum().to(logp), (clipped >= loss.clip_max).sum().to(logp),
+            ]
+        )  # fmt: skip
+        self.total = self.total.to(sums.device) + sums.double()
+
+    def summary(self, total: Tensor) -> Mapping[str, float]:
+        """Means over all ranks' tokens; what the objective does not compute is left out."""
+        tokens, count, *sums = total.tolist()
+        if not count:
+            return {}
+        means = {name: value / count for name, value in zip(self.NAMES[2:], sums, strict=True)}
+        if means["pir_mean"] != means["pir_mean"]:
+            means = {"ce": means["ce"]}
+        return means | {"tokens_per_second": tokens / (time.perf_counter() - self.started)}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak CUDA allocation, or the process's peak resident set, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MIB if sys.platform == "darwin" else peak / 1024
