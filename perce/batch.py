@@ -23,7 +23,7 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0) -> Batch:
         rows, rows_cf (N,): rows of the flattened hidden states that predict the response tokens.
         target (N,): those tokens, identical for both passes by construction.
         sequence (N,): which of the B sequences each belongs to. personal (N,): bool.
-        tokens (): factual tokens without padding.
+        tokens (): factual tokens without padding. example (B,): index into the examples, -1 where the pairs have none.
     """
     factual = [list(pair["input_ids"]) for pair in pairs]
     counterfactual = [
@@ -47,5 +47,6 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0) -> Batch:
     )
     batch["sequence"] = torch.repeat_interleave(torch.arange(len(pairs)), lengths)
     batch["personal"] = torch.tensor([flag for pair in pairs for flag in pair["personal"]], dtype=torch.bool)
+    batch["example"] = torch.tensor([pair.get("example", -1) for pair in pairs])
     batch["tokens"] = torch.tensor(sum(map(len, factual)))
     return batch

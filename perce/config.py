@@ -18,6 +18,9 @@ from typing import Any, Literal
 from perce.errors import UserError
 
 
+CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
+
+
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -27,7 +30,7 @@ class ModelConfig:
     """What is trained."""
 
     model: str | None = _option(None, "directory or Hub id of a causal language model; default: SmolLM2-135M-Instruct")
-    lora_r: int | None = _option(None, "LoRA rank; 0 trains all weights; default: 16, and 0 for the default model")
+    lora_r: int = _option(16, "LoRA rank; 0 trains all weights, as the run without arguments does")
     lora_alpha: int = _option(32, "LoRA scale is lora_alpha / lora_r")
     lora_dropout: float = _option(0.0, "dropout inside the adapters, in [0, 1)")
     load_in_4bit: bool = _option(False, "quantise the frozen base to 4 bits with bitsandbytes")
@@ -35,7 +38,7 @@ class ModelConfig:
     attn_implementation: str | None = _option(None, "sdpa, flash_attention_2, eager, …; default: the model's own choice")
 
     def __post_init__(self) -> None:
-        _require(self.lora_r is None or self.lora_r >= 0, "lora_r", ">= 0", self.lora_r)
+        _require(self.lora_r >= 0, "lora_r", ">= 0", self.lora_r)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
 
 
@@ -157,14 +160,19 @@ def build_config(values: Mapping[str, Any], extra: Mapping[str, Any] | None = No
 def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainConfig, bool]:
     """(config, whether --print_config was given). Flags win over the YAML file, which wins over `defaults`.
 
-    `defaults` are used where neither names a model nor data; see demo/recipe.yaml.
+    `defaults` are used where neither names a model nor data; see demo/recipe.yaml. `--resume` without `--config` starts from
+    the options saved in the run directory.
     """
     parser = _parser()
     namespace, rest = parser.parse_known_args([_underscored(argument) for argument in argv])
     given = {name: value for name, value in vars(namespace).items() if value is not None}
     config_file, print_config = given.pop("config", None), given.pop("print_config", False)
     from_file = read_yaml(config_file) if config_file else {}
-    raw = from_file | given | _extra_flags(rest)
+    flags = given | _extra_flags(rest)
+    if _number(flags.get("resume")) is True and flags.get("output_dir") and not config_file:
+        saved = Path(flags["output_dir"]) / CONFIG_NAME
+        from_file = read_yaml(str(saved)) if saved.is_file() else {}
+    raw = from_file | flags
     if raw.get("model") is None and raw.get("data") is None:
         raw = dict(defaults) | raw
     values = {name: _convert(name, value) for name, value in raw.items() if name in _FIELDS}

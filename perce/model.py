@@ -9,6 +9,7 @@ The loss runs inside the forward of the output-embedding module. Reading the hea
 hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
 """
 
+import os
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ def install_perce(model: nn.Module) -> nn.Module:
     _check_attention(model.config)
     _patch_head(head, transform)
     _patch_model(model)
+    model.perce_logit_transform = transform
     _self_check(model, head, transform)
     return model
 
@@ -172,38 +174,56 @@ def load_model(path: str, config: ModelConfig, device: str) -> nn.Module:
     Full fine-tuning keeps fp32 weights (a pure-bf16 weight of 1.0 does not move by 1e-3) and autocasts where bf16 is sound;
     LoRA keeps the frozen base in bf16 there and the adapters in fp32.
     """
-    from transformers import AutoModelForCausalLM
-
     low = resolve_precision(config.precision, device) == "bf16" and config.lora_r > 0
     kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
     if config.load_in_4bit:
         kwargs["quantization_config"] = _four_bit(config)
-    model = _from_pretrained(AutoModelForCausalLM, path, **kwargs)
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    model = load_pretrained(path, **kwargs)
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
     if method is not None and "bitsandbytes" not in str(method):
         raise UserError(f"--model {path}: quantised with {method}. Only bitsandbytes bases can be trained here.")
     if method is not None and not config.lora_r:
         raise UserError("A 4-bit base cannot be trained itself: add --lora_r 16.")
-    install_perce(model)
-    if config.lora_r:
-        model = _add_lora(model, config)
-    return model
+    prepare_model(model)
+    if not config.lora_r:
+        return model
+    from peft import LoraConfig, prepare_model_for_kbit_training
 
-
-def _add_lora(model: nn.Module, config: ModelConfig) -> nn.Module:
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    if config.load_in_4bit:
+    if method is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     adapter = LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    model = get_peft_model(model, adapter)
-    check_head_unwrapped(model)
+    return add_adapter(model, adapter)
+
+
+def load_pretrained(path: str, **kwargs: Any) -> nn.Module:
+    """AutoModelForCausalLM.from_pretrained with its failures told as one paragraph."""
+    from transformers import AutoModelForCausalLM
+
+    return _from_pretrained(AutoModelForCausalLM, path, **kwargs)
+
+
+def prepare_model(model: nn.Module) -> nn.Module:
+    """install_perce, once, on a model or on the base inside a PEFT model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(base, "perce_logit_transform"):
+        check_head_unwrapped(model)
+        install_perce(base)
     return model
+
+
+def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """The model under a PEFT adapter; UserError if that would wrap the output embedding."""
+    from peft import get_peft_model
+
+    wrapped = get_peft_model(model, peft_config)
+    check_head_unwrapped(wrapped)
+    return wrapped
 
 
 def _four_bit(config: ModelConfig) -> Any:

@@ -5,11 +5,11 @@
 Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers, DDP) is the Trainer's.
 """
 
+import contextlib
 import dataclasses
-import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,17 +20,20 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from perce.batch import Batch, collate
-from perce.config import LossConfig
+from perce.config import DataConfig, LossConfig
+from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
+from perce.model import add_adapter, load_pretrained, load_tokenizer, prepare_model
 
 MIB = 2**20
 
 
 @dataclass
 class PerceArguments(TrainingArguments):
-    """TrainingArguments and the loss."""
+    """TrainingArguments, the loss, and how raw rows become token pairs (its `data` path is not used here)."""
 
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
         if self.fsdp and self.use_cpu:
@@ -45,43 +48,69 @@ class PerceArguments(TrainingArguments):
                 f"{self.n_gpu} -m perce.train …), or show it one (CUDA_VISIBLE_DEVICES=0)."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"loss": dataclasses.asdict(self.loss), "data": dataclasses.asdict(self.data)}
+
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Per response token of one example, on the CPU, each (n,)."""
+    """Per response token of one example, on the CPU, each (n,); and the index of the example."""
 
     target: Tensor
     logp: Tensor
     logp_cf: Tensor
     token_weight: Tensor
     personal: Tensor
+    example: int
 
 
 class PerceTrainer(Trainer):
     """Fine-tunes a causal language model with PerCE (or plain cross-entropy) on token pairs.
 
     Args:
-        model: a model prepared by perce.model.load_model, or any on which install_perce has been called.
+        model: a causal language model, or its directory or Hub id. Prepared here if perce.model.prepare_model has not been
+            called on it.
         args: PerceArguments.
-        train_dataset, eval_dataset: datasets with the columns of perce.pairs.Pair.
-        processing_class: the tokenizer, saved with every checkpoint.
+        train_dataset, eval_dataset: `datasets` with the columns of perce.pairs.Pair, or raw rows in any supported format.
+        processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
+        peft_config: a PEFT config, to train an adapter on the frozen model.
+
+    Raises:
+        UserError (a ValueError): a model whose logits cannot be reproduced, an adapter on its output embedding, a bad row.
     """
 
     args: PerceArguments
 
-    def __init__(self, model: nn.Module, args: PerceArguments, **kwargs: Any):
-        tokenizer = kwargs.get("processing_class")
-        pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-        kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id))
-        super().__init__(model=model, args=args, **kwargs)
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: PerceArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ):
+        name = model if isinstance(model, str) else model.config.name_or_path  # type: ignore[union-attr]
+        tokenizer = processing_class or load_tokenizer(name)
+        model = prepare_model(load_pretrained(model) if isinstance(model, str) else model)
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
+        datasets = {
+            split: rows_dataset_pairs(dataset, split, tokenizer, args.data) if _is_raw(dataset) else dataset
+            for split, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+        }
+        kwargs.setdefault("data_collator", partial(collate, pad_id=getattr(tokenizer, "pad_token_id", None) or 0))
+        super().__init__(model=model, args=args, processing_class=tokenizer, **datasets, **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch; the Trainer must not divide again
-        self.pass_seconds = {"counterfactual": 0.0, "total": 0.0}
+        self.clock = _Clock(self.args.device)
+        self.tokens_seen = 0  # by this process while training, padding left out
+        self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of eval_dataset
         self._window = _Window()
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
-        started = self._now()
         loss = self.args.loss
         call: dict[str, Any] = {"num_items": num_items_in_batch, "normalize": loss.normalize}
         if loss.normalize == "sequence":
@@ -89,9 +118,9 @@ class PerceTrainer(Trainer):
         if loss.objective == "ce":
             call["token_weight"] = torch.ones_like(inputs["target"], dtype=torch.float32)
         else:
-            call["hidden_cf"] = self.counterfactual_hidden(model, inputs)
+            with self.clock.measure("counterfactual"):
+                call["hidden_cf"] = self.counterfactual_hidden(model, inputs)
             call |= {"clip_min": loss.clip_min, "clip_max": loss.clip_max, "contrast": loss.contrast}
-        self.pass_seconds["counterfactual"] += self._now() - started
 
         value, *statistics = model(
             input_ids=inputs["input_ids"],
@@ -113,10 +142,9 @@ class PerceTrainer(Trainer):
         return hidden
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        started = self._now()
-        loss = super().training_step(*args, **kwargs)
-        self.pass_seconds["total"] += self._now() - started
-        return loss
+        self._window.start()
+        with self.clock.measure("total"):
+            return super().training_step(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
         """Response tokens of the whole accumulation window, over all ranks."""
@@ -125,6 +153,7 @@ class PerceTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            self.tokens_seen += int(self._window.total[0])
             total = self.accelerator.reduce(self._window.total.to(self.args.device), "sum")
             logs |= self._window.summary(total)
             logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
@@ -144,7 +173,8 @@ class PerceTrainer(Trainer):
         )
         columns = [inputs["target"], *statistics, inputs["personal"]]
         per_example = torch.bincount(inputs["sequence"]).tolist()
-        return [TokenStatistics(*row) for row in zip(*(x.cpu().split(per_example) for x in columns), strict=True)]
+        tokens = zip(*(column.cpu().split(per_example) for column in columns), strict=True)
+        return [TokenStatistics(*row, example) for row, example in zip(tokens, inputs["example"].tolist(), strict=True)]
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
@@ -155,10 +185,12 @@ class PerceTrainer(Trainer):
         training = model.training
         model.eval()
         rows = []
+        self.last_evaluation = []
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 examples = self.token_statistics(model, inputs)
+            self.last_evaluation += examples
             sums = [
                 [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]
                 for x in examples
@@ -180,11 +212,45 @@ class PerceTrainer(Trainer):
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
         )  # fmt: skip
 
-    def _now(self) -> float:
-        """Seconds; on CUDA after the queued work, so that each pass is charged its own time."""
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+def _is_raw(dataset: Any) -> bool:
+    """Whether a dataset holds rows still to be tokenised."""
+    if dataset is None:
+        return False
+    columns = getattr(dataset, "column_names", None) or (dataset[0].keys() if isinstance(dataset, list) else ())
+    return "persona_span" not in columns
+
+
+class _Clock:
+    """Seconds spent in named stretches of work. On CUDA by events, which are read only when asked: no sync in a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spent: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        if self._cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._add(name, time.perf_counter() - started)
+
+    def seconds(self, name: str) -> float:
+        for event_name, start, end in self._events:
+            end.synchronize()
+            self._add(event_name, start.elapsed_time(end) / 1000)
+        self._events.clear()
+        return self._spent.get(name, 0.0)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._spent[name] = self._spent.get(name, 0.0) + seconds
 
 
 class _Window:
@@ -193,8 +259,11 @@ class _Window:
     NAMES = ("tokens", "count", "ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling")
 
     def __init__(self) -> None:
-        self.started = time.perf_counter()
+        self.started: float | None = None
         self.total = torch.zeros(len(self.NAMES), dtype=torch.float64)
+
+    def start(self) -> None:
+        self.started = self.started or time.perf_counter()
 
     def add(self, loss: LossConfig, logp: Tensor, logp_cf: Tensor, token_weight: Tensor, *, tokens: Tensor) -> None:
         if loss.objective == "ce":
@@ -218,6 +287,7 @@ class _Window:
         means = {name: value / count for name, value in zip(self.NAMES[2:], sums, strict=True)}
         if means["pir_mean"] != means["pir_mean"]:
             means = {"ce": means["ce"]}
+        self.start()
         return means | {"tokens_per_second": tokens / (time.perf_counter() - self.started)}
 
 
@@ -225,5 +295,7 @@ def peak_memory_mib(device: torch.device) -> float:
     """Peak CUDA allocation, or the process's peak resident set, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / MIB if sys.platform == "darwin" else peak / 1024

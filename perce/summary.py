@@ -1,0 +1,177 @@
+"""What a run tells: the lines at its start, the progress while it runs, the report and the table at its end."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+from torch import nn
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+from perce.config import TrainConfig
+from perce.dataset import Splits
+from perce.report import ScoredResponse, ScoredToken, write_curves, write_html
+from perce.rows import Example
+from perce.trainer import PerceTrainer, TokenStatistics, peak_memory_mib
+
+LOSSES = {
+    "loss_with_persona": "loss with persona",
+    "loss_without_persona": "loss without persona",
+    "loss_personal_tokens": "loss on personal tokens",
+    "pir_mean": "mean PIR",
+}
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar, with one readable line a log; keeps the evaluation before training in the history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[str, float] = {}
+        self._latest: dict[str, float] = {}
+        self._evaluated_at = -1
+
+    @staticmethod
+    def replace_default(trainer: PerceTrainer) -> None:
+        from transformers import PrinterCallback
+
+        for default in (ProgressCallback, PrinterCallback):
+            for callback in [x for x in trainer.callback_handler.callbacks if type(x) is default]:
+                trainer.remove_callback(callback)
+
+    def evaluation_at(self, step: int) -> dict[str, float] | None:
+        return self._latest if self._evaluated_at == step else None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if not any(entry.get("step") == 0 for entry in state.log_history):
+            state.log_history.insert(0, {**self.before, "epoch": 0.0, "step": 0})
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, **kwargs)
+        self._latest, self._evaluated_at = kwargs["metrics"], state.global_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        line = _evaluation_line(logs) if "eval_loss_with_persona" in logs else _training_line(logs)
+        if line:
+            write = print if self.training_bar is None else self.training_bar.write
+            write(f"step {state.global_step:>5}  {line}")
+
+
+def _training_line(logs: Mapping[str, float]) -> str:
+    if "loss" not in logs:
+        return ""
+    parts = [f"loss {logs['loss']:.4f}"]
+    if "pir_mean" in logs:
+        parts += [
+            f"ce {logs['ce']:.4f}", f"PIR {logs['pir_mean']:+.3f}", f"weight {logs['weight_mean']:.3f}",
+            f"floor {logs['frac_at_floor']:.0%}", f"ceiling {logs['frac_at_ceiling']:.1%}",
+        ]  # fmt: skip
+    parts += [f"{logs['tokens_per_second']:,.0f} tokens/s", f"{logs['peak_memory_mib'] / 1024:.1f} GiB"]
+    return "  ".join(parts)
+
+
+def _evaluation_line(logs: Mapping[str, float]) -> str:
+    return "validation  " + "  ".join(f"{label} {logs[f'eval_{name}']:.4f}" for name, label in LOSSES.items())
+
+
+def describe_run(config: TrainConfig, model: nn.Module, args: TrainingArguments, splits: Splits, pairs: Mapping[str, Any]) -> None:
+    """What is about to be trained on what, and everything that was left out of the data."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    print(
+        f"model  {config.model.model or 'SmolLM2-135M-Instruct (default)'}: {total / 1e6:,.0f} M parameters, "
+        f"{trained / 1e6:,.1f} M trained ({f'LoRA r {config.model.lora_r}' if config.model.lora_r else 'all weights'}), "
+        f"{str(dtype).removeprefix('torch.')}{' with bf16 autocast' if args.bf16 else ''} on {args.device}"
+    )
+    size = "a stream of" if config.data.streaming else f"{len(pairs['train']):,}"
+    print(
+        f"data   {config.data.data or 'built-in examples'} ({splits.format}): {size} training and "
+        f"{len(pairs['validation']):,} validation examples{f', {splits.held_out}' if splits.held_out else ''}"
+    )
+    for split, dataset in pairs.items():
+        if not hasattr(dataset, "__len__"):
+            continue
+        dropped = [n for n in dataset["dropped_passages"] if n]
+        if dropped:
+            print(
+                f"       {split}: {sum(dropped):,} persona entries dropped from {len(dropped):,} examples to fit "
+                f"--max_length {config.data.max_length}"
+            )
+        given = len(splits.validation) if split == "validation" else len(list(splits.train))
+        if given > len(dataset):
+            print(f"       {split}: {given - len(dataset):,} examples skipped, too long for --max_length")
+    if splits.skipped:
+        print(f"       {splits.skipped:,} rows skipped; the first: {splits.reasons[0]}")
+    print(f"run    {args.output_dir}: {config.loss.objective} objective, learning rate {args.learning_rate:g}")
+
+
+def write_run_report(
+    output_dir: Path, config: TrainConfig, trainer: PerceTrainer, examples: Sequence[Example],
+    passes: Mapping[str, Sequence[TokenStatistics]], *, before: Mapping[str, float], after: Mapping[str, float],
+) -> None:  # fmt: skip
+    """curves.png and report.html."""
+    write_curves(output_dir / "curves.png", trainer.state.log_history)
+    scored = {name: {x.example: x for x in statistics} for name, statistics in passes.items()}
+    evaluated = sorted(set.intersection(*(set(by_example) for by_example in scored.values())))
+    shown = [evaluated[i * len(evaluated) // n] for n in [min(config.run.report_examples, len(evaluated))] for i in range(n)]
+    responses = []
+    for index in shown:
+        example = examples[index]
+        responses.append(
+            ScoredResponse(
+                persona=example.persona,
+                turns=tuple((turn.role, turn.content) for turn in example.turns),
+                passes={name: scored_tokens(by[index], trainer.processing_class) for name, by in scored.items()},
+                user_id=example.user_id,
+            )
+        )
+    summary = [
+        ("model", config.model.model or "SmolLM2-135M-Instruct"),
+        ("data", config.data.data or "built-in examples"),
+        ("objective", config.loss.objective),
+        ("steps", str(trainer.state.global_step)),
+        *((label, f"{before[f'eval_{name}']:.4f} → {after[f'eval_{name}']:.4f}") for name, label in LOSSES.items()),
+    ]
+    write_html(
+        output_dir / "report.html", responses, title="Which tokens are personal", summary=summary,
+        clip=(config.loss.clip_min, config.loss.clip_max),
+    )  # fmt: skip
+
+
+def scored_tokens(statistics: TokenStatistics, tokenizer: Any) -> list[ScoredToken]:
+    """Tokens with their text; a character of several tokens stands at its last one."""
+    stream = DecodeStream(skip_special_tokens=False)
+    columns = (statistics.target, statistics.logp, statistics.logp_cf, statistics.token_weight)
+    return [
+        ScoredToken(stream.step(tokenizer.backend_tokenizer, token) or "", *values)
+        for token, *values in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+
+
+def print_result(output_dir: Path, trainer: PerceTrainer, *, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """The table at the end."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("validation", "before", "after", "change", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name, label in LOSSES.items():
+        old, new = before[f"eval_{name}"], after[f"eval_{name}"]
+        table.add_row(label, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}")
+    total = trainer.clock.seconds("total")
+    facts = Table.grid(padding=(0, 3, 0, 0))
+    if total:
+        facts.add_row("training", f"{trainer.tokens_seen / total:,.0f} tokens/s a process")
+        facts.add_row("counterfactual pass", f"{trainer.clock.seconds('counterfactual') / total:.1%} of the training time")
+    facts.add_row("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB")
+    for label, name in (
+        ("model", ""), ("report", "report.html"), ("curves", "curves.png"), ("options", "config.yaml"), ("log", "trainer_state.json"),
+    ):  # fmt: skip
+        facts.add_row(label, str(output_dir / name))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("", table, "", facts, sep="\n")

@@ -1,0 +1,249 @@
+"""python -m perce.train: rows → pairs → model → PerceTrainer → a run directory.
+
+    config.yaml          the resolved options            curves.png    loss, PIR and weights over the steps
+    trainer_state.json   everything that was logged      report.html   validation responses token by token
+    model or adapter, tokenizer, checkpoint-*/           what from_pretrained and --resume read
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perce.config import CONFIG_NAME, TrainConfig, dump_yaml, parse_args, read_yaml, unknown_option
+from perce.errors import UserError
+
+if TYPE_CHECKING:
+    from perce.dataset import Splits
+    from perce.trainer import PerceArguments, PerceTrainer
+
+DEFAULT_LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
+KEPT_CHECKPOINTS = 2
+DEMO_RECIPE = Path(__file__).parent / "demo" / "recipe.yaml"
+# TrainingArguments fields that an option of ours decides.
+OURS = {"bf16": "precision", "fp16": "precision", "gradient_checkpointing": "activation_checkpointing"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 after one paragraph on stderr when the user can put something right."""
+    try:
+        config, print_config = parse_args(sys.argv[1:] if argv is None else argv, read_yaml(str(DEMO_RECIPE)))
+        if print_config:
+            print(dump_yaml(resolve(config)), end="")
+        else:
+            run(resolve(config))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The config with every default that depends on others filled in."""
+    run = config.run
+    rate = run.learning_rate or DEFAULT_LEARNING_RATE["lora" if config.model.lora_r else "full"]
+    if run.resume and not run.output_dir:
+        raise UserError("--resume: name the run to continue with --output_dir.")
+    if config.data.streaming and run.max_steps < 1:
+        raise UserError("--streaming: the number of rows is not known beforehand, so --max_steps is needed.")
+    output_dir = run.output_dir or str(_free_directory(Path(config.data.data or "demo").stem))
+    return replace(config, run=replace(run, learning_rate=rate, output_dir=output_dir))
+
+
+def _free_directory(name: str) -> Path:
+    """runs/NAME, or runs/NAME-2 … when taken."""
+    number, path = 1, Path("runs") / name
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{name}-{number}"
+    return path
+
+
+def run(config: TrainConfig) -> None:
+    """One training run, from checks to the final table."""
+    output_dir = claim_directory(config)
+    from perce.environment import quiet_libraries
+
+    quiet_libraries()
+    from perce.summary import Progress, describe_run, print_result, write_run_report
+    from perce.trainer import PerceTrainer
+
+    args = training_arguments(config)
+    checkpoint = last_checkpoint(output_dir) if config.run.resume else None
+    model_path = config.model.model or _default_model()
+    splits, pairs, tokenizer = load_pairs(config, model_path)
+
+    from perce.model import load_model
+
+    model = load_model(model_path, config.model, args.device.type)
+    if args.process_index == 0:
+        (output_dir / CONFIG_NAME).write_text(dump_yaml(config), encoding="utf-8")
+        describe_run(config, model, args, splits, pairs)
+    progress = Progress()
+    trainer = PerceTrainer(
+        model, args, train_dataset=pairs["train"], eval_dataset=pairs["validation"], processing_class=tokenizer,
+        callbacks=[progress],
+    )  # fmt: skip
+    progress.replace_default(trainer)
+
+    progress.before = trainer.evaluate()
+    passes = {"before training": trainer.last_evaluation}
+    train(trainer, checkpoint)
+    after = progress.evaluation_at(trainer.state.global_step) or trainer.evaluate()
+    passes["after training"] = trainer.last_evaluation
+
+    trainer.save_model()
+    trainer.save_state()
+    if args.process_index == 0:
+        write_run_report(output_dir, config, trainer, splits.validation, passes, before=progress.before, after=after)
+        print_result(output_dir, trainer, before=progress.before, after=after)
+
+
+def train(trainer: PerceTrainer, checkpoint: str | None) -> None:
+    """Train; what stops it midway leaves a checkpoint of the last finished step behind."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (UserError, KeyboardInterrupt) as stopped:
+        step = trainer.state.global_step
+        if step and trainer.accelerator.num_processes == 1:
+            trainer._save_checkpoint(trainer.model, None)
+            print(f"Stopped at step {step}; --resume --output_dir {trainer.args.output_dir} goes on.", file=sys.stderr)
+        if isinstance(stopped, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
+
+
+def claim_directory(config: TrainConfig) -> Path:
+    """The run directory, made, writable and not another run's: found out before anything expensive happens."""
+    import os
+
+    path = Path(config.run.output_dir or "").expanduser()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not config.run.output_dir:
+        raise UserError("--output_dir: needed when several processes share a run.")
+    if int(os.environ.get("RANK", 0)) == 0 and not config.run.resume and (path / CONFIG_NAME).exists():
+        raise UserError(
+            f"--output_dir {path}: holds a run already. Continue it with --resume, or choose another directory."
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {path}: cannot be written to ({error.strerror}). Choose a directory you can write to."
+        ) from error
+    return path
+
+
+def last_checkpoint(output_dir: Path) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    checkpoint = get_last_checkpoint(str(output_dir))
+    if checkpoint is None:
+        raise UserError(f"--resume: {output_dir} holds no checkpoint-N. Was the run saved (--save_steps)?")
+    return checkpoint
+
+
+def training_arguments(config: TrainConfig) -> PerceArguments:
+    """PerceArguments from our options and the TrainingArguments fields in config.extra."""
+    import dataclasses
+
+    import torch
+
+    from perce.model import resolve_precision
+    from perce.trainer import PerceArguments
+
+    fields = {field.name: field for field in dataclasses.fields(PerceArguments) if field.init}
+    for name, value in config.extra.items():
+        if name in OURS and OURS[name] != name:
+            raise UserError(f"{name}: use --{OURS[name]} instead.")
+        if name not in fields:
+            raise unknown_option(name, list(fields))
+        _check_kind(name, fields[name].default, value)
+    run = config.run
+    use_cpu = bool(config.extra.get("use_cpu", not torch.cuda.is_available()))
+    precision = resolve_precision(config.model.precision, "cpu" if use_cpu else "cuda")
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    values: dict[str, Any] = {
+        "output_dir": run.output_dir,
+        "num_train_epochs": run.num_train_epochs,
+        "max_steps": run.max_steps,
+        "learning_rate": run.learning_rate,
+        "warmup_steps": run.warmup_steps,
+        "per_device_train_batch_size": run.per_device_train_batch_size,
+        "per_device_eval_batch_size": run.per_device_train_batch_size,
+        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "eval_strategy": "steps" if run.eval_steps else "epoch",
+        "eval_steps": run.eval_steps,
+        "save_strategy": "steps" if run.save_steps else "no",
+        "save_steps": run.save_steps or 500,
+        "save_total_limit": KEPT_CHECKPOINTS,
+        "logging_steps": run.logging_steps,
+        "logging_first_step": True,
+        "seed": run.seed,
+        "data_seed": run.seed,
+        "report_to": "none",
+        "use_cpu": use_cpu,
+        # The frozen base of LoRA is bf16 itself; fp32 weights are autocast.
+        "bf16": precision == "bf16" and not config.model.lora_r,
+        "dataloader_pin_memory": not use_cpu,
+        checkpointing: run.activation_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": False} if run.activation_checkpointing else None,
+        # Batches of ragged examples cannot be cut and sent around: every process reads its own from a stream.
+        "accelerator_config": {"dispatch_batches": False},
+    }
+    try:
+        return PerceArguments(loss=config.loss, data=config.data, **(values | config.extra))
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"These options do not go together: {' '.join(str(error).split())}") from error
+
+
+def _check_kind(name: str, default: Any, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        expected, fits = "true or false", isinstance(value, bool)
+    elif isinstance(default, int | float):
+        expected, fits = "a number", number
+    else:
+        return
+    if not fits:
+        raise UserError(f"{name}: expected {expected}, got {value!r}.")
+
+
+def load_pairs(config: TrainConfig, model_path: str) -> tuple[Splits, dict[str, Any], Any]:
+    """Rows, their token pairs by split, and the tokenizer. Everything wrong with the data is found here."""
+    from perce.dataset import load_splits, make_builder, pair_dataset, stream_pairs
+    from perce.model import load_tokenizer
+    from perce.rows import Rows
+
+    data = config.data
+    splits = load_splits(data, eval_examples=config.run.eval_examples, seed=config.run.seed)
+    tokenizer = load_tokenizer(model_path)
+    builder = make_builder(tokenizer, data, splits.format)
+    validation = pair_dataset(splits.validation, builder, skip_bad_rows=data.skip_bad_rows)
+    # In order of length a batch holds little padding: a fifth less work for long, uneven examples.
+    validation = validation.select(sorted(range(len(validation)), key=[len(ids) for ids in validation["input_ids"]].__getitem__))
+    if isinstance(splits.train, Rows) and data.streaming:
+        train: Any = stream_pairs(splits.train, builder, skip_bad_rows=data.skip_bad_rows, seed=config.run.seed)
+    else:
+        train = pair_dataset(list(splits.train), builder, skip_bad_rows=data.skip_bad_rows)
+    for split, dataset in (("train", train), ("validation", validation)):
+        if not data.streaming and not len(dataset):
+            raise UserError(f"No {split} example is left: none fits --max_length {data.max_length}.")
+    return splits, {"train": train, "validation": validation}, tokenizer
+
+
+def _default_model() -> str:
+    from perce.demo import default_model_path
+
+    return str(default_model_path())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
