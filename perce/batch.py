@@ -1,7 +1,7 @@
 """Pairs → one batch of tensors: two right-padded token matrices and, flattened over the batch, the N response tokens.
 
-Padding is on the right and there is no attention mask: under causal attention no real token can see a pad after it. A mask
-would make sdpa build a (T, T) matrix a sequence, and leave its fast path.
+Padding is on the right and there is no attention mask: under causal attention no real token can see a pad after it. A
+mask would make sdpa build a (T, T) matrix a sequence, and leave its fast path.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,8 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0) -> Batch:
             ]
         )
     batch["target"] = torch.tensor(
-        [token for ids, length in zip(factual, lengths.tolist(), strict=True) for token in ids[-length:]], dtype=torch.int64
+        [token for ids, length in zip(factual, lengths.tolist(), strict=True) for token in ids[-length:]],
+        dtype=torch.int64,
     )
     batch["sequence"] = torch.repeat_interleave(torch.arange(len(pairs)), lengths)
     batch["personal"] = torch.tensor([flag for pair in pairs for flag in pair["personal"]], dtype=torch.bool)

@@ -1,7 +1,7 @@
 """The options of a run as dataclasses; command line, YAML and --help are generated from them.
 
-Neither torch nor transformers is imported here, so that `--help` answers at once. Any other TrainingArguments field can be
-given by its Hugging Face name (`--weight_decay 0.1`); train.py checks those once transformers is loaded.
+Neither torch nor transformers is imported here, so that `--help` answers at once. Any other TrainingArguments field can
+be given by its Hugging Face name (`--weight_decay 0.1`); train.py checks those once transformers is loaded.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perce.errors import UserError
-
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
 
@@ -34,8 +33,12 @@ class ModelConfig:
     lora_alpha: int = _option(32, "LoRA scale is lora_alpha / lora_r")
     lora_dropout: float = _option(0.0, "dropout inside the adapters, in [0, 1)")
     load_in_4bit: bool = _option(False, "quantise the frozen base to 4 bits with bitsandbytes")
-    precision: Literal["auto", "fp32", "bf16"] = _option("auto", "arithmetic; auto: bf16 where the device has it natively")
-    attn_implementation: str | None = _option(None, "sdpa, flash_attention_2, eager, …; default: the model's own choice")
+    precision: Literal["auto", "fp32", "bf16"] = _option(
+        "auto", "arithmetic; auto: bf16 where the device has it natively"
+    )
+    attn_implementation: str | None = _option(
+        None, "sdpa, flash_attention_2, eager, …; default: the model's own choice"
+    )
 
     def __post_init__(self) -> None:
         _require(self.lora_r >= 0, "lora_r", ">= 0", self.lora_r)
@@ -53,7 +56,9 @@ class DataConfig:
     columns: str | None = _option(None, "rename fields, such as persona=profile,response=output")
     skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
     streaming: bool = _option(False, "read rows while training instead of before; needs --max_steps")
-    max_length: int = _option(5000, "longest sequence in tokens; persona entries are dropped from the end until it fits")
+    max_length: int = _option(
+        5000, "longest sequence in tokens; persona entries are dropped from the end until it fits"
+    )
     retrieve_k: int = _option(4, "passages of a user's history in the prompt (LongLaMP, LaMP), most recent first")
     chat_template_kwargs: str | None = _option(None, 'JSON for the chat template, such as {"enable_thinking": false}')
 
@@ -88,7 +93,9 @@ class LossConfig:
     clip_min: float = _option(0.8, "lower bound m of a token's weight (the paper: 0.8)")
     clip_max: float = _option(5.0, "upper bound M of a token's weight (the paper: 5)")
     contrast: Literal["log", "ratio"] = _option("log", "weight = clip(pir), or clip(exp(pir)) (LongCE)")
-    normalize: Literal["none", "batch", "sequence"] = _option("none", "rescale weights to mean 1 over the batch or sequence")
+    normalize: Literal["none", "batch", "sequence"] = _option(
+        "none", "rescale weights to mean 1 over the batch or sequence"
+    )
 
     def __post_init__(self) -> None:
         bounds = (self.clip_min, self.clip_max)
@@ -105,9 +112,13 @@ class RunConfig:
     max_steps: int = _option(-1, "optimiser steps instead of epochs; -1: epochs")
     learning_rate: float | None = _option(None, "peak; default: 2e-5 for all weights, 2e-4 for LoRA")
     warmup_steps: float = _option(0.1, "linear warm-up, in steps, or below 1 as a share of all steps")
-    per_device_train_batch_size: int = _option(8, "sequences a device and forward")
-    gradient_accumulation_steps: int = _option(1, "forwards an optimiser step")
-    eval_examples: int = _option(64, "validation examples an evaluation; 0: all")
+    per_device_train_batch_size: int | None = _option(None, "sequences a forward; default: by length, see accumulation")
+    gradient_accumulation_steps: int | None = _option(
+        None, "forwards an optimiser step; default: so many that a device's step is 8 sequences"
+    )
+    eval_examples: int | None = _option(
+        None, "validation examples an evaluation; 0: all; default: 64, on a CPU no more than 30,000 tokens hold"
+    )
     eval_steps: float | None = _option(None, "evaluate every so many steps; default: each epoch's end")
     save_steps: float = _option(500, "checkpoint every so many steps; 0: none but the final model")
     logging_steps: float = _option(10, "log every so many steps")
@@ -117,9 +128,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, ">= 1", value)
         for name in ("eval_examples", "report_examples", "save_steps"):
-            _require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, ">= 0", value)
         for name in ("logging_steps", "learning_rate", "eval_steps"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "> 0", value)
@@ -160,8 +173,8 @@ def build_config(values: Mapping[str, Any], extra: Mapping[str, Any] | None = No
 def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainConfig, bool]:
     """(config, whether --print_config was given). Flags win over the YAML file, which wins over `defaults`.
 
-    `defaults` are used where neither names a model nor data; see demo/recipe.yaml. `--resume` without `--config` starts from
-    the options saved in the run directory.
+    `defaults` are used where neither names a model nor data; see demo/recipe.yaml. `--resume` without `--config` starts
+    from the options saved in the run directory.
     """
     parser = _parser()
     namespace, rest = parser.parse_known_args([_underscored(argument) for argument in argv])

@@ -1,8 +1,8 @@
 """Examples → `datasets` of token pairs: built once, cached on disk, the same on every machine.
 
-    load_splits        rows of the training and the validation split, held out by user where the data has none
-    pair_dataset       all pairs at once, cached by `datasets` under a fingerprint of everything they depend on
-    stream_pairs       one pair at a time, for data too large to read first
+load_splits        rows of the training and the validation split, held out by user where the data has none
+pair_dataset       all pairs at once, cached by `datasets` under a fingerprint of everything they depend on
+stream_pairs       one pair at a time, for data too large to read first
 """
 
 import hashlib
@@ -41,7 +41,7 @@ FEATURES = Features(
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows to train on and examples to evaluate on. `held_out` says how the latter came about, or is None."""
+    """What to train on (Rows only when streaming) and to evaluate on; `held_out`: how the latter was made, or None."""
 
     train: Rows | list[Example]
     validation: list[Example]
@@ -52,7 +52,7 @@ class Splits:
 
 
 def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
-    """Rows of config.data (default: the built-in examples), with at most eval_examples (0: all) drawn for evaluation."""
+    """Rows of config.data (default: the built-in examples); eval_examples (0: all) are drawn to evaluate on."""
     data = config.data or str(DATA_DIR)
     options: dict[str, Any] = {
         "format": config.format, "columns": config.column_names(), "skip_bad_rows": config.skip_bad_rows,
@@ -62,22 +62,23 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
     held_out = None
     if "validation" in splits:
         rows = load_examples(data, "validation", **options)
-        kept: Rows | list[Example] = train
+        kept: Rows | list[Example] = train if config.streaming else train.examples
         validation = rows.examples
         skipped, reasons = train.skipped + rows.skipped, [*train.reasons, *rows.reasons]
     elif config.streaming:
-        raise UserError(f"--data {data}: it has no validation split, and a stream cannot be divided. Add one, or read it whole.")
+        raise UserError(
+            f"--data {data}: it has no validation split, and a stream cannot be divided. Add one, or read it whole."
+        )
     else:
         kept, validation, held_out = hold_out(train.examples, seed)
         skipped, reasons = train.skipped, train.reasons
     if 0 < eval_examples < len(validation):
-        chosen = sorted(random.Random(seed).sample(range(len(validation)), eval_examples))
-        validation = [validation[i] for i in chosen]
+        validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: any first few are a sample too
     return Splits(kept, validation, rows.format if "validation" in splits else train.format, held_out, skipped, reasons)
 
 
 def hold_out(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example], str]:
-    """(train, validation, what was done): a tenth of the users, whole, so that none is in both; of a single user, rows."""
+    """(train, validation, what was done): a tenth of the users, so that none is in both; of a single user, rows."""
     if len(examples) < 2:
         raise UserError("The data has one example and no validation split: at least two examples are needed.")
     keys: list[Any] = [example.user_id or example.source for example in examples]

@@ -1,4 +1,6 @@
-"""Libraries' chatter, turned down for a command line: their warnings stay, their progress bars for loading do not."""
+"""Libraries' chatter, turned down for a command line."""
+
+import warnings
 
 
 def quiet_libraries() -> None:
@@ -8,3 +10,5 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    # PEFT still asks transformers 5.23 for an attribute under its old name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

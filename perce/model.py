@@ -5,12 +5,13 @@
     model(input_ids, perce={"rows": rows})                                   → hidden states (N, D) at those rows
     model(input_ids, perce={"rows": rows, "target": …, "loss": {…}})         → (loss, logp, logp_cf, token_weight)
 
-The loss runs inside the forward of the output-embedding module. Reading the head's weight anywhere else would bypass the
-hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
+The loss runs inside the forward of the output-embedding module. Reading the head's weight anywhere else would bypass
+the hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
 """
 
 import os
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(getattr(text, "final_logit_softcapping", None), scale)
 
 
-def install_perce(model: nn.Module) -> nn.Module:
-    """Patch model and head in place, before PEFT or any parallel wrapper; UserError if the logits cannot be reproduced."""
+def install_perce(model: Any) -> Any:
+    """Patch model and head in place, before PEFT or any parallel wrapper; UserError if its logits are not ours."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         raise UserError(
@@ -72,12 +73,18 @@ def _check_attention(config: Any) -> None:
         )
 
 
+def _own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward as a function of the module: a deep copy of a patched model must run its own weights."""
+    own = module.forward
+    return getattr(own, "__func__", lambda _, *args, **kwargs: own(*args, **kwargs))
+
+
 def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
-    own_forward = head.forward
+    own_forward = _own_forward(head)
 
     def forward(self, hidden: Tensor, perce: dict[str, Any] | None = None):
         if perce is None:
-            return own_forward(hidden)
+            return own_forward(self, hidden)
         loss, stats = fused_perce_loss(
             hidden, self.weight, perce["target"], bias=self.bias, softcap=transform.softcap,
             logit_scale=transform.logit_scale, return_stats=True, **perce["loss"],
@@ -87,12 +94,12 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
     head.forward = types.MethodType(forward, head)
 
 
-def _patch_model(model: nn.Module) -> None:
-    own_forward = model.forward
+def _patch_model(model: Any) -> None:
+    own_forward = _own_forward(model)
 
     def forward(self, *args, perce: dict[str, Any] | None = None, **kwargs):
         if perce is None:
-            return own_forward(*args, **kwargs)
+            return own_forward(self, *args, **kwargs)
         # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
         output = self.base_model(*args, use_cache=False, **kwargs)
         hidden = output[0].flatten(0, 1)[perce["rows"]]
@@ -102,7 +109,7 @@ def _patch_model(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _self_check(model: nn.Module, head: nn.Module, transform: LogitTransform) -> None:
+def _self_check(model: Any, head: Any, transform: LogitTransform) -> None:
     """Our reading of the head against the model's own logits on a few tokens."""
     training = model.training
     model.eval()
@@ -117,14 +124,14 @@ def _self_check(model: nn.Module, head: nn.Module, transform: LogitTransform) ->
     tolerance = SELF_CHECK_TOLERANCE.get(head.weight.dtype, SELF_CHECK_TOLERANCE_LOW_PRECISION)
     if not difference <= tolerance:
         raise UserError(
-            f"{type(model).__name__} ({model.config.model_type}): its log-probabilities differ from those computed from "
-            f"its hidden states and head by up to {difference:.3g} (allowed {tolerance:g}), with softcap="
+            f"{type(model).__name__} ({model.config.model_type}): its log-probabilities differ from those computed "
+            f"from its hidden states and head by up to {difference:.3g} (allowed {tolerance:g}), with softcap="
             f"{transform.softcap}, logit_scale={transform.logit_scale:g}. The architecture transforms its logits in a "
             "way that is not known here, so training it would be wrong."
         )
 
 
-def check_head_unwrapped(model: nn.Module) -> None:
+def check_head_unwrapped(model: Any) -> None:
     """UserError when PEFT put an adapter on the output embedding: the loss would ignore it."""
     for name, module in model.named_modules():
         wrapped = hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
@@ -136,7 +143,7 @@ def check_head_unwrapped(model: nn.Module) -> None:
             )
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
+def _output_embeddings(model: Any) -> nn.Module | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for attribute in ("base_layer", "original_module"):
         head = getattr(head, attribute, head)
@@ -151,7 +158,7 @@ def bf16_is_sound(device: str) -> bool:
 
 
 def resolve_precision(precision: str, device: str) -> str:
-    """"auto" | "fp32" | "bf16" → "fp32" | "bf16"."""
+    """ "auto" | "fp32" | "bf16" → "fp32" | "bf16"."""
     if precision == "auto":
         return "bf16" if bf16_is_sound(device) else "fp32"
     if precision == "bf16" and not bf16_is_sound(device):
@@ -168,11 +175,11 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def load_model(path: str, config: ModelConfig, device: str) -> nn.Module:
+def load_model(path: str, config: ModelConfig, device: str) -> Any:
     """The model with PerCE installed, and a LoRA adapter if lora_r > 0.
 
-    Full fine-tuning keeps fp32 weights (a pure-bf16 weight of 1.0 does not move by 1e-3) and autocasts where bf16 is sound;
-    LoRA keeps the frozen base in bf16 there and the adapters in fp32.
+    Full fine-tuning keeps fp32 weights (a pure-bf16 weight of 1.0 does not move by 1e-3) and autocasts where bf16 is
+    sound; LoRA keeps the frozen base in bf16 there and the adapters in fp32.
     """
     low = resolve_precision(config.precision, device) == "bf16" and config.lora_r > 0
     kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
@@ -201,14 +208,14 @@ def load_model(path: str, config: ModelConfig, device: str) -> nn.Module:
     return add_adapter(model, adapter)
 
 
-def load_pretrained(path: str, **kwargs: Any) -> nn.Module:
+def load_pretrained(path: str, **kwargs: Any) -> Any:
     """AutoModelForCausalLM.from_pretrained with its failures told as one paragraph."""
     from transformers import AutoModelForCausalLM
 
     return _from_pretrained(AutoModelForCausalLM, path, **kwargs)
 
 
-def prepare_model(model: nn.Module) -> nn.Module:
+def prepare_model(model: Any) -> Any:
     """install_perce, once, on a model or on the base inside a PEFT model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(base, "perce_logit_transform"):
@@ -217,7 +224,7 @@ def prepare_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+def add_adapter(model: Any, peft_config: Any) -> Any:
     """The model under a PEFT adapter; UserError if that would wrap the output embedding."""
     from peft import get_peft_model
 
@@ -236,7 +243,10 @@ def _four_bit(config: ModelConfig) -> Any:
     if not config.lora_r:
         raise UserError("--load_in_4bit: a 4-bit base cannot be trained itself: add --lora_r 16.")
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
 
 

@@ -3,13 +3,13 @@
     factual         prefix  [ persona block ]  suffix  response  end-of-turn
     counterfactual  prefix                     suffix  response  end-of-turn
 
-The counterfactual sequence *is* the factual one with one contiguous span of ids deleted; it is never rendered, tokenised or
-stored on its own, so response token i is the same id at the same response offset in both passes. The persona block opens the
-system message and is followed by one fixed sentence that both prompts keep: a message that were empty or missing would make
-many chat templates insert a default system prompt of their own, and poison every contrast.
+The counterfactual sequence *is* the factual one with one contiguous span of ids deleted; it is never rendered,
+tokenised or stored on its own, so response token i is the same id at the same response offset in both passes. The
+persona block opens the system message and is followed by one fixed sentence that both prompts keep: a message that were
+empty or missing would make many chat templates insert a default system prompt of their own, and poison every contrast.
 
-The pieces are tokenised one by one. Dropping a passage that does not fit then drops whole ids, and no byte-pair merge can
-reach across the border of the block.
+The pieces are tokenised one by one. Dropping a passage that does not fit then drops whole ids, and no byte-pair merge
+can reach across the border of the block.
 """
 
 import re
@@ -36,21 +36,21 @@ PLAIN_CHAT_TEMPLATE = (
 )
 CONVERSATION_START = "(the conversation begins)"  # for templates that insist on a user turn first
 
-# Stand-ins that mark where the persona and the response go while a chat template is rendered; private-use characters, so
-# that no template strips them and no real text contains them.
+# Stand-ins that mark where the persona and the response go while a chat template is rendered; private-use characters,
+# so that no template strips them and no real text contains them.
 _PERSONA, _RESPONSE = "\ue0f0persona\ue0f1", "\ue0f0response\ue0f1"
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 # Words too common to be anybody's own, for the automatic label of personal tokens.
 _COMMON = frozenset(
-    """a about after again all also always am an and another any are as at back be because been before being but by can come
-    could day did do does doing done down each even ever every few find first for from get give go going good got great had
-    has have having he her here him his how i i'm i've if in into is it it's its just keep know last least let like little
-    live long look lot love made make many maybe me more most much my need never new next nice no not now of off old on once
-    one only or other our out over own people really right same say see she should since so some something still such take
-    than thank thanks that that's the their them then there these they thing things think this those though three time to
-    today too two until up us use used very want was way we well were what when where which while who why will with work
-    would yeah year years yes you you're your""".split()
+    """a about after again all also always am an and another any are as at back be because been before being but by can
+    come could day did do does doing done down each even ever every few find first for from get give go going good got
+    great had has have having he her here him his how i i'm i've if in into is it it's its just keep know last least let
+    like little live long look lot love made make many maybe me more most much my need never new next nice no not now of
+    off old on once one only or other our out over own people really right same say see she should since so some
+    something still such take than thank thanks that that's the their them then there these they thing things think this
+    those though three time to today too two until up us use used very want was way we well were what when where which
+    while who why will with work would yeah year years yes you you're your""".split()
 )
 
 
@@ -107,11 +107,12 @@ class PairBuilder:
         self.chat_template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
         if not tokenizer.chat_template and tokenizer.eos_token is None:
             raise UserError(
-                "The tokenizer has neither a chat template nor an end-of-sequence token, so a reply could not be ended. "
-                "Set tokenizer.eos_token, save the tokenizer, and pass that directory as --model."
+                "The tokenizer has neither a chat template nor an end-of-sequence token, so a reply could not be "
+                "ended. Set tokenizer.eos_token, save the tokenizer, and pass that directory as --model."
             )
-        self.has_system_role = self._accepts([("system", "s"), ("user", "u")], must_contain="s")
-        self.accepts_reply_first = self._accepts([("assistant", "a"), ("user", "u")], must_contain="a")
+        self.has_system_role = self._accepts([("system", "s"), ("user", "u")])
+        opening = [("system", "s")] if self.has_system_role else []
+        self.accepts_reply_first = self._accepts([*opening, ("assistant", "a"), ("user", "u")])
         self._header = self._encode(PERSONA_HEADER)
         self._footer = self._encode(PERSONA_FOOTER)
 
@@ -130,9 +131,9 @@ class PairBuilder:
             kept -= 1
         if not kept:
             raise UserError(
-                f"{example.source}: query and response take {fixed} of max_length={self.max_length} tokens (the response "
-                f"{len(response)}), which leaves no room for even the first persona entry ({len(passages[0])} tokens). "
-                "Raise --max_length, or leave such rows out with --skip_bad_rows."
+                f"{example.source}: query and response take {fixed} of max_length={self.max_length} tokens (the "
+                f"response {len(response)}), which leaves no room for even the first persona entry "
+                f"({len(passages[0])} tokens). Raise --max_length, or leave such rows out with --skip_bad_rows."
             )
         block = [*self._header, *(token for passage in passages[:kept] for token in passage), *self._footer]
         personal = self._personal(example, persona[:kept], encoded["offset_mapping"])
@@ -157,15 +158,16 @@ class PairBuilder:
             **self.template_kwargs,
         )
 
-    def _accepts(self, messages: Sequence[tuple[str, str]], must_contain: str) -> bool:
-        """Whether the chat template renders these roles. Templates refuse by raising whatever they like from Jinja."""
+    def _accepts(self, messages: Sequence[tuple[str, str]]) -> bool:
+        """Whether the chat template renders all of these messages: some raise from Jinja, others leave one out."""
         from jinja2.exceptions import TemplateError
 
         marked = [(role, f"{_PERSONA}{content}") for role, content in messages]
         try:
-            return f"{_PERSONA}{must_contain}" in self._apply_template(marked)
+            text = self._apply_template(marked)
         except TemplateError:
             return False
+        return all(content in text for _, content in marked)
 
     def _render(self, example: Example) -> tuple[str, str, str]:
         """The text before the persona block, between it and the response, and after the response."""
@@ -183,7 +185,8 @@ class PairBuilder:
         if text.count(_PERSONA) != 1 or text.count(_RESPONSE) != 1:
             raise UserError(
                 f"{example.source}: the chat template of {self.tokenizer.name_or_path!r} repeats or drops the system "
-                "message or the reply, so the two passes could not be aligned. Give the tokenizer another chat_template."
+                "message or the reply, so the two passes could not be aligned. Give the tokenizer another chat "
+                "template."
             )
         prompt, tail = text.split(_RESPONSE)
         prefix, suffix = prompt.split(_PERSONA)
@@ -211,10 +214,10 @@ class PairBuilder:
 
 
 def personal_word_spans(response: str, persona: Sequence[str], conversation: str) -> list[tuple[int, int]]:
-    """Character spans of words of the response that the persona contains and the conversation does not; common words never.
+    """Character spans of the response's words that the persona has and the conversation has not; never common words.
 
-    The automatic label of personal tokens for data without marked spans: it finds quoted facts, and misses paraphrase and
-    style.
+    The automatic label of personal tokens for data without marked spans: it finds quoted facts, and misses paraphrase
+    and style.
     """
     persona_words = {word.lower() for entry in persona for word in _WORD.findall(entry)}
     said = {word.lower() for word in _WORD.findall(conversation)}

@@ -326,7 +326,7 @@ def _draw(ax: Axes, panel: _Panel, log_history: Sequence[Mapping[str, Any]]) -> 
             steps, values = zip(*points, strict=True)
             marker = "o" if len(points) <= 12 else None  # a single point has no line to be seen by
             ax.plot(steps, [scale * v for v in values], color=colour, label=label, lw=1.7, marker=marker, ms=3.5)
-    ax.set_title(panel.title, loc="left", fontsize=10.5, fontweight="semibold", color="#1b1d22", pad=22)
+    ax.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold", color="#1b1d22", pad=22)
     ax.set_xlabel("step", fontsize=8.5, color=_GREY)
     ax.set_ylabel(panel.unit, fontsize=8.5, color=_GREY)
     ax.tick_params(labelsize=8.5, colors=_GREY, length=0)

@@ -42,7 +42,9 @@ class Progress(ProgressCallback):
     def evaluation_at(self, step: int) -> dict[str, float] | None:
         return self._latest if self._evaluated_at == step else None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if not any(entry.get("step") == 0 for entry in state.log_history):
             state.log_history.insert(0, {**self.before, "epoch": 0.0, "step": 0})
@@ -79,15 +81,18 @@ def _evaluation_line(logs: Mapping[str, float]) -> str:
     return "validation  " + "  ".join(f"{label} {logs[f'eval_{name}']:.4f}" for name, label in LOSSES.items())
 
 
-def describe_run(config: TrainConfig, model: nn.Module, args: TrainingArguments, splits: Splits, pairs: Mapping[str, Any]) -> None:
+def describe_run(
+    config: TrainConfig, model: nn.Module, args: TrainingArguments, splits: Splits, pairs: Mapping[str, Any]
+) -> None:
     """What is about to be trained on what, and everything that was left out of the data."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    method = f"LoRA r {config.model.lora_r}" if config.model.lora_r else "all weights"
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     print(
-        f"model  {config.model.model or 'SmolLM2-135M-Instruct (default)'}: {total / 1e6:,.0f} M parameters, "
-        f"{trained / 1e6:,.1f} M trained ({f'LoRA r {config.model.lora_r}' if config.model.lora_r else 'all weights'}), "
-        f"{str(dtype).removeprefix('torch.')}{' with bf16 autocast' if args.bf16 else ''} on {args.device}"
+        f"model  {config.model.model or 'SmolLM2-135M-Instruct (default)'}: {total / 1e6:,.1f} M parameters, "
+        f"{trained / 1e6:,.1f} M trained ({method}), "
+        f"{str(dtype).removeprefix('torch.')}{' weights, bf16 autocast' if args.bf16 else ''} on {args.device}"
     )
     size = "a stream of" if config.data.streaming else f"{len(pairs['train']):,}"
     print(
@@ -103,12 +108,17 @@ def describe_run(config: TrainConfig, model: nn.Module, args: TrainingArguments,
                 f"       {split}: {sum(dropped):,} persona entries dropped from {len(dropped):,} examples to fit "
                 f"--max_length {config.data.max_length}"
             )
-        given = len(splits.validation) if split == "validation" else len(list(splits.train))
-        if given > len(dataset):
-            print(f"       {split}: {given - len(dataset):,} examples skipped, too long for --max_length")
+    if config.data.skip_bad_rows and isinstance(splits.train, list) and len(splits.train) > len(pairs["train"]):
+        print(
+            f"       {len(splits.train) - len(pairs['train']):,} training examples skipped, too long for --max_length"
+        )
     if splits.skipped:
         print(f"       {splits.skipped:,} rows skipped; the first: {splits.reasons[0]}")
-    print(f"run    {args.output_dir}: {config.loss.objective} objective, learning rate {args.learning_rate:g}")
+    print(
+        f"run    {args.output_dir}: {config.loss.objective} objective, learning rate {args.learning_rate:g}, "
+        f"{args.per_device_train_batch_size} sequences a forward × {args.gradient_accumulation_steps} forwards a step"
+        f"{f' × {args.world_size} processes' if args.world_size > 1 else ''}"
+    )
 
 
 def write_run_report(
@@ -119,7 +129,9 @@ def write_run_report(
     write_curves(output_dir / "curves.png", trainer.state.log_history)
     scored = {name: {x.example: x for x in statistics} for name, statistics in passes.items()}
     evaluated = sorted(set.intersection(*(set(by_example) for by_example in scored.values())))
-    shown = [evaluated[i * len(evaluated) // n] for n in [min(config.run.report_examples, len(evaluated))] for i in range(n)]
+    shown = [
+        evaluated[i * len(evaluated) // n] for n in [min(config.run.report_examples, len(evaluated))] for i in range(n)
+    ]
     responses = []
     for index in shown:
         example = examples[index]
@@ -154,7 +166,9 @@ def scored_tokens(statistics: TokenStatistics, tokenizer: Any) -> list[ScoredTok
     ]
 
 
-def print_result(output_dir: Path, trainer: PerceTrainer, *, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+def print_result(
+    output_dir: Path, trainer: PerceTrainer, *, before: Mapping[str, float], after: Mapping[str, float]
+) -> None:
     """The table at the end."""
     from rich.console import Console
     from rich.table import Table
@@ -167,10 +181,13 @@ def print_result(output_dir: Path, trainer: PerceTrainer, *, before: Mapping[str
     facts = Table.grid(padding=(0, 3, 0, 0))
     if total:
         facts.add_row("training", f"{trainer.tokens_seen / total:,.0f} tokens/s a process")
-        facts.add_row("counterfactual pass", f"{trainer.clock.seconds('counterfactual') / total:.1%} of the training time")
+        facts.add_row(
+            "counterfactual pass", f"{trainer.clock.seconds('counterfactual') / total:.1%} of the training time"
+        )
     facts.add_row("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB")
     for label, name in (
-        ("model", ""), ("report", "report.html"), ("curves", "curves.png"), ("options", "config.yaml"), ("log", "trainer_state.json"),
+        ("model", ""), ("report", "report.html"), ("curves", "curves.png"), ("options", "config.yaml"),
+        ("log", "trainer_state.json"),
     ):  # fmt: skip
         facts.add_row(label, str(output_dir / name))
     console = Console(highlight=False, soft_wrap=True)

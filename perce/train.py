@@ -1,12 +1,13 @@
 """python -m perce.train: rows → pairs → model → PerceTrainer → a run directory.
 
-    config.yaml          the resolved options            curves.png    loss, PIR and weights over the steps
-    trainer_state.json   everything that was logged      report.html   validation responses token by token
-    model or adapter, tokenizer, checkpoint-*/           what from_pretrained and --resume read
+config.yaml          the resolved options            curves.png    loss, PIR and weights over the steps
+trainer_state.json   everything that was logged      report.html   validation responses token by token
+model or adapter, tokenizer, checkpoint-*/           what from_pretrained and --resume read
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 
 DEFAULT_LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
 KEPT_CHECKPOINTS = 2
+SEQUENCES_A_STEP = 8
+# Longest sequence × sequences a forward, by default: activations of 135 M parameters then take 2 GiB, and batches of
+# long, uneven sequences are not padded to the longest of eight. How a step is divided does not change its loss or
+# gradient.
+TOKENS_A_FORWARD = {"cpu": 4096, "cuda": 8192}
+EVAL_EXAMPLES = 64
+EVAL_TOKENS_ON_CPU = 30_000  # a minute of SmolLM2-135M on two cores; every run evaluates twice
 DEMO_RECIPE = Path(__file__).parent / "demo" / "recipe.yaml"
 # TrainingArguments fields that an option of ours decides.
 OURS = {"bf16": "precision", "fp16": "precision", "gradient_checkpointing": "activation_checkpointing"}
@@ -75,7 +83,8 @@ def run(config: TrainConfig) -> None:
     args = training_arguments(config)
     checkpoint = last_checkpoint(output_dir) if config.run.resume else None
     model_path = config.model.model or _default_model()
-    splits, pairs, tokenizer = load_pairs(config, model_path)
+    splits, pairs, tokenizer = load_pairs(config, model_path, on_cpu=args.device.type == "cpu")
+    config = fit_batch(config, args, pairs["train"])
 
     from perce.model import load_model
 
@@ -110,7 +119,7 @@ def train(trainer: PerceTrainer, checkpoint: str | None) -> None:
     except (UserError, KeyboardInterrupt) as stopped:
         step = trainer.state.global_step
         if step and trainer.accelerator.num_processes == 1:
-            trainer._save_checkpoint(trainer.model, None)
+            trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
             print(f"Stopped at step {step}; --resume --output_dir {trainer.args.output_dir} goes on.", file=sys.stderr)
         if isinstance(stopped, KeyboardInterrupt):
             raise SystemExit(130) from None
@@ -174,22 +183,20 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
         "max_steps": run.max_steps,
         "learning_rate": run.learning_rate,
         "warmup_steps": run.warmup_steps,
-        "per_device_train_batch_size": run.per_device_train_batch_size,
-        "per_device_eval_batch_size": run.per_device_train_batch_size,
-        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "per_device_eval_batch_size": run.per_device_train_batch_size or SEQUENCES_A_STEP,
         "eval_strategy": "steps" if run.eval_steps else "epoch",
         "eval_steps": run.eval_steps,
         "save_strategy": "steps" if run.save_steps else "no",
         "save_steps": run.save_steps or 500,
         "save_total_limit": KEPT_CHECKPOINTS,
-        "logging_steps": run.logging_steps,
+        "logging_steps": min(run.logging_steps, run.max_steps) if run.max_steps > 0 else run.logging_steps,
         "logging_first_step": True,
         "seed": run.seed,
         "data_seed": run.seed,
         "report_to": "none",
         "use_cpu": use_cpu,
-        # The frozen base of LoRA is bf16 itself; fp32 weights are autocast.
-        "bf16": precision == "bf16" and not config.model.lora_r,
+        # Also for LoRA's bf16 base: its fp32 adapters would keep an fp32 copy of every activation.
+        "bf16": precision == "bf16",
         "dataloader_pin_memory": not use_cpu,
         checkpointing: run.activation_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": False} if run.activation_checkpointing else None,
@@ -204,6 +211,21 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
         raise UserError(f"These options do not go together: {' '.join(str(error).split())}") from error
 
 
+def fit_batch(config: TrainConfig, args: PerceArguments, pairs: Any) -> TrainConfig:
+    """The config with batch size and accumulation filled in, where they were not given; set in args too."""
+    run = config.run
+    batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
+    if batch is None:
+        longest = config.data.max_length if config.data.streaming else max(map(len, pairs["input_ids"]))
+        fitting = TOKENS_A_FORWARD[args.device.type] // longest
+        batch = max(size for size in (1, 2, 4, SEQUENCES_A_STEP) if size <= max(fitting, 1))
+    accumulation = accumulation or max(SEQUENCES_A_STEP // batch, 1)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, accumulation
+    return replace(
+        config, run=replace(run, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    )
+
+
 def _check_kind(name: str, default: Any, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(default, bool):
@@ -216,23 +238,27 @@ def _check_kind(name: str, default: Any, value: Any) -> None:
         raise UserError(f"{name}: expected {expected}, got {value!r}.")
 
 
-def load_pairs(config: TrainConfig, model_path: str) -> tuple[Splits, dict[str, Any], Any]:
+def load_pairs(config: TrainConfig, model_path: str, *, on_cpu: bool) -> tuple[Splits, dict[str, Any], Any]:
     """Rows, their token pairs by split, and the tokenizer. Everything wrong with the data is found here."""
     from perce.dataset import load_splits, make_builder, pair_dataset, stream_pairs
     from perce.model import load_tokenizer
     from perce.rows import Rows
 
     data = config.data
-    splits = load_splits(data, eval_examples=config.run.eval_examples, seed=config.run.seed)
+    wanted = EVAL_EXAMPLES if config.run.eval_examples is None else config.run.eval_examples
+    splits = load_splits(data, eval_examples=wanted, seed=config.run.seed)
     tokenizer = load_tokenizer(model_path)
     builder = make_builder(tokenizer, data, splits.format)
     validation = pair_dataset(splits.validation, builder, skip_bad_rows=data.skip_bad_rows)
+    lengths = [len(ids) for ids in validation["input_ids"]]
+    if on_cpu and config.run.eval_examples is None:
+        lengths = lengths[: max(sum(total <= EVAL_TOKENS_ON_CPU for total in itertools.accumulate(lengths)), 1)]
     # In order of length a batch holds little padding: a fifth less work for long, uneven examples.
-    validation = validation.select(sorted(range(len(validation)), key=[len(ids) for ids in validation["input_ids"]].__getitem__))
-    if isinstance(splits.train, Rows) and data.streaming:
+    validation = validation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+    if isinstance(splits.train, Rows):
         train: Any = stream_pairs(splits.train, builder, skip_bad_rows=data.skip_bad_rows, seed=config.run.seed)
     else:
-        train = pair_dataset(list(splits.train), builder, skip_bad_rows=data.skip_bad_rows)
+        train = pair_dataset(splits.train, builder, skip_bad_rows=data.skip_bad_rows)
     for split, dataset in (("train", train), ("validation", validation)):
         if not data.streaming and not len(dataset):
             raise UserError(f"No {split} example is left: none fits --max_length {data.max_length}.")

@@ -1,6 +1,7 @@
 """PerceTrainer: a transformers.Trainer whose step is two forwards and one fused loss.
 
-    counterfactual hidden states (no grad, eval mode) → factual hidden states → fused_perce_loss, inside the head → backward
+    counterfactual hidden states (no grad, eval mode) → factual hidden states → fused_perce_loss, inside the head →
+    backward
 
 Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers, DDP) is the Trainer's.
 """
@@ -68,15 +69,17 @@ class PerceTrainer(Trainer):
     """Fine-tunes a causal language model with PerCE (or plain cross-entropy) on token pairs.
 
     Args:
-        model: a causal language model, or its directory or Hub id. Prepared here if perce.model.prepare_model has not been
+        model: a causal language model, or its directory or Hub id. Prepared here if perce.model.prepare_model has not
+        been
             called on it.
         args: PerceArguments.
-        train_dataset, eval_dataset: `datasets` with the columns of perce.pairs.Pair, or raw rows in any supported format.
-        processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
+        train_dataset, eval_dataset: `datasets` with the columns of perce.pairs.Pair, or raw rows in any supported
+        format. processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
         peft_config: a PEFT config, to train an adapter on the frozen model.
 
     Raises:
-        UserError (a ValueError): a model whose logits cannot be reproduced, an adapter on its output embedding, a bad row.
+        UserError (a ValueError): a model whose logits cannot be reproduced, an adapter on its output embedding, a bad
+        row.
     """
 
     args: PerceArguments
@@ -91,25 +94,31 @@ class PerceTrainer(Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
-        name = model if isinstance(model, str) else model.config.name_or_path  # type: ignore[union-attr]
+        name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
         tokenizer = processing_class or load_tokenizer(name)
-        model = prepare_model(load_pretrained(model) if isinstance(model, str) else model)
+        prepared = prepare_model(load_pretrained(model) if isinstance(model, str) else model)
         if peft_config is not None:
-            model = add_adapter(model, peft_config)
+            prepared = add_adapter(prepared, peft_config)
         datasets = {
             split: rows_dataset_pairs(dataset, split, tokenizer, args.data) if _is_raw(dataset) else dataset
             for split, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
         }
         kwargs.setdefault("data_collator", partial(collate, pad_id=getattr(tokenizer, "pad_token_id", None) or 0))
-        super().__init__(model=model, args=args, processing_class=tokenizer, **datasets, **kwargs)
-        self.model_accepts_loss_kwargs = True  # our loss divides by num_items_in_batch; the Trainer must not divide again
+        super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
+        self.model_accepts_loss_kwargs = (
+            True  # our loss divides by num_items_in_batch; the Trainer must not divide again
+        )
         self.clock = _Clock(self.args.device)
-        self.tokens_seen = 0  # by this process while training, padding left out
+        self._tokens_logged = 0
         self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of eval_dataset
         self._window = _Window()
 
     def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         loss = self.args.loss
         call: dict[str, Any] = {"num_items": num_items_in_batch, "normalize": loss.normalize}
@@ -133,7 +142,7 @@ class PerceTrainer(Trainer):
 
     @torch.no_grad()
     def counterfactual_hidden(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """(N, D) hidden states of the response tokens without the persona, with dropout off: with it on, the PIR of two
+        """(N, D) hidden states of the response tokens without the persona. Dropout is off: with it on, the PIR of
         identical prompts would not be 0."""
         training = model.training
         model.eval()
@@ -153,35 +162,39 @@ class PerceTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self.tokens_seen += int(self._window.total[0])
+            self._tokens_logged = self.tokens_seen
             total = self.accelerator.reduce(self._window.total.to(self.args.device), "sum")
             logs |= self._window.summary(total)
             logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
             self._window = _Window()
         super().log(logs, start_time)
 
+    @property
+    def tokens_seen(self) -> int:
+        """Factual tokens this process has trained on, padding left out."""
+        return self._tokens_logged + int(self._window.total[0])
+
     @torch.no_grad()
     def token_statistics(self, model: nn.Module, inputs: Batch) -> list[TokenStatistics]:
-        """Statistics of one batch under the current model, whatever the training objective. The model must be in eval mode."""
+        """Statistics of one batch under the model, in eval mode, whatever the training objective."""
         loss = self.args.loss
         call = {
-            "hidden_cf": self.counterfactual_hidden(model, inputs), "clip_min": loss.clip_min, "clip_max": loss.clip_max,
-            "contrast": loss.contrast,
+            "hidden_cf": self.counterfactual_hidden(model, inputs), "clip_min": loss.clip_min,
+            "clip_max": loss.clip_max, "contrast": loss.contrast,
         }  # fmt: skip
         _, *statistics = model(
             input_ids=inputs["input_ids"], perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call}
         )
-        columns = [inputs["target"], *statistics, inputs["personal"]]
         per_example = torch.bincount(inputs["sequence"]).tolist()
-        tokens = zip(*(column.cpu().split(per_example) for column in columns), strict=True)
-        return [TokenStatistics(*row, example) for row, example in zip(tokens, inputs["example"].tolist(), strict=True)]
+        columns = [x.cpu().split(per_example) for x in (inputs["target"], *statistics, inputs["personal"])]
+        return [TokenStatistics(*row) for row in zip(*columns, inputs["example"].tolist(), strict=True)]
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:  # fmt: skip
-        """Mean negative log-likelihood per response token with and without the persona, of personal tokens, and mean PIR."""
-        model = self.model_wrapped if self.is_in_train else self._wrap_model(self.model, training=False)
+        """Mean loss per response token with and without the persona and of personal tokens, and mean PIR."""
+        model: Any = self.model_wrapped if self.is_in_train else self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
         training = model.training
         model.eval()
         rows = []
@@ -208,7 +221,8 @@ class PerceTrainer(Trainer):
             "pir_mean": (ce_cf - ce) / n,
         }
         return EvalLoopOutput(
-            predictions=None, label_ids=None, num_samples=len(examples_seen),
+            predictions=None,  # type: ignore[arg-type]
+            label_ids=None, num_samples=len(examples_seen),
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
         )  # fmt: skip
 
@@ -222,7 +236,7 @@ def _is_raw(dataset: Any) -> bool:
 
 
 class _Clock:
-    """Seconds spent in named stretches of work. On CUDA by events, which are read only when asked: no sync in a step."""
+    """Seconds spent in named stretches of work. On CUDA by events, read only when asked for: no sync in a step."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -259,7 +273,7 @@ class _Window:
     NAMES = ("tokens", "count", "ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling")
 
     def __init__(self) -> None:
-        self.started: float | None = None
+        self.started = 0.0
         self.total = torch.zeros(len(self.NAMES), dtype=torch.float64)
 
     def start(self) -> None:
@@ -274,7 +288,8 @@ class _Window:
         sums = torch.stack(
             [
                 tokens.to(logp), logp.new_tensor(logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),
-                (clipped <= loss.clip_min).sum().to(logp), (clipped >= loss.clip_max).sum().to(logp),
+                (clipped <= loss.clip_min).sum().to(logp),
+                (clipped >= loss.clip_max).sum().to(logp),
             ]
         )  # fmt: skip
         self.total = self.total.to(sums.device) + sums.double()

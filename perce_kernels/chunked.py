@@ -1,6 +1,7 @@
 """Backend "torch": PerCE over chunks of tokens in plain PyTorch, on any device, without an (N, V) tensor.
 
-Once logp_cf is known the weights are constants, so one sweep yields the loss *and* its gradients; nothing is recomputed:
+Once logp_cf is known the weights are constants, so one sweep yields the loss *and* its gradients; nothing is
+recomputed:
 
     per chunk of C tokens   z = h Wᵀ, z_cf = h_cf Wᵀ                       4·C·D·V FLOP
                             logp, logp_cf → pir → w                        row statistics, fp32
@@ -50,7 +51,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_rows(vocab_size: int, dtype: torch.dtype, buffers: int) -> int:
-    """Tokens per chunk so that `buffers` logits blocks of the statistics dtype fit LOGITS_BYTES; never of free memory."""
+    """Tokens per chunk so that `buffers` logits blocks fit LOGITS_BYTES: never a function of free memory."""
     return max(16, LOGITS_BYTES // (buffers * vocab_size * statistics_dtype(dtype).itemsize))
 
 
@@ -60,14 +61,15 @@ def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
     if outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(
-            f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(target[row])} at row {row}"
+            f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(target[row])} "
+            f"at row {row}"
         )
 
 
 @contextmanager
 def full_fp32_matmul() -> Iterator[None]:
     """fp32 products in fp32 whatever the user's TF32 / "medium" setting, which is back in place afterwards."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
@@ -75,11 +77,12 @@ def full_fp32_matmul() -> Iterator[None]:
         yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+            # Reading resolves what is inherited; written back as it was read, it would stop following the global setting.
+            backend.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b with fp32 accumulation *and* output. CPU GEMMs have no out_dtype, so operands are upcast there beforehand."""
+    """a @ b with fp32 accumulation *and* output. CPU GEMMs have no out_dtype: operands were upcast before."""
     if a.dtype == out.dtype == b.dtype:
         return torch.mm(a, b, out=out)
     return torch.mm(a.to(b.dtype), b, out_dtype=out.dtype, out=out)
@@ -146,23 +149,24 @@ def _row_loss(
     logp, weight = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
     for block in _row_blocks(z):
         _transform(z[block], head)
-        if dcap is not None:
+        if dcap is not None and head.softcap is not None:
             torch.addcmul(z.new_ones(()), z[block], z[block], value=-1 / head.softcap**2, out=dcap[block])
         p, total, logp[block] = _softmax_parts(z[block], target[block])
-        if token_weight is None:
-            weight[block] = contrast_weight(logp[block], logp_cf[block], contrast, clip_min, clip_max)
-        else:
+        if token_weight is not None:
             weight[block] = token_weight[block]
+        else:
+            assert logp_cf is not None
+            weight[block] = contrast_weight(logp[block], logp_cf[block], contrast, clip_min, clip_max)
         if valid is not None:  # where, not a product: a −inf bias on token 0, an ignored row's stand-in, makes NaN · 0
             weight[block] = torch.where(valid[block], weight[block], 0)
             logp[block] = torch.where(valid[block], logp[block], 0)
         if need_dz:
-            # dz = w·scale·(softmax − onehot)·(1 − (z/softcap)²). The target's p − 1 is expm1(logp): formed by subtraction
-            # it would lose all its digits as p → 1.
+            # dz = w·scale·(softmax − onehot)·(1 − (z/softcap)²). The target's p − 1 is expm1(logp): formed by
+            # subtraction it would lose all its digits as p → 1.
             scaled = weight[block] * head.logit_scale
             p.mul_(scaled[:, None] / total)
             p.scatter_(1, target[block, None], (scaled * logp[block].expm1())[:, None])
-            if dcap is not None:
+            if dcap is not None and head.softcap is not None:
                 p.mul_(dcap[block])
     return logp, weight
 
@@ -189,10 +193,8 @@ class _Rows:
         for start in range(0, self.n, size):
             yield slice(start, min(start + size, self.n))
 
-    def pick(self, x: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor | None:
+    def pick(self, x: Tensor, chunk: slice, dtype: torch.dtype) -> Tensor:
         """This chunk's rows of x, an ignored row zeroed."""
-        if x is None:
-            return None
         rows = (x[chunk] if self.index is None else x[self.index[chunk]]).to(dtype)
         if not self.mask:
             return rows
@@ -236,7 +238,7 @@ def fused_perce_loss(
     need_dlm_head: bool,
     need_dbias: bool,
 ) -> PerCEOutput:
-    """One sweep over the tokens: loss sum, statistics and fp32 sum-scale gradients. Arguments are validated upstream."""
+    """One sweep over the tokens: loss sum, statistics and fp32 sum-scale gradients. Arguments are valid by now."""
     dtype = statistics_dtype(hidden.dtype)
     (n, d), v = hidden.shape, lm_head.shape[0]
     need_dz = need_dhidden or need_dlm_head or need_dbias
@@ -258,14 +260,15 @@ def fused_perce_loss(
         for chunk in rows.chunks(size):
             z = z_buffer[: chunk.stop - chunk.start]
             y = rows.pick(rows.target, chunk, torch.int64)
-            chunk_logp_cf = rows.pick(logp_cf, chunk, dtype)
+            chunk_logp_cf = None if logp_cf is None else rows.pick(logp_cf, chunk, dtype)
+            chunk_weight = None if token_weight is None else rows.pick(token_weight, chunk, dtype)
             if hidden_cf is not None:
                 _mm(rows.pick(hidden_cf, chunk, head.weight.dtype), head.weight.T, z)
                 chunk_logp_cf = _statistics(z, y, head)
             h = rows.pick(hidden, chunk, head.weight.dtype)
             _mm(h, head.weight.T, z)
             logp, weight = _row_loss(
-                z, y, rows.valid[chunk] if rows.mask else None, chunk_logp_cf, rows.pick(token_weight, chunk, dtype),
+                z, y, rows.valid[chunk] if rows.mask else None, chunk_logp_cf, chunk_weight,
                 dcap_buffer[0][: z.shape[0]] if dcap_buffer else None, head, contrast, clip_min, clip_max, need_dz,
             )  # fmt: skip
 

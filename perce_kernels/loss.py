@@ -1,7 +1,7 @@
 """The public op: check the arguments, choose a backend, and apply what is a scalar outside the sweep."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,9 @@ def fused_perce_loss(
     sources = {"hidden_cf": hidden_cf, "logp_cf": logp_cf, "token_weight": token_weight}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
-        raise ValueError(f"expected exactly one of hidden_cf, logp_cf, token_weight, got {' and '.join(given) or 'none'}")
+        raise ValueError(
+            f"expected exactly one of hidden_cf, logp_cf, token_weight, got {' and '.join(given) or 'none'}"
+        )
     if not 0 <= clip_min <= clip_max < math.inf:  # comparisons, for math.isfinite breaks the graph of a dynamic compile
         raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
     hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
@@ -152,8 +154,8 @@ def token_logprobs(
     """(N,) log-probabilities of `target` under softmax(logits), without materialising the logits.
 
     Differentiable in hidden, lm_head and bias by recomputation (6·N·D·V FLOP backward). Arguments as in
-    `fused_perce_loss`. With `return_entropy`, also the (N,) predictive entropies in nats, detached. Both are fp32 (fp64 for
-    fp64 inputs) and 0 where ignored.
+    `fused_perce_loss`. With `return_entropy`, also the (N,) predictive entropies in nats, detached. Both are fp32 (fp64
+    for fp64 inputs) and 0 where ignored.
 
     Raises:
         ValueError, RuntimeError: as `fused_perce_loss`.
@@ -175,7 +177,7 @@ def token_logprobs(
 
 def _per_token_loss(hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, compact, head, clip):
     """(N,) losses by recomputation: what needs a weight per token that is only known after the whole sweep."""
-    logp = token_logprobs(hidden, lm_head, target, compact=compact, **head)
+    logp: Any = token_logprobs(hidden, lm_head, target, compact=compact, **head)
     valid = target != head["ignore_index"]
     if token_weight is None:
         if hidden_cf is not None:
@@ -191,7 +193,7 @@ def _per_token_loss(hidden, lm_head, target, hidden_cf, logp_cf, token_weight, n
     return -weight * logp, logp, logp_cf, weight
 
 
-def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Cast to the autocast dtype where autocast is on, as F.linear would be; fp64 is left alone, as there."""
     device = hidden.device.type
     tensors = (hidden, *others)
@@ -213,7 +215,9 @@ def _check_options(**options: str) -> None:
     for name, value in options.items():
         if value not in allowed[name]:
             expected = ", ".join(f'"{choice}"' for choice in allowed[name])
-            why = ": it needs a CUDA device and the Triton kernels, which this version lacks" if value == "triton" else ""
+            why = (
+                ": it needs a CUDA device and the Triton kernels, which this version lacks" if value == "triton" else ""
+            )
             raise ValueError(f"{name}: expected one of {expected}, got {value!r}{why}")
 
 

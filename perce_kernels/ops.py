@@ -1,7 +1,7 @@
 """torch.ops.perce.*: schema, shapes for tracing (fake), autograd. Values and errors are the backends' business.
 
-`fused_perce_loss` returns fp32 gradients of the weighted *sum*; autograd only scales them by the upstream gradient, out of
-place and before the cast to the input's dtype, so that a second backward, or a loss scale in fp16, is exact.
+`fused_perce_loss` returns fp32 gradients of the weighted *sum*; autograd only scales them by the upstream gradient, out
+of place and before the cast to the input's dtype, so that a second backward, or a loss scale in fp16, is exact.
 """
 
 import torch
@@ -37,7 +37,7 @@ def fused_perce_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss_sum, logp, logp_cf, token_weight, dhidden, dlm_head, dbias); see chunked.PerCEOutput."""
     with torch.autocast(hidden.device.type, enabled=False):  # autocast stays on inside a custom op's body
-        return tuple(
+        return tuple(  # type: ignore[return-value]
             chunked.fused_perce_loss(
                 hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
                 ignore_index, softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias,

@@ -38,7 +38,9 @@ def contrast_weight(logp: Tensor, logp_cf: Tensor, contrast: str, clip_min: floa
 
 
 def normalize_weight(token_weight: Tensor, valid: Tensor, normalize: str, seq_id: Tensor | None) -> Tensor:
-    """Rescale (N,) weights (0 where not `valid`) to mean 1 over the valid tokens of the "batch" or of each "sequence"."""
+    """Rescale (N,) weights (0 where not `valid`) to mean 1 over the valid tokens of the "batch" or of each
+    "sequence".
+    """
     if normalize == "none" or token_weight.numel() == 0:
         return token_weight
     total, count = token_weight.double(), valid.double()

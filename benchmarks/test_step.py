@@ -1,0 +1,93 @@
+"""What the counterfactual pass costs: a PerCE step against a cross-entropy step, at three persona lengths.
+
+The model has SmolLM2-135M's shape and random weights: nothing to download, and the cost of a step does not depend on
+them.
+"""
+
+import tempfile
+import time
+from statistics import median
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from perce.batch import collate
+from perce.config import LossConfig
+from perce.model import prepare_model
+from perce.trainer import PerceArguments, PerceTrainer
+
+QUERY, RESPONSE, BATCH = 80, 48, 2
+PERSONAS = {"half": 64, "four times": 512, "eight times": 1024}  # of query + response = 128 tokens
+ROUNDS = 3
+
+
+def smollm2_135m() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    return prepare_model(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+
+
+@pytest.fixture(scope="module")
+def trainers():
+    """One trainer an objective, on the same model; an optimiser step each, so that it is a whole training step."""
+    from tokenizers import Tokenizer, models
+
+    model = smollm2_135m()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    with tempfile.TemporaryDirectory() as directory:
+        yield {
+            objective: PerceTrainer(
+                model, PerceArguments(directory, use_cpu=True, report_to="none", loss=LossConfig(objective=objective)),
+                processing_class=tokenizer,
+            )
+            for objective in ("ce", "perce")
+        }  # fmt: skip
+
+
+def batch(persona: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(49152, (BATCH, persona + QUERY + RESPONSE), generator=generator).tolist()
+    pairs = [
+        {
+            "input_ids": row,
+            "persona_span": (4, 4 + persona),
+            "response_length": RESPONSE,
+            "personal": [False] * RESPONSE,
+        }
+        for row in ids
+    ]
+    return collate(pairs)
+
+
+@pytest.mark.parametrize("persona", PERSONAS.values(), ids=PERSONAS.keys())
+@pytest.mark.benchmark(group="training step: perce against cross-entropy")
+def test_perce_step_against_ce_step(benchmark, trainers, persona):
+    inputs = batch(persona)
+    model = trainers["ce"].model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    items = torch.tensor(BATCH * RESPONSE)
+    times: dict[str, list[float]] = {"ce": [], "perce": []}
+
+    def step(objective: str) -> None:
+        started = time.perf_counter()
+        trainers[objective].training_step(model, dict(inputs), items)
+        optimizer.step()
+        optimizer.zero_grad()
+        times[objective].append(time.perf_counter() - started)
+
+    # Correctness first: with every weight held at 1 PerCE is cross-entropy.
+    trainers["perce"].args.loss = LossConfig(clip_min=1.0, clip_max=1.0)
+    losses = [trainers[name].compute_loss(model, dict(inputs), num_items_in_batch=items) for name in ("ce", "perce")]
+    trainers["perce"].args.loss = LossConfig()
+    torch.testing.assert_close(losses[0], losses[1])
+
+    benchmark.pedantic(step, args=("perce",), setup=lambda: step("ce"), rounds=ROUNDS, warmup_rounds=1)
+    ce, perce = (median(times[name][1:]) for name in ("ce", "perce"))
+    benchmark.extra_info["ratio_to_ce"] = round(perce / ce, 3)
+    benchmark.extra_info["ce_seconds"] = round(ce, 3)
+    benchmark.extra_info["persona_tokens"] = persona
+    print(f"\npersona {persona}: {dict(benchmark.extra_info)}")

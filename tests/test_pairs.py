@@ -1,0 +1,247 @@
+"""Pairs: the two passes must see the same response tokens, and differ by the persona alone."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perce import dataset
+from perce.config import DataConfig
+from perce.dataset import hold_out, load_splits, make_builder, pair_dataset, stream_pairs
+from perce.errors import UserError
+from perce.pairs import (
+    PERSONA_FOOTER,
+    PERSONA_HEADER,
+    SYSTEM_MESSAGE,
+    PairBuilder,
+    counterfactual_ids,
+    personal_word_spans,
+)
+from perce.rows import Example, Turn, load_examples
+from tests.tiny import TEMPLATES, demo_examples, tiny_tokenizer, write_jsonl
+
+TOKENIZERS = {name: tiny_tokenizer(template) for name, template in TEMPLATES.items()}
+EXAMPLE = Example(
+    persona=("I keep bees.", "My dog is called Juno.", "I live in Oslo."),
+    turns=(Turn("user", "Coming tonight?"),),
+    response="No, Juno and I are with the bees.",
+    user_id="u1",
+    personal_spans=None,
+    source="train.jsonl:3",
+)
+
+
+def example(**changes):
+    return Example(**{field: changes.get(field, getattr(EXAMPLE, field)) for field in Example.__slots__})
+
+
+def builder(template="chatml", **options):
+    return PairBuilder(TOKENIZERS[template], **({"max_length": 2000} | options))
+
+
+def decode(template, ids):
+    return TOKENIZERS[template].decode(ids)
+
+
+CONVERSATIONS = {
+    "one turn": EXAMPLE.turns,
+    "three turns": (Turn("user", "Hi"), Turn("assistant", "Hello!"), Turn("user", "Tonight?")),
+    "reply first": (Turn("assistant", "Hello!"), Turn("user", "Tonight?")),
+}
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_counterfactual_is_factual_minus_one_contiguous_persona_span(template, turns):
+    pair = builder(template).build(example(turns=turns))
+    start, end = pair.persona_span
+    without = pair.counterfactual_ids()
+    assert without == pair.input_ids[:start] + pair.input_ids[end:]
+    entries = "".join(f"- {entry}\n" for entry in EXAMPLE.persona)
+    assert decode(template, pair.input_ids[start:end]) == PERSONA_HEADER + entries + PERSONA_FOOTER
+    text = decode(template, without)
+    assert SYSTEM_MESSAGE in text and "bees.\n" not in text and "Oslo" not in text
+    assert "You are helpful" not in text, "the template's own system prompt must not come in"
+    assert all(turn.content in text for turn in turns)
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "qwen3"])
+def test_factual_sequence_reads_as_the_template_renders_it(template):
+    pair = builder(template).build(EXAMPLE)
+    entries = "".join(f"- {entry}\n" for entry in EXAMPLE.persona)
+    rendered = TOKENIZERS[template].apply_chat_template(
+        [
+            {"role": "system", "content": PERSONA_HEADER + entries + PERSONA_FOOTER + SYSTEM_MESSAGE},
+            {"role": "user", "content": "Coming tonight?"},
+            {"role": "assistant", "content": EXAMPLE.response},
+        ],
+        tokenize=False,
+    )
+    assert decode(template, pair.input_ids) == rendered.rstrip("\n")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_response_is_tokenised_once_and_ends_with_the_end_of_turn(template):
+    pair = builder(template).build(EXAMPLE)
+    response = pair.input_ids[-pair.response_length :]
+    assert decode(template, response) == EXAMPLE.response + "<|im_end|>"
+    assert response[-1] == TOKENIZERS[template].pad_token_id, "kept although it is the pad token too"
+    assert pair.counterfactual_ids()[-pair.response_length :] == response
+    assert len(pair.personal) == pair.response_length
+
+
+text = st.text(st.characters(exclude_categories=("Cs", "Co")), min_size=1, max_size=40).filter(lambda s: s.strip())
+
+
+@given(
+    persona=st.lists(text, min_size=1, max_size=5), query=text, response=text,
+    template=st.sampled_from(list(TEMPLATES)), max_length=st.integers(40, 400),
+)  # fmt: skip
+def test_any_text_gives_aligned_pairs_or_a_named_error(persona, query, response, template, max_length):
+    this = example(persona=tuple(persona), turns=(Turn("user", query),), response=response)
+    try:
+        pair = builder(template, max_length=max_length).build(this)
+    except UserError as error:
+        assert "train.jsonl:3" in str(error) and "max_length" in str(error)
+        return
+    ids, n = pair.input_ids, pair.response_length
+    assert len(ids) <= max_length and len(pair.personal) == n
+    assert counterfactual_ids(ids, pair.persona_span, n)[-n:] == ids[-n:]
+    assert response.strip() in decode(template, ids[-n:])
+    assert pair.dropped_passages < len(persona)
+
+
+def test_trimming_drops_the_last_passages_only_and_counts_them():
+    whole = builder().build(EXAMPLE)
+    shorter = builder(max_length=len(whole.input_ids) - 1).build(EXAMPLE)
+    start, end = shorter.persona_span
+    kept = decode("chatml", shorter.input_ids[start:end])
+    assert shorter.dropped_passages == 1 and "bees" in kept and "Juno" in kept and "Oslo" not in kept
+    assert shorter.counterfactual_ids() == whole.counterfactual_ids(), "query and response are never trimmed"
+
+
+def test_max_passages_keeps_the_first():
+    pair = builder(max_passages=1).build(EXAMPLE)
+    start, end = pair.persona_span
+    assert "Juno" not in decode("chatml", pair.input_ids[start:end])
+    assert pair.dropped_passages == 0, "what retrieval does not pick is not trimming"
+
+
+def test_response_longer_than_max_length_names_the_row_and_the_remedy():
+    with pytest.raises(UserError, match=r"train\.jsonl:3: .*max_length=60.*--max_length.*--skip_bad_rows"):
+        builder(max_length=60).build(example(response="word " * 100))
+
+
+def test_personal_tokens_follow_marked_spans_even_after_leading_blanks():
+    response = "  No, Juno is ill."
+    marked = example(response=response, personal_spans=((6, 10),))
+    pair = builder().build(marked)
+    ids = pair.input_ids[-pair.response_length :]
+    named = decode("chatml", [token for token, flag in zip(ids, pair.personal, strict=True) if flag])
+    assert named.strip() == "Juno"
+
+
+def test_personal_words_come_from_the_persona_and_not_from_the_conversation():
+    response = "Tonight Juno and the bees, in 1987, I'm with them."
+    spans = personal_word_spans(response, ("I'm with Juno since 1987.", "bees tonight"), "tonight?")
+    assert [response[a:b] for a, b in spans] == ["Juno", "bees", "1987"]
+
+
+def test_no_chat_template_and_no_end_token_is_refused():
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="neither a chat template nor an end-of-sequence token"):
+        PairBuilder(tokenizer, max_length=100)
+
+
+def test_a_template_that_repeats_a_message_is_refused():
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match="repeats or drops"):
+        PairBuilder(tokenizer, max_length=1000).build(EXAMPLE)
+
+
+def test_chat_template_kwargs_reach_the_template():
+    template = "{% if shout %}!!!{% endif %}" + TEMPLATES["chatml"]
+    built = [
+        PairBuilder(tiny_tokenizer(template), max_length=1000, chat_template_kwargs=kwargs).build(EXAMPLE)
+        for kwargs in ({}, {"shout": True})
+    ]
+    assert decode("chatml", built[1].input_ids).startswith("!!!")
+    assert not decode("chatml", built[0].input_ids).startswith("!!!")
+
+
+# ---- datasets of pairs
+
+
+def test_pairs_are_cached_and_equal(monkeypatch):
+    examples = demo_examples(6)
+    first = pair_dataset(examples, builder())
+    monkeypatch.setattr(PairBuilder, "build", lambda *_: pytest.fail("built again"))
+    assert pair_dataset(examples, builder())[:] == first[:]
+    assert first["example"] == list(range(6))
+
+
+def test_the_cache_sees_a_changed_limit_template_and_text():
+    examples = demo_examples(6)
+    whole = pair_dataset(examples, builder())
+    variants = [
+        whole,
+        pair_dataset(examples, builder(max_length=max(map(len, whole["input_ids"])) - 1)),
+        pair_dataset(examples, builder(template="llama3")),
+        pair_dataset(examples, builder(max_passages=1)),
+        pair_dataset(examples[1:], builder()),
+    ]
+    assert len({json.dumps(variant[:]) for variant in variants}) == 5
+
+
+def test_an_example_that_does_not_fit_stops_or_is_left_out():
+    examples = [*demo_examples(2), example(response="word " * 500)]
+    with pytest.raises(UserError, match=r"train\.jsonl:3"):
+        pair_dataset(examples, builder(max_length=600))
+    assert pair_dataset(examples, builder(max_length=600), skip_bad_rows=True)["example"] == [0, 1]
+
+
+def test_hold_out_keeps_users_whole():
+    examples = demo_examples(60)
+    train, validation, note = hold_out(examples, seed=0)
+    assert not {x.user_id for x in train} & {x.user_id for x in validation}
+    assert len(train) + len(validation) == 60 and validation and "users held out" in note
+    assert hold_out(examples, seed=0)[1] == validation and hold_out(examples, seed=1)[1] != validation
+
+
+def test_hold_out_of_one_user_takes_examples_and_of_one_example_is_an_error():
+    train, validation, note = hold_out(demo_examples(6), seed=0)
+    assert len(train) == 5 and len(validation) == 1 and "examples" in note
+    with pytest.raises(UserError, match="at least two"):
+        hold_out(demo_examples(1), seed=0)
+
+
+def test_eval_examples_draws_the_same_sample_each_time():
+    config = DataConfig()
+    drawn = [load_splits(config, eval_examples=5, seed=3).validation for _ in range(2)]
+    assert len(drawn[0]) == 5 and drawn[0] == drawn[1]
+    assert load_splits(config, eval_examples=5, seed=4).validation != drawn[0]
+    assert len(load_splits(config, eval_examples=0, seed=3).validation) == 42
+
+
+def test_only_histories_are_cut_to_retrieve_k():
+    tokenizer, config = TOKENIZERS["chatml"], DataConfig(retrieve_k=2)
+    assert make_builder(tokenizer, config, "longlamp").max_passages == 2
+    assert make_builder(tokenizer, config, "convai2").max_passages is None
+
+
+def test_a_stream_gives_the_same_pairs_each_epoch(tmp_path):
+    rows = [{"persona": f"I am {i}.", "query": "Who?", "response": f"It is {i}."} for i in range(20)]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    read = load_examples(path, "train", streaming=True)
+    stream = stream_pairs(read, builder(), skip_bad_rows=False, seed=0)
+    once, again = [[row["input_ids"] for row in stream] for _ in range(2)]
+    whole = pair_dataset(load_examples(path, "train").examples, builder())
+    assert once == again and sorted(once) == sorted(whole["input_ids"])
+
+
+def test_the_fingerprint_covers_the_code_that_pairs(monkeypatch):
+    before = dataset._fingerprint(demo_examples(1), builder(), False)
+    monkeypatch.setattr(dataset.pairs, "__file__", dataset.__file__)
+    assert dataset._fingerprint(demo_examples(1), builder(), False) != before

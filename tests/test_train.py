@@ -1,0 +1,299 @@
+"""python -m perce.train on a tiny model: a whole run, its run directory, and every mistake a user can make."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from perce.config import parse_args
+from perce.errors import UserError
+from perce.train import main
+from tests.tiny import save_tiny_model, write_jsonl
+
+ROWS = [
+    {
+        "user_id": f"u{i % 4}", "persona": [f"I live in town {i}.", "I keep bees."],
+        "query": f"Where are you, number {i}?", "response": f"In town {i}, with the bees.",
+    }
+    for i in range(12)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS))
+
+
+@pytest.fixture
+def train(model, data, tmp_path, capsys):
+    """Run main with the tiny model and data unless told otherwise; (exit code, stdout, stderr)."""
+
+    def run(*argv, output_dir=tmp_path / "run", **options):
+        flags = {"model": model, "data": data, "output_dir": output_dir, "max_steps": 2, "precision": "fp32"} | options
+        argv = [x for name, value in flags.items() if value is not None for x in (f"--{name}", str(value))] + list(argv)
+        code = main(argv)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def fails(result, *fragments):
+    """Exit code 2 and one paragraph that holds every fragment."""
+    code, _, err = result
+    assert code == 2, err
+    message = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1 and "Traceback" not in err and err.rstrip().endswith(message[0])
+    for fragment in fragments:
+        assert fragment in message[0], f"{fragment!r} not in {message[0]!r}"
+
+
+# ---- runs
+
+
+def test_a_whole_run_and_its_directory(train, tmp_path):
+    code, out, err = train()
+    run = tmp_path / "run"
+    assert code == 0, err
+    for words in (
+        "loss with persona",
+        "loss on personal tokens",
+        "before",
+        "counterfactual pass",
+        "tokens/s",
+        "peak memory",
+        str(run),
+    ):
+        assert words in out
+    assert "1 of 4 users held out" in out
+    assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 2e-4
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    evaluated = [entry["step"] for entry in history if "eval_loss_with_persona" in entry]
+    assert evaluated == [0, 2], "before and after, each once"
+    logged = next(entry for entry in history if "loss" in entry)
+    assert {"ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling", "tokens_per_second"} <= set(logged)
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (run / "report.html").read_text()
+    assert "before training" in page and "after training" in page and "bees" in page
+    assert (run / "adapter_config.json").exists()
+
+
+def test_a_full_run_is_loaded_by_transformers(train, tmp_path):
+    assert train(lora_r=0, save_steps=0)[0] == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template
+    assert not list((tmp_path / "run").glob("checkpoint-*")), "--save_steps 0"
+
+
+def test_resume_goes_on_where_it_stopped_with_the_saved_options(train, tmp_path):
+    assert train(max_steps=2, save_steps=1, clip_max=4.0)[0] == 0
+    code, _, err = train("--resume", model=None, data=None, precision=None, max_steps=3)
+    assert code == 0, err
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    assert [e["step"] for e in state["log_history"] if "eval_loss_with_persona" in e] == [0, 3]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["clip_max"] == 4.0
+
+
+def test_streaming_and_saved_datasets(train, tmp_path):
+    saved = tmp_path / "saved"
+    DatasetDict(train=Dataset.from_list(ROWS[:8]), validation=Dataset.from_list(ROWS[8:])).save_to_disk(saved)
+    code, out, err = train("--streaming", data=saved, per_device_train_batch_size=2, max_steps=6)
+    assert code == 0 and "a stream of" in out, err
+    assert train(data=saved, output_dir=tmp_path / "whole")[0] == 0
+
+
+def test_objective_ce_has_no_counterfactual_pass(train):
+    code, out, err = train(objective="ce")
+    assert code == 0 and "0.0% of the training time" in out, err
+
+
+def test_options_reach_the_trainer(train, tmp_path):
+    code, _, err = train(
+        "--weight-decay", "0.1", "--lora-r=2", "--activation_checkpointing", max_steps=1, report_examples=1
+    )
+    assert code == 0, err
+    adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert adapter["r"] == 2
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["weight_decay"] == 0.1
+    assert (tmp_path / "run" / "report.html").read_text().count("<article") == 1
+
+
+def test_long_personas_are_trimmed_and_counted(train, tmp_path):
+    rows = [{**row, "persona": ["I keep bees."] + ["I talk a great deal. " * 4] * 3} for row in ROWS]
+    code, out, err = train(data=write_jsonl(tmp_path / "long.jsonl", rows), max_length=170)
+    assert code == 0 and "persona entries dropped from" in out, err
+
+
+def test_skipped_rows_are_counted(train, tmp_path):
+    path = write_jsonl(tmp_path / "some.jsonl", [*ROWS, {"persona": "p", "query": "q", "response": ""}])
+    code, out, err = train("--skip_bad_rows", data=path)
+    assert code == 0 and "1 rows skipped" in out and "some.jsonl:13" in out, err
+
+
+def test_a_second_run_takes_a_new_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    assert main(["--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "runs/demo-2"
+
+
+# ---- mistakes
+
+
+def test_missing_data_file(train):
+    fails(train(data="nowhere/rows.jsonl"), "nowhere/rows.jsonl", "--data")
+
+
+@pytest.mark.parametrize(
+    ("row", "fragments"),
+    [
+        ({"persona": "p", "query": "q", "response": ""}, ["bad.jsonl:2", "response"]),
+        ({"query": "q", "response": "r"}, ["bad.jsonl:2", "persona"]),
+        ({"persona": "p", "query": "q", "respones": "r"}, ["bad.jsonl:2", "respones", "response"]),
+        ({"persona": "p", "query": 3, "response": "r"}, ["bad.jsonl:2", "query"]),
+        ("just text", ["bad.jsonl:2", "JSON object"]),
+    ],
+)
+def test_bad_rows(train, tmp_path, row, fragments):
+    fails(train(data=write_jsonl(tmp_path / "bad.jsonl", [ROWS[0], row])), *fragments, "--skip_bad_rows")
+
+
+def test_response_longer_than_max_length(train, tmp_path):
+    path = write_jsonl(tmp_path / "long.jsonl", [*ROWS, {**ROWS[0], "response": "word " * 300}])
+    fails(train(data=path, max_length=300), "long.jsonl:13", "max_length=300", "--max_length")
+
+
+def test_unreadable_model_directory(train, tmp_path):
+    (tmp_path / "m").mkdir()
+    fails(train(model=tmp_path / "m"), "--model", str(tmp_path / "m"), "config.json")
+    fails(train(model=tmp_path / "n", output_dir=tmp_path / "other"), "no such directory")
+
+
+@pytest.mark.parametrize(
+    ("flag", "fragments"),
+    [
+        ("--learning_rat=1e-4", ["learning_rat", "learning_rate"]),
+        ("--weight_decay=much", ["weight_decay", "number", "much"]),
+        ("--objective=lossy", ["objective", "perce, ce"]),
+        ("--max_steps=ten", ["max_steps", "whole number"]),
+        ("--clip_min=6", ["clip_min", "6"]),
+        ("--clip_max=nan", ["clip_max", "nan"]),
+        ("--precision=fp8", ["precision", "auto, fp32, bf16"]),
+        ("--lora_dropout=1.5", ["lora_dropout"]),
+        ("--chat_template_kwargs={", ["chat_template_kwargs", "JSON"]),
+        ("--columns=persona", ["columns"]),
+        ("--bf16=true", ["--precision"]),
+        ("--streaming", ["max_steps"]),
+        ("stray", ["stray"]),
+    ],
+)
+def test_flags_that_are_off(train, flag, fragments):
+    fails(train(flag, max_steps=None if "max_steps" in flag or flag == "--streaming" else 1), *fragments)
+
+
+def test_yaml(train, tmp_path, model, data, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 1e-5\nclip_min: 0.5\nload_in_4bit: false\nweight_decay: 1e-2\n")
+    assert train("--config", str(path), "--clip_min", "0.7", "--print_config")[0] == 0
+    config, _ = parse_args(["--config", str(path), "--clip_min", "0.7"], {})
+    assert (config.run.learning_rate, config.loss.clip_min, config.extra) == (1e-5, 0.7, {"weight_decay": 0.01})
+    for content, fragments in {
+        "learning_rte: 1e-5": ["learning_rte", "learning_rate"],
+        "learning_rate: [1": ["c.yaml", "YAML"],
+        "- a": ["c.yaml", "list"],
+        "max_steps: 1.5": ["max_steps", "1.5"],
+    }.items():
+        path.write_text(content)
+        fails(train("--config", str(path), max_steps=None), *fragments)
+    fails(train("--config", str(tmp_path / "none.yaml")), "none.yaml", "cannot be read")
+
+
+def test_print_config_names_every_option_and_can_be_read_back(train, tmp_path):
+    code, out, _ = train("--print_config", lora_r=2)
+    path = tmp_path / "printed.yaml"
+    path.write_text(out)
+    config, _ = parse_args(["--config", str(path)], {})
+    assert code == 0 and config.model.lora_r == 2 and config.to_dict() == yaml.safe_load(out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_directories(train, tmp_path, monkeypatch):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.yaml").write_text("")
+    fails(train(output_dir=tmp_path / "taken"), "--output_dir", "holds a run", "--resume")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("perce.train.load_pairs", lambda *_: pytest.fail("found too late"))
+    fails(train(output_dir=tmp_path / "file" / "run"), "--output_dir", "cannot be written")
+    fails(train("--resume", output_dir=tmp_path / "fresh"), "--resume", "checkpoint")
+    with pytest.raises(UserError, match="--output_dir"):
+        from perce.train import resolve
+
+        resolve(parse_args(["--resume"], {})[0])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_output_directory(train, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    fails(train(output_dir=tmp_path / "locked" / "run"), "cannot be written")
+
+
+def test_a_bad_row_in_a_stream_leaves_a_checkpoint_behind(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("perce.dataset.SHUFFLE_BUFFER", 1)
+    directory = tmp_path / "split"
+    write_jsonl(directory / "train.jsonl", [*ROWS[:8], {"persona": "p", "query": "q", "response": ""}])
+    write_jsonl(directory / "validation.jsonl", ROWS[8:])
+    result = train("--streaming", data=directory, per_device_train_batch_size=2, max_steps=9, logging_steps=1)
+    fails(result, "train.jsonl:9")
+    assert list((tmp_path / "run").glob("checkpoint-*")) and "--resume" in result[2]
+
+
+# ---- the command itself
+
+
+def test_help_is_fast_and_complete():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "perce.train", "--help"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        times.append(time.perf_counter() - started)
+    assert done.returncode == 0 and min(times) < 1.0
+    for flag in ("--model", "--clip_min", "--output_dir", "--retrieve_k", "--config"):
+        assert flag in done.stdout
+
+
+def test_smoke_in_a_process_of_its_own(model, data, tmp_path):
+    argv = [
+        "--model",
+        model,
+        "--data",
+        data,
+        "--max_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--lora_r",
+        "2",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "perce.train", *argv], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").exists()

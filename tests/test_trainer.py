@@ -1,0 +1,304 @@
+"""PerceTrainer against a plain loop on the model's own full logits, across every way to split a batch, and across a
+stop.
+"""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import get_linear_schedule_with_warmup
+
+from perce.config import DataConfig, LossConfig
+from perce.errors import UserError
+from perce.model import add_adapter, prepare_model
+from perce.trainer import PerceArguments, PerceTrainer
+from tests.tiny import demo_pairs, save_tiny_model, tiny_model, tiny_tokenizer
+
+PAIRS = demo_pairs(20)
+LOSS = LossConfig(clip_min=0.05, clip_max=5.0)  # a random model's PIR is small: the paper's floor would hide it
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+def arguments(directory, **options):
+    defaults = {
+        "output_dir": str(directory), "use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "warmup_steps": 2, "max_steps": 5,
+        "loss": LOSS, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return PerceArguments(**(defaults | options))
+
+
+def model_for(kind, dropout=0.0):
+    model = prepare_model(tiny_model())
+    if kind == "full":
+        return model
+    torch.manual_seed(1)
+    model = add_adapter(model, LoraConfig(**LORA, lora_dropout=dropout))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # starts at zero, where the adapters of A would have no gradient
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def trainer_for(model, args, pairs=PAIRS, **options):
+    return PerceTrainer(
+        model, args, train_dataset=Dataset.from_list(pairs), processing_class=tiny_tokenizer(), **options
+    )
+
+
+def logged(trainer, *names):
+    return [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def plain_loss(model, pairs, loss):
+    """METHOD's formula, one unpadded sequence at a time, full logits."""
+    total, count = 0.0, 0
+    for pair in pairs:
+        ids, n = list(pair["input_ids"]), pair["response_length"]
+        start, end = pair["persona_span"]
+        target = torch.tensor(ids[-n:])[:, None]
+        logp = [
+            model(input_ids=torch.tensor([sequence])).logits[0, -n - 1 : -1].log_softmax(-1).gather(1, target)[:, 0]
+            for sequence in (ids, ids[:start] + ids[end:])
+        ]
+        weight = (logp[0] - logp[1]).detach().clamp(loss.clip_min, loss.clip_max)
+        total = total - (torch.ones_like(weight) if loss.objective == "ce" else weight).mul(logp[0]).sum()
+        count += n
+    return total / count
+
+
+def plain_loop(model, batches, loss, learning_rate=1e-2, warmup=2):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, len(batches))
+    history = []
+    for batch in batches:
+        value = plain_loss(model, batch, loss)
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        history.append([value.item(), norm.item()])
+    return history
+
+
+@pytest.mark.parametrize("objective", ["perce", "ce"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, kind, objective):
+    loss = LossConfig(objective=objective, clip_min=0.05)
+    model = model_for(kind)
+    reference = copy.deepcopy(model).train()
+    batches = []
+    trainer = trainer_for(model, arguments(tmp_path, loss=loss))
+    collator = trainer.data_collator
+    trainer.data_collator = lambda pairs: (batches.append(pairs), collator(pairs))[1]
+    trainer.train()
+    expected = plain_loop(reference, batches[:5], loss)
+    torch.testing.assert_close(
+        torch.tensor(logged(trainer, "loss", "grad_norm")), torch.tensor(expected), atol=1e-5, rtol=1e-5
+    )
+
+
+# ---- splits of one batch of 8
+
+SPLITS = {
+    "8x1": (8, 1, 1),
+    "4x2": (4, 2, 1),
+    "2x4": (2, 4, 1),
+    "1x8": (1, 8, 1),
+    "4x1x2": (4, 1, 2),
+    "2x2x2": (2, 2, 2),
+    "1x4x2": (1, 4, 2),
+}
+
+
+def train_split(directory, batch, accumulation, kind, options):
+    torch.manual_seed(0)
+    args = arguments(
+        directory, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=3,
+        loss=LossConfig(clip_min=0.05, **options),
+    )  # fmt: skip
+    trainer = trainer_for(model_for(kind), args, pairs=PAIRS[:16], eval_dataset=Dataset.from_list(PAIRS[:7]))
+    trainer.train()
+    metrics = trainer.evaluate()
+    history = logged(trainer, "loss", "grad_norm")
+    names = ("eval_loss_with_persona", "eval_loss_without_persona", "eval_loss_personal_tokens", "eval_pir_mean")
+    return {"steps": history, "eval": [metrics[name] for name in names]}
+
+
+def run_split(tmp_path, name, kind, **options):
+    batch, accumulation, ranks = SPLITS[name]
+    if ranks == 1:
+        return train_split(tmp_path, batch, accumulation, kind, options)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    call = [
+        sys.executable,
+        "-m",
+        "tests.test_trainer",
+        str(tmp_path),
+        str(batch),
+        str(accumulation),
+        kind,
+        json.dumps(options),
+    ]
+    root = Path(__file__).parents[1]
+    common = {
+        **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            call, cwd=root, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(ranks)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors[0][-3000:]
+    return json.loads((tmp_path / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The undivided batch of 8, for each kind of run that is compared with it."""
+    return {
+        key: run_split(tmp_path_factory.mktemp("whole"), "8x1", kind, **options)
+        for key, kind, options in (
+            ("full", "full", {}),
+            ("lora", "lora", {}),
+            ("sequence", "full", {"normalize": "sequence"}),
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("split", "key"),
+    [(name, "full") for name in list(SPLITS)[1:]] + [("2x4", "lora"), ("2x2x2", "lora"), ("2x2x2", "sequence")],
+)
+def test_every_split_of_a_batch_trains_the_same(tmp_path, whole, split, key):
+    kind, options = ("full", {"normalize": "sequence"}) if key == "sequence" else (key, {})
+    result = run_split(tmp_path, split, kind, **options)
+    torch.testing.assert_close(torch.tensor(result["steps"]), torch.tensor(whole[key]["steps"]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(result["eval"]), torch.tensor(whole[key]["eval"]), atol=1e-5, rtol=1e-5)
+
+
+# ---- stop and go on
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}])
+def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path, options):
+    def weights(directory, **more):
+        args = arguments(directory, max_steps=9, save_strategy="steps", save_steps=7, **options)  # 5 steps an epoch
+        trainer = trainer_for(model_for("lora", dropout=0.3), args)
+        trainer.train(**more)
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, trainer
+
+    straight, trainer = weights(tmp_path / "a")
+    resumed, again = weights(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-7"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert logged(trainer, "loss", "grad_norm") == logged(again, "loss", "grad_norm")
+
+
+# ---- the two passes
+
+
+def test_identical_prompts_have_no_pir_despite_dropout(tmp_path):
+    """The counterfactual pass is in eval mode; with the persona span empty in content, only dropout could differ."""
+    trainer = trainer_for(model_for("lora", dropout=0.5), arguments(tmp_path))
+    model = trainer.model.train()
+    batch = trainer.data_collator(PAIRS[:2])
+    first = trainer.counterfactual_hidden(model, batch)
+    assert torch.equal(first, trainer.counterfactual_hidden(model, batch))
+    assert model.training and not first.requires_grad
+
+
+def test_statistics_are_logged_and_right(tmp_path):
+    model = model_for("full")
+    trainer = trainer_for(model, arguments(tmp_path, max_steps=1, per_device_train_batch_size=20))
+    before = copy.deepcopy(model)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    trainer.model = trainer.model_wrapped = before
+    stats = trainer.token_statistics(before.eval(), trainer.data_collator(PAIRS))
+    pir = torch.cat([x.logp - x.logp_cf for x in stats])
+    expected = {
+        "ce": -torch.cat([x.logp for x in stats]).mean(), "pir_mean": pir.mean(),
+        "weight_mean": pir.clamp(LOSS.clip_min, LOSS.clip_max).mean(),
+        "frac_at_floor": (pir <= LOSS.clip_min).float().mean(),
+        "frac_at_ceiling": (pir >= LOSS.clip_max).float().mean(),
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert entry[name] == pytest.approx(value.item(), abs=1e-5), name
+    assert entry["tokens_per_second"] > 0 and entry["peak_memory_mib"] > 0
+    assert trainer.tokens_seen == sum(len(pair["input_ids"]) for pair in PAIRS)
+    assert 0 < trainer.clock.seconds("counterfactual") < trainer.clock.seconds("total")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [LossConfig(clip_min=0.2), LossConfig(clip_max=1.0), LossConfig(contrast="ratio"), LossConfig(normalize="batch"),
+     LossConfig(normalize="sequence", clip_min=0.01)],
+)  # fmt: skip
+def test_every_loss_option_changes_the_step(tmp_path, loss):
+    def first_step(loss):
+        trainer = trainer_for(model_for("full"), arguments(tmp_path, max_steps=1, loss=loss))
+        trainer.train()
+        return logged(trainer, "loss", "grad_norm")[0]
+
+    base = LossConfig(contrast="ratio", clip_min=0.0) if loss.clip_max == 1.0 else LossConfig()
+    changed = LossConfig(contrast="ratio", clip_min=0.0, clip_max=1.0) if loss.clip_max == 1.0 else loss
+    assert first_step(changed) != first_step(base)
+
+
+# ---- what Hugging Face users bring
+
+
+def test_raw_rows_a_path_and_a_peft_config(tmp_path):
+    path = save_tiny_model(tmp_path / "model")
+    rows = [{"profile": [f"I am {i}."], "q": "Who are you?", "output": f"I am number {i}."} for i in range(6)]
+    args = arguments(
+        tmp_path / "run",
+        max_steps=2,
+        data=DataConfig(columns="persona=profile,query=q,response=output", max_length=900),
+    )
+    trainer = PerceTrainer(
+        str(path), args, train_dataset=Dataset.from_list(rows), eval_dataset=rows[:2], peft_config=LoraConfig(**LORA)
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss_with_persona"] > 0
+    trainer.save_model()
+    assert (tmp_path / "run" / "adapter_config.json").exists() and (tmp_path / "run" / "tokenizer.json").exists()
+    json.dumps(args.to_dict())  # what experiment loggers do
+
+
+def test_a_bad_raw_row_is_named(tmp_path):
+    row = {"persona": "p", "query": "q", "response": "r"}
+    with pytest.raises(UserError, match=r"train_dataset row 2.*response"):
+        PerceTrainer(
+            tiny_model(), arguments(tmp_path), processing_class=tiny_tokenizer(),
+            train_dataset=[row, row | {"response": ""}],
+        )  # fmt: skip
+
+
+def test_fsdp_on_cpu_is_refused(tmp_path):
+    with pytest.raises(UserError, match="fsdp"):
+        arguments(tmp_path, fsdp="full_shard")
+
+
+if __name__ == "__main__":  # one rank of run_split
+    directory, batch, accumulation, kind, options = sys.argv[1:]
+    torch.set_num_threads(1)
+    result = train_split(Path(directory), int(batch), int(accumulation), kind, json.loads(options))
+    if os.environ["RANK"] == "0":
+        (Path(directory) / "result.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()

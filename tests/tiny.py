@@ -1,0 +1,120 @@
+"""Random models and a tokenizer small enough for a test, and rows to feed them."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from perce.demo import DATA_DIR
+from perce.pairs import PairBuilder
+from perce.rows import Example, load_examples
+
+VOCAB = 400
+
+CHATML = (  # like Qwen2.5 and SmolLM2: adds a system prompt of its own when the first message is not one
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (  # trims every message
+    "<s>{% for m in messages %}<|header|>{{ m.role }}<|/header|>\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+)
+GEMMA = (  # refuses a system message and a reply that comes first
+    "<s>{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+    "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+)
+MISTRAL = (  # glues the system message to the first user turn
+    "<s>{% if messages[0].role == 'system' %}{% set system = messages[0].content ~ '\n\n' %}"
+    "{% set rest = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}[INST] {{ system if loop.first else '' }}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+QWEN3 = (  # puts an empty thinking block before the last reply
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "mistral": MISTRAL, "qwen3": QWEN3, "plain": None}
+
+
+def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; the pad token is the end-of-turn token, as in many models."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_end|>", "<s>", "<|im_start|>", "<|header|>", "<|/header|>", "<turn>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((DATA_DIR / "validation.jsonl").read_text(encoding="utf-8").splitlines(), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<s>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    fast.chat_template = chat_template
+    return fast
+
+
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0,
+    "initializer_range": 0.2,
+}  # fmt: skip
+LAYERS = ["sliding_attention", "full_attention"]  # windows alone would not reach back to the persona
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 16, "layer_types": LAYERS},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"head_dim": 8, "final_logit_softcapping": 7.0, "sliding_window": 16, "layer_types": LAYERS},
+    ),
+    "granite": ("GraniteConfig", {"logits_scaling": 3.0}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.25}),
+    "phi": ("PhiConfig", {"num_key_value_heads": 4}),
+}
+
+
+def tiny_model(architecture: str = "llama", **changes: object) -> torch.nn.Module:
+    name, options = ARCHITECTURES[architecture]
+    config = getattr(transformers, name)(**(SIZES | options | changes))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # biases and norms start at 0 and 1, where a mistake would not show
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+    return model.eval()
+
+
+def save_tiny_model(directory: Path, architecture: str = "llama", chat_template: str | None = CHATML) -> Path:
+    tiny_model(architecture).save_pretrained(directory)
+    tiny_tokenizer(chat_template).save_pretrained(directory)
+    return directory
+
+
+def demo_examples(count: int, split: str = "train") -> list[Example]:
+    return load_examples(DATA_DIR, split, limit=count).examples
+
+
+def demo_pairs(count: int, **options: object) -> list[dict]:
+    builder = PairBuilder(tiny_tokenizer(), **({"max_length": 2000} | options))
+    return [{**vars(builder.build(example)), "example": i} for i, example in enumerate(demo_examples(count))]
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
