@@ -113,14 +113,20 @@ class PairBuilder:
         self.has_system_role = self._accepts([("system", "s"), ("user", "u")])
         opening = [("system", "s")] if self.has_system_role else []
         self.accepts_reply_first = self._accepts([*opening, ("assistant", "a"), ("user", "u")])
+        # SentencePiece in the manner of Llama 2 begins every text with a space of its own.
+        self.prepends_space = tokenizer.convert_ids_to_tokens(self._encode("a"))[0].startswith("▁")
         self._header = self._encode(PERSONA_HEADER)
         self._footer = self._encode(PERSONA_FOOTER)
 
     def build(self, example: Example) -> Pair:
         prefix_text, suffix_text, tail_text = self._render(example)
-        prefix, suffix = self._encode(prefix_text), self._encode(suffix_text)
+        # Tokenizers put a space into the word that follows it: one before the reply ("Reply: ") belongs to the reply,
+        # or the model would learn to begin in a way that it never meets when it writes.
+        before_reply = suffix_text.rstrip(" ")
+        space = "" if self.prepends_space else suffix_text[len(before_reply) :]
+        prefix, suffix = self._encode(prefix_text), self._encode(before_reply)
         encoded = self.tokenizer(
-            example.response.strip(), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            space + example.response.strip(), add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         response = [*encoded["input_ids"], *self._end_of_turn(tail_text)]
         persona = list(example.persona[: self.max_passages])
@@ -136,7 +142,8 @@ class PairBuilder:
                 f"({len(passages[0])} tokens). Raise --max_length, or leave such rows out with --skip_bad_rows."
             )
         block = [*self._header, *(token for passage in passages[:kept] for token in passage), *self._footer]
-        personal = self._personal(example, persona[:kept], encoded["offset_mapping"])
+        shift = len(example.response) - len(example.response.lstrip()) - len(space)
+        personal = self._personal(example, persona[:kept], encoded["offset_mapping"], shift)
         pair = Pair(
             input_ids=[*prefix, *block, *suffix, *response],
             persona_span=(len(prefix), len(prefix) + len(block)),
@@ -201,8 +208,10 @@ class PairBuilder:
                 return ids[: position + 1]
         return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
 
-    def _personal(self, example: Example, persona: Sequence[str], offsets: Sequence[tuple[int, int]]) -> list[bool]:
-        shift = len(example.response) - len(example.response.lstrip())
+    def _personal(
+        self, example: Example, persona: Sequence[str], offsets: Sequence[tuple[int, int]], shift: int
+    ) -> list[bool]:
+        """Whether each token overlaps a personal span; offset + shift is the place in example.response."""
         spans = example.personal_spans
         if spans is None:
             conversation = " ".join(turn.content for turn in example.turns)

@@ -77,7 +77,7 @@ def full_fp32_matmul() -> Iterator[None]:
         yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
-            # Reading resolves what is inherited; written back as it was read, it would stop following the global setting.
+            # Reading resolves what is inherited: written back as read, it would no longer follow the global setting.
             backend.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
 
 

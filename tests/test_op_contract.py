@@ -291,6 +291,17 @@ def matmul_precision(precision: str):
         torch.set_float32_matmul_precision(before)
 
 
+def test_an_inherited_matmul_precision_goes_on_following_the_global_one():
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        call(make_inputs())
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+
+
 def test_reduced_matmul_precision_is_ignored_and_left_as_it_was():
     inputs = make_inputs(n=64, d=256, v=1031, bias=True)
     expected, product = call(inputs), inputs.hidden @ inputs.lm_head.T

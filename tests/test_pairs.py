@@ -85,10 +85,29 @@ def test_factual_sequence_reads_as_the_template_renders_it(template):
 def test_response_is_tokenised_once_and_ends_with_the_end_of_turn(template):
     pair = builder(template).build(EXAMPLE)
     response = pair.input_ids[-pair.response_length :]
-    assert decode(template, response) == EXAMPLE.response + "<|im_end|>"
+    assert decode(template, response).lstrip(" ") == EXAMPLE.response + "<|im_end|>"
     assert response[-1] == TOKENIZERS[template].pad_token_id, "kept although it is the pad token too"
     assert pair.counterfactual_ids()[-pair.response_length :] == response
     assert len(pair.personal) == pair.response_length
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_reply_begins_with_the_tokens_a_model_would_write(template):
+    """A space before the reply must not be a token of its own at the end of the prompt."""
+    pair = builder(template).build(EXAMPLE)
+    tail = pair.input_ids[pair.persona_span[1] :]
+    whole = TOKENIZERS[template](decode(template, tail), add_special_tokens=False)["input_ids"]
+    assert tail == whole
+
+
+def test_a_tokenizer_that_prepends_spaces_gets_none_from_us():
+    tokenizer = tiny_tokenizer(TEMPLATES["mistral"], prepends_space=True)
+    pairs = PairBuilder(tokenizer, max_length=2000)
+    assert pairs.prepends_space and not builder("mistral").prepends_space
+    pair = pairs.build(example(response="Bees.", personal_spans=((0, 4),)))
+    response = tokenizer.convert_ids_to_tokens(pair.input_ids[-pair.response_length :])
+    assert "".join(response).startswith("▁Bees.") and pair.personal[0]
+    assert tokenizer.convert_ids_to_tokens(pair.input_ids[-pair.response_length - 1]) != "▁"
 
 
 text = st.text(st.characters(exclude_categories=("Cs", "Co")), min_size=1, max_size=40).filter(lambda s: s.strip())

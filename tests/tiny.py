@@ -43,11 +43,16 @@ QWEN3 = (  # puts an empty thinking block before the last reply
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "mistral": MISTRAL, "qwen3": QWEN3, "plain": None}
 
 
-def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; the pad token is the end-of-turn token, as in many models."""
+def tiny_tokenizer(chat_template: str | None = CHATML, *, prepends_space: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, or one that begins every text with a space, as Llama 2 does; pad is the end-of-turn token."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    if prepends_space:
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
     special = ["<|im_end|>", "<s>", "<|im_start|>", "<|header|>", "<|/header|>", "<turn>"]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
