@@ -137,7 +137,8 @@ class RunConfig:
             value = getattr(self, name)
             _require(value is None or value > 0, name, "> 0", value)
         _require(self.max_steps != 0 and self.max_steps >= -1, "max_steps", ">= 1, or -1", self.max_steps)
-        _require(self.num_train_epochs > 0, "num_train_epochs", "> 0", self.num_train_epochs)
+        _require(0 < self.num_train_epochs < 1e6, "num_train_epochs", "> 0", self.num_train_epochs)
+        _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainC
     from_file = read_yaml(config_file) if config_file else {}
     flags = given | _extra_flags(rest)
     if _number(flags.get("resume")) is True and flags.get("output_dir") and not config_file:
-        saved = Path(flags["output_dir"]) / CONFIG_NAME
+        saved = Path(flags["output_dir"]).expanduser() / CONFIG_NAME
         from_file = read_yaml(str(saved)) if saved.is_file() else {}
     raw = from_file | flags
     if raw.get("model") is None and raw.get("data") is None:
@@ -209,7 +210,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def unknown_option(name: str, known: Sequence[str]) -> UserError:
     """The error for an option that neither we nor TrainingArguments have, with the nearest names."""
-    near = difflib.get_close_matches(name, [*_FIELDS, *known], n=2)
+    near = difflib.get_close_matches(name, dict.fromkeys([*_FIELDS, *known]), n=2)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return UserError(f"{name}: unknown option.{hint} `--help` lists ours; any TrainingArguments field works too.")
 

@@ -114,7 +114,7 @@ def pair_dataset(examples: Sequence[Example], builder: PairBuilder, *, skip_bad_
             _generate,
             features=FEATURES,
             fingerprint=_fingerprint(examples, builder, skip_bad_rows),
-            gen_kwargs={"source": _Opaque(examples, builder, skip_bad_rows)},
+            gen_kwargs={"source": _PairSource(examples, builder, skip_bad_rows)},
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -122,10 +122,24 @@ def pair_dataset(examples: Sequence[Example], builder: PairBuilder, *, skip_bad_
         raise
 
 
+def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> list[str]:
+    """What trimming and skipping took from a split, in words."""
+    notes = []
+    dropped = [count for count in dataset["dropped_passages"] if count]
+    if dropped:
+        notes.append(
+            f"{name}: {sum(dropped):,} persona entries dropped from {len(dropped):,} examples to fit --max_length "
+            f"{max_length}"
+        )
+    if examples > len(dataset):
+        notes.append(f"{name}: {examples - len(dataset):,} examples skipped, longer than --max_length {max_length}")
+    return notes
+
+
 def stream_pairs(rows: Rows, builder: PairBuilder, *, skip_bad_rows: bool, seed: int) -> IterableDataset:
     """Pairs read and built while training; a fresh pass over the rows each epoch, shuffled within a buffer."""
     stream = IterableDataset.from_generator(
-        _generate, features=FEATURES, gen_kwargs={"source": _Opaque(rows, builder, skip_bad_rows)}
+        _generate, features=FEATURES, gen_kwargs={"source": _PairSource(rows, builder, skip_bad_rows)}
     )
     return stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
@@ -139,23 +153,28 @@ def rows_dataset_pairs(dataset: Any, name: str, tokenizer: Any, config: DataConf
 
 
 @dataclass(frozen=True)
-class _Opaque:
-    """What the generator reads. `datasets` pickles its arguments to hash them; ours have a fingerprint already."""
+class _PairSource:
+    """What the generator reads."""
 
     examples: Sequence[Example] | Rows
     builder: PairBuilder
     skip_bad_rows: bool
 
 
-def _generate(source: _Opaque) -> Iterator[dict[str, Any]]:
+def _generate(source: _PairSource) -> Iterator[dict[str, Any]]:
+    reason, built = "", False
     for index, example in enumerate(source.examples):
         try:
             pair = source.builder.build(example)
-        except UserError:
+        except UserError as error:
             if not source.skip_bad_rows:
                 raise
+            reason = reason or str(error)
             continue
+        built = True
         yield asdict(pair) | {"example": index}
+    if not built:
+        raise UserError(f"No example is left, none of them fits. The first: {reason}")
 
 
 def _fingerprint(examples: Sequence[Example], builder: PairBuilder, skip_bad_rows: bool) -> str:

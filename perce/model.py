@@ -9,6 +9,7 @@ The loss runs inside the forward of the output-embedding module. Reading the hea
 the hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
 """
 
+import functools
 import os
 import types
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from perce_kernels import fused_perce_loss, reference
 
 PROBE_TOKENS = 8
 # Largest difference of log-probabilities between the model's own logits and ours; fp32 shows 1e-5, bf16 logits 1e-2.
-SELF_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+SELF_CHECK_TOLERANCE = 1e-3
 SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.25
 
 
@@ -54,7 +55,7 @@ def install_perce(model: Any) -> Any:
             f"{'' if head is None else f' ({head.weight.dtype})'}. Quantised or custom heads are not supported."
         )
     transform = logit_transform(model.config)
-    _check_attention(model.config)
+    _check_architecture(model)
     _patch_head(head, transform)
     _patch_model(model)
     model.perce_logit_transform = transform
@@ -62,7 +63,8 @@ def install_perce(model: Any) -> Any:
     return model
 
 
-def _check_attention(config: Any) -> None:
+def _check_architecture(model: Any) -> None:
+    config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{config.model_type}: PerCE needs a decoder-only causal model, and this one has an encoder.")
     dropout = getattr(config.get_text_config(), "attention_dropout", 0.0)
@@ -70,6 +72,12 @@ def _check_attention(config: Any) -> None:
         raise UserError(
             f"attention_dropout={dropout} in the model's config makes attention materialise a T × T matrix on CPU. "
             "Set it to 0 in config.json."
+        )
+    active = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if active:
+        raise UserError(
+            f"{type(model).__name__}: dropout in {active[0]} ({len(active)} modules) would act in the factual pass and "
+            "not in the counterfactual one, and bias every PIR. Load the model with its dropout settings at 0."
         )
 
 
@@ -82,6 +90,7 @@ def _own_forward(module: nn.Module) -> Callable[..., Any]:
 def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
     own_forward = _own_forward(head)
 
+    @functools.wraps(own_forward)
     def forward(self, hidden: Tensor, perce: dict[str, Any] | None = None):
         if perce is None:
             return own_forward(self, hidden)
@@ -97,6 +106,7 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
 def _patch_model(model: Any) -> None:
     own_forward = _own_forward(model)
 
+    @functools.wraps(own_forward)  # generate() reads the signature
     def forward(self, *args, perce: dict[str, Any] | None = None, **kwargs):
         if perce is None:
             return own_forward(self, *args, **kwargs)
@@ -118,10 +128,17 @@ def _self_check(model: Any, head: Any, transform: LogitTransform) -> None:
     rows = torch.arange(PROBE_TOKENS, device=ids.device)
     own = model(input_ids=ids, use_cache=False).logits[0].double()
     hidden = model(input_ids=ids, perce={"rows": rows})
-    ours = reference.logits(hidden.double(), head.weight.double(), head.bias, transform.softcap, transform.logit_scale)
+    low = head.weight.dtype in (torch.bfloat16, torch.float16)
+    exact = torch.float32 if low else torch.float64
+    bias = None if head.bias is None else head.bias.to(exact)
+    ours = reference.logits(
+        hidden.to(exact), head.weight.to(exact), bias, transform.softcap, transform.logit_scale
+    ).double()
     model.train(training)
     difference = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().item()
-    tolerance = SELF_CHECK_TOLERANCE.get(head.weight.dtype, SELF_CHECK_TOLERANCE_LOW_PRECISION)
+    tolerance = SELF_CHECK_TOLERANCE
+    if low:  # the model's own logits are rounded to 8 bits: of large ones 2 ** -8 of their size is lost
+        tolerance = max(SELF_CHECK_TOLERANCE_LOW_PRECISION, own.abs().max().item() * 2**-6)
     if not difference <= tolerance:
         raise UserError(
             f"{type(model).__name__} ({model.config.model_type}): its log-probabilities differ from those computed "
@@ -209,10 +226,15 @@ def load_model(path: str, config: ModelConfig, device: str) -> Any:
 
 
 def load_pretrained(path: str, **kwargs: Any) -> Any:
-    """AutoModelForCausalLM.from_pretrained with its failures told as one paragraph."""
-    from transformers import AutoModelForCausalLM
+    """AutoModelForCausalLM.from_pretrained with dropout off, and with its failures told as one paragraph."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return _from_pretrained(AutoModelForCausalLM, path, **kwargs)
+    config = _from_pretrained(AutoConfig, path)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value > 0:
+                setattr(part, name, 0.0)
+    return _from_pretrained(AutoModelForCausalLM, path, config=config, **kwargs)
 
 
 def prepare_model(model: Any) -> Any:
@@ -225,8 +247,14 @@ def prepare_model(model: Any) -> Any:
 
 
 def add_adapter(model: Any, peft_config: Any) -> Any:
-    """The model under a PEFT adapter; UserError if that would wrap the output embedding."""
+    """The model under a PEFT adapter; UserError if that would wrap the output embedding or lengthen the sequence."""
     from peft import get_peft_model
+
+    if getattr(peft_config, "is_prompt_learning", False) and str(peft_config.peft_type.value) != "PREFIX_TUNING":
+        raise UserError(
+            f"peft_config: {peft_config.peft_type.value} puts virtual tokens before the prompt, and the response would "
+            "be read at the wrong places. Use LoRA, another adapter, or prefix tuning."
+        )
 
     wrapped = get_peft_model(model, peft_config)
     check_head_unwrapped(wrapped)
@@ -252,14 +280,25 @@ def _four_bit(config: ModelConfig) -> Any:
 
 def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
     """from_pretrained with its many failures told as one paragraph."""
+    from safetensors import SafetensorError
+
     local = Path(path).expanduser()
+    if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
+        raise UserError(
+            f"--model {path}: the directory holds an adapter alone. Give the base model, or merge the adapter into it "
+            "first (AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload())."
+        )
     if local.exists() and not (local / "config.json").is_file():
         raise UserError(f"--model {path}: the directory holds no config.json, so it is no saved Hugging Face model.")
-    if not local.exists() and path.count("/") != 1:
-        raise UserError(f"--model {path}: no such directory, and not a Hub id of the form owner/name either.")
+    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(f"--model {path}: no such directory, and not a Hub id (name or owner/name) either.")
     try:
         return auto_class.from_pretrained(str(local) if local.exists() else path, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except ImportError as error:
+        attention = kwargs.get("attn_implementation")
+        remedy = f" Choose another --attn_implementation than {attention}." if attention else " Install it."
+        raise UserError(f"--model {path}: a package is missing: {' '.join(str(error).split())}.{remedy}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--model {path}: could not be loaded as a causal language model ({reason}). Expected a directory with "

@@ -40,6 +40,8 @@ CONVERSATION_START = "(the conversation begins)"  # for templates that insist on
 # so that no template strips them and no real text contains them.
 _PERSONA, _RESPONSE = "\ue0f0persona\ue0f1", "\ue0f0response\ue0f1"
 
+_ANCHOR = "\ue0f2"
+
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 # Words too common to be anybody's own, for the automatic label of personal tokens.
 _COMMON = frozenset(
@@ -110,11 +112,10 @@ class PairBuilder:
                 "The tokenizer has neither a chat template nor an end-of-sequence token, so a reply could not be "
                 "ended. Set tokenizer.eos_token, save the tokenizer, and pass that directory as --model."
             )
-        self.has_system_role = self._accepts([("system", "s"), ("user", "u")])
+        self.has_system_role = self._accepts([("system", "s"), ("user", "u"), ("assistant", "a")])
         opening = [("system", "s")] if self.has_system_role else []
-        self.accepts_reply_first = self._accepts([*opening, ("assistant", "a"), ("user", "u")])
-        # SentencePiece in the manner of Llama 2 begins every text with a space of its own.
-        self.prepends_space = tokenizer.convert_ids_to_tokens(self._encode("a"))[0].startswith("▁")
+        self.accepts_reply_first = self._accepts([*opening, ("assistant", "a"), ("user", "u"), ("assistant", "b")])
+        self.prepends_space = tokenizer.convert_ids_to_tokens(self._encode_start("a"))[0].startswith(("▁", "Ġ"))
         self._header = self._encode(PERSONA_HEADER)
         self._footer = self._encode(PERSONA_FOOTER)
 
@@ -123,12 +124,10 @@ class PairBuilder:
         # Tokenizers put a space into the word that follows it: one before the reply ("Reply: ") belongs to the reply,
         # or the model would learn to begin in a way that it never meets when it writes.
         before_reply = suffix_text.rstrip(" ")
-        space = "" if self.prepends_space else suffix_text[len(before_reply) :]
-        prefix, suffix = self._encode(prefix_text), self._encode(before_reply)
-        encoded = self.tokenizer(
-            space + example.response.strip(), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        response = [*encoded["input_ids"], *self._end_of_turn(tail_text)]
+        space = suffix_text[len(before_reply) :]
+        prefix, suffix = self._encode_start(prefix_text), self._encode(before_reply)
+        reply, offsets = self._encode_with_offsets(space + example.response.strip())
+        response = [*reply, *self._end_of_turn(tail_text)]
         persona = list(example.persona[: self.max_passages])
         passages = [self._encode(PERSONA_ITEM.format(entry.strip())) for entry in persona]
         fixed = len(prefix) + len(self._header) + len(self._footer) + len(suffix) + len(response)
@@ -143,7 +142,7 @@ class PairBuilder:
             )
         block = [*self._header, *(token for passage in passages[:kept] for token in passage), *self._footer]
         shift = len(example.response) - len(example.response.lstrip()) - len(space)
-        personal = self._personal(example, persona[:kept], encoded["offset_mapping"], shift)
+        personal = self._personal(example, persona[:kept], offsets, shift)
         pair = Pair(
             input_ids=[*prefix, *block, *suffix, *response],
             persona_span=(len(prefix), len(prefix) + len(block)),
@@ -154,8 +153,28 @@ class PairBuilder:
         assert pair.counterfactual_ids() == [*prefix, *suffix, *response]
         return pair
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_start(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._encode_with_offsets(text)[0] if self.prepends_space else self._encode_start(text)
+
+    def _encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text that continues another, and their character offsets in it.
+
+        Tokenizers like Llama 2's begin every text with a space of their own. Behind an anchor, whose ids are dropped
+        again, a piece is tokenised as it is in the middle of a text.
+        """
+        anchor = _ANCHOR if self.prepends_space else ""
+        encoded = self.tokenizer(
+            anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )  # fmt: skip
+        pieces = [
+            (token, (max(start - len(anchor), 0), end - len(anchor)))
+            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            if end > len(anchor) or not anchor
+        ]
+        return [token for token, _ in pieces], [offsets for _, offsets in pieces]
 
     def _apply_template(self, messages: Sequence[tuple[str, str]]) -> str:
         return self.tokenizer.apply_chat_template(

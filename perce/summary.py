@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers.decoders import DecodeStream
 from torch import nn
-from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from perce.config import TrainConfig
 from perce.dataset import Splits
@@ -23,35 +24,35 @@ LOSSES = {
 
 
 class Progress(ProgressCallback):
-    """The Trainer's progress bar, with one readable line a log; keeps the evaluation before training in the history."""
+    """The Trainer's progress bar with one readable line a log; keeps the first and the latest evaluation.
 
-    def __init__(self) -> None:
+    The first is kept on disk too: a resumed run shows the same "before".
+    """
+
+    def __init__(self, output_dir: Path) -> None:
         super().__init__()
-        self.before: dict[str, float] = {}
-        self._latest: dict[str, float] = {}
-        self._evaluated_at = -1
+        self.evaluated_at = -1
+        self.after: dict[str, float] = {}
+        self._first = output_dir / "before.pt"
+        self._trainer: PerceTrainer | None = None
 
-    @staticmethod
-    def replace_default(trainer: PerceTrainer) -> None:
-        from transformers import PrinterCallback
-
+    def attach(self, trainer: PerceTrainer) -> None:
+        """Take the place of the Trainer's own reporters."""
+        self._trainer = trainer
         for default in (ProgressCallback, PrinterCallback):
             for callback in [x for x in trainer.callback_handler.callbacks if type(x) is default]:
                 trainer.remove_callback(callback)
 
-    def evaluation_at(self, step: int) -> dict[str, float] | None:
-        return self._latest if self._evaluated_at == step else None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if not any(entry.get("step") == 0 for entry in state.log_history):
-            state.log_history.insert(0, {**self.before, "epoch": 0.0, "step": 0})
+    def first_evaluation(self) -> tuple[dict[str, float], list[TokenStatistics]]:
+        saved = torch.load(self._first, weights_only=True)
+        return saved["metrics"], [TokenStatistics(**fields) for fields in saved["statistics"]]
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_evaluate(args, state, control, **kwargs)
-        self._latest, self._evaluated_at = kwargs["metrics"], state.global_step
+        self.after, self.evaluated_at = kwargs["metrics"], state.global_step
+        if state.global_step == 0 and state.is_world_process_zero and self._trainer:
+            statistics = [vars(example) for example in self._trainer.last_evaluation]
+            torch.save({"metrics": self.after, "statistics": statistics}, self._first)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -82,7 +83,12 @@ def _evaluation_line(logs: Mapping[str, float]) -> str:
 
 
 def describe_run(
-    config: TrainConfig, model: nn.Module, args: TrainingArguments, splits: Splits, pairs: Mapping[str, Any]
+    config: TrainConfig,
+    model: nn.Module,
+    args: TrainingArguments,
+    splits: Splits,
+    pairs: Mapping[str, Any],
+    notes: Sequence[str],
 ) -> None:
     """What is about to be trained on what, and everything that was left out of the data."""
     total = sum(p.numel() for p in model.parameters())
@@ -99,21 +105,8 @@ def describe_run(
         f"data   {config.data.data or 'built-in examples'} ({splits.format}): {size} training and "
         f"{len(pairs['validation']):,} validation examples{f', {splits.held_out}' if splits.held_out else ''}"
     )
-    for split, dataset in pairs.items():
-        if not hasattr(dataset, "__len__"):
-            continue
-        dropped = [n for n in dataset["dropped_passages"] if n]
-        if dropped:
-            print(
-                f"       {split}: {sum(dropped):,} persona entries dropped from {len(dropped):,} examples to fit "
-                f"--max_length {config.data.max_length}"
-            )
-    if config.data.skip_bad_rows and isinstance(splits.train, list) and len(splits.train) > len(pairs["train"]):
-        print(
-            f"       {len(splits.train) - len(pairs['train']):,} training examples skipped, too long for --max_length"
-        )
-    if splits.skipped:
-        print(f"       {splits.skipped:,} rows skipped; the first: {splits.reasons[0]}")
+    for note in notes:
+        print(f"       {note}")
     print(
         f"run    {args.output_dir}: {config.loss.objective} objective, learning rate {args.learning_rate:g}, "
         f"{args.per_device_train_batch_size} sequences a forward × {args.gradient_accumulation_steps} forwards a step"
@@ -122,12 +115,16 @@ def describe_run(
 
 
 def write_run_report(
-    output_dir: Path, config: TrainConfig, trainer: PerceTrainer, examples: Sequence[Example],
-    passes: Mapping[str, Sequence[TokenStatistics]], *, before: Mapping[str, float], after: Mapping[str, float],
+    output_dir: Path, config: TrainConfig, trainer: PerceTrainer, examples: Sequence[Example], progress: Progress
 ) -> None:  # fmt: skip
     """curves.png and report.html."""
     write_curves(output_dir / "curves.png", trainer.state.log_history)
-    scored = {name: {x.example: x for x in statistics} for name, statistics in passes.items()}
+    before, first = progress.first_evaluation()
+    after = progress.after
+    scored = {
+        name: {x.example: x for x in statistics}
+        for name, statistics in (("before training", first), ("after training", trainer.last_evaluation))
+    }
     evaluated = sorted(set.intersection(*(set(by_example) for by_example in scored.values())))
     shown = [
         evaluated[i * len(evaluated) // n] for n in [min(config.run.report_examples, len(evaluated))] for i in range(n)
@@ -166,24 +163,22 @@ def scored_tokens(statistics: TokenStatistics, tokenizer: Any) -> list[ScoredTok
     ]
 
 
-def print_result(
-    output_dir: Path, trainer: PerceTrainer, *, before: Mapping[str, float], after: Mapping[str, float]
-) -> None:
+def print_result(output_dir: Path, trainer: PerceTrainer, progress: Progress) -> None:
     """The table at the end."""
     from rich.console import Console
     from rich.table import Table
 
+    before, after = progress.first_evaluation()[0], progress.after
     table = Table("validation", "before", "after", "change", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name, label in LOSSES.items():
         old, new = before[f"eval_{name}"], after[f"eval_{name}"]
         table.add_row(label, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}")
-    total = trainer.clock.seconds("total")
+    seconds = trainer.training_seconds
     facts = Table.grid(padding=(0, 3, 0, 0))
-    if total:
-        facts.add_row("training", f"{trainer.tokens_seen / total:,.0f} tokens/s a process")
-        facts.add_row(
-            "counterfactual pass", f"{trainer.clock.seconds('counterfactual') / total:.1%} of the training time"
-        )
+    if seconds:
+        share = trainer.counterfactual_clock.seconds() / seconds
+        facts.add_row("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s a process")
+        facts.add_row("counterfactual pass", f"{share:.1%} of the training time")
     facts.add_row("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB")
     for label, name in (
         ("model", ""), ("report", "report.html"), ("curves", "curves.png"), ("options", "config.yaml"),

@@ -7,10 +7,12 @@ model or adapter, tokenizer, checkpoint-*/           what from_pretrained and --
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, print_config = parse_args(sys.argv[1:] if argv is None else argv, read_yaml(str(DEMO_RECIPE)))
         if print_config:
-            print(dump_yaml(resolve(config)), end="")
+            resolved = resolve(config)
+            if config.extra:
+                training_arguments(resolved)  # finds what is misspelt
+            print(dump_yaml(resolved), end="")
         else:
             run(resolve(config))
     except UserError as error:
@@ -52,20 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """The config with every default that depends on others filled in."""
-    run = config.run
+    run, processes = config.run, int(os.environ.get("WORLD_SIZE", 1))
     rate = run.learning_rate or DEFAULT_LEARNING_RATE["lora" if config.model.lora_r else "full"]
     if run.resume and not run.output_dir:
         raise UserError("--resume: name the run to continue with --output_dir.")
+    if processes > 1 and not run.output_dir:
+        raise UserError(f"--output_dir: needed when {processes} processes share a run.")
     if config.data.streaming and run.max_steps < 1:
         raise UserError("--streaming: the number of rows is not known beforehand, so --max_steps is needed.")
-    output_dir = run.output_dir or str(_free_directory(Path(config.data.data or "demo").stem))
+    name = Path(config.data.data).expanduser().resolve().stem if config.data.data else "demo"
+    output_dir = str(Path(run.output_dir).expanduser()) if run.output_dir else str(_free_directory(name))
     return replace(config, run=replace(run, learning_rate=rate, output_dir=output_dir))
 
 
 def _free_directory(name: str) -> Path:
-    """runs/NAME, or runs/NAME-2 … when taken."""
+    """runs/NAME, or runs/NAME-2 … where runs are."""
     number, path = 1, Path("runs") / name
-    while path.exists():
+    while (path / CONFIG_NAME).exists():
         number += 1
         path = Path("runs") / f"{name}-{number}"
     return path
@@ -74,42 +82,42 @@ def _free_directory(name: str) -> Path:
 def run(config: TrainConfig) -> None:
     """One training run, from checks to the final table."""
     output_dir = claim_directory(config)
-    from perce.environment import quiet_libraries
+    args = training_arguments(config)
+    checkpoint = last_checkpoint(config, output_dir) if config.run.resume else None
+    model_path = config.model.model or _default_model()
+    splits, pairs, tokenizer, notes = load_pairs(config, model_path, on_cpu=args.device.type == "cpu")
+    config = fit_batch(config, args, pairs["train"])
 
-    quiet_libraries()
+    from transformers import set_seed
+
+    from perce.model import load_model
     from perce.summary import Progress, describe_run, print_result, write_run_report
     from perce.trainer import PerceTrainer
 
-    args = training_arguments(config)
-    checkpoint = last_checkpoint(output_dir) if config.run.resume else None
-    model_path = config.model.model or _default_model()
-    splits, pairs, tokenizer = load_pairs(config, model_path, on_cpu=args.device.type == "cpu")
-    config = fit_batch(config, args, pairs["train"])
-
-    from perce.model import load_model
-
+    set_seed(config.run.seed)  # before the adapters are drawn
     model = load_model(model_path, config.model, args.device.type)
-    if args.process_index == 0:
+    main_process = args.process_index == 0
+    if main_process:
+        describe_run(config, model, args, splits, pairs, notes)
+    progress = Progress(output_dir)
+    with _options_that_fail_late():
+        trainer = PerceTrainer(
+            model, args, train_dataset=pairs["train"], eval_dataset=pairs["validation"], processing_class=tokenizer,
+            callbacks=[progress],
+        )  # fmt: skip
+        trainer.get_optimizer_cls_and_kwargs(args, model)
+    progress.attach(trainer)
+    if main_process and checkpoint is None:
         (output_dir / CONFIG_NAME).write_text(dump_yaml(config), encoding="utf-8")
-        describe_run(config, model, args, splits, pairs)
-    progress = Progress()
-    trainer = PerceTrainer(
-        model, args, train_dataset=pairs["train"], eval_dataset=pairs["validation"], processing_class=tokenizer,
-        callbacks=[progress],
-    )  # fmt: skip
-    progress.replace_default(trainer)
 
-    progress.before = trainer.evaluate()
-    passes = {"before training": trainer.last_evaluation}
     train(trainer, checkpoint)
-    after = progress.evaluation_at(trainer.state.global_step) or trainer.evaluate()
-    passes["after training"] = trainer.last_evaluation
-
+    if progress.evaluated_at != trainer.state.global_step:
+        trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
-    if args.process_index == 0:
-        write_run_report(output_dir, config, trainer, splits.validation, passes, before=progress.before, after=after)
-        print_result(output_dir, trainer, before=progress.before, after=after)
+    if main_process:
+        write_run_report(output_dir, config, trainer, splits.validation, progress)
+        print_result(output_dir, trainer, progress)
 
 
 def train(trainer: PerceTrainer, checkpoint: str | None) -> None:
@@ -118,6 +126,7 @@ def train(trainer: PerceTrainer, checkpoint: str | None) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (UserError, KeyboardInterrupt) as stopped:
         step = trainer.state.global_step
+        print(file=sys.stderr)  # ends the line of the progress bar
         if step and trainer.accelerator.num_processes == 1:
             trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
             print(f"Stopped at step {step}; --resume --output_dir {trainer.args.output_dir} goes on.", file=sys.stderr)
@@ -126,17 +135,27 @@ def train(trainer: PerceTrainer, checkpoint: str | None) -> None:
         raise
 
 
+@contextlib.contextmanager
+def _options_that_fail_late() -> Iterator[None]:
+    """What the Trainer finds out on construction: optimisers and loggers whose package is missing, bad combinations."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"These options cannot be used here: {' '.join(str(error).split())}") from error
+
+
 def claim_directory(config: TrainConfig) -> Path:
     """The run directory, made, writable and not another run's: found out before anything expensive happens."""
-    import os
-
-    path = Path(config.run.output_dir or "").expanduser()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not config.run.output_dir:
-        raise UserError("--output_dir: needed when several processes share a run.")
-    if int(os.environ.get("RANK", 0)) == 0 and not config.run.resume and (path / CONFIG_NAME).exists():
+    path = Path(config.run.output_dir or "")
+    holds_run = (path / CONFIG_NAME).exists()
+    if int(os.environ.get("RANK", 0)) == 0 and not config.run.resume and holds_run:
         raise UserError(
             f"--output_dir {path}: holds a run already. Continue it with --resume, or choose another directory."
         )
+    if config.run.resume and not holds_run:
+        raise UserError(f"--resume: {path} holds no run ({CONFIG_NAME} is missing). Was --output_dir mistyped?")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -148,13 +167,23 @@ def claim_directory(config: TrainConfig) -> Path:
     return path
 
 
-def last_checkpoint(output_dir: Path) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    checkpoint = get_last_checkpoint(str(output_dir))
-    if checkpoint is None:
-        raise UserError(f"--resume: {output_dir} holds no checkpoint-N. Was the run saved (--save_steps)?")
-    return checkpoint
+def last_checkpoint(config: TrainConfig, output_dir: Path) -> str:
+    """The latest whole checkpoint; UserError if there is none, or it is of another model than is asked for now."""
+    saved = read_yaml(str(output_dir / CONFIG_NAME))
+    for name, now in vars(config.model).items():
+        if saved.get(name, now) != now and name not in ("precision", "attn_implementation"):
+            raise UserError(
+                f"--resume: {name} is {now!r} now and was {saved[name]!r} when the run began. Leave it as it was, or "
+                "start a new run."
+            )
+    steps = [
+        int(path.name.partition("-")[2])
+        for path in output_dir.glob("checkpoint-*")
+        if (path / "trainer_state.json").is_file()  # written last
+    ]
+    if not steps:
+        raise UserError(f"--resume: {output_dir} holds no whole checkpoint-N. Was the run saved (--save_steps)?")
+    return str(output_dir / f"checkpoint-{max(steps)}")
 
 
 def training_arguments(config: TrainConfig) -> PerceArguments:
@@ -163,12 +192,14 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
 
     import torch
 
+    from perce.environment import quiet_libraries
     from perce.model import resolve_precision
     from perce.trainer import PerceArguments
 
+    quiet_libraries()
     fields = {field.name: field for field in dataclasses.fields(PerceArguments) if field.init}
     for name, value in config.extra.items():
-        if name in OURS and OURS[name] != name:
+        if name in OURS:
             raise UserError(f"{name}: use --{OURS[name]} instead.")
         if name not in fields:
             raise unknown_option(name, list(fields))
@@ -184,6 +215,7 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
         "learning_rate": run.learning_rate,
         "warmup_steps": run.warmup_steps,
         "per_device_eval_batch_size": run.per_device_train_batch_size or SEQUENCES_A_STEP,
+        "eval_on_start": not run.resume,
         "eval_strategy": "steps" if run.eval_steps else "epoch",
         "eval_steps": run.eval_steps,
         "save_strategy": "steps" if run.save_steps else "no",
@@ -238,9 +270,12 @@ def _check_kind(name: str, default: Any, value: Any) -> None:
         raise UserError(f"{name}: expected {expected}, got {value!r}.")
 
 
-def load_pairs(config: TrainConfig, model_path: str, *, on_cpu: bool) -> tuple[Splits, dict[str, Any], Any]:
-    """Rows, their token pairs by split, and the tokenizer. Everything wrong with the data is found here."""
-    from perce.dataset import load_splits, make_builder, pair_dataset, stream_pairs
+def load_pairs(config: TrainConfig, model_path: str, *, on_cpu: bool) -> tuple[Splits, dict[str, Any], Any, list[str]]:
+    """Rows, their token pairs by split, the tokenizer, and notes on what was left out.
+
+    Everything that is wrong with the data is found here, unless it is streamed.
+    """
+    from perce.dataset import left_out, load_splits, make_builder, pair_dataset, stream_pairs
     from perce.model import load_tokenizer
     from perce.rows import Rows
 
@@ -249,20 +284,21 @@ def load_pairs(config: TrainConfig, model_path: str, *, on_cpu: bool) -> tuple[S
     splits = load_splits(data, eval_examples=wanted, seed=config.run.seed)
     tokenizer = load_tokenizer(model_path)
     builder = make_builder(tokenizer, data, splits.format)
+    if isinstance(splits.train, Rows):
+        train: Any = stream_pairs(splits.train, builder, skip_bad_rows=data.skip_bad_rows, seed=config.run.seed)
+    else:
+        train = pair_dataset(splits.train, builder, skip_bad_rows=data.skip_bad_rows)
     validation = pair_dataset(splits.validation, builder, skip_bad_rows=data.skip_bad_rows)
+    notes = [f"{splits.skipped:,} rows skipped; the first: {splits.reasons[0]}"] if splits.skipped else []
+    for name, examples, dataset in (("training", splits.train, train), ("validation", splits.validation, validation)):
+        if isinstance(examples, list):
+            notes += left_out(name, len(examples), dataset, data.max_length)
     lengths = [len(ids) for ids in validation["input_ids"]]
     if on_cpu and config.run.eval_examples is None:
         lengths = lengths[: max(sum(total <= EVAL_TOKENS_ON_CPU for total in itertools.accumulate(lengths)), 1)]
     # In order of length a batch holds little padding: a fifth less work for long, uneven examples.
     validation = validation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
-    if isinstance(splits.train, Rows):
-        train: Any = stream_pairs(splits.train, builder, skip_bad_rows=data.skip_bad_rows, seed=config.run.seed)
-    else:
-        train = pair_dataset(splits.train, builder, skip_bad_rows=data.skip_bad_rows)
-    for split, dataset in (("train", train), ("validation", validation)):
-        if not data.streaming and not len(dataset):
-            raise UserError(f"No {split} example is left: none fits --max_length {data.max_length}.")
-    return splits, {"train": train, "validation": validation}, tokenizer
+    return splits, {"train": train, "validation": validation}, tokenizer, notes
 
 
 def _default_model() -> str:

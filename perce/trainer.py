@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pyarrow.compute
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -39,6 +41,12 @@ class PerceArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.fsdp and self.use_cpu:
             raise UserError("fsdp with use_cpu: the Trainer would silently run plain data parallelism instead.")
+        if self.label_smoothing_factor:
+            raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
+        # Liger's own loss would replace the forward that holds ours; its other kernels are welcome.
+        self.liger_kernel_config = {
+            **(self.liger_kernel_config or {}), "fused_linear_cross_entropy": False, "cross_entropy": False,
+        }  # fmt: skip
         self.remove_unused_columns = False
         self.label_names = []
         self.ddp_find_unused_parameters = False
@@ -69,17 +77,16 @@ class PerceTrainer(Trainer):
     """Fine-tunes a causal language model with PerCE (or plain cross-entropy) on token pairs.
 
     Args:
-        model: a causal language model, or its directory or Hub id. Prepared here if perce.model.prepare_model has not
-        been
-            called on it.
+        model: a causal language model, or its directory or Hub id; prepared by perce.model if need be.
         args: PerceArguments.
         train_dataset, eval_dataset: `datasets` with the columns of perce.pairs.Pair, or raw rows in any supported
-        format. processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
+            format; for evaluation also a dict of them.
+        processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
         peft_config: a PEFT config, to train an adapter on the frozen model.
 
     Raises:
         UserError (a ValueError): a model whose logits cannot be reproduced, an adapter on its output embedding, a bad
-        row.
+            row, a token id that the model has no embedding for.
     """
 
     args: PerceArguments
@@ -99,19 +106,32 @@ class PerceTrainer(Trainer):
         prepared = prepare_model(load_pretrained(model) if isinstance(model, str) else model)
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
+        self._tokenizer = tokenizer
+        self._data = args.data
         datasets = {
-            split: rows_dataset_pairs(dataset, split, tokenizer, args.data) if _is_raw(dataset) else dataset
-            for split, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+            "train_dataset": self._as_pairs(train_dataset, "train_dataset"),
+            "eval_dataset": self._as_pairs(eval_dataset, "eval_dataset"),
         }
+        for name, dataset in datasets.items():
+            _check_vocabulary(dataset, name, prepared.get_input_embeddings().weight.shape[0])
         kwargs.setdefault("data_collator", partial(collate, pad_id=getattr(tokenizer, "pad_token_id", None) or 0))
         super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
-        self.model_accepts_loss_kwargs = (
-            True  # our loss divides by num_items_in_batch; the Trainer must not divide again
-        )
-        self.clock = _Clock(self.args.device)
-        self._tokens_logged = 0
-        self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of eval_dataset
+        # Our loss divides by num_items_in_batch; the Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
+        self.counterfactual_clock = _Clock(self.args.device)
+        self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
         self._window = _Window()
+        self._logged_tokens, self._logged_seconds = 0, 0.0
+
+    def _as_pairs(self, dataset: Any, name: str) -> Any:
+        """Raw rows as token pairs; what is pairs already, or nothing, as it is."""
+        if isinstance(dataset, Mapping):
+            return {key: self._as_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+        return rows_dataset_pairs(dataset, name, self._tokenizer, self._data) if _is_raw(dataset) else dataset
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
+        return super().evaluate(self._as_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
 
     def compute_loss(
         self,
@@ -127,7 +147,7 @@ class PerceTrainer(Trainer):
         if loss.objective == "ce":
             call["token_weight"] = torch.ones_like(inputs["target"], dtype=torch.float32)
         else:
-            with self.clock.measure("counterfactual"):
+            with self.counterfactual_clock.measure():
                 call["hidden_cf"] = self.counterfactual_hidden(model, inputs)
             call |= {"clip_min": loss.clip_min, "clip_max": loss.clip_max, "contrast": loss.contrast}
 
@@ -152,8 +172,11 @@ class PerceTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self._window.start()
-        with self.clock.measure("total"):
-            return super().training_step(*args, **kwargs)
+        return super().training_step(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._window.pause()
+        super()._save_checkpoint(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
         """Response tokens of the whole accumulation window, over all ranks."""
@@ -162,17 +185,23 @@ class PerceTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            self._tokens_logged = self.tokens_seen
+            self._logged_tokens, self._logged_seconds = self.tokens_seen, self.training_seconds
             total = self.accelerator.reduce(self._window.total.to(self.args.device), "sum")
-            logs |= self._window.summary(total)
+            logs |= self._window.summary(total, self.args.loss)
             logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
+            self.counterfactual_clock.seconds()  # collects the events of the window
             self._window = _Window()
         super().log(logs, start_time)
 
     @property
     def tokens_seen(self) -> int:
         """Factual tokens this process has trained on, padding left out."""
-        return self._tokens_logged + int(self._window.total[0])
+        return self._logged_tokens + int(self._window.total[0])
+
+    @property
+    def training_seconds(self) -> float:
+        """Wall clock of this process's training steps, without evaluations and checkpoints."""
+        return self._logged_seconds + self._window.seconds
 
     @torch.no_grad()
     def token_statistics(self, model: nn.Module, inputs: Batch) -> list[TokenStatistics]:
@@ -194,7 +223,12 @@ class PerceTrainer(Trainer):
         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:  # fmt: skip
         """Mean loss per response token with and without the persona and of personal tokens, and mean PIR."""
-        model: Any = self.model_wrapped if self.is_in_train else self._wrap_model(self.model, training=False)  # type: ignore[arg-type]
+        self._window.pause()
+        model: Any = self.model_wrapped if self.is_in_train else self.model
+        if not self.is_in_train and not self.accelerator._models:
+            # As the Trainer does: moves to the device and autocasts, so that numbers before and after training compare.
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.callback_handler.eval_dataloader = dataloader  # for the progress bar
         training = model.training
         model.eval()
         rows = []
@@ -215,6 +249,7 @@ class PerceTrainer(Trainer):
         examples_seen = torch.cat(rows)
         n, ce, ce_cf, n_personal, ce_personal = examples_seen.double().sum(0).tolist()
         metrics = {
+            "loss": ce / n,  # the name that load_best_model_at_end and schedulers look for
             "loss_with_persona": ce / n,
             "loss_without_persona": ce_cf / n,
             "loss_personal_tokens": ce_personal / n_personal if n_personal else float("nan"),
@@ -228,82 +263,97 @@ class PerceTrainer(Trainer):
 
 
 def _is_raw(dataset: Any) -> bool:
-    """Whether a dataset holds rows still to be tokenised."""
-    if dataset is None:
+    """Whether a dataset holds rows still to be tokenised; a string names one that the Trainer has."""
+    if dataset is None or isinstance(dataset, str):
         return False
     columns = getattr(dataset, "column_names", None) or (dataset[0].keys() if isinstance(dataset, list) else ())
     return "persona_span" not in columns
 
 
+def _check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
+    """UserError for a token id without an embedding: on a GPU it would end the process with a device-side assert."""
+    for part in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
+        if isinstance(part, Dataset) and len(part):
+            largest = int(pyarrow.compute.max(pyarrow.compute.list_flatten(part.data["input_ids"])).as_py())
+            if largest >= vocabulary:
+                raise UserError(
+                    f"{name}: token id {largest} is outside the model's vocabulary of {vocabulary}. Expected the "
+                    "model's own tokenizer; after adding tokens, call model.resize_token_embeddings(len(tokenizer))."
+                )
+
+
 class _Clock:
-    """Seconds spent in named stretches of work. On CUDA by events, read only when asked for: no sync in a step."""
+    """Seconds spent in stretches of work. On CUDA by events, read only when asked for: no sync in a step."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._spent: dict[str, float] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._spent = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
-    def measure(self, name: str) -> Iterator[None]:
+    def measure(self) -> Iterator[None]:
         if self._cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             yield
             end.record()
-            self._events.append((name, start, end))
+            self._events.append((start, end))
         else:
             started = time.perf_counter()
             yield
-            self._add(name, time.perf_counter() - started)
+            self._spent += time.perf_counter() - started
 
-    def seconds(self, name: str) -> float:
-        for event_name, start, end in self._events:
+    def seconds(self) -> float:
+        for start, end in self._events:
             end.synchronize()
-            self._add(event_name, start.elapsed_time(end) / 1000)
+            self._spent += start.elapsed_time(end) / 1000
         self._events.clear()
-        return self._spent.get(name, 0.0)
-
-    def _add(self, name: str, seconds: float) -> None:
-        self._spent[name] = self._spent.get(name, 0.0) + seconds
+        return self._spent
 
 
 class _Window:
-    """Sums over the training tokens since the last log, kept on the device: no sync in a step."""
+    """Sums over the training tokens since the last log, kept on the device (no sync in a step), and a stopwatch."""
 
     NAMES = ("tokens", "count", "ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling")
 
     def __init__(self) -> None:
-        self.started = 0.0
         self.total = torch.zeros(len(self.NAMES), dtype=torch.float64)
+        self._spent = 0.0
+        self._running_since: float | None = None
 
     def start(self) -> None:
-        self.started = self.started or time.perf_counter()
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+
+    def pause(self) -> None:
+        self._spent, self._running_since = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
+        return self._spent + running
 
     def add(self, loss: LossConfig, logp: Tensor, logp_cf: Tensor, token_weight: Tensor, *, tokens: Tensor) -> None:
-        if loss.objective == "ce":
-            pir = clipped = torch.full_like(logp, float("nan"))
-        else:
-            pir = logp - logp_cf
-            clipped = pir.exp() if loss.contrast == "ratio" else pir
+        pir = logp - logp_cf
+        contrasted = pir.exp() if loss.contrast == "ratio" else pir
         sums = torch.stack(
             [
                 tokens.to(logp), logp.new_tensor(logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),
-                (clipped <= loss.clip_min).sum().to(logp),
-                (clipped >= loss.clip_max).sum().to(logp),
+                (contrasted <= loss.clip_min).sum().to(logp), (contrasted >= loss.clip_max).sum().to(logp),
             ]
         )  # fmt: skip
-        self.total = self.total.to(sums.device) + sums.double()
+        wide = torch.float32 if sums.device.type == "mps" else torch.float64  # mps has no float64
+        self.total = self.total.to(sums.device, wide) + sums.to(wide)
 
-    def summary(self, total: Tensor) -> Mapping[str, float]:
-        """Means over all ranks' tokens; what the objective does not compute is left out."""
+    def summary(self, total: Tensor, loss: LossConfig) -> Mapping[str, float]:
+        """Means over all ranks' tokens; of cross-entropy alone what does not need the counterfactual pass."""
         tokens, count, *sums = total.tolist()
         if not count:
             return {}
         means = {name: value / count for name, value in zip(self.NAMES[2:], sums, strict=True)}
-        if means["pir_mean"] != means["pir_mean"]:
+        if loss.objective == "ce":
             means = {"ce": means["ce"]}
-        self.start()
-        return means | {"tokens_per_second": tokens / (time.perf_counter() - self.started)}
+        return means | {"tokens_per_second": tokens / max(self.seconds, 1e-9)}
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -78,7 +78,8 @@ def full_fp32_matmul() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             # Reading resolves what is inherited: written back as read, it would no longer follow the global setting.
-            backend.fp32_precision = "none" if precision == torch.backends.fp32_precision else precision
+            inherited = precision == torch.backends.fp32_precision  # type: ignore[attr-defined]
+            backend.fp32_precision = "none" if inherited else precision
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
 from perce import model as perce_model
@@ -128,9 +128,36 @@ def test_an_adapted_model_may_be_prepared_late():
 def test_attention_dropout_and_encoders_are_refused():
     with pytest.raises(UserError, match=r"attention_dropout=0\.1"):
         install_perce(tiny_model(attention_dropout=0.1))
+    with pytest.raises(UserError, match=r"dropout in .*resid_dropout"):
+        install_perce(tiny_model("phi", resid_pdrop=0.1))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
     with pytest.raises(UserError, match="encoder"):
         install_perce(t5)
+
+
+def test_dropout_of_a_saved_model_is_switched_off(tmp_path):
+    tiny_model("phi", resid_pdrop=0.1, attention_dropout=0.1).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), ModelConfig(lora_r=0, precision="fp32"), "cpu")
+    assert model.config.resid_pdrop == model.config.attention_dropout == 0.0
+
+
+def test_virtual_tokens_are_refused():
+    with pytest.raises(UserError, match="PROMPT_TUNING"):
+        add_adapter(prepare_model(tiny_model()), PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_the_self_check_knows_how_coarse_large_bf16_logits_are(scale):
+    model = tiny_model().bfloat16()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
+    install_perce(model)
+
+
+def test_generate_may_still_keep_the_last_logits_only():
+    model = tiny_model()
+    before = model._supports_logits_to_keep()
+    assert install_perce(model)._supports_logits_to_keep() == before
 
 
 def test_loading_full_and_lora(tmp_path):

@@ -2,19 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perce.config import parse_args
 from perce.errors import UserError
-from perce.train import main
+from perce.train import fit_batch, main
 from tests.tiny import save_tiny_model, write_jsonl
 
 ROWS = [
@@ -147,7 +150,57 @@ def test_a_second_run_takes_a_new_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     assert main(["--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "runs/demo", "a failed run leaves its name free"
+    (tmp_path / "runs" / "demo" / "config.yaml").write_text("")
+    assert main(["--print_config"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "runs/demo-2"
+
+
+def test_the_seed_decides_everything(train, tmp_path):
+    from safetensors.torch import load_file
+
+    adapters = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train(seed=seed, max_steps=1, output_dir=tmp_path / name)[0] == 0
+        adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    name = next(name for name in adapters[0] if "lora_A" in name)
+    assert adapters[0][name].equal(adapters[1][name]) and not adapters[0][name].equal(adapters[2][name])
+
+
+@pytest.mark.parametrize(
+    ("longest", "given", "expected"),
+    [(100, {}, (8, 1)), (600, {}, (4, 2)), (1500, {}, (2, 4)), (5000, {}, (1, 8)),
+     (5000, {"per_device_train_batch_size": 16}, (16, 1)), (600, {"gradient_accumulation_steps": 5}, (4, 5))],
+)  # fmt: skip
+def test_a_step_is_eight_sequences_divided_by_length(longest, given, expected):
+    config, _ = parse_args([x for name, value in given.items() for x in (f"--{name}", str(value))], {})
+    args = SimpleNamespace(device=torch.device("cpu"))
+    run = fit_batch(config, args, {"input_ids": [[0] * longest, [0]]}).run
+    assert (run.per_device_train_batch_size, run.gradient_accumulation_steps) == expected
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
+
+
+def test_long_validation_sets_are_cut_on_a_cpu_unless_asked_for(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("perce.train.EVAL_TOKENS_ON_CPU", 1)
+    assert "and 3 validation examples" in train(max_steps=1, eval_examples=3, output_dir=tmp_path / "a")[1]
+    assert "and 1 validation examples" in train(max_steps=1, output_dir=tmp_path / "b")[1]
+
+
+def test_ctrl_c_leaves_a_checkpoint(train, tmp_path, monkeypatch):
+    from perce.trainer import PerceTrainer
+
+    step, calls = PerceTrainer.training_step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(PerceTrainer, "training_step", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        train(max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 # ---- mistakes
@@ -182,6 +235,37 @@ def test_unreadable_model_directory(train, tmp_path):
     fails(train(model=tmp_path / "n", output_dir=tmp_path / "other"), "no such directory")
 
 
+def test_broken_weights_and_adapters_alone(train, tmp_path, model):
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"version https://git-lfs")
+    fails(train(model=broken), "--model", "could not be loaded")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    fails(train(model=adapter, output_dir=tmp_path / "other"), "adapter alone", "base model")
+
+
+def test_a_token_outside_the_models_vocabulary(train, tmp_path, model):
+    larger = shutil.copytree(model, tmp_path / "larger")
+    tokenizer = AutoTokenizer.from_pretrained(larger)
+    tokenizer.add_tokens(["bees"])
+    tokenizer.save_pretrained(larger)
+    fails(train(model=larger), "token id 400", "vocabulary of 400")
+
+
+def test_resume_with_another_model_is_refused_and_spoils_nothing(train, tmp_path):
+    assert train(save_steps=1, max_steps=1)[0] == 0
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    fails(train("--resume", model=None, data=None, lora_r=3, max_steps=2), "--resume", "lora_r", "3", "16")
+    assert (tmp_path / "run" / "config.yaml").read_text() == saved
+    (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").unlink()
+    fails(train("--resume", model=None, data=None, max_steps=2), "no whole checkpoint")
+
+
+def test_nothing_fits(train, tmp_path):
+    fails(train("--skip_bad_rows", max_length=20), "No example is left", "max_length=20")
+
+
 @pytest.mark.parametrize(
     ("flag", "fragments"),
     [
@@ -197,6 +281,8 @@ def test_unreadable_model_directory(train, tmp_path):
         ("--columns=persona", ["columns"]),
         ("--bf16=true", ["--precision"]),
         ("--streaming", ["max_steps"]),
+        ("--optim=adamw_bnb_8bit", ["cannot be used here"]),
+        ("--seed=-1", ["seed"]),
         ("stray", ["stray"]),
     ],
 )
@@ -237,7 +323,10 @@ def test_output_directories(train, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("perce.train.load_pairs", lambda *_: pytest.fail("found too late"))
     fails(train(output_dir=tmp_path / "file" / "run"), "--output_dir", "cannot be written")
-    fails(train("--resume", output_dir=tmp_path / "fresh"), "--resume", "checkpoint")
+    fails(train("--resume", output_dir=tmp_path / "fresh"), "--resume", "holds no run")
+    (tmp_path / "unsaved").mkdir()
+    (tmp_path / "unsaved" / "config.yaml").write_text("max_steps: 3\n")
+    fails(train("--resume", output_dir=tmp_path / "unsaved"), "--resume", "checkpoint", "--save_steps")
     with pytest.raises(UserError, match="--output_dir"):
         from perce.train import resolve
 
@@ -255,7 +344,9 @@ def test_a_bad_row_in_a_stream_leaves_a_checkpoint_behind(train, tmp_path, monke
     directory = tmp_path / "split"
     write_jsonl(directory / "train.jsonl", [*ROWS[:8], {"persona": "p", "query": "q", "response": ""}])
     write_jsonl(directory / "validation.jsonl", ROWS[8:])
-    result = train("--streaming", data=directory, per_device_train_batch_size=2, max_steps=9, logging_steps=1)
+    result = train(
+        "--streaming", data=directory, per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=9
+    )
     fails(result, "train.jsonl:9")
     assert list((tmp_path / "run").glob("checkpoint-*")) and "--resume" in result[2]
 

@@ -168,25 +168,28 @@ def run_split(tmp_path, name, kind, **options):
     return json.loads((tmp_path / "result.json").read_text())
 
 
+RUNS = {
+    "full": ("full", {}), "lora": ("lora", {}), "ce": ("full", {"objective": "ce"}),
+    "sequence": ("full", {"normalize": "sequence"}),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The undivided batch of 8, for each kind of run that is compared with it."""
     return {
         key: run_split(tmp_path_factory.mktemp("whole"), "8x1", kind, **options)
-        for key, kind, options in (
-            ("full", "full", {}),
-            ("lora", "lora", {}),
-            ("sequence", "full", {"normalize": "sequence"}),
-        )
+        for key, (kind, options) in RUNS.items()
     }
 
 
 @pytest.mark.parametrize(
     ("split", "key"),
-    [(name, "full") for name in list(SPLITS)[1:]] + [("2x4", "lora"), ("2x2x2", "lora"), ("2x2x2", "sequence")],
+    [(name, "full") for name in list(SPLITS)[1:]]
+    + [("2x4", "lora"), ("2x2x2", "lora"), ("2x4", "ce"), ("2x2x2", "ce"), ("2x2x2", "sequence")],
 )
 def test_every_split_of_a_batch_trains_the_same(tmp_path, whole, split, key):
-    kind, options = ("full", {"normalize": "sequence"}) if key == "sequence" else (key, {})
+    kind, options = RUNS[key]
     result = run_split(tmp_path, split, kind, **options)
     torch.testing.assert_close(torch.tensor(result["steps"]), torch.tensor(whole[key]["steps"]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.tensor(result["eval"]), torch.tensor(whole[key]["eval"]), atol=1e-5, rtol=1e-5)
@@ -212,8 +215,7 @@ def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path, options):
 # ---- the two passes
 
 
-def test_identical_prompts_have_no_pir_despite_dropout(tmp_path):
-    """The counterfactual pass is in eval mode; with the persona span empty in content, only dropout could differ."""
+def test_the_counterfactual_pass_has_no_dropout(tmp_path):
     trainer = trainer_for(model_for("lora", dropout=0.5), arguments(tmp_path))
     model = trainer.model.train()
     batch = trainer.data_collator(PAIRS[:2])
@@ -241,22 +243,25 @@ def test_statistics_are_logged_and_right(tmp_path):
         assert entry[name] == pytest.approx(value.item(), abs=1e-5), name
     assert entry["tokens_per_second"] > 0 and entry["peak_memory_mib"] > 0
     assert trainer.tokens_seen == sum(len(pair["input_ids"]) for pair in PAIRS)
-    assert 0 < trainer.clock.seconds("counterfactual") < trainer.clock.seconds("total")
+    assert 0 < trainer.counterfactual_clock.seconds() < trainer.training_seconds
+
+
+RATIO = {"contrast": "ratio", "clip_min": 0.0}
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [LossConfig(clip_min=0.2), LossConfig(clip_max=1.0), LossConfig(contrast="ratio"), LossConfig(normalize="batch"),
-     LossConfig(normalize="sequence", clip_min=0.01)],
+    ("base", "changed"),
+    [
+        ({}, {"clip_min": 0.2}), (RATIO, RATIO | {"clip_max": 1.0}), ({}, {"contrast": "ratio"}),
+        ({}, {"normalize": "batch"}), ({"clip_min": 0.01}, {"clip_min": 0.01, "normalize": "sequence"}),
+    ],
 )  # fmt: skip
-def test_every_loss_option_changes_the_step(tmp_path, loss):
-    def first_step(loss):
-        trainer = trainer_for(model_for("full"), arguments(tmp_path, max_steps=1, loss=loss))
+def test_every_loss_option_changes_the_step(tmp_path, base, changed):
+    def first_step(options):
+        trainer = trainer_for(model_for("full"), arguments(tmp_path, max_steps=1, loss=LossConfig(**options)))
         trainer.train()
         return logged(trainer, "loss", "grad_norm")[0]
 
-    base = LossConfig(contrast="ratio", clip_min=0.0) if loss.clip_max == 1.0 else LossConfig()
-    changed = LossConfig(contrast="ratio", clip_min=0.0, clip_max=1.0) if loss.clip_max == 1.0 else loss
     assert first_step(changed) != first_step(base)
 
 
@@ -290,9 +295,43 @@ def test_a_bad_raw_row_is_named(tmp_path):
         )  # fmt: skip
 
 
-def test_fsdp_on_cpu_is_refused(tmp_path):
+def test_fsdp_on_cpu_and_label_smoothing_are_refused(tmp_path):
     with pytest.raises(UserError, match="fsdp"):
         arguments(tmp_path, fsdp="full_shard")
+    with pytest.raises(UserError, match="label_smoothing"):
+        arguments(tmp_path, label_smoothing_factor=0.1)
+
+
+def test_ligers_own_loss_is_always_off(tmp_path):
+    config = arguments(
+        tmp_path, liger_kernel_config={"rope": True, "fused_linear_cross_entropy": True}
+    ).liger_kernel_config
+    assert config == {"rope": True, "fused_linear_cross_entropy": False, "cross_entropy": False}
+
+
+def test_a_token_without_an_embedding_is_found_before_training(tmp_path):
+    pairs = [{**PAIRS[0], "input_ids": [*PAIRS[0]["input_ids"][:-1], 400]}]
+    with pytest.raises(UserError, match=r"train_dataset: token id 400 .* vocabulary of 400"):
+        trainer_for(model_for("full"), arguments(tmp_path), pairs=pairs)
+
+
+def test_several_evaluation_sets_and_the_usual_metric_name(tmp_path):
+    sets = {"short": Dataset.from_list(PAIRS[:3]), "raw": [{"persona": "p", "query": "q", "response": "r"}]}
+    trainer = trainer_for(model_for("full"), arguments(tmp_path, max_steps=1), eval_dataset=sets)
+    metrics = trainer.evaluate()
+    assert metrics["eval_short_loss"] == metrics["eval_short_loss_with_persona"] > 0 and metrics["eval_raw_loss"] > 0
+
+
+def test_numbers_before_and_after_training_are_of_the_same_precision(tmp_path):
+    """Under autocast too: a learning rate of next to nothing must change nothing in an evaluation."""
+    args = arguments(tmp_path, bf16=True, learning_rate=1e-30, max_steps=1)
+    trainer = trainer_for(model_for("full"), args, eval_dataset=Dataset.from_list(PAIRS[:7]))
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_pir_mean"] == after["eval_pir_mean"] and before["eval_loss"] == after["eval_loss"]
+    exact = trainer_for(model_for("full"), arguments(tmp_path), eval_dataset=Dataset.from_list(PAIRS[:7])).evaluate()
+    assert before["eval_loss"] != exact["eval_loss"], "bf16 was not in use"
 
 
 if __name__ == "__main__":  # one rank of run_split

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from perce.demo import DATA_DIR
-from perce.pairs import PairBuilder
+from perce.pairs import _ANCHOR, PairBuilder
 from perce.rows import Example, load_examples
 
 VOCAB = 400
@@ -40,24 +40,39 @@ QWEN3 = (  # puts an empty thinking block before the last reply
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}"
 )
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "mistral": MISTRAL, "qwen3": QWEN3, "plain": None}
+MISTRAL_V3 = (  # gives the system message to the last user turn, and only when that ends the conversation
+    "<s>{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}"
+    "{% else %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}[INST] {% if loop.last and system is defined %}{{ system }}\n\n"
+    "{% endif %}{{ m.content }}[/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama3": LLAMA3,
+    "gemma": GEMMA,
+    "mistral": MISTRAL,
+    "mistral-v3": MISTRAL_V3,
+    "qwen3": QWEN3,
+    "plain": None,
+}
 
 
 def tiny_tokenizer(chat_template: str | None = CHATML, *, prepends_space: bool = False) -> PreTrainedTokenizerFast:
     """Byte-level BPE, or one that begins every text with a space, as Llama 2 does; pad is the end-of-turn token."""
     tokenizer = Tokenizer(models.BPE())
-    if prepends_space:
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    if prepends_space:  # newlines merge with nothing, as in Llama 2
+        lines = pre_tokenizers.Split("\n", "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first"), lines])
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     else:
-        tokenizer.pre_tokenizer, tokenizer.decoder = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-            decoders.ByteLevel(),
-        )
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
     special = ["<|im_end|>", "<s>", "<|im_start|>", "<|header|>", "<|/header|>", "<turn>"]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
         special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        # Stands in for the byte fallback of such tokenizers, which knows every character.
+        initial_alphabet=["\n", _ANCHOR] if prepends_space else pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((DATA_DIR / "validation.jsonl").read_text(encoding="utf-8").splitlines(), trainer)
