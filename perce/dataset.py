@@ -1,11 +1,13 @@
 """Examples → `datasets` of token pairs: built once, cached on disk, the same on every machine.
 
+load_pairs         what a run trains and evaluates on, and notes on what was left out
 load_splits        rows of the training and the validation split, held out by user where the data has none
 pair_dataset       all pairs at once, cached by `datasets` under a fingerprint of everything they depend on
 stream_pairs       one pair at a time, for data too large to read first
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -40,15 +42,54 @@ FEATURES = Features(
 
 
 @dataclass(frozen=True)
+class RunPairs:
+    """Token pairs of a run."""
+
+    train: Dataset | IterableDataset
+    validation: Dataset
+    examples: list[Example]
+    """Those that validation's column `example` points into."""
+    format: str
+    notes: list[str]
+    """What was held out, trimmed and skipped, in words."""
+    source: "PairSource | None"
+    """Of a stream: counts what is left out while it is read."""
+
+
+def load_pairs(
+    config: DataConfig, tokenizer: Any, *, eval_examples: int, eval_tokens: int | None, seed: int
+) -> RunPairs:  # fmt: skip
+    """Read, check and pair config.data; at most eval_examples (0: all) and eval_tokens are kept to evaluate on.
+
+    Everything that is wrong with the data is found here, unless it is streamed.
+    """
+    splits = load_splits(config, eval_examples=eval_examples, seed=seed)
+    builder = make_builder(tokenizer, config, splits.format)
+    validation = pair_dataset(splits.validation, builder, skip_bad_rows=config.skip_bad_rows)
+    notes = splits.notes + left_out("validation", len(splits.validation), validation, config.max_length)
+    source, train = None, None
+    if isinstance(splits.train, Rows):
+        source = PairSource(splits.train, builder, config.skip_bad_rows)
+        train = stream_pairs(source, seed)
+    else:
+        train = pair_dataset(splits.train, builder, skip_bad_rows=config.skip_bad_rows)
+        notes = notes + left_out("training", len(splits.train), train, config.max_length)
+    lengths = [len(ids) for ids in validation["input_ids"]]
+    if eval_tokens is not None:
+        lengths = lengths[: max(sum(total <= eval_tokens for total in itertools.accumulate(lengths)), 1)]
+    # In order of length a batch holds little padding: a fifth less work for long, uneven examples.
+    validation = validation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+    return RunPairs(train, validation, splits.validation, splits.format, notes, source)
+
+
+@dataclass(frozen=True)
 class Splits:
-    """What to train on (Rows only when streaming) and to evaluate on; `held_out`: how the latter was made, or None."""
+    """What to train on (Rows only when streaming) and to evaluate on."""
 
     train: Rows | list[Example]
     validation: list[Example]
     format: str
-    held_out: str | None
-    skipped: int
-    reasons: list[str]
+    notes: list[str]
 
 
 def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
@@ -57,24 +98,25 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
     options: dict[str, Any] = {
         "format": config.format, "columns": config.column_names(), "skip_bad_rows": config.skip_bad_rows,
     }  # fmt: skip
-    splits = available_splits(data)
     train = load_examples(data, "train", streaming=config.streaming, **options)
-    held_out = None
-    if "validation" in splits:
-        rows = load_examples(data, "validation", **options)
-        kept: Rows | list[Example] = train if config.streaming else train.examples
-        validation = rows.examples
-        skipped, reasons = train.skipped + rows.skipped, [*train.reasons, *rows.reasons]
+    if "validation" in available_splits(data):
+        held_out = load_examples(data, "validation", **options)
+        validation, kept = held_out.examples, train if config.streaming else train.examples
+        notes = [*skipped_rows(train), *skipped_rows(held_out)]
     elif config.streaming:
         raise UserError(
             f"--data {data}: it has no validation split, and a stream cannot be divided. Add one, or read it whole."
         )
     else:
-        kept, validation, held_out = hold_out(train.examples, seed)
-        skipped, reasons = train.skipped, train.reasons
+        kept, validation, note = hold_out(train.examples, seed)
+        notes = [note, *skipped_rows(train)]
     if 0 < eval_examples < len(validation):
         validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: any first few are a sample too
-    return Splits(kept, validation, rows.format if "validation" in splits else train.format, held_out, skipped, reasons)
+    return Splits(kept, validation, held_out.format if config.streaming else train.format, notes)
+
+
+def skipped_rows(rows: Rows) -> list[str]:
+    return [f"{rows.skipped:,} rows skipped; the first: {rows.reasons[0]}"] if rows.skipped else []
 
 
 def hold_out(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example], str]:
@@ -114,7 +156,7 @@ def pair_dataset(examples: Sequence[Example], builder: PairBuilder, *, skip_bad_
             _generate,
             features=FEATURES,
             fingerprint=_fingerprint(examples, builder, skip_bad_rows),
-            gen_kwargs={"source": _PairSource(examples, builder, skip_bad_rows)},
+            gen_kwargs={"source": PairSource(examples, builder, skip_bad_rows)},
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
@@ -136,11 +178,9 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
     return notes
 
 
-def stream_pairs(rows: Rows, builder: PairBuilder, *, skip_bad_rows: bool, seed: int) -> IterableDataset:
+def stream_pairs(source: "PairSource", seed: int) -> IterableDataset:
     """Pairs read and built while training; a fresh pass over the rows each epoch, shuffled within a buffer."""
-    stream = IterableDataset.from_generator(
-        _generate, features=FEATURES, gen_kwargs={"source": _PairSource(rows, builder, skip_bad_rows)}
-    )
+    stream = IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs={"source": source})
     return stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
@@ -152,26 +192,43 @@ def rows_dataset_pairs(dataset: Any, name: str, tokenizer: Any, config: DataConf
     return pair_dataset(examples, make_builder(tokenizer, config, rows.format), skip_bad_rows=config.skip_bad_rows)
 
 
-@dataclass(frozen=True)
-class _PairSource:
-    """What the generator reads."""
+@dataclass
+class PairSource:
+    """Examples to pair, and counts of what the last pass left out."""
 
     examples: Sequence[Example] | Rows
     builder: PairBuilder
     skip_bad_rows: bool
+    unfit: int = 0
+    dropped_passages: int = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PairSource":
+        return self  # `datasets` iterates over copies; the counts are those of the one run
+
+    def notes(self) -> list[str]:
+        notes = skipped_rows(self.examples) if isinstance(self.examples, Rows) else []
+        limit = f"--max_length {self.builder.max_length}"
+        if self.dropped_passages:
+            notes.append(f"training: {self.dropped_passages:,} persona entries dropped to fit {limit}")
+        if self.unfit:
+            notes.append(f"training: {self.unfit:,} examples skipped, longer than {limit}")
+        return notes
 
 
-def _generate(source: _PairSource) -> Iterator[dict[str, Any]]:
+def _generate(source: PairSource) -> Iterator[dict[str, Any]]:
     reason, built = "", False
+    source.unfit = source.dropped_passages = 0
     for index, example in enumerate(source.examples):
         try:
             pair = source.builder.build(example)
         except UserError as error:
             if not source.skip_bad_rows:
                 raise
+            source.unfit += 1
             reason = reason or str(error)
             continue
         built = True
+        source.dropped_passages += pair.dropped_passages
         yield asdict(pair) | {"example": index}
     if not built:
         raise UserError(f"No example is left, none of them fits. The first: {reason}")

@@ -1,18 +1,18 @@
 """What a run tells: the lines at its start, the progress while it runs, the report and the table at its end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from tokenizers.decoders import DecodeStream
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from perce.config import TrainConfig
-from perce.dataset import Splits
+from perce.dataset import RunPairs
 from perce.report import ScoredResponse, ScoredToken, write_curves, write_html
-from perce.rows import Example
 from perce.trainer import PerceTrainer, TokenStatistics, peak_memory_mib
 
 LOSSES = {
@@ -82,14 +82,7 @@ def _evaluation_line(logs: Mapping[str, float]) -> str:
     return "validation  " + "  ".join(f"{label} {logs[f'eval_{name}']:.4f}" for name, label in LOSSES.items())
 
 
-def describe_run(
-    config: TrainConfig,
-    model: nn.Module,
-    args: TrainingArguments,
-    splits: Splits,
-    pairs: Mapping[str, Any],
-    notes: Sequence[str],
-) -> None:
+def describe_run(config: TrainConfig, model: nn.Module, args: TrainingArguments, pairs: RunPairs) -> None:
     """What is about to be trained on what, and everything that was left out of the data."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -100,12 +93,12 @@ def describe_run(
         f"{trained / 1e6:,.1f} M trained ({method}), "
         f"{str(dtype).removeprefix('torch.')}{' weights, bf16 autocast' if args.bf16 else ''} on {args.device}"
     )
-    size = "a stream of" if config.data.streaming else f"{len(pairs['train']):,}"
+    size = f"{len(pairs.train):,}" if isinstance(pairs.train, Dataset) else "a stream of"
     print(
-        f"data   {config.data.data or 'built-in examples'} ({splits.format}): {size} training and "
-        f"{len(pairs['validation']):,} validation examples{f', {splits.held_out}' if splits.held_out else ''}"
+        f"data   {config.data.data or 'built-in examples'} ({pairs.format}): {size} training and "
+        f"{len(pairs.validation):,} validation examples"
     )
-    for note in notes:
+    for note in pairs.notes:
         print(f"       {note}")
     print(
         f"run    {args.output_dir}: {config.loss.objective} objective, learning rate {args.learning_rate:g}, "
@@ -115,7 +108,7 @@ def describe_run(
 
 
 def write_run_report(
-    output_dir: Path, config: TrainConfig, trainer: PerceTrainer, examples: Sequence[Example], progress: Progress
+    output_dir: Path, config: TrainConfig, trainer: PerceTrainer, pairs: RunPairs, progress: Progress
 ) -> None:  # fmt: skip
     """curves.png and report.html."""
     write_curves(output_dir / "curves.png", trainer.state.log_history)
@@ -131,7 +124,7 @@ def write_run_report(
     ]
     responses = []
     for index in shown:
-        example = examples[index]
+        example = pairs.examples[index]
         responses.append(
             ScoredResponse(
                 persona=example.persona,
@@ -163,7 +156,7 @@ def scored_tokens(statistics: TokenStatistics, tokenizer: Any) -> list[ScoredTok
     ]
 
 
-def print_result(output_dir: Path, trainer: PerceTrainer, progress: Progress) -> None:
+def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress) -> None:
     """The table at the end."""
     from rich.console import Console
     from rich.table import Table
@@ -179,6 +172,8 @@ def print_result(output_dir: Path, trainer: PerceTrainer, progress: Progress) ->
         share = trainer.counterfactual_clock.seconds() / seconds
         facts.add_row("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s a process")
         facts.add_row("counterfactual pass", f"{share:.1%} of the training time")
+    for note in pairs.source.notes() if pairs.source else []:
+        facts.add_row("left out", note)
     facts.add_row("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB")
     for label, name in (
         ("model", ""), ("report", "report.html"), ("curves", "curves.png"), ("options", "config.yaml"),

@@ -8,7 +8,6 @@ model or adapter, tokenizer, checkpoint-*/           what from_pretrained and --
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from perce.config import CONFIG_NAME, TrainConfig, dump_yaml, parse_args, read_y
 from perce.errors import UserError
 
 if TYPE_CHECKING:
-    from perce.dataset import Splits
     from perce.trainer import PerceArguments, PerceTrainer
 
 DEFAULT_LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
@@ -82,27 +80,34 @@ def _free_directory(name: str) -> Path:
 def run(config: TrainConfig) -> None:
     """One training run, from checks to the final table."""
     output_dir = claim_directory(config)
-    args = training_arguments(config)
-    checkpoint = last_checkpoint(config, output_dir) if config.run.resume else None
-    model_path = config.model.model or _default_model()
-    splits, pairs, tokenizer, notes = load_pairs(config, model_path, on_cpu=args.device.type == "cpu")
-    config = fit_batch(config, args, pairs["train"])
-
+    # From here on torch and transformers are needed; `--help` and mistyped options have been answered without.
     from transformers import set_seed
 
-    from perce.model import load_model
+    from perce.dataset import load_pairs
+    from perce.model import load_model, load_tokenizer
     from perce.summary import Progress, describe_run, print_result, write_run_report
     from perce.trainer import PerceTrainer
 
+    args = training_arguments(config)
+    checkpoint = last_checkpoint(config, output_dir) if config.run.resume else None
+    model_path = config.model.model or _default_model()
     set_seed(config.run.seed)  # before the adapters are drawn
+    tokenizer = load_tokenizer(model_path)
+    wanted, on_cpu = config.run.eval_examples, args.device.type == "cpu"
+    pairs = load_pairs(
+        config.data, tokenizer, seed=config.run.seed, eval_examples=EVAL_EXAMPLES if wanted is None else wanted,
+        eval_tokens=EVAL_TOKENS_ON_CPU if wanted is None and on_cpu else None,
+    )  # fmt: skip
+    config = fit_batch(config, args, pairs.train)
     model = load_model(model_path, config.model, args.device.type)
+
     main_process = args.process_index == 0
     if main_process:
-        describe_run(config, model, args, splits, pairs, notes)
+        describe_run(config, model, args, pairs)
     progress = Progress(output_dir)
     with _options_that_fail_late():
         trainer = PerceTrainer(
-            model, args, train_dataset=pairs["train"], eval_dataset=pairs["validation"], processing_class=tokenizer,
+            model, args, train_dataset=pairs.train, eval_dataset=pairs.validation, processing_class=tokenizer,
             callbacks=[progress],
         )  # fmt: skip
         trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -116,8 +121,8 @@ def run(config: TrainConfig) -> None:
     trainer.save_model()
     trainer.save_state()
     if main_process:
-        write_run_report(output_dir, config, trainer, splits.validation, progress)
-        print_result(output_dir, trainer, progress)
+        write_run_report(output_dir, config, trainer, pairs, progress)
+        print_result(output_dir, trainer, pairs, progress)
 
 
 def train(trainer: PerceTrainer, checkpoint: str | None) -> None:
@@ -268,37 +273,6 @@ def _check_kind(name: str, default: Any, value: Any) -> None:
         return
     if not fits:
         raise UserError(f"{name}: expected {expected}, got {value!r}.")
-
-
-def load_pairs(config: TrainConfig, model_path: str, *, on_cpu: bool) -> tuple[Splits, dict[str, Any], Any, list[str]]:
-    """Rows, their token pairs by split, the tokenizer, and notes on what was left out.
-
-    Everything that is wrong with the data is found here, unless it is streamed.
-    """
-    from perce.dataset import left_out, load_splits, make_builder, pair_dataset, stream_pairs
-    from perce.model import load_tokenizer
-    from perce.rows import Rows
-
-    data = config.data
-    wanted = EVAL_EXAMPLES if config.run.eval_examples is None else config.run.eval_examples
-    splits = load_splits(data, eval_examples=wanted, seed=config.run.seed)
-    tokenizer = load_tokenizer(model_path)
-    builder = make_builder(tokenizer, data, splits.format)
-    if isinstance(splits.train, Rows):
-        train: Any = stream_pairs(splits.train, builder, skip_bad_rows=data.skip_bad_rows, seed=config.run.seed)
-    else:
-        train = pair_dataset(splits.train, builder, skip_bad_rows=data.skip_bad_rows)
-    validation = pair_dataset(splits.validation, builder, skip_bad_rows=data.skip_bad_rows)
-    notes = [f"{splits.skipped:,} rows skipped; the first: {splits.reasons[0]}"] if splits.skipped else []
-    for name, examples, dataset in (("training", splits.train, train), ("validation", splits.validation, validation)):
-        if isinstance(examples, list):
-            notes += left_out(name, len(examples), dataset, data.max_length)
-    lengths = [len(ids) for ids in validation["input_ids"]]
-    if on_cpu and config.run.eval_examples is None:
-        lengths = lengths[: max(sum(total <= EVAL_TOKENS_ON_CPU for total in itertools.accumulate(lengths)), 1)]
-    # In order of length a batch holds little padding: a fifth less work for long, uneven examples.
-    validation = validation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
-    return splits, {"train": train, "validation": validation}, tokenizer, notes
 
 
 def _default_model() -> str:

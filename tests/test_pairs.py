@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from perce import dataset
 from perce.config import DataConfig
-from perce.dataset import hold_out, load_splits, make_builder, pair_dataset, stream_pairs
+from perce.dataset import PairSource, hold_out, load_splits, make_builder, pair_dataset, stream_pairs
 from perce.errors import UserError
 from perce.pairs import (
     PERSONA_FOOTER,
@@ -252,7 +252,7 @@ def test_a_stream_gives_the_same_pairs_each_epoch(tmp_path):
     rows = [{"persona": f"I am {i}.", "query": "Who?", "response": f"It is {i}."} for i in range(20)]
     path = write_jsonl(tmp_path / "train.jsonl", rows)
     read = load_examples(path, "train", streaming=True)
-    stream = stream_pairs(read, builder(), skip_bad_rows=False, seed=0)
+    stream = stream_pairs(PairSource(read, builder(), skip_bad_rows=False), seed=0)
     once, again = [[row["input_ids"] for row in stream] for _ in range(2)]
     whole = pair_dataset(load_examples(path, "train").examples, builder())
     assert once == again and sorted(once) == sorted(whole["input_ids"])

@@ -144,6 +144,11 @@ def test_skipped_rows_are_counted(train, tmp_path):
     path = write_jsonl(tmp_path / "some.jsonl", [*ROWS, {"persona": "p", "query": "q", "response": ""}])
     code, out, err = train("--skip_bad_rows", data=path)
     assert code == 0 and "1 rows skipped" in out and "some.jsonl:13" in out, err
+    directory = tmp_path / "split"
+    write_jsonl(directory / "train.jsonl", [{"persona": "p", "query": "q", "response": ""}, *ROWS])
+    write_jsonl(directory / "validation.jsonl", ROWS)
+    code, out, err = train("--skip_bad_rows", "--streaming", data=directory, output_dir=tmp_path / "streamed")
+    assert code == 0 and "1 rows skipped" in out and "train.jsonl:1:" in "".join(out.split()), err
 
 
 def test_a_second_run_takes_a_new_directory(tmp_path, monkeypatch, capsys):
@@ -321,9 +326,10 @@ def test_output_directories(train, tmp_path, monkeypatch):
     (tmp_path / "taken" / "config.yaml").write_text("")
     fails(train(output_dir=tmp_path / "taken"), "--output_dir", "holds a run", "--resume")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("perce.train.load_pairs", lambda *_: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.train.training_arguments", lambda *_: pytest.fail("found too late"))
     fails(train(output_dir=tmp_path / "file" / "run"), "--output_dir", "cannot be written")
     fails(train("--resume", output_dir=tmp_path / "fresh"), "--resume", "holds no run")
+    monkeypatch.undo()
     (tmp_path / "unsaved").mkdir()
     (tmp_path / "unsaved" / "config.yaml").write_text("max_steps: 3\n")
     fails(train("--resume", output_dir=tmp_path / "unsaved"), "--resume", "checkpoint", "--save_steps")
