@@ -168,6 +168,8 @@ def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progr
         table.add_row(label, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}")
     seconds = trainer.training_seconds
     facts = Table.grid(padding=(0, 3, 0, 0))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")  # a path cut short is of no use
     if seconds:
         share = trainer.counterfactual_clock.seconds() / seconds
         facts.add_row("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s a process")
