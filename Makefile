@@ -1,4 +1,4 @@
-# make train | test | check | format | bench | clean
+# make train | test | check | format | aot | bench | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
 
 PYTHON ?= python3
@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format bench clean
+.PHONY: help setup train test check format aot bench clean
 
 help:
 	@echo "make train    train the default small model on the built-in examples (CPU or GPU, minutes)"
 	@echo "make test     run the tests"
 	@echo "make check    lint, formatting and types"
 	@echo "make format   apply the formatter and the safe lint fixes"
+	@echo "make aot      compile the GPU kernels without a GPU: registers, spills, shared memory"
 	@echo "make bench    run the benchmarks"
 	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"
 
@@ -41,6 +42,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+aot: $(STAMP)
+	$(BIN)/python -m tests.aot $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)

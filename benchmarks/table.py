@@ -1,22 +1,48 @@
-"""`python -m benchmarks.table RESULTS.json`: the README's table from what `--benchmark-json` wrote."""
+"""`python -m benchmarks.table RESULTS.json`: the README's tables from what `--benchmark-json` wrote."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-HEADER = "| what | measured |\n| --- | --- |"
+NAMES = {"perce": "**perce**", "compiled": "torch.compile(naive)", "linear_cross_entropy": "F.linear_cross_entropy"}
 
 
-def lines(results: dict[str, Any]) -> Iterator[str]:
-    """One table row a benchmark, in the order they ran."""
-    for entry in results["benchmarks"]:
-        seconds, extra = entry["stats"]["median"], entry["extra_info"]
-        name = entry["name"].removeprefix("test_").replace("_", " ")
-        facts = [f"{key.replace('_', ' ')} {value}" for key, value in extra.items() if key not in ("torch", "threads")]
-        if any(key.startswith("ratio") for key in extra):
-            facts.insert(0, f"{seconds:.2f} s")
-        yield f"| {name} | {', '.join(facts)} |"
+def times(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Loss, forward and backward: median seconds, and the ratio to the naive loss timed in turn with it."""
+    yield "| loss, forward and backward | N × D × V, dtype | seconds | ÷ naive |\n| --- | --- | --- | --- |"
+    for entry in entries:
+        if match := re.fullmatch(r"test_(perce|rival)_against_naive\[(?:(\w+)-)?(\d+x\d+x\d+)-(\w+)]", entry["name"]):
+            _, rival, size, dtype = match.groups()
+            seconds, ratio = entry["stats"]["median"], entry["extra_info"]["ratio_to_naive"]
+            name, size = NAMES[rival or "perce"], size.replace("x", " × ")
+            yield f"| {name} | {size}, {dtype} | {seconds:.2f} | {ratio:.2f} |"
+
+
+def memory(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Peak extra memory of the same, each in a process of its own."""
+    yield "| peak extra memory | MiB | ÷ naive |\n| --- | --- | --- |"
+    for entry in entries:
+        extra = entry["extra_info"]
+        if match := re.fullmatch(r"test_peak_memory_is_a_quarter_of_naive\[(\w+)]", entry["name"]):
+            yield f"| **perce**, {match[1]} | {extra['peak_extra_mib']} | {extra['memory_ratio_to_naive']:.2f} |"
+            yield f"| naive, {match[1]} | {extra['naive_peak_extra_mib']} | 1 |"
+        if match := re.fullmatch(r"test_peak_memory_of_rival\[(\w+)]", entry["name"]):
+            yield f"| {NAMES[match[1]]}, float32 | {extra['peak_extra_mib']} | |"
+        if entry["name"] == "test_peak_memory_is_flat_in_n":
+            sizes = extra["peak_extra_mib"]
+            yield f"| **perce**, D = 64, N = {', '.join(sizes)} | {', '.join(map(str, sizes.values()))} | |"
+
+
+def steps(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Whole training steps of a model of SmolLM2-135M's shape."""
+    yield "| training step, 2 × (persona + 128) tokens | PerCE, seconds | ÷ cross-entropy |\n| --- | --- | --- |"
+    for entry in entries:
+        if entry["name"].startswith("test_perce_step"):
+            extra = entry["extra_info"]
+            seconds = extra["ce_seconds"] * extra["ratio_to_ce"]
+            yield f"| persona of {extra['persona_tokens']} tokens | {seconds:.2f} | {extra['ratio_to_ce']:.2f} |"
 
 
 def main() -> None:
@@ -24,10 +50,11 @@ def main() -> None:
         sys.exit(__doc__)
     with open(sys.argv[1], encoding="utf-8") as file:
         results = json.load(file)
-    cpu = results["machine_info"]["cpu"]
-    extra = results["benchmarks"][0]["extra_info"]
-    print(f"{cpu.get('brand_raw', 'unknown CPU')}, {extra['threads']} threads, torch {extra['torch']}\n")
-    print(HEADER, *lines(results), sep="\n")
+    entries, extra = results["benchmarks"], results["benchmarks"][0]["extra_info"]
+    cpu = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
+    print(f"{cpu}, {extra['threads']} threads, torch {extra['torch']}, {results['datetime'][:10]}.")
+    for table in (times, memory, steps):
+        print("", *table(entries), sep="\n")
 
 
 if __name__ == "__main__":

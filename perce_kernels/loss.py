@@ -8,7 +8,7 @@ from torch import Tensor
 
 from perce_kernels import chunked, ops, reference
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 class PerCEStats(NamedTuple):
@@ -71,7 +71,8 @@ def fused_perce_loss(
             tensor, clamped to ≥ 1.
         softcap, logit_scale: logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap).
         compact: drop ignored rows before the head, at one host sync on CUDA; False never syncs.
-        backend: "auto", "torch" (chunked, any device) or "reference" (materialises the logits; differentiable twice).
+        backend: "triton" (CUDA, ROCm), "torch" (chunked, any device), "reference" (materialises the logits;
+            differentiable twice), or "auto": Triton on a GPU it supports, else torch. One that is named runs or raises.
         return_stats: also return PerCEStats.
 
     Returns:
@@ -82,6 +83,7 @@ def fused_perce_loss(
         RuntimeError: a second-order gradient through the fused backends.
     """
     _check_options(contrast=contrast, normalize=normalize, reduction=reduction, backend=backend)
+    _check_backend(backend, hidden)
     sources = {"hidden_cf": hidden_cf, "logp_cf": logp_cf, "token_weight": token_weight}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
@@ -115,14 +117,14 @@ def fused_perce_loss(
         loss = loss if reduction == "none" else loss.sum()
     elif reduction == "none" or normalize == "sequence":
         loss, logp, logp_cf, weight = _per_token_loss(
-            hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, compact, head, clip
+            hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, compact, backend, head, clip
         )
         loss = loss if reduction == "none" else loss.sum()
     else:
         needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
         loss, logp, logp_cf, weight, *_ = ops.fused_perce_loss(
             hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
-            ignore_index, softcap, logit_scale, compact, *needed,
+            ignore_index, softcap, logit_scale, compact, *needed, backend,
         )  # fmt: skip
         if normalize == "batch":  # one scalar for all tokens, so it commutes with the sum
             weight = weight.detach()
@@ -161,6 +163,7 @@ def token_logprobs(
         ValueError, RuntimeError: as `fused_perce_loss`.
     """
     _check_options(backend=backend)
+    _check_backend(backend, hidden)
     hidden, lm_head, _, bias = _autocast(hidden, lm_head, None, bias)
     _check_head(hidden, lm_head, target, bias, softcap, logit_scale)
     if backend == "reference":
@@ -170,19 +173,21 @@ def token_logprobs(
         )
     else:
         logp, entropy = ops.token_logprobs(
-            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy
+            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend
         )
     return (logp, entropy.detach()) if return_entropy else logp
 
 
-def _per_token_loss(hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, compact, head, clip):
+def _per_token_loss(
+    hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, compact, backend, head, clip
+):
     """(N,) losses by recomputation: what needs a weight per token that is only known after the whole sweep."""
-    logp: Any = token_logprobs(hidden, lm_head, target, compact=compact, **head)
+    logp: Any = token_logprobs(hidden, lm_head, target, compact=compact, backend=backend, **head)
     valid = target != head["ignore_index"]
     if token_weight is None:
         if hidden_cf is not None:
             with torch.no_grad():
-                logp_cf = token_logprobs(hidden_cf, lm_head, target, compact=compact, **head)
+                logp_cf = token_logprobs(hidden_cf, lm_head, target, compact=compact, backend=backend, **head)
         logp_cf = torch.where(valid, logp_cf.to(logp.dtype), 0)
         contrasted = {"contrast": clip["contrast"], "clip_min": clip["clip_min"], "clip_max": clip["clip_max"]}
         token_weight = reference.contrast_weight(logp, logp_cf, **contrasted)
@@ -215,10 +220,12 @@ def _check_options(**options: str) -> None:
     for name, value in options.items():
         if value not in allowed[name]:
             expected = ", ".join(f'"{choice}"' for choice in allowed[name])
-            why = (
-                ": it needs a CUDA device and the Triton kernels, which this version lacks" if value == "triton" else ""
-            )
-            raise ValueError(f"{name}: expected one of {expected}, got {value!r}{why}")
+            raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+
+
+def _check_backend(backend: str, hidden: Tensor) -> None:
+    if backend == "triton" and (needed := ops.triton_needs(hidden.device)):
+        raise ValueError(f'backend: expected {needed} for "triton", got {hidden.device}')
 
 
 def _check_head(hidden, lm_head, target, bias, softcap, logit_scale) -> None:

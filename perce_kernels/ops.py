@@ -4,15 +4,43 @@
 of place and before the cast to the input's dtype, so that a second backward, or a loss scale in fp16, is exact.
 """
 
+import importlib.util
+import os
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from perce_kernels import chunked
 
+TRITON_FOUND = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter runs the kernels on CPU tensors. Triton itself reads the variable once, when it is imported."""
+
 HIGHER_ORDER = (
     "perce_kernels: higher-order gradients (create_graph=True) are not supported by the fused op; "
     "use backend='reference', which is plain autograd"
 )
+
+
+def triton_needs(device: torch.device) -> str | None:
+    """What backend "triton" lacks to run on tensors of this device; None if nothing."""
+    if not TRITON_FOUND:
+        return "the triton package, which is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and TRITON_INTERPRETED):
+        return None
+    return "a CUDA or ROCm device (or TRITON_INTERPRET=1 set before Triton is imported, for CPU tensors)"
+
+
+def _implementation(backend: str, device: torch.device) -> ModuleType:
+    """The module that computes. "auto" is Triton on a GPU that the kernels are built for, else plain PyTorch."""
+    if backend == "torch" or (backend == "auto" and (device.type != "cuda" or not TRITON_FOUND)):
+        return chunked
+    from perce_kernels.gpu import driver, tiles  # here: Triton is no dependency of a CPU or macOS install
+
+    if backend == "auto" and not tiles.is_supported(device):
+        return chunked
+    return driver
 
 
 @torch.library.custom_op("perce::fused_perce_loss", mutates_args=())
@@ -34,11 +62,12 @@ def fused_perce_loss(
     need_dhidden: bool,
     need_dlm_head: bool,
     need_dbias: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss_sum, logp, logp_cf, token_weight, dhidden, dlm_head, dbias); see chunked.PerCEOutput."""
     with torch.autocast(hidden.device.type, enabled=False):  # autocast stays on inside a custom op's body
         return tuple(  # type: ignore[return-value]
-            chunked.fused_perce_loss(
+            _implementation(backend, hidden.device).fused_perce_loss(
                 hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
                 ignore_index, softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias,
             )
@@ -47,7 +76,7 @@ def fused_perce_loss(
 
 @fused_perce_loss.register_fake
 def _(hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast, ignore_index,
-      softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias):  # fmt: skip
+      softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias, backend="auto"):  # fmt: skip
     (n, d), v = hidden.shape, lm_head.shape[0]
     dtype = chunked.statistics_dtype(hidden.dtype)
     shapes = [(), (n,), (n,), (n,), (n, d) if need_dhidden else (0,), (v, d) if need_dlm_head else (0,),
@@ -59,7 +88,7 @@ def _setup_context(ctx, inputs, output) -> None:
     hidden, lm_head, bias = inputs[0], inputs[1], inputs[6]
     *_, dhidden, dlm_head, dbias = output
     ctx.dtypes = hidden.dtype, lm_head.dtype, None if bias is None else bias.dtype
-    ctx.needed = inputs[-3:]
+    ctx.needed = inputs[-4:-1]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dhidden, dlm_head, dbias)
 
@@ -73,7 +102,7 @@ def _backward(ctx, dloss, *_statistics):
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
     dhidden, dlm_head, dbias = scaled
-    return dhidden, dlm_head, None, None, None, None, dbias, *[None] * 10
+    return dhidden, dlm_head, None, None, None, None, dbias, *[None] * 11
 
 
 fused_perce_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -90,23 +119,25 @@ def token_logprobs(
     logit_scale: float,
     compact: bool,
     return_entropy: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """((N,) log-probabilities, (N,) entropies or (0,)); see chunked.token_logprobs."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return chunked.token_logprobs(
+        return _implementation(backend, hidden.device).token_logprobs(
             hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy
         )
 
 
 @token_logprobs.register_fake
-def _(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy):
+def _(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend="auto"):
     dtype = chunked.statistics_dtype(hidden.dtype)
     n = hidden.shape[0]
     return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if return_entropy else 0, dtype=dtype)
 
 
 def _setup_logprobs(ctx, inputs, output) -> None:
-    hidden, lm_head, target, bias, *ctx.options, _ = inputs
+    hidden, lm_head, target, bias, *options, _return_entropy, backend = inputs
+    ctx.options = *options, backend
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, lm_head, target, bias)
 
@@ -116,20 +147,20 @@ def _backward_logprobs(ctx, dlogp, _dentropy):
     if torch.is_grad_enabled():
         raise RuntimeError(HIGHER_ORDER)
     hidden, lm_head, target, bias = ctx.saved_tensors
-    ignore_index, softcap, logit_scale, compact = ctx.options
+    ignore_index, softcap, logit_scale, compact, backend = ctx.options
     needed = [ctx.needs_input_grad[i] and dlogp is not None for i in (0, 1, 3)]
     grads = [None] * 3
     if any(needed):
         *_, dhidden, dlm_head, dbias = fused_perce_loss(
             hidden, lm_head, target, None, None, -dlogp, bias, 0.0, 0.0, "log", ignore_index, softcap, logit_scale,
-            compact, *needed,
+            compact, *needed, backend,
         )  # fmt: skip
         inputs = (hidden, lm_head, bias)
         grads = [
             gradient.to(x.dtype) if need else None
             for gradient, x, need in zip((dhidden, dlm_head, dbias), inputs, needed, strict=True)
         ]
-    return grads[0], grads[1], None, grads[2], *[None] * 5
+    return grads[0], grads[1], None, grads[2], *[None] * 6
 
 
 token_logprobs.register_autograd(_backward_logprobs, setup_context=_setup_logprobs)

@@ -1,10 +1,14 @@
-"""Fixtures of the op's tests, and hypothesis profiles."""
+"""Fixtures of the op's tests, hypothesis profiles, and Triton's interpreter where there is no GPU."""
 
 import os
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Before anything imports Triton, or perce_kernels, which both read it once. torch alone does not import Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from perce_kernels import chunked
 
@@ -30,4 +34,26 @@ def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "LOGITS_BYTES", 1)  # chunk_rows' minimum: 16
         patch.setattr(chunked, "ROW_BLOCK_BYTES", 5 * 211 * 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def interpreter_rounds():
+    """Triton's interpreter truncates fp32 to bf16; make it round to nearest even, as GPUs do."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(values, source, destination, mode):
+        if (source, destination) != (tl.float32, tl.bfloat16):
+            return convert(values, source, destination, mode)
+        return torch.from_numpy(np.array(values)).bfloat16().view(torch.uint16).numpy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", rounding)
         yield

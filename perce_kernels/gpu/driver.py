@@ -1,0 +1,334 @@
+"""Backend "triton": the chunked algorithm of perce_kernels.chunked with cuBLAS products and one row kernel between.
+
+    per chunk of C tokens   [z; z_cf] = [h; h_cf] Wᵀ       one product, fp32 out, W read once     4·C·D·V FLOP
+                            row kernel: logp, w, dz        in place over z, in the operands' dtype
+                            dh = dz W                      only if hidden trains                  2·C·D·V
+                            dW += dzᵀ h                    only if the head trains; fp32          2·C·D·V
+
+The first chunk writes dW and later ones add to it: it is never cleared.
+
+Memory beside inputs and outputs, for n computed rows in chunks of C = min(chunk_rows, n), passes = 2 with hidden_cf and
+1 without, P = V rounded up to a multiple of 64, s = bytes of an operand's element (`extra_bytes`, held by a test):
+
+    logits       passes · C · P · 4
+    operands     passes · C · D · s     where rows are gathered, masked or paired; else they are a slice of hidden
+    dh of chunk  C · D · 4              where rows are gathered; else the product writes to its place
+    column sums  V · 4                  where the bias trains
+    per token    n · 12                 where rows are gathered: statistics, scattered at the end
+                 and ≤ 40 bytes a token of indices, targets and masks
+
+Host syncs: with compact=True one, which learns how many rows there are; with compact=False none, and nothing depends on
+values, so that a CUDA graph can capture the call. fp16 has few exponents: there dz is scaled by the power of two that
+brings the largest possible weight just below 2¹⁵, and the gradients are scaled back in fp32.
+
+fp64 inputs go to the chunked PyTorch backend on whatever device they are: they serve for checking, for which neither
+tensor cores nor the row kernel's fp32 statistics are any good.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perce_kernels import chunked
+from perce_kernels.chunked import PerCEOutput
+from perce_kernels.gpu import lse_gemm, row_loss
+
+LOGITS_BYTES = 2 * 2**30
+"""Budget of a chunk's logits. 2 GiB are 2048 tokens of a 128k vocabulary with both passes: reading and writing dW (8
+bytes an entry) takes as long as its product at about 750 tokens of an H200, so that far above it costs little."""
+GEMM_TILE = (128, 256)
+"""Rows and columns of the output tile that cuBLAS prefers for large 16-bit products; what "wave" means below."""
+LOGPROB_ROWS = 8192
+"""Tokens per chunk of token_logprobs, whose buffers are small: enough that reading W again costs nothing."""
+PITCH = 64
+"""Logits rows start at multiples of this many fp32: 256 bytes, what vector loads and cuBLAS want of any V."""
+
+
+def pitch(v: int) -> int:
+    """Elements from one row of the logits to the next."""
+    return -(-v // PITCH) * PITCH
+
+
+def chunk_rows(d: int, v: int, passes: int, multiprocessors: int, budget: int | None = None) -> int:
+    """Tokens per chunk: the number that fills whole waves of multiprocessors best in dh = dz W, within the budget.
+
+    That product has few tiles (C/128 · D/256), so that a C chosen by habit can leave most of the last wave idle. Only
+    sizes from half of what the budget allows are considered, for a larger C spreads the cost of adding to dW. A
+    function of the arguments alone: never of free memory, so that the same call gives the same bits anywhere.
+    """
+    budget = LOGITS_BYTES if budget is None else budget
+    rows, columns = GEMM_TILE
+    most = budget // (passes * pitch(v) * 4)
+    if most < rows:
+        return max(16, most)
+
+    def wave_fill(c: int) -> float:
+        tiles = (c // rows) * -(-d // columns)
+        return tiles / (-(-tiles // multiprocessors) * multiprocessors)
+
+    candidates = range(most // rows * rows, max(rows, most // 2) - 1, -rows)
+    return max(candidates, key=wave_fill)  # the first of equals, which is the largest
+
+
+def extra_bytes(
+    n: int, d: int, v: int, itemsize: int, *, chunk: int, passes: int, gathered: bool, masked: bool, need_dhidden: bool,
+    need_dbias: bool,
+) -> int:  # fmt: skip
+    """The docstring's formula without its last line: bytes beside inputs and outputs while n rows are computed."""
+    c = min(chunk, n)
+    logits = passes * c * pitch(v) * 4
+    operands = passes * c * d * itemsize if gathered or masked or passes == 2 else 0
+    dh = c * d * 4 if gathered and need_dhidden else 0
+    return logits + operands + dh + v * 4 * need_dbias + n * 12 * gathered
+
+
+class _Rows:
+    """Which rows are computed: those with a target, gathered (one host sync), or all, the others masked (none)."""
+
+    def __init__(self, target: Tensor, v: int, ignore_index: int, compact: bool):
+        if target.device.type == "cpu":
+            chunked.check_target(target, v, ignore_index)
+        else:
+            fine = (target == ignore_index) | (target >= 0) & (target < v)
+            torch._assert_async(fine.all(), f"target: an id lies outside [0, {v}) and is not ignore_index")
+        self.n = target.shape[0]
+        self.index: Tensor | None = None
+        self.ignored: Tensor | None = None
+        self.target = target.contiguous()
+        if compact:
+            index = (target != ignore_index).nonzero().squeeze(1)  # the one host sync
+            if index.shape[0] != self.n:
+                self.index, self.n = index, index.shape[0]
+                self.target = target[index]
+        else:
+            self.ignored = (target == ignore_index)[:, None]
+
+    @property
+    def copied(self) -> bool:
+        """Whether the computed rows are not simply those of the caller."""
+        return self.index is not None or self.ignored is not None
+
+    def pick(self, x: Tensor | None) -> Tensor | None:
+        """The computed rows of a (N,) tensor."""
+        if x is None:
+            return None
+        return x.contiguous() if self.index is None else x[self.index]
+
+    def copy(self, out: Tensor, x: Tensor, chunk: slice) -> None:
+        """The computed rows of x (N, D) in this chunk into out, an ignored row as 0: 0 · NaN would reach dW."""
+        if self.index is not None:
+            torch.index_select(x, 0, self.index[chunk], out=out)
+            return
+        out.copy_(x[chunk])
+        if self.ignored is not None:
+            out.masked_fill_(self.ignored[chunk], 0)
+
+    def chunks(self, size: int) -> Iterator[slice]:
+        for start in range(0, self.n, max(size, 1)):
+            yield slice(start, min(start + size, self.n))
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out (+)= a @ b with fp32 accumulation and output. CPU products have no out_dtype: operands are upcast there."""
+    if a.device.type == "cpu":
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    mixed: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, out=out, **mixed)
+    else:
+        torch.mm(a, b, out=out, **mixed)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """x with a unit stride, or a copy: else every product would make its own."""
+    return x if 1 in x.stride() else x.contiguous()
+
+
+def _dz_scale(
+    rows: _Rows, dtype: torch.dtype, given_weight: Tensor | None, clip_max: float, logit_scale: float
+) -> Tensor | None:
+    """() power of two that brings |w · scale| just below 2¹⁵ in fp16, whose numbers end at 65504; None elsewhere.
+
+    Given weights may be anything: −(upstream gradient) in the backward of token_logprobs, loss scale included.
+    """
+    if dtype != torch.float16 or rows.n == 0:
+        return None
+    if given_weight is None:
+        exponent = math.frexp(clip_max * abs(logit_scale))[1]
+        return torch.full((), 2.0 ** min(15 - exponent, 100), device=rows.target.device)
+    weight = given_weight if rows.ignored is None else given_weight.masked_fill(rows.ignored[:, 0], 0)
+    return (15 - (weight.float().abs().amax() * logit_scale).frexp().exponent).clamp(-100, 100).float().exp2()
+
+
+def _outputs(
+    hidden: Tensor, lm_head: Tensor, rows: _Rows, need_dhidden: bool, need_dlm_head: bool, need_dbias: bool
+) -> PerCEOutput:
+    """fp32 outputs: zero where rows of them are not written, else left as the allocator gives them."""
+    (total, d), v = hidden.shape, lm_head.shape[0]
+
+    def fp32(*shape: int, written: bool = True) -> Tensor:
+        out = hidden.new_empty(shape, dtype=torch.float32)
+        return out if written else out.zero_()
+
+    every_row = rows.index is None
+    return PerCEOutput(
+        loss_sum=fp32(),
+        logp=fp32(total, written=every_row),
+        logp_cf=fp32(total, written=every_row),
+        token_weight=fp32(total, written=every_row),
+        dhidden=fp32(total, d, written=every_row) if need_dhidden else fp32(0),
+        dlm_head=fp32(v, d, written=rows.n > 0) if need_dlm_head else fp32(0),
+        dbias=fp32(v, written=False) if need_dbias else fp32(0),
+    )
+
+
+@torch.no_grad()
+def fused_perce_loss(
+    hidden: Tensor,  # (N, D)
+    lm_head: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    hidden_cf: Tensor | None,  # (N, D)
+    logp_cf: Tensor | None,  # (N,)
+    token_weight: Tensor | None,  # (N,)
+    bias: Tensor | None,  # (V,)
+    clip_min: float,
+    clip_max: float,
+    contrast: str,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    compact: bool,
+    need_dhidden: bool,
+    need_dlm_head: bool,
+    need_dbias: bool,
+) -> PerCEOutput:
+    """chunked.fused_perce_loss on a GPU: same arguments, same outputs."""
+    if hidden.dtype == torch.float64:
+        return chunked.fused_perce_loss(
+            hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
+            ignore_index, softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias,
+        )  # fmt: skip
+    with _on(hidden.device), chunked.full_fp32_matmul():
+        rows = _Rows(target, lm_head.shape[0], ignore_index, compact)
+        out = _outputs(hidden, lm_head, rows, need_dhidden, need_dlm_head, need_dbias)
+        bias = None if bias is None else bias.contiguous()
+        given_weight, given_logp_cf = rows.pick(token_weight), rows.pick(logp_cf)
+        dz_scale = _dz_scale(rows, hidden.dtype, given_weight, clip_max, logit_scale)
+        source = "token_weight" if token_weight is not None else "logp_cf" if logp_cf is not None else "hidden_cf"
+
+        def row_kernel(z: Tensor, z_cf: Tensor | None, dz: Tensor | None, statistics: list[Tensor], chunk: slice):
+            given = given_logp_cf if given_weight is None else given_weight
+            row_loss.row_loss(
+                z, z_cf, rows.target[chunk], None if given is None else given[chunk], bias, dz_scale, dz, *statistics,
+                v=lm_head.shape[0], source=source, contrast=contrast, clip_min=clip_min, clip_max=clip_max,
+                ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale,
+            )  # fmt: skip
+
+        _sweep(hidden, _matrix(lm_head), hidden_cf, rows, out, row_kernel)
+        if dz_scale is not None:
+            for gradient in (out.dhidden, out.dlm_head, out.dbias):
+                gradient.div_(dz_scale)
+    return out
+
+
+def _sweep(
+    hidden: Tensor,  # (N, D)
+    lm_head: Tensor,  # (V, D)
+    hidden_cf: Tensor | None,  # (N, D)
+    rows: _Rows,
+    out: PerCEOutput,  # filled
+    row_kernel: Callable[[Tensor, Tensor | None, Tensor | None, list[Tensor], slice], None],
+) -> None:
+    """All chunks: products, row kernel, products. Buffers are allocated once, for the first and largest chunk."""
+    (v, d), passes = lm_head.shape, 1 if hidden_cf is None else 2
+    need_dhidden, need_dlm_head, need_dbias = (x.numel() > 0 for x in (out.dhidden, out.dlm_head, out.dbias))
+    size = min(chunk_rows(d, v, passes, _multiprocessors(hidden.device)), rows.n)
+    per_token = [out.logp, out.logp_cf, out.token_weight]
+    if rows.index is not None:
+        per_token = [x.new_empty(rows.n) for x in per_token]
+    logits = hidden.new_empty((passes * size, pitch(v)), dtype=torch.float32)
+    operands = hidden.new_empty((passes * size, d)) if rows.copied or passes == 2 else None
+    dh_buffer = logits.new_empty((size, d)) if rows.index is not None and need_dhidden else None
+
+    for chunk in rows.chunks(size):
+        c = chunk.stop - chunk.start
+        both = hidden[chunk] if operands is None else operands[: passes * c]
+        if operands is not None:
+            rows.copy(both[:c], hidden, chunk)
+            if hidden_cf is not None:
+                rows.copy(both[c:], hidden_cf, chunk)
+        z = logits[: passes * c]
+        _mm(both, lm_head.T, z[:, :v])
+        dz = row_loss.overlay(z[:c], v, hidden.dtype) if need_dhidden or need_dlm_head or need_dbias else None
+        row_kernel(z[:c], z[c:] if passes == 2 else None, dz, [x[chunk] for x in per_token], chunk)
+        if dz is None:
+            continue
+        if need_dhidden:
+            dh = out.dhidden[chunk] if dh_buffer is None else dh_buffer[:c]
+            _mm(dz, lm_head, dh)
+            if rows.index is not None:
+                out.dhidden.index_copy_(0, rows.index[chunk], dh)
+        if need_dlm_head:
+            _mm(dz.T, both[:c], out.dlm_head, add=chunk.start > 0)
+        if need_dbias:
+            out.dbias.add_(dz.sum(0, dtype=torch.float32))
+
+    logp, _, weight = per_token
+    torch.sum(logp * weight, 0, out=out.loss_sum).neg_()
+    if rows.index is not None:
+        for whole, part in zip((out.logp, out.logp_cf, out.token_weight), per_token, strict=True):
+            whole.index_copy_(0, rows.index, part)
+
+
+@torch.no_grad()
+def token_logprobs(
+    hidden: Tensor,  # (N, D)
+    lm_head: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    bias: Tensor | None,  # (V,)
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    compact: bool,
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """chunked.token_logprobs on a GPU: same arguments, same outputs; no logits are written at all."""
+    if hidden.dtype == torch.float64:
+        return chunked.token_logprobs(
+            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy
+        )
+    total, v = hidden.shape[0], lm_head.shape[0]
+    with _on(hidden.device):
+        rows = _Rows(target, v, ignore_index, compact)
+        logp = hidden.new_zeros(total, dtype=torch.float32)
+        entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
+        lm_head = lm_head if lm_head.stride(1) == 1 else lm_head.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        for chunk in rows.chunks(LOGPROB_ROWS):
+            h = hidden[chunk] if rows.index is None else hidden[rows.index[chunk]]
+            h = h if h.stride(1) == 1 else h.contiguous()
+            part = lse_gemm.logprobs(
+                h, lm_head, rows.target[chunk], bias, ignore_index=ignore_index, softcap=softcap,
+                logit_scale=logit_scale, return_entropy=return_entropy,
+            )  # fmt: skip
+            for whole, value in zip((logp, entropy), part, strict=True):
+                if value is None:
+                    continue
+                if rows.index is None:
+                    whole[chunk] = value
+                else:
+                    whole.index_copy_(0, rows.index[chunk], value)
+    return logp, entropy
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,97 @@
+"""Block sizes of the kernels: one table, looked up by kernel, architecture, dtype and D. Nothing is tuned at import.
+
+The values are chosen by what the compiler reports (no spills, shared memory within the limit; tests/test_gpu_aot.py
+holds both for every row), not by time: they are not measured yet. A row that a GPU has measured says so beside it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INTERPRETER = "interpreter"
+
+SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+"""Bytes that one thread block may use."""
+
+
+class Tile(NamedTuple):
+    """How one kernel is launched; a size that a kernel does not have is 0."""
+
+    block_m: int  # rows (tokens) of a program
+    block_n: int  # vocabulary entries of one step
+    block_k: int  # hidden units of one step
+    num_warps: int
+    num_stages: int
+    use_tma: bool = False  # tensor descriptors for the operands; pointers where a tensor is not aligned for them
+
+
+class Row(NamedTuple):
+    """One line of the table: the first that fits is taken."""
+
+    kernel: str
+    arch: str
+    dtypes: tuple[torch.dtype, ...]
+    d_max: int | None  # D up to this, or any
+    tile: Tile
+
+
+HALF = (torch.bfloat16, torch.float16)
+FULL = (torch.float32,)
+
+# The row kernel: 8 logits a thread keep it under 100 registers with every option, so that an SM holds several programs
+# and one loads while another reduces; 4096 a step spilled. The GEMM: with 128 × 256 the epilogue spilled, and two
+# programs of 128 × 128 a multiprocessor hide each other's. fp32 products are IEEE, on the plain units: to be right,
+# not fast. No two ranges of D differ yet.
+TABLE = (
+    Row("row_loss", "sm_80", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("row_loss", "sm_86", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("row_loss", "sm_90", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("row_loss", "sm_100", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("row_loss", "gfx942", HALF + FULL, None, Tile(1, 4096, 0, 8, 1)),
+    Row("row_loss", INTERPRETER, HALF + FULL, None, Tile(1, 128, 0, 1, 1)),
+    Row("lse_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3)),
+    Row("lse_gemm", "sm_80", FULL, None, Tile(64, 64, 16, 8, 2)),
+    Row("lse_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3)),
+    Row("lse_gemm", "sm_86", FULL, None, Tile(64, 64, 16, 8, 2)),
+    Row("lse_gemm", "sm_90", HALF, None, Tile(128, 128, 64, 8, 3, True)),
+    Row("lse_gemm", "sm_90", FULL, None, Tile(64, 64, 16, 8, 2)),
+    Row("lse_gemm", "sm_100", HALF, None, Tile(128, 128, 64, 8, 3, True)),
+    Row("lse_gemm", "sm_100", FULL, None, Tile(64, 64, 16, 8, 2)),
+    Row("lse_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2)),
+    Row("lse_gemm", "gfx942", FULL, None, Tile(64, 64, 16, 8, 1)),
+    Row("lse_gemm", INTERPRETER, HALF + FULL, None, Tile(32, 64, 32, 1, 1)),
+)
+
+
+def architecture(device: torch.device) -> str:
+    """The table's name for a device; a newer or lesser relative uses the row whose limits it keeps."""
+    if device.type == "cpu":
+        return INTERPRETER
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 9:
+        return "sm_90"
+    if major in (10, 11):
+        return "sm_100"
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory a block, 8.0 and 8.7 have 163.
+    return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
+
+
+def find(kernel: str, arch: str, dtype: torch.dtype, d: int) -> Tile:
+    """The tile of `kernel` for operands of `dtype` with D = d."""
+    for row in TABLE:
+        if (row.kernel, row.arch) == (kernel, arch) and dtype in row.dtypes and (row.d_max is None or d <= row.d_max):
+            return row.tile
+    raise ValueError(f"backend: the Triton kernels have no tile of {kernel} for {dtype} on {arch}")
+
+
+def lookup(kernel: str, like: Tensor, d: int = 0) -> Tile:
+    """The tile of `kernel` on the device and in the dtype of `like`."""
+    return find(kernel, architecture(like.device), like.dtype, d)
+
+
+def is_supported(device: torch.device) -> bool:
+    """Whether the kernels are built for this GPU: bf16 matrix units and asynchronous copies came with sm_80."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

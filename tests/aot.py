@@ -1,0 +1,236 @@
+"""Compile every kernel at every tile of the table, without a GPU: `python -m tests.aot [--json|--launchers] [sm_90 …]`.
+
+Prints registers, spills and shared memory as the compiler reports them. Must run without TRITON_INTERPRET, under which
+the kernels are plain Python: test_gpu_aot.py starts it in a process of its own.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from perce_kernels.gpu import lse_gemm, row_loss, tiles
+
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+USAGE = ("REG", "STACK", "LOCAL")
+INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "bar.sync")
+
+ROW_LOSS = {  # per-row options; the dtype is that of dz
+    "plain": {"dtypes": (torch.bfloat16, torch.float32)},
+    "softcap, bias, ratio": {"dtypes": (torch.bfloat16, torch.float32), "cap": True, "bias": True, "ratio": True},
+    "given weight, scaled": {"dtypes": (torch.float16,), "source": "token_weight", "scale": True},
+    "given logp_cf": {"dtypes": (torch.bfloat16,), "source": "logp_cf"},
+    "statistics": {"dtypes": (torch.bfloat16,), "need_dz": False},
+}
+LSE_GEMM: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap, bias, entropy": {"cap": True, "bias": True, "entropy": True},
+}
+
+
+def row_loss_source(
+    tile: tiles.Tile, dtype, *, source="hidden_cf", cap=False, bias=False, ratio=False, scale=False, need_dz=True
+):
+    types = {
+        "z_ptr": "*fp32", "z_cf_ptr": "*fp32" if source == "hidden_cf" else None, "target_ptr": "*i64",
+        "given_ptr": None if source == "hidden_cf" else "*fp32", "bias_ptr": f"*{NAMES[dtype]}" if bias else None,
+        "dz_scale_ptr": "*fp32" if scale else None, "dz_ptr": f"*{NAMES[dtype]}" if need_dz else None,
+        "logp_ptr": "*fp32", "logp_cf_ptr": "*fp32", "weight_ptr": "*fp32",
+        "V": "i32", "ignore_index": "i32", "stride_z": "i32", "stride_dz": "i32",
+        "clip_min": "fp32", "clip_max": "fp32", "softcap": "fp32", "logit_scale": "fp32",
+    }  # fmt: skip
+    constants = {
+        "SOURCE": row_loss.SOURCES[source], "RATIO": ratio, "HAS_BIAS": bias, "HAS_SOFTCAP": cap,
+        "HAS_DZ_SCALE": scale, "NEED_DZ": need_dz, "BLOCK_V": tile.block_n, "STAGES": tile.num_stages,
+    }  # fmt: skip
+    return source_of(row_loss.row_loss_kernel, types, constants, aligned=("stride_z", "stride_dz"))
+
+
+def lse_gemm_source(tile: tiles.Tile, dtype, tma: bool, *, cap=False, bias=False, entropy=False):
+    name, (m, n, k) = NAMES[dtype], tile[:3]
+    types = {
+        "h_src": f"tensordesc<{name}[{m}, {k}]>" if tma else f"*{name}",
+        "w_src": f"tensordesc<{name}[{n}, {k}]>" if tma else f"*{name}",
+        "target_ptr": "*i64", "bias_ptr": f"*{name}" if bias else None, "max_ptr": "*fp32", "sum_ptr": "*fp32",
+        "moment_ptr": "*fp32" if entropy else None, "z_target_ptr": "*fp32",
+        "n": "i32", "V": "i32", "D": "i32", "stride_hn": "i32", "stride_wv": "i32",
+        "softcap": "fp32", "logit_scale": "fp32",
+    }  # fmt: skip
+    constants = {
+        "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, "USE_TMA": tma, "UPCAST": False,
+        "GROUP_M": lse_gemm.GROUP_M, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
+    }  # fmt: skip
+    return source_of(lse_gemm.lse_gemm_kernel, types, constants, aligned=("D", "stride_hn", "stride_wv"))
+
+
+def combine_source(entropy: bool):
+    pointers = dict.fromkeys(("max_ptr", "sum_ptr", "z_target_ptr", "logp_ptr"), "*fp32")
+    optional = dict.fromkeys(("moment_ptr", "entropy_ptr"), "*fp32" if entropy else None)
+    types = pointers | optional | {"target_ptr": "*i64", "n": "i32", "T": "i32", "ignore_index": "i32"}
+    return source_of(lse_gemm.combine_kernel, types, {"HAS_ENTROPY": entropy, "BLOCK": lse_gemm.BLOCK_COMBINE}, ())
+
+
+def source_of(kernel, types: dict[str, str | None], constants: dict[str, Any], aligned: tuple[str, ...]) -> ASTSource:
+    """What the launcher would compile: None is a constant, and pointers and pitches are multiples of 16."""
+    absent = {name: None for name, kind in types.items() if kind is None}
+    signature = {name: types.get(name) or "constexpr" for name in kernel.arg_names}
+    multiples = [name for name, kind in types.items() if (kind or "").startswith("*") or name in aligned]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples}
+    return ASTSource(fn=kernel, signature=signature, constexprs=absent | constants, attrs=attributes)
+
+
+def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
+    """(kernel, tile, description, source) of everything that the table can ask for on this architecture."""
+    for row in tiles.TABLE:
+        if row.arch != arch:
+            continue
+        if row.kernel == "row_loss":
+            for name, variant in ROW_LOSS.items():
+                options = dict(variant)
+                for dtype in options.pop("dtypes"):
+                    yield "row_loss", row.tile, f"{NAMES[dtype]}, {name}", row_loss_source(row.tile, dtype, **options)
+            continue
+        for dtype in row.dtypes:
+            for name, options in LSE_GEMM.items():
+                for tma in (True, False) if row.tile.use_tma else (False,):
+                    source = lse_gemm_source(row.tile, dtype, tma, **options)
+                    yield "lse_gemm", row.tile, f"{NAMES[dtype]}, {'TMA' if tma else 'pointers'}, {name}", source
+    combine = tiles.Tile(lse_gemm.BLOCK_COMBINE, 0, 0, 4, 3)
+    for entropy in (False, True):
+        yield "combine", combine, "entropy" if entropy else "plain", combine_source(entropy)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory a thread) of the machine code; a spill is local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(BIN / "cuobjdump"), "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (max(int(x) for x in re.findall(rf"{name}:(\d+)", report)) for name in USAGE)
+    return registers, stack + local
+
+
+def compile_for(arch: str) -> Iterator[dict[str, Any]]:
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
+    for kernel, tile, variant, source in jobs(arch):
+        options = {"num_warps": tile.num_warps}
+        if kernel == "lse_gemm":
+            options["num_stages"] = tile.num_stages
+        result: dict[str, Any] = {"arch": arch, "kernel": kernel, "tile": list(tile), "variant": variant}
+        try:
+            compiled = triton.compile(source, target=target, options=options)
+        except Exception as error:  # which of them fail is what the table tells
+            yield result | {"error": f"{type(error).__name__}: {error}"[:400]}
+            continue
+        result["shared"] = compiled.metadata.shared
+        if amd:
+            text = compiled.asm["amdgcn"]
+            result["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+            result["spilled"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+        else:
+            text = compiled.asm["ptx"]
+            result["registers"], result["spilled"] = resources(compiled.asm["cubin"])
+        result["instructions"] = [name for name in INSTRUCTIONS if name in text]
+        yield result
+
+
+class NoDevice:
+    """Triton's driver for a GPU that is not here, so that launchers can build what they would launch."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def launchers() -> Iterator[str]:
+    """Run the driver on CPU tensors as if on sm_90, up to each launch: what the launchers pass is what is compiled.
+
+    Yields the kernels built. The row kernel would leave NaN where nothing ran, which no product here minds.
+    """
+    from triton.runtime import driver as active
+    from triton.runtime.jit import JITFunction
+
+    from perce_kernels.gpu import driver
+
+    active.set_active(NoDevice())
+    tiles.architecture = lambda device: "sm_90"
+    built: list[str] = []
+    run = JITFunction.run
+
+    def build(self, *args, grid, warmup, **options):
+        built.append(f"{self.fn.__name__} {run(self, *args, grid=grid, warmup=True, **options).metadata.shared}")
+
+    JITFunction.run = build
+    for n, d, v in ((1, 8, 1), (37, 24, 211), (64, 64, 512)):  # 1 and multiples of 16 are compiled as such
+        hidden, hidden_cf, lm_head = (torch.randn(rows, d, dtype=torch.bfloat16) for rows in (n, n, v))
+        target, given, bias = torch.randint(0, v, (n,)), torch.rand(n), torch.randn(v, dtype=torch.bfloat16)
+        driver.fused_perce_loss(
+            hidden,
+            lm_head,
+            target,
+            hidden_cf,
+            None,
+            None,
+            bias,
+            0.8,
+            5.0,
+            "log",
+            -100,
+            1.0,
+            1.0,
+            False,
+            True,
+            True,
+            True,
+        )
+        for logp_cf, weight in ((given, None), (None, given)):
+            driver.fused_perce_loss(
+                hidden, lm_head, target, None, logp_cf, weight, None, 0.0, 1.0, "ratio", 2**40, None, 2.0, True,
+                logp_cf is None, False, False,
+            )  # fmt: skip
+        for entropy in (False, True):
+            driver.token_logprobs(hidden, lm_head, target, bias, 1, 30.0, 1.0, False, entropy)
+        yield from built
+        built.clear()
+
+
+def main(arguments: list[str]) -> None:
+    if "--launchers" in arguments:
+        print(*launchers(), sep="\n")
+        return
+    archs = [a for a in arguments if not a.startswith("-")] or list(tiles.SHARED_MEMORY_LIMIT)
+    as_json = "--json" in arguments
+    if not as_json:
+        print("| arch | kernel | m × n × k, warps, stages | variant | registers | spilled bytes | shared bytes |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+    for arch in archs:
+        for r in compile_for(arch):
+            if as_json:
+                print(json.dumps(r), flush=True)
+                continue
+            m, n, k, warps, stages, _ = r["tile"]
+            numbers = r.get("error") or f"{r['registers']} | {r['spilled']} | {r['shared']}"
+            print(
+                f"| {arch} | {r['kernel']} | {m}×{n}×{k}, {warps}, {stages} | {r['variant']} | {numbers} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,591 @@
+"""Backend "triton" through the public op, and what its driver costs in products, memory and host syncs."""
+
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.kernels import DEVICE, D, N, V, call, drop_cf, make_inputs, weights_of, with_source
+from tests.numerics import (
+    IGNORE,
+    TRAINABLE,
+    Inputs,
+    assert_as_accurate_as_torch,
+    assert_matches,
+    eager,
+    max_error,
+    oracle,
+)
+
+pytest.importorskip("triton")
+from perce_kernels import chunked, fused_perce_loss, ops, reference, token_logprobs
+from perce_kernels.gpu import driver, lse_gemm, tiles
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "several_chunks")
+CHUNK = 5
+on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's products or errors")
+
+
+@pytest.fixture(scope="module")
+def several_chunks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "chunk_rows", lambda *_: CHUNK)
+        patch.setattr(driver, "LOGPROB_ROWS", CHUNK)
+        yield
+
+
+OPTIONS = {
+    "paper": {},
+    "clip": {"clip_min": 0.0, "clip_max": 1.5},
+    "ratio": {"contrast": "ratio", "clip_min": 0.0, "clip_max": 5.0},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "num_items": {"num_items": torch.tensor(91, device=DEVICE)},
+    "batch": {"normalize": "batch"},
+    "sequence": {"normalize": "sequence", "seq_id": torch.arange(N, device=DEVICE) // 4 * 1000 - 3},
+    "ignore_index": {"ignore_index": 5},
+    "softcap": {"softcap": 4.0},
+    "scale": {"logit_scale": -0.5},
+    "softcap and scale": {"softcap": 4.0, "logit_scale": 1.7},
+}
+
+
+def sweep(inputs: Inputs, *, compact=True, needed=(True, True, True), softcap=None, weights=None):
+    """The driver beneath the registered op, where dispatch modes can see it."""
+    weights = weights or {}
+    return driver.fused_perce_loss(
+        inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, weights.get("logp_cf"),
+        weights.get("token_weight"), inputs.bias, 0.8, 5.0, "log", IGNORE, softcap, 1.0, compact, *needed,
+    )  # fmt: skip
+
+
+# --- Values ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_usual_inputs_exercise_what_they_should():
+    inputs = make_inputs()
+    valid = inputs.target != IGNORE
+    weight = oracle(inputs).stats.token_weight[valid]
+    assert (weight == 0.8).any() and (weight == 5.0).any()
+    assert CHUNK < int(valid.sum()) < N and int(valid.sum()) % CHUNK, "gathered rows, several chunks, the last partial"
+    assert N % CHUNK
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option_matches_the_oracle(name, compact):
+    options = OPTIONS[name]
+    inputs = make_inputs(bias=True, ignore_index=options.get("ignore_index", IGNORE))
+    upstream = torch.randn(N if options.get("reduction") == "none" else (), device=DEVICE)
+    result = call(inputs, compact=compact, upstream=upstream, **options)
+    assert_matches(result, oracle(inputs, upstream=upstream, **options), torch.float32)
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
+@pytest.mark.parametrize("name", ["paper", "ratio", "none", "sequence", "softcap and scale"])
+@pytest.mark.parametrize("source", ["logp_cf", "token_weight"])
+def test_given_per_token(source, name, compact):
+    inputs, weights = with_source(make_inputs(), source)
+    result = call(inputs, compact=compact, **weights, **OPTIONS[name])
+    assert_matches(result, oracle(inputs, **weights, **OPTIONS[name]), torch.float32)
+
+
+@pytest.mark.parametrize("n, d, v", [(1, 1, 1), (1, 3, 2), (6, 8, 129)])
+def test_sizes_that_are_multiples_of_nothing(n, d, v):
+    inputs = make_inputs(n, d, v, bias=True, ignored=0.0)
+    assert_matches(call(inputs), oracle(inputs), torch.float32)
+
+
+def test_no_ignored_row_means_no_gather():
+    inputs = make_inputs(ignored=0.0)
+    assert_matches(call(inputs), oracle(inputs), torch.float32)
+    inputs, weights = with_source(inputs, "token_weight")
+    assert_matches(call(inputs, **weights), oracle(inputs, **weights), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_pir_of_peaked_low_precision_logits(dtype, softcap):
+    inputs = make_inputs(d=64, spread=14.0, ignored=0.0).to(dtype)
+    z = reference.logits(inputs.hidden.double(), inputs.lm_head.double(), None, None, 1.0)
+    assert 40 < z.abs().max() < 70
+    for reduction in ("mean", "none"):  # the row kernel, and the GEMM that writes no logits
+        pir = call(inputs, softcap=softcap, reduction=reduction).stats.pir
+        assert max_error(pir, oracle(inputs, softcap=softcap).stats.pir) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 8.0, "logit_scale": 1.3}], ids=["plain", "capped"])
+@pytest.mark.parametrize("spread", [3.0, 14.0])
+def test_gradients_are_as_accurate_as_torch(dtype, options, spread):
+    inputs = make_inputs(d=64, spread=spread, bias=True).to(dtype)
+    ours, in_torch, expected = call(inputs, **options), eager(inputs, **options), oracle(inputs, **options)
+    for name in TRAINABLE:
+        assert ours.grads[name].dtype == dtype
+        assert_as_accurate_as_torch(f"d{name}", ours.grads[name], in_torch.grads[name], expected.grads[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_the_target_of_a_nearly_certain_row_keeps_its_digits(dtype):
+    """z = (12, 0, …), p = 0.999: the target's gradient is expm1(logp), which p rounded to the input dtype loses."""
+    lm_head = torch.zeros(101, 2)
+    lm_head[0, 0] = 12.0
+    inputs = Inputs(torch.tensor([[1.0, 0.0]]), lm_head, torch.tensor([0]), None, torch.zeros(101)).to(dtype)
+    inputs = Inputs(*(None if x is None else x.to(DEVICE) for x in vars(inputs).values()))
+    weight = {"token_weight": torch.ones(1, device=DEVICE)}
+    actual, expected = call(inputs, **weight).grads["bias"], oracle(inputs, **weight).grads["bias"]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_vocabulary_entry_masked_by_an_infinite_bias(compact):
+    inputs = make_inputs(bias=True)
+    inputs.target[inputs.target == 0] = 2
+    inputs.bias[0] = -torch.inf
+    result = call(inputs, compact=compact)
+    assert result.grads["lm_head"].isfinite().all()
+    assert_matches(result, oracle(inputs), torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice_with_different_upstream_gradients(reduction):
+    inputs = make_inputs(bias=True)
+    leaves = {name: x.clone().requires_grad_(name in TRAINABLE) for name, x in inputs.kwargs().items()}
+    loss = fused_perce_loss(**leaves, reduction=reduction, backend="triton")
+    for seed in (1, 2):
+        upstream = (torch.randn(loss.shape, generator=torch.Generator().manual_seed(seed)) * 3).to(DEVICE)
+        grads = torch.autograd.grad(loss, [leaves[name] for name in TRAINABLE], upstream, retain_graph=True)
+        expected = oracle(inputs, upstream=upstream, reduction=reduction).grads
+        for name, actual in zip(TRAINABLE, grads, strict=True):
+            torch.testing.assert_close(actual.double(), expected[name], rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_requires_grad_combinations(reduction):
+    inputs = make_inputs(bias=True)
+    complete = call(inputs, reduction=reduction).grads
+    for trainable in itertools.product([False, True], repeat=3):
+        flags = dict(zip(TRAINABLE, trainable, strict=True))
+        leaves = {name: x.clone().requires_grad_(flags.get(name, False)) for name, x in inputs.kwargs().items()}
+        loss = fused_perce_loss(**leaves, reduction=reduction, backend="triton").sum()
+        assert loss.requires_grad == any(trainable)
+        if any(trainable):
+            loss.backward()
+        for name in TRAINABLE:
+            assert (leaves[name].grad is not None) == flags[name]
+            assert not flags[name] or torch.equal(leaves[name].grad, complete[name])
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_faint_fp16_gradients_survive(compact):
+    """p below 6e-8 would be 0 in an fp16 dz: it is scaled up, and the upstream 65536 then makes it a normal number."""
+    inputs = make_inputs(n=7, d=8, spread=8.0, bias=True).to(torch.float16)
+    options = {"upstream": 65536.0, "num_items": 100}
+    result, expected = call(inputs, compact=compact, **options), oracle(inputs, **options)
+    wanted = expected.grads["lm_head"]
+    faint = (wanted * 100 / 65536).half() == 0
+    assert (faint & (wanted.abs() > 1e-5)).float().mean() > 0.02
+    torch.testing.assert_close(result.grads["lm_head"][faint].double(), wanted[faint], rtol=4e-3, atol=1e-6)
+    for name, wanted in expected.grads.items():
+        atol = 1e-3 * float(wanted.abs().max())
+        torch.testing.assert_close(result.grads[name].double(), wanted, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("clip", [5.0, 1e5], ids=["weight from upstream", "weight from clip"])
+def test_fp16_weights_beyond_fp16(compact, clip):
+    """w·65536 in the backward of reduction="none", and a huge clip: past fp16's 65504 in dz, not in the gradients."""
+    inputs = make_inputs(n=7, d=8, spread=0.02)
+    inputs.hidden.mul_(0.02)
+    inputs = inputs.to(torch.float16)
+    inputs.hidden[inputs.target == IGNORE] = torch.nan
+    options = {"upstream": 65536.0, "reduction": "none"} if clip == 5.0 else {"clip_min": clip, "clip_max": clip}
+    result, expected = call(inputs, compact=compact, **options), oracle(inputs, **options)
+    for name, wanted in expected.grads.items():
+        assert float(wanted.abs().max()) < 65504
+        atol = 2e-3 * float(wanted.abs().max())
+        torch.testing.assert_close(result.grads[name].double(), wanted, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("n", [0, N])
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("options", [{}, {"normalize": "batch"}, {"reduction": "none"}], ids=["mean", "batch", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_nothing_to_learn_is_a_zero_loss_connected_to_every_input(n, compact, options, dtype):
+    inputs = make_inputs(bias=True, ignored=1.1).to(dtype)
+    inputs = Inputs(inputs.hidden[:n], inputs.lm_head, inputs.target[:n], inputs.hidden_cf[:n], inputs.bias)
+    result = call(inputs, compact=compact, **options)
+    assert not result.loss.any()
+    for name in TRAINABLE:
+        assert result.grads[name].shape == getattr(inputs, name).shape and not result.grads[name].any()
+    assert all(value.shape == (n,) and not value.any() for value in result.stats)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("source", ["hidden_cf", "logp_cf", "token_weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_nan_in_ignored_rows_reaches_nothing(source, compact, reduction, dtype):
+    inputs, weights = with_source(make_inputs(bias=True).to(dtype), source)
+    ignored = inputs.target == IGNORE
+    options = {"compact": compact, "reduction": reduction}
+    expected = call(inputs, **options, **weights)
+    for x in (inputs.hidden, inputs.hidden_cf, *weights.values()):
+        if x is not None:
+            x[ignored] = torch.nan
+    result = call(inputs, **options, **weights)
+    assert torch.equal(result.loss, expected.loss)
+    for name in TRAINABLE:
+        assert torch.equal(result.grads[name], expected.grads[name])
+    assert not result.grads["hidden"][ignored].any() and result.grads["hidden"].isfinite().all()
+    for value in result.stats:
+        assert value.isfinite().all() and not value[ignored].any()
+
+
+def test_given_weights_are_neither_clipped_nor_contrasted():
+    weight = torch.linspace(-3, 30, N, device=DEVICE)
+    inputs = drop_cf(make_inputs())
+    stats = call(inputs, token_weight=weight).stats
+    assert torch.equal(stats.token_weight, torch.where(inputs.target != IGNORE, weight, 0))
+    assert not stats.logp_cf.any() and not stats.pir.any()
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}, {"ignore_index": 5}], ids=["plain", "softcap", "ignore"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_token_logprobs_match_the_oracle(options, compact, dtype):
+    inputs = make_inputs(bias=True, ignore_index=options.get("ignore_index", IGNORE)).to(dtype)
+    upstream = torch.randn(N, device=DEVICE)
+    outcomes = []
+    for op, args, extra in (
+        (token_logprobs, inputs, {"compact": compact, "return_entropy": True, "backend": "triton"}),
+        (reference.token_logprobs, inputs.to(torch.float64), {}),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (args.hidden, args.lm_head, args.bias)]
+        logp, entropy = op(leaves[0], leaves[1], args.target, bias=leaves[2], **extra, **options)
+        assert not entropy.requires_grad
+        (logp * upstream).sum().backward()
+        outcomes.append([logp.detach(), entropy, *(x.grad for x in leaves)])
+    for i, (actual, expected) in enumerate(zip(*outcomes, strict=True)):
+        rtol, atol = (2e-4, 2e-5) if dtype == torch.float32 or i < 2 else (2e-2, 2e-2)
+        torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
+
+
+# --- Promises --------------------------------------------------------------------------------------------------------
+
+
+def test_fp64_is_the_chunked_backend():
+    inputs = make_inputs(dtype=torch.float64, bias=True)
+    ours, theirs = sweep(inputs), chunked.fused_perce_loss(
+        inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, None, None, inputs.bias, 0.8, 5.0, "log",
+        IGNORE, None, 1.0, True, True, True, True,
+    )  # fmt: skip
+    assert all(torch.equal(a, b) and a.dtype == torch.float64 for a, b in zip(ours, theirs, strict=True))
+    assert call(inputs, reduction="none").loss.dtype == torch.float64
+
+
+@on_cpu
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_target_outside_the_vocabulary(reduction):
+    inputs = make_inputs()
+    inputs.target[7] = V
+    with pytest.raises(ValueError, match=f"target: expected ids in .*{V}.* got {V} at row 7"):
+        fused_perce_loss(**inputs.kwargs(), backend="triton", reduction=reduction)
+
+
+@on_cpu
+def test_a_backend_that_is_named_is_never_replaced(monkeypatch):
+    inputs = make_inputs()
+    args = inputs.hidden, inputs.lm_head, inputs.target
+    monkeypatch.setattr(ops, "TRITON_INTERPRETED", False)
+    for op in (
+        lambda: fused_perce_loss(**inputs.kwargs(), backend="triton"),
+        lambda: token_logprobs(*args, backend="triton"),
+    ):
+        with pytest.raises(ValueError, match=r"backend: expected a CUDA or ROCm device .* got cpu"):
+            op()
+    monkeypatch.setattr(ops, "TRITON_FOUND", False)
+    with pytest.raises(ValueError, match=r"backend: expected the triton package, .*not installed"):
+        fused_perce_loss(**inputs.kwargs(), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_backend_that_runs(monkeypatch, backend, reduction):
+    """Forward and recompute backward; "auto" is Triton on a GPU alone, interpreter or not."""
+    ran = []
+    for module in (chunked, driver):
+        for name in ("fused_perce_loss", "token_logprobs"):
+            run = getattr(module, name)
+            spy = lambda *args, run=run, module=module: ran.append(module) or run(*args)  # noqa: E731
+            monkeypatch.setattr(module, name, spy)
+    leaves = {name: x.requires_grad_(name in TRAINABLE) for name, x in make_inputs().kwargs().items()}
+    fused_perce_loss(**leaves, reduction=reduction, backend=backend).sum().backward()
+    triton = backend == "triton" or (backend == "auto" and DEVICE.type == "cuda")
+    assert set(ran) == {driver if triton else chunked} and len(ran) == (1 if reduction == "mean" else 3)
+
+
+def test_same_inputs_same_bits():
+    inputs = make_inputs(bias=True).to(torch.bfloat16)
+    first, second = call(inputs), call(inputs)
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(a, b) for a, b in zip(first.stats, second.stats, strict=True))
+    assert all(torch.equal(first.grads[name], second.grads[name]) for name in TRAINABLE)
+
+
+def test_inputs_are_left_as_they_were():
+    inputs = make_inputs(bias=True)
+    before = {name: x.clone() for name, x in inputs.kwargs().items()}
+    for compact in (True, False):
+        call(inputs, softcap=5.0, logit_scale=0.5, compact=compact)
+    assert all(torch.equal(x, before[name]) for name, x in inputs.kwargs().items())
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values with no unit stride."""
+    buffer = x.new_zeros([2 * s for s in reversed(x.shape)])
+    view = buffer[tuple(slice(None, None, 2) for _ in x.shape)].permute(*reversed(range(x.dim())))
+    view.copy_(x)
+    assert not view.is_contiguous()
+    return view
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_non_contiguous_inputs(compact, reduction):
+    inputs = make_inputs(bias=True)
+    leaves = {name: strided(x).requires_grad_(name in TRAINABLE) for name, x in inputs.kwargs().items()}
+    loss = fused_perce_loss(**leaves, compact=compact, reduction=reduction, backend="triton")
+    loss.backward(torch.tensor(0.7, device=DEVICE).expand(loss.shape))
+    expected = oracle(inputs, reduction=reduction, upstream=0.7).grads
+    for name in TRAINABLE:
+        torch.testing.assert_close(leaves[name].grad.double(), expected[name], rtol=2e-4, atol=4e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"compact": False}, {"reduction": "none"}], ids=["mean", "masked", "none"])
+def test_compiles_without_a_graph_break(options):
+    torch.compiler.reset()
+    inputs = make_inputs(bias=True)
+    compiled = torch.compile(fused_perce_loss, fullgraph=True, backend="aot_eager")
+    kwargs = {name: x.detach().clone().requires_grad_(name in TRAINABLE) for name, x in inputs.kwargs().items()}
+    loss = compiled(**kwargs, **options, backend="triton").sum()
+    loss.backward()
+    expected = oracle(inputs, **options)
+    torch.testing.assert_close(loss.detach().double(), expected.loss.sum(), rtol=2e-4, atol=1e-5)
+    for name in TRAINABLE:
+        torch.testing.assert_close(kwargs[name].grad.double(), expected.grads[name], rtol=2e-4, atol=4e-6)
+
+
+@pytest.mark.parametrize("needed", [(True, True, True), (False, True, False)], ids=str)
+def test_opcheck_fused_perce_loss(needed):
+    inputs = make_inputs(n=6, v=61, bias=True)
+    for name, need in zip(TRAINABLE, needed, strict=True):
+        getattr(inputs, name).requires_grad_(need)
+    args = (inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, None, None, inputs.bias, 0.8, 5.0, "log",
+            IGNORE, 9.0, 0.5, True, *needed, "triton")  # fmt: skip
+    torch.library.opcheck(ops.fused_perce_loss, args)
+
+
+@pytest.mark.parametrize("return_entropy", [False, True])
+def test_opcheck_token_logprobs(return_entropy):
+    inputs = make_inputs(n=6, v=61, bias=True)
+    leaves = [x.requires_grad_() for x in (inputs.hidden, inputs.lm_head, inputs.bias)]
+    args = (leaves[0], leaves[1], inputs.target, leaves[2], IGNORE, 9.0, 0.5, False, return_entropy, "triton")
+    torch.library.opcheck(ops.token_logprobs, args)
+
+
+# --- Cost ------------------------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """FLOP of every product, operators that wait for the device, and the peak of live bytes, beneath the op."""
+
+    def __init__(self):
+        super().__init__()
+        self.flop = self.live = self.peak = 0
+        self.syncs: list[str] = []
+        self.storages: set[int] = set()
+
+    def forget(self, key: int, size: int) -> None:
+        self.storages.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = func(*args, **kwargs or {})
+        name = func.overloadpacket.__name__
+        # set_ is how the interpreter makes its own copies of a kernel's arguments: a GPU has none.
+        for x in tree_leaves(result) if name != "set_" else ():
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.storages | known:
+                self.storages.add(key)
+                self.live += x.untyped_storage().nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(x.untyped_storage(), self.forget, key, x.untyped_storage().nbytes())
+        assert name not in ("bmm", "baddbmm", "linear", "matmul"), f"{name} is not counted"
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        if name in ("nonzero", "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "unique"):
+            self.syncs.append(name)
+        return result
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """A Watch that also counts the GEMM kernel's products by its launcher; and no target check of the CPU's."""
+    watch = Watch()
+    launch = lse_gemm.logprobs
+
+    def counted(hidden, lm_head, *args, **options):
+        watch.flop += 2 * hidden.shape[0] * hidden.shape[1] * lm_head.shape[0]
+        return launch(hidden, lm_head, *args, **options)
+
+    monkeypatch.setattr(lse_gemm, "logprobs", counted)
+    monkeypatch.setattr(chunked, "check_target", lambda *_: None)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("needed", "per_token"),
+    [((True, True, True), 8), ((True, False, False), 6), ((False, True, False), 6), ((False, False, False), 4),
+     ((False, False, True), 4)],
+    ids=["trainable", "frozen head", "frozen hidden", "statistics only", "bias only"],
+)  # fmt: skip
+@pytest.mark.parametrize("compact", [True, False])
+def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed, per_token):
+    inputs = make_inputs(bias=True)
+    rows = int((inputs.target != IGNORE).sum()) if compact else N
+    with watch:
+        out = sweep(inputs, compact=compact, needed=needed)
+    assert watch.flop == per_token * rows * D * V
+    assert [gradient.numel() > 0 for gradient in out[-3:]] == list(needed)
+
+
+@pytest.mark.parametrize("source", ["logp_cf", "token_weight"])
+def test_without_a_counterfactual_pass_the_floor_is_six(watch, source):
+    inputs = drop_cf(make_inputs(ignored=0.0))
+    with watch:
+        sweep(inputs, weights=weights_of(source))
+    assert watch.flop == 6 * N * D * V
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_token_logprobs_cost_one_product(watch, compact):
+    inputs = make_inputs()
+    rows = int((inputs.target != IGNORE).sum()) if compact else N
+    with watch:
+        driver.token_logprobs(inputs.hidden, inputs.lm_head, inputs.target, None, IGNORE, None, 1.0, compact, True)
+    assert watch.flop == 2 * rows * D * V
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("source", ["hidden_cf", "token_weight"])
+def test_host_syncs(watch, source, dtype):
+    """One with compact=True, none without; what the interpreter looks at does not pass through the dispatcher."""
+    inputs, weights = with_source(make_inputs(bias=True).to(dtype), source)
+    with watch:
+        sweep(inputs, compact=False, weights=weights)
+        driver.token_logprobs(inputs.hidden, inputs.lm_head, inputs.target, None, IGNORE, None, 1.0, False, True)
+    assert watch.syncs == []
+    with watch:
+        sweep(inputs, compact=True, weights=weights)
+    assert watch.syncs == ["nonzero"]
+
+
+@on_cpu
+@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("source", ["hidden_cf", "token_weight"])
+def test_peak_bytes_follow_the_formula(watch, source, compact, ignored, needed):
+    n, d, v = 24, 32, 253
+    inputs, weights = with_source(make_inputs(n, d, v, ignored=ignored, bias=True), source)
+    gc.collect()
+    with watch:
+        out = sweep(inputs, compact=compact, needed=needed, weights=weights)
+    rows = int((inputs.target != IGNORE).sum()) if compact else n
+    expected = driver.extra_bytes(
+        rows, d, v, 4, chunk=CHUNK, passes=2 if source == "hidden_cf" else 1, gathered=rows < n, masked=not compact,
+        need_dhidden=needed[0], need_dbias=needed[2],
+    )  # fmt: skip
+    extra = watch.peak - sum(x.untyped_storage().nbytes() for x in out)
+    assert expected - v * 4 * needed[2] <= extra <= expected + 40 * n
+    assert n * v * 4 > 1.5 * extra, "an (N, V) tensor would not have passed"
+
+
+# --- Chunk size ------------------------------------------------------------------------------------------------------
+
+chunk_rows = driver.chunk_rows  # before the module's fixture replaces it
+
+
+@pytest.mark.parametrize("v", [211, 49152, 128256, 151936, 262144])
+@pytest.mark.parametrize("d", [576, 2304, 4096, 8192])
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("sms", [1, 108, 132, 148])
+def test_chunk_rows_keep_the_budget_and_fill_waves(v, d, passes, sms):
+    for budget in (2**20, 2**28, 2**31):
+        rows = chunk_rows(d, v, passes, sms, budget)
+        bytes_of = passes * driver.pitch(v) * 4
+        assert rows == 16 or rows * bytes_of <= budget
+        if rows >= 128:
+            assert rows % 128 == 0
+            assert rows > budget / bytes_of / 2 - 256, "at least half of what the budget allows"
+
+
+def test_chunk_rows_of_known_shapes():
+    """By hand: D = 4096 is 16 column tiles, so 8 row tiles fill 128 of 132 multiprocessors and a 9th begins a wave."""
+    budget = 2 * 4 * 128256 * 1500
+    assert chunk_rows(4096, 128256, 2, 132, budget) == 1024
+    assert chunk_rows(4096, 128256, 2, 128, budget) == 1024
+    assert chunk_rows(4096, 128256, 2, 144, budget) == 1152
+    assert chunk_rows(4096, 128256, 2, 1, budget) == 1408
+    assert chunk_rows(4096, 2**30, 2, 132, 2**31) == 16
+
+
+def test_the_default_budget_holds_enough_tokens_for_the_head_gradient():
+    for v in (128256, 151936):
+        assert chunk_rows(4096, v, 2, 132) >= 1024
+    assert chunk_rows(2304, 262144, 2, 132) >= 750
+
+
+def test_pitch():
+    assert [driver.pitch(v) for v in (1, 64, 65, 128256, 50257)] == [64, 64, 128, 128256, 50304]
+
+
+# --- Tiles -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_has_a_tile_on_every_architecture():
+    for arch in (*tiles.SHARED_MEMORY_LIMIT, tiles.INTERPRETER):
+        for kernel in ("row_loss", "lse_gemm"):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for d in (1, 256, 257, 8192):
+                    tile = tiles.find(kernel, arch, dtype, d)
+                    assert tile.block_n & (tile.block_n - 1) == 0
+    with pytest.raises(ValueError, match=r"backend.*float64"):
+        tiles.find("row_loss", "sm_90", torch.float64, 64)
+
+
+def test_a_row_of_the_table_may_be_for_a_range_of_d(monkeypatch):
+    small, large = tiles.Tile(64, 64, 64, 4, 2), tiles.Tile(128, 128, 64, 8, 3)
+    table = [tiles.Row("lse_gemm", "sm_90", tiles.HALF, d, tile) for d, tile in ((256, small), (None, large))]
+    monkeypatch.setattr(tiles, "TABLE", table)
+    assert [tiles.find("lse_gemm", "sm_90", torch.bfloat16, d) for d in (8, 256, 257)] == [small, small, large]
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_80"), ((8, 9), "sm_86"), ((9, 0), "sm_90"), ((10, 0), "sm_100"),
+     ((10, 3), "sm_100"), ((12, 0), "sm_86"), ((12, 1), "sm_86")],
+)  # fmt: skip
+def test_architecture(monkeypatch, capability, arch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert tiles.architecture(torch.device("cuda")) == arch
+    assert tiles.is_supported(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert not tiles.is_supported(torch.device("cuda"))
