@@ -117,7 +117,7 @@ class RunConfig:
         None, "forwards an optimiser step; default: so many that a device's step is 8 sequences"
     )
     eval_examples: int | None = _option(
-        None, "validation examples an evaluation; 0: all; default: 64, on a CPU no more than 30,000 tokens hold"
+        None, "validation examples an evaluation; 0: all; default: 64, on a CPU no more than 20,000 tokens hold"
     )
     eval_steps: float | None = _option(None, "evaluate every so many steps; default: each epoch's end")
     save_steps: float = _option(500, "checkpoint every so many steps; 0: none but the final model")
