@@ -1,27 +1,20 @@
-"""The options of a run as dataclasses; command line, YAML and --help are generated from them.
+"""The options of a training run as dataclasses; options.py makes the command line, YAML and --help of them.
 
 Neither torch nor transformers is imported here, so that `--help` answers at once. Any other TrainingArguments field can
 be given by its Hugging Face name (`--weight_decay 0.1`); train.py checks those once transformers is loaded.
 """
 
-import argparse
-import dataclasses
-import difflib
 import json
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from perce.errors import UserError
+from perce.options import Options, number, read_yaml
+from perce.options import option as _option
+from perce.options import require as _require
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -158,17 +151,13 @@ class TrainConfig:
 
 
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "loss": LossConfig, "run": RunConfig}
-_FIELDS = {field.name: (section, field) for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
-_TYPES = {name: typing.get_type_hints(SECTIONS[section])[name] for name, (section, _) in _FIELDS.items()}
-
-
-def build_config(values: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> TrainConfig:
-    """TrainConfig from flat, converted values; UserError names the option that is off."""
-    sections = {
-        section: cls(**{name: values[name] for name in values if _FIELDS[name][0] == section})
-        for section, cls in SECTIONS.items()
-    }
-    return TrainConfig(**sections, extra=dict(extra or {}))
+OPTIONS = Options(
+    prog="python -m perce.train",
+    description="Fine-tune a causal language model with the PerCE loss. Without arguments: a small model on the "
+    "built-in examples, in minutes, on CPU or GPU.",
+    sections=SECTIONS,
+    extra="TrainingArguments field",
+)
 
 
 def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainConfig, bool]:
@@ -177,147 +166,12 @@ def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainC
     `defaults` are used where neither names a model nor data; see demo/recipe.yaml. `--resume` without `--config` starts
     from the options saved in the run directory.
     """
-    parser = _parser()
-    namespace, rest = parser.parse_known_args([_underscored(argument) for argument in argv])
-    given = {name: value for name, value in vars(namespace).items() if value is not None}
-    config_file, print_config = given.pop("config", None), given.pop("print_config", False)
-    from_file = read_yaml(config_file) if config_file else {}
-    flags = given | _extra_flags(rest)
-    if _number(flags.get("resume")) is True and flags.get("output_dir") and not config_file:
-        saved = Path(flags["output_dir"]).expanduser() / CONFIG_NAME
-        from_file = read_yaml(str(saved)) if saved.is_file() else {}
-    raw = from_file | flags
+    parsed = OPTIONS.parse(argv)
+    raw = parsed.raw
+    if number(raw.get("resume")) is True and raw.get("output_dir") and not parsed.config_file:
+        saved = Path(raw["output_dir"]).expanduser() / CONFIG_NAME
+        raw = (read_yaml(str(saved)) if saved.is_file() else {}) | raw
     if raw.get("model") is None and raw.get("data") is None:
         raw = dict(defaults) | raw
-    values = {name: _convert(name, value) for name, value in raw.items() if name in _FIELDS}
-    return build_config(values, {name: value for name, value in raw.items() if name not in _FIELDS}), print_config
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """A flat YAML mapping; `1e-5` is a number here, as people expect and YAML 1.1 does not."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UserError(f"--config {path}: expected `option: value` lines, got {type(content).__name__}.")
-    return {name.replace("-", "_"): _number(value) for name, value in content.items()}
-
-
-def unknown_option(name: str, known: Sequence[str]) -> UserError:
-    """The error for an option that neither we nor TrainingArguments have, with the nearest names."""
-    near = difflib.get_close_matches(name, dict.fromkeys([*_FIELDS, *known]), n=2)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return UserError(f"{name}: unknown option.{hint} `--help` lists ours; any TrainingArguments field works too.")
-
-
-def dump_yaml(config: TrainConfig) -> str:
-    import yaml
-
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message[0].upper()}{message[1:]}. `--help` lists the options.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m perce.train",
-        description="Fine-tune a causal language model with the PerCE loss. Without arguments: a small model on the "
-        "built-in examples, in minutes, on CPU or GPU.",
-        epilog="Any other TrainingArguments field can be given by its Hugging Face name, such as --weight_decay 0.1.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
-    parser.add_argument("--print_config", action="store_true", default=None, help="print the resolved options and stop")
-    for section, cls in SECTIONS.items():
-        group = parser.add_argument_group(f"{section}: {(cls.__doc__ or '').splitlines()[0]}")
-        for option in dataclasses.fields(cls):
-            default = "" if option.default in (None, False) else f" [{option.default}]"
-            help = (option.metadata["help"] + default).replace("%", "%%")
-            kind = {"nargs": "?", "const": "true"} if _TYPES[option.name] is bool else {}
-            group.add_argument(f"--{option.name}", help=help, metavar=_metavar(option.name), **kind)  # type: ignore[arg-type]
-    return parser
-
-
-def _metavar(name: str) -> str:
-    choices = typing.get_args(_TYPES[name]) if typing.get_origin(_TYPES[name]) is Literal else ()
-    if choices:
-        return "|".join(choices)
-    return {bool: "true|false", int: "N", float: "X"}.get(_plain_type(name), "VALUE")
-
-
-def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
-
-
-def _extra_flags(rest: Sequence[str]) -> dict[str, Any]:
-    """`--name value`, `--name=value` and bare `--name` that the parser does not know."""
-    extra: dict[str, Any] = {}
-    arguments = list(rest)
-    while arguments:
-        flag = arguments.pop(0)
-        if not flag.startswith("--"):
-            raise UserError(f"{flag}: expected an option that starts with --. `--help` lists the options.")
-        name, equals, value = flag[2:].partition("=")
-        if not equals:
-            value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
-        extra[name] = _number(value)
-    return extra
-
-
-def _number(value: Any) -> Any:
-    """Strings that are numbers or booleans, as YAML and TrainingArguments want them."""
-    if not isinstance(value, str):
-        return value
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    for cast in (int, float):
-        try:
-            return cast(value)
-        except ValueError:
-            continue
-    return value
-
-
-def _plain_type(name: str) -> type:
-    hint = _TYPES[name]
-    if isinstance(hint, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    return hint
-
-
-def _convert(name: str, value: Any) -> Any:
-    """A flag's string or a YAML scalar → the field's type."""
-    hint = _plain_type(name)
-    optional = isinstance(_TYPES[name], types.UnionType)
-    if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
-        _require(optional, name, f"a value of type {getattr(hint, '__name__', hint)}", value)
-        return None
-    if typing.get_origin(hint) is Literal:
-        _require(value in typing.get_args(hint), name, "one of " + ", ".join(typing.get_args(hint)), value)
-        return value
-    if hint is str:
-        return json.dumps(value) if isinstance(value, dict) else str(value)
-    number = _number(value)
-    fits = {
-        bool: isinstance(number, bool),
-        int: isinstance(number, int | float) and not isinstance(number, bool) and float(number).is_integer(),
-        float: isinstance(number, int | float) and not isinstance(number, bool),
-    }[hint]
-    _require(fits, name, {bool: "true or false", int: "a whole number", float: "a number"}[hint], value)
-    return hint(number)
-
-
-def _require(condition: bool, name: str, expected: str, got: Any) -> None:
-    if not condition:
-        raise UserError(f"{name}: expected {expected}, got {got!r}.")
+    sections, extra = OPTIONS.build(raw)
+    return TrainConfig(**sections, extra=extra), parsed.print_config

@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perce.config import CONFIG_NAME, TrainConfig, dump_yaml, parse_args, read_yaml, unknown_option
+from perce.config import CONFIG_NAME, OPTIONS, TrainConfig, parse_args
 from perce.errors import UserError
+from perce.options import dump_yaml, read_yaml
 
 if TYPE_CHECKING:
     from perce.trainer import PerceArguments, PerceTrainer
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             resolved = resolve(config)
             if config.extra:
                 training_arguments(resolved)  # finds what is misspelt
-            print(dump_yaml(resolved), end="")
+            print(dump_yaml(resolved.to_dict()), end="")
         else:
             run(resolve(config))
     except UserError as error:
@@ -113,7 +114,7 @@ def run(config: TrainConfig) -> None:
         trainer.get_optimizer_cls_and_kwargs(args, model)
     progress.attach(trainer)
     if main_process and checkpoint is None:
-        (output_dir / CONFIG_NAME).write_text(dump_yaml(config), encoding="utf-8")
+        (output_dir / CONFIG_NAME).write_text(dump_yaml(config.to_dict()), encoding="utf-8")
 
     train(trainer, checkpoint)
     if progress.evaluated_at != trainer.state.global_step:
@@ -207,7 +208,7 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
         if name in OURS:
             raise UserError(f"{name}: use --{OURS[name]} instead.")
         if name not in fields:
-            raise unknown_option(name, list(fields))
+            raise OPTIONS.unknown(name, list(fields))
         _check_kind(name, fields[name].default, value)
     run = config.run
     use_cpu = bool(config.extra.get("use_cpu", not torch.cuda.is_available()))

@@ -1,0 +1,207 @@
+"""Command lines and YAML files out of dataclasses: every command's options are fields, and --help is their docs.
+
+    sections   {"model": ModelConfig, …}: frozen dataclasses whose fields carry `option(default, help)`
+    flags      --name value, --name=value, --with-dashes, a bare --flag for booleans
+    --config   a flat YAML file of the same names; flags win over it
+
+Neither torch nor transformers is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from perce.errors import UserError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that is an option of a command."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, name: str, expected: str, got: Any) -> None:
+    """UserError unless an option's value is what was expected."""
+    if not condition:
+        raise UserError(f"{name}: expected {expected}, got {got!r}.")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a command line and its YAML file say: raw values by option, and what concerns the command itself."""
+
+    raw: dict[str, Any]
+    config_file: str | None
+    print_config: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one command.
+
+    sections: the dataclasses, by the name of their group in --help. extra: what other options, passed on by name, are
+    called in --help and in errors ("" where every option must be a field).
+    """
+
+    prog: str
+    description: str
+    sections: Mapping[str, type]
+    extra: str = ""
+
+    @property
+    def fields(self) -> dict[str, "dataclasses.Field[Any]"]:
+        return {field.name: field for cls in self.sections.values() for field in dataclasses.fields(cls)}
+
+    @property
+    def types(self) -> dict[str, Any]:
+        return {name: hint for cls in self.sections.values() for name, hint in typing.get_type_hints(cls).items()}
+
+    def parse(self, argv: Sequence[str]) -> Parsed:
+        """Flags over the file of --config; UserError for what is neither."""
+        namespace, rest = self._parser().parse_known_args([_underscored(argument) for argument in argv])
+        flags = {name: value for name, value in vars(namespace).items() if value is not None}
+        config_file, print_config = flags.pop("config", None), flags.pop("print_config", False)
+        flags |= _extra_flags(rest)
+        raw = (read_yaml(config_file) if config_file else {}) | flags
+        return Parsed(raw, config_file, print_config)
+
+    def build(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(section by name, other options) from raw values, converted and checked."""
+        fields, hints = self.fields, self.types
+        extra = {name: number(value) for name, value in raw.items() if name not in fields}
+        if extra and not self.extra:
+            raise self.unknown(next(iter(extra)))
+        values = {name: _convert(name, hints[name], value) for name, value in raw.items() if name in fields}
+        sections = {
+            section: cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+            for section, cls in self.sections.items()
+        }
+        return sections, extra
+
+    def unknown(self, name: str, known: Sequence[str] = ()) -> UserError:
+        """The error for an option that nobody knows, with the nearest names."""
+        near = difflib.get_close_matches(name, dict.fromkeys([*self.fields, *known]), n=2)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        others = f" ours; any {self.extra} works too" if self.extra else " all"
+        return UserError(f"{name}: unknown option.{hint} `--help` lists{others}.")
+
+    def _parser(self) -> argparse.ArgumentParser:
+        parser = _Parser(prog=self.prog, description=self.description, allow_abbrev=False)
+        if self.extra:
+            parser.epilog = f"Any other {self.extra} can be given by its own name, such as --weight_decay 0.1."
+        parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
+        parser.add_argument(
+            "--print_config", action="store_true", default=None, help="print the resolved options and stop"
+        )
+        hints = self.types
+        for section, cls in self.sections.items():
+            group = parser.add_argument_group(f"{section}: {(cls.__doc__ or '').splitlines()[0]}")
+            for field in dataclasses.fields(cls):
+                hint = hints[field.name]
+                default = "" if field.default in (None, False) else f" [{field.default}]"
+                help = (field.metadata["help"] + default).replace("%", "%%")
+                kind = {"nargs": "?", "const": "true"} if hint is bool else {}
+                group.add_argument(f"--{field.name}", help=help, metavar=_metavar(hint), **kind)  # type: ignore[arg-type]
+        return parser
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A flat YAML mapping; `1e-5` is a number here, as people expect and YAML 1.1 does not."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"--config {path}: expected `option: value` lines, got {type(content).__name__}.")
+    return {name.replace("-", "_"): number(value) for name, value in content.items()}
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message[0].upper()}{message[1:]}. `--help` lists the options.")
+
+
+def _metavar(hint: Any) -> str:
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    if choices:
+        return "|".join(choices)
+    return {bool: "true|false", int: "N", float: "X"}.get(_plain_type(hint), "VALUE")
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
+
+
+def _extra_flags(rest: Sequence[str]) -> dict[str, Any]:
+    """`--name value`, `--name=value` and bare `--name` that the parser does not know."""
+    extra: dict[str, Any] = {}
+    arguments = list(rest)
+    while arguments:
+        flag = arguments.pop(0)
+        if not flag.startswith("--"):
+            raise UserError(f"{flag}: expected an option that starts with --. `--help` lists the options.")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
+        extra[name] = number(value)
+    return extra
+
+
+def number(value: Any) -> Any:
+    """Strings that are numbers or booleans, as YAML and TrainingArguments want them."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for cast in (int, float):
+        try:
+            return cast(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _plain_type(hint: Any) -> type:
+    if isinstance(hint, types.UnionType):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    return hint
+
+
+def _convert(name: str, hint: Any, value: Any) -> Any:
+    """A flag's string or a YAML scalar → the field's type."""
+    plain, optional = _plain_type(hint), isinstance(hint, types.UnionType)
+    if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
+        require(optional, name, f"a value of type {getattr(plain, '__name__', plain)}", value)
+        return None
+    if typing.get_origin(plain) is Literal:
+        require(value in typing.get_args(plain), name, "one of " + ", ".join(typing.get_args(plain)), value)
+        return value
+    if plain is str:
+        return json.dumps(value) if isinstance(value, dict) else str(value)
+    converted = number(value)
+    fits = {
+        bool: isinstance(converted, bool),
+        int: isinstance(converted, int | float) and not isinstance(converted, bool) and float(converted).is_integer(),
+        float: isinstance(converted, int | float) and not isinstance(converted, bool),
+    }[plain]
+    require(fits, name, {bool: "true or false", int: "a whole number", float: "a number"}[plain], value)
+    return plain(converted)
