@@ -82,7 +82,12 @@ class DataConfig:
 class LossConfig:
     """What is minimised."""
 
-    objective: Literal["perce", "ce"] = _option("perce", "the PerCE loss, or plain cross-entropy")
+    objective: Literal["perce", "ce", "lossce", "entce"] = _option(
+        "perce", "weights from PIR, none (plain cross-entropy), or from a token's own loss or predictive entropy"
+    )
+    estimate: Literal["online", "epoch", "frozen"] = _option(
+        "online", "when weights are estimated: each step, at each epoch's start, or once by the initial model"
+    )
     clip_min: float = _option(0.8, "lower bound m of a token's weight (the paper: 0.8)")
     clip_max: float = _option(5.0, "upper bound M of a token's weight (the paper: 5)")
     contrast: Literal["log", "ratio"] = _option("log", "weight = clip(pir), or clip(exp(pir)) (LongCE)")
@@ -93,6 +98,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         bounds = (self.clip_min, self.clip_max)
         _require(0 <= self.clip_min <= self.clip_max < float("inf"), "clip_min, clip_max", "0 <= min <= max", bounds)
+        estimated = self.estimate == "online" or self.objective != "ce"
+        _require(estimated, "estimate", "online with --objective ce, which has no weights", self.estimate)
 
 
 @dataclass(frozen=True)

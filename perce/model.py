@@ -3,7 +3,8 @@
 `install_perce` gives the model two extra ways to be called, always through whatever wraps it (DDP, FSDP, PEFT):
 
     model(input_ids, perce={"rows": rows})                                   → hidden states (N, D) at those rows
-    model(input_ids, perce={"rows": rows, "target": …, "loss": {…}})         → (loss, logp, logp_cf, token_weight)
+    model(input_ids, perce={"rows": rows, "target": …, "loss": {…}})         → (loss, logp, logp_cf,
+                                                                                signal, token_weight)
 
 The loss runs inside the forward of the output-embedding module. Reading the head's weight anywhere else would bypass
 the hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from perce.config import ModelConfig
 from perce.errors import UserError
-from perce_kernels import fused_perce_loss, reference
+from perce_kernels import fused_perce_loss, reference, token_logprobs
 
 PROBE_TOKENS = 8
 # Largest difference of log-probabilities between the model's own logits and ours; fp32 shows 1e-5, bf16 logits 1e-2.
@@ -94,13 +95,32 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
     def forward(self, hidden: Tensor, perce: dict[str, Any] | None = None):
         if perce is None:
             return own_forward(self, hidden)
-        loss, stats = fused_perce_loss(
-            hidden, self.weight, perce["target"], bias=self.bias, softcap=transform.softcap,
-            logit_scale=transform.logit_scale, return_stats=True, **perce["loss"],
-        )  # fmt: skip
-        return loss, stats.logp, stats.logp_cf, stats.token_weight
+        return _head_loss(self, hidden, transform, perce["target"], dict(perce["loss"]))
 
     head.forward = types.MethodType(forward, head)
+
+
+def _head_loss(
+    head: Any, hidden: Tensor, transform: LogitTransform, target: Tensor, call: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logp, logp_cf, signal, token_weight), all but the loss (N,) and detached.
+
+    `call` is what fused_perce_loss takes, or says `weight_from`: weights are then clipped from the model's own "loss"
+    (−log p of the token) or predictive "entropy". The signal is what the clip acted on.
+    """
+    output = {"bias": head.bias, "softcap": transform.softcap, "logit_scale": transform.logit_scale}
+    signal = None
+    if weight_from := call.pop("weight_from", None):
+        with torch.no_grad():
+            own: Any = token_logprobs(
+                hidden, head.weight, target, return_entropy=weight_from == "entropy", **output
+            )  # fmt: skip
+        signal = own[1] if weight_from == "entropy" else -own
+        call["token_weight"] = signal.clamp(call["clip_min"], call["clip_max"])
+    loss, stats = fused_perce_loss(hidden, head.weight, target, return_stats=True, **output, **call)
+    if signal is None:
+        signal = stats.pir.exp() if call.get("contrast") == "ratio" else stats.pir
+    return loss, stats.logp, stats.logp_cf, signal, stats.token_weight
 
 
 def _patch_model(model: Any) -> None:

@@ -12,8 +12,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerControl, Trai
 
 from perce.config import TrainConfig
 from perce.dataset import RunPairs
+from perce.meters import peak_memory_mib
 from perce.report import ScoredResponse, ScoredToken, write_curves, write_html
-from perce.trainer import PerceTrainer, TokenStatistics, peak_memory_mib
+from perce.scoring import TokenStatistics
+from perce.trainer import PerceTrainer
 
 LOSSES = {
     "loss_with_persona": "loss with persona",
@@ -69,10 +71,11 @@ def _training_line(logs: Mapping[str, float]) -> str:
     if "loss" not in logs:
         return ""
     parts = [f"loss {logs['loss']:.4f}"]
-    if "pir_mean" in logs:
+    if "weight_mean" in logs:
         parts += [
-            f"ce {logs['ce']:.4f}", f"PIR {logs['pir_mean']:+.3f}", f"weight {logs['weight_mean']:.3f}",
-            f"floor {logs['frac_at_floor']:.0%}", f"ceiling {logs['frac_at_ceiling']:.1%}",
+            f"ce {logs['ce']:.4f}", *([f"PIR {logs['pir_mean']:+.3f}"] if "pir_mean" in logs else []),
+            f"weight {logs['weight_mean']:.3f}", f"floor {logs['frac_at_floor']:.0%}",
+            f"ceiling {logs['frac_at_ceiling']:.1%}",
         ]  # fmt: skip
     parts += [f"{logs['tokens_per_second']:,.0f} tokens/s", f"{logs['peak_memory_mib'] / 1024:.1f} GiB"]
     return "  ".join(parts)
@@ -171,9 +174,10 @@ def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progr
     facts.add_column(no_wrap=True)
     facts.add_column(overflow="fold")  # a path cut short is of no use
     if seconds:
-        share = trainer.counterfactual_clock.seconds() / seconds
+        share = trainer.estimation_clock.seconds() / seconds
+        estimation = "counterfactual pass" if trainer.args.loss.estimate == "online" else "estimating the weights"
         facts.add_row("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s a process")
-        facts.add_row("counterfactual pass", f"{share:.1%} of the training time")
+        facts.add_row(estimation, f"{share:.1%} of the training time")
     for note in pairs.source.notes() if pairs.source else []:
         facts.add_row("left out", note)
     facts.add_row("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB")

@@ -6,29 +6,29 @@
 Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers, DDP) is the Trainer's.
 """
 
-import contextlib
 import dataclasses
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pyarrow.compute
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from perce.batch import Batch, collate
 from perce.config import DataConfig, LossConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
+from perce.estimates import Estimates, check_estimable, estimate
+from perce.meters import Clock, Window, peak_memory_mib
 from perce.model import add_adapter, load_pretrained, load_tokenizer, prepare_model
-
-MIB = 2**20
+from perce.scoring import OWN_SIGNAL, TokenStatistics, counterfactual_hidden, factual, token_statistics
 
 
 @dataclass
@@ -59,18 +59,6 @@ class PerceArguments(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"loss": dataclasses.asdict(self.loss), "data": dataclasses.asdict(self.data)}
-
-
-@dataclass(frozen=True)
-class TokenStatistics:
-    """Per response token of one example, on the CPU, each (n,); and the index of the example."""
-
-    target: Tensor
-    logp: Tensor
-    logp_cf: Tensor
-    token_weight: Tensor
-    personal: Tensor
-    example: int
 
 
 class PerceTrainer(Trainer):
@@ -118,9 +106,13 @@ class PerceTrainer(Trainer):
         super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
-        self.counterfactual_clock = _Clock(self.args.device)
+        self.estimation_clock = Clock(self.args.device)
+        self.estimates: Estimates | None = None  # None: weights are estimated online
+        if args.loss.estimate != "online":
+            check_estimable(self.train_dataset, args.loss.estimate)
+            self.add_callback(_EStep(self))
         self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
-        self._window = _Window()
+        self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
 
     def _as_pairs(self, dataset: Any, name: str) -> Any:
@@ -141,34 +133,35 @@ class PerceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         loss = self.args.loss
-        call: dict[str, Any] = {"num_items": num_items_in_batch, "normalize": loss.normalize}
+        call: dict[str, Any] = {
+            "num_items": num_items_in_batch, "normalize": loss.normalize, "contrast": loss.contrast,
+            "clip_min": loss.clip_min, "clip_max": loss.clip_max,
+        }  # fmt: skip
         if loss.normalize == "sequence":
             call["seq_id"] = inputs["sequence"]
-        if loss.objective == "ce":
-            call["token_weight"] = torch.ones_like(inputs["target"], dtype=torch.float32)
+        estimated = None
+        if self.estimates is not None:
+            estimated = self.estimates.of(inputs["example"], inputs["target"].device)
+            call["token_weight"] = estimated[-1].clamp(loss.clip_min, loss.clip_max)
         else:
-            with self.counterfactual_clock.measure():
-                call["hidden_cf"] = self.counterfactual_hidden(model, inputs)
-            call |= {"clip_min": loss.clip_min, "clip_max": loss.clip_max, "contrast": loss.contrast}
+            call |= self._weight_source(model, inputs)
 
-        value, *statistics = model(
-            input_ids=inputs["input_ids"],
-            perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call},
-        )
-        self._window.add(loss, *statistics, tokens=inputs["tokens"])
+        value, *statistics, token_weight = factual(model, inputs, call)
+        logp, logp_cf, signal = estimated or statistics
+        self._window.add(loss, statistics[0], logp - logp_cf, signal, token_weight, tokens=inputs["tokens"])
         # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
         value = value * self.accelerator.num_processes
-        return (value, statistics) if return_outputs else value
+        return (value, (*statistics, token_weight)) if return_outputs else value
 
-    @torch.no_grad()
-    def counterfactual_hidden(self, model: nn.Module, inputs: Batch) -> Tensor:
-        """(N, D) hidden states of the response tokens without the persona. Dropout is off: with it on, the PIR of
-        identical prompts would not be 0."""
-        training = model.training
-        model.eval()
-        hidden = model(input_ids=inputs["input_ids_cf"], perce={"rows": inputs["rows_cf"]})
-        model.train(training)
-        return hidden
+    def _weight_source(self, model: nn.Module, inputs: Batch) -> dict[str, Any]:
+        """What the objective's token weights come from, for the loss to clip: the online E-step."""
+        objective = self.args.loss.objective
+        if objective == "ce":
+            return {"token_weight": torch.ones_like(inputs["target"], dtype=torch.float32)}
+        if objective in OWN_SIGNAL:
+            return {"weight_from": OWN_SIGNAL[objective]}
+        with self.estimation_clock.measure():
+            return {"hidden_cf": counterfactual_hidden(model, inputs)}
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self._window.start()
@@ -176,6 +169,8 @@ class PerceTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._window.pause()
+        if self.estimates is not None and self.args.should_save:
+            self.estimates.save(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
@@ -189,8 +184,8 @@ class PerceTrainer(Trainer):
             total = self.accelerator.reduce(self._window.total.to(self.args.device), "sum")
             logs |= self._window.summary(total, self.args.loss)
             logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
-            self.counterfactual_clock.seconds()  # collects the events of the window
-            self._window = _Window()
+            self.estimation_clock.seconds()  # collects the events of the window
+            self._window = Window()
         super().log(logs, start_time)
 
     @property
@@ -204,19 +199,40 @@ class PerceTrainer(Trainer):
         return self._logged_seconds + self._window.seconds
 
     @torch.no_grad()
-    def token_statistics(self, model: nn.Module, inputs: Batch) -> list[TokenStatistics]:
-        """Statistics of one batch under the model, in eval mode, whatever the training objective."""
-        loss = self.args.loss
-        call = {
-            "hidden_cf": self.counterfactual_hidden(model, inputs), "clip_min": loss.clip_min,
-            "clip_max": loss.clip_max, "contrast": loss.contrast,
-        }  # fmt: skip
-        _, *statistics = model(
-            input_ids=inputs["input_ids"], perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call}
-        )
-        per_example = torch.bincount(inputs["sequence"]).tolist()
-        columns = [x.cpu().split(per_example) for x in (inputs["target"], *statistics, inputs["personal"])]
-        return [TokenStatistics(*row) for row in zip(*columns, inputs["example"].tolist(), strict=True)]
+    def estimate(self, epoch: int) -> None:
+        """The E-step over all training examples, shared out over the processes; draws no random numbers."""
+        loss, dataset = self.args.loss, cast(Dataset, self.train_dataset)
+        model: Any = self.model_wrapped if self.is_in_train else self.model
+        size = self.args.per_device_eval_batch_size
+        order = sorted(range(len(dataset)), key=[len(ids) for ids in dataset["input_ids"]].__getitem__)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def statistics(rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+            inputs = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
+            call = {"clip_min": loss.clip_min, "clip_max": loss.clip_max, "contrast": loss.contrast}
+            with self.compute_loss_context_manager():
+                _, logp, logp_cf, signal, _ = factual(model, inputs, call | self._weight_source(model, inputs))
+            return logp, logp_cf, signal
+
+        self._window.start()
+        training = model.training
+        model.eval()
+        with self.estimation_clock.measure():
+            share = batches[self.args.process_index :: self.args.world_size]
+            self.estimates = estimate(
+                dataset, share, statistics, _gather_dicts, epoch=epoch, vocabulary=self._vocabulary
+            )  # fmt: skip
+        model.train(training)
+
+    @property
+    def _vocabulary(self) -> int:
+        model: Any = self.model
+        return model.get_input_embeddings().weight.shape[0]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.loss.estimate != "online":
+            self.estimates = Estimates.load(Path(resume_from_checkpoint), self.train_dataset, self._vocabulary)
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
@@ -224,6 +240,7 @@ class PerceTrainer(Trainer):
     ) -> EvalLoopOutput:  # fmt: skip
         """Mean loss per response token with and without the persona and of personal tokens, and mean PIR."""
         self._window.pause()
+        loss = self.args.loss
         model: Any = self.model_wrapped if self.is_in_train else self.model
         if not self.is_in_train and not self.accelerator._models:
             # As the Trainer does: moves to the device and autocasts, so that numbers before and after training compare.
@@ -236,7 +253,9 @@ class PerceTrainer(Trainer):
         for inputs in dataloader:
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
-                examples = self.token_statistics(model, inputs)
+                examples = token_statistics(
+                    model, inputs, clip_min=loss.clip_min, clip_max=loss.clip_max, contrast=loss.contrast
+                )
             self.last_evaluation += examples
             sums = [
                 [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]
@@ -282,85 +301,25 @@ def _check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
                 )
 
 
-class _Clock:
-    """Seconds spent in stretches of work. On CUDA by events, read only when asked for: no sync in a step."""
+class _EStep(TrainerCallback):
+    """Estimates at the start of each epoch, or of the run; what a checkpoint brought for this epoch stays."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._spent = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    def __init__(self, trainer: PerceTrainer) -> None:
+        self.trainer = trainer
 
-    @contextlib.contextmanager
-    def measure(self) -> Iterator[None]:
-        if self._cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            yield
-            end.record()
-            self._events.append((start, end))
-        else:
-            started = time.perf_counter()
-            yield
-            self._spent += time.perf_counter() - started
-
-    def seconds(self) -> float:
-        for start, end in self._events:
-            end.synchronize()
-            self._spent += start.elapsed_time(end) / 1000
-        self._events.clear()
-        return self._spent
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        epoch = int((state.epoch or 0.0) + 1e-6)
+        known, frozen = self.trainer.estimates, self.trainer.args.loss.estimate == "frozen"
+        if known is None or (not frozen and known.epoch != epoch):
+            self.trainer.estimate(epoch)
 
 
-class _Window:
-    """Sums over the training tokens since the last log, kept on the device (no sync in a step), and a stopwatch."""
-
-    NAMES = ("tokens", "count", "ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling")
-
-    def __init__(self) -> None:
-        self.total = torch.zeros(len(self.NAMES), dtype=torch.float64)
-        self._spent = 0.0
-        self._running_since: float | None = None
-
-    def start(self) -> None:
-        if self._running_since is None:
-            self._running_since = time.perf_counter()
-
-    def pause(self) -> None:
-        self._spent, self._running_since = self.seconds, None
-
-    @property
-    def seconds(self) -> float:
-        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
-        return self._spent + running
-
-    def add(self, loss: LossConfig, logp: Tensor, logp_cf: Tensor, token_weight: Tensor, *, tokens: Tensor) -> None:
-        pir = logp - logp_cf
-        contrasted = pir.exp() if loss.contrast == "ratio" else pir
-        sums = torch.stack(
-            [
-                tokens.to(logp), logp.new_tensor(logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),
-                (contrasted <= loss.clip_min).sum().to(logp), (contrasted >= loss.clip_max).sum().to(logp),
-            ]
-        )  # fmt: skip
-        wide = torch.float32 if sums.device.type == "mps" else torch.float64  # mps has no float64
-        self.total = self.total.to(sums.device, wide) + sums.to(wide)
-
-    def summary(self, total: Tensor, loss: LossConfig) -> Mapping[str, float]:
-        """Means over all ranks' tokens; of cross-entropy alone what does not need the counterfactual pass."""
-        tokens, count, *sums = total.tolist()
-        if not count:
-            return {}
-        means = {name: value / count for name, value in zip(self.NAMES[2:], sums, strict=True)}
-        if loss.objective == "ce":
-            means = {"ce": means["ce"]}
-        return means | {"tokens_per_second": tokens / max(self.seconds, 1e-9)}
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak CUDA allocation, or the process's peak resident set, in MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / MIB
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak / 1024
+def _gather_dicts(own: Mapping[int, Any]) -> Mapping[int, Any]:
+    """The union over all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return own
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}

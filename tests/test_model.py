@@ -47,11 +47,12 @@ def test_loss_of_a_padded_batch_equals_the_models_own_logits_one_by_one(architec
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
 
-    loss, got_logp, got_logp_cf, got_weight = perce_forward(install_perce(model), collate(PAIRS))
+    loss, got_logp, got_logp_cf, signal, got_weight = perce_forward(install_perce(model), collate(PAIRS))
     loss.backward()
     torch.testing.assert_close(got_logp, logp.detach(), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(got_logp_cf, logp_cf, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(got_weight, weight, atol=4e-5, rtol=1e-5)
+    torch.testing.assert_close(signal, got_logp - got_logp_cf)
     torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
     assert (weight > CLIP["clip_min"]).any(), "the persona must matter, or the weights test nothing"
     for name, parameter in model.named_parameters():

@@ -19,6 +19,7 @@ from transformers import get_linear_schedule_with_warmup
 from perce.config import DataConfig, LossConfig
 from perce.errors import UserError
 from perce.model import add_adapter, prepare_model
+from perce.scoring import counterfactual_hidden, token_statistics
 from perce.trainer import PerceArguments, PerceTrainer
 from tests.tiny import demo_pairs, save_tiny_model, tiny_model, tiny_tokenizer
 
@@ -69,10 +70,19 @@ def plain_loss(model, pairs, loss):
             model(input_ids=torch.tensor([sequence])).logits[0, -n - 1 : -1].log_softmax(-1).gather(1, target)[:, 0]
             for sequence in (ids, ids[:start] + ids[end:])
         ]
-        weight = (logp[0] - logp[1]).detach().clamp(loss.clip_min, loss.clip_max)
-        total = total - (torch.ones_like(weight) if loss.objective == "ce" else weight).mul(logp[0]).sum()
+        total = total - plain_weight(model, ids, n, logp, loss).mul(logp[0]).sum()
         count += n
     return total / count
+
+
+def plain_weight(model, ids, n, logp, loss):
+    signal = {"perce": logp[0] - logp[1], "lossce": -logp[0], "ce": torch.ones_like(logp[0])}
+    if loss.objective == "ce":
+        return signal["ce"]
+    if loss.objective == "entce":
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1]
+        signal["entce"] = torch.distributions.Categorical(logits=logits).entropy()
+    return signal[loss.objective].detach().clamp(loss.clip_min, loss.clip_max)
 
 
 def plain_loop(model, batches, loss, learning_rate=1e-2, warmup=2):
@@ -91,7 +101,7 @@ def plain_loop(model, batches, loss, learning_rate=1e-2, warmup=2):
     return history
 
 
-@pytest.mark.parametrize("objective", ["perce", "ce"])
+@pytest.mark.parametrize("objective", ["perce", "ce", "lossce", "entce"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, kind, objective):
     loss = LossConfig(objective=objective, clip_min=0.05)
@@ -219,8 +229,8 @@ def test_the_counterfactual_pass_has_no_dropout(tmp_path):
     trainer = trainer_for(model_for("lora", dropout=0.5), arguments(tmp_path))
     model = trainer.model.train()
     batch = trainer.data_collator(PAIRS[:2])
-    first = trainer.counterfactual_hidden(model, batch)
-    assert torch.equal(first, trainer.counterfactual_hidden(model, batch))
+    first = counterfactual_hidden(model, batch)
+    assert torch.equal(first, counterfactual_hidden(model, batch))
     assert model.training and not first.requires_grad
 
 
@@ -231,7 +241,7 @@ def test_statistics_are_logged_and_right(tmp_path):
     trainer.train()
     entry = trainer.state.log_history[0]
     trainer.model = trainer.model_wrapped = before
-    stats = trainer.token_statistics(before.eval(), trainer.data_collator(PAIRS))
+    stats = token_statistics(before.eval(), trainer.data_collator(PAIRS), clip_min=0.0, clip_max=9.0, contrast="log")
     pir = torch.cat([x.logp - x.logp_cf for x in stats])
     expected = {
         "ce": -torch.cat([x.logp for x in stats]).mean(), "pir_mean": pir.mean(),
@@ -243,7 +253,7 @@ def test_statistics_are_logged_and_right(tmp_path):
         assert entry[name] == pytest.approx(value.item(), abs=1e-5), name
     assert entry["tokens_per_second"] > 0 and entry["peak_memory_mib"] > 0
     assert trainer.tokens_seen == sum(len(pair["input_ids"]) for pair in PAIRS)
-    assert 0 < trainer.counterfactual_clock.seconds() < trainer.training_seconds
+    assert 0 < trainer.estimation_clock.seconds() < trainer.training_seconds
 
 
 RATIO = {"contrast": "ratio", "clip_min": 0.0}

@@ -1,0 +1,139 @@
+"""Token weights that are estimated apart from the steps that use them: the E-step of `--estimate epoch|frozen`.
+
+    online   every step, by the model as it is then (no cache; the paper's setting)
+    epoch    all training examples at each epoch's start
+    frozen   all training examples once, by the model as it was before training
+
+Estimates are fp32, keyed by example and checked against the ids of its response, and are saved with every checkpoint:
+a resumed run goes on under the weights it had.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perce.errors import UserError
+
+FILE = "estimates.safetensors"
+TENSORS = ("example", "length", "response_crc", "logp", "logp_cf", "signal")
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """E examples with N response tokens together, in the order of the dataset that was estimated."""
+
+    example: Tensor  # (E,) int64, the dataset's column
+    length: Tensor  # (E,) int64 response tokens of each
+    response_crc: Tensor  # (E,) int64 CRC-32 of the response ids
+    logp: Tensor  # (N,) fp32
+    logp_cf: Tensor  # (N,) fp32; 0 for objectives without a counterfactual pass
+    signal: Tensor  # (N,) fp32, what is clipped to the weight
+    epoch: int
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        starts = torch.cat([self.length.new_zeros(1), self.length.cumsum(0)[:-1]])
+        places = zip(starts.tolist(), self.length.tolist(), strict=True)
+        object.__setattr__(self, "_places", dict(zip(self.example.tolist(), places, strict=True)))
+
+    def of(self, examples: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(logp, logp_cf, signal), each (n,), of the response tokens of these (B,) examples, in their order."""
+        places: dict[int, tuple[int, int]] = self._places  # type: ignore[attr-defined]
+        rows = torch.cat([torch.arange(start, start + n) for start, n in map(places.__getitem__, examples.tolist())])
+        return tuple(x[rows].to(device) for x in (self.logp, self.logp_cf, self.signal))  # type: ignore[return-value]
+
+    def save(self, directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        facts = {"epoch": self.epoch, "vocabulary": self.vocabulary}
+        save_file({name: getattr(self, name) for name in TENSORS}, directory / FILE, {"perce": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, directory: Path, dataset: Any, vocabulary: int) -> "Estimates":
+        """The estimates of a checkpoint; UserError unless they are of this dataset and a model of this vocabulary."""
+        from safetensors import safe_open
+
+        path = directory / FILE
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()["perce"])
+                estimates = cls(*(file.get_tensor(name) for name in TENSORS), **facts)
+        except Exception as error:  # whatever a missing or damaged file raises
+            raise UserError(
+                f"{path}: the token weights of this run cannot be read ({' '.join(str(error).split())}). Resume from "
+                "another checkpoint, or start a new run."
+            ) from error
+        if estimates.vocabulary != vocabulary:
+            raise UserError(
+                f"{path}: its weights were estimated by a model with a vocabulary of {estimates.vocabulary}, and this "
+                f"one has {vocabulary}. Resume with the model that the run began with, or start a new run."
+            )
+        now = response_keys(dataset)
+        before = (estimates.example, estimates.length, estimates.response_crc)
+        for name, saved, present in zip(TENSORS[:3], before, now, strict=True):
+            if not torch.equal(saved, present):
+                differing = (saved != present).nonzero() if saved.shape == present.shape else None
+                where = f"from example {int(differing[0])} on" if differing is not None else "in their number"
+                raise UserError(
+                    f"{path}: its weights are of other training examples than these, which differ {where} ({name}). "
+                    "The data, the tokenizer or --max_length has changed: put it back, or start a new run."
+                )
+        return estimates
+
+
+def response_keys(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(example, length, CRC-32 of the response ids), each (E,) int64: what estimates are keyed and checked by."""
+    crcs = []
+    for row in dataset.select_columns(["input_ids", "response_length"]):
+        response = torch.tensor(row["input_ids"][-row["response_length"] :], dtype=torch.int32)
+        crcs.append(zlib.crc32(response.numpy().tobytes()))
+    columns = (dataset["example"], dataset["response_length"], crcs)
+    example, length, crc = (torch.tensor(list(column), dtype=torch.int64) for column in columns)
+    return example, length, crc
+
+
+def check_estimable(dataset: Any, estimate: str) -> None:
+    """UserError for a dataset whose examples cannot be told apart, or counted."""
+    if not hasattr(dataset, "select_columns") or not hasattr(dataset, "__len__"):
+        raise UserError(
+            f"--estimate {estimate}: all examples are estimated before the steps that use them, and a stream is not "
+            "known beforehand. Use --estimate online, or read the data whole."
+        )
+    if "example" not in dataset.column_names or len(set(dataset["example"])) < len(dataset):
+        raise UserError(
+            f"--estimate {estimate}: the training pairs need a column `example` with a number of its own for each, as "
+            "perce.dataset.pair_dataset writes it."
+        )
+
+
+def estimate(
+    dataset: Any,
+    batches: Sequence[Sequence[int]],
+    statistics: Callable[[Sequence[int]], tuple[Tensor, Tensor, Tensor]],
+    gather: Callable[[Mapping[int, list[Tensor]]], Mapping[int, list[Tensor]]],
+    *,
+    epoch: int,
+    vocabulary: int,
+) -> Estimates:
+    """One E-step over `dataset`.
+
+    Args:
+        batches: rows of the dataset that this process is to estimate together.
+        statistics: rows → (logp, logp_cf, signal) of their response tokens, each (n,).
+        gather: {row: its three tensors} of this process → that of all processes.
+    """
+    example, length, crc = response_keys(dataset)
+    of_row: dict[int, list[Tensor]] = {}
+    for rows in batches:
+        columns = [x.float().cpu().split(length[list(rows)].tolist()) for x in statistics(rows)]
+        of_row.update({row: list(tensors) for row, tensors in zip(rows, zip(*columns, strict=True), strict=True)})
+    of_row = dict(gather(of_row))
+    logp, logp_cf, signal = (torch.cat([of_row[row][i] for row in range(len(dataset))]) for i in range(3))
+    return Estimates(example, length, crc, logp, logp_cf, signal, epoch, vocabulary)

@@ -1,0 +1,77 @@
+"""Per-token statistics of a batch under a model: what training weights by, evaluation averages and score shows.
+
+counterfactual_hidden   pass 1: without the persona, no grad, eval mode
+token_statistics        both passes, per example, on the CPU
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perce.batch import Batch
+
+OWN_SIGNAL = {"lossce": "loss", "entce": "entropy"}
+"""Objectives without a counterfactual pass, and what of the factual one their weights are clipped from."""
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Per response token of one example, on the CPU, each (n,); and the index of the example."""
+
+    target: Tensor
+    logp: Tensor
+    logp_cf: Tensor
+    token_weight: Tensor
+    personal: Tensor
+    example: int
+
+    @property
+    def pir(self) -> Tensor:
+        return self.logp - self.logp_cf
+
+
+@torch.no_grad()
+def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
+    """(N, D) hidden states of the response tokens without the persona. Dropout is off: with it on, the PIR of identical
+    prompts would not be 0."""
+    training = model.training
+    model.eval()
+    hidden = model(input_ids=inputs["input_ids_cf"], perce={"rows": inputs["rows_cf"]})
+    model.train(training)
+    return hidden
+
+
+@torch.no_grad()
+def token_statistics(
+    model: nn.Module, inputs: Batch, *, clip_min: float, clip_max: float, contrast: str
+) -> list[TokenStatistics]:
+    """Statistics of one batch under a model in eval mode, whatever it is trained for."""
+    call: dict[str, Any] = {
+        "hidden_cf": counterfactual_hidden(model, inputs), "clip_min": clip_min, "clip_max": clip_max,
+        "contrast": contrast,
+    }  # fmt: skip
+    _, logp, logp_cf, _, weight = factual(model, inputs, call)
+    columns = per_example(inputs, inputs["target"], logp, logp_cf, weight, inputs["personal"])
+    return [TokenStatistics(*row) for row in zip(*columns, inputs["example"].tolist(), strict=True)]
+
+
+@torch.no_grad()
+def token_entropies(model: nn.Module, inputs: Batch) -> list[Tensor]:
+    """Predictive entropy in nats at each response token of each example, with the persona; (n,), on the CPU."""
+    call = {"weight_from": "entropy", "clip_min": 0.0, "clip_max": 1e30}
+    return list(per_example(inputs, factual(model, inputs, call)[3])[0])
+
+
+def factual(model: nn.Module, inputs: Batch, call: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Pass 2: (loss, logp, logp_cf, signal, token_weight), the loss inside the forward of the head."""
+    return model(
+        input_ids=inputs["input_ids"], perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call}
+    )
+
+
+def per_example(inputs: Batch, *columns: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each (N,) column as one (n,) tensor an example, on the CPU."""
+    lengths = torch.bincount(inputs["sequence"]).tolist()
+    return [column.cpu().split(lengths) for column in columns]
