@@ -1,4 +1,4 @@
-"""Token heat maps (HTML, terminal) and training curves: the one renderer of the commands.
+"""Token heat maps, as one HTML page and in the terminal: the one renderer of the commands.
 
 A token is tinted by its weight, clip(PIR, clip_min, clip_max): no tint at the floor, full tint and an underline at
 the ceiling. The HTML is one file without scripts. Text from data is escaped, and control characters are shown as
@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from rich.text import Text
 
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (0x09, 0x0A)} | {0x7F: 0x2421}
@@ -43,6 +42,25 @@ class ScoredResponse:
     """The conversation before the response: (role, content)."""
     passes: Mapping[str, Sequence[ScoredToken]]
     user_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of PIR between edges (one more than counts); what lies outside belongs to the bars at the ends."""
+
+    title: str
+    edges: Sequence[float]
+    counts: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, below a header; `note` says what they are."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
 def intensity(token_weight: float, clip: tuple[float, float]) -> float:
@@ -97,6 +115,17 @@ h2, h3 { margin: 0; }
 .top { text-decoration: underline; text-decoration-color: var(--mark); text-decoration-thickness: 1.5px;
   text-underline-offset: .22em; }
 .nl::before { content: "\\21B5"; color: var(--muted); font-style: normal; font-size: .8em; }
+.panel { margin: 0 0 2rem; }
+.bars { display: flex; align-items: flex-end; gap: 1px; height: 7rem; margin: .5rem 0 0;
+  border-bottom: 1px solid var(--line); }
+.bars i { flex: 1; min-width: 0; height: calc(var(--h) * 100%); border-radius: 2px 2px 0 0; background:
+  linear-gradient(rgba(var(--tint), calc(.2 + var(--w) * .8)), rgba(var(--tint), calc(.2 + var(--w) * .8))),
+  var(--line); }
+.ends { display: flex; justify-content: space-between; font-size: .8rem; color: var(--muted); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: .5rem 0; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th { color: var(--muted); font-weight: 500; text-align: start; }
+th, td { padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); overflow-wrap: normal; }
 @media (hover: none) {  /* no tooltips on a phone: the tapped token's numbers appear at the bottom edge */
   .t:hover::after { content: attr(title); position: fixed; inset: auto 0 0 0; padding: .8rem 1.25rem; z-index: 1;
     background: var(--ink); color: var(--bg); font-size: .85rem; line-height: 1.4; white-space: normal;
@@ -117,10 +146,12 @@ def write_html(
     title: str,
     summary: Sequence[tuple[str, str]],
     clip: tuple[float, float],
+    panels: Sequence[Histogram | Table] = (),
 ) -> None:
     """Write the heat map of `responses` as one self-contained file.
 
-    `summary` is shown at the top as (label, value) pairs; `clip` is (clip_min, clip_max), the ends of the colour scale.
+    `summary` is shown at the top as (label, value) pairs, `panels` below it; `clip` is (clip_min, clip_max), the ends
+    of the colour scale.
     Raises ValueError when clip_min > clip_max or either is not finite.
     """
     _check_clip(clip)
@@ -138,6 +169,7 @@ def write_html(
 <h1 dir="auto">{_html(title)}</h1>
 {_summary(summary)}
 {_legend(clip)}
+{"".join(_histogram(x, clip) if isinstance(x, Histogram) else _table(x) for x in panels)}
 {cards or "<p>No responses were scored.</p>"}
 </main>
 </body>
@@ -160,6 +192,36 @@ def _legend(clip: tuple[float, float]) -> str:
 <p>PIR is a token's log-probability with the persona minus without it. Its weight is PIR clipped to this scale:
 no tint is the floor, <span class="top">underlined</span> is the ceiling. Point at or tap a token for its numbers.</p>
 </section>"""
+
+
+def _histogram(histogram: Histogram, clip: tuple[float, float]) -> str:
+    total, most = max(sum(histogram.counts), 1), max([*histogram.counts, 1])
+    bars = "".join(
+        f'<i title="PIR {low:g} to {high:g}: {count:,} tokens, {count / total:.1%}" style="'
+        f'--h:{math.sqrt(count / most):.3f};--w:{intensity((low + high) / 2, clip):.3g}"></i>'
+        for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=True)
+    )
+    floor, ceiling = (sum(c for e, c in ends if c) / total for ends in _clipped(histogram, clip))
+    return f"""<section class="panel"><h2>{_html(histogram.title)}</h2>
+<div class="bars" role="img" aria-label="{_html(histogram.title)}">{bars}</div>
+<div class="ends"><span>{histogram.edges[0]:g}</span><span>{histogram.edges[-1]:g}</span></div>
+<p class="label">Tokens by PIR, tinted by weight; heights are square roots of counts. {floor:.1%} lie at the floor
+({clip[0]:g} or less), {ceiling:.1%} at the ceiling ({clip[1]:g} or more).</p></section>"""
+
+
+def _clipped(histogram: Histogram, clip: tuple[float, float]) -> tuple[list[tuple[float, int]], ...]:
+    """(edge, count) of the bars at or below the floor, and of those at or above the ceiling."""
+    below = [(e, c) for e, c in zip(histogram.edges[1:], histogram.counts, strict=True) if e <= clip[0]]
+    above = [(e, c) for e, c in zip(histogram.edges, histogram.counts, strict=False) if e >= clip[1]]
+    return below, above
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{_html(cell)}</th>" for cell in table.header)
+    rows = "".join(f"<tr>{''.join(f'<td>{_html(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    note = f'<p class="label">{_html(table.note)}</p>' if table.note else ""
+    return f"""<section class="panel"><h2>{_html(table.title)}</h2>
+<div class="wide"><table><tr>{head}</tr>{rows}</table></div>{note}</section>"""
 
 
 def _article(response: ScoredResponse, place: str, clip: tuple[float, float]) -> str:
@@ -267,83 +329,3 @@ def _terminal_style(token: ScoredToken, clip: tuple[float, float]) -> str:
     ends = zip(_TERMINAL_LOW, _TERMINAL_HIGH, strict=True)
     red, green, blue = (round(low + shade * (high - low)) for low, high in ends)
     return f"{'bold underline ' if _at_ceiling(token, clip) else ''}#ffffff on #{red:02x}{green:02x}{blue:02x}"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Curves
-
-
-class _Panel(NamedTuple):
-    title: str
-    unit: str
-    series: tuple[tuple[str, str, str], ...]
-    """(key in the log, label, colour)"""
-
-
-_BLUE, _ORANGE, _GREY = "#2d69e1", "#d9822b", "#7a808c"
-_PANELS = (
-    _Panel("Training loss", "nats", (("loss", "weighted", _BLUE), ("ce", "unweighted (CE)", _GREY))),
-    _Panel(
-        "Evaluation loss",
-        "nats",
-        (("eval_loss_with_persona", "with persona", _BLUE), ("eval_loss_without_persona", "without persona", _GREY)),
-    ),
-    _Panel(
-        "Persona influence (PIR) and weight",
-        "mean per token",
-        (("pir_mean", "PIR", _BLUE), ("eval_pir_mean", "PIR, evaluation", _ORANGE), ("weight_mean", "weight", _GREY)),
-    ),
-    _Panel("Tokens at the clip", "%", (("frac_at_floor", "floor", _GREY), ("frac_at_ceiling", "ceiling", _BLUE))),
-)
-
-
-def write_curves(path: str | Path, log_history: Sequence[Mapping[str, Any]]) -> None:
-    """Draw `trainer_state.log_history` as a PNG. Panels of which nothing was logged are left out."""
-    from matplotlib.figure import Figure
-
-    panels = [panel for panel in _PANELS if any(_points(log_history, key) for key, _, _ in panel.series)]
-    columns = min(len(panels), 2) or 1
-    rows = math.ceil(len(panels) / columns) or 1
-    figure = Figure(figsize=(4.8 * columns, 3.1 * rows), dpi=150, facecolor="white")
-    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for ax, panel in zip(axes, panels, strict=False):
-        _draw(ax, panel, log_history)
-    for ax in list(axes)[len(panels) :]:
-        ax.set_axis_off()
-    if not panels:
-        figure.text(0.5, 0.5, "Nothing logged yet", ha="center", color=_GREY)
-    figure.savefig(_parent_made(path), format="png")
-
-
-def _draw(ax: Axes, panel: _Panel, log_history: Sequence[Mapping[str, Any]]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    scale = 100 if panel.unit == "%" else 1
-    for key, label, colour in panel.series:
-        points = _points(log_history, key)
-        if points:
-            steps, values = zip(*points, strict=True)
-            marker = "o" if len(points) <= 12 else None  # a single point has no line to be seen by
-            ax.plot(steps, [scale * v for v in values], color=colour, label=label, lw=1.7, marker=marker, ms=3.5)
-    ax.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold", color="#1b1d22", pad=22)
-    ax.set_xlabel("step", fontsize=8.5, color=_GREY)
-    ax.set_ylabel(panel.unit, fontsize=8.5, color=_GREY)
-    ax.tick_params(labelsize=8.5, colors=_GREY, length=0)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
-    ax.set_xlim(left=0)
-    ax.grid(axis="y", color="#e8e8e4", lw=0.8)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.spines["bottom"].set_color("#d5d5d0")
-    # Above the axes, so that it never lies on a curve.
-    spacing = {"handlelength": 1.2, "columnspacing": 1.4, "borderpad": 0, "borderaxespad": 0.5}
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8.5, **spacing)
-
-
-def _points(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the records that hold a finite number under `key`."""
-    return [(r["step"], r[key]) for r in log_history if "step" in r and _is_finite_number(r.get(key))]
-
-
-def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

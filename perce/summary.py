@@ -11,9 +11,10 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from perce.config import TrainConfig
+from perce.curves import write_curves
 from perce.dataset import RunPairs
 from perce.meters import peak_memory_mib
-from perce.report import ScoredResponse, ScoredToken, write_curves, write_html
+from perce.report import ScoredResponse, ScoredToken, write_html
 from perce.scoring import TokenStatistics
 from perce.trainer import PerceTrainer
 

@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from perce.report import ScoredResponse, ScoredToken, intensity, terminal_text, write_curves, write_html
+from perce.curves import write_curves
+from perce.report import Histogram, ScoredResponse, ScoredToken, Table, intensity, terminal_text, write_html
 
 CLIP = (0.8, 5.0)
 TOKENS = (
@@ -165,3 +166,17 @@ def test_terminal_text_is_the_tokens_and_tints_by_weight():
 def test_importing_the_module_loads_no_heavy_library():
     code = "import sys, perce.report; print({'torch', 'matplotlib', 'rich'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_panels_show_counts_clip_shares_and_escaped_cells(tmp_path):
+    path = tmp_path / "r.html"
+    panels = [
+        Histogram("Weights", [-1.0, 0.8, 2.0, 5.0, 6.0], [70, 20, 5, 5]),
+        Table("T", ["a", "b"], [[HOSTILE, "2"]]),
+    ]
+    write_html(path, [], title="t", summary=[], clip=CLIP, panels=panels)
+    html = path.read_text(encoding="utf-8")
+    assert "70.0% lie at the floor" in html and "5.0% at the ceiling" in html
+    assert html.count("<script") == 0 and "&lt;script&gt;" in html
+    heights = [float(x) for x in re.findall(r"--h:([\d.]+)", html)]
+    assert heights[0] == 1.0 and heights == sorted(heights, reverse=True)

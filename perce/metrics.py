@@ -1,0 +1,201 @@
+"""Scores of generated replies, and statistics over examples. Nothing here knows of models.
+
+rouge, Meteor        by the rouge-score and nltk packages, offline
+clustered_mean       token-weighted mean with a bootstrap interval over clusters (users)
+paired_difference    the same of two models on the same examples, with a p-value
+identification       how well a per-token score finds labelled tokens: AUC, best F1
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perce.errors import UserError
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+WORDNET_DIRECTORIES = ("/usr/share/wordnet",)  # Debian's wordnet-base
+ROUGE_NOTE = "rouge-score, F1, no stemmer"
+
+
+def _needs(package: str) -> UserError:
+    return UserError(f"Scoring replies needs {package}: pip install 'perce[metrics]', or pass --generate false.")
+
+
+def rouge(prediction: str, reference: str) -> dict[str, float]:
+    """ROUGE-1 and ROUGE-L F1 in [0, 1] (Lin 2004), without stemming, as `evaluate` and LongLaMP compute them."""
+    scores = _rouge_scorer().score(reference, prediction)
+    return {"rouge1": scores["rouge1"].fmeasure, "rougeL": scores["rougeL"].fmeasure}
+
+
+@cache
+def _rouge_scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise _needs("rouge-score") from error
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+
+
+class Meteor:
+    """METEOR (Banerjee and Lavie 2005) as nltk computes it, in [0, 1], tokenised by nltk's word tokenizer.
+
+    `name` is "meteor" where WordNet is installed (nltk's corpus, or Debian's wordnet-base), else "meteor_exact_stem":
+    without synonyms the score is lower, and must not be taken for the other.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from nltk.tokenize import NLTKWordTokenizer
+            from nltk.translate.meteor_score import single_meteor_score
+        except ImportError as error:
+            raise _needs("nltk") from error
+        self._score, self._tokenize = single_meteor_score, NLTKWordTokenizer().tokenize
+        wordnet = _find_wordnet()
+        self.name = "meteor_exact_stem" if wordnet is None else "meteor"
+        self._wordnet = _NoSynonyms() if wordnet is None else wordnet
+
+    def __call__(self, prediction: str, reference: str) -> float:
+        words = self._tokenize(reference), self._tokenize(prediction)
+        return float(self._score(*words, wordnet=self._wordnet)) if all(words) else 0.0
+
+
+class _NoSynonyms:
+    def synsets(self, word: str) -> list[Any]:
+        return []
+
+
+def _find_wordnet() -> Any:
+    import nltk
+    from nltk.corpus import wordnet
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
+    class DebianWordNet(WordNetCorpusReader):
+        """Debian leaves out the names of the lexicographers' files; neither they nor the numbers of other releases'
+        synsets, which nltk reads beside them, matter to METEOR."""
+
+        def open(self, file: str) -> Any:
+            names = "".join(f"{number} file{number} 0\n" for number in range(45))
+            return io.StringIO(names) if file == "lexnames" else super().open(file)
+
+        def map_wn(self, version: str = "wordnet") -> None:
+            return None
+
+    try:
+        wordnet.ensure_loaded()
+        return wordnet
+    except LookupError:
+        pass
+    for directory in WORDNET_DIRECTORIES:
+        if (Path(directory) / "index.noun").is_file():
+            nltk.data.path.append(directory)  # nltk opens nothing outside its own paths
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that other languages are missing
+                return DebianWordNet(directory, None)
+    return None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval over n observations (examples)."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def _cluster_sums(values: Sequence[float], weights: Sequence[float], clusters: Sequence[Any]) -> np.ndarray:
+    """(2, C): Σ value and Σ weight of each cluster."""
+    _, of = np.unique(np.asarray([str(cluster) for cluster in clusters]), return_inverse=True)
+    return np.stack([np.bincount(of, np.asarray(x, dtype=float)) for x in (values, weights)])
+
+
+def _bootstrap(sums: np.ndarray, seed: int) -> tuple[float, float]:
+    """Percentile interval of Σ values / Σ weights over resampled clusters."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, sums.shape[1], (RESAMPLES, sums.shape[1]))
+    values, weights = sums[:, drawn].sum(-1)
+    ratios = values[weights > 0] / weights[weights > 0]
+    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def clustered_mean(
+    values: Sequence[float], weights: Sequence[float], clusters: Sequence[Any], seed: int = 0
+) -> Interval | None:  # fmt: skip
+    """Σ values / Σ weights (a sum of losses over a count of tokens, say) with a 95 % bootstrap interval.
+
+    Whole clusters are resampled: examples of one user are not independent. None where the weights are all 0.
+    """
+    sums = _cluster_sums(values, weights, clusters)
+    total, weight = sums.sum(1)
+    if not weight:
+        return None
+    low, high = _bootstrap(sums, seed)
+    return Interval(float(total / weight), low, high, int(np.count_nonzero(weights)))
+
+
+def paired_difference(
+    ours: Sequence[float], theirs: Sequence[float], weights: Sequence[float], clusters: Sequence[Any], seed: int = 0
+) -> tuple[Interval, float] | None:
+    """(mean of ours − theirs with its interval, two-sided p-value) on the same examples; None if the weights are all 0.
+
+    The p-value is that of a permutation test: under the null hypothesis the two models are exchangeable, cluster by
+    cluster, so that the sign of each cluster's difference is a coin toss.
+    """
+    difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    sums = _cluster_sums(difference.tolist(), weights, clusters)
+    total, weight = sums.sum(1)
+    if not weight:
+        return None
+    rng = np.random.default_rng(seed)
+    flipped = np.abs((rng.choice([-1.0, 1.0], (RESAMPLES, sums.shape[1])) * sums[0]).sum(1))
+    p = (1 + np.count_nonzero(flipped >= abs(total) * (1 - 1e-12))) / (1 + RESAMPLES)
+    low, high = _bootstrap(sums, seed)
+    return Interval(float(total / weight), low, high, int(np.count_nonzero(weights))), float(p)
+
+
+@dataclass(frozen=True)
+class Identification:
+    """How well a score tells labelled tokens from the others."""
+
+    auc: float
+    """Probability that a labelled token scores above one that is not; ties count half."""
+    f1: float
+    """Largest over all thresholds, with its precision and recall, "labelled" if score ≥ threshold."""
+    precision: float
+    recall: float
+    threshold: float
+
+
+def identification(scores: Sequence[float], labels: Sequence[bool]) -> Identification:
+    """AUC and best-threshold F1 of `scores` against `labels`; ValueError unless there are tokens of both kinds."""
+    score, label = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
+    positives, negatives = int(label.sum()), int((~label).sum())
+    if not positives or not negatives:
+        raise ValueError(f"labels: expected tokens of both kinds, got {positives} labelled and {negatives} others")
+    order = np.argsort(-score, kind="stable")
+    score, label = score[order], label[order]
+    ends = np.flatnonzero(np.append(score[1:] != score[:-1], True))  # the last of each run of equal scores
+    true = np.cumsum(label)[ends]
+    found = ends + 1
+    false = found - true
+    area = np.diff(false, prepend=0) * (true + np.concatenate([[0], true[:-1]])) / 2
+    precision, recall = true / found, true / positives
+    f1 = 2 * true / (found + positives)
+    best = int(f1.argmax())
+    return Identification(
+        auc=float(area.sum() / (positives * negatives)),
+        f1=float(f1[best]), precision=float(precision[best]), recall=float(recall[best]),
+        threshold=float(score[ends[best]]),
+    )  # fmt: skip
