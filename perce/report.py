@@ -199,7 +199,7 @@ def _histogram(histogram: Histogram, clip: tuple[float, float]) -> str:
     bars = "".join(
         f'<i title="PIR {low:g} to {high:g}: {count:,} tokens, {count / total:.1%}" style="'
         f'--h:{math.sqrt(count / most):.3f};--w:{intensity((low + high) / 2, clip):.3g}"></i>'
-        for low, high, count in zip(histogram.edges, histogram.edges[1:], histogram.counts, strict=True)
+        for low, high, count in zip(histogram.edges[:-1], histogram.edges[1:], histogram.counts, strict=True)
     )
     floor, ceiling = (sum(c for e, c in ends if c) / total for ends in _clipped(histogram, clip))
     return f"""<section class="panel"><h2>{_html(histogram.title)}</h2>
@@ -212,7 +212,7 @@ def _histogram(histogram: Histogram, clip: tuple[float, float]) -> str:
 def _clipped(histogram: Histogram, clip: tuple[float, float]) -> tuple[list[tuple[float, int]], ...]:
     """(edge, count) of the bars at or below the floor, and of those at or above the ceiling."""
     below = [(e, c) for e, c in zip(histogram.edges[1:], histogram.counts, strict=True) if e <= clip[0]]
-    above = [(e, c) for e, c in zip(histogram.edges, histogram.counts, strict=False) if e >= clip[1]]
+    above = [(e, c) for e, c in zip(histogram.edges[:-1], histogram.counts, strict=True) if e >= clip[1]]
     return below, above
 
 
