@@ -1,4 +1,4 @@
-"""The options of a training run as dataclasses; options.py makes the command line, YAML and --help of them.
+"""The options of the commands as dataclasses; options.py makes command lines, YAML and --help of them.
 
 Neither torch nor transformers is imported here, so that `--help` answers at once. Any other TrainingArguments field can
 be given by its Hugging Face name (`--weight_decay 0.1`); train.py checks those once transformers is loaded.
@@ -138,6 +138,74 @@ class RunConfig:
             _require(value is None or value > 0, name, "> 0", value)
         _require(self.max_steps != 0 and self.max_steps >= -1, "max_steps", ">= 1, or -1", self.max_steps)
         _require(0 < self.num_train_epochs < 1e6, "num_train_epochs", "> 0", self.num_train_epochs)
+        _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """The model that is asked."""
+
+    model: str | None = _option(
+        None, "directory or Hub id of a causal language model or of a LoRA adapter; default: SmolLM2-135M-Instruct"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = _option("auto", "arithmetic; auto: bf16 on a GPU, fp32 on a CPU")
+    attn_implementation: str | None = _option(
+        None, "sdpa, flash_attention_2, eager, …; default: the model's own choice"
+    )
+    batch_size: int = _option(8, "sequences a forward, at most; fewer where they are long")
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Which examples."""
+
+    split: Literal["train", "validation", "test"] | None = _option(
+        None, "default: the first of test, validation and train that the data has"
+    )
+    limit: int | None = _option(None, "the first so many examples; default: all")
+
+    def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit >= 1, "limit", ">= 1", self.limit)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What is computed and where it is written."""
+
+    clip_min: float = _option(0.8, "lower bound m of a token's weight")
+    clip_max: float = _option(5.0, "upper bound M of a token's weight")
+    contrast: Literal["log", "ratio"] = _option("log", "weight = clip(pir), or clip(exp(pir)) (LongCE)")
+    labels: bool = _option(False, "how well PIR finds personal tokens, beside word matching, loss and entropy")
+    output: str | None = _option(None, "HTML page: every token tinted by its weight")
+    jsonl: str | None = _option(None, "one JSON object an example: ids, log-probabilities, PIR, weights; resumable")
+    summary: str | None = _option(None, "JSON of the whole: means, shares at the clip, token identification")
+    shown: int = _option(50, "examples in the HTML page")
+    terminal: int = _option(3, "examples shown in the terminal")
+
+    def __post_init__(self) -> None:
+        bounds = (self.clip_min, self.clip_max)
+        _require(0 <= self.clip_min <= self.clip_max < float("inf"), "clip_min, clip_max", "0 <= min <= max", bounds)
+        for name in ("shown", "terminal"):
+            _require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured and where it is written."""
+
+    generate: bool = _option(True, "write replies too, and score them; false: losses only")
+    temperature: float = _option(0.4, "of sampling (the paper: 0.4); 0: greedy")
+    max_new_tokens: int = _option(512, "longest reply in tokens (the paper: 512)")
+    output: str | None = _option(None, "JSON of the result; FILE.jsonl beside it has the examples, and is resumed")
+    compare_with: str | None = _option(None, "result of another model on the same examples: differences, p-values")
+    seed: int = _option(42, "of sampling and of whose persona is swapped in")
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature < float("inf"), "temperature", ">= 0", self.temperature)
+        _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
         _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
 
 

@@ -1,6 +1,6 @@
 """What a run tells: the lines at its start, the progress while it runs, the report and the table at its end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +150,16 @@ def write_run_report(
     )  # fmt: skip
 
 
-def scored_tokens(statistics: TokenStatistics, tokenizer: Any) -> list[ScoredToken]:
-    """Tokens with their text; a character of several tokens stands at its last one."""
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token; a character of several tokens stands at its last one."""
     stream = DecodeStream(skip_special_tokens=False)
-    columns = (statistics.target, statistics.logp, statistics.logp_cf, statistics.token_weight)
-    return [
-        ScoredToken(stream.step(tokenizer.backend_tokenizer, token) or "", *values)
-        for token, *values in zip(*(column.tolist() for column in columns), strict=True)
-    ]
+    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+
+
+def scored_tokens(statistics: TokenStatistics, tokenizer: Any) -> list[ScoredToken]:
+    texts = token_texts(statistics.target.tolist(), tokenizer)
+    columns = (statistics.logp, statistics.logp_cf, statistics.token_weight)
+    return [ScoredToken(*row) for row in zip(texts, *(column.tolist() for column in columns), strict=True)]
 
 
 def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress) -> None:

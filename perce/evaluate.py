@@ -1,0 +1,97 @@
+"""python -m perce.evaluate: does a model use the persona, and at what cost? Losses and generated replies.
+
+examples → pairs → losses (with, without, and with another user's persona) → replies → records → intervals
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from perce.config import DataConfig, EvaluateConfig, InferenceConfig, SplitConfig
+from perce.errors import UserError
+from perce.options import Options, dump_yaml
+
+OPTIONS = Options(
+    prog="python -m perce.evaluate",
+    description="Evaluate a model on a split: losses with, without and with a wrong persona, on personal and other "
+    "tokens; ROUGE, METEOR and persona use of generated replies; bootstrap intervals; comparison of two models.",
+    sections={"model": InferenceConfig, "data": DataConfig, "examples": SplitConfig, "evaluate": EvaluateConfig},
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: InferenceConfig
+    data: DataConfig
+    examples: SplitConfig
+    evaluate: EvaluateConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 after one paragraph on stderr when the user can put something right."""
+    try:
+        parsed = OPTIONS.parse(sys.argv[1:] if argv is None else argv)
+        sections, _ = OPTIONS.build(parsed.raw)
+        if parsed.print_config:
+            print(dump_yaml({k: v for section in sections.values() for k, v in asdict(section).items()}), end="")
+        else:
+            run(Config(**sections))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(config: Config) -> None:
+    """Evaluate, write, print; an interrupted run goes on where its examples end."""
+    from perce.environment import quiet_libraries
+    from perce.files import claim_files
+
+    quiet_libraries()
+    options = config.evaluate
+    output = Path(options.output).expanduser() if options.output else None
+    claim_files([options.output])
+
+    from tqdm import tqdm
+
+    from perce.dataset import make_builder
+    from perce.evaluation import Evaluator, plan
+    from perce.evaluation_report import compare, print_result, read_result, summarise, write_result
+    from perce.inference import load, load_split, model_fingerprint
+    from perce.metrics import Meteor
+    from perce.records import RecordFile
+
+    other = read_result(Path(options.compare_with).expanduser()) if options.compare_with else None
+    meteor = Meteor() if options.generate else None
+    rows, split = load_split(config.data, config.examples)
+    examples = list(rows)
+    model, tokenizer, device = load(config.model)
+    builder = make_builder(tokenizer, config.data, rows.format)
+    run_facts = {
+        "command": "evaluate", "model": config.model.model, "weights": model_fingerprint(model), "split": split,
+        "examples": len(examples), "batch_size": config.model.batch_size, "precision": config.model.precision,
+        **{name: getattr(options, name) for name in ("generate", "temperature", "max_new_tokens", "seed")},
+        **asdict(config.data),
+    }  # fmt: skip
+    file = RecordFile(None if output is None else output.with_suffix(".jsonl"), run_facts)
+    work = plan(examples, builder, config, device)
+    evaluator = Evaluator(model, tokenizer, device, options, meteor)
+    done = {record["example"] for record in file.records}
+    for number, batch in enumerate(tqdm(work.batches, desc="evaluating", unit="batch", leave=False)):
+        if not {item.index for item in batch} <= done:
+            fresh = evaluator.evaluate(batch, number)
+            file.append([record for record in fresh if record["example"] not in done])
+    result = summarise(file.records, work.notes, run_facts, meteor.name if meteor else None)
+    comparison = compare(file.records, other, str(options.compare_with)) if other else None
+    if output:
+        write_result(output, result, comparison)
+    print_result(result, comparison)
+    if output:
+        print(f"written  {output}, {output.with_suffix('.jsonl')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

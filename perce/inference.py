@@ -1,0 +1,98 @@
+"""What score and evaluate share: a model to ask, the examples to ask it about, and their order in batches."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perce.config import DataConfig, InferenceConfig, SplitConfig
+from perce.demo import DATA_DIR, default_model_path
+from perce.errors import UserError
+from perce.model import load_pretrained, load_tokenizer, prepare_model, resolve_precision
+from perce.rows import Rows, available_splits, load_examples
+
+TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences: nothing is kept for a backward
+SAMPLED_VALUES = 1024  # of each parameter, in the fingerprint of a model
+
+
+def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
+    """(model in eval mode with PerCE installed, tokenizer, device); an adapter is merged into its base.
+
+    UserError for a model, adapter or tokenizer that cannot be loaded.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = ("bf16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
+    low = resolve_precision(wanted, device.type) == "bf16"
+    kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
+    if config.attn_implementation:
+        kwargs["attn_implementation"] = config.attn_implementation
+    path = config.model or str(default_model_path())
+    base = _base_of_adapter(path)
+    model = load_pretrained(base or path, **kwargs)
+    if base is not None:
+        model = _merged(model, path)
+    has_tokenizer = base is None or (Path(path).expanduser() / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(path if has_tokenizer else str(base))
+    return prepare_model(model).to(device).eval(), tokenizer, device
+
+
+def _base_of_adapter(path: str) -> str | None:
+    """The base model of a local adapter directory; None for a whole model."""
+    local = Path(path).expanduser()
+    file = local / "adapter_config.json"
+    if not file.is_file() or (local / "config.json").is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"--model {path}: adapter_config.json does not name its base model.")
+    return base
+
+
+def _merged(model: Any, path: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(Path(path).expanduser())).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--model {path}: the adapter does not fit its base model ({reason}).") from error
+
+
+def model_fingerprint(model: Any) -> str:
+    """Of a few values of each parameter: enough to tell one training run's model from another's."""
+    crc = 0
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:SAMPLED_VALUES].float().cpu().numpy().tobytes()
+        crc = zlib.crc32(values, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def load_split(data: DataConfig, chosen: SplitConfig) -> tuple[Rows, str]:
+    """(examples, name of the split): read and checked now, or while iterated over with --streaming."""
+    where = data.data or str(DATA_DIR)
+    present = available_splits(where)
+    split: str = chosen.split or next((x for x in ("test", "validation", "train") if x in present), "train")
+    rows = load_examples(
+        where, split, format=data.format, columns=data.column_names(), skip_bad_rows=data.skip_bad_rows,
+        streaming=data.streaming, limit=chosen.limit,
+    )  # fmt: skip
+    return rows, split
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length: at most batch_size each, and longest × sequences within `tokens`."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches: list[list[int]] = []
+    for index in order:
+        last = batches[-1] if batches else None
+        if last is None or len(last) == batch_size or (len(last) + 1) * lengths[index] > tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}

@@ -1,0 +1,78 @@
+"""JSON lines that a second run goes on with: one finished example a line, and beside them what they are of.
+
+FILE             appended to, a batch at a time; a half-written last line is cut off when a run goes on
+FILE.run.json    the model, data and options; lines of another run are never mixed with these
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from perce.errors import UserError
+
+
+class RecordFile:
+    """The records of a run, those of an interrupted one first.
+
+    Args:
+        path: the file, or None: nothing is kept, and nothing is there to go on with.
+        run: what the records depend on; JSON values.
+
+    Raises:
+        UserError: a file that cannot be written or read, or that holds the records of another run.
+    """
+
+    def __init__(self, path: Path | None, run: Mapping[str, Any]) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        if path is None:
+            return
+        self._run_path = path.with_name(f"{path.name}.run.json")
+        run = json.loads(json.dumps(run))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.stat().st_size:
+                self._check_run(run)
+                self.records = self._read()
+            else:
+                self._run_path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written to ({error.strerror}). Choose another file.") from error
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write them at once: what is interrupted leaves whole batches and at most one broken line."""
+        new = list(records)
+        self.records += new
+        if self.path is not None:
+            self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
+            self._file.flush()
+
+    def _check_run(self, run: dict[str, Any]) -> None:
+        if not self._run_path.is_file():
+            raise UserError(f"{self.path}: exists already, and is not of this command. Choose another file.")
+        before = json.loads(self._run_path.read_text(encoding="utf-8"))
+        for name in before.keys() | run.keys():
+            if before.get(name) != run.get(name):
+                raise UserError(
+                    f"{self.path}: holds the records of another run ({name} was {before.get(name)!r} and is "
+                    f"{run.get(name)!r} now). Choose another file, or delete it and {self._run_path.name}."
+                )
+
+    def _read(self) -> list[dict[str, Any]]:
+        assert self.path is not None
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        records = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(
+                    f"{self.path}:{number}: not JSON ({error}). To begin anew, delete it and {self._run_path.name}."
+                ) from None
+        return records
