@@ -138,10 +138,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _metavar(hint: Any) -> str:
-    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-    if choices:
-        return "|".join(choices)
-    return {bool: "true|false", int: "N", float: "X"}.get(_plain_type(hint), "VALUE")
+    plain = _plain_type(hint)
+    if typing.get_origin(plain) is Literal:
+        return "|".join(typing.get_args(plain))
+    return {bool: "true|false", int: "N", float: "X"}.get(plain, "VALUE")
 
 
 def _underscored(argument: str) -> str:
@@ -180,15 +180,19 @@ def number(value: Any) -> Any:
     return value
 
 
+def _is_optional(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
 def _plain_type(hint: Any) -> type:
-    if isinstance(hint, types.UnionType):
+    if _is_optional(hint):
         hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
     return hint
 
 
 def _convert(name: str, hint: Any, value: Any) -> Any:
     """A flag's string or a YAML scalar → the field's type."""
-    plain, optional = _plain_type(hint), isinstance(hint, types.UnionType)
+    plain, optional = _plain_type(hint), _is_optional(hint)
     if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
         require(optional, name, f"a value of type {getattr(plain, '__name__', plain)}", value)
         return None

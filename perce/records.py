@@ -29,14 +29,14 @@ class RecordFile:
         if path is None:
             return
         self._run_path = path.with_name(f"{path.name}.run.json")
-        run = json.loads(json.dumps(run))
+        facts: dict[str, Any] = json.loads(json.dumps(run))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size:
-                self._check_run(run)
+                self._check_run(facts)
                 self.records = self._read()
             else:
-                self._run_path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+                self._run_path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: cannot be written to ({error.strerror}). Choose another file.") from error

@@ -1,0 +1,201 @@
+"""The paper's comparison as one resumable run: `python -m benchmarks.study --config FILE --data_root DIR`.
+
+    cells     objective × learning rate × seed × data set, each trained and evaluated in child processes
+    stages    rates (one seed, the tuned objectives) → main (all seeds at each one's best rate) → variants (one seed)
+    results   benchmarks/results/study_NAME.json: every cell that ran, with its evaluation example by example
+    report    `python -m benchmarks.study_report` writes docs/RESULTS.md from that file
+
+A cell that is in the results is not run again; one that was interrupted begins anew. Nothing is chosen by a test set:
+a learning rate is picked by the validation loss with persona at the end of the rate stage's runs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+KEPT = (
+    "key", "user_id", "source", "tokens", "personal_tokens", "loss", "loss_without", "loss_personal", "loss_other",
+    "loss_swapped", "rouge1", "rougeL", "meteor", "meteor_exact_stem", "uses_persona", "reference_uses_persona",
+)  # fmt: skip
+"""Of an evaluated example: everything but the texts, which belong to the data."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run; `objective` "base" is the model as it was."""
+
+    stage: str
+    data: str
+    objective: str
+    learning_rate: float | None = None
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of perce.train: a clip, a normalisation."""
+
+    @property
+    def name(self) -> str:
+        extra = "".join(f"-{name}={value}" for name, value in sorted(self.options.items()))
+        rate = "" if self.learning_rate is None else f"-{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.data}-{self.objective}{extra}{rate}"
+
+
+class Study:
+    """A config, its results file, and the children that fill it."""
+
+    def __init__(self, config: Mapping[str, Any], data_root: Path, jobs: int) -> None:
+        self.config, self.data_root, self.jobs = config, data_root, jobs
+        self.path = RESULTS / f"study_{config['name']}.json"
+        self.work = ROOT / "runs" / "study" / config["name"]
+        self.results: dict[str, Any] = {"config": dict(config), "cells": {}}
+        if self.path.is_file():
+            self.results = json.loads(self.path.read_text(encoding="utf-8"))
+            changed = [k for k in ("model", "train", "evaluate") if self.results["config"].get(k) != config.get(k)]
+            if changed:
+                sys.exit(f"{self.path}: its cells ran with another {', '.join(changed)}. Give the study another name.")
+            self.results["config"] = dict(config)
+
+    def run(self) -> None:
+        for stage in (self.base_cells, self.rate_cells, self.main_cells, self.variant_cells):
+            todo = [cell for cell in stage() if cell.name not in self.results["cells"]]
+            with ThreadPoolExecutor(self.jobs) as pool:
+                for cell, outcome in zip(todo, pool.map(self._run_cell, todo), strict=True):
+                    self.results["cells"][cell.name] = outcome
+                    self._save()
+
+    def base_cells(self) -> Iterator[Cell]:
+        for data in self.config["data"]:
+            yield Cell("base", data, "base")
+
+    def rate_cells(self) -> Iterator[Cell]:
+        seed = self.config["seeds"][0]
+        for data in self.config["data"]:
+            for objective in self.config["tuned"]:
+                for rate in self.config["learning_rates"]:
+                    yield Cell("rates", data, objective, rate, seed)
+
+    def main_cells(self) -> Iterator[Cell]:
+        for seed in self.config["seeds"]:
+            for data in self.config["data"]:
+                for objective in [*self.config["tuned"], *self.config["untuned"]]:
+                    yield Cell("main", data, objective, self.best_rate(data, objective), seed)
+
+    def variant_cells(self) -> Iterator[Cell]:
+        """PerCE with other clips, normalisations and estimators, at PerCE's own best rate, one seed."""
+        for data in self.config["data"]:
+            for options in self.config.get("variants", []):
+                rate = self.best_rate(data, "perce")
+                yield Cell("variants", data, "perce", rate, self.config["seeds"][0], options)
+
+    def best_rate(self, data: str, objective: str) -> float:
+        """By validation loss with persona; objectives that are not tuned take PerCE's, whose weights are as large."""
+        tuned = objective if objective in self.config["tuned"] else "perce"
+        cells = [cell for cell in self.rate_cells() if (cell.data, cell.objective) == (data, tuned)]
+        best = min(cells, key=lambda cell: self.results["cells"][cell.name]["validation"]["eval_loss_with_persona"])
+        assert best.learning_rate is not None
+        return best.learning_rate
+
+    def _run_cell(self, cell: Cell) -> dict[str, Any]:
+        directory = self.work / cell.name
+        started = time.time()
+        outcome: dict[str, Any] = {
+            "stage": cell.stage, "data": cell.data, "objective": cell.objective, "learning_rate": cell.learning_rate,
+            "seed": cell.seed, "options": dict(cell.options),
+        }  # fmt: skip
+        if cell.objective != "base":
+            outcome |= self._train(cell, directory)
+        outcome["evaluations"] = {
+            data: self._evaluate(cell, data, directory)
+            for data in ([cell.data] if cell.stage in ("rates", "variants") else self.config["data"])
+        }
+        if cell.stage == "rates":  # may turn out to be a main cell, which is evaluated on the other sets too
+            outcome["evaluations"] |= {
+                data: self._evaluate(cell, data, directory) for data in self.config["data"] if data != cell.data
+            }
+        outcome["seconds"] = round(time.time() - started, 1)
+        print(f"{cell.name}: {outcome['seconds']:.0f} s", flush=True)
+        return outcome
+
+    def _train(self, cell: Cell, directory: Path) -> dict[str, Any]:
+        state = directory / "trainer_state.json"
+        if not state.is_file():  # else an evaluation was interrupted: the training stands
+            subprocess.run(["rm", "-rf", str(directory)], check=True)
+            self._child("perce.train", {
+                "data": str(self.data_root / cell.data), "output_dir": str(directory), "objective": cell.objective,
+                "learning_rate": cell.learning_rate, "seed": cell.seed, "save_steps": 0, "report_examples": 0,
+                **self._model(), **self.config["train"], **cell.options,
+            }, directory)  # fmt: skip
+        history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+        evaluations = [entry for entry in history if "eval_loss_with_persona" in entry]
+        logs = [entry for entry in history if "ce" in entry]
+        return {
+            "validation_before": evaluations[0], "validation": evaluations[-1], "log": logs,
+            "train_seconds": next((e["train_runtime"] for e in history if "train_runtime" in e), None),
+        }  # fmt: skip
+
+    def _evaluate(self, cell: Cell, data: str, directory: Path) -> dict[str, Any]:
+        output = self.work / "evaluations" / f"{cell.name}-on-{data}.json"
+        model = self._model() if cell.objective == "base" else {"model": str(directory)}
+        options = dict(self.config["evaluate"]) | ({} if data == cell.data else {"generate": False})
+        self._child("perce.evaluate", {
+            "data": str(self.data_root / data), "output": str(output), "split": "test", **model, **options,
+        }, output.with_suffix(""))  # fmt: skip
+        result = json.loads(output.read_text(encoding="utf-8"))
+        records = [{name: record[name] for name in KEPT if name in record} for record in result["records"]]
+        return {"metrics": result["metrics"], "about": result["about"], "notes": result["notes"], "records": records}
+
+    def _model(self) -> dict[str, Any]:
+        return {"model": self.config["model"]} if self.config.get("model") else {}
+
+    def _child(self, module: str, options: Mapping[str, Any], log: Path) -> None:
+        flags = [f"--{name}={value}" for name, value in options.items()]
+        log = log.with_name(f"{log.name}.{module.partition('.')[2]}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        threads = str(max((os.cpu_count() or 1) // self.jobs, 1))
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        with log.open("w", encoding="utf-8") as file:
+            child = subprocess.run(
+                [sys.executable, "-m", module, *flags], cwd=ROOT, env=environment, stdout=file, stderr=file
+            )  # fmt: skip
+        if child.returncode:
+            raise RuntimeError(f"{module} failed with code {child.returncode}; see {log}")
+
+    def _save(self) -> None:
+        """Whole or not at all: the results of hours."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.results, separators=(",", ":")) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="YAML, such as benchmarks/studies/cpu.yaml")
+    parser.add_argument("--data_root", required=True, type=Path, help="directory that holds the data sets by name")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; each gets its share of the cores")
+    parser.add_argument("--dry_run", action="store_true", help="list the cells that are known and not yet run")
+    arguments = parser.parse_args()
+    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    missing = [name for name in config["data"] if not (arguments.data_root / name).is_dir()]
+    if missing:
+        sys.exit(f"--data_root {arguments.data_root}: expected directories {', '.join(missing)} there.")
+    study = Study(config, arguments.data_root.resolve(), arguments.jobs)
+    if arguments.dry_run:
+        for cell in (*study.base_cells(), *study.rate_cells()):
+            print("done" if cell.name in study.results["cells"] else "to do", cell.name)
+        return
+    study.run()
+
+
+if __name__ == "__main__":
+    main()
