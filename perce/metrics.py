@@ -71,6 +71,7 @@ class _NoSynonyms:
         return []
 
 
+@cache
 def _find_wordnet() -> Any:
     import nltk
     from nltk.corpus import wordnet

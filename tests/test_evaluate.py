@@ -1,0 +1,178 @@
+"""perce.evaluate: losses against full logits, generation, resume, comparison, and errors."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from perce import evaluate
+from perce.config import DataConfig
+from perce.dataset import make_builder
+from perce.demo import DATA_DIR
+from perce.evaluation import Evaluator, Item, other_users
+from perce.model import prepare_model
+from perce.pairs import personal_word_spans
+from tests.tiny import demo_examples, save_tiny_model, tiny_model, tiny_tokenizer, write_jsonl
+
+LIMIT = 14  # of three users
+FAST = ("--max_new_tokens", "6", "--batch_size", "4")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+@pytest.fixture
+def run(model, capsys):
+    def run(*argv, code=0):
+        assert evaluate.main(["--model", str(model), "--limit", str(LIMIT), *FAST, *map(str, argv)]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def result(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_losses_under_the_three_prompts_equal_full_logits(run, model, tmp_path):
+    run("--output", tmp_path / "e.json", "--generate", "false")
+    content = result(tmp_path / "e.json")
+    examples = demo_examples(LIMIT, "test")
+    partners = other_users(examples, 42)
+    builder = make_builder(tiny_tokenizer(), DataConfig(), "perce")
+    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def logp(ids, n):
+        logits = stock(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
+        return logits.gather(1, torch.tensor(ids[-n:])[:, None])[:, 0].detach()
+
+    sums = dict.fromkeys(("loss", "loss_without", "loss_swapped", "loss_personal", "loss_other"), 0.0)
+    counts = {"tokens": 0, "personal": 0}
+    for example, partner in zip(examples, partners, strict=True):
+        pair = builder.build(example)
+        n, personal = pair.response_length, torch.tensor(pair.personal)
+        assert examples[partner].user_id != example.user_id
+        other = builder.build(type(example)(**{
+            **{name: getattr(example, name) for name in example.__slots__}, "persona": examples[partner].persona
+        }))  # fmt: skip
+        ours = logp(pair.input_ids, n)
+        sums["loss"] -= ours.sum()
+        sums["loss_personal"] -= ours[personal].sum()
+        sums["loss_other"] -= ours[~personal].sum()
+        sums["loss_without"] -= logp(pair.counterfactual_ids(), n).sum()
+        sums["loss_swapped"] -= logp(other.input_ids, n).sum()
+        counts["tokens"] += n
+        counts["personal"] += int(personal.sum())
+    others = counts["tokens"] - counts["personal"]
+    expected = {
+        "loss_with_persona": sums["loss"] / counts["tokens"], "loss_other_tokens": sums["loss_other"] / others,
+        "loss_without_persona": sums["loss_without"] / counts["tokens"],
+        "loss_swapped_persona": sums["loss_swapped"] / counts["tokens"],
+        "loss_personal_tokens": sums["loss_personal"] / counts["personal"],
+        "swap_cost": (sums["loss_swapped"] - sums["loss"]) / counts["tokens"],
+    }  # fmt: skip
+    for name, value in expected.items():
+        metric = content["metrics"][name]
+        assert metric["value"] == pytest.approx(value.item(), abs=1e-4), name
+        assert metric["low"] <= metric["value"] <= metric["high"]
+    assert "rougeL" not in content["metrics"] and content["run"]["split"] == "test"
+
+
+def test_left_padding_does_not_change_a_reply():
+    model, tokenizer = prepare_model(tiny_model("llama")), tiny_tokenizer()
+    builder = make_builder(tokenizer, DataConfig(), "perce")
+    items = [Item(i, example, builder.build(example), None) for i, example in enumerate(demo_examples(5))]
+    prompts = [item.pair.input_ids[: -item.pair.response_length] for item in items]
+    assert len(set(map(len, prompts))) > 1
+    options = evaluate.EvaluateConfig(temperature=0, max_new_tokens=12)
+    evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, None)
+    together = evaluator.replies(prompts, items)
+    assert together == [evaluator.replies([p], [item])[0] for p, item in zip(prompts, items, strict=True)]
+    stock = model.generate(torch.tensor([prompts[0]]), max_new_tokens=12, do_sample=False, eos_token_id=0)
+    new = stock[0, len(prompts[0]) :].tolist()
+    new = new[: new.index(0)] if 0 in new else new
+    assert together[0] == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_replies_are_scored_and_sampled_by_the_seed(run, tmp_path):
+    out = run("--output", tmp_path / "a.json").out
+    first = result(tmp_path / "a.json")
+    examples = demo_examples(LIMIT, "test")
+    for record in first["records"]:
+        example = examples[record["example"]]
+        said = " ".join(turn.content for turn in example.turns)
+        assert record["uses_persona"] == bool(personal_word_spans(record["reply"], example.persona, said))
+        assert record["reference"] == example.response
+    assert "replies that use the persona" in out and "rouge-score" in out
+    run("--output", tmp_path / "b.json")
+    run("--output", tmp_path / "c.json", "--seed", 7)
+    run("--output", tmp_path / "d.json", "--temperature", 0)
+    replies = [[r["reply"] for r in result(tmp_path / f"{name}.json")["records"]] for name in "abcd"]
+    assert replies[0] == replies[1] and replies[0] != replies[2] and replies[0] != replies[3]
+
+
+def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
+    run("--output", tmp_path / "whole.json")
+    calls = []
+    original = Evaluator.evaluate
+
+    def interrupted(self, items, number):
+        calls.append(number)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, items, number)
+
+    monkeypatch.setattr(Evaluator, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--output", tmp_path / "half.json")
+    run("--output", tmp_path / "half.json")
+    assert calls[:4] == [0, 1, 2, 2], "whole batches are kept, the interrupted one is done again"
+    half, whole = result(tmp_path / "half.json"), result(tmp_path / "whole.json")
+    assert half["metrics"] == whole["metrics"] and half["records"] == whole["records"]
+    err = run("--output", tmp_path / "half.json", "--seed", 1, code=2).err
+    assert "holds the records of another run (seed was 42 and is 1 now)" in err
+
+
+def test_two_models_are_compared_on_the_same_examples(run, tmp_path):
+    save_tiny_model(tmp_path / "other", "llama")
+    run("--model", tmp_path / "other", "--output", tmp_path / "other.json")
+    out = run("--output", tmp_path / "ours.json", "--compare_with", tmp_path / "other.json").out
+    ours, other = result(tmp_path / "ours.json"), result(tmp_path / "other.json")
+    for name, difference in ours["comparison"]["differences"].items():
+        expected = ours["metrics"][name]["value"] - other["metrics"][name]["value"]
+        assert difference["value"] == pytest.approx(expected, abs=1e-9), name
+        assert 0 < difference["p"] <= 1
+    assert "this model minus" in out
+    run("--output", tmp_path / "few.json", "--limit", 3)
+    err = run("--compare_with", tmp_path / "few.json", code=2).err
+    assert "11 of 14 examples are in one result only" in err
+    (tmp_path / "bad.json").write_text("{}")
+    assert "expected the JSON that perce.evaluate" in run("--compare_with", tmp_path / "bad.json", code=2).err
+
+
+def test_one_user_has_nobody_to_swap_with_and_long_rows_are_skipped(run, tmp_path):
+    rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:3]]
+    assert len({row["user_id"] for row in rows}) == 1
+    out = run("--data", write_jsonl(tmp_path / "a.jsonl", rows), "--generate", "false").out
+    assert "one user only: no persona to swap in" in out and "another's persona" not in out
+    rows[1]["query"] = "Tell me? " * 4000
+    data = write_jsonl(tmp_path / "b.jsonl", rows)
+    assert "leaves no room" in run("--data", data, "--generate", "false", code=2).err
+    assert "1 examples skipped" in run("--data", data, "--generate", "false", "--skip_bad_rows").out
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["--temperature", "-1"], "temperature: expected >= 0"),
+        (["--output", "/proc/e.json"], "cannot be written to"),
+        (["--compare_with", "none.json"], "--compare_with none.json: cannot be read"),
+        (["--objective", "ce"], "objective: unknown option"),
+    ],
+)
+def test_errors_are_one_paragraph(run, argv, fragment):
+    err = run(*argv, code=2).err
+    assert fragment in err and "Traceback" not in err
