@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from rich.text import Text
 
+OPEN_ROWS = 8  # a longer table is folded: the responses are what people come for
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (0x09, 0x0A)} | {0x7F: 0x2421}
 
 
@@ -218,10 +219,11 @@ def _clipped(histogram: Histogram, clip: tuple[float, float]) -> tuple[list[tupl
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{_html(cell)}</th>" for cell in table.header)
-    rows = "".join(f"<tr>{''.join(f'<td>{_html(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    rows = "".join(f"<tr>{''.join(f'<td dir="auto">{_html(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
     note = f'<p class="label">{_html(table.note)}</p>' if table.note else ""
-    return f"""<section class="panel"><h2>{_html(table.title)}</h2>
-<div class="wide"><table><tr>{head}</tr>{rows}</table></div>{note}</section>"""
+    is_open = " open" if len(table.rows) <= OPEN_ROWS else ""
+    return f"""<details class="panel"{is_open}><summary>{_html(table.title)}</summary>
+<div class="wide"><table><tr>{head}</tr>{rows}</table></div>{note}</details>"""
 
 
 def _article(response: ScoredResponse, place: str, clip: tuple[float, float]) -> str:
