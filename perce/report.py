@@ -219,7 +219,8 @@ def _clipped(histogram: Histogram, clip: tuple[float, float]) -> tuple[list[tupl
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{_html(cell)}</th>" for cell in table.header)
-    rows = "".join(f"<tr>{''.join(f'<td dir="auto">{_html(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+    bodies = ("".join(f'<td dir="auto">{_html(cell)}</td>' for cell in row) for row in table.rows)
+    rows = "".join(f"<tr>{body}</tr>" for body in bodies)
     note = f'<p class="label">{_html(table.note)}</p>' if table.note else ""
     is_open = " open" if len(table.rows) <= OPEN_ROWS else ""
     return f"""<details class="panel"{is_open}><summary>{_html(table.title)}</summary>
