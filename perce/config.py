@@ -52,12 +52,22 @@ class DataConfig:
     max_length: int = _option(
         5000, "longest sequence in tokens; persona entries are dropped from the end until it fits"
     )
-    retrieve_k: int = _option(4, "passages of a user's history in the prompt (LongLaMP, LaMP), most recent first")
+    retriever: Literal["bm25", "dense", "recency", "none"] = _option(
+        "bm25",
+        "which passages of a user's history (LongLaMP, LaMP) the prompt shows: those with the request's words, with a "
+        "similar embedding, the latest; none: all, the latest first",
+    )
+    retriever_model: str | None = _option(
+        None, "directory or Hub id of a mean-pooled encoder, for dense; default: facebook/contriever"
+    )
+    retrieve_k: int = _option(4, "how many of them, best first")
     chat_template_kwargs: str | None = _option(None, 'JSON for the chat template, such as {"enable_thinking": false}')
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 16, "max_length", ">= 16", self.max_length)
         _require(self.retrieve_k >= 1, "retrieve_k", ">= 1", self.retrieve_k)
+        dense = self.retriever == "dense" or self.retriever_model is None
+        _require(dense, "retriever_model", "--retriever dense beside it", f"--retriever {self.retriever}")
         self.column_names()
         self.template_kwargs()
 

@@ -17,17 +17,19 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import List as ListOf
 
-from perce import pairs
 from perce.config import DataConfig
 from perce.demo import DATA_DIR
 from perce.errors import UserError
 from perce.pairs import PairBuilder
+from perce.retrieval import make_retriever
 from perce.rows import Example, Rows, available_splits, load_examples
 from perce.sources import Source
 
 HELD_OUT = 0.1  # share of users, where the data has no validation split
 SHUFFLE_BUFFER = 1000  # examples among which a stream is shuffled
-RETRIEVED_FORMATS = ("longlamp", "lamp")  # their persona is a history of passages, of which retrieve_k are shown
+RETRIEVED_FORMATS = ("longlamp", "lamp")  # their persona is a history of passages, of which a retriever picks
+# What makes pairs of examples. The labels of formats.py are known to retrieval.
+CODE = [Path(__file__).with_name(name) for name in ("formats.py", "retrieval.py", "encoder.py", "pairs.py")]
 
 FEATURES = Features(
     {
@@ -35,6 +37,7 @@ FEATURES = Features(
         "persona_span": ListOf(Value("int32")),
         "response_length": Value("int32"),
         "personal": ListOf(Value("bool")),
+        "passages": ListOf(Value("int32")),
         "dropped_passages": Value("int32"),
         "example": Value("int32"),
     }
@@ -66,7 +69,8 @@ def load_pairs(
     splits = load_splits(config, eval_examples=eval_examples, seed=seed)
     builder = make_builder(tokenizer, config, splits.format)
     validation = pair_dataset(splits.validation, builder, skip_bad_rows=config.skip_bad_rows)
-    notes = splits.notes + left_out("validation", len(splits.validation), validation, config.max_length)
+    notes = [*splits.notes, *([f"persona: {builder.retriever.description}"] if builder.retriever else [])]
+    notes += left_out("validation", len(splits.validation), validation, config.max_length)
     source, train = None, None
     if isinstance(splits.train, Rows):
         source = PairSource(splits.train, builder, config.skip_bad_rows)
@@ -139,7 +143,7 @@ def make_builder(tokenizer: Any, config: DataConfig, format: str) -> PairBuilder
     return PairBuilder(
         tokenizer,
         max_length=config.max_length,
-        max_passages=config.retrieve_k if format in RETRIEVED_FORMATS else None,
+        retriever=make_retriever(config) if format in RETRIEVED_FORMATS else None,
         chat_template_kwargs=config.template_kwargs(),
     )
 
@@ -235,12 +239,12 @@ def _generate(source: PairSource) -> Iterator[dict[str, Any]]:
 
 
 def _fingerprint(examples: Sequence[Example], builder: PairBuilder, skip_bad_rows: bool) -> str:
-    """Of the texts, the tokenizer, the limits and the code that pairs them."""
-    tokenizer = builder.tokenizer
+    """Of the texts, the tokenizer, the limits, the retriever with its model, and the code that picks and pairs."""
+    tokenizer, retriever = builder.tokenizer, builder.retriever
     parts = [
-        Path(pairs.__file__).read_bytes(), repr(FEATURES), repr(list(examples)), skip_bad_rows, builder.max_length,
-        builder.max_passages, sorted(builder.template_kwargs.items()), tokenizer.chat_template, tokenizer.eos_token,
-        tokenizer.bos_token, tokenizer.backend_tokenizer.to_str(),
+        *(path.read_bytes() for path in CODE), repr(FEATURES), repr(list(examples)), skip_bad_rows, builder.max_length,
+        (retriever.identity, retriever.k) if retriever else None, sorted(builder.template_kwargs.items()),
+        tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, tokenizer.backend_tokenizer.to_str(),
     ]  # fmt: skip
     digest = hashlib.sha256()
     for part in parts:

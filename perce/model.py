@@ -298,29 +298,31 @@ def _four_bit(config: ModelConfig) -> Any:
     )
 
 
-def _from_pretrained(auto_class: Any, path: str, **kwargs: Any) -> Any:
-    """from_pretrained with its many failures told as one paragraph."""
+def _from_pretrained(
+    auto_class: Any, path: str, *, option: str = "--model", kind: str = "a causal language model", **kwargs: Any
+) -> Any:
+    """from_pretrained with its many failures told as one paragraph, which names the option that gave the path."""
     from safetensors import SafetensorError
 
     local = Path(path).expanduser()
     if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
         raise UserError(
-            f"--model {path}: the directory holds an adapter alone. Give the base model, or merge the adapter into it "
+            f"{option} {path}: the directory holds an adapter alone. Give the base model, or merge the adapter into it "
             "first (AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload())."
         )
     if local.exists() and not (local / "config.json").is_file():
-        raise UserError(f"--model {path}: the directory holds no config.json, so it is no saved Hugging Face model.")
+        raise UserError(f"{option} {path}: the directory holds no config.json, so it is no saved Hugging Face model.")
     if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UserError(f"--model {path}: no such directory, and not a Hub id (name or owner/name) either.")
+        raise UserError(f"{option} {path}: no such directory, and not a Hub id (name or owner/name) either.")
     try:
         return auto_class.from_pretrained(str(local) if local.exists() else path, **kwargs)
     except ImportError as error:
         attention = kwargs.get("attn_implementation")
         remedy = f" Choose another --attn_implementation than {attention}." if attention else " Install it."
-        raise UserError(f"--model {path}: a package is missing: {' '.join(str(error).split())}.{remedy}") from error
+        raise UserError(f"{option} {path}: a package is missing: {' '.join(str(error).split())}.{remedy}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"--model {path}: could not be loaded as a causal language model ({reason}). Expected a directory with "
+            f"{option} {path}: could not be loaded as {kind} ({reason}). Expected a directory with "
             "config.json, tokenizer and weights, or a Hub id that this machine can reach."
         ) from error

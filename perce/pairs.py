@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perce.errors import UserError
+from perce.retrieval import Retriever
 from perce.rows import Example
 
 PERSONA_HEADER = "About the user:\n"
@@ -68,6 +69,8 @@ class Pair:
     """How many of the last ids are the response."""
     personal: list[bool]
     """(response_length,) whether a token belongs to a marked span, or else to a word taken from the persona."""
+    passages: list[int]
+    """Which entries of Example.persona the prompt shows, in its order."""
     dropped_passages: int
     """Persona entries left out, last-ranked first, so that the sequence fits max_length."""
 
@@ -90,7 +93,7 @@ class PairBuilder:
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         max_length: longest factual sequence, in tokens; persona entries are dropped from the end until it fits.
-        max_passages: keep at most this many persona entries (the paper: 4 passages of a history), or None for all.
+        retriever: chooses which entries of a persona to show, best first, or None for all.
         chat_template_kwargs: extra variables of the chat template, such as {"enable_thinking": False}.
     """
 
@@ -99,12 +102,12 @@ class PairBuilder:
         tokenizer: Any,
         *,
         max_length: int,
-        max_passages: int | None = None,
+        retriever: Retriever | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.max_passages = max_passages
+        self.retriever = retriever
         self.template_kwargs = chat_template_kwargs or {}
         self.chat_template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
         if not tokenizer.chat_template and tokenizer.eos_token is None:
@@ -128,7 +131,8 @@ class PairBuilder:
         prefix, suffix = self._encode_start(prefix_text), self._encode(before_reply)
         reply, offsets = self._encode_with_offsets(space + example.response.strip())
         response = [*reply, *self._end_of_turn(tail_text)]
-        persona = list(example.persona[: self.max_passages])
+        chosen = list(self.retriever(example) if self.retriever else range(len(example.persona)))
+        persona = [example.persona[i] for i in chosen]
         passages = [self._encode(PERSONA_ITEM.format(entry.strip())) for entry in persona]
         fixed = len(prefix) + len(self._header) + len(self._footer) + len(suffix) + len(response)
         kept = len(passages)
@@ -148,6 +152,7 @@ class PairBuilder:
             persona_span=(len(prefix), len(prefix) + len(block)),
             response_length=len(response),
             personal=[*personal, *[False] * (len(response) - len(personal))],
+            passages=chosen[:kept],
             dropped_passages=len(persona) - kept,
         )
         assert pair.counterfactual_ids() == [*prefix, *suffix, *response]

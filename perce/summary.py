@@ -126,12 +126,13 @@ def write_run_report(
     shown = [
         evaluated[i * len(evaluated) // n] for n in [min(config.run.report_examples, len(evaluated))] for i in range(n)
     ]
+    passages = dict(zip(pairs.validation["example"], pairs.validation["passages"], strict=True))
     responses = []
     for index in shown:
         example = pairs.examples[index]
         responses.append(
             ScoredResponse(
-                persona=example.persona,
+                persona=tuple(example.persona[i] for i in passages[index]),
                 turns=tuple((turn.role, turn.content) for turn in example.turns),
                 passes={name: scored_tokens(by[index], trainer.processing_class) for name, by in scored.items()},
                 user_id=example.user_id,

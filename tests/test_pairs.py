@@ -18,6 +18,7 @@ from perce.pairs import (
     counterfactual_ids,
     personal_word_spans,
 )
+from perce.retrieval import Retriever, recency_scores
 from perce.rows import Example, Turn, load_examples
 from tests.tiny import TEMPLATES, demo_examples, tiny_tokenizer, write_jsonl
 
@@ -138,11 +139,14 @@ def test_trimming_drops_the_last_passages_only_and_counts_them():
     assert shorter.counterfactual_ids() == whole.counterfactual_ids(), "query and response are never trimmed"
 
 
-def test_max_passages_keeps_the_first():
-    pair = builder(max_passages=1).build(EXAMPLE)
+def test_the_retriever_decides_which_entries_are_shown_and_in_which_order():
+    pair = builder(retriever=lambda example: [2, 0]).build(EXAMPLE)
     start, end = pair.persona_span
-    assert "Juno" not in decode("chatml", pair.input_ids[start:end])
-    assert pair.dropped_passages == 0, "what retrieval does not pick is not trimming"
+    shown = decode("chatml", pair.input_ids[start:end])
+    assert 0 < shown.index("Oslo") < shown.index("bees") and "Juno" not in shown
+    assert pair.passages == [2, 0] and pair.dropped_passages == 0, "what retrieval does not pick is not trimming"
+    trimmed = builder(retriever=lambda example: [2, 0], max_length=len(pair.input_ids) - 1).build(EXAMPLE)
+    assert trimmed.passages == [2] and trimmed.dropped_passages == 1
 
 
 def test_response_longer_than_max_length_names_the_row_and_the_remedy():
@@ -206,7 +210,7 @@ def test_the_cache_sees_a_changed_limit_template_and_text():
         whole,
         pair_dataset(examples, builder(max_length=max(map(len, whole["input_ids"])) - 1)),
         pair_dataset(examples, builder(template="llama3")),
-        pair_dataset(examples, builder(max_passages=1)),
+        pair_dataset(examples, builder(retriever=Retriever(recency_scores, 1, "", ""))),
         pair_dataset(examples[1:], builder()),
     ]
     assert len({json.dumps(variant[:]) for variant in variants}) == 5
@@ -244,8 +248,9 @@ def test_eval_examples_draws_the_same_sample_each_time():
 
 def test_only_histories_are_cut_to_retrieve_k():
     tokenizer, config = TOKENIZERS["chatml"], DataConfig(retrieve_k=2)
-    assert make_builder(tokenizer, config, "longlamp").max_passages == 2
-    assert make_builder(tokenizer, config, "convai2").max_passages is None
+    assert make_builder(tokenizer, config, "longlamp").retriever.k == 2
+    assert make_builder(tokenizer, config, "lamp").retriever.k == 2
+    assert make_builder(tokenizer, config, "convai2").retriever is None
 
 
 def test_a_stream_gives_the_same_pairs_each_epoch(tmp_path):
@@ -258,7 +263,11 @@ def test_a_stream_gives_the_same_pairs_each_epoch(tmp_path):
     assert once == again and sorted(once) == sorted(whole["input_ids"])
 
 
-def test_the_fingerprint_covers_the_code_that_pairs(monkeypatch):
+@pytest.mark.parametrize("name", ["formats.py", "pairs.py", "retrieval.py", "encoder.py"])
+def test_the_fingerprint_covers_the_code_that_picks_and_pairs(monkeypatch, tmp_path, name):
     before = dataset._fingerprint(demo_examples(1), builder(), False)
-    monkeypatch.setattr(dataset.pairs, "__file__", dataset.__file__)
+    (original,) = (path for path in dataset.CODE if path.name == name)
+    edited = tmp_path / name
+    edited.write_text(original.read_text(encoding="utf-8") + "# edited\n", encoding="utf-8")
+    monkeypatch.setattr(dataset, "CODE", [edited if path == original else path for path in dataset.CODE])
     assert dataset._fingerprint(demo_examples(1), builder(), False) != before
