@@ -102,7 +102,7 @@ class Evaluator:
             torch.manual_seed(self.options.seed * 1_000_003 + number)
             replies = self.replies([item.pair.input_ids[: -item.pair.response_length] for item in items], items)
             for item, record, reply in zip(items, records, replies, strict=True):
-                record |= self.scores(item.example, reply)
+                record |= self.scores(item, reply)
         return records
 
     @torch.no_grad()
@@ -156,11 +156,13 @@ class Evaluator:
             written.append(self.tokenizer.decode(reply[:end], skip_special_tokens=True).strip())
         return written
 
-    def scores(self, example: Example, reply: str) -> dict[str, Any]:
-        """Of a reply: overlap with what the user wrote, and whether either uses a word of the persona."""
+    def scores(self, item: Item, reply: str) -> dict[str, Any]:
+        """Of a reply: overlap with what the user wrote, and whether either uses a word of the persona in the prompt."""
         assert self.meteor is not None
+        example = item.example
+        persona = [example.persona[i] for i in item.pair.passages]
         conversation = " ".join(turn.content for turn in example.turns)
-        uses = [bool(personal_word_spans(text, example.persona, conversation)) for text in (reply, example.response)]
+        uses = [bool(personal_word_spans(text, persona, conversation)) for text in (reply, example.response)]
         return {
             "reply": reply, "reference": example.response, **rouge(reply, example.response),
             self.meteor.name: self.meteor(reply, example.response), "uses_persona": float(uses[0]),

@@ -151,6 +151,7 @@ def record(index: int, example: Any, pair: Any, tokens: Any, tokenizer: Any) -> 
     n = pair.response_length
     return {
         "example": index, "source": example.source, "user_id": example.user_id,
+        "passages": pair.passages,
         "prompt_ids": pair.input_ids[:-n], "prompt_cf_ids": pair.counterfactual_ids()[:-n],
         "response_ids": pair.input_ids[-n:], "response_tokens": token_texts(pair.input_ids[-n:], tokenizer),
         "logp": tokens.logp.tolist(), "logp_cf": tokens.logp_cf.tolist(), "pir": tokens.pir.tolist(),

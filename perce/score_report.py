@@ -94,7 +94,7 @@ def write_report(
     clip = (config.score.clip_min, config.score.clip_max)
     responses = [
         ScoredResponse(
-            persona=examples[record["example"]].persona,
+            persona=tuple(examples[record["example"]].persona[i] for i in record["passages"]),
             turns=tuple((turn.role, turn.content) for turn in examples[record["example"]].turns),
             passes={"response": _tokens(record)},
             user_id=record["user_id"],
