@@ -34,9 +34,7 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
     model = load_pretrained(base or path, **kwargs)
     if base is not None:
         model = _merged(model, path)
-    has_tokenizer = base is None or (Path(path).expanduser() / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(path if has_tokenizer else str(base))
-    return prepare_model(model).to(device).eval(), tokenizer, device
+    return prepare_model(model).to(device).eval(), _tokenizer(path, base), device
 
 
 def _base_of_adapter(path: str) -> str | None:
@@ -49,6 +47,16 @@ def _base_of_adapter(path: str) -> str | None:
     if not base:
         raise UserError(f"--model {path}: adapter_config.json does not name its base model.")
     return base
+
+
+def _tokenizer(path: str, base: str | None) -> Any:
+    """The model's own; of an adapter, what was saved beside it, chat template and all, else the base model's."""
+    from transformers import AutoTokenizer
+
+    local = Path(path).expanduser()
+    if base is not None and (local / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(str(local))
+    return load_tokenizer(base or path)
 
 
 def _merged(model: Any, path: str) -> Any:

@@ -132,8 +132,10 @@ def test_an_adapter_is_scored_as_its_merged_model(model, run, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     adapted.save_pretrained(tmp_path / "adapter")
+    changed = tiny_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
+    changed.save_pretrained(tmp_path / "adapter")  # its own chat template wins over the base model's
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-    tiny_tokenizer().save_pretrained(tmp_path / "merged")
+    changed.save_pretrained(tmp_path / "merged")
     run("--model", tmp_path / "adapter", "--jsonl", tmp_path / "a.jsonl")
     run("--model", tmp_path / "merged", "--jsonl", tmp_path / "b.jsonl")
     run("--jsonl", tmp_path / "c.jsonl")

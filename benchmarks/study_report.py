@@ -1,0 +1,277 @@
+"""`python -m benchmarks.study_report benchmarks/results/study_NAME.json …`: docs/RESULTS.md and its plots.
+
+Every number is computed here from the cells in the files; a table lacks the cells that have not run, and says so.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from perce.metrics import clustered_mean, paired_difference
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+NAMES = {"base": "base model", "ce": "CE", "lossce": "LossCE", "entce": "EntCE", "perce": "**PerCE**"}
+COLOURS = {"ce": "#7a808c", "perce": "#2d69e1", "lossce": "#d9822b", "entce": "#3f9f6f"}
+# column: (metric, its sum, its weight, digits, factor)
+COLUMNS = {
+    "loss, personal tokens": ("loss_personal", "personal_tokens", 3, 1),
+    "loss, other tokens": ("loss_other", "other_tokens", 3, 1),
+    "cost of another's persona": ("swap", "tokens", 3, 1),
+    "replies that use the persona, %": ("uses_persona", "", 1, 100),
+    "ROUGE-L": ("rougeL", "", 3, 1),
+    "METEOR": ("meteor", "", 3, 1),
+}
+Cell = Mapping[str, Any]
+
+
+def value_and_weight(record: Mapping[str, Any], value: str, weight: str) -> tuple[float, float] | None:
+    """Of one evaluated example, or None where it has not been measured."""
+    if value == "swap":
+        if record.get("loss_swapped") is None:
+            return None
+        return record["loss_swapped"] - record["loss"], record["tokens"]
+    if value == "meteor" and "meteor" not in record:
+        value = "meteor_exact_stem"
+    if record.get(value) is None:
+        return None
+    if weight == "other_tokens":
+        return record[value], record["tokens"] - record["personal_tokens"]
+    return record[value], record[weight] if weight else 1.0
+
+
+def columns(cells: Sequence[Cell], data: str, value: str, weight: str) -> tuple[list, list, list] | None:
+    """(values, weights, users) of the examples of `data`, each averaged over the cells (seeds)."""
+    by_key: dict[str, list[tuple[float, float]]] = {}
+    users: dict[str, str] = {}
+    for cell in cells:
+        for record in cell["evaluations"].get(data, {}).get("records", []):
+            pair = value_and_weight(record, value, weight)
+            if pair is not None:
+                by_key.setdefault(record["key"], []).append(pair)
+                users[record["key"]] = str(record.get("user_id") or record["source"])
+    whole = {key: pairs for key, pairs in by_key.items() if len(pairs) == len(cells)}
+    if not whole:
+        return None
+    keys = sorted(whole)
+    values, weights = ([mean(pair[i] for pair in whole[key]) for key in keys] for i in (0, 1))
+    return values, weights, [users[key] for key in keys]
+
+
+def cell_text(cells: Sequence[Cell], data: str, column: str) -> str:
+    """Mean over seeds and examples, 95 % interval over users, and the range over seeds where there are several."""
+    value, weight, digits, factor = COLUMNS[column]
+    gathered = columns(cells, data, value, weight) if cells else None
+    interval = clustered_mean(*gathered) if gathered else None
+    if interval is None:
+        return "not measured"
+    text = (
+        f"{interval.value * factor:.{digits}f} ({interval.low * factor:.{digits}f}–{interval.high * factor:.{digits}f})"
+    )
+    if len(cells) > 1:
+        of_seed = [clustered_mean(*gathered) for c in cells if (gathered := columns([c], data, value, weight))]
+        seeds = [x.value * factor for x in of_seed if x]
+        text += f", seeds {min(seeds):.{digits}f}–{max(seeds):.{digits}f}"
+    return text
+
+
+class Results:
+    """The cells of one results file."""
+
+    def __init__(self, path: Path) -> None:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        self.path, self.config = path, content["config"]
+        self.cells: list[Cell] = list(content["cells"].values())
+
+    def best_rate(self, data: str, objective: str) -> float | None:
+        tuned = objective if objective in self.config["tuned"] else "perce"
+        cells = [c for c in self.cells if c["stage"] == "rates" and (c["data"], c["objective"]) == (data, tuned)]
+        if len(cells) < len(self.config["learning_rates"]):
+            return None
+        return min(cells, key=lambda cell: cell["validation"]["eval_loss_with_persona"])["learning_rate"]
+
+    def main(self, data: str, objective: str) -> list[Cell]:
+        """The plain cells of an objective at its rate, one a seed."""
+        if objective == "base":
+            return [cell for cell in self.cells if cell["objective"] == "base" and cell["data"] == data]
+        wanted = (data, objective, self.best_rate(data, objective))
+        plain = [cell for cell in self.cells if not cell["options"]]
+        return [cell for cell in plain if (cell["data"], cell["objective"], cell["learning_rate"]) == wanted]
+
+    @property
+    def objectives(self) -> list[str]:
+        return ["base", *self.config["tuned"], *self.config["untuned"]]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "| " + " | ".join("---" for _ in header) + " |"
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def comparison(results: Results) -> Iterator[str]:
+    for data in results.config["data"]:
+        yield f"\n### {data}\n"
+        rows = []
+        for objective in results.objectives:
+            cells = results.main(data, objective)
+            rate = results.best_rate(data, objective)
+            about = "" if objective == "base" else f", {rate:g}" if rate else ""
+            runs = "" if objective == "base" else f" × {len(cells)}"
+            rows.append([NAMES[objective] + about + runs, *(cell_text(cells, data, column) for column in COLUMNS)])
+        yield from table(["objective, learning rate × seeds", *COLUMNS], rows)
+        yield from differences(results, data)
+
+
+def differences(results: Results, data: str) -> Iterator[str]:
+    """PerCE against CE on the same examples."""
+    perce, ce = results.main(data, "perce"), results.main(data, "ce")
+    texts = []
+    for column, (value, weight, digits, factor) in COLUMNS.items():
+        ours, theirs = (columns(cells, data, value, weight) if cells else None for cells in (perce, ce))
+        if not ours or not theirs or len(ours[0]) != len(theirs[0]):
+            continue
+        result = paired_difference(ours[0], theirs[0], ours[1], ours[2])
+        if result:
+            d, p = result
+            span = f"{d.low * factor:+.{digits}f} to {d.high * factor:+.{digits}f}"
+            texts.append(f"{column} {d.value * factor:+.{digits}f} ({span}; p = {p:.3f})")
+    if texts:
+        yield f"\nPerCE minus CE, paired over users: {'; '.join(texts)}."
+
+
+def transfer(results: Results) -> Iterator[str]:
+    """Trained on one set, tested on the others: losses only."""
+    sets = results.config["data"]
+    shown = list(COLUMNS)[:3]
+    rows = []
+    for trained in sets:
+        for tested in sets:
+            for objective in results.objectives[1:]:
+                cells = results.main(trained, objective)
+                if trained != tested and cells:
+                    texts = (cell_text(cells, tested, column) for column in shown)
+                    rows.append([trained, tested, f"{NAMES[objective]} × {len(cells)}", *texts])
+    yield from table(["trained on", "tested on", "objective × seeds", *shown], rows)
+
+
+def rates(results: Results) -> Iterator[str]:
+    rows = []
+    for cell in results.cells:
+        if cell["stage"] == "rates":
+            texts = (cell_text([cell], cell["data"], column) for column in list(COLUMNS)[:2])
+            validation = f"{cell['validation']['eval_loss_with_persona']:.3f}"
+            rows.append([cell["data"], NAMES[cell["objective"]], f"{cell['learning_rate']:g}", validation, *texts])
+    yield from table(
+        ["data", "objective", "learning rate", "validation loss with persona", *list(COLUMNS)[:2]], sorted(rows)
+    )
+
+
+def variants(results: Results) -> Iterator[str]:
+    """PerCE with other options, beside the paper's and CE, all on the first seed."""
+    seed = results.config["seeds"][0]
+    rows = []
+    for data in results.config["data"]:
+        plain = [(NAMES[x], [c for c in results.main(data, x) if c["seed"] == seed]) for x in ("ce", "perce")]
+        varied = [
+            (", ".join(f"{k} {v}" for k, v in cell["options"].items()), [cell])
+            for cell in results.cells
+            if cell["stage"] == "variants" and cell["data"] == data
+        ]
+        base = dict(plain)[NAMES["ce"]]
+        for name, cells in [*plain, *varied]:
+            if cells:
+                texts = (cell_text(cells, data, column) for column in list(COLUMNS)[:3])
+                rows.append([data, name, *texts, cost_against(cells, base, data)])
+    yield from table(["data", "options", *list(COLUMNS)[:3], "other tokens against CE, %"], rows)
+
+
+def cost_against(cells: Sequence[Cell], ce: Sequence[Cell], data: str) -> str:
+    ours, theirs = (columns(x, data, "loss_other", "other_tokens") if x else None for x in (cells, ce))
+    if not ours or not theirs:
+        return "not measured"
+    value, reference = (sum(x[0]) / sum(x[1]) for x in (ours, theirs))
+    return f"{100 * (value / reference - 1):+.1f}"
+
+
+def cost(results: Results) -> Iterator[str]:
+    rows = []
+    for data in results.config["data"]:
+        for objective in results.objectives[1:]:
+            speeds = [
+                mean(entry["tokens_per_second"] for entry in cell["log"] if "tokens_per_second" in entry)
+                for cell in results.main(data, objective)
+            ]
+            if speeds:
+                rows.append([data, NAMES[objective], f"{mean(speeds):.0f}"])
+    yield from table(["data", "objective", "training tokens/s a process"], rows)
+
+
+def plots(results: Results) -> Iterator[str]:
+    """Personal against other tokens, one point an objective and seed: the trade that the weights make."""
+    from matplotlib.figure import Figure
+
+    sets = results.config["data"]
+    figure = Figure(figsize=(4.8 * len(sets), 3.8), dpi=150, facecolor="white", layout="constrained")
+    for ax, data in zip(figure.subplots(1, len(sets), squeeze=False).flat, sets, strict=True):
+        for objective, colour in COLOURS.items():
+            points = [point for cell in results.main(data, objective) if (point := trade(cell, data))]
+            if points:
+                ax.scatter(*zip(*points, strict=True), color=colour, label=NAMES[objective].strip("*"))
+        ax.set_title(data, loc="left", fontsize=10)
+        ax.set_xlabel("loss on other tokens")
+        ax.set_ylabel("loss on personal tokens")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8)
+    path = DOCS / "images" / f"{results.path.stem}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    yield f"![Loss on personal against other tokens, by objective; lower left is better](images/{path.name})"
+
+
+def trade(cell: Cell, data: str) -> tuple[float, float] | None:
+    metrics = cell["evaluations"].get(data, {}).get("metrics", {})
+    if not {"loss_other_tokens", "loss_personal_tokens"} <= metrics.keys():
+        return None
+    return metrics["loss_other_tokens"]["value"], metrics["loss_personal_tokens"]["value"]
+
+
+def report(results: Results) -> Iterator[str]:
+    config = results.config
+    untuned = " and ".join(NAMES[x] for x in config["untuned"])
+    evaluated = f"{config['evaluate']['limit']} test examples a set" if "limit" in config["evaluate"] else "test sets"
+    yield f"## {config['name']}: {config.get('model') or 'SmolLM2-135M-Instruct'}\n"
+    yield f"{len(results.cells)} cells. Training: {options_text(config['train'])}. Evaluation: {evaluated}, "
+    yield f"{options_text(config['evaluate'])}. Learning rates are picked by validation loss with persona, on seed "
+    yield f"{config['seeds'][0]}, for CE and PerCE; {untuned} take PerCE's. In brackets 95 % intervals over users.\n"
+    yield f"    python -m benchmarks.study --config benchmarks/studies/{config['name']}.yaml --data_root DIR"
+    yield f"    python -m benchmarks.study_report {results.path.relative_to(ROOT)}"
+    for title, part in (
+        ("Comparison", comparison), ("Trade", plots), ("Transfer", transfer), ("Learning rates", rates),
+        ("Clips, normalisations", variants), ("Speed", cost),
+    ):  # fmt: skip
+        yield f"\n### {title}\n" if part is not comparison else ""
+        yield from part(results)
+
+
+def options_text(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    generated = "\n".join(line for path in sys.argv[1:] for line in report(Results(Path(path).resolve())))
+    path = DOCS / "RESULTS.md"
+    begin, end = "<!-- generated by benchmarks.study_report -->", "<!-- end -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    path.write_text(f"{before}{begin}\n{generated}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
