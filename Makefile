@@ -1,5 +1,7 @@
-# make train | test | check | format | aot | bench | clean
+# make train | test | check | format | aot | bench | gpu | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
+# make gpu installs nothing: it runs in .venv (VENV=...) where that is, else with PYTHON as it is; BUDGET=seconds is for
+# its benchmarks, WHEELS=dir holds wheels of missing packages.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +10,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format aot bench clean
+.PHONY: help setup train test check format aot bench gpu clean
+
+BUDGET ?= 260
+WHEELS ?=
+WHEELS_SITE := $(CURDIR)/build/wheels
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+# In this order: the time allowed ends the session between two tests.
+GPU_TESTS := $(addprefix tests/test_gpu_,device.py promises.py lse_gemm.py row_loss.py driver.py)
 
 help:
 	@echo "make train    train the default small model on the built-in examples (CPU or GPU, minutes)"
@@ -17,6 +26,7 @@ help:
 	@echo "make format   apply the formatter and the safe lint fixes"
 	@echo "make aot      compile the GPU kernels without a GPU: registers, spills, shared memory"
 	@echo "make bench    run the benchmarks"
+	@echo "make gpu      on a machine with a CUDA GPU: the GPU tests, then the GPU benchmarks (9 minutes)"
 	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"
 
 setup: $(STAMP)
@@ -48,6 +58,15 @@ aot: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+# The benchmarks run whatever the tests say; a failure of either is that of the target.
+gpu: export PYTHONPATH := $(if $(WHEELS),$(WHEELS_SITE):)$(PYTHONPATH)
+gpu:
+	$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(WHEELS_SITE) $(WHEELS)/*.whl)
+	@status=0; \
+	$(GPU_PYTHON) -m pytest $(GPU_TESTS) -m "not slow" --session-timeout 240 $(ARGS) || status=1; \
+	$(GPU_PYTHON) -m benchmarks.gpu.run --budget $(BUDGET) || status=1; \
+	exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -59,12 +59,14 @@ IMPLEMENTATIONS: dict[str, Loss] = {
 }
 
 
-def make_inputs(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_inputs(
+    n: int, d: int, v: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden, lm_head, target, hidden_cf with logits of standard deviation 3; the first two require a gradient."""
-    g = torch.Generator().manual_seed(0)
-    hidden, hidden_cf = (torch.randn(n, d, generator=g).to(dtype) for _ in range(2))
-    lm_head = (torch.randn(v, d, generator=g) * (3 / d**0.5)).to(dtype)
-    target = torch.randint(0, v, (n,), generator=g)
+    g = torch.Generator(device).manual_seed(0)
+    hidden, hidden_cf = (torch.randn(n, d, generator=g, device=device).to(dtype) for _ in range(2))
+    lm_head = torch.randn(v, d, generator=g, device=device).mul_(3 / d**0.5).to(dtype)
+    target = torch.randint(0, v, (n,), generator=g, device=device)
     return hidden.requires_grad_(), lm_head.requires_grad_(), target, hidden_cf
 
 

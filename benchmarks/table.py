@@ -1,10 +1,15 @@
-"""`python -m benchmarks.table RESULTS.json`: the README's tables from what `--benchmark-json` wrote."""
+"""`python -m benchmarks.table RESULTS.json`: the README's tables, from what `--benchmark-json` wrote on a CPU, or what
+`benchmarks.gpu.run` wrote on a GPU. Without such a file, the GPU's tables say "not measured".
+"""
 
 import json
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu.tables import report
 
 NAMES = {"perce": "**perce**", "compiled": "torch.compile(naive)", "linear_cross_entropy": "F.linear_cross_entropy"}
 
@@ -48,8 +53,11 @@ def steps(entries: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    with open(sys.argv[1], encoding="utf-8") as file:
-        results = json.load(file)
+    path = Path(sys.argv[1])
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if results is None or "schema" in results:
+        print(report(results))
+        return
     entries, extra = results["benchmarks"], results["benchmarks"][0]["extra_info"]
     cpu = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
     print(f"{cpu}, {extra['threads']} threads, torch {extra['torch']}, {results['datetime'][:10]}.")

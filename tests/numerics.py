@@ -89,17 +89,22 @@ def eager(inputs: Inputs, *, upstream: Tensor | float = 1.0, **options: Any) -> 
     return call(inputs, upstream=upstream, op=_eager, **options)
 
 
-def _eager(hidden, lm_head, target, hidden_cf=None, bias=None, *, softcap=None, logit_scale=1.0, return_stats=True):
+def _eager(
+    hidden, lm_head, target, hidden_cf=None, bias=None, *, softcap=None, logit_scale=1.0, reduction="mean",
+    normalize="none", seq_id=None, return_stats=True,
+):  # fmt: skip
     def logprobs(x):
         z = torch.nn.functional.linear(x, lm_head, bias) * logit_scale
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
         return -torch.nn.functional.cross_entropy(z, target, reduction="none", ignore_index=IGNORE)
 
-    logp = logprobs(hidden)
+    logp, valid = logprobs(hidden), target != IGNORE
     with torch.no_grad():
         logp_cf = logprobs(hidden_cf)
-    weight = (logp - logp_cf).detach().clamp(0.8, 5.0)
-    loss = -(weight * logp).sum() / (target != IGNORE).sum()
+    weight = torch.where(valid, (logp - logp_cf).detach().clamp(0.8, 5.0), 0)
+    weight = reference.normalize_weight(weight, valid, normalize, seq_id)
+    loss = -(weight * logp)
+    loss = loss if reduction == "none" else loss.sum() / valid.sum()
     return loss, PerCEStats(logp.detach(), logp_cf, (logp - logp_cf).detach(), weight)
 
 

@@ -2,13 +2,11 @@
 
 import gc
 import itertools
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.device import LiveBytes
 from tests.kernels import DEVICE, D, N, V, call, drop_cf, make_inputs, weights_of, with_source
 from tests.numerics import (
     IGNORE,
@@ -401,37 +399,23 @@ def test_opcheck_token_logprobs(return_entropy):
 # --- Cost ------------------------------------------------------------------------------------------------------------
 
 
-class Watch(TorchDispatchMode):
+class Watch(LiveBytes):
     """FLOP of every product, operators that wait for the device, and the peak of live bytes, beneath the op."""
 
     def __init__(self):
         super().__init__()
-        self.flop = self.live = self.peak = 0
+        self.flop = 0
         self.syncs: list[str] = []
-        self.storages: set[int] = set()
-
-    def forget(self, key: int, size: int) -> None:
-        self.storages.discard(key)
-        self.live -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = func(*args, **kwargs or {})
         name = func.overloadpacket.__name__
-        # set_ is how the interpreter makes its own copies of a kernel's arguments: a GPU has none.
-        for x in tree_leaves(result) if name != "set_" else ():
-            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.storages | known:
-                self.storages.add(key)
-                self.live += x.untyped_storage().nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(x.untyped_storage(), self.forget, key, x.untyped_storage().nbytes())
         assert name not in ("bmm", "baddbmm", "linear", "matmul"), f"{name} is not counted"
         if name in ("mm", "addmm", "addmm_"):
             a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
             self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         if name in ("nonzero", "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "unique"):
             self.syncs.append(name)
-        return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @pytest.fixture
