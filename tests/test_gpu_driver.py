@@ -438,13 +438,13 @@ class Watch(TorchDispatchMode):
 def watch(monkeypatch):
     """A Watch that also counts the GEMM kernel's products by its launcher; and no target check of the CPU's."""
     watch = Watch()
-    launch = lse_gemm.logprobs
+    launch = lse_gemm.statistics
 
     def counted(hidden, lm_head, *args, **options):
         watch.flop += 2 * hidden.shape[0] * hidden.shape[1] * lm_head.shape[0]
         return launch(hidden, lm_head, *args, **options)
 
-    monkeypatch.setattr(lse_gemm, "logprobs", counted)
+    monkeypatch.setattr(lse_gemm, "statistics", counted)
     monkeypatch.setattr(chunked, "check_target", lambda *_: None)
     return watch
 
@@ -561,7 +561,7 @@ def test_pitch():
 
 def test_every_kernel_has_a_tile_on_every_architecture():
     for arch in (*tiles.SHARED_MEMORY_LIMIT, tiles.INTERPRETER):
-        for kernel in ("row_loss", "lse_gemm"):
+        for kernel in ("row_loss", "shard_rows", "lse_gemm"):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 for d in (1, 256, 257, 8192):
                     tile = tiles.find(kernel, arch, dtype, d)

@@ -18,6 +18,8 @@ The gradient is not here: it needs p_v of every column and is the row kernel's, 
     target     ignored: 0. Outside [0, V): no tile stores z_y, which stays the NaN that it was filled with.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -106,7 +108,8 @@ def combine_kernel(
     max_ptr, sum_ptr, moment_ptr,  # (T, n)
     z_target_ptr, target_ptr,  # (n,)
     # outputs
-    logp_ptr, entropy_ptr,  # (n,)
+    logp_ptr, row_max_ptr, total_ptr,  # (n,)
+    entropy_ptr, row_moment_ptr,  # (n,), with HAS_ENTROPY
     # sizes
     n, T, ignore_index,
     # constants
@@ -136,7 +139,10 @@ def combine_kernel(
     z_y = tl.load(z_target_ptr + offs, mask=mask, other=0.0)
     logp = (z_y - row_max) - tl.log(total)
     tl.store(logp_ptr + offs, tl.where(ignored, 0.0, logp), mask=mask)
+    tl.store(row_max_ptr + offs, row_max, mask=mask)
+    tl.store(total_ptr + offs, total, mask=mask)
     if HAS_ENTROPY:
+        tl.store(row_moment_ptr + offs, moment, mask=mask)
         entropy = tl.log(total) - moment / total
         tl.store(entropy_ptr + offs, tl.where(ignored, 0.0, entropy), mask=mask)
 
@@ -146,7 +152,18 @@ def _describable(*operands: Tensor) -> bool:
     return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in operands)
 
 
-def logprobs(
+class Statistics(NamedTuple):
+    """What the GEMM tells of n rows, all fp32; entropy and moment on request."""
+
+    logp: Tensor  # (n,) 0 where ignored
+    entropy: Tensor | None  # (n,) in nats, 0 where ignored
+    row_max: Tensor  # (n,)
+    total: Tensor  # (n,) Σ exp(z − row_max)
+    moment: Tensor | None  # (n,) Σ exp(z − row_max)·(z − row_max)
+    z_target: Tensor  # (n,) the target's logit, NaN where no column is the target's
+
+
+def statistics(
     hidden: Tensor,  # (n, D), unit stride in D
     lm_head: Tensor,  # (V, D), unit stride in D
     target: Tensor,  # (n,) int64
@@ -156,38 +173,48 @@ def logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(n,) fp32 log-probabilities and, on request, predictive entropies in nats; 0 where ignored."""
+) -> Statistics:
+    """Both launches; V may be 0."""
     (n, d), v = hidden.shape, lm_head.shape[0]
-    logp = hidden.new_empty(n, dtype=torch.float32)
-    entropy = torch.empty_like(logp) if return_entropy else None
-    if n == 0:
-        return logp, entropy
-    assert hidden.stride(1) == lm_head.stride(1) == 1
     tile = tiles.lookup("lse_gemm", hidden, d)
     tiles_m, tiles_n = triton.cdiv(n, tile.block_m), triton.cdiv(v, tile.block_n)
-    maxima, sums, *moments = (logp.new_empty(tiles_n, n) for _ in range(2 + return_entropy))
-    moment = moments[0] if moments else None
-    z_target = torch.full_like(logp, float("nan"))
-    use_tma = tile.use_tma and _describable(hidden, lm_head)
-    h_src, w_src = hidden, lm_head
-    if use_tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
 
-        h_src = TensorDescriptor.from_tensor(hidden, [tile.block_m, tile.block_k])
-        w_src = TensorDescriptor.from_tensor(lm_head, [tile.block_n, tile.block_k])
-    lse_gemm_kernel[(tiles_m * tiles_n,)](
-        h_src, w_src, target, bias,
-        maxima, sums, moment, z_target,
-        n, v, d,
-        hidden.stride(0), lm_head.stride(0),
-        1.0 if softcap is None else softcap, logit_scale,
-        HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_ENTROPY=return_entropy, USE_TMA=use_tma,
-        UPCAST=tiles.architecture(hidden.device) == tiles.INTERPRETER, GROUP_M=GROUP_M, BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    logp, row_max, total = (hidden.new_empty(n, dtype=torch.float32) for _ in range(3))
+    z_target = torch.full_like(logp, float("nan"))
+    maxima, sums = (logp.new_empty(tiles_n, n) for _ in range(2))
+    moments = entropy = moment = None
+    if return_entropy:
+        moments, entropy, moment = torch.empty_like(maxima), torch.empty_like(logp), torch.empty_like(logp)
+    if n == 0:
+        return Statistics(logp, entropy, row_max, total, moment, z_target)
+    assert hidden.stride(1) == lm_head.stride(1) == 1
+    if tiles_n > 0:
+        use_tma = tile.use_tma and _describable(hidden, lm_head)
+        h_src, w_src = hidden, lm_head
+        if use_tma:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            h_src = TensorDescriptor.from_tensor(hidden, [tile.block_m, tile.block_k])
+            w_src = TensorDescriptor.from_tensor(lm_head, [tile.block_n, tile.block_k])
+        lse_gemm_kernel[(tiles_m * tiles_n,)](
+            h_src, w_src, target, bias,
+            maxima, sums, moments, z_target,
+            n, v, d,
+            hidden.stride(0), lm_head.stride(0),
+            1.0 if softcap is None else softcap, logit_scale,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_ENTROPY=return_entropy, USE_TMA=use_tma,
+            UPCAST=tiles.architecture(hidden.device) == tiles.INTERPRETER, GROUP_M=GROUP_M, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     combine_kernel[(triton.cdiv(n, BLOCK_COMBINE),)](
-        maxima, sums, moment, z_target, target, logp, entropy, n, tiles_n, ignore_index,
+        maxima, sums, moments, z_target, target, logp, row_max, total, entropy, moment, n, tiles_n, ignore_index,
         HAS_ENTROPY=return_entropy, BLOCK=BLOCK_COMBINE, num_warps=4,
     )  # fmt: skip
-    return logp, entropy
+    return Statistics(logp, entropy, row_max, total, moment, z_target)
+
+
+def logprobs(
+    hidden: Tensor, lm_head: Tensor, target: Tensor, bias: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """(n,) fp32 log-probabilities and, on request, predictive entropies in nats; 0 where ignored."""
+    return statistics(hidden, lm_head, target, bias, **options)[:2]

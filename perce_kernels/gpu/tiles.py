@@ -50,6 +50,12 @@ TABLE = (
     Row("row_loss", "sm_100", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
     Row("row_loss", "gfx942", HALF + FULL, None, Tile(1, 4096, 0, 8, 1)),
     Row("row_loss", INTERPRETER, HALF + FULL, None, Tile(1, 128, 0, 1, 1)),
+    Row("shard_rows", "sm_80", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("shard_rows", "sm_86", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("shard_rows", "sm_90", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("shard_rows", "sm_100", HALF + FULL, None, Tile(1, 2048, 0, 8, 4)),  # with 3 stages a variant spilled 8 bytes
+    Row("shard_rows", "gfx942", HALF + FULL, None, Tile(1, 4096, 0, 8, 1)),
+    Row("shard_rows", INTERPRETER, HALF + FULL, None, Tile(1, 128, 0, 1, 1)),
     Row("lse_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3)),
     Row("lse_gemm", "sm_80", FULL, None, Tile(64, 64, 16, 8, 2)),
     Row("lse_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3)),
