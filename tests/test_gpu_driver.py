@@ -510,7 +510,7 @@ def test_peak_bytes_follow_the_formula(watch, source, compact, ignored, needed):
     rows = int((inputs.target != IGNORE).sum()) if compact else n
     expected = driver.extra_bytes(
         rows, d, v, 4, chunk=CHUNK, passes=2 if source == "hidden_cf" else 1, gathered=rows < n, masked=not compact,
-        need_dhidden=needed[0], need_dbias=needed[2],
+        needed=needed,
     )  # fmt: skip
     extra = watch.peak - sum(x.untyped_storage().nbytes() for x in out)
     assert expected - v * 4 * needed[2] <= extra <= expected + 40 * n

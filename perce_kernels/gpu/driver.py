@@ -2,6 +2,7 @@
 
     per chunk of C tokens   [z; z_cf] = [h; h_cf] Wᵀ       one product, fp32 out, W read once     4·C·D·V FLOP
                             row kernel: logp, w, dz        in place over z, in the operands' dtype
+                                                           (or a product that stores 16 bits of z alone: steps.py)
                             dh = dz W                      only if hidden trains                  2·C·D·V
                             dW += dzᵀ h                    only if the head trains; fp32          2·C·D·V
 
@@ -10,7 +11,8 @@ The first chunk writes dW and later ones add to it: it is never cleared.
 Memory beside inputs and outputs, for n computed rows in chunks of C = min(chunk_rows, n), passes = 2 with hidden_cf and
 1 without, P = V rounded up to a multiple of 64, s = bytes of an operand's element (`extra_bytes`, held by a test):
 
-    logits       passes · C · P · 4
+    logits       passes · C · P · 4     where tiles.py has the GEMM that stores 16-bit logits in use, instead
+                 C · P · s + passes · C · ⌈V/columns of its tile⌉ · 8, the first only where there is a gradient
     operands     passes · C · D · s     where rows are gathered, masked or paired; else they are a slice of hidden
     dh of chunk  C · D · 4              where rows are gathered; else the product writes to its place
     column sums  V · 4                  where the bias trains
@@ -38,7 +40,7 @@ from torch import Tensor
 from perce_kernels import chunked
 from perce_kernels.chunked import PerCEOutput
 from perce_kernels.gpu import lse_gemm
-from perce_kernels.gpu.steps import FusedRows, Job, ShardedRows, Step, pitch, product
+from perce_kernels.gpu.steps import Job, Step, choose, pitch, product
 from perce_kernels.row_pass import Contrasting
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
@@ -75,12 +77,19 @@ def chunk_rows(d: int, v: int, passes: int, multiprocessors: int, budget: int | 
 
 
 def extra_bytes(
-    n: int, d: int, v: int, itemsize: int, *, chunk: int, passes: int, gathered: bool, masked: bool, need_dhidden: bool,
-    need_dbias: bool,
+    n: int, d: int, v: int, itemsize: int, *, chunk: int, passes: int, gathered: bool, masked: bool,
+    needed: tuple[bool, bool, bool], tile_columns: int | None = None,
 ) -> int:  # fmt: skip
-    """The docstring's formula without its last line: bytes beside inputs and outputs while n rows are computed."""
+    """The docstring's formula without its last line: bytes beside inputs and outputs while n rows are computed.
+
+    needed: dhidden, dlm_head, dbias. tile_columns: of the GEMM that stores 16-bit logits, where that way is in use.
+    """
     c = min(chunk, n)
-    logits = passes * c * pitch(v) * 4
+    need_dhidden, _, need_dbias = needed
+    if tile_columns is None:
+        logits = passes * c * pitch(v) * 4
+    else:
+        logits = c * pitch(v) * itemsize * any(needed) + passes * c * -(-v // tile_columns) * 8
     operands = passes * c * d * itemsize if gathered or masked or passes == 2 else 0
     dh = c * d * 4 if gathered and need_dhidden else 0
     return logits + operands + dh + v * 4 * need_dbias + n * 12 * gathered
@@ -219,7 +228,7 @@ def fused_perce_loss(
             size=min(chunk_rows(d, vocab_size, passes, multiprocessors), rows.n),
             needed=(need_dhidden, need_dlm_head, need_dbias),
         )  # fmt: skip
-        _sweep(hidden, hidden_cf, rows, job, FusedRows(job) if shard is None else ShardedRows(job, shard), out)
+        _sweep(hidden, hidden_cf, rows, job, choose(job, shard), out)
         if job.dz_scale is not None:
             for gradient in (out.dhidden, out.dlm_head, out.dbias):
                 gradient.div_(job.dz_scale)

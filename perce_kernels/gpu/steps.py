@@ -1,7 +1,9 @@
 """From a chunk's operands to its statistics and to dz: the ways there are, each with the buffers that it needs.
 
-    FusedRows    z = h Wᵀ in fp32 by cuBLAS, then row_loss.py: one launch for statistics, weights and dz over z
-    ShardedRows  the same product with a shard of W, then shard_rows.py: the ranks exchange statistics between launches
+    FusedRows     z = h Wᵀ in fp32 by cuBLAS, then row_loss.py: one launch for statistics, weights and dz over z
+    StoredLogits  lse_gemm.py: statistics of both passes, and z of the factual rows in 16 bits, which stored_rows.py
+                  turns into dz; nothing is written for the counterfactual rows
+    ShardedRows   the first's product with a shard of W, then shard_rows.py: the ranks exchange statistics in between
 
 A step returns dz (C, V) in the operands' dtype, lying in its buffer until the next chunk, or None where no gradient is
 needed.
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from perce_kernels.gpu import row_loss, shard_rows
+from perce_kernels.gpu import lse_gemm, row_loss, shard_rows, stored_rows, tiles
 from perce_kernels.row_pass import Contrasting, Given, weigh
 from perce_kernels.vocab_parallel import Shard
 
@@ -103,6 +105,31 @@ class FusedRows:
         return dz
 
 
+class StoredLogits:
+    def __init__(self, job: Job):
+        self.job, v = job, job.lm_head.shape[0]
+        self.stored = job.lm_head.new_empty((job.size, pitch(v))) if job.need_dz else None
+
+    def __call__(self, operands: Tensor, chunk: slice, statistics: list[Tensor]) -> Tensor | None:
+        job, v, y = self.job, self.job.lm_head.shape[0], self.job.target[chunk]
+        operands = operands if operands.stride(1) == 1 else operands.contiguous()
+        stored = None if self.stored is None else self.stored[: y.shape[0]]
+        rows = lse_gemm.statistics(
+            operands,
+            job.lm_head,
+            y.repeat(job.passes),
+            job.bias,
+            ignore_index=job.ignore_index,
+            stored=stored,
+            **job.head,
+        )
+        logp, weight = finish(rows.logp, job, chunk, v, statistics)
+        if stored is None:
+            return None
+        stored_rows.stored_gradient(stored, rows, y, logp, weight, job.dz_scale, v=v, **job.head)
+        return stored[:, :v]
+
+
 class ShardedRows:
     def __init__(self, job: Job, shard: Shard):
         self.job, self.shard, self.logits = job, shard, fp32_logits(job)
@@ -124,6 +151,15 @@ class ShardedRows:
         return dz
 
 
+def choose(job: Job, shard: Shard | None) -> Step:
+    """The step of this call: by the table of tiles, where there is a choice."""
+    if shard is not None:
+        return ShardedRows(job, shard)
+    d = job.lm_head.shape[1]
+    stores = job.lm_head.stride(1) == 1 and tiles.in_use("store_gemm", job.lm_head, d)
+    return StoredLogits(job) if stores else FusedRows(job)
+
+
 def finish(logp: Tensor, job: Job, chunk: slice, vocab_size: int, statistics: list[Tensor]) -> tuple[Tensor, Tensor]:
     """(C,) logp and weight from the log-probabilities (passes · C,) of a chunk, which also become its statistics.
 
@@ -132,7 +168,9 @@ def finish(logp: Tensor, job: Job, chunk: slice, vocab_size: int, statistics: li
     y, given = job.target[chunk], job.given(chunk)
     outside = (y < 0) | (y >= vocab_size)
     logp, *logp_cf = logp.masked_fill(outside.repeat(job.passes), torch.nan).split(y.shape[0])
-    if logp_cf:
+    if given.token_weight is not None:
+        given = given._replace(token_weight=given.token_weight.float().masked_fill(outside, torch.nan))
+    elif logp_cf:
         given = given._replace(logp_cf=logp_cf[0])
     logp, weight = weigh(logp, given, job.contrasting)
     cf = torch.zeros_like(logp) if given.logp_cf is None else given.logp_cf
