@@ -157,6 +157,17 @@ def test_the_target_of_a_nearly_certain_row_keeps_its_digits(dtype):
     torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=0)
 
 
+def test_the_softcap_bends_the_target_by_its_fp32_logit():
+    """z = (18.856, …, −19.281) under a cap of 20: −38.136 is stored as −38.25, with which it would be 16 % off."""
+    lm_head = torch.zeros(101, 2)
+    lm_head[70, 0], lm_head[75, 0] = 35.25, -40.0
+    inputs = Inputs(torch.tensor([[1.0, 0.0]]), lm_head, torch.tensor([75]), None, torch.zeros(101)).to(torch.bfloat16)
+    inputs = Inputs(*(None if x is None else x.to(DEVICE) for x in vars(inputs).values()))
+    options = {"token_weight": torch.ones(1, device=DEVICE), "softcap": 20.0}
+    actual, expected = call(inputs, **options).grads["bias"], oracle(inputs, **options).grads["bias"]
+    torch.testing.assert_close(actual[75].double(), expected[75], rtol=2**-8, atol=0)
+
+
 def test_a_large_common_offset_cancels():
     inputs = make_inputs(n=4, bias=True, ignored=0.0)
     inputs.hidden.zero_()
