@@ -18,19 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perce_kernels.reference import contrast_weight
+from perce_kernels.row_pass import Contrasting, Given, Head, row_loss, row_parts
+from perce_kernels.vocab_parallel import Shard
 
 LOGITS_BYTES = 64 * 2**20  # all live logits buffers of one chunk; past 32 MiB the GEMMs here run at their full rate
-ROW_BLOCK_BYTES = 2**20  # element-wise passes walk the logits in blocks that stay in a core's cache
-
-
-class Head(NamedTuple):
-    """The output layer: logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)."""
-
-    weight: Tensor  # (V, D), already in the statistics dtype on CPU
-    bias: Tensor | None  # (V,)
-    softcap: float | None
-    logit_scale: float
 
 
 class PerCEOutput(NamedTuple):
@@ -84,6 +75,8 @@ def full_fp32_matmul() -> Iterator[None]:
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a @ b with fp32 accumulation *and* output. CPU GEMMs have no out_dtype: operands were upcast before."""
+    if 0 in b.shape:  # an empty shard
+        return out.zero_()
     if a.dtype == out.dtype == b.dtype:
         return torch.mm(a, b, out=out)
     return torch.mm(a.to(b.dtype), b, out_dtype=out.dtype, out=out)
@@ -91,85 +84,12 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def _mm_accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, accumulated in total's dtype: bf16 sums over chunks hurt convergence."""
+    if total.numel() == 0:
+        return
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-
-
-def _row_blocks(z: Tensor) -> Iterator[slice]:
-    rows = max(1, ROW_BLOCK_BYTES // (z.shape[1] * z.itemsize)) if z.device.type == "cpu" else z.shape[0]
-    for start in range(0, z.shape[0], rows):
-        yield slice(start, start + rows)
-
-
-def _transform(z: Tensor, head: Head) -> None:
-    """Raw products → logits, in place: bias, scale, softcap."""
-    if head.bias is not None:
-        z.add_(head.bias)
-    if head.logit_scale != 1.0:
-        z.mul_(head.logit_scale)
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_().mul_(head.softcap)
-
-
-def _softmax_parts(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (R, V) → exp(z − max) in place, with (R, 1) sums and (R,) log-probabilities of the target.
-
-    logp is (z_y − max) − log Σ: subtracting a log-sum-exp with a large common offset instead would cancel digits.
-    """
-    z.sub_(z.amax(1, keepdim=True))
-    z_target = z.gather(1, target[:, None])
-    total = z.exp_().sum(1, keepdim=True)
-    return z, total, (z_target - total.log()).squeeze(1)
-
-
-def _statistics(z: Tensor, target: Tensor, head: Head) -> Tensor:
-    """(R,) log-probabilities of the target; overwrites the raw products z (R, V)."""
-    logp = z.new_empty(z.shape[0])
-    for block in _row_blocks(z):
-        _transform(z[block], head)
-        logp[block] = _softmax_parts(z[block], target[block])[2]
-    return logp
-
-
-def _row_loss(
-    z: Tensor,  # (R, V) raw products; with need_dz it leaves as dz, else as scratch
-    target: Tensor,  # (R,)
-    valid: Tensor | None,  # (R,) or None: all valid
-    logp_cf: Tensor | None,  # (R,)
-    token_weight: Tensor | None,  # (R,) given weights instead of logp_cf
-    dcap: Tensor | None,  # (R, V) scratch for the softcap's derivative
-    head: Head,
-    contrast: str,
-    clip_min: float,
-    clip_max: float,
-    need_dz: bool,
-) -> tuple[Tensor, Tensor]:
-    """(R,) logp and weight of one chunk: the rows' statistics, contrast, clip and, in place, the gradient."""
-    logp, weight = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
-    for block in _row_blocks(z):
-        _transform(z[block], head)
-        if dcap is not None and head.softcap is not None:
-            torch.addcmul(z.new_ones(()), z[block], z[block], value=-1 / head.softcap**2, out=dcap[block])
-        p, total, logp[block] = _softmax_parts(z[block], target[block])
-        if token_weight is not None:
-            weight[block] = token_weight[block]
-        else:
-            assert logp_cf is not None
-            weight[block] = contrast_weight(logp[block], logp_cf[block], contrast, clip_min, clip_max)
-        if valid is not None:  # where, not a product: a −inf bias on token 0, an ignored row's stand-in, makes NaN · 0
-            weight[block] = torch.where(valid[block], weight[block], 0)
-            logp[block] = torch.where(valid[block], logp[block], 0)
-        if need_dz:
-            # dz = w·scale·(softmax − onehot)·(1 − (z/softcap)²). The target's p − 1 is expm1(logp): formed by
-            # subtraction it would lose all its digits as p → 1.
-            scaled = weight[block] * head.logit_scale
-            p.mul_(scaled[:, None] / total)
-            p.scatter_(1, target[block, None], (scaled * logp[block].expm1())[:, None])
-            if dcap is not None and head.softcap is not None:
-                p.mul_(dcap[block])
-    return logp, weight
 
 
 class _Rows:
@@ -238,13 +158,18 @@ def fused_perce_loss(
     need_dhidden: bool,
     need_dlm_head: bool,
     need_dbias: bool,
+    shard: Shard | None = None,
 ) -> PerCEOutput:
-    """One sweep over the tokens: loss sum, statistics and fp32 sum-scale gradients. Arguments are valid by now."""
+    """One sweep over the tokens: loss sum, statistics and fp32 sum-scale gradients. Arguments are valid by now.
+
+    With a shard, lm_head, bias and their gradients are this rank's rows, and the rest is that of the whole vocabulary.
+    """
     dtype = statistics_dtype(hidden.dtype)
     (n, d), v = hidden.shape, lm_head.shape[0]
+    vocab_size = v if shard is None else shard.vocab_size
     need_dz = need_dhidden or need_dlm_head or need_dbias
-    head = _prepare_head(lm_head, bias, softcap, logit_scale)
-    rows = _Rows(target, v, ignore_index, compact)
+    head, contrasting = _prepare_head(lm_head, bias, softcap, logit_scale), Contrasting(contrast, clip_min, clip_max)
+    rows = _Rows(target, vocab_size, ignore_index, compact)
 
     def zeros(needed: bool, *shape: int) -> Tensor:
         return hidden.new_zeros(shape if needed else (0,), dtype=dtype)
@@ -254,24 +179,27 @@ def fused_perce_loss(
         zeros(need_dhidden, n, d), zeros(need_dlm_head, v, d), zeros(need_dbias, v),
     )  # fmt: skip
     buffers = 1 + (need_dz and softcap is not None)
-    size = min(chunk_rows(v, hidden.dtype, buffers), max(rows.n, 1))
+    size = min(chunk_rows(vocab_size, hidden.dtype, buffers), max(rows.n, 1))
     z_buffer, *dcap_buffer = (hidden.new_empty((size, v), dtype=dtype) for _ in range(buffers))
 
     with full_fp32_matmul():
         for chunk in rows.chunks(size):
             z = z_buffer[: chunk.stop - chunk.start]
             y = rows.pick(rows.target, chunk, torch.int64)
-            chunk_logp_cf = None if logp_cf is None else rows.pick(logp_cf, chunk, dtype)
-            chunk_weight = None if token_weight is None else rows.pick(token_weight, chunk, dtype)
+            column = y if shard is None else shard.columns(y, v)
+            given = Given(
+                rows.valid[chunk] if rows.mask else None,
+                None if logp_cf is None else rows.pick(logp_cf, chunk, dtype),
+                None if token_weight is None else rows.pick(token_weight, chunk, dtype),
+            )
+            parts_cf = None
             if hidden_cf is not None:
                 _mm(rows.pick(hidden_cf, chunk, head.weight.dtype), head.weight.T, z)
-                chunk_logp_cf = _statistics(z, y, head)
+                parts_cf = row_parts(z, column, head)
             h = rows.pick(hidden, chunk, head.weight.dtype)
             _mm(h, head.weight.T, z)
-            logp, weight = _row_loss(
-                z, y, rows.valid[chunk] if rows.mask else None, chunk_logp_cf, chunk_weight,
-                dcap_buffer[0][: z.shape[0]] if dcap_buffer else None, head, contrast, clip_min, clip_max, need_dz,
-            )  # fmt: skip
+            dcap = dcap_buffer[0][: z.shape[0]] if dcap_buffer else None
+            logp, chunk_logp_cf, weight = row_loss(z, column, given, parts_cf, dcap, head, contrasting, need_dz, shard)
 
             out.loss_sum.sub_(torch.dot(weight, logp))
             rows.put(out.logp, chunk, logp)
@@ -285,6 +213,8 @@ def fused_perce_loss(
                 _mm_accumulate(out.dlm_head, dz.T, h)
             if need_dbias:
                 out.dbias.add_(z.sum(0))
+    if shard is not None:
+        shard.sum_(out.dhidden)
     return out
 
 
@@ -299,31 +229,28 @@ def token_logprobs(
     logit_scale: float,
     compact: bool,
     return_entropy: bool,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(N,) log-probabilities of `target` and, on request, (N,) predictive entropies in nats ((0,) otherwise)."""
     dtype = statistics_dtype(hidden.dtype)
     n, v = hidden.shape[0], lm_head.shape[0]
+    vocab_size = v if shard is None else shard.vocab_size
     head = _prepare_head(lm_head, bias, softcap, logit_scale)
-    rows = _Rows(target, v, ignore_index, compact)
+    rows = _Rows(target, vocab_size, ignore_index, compact)
     logp = hidden.new_zeros(n, dtype=dtype)
     entropy = hidden.new_zeros(n if return_entropy else 0, dtype=dtype)
-    size = min(chunk_rows(v, hidden.dtype, 1), max(rows.n, 1))
+    size = min(chunk_rows(vocab_size, hidden.dtype, 1), max(rows.n, 1))
     z_buffer = hidden.new_empty((size, v), dtype=dtype)
     with full_fp32_matmul():
         for chunk in rows.chunks(size):
             y = rows.pick(rows.target, chunk, torch.int64)
             h = rows.pick(hidden, chunk, head.weight.dtype)
             z = _mm(h, head.weight.T, z_buffer[: chunk.stop - chunk.start])
-            if not return_entropy:
-                rows.put(logp, chunk, _statistics(z, y, head))
-                continue
-            chunk_logp, chunk_entropy = z.new_empty(z.shape[0]), z.new_empty(z.shape[0])
-            for block in _row_blocks(z):
-                _transform(z[block], head)
-                # A p of exactly 0 contributes nothing, but 0 · −inf would be NaN.
-                exponent = (z[block] - z[block].amax(1, keepdim=True)).clamp_(min=-1e30)
-                p, total, chunk_logp[block] = _softmax_parts(z[block], y[block])
-                chunk_entropy[block] = (total.log() - exponent.mul_(p).sum(1, keepdim=True) / total).squeeze(1)
-            rows.put(logp, chunk, chunk_logp)
-            rows.put(entropy, chunk, chunk_entropy)
+            column = y if shard is None else shard.columns(y, v)
+            parts = row_parts(z, column, head, with_moment=return_entropy)
+            if shard is not None:
+                parts = shard.combine(parts, column >= 0)
+            rows.put(logp, chunk, parts.logp())
+            if return_entropy:
+                rows.put(entropy, chunk, parts.entropy())
     return logp, entropy

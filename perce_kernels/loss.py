@@ -1,12 +1,15 @@
 """The public op: check the arguments, choose a backend, and apply what is a scalar outside the sweep."""
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from perce_kernels import chunked, ops, reference
+from perce_kernels import chunked, ops, reference, vocab_parallel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -44,6 +47,9 @@ def fused_perce_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     compact: bool = True,
+    group: "ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, PerCEStats]:
@@ -71,6 +77,10 @@ def fused_perce_loss(
             tensor, clamped to ≥ 1.
         softcap, logit_scale: logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap).
         compact: drop ignored rows before the head, at one host sync on CUDA; False never syncs.
+        group, vocab_start, vocab_size: the rows of lm_head (and bias) are sharded over this process group; these are
+            rows [vocab_start, vocab_start + V) of the vocab_size there are, and the ranks' shards tile them. All else
+            is the same on every rank, upstream gradients and the choice of what trains included; so are the results.
+            hidden's gradient is complete on every rank, lm_head's and bias's are those of its own rows.
         backend: "triton" (CUDA, ROCm), "torch" (chunked, any device), "reference" (materialises the logits;
             differentiable twice), or "auto": Triton on a GPU it supports, else torch. One that is named runs or raises.
         return_stats: also return PerCEStats.
@@ -83,7 +93,7 @@ def fused_perce_loss(
         RuntimeError: a second-order gradient through the fused backends.
     """
     _check_options(contrast=contrast, normalize=normalize, reduction=reduction, backend=backend)
-    _check_backend(backend, hidden)
+    _check_backend(backend, hidden, group)
     sources = {"hidden_cf": hidden_cf, "logp_cf": logp_cf, "token_weight": token_weight}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
@@ -93,7 +103,8 @@ def fused_perce_loss(
     if not 0 <= clip_min <= clip_max < math.inf:  # comparisons, for math.isfinite breaks the graph of a dynamic compile
         raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
     hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
-    _check_head(hidden, lm_head, target, bias, softcap, logit_scale)
+    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
+    shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
     if hidden_cf is not None:
         _check_like("hidden_cf", hidden_cf, hidden)
     for name in ("logp_cf", "token_weight"):
@@ -108,6 +119,9 @@ def fused_perce_loss(
     hidden_cf, logp_cf, token_weight = (None if x is None else x.detach() for x in (hidden_cf, logp_cf, token_weight))
     head = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
     clip = {"clip_min": clip_min, "clip_max": clip_max, "contrast": contrast}
+    execution = {
+        "compact": compact, "backend": backend, "group": group, "vocab_start": vocab_start, "vocab_size": vocab_size,
+    }  # fmt: skip
     if backend == "reference":
         chunked.check_target(target, lm_head.shape[0], ignore_index)
         loss, logp, logp_cf, weight = reference.fused_perce_loss(
@@ -117,14 +131,15 @@ def fused_perce_loss(
         loss = loss if reduction == "none" else loss.sum()
     elif reduction == "none" or normalize == "sequence":
         loss, logp, logp_cf, weight = _per_token_loss(
-            hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, compact, backend, head, clip
-        )
+            hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, head, clip,
+            execution,
+        )  # fmt: skip
         loss = loss if reduction == "none" else loss.sum()
     else:
         needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
         loss, logp, logp_cf, weight, *_ = ops.fused_perce_loss(
             hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
-            ignore_index, softcap, logit_scale, compact, *needed, backend,
+            ignore_index, softcap, logit_scale, compact, *needed, backend, *shard,
         )  # fmt: skip
         if normalize == "batch":  # one scalar for all tokens, so it commutes with the sum
             weight = weight.detach()
@@ -150,6 +165,9 @@ def token_logprobs(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     compact: bool = True,
+    group: "ProcessGroup | None" = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     backend: str = "auto",
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -163,9 +181,10 @@ def token_logprobs(
         ValueError, RuntimeError: as `fused_perce_loss`.
     """
     _check_options(backend=backend)
-    _check_backend(backend, hidden)
+    _check_backend(backend, hidden, group)
     hidden, lm_head, _, bias = _autocast(hidden, lm_head, None, bias)
-    _check_head(hidden, lm_head, target, bias, softcap, logit_scale)
+    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
+    shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
     if backend == "reference":
         chunked.check_target(target, lm_head.shape[0], ignore_index)
         logp, entropy = reference.token_logprobs(
@@ -173,24 +192,23 @@ def token_logprobs(
         )
     else:
         logp, entropy = ops.token_logprobs(
-            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend
+            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend, *shard
         )
     return (logp, entropy.detach()) if return_entropy else logp
 
 
 def _per_token_loss(
-    hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, compact, backend, head, clip
+    hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, head, clip, execution
 ):
     """(N,) losses by recomputation: what needs a weight per token that is only known after the whole sweep."""
-    logp: Any = token_logprobs(hidden, lm_head, target, compact=compact, backend=backend, **head)
+    logp: Any = token_logprobs(hidden, lm_head, target, **head, **execution)
     valid = target != head["ignore_index"]
     if token_weight is None:
         if hidden_cf is not None:
             with torch.no_grad():
-                logp_cf = token_logprobs(hidden_cf, lm_head, target, compact=compact, backend=backend, **head)
+                logp_cf = token_logprobs(hidden_cf, lm_head, target, **head, **execution)
         logp_cf = torch.where(valid, logp_cf.to(logp.dtype), 0)
-        contrasted = {"contrast": clip["contrast"], "clip_min": clip["clip_min"], "clip_max": clip["clip_max"]}
-        token_weight = reference.contrast_weight(logp, logp_cf, **contrasted)
+        token_weight = reference.contrast_weight(logp, logp_cf, **clip)
     else:
         logp_cf = torch.zeros_like(logp)
     weight = torch.where(valid, token_weight.to(logp.dtype), 0)
@@ -223,16 +241,18 @@ def _check_options(**options: str) -> None:
             raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
 
 
-def _check_backend(backend: str, hidden: Tensor) -> None:
+def _check_backend(backend: str, hidden: Tensor, group: Any) -> None:
+    if backend == "reference" and group is not None:
+        raise ValueError('backend: expected "triton", "torch" or "auto" with a group, got "reference"')
     if backend == "triton" and (needed := ops.triton_needs(hidden.device)):
         raise ValueError(f'backend: expected {needed} for "triton", got {hidden.device}')
 
 
-def _check_head(hidden, lm_head, target, bias, softcap, logit_scale) -> None:
+def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group) -> None:
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden: expected a floating-point (N, D) tensor, got {_describe(hidden)}")
     d = hidden.shape[1]
-    if lm_head.dim() != 2 or lm_head.shape[1] != d or lm_head.shape[0] == 0:
+    if lm_head.dim() != 2 or lm_head.shape[1] != d or (lm_head.shape[0] == 0 and group is None):
         raise ValueError(f"lm_head: expected (V, {d}) with V >= 1 to match hidden (N, {d}), got {_describe(lm_head)}")
     _check_like("lm_head", lm_head, hidden, shape=False)
     _check_per_token("target", target, hidden, "int64")

@@ -2,6 +2,8 @@
 
 `fused_perce_loss` returns fp32 gradients of the weighted *sum*; autograd only scales them by the upstream gradient, out
 of place and before the cast to the input's dtype, so that a second backward, or a loss scale in fp16, is exact.
+
+A process group passes through a schema by its name: `group`, with this rank's `vocab_start` and the whole `vocab_size`.
 """
 
 import importlib.util
@@ -11,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from perce_kernels import chunked
+from perce_kernels import chunked, vocab_parallel
 
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,6 +65,9 @@ def fused_perce_loss(
     need_dlm_head: bool,
     need_dbias: bool,
     backend: str = "auto",
+    group: str | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss_sum, logp, logp_cf, token_weight, dhidden, dlm_head, dbias); see chunked.PerCEOutput."""
     with torch.autocast(hidden.device.type, enabled=False):  # autocast stays on inside a custom op's body
@@ -70,13 +75,15 @@ def fused_perce_loss(
             _implementation(backend, hidden.device).fused_perce_loss(
                 hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
                 ignore_index, softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias,
+                vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head),
             )
         )  # fmt: skip
 
 
 @fused_perce_loss.register_fake
 def _(hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast, ignore_index,
-      softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias, backend="auto"):  # fmt: skip
+      softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias, backend="auto", group=None,
+      vocab_start=None, vocab_size=None):  # fmt: skip
     (n, d), v = hidden.shape, lm_head.shape[0]
     dtype = chunked.statistics_dtype(hidden.dtype)
     shapes = [(), (n,), (n,), (n,), (n, d) if need_dhidden else (0,), (v, d) if need_dlm_head else (0,),
@@ -88,7 +95,7 @@ def _setup_context(ctx, inputs, output) -> None:
     hidden, lm_head, bias = inputs[0], inputs[1], inputs[6]
     *_, dhidden, dlm_head, dbias = output
     ctx.dtypes = hidden.dtype, lm_head.dtype, None if bias is None else bias.dtype
-    ctx.needed = inputs[-4:-1]
+    ctx.needed = inputs[14:17]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dhidden, dlm_head, dbias)
 
@@ -102,7 +109,7 @@ def _backward(ctx, dloss, *_statistics):
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
     dhidden, dlm_head, dbias = scaled
-    return dhidden, dlm_head, None, None, None, None, dbias, *[None] * 11
+    return dhidden, dlm_head, None, None, None, None, dbias, *[None] * 14
 
 
 fused_perce_loss.register_autograd(_backward, setup_context=_setup_context)
@@ -120,24 +127,29 @@ def token_logprobs(
     compact: bool,
     return_entropy: bool,
     backend: str = "auto",
+    group: str | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """((N,) log-probabilities, (N,) entropies or (0,)); see chunked.token_logprobs."""
     with torch.autocast(hidden.device.type, enabled=False):
         return _implementation(backend, hidden.device).token_logprobs(
-            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy
-        )
+            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy,
+            vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head),
+        )  # fmt: skip
 
 
 @token_logprobs.register_fake
-def _(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend="auto"):
+def _(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend="auto",
+      group=None, vocab_start=None, vocab_size=None):  # fmt: skip
     dtype = chunked.statistics_dtype(hidden.dtype)
     n = hidden.shape[0]
     return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if return_entropy else 0, dtype=dtype)
 
 
 def _setup_logprobs(ctx, inputs, output) -> None:
-    hidden, lm_head, target, bias, *options, _return_entropy, backend = inputs
-    ctx.options = *options, backend
+    hidden, lm_head, target, bias = inputs[:4]
+    ctx.options, ctx.placement = inputs[4:8], inputs[9:]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, lm_head, target, bias)
 
@@ -147,20 +159,18 @@ def _backward_logprobs(ctx, dlogp, _dentropy):
     if torch.is_grad_enabled():
         raise RuntimeError(HIGHER_ORDER)
     hidden, lm_head, target, bias = ctx.saved_tensors
-    ignore_index, softcap, logit_scale, compact, backend = ctx.options
     needed = [ctx.needs_input_grad[i] and dlogp is not None for i in (0, 1, 3)]
     grads = [None] * 3
     if any(needed):
         *_, dhidden, dlm_head, dbias = fused_perce_loss(
-            hidden, lm_head, target, None, None, -dlogp, bias, 0.0, 0.0, "log", ignore_index, softcap, logit_scale,
-            compact, *needed, backend,
+            hidden, lm_head, target, None, None, -dlogp, bias, 0.0, 0.0, "log", *ctx.options, *needed, *ctx.placement,
         )  # fmt: skip
         inputs = (hidden, lm_head, bias)
         grads = [
             gradient.to(x.dtype) if need else None
             for gradient, x, need in zip((dhidden, dlm_head, dbias), inputs, needed, strict=True)
         ]
-    return grads[0], grads[1], None, grads[2], *[None] * 6
+    return grads[0], grads[1], None, grads[2], *[None] * 9
 
 
 token_logprobs.register_autograd(_backward_logprobs, setup_context=_setup_logprobs)

@@ -44,7 +44,6 @@ def normalize_weight(token_weight: Tensor, valid: Tensor, normalize: str, seq_id
     if normalize == "none" or token_weight.numel() == 0:
         return token_weight
     total, count = token_weight.double(), valid.double()
-    total, count = token_weight.double(), valid.double()
     if normalize == "batch":
         total, count = total.sum(), count.sum()
     else:

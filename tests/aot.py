@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from perce_kernels.gpu import lse_gemm, row_loss, tiles
+from perce_kernels.gpu import lse_gemm, row_loss, shard_rows, stored_rows, tiles
+from perce_kernels.vocab_parallel import Shard
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -32,6 +34,7 @@ ROW_LOSS = {  # per-row options; the dtype is that of dz
     "given logp_cf": {"dtypes": (torch.bfloat16,), "source": "logp_cf"},
     "statistics": {"dtypes": (torch.bfloat16,), "need_dz": False},
 }
+SHARD_ROWS = {"plain": (torch.bfloat16,), "softcap, bias": (torch.float16, torch.float32)}  # dtypes of dz
 LSE_GEMM: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap, bias, entropy": {"cap": True, "bias": True, "entropy": True},
@@ -56,26 +59,67 @@ def row_loss_source(
     return source_of(row_loss.row_loss_kernel, types, constants, aligned=("stride_z", "stride_dz"))
 
 
-def lse_gemm_source(tile: tiles.Tile, dtype, tma: bool, *, cap=False, bias=False, entropy=False):
+def row_parts_source(tile: tiles.Tile, dtype, *, cap=False, bias=False):
+    types = {
+        "z_ptr": "*fp32", "column_ptr": "*i64", "bias_ptr": f"*{NAMES[dtype]}" if bias else None, "max_ptr": "*fp32",
+        "sum_ptr": "*fp32", "z_target_ptr": "*fp32", "V": "i32", "stride_z": "i32", "softcap": "fp32",
+        "logit_scale": "fp32",
+    }  # fmt: skip
+    constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "BLOCK_V": tile.block_n, "STAGES": tile.num_stages}
+    return source_of(shard_rows.row_parts_kernel, types, constants, aligned=("stride_z",))
+
+
+def row_gradient_source(tile: tiles.Tile, dtype, *, cap=False, bias=False):
+    scale = dtype == torch.float16
+    types = dict.fromkeys(("z_ptr", "max_ptr", "sum_ptr", "logp_ptr", "weight_ptr"), "*fp32") | {
+        "column_ptr": "*i64", "bias_ptr": f"*{NAMES[dtype]}" if bias else None,
+        "dz_scale_ptr": "*fp32" if scale else None, "dz_ptr": f"*{NAMES[dtype]}", "V": "i32", "stride_z": "i32",
+        "stride_dz": "i32", "softcap": "fp32", "logit_scale": "fp32",
+    }  # fmt: skip
+    constants = {
+        "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_DZ_SCALE": scale, "BLOCK_V": tile.block_n, "STAGES": tile.num_stages,
+    }  # fmt: skip
+    return source_of(shard_rows.row_gradient_kernel, types, constants, aligned=("stride_z", "stride_dz"))
+
+
+def stored_gradient_source(tile: tiles.Tile, dtype, columns: int, *, cap=False):
+    scale = dtype == torch.float16
+    pointers = ("tile_max_ptr", "z_target_ptr", "max_ptr", "sum_ptr", "logp_ptr", "weight_ptr")
+    types = dict.fromkeys(pointers, "*fp32") | {
+        "stored_ptr": f"*{NAMES[dtype]}", "target_ptr": "*i64", "dz_scale_ptr": "*fp32" if scale else None,
+        "V": "i32", "T": "i32", "stride_stored": "i32", "stride_tile": "i32", "softcap": "fp32", "logit_scale": "fp32",
+    }  # fmt: skip
+    constants = {
+        "HAS_SOFTCAP": cap, "HAS_DZ_SCALE": scale, "TILE": columns, "BLOCK_T": tile.block_n // columns,
+        "STAGES": tile.num_stages,
+    }  # fmt: skip
+    return source_of(stored_rows.stored_gradient_kernel, types, constants, aligned=("stride_stored",))
+
+
+def lse_gemm_source(tile: tiles.Tile, dtype, tma: bool, *, cap=False, bias=False, entropy=False, store=False):
     name, (m, n, k) = NAMES[dtype], tile[:3]
     types = {
         "h_src": f"tensordesc<{name}[{m}, {k}]>" if tma else f"*{name}",
         "w_src": f"tensordesc<{name}[{n}, {k}]>" if tma else f"*{name}",
         "target_ptr": "*i64", "bias_ptr": f"*{name}" if bias else None, "max_ptr": "*fp32", "sum_ptr": "*fp32",
         "moment_ptr": "*fp32" if entropy else None, "z_target_ptr": "*fp32",
-        "n": "i32", "V": "i32", "D": "i32", "stride_hn": "i32", "stride_wv": "i32",
+        "stored_ptr": f"*{name}" if store else None, "n": "i32", "V": "i32", "D": "i32", "n_stored": "i32",
+        "stride_hn": "i32", "stride_wv": "i32", "stride_stored": "i32",
         "softcap": "fp32", "logit_scale": "fp32",
     }  # fmt: skip
     constants = {
-        "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, "USE_TMA": tma, "UPCAST": False,
-        "GROUP_M": lse_gemm.GROUP_M, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
+        "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, "STORE": store, "USE_TMA": tma,
+        "UPCAST": False, "GROUP_M": lse_gemm.GROUP_M, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
     }  # fmt: skip
-    return source_of(lse_gemm.lse_gemm_kernel, types, constants, aligned=("D", "stride_hn", "stride_wv"))
+    return source_of(
+        lse_gemm.lse_gemm_kernel, types, constants, aligned=("D", "stride_hn", "stride_wv", "stride_stored")
+    )
 
 
 def combine_source(entropy: bool):
-    pointers = dict.fromkeys(("max_ptr", "sum_ptr", "z_target_ptr", "logp_ptr"), "*fp32")
-    optional = dict.fromkeys(("moment_ptr", "entropy_ptr"), "*fp32" if entropy else None)
+    needed = ("max_ptr", "sum_ptr", "z_target_ptr", "logp_ptr", "row_max_ptr", "total_ptr")
+    pointers = dict.fromkeys(needed, "*fp32")
+    optional = dict.fromkeys(("moment_ptr", "entropy_ptr", "row_moment_ptr"), "*fp32" if entropy else None)
     types = pointers | optional | {"target_ptr": "*i64", "n": "i32", "T": "i32", "ignore_index": "i32"}
     return source_of(lse_gemm.combine_kernel, types, {"HAS_ENTROPY": entropy, "BLOCK": lse_gemm.BLOCK_COMBINE}, ())
 
@@ -99,6 +143,27 @@ def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
                 options = dict(variant)
                 for dtype in options.pop("dtypes"):
                     yield "row_loss", row.tile, f"{NAMES[dtype]}, {name}", row_loss_source(row.tile, dtype, **options)
+            continue
+        if row.kernel == "shard_rows":
+            for name, dtypes in SHARD_ROWS.items():
+                options = {"cap": name != "plain", "bias": name != "plain"}
+                yield "shard_rows", row.tile, f"parts, {name}", row_parts_source(row.tile, torch.bfloat16, **options)
+                for dtype in dtypes:
+                    source = row_gradient_source(row.tile, dtype, **options)
+                    yield "shard_rows", row.tile, f"gradient, {NAMES[dtype]}, {name}", source
+            continue
+        if row.kernel == "stored_rows":
+            columns = tiles.find("store_gemm", arch, torch.bfloat16, 1).block_n
+            for dtype, cap in ((torch.bfloat16, False), (torch.float16, True)):
+                source = stored_gradient_source(row.tile, dtype, columns, cap=cap)
+                yield "stored_rows", row.tile, f"{NAMES[dtype]}, {'softcap' if cap else 'plain'}", source
+            continue
+        if row.kernel == "store_gemm":  # lse_gemm with a store; bf16 and fp16 compile alike
+            for dtype, name in ((torch.bfloat16, "softcap, bias"), (torch.float16, "plain")):
+                for tma in (True, False) if row.tile.use_tma else (False,):
+                    options = {"cap": name != "plain", "bias": name != "plain", "store": True}
+                    source = lse_gemm_source(row.tile, dtype, tma, **options)
+                    yield "store_gemm", row.tile, f"{NAMES[dtype]}, {'TMA' if tma else 'pointers'}, {name}", source
             continue
         for dtype in row.dtypes:
             for name, options in LSE_GEMM.items():
@@ -126,7 +191,7 @@ def compile_for(arch: str) -> Iterator[dict[str, Any]]:
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
     for kernel, tile, variant, source in jobs(arch):
         options = {"num_warps": tile.num_warps}
-        if kernel == "lse_gemm":
+        if kernel.endswith("_gemm"):
             options["num_stages"] = tile.num_stages
         result: dict[str, Any] = {"arch": arch, "kernel": kernel, "tile": list(tile), "variant": variant}
         try:
@@ -162,13 +227,14 @@ class NoDevice:
 def launchers() -> Iterator[str]:
     """Run the driver on CPU tensors as if on sm_90, up to each launch: what the launchers pass is what is compiled.
 
-    Yields the kernels built. The row kernel would leave NaN where nothing ran, which no product here minds.
+    Yields the kernels built. Where nothing ran there may be NaN, which no product here minds.
     """
     from triton.runtime import driver as active
     from triton.runtime.jit import JITFunction
 
     from perce_kernels.gpu import driver
 
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     active.set_active(NoDevice())
     tiles.architecture = lambda device: "sm_90"
     built: list[str] = []
@@ -207,6 +273,18 @@ def launchers() -> Iterator[str]:
             )  # fmt: skip
         for entropy in (False, True):
             driver.token_logprobs(hidden, lm_head, target, bias, 1, 30.0, 1.0, False, entropy)
+        shard = Shard(dist.group.WORLD, 0, v)
+        driver.fused_perce_loss(
+            hidden, lm_head, target, hidden_cf, None, None, bias, 0.8, 5.0, "log", -100, 30.0, 1.0, True, True, False,
+            False, shard,
+        )  # fmt: skip
+        driver.token_logprobs(hidden, lm_head, target, None, -100, None, 1.0, False, True, shard)
+        tiles.TABLE, shipped = [row._replace(in_use=True) for row in tiles.TABLE], tiles.TABLE
+        driver.fused_perce_loss(
+            hidden, lm_head, target, hidden_cf, None, None, bias, 0.8, 5.0, "log", -100, 30.0, 1.0, True, True, True,
+            True,
+        )  # fmt: skip
+        tiles.TABLE = shipped
         yield from built
         built.clear()
 

@@ -10,7 +10,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from perce_kernels import chunked
+from perce_kernels import chunked, row_pass
 
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.register_profile("explore", deadline=None, max_examples=1000)
@@ -33,7 +33,7 @@ def small_chunks():
     """Budgets so small that the usual test inputs (N = 37, V = 211) take several chunks and blocks of rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "LOGITS_BYTES", 1)  # chunk_rows' minimum: 16
-        patch.setattr(chunked, "ROW_BLOCK_BYTES", 5 * 211 * 4)
+        patch.setattr(row_pass, "ROW_BLOCK_BYTES", 5 * 211 * 4)
         yield
 
 

@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 from perce_kernels.gpu import tiles
 
 NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
+ROWS = ("row_loss", "shard_rows", "stored_rows")
+GEMMS = ("lse_gemm", "store_gemm")
 
 
 def aot(option: str) -> list[str]:
@@ -41,7 +43,7 @@ def test_every_tile_of_the_table_was_compiled(compiled):
             built = [r for r in compiled[row.arch] if r["kernel"] == row.kernel and tiles.Tile(*r["tile"]) == row.tile]
             assert len(built) >= 2, row
     for arch, results in compiled.items():
-        assert {r["kernel"] for r in results} == {"row_loss", "lse_gemm", "combine"}, arch
+        assert {r["kernel"] for r in results} == {row.kernel for row in tiles.TABLE} | {"combine"}, arch
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
@@ -50,7 +52,7 @@ def test_no_spills_and_shared_memory_within_the_limit(compiled, arch):
         assert "error" not in result, result
         assert result["spilled"] == 0, result
         assert result["shared"] <= tiles.SHARED_MEMORY_LIMIT[arch], result
-        if result["kernel"] == "row_loss":
+        if result["kernel"] in ROWS:
             assert result["registers"] <= 128, f"fewer than two programs a multiprocessor: {result}"
 
 
@@ -59,8 +61,8 @@ def test_no_spills_and_shared_memory_within_the_limit(compiled, arch):
     [("sm_80", "mma.sync"), ("sm_86", "mma.sync"), ("sm_90", "wgmma.mma_async"), ("sm_100", "tcgen05.mma")],
 )
 def test_the_gemm_uses_the_matrix_units_and_the_copy_engine(compiled, arch, matrix):
-    gemms = [r for r in compiled[arch] if r["kernel"] == "lse_gemm" and not r["variant"].startswith("fp32")]
-    assert gemms
+    gemms = [r for r in compiled[arch] if r["kernel"] in GEMMS and not r["variant"].startswith("fp32")]
+    assert {r["kernel"] for r in gemms} == set(GEMMS)
     for result in gemms:
         assert matrix in result["instructions"], result
         assert ("cp.async.bulk.tensor" in result["instructions"]) == ("TMA" in result["variant"]), result
@@ -75,8 +77,9 @@ def test_the_gemm_in_fp32_keeps_ieee_products(compiled):
 
 @pytest.mark.parametrize("arch", NVIDIA)
 def test_the_row_kernel_copies_ahead_and_synchronises_its_overlay(compiled, arch):
-    for result in (r for r in compiled[arch] if r["kernel"] == "row_loss"):
-        assert {"cp.async.cg", "bar.sync"} <= set(result["instructions"]), result
+    for result in (r for r in compiled[arch] if r["kernel"] in ROWS):
+        expected = {"bar.sync"} if result["variant"].startswith("gradient") else {"cp.async.cg", "bar.sync"}
+        assert expected <= set(result["instructions"]), result
 
 
 def test_amd(compiled):
@@ -91,6 +94,9 @@ def test_amd(compiled):
 def test_what_the_launchers_pass_compiles():
     """Specialised as Triton does it: sizes of 1, absent tensors, descriptors, a 64-bit ignore_index."""
     built = [line.split()[0] for line in aot("--launchers")]
-    # Per shape: three calls of the loss; two of token_logprobs, each a product and a combination.
+    # Per shape: three calls of the loss by the row kernel, one sharded, one storing; three of token_logprobs, each a
+    # product and a combination, as the one that stores has.
     assert built.count("row_loss_kernel") == 3 * 3
-    assert built.count("lse_gemm_kernel") == built.count("combine_kernel") == 3 * 2
+    assert built.count("row_parts_kernel") == built.count("row_gradient_kernel") == 3
+    assert built.count("stored_gradient_kernel") == 3
+    assert built.count("lse_gemm_kernel") == built.count("combine_kernel") == 3 * 4

@@ -422,13 +422,13 @@ class Watch(LiveBytes):
 def watch(monkeypatch):
     """A Watch that also counts the GEMM kernel's products by its launcher; and no target check of the CPU's."""
     watch = Watch()
-    launch = lse_gemm.logprobs
+    launch = lse_gemm.statistics
 
     def counted(hidden, lm_head, *args, **options):
         watch.flop += 2 * hidden.shape[0] * hidden.shape[1] * lm_head.shape[0]
         return launch(hidden, lm_head, *args, **options)
 
-    monkeypatch.setattr(lse_gemm, "logprobs", counted)
+    monkeypatch.setattr(lse_gemm, "statistics", counted)
     monkeypatch.setattr(chunked, "check_target", lambda *_: None)
     return watch
 
@@ -494,7 +494,7 @@ def test_peak_bytes_follow_the_formula(watch, source, compact, ignored, needed):
     rows = int((inputs.target != IGNORE).sum()) if compact else n
     expected = driver.extra_bytes(
         rows, d, v, 4, chunk=CHUNK, passes=2 if source == "hidden_cf" else 1, gathered=rows < n, masked=not compact,
-        need_dhidden=needed[0], need_dbias=needed[2],
+        needed=needed,
     )  # fmt: skip
     extra = watch.peak - sum(x.untyped_storage().nbytes() for x in out)
     assert expected - v * 4 * needed[2] <= extra <= expected + 40 * n
@@ -545,7 +545,7 @@ def test_pitch():
 
 def test_every_kernel_has_a_tile_on_every_architecture():
     for arch in (*tiles.SHARED_MEMORY_LIMIT, tiles.INTERPRETER):
-        for kernel in ("row_loss", "lse_gemm"):
+        for kernel in ("row_loss", "shard_rows", "lse_gemm"):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 for d in (1, 256, 257, 8192):
                     tile = tiles.find(kernel, arch, dtype, d)

@@ -135,7 +135,7 @@ def test_peak_memory_follows_the_formula(monkeypatch, case, name):
     multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count if ON_GPU else 1
     expected = driver.extra_bytes(
         rows, d, v, inputs.hidden.itemsize, chunk=driver.chunk_rows(d, v, 2, multiprocessors), passes=2,
-        gathered=rows < n, masked=not compact, need_dhidden=needed[0], need_dbias=needed[2],
+        gathered=rows < n, masked=not compact, needed=needed,
     )  # fmt: skip
     slack = 32 * 2**20 if ON_GPU else 0  # CUDA's allocator rounds large blocks up to 2 MiB
     extra = peak_bytes(run) - outputs

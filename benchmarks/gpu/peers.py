@@ -83,6 +83,26 @@ def load_perce() -> Implementation:
     return Implementation(implementations.perce, pir)
 
 
+def load_perce_stored() -> Implementation:
+    """Ours by the other way to fp32 statistics, which the tile table leaves off: the GPU is to say whether it pays."""
+    tiles = imported("perce_kernels.gpu.tiles", "triton")
+    ours = load_perce()
+
+    def switched_on(call: Loss) -> Loss:
+        def switched(*inputs: Tensor) -> Tensor:
+            table = tiles.TABLE
+            tiles.TABLE = tuple(row._replace(in_use=True) for row in table)
+            try:
+                return call(*inputs)
+            finally:
+                tiles.TABLE = table
+
+        return switched
+
+    assert ours.pir is not None
+    return Implementation(switched_on(ours.loss), switched_on(ours.pir))
+
+
 def load_naive_bf16() -> Implementation:
     """What training code does: logits in the model's dtype, cross-entropy in fp32."""
 
@@ -181,6 +201,7 @@ PEERS = {  # by importance and quickness to compile: where time runs out, the la
     peer.name: peer
     for peer in (
         Peer("perce", "**perce**", load_perce),
+        Peer("perce_stored", "**perce**, 16-bit logits kept", load_perce_stored),
         Peer("trl", "TRL fused head", load_trl),
         Peer("cce_exact", "cut-cross-entropy, exact", lambda: load_cce(None)),
         Peer("liger_large", "Liger, Triton, 8 × chunks", lambda: load_liger(8)),

@@ -2,6 +2,7 @@
 
     per chunk of C tokens   [z; z_cf] = [h; h_cf] Wᵀ       one product, fp32 out, W read once     4·C·D·V FLOP
                             row kernel: logp, w, dz        in place over z, in the operands' dtype
+                                                           (or a product that stores 16 bits of z alone: steps.py)
                             dh = dz W                      only if hidden trains                  2·C·D·V
                             dW += dzᵀ h                    only if the head trains; fp32          2·C·D·V
 
@@ -10,12 +11,15 @@ The first chunk writes dW and later ones add to it: it is never cleared.
 Memory beside inputs and outputs, for n computed rows in chunks of C = min(chunk_rows, n), passes = 2 with hidden_cf and
 1 without, P = V rounded up to a multiple of 64, s = bytes of an operand's element (`extra_bytes`, held by a test):
 
-    logits       passes · C · P · 4
+    logits       passes · C · P · 4     where tiles.py has the GEMM that stores 16-bit logits in use, instead
+                 C · P · s + passes · C · ⌈V/columns of its tile⌉ · 8, the first only where there is a gradient
     operands     passes · C · D · s     where rows are gathered, masked or paired; else they are a slice of hidden
     dh of chunk  C · D · 4              where rows are gathered; else the product writes to its place
     column sums  V · 4                  where the bias trains
     per token    n · 12                 where rows are gathered: statistics, scattered at the end
                  and ≤ 40 bytes a token of indices, targets and masks
+
+With a shard of the vocabulary V is the shard's, but the chunk size is that of the whole vocabulary, on every rank.
 
 Host syncs: with compact=True one, which learns how many rows there are; with compact=False none, and nothing depends on
 values, so that a CUDA graph can capture the call. fp16 has few exponents: there dz is scaled by the power of two that
@@ -26,7 +30,7 @@ tensor cores nor the row kernel's fp32 statistics are any good.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -35,7 +39,10 @@ from torch import Tensor
 
 from perce_kernels import chunked
 from perce_kernels.chunked import PerCEOutput
-from perce_kernels.gpu import lse_gemm, row_loss
+from perce_kernels.gpu import lse_gemm
+from perce_kernels.gpu.steps import Job, Step, choose, pitch, product
+from perce_kernels.row_pass import Contrasting
+from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
 LOGITS_BYTES = 2 * 2**30
 """Budget of a chunk's logits. 2 GiB are 2048 tokens of a 128k vocabulary with both passes: reading and writing dW (8
@@ -44,13 +51,8 @@ GEMM_TILE = (128, 256)
 """Rows and columns of the output tile that cuBLAS prefers for large 16-bit products; what "wave" means below."""
 LOGPROB_ROWS = 8192
 """Tokens per chunk of token_logprobs, whose buffers are small: enough that reading W again costs nothing."""
-PITCH = 64
-"""Logits rows start at multiples of this many fp32: 256 bytes, what vector loads and cuBLAS want of any V."""
-
-
-def pitch(v: int) -> int:
-    """Elements from one row of the logits to the next."""
-    return -(-v // PITCH) * PITCH
+SHARDED_MULTIPROCESSORS = 132
+"""What a group of GPUs is taken to have each, so that two kinds of them still cut the same chunks."""
 
 
 def chunk_rows(d: int, v: int, passes: int, multiprocessors: int, budget: int | None = None) -> int:
@@ -75,12 +77,19 @@ def chunk_rows(d: int, v: int, passes: int, multiprocessors: int, budget: int | 
 
 
 def extra_bytes(
-    n: int, d: int, v: int, itemsize: int, *, chunk: int, passes: int, gathered: bool, masked: bool, need_dhidden: bool,
-    need_dbias: bool,
+    n: int, d: int, v: int, itemsize: int, *, chunk: int, passes: int, gathered: bool, masked: bool,
+    needed: tuple[bool, bool, bool], tile_columns: int | None = None,
 ) -> int:  # fmt: skip
-    """The docstring's formula without its last line: bytes beside inputs and outputs while n rows are computed."""
+    """The docstring's formula without its last line: bytes beside inputs and outputs while n rows are computed.
+
+    needed: dhidden, dlm_head, dbias. tile_columns: of the GEMM that stores 16-bit logits, where that way is in use.
+    """
     c = min(chunk, n)
-    logits = passes * c * pitch(v) * 4
+    need_dhidden, _, need_dbias = needed
+    if tile_columns is None:
+        logits = passes * c * pitch(v) * 4
+    else:
+        logits = c * pitch(v) * itemsize * any(needed) + passes * c * -(-v // tile_columns) * 8
     operands = passes * c * d * itemsize if gathered or masked or passes == 2 else 0
     dh = c * d * 4 if gathered and need_dhidden else 0
     return logits + operands + dh + v * 4 * need_dbias + n * 12 * gathered
@@ -130,17 +139,6 @@ class _Rows:
     def chunks(self, size: int) -> Iterator[slice]:
         for start in range(0, self.n, max(size, 1)):
             yield slice(start, min(start + size, self.n))
-
-
-def _mm(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out (+)= a @ b with fp32 accumulation and output. CPU products have no out_dtype: operands are upcast there."""
-    if a.device.type == "cpu":
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    mixed: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if add:
-        torch.addmm(out, a, b, out=out, **mixed)
-    else:
-        torch.mm(a, b, out=out, **mixed)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -205,75 +203,74 @@ def fused_perce_loss(
     need_dhidden: bool,
     need_dlm_head: bool,
     need_dbias: bool,
+    shard: Shard | None = None,
 ) -> PerCEOutput:
     """chunked.fused_perce_loss on a GPU: same arguments, same outputs."""
     if hidden.dtype == torch.float64:
         return chunked.fused_perce_loss(
             hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
-            ignore_index, softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias,
+            ignore_index, softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias, shard,
         )  # fmt: skip
     with _on(hidden.device), chunked.full_fp32_matmul():
-        rows = _Rows(target, lm_head.shape[0], ignore_index, compact)
+        v, d = lm_head.shape
+        vocab_size = v if shard is None else shard.vocab_size
+        rows = _Rows(target, vocab_size, ignore_index, compact)
         out = _outputs(hidden, lm_head, rows, need_dhidden, need_dlm_head, need_dbias)
-        bias = None if bias is None else bias.contiguous()
-        given_weight, given_logp_cf = rows.pick(token_weight), rows.pick(logp_cf)
-        dz_scale = _dz_scale(rows, hidden.dtype, given_weight, clip_max, logit_scale)
-        source = "token_weight" if token_weight is not None else "logp_cf" if logp_cf is not None else "hidden_cf"
-
-        def row_kernel(z: Tensor, z_cf: Tensor | None, dz: Tensor | None, statistics: list[Tensor], chunk: slice):
-            given = given_logp_cf if given_weight is None else given_weight
-            row_loss.row_loss(
-                z, z_cf, rows.target[chunk], None if given is None else given[chunk], bias, dz_scale, dz, *statistics,
-                v=lm_head.shape[0], source=source, contrast=contrast, clip_min=clip_min, clip_max=clip_max,
-                ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale,
-            )  # fmt: skip
-
-        _sweep(hidden, _matrix(lm_head), hidden_cf, rows, out, row_kernel)
-        if dz_scale is not None:
+        passes = 1 if hidden_cf is None else 2
+        multiprocessors = _multiprocessors(hidden.device) if shard is None else SHARDED_MULTIPROCESSORS
+        given_weight = rows.pick(token_weight)
+        job = Job(
+            lm_head=_matrix(lm_head), bias=None if bias is None else bias.contiguous(), target=rows.target,
+            valid=None if rows.ignored is None else ~rows.ignored[:, 0], logp_cf=rows.pick(logp_cf),
+            token_weight=given_weight, dz_scale=_dz_scale(rows, hidden.dtype, given_weight, clip_max, logit_scale),
+            contrasting=Contrasting(contrast, clip_min, clip_max), ignore_index=ignore_index, softcap=softcap,
+            logit_scale=logit_scale, passes=passes,
+            size=min(chunk_rows(d, vocab_size, passes, multiprocessors), rows.n),
+            needed=(need_dhidden, need_dlm_head, need_dbias),
+        )  # fmt: skip
+        _sweep(hidden, hidden_cf, rows, job, choose(job, shard), out)
+        if job.dz_scale is not None:
             for gradient in (out.dhidden, out.dlm_head, out.dbias):
-                gradient.div_(dz_scale)
+                gradient.div_(job.dz_scale)
+        if shard is not None:
+            shard.sum_(out.dhidden)
     return out
 
 
 def _sweep(
     hidden: Tensor,  # (N, D)
-    lm_head: Tensor,  # (V, D)
     hidden_cf: Tensor | None,  # (N, D)
     rows: _Rows,
+    job: Job,
+    step: Step,
     out: PerCEOutput,  # filled
-    row_kernel: Callable[[Tensor, Tensor | None, Tensor | None, list[Tensor], slice], None],
 ) -> None:
-    """All chunks: products, row kernel, products. Buffers are allocated once, for the first and largest chunk."""
-    (v, d), passes = lm_head.shape, 1 if hidden_cf is None else 2
-    need_dhidden, need_dlm_head, need_dbias = (x.numel() > 0 for x in (out.dhidden, out.dlm_head, out.dbias))
-    size = min(chunk_rows(d, v, passes, _multiprocessors(hidden.device)), rows.n)
+    """All chunks: operands, the step, products with dz. Buffers are allocated once, for the first and largest chunk."""
+    d = hidden.shape[1]
+    need_dhidden, need_dlm_head, need_dbias = job.needed
     per_token = [out.logp, out.logp_cf, out.token_weight]
     if rows.index is not None:
         per_token = [x.new_empty(rows.n) for x in per_token]
-    logits = hidden.new_empty((passes * size, pitch(v)), dtype=torch.float32)
-    operands = hidden.new_empty((passes * size, d)) if rows.copied or passes == 2 else None
-    dh_buffer = logits.new_empty((size, d)) if rows.index is not None and need_dhidden else None
+    operands = hidden.new_empty((job.passes * job.size, d)) if rows.copied or job.passes == 2 else None
+    dh_buffer = out.logp.new_empty((job.size, d)) if rows.index is not None and need_dhidden else None
 
-    for chunk in rows.chunks(size):
+    for chunk in rows.chunks(job.size):
         c = chunk.stop - chunk.start
-        both = hidden[chunk] if operands is None else operands[: passes * c]
+        both = hidden[chunk] if operands is None else operands[: job.passes * c]
         if operands is not None:
             rows.copy(both[:c], hidden, chunk)
             if hidden_cf is not None:
                 rows.copy(both[c:], hidden_cf, chunk)
-        z = logits[: passes * c]
-        _mm(both, lm_head.T, z[:, :v])
-        dz = row_loss.overlay(z[:c], v, hidden.dtype) if need_dhidden or need_dlm_head or need_dbias else None
-        row_kernel(z[:c], z[c:] if passes == 2 else None, dz, [x[chunk] for x in per_token], chunk)
+        dz = step(both, chunk, [x[chunk] for x in per_token])
         if dz is None:
             continue
         if need_dhidden:
             dh = out.dhidden[chunk] if dh_buffer is None else dh_buffer[:c]
-            _mm(dz, lm_head, dh)
+            product(dz, job.lm_head, dh)
             if rows.index is not None:
                 out.dhidden.index_copy_(0, rows.index[chunk], dh)
         if need_dlm_head:
-            _mm(dz.T, both[:c], out.dlm_head, add=chunk.start > 0)
+            product(dz.T, both[:c], out.dlm_head, add=chunk.start > 0)
         if need_dbias:
             out.dbias.add_(dz.sum(0, dtype=torch.float32))
 
@@ -295,26 +292,28 @@ def token_logprobs(
     logit_scale: float,
     compact: bool,
     return_entropy: bool,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """chunked.token_logprobs on a GPU: same arguments, same outputs; no logits are written at all."""
     if hidden.dtype == torch.float64:
         return chunked.token_logprobs(
-            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy
+            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, shard
         )
     total, v = hidden.shape[0], lm_head.shape[0]
     with _on(hidden.device):
-        rows = _Rows(target, v, ignore_index, compact)
+        rows = _Rows(target, v if shard is None else shard.vocab_size, ignore_index, compact)
         logp = hidden.new_zeros(total, dtype=torch.float32)
         entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
         lm_head = lm_head if lm_head.stride(1) == 1 else lm_head.contiguous()
         bias = None if bias is None else bias.contiguous()
+        head: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "return_entropy": return_entropy}
         for chunk in rows.chunks(LOGPROB_ROWS):
-            h = hidden[chunk] if rows.index is None else hidden[rows.index[chunk]]
+            h, y = hidden[chunk] if rows.index is None else hidden[rows.index[chunk]], rows.target[chunk]
             h = h if h.stride(1) == 1 else h.contiguous()
-            part = lse_gemm.logprobs(
-                h, lm_head, rows.target[chunk], bias, ignore_index=ignore_index, softcap=softcap,
-                logit_scale=logit_scale, return_entropy=return_entropy,
-            )  # fmt: skip
+            if shard is None:
+                part = lse_gemm.logprobs(h, lm_head, y, bias, ignore_index=ignore_index, **head)
+            else:
+                part = _sharded_logprobs(h, lm_head, y, bias, shard, ignore_index, head)
             for whole, value in zip((logp, entropy), part, strict=True):
                 if value is None:
                     continue
@@ -323,6 +322,19 @@ def token_logprobs(
                 else:
                     whole.index_copy_(0, rows.index[chunk], value)
     return logp, entropy
+
+
+def _sharded_logprobs(
+    h, lm_head, y, bias, shard: Shard, ignore_index: int, head: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """logp, and entropy if asked for, of rows whose statistics are those of all ranks; 0 where ignored."""
+    column = shard.columns(y, lm_head.shape[0])
+    own = lse_gemm.statistics(h, lm_head, column, bias, **head)
+    parts = RowParts(own.row_max, own.total, own.z_target - lowest_finite(own.row_max), own.moment)
+    whole, ignored = shard.combine(parts, column >= 0), y == ignore_index
+    outside = (y < 0) | (y >= shard.vocab_size)
+    logp = whole.logp().masked_fill(outside, torch.nan).masked_fill(ignored, 0)
+    return logp, None if whole.moment is None else whole.entropy().masked_fill(ignored, 0)
 
 
 def _on(device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""The GEMM that keeps log-probabilities and writes no logits: token_logprobs, the E-step, scoring.
+"""The GEMM that keeps log-probabilities and writes no logits (token_logprobs, the E-step, scoring), or 16-bit ones.
 
     x  = h Wᵀ                                  (n, V), one (BLOCK_M, BLOCK_N) tile a program, fp32 accumulators
     z  = cap · tanh(scale · (x + b) / cap)     as in row_loss.py
@@ -9,7 +9,8 @@
     entropy = log S − U/S                      U = Σ exp(m_t − m) · (u_t + (m_t − m)·s_t) = Σ exp(z − m)·(z − m)
 
 Every exponent is relative to a maximum, so that a large offset common to the logits cancels before anything is rounded.
-The gradient is not here: it needs p_v of every column and is the row kernel's, by recomputation.
+The gradient is not here: it needs p_v of every column. Either the row kernel's computes the products again, or, asked
+to, the epilogue stores s_v = z_v − m_t of the first rows in the operands' dtype, for stored_rows.py to turn into it.
 
     traffic    partials (T, n) with T = ⌈V/BLOCK_N⌉: 8 bytes (12 with entropy) for BLOCK_N logits of 4
     order      programs run down GROUP_M row tiles before the next column tile: these share W's tile in the L2 cache
@@ -17,6 +18,8 @@ The gradient is not here: it needs p_v of every column and is the row kernel's, 
     padding    columns ≥ V become −inf after the cap; D is padded with zeros by either kind of load
     target     ignored: 0. Outside [0, V): no tile stores z_y, which stays the NaN that it was filled with.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,15 +43,17 @@ def lse_gemm_kernel(
     max_ptr, sum_ptr,  # (T, n) fp32
     moment_ptr,  # (T, n) fp32, with HAS_ENTROPY
     z_target_ptr,  # (n,) fp32
+    stored_ptr,  # (n_stored, V) 16 bits, with STORE
     # sizes
-    n, V, D,
+    n, V, D, n_stored,
     # strides
-    stride_hn, stride_wv,
+    stride_hn, stride_wv, stride_stored,
     # scalars
     softcap, logit_scale,
     # constants
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, USE_TMA: tl.constexpr,
-    UPCAST: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, STORE: tl.constexpr,
+    USE_TMA: tl.constexpr, UPCAST: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.cdiv(n, BLOCK_M)
     tiles_n = tl.cdiv(V, BLOCK_N)
@@ -92,6 +97,10 @@ def lse_gemm_kernel(
     tile_max = tl.max(z, 1)
     shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)  # −inf − (−inf) is NaN
     z -= shift[:, None]
+    if STORE:  # to the pitch: a multiple of 16, so that stores stay wide whatever V is
+        at = stored_ptr + offs_m.to(tl.int64)[:, None] * stride_stored + offs_v[None, :]
+        mask = (offs_m < n_stored)[:, None] & (offs_v < stride_stored)[None, :]
+        tl.store(at, z.to(stored_ptr.dtype.element_ty), mask=mask)
     p = tl.exp(z)
     partial = tile_n.to(tl.int64) * n + offs_m
     tl.store(max_ptr + partial, tile_max, mask=mask_n)
@@ -106,7 +115,8 @@ def combine_kernel(
     max_ptr, sum_ptr, moment_ptr,  # (T, n)
     z_target_ptr, target_ptr,  # (n,)
     # outputs
-    logp_ptr, entropy_ptr,  # (n,)
+    logp_ptr, row_max_ptr, total_ptr,  # (n,)
+    entropy_ptr, row_moment_ptr,  # (n,), with HAS_ENTROPY
     # sizes
     n, T, ignore_index,
     # constants
@@ -136,7 +146,10 @@ def combine_kernel(
     z_y = tl.load(z_target_ptr + offs, mask=mask, other=0.0)
     logp = (z_y - row_max) - tl.log(total)
     tl.store(logp_ptr + offs, tl.where(ignored, 0.0, logp), mask=mask)
+    tl.store(row_max_ptr + offs, row_max, mask=mask)
+    tl.store(total_ptr + offs, total, mask=mask)
     if HAS_ENTROPY:
+        tl.store(row_moment_ptr + offs, moment, mask=mask)
         entropy = tl.log(total) - moment / total
         tl.store(entropy_ptr + offs, tl.where(ignored, 0.0, entropy), mask=mask)
 
@@ -146,7 +159,20 @@ def _describable(*operands: Tensor) -> bool:
     return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in operands)
 
 
-def logprobs(
+class Statistics(NamedTuple):
+    """What the GEMM tells of n rows, all fp32; entropy and moment on request."""
+
+    logp: Tensor  # (n,) 0 where ignored
+    entropy: Tensor | None  # (n,) in nats, 0 where ignored
+    row_max: Tensor  # (n,)
+    total: Tensor  # (n,) Σ exp(z − row_max)
+    moment: Tensor | None  # (n,) Σ exp(z − row_max)·(z − row_max)
+    z_target: Tensor  # (n,) the target's logit, NaN where no column is the target's
+    tile_max: Tensor  # (T, n)
+    tile_columns: int  # V = (T − 1) · tile_columns + the last tile's
+
+
+def statistics(
     hidden: Tensor,  # (n, D), unit stride in D
     lm_head: Tensor,  # (V, D), unit stride in D
     target: Tensor,  # (n,) int64
@@ -156,38 +182,51 @@ def logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(n,) fp32 log-probabilities and, on request, predictive entropies in nats; 0 where ignored."""
+    stored: Tensor | None = None,  # (≤ n, pitch), out
+) -> Statistics:
+    """Both launches; V may be 0. `stored` takes z − tile_max of as many first rows, and −∞ from V to its pitch."""
     (n, d), v = hidden.shape, lm_head.shape[0]
-    logp = hidden.new_empty(n, dtype=torch.float32)
-    entropy = torch.empty_like(logp) if return_entropy else None
-    if n == 0:
-        return logp, entropy
-    assert hidden.stride(1) == lm_head.stride(1) == 1
-    tile = tiles.lookup("lse_gemm", hidden, d)
+    tile = tiles.lookup("lse_gemm" if stored is None else "store_gemm", hidden, d)
     tiles_m, tiles_n = triton.cdiv(n, tile.block_m), triton.cdiv(v, tile.block_n)
-    maxima, sums, *moments = (logp.new_empty(tiles_n, n) for _ in range(2 + return_entropy))
-    moment = moments[0] if moments else None
-    z_target = torch.full_like(logp, float("nan"))
-    use_tma = tile.use_tma and _describable(hidden, lm_head)
-    h_src, w_src = hidden, lm_head
-    if use_tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
 
-        h_src = TensorDescriptor.from_tensor(hidden, [tile.block_m, tile.block_k])
-        w_src = TensorDescriptor.from_tensor(lm_head, [tile.block_n, tile.block_k])
-    lse_gemm_kernel[(tiles_m * tiles_n,)](
-        h_src, w_src, target, bias,
-        maxima, sums, moment, z_target,
-        n, v, d,
-        hidden.stride(0), lm_head.stride(0),
-        1.0 if softcap is None else softcap, logit_scale,
-        HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_ENTROPY=return_entropy, USE_TMA=use_tma,
-        UPCAST=tiles.architecture(hidden.device) == tiles.INTERPRETER, GROUP_M=GROUP_M, BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    logp, row_max, total = (hidden.new_empty(n, dtype=torch.float32) for _ in range(3))
+    z_target = torch.full_like(logp, float("nan"))
+    maxima, sums = (logp.new_empty(tiles_n, n) for _ in range(2))
+    moments = entropy = moment = None
+    if return_entropy:
+        moments, entropy, moment = torch.empty_like(maxima), torch.empty_like(logp), torch.empty_like(logp)
+    result = Statistics(logp, entropy, row_max, total, moment, z_target, maxima, tile.block_n)
+    if n == 0:
+        return result
+    assert hidden.stride(1) == lm_head.stride(1) == 1
+    if tiles_n > 0:
+        use_tma = tile.use_tma and _describable(hidden, lm_head)
+        h_src, w_src = hidden, lm_head
+        if use_tma:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            h_src = TensorDescriptor.from_tensor(hidden, [tile.block_m, tile.block_k])
+            w_src = TensorDescriptor.from_tensor(lm_head, [tile.block_n, tile.block_k])
+        lse_gemm_kernel[(tiles_m * tiles_n,)](
+            h_src, w_src, target, bias,
+            maxima, sums, moments, z_target, stored,
+            n, v, d, 0 if stored is None else stored.shape[0],
+            hidden.stride(0), lm_head.stride(0), 0 if stored is None else stored.stride(0),
+            1.0 if softcap is None else softcap, logit_scale,
+            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_ENTROPY=return_entropy,
+            STORE=stored is not None, USE_TMA=use_tma, UPCAST=tiles.architecture(hidden.device) == tiles.INTERPRETER,
+            GROUP_M=GROUP_M, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     combine_kernel[(triton.cdiv(n, BLOCK_COMBINE),)](
-        maxima, sums, moment, z_target, target, logp, entropy, n, tiles_n, ignore_index,
+        maxima, sums, moments, z_target, target, logp, row_max, total, entropy, moment, n, tiles_n, ignore_index,
         HAS_ENTROPY=return_entropy, BLOCK=BLOCK_COMBINE, num_warps=4,
     )  # fmt: skip
-    return logp, entropy
+    return result
+
+
+def logprobs(
+    hidden: Tensor, lm_head: Tensor, target: Tensor, bias: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """(n,) fp32 log-probabilities and, on request, predictive entropies in nats; 0 where ignored."""
+    return statistics(hidden, lm_head, target, bias, **options)[:2]

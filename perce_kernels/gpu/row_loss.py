@@ -67,16 +67,11 @@ def load_logits(
 
 
 @triton.jit
-def row_statistics(
-    row_ptr, y, V, pitch, bias_ptr, softcap, logit_scale,
+def max_and_sum(
+    row_ptr, V, pitch, bias_ptr, softcap, logit_scale,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(max, Σ exp(z − max), logp) of a row. The sum is kept per lane, so a step costs one reduction, not two."""
-    x_y = tl.load(row_ptr + y)
-    bias_y = 0.0
-    if HAS_BIAS:
-        bias_y = tl.load(bias_ptr + y).to(tl.float32)
-    z_y = transform(x_y, bias_y, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+    """(max, Σ exp(z − max)) of a row. The sum is kept per lane, so a step costs one reduction, not two."""
     row_max = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
@@ -86,7 +81,29 @@ def row_statistics(
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # −inf − (−inf) is NaN
         total = total * tl.exp(row_max - shift) + tl.exp(z - shift)
         row_max = new_max
-    total = tl.sum(total, 0)
+    return row_max, tl.sum(total, 0)
+
+
+@triton.jit
+def target_logit(row_ptr, y, bias_ptr, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """The logit of column y, which may be −1: then it is that of a product of 0."""
+    x_y = tl.load(row_ptr + y, mask=y >= 0, other=0.0)
+    bias_y = 0.0
+    if HAS_BIAS:
+        bias_y = tl.load(bias_ptr + y, mask=y >= 0, other=0.0).to(tl.float32)
+    return transform(x_y, bias_y, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+
+
+@triton.jit
+def row_statistics(
+    row_ptr, y, V, pitch, bias_ptr, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """(max, Σ exp(z − max), logp) of a row."""
+    z_y = target_logit(row_ptr, y, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+    row_max, total = max_and_sum(
+        row_ptr, V, pitch, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, STAGES
+    )
     return row_max, total, (z_y - row_max) - tl.log(total)
 
 
@@ -97,6 +114,26 @@ def expm1(x):
     p = 1 + near / 6 * (1 + near / 7)
     p = 1 + near / 3 * (1 + near / 4 * (1 + near / 5 * p))
     return tl.where(x > -0.35, near * (1 + near / 2 * p), tl.exp(x) - 1)
+
+
+@triton.jit
+def write_gradient(
+    z_row, dz_row, y, row_max, total, logp, factor, V, pitch, bias_ptr, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx over x, with factor = w · scale; no column is the target's if y is −1."""
+    dtype = dz_row.dtype.element_ty
+    at_target = factor * expm1(logp)
+    elsewhere = factor / total
+    for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
+        offs_v = start + tl.arange(0, BLOCK_V)
+        z = load_logits(z_row, offs_v, V, pitch, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+        dz = tl.where(offs_v == y, at_target, elsewhere * tl.exp(z - row_max))
+        if HAS_SOFTCAP:
+            bent = z / softcap
+            dz *= 1 - tl.where(offs_v < V, bent * bent, 1.0)
+        tl.debug_barrier()  # dz overlays z: see the docstring
+        tl.store(dz_row + offs_v, dz.to(dtype), mask=offs_v < pitch)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "clip_min", "clip_max", "softcap", "logit_scale"])
@@ -165,18 +202,10 @@ def row_loss_kernel(
             factor = weight * logit_scale
             if HAS_DZ_SCALE:
                 factor *= tl.load(dz_scale_ptr)
-            at_target = factor * expm1(logp)
-            elsewhere = factor / total
-            dz_row = dz_ptr + row * stride_dz
-            for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
-                offs_v = start + tl.arange(0, BLOCK_V)
-                z = load_logits(z_row, offs_v, V, stride_z, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-                dz = tl.where(offs_v == y, at_target, elsewhere * tl.exp(z - row_max))
-                if HAS_SOFTCAP:
-                    bent = z / softcap
-                    dz *= 1 - tl.where(offs_v < V, bent * bent, 1.0)
-                tl.debug_barrier()  # dz overlays z: see the docstring
-                tl.store(dz_row + offs_v, dz.to(dz_ptr.dtype.element_ty), mask=offs_v < stride_z)
+            write_gradient(
+                z_row, dz_ptr + row * stride_dz, y, row_max, total, logp, factor, V, stride_z, bias_ptr, softcap,
+                logit_scale, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, STAGES,
+            )  # fmt: skip
 
 
 def overlay(z: Tensor, v: int, dtype: torch.dtype) -> Tensor:

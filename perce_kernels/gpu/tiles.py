@@ -34,6 +34,7 @@ class Row(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     d_max: int | None  # D up to this, or any
     tile: Tile
+    in_use: bool = True  # False: a way that is compiled and tested, and that no GPU has shown to be the faster one
 
 
 HALF = (torch.bfloat16, torch.float16)
@@ -50,6 +51,12 @@ TABLE = (
     Row("row_loss", "sm_100", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
     Row("row_loss", "gfx942", HALF + FULL, None, Tile(1, 4096, 0, 8, 1)),
     Row("row_loss", INTERPRETER, HALF + FULL, None, Tile(1, 128, 0, 1, 1)),
+    Row("shard_rows", "sm_80", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("shard_rows", "sm_86", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("shard_rows", "sm_90", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("shard_rows", "sm_100", HALF + FULL, None, Tile(1, 2048, 0, 8, 4)),  # with 3 stages a variant spilled 8 bytes
+    Row("shard_rows", "gfx942", HALF + FULL, None, Tile(1, 4096, 0, 8, 1)),
+    Row("shard_rows", INTERPRETER, HALF + FULL, None, Tile(1, 128, 0, 1, 1)),
     Row("lse_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3)),
     Row("lse_gemm", "sm_80", FULL, None, Tile(64, 64, 16, 8, 2)),
     Row("lse_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3)),
@@ -61,6 +68,20 @@ TABLE = (
     Row("lse_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2)),
     Row("lse_gemm", "gfx942", FULL, None, Tile(64, 64, 16, 8, 1)),
     Row("lse_gemm", INTERPRETER, HALF + FULL, None, Tile(32, 64, 32, 1, 1)),
+    # The GEMM that stores 16-bit logits, and the row kernel over them (steps.StoredLogits). False: fp32 logits by
+    # cuBLAS instead. A GPU on which this way is the faster sets its architecture's row to True.
+    Row("store_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3), False),
+    Row("store_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3), False),
+    Row("store_gemm", "sm_90", HALF, None, Tile(128, 128, 64, 8, 3, True), False),
+    Row("store_gemm", "sm_100", HALF, None, Tile(128, 128, 64, 8, 3, True), False),
+    Row("store_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2), False),
+    Row("store_gemm", INTERPRETER, HALF, None, Tile(32, 64, 32, 1, 1), False),
+    Row("stored_rows", "sm_80", HALF, None, Tile(1, 2048, 0, 8, 3)),
+    Row("stored_rows", "sm_86", HALF, None, Tile(1, 2048, 0, 8, 3)),
+    Row("stored_rows", "sm_90", HALF, None, Tile(1, 2048, 0, 8, 3)),
+    Row("stored_rows", "sm_100", HALF, None, Tile(1, 2048, 0, 8, 3)),
+    Row("stored_rows", "gfx942", HALF, None, Tile(1, 2048, 0, 8, 1)),
+    Row("stored_rows", INTERPRETER, HALF, None, Tile(1, 128, 0, 1, 1)),
 )
 
 
@@ -79,12 +100,23 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
+def _fits(row: Row, kernel: str, arch: str, dtype: torch.dtype, d: int) -> bool:
+    same = (row.kernel, row.arch) == (kernel, arch) and dtype in row.dtypes
+    return same and (row.d_max is None or d <= row.d_max)
+
+
 def find(kernel: str, arch: str, dtype: torch.dtype, d: int) -> Tile:
     """The tile of `kernel` for operands of `dtype` with D = d."""
     for row in TABLE:
-        if (row.kernel, row.arch) == (kernel, arch) and dtype in row.dtypes and (row.d_max is None or d <= row.d_max):
+        if _fits(row, kernel, arch, dtype, d):
             return row.tile
     raise ValueError(f"backend: the Triton kernels have no tile of {kernel} for {dtype} on {arch}")
+
+
+def in_use(kernel: str, like: Tensor, d: int) -> bool:
+    """Whether there is a tile of `kernel` for `like`, and it is the way to go."""
+    arch = architecture(like.device)
+    return any(row.in_use for row in TABLE if _fits(row, kernel, arch, like.dtype, d))
 
 
 def lookup(kernel: str, like: Tensor, d: int = 0) -> Tile:

@@ -1,0 +1,93 @@
+"""The gradient over logits that the GEMM stored in 16 bits, relative to the maximum of their tile. One program a row.
+
+    s_v   = z_v − m_t ≤ 0, rounded to bf16 or fp16            what lse_gemm.py stored, m_t exact in fp32
+    p_v   = exp(s_v + (m_t − max)) / Σ                        max, Σ and logp of fp32 logits
+    dx_v  = w · scale · (p_v − 1[v = y]) · (1 − (z_v/cap)²)   over s_v, in its dtype; z_v = s_v + m_t
+
+At the target it is expm1(logp), and z_y the fp32 logit, so that nothing of it was rounded: see row_loss.py.
+
+Error. Rounding moves s_v by at most u·|s_v| (u = 2⁻⁸ in bf16, 2⁻¹¹ in fp16) and p_v by a share of as much. What is far
+below its tile's maximum is moved most, and has no weight: with p_t the probability at that maximum,
+
+    |Δp_v| ≤ u · |s_v| · exp(−|s_v|) · p_t ≤ u/e · p_t        0.14 % of p_t in bf16, and nothing at the maximum itself
+
+to first order in u; the softcap's derivative adds at most 2/cap of that. A logit rounded to bf16, as a model in PyTorch
+has it, is moved by u·|z_v|, and p_v with it, also where p_v is large. Statistics and weights come from fp32 alone.
+
+    padding   columns V to the pitch were stored as −∞ and become 0
+    in place  an element is written by the thread that read it, or after the barrier of an exchange of layouts
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from perce_kernels.gpu import tiles
+from perce_kernels.gpu.lse_gemm import Statistics
+from perce_kernels.gpu.row_loss import expm1
+
+
+@triton.jit(do_not_specialize=["softcap", "logit_scale"])
+def stored_gradient_kernel(
+    # inputs
+    stored_ptr,  # (C, V) z − m_t, and output
+    tile_max_ptr,  # (T, n) fp32, n ≥ C
+    target_ptr,  # (C,) int64
+    z_target_ptr, max_ptr, sum_ptr, logp_ptr, weight_ptr,  # (C,) fp32
+    dz_scale_ptr,  # () fp32
+    # sizes
+    V, T,
+    # strides
+    stride_stored, stride_tile,
+    # scalars
+    softcap, logit_scale,
+    # constants
+    HAS_SOFTCAP: tl.constexpr, HAS_DZ_SCALE: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    stored_row = stored_ptr + row * stride_stored
+    y = tl.load(target_ptr + row)
+    row_max = tl.load(max_ptr + row)
+    factor = tl.load(weight_ptr + row) * logit_scale
+    if HAS_DZ_SCALE:
+        factor *= tl.load(dz_scale_ptr)
+    at_target = factor * expm1(tl.load(logp_ptr + row))
+    elsewhere = factor / tl.load(sum_ptr + row)
+    z_y = tl.load(z_target_ptr + row)
+    for start in tl.range(0, T, BLOCK_T, num_stages=STAGES):
+        offs_t = start + tl.arange(0, BLOCK_T)
+        offs_v = offs_t[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        tile_max = tl.load(tile_max_ptr + offs_t.to(tl.int64) * stride_tile + row, mask=offs_t < T, other=0.0)[:, None]
+        s = tl.load(stored_row + offs_v, mask=offs_v < stride_stored, other=0.0).to(tl.float32)
+        dz = tl.where(offs_v == y, at_target, elsewhere * tl.exp(s + (tile_max - row_max)))
+        if HAS_SOFTCAP:
+            bent = tl.where(offs_v == y, z_y, s + tile_max) / softcap
+            dz *= 1 - tl.where(offs_v < V, bent * bent, 1.0)
+        tl.store(stored_row + offs_v, dz.to(stored_ptr.dtype.element_ty), mask=offs_v < stride_stored)
+
+
+def stored_gradient(
+    stored: Tensor,  # (C, pitch) z − m_t, which become dz
+    statistics: Statistics,  # of n ≥ C rows, of which these are the first
+    target: Tensor,  # (C,) int64
+    logp: Tensor,  # (C,) fp32
+    weight: Tensor,  # (C,) fp32
+    dz_scale: Tensor | None,  # () fp32
+    *,
+    v: int,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> None:
+    """Launch the kernel over the rows of one chunk."""
+    assert stored.stride(1) == 1 and stored.stride(0) >= v and stored.dtype in tiles.HALF
+    tile = tiles.lookup("stored_rows", stored)
+    tile_max = statistics.tile_max
+    stored_gradient_kernel[(stored.shape[0],)](
+        stored, tile_max, target, statistics.z_target, statistics.row_max, statistics.total, logp, weight, dz_scale,
+        v, tile_max.shape[0],
+        stored.stride(0), tile_max.stride(0),
+        1.0 if softcap is None else softcap, logit_scale,
+        HAS_SOFTCAP=softcap is not None, HAS_DZ_SCALE=dz_scale is not None, TILE=statistics.tile_columns,
+        BLOCK_T=max(tile.block_n // statistics.tile_columns, 1), STAGES=tile.num_stages, num_warps=tile.num_warps,
+    )  # fmt: skip
