@@ -23,9 +23,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from perce.batch import Batch, collate
-from perce.config import DataConfig, LossConfig
+from perce.config import DataConfig, LossConfig, MemoryConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
+from perce.memory import check_context, check_parallelism, prepare_memory, settle_device
 from perce.model import add_adapter, load_pretrained, load_tokenizer, prepare_model
 
 MIB = 2**20
@@ -37,20 +38,22 @@ class PerceArguments(TrainingArguments):
 
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
         if self.fsdp and self.use_cpu:
             raise UserError("fsdp with use_cpu: the Trainer would silently run plain data parallelism instead.")
         if self.label_smoothing_factor:
             raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
-        # Liger's own loss would replace the forward that holds ours; its other kernels are welcome.
-        self.liger_kernel_config = {
-            **(self.liger_kernel_config or {}), "fused_linear_cross_entropy": False, "cross_entropy": False,
-        }  # fmt: skip
+        # Patched in when training begins, Liger's own loss would replace the forward that holds ours, and its MLPs our
+        # tiles; its other kernels are welcome.
+        off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)
+        self.liger_kernel_config = (self.liger_kernel_config or {}) | dict.fromkeys(off, False)
         self.remove_unused_columns = False
         self.label_names = []
         self.ddp_find_unused_parameters = False
         super().__post_init__()
+        settle_device(self, self.memory)
         if self.n_gpu > 1:
             raise UserError(
                 f"{self.n_gpu} GPUs are visible to one process. Start one process a GPU (torchrun --nproc_per_node "
@@ -58,7 +61,8 @@ class PerceArguments(TrainingArguments):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"loss": dataclasses.asdict(self.loss), "data": dataclasses.asdict(self.data)}
+        ours = {name: dataclasses.asdict(getattr(self, name)) for name in ("loss", "data", "memory")}
+        return super().to_dict() | ours
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,11 @@ class PerceTrainer(Trainer):
         }
         for name, dataset in datasets.items():
             _check_vocabulary(dataset, name, prepared.get_input_embeddings().weight.shape[0])
+            check_context(dataset, name, prepared.config, args.memory, args.data.max_length)
         kwargs.setdefault("data_collator", partial(collate, pad_id=getattr(tokenizer, "pad_token_id", None) or 0))
         super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
+        check_parallelism(self, args.memory)
+        prepare_memory(self.model, args.memory)
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.counterfactual_clock = _Clock(self.args.device)
@@ -153,12 +160,17 @@ class PerceTrainer(Trainer):
 
         value, *statistics = model(
             input_ids=inputs["input_ids"],
-            perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call},
+            perce={"target": inputs["target"], "loss": call, **self._factual(inputs)},
         )
         self._window.add(loss, *statistics, tokens=inputs["tokens"])
         # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
         value = value * self.accelerator.num_processes
         return (value, statistics) if return_outputs else value
+
+    def _factual(self, inputs: Batch) -> dict[str, Tensor]:
+        """Where the factual pass reads its hidden states, and with persona_grad="none" where its gradient begins."""
+        names = ("rows",) if self.args.memory.persona_grad == "full" else ("rows", "prefix")
+        return {name: inputs[name] for name in names}
 
     @torch.no_grad()
     def counterfactual_hidden(self, model: nn.Module, inputs: Batch) -> Tensor:
@@ -212,7 +224,7 @@ class PerceTrainer(Trainer):
             "clip_max": loss.clip_max, "contrast": loss.contrast,
         }  # fmt: skip
         _, *statistics = model(
-            input_ids=inputs["input_ids"], perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call}
+            input_ids=inputs["input_ids"], perce={"target": inputs["target"], "loss": call, **self._factual(inputs)}
         )
         per_example = torch.bincount(inputs["sequence"]).tolist()
         columns = [x.cpu().split(per_example) for x in (inputs["target"], *statistics, inputs["personal"])]
