@@ -23,5 +23,5 @@ def test_memory_of_a_step(benchmark, persona):
     benchmark.extra_info["peak_extra_mib"] = extra
     benchmark.extra_info["seconds"] = {way: round(result["seconds"], 1) for way, result in results.items()}
     print(f"\npersona {persona}: {dict(benchmark.extra_info)}")
-    assert extra["persona_grad none"] < extra["full"] / 2
-    assert extra["checkpointing + mlp_tile"] <= extra["checkpointing"] * 1.05
+    for way in ("persona_grad none", "mlp_tile", "checkpointing"):
+        assert extra[way] < extra["full"] / 2, way
