@@ -50,6 +50,16 @@ def steps(entries: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| persona of {extra['persona_tokens']} tokens | {seconds:.2f} | {extra['ratio_to_ce']:.2f} |"
 
 
+def contexts(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Peak extra memory of one step over the persona's length, by what is traded for it."""
+    columns = [e["extra_info"] for e in entries if e["name"].startswith("test_memory_of_a_step")]
+    if columns:
+        yield f"| MiB of a step, persona of | {' | '.join(str(c['persona_tokens']) for c in columns)} |"
+        yield "| --- |" + " --- |" * len(columns)
+        for way in columns[0]["peak_extra_mib"]:
+            yield f"| {way} | {' | '.join(str(c['peak_extra_mib'][way]) for c in columns)} |"
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
@@ -61,7 +71,7 @@ def main() -> None:
     entries, extra = results["benchmarks"], results["benchmarks"][0]["extra_info"]
     cpu = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
     print(f"{cpu}, {extra['threads']} threads, torch {extra['torch']}, {results['datetime'][:10]}.")
-    for table in (times, memory, steps):
+    for table in (times, memory, steps, contexts):
         print("", *table(entries), sep="\n")
 
 

@@ -7,6 +7,7 @@ them.
 import tempfile
 import time
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -48,19 +49,19 @@ def trainers():
         }  # fmt: skip
 
 
+def pair(persona: int, query: int = QUERY, response: int = RESPONSE, seed: int = 0) -> dict[str, Any]:
+    """Random ids with a persona of so many tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "input_ids": torch.randint(49152, (persona + query + response,), generator=generator).tolist(),
+        "persona_span": (4, 4 + persona),
+        "response_length": response,
+        "personal": [False] * response,
+    }
+
+
 def batch(persona: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(49152, (BATCH, persona + QUERY + RESPONSE), generator=generator).tolist()
-    pairs = [
-        {
-            "input_ids": row,
-            "persona_span": (4, 4 + persona),
-            "response_length": RESPONSE,
-            "personal": [False] * RESPONSE,
-        }
-        for row in ids
-    ]
-    return collate(pairs)
+    return collate([pair(persona, seed=seed) for seed in range(BATCH)])
 
 
 @pytest.mark.parametrize("persona", PERSONAS.values(), ids=PERSONAS.keys())

@@ -22,6 +22,7 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0) -> Batch:
         input_ids (B, T), input_ids_cf (B, T_cf): factual and counterfactual inputs, the last token left off.
         rows, rows_cf (N,): rows of the flattened hidden states that predict the response tokens.
         target (N,): those tokens, identical for both passes by construction.
+        prefix (B, 2): tokens of each factual input through its persona, and tokens of it in all.
         sequence (N,): which of the B sequences each belongs to. personal (N,): bool.
         tokens (): factual tokens without padding. example (B,): index into the examples, -1 where the pairs have none.
     """
@@ -42,6 +43,13 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0) -> Batch:
                 for row, (ids, length) in enumerate(zip(sequences, lengths.tolist(), strict=True))
             ]
         )
+    # At least the token that predicts the response's first is behind the prefix.
+    batch["prefix"] = torch.tensor(
+        [
+            (min(pair["persona_span"][1], len(ids) - pair["response_length"] - 1), len(ids) - 1)
+            for pair, ids in zip(pairs, factual, strict=True)
+        ]
+    )
     batch["target"] = torch.tensor(
         [token for ids, length in zip(factual, lengths.tolist(), strict=True) for token in ids[-length:]],
         dtype=torch.int64,

@@ -113,6 +113,22 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What long contexts trade for memory; see also activation_checkpointing."""
+
+    persona_grad: Literal["full", "none"] = _option(
+        "full", "none: the prompt through the persona gives keys and values without a gradient, same loss"
+    )
+    mlp_tile: int = _option(0, "tokens of each MLP at a time, recomputed in backward; 0: all")
+    activation_offload: bool = _option(
+        False, "hold the inputs of checkpointed layers in host memory; GPU and activation_checkpointing only"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.mlp_tile >= 0, "mlp_tile", ">= 0", self.mlp_tile)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How it is trained. Names that TrainingArguments has too mean the same."""
 
@@ -226,6 +242,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     run: RunConfig = field(default_factory=RunConfig)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -235,7 +252,9 @@ class TrainConfig:
         return flat | self.extra
 
 
-SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "loss": LossConfig, "run": RunConfig}
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig, "data": DataConfig, "loss": LossConfig, "memory": MemoryConfig, "run": RunConfig,
+}  # fmt: skip
 OPTIONS = Options(
     prog="python -m perce.train",
     description="Fine-tune a causal language model with the PerCE loss. Without arguments: a small model on the "

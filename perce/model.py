@@ -6,6 +6,8 @@
     model(input_ids, perce={"rows": rows, "target": …, "loss": {…}})         → (loss, logp, logp_cf,
                                                                                 signal, token_weight)
 
+With "prefix" in perce the tokens through the persona are run without a gradient; see perce/prefill.py.
+
 The loss runs inside the forward of the output-embedding module. Reading the head's weight anywhere else would bypass
 the hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
 """
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from perce.config import ModelConfig
 from perce.errors import UserError
+from perce.prefill import hidden_after_prefix
 from perce_kernels import fused_perce_loss, reference, token_logprobs
 
 PROBE_TOKENS = 8
@@ -130,9 +133,12 @@ def _patch_model(model: Any) -> None:
     def forward(self, *args, perce: dict[str, Any] | None = None, **kwargs):
         if perce is None:
             return own_forward(self, *args, **kwargs)
-        # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
-        output = self.base_model(*args, use_cache=False, **kwargs)
-        hidden = output[0].flatten(0, 1)[perce["rows"]]
+        if "prefix" in perce:
+            hidden = hidden_after_prefix(self.base_model, perce["rows"], perce["prefix"], *args, **kwargs)
+        else:
+            # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
+            output = self.base_model(*args, use_cache=False, **kwargs)
+            hidden = output[0].flatten(0, 1)[perce["rows"]]
         return hidden if "target" not in perce else self.get_output_embeddings()(hidden, perce=perce)
 
     model.forward = types.MethodType(forward, model)

@@ -45,14 +45,14 @@ def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
 
 @torch.no_grad()
 def token_statistics(
-    model: nn.Module, inputs: Batch, *, clip_min: float, clip_max: float, contrast: str
+    model: nn.Module, inputs: Batch, *, clip_min: float, clip_max: float, contrast: str, detach_persona: bool = False
 ) -> list[TokenStatistics]:
     """Statistics of one batch under a model in eval mode, whatever it is trained for."""
     call: dict[str, Any] = {
         "hidden_cf": counterfactual_hidden(model, inputs), "clip_min": clip_min, "clip_max": clip_max,
         "contrast": contrast,
     }  # fmt: skip
-    _, logp, logp_cf, _, weight = factual(model, inputs, call)
+    _, logp, logp_cf, _, weight = factual(model, inputs, call, detach_persona=detach_persona)
     columns = per_example(inputs, inputs["target"], logp, logp_cf, weight, inputs["personal"])
     return [TokenStatistics(*row) for row in zip(*columns, inputs["example"].tolist(), strict=True)]
 
@@ -64,11 +64,15 @@ def token_entropies(model: nn.Module, inputs: Batch) -> list[Tensor]:
     return list(per_example(inputs, factual(model, inputs, call)[3])[0])
 
 
-def factual(model: nn.Module, inputs: Batch, call: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Pass 2: (loss, logp, logp_cf, signal, token_weight), the loss inside the forward of the head."""
-    return model(
-        input_ids=inputs["input_ids"], perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call}
-    )
+def factual(
+    model: nn.Module, inputs: Batch, call: dict[str, Any], *, detach_persona: bool = False
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Pass 2: (loss, logp, logp_cf, signal, token_weight), the loss inside the forward of the head.
+
+    detach_persona: run the prompt through the persona for its keys and values alone; see perce/prefill.py.
+    """
+    names = ("rows", "target", "prefix") if detach_persona else ("rows", "target")
+    return model(input_ids=inputs["input_ids"], perce={name: inputs[name] for name in names} | {"loss": call})
 
 
 def per_example(inputs: Batch, *columns: Tensor) -> list[tuple[Tensor, ...]]:

@@ -199,6 +199,7 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
     import torch
 
     from perce.environment import quiet_libraries
+    from perce.memory import CHECKPOINTING
     from perce.model import resolve_precision
     from perce.trainer import PerceArguments
 
@@ -213,7 +214,6 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
     run = config.run
     use_cpu = bool(config.extra.get("use_cpu", not torch.cuda.is_available()))
     precision = resolve_precision(config.model.precision, "cpu" if use_cpu else "cuda")
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     values: dict[str, Any] = {
         "output_dir": run.output_dir,
         "num_train_epochs": run.num_train_epochs,
@@ -236,13 +236,13 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
         # Also for LoRA's bf16 base: its fp32 adapters would keep an fp32 copy of every activation.
         "bf16": precision == "bf16",
         "dataloader_pin_memory": not use_cpu,
-        checkpointing: run.activation_checkpointing,
-        f"{checkpointing}_kwargs": {"use_reentrant": False} if run.activation_checkpointing else None,
+        CHECKPOINTING: run.activation_checkpointing,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if run.activation_checkpointing else None,
         # Batches of ragged examples cannot be cut and sent around: every process reads its own from a stream.
         "accelerator_config": {"dispatch_batches": False},
     }
     try:
-        return PerceArguments(loss=config.loss, data=config.data, **(values | config.extra))
+        return PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **(values | config.extra))
     except UserError:
         raise
     except (ValueError, TypeError, ImportError) as error:

@@ -22,10 +22,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import EvalLoopOutput
 
 from perce.batch import Batch, collate
-from perce.config import DataConfig, LossConfig
+from perce.config import DataConfig, LossConfig, MemoryConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
 from perce.estimates import Estimates, check_estimable, estimate
+from perce.memory import check_context, check_parallelism, prepare_memory, settle_device
 from perce.meters import Clock, Window, peak_memory_mib
 from perce.model import add_adapter, load_pretrained, load_tokenizer, prepare_model
 from perce.scoring import OWN_SIGNAL, TokenStatistics, counterfactual_hidden, factual, token_statistics
@@ -37,20 +38,22 @@ class PerceArguments(TrainingArguments):
 
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
         if self.fsdp and self.use_cpu:
             raise UserError("fsdp with use_cpu: the Trainer would silently run plain data parallelism instead.")
         if self.label_smoothing_factor:
             raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
-        # Liger's own loss would replace the forward that holds ours; its other kernels are welcome.
-        self.liger_kernel_config = {
-            **(self.liger_kernel_config or {}), "fused_linear_cross_entropy": False, "cross_entropy": False,
-        }  # fmt: skip
+        # Patched in when training begins, Liger's own loss would replace the forward that holds ours, and its MLPs our
+        # tiles; its other kernels are welcome.
+        off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)
+        self.liger_kernel_config = (self.liger_kernel_config or {}) | dict.fromkeys(off, False)
         self.remove_unused_columns = False
         self.label_names = []
         self.ddp_find_unused_parameters = False
         super().__post_init__()
+        settle_device(self, self.memory)
         if self.n_gpu > 1:
             raise UserError(
                 f"{self.n_gpu} GPUs are visible to one process. Start one process a GPU (torchrun --nproc_per_node "
@@ -58,7 +61,8 @@ class PerceArguments(TrainingArguments):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"loss": dataclasses.asdict(self.loss), "data": dataclasses.asdict(self.data)}
+        ours = {name: dataclasses.asdict(getattr(self, name)) for name in ("loss", "data", "memory")}
+        return super().to_dict() | ours
 
 
 class PerceTrainer(Trainer):
@@ -102,11 +106,15 @@ class PerceTrainer(Trainer):
         }
         for name, dataset in datasets.items():
             _check_vocabulary(dataset, name, prepared.get_input_embeddings().weight.shape[0])
+            check_context(dataset, name, prepared.config, args.memory, args.data.max_length)
         kwargs.setdefault("data_collator", partial(collate, pad_id=getattr(tokenizer, "pad_token_id", None) or 0))
         super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
+        check_parallelism(self, args.memory)
+        prepare_memory(self.model, args.memory)
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.estimation_clock = Clock(self.args.device)
+        self._detach_persona = args.memory.persona_grad == "none"
         self.estimates: Estimates | None = None  # None: weights are estimated online
         if args.loss.estimate != "online":
             check_estimable(self.train_dataset, args.loss.estimate)
@@ -146,7 +154,7 @@ class PerceTrainer(Trainer):
         else:
             call |= self._weight_source(model, inputs)
 
-        value, *statistics, token_weight = factual(model, inputs, call)
+        value, *statistics, token_weight = factual(model, inputs, call, detach_persona=self._detach_persona)
         logp, logp_cf, signal = estimated or statistics
         self._window.add(loss, statistics[0], logp - logp_cf, signal, token_weight, tokens=inputs["tokens"])
         # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
@@ -211,7 +219,8 @@ class PerceTrainer(Trainer):
             inputs = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
             call = {"clip_min": loss.clip_min, "clip_max": loss.clip_max, "contrast": loss.contrast}
             with self.compute_loss_context_manager():
-                _, logp, logp_cf, signal, _ = factual(model, inputs, call | self._weight_source(model, inputs))
+                call |= self._weight_source(model, inputs)
+                _, logp, logp_cf, signal, _ = factual(model, inputs, call, detach_persona=self._detach_persona)
             return logp, logp_cf, signal
 
         self._window.start()
@@ -254,8 +263,9 @@ class PerceTrainer(Trainer):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 examples = token_statistics(
-                    model, inputs, clip_min=loss.clip_min, clip_max=loss.clip_max, contrast=loss.contrast
-                )
+                    model, inputs, clip_min=loss.clip_min, clip_max=loss.clip_max, contrast=loss.contrast,
+                    detach_persona=self._detach_persona,
+                )  # fmt: skip
             self.last_evaluation += examples
             sums = [
                 [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]

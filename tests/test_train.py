@@ -134,6 +134,19 @@ def test_options_reach_the_trainer(train, tmp_path):
     assert (tmp_path / "run" / "report.html").read_text().count("<article") == 1
 
 
+def test_memory_options_together(train, tmp_path):
+    flags = ["--persona_grad=none", "--mlp_tile=64", "--activation_checkpointing"]
+    logged = {"eval_loss": [], "grad_norm": []}
+    for name, options in {"plain": [], "frugal": flags}.items():
+        code, _, err = train(*options, max_steps=1, output_dir=tmp_path / name)
+        assert code == 0, err
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        for entry in logged:
+            logged[entry].append(next(line[entry] for line in history if entry in line))
+    assert logged["eval_loss"][1] == pytest.approx(logged["eval_loss"][0], abs=1e-5), "the same function"
+    assert logged["grad_norm"][1] != pytest.approx(logged["grad_norm"][0], rel=1e-3), "another gradient"
+
+
 def test_long_personas_are_trimmed_and_counted(train, tmp_path):
     rows = [{**row, "persona": ["I keep bees."] + ["I talk a great deal. " * 4] * 3} for row in ROWS]
     code, out, err = train(data=write_jsonl(tmp_path / "long.jsonl", rows), max_length=170)
@@ -288,6 +301,10 @@ def test_nothing_fits(train, tmp_path):
         ("--streaming", ["max_steps"]),
         ("--optim=adamw_bnb_8bit", ["cannot be used here"]),
         ("--seed=-1", ["seed"]),
+        ("--mlp_tile=-1", ["mlp_tile", ">= 0"]),
+        ("--persona_grad=half", ["persona_grad", "full, none"]),
+        ("--activation_offload", ["activation_offload", "CPU"]),
+        ("--use_liger_kernel", ["use_liger_kernel", "GPU"]),
         ("stray", ["stray"]),
     ],
 )

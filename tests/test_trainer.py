@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import get_linear_schedule_with_warmup
 
-from perce.config import DataConfig, LossConfig
+from perce.config import DataConfig, LossConfig, MemoryConfig
 from perce.errors import UserError
 from perce.model import add_adapter, prepare_model
 from perce.scoring import counterfactual_hidden, token_statistics
@@ -133,9 +133,10 @@ SPLITS = {
 
 def train_split(directory, batch, accumulation, kind, options):
     torch.manual_seed(0)
+    loss = {name: value for name, value in options.items() if name != "memory"}
     args = arguments(
         directory, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=3,
-        loss=LossConfig(clip_min=0.05, **options),
+        loss=LossConfig(clip_min=0.05, **loss), memory=MemoryConfig(**options.get("memory", {})),
     )  # fmt: skip
     trainer = trainer_for(model_for(kind), args, pairs=PAIRS[:16], eval_dataset=Dataset.from_list(PAIRS[:7]))
     trainer.train()
@@ -181,6 +182,7 @@ def run_split(tmp_path, name, kind, **options):
 RUNS = {
     "full": ("full", {}), "lora": ("lora", {}), "ce": ("full", {"objective": "ce"}),
     "sequence": ("full", {"normalize": "sequence"}),
+    "detached": ("lora", {"memory": {"persona_grad": "none"}}),
 }  # fmt: skip
 
 
@@ -196,13 +198,20 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("split", "key"),
     [(name, "full") for name in list(SPLITS)[1:]]
-    + [("2x4", "lora"), ("2x2x2", "lora"), ("2x4", "ce"), ("2x2x2", "ce"), ("2x2x2", "sequence")],
+    + [("2x4", "lora"), ("2x2x2", "lora"), ("2x4", "ce"), ("2x2x2", "ce"), ("2x2x2", "sequence"), ("2x4", "detached")]
+    + [pytest.param("2x2x2", "detached", marks=pytest.mark.slow)],
 )
 def test_every_split_of_a_batch_trains_the_same(tmp_path, whole, split, key):
     kind, options = RUNS[key]
     result = run_split(tmp_path, split, kind, **options)
     torch.testing.assert_close(torch.tensor(result["steps"]), torch.tensor(whole[key]["steps"]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.tensor(result["eval"]), torch.tensor(whole[key]["eval"]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_detached_persona_changes_the_gradient_only(whole):
+    lora, detached = (torch.tensor(whole[key]["steps"]) for key in ("lora", "detached"))
+    torch.testing.assert_close(detached[0, 0], lora[0, 0], atol=1e-6, rtol=1e-6)  # the loss before any step
+    assert ((detached - lora)[:, 1] / lora[:, 1]).abs().min() > 1e-3, "the gradient's norm is another one"
 
 
 # ---- stop and go on
@@ -317,6 +326,8 @@ def test_ligers_own_loss_is_always_off(tmp_path):
         tmp_path, liger_kernel_config={"rope": True, "fused_linear_cross_entropy": True}
     ).liger_kernel_config
     assert config == {"rope": True, "fused_linear_cross_entropy": False, "cross_entropy": False}
+    tiled = arguments(tmp_path, memory=MemoryConfig(mlp_tile=64)).liger_kernel_config
+    assert tiled["swiglu"] is tiled["geglu"] is False and not {"swiglu", "geglu"} & config.keys()
 
 
 def test_a_token_without_an_embedding_is_found_before_training(tmp_path):

@@ -86,7 +86,7 @@ def tiny_tokenizer(chat_template: str | None = CHATML, *, prepends_space: bool =
 
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0,
+    "num_key_value_heads": 2, "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0,
     "initializer_range": 0.2,
 }  # fmt: skip
 LAYERS = ["sliding_attention", "full_attention"]  # windows alone would not reach back to the persona

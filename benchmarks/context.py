@@ -1,0 +1,83 @@
+"""Peak extra memory and time of one long-context step: `python -m benchmarks.context WAY PERSONA` prints it as JSON.
+
+SmolLM2-135M's shape with random weights, LoRA of rank 16 and fp32, on one sequence of 80 + 128 tokens and its persona.
+"Extra" is over what the process holds before the step, adapters' gradients included; see benchmarks/memory.py.
+"""
+
+import ctypes
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory import M_MMAP_THRESHOLD, _status_bytes
+
+QUERY, RESPONSE = 80, 128
+TILE = 512
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "mlp_tile": {"mlp_tile": TILE},
+    "checkpointing": {"checkpointing": True},
+    "checkpointing + mlp_tile": {"checkpointing": True, "mlp_tile": TILE},
+    "persona_grad none": {"persona_grad": "none"},
+    "persona_grad none + checkpointing": {"persona_grad": "none", "checkpointing": True},
+}
+
+
+def measure(way: str, persona: int) -> dict[str, float]:
+    """In this process: call once in a fresh one."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+    import torch
+    from peft import LoraConfig
+
+    from benchmarks.test_step import pair, smollm2_135m
+    from perce.batch import collate
+    from perce.config import MemoryConfig
+    from perce.memory import prepare_memory
+    from perce.model import add_adapter
+
+    options = dict(WAYS[way])
+    checkpointing = options.pop("checkpointing", False)
+    memory = MemoryConfig(**options)
+    torch.manual_seed(0)
+    model = add_adapter(smollm2_135m(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    prepare_memory(model, memory)
+
+    def step(batch: dict[str, torch.Tensor]) -> float:
+        with torch.no_grad():
+            hidden_cf = model(input_ids=batch["input_ids_cf"], perce={"rows": batch["rows_cf"]})
+        call = {"rows": batch["rows"], "target": batch["target"], "loss": {"hidden_cf": hidden_cf}}
+        if memory.persona_grad == "none":
+            call["prefix"] = batch["prefix"]
+        loss, *_ = model(input_ids=batch["input_ids"], perce=call)
+        loss.backward()
+        return loss.item()
+
+    step(collate([pair(16, QUERY, RESPONSE)]))  # thread pools, GEMM primitives, the adapters' gradients
+    batch = collate([pair(persona, QUERY, RESPONSE)])
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before, started = _status_bytes("VmRSS"), time.perf_counter()
+    loss = step(batch)
+    seconds = time.perf_counter() - started
+    return {"peak_extra_bytes": _status_bytes("VmHWM") - before, "seconds": seconds, "loss": loss}
+
+
+def measured_in_a_child(way: str, persona: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.context", way, str(persona)]
+    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    if len(sys.argv) != 3 or sys.argv[1] not in WAYS:
+        sys.exit(f"{__doc__}\nWAY is one of: {', '.join(WAYS)}.")
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+
+
+if __name__ == "__main__":
+    main()
