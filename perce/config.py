@@ -116,6 +116,10 @@ class RunConfig:
     gradient_accumulation_steps: int | None = _option(
         None, "forwards an optimiser step; default: so many that a device's step is 8 sequences"
     )
+    tokens_per_batch: int | None = _option(
+        None, "tokens a forward, padding included, instead of a number of sequences; a step is then "
+        "gradient_accumulation_steps (default: 1) such forwards on each device",
+    )  # fmt: skip
     eval_examples: int | None = _option(
         None, "validation examples an evaluation; 0: all; default: 64, on a CPU no more than 20,000 tokens hold"
     )
@@ -127,9 +131,12 @@ class RunConfig:
     seed: int = _option(42, "of everything random")
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_batch"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, ">= 1", value)
+        sequences, tokens = self.per_device_train_batch_size, self.tokens_per_batch
+        one = "per_device_train_batch_size or tokens_per_batch"
+        _require(sequences is None or tokens is None, one, "one of them", (sequences, tokens))
         for name in ("eval_examples", "report_examples", "save_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 0, name, ">= 0", value)

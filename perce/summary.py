@@ -100,9 +100,11 @@ def describe_run(config: TrainConfig, model: nn.Module, args: TrainingArguments,
     )
     for note in pairs.notes:
         print(f"       {note}")
+    tokens = config.run.tokens_per_batch
+    forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
     print(
         f"run    {args.output_dir}: {config.loss.objective} objective, learning rate {args.learning_rate:g}, "
-        f"{args.per_device_train_batch_size} sequences a forward × {args.gradient_accumulation_steps} forwards a step"
+        f"{forward} a forward × {args.gradient_accumulation_steps} forwards a step"
         f"{f' × {args.world_size} processes' if args.world_size > 1 else ''}"
     )
 

@@ -63,6 +63,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UserError(f"--output_dir: needed when {processes} processes share a run.")
     if config.data.streaming and run.max_steps < 1:
         raise UserError("--streaming: the number of rows is not known beforehand, so --max_steps is needed.")
+    if config.data.streaming and run.tokens_per_batch:
+        raise UserError(
+            "--streaming, --tokens_per_batch: rows are grouped by length, which a stream cannot tell beforehand. Use "
+            "--per_device_train_batch_size, or read the data whole."
+        )
     name = Path(config.data.data).expanduser().resolve().stem if config.data.data else "demo"
     output_dir = str(Path(run.output_dir).expanduser()) if run.output_dir else str(_free_directory(name))
     return replace(config, run=replace(run, learning_rate=rate, output_dir=output_dir))
@@ -219,6 +224,7 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
         "max_steps": run.max_steps,
         "learning_rate": run.learning_rate,
         "warmup_steps": run.warmup_steps,
+        "tokens_per_batch": run.tokens_per_batch,
         "per_device_eval_batch_size": run.per_device_train_batch_size or SEQUENCES_A_STEP,
         "eval_on_start": not run.resume,
         "eval_strategy": "steps" if run.eval_steps else "epoch",
@@ -252,10 +258,15 @@ def fit_batch(config: TrainConfig, args: PerceArguments, pairs: Any) -> TrainCon
     """The config with batch size and accumulation filled in, where they were not given; set in args too."""
     run = config.run
     batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
-    if batch is None:
-        longest = config.data.max_length if config.data.streaming else max(map(len, pairs["input_ids"]))
-        fitting = TOKENS_A_FORWARD[args.device.type] // longest
-        batch = max(size for size in (1, 2, 4, SEQUENCES_A_STEP) if size <= max(fitting, 1))
+    longest = config.data.max_length if config.data.streaming else max(map(len, pairs["input_ids"]))
+    fitting = (run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]) // longest
+    fitting = max(size for size in (1, 2, 4, SEQUENCES_A_STEP) if size <= max(fitting, 1))
+    if run.tokens_per_batch is not None:
+        args.gradient_accumulation_steps = accumulation or 1
+        if "per_device_eval_batch_size" not in config.extra:
+            args.per_device_eval_batch_size = fitting
+        return replace(config, run=replace(run, gradient_accumulation_steps=accumulation or 1))
+    batch = batch or fitting
     accumulation = accumulation or max(SEQUENCES_A_STEP // batch, 1)
     args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, accumulation
     return replace(

@@ -19,14 +19,16 @@ import pyarrow.compute
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from perce.batch import Batch, collate
 from perce.config import DataConfig, LossConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
 from perce.model import add_adapter, load_pretrained, load_tokenizer, prepare_model
+from perce.sampler import TokenBatches, sequence_lengths, undivided_loader
 
 MIB = 2**20
 
@@ -37,8 +39,12 @@ class PerceArguments(TrainingArguments):
 
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    tokens_per_batch: int | None = None
+    """Padded tokens of a forward, instead of per_device_train_batch_size sequences; see perce.sampler."""
 
     def __post_init__(self) -> None:
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise UserError(f"tokens_per_batch: expected >= 1, or None, got {self.tokens_per_batch}.")
         if self.fsdp and self.use_cpu:
             raise UserError("fsdp with use_cpu: the Trainer would silently run plain data parallelism instead.")
         if self.label_smoothing_factor:
@@ -132,6 +138,19 @@ class PerceTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
         return super().evaluate(self._as_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As transformers.Trainer's; under a token budget with batches of its own."""
+        args, dataset = self.args, self.train_dataset
+        if args.tokens_per_batch is None or dataset is None:
+            return super().get_train_dataloader()
+        if not has_length(dataset):
+            raise UserError("tokens_per_batch: a streamed train_dataset has no lengths to group by. Read it whole.")
+        batches = TokenBatches(
+            sequence_lengths(dataset), args.tokens_per_batch, rank=args.process_index, ranks=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )  # fmt: skip
+        return undivided_loader(dataset, self.data_collator, args, batch_sampler=batches)
 
     def compute_loss(
         self,
