@@ -120,6 +120,10 @@ class RunConfig:
         None, "tokens a forward, padding included, instead of a number of sequences; a step is then "
         "gradient_accumulation_steps (default: 1) such forwards on each device",
     )  # fmt: skip
+    packing: bool = _option(
+        False, "put the sequences of a forward into one row without padding; needs --attn_implementation "
+        "flash_attention_2, flash_attention_3 or flex_attention and a GPU",
+    )  # fmt: skip
     eval_examples: int | None = _option(
         None, "validation examples an evaluation; 0: all; default: 64, on a CPU no more than 20,000 tokens hold"
     )

@@ -13,7 +13,7 @@ can reach across the border of the block.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,21 @@ def counterfactual_ids(input_ids: Sequence[int], persona_span: Sequence[int], re
     ids = [*input_ids[:start], *input_ids[end:]]
     assert ids[-response_length:] == list(input_ids[-response_length:]), "both passes must end in the same response ids"
     return ids
+
+
+def counterfactual_pieces(pair: Mapping[str, Any]) -> list[tuple[list[int], int]]:
+    """The sequences of the second pass from the columns of a pair, each with how many of its last ids it predicts.
+
+    Of a Pair it is one; of a DocumentPair one a window. Asserts that together they predict the response, in order.
+    """
+    ids, length = pair["input_ids"], pair["response_length"]
+    if "windows" in pair:
+        pieces = [(list(ids[start:end]), predicted) for start, end, predicted in pair["windows"]]
+    else:
+        pieces = [(counterfactual_ids(ids, pair["persona_span"], length), length)]
+    predicted_ids = [token for piece, predicted in pieces for token in piece[-predicted:]]
+    assert predicted_ids == list(ids[-length:]), "both passes must predict the same ids"
+    return pieces
 
 
 class PairBuilder:

@@ -225,6 +225,7 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
         "learning_rate": run.learning_rate,
         "warmup_steps": run.warmup_steps,
         "tokens_per_batch": run.tokens_per_batch,
+        "packing": run.packing,
         "per_device_eval_batch_size": run.per_device_train_batch_size or SEQUENCES_A_STEP,
         "eval_on_start": not run.resume,
         "eval_strategy": "steps" if run.eval_steps else "epoch",

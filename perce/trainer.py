@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
-from perce.batch import Batch, collate
+from perce.batch import Batch, collate, token_inputs
 from perce.config import DataConfig, LossConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
-from perce.model import add_adapter, load_pretrained, load_tokenizer, prepare_model
+from perce.model import add_adapter, check_packing, load_pretrained, load_tokenizer, prepare_model
 from perce.sampler import TokenBatches, sequence_lengths, undivided_loader
 
 MIB = 2**20
@@ -41,6 +41,8 @@ class PerceArguments(TrainingArguments):
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tokens_per_batch: int | None = None
     """Padded tokens of a forward, instead of per_device_train_batch_size sequences; see perce.sampler."""
+    packing: bool = False
+    """Sequences one after the other in a single row, for flash or flex attention on a GPU."""
 
     def __post_init__(self) -> None:
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
@@ -120,8 +122,12 @@ class PerceTrainer(Trainer):
         }
         for name, dataset in datasets.items():
             _check_vocabulary(dataset, name, prepared.get_input_embeddings().weight.shape[0])
-        kwargs.setdefault("data_collator", partial(collate, pad_id=getattr(tokenizer, "pad_token_id", None) or 0))
+        pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+        kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id, packing=args.packing))
         super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
+        if args.packing:
+            with self.compute_loss_context_manager():
+                check_packing(self.model, self.args.device.type)
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.counterfactual_clock = _Clock(self.args.device)
@@ -171,8 +177,7 @@ class PerceTrainer(Trainer):
             call |= {"clip_min": loss.clip_min, "clip_max": loss.clip_max, "contrast": loss.contrast}
 
         value, *statistics = model(
-            input_ids=inputs["input_ids"],
-            perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call},
+            **token_inputs(inputs), perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call}
         )
         self._window.add(loss, *statistics, tokens=inputs["tokens"])
         # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
@@ -185,7 +190,7 @@ class PerceTrainer(Trainer):
         identical prompts would not be 0."""
         training = model.training
         model.eval()
-        hidden = model(input_ids=inputs["input_ids_cf"], perce={"rows": inputs["rows_cf"]})
+        hidden = model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
         model.train(training)
         return hidden
 
@@ -231,7 +236,7 @@ class PerceTrainer(Trainer):
             "clip_max": loss.clip_max, "contrast": loss.contrast,
         }  # fmt: skip
         _, *statistics = model(
-            input_ids=inputs["input_ids"], perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call}
+            **token_inputs(inputs), perce={"rows": inputs["rows"], "target": inputs["target"], "loss": call}
         )
         per_example = torch.bincount(inputs["sequence"]).tolist()
         columns = [x.cpu().split(per_example) for x in (inputs["target"], *statistics, inputs["personal"])]

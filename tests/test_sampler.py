@@ -51,7 +51,9 @@ def test_ranks_take_turns_and_get_equally_many(ranks):
     assert {len(part) for part in parts} == {len(TokenBatches(LENGTHS, 1000, seed=0, ranks=ranks))}
     dealt = [batch for turn in zip(*parts, strict=True) for batch in turn]
     assert dealt[: len(whole)] == whole and dealt[len(whole) :] == whole[: len(dealt) - len(whole)]
-    assert all(len(drawn(lengths=[5], rank=rank, ranks=ranks)) == 1 for rank in range(ranks)), "fewer batches than ranks"
+    assert all(len(drawn(lengths=[5], rank=rank, ranks=ranks)) == 1 for rank in range(ranks)), (
+        "fewer batches than ranks"
+    )
 
 
 def test_lengths_of_datasets_and_lists():
@@ -110,7 +112,10 @@ def test_two_processes_train_as_one(tmp_path, one_process):
     even = epoch - epoch % 2
     assert result["batches"][: even // 2] == taken[:even:2]
     torch.testing.assert_close(
-        torch.tensor(result["steps"])[: even // 2], torch.tensor(one_process["steps"])[: even // 2], atol=1e-5, rtol=1e-5
+        torch.tensor(result["steps"])[: even // 2],
+        torch.tensor(one_process["steps"])[: even // 2],
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
