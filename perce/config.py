@@ -50,14 +50,14 @@ class DataConfig:
     """What it is trained on."""
 
     data: str | None = _option(None, "file, directory or Hub id; default: the built-in examples")
-    format: Literal["auto", "perce", "longlamp", "lamp", "convai2", "spc", "prompt_completion"] = _option(
+    format: Literal["auto", "perce", "longlamp", "lamp", "convai2", "spc", "prompt_completion", "text"] = _option(
         "auto", "row format; auto: detected from the fields"
     )
     columns: str | None = _option(None, "rename fields, such as persona=profile,response=output")
     skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
     streaming: bool = _option(False, "read rows while training instead of before; needs --max_steps")
     max_length: int = _option(
-        5000, "longest sequence in tokens; persona entries are dropped from the end until it fits"
+        5000, "longest sequence in tokens; persona entries are dropped from the end until it fits, documents are cut"
     )
     retrieve_k: int = _option(4, "passages of a user's history in the prompt (LongLaMP, LaMP), most recent first")
     chat_template_kwargs: str | None = _option(None, 'JSON for the chat template, such as {"enable_thinking": false}')
@@ -89,15 +89,27 @@ class DataConfig:
 class LossConfig:
     """What is minimised."""
 
-    objective: Literal["perce", "ce"] = _option("perce", "the PerCE loss, or plain cross-entropy")
-    clip_min: float = _option(0.8, "lower bound m of a token's weight (the paper: 0.8)")
+    objective: Literal["perce", "ce", "longce"] = _option(
+        "perce", "the PerCE loss; plain cross-entropy; or LongCE, on documents instead of personas"
+    )
+    clip_min: float = _option(None, "lower bound m of a token's weight; default: 0.8 (the paper), of longce 0")
     clip_max: float = _option(5.0, "upper bound M of a token's weight (the paper: 5)")
-    contrast: Literal["log", "ratio"] = _option("log", "weight = clip(pir), or clip(exp(pir)) (LongCE)")
+    contrast: Literal["log", "ratio"] = _option(
+        None, "weight = clip(pir), or clip(exp(pir)); default: log, of longce ratio"
+    )
     normalize: Literal["none", "batch", "sequence"] = _option(
         "none", "rescale weights to mean 1 over the batch or sequence"
     )
+    short_context: int = _option(4096, "longce: tokens of the short context (the authors' code: 4096)")
+    short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context (theirs: 1024)")
 
     def __post_init__(self) -> None:
+        longce = self.objective == "longce"
+        for name, default in (("clip_min", 0.0 if longce else 0.8), ("contrast", "ratio" if longce else "log")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name in ("short_context", "short_stride"):
+            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         bounds = (self.clip_min, self.clip_max)
         _require(0 <= self.clip_min <= self.clip_max < float("inf"), "clip_min, clip_max", "0 <= min <= max", bounds)
 

@@ -134,6 +134,14 @@ class PairBuilder:
         self._header = self._encode(PERSONA_HEADER)
         self._footer = self._encode(PERSONA_FOOTER)
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What the pairs depend on besides tokenizer and text."""
+        return self.max_length, self.max_passages, sorted(self.template_kwargs.items())
+
+    def pairs(self, example: Example) -> list[Pair]:
+        return [self.build(example)]
+
     def build(self, example: Example) -> Pair:
         prefix_text, suffix_text, tail_text = self._render(example)
         # Tokenizers put a space into the word that follows it: one before the reply ("Reply: ") belongs to the reply,

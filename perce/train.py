@@ -90,7 +90,7 @@ def run(config: TrainConfig) -> None:
 
     from perce.dataset import load_pairs
     from perce.model import load_model, load_tokenizer
-    from perce.summary import Progress, describe_run, print_result, write_run_report
+    from perce.summary import Progress, describe_run, loss_labels, print_result, write_run_report
     from perce.trainer import PerceTrainer
 
     args = training_arguments(config)
@@ -100,7 +100,8 @@ def run(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(model_path)
     wanted, on_cpu = config.run.eval_examples, args.device.type == "cpu"
     pairs = load_pairs(
-        config.data, tokenizer, seed=config.run.seed, eval_examples=EVAL_EXAMPLES if wanted is None else wanted,
+        config.data, tokenizer, loss=config.loss, seed=config.run.seed,
+        eval_examples=EVAL_EXAMPLES if wanted is None else wanted,
         eval_tokens=EVAL_TOKENS_ON_CPU if wanted is None and on_cpu else None,
     )  # fmt: skip
     config = fit_batch(config, args, pairs.train)
@@ -109,7 +110,7 @@ def run(config: TrainConfig) -> None:
     main_process = args.process_index == 0
     if main_process:
         describe_run(config, model, args, pairs)
-    progress = Progress(output_dir)
+    progress = Progress(output_dir, loss_labels(pairs.format))
     with _options_that_fail_late():
         trainer = PerceTrainer(
             model, args, train_dataset=pairs.train, eval_dataset=pairs.validation, processing_class=tokenizer,

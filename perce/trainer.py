@@ -115,7 +115,7 @@ class PerceTrainer(Trainer):
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
         self._tokenizer = tokenizer
-        self._data = args.data
+        self._options = args.data, args.loss
         datasets = {
             "train_dataset": self._as_pairs(train_dataset, "train_dataset"),
             "eval_dataset": self._as_pairs(eval_dataset, "eval_dataset"),
@@ -139,7 +139,7 @@ class PerceTrainer(Trainer):
         """Raw rows as token pairs; what is pairs already, or nothing, as it is."""
         if isinstance(dataset, Mapping):
             return {key: self._as_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
-        return rows_dataset_pairs(dataset, name, self._tokenizer, self._data) if _is_raw(dataset) else dataset
+        return rows_dataset_pairs(dataset, name, self._tokenizer, *self._options) if _is_raw(dataset) else dataset
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
@@ -291,7 +291,7 @@ def _is_raw(dataset: Any) -> bool:
     if dataset is None or isinstance(dataset, str):
         return False
     columns = getattr(dataset, "column_names", None) or (dataset[0].keys() if isinstance(dataset, list) else ())
-    return "persona_span" not in columns
+    return "response_length" not in columns
 
 
 def _check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
