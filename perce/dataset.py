@@ -3,7 +3,7 @@
 load_pairs         what a run trains and evaluates on, and notes on what was left out
 load_splits        rows of the training and the validation split, held out by user where the data has none
 pair_dataset       all pairs at once, cached by `datasets` under a fingerprint of everything they depend on
-stream_pairs       one pair at a time, for data too large to read first
+PairSource         examples, and counts of what could not be paired; perce/stream.py reads one while training
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
 from perce.config import DataConfig, LossConfig
@@ -26,9 +26,9 @@ from perce.errors import UserError
 from perce.pairs import PairBuilder
 from perce.rows import Record, Rows, available_splits, load_examples
 from perce.sources import Source
+from perce.stream import PairStream
 
 HELD_OUT = 0.1  # share of users, where the data has no validation split
-SHUFFLE_BUFFER = 1000  # examples among which a stream is shuffled
 RETRIEVED_FORMATS = ("longlamp", "lamp")  # their persona is a history of passages, of which retrieve_k are shown
 
 _COMMON = {
@@ -49,7 +49,7 @@ Builder = PairBuilder | DocumentBuilder
 class RunPairs:
     """Token pairs of a run."""
 
-    train: Dataset | IterableDataset
+    train: Dataset | PairStream
     validation: Dataset
     examples: list[Record]
     """Those that validation's column `example` points into."""
@@ -71,10 +71,11 @@ def load_pairs(
     builder = make_builder(tokenizer, config, splits.format, loss)
     validation = pair_dataset(splits.validation, builder, skip_bad_rows=config.skip_bad_rows)
     notes = splits.notes + left_out("validation", len(splits.validation), validation, config.max_length)
-    source, train = None, None
+    source: PairSource | None = None
+    train: Dataset | PairStream
     if isinstance(splits.train, Rows):
         source = PairSource(splits.train, builder, config.skip_bad_rows)
-        train = stream_pairs(source, seed)
+        train = PairStream(source, seed)
     else:
         train = pair_dataset(splits.train, builder, skip_bad_rows=config.skip_bad_rows)
         notes = notes + left_out("training", len(splits.train), train, config.max_length)
@@ -211,14 +212,6 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
     return notes
 
 
-def stream_pairs(source: "PairSource", seed: int) -> IterableDataset:
-    """Pairs read and built while training; a fresh pass over the rows each epoch, shuffled within a buffer."""
-    stream = IterableDataset.from_generator(
-        _generate, features=FEATURES[type(source.builder)], gen_kwargs={"source": source}
-    )
-    return stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-
-
 def rows_dataset_pairs(
     dataset: Any, name: str, tokenizer: Any, config: DataConfig, loss: LossConfig = PERCE
 ) -> Dataset:  # fmt: skip
@@ -233,45 +226,63 @@ def rows_dataset_pairs(
 
 @dataclass
 class PairSource:
-    """Examples to pair, and counts of what the last pass left out."""
+    """Examples to pair, and counts of what the first pass left out."""
 
     examples: Sequence[Record] | Rows
     builder: Builder
     skip_bad_rows: bool
     unfit: int = 0
     dropped_passages: int = 0
+    cut_documents: int = 0
+    reason: str = ""
+    """Why the first of the unfit ones was left out."""
+    first_pass: list[str] | None = None
+    """Notes of a pass that is over."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PairSource":
-        return self  # `datasets` iterates over copies; the counts are those of the one run
+    def build(self, index: int, example: Record) -> list[dict[str, Any]]:
+        """Columns of the example's pairs: none where it does not fit and may be skipped."""
+        try:
+            pairs = self.builder.pairs(example)  # type: ignore[arg-type]  # of the kind that the builder is for
+        except UserError as error:
+            if not self.skip_bad_rows:
+                raise
+            self.unfit += 1
+            self.reason = self.reason or str(error)
+            return []
+        self.dropped_passages += sum(getattr(pair, "dropped_passages", 0) for pair in pairs)
+        self.cut_documents += len(pairs) > 1
+        return [asdict(pair) | {"example": index} for pair in pairs]
+
+    def end_of_pass(self) -> None:
+        if self.first_pass is None:
+            self.first_pass = self.notes()
 
     def notes(self) -> list[str]:
+        """What was left out so far, in words; of a stream's later passes nothing is told again."""
+        if self.first_pass is not None:
+            return self.first_pass
         notes = skipped_rows(self.examples) if isinstance(self.examples, Rows) else []
         limit = f"--max_length {self.builder.max_length}"
         if self.dropped_passages:
             notes.append(f"training: {self.dropped_passages:,} persona entries dropped to fit {limit}")
+        if self.cut_documents:
+            notes.append(f"training: {self.cut_documents:,} documents longer than {limit} cut into pieces")
         if self.unfit:
-            notes.append(f"training: {self.unfit:,} examples skipped, longer than {limit}")
+            notes.append(f"training: {self.unfit:,} examples skipped, the first: {self.reason}")
         return notes
+
+    def nothing_left(self) -> str:
+        return f"No example is left, none of them fits. The first: {self.reason}"
 
 
 def _generate(source: PairSource) -> Iterator[dict[str, Any]]:
-    reason, built = "", False
-    source.unfit = source.dropped_passages = 0
+    built = False
     for index, example in enumerate(source.examples):
-        try:
-            pairs = source.builder.pairs(example)  # type: ignore[arg-type]  # of the kind that the builder is for
-        except UserError as error:
-            if not source.skip_bad_rows:
-                raise
-            source.unfit += 1
-            reason = reason or str(error)
-            continue
-        built = True
-        source.dropped_passages += sum(getattr(pair, "dropped_passages", 0) for pair in pairs)
-        for pair in pairs:
-            yield asdict(pair) | {"example": index}
+        for row in source.build(index, example):
+            built = True
+            yield row
     if not built:
-        raise UserError(f"No example is left, none of them fits. The first: {reason}")
+        raise UserError(source.nothing_left())
 
 
 def _fingerprint(examples: Sequence[Record], builder: Builder, skip_bad_rows: bool) -> str:

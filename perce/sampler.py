@@ -10,13 +10,8 @@ there are follows from the lengths alone: it is the same in every epoch, which t
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import pyarrow.compute
-from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset
-from torch.utils.data import DataLoader, Sampler
-from transformers import TrainingArguments
+from torch.utils.data import Sampler
 
 BUCKET_RATIO = 1.1  # longest ÷ shortest of a bucket: at most 9 % padding, but for what a shorter bucket left over
 
@@ -79,23 +74,3 @@ def _buckets(lengths: Sequence[int], budget: int) -> list[tuple[list[int], int]]
             buckets.append([])
         buckets[-1].append(index)
     return [(bucket, max(budget // lengths[bucket[-1]], 1)) for bucket in buckets]
-
-
-def sequence_lengths(dataset: Any) -> list[int]:
-    """Tokens of each factual sequence of a dataset of pairs."""
-    if not isinstance(dataset, Dataset):
-        return [len(pair["input_ids"]) for pair in dataset]
-    tables = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
-    return [n for table in tables for n in pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()]
-
-
-def undivided_loader(dataset: Any, collate: Any, args: TrainingArguments, **how: Any) -> DataLoader:
-    """A DataLoader with the Trainer's options for what holds this process's share already: nothing divides it again.
-
-    `how`: batch_size or batch_sampler.
-    """
-    loader = DataLoader(
-        dataset, collate_fn=collate, num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
-        persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor, **how,
-    )  # fmt: skip
-    return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)

@@ -21,14 +21,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput
 
 from perce.batch import Batch, collate, token_inputs
 from perce.config import DataConfig, LossConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
+from perce.loader import own_train_loader
 from perce.model import add_adapter, check_packing, load_pretrained, load_tokenizer, prepare_model
-from perce.sampler import TokenBatches, sequence_lengths, undivided_loader
 
 MIB = 2**20
 
@@ -146,17 +146,8 @@ class PerceTrainer(Trainer):
         return super().evaluate(self._as_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """As transformers.Trainer's; under a token budget with batches of its own."""
-        args, dataset = self.args, self.train_dataset
-        if args.tokens_per_batch is None or dataset is None:
-            return super().get_train_dataloader()
-        if not has_length(dataset):
-            raise UserError("tokens_per_batch: a streamed train_dataset has no lengths to group by. Read it whole.")
-        batches = TokenBatches(
-            sequence_lengths(dataset), args.tokens_per_batch, rank=args.process_index, ranks=args.world_size,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )  # fmt: skip
-        return undivided_loader(dataset, self.data_collator, args, batch_sampler=batches)
+        loader = own_train_loader(self.train_dataset, self.data_collator, self.args)
+        return super().get_train_dataloader() if loader is None else loader
 
     def compute_loss(
         self,

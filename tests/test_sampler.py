@@ -12,10 +12,12 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from perce.errors import UserError
-from perce.sampler import TokenBatches, sequence_lengths, undivided_loader
+from perce.loader import sequence_lengths, undivided_loader
+from perce.sampler import TokenBatches
 from tests.ranks import finish_rank, run_ranks
+from tests.test_stream import ROWS, train_stream
 from tests.test_trainer import LOSS, arguments, logged, model_for, plain_loop, trainer_for
-from tests.tiny import demo_pairs
+from tests.tiny import demo_pairs, write_jsonl
 
 LENGTHS = [random.Random(0).randint(20, 400) for _ in range(500)] + [1200]
 PAIRS = demo_pairs(24)[:10] + demo_pairs(24, max_passages=1)[10:]
@@ -106,17 +108,16 @@ def test_a_step_equals_its_sequences_one_by_one(one_process):
 
 
 def test_two_processes_train_as_one(tmp_path, one_process):
-    result = run_ranks("tests.test_sampler", 2, tmp_path)
+    """Both a dataset under a token budget and a stream, in one go."""
+    streamed = train_stream(tmp_path / "one", write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    budget, stream = run_ranks("tests.test_sampler", 2, tmp_path)
     taken = one_process["batches"]
-    epoch = len(taken) // 2
-    even = epoch - epoch % 2
-    assert result["batches"][: even // 2] == taken[:even:2]
-    torch.testing.assert_close(
-        torch.tensor(result["steps"])[: even // 2],
-        torch.tensor(one_process["steps"])[: even // 2],
-        atol=1e-5,
-        rtol=1e-5,
-    )
+    even = len(taken) // 2 - len(taken) // 2 % 2
+    assert budget["batches"][: even // 2] == taken[:even:2]
+    steps = torch.tensor(budget["steps"])[: even // 2], torch.tensor(one_process["steps"])[: even // 2]
+    torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-5)
+    assert stream["examples"] == [batch[::2] for batch in streamed["examples"]]
+    torch.testing.assert_close(torch.tensor(stream["steps"]), torch.tensor(streamed["steps"]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -149,4 +150,6 @@ def test_a_budget_is_refused_where_it_cannot_be(tmp_path):
 
 if __name__ == "__main__":  # one rank
     torch.set_num_threads(1)
-    finish_rank(Path(sys.argv[1]), train(Path(sys.argv[1]), ranks=2))
+    directory = Path(sys.argv[1])
+    budget, stream = train(directory, ranks=2), train_stream(directory, directory / "rows.jsonl", ranks=2)
+    finish_rank(directory, [budget, stream])

@@ -362,7 +362,7 @@ def test_read_only_output_directory(train, tmp_path):
 
 
 def test_a_bad_row_in_a_stream_leaves_a_checkpoint_behind(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("perce.dataset.SHUFFLE_BUFFER", 1)
+    monkeypatch.setattr("perce.stream.BLOCK", 1)
     directory = tmp_path / "split"
     write_jsonl(directory / "train.jsonl", [*ROWS[:8], {"persona": "p", "query": "q", "response": ""}])
     write_jsonl(directory / "validation.jsonl", ROWS[8:])
