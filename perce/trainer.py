@@ -82,13 +82,13 @@ class TokenStatistics:
 
 
 class PerceTrainer(Trainer):
-    """Fine-tunes a causal language model with PerCE (or plain cross-entropy) on token pairs.
+    """Fine-tunes a causal language model with PerCE (or cross-entropy, or LongCE on documents) on token pairs.
 
     Args:
         model: a causal language model, or its directory or Hub id; prepared by perce.model if need be.
         args: PerceArguments.
-        train_dataset, eval_dataset: `datasets` with the columns of perce.pairs.Pair, or raw rows in any supported
-            format; for evaluation also a dict of them.
+        train_dataset, eval_dataset: `datasets` with the columns of perce.pairs.Pair or perce.documents.DocumentPair,
+            or raw rows in any supported format; for training also a PairStream, for evaluation a dict of them.
         processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
         peft_config: a PEFT config, to train an adapter on the frozen model.
 
