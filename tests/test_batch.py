@@ -53,7 +53,7 @@ def test_flex_attention_keeps_packed_sequences_apart(architecture):
     model = model_with(architecture, "flex_attention")
     packed, padded = (collate(PAIRS, packing=packing) for packing in (True, False))
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        check_sequences_apart(model)
+        check_packing(model, "cuda")
         for suffix in ("", "_cf"):
             one, other = (
                 model(**token_inputs(batch, suffix), perce={"rows": batch[f"rows{suffix}"]})

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -198,8 +199,9 @@ def test_mistakes(tmp_path, model, capsys):
     fails(result(ROWS, f"--data={tmp_path / 'both'}"), "cannot be mixed", "format text", "format perce")
 
 
-def test_raw_rows_in_the_trainer(tmp_path):
-    args = arguments(tmp_path, loss=LONGCE, data=DataConfig(max_length=64), max_steps=1)
+@pytest.mark.parametrize("objective", ["longce", "ce"])
+def test_raw_rows_in_the_trainer(tmp_path, objective):
+    args = arguments(tmp_path, loss=replace(LONGCE, objective=objective), data=DataConfig(max_length=64), max_steps=1)
     trainer = trainer_for(tiny_model(), args, pairs=ROWS, eval_dataset=Dataset.from_list(ROWS[:2]))
     trainer.train()
     assert trainer.evaluate()["eval_loss_without_persona"] > 0

@@ -120,8 +120,7 @@ def test_two_processes_train_as_one(tmp_path, one_process):
     torch.testing.assert_close(torch.tensor(stream["steps"]), torch.tensor(streamed["steps"]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path, accumulation):
+def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path, accumulation=2):
     def weights(directory, **more):
         args = arguments(
             directory, tokens_per_batch=BUDGET, gradient_accumulation_steps=accumulation, max_steps=stop + 3,
