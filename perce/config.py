@@ -43,14 +43,14 @@ class DataConfig:
     """What it is trained on."""
 
     data: str | None = _option(None, "file, directory or Hub id; default: the built-in examples")
-    format: Literal["auto", "perce", "longlamp", "lamp", "convai2", "spc", "prompt_completion"] = _option(
+    format: Literal["auto", "perce", "longlamp", "lamp", "convai2", "spc", "prompt_completion", "text"] = _option(
         "auto", "row format; auto: detected from the fields"
     )
     columns: str | None = _option(None, "rename fields, such as persona=profile,response=output")
     skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
     streaming: bool = _option(False, "read rows while training instead of before; needs --max_steps")
     max_length: int = _option(
-        5000, "longest sequence in tokens; persona entries are dropped from the end until it fits"
+        5000, "longest sequence in tokens; persona entries are dropped from the end until it fits, documents are cut"
     )
     retriever: Literal["bm25", "dense", "recency", "none"] = _option(
         "bm25",
@@ -92,20 +92,32 @@ class DataConfig:
 class LossConfig:
     """What is minimised."""
 
-    objective: Literal["perce", "ce", "lossce", "entce"] = _option(
-        "perce", "weights from PIR, none (plain cross-entropy), or from a token's own loss or predictive entropy"
+    objective: Literal["perce", "ce", "lossce", "entce", "longce"] = _option(
+        "perce",
+        "weights from PIR; none (plain cross-entropy); from a token's own loss or predictive entropy; or LongCE, on "
+        "documents instead of personas",
     )
     estimate: Literal["online", "epoch", "frozen"] = _option(
         "online", "when weights are estimated: each step, at each epoch's start, or once by the initial model"
     )
-    clip_min: float = _option(0.8, "lower bound m of a token's weight (the paper: 0.8)")
+    clip_min: float = _option(None, "lower bound m of a token's weight; default: 0.8 (the paper), of longce 0")
     clip_max: float = _option(5.0, "upper bound M of a token's weight (the paper: 5)")
-    contrast: Literal["log", "ratio"] = _option("log", "weight = clip(pir), or clip(exp(pir)) (LongCE)")
+    contrast: Literal["log", "ratio"] = _option(
+        None, "weight = clip(pir), or clip(exp(pir)); default: log, of longce ratio"
+    )
     normalize: Literal["none", "batch", "sequence"] = _option(
         "none", "rescale weights to mean 1 over the batch or sequence"
     )
+    short_context: int = _option(4096, "longce: tokens of the short context (the authors' code: 4096)")
+    short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context (theirs: 1024)")
 
     def __post_init__(self) -> None:
+        longce = self.objective == "longce"
+        for name, default in (("clip_min", 0.0 if longce else 0.8), ("contrast", "ratio" if longce else "log")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name in ("short_context", "short_stride"):
+            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         bounds = (self.clip_min, self.clip_max)
         _require(0 <= self.clip_min <= self.clip_max < float("inf"), "clip_min, clip_max", "0 <= min <= max", bounds)
         estimated = self.estimate == "online" or self.objective != "ce"
@@ -142,6 +154,14 @@ class RunConfig:
     gradient_accumulation_steps: int | None = _option(
         None, "forwards an optimiser step; default: so many that a device's step is 8 sequences"
     )
+    tokens_per_batch: int | None = _option(
+        None, "tokens a forward, padding included, instead of a number of sequences; a step is then "
+        "gradient_accumulation_steps (default: 1) such forwards on each device",
+    )  # fmt: skip
+    packing: bool = _option(
+        False, "put the sequences of a forward into one row without padding; needs --attn_implementation "
+        "flash_attention_2, flash_attention_3 or flex_attention and a GPU",
+    )  # fmt: skip
     eval_examples: int | None = _option(
         None, "validation examples an evaluation; 0: all; default: 64, on a CPU no more than 20,000 tokens hold"
     )
@@ -153,9 +173,12 @@ class RunConfig:
     seed: int = _option(42, "of everything random")
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_batch"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, ">= 1", value)
+        sequences, tokens = self.per_device_train_batch_size, self.tokens_per_batch
+        one = "per_device_train_batch_size or tokens_per_batch"
+        _require(sequences is None or tokens is None, one, "one of them", (sequences, tokens))
         for name in ("eval_examples", "report_examples", "save_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 0, name, ">= 0", value)

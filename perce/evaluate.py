@@ -57,7 +57,7 @@ def run(config: Config) -> None:
 
     from tqdm import tqdm
 
-    from perce.dataset import make_builder
+    from perce.dataset import make_persona_builder
     from perce.evaluation import Evaluator, plan
     from perce.evaluation_report import compare, print_result, read_result, summarise, write_result
     from perce.inference import load, load_split, model_fingerprint
@@ -67,9 +67,9 @@ def run(config: Config) -> None:
     other = read_result(Path(options.compare_with).expanduser()) if options.compare_with else None
     meteor = Meteor() if options.generate else None
     rows, split = load_split(config.data, config.examples)
-    examples = list(rows)
+    examples: list = list(rows)
     model, tokenizer, device = load(config.model)
-    builder = make_builder(tokenizer, config.data, rows.format)
+    builder = make_persona_builder(tokenizer, config.data, rows.format)
     run_facts = {
         "command": "evaluate", "model": config.model.model, "weights": model_fingerprint(model), "split": split,
         "examples": len(examples), "batch_size": config.model.batch_size, "precision": config.model.precision,

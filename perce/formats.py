@@ -1,4 +1,4 @@
-"""What a row means: the six formats, how each is recognised by its fields, and the parser of each.
+"""What a row means: the seven formats, how each is recognised by its fields, and the parser of each.
 
 `|` means "one of"; what stands in brackets is optional; fields not named here are ignored:
 
@@ -10,8 +10,10 @@
     convai2            personality, dialogue: [{partner, self}, ...]              one a `self` line
     spc                user 1 personas, user 2 personas, conversation             one an utterance but the first
     prompt_completion  persona, prompt, completion (TRL; strings or messages)     1
+    text               text [user_id]                                             1 document, without a persona
 
-A parser checks what it reads and yields (persona, turns, response) of each example; a `BadRow` names the field.
+A parser checks what it reads and yields (persona, turns, response) of each example; a `BadRow` names the field. A row
+that fits another format too is no document.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ FORMATS: dict[str, tuple[str, ...]] = {  # the fields a row must have
     "convai2": ("personality", "dialogue"),
     "spc": ("user 1 personas", "user 2 personas", "conversation|Best Generated Conversation"),
     "prompt_completion": ("persona", "prompt", "completion"),
+    "text": ("text",),
 }
 OPTIONAL = ("user_id", "personal_spans", "id")
 
@@ -260,6 +263,11 @@ def _parse_prompt_completion(row: Mapping[str, Any]) -> Iterator[Parsed]:
     yield _persona(row["persona"], "persona"), turns, response
 
 
+def parse_document(row: Mapping[str, Any]) -> str:
+    """The text of a row of format text."""
+    return _text(row["text"], "text")
+
+
 PARSERS: dict[str, Callable[[Mapping[str, Any]], Iterator[Parsed]]] = {
     "perce": _parse_perce,
     "longlamp": _parse_profile,
@@ -288,6 +296,8 @@ def detect_format(row: Mapping[str, Any]) -> str:
     fits = [name for name in FORMATS if not missing_fields(name, row)]
     if "longlamp" in fits:
         fits.remove("lamp")  # a LongLaMP row has all of LaMP's fields
+    if len(fits) > 1 and "text" in fits:
+        fits.remove("text")
     if len(fits) == 1:
         return fits[0]
     known = "; ".join(f"{name} ({', '.join(FORMATS[name])})" for name in fits or FORMATS)

@@ -21,6 +21,7 @@ from perce.config import MemoryConfig
 from perce.errors import UserError
 from perce.model import _own_forward
 from perce.prefill import prepare_prefill
+from perce.stream import PairStream
 
 # TrainingArguments' own names, which changed with transformers 5.23.
 CHECKPOINTING = (
@@ -139,6 +140,8 @@ def settle_device(args: Any, memory: MemoryConfig) -> None:
 def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, max_length: int) -> None:
     """UserError for sequences longer than the model has positions, or than its attention can take without T × T."""
     for part in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
+        if memory.persona_grad == "none" and "windows" in (getattr(part, "column_names", None) or ()):
+            raise UserError(f"{name}: persona_grad=none needs rows with a persona, and these are documents. Use full.")
         longest = _longest(part, max_length)
         limit = position_limit(config)
         if limit is not None and longest > limit:
@@ -168,7 +171,7 @@ def _longest(dataset: Any, max_length: int) -> int:
         return int(pyarrow.compute.max(pyarrow.compute.list_value_length(dataset.data["input_ids"])).as_py())
     if isinstance(dataset, list) and dataset:
         return max(len(pair["input_ids"]) for pair in dataset)
-    return max_length if isinstance(dataset, IterableDataset) else 0
+    return max_length if isinstance(dataset, IterableDataset | PairStream) else 0
 
 
 def _check_square(longest: int, name: str, config: Any) -> None:

@@ -32,6 +32,7 @@ PROBE_TOKENS = 8
 # Largest difference of log-probabilities between the model's own logits and ours; fp32 shows 1e-5, bf16 logits 1e-2.
 SELF_CHECK_TOLERANCE = 1e-3
 SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.25
+PACKING_TOLERANCE = 0.1  # of what seeing the sequence before does to hidden states; bf16 noise is far below
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,40 @@ def _output_embeddings(model: Any) -> nn.Module | None:
     for attribute in ("base_layer", "original_module"):
         head = getattr(head, attribute, head)
     return head
+
+
+def check_packing(model: Any, device: str) -> None:
+    """UserError unless the model's attention keeps packed sequences apart, and does so without a T × T mask."""
+    attention = model.config.get_text_config()._attn_implementation
+    if device == "cpu" or not str(attention).startswith(("flash_attention", "flex_attention")):
+        raise UserError(
+            f"packing: expected flash_attention_2, flash_attention_3 or flex_attention on a GPU, got {attention} on "
+            f"{device}. The others build a T × T mask to keep packed sequences apart. Choose one with "
+            "--attn_implementation, or leave --packing out: --tokens_per_batch groups by length and pads little."
+        )
+    check_sequences_apart(model)
+
+
+@torch.no_grad()
+def check_sequences_apart(model: Any) -> None:
+    """UserError if the second of two packed sequences sees the first: not every architecture hands position_ids on."""
+    training = model.training
+    model.eval()
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.arange(1, 2 * PROBE_TOKENS + 1, device=embeddings.device)[None] * 97 % embeddings.shape[0]
+    positions = torch.arange(PROBE_TOKENS, device=ids.device).repeat(2)[None]
+    rows = positions[0, :PROBE_TOKENS]
+    alone = model(input_ids=ids[:, PROBE_TOKENS:], perce={"rows": rows})
+    packed = model(input_ids=ids, position_ids=positions, perce={"rows": rows + PROBE_TOKENS})
+    mixed = model(input_ids=ids, perce={"rows": rows + PROBE_TOKENS})
+    model.train(training)
+    error, leak = (packed - alone).float().norm().item(), (mixed - alone).float().norm().item()
+    if not error <= PACKING_TOLERANCE * leak:
+        raise UserError(
+            f"packing: a packed sequence of this {model.config.model_type} model is {error / leak:.0%} as far from the "
+            "same sequence alone as if it saw the one before it. Its attention does not keep them apart: leave "
+            "--packing out."
+        )
 
 
 def bf16_is_sound(device: str) -> bool:

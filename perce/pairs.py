@@ -13,7 +13,7 @@ can reach across the border of the block.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,21 @@ def counterfactual_ids(input_ids: Sequence[int], persona_span: Sequence[int], re
     return ids
 
 
+def counterfactual_pieces(pair: Mapping[str, Any]) -> list[tuple[list[int], int]]:
+    """The sequences of the second pass from the columns of a pair, each with how many of its last ids it predicts.
+
+    Of a Pair it is one; of a DocumentPair one a window. Asserts that together they predict the response, in order.
+    """
+    ids, length = pair["input_ids"], pair["response_length"]
+    if "windows" in pair:
+        pieces = [(list(ids[start:end]), predicted) for start, end, predicted in pair["windows"]]
+    else:
+        pieces = [(counterfactual_ids(ids, pair["persona_span"], length), length)]
+    predicted_ids = [token for piece, predicted in pieces for token in piece[-predicted:]]
+    assert predicted_ids == list(ids[-length:]), "both passes must predict the same ids"
+    return pieces
+
+
 class PairBuilder:
     """Turns Examples into Pairs for one tokenizer. Raises UserError for an example that cannot be built.
 
@@ -121,6 +136,15 @@ class PairBuilder:
         self.prepends_space = tokenizer.convert_ids_to_tokens(self._encode_start("a"))[0].startswith(("▁", "Ġ"))
         self._header = self._encode(PERSONA_HEADER)
         self._footer = self._encode(PERSONA_FOOTER)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What the pairs depend on besides tokenizer and text."""
+        picked = (self.retriever.identity, self.retriever.k) if self.retriever else None
+        return self.max_length, picked, sorted(self.template_kwargs.items())
+
+    def pairs(self, example: Example) -> list[Pair]:
+        return [self.build(example)]
 
     def build(self, example: Example) -> Pair:
         prefix_text, suffix_text, tail_text = self._render(example)

@@ -1,8 +1,8 @@
-"""Rows of any supported data set -> `Example(persona, turns, response)`, the one shape the rest of the code knows.
+"""Rows of any supported data set -> `Example(persona, turns, response)`, or `Document(text)` where there is no persona.
 
     sources.py   where the rows are (file, directory, save_to_disk, Hub)  ->  (place, row)
     formats.py   what a row means, known from its fields alone            ->  (persona, turns, response), ...
-    rows.py      both together, and what happens to a bad row             ->  Example, Rows, load_examples
+    rows.py      both together, and what happens to a bad row             ->  Example, Document, Rows, load_examples
 
 A row that cannot be used stops the run with file, line and field: a row silently dropped or half understood would
 train the model on something nobody has looked at.
@@ -10,7 +10,7 @@ train the model on something nobody has looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +24,13 @@ from perce.formats import (
     detect_format,
     did_you_mean,
     missing_fields,
+    parse_document,
     parse_spans,
     show,
 )
 from perce.sources import SPLITS, BadRow, Source, open_data
 
-__all__ = ["FORMATS", "SPLITS", "Example", "Rows", "Turn", "available_splits", "load_examples"]
+__all__ = ["FORMATS", "SPLITS", "Document", "Example", "Record", "Rows", "Turn", "available_splits", "load_examples"]
 
 KEPT_REASONS = 5  # skipped rows are all counted; the first few are quoted, which is enough to see the pattern
 
@@ -44,6 +45,18 @@ class Example:
     user_id: str | None
     personal_spans: tuple[tuple[int, int], ...] | None  # character offsets in response, where the data marks them
     source: str  # "train.jsonl:17"; shared by all examples of a row, so it groups a dialogue when user_id is None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text to learn from beginning to end (format text): its own beginning is the context of its later tokens."""
+
+    text: str
+    user_id: str | None
+    source: str  # as of an Example
+
+
+Record = Example | Document  # the rows of a split are all of one kind
 
 
 def _rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
@@ -72,18 +85,18 @@ class Rows:
         self.format, self.skipped = format, 0
         self.reasons: list[str] = []
         self._source, self._columns, self._skip, self._limit = source, columns, skip_bad_rows, limit
-        self._examples: list[Example] | None = None
+        self._examples: list[Record] | None = None
 
     @property
-    def examples(self) -> list[Example]:
+    def examples(self) -> list[Record]:
         if self._examples is None:
             self._examples = list(self._read())
         return self._examples
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[Record]:
         return self._read() if self._examples is None else iter(self._examples)
 
-    def _read(self) -> Iterator[Example]:
+    def _read(self) -> Iterator[Record]:
         self.skipped, self.reasons, count = 0, [], 0
         if self._source.read is None:
             return
@@ -107,7 +120,7 @@ class Rows:
             why = f"all {self.skipped} rows were skipped, {self.reasons[0]}" if self.skipped else "it has no rows"
             raise UserError(f"No example could be read from {self._source.origin}: {why}.")
 
-    def _parse(self, value: object, source: str) -> list[Example]:
+    def _parse(self, value: object, source: str) -> Sequence[Record]:
         if isinstance(value, BadRow):  # the reader could not even make a row of it
             raise value
         if not isinstance(value, dict):
@@ -126,6 +139,8 @@ class Rows:
         if users and not isinstance(users[0], str | int):
             raise BadRow("user_id", "a string or an integer", show(users[0]))
         user_id = str(users[0]) if users else None
+        if self.format == "text":
+            return [Document(parse_document(row), user_id, source)]
         marked = row.get("personal_spans")
         examples = [
             Example(persona, turns, said, user_id, None if marked is None else parse_spans(marked, said), source)

@@ -56,7 +56,7 @@ def run(config: Config) -> None:
 
     quiet_libraries()
     claim_files([config.score.output, config.score.summary])
-    from perce.dataset import make_builder
+    from perce.dataset import make_persona_builder
     from perce.identification import identify
     from perce.inference import load, load_split, model_fingerprint
     from perce.records import RecordFile
@@ -64,7 +64,7 @@ def run(config: Config) -> None:
 
     examples, split = load_split(config.data, config.examples)
     model, tokenizer, device = load(config.model)
-    builder = make_builder(tokenizer, config.data, _format_of(examples))
+    builder = make_persona_builder(tokenizer, config.data, _format_of(examples))
     score = config.score
     file = RecordFile(
         Path(score.jsonl).expanduser() if score.jsonl else None,
@@ -74,7 +74,7 @@ def run(config: Config) -> None:
             "clip_max": score.clip_max, "contrast": score.contrast, **asdict(config.data),
         },
     )  # fmt: skip
-    shown = list(islice(examples, max(score.shown, score.terminal)))
+    shown: list[Any] = list(islice(examples, max(score.shown, score.terminal)))
     print_tokens(file.records[: score.terminal], config)
     for records in scored(examples, len(file.records), model, builder, device, config):
         print_tokens(records[: max(score.terminal - len(file.records), 0)], config)

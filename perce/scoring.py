@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perce.batch import Batch
+from perce.batch import Batch, token_inputs
 
 OWN_SIGNAL = {"lossce": "loss", "entce": "entropy"}
 """Objectives without a counterfactual pass, and what of the factual one their weights are clipped from."""
@@ -38,7 +38,7 @@ def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
     prompts would not be 0."""
     training = model.training
     model.eval()
-    hidden = model(input_ids=inputs["input_ids_cf"], perce={"rows": inputs["rows_cf"]})
+    hidden = model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
     model.train(training)
     return hidden
 
@@ -72,7 +72,7 @@ def factual(
     detach_persona: run the prompt through the persona for its keys and values alone; see perce/prefill.py.
     """
     names = ("rows", "target", "prefix") if detach_persona else ("rows", "target")
-    return model(input_ids=inputs["input_ids"], perce={name: inputs[name] for name in names} | {"loss": call})
+    return model(**token_inputs(inputs), perce={name: inputs[name] for name in names} | {"loss": call})
 
 
 def per_example(inputs: Batch, *columns: Tensor) -> list[tuple[Tensor, ...]]:

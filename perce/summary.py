@@ -15,6 +15,7 @@ from perce.curves import write_curves
 from perce.dataset import RunPairs
 from perce.meters import peak_memory_mib
 from perce.report import ScoredResponse, ScoredToken, write_html
+from perce.rows import Document
 from perce.scoring import TokenStatistics
 from perce.trainer import PerceTrainer
 
@@ -24,6 +25,17 @@ LOSSES = {
     "loss_personal_tokens": "loss on personal tokens",
     "pir_mean": "mean PIR",
 }
+DOCUMENT_LOSSES = {
+    "loss_with_persona": "loss, long context",
+    "loss_without_persona": "loss, short context",
+    "pir_mean": "mean log-ratio",
+}
+SHOWN_TOKENS = 1500  # of a document in the report, at its end, where long and short context differ
+
+
+def loss_labels(format: str) -> dict[str, str]:
+    """Names of the evaluation's numbers for rows of this format; of documents the long context is the "persona"."""
+    return DOCUMENT_LOSSES if format == "text" else LOSSES
 
 
 class Progress(ProgressCallback):
@@ -32,8 +44,9 @@ class Progress(ProgressCallback):
     The first is kept on disk too: a resumed run shows the same "before".
     """
 
-    def __init__(self, output_dir: Path) -> None:
+    def __init__(self, output_dir: Path, labels: Mapping[str, str]) -> None:
         super().__init__()
+        self.labels = labels
         self.evaluated_at = -1
         self.after: dict[str, float] = {}
         self._first = output_dir / "before.pt"
@@ -62,7 +75,7 @@ class Progress(ProgressCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        line = _evaluation_line(logs) if "eval_loss_with_persona" in logs else _training_line(logs)
+        line = _evaluation_line(logs, self.labels) if "eval_loss_with_persona" in logs else _training_line(logs)
         if line:
             write = print if self.training_bar is None else self.training_bar.write
             write(f"step {state.global_step:>5}  {line}")
@@ -82,8 +95,8 @@ def _training_line(logs: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def _evaluation_line(logs: Mapping[str, float]) -> str:
-    return "validation  " + "  ".join(f"{label} {logs[f'eval_{name}']:.4f}" for name, label in LOSSES.items())
+def _evaluation_line(logs: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    return "validation  " + "  ".join(f"{label} {logs[f'eval_{name}']:.4f}" for name, label in labels.items())
 
 
 def describe_run(config: TrainConfig, model: nn.Module, args: TrainingArguments, pairs: RunPairs) -> None:
@@ -104,9 +117,11 @@ def describe_run(config: TrainConfig, model: nn.Module, args: TrainingArguments,
     )
     for note in pairs.notes:
         print(f"       {note}")
+    tokens = config.run.tokens_per_batch
+    forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
     print(
         f"run    {args.output_dir}: {config.loss.objective} objective, learning rate {args.learning_rate:g}, "
-        f"{args.per_device_train_batch_size} sequences a forward × {args.gradient_accumulation_steps} forwards a step"
+        f"{forward} a forward × {args.gradient_accumulation_steps} forwards a step"
         f"{f' × {args.world_size} processes' if args.world_size > 1 else ''}"
     )
 
@@ -126,27 +141,35 @@ def write_run_report(
     shown = [
         evaluated[i * len(evaluated) // n] for n in [min(config.run.report_examples, len(evaluated))] for i in range(n)
     ]
-    passages = dict(zip(pairs.validation["example"], pairs.validation["passages"], strict=True))
+    has_passages = "passages" in pairs.validation.column_names  # documents have none
+    passages = dict(zip(pairs.validation["example"], pairs.validation["passages"], strict=True)) if has_passages else {}
     responses = []
     for index in shown:
         example = pairs.examples[index]
-        responses.append(
-            ScoredResponse(
-                persona=tuple(example.persona[i] for i in passages[index]),
-                turns=tuple((turn.role, turn.content) for turn in example.turns),
-                passes={name: scored_tokens(by[index], trainer.processing_class) for name, by in scored.items()},
-                user_id=example.user_id,
-            )
-        )
+        passes = {name: scored_tokens(by[index], trainer.processing_class) for name, by in scored.items()}
+        if isinstance(example, Document):
+            ends = {name: tokens[-SHOWN_TOKENS:] for name, tokens in passes.items()}
+            responses.append(ScoredResponse(persona=(), turns=(), passes=ends, user_id=example.user_id))
+            continue
+        turns = tuple((turn.role, turn.content) for turn in example.turns)
+        persona = tuple(example.persona[i] for i in passages[index])
+        responses.append(ScoredResponse(persona, turns, passes, example.user_id))
     summary = [
         ("model", config.model.model or "SmolLM2-135M-Instruct"),
         ("data", config.data.data or "built-in examples"),
         ("objective", config.loss.objective),
         ("steps", str(trainer.state.global_step)),
-        *((label, f"{before[f'eval_{name}']:.4f} → {after[f'eval_{name}']:.4f}") for name, label in LOSSES.items()),
+        *(
+            (label, f"{before[f'eval_{name}']:.4f} → {after[f'eval_{name}']:.4f}")
+            for name, label in progress.labels.items()
+        ),
     ]
+    title = "Which tokens are personal"
+    if pairs.format == "text":
+        title = "Which tokens need the long context"
+        summary.append(("persona", f"here: all that stands more than about {config.loss.short_context} tokens back"))
     write_html(
-        output_dir / "report.html", responses, title="Which tokens are personal", summary=summary,
+        output_dir / "report.html", responses, title=title, summary=summary,
         clip=(config.loss.clip_min, config.loss.clip_max),
     )  # fmt: skip
 
@@ -170,7 +193,7 @@ def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progr
 
     before, after = progress.first_evaluation()[0], progress.after
     table = Table("validation", "before", "after", "change", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for name, label in LOSSES.items():
+    for name, label in progress.labels.items():
         old, new = before[f"eval_{name}"], after[f"eval_{name}"]
         table.add_row(label, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}")
     seconds = trainer.training_seconds

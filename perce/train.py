@@ -64,6 +64,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UserError(f"--output_dir: needed when {processes} processes share a run.")
     if config.data.streaming and run.max_steps < 1:
         raise UserError("--streaming: the number of rows is not known beforehand, so --max_steps is needed.")
+    if config.data.streaming and run.tokens_per_batch:
+        raise UserError(
+            "--streaming, --tokens_per_batch: rows are grouped by length, which a stream cannot tell beforehand. Use "
+            "--per_device_train_batch_size, or read the data whole."
+        )
     name = Path(config.data.data).expanduser().resolve().stem if config.data.data else "demo"
     output_dir = str(Path(run.output_dir).expanduser()) if run.output_dir else str(_free_directory(name))
     return replace(config, run=replace(run, learning_rate=rate, output_dir=output_dir))
@@ -86,7 +91,7 @@ def run(config: TrainConfig) -> None:
 
     from perce.dataset import load_pairs
     from perce.model import load_model, load_tokenizer
-    from perce.summary import Progress, describe_run, print_result, write_run_report
+    from perce.summary import Progress, describe_run, loss_labels, print_result, write_run_report
     from perce.trainer import PerceTrainer
 
     args = training_arguments(config)
@@ -96,7 +101,8 @@ def run(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(model_path)
     wanted, on_cpu = config.run.eval_examples, args.device.type == "cpu"
     pairs = load_pairs(
-        config.data, tokenizer, seed=config.run.seed, eval_examples=EVAL_EXAMPLES if wanted is None else wanted,
+        config.data, tokenizer, loss=config.loss, seed=config.run.seed,
+        eval_examples=EVAL_EXAMPLES if wanted is None else wanted,
         eval_tokens=EVAL_TOKENS_ON_CPU if wanted is None and on_cpu else None,
     )  # fmt: skip
     config = fit_batch(config, args, pairs.train)
@@ -105,7 +111,7 @@ def run(config: TrainConfig) -> None:
     main_process = args.process_index == 0
     if main_process:
         describe_run(config, model, args, pairs)
-    progress = Progress(output_dir)
+    progress = Progress(output_dir, loss_labels(pairs.format))
     with _options_that_fail_late():
         trainer = PerceTrainer(
             model, args, train_dataset=pairs.train, eval_dataset=pairs.validation, processing_class=tokenizer,
@@ -220,6 +226,8 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
         "max_steps": run.max_steps,
         "learning_rate": run.learning_rate,
         "warmup_steps": run.warmup_steps,
+        "tokens_per_batch": run.tokens_per_batch,
+        "packing": run.packing,
         "per_device_eval_batch_size": run.per_device_train_batch_size or SEQUENCES_A_STEP,
         "eval_on_start": not run.resume,
         "eval_strategy": "steps" if run.eval_steps else "epoch",
@@ -253,10 +261,15 @@ def fit_batch(config: TrainConfig, args: PerceArguments, pairs: Any) -> TrainCon
     """The config with batch size and accumulation filled in, where they were not given; set in args too."""
     run = config.run
     batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
-    if batch is None:
-        longest = config.data.max_length if config.data.streaming else max(map(len, pairs["input_ids"]))
-        fitting = TOKENS_A_FORWARD[args.device.type] // longest
-        batch = max(size for size in (1, 2, 4, SEQUENCES_A_STEP) if size <= max(fitting, 1))
+    longest = config.data.max_length if config.data.streaming else max(map(len, pairs["input_ids"]))
+    fitting = (run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]) // longest
+    fitting = max(size for size in (1, 2, 4, SEQUENCES_A_STEP) if size <= max(fitting, 1))
+    if run.tokens_per_batch is not None:
+        args.gradient_accumulation_steps = accumulation or 1
+        if "per_device_eval_batch_size" not in config.extra:
+            args.per_device_eval_batch_size = fitting
+        return replace(config, run=replace(run, gradient_accumulation_steps=accumulation or 1))
+    batch = batch or fitting
     accumulation = accumulation or max(SEQUENCES_A_STEP // batch, 1)
     args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, accumulation
     return replace(

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -26,9 +27,10 @@ from perce.config import DataConfig, LossConfig, MemoryConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
 from perce.estimates import Estimates, check_estimable, estimate
+from perce.loader import own_train_loader
 from perce.memory import check_context, check_parallelism, prepare_memory, settle_device
 from perce.meters import Clock, Window, peak_memory_mib
-from perce.model import add_adapter, load_pretrained, load_tokenizer, prepare_model
+from perce.model import add_adapter, check_packing, load_pretrained, load_tokenizer, prepare_model
 from perce.scoring import OWN_SIGNAL, TokenStatistics, counterfactual_hidden, factual, token_statistics
 
 
@@ -39,10 +41,21 @@ class PerceArguments(TrainingArguments):
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+    tokens_per_batch: int | None = None
+    """Padded tokens of a forward, instead of per_device_train_batch_size sequences; see perce.sampler."""
+    packing: bool = False
+    """Sequences one after the other in a single row, for flash or flex attention on a GPU."""
 
     def __post_init__(self) -> None:
+        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
+            raise UserError(f"tokens_per_batch: expected >= 1, or None, got {self.tokens_per_batch}.")
         if self.fsdp and self.use_cpu:
             raise UserError("fsdp with use_cpu: the Trainer would silently run plain data parallelism instead.")
+        if self.packing and self.memory.persona_grad == "none":
+            raise UserError(
+                "packing with persona_grad=none: behind a cached prefix each sequence runs by itself, so there is "
+                "nothing to pack. Leave one of them out."
+            )
         if self.label_smoothing_factor:
             raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
         # Patched in when training begins, Liger's own loss would replace the forward that holds ours, and its MLPs our
@@ -66,13 +79,13 @@ class PerceArguments(TrainingArguments):
 
 
 class PerceTrainer(Trainer):
-    """Fine-tunes a causal language model with PerCE (or plain cross-entropy) on token pairs.
+    """Fine-tunes a causal language model with PerCE (or cross-entropy, or LongCE on documents) on token pairs.
 
     Args:
         model: a causal language model, or its directory or Hub id; prepared by perce.model if need be.
         args: PerceArguments.
-        train_dataset, eval_dataset: `datasets` with the columns of perce.pairs.Pair, or raw rows in any supported
-            format; for evaluation also a dict of them.
+        train_dataset, eval_dataset: `datasets` with the columns of perce.pairs.Pair or perce.documents.DocumentPair,
+            or raw rows in any supported format; for training also a PairStream, for evaluation a dict of them.
         processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
         peft_config: a PEFT config, to train an adapter on the frozen model.
 
@@ -99,7 +112,7 @@ class PerceTrainer(Trainer):
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
         self._tokenizer = tokenizer
-        self._data = args.data
+        self._options = args.data, args.loss
         datasets = {
             "train_dataset": self._as_pairs(train_dataset, "train_dataset"),
             "eval_dataset": self._as_pairs(eval_dataset, "eval_dataset"),
@@ -107,10 +120,14 @@ class PerceTrainer(Trainer):
         for name, dataset in datasets.items():
             _check_vocabulary(dataset, name, prepared.get_input_embeddings().weight.shape[0])
             check_context(dataset, name, prepared.config, args.memory, args.data.max_length)
-        kwargs.setdefault("data_collator", partial(collate, pad_id=getattr(tokenizer, "pad_token_id", None) or 0))
+        pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+        kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id, packing=args.packing))
         super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
         check_parallelism(self, args.memory)
         prepare_memory(self.model, args.memory)
+        if args.packing:
+            with self.compute_loss_context_manager():
+                check_packing(self.model, self.args.device.type)
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.estimation_clock = Clock(self.args.device)
@@ -127,11 +144,15 @@ class PerceTrainer(Trainer):
         """Raw rows as token pairs; what is pairs already, or nothing, as it is."""
         if isinstance(dataset, Mapping):
             return {key: self._as_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
-        return rows_dataset_pairs(dataset, name, self._tokenizer, self._data) if _is_raw(dataset) else dataset
+        return rows_dataset_pairs(dataset, name, self._tokenizer, *self._options) if _is_raw(dataset) else dataset
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
         return super().evaluate(self._as_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = own_train_loader(self.train_dataset, self.data_collator, self.args)
+        return super().get_train_dataloader() if loader is None else loader
 
     def compute_loss(
         self,
@@ -296,7 +317,7 @@ def _is_raw(dataset: Any) -> bool:
     if dataset is None or isinstance(dataset, str):
         return False
     columns = getattr(dataset, "column_names", None) or (dataset[0].keys() if isinstance(dataset, list) else ())
-    return "persona_span" not in columns
+    return "response_length" not in columns
 
 
 def _check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:

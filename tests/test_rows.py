@@ -241,7 +241,7 @@ BAD = [
     ({**LAMP, "input": ""}, "field 'input'"),
     ({"persona": "p", "prompt": TALK, "completion": "x"}, "field 'prompt': expected a user turn at the end"),
     ({"persona": "p", "prompt": "x", "completion": TALK[:1]}, "field 'completion'"),
-    ({"text": "nothing we know"}, "expected the fields of a format: perce (persona, query|messages"),
+    ({"txt": "nothing we know"}, "expected the fields of a format: perce (persona, query|messages"),
     ({}, "got fields (none)"),
 ]
 

@@ -118,6 +118,15 @@ def test_streaming_and_saved_datasets(train, tmp_path):
     assert train(data=saved, output_dir=tmp_path / "whole")[0] == 0
 
 
+def test_a_token_budget(train, tmp_path):
+    code, out, err = train(tokens_per_batch=700, max_steps=3)
+    assert code == 0 and "700 tokens a forward × 1 forwards a step" in out, err
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["tokens_per_batch"] == 700 and saved["per_device_train_batch_size"] is None
+    code, out, err = train("--resume", model=None, data=None, precision=None, max_steps=4)
+    assert code == 0, err
+
+
 def test_objective_ce_has_no_counterfactual_pass(train):
     code, out, err = train(objective="ce")
     assert code == 0 and "0.0% of the training time" in out, err
@@ -299,6 +308,8 @@ def test_nothing_fits(train, tmp_path):
         ("--columns=persona", ["columns"]),
         ("--bf16=true", ["--precision"]),
         ("--streaming", ["max_steps"]),
+        ("--tokens_per_batch=0", ["tokens_per_batch", ">= 1"]),
+        ("--packing", ["packing", "flash_attention_2", "sdpa on cpu", "--tokens_per_batch"]),
         ("--optim=adamw_bnb_8bit", ["cannot be used here"]),
         ("--seed=-1", ["seed"]),
         ("--mlp_tile=-1", ["mlp_tile", ">= 0"]),
@@ -310,6 +321,11 @@ def test_nothing_fits(train, tmp_path):
 )
 def test_flags_that_are_off(train, flag, fragments):
     fails(train(flag, max_steps=None if "max_steps" in flag or flag == "--streaming" else 1), *fragments)
+
+
+def test_flags_that_exclude_each_other(train):
+    fails(train("--tokens_per_batch=99", "--per_device_train_batch_size=2"), "tokens_per_batch", "one of them")
+    fails(train("--tokens_per_batch=99", "--streaming"), "--streaming, --tokens_per_batch", "read the data whole")
 
 
 def test_yaml(train, tmp_path, model, data, capsys):
@@ -363,7 +379,7 @@ def test_read_only_output_directory(train, tmp_path):
 
 
 def test_a_bad_row_in_a_stream_leaves_a_checkpoint_behind(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("perce.dataset.SHUFFLE_BUFFER", 1)
+    monkeypatch.setattr("perce.stream.BLOCK", 1)
     directory = tmp_path / "split"
     write_jsonl(directory / "train.jsonl", [*ROWS[:8], {"persona": "p", "query": "q", "response": ""}])
     write_jsonl(directory / "validation.jsonl", ROWS[8:])

@@ -4,9 +4,6 @@ stop.
 
 import copy
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from perce.errors import UserError
 from perce.model import add_adapter, prepare_model
 from perce.scoring import counterfactual_hidden, token_statistics
 from perce.trainer import PerceArguments, PerceTrainer
+from tests.ranks import finish_rank, run_ranks
 from tests.tiny import demo_pairs, save_tiny_model, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(20)
@@ -150,33 +148,7 @@ def run_split(tmp_path, name, kind, **options):
     batch, accumulation, ranks = SPLITS[name]
     if ranks == 1:
         return train_split(tmp_path, batch, accumulation, kind, options)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    call = [
-        sys.executable,
-        "-m",
-        "tests.test_trainer",
-        str(tmp_path),
-        str(batch),
-        str(accumulation),
-        kind,
-        json.dumps(options),
-    ]
-    root = Path(__file__).parents[1]
-    common = {
-        **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            call, cwd=root, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(ranks)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), errors[0][-3000:]
-    return json.loads((tmp_path / "result.json").read_text())
+    return run_ranks("tests.test_trainer", ranks, tmp_path, str(batch), str(accumulation), kind, json.dumps(options))
 
 
 RUNS = {
@@ -359,6 +331,4 @@ if __name__ == "__main__":  # one rank of run_split
     directory, batch, accumulation, kind, options = sys.argv[1:]
     torch.set_num_threads(1)
     result = train_split(Path(directory), int(batch), int(accumulation), kind, json.loads(options))
-    if os.environ["RANK"] == "0":
-        (Path(directory) / "result.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
+    finish_rank(Path(directory), result)

@@ -1,0 +1,155 @@
+"""Batches under a token budget: what is in them, that they change nothing but the division, and stopping among them."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import skip_first_batches
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from perce.errors import UserError
+from perce.loader import sequence_lengths, undivided_loader
+from perce.retrieval import Retriever, recency_scores
+from perce.sampler import TokenBatches
+from tests.ranks import finish_rank, run_ranks
+from tests.test_stream import ROWS, train_stream
+from tests.test_trainer import LOSS, arguments, logged, model_for, plain_loop, trainer_for
+from tests.tiny import demo_pairs, write_jsonl
+
+LENGTHS = [random.Random(0).randint(20, 400) for _ in range(500)] + [1200]
+PAIRS = demo_pairs(24)[:10] + demo_pairs(24, retriever=Retriever(recency_scores, 1, "", ""))[10:]
+BUDGET = 1000  # 11 batches of 1 to 3: an odd number, so that two processes do not come out even
+
+
+def drawn(epoch=0, lengths=LENGTHS, budget=1000, **options):
+    batches = TokenBatches(lengths, budget, **({"seed": 7} | options))
+    batches.set_epoch(epoch)
+    return list(batches)
+
+
+def test_batches_respect_the_budget_and_hold_every_sequence_once():
+    batches = drawn()
+    assert sorted(index for batch in batches for index in batch) == list(range(len(LENGTHS)))
+    padded = [len(batch) * max(LENGTHS[index] for index in batch) for batch in batches]
+    assert [cost for cost in padded if cost > 1000] == [1200] and [500] in batches, "an over-long sequence is alone"
+    assert sum(padded) < 1.1 * sum(LENGTHS), "padding"
+    assert len(batches) < 1.25 * sum(LENGTHS) / 1000, "batches that are far from full"
+
+
+def test_the_order_depends_on_seed_and_epoch_and_their_number_on_the_lengths_alone():
+    assert drawn() == drawn()
+    assert drawn() != drawn(epoch=1) and drawn() != drawn(seed=8)
+    assert {frozenset(batch) for batch in drawn()} != {frozenset(batch) for batch in drawn(epoch=1)}
+    assert len({len(drawn(epoch)) for epoch in range(20)}) == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 7])
+def test_ranks_take_turns_and_get_equally_many(ranks):
+    whole = drawn()
+    parts = [drawn(rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {len(TokenBatches(LENGTHS, 1000, seed=0, ranks=ranks))}
+    dealt = [batch for turn in zip(*parts, strict=True) for batch in turn]
+    assert dealt[: len(whole)] == whole and dealt[len(whole) :] == whole[: len(dealt) - len(whole)]
+    assert all(len(drawn(lengths=[5], rank=rank, ranks=ranks)) == 1 for rank in range(ranks)), (
+        "fewer batches than ranks"
+    )
+
+
+def test_lengths_of_datasets_and_lists():
+    expected = [len(pair["input_ids"]) for pair in PAIRS]
+    dataset = Dataset.from_list(PAIRS)
+    assert sequence_lengths(dataset) == sequence_lengths(PAIRS) == expected
+    assert sequence_lengths(dataset.select([3, 1])) == [expected[3], expected[1]]
+
+
+def test_set_epoch_reaches_the_batches_behind_skipped_ones():
+    args = TrainingArguments("unused", use_cpu=True, report_to="none", dataloader_pin_memory=False)
+    loader = undivided_loader(LENGTHS, list, args, batch_sampler=TokenBatches(LENGTHS, 1000, seed=7))
+    assert isinstance(loader, DataLoader)
+    skipped = skip_first_batches(loader, 3)
+    skipped.set_epoch(2)
+    assert list(skipped) == [[LENGTHS[index] for index in batch] for batch in drawn(epoch=2)[3:]]
+
+
+# ---- training
+
+
+def train(directory, ranks=1, **options):
+    """Two epochs whose steps are two batches over all ranks."""
+    torch.manual_seed(0)
+    options = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2 // ranks} | options
+    args = arguments(directory, tokens_per_batch=BUDGET, **options)
+    trainer = trainer_for(model_for("full"), args, pairs=PAIRS)
+    seen, collator = [], trainer.data_collator
+    trainer.data_collator = lambda pairs: (seen.append([pair["example"] for pair in pairs]), collator(pairs))[1]
+    trainer.train()
+    return {"steps": logged(trainer, "loss", "grad_norm"), "batches": seen}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("one"))
+
+
+def test_a_step_equals_its_sequences_one_by_one(one_process):
+    batches = one_process["batches"]
+    epoch = len(TokenBatches(sequence_lengths(PAIRS), BUDGET, seed=0))
+    assert len(batches) == 2 * epoch and len({len(batch) for batch in batches}) > 1
+    steps = [
+        [PAIRS[index] for batch in batches[start : min(start + 2, end)] for index in batch]
+        for end in (epoch, 2 * epoch)
+        for start in range(end - epoch, end, 2)
+    ]
+    expected = plain_loop(model_for("full").train(), steps, LOSS)
+    torch.testing.assert_close(torch.tensor(one_process["steps"]), torch.tensor(expected), atol=2e-5, rtol=2e-5)
+
+
+def test_two_processes_train_as_one(tmp_path, one_process):
+    """Both a dataset under a token budget and a stream, in one go."""
+    streamed = train_stream(tmp_path / "one", write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    budget, stream = run_ranks("tests.test_sampler", 2, tmp_path)
+    taken = one_process["batches"]
+    even = len(taken) // 2 - len(taken) // 2 % 2
+    assert budget["batches"][: even // 2] == taken[:even:2]
+    steps = torch.tensor(budget["steps"])[: even // 2], torch.tensor(one_process["steps"])[: even // 2]
+    torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-5)
+    assert stream["examples"] == [batch[::2] for batch in streamed["examples"]]
+    torch.testing.assert_close(torch.tensor(stream["steps"]), torch.tensor(streamed["steps"]), atol=1e-5, rtol=1e-5)
+
+
+def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path, accumulation=2):
+    def weights(directory, **more):
+        args = arguments(
+            directory, tokens_per_batch=BUDGET, gradient_accumulation_steps=accumulation, max_steps=stop + 3,
+            save_strategy="steps", save_steps=stop,
+        )  # fmt: skip
+        trainer = trainer_for(model_for("lora", dropout=0.3), args, pairs=PAIRS)
+        trainer.train(**more)
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, trainer
+
+    batches = len(TokenBatches(sequence_lengths(PAIRS), BUDGET, seed=0))
+    stop = -(-batches // accumulation) + 1  # one step into the second epoch
+    straight, trainer = weights(tmp_path / "a")
+    resumed, again = weights(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{stop}"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert logged(trainer, "loss", "grad_norm") == logged(again, "loss", "grad_norm")
+
+
+def test_a_budget_is_refused_where_it_cannot_be(tmp_path):
+    with pytest.raises(UserError, match="tokens_per_batch: expected >= 1"):
+        arguments(tmp_path, tokens_per_batch=0)
+    trainer = trainer_for(model_for("full"), arguments(tmp_path, tokens_per_batch=100))
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    with pytest.raises(UserError, match=r"tokens_per_batch: a streamed train_dataset"):
+        trainer.train()
+
+
+if __name__ == "__main__":  # one rank
+    torch.set_num_threads(1)
+    directory = Path(sys.argv[1])
+    budget, stream = train(directory, ranks=2), train_stream(directory, directory / "rows.jsonl", ranks=2)
+    finish_rank(directory, [budget, stream])
