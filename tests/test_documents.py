@@ -18,6 +18,7 @@ from perce.errors import UserError
 from perce.model import prepare_model
 from perce.pairs import counterfactual_pieces
 from perce.rows import Document, load_examples
+from perce.scoring import token_statistics
 from perce.train import main
 from tests.test_train import fails
 from tests.test_trainer import arguments, trainer_for
@@ -27,6 +28,7 @@ K, S = 16, 8
 LONGCE = LossConfig(objective="longce", short_context=K, short_stride=S)
 TOKENIZER = tiny_tokenizer()
 TEXT = "The bees left on Monday. Ana wrote it down, as she does. By Friday they were back, louder than before. "
+WEIGHTS = {"clip_min": 0.0, "clip_max": 5.0, "contrast": "ratio"}
 
 
 def documents(lengths):
@@ -97,10 +99,9 @@ def test_weights_and_gradient_equal_a_plain_computation(tmp_path, lengths, packi
     model.set_attn_implementation("eager" if packing else "sdpa")
     close = partial(torch.testing.assert_close, atol=1e-5 if packing else 1e-7, rtol=1e-5)  # eager's softmax is fp32
     reference, pairs = copy.deepcopy(model), documents(lengths)
-    trainer = trainer_for(model, arguments(tmp_path, loss=LONGCE), pairs=pairs)
     batch = collate(pairs, packing=packing)
     total = 0.0
-    for pair, scored in zip(pairs, trainer.token_statistics(model, batch), strict=True):
+    for pair, scored in zip(pairs, token_statistics(model, batch, **WEIGHTS), strict=True):
         logp, logp_cf = plain_log_probabilities(reference, pair["input_ids"])
         token_weight = (logp.detach() - logp_cf).exp().clamp(0, 5)
         close(scored.token_weight, token_weight)
@@ -115,13 +116,12 @@ def test_weights_and_gradient_equal_a_plain_computation(tmp_path, lengths, packi
         close(p.grad, q.grad, msg=name)
 
 
-def test_a_document_shorter_than_the_short_context_has_weights_of_one(tmp_path):
+def test_a_document_shorter_than_the_short_context_has_weights_of_one():
     model = prepare_model(tiny_model())
     pairs = documents([2, K, K + S])
-    trainer = trainer_for(model, arguments(tmp_path, loss=LONGCE), pairs=pairs)
-    for scored in trainer.token_statistics(model, collate(pairs)):
+    for scored in token_statistics(model, collate(pairs), **WEIGHTS):
         torch.testing.assert_close(scored.token_weight, torch.ones_like(scored.token_weight), atol=1e-5, rtol=0)
-    later = trainer.token_statistics(model, collate(documents([K + 2 * S])))[0].token_weight
+    later = token_statistics(model, collate(documents([K + 2 * S])), **WEIGHTS)[0].token_weight
     assert (later[K + S - 1 :] - 1).abs().min() > 1e-4, "and beyond it they differ"
 
 
