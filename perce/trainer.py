@@ -19,15 +19,17 @@ import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from perce.batch import Batch, collate
+from perce.checkpoints import resume_point, save_whole
 from perce.config import DataConfig, LossConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
 from perce.estimates import Estimates, check_estimable, estimate
 from perce.meters import Clock, Window, peak_memory_mib
 from perce.model import add_adapter, load_pretrained, load_tokenizer, prepare_model
+from perce.parallel import check_parallelism, keep_outputs_exact
 from perce.scoring import OWN_SIGNAL, TokenStatistics, counterfactual_hidden, factual, token_statistics
 
 
@@ -39,8 +41,7 @@ class PerceArguments(TrainingArguments):
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        if self.fsdp and self.use_cpu:
-            raise UserError("fsdp with use_cpu: the Trainer would silently run plain data parallelism instead.")
+        check_parallelism(self)
         if self.label_smoothing_factor:
             raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
         # Liger's own loss would replace the forward that holds ours; its other kernels are welcome.
@@ -115,6 +116,10 @@ class PerceTrainer(Trainer):
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
+
     def _as_pairs(self, dataset: Any, name: str) -> Any:
         """Raw rows as token pairs; what is pairs already, or nothing, as it is."""
         if isinstance(dataset, Mapping):
@@ -167,11 +172,22 @@ class PerceTrainer(Trainer):
         self._window.start()
         return super().training_step(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As transformers.Trainer.train; True resumes from the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = resume_point(Path(str(self.args.output_dir)))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._window.pause()
-        if self.estimates is not None and self.args.should_save:
-            self.estimates.save(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
-        super()._save_checkpoint(*args, **kwargs)
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+        def save() -> None:
+            if self.estimates is not None and self.args.should_save:
+                self.estimates.save(checkpoint)
+            Trainer._save_checkpoint(self, model, trial)
+
+        save_whole(self, checkpoint, save)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
         """Response tokens of the whole accumulation window, over all ranks."""
@@ -234,6 +250,7 @@ class PerceTrainer(Trainer):
         if self.args.loss.estimate != "online":
             self.estimates = Estimates.load(Path(resume_from_checkpoint), self.train_dataset, self._vocabulary)
 
+    @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",

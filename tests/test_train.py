@@ -191,23 +191,6 @@ def test_long_validation_sets_are_cut_on_a_cpu_unless_asked_for(train, tmp_path,
     assert "and 1 validation examples" in train(max_steps=1, output_dir=tmp_path / "b")[1]
 
 
-def test_ctrl_c_leaves_a_checkpoint(train, tmp_path, monkeypatch):
-    from perce.trainer import PerceTrainer
-
-    step, calls = PerceTrainer.training_step, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(PerceTrainer, "training_step", interrupted)
-    with pytest.raises(SystemExit, match="130"):
-        train(max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=1)
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-
-
 # ---- mistakes
 
 

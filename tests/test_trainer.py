@@ -5,8 +5,6 @@ stop.
 import copy
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from perce.errors import UserError
 from perce.model import add_adapter, prepare_model
 from perce.scoring import counterfactual_hidden, token_statistics
 from perce.trainer import PerceArguments, PerceTrainer
+from tests.ranks import run_ranks
 from tests.tiny import demo_pairs, save_tiny_model, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(20)
@@ -37,8 +36,8 @@ def arguments(directory, **options):
     return PerceArguments(**(defaults | options))
 
 
-def model_for(kind, dropout=0.0):
-    model = prepare_model(tiny_model())
+def model_for(kind, dropout=0.0, architecture="llama"):
+    model = prepare_model(tiny_model(architecture))
     if kind == "full":
         return model
     torch.manual_seed(1)
@@ -149,32 +148,9 @@ def run_split(tmp_path, name, kind, **options):
     batch, accumulation, ranks = SPLITS[name]
     if ranks == 1:
         return train_split(tmp_path, batch, accumulation, kind, options)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    call = [
-        sys.executable,
-        "-m",
-        "tests.test_trainer",
-        str(tmp_path),
-        str(batch),
-        str(accumulation),
-        kind,
-        json.dumps(options),
-    ]
-    root = Path(__file__).parents[1]
-    common = {
-        **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root),
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            call, cwd=root, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(ranks)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), errors[0][-3000:]
+    run_ranks(
+        "tests.test_trainer", str(tmp_path), str(batch), str(accumulation), kind, json.dumps(options), ranks=ranks
+    )
     return json.loads((tmp_path / "result.json").read_text())
 
 
@@ -305,9 +281,7 @@ def test_a_bad_raw_row_is_named(tmp_path):
         )  # fmt: skip
 
 
-def test_fsdp_on_cpu_and_label_smoothing_are_refused(tmp_path):
-    with pytest.raises(UserError, match="fsdp"):
-        arguments(tmp_path, fsdp="full_shard")
+def test_label_smoothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="label_smoothing"):
         arguments(tmp_path, label_smoothing_factor=0.1)
 
