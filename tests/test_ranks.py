@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import ParallelismConfig
+from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 from safetensors.torch import load_file
 
 from perce.checkpoints import SaveError, flaw
-from perce.config import LossConfig
+from perce.config import LossConfig, parse_args
 from perce.errors import UserError
 from perce.estimates import FILE
 from perce.train import main as train_command
-from tests.ranks import run_ranks
+from perce.train import resolve, training_arguments
+from tests.ranks import ROOT, run_ranks
 from tests.test_trainer import PAIRS, arguments, logged, model_for, trainer_for
 
 BATCH, STEPS, SAVED = 8, 4, 3  # of 16 pairs: two steps an epoch, and the checkpoint in the middle of the second
@@ -98,6 +99,18 @@ def test_sequences_cut_over_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     with pytest.raises(UserError, match="parallelism_config"):
         arguments(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_options_that_the_trainer_takes(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("perce.trainer.check_parallelism", lambda _: None)  # FSDP is refused without a GPU
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the Trainer sets it: put back afterwards
+    config = resolve(parse_args(["--config", str(recipe), "--output_dir", str(tmp_path), "--precision", "fp32"], {})[0])
+    args = training_arguments(config)
+    if args.fsdp:
+        plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
+        assert plugin.fsdp_version == 2 and plugin.activation_checkpointing
+        assert str(plugin.state_dict_type) == "StateDictType.FULL_STATE_DICT"
 
 
 # ---- one rank
