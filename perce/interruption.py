@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM while training: the step under way is finished and saved, so that --resume goes on bitwise.
 
     first signal     the run stops at the end of the step (in an evaluation: of the batch), with a checkpoint
-    second signal    it stops at once; the newest whole checkpoint stands
+    a later one      it stops at once; the newest whole checkpoint stands
 
 A signal to one of several processes stops all of them at the same step.
 """
@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -20,6 +21,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from perce.trainer import PerceTrainer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FORWARDED_SECONDS = 3.0
+"""torchrun passes on what it receives, and one Ctrl-C arrives twice: a signal this soon after the first is the same."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,6 +42,8 @@ class Interruption(TrainerCallback):
     def __init__(self, trainer: PerceTrainer) -> None:
         self.trainer = trainer
         self.received: int | None = None
+        self.saved_step = 0  # of the latest checkpoint of this run
+        self._received_at = 0.0
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
@@ -55,8 +60,10 @@ class Interruption(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if time.monotonic() - self._received_at < FORWARDED_SECONDS:
+                return
             raise KeyboardInterrupt
-        self.received = number
+        self.received, self._received_at = number, time.monotonic()
         # Not print: a handler may run in the middle of another print.
         os.write(2, b"\nStopping after this step, with a checkpoint. Once more stops at once, without.\n")
 
@@ -74,6 +81,7 @@ class Interruption(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved_step = state.global_step
         self._stop_if_asked()
 
     def on_prediction_step(

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perce.checkpoints import SaveError, disk_errors, flaw, resume_point, write_in_one_move
+from perce.checkpoints import SaveError, disk_errors, resume_point, write_in_one_move
 from perce.config import CONFIG_NAME, OPTIONS, TrainConfig, parse_args
 from perce.errors import UserError
 from perce.options import dump_yaml, read_yaml
@@ -141,24 +141,18 @@ def train(trainer: PerceTrainer, checkpoint: str | None) -> None:
             trainer.train(resume_from_checkpoint=checkpoint)
         except (UserError, KeyboardInterrupt) as stopped:
             print(file=sys.stderr)  # ends the line of the progress bar
-            alone = trainer.accelerator.num_processes == 1
-            if isinstance(stopped, Interrupted) or (isinstance(stopped, UserError) and alone):
-                _keep(trainer, stopped)
+            alone, step = trainer.accelerator.num_processes == 1, trainer.state.global_step
+            between_steps = isinstance(stopped, Interrupted) or (isinstance(stopped, UserError) and alone)
+            if step and between_steps and not isinstance(stopped, SaveError):
+                if interruption.saved_step != step:
+                    trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
+                if trainer.is_world_process_zero():
+                    again = f"--resume --output_dir {trainer.args.output_dir}"
+                    print(f"Stopped at step {step}; {again} goes on.", file=sys.stderr)
             if isinstance(stopped, UserError):
                 raise
             number = stopped.signal if isinstance(stopped, Interrupted) else interruption.received
             raise SystemExit(128 + (number or signal.SIGINT)) from None
-
-
-def _keep(trainer: PerceTrainer, stopped: BaseException) -> None:
-    """A checkpoint of the last finished step, unless it is there or the disk is what stopped the run."""
-    step, output_dir = trainer.state.global_step, Path(str(trainer.args.output_dir))
-    if isinstance(stopped, SaveError) or not step:
-        return
-    if flaw(output_dir / f"checkpoint-{step}"):
-        trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
-    if trainer.is_world_process_zero():
-        print(f"Stopped at step {step}; --resume --output_dir {output_dir} goes on.", file=sys.stderr)
 
 
 @contextlib.contextmanager

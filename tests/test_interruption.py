@@ -105,15 +105,19 @@ def test_a_signal_in_an_evaluation_stops_it(flags, straight, run, monkeypatch):
     assert resume(run) == 0 and (run / ADAPTER).read_bytes() == straight
 
 
-def test_a_second_signal_stops_at_once(flags, run, monkeypatch):
+@pytest.mark.parametrize(
+    ("seconds", "left"), [(3.0, ["checkpoint-2", "checkpoint-3"]), (0.0, ["checkpoint-2"])], ids=["forwarded", "later"]
+)
+def test_a_second_signal_stops_at_once_unless_it_is_the_first_one_again(flags, run, monkeypatch, seconds, left):
     def twice(_):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    monkeypatch.setattr("perce.interruption.FORWARDED_SECONDS", seconds)
     at_step(monkeypatch, STOP, twice)
     with pytest.raises(SystemExit, match="143"):
         main([*flags, "--output_dir", str(run)])
-    assert names(run) == ["checkpoint-2"]
+    assert names(run) == left
 
 
 def test_sigterm_to_a_process(flags, straight, run):
