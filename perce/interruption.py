@@ -42,7 +42,7 @@ class Interruption(TrainerCallback):
     def __init__(self, trainer: PerceTrainer) -> None:
         self.trainer = trainer
         self.received: int | None = None
-        self.saved_step = 0  # of the latest checkpoint of this run
+        self.saved_step = 0  # of the newest checkpoint, the one that was resumed from included
         self._received_at = 0.0
 
     @contextlib.contextmanager
@@ -75,6 +75,11 @@ class Interruption(TrainerCallback):
         own = torch.tensor([float(self.received == number) for number in SIGNALS], device=accelerator.device)
         counts = accelerator.reduce(own, "sum").tolist()
         return next((number for number, count in zip(SIGNALS, counts, strict=True) if count), None)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.saved_step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._asked():

@@ -120,6 +120,7 @@ def test_a_second_signal_stops_at_once_unless_it_is_the_first_one_again(flags, r
     assert names(run) == left
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_process(flags, straight, run):
     child = start("waits", flags, run)
     child.terminate()

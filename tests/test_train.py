@@ -337,7 +337,11 @@ def test_a_bad_row_in_a_stream_leaves_a_checkpoint_behind(train, tmp_path, monke
         "--streaming", data=directory, per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=9
     )
     fails(result, "train.jsonl:9")
-    assert list((tmp_path / "run").glob("checkpoint-*")) and "--resume" in result[2]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert "--resume" in result[2]
+    written = (checkpoint / "complete.json").stat().st_mtime_ns
+    fails(train("--resume", model=None, data=None, precision=None, max_steps=9), "train.jsonl:9")
+    assert (checkpoint / "complete.json").stat().st_mtime_ns == written, "there is nothing new to save"
 
 
 # ---- the command itself
