@@ -42,7 +42,7 @@ def prepare_memory(model: Any, memory: MemoryConfig) -> None:
         prepare_prefill(model)
 
 
-def check_parallelism(trainer: Trainer, memory: MemoryConfig) -> None:
+def check_sharding(trainer: Trainer, memory: MemoryConfig) -> None:
     """UserError where persona_grad="none" would leave processes waiting for each other for ever."""
     if memory.persona_grad == "none" and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
         raise UserError(

@@ -10,6 +10,7 @@ from tokenizers.decoders import DecodeStream
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from perce.checkpoints import disk_errors
 from perce.config import TrainConfig
 from perce.curves import write_curves
 from perce.dataset import RunPairs
@@ -68,7 +69,8 @@ class Progress(ProgressCallback):
         self.after, self.evaluated_at = kwargs["metrics"], state.global_step
         if state.global_step == 0 and state.is_world_process_zero and self._trainer:
             statistics = [vars(example) for example in self._trainer.last_evaluation]
-            torch.save({"metrics": self.after, "statistics": statistics}, self._first)
+            with disk_errors(self._first.parent):
+                torch.save({"metrics": self.after, "statistics": statistics}, self._first)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perce.checkpoints import SaveError, disk_errors, resume_point, write_in_one_move
 from perce.config import CONFIG_NAME, OPTIONS, TrainConfig, parse_args
 from perce.errors import UserError
 from perce.options import dump_yaml, read_yaml
@@ -120,31 +122,43 @@ def run(config: TrainConfig) -> None:
         trainer.get_optimizer_cls_and_kwargs(args, model)
     progress.attach(trainer)
     if main_process and checkpoint is None:
-        (output_dir / CONFIG_NAME).write_text(dump_yaml(config.to_dict()), encoding="utf-8")
+        write_in_one_move(output_dir / CONFIG_NAME, dump_yaml(config.to_dict()))
 
     train(trainer, checkpoint)
     if progress.evaluated_at != trainer.state.global_step:
         trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
+    with disk_errors(output_dir):
+        trainer.save_model()
+        trainer.save_state()
+        if main_process:
+            write_run_report(output_dir, config, trainer, pairs, progress)
     if main_process:
-        write_run_report(output_dir, config, trainer, pairs, progress)
         print_result(output_dir, trainer, pairs, progress)
 
 
 def train(trainer: PerceTrainer, checkpoint: str | None) -> None:
-    """Train; what stops it midway leaves a checkpoint of the last finished step behind."""
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except (UserError, KeyboardInterrupt) as stopped:
-        step = trainer.state.global_step
-        print(file=sys.stderr)  # ends the line of the progress bar
-        if step and trainer.accelerator.num_processes == 1:
-            trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
-            print(f"Stopped at step {step}; --resume --output_dir {trainer.args.output_dir} goes on.", file=sys.stderr)
-        if isinstance(stopped, KeyboardInterrupt):
-            raise SystemExit(130) from None
-        raise
+    """Train; what stops it midway leaves a checkpoint of the last finished step behind, or the newest one standing."""
+    from perce.interruption import Interrupted, Interruption
+
+    interruption = Interruption(trainer)
+    trainer.add_callback(interruption)
+    with interruption.caught():
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (UserError, KeyboardInterrupt) as stopped:
+            print(file=sys.stderr)  # ends the line of the progress bar
+            alone, step = trainer.accelerator.num_processes == 1, trainer.state.global_step
+            between_steps = isinstance(stopped, Interrupted) or (isinstance(stopped, UserError) and alone)
+            if step and between_steps and not isinstance(stopped, SaveError):
+                if interruption.saved_step != step:
+                    trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
+                if trainer.is_world_process_zero():
+                    again = f"--resume --output_dir {trainer.args.output_dir}"
+                    print(f"Stopped at step {step}; {again} goes on.", file=sys.stderr)
+            if isinstance(stopped, UserError):
+                raise
+            number = stopped.signal if isinstance(stopped, Interrupted) else interruption.received
+            raise SystemExit(128 + (number or signal.SIGINT)) from None
 
 
 @contextlib.contextmanager
@@ -188,14 +202,7 @@ def last_checkpoint(config: TrainConfig, output_dir: Path) -> str:
                 f"--resume: {name} is {now!r} now and was {saved[name]!r} when the run began. Leave it as it was, or "
                 "start a new run."
             )
-    steps = [
-        int(path.name.partition("-")[2])
-        for path in output_dir.glob("checkpoint-*")
-        if (path / "trainer_state.json").is_file()  # written last
-    ]
-    if not steps:
-        raise UserError(f"--resume: {output_dir} holds no whole checkpoint-N. Was the run saved (--save_steps)?")
-    return str(output_dir / f"checkpoint-{max(steps)}")
+    return resume_point(output_dir)
 
 
 def training_arguments(config: TrainConfig) -> PerceArguments:

@@ -20,17 +20,19 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from perce.batch import Batch, collate
+from perce.checkpoints import resume_point, save_whole
 from perce.config import DataConfig, LossConfig, MemoryConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
 from perce.estimates import Estimates, check_estimable, estimate
 from perce.loader import own_train_loader
-from perce.memory import check_context, check_parallelism, prepare_memory, settle_device
+from perce.memory import check_context, check_sharding, prepare_memory, settle_device
 from perce.meters import Clock, Window, peak_memory_mib
 from perce.model import add_adapter, check_packing, load_pretrained, load_tokenizer, prepare_model
+from perce.parallel import check_parallelism, keep_outputs_exact
 from perce.scoring import OWN_SIGNAL, TokenStatistics, counterfactual_hidden, factual, token_statistics
 
 
@@ -47,10 +49,9 @@ class PerceArguments(TrainingArguments):
     """Sequences one after the other in a single row, for flash or flex attention on a GPU."""
 
     def __post_init__(self) -> None:
+        check_parallelism(self)
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise UserError(f"tokens_per_batch: expected >= 1, or None, got {self.tokens_per_batch}.")
-        if self.fsdp and self.use_cpu:
-            raise UserError("fsdp with use_cpu: the Trainer would silently run plain data parallelism instead.")
         if self.packing and self.memory.persona_grad == "none":
             raise UserError(
                 "packing with persona_grad=none: behind a cached prefix each sequence runs by itself, so there is "
@@ -123,7 +124,7 @@ class PerceTrainer(Trainer):
         pad_id = getattr(tokenizer, "pad_token_id", None) or 0
         kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id, packing=args.packing))
         super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
-        check_parallelism(self, args.memory)
+        check_sharding(self, args.memory)
         prepare_memory(self.model, args.memory)
         if args.packing:
             with self.compute_loss_context_manager():
@@ -139,6 +140,10 @@ class PerceTrainer(Trainer):
         self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
 
     def _as_pairs(self, dataset: Any, name: str) -> Any:
         """Raw rows as token pairs; what is pairs already, or nothing, as it is."""
@@ -196,11 +201,22 @@ class PerceTrainer(Trainer):
         self._window.start()
         return super().training_step(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As transformers.Trainer.train; True resumes from the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = resume_point(Path(str(self.args.output_dir)))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._window.pause()
-        if self.estimates is not None and self.args.should_save:
-            self.estimates.save(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
-        super()._save_checkpoint(*args, **kwargs)
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+        def save() -> None:
+            if self.estimates is not None and self.args.should_save:
+                self.estimates.save(checkpoint)
+            Trainer._save_checkpoint(self, model, trial)
+
+        save_whole(self, checkpoint, save)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
         """Response tokens of the whole accumulation window, over all ranks."""
@@ -264,6 +280,7 @@ class PerceTrainer(Trainer):
         if self.args.loss.estimate != "online":
             self.estimates = Estimates.load(Path(resume_from_checkpoint), self.train_dataset, self._vocabulary)
 
+    @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",

@@ -1,33 +1,45 @@
-"""Runs a test module as several processes of one job, with gloo on the CPU."""
+"""Several processes on one CPU, joined by gloo: how tests start ranks."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 
-def run_ranks(module: str, ranks: int, directory: Path, *argv: str) -> Any:
-    """`python -m MODULE DIRECTORY ARGV…` in every rank; what rank 0 hands to `finish_rank`."""
+
+def run_ranks(module: str, *argv: str, ranks: int = 2) -> list[str]:
+    """`python -m module argv…` once a rank, as torchrun starts it; stderr of each. Fails when a rank does."""
+    processes = start_ranks([sys.executable, "-m", module, *argv], ranks)
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), errors[0][-3000:]
+    return errors
+
+
+def start_ranks(call: Sequence[str], ranks: int = 2) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    root = Path(__file__).parents[1]
     common = {
         **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    processes = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-m", module, str(directory), *argv], cwd=root, stderr=subprocess.PIPE, text=True,
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            call, cwd=ROOT, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for rank in range(ranks)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), errors[0][-3000:]
+
+
+def result_of_ranks(module: str, ranks: int, directory: Path, *argv: str) -> Any:
+    """`python -m module directory argv…` in every rank; what rank 0 hands to `finish_rank`."""
+    run_ranks(module, str(directory), *argv, ranks=ranks)
     return json.loads((directory / "result.json").read_text())
 
 

@@ -99,6 +99,7 @@ def test_weights_and_gradient_equal_a_plain_computation(tmp_path, lengths, packi
     model.set_attn_implementation("eager" if packing else "sdpa")
     close = partial(torch.testing.assert_close, atol=1e-5 if packing else 1e-7, rtol=1e-5)  # eager's softmax is fp32
     reference, pairs = copy.deepcopy(model), documents(lengths)
+    trainer = trainer_for(model, arguments(tmp_path, loss=LONGCE), pairs=pairs)
     batch = collate(pairs, packing=packing)
     total = 0.0
     for pair, scored in zip(pairs, token_statistics(model, batch, **WEIGHTS), strict=True):

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 
 from perce.config import LossConfig, MemoryConfig
 from perce.errors import UserError
-from perce.memory import CHECKPOINTING, check_context, check_parallelism, position_limit, settle_device, tile_mlps
+from perce.memory import CHECKPOINTING, check_context, check_sharding, position_limit, settle_device, tile_mlps
 from perce.model import add_adapter, prepare_model
 from perce.trainer import PerceArguments, PerceTrainer
 from tests.tiny import demo_pairs, tiny_model, tiny_tokenizer
@@ -214,6 +214,6 @@ def test_attention_over_all_pairs_of_tokens_is_refused_by_name(architecture, att
 def test_a_detached_persona_is_refused_where_processes_would_wait_for_ever():
     sharded = SimpleNamespace(is_fsdp_enabled=True)
     with pytest.raises(UserError, match="FSDP"):
-        check_parallelism(sharded, DETACHED)
-    check_parallelism(sharded, MemoryConfig())
-    check_parallelism(SimpleNamespace(is_fsdp_enabled=False), DETACHED)
+        check_sharding(sharded, DETACHED)
+    check_sharding(sharded, MemoryConfig())
+    check_sharding(SimpleNamespace(is_fsdp_enabled=False), DETACHED)

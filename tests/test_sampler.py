@@ -15,7 +15,7 @@ from perce.errors import UserError
 from perce.loader import sequence_lengths, undivided_loader
 from perce.retrieval import Retriever, recency_scores
 from perce.sampler import TokenBatches
-from tests.ranks import finish_rank, run_ranks
+from tests.ranks import finish_rank, result_of_ranks
 from tests.test_stream import ROWS, train_stream
 from tests.test_trainer import LOSS, arguments, logged, model_for, plain_loop, trainer_for
 from tests.tiny import demo_pairs, write_jsonl
@@ -111,7 +111,7 @@ def test_a_step_equals_its_sequences_one_by_one(one_process):
 def test_two_processes_train_as_one(tmp_path, one_process):
     """Both a dataset under a token budget and a stream, in one go."""
     streamed = train_stream(tmp_path / "one", write_jsonl(tmp_path / "rows.jsonl", ROWS))
-    budget, stream = run_ranks("tests.test_sampler", 2, tmp_path)
+    budget, stream = result_of_ranks("tests.test_sampler", 2, tmp_path)
     taken = one_process["batches"]
     even = len(taken) // 2 - len(taken) // 2 % 2
     assert budget["batches"][: even // 2] == taken[:even:2]

@@ -213,23 +213,6 @@ def test_long_validation_sets_are_cut_on_a_cpu_unless_asked_for(train, tmp_path,
     assert "and 1 validation examples" in train(max_steps=1, output_dir=tmp_path / "b")[1]
 
 
-def test_ctrl_c_leaves_a_checkpoint(train, tmp_path, monkeypatch):
-    from perce.trainer import PerceTrainer
-
-    step, calls = PerceTrainer.training_step, []
-
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(PerceTrainer, "training_step", interrupted)
-    with pytest.raises(SystemExit, match="130"):
-        train(max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=1)
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-
-
 # ---- mistakes
 
 
@@ -387,7 +370,11 @@ def test_a_bad_row_in_a_stream_leaves_a_checkpoint_behind(train, tmp_path, monke
         "--streaming", data=directory, per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=9
     )
     fails(result, "train.jsonl:9")
-    assert list((tmp_path / "run").glob("checkpoint-*")) and "--resume" in result[2]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert "--resume" in result[2]
+    written = (checkpoint / "complete.json").stat().st_mtime_ns
+    fails(train("--resume", model=None, data=None, precision=None, max_steps=9), "train.jsonl:9")
+    assert (checkpoint / "complete.json").stat().st_mtime_ns == written, "there is nothing new to save"
 
 
 # ---- the command itself

@@ -18,7 +18,7 @@ from perce.errors import UserError
 from perce.model import add_adapter, prepare_model
 from perce.scoring import counterfactual_hidden, token_statistics
 from perce.trainer import PerceArguments, PerceTrainer
-from tests.ranks import finish_rank, run_ranks
+from tests.ranks import finish_rank, result_of_ranks
 from tests.tiny import demo_pairs, save_tiny_model, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(20)
@@ -35,8 +35,8 @@ def arguments(directory, **options):
     return PerceArguments(**(defaults | options))
 
 
-def model_for(kind, dropout=0.0):
-    model = prepare_model(tiny_model())
+def model_for(kind, dropout=0.0, architecture="llama"):
+    model = prepare_model(tiny_model(architecture))
     if kind == "full":
         return model
     torch.manual_seed(1)
@@ -148,7 +148,9 @@ def run_split(tmp_path, name, kind, **options):
     batch, accumulation, ranks = SPLITS[name]
     if ranks == 1:
         return train_split(tmp_path, batch, accumulation, kind, options)
-    return run_ranks("tests.test_trainer", ranks, tmp_path, str(batch), str(accumulation), kind, json.dumps(options))
+    return result_of_ranks(
+        "tests.test_trainer", ranks, tmp_path, str(batch), str(accumulation), kind, json.dumps(options)
+    )
 
 
 RUNS = {
@@ -286,9 +288,7 @@ def test_a_bad_raw_row_is_named(tmp_path):
         )  # fmt: skip
 
 
-def test_fsdp_on_cpu_and_label_smoothing_are_refused(tmp_path):
-    with pytest.raises(UserError, match="fsdp"):
-        arguments(tmp_path, fsdp="full_shard")
+def test_label_smoothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="label_smoothing"):
         arguments(tmp_path, label_smoothing_factor=0.1)
 

@@ -1,0 +1,44 @@
+"""Several devices: what of accelerate's ways to use them trains PerCE, and what would silently do something else."""
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from perce.errors import UserError
+
+
+def check_parallelism(args: TrainingArguments) -> None:
+    """UserError for FSDP without a GPU, and for sequences or layers that are cut over processes."""
+    if (args.fsdp or _environment("ACCELERATE_USE_FSDP")) and (args.use_cpu or not torch.accelerator.is_available()):
+        raise UserError(
+            "fsdp on a CPU: the Trainer would silently run plain data parallelism instead. Leave --fsdp out to have "
+            "that, or run on GPUs."
+        )
+    if getattr(args, "parallelism_config", None) or _environment("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise UserError(
+            "parallelism_config: context, sequence and tensor parallelism are not supported; the rows of a response "
+            "are read from whole sequences, which every process must hold. What works: one process a GPU (torchrun "
+            "--nproc_per_node 8 -m perce.train …), --fsdp true when the weights do not fit one GPU, and "
+            "--activation_checkpointing for long sequences."
+        )
+
+
+def keep_outputs_exact(fsdp_plugin: Any) -> None:
+    """Let FSDP2's mixed precision cast parameters only.
+
+    Its policy also rounds whatever crosses a wrapper, inward or outward, to bf16: given token weights, the loss (23.528
+    left as 23.5) and the log-probabilities whose difference is PIR. Autocast decides what is computed in bf16.
+    """
+    policy = getattr(fsdp_plugin, "mixed_precision_policy", None)
+    if policy is not None and fsdp_plugin.fsdp_version == 2:
+        fsdp_plugin.mixed_precision_policy = dataclasses.replace(
+            policy, output_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+
+def _environment(name: str) -> bool:
+    """A switch that `accelerate launch` sets."""
+    return os.environ.get(name, "false").lower() in ("true", "1")
