@@ -1,4 +1,4 @@
-"""`python -m benchmarks.table RESULTS.json`: the README's tables from what `--benchmark-json` wrote."""
+"""`python -m benchmarks.table RESULTS.json`: the documents' tables from what `--benchmark-json` wrote."""
 
 import json
 import re
@@ -45,6 +45,16 @@ def steps(entries: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| persona of {extra['persona_tokens']} tokens | {seconds:.2f} | {extra['ratio_to_ce']:.2f} |"
 
 
+def plans(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """What plans predict against real steps of random models; time against the bound."""
+    yield "| training step | planned, MiB | measured, MiB | difference | time ÷ bound |\n| --- | --- | --- | --- | --- |"
+    for entry in entries:
+        if match := re.fullmatch(r"test_plan_against_real_steps\[(.+)]", entry["name"]):
+            extra = entry["extra_info"]
+            sizes = f"{extra['predicted_mib']} | {extra['measured_mib']} | {extra['difference']:+.1%}"
+            yield f"| {match[1]} | {sizes} | {extra['step_seconds'] / extra['least_seconds']:.1f} |"
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
@@ -53,7 +63,7 @@ def main() -> None:
     entries, extra = results["benchmarks"], results["benchmarks"][0]["extra_info"]
     cpu = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
     print(f"{cpu}, {extra['threads']} threads, torch {extra['torch']}, {results['datetime'][:10]}.")
-    for table in (times, memory, steps):
+    for table in (times, memory, steps, plans):
         print("", *table(entries), sep="\n")
 
 

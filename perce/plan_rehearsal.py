@@ -69,7 +69,7 @@ def build(config: Any, recipe: Recipe) -> Any:
                 model = add_adapter(model, lora_config(options))
     except UserError:
         raise
-    except (ValueError, ImportError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, ImportError, AttributeError, TypeError, KeyError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--model {options.model}: no model can be built from its config.json: {reason}") from error
     if recipe.checkpointing:

@@ -52,6 +52,7 @@ def _table(*columns: str) -> Table:
 
 def _facts(rows: Iterable[tuple[str, str]]) -> Table:
     table = Table.grid(padding=(0, 3, 0, 0))
+    table.add_column(no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
@@ -72,7 +73,7 @@ def _phases(result: Result) -> Table:
 def _details(result: Result) -> Table:
     plan, memory = result.config.plan, result.plan.memory
     budget = plan.memory_bytes()
-    rows = [("peak memory", f"{_gib(memory.peak)} GiB a device, in the {PHASES[memory.peak_phase][1]}")]
+    rows = [("peak memory", f"{_gib(memory.peak)} GiB: {PHASES[memory.peak_phase][1]}")]
     if budget is not None:
         rows.append(("device memory", f"{_gib(budget)} GiB: {'enough' if memory.peak <= budget else 'too little'}"))
         longest = (
