@@ -47,7 +47,8 @@ def steps(entries: list[dict[str, Any]]) -> Iterator[str]:
 
 def plans(entries: list[dict[str, Any]]) -> Iterator[str]:
     """What plans predict against real steps of random models; time against the bound."""
-    yield "| training step | planned, MiB | measured, MiB | difference | time ÷ bound |\n| --- | --- | --- | --- | --- |"
+    yield "| training step | planned, MiB | measured, MiB | difference | time ÷ bound |"
+    yield "| --- | --- | --- | --- | --- |"
     for entry in entries:
         if match := re.fullmatch(r"test_plan_against_real_steps\[(.+)]", entry["name"]):
             extra = entry["extra_info"]
