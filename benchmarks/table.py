@@ -60,6 +60,17 @@ def contexts(entries: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| {way} | {' | '.join(str(c['peak_extra_mib'][way]) for c in columns)} |"
 
 
+def plans(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """What plans predict against real steps of random models; time against the bound."""
+    yield "| training step | planned, MiB | measured, MiB | difference | time ÷ bound |"
+    yield "| --- | --- | --- | --- | --- |"
+    for entry in entries:
+        if match := re.fullmatch(r"test_plan_against_real_steps\[(.+)]", entry["name"]):
+            extra = entry["extra_info"]
+            sizes = f"{extra['predicted_mib']} | {extra['measured_mib']} | {extra['difference']:+.1%}"
+            yield f"| {match[1]} | {sizes} | {extra['step_seconds'] / extra['least_seconds']:.1f} |"
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
@@ -71,7 +82,7 @@ def main() -> None:
     entries, extra = results["benchmarks"], results["benchmarks"][0]["extra_info"]
     cpu = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
     print(f"{cpu}, {extra['threads']} threads, torch {extra['torch']}, {results['datetime'][:10]}.")
-    for table in (times, memory, steps, contexts):
+    for table in (times, memory, steps, contexts, plans):
         print("", *table(entries), sep="\n")
 
 

@@ -5,6 +5,7 @@ be given by its Hugging Face name (`--weight_decay 0.1`); train.py checks those 
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from perce.options import option as _option
 from perce.options import require as _require
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
+MEMORY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,49 @@ class EvaluateConfig:
         _require(0 <= self.temperature < float("inf"), "temperature", ">= 0", self.temperature)
         _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
         _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """The run that is planned. Names that `python -m perce.train` has too mean the same."""
+
+    context: int = _option(4096, "tokens of a factual sequence: persona, query and response")
+    query: int = _option(128, "tokens of it that the counterfactual prompt keeps: chat template, query")
+    response: int = _option(512, "tokens of it that are the response")
+    per_device_train_batch_size: int = _option(1, "sequences a forward")
+    gradient_accumulation_steps: int | None = _option(None, "forwards an optimiser step; default: 8 sequences a step")
+    objective: Literal["perce", "ce"] = _option("perce", "perce has the counterfactual pass, ce has not")
+    activation_checkpointing: bool = _option(False, "recompute activations in backward")
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "where it is to run; auto: cuda where there is one or --gpu_memory is given"
+    )
+    devices: int = _option(1, "how many; each takes its own sequences")
+    sharding: Literal["none", "full"] = _option(
+        "none", "full: weights, gradients and optimiser states divided over the devices (FSDP)"
+    )
+    gpu_memory: str | None = _option(None, "memory of one device, such as 80GiB: what fits, and the largest context")
+    tflops: float | None = _option(None, "matmul rate of one device, 1e12 FLOP/s; default: measured here in a second")
+    json: str | None = _option(None, "FILE for the whole plan as JSON")
+
+    def __post_init__(self) -> None:
+        for name in ("query", "response", "per_device_train_batch_size", "devices"):
+            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        steps = self.gradient_accumulation_steps
+        _require(steps is None or steps >= 1, "gradient_accumulation_steps", ">= 1", steps)
+        least = self.query + self.response + 1
+        _require(self.context >= least, "context", f">= {least} (query + response + a persona)", self.context)
+        _require(self.tflops is None or 0 < self.tflops < float("inf"), "tflops", "> 0", self.tflops)
+        _require(self.sharding == "none" or self.devices > 1, "sharding", "none with one device", self.sharding)
+        _require(self.memory_bytes() is None or self.device != "cpu", "gpu_memory", "--device cuda", "--device cpu")
+
+    def memory_bytes(self) -> int | None:
+        """--gpu_memory in bytes."""
+        if self.gpu_memory is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", self.gpu_memory.strip().lower())
+        size = int(float(match[1]) * MEMORY_UNITS.get(match[2], 0)) if match else 0
+        _require(size > 0, "gpu_memory", "a size with its unit, such as 80GiB or 24GB", self.gpu_memory)
+        return size
 
 
 @dataclass(frozen=True)

@@ -275,27 +275,40 @@ def load_model(path: str, config: ModelConfig, device: str) -> Any:
     prepare_model(model)
     if not config.lora_r:
         return model
-    from peft import LoraConfig, prepare_model_for_kbit_training
-
     if method is not None:
+        from peft import prepare_model_for_kbit_training
+
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    adapter = LoraConfig(
+    return add_adapter(model, lora_config(config))
+
+
+def lora_config(config: ModelConfig) -> Any:
+    """The adapter that --lora_r asks for, on every linear layer but the output embedding."""
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear",
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    return add_adapter(model, adapter)
 
 
 def load_pretrained(path: str, **kwargs: Any) -> Any:
     """AutoModelForCausalLM.from_pretrained with dropout off, and with its failures told as one paragraph."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    return _from_pretrained(AutoModelForCausalLM, path, config=read_config(path), **kwargs)
+
+
+def read_config(path: str) -> Any:
+    """A model's config with dropout off."""
+    from transformers import AutoConfig
 
     config = _from_pretrained(AutoConfig, path)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
             if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value > 0:
                 setattr(part, name, 0.0)
-    return _from_pretrained(AutoModelForCausalLM, path, config=config, **kwargs)
+    return config
 
 
 def prepare_model(model: Any) -> Any:

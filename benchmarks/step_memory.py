@@ -1,0 +1,128 @@
+"""Peak memory of real training steps: `python -m benchmarks.step_memory JSON` prints it as JSON.
+
+A PerceTrainer takes two steps of a model with random weights, in a process of its own. The peak resident set of the
+second, which finds its optimiser states in place, is given over what the process holds after a run of the same model
+with a single layer has come and gone: Python, the libraries and their scratch space are no part of a plan. glibc gives
+every block of 64 KiB back at once (otherwise it hoards freed activations, which in small models are below its usual
+threshold).
+"""
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory import M_MMAP_THRESHOLD, _status_bytes
+
+STEPS = 2
+
+Spec = dict[str, Any]
+"""The options of `python -m perce.plan`; "model" has a config's fields, its model_type among them."""
+
+
+def measure(spec: Spec) -> dict[str, float]:
+    """{"peak_bytes", "step_seconds"}, in this process. Call once in a fresh one."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    train(spec | {"model": spec["model"] | {"num_hidden_layers": 1}})
+    gc.collect()
+    libc.malloc_trim(0)
+    before = _status_bytes("VmRSS")
+    peak, seconds = train(spec)
+    return {"peak_bytes": peak - before, "step_seconds": seconds, "libraries_bytes": before}
+
+
+def train(spec: Spec) -> tuple[int, float]:
+    """(peak resident bytes, seconds) of the last step."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+    from perce.config import LossConfig
+    from perce.trainer import PerceArguments, PerceTrainer
+
+    seconds: list[float] = []
+    peak: list[int] = []
+
+    class LastStep(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == STEPS - 1:
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+                seconds.append(time.perf_counter())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == STEPS:
+                seconds.append(time.perf_counter())
+                peak.append(_status_bytes("VmHWM"))
+
+    fields = PerceArguments.__dataclass_fields__
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    batch, accumulation = spec["per_device_train_batch_size"], spec["gradient_accumulation_steps"]
+    with tempfile.TemporaryDirectory() as directory:
+        args = PerceArguments(
+            directory, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=STEPS,
+            bf16=spec["precision"] == "bf16", per_device_train_batch_size=batch, dataloader_pin_memory=False,
+            gradient_accumulation_steps=accumulation, loss=LossConfig(objective=spec["objective"]),
+            **{checkpointing: spec["activation_checkpointing"], f"{checkpointing}_kwargs": {"use_reentrant": False}},
+        )  # fmt: skip
+        trainer = PerceTrainer(
+            make_model(spec), args, train_dataset=Dataset.from_list(pairs(spec, STEPS * accumulation * batch)),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), callbacks=[LastStep()],
+        )  # fmt: skip
+        trainer.train()
+    return peak[0], seconds[1] - seconds[0]
+
+
+def make_model(spec: Spec) -> Any:
+    """Random weights, in the dtypes that load_model gives a checkpoint."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from perce.config import ModelConfig
+    from perce.model import add_adapter, lora_config, prepare_model
+
+    torch.manual_seed(0)
+    low = spec["precision"] == "bf16" and spec["lora_r"]
+    config = AutoConfig.for_model(**spec["model"])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if low else torch.float32)
+    prepare_model(model)
+    return add_adapter(model, lora_config(ModelConfig(lora_r=spec["lora_r"]))) if spec["lora_r"] else model
+
+
+def pairs(spec: Spec, count: int) -> list[dict[str, Any]]:
+    """Token pairs of one length: the persona is what query and response leave of the context."""
+    context, response = spec["context"], spec["response"]
+    persona = context - response - spec["query"]
+    return [
+        {
+            "input_ids": [(7 * i + row) % spec["model"]["vocab_size"] for i in range(context)],
+            "persona_span": [4, 4 + persona],
+            "response_length": response,
+            "personal": [False] * response,
+            "passages": [],
+            "example": row,
+        }
+        for row in range(count)
+    ]
+
+
+def measured(spec: Spec) -> dict[str, float]:
+    """`measure`, in a child process."""
+    command = [sys.executable, "-m", "benchmarks.step_memory", json.dumps(spec)]
+    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    print(json.dumps(measure(json.loads(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()

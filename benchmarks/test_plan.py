@@ -1,0 +1,78 @@
+"""What `python -m perce.plan` predicts against real steps: peak memory within 15 %, and the bound beside the time.
+
+Models have the shapes of SmolLM2-135M, Qwen3 and Gemma-3 with fewer and narrower layers, and random weights.
+"""
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from benchmarks.step_memory import Spec, measured
+from perce.plan import OPTIONS, Config, Plan, estimate
+from perce.plan_time import matmul_rate
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 16384, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3", "vocab_size": 16384, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 8192,
+}  # fmt: skip
+GEMMA3 = {
+    "model_type": "gemma3_text", "vocab_size": 32768, "hidden_size": 320, "intermediate_size": 1024,
+    "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128, "sliding_window": 256,
+    "max_position_embeddings": 8192,
+}  # fmt: skip
+MIB = 2**20
+
+
+def spec(model: dict[str, Any], context: int, lora_r: int, precision: str, checkpointing: bool, **changes: Any) -> Spec:
+    return {
+        "model": model, "context": context, "query": 64, "response": 128, "lora_r": lora_r, "precision": precision,
+        "activation_checkpointing": checkpointing, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+        "objective": "perce",
+    } | changes  # fmt: skip
+
+
+SPECS = {
+    "smollm2-full-fp32-1024": spec(LLAMA, 1024, 0, "fp32", False),
+    "smollm2-full-fp32-2048-checkpointed": spec(LLAMA, 2048, 0, "fp32", True),
+    "smollm2-full-bf16-2048": spec(LLAMA, 2048, 0, "bf16", False),
+    "smollm2-lora-fp32-2x1024": spec(LLAMA, 1024, 16, "fp32", False, per_device_train_batch_size=2),
+    "smollm2-lora-bf16-2x1024": spec(LLAMA, 1024, 16, "bf16", False, per_device_train_batch_size=2),
+    "qwen3-full-fp32-1024-accumulated": spec(QWEN3, 1024, 0, "fp32", False, gradient_accumulation_steps=2),
+    "qwen3-full-fp32-2x1024-checkpointed": spec(QWEN3, 1024, 0, "fp32", True, per_device_train_batch_size=2),
+    "qwen3-full-bf16-1024-ce": spec(QWEN3, 1024, 0, "bf16", False, objective="ce"),
+    "qwen3-lora-fp32-2048-checkpointed": spec(QWEN3, 2048, 16, "fp32", True),
+    "qwen3-lora-bf16-2048-checkpointed": spec(QWEN3, 2048, 16, "bf16", True),
+    "gemma3-full-fp32-2048": spec(GEMMA3, 2048, 0, "fp32", False),
+    "gemma3-full-bf16-2048-checkpointed": spec(GEMMA3, 2048, 0, "bf16", True),
+    "gemma3-lora-bf16-1024": spec(GEMMA3, 1024, 16, "bf16", False),
+}
+
+
+def planned(spec: Spec) -> Plan:
+    """The plan of what `measured` runs."""
+    sections, _ = OPTIONS.build({name: value for name, value in spec.items() if name != "model"})
+    return estimate(AutoConfig.for_model(**spec["model"]), Config(**sections), "cpu")
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.benchmark(group="plan: predicted and measured peak memory")
+def test_plan_against_real_steps(benchmark, name):
+    plan = planned(SPECS[name])
+    real = benchmark.pedantic(measured, args=(SPECS[name],), rounds=1)
+    bound = plan.flops.total / (matmul_rate("cpu", SPECS[name]["precision"] == "bf16") or 1)
+    benchmark.extra_info |= {
+        "predicted_mib": round(plan.memory.peak / MIB),
+        "measured_mib": round(real["peak_bytes"] / MIB),
+        "difference": round(plan.memory.peak / real["peak_bytes"] - 1, 3),
+        "peak_in": plan.memory.peak_phase,
+        "libraries_mib": round(real["libraries_bytes"] / MIB),
+        "least_seconds": round(bound, 2),
+        "step_seconds": round(real["step_seconds"], 2),
+    }
+    print(f"\n{name}: {dict(benchmark.extra_info)}")
+    assert abs(plan.memory.peak / real["peak_bytes"] - 1) <= 0.15

@@ -1,0 +1,268 @@
+"""python -m perce.plan: what a training step takes, before a GPU is spent on it.
+
+config.json → the model without data → a rehearsed step (memory by phase) and its operations (time) → what fits, and
+what each option buys. No weights are read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perce.config import ModelConfig, PlanConfig
+from perce.errors import UserError
+from perce.options import Options, dump_yaml
+
+if TYPE_CHECKING:
+    from perce.plan_memory import Counts, Memory
+    from perce.plan_rehearsal import Recipe
+    from perce.plan_time import Flops
+
+OPTIONS = Options(
+    prog="python -m perce.plan",
+    description="Peak memory and least time of a training step, the largest context that fits, and what each option "
+    "buys. Reads the model's config.json only.",
+    sections={"model": ModelConfig, "plan": PlanConfig},
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig
+    plan: PlanConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One configuration, estimated."""
+
+    counts: Counts
+    memory: Memory
+    flops: Flops
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The same run with one option changed."""
+
+    flags: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that is shown."""
+
+    config: Config
+    device: str
+    precision: str
+    plan: Plan
+    rate: float | None  # FLOP/s, where known
+    largest_context: int | None  # None without --gpu_memory; 0 where nothing fits
+    variants: list[Variant]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 after one paragraph on stderr when the user can put something right."""
+    try:
+        parsed = OPTIONS.parse(sys.argv[1:] if argv is None else argv)
+        sections, _ = OPTIONS.build(parsed.raw)
+        if parsed.print_config:
+            print(dump_yaml({k: v for section in sections.values() for k, v in asdict(section).items()}), end="")
+        else:
+            run(Config(**sections))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(config: Config) -> None:
+    """Estimate, print, and write the JSON."""
+    from perce.environment import quiet_libraries
+    from perce.files import claim_files
+
+    quiet_libraries()
+    claim_files([config.plan.json])
+    from perce.plan_report import print_plan, to_json
+
+    result = make_result(config)
+    print_plan(result)
+    if config.plan.json:
+        Path(config.plan.json).expanduser().write_text(json.dumps(to_json(result), indent=2) + "\n", encoding="utf-8")
+        print(f"written  {config.plan.json}")
+
+
+def make_result(config: Config) -> Result:
+    from perce.plan_time import matmul_rate
+
+    model_config = load_config(config.model)
+    check_context(model_config, config)
+    device = resolve_device(config.plan)
+    low = is_low_precision(config.model, device)
+    rate = config.plan.tflops * 1e12 if config.plan.tflops else matmul_rate(device, low)
+    return Result(
+        config,
+        device,
+        "bf16" if low else "fp32",
+        estimate(model_config, config, device),
+        rate,
+        largest_context(model_config, config, device),
+        [Variant(flags, estimate(model_config, changed, device)) for flags, changed in variants(config, low)],
+    )
+
+
+def estimate(model_config: Any, config: Config, device: str) -> Plan:
+    """Memory and operations of one configuration. UserError for a model that cannot be planned."""
+    from perce.plan_memory import count, memory
+    from perce.plan_time import flops
+
+    recipe = recipe_of(config, device)
+    counts = count(model_config, recipe)
+    return Plan(
+        counts,
+        memory(model_config, recipe, config.plan, counts, device),
+        flops(model_config, recipe, config.plan, counts),
+    )
+
+
+def recipe_of(config: Config, device: str) -> Recipe:
+    from perce.plan_rehearsal import Recipe
+
+    return Recipe(config.model, is_low_precision(config.model, device), config.plan.activation_checkpointing)
+
+
+def resolve_device(plan: PlanConfig) -> str:
+    import torch
+
+    if plan.device != "auto":
+        return plan.device
+    return "cuda" if plan.gpu_memory or torch.cuda.is_available() else "cpu"
+
+
+def is_low_precision(model: ModelConfig, device: str) -> bool:
+    """As perce.model.resolve_precision, for a device that need not be here."""
+    from perce.model import bf16_is_sound
+
+    return model.precision == "bf16" or (model.precision == "auto" and (device == "cuda" or bf16_is_sound("cpu")))
+
+
+def load_config(options: ModelConfig) -> Any:
+    """The model's config, its dropout off as in training. UserError for what is no decoder-only dense model."""
+    from transformers import PretrainedConfig
+
+    from perce.demo import default_model_path
+    from perce.model import read_config
+
+    if options.load_in_4bit:
+        raise UserError(
+            "--load_in_4bit: plans of quantised models are not made. Plan with bf16 weights: an upper bound."
+        )
+    path = options.model or str(default_model_path())
+    config = read_config(path)
+    if config.is_encoder_decoder:
+        raise UserError(f"--model {path}: PerCE needs a decoder-only model, and {config.model_type} has an encoder.")
+    local = Path(path).expanduser()
+    raw, _ = PretrainedConfig.get_config_dict(str(local) if local.exists() else path)
+    text, names = config.get_text_config(), ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    written = raw.get("text_config", raw)
+    missing = [name for name in names if getattr(text, name, None) is None]
+    # A size left out of config.json has the architecture's default, which is that of another model.
+    missing += [
+        name
+        for name in ("hidden_size", "num_hidden_layers")
+        if written.keys().isdisjoint({name, text.attribute_map.get(name)})
+    ]
+    if missing:
+        raise UserError(f"--model {path}: {missing[0]} is missing from its config.json, and a plan needs it.")
+    if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise UserError(f"--model {path}: {text.model_type} has a mixture of experts. Only dense models are planned.")
+    return config
+
+
+def check_context(model_config: Any, config: Config) -> None:
+    limit = position_limit(model_config)
+    if limit is not None and config.plan.context > limit:
+        raise UserError(
+            f"--context {config.plan.context}: the model has positions for {limit} tokens (max_position_embeddings in "
+            f"its config.json). Expected at most {limit}, or a config.json that stretches them (rope_scaling)."
+        )
+
+
+def position_limit(model_config: Any) -> int | None:
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+def largest_context(model_config: Any, config: Config, device: str) -> int | None:
+    """Tokens of the longest context whose peak fits --gpu_memory, up to the model's own limit; 0 if none does."""
+    from perce.plan_memory import count, memory
+
+    budget = config.plan.memory_bytes()
+    if budget is None:
+        return None
+    recipe = recipe_of(config, device)
+    counts = count(model_config, recipe)
+    shortest = config.plan.query + config.plan.response + 1
+    longest = max(position_limit(model_config) or 2**20, shortest)
+
+    def peak(context: int) -> int:
+        return memory(model_config, recipe, replace(config.plan, context=context), counts, device).peak
+
+    return largest(peak, shortest, longest, budget)
+
+
+def largest(peak: Callable[[int], int], low: int, high: int, budget: int) -> int:
+    """The largest integer in [low, high] whose peak is within the budget; 0 if not even low's is. peak must not fall.
+
+    Bisection, every other guess by the chord between the ends: peaks are straight lines over long stretches.
+    """
+    if (at_high := peak(high)) <= budget:
+        return high
+    if (at_low := peak(low)) > budget:
+        return 0
+    by_chord = True
+    while high - low > 1:
+        share = (budget - at_low) / (at_high - at_low) if by_chord else 0.5
+        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        if (at_guess := peak(guess)) <= budget:
+            low, at_low = guess, at_guess
+        else:
+            high, at_high = guess, at_guess
+        by_chord = not by_chord
+    return low
+
+
+def variants(config: Config, low: bool) -> Iterator[tuple[str, Config]]:
+    """(flags, config) with one option changed, where that is a change."""
+    plan, model = config.plan, config.model
+
+    def changed(flags: str, **changes: Any) -> tuple[str, Config]:
+        own = {name: value for name, value in changes.items() if hasattr(plan, name)}
+        others = {name: value for name, value in changes.items() if name not in own}
+        return flags, Config(replace(model, **others), replace(plan, **own))
+
+    on = not plan.activation_checkpointing
+    yield changed(f"--activation_checkpointing {str(on).lower()}", activation_checkpointing=on)
+    rank = 0 if model.lora_r else 16
+    yield changed(f"--lora_r {rank}", lora_r=rank)
+    precision = "fp32" if low else "bf16"
+    yield changed(f"--precision {precision}", precision=precision)
+    if (batch := plan.per_device_train_batch_size) > 1:
+        from perce.plan_memory import accumulation
+
+        yield changed(
+            "--per_device_train_batch_size 1", per_device_train_batch_size=1,
+            gradient_accumulation_steps=batch * accumulation(plan),
+        )  # fmt: skip
+    if plan.objective == "perce":
+        yield changed("--objective ce", objective="ce")
+    if model.attn_implementation == "eager":
+        yield changed("--attn_implementation sdpa", attn_implementation="sdpa")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

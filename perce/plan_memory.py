@@ -1,0 +1,210 @@
+"""Peak memory of a training step on one device, by phase and by part.
+
+    weights           parameters and buffers, counted on the real model
+    optimiser states  8 bytes a trained parameter (AdamW in fp32)
+    activations       what is alive when a phase begins, gradients left out: for the backward all that was kept, with
+                      checkpointing the layers' inputs alone
+    working set       what the phase adds at its peak: one layer's recomputation and gradients, say
+    gradients         of parameters, as far as backward has come
+    loss buffers      inside the op: a chunk of logits; on a CPU also an fp32 copy of a bf16 head
+
+Activations, working sets and gradients are rehearsed (plan_rehearsal), the others are formulae. A phase's sum is its
+peak, the largest of them the step's. On CPU what the process holds before the model is built comes on top.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from perce.config import PlanConfig
+from perce.errors import UserError
+from perce.model import logit_transform
+from perce.plan_rehearsal import (
+    PHASES,
+    Recipe,
+    StepShape,
+    build,
+    decoder_layers,
+    layer_kinds,
+    rehearse_depth,
+    unwrapped,
+)
+from perce_kernels import chunked
+
+UPDATE = "update"  # the phase of the optimiser, whose fused AdamW works in place
+ADAMW_BYTES = 8
+CUDA_RESERVE = 2**30  # context, kernels, cuBLAS workspaces, fragments; assumed
+MULTIPROCESSORS = 132  # of an H100 or H200: they decide how many tokens a chunk of the loss has
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Exact sizes of a model, from the modules themselves."""
+
+    parameters: int  # tied ones once
+    trained: int
+    weight_bytes: int
+    embedding: int  # parameters outside the layers
+    linear: int  # matrices of the layers, adapters left out
+    adapter: int  # LoRA weights
+    not_recomputed: int  # of linear: recomputation stops before each layer's last product, whose result nothing keeps
+    hidden: int
+    vocabulary: int
+    layers: int
+    head_trains: bool
+    head_bias: bool
+
+
+def count(config: Any, recipe: Recipe) -> Counts:
+    """UserError for a model whose layers are not alike."""
+    model = build(config, recipe)
+    text = config.get_text_config()
+    layers = decoder_layers(model, text.num_hidden_layers)
+    sizes: dict[Any, int] = {}
+    for layer, kind in zip(layers, layer_kinds(config), strict=True):
+        size = sum(p.numel() for p in layer.parameters())
+        if sizes.setdefault(kind, size) != size:
+            raise UserError(
+                f"{type(unwrapped(model)).__name__}: layers of {sizes[kind]:,} and of {size:,} parameters. Only models "
+                "whose layers are alike are planned."
+            )
+    parameters = sum(p.numel() for p in model.parameters())
+    matrices = {name: p.numel() for name, p in layers.named_parameters() if p.dim() > 1}
+    adapter = sum(size for name, size in matrices.items() if "lora_" in name)
+    # Of an adapted matrix the adapter's own product is the last: too little to count.
+    last = 0 if adapter else sum([p.numel() for p in layer.parameters() if p.dim() > 1][-1] for layer in layers)
+    head = model.get_output_embeddings()
+    return Counts(
+        parameters=parameters,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        weight_bytes=sum(x.numel() * x.itemsize for x in [*model.parameters(), *model.buffers()]),
+        embedding=parameters - sum(p.numel() for p in layers.parameters()),
+        linear=sum(matrices.values()) - adapter,
+        adapter=adapter,
+        not_recomputed=last,
+        hidden=head.weight.shape[1],
+        vocabulary=head.weight.shape[0],
+        layers=len(layers),
+        head_trains=head.weight.requires_grad,
+        head_bias=head.bias is not None,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. phases: part by part, the same parts in each."""
+
+    phases: dict[str, dict[str, int]]
+    attention: int  # working set of one layer's attention in the forward, and of its MLP
+    mlp: int
+    hidden_rows: int  # hidden states of the response tokens, of both passes
+    logits_not_held: dict[str, int]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return self.phases[self.peak_phase]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
+def shape_of(plan: PlanConfig) -> StepShape:
+    """The last token of a sequence is a target only, in both passes."""
+    persona = plan.context - plan.query - plan.response
+    batch = plan.per_device_train_batch_size
+    return StepShape(
+        batch=batch,
+        tokens=plan.context - 1,
+        tokens_cf=plan.context - persona - 1 if plan.objective == "perce" else 0,
+        rows=batch * plan.response,
+        accumulates=accumulation(plan) > 1,
+    )
+
+
+def accumulation(plan: PlanConfig) -> int:
+    return plan.gradient_accumulation_steps or max(8 // plan.per_device_train_batch_size, 1)
+
+
+def memory(config: Any, recipe: Recipe, plan: PlanConfig, counts: Counts, device: str) -> Memory:
+    """The rehearsal and the formulae of the module's docstring put together."""
+    shape = shape_of(plan)
+    rehearsed = rehearse_depth(config, recipe, shape)
+    resident = _resident(counts, recipe, plan, device)
+    shares = plan.devices if plan.sharding == "full" else 1
+    phases = {}
+    for phase in PHASES:
+        if f"{phase}.peak" not in rehearsed:
+            continue
+        start, peak, start_gradients, gradients = (
+            rehearsed[f"{phase}.{name}"] for name in ("start", "peak", "start_gradients", "peak_gradients")
+        )
+        phases[phase] = resident | {
+            "gradients": gradients // shares,
+            "activations": start - start_gradients,
+            "working set": (peak - gradients) - (start - start_gradients),
+            "loss buffers": loss_buffers(config, recipe, shape, counts, device) if phase == "head" else 0,
+        }
+    trained_bytes = 4 * counts.trained
+    nothing = {"activations": 0, "working set": 0, "loss buffers": 0}
+    phases[UPDATE] = resident | {"gradients": trained_bytes // shares} | nothing
+    parts = {name.partition(" ")[2]: size for name, size in rehearsed.items() if name.startswith("part ")}
+    passes = 2 if shape.tokens_cf else 1
+    return Memory(
+        phases,
+        attention=max((size for name, size in parts.items() if "attn" in name or "attention" in name), default=0),
+        mlp=max((size for name, size in parts.items() if "mlp" in name or "feed" in name), default=0),
+        hidden_rows=passes * shape.rows * counts.hidden * (2 if recipe.low_precision else 4),
+        logits_not_held={
+            "of the response tokens": shape.rows * counts.vocabulary * 4,
+            "of all tokens": shape.batch * shape.tokens * counts.vocabulary * 4,
+        },
+    )
+
+
+def _resident(counts: Counts, recipe: Recipe, plan: PlanConfig, device: str) -> dict[str, int]:
+    """What is there in every phase; sharded, one layer is gathered while the next one is fetched, beside embeddings."""
+    weights, states = counts.weight_bytes, ADAMW_BYTES * counts.trained
+    resident = {"weights": weights, "optimiser states": states}
+    if plan.sharding == "full":
+        layer = (counts.parameters - counts.embedding) // counts.layers
+        gathered = (2 * layer + counts.embedding) * (2 if recipe.low_precision else 4)
+        resident = {name: size // plan.devices for name, size in resident.items()} | {"gathered weights": gathered}
+    elif plan.devices > 1:
+        resident["gradient buckets"] = 4 * counts.trained  # DistributedDataParallel copies them for its all-reduce
+    if device == "cuda":
+        resident["CUDA context"] = CUDA_RESERVE
+    return resident
+
+
+def loss_buffers(config: Any, recipe: Recipe, shape: StepShape, counts: Counts, device: str) -> int:
+    """Bytes that fused_perce_loss allocates beside its inputs and outputs."""
+    n, d, v = shape.rows, counts.hidden, counts.vocabulary
+    softcap = logit_transform(config).softcap is not None
+    passes = 2 if shape.tokens_cf else 1
+    if device == "cuda":
+        return _gpu_loss_buffers(n, d, v, 2 if recipe.low_precision else 4, passes, counts)
+    buffers = 1 + softcap
+    chunk = min(chunked.chunk_rows(v, torch.float32, buffers), n)
+    logits, dhidden = buffers * chunk * v * 4, chunk * d * 4
+    upcast = (v + passes * chunk) * d * 4 if recipe.low_precision else 0  # CPU products have no out_dtype
+    return logits + dhidden + upcast
+
+
+def _gpu_loss_buffers(n: int, d: int, v: int, itemsize: int, passes: int, counts: Counts) -> int:
+    try:
+        from perce_kernels.gpu import driver
+    except ImportError as error:
+        raise UserError(
+            f"--device cuda: its plan asks the Triton backend for its chunk sizes, and cannot import it ({error}). "
+            "Install triton, or plan on the Linux machine that is to train."
+        ) from error
+    return driver.extra_bytes(
+        n, d, v, itemsize, chunk=driver.chunk_rows(d, v, passes, MULTIPROCESSORS), passes=passes, gathered=False,
+        masked=False, needed=(True, counts.head_trains, counts.head_bias and counts.head_trains),
+    )  # fmt: skip

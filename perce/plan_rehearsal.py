@@ -1,0 +1,322 @@
+"""A training step rehearsed on tensors without data: what is alive when, counted from the model's own code.
+
+    build            the model of a config, LoRA included, on the meta device: parameter counts are exact
+    rehearse         both passes, the loss and the backward on fake tensors; allocations and releases are counted
+    rehearse_depth   the same for a few layers only, carried on to the model's depth
+
+A step is a sequence of phases, and the bytes at the start and at the peak of each are affine in the number of layers of
+each kind: what one more layer adds is the difference of two rehearsals. Backward is the exception (activations fall
+while gradients grow, and their sum is largest at an end), so its last and its first layer are phases of their own.
+Fake tensors show what operators return, not what they allocate inside: plan_memory adds the buffers of the loss.
+"""
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from perce.config import ModelConfig
+from perce.errors import UserError
+from perce.model import add_adapter, logit_transform, lora_config
+from perce_kernels import fused_perce_loss
+
+PHASES = ("counterfactual", "forward", "head", "last layer", "first layer")
+"""Of a step before its optimiser update. The last layer is the first whose backward runs."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides how a model is built and run, beside its config."""
+
+    model: ModelConfig
+    low_precision: bool  # bf16 autocast, and bf16 weights under LoRA
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """One forward and backward of B sequences."""
+
+    batch: int
+    tokens: int  # T, input tokens of a sequence
+    tokens_cf: int  # those without the persona; 0: no counterfactual pass
+    rows: int  # N, response tokens of all sequences
+    accumulates: bool  # gradients of an earlier forward are there already
+
+
+def build(config: Any, recipe: Recipe) -> Any:
+    """The model of a config as load_model would make it, on the meta device. UserError if there is none."""
+    from transformers import AutoModelForCausalLM
+
+    options = recipe.model
+    dtype = torch.bfloat16 if recipe.low_precision and options.lora_r else torch.float32
+    kwargs = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    if "flash" in (options.attn_implementation or ""):
+        kwargs["attn_implementation"] = "sdpa"  # holds the same, and needs no package and no GPU here
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **kwargs)
+            if options.lora_r:
+                model = add_adapter(model, lora_config(options))
+    except UserError:
+        raise
+    except (ValueError, ImportError, AttributeError, TypeError, KeyError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model {options.model}: no model can be built from its config.json: {reason}") from error
+    if recipe.checkpointing:
+        base = unwrapped(model)
+        # transformers 5.23 renamed it
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model.train()
+
+
+def unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_layers(model: Any, count: int) -> nn.ModuleList:
+    """The list of the language model's layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and "vision" not in name:
+            return module
+    raise UserError(f"{type(unwrapped(model)).__name__}: expected a list of {count} layers, and it has none.")
+
+
+def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
+    """What a config says of each layer (full or sliding attention, …): layers of the same kind are alike."""
+    text = config.get_text_config()
+    lists = [text.layer_types] if getattr(text, "layer_types", None) else []
+    return list(zip(*lists, strict=True)) if lists else [()] * text.num_hidden_layers
+
+
+def cut(config: Any, stack: Sequence[int]) -> Any:
+    """The config of a model that has only the layers `stack` of this one."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, [value[index] for index in stack])
+    text.num_hidden_layers = len(stack)
+    return config
+
+
+def rehearse_depth(config: Any, recipe: Recipe, shape: StepShape) -> dict[str, int]:
+    """`rehearse` of all layers, from stacks that hold each kind of layer once, and once more for what it adds."""
+    kinds = layer_kinds(config)
+    between = [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in (kinds[0], kinds[-1])]
+    base = [0, *between, len(kinds) - 1] if len(kinds) > 1 else [0]
+    shallow = rehearse(cut(config, base), recipe, shape)
+    result = dict(shallow)
+    present = Counter(kinds[index] for index in base)
+    for kind, count in Counter(kinds).items():
+        if more := count - present[kind]:
+            stack = [0, kinds.index(kind), *base[1:]]
+            deeper = rehearse(cut(config, stack), recipe, shape)
+            for name, value in shallow.items():
+                result[name] += more * (deeper[name] - value)
+    return result
+
+
+def rehearse(config: Any, recipe: Recipe, shape: StepShape) -> dict[str, int]:
+    """Bytes alive beside the weights, for each of PHASES: "PHASE.start" and "PHASE.peak", and with "_gradients" behind
+    it how much of that are gradients of parameters. "part NAME" is what the attention or MLP of one layer, in the
+    forward, has alive at most beyond its input."""
+    live = _Live()
+    model = build(config, recipe)
+    try:
+        with FakeTensorMode(), _one_sequence_a_row():
+            live.disregard(_give_storage(model))
+            with live:
+                for _ in range(1 + shape.accumulates):  # of two forwards the second counts
+                    live.moments.clear()
+                    _step(model, recipe, shape, live)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        name = type(unwrapped(model)).__name__
+        raise UserError(f"{name}: a step of this architecture cannot be rehearsed without data ({reason}).") from error
+    return dict(live.moments)
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """transformers looks at position ids for packed sequences, and where these have no values it expects some: a T × T
+    mask would be built that a real step of ours never has."""
+    from transformers import masking_utils
+
+    own = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+
+
+def _give_storage(model: nn.Module) -> Iterator[Tensor]:
+    """Fake tensors in the place of those on the meta device, tied ones once; called under a FakeTensorMode."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in tables:
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake: Tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = fake
+                    yield fake
+                held[name] = made[id(tensor)]
+
+
+def _step(model: Any, recipe: Recipe, shape: StepShape, live: "_Live") -> None:
+    """One forward and backward as PerceTrainer makes them, its phases marked."""
+    base = unwrapped(model)
+    layers = decoder_layers(base, base.config.get_text_config().num_hidden_layers)
+    transform, head = logit_transform(base.config), base.get_output_embeddings()
+    rows = torch.zeros(shape.rows, dtype=torch.int64)
+
+    def autocast() -> Any:  # one a pass, as Accelerate's wrapper: its casts of the weights live as long
+        return torch.autocast("cpu", torch.bfloat16, enabled=recipe.low_precision)
+
+    def hidden(tokens: int) -> Tensor:
+        ids = torch.zeros(shape.batch, tokens, dtype=torch.int64)
+        return base.base_model(input_ids=ids, use_cache=False)[0].flatten(0, 1)[rows]
+
+    source: dict[str, Any] = {}
+    if shape.tokens_cf:
+        live.enter("counterfactual")
+        model.eval()
+        with torch.no_grad(), autocast():
+            states = hidden(shape.tokens_cf)
+        source["hidden_cf"] = states.float() if recipe.low_precision else states  # the wrapper's outputs are fp32
+        model.train()
+    else:
+        source["token_weight"] = torch.ones(shape.rows)
+    live.enter("forward")
+    handles = [*_watch_parts(layers[-1], live), *_watch_backward(layers, live), *_watch_gradients(model, live)]
+    with autocast():
+        states = hidden(shape.tokens)
+        live.enter("head")
+        loss: Any = fused_perce_loss(
+            states, head.weight, rows, **source, bias=head.bias, softcap=transform.softcap,
+            logit_scale=transform.logit_scale, num_items=1, backend="torch",
+        )  # fmt: skip
+    del states, source
+    live.enter("last layer")
+    loss.backward()
+    live.leave()
+    for handle in handles:
+        handle.remove()
+
+
+def _watch_parts(layer: nn.Module, live: "_Live") -> Iterator[Any]:
+    for name, child in layer.named_children():
+        if any(parameter.dim() > 1 for parameter in child.parameters()):
+            before, after = live.part(name)
+            yield child.register_forward_pre_hook(before)
+            yield child.register_forward_hook(after)
+
+
+def _watch_backward(layers: nn.ModuleList, live: "_Live") -> Iterator[Any]:
+    """Marks the end of the last layer's backward and the start of the first one's."""
+
+    def when_its_gradient_is_there(mark: Callable[[], None]) -> Callable[..., None]:
+        def on_output(_module: nn.Module, _args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            if states.requires_grad:
+                states.register_hook(lambda _: mark())
+
+        return on_output
+
+    if len(layers) > 2:
+        yield layers[-2].register_forward_hook(when_its_gradient_is_there(live.leave))
+    if len(layers) > 1:
+        yield layers[0].register_forward_hook(when_its_gradient_is_there(lambda: live.enter("first layer")))
+
+
+def _watch_gradients(model: nn.Module, live: "_Live") -> Iterator[Any]:
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            yield parameter.register_post_accumulate_grad_hook(live.count_gradient)
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all storages that operators have returned and somebody still holds, and the peak of each phase."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments: Counter[str] = Counter()
+        self._bytes = self._peak = self._gradients = 0
+        self._phase = ""
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._alive[key] = storage.nbytes()
+        weakref.finalize(storage, self._release, key)
+        self._bytes += storage.nbytes()
+        self._peak = max(self._peak, self._bytes)
+        if self._phase and self._bytes > self.moments[f"{self._phase}.peak"]:
+            self._note_peak()
+
+    def _release(self, key: int) -> None:
+        self._bytes -= self._alive.pop(key)
+
+    def _note_peak(self) -> None:
+        self.moments[f"{self._phase}.peak"] = self._bytes
+        self.moments[f"{self._phase}.peak_gradients"] = self._gradients
+
+    def disregard(self, tensors: Iterator[Tensor]) -> None:
+        """Tensors that were there before: an operator that returns a view of one allocates nothing."""
+        for tensor in tensors:
+            self._alive[tensor.untyped_storage()._cdata] = 0
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase: what is alive now is its start. Called again, as a recomputation does, it goes on."""
+        if phase != self._phase:
+            self._phase = phase
+            self.moments[f"{phase}.start"] = self._bytes
+            self.moments[f"{phase}.start_gradients"] = self._gradients
+            self._note_peak()
+
+    def leave(self) -> None:
+        self._phase = ""
+
+    def count_gradient(self, parameter: Tensor) -> None:
+        self._gradients += parameter.numel() * parameter.itemsize
+
+    def part(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Hooks before and after a module's forward, for "part NAME"."""
+        calls: list[tuple[int, int]] = []
+
+        def before(*_: Any) -> None:
+            calls.append((self._bytes, self._peak))
+            self._peak = self._bytes
+
+        def after(*_: Any) -> None:
+            start, outer_peak = calls.pop()
+            self.moments[f"part {name}"] = max(self.moments[f"part {name}"], self._peak - start)
+            self._peak = max(self._peak, outer_peak)
+
+        return before, after
