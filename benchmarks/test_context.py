@@ -4,10 +4,11 @@ import pytest
 
 from benchmarks.context import WAYS, measured_in_a_child
 
-PERSONAS = [512, 2048, 4096]
+PERSONAS = [512, 2048, 4096, 8192]
 MIB = 2**20
 
 
+@pytest.mark.slow  # minutes each
 @pytest.mark.parametrize("persona", PERSONAS)
 @pytest.mark.benchmark(group="memory: long personas")
 def test_memory_of_a_step(benchmark, persona):

@@ -52,6 +52,9 @@ SPECS = {
     "gemma3-lora-bf16-1024": spec(GEMMA3, 1024, 16, "bf16", False),
 }
 
+QUICK = ("smollm2-full-fp32-1024", "qwen3-lora-bf16-2048-checkpointed", "gemma3-lora-bf16-1024")
+"""What a run of all benchmarks has time for; -m slow runs the others."""
+
 
 def planned(spec: Spec) -> Plan:
     """The plan of what `measured` runs."""
@@ -59,7 +62,9 @@ def planned(spec: Spec) -> Plan:
     return estimate(AutoConfig.for_model(**spec["model"]), Config(**sections), "cpu")
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SPECS]
+)
 @pytest.mark.benchmark(group="plan: predicted and measured peak memory")
 def test_plan_against_real_steps(benchmark, name):
     plan = planned(SPECS[name])
