@@ -17,7 +17,7 @@ WHEELS ?=
 WHEELS_SITE := $(CURDIR)/build/wheels
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # In this order: the time allowed ends the session between two tests.
-GPU_TESTS := $(addprefix tests/test_gpu_,device.py promises.py lse_gemm.py row_loss.py driver.py)
+GPU_TESTS := $(addprefix tests/test_gpu_,device.py promises.py lse_gemm.py row_loss.py stored.py driver.py)
 
 help:
 	@echo "make train    train the default small model on the built-in examples (CPU or GPU, minutes)"

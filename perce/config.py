@@ -256,6 +256,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < float("inf"), "temperature", ">= 0", self.temperature)
+        _require(not (self.output or "").endswith(".jsonl"), "output", "a name for JSON, such as e.json", self.output)
         _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
         _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
 

@@ -108,8 +108,8 @@ def check_estimable(dataset: Any, estimate: str) -> None:
         )
     if "example" not in dataset.column_names or len(set(dataset["example"])) < len(dataset):
         raise UserError(
-            f"--estimate {estimate}: the training pairs need a column `example` with a number of its own for each, as "
-            "perce.dataset.pair_dataset writes it."
+            f"--estimate {estimate}: the training pairs need a column `example` with a number of its own for each. The "
+            "pieces of a document that is longer than --max_length share one: use --estimate online for those."
         )
 
 

@@ -6,13 +6,11 @@ examples → pairs → losses (with, without, and with another user's persona) �
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from perce.config import DataConfig, EvaluateConfig, InferenceConfig, SplitConfig
-from perce.errors import UserError
-from perce.options import Options, dump_yaml
+from perce.options import Options
 
 OPTIONS = Options(
     prog="python -m perce.evaluate",
@@ -30,19 +28,7 @@ class Config:
     evaluate: EvaluateConfig
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 after one paragraph on stderr when the user can put something right."""
-    try:
-        parsed = OPTIONS.parse(sys.argv[1:] if argv is None else argv)
-        sections, _ = OPTIONS.build(parsed.raw)
-        if parsed.print_config:
-            print(dump_yaml({k: v for section in sections.values() for k, v in asdict(section).items()}), end="")
-        else:
-            run(Config(**sections))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+main = OPTIONS.command(Config, lambda config: run(config))
 
 
 def run(config: Config) -> None:
@@ -58,7 +44,7 @@ def run(config: Config) -> None:
     from tqdm import tqdm
 
     from perce.dataset import make_persona_builder
-    from perce.evaluation import Evaluator, plan
+    from perce.evaluation import Evaluator, plan, texts_key
     from perce.evaluation_report import compare, print_result, read_result, summarise, write_result
     from perce.inference import load, load_split, model_fingerprint
     from perce.metrics import Meteor
@@ -72,7 +58,8 @@ def run(config: Config) -> None:
     builder = make_persona_builder(tokenizer, config.data, rows.format)
     run_facts = {
         "command": "evaluate", "model": config.model.model, "weights": model_fingerprint(model), "split": split,
-        "examples": len(examples), "batch_size": config.model.batch_size, "precision": config.model.precision,
+        "examples": len(examples), "texts": texts_key(examples),
+        "batch_size": config.model.batch_size, "precision": config.model.precision,
         **{name: getattr(options, name) for name in ("generate", "temperature", "max_new_tokens", "seed")},
         **asdict(config.data),
     }  # fmt: skip

@@ -9,8 +9,10 @@ Personal tokens are those of marked spans where the data has them, else words of
 not (perce.pairs.personal_word_spans: quoted facts; no paraphrase, no style).
 """
 
+import contextlib
+import hashlib
 import random
-import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +34,8 @@ class Item:
     """One example to evaluate; `swapped` is its pair under another user's persona, None where there is nobody else."""
 
     index: int
+    key: str
+    """Of the texts, numbered where several examples have the same: what makes records of two models pairs."""
     example: Example
     pair: Pair
     swapped: Pair | None
@@ -46,22 +50,31 @@ class Work:
 def plan(examples: Sequence[Example], builder: PairBuilder, config: Any, device: torch.device) -> Work:
     """Pairs in batches of similar length. The order depends on nothing but the examples: a second run has the same."""
     notes, items = [], []
+    seen: Counter[str] = Counter()
     partners = other_users(examples, config.evaluate.seed)
     for index, (example, partner) in enumerate(zip(examples, partners, strict=True)):
         try:
             pair = builder.build(example)
-            swapped = None if partner is None else builder.build(replace(example, persona=examples[partner].persona))
         except UserError:
             if not config.data.skip_bad_rows:
                 raise
             continue
-        items.append(Item(index, example, pair, swapped))
+        swapped = None
+        if partner is not None:
+            with contextlib.suppress(UserError):  # a passage of the other's that does not fit
+                swapped = builder.build(replace(example, persona=examples[partner].persona))
+        text = text_key(example)
+        items.append(Item(index, f"{text}-{seen[text]}", example, pair, swapped))
+        seen[text] += 1
     if not items:
         raise UserError("No example is left to evaluate: all were skipped as longer than --max_length.")
     if len(items) < len(examples):
         notes.append(f"{len(examples) - len(items):,} examples skipped, longer than --max_length {builder.max_length}")
     if any(item.swapped is None for item in items):
-        notes.append("one user only: no persona to swap in")
+        count = sum(item.swapped is None for item in items)
+        notes.append(
+            f"{count:,} examples without another's persona that fits: there is one user only, or it is too long"
+        )
     lengths = [len(item.pair.input_ids) for item in items]
     tokens = TOKENS_A_FORWARD[device.type]
     batches = [[items[i] for i in rows] for rows in batches_by_length(lengths, config.model.batch_size, tokens)]
@@ -82,8 +95,13 @@ def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
 
 
 def text_key(example: Example) -> str:
-    """Of the texts: what makes records of two models pairs."""
-    return f"{zlib.crc32(repr((example.persona, example.turns, example.response)).encode()):08x}"
+    """Digest of the texts."""
+    return hashlib.sha256(repr((example.persona, example.turns, example.response)).encode()).hexdigest()[:12]
+
+
+def texts_key(examples: Sequence[Example]) -> str:
+    """Of all texts in order: records of other data are not gone on with."""
+    return hashlib.sha256("".join(map(text_key, examples)).encode()).hexdigest()[:12]
 
 
 class Evaluator:
@@ -117,7 +135,7 @@ class Evaluator:
             records.append(
                 {
                     "example": item.index, "source": item.example.source, "user_id": item.example.user_id,
-                    "key": text_key(item.example), "tokens": len(tokens.logp), "personal_tokens": int(personal.sum()),
+                    "key": item.key, "tokens": len(tokens.logp), "personal_tokens": int(personal.sum()),
                     "loss": -tokens.logp.sum().item(), "loss_without": -tokens.logp_cf.sum().item(),
                     "loss_personal": -tokens.logp[personal].sum().item(),
                     "loss_other": -tokens.logp[~personal].sum().item(),

@@ -91,10 +91,14 @@ def compare(records: Records, other: Mapping[str, Any], name: str) -> dict[str, 
         )
     keys = sorted(ours)
     differences: dict[str, Any] = {}
+    assert len(ours) == len(records), "keys are unique"
     for metric in METRICS:
-        (mine, weights), (its, _) = (_columns([side[key] for key in keys], metric) for side in (ours, theirs))
+        (mine, weights), (its, their_weights) = (
+            _columns([side[key] for key in keys], metric) for side in (ours, theirs)
+        )
         clusters = _clusters([ours[key] for key in keys], metric)
-        if len(mine) != len(its) or not mine or metric == "reference_uses_persona":
+        # Losses a token compare where the tokens are the same: not between tokenizers, nor other shown passages.
+        if weights != their_weights or not mine or metric == "reference_uses_persona":
             continue
         if (result := paired_difference(mine, its, weights, clusters)) is not None:
             differences[metric] = result[0].to_dict() | {"p": result[1]}

@@ -30,7 +30,7 @@ class Identified:
     """Labels are marks in the data; else persona words."""
 
 
-def identify(records: Sequence[dict[str, Any]], *, marked: bool) -> Identified:
+def identify(records: Sequence[dict[str, Any]]) -> Identified:
     """UserError where no token, or every token, is labelled."""
     columns: dict[str, list[float]] = {"PIR": [], PERSONA_WORD: [], "token loss": [], "entropy": []}
     labels: list[bool] = []
@@ -45,6 +45,7 @@ def identify(records: Sequence[dict[str, Any]], *, marked: bool) -> Identified:
             raise UserError(
                 f"--labels: {len(labels)} labels for {len(column)} tokens of {name}; the records are damaged."
             )
+    marked = all(record["marked"] for record in records)
     if not marked:
         del columns[PERSONA_WORD]
     try:

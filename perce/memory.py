@@ -18,6 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from perce.config import MemoryConfig
+from perce.documents import DocumentBuilder
 from perce.errors import UserError
 from perce.model import _own_forward
 from perce.prefill import prepare_prefill
@@ -140,7 +141,10 @@ def settle_device(args: Any, memory: MemoryConfig) -> None:
 def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, max_length: int) -> None:
     """UserError for sequences longer than the model has positions, or than its attention can take without T × T."""
     for part in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
-        if memory.persona_grad == "none" and "windows" in (getattr(part, "column_names", None) or ()):
+        documents = "windows" in (getattr(part, "column_names", None) or ())
+        if isinstance(part, PairStream):
+            documents = isinstance(part.source.builder, DocumentBuilder)
+        if memory.persona_grad == "none" and documents:
             raise UserError(f"{name}: persona_grad=none needs rows with a persona, and these are documents. Use full.")
         longest = _longest(part, max_length)
         limit = position_limit(config)

@@ -14,15 +14,29 @@ MIB = 2**20
 
 
 class Clock:
-    """Seconds spent in stretches of work. On CUDA by events, read only when asked for: no sync in a step."""
+    """Seconds spent in stretches of work; one inside another counts once. On CUDA by events, read only when asked for:
+    no sync in a step."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._spent = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._running = False
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
+        if self._running:
+            yield
+            return
+        self._running = True
+        try:
+            with self._measured():
+                yield
+        finally:
+            self._running = False
+
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[None]:
         if self._cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from perce.config import ModelConfig
 from perce.errors import UserError
 from perce.prefill import hidden_after_prefix
+from perce.probe import attention_of_any_device
 from perce_kernels import fused_perce_loss, reference, token_logprobs
 
 PROBE_TOKENS = 8
@@ -153,8 +154,9 @@ def _self_check(model: Any, head: Any, transform: LogitTransform) -> None:
     vocab = head.weight.shape[0]
     ids = torch.arange(1, PROBE_TOKENS + 1, device=head.weight.device)[None] * 97 % vocab
     rows = torch.arange(PROBE_TOKENS, device=ids.device)
-    own = model(input_ids=ids, use_cache=False).logits[0].double()
-    hidden = model(input_ids=ids, perce={"rows": rows})
+    with attention_of_any_device(model):
+        own = model(input_ids=ids, use_cache=False).logits[0].double()
+        hidden = model(input_ids=ids, perce={"rows": rows})
     low = head.weight.dtype in (torch.bfloat16, torch.float16)
     exact = torch.float32 if low else torch.float64
     bias = None if head.bias is None else head.bias.to(exact)
@@ -196,6 +198,11 @@ def _output_embeddings(model: Any) -> nn.Module | None:
 
 def check_packing(model: Any, device: str) -> None:
     """UserError unless the model's attention keeps packed sequences apart, and does so without a T × T mask."""
+    if device != "cpu" and next(model.parameters()).device.type == "cpu":
+        raise UserError(
+            "packing with weights that are sharded later (FSDP, DeepSpeed): whether this model keeps packed sequences "
+            "apart cannot be tried before training. Use data parallelism (DDP), or leave --packing out."
+        )
     attention = model.config.get_text_config()._attn_implementation
     if device == "cpu" or not str(attention).startswith(("flash_attention", "flex_attention")):
         raise UserError(

@@ -11,9 +11,10 @@ import argparse
 import dataclasses
 import difflib
 import json
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +84,28 @@ class Options:
             for section, cls in self.sections.items()
         }
         return sections, extra
+
+    def command(
+        self, config: Callable[..., Any], run: Callable[[Any], None]
+    ) -> Callable[..., int]:  # fmt: skip
+        """main(argv): run(config(**sections)), or print the options. Exit code 0, or 2 after one paragraph on stderr
+        when the user can put something right."""
+
+        def main(argv: Sequence[str] | None = None) -> int:
+            try:
+                parsed = self.parse(sys.argv[1:] if argv is None else argv)
+                sections, _ = self.build(parsed.raw)
+                if parsed.print_config:
+                    flat = {k: v for section in sections.values() for k, v in dataclasses.asdict(section).items()}
+                    print(dump_yaml(flat), end="")
+                else:
+                    run(config(**sections))
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            return 0
+
+        return main
 
     def unknown(self, name: str, known: Sequence[str] = ()) -> UserError:
         """The error for an option that nobody knows, with the nearest names."""

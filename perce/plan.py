@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perce.config import ModelConfig, PlanConfig
 from perce.errors import UserError
-from perce.options import Options, dump_yaml
+from perce.options import Options
 
 if TYPE_CHECKING:
     from perce.plan_memory import Counts, Memory
@@ -66,19 +66,7 @@ class Result:
     variants: list[Variant]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 after one paragraph on stderr when the user can put something right."""
-    try:
-        parsed = OPTIONS.parse(sys.argv[1:] if argv is None else argv)
-        sections, _ = OPTIONS.build(parsed.raw)
-        if parsed.print_config:
-            print(dump_yaml({k: v for section in sections.values() for k, v in asdict(section).items()}), end="")
-        else:
-            run(Config(**sections))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+main = OPTIONS.command(Config, lambda config: run(config))
 
 
 def run(config: Config) -> None:
@@ -185,6 +173,8 @@ def load_config(options: ModelConfig) -> Any:
 
 
 def check_context(model_config: Any, config: Config) -> None:
+    from perce.memory import position_limit
+
     limit = position_limit(model_config)
     if limit is not None and config.plan.context > limit:
         raise UserError(
@@ -193,12 +183,9 @@ def check_context(model_config: Any, config: Config) -> None:
         )
 
 
-def position_limit(model_config: Any) -> int | None:
-    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
-
-
 def largest_context(model_config: Any, config: Config, device: str) -> int | None:
     """Tokens of the longest context whose peak fits --gpu_memory, up to the model's own limit; 0 if none does."""
+    from perce.memory import position_limit
     from perce.plan_memory import count, memory
 
     budget = config.plan.memory_bytes()

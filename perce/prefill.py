@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from perce.errors import UserError
+from perce.probe import attention_of_any_device
 
 # The activations of a chunk and its mask (4 · PREFILL_CHUNK · T bytes) are the prefill's only memory beside the cache.
 PREFILL_CHUNK = 1024
@@ -128,9 +129,10 @@ def _self_check(model: Any) -> None:
     weight = model.get_input_embeddings().weight
     ids = torch.arange(1, PROBE_TOKENS + 1, device=weight.device)[None] * 97 % weight.shape[0]
     call = {"rows": torch.arange(PROBE_PREFIX, PROBE_TOKENS, device=ids.device)}
-    whole = model(input_ids=ids, perce=call).double()
     prefix = torch.tensor([[PROBE_PREFIX, PROBE_TOKENS]], device=ids.device)
-    difference = (model(input_ids=ids, perce=call | {"prefix": prefix}).double() - whole).abs().max()
+    with attention_of_any_device(model):
+        whole = model(input_ids=ids, perce=call).double()
+        difference = (model(input_ids=ids, perce=call | {"prefix": prefix}).double() - whole).abs().max()
     model.train(training)
     difference = (difference / whole.abs().max()).item()
     low = weight.dtype in (torch.bfloat16, torch.float16)

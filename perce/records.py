@@ -46,13 +46,21 @@ class RecordFile:
         new = list(records)
         self.records += new
         if self.path is not None:
-            self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
-            self._file.flush()
+            try:
+                self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
+                self._file.flush()
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: cannot be written to ({error.strerror}). What is there stays."
+                ) from error
 
     def _check_run(self, run: dict[str, Any]) -> None:
         if not self._run_path.is_file():
             raise UserError(f"{self.path}: exists already, and is not of this command. Choose another file.")
-        before = json.loads(self._run_path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(self._run_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self._run_path}: not JSON ({error}). Delete it and {self.path} to begin anew.") from None
         for name in before.keys() | run.keys():
             if before.get(name) != run.get(name):
                 raise UserError(

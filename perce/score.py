@@ -14,7 +14,7 @@ from typing import Any
 
 from perce.config import DataConfig, InferenceConfig, ScoreConfig, SplitConfig
 from perce.errors import UserError
-from perce.options import Options, dump_yaml
+from perce.options import Options
 
 WINDOW = 64  # examples that are sorted by length together: records stay in order, and little is padded
 
@@ -34,19 +34,7 @@ class Config:
     score: ScoreConfig
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 after one paragraph on stderr when the user can put something right."""
-    try:
-        parsed = OPTIONS.parse(sys.argv[1:] if argv is None else argv)
-        sections, _ = OPTIONS.build(parsed.raw)
-        if parsed.print_config:
-            print(dump_yaml({k: v for section in sections.values() for k, v in asdict(section).items()}), end="")
-        else:
-            run(Config(**sections))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+main = OPTIONS.command(Config, lambda config: run(config))
 
 
 def run(config: Config) -> None:
@@ -74,19 +62,21 @@ def run(config: Config) -> None:
             "clip_max": score.clip_max, "contrast": score.contrast, **asdict(config.data),
         },
     )  # fmt: skip
-    shown: list[Any] = list(islice(examples, max(score.shown, score.terminal)))
+    shown: list[Any] = list(islice(examples, max(score.shown, score.terminal, 1)))
     print_tokens(file.records[: score.terminal], config)
-    for records in scored(examples, len(file.records), model, builder, device, config):
+    for records in scored(examples, file.records[:], model, builder, device, config):
         print_tokens(records[: max(score.terminal - len(file.records), 0)], config)
         file.append(records)
-    if not file.records:
+    limit = config.examples.limit
+    records = [record for record in file.records if limit is None or record["example"] < limit]
+    if not records:
         raise UserError("No example is left to score: all were skipped as longer than --max_length.")
-    found = identify(file.records, marked=shown[0].personal_spans is not None) if score.labels else None
-    print_summary(file.records, found, config)
+    found = identify(records) if score.labels else None
+    print_summary(records, found, config)
     if score.summary:
-        write_summary(Path(score.summary).expanduser(), file.records, found, config)
+        write_summary(Path(score.summary).expanduser(), records, found, config)
     if score.output:
-        write_report(Path(score.output).expanduser(), file.records, shown, found, config, split)
+        write_report(Path(score.output).expanduser(), records, shown, found, config, split)
     for path in filter(None, (score.output, score.jsonl, score.summary)):
         print(f"written  {path}")
 
@@ -98,9 +88,9 @@ def _format_of(examples: Any) -> str:
 
 
 def scored(
-    examples: Iterable[Any], done: int, model: Any, builder: Any, device: Any, config: Config
+    examples: Iterable[Any], done: Sequence[dict[str, Any]], model: Any, builder: Any, device: Any, config: Config
 ) -> Iterator[list[dict[str, Any]]]:
-    """Records of the examples after the first `done` records, a window at a time, in order."""
+    """Records of the examples after those that are `done`, a window at a time, in order."""
     from tqdm import tqdm
 
     total = len(examples.examples) if not config.data.streaming else config.examples.limit  # type: ignore[attr-defined]
@@ -115,7 +105,14 @@ def scored(
                 if not config.data.skip_bad_rows:
                     raise
         # Records hold the examples that fit, in order: those of an earlier run are as many, and are not scored again.
-        fresh = built[max(done - seen, 0) :]
+        known = done[seen : seen + len(built)]
+        for before, (_, example, pair) in zip(known, built, strict=False):
+            if before["prompt_ids"] + before["response_ids"] != pair.input_ids:
+                raise UserError(
+                    f"--jsonl {config.score.jsonl}: {example.source} is not what was scored before; the data or the "
+                    "tokenizer has changed. Choose another file, or delete it."
+                )
+        fresh = built[len(known) :]
         seen += len(built)
         if fresh:
             yield score_window(fresh, model, builder, device, config)
@@ -151,7 +148,7 @@ def record(index: int, example: Any, pair: Any, tokens: Any, tokenizer: Any) -> 
     n = pair.response_length
     return {
         "example": index, "source": example.source, "user_id": example.user_id,
-        "passages": pair.passages,
+        "passages": pair.passages, "marked": example.personal_spans is not None,
         "prompt_ids": pair.input_ids[:-n], "prompt_cf_ids": pair.counterfactual_ids()[:-n],
         "response_ids": pair.input_ids[-n:], "response_tokens": token_texts(pair.input_ids[-n:], tokenizer),
         "logp": tokens.logp.tolist(), "logp_cf": tokens.logp_cf.tolist(), "pir": tokens.pir.tolist(),

@@ -271,10 +271,10 @@ def fit_batch(config: TrainConfig, args: PerceArguments, pairs: Any) -> TrainCon
     longest = config.data.max_length if config.data.streaming else max(map(len, pairs["input_ids"]))
     fitting = (run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]) // longest
     fitting = max(size for size in (1, 2, 4, SEQUENCES_A_STEP) if size <= max(fitting, 1))
+    if "per_device_eval_batch_size" not in config.extra:  # from what is saved: a resumed run evaluates as before
+        args.per_device_eval_batch_size = fitting if run.tokens_per_batch else batch or fitting
     if run.tokens_per_batch is not None:
         args.gradient_accumulation_steps = accumulation or 1
-        if "per_device_eval_batch_size" not in config.extra:
-            args.per_device_eval_batch_size = fitting
         return replace(config, run=replace(run, gradient_accumulation_steps=accumulation or 1))
     batch = batch or fitting
     accumulation = accumulation or max(SEQUENCES_A_STEP // batch, 1)

@@ -205,6 +205,8 @@ class PerceTrainer(Trainer):
         """As transformers.Trainer.train; True resumes from the newest checkpoint that is whole."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = resume_point(Path(str(self.args.output_dir)))
+        if resume_from_checkpoint and self.args.loss.estimate != "online":
+            self.estimates = Estimates.load(Path(resume_from_checkpoint), self.train_dataset, self._vocabulary)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -264,7 +266,11 @@ class PerceTrainer(Trainer):
         training = model.training
         model.eval()
         with self.estimation_clock.measure():
-            share = batches[self.args.process_index :: self.args.world_size]
+            # The same number of forwards on every process, for those of sharded weights wait for each other: the first
+            # batch fills up.
+            ranks = self.args.world_size
+            dealt = batches + batches[:1] * (-len(batches) % ranks)
+            share = dealt[self.args.process_index :: ranks]
             self.estimates = estimate(
                 dataset, share, statistics, _gather_dicts, epoch=epoch, vocabulary=self._vocabulary
             )  # fmt: skip
@@ -274,11 +280,6 @@ class PerceTrainer(Trainer):
     def _vocabulary(self) -> int:
         model: Any = self.model
         return model.get_input_embeddings().weight.shape[0]
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.loss.estimate != "online":
-            self.estimates = Estimates.load(Path(resume_from_checkpoint), self.train_dataset, self._vocabulary)
 
     @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times
     def evaluation_loop(

@@ -84,7 +84,7 @@ def test_losses_under_the_three_prompts_equal_full_logits(run, model, tmp_path):
 def test_left_padding_does_not_change_a_reply():
     model, tokenizer = prepare_model(tiny_model("llama")), tiny_tokenizer()
     builder = make_builder(tokenizer, DataConfig(), "perce")
-    items = [Item(i, example, builder.build(example), None) for i, example in enumerate(demo_examples(5))]
+    items = [Item(i, str(i), example, builder.build(example), None) for i, example in enumerate(demo_examples(5))]
     prompts = [item.pair.input_ids[: -item.pair.response_length] for item in items]
     assert len(set(map(len, prompts))) > 1
     options = evaluate.EvaluateConfig(temperature=0, max_new_tokens=12)
@@ -153,11 +153,20 @@ def test_two_models_are_compared_on_the_same_examples(run, tmp_path):
     assert "expected the JSON that perce.evaluate" in run("--compare_with", tmp_path / "bad.json", code=2).err
 
 
+def test_examples_with_the_same_texts_are_compared_one_by_one(run, tmp_path):
+    rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:2]]
+    data = write_jsonl(tmp_path / "twice.jsonl", rows + rows)
+    run("--data", data, "--generate", "false", "--output", tmp_path / "a.json")
+    run("--data", data, "--generate", "false", "--output", tmp_path / "b.json", "--compare_with", tmp_path / "a.json")
+    differences = result(tmp_path / "b.json")["comparison"]["differences"]
+    assert differences["loss_with_persona"]["n"] == 4 and differences["loss_with_persona"]["value"] == 0
+
+
 def test_one_user_has_nobody_to_swap_with_and_long_rows_are_skipped(run, tmp_path):
     rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:3]]
     assert len({row["user_id"] for row in rows}) == 1
     out = run("--data", write_jsonl(tmp_path / "a.jsonl", rows), "--generate", "false").out
-    assert "one user only: no persona to swap in" in out and "another's persona" not in out
+    assert "3 examples without another's persona that fits" in out and "cost of another" not in out
     rows[1]["query"] = "Tell me? " * 4000
     data = write_jsonl(tmp_path / "b.jsonl", rows)
     assert "leaves no room" in run("--data", data, "--generate", "false", code=2).err

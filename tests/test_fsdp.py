@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from perce.batch import collate
 from perce.parallel import keep_outputs_exact
 from perce.scoring import counterfactual_hidden, factual
-from tests.ranks import run_ranks
+from tests.ranks import end_rank, run_ranks
 from tests.test_trainer import model_for
 from tests.tiny import demo_pairs
 
@@ -133,7 +133,7 @@ def main(directory):
     results["bf16"] = low_precision(rank, RANKS)
     if rank == 0:
         torch.save(results, Path(directory) / "result.pt")
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":  # one rank

@@ -15,7 +15,7 @@ from perce.errors import UserError
 from perce.estimates import FILE
 from perce.train import main as train_command
 from perce.train import resolve, training_arguments
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import ROOT, end_rank, run_ranks
 from tests.test_trainer import PAIRS, arguments, logged, model_for, trainer_for
 
 BATCH, STEPS, SAVED = 8, 4, 3  # of 16 pairs: two steps an epoch, and the checkpoint in the middle of the second
@@ -138,7 +138,7 @@ def main(directory):
     torch.distributed.all_gather_object(results["failure"], failing_save(directory / "failure"))
     if os.environ["RANK"] == "0":
         torch.save(results, directory / "result.pt")
-    torch.distributed.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """perce.score: numbers against the model's own full logits, resume, labels, and errors."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -84,6 +85,19 @@ def test_records_of_another_run_are_not_mixed_in(run, tmp_path):
     assert f"{path}:2: not JSON" in run("--jsonl", path, code=2).err
     (tmp_path / "s.jsonl.run.json").unlink()
     assert "exists already, and is not of this command" in run("--jsonl", path, code=2).err
+
+
+def test_changed_data_is_not_mixed_with_what_was_scored(run, tmp_path):
+    rows = (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    data, path = tmp_path / "rows.jsonl", tmp_path / "s.jsonl"
+    data.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    run("--data", data, "--jsonl", path)
+    data.write_text("\n".join([rows[1], rows[0], *rows[2:]]) + "\n", encoding="utf-8")
+    err = run("--data", data, "--jsonl", path, code=2).err
+    assert "rows.jsonl:1 is not what was scored before" in err
+    data.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    out = run("--data", data, "--jsonl", path, "--limit", 2, "--shown", 0, "--terminal", 0, "--labels").out
+    assert re.search(r"examples +2\b", out), "of a longer file the first are summarised"
 
 
 def test_labels_summary_page_and_terminal(run, tmp_path):

@@ -205,6 +205,8 @@ def test_a_step_is_eight_sequences_divided_by_length(longest, given, expected):
     run = fit_batch(config, args, {"input_ids": [[0] * longest, [0]]}).run
     assert (run.per_device_train_batch_size, run.gradient_accumulation_steps) == expected
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
+    # As the saved options say, so that a resumed run's evaluations and E-steps have the same batches.
+    assert args.per_device_eval_batch_size == run.per_device_train_batch_size
 
 
 def test_long_validation_sets_are_cut_on_a_cpu_unless_asked_for(train, tmp_path, monkeypatch):

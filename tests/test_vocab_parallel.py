@@ -32,6 +32,7 @@ from tests.numerics import (
     max_error,
     oracle,
 )
+from tests.ranks import end_rank
 
 N, D, V = 22, 8, 173
 LAYOUTS = {  # borders between the ranks' shards
@@ -460,7 +461,7 @@ def rank_main(directory: Path, slow: bool) -> None:
             results[name] = traceback.format_exc()
             break
     (directory / f"{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    end_rank()
 
 
 def run_ranks(directory: Path, slow: bool) -> list[dict[str, str]]:
