@@ -96,7 +96,7 @@ def test_changed_data_is_not_mixed_with_what_was_scored(run, tmp_path):
     err = run("--data", data, "--jsonl", path, code=2).err
     assert "rows.jsonl:1 is not what was scored before" in err
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    out = run("--data", data, "--jsonl", path, "--limit", 2, "--shown", 0, "--terminal", 0, "--labels").out
+    out = run("--data", data, "--jsonl", path, "--limit", 2, "--shown", 0, "--terminal", 0).out
     assert re.search(r"examples +2\b", out), "of a longer file the first are summarised"
 
 
@@ -109,6 +109,7 @@ def test_labels_summary_page_and_terminal(run, tmp_path):
     assert methods["persona word"]["precision"] > 0.5, "quoted facts are personal"
     assert f"{methods['PIR']['auc']:.3f}" in out and "Slowly, slowly" in out
     page = (tmp_path / "s.html").read_text(encoding="utf-8")
+    assert "marked by hand" in run("--labels", "--shown", 0, "--terminal", 0).out
     assert page.count("<article>") == 2 and "Token identification" in page and "Highest PIR" in page
 
 
