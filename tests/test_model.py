@@ -207,3 +207,16 @@ def test_four_bit_is_refused_by_name_without_its_library(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match="bitsandbytes"):
         load_model(str(save_tiny_model(tmp_path / "m")), ModelConfig(load_in_4bit=True), "cpu")
+
+
+def test_a_model_with_flash_attention_is_checked_by_attention_that_runs_anywhere(monkeypatch):
+    model, set_to = tiny_model(), []
+
+    def set_attention(name):
+        set_to.append(name)
+        model.config._attn_implementation = name
+
+    model.config._attn_implementation = "flash_attention_2"  # loaded on a CPU, in fp32: its kernels could not run
+    monkeypatch.setattr(model, "set_attn_implementation", set_attention)
+    install_perce(model)
+    assert set_to == ["sdpa", "flash_attention_2"]
