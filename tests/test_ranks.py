@@ -26,10 +26,15 @@ def train(directory, kind, ranks, resume_from=None, **options):
     args = arguments(
         directory, per_device_train_batch_size=BATCH // ranks, max_steps=STEPS, save_strategy="steps", save_steps=SAVED,
         loss=LossConfig(clip_min=0.05, **options),
+        per_device_eval_batch_size=6,  # three batches of an E-step: two processes must make two forwards each
     )  # fmt: skip
     trainer = trainer_for(model_for(kind), args, pairs=PAIRS[:16])
+    forwards = []
+    trainer.model.register_forward_hook(lambda *_: forwards.append(trainer.state.global_step))
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from / f"checkpoint-{SAVED}"))
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    if trainer.args.loss.estimate != "online":  # at step 0: two passes of each batch of the E-step, and the step's own
+        assert forwards.count(0) == 2 * (3 if ranks == 1 else 2) + 1
     return logged(trainer, "loss", "grad_norm"), weights
 
 
