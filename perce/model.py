@@ -198,11 +198,6 @@ def _output_embeddings(model: Any) -> nn.Module | None:
 
 def check_packing(model: Any, device: str) -> None:
     """UserError unless the model's attention keeps packed sequences apart, and does so without a T × T mask."""
-    if device != "cpu" and next(model.parameters()).device.type == "cpu":
-        raise UserError(
-            "packing with weights that are sharded later (FSDP, DeepSpeed): whether this model keeps packed sequences "
-            "apart cannot be tried before training. Use data parallelism (DDP), or leave --packing out."
-        )
     attention = model.config.get_text_config()._attn_implementation
     if device == "cpu" or not str(attention).startswith(("flash_attention", "flex_attention")):
         raise UserError(

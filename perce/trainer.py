@@ -128,7 +128,8 @@ class PerceTrainer(Trainer):
         prepare_memory(self.model, args.memory)
         if args.packing:
             with self.compute_loss_context_manager():
-                check_packing(self.model, self.args.device.type)
+                # Where its weights are now: those that FSDP or DeepSpeed place later cannot be tried, and are refused.
+                check_packing(self.model, next(prepared.parameters()).device.type)
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.estimation_clock = Clock(self.args.device)

@@ -15,6 +15,7 @@ import torch
 
 from perce import checkpoints
 from perce.checkpoints import LIST, flaw, newest_whole, seal
+from perce.config import LossConfig
 from perce.interruption import Interruption
 from perce.train import main
 from perce.trainer import PerceTrainer
@@ -179,7 +180,7 @@ def test_resume_true_takes_the_newest_whole_checkpoint(run, monkeypatch):
     resumed = []
     monkeypatch.setattr("transformers.Trainer.train", lambda self, point, *args, **kwargs: resumed.append(point))
     trainer = PerceTrainer.__new__(PerceTrainer)
-    trainer.args = type("Args", (), {"output_dir": str(run)})
+    trainer.args = type("Args", (), {"output_dir": str(run), "loss": LossConfig()})
     trainer.train(resume_from_checkpoint=True)
     trainer.train()
     assert resumed == [str(run / "checkpoint-10"), None]
