@@ -25,6 +25,7 @@ COLUMNS = {
     "ROUGE-L": ("rougeL", "", 3, 1),
     "METEOR": ("meteor", "", 3, 1),
 }
+NOT_RUN = "Not run yet."
 Cell = Mapping[str, Any]
 
 
@@ -107,6 +108,10 @@ class Results:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    rows = list(rows)
+    if not rows:
+        yield NOT_RUN
+        return
     yield "| " + " | ".join(header) + " |"
     yield "| " + " | ".join("---" for _ in header) + " |"
     for row in rows:
@@ -216,6 +221,9 @@ def plots(results: Results) -> Iterator[str]:
     from matplotlib.figure import Figure
 
     sets = results.config["data"]
+    if not any(results.main(data, objective) for data in sets for objective in COLOURS):
+        yield NOT_RUN
+        return
     figure = Figure(figsize=(4.8 * len(sets), 3.8), dpi=150, facecolor="white", layout="constrained")
     for ax, data in zip(figure.subplots(1, len(sets), squeeze=False).flat, sets, strict=True):
         for objective, colour in COLOURS.items():
