@@ -1,7 +1,8 @@
 """Peak extra memory and time of one long-context step: `python -m benchmarks.context WAY PERSONA` prints it as JSON.
 
 SmolLM2-135M's shape with random weights, LoRA of rank 16 and fp32, on one sequence of 80 + 128 tokens and its persona.
-"Extra" is over what the process holds before the step, adapters' gradients included; see benchmarks/memory.py.
+"Extra" is over what the process holds before the step, adapters' gradients included; see benchmarks/memory.py. "naive"
+is the loss by its formula on the logits of all tokens.
 """
 
 import ctypes
@@ -23,6 +24,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpointing + mlp_tile": {"checkpointing": True, "mlp_tile": TILE},
     "persona_grad none": {"persona_grad": "none"},
     "persona_grad none + checkpointing": {"persona_grad": "none", "checkpointing": True},
+    "naive": {"naive": True},
+    "naive + checkpointing": {"naive": True, "checkpointing": True},
 }
 
 
@@ -34,13 +37,14 @@ def measure(way: str, persona: int) -> dict[str, float]:
     from peft import LoraConfig
 
     from benchmarks.test_step import pair, smollm2_135m
+    from benchmarks.trainers import labelled, naive_perce
     from perce.batch import collate
     from perce.config import MemoryConfig
     from perce.memory import prepare_memory
     from perce.model import add_adapter
 
     options = dict(WAYS[way])
-    checkpointing = options.pop("checkpointing", False)
+    checkpointing, naive = options.pop("checkpointing", False), options.pop("naive", False)
     memory = MemoryConfig(**options)
     torch.manual_seed(0)
     model = add_adapter(smollm2_135m(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
@@ -48,7 +52,13 @@ def measure(way: str, persona: int) -> dict[str, float]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     prepare_memory(model, memory)
 
-    def step(batch: dict[str, torch.Tensor]) -> float:
+    def step(persona: int) -> float:
+        row = pair(persona, QUERY, RESPONSE)
+        if naive:
+            loss = naive_perce(model, {name: torch.tensor([ids]) for name, ids in labelled(row).items()}, RESPONSE)
+            loss.backward()
+            return loss.item()
+        batch = collate([row])
         with torch.no_grad():
             hidden_cf = model(input_ids=batch["input_ids_cf"], perce={"rows": batch["rows_cf"]})
         call = {"rows": batch["rows"], "target": batch["target"], "loss": {"hidden_cf": hidden_cf}}
@@ -58,11 +68,10 @@ def measure(way: str, persona: int) -> dict[str, float]:
         loss.backward()
         return loss.item()
 
-    step(collate([pair(16, QUERY, RESPONSE)]))  # thread pools, GEMM primitives, the adapters' gradients
-    batch = collate([pair(persona, QUERY, RESPONSE)])
+    step(16)  # thread pools, GEMM primitives, the adapters' gradients
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before, started = _status_bytes("VmRSS"), time.perf_counter()
-    loss = step(batch)
+    loss = step(persona)
     seconds = time.perf_counter() - started
     return {"peak_extra_bytes": _status_bytes("VmHWM") - before, "seconds": seconds, "loss": loss}
 

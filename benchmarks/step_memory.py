@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +40,13 @@ def train(spec: Spec) -> tuple[int, float]:
     """(peak resident bytes, seconds) of the last step."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import PreTrainedTokenizerFast
 
-    from perce.config import LossConfig
+    from benchmarks.step_meter import StepMeter
+    from perce.config import LossConfig, MemoryConfig
     from perce.trainer import PerceArguments, PerceTrainer
 
-    seconds: list[float] = []
-    peak: list[int] = []
-
-    class LastStep(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == STEPS - 1:
-                Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-                seconds.append(time.perf_counter())
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == STEPS:
-                seconds.append(time.perf_counter())
-                peak.append(_status_bytes("VmHWM"))
-
+    meter = StepMeter()
     fields = PerceArguments.__dataclass_fields__
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     batch, accumulation = spec["per_device_train_batch_size"], spec["gradient_accumulation_steps"]
@@ -68,14 +55,15 @@ def train(spec: Spec) -> tuple[int, float]:
             directory, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=STEPS,
             bf16=spec["precision"] == "bf16", per_device_train_batch_size=batch, dataloader_pin_memory=False,
             gradient_accumulation_steps=accumulation, loss=LossConfig(objective=spec["objective"]),
+            memory=MemoryConfig(persona_grad=spec["persona_grad"], mlp_tile=spec["mlp_tile"]),
             **{checkpointing: spec["activation_checkpointing"], f"{checkpointing}_kwargs": {"use_reentrant": False}},
         )  # fmt: skip
         trainer = PerceTrainer(
             make_model(spec), args, train_dataset=Dataset.from_list(pairs(spec, STEPS * accumulation * batch)),
-            processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), callbacks=[LastStep()],
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), callbacks=[meter],
         )  # fmt: skip
         trainer.train()
-    return peak[0], seconds[1] - seconds[0]
+    return meter.peak, meter.seconds[-1]
 
 
 def make_model(spec: Spec) -> Any:

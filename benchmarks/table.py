@@ -57,13 +57,41 @@ def contexts(entries: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| MiB of a step, persona of | {' | '.join(str(c['persona_tokens']) for c in columns)} |"
         yield "| --- |" + " --- |" * len(columns)
         for way in columns[0]["peak_extra_mib"]:
-            yield f"| {way} | {' | '.join(str(c['peak_extra_mib'][way]) for c in columns)} |"
+            yield f"| {way} | {' | '.join(str(c['peak_extra_mib'].get(way, 'not measured')) for c in columns)} |"
+
+
+def trainers(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Steps of whole trainers over the persona's length: peak extra memory, and factual tokens a second."""
+    columns = [e["extra_info"] for e in entries if e["name"].startswith("test_a_step_by_trainer")]
+    if columns:
+        yield f"| MiB (tokens/s) of a step, persona of | {' | '.join(str(c['persona_tokens']) for c in columns)} |"
+        yield "| --- |" + " --- |" * len(columns)
+        for way in columns[0]["peak_extra_mib"]:
+            cells = [
+                f"{c['peak_extra_mib'][way]} ({c['tokens_per_second'][way]})"
+                if way in c["peak_extra_mib"]
+                else "out of memory"
+                for c in columns
+            ]
+            yield f"| {way} | {' | '.join(cells)} |"
+
+
+def overheads(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """Of the counterfactual pass on top of the rest of a step: measured / the line / as planned."""
+    rows = [e for e in entries if e["name"].startswith("test_overhead")]
+    if rows:
+        personas = list(rows[0]["extra_info"]["line"])
+        yield f"| measured / line / planned, persona of | {' | '.join(personas)} |"
+        yield "| --- |" + " --- |" * len(personas)
+    for entry in rows:
+        extra, way = entry["extra_info"], entry["name"].partition("[")[2].rstrip("]")
+        shares = [" / ".join(f"{extra[kind][p]:.1%}" for kind in ("measured", "line", "planned")) for p in personas]
+        yield f"| {way.replace('-', ', ')} | {' | '.join(shares)} |"
 
 
 def plans(entries: list[dict[str, Any]]) -> Iterator[str]:
     """What plans predict against real steps of random models; time against the bound."""
-    yield "| training step | planned, MiB | measured, MiB | difference | time ÷ bound |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield "| step | planned, MiB | measured, MiB | difference | time ÷ bound |\n| --- | --- | --- | --- | --- |"
     for entry in entries:
         if match := re.fullmatch(r"test_plan_against_real_steps\[(.+)]", entry["name"]):
             extra = entry["extra_info"]
@@ -82,8 +110,9 @@ def main() -> None:
     entries, extra = results["benchmarks"], results["benchmarks"][0]["extra_info"]
     cpu = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
     print(f"{cpu}, {extra['threads']} threads, torch {extra['torch']}, {results['datetime'][:10]}.")
-    for table in (times, memory, steps, contexts, plans):
-        print("", *table(entries), sep="\n")
+    for table in (times, memory, steps, contexts, trainers, overheads, plans):
+        if len(rows := list(table(entries))) > 1:
+            print("", *rows, sep="\n")
 
 
 if __name__ == "__main__":

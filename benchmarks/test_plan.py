@@ -32,7 +32,7 @@ def spec(model: dict[str, Any], context: int, lora_r: int, precision: str, check
     return {
         "model": model, "context": context, "query": 64, "response": 128, "lora_r": lora_r, "precision": precision,
         "activation_checkpointing": checkpointing, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-        "objective": "perce",
+        "objective": "perce", "persona_grad": "full", "mlp_tile": 0,
     } | changes  # fmt: skip
 
 
@@ -50,6 +50,13 @@ SPECS = {
     "gemma3-full-fp32-2048": spec(GEMMA3, 2048, 0, "fp32", False),
     "gemma3-full-bf16-2048-checkpointed": spec(GEMMA3, 2048, 0, "bf16", True),
     "gemma3-lora-bf16-1024": spec(GEMMA3, 1024, 16, "bf16", False),
+    "smollm2-lora-fp32-4096-none": spec(LLAMA, 4096, 16, "fp32", False, persona_grad="none"),
+    "smollm2-lora-fp32-4096-checkpointed-none": spec(LLAMA, 4096, 16, "fp32", True, persona_grad="none"),
+    "gemma3-lora-fp32-2x2048-checkpointed-none": spec(
+        GEMMA3, 2048, 16, "fp32", True, persona_grad="none", per_device_train_batch_size=2
+    ),
+    "smollm2-lora-fp32-4096-tiled": spec(LLAMA, 4096, 16, "fp32", False, mlp_tile=512),
+    "qwen3-full-fp32-2048-checkpointed-tiled": spec(QWEN3, 2048, 0, "fp32", True, mlp_tile=512),
 }
 
 QUICK = ("smollm2-full-fp32-1024", "qwen3-lora-bf16-2048-checkpointed", "gemma3-lora-bf16-1024")

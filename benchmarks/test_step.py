@@ -7,7 +7,7 @@ them.
 import tempfile
 import time
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,30 +23,37 @@ PERSONAS = {"half": 64, "four times": 512, "eight times": 1024}  # of query + re
 ROUNDS = 3
 
 
+SMOLLM2_135M = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
 def smollm2_135m() -> torch.nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
+    config = LlamaConfig(**SMOLLM2_135M)
     return prepare_model(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
 
 
 @pytest.fixture(scope="module")
 def trainers():
-    """One trainer an objective, on the same model; an optimiser step each, so that it is a whole training step."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield make_trainers(smollm2_135m(), directory)
+
+
+def make_trainers(model: Any, directory: str) -> dict[str, PerceTrainer]:
+    """One trainer an objective, on the same model."""
     from tokenizers import Tokenizer, models
 
-    model = smollm2_135m()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-    with tempfile.TemporaryDirectory() as directory:
-        yield {
-            objective: PerceTrainer(
-                model, PerceArguments(directory, use_cpu=True, report_to="none", loss=LossConfig(objective=objective)),
-                processing_class=tokenizer,
-            )
-            for objective in ("ce", "perce")
-        }  # fmt: skip
+
+    def arguments(objective: Literal["ce", "perce"]) -> PerceArguments:
+        return PerceArguments(directory, use_cpu=True, report_to="none", loss=LossConfig(objective=objective))
+
+    return {
+        objective: PerceTrainer(model, arguments(objective), processing_class=tokenizer)
+        for objective in ("ce", "perce")
+    }
 
 
 def pair(persona: int, query: int = QUERY, response: int = RESPONSE, seed: int = 0) -> dict[str, Any]:

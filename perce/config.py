@@ -270,7 +270,12 @@ class PlanConfig:
     response: int = _option(512, "tokens of it that are the response")
     per_device_train_batch_size: int = _option(1, "sequences a forward")
     gradient_accumulation_steps: int | None = _option(None, "forwards an optimiser step; default: 8 sequences a step")
-    objective: Literal["perce", "ce"] = _option("perce", "perce has the counterfactual pass, ce has not")
+    objective: Literal["perce", "ce", "longce"] = _option(
+        "perce", "perce has the counterfactual pass, ce (as lossce, entce, stored estimates) has not; of longce "
+        "--context is a document's length",
+    )  # fmt: skip
+    short_context: int = _option(4096, "longce: tokens of the short context")
+    short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context")
     activation_checkpointing: bool = _option(False, "recompute activations in backward")
     device: Literal["auto", "cpu", "cuda"] = _option(
         "auto", "where it is to run; auto: cuda where there is one or --gpu_memory is given"
@@ -284,12 +289,15 @@ class PlanConfig:
     json: str | None = _option(None, "FILE for the whole plan as JSON")
 
     def __post_init__(self) -> None:
-        for name in ("query", "response", "per_device_train_batch_size", "devices"):
+        for name in ("query", "response", "per_device_train_batch_size", "devices", "short_context", "short_stride"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         steps = self.gradient_accumulation_steps
         _require(steps is None or steps >= 1, "gradient_accumulation_steps", ">= 1", steps)
         least = self.query + self.response + 1
-        _require(self.context >= least, "context", f">= {least} (query + response + a persona)", self.context)
+        if self.objective == "longce":
+            _require(self.context >= 2, "context", ">= 2", self.context)
+        else:
+            _require(self.context >= least, "context", f">= {least} (query + response + a persona)", self.context)
         _require(self.tflops is None or 0 < self.tflops < float("inf"), "tflops", "> 0", self.tflops)
         _require(self.sharding == "none" or self.devices > 1, "sharding", "none with one device", self.sharding)
         _require(self.memory_bytes() is None or self.device != "cpu", "gpu_memory", "--device cuda", "--device cpu")

@@ -89,7 +89,8 @@ def _tile(mlp: nn.Module, tile: int) -> None:
 
 @torch.no_grad()
 def _check_mlp(layer: Any, model: Any) -> None:
-    """UserError unless layer.mlp maps (1, T, D) to (1, T, D) token by token; found out on four tokens."""
+    """UserError unless layer.mlp maps (1, T, D) to (1, T, D) token by token; found out on four tokens, where the model
+    has weights."""
     name = f"mlp_tile: {type(layer).__name__} of {model.config.model_type}"
     mlp = getattr(layer, "mlp", None)
     if mlp is None or len(inspect.signature(mlp.forward).parameters) != 1:
@@ -98,6 +99,8 @@ def _check_mlp(layer: Any, model: Any) -> None:
             "it is not known whether its tokens are independent of each other. Use --mlp_tile 0."
         )
     weight = model.get_input_embeddings().weight
+    if weight.is_meta:
+        return
     hidden = torch.linspace(-1, 1, 4 * model.config.get_text_config().hidden_size).view(1, 4, -1)
     hidden = hidden.to(weight.device, weight.dtype)
     training = mlp.training

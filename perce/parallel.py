@@ -26,6 +26,12 @@ def check_parallelism(args: TrainingArguments) -> None:
         )
 
 
+def shards_weights(args: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed holds the weights, by our options or by what `accelerate launch` set."""
+    by_launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(args.fsdp or args.deepspeed) or any(map(_environment, by_launcher))
+
+
 def keep_outputs_exact(fsdp_plugin: Any) -> None:
     """Let FSDP2's mixed precision cast parameters only.
 

@@ -6,14 +6,15 @@ what each option buys. No weights are read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perce.config import ModelConfig, PlanConfig
+from perce.config import MemoryConfig, ModelConfig, PlanConfig
 from perce.errors import UserError
 from perce.options import Options
 
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from perce.plan_rehearsal import Recipe
     from perce.plan_time import Flops
 
+MLP_TILE = 1024  # of the variant that is shown
+
 OPTIONS = Options(
     prog="python -m perce.plan",
     description="Peak memory and least time of a training step, the largest context that fits, and what each option "
     "buys. Reads the model's config.json only.",
-    sections={"model": ModelConfig, "plan": PlanConfig},
+    sections={"model": ModelConfig, "memory": MemoryConfig, "plan": PlanConfig},
 )
 
 
@@ -34,6 +37,7 @@ OPTIONS = Options(
 class Config:
     model: ModelConfig
     plan: PlanConfig
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def make_result(config: Config) -> Result:
     model_config = load_config(config.model)
     check_context(model_config, config)
     device = resolve_device(config.plan)
+    check_options(config, device)
     low = is_low_precision(config.model, device)
     rate = config.plan.tflops * 1e12 if config.plan.tflops else matmul_rate(device, low)
     return Result(
@@ -100,8 +105,15 @@ def make_result(config: Config) -> Result:
         estimate(model_config, config, device),
         rate,
         largest_context(model_config, config, device),
-        [Variant(flags, estimate(model_config, changed, device)) for flags, changed in variants(config, low)],
+        list(planned_variants(model_config, config, device)),
     )
+
+
+def planned_variants(model_config: Any, config: Config, device: str) -> Iterator[Variant]:
+    """Those of `variants` that this architecture can do."""
+    for flags, changed in variants(config, device):
+        with contextlib.suppress(UserError):
+            yield Variant(flags, estimate(model_config, changed, device))
 
 
 def estimate(model_config: Any, config: Config, device: str) -> Plan:
@@ -121,7 +133,8 @@ def estimate(model_config: Any, config: Config, device: str) -> Plan:
 def recipe_of(config: Config, device: str) -> Recipe:
     from perce.plan_rehearsal import Recipe
 
-    return Recipe(config.model, is_low_precision(config.model, device), config.plan.activation_checkpointing)
+    low = is_low_precision(config.model, device)
+    return Recipe(config.model, low, config.plan.activation_checkpointing, config.memory)
 
 
 def resolve_device(plan: PlanConfig) -> str:
@@ -152,8 +165,7 @@ def load_config(options: ModelConfig) -> Any:
         )
     path = options.model or str(default_model_path())
     config = read_config(path)
-    if config.is_encoder_decoder:
-        raise UserError(f"--model {path}: PerCE needs a decoder-only model, and {config.model_type} has an encoder.")
+    check_architecture(config, path)
     local = Path(path).expanduser()
     raw, _ = PretrainedConfig.get_config_dict(str(local) if local.exists() else path)
     text, names = config.get_text_config(), ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
@@ -167,9 +179,16 @@ def load_config(options: ModelConfig) -> Any:
     ]
     if missing:
         raise UserError(f"--model {path}: {missing[0]} is missing from its config.json, and a plan needs it.")
+    return config
+
+
+def check_architecture(config: Any, path: str) -> None:
+    """UserError for encoders, and for mixtures of experts: which of them run depends on the data."""
+    if config.is_encoder_decoder:
+        raise UserError(f"--model {path}: PerCE needs a decoder-only model, and {config.model_type} has an encoder.")
+    text = config.get_text_config()
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise UserError(f"--model {path}: {text.model_type} has a mixture of experts. Only dense models are planned.")
-    return config
 
 
 def check_context(model_config: Any, config: Config) -> None:
@@ -183,6 +202,20 @@ def check_context(model_config: Any, config: Config) -> None:
         )
 
 
+def check_options(config: Config, device: str) -> None:
+    """UserError for options that a training run would refuse together."""
+    plan, memory = config.plan, config.memory
+    if memory.persona_grad == "none" and plan.objective == "longce":
+        raise UserError("--persona_grad none: needs a persona, and --objective longce has documents. Use full.")
+    if memory.persona_grad == "none" and plan.sharding == "full":
+        raise UserError("--persona_grad none, --sharding full: do not work together. Use --sharding none.")
+    if memory.activation_offload and (device == "cpu" or not plan.activation_checkpointing):
+        raise UserError(
+            "--activation_offload: moves the inputs of checkpointed layers from a GPU to host memory. Expected "
+            "--activation_checkpointing and --device cuda beside it."
+        )
+
+
 def largest_context(model_config: Any, config: Config, device: str) -> int | None:
     """Tokens of the longest context whose peak fits --gpu_memory, up to the model's own limit; 0 if none does."""
     from perce.memory import position_limit
@@ -193,7 +226,7 @@ def largest_context(model_config: Any, config: Config, device: str) -> int | Non
         return None
     recipe = recipe_of(config, device)
     counts = count(model_config, recipe)
-    shortest = config.plan.query + config.plan.response + 1
+    shortest = 2 if config.plan.objective == "longce" else config.plan.query + config.plan.response + 1
     longest = max(position_limit(model_config) or 2**20, shortest)
 
     def peak(context: int) -> int:
@@ -223,17 +256,32 @@ def largest(peak: Callable[[int], int], low: int, high: int, budget: int) -> int
     return low
 
 
-def variants(config: Config, low: bool) -> Iterator[tuple[str, Config]]:
+def variants(config: Config, device: str) -> Iterator[tuple[str, Config]]:
     """(flags, config) with one option changed, where that is a change."""
-    plan, model = config.plan, config.model
+    plan, model, memory = config.plan, config.model, config.memory
 
     def changed(flags: str, **changes: Any) -> tuple[str, Config]:
-        own = {name: value for name, value in changes.items() if hasattr(plan, name)}
-        others = {name: value for name, value in changes.items() if name not in own}
-        return flags, Config(replace(model, **others), replace(plan, **own))
+        parts = {
+            part.name: replace(section, **{name: value for name, value in changes.items() if hasattr(section, name)})
+            for part in fields(config)
+            for section in [getattr(config, part.name)]
+        }
+        return flags, Config(**parts)
 
+    low = is_low_precision(model, device)
     on = not plan.activation_checkpointing
-    yield changed(f"--activation_checkpointing {str(on).lower()}", activation_checkpointing=on)
+    yield changed(
+        f"--activation_checkpointing {str(on).lower()}", activation_checkpointing=on,
+        activation_offload=memory.activation_offload and on,
+    )  # fmt: skip
+    if device == "cuda" and plan.activation_checkpointing:
+        on = not memory.activation_offload
+        yield changed(f"--activation_offload {str(on).lower()}", activation_offload=on)
+    if plan.objective != "longce" and plan.sharding == "none":
+        persona_grad = "full" if memory.persona_grad == "none" else "none"
+        yield changed(f"--persona_grad {persona_grad}", persona_grad=persona_grad)
+    tile = 0 if memory.mlp_tile else MLP_TILE
+    yield changed(f"--mlp_tile {tile}", mlp_tile=tile)
     rank = 0 if model.lora_r else 16
     yield changed(f"--lora_r {rank}", lora_r=rank)
     precision = "fp32" if low else "bf16"
@@ -245,7 +293,7 @@ def variants(config: Config, low: bool) -> Iterator[tuple[str, Config]]:
             "--per_device_train_batch_size 1", per_device_train_batch_size=1,
             gradient_accumulation_steps=batch * accumulation(plan),
         )  # fmt: skip
-    if plan.objective == "perce":
+    if plan.objective != "ce":
         yield changed("--objective ce", objective="ce")
     if model.attn_implementation == "eager":
         yield changed("--attn_implementation sdpa", attn_implementation="sdpa")

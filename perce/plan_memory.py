@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from perce.config import PlanConfig
+from perce.config import MemoryConfig, PlanConfig
+from perce.documents import short_windows
 from perce.errors import UserError
 from perce.model import logit_transform
 from perce.plan_rehearsal import (
@@ -32,6 +33,7 @@ from perce.plan_rehearsal import (
 )
 from perce_kernels import chunked
 
+_DEFAULTS = MemoryConfig()
 UPDATE = "update"  # the phase of the optimiser, whose fused AdamW works in place
 ADAMW_BYTES = 8
 CUDA_RESERVE = 2**30  # context, kernels, cuBLAS workspaces, fragments; assumed
@@ -47,6 +49,7 @@ class Counts:
     weight_bytes: int
     embedding: int  # parameters outside the layers
     linear: int  # matrices of the layers, adapters left out
+    mlp: int  # of linear: the parts that --mlp_tile takes in tiles
     adapter: int  # LoRA weights
     not_recomputed: int  # of linear: recomputation stops before each layer's last product, whose result nothing keeps
     hidden: int
@@ -72,6 +75,7 @@ def count(config: Any, recipe: Recipe) -> Counts:
     parameters = sum(p.numel() for p in model.parameters())
     matrices = {name: p.numel() for name, p in layers.named_parameters() if p.dim() > 1}
     adapter = sum(size for name, size in matrices.items() if "lora_" in name)
+    mlp = sum(size for name, size in matrices.items() if "lora_" not in name and name.split(".")[1] == "mlp")
     # Of an adapted matrix the adapter's own product is the last: too little to count.
     last = 0 if adapter else sum([p.numel() for p in layer.parameters() if p.dim() > 1][-1] for layer in layers)
     head = model.get_output_embeddings()
@@ -81,6 +85,7 @@ def count(config: Any, recipe: Recipe) -> Counts:
         weight_bytes=sum(x.numel() * x.itemsize for x in [*model.parameters(), *model.buffers()]),
         embedding=parameters - sum(p.numel() for p in layers.parameters()),
         linear=sum(matrices.values()) - adapter,
+        mlp=mlp,
         adapter=adapter,
         not_recomputed=last,
         hidden=head.weight.shape[1],
@@ -99,6 +104,7 @@ class Memory:
     attention: int  # working set of one layer's attention in the forward, and of its MLP
     mlp: int
     hidden_rows: int  # hidden states of the response tokens, of both passes
+    offloaded: int  # checkpoints in host memory
     logits_not_held: dict[str, int]
 
     @property
@@ -114,16 +120,23 @@ class Memory:
         return sum(self.parts.values())
 
 
-def shape_of(plan: PlanConfig) -> StepShape:
+def shape_of(plan: PlanConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
     """The last token of a sequence is a target only, in both passes."""
-    persona = plan.context - plan.query - plan.response
-    batch = plan.per_device_train_batch_size
+    batch, accumulates = plan.per_device_train_batch_size, accumulation(plan) > 1
+    if plan.objective == "longce":
+        windows = short_windows(plan.context, plan.short_context, plan.short_stride)
+        longest = max(end - start for start, end, _ in windows)
+        rows = batch * (plan.context - 1)
+        return StepShape(batch, plan.context - 1, longest - 1, rows, accumulates, batch * len(windows))
+    without_persona = plan.query + plan.response - 1
     return StepShape(
-        batch=batch,
+        batch,
         tokens=plan.context - 1,
-        tokens_cf=plan.context - persona - 1 if plan.objective == "perce" else 0,
+        tokens_cf=without_persona if plan.objective == "perce" else 0,
         rows=batch * plan.response,
-        accumulates=accumulation(plan) > 1,
+        accumulates=accumulates,
+        sequences_cf=batch,
+        prefix=plan.context - 1 - without_persona if options.persona_grad == "none" else 0,
     )
 
 
@@ -133,7 +146,7 @@ def accumulation(plan: PlanConfig) -> int:
 
 def memory(config: Any, recipe: Recipe, plan: PlanConfig, counts: Counts, device: str) -> Memory:
     """The rehearsal and the formulae of the module's docstring put together."""
-    shape = shape_of(plan)
+    shape = shape_of(plan, recipe.memory)
     rehearsed = rehearse_depth(config, recipe, shape)
     resident = _resident(counts, recipe, plan, device)
     shares = plan.devices if plan.sharding == "full" else 1
@@ -159,6 +172,7 @@ def memory(config: Any, recipe: Recipe, plan: PlanConfig, counts: Counts, device
         phases,
         attention=max((size for name, size in parts.items() if "attn" in name or "attention" in name), default=0),
         mlp=max((size for name, size in parts.items() if "mlp" in name or "feed" in name), default=0),
+        offloaded=rehearsed.get("offloaded", 0),
         hidden_rows=passes * shape.rows * counts.hidden * (2 if recipe.low_precision else 4),
         logits_not_held={
             "of the response tokens": shape.rows * counts.vocabulary * 4,

@@ -15,7 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,13 +24,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from perce.config import ModelConfig
+from perce.config import MemoryConfig, ModelConfig
 from perce.errors import UserError
+from perce.memory import prepare_memory
 from perce.model import add_adapter, logit_transform, lora_config
+from perce.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
 from perce_kernels import fused_perce_loss
 
-PHASES = ("counterfactual", "forward", "head", "last layer", "first layer")
-"""Of a step before its optimiser update. The last layer is the first whose backward runs."""
+PHASES = ("counterfactual", "persona", "forward", "head", "last layer", "first layer")
+"""Of a step before its optimiser update. The last layer is the first whose backward runs; "persona" is the prefill of
+persona_grad="none"."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Recipe:
     model: ModelConfig
     low_precision: bool  # bf16 autocast, and bf16 weights under LoRA
     checkpointing: bool
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,11 @@ class StepShape:
 
     batch: int
     tokens: int  # T, input tokens of a sequence
-    tokens_cf: int  # those without the persona; 0: no counterfactual pass
+    tokens_cf: int  # those of a counterfactual one; 0: no counterfactual pass
     rows: int  # N, response tokens of all sequences
     accumulates: bool  # gradients of an earlier forward are there already
+    sequences_cf: int = 0  # 0: B
+    prefix: int = 0  # tokens of each factual sequence that run without a gradient
 
 
 def build(config: Any, recipe: Recipe) -> Any:
@@ -60,8 +66,9 @@ def build(config: Any, recipe: Recipe) -> Any:
     options = recipe.model
     dtype = torch.bfloat16 if recipe.low_precision and options.lora_r else torch.float32
     kwargs = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
-    if "flash" in (options.attn_implementation or ""):
-        kwargs["attn_implementation"] = "sdpa"  # holds the same, and needs no package and no GPU here
+    flash = "flash" in (options.attn_implementation or "")
+    if flash:
+        kwargs["attn_implementation"] = "sdpa"  # needs no package and no GPU here
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **kwargs)
@@ -72,12 +79,25 @@ def build(config: Any, recipe: Recipe) -> Any:
     except (ValueError, ImportError, AttributeError, TypeError, KeyError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--model {options.model}: no model can be built from its config.json: {reason}") from error
+    base = unwrapped(model)
     if recipe.checkpointing:
-        base = unwrapped(model)
         # transformers 5.23 renamed it
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    prepare_memory(base, recipe.memory)
+    if flash:
+        base.config.get_text_config()._attn_implementation = _maskless_attention()
     return model.train()
+
+
+def _maskless_attention() -> str:
+    """The name of sdpa without any mask: what flash attention holds, which needs none for prefixes and windows."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("perce_maskless", sdpa_attention_forward)
+    AttentionMaskInterface.register("perce_maskless", lambda *args, **kwargs: None)
+    return "perce_maskless"
 
 
 def unwrapped(model: Any) -> Any:
@@ -112,7 +132,12 @@ def cut(config: Any, stack: Sequence[int]) -> Any:
 
 
 def rehearse_depth(config: Any, recipe: Recipe, shape: StepShape) -> dict[str, int]:
-    """`rehearse` of all layers, from stacks that hold each kind of layer once, and once more for what it adds."""
+    """`rehearse` of all layers, from stacks that hold each kind of layer once, and once more for what it adds. A peak
+    in the middle is taken as if all layers of a kind came before it: a few checkpoints too high.
+
+    With activation_offload a layer adds its gradients and its part of the prefix cache; its input is in host memory,
+    "offloaded" of the result. What is on its way there is as much as the shallow stack has. Not measured.
+    """
     kinds = layer_kinds(config)
     between = [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in (kinds[0], kinds[-1])]
     base = [0, *between, len(kinds) - 1] if len(kinds) > 1 else [0]
@@ -123,8 +148,15 @@ def rehearse_depth(config: Any, recipe: Recipe, shape: StepShape) -> dict[str, i
         if more := count - present[kind]:
             stack = [0, kinds.index(kind), *base[1:]]
             deeper = rehearse(cut(config, stack), recipe, shape)
-            for name, value in shallow.items():
-                result[name] += more * (deeper[name] - value)
+            added = {name: deeper[name] - value for name, value in shallow.items()}
+            if recipe.memory.activation_offload:
+                kept = shape.batch * added["forward.start"]
+                result["offloaded"] = result.get("offloaded", 0) + more * (added["head.start"] - kept)
+                for phase in ("forward", "head", "last layer", "first layer"):
+                    for moment in ("start", "peak"):
+                        added[f"{phase}.{moment}"] = kept + added[f"{phase}.{moment}_gradients"]
+            for name, more_bytes in added.items():
+                result[name] += more * more_bytes
     return result
 
 
@@ -190,24 +222,36 @@ def _step(model: Any, recipe: Recipe, shape: StepShape, live: "_Live") -> None:
     def autocast() -> Any:  # one a pass, as Accelerate's wrapper: its casts of the weights live as long
         return torch.autocast("cpu", torch.bfloat16, enabled=recipe.low_precision)
 
-    def hidden(tokens: int) -> Tensor:
-        ids = torch.zeros(shape.batch, tokens, dtype=torch.int64)
-        return base.base_model(input_ids=ids, use_cache=False)[0].flatten(0, 1)[rows]
+    def hidden(sequences: int, tokens: int, **kwargs: Any) -> Tensor:
+        ids = torch.zeros(sequences, tokens, dtype=torch.int64)
+        return base.base_model(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
+
+    def factual() -> Tensor:
+        if recipe.memory.persona_grad == "full":
+            live.enter("forward")
+            return hidden(shape.batch, shape.tokens)[rows]
+        rests = []
+        for _ in range(shape.batch):  # as hidden_after_prefix
+            live.enter("persona")
+            cache = _prefix_cache(base.base_model, shape.prefix)
+            live.enter("forward")
+            rests.append(hidden(1, shape.tokens - shape.prefix, **{CACHE_ARGUMENT: cache}))
+        return torch.cat(rests)[rows]
 
     source: dict[str, Any] = {}
     if shape.tokens_cf:
         live.enter("counterfactual")
         model.eval()
         with torch.no_grad(), autocast():
-            states = hidden(shape.tokens_cf)
+            states = hidden(shape.sequences_cf or shape.batch, shape.tokens_cf)[rows]
         source["hidden_cf"] = states.float() if recipe.low_precision else states  # the wrapper's outputs are fp32
         model.train()
     else:
         source["token_weight"] = torch.ones(shape.rows)
-    live.enter("forward")
+    live.leave()
     handles = [*_watch_parts(layers[-1], live), *_watch_backward(layers, live), *_watch_gradients(model, live)]
     with autocast():
-        states = hidden(shape.tokens)
+        states = factual()
         live.enter("head")
         loss: Any = fused_perce_loss(
             states, head.weight, rows, **source, bias=head.bias, softcap=transform.softcap,
@@ -219,6 +263,36 @@ def _step(model: Any, recipe: Recipe, shape: StepShape, live: "_Live") -> None:
     live.leave()
     for handle in handles:
         handle.remove()
+
+
+@torch.no_grad()
+def _prefix_cache(base_model: Any, tokens: int) -> PrefixCache:
+    """As prefill would leave it. Of a long prefix the first chunk and the last two are run: those between only lengthen
+    the keys and values, which are put there at their length."""
+    cache = PrefixCache(config=base_model.config)
+    first, *rest = torch.zeros(1, tokens, dtype=torch.int64).split(PREFILL_CHUNK, dim=1)
+    between, last = rest[:-2], rest[-2:]
+    base_model(input_ids=first, use_cache=False, **{CACHE_ARGUMENT: cache})
+    for layer in cache.layers if between else ():
+        _lengthen(layer, len(between) * PREFILL_CHUNK)
+    for chunk in last:
+        base_model(input_ids=chunk, use_cache=False, **{CACHE_ARGUMENT: cache})
+    cache.filled = True
+    return cache
+
+
+def _lengthen(layer: Any, tokens: int) -> None:
+    """Keys and values of so many more tokens; a sliding layer holds the last of them, as views of what the last chunk
+    was appended to."""
+    length = layer.keys.shape[2] + tokens
+    window = getattr(layer, "sliding_window", None)
+    if window:
+        length = min(length, window - 1 + PREFILL_CHUNK)
+        layer.cumulative_length += tokens
+    for name in ("keys", "values"):
+        held = getattr(layer, name)
+        longer = held.new_empty(*held.shape[:2], length, held.shape[3])
+        setattr(layer, name, longer[:, :, -window + 1 :] if window else longer)
 
 
 def _watch_parts(layer: nn.Module, live: "_Live") -> Iterator[Any]:
@@ -294,8 +368,8 @@ class _Live(TorchDispatchMode):
 
     def enter(self, phase: str) -> None:
         """Begin a phase: what is alive now is its start. Called again, as a recomputation does, it goes on."""
-        if phase != self._phase:
-            self._phase = phase
+        self._phase = phase
+        if f"{phase}.start" not in self.moments:
             self.moments[f"{phase}.start"] = self._bytes
             self.moments[f"{phase}.start_gradients"] = self._gradients
             self._note_peak()

@@ -1,7 +1,7 @@
 """A plan as tables in the terminal, and as JSON."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from perce.plan_memory import UPDATE, accumulation
 GIB = 2**30
 PHASES = {  # as columns, and in words
     "counterfactual": ("no persona", "counterfactual pass"),
+    "persona": ("persona", "persona's keys and values"),
     "forward": ("forward", "factual forward"),
     "head": ("head", "head and loss"),
     "last layer": ("last layer", "backward of the last layer"),
@@ -29,16 +30,21 @@ def print_plan(result: Result) -> None:
 
 def _header(result: Result) -> list[str]:
     config, counts = result.config, result.plan.counts
-    plan, lora = config.plan, config.model.lora_r
+    plan, memory, lora = config.plan, config.memory, config.model.lora_r
     persona = plan.context - plan.query - plan.response
     method = f"LoRA r {lora}" if lora else "all weights"
+    tokens = f"{persona:,} persona, {plan.query:,} query, {plan.response:,} response"
+    if plan.objective == "longce":
+        tokens = f"documents; short contexts of {plan.short_context:,} tokens"
+    changed = [f.name for f in fields(memory) if getattr(memory, f.name) != f.default]
+    options = "".join(f", {name} {str(getattr(memory, name)).lower()}" for name in changed)
     name = config.model.model or "SmolLM2-135M-Instruct (default)"
     return [
         f"model  {name}: {counts.parameters / 1e6:,.1f} M parameters, "
         f"{counts.trained / 1e6:,.1f} M trained ({method}), {result.precision} arithmetic",
         f"step   {accumulation(plan)} forwards of {plan.per_device_train_batch_size} × {plan.context:,} tokens "
-        f"({persona:,} persona, {plan.query:,} query, {plan.response:,} response), {plan.objective} objective, "
-        f"activation checkpointing {'on' if plan.activation_checkpointing else 'off'}",
+        f"({tokens}), {plan.objective} objective, "
+        f"activation checkpointing {'on' if plan.activation_checkpointing else 'off'}{options}",
         f"device {result.device}{f' × {plan.devices}, sharding {plan.sharding}' if plan.devices > 1 else ''}",
     ]
 
@@ -89,6 +95,8 @@ def _details(result: Result) -> Table:
         ("a layer's MLP, forward", f"{_gib(memory.mlp)} GiB"),
         ("hidden rows of the response", f"{_gib(memory.hidden_rows)} GiB"),
     ]
+    if memory.offloaded:
+        rows.append(("in host memory", f"{_gib(memory.offloaded)} GiB of checkpoints"))
     rows += [
         (f"not there: logits {which}", f"{_gib(size)} GiB in fp32") for which, size in memory.logits_not_held.items()
     ]
@@ -106,7 +114,7 @@ def _times(result: Result) -> Table:
         )
     else:
         rows.append(("takes at least", "give the device's rate with --tflops: there is none here to measure"))
-    if result.config.plan.objective == "perce":
+    if result.config.plan.objective != "ce":
         rows.append(("counterfactual pass", f"{flops.overhead:.1%} on top of a cross-entropy step"))
     return _facts(rows)
 
@@ -128,7 +136,7 @@ def _gib(size: int) -> str:
 def to_json(result: Result) -> dict[str, Any]:
     """Bytes, FLOP, FLOP/s, seconds, tokens."""
     return {
-        "options": asdict(result.config.model) | asdict(result.config.plan),
+        "options": asdict(result.config.model) | asdict(result.config.memory) | asdict(result.config.plan),
         "device": result.device,
         "precision": result.precision,
         **_plan_json(result.plan, result.rate),

@@ -2,9 +2,10 @@
 
 With F factual and C counterfactual input tokens, P weights in the matrices of the layers and A in adapters, a forward
 of F tokens takes 2·(P + A)·F and attention; its backward twice that, of which LoRA saves the weights' half (not the
-adapters'); checkpointing adds a forward, but for each layer's last product. N response tokens cost the head 2·N·D·V a
-product: the logits of each pass, dh, and dW where it trains. Norms, activation functions, the optimiser and memory
-traffic are left out: the bound is a lower one.
+adapters'); checkpointing adds a forward, but for each layer's last product, and tiled MLPs one of theirs. With
+persona_grad="none" backward and recomputation see the tokens behind the persona alone. N response tokens cost the head
+2·N·D·V a product: the logits of each pass, dh, and dW where it trains. Norms, activation functions, the optimiser and
+memory traffic are left out: the bound is a lower one.
 """
 
 import time
@@ -50,24 +51,33 @@ class Flops:
 
 
 def flops(config: Any, recipe: Recipe, plan: PlanConfig, counts: Counts) -> Flops:
-    shape, forwards = shape_of(plan), accumulation(plan)
+    shape, forwards = shape_of(plan, recipe.memory), accumulation(plan)
     product = 2 * shape.rows * counts.hidden * counts.vocabulary
     trains_all = not recipe.model.lora_r
 
     def linear(tokens: int, weights: int) -> int:
         return 2 * shape.batch * tokens * weights
 
+    every = counts.linear + counts.adapter
     attention = shape.batch * attention_flops(config, shape.tokens)
-    forward = linear(shape.tokens, counts.linear + counts.adapter) + attention
-    backward = linear(shape.tokens, (1 + trains_all) * counts.linear + 2 * counts.adapter) + 2 * attention
+    forward = linear(shape.tokens, every) + attention
+    kept = shape.tokens - shape.prefix  # tokens that have a backward; they attend to all
+    attention -= shape.batch * attention_flops(config, shape.prefix)
+    backward = linear(kept, (1 + trains_all) * counts.linear + 2 * counts.adapter) + 2 * attention
+    recomputation = 0
+    if recipe.checkpointing:
+        recomputation += linear(kept, every - counts.not_recomputed) + attention
+    if 0 < recipe.memory.mlp_tile < kept:
+        recomputation += linear(kept, counts.mlp - counts.not_recomputed)
     counterfactual = 0
     if shape.tokens_cf:
-        counterfactual = linear(shape.tokens_cf, counts.linear + counts.adapter)
-        counterfactual += shape.batch * attention_flops(config, shape.tokens_cf)
+        sequences_cf = shape.sequences_cf
+        counterfactual = 2 * sequences_cf * shape.tokens_cf * every
+        counterfactual += sequences_cf * attention_flops(config, shape.tokens_cf)
     return Flops(
         forward=forwards * forward,
         backward=forwards * backward,
-        recomputation=forwards * (forward - linear(shape.tokens, counts.not_recomputed)) * recipe.checkpointing,
+        recomputation=forwards * recomputation,
         counterfactual=forwards * counterfactual,
         head=forwards * product * (2 + counts.head_trains),
         head_counterfactual=forwards * product * bool(shape.tokens_cf),

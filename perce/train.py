@@ -92,6 +92,7 @@ def run(config: TrainConfig) -> None:
     from transformers import set_seed
 
     from perce.dataset import load_pairs
+    from perce.fits import check_fits
     from perce.model import load_model, load_tokenizer
     from perce.summary import Progress, describe_run, loss_labels, print_result, write_run_report
     from perce.trainer import PerceTrainer
@@ -120,6 +121,8 @@ def run(config: TrainConfig) -> None:
             callbacks=[progress],
         )  # fmt: skip
         trainer.get_optimizer_cls_and_kwargs(args, model)
+    if (doubt := check_fits(config, args, model, pairs)) and main_process:
+        print(f"memory {doubt}")
     progress.attach(trainer)
     if main_process and checkpoint is None:
         write_in_one_move(output_dir / CONFIG_NAME, dump_yaml(config.to_dict()))

@@ -201,7 +201,7 @@ def test_table_and_json(run, tmp_path):
     assert content["options"]["context"] == 96 and content["largest_context"] is None
     assert set(content["variants"]) == {
         "--activation_checkpointing true", "--lora_r 16", "--precision bf16", "--per_device_train_batch_size 1",
-        "--objective ce",
+        "--objective ce", "--persona_grad none", "--mlp_tile 1024",
     }  # fmt: skip
     for text in ("working set", "peak memory", "takes at least", "not there: logits", *content["variants"]):
         assert text in out

@@ -1,0 +1,79 @@
+"""What the counterfactual pass adds to a step, over the persona's length, and the line that it should lie on.
+
+With L_f factual and L_cf counterfactual tokens, a forward counts as one, a backward as two (one with frozen weights)
+and recomputed activations as one more: the pass adds L_cf / (k · L_f) of a cross-entropy step, with k = 3 (all
+weights), 2 (LoRA), 4 and 3 (with activation checkpointing). Attention and head are left out of that line; perce.plan
+counts them.
+
+Measured inside PerCE steps: the seconds of the pass over those of the rest of the step (the head's product for it is in
+the rest), so that it does not matter if the machine is faster one minute than the next. SmolLM2-135M's shape.
+"""
+
+import tempfile
+import time
+from statistics import median
+
+import pytest
+import torch
+
+from benchmarks.test_step import make_trainers, pair, smollm2_135m
+from perce.batch import collate
+from perce.config import ModelConfig, PlanConfig
+from perce.model import add_adapter, lora_config
+from perce.plan import Config, estimate
+
+QUERY, RESPONSE = 80, 48
+WITHOUT_PERSONA = QUERY + RESPONSE
+PERSONAS = [128, 512, 1024, 2048]
+LINE = {"full": 3, "lora": 2, "full-checkpointed": 4, "lora-checkpointed": 3}
+ROUNDS = 3
+
+
+@pytest.mark.slow  # minutes each
+@pytest.mark.parametrize("way", LINE)
+@pytest.mark.benchmark(group="overhead of the counterfactual pass")
+def test_overhead_of_the_counterfactual_pass(benchmark, way):
+    lora, checkpointed = way.startswith("lora"), way.endswith("checkpointed")
+    options = ModelConfig(lora_r=16 if lora else 0, precision="fp32")
+    base = smollm2_135m()
+    model = add_adapter(base, lora_config(options)) if lora else base
+    if checkpointed:  # transformers 5.23 renamed it
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = make_trainers(model, directory)["perce"]
+    items = torch.tensor(RESPONSE)
+
+    def overhead(persona: int) -> float:
+        """Of one step: seconds of the pass over those of all else."""
+        batch = collate([pair(persona, QUERY, RESPONSE)])
+        counterfactual = trainer.estimation_clock.seconds()
+        started = time.perf_counter()
+        trainer.training_step(model, batch, items)
+        whole = time.perf_counter() - started
+        counterfactual = trainer.estimation_clock.seconds() - counterfactual
+        return counterfactual / (whole - counterfactual)
+
+    def curve() -> dict[int, float]:
+        overhead(PERSONAS[0])
+        rounds = [{persona: overhead(persona) for persona in PERSONAS} for _ in range(ROUNDS)]
+        return {persona: median(row[persona] for row in rounds) for persona in PERSONAS}
+
+    def planned(persona: int) -> float:
+        context = persona + WITHOUT_PERSONA
+        plan = PlanConfig(
+            context=context, query=QUERY, response=RESPONSE, activation_checkpointing=checkpointed,
+            gradient_accumulation_steps=1,
+        )  # fmt: skip
+        return estimate(base.config, Config(options, plan), "cpu").flops.overhead
+
+    measured = benchmark.pedantic(curve, rounds=1)
+    line = {persona: WITHOUT_PERSONA / (LINE[way] * (persona + WITHOUT_PERSONA)) for persona in PERSONAS}
+    benchmark.extra_info |= {
+        "measured": {persona: round(share, 4) for persona, share in measured.items()},
+        "line": {persona: round(share, 4) for persona, share in line.items()},
+        "planned": {persona: round(planned(persona), 4) for persona in PERSONAS},
+    }
+    print(f"\n{way}: {dict(benchmark.extra_info)}")
+    # Attention and the head only add to the rest of a step, and small batches run slower: the line bounds the order.
+    assert all(line[persona] / 3 < share < 2 * line[persona] for persona, share in measured.items())

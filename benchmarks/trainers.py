@@ -1,0 +1,180 @@
+"""One training step by trainer, ours and those people have: `python -m benchmarks.trainers WAY PERSONA [SHAPE]`.
+
+    perce          PerceTrainer, PerCE                           perce-ce   the same, cross-entropy
+    naive          transformers.Trainer, PerCE by its formula    naive-ce   the same, its own loss: logits of all tokens
+    naive-kept     "naive" on the response's logits alone, by the model's own logits_to_keep
+    trl-ce         TRL's SFTTrainer with its fused head; it has no weights from a counterfactual pass. On a CPU its head
+                   runs on the persona's tokens too (on a GPU it leaves them out), so its speed here says little
+
+All with activation checkpointing, on one sequence of its persona and 80 + 128 tokens. SHAPE is "deep" (fp32, all
+weights; what two cores can do) or "qwen3-8b" (bf16, LoRA; for a GPU), with random weights. Printed as JSON: the first
+step's loss, the last one's peak memory over what was held before it, gradients included, and factual tokens a second by
+the median of all steps but the first.
+"""
+
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.memory import M_MMAP_THRESHOLD
+
+QUERY, RESPONSE, STEPS = 80, 128, 4
+WAYS = ("perce", "naive", "naive-kept", "perce-ce", "naive-ce", "trl-ce")
+SHAPES: dict[str, dict[str, Any]] = {
+    "deep": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 256, "intermediate_size": 768,
+        "num_hidden_layers": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "max_position_embeddings": 2**20, "initializer_range": 0.1,  # so that PIRs are large enough to pass the clip
+    },
+    "qwen3-8b": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "tie_word_embeddings": False, "max_position_embeddings": 2**20,
+    },
+}  # fmt: skip
+
+
+def measure(way: str, persona: int, shape: str = "deep") -> dict[str, float]:
+    """In this process: call once in a fresh one."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+    import torch
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from benchmarks.step_meter import StepMeter
+    from benchmarks.test_step import pair
+    from perce.config import ModelConfig
+    from perce.model import lora_config
+
+    low = shape == "qwen3-8b"
+    dtype = torch.bfloat16 if low else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape]), dtype=dtype)
+    meter = StepMeter()
+    rows = Dataset.from_list([pair(persona, QUERY, RESPONSE) | {"passages": [], "example": 0}] * STEPS)
+    make = {"perce": _ours, "naive": _naive, "trl": _trl}[way.partition("-")[0]]
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = {
+            "output_dir": directory, "use_cpu": device == "cpu", "report_to": "none", "save_strategy": "no",
+            "disable_tqdm": True, "max_steps": STEPS, "per_device_train_batch_size": 1, "learning_rate": 1e-6,
+            "gradient_accumulation_steps": 1, "logging_steps": 1, "bf16": low, "dataloader_pin_memory": False,
+            **_checkpointing(),
+        }  # fmt: skip
+        trainer = make(model, rows, arguments, lora_config(ModelConfig()) if low else None, way)
+        trainer.add_callback(meter)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = persona + QUERY + RESPONSE
+    return {
+        "peak_extra_bytes": meter.peak - meter.before,
+        "tokens_per_second": tokens / median(meter.seconds),
+        "loss": losses[0],
+    }
+
+
+def _checkpointing() -> dict[str, Any]:
+    from perce.memory import CHECKPOINTING
+
+    return {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<eos>": 1}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+def _ours(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
+    from perce.config import LossConfig
+    from perce.trainer import PerceArguments, PerceTrainer
+
+    loss = LossConfig(objective="ce" if way == "perce-ce" else "perce")
+    return PerceTrainer(
+        model, PerceArguments(**arguments, loss=loss), train_dataset=rows, processing_class=_tokenizer(),
+        peft_config=lora,
+    )  # fmt: skip
+
+
+def naive_perce(model: Any, inputs: Any, num_items: Any, kept: int = 0) -> Any:
+    """The loss as its formula reads, on logits of all tokens or of the `kept` last. inputs: of `labelled`, (1, T)."""
+    import torch
+
+    def logp(suffix: str) -> torch.Tensor:
+        call = {"input_ids": inputs[f"input_ids{suffix}"], "use_cache": False, "logits_to_keep": kept}
+        logits = model(**call).logits[:, :-1].float()
+        labels = inputs[f"labels{suffix}"][:, -logits.shape[1] :]
+        every = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return every[labels != -100]
+
+    with torch.no_grad():
+        logp_cf = logp("_cf")
+    factual = logp("")
+    weight = (factual.detach() - logp_cf).clamp(0.8, 5.0)
+    return -(weight * factual).sum() / num_items
+
+
+def labelled(row: dict[str, Any]) -> dict[str, Any]:
+    """What a trainer without personas takes: the ids, their copy without the persona, and the response as labels."""
+    ids, (start, end), length = row["input_ids"], row["persona_span"], row["response_length"]
+    without = ids[:start] + ids[end:]
+    return {
+        "input_ids": ids, "labels": [-100] * (len(ids) - length) + ids[-length:],
+        "input_ids_cf": without, "labels_cf": [-100] * (len(without) - length) + without[-length:],
+    }  # fmt: skip
+
+
+def _naive(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    class NaivePerce(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
+            return naive_perce(model, inputs, num_items_in_batch, kept=RESPONSE + 1 if way == "naive-kept" else 0)
+
+    data = rows.map(labelled, remove_columns=rows.column_names)
+    if way == "naive-ce":
+        data = data.remove_columns(["input_ids_cf", "labels_cf"])
+    return (Trainer if way == "naive-ce" else NaivePerce)(
+        get_peft_model(model, lora) if lora else model, TrainingArguments(**arguments, remove_unused_columns=False),
+        train_dataset=data, processing_class=_tokenizer(), data_collator=default_data_collator,
+    )  # fmt: skip
+
+
+def _trl(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    data = rows.map(labelled, remove_columns=rows.column_names).remove_columns(["input_ids_cf", "labels_cf"])
+    options = SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    return SFTTrainer(model, options, train_dataset=data, processing_class=_tokenizer(), peft_config=lora)
+
+
+def measured(way: str, persona: int, shape: str = "deep") -> dict[str, float] | None:
+    """`measure`, in a child process; None where the machine has too little memory for it."""
+    command = [sys.executable, "-m", "benchmarks.trainers", way, str(persona), shape]
+    child = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    if child.returncode == -9 or "OutOfMemoryError" in child.stderr:
+        return None
+    if child.returncode:
+        raise RuntimeError(child.stderr)
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    if len(sys.argv) not in (3, 4) or sys.argv[1] not in WAYS or (sys.argv[3:] or ["deep"])[0] not in SHAPES:
+        sys.exit(f"{__doc__}\nWAY is one of: {', '.join(WAYS)}; SHAPE one of: {', '.join(SHAPES)}.")
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])))
+
+
+if __name__ == "__main__":
+    main()
