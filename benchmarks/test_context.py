@@ -26,7 +26,8 @@ def planned(persona: int, way: str) -> int:
     return estimate(LlamaConfig(**SMOLLM2_135M), config, "cpu").memory.peak
 
 
-@pytest.mark.slow  # minutes each
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("persona", PERSONAS)
 @pytest.mark.benchmark(group="memory: long personas")
 def test_memory_of_a_step(benchmark, persona):
@@ -53,6 +54,7 @@ def test_memory_of_a_step(benchmark, persona):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.benchmark(group="memory: long personas")
 def test_memory_grows_with_the_persona_as_planned(benchmark):
     """Between the shortest and the longest persona, by the checkpoints and one layer's working set."""

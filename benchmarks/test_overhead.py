@@ -29,7 +29,8 @@ LINE = {"full": 3, "lora": 2, "full-checkpointed": 4, "lora-checkpointed": 3}
 ROUNDS = 3
 
 
-@pytest.mark.slow  # minutes each
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("way", LINE)
 @pytest.mark.benchmark(group="overhead of the counterfactual pass")
 def test_overhead_of_the_counterfactual_pass(benchmark, way):

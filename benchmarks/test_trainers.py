@@ -10,7 +10,8 @@ PERSONAS = [512, 2048, 8192]
 MIB = 2**20
 
 
-@pytest.mark.slow  # minutes each
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("persona", PERSONAS)
 @pytest.mark.benchmark(group="trainers: long personas")
 def test_a_step_by_trainer(benchmark, persona):

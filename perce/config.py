@@ -32,7 +32,8 @@ class ModelConfig:
         "auto", "arithmetic; auto: bf16 where the device has it natively"
     )
     attn_implementation: str | None = _option(
-        None, "sdpa, flash_attention_2, eager, …; default: the model's own choice"
+        None,
+        "sdpa, flash_attention_2, eager, …; default: flash_attention_2 where it is installed, else the model's own",
     )
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ planned.
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from perce.plan import Config, check_architecture, planned_variants, recipe_of
 from perce.plan_memory import Memory, count, memory
 from perce.plan_report import GIB, PHASES
 
-# A share of the memory: below the first nothing is said, above the second the run stops. Plans were within 4 % of steps
+# A share of the memory: below the first nothing is said, above the second the run stops. Plans were within 5 % of steps
 # on CPUs, and have not been compared with any on a GPU.
 DOUBTFUL = 0.9
 IMPOSSIBLE = {"cpu": 1.1, "cuda": 1.5}
@@ -39,7 +40,9 @@ def check_fits(config: TrainConfig, args: Any, model: Any, pairs: Any) -> str | 
         return None
     try:
         check_architecture(model_config, "")
-        planned = Config(config.model, largest_step(config, args, pairs), config.memory)
+        attention = model_config.get_text_config()._attn_implementation
+        chosen = replace(config.model, attn_implementation=attention)
+        planned = Config(chosen, largest_step(config, args, pairs), config.memory)
         recipe = recipe_of(planned, device)
         needed = memory(model_config, recipe, planned.plan, count(model_config, recipe), device)
     except Exception:  # a forecast: what keeps it from being made must not keep the run from being tried

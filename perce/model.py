@@ -246,6 +246,16 @@ def resolve_precision(precision: str, device: str) -> str:
     return precision
 
 
+def default_attention(model_config: Any, precision: str, device: str) -> str | None:
+    """flash_attention_2 where it is installed and can run; None: the model's own choice, sdpa as a rule."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import is_flash_attn_2_available
+
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    can_run = device == "cuda" and precision == "bf16" and getattr(architecture, "_supports_flash_attn", False)
+    return "flash_attention_2" if can_run and is_flash_attn_2_available() else None
+
+
 def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
@@ -261,10 +271,10 @@ def load_model(path: str, config: ModelConfig, device: str) -> Any:
     Full fine-tuning keeps fp32 weights (a pure-bf16 weight of 1.0 does not move by 1e-3) and autocasts where bf16 is
     sound; LoRA keeps the frozen base in bf16 there and the adapters in fp32.
     """
-    low = resolve_precision(config.precision, device) == "bf16" and config.lora_r > 0
-    kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
-    if config.attn_implementation:
-        kwargs["attn_implementation"] = config.attn_implementation
+    precision = resolve_precision(config.precision, device)
+    kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if precision == "bf16" and config.lora_r else torch.float32}
+    if attention := config.attn_implementation or default_attention(read_config(path), precision, device):
+        kwargs["attn_implementation"] = attention
     if config.load_in_4bit:
         kwargs["quantization_config"] = _four_bit(config)
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}

@@ -11,7 +11,15 @@ from perce import model as perce_model
 from perce.batch import collate
 from perce.config import ModelConfig
 from perce.errors import UserError
-from perce.model import add_adapter, install_perce, load_model, load_tokenizer, prepare_model, resolve_precision
+from perce.model import (
+    add_adapter,
+    default_attention,
+    install_perce,
+    load_model,
+    load_tokenizer,
+    prepare_model,
+    resolve_precision,
+)
 from tests.tiny import ARCHITECTURES, demo_pairs, save_tiny_model, tiny_model
 
 PAIRS = demo_pairs(3)
@@ -207,6 +215,16 @@ def test_four_bit_is_refused_by_name_without_its_library(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match="bitsandbytes"):
         load_model(str(save_tiny_model(tmp_path / "m")), ModelConfig(load_in_4bit=True), "cpu")
+
+
+def test_flash_attention_is_chosen_where_it_is_installed_and_can_run(monkeypatch):
+    config = tiny_model("llama").config
+    assert default_attention(config, "bf16", "cuda") is None, "not installed here"
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    assert default_attention(config, "bf16", "cuda") == "flash_attention_2"
+    assert default_attention(config, "fp32", "cuda") is default_attention(config, "bf16", "cpu") is None
+    monkeypatch.setattr(f"{type(tiny_model('llama')).__module__}.LlamaForCausalLM._supports_flash_attn", False)
+    assert default_attention(config, "bf16", "cuda") is None
 
 
 def test_a_model_with_flash_attention_is_checked_by_attention_that_runs_anywhere(monkeypatch):
