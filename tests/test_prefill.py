@@ -152,6 +152,17 @@ def test_nothing_of_two_sequence_lengths_or_of_sequence_times_vocabulary(archite
     assert max(extents[0] for extents in seen.extents) <= 50, "no more than a chunk of queries at a time"
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_nor_with_the_personas_gradient(architecture, checkpointing):
+    """Sliding windows under sdpa have a T × T mask, and are refused once it is large: perce/memory.py."""
+    model, pair = prepared(architecture, checkpointing=checkpointing), long_pair(persona=600)
+    with LargestTensors() as seen:
+        step(model, [pair], "full")
+    assert max(extents[1] for extents in seen.extents) > 600, "whole sequences are seen"
+    assert max(extents[0] for extents in seen.extents) <= 50, "beside heads' and layers' widths, the largest of them 48"
+
+
 def saved_bytes(model, pair, persona_grad):
     """Bytes that backward holds on to."""
     seen = {}
