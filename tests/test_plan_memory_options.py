@@ -47,7 +47,9 @@ def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypa
     assert short_cut == rehearse(config, recipe, shape)
 
 
-@pytest.mark.parametrize("memory", [NONE, TILED], ids=["none", "tiled"])
+@pytest.mark.parametrize(
+    "memory", [pytest.param(NONE, id="none"), pytest.param(TILED, id="tiled", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_few_layers_tell_what_all_take(memory, checkpointing):
     kinds = [LAYERS[0]] * 2 + [LAYERS[1]] + [LAYERS[0]] * 2
