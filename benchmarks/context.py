@@ -40,7 +40,7 @@ def measure(way: str, persona: int) -> dict[str, float]:
     from benchmarks.trainers import labelled, naive_perce
     from perce.batch import collate
     from perce.config import MemoryConfig
-    from perce.memory import prepare_memory
+    from perce.memory import enable_checkpointing, prepare_memory
     from perce.model import add_adapter
 
     options = dict(WAYS[way])
@@ -49,7 +49,7 @@ def measure(way: str, persona: int) -> dict[str, float]:
     torch.manual_seed(0)
     model = add_adapter(smollm2_135m(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     prepare_memory(model, memory)
 
     def step(persona: int) -> float:

@@ -19,6 +19,7 @@ import torch
 from benchmarks.test_step import make_trainers, pair, smollm2_135m
 from perce.batch import collate
 from perce.config import ModelConfig, PlanConfig
+from perce.memory import enable_checkpointing
 from perce.model import add_adapter, lora_config
 from perce.plan import Config, estimate
 
@@ -38,9 +39,8 @@ def test_overhead_of_the_counterfactual_pass(benchmark, way):
     options = ModelConfig(lora_r=16 if lora else 0, precision="fp32")
     base = smollm2_135m()
     model = add_adapter(base, lora_config(options)) if lora else base
-    if checkpointed:  # transformers 5.23 renamed it
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    if checkpointed:
+        enable_checkpointing(base)
     with tempfile.TemporaryDirectory() as directory:
         trainer = make_trainers(model, directory)["perce"]
     items = torch.tensor(RESPONSE)

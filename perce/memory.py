@@ -43,6 +43,13 @@ def prepare_memory(model: Any, memory: MemoryConfig) -> None:
         prepare_prefill(model)
 
 
+def enable_checkpointing(model: Any) -> None:
+    """What the Trainer does under activation_checkpointing, for a model that trains without one."""
+    # transformers 5.23 renamed it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def check_sharding(trainer: Trainer, memory: MemoryConfig) -> None:
     """UserError where persona_grad="none" would leave processes waiting for each other for ever."""
     if memory.persona_grad == "none" and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from perce.config import MemoryConfig, ModelConfig
 from perce.errors import UserError
-from perce.memory import prepare_memory
+from perce.memory import enable_checkpointing, prepare_memory
 from perce.model import add_adapter, logit_transform, lora_config
 from perce.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
 from perce_kernels import fused_perce_loss
@@ -81,9 +81,7 @@ def build(config: Any, recipe: Recipe) -> Any:
         raise UserError(f"--model {options.model}: no model can be built from its config.json: {reason}") from error
     base = unwrapped(model)
     if recipe.checkpointing:
-        # transformers 5.23 renamed it
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(base)
     prepare_memory(base, recipe.memory)
     if flash:
         base.config.get_text_config()._attn_implementation = _maskless_attention()

@@ -12,6 +12,7 @@ from transformers import GPT2Config, LlamaConfig, MixtralConfig, T5Config
 
 from perce import plan as command
 from perce.config import ModelConfig, PlanConfig
+from perce.memory import enable_checkpointing
 from perce.model import add_adapter, lora_config, prepare_model
 from perce.plan import Config, estimate, largest, largest_context
 from perce.plan_memory import UPDATE, count, loss_buffers, shape_of
@@ -145,9 +146,8 @@ def test_operations_are_those_that_torch_counts(checkpointing):
     recipe = Recipe(FULL, False, checkpointing)
     ours = flops(model.config, recipe, plan, count(model.config, recipe))
     attention = ours.forward - 2 * shape_of(plan).tokens * count(model.config, recipe).linear
-    if checkpointing:  # transformers 5.23 renamed it
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    if checkpointing:
+        enable_checkpointing(model)
     ids = torch.zeros(1, shape_of(plan).tokens, dtype=torch.int64)
     counter = FlopCounterMode(display=False)
     with counter:

@@ -12,7 +12,7 @@ from perce.batch import collate
 from perce.config import MemoryConfig, ModelConfig, PlanConfig
 from perce.documents import DocumentPair, short_windows
 from perce.errors import UserError
-from perce.memory import prepare_memory
+from perce.memory import enable_checkpointing, prepare_memory
 from perce.model import add_adapter, lora_config, prepare_model
 from perce.plan import Config, estimate, variants
 from perce.plan_memory import count, shape_of
@@ -114,9 +114,8 @@ def test_operations_are_those_that_torch_counts(memory, checkpointing):
     without_attention = tiny_model("llama").config
     without_attention.num_attention_heads = 0
     ours = flops(without_attention, recipe, plan, counts)
-    if checkpointing:  # transformers 5.23 renamed it
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    if checkpointing:
+        enable_checkpointing(base)
     prepare_memory(base, memory)
     shape = shape_of(plan, memory)
     ids = torch.zeros(1, shape.tokens, dtype=torch.int64)
