@@ -1,12 +1,14 @@
 """The paper's comparison as one resumable run: `python -m benchmarks.study --config FILE --data_root DIR`.
 
     cells     objective × learning rate × seed × data set, each trained and evaluated in child processes
-    stages    rates (one seed, the tuned objectives) → main (all seeds at each one's best rate) → variants (one seed)
+    stages    base → rates (one seed, the tuned objectives) → main (all seeds at each one's best rate) → variants
+              (one seed) → the rates that were not the best, whose losses show how much the rate matters
     results   benchmarks/results/study_NAME.json: every cell that ran, with its evaluation example by example
     report    `python -m benchmarks.study_report` writes docs/RESULTS.md from that file
 
-A cell that is in the results is not run again; one that was interrupted begins anew. Nothing is chosen by a test set:
-a learning rate is picked by the validation loss with persona at the end of the rate stage's runs.
+What is in the results is not run again; a training that was interrupted begins anew. Nothing is chosen by a test set:
+a learning rate is picked by the validation loss with persona at the end of the rate stage's runs, which are not
+evaluated before the picking.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +63,14 @@ class Study:
         self.results: dict[str, Any] = {"config": dict(config), "cells": {}}
         if self.path.is_file():
             self.results = json.loads(self.path.read_text(encoding="utf-8"))
-            changed = [k for k in ("model", "train", "evaluate") if self.results["config"].get(k) != config.get(k)]
+            changed = [k for k in ("model", "data", "train", "evaluate") if self.results["config"].get(k) != config.get(k)]
             if changed:
                 sys.exit(f"{self.path}: its cells ran with another {', '.join(changed)}. Give the study another name.")
             self.results["config"] = dict(config)
 
     def run(self) -> None:
-        for stage in (self.base_cells, self.rate_cells, self.main_cells, self.variant_cells):
-            todo = [cell for cell in stage() if cell.name not in self.results["cells"]]
+        for stage in (self.base_cells, self.rate_cells, self.main_cells, self.variant_cells, self.other_rate_cells):
+            todo = [cell for cell in stage() if not self._is_done(cell)]
             with ThreadPoolExecutor(self.jobs) as pool:
                 for cell, outcome in zip(todo, pool.map(self._run_cell, todo), strict=True):
                     self.results["cells"][cell.name] = outcome
@@ -98,6 +100,12 @@ class Study:
                 rate = self.best_rate(data, "perce")
                 yield Cell("variants", data, "perce", rate, self.config["seeds"][0], options)
 
+    def other_rate_cells(self) -> Iterator[Cell]:
+        """Those of the rate stage that were not the best: "stability over learning rates"."""
+        for cell in self.rate_cells():
+            if cell.learning_rate != self.best_rate(cell.data, cell.objective):
+                yield replace(cell, stage="other rates")
+
     def best_rate(self, data: str, objective: str) -> float:
         """By validation loss with persona; objectives that are not tuned take PerCE's, whose weights are as large."""
         tuned = objective if objective in self.config["tuned"] else "perce"
@@ -106,24 +114,33 @@ class Study:
         assert best.learning_rate is not None
         return best.learning_rate
 
+    def _evaluated(self, cell: Cell) -> dict[str, bool]:
+        """Data sets that a cell is evaluated on, and whether replies are generated there."""
+        if cell.stage == "rates":
+            return {}
+        if cell.stage in ("base", "main"):
+            return {data: data == cell.data for data in self.config["data"]}
+        return {cell.data: False}
+
+    def _is_done(self, cell: Cell) -> bool:
+        known = self.results["cells"].get(cell.name)
+        return known is not None and self._evaluated(cell).keys() <= known["evaluations"].keys()
+
     def _run_cell(self, cell: Cell) -> dict[str, Any]:
         directory = self.work / cell.name
         started = time.time()
         outcome: dict[str, Any] = {
             "stage": cell.stage, "data": cell.data, "objective": cell.objective, "learning_rate": cell.learning_rate,
-            "seed": cell.seed, "options": dict(cell.options),
+            "seed": cell.seed, "options": dict(cell.options), "evaluations": {}, "seconds": 0.0,
         }  # fmt: skip
+        outcome |= self.results["cells"].get(cell.name, {})
         if cell.objective != "base":
             outcome |= self._train(cell, directory)
-        outcome["evaluations"] = {
-            data: self._evaluate(cell, data, directory)
-            for data in ([cell.data] if cell.stage in ("rates", "variants") else self.config["data"])
-        }
-        if cell.stage == "rates":  # may turn out to be a main cell, which is evaluated on the other sets too
-            outcome["evaluations"] |= {
-                data: self._evaluate(cell, data, directory) for data in self.config["data"] if data != cell.data
-            }
-        outcome["seconds"] = round(time.time() - started, 1)
+        outcome["evaluations"] = dict(outcome["evaluations"])
+        for data, generate in self._evaluated(cell).items():
+            if data not in outcome["evaluations"]:
+                outcome["evaluations"][data] = self._evaluate(cell, data, directory, generate)
+        outcome["seconds"] = round(outcome["seconds"] + time.time() - started, 1)
         print(f"{cell.name}: {outcome['seconds']:.0f} s", flush=True)
         return outcome
 
@@ -144,10 +161,10 @@ class Study:
             "train_seconds": next((e["train_runtime"] for e in history if "train_runtime" in e), None),
         }  # fmt: skip
 
-    def _evaluate(self, cell: Cell, data: str, directory: Path) -> dict[str, Any]:
+    def _evaluate(self, cell: Cell, data: str, directory: Path, generate: bool) -> dict[str, Any]:
         output = self.work / "evaluations" / f"{cell.name}-on-{data}.json"
         model = self._model() if cell.objective == "base" else {"model": str(directory)}
-        options = dict(self.config["evaluate"]) | ({} if data == cell.data else {"generate": False})
+        options = {**self.config["evaluate"], **self.config["data"][data], "generate": generate}
         self._child("perce.evaluate", {
             "data": str(self.data_root / data), "output": str(output), "split": "test", **model, **options,
         }, output.with_suffix(""))  # fmt: skip

@@ -151,7 +151,7 @@ def differences(results: Results, data: str) -> Iterator[str]:
 
 def transfer(results: Results) -> Iterator[str]:
     """Trained on one set, tested on the others: losses only."""
-    sets = results.config["data"]
+    sets = list(results.config["data"])
     shown = list(COLUMNS)[:3]
     rows = []
     for trained in sets:
@@ -220,7 +220,7 @@ def plots(results: Results) -> Iterator[str]:
     """Personal against other tokens, one point an objective and seed: the trade that the weights make."""
     from matplotlib.figure import Figure
 
-    sets = results.config["data"]
+    sets = list(results.config["data"])
     if not any(results.main(data, objective) for data in sets for objective in COLOURS):
         yield NOT_RUN
         return
@@ -251,9 +251,9 @@ def trade(cell: Cell, data: str) -> tuple[float, float] | None:
 def report(results: Results) -> Iterator[str]:
     config = results.config
     untuned = " and ".join(NAMES[x] for x in config["untuned"])
-    evaluated = f"{config['evaluate']['limit']} test examples a set" if "limit" in config["evaluate"] else "test sets"
+    sets = "; ".join(f"{name} {options_text(options)}".strip() for name, options in config["data"].items())
     yield f"## {config['name']}: {config.get('model') or 'SmolLM2-135M-Instruct'}\n"
-    yield f"{len(results.cells)} cells. Training: {options_text(config['train'])}. Evaluation: {evaluated}, "
+    yield f"{len(results.cells)} cells. Training: {options_text(config['train'])}. Evaluation: {sets}; "
     yield f"{options_text(config['evaluate'])}. Learning rates are picked by validation loss with persona, on seed "
     yield f"{config['seeds'][0]}, for CE and PerCE; {untuned} take PerCE's. In brackets 95 % intervals over users.\n"
     yield f"    python -m benchmarks.study --config benchmarks/studies/{config['name']}.yaml --data_root DIR"

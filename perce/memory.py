@@ -5,7 +5,6 @@ the checks that find a context which cannot work before training does.
 import functools
 import inspect
 import types
-from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.compute
@@ -150,22 +149,21 @@ def settle_device(args: Any, memory: MemoryConfig) -> None:
 
 def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, max_length: int) -> None:
     """UserError for sequences longer than the model has positions, or than its attention can take without T × T."""
-    for part in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
-        documents = "windows" in (getattr(part, "column_names", None) or ())
-        if isinstance(part, PairStream):
-            documents = isinstance(part.source.builder, DocumentBuilder)
-        if memory.persona_grad == "none" and documents:
-            raise UserError(f"{name}: persona_grad=none needs rows with a persona, and these are documents. Use full.")
-        longest = _longest(part, max_length)
-        limit = position_limit(config)
-        if limit is not None and longest > limit:
-            raise UserError(
-                f"{name}: sequences of up to {longest} tokens, and the model has {limit} positions "
-                f"(max_position_embeddings). Use --max_length {limit} or less, which drops persona entries, or a model "
-                "with a longer context."
-            )
-        if memory.persona_grad == "full":
-            _check_square(longest, name, config)
+    documents = "windows" in (getattr(dataset, "column_names", None) or ())
+    if isinstance(dataset, PairStream):
+        documents = isinstance(dataset.source.builder, DocumentBuilder)
+    if memory.persona_grad == "none" and documents:
+        raise UserError(f"{name}: persona_grad=none needs rows with a persona, and these are documents. Use full.")
+    longest = _longest(dataset, max_length)
+    limit = position_limit(config)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"{name}: sequences of up to {longest} tokens, and the model has {limit} positions "
+            f"(max_position_embeddings). Use --max_length {limit} or less, which drops persona entries, or a model "
+            "with a longer context."
+        )
+    if memory.persona_grad == "full":
+        _check_square(longest, name, config)
 
 
 def position_limit(config: Any) -> int | None:

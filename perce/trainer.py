@@ -114,13 +114,15 @@ class PerceTrainer(Trainer):
             prepared = add_adapter(prepared, peft_config)
         self._tokenizer = tokenizer
         self._options = args.data, args.loss
+        # As loaded: once DeepSpeed has partitioned the weights, they do not tell.
+        self._vocabulary = prepared.get_input_embeddings().weight.shape[0]
+        self._check_context = partial(
+            check_context, config=prepared.config, memory=args.memory, max_length=args.data.max_length
+        )
         datasets = {
             "train_dataset": self._as_pairs(train_dataset, "train_dataset"),
             "eval_dataset": self._as_pairs(eval_dataset, "eval_dataset"),
         }
-        for name, dataset in datasets.items():
-            _check_vocabulary(dataset, name, prepared.get_input_embeddings().weight.shape[0])
-            check_context(dataset, name, prepared.config, args.memory, args.data.max_length)
         pad_id = getattr(tokenizer, "pad_token_id", None) or 0
         kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id, packing=args.packing))
         super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
@@ -147,10 +149,14 @@ class PerceTrainer(Trainer):
         keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
 
     def _as_pairs(self, dataset: Any, name: str) -> Any:
-        """Raw rows as token pairs; what is pairs already, or nothing, as it is."""
+        """Raw rows as token pairs, what is pairs already as it is; UserError for pairs that are not for this model."""
         if isinstance(dataset, Mapping):
             return {key: self._as_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
-        return rows_dataset_pairs(dataset, name, self._tokenizer, *self._options) if _is_raw(dataset) else dataset
+        if _is_raw(dataset):
+            dataset = rows_dataset_pairs(dataset, name, self._tokenizer, *self._options)
+        _check_vocabulary(dataset, name, self._vocabulary)
+        self._check_context(dataset, name)
+        return dataset
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
@@ -277,11 +283,6 @@ class PerceTrainer(Trainer):
             )  # fmt: skip
         model.train(training)
 
-    @property
-    def _vocabulary(self) -> int:
-        model: Any = self.model
-        return model.get_input_embeddings().weight.shape[0]
-
     @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
@@ -341,14 +342,16 @@ def _is_raw(dataset: Any) -> bool:
 
 def _check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
     """UserError for a token id without an embedding: on a GPU it would end the process with a device-side assert."""
-    for part in dataset.values() if isinstance(dataset, Mapping) else [dataset]:
-        if isinstance(part, Dataset) and len(part):
-            largest = int(pyarrow.compute.max(pyarrow.compute.list_flatten(part.data["input_ids"])).as_py())
-            if largest >= vocabulary:
-                raise UserError(
-                    f"{name}: token id {largest} is outside the model's vocabulary of {vocabulary}. Expected the "
-                    "model's own tokenizer; after adding tokens, call model.resize_token_embeddings(len(tokenizer))."
-                )
+    largest = -1
+    if isinstance(dataset, Dataset) and len(dataset):
+        largest = int(pyarrow.compute.max(pyarrow.compute.list_flatten(dataset.data["input_ids"])).as_py())
+    elif isinstance(dataset, list):
+        largest = max((max(pair["input_ids"]) for pair in dataset), default=-1)
+    if largest >= vocabulary:
+        raise UserError(
+            f"{name}: token id {largest} is outside the model's vocabulary of {vocabulary}. Expected the model's own "
+            "tokenizer; after adding tokens, call model.resize_token_embeddings(len(tokenizer))."
+        )
 
 
 class _EStep(TrainerCallback):

@@ -10,7 +10,7 @@ from perce.demo import DATA_DIR
 from tests.tiny import save_tiny_model
 
 CONFIG = {
-    "name": "tiny", "data": ["one", "two"], "tuned": ["ce", "perce"], "untuned": ["lossce"],
+    "name": "tiny", "data": {"one": {}, "two": {"limit": 7}}, "tuned": ["ce", "perce"], "untuned": ["lossce"],
     "learning_rates": [1e-3, 1e-2], "seeds": [0, 1],
     "train": {"max_steps": 1, "lora_r": 2, "max_length": 600, "eval_examples": 2},
     "evaluate": {"limit": 8, "max_new_tokens": 4, "max_length": 600}, "variants": [{"clip_min": 0.2}],
@@ -58,8 +58,11 @@ def test_every_stage_runs_once_and_is_reported(run, tmp_path, monkeypatch, capsy
     # a data set: base, 2 objectives × 2 rates, 2 × the other seed, lossce × 2 seeds, 1 variant
     assert len(cells) == 2 * (1 + 4 + 2 + 2 + 1)
     assert commands.count("perce.train") == 2 * 9
-    main = [c for c in cells.values() if c["stage"] == "main" or (c["stage"] == "rates" and c["seed"] == 0)]
-    assert all(set(cell["evaluations"]) == {"one", "two"} for cell in main), "transfer is measured"
+    for cell in running.main_cells():
+        assert set(cells[cell.name]["evaluations"]) == {"one", "two"}, "transfer is measured"
+    for cell in (*running.other_rate_cells(), *running.variant_cells()):
+        assert set(cells[cell.name]["evaluations"]) == {cell.data}
+    assert len(cells["one-base"]["evaluations"]["two"]["records"]) == 7, "a data set's own evaluation options"
     record = cells["one-base"]["evaluations"]["one"]["records"][0]
     assert record["tokens"] > 0 and "reply" not in record, "texts belong to the data"
 

@@ -306,6 +306,10 @@ def test_a_token_without_an_embedding_is_found_before_training(tmp_path):
     pairs = [{**PAIRS[0], "input_ids": [*PAIRS[0]["input_ids"][:-1], 400]}]
     with pytest.raises(UserError, match=r"train_dataset: token id 400 .* vocabulary of 400"):
         trainer_for(model_for("full"), arguments(tmp_path), pairs=pairs)
+    trainer = trainer_for(model_for("full"), arguments(tmp_path))
+    for dataset in (pairs, Dataset.from_list(pairs), {"one": pairs}):
+        with pytest.raises(UserError, match=r"eval_dataset.*: token id 400 .* vocabulary of 400"):
+            trainer.evaluate(dataset)
 
 
 def test_several_evaluation_sets_and_the_usual_metric_name(tmp_path):
