@@ -214,9 +214,12 @@ class InferenceConfig:
 class SplitConfig:
     """Which examples."""
 
-    split: Literal["train", "validation", "test"] | None = _option(
-        None, "default: the first of test, validation and train that the data has"
+    split: Literal["train", "validation", "test", "held_out"] | None = _option(
+        None,
+        "held_out: the tenth of the users that training without a validation split leaves out; default: the first of "
+        "test, validation and train that the data has",
     )
+    held_out_seed: int = _option(42, "of held_out: the --seed of the training")
     limit: int | None = _option(None, "the first so many examples; default: all")
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ def run(config: Config) -> None:
     from perce.dataset import make_persona_builder
     from perce.evaluation import Evaluator, plan, texts_key
     from perce.evaluation_report import compare, print_result, read_result, summarise, write_result
-    from perce.inference import load, load_split, model_fingerprint
+    from perce.inference import load, load_split, model_fingerprint, training_rows_note
     from perce.metrics import Meteor
     from perce.records import RecordFile
 
@@ -58,7 +58,7 @@ def run(config: Config) -> None:
     builder = make_persona_builder(tokenizer, config.data, rows.format)
     run_facts = {
         "command": "evaluate", "model": config.model.model, "weights": model_fingerprint(model), "split": split,
-        "examples": len(examples), "texts": texts_key(examples),
+        "held_out_seed": config.examples.held_out_seed, "examples": len(examples), "texts": texts_key(examples),
         "batch_size": config.model.batch_size, "precision": config.model.precision,
         **{name: getattr(options, name) for name in ("generate", "temperature", "max_new_tokens", "seed")},
         **asdict(config.data),
@@ -71,7 +71,8 @@ def run(config: Config) -> None:
         if not {item.index for item in batch} <= done:
             fresh = evaluator.evaluate(batch, number)
             file.append([record for record in fresh if record["example"] not in done])
-    result = summarise(file.records, work.notes, run_facts, meteor.name if meteor else None)
+    notes = [f"examples: {split}", *training_rows_note(config.data, split), *work.notes]
+    result = summarise(file.records, notes, run_facts, meteor.name if meteor else None)
     comparison = compare(file.records, other, str(options.compare_with)) if other else None
     if output:
         write_result(output, result, comparison)

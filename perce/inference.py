@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from perce.config import DataConfig, InferenceConfig, SplitConfig
+from perce.dataset import hold_out
 from perce.demo import DATA_DIR, default_model_path
 from perce.errors import UserError
 from perce.model import load_pretrained, load_tokenizer, prepare_model, resolve_precision
@@ -79,15 +80,33 @@ def model_fingerprint(model: Any) -> str:
 
 
 def load_split(data: DataConfig, chosen: SplitConfig) -> tuple[Rows, str]:
-    """(examples, name of the split): read and checked now, or while iterated over with --streaming."""
+    """(examples, which they are): read and checked now, or while iterated over with --streaming."""
     where = data.data or str(DATA_DIR)
     present = available_splits(where)
     split: str = chosen.split or next((x for x in ("test", "validation", "train") if x in present), "train")
+    held_out = split == "held_out"
+    if held_out and data.streaming:
+        raise UserError("--split held_out: all rows must be known to divide them. Leave out --streaming.")
+    if held_out and "validation" in present:
+        raise UserError(f"--split held_out: {where} has a validation split, which training leaves out. Use that.")
     rows = load_examples(
-        where, split, format=data.format, columns=data.column_names(), skip_bad_rows=data.skip_bad_rows,
-        streaming=data.streaming, limit=chosen.limit,
+        where, "train" if held_out else split, format=data.format, columns=data.column_names(),
+        skip_bad_rows=data.skip_bad_rows, streaming=data.streaming, limit=None if held_out else chosen.limit,
     )  # fmt: skip
+    if held_out:
+        _, examples, _ = hold_out(rows.examples, chosen.held_out_seed)
+        rows.keep(examples[: chosen.limit])
     return rows, split
+
+
+def training_rows_note(data: DataConfig, split: str) -> list[str]:
+    """What to know of numbers that were taken on rows that the model may have been trained on."""
+    if split != "train" or data.data is None:
+        return []
+    return [
+        "these are training rows: a model that was trained on this data has seen them. --split held_out takes the "
+        "tenth that training leaves out where there is no validation split"
+    ]
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, tokens: int) -> list[list[int]]:

@@ -13,13 +13,14 @@ can reach across the border of the block.
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from perce.errors import UserError
 from perce.retrieval import Retriever
-from perce.rows import Example
+from perce.rows import Example, Turn
 
 PERSONA_HEADER = "About the user:\n"
 PERSONA_ITEM = "- {}\n"
@@ -102,6 +103,35 @@ def counterfactual_pieces(pair: Mapping[str, Any]) -> list[tuple[list[int], int]
     return pieces
 
 
+def prompt_ids(
+    tokenizer: Any,
+    persona: Sequence[str],
+    query: str | Sequence[Mapping[str, str]],
+    *,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of the prompt that training puts before a reply: what to call `model.generate` with.
+
+    Args:
+        tokenizer: the trained model's.
+        persona: what is known of the user, best first. None of it is left out.
+        query: the message to reply to, or the conversation as {"role": …, "content": …} messages, "user" last.
+        chat_template_kwargs: as in training.
+
+    Raises:
+        UserError (a ValueError): an empty persona, a conversation that does not end with the user.
+    """
+    turns = [("user", query)] if isinstance(query, str) else [(m.get("role"), m.get("content")) for m in query]
+    if isinstance(persona, str) or not persona:
+        raise UserError(f"persona: expected a list of at least one text, got {persona!r}.")
+    if not turns or turns[-1][0] != "user":
+        last = turns[-1][0] if turns else "no message"
+        raise UserError(f"query: expected the conversation to end with a message of role user, got {last!r}.")
+    example = Example(tuple(persona), tuple(Turn(*turn) for turn in turns), "", None, None, "prompt_ids")
+    builder = PairBuilder(tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs)
+    return builder.prompt_ids(example)
+
+
 class PairBuilder:
     """Turns Examples into Pairs for one tokenizer. Raises UserError for an example that cannot be built.
 
@@ -147,17 +177,12 @@ class PairBuilder:
         return [self.build(example)]
 
     def build(self, example: Example) -> Pair:
-        prefix_text, suffix_text, tail_text = self._render(example)
-        # Tokenizers put a space into the word that follows it: one before the reply ("Reply: ") belongs to the reply,
-        # or the model would learn to begin in a way that it never meets when it writes.
-        before_reply = suffix_text.rstrip(" ")
-        space = suffix_text[len(before_reply) :]
-        prefix, suffix = self._encode_start(prefix_text), self._encode(before_reply)
+        prefix, suffix, space, tail = self._frame(example)
         reply, offsets = self._encode_with_offsets(space + example.response.strip())
-        response = [*reply, *self._end_of_turn(tail_text)]
+        response = [*reply, *self._end_of_turn(tail)]
         chosen = list(self.retriever(example) if self.retriever else range(len(example.persona)))
         persona = [example.persona[i] for i in chosen]
-        passages = [self._encode(PERSONA_ITEM.format(entry.strip())) for entry in persona]
+        passages = [self._encode_passage(entry) for entry in persona]
         fixed = len(prefix) + len(self._header) + len(self._footer) + len(suffix) + len(response)
         kept = len(passages)
         while kept and fixed + sum(map(len, passages[:kept])) > self.max_length:
@@ -168,7 +193,7 @@ class PairBuilder:
                 f"response {len(response)}), which leaves no room for even the first persona entry "
                 f"({len(passages[0])} tokens). Raise --max_length, or leave such rows out with --skip_bad_rows."
             )
-        block = [*self._header, *(token for passage in passages[:kept] for token in passage), *self._footer]
+        block = self._block(passages[:kept])
         shift = len(example.response) - len(example.response.lstrip()) - len(space)
         personal = self._personal(example, persona[:kept], offsets, shift)
         pair = Pair(
@@ -181,6 +206,27 @@ class PairBuilder:
         )
         assert pair.counterfactual_ids() == [*prefix, *suffix, *response]
         return pair
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """The factual prompt of an example whose response is still to be written, with its whole persona."""
+        prefix, suffix, _, _ = self._frame(example)
+        return [*prefix, *self._block([self._encode_passage(entry) for entry in example.persona]), *suffix]
+
+    def _frame(self, example: Example) -> tuple[list[int], list[int], str, str]:
+        """Ids before and after the persona block, and the texts next to the response: a space before it, all after it.
+
+        Tokenizers put a space into the word that follows it: one before the reply ("Reply: ") belongs to the reply, or
+        the model would learn to begin in a way that it never meets when it writes.
+        """
+        prefix, suffix, tail = self._render(example)
+        before_reply = suffix.rstrip(" ")
+        return self._encode_start(prefix), self._encode(before_reply), suffix[len(before_reply) :], tail
+
+    def _encode_passage(self, entry: str) -> list[int]:
+        return self._encode(PERSONA_ITEM.format(entry.strip()))
+
+    def _block(self, passages: Sequence[list[int]]) -> list[int]:
+        return [*self._header, *(token for passage in passages for token in passage), *self._footer]
 
     def _encode_start(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -61,7 +61,7 @@ class RecordFile:
             before = json.loads(self._run_path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{self._run_path}: not JSON ({error}). Delete it and {self.path} to begin anew.") from None
-        for name in before.keys() | run.keys():
+        for name in dict.fromkeys([*run, *before]):
             if before.get(name) != run.get(name):
                 raise UserError(
                     f"{self.path}: holds the records of another run ({name} was {before.get(name)!r} and is "

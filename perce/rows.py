@@ -93,6 +93,10 @@ class Rows:
             self._examples = list(self._read())
         return self._examples
 
+    def keep(self, examples: list[Record]) -> None:
+        """Of what has been read, only these."""
+        self._examples = examples
+
     def __iter__(self) -> Iterator[Record]:
         return self._read() if self._examples is None else iter(self._examples)
 

@@ -58,8 +58,9 @@ def run(config: Config) -> None:
         Path(score.jsonl).expanduser() if score.jsonl else None,
         {
             "command": "score", "model": config.model.model, "weights": model_fingerprint(model),
-            "precision": config.model.precision, "split": split, "labels": score.labels, "clip_min": score.clip_min,
-            "clip_max": score.clip_max, "contrast": score.contrast, **asdict(config.data),
+            "precision": config.model.precision, "split": split, "held_out_seed": config.examples.held_out_seed,
+            "labels": score.labels, "clip_min": score.clip_min, "clip_max": score.clip_max,
+            "contrast": score.contrast, **asdict(config.data),
         },
     )  # fmt: skip
     shown: list[Any] = list(islice(examples, max(score.shown, score.terminal, 1)))

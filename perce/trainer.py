@@ -92,7 +92,7 @@ class PerceTrainer(Trainer):
 
     Raises:
         UserError (a ValueError): a model whose logits cannot be reproduced, an adapter on its output embedding, a bad
-            row, a token id that the model has no embedding for.
+            row, a token id that the model has no embedding for, a hook of the Trainer's that wants logits.
     """
 
     args: PerceArguments
@@ -107,9 +107,12 @@ class PerceTrainer(Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
+        _check_hooks(kwargs)
         name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
         tokenizer = processing_class or load_tokenizer(name)
-        prepared = prepare_model(load_pretrained(model) if isinstance(model, str) else model)
+        if isinstance(model, str):  # not in the checkpoint's own type: weights that are trained in bf16 hardly move
+            model = load_pretrained(model, dtype=torch.bfloat16 if args.bf16 and peft_config else torch.float32)
+        prepared = prepare_model(model)
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
         self._tokenizer = tokenizer
@@ -338,6 +341,16 @@ def _is_raw(dataset: Any) -> bool:
         return False
     columns = getattr(dataset, "column_names", None) or (dataset[0].keys() if isinstance(dataset, list) else ())
     return "response_length" not in columns
+
+
+def _check_hooks(kwargs: Mapping[str, Any]) -> None:
+    """UserError for what the Trainer would call with logits, or instead of the loss: neither happens here."""
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if kwargs.get(name) is not None:
+            raise UserError(
+                f"{name}: PerceTrainer computes its own loss and never holds logits, so this would not be called. Read "
+                "trainer.last_evaluation for per-token log-probabilities, or use python -m perce.evaluate."
+            )
 
 
 def _check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:

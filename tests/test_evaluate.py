@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from perce import evaluate
 from perce.config import DataConfig
-from perce.dataset import make_builder
+from perce.dataset import load_splits, make_builder
 from perce.demo import DATA_DIR
 from perce.evaluation import Evaluator, Item, other_users
 from perce.model import prepare_model
@@ -79,6 +79,22 @@ def test_losses_under_the_three_prompts_equal_full_logits(run, model, tmp_path):
         assert metric["value"] == pytest.approx(value.item(), abs=1e-4), name
         assert metric["low"] <= metric["value"] <= metric["high"]
     assert "rougeL" not in content["metrics"] and content["run"]["split"] == "test"
+
+
+def test_what_training_held_out_is_evaluated_and_training_rows_are_called_so(run, tmp_path, capsys):
+    rows = [json.loads(line) for line in (DATA_DIR / "train.jsonl").read_text(encoding="utf-8").splitlines()[:60]]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    held_out = load_splits(DataConfig(data=str(tmp_path / "rows.jsonl")), eval_examples=0, seed=7).validation
+    assert 2 < len(held_out) < LIMIT
+    data = ("--data", tmp_path / "rows.jsonl", "--generate", "false", "--output", tmp_path / "e.json")
+    out = run(*data, "--split", "held_out", "--held_out_seed", 7).out
+    assert [record["source"] for record in result(tmp_path / "e.json")["records"]] == [x.source for x in held_out]
+    assert "examples: held_out" in out and "training rows" not in out
+    assert "another run (held_out_seed was 7" in run(*data, "--split", "held_out", code=2).err
+    out = run("--data", tmp_path / "rows.jsonl", "--generate", "false").out
+    assert "these are training rows" in out and "--split held_out" in out
+    assert "Leave out --streaming" in run(*data, "--split", "held_out", "--streaming", code=2).err
+    assert "has a validation split" in run("--data", DATA_DIR, "--split", "held_out", code=2).err
 
 
 def test_left_padding_does_not_change_a_reply():

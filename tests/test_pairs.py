@@ -17,6 +17,7 @@ from perce.pairs import (
     PairBuilder,
     counterfactual_ids,
     personal_word_spans,
+    prompt_ids,
 )
 from perce.retrieval import Retriever, recency_scores
 from perce.rows import Example, Turn
@@ -65,6 +66,27 @@ def test_counterfactual_is_factual_minus_one_contiguous_persona_span(template, t
     assert SYSTEM_MESSAGE in text and "bees.\n" not in text and "Oslo" not in text
     assert "You are helpful" not in text, "the template's own system prompt must not come in"
     assert all(turn.content in text for turn in turns)
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_prompt_to_write_from_is_the_one_that_was_trained_on(template, turns):
+    pair = builder(template).build(example(turns=turns))
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    prompt = prompt_ids(TOKENIZERS[template], EXAMPLE.persona, messages)
+    assert prompt == pair.input_ids[: -pair.response_length]
+    if len(turns) == 1:
+        assert prompt == prompt_ids(TOKENIZERS[template], EXAMPLE.persona, turns[0].content)
+
+
+def test_a_prompt_needs_a_persona_and_something_to_reply_to():
+    tokenizer = TOKENIZERS["chatml"]
+    for persona in ([], "I keep bees."):
+        with pytest.raises(UserError, match="persona: expected a list"):
+            prompt_ids(tokenizer, persona, "Coming tonight?")
+    for query in ([], [{"role": "assistant", "content": "Hi"}]):
+        with pytest.raises(UserError, match="query: expected the conversation to end with"):
+            prompt_ids(tokenizer, ["I keep bees."], query)
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "qwen3"])

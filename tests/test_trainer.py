@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 from perce.config import DataConfig, LossConfig, MemoryConfig
 from perce.errors import UserError
@@ -261,9 +261,12 @@ def test_every_loss_option_changes_the_step(tmp_path, base, changed):
 # ---- what Hugging Face users bring
 
 
+ROWS = [{"persona": [f"I am {i}."], "query": "Who are you?", "response": f"I am number {i}."} for i in range(6)]
+
+
 def test_raw_rows_a_path_and_a_peft_config(tmp_path):
     path = save_tiny_model(tmp_path / "model")
-    rows = [{"profile": [f"I am {i}."], "q": "Who are you?", "output": f"I am number {i}."} for i in range(6)]
+    rows = [{"profile": row["persona"], "q": row["query"], "output": row["response"]} for row in ROWS]
     args = arguments(
         tmp_path / "run",
         max_steps=2,
@@ -286,6 +289,22 @@ def test_a_bad_raw_row_is_named(tmp_path):
             tiny_model(), arguments(tmp_path), processing_class=tiny_tokenizer(),
             train_dataset=[row, row | {"response": ""}],
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
+def test_a_hook_that_would_never_be_called_is_refused(tmp_path, hook):
+    with pytest.raises(UserError, match=f"{hook}: .* would not be called"):
+        PerceTrainer(tiny_model(), arguments(tmp_path), processing_class=tiny_tokenizer(), **{hook: print})
+
+
+def test_a_model_by_path_is_trained_in_fp32_whatever_it_is_saved_in(tmp_path):
+    path = save_tiny_model(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
+    dtypes = {}
+    for kind, options in {"full": {}, "adapter": {"peft_config": LoraConfig(**LORA)}}.items():
+        trainer = PerceTrainer(str(path), arguments(tmp_path / kind, bf16=True), train_dataset=ROWS, **options)
+        dtypes[kind] = {p.dtype for p in trainer.model.parameters() if p.requires_grad == (kind == "full")}
+    assert dtypes == {"full": {torch.float32}, "adapter": {torch.bfloat16}}
 
 
 def test_label_smoothing_is_refused(tmp_path):
