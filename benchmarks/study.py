@@ -63,7 +63,9 @@ class Study:
         self.results: dict[str, Any] = {"config": dict(config), "cells": {}}
         if self.path.is_file():
             self.results = json.loads(self.path.read_text(encoding="utf-8"))
-            changed = [k for k in ("model", "data", "train", "evaluate") if self.results["config"].get(k) != config.get(k)]
+            changed = [
+                k for k in ("model", "data", "train", "evaluate") if self.results["config"].get(k) != config.get(k)
+            ]
             if changed:
                 sys.exit(f"{self.path}: its cells ran with another {', '.join(changed)}. Give the study another name.")
             self.results["config"] = dict(config)

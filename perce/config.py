@@ -16,14 +16,22 @@ from perce.options import option as _option
 from perce.options import require as _require
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
+MODEL = "DIR|HUB_ID"
 MEMORY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def _check_clip(low: float, high: float) -> None:
+    valid = 0 <= low <= high < float("inf")
+    _require(valid, "clip_min, clip_max", "finite numbers, 0 <= min <= max", (low, high))
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What is trained."""
 
-    model: str | None = _option(None, "directory or Hub id of a causal language model; default: SmolLM2-135M-Instruct")
+    model: str | None = _option(
+        None, "directory or Hub id of a causal language model; default: SmolLM2-135M-Instruct", MODEL
+    )
     lora_r: int = _option(16, "LoRA rank; 0 trains all weights, as the run without arguments does")
     lora_alpha: int = _option(32, "LoRA scale is lora_alpha / lora_r")
     lora_dropout: float = _option(0.0, "dropout inside the adapters, in [0, 1)")
@@ -43,15 +51,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What it is trained on."""
+    """Which rows, and how they become token pairs."""
 
-    data: str | None = _option(None, "file, directory or Hub id; default: the built-in examples")
+    data: str | None = _option(None, "file, directory or Hub id; default: the built-in examples", "DATA")
     format: Literal["auto", "perce", "longlamp", "lamp", "convai2", "spc", "prompt_completion", "text"] = _option(
         "auto", "row format; auto: detected from the fields"
     )
-    columns: str | None = _option(None, "rename fields, such as persona=profile,response=output")
+    columns: str | None = _option(None, "rename fields, such as persona=profile,response=output", "OURS=THEIRS,…")
     skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
-    streaming: bool = _option(False, "read rows while training instead of before; needs --max_steps")
+    streaming: bool = _option(False, "read rows while they are used instead of before; training needs --max_steps")
     max_length: int = _option(
         5000, "longest sequence in tokens; persona entries are dropped from the end until it fits, documents are cut"
     )
@@ -61,10 +69,12 @@ class DataConfig:
         "similar embedding, the latest; none: all, the latest first",
     )
     retriever_model: str | None = _option(
-        None, "directory or Hub id of a mean-pooled encoder, for dense; default: facebook/contriever"
+        None, "directory or Hub id of a mean-pooled encoder, for dense; default: facebook/contriever", MODEL
     )
-    retrieve_k: int = _option(4, "how many of them, best first")
-    chat_template_kwargs: str | None = _option(None, 'JSON for the chat template, such as {"enable_thinking": false}')
+    retrieve_k: int = _option(4, "number of passages to show, best first")
+    chat_template_kwargs: str | None = _option(
+        None, 'JSON for the chat template, such as {"enable_thinking": false}', "JSON"
+    )
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 16, "max_length", ">= 16", self.max_length)
@@ -103,10 +113,10 @@ class LossConfig:
     estimate: Literal["online", "epoch", "frozen"] = _option(
         "online", "when weights are estimated: each step, at each epoch's start, or once by the initial model"
     )
-    clip_min: float = _option(None, "lower bound m of a token's weight; default: 0.8 (the paper), of longce 0")
+    clip_min: float = _option(None, "lower bound m of a token's weight; default: 0.8 (the paper); 0 for longce")
     clip_max: float = _option(5.0, "upper bound M of a token's weight (the paper: 5)")
     contrast: Literal["log", "ratio"] = _option(
-        None, "weight = clip(pir), or clip(exp(pir)); default: log, of longce ratio"
+        None, "weight = clip(pir), or clip(exp(pir)); default: log; ratio for longce"
     )
     normalize: Literal["none", "batch", "sequence"] = _option(
         "none", "rescale weights to mean 1 over the batch or sequence"
@@ -121,8 +131,7 @@ class LossConfig:
                 object.__setattr__(self, name, default)
         for name in ("short_context", "short_stride"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        bounds = (self.clip_min, self.clip_max)
-        _require(0 <= self.clip_min <= self.clip_max < float("inf"), "clip_min, clip_max", "0 <= min <= max", bounds)
+        _check_clip(self.clip_min, self.clip_max)
         estimated = self.estimate == "online" or self.objective != "ce"
         _require(estimated, "estimate", "online with --objective ce, which has no weights", self.estimate)
 
@@ -134,7 +143,7 @@ class MemoryConfig:
     persona_grad: Literal["full", "none"] = _option(
         "full", "none: the prompt through the persona gives keys and values without a gradient, same loss"
     )
-    mlp_tile: int = _option(0, "tokens of each MLP at a time, recomputed in backward; 0: all")
+    mlp_tile: int = _option(0, "run each MLP on so many tokens at a time, recomputed in backward; 0: on all at once")
     activation_offload: bool = _option(
         False, "hold the inputs of checkpointed layers in host memory; GPU and activation_checkpointing only"
     )
@@ -147,33 +156,35 @@ class MemoryConfig:
 class RunConfig:
     """How it is trained. Names that TrainingArguments has too mean the same."""
 
-    output_dir: str | None = _option(None, "run directory; default: runs/NAME, numbered when taken")
+    output_dir: str | None = _option(None, "run directory; default: runs/NAME, numbered when taken", "DIR")
     resume: bool = _option(False, "continue from the last checkpoint in output_dir")
     num_train_epochs: float = _option(3.0, "passes over the training examples (the paper: 3)")
     max_steps: int = _option(-1, "optimiser steps instead of epochs; -1: epochs")
     learning_rate: float | None = _option(None, "peak; default: 2e-5 for all weights, 2e-4 for LoRA")
     warmup_steps: float = _option(0.1, "linear warm-up, in steps, or below 1 as a share of all steps")
-    per_device_train_batch_size: int | None = _option(None, "sequences a forward; default: by length, see accumulation")
+    per_device_train_batch_size: int | None = _option(
+        None, "sequences per forward pass; default: by length, see accumulation"
+    )
     gradient_accumulation_steps: int | None = _option(
-        None, "forwards an optimiser step; default: so many that a device's step is 8 sequences"
+        None, "forward passes per optimiser step; default: as many as give 8 sequences per device"
     )
     tokens_per_batch: int | None = _option(
-        None, "tokens a forward, padding included, instead of a number of sequences; a step is then "
-        "gradient_accumulation_steps (default: 1) such forwards on each device",
+        None, "tokens per forward pass, padding included, instead of a number of sequences; a step is then "
+        "gradient_accumulation_steps (default: 1) such passes on each device",
     )  # fmt: skip
     packing: bool = _option(
-        False, "put the sequences of a forward into one row without padding; needs --attn_implementation "
+        False, "put the sequences of a forward pass into one row without padding; needs --attn_implementation "
         "flash_attention_2, flash_attention_3 or flex_attention and a GPU",
     )  # fmt: skip
     eval_examples: int | None = _option(
-        None, "validation examples an evaluation; 0: all; default: 64, on a CPU no more than 20,000 tokens hold"
+        None, "validation examples per evaluation; 0: all; default: 64, on a CPU fewer (at most 20,000 tokens)"
     )
     eval_steps: float | None = _option(None, "evaluate every so many steps; default: each epoch's end")
     save_steps: float = _option(500, "checkpoint every so many steps; 0: none but the final model")
     logging_steps: float = _option(10, "log every so many steps")
     report_examples: int = _option(8, "validation responses shown token by token in report.html")
     activation_checkpointing: bool = _option(False, "recompute activations in backward: less memory, about 30 % slower")
-    seed: int = _option(42, "of everything random")
+    seed: int = _option(42, "seed of data order, dropout and LoRA initialisation")
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_batch"):
@@ -198,13 +209,15 @@ class InferenceConfig:
     """The model that is asked."""
 
     model: str | None = _option(
-        None, "directory or Hub id of a causal language model or of a LoRA adapter; default: SmolLM2-135M-Instruct"
+        None,
+        "directory or Hub id of a causal language model or of a LoRA adapter; default: SmolLM2-135M-Instruct",
+        MODEL,
     )
     precision: Literal["auto", "fp32", "bf16"] = _option("auto", "arithmetic; auto: bf16 on a GPU, fp32 on a CPU")
     attn_implementation: str | None = _option(
         None, "sdpa, flash_attention_2, eager, …; default: the model's own choice"
     )
-    batch_size: int = _option(8, "sequences a forward, at most; fewer where they are long")
+    batch_size: int = _option(8, "sequences per forward pass, at most; fewer where they are long")
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)
@@ -234,15 +247,16 @@ class ScoreConfig:
     clip_max: float = _option(5.0, "upper bound M of a token's weight")
     contrast: Literal["log", "ratio"] = _option("log", "weight = clip(pir), or clip(exp(pir)) (LongCE)")
     labels: bool = _option(False, "how well PIR finds personal tokens, beside word matching, loss and entropy")
-    output: str | None = _option(None, "HTML page: every token tinted by its weight")
-    jsonl: str | None = _option(None, "one JSON object an example: ids, log-probabilities, PIR, weights; resumable")
-    summary: str | None = _option(None, "JSON of the whole: means, shares at the clip, token identification")
+    output: str | None = _option(None, "HTML page: every token tinted by its weight", "FILE")
+    jsonl: str | None = _option(
+        None, "one JSON object per example: ids, log-probabilities, PIR, weights; resumable", "FILE"
+    )
+    summary: str | None = _option(None, "JSON of the whole: means, shares at the clip, token identification", "FILE")
     shown: int = _option(50, "examples in the HTML page")
     terminal: int = _option(3, "examples shown in the terminal")
 
     def __post_init__(self) -> None:
-        bounds = (self.clip_min, self.clip_max)
-        _require(0 <= self.clip_min <= self.clip_max < float("inf"), "clip_min, clip_max", "0 <= min <= max", bounds)
+        _check_clip(self.clip_min, self.clip_max)
         for name in ("shown", "terminal"):
             _require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
 
@@ -252,11 +266,15 @@ class EvaluateConfig:
     """What is measured and where it is written."""
 
     generate: bool = _option(True, "write replies too, and score them; false: losses only")
-    temperature: float = _option(0.4, "of sampling (the paper: 0.4); 0: greedy")
+    temperature: float = _option(0.4, "sampling temperature (the paper: 0.4); 0: greedy")
     max_new_tokens: int = _option(512, "longest reply in tokens (the paper: 512)")
-    output: str | None = _option(None, "JSON of the result; FILE.jsonl beside it has the examples, and is resumed")
-    compare_with: str | None = _option(None, "result of another model on the same examples: differences, p-values")
-    seed: int = _option(42, "of sampling and of whose persona is swapped in")
+    output: str | None = _option(
+        None, "JSON of the result; FILE.jsonl beside it has the examples, and is resumed", "FILE"
+    )
+    compare_with: str | None = _option(
+        None, "result of another model on the same examples: differences, p-values", "FILE"
+    )
+    seed: int = _option(42, "seed of sampling, and of whose persona is swapped in")
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < float("inf"), "temperature", ">= 0", self.temperature)
@@ -272,10 +290,12 @@ class PlanConfig:
     context: int = _option(4096, "tokens of a factual sequence: persona, query and response")
     query: int = _option(128, "tokens of it that the counterfactual prompt keeps: chat template, query")
     response: int = _option(512, "tokens of it that are the response")
-    per_device_train_batch_size: int = _option(1, "sequences a forward")
-    gradient_accumulation_steps: int | None = _option(None, "forwards an optimiser step; default: 8 sequences a step")
-    objective: Literal["perce", "ce", "longce"] = _option(
-        "perce", "perce has the counterfactual pass, ce (as lossce, entce, stored estimates) has not; of longce "
+    per_device_train_batch_size: int = _option(1, "sequences per forward pass")
+    gradient_accumulation_steps: int | None = _option(
+        None, "forward passes per optimiser step; default: 8 sequences per step"
+    )
+    objective: Literal["perce", "ce", "lossce", "entce", "longce"] = _option(
+        "perce", "perce and longce have a counterfactual pass, the others (and stored estimates) have not; for longce "
         "--context is a document's length",
     )  # fmt: skip
     short_context: int = _option(4096, "longce: tokens of the short context")
@@ -288,15 +308,19 @@ class PlanConfig:
     sharding: Literal["none", "full"] = _option(
         "none", "full: weights, gradients and optimiser states divided over the devices (FSDP)"
     )
-    gpu_memory: str | None = _option(None, "memory of one device, such as 80GiB: what fits, and the largest context")
+    gpu_memory: str | None = _option(
+        None, "memory of one device, such as 80GiB: what fits, and the largest context", "SIZE"
+    )
     tflops: float | None = _option(None, "matmul rate of one device, 1e12 FLOP/s; default: measured here in a second")
-    json: str | None = _option(None, "FILE for the whole plan as JSON")
+    json: str | None = _option(None, "the whole plan as JSON", "FILE")
 
     def __post_init__(self) -> None:
         for name in ("query", "response", "per_device_train_batch_size", "devices", "short_context", "short_stride"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         steps = self.gradient_accumulation_steps
         _require(steps is None or steps >= 1, "gradient_accumulation_steps", ">= 1", steps)
+        if self.objective in ("lossce", "entce"):  # the passes of cross-entropy, and nothing else to speak of
+            object.__setattr__(self, "objective", "ce")
         least = self.query + self.response + 1
         if self.objective == "longce":
             _require(self.context >= 2, "context", ">= 2", self.context)
@@ -360,3 +384,12 @@ def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainC
         raw = dict(defaults) | raw
     sections, extra = OPTIONS.build(raw)
     return TrainConfig(**sections, extra=extra), parsed.print_config
+
+
+def is_training_option(name: str) -> bool:
+    """Whether `python -m perce.train` knows it: its recipes may be given to the other commands too."""
+    if name in OPTIONS.fields:
+        return True
+    from transformers import TrainingArguments
+
+    return name in TrainingArguments.__dataclass_fields__

@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from perce.config import DataConfig, EvaluateConfig, InferenceConfig, SplitConfig
+from perce.config import DataConfig, EvaluateConfig, InferenceConfig, SplitConfig, is_training_option
 from perce.options import Options
 
 OPTIONS = Options(
@@ -17,6 +17,7 @@ OPTIONS = Options(
     description="Evaluate a model on a split: losses with, without and with a wrong persona, on personal and other "
     "tokens; ROUGE, METEOR and persona use of generated replies; bootstrap intervals; comparison of two models.",
     sections={"model": InferenceConfig, "data": DataConfig, "examples": SplitConfig, "evaluate": EvaluateConfig},
+    passes_over=is_training_option,
 )
 
 

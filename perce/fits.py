@@ -2,8 +2,7 @@
 of the run's own model, lengths and options, against the memory that is there.
 
 Said only of what plans know. Nothing of streams, whose rows are not known beforehand; FSDP and DeepSpeed; quantised
-bases; Liger's kernels; other optimisers than AdamW; batch sizes that the Trainer is to find; and models that cannot be
-planned.
+bases; Liger's kernels; other optimisers than AdamW; and batch sizes that the Trainer is to find.
 """
 
 import contextlib
@@ -32,21 +31,22 @@ HELD_BY_LIBRARIES = GIB // 2  # of a process on a CPU, beside what is planned
 
 
 def check_fits(config: TrainConfig, args: Any, model: Any, pairs: Any) -> str | None:
-    """UserError for a step that cannot fit; a sentence for one that might not; None else."""
+    """UserError for a step that cannot fit; a sentence for one that might not, or why that is not known; None else."""
     device = args.device.type
     available = device_memory(args.device)
     model_config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
     if available is None or not _is_planned(config, args, model_config):
         return None
     try:
-        check_architecture(model_config, "")
+        check_architecture(model_config, str(config.model.model))
         attention = model_config.get_text_config()._attn_implementation
         chosen = replace(config.model, attn_implementation=attention)
         planned = Config(chosen, largest_step(config, args, pairs), config.memory)
         recipe = recipe_of(planned, device)
         needed = memory(model_config, recipe, planned.plan, count(model_config, recipe), device)
-    except Exception:  # a forecast: what keeps it from being made must not keep the run from being tried
-        return None
+    except Exception as error:  # a forecast: what keeps it from being made must not keep the run from being tried
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return f"not planned: {reason if isinstance(error, UserError) else f'{type(error).__name__}: {reason}'}"
     room = available - (HELD_BY_LIBRARIES if device == "cpu" else 0)
     if needed.peak <= DOUBTFUL * room:
         return None

@@ -15,16 +15,16 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from perce.errors import UserError
 
 
-def option(default: Any, help: str) -> Any:
+def option(default: Any, help: str, metavar: str | None = None) -> Any:
     """A dataclass field that is an option of a command."""
-    return dataclasses.field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
@@ -40,6 +40,8 @@ class Parsed:
     raw: dict[str, Any]
     config_file: str | None
     print_config: bool
+    passed_over: list[str]
+    """Options of the file that are another command's."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,20 @@ class Options:
     """The options of one command.
 
     sections: the dataclasses, by the name of their group in --help. extra: what other options, passed on by name, are
-    called in --help and in errors ("" where every option must be a field).
+    called in --help and in errors ("" where every option must be a field). passes_over: whether a name in a file is an
+    option of another command, whose files are read here too. renames: what that command's names are called here.
     """
 
     prog: str
     description: str
     sections: Mapping[str, type]
     extra: str = ""
+    passes_over: Callable[[str], bool] | None = None
+    renames: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fields(self) -> dict[str, "dataclasses.Field[Any]"]:
-        return {field.name: field for cls in self.sections.values() for field in dataclasses.fields(cls)}
+        return {item.name: item for cls in self.sections.values() for item in dataclasses.fields(cls)}
 
     @property
     def types(self) -> dict[str, Any]:
@@ -69,8 +74,12 @@ class Options:
         flags = {name: value for name, value in vars(namespace).items() if value is not None}
         config_file, print_config = flags.pop("config", None), flags.pop("print_config", False)
         flags |= _extra_flags(rest)
-        raw = (read_yaml(config_file) if config_file else {}) | flags
-        return Parsed(raw, config_file, print_config)
+        file = read_yaml(config_file) if config_file else {}
+        if self.passes_over:
+            file = {self.renames.get(name, name): value for name, value in file.items()}
+        unused = [name for name in file if name not in self.fields and self.passes_over and self.passes_over(name)]
+        raw = {name: value for name, value in file.items() if name not in unused} | flags
+        return Parsed(raw, config_file, print_config, unused)
 
     def build(self, raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """(section by name, other options) from raw values, converted and checked."""
@@ -85,9 +94,7 @@ class Options:
         }
         return sections, extra
 
-    def command(
-        self, config: Callable[..., Any], run: Callable[[Any], None]
-    ) -> Callable[..., int]:  # fmt: skip
+    def command(self, config: Callable[..., Any], run: Callable[[Any], None]) -> Callable[..., int]:
         """main(argv): run(config(**sections)), or print the options. Exit code 0, or 2 after one paragraph on stderr
         when the user can put something right."""
 
@@ -95,6 +102,8 @@ class Options:
             try:
                 parsed = self.parse(sys.argv[1:] if argv is None else argv)
                 sections, _ = self.build(parsed.raw)
+                if parsed.passed_over:
+                    print(f"{parsed.config_file}: not used here: {', '.join(parsed.passed_over)}", file=sys.stderr)
                 if parsed.print_config:
                     flat = {k: v for section in sections.values() for k, v in dataclasses.asdict(section).items()}
                     print(dump_yaml(flat), end="")
@@ -124,13 +133,14 @@ class Options:
         )
         hints = self.types
         for section, cls in self.sections.items():
-            group = parser.add_argument_group(f"{section}: {(cls.__doc__ or '').splitlines()[0]}")
-            for field in dataclasses.fields(cls):
-                hint = hints[field.name]
-                default = "" if field.default in (None, False) else f" [{field.default}]"
-                help = (field.metadata["help"] + default).replace("%", "%%")
+            group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
+            for item in dataclasses.fields(cls):
+                hint = hints[item.name]
+                default = "" if item.default is None or item.default is False else f" [{_written(item.default)}]"
+                help = (item.metadata["help"] + default).replace("%", "%%")
                 kind = {"nargs": "?", "const": "true"} if hint is bool else {}
-                group.add_argument(f"--{field.name}", help=help, metavar=_metavar(hint), **kind)  # type: ignore[arg-type]
+                metavar = item.metadata.get("metavar") or _metavar(hint)
+                group.add_argument(f"--{item.name}", help=help, metavar=metavar, **kind)  # type: ignore[arg-type]
         return parser
 
 
@@ -158,6 +168,11 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}. `--help` lists the options.")
+
+
+def _written(value: Any) -> str:
+    """As on a command line and in YAML."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _metavar(hint: Any) -> str:

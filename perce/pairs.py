@@ -121,13 +121,14 @@ def prompt_ids(
     Raises:
         UserError (a ValueError): an empty persona, a conversation that does not end with the user.
     """
-    turns = [("user", query)] if isinstance(query, str) else [(m.get("role"), m.get("content")) for m in query]
+    messages = [{"role": "user", "content": query}] if isinstance(query, str) else query
     if isinstance(persona, str) or not persona:
         raise UserError(f"persona: expected a list of at least one text, got {persona!r}.")
-    if not turns or turns[-1][0] != "user":
-        last = turns[-1][0] if turns else "no message"
+    if not messages or messages[-1]["role"] != "user":
+        last = messages[-1]["role"] if messages else "no message"
         raise UserError(f"query: expected the conversation to end with a message of role user, got {last!r}.")
-    example = Example(tuple(persona), tuple(Turn(*turn) for turn in turns), "", None, None, "prompt_ids")
+    turns = tuple(Turn(message["role"], message["content"]) for message in messages)
+    example = Example(tuple(persona), turns, "", None, None, "prompt_ids")
     builder = PairBuilder(tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs)
     return builder.prompt_ids(example)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perce.config import MemoryConfig, ModelConfig, PlanConfig
+from perce.config import MemoryConfig, ModelConfig, PlanConfig, is_training_option
 from perce.errors import UserError
 from perce.options import Options
 
@@ -30,6 +30,8 @@ OPTIONS = Options(
     description="Peak memory and least time of a training step, the largest context that fits, and what each option "
     "buys. Reads the model's config.json only.",
     sections={"model": ModelConfig, "memory": MemoryConfig, "plan": PlanConfig},
+    passes_over=is_training_option,
+    renames={"max_length": "context"},
 )
 
 

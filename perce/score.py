@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from perce.config import DataConfig, InferenceConfig, ScoreConfig, SplitConfig
+from perce.config import DataConfig, InferenceConfig, ScoreConfig, SplitConfig, is_training_option
 from perce.errors import UserError
 from perce.options import Options
 
@@ -23,6 +23,7 @@ OPTIONS = Options(
     description="Score every token of the replies with PerContrast: its log-probability with the persona and without "
     "it. Without arguments: the default model on the built-in test examples, in the terminal.",
     sections={"model": InferenceConfig, "data": DataConfig, "examples": SplitConfig, "score": ScoreConfig},
+    passes_over=is_training_option,
 )
 
 

@@ -87,8 +87,8 @@ def _free_directory(name: str) -> Path:
 
 def run(config: TrainConfig) -> None:
     """One training run, from checks to the final table."""
+    args = training_arguments(config)  # finds options that are mistyped, before anything is written
     output_dir = claim_directory(config)
-    # From here on torch and transformers are needed; `--help` and mistyped options have been answered without.
     from transformers import set_seed
 
     from perce.dataset import load_pairs
@@ -97,7 +97,6 @@ def run(config: TrainConfig) -> None:
     from perce.summary import Progress, describe_run, loss_labels, print_result, write_run_report
     from perce.trainer import PerceTrainer
 
-    args = training_arguments(config)
     checkpoint = last_checkpoint(config, output_dir) if config.run.resume else None
     model_path = config.model.model or _default_model()
     set_seed(config.run.seed)  # before the adapters are drawn

@@ -123,14 +123,16 @@ def test_a_plan_that_cannot_be_made_does_not_keep_a_run_from_being_tried(setting
 
     monkeypatch.setattr(fits, "memory", refuse)
     monkeypatch.setattr(fits, "device_memory", lambda device: 1)
-    assert check_fits(*setting()) is None
+    said = check_fits(*setting())
+    assert said and said.startswith("not planned: ") and said.endswith("layers that are not alike")
+    assert ("AttributeError" in said) == (error is AttributeError), "ours is a sentence, any other is named"
 
 
 def test_a_mixture_of_experts_is_not_judged(setting, monkeypatch):
     monkeypatch.setattr(fits, "device_memory", lambda device: 1)
     config, args, model, pairs = setting()
     model.config.num_local_experts = 4
-    assert check_fits(config, args, model, pairs) is None
+    assert "mixture of experts" in check_fits(config, args, model, pairs)
 
 
 def test_memory_of_a_cpu_is_shared_and_limited(monkeypatch, tmp_path):

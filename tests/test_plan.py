@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, T5Config
 
@@ -243,6 +244,19 @@ def test_help_needs_no_torch():
 )
 def test_mistakes_are_named(run, flags, message):
     assert message in run(*flags, code=2).err
+
+
+def test_a_training_recipe_is_planned(run, directory, tmp_path, capsys):
+    recipe = {"max_length": 300, "lora_r": 0, "weight_decay": 0.1, "data": "rows.jsonl", "objective": "lossce"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    flags = ["--query", "8", "--response", "16", "--tflops", "1", "--model", str(directory), "--json"]
+    assert command.main(["--config", str(tmp_path / "recipe.yaml"), *flags, str(tmp_path / "a.json")]) == 0
+    assert "not used here: data, weight_decay" in capsys.readouterr().err
+    run("--context", 300, "--lora_r", 0, "--objective", "ce", "--json", tmp_path / "b.json")
+    plans = [json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("a.json", "b.json")]
+    assert plans[0]["memory"] == plans[1]["memory"]
+    (tmp_path / "recipe.yaml").write_text("weight_dekay: 0.1\n", encoding="utf-8")
+    assert "weight_dekay: unknown option" in run("--config", tmp_path / "recipe.yaml", code=2).err
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,7 @@ def test_nothing_fits(train, tmp_path):
         ("--objective=lossy", ["objective", "perce, ce"]),
         ("--max_steps=ten", ["max_steps", "whole number"]),
         ("--clip_min=6", ["clip_min", "6"]),
+        ("--clip_max=inf", ["clip_max", "finite"]),
         ("--clip_max=nan", ["clip_max", "nan"]),
         ("--precision=fp8", ["precision", "auto, fp32, bf16"]),
         ("--lora_dropout=1.5", ["lora_dropout"]),
@@ -304,8 +305,14 @@ def test_nothing_fits(train, tmp_path):
         ("stray", ["stray"]),
     ],
 )
-def test_flags_that_are_off(train, flag, fragments):
+def test_flags_that_are_off(train, tmp_path, flag, fragments):
     fails(train(flag, max_steps=None if "max_steps" in flag or flag == "--streaming" else 1), *fragments)
+    assert not (tmp_path / "run" / "config.yaml").exists(), "it can be corrected and run again"
+
+
+def test_a_mistyped_option_leaves_no_directory_behind(train, tmp_path):
+    fails(train("--learning_rat=1e-4"), "learning_rat")
+    assert not (tmp_path / "run").exists()
 
 
 def test_flags_that_exclude_each_other(train):
