@@ -16,7 +16,7 @@ BUDGET ?= 260
 WHEELS ?=
 WHEELS_SITE := $(CURDIR)/build/wheels
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-# In this order: the time allowed ends the session between two tests.
+# In this order: the time allowed ends the test run between two tests.
 GPU_TESTS := $(addprefix tests/test_gpu_,device.py promises.py lse_gemm.py row_loss.py stored.py driver.py)
 
 help:

@@ -13,7 +13,7 @@ from pathlib import Path
 M_MMAP_THRESHOLD = -3
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -34,9 +34,9 @@ def measure(implementation: str, n: int, d: int, v: int, dtype: str) -> int:
     step(loss, make_inputs(*warm_up, getattr(torch, dtype)))
     inputs = make_inputs(n, d, v, getattr(torch, dtype))
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     step(loss, inputs)
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def peak_extra_bytes(implementation: str, n: int, d: int, v: int, dtype: str) -> int:

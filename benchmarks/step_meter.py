@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.memory import _status_bytes
+from benchmarks.memory import status_bytes
 
 
 class StepMeter(TrainerCallback):
@@ -26,7 +26,7 @@ class StepMeter(TrainerCallback):
                 self.before = torch.cuda.memory_allocated()
             else:
                 Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-                self.before = _status_bytes("VmRSS")
+                self.before = status_bytes("VmRSS")
             self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -35,4 +35,4 @@ class StepMeter(TrainerCallback):
             if on_gpu:
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self._started)
-            self.peak = torch.cuda.max_memory_allocated() if on_gpu else _status_bytes("VmHWM")
+            self.peak = torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM")

@@ -69,9 +69,8 @@ def cell_text(cells: Sequence[Cell], data: str, column: str) -> str:
     interval = clustered_mean(*gathered) if gathered else None
     if interval is None:
         return "not measured"
-    text = (
-        f"{interval.value * factor:.{digits}f} ({interval.low * factor:.{digits}f}–{interval.high * factor:.{digits}f})"
-    )
+    interval = interval.scaled(factor)
+    text = f"{interval.value:.{digits}f} ({interval.span(f'.{digits}f')})"
     if len(cells) > 1:
         of_seed = [clustered_mean(*gathered) for c in cells if (gathered := columns([c], data, value, weight))]
         seeds = [x.value * factor for x in of_seed if x]
@@ -142,9 +141,8 @@ def differences(results: Results, data: str) -> Iterator[str]:
             continue
         result = paired_difference(ours[0], theirs[0], ours[1], ours[2])
         if result:
-            d, p = result
-            span = f"{d.low * factor:+.{digits}f} to {d.high * factor:+.{digits}f}"
-            texts.append(f"{column} {d.value * factor:+.{digits}f} ({span}; p = {p:.3f})")
+            d, p = result[0].scaled(factor), result[1]
+            texts.append(f"{column} {d.value:+.{digits}f} ({d.span(f'+.{digits}f')}; p = {p:.3f})")
     if texts:
         yield f"\nPerCE minus CE, paired over users: {'; '.join(texts)}."
 

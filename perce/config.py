@@ -119,7 +119,7 @@ class LossConfig:
         None, "weight = clip(pir), or clip(exp(pir)); default: log; ratio for longce"
     )
     normalize: Literal["none", "batch", "sequence"] = _option(
-        "none", "rescale weights to mean 1 over the batch or sequence"
+        "none", "rescale weights to mean 1 over each step's batch or each sequence"
     )
     short_context: int = _option(4096, "longce: tokens of the short context (the authors' code: 4096)")
     short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context (theirs: 1024)")
@@ -232,11 +232,16 @@ class SplitConfig:
         "held_out: the tenth of the users that training without a validation split leaves out; default: the first of "
         "test, validation and train that the data has",
     )
-    held_out_seed: int = _option(42, "of held_out: the --seed of the training")
     limit: int | None = _option(None, "the first so many examples; default: all")
+    sample: int | None = _option(None, "so many examples, drawn at random from the whole split")
+    split_seed: int = _option(42, "seed of sample; of held_out, the --seed of the training")
 
     def __post_init__(self) -> None:
-        _require(self.limit is None or self.limit >= 1, "limit", ">= 1", self.limit)
+        for name in ("limit", "sample"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, ">= 1", value)
+        both = (self.limit, self.sample)
+        _require(None in both, "limit, sample", "one of them", both)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from perce.errors import UserError
-from perce.model import _from_pretrained
+from perce.model import from_pretrained
 
 MAX_TOKENS = 512  # of a text, the rest is not read; fewer where the model says so
 BATCH = 32
@@ -41,11 +41,11 @@ class Encoder:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             load: dict[str, Any] = {"option": "--retriever_model", "kind": "an encoder"}
-            self.tokenizer = _from_pretrained(AutoTokenizer, path, **load)
+            self.tokenizer = from_pretrained(AutoTokenizer, path, **load)
             # Weights that the checkpoint lacks (BERT's pooler, not used here) are drawn at random.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = _from_pretrained(AutoModel, path, dtype=torch.float32, **load)
+                model = from_pretrained(AutoModel, path, dtype=torch.float32, **load)
         except UserError as error:
             raise UserError(f"{error} --retriever bm25 needs no model.") from error
         self.model = model.eval().requires_grad_(False).to(self.device)

@@ -47,7 +47,7 @@ def run(config: Config) -> None:
     from perce.dataset import make_persona_builder
     from perce.evaluation import Evaluator, plan, texts_key
     from perce.evaluation_report import compare, print_result, read_result, summarise, write_result
-    from perce.inference import load, load_split, model_fingerprint, training_rows_note
+    from perce.inference import load, load_split, model_facts, training_rows_note
     from perce.metrics import Meteor
     from perce.records import RecordFile
 
@@ -58,9 +58,8 @@ def run(config: Config) -> None:
     model, tokenizer, device = load(config.model)
     builder = make_persona_builder(tokenizer, config.data, rows.format)
     run_facts = {
-        "command": "evaluate", "model": config.model.model, "weights": model_fingerprint(model), "split": split,
-        "held_out_seed": config.examples.held_out_seed, "examples": len(examples), "texts": texts_key(examples),
-        "batch_size": config.model.batch_size, "precision": config.model.precision,
+        "command": "evaluate", **model_facts(config.model, model), "split": split,
+        "split_seed": config.examples.split_seed, "examples": len(examples), "texts": texts_key(examples),
         **{name: getattr(options, name) for name in ("generate", "temperature", "max_new_tokens", "seed")},
         **asdict(config.data),
     }  # fmt: skip
@@ -74,7 +73,7 @@ def run(config: Config) -> None:
             file.append([record for record in fresh if record["example"] not in done])
     notes = [f"examples: {split}", *training_rows_note(config.data, split), *work.notes]
     result = summarise(file.records, notes, run_facts, meteor.name if meteor else None)
-    comparison = compare(file.records, other, str(options.compare_with)) if other else None
+    comparison = compare(file.records, run_facts, other, str(options.compare_with)) if other else None
     if output:
         write_result(output, result, comparison)
     print_result(result, comparison)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from perce.batch import collate
 from perce.config import EvaluateConfig
@@ -111,6 +112,9 @@ class Evaluator:
         self, model: Any, tokenizer: Any, device: torch.device, options: EvaluateConfig, meteor: Meteor | None
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.device, self.options, self.meteor = model, tokenizer, device, options, meteor
+        # Whatever ours leaves unset, generate() would take from the model's: penalties of repeating the prompt, say,
+        # which are penalties of using the persona.
+        model.generation_config = GenerationConfig()
         self._pad = tokenizer.pad_token_id or 0
 
     def evaluate(self, items: Sequence[Item], number: int) -> list[dict[str, Any]]:
@@ -149,20 +153,18 @@ class Evaluator:
             return []
         batch = on_device(collate([vars(pair) for pair in pairs], self._pad), self.device)
         ones = torch.ones_like(batch["target"], dtype=torch.float32)
-        logp = factual(self.model, batch, {"token_weight": ones})[1]
-        return [-x.sum().item() for x in per_example(batch, logp)[0]]
+        done = factual(self.model, batch, {"token_weight": ones})
+        return [-x.sum().item() for x in per_example(batch, done.logp)[0]]
 
     @torch.no_grad()
     def replies(self, prompts: Sequence[list[int]], items: Sequence[Item]) -> list[str]:
         """One reply a prompt, padded on the left, without its end-of-turn."""
-        from transformers import GenerationConfig
-
         width = max(map(len, prompts))
         ids = torch.tensor([[self._pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         ends = {item.pair.input_ids[-1] for item in items} | {self.tokenizer.eos_token_id} - {None}
         sampling: dict[str, Any] = {"do_sample": False}
-        if self.options.temperature > 0:  # nothing but the temperature: no top-k, no top-p, whatever the model suggests
+        if self.options.temperature > 0:  # nothing but the temperature: no top-k, no top-p
             sampling = {"do_sample": True, "temperature": self.options.temperature, "top_k": 0, "top_p": 1.0}
         config = GenerationConfig(
             max_new_tokens=self.options.max_new_tokens, eos_token_id=sorted(ends), pad_token_id=self._pad, **sampling

@@ -79,8 +79,11 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def compare(records: Records, other: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Differences (this model minus the other) over the same examples; UserError where they are not the same."""
+def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Differences (this model minus the other) over the same examples; UserError where they are not the same.
+
+    `settings` in the result is what else differs: [of this run, of the other].
+    """
     theirs = {record["key"]: record for record in other["records"]}
     ours = {record["key"]: record for record in records}
     missing = ours.keys() ^ theirs.keys()
@@ -89,6 +92,12 @@ def compare(records: Records, other: Mapping[str, Any], name: str) -> dict[str, 
             f"--compare_with {name}: {len(missing)} of {len(ours.keys() | theirs.keys())} examples are in one result "
             "only. Evaluate both models on the same data, split and limit."
         )
+    its_run = other["run"]
+    settings = {
+        fact: [run.get(fact), its_run.get(fact)]
+        for fact in dict.fromkeys([*run, *its_run])
+        if fact not in ("model", "weights", "batch_size") and run.get(fact) != its_run.get(fact)
+    }
     keys = sorted(ours)
     differences: dict[str, Any] = {}
     assert len(ours) == len(records), "keys are unique"
@@ -102,7 +111,7 @@ def compare(records: Records, other: Mapping[str, Any], name: str) -> dict[str, 
             continue
         if (result := paired_difference(mine, its, weights, clusters)) is not None:
             differences[metric] = result[0].to_dict() | {"p": result[1]}
-    return {"with": name, "model": other["run"].get("model"), "differences": differences}
+    return {"with": name, "model": other["run"].get("model"), "differences": differences, "settings": settings}
 
 
 def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
@@ -116,24 +125,28 @@ def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None
 
     console = Console(highlight=False, soft_wrap=True)
     differences = comparison["differences"] if comparison else {}
-    header = ["", "value", "95 % interval", "examples", *(["difference", "p"] if comparison else [])]
+    header = ["", "value", "95 % interval", "examples", "users", *(["difference", "p"] if comparison else [])]
     table = Table(*header, box=None, pad_edge=False, padding=(0, 3, 0, 0))
     labels = {name: label for name, (label, _, _) in METRICS.items()} | {"swap_cost": "cost of another's persona"}
     for name, metric in result["metrics"].items():
         if metric is None:
             continue
-        row = [labels[name], f"{metric['value']:.4f}", _span(metric), f"{metric['n']:,}"]
+        row = [
+            labels[name],
+            f"{metric['value']:.4f}",
+            Interval(**metric).span(),
+            f"{metric['n']:,}",
+            f"{metric['clusters']:,}",
+        ]
         if name in differences:
             d = differences[name]
-            row += [f"{d['value']:+.4f} ({d['low']:+.4f} to {d['high']:+.4f})", f"{d['p']:.4f}"]
+            interval = Interval(**{name: value for name, value in d.items() if name != "p"})
+            row += [f"{interval.value:+.4f} ({interval.span('+.4f')})", f"{d['p']:.4f}"]
         table.add_row(*row)
     console.print(table)
     for note in [*result["notes"], *(f"{name}: {text}" for name, text in result["about"].items())]:
         console.print(note, style="dim")
     if comparison:
         console.print(f"differences: this model minus {comparison['model'] or comparison['with']}", style="dim")
-
-
-def _span(metric: Mapping[str, float]) -> str:
-    interval = Interval(**metric)  # type: ignore[arg-type]
-    return f"{interval.low:.4f} to {interval.high:.4f}"
+        for fact, (mine, its) in comparison["settings"].items():
+            console.print(f"not only the model differs: {fact} is {mine!r} here and {its!r} there", style="bold")

@@ -91,7 +91,7 @@ def _list(value: object, field: str, of: str) -> list[Any]:
     return value
 
 
-def _passage(entry: object, field: str) -> str:
+def passage_text(entry: object, field: str) -> str:
     """A profile entry as readable text (table `PASSAGES`); "" for an entry without text, which says nothing."""
     if isinstance(entry, str):
         return _text(entry, field) if entry.strip() else ""
@@ -112,7 +112,7 @@ def _persona(value: object, field: str) -> tuple[str, ...]:
     if isinstance(value, str):
         return (_text(value, field),)
     entries = _list(value, field, "strings")
-    passages = tuple(filter(None, (_passage(entry, f"{field}[{i}]") for i, entry in enumerate(entries))))
+    passages = tuple(filter(None, (passage_text(entry, f"{field}[{i}]") for i, entry in enumerate(entries))))
     if not passages:
         raise BadRow(field, "at least one entry with text", show(value))
     return passages
@@ -195,7 +195,7 @@ def _parse_profile(row: Mapping[str, Any]) -> Iterator[Parsed]:
         texts = [entry.get(name) for name in TARGET_FIELDS] if isinstance(entry, dict) else [entry]
         if any(isinstance(text, str) and _same_words(text, response) for text in texts):
             continue  # the target itself: with it in the prompt the model would only learn to copy
-        if passage := _passage(entry, f"profile[{i}]"):
+        if passage := passage_text(entry, f"profile[{i}]"):
             passages.append(passage)
     if not passages:
         raise BadRow("profile", "at least one entry with text other than the row's own output", show(row["profile"]))

@@ -1,6 +1,7 @@
 """What score and evaluate share: a model to ask, the examples to ask it about, and their order in batches."""
 
 import json
+import random
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ SAMPLED_VALUES = 1024  # of each parameter, in the fingerprint of a model
 
 
 def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
-    """(model in eval mode with PerCE installed, tokenizer, device); an adapter is merged into its base.
+    """(model in eval mode with PerCE installed, tokenizer, device).
 
-    UserError for a model, adapter or tokenizer that cannot be loaded.
+    An adapter stays beside its base, as in training: merging into bf16 weights rounds, and lost half of what an adapter
+    had learnt in 20 steps. UserError for what cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = ("bf16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
@@ -34,7 +36,7 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
     base = _base_of_adapter(path)
     model = load_pretrained(base or path, **kwargs)
     if base is not None:
-        model = _merged(model, path)
+        model = _with_adapter(model, path)
     return prepare_model(model).to(device).eval(), _tokenizer(path, base), device
 
 
@@ -60,14 +62,24 @@ def _tokenizer(path: str, base: str | None) -> Any:
     return load_tokenizer(base or path)
 
 
-def _merged(model: Any, path: str) -> Any:
+def _with_adapter(model: Any, path: str) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(Path(path).expanduser())).merge_and_unload()
+        return PeftModel.from_pretrained(model, str(Path(path).expanduser()))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--model {path}: the adapter does not fit its base model ({reason}).") from error
+
+
+def model_facts(config: InferenceConfig, model: Any) -> dict[str, Any]:
+    """What a model's numbers depend on, for records that another run may go on with."""
+    weight = model.get_output_embeddings().weight
+    return {
+        "model": config.model, "weights": model_fingerprint(model), "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type, "attention": model.config.get_text_config()._attn_implementation,
+        "batch_size": config.batch_size,
+    }  # fmt: skip
 
 
 def model_fingerprint(model: Any) -> str:
@@ -85,8 +97,9 @@ def load_split(data: DataConfig, chosen: SplitConfig) -> tuple[Rows, str]:
     present = available_splits(where)
     split: str = chosen.split or next((x for x in ("test", "validation", "train") if x in present), "train")
     held_out = split == "held_out"
-    if held_out and data.streaming:
-        raise UserError("--split held_out: all rows must be known to divide them. Leave out --streaming.")
+    if data.streaming and (held_out or chosen.sample):
+        needs = "--split held_out" if held_out else "--sample"
+        raise UserError(f"{needs}: all rows must be known to choose from them. Leave out --streaming.")
     if held_out and "validation" in present:
         raise UserError(f"--split held_out: {where} has a validation split, which training leaves out. Use that.")
     rows = load_examples(
@@ -94,8 +107,10 @@ def load_split(data: DataConfig, chosen: SplitConfig) -> tuple[Rows, str]:
         skip_bad_rows=data.skip_bad_rows, streaming=data.streaming, limit=None if held_out else chosen.limit,
     )  # fmt: skip
     if held_out:
-        _, examples, _ = hold_out(rows.examples, chosen.held_out_seed)
+        _, examples, _ = hold_out(rows.examples, chosen.split_seed)
         rows.keep(examples[: chosen.limit])
+    if chosen.sample is not None and chosen.sample < len(rows.examples):
+        rows.keep(random.Random(chosen.split_seed).sample(rows.examples, chosen.sample))
     return rows, split
 
 

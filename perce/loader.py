@@ -4,6 +4,7 @@ Both hold this process's share from the start, so accelerate must not divide the
 is used.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute
@@ -41,8 +42,13 @@ def sequence_lengths(dataset: Any) -> list[int]:
     """Tokens of each factual sequence of a dataset of pairs."""
     if not isinstance(dataset, Dataset):
         return [len(pair["input_ids"]) for pair in dataset]
-    tables = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
-    return [n for table in tables for n in pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()]
+    return [n for column in token_ids(dataset) for n in pyarrow.compute.list_value_length(column).to_pylist()]
+
+
+def token_ids(dataset: Dataset) -> Iterator[Any]:
+    """The column input_ids, of the rows that are selected, in pieces: `dataset.data` has the rows that are not, too."""
+    for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        yield table["input_ids"]
 
 
 def undivided_loader(dataset: Any, collate: Any, args: TrainingArguments, **how: Any) -> DataLoader:

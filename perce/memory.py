@@ -7,7 +7,6 @@ import inspect
 import types
 from typing import Any
 
-import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
@@ -19,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from perce.config import MemoryConfig
 from perce.documents import DocumentBuilder
 from perce.errors import UserError
-from perce.model import _own_forward
+from perce.loader import sequence_lengths
+from perce.model import forward_of
 from perce.prefill import prepare_prefill
 from perce.stream import PairStream
 
@@ -79,7 +79,7 @@ def tile_mlps(model: Any, tile: int) -> None:
 
 
 def _tile(mlp: nn.Module, tile: int) -> None:
-    whole = _own_forward(mlp)
+    whole = forward_of(mlp)
 
     @functools.wraps(whole)
     def forward(self, hidden: Tensor) -> Tensor:
@@ -179,10 +179,8 @@ def position_limit(config: Any) -> int | None:
 
 def _longest(dataset: Any, max_length: int) -> int:
     """Tokens of the longest sequence, of a stream as many as it may have; 0 where that is not known."""
-    if isinstance(dataset, Dataset) and len(dataset):
-        return int(pyarrow.compute.max(pyarrow.compute.list_value_length(dataset.data["input_ids"])).as_py())
-    if isinstance(dataset, list) and dataset:
-        return max(len(pair["input_ids"]) for pair in dataset)
+    if isinstance(dataset, Dataset | list):
+        return max(sequence_lengths(dataset), default=0)
     return max_length if isinstance(dataset, IterableDataset | PairStream) else 0
 
 

@@ -20,6 +20,8 @@ from perce.errors import UserError
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+NORMAL_QUANTILE = 1.959964  # at (1 + CONFIDENCE) / 2, as are those of Student's t at 1, 2, … degrees of freedom
+STUDENT_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 WORDNET_DIRECTORIES = ("/usr/share/wordnet",)  # Debian's wordnet-base
 ROUGE_NOTE = "rouge-score, F1, no stemmer"
 
@@ -104,15 +106,29 @@ def _find_wordnet() -> Any:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval over n observations (examples)."""
+    """An estimate with its confidence interval over n observations (examples) of so many clusters (users).
+
+    Without an interval (None) where there is one cluster only: nothing is known of how clusters differ.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
+    clusters: int
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         return asdict(self)
+
+    def span(self, digits: str = ".4f") -> str:
+        """The interval in words; `digits` as in an f-string."""
+        if self.low is None or self.high is None:
+            return "one user"
+        return f"{self.low:{digits}} to {self.high:{digits}}"
+
+    def scaled(self, factor: float) -> "Interval":
+        low, high = (None if x is None else x * factor for x in (self.low, self.high))
+        return Interval(self.value * factor, low, high, self.n, self.clusters)
 
 
 def _cluster_sums(values: Sequence[float], weights: Sequence[float], clusters: Sequence[Any]) -> np.ndarray:
@@ -121,14 +137,31 @@ def _cluster_sums(values: Sequence[float], weights: Sequence[float], clusters: S
     return np.stack([np.bincount(of, np.asarray(x, dtype=float)) for x in (values, weights)])
 
 
-def _bootstrap(sums: np.ndarray, seed: int) -> tuple[float, float]:
-    """Percentile interval of Σ values / Σ weights over resampled clusters."""
+def _interval(sums: np.ndarray, n: int, seed: int) -> Interval:
+    """Σ values / Σ weights with its percentile interval over resampled clusters, widened for few of them.
+
+    Resampling C clusters underestimates the variance by (C − 1) / C, and knows nothing of its own uncertainty: five
+    Gaussian clusters covered the truth in 80 % of trials. Student's t over the normal quantile makes it 95 %.
+    """
+    total, weight = sums.sum(1)
+    value, clusters = float(total / weight), sums.shape[1]
+    if clusters < 2:
+        return Interval(value, None, None, n, clusters)
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, sums.shape[1], (RESAMPLES, sums.shape[1]))
+    drawn = rng.integers(0, clusters, (RESAMPLES, clusters))
     values, weights = sums[:, drawn].sum(-1)
     ratios = values[weights > 0] / weights[weights > 0]
     low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    wider = np.sqrt(clusters / (clusters - 1)) * _student(clusters - 1) / NORMAL_QUANTILE
+    return Interval(value, float(value - wider * (value - low)), float(value + wider * (high - value)), n, clusters)
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5; tabulated where that is off)."""
+    if freedom <= len(STUDENT_QUANTILES):
+        return STUDENT_QUANTILES[freedom - 1]
+    z = NORMAL_QUANTILE
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def clustered_mean(
@@ -139,11 +172,7 @@ def clustered_mean(
     Whole clusters are resampled: examples of one user are not independent. None where the weights are all 0.
     """
     sums = _cluster_sums(values, weights, clusters)
-    total, weight = sums.sum(1)
-    if not weight:
-        return None
-    low, high = _bootstrap(sums, seed)
-    return Interval(float(total / weight), low, high, int(np.count_nonzero(weights)))
+    return _interval(sums, int(np.count_nonzero(weights)), seed) if sums[1].any() else None
 
 
 def paired_difference(
@@ -162,8 +191,7 @@ def paired_difference(
     rng = np.random.default_rng(seed)
     flipped = np.abs((rng.choice([-1.0, 1.0], (RESAMPLES, sums.shape[1])) * sums[0]).sum(1))
     p = (1 + np.count_nonzero(flipped >= abs(total) * (1 - 1e-12))) / (1 + RESAMPLES)
-    low, high = _bootstrap(sums, seed)
-    return Interval(float(total / weight), low, high, int(np.count_nonzero(weights))), float(p)
+    return _interval(sums, int(np.count_nonzero(weights)), seed), float(p)
 
 
 @dataclass(frozen=True)

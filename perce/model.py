@@ -87,14 +87,14 @@ def _check_architecture(model: Any) -> None:
         )
 
 
-def _own_forward(module: nn.Module) -> Callable[..., Any]:
+def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The module's forward as a function of the module: a deep copy of a patched model must run its own weights."""
     own = module.forward
     return getattr(own, "__func__", lambda _, *args, **kwargs: own(*args, **kwargs))
 
 
 def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
-    own_forward = _own_forward(head)
+    own_forward = forward_of(head)
 
     @functools.wraps(own_forward)
     def forward(self, hidden: Tensor, perce: dict[str, Any] | None = None):
@@ -129,7 +129,7 @@ def _head_loss(
 
 
 def _patch_model(model: Any) -> None:
-    own_forward = _own_forward(model)
+    own_forward = forward_of(model)
 
     @functools.wraps(own_forward)  # generate() reads the signature
     def forward(self, *args, perce: dict[str, Any] | None = None, **kwargs):
@@ -234,7 +234,7 @@ def bf16_is_sound(device: str) -> bool:
     """Whether bf16 arithmetic is native: elsewhere a CPU emulates it at a quarter of the speed of fp32."""
     if device == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return device == "cuda" and torch.cuda.is_bf16_supported()
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def resolve_precision(precision: str, device: str) -> str:
@@ -259,7 +259,7 @@ def default_attention(model_config: Any, precision: str, device: str) -> str | N
 def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, path)
+    tokenizer = from_pretrained(AutoTokenizer, path)
     if not tokenizer.is_fast:
         raise UserError(f"--model {path}: a fast tokenizer is needed (tokenizer.json), and this one has none.")
     return tokenizer
@@ -308,14 +308,14 @@ def load_pretrained(path: str, **kwargs: Any) -> Any:
     """AutoModelForCausalLM.from_pretrained with dropout off, and with its failures told as one paragraph."""
     from transformers import AutoModelForCausalLM
 
-    return _from_pretrained(AutoModelForCausalLM, path, config=read_config(path), **kwargs)
+    return from_pretrained(AutoModelForCausalLM, path, config=read_config(path), **kwargs)
 
 
 def read_config(path: str) -> Any:
     """A model's config with dropout off."""
     from transformers import AutoConfig
 
-    config = _from_pretrained(AutoConfig, path)
+    config = from_pretrained(AutoConfig, path)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
             if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value > 0:
@@ -364,7 +364,7 @@ def _four_bit(config: ModelConfig) -> Any:
     )
 
 
-def _from_pretrained(
+def from_pretrained(
     auto_class: Any, path: str, *, option: str = "--model", kind: str = "a causal language model", **kwargs: Any
 ) -> Any:
     """from_pretrained with its many failures told as one paragraph, which names the option that gave the path."""

@@ -42,11 +42,11 @@ CONVERSATION_START = "(the conversation begins)"  # for templates that insist on
 # so that no template strips them and no real text contains them.
 _PERSONA, _RESPONSE = "\ue0f0persona\ue0f1", "\ue0f0response\ue0f1"
 
-_ANCHOR = "\ue0f2"
+ANCHOR = "\ue0f2"
 
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 # Words too common to be anybody's own, for the automatic label of personal tokens.
-_COMMON = frozenset(
+COMMON_WORDS = frozenset(
     """a about after again all also always am an and another any are as at back be because been before being but by can
     come could day did do does doing done down each even ever every few find first for from get give go going good got
     great had has have having he her here him his how i i'm i've if in into is it it's its just keep know last least let
@@ -241,7 +241,7 @@ class PairBuilder:
         Tokenizers like Llama 2's begin every text with a space of their own. Behind an anchor, whose ids are dropped
         again, a piece is tokenised as it is in the middle of a text.
         """
-        anchor = _ANCHOR if self.prepends_space else ""
+        anchor = ANCHOR if self.prepends_space else ""
         encoded = self.tokenizer(
             anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )  # fmt: skip
@@ -323,7 +323,7 @@ def personal_word_spans(response: str, persona: Sequence[str], conversation: str
     The automatic label of personal tokens for data without marked spans: it finds quoted facts, and misses paraphrase
     and style.
     """
-    persona_words = {word.lower() for entry in persona for word in _WORD.findall(entry)}
-    said = {word.lower() for word in _WORD.findall(conversation)}
-    own = {word for word in persona_words - said - _COMMON if len(word) > 2 or word.isdigit()}
-    return [match.span() for match in _WORD.finditer(response) if match.group().lower() in own]
+    persona_words = {word.lower() for entry in persona for word in WORD.findall(entry)}
+    said = {word.lower() for word in WORD.findall(conversation)}
+    own = {word for word in persona_words - said - COMMON_WORDS if len(word) > 2 or word.isdigit()}
+    return [match.span() for match in WORD.finditer(response) if match.group().lower() in own]

@@ -10,8 +10,13 @@ from transformers import TrainingArguments
 from perce.errors import UserError
 
 
-def check_parallelism(args: TrainingArguments) -> None:
-    """UserError for FSDP without a GPU, and for sequences or layers that are cut over processes."""
+def check_parallelism(args: Any) -> None:
+    """UserError for FSDP without a GPU, sequences or layers that are cut over processes, and gradients out of reach."""
+    if args.loss.normalize == "batch" and (args.deepspeed or _environment("ACCELERATE_USE_DEEPSPEED")):
+        raise UserError(
+            "normalize=batch: scales the gradients at the end of a step, and DeepSpeed keeps them to itself. Use "
+            "--normalize sequence or none, or FSDP."
+        )
     if (args.fsdp or _environment("ACCELERATE_USE_FSDP")) and (args.use_cpu or not torch.accelerator.is_available()):
         raise UserError(
             "fsdp on a CPU: the Trainer would silently run plain data parallelism instead. Leave --fsdp out to have "

@@ -47,7 +47,7 @@ def run(config: Config) -> None:
     claim_files([config.score.output, config.score.summary])
     from perce.dataset import make_persona_builder
     from perce.identification import identify
-    from perce.inference import load, load_split, model_fingerprint
+    from perce.inference import load, load_split, model_facts
     from perce.records import RecordFile
     from perce.score_report import print_summary, print_tokens, write_report, write_summary
 
@@ -58,10 +58,9 @@ def run(config: Config) -> None:
     file = RecordFile(
         Path(score.jsonl).expanduser() if score.jsonl else None,
         {
-            "command": "score", "model": config.model.model, "weights": model_fingerprint(model),
-            "precision": config.model.precision, "split": split, "held_out_seed": config.examples.held_out_seed,
-            "labels": score.labels, "clip_min": score.clip_min, "clip_max": score.clip_max,
-            "contrast": score.contrast, **asdict(config.data),
+            "command": "score", **model_facts(config.model, model), "split": split,
+            "sample": config.examples.sample, "split_seed": config.examples.split_seed, "labels": score.labels,
+            "clip_min": score.clip_min, "clip_max": score.clip_max, "contrast": score.contrast, **asdict(config.data),
         },
     )  # fmt: skip
     shown: list[Any] = list(islice(examples, max(score.shown, score.terminal, 1)))

@@ -5,7 +5,7 @@ token_statistics        both passes, per example, on the CPU
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,17 @@ from perce.batch import Batch, token_inputs
 
 OWN_SIGNAL = {"lossce": "loss", "entce": "entropy"}
 """Objectives without a counterfactual pass, and what of the factual one their weights are clipped from."""
+
+
+class FactualPass(NamedTuple):
+    """What the factual pass returns: the loss, 0-d, and per response token, each (N,) and detached:"""
+
+    loss: Tensor
+    logp: Tensor
+    logp_cf: Tensor
+    signal: Tensor
+    """What the clip acts on: PIR, its exponential, the token's loss or the predictive entropy."""
+    token_weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,8 +63,9 @@ def token_statistics(
         "hidden_cf": counterfactual_hidden(model, inputs), "clip_min": clip_min, "clip_max": clip_max,
         "contrast": contrast,
     }  # fmt: skip
-    _, logp, logp_cf, _, weight = factual(model, inputs, call, detach_persona=detach_persona)
-    columns = per_example(inputs, inputs["target"], logp, logp_cf, weight, inputs["personal"])
+    done = factual(model, inputs, call, detach_persona=detach_persona)
+    tokens = (inputs["target"], done.logp, done.logp_cf, done.token_weight, inputs["personal"])
+    columns = per_example(inputs, *tokens)
     return [TokenStatistics(*row) for row in zip(*columns, inputs["example"].tolist(), strict=True)]
 
 
@@ -61,18 +73,16 @@ def token_statistics(
 def token_entropies(model: nn.Module, inputs: Batch) -> list[Tensor]:
     """Predictive entropy in nats at each response token of each example, with the persona; (n,), on the CPU."""
     call = {"weight_from": "entropy", "clip_min": 0.0, "clip_max": 1e30}
-    return list(per_example(inputs, factual(model, inputs, call)[3])[0])
+    return list(per_example(inputs, factual(model, inputs, call).signal)[0])
 
 
-def factual(
-    model: nn.Module, inputs: Batch, call: dict[str, Any], *, detach_persona: bool = False
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Pass 2: (loss, logp, logp_cf, signal, token_weight), the loss inside the forward of the head.
+def factual(model: nn.Module, inputs: Batch, call: dict[str, Any], *, detach_persona: bool = False) -> FactualPass:
+    """Pass 2, the loss inside the forward of the head. `call`: arguments of the loss.
 
     detach_persona: run the prompt through the persona for its keys and values alone; see perce/prefill.py.
     """
     names = ("rows", "target", "prefix") if detach_persona else ("rows", "target")
-    return model(**token_inputs(inputs), perce={name: inputs[name] for name in names} | {"loss": call})
+    return FactualPass(*model(**token_inputs(inputs), perce={name: inputs[name] for name in names} | {"loss": call}))
 
 
 def per_example(inputs: Batch, *columns: Tensor) -> list[tuple[Tensor, ...]]:

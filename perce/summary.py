@@ -61,6 +61,9 @@ class Progress(ProgressCallback):
                 trainer.remove_callback(callback)
 
     def first_evaluation(self) -> tuple[dict[str, float], list[TokenStatistics]]:
+        """(metrics, statistics) before training; both empty where nothing was evaluated then (eval_on_start false)."""
+        if not self._first.is_file():
+            return {}, []
         saved = torch.load(self._first, weights_only=True)
         return saved["metrics"], [TokenStatistics(**fields) for fields in saved["statistics"]]
 
@@ -138,6 +141,7 @@ def write_run_report(
     scored = {
         name: {x.example: x for x in statistics}
         for name, statistics in (("before training", first), ("after training", trainer.last_evaluation))
+        if statistics
     }
     evaluated = sorted(set.intersection(*(set(by_example) for by_example in scored.values())))
     shown = [
@@ -162,7 +166,7 @@ def write_run_report(
         ("objective", config.loss.objective),
         ("steps", str(trainer.state.global_step)),
         *(
-            (label, f"{before[f'eval_{name}']:.4f} → {after[f'eval_{name}']:.4f}")
+            (label, " → ".join(f"{part[f'eval_{name}']:.4f}" for part in (before, after) if part))
             for name, label in progress.labels.items()
         ),
     ]
@@ -196,8 +200,10 @@ def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progr
     before, after = progress.first_evaluation()[0], progress.after
     table = Table("validation", "before", "after", "change", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name, label in progress.labels.items():
-        old, new = before[f"eval_{name}"], after[f"eval_{name}"]
-        table.add_row(label, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}")
+        new = after[f"eval_{name}"]
+        old = before.get(f"eval_{name}")
+        earlier = ("not evaluated", "") if old is None else (f"{old:.4f}", f"{new - old:+.4f}")
+        table.add_row(label, earlier[0], f"{new:.4f}", earlier[1])
     seconds = trainer.training_seconds
     facts = Table.grid(padding=(0, 3, 0, 0))
     facts.add_column(no_wrap=True)

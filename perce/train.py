@@ -170,7 +170,7 @@ def _options_that_fail_late() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (ImportError, ValueError) as error:
         raise UserError(f"These options cannot be used here: {' '.join(str(error).split())}") from error
 
 

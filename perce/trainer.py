@@ -7,6 +7,7 @@ Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers
 """
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from perce.config import DataConfig, LossConfig, MemoryConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
 from perce.estimates import Estimates, check_estimable, estimate
-from perce.loader import own_train_loader
+from perce.loader import own_train_loader, token_ids
 from perce.memory import check_context, check_sharding, prepare_memory, settle_device
 from perce.meters import Clock, Window, peak_memory_mib
 from perce.model import add_adapter, check_packing, load_pretrained, load_tokenizer, prepare_model
@@ -132,9 +133,11 @@ class PerceTrainer(Trainer):
         check_sharding(self, args.memory)
         prepare_memory(self.model, args.memory)
         if args.packing:
-            with self.compute_loss_context_manager():
-                # Where its weights are now: those that FSDP or DeepSpeed place later cannot be tried, and are refused.
-                check_packing(self.model, next(prepared.parameters()).device.type)
+            # Where its weights are now: those that FSDP or DeepSpeed place later cannot be tried, and are refused. The
+            # Trainer autocasts in the forward that it wraps, which is later; flash attention takes no fp32.
+            device = next(prepared.parameters()).device.type
+            with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+                check_packing(self.model, device)
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.estimation_clock = Clock(self.args.device)
@@ -146,6 +149,9 @@ class PerceTrainer(Trainer):
         self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
+        self._step_weight, self._step_loss = torch.zeros(2, device=self.args.device)
+        if args.loss.estimate == "online" and args.loss.objective in ("perce", "longce"):
+            _warn_of_dropout(prepared)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -178,8 +184,9 @@ class PerceTrainer(Trainer):
     ) -> Any:
         loss = self.args.loss
         call: dict[str, Any] = {
-            "num_items": num_items_in_batch, "normalize": loss.normalize, "contrast": loss.contrast,
+            "num_items": num_items_in_batch, "contrast": loss.contrast,
             "clip_min": loss.clip_min, "clip_max": loss.clip_max,
+            "normalize": "none" if loss.normalize == "batch" else loss.normalize,  # a step's batch: see training_step
         }  # fmt: skip
         if loss.normalize == "sequence":
             call["seq_id"] = inputs["sequence"]
@@ -190,12 +197,13 @@ class PerceTrainer(Trainer):
         else:
             call |= self._weight_source(model, inputs)
 
-        value, *statistics, token_weight = factual(model, inputs, call, detach_persona=self._detach_persona)
-        logp, logp_cf, signal = estimated or statistics
-        self._window.add(loss, statistics[0], logp - logp_cf, signal, token_weight, tokens=inputs["tokens"])
+        done = factual(model, inputs, call, detach_persona=self._detach_persona)
+        logp, logp_cf, signal = estimated or (done.logp, done.logp_cf, done.signal)
+        self._window.add(loss, done.logp, logp - logp_cf, signal, done.token_weight, tokens=inputs["tokens"])
         # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
-        value = value * self.accelerator.num_processes
-        return (value, (*statistics, token_weight)) if return_outputs else value
+        value = done.loss * self.accelerator.num_processes
+        self._step_weight += done.token_weight.sum()
+        return (value, done[1:]) if return_outputs else value
 
     def _weight_source(self, model: nn.Module, inputs: Batch) -> dict[str, Any]:
         """What the objective's token weights come from, for the loss to clip: the online E-step."""
@@ -207,9 +215,24 @@ class PerceTrainer(Trainer):
         with self.estimation_clock.measure():
             return {"hidden_cf": counterfactual_hidden(model, inputs)}
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         self._window.start()
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.loss.normalize != "batch":
+            return loss
+        self._step_loss += loss
+        if not self.accelerator.sync_gradients:
+            return loss
+        # The weights' mean is known once the whole step has been seen, in all its forwards and on all processes. It is
+        # one scalar, which the gradient takes as well as the loss would have; the loss is corrected in its last part.
+        total = self.accelerator.reduce(self._step_weight, "sum")
+        scale = torch.where(total == 0, 0.0, (num_items_in_batch or inputs["target"].numel()) / total)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale.to(parameter.grad.device))
+        corrected = loss + (scale - 1) * self._step_loss
+        self._step_weight, self._step_loss = torch.zeros_like(total), torch.zeros_like(loss)
+        return corrected
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As transformers.Trainer.train; True resumes from the newest checkpoint that is whole."""
@@ -269,8 +292,8 @@ class PerceTrainer(Trainer):
             call = {"clip_min": loss.clip_min, "clip_max": loss.clip_max, "contrast": loss.contrast}
             with self.compute_loss_context_manager():
                 call |= self._weight_source(model, inputs)
-                _, logp, logp_cf, signal, _ = factual(model, inputs, call, detach_persona=self._detach_persona)
-            return logp, logp_cf, signal
+                done = factual(model, inputs, call, detach_persona=self._detach_persona)
+            return done.logp, done.logp_cf, done.signal
 
         self._window.start()
         training = model.training
@@ -343,6 +366,17 @@ def _is_raw(dataset: Any) -> bool:
     return "response_length" not in columns
 
 
+def _warn_of_dropout(model: nn.Module) -> None:
+    """Adapters may have dropout; a base model may not (see perce.model)."""
+    dropout = max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0)
+    if dropout > 0:
+        warnings.warn(
+            f"Dropout of {dropout} in the adapter acts in the factual pass and not in the counterfactual one: every "
+            "PIR is a little too low. Leave it at 0, or use --estimate epoch or frozen, which have none then.",
+            stacklevel=3,
+        )
+
+
 def _check_hooks(kwargs: Mapping[str, Any]) -> None:
     """UserError for what the Trainer would call with logits, or instead of the loss: neither happens here."""
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
@@ -356,8 +390,9 @@ def _check_hooks(kwargs: Mapping[str, Any]) -> None:
 def _check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
     """UserError for a token id without an embedding: on a GPU it would end the process with a device-side assert."""
     largest = -1
-    if isinstance(dataset, Dataset) and len(dataset):
-        largest = int(pyarrow.compute.max(pyarrow.compute.list_flatten(dataset.data["input_ids"])).as_py())
+    if isinstance(dataset, Dataset):
+        for column in token_ids(dataset):
+            largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py())
     elif isinstance(dataset, list):
         largest = max((max(pair["input_ids"]) for pair in dataset), default=-1)
     if largest >= vocabulary:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from perce import evaluate
 from perce.config import DataConfig
@@ -87,10 +87,10 @@ def test_what_training_held_out_is_evaluated_and_training_rows_are_called_so(run
     held_out = load_splits(DataConfig(data=str(tmp_path / "rows.jsonl")), eval_examples=0, seed=7).validation
     assert 2 < len(held_out) < LIMIT
     data = ("--data", tmp_path / "rows.jsonl", "--generate", "false", "--output", tmp_path / "e.json")
-    out = run(*data, "--split", "held_out", "--held_out_seed", 7).out
+    out = run(*data, "--split", "held_out", "--split_seed", 7).out
     assert [record["source"] for record in result(tmp_path / "e.json")["records"]] == [x.source for x in held_out]
     assert "examples: held_out" in out and "training rows" not in out
-    assert "another run (held_out_seed was 7" in run(*data, "--split", "held_out", code=2).err
+    assert "another run (split_seed was 7" in run(*data, "--split", "held_out", code=2).err
     out = run("--data", tmp_path / "rows.jsonl", "--generate", "false").out
     assert "these are training rows" in out and "--split held_out" in out
     assert "Leave out --streaming" in run(*data, "--split", "held_out", "--streaming", code=2).err
@@ -174,8 +174,45 @@ def test_examples_with_the_same_texts_are_compared_one_by_one(run, tmp_path):
     data = write_jsonl(tmp_path / "twice.jsonl", rows + rows)
     run("--data", data, "--generate", "false", "--output", tmp_path / "a.json")
     run("--data", data, "--generate", "false", "--output", tmp_path / "b.json", "--compare_with", tmp_path / "a.json")
-    differences = result(tmp_path / "b.json")["comparison"]["differences"]
-    assert differences["loss_with_persona"]["n"] == 4 and differences["loss_with_persona"]["value"] == 0
+    comparison = result(tmp_path / "b.json")["comparison"]
+    difference = comparison["differences"]["loss_with_persona"]
+    assert difference["n"] == 4 and difference["value"] == 0 and not comparison["settings"]
+
+
+def test_a_comparison_tells_what_else_than_the_model_differs(run, tmp_path):
+    run("--temperature", 0, "--output", tmp_path / "a.json")
+    out = run("--max_new_tokens", 5, "--temperature", 0, "--compare_with", tmp_path / "a.json").out
+    assert "not only the model differs: max_new_tokens is 5 here and 6 there" in out and "temperature" not in out
+
+
+def test_a_sample_is_of_the_whole_split(model, tmp_path, capsys):
+    def sampled(*argv):
+        path = tmp_path / f"{'-'.join(argv)}.json"
+        flags = ["--model", str(model), "--generate", "false", "--sample", "9", "--output", str(path)]
+        assert evaluate.main([*flags, *argv]) == 0
+        return [record["source"] for record in result(path)["records"]]
+
+    sources = {example.source for example in demo_examples(1000, "test")}
+    one, other = sampled(), sampled("--split_seed", "1")
+    assert len(one) == 9 and set(one) <= sources and one != other and set(one) != set(list(sources)[:9])
+    assert evaluate.main(["--sample", "2", "--limit", "3"]) == 2
+    assert "limit, sample: expected one of them" in capsys.readouterr().err
+
+
+def test_nothing_of_the_models_own_generation_config_is_used():
+    model = prepare_model(tiny_model("llama"))
+    tokenizer = tiny_tokenizer()
+    builder = make_builder(tokenizer, DataConfig(), "perce")
+    items = [Item(i, str(i), example, builder.build(example), None) for i, example in enumerate(demo_examples(3))]
+    prompts = [item.pair.input_ids[: -item.pair.response_length] for item in items]
+    options = evaluate.EvaluateConfig(temperature=0, max_new_tokens=12)
+    expected = Evaluator(model, tokenizer, torch.device("cpu"), options, None).replies(prompts, items)
+    hostile = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=12, num_beams=3)
+    model.generation_config = hostile
+    evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, None)
+    assert evaluator.replies(prompts, items) == expected
+    changed = model.generate(torch.tensor(prompts[:1]), generation_config=hostile, max_new_tokens=12)
+    assert tokenizer.decode(changed[0, len(prompts[0]) :]).strip() != expected[0], "it would have mattered"
 
 
 def test_one_user_has_nobody_to_swap_with_and_long_rows_are_skipped(run, tmp_path):

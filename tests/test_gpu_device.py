@@ -70,7 +70,7 @@ def test_statistics_and_gradients(case):
     for name, gradient in ours.grads.items():
         assert gradient.dtype == case.dtype
         wanted = expected.grads[name]
-        # The contract's 1e-5 is for gradients of a mean; these are a sum's, so that it is a share of the largest.
+        # The documented 1e-5 is for gradients of a mean; these are a sum's, so that it is a share of the largest.
         floor = 1e-5 * max(1.0, float(wanted.abs().max()))
         assert_as_accurate_as_torch(f"d{name}", gradient, in_torch.grads[name], wanted, floor=floor)
 

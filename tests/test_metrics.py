@@ -71,6 +71,25 @@ def test_clustered_mean_and_its_interval():
     assert clustered_mean([0.0, 0.0], [0, 0], [1, 2]) is None
 
 
+@pytest.mark.parametrize("clusters", [2, 3, 5, 10])
+def test_intervals_over_few_users_cover_as_often_as_they_say(monkeypatch, clusters):
+    monkeypatch.setattr(metrics, "RESAMPLES", 300)
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        weights = rng.integers(1, 20, clusters)
+        interval = clustered_mean(rng.normal(2.0, 0.5, clusters) * weights, weights, range(clusters), seed)
+        covered += interval.low <= 2.0 <= interval.high
+    assert 0.88 <= covered / 200 <= 0.98
+    assert metrics._student(11) == pytest.approx(2.2010, abs=3e-3) and metrics._student(400) < 1.9665
+
+
+def test_one_user_has_no_interval():
+    interval = clustered_mean([1.0, 2.0], [1, 1], ["ana", "ana"])
+    assert (interval.value, interval.low, interval.high, interval.clusters) == (1.5, None, None, 1)
+    assert interval.span() == "one user"
+
+
 def test_paired_difference_finds_what_is_there_and_nothing_else():
     rng = np.random.default_rng(1)
     base = rng.normal(3.0, 1.0, 200)

@@ -18,8 +18,8 @@ from perce.config import DataConfig, LossConfig
 from perce.dataset import load_pairs, make_builder, pair_dataset, rows_dataset_pairs
 from perce.encoder import Encoder
 from perce.errors import UserError
-from perce.formats import PASSAGES, _passage
-from perce.pairs import _COMMON, _WORD
+from perce.formats import PASSAGES, passage_text
+from perce.pairs import COMMON_WORDS, WORD
 from perce.retrieval import QUERIES, Retriever, bm25_scores, indexed_text, make_retriever, query_of
 from perce.rows import Example, Turn, load_examples
 from perce.train import main
@@ -105,7 +105,7 @@ def test_labels_ratings_tags_and_categories_are_not_searched(parts):
     left_out = {"overall", "score", "tag", "category"}
     entry |= {field: "5.0" for field in left_out & entry.keys()}
     expected = "\n".join(entry[field] for _, field in parts if field not in left_out)
-    passage = _passage(entry, "profile[0]")
+    passage = passage_text(entry, "profile[0]")
     assert passage != expected and indexed_text(passage) == expected
 
 
@@ -477,4 +477,4 @@ def test_on_real_histories_the_best_match_says_more_of_the_response_than_the_lat
 
 
 def content_words(text):
-    return {word for word in map(str.lower, _WORD.findall(text)) if len(word) > 2 and word not in _COMMON}
+    return {word for word in map(str.lower, WORD.findall(text)) if len(word) > 2 and word not in COMMON_WORDS}

@@ -1,10 +1,10 @@
-"""perce.rows: every format and place that rows come from, what is said of a bad row, and the six given data sets."""
+"""perce.rows: every format and place that rows come from, what is said of a bad row, and six real data sets."""
 
 import csv
 import json
+import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import pytest
 from perce.errors import UserError
 from perce.rows import FORMATS, Example, Rows, Turn, available_splits, load_examples
 
-SHARED = Path(__file__).parents[2] / "shared/data"
 GOOD = {"persona": ["I bake.", "I have a dog."], "query": "Any plans?", "response": "Walking my dog."}
 TALK = [
     {"role": "user", "content": "Hi"},
@@ -470,15 +469,6 @@ def test_limit(tmp_path):
         load(tmp_path, CONVAI2, limit=0)
 
 
-def test_five_thousand_rows_take_less_than_a_second(tmp_path):
-    path = jsonl(
-        tmp_path / "data.jsonl", *[{**ABSTRACT, "profile": [{"title": "t " * 9, "abstract": "a " * 99}] * 6}] * 5000
-    )
-    start = time.perf_counter()
-    assert len(load_examples(path, "train").examples) == 5000
-    assert time.perf_counter() - start < 1
-
-
 def test_importing_is_light():
     code = "import sys, perce.rows; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
     cwd = Path(__file__).parents[1]
@@ -487,7 +477,17 @@ def test_importing_is_light():
     )
 
 
-# --- the data sets that were given ----------------------------------------------------------------------------------
+def test_the_documented_rows_are_read_as_the_documented_formats(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "DATA.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in page.partition("```json\n")[2].partition("```")[0].splitlines()]
+    formats = ["perce", "perce", "prompt_completion", "longlamp", "lamp", "convai2", "spc", "text"]
+    for row, format in zip(rows, formats, strict=True):
+        read = load_examples(jsonl(tmp_path / "rows.jsonl", row), "train")
+        assert read.format == format and len(read.examples) == 1 and f"`{format}`" in page
+    assert set(formats) == set(FORMATS)
+
+
+# --- real data sets -------------------------------------------------------------------------------------------------
 
 # Examples a split, by their README tables: rows (one response a row), turns for Persona-Chat; for SPC utterances less
 # one a dialogue (24,478 - 882; 3,200 - 120; 20,473 - 749) less the repeats of a speaker that are merged (34, 0, 24).
@@ -503,13 +503,14 @@ USERS = {"amazon-user-reviews": 160, "author-abstracts": 960, "lamp7-tweets": 11
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_given_data_sets(name):
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"no {SHARED / name} here: the shared data sets are not part of the repository")
+def test_real_data_sets(name):
+    root = Path(os.environ.get("PERCE_TEST_DATA", ""))
+    if not (root / name / "train.jsonl").is_file():
+        pytest.skip(f"needs the directory {name} in $PERCE_TEST_DATA: it is not part of the repository")
     format, *counts = EXPECTED[name]
-    assert available_splits(SHARED / name) == ["train", "validation", "test"]
+    assert available_splits(root / name) == ["train", "validation", "test"]
     for split, count in zip(("train", "validation", "test"), counts, strict=True):
-        rows = load_examples(SHARED / name, split)
+        rows = load_examples(root / name, split)
         assert (rows.format, len(rows.examples), rows.skipped) == (format, count, 0)
         for e in rows.examples:
             assert e.persona and e.turns[-1].role == "user" and e.response.strip()

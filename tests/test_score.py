@@ -7,10 +7,13 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from perce import score
+from perce.config import InferenceConfig
 from perce.demo import DATA_DIR
+from perce.inference import load
 from tests.tiny import save_tiny_model, tiny_tokenizer, write_jsonl
 
 LIMIT = 9
@@ -137,8 +140,6 @@ def test_streaming_gives_the_same_and_long_examples_are_skipped(run, tmp_path):
 
 
 def test_an_adapter_is_scored_as_its_merged_model(model, run, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(0)
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
@@ -158,15 +159,33 @@ def test_an_adapter_is_scored_as_its_merged_model(model, run, tmp_path):
     assert a == pytest.approx(b, abs=1e-4) and a != pytest.approx(c, abs=1e-2)
 
 
+def test_an_adapter_is_not_rounded_into_a_bf16_base(model, tmp_path, monkeypatch):
+    """Less than half a unit in the last place of a weight would be lost, and most of an adapter is."""
+    monkeypatch.setattr("perce.model.bf16_is_sound", lambda device: True)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-4)
+    adapted.save_pretrained(tmp_path / "adapter")
+    saved = {name: p for name, p in adapted.named_parameters() if "lora_" in name}
+    model, _, _ = load(InferenceConfig(model=str(tmp_path / "adapter"), precision="bf16"))
+    loaded = dict(model.named_parameters())
+    assert saved and all(torch.equal(loaded[name], p) for name, p in saved.items())
+    base = {name: p for name, p in adapted.named_parameters() if "lora_" not in name}
+    assert all(torch.equal(loaded[name], p.bfloat16()) for name, p in base.items())
+
+
 @pytest.mark.parametrize(
     ("argv", "fragment"),
     [
         (["--data", "nowhere.jsonl"], "No such file or directory: nowhere.jsonl"),
-        (["--split", "dev"], "split: expected one of train, validation, test, got 'dev'"),
+        (["--split", "dev"], "split: expected one of train, validation, test, held_out, got 'dev'"),
         (["--limit", "0"], "limit: expected >= 1"),
         (["--output", "/proc/s.html"], "/proc/s.html: cannot be written to"),
         (["--learning_rate", "1"], "learning_rate: unknown option. `--help` lists all."),
-        (["--clip_min", "9"], "clip_min, clip_max: expected 0 <= min <= max"),
+        (["--clip_min", "9"], "clip_min, clip_max: expected finite numbers, 0 <= min <= max"),
         (["--model", "./none"], "no such directory"),
     ],
 )

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from perce.demo import DATA_DIR
-from perce.pairs import _ANCHOR, PairBuilder
+from perce.pairs import ANCHOR, PairBuilder
 from perce.rows import Example, load_examples
 
 VOCAB = 400
@@ -72,7 +72,7 @@ def tiny_tokenizer(chat_template: str | None = CHATML, *, prepends_space: bool =
         vocab_size=VOCAB,
         special_tokens=special,
         # Stands in for the byte fallback of such tokenizers, which knows every character.
-        initial_alphabet=["\n", _ANCHOR] if prepends_space else pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=["\n", ANCHOR] if prepends_space else pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((DATA_DIR / "validation.jsonl").read_text(encoding="utf-8").splitlines(), trainer)
