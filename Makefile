@@ -1,8 +1,9 @@
 # make train | test | check | format | aot | bench | gpu | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
 # make gpu installs nothing: it runs in .venv (VENV=...) where that is, else with PYTHON as it is; BUDGET=seconds is for
-# its benchmarks, WHEELS=dir holds wheels of missing packages.
+# its benchmarks, WHEELS=dir holds wheels of missing packages, RESULTS=dir takes what it found.
 
+SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -14,10 +15,12 @@ STAMP := $(VENV)/.installed
 
 BUDGET ?= 260
 WHEELS ?=
+RESULTS ?= benchmarks/results
 WHEELS_SITE := $(CURDIR)/build/wheels
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-# In this order: the time allowed ends the test run between two tests.
+# In this order, for the time may end before they do. A blocked CUDA call hears no signal: a thread ends such a test.
 GPU_TESTS := $(addprefix tests/test_gpu_,device.py promises.py lse_gemm.py row_loss.py stored.py driver.py)
+GPU_PYTEST := --timeout 60 --timeout-method thread --tb short --disable-warnings -rf --durations 10
 
 help:
 	@echo "make train    train the default small model on the built-in examples (CPU or GPU, minutes)"
@@ -26,7 +29,7 @@ help:
 	@echo "make format   apply the formatter and the safe lint fixes"
 	@echo "make aot      compile the GPU kernels without a GPU: registers, spills, shared memory"
 	@echo "make bench    run the benchmarks"
-	@echo "make gpu      on a machine with a CUDA GPU: the GPU tests, then the GPU benchmarks (9 minutes)"
+	@echo "make gpu      on a machine with a CUDA GPU: the GPU tests, and the GPU benchmarks (10 minutes)"
 	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"
 
 setup: $(STAMP)
@@ -59,13 +62,19 @@ aot: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
-# The benchmarks run whatever the tests say; a failure of either is that of the target.
-gpu: export PYTHONPATH := $(if $(WHEELS),$(WHEELS_SITE):)$(PYTHONPATH)
+# At most 10 minutes: a few tests, for wrong kernels need no timing; the benchmarks; all tests that need a GPU. Each part
+# runs whatever those before it say, none can take the time of another, and a failure of any is that of the target.
+gpu: export PYTHONPATH := $(if $(WHEELS),$(WHEELS_SITE):$(WHEELS_SITE)/nvidia_cutlass_dsl/dsl_packages:)$(PYTHONPATH)
 gpu:
-	$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(WHEELS_SITE) $(WHEELS)/*.whl)
-	@status=0; \
-	$(GPU_PYTHON) -m pytest $(GPU_TESTS) -m "not slow" --session-timeout 240 $(ARGS) || status=1; \
-	$(GPU_PYTHON) -m benchmarks.gpu.run --budget $(BUDGET) || status=1; \
+	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: expected a CUDA GPU, found none')"
+	-$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(WHEELS_SITE) $(WHEELS)/*.whl)
+	@mkdir -p $(RESULTS); set -o pipefail; status=0; \
+	timeout -k 5 80 $(GPU_PYTHON) -m pytest tests/test_gpu_device.py -m gpu -k statistics_and_gradients -x $(GPU_PYTEST) \
+		2>&1 | tee $(RESULTS)/gpu_smoke.log || status=1; \
+	timeout -k 5 $$(($(BUDGET) + 30)) $(GPU_PYTHON) -m benchmarks.gpu.run --budget $(BUDGET) --results $(RESULTS) \
+		2>&1 | tee $(RESULTS)/gpu_benchmarks.log || status=1; \
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 timeout -k 5 190 $(GPU_PYTHON) -m pytest $(GPU_TESTS) -m "gpu and not slow" \
+		--maxfail 8 $(GPU_PYTEST) $(ARGS) 2>&1 | tee $(RESULTS)/gpu_tests.log || status=1; \
 	exit $$status
 
 clean:

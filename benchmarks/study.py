@@ -97,8 +97,8 @@ class Study:
 
     def variant_cells(self) -> Iterator[Cell]:
         """PerCE with other clips, normalisations and estimators, at PerCE's own best rate, one seed."""
-        for data in self.config["data"]:
-            for options in self.config.get("variants", []):
+        for options in self.config.get("variants", []):
+            for data in self.config["data"]:
                 rate = self.best_rate(data, "perce")
                 yield Cell("variants", data, "perce", rate, self.config["seeds"][0], options)
 

@@ -5,8 +5,8 @@
     swapped          another user's persona      if it does no worse than the right one, the persona is not used
     generated        the user's persona          ROUGE, METEOR, and whether the reply uses a word of the persona
 
-Personal tokens are those of marked spans where the data has them, else words of the persona that the conversation has
-not (perce.pairs.personal_word_spans: quoted facts; no paraphrase, no style).
+Personal tokens are those of marked spans where the data has them, else words that occur in the persona but not in the
+conversation (perce.pairs.personal_word_spans: quoted facts; no paraphrase, no style).
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Does PIR find the personal tokens? Against labelled tokens, beside what could be had without the contrast.
 
     PIR                log P(token | persona, …) − log P(token | …)
-    persona word       the token belongs to a word of the persona that the conversation has not (1 or 0)
+    persona word       the token belongs to a word that is in the persona but not in the conversation (1 or 0)
     token loss         −log P(token | persona, …)
     entropy            predictive entropy before the token, with the persona
 

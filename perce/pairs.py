@@ -318,7 +318,7 @@ class PairBuilder:
 
 
 def personal_word_spans(response: str, persona: Sequence[str], conversation: str) -> list[tuple[int, int]]:
-    """Character spans of the response's words that the persona has and the conversation has not; never common words.
+    """Character spans of a response's words that are in the persona but not in the conversation; never common words.
 
     The automatic label of personal tokens for data without marked spans: it finds quoted facts, and misses paraphrase
     and style.

@@ -104,8 +104,11 @@ def _backward(ctx, dloss, *_statistics):
     """Statistics and stored gradients are constants by definition: only loss_sum is differentiated."""
     if torch.is_grad_enabled():
         raise RuntimeError(HIGHER_ORDER)
+    # In one pass, without a second fp32 tensor of the head's size: 8 GB of memory traffic less for V·D of a billion.
     scaled = [
-        (gradient * dloss).to(dtype) if needed and dloss is not None else None
+        torch.mul(gradient, dloss, out=torch.empty_like(gradient, dtype=dtype))
+        if needed and dloss is not None
+        else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
     dhidden, dlm_head, dbias = scaled

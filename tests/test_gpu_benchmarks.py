@@ -87,11 +87,6 @@ def test_no_time_means_ours_alone(fakes):
         assert found["no pir"]["reason"] == measure.NO_TIME
 
 
-def test_a_peer_that_crashed_before_is_left_out(fakes):
-    found = all_of(job("right", "no pir", skip=[["frozen", "no pir"]], extras=False)).entry["heads"]
-    assert "no pir" in found["trainable"]["peers"] and "no pir" not in found["frozen"]["peers"]
-
-
 def test_a_lost_device_ends_the_process(monkeypatch, fakes):
     monkeypatch.setattr(clock.HostClock, "is_alive", lambda _: False)
     with pytest.raises(measure.Dead, match="an assertion"):

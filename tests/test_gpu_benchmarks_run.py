@@ -20,8 +20,6 @@ say("machine", device="NVIDIA H100 80GB", driver="1", packages={"torch": "2"}, c
 for head in job["heads"]:
     say("round", head=head, seconds={"matmul": 1.0, "copy": 1.0})
     for peer in job["peers"]:
-        if [head, peer] in job["skip"]:
-            continue
         say("begin", head=head, peer=peer)
         if peer == "crashes" and head == "trainable":
             print("CUDA error: an illegal memory access", file=sys.stderr)
@@ -29,8 +27,7 @@ for head in job["heads"]:
         if peer == "hangs" and head == "frozen":
             time.sleep(60)
         say("checked", head=head, peer=peer, errors={"loss": 0.0}, peak_extra_bytes=2**30, seconds=5.0, rounds=0)
-    measured = [peer for peer in job["peers"] if [head, peer] not in job["skip"]]
-    say("round", head=head, seconds={"matmul": 1.0, "copy": 2.0} | dict.fromkeys(measured, 2.0))
+    say("round", head=head, seconds={"matmul": 1.0, "copy": 2.0} | dict.fromkeys(job["peers"], 2.0))
     say("head_done", head=head)
 if job["extras"]:
     say("begin", head="sweep", peer="perce")
@@ -56,13 +53,16 @@ def test_a_process_that_crashes_or_hangs_is_replaced_by_one_without_the_peer(com
     assert [size["n"] for size in tree["sizes"]] == [10, 20]
     for size in tree["sizes"]:
         trainable, frozen = size["heads"]["trainable"], size["heads"]["frozen"]
-        assert trainable["matmul_flops"] == 10 * 2 * 100**3 and trainable["bandwidth"] == 10 * 2 * 80000 / 1.5
+        assert trainable["matmul_flops"] == measure.PROBES * 2 * 100**3
+        assert trainable["bandwidth"] == measure.PROBES * 2 * 80000 / 1.5
         assert trainable["floor"] == 8 * size["n"] * 4 * 6 / trainable["matmul_flops"]
         assert trainable["floor"] * 6 == pytest.approx(frozen["floor"] * 8)
         crash, hang = trainable["peers"]["crashes"]["reason"], frozen["peers"]["hangs"]["reason"]
-        assert crash == "the process ended with 7: CUDA error: an illegal memory access"
-        assert hang == "nothing heard for 1 s"
-        for peer in (trainable["peers"]["perce"], trainable["peers"]["hangs"], frozen["peers"]["crashes"]):
+        before = "left out, as before: " if size is tree["sizes"][1] else ""
+        assert crash == f"{before}the process ended with 7: CUDA error: an illegal memory access"
+        assert hang == f"{before}nothing heard for 1 s"
+        assert "illegal memory access" in frozen["peers"]["crashes"]["reason"], "it is not met again with another head"
+        for peer in (trainable["peers"]["perce"], frozen["peers"]["perce"]):
             assert peer["seconds"] == 2.0 and peer["rounds"] == 1 and peer["peak_extra_bytes"] == 2**30
             assert peer["ratio_to_floor"] > 0
         assert size["failed"] == ["sweep: the process ended with 1: the sweep is broken"]
@@ -71,9 +71,11 @@ def test_a_process_that_crashes_or_hangs_is_replaced_by_one_without_the_peer(com
 
 def test_the_end_of_the_time_keeps_what_there_is(command, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    job = Job(10, 4, 6, seconds=-4.0, peers=["perce", "hangs"], heads=["frozen"])
-    size = run.run_size(job, run.Results(None), command)
-    assert size.entry["heads"]["frozen"]["peers"]["perce"]["seconds"] == 5.0
+    job, lost = Job(10, 4, 6, seconds=-4.0, peers=["perce", "hangs"], heads=["frozen"]), {}
+    size = run.run_size(job, run.Results(None), command, lost=lost)
+    peers = size.entry["heads"]["frozen"]["peers"]
+    assert peers["perce"]["seconds"] == 5.0 and peers["hangs"]["reason"] == run.OUT_OF_TIME
+    assert not lost, "with more time it may do"
     assert (tmp_path / "nvidia_h100_80gb.json").exists()
 
 
@@ -98,10 +100,15 @@ def test_the_commands_without_a_gpu(monkeypatch, capsys):
 
 def test_the_command_prints_its_tables(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sys, "argv", ["run", "--budget", "9", "--output", str(tmp_path / "x.json")])
+    monkeypatch.setattr(sys, "argv", ["run", "--budget", "9", "--results", str(tmp_path), "--sizes", "3", "0"])
     for measured in (True, False):
         tree = tree_of({"perce": {"seconds": 0.03, "ratio_to_floor": 1.2}} if measured else {})
-        monkeypatch.setattr(run, "run", lambda *, budget, path, tree=tree: SimpleNamespace(tree=tree, path=path))
+
+        def fake(sizes, *, budget, directory, peers, heads, tree=tree):
+            assert sizes == [measure.SIZES[3], measure.SIZES[0]] and directory == tmp_path and "perce" in peers
+            return SimpleNamespace(tree=tree, path=directory / "x.json")
+
+        monkeypatch.setattr(run, "run", fake)
         if measured:
             run.main()
             assert "30.0 (1.20)" in capsys.readouterr().out

@@ -37,7 +37,9 @@ LOSS_ERROR, GRADIENT_ERROR = 0.01, 0.1
 logits alone cost some 1e-3 of the loss and 1e-2 of a gradient."""
 SAMPLE = 1024  # rows of each gradient that are compared
 CHUNK_BUDGETS = tuple(2**exponent for exponent in range(27, 34))  # bytes of logits, 128 MiB to 8 GiB
-LONG_STEP = 0.3  # seconds
+LONG_STEP = 1.5  # seconds; shorter ones are timed twice
+PROBES = 60  # products and copies in a row: some 0.1 s of an H100, so that its clock is that of work that goes on
+COMMIT = "PERCE_COMMIT"  # environment variable: a working tree that came without its repository does not know
 NO_TIME = "not measured: no time left"
 HEAD_SHARE = 0.6  # of the time that is left when a head begins; the first one compiles for the second
 PREPARATION_SHARE = 0.7  # of a head's time; the rest is for timing
@@ -59,8 +61,6 @@ class Job:
     rounds: int = 7
     heads: list[str] = field(default_factory=lambda: list(HEADS))
     peers: list[str] = field(default_factory=lambda: list(PEERS))
-    skip: list[list[str]] = field(default_factory=list)
-    """[head, peer] that crashed before."""
     probe: int = 8192
     """Side of the square product that gives the matmul rate; the copy is of 8 bytes for each of its entries."""
     extras: bool = True
@@ -99,7 +99,7 @@ def machine(device: str) -> Event:
     return found | {
         "python": platform.python_version(),
         "packages": {package: version(package) for package in PACKAGES},
-        "commit": output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": os.environ.get(COMMIT) or output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
@@ -214,18 +214,18 @@ def copied_bytes(job: Job) -> int:
 
 
 def probes(job: Job) -> dict[str, Callable]:
-    """The two ceilings, timed in turn with everything else: a product, and a copy; ten of each."""
+    """The two ceilings, timed in turn with everything else: a product, and a copy; PROBES of each."""
     dtype = getattr(torch, job.dtype)
     a, b, c = (torch.randn(job.probe, job.probe, device=job.device).to(dtype) for _ in range(3))
-    source = torch.zeros(copied_bytes(job), dtype=torch.uint8, device=job.device)
+    source = torch.randint(256, (copied_bytes(job),), dtype=torch.uint8, device=job.device)
     target = torch.empty_like(source)
 
     def matmul() -> None:
-        for _ in range(10):
+        for _ in range(PROBES):
             torch.mm(a, b, out=c)
 
     def copy() -> None:
-        for _ in range(10):
+        for _ in range(PROBES):
             target.copy_(source)
 
     return {"matmul": matmul, "copy": copy}
@@ -247,8 +247,6 @@ def measure_head(
     deadline = time.monotonic() + (until - time.monotonic()) * PREPARATION_SHARE
     for name in job.peers:
         where = {"head": head, "peer": name}
-        if [head, name] in job.skip:
-            continue
         if name != job.peers[0] and time.monotonic() > deadline:
             yield where | {"event": "failed", "reason": NO_TIME}
             continue

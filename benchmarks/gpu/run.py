@@ -1,8 +1,9 @@
-"""All sizes within a time budget: `python -m benchmarks.gpu.run [--budget SECONDS] [--output FILE]`.
+"""All sizes within a time budget: `python -m benchmarks.gpu.run [--budget SECONDS] [--results DIR]`.
 
 Each size is measured in a process of its own (measure.py). A peer that crashes it, or lets nothing be heard for
 PATIENCE seconds, is recorded with the reason and left out of another process that goes on; a size gets its share of the
-time that is left. The results are written after every event, so that what was measured is never lost.
+time that is left. Such a peer is left out for good: one that hangs would else take the time of every size. The results
+are written after every event, so that what was measured is never lost.
 
     floor = 8·N·D·V FLOP, 6 with a frozen head, ÷ the matmul rate that was timed in turn with the peers
 """
@@ -21,14 +22,16 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
-from benchmarks.gpu.measure import HEADS, SIZES, Job, as_argument, copied_bytes
+from benchmarks.gpu.measure import HEADS, PROBES, SIZES, Job, as_argument, copied_bytes
+from benchmarks.gpu.peers import PEERS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
 SHARES = (0.35, 0.2, 0.2, 0.25)  # of the time; the first compiles what the others find on the disk
 BUDGET = 260.0
-PATIENCE = 60.0
+PATIENCE = 30.0
 ATTEMPTS = 5
+OUT_OF_TIME = "out of time while it ran"
 FLOP = {"trainable": 8, "frozen": 6}  # · N·D·V
 SCHEMA = 1
 COMMAND = (sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.measure")
@@ -37,8 +40,8 @@ COMMAND = (sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.measure")
 class Results:
     """What has been heard so far, and its file."""
 
-    def __init__(self, path: Path | None):
-        self.path = path
+    def __init__(self, path: Path | None, directory: Path | None = None):
+        self.path, self.directory = path, directory or RESULTS
         self.tree: dict[str, Any] = {"schema": SCHEMA, "machine": {}, "sizes": []}
 
     def start(self, job: Job) -> "SizeResult":
@@ -49,7 +52,7 @@ class Results:
     def take_machine(self, event: dict[str, Any]) -> None:
         self.tree["machine"] = {name: value for name, value in event.items() if name != "event"}
         if self.path is None:
-            self.path = RESULTS / f"{re.sub('[^a-z0-9]+', '_', event['device'].lower()).strip('_')}.json"
+            self.path = self.directory / f"{re.sub('[^a-z0-9]+', '_', event['device'].lower()).strip('_')}.json"
 
     def write(self) -> None:
         if self.path is None:
@@ -103,8 +106,8 @@ class SizeResult:
         def seconds(name: str) -> list[float]:
             return [one[name] for one in rounds if name in one]
 
-        steps["matmul_flops"] = 10 * 2 * job.probe**3 / median(seconds("matmul"))
-        steps["bandwidth"] = 10 * 2 * copied_bytes(job) / median(seconds("copy"))
+        steps["matmul_flops"] = PROBES * 2 * job.probe**3 / median(seconds("matmul"))
+        steps["bandwidth"] = PROBES * 2 * copied_bytes(job) / median(seconds("copy"))
         steps["floor"] = FLOP[head] * job.n * job.d * job.v / steps["matmul_flops"]
         for name, entry in steps["peers"].items():
             if "reason" not in entry and (times := seconds(name)):
@@ -126,7 +129,7 @@ def _last_line(stderr: IO[str]) -> str:
 
 
 def run_once(job: Job, results: Results, size: SizeResult, until: float, command=COMMAND, patience=PATIENCE):
-    """One process. None when it is done or out of time; else (where, reason) of what stopped it."""
+    """One process. None when it is done; else (where, reason) of what stopped it."""
     heard: queue.Queue[str | None] = queue.Queue()
     where = ("start", "start")
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
@@ -141,7 +144,7 @@ def run_once(job: Job, results: Results, size: SizeResult, until: float, command
                 try:
                     line = heard.get(timeout=max(0.1, min(patience, left)))
                 except queue.Empty:
-                    return None if time.monotonic() >= until else (where, f"nothing heard for {patience:.0f} s")
+                    return where, OUT_OF_TIME if time.monotonic() >= until else f"nothing heard for {patience:.0f} s"
                 if line is None:
                     return where, f"the process ended with {child.wait()}: {_last_line(stderr)}"
                 event = json.loads(line)
@@ -161,10 +164,19 @@ def run_once(job: Job, results: Results, size: SizeResult, until: float, command
             child.wait()
 
 
-def run_size(job: Job, results: Results, command=COMMAND, patience=PATIENCE) -> SizeResult:
-    """One size to its end, or to the end of its time, however many peers fail on the way."""
+def run_size(
+    job: Job, results: Results, command=COMMAND, patience=PATIENCE, lost: dict[str, str] | None = None
+) -> SizeResult:
+    """One size to its end, or to the end of its time, however many peers fail on the way.
+
+    lost: peer → why it stopped a process; they are not tried (again), and this size's are added.
+    """
+    lost = {} if lost is None else lost
     size, until = results.start(job), time.monotonic() + job.seconds
-    job = replace(job, heads=list(job.heads), skip=list(job.skip))
+    job = replace(job, heads=list(job.heads), peers=[peer for peer in job.peers if peer not in lost])
+    for head in job.heads:
+        for peer, reason in lost.items():
+            size.take({"event": "failed", "head": head, "peer": peer, "reason": f"left out, as before: {reason}"})
     for _ in range(ATTEMPTS):
         job.seconds = until - time.monotonic()
         stopped = run_once(job, results, size, until + 5, command, patience)
@@ -179,8 +191,12 @@ def run_size(job: Job, results: Results, command=COMMAND, patience=PATIENCE) -> 
             job.extras = False
         else:
             size.restart(head)
-            size.take({"event": "failed", "head": head, "peer": peer, "reason": reason})
-            job.skip.append([head, peer])
+            for left in job.heads:
+                again = reason if left == head else f"left out: {reason} ({head})"
+                size.take({"event": "failed", "head": left, "peer": peer, "reason": again})
+            job.peers.remove(peer)
+            if reason != OUT_OF_TIME:
+                lost[peer] = reason
         if time.monotonic() > until or not (job.heads or job.extras):
             break
     results.write()
@@ -188,29 +204,39 @@ def run_size(job: Job, results: Results, command=COMMAND, patience=PATIENCE) -> 
 
 
 def run(
-    sizes=SIZES, *, budget=BUDGET, path: Path | None = None, command=COMMAND, patience=PATIENCE, **options
-) -> Results:
-    """All sizes; `options` are those of Job."""
-    results, until = Results(path), time.monotonic() + budget
+    sizes=SIZES, *, budget=BUDGET, path: Path | None = None, directory: Path | None = None, command=COMMAND,
+    patience=PATIENCE, **options,
+) -> Results:  # fmt: skip
+    """All sizes; `options` are those of Job. Results go to `path`, or to a file of the device's name in `directory`."""
+    results, until = Results(path, directory), time.monotonic() + budget
+    lost: dict[str, str] = {}
     for index, (n, d, v) in enumerate(sizes):
         share = (until - time.monotonic()) * SHARES[index] / sum(SHARES[index : len(sizes)])
         if share < 1:
             break
         print(f"N = {n}, D = {d}, V = {v}: at most {share:.0f} s", flush=True)
-        run_size(Job(n, d, v, seconds=share, **options), results, command, patience)
+        run_size(Job(n, d, v, seconds=share, **options), results, command, patience, lost)
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for everything (default {BUDGET:.0f})")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DEVICE.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for DEVICE.json (default %(default)s)")
+    every = ", ".join(f"{index}: {size}" for index, size in enumerate(SIZES))
+    parser.add_argument("--sizes", type=int, nargs="+", default=range(len(SIZES)), choices=range(len(SIZES)),
+                        help=f"which (N, D, V); {every}")  # fmt: skip
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS, help="default: all", metavar="PEER")
+    parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS, help="default: both")
     options = parser.parse_args()
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu.run: expected a CUDA GPU, found none; nothing was measured")
-    results = run(budget=options.budget, path=options.output)
+    results = run(
+        [SIZES[index] for index in options.sizes], budget=options.budget, directory=options.results,
+        peers=options.peers, heads=options.heads,
+    )  # fmt: skip
     from benchmarks.gpu.tables import report
 
     print(report(results.tree))
