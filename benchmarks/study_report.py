@@ -119,24 +119,40 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
 
 def comparison(results: Results) -> Iterator[str]:
     for data in results.config["data"]:
-        yield f"\n### {data}\n"
-        rows = []
+        yield f"\n#### {data}\n"
+        rows, missing = [], []
         for objective in results.objectives:
             cells = results.main(data, objective)
+            if not any(data in cell["evaluations"] for cell in cells):
+                missing.append(NAMES[objective])
+                continue
             rate = results.best_rate(data, objective)
             about = "" if objective == "base" else f", {rate:g}" if rate else ""
             runs = "" if objective == "base" else f" × {len(cells)}"
             rows.append([NAMES[objective] + about + runs, *(cell_text(cells, data, column) for column in COLUMNS)])
+        yield from evaluated_on(results, data)
         yield from table(["objective, learning rate × seeds", *COLUMNS], rows)
-        yield from differences(results, data)
+        if missing:
+            yield f"\nNot run yet: {', '.join(missing)}."
+        for objective in ("perce", "lossce", "entce"):
+            yield from differences(results, data, objective)
 
 
-def differences(results: Results, data: str) -> Iterator[str]:
-    """PerCE against CE on the same examples."""
-    perce, ce = results.main(data, "perce"), results.main(data, "ce")
+def evaluated_on(results: Results, data: str) -> Iterator[str]:
+    """How much the numbers stand on."""
+    records = [cell["evaluations"][data]["records"] for cell in results.cells if data in cell["evaluations"]]
+    if records:
+        users = len({str(record.get("user_id") or record["source"]) for record in records[0]})
+        tokens, personal = (sum(record[name] for record in records[0]) for name in ("tokens", "personal_tokens"))
+        yield f"{len(records[0])} replies of {users} users, {tokens:,} tokens of which {personal} are personal.\n"
+
+
+def differences(results: Results, data: str, objective: str) -> Iterator[str]:
+    """An objective against CE on the same examples."""
+    mine, ce = results.main(data, objective), results.main(data, "ce")
     texts = []
     for column, (value, weight, digits, factor) in COLUMNS.items():
-        ours, theirs = (columns(cells, data, value, weight) if cells else None for cells in (perce, ce))
+        ours, theirs = (columns(cells, data, value, weight) if cells else None for cells in (mine, ce))
         if not ours or not theirs or len(ours[0]) != len(theirs[0]):
             continue
         result = paired_difference(ours[0], theirs[0], ours[1], ours[2])
@@ -144,7 +160,7 @@ def differences(results: Results, data: str) -> Iterator[str]:
             d, p = result[0].scaled(factor), result[1]
             texts.append(f"{column} {d.value:+.{digits}f} ({d.span(f'+.{digits}f')}; p = {p:.3f})")
     if texts:
-        yield f"\nPerCE minus CE, paired over users: {'; '.join(texts)}."
+        yield f"\n{NAMES[objective]} minus CE, paired over users: {'; '.join(texts)}."
 
 
 def transfer(results: Results) -> Iterator[str]:
@@ -250,9 +266,9 @@ def report(results: Results) -> Iterator[str]:
     config = results.config
     untuned = " and ".join(NAMES[x] for x in config["untuned"])
     sets = "; ".join(f"{name} {options_text(options)}".strip() for name, options in config["data"].items())
-    yield f"## {config['name']}: {config.get('model') or 'SmolLM2-135M-Instruct'}\n"
-    yield f"{len(results.cells)} cells. Training: {options_text(config['train'])}. Evaluation: {sets}; "
-    yield f"{options_text(config['evaluate'])}. Learning rates are picked by validation loss with persona, on seed "
+    yield f'### Study "{config["name"]}": {config.get("model") or "SmolLM2-135M-Instruct"}\n'
+    yield f"{len(results.cells)} cells. Training: {options_text(config['train'])}. Evaluation: {sets};"
+    yield f"{options_text(config['evaluate'])}. Learning rates are picked by validation loss with persona, on seed"
     yield f"{config['seeds'][0]}, for CE and PerCE; {untuned} take PerCE's. In brackets 95 % intervals over users.\n"
     yield f"    python -m benchmarks.study --config benchmarks/studies/{config['name']}.yaml --data_root DIR"
     yield f"    python -m benchmarks.study_report {results.path.relative_to(ROOT)}"
@@ -260,7 +276,7 @@ def report(results: Results) -> Iterator[str]:
         ("Comparison", comparison), ("Trade", plots), ("Transfer", transfer), ("Learning rates", rates),
         ("Clips, normalisations", variants), ("Speed", cost),
     ):  # fmt: skip
-        yield f"\n### {title}\n" if part is not comparison else ""
+        yield f"\n#### {title}\n" if part is not comparison else ""
         yield from part(results)
 
 

@@ -84,7 +84,7 @@ def test_every_stage_runs_once_and_is_reported(run, tmp_path, monkeypatch, capsy
     text = (tmp_path / "docs" / "RESULTS.md").read_text(encoding="utf-8")
     assert text.startswith("Above.") and "old" not in text and text.endswith("<!-- end -->\n")
     metric = cells["one-base"]["evaluations"]["one"]["metrics"]["loss_personal_tokens"]["value"]
-    assert f"| base model | {metric:.3f} (" in text and "PerCE minus CE" in text and "| clip_min 0.2 |" in text
+    assert f"| base model | {metric:.3f} (" in text and "PerCE** minus CE" in text and "| clip_min 0.2 |" in text
     assert (tmp_path / "docs" / "images" / "study_tiny.png").stat().st_size > 5000
 
 
