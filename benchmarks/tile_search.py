@@ -1,4 +1,7 @@
-"""Block sizes of one kernel on this GPU: `python -m benchmarks.tile_search row_loss|lse_gemm N D V [--dtype bfloat16]`.
+"""Block sizes of one kernel on this GPU: `python -m benchmarks.tile_search KERNEL N D V [--dtype bfloat16]`.
+
+    row_loss, lse_gemm         the way in use, and log-probabilities without logits
+    store_gemm, stored_rows    the way that keeps 16-bit logits; both must be tuned before it is judged
 
 Every candidate is compared with the shipped tile's result and then timed, the shipped tile in turn with it; the last
 line is a row for TABLE in perce_kernels/gpu/tiles.py. A candidate that does not compile, or needs more shared memory
@@ -22,11 +25,12 @@ from torch import Tensor
 from benchmarks.gpu.clock import HostClock, clock_of
 from benchmarks.implementations import make_inputs
 from perce_kernels import ops
-from perce_kernels.gpu import driver, lse_gemm, row_loss, tiles
+from perce_kernels.gpu import driver, lse_gemm, row_loss, steps, stored_rows, tiles
 from perce_kernels.gpu.tiles import Row, Tile
 
 TOLERANCE = 1e-4  # of statistics; another order of the sums moves them by some 1e-6
 DZ_TOLERANCE = 2**-5  # of weights up to 5, in bf16: an ulp
+PROBABILITY_TOLERANCE = 2**-8
 ROUNDS = 7
 
 
@@ -88,15 +92,65 @@ def lse_gemm_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) ->
     return Subject(run, None, lambda: last, [TOLERANCE])
 
 
-SUBJECTS = {"row_loss": row_loss_subject, "lse_gemm": lse_gemm_subject}
+class Stored(NamedTuple):
+    """A chunk for the way that keeps 16-bit logits: operands of both passes, targets of one."""
+
+    operands: Tensor  # (2C, D)
+    lm_head: Tensor  # (V, D)
+    target: Tensor  # (C,)
+    logits: Tensor  # (C, pitch)
+
+    @classmethod
+    def of(cls, n: int, d: int, v: int, dtype: torch.dtype, device: str) -> "Stored":
+        rows = min(n, driver.chunk_rows(d, v, 2, driver._multiprocessors(torch.device(device))))
+        hidden, lm_head, target, hidden_cf = (x.detach() for x in make_inputs(rows, d, v, dtype, device))
+        return cls(torch.cat([hidden, hidden_cf]), lm_head, target, lm_head.new_empty(rows, steps.pitch(v)))
+
+    def statistics(self) -> lse_gemm.Statistics:
+        return lse_gemm.statistics(self.operands, self.lm_head, self.target.repeat(2), None, stored=self.logits)
+
+
+def store_gemm_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
+    """Statistics, and the probabilities that the stored logits stand for: these depend on the width of a tile."""
+    chunk, rows = Stored.of(n, d, v, dtype, device), []
+
+    def result() -> list[Tensor]:
+        (last,) = rows
+        count = chunk.target.shape[0]
+        tile_max = last.tile_max[:, :count].repeat_interleave(last.tile_columns, 0)[:v].T
+        return [last.logp, (chunk.logits[:, :v].float() + tile_max - last.row_max[:count, None]).exp()]
+
+    def run() -> None:
+        rows[:] = [chunk.statistics()]
+
+    return Subject(run, None, result, [TOLERANCE, PROBABILITY_TOLERANCE])
+
+
+def stored_rows_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
+    chunk = Stored.of(n, d, v, dtype, device)
+    rows, kept = chunk.statistics(), chunk.logits.clone()
+    count = chunk.target.shape[0]
+    logp, weight = rows.logp[:count].contiguous(), torch.ones(count, device=device)
+
+    def run() -> None:
+        stored_rows.stored_gradient(chunk.logits, rows, chunk.target, logp, weight, None, v=v)
+
+    return Subject(run, lambda: chunk.logits.copy_(kept), lambda: [chunk.logits[:, :v].float()], [DZ_TOLERANCE])
+
+
+SUBJECTS = {
+    "row_loss": row_loss_subject, "lse_gemm": lse_gemm_subject, "store_gemm": store_gemm_subject,
+    "stored_rows": stored_rows_subject,
+}  # fmt: skip
+ROW_KERNELS = ("row_loss", "stored_rows")  # one program a row of logits, whatever D is
 
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype) -> list[Tile]:
     """All combinations whose operands fit into shared memory."""
     if arch == tiles.INTERPRETER:  # a tiny grid, for the tests
-        sizes = [(1, n, 0) for n in (64, 128)] if kernel == "row_loss" else [(m, 32, 16) for m in (16, 32)]
+        sizes = [(1, n, 0) for n in (64, 128)] if kernel in ROW_KERNELS else [(m, 32, 16) for m in (16, 32)]
         return [Tile(*size, 1, 1) for size in sizes]
-    if kernel == "row_loss":
+    if kernel in ROW_KERNELS:
         grid = itertools.product((1024, 2048, 4096, 8192), (4, 8, 16, 32), (1, 2, 3, 4))
         return [Tile(1, block_n, 0, warps, stages) for block_n, warps, stages in grid]
     descriptors = (True, False) if arch in ("sm_90", "sm_100") and dtype != torch.float32 else (False,)
@@ -164,11 +218,12 @@ def search(
 def row_of(kernel: str, arch: str, dtype: torch.dtype, n: int, d: int, v: int, best: Timed) -> str:
     """A line of tiles.TABLE; of the kernel that knows D, for D up to this one."""
     dtypes = "HALF + FULL" if kernel == "row_loss" else "FULL" if dtype == torch.float32 else "HALF"
+    unused = ", False" if kernel == "store_gemm" else ""  # whether this way is the faster is another question
     tma = ", True" if best.tile.use_tma else ""
     numbers = ", ".join(map(str, best.tile[:5]))
-    d_max = None if kernel == "row_loss" else d
+    d_max = None if kernel in ROW_KERNELS else d
     return (
-        f'    Row("{kernel}", "{arch}", {dtypes}, {d_max}, Tile({numbers}{tma})),'
+        f'    Row("{kernel}", "{arch}", {dtypes}, {d_max}, Tile({numbers}{tma}){unused}),'
         f"  # {1000 * best.seconds:.2f} ms at {n} × {d} × {v}, {1 / best.ratio:.2f} × the speed before"
     )
 
@@ -185,6 +240,8 @@ def main(arguments: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if needed := ops.triton_needs(torch.device(device)):
         sys.exit(f"benchmarks.tile_search: expected {needed}")
+    if options.kernel.startswith("store") and options.dtype == "float32":
+        sys.exit(f"benchmarks.tile_search: {options.kernel} keeps 16-bit logits; expected --dtype bfloat16 or float16")
     size, dtype = (options.n, options.d, options.v), getattr(torch, options.dtype)
     found = search(options.kernel, *size, dtype, device, budget=options.budget)
     for timed in found[: options.show]:

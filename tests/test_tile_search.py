@@ -12,16 +12,18 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="searches the inte
 
 
 @on_cpu
-@pytest.mark.parametrize("kernel", ["row_loss", "lse_gemm"])
+@pytest.mark.parametrize("kernel", sorted(tile_search.SUBJECTS))
 def test_tile_search_prints_a_row_of_the_table(kernel, monkeypatch, capsys):
     monkeypatch.setattr(tile_search, "ROUNDS", 1)
-    tile_search.main([kernel, "4", "16", "65", "--dtype", "float32", "--show", "2"])
+    dtype = "bfloat16" if kernel.startswith("store") else "float32"
+    tile_search.main([kernel, "4", "16", "65", "--dtype", dtype, "--show", "2"])
     *listed, row = capsys.readouterr().out.splitlines()
     assert len(listed) == 3 and "0 that do not compile" in listed[0]
     code, comment = row.split("#")
     found = eval(code.strip().rstrip(","), vars(tiles))
     assert found.kernel == kernel and found.arch == tiles.INTERPRETER and found.tile.block_n in (32, 64, 128)
-    assert found.d_max == (None if kernel == "row_loss" else 16)
+    assert found.d_max == (None if kernel in tile_search.ROW_KERNELS else 16)
+    assert found.in_use == (kernel != "store_gemm"), "found to be right, not to be the way to go"
     assert "at 4 × 16 × 65" in comment
 
 
@@ -53,7 +55,7 @@ def test_tile_search_passes_over_what_is_wrong_or_breaks(monkeypatch):
 
 
 @pytest.mark.parametrize("arch", sorted(tiles.SHARED_MEMORY_LIMIT))
-@pytest.mark.parametrize("kernel", ["row_loss", "lse_gemm"])
+@pytest.mark.parametrize("kernel", sorted(tile_search.SUBJECTS))
 def test_tile_candidates_fit_and_hold_the_shipped_one(arch, kernel):
     for dtype in (torch.bfloat16, torch.float32):
         found = tile_search.candidates(kernel, arch, dtype)
@@ -68,3 +70,9 @@ def test_tile_search_needs_triton(monkeypatch):
     monkeypatch.setattr(tile_search.ops, "TRITON_INTERPRETED", False)
     with pytest.raises(SystemExit, match="expected a CUDA or ROCm device"):
         tile_search.main(["row_loss", "4", "16", "65"])
+
+
+@on_cpu
+def test_logits_are_kept_in_sixteen_bits_only():
+    with pytest.raises(SystemExit, match="expected --dtype bfloat16 or float16"):
+        tile_search.main(["stored_rows", "4", "16", "65", "--dtype", "float32"])
