@@ -19,7 +19,7 @@ RESULTS ?= benchmarks/results
 WHEELS_SITE := $(CURDIR)/build/wheels
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 # In this order, for the time may end before they do. A blocked CUDA call hears no signal: a thread ends such a test.
-GPU_TESTS := $(addprefix tests/test_gpu_,device.py promises.py lse_gemm.py row_loss.py stored.py driver.py)
+GPU_TESTS := $(addprefix tests/test_gpu_,device.py promises.py lse_gemm.py row_loss.py stored.py driver.py cost.py)
 GPU_PYTEST := --timeout 60 --timeout-method thread --tb short --disable-warnings -rf --durations 10
 
 help:

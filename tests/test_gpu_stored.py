@@ -1,6 +1,6 @@
 """The GEMM that stores 16-bit logits and the gradient over them: the way that the table of tiles leaves unused so far.
 
-It is switched on here, and its products, memory and syncs are counted as those of the other way in test_gpu_driver.py.
+It is switched on here, and its products, memory and syncs are counted as those of the other way in test_gpu_cost.py.
 """
 
 import gc
@@ -23,7 +23,7 @@ from tests.numerics import (
 pytest.importorskip("triton")
 from perce_kernels import chunked, reference
 from perce_kernels.gpu import driver, lse_gemm, steps, stored_rows, tiles
-from tests.test_gpu_driver import CHUNK, several_chunks, sweep, watch  # noqa: F401  fixtures
+from tests.driver import CHUNK, several_chunks, sweep, watching  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "several_chunks", "stores")
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -250,7 +250,7 @@ def test_same_inputs_same_bits():
     ids=["trainable", "frozen head", "frozen hidden", "statistics only", "bias only"],
 )  # fmt: skip
 @pytest.mark.parametrize("compact", [True, False])
-def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed, per_token):  # noqa: F811
+def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed, per_token):
     inputs = make_inputs(bias=True).to(torch.bfloat16)
     rows = int((inputs.target != IGNORE).sum()) if compact else N
     with watch:
@@ -265,7 +265,7 @@ def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed
     [("hidden_cf", True, (True, True, True)), ("hidden_cf", False, (False, True, False)),
      ("token_weight", False, (True, False, False)), ("hidden_cf", True, (False, False, False))],
 )  # fmt: skip
-def test_peak_bytes_follow_the_formula(watch, monkeypatch, source, compact, needed):  # noqa: F811
+def test_peak_bytes_follow_the_formula(watch, monkeypatch, source, compact, needed):
     """The products with dz are left out: a CPU upcasts their operands, which no GPU does."""
     n, d, v = 14, 16, 509
     launch = lse_gemm.statistics

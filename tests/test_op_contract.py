@@ -1,4 +1,4 @@
-"""What the op promises besides its values: errors, memory, cost, isolation from the user's settings, composition."""
+"""What the op promises besides its values: errors, memory, cost and isolation from the user's settings."""
 
 import importlib.util
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from perce_kernels import chunked, fused_perce_loss, ops, row_pass, token_logprobs
+from perce_kernels import chunked, fused_perce_loss, row_pass, token_logprobs
 from tests.numerics import IGNORE, TRAINABLE, Inputs, assert_matches, call, make_inputs, oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
@@ -379,127 +379,3 @@ def test_inputs_are_left_as_they_were():
     call(inputs, softcap=5.0, logit_scale=0.5)
     sweep(inputs, compact=False)
     assert all(torch.equal(x, before[name]) for name, x in inputs.kwargs().items())
-
-
-# --- Composition -----------------------------------------------------------------------------------------------------
-
-
-def strided(x: torch.Tensor) -> torch.Tensor:
-    """The same values with no unit stride: every second element of a transposed buffer."""
-    buffer = x.new_zeros([2 * s for s in reversed(x.shape)])
-    view = buffer[tuple(slice(None, None, 2) for _ in x.shape)].permute(*reversed(range(x.dim())))
-    view.copy_(x)
-    assert not view.is_contiguous()
-    return view
-
-
-@pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_non_contiguous_inputs(compact, reduction):
-    inputs = make_inputs(bias=True)
-    leaves = {name: strided(x).requires_grad_(name in TRAINABLE) for name, x in inputs.kwargs().items()}
-    loss = fused_perce_loss(**leaves, compact=compact, reduction=reduction)
-    upstream = torch.tensor(0.7).expand(loss.shape)  # stride 0
-    loss.backward(upstream)
-    expected = oracle(inputs, reduction=reduction, upstream=0.7).grads
-    for name in TRAINABLE:
-        torch.testing.assert_close(leaves[name].grad.double(), expected[name], rtol=2e-4, atol=4e-6)
-
-
-COMPILED = {
-    "mean": {},
-    "masked": {"compact": False},
-    "none": {"reduction": "none"},
-    "batch": {"normalize": "batch"},
-    "sequence": {"normalize": "sequence", "seq_id": torch.arange(N) // 5},
-    "num_items": {"num_items": torch.tensor(91)},
-}
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiles_without_a_graph_break(name):
-    torch.compiler.reset()
-    inputs, options = make_inputs(bias=True), COMPILED[name]
-    compiled = torch.compile(fused_perce_loss, fullgraph=True, backend="aot_eager")
-    result = call(inputs, op=compiled, **options)
-    assert_matches(result, oracle(inputs, **options), torch.float32)
-
-
-def test_one_graph_for_any_number_of_tokens():
-    torch.compiler.reset()
-    graphs = 0
-
-    def counting(graph, example_inputs):
-        nonlocal graphs
-        graphs += 1
-        return graph
-
-    compiled = torch.compile(fused_perce_loss, fullgraph=True, dynamic=True, backend=counting)
-    for n in (37, 50, 21):
-        inputs = make_inputs(n=n)
-        torch.testing.assert_close(compiled(**inputs.kwargs()), fused_perce_loss(**inputs.kwargs()))
-    assert graphs == 1
-
-
-def test_compiled_options_may_change_between_calls():
-    """Once they have changed, torch.compile traces floats and integers as symbols."""
-    torch.compiler.reset()
-    compiled = torch.compile(fused_perce_loss, fullgraph=True, backend="eager")
-    inputs = make_inputs()
-    for i in (1, 2, 3):
-        options = {
-            "clip_min": 0.1 * i,
-            "clip_max": 2.0 * i,
-            "softcap": 4.0 * i,
-            "logit_scale": 1 / i,
-            "num_items": 9 * i,
-        }
-        actual = compiled(**inputs.kwargs(), **options)
-        torch.testing.assert_close(actual, fused_perce_loss(**inputs.kwargs(), **options))
-
-
-def test_token_logprobs_compile():
-    torch.compiler.reset()
-    inputs = make_inputs()
-    args = inputs.hidden, inputs.lm_head, inputs.target
-    compiled = torch.compile(token_logprobs, fullgraph=True, backend="aot_eager")
-    actual, expected = compiled(*args, return_entropy=True), token_logprobs(*args, return_entropy=True)
-    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
-
-
-@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
-def test_opcheck_fused_perce_loss(needed):
-    inputs = make_inputs(n=18, v=61, bias=True)
-    for name, need in zip(TRAINABLE, needed, strict=True):
-        getattr(inputs, name).requires_grad_(need)
-    args = (inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, None, None, inputs.bias, 0.8, 5.0, "log",
-            IGNORE, 9.0, 0.5, True, *needed)  # fmt: skip
-    torch.library.opcheck(ops.fused_perce_loss, args)
-
-
-@pytest.mark.parametrize("return_entropy", [False, True])
-def test_opcheck_token_logprobs(return_entropy):
-    inputs = make_inputs(n=18, v=61, bias=True)
-    leaves = [x.requires_grad_() for x in (inputs.hidden, inputs.lm_head, inputs.bias)]
-    args = (leaves[0], leaves[1], inputs.target, leaves[2], IGNORE, 9.0, 0.5, False, return_entropy)
-    torch.library.opcheck(ops.token_logprobs, args)
-
-
-def test_one_tensor_as_both_hidden_states():
-    """Identical prompts: pir is exactly 0 and every weight the floor."""
-    inputs = make_inputs()
-    _, stats = fused_perce_loss(inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden, return_stats=True)
-    assert not stats.pir.any()
-    assert (stats.token_weight[inputs.target != IGNORE] == torch.tensor(0.8)).all()
-
-
-def test_tied_embedding_accumulates_both_gradients():
-    """lm_head is also the matrix hidden was made from, as with tied embeddings."""
-    inputs = make_inputs(d=8, v=61, ignored=0.0)
-    grads = []
-    for dtype, options in ((torch.float32, {}), (torch.float64, {"backend": "reference"})):
-        table = inputs.lm_head.to(dtype).clone().requires_grad_()
-        hidden = table[torch.arange(N)]
-        fused_perce_loss(hidden, table, inputs.target, inputs.hidden_cf.to(dtype), **options).backward()
-        grads.append(table.grad)
-    torch.testing.assert_close(grads[0].double(), grads[1], rtol=2e-4, atol=4e-6)

@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,110 +22,27 @@ from tests.numerics import (
     IGNORE,
     TRAINABLE,
     Inputs,
-    Result,
     assert_as_accurate_as_torch,
     assert_matches,
     call,
     eager,
-    make_inputs,
     max_error,
     oracle,
 )
 from tests.ranks import end_rank
-
-N, D, V = 22, 8, 173
-LAYOUTS = {  # borders between the ranks' shards
-    "two": (97,),
-    "two, first empty": (0,),
-    "three": (58, 116),
-    "three uneven": (5, 130),
-    "three, middle empty": (97, 97),
-    "three, last empty": (140, V),
-}
-GROUPS: dict[str, Any] = {}
-CASES: dict[str, Callable[[], None]] = {}
-SLOW: set[str] = set()
-
-
-def case(name: str, *, slow: bool = False):
-    def register(run: Callable[[], None]):
-        assert name not in CASES
-        CASES[name] = run
-        if slow:
-            SLOW.add(name)
-        return run
-
-    return register
-
-
-class Shards:
-    """This rank's part of a layout."""
-
-    def __init__(self, layout: str):
-        self.name = layout.split()[0].rstrip(",")
-        self.group = GROUPS[self.name]
-        self.rank = dist.get_rank(self.group)
-        borders = (0, *LAYOUTS[layout], V)
-        self.rows = slice(borders[self.rank], borders[self.rank + 1])
-        self.arguments = {"group": self.group, "vocab_start": self.rows.start, "vocab_size": V}
-
-    def shard(self, inputs: Inputs) -> Inputs:
-        bias = None if inputs.bias is None else inputs.bias[self.rows]
-        return Inputs(inputs.hidden, inputs.lm_head[self.rows], inputs.target, inputs.hidden_cf, bias)
-
-    def call(self, inputs: Inputs, **options: Any) -> Result:
-        return call(self.shard(inputs), **self.arguments, **options)
-
-    def of(self, whole: Result) -> Result:
-        """The part of the unsharded result that this rank should have."""
-        grads = {name: x if name == "hidden" else x[self.rows] for name, x in whole.grads.items()}
-        return Result(whole.loss, whole.stats, grads)
-
-    def assert_same_on_every_rank(self, *tensors: torch.Tensor) -> None:
-        for x in tensors:
-            everywhere = [torch.empty_like(x) for _ in range(self.group.size())]
-            dist.all_gather(everywhere, x.contiguous(), self.group)
-            assert all(torch.equal(x, other) for other in everywhere)
-
-
-def inputs_for(layout: str, *, n=N, dtype=torch.float32, ignored=0.3, **options: Any) -> Inputs:
-    """make_inputs with a target on either side of every border, on the first and on the last token."""
-    inputs = make_inputs(n, D, V, ignored=ignored, bias=True, **options)
-    edges = sorted({min(max(b + step, 0), V - 1) for b in (0, *LAYOUTS[layout], V) for step in (-1, 0)})
-    if n >= len(edges):
-        inputs.target[: len(edges)] = torch.tensor(edges)
-    return inputs.to(dtype)
-
-
-def source_of(inputs: Inputs, source: str) -> tuple[Inputs, dict[str, torch.Tensor]]:
-    if source == "hidden_cf":
-        return inputs, {}
-    values = torch.rand(inputs.target.shape[0], generator=torch.Generator().manual_seed(7))
-    without = Inputs(inputs.hidden, inputs.lm_head, inputs.target, None, inputs.bias)
-    return without, {source: values * (-9 if source == "logp_cf" else 9)}
-
-
-def assert_equal_to_unsharded(actual: Result, whole: Result) -> None:
-    """To fp32 rounding, with room for another order of summation."""
-    pairs = {"loss": (actual.loss, whole.loss)}
-    pairs |= {name: (getattr(actual.stats, name), getattr(whole.stats, name)) for name in whole.stats._fields}
-    pairs |= {f"d{name}": (actual.grads[name], whole.grads[name]) for name in whole.grads}
-    for name, (a, b) in pairs.items():
-        torch.testing.assert_close(a, b, rtol=3e-5, atol=5e-6, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def check(layout: str, backend: str, *, source="hidden_cf", compact=True, n=N, **options: Any) -> None:
-    shards = Shards(layout)
-    inputs, weights = source_of(inputs_for(layout, n=n, ignore_index=options.get("ignore_index", IGNORE)), source)
-    options = options | weights
-    generator = torch.Generator().manual_seed(3)
-    upstream = torch.randn(n if options.get("reduction") == "none" else (), generator=generator)
-    actual = shards.call(inputs, backend=backend, compact=compact, upstream=upstream, **options)
-    assert_matches(actual, shards.of(oracle(inputs, upstream=upstream, **options)), torch.float32)
-    whole = call(inputs, backend=backend, compact=compact, upstream=upstream, **options)
-    assert_equal_to_unsharded(actual, shards.of(whole))
-    shards.assert_same_on_every_rank(actual.loss, *actual.stats, actual.grads["hidden"])
-
+from tests.shards import (
+    CASES,
+    GROUPS,
+    LAYOUTS,
+    SLOW,
+    D,
+    N,
+    Shards,
+    V,
+    case,
+    check,
+    inputs_for,
+)
 
 OPTIONS = {
     "paper": {},
@@ -176,7 +92,7 @@ def for_both(name: str, *, slow: tuple[str, ...] = ()):
 
 
 @for_both("log-probabilities and entropy")
-def _(backend: str) -> None:
+def log_probabilities_and_entropy(backend: str) -> None:
     for layout in ("three uneven", "three, middle empty"):
         shards = Shards(layout)
         if shards.rank < 0:
@@ -199,7 +115,7 @@ def _(backend: str) -> None:
 
 
 @for_both("what trains", slow=("triton",))
-def _(backend: str) -> None:
+def what_trains(backend: str) -> None:
     shards, inputs = Shards("three uneven"), inputs_for("three uneven")
     for reduction in ("mean", "none"):
         complete = shards.call(inputs, reduction=reduction, backend=backend).grads
@@ -217,7 +133,7 @@ def _(backend: str) -> None:
 
 
 @for_both("same bits twice", slow=("triton",))
-def _(backend: str) -> None:
+def same_bits_twice(backend: str) -> None:
     shards, inputs = Shards("three"), inputs_for("three", dtype=torch.bfloat16)
     first, second = (shards.call(inputs, backend=backend) for _ in range(2))
     assert torch.equal(first.loss, second.loss)
@@ -226,7 +142,7 @@ def _(backend: str) -> None:
 
 
 @for_both("peaked bf16")
-def _(backend: str) -> None:
+def peaked_bf16(backend: str) -> None:
     shards, inputs = Shards("three"), inputs_for("three", dtype=torch.bfloat16, spread=14.0)
     actual, in_torch, expected = shards.call(inputs, backend=backend), eager(inputs), oracle(inputs)
     assert max_error(actual.stats.pir, expected.stats.pir) <= 1e-3
@@ -237,7 +153,7 @@ def _(backend: str) -> None:
 
 
 @for_both("faint fp16 gradients")
-def _(backend: str) -> None:
+def faint_fp16_gradients(backend: str) -> None:
     shards, inputs = Shards("three"), inputs_for("three", dtype=torch.float16, spread=8.0)
     for options in ({"num_items": 100, "upstream": 4096.0}, {"reduction": "none", "upstream": 64.0}):
         actual, expected = shards.call(inputs, backend=backend, **options), shards.of(oracle(inputs, **options))
@@ -249,13 +165,13 @@ def _(backend: str) -> None:
 
 
 @for_both("fp64")
-def _(backend: str) -> None:
+def fp64(backend: str) -> None:
     shards, inputs = Shards("three, middle empty"), inputs_for("three, middle empty", dtype=torch.float64)
     assert_matches(shards.call(inputs, backend=backend), shards.of(oracle(inputs)), torch.float64)
 
 
 @for_both("nothing to learn")
-def _(backend: str) -> None:
+def nothing_to_learn(backend: str) -> None:
     for n, compact in ((0, True), (6, True), (6, False)):
         shards, inputs = Shards("three uneven"), inputs_for("three uneven", n=6)
         inputs.target.fill_(IGNORE)
@@ -266,7 +182,7 @@ def _(backend: str) -> None:
 
 
 @for_both("NaN in ignored rows", slow=("triton",))
-def _(backend: str) -> None:
+def nan_in_ignored_rows(backend: str) -> None:
     shards, inputs = Shards("three uneven"), inputs_for("three uneven")
     ignored = inputs.target == IGNORE
     assert ignored.any()
@@ -280,7 +196,7 @@ def _(backend: str) -> None:
 
 
 @for_both("a shard masked by its bias")
-def _(backend: str) -> None:
+def a_shard_masked_by_its_bias(backend: str) -> None:
     """As a vocabulary is padded to a multiple of the ranks: nothing but −inf on the last one."""
     shards, inputs = Shards("three uneven"), inputs_for("three uneven")
     inputs.target[inputs.target >= 130] = 7
@@ -299,7 +215,7 @@ def _(backend: str) -> None:
 
 
 @for_both("a large common offset")
-def _(backend: str) -> None:
+def a_large_common_offset(backend: str) -> None:
     shards, inputs = Shards("three"), inputs_for("three", ignored=0.0)
     inputs.hidden.zero_()
     inputs.hidden_cf.zero_()
@@ -310,7 +226,7 @@ def _(backend: str) -> None:
 
 
 @for_both("a nearly certain target")
-def _(backend: str) -> None:
+def a_nearly_certain_target(backend: str) -> None:
     """p = 0.9999: its gradient is expm1(logp) on the rank that holds it, and the rest lies with the others."""
     lm_head, hidden = torch.zeros(V, 2), torch.tensor([[1.0, 0.0]])
     lm_head[60, 0] = 14.0
@@ -323,7 +239,7 @@ def _(backend: str) -> None:
 
 
 @for_both("collectives")
-def _(backend: str) -> None:
+def collectives(backend: str) -> None:
     """Two a chunk whatever the passes, one for dhidden; none for what does not train."""
     run, shapes = dist.all_reduce, []
     dist.all_reduce = lambda x, *args, **kwargs: shapes.append(tuple(x.shape)) or run(x, *args, **kwargs)
@@ -341,7 +257,7 @@ def _(backend: str) -> None:
 
 
 @case("triton: a target that no check saw")
-def _() -> None:
+def a_target_that_no_check_saw() -> None:
     """On a GPU an id outside the vocabulary is seen by an assertion that nobody waits for: NaN, not a number."""
     check_target, chunked.check_target = chunked.check_target, lambda *_: None
     try:
@@ -355,7 +271,7 @@ def _() -> None:
 
 
 @for_both("opcheck", slow=("torch", "triton"))
-def _(backend: str) -> None:
+def opcheck(backend: str) -> None:
     shards, inputs = Shards("three uneven"), inputs_for("three uneven")
     mine = shards.shard(inputs)
     leaves = [x.clone().requires_grad_() for x in (mine.hidden, mine.lm_head, mine.bias)]
@@ -372,7 +288,7 @@ def _(backend: str) -> None:
 
 
 @for_both("torch.compile without a graph break", slow=("triton",))
-def _(backend: str) -> None:
+def torch_compile_without_a_graph_break(backend: str) -> None:
     torch.compiler.reset()
     shards, inputs = Shards("three uneven"), inputs_for("three uneven")
     compiled = torch.compile(fused_perce_loss, fullgraph=True, backend="aot_eager")
@@ -382,7 +298,7 @@ def _(backend: str) -> None:
 
 
 @case("shards that do not tile the vocabulary")
-def _() -> None:
+def shards_that_do_not_tile_the_vocabulary() -> None:
     inputs = inputs_for("three")
     group, rank = GROUPS["three"], dist.get_rank()
     wrong = {
@@ -417,7 +333,7 @@ def _() -> None:
 
 
 @case("arguments")
-def _() -> None:
+def arguments() -> None:
     shards, inputs = Shards("three"), inputs_for("three")
     mine = shards.shard(inputs).kwargs()
     for change, message in {

@@ -1,0 +1,67 @@
+"""What the tests of the driver share: several chunks of a few rows, and what is counted beneath the op."""
+
+import pytest
+import torch
+
+from tests.device import LiveBytes
+from tests.numerics import (
+    IGNORE,
+    Inputs,
+)
+
+pytest.importorskip("triton")
+from perce_kernels import chunked
+from perce_kernels.gpu import driver, lse_gemm
+
+CHUNK = 5
+
+
+@pytest.fixture(scope="module")
+def several_chunks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "chunk_rows", lambda *_: CHUNK)
+        patch.setattr(driver, "LOGPROB_ROWS", CHUNK)
+        yield
+
+
+def sweep(inputs: Inputs, *, compact=True, needed=(True, True, True), softcap=None, weights=None):
+    """The driver beneath the registered op, where dispatch modes can see it."""
+    weights = weights or {}
+    return driver.fused_perce_loss(
+        inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, weights.get("logp_cf"),
+        weights.get("token_weight"), inputs.bias, 0.8, 5.0, "log", IGNORE, softcap, 1.0, compact, *needed,
+    )  # fmt: skip
+
+
+class Watch(LiveBytes):
+    """FLOP of every product, operators that wait for the device, and the peak of live bytes, beneath the op."""
+
+    def __init__(self):
+        super().__init__()
+        self.flop = 0
+        self.syncs: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("bmm", "baddbmm", "linear", "matmul"), f"{name} is not counted"
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        if name in ("nonzero", "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "unique"):
+            self.syncs.append(name)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture(name="watch")
+def watching(monkeypatch):
+    """A Watch that also counts the GEMM kernel's products by its launcher; and no target check of the CPU's."""
+    watch = Watch()
+    launch = lse_gemm.statistics
+
+    def counted(hidden, lm_head, *args, **options):
+        watch.flop += 2 * hidden.shape[0] * hidden.shape[1] * lm_head.shape[0]
+        return launch(hidden, lm_head, *args, **options)
+
+    monkeypatch.setattr(lse_gemm, "statistics", counted)
+    monkeypatch.setattr(chunked, "check_target", lambda *_: None)
+    return watch

@@ -1,0 +1,51 @@
+"""A row of each format, and how the tests of rows read them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from perce.errors import UserError
+from perce.rows import Example, load_examples
+
+GOOD = {"persona": ["I bake.", "I have a dog."], "query": "Any plans?", "response": "Walking my dog."}
+TALK = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "Plans?"},
+    {"role": "assistant", "content": "A walk."},
+]
+CONVAI2 = {"personality": ["i bake ."], "dialogue": [{"partner": "hi", "self": "hello"}, {"partner": "a", "self": "b"}]}
+SPC = {
+    "user 1 personas": ["I bake.", "I run."],
+    "user 2 personas": ["I am a boy."],
+    "conversation": [
+        {"speaker": "User 1", "text": "Hi!"},
+        {"speaker": "User 2", "text": "Hello!"},
+        {"speaker": "User 2", "text": "Who are you?"},
+        {"speaker": "User 1", "text": "A baker."},
+    ],
+}
+LAMP = {"id": 7, "input": "Paraphrase: x", "output": "gold", "profile": [{"id": "a", "text": "old"}, {"text": "new "}]}
+ABSTRACT = {
+    "name": "A. Uthor",
+    "input": "Generate an abstract",
+    "output": "We prove it.",
+    "profile": [{"id": "1", "title": "T1", "abstract": "A1", "year": 2001}, {"title": "T2", "abstract": "A2"}],
+}
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def load(path: Path, *rows: object, **options) -> list[Example]:
+    return load_examples(jsonl(path / "data.jsonl", *rows), "train", **options).examples
+
+
+def error(path: Path, *rows: object, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path, *rows, **options)
+    assert "\n" not in str(caught.value)  # commands print it as one paragraph
+    return str(caught.value)
