@@ -127,6 +127,13 @@ def test_a_token_budget(train, tmp_path):
     assert code == 0, err
 
 
+def test_without_an_evaluation_before_training_the_rest_is_reported(train, tmp_path):
+    code, out, _ = train("--eval_on_start=false")
+    assert code == 0 and "not evaluated" in out and "loss with persona" in out
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "after training" in page and "before training" not in page
+
+
 def test_objective_ce_has_no_counterfactual_pass(train):
     code, out, err = train(objective="ce")
     assert code == 0 and "0.0% of the training time" in out, err

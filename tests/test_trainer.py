@@ -335,6 +335,15 @@ def test_a_token_without_an_embedding_is_found_before_training(tmp_path):
             trainer.evaluate(dataset)
 
 
+def test_rows_that_were_filtered_out_are_not_judged(tmp_path):
+    too_large = {**PAIRS[0], "input_ids": [*PAIRS[0]["input_ids"][:-1], 400]}
+    dataset = Dataset.from_list([*PAIRS[:4], too_large])
+    with pytest.raises(UserError, match="token id 400"):
+        trainer_for(model_for("full"), arguments(tmp_path)).evaluate(dataset)
+    kept = dataset.filter(lambda pair: max(pair["input_ids"]) < 400)
+    assert trainer_for(model_for("full"), arguments(tmp_path)).evaluate(kept)["eval_loss"] > 0
+
+
 def test_several_evaluation_sets_and_the_usual_metric_name(tmp_path):
     sets = {"short": Dataset.from_list(PAIRS[:3]), "raw": [{"persona": "p", "query": "q", "response": "r"}]}
     trainer = trainer_for(model_for("full"), arguments(tmp_path, max_steps=1), eval_dataset=sets)
