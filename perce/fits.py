@@ -21,6 +21,7 @@ from perce.parallel import shards_weights
 from perce.plan import Config, check_architecture, planned_variants, recipe_of
 from perce.plan_memory import Memory, count, memory
 from perce.plan_report import GIB, PHASES
+from perce.probe import unwrapped
 
 # A share of the memory: below the first nothing is said, above the second the run stops. Plans were within 5 % of steps
 # on CPUs, and have not been compared with any on a GPU.
@@ -34,7 +35,7 @@ def check_fits(config: TrainConfig, args: Any, model: Any, pairs: Any) -> str | 
     """UserError for a step that cannot fit; a sentence for one that might not, or why that is not known; None else."""
     device = args.device.type
     available = device_memory(args.device)
-    model_config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+    model_config = unwrapped(model).config
     if available is None or not _is_planned(config, args, model_config):
         return None
     try:

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 from perce.config import ModelConfig
 from perce.errors import UserError
 from perce.prefill import hidden_after_prefix
-from perce.probe import attention_of_any_device
+from perce.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids, unwrapped
 from perce_kernels import fused_perce_loss, reference, token_logprobs
 
-PROBE_TOKENS = 8
 # Largest difference of log-probabilities between the model's own logits and ours; fp32 shows 1e-5, bf16 logits 1e-2.
 SELF_CHECK_TOLERANCE = 1e-3
 SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.25
@@ -149,12 +148,9 @@ def _patch_model(model: Any) -> None:
 @torch.no_grad()
 def _self_check(model: Any, head: Any, transform: LogitTransform) -> None:
     """Our reading of the head against the model's own logits on a few tokens."""
-    training = model.training
-    model.eval()
-    vocab = head.weight.shape[0]
-    ids = torch.arange(1, PROBE_TOKENS + 1, device=head.weight.device)[None] * 97 % vocab
+    ids = probe_ids(model).to(head.weight.device)
     rows = torch.arange(PROBE_TOKENS, device=ids.device)
-    with attention_of_any_device(model):
+    with evaluating(model), attention_of_any_device(model):
         own = model(input_ids=ids, use_cache=False).logits[0].double()
         hidden = model(input_ids=ids, perce={"rows": rows})
     low = head.weight.dtype in (torch.bfloat16, torch.float16)
@@ -163,7 +159,6 @@ def _self_check(model: Any, head: Any, transform: LogitTransform) -> None:
     ours = reference.logits(
         hidden.to(exact), head.weight.to(exact), bias, transform.softcap, transform.logit_scale
     ).double()
-    model.train(training)
     difference = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().item()
     tolerance = SELF_CHECK_TOLERANCE
     if low:  # the model's own logits are rounded to 8 bits: of large ones 2 ** -8 of their size is lost
@@ -211,16 +206,13 @@ def check_packing(model: Any, device: str) -> None:
 @torch.no_grad()
 def check_sequences_apart(model: Any) -> None:
     """UserError if the second of two packed sequences sees the first: not every architecture hands position_ids on."""
-    training = model.training
-    model.eval()
-    embeddings = model.get_input_embeddings().weight
-    ids = torch.arange(1, 2 * PROBE_TOKENS + 1, device=embeddings.device)[None] * 97 % embeddings.shape[0]
+    ids = probe_ids(model, 2 * PROBE_TOKENS)
     positions = torch.arange(PROBE_TOKENS, device=ids.device).repeat(2)[None]
     rows = positions[0, :PROBE_TOKENS]
-    alone = model(input_ids=ids[:, PROBE_TOKENS:], perce={"rows": rows})
-    packed = model(input_ids=ids, position_ids=positions, perce={"rows": rows + PROBE_TOKENS})
-    mixed = model(input_ids=ids, perce={"rows": rows + PROBE_TOKENS})
-    model.train(training)
+    with evaluating(model):
+        alone = model(input_ids=ids[:, PROBE_TOKENS:], perce={"rows": rows})
+        packed = model(input_ids=ids, position_ids=positions, perce={"rows": rows + PROBE_TOKENS})
+        mixed = model(input_ids=ids, perce={"rows": rows + PROBE_TOKENS})
     error, leak = (packed - alone).float().norm().item(), (mixed - alone).float().norm().item()
     if not error <= PACKING_TOLERANCE * leak:
         raise UserError(
@@ -325,7 +317,7 @@ def read_config(path: str) -> Any:
 
 def prepare_model(model: Any) -> Any:
     """install_perce, once, on a model or on the base inside a PEFT model."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     if not hasattr(base, "perce_logit_transform"):
         check_head_unwrapped(model)
         install_perce(base)

@@ -29,8 +29,8 @@ from perce.plan_rehearsal import (
     decoder_layers,
     layer_kinds,
     rehearse_depth,
-    unwrapped,
 )
+from perce.probe import unwrapped
 from perce_kernels import chunked
 
 _DEFAULTS = MemoryConfig()

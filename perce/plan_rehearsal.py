@@ -29,6 +29,7 @@ from perce.errors import UserError
 from perce.memory import enable_checkpointing, prepare_memory
 from perce.model import add_adapter, logit_transform, lora_config
 from perce.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
+from perce.probe import unwrapped
 from perce_kernels import fused_perce_loss
 
 PHASES = ("counterfactual", "persona", "forward", "head", "last layer", "first layer")
@@ -96,10 +97,6 @@ def _maskless_attention() -> str:
     AttentionInterface.register("perce_maskless", sdpa_attention_forward)
     AttentionMaskInterface.register("perce_maskless", lambda *args, **kwargs: None)
     return "perce_maskless"
-
-
-def unwrapped(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def decoder_layers(model: Any, count: int) -> nn.ModuleList:

@@ -23,11 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from perce.errors import UserError
-from perce.probe import attention_of_any_device
+from perce.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids
 
 # The activations of a chunk and its mask (4 · PREFILL_CHUNK · T bytes) are the prefill's only memory beside the cache.
 PREFILL_CHUNK = 1024
-PROBE_TOKENS, PROBE_PREFIX = 8, 5
+PROBE_PREFIX = 5
 # Largest difference of hidden states, in parts of the largest one; fp32 shows 1e-6, bf16 1e-2.
 SELF_CHECK_TOLERANCE = 1e-3
 SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.1
@@ -126,16 +126,12 @@ def _check_attention(model: Any, config: Any) -> None:
 @torch.no_grad()
 def _self_check(model: Any) -> None:
     """Hidden states behind a prefix against those of the whole sequence, on a few tokens."""
-    training = model.training
-    model.eval()
-    weight = model.get_input_embeddings().weight
-    ids = torch.arange(1, PROBE_TOKENS + 1, device=weight.device)[None] * 97 % weight.shape[0]
+    ids, weight = probe_ids(model), model.get_input_embeddings().weight
     call = {"rows": torch.arange(PROBE_PREFIX, PROBE_TOKENS, device=ids.device)}
     prefix = torch.tensor([[PROBE_PREFIX, PROBE_TOKENS]], device=ids.device)
-    with attention_of_any_device(model):
+    with evaluating(model), attention_of_any_device(model):
         whole = model(input_ids=ids, perce=call).double()
         difference = (model(input_ids=ids, perce=call | {"prefix": prefix}).double() - whole).abs().max()
-    model.train(training)
     difference = (difference / whole.abs().max()).item()
     low = weight.dtype in (torch.bfloat16, torch.float16)
     if not difference <= (SELF_CHECK_TOLERANCE_LOW_PRECISION if low else SELF_CHECK_TOLERANCE):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from perce.batch import Batch, token_inputs
+from perce.probe import evaluating
 
 OWN_SIGNAL = {"lossce": "loss", "entce": "entropy"}
 """Objectives without a counterfactual pass, and what of the factual one their weights are clipped from."""
@@ -47,11 +48,8 @@ class TokenStatistics:
 def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
     """(N, D) hidden states of the response tokens without the persona. Dropout is off: with it on, the PIR of identical
     prompts would not be 0."""
-    training = model.training
-    model.eval()
-    hidden = model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
-    model.train(training)
-    return hidden
+    with evaluating(model):
+        return model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
 
 
 @torch.no_grad()

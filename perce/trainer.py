@@ -34,6 +34,7 @@ from perce.memory import check_context, check_sharding, prepare_memory, settle_d
 from perce.meters import Clock, Window, peak_memory_mib
 from perce.model import add_adapter, check_packing, load_pretrained, load_tokenizer, prepare_model
 from perce.parallel import check_parallelism, keep_outputs_exact
+from perce.probe import evaluating
 from perce.scoring import OWN_SIGNAL, TokenStatistics, counterfactual_hidden, factual, token_statistics
 
 
@@ -296,9 +297,7 @@ class PerceTrainer(Trainer):
             return done.logp, done.logp_cf, done.signal
 
         self._window.start()
-        training = model.training
-        model.eval()
-        with self.estimation_clock.measure():
+        with evaluating(model), self.estimation_clock.measure():
             # The same number of forwards on every process, for those of sharded weights wait for each other: the first
             # batch fills up.
             ranks = self.args.world_size
@@ -307,7 +306,6 @@ class PerceTrainer(Trainer):
             self.estimates = estimate(
                 dataset, share, statistics, _gather_dicts, epoch=epoch, vocabulary=self._vocabulary
             )  # fmt: skip
-        model.train(training)
 
     @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times
     def evaluation_loop(
@@ -322,26 +320,24 @@ class PerceTrainer(Trainer):
             # As the Trainer does: moves to the device and autocasts, so that numbers before and after training compare.
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.callback_handler.eval_dataloader = dataloader  # for the progress bar
-        training = model.training
-        model.eval()
         rows = []
         self.last_evaluation = []
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
-            with self.compute_loss_context_manager():
-                examples = token_statistics(
-                    model, inputs, clip_min=loss.clip_min, clip_max=loss.clip_max, contrast=loss.contrast,
-                    detach_persona=self._detach_persona,
-                )  # fmt: skip
-            self.last_evaluation += examples
-            sums = [
-                [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]
-                for x in examples
-            ]
-            # gather_for_metrics leaves out the examples that pad the last batch to a full one on every rank
-            rows.append(self.accelerator.gather_for_metrics(torch.tensor(sums, device=self.args.device)).cpu())
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        model.train(training)
+        with evaluating(model):
+            for inputs in dataloader:
+                inputs = self._prepare_inputs(inputs)
+                with self.compute_loss_context_manager():
+                    examples = token_statistics(
+                        model, inputs, clip_min=loss.clip_min, clip_max=loss.clip_max, contrast=loss.contrast,
+                        detach_persona=self._detach_persona,
+                    )  # fmt: skip
+                self.last_evaluation += examples
+                sums = [
+                    [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]
+                    for x in examples
+                ]
+                # gather_for_metrics leaves out the examples that pad the last batch to a full one on every rank
+                rows.append(self.accelerator.gather_for_metrics(torch.tensor(sums, device=self.args.device)).cpu())
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         examples_seen = torch.cat(rows)
         n, ce, ce_cf, n_personal, ce_personal = examples_seen.double().sum(0).tolist()
         metrics = {
