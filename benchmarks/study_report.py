@@ -227,7 +227,7 @@ def cost(results: Results) -> Iterator[str]:
             ]
             if speeds:
                 rows.append([data, NAMES[objective], f"{mean(speeds):.0f}"])
-    yield from table(["data", "objective", "training tokens/s a process"], rows)
+    yield from table(["data", "objective", "training tokens/s per process"], rows)
 
 
 def plots(results: Results) -> Iterator[str]:

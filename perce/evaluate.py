@@ -33,7 +33,7 @@ main = OPTIONS.command(Config, lambda config: run(config))
 
 
 def run(config: Config) -> None:
-    """Evaluate, write, print; an interrupted run goes on where its examples end."""
+    """Evaluate, write, print; an interrupted run resumes after its last example."""
     from perce.environment import quiet_libraries
     from perce.files import claim_files
 

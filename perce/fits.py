@@ -114,7 +114,7 @@ def _is_planned(config: TrainConfig, args: Any, model_config: Any) -> bool:
 
 def _said(plan: PlanConfig, needed: Memory, available: int) -> str:
     return (
-        f"The largest step, {plan.per_device_train_batch_size} × {plan.context:,} tokens a forward, takes about "
+        f"The largest step, {plan.per_device_train_batch_size} × {plan.context:,} tokens per forward pass, takes about "
         f"{needed.peak / GIB:,.1f} GiB (in the {PHASES[needed.peak_phase][1]}), and {available / GIB:,.1f} GiB "
         "are there."
     )

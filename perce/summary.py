@@ -126,7 +126,7 @@ def describe_run(config: TrainConfig, model: nn.Module, args: TrainingArguments,
     forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
     print(
         f"run    {args.output_dir}: {config.loss.objective} objective, learning rate {args.learning_rate:g}, "
-        f"{forward} a forward × {args.gradient_accumulation_steps} forwards a step"
+        f"{forward} per forward pass × {args.gradient_accumulation_steps} passes per step"
         f"{f' × {args.world_size} processes' if args.world_size > 1 else ''}"
     )
 
@@ -211,7 +211,7 @@ def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progr
     if seconds:
         share = trainer.estimation_clock.seconds() / seconds
         estimation = "counterfactual pass" if trainer.args.loss.estimate == "online" else "estimating the weights"
-        facts.add_row("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s a process")
+        facts.add_row("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s per process")
         facts.add_row(estimation, f"{share:.1%} of the training time")
     for note in pairs.source.notes() if pairs.source else []:
         facts.add_row("left out", note)

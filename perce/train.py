@@ -156,7 +156,7 @@ def train(trainer: PerceTrainer, checkpoint: str | None) -> None:
                     trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
                 if trainer.is_world_process_zero():
                     again = f"--resume --output_dir {trainer.args.output_dir}"
-                    print(f"Stopped at step {step}; {again} goes on.", file=sys.stderr)
+                    print(f"Stopped at step {step}; {again} continues.", file=sys.stderr)
             if isinstance(stopped, UserError):
                 raise
             number = stopped.signal if isinstance(stopped, Interrupted) else interruption.received

@@ -120,7 +120,7 @@ def test_streaming_and_saved_datasets(train, tmp_path):
 
 def test_a_token_budget(train, tmp_path):
     code, out, err = train(tokens_per_batch=700, max_steps=3)
-    assert code == 0 and "700 tokens a forward × 1 forwards a step" in out, err
+    assert code == 0 and "700 tokens per forward pass × 1 passes per step" in out, err
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["tokens_per_batch"] == 700 and saved["per_device_train_batch_size"] is None
     code, out, err = train("--resume", model=None, data=None, precision=None, max_steps=4)
