@@ -120,9 +120,10 @@ class Study:
         """Data sets that a cell is evaluated on, and whether replies are generated there."""
         if cell.stage == "rates":
             return {}
-        if cell.stage in ("base", "main"):
-            return {data: data == cell.data for data in self.config["data"]}
-        return {cell.data: False}
+        if cell.stage not in ("base", "main"):
+            return {cell.data: False}
+        transfer = cell.seed == self.config["seeds"][0]  # the other seeds would cost a third more
+        return {data: data == cell.data for data in self.config["data"] if transfer or data == cell.data}
 
     def _is_done(self, cell: Cell) -> bool:
         known = self.results["cells"].get(cell.name)

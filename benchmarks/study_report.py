@@ -48,8 +48,9 @@ def columns(cells: Sequence[Cell], data: str, value: str, weight: str) -> tuple[
     """(values, weights, users) of the examples of `data`, each averaged over the cells (seeds)."""
     by_key: dict[str, list[tuple[float, float]]] = {}
     users: dict[str, str] = {}
+    cells = [cell for cell in cells if data in cell["evaluations"]]
     for cell in cells:
-        for record in cell["evaluations"].get(data, {}).get("records", []):
+        for record in cell["evaluations"][data]["records"]:
             pair = value_and_weight(record, value, weight)
             if pair is not None:
                 by_key.setdefault(record["key"], []).append(pair)
@@ -171,7 +172,7 @@ def transfer(results: Results) -> Iterator[str]:
     for trained in sets:
         for tested in sets:
             for objective in results.objectives[1:]:
-                cells = results.main(trained, objective)
+                cells = [cell for cell in results.main(trained, objective) if tested in cell["evaluations"]]
                 if trained != tested and cells:
                     texts = (cell_text(cells, tested, column) for column in shown)
                     rows.append([trained, tested, f"{NAMES[objective]} × {len(cells)}", *texts])

@@ -59,7 +59,8 @@ def test_every_stage_runs_once_and_is_reported(run, tmp_path, monkeypatch, capsy
     assert len(cells) == 2 * (1 + 4 + 2 + 2 + 1)
     assert commands.count("perce.train") == 2 * 9
     for cell in running.main_cells():
-        assert set(cells[cell.name]["evaluations"]) == {"one", "two"}, "transfer is measured"
+        tested = {"one", "two"} if cell.seed == 0 else {cell.data}
+        assert set(cells[cell.name]["evaluations"]) == tested, "transfer is measured, on the first seed"
     for cell in (*running.other_rate_cells(), *running.variant_cells()):
         assert set(cells[cell.name]["evaluations"]) == {cell.data}
     assert len(cells["one-base"]["evaluations"]["two"]["records"]) == 7, "a data set's own evaluation options"
