@@ -122,8 +122,9 @@ class Study:
             return {}
         if cell.stage not in ("base", "main"):
             return {cell.data: False}
-        transfer = cell.seed == self.config["seeds"][0]  # the other seeds would cost a third more
-        return {data: data == cell.data for data in self.config["data"] if transfer or data == cell.data}
+        if cell.seed != self.config["seeds"][0]:  # losses: replies and transfer would cost as much again
+            return {cell.data: False}
+        return {data: data == cell.data for data in self.config["data"]}
 
     def _is_done(self, cell: Cell) -> bool:
         known = self.results["cells"].get(cell.name)

@@ -44,11 +44,16 @@ def value_and_weight(record: Mapping[str, Any], value: str, weight: str) -> tupl
     return record[value], record[weight] if weight else 1.0
 
 
+def has(evaluation: Mapping[str, Any], value: str) -> bool:
+    """Whether it was measured: replies are written on the first seed only."""
+    return any(value_and_weight(record, value, "") is not None for record in evaluation["records"])
+
+
 def columns(cells: Sequence[Cell], data: str, value: str, weight: str) -> tuple[list, list, list] | None:
     """(values, weights, users) of the examples of `data`, each averaged over the cells (seeds)."""
     by_key: dict[str, list[tuple[float, float]]] = {}
     users: dict[str, str] = {}
-    cells = [cell for cell in cells if data in cell["evaluations"]]
+    cells = [cell for cell in cells if data in cell["evaluations"] and has(cell["evaluations"][data], value)]
     for cell in cells:
         for record in cell["evaluations"][data]["records"]:
             pair = value_and_weight(record, value, weight)
@@ -72,9 +77,9 @@ def cell_text(cells: Sequence[Cell], data: str, column: str) -> str:
         return "not measured"
     interval = interval.scaled(factor)
     text = f"{interval.value:.{digits}f} ({interval.span(f'.{digits}f')})"
-    if len(cells) > 1:
-        of_seed = [clustered_mean(*gathered) for c in cells if (gathered := columns([c], data, value, weight))]
-        seeds = [x.value * factor for x in of_seed if x]
+    of_seed = [clustered_mean(*gathered) for c in cells if (gathered := columns([c], data, value, weight))]
+    seeds = [x.value * factor for x in of_seed if x]
+    if len(seeds) > 1:
         text += f", seeds {min(seeds):.{digits}f}–{max(seeds):.{digits}f}"
     return text
 
@@ -223,12 +228,12 @@ def cost(results: Results) -> Iterator[str]:
     for data in results.config["data"]:
         for objective in results.objectives[1:]:
             speeds = [
-                mean(entry["tokens_per_second"] for entry in cell["log"] if "tokens_per_second" in entry)
+                max(entry["tokens_per_second"] for entry in cell["log"] if "tokens_per_second" in entry)
                 for cell in results.main(data, objective)
             ]
             if speeds:
                 rows.append([data, NAMES[objective], f"{mean(speeds):.0f}"])
-    yield from table(["data", "objective", "training tokens/s per process"], rows)
+    yield from table(["data", "objective", "training tokens/s per process, fastest ten steps"], rows)
 
 
 def plots(results: Results) -> Iterator[str]:
