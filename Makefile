@@ -18,7 +18,7 @@ WHEELS ?=
 RESULTS ?= benchmarks/results
 WHEELS_SITE := $(CURDIR)/build/wheels
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-# In this order, for the time may end before they do. A blocked CUDA call hears no signal: a thread ends such a test.
+# In this order, for the time may end before they do. A blocked CUDA call hears no signal: a thread ends the run.
 GPU_TESTS := $(addprefix tests/test_gpu_,device.py promises.py lse_gemm.py row_loss.py stored.py driver.py cost.py)
 GPU_PYTEST := --timeout 60 --timeout-method thread --tb short --disable-warnings -rf --durations 10
 
@@ -62,7 +62,7 @@ aot: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
-# At most 10 minutes: a few tests, for wrong kernels need no timing; the benchmarks; all tests that need a GPU. Each part
+# At most 10 minutes: a few tests, for wrong kernels need no timing; the benchmarks; the tests of the kernels. Each part
 # runs whatever those before it say, none can take the time of another, and a failure of any is that of the target.
 gpu: export PYTHONPATH := $(if $(WHEELS),$(WHEELS_SITE):$(WHEELS_SITE)/nvidia_cutlass_dsl/dsl_packages:)$(PYTHONPATH)
 gpu:
@@ -73,7 +73,7 @@ gpu:
 		2>&1 | tee $(RESULTS)/gpu_smoke.log || status=1; \
 	timeout -k 5 $$(($(BUDGET) + 30)) $(GPU_PYTHON) -m benchmarks.gpu.run --budget $(BUDGET) --results $(RESULTS) \
 		2>&1 | tee $(RESULTS)/gpu_benchmarks.log || status=1; \
-	CUBLAS_WORKSPACE_CONFIG=:4096:8 timeout -k 5 190 $(GPU_PYTHON) -m pytest $(GPU_TESTS) -m "gpu and not slow" \
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 timeout -k 5 190 $(GPU_PYTHON) -m pytest $(GPU_TESTS) -m "not slow" \
 		--maxfail 8 $(GPU_PYTEST) $(ARGS) 2>&1 | tee $(RESULTS)/gpu_tests.log || status=1; \
 	exit $$status
 

@@ -122,7 +122,9 @@ class Study:
             return {}
         if cell.stage not in ("base", "main"):
             return {cell.data: False}
-        if cell.seed != self.config["seeds"][0]:  # losses: replies and transfer would cost as much again
+        if (
+            cell.stage == "main" and cell.seed != self.config["seeds"][0]
+        ):  # losses: replies and transfer would cost as much again
             return {cell.data: False}
         return {data: data == cell.data for data in self.config["data"]}
 

@@ -234,7 +234,10 @@ class SplitConfig:
     )
     limit: int | None = _option(None, "the first so many examples; default: all")
     sample: int | None = _option(None, "so many examples, drawn at random from the whole split")
-    split_seed: int = _option(42, "seed of sample; of held_out, the --seed of the training")
+    split_seed: int | None = _option(
+        None,
+        "seed of sample; of held_out, the --seed of the training; default: that of the run in --model, else 42",
+    )
 
     def __post_init__(self) -> None:
         for name in ("limit", "sample"):

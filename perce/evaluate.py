@@ -47,19 +47,20 @@ def run(config: Config) -> None:
     from perce.dataset import make_persona_builder
     from perce.evaluation import Evaluator, plan, texts_key
     from perce.evaluation_report import compare, print_result, read_result, summarise, write_result
-    from perce.inference import load, load_split, model_facts, training_rows_note
+    from perce.inference import load, load_split, model_facts, split_seed, training_rows_note
     from perce.metrics import Meteor
     from perce.records import RecordFile
 
     other = read_result(Path(options.compare_with).expanduser()) if options.compare_with else None
     meteor = Meteor() if options.generate else None
-    rows, split = load_split(config.data, config.examples)
+    seed = split_seed(config.examples, config.model.model)
+    rows, split = load_split(config.data, config.examples, seed)
     examples: list = list(rows)
     model, tokenizer, device = load(config.model)
     builder = make_persona_builder(tokenizer, config.data, rows.format)
     run_facts = {
         "command": "evaluate", **model_facts(config.model, model), "split": split,
-        "split_seed": config.examples.split_seed, "examples": len(examples), "texts": texts_key(examples),
+        "split_seed": seed, "examples": len(examples), "texts": texts_key(examples),
         **{name: getattr(options, name) for name in ("generate", "temperature", "max_new_tokens", "seed")},
         **asdict(config.data),
     }  # fmt: skip

@@ -26,6 +26,7 @@ from perce.errors import UserError
 from perce.inference import TOKENS_A_FORWARD, batches_by_length, on_device
 from perce.metrics import Meteor, rouge
 from perce.pairs import Pair, PairBuilder, personal_word_spans
+from perce.probe import unwrapped
 from perce.rows import Example
 from perce.scoring import factual, per_example, token_statistics
 
@@ -114,7 +115,7 @@ class Evaluator:
         self.model, self.tokenizer, self.device, self.options, self.meteor = model, tokenizer, device, options, meteor
         # Whatever ours leaves unset, generate() would take from the model's: penalties of repeating the prompt, say,
         # which are penalties of using the persona.
-        model.generation_config = GenerationConfig()
+        model.generation_config = unwrapped(model).generation_config = GenerationConfig()
         self._pad = tokenizer.pad_token_id or 0
 
     def evaluate(self, items: Sequence[Item], number: int) -> list[dict[str, Any]]:

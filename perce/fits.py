@@ -55,7 +55,7 @@ def check_fits(config: TrainConfig, args: Any, model: Any, pairs: Any) -> str | 
         room -= HELD_BY_LIBRARIES + (HELD_BY_ONEDNN if recipe.low_precision else 0)
     if needed.peak <= DOUBTFUL * room:
         return None
-    said = _said(planned.plan, needed, available)
+    said = _said(planned.plan, needed, available, available - room)
     if needed.peak <= IMPOSSIBLE[device] * room:
         return f"{said} That is close."
     raise UserError(f"{said} {_remedies(config, model_config, planned, device, room)}")
@@ -116,11 +116,12 @@ def _is_planned(config: TrainConfig, args: Any, model_config: Any) -> bool:
     )
 
 
-def _said(plan: PlanConfig, needed: Memory, available: int) -> str:
+def _said(plan: PlanConfig, needed: Memory, available: int, held: int) -> str:
+    libraries = f", of which libraries take {held / GIB:,.1f}" if held else ""
     return (
         f"The largest step, {plan.per_device_train_batch_size} × {plan.context:,} tokens per forward pass, takes about "
         f"{needed.peak / GIB:,.1f} GiB (in the {PHASES[needed.peak_phase][1]}), and {available / GIB:,.1f} GiB "
-        "are there."
+        f"are there{libraries}."
     )
 
 

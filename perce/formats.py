@@ -107,7 +107,7 @@ def passage_text(entry: object, field: str) -> str:
     raise BadRow(field, f"an entry with one of {', '.join(kind for kind, _ in PASSAGES)}", f"fields {', '.join(entry)}")
 
 
-def _persona(value: object, field: str) -> tuple[str, ...]:
+def parse_persona(value: object, field: str) -> tuple[str, ...]:
     """A string is one passage; a list keeps its order, without blank entries."""
     if isinstance(value, str):
         return (_text(value, field),)
@@ -118,7 +118,7 @@ def _persona(value: object, field: str) -> tuple[str, ...]:
     return passages
 
 
-def _turns(value: object, field: str) -> tuple[Turn, ...]:
+def parse_turns(value: object, field: str) -> tuple[Turn, ...]:
     turns: list[Turn] = []
     for i, message in enumerate(_list(value, field, "{'role', 'content'} objects")):
         here = f"{field}[{i}]"
@@ -160,13 +160,13 @@ def _replies(persona: tuple[str, ...], turns: tuple[Turn, ...]) -> Iterator[Pars
 
 
 def _parse_perce(row: Mapping[str, Any]) -> Iterator[Parsed]:
-    persona = _persona(row["persona"], "persona")
+    persona = parse_persona(row["persona"], "persona")
     if "query" in row and "messages" in row:
         raise BadRow("query", "either 'query' or 'messages'", "both")
     if "query" in row:
         yield persona, (Turn("user", _text(row["query"], "query")),), _text(row["response"], "response")
         return
-    turns = _turns(row["messages"], "messages")
+    turns = parse_turns(row["messages"], "messages")
     if ("response" in row) != (turns[-1].role == "user"):
         expected = "'messages' that end with a user turn and a 'response', or an assistant turn and none"
         raise BadRow(
@@ -209,7 +209,7 @@ def _parse_convai2(row: Mapping[str, Any]) -> Iterator[Parsed]:
             raise BadRow(f"dialogue[{i}]", "an object with 'partner' and 'self'", show(pair))
         for role, name in (("user", "partner"), ("assistant", "self")):
             turns.append(Turn(role, _text(pair.get(name), f"dialogue[{i}].{name}")))
-    yield from _replies(_persona(row["personality"], "personality"), tuple(turns))
+    yield from _replies(parse_persona(row["personality"], "personality"), tuple(turns))
 
 
 def _utterances(value: object, field: str) -> Iterator[tuple[str, str]]:
@@ -234,7 +234,7 @@ def _parse_spc(row: Mapping[str, Any]) -> Iterator[Parsed]:
     personas = {}
     for who in "12":
         facts = row[f"user {who} personas"]  # the original CSV has one string with a fact a line
-        personas[who] = _persona(facts.splitlines() if isinstance(facts, str) else facts, f"user {who} personas")
+        personas[who] = parse_persona(facts.splitlines() if isinstance(facts, str) else facts, f"user {who} personas")
     field = "conversation" if "conversation" in row else "Best Generated Conversation"
     merged: list[tuple[str, str]] = []
     for who, said in _utterances(row[field], field):
@@ -249,18 +249,18 @@ def _parse_spc(row: Mapping[str, Any]) -> Iterator[Parsed]:
 
 def _parse_prompt_completion(row: Mapping[str, Any]) -> Iterator[Parsed]:
     prompt, completion = row["prompt"], row["completion"]
-    turns = (Turn("user", _text(prompt, "prompt")),) if isinstance(prompt, str) else _turns(prompt, "prompt")
+    turns = (Turn("user", _text(prompt, "prompt")),) if isinstance(prompt, str) else parse_turns(prompt, "prompt")
     if turns[-1].role != "user":
         raise BadRow("prompt", "a user turn at the end", "an assistant turn")
     if isinstance(completion, str):
         # In TRL's string form the completion is glued to the prompt: its leading space belongs to neither text.
         response = _text(completion, "completion").lstrip()
     else:
-        (answer, *more) = _turns(completion, "completion")
+        (answer, *more) = parse_turns(completion, "completion")
         if more or answer.role != "assistant":
             raise BadRow("completion", "a string or one assistant message", show(completion))
         response = answer.content
-    yield _persona(row["persona"], "persona"), turns, response
+    yield parse_persona(row["persona"], "persona"), turns, response
 
 
 def parse_document(row: Mapping[str, Any]) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from perce.config import DataConfig, InferenceConfig, SplitConfig
+from perce.config import CONFIG_NAME, DataConfig, InferenceConfig, RunConfig, SplitConfig
 from perce.dataset import hold_out
 from perce.demo import DATA_DIR, default_model_path
 from perce.errors import UserError
-from perce.model import load_pretrained, load_tokenizer, prepare_model, resolve_precision
+from perce.model import check_adapter, load_pretrained, load_tokenizer, prepare_model, resolve_precision
+from perce.options import read_yaml
 from perce.rows import Rows, available_splits, load_examples
 
 TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences: nothing is kept for a backward
@@ -27,17 +28,17 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
     had learnt in 20 steps. UserError for what cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = ("bf16" if device.type == "cuda" else "fp32") if config.precision == "auto" else config.precision
+    wanted = "fp32" if config.precision == "auto" and device.type == "cpu" else config.precision
     low = resolve_precision(wanted, device.type) == "bf16"
     kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
     path = config.model or str(default_model_path())
     base = _base_of_adapter(path)
-    model = load_pretrained(base or path, **kwargs)
+    model = prepare_model(load_pretrained(base or path, **kwargs))
     if base is not None:
         model = _with_adapter(model, path)
-    return prepare_model(model).to(device).eval(), _tokenizer(path, base), device
+    return model.to(device).eval(), _tokenizer(path, base), device
 
 
 def _base_of_adapter(path: str) -> str | None:
@@ -66,10 +67,16 @@ def _with_adapter(model: Any, path: str) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(Path(path).expanduser()))
+        wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--model {path}: the adapter does not fit its base model ({reason}).") from error
+    try:
+        check_adapter(wrapped)
+    except UserError as error:
+        remedy = "Merge it into its base in fp32 (merge_and_unload), save that, and give its directory."
+        raise UserError(f"--model {path}: {error} {remedy}") from error
+    return wrapped
 
 
 def model_facts(config: InferenceConfig, model: Any) -> dict[str, Any]:
@@ -91,8 +98,19 @@ def model_fingerprint(model: Any) -> str:
     return f"{crc:08x}"
 
 
-def load_split(data: DataConfig, chosen: SplitConfig) -> tuple[Rows, str]:
-    """(examples, which they are): read and checked now, or while iterated over with --streaming."""
+def split_seed(chosen: SplitConfig, model: str | None) -> int:
+    """--split_seed, or the seed that the run in the model's directory was trained with, or train's default."""
+    if chosen.split_seed is not None:
+        return chosen.split_seed
+    saved = Path(model or "").expanduser() / CONFIG_NAME
+    return int(read_yaml(str(saved)).get("seed", RunConfig.seed)) if model and saved.is_file() else RunConfig.seed
+
+
+def load_split(data: DataConfig, chosen: SplitConfig, seed: int) -> tuple[Rows, str]:
+    """(examples, which they are): read and checked now, or while iterated over with --streaming.
+
+    `seed`: of a sample, and of what was held out.
+    """
     where = data.data or str(DATA_DIR)
     present = available_splits(where)
     split: str = chosen.split or next((x for x in ("test", "validation", "train") if x in present), "train")
@@ -107,10 +125,10 @@ def load_split(data: DataConfig, chosen: SplitConfig) -> tuple[Rows, str]:
         skip_bad_rows=data.skip_bad_rows, streaming=data.streaming, limit=None if held_out else chosen.limit,
     )  # fmt: skip
     if held_out:
-        _, examples, _ = hold_out(rows.examples, chosen.split_seed)
+        _, examples, _ = hold_out(rows.examples, seed)
         rows.keep(examples[: chosen.limit])
     if chosen.sample is not None and chosen.sample < len(rows.examples):
-        rows.keep(random.Random(chosen.split_seed).sample(rows.examples, chosen.sample))
+        rows.keep(random.Random(seed).sample(rows.examples, chosen.sample))
     return rows, split
 
 

@@ -143,6 +143,7 @@ def _interval(sums: np.ndarray, n: int, seed: int) -> Interval:
     Resampling C clusters underestimates the variance by (C − 1) / C, and knows nothing of its own uncertainty: five
     Gaussian clusters covered the truth in 80 % of trials. Student's t over the normal quantile makes it 95 %.
     """
+    sums = sums[:, sums[1] > 0]  # a user without such tokens says nothing of how users differ
     total, weight = sums.sum(1)
     value, clusters = float(total / weight), sums.shape[1]
     if clusters < 2:

@@ -328,15 +328,20 @@ def add_adapter(model: Any, peft_config: Any) -> Any:
     """The model under a PEFT adapter; UserError if that would wrap the output embedding or lengthen the sequence."""
     from peft import get_peft_model
 
-    if getattr(peft_config, "is_prompt_learning", False) and str(peft_config.peft_type.value) != "PREFIX_TUNING":
-        raise UserError(
-            f"peft_config: {peft_config.peft_type.value} puts virtual tokens before the prompt, and the response would "
-            "be read at the wrong places. Use LoRA, another adapter, or prefix tuning."
-        )
-
     wrapped = get_peft_model(model, peft_config)
-    check_head_unwrapped(wrapped)
+    check_adapter(wrapped)
     return wrapped
+
+
+def check_adapter(model: Any) -> None:
+    """UserError for adapters under which the loss would be of other rows, or of another head."""
+    for config in model.peft_config.values():
+        if getattr(config, "is_prompt_learning", False) and str(config.peft_type.value) != "PREFIX_TUNING":
+            raise UserError(
+                f"peft_config: {config.peft_type.value} puts virtual tokens before the prompt, and the response would "
+                "be read at the wrong places. Use LoRA, another adapter, or prefix tuning."
+            )
+    check_head_unwrapped(model)
 
 
 def _four_bit(config: ModelConfig) -> Any:

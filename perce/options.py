@@ -76,7 +76,10 @@ class Options:
         flags |= _extra_flags(rest)
         file = read_yaml(config_file) if config_file else {}
         if self.passes_over:
+            hints = self.types
             file = {self.renames.get(name, name): value for name, value in file.items()}
+            # What that command leaves open ("null: by length") is decided by the default here.
+            file = {k: v for k, v in file.items() if v is not None or k not in hints or _is_optional(hints[k])}
         unused = [name for name in file if name not in self.fields and self.passes_over and self.passes_over(name)]
         raw = {name: value for name, value in file.items() if name not in unused} | flags
         return Parsed(raw, config_file, print_config, unused)

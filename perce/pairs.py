@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from perce.errors import UserError
+from perce.formats import parse_persona, parse_turns
 from perce.retrieval import Retriever
-from perce.rows import Example, Turn
+from perce.rows import Example
+from perce.sources import BadRow
 
 PERSONA_HEADER = "About the user:\n"
 PERSONA_ITEM = "- {}\n"
@@ -105,7 +107,7 @@ def counterfactual_pieces(pair: Mapping[str, Any]) -> list[tuple[list[int], int]
 
 def prompt_ids(
     tokenizer: Any,
-    persona: Sequence[str],
+    persona: str | Sequence[str],
     query: str | Sequence[Mapping[str, str]],
     *,
     chat_template_kwargs: dict[str, Any] | None = None,
@@ -119,16 +121,17 @@ def prompt_ids(
         chat_template_kwargs: as in training.
 
     Raises:
-        UserError (a ValueError): an empty persona, a conversation that does not end with the user.
+        UserError (a ValueError): an empty persona, a conversation that training would refuse or that ends with a reply.
     """
-    messages = [{"role": "user", "content": query}] if isinstance(query, str) else query
-    if isinstance(persona, str) or not persona:
-        raise UserError(f"persona: expected a list of at least one text, got {persona!r}.")
-    if not messages or messages[-1]["role"] != "user":
-        last = messages[-1]["role"] if messages else "no message"
-        raise UserError(f"query: expected the conversation to end with a message of role user, got {last!r}.")
-    turns = tuple(Turn(message["role"], message["content"]) for message in messages)
-    example = Example(tuple(persona), turns, "", None, None, "prompt_ids")
+    messages = [{"role": "user", "content": query}] if isinstance(query, str) else [dict(message) for message in query]
+    try:  # as rows are read: what training would refuse was not trained on
+        known = parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
+        turns = parse_turns(messages, "query")
+    except BadRow as bad:
+        raise UserError(f"{bad}.") from None
+    if turns[-1].role != "user":
+        raise UserError("query: expected the conversation to end with a user turn, got an assistant turn.")
+    example = Example(known, turns, "", None, None, "prompt_ids")
     builder = PairBuilder(tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs)
     return builder.prompt_ids(example)
 

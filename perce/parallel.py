@@ -17,6 +17,11 @@ def check_parallelism(args: Any) -> None:
             "normalize=batch: scales the gradients at the end of a step, and DeepSpeed keeps them to itself. Use "
             "--normalize sequence or none, or FSDP."
         )
+    if args.loss.normalize == "batch" and ("lomo" in str(args.optim) or "layerwise" in str(args.optim)):
+        raise UserError(
+            f"normalize=batch: scales the gradients at the end of a step, and the optimiser {args.optim} uses them "
+            "before. Use --normalize sequence or none, or another --optim."
+        )
     if (args.fsdp or _environment("ACCELERATE_USE_FSDP")) and (args.use_cpu or not torch.accelerator.is_available()):
         raise UserError(
             "fsdp on a CPU: the Trainer would silently run plain data parallelism instead. Leave --fsdp out to have "

@@ -47,11 +47,12 @@ def run(config: Config) -> None:
     claim_files([config.score.output, config.score.summary])
     from perce.dataset import make_persona_builder
     from perce.identification import identify
-    from perce.inference import load, load_split, model_facts
+    from perce.inference import load, load_split, model_facts, split_seed
     from perce.records import RecordFile
     from perce.score_report import print_summary, print_tokens, write_report, write_summary
 
-    examples, split = load_split(config.data, config.examples)
+    seed = split_seed(config.examples, config.model.model)
+    examples, split = load_split(config.data, config.examples, seed)
     model, tokenizer, device = load(config.model)
     builder = make_persona_builder(tokenizer, config.data, _format_of(examples))
     score = config.score
@@ -59,7 +60,7 @@ def run(config: Config) -> None:
         Path(score.jsonl).expanduser() if score.jsonl else None,
         {
             "command": "score", **model_facts(config.model, model), "split": split,
-            "sample": config.examples.sample, "split_seed": config.examples.split_seed, "labels": score.labels,
+            "sample": config.examples.sample, "split_seed": seed, "labels": score.labels,
             "clip_min": score.clip_min, "clip_max": score.clip_max, "contrast": score.contrast, **asdict(config.data),
         },
     )  # fmt: skip

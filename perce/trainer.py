@@ -231,9 +231,7 @@ class PerceTrainer(Trainer):
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale.to(parameter.grad.device))
-        corrected = loss + (scale - 1) * self._step_loss
-        self._step_weight, self._step_loss = torch.zeros_like(total), torch.zeros_like(loss)
-        return corrected
+        return loss + (scale - 1) * self._step_loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As transformers.Trainer.train; True resumes from the newest checkpoint that is whole."""
@@ -255,7 +253,8 @@ class PerceTrainer(Trainer):
         save_whole(self, checkpoint, save)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
-        """Response tokens of the whole accumulation window, over all ranks."""
+        """Response tokens of the whole accumulation window, over all ranks; called once, where a step begins."""
+        self._step_weight, self._step_loss = torch.zeros(2, device=self.args.device)  # also after one that was given up
         count = torch.tensor(sum(batch["target"].numel() for batch in batch_samples), device=device)
         return self.accelerator.reduce(count, "sum")
 

@@ -74,7 +74,7 @@ def test_the_end_of_the_time_keeps_what_there_is(command, tmp_path, monkeypatch)
     job, lost = Job(10, 4, 6, seconds=-4.0, peers=["perce", "hangs"], heads=["frozen"]), {}
     size = run.run_size(job, run.Results(None), command, lost=lost)
     peers = size.entry["heads"]["frozen"]["peers"]
-    assert peers["perce"]["seconds"] == 5.0 and peers["hangs"]["reason"] == run.OUT_OF_TIME
+    assert peers["perce"]["seconds"] == 5.0 and peers["hangs"]["reason"] == measure.NO_TIME
     assert not lost, "with more time it may do"
     assert (tmp_path / "nvidia_h100_80gb.json").exists()
 
@@ -105,7 +105,7 @@ def test_the_command_prints_its_tables(monkeypatch, capsys, tmp_path):
         tree = tree_of({"perce": {"seconds": 0.03, "ratio_to_floor": 1.2}} if measured else {})
 
         def fake(sizes, *, budget, directory, peers, heads, tree=tree):
-            assert sizes == [measure.SIZES[3], measure.SIZES[0]] and directory == tmp_path and "perce" in peers
+            assert sizes == [measure.SIZES[0], measure.SIZES[3]] and directory == tmp_path and "perce" in peers
             return SimpleNamespace(tree=tree, path=directory / "x.json")
 
         monkeypatch.setattr(run, "run", fake)
@@ -115,6 +115,26 @@ def test_the_command_prints_its_tables(monkeypatch, capsys, tmp_path):
         else:
             with pytest.raises(SystemExit, match="perce itself was not measured"):
                 run.main()
+
+
+def test_a_part_does_not_replace_the_whole(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["run", "--peers", "perce"])
+    with pytest.raises(SystemExit, match="expected --results DIR"):
+        run.main()
+
+
+def test_time_that_runs_out_in_a_round_takes_nothing_away(tmp_path):
+    script = tmp_path / "child.py"
+    script.write_text(
+        CHILD.replace(
+            '    say("head_done"', '    say("begin", head=head, peer="perce")\n    time.sleep(60)\n    say("head_done"'
+        )
+    )
+    job, lost = Job(10, 4, 6, seconds=-4.0, peers=["perce"], heads=["frozen"]), {}
+    size = run.run_size(job, run.Results(tmp_path / "x.json"), (sys.executable, "-S", str(script)), lost=lost)
+    entry = size.entry["heads"]["frozen"]["peers"]["perce"]
+    assert entry["seconds"] == 2.0 and entry["rounds"] == 1 and "reason" not in entry and not lost
 
 
 def test_a_job_survives_its_process(monkeypatch, capfd):

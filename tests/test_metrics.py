@@ -88,6 +88,8 @@ def test_one_user_has_no_interval():
     interval = clustered_mean([1.0, 2.0], [1, 1], ["ana", "ana"])
     assert (interval.value, interval.low, interval.high, interval.clusters) == (1.5, None, None, 1)
     assert interval.span() == "one user"
+    alone = clustered_mean([8.0, *[0.0] * 9], [4, *[0] * 9], range(10))
+    assert (alone.value, alone.low, alone.clusters, alone.n) == (2.0, None, 1, 1), "the others have no such tokens"
 
 
 def test_paired_difference_finds_what_is_there_and_nothing_else():

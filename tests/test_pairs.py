@@ -81,11 +81,17 @@ def test_the_prompt_to_write_from_is_the_one_that_was_trained_on(template, turns
 
 def test_a_prompt_needs_a_persona_and_something_to_reply_to():
     tokenizer = TOKENIZERS["chatml"]
-    for persona in ([], "I keep bees."):
-        with pytest.raises(UserError, match="persona: expected a list"):
+    assert prompt_ids(tokenizer, "I keep bees.", "Hi") == prompt_ids(tokenizer, ["I keep bees.", " "], "Hi")
+    for persona in ([], "", [" "]):
+        with pytest.raises(UserError, match="persona"):
             prompt_ids(tokenizer, persona, "Coming tonight?")
-    for query in ([], [{"role": "assistant", "content": "Hi"}]):
-        with pytest.raises(UserError, match="query: expected the conversation to end with"):
+    wrong = {
+        "a non-empty list": [], "end with a user turn": [{"role": "assistant", "content": "Hi"}],
+        "'user' or 'assistant'": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        "alternating": [{"role": "user", "content": "Hi"}] * 2,
+    }  # fmt: skip
+    for message, query in wrong.items():
+        with pytest.raises(UserError, match=f"query.*{message}"):
             prompt_ids(tokenizer, ["I keep bees."], query)
 
 

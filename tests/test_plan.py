@@ -248,10 +248,11 @@ def test_mistakes_are_named(run, flags, message):
 
 def test_a_training_recipe_is_planned(run, directory, tmp_path, capsys):
     recipe = {"max_length": 300, "lora_r": 0, "weight_decay": 0.1, "data": "rows.jsonl", "objective": "lossce"}
+    recipe |= {"per_device_train_batch_size": None, "tokens_per_batch": 900}  # as a run saves it
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     flags = ["--query", "8", "--response", "16", "--tflops", "1", "--model", str(directory), "--json"]
     assert command.main(["--config", str(tmp_path / "recipe.yaml"), *flags, str(tmp_path / "a.json")]) == 0
-    assert "not used here: data, weight_decay" in capsys.readouterr().err
+    assert "not used here: data, tokens_per_batch, weight_decay" in capsys.readouterr().err
     run("--context", 300, "--lora_r", 0, "--objective", "ce", "--json", tmp_path / "b.json")
     plans = [json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("a.json", "b.json")]
     assert plans[0]["memory"] == plans[1]["memory"]

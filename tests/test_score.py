@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from perce import score
@@ -120,7 +120,7 @@ def test_unmarked_data_is_labelled_by_persona_words_and_says_so(run, tmp_path):
     rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:LIMIT]]
     data = write_jsonl(tmp_path / "rows.jsonl", [{k: v for k, v in r.items() if k != "personal_spans"} for r in rows])
     out = run("--data", data, "--labels", "--terminal", 0).out
-    assert "words of the persona that the conversation has not" in out and "persona word" not in out.split("method")[1]
+    assert "words that occur in the persona but not in the conversation" in out and "persona word" not in out.split("method")[1]
     plain = [{"persona": ["I ski."], "query": "Hello?", "response": "No."}]
     err = run("--data", write_jsonl(tmp_path / "plain.jsonl", plain), "--labels", code=2).err
     assert "--labels: labels: expected tokens of both kinds, got 0 labelled" in err
@@ -142,7 +142,8 @@ def test_streaming_gives_the_same_and_long_examples_are_skipped(run, tmp_path):
 def test_an_adapter_is_scored_as_its_merged_model(model, run, tmp_path):
     torch.manual_seed(0)
     adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+        AutoModelForCausalLM.from_pretrained(model),
+        LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1),  # off, when it is scored
     )
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -157,6 +158,20 @@ def test_an_adapter_is_scored_as_its_merged_model(model, run, tmp_path):
     run("--jsonl", tmp_path / "c.jsonl")
     a, b, c = (read(tmp_path / f"{name}.jsonl")[0]["logp"] for name in "abc")
     assert a == pytest.approx(b, abs=1e-4) and a != pytest.approx(c, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "puts virtual tokens before the prompt"),
+        (LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]), "sits on the output embedding"),
+    ],
+)
+def test_adapters_that_would_be_misread_are_refused(run, tmp_path, config, reason):
+    path = save_tiny_model(tmp_path / "model", "llama")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(path), config).save_pretrained(tmp_path / "adapter")
+    err = run("--model", tmp_path / "adapter", code=2).err
+    assert reason in err and "Merge it into its base" in err and str(tmp_path / "adapter") in err
 
 
 def test_an_adapter_is_not_rounded_into_a_bf16_base(model, tmp_path, monkeypatch):

@@ -358,7 +358,7 @@ def test_output_directories(train, tmp_path, monkeypatch):
     (tmp_path / "taken" / "config.yaml").write_text("")
     fails(train(output_dir=tmp_path / "taken"), "--output_dir", "holds a run", "--resume")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("perce.train.training_arguments", lambda *_: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.model.load_tokenizer", lambda *_: pytest.fail("found too late"))
     fails(train(output_dir=tmp_path / "file" / "run"), "--output_dir", "cannot be written")
     fails(train("--resume", output_dir=tmp_path / "fresh"), "--resume", "holds no run")
     monkeypatch.undo()

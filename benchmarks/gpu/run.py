@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
-from benchmarks.gpu.measure import HEADS, PROBES, SIZES, Job, as_argument, copied_bytes
+from benchmarks.gpu.measure import HEADS, NO_TIME, PROBES, SIZES, Job, as_argument, copied_bytes
 from benchmarks.gpu.peers import PEERS
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,6 @@ SHARES = (0.35, 0.2, 0.2, 0.25)  # of the time; the first compiles what the othe
 BUDGET = 260.0
 PATIENCE = 30.0
 ATTEMPTS = 5
-OUT_OF_TIME = "out of time while it ran"
 FLOP = {"trainable": 8, "frozen": 6}  # · N·D·V
 SCHEMA = 1
 COMMAND = (sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.measure")
@@ -144,7 +143,7 @@ def run_once(job: Job, results: Results, size: SizeResult, until: float, command
                 try:
                     line = heard.get(timeout=max(0.1, min(patience, left)))
                 except queue.Empty:
-                    return where, OUT_OF_TIME if time.monotonic() >= until else f"nothing heard for {patience:.0f} s"
+                    return where, NO_TIME if time.monotonic() >= until else f"nothing heard for {patience:.0f} s"
                 if line is None:
                     return where, f"the process ended with {child.wait()}: {_last_line(stderr)}"
                 event = json.loads(line)
@@ -156,7 +155,10 @@ def run_once(job: Job, results: Results, size: SizeResult, until: float, command
                     results.take_machine(event)
                 elif event["event"] == "head_done":
                     job.heads.remove(event["head"])
+                    where = event["head"], "between heads"
                 else:
+                    if event["event"] == "round":
+                        where = event["head"], "between rounds"
                     size.take(event)
                 results.write()
         finally:
@@ -183,6 +185,10 @@ def run_size(
         if stopped is None:
             break
         (head, peer), reason = stopped
+        if reason == NO_TIME:  # what was measured of it stands
+            if head in HEADS and peer in job.peers and "seconds" not in size.steps(head)["peers"].get(peer, {}):
+                size.take({"event": "failed", "head": head, "peer": peer, "reason": NO_TIME})
+            break
         print(f"  {head}, {peer}: {reason}", flush=True)
         if head not in HEADS or peer not in job.peers:
             size.entry.setdefault("failed", []).append(f"{head}: {reason}")
@@ -195,8 +201,7 @@ def run_size(
                 again = reason if left == head else f"left out: {reason} ({head})"
                 size.take({"event": "failed", "head": left, "peer": peer, "reason": again})
             job.peers.remove(peer)
-            if reason != OUT_OF_TIME:
-                lost[peer] = reason
+            lost[peer] = reason
         if time.monotonic() > until or not (job.heads or job.extras):
             break
     results.write()
@@ -233,8 +238,15 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu.run: expected a CUDA GPU, found none; nothing was measured")
+    everything = (len(set(options.sizes)), len(options.peers), len(options.heads)) == (
+        len(SIZES),
+        len(PEERS),
+        len(HEADS),
+    )
+    if not everything and options.results == RESULTS:
+        sys.exit("benchmarks.gpu.run: a part of the measurements would replace all of them: expected --results DIR")
     results = run(
-        [SIZES[index] for index in options.sizes], budget=options.budget, directory=options.results,
+        [SIZES[index] for index in sorted(set(options.sizes))], budget=options.budget, directory=options.results,
         peers=options.peers, heads=options.heads,
     )  # fmt: skip
     from benchmarks.gpu.tables import report
