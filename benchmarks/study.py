@@ -1,8 +1,8 @@
 """The paper's comparison as one resumable run: `python -m benchmarks.study --config FILE --data_root DIR`.
 
     cells     objective × learning rate × seed × data set, each trained and evaluated in child processes
-    stages    base → rates (one seed, the tuned objectives) → main (all seeds at each one's best rate) → variants
-              (one seed) → the rates that were not the best, whose losses show how much the rate matters
+    stages    base → rates (one seed, the tuned objectives) → main (all seeds at each one's best rate) → the rates
+              that were not the best, whose losses show how much the rate matters → variants (one seed)
     results   benchmarks/results/study_NAME.json: every cell that ran, with its evaluation example by example
     report    `python -m benchmarks.study_report` writes docs/RESULTS.md from that file
 
@@ -71,7 +71,7 @@ class Study:
             self.results["config"] = dict(config)
 
     def run(self) -> None:
-        for stage in (self.base_cells, self.rate_cells, self.main_cells, self.variant_cells, self.other_rate_cells):
+        for stage in (self.base_cells, self.rate_cells, self.main_cells, self.other_rate_cells, self.variant_cells):
             todo = [cell for cell in stage() if not self._is_done(cell)]
             with ThreadPoolExecutor(self.jobs) as pool:
                 for cell, outcome in zip(todo, pool.map(self._run_cell, todo), strict=True):
@@ -91,8 +91,8 @@ class Study:
 
     def main_cells(self) -> Iterator[Cell]:
         for seed in self.config["seeds"]:
-            for data in self.config["data"]:
-                for objective in [*self.config["tuned"], *self.config["untuned"]]:
+            for objective in [*self.config["tuned"], *self.config["untuned"]]:
+                for data in self.config["data"]:
                     yield Cell("main", data, objective, self.best_rate(data, objective), seed)
 
     def variant_cells(self) -> Iterator[Cell]:

@@ -120,7 +120,10 @@ def test_unmarked_data_is_labelled_by_persona_words_and_says_so(run, tmp_path):
     rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:LIMIT]]
     data = write_jsonl(tmp_path / "rows.jsonl", [{k: v for k, v in r.items() if k != "personal_spans"} for r in rows])
     out = run("--data", data, "--labels", "--terminal", 0).out
-    assert "words that occur in the persona but not in the conversation" in out and "persona word" not in out.split("method")[1]
+    assert (
+        "words that occur in the persona but not in the conversation" in out
+        and "persona word" not in out.split("method")[1]
+    )
     plain = [{"persona": ["I ski."], "query": "Hello?", "response": "No."}]
     err = run("--data", write_jsonl(tmp_path / "plain.jsonl", plain), "--labels", code=2).err
     assert "--labels: labels: expected tokens of both kinds, got 0 labelled" in err
