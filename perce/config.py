@@ -236,7 +236,7 @@ class SplitConfig:
     sample: int | None = _option(None, "so many examples, drawn at random from the whole split")
     split_seed: int | None = _option(
         None,
-        "seed of sample; of held_out, the --seed of the training; default: that of the run in --model, else 42",
+        "seed of sample (default: 42); of held_out, the --seed of the training (default: that of the run in --model)",
     )
 
     def __post_init__(self) -> None:

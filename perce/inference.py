@@ -99,9 +99,14 @@ def model_fingerprint(model: Any) -> str:
 
 
 def split_seed(chosen: SplitConfig, model: str | None) -> int:
-    """--split_seed, or the seed that the run in the model's directory was trained with, or train's default."""
+    """--split_seed, or what was held out of the run in the model's directory, or train's default.
+
+    A sample follows no model: two that are compared are asked the same.
+    """
     if chosen.split_seed is not None:
         return chosen.split_seed
+    if chosen.split != "held_out":
+        return RunConfig.seed
     saved = Path(model or "").expanduser() / CONFIG_NAME
     return int(read_yaml(str(saved)).get("seed", RunConfig.seed)) if model and saved.is_file() else RunConfig.seed
 

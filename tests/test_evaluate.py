@@ -96,8 +96,10 @@ def test_what_training_held_out_is_evaluated_and_training_rows_are_called_so(run
     assert "these are training rows" in out and "--split held_out" in out
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 7\n", encoding="utf-8")
-    assert [split_seed(SplitConfig(), str(tmp_path / name)) for name in ("run", "none")] == [7, 42]
-    assert split_seed(SplitConfig(split_seed=3), str(tmp_path / "run")) == 3 and split_seed(SplitConfig(), None) == 42
+    chosen = SplitConfig(split="held_out")
+    assert [split_seed(chosen, str(tmp_path / name)) for name in ("run", "none")] == [7, 42]
+    assert split_seed(SplitConfig(split_seed=3), str(tmp_path / "run")) == 3
+    assert split_seed(SplitConfig(sample=5), str(tmp_path / "run")) == 42, "a sample follows no model"
     assert "Leave out --streaming" in run(*data, "--split", "held_out", "--streaming", code=2).err
     assert "has a validation split" in run("--data", DATA_DIR, "--split", "held_out", code=2).err
 
