@@ -150,7 +150,9 @@ def evaluated_on(results: Results, data: str) -> Iterator[str]:
     if records:
         users = len({str(record.get("user_id") or record["source"]) for record in records[0]})
         tokens, personal = (sum(record[name] for record in records[0]) for name in ("tokens", "personal_tokens"))
-        yield f"{len(records[0])} replies of {users} users, {tokens:,} tokens of which {personal} are personal.\n"
+        own = [x["reference_uses_persona"] for part in records for x in part if "reference_uses_persona" in x]
+        yield f"{len(records[0])} replies of {users} users, {tokens:,} tokens of which {personal} are personal. What "
+        yield f"they wrote uses their persona in {100 * mean(own):.0f} %. Generated replies are of the first seed.\n"
 
 
 def differences(results: Results, data: str, objective: str) -> Iterator[str]:
@@ -164,7 +166,8 @@ def differences(results: Results, data: str, objective: str) -> Iterator[str]:
         result = paired_difference(ours[0], theirs[0], ours[1], ours[2])
         if result:
             d, p = result[0].scaled(factor), result[1]
-            texts.append(f"{column} {d.value:+.{digits}f} ({d.span(f'+.{digits}f')}; p = {p:.3f})")
+            chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+            texts.append(f"{column} {d.value:+.{digits}f} ({d.span(f'+.{digits}f')}; {chance})")
     if texts:
         yield f"\n{NAMES[objective]} minus CE, paired over users: {'; '.join(texts)}."
 
