@@ -151,7 +151,7 @@ def evaluated_on(results: Results, data: str) -> Iterator[str]:
         users = len({str(record.get("user_id") or record["source"]) for record in records[0]})
         tokens, personal = (sum(record[name] for record in records[0]) for name in ("tokens", "personal_tokens"))
         own = [x["reference_uses_persona"] for part in records for x in part if "reference_uses_persona" in x]
-        yield f"{len(records[0])} replies of {users} users, {tokens:,} tokens of which {personal} are personal. What "
+        yield f"{len(records[0])} replies of {users} users, {tokens:,} tokens of which {personal} are personal. What"
         yield f"they wrote uses their persona in {100 * mean(own):.0f} %. Generated replies are of the first seed.\n"
 
 
