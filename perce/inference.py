@@ -25,7 +25,7 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
     """(model in eval mode with PerCE installed, tokenizer, device).
 
     An adapter stays beside its base, as in training: merging into bf16 weights rounds, and lost half of what an adapter
-    had learnt in 20 steps. UserError for what cannot be loaded.
+    had learnt in 20 steps (docs/LOG.md). UserError for what cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = "fp32" if config.precision == "auto" and device.type == "cpu" else config.precision

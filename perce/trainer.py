@@ -7,14 +7,12 @@ Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers
 """
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow.compute
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -25,14 +23,16 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from perce.batch import Batch, collate
 from perce.checkpoints import resume_point, save_whole
+from perce.checks import check_hooks, check_vocabulary, warn_of_dropout
 from perce.config import DataConfig, LossConfig, MemoryConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
 from perce.estimates import Estimates, check_estimable, estimate
-from perce.loader import own_train_loader, token_ids
+from perce.loader import own_train_loader
 from perce.memory import check_context, check_sharding, prepare_memory, settle_device
 from perce.meters import Clock, Window, peak_memory_mib
 from perce.model import add_adapter, check_packing, load_pretrained, load_tokenizer, prepare_model
+from perce.normalizer import StepNormalizer
 from perce.parallel import check_parallelism, keep_outputs_exact
 from perce.probe import evaluating
 from perce.scoring import OWN_SIGNAL, TokenStatistics, counterfactual_hidden, factual, token_statistics
@@ -109,7 +109,7 @@ class PerceTrainer(Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
-        _check_hooks(kwargs)
+        check_hooks(kwargs)
         name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
         tokenizer = processing_class or load_tokenizer(name)
         if isinstance(model, str):  # not in the checkpoint's own type: weights that are trained in bf16 hardly move
@@ -125,8 +125,8 @@ class PerceTrainer(Trainer):
             check_context, config=prepared.config, memory=args.memory, max_length=args.data.max_length
         )
         datasets = {
-            "train_dataset": self._as_pairs(train_dataset, "train_dataset"),
-            "eval_dataset": self._as_pairs(eval_dataset, "eval_dataset"),
+            "train_dataset": self._checked_pairs(train_dataset, "train_dataset"),
+            "eval_dataset": self._checked_pairs(eval_dataset, "eval_dataset"),
         }
         pad_id = getattr(tokenizer, "pad_token_id", None) or 0
         kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id, packing=args.packing))
@@ -150,27 +150,27 @@ class PerceTrainer(Trainer):
         self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
-        self._step_weight, self._step_loss = torch.zeros(2, device=self.args.device)
+        self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
         if args.loss.estimate == "online" and args.loss.objective in ("perce", "longce"):
-            _warn_of_dropout(prepared)
+            warn_of_dropout(prepared)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
 
-    def _as_pairs(self, dataset: Any, name: str) -> Any:
+    def _checked_pairs(self, dataset: Any, name: str) -> Any:
         """Raw rows as token pairs, what is pairs already as it is; UserError for pairs that are not for this model."""
         if isinstance(dataset, Mapping):
-            return {key: self._as_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+            return {key: self._checked_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
         if _is_raw(dataset):
             dataset = rows_dataset_pairs(dataset, name, self._tokenizer, *self._options)
-        _check_vocabulary(dataset, name, self._vocabulary)
+        check_vocabulary(dataset, name, self._vocabulary)
         self._check_context(dataset, name)
         return dataset
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
-        return super().evaluate(self._as_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
+        return super().evaluate(self._checked_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = own_train_loader(self.train_dataset, self.data_collator, self.args)
@@ -187,7 +187,7 @@ class PerceTrainer(Trainer):
         call: dict[str, Any] = {
             "num_items": num_items_in_batch, "contrast": loss.contrast,
             "clip_min": loss.clip_min, "clip_max": loss.clip_max,
-            "normalize": "none" if loss.normalize == "batch" else loss.normalize,  # a step's batch: see training_step
+            "normalize": "none" if loss.normalize == "batch" else loss.normalize,  # see StepNormalizer
         }  # fmt: skip
         if loss.normalize == "sequence":
             call["seq_id"] = inputs["sequence"]
@@ -203,7 +203,8 @@ class PerceTrainer(Trainer):
         self._window.add(loss, done.logp, logp - logp_cf, signal, done.token_weight, tokens=inputs["tokens"])
         # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
         value = done.loss * self.accelerator.num_processes
-        self._step_weight += done.token_weight.sum()
+        if self._normalizer:
+            self._normalizer.add_weights(done.token_weight)
         return (value, done[1:]) if return_outputs else value
 
     def _weight_source(self, model: nn.Module, inputs: Batch) -> dict[str, Any]:
@@ -219,19 +220,10 @@ class PerceTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         self._window.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.args.loss.normalize != "batch":
-            return loss
-        self._step_loss += loss
-        if not self.accelerator.sync_gradients:
-            return loss
-        # The weights' mean is known once the whole step has been seen, in all its forwards and on all processes. It is
-        # one scalar, which the gradient takes as well as the loss would have; the loss is corrected in its last part.
-        total = self.accelerator.reduce(self._step_weight, "sum")
-        scale = torch.where(total == 0, 0.0, (num_items_in_batch or inputs["target"].numel()) / total)
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale.to(parameter.grad.device))
-        return loss + (scale - 1) * self._step_loss
+        if self._normalizer and self.accelerator.sync_gradients:
+            tokens = num_items_in_batch or inputs["target"].numel()
+            return self._normalizer.finish(model, loss, self.accelerator.reduce(self._normalizer.weight, "sum"), tokens)
+        return self._normalizer.add_loss(loss) if self._normalizer else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As transformers.Trainer.train; True resumes from the newest checkpoint that is whole."""
@@ -254,7 +246,8 @@ class PerceTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
         """Response tokens of the whole accumulation window, over all ranks; called once, where a step begins."""
-        self._step_weight, self._step_loss = torch.zeros(2, device=self.args.device)  # also after one that was given up
+        if self._normalizer:
+            self._normalizer.begin()
         count = torch.tensor(sum(batch["target"].numel() for batch in batch_samples), device=device)
         return self.accelerator.reduce(count, "sum")
 
@@ -359,42 +352,6 @@ def _is_raw(dataset: Any) -> bool:
         return False
     columns = getattr(dataset, "column_names", None) or (dataset[0].keys() if isinstance(dataset, list) else ())
     return "response_length" not in columns
-
-
-def _warn_of_dropout(model: nn.Module) -> None:
-    """Adapters may have dropout; a base model may not (see perce.model)."""
-    dropout = max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0)
-    if dropout > 0:
-        warnings.warn(
-            f"Dropout of {dropout} in the adapter acts in the factual pass and not in the counterfactual one: every "
-            "PIR is a little too low. Leave it at 0, or use --estimate epoch or frozen, which have none then.",
-            stacklevel=3,
-        )
-
-
-def _check_hooks(kwargs: Mapping[str, Any]) -> None:
-    """UserError for what the Trainer would call with logits, or instead of the loss: neither happens here."""
-    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
-        if kwargs.get(name) is not None:
-            raise UserError(
-                f"{name}: PerceTrainer computes its own loss and never holds logits, so this would not be called. Read "
-                "trainer.last_evaluation for per-token log-probabilities, or use python -m perce.evaluate."
-            )
-
-
-def _check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
-    """UserError for a token id without an embedding: on a GPU it would end the process with a device-side assert."""
-    largest = -1
-    if isinstance(dataset, Dataset):
-        for column in token_ids(dataset):
-            largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py())
-    elif isinstance(dataset, list):
-        largest = max((max(pair["input_ids"]) for pair in dataset), default=-1)
-    if largest >= vocabulary:
-        raise UserError(
-            f"{name}: token id {largest} is outside the model's vocabulary of {vocabulary}. Expected the model's own "
-            "tokenizer; after adding tokens, call model.resize_token_embeddings(len(tokenizer))."
-        )
 
 
 class _EStep(TrainerCallback):

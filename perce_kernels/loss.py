@@ -94,26 +94,10 @@ def fused_perce_loss(
     """
     _check_options(contrast=contrast, normalize=normalize, reduction=reduction, backend=backend)
     _check_backend(backend, hidden, group)
-    sources = {"hidden_cf": hidden_cf, "logp_cf": logp_cf, "token_weight": token_weight}
-    given = [name for name, value in sources.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"expected exactly one of hidden_cf, logp_cf, token_weight, got {' and '.join(given) or 'none'}"
-        )
-    if not 0 <= clip_min <= clip_max < math.inf:  # comparisons, for math.isfinite breaks the graph of a dynamic compile
-        raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
     hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
     _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
+    _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id)
     shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
-    if hidden_cf is not None:
-        _check_like("hidden_cf", hidden_cf, hidden)
-    for name in ("logp_cf", "token_weight"):
-        if (per_token := sources[name]) is not None:
-            _check_per_token(name, per_token, target, "float")
-    if (normalize == "sequence") != (seq_id is not None):
-        raise ValueError(f'seq_id: expected with normalize="sequence" and only then, got normalize="{normalize}"')
-    if seq_id is not None:
-        _check_per_token("seq_id", seq_id, target, "integer")
     denominator = _denominator(num_items, reduction, target, ignore_index)
 
     hidden_cf, logp_cf, token_weight = (None if x is None else x.detach() for x in (hidden_cf, logp_cf, token_weight))
@@ -265,6 +249,26 @@ def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group) -> N
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
     if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+
+
+def _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id) -> None:
+    """Where the weights come from, their clip, and what they are normalised over."""
+    sources = {"hidden_cf": hidden_cf, "logp_cf": logp_cf, "token_weight": token_weight}
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"expected exactly one of hidden_cf, logp_cf, token_weight, got {' and '.join(given) or 'none'}"
+        )
+    if hidden_cf is not None:
+        _check_like("hidden_cf", hidden_cf, hidden)
+    else:
+        _check_per_token(given[0], sources[given[0]], target, "float")
+    if not 0 <= clip_min <= clip_max < math.inf:  # comparisons, for math.isfinite breaks the graph of a dynamic compile
+        raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
+    if (normalize == "sequence") != (seq_id is not None):
+        raise ValueError(f'seq_id: expected with normalize="sequence" and only then, got normalize="{normalize}"')
+    if seq_id is not None:
+        _check_per_token("seq_id", seq_id, target, "integer")
 
 
 def _check_like(name: str, value: Tensor, hidden: Tensor, shape: bool = True) -> None:

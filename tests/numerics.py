@@ -146,3 +146,12 @@ def assert_matches(result: Result, expected: Result, dtype: torch.dtype, slack: 
     for name, value in result.grads.items():
         assert value.dtype == dtype
         assert_close(f"d{name}", value, expected.grads[name])
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values with no unit stride: every second element of a transposed buffer."""
+    buffer = x.new_zeros([2 * s for s in reversed(x.shape)])
+    view = buffer[tuple(slice(None, None, 2) for _ in x.shape)].permute(*reversed(range(x.dim())))
+    view.copy_(x)
+    assert not view.is_contiguous()
+    return view

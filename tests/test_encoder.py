@@ -16,31 +16,9 @@ from perce.encoder import Encoder
 from perce.errors import UserError
 from perce.pairs import COMMON_WORDS, WORD
 from perce.retrieval import bm25_scores, make_retriever, query_of
-from perce.rows import Example, Turn, load_examples
+from perce.rows import load_examples
+from tests.histories import HISTORY, TOKENIZER, TWEET, history
 from tests.tiny import VOCAB, tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
-TWEET = "Paraphrase the following tweet without any explanation before or after it: "
-HISTORY = ("Rain again.", "My bees swarmed today.", "Ran five miles.", "Honey from the bees!", "New shoes.")
-
-
-def history(request, *passages):
-    return Example(passages or HISTORY, (Turn("user", request),), "A reply.", None, None, "train.jsonl:1")
-
-
-def picks(request, *passages, **options):
-    return make_retriever(DataConfig(**options))(history(request, *passages))
-
-
-def row(request, output, texts, **fields):
-    """LaMP-7's form; files hold the oldest entry first."""
-    return {"id": "1", "input": request, "output": output, "profile": [{"text": text, "id": "1"} for text in texts]}
-
-
-def shown(pairs, number=0):
-    start, end = pairs["persona_span"][number]
-    return TOKENIZER.decode(pairs["input_ids"][number][start:end])
-
 
 # ---- dense
 

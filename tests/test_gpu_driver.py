@@ -15,6 +15,7 @@ from tests.numerics import (
     eager,
     max_error,
     oracle,
+    strided,
 )
 
 pytest.importorskip("triton")
@@ -322,15 +323,6 @@ def test_inputs_are_left_as_they_were():
     for compact in (True, False):
         call(inputs, softcap=5.0, logit_scale=0.5, compact=compact)
     assert all(torch.equal(x, before[name]) for name, x in inputs.kwargs().items())
-
-
-def strided(x: torch.Tensor) -> torch.Tensor:
-    """The same values with no unit stride."""
-    buffer = x.new_zeros([2 * s for s in reversed(x.shape)])
-    view = buffer[tuple(slice(None, None, 2) for _ in x.shape)].permute(*reversed(range(x.dim())))
-    view.copy_(x)
-    assert not view.is_contiguous()
-    return view
 
 
 @pytest.mark.parametrize("compact", [True, False])

@@ -3,28 +3,11 @@
 import pytest
 import torch
 
-from perce_kernels import chunked, fused_perce_loss, ops, token_logprobs
-from tests.numerics import IGNORE, TRAINABLE, Inputs, assert_matches, call, make_inputs, oracle
+from perce_kernels import fused_perce_loss, ops, token_logprobs
+from tests.numerics import IGNORE, TRAINABLE, assert_matches, call, make_inputs, oracle, strided
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
 N, D, V = 37, 24, 211
-
-
-def sweep(inputs: Inputs, *, compact=True, needed=(True, True, True), softcap=None) -> chunked.PerCEOutput:
-    """The algorithm beneath the registered op, where dispatch modes can see it."""
-    return chunked.fused_perce_loss(
-        inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, None, None, inputs.bias, 0.8, 5.0, "log",
-        IGNORE, softcap, 1.0, compact, *needed,
-    )  # fmt: skip
-
-
-def strided(x: torch.Tensor) -> torch.Tensor:
-    """The same values with no unit stride: every second element of a transposed buffer."""
-    buffer = x.new_zeros([2 * s for s in reversed(x.shape)])
-    view = buffer[tuple(slice(None, None, 2) for _ in x.shape)].permute(*reversed(range(x.dim())))
-    view.copy_(x)
-    assert not view.is_contiguous()
-    return view
 
 
 @pytest.mark.parametrize("compact", [True, False])

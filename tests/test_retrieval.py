@@ -14,34 +14,11 @@ from transformers import AutoTokenizer
 from perce.config import DataConfig, LossConfig
 from perce.dataset import load_pairs, rows_dataset_pairs
 from perce.formats import PASSAGES, passage_text
-from perce.retrieval import QUERIES, Retriever, bm25_scores, indexed_text, make_retriever, query_of
-from perce.rows import Example, Turn
+from perce.retrieval import QUERIES, Retriever, bm25_scores, indexed_text, query_of
 from perce.train import main
 from perce.trainer import PerceArguments, PerceTrainer
-from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer, write_jsonl
-
-TOKENIZER = tiny_tokenizer()
-TWEET = "Paraphrase the following tweet without any explanation before or after it: "
-HISTORY = ("Rain again.", "My bees swarmed today.", "Ran five miles.", "Honey from the bees!", "New shoes.")
-
-
-def history(request, *passages):
-    return Example(passages or HISTORY, (Turn("user", request),), "A reply.", None, None, "train.jsonl:1")
-
-
-def picks(request, *passages, **options):
-    return make_retriever(DataConfig(**options))(history(request, *passages))
-
-
-def row(request, output, texts, **fields):
-    """LaMP-7's form; files hold the oldest entry first."""
-    return {"id": "1", "input": request, "output": output, "profile": [{"text": text, "id": "1"} for text in texts]}
-
-
-def shown(pairs, number=0):
-    start, end = pairs["persona_span"][number]
-    return TOKENIZER.decode(pairs["input_ids"][number][start:end])
-
+from tests.histories import HISTORY, TOKENIZER, TWEET, history, picks, row, shown
+from tests.tiny import save_tiny_model, tiny_model, write_jsonl
 
 # ---- queries and indexed text
 

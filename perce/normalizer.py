@@ -1,0 +1,37 @@
+"""normalize="batch": token weights of mean 1 over a whole step, in whatever forward passes and processes it is divided.
+
+The mean is known once all of the step has been seen. It is one scalar, which the accumulated gradient takes as well as
+the loss would have; the loss that is logged is corrected in its last part.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class StepNormalizer:
+    """Sums over one step: begin, then add_weights and add_loss for each forward pass; finish in place of the last."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget a step, also one that was given up midway."""
+        self.weight, self._loss = torch.zeros(2, device=self._device)
+
+    def add_weights(self, token_weight: Tensor) -> None:
+        self.weight += token_weight.sum()
+
+    def add_loss(self, loss: Tensor) -> Tensor:
+        """The loss of one forward pass, as it is."""
+        self._loss += loss
+        return loss
+
+    def finish(self, model: nn.Module, loss: Tensor, weight: Tensor, tokens: Tensor | int) -> Tensor:
+        """Scale the gradients by tokens ÷ weight, both of the whole step; the last loss, corrected for all of them."""
+        scale = torch.where(weight == 0, 0.0, tokens / weight)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale.to(parameter.grad.device))
+        self.add_loss(loss)
+        return loss + (scale - 1) * self._loss
