@@ -283,7 +283,7 @@ def report(results: Results) -> Iterator[str]:
     yield f"    python -m benchmarks.study_report {results.path.relative_to(ROOT)}"
     for title, part in (
         ("Comparison", comparison), ("Trade", plots), ("Transfer", transfer), ("Learning rates", rates),
-        ("Clips, normalisations", variants), ("Speed", cost),
+        ("Clips, normalisations, schedules", variants), ("Speed", cost),
     ):  # fmt: skip
         yield f"\n#### {title}\n" if part is not comparison else ""
         yield from part(results)

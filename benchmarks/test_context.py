@@ -5,8 +5,9 @@ from transformers import LlamaConfig
 
 from benchmarks.context import QUERY, RESPONSE, WAYS, measured_in_a_child
 from benchmarks.test_step import SMOLLM2_135M
-from perce.config import MemoryConfig, ModelConfig, PlanConfig
+from perce.config import MemoryConfig, ModelConfig
 from perce.plan import Config, estimate
+from perce.plan_config import PlanConfig
 
 PERSONAS = [512, 2048, 4096, 8192]
 LONGEST_UNCHECKPOINTED = 4096

@@ -18,10 +18,11 @@ import torch
 
 from benchmarks.test_step import make_trainers, pair, smollm2_135m
 from perce.batch import collate
-from perce.config import ModelConfig, PlanConfig
+from perce.config import ModelConfig
 from perce.memory import enable_checkpointing
 from perce.model import add_adapter, lora_config
 from perce.plan import Config, estimate
+from perce.plan_config import PlanConfig
 
 QUERY, RESPONSE = 80, 48
 WITHOUT_PERSONA = QUERY + RESPONSE

@@ -14,11 +14,12 @@ from typing import Any
 import psutil
 import torch
 
-from perce.config import PlanConfig, TrainConfig
+from perce.config import TrainConfig
 from perce.errors import UserError
 from perce.loader import sequence_lengths
 from perce.parallel import shards_weights
 from perce.plan import Config, check_architecture, planned_variants, recipe_of
+from perce.plan_config import PlanConfig
 from perce.plan_memory import Memory, count, memory
 from perce.plan_report import GIB, PHASES
 from perce.probe import unwrapped

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perce.config import MemoryConfig, ModelConfig, PlanConfig, is_training_option
+from perce.config import MemoryConfig, ModelConfig, is_training_option
 from perce.errors import UserError
 from perce.options import Options
+from perce.plan_config import PlanConfig
 
 if TYPE_CHECKING:
     from perce.plan_memory import Counts, Memory

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from perce.config import MemoryConfig, PlanConfig
+from perce.config import MemoryConfig
 from perce.documents import short_windows
 from perce.errors import UserError
 from perce.model import logit_transform
+from perce.plan_config import PlanConfig
 from perce.plan_rehearsal import (
     PHASES,
     Recipe,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from perce.config import PlanConfig
+from perce.plan_config import PlanConfig
 from perce.plan_memory import Counts, accumulation, shape_of
 from perce.plan_rehearsal import Recipe
 

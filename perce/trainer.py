@@ -183,7 +183,7 @@ class PerceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss = self.args.loss
+        loss = self.args.loss.at(self._progress)
         call: dict[str, Any] = {
             "num_items": num_items_in_batch, "contrast": loss.contrast,
             "clip_min": loss.clip_min, "clip_max": loss.clip_max,
@@ -206,6 +206,11 @@ class PerceTrainer(Trainer):
         if self._normalizer:
             self._normalizer.add_weights(done.token_weight)
         return (value, done[1:]) if return_outputs else value
+
+    @property
+    def _progress(self) -> float:
+        """From 0 at the first step of the run to 1 at the last."""
+        return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
 
     def _weight_source(self, model: nn.Module, inputs: Batch) -> dict[str, Any]:
         """What the objective's token weights come from, for the loss to clip: the online E-step."""

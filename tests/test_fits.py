@@ -8,10 +8,11 @@ from datasets import Dataset
 
 from perce import fits
 from perce.batch import collate
-from perce.config import DataConfig, LossConfig, MemoryConfig, ModelConfig, PlanConfig, RunConfig, TrainConfig
+from perce.config import DataConfig, LossConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
 from perce.errors import UserError
 from perce.fits import GIB, check_fits, largest_step
 from perce.plan import Config, estimate
+from perce.plan_config import PlanConfig
 from perce.plan_memory import shape_of
 from perce.train import main
 from perce.trainer import PerceArguments

@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, T5Config
 
 from perce import plan as command
-from perce.config import ModelConfig, PlanConfig
+from perce.config import ModelConfig
 from perce.memory import enable_checkpointing
 from perce.model import add_adapter, lora_config, prepare_model
 from perce.plan import Config, estimate, largest, largest_context
+from perce.plan_config import PlanConfig
 from perce.plan_memory import UPDATE, count, loss_buffers, shape_of
 from perce.plan_rehearsal import Recipe, StepShape, cut, rehearse, rehearse_depth
 from perce.plan_time import flops

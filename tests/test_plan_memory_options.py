@@ -9,12 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from perce import plan as command
 from perce import plan_rehearsal
 from perce.batch import collate
-from perce.config import MemoryConfig, ModelConfig, PlanConfig
+from perce.config import MemoryConfig, ModelConfig
 from perce.documents import DocumentPair, short_windows
 from perce.errors import UserError
 from perce.memory import enable_checkpointing, prepare_memory
 from perce.model import add_adapter, lora_config, prepare_model
 from perce.plan import Config, estimate, variants
+from perce.plan_config import PlanConfig
 from perce.plan_memory import count, shape_of
 from perce.plan_rehearsal import Recipe, StepShape, rehearse, rehearse_depth
 from perce.plan_time import flops

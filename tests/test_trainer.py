@@ -84,12 +84,12 @@ def plain_weight(model, ids, n, logp, loss):
     return signal[loss.objective].detach().clamp(loss.clip_min, loss.clip_max)
 
 
-def plain_loop(model, batches, loss, learning_rate=1e-2, warmup=2):
+def plain_loop(model, batches, losses, learning_rate=1e-2, warmup=2):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, len(batches))
     history = []
-    for batch in batches:
+    for batch, loss in zip(batches, losses, strict=True):
         value = plain_loss(model, batch, loss)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -100,11 +100,24 @@ def plain_loop(model, batches, loss, learning_rate=1e-2, warmup=2):
     return history
 
 
-@pytest.mark.parametrize("objective", ["perce", "ce", "lossce", "entce", "perce normalized"])
+LOSSES = {
+    **{objective: {"objective": objective} for objective in ("perce", "ce", "lossce", "entce")},
+    "normalized": {"normalize": "batch"}, "rising": {"weight_schedule": "rising"},
+    "falling": {"weight_schedule": "falling"},
+}  # fmt: skip
+
+
+def scheduled(options, step, steps):
+    """Both bounds on the straight line between 1 and their own values, at one of `steps` steps."""
+    way = {"rising": step / (steps - 1), "falling": 1 - step / (steps - 1)}.get(options.get("weight_schedule"), 1)
+    rest = {name: value for name, value in options.items() if name != "weight_schedule"}
+    return LossConfig(**rest, clip_min=1 - 0.95 * way, clip_max=1 + 4 * way)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, kind, objective):
-    objective, _, normalized = objective.partition(" ")
-    loss = LossConfig(objective=objective, clip_min=0.05, normalize="batch" if normalized else "none")
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, kind, options):
+    loss = LossConfig(clip_min=0.05, **options)
     model = model_for(kind)
     reference = copy.deepcopy(model).train()
     batches = []
@@ -112,7 +125,7 @@ def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, kind, objective)
     collator = trainer.data_collator
     trainer.data_collator = lambda pairs: (batches.append(pairs), collator(pairs))[1]
     trainer.train()
-    expected = plain_loop(reference, batches[:5], loss)
+    expected = plain_loop(reference, batches[:5], [scheduled(options, step, 5) for step in range(5)])
     torch.testing.assert_close(
         torch.tensor(logged(trainer, "loss", "grad_norm")), torch.tensor(expected), atol=1e-5, rtol=1e-5
     )
@@ -197,7 +210,9 @@ def test_a_detached_persona_changes_the_gradient_only(whole):
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}])
 def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path, options):
     def weights(directory, **more):
-        args = arguments(directory, max_steps=9, save_strategy="steps", save_steps=7, **options)  # 5 steps an epoch
+        loss = LossConfig(clip_min=0.05, weight_schedule="rising")
+        # Five steps are an epoch.
+        args = arguments(directory, loss=loss, max_steps=9, save_strategy="steps", save_steps=7, **options)
         trainer = trainer_for(model_for("lora", dropout=0.3), args)
         trainer.train(**more)
         return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, trainer
