@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perce_kernels.row_pass import Contrasting, Given, Head, row_loss, row_parts
-from perce_kernels.vocab_parallel import Shard
+from perce_kernels.call import Call, Needed, Weighting
+from perce_kernels.row_pass import Given, Head, row_loss, row_parts
 
 LOGITS_BYTES = 64 * 2**20  # all live logits buffers of one chunk; past 32 MiB the GEMMs here run at their full rate
 
@@ -95,7 +95,8 @@ def _mm_accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 class _Rows:
     """Which rows of the call are computed: the valid ones, or all with the ignored zeroed (no host sync)."""
 
-    def __init__(self, target: Tensor, vocab_size: int, ignore_index: int, compact: bool):
+    def __init__(self, call: Call):
+        target, vocab_size, ignore_index, compact = call.target, call.vocab_size, call.ignore_index, call.compact
         self.valid = target != ignore_index
         in_range = (target >= 0) & (target < vocab_size) | ~self.valid
         if target.device.type == "cpu":
@@ -133,53 +134,31 @@ class _Rows:
             out[chunk] = value
 
 
-def _prepare_head(lm_head: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float) -> Head:
-    dtype = statistics_dtype(lm_head.dtype)
-    weight = lm_head.to(dtype) if lm_head.device.type == "cpu" else lm_head
-    return Head(weight, None if bias is None else bias.to(dtype), softcap, logit_scale)
+def _prepare_head(call: Call) -> Head:
+    dtype = statistics_dtype(call.lm_head.dtype)
+    weight = call.lm_head.to(dtype) if call.lm_head.device.type == "cpu" else call.lm_head
+    return Head(weight, None if call.bias is None else call.bias.to(dtype), call.softcap, call.logit_scale)
 
 
 @torch.no_grad()
-def fused_perce_loss(
-    hidden: Tensor,  # (N, D)
-    lm_head: Tensor,  # (V, D)
-    target: Tensor,  # (N,)
-    hidden_cf: Tensor | None,  # (N, D)
-    logp_cf: Tensor | None,  # (N,)
-    token_weight: Tensor | None,  # (N,)
-    bias: Tensor | None,  # (V,)
-    clip_min: float,
-    clip_max: float,
-    contrast: str,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    compact: bool,
-    need_dhidden: bool,
-    need_dlm_head: bool,
-    need_dbias: bool,
-    shard: Shard | None = None,
-) -> PerCEOutput:
-    """One sweep over the tokens: loss sum, statistics and fp32 sum-scale gradients. Arguments are valid by now.
-
-    With a shard, lm_head, bias and their gradients are this rank's rows, and the rest is that of the whole vocabulary.
-    """
+def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
+    """One sweep over the tokens: loss sum, statistics and fp32 sum-scale gradients."""
+    hidden, shard = call.hidden, call.shard
+    hidden_cf, logp_cf, token_weight, contrasting = weighting
     dtype = statistics_dtype(hidden.dtype)
-    (n, d), v = hidden.shape, lm_head.shape[0]
-    vocab_size = v if shard is None else shard.vocab_size
-    need_dz = need_dhidden or need_dlm_head or need_dbias
-    head, contrasting = _prepare_head(lm_head, bias, softcap, logit_scale), Contrasting(contrast, clip_min, clip_max)
-    rows = _Rows(target, vocab_size, ignore_index, compact)
+    (n, d), v = hidden.shape, call.lm_head.shape[0]
+    need_dz = any(needed)
+    head, rows = _prepare_head(call), _Rows(call)
 
     def zeros(needed: bool, *shape: int) -> Tensor:
         return hidden.new_zeros(shape if needed else (0,), dtype=dtype)
 
     out = PerCEOutput(
         zeros(True), zeros(True, n), zeros(True, n), zeros(True, n),
-        zeros(need_dhidden, n, d), zeros(need_dlm_head, v, d), zeros(need_dbias, v),
+        zeros(needed.dhidden, n, d), zeros(needed.dlm_head, v, d), zeros(needed.dbias, v),
     )  # fmt: skip
-    buffers = 1 + (need_dz and softcap is not None)
-    size = min(chunk_rows(vocab_size, hidden.dtype, buffers), max(rows.n, 1))
+    buffers = 1 + (need_dz and head.softcap is not None)
+    size = min(chunk_rows(call.vocab_size, hidden.dtype, buffers), max(rows.n, 1))
     z_buffer, *dcap_buffer = (hidden.new_empty((size, v), dtype=dtype) for _ in range(buffers))
 
     with full_fp32_matmul():
@@ -207,11 +186,11 @@ def fused_perce_loss(
             if chunk_logp_cf is not None:
                 rows.put(out.logp_cf, chunk, chunk_logp_cf)
             dz = z.to(head.weight.dtype)
-            if need_dhidden:
+            if needed.dhidden:
                 rows.put(out.dhidden, chunk, _mm(dz, head.weight, z.new_empty((z.shape[0], d))))
-            if need_dlm_head:
+            if needed.dlm_head:
                 _mm_accumulate(out.dlm_head, dz.T, h)
-            if need_dbias:
+            if needed.dbias:
                 out.dbias.add_(z.sum(0))
     if shard is not None:
         shard.sum_(out.dhidden)
@@ -219,27 +198,15 @@ def fused_perce_loss(
 
 
 @torch.no_grad()
-def token_logprobs(
-    hidden: Tensor,  # (N, D)
-    lm_head: Tensor,  # (V, D)
-    target: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    compact: bool,
-    return_entropy: bool,
-    shard: Shard | None = None,
-) -> tuple[Tensor, Tensor]:
+def token_logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
     """(N,) log-probabilities of `target` and, on request, (N,) predictive entropies in nats ((0,) otherwise)."""
+    hidden, shard = call.hidden, call.shard
     dtype = statistics_dtype(hidden.dtype)
-    n, v = hidden.shape[0], lm_head.shape[0]
-    vocab_size = v if shard is None else shard.vocab_size
-    head = _prepare_head(lm_head, bias, softcap, logit_scale)
-    rows = _Rows(target, vocab_size, ignore_index, compact)
+    n, v = hidden.shape[0], call.lm_head.shape[0]
+    head, rows = _prepare_head(call), _Rows(call)
     logp = hidden.new_zeros(n, dtype=dtype)
     entropy = hidden.new_zeros(n if return_entropy else 0, dtype=dtype)
-    size = min(chunk_rows(vocab_size, hidden.dtype, 1), max(rows.n, 1))
+    size = min(chunk_rows(call.vocab_size, hidden.dtype, 1), max(rows.n, 1))
     z_buffer = hidden.new_empty((size, v), dtype=dtype)
     with full_fp32_matmul():
         for chunk in rows.chunks(size):

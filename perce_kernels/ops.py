@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from perce_kernels import chunked, vocab_parallel
+from perce_kernels.call import Call, Needed, Weighting
+from perce_kernels.row_pass import Contrasting
 
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -70,14 +72,13 @@ def fused_perce_loss(
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss_sum, logp, logp_cf, token_weight, dhidden, dlm_head, dbias); see chunked.PerCEOutput."""
+    shard = vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head)
+    call = Call(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, shard)
+    weighting = Weighting(hidden_cf, logp_cf, token_weight, Contrasting(contrast, clip_min, clip_max))
+    needed = Needed(need_dhidden, need_dlm_head, need_dbias)
     with torch.autocast(hidden.device.type, enabled=False):  # autocast stays on inside a custom op's body
-        return tuple(  # type: ignore[return-value]
-            _implementation(backend, hidden.device).fused_perce_loss(
-                hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
-                ignore_index, softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias,
-                vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head),
-            )
-        )  # fmt: skip
+        output = _implementation(backend, hidden.device).fused_perce_loss(call, weighting, needed)
+    return tuple(output)  # type: ignore[return-value]
 
 
 @fused_perce_loss.register_fake
@@ -135,11 +136,10 @@ def token_logprobs(
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """((N,) log-probabilities, (N,) entropies or (0,)); see chunked.token_logprobs."""
+    shard = vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head)
+    call = Call(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, shard)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _implementation(backend, hidden.device).token_logprobs(
-            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy,
-            vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head),
-        )  # fmt: skip
+        return _implementation(backend, hidden.device).token_logprobs(call, return_entropy)
 
 
 @token_logprobs.register_fake

@@ -232,7 +232,9 @@ def launchers() -> Iterator[str]:
     from triton.runtime import driver as active
     from triton.runtime.jit import JITFunction
 
+    from perce_kernels.call import Call, Needed, Weighting
     from perce_kernels.gpu import driver
+    from perce_kernels.row_pass import Contrasting
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     active.set_active(NoDevice())
@@ -247,43 +249,22 @@ def launchers() -> Iterator[str]:
     for n, d, v in ((1, 8, 1), (37, 24, 211), (64, 64, 512)):  # 1 and multiples of 16 are compiled as such
         hidden, hidden_cf, lm_head = (torch.randn(rows, d, dtype=torch.bfloat16) for rows in (n, n, v))
         target, given, bias = torch.randint(0, v, (n,)), torch.rand(n), torch.randn(v, dtype=torch.bfloat16)
-        driver.fused_perce_loss(
-            hidden,
-            lm_head,
-            target,
-            hidden_cf,
-            None,
-            None,
-            bias,
-            0.8,
-            5.0,
-            "log",
-            -100,
-            1.0,
-            1.0,
-            False,
-            True,
-            True,
-            True,
-        )
+        options = {"ignore_index": -100, "softcap": None, "logit_scale": 1.0, "compact": False}
+        call = Call(hidden, lm_head, target, bias, **options)
+        both = Weighting(hidden_cf, None, None, Contrasting("log", 0.8, 5.0))
+        capped = call._replace(softcap=30.0)
+        driver.fused_perce_loss(call._replace(softcap=1.0), both, Needed(True, True, True))
         for logp_cf, weight in ((given, None), (None, given)):
-            driver.fused_perce_loss(
-                hidden, lm_head, target, None, logp_cf, weight, None, 0.0, 1.0, "ratio", 2**40, None, 2.0, True,
-                logp_cf is None, False, False,
-            )  # fmt: skip
+            other = call._replace(bias=None, ignore_index=2**40, logit_scale=2.0, compact=True)
+            weighting = Weighting(None, logp_cf, weight, Contrasting("ratio", 0.0, 1.0))
+            driver.fused_perce_loss(other, weighting, Needed(logp_cf is None, False, False))
         for entropy in (False, True):
-            driver.token_logprobs(hidden, lm_head, target, bias, 1, 30.0, 1.0, False, entropy)
+            driver.token_logprobs(capped._replace(ignore_index=1), entropy)
         shard = Shard(dist.group.WORLD, 0, v)
-        driver.fused_perce_loss(
-            hidden, lm_head, target, hidden_cf, None, None, bias, 0.8, 5.0, "log", -100, 30.0, 1.0, True, True, False,
-            False, shard,
-        )  # fmt: skip
-        driver.token_logprobs(hidden, lm_head, target, None, -100, None, 1.0, False, True, shard)
+        driver.fused_perce_loss(capped._replace(compact=True, shard=shard), both, Needed(True, False, False))
+        driver.token_logprobs(call._replace(bias=None, shard=shard), True)
         tiles.TABLE, shipped = [row._replace(in_use=True) for row in tiles.TABLE], tiles.TABLE
-        driver.fused_perce_loss(
-            hidden, lm_head, target, hidden_cf, None, None, bias, 0.8, 5.0, "log", -100, 30.0, 1.0, True, True, True,
-            True,
-        )  # fmt: skip
+        driver.fused_perce_loss(capped._replace(compact=True), both, Needed(True, True, True))
         tiles.TABLE = shipped
         yield from built
         built.clear()

@@ -4,10 +4,6 @@ import pytest
 import torch
 
 from tests.device import LiveBytes
-from tests.numerics import (
-    IGNORE,
-    Inputs,
-)
 
 pytest.importorskip("triton")
 from perce_kernels import chunked
@@ -22,15 +18,6 @@ def several_chunks():
         patch.setattr(driver, "chunk_rows", lambda *_: CHUNK)
         patch.setattr(driver, "LOGPROB_ROWS", CHUNK)
         yield
-
-
-def sweep(inputs: Inputs, *, compact=True, needed=(True, True, True), softcap=None, weights=None):
-    """The driver beneath the registered op, where dispatch modes can see it."""
-    weights = weights or {}
-    return driver.fused_perce_loss(
-        inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, weights.get("logp_cf"),
-        weights.get("token_weight"), inputs.bias, 0.8, 5.0, "log", IGNORE, softcap, 1.0, compact, *needed,
-    )  # fmt: skip
 
 
 class Watch(LiveBytes):

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from tests.kernels import DEVICE, D, N, V, drop_cf, make_inputs, weights_of, with_source
-from tests.numerics import (
-    IGNORE,
-)
+from tests.numerics import IGNORE, beneath
 
 pytest.importorskip("triton")
 from perce_kernels.gpu import driver, tiles
-from tests.driver import CHUNK, several_chunks, sweep, watching  # noqa: F401  fixtures
+from tests.driver import CHUNK, several_chunks, watching  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "several_chunks")
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's products or errors")
@@ -32,7 +30,7 @@ def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed
     inputs = make_inputs(bias=True)
     rows = int((inputs.target != IGNORE).sum()) if compact else N
     with watch:
-        out = sweep(inputs, compact=compact, needed=needed)
+        out = driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed))
     assert watch.flop == per_token * rows * D * V
     assert [gradient.numel() > 0 for gradient in out[-3:]] == list(needed)
 
@@ -41,7 +39,7 @@ def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed
 def test_without_a_counterfactual_pass_the_floor_is_six(watch, source):
     inputs = drop_cf(make_inputs(ignored=0.0))
     with watch:
-        sweep(inputs, weights=weights_of(source))
+        driver.fused_perce_loss(*beneath(inputs, weights=weights_of(source)))
     assert watch.flop == 6 * N * D * V
 
 
@@ -50,7 +48,7 @@ def test_token_logprobs_cost_one_product(watch, compact):
     inputs = make_inputs()
     rows = int((inputs.target != IGNORE).sum()) if compact else N
     with watch:
-        driver.token_logprobs(inputs.hidden, inputs.lm_head, inputs.target, None, IGNORE, None, 1.0, compact, True)
+        driver.token_logprobs(beneath(inputs, compact=compact)[0], return_entropy=True)
     assert watch.flop == 2 * rows * D * V
 
 
@@ -60,11 +58,11 @@ def test_host_syncs(watch, source, dtype):
     """One with compact=True, none without; what the interpreter looks at does not pass through the dispatcher."""
     inputs, weights = with_source(make_inputs(bias=True).to(dtype), source)
     with watch:
-        sweep(inputs, compact=False, weights=weights)
-        driver.token_logprobs(inputs.hidden, inputs.lm_head, inputs.target, None, IGNORE, None, 1.0, False, True)
+        driver.fused_perce_loss(*beneath(inputs, compact=False, weights=weights))
+        driver.token_logprobs(beneath(inputs, compact=False)[0], return_entropy=True)
     assert watch.syncs == []
     with watch:
-        sweep(inputs, compact=True, weights=weights)
+        driver.fused_perce_loss(*beneath(inputs, compact=True, weights=weights))
     assert watch.syncs == ["nonzero"]
 
 
@@ -78,7 +76,7 @@ def test_peak_bytes_follow_the_formula(watch, source, compact, ignored, needed):
     inputs, weights = with_source(make_inputs(n, d, v, ignored=ignored, bias=True), source)
     gc.collect()
     with watch:
-        out = sweep(inputs, compact=compact, needed=needed, weights=weights)
+        out = driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed, weights=weights))
     rows = int((inputs.target != IGNORE).sum()) if compact else n
     expected = driver.extra_bytes(
         rows, d, v, 4, chunk=CHUNK, passes=2 if source == "hidden_cf" else 1, gathered=rows < n, masked=not compact,

@@ -12,6 +12,7 @@ from tests.numerics import (
     Inputs,
     assert_as_accurate_as_torch,
     assert_matches,
+    beneath,
     eager,
     max_error,
     oracle,
@@ -21,7 +22,7 @@ from tests.numerics import (
 pytest.importorskip("triton")
 from perce_kernels import chunked, fused_perce_loss, ops, reference, token_logprobs
 from perce_kernels.gpu import driver
-from tests.driver import CHUNK, several_chunks, sweep  # noqa: F401  fixtures
+from tests.driver import CHUNK, several_chunks  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "several_chunks")
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's products or errors")
@@ -260,10 +261,7 @@ def test_token_logprobs_match_the_oracle(options, compact, dtype):
 
 def test_fp64_is_the_chunked_backend():
     inputs = make_inputs(dtype=torch.float64, bias=True)
-    ours, theirs = sweep(inputs), chunked.fused_perce_loss(
-        inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, None, None, inputs.bias, 0.8, 5.0, "log",
-        IGNORE, None, 1.0, True, True, True, True,
-    )  # fmt: skip
+    ours, theirs = (backend.fused_perce_loss(*beneath(inputs)) for backend in (driver, chunked))
     assert all(torch.equal(a, b) and a.dtype == torch.float64 for a, b in zip(ours, theirs, strict=True))
     assert call(inputs, reduction="none").loss.dtype == torch.float64
 

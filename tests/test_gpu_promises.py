@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.cases import CHUNK, GEMMA, LLAMA, QWEN, Case, both, make_inputs, on_gpu
 from tests.device import ON_GPU, capture, free, host_syncs, no_host_sync, peak_bytes
 from tests.kernels import DEVICE, call
-from tests.numerics import IGNORE, TRAINABLE, Inputs
+from tests.numerics import IGNORE, TRAINABLE, Inputs, beneath
 
 pytest.importorskip("triton")
 from perce_kernels import chunked, fused_perce_loss, token_logprobs
@@ -124,10 +124,7 @@ def test_peak_memory_follows_the_formula(monkeypatch, case, name):
     inputs = make_inputs(case._replace(ignored=ignored, dtype=torch.float32 if case.is_tiny else case.dtype))
 
     def run():
-        return driver.fused_perce_loss(
-            inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, None, None, inputs.bias, 0.8, 5.0, "log",
-            IGNORE, None, 1.0, compact, *needed,
-        )  # fmt: skip
+        return driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed))
 
     outputs = sum(x.untyped_storage().nbytes() for x in run())
     n, d, v = case.n, case.d, case.v

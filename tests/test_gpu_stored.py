@@ -10,20 +10,12 @@ import pytest
 import torch
 
 from tests.kernels import DEVICE, D, N, V, call, make_inputs, with_source
-from tests.numerics import (
-    IGNORE,
-    TRAINABLE,
-    Inputs,
-    assert_as_accurate_as_torch,
-    eager,
-    max_error,
-    oracle,
-)
+from tests.numerics import IGNORE, TRAINABLE, Inputs, assert_as_accurate_as_torch, beneath, eager, max_error, oracle
 
 pytest.importorskip("triton")
 from perce_kernels import chunked, reference
 from perce_kernels.gpu import driver, lse_gemm, steps, stored_rows, tiles
-from tests.driver import CHUNK, several_chunks, sweep, watching  # noqa: F401  fixtures
+from tests.driver import CHUNK, several_chunks, watching  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "several_chunks", "stores")
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -215,7 +207,7 @@ def test_a_target_outside_the_vocabulary_poisons_its_row_alone(monkeypatch, sour
     monkeypatch.setattr(chunked, "check_target", lambda *_: None)
     inputs, weights = with_source(make_inputs(n=3, ignored=0.0).to(torch.bfloat16), source)
     inputs.target[1] = V
-    out = sweep(inputs, weights=weights, compact=False)
+    out = driver.fused_perce_loss(*beneath(inputs, weights=weights, compact=False))
     for x in (out.logp, out.token_weight, out.dhidden[:, 0]):
         assert x.isnan().tolist() == [False, True, False]
 
@@ -254,7 +246,7 @@ def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed
     inputs = make_inputs(bias=True).to(torch.bfloat16)
     rows = int((inputs.target != IGNORE).sum()) if compact else N
     with watch:
-        sweep(inputs, compact=compact, needed=needed)
+        driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed))
     assert watch.flop == per_token * rows * D * V
     assert watch.syncs == (["nonzero"] if compact else [])
 
@@ -277,7 +269,7 @@ def test_peak_bytes_follow_the_formula(watch, monkeypatch, source, compact, need
     )  # rounding to bf16 allocates
     gc.collect()
     with watch:
-        out = sweep(inputs, compact=compact, needed=needed, weights=weights)
+        out = driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed, weights=weights))
     rows = int((inputs.target != IGNORE).sum()) if compact else n
     expected = driver.extra_bytes(
         rows, d, v, 2, chunk=CHUNK, passes=2 if source == "hidden_cf" else 1, gathered=rows < n, masked=not compact,

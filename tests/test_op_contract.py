@@ -9,18 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from perce_kernels import chunked, fused_perce_loss, row_pass, token_logprobs
-from tests.numerics import IGNORE, TRAINABLE, Inputs, assert_matches, call, make_inputs, oracle
+from tests.numerics import IGNORE, TRAINABLE, Inputs, assert_matches, beneath, call, make_inputs, oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
 N, D, V = 37, 24, 211
-
-
-def sweep(inputs: Inputs, *, compact=True, needed=(True, True, True), softcap=None) -> chunked.PerCEOutput:
-    """The algorithm beneath the registered op, where dispatch modes can see it."""
-    return chunked.fused_perce_loss(
-        inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, None, None, inputs.bias, 0.8, 5.0, "log",
-        IGNORE, softcap, 1.0, compact, *needed,
-    )  # fmt: skip
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
@@ -209,8 +201,8 @@ def test_no_tensor_of_n_by_v_exists(monkeypatch, compact, softcap, dtype):
     monkeypatch.setattr(row_pass, "ROW_BLOCK_BYTES", budget // 3)
     inputs = make_inputs(n, d, v, bias=True).to(dtype)
     with Watch() as watch:
-        sweep(inputs, compact=compact, softcap=softcap)
-        chunked.token_logprobs(inputs.hidden, inputs.lm_head, inputs.target, None, IGNORE, softcap, 1.0, compact, True)
+        chunked.fused_perce_loss(*beneath(inputs, compact=compact, softcap=softcap))
+        chunked.token_logprobs(beneath(inputs, compact=compact, softcap=softcap)[0], return_entropy=True)
     assert budget // 2 < watch.largest_bytes <= budget
     assert n * v * 2 > 4 * budget, "(N, V) in bf16 would not have passed"
 
@@ -227,7 +219,7 @@ def test_matrix_products_cost_the_floor_and_ignored_rows_nothing(compact, needed
     rows = int((inputs.target != IGNORE).sum()) if compact else N
     assert rows == N or rows < 0.8 * N
     with Watch() as watch:
-        out = sweep(inputs, compact=compact, needed=needed)
+        out = chunked.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed))
     assert watch.flop == per_token * rows * D * V
     assert [gradient.numel() > 0 for gradient in out[-3:]] == list(needed)
 
@@ -236,7 +228,7 @@ def test_matrix_products_cost_the_floor_and_ignored_rows_nothing(compact, needed
 @pytest.mark.parametrize("trainable", [("hidden",), ("lm_head",), ("bias",), ()], ids=str)
 def test_only_the_needed_gradients_are_computed(monkeypatch, trainable, reduction):
     asked, run = [], chunked.fused_perce_loss
-    monkeypatch.setattr(chunked, "fused_perce_loss", lambda *args: asked.append(args[14:17]) or run(*args))
+    monkeypatch.setattr(chunked, "fused_perce_loss", lambda *args: asked.append(args[-1]) or run(*args))
     inputs = make_inputs(bias=True)
     leaves = {name: x.requires_grad_(name in trainable) for name, x in inputs.kwargs().items()}
     loss = fused_perce_loss(**leaves, reduction=reduction).sum()
@@ -377,5 +369,5 @@ def test_inputs_are_left_as_they_were():
     inputs = make_inputs(bias=True)
     before = {name: x.clone() for name, x in inputs.kwargs().items()}
     call(inputs, softcap=5.0, logit_scale=0.5)
-    sweep(inputs, compact=False)
+    chunked.fused_perce_loss(*beneath(inputs, compact=False))
     assert all(torch.equal(x, before[name]) for name, x in inputs.kwargs().items())

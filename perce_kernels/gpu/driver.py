@@ -38,10 +38,10 @@ import torch
 from torch import Tensor
 
 from perce_kernels import chunked
+from perce_kernels.call import Call, Needed, Weighting
 from perce_kernels.chunked import PerCEOutput
 from perce_kernels.gpu import lse_gemm
 from perce_kernels.gpu.steps import Job, Step, choose, pitch, product
-from perce_kernels.row_pass import Contrasting
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
 LOGITS_BYTES = 2 * 2**30
@@ -98,7 +98,8 @@ def extra_bytes(
 class _Rows:
     """Which rows are computed: those with a target, gathered (one host sync), or all, the others masked (none)."""
 
-    def __init__(self, target: Tensor, v: int, ignore_index: int, compact: bool):
+    def __init__(self, call: Call):
+        target, v, ignore_index, compact = call.target, call.vocab_size, call.ignore_index, call.compact
         if target.device.type == "cpu":
             chunked.check_target(target, v, ignore_index)
         else:
@@ -162,14 +163,12 @@ def _dz_scale(
     return (15 - (weight.float().abs().amax() * logit_scale).frexp().exponent).clamp(-100, 100).float().exp2()
 
 
-def _outputs(
-    hidden: Tensor, lm_head: Tensor, rows: _Rows, need_dhidden: bool, need_dlm_head: bool, need_dbias: bool
-) -> PerCEOutput:
+def _outputs(call: Call, rows: _Rows, needed: Needed) -> PerCEOutput:
     """fp32 outputs: zero where rows of them are not written, else left as the allocator gives them."""
-    (total, d), v = hidden.shape, lm_head.shape[0]
+    (total, d), v = call.hidden.shape, call.lm_head.shape[0]
 
     def fp32(*shape: int, written: bool = True) -> Tensor:
-        out = hidden.new_empty(shape, dtype=torch.float32)
+        out = call.hidden.new_empty(shape, dtype=torch.float32)
         return out if written else out.zero_()
 
     every_row = rows.index is None
@@ -178,57 +177,33 @@ def _outputs(
         logp=fp32(total, written=every_row),
         logp_cf=fp32(total, written=every_row),
         token_weight=fp32(total, written=every_row),
-        dhidden=fp32(total, d, written=every_row) if need_dhidden else fp32(0),
-        dlm_head=fp32(v, d, written=rows.n > 0) if need_dlm_head else fp32(0),
-        dbias=fp32(v, written=False) if need_dbias else fp32(0),
+        dhidden=fp32(total, d, written=every_row) if needed.dhidden else fp32(0),
+        dlm_head=fp32(v, d, written=rows.n > 0) if needed.dlm_head else fp32(0),
+        dbias=fp32(v, written=False) if needed.dbias else fp32(0),
     )
 
 
 @torch.no_grad()
-def fused_perce_loss(
-    hidden: Tensor,  # (N, D)
-    lm_head: Tensor,  # (V, D)
-    target: Tensor,  # (N,)
-    hidden_cf: Tensor | None,  # (N, D)
-    logp_cf: Tensor | None,  # (N,)
-    token_weight: Tensor | None,  # (N,)
-    bias: Tensor | None,  # (V,)
-    clip_min: float,
-    clip_max: float,
-    contrast: str,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    compact: bool,
-    need_dhidden: bool,
-    need_dlm_head: bool,
-    need_dbias: bool,
-    shard: Shard | None = None,
-) -> PerCEOutput:
+def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
     """chunked.fused_perce_loss on a GPU: same arguments, same outputs."""
+    hidden, lm_head, bias, shard = call.hidden, call.lm_head, call.bias, call.shard
     if hidden.dtype == torch.float64:
-        return chunked.fused_perce_loss(
-            hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
-            ignore_index, softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias, shard,
-        )  # fmt: skip
+        return chunked.fused_perce_loss(call, weighting, needed)
     with _on(hidden.device), chunked.full_fp32_matmul():
-        v, d = lm_head.shape
-        vocab_size = v if shard is None else shard.vocab_size
-        rows = _Rows(target, vocab_size, ignore_index, compact)
-        out = _outputs(hidden, lm_head, rows, need_dhidden, need_dlm_head, need_dbias)
-        passes = 1 if hidden_cf is None else 2
+        rows = _Rows(call)
+        out = _outputs(call, rows, needed)
+        passes = 1 if weighting.hidden_cf is None else 2
         multiprocessors = _multiprocessors(hidden.device) if shard is None else SHARDED_MULTIPROCESSORS
-        given_weight = rows.pick(token_weight)
+        given_weight = rows.pick(weighting.token_weight)
         job = Job(
             lm_head=_matrix(lm_head), bias=None if bias is None else bias.contiguous(), target=rows.target,
-            valid=None if rows.ignored is None else ~rows.ignored[:, 0], logp_cf=rows.pick(logp_cf),
-            token_weight=given_weight, dz_scale=_dz_scale(rows, hidden.dtype, given_weight, clip_max, logit_scale),
-            contrasting=Contrasting(contrast, clip_min, clip_max), ignore_index=ignore_index, softcap=softcap,
-            logit_scale=logit_scale, passes=passes,
-            size=min(chunk_rows(d, vocab_size, passes, multiprocessors), rows.n),
-            needed=(need_dhidden, need_dlm_head, need_dbias),
+            valid=None if rows.ignored is None else ~rows.ignored[:, 0], logp_cf=rows.pick(weighting.logp_cf),
+            token_weight=given_weight, contrasting=weighting.contrasting, ignore_index=call.ignore_index,
+            dz_scale=_dz_scale(rows, hidden.dtype, given_weight, weighting.contrasting.clip_max, call.logit_scale),
+            softcap=call.softcap, logit_scale=call.logit_scale, passes=passes,
+            size=min(chunk_rows(lm_head.shape[1], call.vocab_size, passes, multiprocessors), rows.n), needed=needed,
         )  # fmt: skip
-        _sweep(hidden, hidden_cf, rows, job, choose(job, shard), out)
+        _sweep(hidden, weighting.hidden_cf, rows, job, choose(job, shard), out)
         if job.dz_scale is not None:
             for gradient in (out.dhidden, out.dlm_head, out.dbias):
                 gradient.div_(job.dz_scale)
@@ -247,12 +222,11 @@ def _sweep(
 ) -> None:
     """All chunks: operands, the step, products with dz. Buffers are allocated once, for the first and largest chunk."""
     d = hidden.shape[1]
-    need_dhidden, need_dlm_head, need_dbias = job.needed
     per_token = [out.logp, out.logp_cf, out.token_weight]
     if rows.index is not None:
         per_token = [x.new_empty(rows.n) for x in per_token]
     operands = hidden.new_empty((job.passes * job.size, d)) if rows.copied or job.passes == 2 else None
-    dh_buffer = out.logp.new_empty((job.size, d)) if rows.index is not None and need_dhidden else None
+    dh_buffer = out.logp.new_empty((job.size, d)) if rows.index is not None and job.needed.dhidden else None
 
     for chunk in rows.chunks(job.size):
         c = chunk.stop - chunk.start
@@ -264,14 +238,14 @@ def _sweep(
         dz = step(both, chunk, [x[chunk] for x in per_token])
         if dz is None:
             continue
-        if need_dhidden:
+        if job.needed.dhidden:
             dh = out.dhidden[chunk] if dh_buffer is None else dh_buffer[:c]
             product(dz, job.lm_head, dh)
             if rows.index is not None:
                 out.dhidden.index_copy_(0, rows.index[chunk], dh)
-        if need_dlm_head:
+        if job.needed.dlm_head:
             product(dz.T, both[:c], out.dlm_head, add=chunk.start > 0)
-        if need_dbias:
+        if job.needed.dbias:
             out.dbias.add_(dz.sum(0, dtype=torch.float32))
 
     logp, _, weight = per_token
@@ -282,38 +256,28 @@ def _sweep(
 
 
 @torch.no_grad()
-def token_logprobs(
-    hidden: Tensor,  # (N, D)
-    lm_head: Tensor,  # (V, D)
-    target: Tensor,  # (N,)
-    bias: Tensor | None,  # (V,)
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    compact: bool,
-    return_entropy: bool,
-    shard: Shard | None = None,
-) -> tuple[Tensor, Tensor]:
+def token_logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
     """chunked.token_logprobs on a GPU: same arguments, same outputs; no logits are written at all."""
+    hidden, lm_head, shard = call.hidden, call.lm_head, call.shard
     if hidden.dtype == torch.float64:
-        return chunked.token_logprobs(
-            hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, shard
-        )
-    total, v = hidden.shape[0], lm_head.shape[0]
+        return chunked.token_logprobs(call, return_entropy)
+    total = hidden.shape[0]
     with _on(hidden.device):
-        rows = _Rows(target, v if shard is None else shard.vocab_size, ignore_index, compact)
+        rows = _Rows(call)
         logp = hidden.new_zeros(total, dtype=torch.float32)
         entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
         lm_head = lm_head if lm_head.stride(1) == 1 else lm_head.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        head: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "return_entropy": return_entropy}
+        bias = None if call.bias is None else call.bias.contiguous()
+        head: dict[str, Any] = {
+            "softcap": call.softcap, "logit_scale": call.logit_scale, "return_entropy": return_entropy
+        }  # fmt: skip
         for chunk in rows.chunks(LOGPROB_ROWS):
             h, y = hidden[chunk] if rows.index is None else hidden[rows.index[chunk]], rows.target[chunk]
             h = h if h.stride(1) == 1 else h.contiguous()
             if shard is None:
-                part = lse_gemm.logprobs(h, lm_head, y, bias, ignore_index=ignore_index, **head)
+                part = lse_gemm.logprobs(h, lm_head, y, bias, ignore_index=call.ignore_index, **head)
             else:
-                part = _sharded_logprobs(h, lm_head, y, bias, shard, ignore_index, head)
+                part = _sharded_logprobs(h, lm_head, y, bias, shard, call.ignore_index, head)
             for whole, value in zip((logp, entropy), part, strict=True):
                 if value is None:
                     continue

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from perce_kernels.call import Needed
 from perce_kernels.gpu import lse_gemm, row_loss, shard_rows, stored_rows, tiles
 from perce_kernels.row_pass import Contrasting, Given, weigh
 from perce_kernels.vocab_parallel import Shard
@@ -57,7 +58,7 @@ class Job(NamedTuple):
     logit_scale: float
     passes: int
     size: int  # rows of the largest chunk
-    needed: tuple[bool, bool, bool]  # dhidden, dlm_head, dbias
+    needed: Needed
 
     @property
     def need_dz(self) -> bool:
