@@ -1,7 +1,9 @@
-"""What a registered op asks of a backend: its arguments, valid by now, in groups."""
+"""What a registered op asks of a backend: its arguments, valid by now, in groups; and which rows are computed."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from perce_kernels.row_pass import Contrasting
@@ -44,3 +46,40 @@ class Needed(NamedTuple):
     dhidden: bool
     dlm_head: bool
     dbias: bool
+
+
+class Rows:
+    """Which rows of a call are computed: those with a target (one host sync), or with compact=False all (none)."""
+
+    def __init__(self, call: Call):
+        target, ignore_index, v = call.target, call.ignore_index, call.vocab_size
+        if target.device.type == "cpu":
+            check_target(target, v, ignore_index)
+        else:
+            fine = (target == ignore_index) | (target >= 0) & (target < v)
+            torch._assert_async(fine.all(), f"target: an id lies outside [0, {v}) and is not ignore_index")
+        self.n = target.shape[0]
+        self.target = target.contiguous()  # (n,) of the computed rows
+        self.index: Tensor | None = None  # (n,) their places, where some are left out
+        self.ignored: Tensor | None = None  # (N,) bool, where none are
+        if call.compact:
+            index = (target != ignore_index).nonzero().squeeze(1)  # the one host sync
+            if index.shape[0] != self.n:
+                self.index, self.n, self.target = index, index.shape[0], target[index]
+        else:
+            self.ignored = target == ignore_index
+
+    def chunks(self, size: int) -> Iterator[slice]:
+        for start in range(0, self.n, max(size, 1)):
+            yield slice(start, min(start + size, self.n))
+
+
+def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """ValueError for the first id outside the vocabulary that is not ignore_index."""
+    outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(target[row])} "
+            f"at row {row}"
+        )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perce_kernels.call import Call, Needed, Weighting
+from perce_kernels.call import Call, Needed, Rows, Weighting
 from perce_kernels.row_pass import Given, Head, row_loss, row_parts
 
 LOGITS_BYTES = 64 * 2**20  # all live logits buffers of one chunk; past 32 MiB the GEMMs here run at their full rate
@@ -44,17 +44,6 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def chunk_rows(vocab_size: int, dtype: torch.dtype, buffers: int) -> int:
     """Tokens per chunk so that `buffers` logits blocks fit LOGITS_BYTES: never a function of free memory."""
     return max(16, LOGITS_BYTES // (buffers * vocab_size * statistics_dtype(dtype).itemsize))
-
-
-def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """ValueError for the first id outside the vocabulary that is not ignore_index."""
-    outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(target[row])} "
-            f"at row {row}"
-        )
 
 
 @contextmanager
@@ -92,46 +81,28 @@ def _mm_accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-class _Rows:
-    """Which rows of the call are computed: the valid ones, or all with the ignored zeroed (no host sync)."""
-
+class _ChunkedRows(Rows):
     def __init__(self, call: Call):
-        target, vocab_size, ignore_index, compact = call.target, call.vocab_size, call.ignore_index, call.compact
-        self.valid = target != ignore_index
-        in_range = (target >= 0) & (target < vocab_size) | ~self.valid
-        if target.device.type == "cpu":
-            check_target(target, vocab_size, ignore_index)
-        else:
-            torch._assert_async(in_range.all(), f"target: an id lies outside [0, {vocab_size}) and is not ignore_index")
-        self.target = torch.where(self.valid & in_range, target, 0)
-        self.n = target.shape[0]
-        self.index = None
-        if compact and not bool(self.valid.all()):
-            self.index = self.valid.nonzero().squeeze(1)
-            self.n = self.index.shape[0]
-        self.mask = not compact
-
-    def chunks(self, size: int) -> Iterator[slice]:
-        for start in range(0, self.n, size):
-            yield slice(start, min(start + size, self.n))
+        super().__init__(call)
+        # An ignored row's, and one outside the vocabulary on a device where nobody waits for the check, is some id.
+        self.target = torch.where((self.target >= 0) & (self.target < call.vocab_size), self.target, 0)
 
     def pick(self, x: Tensor, chunk: slice, dtype: torch.dtype) -> Tensor:
         """This chunk's rows of x, an ignored row zeroed."""
-        rows = (x[chunk] if self.index is None else x[self.index[chunk]]).to(dtype)
-        if not self.mask:
-            return rows
-        valid = self.valid[chunk]
-        return torch.where(valid[:, None] if rows.dim() == 2 else valid, rows, 0)
+        return self._zeroed((x[chunk] if self.index is None else x[self.index[chunk]]).to(dtype), chunk)
 
     def put(self, out: Tensor, chunk: slice, value: Tensor) -> None:
         """Write this chunk's rows into out, whose other rows stay 0."""
-        if self.index is not None:
-            out[self.index[chunk]] = value
-        elif self.mask:
-            valid = self.valid[chunk]
-            out[chunk] = torch.where(valid[:, None] if value.dim() == 2 else valid, value, 0)
+        if self.index is None:
+            out[chunk] = self._zeroed(value, chunk)
         else:
-            out[chunk] = value
+            out[self.index[chunk]] = value
+
+    def _zeroed(self, rows: Tensor, chunk: slice) -> Tensor:
+        if self.ignored is None:
+            return rows
+        ignored = self.ignored[chunk]
+        return rows.masked_fill(ignored[:, None] if rows.dim() == 2 else ignored, 0)
 
 
 def _prepare_head(call: Call) -> Head:
@@ -148,7 +119,7 @@ def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEO
     dtype = statistics_dtype(hidden.dtype)
     (n, d), v = hidden.shape, call.lm_head.shape[0]
     need_dz = any(needed)
-    head, rows = _prepare_head(call), _Rows(call)
+    head, rows = _prepare_head(call), _ChunkedRows(call)
 
     def zeros(needed: bool, *shape: int) -> Tensor:
         return hidden.new_zeros(shape if needed else (0,), dtype=dtype)
@@ -164,10 +135,10 @@ def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEO
     with full_fp32_matmul():
         for chunk in rows.chunks(size):
             z = z_buffer[: chunk.stop - chunk.start]
-            y = rows.pick(rows.target, chunk, torch.int64)
+            y = rows.target[chunk]
             column = y if shard is None else shard.columns(y, v)
             given = Given(
-                rows.valid[chunk] if rows.mask else None,
+                None if rows.ignored is None else ~rows.ignored[chunk],
                 None if logp_cf is None else rows.pick(logp_cf, chunk, dtype),
                 None if token_weight is None else rows.pick(token_weight, chunk, dtype),
             )
@@ -203,14 +174,14 @@ def token_logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
     hidden, shard = call.hidden, call.shard
     dtype = statistics_dtype(hidden.dtype)
     n, v = hidden.shape[0], call.lm_head.shape[0]
-    head, rows = _prepare_head(call), _Rows(call)
+    head, rows = _prepare_head(call), _ChunkedRows(call)
     logp = hidden.new_zeros(n, dtype=dtype)
     entropy = hidden.new_zeros(n if return_entropy else 0, dtype=dtype)
     size = min(chunk_rows(call.vocab_size, hidden.dtype, 1), max(rows.n, 1))
     z_buffer = hidden.new_empty((size, v), dtype=dtype)
     with full_fp32_matmul():
         for chunk in rows.chunks(size):
-            y = rows.pick(rows.target, chunk, torch.int64)
+            y = rows.target[chunk]
             h = rows.pick(hidden, chunk, head.weight.dtype)
             z = _mm(h, head.weight.T, z_buffer[: chunk.stop - chunk.start])
             column = y if shard is None else shard.columns(y, v)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perce_kernels import chunked, ops, reference, vocab_parallel
+from perce_kernels import ops, reference, vocab_parallel
+from perce_kernels.call import check_target
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,7 +108,7 @@ def fused_perce_loss(
         "compact": compact, "backend": backend, "group": group, "vocab_start": vocab_start, "vocab_size": vocab_size,
     }  # fmt: skip
     if backend == "reference":
-        chunked.check_target(target, lm_head.shape[0], ignore_index)
+        check_target(target, lm_head.shape[0], ignore_index)
         loss, logp, logp_cf, weight = reference.fused_perce_loss(
             hidden, lm_head, target, hidden_cf, logp_cf=logp_cf, token_weight=token_weight, normalize=normalize,
             seq_id=seq_id, reduction="none", **head, **clip,
@@ -170,7 +171,7 @@ def token_logprobs(
     _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
     shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
     if backend == "reference":
-        chunked.check_target(target, lm_head.shape[0], ignore_index)
+        check_target(target, lm_head.shape[0], ignore_index)
         logp, entropy = reference.token_logprobs(
             hidden, lm_head, target, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
         )

@@ -6,7 +6,6 @@ import torch
 from tests.device import LiveBytes
 
 pytest.importorskip("triton")
-from perce_kernels import chunked
 from perce_kernels.gpu import driver, lse_gemm
 
 CHUNK = 5
@@ -50,5 +49,5 @@ def watching(monkeypatch):
         return launch(hidden, lm_head, *args, **options)
 
     monkeypatch.setattr(lse_gemm, "statistics", counted)
-    monkeypatch.setattr(chunked, "check_target", lambda *_: None)
+    monkeypatch.setattr("perce_kernels.call.check_target", lambda *_: None)
     return watch

@@ -13,7 +13,7 @@ from tests.kernels import DEVICE, D, N, V, call, make_inputs, with_source
 from tests.numerics import IGNORE, TRAINABLE, Inputs, assert_as_accurate_as_torch, beneath, eager, max_error, oracle
 
 pytest.importorskip("triton")
-from perce_kernels import chunked, reference
+from perce_kernels import reference
 from perce_kernels.gpu import driver, lse_gemm, steps, stored_rows, tiles
 from tests.driver import CHUNK, several_chunks, watching  # noqa: F401  fixtures
 
@@ -204,7 +204,7 @@ def test_nan_in_ignored_rows_reaches_nothing(source, compact):
 
 @pytest.mark.parametrize("source", ["hidden_cf", "logp_cf", "token_weight"])
 def test_a_target_outside_the_vocabulary_poisons_its_row_alone(monkeypatch, source):
-    monkeypatch.setattr(chunked, "check_target", lambda *_: None)
+    monkeypatch.setattr("perce_kernels.call.check_target", lambda *_: None)
     inputs, weights = with_source(make_inputs(n=3, ignored=0.0).to(torch.bfloat16), source)
     inputs.target[1] = V
     out = driver.fused_perce_loss(*beneath(inputs, weights=weights, compact=False))

@@ -30,7 +30,6 @@ tensor cores nor the row kernel's fp32 statistics are any good.
 """
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -38,7 +37,7 @@ import torch
 from torch import Tensor
 
 from perce_kernels import chunked
-from perce_kernels.call import Call, Needed, Weighting
+from perce_kernels.call import Call, Needed, Rows, Weighting
 from perce_kernels.chunked import PerCEOutput
 from perce_kernels.gpu import lse_gemm
 from perce_kernels.gpu.steps import Job, Step, choose, pitch, product
@@ -95,28 +94,7 @@ def extra_bytes(
     return logits + operands + dh + v * 4 * need_dbias + n * 12 * gathered
 
 
-class _Rows:
-    """Which rows are computed: those with a target, gathered (one host sync), or all, the others masked (none)."""
-
-    def __init__(self, call: Call):
-        target, v, ignore_index, compact = call.target, call.vocab_size, call.ignore_index, call.compact
-        if target.device.type == "cpu":
-            chunked.check_target(target, v, ignore_index)
-        else:
-            fine = (target == ignore_index) | (target >= 0) & (target < v)
-            torch._assert_async(fine.all(), f"target: an id lies outside [0, {v}) and is not ignore_index")
-        self.n = target.shape[0]
-        self.index: Tensor | None = None
-        self.ignored: Tensor | None = None
-        self.target = target.contiguous()
-        if compact:
-            index = (target != ignore_index).nonzero().squeeze(1)  # the one host sync
-            if index.shape[0] != self.n:
-                self.index, self.n = index, index.shape[0]
-                self.target = target[index]
-        else:
-            self.ignored = (target == ignore_index)[:, None]
-
+class _GpuRows(Rows):
     @property
     def copied(self) -> bool:
         """Whether the computed rows are not simply those of the caller."""
@@ -135,11 +113,7 @@ class _Rows:
             return
         out.copy_(x[chunk])
         if self.ignored is not None:
-            out.masked_fill_(self.ignored[chunk], 0)
-
-    def chunks(self, size: int) -> Iterator[slice]:
-        for start in range(0, self.n, max(size, 1)):
-            yield slice(start, min(start + size, self.n))
+            out.masked_fill_(self.ignored[chunk, None], 0)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -148,7 +122,7 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 def _dz_scale(
-    rows: _Rows, dtype: torch.dtype, given_weight: Tensor | None, clip_max: float, logit_scale: float
+    rows: _GpuRows, dtype: torch.dtype, given_weight: Tensor | None, clip_max: float, logit_scale: float
 ) -> Tensor | None:
     """() power of two that brings |w · scale| just below 2¹⁵ in fp16, whose numbers end at 65504; None elsewhere.
 
@@ -159,11 +133,11 @@ def _dz_scale(
     if given_weight is None:
         exponent = math.frexp(clip_max * abs(logit_scale))[1]
         return torch.full((), 2.0 ** min(15 - exponent, 100), device=rows.target.device)
-    weight = given_weight if rows.ignored is None else given_weight.masked_fill(rows.ignored[:, 0], 0)
+    weight = given_weight if rows.ignored is None else given_weight.masked_fill(rows.ignored, 0)
     return (15 - (weight.float().abs().amax() * logit_scale).frexp().exponent).clamp(-100, 100).float().exp2()
 
 
-def _outputs(call: Call, rows: _Rows, needed: Needed) -> PerCEOutput:
+def _outputs(call: Call, rows: _GpuRows, needed: Needed) -> PerCEOutput:
     """fp32 outputs: zero where rows of them are not written, else left as the allocator gives them."""
     (total, d), v = call.hidden.shape, call.lm_head.shape[0]
 
@@ -190,14 +164,14 @@ def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEO
     if hidden.dtype == torch.float64:
         return chunked.fused_perce_loss(call, weighting, needed)
     with _on(hidden.device), chunked.full_fp32_matmul():
-        rows = _Rows(call)
+        rows = _GpuRows(call)
         out = _outputs(call, rows, needed)
         passes = 1 if weighting.hidden_cf is None else 2
         multiprocessors = _multiprocessors(hidden.device) if shard is None else SHARDED_MULTIPROCESSORS
         given_weight = rows.pick(weighting.token_weight)
         job = Job(
             lm_head=_matrix(lm_head), bias=None if bias is None else bias.contiguous(), target=rows.target,
-            valid=None if rows.ignored is None else ~rows.ignored[:, 0], logp_cf=rows.pick(weighting.logp_cf),
+            valid=None if rows.ignored is None else ~rows.ignored, logp_cf=rows.pick(weighting.logp_cf),
             token_weight=given_weight, contrasting=weighting.contrasting, ignore_index=call.ignore_index,
             dz_scale=_dz_scale(rows, hidden.dtype, given_weight, weighting.contrasting.clip_max, call.logit_scale),
             softcap=call.softcap, logit_scale=call.logit_scale, passes=passes,
@@ -215,7 +189,7 @@ def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEO
 def _sweep(
     hidden: Tensor,  # (N, D)
     hidden_cf: Tensor | None,  # (N, D)
-    rows: _Rows,
+    rows: _GpuRows,
     job: Job,
     step: Step,
     out: PerCEOutput,  # filled
@@ -263,7 +237,7 @@ def token_logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
         return chunked.token_logprobs(call, return_entropy)
     total = hidden.shape[0]
     with _on(hidden.device):
-        rows = _Rows(call)
+        rows = _GpuRows(call)
         logp = hidden.new_zeros(total, dtype=torch.float32)
         entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
         lm_head = lm_head if lm_head.stride(1) == 1 else lm_head.contiguous()
