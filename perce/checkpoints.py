@@ -2,7 +2,8 @@
 
 complete.json, written last and in one move, lists every file of a checkpoint with its size. A directory without it, or
 with files that are not as listed, was being written or deleted when something stopped the process. Older checkpoints
-are deleted only after the list of the new one is there.
+are deleted only after the list of the new one is there, and the list is made when all that it names is on the disk: a
+machine that loses its power has no list of files that it has yet to write.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class SaveError(UserError):
 def seal(checkpoint: Path) -> None:
     """Declare a checkpoint whole, once every process has written its files."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    for path in files:
+        _flush(path)
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
     write_in_one_move(checkpoint / LIST, json.dumps(sizes, indent=1))
 
@@ -39,7 +42,13 @@ def write_in_one_move(path: Path, text: str) -> None:
     """The file as it was or as it is to be, never half of it."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
+    _flush(unfinished)
     os.replace(unfinished, path)
+
+
+def _flush(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def flaw(checkpoint: Path) -> str | None:

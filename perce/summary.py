@@ -18,7 +18,7 @@ from perce.meters import peak_memory_mib
 from perce.report import ScoredResponse, ScoredToken, write_html
 from perce.rows import Document
 from perce.scoring import TokenStatistics
-from perce.trainer import PerceTrainer
+from perce.trainer import PerceArguments, PerceTrainer
 
 LOSSES = {
     "loss_with_persona": "loss with persona",
@@ -192,6 +192,16 @@ def scored_tokens(statistics: TokenStatistics, tokenizer: Any) -> list[ScoredTok
     return [ScoredToken(*row) for row in zip(texts, *(column.tolist() for column in columns), strict=True)]
 
 
+def left_out_of_stream(pairs: RunPairs, args: PerceArguments) -> list[str]:
+    """What a stream has left out, as far as this process has read it itself."""
+    if pairs.source is None:
+        return []
+    if args.dataloader_num_workers:
+        return ["not counted: the stream was read by --dataloader_num_workers processes of their own"]
+    others = f" (in this process's share, one of {args.world_size})" if args.world_size > 1 else ""
+    return [note + others for note in pairs.source.notes()]
+
+
 def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress) -> None:
     """The table at the end."""
     from rich.console import Console
@@ -213,7 +223,7 @@ def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progr
         estimation = "counterfactual pass" if trainer.args.loss.estimate == "online" else "estimating the weights"
         facts.add_row("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s per process")
         facts.add_row(estimation, f"{share:.1%} of the training time")
-    for note in pairs.source.notes() if pairs.source else []:
+    for note in left_out_of_stream(pairs, trainer.args):
         facts.add_row("left out", note)
     facts.add_row("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB")
     for label, name in (

@@ -174,6 +174,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(flags, straight, run, cap
     assert f"{ADAPTER} has 100 of" in error and "holds no whole checkpoint-N" in error
 
 
+def test_a_checkpoint_is_on_the_disk_before_its_list(tmp_path, monkeypatch):
+    for name in ("model.safetensors", "part/state.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"weights")
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append((os.fstat(file).st_ino, (tmp_path / LIST).exists())))
+    seal(tmp_path)
+    order = [tmp_path / "model.safetensors", tmp_path / "part" / "state.pt", tmp_path / LIST]
+    assert flushed == [(path.stat().st_ino, False) for path in order]
+    assert flaw(tmp_path) is None
+
+
 def test_resume_true_takes_the_newest_whole_checkpoint(run, monkeypatch):
     checkpoint(run, 4)
     checkpoint(run, 10)

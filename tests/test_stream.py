@@ -1,6 +1,7 @@
 """Streams: every example once a pass, dealt to the processes, and a stopped run that goes on where it was."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from perce.errors import UserError
 from perce.pairs import PairBuilder
 from perce.rows import load_examples
 from perce.stream import PairStream
+from perce.summary import left_out_of_stream
 from perce.trainer import PerceTrainer
 from tests.test_trainer import arguments, logged, model_for
 from tests.tiny import tiny_tokenizer, write_jsonl
@@ -78,6 +80,23 @@ def test_what_does_not_fit_is_counted_once_or_named(tmp_path):
     for share in (none, none.of_process(1, 2)):
         with pytest.raises(UserError, match=r"No example is left.*none.jsonl:"):
             taken(share, 1)
+
+
+def test_what_a_stream_left_out_is_told_as_far_as_it_is_known(tmp_path):
+    long = {**ROWS[0], "response": "word " * 200}
+    stream = pair_stream(write_jsonl(tmp_path / "some.jsonl", [*ROWS, long]), skip=True)
+    taken(stream, 24)
+    pairs = SimpleNamespace(source=stream.source)
+
+    def told(world_size=1, dataloader_num_workers=0):
+        return left_out_of_stream(
+            pairs, SimpleNamespace(world_size=world_size, dataloader_num_workers=dataloader_num_workers)
+        )
+
+    (alone,), (share,), (workers,) = told(), told(world_size=2), told(dataloader_num_workers=1)
+    assert alone.startswith("training: 1 examples skipped, the first: ")
+    assert share == f"{alone} (in this process's share, one of 2)" and workers.startswith("not counted")
+    assert left_out_of_stream(SimpleNamespace(source=None), None) == []
 
 
 def train_stream(directory, path, ranks=1, **options):
