@@ -25,6 +25,7 @@ COLUMNS = {
     "ROUGE-L": ("rougeL", "", 3, 1),
     "METEOR": ("meteor", "", 3, 1),
 }
+TRADE_OFF = ("other tokens against CE, %", "kept of PerCE's gain on personal tokens, %")
 NOT_RUN = "Not run yet."
 Cell = Mapping[str, Any]
 
@@ -201,29 +202,75 @@ def rates(results: Results) -> Iterator[str]:
 
 def variants(results: Results) -> Iterator[str]:
     """PerCE with other options, beside the paper's and CE, all on the first seed."""
-    seed = results.config["seeds"][0]
     rows = []
+    for data, searched in search(results).items():
+        for name, cells, trade_off in searched:
+            texts = (cell_text(cells, data, column) for column in list(COLUMNS)[:3])
+            shares = [f"{x:{form}}" for x, form in zip(trade_off, ("+.1f", ".0f"), strict=True)] if trade_off else []
+            rows.append([data, name, *texts, *(shares or ["not measured"] * 2)])
+    yield from table(["data", "options", *list(COLUMNS)[:3], *TRADE_OFF], rows)
+    if any(trade_off and len(searched) > 2 for searched in search(results).values() for *_, trade_off in searched):
+        yield ""
+        yield from variants_plot(results)
+
+
+def search(results: Results) -> dict[str, list[tuple[str, list[Cell], tuple[float, float] | None]]]:
+    """Of each data set, on the first seed: options, their cells, and the two of TRADE_OFF."""
+    seed, found = results.config["seeds"][0], {}
     for data in results.config["data"]:
-        plain = [(NAMES[x], [c for c in results.main(data, x) if c["seed"] == seed]) for x in ("ce", "perce")]
-        varied = [
-            (", ".join(f"{k} {v}" for k, v in cell["options"].items()), [cell])
-            for cell in results.cells
-            if cell["stage"] == "variants" and cell["data"] == data
+        plain = {x: [cell for cell in results.main(data, x) if cell["seed"] == seed] for x in ("ce", "perce")}
+        varied = [cell for cell in results.cells if cell["stage"] == "variants" and cell["data"] == data]
+        named = [(NAMES[objective], cells) for objective, cells in plain.items()]
+        named += [(options_text(cell["options"]), [cell]) for cell in varied]
+        found[data] = [
+            (name, cells, trade_off(cells, plain["ce"], plain["perce"], data)) for name, cells in named if cells
         ]
-        base = dict(plain)[NAMES["ce"]]
-        for name, cells in [*plain, *varied]:
-            if cells:
-                texts = (cell_text(cells, data, column) for column in list(COLUMNS)[:3])
-                rows.append([data, name, *texts, cost_against(cells, base, data)])
-    yield from table(["data", "options", *list(COLUMNS)[:3], "other tokens against CE, %"], rows)
+    return found
 
 
-def cost_against(cells: Sequence[Cell], ce: Sequence[Cell], data: str) -> str:
-    ours, theirs = (columns(x, data, "loss_other", "other_tokens") if x else None for x in (cells, ce))
-    if not ours or not theirs:
-        return "not measured"
-    value, reference = (sum(x[0]) / sum(x[1]) for x in (ours, theirs))
-    return f"{100 * (value / reference - 1):+.1f}"
+def trade_off(
+    cells: Sequence[Cell], ce: Sequence[Cell], perce: Sequence[Cell], data: str
+) -> tuple[float, float] | None:
+    """(rise of the loss on other tokens against CE, share of PerCE's fall of that on personal tokens), in per cent."""
+    personal, other = list(COLUMNS)[:2]
+    losses = [mean_loss(x, data, column) for column in (personal, other) for x in (cells, ce, perce)]
+    if None in losses:
+        return None
+    mine, of_ce, of_perce, other_mine, other_ce, _ = losses
+    if of_ce == of_perce:
+        return None
+    kept = (of_ce - mine) / (of_ce - of_perce)  # type: ignore[operator]
+    return 100 * (other_mine / other_ce - 1), 100 * kept + 0.0  # type: ignore[operator]  # + 0.0: no "-0"
+
+
+def mean_loss(cells: Sequence[Cell], data: str, column: str) -> float | None:
+    value, weight, *_ = COLUMNS[column]
+    gathered = columns(cells, data, value, weight) if cells else None
+    return sum(gathered[0]) / sum(gathered[1]) if gathered else None
+
+
+def variants_plot(results: Results) -> Iterator[str]:
+    """What is kept of the gain over what it costs: above and left is better."""
+    from matplotlib.figure import Figure
+
+    found = search(results)
+    figure = Figure(figsize=(5.4 * len(found), 4), dpi=150, facecolor="white", layout="constrained")
+    for ax, (data, searched) in zip(figure.subplots(1, len(found), squeeze=False).flat, found.items(), strict=True):
+        for name, _, point in searched:
+            if point:
+                plain = {NAMES[x]: COLOURS[x] for x in ("ce", "perce")}.get(name)
+                ax.scatter(*point, color=plain or "#1b1d21", s=36 if plain else 16)
+                ax.annotate(name.strip("*"), point, xytext=(5, -3), textcoords="offset points", fontsize=7)
+        ax.margins(x=0.25)
+        limits = ax.get_xlim()
+        ax.axvspan(limits[0], 1, color="#3f9f6f", alpha=0.12, linewidth=0, label="at most 1 %")
+        ax.set_xlim(limits)
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
+        ax.set_title(data, loc="left", fontsize=10)
+        for put, label in zip((ax.set_xlabel, ax.set_ylabel), TRADE_OFF, strict=True):
+            put(label)
+        ax.spines[["top", "right"]].set_visible(False)
+    yield f"![{TRADE_OFF[1]}, over: {TRADE_OFF[0]}](images/{save(figure, f'{results.path.stem}_variants')})"
 
 
 def cost(results: Results) -> Iterator[str]:
@@ -258,10 +305,16 @@ def plots(results: Results) -> Iterator[str]:
         ax.set_ylabel("loss on personal tokens")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8)
-    path = DOCS / "images" / f"{results.path.stem}.png"
+    name = save(figure, results.path.stem)
+    yield f"![Loss on personal against other tokens, by objective; lower left is better](images/{name})"
+
+
+def save(figure: Any, name: str) -> str:
+    """The file's name, in docs/images."""
+    path = DOCS / "images" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    yield f"![Loss on personal against other tokens, by objective; lower left is better](images/{path.name})"
+    return path.name
 
 
 def trade(cell: Cell, data: str) -> tuple[float, float] | None:

@@ -12,7 +12,7 @@ from tests.tiny import save_tiny_model
 CONFIG = {
     "name": "tiny", "data": {"one": {}, "two": {"limit": 7}}, "tuned": ["ce", "perce"], "untuned": ["lossce"],
     "learning_rates": [1e-3, 1e-2], "seeds": [0, 1],
-    "train": {"max_steps": 1, "lora_r": 2, "max_length": 600, "eval_examples": 2},
+    "train": {"max_steps": 2, "lora_r": 2, "max_length": 600, "eval_examples": 2},
     "evaluate": {"limit": 8, "max_new_tokens": 4, "max_length": 600}, "variants": [{"clip_min": 0.2}],
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_every_stage_runs_once_and_is_reported(run, tmp_path, monkeypatch, capsy
     _, commands = run()
     assert commands == ["perce.evaluate"] * 2, "only what is missing"
     with pytest.raises(SystemExit, match="its cells ran with another train"):
-        run(train={"max_steps": 2})
+        run(train={"max_steps": 3})
 
     results = study_report.Results(tmp_path / "results" / "study_tiny.json")
     (tmp_path / "docs" / "RESULTS.md").write_text(
@@ -86,7 +86,12 @@ def test_every_stage_runs_once_and_is_reported(run, tmp_path, monkeypatch, capsy
     assert text.startswith("Above.") and "old" not in text and text.endswith("<!-- end -->\n")
     metric = cells["one-base"]["evaluations"]["one"]["metrics"]["loss_personal_tokens"]["value"]
     assert f"| base model | {metric:.3f} (" in text and "PerCE** minus CE" in text and "| clip_min 0.2 |" in text
-    assert (tmp_path / "docs" / "images" / "study_tiny.png").stat().st_size > 5000
+    for name in ("study_tiny", "study_tiny_variants"):
+        assert (tmp_path / "docs" / "images" / f"{name}.png").stat().st_size > 5000
+    for data in ("one", "two"):
+        rows = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {data} | ")]
+        kept = {row[1]: row[-2:] for row in rows if len(row) == 2 + 3 + 2}
+        assert kept["CE"] == ["+0.0", "0 |"] and kept["**PerCE**"][1] == "100 |" and "clip_min 0.2" in kept
 
 
 def test_the_rate_is_picked_by_validation_and_untuned_objectives_take_perces(tmp_path, monkeypatch):
