@@ -20,8 +20,8 @@ from perce.interruption import Interruption
 from perce.train import main
 from perce.trainer import PerceTrainer
 from tests.ranks import ROOT, run_ranks, start_ranks
-from tests.test_train import ROWS
 from tests.tiny import save_tiny_model, write_jsonl
+from tests.training import ROWS
 
 STEPS, STOP = 6, 3  # three steps an epoch: the stop is at the first one's end
 ADAPTER = "adapter_model.safetensors"
