@@ -116,10 +116,10 @@ class LossConfig:
     contrast: Literal["log", "ratio"] = _option(
         None, "weight = clip(pir), or clip(exp(pir)); default: log; ratio for longce"
     )
-    weight_schedule: Literal["constant", "rising", "falling"] = _option(
+    clip_schedule: Literal["constant", "rising", "falling"] = _option(
         "constant",
-        "rising: from cross-entropy, both bounds of the clip at 1, at the first step to the clip's own bounds at the "
-        "last; falling: the other way",
+        "rising: both bounds of the clip begin at 1, which is cross-entropy, and reach clip_min and clip_max at the "
+        "last step; falling: the other way",
     )
     normalize: Literal["none", "batch", "sequence"] = _option(
         "none", "rescale weights to mean 1 over each step's batch or each sequence"
@@ -135,18 +135,18 @@ class LossConfig:
         for name in ("short_context", "short_stride"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         _check_clip(self.clip_min, self.clip_max)
-        for name, default in (("estimate", "online"), ("weight_schedule", "constant")):
+        for name, default in (("estimate", "online"), ("clip_schedule", "constant")):
             fits = self.objective != "ce" or getattr(self, name) == default
             _require(fits, name, f"{default} with --objective ce, which has no weights", getattr(self, name))
 
     def at(self, progress: float) -> "LossConfig":
-        """What is minimised at this place of the run, from 0 to 1: the bounds m and M as the schedule has moved them.
+        """What is minimised at this place of the run, from 0 (its first step) to 1 (its last).
 
-        Between them lie clip_min and clip_max on one side, and on the other both bounds at 1, where every weight is 1.
+        Both bounds move on straight lines between 1, where every weight is 1, and clip_min or clip_max.
         """
-        if self.weight_schedule == "constant":
+        if self.clip_schedule == "constant":
             return self
-        share = progress if self.weight_schedule == "rising" else 1 - progress
+        share = progress if self.clip_schedule == "rising" else 1 - progress
         low, high = (share * bound + (1 - share) for bound in (self.clip_min, self.clip_max))
         return replace(self, clip_min=low, clip_max=high)
 

@@ -98,8 +98,8 @@ def test_changed_data_and_lost_estimates_are_refused(tmp_path):
 def test_what_cannot_be_estimated_beforehand(tmp_path):
     with pytest.raises(UserError, match="online with --objective ce"):
         LossConfig(objective="ce", estimate="epoch")
-    with pytest.raises(UserError, match="weight_schedule: expected constant with --objective ce, which has no weights"):
-        LossConfig(objective="ce", weight_schedule="rising")
+    with pytest.raises(UserError, match="clip_schedule: expected constant with --objective ce, which has no weights"):
+        LossConfig(objective="ce", clip_schedule="rising")
     args = arguments(tmp_path, loss=loss_config("epoch"))
     with pytest.raises(UserError, match="a column `example`"):
         trainer_for(model_for("full"), args, [{**pair, "example": 0} for pair in PAIRS])

@@ -102,15 +102,15 @@ def plain_loop(model, batches, losses, learning_rate=1e-2, warmup=2):
 
 LOSSES = {
     **{objective: {"objective": objective} for objective in ("perce", "ce", "lossce", "entce")},
-    "normalized": {"normalize": "batch"}, "rising": {"weight_schedule": "rising"},
-    "falling": {"weight_schedule": "falling"},
+    "normalized": {"normalize": "batch"}, "rising": {"clip_schedule": "rising"},
+    "falling": {"clip_schedule": "falling"},
 }  # fmt: skip
 
 
 def scheduled(options, step, steps):
     """Both bounds on the straight line between 1 and their own values, at one of `steps` steps."""
-    way = {"rising": step / (steps - 1), "falling": 1 - step / (steps - 1)}.get(options.get("weight_schedule"), 1)
-    rest = {name: value for name, value in options.items() if name != "weight_schedule"}
+    way = {"rising": step / (steps - 1), "falling": 1 - step / (steps - 1)}.get(options.get("clip_schedule"), 1)
+    rest = {name: value for name, value in options.items() if name != "clip_schedule"}
     return LossConfig(**rest, clip_min=1 - 0.95 * way, clip_max=1 + 4 * way)
 
 
@@ -210,7 +210,7 @@ def test_a_detached_persona_changes_the_gradient_only(whole):
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}])
 def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path, options):
     def weights(directory, **more):
-        loss = LossConfig(clip_min=0.05, weight_schedule="rising")
+        loss = LossConfig(clip_min=0.05, clip_schedule="rising")
         # Five steps are an epoch.
         args = arguments(directory, loss=loss, max_steps=9, save_strategy="steps", save_steps=7, **options)
         trainer = trainer_for(model_for("lora", dropout=0.3), args)
