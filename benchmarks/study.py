@@ -96,7 +96,7 @@ class Study:
                     yield Cell("main", data, objective, self.best_rate(data, objective), seed)
 
     def variant_cells(self) -> Iterator[Cell]:
-        """PerCE with other clips, normalisations and estimators, at PerCE's own best rate, one seed."""
+        """PerCE with other clips, schedules and normalisations, at PerCE's own best rate, one seed."""
         for options in self.config.get("variants", []):
             for data in self.config["data"]:
                 rate = self.best_rate(data, "perce")

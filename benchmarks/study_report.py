@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from perce.metrics import clustered_mean, paired_difference
 
@@ -25,7 +25,8 @@ COLUMNS = {
     "ROUGE-L": ("rougeL", "", 3, 1),
     "METEOR": ("meteor", "", 3, 1),
 }
-TRADE_OFF = ("other tokens against CE, %", "kept of PerCE's gain on personal tokens, %")
+COST, KEPT = "other tokens against CE, %", "kept of PerCE's gain on personal tokens, %"
+GOAL = 1  # what the other tokens may cost, in per cent: the search is for the largest gain within it
 NOT_RUN = "Not run yet."
 Cell = Mapping[str, Any]
 
@@ -200,77 +201,81 @@ def rates(results: Results) -> Iterator[str]:
     )
 
 
-def variants(results: Results) -> Iterator[str]:
-    """PerCE with other options, beside the paper's and CE, all on the first seed."""
-    rows = []
-    for data, searched in search(results).items():
-        for name, cells, trade_off in searched:
-            texts = (cell_text(cells, data, column) for column in list(COLUMNS)[:3])
-            shares = [f"{x:{form}}" for x, form in zip(trade_off, ("+.1f", ".0f"), strict=True)] if trade_off else []
-            rows.append([data, name, *texts, *(shares or ["not measured"] * 2)])
-    yield from table(["data", "options", *list(COLUMNS)[:3], *TRADE_OFF], rows)
-    if any(trade_off and len(searched) > 2 for searched in search(results).values() for *_, trade_off in searched):
-        yield ""
-        yield from variants_plot(results)
+class Variant(NamedTuple):
+    """A cell of the search, or one that it is measured against; both shares in per cent, None where not known."""
+
+    data: str
+    name: str
+    cell: Cell
+    cost: float | None
+    """Rise of the loss on other tokens against CE."""
+    kept: float | None
+    """Share of PerCE's fall of the loss on personal tokens; a point estimate."""
 
 
-def search(results: Results) -> dict[str, list[tuple[str, list[Cell], tuple[float, float] | None]]]:
-    """Of each data set, on the first seed: options, their cells, and the two of TRADE_OFF."""
-    seed, found = results.config["seeds"][0], {}
+def searched(results: Results) -> list[Variant]:
+    """CE, PerCE and PerCE with other options, all on the first seed."""
+    seed, found = results.config["seeds"][0], []
     for data in results.config["data"]:
         plain = {x: [cell for cell in results.main(data, x) if cell["seed"] == seed] for x in ("ce", "perce")}
+        of_ce, of_perce = (trade(cells[0], data) if cells else None for cells in plain.values())
         varied = [cell for cell in results.cells if cell["stage"] == "variants" and cell["data"] == data]
-        named = [(NAMES[objective], cells) for objective, cells in plain.items()]
-        named += [(options_text(cell["options"]), [cell]) for cell in varied]
-        found[data] = [
-            (name, cells, trade_off(cells, plain["ce"], plain["perce"], data)) for name, cells in named if cells
-        ]
+        named = [(NAMES[objective], cell) for objective, cells in plain.items() for cell in cells]
+        for name, cell in [*named, *((options_text(cell["options"]), cell) for cell in varied)]:
+            mine, cost, kept = trade(cell, data), None, None
+            if mine and of_ce:
+                cost = 100 * (mine[0] / of_ce[0] - 1)
+            if mine and of_ce and of_perce and of_perce[1] < of_ce[1]:  # else there is no gain to keep
+                kept = 100 * (of_ce[1] - mine[1]) / (of_ce[1] - of_perce[1])
+            found.append(Variant(data, name, cell, cost, kept))
     return found
 
 
-def trade_off(
-    cells: Sequence[Cell], ce: Sequence[Cell], perce: Sequence[Cell], data: str
-) -> tuple[float, float] | None:
-    """(rise of the loss on other tokens against CE, share of PerCE's fall of that on personal tokens), in per cent."""
-    personal, other = list(COLUMNS)[:2]
-    losses = [mean_loss(x, data, column) for column in (personal, other) for x in (cells, ce, perce)]
-    if None in losses:
-        return None
-    mine, of_ce, of_perce, other_mine, other_ce, _ = losses
-    if of_ce == of_perce:
-        return None
-    kept = (of_ce - mine) / (of_ce - of_perce)  # type: ignore[operator]
-    return 100 * (other_mine / other_ce - 1), 100 * kept + 0.0  # type: ignore[operator]  # + 0.0: no "-0"
+def variants(results: Results) -> Iterator[str]:
+    found = searched(results)
+    rows = [
+        [
+            x.data, x.name, *(cell_text([x.cell], x.data, column) for column in list(COLUMNS)[:3]),
+            share_text(x.cost, "+.1f"), share_text(x.kept, ".0f"),
+        ]
+        for x in found
+    ]  # fmt: skip
+    yield from table(["data", "options", *list(COLUMNS)[:3], COST, KEPT], rows)
+    if any(x.cell["stage"] == "variants" and None not in (x.cost, x.kept) for x in found):
+        yield ""
+        yield variants_plot(found, f"{results.path.stem}_variants")
 
 
-def mean_loss(cells: Sequence[Cell], data: str, column: str) -> float | None:
-    value, weight, *_ = COLUMNS[column]
-    gathered = columns(cells, data, value, weight) if cells else None
-    return sum(gathered[0]) / sum(gathered[1]) if gathered else None
+def share_text(share: float | None, digits: str) -> str:
+    if share is None:
+        return "not measured"
+    text = f"{share:{digits}}"
+    return text if float(text) else text.lstrip("-")
 
 
-def variants_plot(results: Results) -> Iterator[str]:
+def variants_plot(found: Sequence[Variant], name: str) -> str:
     """What is kept of the gain over what it costs: above and left is better."""
     from matplotlib.figure import Figure
 
-    found = search(results)
-    figure = Figure(figsize=(5.4 * len(found), 4), dpi=150, facecolor="white", layout="constrained")
-    for ax, (data, searched) in zip(figure.subplots(1, len(found), squeeze=False).flat, found.items(), strict=True):
-        for name, _, point in searched:
-            if point:
-                plain = {NAMES[x]: COLOURS[x] for x in ("ce", "perce")}.get(name)
-                ax.scatter(*point, color=plain or "#1b1d21", s=36 if plain else 16)
-                ax.annotate(name.strip("*"), point, xytext=(5, -3), textcoords="offset points", fontsize=7)
+    sets = list(dict.fromkeys(x.data for x in found))
+    figure = Figure(figsize=(5.4 * len(sets), 4), dpi=150, facecolor="white", layout="constrained")
+    for ax, data in zip(figure.subplots(1, len(sets), squeeze=False).flat, sets, strict=True):
+        for x in found:
+            if x.data == data and x.cost is not None and x.kept is not None:
+                plain = x.cell["stage"] != "variants"
+                colour = COLOURS[x.cell["objective"]] if plain else "#1b1d21"
+                ax.scatter(x.cost, x.kept, color=colour, s=36 if plain else 16)
+                label = x.name.strip("*")
+                ax.annotate(label, (x.cost, x.kept), xytext=(5, -3), textcoords="offset points", fontsize=7)
         ax.margins(x=0.25)
         limits = ax.get_xlim()
-        ax.axvspan(limits[0], 1, color="#3f9f6f", alpha=0.12, linewidth=0, label="at most 1 %")
+        ax.axvspan(limits[0], GOAL, color="#1b1d21", alpha=0.06, linewidth=0)
         ax.set_xlim(limits)
-        ax.legend(frameon=False, fontsize=8, loc="lower right")
-        ax.set_title(data, loc="left", fontsize=10)
-        for put, label in zip((ax.set_xlabel, ax.set_ylabel), TRADE_OFF, strict=True):
-            put(label)
+        ax.set_title(f"{data}; grey: at most {GOAL} % cost", loc="left", fontsize=10)
+        ax.set_xlabel(COST)
+        ax.set_ylabel(KEPT)
         ax.spines[["top", "right"]].set_visible(False)
-    yield f"![{TRADE_OFF[1]}, over: {TRADE_OFF[0]}](images/{save(figure, f'{results.path.stem}_variants')})"
+    return f"![{KEPT}, over: {COST}](images/{save(figure, name)})"
 
 
 def cost(results: Results) -> Iterator[str]:

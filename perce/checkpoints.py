@@ -2,13 +2,14 @@
 
 complete.json, written last and in one move, lists every file of a checkpoint with its size. A directory without it, or
 with files that are not as listed, was being written or deleted when something stopped the process. Older checkpoints
-are deleted only after the list of the new one is there, and the list is made when all that it names is on the disk: a
-machine that loses its power has no list of files that it has yet to write.
+are deleted only after the list of the new one is there. All that this machine wrote is flushed to the disk before the
+list, and the list before anything is deleted, so that a power cut spares the one or the other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from perce.trainer import PerceTrainer
 
 LIST = "complete.json"
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems on a network, for directories mostly
 
 
 class SaveError(UserError):
@@ -32,10 +34,12 @@ class SaveError(UserError):
 def seal(checkpoint: Path) -> None:
     """Declare a checkpoint whole, once every process has written its files."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    for path in files:
+    for path in (*files, *(path for path in checkpoint.rglob("*") if path.is_dir())):
         _flush(path)
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
     write_in_one_move(checkpoint / LIST, json.dumps(sizes, indent=1))
+    for directory in (checkpoint, checkpoint.parent):
+        _flush(directory)
 
 
 def write_in_one_move(path: Path, text: str) -> None:
@@ -47,8 +51,18 @@ def write_in_one_move(path: Path, text: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
+    """Onto the disk, directories too. Windows flushes only what is opened for writing, and no directory."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH:
+            raise
+    finally:
+        os.close(handle)
 
 
 def flaw(checkpoint: Path) -> str | None:

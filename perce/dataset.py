@@ -261,8 +261,7 @@ class PairSource:
     cut_documents: int = 0
     reason: str = ""
     """Why the first of the unfit ones was left out."""
-    first_pass: list[str] | None = None
-    """Notes of a pass that is over."""
+    _first_pass: tuple[list[str], list[str]] | None = None
 
     def build(self, index: int, example: Record) -> list[dict[str, Any]]:
         """Columns of the example's pairs: none where it does not fit and may be skipped."""
@@ -279,22 +278,28 @@ class PairSource:
         return [asdict(pair) | {"example": index} for pair in pairs]
 
     def end_of_pass(self) -> None:
-        if self.first_pass is None:
-            self.first_pass = self.notes()
+        if self._first_pass is None:
+            self._first_pass = self._counted()
 
-    def notes(self) -> list[str]:
-        """What was left out so far, in words; of a stream's later passes nothing is told again."""
-        if self.first_pass is not None:
-            return self.first_pass
-        notes = skipped_rows(self.examples) if isinstance(self.examples, Rows) else []
-        limit = f"--max_length {self.builder.max_length}"
+    def notes(self, of_share: str = "") -> list[str]:
+        """What was left out so far, in words; of a stream's later passes nothing is told again.
+
+        `of_share` follows what is counted of built examples alone: rows are read, and counted, by every process.
+        """
+        rows, examples = self._first_pass or self._counted()
+        return [*rows, *(note + of_share for note in examples)]
+
+    def _counted(self) -> tuple[list[str], list[str]]:
+        """Notes of rows, and of the examples that were built."""
+        rows = skipped_rows(self.examples) if isinstance(self.examples, Rows) else []
+        limit, notes = f"--max_length {self.builder.max_length}", []
         if self.dropped_passages:
             notes.append(f"training: {self.dropped_passages:,} persona entries dropped to fit {limit}")
         if self.cut_documents:
             notes.append(f"training: {self.cut_documents:,} documents longer than {limit} cut into pieces")
         if self.unfit:
             notes.append(f"training: {self.unfit:,} examples skipped, the first: {self.reason}")
-        return notes
+        return rows, notes
 
     def nothing_left(self) -> str:
         return f"No example is left, none of them fits. The first: {self.reason}"

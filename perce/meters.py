@@ -81,7 +81,8 @@ class Window:
     def add(
         self, loss: LossConfig, logp: Tensor, pir: Tensor, signal: Tensor, token_weight: Tensor, *, tokens: Tensor
     ) -> None:
-        """One forward's (N,) statistics; `signal` is what the clip acted on."""
+        """One forward's (N,) statistics; `signal` is what the clip acted on, counted at the bounds of `loss`: with a
+        schedule not those of the step, or the shares would show the schedule."""
         sums = torch.stack(
             [
                 tokens.to(logp), logp.new_tensor(logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),

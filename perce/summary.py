@@ -198,8 +198,7 @@ def left_out_of_stream(pairs: RunPairs, args: PerceArguments) -> list[str]:
         return []
     if args.dataloader_num_workers:
         return ["not counted: the stream was read by --dataloader_num_workers processes of their own"]
-    others = f" (in this process's share, one of {args.world_size})" if args.world_size > 1 else ""
-    return [note + others for note in pairs.source.notes()]
+    return pairs.source.notes(f" (in this process's share, one of {args.world_size})" if args.world_size > 1 else "")
 
 
 def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress) -> None:

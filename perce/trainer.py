@@ -200,7 +200,7 @@ class PerceTrainer(Trainer):
 
         done = factual(model, inputs, call, detach_persona=self._detach_persona)
         logp, logp_cf, signal = estimated or (done.logp, done.logp_cf, done.signal)
-        self._window.add(loss, done.logp, logp - logp_cf, signal, done.token_weight, tokens=inputs["tokens"])
+        self._window.add(self.args.loss, done.logp, logp - logp_cf, signal, done.token_weight, tokens=inputs["tokens"])
         # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
         value = done.loss * self.accelerator.num_processes
         if self._normalizer:

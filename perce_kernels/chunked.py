@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from perce_kernels.call import Call, Needed, Rows, Weighting
+from perce_kernels.arguments import Call, Needed, Rows, Weighting
 from perce_kernels.row_pass import Given, Head, row_loss, row_parts
 
 LOGITS_BYTES = 64 * 2**20  # all live logits buffers of one chunk; past 32 MiB the GEMMs here run at their full rate
@@ -82,6 +82,8 @@ def _mm_accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _ChunkedRows(Rows):
+    """Rows that are read and written a chunk at a time, an ignored one as zeros."""
+
     def __init__(self, call: Call):
         super().__init__(call)
         # An ignored row's, and one outside the vocabulary on a device where nobody waits for the check, is some id.
@@ -121,8 +123,8 @@ def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEO
     need_dz = any(needed)
     head, rows = _prepare_head(call), _ChunkedRows(call)
 
-    def zeros(needed: bool, *shape: int) -> Tensor:
-        return hidden.new_zeros(shape if needed else (0,), dtype=dtype)
+    def zeros(wanted: bool, *shape: int) -> Tensor:
+        return hidden.new_zeros(shape if wanted else (0,), dtype=dtype)
 
     out = PerCEOutput(
         zeros(True), zeros(True, n), zeros(True, n), zeros(True, n),

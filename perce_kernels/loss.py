@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from perce_kernels import ops, reference, vocab_parallel
-from perce_kernels.call import check_target
+from perce_kernels.arguments import check_target
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

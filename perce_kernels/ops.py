@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from perce_kernels import chunked, vocab_parallel
-from perce_kernels.call import Call, Needed, Weighting
+from perce_kernels.arguments import Call, Needed, Weighting
 from perce_kernels.row_pass import Contrasting
 
 TRITON_FOUND = importlib.util.find_spec("triton") is not None

@@ -232,7 +232,7 @@ def launchers() -> Iterator[str]:
     from triton.runtime import driver as active
     from triton.runtime.jit import JITFunction
 
-    from perce_kernels.call import Call, Needed, Weighting
+    from perce_kernels.arguments import Call, Needed, Weighting
     from perce_kernels.gpu import driver
     from perce_kernels.row_pass import Contrasting
 

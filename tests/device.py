@@ -29,6 +29,10 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+WAITS = ("nonzero", "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "unique")
+"""Operators that wait for the device, beneath the op."""
+
+
 class LiveBytes(TorchDispatchMode):
     """Peak of the bytes of tensors that were made while it is on."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.device import LiveBytes
+from tests.device import WAITS, LiveBytes
 
 pytest.importorskip("triton")
 from perce_kernels.gpu import driver, lse_gemm
@@ -33,7 +33,7 @@ class Watch(LiveBytes):
         if name in ("mm", "addmm", "addmm_"):
             a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
             self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        if name in ("nonzero", "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "unique"):
+        if name in WAITS:
             self.syncs.append(name)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -49,5 +49,5 @@ def watching(monkeypatch):
         return launch(hidden, lm_head, *args, **options)
 
     monkeypatch.setattr(lse_gemm, "statistics", counted)
-    monkeypatch.setattr("perce_kernels.call.check_target", lambda *_: None)
+    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)
     return watch

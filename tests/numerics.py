@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from perce_kernels import PerCEStats, fused_perce_loss, reference
-from perce_kernels.call import Call, Needed, Weighting
+from perce_kernels.arguments import Call, Needed, Weighting
 from perce_kernels.row_pass import Contrasting
 
 IGNORE = -100
-LINEAR: dict[str, Any] = {"ignore_index": IGNORE, "softcap": None, "logit_scale": 1.0, "compact": True}
+DEFAULTS: dict[str, Any] = {"ignore_index": IGNORE, "softcap": None, "logit_scale": 1.0, "compact": True}
 TRAINABLE = ("hidden", "lm_head", "bias")
 
 
@@ -37,7 +37,7 @@ def beneath(
     inputs: Inputs, *, needed=(True, True, True), weights: dict[str, Tensor] | None = None, **options: Any
 ) -> tuple[Call, Weighting, Needed]:
     """What a backend is given for `inputs`, where dispatch modes can see it: beneath the registered op."""
-    call = Call(inputs.hidden, inputs.lm_head, inputs.target, inputs.bias, **LINEAR | options)
+    call = Call(inputs.hidden, inputs.lm_head, inputs.target, inputs.bias, **DEFAULTS | options)
     sources = {"hidden_cf": inputs.hidden_cf, "logp_cf": None, "token_weight": None} | (weights or {})
     return call, Weighting(**sources, contrasting=Contrasting("log", 0.8, 5.0)), Needed(*needed)
 

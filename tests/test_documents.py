@@ -20,9 +20,9 @@ from perce.pairs import counterfactual_pieces
 from perce.rows import Document, load_examples
 from perce.scoring import token_statistics
 from perce.train import main
-from tests.test_train import fails
 from tests.test_trainer import arguments, trainer_for
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer, write_jsonl
+from tests.training import fails
 
 K, S = 16, 8
 LONGCE = LossConfig(objective="longce", short_context=K, short_stride=S)

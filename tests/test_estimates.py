@@ -38,6 +38,14 @@ def test_an_epoch_of_one_step_is_the_same_estimated_at_its_start_or_online(tmp_p
     assert 0 < trainer.estimation_clock.seconds() < trainer.training_seconds and trainer.estimates.epoch == 2
 
 
+def test_a_schedule_moves_the_clip_of_estimates_too(tmp_path):
+    epoch, online = (
+        losses(tmp_path / estimate, estimate, clip_schedule="falling")[0] for estimate in ("epoch", "online")
+    )
+    constant, _ = losses(tmp_path / "constant", "epoch")
+    assert epoch == pytest.approx(online, abs=1e-5) and epoch[0] == constant[0] and epoch[2] != constant[2]
+
+
 def test_frozen_weights_are_those_of_the_initial_model(tmp_path):
     initial = copy.deepcopy(model_for("full"))
     frozen, trainer = losses(tmp_path / "a", "frozen")

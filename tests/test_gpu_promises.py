@@ -75,7 +75,7 @@ def test_same_inputs_same_bits(case, options):
 @each(llama=Case(2000, *LLAMA, bias=True), qwen_fp16=Case(2000, *QWEN, torch.float16))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_without_compaction_nothing_waits_for_the_device(monkeypatch, case, reduction):
-    monkeypatch.setattr("perce_kernels.call.check_target", lambda *_: None)  # the CPU's own check
+    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)  # the CPU's own check
     leaves = leaves_of(make_inputs(case))
     options = {"compact": False, "reduction": reduction}
     expected = step(leaves, **options)  # compiles the kernels
@@ -119,7 +119,7 @@ MEMORY = {  # (compact, ignored, what is needed, passes)
 @pytest.mark.parametrize("name", MEMORY)
 def test_peak_memory_follows_the_formula(monkeypatch, case, name):
     compact, ignored, needed = MEMORY[name]
-    monkeypatch.setattr("perce_kernels.call.check_target", lambda *_: None)
+    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)
     # A CPU's products of bf16 make fp32 copies of their operands.
     inputs = make_inputs(case._replace(ignored=ignored, dtype=torch.float32 if case.is_tiny else case.dtype))
 

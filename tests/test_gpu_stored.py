@@ -204,7 +204,7 @@ def test_nan_in_ignored_rows_reaches_nothing(source, compact):
 
 @pytest.mark.parametrize("source", ["hidden_cf", "logp_cf", "token_weight"])
 def test_a_target_outside_the_vocabulary_poisons_its_row_alone(monkeypatch, source):
-    monkeypatch.setattr("perce_kernels.call.check_target", lambda *_: None)
+    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)
     inputs, weights = with_source(make_inputs(n=3, ignored=0.0).to(torch.bfloat16), source)
     inputs.target[1] = V
     out = driver.fused_perce_loss(*beneath(inputs, weights=weights, compact=False))

@@ -1,8 +1,10 @@
 """A run that is stopped in any way goes on from its newest whole checkpoint, to the same weights bit by bit."""
 
+import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -174,16 +176,40 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(flags, straight, run, cap
     assert f"{ADAPTER} has 100 of" in error and "holds no whole checkpoint-N" in error
 
 
-def test_a_checkpoint_is_on_the_disk_before_its_list(tmp_path, monkeypatch):
+def test_a_checkpoint_is_on_the_disk_before_its_list_and_that_before_anything_goes(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "checkpoint-2"
     for name in ("model.safetensors", "part/state.pt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"weights")
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_bytes(b"weights")
+        (checkpoint / name).chmod(0o444)
     flushed = []
-    monkeypatch.setattr(os, "fsync", lambda file: flushed.append((os.fstat(file).st_ino, (tmp_path / LIST).exists())))
-    seal(tmp_path)
-    order = [tmp_path / "model.safetensors", tmp_path / "part" / "state.pt", tmp_path / LIST]
-    assert flushed == [(path.stat().st_ino, False) for path in order]
-    assert flaw(tmp_path) is None
+
+    def fsync(handle):
+        flushed.append((os.fstat(handle).st_ino, (checkpoint / LIST).exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    seal(checkpoint)
+    before = [
+        checkpoint / "model.safetensors",
+        checkpoint / "part" / "state.pt",
+        checkpoint / "part",
+        checkpoint / LIST,
+    ]
+    after = [checkpoint, tmp_path]
+    assert flushed == [(x.stat().st_ino, False) for x in before] + [(x.stat().st_ino, True) for x in after]
+    assert flaw(checkpoint) is None
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EIO, False), (errno.ENOSPC, False)])
+def test_a_flush_that_fails_is_a_failed_save_and_one_that_cannot_be_done_is_not(tmp_path, monkeypatch, number, passes):
+    def fsync(handle):
+        raise OSError(number, os.strerror(number))
+
+    path = checkpoint(tmp_path, 1, whole=False)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if passes else pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        seal(path)
+    assert (flaw(path) is None) == passes
 
 
 def test_resume_true_takes_the_newest_whole_checkpoint(run, monkeypatch):
@@ -207,7 +233,7 @@ def full_disk(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "where", ["perce.checkpoints.seal", pytest.param("transformers.Trainer._save_rng_state", marks=pytest.mark.slow)]
+    "where", ["perce.checkpoints._flush", pytest.param("transformers.Trainer._save_rng_state", marks=pytest.mark.slow)]
 )
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(flags, straight, run, monkeypatch, capsys, where):
     with monkeypatch.context() as patch:

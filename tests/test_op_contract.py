@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from perce_kernels import chunked, fused_perce_loss, row_pass, token_logprobs
+from tests.device import WAITS
 from tests.numerics import IGNORE, TRAINABLE, Inputs, assert_matches, beneath, call, make_inputs, oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
@@ -171,12 +172,13 @@ def test_ignored_rows_have_no_gradient_and_no_statistics():
 
 
 class Watch(TorchDispatchMode):
-    """Every tensor's storage, and the FLOP of every matrix product, beneath the registered op."""
+    """Beneath the registered op: each tensor's storage, the FLOP of matrix products, and what would wait for a device."""
 
     def __init__(self):
         super().__init__()
         self.largest_bytes = 0
         self.flop = 0
+        self.waits: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
@@ -188,6 +190,8 @@ class Watch(TorchDispatchMode):
         if name in ("mm", "addmm", "addmm_"):
             a, b = args[-2:]
             self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        if name in WAITS:
+            self.waits.append(name)
         return result
 
 
@@ -222,6 +226,19 @@ def test_matrix_products_cost_the_floor_and_ignored_rows_nothing(compact, needed
         out = chunked.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed))
     assert watch.flop == per_token * rows * D * V
     assert [gradient.numel() > 0 for gradient in out[-3:]] == list(needed)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_what_a_gpu_waits_for(monkeypatch, compact):
+    """The check of the targets is the CPU's own; an id that it would have found is computed as some other."""
+    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)
+    inputs = make_inputs(bias=True)
+    inputs.target[inputs.target == IGNORE] = V
+    inputs.target[0] = IGNORE
+    with Watch() as watch:
+        out = chunked.fused_perce_loss(*beneath(inputs, compact=compact))
+        chunked.token_logprobs(beneath(inputs, compact=compact)[0], return_entropy=True)
+    assert watch.waits == ["nonzero"] * 2 * compact and out.loss_sum.isfinite()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

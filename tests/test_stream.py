@@ -83,8 +83,8 @@ def test_what_does_not_fit_is_counted_once_or_named(tmp_path):
 
 
 def test_what_a_stream_left_out_is_told_as_far_as_it_is_known(tmp_path):
-    long = {**ROWS[0], "response": "word " * 200}
-    stream = pair_stream(write_jsonl(tmp_path / "some.jsonl", [*ROWS, long]), skip=True)
+    bad = [{**ROWS[0], "response": "word " * 200}, {**ROWS[0], "response": ""}]
+    stream = pair_stream(write_jsonl(tmp_path / "some.jsonl", [*ROWS, *bad]), skip=True)
     taken(stream, 24)
     pairs = SimpleNamespace(source=stream.source)
 
@@ -93,9 +93,10 @@ def test_what_a_stream_left_out_is_told_as_far_as_it_is_known(tmp_path):
             pairs, SimpleNamespace(world_size=world_size, dataloader_num_workers=dataloader_num_workers)
         )
 
-    (alone,), (share,), (workers,) = told(), told(world_size=2), told(dataloader_num_workers=1)
-    assert alone.startswith("training: 1 examples skipped, the first: ")
-    assert share == f"{alone} (in this process's share, one of 2)" and workers.startswith("not counted")
+    (rows, examples), share, (workers,) = told(), told(world_size=2), told(dataloader_num_workers=1)
+    assert rows.startswith("1 rows skipped") and examples.startswith("training: 1 examples skipped, the first: ")
+    assert share == [rows, f"{examples} (in this process's share, one of 2)"], "every process reads all rows"
+    assert workers.startswith("not counted")
     assert left_out_of_stream(SimpleNamespace(source=None), None) == []
 
 

@@ -88,10 +88,42 @@ def test_every_stage_runs_once_and_is_reported(run, tmp_path, monkeypatch, capsy
     assert f"| base model | {metric:.3f} (" in text and "PerCE** minus CE" in text and "| clip_min 0.2 |" in text
     for name in ("study_tiny", "study_tiny_variants"):
         assert (tmp_path / "docs" / "images" / f"{name}.png").stat().st_size > 5000
-    for data in ("one", "two"):
-        rows = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {data} | ")]
-        kept = {row[1]: row[-2:] for row in rows if len(row) == 2 + 3 + 2}
-        assert kept["CE"] == ["+0.0", "0 |"] and kept["**PerCE**"][1] == "100 |" and "clip_min 0.2" in kept
+
+
+def results_of(tmp_path, *losses):
+    """Results of one data set: (stage, objective, options, loss on personal tokens, on others), on the first seed."""
+    cells = {}
+    for number, (stage, objective, options, personal, other) in enumerate(losses):
+        metrics = {"loss_personal_tokens": {"value": personal}, "loss_other_tokens": {"value": other}}
+        cells[str(number)] = {
+            "stage": stage, "data": "one", "objective": objective, "learning_rate": 1e-3, "seed": 0, "options": options,
+            "validation": {"eval_loss_with_persona": 1.0}, "evaluations": {"one": {"metrics": metrics, "records": []}},
+        }  # fmt: skip
+    config = CONFIG | {"data": {"one": {}}, "learning_rates": [1e-3]}
+    (tmp_path / "results.json").write_text(json.dumps({"config": config, "cells": cells}))
+    return study_report.Results(tmp_path / "results.json")
+
+
+CE, PERCE = ("rates", "ce", {}, 3.0, 2.0), ("rates", "perce", {}, 2.0, 2.1)
+GENTLE = ("variants", "perce", {"clip_min": 1.0}, 2.25, 2.02)
+
+
+def test_what_a_variant_keeps_and_costs(tmp_path):
+    found = study_report.searched(results_of(tmp_path, CE, PERCE, GENTLE))
+    assert [x.name for x in found] == ["CE", "**PerCE**", "clip_min 1.0"]
+    assert [x.cost for x in found] == pytest.approx([0, 5, 1]) and [x.kept for x in found] == pytest.approx(
+        [0, 100, 75]
+    )
+
+
+def test_without_a_gain_or_perce_there_is_nothing_to_keep_but_a_cost(tmp_path):
+    for others in ([(*PERCE[:3], 3.1, 2.1)], []):
+        *_, variant = study_report.searched(results_of(tmp_path, CE, *others, GENTLE))
+        assert variant.cost == pytest.approx(1) and variant.kept is None
+    *_, variant = study_report.searched(results_of(tmp_path, PERCE, GENTLE))
+    assert (variant.cost, variant.kept) == (None, None)
+    texts = [study_report.share_text(x, form) for x, form in ((-0.04, "+.1f"), (-0.3, ".0f"), (-1, ".0f"), (None, ""))]
+    assert texts == ["0.0", "0", "-1", "not measured"]
 
 
 def test_the_rate_is_picked_by_validation_and_untuned_objectives_take_perces(tmp_path, monkeypatch):

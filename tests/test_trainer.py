@@ -170,7 +170,8 @@ def run_split(tmp_path, name, kind, **options):
 
 RUNS = {
     "full": ("full", {}), "lora": ("lora", {}), "ce": ("full", {"objective": "ce"}),
-    "sequence": ("full", {"normalize": "sequence"}), "batch": ("full", {"normalize": "batch"}),
+    "sequence": ("full", {"normalize": "sequence"}),
+    "batch": ("full", {"normalize": "batch", "clip_schedule": "rising"}),
     "detached": ("lora", {"memory": {"persona_grad": "none"}}),
 }  # fmt: skip
 
@@ -256,6 +257,31 @@ def test_statistics_are_logged_and_right(tmp_path):
     assert entry["tokens_per_second"] > 0 and entry["peak_memory_mib"] > 0
     assert trainer.tokens_seen == sum(len(pair["input_ids"]) for pair in PAIRS)
     assert 0 < trainer.estimation_clock.seconds() < trainer.training_seconds
+
+
+def test_shares_at_the_clip_are_counted_at_its_own_bounds_under_a_schedule(tmp_path):
+    shares = []
+    for schedule in ("constant", "rising"):  # at the first step of which both bounds are 1
+        loss = LossConfig(clip_min=0.05, clip_schedule=schedule)
+        trainer = trainer_for(model_for("full"), arguments(tmp_path, loss=loss, logging_steps=1))
+        trainer.train()
+        shares.append(logged(trainer, "frac_at_floor", "frac_at_ceiling", "weight_mean")[0])
+    assert shares[0][:2] == shares[1][:2] and shares[0][0] < 1 and shares[1][2] == 1 != shares[0][2]
+
+
+@pytest.mark.parametrize(
+    ("options", "middle"),
+    [({}, (0.9, 3.0)), ({"clip_min": 2.0, "clip_max": 4.0}, (1.5, 2.5)), ({"objective": "longce"}, (0.5, 3.0))],
+)
+def test_a_schedule_moves_both_bounds_between_one_and_their_own(options, middle):
+    def bounds(schedule, progress):
+        loss = LossConfig(clip_schedule=schedule, **options).at(progress)
+        return loss.clip_min, loss.clip_max
+
+    own = bounds("constant", 0.0)
+    assert bounds("constant", 1.0) == own
+    assert [bounds("rising", x) for x in (0.0, 0.5, 1.0)] == [(1, 1), pytest.approx(middle), own]
+    assert [bounds("falling", x) for x in (0.0, 0.5, 1.0)] == [own, pytest.approx(middle), (1, 1)]
 
 
 RATIO = {"contrast": "ratio", "clip_min": 0.0}

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from perce_kernels import call as backend_call
+from perce_kernels import arguments as backend_arguments
 from perce_kernels import chunked, fused_perce_loss, ops, token_logprobs
 from tests.numerics import (
     IGNORE,
@@ -260,7 +260,7 @@ def collectives(backend: str) -> None:
 @case("triton: a target that no check saw")
 def a_target_that_no_check_saw() -> None:
     """On a GPU an id outside the vocabulary is seen by an assertion that nobody waits for: NaN, not a number."""
-    check_target, backend_call.check_target = backend_call.check_target, lambda *_: None
+    check_target, backend_arguments.check_target = backend_arguments.check_target, lambda *_: None
     try:
         shards, inputs = Shards("three"), inputs_for("three", n=3, ignored=0.0)
         for token in (V, -1):
@@ -268,7 +268,7 @@ def a_target_that_no_check_saw() -> None:
             stats = shards.call(inputs, backend="triton").stats
             assert stats.logp.isnan().tolist() == stats.token_weight.isnan().tolist() == [False, True, False]
     finally:
-        backend_call.check_target = check_target
+        backend_arguments.check_target = check_target
 
 
 @for_both("opcheck", slow=("torch", "triton"))

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from perce_kernels import chunked
-from perce_kernels.call import Call, Needed, Rows, Weighting
+from perce_kernels.arguments import Call, Needed, Rows, Weighting
 from perce_kernels.chunked import PerCEOutput
 from perce_kernels.gpu import lse_gemm
 from perce_kernels.gpu.steps import Job, Step, choose, pitch, product
@@ -95,12 +95,14 @@ def extra_bytes(
 
 
 class _GpuRows(Rows):
+    """Rows that are copied into an operand of a product."""
+
     @property
     def copied(self) -> bool:
         """Whether the computed rows are not simply those of the caller."""
         return self.index is not None or self.ignored is not None
 
-    def pick(self, x: Tensor | None) -> Tensor | None:
+    def computed(self, x: Tensor | None) -> Tensor | None:
         """The computed rows of a (N,) tensor."""
         if x is None:
             return None
@@ -168,10 +170,10 @@ def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEO
         out = _outputs(call, rows, needed)
         passes = 1 if weighting.hidden_cf is None else 2
         multiprocessors = _multiprocessors(hidden.device) if shard is None else SHARDED_MULTIPROCESSORS
-        given_weight = rows.pick(weighting.token_weight)
+        given_weight = rows.computed(weighting.token_weight)
         job = Job(
             lm_head=_matrix(lm_head), bias=None if bias is None else bias.contiguous(), target=rows.target,
-            valid=None if rows.ignored is None else ~rows.ignored, logp_cf=rows.pick(weighting.logp_cf),
+            valid=None if rows.ignored is None else ~rows.ignored, logp_cf=rows.computed(weighting.logp_cf),
             token_weight=given_weight, contrasting=weighting.contrasting, ignore_index=call.ignore_index,
             dz_scale=_dz_scale(rows, hidden.dtype, given_weight, weighting.contrasting.clip_max, call.logit_scale),
             softcap=call.softcap, logit_scale=call.logit_scale, passes=passes,

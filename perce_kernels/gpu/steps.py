@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from perce_kernels.call import Needed
+from perce_kernels.arguments import Needed
 from perce_kernels.gpu import lse_gemm, row_loss, shard_rows, stored_rows, tiles
 from perce_kernels.row_pass import Contrasting, Given, weigh
 from perce_kernels.vocab_parallel import Shard
