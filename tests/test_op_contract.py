@@ -172,7 +172,7 @@ def test_ignored_rows_have_no_gradient_and_no_statistics():
 
 
 class Watch(TorchDispatchMode):
-    """Beneath the registered op: each tensor's storage, the FLOP of matrix products, and what would wait for a device."""
+    """Beneath the op: each tensor's storage, the FLOP of matrix products, and what would wait for a device."""
 
     def __init__(self):
         super().__init__()
