@@ -1,4 +1,4 @@
-# make train | test | check | format | aot | bench | gpu | clean
+# make setup | train | test | check | format | aot | bench | gpu | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
 # make gpu installs nothing: it runs in .venv (VENV=...) where that is, else with PYTHON as it is; BUDGET=seconds is for
 # its benchmarks, WHEELS=dir holds wheels of missing packages, RESULTS=dir takes what it found.
@@ -23,6 +23,7 @@ GPU_TESTS := $(addprefix tests/test_gpu_,device.py promises.py lse_gemm.py row_l
 GPU_PYTEST := --timeout 60 --timeout-method thread --tb short --disable-warnings -rf --durations 10
 
 help:
+	@echo "make setup    a virtual environment in $(VENV) with everything the tests need"
 	@echo "make train    train the default small model on the built-in examples (CPU or GPU, minutes)"
 	@echo "make test     run the tests"
 	@echo "make check    lint, formatting and types"

@@ -57,7 +57,9 @@ class DataConfig:
     )
     columns: str | None = _option(None, "rename fields, such as persona=profile,response=output", "OURS=THEIRS,…")
     skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
-    streaming: bool = _option(False, "read rows while they are used instead of before; training needs --max_steps")
+    streaming: bool = _option(
+        False, "read rows while they are used instead of before; training needs --max_steps and a validation split"
+    )
     max_length: int = _option(
         5000, "longest sequence in tokens; persona entries are dropped from the end until it fits, documents are cut"
     )
@@ -172,7 +174,7 @@ class RunConfig:
     """How it is trained. Names that TrainingArguments has too mean the same."""
 
     output_dir: str | None = _option(None, "run directory; default: runs/NAME, numbered when taken", "DIR")
-    resume: bool = _option(False, "continue from the last checkpoint in output_dir")
+    resume: bool = _option(False, "continue from the newest whole checkpoint in output_dir")
     num_train_epochs: float = _option(3.0, "passes over the training examples (the paper: 3)")
     max_steps: int = _option(-1, "optimiser steps instead of epochs; -1: epochs")
     learning_rate: float | None = _option(None, "peak; default: 2e-5 for all weights, 2e-4 for LoRA")
@@ -228,7 +230,9 @@ class InferenceConfig:
         "directory or Hub id of a causal language model or of a LoRA adapter; default: SmolLM2-135M-Instruct",
         MODEL,
     )
-    precision: Literal["auto", "fp32", "bf16"] = _option("auto", "arithmetic; auto: bf16 on a GPU, fp32 on a CPU")
+    precision: Literal["auto", "fp32", "bf16"] = _option(
+        "auto", "arithmetic; auto: bf16 on a GPU that has it natively, else fp32"
+    )
     attn_implementation: str | None = _option(
         None, "sdpa, flash_attention_2, eager, …; default: the model's own choice"
     )
@@ -292,7 +296,7 @@ class EvaluateConfig:
     temperature: float = _option(0.4, "sampling temperature (the paper: 0.4); 0: greedy")
     max_new_tokens: int = _option(512, "longest reply in tokens (the paper: 512)")
     output: str | None = _option(
-        None, "JSON of the result; FILE.jsonl beside it has the examples, and is resumed", "FILE"
+        None, "JSON of the result, such as e.json; e.jsonl beside it has the examples, and is resumed", "FILE"
     )
     compare_with: str | None = _option(
         None, "result of another model on the same examples: differences, p-values", "FILE"

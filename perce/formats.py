@@ -36,6 +36,11 @@ FORMATS: dict[str, tuple[str, ...]] = {  # the fields a row must have
     "prompt_completion": ("persona", "prompt", "completion"),
     "text": ("text",),
 }
+# Fields that may be lists of texts, objects or numbers; a query or a response that begins with "[" stays a text.
+LISTS = (
+    "persona", "profile", "messages", "personal_spans", "personality", "dialogue", "conversation", "user 1 personas",
+    "user 2 personas",
+)  # fmt: skip
 OPTIONAL = ("user_id", "personal_spans", "id")
 
 # How a profile entry becomes a passage: (the field that tells its kind, ((label, field), ..., the text)); first match

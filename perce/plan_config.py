@@ -19,11 +19,11 @@ class PlanConfig:
     response: int = _option(512, "tokens of it that are the response")
     per_device_train_batch_size: int = _option(1, "sequences per forward pass")
     gradient_accumulation_steps: int | None = _option(
-        None, "forward passes per optimiser step; default: 8 sequences per step"
+        None, "forward passes per optimiser step; default: as many as give 8 sequences per device"
     )
     objective: Literal["perce", "ce", "lossce", "entce", "longce"] = _option(
-        "perce", "perce and longce have a counterfactual pass, the others (and stored estimates) have not; for longce "
-        "--context is a document's length",
+        "perce", "perce and longce have a counterfactual pass, the others (and --estimate epoch or frozen) have not; "
+        "for longce --context is a document's length",
     )  # fmt: skip
     short_context: int = _option(4096, "longce: tokens of the short context")
     short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context")

@@ -168,13 +168,13 @@ def memory(config: Any, recipe: Recipe, plan: PlanConfig, counts: Counts, device
     nothing = {"activations": 0, "working set": 0, "loss buffers": 0}
     phases[UPDATE] = resident | {"gradients": trained_bytes // shares} | nothing
     parts = {name.partition(" ")[2]: size for name, size in rehearsed.items() if name.startswith("part ")}
-    passes = 2 if shape.tokens_cf else 1
     return Memory(
         phases,
         attention=max((size for name, size in parts.items() if "attn" in name or "attention" in name), default=0),
         mlp=max((size for name, size in parts.items() if "mlp" in name or "feed" in name), default=0),
         offloaded=rehearsed.get("offloaded", 0),
-        hidden_rows=passes * shape.rows * counts.hidden * (2 if recipe.low_precision else 4),
+        # Those of the counterfactual pass leave autocast's wrapper in fp32.
+        hidden_rows=shape.rows * counts.hidden * ((2 if recipe.low_precision else 4) + 4 * bool(shape.tokens_cf)),
         logits_not_held={
             "of the response tokens": shape.rows * counts.vocabulary * 4,
             "of all tokens": shape.batch * shape.tokens * counts.vocabulary * 4,

@@ -10,6 +10,8 @@ train the model on something nobody has looked at.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from pathlib import Path
 from perce.errors import UserError
 from perce.formats import (
     FORMATS,
+    LISTS,
     OPTIONAL,
     PARSERS,
     USER_FIELDS,
@@ -69,6 +72,17 @@ def _rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, obj
             got = f"fields {', '.join(row)}{did_you_mean([theirs], row)}"
             raise BadRow(theirs, f"it, by --columns {ours}={theirs}", got)
     return renamed
+
+
+def _nested(row: dict[str, object]) -> dict[str, object]:
+    """The row with lists that came as JSON in a text, as in a CSV; a text that only begins like one stays a text."""
+    found = {}
+    for name in LISTS:
+        text = row.get(name)
+        if isinstance(text, str) and text.startswith("["):
+            with contextlib.suppress(json.JSONDecodeError):
+                found[name] = json.loads(text)
+    return row | found
 
 
 class Rows:
@@ -130,7 +144,7 @@ class Rows:
         if not isinstance(value, dict):
             raise BadRow(None, "a JSON object", show(value))
         # Tables hold null where a row lacks a field: absent and null are the same.
-        row = _rename({name: cell for name, cell in value.items() if cell is not None}, self._columns)
+        row = _nested(_rename({name: cell for name, cell in value.items() if cell is not None}, self._columns))
         if self.format == "auto":
             self.format = detect_format(row)  # decides for all rows: errors can then name the field
         if missing := missing_fields(self.format, row):

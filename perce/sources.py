@@ -6,7 +6,6 @@ Nothing here knows what a row means (`rows.py` does). A reader never stops at a 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,9 +19,6 @@ from perce.errors import UserError
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 BOM = b"\xef\xbb\xbf"
-# Cells of a CSV that hold JSON when they look like it; a query or a response that starts with "[" stays text.
-NESTED = ("persona", "profile", "messages", "personal_spans", "personality", "dialogue", "conversation")
-
 Read = Callable[[], Iterator[tuple[str, Any]]]  # the place of a row (":17" or " row 17") and the row, or a BadRow
 
 
@@ -184,12 +180,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv_row(header: list[str], row: list[str]) -> dict[str, Any] | BadRow:
     if len(row) != len(header):
         return BadRow(None, f"{len(header)} cells, as in the header", f"{len(row)}")
-    cells: dict[str, Any] = {name: cell for name, cell in zip(header, row, strict=True) if cell}  # empty: absent
-    for name in NESTED:
-        if cells.get(name, "")[:1] in ("[", "{"):
-            with contextlib.suppress(json.JSONDecodeError):  # not JSON after all: a text that starts like it
-                cells[name] = json.loads(cells[name])
-    return cells
+    return {name: cell for name, cell in zip(header, row, strict=True) if cell}  # empty: absent
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ class Call(NamedTuple):
 
 
 class Weighting(NamedTuple):
-    """Where the token weights come from: one of the tensors."""
+    """Where the token weights come from: exactly one of the tensors is given."""
 
     hidden_cf: Tensor | None  # (N, D)
     logp_cf: Tensor | None  # (N,)

@@ -142,6 +142,10 @@ def test_csv_files(tmp_path):
     first, second = load_examples(tmp_path / "d.csv", "train", skip_bad_rows=True).examples
     assert (first.persona, first.turns[0].content, first.user_id) == (("a", "b"), "[not JSON]", None)
     assert (second.persona, second.user_id, second.source) == (("[a] list?",), "u", "d.csv:4")
+    with (tmp_path / "renamed.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["facts", "query", "response"], ['["a", "b"]', "[1, 2]", "[3]"]])
+    (example,) = load_examples(tmp_path / "renamed.csv", "train", columns={"persona": "facts"}).examples
+    assert example.persona == ("a", "b") and (example.turns[0].content, example.response) == ("[1, 2]", "[3]")
 
 
 def test_parquet_files(tmp_path):
