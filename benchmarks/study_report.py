@@ -258,23 +258,23 @@ def variants_plot(found: Sequence[Variant], name: str) -> str:
     from matplotlib.figure import Figure
 
     sets = list(dict.fromkeys(x.data for x in found))
-    figure = Figure(figsize=(5.4 * len(sets), 4), dpi=150, facecolor="white", layout="constrained")
+    varied = dict.fromkeys(x.name for x in found if x.cell["stage"] == "variants")
+    numbers = {name: f"${number}$" for number, name in enumerate(varied, start=1)}  # what stands at a point
+    figure = Figure(figsize=(4.2 * len(sets) + 2.4, 4), dpi=150, facecolor="white", layout="constrained")
     for ax, data in zip(figure.subplots(1, len(sets), squeeze=False).flat, sets, strict=True):
         for x in found:
             if x.data == data and x.cost is not None and x.kept is not None:
-                plain = x.cell["stage"] != "variants"
-                colour = COLOURS[x.cell["objective"]] if plain else "#1b1d21"
-                ax.scatter(x.cost, x.kept, color=colour, s=36 if plain else 16)
-                label = x.name.strip("*")
-                ax.annotate(label, (x.cost, x.kept), xytext=(5, -3), textcoords="offset points", fontsize=7)
-        ax.margins(x=0.25)
+                colour = "#1b1d21" if x.name in numbers else COLOURS[x.cell["objective"]]
+                marker, size = numbers.get(x.name, "o"), 45 if x.name in numbers else 90
+                ax.scatter(x.cost, x.kept, color=colour, marker=marker, s=size, linewidth=0.3, label=x.name.strip("*"))
         limits = ax.get_xlim()
-        ax.axvspan(limits[0], GOAL, color="#1b1d21", alpha=0.06, linewidth=0)
+        ax.axvspan(limits[0], GOAL, color="#1b1d21", alpha=0.06, linewidth=0, label=f"at most {GOAL} %")
         ax.set_xlim(limits)
-        ax.set_title(f"{data}; grey: at most {GOAL} % cost", loc="left", fontsize=10)
+        ax.set_title(data, loc="left", fontsize=10)
         ax.set_xlabel(COST)
         ax.set_ylabel(KEPT)
         ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     return f"![{KEPT}, over: {COST}](images/{save(figure, name)})"
 
 
