@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import M_MMAP_THRESHOLD, _status_bytes
+from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
 
 QUERY, RESPONSE = 80, 128
 TILE = 512
@@ -70,10 +70,10 @@ def measure(way: str, persona: int) -> dict[str, float]:
 
     step(16)  # thread pools, GEMM primitives, the adapters' gradients
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-    before, started = _status_bytes("VmRSS"), time.perf_counter()
+    before, started = status_bytes("VmRSS"), time.perf_counter()
     loss = step(persona)
     seconds = time.perf_counter() - started
-    return {"peak_extra_bytes": _status_bytes("VmHWM") - before, "seconds": seconds, "loss": loss}
+    return {"peak_extra_bytes": status_bytes("VmHWM") - before, "seconds": seconds, "loss": loss}
 
 
 def measured_in_a_child(way: str, persona: int) -> dict[str, float]:

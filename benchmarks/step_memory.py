@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import M_MMAP_THRESHOLD, _status_bytes
+from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
 
 STEPS = 2
 
@@ -31,7 +31,7 @@ def measure(spec: Spec) -> dict[str, float]:
     train(spec | {"model": spec["model"] | {"num_hidden_layers": 1}})
     gc.collect()
     libc.malloc_trim(0)
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     peak, seconds = train(spec)
     return {"peak_bytes": peak - before, "step_seconds": seconds, "libraries_bytes": before}
 
