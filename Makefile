@@ -1,7 +1,7 @@
-# make setup | train | test | check | format | aot | bench | gpu | clean
+# make setup | train | test | check | format | aot | bench | gpu-a | gpu-b | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
-# make gpu installs nothing: it runs in .venv (VENV=...) where that is, else with PYTHON as it is; BUDGET=seconds is for
-# its benchmarks, WHEELS=dir holds wheels of missing packages, RESULTS=dir takes what it found.
+# make gpu-a and gpu-b install nothing: they run in .venv (VENV=...) where that is, else with PYTHON as it is; WHEELS=dir
+# holds wheels of missing packages, RESULTS=dir takes what they found.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,16 +11,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format aot bench gpu clean
+.PHONY: help setup train test check format aot bench gpu-a gpu-b clean
 
-BUDGET ?= 260
 WHEELS ?=
-RESULTS ?= benchmarks/results
-WHEELS_SITE := $(CURDIR)/build/wheels
+RESULTS ?= benchmarks/results/gpu
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-# In this order, for the time may end before they do. A blocked CUDA call hears no signal: a thread ends the run.
-GPU_TESTS := $(addprefix tests/test_gpu_,device.py promises.py lse_gemm.py row_loss.py stored.py driver.py cost.py)
-GPU_PYTEST := --timeout 60 --timeout-method thread --tb short --disable-warnings -rf --durations 10
 
 help:
 	@echo "make setup    a virtual environment in $(VENV) with everything the tests need"
@@ -30,7 +25,8 @@ help:
 	@echo "make format   apply the formatter and the safe lint fixes"
 	@echo "make aot      compile the GPU kernels without a GPU: registers, spills, shared memory"
 	@echo "make bench    run the benchmarks"
-	@echo "make gpu      on a machine with a CUDA GPU: the GPU tests, and the GPU benchmarks (10 minutes)"
+	@echo "make gpu-a    on a machine with a CUDA GPU: does it run, which way is faster (4 minutes)"
+	@echo "make gpu-b    on the same: the op beside its peers, and its tests (6.5 minutes)"
 	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"
 
 setup: $(STAMP)
@@ -63,20 +59,13 @@ aot: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
-# At most 10 minutes: a few tests, for wrong kernels need no timing; the benchmarks; the tests of the kernels. Each part
-# runs whatever those before it say, none can take the time of another, and a failure of any is that of the target.
-gpu: export PYTHONPATH := $(if $(WHEELS),$(WHEELS_SITE):$(WHEELS_SITE)/nvidia_cutlass_dsl/dsl_packages:)$(PYTHONPATH)
-gpu:
-	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: expected a CUDA GPU, found none')"
-	-$(if $(WHEELS),$(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target $(WHEELS_SITE) $(WHEELS)/*.whl)
-	@mkdir -p $(RESULTS); set -o pipefail; status=0; \
-	timeout -k 5 80 $(GPU_PYTHON) -m pytest tests/test_gpu_device.py -m gpu -k statistics_and_gradients -x $(GPU_PYTEST) \
-		2>&1 | tee $(RESULTS)/gpu_smoke.log || status=1; \
-	timeout -k 5 $$(($(BUDGET) + 30)) $(GPU_PYTHON) -m benchmarks.gpu.run --budget $(BUDGET) --results $(RESULTS) \
-		2>&1 | tee $(RESULTS)/gpu_benchmarks.log || status=1; \
-	CUBLAS_WORKSPACE_CONFIG=:4096:8 timeout -k 5 190 $(GPU_PYTHON) -m pytest $(GPU_TESTS) -m "not slow" \
-		--maxfail 8 $(GPU_PYTEST) $(ARGS) 2>&1 | tee $(RESULTS)/gpu_tests.log || status=1; \
-	exit $$status
+# The limit is a last resort: both commands end by themselves before it, and every line is written when it is measured.
+gpu-a:
+	$(GPU_PYTHON) -m benchmarks.gpu.decide --results $(RESULTS) $(ARGS)
+
+gpu-b: export CUBLAS_WORKSPACE_CONFIG := :4096:8
+gpu-b:
+	$(GPU_PYTHON) -m benchmarks.gpu.compare --results $(RESULTS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from perce_kernels import fused_perce_loss
 
 CLIP = (0.8, 5.0)
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 
 
 def perce(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> Tensor:
@@ -22,33 +22,49 @@ def perce(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) ->
     return fused_perce_loss(hidden, lm_head, target, hidden_cf)
 
 
-def naive(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> Tensor:
+def weighted(nll_cf: Tensor, nll: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, PIR) from per-token losses."""
+    pir = (nll_cf - nll).detach()
+    return (pir.clamp(*CLIP) * nll).mean(), pir
+
+
+def naive_with_pir(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> tuple[Tensor, Tensor]:
     """The logits materialised; each set of them freed as soon as PyTorch can."""
     lm_head = lm_head.float()
     with torch.no_grad():
         nll_cf = F.cross_entropy(hidden_cf.float() @ lm_head.T, target, reduction="none")
     nll = F.cross_entropy(hidden.float() @ lm_head.T, target, reduction="none")
-    return ((nll_cf - nll).detach().clamp(*CLIP) * nll).mean()
+    return weighted(nll_cf, nll)
 
 
-def linear_cross_entropy(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> Tensor:
+def naive(*inputs: Tensor) -> Tensor:
+    return naive_with_pir(*inputs)[0]
+
+
+def linear_cross_entropy_with_pir(
+    hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor
+) -> tuple[Tensor, Tensor]:
     """torch 2.13's chunked F.linear_cross_entropy, composed: no logits in memory, but one more pass over them."""
     options = {"reduction": "none", "options": torch.nn.LinearCrossEntropyOptions()}
     lm_head = lm_head.float()
     with torch.no_grad():
         nll_cf = F.linear_cross_entropy(hidden_cf.float(), lm_head, target, **options)
     nll = F.linear_cross_entropy(hidden.float(), lm_head, target, **options)
-    return ((nll_cf - nll).detach().clamp(*CLIP) * nll).mean()
+    return weighted(nll_cf, nll)
+
+
+def linear_cross_entropy(*inputs: Tensor) -> Tensor:
+    return linear_cross_entropy_with_pir(*inputs)[0]
 
 
 @cache
-def _compiled() -> Loss:
-    return torch.compile(naive)
-
-
-def compiled(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> Tensor:
+def compiled_with_pir() -> Callable[..., tuple[Tensor, Tensor]]:
     """torch.compile of the naive loss."""
-    return _compiled()(hidden, lm_head, target, hidden_cf)
+    return torch.compile(naive_with_pir)
+
+
+def compiled(*inputs: Tensor) -> Tensor:
+    return compiled_with_pir()(*inputs)[0]
 
 
 IMPLEMENTATIONS: dict[str, Loss] = {

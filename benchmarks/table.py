@@ -1,5 +1,7 @@
-"""`python -m benchmarks.table RESULTS.json`: the README's tables, from what `--benchmark-json` wrote on a CPU, or what
-`benchmarks.gpu.run` wrote on a GPU. Without such a file, the GPU's tables say "not measured".
+"""`python -m benchmarks.table RESULTS.json …`: the README's tables, from what `--benchmark-json` wrote on a CPU.
+
+Or from what `make gpu-a` and `make gpu-b` wrote on a GPU, both files at once; without them, the GPU's tables say "not
+measured".
 """
 
 import json
@@ -100,13 +102,13 @@ def plans(entries: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    path = Path(sys.argv[1])
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if results is None or "schema" in results:
-        print(report(results))
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in map(Path, sys.argv[1:]) if path.exists()]
+    if all("schema" in tree for tree in files):
+        print(report(files))
         return
+    results = files[0]
     entries, extra = results["benchmarks"], results["benchmarks"][0]["extra_info"]
     cpu = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
     print(f"{cpu}, {extra['threads']} threads, torch {extra['torch']}, {results['datetime'][:10]}.")

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def lse_gemm_source(tile: tiles.Tile, dtype, tma: bool, *, cap=False, bias=False
     }  # fmt: skip
     constants = {
         "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, "STORE": store, "USE_TMA": tma,
-        "UPCAST": False, "GROUP_M": lse_gemm.GROUP_M, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
+        "UPCAST": False, "GROUP_M": tile.group_m, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
     }  # fmt: skip
     return source_of(
         lse_gemm.lse_gemm_kernel, types, constants, aligned=("D", "stride_hn", "stride_wv", "stride_stored")
@@ -214,6 +214,8 @@ def compile_for(arch: str) -> Iterator[dict[str, Any]]:
 class NoDevice:
     """Triton's driver for a GPU that is not here, so that launchers can build what they would launch."""
 
+    target: GPUTarget
+
     def get_current_device(self) -> int:
         return 0
 
@@ -221,31 +223,37 @@ class NoDevice:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
 
-def launchers() -> Iterator[str]:
-    """Run the driver on CPU tensors as if on sm_90, up to each launch: what the launchers pass is what is compiled.
+def without_device(arch: str, built: Callable[[str], object] = lambda _: None) -> None:
+    """From now on launchers run on CPU tensors as if on `arch`, up to each launch; what they pass is compiled.
 
-    Yields the kernels built. Where nothing ran there may be NaN, which no product here minds.
+    Where nothing ran there may be NaN, which no product here minds. `built` is told kernel and shared memory.
     """
     from triton.runtime import driver as active
     from triton.runtime.jit import JITFunction
 
+    NoDevice.target = GPUTarget("cuda", int(arch[3:]), 32)
+    active.set_active(NoDevice())
+    tiles.architecture = lambda device: arch
+    run = JITFunction.run
+
+    def build(self, *args, grid, warmup, **options):
+        built(f"{self.fn.__name__} {run(self, *args, grid=grid, warmup=True, **options).metadata.shared}")
+
+    JITFunction.run = build
+
+
+def launchers() -> Iterator[str]:
+    """Run the driver as if on sm_90. Yields the kernels built."""
     from perce_kernels.arguments import Call, Needed, Weighting
     from perce_kernels.gpu import driver
     from perce_kernels.row_pass import Contrasting
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    active.set_active(NoDevice())
-    tiles.architecture = lambda device: "sm_90"
     built: list[str] = []
-    run = JITFunction.run
-
-    def build(self, *args, grid, warmup, **options):
-        built.append(f"{self.fn.__name__} {run(self, *args, grid=grid, warmup=True, **options).metadata.shared}")
-
-    JITFunction.run = build
+    without_device("sm_90", built.append)
     for n, d, v in ((1, 8, 1), (37, 24, 211), (64, 64, 512)):  # 1 and multiples of 16 are compiled as such
         hidden, hidden_cf, lm_head = (torch.randn(rows, d, dtype=torch.bfloat16) for rows in (n, n, v))
         target, given, bias = torch.randint(0, v, (n,)), torch.rand(n), torch.randn(v, dtype=torch.bfloat16)
@@ -284,7 +292,7 @@ def main(arguments: list[str]) -> None:
             if as_json:
                 print(json.dumps(r), flush=True)
                 continue
-            m, n, k, warps, stages, _ = r["tile"]
+            m, n, k, warps, stages = r["tile"][:5]
             numbers = r.get("error") or f"{r['registers']} | {r['spilled']} | {r['shared']}"
             print(
                 f"| {arch} | {r['kernel']} | {m}×{n}×{k}, {warps}, {stages} | {r['variant']} | {numbers} |", flush=True

@@ -17,6 +17,15 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_collection_modifyitems(config, items):
+    """With several processes on one GPU, the cases whose tensors fill it run in one of them (--dist loadgroup)."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+            if case is not None and max(case.v * case.d, case.n * case.v) > 2e9:
+                item.add_marker(pytest.mark.xdist_group("large"))
+
+
 @pytest.fixture(scope="module")
 def poisoned_memory():
     """Make `empty` return NaN, so that memory which is read before it is written shows."""

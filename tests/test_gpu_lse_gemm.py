@@ -76,7 +76,8 @@ def test_a_slice_with_an_unaligned_base(tile):
 
 @pytest.mark.parametrize("group", [1, 2, 8])
 def test_every_tile_is_visited_once_for_any_group(tile, monkeypatch, group):
-    monkeypatch.setattr(lse_gemm, "GROUP_M", group)
+    row = tiles.TABLE[0]
+    monkeypatch.setattr(tiles, "TABLE", [row._replace(tile=tile._replace(group_m=group))])
     assert_accurate(make_inputs(n=50, v=70, ignored=0.0))
 
 

@@ -14,6 +14,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,23 +23,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import implementations
-from benchmarks.implementations import CLIP, Loss
+from benchmarks.gpu.child import Unable
+from benchmarks.implementations import CLIP, Loss, weighted
 from perce_kernels import fused_perce_loss
 
 Nll = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Unable(Exception):
-    """This peer cannot be measured here; the message says why."""
-
-
 @dataclass
 class Implementation:
-    """What a peer's `load` gives."""
+    """What a peer's `load` gives: functions of hidden, lm_head, target, hidden_cf."""
 
     loss: Loss
-    pir: Loss | None = None
-    """(N,) contrasts behind the loss, of the same arguments, where the peer shows them."""
+    pir: Loss
+    """(N,) contrasts that the loss was weighted by."""
 
 
 @dataclass
@@ -52,20 +50,20 @@ class Peer:
     """Whether fp32 products may be TF32: much faster, and exact for factors that are bf16 numbers (all but dz are)."""
 
 
-def composed(nll: Nll) -> Implementation:
-    """PerCE from per-token losses."""
+def composed(nll: Nll, nll_cf: Nll | None = None) -> Implementation:
+    """PerCE from per-token losses; nll_cf: those of the counterfactual pass, which needs no gradient."""
 
-    def contrast(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> tuple[Tensor, Tensor]:
+    def both(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            nll_cf = nll(hidden_cf, lm_head.detach(), target)
-        per_token = nll(hidden, lm_head, target)
-        return per_token, (nll_cf - per_token).detach()
+            per_token_cf = (nll_cf or nll)(hidden_cf, lm_head.detach(), target)
+        return weighted(per_token_cf, nll(hidden, lm_head, target))
 
-    def loss(*inputs: Tensor) -> Tensor:
-        per_token, pir = contrast(*inputs)
-        return (pir.clamp(*CLIP) * per_token).mean()
+    return of_both(both)
 
-    return Implementation(loss, lambda *inputs: contrast(*inputs)[1])
+
+def of_both(both: Callable[..., tuple[Tensor, Tensor]]) -> Implementation:
+    """From a function that returns (loss, PIR)."""
+    return Implementation(lambda *inputs: both(*inputs)[0], lambda *inputs: both(*inputs)[1])
 
 
 def imported(module: str, package: str) -> Any:
@@ -77,10 +75,12 @@ def imported(module: str, package: str) -> Any:
 
 
 def load_perce() -> Implementation:
-    def pir(hidden, lm_head, target, hidden_cf):
-        return fused_perce_loss(hidden, lm_head, target, hidden_cf, return_stats=True)[1].pir
+    """Ours, by the kernels whatever the device: elsewhere than on a GPU they are interpreted."""
 
-    return Implementation(implementations.perce, pir)
+    def pir(*inputs: Tensor) -> Tensor:
+        return fused_perce_loss(*inputs, backend="triton", return_stats=True)[1].pir
+
+    return Implementation(partial(fused_perce_loss, backend="triton"), pir)
 
 
 def load_perce_stored() -> Implementation:
@@ -99,7 +99,6 @@ def load_perce_stored() -> Implementation:
 
         return switched
 
-    assert ours.pir is not None
     return Implementation(switched_on(ours.loss), switched_on(ours.pir))
 
 
@@ -115,7 +114,11 @@ def load_naive_bf16() -> Implementation:
 def load_linear_cross_entropy() -> Implementation:
     if not hasattr(F, "linear_cross_entropy"):
         raise Unable(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy (2.13 has)")
-    return Implementation(implementations.linear_cross_entropy)
+    return of_both(implementations.linear_cross_entropy_with_pir)
+
+
+def load_compiled() -> Implementation:
+    return of_both(lambda *inputs: implementations.compiled_with_pir()(*inputs))
 
 
 def load_liger(chunk_mem_const: int) -> Implementation:
@@ -148,14 +151,39 @@ def load_cce(filter_eps: str | None) -> Implementation:
     )
 
 
-def load_quack() -> Implementation:
-    """bf16 logits of all tokens from cuBLAS, then its cross-entropy kernel; its chunked function gives a scalar."""
+def quack_parts() -> tuple[Nll, Nll]:
+    """(with a gradient, without): its cross-entropy on bf16 logits of all tokens; its GEMM that stores no logits, whose
+    log-sum-exp and target logit come from the fp32 accumulators.
+    """
     quack = imported("quack.linear_cross_entropy", "quack-kernels")
-    return composed(
-        lambda hidden, lm_head, target: quack.linear_cross_entropy_func(
-            hidden, lm_head, None, target, reduction="none", inplace_backward=True
-        )
-    )
+    epilogue = imported("quack.epilogue.library", "quack-kernels")
+
+    def with_gradient(hidden: Tensor, lm_head: Tensor, target: Tensor) -> Tensor:
+        return quack.linear_cross_entropy_func(hidden, lm_head, None, target, reduction="none", inplace_backward=True)
+
+    def without(hidden: Tensor, lm_head: Tensor, target: Tensor) -> Tensor:
+        # tuned=True would compile and time dozens of configurations.
+        found = epilogue.lse_target_epi(hidden, lm_head.mT, store_d=False, target=target, tuned=False)
+        return found["lse"] - found["target_logit"]
+
+    return with_gradient, without
+
+
+def load_quack() -> Implementation:
+    """Its chunked function, the fastest it has, gives a scalar, and so no token weights."""
+    return composed(*quack_parts())
+
+
+def load_quack_exact() -> Implementation:
+    """Weights from the GEMM without logits for both passes, since bf16 logits are too coarse: one product more."""
+    with_gradient, without = quack_parts()
+
+    def both(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            pir = without(hidden_cf, lm_head, target) - without(hidden.detach(), lm_head.detach(), target)
+        return (pir.clamp(*CLIP) * with_gradient(hidden, lm_head, target)).mean(), pir
+
+    return of_both(both)
 
 
 class _HiddenStatesAsModel:
@@ -208,12 +236,22 @@ PEERS = {  # by importance and quickness to compile: where time runs out, the la
         Peer("naive_bf16", "PyTorch, bf16 logits", load_naive_bf16),
         Peer("liger_cutedsl", "Liger, CuTe DSL, per token", load_liger_cutedsl),
         Peer("quack", "quack, all logits", load_quack),
+        Peer("quack_exact", "quack, all logits, exact weights", load_quack_exact),
         Peer("cce_filtered", "cut-cross-entropy, filtered", lambda: load_cce("auto")),
         Peer("linear_cross_entropy", "F.linear_cross_entropy", load_linear_cross_entropy, tf32=True),
-        Peer("naive", "PyTorch, fp32 logits", lambda: Implementation(implementations.naive), tf32=True),
-        Peer("compiled", "torch.compile, fp32 logits", lambda: Implementation(implementations.compiled), tf32=True),
+        Peer("naive", "PyTorch, fp32 logits", lambda: of_both(implementations.naive_with_pir), tf32=True),
+        Peer("compiled", "torch.compile, fp32 logits", load_compiled, tf32=True),
         Peer("liger", "Liger, Triton, as it comes", lambda: load_liger(1)),
         Peer("quack_chunked", "quack, chunked", load_quack_chunked),
         Peer("liger_cutedsl_flce", "Liger, CuTe DSL, fused", load_liger_cutedsl_flce),
     )
 }
+
+
+def find_peer(name: str) -> Peer:
+    """One of PEERS, or of the made-up ones that try the harness."""
+    if name in PEERS:
+        return PEERS[name]
+    from tests.fake_peers import FAKES
+
+    return FAKES[name]

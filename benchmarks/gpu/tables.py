@@ -1,130 +1,264 @@
-"""The README's tables from benchmarks/results/DEVICE.json; what no file has is "not measured"."""
+"""The tables of README and docs from the results of the two commands; what no file has is "not measured"."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-from benchmarks.gpu.measure import NO_TIME, SIZES
 from benchmarks.gpu.peers import PEERS
+from benchmarks.gpu.results import NO_TIME
+from benchmarks.gpu.roofline import FLOOR_FLOP, HEADS, WAYS, Gpu, floor_seconds, predict
+from benchmarks.gpu.sizes import SIZES, Size
 
 NOT_MEASURED = "not measured"
 FAILED = "failed"
-Tree = dict[str, Any]
-Cell = Callable[[Tree, Tree], str | None]  # (a peer's entry, its head's) -> text
+RACES = ("ways", "peers", "quack", "liger_cutedsl")
+"""Stages of races; of a peer that is in several the last that timed it counts, but for perce the second."""
+WAY_PEERS = {"fused": "perce", "stored": "perce_stored"}
+Line = dict[str, Any]
+Lines = dict[str, Line]
 
 
-def _time(entry: Tree, head: Tree) -> str | None:
-    if "seconds" not in entry:
+@dataclass
+class Entry:
+    """What is known of a peer at one size with one head."""
+
+    line: Line
+    seconds: float | None = None
+    floor: float | None = None
+
+    @property
+    def correct(self) -> bool:
+        return self.line.get("correct", False)
+
+    @property
+    def ratio(self) -> float:
+        assert self.seconds is not None and self.floor is not None
+        return self.seconds / self.floor
+
+
+Cell = Callable[[Entry], str | None]
+
+
+def sizes_of(lines: Lines) -> tuple[Size, ...]:
+    """Those that were raced, or those that are to be."""
+    found = {Size.parse(key.split("/")[2]) for key in lines if key.endswith("/race") and key.split("/")[0] in RACES}
+    return tuple(sorted(found)) or SIZES
+
+
+def entry(lines: Lines, head: str, size: Size, peer: str) -> Entry | None:
+    """Of the stage that says most of it."""
+    found: Entry | None = None
+    for stage in RACES:
+        place = f"{stage}/{head}/{size}"
+        line, race = lines.get(f"{place}/{peer}"), lines.get(f"{place}/race")
+        if line is None or (found is not None and (peer in WAY_PEERS.values() and stage != "peers")):
+            continue
+        here = Entry(line)
+        if race is not None and "reason" not in line:
+            times = [seconds[peer] for seconds in race["rounds"] if peer in seconds]
+            here.seconds = median(times) if times else line["seconds"]
+            here.floor = FLOOR_FLOP[head] * size.n * size.d * size.v / race["matmul_flops"]
+        found = here
+    return found
+
+
+def _time(found: Entry) -> str | None:
+    if found.seconds is None:
         return None
-    return f"{1000 * entry['seconds']:.1f} ({entry['ratio_to_floor']:.2f})"
+    ms = f"{1000 * found.seconds:.1f}"
+    return f"{ms} ({found.ratio:.2f})" if found.correct else f"{ms}, PIR off by {found.line['errors']['pir']:.1g}"
 
 
-def _memory(entry: Tree, head: Tree) -> str | None:
-    return None if entry.get("peak_extra_bytes") is None else f"{entry['peak_extra_bytes'] / 2**30:.2f}"
+def _memory(found: Entry) -> str | None:
+    return None if found.line.get("peak_extra_bytes") is None else f"{found.line['peak_extra_bytes'] / 2**30:.2f}"
 
 
-def _errors(entry: Tree, head: Tree) -> str | None:
-    if "reason" in entry or "errors" not in entry:
+def _errors(found: Entry) -> str | None:
+    if "errors" not in found.line or "reason" in found.line:
         return None
-    errors = entry["errors"]
+    errors = found.line["errors"]
     return " / ".join("–" if name not in errors else f"{errors[name]:.1e}" for name in ("pir", "dhidden", "dlm_head"))
 
 
-def _sizes(tree: Tree | None) -> list[Tree]:
-    if tree and tree["sizes"]:
-        return tree["sizes"]
-    return [{"n": n, "d": d, "v": v, "heads": {}} for n, d, v in SIZES]
-
-
-def _name(size: Tree) -> str:
-    return f"{size['n']} × {size['d']} × {size['v']}"
-
-
-def _text(cell: Cell, size: Tree, head: str, peer: str) -> str:
-    measured = size["heads"].get(head, {"peers": {}})
-    entry = measured["peers"].get(peer)
-    if entry is None or entry.get("reason") == NO_TIME:
+def _text(cell: Cell, found: Entry | None) -> str:
+    if found is None or found.line.get("reason") == NO_TIME:
         return NOT_MEASURED
-    return cell(entry, measured) or (FAILED if "reason" in entry else NOT_MEASURED)
+    return cell(found) or (FAILED if "reason" in found.line else NOT_MEASURED)
 
 
-def by_peer(tree: Tree | None, title: str, head: str, cell: Cell) -> Iterator[str]:
-    """One row a peer, one column a size."""
-    sizes = _sizes(tree)
+def _name(size: Size) -> str:
+    return f"{size.n} × {size.d} × {size.v}"
+
+
+def by_peer(lines: Lines, title: str, head: str, cell: Cell) -> Iterator[str]:
+    """One row a peer, one column a size; peers that failed everywhere are among the reasons below."""
+    sizes = sizes_of(lines)
     yield f"| {title} | {' | '.join(map(_name, sizes))} |"
     yield "| --- |" + " --- |" * len(sizes)
     for name, peer in PEERS.items():
-        cells = [_text(cell, size, head, name) for size in sizes]
-        if tree is None or any(text != FAILED for text in cells):
+        cells = [_text(cell, entry(lines, head, size, name)) for size in sizes]
+        if not lines or any(text != FAILED for text in cells):
             yield f"| {peer.title} | {' | '.join(cells)} |"
 
 
-def ceilings(tree: Tree | None) -> Iterator[str]:
+def ceilings(lines: Lines) -> Iterator[str]:
     """What the machine can do, and the forward of token_logprobs beside the products alone."""
     yield "| N × D × V | matmul, TFLOP/s | copy, TB/s | floor, ms, trainable / frozen | token_logprobs ÷ cuBLAS |"
     yield "| --- | --- | --- | --- | --- |"
-    for size in _sizes(tree):
-        heads = size["heads"]
-        floors = [heads.get(name, {}).get("floor") for name in ("trainable", "frozen")]
-        head = heads.get("trainable") or heads.get("frozen") or {}
-        logprobs = size.get("logprobs", {})
+    for size in sizes_of(lines):
+        races = {
+            head: race for head in HEADS for stage in ("ways", "peers")
+            if (race := lines.get(f"{stage}/{head}/{size}/race")) and "rounds" in race
+        }  # fmt: skip
+        race = races.get("trainable") or races.get("frozen")
+        flop = size.n * size.d * size.v
+        floors = [f"{1000 * FLOOR_FLOP[head] * flop / race['matmul_flops']:.1f}" for head in HEADS] if race else []
+        logprobs = lines.get(f"parts/{size}/token_logprobs", {})
         cells = [
-            f"{head['matmul_flops'] / 1e12:.0f}" if head.get("matmul_flops") else NOT_MEASURED,
-            f"{head['bandwidth'] / 1e12:.2f}" if head.get("bandwidth") else NOT_MEASURED,
-            " / ".join("–" if floor is None else f"{1000 * floor:.1f}" for floor in floors)
-            if any(floors)
-            else NOT_MEASURED,
+            f"{race['matmul_flops'] / 1e12:.0f}" if race else NOT_MEASURED,
+            f"{race['bandwidth'] / 1e12:.2f}" if race else NOT_MEASURED,
+            " / ".join(floors) or NOT_MEASURED,
             f"{logprobs['seconds'] / logprobs['matmul_seconds']:.2f}" if "seconds" in logprobs else NOT_MEASURED,
         ]
         yield f"| {_name(size)} | {' | '.join(cells)} |"
 
 
-def chunks(tree: Tree | None) -> Iterator[str]:
+def ways(lines: Lines) -> Iterator[str]:
+    """The loss each way, measured beside predicted: by the ceilings of the same run where there is one."""
+    yield "| N × D × V, trainable head | way | measured, ms (÷ floor) | predicted, ms (÷ floor) |"
+    yield "| --- | --- | --- | --- |"
+    for size in sizes_of(lines):
+        for way, title in WAYS.items():
+            found = entry(lines, "trainable", size, WAY_PEERS[way])
+            gpu = _gpu(lines)
+            seconds = sum(predict(size, way, gpu=gpu).values())
+            predicted = f"{1000 * seconds:.1f} ({seconds / floor_seconds(size, 'trainable', gpu):.2f})"
+            yield f"| {_name(size)} | {title} | {_text(_time, found)} | {predicted} |"
+
+
+def _gpu(lines: Lines) -> Gpu:
+    """The rates of the machine of these lines, else those of the table in roofline.py."""
+    found = lines.get("parts/ceilings")
+    return Gpu() if found is None else Gpu(found["matmul_flops"], found["bandwidth"])
+
+
+def parts(lines: Lines) -> Iterator[str]:
+    """Products and kernels of one chunk."""
+    timed = {key: line for key, line in lines.items() if key.startswith("parts/") and line.get("predicted")}
+    if not timed:
+        yield f"Parts of a chunk: {NOT_MEASURED}."
+        return
+    yield "| N × D × V | part | measured, ms | predicted, ms | ratio | TFLOP/s |\n| --- | --- | --- | --- | --- | --- |"
+    for key, line in timed.items():
+        _, size, name = key.split("/")
+        rate = f"{line['tflops']:.0f}" if "tflops" in line else "–"
+        yield (
+            f"| {_name(Size.parse(size))} | {name} | {1000 * line['seconds']:.3f} | {1000 * line['predicted']:.3f} | "
+            f"{line['seconds'] / line['predicted']:.2f} | {rate} |"
+        )
+
+
+def budgets(lines: Lines) -> Iterator[str]:
     """Our time by the size of a chunk."""
-    yield "| N × D × V | ms by tokens a chunk (logits); the shipped one is bold |\n| --- | --- |"
-    for size in _sizes(tree):
-        cells = []
-        for entry in size.get("chunk_sweep", []):
-            text = FAILED if "reason" in entry else f"{1000 * entry['seconds']:.1f}"
-            text = f"{entry['rows']} ({entry['logits_bytes'] / 2**30:g} GiB): {text}"
-            cells.append(f"**{text}**" if entry["shipped"] else text)
-        yield f"| {_name(size)} | {', '.join(cells) or NOT_MEASURED} |"
+    yield "| N × D × V | way | ms by tokens a chunk (logits); the shipped one is bold |\n| --- | --- | --- |"
+    for size in sizes_of(lines):
+        for way, title in WAYS.items():
+            cells = []
+            for key, line in lines.items():
+                if key.startswith(f"budgets/{size}/{way}/"):
+                    time = f"{1000 * line['seconds']:.1f}" if "seconds" in line else FAILED
+                    text = f"{line.get('rows', '?')} ({key.rpartition('/')[2]}): {time}"
+                    cells.append(f"**{text}**" if line.get("shipped") else text)
+            yield f"| {_name(size)} | {title} | {', '.join(cells) or NOT_MEASURED} |"
 
 
-def reasons(tree: Tree | None) -> Iterator[str]:
-    """Why cells are empty: each peer's reasons once, with the sizes and heads they hold for."""
+def tiles(lines: Lines) -> Iterator[str]:
+    """Each kernel's named tiles, the fastest first."""
+    yield "| kernel | N × D × V | ratio to the shipped tile |\n| --- | --- | --- |"
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for key, line in lines.items():
+        if key.startswith("tiles/") and "ratio" in line:
+            _, kernel, size, tile = key.split("/")
+            found.setdefault((kernel, size), {})[tile] = line["ratio"]
+    for (kernel, size), ratios in found.items():
+        order = sorted(ratios, key=lambda tile: ratios[tile])
+        listed = ", ".join(f"{tile} {ratios[tile]:.2f}" for tile in order)
+        yield f"| {kernel} | {_name(Size.parse(size))} | {listed} |"
+    if not found:
+        yield f"| every kernel | | {NOT_MEASURED} |"
+
+
+def steps(lines: Lines) -> Iterator[str]:
+    """Training steps of a large model."""
+    yield "| Qwen3-8B's shape, LoRA, bf16, one sequence | s | tokens/s | peak, GiB | planned, GiB |"
+    yield "| --- | --- | --- | --- | --- |"
+    found = False
+    for key, line in lines.items():
+        if key.startswith("steps/") and "tokens_per_second" in line:
+            found = True
+            _, objective, context = key.split("/")
+            planned = lines.get(f"{key}/plan", {}).get("planned_bytes")
+            peak = line["peak_bytes"]
+            memory = [NOT_MEASURED if size is None else f"{size / 2**30:.1f}" for size in (peak, planned)]
+            yield (
+                f"| {objective}, {context} tokens | {line['seconds']:.2f} | {line['tokens_per_second']:.0f} | "
+                f"{' | '.join(memory)} |"
+            )
+    if not found:
+        yield f"| every objective and context | {' | '.join([NOT_MEASURED] * 4)} |"
+
+
+def suite(lines: Lines) -> Iterator[str]:
+    """Of the tests on the GPU."""
+    summary = lines.get("tests/summary")
+    if summary is None or "last_words" not in summary:
+        yield f"GPU tests: {NOT_MEASURED}."
+        return
+    yield f"GPU tests: {summary['last_words'].strip('= ')}."
+    yield from (f"- failed: {test}" for test in summary["failures"])
+
+
+def reasons(lines: Lines) -> Iterator[str]:
+    """Why there is no measurement: each reason once, with the lines that it holds for."""
     found: dict[tuple[str, str], list[str]] = {}
-    for size in (tree or {"sizes": []})["sizes"]:
-        for head, steps in size["heads"].items():
-            for peer, entry in steps["peers"].items():
-                if entry.get("reason", NO_TIME) != NO_TIME:
-                    found.setdefault((peer, entry["reason"]), []).append(f"N = {size['n']}, {head}")
-        for reason in size.get("failed", []):
-            found.setdefault(("run", reason), []).append(f"N = {size['n']}")
-    for (peer, reason), places in found.items():
-        title = PEERS[peer].title if peer in PEERS else peer
+    for key, line in lines.items():
+        reason = line.get("reason")
+        if reason is not None and reason != NO_TIME:
+            place, _, name = key.rpartition("/")
+            found.setdefault((name, reason), []).append(place)
+    for (name, reason), places in found.items():
+        title = PEERS[name].title if name in PEERS else name
         yield f"- {title}: {reason} ({'; '.join(places)})"
 
 
-def heading(tree: Tree | None) -> str:
-    if tree is None or not tree["machine"]:
-        return "GPU: not measured."
+def heading(tree: dict[str, Any]) -> str:
     machine = tree["machine"]
+    if not machine:
+        return f"{tree['command']}: no process of it started."
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items() if version)
     return (
         f"{machine['device']}, driver {machine['driver']}, {packages}, commit {machine['commit']}, {machine['date']}."
     )
 
 
-def report(tree: Tree | None) -> str:
-    """Everything, as Markdown."""
+def report(trees: list[dict[str, Any]]) -> str:
+    """Everything that the files say together, as Markdown."""
+    lines: Lines = {key: line for tree in trees for key, line in tree["lines"].items()}
     tables = (
-        by_peer(tree, "trainable head, ms (÷ floor)", "trainable", _time),
-        by_peer(tree, "frozen head, ms (÷ floor)", "frozen", _time),
-        by_peer(tree, "peak extra memory, GiB, trainable", "trainable", _memory),
-        by_peer(tree, "peak extra memory, GiB, frozen", "frozen", _memory),
-        by_peer(tree, "error: largest of PIR / of dhidden / of dlm_head", "trainable", _errors),
-        ceilings(tree),
-        chunks(tree),
-        reasons(tree),
+        ways(lines),
+        by_peer(lines, "trainable head, ms (÷ floor)", "trainable", _time),
+        by_peer(lines, "frozen head, ms (÷ floor)", "frozen", _time),
+        by_peer(lines, "peak extra memory, GiB, trainable", "trainable", _memory),
+        by_peer(lines, "peak extra memory, GiB, frozen", "frozen", _memory),
+        by_peer(lines, "error: largest of PIR / of dhidden / of dlm_head", "trainable", _errors),
+        ceilings(lines),
+        parts(lines),
+        budgets(lines),
+        tiles(lines),
+        steps(lines),
+        suite(lines),
+        reasons(lines),
     )
-    return "\n\n".join([heading(tree), *("\n".join(table) for table in tables)]).rstrip()
+    headings = [heading(tree) for tree in trees] or ["GPU: not measured."]
+    return "\n\n".join(["\n".join(headings), *("\n".join(table) for table in tables)]).rstrip()

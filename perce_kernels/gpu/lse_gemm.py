@@ -29,7 +29,6 @@ from torch import Tensor
 from perce_kernels.gpu import tiles
 from perce_kernels.gpu.row_loss import transform
 
-GROUP_M = 8
 BLOCK_COMBINE = 128
 
 
@@ -215,7 +214,7 @@ def statistics(
             1.0 if softcap is None else softcap, logit_scale,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_ENTROPY=return_entropy,
             STORE=stored is not None, USE_TMA=use_tma, UPCAST=tiles.architecture(hidden.device) == tiles.INTERPRETER,
-            GROUP_M=GROUP_M, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            GROUP_M=tile.group_m, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     combine_kernel[(triton.cdiv(n, BLOCK_COMBINE),)](

@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     use_tma: bool = False  # tensor descriptors for the operands; pointers where a tensor is not aligned for them
+    group_m: int = 8  # row tiles that share a column tile of W in the L2 cache, in the GEMM
 
 
 class Row(NamedTuple):

@@ -1,4 +1,4 @@
-"""Measuring one size of the GPU benchmarks, on a CPU at tiny sizes: what fails is recorded, what is right is timed."""
+"""Racing implementations, on a CPU at tiny sizes: what fails is recorded, what is right is timed."""
 
 from types import SimpleNamespace
 
@@ -6,94 +6,94 @@ import pytest
 import torch
 
 from benchmarks import implementations
-from benchmarks.gpu import clock, measure, peers, run
-from benchmarks.gpu.measure import HEADS, Job
-from benchmarks.gpu.peers import PEERS, Implementation, Peer, Unable, composed
+from benchmarks.gpu import child as children
+from benchmarks.gpu import clock, peers, race
+from benchmarks.gpu.child import Child, Dead, Request, Unable
+from benchmarks.gpu.peers import PEERS, Implementation, composed
+from benchmarks.gpu.results import NO_TIME
+from benchmarks.gpu.roofline import HEADS
+from benchmarks.gpu.sizes import Size
+from tests.fake_peers import FAKES, exact_nll
 
 pytest.importorskip("triton")
-from perce_kernels.gpu import driver
 
-TINY = {"device": "cpu", "dtype": "float32", "probe": 16, "rounds": 2}
-
-
-def job(*names: str, **options) -> Job:
-    return Job(12, 8, 61, peers=list(names), **TINY | options)
+SIZE = Size(12, 8, 61)
 
 
-def naive_nll(hidden, lm_head, target):
-    return torch.nn.functional.cross_entropy(hidden @ lm_head.T, target, reduction="none")
-
-
-def raises(error: BaseException):
-    def load() -> Implementation:
-        raise error
-
-    return load
-
-
-def scaled_by_the_first(hidden, lm_head, target):
-    """A known fault: the right losses, all gradients scaled by the first token's upstream gradient."""
-    nll = naive_nll(hidden, lm_head, target)
-    return (nll.sum() - nll.sum().detach()) / len(nll) + nll.detach()
-
-
-FAKES = {
-    "right": lambda: composed(naive_nll),
-    "no pir": lambda: Implementation(implementations.naive),
-    "absent": raises(Unable("it is not installed")),
-    "broken": raises(RuntimeError("an assertion\n  in the library")),
-    "greedy": raises(torch.OutOfMemoryError("CUDA out of memory")),
-    "wrong gradients": lambda: composed(scaled_by_the_first),
-    "NaN": lambda: composed(lambda *x: naive_nll(*x) * torch.nan),
-}
-
-
-@pytest.fixture
-def fakes(monkeypatch):
-    monkeypatch.setattr(measure, "PEERS", {name: Peer(name, name, load) for name, load in FAKES.items()})
+@pytest.fixture(autouse=True)
+def one_small_size(monkeypatch):
+    monkeypatch.setattr(Request, "sizes", (SIZE,))
     monkeypatch.setattr(clock.HostClock, "free", lambda _: None)  # a garbage collection for every peer
 
 
-def all_of(job: Job) -> run.SizeResult:
-    """The events of a job in this process, collected as run.py does."""
-    size = run.SizeResult(job)
-    for event in measure.events(job, clock.HostClock()):
-        if event["event"] not in ("machine", "begin", "head_done", "done"):
-            size.take(event)
-    return size
+def raced(*names: str, heads=HEADS, seconds: float = 60.0, lost=None, finished=()) -> dict[str, dict]:
+    """Lines of the stage in this process, by what follows the stage's name; the last ones count."""
+    lines: dict[str, dict] = {}
+
+    def say(event):
+        if "line" in event:
+            lines[event.pop("line").removeprefix("peers/").replace(f"{SIZE}/", "")] = event
+
+    options = {"peers": list(names), "heads": list(heads), "rounds": 2, "side": 16}
+    race.stage(Child(Request("peers", seconds, "cpu", list(finished), lost or {}, options), say))
+    return lines
 
 
-def test_a_peer_that_fails_is_recorded_and_the_others_are_measured(fakes):
-    entry = all_of(job(*FAKES, extras=False)).entry
+def test_a_peer_that_fails_is_recorded_and_the_others_are_raced():
+    names = ["fake_right", "fake_inaccurate", "fake_absent", "fake_broken", "fake_greedy", "fake_wrong", "fake_nan"]
+    lines = raced(*names)
     for head in HEADS:
-        found = entry["heads"][head]["peers"]
-        assert found["absent"]["reason"] == "it is not installed"
-        assert found["broken"]["reason"] == "RuntimeError: an assertion in the library"
-        assert found["greedy"]["reason"] == "out of memory"
-        assert found["wrong gradients"]["reason"].startswith("wrong result: dhidden off by")
-        assert found["NaN"]["reason"].startswith("wrong result: loss off by nan")
-        for name in ("right", "no pir"):
-            assert found[name]["seconds"] > 0 and found[name]["rounds"] == 2
-            assert ("pir" in found[name]["errors"]) == (name == "right")
-            assert ("dlm_head" in found[name]["errors"]) == (head == "trainable")
-            assert max(found[name]["errors"].values()) < 1e-4
+        found = {name: lines[f"{head}/{name}"] for name in names}
+        assert found["fake_absent"]["reason"] == "it is not installed"
+        assert found["fake_broken"]["reason"] == "RuntimeError: an assertion in the library"
+        assert found["fake_greedy"]["reason"] == "out of memory"
+        assert found["fake_wrong"]["reason"].startswith("wrong result: dhidden off by")
+        assert found["fake_nan"]["reason"].startswith("wrong result: loss off by nan")
+        assert found["fake_right"]["correct"] and found["fake_right"]["errors"]["pir"] < 1e-5
+        assert found["fake_inaccurate"]["correct"] is False and found["fake_inaccurate"]["errors"]["pir"] > 1e-3
+        assert ("dlm_head" in found["fake_right"]["errors"]) == (head == "trainable")
+        rounds = lines[f"{head}/race"]["rounds"]
+        assert [sorted(seconds) for seconds in rounds] == [
+            ["copy", "matmul"], *[["copy", "fake_inaccurate", "fake_right", "matmul"]] * 2
+        ]  # fmt: skip
+        assert lines[f"{head}/race"]["partial"] is False and lines[f"{head}/race"]["matmul_flops"] > 0
 
 
-def test_no_time_means_ours_alone(fakes):
-    entry = all_of(job("right", "no pir", seconds=0.0, extras=False)).entry
-    for head in HEADS:
-        found = entry["heads"][head]["peers"]
-        assert found["right"]["seconds"] > 0 and found["right"]["rounds"] == 0
-        assert found["no pir"]["reason"] == measure.NO_TIME
+def test_pir_is_asked_to_a_thousandth(monkeypatch):
+    for error, correct in ((0.9e-3, True), (1.1e-3, False)):
+
+        def off(*inputs, error=error):
+            pir = composed(exact_nll).pir(*inputs)
+            pir[3] += error
+            return pir
+
+        monkeypatch.setattr(FAKES["fake_right"], "load", lambda off=off: Implementation(composed(exact_nll).loss, off))
+        assert raced("fake_right", heads=["frozen"])["frozen/fake_right"]["correct"] is correct
 
 
-def test_a_lost_device_ends_the_process(monkeypatch, fakes):
+def test_no_time_means_the_first_peer_alone(monkeypatch):
+    monkeypatch.setattr(race, "PREPARATION", -1e6)
+    lines = raced("fake_right", "fake_inaccurate")
+    assert lines["frozen/fake_right"]["seconds"] > 0 and lines["frozen/fake_inaccurate"]["reason"] == NO_TIME
+    assert raced("fake_right", seconds=-1.0) == {f"{head}/race": {"reason": NO_TIME} for head in HEADS}
+
+
+def test_what_was_lost_or_finished_before_is_left_out():
+    lost = {f"peers/trainable/{SIZE}/fake_right": "it crashed"}
+    lines = raced("fake_inaccurate", "fake_right", lost=lost)
+    assert "trainable/fake_right" not in lines, "its reason is there already"
+    assert lines["frozen/fake_right"]["reason"] == "left out, as before: it crashed"
+    assert "seconds" in lines["trainable/fake_inaccurate"]
+    assert set(raced("fake_right", finished=[f"peers/{head}/{SIZE}/race" for head in HEADS])) == set()
+
+
+def test_a_lost_device_ends_the_process(monkeypatch):
     monkeypatch.setattr(clock.HostClock, "is_alive", lambda _: False)
-    with pytest.raises(measure.Dead, match="an assertion"):
-        all_of(job("right", "broken"))
+    with pytest.raises(Dead, match="an assertion"):
+        raced("fake_right", "fake_broken")
 
 
-def test_a_peer_that_fails_later_loses_its_rounds_only(monkeypatch, fakes):
+def test_a_peer_that_fails_later_loses_its_rounds_only(monkeypatch):
     calls = []
 
     def failing(*inputs):
@@ -102,23 +102,10 @@ def test_a_peer_that_fails_later_loses_its_rounds_only(monkeypatch, fakes):
             raise RuntimeError("only once")
         return implementations.naive(*inputs)
 
-    measure.PEERS["no pir"].load = lambda: Implementation(failing)
-    entry = all_of(job("right", "no pir", heads=["frozen"], extras=False)).entry["heads"]["frozen"]
-    assert entry["peers"]["no pir"]["reason"] == "RuntimeError: only once"
-    assert entry["peers"]["right"]["rounds"] == 2
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
-def test_our_own_extras(monkeypatch):
-    monkeypatch.setattr(measure, "CHUNK_BUDGETS", (2 * 64 * 4, driver.LOGITS_BYTES, 2**33))
-    monkeypatch.setattr(driver, "chunk_rows", lambda d, v, passes, sms, budget=None: (budget or 2**31) // (2 * 64 * 4))
-    entry = all_of(Job(2, 8, 61, peers=["perce"], heads=[], **TINY)).entry
-    assert [sweep["rows"] for sweep in entry["chunk_sweep"]] == [1, 2] and all(
-        sweep["seconds"] > 0 for sweep in entry["chunk_sweep"]
-    )
-    assert [sweep["shipped"] for sweep in entry["chunk_sweep"]] == [False, True]
-    assert driver.LOGITS_BYTES == 2**31
-    assert {"seconds", "entropy_seconds", "matmul_seconds"} <= entry["logprobs"].keys()
+    monkeypatch.setattr(FAKES["fake_nan"], "load", lambda: Implementation(failing, composed(exact_nll).pir))
+    lines = raced("fake_right", "fake_nan", heads=["frozen"])
+    assert lines["frozen/fake_nan"]["reason"] == "RuntimeError: only once"
+    assert [("fake_right" in seconds) for seconds in lines["frozen/race"]["rounds"]] == [False, True, True]
 
 
 # --- Peers -----------------------------------------------------------------------------------------------------------
@@ -127,7 +114,7 @@ def test_our_own_extras(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "compiled"])
 def test_each_peer_loads_or_says_why_not_and_is_right(name):
     """Libraries that are not here are Unable; Triton's own do not run on a CPU."""
-    inputs = implementations.make_inputs(12, 8, 61, torch.float32)
+    inputs = implementations.make_inputs(*SIZE, torch.bfloat16)
     try:
         implementation = PEERS[name].load()
     except Unable as reason:
@@ -136,7 +123,9 @@ def test_each_peer_loads_or_says_why_not_and_is_right(name):
     if name.startswith(("liger", "cce", "quack")):
         pytest.skip("installed, but its kernels need a GPU")
     loss = implementations.step(implementation.loss, inputs)
-    assert measure.verdict(measure.Reference.of(inputs).errors(implementation, loss, inputs)) is None
+    errors = race.Reference.of(inputs).errors(implementation, loss, inputs)
+    assert race.what_is_wrong(errors) is None
+    assert (errors["pir"] <= race.PIR_ERROR) == (name != "naive_bf16")
 
 
 def test_a_library_on_the_path_is_composed(monkeypatch):
@@ -144,17 +133,22 @@ def test_a_library_on_the_path_is_composed(monkeypatch):
 
     def linear_cross_entropy(hidden, lm_head, target, **options):
         seen.append(options)
-        return naive_nll(hidden, lm_head, target)
+        return exact_nll(hidden, lm_head, target)
 
     def quack(hidden, lm_head, bias, target, **options):
         return linear_cross_entropy(hidden, lm_head, target, **options)
+
+    def lse_target_epi(hidden, weight, *, store_d, target, tuned):
+        assert not store_d and not tuned
+        z = hidden @ weight
+        return {"lse": z.logsumexp(1), "target_logit": z.gather(1, target[:, None])[:, 0]}
 
     def add_fused_lm_head(model):
         def forward(hidden, *, shift_labels, fused_lm_head):
             assert fused_lm_head
             state = model.base_model(hidden, use_cache=False).last_hidden_state
             weight = model.get_output_embeddings().weight
-            return SimpleNamespace(log_probs=-naive_nll(state[0], weight, shift_labels[0])[None])
+            return SimpleNamespace(log_probs=-exact_nll(state[0], weight, shift_labels[0])[None])
 
         assert model.config.get_text_config() == SimpleNamespace()
         model.forward = forward
@@ -169,14 +163,15 @@ def test_a_library_on_the_path_is_composed(monkeypatch):
         "cutlass": SimpleNamespace(),
         "cut_cross_entropy": SimpleNamespace(linear_cross_entropy=linear_cross_entropy),
         "quack.linear_cross_entropy": SimpleNamespace(linear_cross_entropy_func=quack),
+        "quack.epilogue.library": SimpleNamespace(lse_target_epi=lse_target_epi),
         "trl.trainer.utils": SimpleNamespace(add_fused_lm_head=add_fused_lm_head),
     }
     monkeypatch.setattr(peers, "imported", lambda module, package: modules[module])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("LIGER_SCALED_CE_SM90_VALIDATE_TARGETS", "1")
-    inputs = implementations.make_inputs(12, 8, 61, torch.float32)
-    reference = measure.Reference.of(inputs)
-    for name in ("liger", "liger_large", "liger_cutedsl", "cce_exact", "cce_filtered", "quack", "trl"):
+    inputs = implementations.make_inputs(*SIZE, torch.float32)
+    reference = race.Reference.of(inputs)
+    for name in ("liger", "liger_large", "liger_cutedsl", "cce_exact", "cce_filtered", "quack", "quack_exact", "trl"):
         implementation = PEERS[name].load()
         errors = reference.errors(implementation, implementations.step(implementation.loss, inputs), inputs)
         assert max(errors.values()) < 1e-4, name
@@ -198,7 +193,7 @@ def test_a_missing_library_is_named():
 def test_tf32_is_for_the_peers_that_ask_and_put_back():
     before = torch.get_float32_matmul_precision()
     for allowed in (True, False):
-        with measure.tf32(allowed):
+        with race.tf32(allowed):
             assert (torch.get_float32_matmul_precision() == "high") == allowed
         assert torch.get_float32_matmul_precision() == before
 
@@ -258,6 +253,6 @@ def test_the_cuda_clock(monkeypatch):
 def test_the_machine(monkeypatch):
     properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=1, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    found = measure.machine("cuda")
+    found = children.machine("cuda")
     assert found["device"] == "NVIDIA H100" and found["capability"] == [9, 0] and found["multiprocessors"] == 132
     assert torch.__version__.startswith(found["packages"]["torch"].split("+")[0])

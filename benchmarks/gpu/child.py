@@ -1,0 +1,183 @@
+"""A measuring process, as run by supervise.py: what it is asked, and what it says, one JSON a line on standard output.
+
+    {"machine": {…}}            once
+    {"begin": KEY}              before anything that may crash or hang
+    {"line": KEY, …}            what was measured, or the reason why not; "partial": a later one takes its place
+    {"done": true}              at the end
+
+`measured` does all of that for one key: it leaves out what an earlier process finished or was lost with, and what there
+is no time for.
+"""
+
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.commit import commit
+from benchmarks.gpu.clock import HostClock, clock_of
+from benchmarks.gpu.results import NO_TIME
+from benchmarks.gpu.sizes import BY_IMPORTANCE, TINY, Size
+
+PACKAGES = (
+    "torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl",
+    "nvidia-cutlass-dsl", "datasets", "flash-attn",
+)  # fmt: skip
+
+PR_SET_PDEATHSIG = 1
+
+
+class Unable(Exception):
+    """This cannot be measured here; the message says why."""
+
+
+class Dead(Exception):
+    """The device answers no more: this process is of no use."""
+
+
+@dataclass
+class Request:
+    """What a process is to measure."""
+
+    stage: str
+    seconds: float
+    """Time for all of it; what would begin later is left out."""
+    device: str = "cuda"
+    finished: list[str] = field(default_factory=list)
+    """Keys of an earlier process of this stage, which crashed or hung on another one."""
+    lost: dict[str, str] = field(default_factory=dict)
+    """Keys that ended a process, and how."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the stage."""
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        return BY_IMPORTANCE if self.device == "cuda" else TINY
+
+    def as_argument(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Hardware and versions."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    found: dict[str, Any] = {
+        "device": platform.processor() or platform.machine(), "driver": None, "cuda": torch.version.cuda,
+    }  # fmt: skip
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "device": properties.name,
+            "capability": [properties.major, properties.minor],
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "driver": driver_version(),
+        }
+    return found | {
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's driver, as its own tool says it."""
+    try:
+        command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class Child:
+    """This process, while it measures."""
+
+    def __init__(self, request: Request, say: Callable[[dict[str, Any]], object]):
+        self.request, self.say = request, say
+        self.clock: HostClock = clock_of(request.device)
+        self.until = time.monotonic() + request.seconds
+
+    @property
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.until
+
+    def line(self, key: str, **values: Any) -> None:
+        self.say({"line": key} | values)
+
+    def begin(self, key: str) -> None:
+        self.say({"begin": key})
+
+    def wants(self, key: str) -> bool:
+        """Whether this is still to be measured, and can be."""
+        if key in self.request.finished or key in self.request.lost:
+            return False
+        if self.out_of_time:
+            self.line(key, reason=NO_TIME)
+        return not self.out_of_time
+
+    def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """The line that `run` returns, said; None, and a reason said, where there is none."""
+        if not self.wants(key):
+            return None
+        self.begin(key)
+        outcome = self.attempt(run)
+        self.line(key, **outcome)
+        return None if "reason" in outcome else outcome
+
+    def attempt(self, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `run` returns, or the reason; Dead if the device did not survive."""
+        try:
+            return run()
+        except Unable as error:
+            return {"reason": str(error)}
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+        except Exception as error:  # a library's own, of any kind: recorded by name
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        self.clock.free()
+        if not self.clock.is_alive():
+            raise Dead(reason)
+        return {"reason": reason}
+
+
+def is_asked() -> bool:
+    """Whether this process is one of a stage: its one argument is "-"."""
+    return sys.argv[1:] == ["-"]
+
+
+def main(stage: Callable[[Child], object], doc: str | None, prepare: Callable[[], object] = lambda: None) -> None:
+    """A stage's command: reads a Request as JSON from standard input, once `prepare` is done."""
+    if not is_asked():
+        sys.exit(doc)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no process outlives a command that was killed
+    prepare()
+    request = Request(**json.loads(sys.stdin.read()))
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not come between the lines
+    child = Child(request, lambda event: print(json.dumps(event), file=out, flush=True))
+    child.say({"machine": machine(request.device)})
+    try:
+        stage(child)
+    except Dead as reason:
+        sys.exit(f"the device is lost: {reason}")
+    child.say({"done": True})

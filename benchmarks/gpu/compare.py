@@ -1,0 +1,50 @@
+"""The second command on a GPU: the op beside its peers, and its tests. At most 390 seconds.
+
+    peers          all that need no CuTe DSL, trainable head at all sizes, then frozen; each timed in turn with ours
+    quack          in a process of its own: it patches CuTe's classes
+    liger_cutedsl  likewise; both may take two minutes to compile
+    tests          the GPU backend's, in six processes, interrupted at the end of the time
+
+Every line is in RESULTS/gpu_b.json before it is printed. `--device cpu`: see decide.py.
+"""
+
+import sys
+
+from benchmarks.gpu.decide import command
+from benchmarks.gpu.peers import PEERS
+from benchmarks.gpu.roofline import HEADS
+from benchmarks.gpu.supervise import Stage
+
+CUTE = {"quack": ["quack", "quack_exact"], "liger_cutedsl": ["liger_cutedsl"]}
+"""Stage → peers that need the CuTe DSL."""
+WORKERS = 6
+TINY_FILES = ["tests/test_gpu_lse_gemm.py"]
+
+
+def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
+    """Stages, with the second each of them ends at."""
+    tiny = device == "cpu"
+    side = {"side": 16} if tiny else {}
+    race = "benchmarks.gpu.race"
+    others = [name for name in PEERS if not any(name in peers for peers in CUTE.values())]
+    tests = {"files": TINY_FILES, "workers": 2} if tiny else {"workers": WORKERS}
+    cute = [
+        [Stage(name, race, until, 120, options={"peers": ["perce", *peers], "heads": ["trainable"], **side})]
+        for (name, peers), until in zip(CUTE.items(), (230, 280), strict=True)
+    ]
+    return [
+        [Stage("peers", race, 180, 45, options={"peers": [*others, *fakes], "heads": list(HEADS), **side})],
+        *cute,
+        [Stage("tests", "benchmarks.gpu.suite", 385, 90, grace=20, options=tests)],
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    results = command("gpu_b", __doc__, stages, arguments)
+    failed = results.lines.get("tests/summary", {}).get("failures")
+    if failed or not any("seconds" in line for key, line in results.lines.items() if key.endswith("/perce")):
+        sys.exit("gpu_b: tests failed, or perce itself was not measured: see above")
+
+
+if __name__ == "__main__":
+    main()

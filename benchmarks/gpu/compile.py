@@ -1,0 +1,130 @@
+"""Everything that the other stages launch, compiled in parallel processes into Triton's cache on the disk.
+
+Each kernel at each named tile, and the whole op by each way, on inputs so small that running them costs nothing, and of
+the divisibility that the real ones have, which is what Triton specialises by.
+
+`python -m benchmarks.gpu.compile [--jobs N]` without a GPU compiles the same for sm_90 ahead of time, from an empty
+cache, and tells what each costs: the first minute on a GPU must be known before it begins.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+
+import torch
+
+from benchmarks.gpu import child as children
+from benchmarks.gpu.child import Child
+from benchmarks.gpu.sizes import Size
+from benchmarks.gpu.tiles import SUBJECTS, candidates, named, shipping
+
+SHAPES = (Size(256, 256, 2064), Size(256, 256, 4096))
+"""The number of tiles of a row is no multiple of 16, as at 128256 and 151936 entries, or is one, as at 262144."""
+TINY_SHAPES = (Size(12, 16, 61),)
+WAYS = ("perce", "perce_stored")
+WORKERS = 12
+
+
+def jobs(arch: str, shapes: tuple[Size, ...]) -> list[tuple[str, str, Size]]:
+    """(kernel or way, tile's name or "", size)."""
+    found = [(way, "", size) for size in shapes for way in WAYS]
+    for kernel in SUBJECTS:
+        # Only the row kernel of stored logits is told the number of tiles.
+        for size in shapes if kernel == "stored_rows" else shapes[:1]:
+            found += [(kernel, named(tile), size) for tile in candidates(kernel, arch, torch.bfloat16)]
+    return found
+
+
+def compile_one(job: tuple[str, str, Size], arch: str, device: str) -> float:
+    """Seconds, in this process."""
+    from benchmarks.gpu.peers import PEERS
+    from benchmarks.implementations import make_inputs, step
+    from perce_kernels import token_logprobs
+
+    name, tile_name, size = job
+    started = time.perf_counter()
+    if not tile_name:
+        inputs = make_inputs(*size, torch.bfloat16, device)
+        step(PEERS[name].load().loss, inputs)
+        for return_entropy in (False, True):
+            token_logprobs(*inputs[:3], backend="triton", return_entropy=return_entropy)
+    else:
+        tile = next(tile for tile in candidates(name, arch, torch.bfloat16) if named(tile) == tile_name)
+        subject = SUBJECTS[name](*size, torch.bfloat16, device)
+        if subject.setup is not None:
+            subject.setup()
+        with shipping(name, arch, torch.float32 if name == "row_loss" else torch.bfloat16, tile):
+            subject.run()
+    return time.perf_counter() - started
+
+
+def compile_all(child: Child) -> None:
+    """A line for each, as they come."""
+    from perce_kernels.gpu import tiles
+
+    device = child.request.device
+    arch = tiles.architecture(torch.device(device))
+    on_gpu = device == "cuda"
+    workers = min(WORKERS, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        tasks = {
+            pool.submit(compile_one, job, arch, device): job for job in jobs(arch, SHAPES if on_gpu else TINY_SHAPES)
+        }
+        for task in as_completed(tasks):
+            name, tile, size = tasks[task]
+            key = f"{child.request.stage}/{name}/{tile or 'op'}/{size}"
+            child.line(key, **child.attempt(lambda task=task: {"seconds": task.result()}))
+
+
+def ahead(arch: str, workers: int) -> None:
+    """Compiled for a GPU that is not here."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ.pop("TRITON_INTERPRET", None)
+        started, total, failed = time.perf_counter(), 0.0, 0
+        with ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=_pretend, initargs=(arch,)
+        ) as pool:
+            tasks = {pool.submit(compile_one, job, arch, "cpu"): job for job in jobs(arch, SHAPES)}
+            for task in as_completed(tasks):
+                name, tile, size = tasks[task]
+                try:
+                    seconds = task.result()
+                except Exception as error:  # the compiler's
+                    failed += 1
+                    print(
+                        f"{name} {tile} {size}: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+                        flush=True,
+                    )
+                    continue
+                total += seconds
+                print(f"{name} {tile} {size}: {seconds:.1f} s", flush=True)
+    print(f"{len(tasks)} jobs, {failed} failed: {total:.0f} s of one core, {total / WORKERS:.0f} s of {WORKERS} cores; "
+          f"{time.perf_counter() - started:.0f} s here, on {workers}")  # fmt: skip
+
+
+def _pretend(arch: str) -> None:
+    from perce_kernels import ops
+    from tests.aot import without_device
+
+    ops.triton_needs = lambda device: None
+    without_device(arch)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    options = parser.parse_args(arguments)
+    ahead(options.arch, options.jobs)
+
+
+if __name__ == "__main__":
+    if children.is_asked():
+        children.main(compile_all, __doc__)
+    else:
+        main(sys.argv[1:])

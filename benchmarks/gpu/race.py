@@ -1,0 +1,260 @@
+"""Implementations of the whole loss, forward and backward: compared with an fp64 reference, then timed in turn.
+
+A race is one size with one head, trainable or frozen. Its keys: STAGE/HEAD/SIZE/PEER for what a peer's errors, memory
+and first step are, STAGE/HEAD/SIZE/race for the rounds, in each of which every peer and both ceilings (a large product,
+a copy) are timed once.
+
+A peer is *wrong*, and not timed, if its loss or a gradient is off by more than bf16 can explain: it computes something
+else. It is *correct* if besides every PIR is within 1e-3 of fp64: one that is not is timed, listed with its error and
+compared with nothing.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import child as children
+from benchmarks.gpu.child import Child
+from benchmarks.gpu.clock import HostClock
+from benchmarks.gpu.peers import Implementation, Peer, find_peer
+from benchmarks.gpu.results import NO_TIME
+from benchmarks.gpu.sizes import Size
+from benchmarks.implementations import make_inputs, step
+
+PIR_ERROR = 1e-3
+"""Largest error of a correct peer's PIR, in nats. bf16 logits of standard deviation 3 cost some 1e-2."""
+LOSS_ERROR, GRADIENT_ERROR = 0.01, 0.1
+"""Beyond these (relative; of a gradient, ‖error‖/‖gradient‖) a peer computes something else."""
+SAMPLE = 1024  # rows of each gradient that are compared
+LONG_STEP = 1.5  # seconds; shorter ones are timed twice
+DTYPE = torch.bfloat16
+PROBES = 60  # products and copies in a row: some 0.1 s of an H100, so that its clock is that of work that goes on
+ROUNDS = 7
+PREPARATION = 0.7  # of a race's time; the rest is for rounds
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """fp32 products as TF32, for the peers whose factors lose nothing by it."""
+    if not allowed:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclass
+class Reference:
+    """The right answer, and which rows of the gradients it has."""
+
+    loss: float
+    pir: Tensor
+    rows: Tensor
+    vocabulary: Tensor
+    dhidden: Tensor
+    dlm_head: Tensor
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> "Reference":
+        from tests.numerics import Inputs as OracleInputs
+        from tests.oracle import blockwise
+
+        hidden, lm_head, target, hidden_cf = (x.detach() for x in inputs)
+        g = torch.Generator().manual_seed(0)
+        rows = torch.randperm(len(target), generator=g)[:SAMPLE].to(target.device)
+        anywhere = torch.randperm(len(lm_head), generator=g)[: SAMPLE // 2].to(target.device)
+        vocabulary = torch.cat([target[rows[: SAMPLE // 2]], anywhere]).unique()
+        right = blockwise(OracleInputs(hidden, lm_head, target, hidden_cf), vocabulary_rows=vocabulary)
+        dhidden, dlm_head = right.grads["hidden"][rows], right.grads["lm_head"]
+        return cls(float(right.loss), right.stats.pir, rows, vocabulary, dhidden, dlm_head)
+
+    def errors(self, implementation: Implementation, loss: Tensor, inputs: Inputs) -> dict[str, float]:
+        """Relative errors of loss and gradients, and the largest of a contrast."""
+
+        def relative(actual: Tensor, expected: Tensor) -> float:
+            return float((actual.double() - expected).norm() / expected.norm())
+
+        hidden, lm_head = inputs[:2]
+        assert hidden.grad is not None
+        errors = {
+            "loss": abs(float(loss) / self.loss - 1),
+            "dhidden": relative(hidden.grad[self.rows], self.dhidden),
+        }
+        if lm_head.grad is not None:
+            errors["dlm_head"] = relative(lm_head.grad[self.vocabulary], self.dlm_head)
+        with torch.no_grad():
+            errors["pir"] = float((implementation.pir(*inputs).double() - self.pir).abs().max())
+        return errors
+
+
+@lru_cache(maxsize=8)
+def reference_of(size: Size, device: str) -> Reference:
+    """Of `make_inputs`, which are the same every time; kept for the other head."""
+    return Reference.of(make_inputs(*size, DTYPE, device))
+
+
+def what_is_wrong(errors: dict[str, float]) -> str | None:
+    """With loss or gradients, if anything; NaN is."""
+    limits = {"loss": LOSS_ERROR, "dhidden": GRADIENT_ERROR, "dlm_head": GRADIENT_ERROR}
+    wrong = [
+        f"{name} off by {errors[name]:.2g}" for name in limits if name in errors and not errors[name] <= limits[name]
+    ]
+    return f"wrong result: {', '.join(wrong)}" if wrong else None
+
+
+def clear(inputs: Inputs) -> None:
+    for x in inputs:
+        x.grad = None
+
+
+def probes(side: int, device: str) -> dict[str, Callable[[], None]]:
+    """The two ceilings, PROBES times each: a product of `side`³, and a copy of 8·side² bytes."""
+    a, b, c = (torch.randn(side, side, device=device).to(DTYPE) for _ in range(3))
+    source = torch.randint(256, (8 * side**2,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def matmul() -> None:
+        for _ in range(PROBES):
+            torch.mm(a, b, out=c)
+
+    def copy() -> None:
+        for _ in range(PROBES):
+            target.copy_(source)
+
+    return {"matmul": matmul, "copy": copy}
+
+
+def ceilings(rounds: list[dict[str, float]], side: int) -> dict[str, float]:
+    """FLOP/s and bytes/s of the probes, medians of their rounds."""
+    matmul, copy = (median(seconds[name] for seconds in rounds) for name in ("matmul", "copy"))
+    return {"matmul_flops": PROBES * 2 * side**3 / matmul, "bandwidth": PROBES * 16 * side**2 / copy}
+
+
+def timed(clock: HostClock, run: Callable[[], object]) -> float:
+    """Seconds of a step; a short one's once more: the peer before may have had the memory, which is then taken anew."""
+    seconds = clock.seconds(run)
+    return seconds if seconds > LONG_STEP else clock.seconds(run)
+
+
+class Race:
+    """One size with one head."""
+
+    def __init__(self, child: Child, head: str, size: Size, until: float):
+        self.child, self.until, self.place = child, until, f"{child.request.stage}/{head}/{size}"
+        options, device = child.request.options, child.request.device
+        self.side, self.rounds_wanted = options.get("side", 8192), options.get("rounds", ROUNDS)
+        self.size, self.device, self.head = size, device, head
+        self.ready: dict[str, Callable[[], object]] = {}
+        self.rounds: list[dict[str, float]] = []
+
+    def key(self, name: str) -> str:
+        return f"{self.place}/{name}"
+
+    def run(self, names: list[str]) -> None:
+        """Every peer prepared, then all timed in turn, round after round."""
+        if not self.child.wants(self.key("race")):
+            return
+        self.child.begin(self.key("reference"))
+        reference = reference_of(self.size, self.device)
+        inputs = make_inputs(*self.size, DTYPE, self.device)
+        inputs[1].requires_grad_(self.head == "trainable")
+        self.child.clock.free()
+        ceiling = probes(self.side, self.device)
+        self.round(ceiling, inputs)
+        prepared_by = time.monotonic() + (self.until - time.monotonic()) * PREPARATION
+        for name in names:
+            self.prepare(name, inputs, reference, prepared_by)
+        for _ in range(self.rounds_wanted):
+            if time.monotonic() > self.until:
+                break
+            self.round(ceiling | self.ready, inputs)
+        self.say(partial=False)
+        self.ready.clear()
+        clear(inputs)
+        self.child.clock.free()
+
+    def prepare(self, name: str, inputs: Inputs, reference: Reference, prepared_by: float) -> None:
+        """Load, run, compare, measure memory; a peer that is right is then ready."""
+        child, key = self.child, self.key(name)
+        if key in child.request.lost:
+            return
+        before = [reason for lost, reason in child.request.lost.items() if lost.rpartition("/")[2] == name]
+        if before:
+            child.line(key, reason=f"left out, as before: {before[0]}")
+            return
+        if self.ready and time.monotonic() > prepared_by:
+            child.line(key, reason=NO_TIME, partial=True)
+            return
+        child.begin(key)
+        peer = find_peer(name)
+        child.line(key, **child.attempt(lambda: self.first_step(peer, inputs, reference)), partial=True)
+        clear(inputs)
+        child.clock.free()
+
+    def first_step(self, peer: Peer, inputs: Inputs, reference: Reference) -> dict[str, Any]:
+        implementation = peer.load()
+
+        def run() -> Tensor:
+            with tf32(peer.tf32):
+                return step(implementation.loss, inputs)
+
+        loss = run()
+        with tf32(peer.tf32):
+            errors = reference.errors(implementation, loss, inputs)
+        clear(inputs)
+        if wrong := what_is_wrong(errors):
+            return {"reason": wrong, "errors": errors}
+        peak = self.child.clock.peak_extra_bytes(run)
+        seconds = timed(self.child.clock, run)  # for the case that it does not come to the rounds
+        self.ready[peer.name] = run
+        correct = errors["pir"] <= PIR_ERROR
+        return {"correct": correct, "errors": errors, "peak_extra_bytes": peak, "seconds": seconds}
+
+    def round(self, runs: dict[str, Callable[[], object]], inputs: Inputs) -> None:
+        seconds: dict[str, float] = {}
+        for name, run in runs.items():
+            self.child.begin(self.key(name))
+            outcome = self.child.attempt(lambda run=run: {"seconds": timed(self.child.clock, run)})
+            clear(inputs)
+            if "seconds" in outcome:
+                seconds[name] = outcome["seconds"]
+            else:
+                self.ready.pop(name, None)
+                self.child.line(self.key(name), **outcome)
+        self.rounds.append(seconds)
+        self.say(partial=True)
+
+    def say(self, partial: bool) -> None:
+        self.child.line(self.key("race"), **ceilings(self.rounds, self.side), rounds=self.rounds, partial=partial)
+
+
+def weight(head: str, is_first: bool) -> float:
+    """Of a race in the stage's time: the first one compiles for all, the trainable heads count most."""
+    return (2.0 if head == "trainable" else 1.0) * (1.5 if is_first else 1.0)
+
+
+def stage(child: Child) -> None:
+    """All sizes with the first head, then all with the next. Options: peers, heads, rounds, side."""
+    options = child.request.options
+    races = [(head, size) for head in options["heads"] for size in child.request.sizes]
+    weights = [weight(head, index == 0) for index, (head, _) in enumerate(races)]
+    for index, (head, size) in enumerate(races):
+        now = time.monotonic()
+        share = weights[index] / sum(weights[index:])
+        Race(child, head, size, now + (child.until - now) * share).run(options["peers"])
+
+
+if __name__ == "__main__":
+    children.main(stage, __doc__)

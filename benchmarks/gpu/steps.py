@@ -1,0 +1,146 @@
+"""Whole training steps of a large model with random weights, LoRA, bf16: PerCE and cross-entropy over the context.
+
+Seconds of forward and backward of one sequence, tokens per second, and the peak of the allocator, beside the peak that
+perce.plan says. The plan is made in a process of its own meanwhile, and comes last.
+"""
+
+import tempfile
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import child as children
+from benchmarks.gpu.child import Child, Unable
+
+OBJECTIVES = ("perce", "ce")
+CONTEXTS = {"cuda": (8192, 32768), "cpu": (96, 160)}
+QUERY_AND_RESPONSE = {"cuda": (512, 1024), "cpu": (16, 32)}
+TINY_SHAPE = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def shape(device: str) -> dict[str, Any]:
+    from benchmarks.trainers import SHAPES
+
+    return SHAPES["qwen3-8b"] if device == "cuda" else TINY_SHAPE
+
+
+def plan(device: str, objective: str, context: int) -> dict[str, float]:
+    """What perce.plan says of such a step."""
+    from transformers import AutoConfig
+
+    from perce.config import ModelConfig
+    from perce.plan import Config, estimate
+    from perce.plan_config import PlanConfig
+
+    query, response = QUERY_AND_RESPONSE[device]
+    options = PlanConfig(
+        context=context, query=query, response=response, activation_checkpointing=True, gradient_accumulation_steps=1,
+        per_device_train_batch_size=1, objective=objective,
+    )  # fmt: skip
+    config = Config(ModelConfig(lora_r=16, precision="bf16"), options)
+    planned = estimate(AutoConfig.for_model(**shape(device)), config, device)
+    return {"planned_bytes": planned.memory.peak, "planned_flop": planned.flops.total}
+
+
+class Steps:
+    """The model, and a trainer an objective."""
+
+    def __init__(self, device: str, directory: str):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from benchmarks.test_step import pair
+        from benchmarks.trainers import _tokenizer
+        from perce.batch import collate
+        from perce.config import LossConfig, ModelConfig
+        from perce.memory import enable_checkpointing
+        from perce.model import add_adapter, lora_config, prepare_model
+        from perce.trainer import PerceArguments, PerceTrainer
+
+        self.device, self.pair, self.collate = device, pair, collate
+        torch.manual_seed(0)
+        with torch.device(device):
+            config = AutoConfig.for_model(**shape(device))
+            base = prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+        self.model = add_adapter(base, lora_config(ModelConfig(lora_r=16)))
+        enable_checkpointing(base)
+        arguments = {"use_cpu": device == "cpu", "report_to": "none", "bf16": True}
+        self.trainers = {
+            name: PerceTrainer(
+                self.model, PerceArguments(directory, loss=LossConfig(objective=name), **arguments),
+                processing_class=_tokenizer(),
+            )
+            for name in OBJECTIVES
+        }  # fmt: skip
+
+    def run(self, objective: str, context: int) -> None:
+        query, response = QUERY_AND_RESPONSE[self.device]
+        row = self.pair(context - query - response, query, response)
+        row["input_ids"] = [token % shape(self.device)["vocab_size"] for token in row["input_ids"]]
+        self.trainers[objective].training_step(self.model, self.collate([row]), torch.tensor(response))
+        self.model.zero_grad(set_to_none=True)
+
+
+def measured(child: Child, steps: Steps, objective: str, context: int, repetitions: int) -> dict[str, Any]:
+    on_gpu = child.request.device == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = [child.clock.seconds(lambda: steps.run(objective, context)) for _ in range(repetitions + 1)]
+    timed = seconds[1:] or seconds
+    return {
+        "seconds": median(timed), "first_seconds": seconds[0], "tokens_per_second": context / median(timed),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+    }  # fmt: skip
+
+
+def stage(child: Child) -> None:
+    name, device = child.request.stage, child.request.device
+    contexts = CONTEXTS[device]
+    with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        child.begin(f"{name}/model")
+        made: list[Steps] = []
+
+        def make() -> dict[str, Any]:
+            try:
+                made.append(Steps(device, str(Path(directory))))
+            except ImportError as error:
+                raise Unable(f"the training layer needs {error.name}, which is not installed") from error
+            return {"parameters": sum(p.numel() for p in made[0].model.parameters())}
+
+        if child.measured(f"{name}/model", make) is None and not made:
+            return
+        plans: dict[tuple[str, int], Future] = {
+            (objective, context): pool.submit(plan, device, objective, context)
+            for context in contexts for objective in OBJECTIVES
+        }  # fmt: skip
+        for context in contexts:
+            for objective in OBJECTIVES:
+                repetitions = 3 if context == contexts[0] else 1
+                child.measured(
+                    f"{name}/{objective}/{context}",
+                    lambda context=context, objective=objective, repetitions=repetitions: measured(
+                        child, made[0], objective, context, repetitions
+                    ),
+                )
+        for (objective, context), future in plans.items():
+            key = f"{name}/{objective}/{context}/plan"
+            if not child.out_of_time or future.done():
+                child.line(key, **child.attempt(lambda future=future: future.result()))
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def prepare() -> None:
+    """Imports that take long."""
+    with suppress(ImportError):  # which one is missing is said when it is needed
+        import perce.trainer  # noqa: F401
+
+
+if __name__ == "__main__":
+    children.main(stage, __doc__, prepare)

@@ -1,0 +1,68 @@
+"""The tests of the GPU backend, in parallel processes, each outcome a line as it comes.
+
+At the end of the time pytest is interrupted, not terminated: it still prints its summary.
+"""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from benchmarks.gpu import child as children
+from benchmarks.gpu.child import Child
+
+ROOT = Path(__file__).parents[2]
+FILES = ("device", "promises", "lse_gemm", "row_loss", "stored", "driver", "cost")
+"""In this order, for the time may end before they do."""
+OPTIONS = ("-m", "not slow", "-v", "--timeout", "60", "--timeout-method", "thread", "--tb", "short",
+           "--disable-warnings", "-rf", "--maxfail", "20", "-o", "addopts=", "-p", "no:cacheprovider")  # fmt: skip
+# A CUDA call that is blocked hears no signal: a thread ends such a test's process.
+WORDS = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL)"
+OUTCOME = re.compile(rf"\[gw\d+\] \[ *\d+%\] {WORDS} (tests/\S.*)|(tests/\S.*?) {WORDS}(?: .*)?")
+PATIENCE = 15.0  # seconds that pytest has for its summary
+
+
+def command(child: Child) -> list[str]:
+    options = child.request.options
+    files = options.get("files") or [f"tests/test_gpu_{name}.py" for name in FILES]
+    workers = ["-n", str(options["workers"]), "--dist", "loadgroup"] if options.get("workers") else []
+    return [sys.executable, "-m", "pytest", *OPTIONS, *workers, *files]
+
+
+def outcome_of(line: str) -> tuple[str, str] | None:
+    """(test, outcome) of a line of `pytest -v`, with or without processes."""
+    match = OUTCOME.fullmatch(line.strip())
+    return match and (match[2] or match[3], (match[1] or match[4]).lower())
+
+
+def stage(child: Child) -> None:
+    """Options: files, workers."""
+    name, counts, failures, last = child.request.stage, {}, [], ""
+    child.begin(f"{name}/summary")
+    process = subprocess.Popen(
+        command(child), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    assert process.stdout is not None
+    timer = threading.Timer(max(0.0, child.until - time.monotonic()), process.send_signal, [signal.SIGINT])
+    killer = threading.Timer(max(0.0, child.until - time.monotonic()) + PATIENCE, process.kill)
+    timer.start(), killer.start()
+    try:
+        for line in process.stdout:
+            print(line, end="", file=sys.stderr)
+            last = line.strip() or last
+            if found := outcome_of(line):
+                test, outcome = found
+                counts[outcome] = counts.get(outcome, 0) + 1
+                failures += [test] * (outcome in ("failed", "error"))
+                child.line(f"{name}/{test}", outcome=outcome)
+    finally:
+        timer.cancel(), killer.cancel()
+    status = process.wait()
+    child.line(f"{name}/summary", status=status, last_words=last, **counts, failures=failures)
+
+
+if __name__ == "__main__":
+    children.main(stage, __doc__)

@@ -1,0 +1,186 @@
+"""The stages of a command, one after the other, each in a process of its own under a time limit.
+
+The processes of the next stage are started, and import what they need, while this one runs: on a machine that is new,
+importing torch and transformers for each of them would take a fifth of the time.
+
+A process that crashes, or lets nothing be heard for `patience` seconds, is recorded with the reason at the line that it
+had begun, and followed by another that leaves this line out. A stage ends at the latest `until` seconds after the
+command's start; what one stage leaves is the next one's. Stages of one row run at once.
+"""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from benchmarks.gpu.child import Request
+from benchmarks.gpu.results import NO_TIME, Results
+
+ROOT = Path(__file__).parents[2]
+ATTEMPTS = 6  # processes a stage
+GRACE = 5.0  # seconds between the end of a stage's time, which its process looks at, and the end of the process
+
+
+@dataclass
+class Stage:
+    """One process, or several after each other, and its limits."""
+
+    name: str
+    module: str
+    """What is run: `python -m MODULE -`, with the request on standard input."""
+    until: float
+    """Seconds after the command's start."""
+    patience: float = 30.0
+    grace: float = GRACE
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def environment(device: str) -> dict[str, str]:
+    """Of the processes: the interpreter of Triton is for a CPU alone."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return variables if device == "cuda" else variables | {"TRITON_INTERPRET": "1"}
+
+
+class Process:
+    """One process of a stage. It imports what it needs and waits for its request: it can be started ahead of time."""
+
+    alive: ClassVar["set[Process]"] = set()
+
+    def __init__(self, stage: Stage, device: str):
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
+        self.popen = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", stage.module, "-"], cwd=ROOT, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.stderr, text=True, encoding="utf-8", start_new_session=True,
+            env=environment(device),
+        )  # fmt: skip
+        self.heard: queue.Queue[str | None] = queue.Queue()
+        self.alive.add(self)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self.heard.put(line)
+        self.heard.put(None)
+
+    def ask(self, request: Request) -> None:
+        assert self.popen.stdin is not None
+        with suppress(BrokenPipeError):  # it ended already; what it said of that is heard
+            self.popen.stdin.write(request.as_argument())
+            self.popen.stdin.close()
+
+    def said(self) -> str:
+        """All of its standard error."""
+        self.stderr.seek(0)
+        return self.stderr.read().decode(errors="replace")
+
+    def last_words(self) -> str:
+        lines = [line.strip() for line in self.said().splitlines() if line.strip()]
+        return lines[-1][:300] if lines else "without a word"
+
+    def stop(self) -> None:
+        """This process and those that it started."""
+        try:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            self.popen.kill()
+        self.popen.wait()
+        self.alive.discard(self)
+
+
+@dataclass
+class Ending:
+    """Of one process."""
+
+    begun: str | None = None
+    """The line that it had begun and not finished."""
+    reason: str | None = None
+    """None if it came to its end."""
+
+
+def run_once(stage: Stage, process: Process, request: Request, results: Results, deadline: float) -> Ending:
+    """One process. Its lines go to the results, their keys to `request.finished`."""
+    ending = Ending()
+    process.ask(request)
+    try:
+        while True:
+            left = deadline - time.monotonic()
+            try:
+                text = process.heard.get(timeout=max(0.1, min(stage.patience, left)))
+            except queue.Empty:
+                late = time.monotonic() >= deadline
+                ending.reason = NO_TIME if late else f"nothing heard for {stage.patience:.0f} s"
+                return ending
+            if text is None:
+                ending.reason = f"the process ended with {process.popen.wait()}: {process.last_words()}"
+                return ending
+            event = json.loads(text)
+            if "done" in event:
+                return Ending()
+            if "begin" in event:
+                ending.begun = event["begin"]
+            elif "machine" in event:
+                results.take_machine(event["machine"])
+            else:
+                key, partial = event.pop("line"), event.pop("partial", False)
+                results.put(key, **event)
+                if not partial:
+                    request.finished.append(key)
+                ending.begun = None
+    finally:
+        process.stop()
+        results.note(process.said())
+
+
+def run_stage(stage: Stage, process: Process, results: Results, device: str) -> None:
+    """A stage to its end, or to the end of its time, however many lines fail on the way."""
+    deadline, began = results.started + stage.until, time.monotonic()
+    request = Request(stage.name, 0.0, device, options=stage.options)
+    for attempt in range(ATTEMPTS):
+        request.seconds = deadline - stage.grace - time.monotonic()
+        if request.seconds <= 0:
+            break
+        ending = run_once(stage, process if attempt == 0 else Process(stage, device), request, results, deadline)
+        if ending.reason is None:
+            break
+        key = ending.begun or f"{stage.name}/process"
+        if ending.reason == NO_TIME:  # what was measured under this key stands
+            if key not in results.lines:
+                results.put(key, reason=NO_TIME)
+            break
+        results.put(key, reason=ending.reason)
+        if ending.begun is None and not request.finished:
+            break  # it does not even start
+        request.lost[key] = ending.reason
+    process.stop()
+    results.put(f"stages/{stage.name}", seconds=round(time.monotonic() - began, 2))
+
+
+def run(rows: list[list[Stage]], results: Results, device: str = "cuda") -> None:
+    """All stages, row after row; those of a row at once. The processes of a row are started with the row before."""
+    waiting = [Process(stage, device) for stage in rows[0]] if rows else []
+    try:
+        for row, following in zip(rows, [*rows[1:], []], strict=True):
+            now, waiting = waiting, [Process(stage, device) for stage in following]
+            threads = [
+                threading.Thread(target=run_stage, args=(stage, process, results, device))
+                for stage, process in zip(row, now, strict=True)
+            ]
+            for thread in threads:
+                thread.daemon = True
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        for process in list(Process.alive):
+            process.stop()

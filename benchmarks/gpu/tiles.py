@@ -1,0 +1,273 @@
+"""Named block sizes of each kernel on this GPU: `python -m benchmarks.gpu.tiles KERNEL N D V [--dtype bfloat16]`.
+
+    row_loss, lse_gemm         the way in use, and log-probabilities without logits
+    store_gemm, stored_rows    the way that keeps 16-bit logits; both must be tuned before it is judged
+
+About ten tiles a kernel, by name, such as 128x256x64-w8-s3-g8 (rows × columns × depth, warps, stages, group_m). Each is
+compared with the shipped tile's result and then timed, the shipped tile in turn with it, on the rows of one chunk, both
+passes; the last line is a row for TABLE in perce_kernels/gpu/tiles.py. A tile that does not compile, or needs more
+shared memory than there is, is a line with the reason.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import child as children
+from benchmarks.gpu.child import Child, Unable
+from benchmarks.gpu.clock import clock_of
+from benchmarks.gpu.sizes import Size
+from benchmarks.implementations import make_inputs
+from perce_kernels import ops
+from perce_kernels.gpu import driver, lse_gemm, row_loss, steps, stored_rows, tiles
+from perce_kernels.gpu.tiles import Row, Tile
+
+TOLERANCE = 1e-4  # of statistics; another order of the sums moves them by some 1e-6
+DZ_TOLERANCE = 2**-5  # of weights up to 5, in bf16: an ulp
+PROBABILITY_TOLERANCE = 2**-8
+
+
+class Subject(NamedTuple):
+    """One kernel with its operands."""
+
+    run: Callable[[], object]
+    setup: Callable[[], object] | None  # before each run, untimed
+    result: Callable[[], list[Tensor]]  # of the last run
+    tolerances: list[float]  # of each
+
+
+@contextmanager
+def shipping(kernel: str, arch: str, dtype: torch.dtype, tile: Tile) -> Iterator[None]:
+    """The table with this tile in the first place."""
+    before = tiles.TABLE
+    tiles.TABLE = (Row(kernel, arch, (dtype,), None, tile), *before)
+    try:
+        yield
+    finally:
+        tiles.TABLE = before
+
+
+def row_loss_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
+    """A chunk of the size that the driver would take of n tokens; its logits are restored before each run."""
+    torch_device = torch.device(device)
+    rows = min(n, driver.chunk_rows(d, v, 2, driver._multiprocessors(torch_device)))
+    g = torch.Generator(device).manual_seed(0)
+    raw = torch.randn(2 * rows, driver.pitch(v), generator=g, device=device).mul_(3)
+    z = torch.empty_like(raw)
+    target = torch.randint(0, v, (rows,), generator=g, device=device)
+    statistics = [raw.new_empty(rows) for _ in range(3)]
+    dz = row_loss.overlay(z[:rows], v, dtype)
+
+    def run() -> None:
+        row_loss.row_loss(
+            z[:rows], z[rows:], target, None, None, None, dz, *statistics, v=v, source="hidden_cf", clip_min=0.8,
+            clip_max=5.0,
+        )  # fmt: skip
+
+    return Subject(run, lambda: z.copy_(raw), lambda: [*statistics, dz.float()], [TOLERANCE] * 3 + [DZ_TOLERANCE])
+
+
+class Stored(NamedTuple):
+    """A chunk for the way that keeps 16-bit logits: operands of both passes, targets of one."""
+
+    operands: Tensor  # (2C, D)
+    lm_head: Tensor  # (V, D)
+    target: Tensor  # (C,)
+    logits: Tensor  # (C, pitch)
+
+    @classmethod
+    def of(cls, n: int, d: int, v: int, dtype: torch.dtype, device: str) -> "Stored":
+        rows = min(n, driver.chunk_rows(d, v, 2, driver._multiprocessors(torch.device(device))))
+        hidden, lm_head, target, hidden_cf = (x.detach() for x in make_inputs(rows, d, v, dtype, device))
+        return cls(torch.cat([hidden, hidden_cf]), lm_head, target, lm_head.new_empty(rows, steps.pitch(v)))
+
+    def statistics(self) -> lse_gemm.Statistics:
+        return lse_gemm.statistics(self.operands, self.lm_head, self.target.repeat(2), None, stored=self.logits)
+
+
+def lse_gemm_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
+    chunk = Stored.of(n, d, v, dtype, device)
+    last: list[Tensor] = []
+
+    def run() -> None:
+        last[:] = [lse_gemm.logprobs(chunk.operands, chunk.lm_head, chunk.target.repeat(2), None)[0]]
+
+    return Subject(run, None, lambda: last, [TOLERANCE])
+
+
+def store_gemm_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
+    """Statistics, and the probabilities that the stored logits stand for: these depend on the width of a tile."""
+    chunk, rows = Stored.of(n, d, v, dtype, device), []
+
+    def result() -> list[Tensor]:
+        (last,) = rows
+        count = chunk.target.shape[0]
+        tile_max = last.tile_max[:, :count].repeat_interleave(last.tile_columns, 0)[:v].T
+        return [last.logp, (chunk.logits[:, :v].float() + tile_max - last.row_max[:count, None]).exp()]
+
+    def run() -> None:
+        rows[:] = [chunk.statistics()]
+
+    return Subject(run, None, result, [TOLERANCE, PROBABILITY_TOLERANCE])
+
+
+def stored_rows_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
+    chunk = Stored.of(n, d, v, dtype, device)
+    rows, kept = chunk.statistics(), chunk.logits.clone()
+    count = chunk.target.shape[0]
+    logp, weight = rows.logp[:count].contiguous(), torch.ones(count, device=device)
+
+    def run() -> None:
+        stored_rows.stored_gradient(chunk.logits, rows, chunk.target, logp, weight, None, v=v)
+
+    return Subject(run, lambda: chunk.logits.copy_(kept), lambda: [chunk.logits[:, :v].float()], [DZ_TOLERANCE])
+
+
+SUBJECTS = {
+    "row_loss": row_loss_subject, "lse_gemm": lse_gemm_subject, "store_gemm": store_gemm_subject,
+    "stored_rows": stored_rows_subject,
+}  # fmt: skip
+ROW_KERNELS = ("row_loss", "stored_rows")  # one program a row of logits, whatever D is
+ROW_TILES = tuple(
+    Tile(1, columns, 0, warps, stages)
+    for columns, warps, stages in (
+        (2048, 8, 3), (2048, 8, 4), (2048, 8, 2), (2048, 4, 3), (1024, 4, 3), (1024, 4, 4), (4096, 8, 3),
+        (4096, 16, 3), (4096, 16, 4), (8192, 16, 2),
+    )
+)  # fmt: skip
+GEMM_TILES = tuple(
+    Tile(m, n, k, warps, stages, group_m=group)
+    for m, n, k, warps, stages, group in (
+        (128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 8), (128, 128, 128, 8, 2, 8), (128, 128, 64, 4, 4, 8),
+        (128, 256, 64, 8, 3, 8), (128, 256, 64, 8, 4, 8), (256, 128, 64, 8, 3, 8), (256, 128, 64, 8, 4, 8),
+        (128, 256, 64, 8, 3, 4), (128, 256, 64, 8, 3, 16),
+    )
+)  # fmt: skip
+TINY_TILES = {True: (Tile(1, 64, 0, 1, 1), Tile(1, 128, 0, 1, 1)),
+              False: (Tile(16, 32, 16, 1, 1), Tile(32, 32, 16, 1, 1, group_m=2))}  # fmt: skip
+"""Of the interpreter, by whether the kernel is one of rows."""
+
+
+def named(tile: Tile) -> str:
+    sizes = "x".join(str(size) for size in tile[:3] if size > 1)
+    group = f"-g{tile.group_m}" if tile.block_k else ""
+    return f"{sizes}-w{tile.num_warps}-s{tile.num_stages}{group}{'-tma' if tile.use_tma else ''}"
+
+
+def candidates(kernel: str, arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The named tiles of a kernel, operands as the shipped tile reads them; the shipped tile comes first."""
+    shipped = tiles.find(kernel, arch, torch.float32 if kernel == "row_loss" else dtype, 1)
+    if arch == tiles.INTERPRETER:
+        found = TINY_TILES[kernel in ROW_KERNELS]
+    else:
+        found = ROW_TILES if kernel in ROW_KERNELS else GEMM_TILES
+    found = tuple(tile._replace(use_tma=shipped.use_tma) for tile in found)
+    return (shipped, *(tile for tile in found if tile != shipped))
+
+
+class Contest:
+    """The tiles of one kernel at one size: each against the shipped one."""
+
+    def __init__(self, kernel: str, size: Size, dtype: torch.dtype, device: str):
+        self.kernel, self.size, self.dtype, self.clock = kernel, size, dtype, clock_of(device)
+        self.arch = tiles.architecture(torch.device(device))
+        self.looked_up = torch.float32 if kernel == "row_loss" else dtype  # row_loss is looked up by its logits
+        self.subject = SUBJECTS[kernel](*size, dtype, device)
+        self.seconds()
+        self.expected = [x.clone() for x in self.subject.result()]
+
+    def seconds(self) -> float:
+        return self.clock.seconds(self.subject.run, self.subject.setup)
+
+    def shipping(self, tile: Tile):
+        return shipping(self.kernel, self.arch, self.looked_up, tile)
+
+    def difference(self, tile: Tile) -> float:
+        """Largest difference from the shipped tile's result, in tolerances; a NaN gives a NaN."""
+        with self.shipping(tile):
+            self.seconds()
+        results = zip(self.subject.result(), self.expected, self.subject.tolerances, strict=True)
+        return float(torch.stack([(a - b).abs().max() / tolerance for a, b, tolerance in results]).max())
+
+    def measure(self, tile: Tile, rounds: int = 7) -> dict[str, float]:
+        """Seconds, and the ratio to the shipped tile's, timed in turn with it. Unable if the result is another."""
+        difference = self.difference(tile)
+        if not difference <= 1:
+            raise Unable(f"wrong, by {difference:.2g} times what is allowed")
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(rounds):
+            times[True].append(self.seconds())
+            with self.shipping(tile):
+                times[False].append(self.seconds())
+        return {"seconds": median(times[False]), "ratio": median(times[False]) / median(times[True])}
+
+
+def stage(child: Child) -> None:
+    """Every kernel at the first sizes. Options: kernels, sizes (how many)."""
+    options, device = child.request.options, child.request.device
+    dtype = torch.bfloat16
+    arch = tiles.architecture(torch.device(device))
+    for kernel in options["kernels"]:
+        for size in child.request.sizes[: options["sizes"]]:
+            keys = {f"{child.request.stage}/{kernel}/{size}/{named(tile)}": tile
+                    for tile in candidates(kernel, arch, dtype)}  # fmt: skip
+            if not any(child.wants(key) for key in keys):
+                continue
+            child.begin(f"{child.request.stage}/{kernel}/{size}/operands")
+            contest = Contest(kernel, size, dtype, device)
+            for key, tile in keys.items():
+                child.measured(key, lambda tile=tile, contest=contest: contest.measure(tile))
+            del contest
+            child.clock.free()
+
+
+def row_of(kernel: str, arch: str, dtype: torch.dtype, size: Size, tile: Tile, found: dict[str, float]) -> str:
+    """A line of tiles.TABLE; of the kernel that knows D, for D up to this one."""
+    dtypes = "HALF + FULL" if kernel == "row_loss" else "HALF"
+    unused = ", False" if kernel == "store_gemm" else ""  # whether this way is the faster is another question
+    numbers = ", ".join(map(str, tile[:5])) + (", True" if tile.use_tma else "")
+    group = "" if tile.group_m == Tile._field_defaults["group_m"] else f", group_m={tile.group_m}"
+    d_max = None if kernel in ROW_KERNELS else size.d
+    return (
+        f'    Row("{kernel}", "{arch}", {dtypes}, {d_max}, Tile({numbers}{group}){unused}),'
+        f"  # {1000 * found['seconds']:.2f} ms at {size}, {1 / found['ratio']:.2f} × the speed before"
+    )
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kernel", choices=SUBJECTS)
+    for name in ("n", "d", "v"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if needed := ops.triton_needs(torch.device(device)):
+        sys.exit(f"benchmarks.gpu.tiles: expected {needed}")
+    size, dtype = Size(options.n, options.d, options.v), getattr(torch, options.dtype)
+    contest = Contest(options.kernel, size, dtype, device)
+    found: dict[Tile, dict[str, float]] = {}
+    for tile in candidates(options.kernel, contest.arch, dtype):
+        try:
+            found[tile] = contest.measure(tile)
+        except Exception as error:  # the compiler's, of many kinds
+            print(f"{named(tile)}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            if not contest.clock.is_alive():
+                sys.exit("the device is lost")
+            continue
+        print(f"{named(tile)}: {1000 * found[tile]['seconds']:.3f} ms, {found[tile]['ratio']:.3f} of the shipped tile")
+    best = min(found, key=lambda tile: found[tile]["ratio"])
+    print(row_of(options.kernel, contest.arch, dtype, size, best, found[best]))
+
+
+if __name__ == "__main__":
+    if children.is_asked():
+        children.main(stage, __doc__)
+    else:
+        main(sys.argv[1:])
