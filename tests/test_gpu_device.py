@@ -1,6 +1,6 @@
 """Backend "triton" at the sizes of real models: values and gradients against fp64, and sizes past 2³¹.
 
-Every test runs twice: on a GPU at those sizes (marked `gpu`; `make gpu`), and anywhere at tiny ones.
+Every test runs twice: on a GPU at those sizes (marked `gpu`; `make gpu-b`), and anywhere at tiny ones.
 """
 
 import pytest

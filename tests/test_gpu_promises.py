@@ -1,6 +1,6 @@
 """What backend "triton" promises besides its values, at the sizes of real models: bits, syncs, graphs, memory, casts.
 
-Every test runs twice: on a GPU at those sizes (marked `gpu`; `make gpu`), and anywhere at tiny ones.
+Every test runs twice: on a GPU at those sizes (marked `gpu`; `make gpu-b`), and anywhere at tiny ones.
 """
 
 import os

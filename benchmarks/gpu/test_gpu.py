@@ -1,32 +1,21 @@
-"""`pytest benchmarks/ --benchmark-only` on a GPU: each size's measurement as one entry, its numbers in `extra_info`."""
+"""`pytest benchmarks/ --benchmark-only` on a GPU: the op beside the installed peers; every line in extra_info."""
 
 import pytest
 import torch
 
-from benchmarks.gpu.measure import SIZES, Job
-from benchmarks.gpu.run import BUDGET, SHARES, Results, run_size
+from benchmarks.gpu.compare import stages
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.supervise import run
 from benchmarks.gpu.tables import report
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: none is visible to torch")
 
 
-@pytest.fixture(scope="module")
-def results():
-    """All sizes', in one file; printed at the end."""
-    collected = Results(None)
-    yield collected
-    print(f"\n{report(collected.tree)}\n\nwritten to {collected.path}")
-
-
-@pytest.mark.parametrize(
-    ("size", "share"),
-    zip(SIZES, SHARES, strict=True),
-    ids=lambda x: "x".join(map(str, x)) if isinstance(x, tuple) else "",
-)
 @pytest.mark.benchmark(group="gpu: perce and its peers")
-def test_size(benchmark, results, size, share):
-    job = Job(*size, seconds=BUDGET * share)
-    measured = benchmark.pedantic(run_size, args=(job, results), rounds=1)
-    benchmark.extra_info |= measured.entry
-    for head in job.heads:
-        assert "seconds" in measured.steps(head)["peers"].get("perce", {}), measured.entry
+def test_perce_and_its_peers(benchmark, tmp_path):
+    results = Results("gpu_benchmark", tmp_path)
+    benchmark.pedantic(run, args=(stages("cuda")[:1], results), rounds=1)
+    benchmark.extra_info |= results.lines
+    print(f"\n{report([results.tree])}")
+    measured = [line for key, line in results.lines.items() if key.endswith("/perce") and "seconds" in line]
+    assert measured and all(line["correct"] for line in measured)
