@@ -1,7 +1,7 @@
 # make setup | train | test | check | format | aot | bench | gpu-a | gpu-b | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
-# make gpu-a and gpu-b install nothing: they run in .venv (VENV=...) where that is, else with PYTHON as it is; WHEELS=dir
-# holds wheels of missing packages, RESULTS=dir takes what they found.
+# make gpu-a and gpu-b install nothing: they run in .venv (VENV=...) where that is, else with PYTHON as it is; WHEELS="dir …"
+# holds what `make wheels` collected, RESULTS=dir takes what they found.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -59,13 +59,11 @@ aot: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
-# The limit is a last resort: both commands end by themselves before it, and every line is written when it is measured.
 gpu-a:
-	$(GPU_PYTHON) -m benchmarks.gpu.decide --results $(RESULTS) $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu.decide --results $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
-gpu-b: export CUBLAS_WORKSPACE_CONFIG := :4096:8
 gpu-b:
-	$(GPU_PYTHON) -m benchmarks.gpu.compare --results $(RESULTS) $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu.compare --results $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

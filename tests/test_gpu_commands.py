@@ -1,6 +1,7 @@
 """Both GPU commands from end to end on CPU doubles: tiny sizes, Triton's interpreter, peers that fail in every way."""
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -109,6 +110,16 @@ def test_cut_off_at_a_random_second_every_finished_line_is_in_the_file(tmp_path,
     text = process.stdout.read()
     process.wait()
     assert set(printed(text)) <= set(lines_in(tmp_path, command)), "and the file is whole"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_everything_that_is_launched_compiles_ahead_of_time():
+    """In a process of its own: the interpreter must be off there."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.compile", "--jobs", "2"]
+    text = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"^\d+ jobs, 0 failed: ", text, re.M), text
 
 
 def test_the_schedule_adds_processes_and_device_up(tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks.gpu import compare, decide, parts, steps, suite, training
+from benchmarks.gpu import command, compare, decide, parts, steps, suite, training
 from benchmarks.gpu import compile as compilation
 from benchmarks.gpu.child import Child, Request, Unable, machine
 from benchmarks.gpu.results import NO_TIME
@@ -96,7 +96,7 @@ def test_no_time_is_a_line(monkeypatch):
 def test_what_is_compiled_is_what_is_launched():
     """Every kernel at every named tile, and the whole op by each way."""
     listed = compilation.jobs("sm_90", compilation.SHAPES)
-    assert {name for name, tile, _ in listed if not tile} == set(compilation.WAYS)
+    assert {name for name, tile, _ in listed if not tile} == set(compilation.WAY_PEERS.values())
     for kernel in compilation.SUBJECTS:
         names = {tile for name, tile, _ in listed if name == kernel}
         assert names == {compilation.named(tile) for tile in compilation.candidates(kernel, "sm_90", torch.bfloat16)}
@@ -222,7 +222,7 @@ def test_commands_without_a_gpu(monkeypatch, capsys, tmp_path):
 
 
 def test_the_command_ends_with_an_error_if_ours_was_not_measured(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(decide, "run", lambda rows, results, device: results.put("ways/x/perce", reason="it crashed"))
+    monkeypatch.setattr(command, "run", lambda rows, results, device: results.put("ways/x/perce", reason="it crashed"))
     with pytest.raises(SystemExit, match="perce itself was not measured"):
         decide.main(["--device", "cpu", "--results", str(tmp_path)])
     assert "it crashed" in capsys.readouterr().out

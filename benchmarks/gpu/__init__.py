@@ -1,8 +1,14 @@
-"""The op on a GPU beside its peers: `python -m benchmarks.gpu.run`, or `make gpu`; writes to benchmarks/results.
+"""What the op costs on a GPU: predicted, then measured by two commands, `make gpu-a` and `make gpu-b`.
 
-peers.py      each peer composed into PerCE as well as it allows
-clock.py      CUDA events and the allocator's peak, or their stand-ins on a CPU
-measure.py    one size in a process of its own: correctness first, then times in turn; prints events, one JSON a line
-run.py        all sizes within a time budget; a peer that crashes or hangs is recorded and left out, never the end
-tables.py     the README's tables from the results
+roofline.py   what each part should cost, from counted operations and bytes
+decide.py     gpu-a: its stages and their time          compare.py   gpu-b
+command.py    what both share: options, wheels, tables
+supervise.py  stages in processes under time limits     results.py   their lines, in a file after each
+child.py      what a process is asked and says          clock.py     CUDA events and the allocator's peak
+training.py   perce.train itself                        compile.py   all kernels, in parallel processes
+parts.py      products and kernels by themselves        tiles.py     named block sizes of a kernel
+race.py       whole losses, compared and timed in turn  peers.py     libraries, each composed into PerCE
+steps.py      training steps of a large model           suite.py     the GPU tests
+wheels.py     what a machine without a network lacks    schedule.py  whether it all fits the time
+tables.py     README's and docs' tables from the lines  sizes.py     N, D, V
 """

@@ -10,7 +10,7 @@ Every line is in RESULTS/gpu_b.json before it is printed. `--device cpu`: see de
 
 import sys
 
-from benchmarks.gpu.decide import command
+from benchmarks.gpu.command import command
 from benchmarks.gpu.peers import PEERS
 from benchmarks.gpu.roofline import HEADS
 from benchmarks.gpu.supervise import Stage

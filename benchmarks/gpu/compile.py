@@ -19,19 +19,19 @@ import torch
 
 from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child
+from benchmarks.gpu.peers import PEERS, WAY_PEERS
 from benchmarks.gpu.sizes import Size
 from benchmarks.gpu.tiles import SUBJECTS, candidates, named, shipping
 
 SHAPES = (Size(256, 256, 2064), Size(256, 256, 4096))
 """The number of tiles of a row is no multiple of 16, as at 128256 and 151936 entries, or is one, as at 262144."""
 TINY_SHAPES = (Size(12, 16, 61),)
-WAYS = ("perce", "perce_stored")
 WORKERS = 12
 
 
 def jobs(arch: str, shapes: tuple[Size, ...]) -> list[tuple[str, str, Size]]:
     """(kernel or way, tile's name or "", size)."""
-    found = [(way, "", size) for size in shapes for way in WAYS]
+    found = [(way, "", size) for size in shapes for way in WAY_PEERS.values()]
     for kernel in SUBJECTS:
         # Only the row kernel of stored logits is told the number of tiles.
         for size in shapes if kernel == "stored_rows" else shapes[:1]:
@@ -41,7 +41,6 @@ def jobs(arch: str, shapes: tuple[Size, ...]) -> list[tuple[str, str, Size]]:
 
 def compile_one(job: tuple[str, str, Size], arch: str, device: str) -> float:
     """Seconds, in this process."""
-    from benchmarks.gpu.peers import PEERS
     from benchmarks.implementations import make_inputs, step
     from perce_kernels import token_logprobs
 

@@ -12,78 +12,31 @@ Every line is in RESULTS/gpu_a.json before it is printed. `--device cpu` runs al
 interpreter, to try the harness: its numbers mean nothing.
 """
 
-import argparse
-import signal
 import sys
-from dataclasses import replace
-from pathlib import Path
 
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.command import command
+from benchmarks.gpu.peers import WAY_PEERS
 from benchmarks.gpu.roofline import HEADS
-from benchmarks.gpu.supervise import ROOT, Stage, run
+from benchmarks.gpu.supervise import Stage
 
-RESULTS = ROOT / "benchmarks/results/gpu"
 KERNELS = ("store_gemm", "row_loss", "lse_gemm", "stored_rows")
-CPU_TIME = 4  # times as long, for the doubles on two slow cores
-WAYS = ("perce", "perce_stored")
 ROUNDS = 4  # of the ways: two implementations of ours differ less than others'
 
 
 def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
     """Stages, with the second each of them ends at. fakes: made-up peers, to try the harness."""
     side = {} if device == "cuda" else {"side": 16}
+    ways = {"peers": [*WAY_PEERS.values(), *fakes], "heads": list(HEADS), "rounds": ROUNDS}
     module = "benchmarks.gpu."
     return [
-        [
-            Stage("train", f"{module}training", 50, patience=50),
-            Stage("compile", f"{module}compile", 50, patience=50),
-        ],
+        [Stage("train", f"{module}training", 50, 50), Stage("compile", f"{module}compile", 50, 50)],
         [Stage("check", f"{module}parts", 65, options={"what": "check"})],
         [Stage("parts", f"{module}parts", 100, options={"what": "parts", **side})],
-        [
-            Stage(
-                "ways",
-                f"{module}race",
-                138,
-                options={"peers": [*WAYS, *fakes], "heads": list(HEADS), "rounds": ROUNDS, **side},
-            )
-        ],
+        [Stage("ways", f"{module}race", 138, options=ways | side)],
         [Stage("tiles", f"{module}tiles", 155, options={"kernels": KERNELS, "sizes": 2})],
         [Stage("budgets", f"{module}parts", 170, options={"what": "budgets"})],
-        [Stage("steps", f"{module}steps", 228, patience=60, grace=2, options={})],
+        [Stage("steps", f"{module}steps", 228, patience=60, grace=2)],
     ]
-
-
-def command(name: str, doc: str, stages, arguments: list[str] | None) -> Results:
-    """What both commands share: options, the stages, the tables."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results (default %(default)s)")
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny doubles, to try the harness"
-    )
-    parser.add_argument("--fakes", nargs="*", default=(), metavar="PEER", help="made-up peers of tests/fake_peers.py")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.exit(f"{name}: expected a CUDA GPU, found none; nothing was measured")
-    rows = stages(options.device, tuple(options.fakes))
-    known = [stage.name for row in rows for stage in row]
-    if options.only and (unknown := set(options.only) - set(known)):
-        parser.error(f"--only: expected stages of {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left
-    results = Results(name, options.results)
-    rows = [[stage for stage in row if not options.only or stage.name in options.only] for row in rows]
-    if options.device == "cpu":
-        rows = [[replace(stage, until=CPU_TIME * stage.until) for stage in row] for row in rows]
-    run([row for row in rows if row], results, options.device)
-    from benchmarks.gpu.tables import report
-
-    print(report([results.tree]))
-    print(f"\nwritten to {results.path}")
-    return results
 
 
 def main(arguments: list[str] | None = None) -> None:

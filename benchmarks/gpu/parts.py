@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.gpu import child as children
 from benchmarks.gpu import roofline
 from benchmarks.gpu.child import Child
-from benchmarks.gpu.peers import PEERS
+from benchmarks.gpu.peers import PEERS, WAY_PEERS
 from benchmarks.gpu.race import DTYPE, Reference, ceilings, clear, probes, what_is_wrong
 from benchmarks.gpu.roofline import Gpu, Work
 from benchmarks.gpu.sizes import Size
@@ -26,7 +26,6 @@ from benchmarks.implementations import make_inputs, step
 from perce_kernels import token_logprobs
 from perce_kernels.gpu import driver, lse_gemm, steps
 
-WAY_PEERS = {"fused": "perce", "stored": "perce_stored"}
 CHECKED_ROWS = 512
 DW_ROWS = (1024, 2048, 4096)
 """Tokens of one dW product: the more, the less often dW is read and written."""
@@ -44,7 +43,7 @@ class Timing(NamedTuple):
 
 
 def check(child: Child) -> None:
-    """Loss, PIR and gradients of every way at the first two heads."""
+    """Loss, PIR and gradients of every way at the first two sizes."""
     device = child.request.device
     for size in child.request.sizes[:2]:
         inputs = make_inputs(min(size.n, CHECKED_ROWS), size.d, size.v, DTYPE, device)
@@ -83,14 +82,13 @@ def of_a_chunk(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
         else:
             narrow.copy_(both.float() @ lm_head.float().T)
 
-    found = {
+    return {
         "mm to 16 bits": product("logits", to_bf16, 4 * c * d * v, 4 * c * v + head_bytes),
         "mm to fp32": product(
             "logits", lambda: steps.product(both, lm_head.T, pitched[:, :v]), 4 * c * d * v, 8 * c * v + head_bytes
         ),
         "dh": product("dh", lambda: steps.product(dz, lm_head, dh), 2 * c * d * v, 2 * c * v + head_bytes + 4 * c * d),
     }
-    return found
 
 
 def of_dw(size: Size, device: str, gpu: Gpu, rows: int) -> dict[str, Timing]:

@@ -247,6 +247,9 @@ PEERS = {  # by importance and quickness to compile: where time runs out, the la
     )
 }
 
+WAY_PEERS = {"fused": "perce", "stored": "perce_stored"}
+"""Ours by each of roofline.WAYS."""
+
 
 def find_peer(name: str) -> Peer:
     """One of PEERS, or of the made-up ones that try the harness."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.gpu.sizes import SIZES, Size
-from perce_kernels.gpu.driver import chunk_rows
 
 WAYS = {"fused": "fp32 logits by cuBLAS", "stored": "16-bit logits by our GEMM"}
 """steps.FusedRows and steps.StoredLogits."""
@@ -102,6 +101,8 @@ def product_seconds(part: str, work: Work, gpu: Gpu) -> float:
 
 def chunk_of(size: Size, gpu: Gpu, budget: int | None = None) -> int:
     """Tokens a chunk, as the driver cuts them; budget: bytes of its fp32 logits."""
+    from perce_kernels.gpu.driver import chunk_rows  # here: tables of a CPU are printed where there is no Triton
+
     return min(size.n, chunk_rows(size.d, size.v, 2, gpu.multiprocessors, budget))
 
 

@@ -51,7 +51,7 @@ def plan(device: str, objective: str, context: int) -> dict[str, float]:
 
 
 class Steps:
-    """The model, and a trainer an objective."""
+    """The model, and its trainer."""
 
     def __init__(self, device: str, directory: str):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,22 +69,20 @@ class Steps:
         with torch.device(device):
             config = AutoConfig.for_model(**shape(device))
             base = prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
-        self.model = add_adapter(base, lora_config(ModelConfig(lora_r=16)))
+        model = add_adapter(base, lora_config(ModelConfig(lora_r=16)))
         enable_checkpointing(base)
-        arguments = {"use_cpu": device == "cpu", "report_to": "none", "bf16": True}
-        self.trainers = {
-            name: PerceTrainer(
-                self.model, PerceArguments(directory, loss=LossConfig(objective=name), **arguments),
-                processing_class=_tokenizer(),
-            )
-            for name in OBJECTIVES
-        }  # fmt: skip
+        self.losses = {name: LossConfig(objective=name) for name in OBJECTIVES}
+        arguments = PerceArguments(directory, use_cpu=device == "cpu", report_to="none", bf16=True)
+        self.trainer = PerceTrainer(model, arguments, processing_class=_tokenizer())
+        self.model = self.trainer.accelerator.prepare_model(model)  # autocast, as in training
 
     def run(self, objective: str, context: int) -> None:
+        """Forward and backward of one sequence."""
         query, response = QUERY_AND_RESPONSE[self.device]
         row = self.pair(context - query - response, query, response)
         row["input_ids"] = [token % shape(self.device)["vocab_size"] for token in row["input_ids"]]
-        self.trainers[objective].training_step(self.model, self.collate([row]), torch.tensor(response))
+        self.trainer.args.loss = self.losses[objective]
+        self.trainer.training_step(self.model, self.collate([row]), torch.tensor(response))
         self.model.zero_grad(set_to_none=True)
 
 

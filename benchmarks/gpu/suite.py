@@ -3,6 +3,7 @@
 At the end of the time pytest is interrupted, not terminated: it still prints its summary.
 """
 
+import os
 import re
 import signal
 import subprocess
@@ -43,7 +44,13 @@ def stage(child: Child) -> None:
     name, counts, failures, last = child.request.stage, {}, [], ""
     child.begin(f"{name}/summary")
     process = subprocess.Popen(
-        command(child), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command(child),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},  # what torch's deterministic mode asks for
     )
     assert process.stdout is not None
     timer = threading.Timer(max(0.0, child.until - time.monotonic()), process.send_signal, [signal.SIGINT])

