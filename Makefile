@@ -1,4 +1,4 @@
-# make setup | train | test | check | format | aot | bench | gpu | clean
+# make setup | train | test | check | format | aot | bench | gpu | wheels | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
 # make gpu installs nothing: it runs in .venv (VENV=...) where that is, else with PYTHON as it is; BUDGET=seconds is for
 # its benchmarks, WHEELS=dir holds wheels of missing packages, RESULTS=dir takes what it found.
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format aot bench gpu clean
+.PHONY: help setup train test check format aot bench gpu wheels clean
 
 BUDGET ?= 260
 WHEELS ?=
@@ -31,6 +31,7 @@ help:
 	@echo "make aot      compile the GPU kernels without a GPU: registers, spills, shared memory"
 	@echo "make bench    run the benchmarks"
 	@echo "make gpu      on a machine with a CUDA GPU: the GPU tests, and the GPU benchmarks (10 minutes)"
+	@echo "make wheels   collect what a GPU machine without a network lacks into build/wheels/a, b, c1, …"
 	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"
 
 setup: $(STAMP)
@@ -77,6 +78,9 @@ gpu:
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 timeout -k 5 190 $(GPU_PYTHON) -m pytest $(GPU_TESTS) -m "not slow" \
 		--maxfail 8 $(GPU_PYTEST) $(ARGS) 2>&1 | tee $(RESULTS)/gpu_tests.log || status=1; \
 	exit $$status
+
+wheels:
+	$(GPU_PYTHON) -m benchmarks.gpu.wheels
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
