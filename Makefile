@@ -1,4 +1,4 @@
-# make setup | train | test | check | format | aot | bench | gpu-a | gpu-b | clean
+# make setup | train | test | check | format | aot | bench | gpu-a | gpu-b | wheels | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
 # make gpu-a and gpu-b install nothing: they run in .venv (VENV=...) where that is, else with PYTHON as it is; WHEELS="dir …"
 # holds what `make wheels` collected, RESULTS=dir takes what they found.
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format aot bench gpu-a gpu-b clean
+.PHONY: help setup train test check format aot bench gpu-a gpu-b wheels clean
 
 WHEELS ?=
 RESULTS ?= benchmarks/results/gpu
@@ -27,6 +27,7 @@ help:
 	@echo "make bench    run the benchmarks"
 	@echo "make gpu-a    on a machine with a CUDA GPU: does it run, which way is faster (4 minutes)"
 	@echo "make gpu-b    on the same: the op beside its peers, and its tests (6.5 minutes)"
+	@echo "make wheels   collect what a GPU machine without a network lacks into build/wheels/a, b, c1, …"
 	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"
 
 setup: $(STAMP)
@@ -64,6 +65,9 @@ gpu-a:
 
 gpu-b:
 	$(GPU_PYTHON) -m benchmarks.gpu.compare --results $(RESULTS) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+
+wheels:
+	$(GPU_PYTHON) -m benchmarks.gpu.wheels
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,15 +1,16 @@
 """What the GPU commands measure of ours, in this process and at tiny sizes: their numbers mean nothing here."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks.gpu import command, compare, decide, parts, steps, suite, training
+from benchmarks.gpu import command, compare, decide, parts, steps, suite, training, wheels
 from benchmarks.gpu import compile as compilation
 from benchmarks.gpu.child import Child, Request, Unable, machine
-from benchmarks.gpu.results import NO_TIME
+from benchmarks.gpu.results import NO_TIME, Results
 from benchmarks.gpu.sizes import SIZES, TINY
 from perce_kernels.gpu import driver, tiles
 
@@ -226,6 +227,21 @@ def test_the_command_ends_with_an_error_if_ours_was_not_measured(monkeypatch, ca
     with pytest.raises(SystemExit, match="perce itself was not measured"):
         decide.main(["--device", "cpu", "--results", str(tmp_path)])
     assert "it crashed" in capsys.readouterr().out
+
+
+def test_wheels_are_unpacked_for_the_processes_that_follow(monkeypatch, tmp_path):
+    monkeypatch.setattr(wheels, "unpack", lambda site, parts: ["part/x.whl: damaged: its SHA-256 is another"])
+    monkeypatch.setenv("PYTHONPATH", "before")
+    monkeypatch.delenv(training.MODEL, raising=False)
+    (tmp_path / "a/model").mkdir(parents=True)
+    results = Results("gpu_x", tmp_path, say=lambda _: None)
+    command.install([], results)
+    assert os.environ["PYTHONPATH"] == "before" and not results.lines
+    command.install([tmp_path / "a"], results)
+    site, _, before = os.environ["PYTHONPATH"].split(os.pathsep)
+    assert site.endswith("build/site-packages") and before == "before"
+    assert os.environ[training.MODEL] == str(tmp_path / "a/model")
+    assert results.lines["wheels/part/x.whl"] == {"reason": "damaged: its SHA-256 is another"}
 
 
 def test_the_machine(monkeypatch):

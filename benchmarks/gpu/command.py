@@ -59,8 +59,8 @@ def install(parts: list[Path], results: Results) -> None:
         return
     for problem in wheels.unpack(SITE, parts):
         results.put(f"wheels/{problem.partition(': ')[0]}", reason=problem.partition(": ")[2])
-    path = [str(directory) for directory in wheels.importable(SITE)]
-    os.environ["PYTHONPATH"] = os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    found = [SITE, SITE / "nvidia_cutlass_dsl/dsl_packages", *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, found))
     for model in (part / "model" for part in parts):
         if model.is_dir():
             os.environ[training.MODEL] = str(model.resolve())
