@@ -179,25 +179,25 @@ SLEEPY = """
 import time
 import pytest
 
-@pytest.mark.parametrize("i", range(40))
+@pytest.mark.parametrize("i", range(400))
 def test_sleeps(i):
     time.sleep(0.3)
     assert i != 1
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_tests_are_interrupted_and_still_sum_up(tmp_path, monkeypatch, workers):
     if workers and importlib.util.find_spec("xdist") is None:
         pytest.skip("pytest-xdist is not installed")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_sleepy.py").write_text(SLEEPY)
     monkeypatch.setattr(suite, "ROOT", tmp_path)
-    found = lines_of(suite.stage, "tests", seconds=5.0, files=["tests/test_sleepy.py"], workers=workers)
+    found = lines_of(suite.stage, "tests", seconds=20.0 if workers else 5.0, files=["tests/test_sleepy.py"], workers=workers)
     summary = found.pop("summary")
     assert summary["status"] == 2 and "passed" in summary["last_words"], summary
     assert summary["failures"] == ["tests/test_sleepy.py::test_sleeps[1]"]
-    assert 2 < len(found) < 40 and found["tests/test_sleepy.py::test_sleeps[0]"] == {"outcome": "passed"}
+    assert 2 < len(found) < 400 and found["tests/test_sleepy.py::test_sleeps[0]"] == {"outcome": "passed"}
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
