@@ -193,7 +193,9 @@ def test_tests_are_interrupted_and_still_sum_up(tmp_path, monkeypatch, workers):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_sleepy.py").write_text(SLEEPY)
     monkeypatch.setattr(suite, "ROOT", tmp_path)
-    found = lines_of(suite.stage, "tests", seconds=20.0 if workers else 5.0, files=["tests/test_sleepy.py"], workers=workers)
+    found = lines_of(
+        suite.stage, "tests", seconds=20.0 if workers else 5.0, files=["tests/test_sleepy.py"], workers=workers
+    )
     summary = found.pop("summary")
     assert summary["status"] == 2 and "passed" in summary["last_words"], summary
     assert summary["failures"] == ["tests/test_sleepy.py::test_sleeps[1]"]
