@@ -27,7 +27,8 @@ HIGHER_ORDER = (
     "use backend='reference', which is plain autograd"
 )
 WAY_AROUND = (
-    'Backend "torch" computes the same without the Triton kernels: PERCE_BACKEND=torch in the environment takes it.'
+    'Backend "torch" computes the same without the Triton kernels: --backend torch on a command line, '
+    "PERCE_BACKEND=torch in the environment."
 )
 
 

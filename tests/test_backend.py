@@ -1,11 +1,23 @@
-"""Which backend computes: the argument, and PERCE_BACKEND where that is "auto"; and what its failure tells."""
+"""Which backend computes: the argument, PERCE_BACKEND where that is "auto", --backend; and what its failure tells."""
+
+import json
+import typing
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset
 
+import perce.model
+from perce import evaluate, plan, score
+from perce.config import InferenceConfig, ModelConfig
+from perce.errors import UserError
+from perce.trainer import PerceArguments, PerceTrainer
 from perce_kernels import chunked, fused_perce_loss, ops, reference, token_logprobs
-from perce_kernels.loss import resolve_backend
+from perce_kernels.loss import BACKENDS, resolve_backend
 from tests.numerics import TRAINABLE, call, make_inputs
+from tests.tiny import demo_pairs, tiny_model, tiny_tokenizer
+from tests.training import fails, model_directory, rows_file, training  # noqa: F401  fixtures
 
 needs_triton = pytest.param("triton", marks=pytest.mark.skipif(not ops.TRITON_FOUND, reason="Triton is not installed"))
 EACH = ["torch", "reference", needs_triton]
@@ -30,6 +42,9 @@ def ran(monkeypatch):
 
             monkeypatch.setattr(module, function, spy)
     return names
+
+
+# --- In one's own trainer ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chosen", EACH)
@@ -130,7 +145,7 @@ def test_an_error_of_the_kernels_ends_with_the_way_around(monkeypatch, reduction
         loss.backward() if reduction == "none" else fused_perce_loss(**leaves)
     text = str(raised.value)
     assert text.startswith('backend "triton": RuntimeError: Triton Error [CUDA]: invalid device function\n')
-    assert text.endswith(ops.WAY_AROUND) and "PERCE_BACKEND=torch" in text
+    assert text.endswith(ops.WAY_AROUND) and "--backend torch" in text and "PERCE_BACKEND=torch" in text
     assert str(raised.value.__cause__) == "Triton Error [CUDA]: invalid device function"
 
 
@@ -154,5 +169,107 @@ def test_a_broken_triton_is_told_of_too(monkeypatch):
         raise ImportError("libtriton.so: undefined symbol")
 
     monkeypatch.setattr(ops, "_implementation", broken)
-    with pytest.raises(RuntimeError, match=r"ImportError: libtriton.so.*\n.*PERCE_BACKEND=torch"):
+    with pytest.raises(RuntimeError, match=r"ImportError: libtriton.so.*\n.*--backend torch"):
         fused_perce_loss(**make_inputs().kwargs())
+
+
+# --- On the command line ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The backend of every call that a model's head makes."""
+    backends = []
+    for name in ("fused_perce_loss", "token_logprobs"):
+        op = getattr(perce.model, name)
+
+        def spy(*args, op=op, **options):
+            backends.append(options["backend"])
+            return op(*args, **options)
+
+        monkeypatch.setattr(perce.model, name, spy)
+    return backends
+
+
+def test_the_flags_choices_are_the_ops():
+    for config in (ModelConfig, InferenceConfig):
+        assert typing.get_args(typing.get_type_hints(config)["backend"]) == BACKENDS
+
+
+@pytest.mark.parametrize("backend", EACH)
+def test_training_computes_with_the_backend_that_is_named(train, tmp_path, monkeypatch, asked, ran, backend):
+    monkeypatch.setenv("PERCE_BACKEND", "torch" if backend == "reference" else "reference")
+    options = {"objective": "entce", "max_steps": 1, "save_steps": 1, "report_examples": 1, "eval_examples": 1}
+    assert train(f"--backend={backend}", **options)[0] == 0
+    assert set(asked) == set(ran) == {backend}, "the flag beats the variable"
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["backend"] == backend
+    if backend == "torch":  # resumed with another one
+        asked.clear()
+        assert train("--resume", "--backend=reference", model=None, data=None, max_steps=2)[0] == 0
+        assert set(asked) == {"reference"}
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"), [(score, ["--labels", "--limit", "2"]), (evaluate, ["--generate=false", "--limit", "2"])]
+)
+def test_score_and_evaluate_compute_with_the_backend_that_is_named(
+    model, capsys, monkeypatch, asked, ran, command, flags
+):
+    monkeypatch.setenv("PERCE_BACKEND", "torch")
+    for chosen, expected in ((["--backend", "reference"], "reference"), ([], "torch")):
+        asked.clear(), ran.clear()
+        assert command.main(["--model", model, *flags, *chosen]) == 0
+        assert set(asked) == set(ran) == {expected}
+
+
+def test_a_plan_is_of_the_backend_that_is_named(model, tmp_path, monkeypatch, capsys):
+    def planned(*flags):
+        fixed = ["--model", model, "--context", "96", "--query", "8", "--response", "16", "--tflops", "1"]
+        assert plan.main([*fixed, "--device", "cpu", "--json", str(tmp_path / "p.json"), *flags]) == 0
+        return json.loads((tmp_path / "p.json").read_text())["options"]["backend"], capsys.readouterr().out
+
+    monkeypatch.setattr(plan, "variants", lambda config, device: [])
+    assert planned("--backend", "reference")[0] == "reference"
+    monkeypatch.setenv("PERCE_BACKEND", "torch")
+    backend, out = planned()
+    assert backend == "torch" and "device cpu, backend torch" in out
+
+
+def test_a_backend_that_cannot_run_stops_every_command_at_its_start(train, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ops, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(ops, "TRITON_FOUND", True)
+    for module in ("perce.model", "perce.inference"):
+        monkeypatch.setattr(f"{module}.load_pretrained", lambda *_, **__: pytest.fail("found too late"))
+
+    def run(command, *flags):
+        return command.main(["--model", model, *flags]), *capsys.readouterr()
+
+    needed = ("expected a CUDA or ROCm device", "got cpu", "--backend", "PERCE_BACKEND")
+    named = "--backend=triton"
+    fails(train(named), "backend: ", *needed)
+    fails(run(plan, "--device=cpu", named), "backend: ", *needed)
+    for command in (score, evaluate):
+        fails(run(command, named), "backend: ", *needed)
+        fails(run(command, "--backend=cuda"), "backend: expected one of auto, triton, torch, reference, got 'cuda'")
+    for value, fragments in (("triton", needed), ("cuda", ("expected one of", "'cuda'"))):
+        monkeypatch.setenv("PERCE_BACKEND", value)
+        fails(train(), "PERCE_BACKEND: ", *fragments)
+        fails(run(plan, "--device=cpu"), "PERCE_BACKEND: ", *fragments)
+        for command in (score, evaluate):
+            fails(run(command), "PERCE_BACKEND: ", *fragments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_of_ones_own_takes_it_as_an_argument(tmp_path, monkeypatch, asked):
+    def step(**options):
+        args = PerceArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1, save_strategy="no", **options)
+        pairs = Dataset.from_list(demo_pairs(2))
+        PerceTrainer(tiny_model("llama"), args, train_dataset=pairs, processing_class=tiny_tokenizer()).train()
+        return args.backend, {*asked}
+
+    assert step(backend="reference") == ("reference", {"reference"})
+    asked.clear()
+    monkeypatch.setenv("PERCE_BACKEND", "torch")
+    assert step() == ("torch", {"torch"})
+    with pytest.raises(UserError, match="backend: expected one of"):
+        step(backend="liger")
