@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.compute
+import torch
 from datasets import Dataset
 from torch import nn
 
 from perce.errors import UserError
 from perce.loader import token_ids
+from perce_kernels.loss import resolve_backend
 
 
 def warn_of_dropout(model: nn.Module) -> None:
@@ -31,6 +33,14 @@ def check_hooks(kwargs: Mapping[str, Any]) -> None:
                 f"{name}: PerceTrainer computes its own loss and never holds logits, so this would not be called. Read "
                 "trainer.last_evaluation for per-token log-probabilities, or use python -m perce.evaluate."
             )
+
+
+def check_backend(backend: str, device: torch.device) -> str:
+    """The backend that is meant, PERCE_BACKEND looked up; UserError for one that cannot run on this device."""
+    try:
+        return resolve_backend(backend, device)
+    except ValueError as error:
+        raise UserError(f"{error}. Choose another with --backend, or in PERCE_BACKEND.") from error
 
 
 def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:

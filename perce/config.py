@@ -16,6 +16,10 @@ from perce.options import require as _require
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
 MODEL = "DIR|HUB_ID"
+BACKEND = (
+    "what computes losses and log-probabilities; auto: what PERCE_BACKEND in the environment says, else triton on a "
+    "GPU that it supports and torch elsewhere; reference: all logits of the response in memory"
+)
 
 
 def _check_clip(low: float, high: float) -> None:
@@ -41,6 +45,7 @@ class ModelConfig:
         None,
         "sdpa, flash_attention_2, eager, …; default: flash_attention_2 where it is installed, else the model's own",
     )
+    backend: Literal["auto", "triton", "torch", "reference"] = _option("auto", BACKEND)
 
     def __post_init__(self) -> None:
         _require(self.lora_r >= 0, "lora_r", ">= 0", self.lora_r)
@@ -236,6 +241,7 @@ class InferenceConfig:
     attn_implementation: str | None = _option(
         None, "sdpa, flash_attention_2, eager, …; default: the model's own choice"
     )
+    backend: Literal["auto", "triton", "torch", "reference"] = _option("auto", BACKEND)
     batch_size: int = _option(8, "sequences per forward pass, at most; fewer where they are long")
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ def check_fits(config: TrainConfig, args: Any, model: Any, pairs: Any) -> str | 
     try:
         check_architecture(model_config, str(config.model.model))
         attention = model_config.get_text_config()._attn_implementation
-        chosen = replace(config.model, attn_implementation=attention)
+        chosen = replace(config.model, attn_implementation=attention, backend=args.backend)
         planned = Config(chosen, largest_step(config, args, pairs), config.memory)
         recipe = recipe_of(planned, device)
         needed = memory(model_config, recipe, planned.plan, count(model_config, recipe), device)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from perce.checks import check_backend
 from perce.config import CONFIG_NAME, DataConfig, InferenceConfig, RunConfig, SplitConfig
 from perce.dataset import hold_out
 from perce.demo import DATA_DIR, default_model_path
@@ -28,6 +29,7 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
     had learnt in 20 steps (docs/LOG.md). UserError for what cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = check_backend(config.backend, device)
     wanted = "fp32" if config.precision == "auto" and device.type == "cpu" else config.precision
     low = resolve_precision(wanted, device.type) == "bf16"
     kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
@@ -35,7 +37,7 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
         kwargs["attn_implementation"] = config.attn_implementation
     path = config.model or str(default_model_path())
     base = _base_of_adapter(path)
-    model = prepare_model(load_pretrained(base or path, **kwargs))
+    model = prepare_model(load_pretrained(base or path, **kwargs), backend)
     if base is not None:
         model = _with_adapter(model, path)
     return model.to(device).eval(), _tokenizer(path, base), device

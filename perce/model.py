@@ -92,7 +92,7 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     return getattr(own, "__func__", lambda _, *args, **kwargs: own(*args, **kwargs))
 
 
-def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
+def _patch_head(head: Any, transform: LogitTransform) -> None:
     own_forward = forward_of(head)
 
     @functools.wraps(own_forward)
@@ -102,6 +102,7 @@ def _patch_head(head: nn.Module, transform: LogitTransform) -> None:
         return _head_loss(self, hidden, transform, perce["target"], dict(perce["loss"]))
 
     head.forward = types.MethodType(forward, head)
+    head.perce_backend = "auto"
 
 
 def _head_loss(
@@ -112,7 +113,10 @@ def _head_loss(
     `call` is what fused_perce_loss takes, or says `weight_from`: weights are then clipped from the model's own "loss"
     (−log p of the token) or predictive "entropy". The signal is what the clip acted on.
     """
-    output = {"bias": head.bias, "softcap": transform.softcap, "logit_scale": transform.logit_scale}
+    output = {
+        "bias": head.bias, "softcap": transform.softcap, "logit_scale": transform.logit_scale,
+        "backend": head.perce_backend,
+    }  # fmt: skip
     signal = None
     if weight_from := call.pop("weight_from", None):
         with torch.no_grad():
@@ -315,12 +319,13 @@ def read_config(path: str) -> Any:
     return config
 
 
-def prepare_model(model: Any) -> Any:
-    """install_perce, once, on a model or on the base inside a PEFT model."""
+def prepare_model(model: Any, backend: str = "auto") -> Any:
+    """install_perce, once, on a model or on the base inside a PEFT model; `backend`: of its losses from now on."""
     base = unwrapped(model)
     if not hasattr(base, "perce_logit_transform"):
         check_head_unwrapped(model)
         install_perce(base)
+    base.get_output_embeddings().perce_backend = backend
     return model
 
 

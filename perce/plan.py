@@ -98,6 +98,7 @@ def make_result(config: Config) -> Result:
     model_config = load_config(config.model)
     check_context(model_config, config)
     device = resolve_device(config.plan)
+    config = replace(config, model=with_backend(config.model, device))
     check_options(config, device)
     low = is_low_precision(config.model, device)
     rate = config.plan.tflops * 1e12 if config.plan.tflops else matmul_rate(device, low)
@@ -146,6 +147,15 @@ def resolve_device(plan: PlanConfig) -> str:
     if plan.device != "auto":
         return plan.device
     return "cuda" if plan.gpu_memory or torch.cuda.is_available() else "cpu"
+
+
+def with_backend(model: ModelConfig, device: str) -> ModelConfig:
+    """With the backend that a run would take there. UserError for one that cannot run."""
+    import torch
+
+    from perce.checks import check_backend
+
+    return replace(model, backend=check_backend(model.backend, torch.device(device)))  # type: ignore[arg-type]
 
 
 def is_low_precision(model: ModelConfig, device: str) -> bool:
@@ -300,6 +310,8 @@ def variants(config: Config, device: str) -> Iterator[tuple[str, Config]]:
         yield changed("--objective ce", objective="ce")
     if model.attn_implementation == "eager":
         yield changed("--attn_implementation sdpa", attn_implementation="sdpa")
+    if model.backend == "reference":
+        yield changed("--backend torch", backend="torch")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
                       checkpointing the layers' inputs alone
     working set       what the phase adds at its peak: one layer's recomputation and gradients, say
     gradients         of parameters, as far as backward has come
-    loss buffers      inside the op: a chunk of logits; on a CPU also an fp32 copy of a bf16 head
+    loss buffers      inside the op: a chunk of logits; on a CPU also an fp32 copy of a bf16 head. The logits of backend
+                      "reference" are rehearsed, and so are part of the working set
 
 Activations, working sets and gradients are rehearsed (plan_rehearsal), the others are formulae. A phase's sum is its
 peak, the largest of them the step's. On CPU what the process holds before the model is built comes on top.
@@ -167,6 +168,9 @@ def memory(config: Any, recipe: Recipe, plan: PlanConfig, counts: Counts, device
     trained_bytes = 4 * counts.trained
     nothing = {"activations": 0, "working set": 0, "loss buffers": 0}
     phases[UPDATE] = resident | {"gradients": trained_bytes // shares} | nothing
+    not_held = {"of all tokens": shape.batch * shape.tokens * counts.vocabulary * 4}
+    if recipe.model.backend != "reference":
+        not_held = {"of the response tokens": shape.rows * counts.vocabulary * 4} | not_held
     parts = {name.partition(" ")[2]: size for name, size in rehearsed.items() if name.startswith("part ")}
     return Memory(
         phases,
@@ -175,10 +179,7 @@ def memory(config: Any, recipe: Recipe, plan: PlanConfig, counts: Counts, device
         offloaded=rehearsed.get("offloaded", 0),
         # Those of the counterfactual pass leave autocast's wrapper in fp32.
         hidden_rows=shape.rows * counts.hidden * ((2 if recipe.low_precision else 4) + 4 * bool(shape.tokens_cf)),
-        logits_not_held={
-            "of the response tokens": shape.rows * counts.vocabulary * 4,
-            "of all tokens": shape.batch * shape.tokens * counts.vocabulary * 4,
-        },
+        logits_not_held=not_held,
     )
 
 
@@ -198,17 +199,22 @@ def _resident(counts: Counts, recipe: Recipe, plan: PlanConfig, device: str) -> 
 
 
 def loss_buffers(config: Any, recipe: Recipe, shape: StepShape, counts: Counts, device: str) -> int:
-    """Bytes that fused_perce_loss allocates beside its inputs and outputs."""
+    """Bytes that fused_perce_loss allocates beside its inputs and outputs, as far as they are not rehearsed."""
+    backend = recipe.model.backend
+    if backend == "reference":  # its tensors are plain PyTorch's
+        return 0
     n, d, v = shape.rows, counts.hidden, counts.vocabulary
     softcap = logit_transform(config).softcap is not None
     passes = 2 if shape.tokens_cf else 1
-    if device == "cuda":
+    if backend == "triton" or (backend == "auto" and device == "cuda"):
         return _gpu_loss_buffers(n, d, v, 2 if recipe.low_precision else 4, passes, counts)
     buffers = 1 + softcap
     chunk = min(chunked.chunk_rows(v, torch.float32, buffers), n)
     logits, dhidden = buffers * chunk * v * 4, chunk * d * 4
-    upcast = (v + passes * chunk) * d * 4 if recipe.low_precision else 0  # CPU products have no out_dtype
-    return logits + dhidden + upcast
+    if not recipe.low_precision:
+        return logits + dhidden
+    # CPU products have no out_dtype, so their operands are copied to fp32; on a GPU dz is, to 16 bits.
+    return logits + dhidden + ((v + passes * chunk) * d * 4 if device == "cpu" else chunk * v * 2)
 
 
 def _gpu_loss_buffers(n: int, d: int, v: int, itemsize: int, passes: int, counts: Counts) -> int:
@@ -217,7 +223,7 @@ def _gpu_loss_buffers(n: int, d: int, v: int, itemsize: int, passes: int, counts
     except ImportError as error:
         raise UserError(
             f"--device cuda: its plan asks the Triton backend for its chunk sizes, and cannot import it ({error}). "
-            "Install triton, or plan on the Linux machine that is to train."
+            "Install triton, plan on the Linux machine that is to train, or plan with --backend torch."
         ) from error
     return driver.extra_bytes(
         n, d, v, itemsize, chunk=driver.chunk_rows(d, v, passes, MULTIPROCESSORS), passes=passes, gathered=False,

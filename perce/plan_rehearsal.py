@@ -30,7 +30,7 @@ from perce.memory import enable_checkpointing, prepare_memory
 from perce.model import add_adapter, logit_transform, lora_config
 from perce.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
 from perce.probe import unwrapped
-from perce_kernels import fused_perce_loss
+from perce_kernels import fused_perce_loss, reference
 
 PHASES = ("counterfactual", "persona", "forward", "head", "last layer", "first layer")
 """Of a step before its optimiser update. The last layer is the first whose backward runs; "persona" is the prefill of
@@ -248,16 +248,24 @@ def _step(model: Any, recipe: Recipe, shape: StepShape, live: "_Live") -> None:
     with autocast():
         states = factual()
         live.enter("head")
-        loss: Any = fused_perce_loss(
-            states, head.weight, rows, **source, bias=head.bias, softcap=transform.softcap,
-            logit_scale=transform.logit_scale, num_items=1, backend="torch",
-        )  # fmt: skip
+        loss = _loss(recipe.model.backend, states, head.weight, rows, **source, bias=head.bias, **vars(transform))
     del states, source
     live.enter("last layer")
     loss.backward()
     live.leave()
     for handle in handles:
         handle.remove()
+
+
+def _loss(backend: str, states: Tensor, weight: Tensor, rows: Tensor, **options: Any) -> Any:
+    """The op as one operator, whose inside plan_memory has formulae for; or all tensors of backend "reference", without
+    its check of the targets, which needs their values."""
+    if backend != "reference":
+        return fused_perce_loss(states, weight, rows, num_items=1, backend="torch", **options)
+    if torch.is_autocast_enabled("cpu"):
+        states, weight = states.bfloat16(), weight.bfloat16()
+    with torch.autocast("cpu", enabled=False):
+        return reference.fused_perce_loss(states, weight, rows, reduction="sum", **options)[0]
 
 
 @torch.no_grad()

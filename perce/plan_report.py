@@ -30,7 +30,7 @@ def print_plan(result: Result) -> None:
 
 def _header(result: Result) -> list[str]:
     config, counts = result.config, result.plan.counts
-    plan, memory, lora = config.plan, config.memory, config.model.lora_r
+    plan, memory, lora, backend = config.plan, config.memory, config.model.lora_r, config.model.backend
     persona = plan.context - plan.query - plan.response
     method = f"LoRA r {lora}" if lora else "all weights"
     tokens = f"{persona:,} persona, {plan.query:,} query, {plan.response:,} response"
@@ -45,7 +45,8 @@ def _header(result: Result) -> list[str]:
         f"step   {accumulation(plan)} forwards of {plan.per_device_train_batch_size} × {plan.context:,} tokens "
         f"({tokens}), {plan.objective} objective, "
         f"activation checkpointing {'on' if plan.activation_checkpointing else 'off'}{options}",
-        f"device {result.device}{f' × {plan.devices}, sharding {plan.sharding}' if plan.devices > 1 else ''}",
+        f"device {result.device}{f' × {plan.devices}, sharding {plan.sharding}' if plan.devices > 1 else ''}"
+        f"{'' if backend == 'auto' else f', backend {backend}'}",
     ]
 
 

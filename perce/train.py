@@ -199,7 +199,7 @@ def last_checkpoint(config: TrainConfig, output_dir: Path) -> str:
     """The latest whole checkpoint; UserError if there is none, or it is of another model than is asked for now."""
     saved = read_yaml(str(output_dir / CONFIG_NAME))
     for name, now in vars(config.model).items():
-        if saved.get(name, now) != now and name not in ("precision", "attn_implementation"):
+        if saved.get(name, now) != now and name not in ("precision", "attn_implementation", "backend"):
             raise UserError(
                 f"--resume: {name} is {now!r} now and was {saved[name]!r} when the run began. Leave it as it was, or "
                 "start a new run."
@@ -237,6 +237,7 @@ def training_arguments(config: TrainConfig) -> PerceArguments:
         "warmup_steps": run.warmup_steps,
         "tokens_per_batch": run.tokens_per_batch,
         "packing": run.packing,
+        "backend": config.model.backend,
         "per_device_eval_batch_size": run.per_device_train_batch_size or SEQUENCES_A_STEP,
         "eval_on_start": not run.resume,
         "eval_strategy": "steps" if run.eval_steps else "epoch",

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from perce.batch import Batch, collate
 from perce.checkpoints import resume_point, save_whole
-from perce.checks import check_hooks, check_vocabulary, warn_of_dropout
+from perce.checks import check_backend, check_hooks, check_vocabulary, warn_of_dropout
 from perce.config import DataConfig, LossConfig, MemoryConfig
 from perce.dataset import rows_dataset_pairs
 from perce.errors import UserError
@@ -49,6 +49,8 @@ class PerceArguments(TrainingArguments):
     """Padded tokens of a forward, instead of per_device_train_batch_size sequences; see perce.sampler."""
     packing: bool = False
     """Sequences one after the other in a single row, for flash or flex attention on a GPU."""
+    backend: str = "auto"
+    """Of fused_perce_loss; "auto" becomes the one that PERCE_BACKEND names, if any."""
 
     def __post_init__(self) -> None:
         check_parallelism(self)
@@ -70,6 +72,7 @@ class PerceArguments(TrainingArguments):
         self.ddp_find_unused_parameters = False
         super().__post_init__()
         settle_device(self, self.memory)
+        self.backend = check_backend(self.backend, self.device)
         if self.n_gpu > 1:
             raise UserError(
                 f"{self.n_gpu} GPUs are visible to one process. Start one process a GPU (torchrun --nproc_per_node "
@@ -114,7 +117,7 @@ class PerceTrainer(Trainer):
         tokenizer = processing_class or load_tokenizer(name)
         if isinstance(model, str):  # not in the checkpoint's own type: weights that are trained in bf16 hardly move
             model = load_pretrained(model, dtype=torch.bfloat16 if args.bf16 and peft_config else torch.float32)
-        prepared = prepare_model(model)
+        prepared = prepare_model(model, args.backend)
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
         self._tokenizer = tokenizer

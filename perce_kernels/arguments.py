@@ -52,12 +52,8 @@ class Rows:
     """Which rows of a call are computed: those with a target (one host sync), or with compact=False all (none)."""
 
     def __init__(self, call: Call):
-        target, ignore_index, v = call.target, call.ignore_index, call.vocab_size
-        if target.device.type == "cpu":
-            check_target(target, v, ignore_index)
-        else:
-            fine = (target == ignore_index) | (target >= 0) & (target < v)
-            torch._assert_async(fine.all(), f"target: an id lies outside [0, {v}) and is not ignore_index")
+        target, ignore_index = call.target, call.ignore_index
+        check_target(target, call.vocab_size, ignore_index)
         self.n = target.shape[0]
         self.target = target.contiguous()  # (n,) of the computed rows
         self.index: Tensor | None = None  # (n,) their places, where some are left out
@@ -75,9 +71,12 @@ class Rows:
 
 
 def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """ValueError for the first id outside the vocabulary that is not ignore_index."""
+    """ValueError for the first id outside the vocabulary that is not ignore_index; where nobody can wait for it, on a
+    GPU and in a compiled graph, an assertion on the device."""
     outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
-    if outside.any():
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~outside.any(), f"target: an id lies outside [0, {vocab_size}) and is not ignore_index")
+    elif outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(
             f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(target[row])} "

@@ -1,6 +1,7 @@
 """The public op: check the arguments, choose a backend, and apply what is a scalar outside the sweep."""
 
 import math
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 BACKENDS = ("auto", "triton", "torch", "reference")
+VARIABLE = "PERCE_BACKEND"
+"""The environment variable that chooses the backend of calls with backend="auto"."""
 
 
 class PerCEStats(NamedTuple):
@@ -83,7 +86,8 @@ def fused_perce_loss(
             is the same on every rank, upstream gradients and the choice of what trains included; so are the results.
             hidden's gradient is complete on every rank, lm_head's and bias's are those of its own rows.
         backend: "triton" (CUDA, ROCm), "torch" (chunked, any device), "reference" (materialises the logits;
-            differentiable twice), or "auto": Triton on a GPU it supports, else torch. One that is named runs or raises.
+            differentiable twice), or "auto": the one that PERCE_BACKEND in the environment names (torch.compile reads
+            it when it traces), else Triton on a GPU it supports, else torch. One that is named runs or raises.
         return_stats: also return PerCEStats.
 
     Returns:
@@ -93,8 +97,8 @@ def fused_perce_loss(
         ValueError: a wrong shape, dtype, device, option or out-of-range target, naming the argument.
         RuntimeError: a second-order gradient through the fused backends.
     """
-    _check_options(contrast=contrast, normalize=normalize, reduction=reduction, backend=backend)
-    _check_backend(backend, hidden, group)
+    _check_options(contrast=contrast, normalize=normalize, reduction=reduction)
+    backend = resolve_backend(backend, hidden.device, group)
     hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
     _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
     _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id)
@@ -109,10 +113,11 @@ def fused_perce_loss(
     }  # fmt: skip
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
-        loss, logp, logp_cf, weight = reference.fused_perce_loss(
-            hidden, lm_head, target, hidden_cf, logp_cf=logp_cf, token_weight=token_weight, normalize=normalize,
-            seq_id=seq_id, reduction="none", **head, **clip,
-        )  # fmt: skip
+        with torch.autocast(hidden.device.type, enabled=False):  # its products would be rounded to the autocast dtype
+            loss, logp, logp_cf, weight = reference.fused_perce_loss(
+                hidden, lm_head, target, hidden_cf, logp_cf=logp_cf, token_weight=token_weight, normalize=normalize,
+                seq_id=seq_id, reduction="none", **head, **clip,
+            )  # fmt: skip
         loss = loss if reduction == "none" else loss.sum()
     elif reduction == "none" or normalize == "sequence":
         loss, logp, logp_cf, weight = _per_token_loss(
@@ -165,21 +170,39 @@ def token_logprobs(
     Raises:
         ValueError, RuntimeError: as `fused_perce_loss`.
     """
-    _check_options(backend=backend)
-    _check_backend(backend, hidden, group)
+    backend = resolve_backend(backend, hidden.device, group)
     hidden, lm_head, _, bias = _autocast(hidden, lm_head, None, bias)
     _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
     shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
-        logp, entropy = reference.token_logprobs(
-            hidden, lm_head, target, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            logp, entropy = reference.token_logprobs(
+                hidden, lm_head, target, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
+            )
     else:
         logp, entropy = ops.token_logprobs(
             hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend, *shard
         )
     return (logp, entropy.detach()) if return_entropy else logp
+
+
+def resolve_backend(backend: str, device: torch.device, group: Any = None) -> str:
+    """`backend`, or where that is "auto", the one that PERCE_BACKEND names, if any.
+
+    Raises:
+        ValueError: it is unknown, or cannot run on this device or with this group; names whichever of the two said it.
+    """
+    name = "backend"
+    if backend == "auto" and (chosen := os.environ.get(VARIABLE)):
+        name, backend = VARIABLE, chosen
+    if backend not in BACKENDS:
+        raise ValueError(f"{name}: expected one of {_quoted(BACKENDS)}, got {backend!r}")
+    if backend == "reference" and group is not None:
+        raise ValueError(f'{name}: expected "triton", "torch" or "auto" with a group, got "reference"')
+    if backend == "triton" and (needed := ops.triton_needs(device)):
+        raise ValueError(f'{name}: expected {needed} for "triton", got {device}')
+    return backend
 
 
 def _per_token_loss(
@@ -218,19 +241,14 @@ def _check_options(**options: str) -> None:
         "contrast": ("log", "ratio"),
         "normalize": ("none", "batch", "sequence"),
         "reduction": ("mean", "sum", "none"),
-        "backend": BACKENDS,
     }
     for name, value in options.items():
         if value not in allowed[name]:
-            expected = ", ".join(f'"{choice}"' for choice in allowed[name])
-            raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+            raise ValueError(f"{name}: expected one of {_quoted(allowed[name])}, got {value!r}")
 
 
-def _check_backend(backend: str, hidden: Tensor, group: Any) -> None:
-    if backend == "reference" and group is not None:
-        raise ValueError('backend: expected "triton", "torch" or "auto" with a group, got "reference"')
-    if backend == "triton" and (needed := ops.triton_needs(hidden.device)):
-        raise ValueError(f'backend: expected {needed} for "triton", got {hidden.device}')
+def _quoted(choices: tuple[str, ...]) -> str:
+    return ", ".join(f'"{choice}"' for choice in choices)
 
 
 def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group) -> None:

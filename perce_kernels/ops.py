@@ -9,6 +9,7 @@ A process group passes through a schema by its name: `group`, with this rank's `
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HIGHER_ORDER = (
     "perce_kernels: higher-order gradients (create_graph=True) are not supported by the fused op; "
     "use backend='reference', which is plain autograd"
+)
+WAY_AROUND = (
+    'Backend "torch" computes the same without the Triton kernels: --backend torch on a command line, '
+    "PERCE_BACKEND=torch in the environment."
 )
 
 
@@ -45,6 +50,22 @@ def _implementation(backend: str, device: torch.device) -> ModuleType:
     if backend == "auto" and not tiles.is_supported(device):
         return chunked
     return driver
+
+
+def _compute(function: str, backend: str, call: Call, *arguments: Any) -> Any:
+    """What the backend's function returns. Autocast, which stays on inside a custom op's body, is off in it; an error
+    of the Triton backend ends with WAY_AROUND."""
+    module = None
+    with torch.autocast(call.hidden.device.type, enabled=False):
+        try:
+            module = _implementation(backend, call.hidden.device)
+            return getattr(module, function)(call, *arguments)
+        except (ValueError, torch.OutOfMemoryError):  # the caller's mistakes; and what torch has advice for
+            raise
+        except Exception as error:  # kernels fail to compile, to load or to launch, each with an exception of its own
+            if module is chunked:
+                raise
+            raise RuntimeError(f'backend "triton": {type(error).__name__}: {error}\n{WAY_AROUND}') from error
 
 
 @torch.library.custom_op("perce::fused_perce_loss", mutates_args=())
@@ -76,9 +97,7 @@ def fused_perce_loss(
     call = Call(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, shard)
     weighting = Weighting(hidden_cf, logp_cf, token_weight, Contrasting(contrast, clip_min, clip_max))
     needed = Needed(need_dhidden, need_dlm_head, need_dbias)
-    with torch.autocast(hidden.device.type, enabled=False):  # autocast stays on inside a custom op's body
-        output = _implementation(backend, hidden.device).fused_perce_loss(call, weighting, needed)
-    return tuple(output)  # type: ignore[return-value]
+    return tuple(_compute("fused_perce_loss", backend, call, weighting, needed))  # type: ignore[return-value]
 
 
 @fused_perce_loss.register_fake
@@ -138,8 +157,7 @@ def token_logprobs(
     """((N,) log-probabilities, (N,) entropies or (0,)); see chunked.token_logprobs."""
     shard = vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head)
     call = Call(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, shard)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _implementation(backend, hidden.device).token_logprobs(call, return_entropy)
+    return _compute("token_logprobs", backend, call, return_entropy)
 
 
 @token_logprobs.register_fake

@@ -9,6 +9,7 @@ from hypothesis import settings
 # Before anything imports Triton, or perce_kernels, which both read it once. torch alone does not import Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.pop("PERCE_BACKEND", None)  # the developer's own choice is not what is tested
 
 from perce_kernels import chunked, row_pass
 

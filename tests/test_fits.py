@@ -162,3 +162,15 @@ def test_planned_options_are_valid_for_any_pair(setting):
     for persona, query, response in [(0, 1, 30), (1, 1, 1), (5, 1, 200)]:
         plan = largest_step(config, args, SimpleNamespace(train=Dataset.from_list([pair(persona, query, response)])))
         assert isinstance(plan, PlanConfig)
+
+
+def test_the_backend_of_the_run_is_planned(setting, monkeypatch):
+    planned = []
+    memory = fits.memory
+    monkeypatch.setattr(
+        fits, "memory", lambda config, recipe, *rest: planned.append(recipe) or memory(config, recipe, *rest)
+    )
+    monkeypatch.setenv("PERCE_BACKEND", "reference")
+    assert check_fits(*setting()) is None
+    assert check_fits(*setting(backend="torch")) is None
+    assert [recipe.model.backend for recipe in planned] == ["reference", "torch"]

@@ -15,7 +15,7 @@ from perce import plan as command
 from perce.config import ModelConfig
 from perce.memory import enable_checkpointing
 from perce.model import add_adapter, lora_config, prepare_model
-from perce.plan import Config, estimate, largest, largest_context
+from perce.plan import Config, estimate, largest, largest_context, variants
 from perce.plan_config import PlanConfig
 from perce.plan_memory import UPDATE, count, loss_buffers, shape_of
 from perce.plan_rehearsal import Recipe, StepShape, cut, rehearse, rehearse_depth
@@ -128,6 +128,34 @@ def test_loss_buffers_follow_the_op():
 
     size = loss_buffers(config, recipe, shape, counts, "cuda")
     assert driver.LOGITS_BYTES / 2 < size < driver.LOGITS_BYTES + 2 * 4000 * 32 * 4
+
+
+def test_the_torch_backend_on_a_gpu_holds_chunks_as_on_a_cpu():
+    config = tiny_model("llama", vocab_size=49152).config
+    recipe, shape = Recipe(replace(FULL, backend="torch"), False, False), StepShape(1, 5000, 500, 4000, False)
+    counts, chunk = count(config, recipe), 64 * 2**20 // (49152 * 4)
+    assert loss_buffers(config, recipe, shape, counts, "cuda") == chunk * (49152 + 32) * 4
+    low = loss_buffers(config, replace(recipe, low_precision=True), shape, counts, "cuda")
+    assert low == chunk * (49152 + 32) * 4 + chunk * 49152 * 2, "dz in 16 bits beside the logits"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_reference_holds_logits_of_the_response(precision):
+    """The formula's own tensors: exp, products and log-probabilities of the response tokens, all at once."""
+    config = tiny_model("llama", vocab_size=9000).config
+    plan = PlanConfig(context=300, query=20, response=200, gradient_accumulation_steps=1, device="cuda")
+
+    def planned(backend):
+        model = replace(LORA, backend=backend, precision=precision)
+        return Config(model, plan), estimate(config, Config(model, plan), "cpu").memory
+
+    logits = 200 * 9000 * 4
+    (named, held), (_, chunks) = planned("reference"), planned("torch")
+    assert 4 * logits < held.phases["head"]["working set"] < 4.6 * logits > chunks.peak
+    assert held.phases["last layer"]["activations"] > logits, "what its backward needs"
+    assert held.phases["head"]["loss buffers"] == 0 < chunks.phases["head"]["loss buffers"]
+    assert set(held.logits_not_held) == {"of all tokens"}
+    assert "--backend torch" in dict(variants(named, "cuda"))
 
 
 @pytest.mark.slow

@@ -84,6 +84,7 @@ def test_nothing_fits(train, tmp_path):
         ("--clip_max=inf", ["clip_max", "finite"]),
         ("--clip_max=nan", ["clip_max", "nan"]),
         ("--precision=fp8", ["precision", "auto, fp32, bf16"]),
+        ("--backend=cuda", ["backend", "auto, triton, torch, reference"]),
         ("--lora_dropout=1.5", ["lora_dropout"]),
         ("--chat_template_kwargs={", ["chat_template_kwargs", "JSON"]),
         ("--columns=persona", ["columns"]),
