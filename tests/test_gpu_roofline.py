@@ -13,9 +13,9 @@ from benchmarks.gpu.roofline import H100, H200, Gpu, Work, predict, work
 from benchmarks.gpu.sizes import SIZES, Size
 from perce_kernels import ops
 from perce_kernels.gpu import driver, row_loss, stored_rows, tiles
-from tests.driver import CHUNK, several_chunks, watching  # noqa: F401  fixtures
+from tests.driver import CHUNK, watching  # noqa: F401  a fixture
 
-pytestmark = pytest.mark.usefixtures("interpreter_rounds", "several_chunks")
+pytestmark = pytest.mark.usefixtures("interpreter_rounds")
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks into Triton's interpreter, or at the CPU's operators")
 SIZE = Size(8, 16, 1024)  # V is a multiple of the pitch: no bytes between the rows
 NEEDED = {"trainable": (True, True, False), "frozen": (True, False, False)}
@@ -23,7 +23,8 @@ NEEDED = {"trainable": (True, True, False), "frozen": (True, False, False)}
 
 @pytest.fixture
 def use(monkeypatch):
-    """Switches the op to one of its ways."""
+    """Switches the op to one of its ways, in several chunks."""
+    monkeypatch.setattr(driver, "chunk_rows", lambda *_: CHUNK)
 
     def switch(way: str) -> None:
         monkeypatch.setattr(tiles, "TABLE", [row._replace(in_use=way == "stored") for row in tiles.TABLE])
