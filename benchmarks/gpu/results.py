@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ Line = dict[str, Any]
 class Results:
     """Lines by key, and their file in `directory`, of the command's name."""
 
-    def __init__(self, command: str, directory: Path, say: Callable[[str], object] = print):
+    def __init__(self, command: str, directory: Path, say: Callable[[str], object] = partial(print, flush=True)):
         self.path, self.say = directory / f"{command}.json", say
         self.log = directory / f"{command}.log"  # what the processes say on standard error
         self.started = time.monotonic()
