@@ -11,7 +11,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ Line = dict[str, Any]
 class Results:
     """Lines by key, and their file in `directory`, of the command's name."""
 
-    def __init__(self, command: str, directory: Path, say: Callable[[str], object] = partial(print, flush=True)):
-        self.path, self.say = directory / f"{command}.json", say
+    def __init__(self, command: str, directory: Path, say: Callable[[str], object] | None = None):
+        self.path = directory / f"{command}.json"
+        self.say = say or (lambda line: print(line, flush=True))
         self.log = directory / f"{command}.log"  # what the processes say on standard error
         self.started = time.monotonic()
         self.lock = threading.Lock()  # stages may run at once
