@@ -1,0 +1,27 @@
+"""The commit that was measured."""
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COMMIT = "PERCE_COMMIT"  # environment variable: names the commit where the files were copied without their repository
+
+
+def commit(root: Path = ROOT) -> str | None:
+    """The first 12 digits, and "-dirty" if tracked files were changed (those in benchmarks/results do not count).
+
+    Where root is no repository, the value of $PERCE_COMMIT, and None without it.
+    """
+    if not (root / ".git").exists():
+        return os.environ.get(COMMIT) or None
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or another user's files
+        return os.environ.get(COMMIT) or None
+    return f"{head}-dirty" if changed else head
