@@ -1,4 +1,4 @@
-# make setup | train | test | check | format | aot | bench | gpu-a | gpu-b | wheels | clean
+# make setup | train | test | slow | check | format | aot | bench | gpu-a | gpu-b | wheels | clean
 # PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
 # make gpu-a and gpu-b install nothing: they run in .venv (VENV=...) where that is, else with PYTHON as it is; WHEELS="dir …"
 # holds what `make wheels` collected, RESULTS=dir takes what they found.
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format aot bench gpu-a gpu-b wheels clean
+.PHONY: help setup train test slow check format aot bench gpu-a gpu-b wheels clean
 
 WHEELS ?=
 RESULTS ?= benchmarks/results/gpu
@@ -21,6 +21,7 @@ help:
 	@echo "make setup    a virtual environment in $(VENV) with everything the tests need"
 	@echo "make train    train the default small model on the built-in examples (CPU or GPU, minutes)"
 	@echo "make test     run the tests"
+	@echo "make slow     run all slow tests and benchmarks, and write what came to benchmarks/results/slow.json (50 minutes)"
 	@echo "make check    lint, formatting and types"
 	@echo "make format   apply the formatter and the safe lint fixes"
 	@echo "make aot      compile the GPU kernels without a GPU: registers, spills, shared memory"
@@ -44,6 +45,11 @@ train: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests $(ARGS)
+
+# Tests first, then benchmarks; failures end nothing, and the status is theirs. The file is rewritten after every test.
+slow: $(STAMP)
+	$(BIN)/python -m pytest tests benchmarks -m "slow and not gpu" --benchmark-enable -p benchmarks.slow_record \
+		--record benchmarks/results/slow.json --continue-on-collection-errors -rf $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

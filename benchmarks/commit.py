@@ -1,21 +1,27 @@
-"""The commit that is measured."""
+"""The commit that was measured."""
 
 import os
 import subprocess
 from pathlib import Path
 
-VARIABLE = "PERCE_COMMIT"
+ROOT = Path(__file__).parents[1]
+COMMIT = "PERCE_COMMIT"  # environment variable: names the commit where the files were copied without their repository
 
 
-def commit() -> str | None:
-    """Of $PERCE_COMMIT, which a working tree that came without its repository needs, or of git; "-dirty" if changed."""
-    if given := os.environ.get(VARIABLE):
-        return given
-    command = ("git", "describe", "--always", "--dirty", "--abbrev=12")
+def commit(root: Path = ROOT) -> str | None:
+    """The first 12 digits, and "-dirty" if tracked files were changed (those in benchmarks/results do not count).
+
+    Where root is no repository, the value of $PERCE_COMMIT, and None without it.
+    """
+    if not (root / ".git").exists():
+        return os.environ.get(COMMIT) or None
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
+        head = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or another user's files
+        return os.environ.get(COMMIT) or None
+    return f"{head}-dirty" if changed else head

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.table RESULTS.json …`: the README's tables, from what `--benchmark-json` wrote on a CPU.
+"""`python -m benchmarks.table RESULTS.json …`: the README's tables, from what `--benchmark-json` or `make slow` wrote.
 
 Or from what `make gpu-a` and `make gpu-b` wrote on a GPU, both files at once; without them, the GPU's tables say "not
-measured".
+measured". On a CPU, benchmarks that were not run, or failed before they had their numbers, have no row.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.gpu.tables import report
 
 NAMES = {"perce": "**perce**", "compiled": "torch.compile(naive)", "linear_cross_entropy": "F.linear_cross_entropy"}
+NOT_MEASURED = "not measured"
 
 
 def times(entries: list[dict[str, Any]]) -> Iterator[str]:
@@ -58,8 +59,8 @@ def contexts(entries: list[dict[str, Any]]) -> Iterator[str]:
     if columns:
         yield f"| MiB of a step, persona of | {' | '.join(str(c['persona_tokens']) for c in columns)} |"
         yield "| --- |" + " --- |" * len(columns)
-        for way in columns[0]["peak_extra_mib"]:
-            yield f"| {way} | {' | '.join(str(c['peak_extra_mib'].get(way, 'not measured')) for c in columns)} |"
+        for way in dict.fromkeys(way for c in columns for way in c["peak_extra_mib"]):
+            yield f"| {way} | {' | '.join(str(c['peak_extra_mib'].get(way, NOT_MEASURED)) for c in columns)} |"
 
 
 def trainers(entries: list[dict[str, Any]]) -> Iterator[str]:
@@ -68,11 +69,13 @@ def trainers(entries: list[dict[str, Any]]) -> Iterator[str]:
     if columns:
         yield f"| MiB (tokens/s) of a step, persona of | {' | '.join(str(c['persona_tokens']) for c in columns)} |"
         yield "| --- |" + " --- |" * len(columns)
-        for way in columns[0]["peak_extra_mib"]:
+        for way in dict.fromkeys(way for c in columns for way in [*c["peak_extra_mib"], *c["out_of_memory"]]):
             cells = [
                 f"{c['peak_extra_mib'][way]} ({c['tokens_per_second'][way]})"
                 if way in c["peak_extra_mib"]
                 else "out of memory"
+                if way in c["out_of_memory"]
+                else NOT_MEASURED
                 for c in columns
             ]
             yield f"| {way} | {' | '.join(cells)} |"
@@ -101,6 +104,18 @@ def plans(entries: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| {match[1]} | {sizes} | {extra['step_seconds'] / extra['least_seconds']:.1f} |"
 
 
+def measured(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The benchmarks that have their numbers, each as {"name", "stats", "extra_info"}."""
+    if "tests" in results:  # written by make slow
+        passed = {name: test for name, test in results["tests"].items() if test["outcome"] == "passed"}
+        return [
+            {"name": name.partition("::")[2], "stats": test["benchmark"], "extra_info": test["benchmark"]["extra_info"]}
+            for name, test in passed.items()
+            if "benchmark" in test
+        ]
+    return [entry for entry in results["benchmarks"] if entry["extra_info"].keys() - {"torch", "threads"}]
+
+
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
@@ -109,9 +124,15 @@ def main() -> None:
         print(report(files))
         return
     results = files[0]
-    entries, extra = results["benchmarks"], results["benchmarks"][0]["extra_info"]
-    cpu = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
-    print(f"{cpu}, {extra['threads']} threads, torch {extra['torch']}, {results['datetime'][:10]}.")
+    entries = measured(results)
+    if not entries:
+        sys.exit(f"benchmarks.table: expected benchmarks in {sys.argv[1]}, found none with numbers")
+    if "tests" in results:
+        cpu, date = results["cpu"], results["date"]
+    else:
+        cpu, date = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU"), results["datetime"]
+    extra = entries[0]["extra_info"]
+    print(f"{cpu}, {extra['threads']} threads, torch {extra['torch']}, {date[:10]}.")
     for table in (times, memory, steps, contexts, trainers, overheads, plans):
         if len(rows := list(table(entries))) > 1:
             print("", *rows, sep="\n")
