@@ -229,14 +229,20 @@ class NoDevice:
 def without_device(arch: str, built: Callable[[str], object] = lambda _: None) -> None:
     """From now on launchers run on CPU tensors as if on `arch`, up to each launch; what they pass is compiled.
 
-    Where nothing ran there may be NaN, which no product here minds. `built` is told kernel and shared memory.
+    Where nothing ran there may be NaN, which no product here minds.
     """
     from triton.runtime import driver as active
-    from triton.runtime.jit import JITFunction
 
     NoDevice.target = GPUTarget("cuda", int(arch[3:]), 32)
     active.set_active(NoDevice())
     tiles.architecture = lambda device: arch
+    compile_only(built)
+
+
+def compile_only(built: Callable[[str], object] = lambda _: None) -> None:
+    """From now on launchers compile what they would launch. `built` is told kernel and shared memory."""
+    from triton.runtime.jit import JITFunction
+
     run = JITFunction.run
 
     def build(self, *args, grid, warmup, **options):

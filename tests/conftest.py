@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config, items):
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-            if case is not None and max(case.v * case.d, case.n * case.v) > 2e9:
+            if case is not None and max(case.v * case.d, case.n * case.v) > 6e8:
                 item.add_marker(pytest.mark.xdist_group("large"))
 
 

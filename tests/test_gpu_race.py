@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from benchmarks import implementations
-from benchmarks.gpu import child as children
 from benchmarks.gpu import clock, peers, race
 from benchmarks.gpu.child import Child, Dead, Request, Unable
 from benchmarks.gpu.peers import PEERS, Implementation, composed
@@ -26,7 +25,7 @@ def one_small_size(monkeypatch):
     monkeypatch.setattr(clock.HostClock, "free", lambda _: None)  # a garbage collection for every peer
 
 
-def raced(*names: str, heads=HEADS, seconds: float = 60.0, lost=None, finished=()) -> dict[str, dict]:
+def raced(*names: str, heads=HEADS, seconds: float = 60.0, lost=None, finished=(), **options) -> dict[str, dict]:
     """Lines of the stage in this process, by what follows the stage's name; the last ones count."""
     lines: dict[str, dict] = {}
 
@@ -34,8 +33,8 @@ def raced(*names: str, heads=HEADS, seconds: float = 60.0, lost=None, finished=(
         if "line" in event:
             lines[event.pop("line").removeprefix("peers/").replace(f"{SIZE}/", "")] = event
 
-    options = {"peers": list(names), "heads": list(heads), "rounds": 2, "side": 16}
-    race.stage(Child(Request("peers", seconds, "cpu", list(finished), lost or {}, options), say))
+    options = {"peers": list(names), "heads": list(heads), "rounds": 2, "side": 16} | options
+    race.stage(Child(Request("peers", seconds, "cpu", finished=list(finished), lost=lost or {}, options=options), say))
     return lines
 
 
@@ -76,6 +75,29 @@ def test_no_time_means_the_first_peer_alone(monkeypatch):
     lines = raced("fake_right", "fake_inaccurate")
     assert lines["frozen/fake_right"]["seconds"] > 0 and lines["frozen/fake_inaccurate"]["reason"] == NO_TIME
     assert raced("fake_right", seconds=-1.0) == {f"{head}/race": {"reason": NO_TIME} for head in HEADS}
+
+
+def test_a_reference_that_fails_is_a_line_and_the_next_race_begins(monkeypatch):
+    def broken(size, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(race, "reference_of", broken)
+    expected = {f"{head}/reference": {"reason": "out of memory"} for head in HEADS}
+    assert raced("fake_right") == expected
+    monkeypatch.undo()
+    monkeypatch.setattr(Request, "sizes", (SIZE,))
+    lost = {f"peers/trainable/{SIZE}/reference": "it crashed"}
+    assert {key.partition("/")[0] for key in raced("fake_right", lost=lost)} == {"frozen"}
+
+
+def test_fewer_rows_may_be_compared(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(race, "reference_of", lambda size, device: sizes.append(size) or race.Reference.of(
+        implementations.make_inputs(*size, torch.bfloat16)
+    ))  # fmt: skip
+    lines = raced("fake_right", heads=["frozen"], checked_rows=5)
+    assert sizes == [SIZE._replace(n=5)] and lines["frozen/fake_right"]["correct"]
+    assert "fake_right" in lines["frozen/race"]["rounds"][-1]
 
 
 def test_what_was_lost_or_finished_before_is_left_out():
@@ -220,6 +242,9 @@ class FakeCuda:
         if self.dead:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    def _sleep(self, cycles):
+        self.asked.append("sleep")
+
     def empty_cache(self):
         self.synchronize()
 
@@ -244,15 +269,8 @@ def test_the_cuda_clock(monkeypatch):
 
     assert watch.seconds(run, lambda: setattr(cuda, "now", 40.0)) == pytest.approx(0.003)
     assert watch.peak_extra_bytes(run) == 2 and "reset" in cuda.asked
+    assert cuda.asked.count("sleep") == 1, "before the events of a timing alone"
     assert watch.is_alive()
     cuda.dead = True
     watch.free()
     assert not watch.is_alive()
-
-
-def test_the_machine(monkeypatch):
-    properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=1, multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    found = children.machine("cuda")
-    assert found["device"] == "NVIDIA H100" and found["capability"] == [9, 0] and found["multiprocessors"] == 132
-    assert torch.__version__.startswith(found["packages"]["torch"].split("+")[0])

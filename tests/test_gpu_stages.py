@@ -10,14 +10,14 @@ pytest.importorskip("triton")
 from benchmarks.gpu import command, compare, decide, parts, steps, suite, training, wheels
 from benchmarks.gpu import compile as compilation
 from benchmarks.gpu.child import Child, Request, Unable, machine
-from benchmarks.gpu.results import NO_TIME, Results
+from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import SIZES, TINY
 from perce_kernels.gpu import driver, tiles
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
 
 
-def lines_of(stage, name: str, *, seconds: float = 120.0, finished=(), **options) -> dict[str, dict]:
+def lines_of(stage, name: str, *, seconds: float = 120.0, finished=(), lost=(), **options) -> dict[str, dict]:
     """What a stage says in this process, by what follows its name."""
     found: dict[str, dict] = {}
 
@@ -25,7 +25,7 @@ def lines_of(stage, name: str, *, seconds: float = 120.0, finished=(), **options
         if "line" in event:
             found[event.pop("line").removeprefix(f"{name}/")] = event
 
-    stage(Child(Request(name, seconds, "cpu", list(finished), options=options), say))
+    stage(Child(Request(name, seconds, "cpu", finished=list(finished), lost=dict(lost), options=options), say))
     return found
 
 
@@ -89,9 +89,9 @@ def test_budgets_change_the_drivers_chunks_and_are_put_back(monkeypatch):
 
 
 @on_cpu
-def test_no_time_is_a_line(monkeypatch):
+def test_no_time_begins_nothing():
     found = lines_of(parts.stage, "check", seconds=-1.0, what="check")
-    assert set(map(str, (line["reason"] for line in found.values()))) == {NO_TIME}
+    assert not found, "the supervisor says it of the whole stage"
 
 
 def test_what_is_compiled_is_what_is_launched():
@@ -130,6 +130,13 @@ def test_steps_of_a_model_with_random_weights(monkeypatch):
     assert found["perce/96/plan"]["planned_flop"] > found["ce/96/plan"]["planned_flop"]
 
 
+@pytest.mark.slow
+def test_steps_go_on_after_a_crash(monkeypatch):
+    monkeypatch.setattr(steps, "CONTEXTS", {"cpu": (64,)})
+    found = lines_of(steps.stage, "steps", finished=["steps/perce/64/plan"], lost={"steps/perce/64": "it crashed"})
+    assert "perce/64" not in found and found["ce/64"]["seconds"] > 0
+
+
 def test_steps_without_the_training_layers_needs_say_which(monkeypatch):
     def missing(*_):
         raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
@@ -154,10 +161,10 @@ def test_a_run_that_differs_is_said_to():
 
 
 def test_a_run_that_fails_gives_its_last_words():
-    process = training.start("tests.fake_stage")
-    process.stdin = None
+    process = training.Run("tests.fake_stage")
     with pytest.raises(Unable, match=r"ended with 1: .*JSONDecodeError"):
-        training.outcome(process)
+        process.check()
+    assert process.has_ended
 
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
@@ -251,7 +258,7 @@ def test_the_machine(monkeypatch):
 
     properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=1, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setenv("PERCE_COMMIT", "0123456789ab")
+    monkeypatch.setattr("benchmarks.gpu.child.commit", lambda: "0123456789ab")
     found = machine("cuda")
     assert found["device"] == "NVIDIA H100" and found["capability"] == [9, 0] and found["multiprocessors"] == 132
     assert found["commit"] == "0123456789ab"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.results import NO_TIME, SCHEMA, Results, short
-from benchmarks.gpu.supervise import Stage, environment, run
+from benchmarks.gpu.supervise import Stage, environment, run, says_less
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +56,7 @@ def test_the_end_of_the_time_keeps_what_there_is(results):
     run(stages, results, "cpu")
     lines = saved(results)["lines"]
     assert lines["a/1"] == {"value": 0} and lines["a/2"] == {"reason": NO_TIME} and "b/1" not in lines
-    assert "stages/b" in lines
+    assert lines["b/process"] == {"reason": NO_TIME} and "stages/b" in lines
 
 
 def test_time_that_runs_out_in_a_later_round_takes_nothing_away(results):
@@ -80,6 +80,13 @@ def test_the_next_rows_processes_wait_for_their_turn(results):
     keys = list(saved(results)["lines"])
     assert keys == ["a/0", "a/1", "a/2", "stages/a", "b/1", "stages/b"]
     assert saved(results)["lines"]["stages/b"]["seconds"] < saved(results)["lines"]["stages/a"]["seconds"]
+
+
+def test_no_measurement_is_replaced_by_less():
+    rounds = {"rounds": [1, 2]}
+    assert says_less({"reason": NO_TIME}, {"seconds": 1.0}) and says_less({"rounds": [1]}, rounds)
+    assert not says_less({"reason": "it crashed"}, {"seconds": 1.0}) and not says_less({"rounds": [1, 2, 3]}, rounds)
+    assert not says_less({"reason": NO_TIME}, None) and not says_less({"seconds": 1.0}, {"reason": NO_TIME})
 
 
 def test_a_line_that_was_seen_is_in_the_file(tmp_path):

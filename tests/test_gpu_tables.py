@@ -112,6 +112,12 @@ def test_tables_without_results(tmp_path, monkeypatch, capsys):
     assert "| **perce** | not measured | not measured | not measured | not measured |" in text.splitlines()
 
 
+def test_a_race_without_rounds_has_a_reason_only():
+    lines = SECOND | {f"peers/trainable/{SIZE}/race": {"reason": NO_TIME}}
+    tree = {"schema": 2, "command": "gpu_b", "machine": MACHINE, "lines": lines}
+    assert entry(lines, "trainable", SIZE, "naive").seconds is None and "not measured" in report([tree])
+
+
 def test_a_command_that_was_cut_off_at_once():
     tree = {"schema": 2, "command": "gpu_a", "machine": {}, "lines": {}}
     assert report([tree]).startswith("gpu_a: no process of it started.")

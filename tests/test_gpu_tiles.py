@@ -61,6 +61,13 @@ def test_a_tile_that_is_wrong_or_breaks_is_a_line_with_the_reason(monkeypatch):
     monkeypatch.setattr(clock.HostClock, "is_alive", lambda _: False)
     with pytest.raises(SystemExit, match="the device is lost"):
         tile_search.main(["lse_gemm", "4", "16", "65"])
+    monkeypatch.setattr(clock.HostClock, "is_alive", lambda _: True)
+    monkeypatch.setattr(tile_search, "candidates", lambda *_: (broken, wrong))
+    monkeypatch.setattr(tiles, "TABLE", [tiles.Row("lse_gemm", tiles.INTERPRETER, tiles.HALF, None, broken)])
+    found = said_by("lse_gemm")
+    assert [line["reason"] for line in found.values() if "reason" in line] == ["RuntimeError: out of resources"]
+    assert list(found) == [f"{place}/operands"], "a shipped tile that fails is a line of its own"
+    assert said_by("lse_gemm", lost={f"{place}/operands": "it crashed"}) == {}
 
 
 @pytest.mark.parametrize("arch", sorted(tiles.SHARED_MEMORY_LIMIT))

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ PACKAGES = (
 )  # fmt: skip
 
 PR_SET_PDEATHSIG = 1
+T = TypeVar("T")
 
 
 class Unable(Exception):
@@ -54,6 +55,8 @@ class Request:
     seconds: float
     """Time for all of it; what would begin later is left out."""
     device: str = "cuda"
+    tell_machine: bool = True
+    """Whether hardware and versions are not known yet."""
     finished: list[str] = field(default_factory=list)
     """Keys of an earlier process of this stage, which crashed or hung on another one."""
     lost: dict[str, str] = field(default_factory=dict)
@@ -133,6 +136,18 @@ class Child:
             self.line(key, reason=NO_TIME)
         return not self.out_of_time
 
+    def prepared(self, key: str, make: Callable[[], T]) -> T | None:
+        """What `make` returns, which several lines share; None, and a reason said, where it fails or failed before."""
+        if key in self.request.finished or key in self.request.lost or self.out_of_time:
+            return None
+        self.begin(key)
+        made: list[T] = []
+        outcome = self.attempt(lambda: made.append(make()) or {})
+        if made:
+            return made[0]
+        self.line(key, **outcome)
+        return None
+
     def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """The line that `run` returns, said; None, and a reason said, where there is none."""
         if not self.wants(key):
@@ -160,22 +175,36 @@ class Child:
 
 
 def is_asked() -> bool:
-    """Whether this process is one of a stage: its one argument is "-"."""
-    return sys.argv[1:] == ["-"]
+    """Whether this process is one of a stage: its arguments are "-" and the device."""
+    return sys.argv[1:2] == ["-"]
+
+
+def die_with_parent() -> None:
+    """No process outlives the one that started it, and so none a command that was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def warm_up(device: str) -> None:
+    """The first seconds of a process on a GPU: its context, and cuBLAS."""
+    if device == "cuda":
+        x = torch.zeros(64, 64, device=device, dtype=torch.bfloat16)
+        torch.mm(x, x).sum().item()
 
 
 def main(stage: Callable[[Child], object], doc: str | None, prepare: Callable[[], object] = lambda: None) -> None:
     """A stage's command: reads a Request as JSON from standard input, once `prepare` is done."""
     if not is_asked():
         sys.exit(doc)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no process outlives a command that was killed
+    die_with_parent()
     prepare()
+    warm_up(sys.argv[2])
     request = Request(**json.loads(sys.stdin.read()))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not come between the lines
     child = Child(request, lambda event: print(json.dumps(event), file=out, flush=True))
-    child.say({"machine": machine(request.device)})
+    if request.tell_machine:
+        child.say({"machine": machine(request.device)})
     try:
         stage(child)
     except Dead as reason:

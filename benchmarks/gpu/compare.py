@@ -1,8 +1,8 @@
 """The second command on a GPU: the op beside its peers, and its tests. At most 390 seconds.
 
     peers          all that need no CuTe DSL, trainable head at all sizes, then frozen; each timed in turn with ours
-    quack          in a process of its own: it patches CuTe's classes
-    liger_cutedsl  likewise; both may take two minutes to compile
+    quack          at two sizes, in a process of its own: it patches CuTe's classes
+    liger_cutedsl  likewise; both compile for long, and may be silent for two minutes if the time allows
     tests          the GPU backend's, in six processes, interrupted at the end of the time
 
 Every line is in RESULTS/gpu_b.json before it is printed. `--device cpu`: see decide.py.
@@ -28,14 +28,15 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
     race = "benchmarks.gpu.race"
     others = [name for name in PEERS if not any(name in peers for peers in CUTE.values())]
     tests = {"files": TINY_FILES, "workers": 2} if tiny else {"workers": WORKERS}
+    both = {"heads": ["trainable"], "sizes": 2} | side
     cute = [
-        [Stage(name, race, until, 120, options={"peers": ["perce", *peers], "heads": ["trainable"], **side})]
-        for (name, peers), until in zip(CUTE.items(), (230, 280), strict=True)
+        [Stage(name, race, until, 120, options={"peers": ["perce", *peers]} | both)]
+        for (name, peers), until in zip(CUTE.items(), (225, 270), strict=True)
     ]
     return [
-        [Stage("peers", race, 180, 45, options={"peers": [*others, *fakes], "heads": list(HEADS), **side})],
+        [Stage("peers", race, 160, 45, options={"peers": [*others, *fakes], "heads": list(HEADS), **side})],
         *cute,
-        [Stage("tests", "benchmarks.gpu.suite", 385, 90, grace=20, options=tests)],
+        [Stage("tests", "benchmarks.gpu.suite", 388, 90, grace=18, options=tests)],
     ]
 
 

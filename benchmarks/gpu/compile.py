@@ -18,7 +18,7 @@ from multiprocessing import get_context
 import torch
 
 from benchmarks.gpu import child as children
-from benchmarks.gpu.child import Child
+from benchmarks.gpu.child import Child, die_with_parent
 from benchmarks.gpu.peers import PEERS, WAY_PEERS
 from benchmarks.gpu.sizes import Size
 from benchmarks.gpu.tiles import SUBJECTS, candidates, named, shipping
@@ -47,8 +47,10 @@ def compile_one(job: tuple[str, str, Size], arch: str, device: str) -> float:
     name, tile_name, size = job
     started = time.perf_counter()
     if not tile_name:
-        inputs = make_inputs(*size, torch.bfloat16, device)
-        step(PEERS[name].load().loss, inputs)
+        inputs, implementation = make_inputs(*size, torch.bfloat16, device), PEERS[name].load()
+        step(implementation.loss, inputs)
+        with torch.no_grad():
+            implementation.pir(*inputs)
         for return_entropy in (False, True):
             token_logprobs(*inputs[:3], backend="triton", return_entropy=return_entropy)
     else:
@@ -69,7 +71,7 @@ def compile_all(child: Child) -> None:
     arch = tiles.architecture(torch.device(device))
     on_gpu = device == "cuda"
     workers = min(WORKERS, os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _only_compile, (on_gpu,)) as pool:
         tasks = {
             pool.submit(compile_one, job, arch, device): job for job in jobs(arch, SHAPES if on_gpu else TINY_SHAPES)
         }
@@ -77,6 +79,15 @@ def compile_all(child: Child) -> None:
             name, tile, size = tasks[task]
             key = f"{child.request.stage}/{name}/{tile or 'op'}/{size}"
             child.line(key, **child.attempt(lambda task=task: {"seconds": task.result()}))
+
+
+def _only_compile(on_gpu: bool) -> None:
+    """Launchers compile and do not launch: a kernel that faults would take its process with it."""
+    die_with_parent()
+    if on_gpu:
+        from tests.aot import compile_only
+
+        compile_only()
 
 
 def ahead(arch: str, workers: int) -> None:

@@ -20,7 +20,8 @@ from benchmarks.gpu.peers import WAY_PEERS
 from benchmarks.gpu.roofline import HEADS
 from benchmarks.gpu.supervise import Stage
 
-KERNELS = ("store_gemm", "row_loss", "lse_gemm", "stored_rows")
+KERNELS = ("row_loss", "store_gemm", "lse_gemm", "stored_rows")
+CHECKED_ROWS = 512  # of the ways, which `check` has compared already
 ROUNDS = 4  # of the ways: two implementations of ours differ less than others'
 
 
@@ -30,15 +31,20 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
     fakes: made-up peers, to try the harness.
     """
     side = {} if device == "cuda" else {"side": 16}
-    ways = {"peers": [*WAY_PEERS.values(), *fakes], "heads": list(HEADS), "rounds": ROUNDS}
+    ways = {
+        "peers": [*WAY_PEERS.values(), *fakes],
+        "heads": list(HEADS),
+        "rounds": ROUNDS,
+        "checked_rows": CHECKED_ROWS,
+    }
     module = "benchmarks.gpu."
     return [
         [Stage("train", f"{module}training", 50, inf), Stage("compile", f"{module}compile", 50, inf)],
-        [Stage("check", f"{module}parts", 65, options={"what": "check"})],
-        [Stage("parts", f"{module}parts", 100, options={"what": "parts", **side})],
-        [Stage("ways", f"{module}race", 138, options=ways | side)],
-        [Stage("tiles", f"{module}tiles", 155, options={"kernels": KERNELS, "sizes": 2})],
-        [Stage("budgets", f"{module}parts", 170, options={"what": "budgets"})],
+        [Stage("check", f"{module}parts", 62, options={"what": "check"})],
+        [Stage("parts", f"{module}parts", 90, options={"what": "parts", **side})],
+        [Stage("ways", f"{module}race", 125, options=ways | side)],
+        [Stage("tiles", f"{module}tiles", 144, options={"kernels": KERNELS, "sizes": 2})],
+        [Stage("budgets", f"{module}parts", 166, options={"what": "budgets"})],
         [Stage("steps", f"{module}steps", 228, inf, grace=2)],
     ]
 

@@ -18,13 +18,23 @@ from benchmarks.gpu import child as children
 from benchmarks.gpu import roofline
 from benchmarks.gpu.child import Child
 from benchmarks.gpu.peers import PEERS, WAY_PEERS
-from benchmarks.gpu.race import DTYPE, Reference, ceilings, clear, probes, what_is_wrong
+from benchmarks.gpu.race import (
+    DTYPE,
+    PIR_ERROR,
+    SIDE,
+    Inputs,
+    Reference,
+    ceilings,
+    clear,
+    probes,
+    what_is_wrong,
+)  # fmt: skip
 from benchmarks.gpu.roofline import Gpu, Work
 from benchmarks.gpu.sizes import Size
 from benchmarks.gpu.tiles import SUBJECTS
 from benchmarks.implementations import make_inputs, step
 from perce_kernels import token_logprobs
-from perce_kernels.gpu import driver, lse_gemm, steps
+from perce_kernels.gpu import driver, lse_gemm, row_loss, steps
 
 CHECKED_ROWS = 512
 DW_ROWS = (1024, 2048, 4096)
@@ -44,50 +54,65 @@ class Timing(NamedTuple):
 
 def check(child: Child) -> None:
     """Loss, PIR and gradients of every way at the first two sizes."""
-    device = child.request.device
+    device, stage = child.request.device, child.request.stage
     for size in child.request.sizes[:2]:
-        inputs = make_inputs(min(size.n, CHECKED_ROWS), size.d, size.v, DTYPE, device)
-        child.begin(f"{child.request.stage}/{size}/reference")
-        reference = Reference.of(inputs)
+
+        def make(size: Size = size) -> tuple[Inputs, Reference]:
+            inputs = make_inputs(min(size.n, CHECKED_ROWS), size.d, size.v, DTYPE, device)
+            return inputs, Reference.of(inputs)
+
+        prepared = child.prepared(f"{stage}/{size}/reference", make)
+        if prepared is None:
+            continue
+        inputs, reference = prepared
         for way, peer in WAY_PEERS.items():
 
             def compared(peer: str = peer, inputs=inputs, reference=reference) -> dict[str, Any]:
                 implementation = PEERS[peer].load()
                 errors = reference.errors(implementation, step(implementation.loss, inputs), inputs)
                 wrong = what_is_wrong(errors)
-                return {"errors": errors} | ({"reason": wrong} if wrong else {})
+                return {"errors": errors, "correct": errors["pir"] <= PIR_ERROR} | ({"reason": wrong} if wrong else {})
 
-            child.measured(f"{child.request.stage}/{size}/{way}", compared)
+            child.measured(f"{stage}/{size}/{way}", compared)
             clear(inputs)
 
 
+def pitched(rows: int, v: int, device: str) -> Tensor:
+    """(rows, V) gradients of logits as the driver's products read them: over fp32 rows of its pitch."""
+    z = torch.empty((rows, steps.pitch(v)), device=device)
+    return row_loss.overlay(z, v, DTYPE).normal_()
+
+
+def timing_of(part: str, run: Callable[[], object], flop: float, moved: float, gpu: Gpu) -> Timing:
+    """Of one of cuBLAS's products."""
+    work = Work(flop, moved)
+    return Timing(run, roofline.product_seconds(part, work, gpu), work=work)
+
+
 def of_a_chunk(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
-    """The products of one chunk, both passes, as the driver calls them."""
+    """The products of one chunk, both passes, as the driver calls them; and logits in 16 bits for comparison."""
     _, d, v = size
     c = roofline.chunk_of(size, gpu)
     hidden, lm_head, _, hidden_cf = (x.detach() for x in make_inputs(c, d, v, DTYPE, device))
     both = torch.cat([hidden, hidden_cf])
-    pitched = both.new_empty((2 * c, steps.pitch(v)), dtype=torch.float32)
+    logits = both.new_empty((2 * c, steps.pitch(v)), dtype=torch.float32)[:, :v]
     narrow = both.new_empty((2 * c, v))
-    dz, dh = both.new_zeros((c, v)).normal_(), both.new_empty((c, d), dtype=torch.float32)
-    head_bytes = d * v * 2
+    dz, dh = pitched(c, v, device), both.new_empty((c, d), dtype=torch.float32)
+    factors = 2 * d * v + 4 * c * d
 
-    def product(part: str, run: Callable[[], object], flop: float, moved: float) -> Timing:
-        work = Work(flop, moved)
-        return Timing(run, roofline.product_seconds(part, work, gpu), work=work)
-
-    def to_bf16() -> None:
+    def to_16_bits() -> None:
         if device == "cuda":
             torch.mm(both, lm_head.T, out=narrow)
         else:
             narrow.copy_(both.float() @ lm_head.float().T)
 
+    flop = 4 * c * d * v
     return {
-        "mm to 16 bits": product("logits", to_bf16, 4 * c * d * v, 4 * c * v + head_bytes),
-        "mm to fp32": product(
-            "logits", lambda: steps.product(both, lm_head.T, pitched[:, :v]), 4 * c * d * v, 8 * c * v + head_bytes
+        "mm to 16 bits": timing_of("logits", to_16_bits, flop, 4 * c * v + factors, gpu),
+        "mm to fp32": timing_of(
+            "logits", partial(steps.product, both, lm_head.T, logits), flop, 8 * c * v + factors, gpu
         ),
-        "dh": product("dh", lambda: steps.product(dz, lm_head, dh), 2 * c * d * v, 2 * c * v + head_bytes + 4 * c * d),
+        "dh": timing_of("dh", partial(steps.product, dz, lm_head, dh), flop / 2, 2 * c * v + factors, gpu),
     }
 
 
@@ -95,15 +120,12 @@ def of_dw(size: Size, device: str, gpu: Gpu, rows: int) -> dict[str, Timing]:
     """dW of so many tokens, the first time and added to what is there."""
     _, d, v = size
     rows = rows if device == "cuda" else min(rows, size.n)
-    dz = torch.randn((rows, v), device=device).to(DTYPE)
-    hidden = torch.randn((rows, d), device=device).to(DTYPE)
+    dz, hidden = pitched(rows, v, device), torch.randn((rows, d), device=device).to(DTYPE)
     out = torch.zeros((v, d), device=device)
 
     def timing(add: bool) -> Timing:
-        work = Work(2 * rows * d * v, 2 * rows * (v + d) + (1 + add) * 4 * d * v)
-        return Timing(
-            partial(steps.product, dz.T, hidden, out, add=add), roofline.product_seconds("dW", work, gpu), work=work
-        )
+        run = partial(steps.product, dz.T, hidden, out, add=add)
+        return timing_of("dW", run, 2 * rows * d * v, 2 * rows * (v + d) + (1 + add) * 4 * d * v, gpu)
 
     return {f"dW of {rows}": timing(False), f"dW of {rows}, added": timing(True)}
 
@@ -131,20 +153,15 @@ def of_the_rest(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
     maxima = torch.randn((triton.cdiv(v, roofline.STORED_TILE), 2 * c), device=device)
     sums = torch.rand_like(maxima)
     target = torch.zeros(2 * c, dtype=torch.int64, device=device)
-    logits, *outs = (torch.zeros(2 * c, device=device) for _ in range(4))
+    outs = {name: torch.zeros(2 * c, device=device) for name in ("logp", "row_max", "total", "z_target")}
+    rows = lse_gemm.Statistics(**outs, entropy=None, moment=None, tile_max=maxima, tile_columns=roofline.STORED_TILE)
     gradient = torch.zeros((v, d), device=device)
     scaled = torch.empty_like(gradient, dtype=DTYPE)
     upstream = torch.ones((), device=device)
 
-    def combine() -> None:
-        lse_gemm.combine_kernel[(triton.cdiv(2 * c, lse_gemm.BLOCK_COMBINE),)](
-            maxima, sums, None, logits, target, *outs, None, None, 2 * c, maxima.shape[0], -100,
-            HAS_ENTROPY=False, BLOCK=lse_gemm.BLOCK_COMBINE, num_warps=4,
-        )  # fmt: skip
-
     moved = 6 * d * v
     return {
-        "combine": Timing(combine, gpu.combine),
+        "combine": Timing(partial(lse_gemm.combine, rows, sums, None, target, -100), gpu.combine),
         "scaling of dW": Timing(
             lambda: torch.mul(gradient, upstream, out=scaled), moved / (gpu.bandwidth * roofline.SCALING),
             work=Work(0, moved),
@@ -153,50 +170,59 @@ def of_the_rest(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
 
 
 def measured(child: Child, timing: Timing) -> dict[str, Any]:
-    seconds = [child.clock.seconds(timing.run, timing.setup) for _ in range(REPETITIONS + 1)][1:]
-    found: dict[str, Any] = {"seconds": median(seconds), "fastest": min(seconds), "predicted": timing.predicted}
+    seconds = median([child.clock.seconds(timing.run, timing.setup) for _ in range(REPETITIONS + 1)][1:])
+    found: dict[str, Any] = {"seconds": seconds, "predicted": timing.predicted}
     if timing.work is not None and timing.work.flop:
-        found["tflops"] = timing.work.flop / median(seconds) / 1e12
+        found["tflops"] = timing.work.flop / seconds / 1e12
     elif timing.work is not None:
-        found["bandwidth"] = timing.work.bytes / median(seconds)
+        found["bandwidth"] = timing.work.bytes / seconds
     return found
 
 
+Groups = dict[str, Callable[[], dict[str, Timing]]]
+
+
+def groups_of(size: Size, device: str, gpu: Gpu) -> Groups:
+    """Parts by the operands that they share."""
+    return {
+        "products": partial(of_a_chunk, size, device, gpu),
+        **{f"dW of {rows}": partial(of_dw, size, device, gpu, rows) for rows in DW_ROWS},
+        "kernels": partial(of_kernels, size, device, gpu),
+        "the rest": partial(of_the_rest, size, device, gpu),
+    }
+
+
 def parts(child: Child) -> None:
-    """Ceilings, then every part at every size."""
+    """Ceilings, then every part at every size; cuBLAS's kernels by name last, as a profiler slows what follows it."""
     device, stage = child.request.device, child.request.stage
-    side = child.request.options.get("side", 8192)
-    runs = probes(side, device)
-    rounds = [{name: child.clock.seconds(run) for name, run in runs.items()} for _ in range(3)]
-    found = ceilings(rounds, side)
+    side = child.request.options.get("side", SIDE)
+    runs = child.prepared(f"{stage}/probes", partial(probes, side, device))
+    if runs is None:
+        return
+    found = ceilings([{name: child.clock.seconds(run) for name, run in runs.items()} for _ in range(3)], side)
     child.line(f"{stage}/ceilings", **found, partial=True)
     del runs
-    gpu = Gpu(found["matmul_flops"], found["bandwidth"], multiprocessors=driver._multiprocessors(torch.device(device)))
-    for index, size in enumerate(child.request.sizes):
-        groups: dict[str, Callable[[], dict[str, Timing]]] = {
-            "products": partial(of_a_chunk, size, device, gpu),
-            **{f"dW of {rows}": partial(of_dw, size, device, gpu, rows) for rows in DW_ROWS},
-            "kernels": partial(of_kernels, size, device, gpu),
-            "the rest": partial(of_the_rest, size, device, gpu),
-        }
-        for group, make in groups.items():
-            a_group(child, f"{stage}/{size}", group, make, named=index < 2)
+    gpu = roofline.measured_gpu(**found, device=torch.cuda.get_device_name() if device == "cuda" else "")
+    for size in child.request.sizes:
+        for group, make in groups_of(size, device, gpu).items():
+            a_group(child, f"{stage}/{size}", group, make)
             child.clock.free()
         child.measured(f"{stage}/{size}/token_logprobs", lambda size=size: logprobs(child, size))
+    for size in child.request.sizes[:2]:
+        for group in ("products", f"dW of {DW_ROWS[1]}"):
+            make = groups_of(size, device, gpu)[group]
+            child.measured(f"{stage}/{size}/names of {group}", lambda make=make: names_of_kernels(make()))
+            child.clock.free()
 
 
-def a_group(child: Child, place: str, group: str, make: Callable[[], dict[str, Timing]], named: bool) -> None:
-    """Parts that share their operands; named: also which kernels they are."""
-    if not child.wants(f"{place}/operands of {group}"):
-        return
-    child.begin(f"{place}/operands of {group}")
-    timings: dict[str, Timing] = {}
-    outcome = child.attempt(lambda: timings.update(make()) or {})
-    for name, timing in timings.items():
-        child.measured(f"{place}/{name}", lambda timing=timing: measured(child, timing))
-    if named and timings:
-        child.measured(f"{place}/names of {group}", lambda: names_of_kernels(timings))
-    child.line(f"{place}/operands of {group}", timed=len(timings), **outcome)
+def a_group(child: Child, place: str, group: str, make: Callable[[], dict[str, Timing]]) -> None:
+    """Parts that share their operands."""
+    operands = f"{place}/operands of {group}"
+    timings = child.prepared(operands, make)
+    if timings is not None:
+        for name, timing in timings.items():
+            child.measured(f"{place}/{name}", lambda timing=timing: measured(child, timing))
+        child.line(operands, parts=len(timings))
 
 
 def names_of_kernels(timings: dict[str, Timing]) -> dict[str, Any]:
@@ -244,27 +270,28 @@ def budgets(child: Child) -> None:
     device, stage = child.request.device, child.request.stage
     first, second, *others = child.request.sizes
     for size in (second, first, *others):  # the largest vocabulary asks most for large chunks
-        keys = {(way, gib): f"{stage}/{size}/{way}/{gib} GiB" for way in WAY_PEERS for gib in BUDGETS}
-        if not any(child.wants(key) for key in keys.values()):
+        operands = f"{stage}/{size}/operands"
+        inputs = child.prepared(operands, lambda size=size: make_inputs(*size, DTYPE, device))
+        if inputs is None:
             continue
-        inputs = make_inputs(*size, DTYPE, device)
-        for (way, gib), key in keys.items():
-            child.measured(
-                key, lambda way=way, gib=gib, inputs=inputs, size=size: budget(child, size, inputs, way, gib)
-            )
-            clear(inputs)
-            child.clock.free()
+        for way in WAY_PEERS:
+            for gib in BUDGETS[1::2] if [size] == others[-1:] else BUDGETS:  # the last size takes long
+                key = f"{stage}/{size}/{way}/{gib} GiB"
+                child.measured(key, partial(by_budget, child, size, inputs, way, gib))
+                clear(inputs)
+                child.clock.free()
+        child.line(operands, ways=len(WAY_PEERS))
 
 
-def budget(child: Child, size: Size, inputs: tuple[Tensor, ...], way: str, gib: int) -> dict[str, Any]:
+def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> dict[str, Any]:
     run, shipped, wanted = PEERS[WAY_PEERS[way]].load().loss, driver.LOGITS_BYTES, gib * 2**30
     gpu = Gpu(multiprocessors=driver._multiprocessors(inputs[0].device))
     driver.LOGITS_BYTES = wanted
     try:
-        seconds = [child.clock.seconds(lambda: step(run, inputs)) for _ in range(4)][1:]
+        seconds = [child.clock.seconds(lambda: step(run, inputs)) for _ in range(3)][1:]
     finally:
         driver.LOGITS_BYTES = shipped
-    return {"seconds": median(seconds), "rows": roofline.chunk_of(size, gpu, wanted), "shipped": wanted == shipped}
+    return {"seconds": min(seconds), "rows": roofline.chunk_of(size, gpu, wanted), "shipped": wanted == shipped}
 
 
 def stage(child: Child) -> None:

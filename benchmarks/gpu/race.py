@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from benchmarks.gpu.child import Child
 from benchmarks.gpu.clock import HostClock
 from benchmarks.gpu.peers import Implementation, Peer, find_peer
 from benchmarks.gpu.results import NO_TIME
+from benchmarks.gpu.roofline import predict
 from benchmarks.gpu.sizes import Size
 from benchmarks.implementations import make_inputs, step
 
@@ -33,10 +34,12 @@ PIR_ERROR = 1e-3
 LOSS_ERROR, GRADIENT_ERROR = 0.01, 0.1
 """Beyond these (relative; of a gradient, ‖error‖/‖gradient‖) a peer computes something else."""
 SAMPLE = 1024  # rows of each gradient that are compared
-LONG_STEP = 1.5  # seconds; shorter ones are timed twice
+LONG_STEP = 0.2  # seconds; shorter ones are timed twice
 DTYPE = torch.bfloat16
 PROBES = 60  # products and copies in a row: some 0.1 s of an H100, so that its clock is that of work that goes on
 ROUNDS = 7
+SIDE = 8192  # of the product that is the ceiling
+FP64_FLOPS = 40e12  # assumed of an H100's fp64 products, of which the reference is made; its data sheet says 67
 PREPARATION = 0.7  # of a race's time; the rest is for rounds
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -148,44 +151,61 @@ def timed(clock: HostClock, run: Callable[[], object]) -> float:
     return seconds if seconds > LONG_STEP else clock.seconds(run)
 
 
+class Prepared(NamedTuple):
+    """What the peers of a race share."""
+
+    inputs: Inputs
+    checked: Inputs
+    """Those that a peer is compared with the reference on: the same, or fewer rows."""
+    reference: Reference
+    ceiling: dict[str, Callable[[], None]]
+
+
 class Race:
     """One size with one head."""
 
     def __init__(self, child: Child, head: str, size: Size, until: float):
         self.child, self.until, self.place = child, until, f"{child.request.stage}/{head}/{size}"
-        options, device = child.request.options, child.request.device
-        self.side, self.rounds_wanted = options.get("side", 8192), options.get("rounds", ROUNDS)
-        self.size, self.device, self.head = size, device, head
+        options = child.request.options
+        self.side, self.rounds_wanted = options.get("side", SIDE), options.get("rounds", ROUNDS)
+        self.checked_size = size._replace(n=min(size.n, options.get("checked_rows", size.n)))
+        self.size, self.device, self.head = size, child.request.device, head
         self.ready: dict[str, Callable[[], object]] = {}
         self.rounds: list[dict[str, float]] = []
 
     def key(self, name: str) -> str:
         return f"{self.place}/{name}"
 
+    def make(self) -> Prepared:
+        inputs = make_inputs(*self.size, DTYPE, self.device)
+        checked = inputs if self.checked_size == self.size else make_inputs(*self.checked_size, DTYPE, self.device)
+        for lm_head in (inputs[1], checked[1]):
+            lm_head.requires_grad_(self.head == "trainable")
+        reference = reference_of(self.checked_size, self.device)
+        self.child.clock.free()
+        return Prepared(inputs, checked, reference, probes(self.side, self.device))
+
     def run(self, names: list[str]) -> None:
         """Every peer prepared, then all timed in turn, round after round."""
         if not self.child.wants(self.key("race")):
             return
-        self.child.begin(self.key("reference"))
-        reference = reference_of(self.size, self.device)
-        inputs = make_inputs(*self.size, DTYPE, self.device)
-        inputs[1].requires_grad_(self.head == "trainable")
-        self.child.clock.free()
-        ceiling = probes(self.side, self.device)
-        self.round(ceiling, inputs)
+        prepared = self.child.prepared(self.key("reference"), self.make)
+        if prepared is None:
+            return
+        self.round(prepared)
         prepared_by = time.monotonic() + (self.until - time.monotonic()) * PREPARATION
         for name in names:
-            self.prepare(name, inputs, reference, prepared_by)
+            self.prepare(name, prepared, prepared_by)
         for _ in range(self.rounds_wanted):
             if time.monotonic() > self.until:
                 break
-            self.round(ceiling | self.ready, inputs)
+            self.round(prepared)
         self.say(partial=False)
         self.ready.clear()
-        clear(inputs)
+        clear(prepared.inputs)
         self.child.clock.free()
 
-    def prepare(self, name: str, inputs: Inputs, reference: Reference, prepared_by: float) -> None:
+    def prepare(self, name: str, prepared: Prepared, prepared_by: float) -> None:
         """Load, run, compare, measure memory; a peer that is right is then ready."""
         child, key = self.child, self.key(name)
         if key in child.request.lost:
@@ -199,39 +219,45 @@ class Race:
             return
         child.begin(key)
         peer = find_peer(name)
-        child.line(key, **child.attempt(lambda: self.first_step(peer, inputs, reference)), partial=True)
-        clear(inputs)
+        child.line(key, **child.attempt(lambda: self.first_steps(peer, prepared)), partial=True)
+        clear(prepared.inputs)
         child.clock.free()
 
-    def first_step(self, peer: Peer, inputs: Inputs, reference: Reference) -> dict[str, Any]:
+    def first_steps(self, peer: Peer, prepared: Prepared) -> dict[str, Any]:
+        """One that is compared, and one that tells memory and, should it not come to the rounds, time."""
         implementation = peer.load()
 
         def run() -> Tensor:
             with tf32(peer.tf32):
-                return step(implementation.loss, inputs)
+                return step(implementation.loss, prepared.inputs)
 
-        loss = run()
         with tf32(peer.tf32):
-            errors = reference.errors(implementation, loss, inputs)
-        clear(inputs)
+            loss = step(implementation.loss, prepared.checked)
+            errors = prepared.reference.errors(implementation, loss, prepared.checked)
+        clear(prepared.checked)
         if wrong := what_is_wrong(errors):
             return {"reason": wrong, "errors": errors}
-        peak = self.child.clock.peak_extra_bytes(run)
-        seconds = timed(self.child.clock, run)  # for the case that it does not come to the rounds
+        if prepared.checked is not prepared.inputs:
+            run()
+            clear(prepared.inputs)
+        seconds: list[float] = []
+        peak = self.child.clock.peak_extra_bytes(lambda: seconds.append(self.child.clock.seconds(run)))
         self.ready[peer.name] = run
         correct = errors["pir"] <= PIR_ERROR
-        return {"correct": correct, "errors": errors, "peak_extra_bytes": peak, "seconds": seconds}
+        return {"correct": correct, "errors": errors, "peak_extra_bytes": peak, "seconds": seconds[0]}
 
-    def round(self, runs: dict[str, Callable[[], object]], inputs: Inputs) -> None:
-        seconds: dict[str, float] = {}
-        for name, run in runs.items():
+    def round(self, prepared: Prepared) -> None:
+        """The ceilings and every peer that is ready, once."""
+        clock = self.child.clock
+        seconds = {name: clock.seconds(run) for name, run in prepared.ceiling.items()}
+        for name, run in list(self.ready.items()):
             self.child.begin(self.key(name))
-            outcome = self.child.attempt(lambda run=run: {"seconds": timed(self.child.clock, run)})
-            clear(inputs)
+            outcome = self.child.attempt(lambda run=run: {"seconds": timed(clock, run)})
+            clear(prepared.inputs)
             if "seconds" in outcome:
                 seconds[name] = outcome["seconds"]
             else:
-                self.ready.pop(name, None)
+                self.ready.pop(name)
                 self.child.line(self.key(name), **outcome)
         self.rounds.append(seconds)
         self.say(partial=True)
@@ -240,19 +266,27 @@ class Race:
         self.child.line(self.key("race"), **ceilings(self.rounds, self.side), rounds=self.rounds, partial=partial)
 
 
-def weight(head: str, is_first: bool) -> float:
-    """Of a race in the stage's time: the first one compiles for all, the trainable heads count most."""
-    return (2.0 if head == "trainable" else 1.0) * (1.5 if is_first else 1.0)
+def expected_seconds(head: str, size: Size, peers: int, checked_rows: int) -> float:
+    """Of a race, by which the stage's time is shared out: steps of peers that take twice our time; the reference."""
+    reference = 8 * min(size.n, checked_rows) * size.d * size.v / FP64_FLOPS
+    steps = (ROUNDS + 3) * 2 * peers * sum(predict(size, head=head).values())
+    return steps + (reference if head == "trainable" else 0.0) + 1.0
 
 
 def stage(child: Child) -> None:
-    """All sizes with the first head, then all with the next. Options: peers, heads, rounds, side."""
+    """All sizes with the first head, then all with the next.
+
+    Options: peers, heads, rounds, side (of the product that is a ceiling), sizes (how many), checked_rows (compared
+    with the reference; default all).
+    """
     options = child.request.options
-    races = [(head, size) for head in options["heads"] for size in child.request.sizes]
-    weights = [weight(head, index == 0) for index, (head, _) in enumerate(races)]
+    sizes = child.request.sizes[: options.get("sizes")]
+    races = [(head, size) for head in options["heads"] for size in sizes]
+    peers, rows = len(options["peers"]), options.get("checked_rows", 2**62)
+    expected = [expected_seconds(head, size, peers, rows) for head, size in races]
     for index, (head, size) in enumerate(races):
         now = time.monotonic()
-        share = weights[index] / sum(weights[index:])
+        share = expected[index] / sum(expected[index:])
         Race(child, head, size, now + (child.until - now) * share).run(options["peers"])
 
 

@@ -14,7 +14,7 @@ bf16 product of 8192³, a device-to-device copy). Floor: 8·N·D·V FLOP, 6 with
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from benchmarks.gpu.sizes import SIZES, Size
@@ -63,6 +63,11 @@ class Gpu:
 
 H100 = Gpu()
 H200 = Gpu(flops=788e12, bandwidth=4.3e12, rows=0.78)
+
+
+def measured_gpu(matmul_flops: float, bandwidth: float, device: str = "") -> Gpu:
+    """The GPU of this name at the ceilings that were measured; what was not is guessed as for an H200 or an H100."""
+    return replace(H200 if "H200" in device else H100, flops=matmul_flops, bandwidth=bandwidth)
 
 
 def work(

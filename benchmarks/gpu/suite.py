@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from benchmarks.gpu import child as children
-from benchmarks.gpu.child import Child
+from benchmarks.gpu.child import Child, die_with_parent
 
 ROOT = Path(__file__).parents[2]
 FILES = ("device", "promises", "lse_gemm", "row_loss", "stored", "driver", "cost")
@@ -51,10 +51,14 @@ def stage(child: Child) -> None:
         text=True,
         errors="replace",
         env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},  # what torch's deterministic mode asks for
+        start_new_session=True,
+        preexec_fn=die_with_parent,
     )
     assert process.stdout is not None
     timer = threading.Timer(max(0.0, child.until - time.monotonic()), process.send_signal, [signal.SIGINT])
-    killer = threading.Timer(max(0.0, child.until - time.monotonic()) + PATIENCE, process.kill)
+    killer = threading.Timer(
+        max(0.0, child.until - time.monotonic()) + PATIENCE, os.killpg, [process.pid, signal.SIGKILL]
+    )
     timer.start(), killer.start()
     try:
         for line in process.stdout:

@@ -5,7 +5,7 @@ importing torch and transformers for each of them would take a fifth of the time
 
 A process that crashes, or lets nothing be heard for `patience` seconds, is recorded with the reason at the line that it
 had begun, and followed by another that leaves this line out. A stage ends at the latest `until` seconds after the
-command's start; what one stage leaves is the next one's. Stages of one row run at once.
+command's start; time that it does not need is the next stage's. Stages of one row run at once.
 """
 
 import json
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks.gpu.child import Request
-from benchmarks.gpu.results import NO_TIME, Results
+from benchmarks.gpu.results import NO_TIME, Line, Results
 
 ROOT = Path(__file__).parents[2]
 ATTEMPTS = 6  # processes a stage
@@ -36,7 +36,7 @@ class Stage:
 
     name: str
     module: str
-    """What is run: `python -m MODULE -`, with the request on standard input."""
+    """What is run: `python -m MODULE - DEVICE`, with the request on standard input."""
     until: float
     """Seconds after the command's start."""
     patience: float = 30.0
@@ -59,7 +59,7 @@ class Process:
     def __init__(self, stage: Stage, device: str):
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
         self.popen = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", stage.module, "-"], cwd=ROOT, stdin=subprocess.PIPE,
+            [sys.executable, "-W", "ignore", "-m", stage.module, "-", device], cwd=ROOT, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.stderr, text=True, encoding="utf-8", start_new_session=True,
             env=environment(device),
         )  # fmt: skip
@@ -106,6 +106,15 @@ class Ending:
     """The line that it had begun and not finished."""
     reason: str | None = None
     """None if it came to its end."""
+    first_line: float | None = None
+    """When it was heard."""
+
+
+def says_less(line: Line, known: Line | None) -> bool:
+    """Whether a line would take away what an earlier process measured: it had no time, or fewer rounds."""
+    if known is None or "reason" in known:
+        return False
+    return line.get("reason") == NO_TIME or len(line.get("rounds", [])) < len(known.get("rounds", []))
 
 
 def run_once(stage: Stage, process: Process, request: Request, results: Results, deadline: float) -> Ending:
@@ -126,14 +135,17 @@ def run_once(stage: Stage, process: Process, request: Request, results: Results,
                 return ending
             event = json.loads(text)
             if "done" in event:
-                return Ending()
+                ending.begun = None
+                return ending
             if "begin" in event:
                 ending.begun = event["begin"]
             elif "machine" in event:
                 results.take_machine(event["machine"])
             else:
                 key, partial = event.pop("line"), event.pop("partial", False)
-                results.put(key, **event)
+                if not says_less(event, results.lines.get(key)):
+                    results.put(key, **event)
+                ending.first_line = ending.first_line or time.monotonic()
                 if not partial:
                     request.finished.append(key)
                 ending.begun = None
@@ -144,13 +156,16 @@ def run_once(stage: Stage, process: Process, request: Request, results: Results,
 
 def run_stage(stage: Stage, process: Process, results: Results, device: str) -> None:
     """A stage to its end, or to the end of its time, however many lines fail on the way."""
-    deadline, began = results.started + stage.until, time.monotonic()
-    request = Request(stage.name, 0.0, device, options=stage.options)
+    deadline, began, heard = results.started + stage.until, time.monotonic(), None
+    request = Request(stage.name, 0.0, device, not results.tree["machine"], options=stage.options)
     for attempt in range(ATTEMPTS):
         request.seconds = deadline - stage.grace - time.monotonic()
         if request.seconds <= 0:
+            if attempt == 0:
+                results.put(f"{stage.name}/process", reason=NO_TIME)
             break
         ending = run_once(stage, process if attempt == 0 else Process(stage, device), request, results, deadline)
+        heard = heard or ending.first_line
         if ending.reason is None:
             break
         key = ending.begun or f"{stage.name}/process"
@@ -163,7 +178,8 @@ def run_stage(stage: Stage, process: Process, results: Results, device: str) -> 
             break  # it does not even start
         request.lost[key] = ending.reason
     process.stop()
-    results.put(f"stages/{stage.name}", seconds=round(time.monotonic() - began, 2))
+    spent = {"seconds": time.monotonic() - began} | ({"until_first_line": heard - began} if heard else {})
+    results.put(f"stages/{stage.name}", **{name: round(seconds, 2) for name, seconds in spent.items()})
 
 
 def run(rows: list[list[Stage]], results: Results, device: str = "cuda") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.peers import PEERS, WAY_PEERS
 from benchmarks.gpu.results import NO_TIME
-from benchmarks.gpu.roofline import FLOOR_FLOP, HEADS, WAYS, Gpu, floor_seconds, predict
+from benchmarks.gpu.roofline import FLOOR_FLOP, H100, HEADS, WAYS, Gpu, floor_seconds, measured_gpu, predict
 from benchmarks.gpu.sizes import SIZES, Size
 
 NOT_MEASURED = "not measured"
@@ -54,7 +54,7 @@ def entry(lines: Lines, head: str, size: Size, peer: str) -> Entry | None:
         if line is None or (found is not None and (peer in WAY_PEERS.values() and stage != "peers")):
             continue
         here = Entry(line)
-        if race is not None and "reason" not in line:
+        if race is not None and "rounds" in race and "reason" not in line:
             times = [seconds[peer] for seconds in race["rounds"] if peer in seconds]
             here.seconds = median(times) if times else line["seconds"]
             here.floor = FLOOR_FLOP[head] * size.n * size.d * size.v / race["matmul_flops"]
@@ -123,23 +123,23 @@ def ceilings(lines: Lines) -> Iterator[str]:
         yield f"| {_name(size)} | {' | '.join(cells)} |"
 
 
-def ways(lines: Lines) -> Iterator[str]:
+def ways(lines: Lines, device: str = "") -> Iterator[str]:
     """The loss each way, measured beside predicted: by the ceilings of the same run where there is one."""
     yield "| N × D × V, trainable head | way | measured, ms (÷ floor) | predicted, ms (÷ floor) |"
     yield "| --- | --- | --- | --- |"
     for size in sizes_of(lines):
         for way, title in WAYS.items():
             found = entry(lines, "trainable", size, WAY_PEERS[way])
-            gpu = _gpu(lines)
+            gpu = _gpu(lines, device)
             seconds = sum(predict(size, way, gpu=gpu).values())
             predicted = f"{1000 * seconds:.1f} ({seconds / floor_seconds(size, 'trainable', gpu):.2f})"
             yield f"| {_name(size)} | {title} | {_text(_time, found)} | {predicted} |"
 
 
-def _gpu(lines: Lines) -> Gpu:
-    """The rates of the machine of these lines, else those of the table in roofline.py."""
-    found = lines.get("parts/ceilings")
-    return Gpu() if found is None else Gpu(found["matmul_flops"], found["bandwidth"])
+def _gpu(lines: Lines, device: str) -> Gpu:
+    """At the ceilings of these lines, else those that roofline.py begins with."""
+    found = lines.get("parts/ceilings", {"reason": None})
+    return H100 if "reason" in found else measured_gpu(found["matmul_flops"], found["bandwidth"], device)
 
 
 def parts(lines: Lines) -> Iterator[str]:
@@ -245,7 +245,7 @@ def report(trees: list[dict[str, Any]]) -> str:
     """Everything that the files say together, as Markdown."""
     lines: Lines = {key: line for tree in trees for key, line in tree["lines"].items()}
     tables = (
-        ways(lines),
+        ways(lines, trees[0]["machine"].get("device", "") if trees else ""),
         by_peer(lines, "trainable head, ms (÷ floor)", "trainable", _time),
         by_peer(lines, "frozen head, ms (÷ floor)", "frozen", _time),
         by_peer(lines, "peak extra memory, GiB, trainable", "trainable", _memory),

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -217,14 +218,15 @@ def stage(child: Child) -> None:
         for size in child.request.sizes[: options["sizes"]]:
             keys = {f"{child.request.stage}/{kernel}/{size}/{named(tile)}": tile
                     for tile in candidates(kernel, arch, dtype)}  # fmt: skip
-            if not any(child.wants(key) for key in keys):
+            operands = f"{child.request.stage}/{kernel}/{size}/operands"
+            contest = child.prepared(operands, partial(Contest, kernel, size, dtype, device))
+            if contest is None:
                 continue
-            child.begin(f"{child.request.stage}/{kernel}/{size}/operands")
-            contest = Contest(kernel, size, dtype, device)
             for key, tile in keys.items():
                 child.measured(key, lambda tile=tile, contest=contest: contest.measure(tile))
             del contest
             child.clock.free()
+            child.line(operands, tiles=len(keys))
 
 
 def row_of(kernel: str, arch: str, dtype: torch.dtype, size: Size, tile: Tile, found: dict[str, float]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import child as children
-from benchmarks.gpu.child import Child, Unable
+from benchmarks.gpu.child import Child, Unable, die_with_parent
 from benchmarks.gpu.wheels import save_model
 
 STEPS = 6
@@ -32,18 +32,30 @@ LOSS_DIFFERENCE, PIR_DIFFERENCE = 0.02, 0.02
 """Of the first step's: relative, and in nats."""
 
 
-def start(module: str, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+class Run:
+    """`python -m MODULE ARGUMENTS`, in the background."""
 
+    def __init__(self, module: str, *arguments: str):
+        self.started, self.stderr = time.monotonic(), tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
+        command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+        self.popen = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.stderr,
+            preexec_fn=die_with_parent, env=os.environ | {"OMP_NUM_THREADS": "4"},  # several run at once
+        )  # fmt: skip
 
-def outcome(process: subprocess.Popen) -> None:
-    """Wait; Unable with its last words if it failed."""
-    _, stderr = process.communicate()
-    if process.returncode:
-        print(stderr, file=sys.stderr)
-        words = [line for line in stderr.splitlines() if line.strip()]
-        raise Unable(f"ended with {process.returncode}: {words[-1][:300] if words else 'without a word'}")
+    @property
+    def has_ended(self) -> bool:
+        return self.popen.poll() is not None
+
+    def check(self) -> float:
+        """Seconds that it took; Unable with its last words if it failed."""
+        if self.popen.wait():
+            self.stderr.seek(0)
+            text = self.stderr.read().decode(errors="replace")
+            print(text, file=sys.stderr)
+            words = [line for line in text.splitlines() if line.strip()]
+            raise Unable(f"ended with {self.popen.returncode}: {words[-1][:300] if words else 'without a word'}")
+        return round(time.monotonic() - self.started, 1)
 
 
 def logged(directory: Path) -> dict[str, Any]:
@@ -57,31 +69,32 @@ def logged(directory: Path) -> dict[str, Any]:
 
 
 def stage(child: Child) -> None:
-    name, started = child.request.stage, time.monotonic()
+    name = child.request.stage
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        child.begin(f"{name}/model")
-        model = os.environ.get(MODEL) or str(save_model(root / "model"))
-        common = ("--model", model, *COMMON)
-        device = CPU if child.request.device == "cpu" else ()
         child.begin(f"{name}/start")
-        processes = {
-            run: start("perce.train", *common, *options, *device, "--output_dir", str(root / run))
+        model = os.environ.get(MODEL) or str(save_model(root / "model"))
+        device = CPU if child.request.device == "cpu" else ()
+        runs = {
+            run: Run("perce.train", "--model", model, *COMMON, *options, *device, "--output_dir", str(root / run))
             for run, options in RUNS.items()
-        }  # fmt: skip
-        scoring = start("perce.score", "--model", model, "--limit", "8", "--jsonl", str(root / "s.jsonl"))
+        }
+        report = root / "tokens.jsonl"
+        runs["score"] = Run("perce.score", "--model", model, "--limit", "8", "--jsonl", str(report))
         found: dict[str, dict[str, Any]] = {}
-        for run, process in processes.items():
+        while runs:
+            for run in [run for run, process in runs.items() if process.has_ended]:
+                process = runs.pop(run)
 
-            def ended(run: str = run, process: subprocess.Popen = process) -> dict[str, Any]:
-                outcome(process)
-                return logged(root / run) | {"seconds": round(time.monotonic() - started, 1)}
+                def outcome(run: str = run, process: Run = process) -> dict[str, Any]:
+                    seconds = process.check()
+                    if run == "score":
+                        return {"records": len(report.read_text(encoding="utf-8").splitlines()), "seconds": seconds}
+                    return logged(root / run) | {"seconds": seconds}
 
-            line = child.measured(f"{name}/{run}", ended)
-            if line is not None:
-                found[run] = line
-        child.measured(f"{name}/score", lambda: scored(scoring, root / "s.jsonl", started))
-        if {"full", "cpu"} <= found.keys():
+                found[run] = child.measured(f"{name}/{run}", outcome) or {}
+            time.sleep(0.1)
+        if found["full"] and found["cpu"]:
             child.measured(f"{name}/as on a CPU", lambda: compared(found["full"], found["cpu"]))
 
 
@@ -89,12 +102,6 @@ def compared(ours: dict[str, Any], cpu: dict[str, Any]) -> dict[str, Any]:
     loss, pir = abs(ours["loss"] / cpu["loss"] - 1), abs(ours["pir_mean"] - cpu["pir_mean"])
     alike = loss <= LOSS_DIFFERENCE and pir <= PIR_DIFFERENCE
     return {"alike": alike, "loss_difference": loss, "pir_difference": pir}
-
-
-def scored(process: subprocess.Popen, report: Path, started: float) -> dict[str, Any]:
-    """perce.score on the same model."""
-    outcome(process)
-    return {"records": len(report.read_text(encoding="utf-8").splitlines()), "seconds": time.monotonic() - started}
 
 
 if __name__ == "__main__":

@@ -87,11 +87,12 @@ def wheel_of(name: str, version: str, directory: Path) -> Path:
     return wheel
 
 
-def save_model(directory: Path) -> None:
+def save_model(directory: Path) -> Path:
     from tests import tiny
 
     tiny.tiny_model("llama", **MODEL).bfloat16().save_pretrained(directory)
     tiny.tiny_tokenizer().save_pretrained(directory)
+    return directory
 
 
 def fill(directory: Path, letter: str, wheels: Sequence[Path], limit: int = PART_LIMIT) -> list[Path]:

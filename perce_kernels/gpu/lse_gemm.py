@@ -217,11 +217,24 @@ def statistics(
             GROUP_M=tile.group_m, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    combine_kernel[(triton.cdiv(n, BLOCK_COMBINE),)](
-        maxima, sums, moments, z_target, target, logp, row_max, total, entropy, moment, n, tiles_n, ignore_index,
-        HAS_ENTROPY=return_entropy, BLOCK=BLOCK_COMBINE, num_warps=4,
-    )  # fmt: skip
+    combine(result, sums, moments, target, ignore_index)
     return result
+
+
+def combine(
+    result: Statistics,  # z_target and tile_max given, the others out
+    sums: Tensor,  # (T, n)
+    moments: Tensor | None,  # (T, n), where there is an entropy
+    target: Tensor,  # (n,) int64
+    ignore_index: int,
+) -> None:
+    """Launch the kernel that makes rows' statistics of tiles'."""
+    tiles_n, n = result.tile_max.shape
+    combine_kernel[(triton.cdiv(n, BLOCK_COMBINE),)](
+        result.tile_max, sums, moments, result.z_target, target, result.logp, result.row_max, result.total,
+        result.entropy, result.moment, n, tiles_n, ignore_index,
+        HAS_ENTROPY=moments is not None, BLOCK=BLOCK_COMBINE, num_warps=4,
+    )  # fmt: skip
 
 
 def logprobs(
