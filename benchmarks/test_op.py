@@ -65,7 +65,10 @@ def test_perce_against_naive(benchmark, size, dtype):
     _race(benchmark, "perce", make_inputs(*size, getattr(torch, dtype)), rounds=4)
 
 
-@pytest.mark.parametrize(("size", "dtype"), CASES[:3])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [CASES[0], *(pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in CASES[1:3])],
+)
 @pytest.mark.parametrize("rival", ["linear_cross_entropy", "compiled"])
 @pytest.mark.benchmark(group="time: rivals against the naive loss")
 def test_rival_against_naive(benchmark, rival, size, dtype):
@@ -87,6 +90,7 @@ def test_peak_memory_is_a_quarter_of_naive(benchmark, dtype):
     assert peak <= naive / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rival", ["linear_cross_entropy", "compiled"])
 @pytest.mark.benchmark(group="memory: rivals")
 def test_peak_memory_of_rival(benchmark, rival):

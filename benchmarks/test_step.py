@@ -71,7 +71,13 @@ def batch(persona: int) -> dict[str, torch.Tensor]:
     return collate([pair(persona, seed=seed) for seed in range(BATCH)])
 
 
-@pytest.mark.parametrize("persona", PERSONAS.values(), ids=PERSONAS.keys())
+@pytest.mark.parametrize(
+    "persona",
+    [
+        pytest.param(persona, id=name, marks=pytest.mark.slow if persona > min(PERSONAS.values()) else ())
+        for name, persona in PERSONAS.items()
+    ],
+)
 @pytest.mark.benchmark(group="training step: perce against cross-entropy")
 def test_perce_step_against_ce_step(benchmark, trainers, persona):
     inputs = batch(persona)

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.trainers import WAYS, measured
 
-PERSONAS = [512, 2048, 8192]
+PERSONAS = [512, 2048]
 MIB = 2**20
 
 
