@@ -21,9 +21,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_collection_modifyitems(config, items):
     """With several processes on one GPU, the cases whose tensors fill it run in one of them (--dist loadgroup)."""
     if config.pluginmanager.hasplugin("xdist"):
+        from tests.cases import Case
+
         for item in items:
-            case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-            if case is not None and max(case.v * case.d, case.n * case.v) > 6e8:
+            case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+            if isinstance(case, Case) and max(case.v * case.d, case.n * case.v) > 6e8:
                 item.add_marker(pytest.mark.xdist_group("large"))
 
 
