@@ -155,9 +155,9 @@ def test_training_runs_as_on_a_cpu():
 
 def test_a_run_that_differs_is_said_to():
     cpu = {"loss": 2.0, "pir_mean": 0.3}
-    assert training.compared(cpu | {"loss": 2.03}, cpu)["alike"]
-    assert not training.compared(cpu | {"loss": 2.05}, cpu)["alike"]
-    assert not training.compared(cpu | {"pir_mean": 0.33}, cpu)["alike"]
+    assert training.compared(cpu | {"loss": 2.008, "pir_mean": 0.302}, cpu)["alike"]
+    assert not training.compared(cpu | {"loss": 2.012}, cpu)["alike"]
+    assert not training.compared(cpu | {"pir_mean": 0.304}, cpu)["alike"]
 
 
 def test_a_run_that_fails_gives_its_last_words():
