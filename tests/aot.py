@@ -239,14 +239,20 @@ def without_device(arch: str, built: Callable[[str], object] = lambda _: None) -
     compile_only(built)
 
 
-def compile_only(built: Callable[[str], object] = lambda _: None) -> None:
-    """From now on launchers compile what they would launch. `built` is told kernel and shared memory."""
+def compile_only(built: Callable[[str], object] = lambda _: None, *, load: bool = False) -> None:
+    """From now on launchers compile what they would launch. `built` is told kernel and shared memory.
+
+    load: also onto the GPU that is here, for which Triton builds the launcher and looks whether the kernel fits.
+    """
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
 
     def build(self, *args, grid, warmup, **options):
-        built(f"{self.fn.__name__} {run(self, *args, grid=grid, warmup=True, **options).metadata.shared}")
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if load:
+            kernel._init_handles()
+        built(f"{self.fn.__name__} {kernel.metadata.shared}")
 
     JITFunction.run = build
 

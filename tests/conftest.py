@@ -18,15 +18,30 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-def pytest_collection_modifyitems(config, items):
-    """With several processes on one GPU, the cases whose tensors fill it run in one of them (--dist loadgroup)."""
-    if config.pluginmanager.hasplugin("xdist"):
-        from tests.cases import Case
+ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available()
 
-        for item in items:
-            case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-            if isinstance(case, Case) and max(case.v * case.d, case.n * case.v) > 6e8:
-                item.add_marker(pytest.mark.xdist_group("large"))
+
+def pytest_runtest_setup(item):
+    """A process whose device died can only fail, and fast: it would take all tests that are left."""
+    if ONE_OF_SEVERAL:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(3)  # another takes its place
+
+
+@pytest.fixture(autouse=True)
+def room_on_the_gpu(request):
+    """With several processes on one GPU, the cases that fill it wait for each other."""
+    case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
+    if not ONE_OF_SEVERAL or not hasattr(case, "is_tiny") or case.is_tiny:
+        yield
+        return
+    from tests.device import room
+
+    head = 40 * case.v * case.d  # the fp64 gradient of the head, what it is compared with, and their difference
+    with room(head, torch.cuda.get_device_properties(0).total_memory):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,15 @@ host_syncs    CUDA: PyTorch's sync debug mode           CPU: calls of Tensor.non
 capture       CUDA: a CUDA graph and its replay         CPU: the call again, into the same outputs
 """
 
+import fcntl
 import gc
+import tempfile
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +134,38 @@ def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[],
     with torch.cuda.graph(graph):
         outputs = run()
     return outputs, graph.replay
+
+
+UNIT = 8 * 2**30  # bytes
+
+
+@contextmanager
+def room(needed: int, total: int, directory: Path | None = None) -> Iterator[int]:
+    """Waits until the other processes in `directory` leave `needed` of `total` bytes; yields the units taken.
+
+    A unit is a file that one process locks. Only the holder of the first lock takes units, all that it needs: no two
+    processes wait for each other.
+    """
+    directory = directory or Path(tempfile.gettempdir()) / "perce_gpu_tests"
+    directory.mkdir(parents=True, exist_ok=True)
+    units = max(1, int(0.9 * total) // UNIT)
+    wanted = min(units, -(-needed // UNIT))
+    with ExitStack() as held:
+        with (directory / "first").open("w") as first:
+            fcntl.flock(first, fcntl.LOCK_EX)
+            taken: set[int] = set()
+            while len(taken) < wanted:
+                for unit in set(range(units)) - taken:
+                    file = (directory / str(unit)).open("w")
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        file.close()
+                        continue
+                    held.enter_context(file)
+                    taken.add(unit)
+                    if len(taken) == wanted:
+                        break
+                else:
+                    time.sleep(0.02)
+        yield len(taken)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from benchmarks.gpu.child import Child, Request, Unable, machine
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import SIZES, TINY
 from perce_kernels.gpu import driver, tiles
+from tests.device import room
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
 
@@ -209,6 +212,22 @@ def test_tests_are_interrupted_and_still_sum_up(tmp_path, monkeypatch, workers):
     assert 2 < len(found) < 400 and found["tests/test_sleepy.py::test_sleeps[0]"] == {"outcome": "passed"}
 
 
+def test_test_processes_wait_for_room_on_the_gpu(tmp_path):
+    """Locks are of an open file: threads stand for processes."""
+    gib, held, most = 2**30, [0], [0]
+
+    def hold(needed: int) -> None:
+        with room(needed * gib, 40 * gib, tmp_path) as units:
+            held[0] += units
+            most[0] = max(most[0], held[0])
+            time.sleep(0.03)
+            held[0] -= units
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, [20, 30, 400, 8, 9, 1, 20, 30]))
+    assert held == [0] and most == [4], "four units of eight GiB are nine tenths of 40"
+
+
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +255,15 @@ def test_the_command_ends_with_an_error_if_ours_was_not_measured(monkeypatch, ca
     with pytest.raises(SystemExit, match="perce itself was not measured"):
         decide.main(["--device", "cpu", "--results", str(tmp_path)])
     assert "it crashed" in capsys.readouterr().out
+
+
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    assert command.compiler_missing() is None
+    monkeypatch.setattr(command.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h" in command.compiler_missing()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert "expected gcc, clang or $CC" in command.compiler_missing()
 
 
 def test_wheels_are_unpacked_for_the_processes_that_follow(monkeypatch, tmp_path):

@@ -12,3 +12,8 @@ steps.py      training steps of a large model           suite.py     the GPU tes
 wheels.py     what a machine without a network lacks    schedule.py  whether it all fits the time
 tables.py     README's and docs' tables from the lines  sizes.py     N, D, V
 """
+
+import time
+
+STARTED = time.monotonic()
+"""When this process began, before it imported torch: the commands' time counts from here."""

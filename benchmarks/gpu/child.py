@@ -197,11 +197,11 @@ def main(stage: Callable[[Child], object], doc: str | None, prepare: Callable[[]
     if not is_asked():
         sys.exit(doc)
     die_with_parent()
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not come between the lines
     prepare()
     warm_up(sys.argv[2])
     request = Request(**json.loads(sys.stdin.read()))
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not come between the lines
     child = Child(request, lambda event: print(json.dumps(event), file=out, flush=True))
     if request.tell_machine:
         child.say({"machine": machine(request.device)})

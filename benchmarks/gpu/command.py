@@ -2,14 +2,16 @@
 
 import argparse
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gpu import training, wheels
+from benchmarks.gpu import STARTED, training, wheels
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.supervise import ROOT, Stage, run
 
@@ -40,7 +42,9 @@ def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) ->
     if options.only and (unknown := set(options.only) - set(known)):
         parser.error(f"--only: expected stages of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left
-    results = Results(name, options.results)
+    results = Results(name, options.results, started=STARTED)
+    if options.device == "cuda" and (missing := compiler_missing()):
+        results.put("compiler", reason=missing)
     rows = [[stage for stage in row if not options.only or stage.name in options.only] for row in rows]
     install(options.wheels, results)
     if options.device == "cpu":
@@ -51,6 +55,14 @@ def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) ->
     print(report([results.tree]))
     print(f"\nwritten to {results.path}")
     return results
+
+
+def compiler_missing() -> str | None:
+    """What Triton lacks to build its launchers, if anything."""
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton builds its launchers with a C compiler: expected gcc, clang or $CC, found none"
+    return None if header.exists() else f"Triton builds its launchers with Python's headers: expected {header}"
 
 
 def install(parts: list[Path], results: Results) -> None:

@@ -22,11 +22,13 @@ Line = dict[str, Any]
 class Results:
     """Lines by key, and their file in `directory`, of the command's name."""
 
-    def __init__(self, command: str, directory: Path, say: Callable[[str], object] | None = None):
+    def __init__(
+        self, command: str, directory: Path, say: Callable[[str], object] | None = None, started: float | None = None
+    ):
         self.path = directory / f"{command}.json"
         self.say = say or (lambda line: print(line, flush=True))
         self.log = directory / f"{command}.log"  # what the processes say on standard error
-        self.started = time.monotonic()
+        self.started = time.monotonic() if started is None else started
         self.lock = threading.Lock()  # stages may run at once
         self.tree: dict[str, Any] = {"schema": SCHEMA, "command": command, "machine": {}, "lines": {}}
         directory.mkdir(parents=True, exist_ok=True)

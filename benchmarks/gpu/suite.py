@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 FILES = ("device", "promises", "lse_gemm", "row_loss", "stored", "driver", "cost")
 """In this order, for the time may end before they do."""
 OPTIONS = ("-m", "not slow", "-v", "--timeout", "60", "--timeout-method", "thread", "--tb", "short",
-           "--disable-warnings", "-rf", "--maxfail", "20", "-o", "addopts=", "-p", "no:cacheprovider")  # fmt: skip
+           "--disable-warnings", "-rf", "--maxfail", "20", "-o", "addopts=", "-o", "timeout_func_only=true", "-p",
+           "no:cacheprovider")  # fmt: skip
 # A CUDA call that is blocked hears no signal: a thread ends such a test's process.
 WORDS = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL)"
 OUTCOME = re.compile(rf"\[gw\d+\] \[ *\d+%\] {WORDS} (tests/\S.*)|(tests/\S.*?) {WORDS}(?: .*)?")
@@ -29,7 +30,7 @@ PATIENCE = 15.0  # seconds that pytest has for its summary
 def command(child: Child) -> list[str]:
     options = child.request.options
     files = options.get("files") or [f"tests/test_gpu_{name}.py" for name in FILES]
-    workers = ["-n", str(options["workers"]), "--dist", "loadgroup"] if options.get("workers") else []
+    workers = ["-n", str(options["workers"])] if options.get("workers") else []
     return [sys.executable, "-m", "pytest", *OPTIONS, *workers, *files]
 
 

@@ -133,7 +133,11 @@ def run_once(stage: Stage, process: Process, request: Request, results: Results,
             if text is None:
                 ending.reason = f"the process ended with {process.popen.wait()}: {process.last_words()}"
                 return ending
-            event = json.loads(text)
+            try:
+                event = json.loads(text)
+            except ValueError:  # a library that printed something while it was imported
+                results.note(text)
+                continue
             if "done" in event:
                 ending.begun = None
                 return ending
@@ -175,7 +179,9 @@ def run_stage(stage: Stage, process: Process, results: Results, device: str) -> 
             break
         results.put(key, reason=ending.reason)
         if ending.begun is None and not request.finished:
-            break  # it does not even start
+            if attempt:
+                break  # it does not even start
+            continue  # its first process was started early, when another one may have had the GPU's memory
         request.lost[key] = ending.reason
     process.stop()
     spent = {"seconds": time.monotonic() - began} | ({"until_first_line": heard - began} if heard else {})
