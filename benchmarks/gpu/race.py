@@ -1,8 +1,8 @@
 """Implementations of the whole loss, forward and backward: compared with an fp64 reference, then timed in turn.
 
-A race is one size with one head, trainable or frozen. Its keys: STAGE/HEAD/SIZE/PEER for what a peer's errors, memory
-and first step are, STAGE/HEAD/SIZE/race for the rounds, in each of which every peer and both ceilings (a large product,
-a copy) are timed once.
+A race is one size with one head, trainable or frozen. The line STAGE/HEAD/SIZE/PEER has a peer's errors, its peak
+memory and the seconds of its first step. The line STAGE/HEAD/SIZE/race has the rounds: in each of them every peer and
+both ceilings (a large product, a copy) are timed once.
 
 A peer is *wrong*, and not timed, if its loss or a gradient is off by more than bf16 can explain: it computes something
 else. It is *correct* if besides every PIR is within 1e-3 of fp64: one that is not is timed, listed with its error and
