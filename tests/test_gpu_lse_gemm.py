@@ -162,3 +162,11 @@ def test_no_rows(tile):
     inputs = make_inputs()
     logp, entropy = run(Inputs(inputs.hidden[:0], inputs.lm_head, inputs.target[:0]))
     assert logp.shape == entropy.shape == (0,)
+
+
+def test_rows_that_lie_over_each_other_are_read_by_pointers(tile):
+    """A descriptor takes a stride of 0 for 1: one hidden state for every token, by expand."""
+    inputs = make_inputs(n=9, d=16, ignored=0.0)
+    expanded = inputs.hidden[:1].expand(9, 16)
+    assert lse_gemm._describable(inputs.hidden) and not lse_gemm._describable(expanded)
+    assert_accurate(Inputs(expanded, inputs.lm_head, inputs.target))

@@ -299,6 +299,40 @@ def matmul_precision(precision: str):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("setting", ["none", "high", "medium", "allow_tf32", "fp32_precision"])
+def test_the_scoped_precision_can_be_read_inside_it(setting):
+    """torch refuses to read the older setting where the newer one says something else, TunableOp's products included."""
+    matmul = torch.backends.cuda.matmul
+    ways = matmul, torch.backends.mkldnn.matmul
+
+    def newer() -> list[str]:
+        return [way.fp32_precision for way in ways]
+
+    with matmul_precision("highest"):
+        unset = newer()
+        if setting == "allow_tf32":
+            matmul.allow_tf32 = True
+        elif setting == "fp32_precision":
+            matmul.fp32_precision = "tf32"
+        elif setting != "none":
+            torch.set_float32_matmul_precision(setting)
+        before = newer()
+        with chunked.full_fp32_matmul():
+            assert matmul.allow_tf32 is False and torch.get_float32_matmul_precision() == "highest"
+            assert newer() == ["ieee", "ieee"]
+        assert newer() == before and (before == unset) == (setting == "none")
+        if setting == "fp32_precision":  # as it was: the older setting says something else
+            with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+                _ = matmul.allow_tf32
+        else:
+            assert matmul.allow_tf32 is (setting != "none")
+            assert torch.get_float32_matmul_precision() == {"none": "highest", "allow_tf32": "high"}.get(
+                setting, setting
+            )
+        for way, precision in zip(ways, unset, strict=True):
+            way.fp32_precision = precision
+
+
 def test_an_inherited_matmul_precision_goes_on_following_the_global_one():
     before = torch.backends.fp32_precision
     try:
