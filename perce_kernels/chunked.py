@@ -48,13 +48,22 @@ def chunk_rows(vocab_size: int, dtype: torch.dtype, buffers: int) -> int:
 
 @contextmanager
 def full_fp32_matmul() -> Iterator[None]:
-    """fp32 products in fp32 whatever the user's TF32 / "medium" setting, which is back in place afterwards."""
+    """fp32 products in fp32 whatever the user's TF32 / "medium" setting, which is back in place afterwards.
+
+    torch has an older setting beside the newer ones, and refuses to read it, as TunableOp's products do, where they
+    disagree: so both are set.
+    """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        yield
+        older = torch.get_float32_matmul_precision()  # with these, it can be read
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(older)
     finally:
         for backend, precision in zip(backends, before, strict=True):
             # Reading resolves what is inherited: written back as read, it would no longer follow the global setting.

@@ -1,0 +1,84 @@
+"""How many tokens the logits buffer holds (a chunk), and how many dz (a block), under one budget of bytes.
+
+A token's logits take 4 bytes an entry for the time of one kernel. Its dz takes 2, and waits for as many others as
+possible: each product dW += dzᵀ h reads and writes all of dW, 8 bytes an entry of it, where reading W for a product
+takes 2. So a block is several chunks. What a cut costs beyond its floor:
+
+    bytes ÷ D·V    2 a chunk (W, for the factual logits), 2 + 2 + 8 a block (W, for the counterfactual ones and dh; dW)
+    FLOP           of dh = dz W, which has few tiles (K/128 · D/256): a K chosen by habit leaves most of the last wave of
+                   multiprocessors idle
+
+A byte is taken to last as long as 256 FLOP (an H100: 266, an H200: 183).
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+from perce_kernels.gpu.lse_gemm import STATISTICS_COLUMNS
+from perce_kernels.gpu.product import pitch
+
+BUDGET = 2 * 2**30
+"""Bytes of a block's dz and a chunk's logits together."""
+GEMM_TILE = (128, 256)
+"""Rows and columns of the output tile that cuBLAS prefers for large 16-bit products."""
+FLOP_PER_BYTE = 256
+SEEN = 1 / 3
+"""Of bytes that pass while a product runs. Of idle multiprocessors too: cuBLAS may split the long sum over V."""
+FEWEST, ENOUGH = 16, 512
+"""Tokens of a chunk, whatever the budget; and those from which on reading W takes less time than multiplying it."""
+TRIED = 32
+
+
+class Cut(NamedTuple):
+    """Tokens at once."""
+
+    block: int  # of a dz buffer: rows of dh = dz W, and terms of dW += dzᵀ h
+    chunk: int  # of a logits buffer
+
+
+@lru_cache(maxsize=256)
+def cut_of(n: int, d: int, v: int, itemsize: int, way: str, multiprocessors: int, budget: int | None = None) -> Cut:
+    """Of n tokens, in blocks of one size. A function of its arguments alone, never of free memory: the same call has
+    the same bits anywhere.
+
+    itemsize: bytes of an operand's element. v: of the whole vocabulary, also where there are shards of it.
+    """
+    n, budget = max(n, 1), BUDGET if budget is None else budget
+    rows = GEMM_TILE[0]
+    of_dz, of_logits = pitch(v) * itemsize, 4 * pitch(v)
+    if way == "stored":  # logits lie where dz will; beside them are the statistics of tiles
+        of_dz, of_logits = of_dz + 8 * -(-v // STATISTICS_COLUMNS) + 16, 0
+    one_chunk = budget // (of_dz + of_logits)  # tokens of a block that is one chunk
+    if one_chunk < rows:
+        return Cut(max(FEWEST, one_chunk), max(FEWEST, one_chunk))
+    most = max((budget - min(ENOUGH, one_chunk) * of_logits) // of_dz, rows)
+    fewest, many = -(-n // most), -(-n // one_chunk) * (2 if way == "stored" else 1)
+
+    def cut_into(blocks: int) -> Cut:
+        block = min(_round_up(-(-n // blocks), rows), most // rows * rows)
+        if way == "stored":
+            return Cut(block, block)
+        chunk = (budget - block * of_dz) // of_logits
+        return Cut(block, min(_round_up(-(-block // -(-block // chunk)), rows), chunk // rows * rows, block))
+
+    counts = range(max(fewest, 1), max(many, fewest, 1) + 1, max(1, (many - fewest) // TRIED))
+    return min(map(cut_into, counts), key=lambda cut: _cost(n, cut, d, multiprocessors))
+
+
+def _cost(n: int, cut: Cut, d: int, multiprocessors: int) -> float:
+    """In bytes ÷ D·V."""
+    rows, columns = GEMM_TILE
+    whole, rest = divmod(n, cut.block)
+
+    def of_blocks(cost: Callable[[int], int]) -> int:
+        return whole * cost(cut.block) + (cost(rest) if rest else 0)
+
+    chunks = of_blocks(lambda block: -(-block // cut.chunk))
+    waves = of_blocks(lambda block: -(-(-(-block // rows) * -(-d // columns)) // multiprocessors))
+    idle = waves * multiprocessors * rows * columns / d - n
+    return SEEN * (2 * chunks + 12 * (whole + (rest > 0)) + 2 * idle / FLOP_PER_BYTE)
+
+
+def _round_up(rows: int, multiple: int) -> int:
+    return -(-rows // multiple) * multiple

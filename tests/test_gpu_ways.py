@@ -1,0 +1,364 @@
+"""Each way from 16-bit operands to loss and gradients (tiles.WAYS), those that no GPU has shown to be faster included.
+
+What holds of one holds of all: values, gradients, bits, syncs, products and memory. What fp32 adds: test_gpu_driver.py.
+"""
+
+import gc
+import itertools
+import math
+
+import pytest
+import torch
+
+from tests.kernels import DEVICE, D, N, V, call, make_inputs, with_source
+from tests.numerics import (
+    IGNORE,
+    TRAINABLE,
+    Inputs,
+    assert_as_accurate_as_torch,
+    beneath,
+    eager,
+    max_error,
+    oracle,
+    strided,
+)
+
+pytest.importorskip("triton")
+from perce_kernels import fused_perce_loss, reference
+from perce_kernels.gpu import blocked, driver, lse_gemm, row_loss, steps, stored_rows, tiles
+from perce_kernels.gpu.cut import Cut
+from tests.driver import CUT, several_chunks, watching  # noqa: F401  fixtures
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "several_chunks", "way")
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+ARCHITECTURE = tiles.architecture(DEVICE)
+TILE = tiles.find("store_gemm", ARCHITECTURE, torch.bfloat16, D)
+TILE_COLUMNS = lse_gemm.statistics_columns(TILE.block_n)
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SHIPPED = dict(tiles.WAY)
+
+
+@pytest.fixture(scope="module", params=tiles.WAYS)
+def way(request):
+    """The way in use."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiles.WAY, ARCHITECTURE, request.param)
+        yield request.param
+
+
+def only(*ways: str):
+    """For a test of what the others do not have."""
+    return pytest.mark.parametrize("way", ways, indirect=True, scope="module")
+
+
+@only("fused")
+def test_no_architecture_uses_another_than_cublas_yet(way):
+    """Until a GPU has been asked."""
+    assert set(SHIPPED.values()) == {"fused"} and SHIPPED.keys() == {row.arch for row in tiles.TABLE}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_way_that_is_taken(monkeypatch, way, dtype):
+    took = []
+    for module, name in ((blocked, "statistics"), (lse_gemm, "statistics"), (row_loss, "row_loss"),
+                         (stored_rows, "stored_gradient")):  # fmt: skip
+        run = getattr(module, name)
+        spy = lambda *args, run=run, module=module, **rest: took.append(module) or run(*args, **rest)  # noqa: E731
+        monkeypatch.setattr(module, name, spy)
+    inputs = make_inputs(n=2, ignored=0.0).to(dtype)
+    call(inputs)
+    cublas = [blocked, row_loss]
+    expected = {"fused": cublas, "mixed": [lse_gemm, row_loss], "stored": [lse_gemm, lse_gemm, stored_rows]}
+    assert took == (expected[way] if dtype == torch.bfloat16 else cublas)
+    took.clear()
+    call(Inputs(inputs.hidden, inputs.lm_head.T.contiguous().T, inputs.target, inputs.hidden_cf))
+    assert took == cublas, "a transposed head would have to be copied"
+
+
+OPTIONS = {
+    "paper": {},
+    "ratio": {"contrast": "ratio", "clip_min": 0.0},
+    "none": {"reduction": "none"},
+    "batch": {"normalize": "batch"},
+    "ignore_index": {"ignore_index": 5},
+    "softcap": {"softcap": 4.0},
+    "softcap and scale": {"softcap": 4.0, "logit_scale": -1.7},
+}
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option_matches_the_oracle(name, compact):
+    inputs = make_inputs(bias=True, ignore_index=OPTIONS[name].get("ignore_index", IGNORE)).to(torch.bfloat16)
+    upstream = torch.randn(N if name == "none" else (), device=DEVICE)
+    assert_close(
+        call(inputs, compact=compact, upstream=upstream, **OPTIONS[name]),
+        oracle(inputs, upstream=upstream, **OPTIONS[name]),
+    )
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
+@pytest.mark.parametrize("source", ["logp_cf", "token_weight"])
+def test_given_per_token(source, compact):
+    inputs, weights = with_source(make_inputs(bias=True).to(torch.bfloat16), source)
+    assert_close(call(inputs, compact=compact, **weights), oracle(inputs, **weights))
+
+
+@pytest.mark.parametrize("n, d, v", [(1, 8, 1), (1, 3, 2), (3, 8, 64), (6, 8, 129), (11, 16, 300)])
+def test_sizes_that_are_multiples_of_nothing(n, d, v):
+    inputs = make_inputs(n, d, v, bias=True, ignored=0.0).to(torch.bfloat16)
+    assert_close(call(inputs), oracle(inputs))
+
+
+def assert_close(result, expected) -> None:
+    """Loss and statistics as in fp32; gradients to the rounding of their dtype, relative to the largest."""
+    torch.testing.assert_close(result.loss.double(), expected.loss, rtol=2e-4, atol=4e-6)
+    for name, value in result.stats._asdict().items():
+        torch.testing.assert_close(value.double(), getattr(expected.stats, name), rtol=2e-4, atol=1e-5)
+    for name, wanted in expected.grads.items():
+        atol = 2**-8 * float(wanted.abs().max()) + 1e-9
+        torch.testing.assert_close(result.grads[name].double(), wanted, rtol=2**-8, atol=atol)
+
+
+@HALVES
+@pytest.mark.parametrize("options", [{}, {"softcap": 8.0, "logit_scale": 1.3}], ids=["plain", "capped"])
+@pytest.mark.parametrize("spread", [3.0, 14.0])
+def test_gradients_are_as_accurate_as_torch(dtype, options, spread):
+    inputs = make_inputs(d=64, spread=spread, bias=True).to(dtype)
+    ours, in_torch, expected = call(inputs, **options), eager(inputs, **options), oracle(inputs, **options)
+    assert max_error(ours.stats.pir, expected.stats.pir) <= 1e-3
+    for name in TRAINABLE:
+        assert ours.grads[name].dtype == dtype
+        assert_as_accurate_as_torch(f"d{name}", ours.grads[name], in_torch.grads[name], expected.grads[name])
+
+
+@only("stored")
+@HALVES
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_error_of_the_stored_logits_is_within_its_bound(way, dtype, softcap):
+    """|Δp_v| ≤ u/e · p_t, as the docstring derives, and the rounding of dz itself; the capped ones 2/cap more."""
+    inputs = make_inputs(n=4, d=64, spread=9.0, ignored=0.0).to(dtype)
+    h, w, y = inputs.hidden, inputs.lm_head, inputs.target
+    stored = torch.full((4, 256), torch.nan, dtype=dtype, device=DEVICE)
+    rows = lse_gemm.statistics(h, w, y, None, stored=stored, softcap=softcap)
+    z = reference.logits(h.double(), w.double(), None, softcap, 1.0)
+    tile_max = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in z.split(TILE_COLUMNS, 1)], 1)
+    torch.testing.assert_close(stored[:, :V].double(), z - tile_max, rtol=1.01 * ROUNDING[dtype], atol=2e-5)
+    assert (stored[:, V:] == -torch.inf).all()
+
+    one = torch.ones(4, device=DEVICE)
+    stored_rows.stored_gradient(stored, rows, y, rows.logp, one, None, v=V, softcap=softcap)
+    p, bent = z.softmax(1), 1.0 if softcap is None else 1 - (z / softcap) ** 2
+    wanted = (p - torch.nn.functional.one_hot(y, V)) * bent
+    in_tile = (tile_max - z).neg().exp()  # p_v / p_t
+    bound = p / in_tile * ROUNDING[dtype] / math.e * (1 if softcap is None else 1 + 2 / softcap)
+    error = (stored[:, :V].double() - wanted).abs()
+    assert (error <= 1.01 * bound + ROUNDING[dtype] * wanted.abs() + 1e-6).all()
+    away = torch.nn.functional.one_hot(y, V) == 0
+    assert (error > 2 * ROUNDING[dtype] * wanted.abs())[away & (p > 1e-4)].any(), "the bound is of something"
+
+
+@HALVES
+def test_the_target_of_a_nearly_certain_row_keeps_its_digits(dtype):
+    lm_head = torch.zeros(101, 2)
+    lm_head[70, 0] = 12.0
+    inputs = Inputs(torch.tensor([[1.0, 0.0]]), lm_head, torch.tensor([70]), None, torch.zeros(101)).to(dtype)
+    inputs = Inputs(*(None if x is None else x.to(DEVICE) for x in vars(inputs).values()))
+    weight = {"token_weight": torch.ones(1, device=DEVICE)}
+    actual, expected = call(inputs, **weight).grads["bias"], oracle(inputs, **weight).grads["bias"]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=0)
+
+
+def test_the_softcap_bends_the_target_by_its_fp32_logit():
+    """z = (18.856, …, −19.281) under a cap of 20: −38.136 is stored as −38.25, with which it would be 16 % off."""
+    lm_head = torch.zeros(101, 2)
+    lm_head[70, 0], lm_head[75, 0] = 35.25, -40.0
+    inputs = Inputs(torch.tensor([[1.0, 0.0]]), lm_head, torch.tensor([75]), None, torch.zeros(101)).to(torch.bfloat16)
+    inputs = Inputs(*(None if x is None else x.to(DEVICE) for x in vars(inputs).values()))
+    options = {"token_weight": torch.ones(1, device=DEVICE), "softcap": 20.0}
+    actual, expected = call(inputs, **options).grads["bias"], oracle(inputs, **options).grads["bias"]
+    torch.testing.assert_close(actual[75].double(), expected[75], rtol=2**-8, atol=0)
+
+
+def test_a_large_common_offset_cancels():
+    inputs = make_inputs(n=4, bias=True, ignored=0.0)
+    inputs.hidden.zero_()
+    inputs.hidden_cf.zero_()
+    inputs.bias.copy_(torch.randint(-3, 3, inputs.bias.shape))
+    expected = oracle(inputs)
+    inputs.bias.add_(65536.0)
+    moved = inputs.to(torch.bfloat16)
+    moved = Inputs(moved.hidden, moved.lm_head, moved.target, moved.hidden_cf, inputs.bias)  # an fp32 bias
+    actual, wanted = call(moved).grads["bias"], expected.grads["bias"]
+    torch.testing.assert_close(actual.double(), wanted, rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_vocabulary_masked_by_an_infinite_bias(compact):
+    """A whole tile, and an entry."""
+    inputs = make_inputs(bias=True)
+    inputs.target[(inputs.target >= 0) & (inputs.target < TILE_COLUMNS)] = V - 1
+    inputs.bias[:TILE_COLUMNS] = -torch.inf
+    inputs.bias[100] = -torch.inf
+    inputs.target[inputs.target == 100] = 101
+    inputs = inputs.to(torch.bfloat16)
+    result = call(inputs, compact=compact)
+    assert result.grads["lm_head"].isfinite().all()
+    assert_close(result, oracle(inputs))
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("source", ["hidden_cf", "token_weight"])
+def test_nan_in_ignored_rows_reaches_nothing(source, compact):
+    inputs, weights = with_source(make_inputs(bias=True).to(torch.float16), source)
+    ignored = inputs.target == IGNORE
+    expected = call(inputs, compact=compact, **weights)
+    for x in (inputs.hidden, inputs.hidden_cf, *weights.values()):
+        if x is not None:
+            x[ignored] = torch.nan
+    result = call(inputs, compact=compact, **weights)
+    assert torch.equal(result.loss, expected.loss)
+    assert all(torch.equal(result.grads[name], expected.grads[name]) for name in TRAINABLE)
+    assert all(value.isfinite().all() and not value[ignored].any() for value in result.stats)
+
+
+@pytest.mark.parametrize("source", ["hidden_cf", "logp_cf", "token_weight"])
+def test_a_target_outside_the_vocabulary_poisons_its_row_alone(monkeypatch, source):
+    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)
+    inputs, weights = with_source(make_inputs(n=3, ignored=0.0).to(torch.bfloat16), source)
+    inputs.target[1] = V
+    out = driver.fused_perce_loss(*beneath(inputs, weights=weights, compact=False))
+    for x in (out.logp, out.token_weight, out.dhidden[:, 0]):
+        assert x.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_faint_fp16_gradients_survive(compact):
+    inputs = make_inputs(n=7, d=8, spread=8.0, bias=True).to(torch.float16)
+    options = {"upstream": 65536.0, "num_items": 100}
+    result, expected = call(inputs, compact=compact, **options), oracle(inputs, **options)
+    wanted = expected.grads["lm_head"]
+    faint = ((wanted * 100 / 65536).half() == 0) & (wanted.abs() > 1e-5)
+    assert faint.any()
+    # u · |s| of each term, with |s| ≤ 40, for faint is what lies far below the maximum; terms of several rows cancel.
+    torch.testing.assert_close(result.grads["lm_head"][faint].double(), wanted[faint], rtol=40 * 2**-11, atol=4e-6)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_same_inputs_same_bits(compact):
+    inputs = make_inputs(bias=True).to(torch.bfloat16)
+    first, second = call(inputs, compact=compact), call(inputs, compact=compact)
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(a, b) for a, b in zip(first.stats, second.stats, strict=True))
+    assert all(torch.equal(first.grads[name], second.grads[name]) for name in TRAINABLE)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice_with_different_upstream_gradients(reduction):
+    inputs = make_inputs(bias=True).to(torch.bfloat16)
+    leaves = {name: x.clone().requires_grad_(name in TRAINABLE) for name, x in inputs.kwargs().items()}
+    loss = fused_perce_loss(**leaves, reduction=reduction, backend="triton")
+    for seed in (1, 2):
+        upstream = (torch.randn(loss.shape, generator=torch.Generator().manual_seed(seed)) * 3).to(DEVICE)
+        grads = torch.autograd.grad(loss, [leaves[name] for name in TRAINABLE], upstream, retain_graph=True)
+        expected = oracle(inputs, upstream=upstream, reduction=reduction).grads
+        for name, actual in zip(TRAINABLE, grads, strict=True):
+            atol = 2**-7 * float(expected[name].abs().max())
+            torch.testing.assert_close(actual.double(), expected[name], rtol=2**-7, atol=atol)
+
+
+def test_requires_grad_combinations():
+    inputs = make_inputs(bias=True).to(torch.bfloat16)
+    complete = call(inputs).grads
+    for trainable in itertools.product([False, True], repeat=3):
+        flags = dict(zip(TRAINABLE, trainable, strict=True))
+        leaves = {name: x.clone().requires_grad_(flags.get(name, False)) for name, x in inputs.kwargs().items()}
+        loss = fused_perce_loss(**leaves, backend="triton")
+        if any(trainable):
+            loss.backward()
+        for name in TRAINABLE:
+            assert (leaves[name].grad is not None) == flags[name]
+            assert not flags[name] or torch.equal(leaves[name].grad, complete[name])
+
+
+@pytest.mark.parametrize("block, chunk", [(1, 1), (4, 4), (7, 3), (100, 100), (100, 3)])
+def test_blocks_and_chunks_of_any_size(monkeypatch, block, chunk):
+    """One token at a time, one chunk a block, more tokens than there are."""
+    inputs = make_inputs(bias=True).to(torch.bfloat16)
+    monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(block, chunk))
+    assert_close(call(inputs), oracle(inputs))
+
+
+def test_expanded_and_strided_inputs():
+    """Rows that lie over each other, which no descriptor can tell of; and every other column."""
+    inputs = make_inputs(d=16, bias=True).to(torch.bfloat16)
+    one_row = Inputs(inputs.hidden[:1].expand(N, 16), inputs.lm_head, inputs.target, inputs.hidden_cf[:1].expand(N, 16))
+    assert not lse_gemm._describable(one_row.hidden) and lse_gemm._describable(inputs.hidden)
+    for compact in (True, False):
+        assert_close(call(one_row, compact=compact), oracle(one_row))
+    everywhere = Inputs(
+        *(strided(getattr(inputs, name)) for name in ("hidden", "lm_head", "target", "hidden_cf", "bias"))
+    )
+    assert_close(call(everywhere), oracle(inputs))
+
+
+@pytest.mark.parametrize("n", [0, N])
+@pytest.mark.parametrize("compact", [True, False])
+def test_nothing_to_learn_is_a_zero_loss_connected_to_every_input(n, compact):
+    inputs = make_inputs(bias=True, ignored=1.1).to(torch.float16)
+    inputs = Inputs(inputs.hidden[:n], inputs.lm_head, inputs.target[:n], inputs.hidden_cf[:n], inputs.bias)
+    result = call(inputs, compact=compact)
+    assert not result.loss.any() and all(value.shape == (n,) and not value.any() for value in result.stats)
+    for name in TRAINABLE:
+        assert result.grads[name].shape == getattr(inputs, name).shape and not result.grads[name].any()
+
+
+# --- Cost ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("needed", "per_token"),
+    [((True, True, True), 8), ((True, False, False), 6), ((False, True, False), 6), ((False, False, False), 4),
+     ((False, False, True), 4)],
+    ids=["trainable", "frozen head", "frozen hidden", "statistics only", "bias only"],
+)  # fmt: skip
+@pytest.mark.parametrize("compact", [True, False])
+def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed, per_token):
+    inputs = make_inputs(bias=True).to(torch.bfloat16)
+    rows = int((inputs.target != IGNORE).sum()) if compact else N
+    with watch:
+        driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed))
+    assert watch.flop == per_token * rows * D * V
+    assert watch.syncs == (["nonzero"] if compact else [])
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's products")
+@pytest.mark.parametrize(
+    ("source", "compact", "needed"),
+    [("hidden_cf", True, (True, True, True)), ("hidden_cf", False, (False, True, False)),
+     ("token_weight", False, (True, False, False)), ("hidden_cf", True, (False, False, False))],
+)  # fmt: skip
+def test_peak_bytes_follow_the_formula(watch, monkeypatch, way, source, compact, needed):
+    """cuBLAS's products are left out: a CPU upcasts their operands, which no GPU does. What they write is zero then."""
+    n, d, v = 14, 16, 509
+    # The interpreter's launches leave their arguments in a reference cycle.
+    for module, name in ((lse_gemm, "statistics"), (row_loss, "row_loss"), (blocked, "row_parts")):
+        run = getattr(module, name)
+        collecting = lambda *args, run=run, **options: (gc.collect(), run(*args, **options))[1]  # noqa: E731
+        monkeypatch.setattr(module, name, collecting)
+    for module in (driver, steps, blocked):
+        monkeypatch.setattr(module, "product", lambda a, b, out, add=False: out.zero_())
+    inputs, weights = with_source(
+        make_inputs(n, d, v, bias=True).to(torch.float16), source
+    )  # rounding to bf16 allocates
+    gc.collect()
+    with watch:
+        out = driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed, weights=weights))
+    rows = int((inputs.target != IGNORE).sum()) if compact else n
+    expected = driver.extra_bytes(
+        rows, d, v, 2, cut=CUT, way=way, passes=2 if source == "hidden_cf" else 1, gathered=rows < n,
+        masked=not compact, needed=needed,
+    )  # fmt: skip
+    extra = watch.peak - sum(x.untyped_storage().nbytes() for x in out)
+    assert expected - v * 4 * needed[2] <= extra <= expected + 40 * n
+    assert extra < CUT.block * v * 4 + 3000 * (way != "stored"), "fp32 logits of a block would not have passed"
