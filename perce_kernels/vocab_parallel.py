@@ -4,9 +4,11 @@ Rank r holds the vocabulary [start_r, start_r + V_r): its rows of lm_head and it
 targets, weights, options and upstream gradients are the same on every rank. Shards may differ in size, and be empty.
 
     per chunk   m_r, S_r = max z, Σ exp(z − m_r)       over its own columns; −∞ and 0 if it has none
-                m = max_r m_r                          one all-reduce (MAX) for both passes      passes · C numbers
-                S = Σ_r exp(m_r − m) · S_r             one all-reduce (SUM), together with       2 · passes · C
+                m = max_r m_r                          one all-reduce (MAX)                      C numbers
+                S = Σ_r exp(m_r − m) · S_r             one all-reduce (SUM), together with       2 · C
                 z_y − m = Σ_r …                        the term of the one rank that holds y
+                                                       (of both passes at once, or, with backend "triton", of the
+                                                       counterfactual one for a block of chunks)
                 logp = (z_y − m) − log S               → weights: the same bits on every rank
                 dz over its own columns                → dW_r, db_r: local
     per call    dhidden = Σ_r dz_r W_r                 one all-reduce (SUM) of (N, D) fp32
@@ -34,7 +36,7 @@ TILING = "vocab_start, vocab_size: expected the shards of the group to tile the 
 class RowParts(NamedTuple):
     """What is known of R rows from some of their columns; from all of them, their statistics."""
 
-    row_max: Tensor  # (R,) largest logit, −∞ of no columns
+    row_max: Tensor  # (R,) largest logit; of no columns −∞, or a number below any
     total: Tensor  # (R,) Σ exp(z − row_max)
     z_target: Tensor  # (R,) the target's logit − row_max, where the target is among the columns
     moment: Tensor | None = None  # (R,) Σ exp(z − row_max)·(z − row_max), for the entropy

@@ -19,22 +19,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from perce_kernels.gpu import lse_gemm, row_loss, shard_rows, stored_rows, tiles
+from perce_kernels.gpu import combine, lse_gemm, row_halves, row_loss, stored_rows, tiles
 from perce_kernels.vocab_parallel import Shard
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 USAGE = ("REG", "STACK", "LOCAL")
-INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "bar.sync")
+INSTRUCTION = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)([^;]*);"
+SPIN = 10 * 16
+"""Bytes of machine code up to which a loop is a wait."""
+MACHINE = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS")
+INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "bar.sync",
+                "ld.global.L1::evict_first")  # fmt: skip
 
 ROW_LOSS = {  # per-row options; the dtype is that of dz
     "plain": {"dtypes": (torch.bfloat16, torch.float32)},
     "softcap, bias, ratio": {"dtypes": (torch.bfloat16, torch.float32), "cap": True, "bias": True, "ratio": True},
     "given weight, scaled": {"dtypes": (torch.float16,), "source": "token_weight", "scale": True},
-    "given logp_cf": {"dtypes": (torch.bfloat16,), "source": "logp_cf"},
     "statistics": {"dtypes": (torch.bfloat16,), "need_dz": False},
 }
-SHARD_ROWS = {"plain": (torch.bfloat16,), "softcap, bias": (torch.float16, torch.float32)}  # dtypes of dz
+ROW_HALVES = {"plain": (torch.bfloat16,), "softcap, bias": (torch.float16, torch.float32)}  # dtypes of dz
 LSE_GEMM: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap, bias, entropy": {"cap": True, "bias": True, "entropy": True},
@@ -42,11 +46,10 @@ LSE_GEMM: dict[str, dict[str, Any]] = {
 
 
 def row_loss_source(
-    tile: tiles.Tile, dtype, *, source="hidden_cf", cap=False, bias=False, ratio=False, scale=False, need_dz=True
+    tile: tiles.Tile, dtype, *, source="logp_cf", cap=False, bias=False, ratio=False, scale=False, need_dz=True
 ):
     types = {
-        "z_ptr": "*fp32", "z_cf_ptr": "*fp32" if source == "hidden_cf" else None, "target_ptr": "*i64",
-        "given_ptr": None if source == "hidden_cf" else "*fp32", "bias_ptr": f"*{NAMES[dtype]}" if bias else None,
+        "z_ptr": "*fp32", "target_ptr": "*i64", "given_ptr": "*fp32", "bias_ptr": f"*{NAMES[dtype]}" if bias else None,
         "dz_scale_ptr": "*fp32" if scale else None, "dz_ptr": f"*{NAMES[dtype]}" if need_dz else None,
         "logp_ptr": "*fp32", "logp_cf_ptr": "*fp32", "weight_ptr": "*fp32",
         "V": "i32", "ignore_index": "i32", "stride_z": "i32", "stride_dz": "i32",
@@ -61,12 +64,12 @@ def row_loss_source(
 
 def row_parts_source(tile: tiles.Tile, dtype, *, cap=False, bias=False):
     types = {
-        "z_ptr": "*fp32", "column_ptr": "*i64", "bias_ptr": f"*{NAMES[dtype]}" if bias else None, "max_ptr": "*fp32",
-        "sum_ptr": "*fp32", "z_target_ptr": "*fp32", "V": "i32", "stride_z": "i32", "softcap": "fp32",
+        "z_ptr": "*fp32", "target_ptr": "*i64", "bias_ptr": f"*{NAMES[dtype]}" if bias else None, "max_ptr": "*fp32",
+        "sum_ptr": "*fp32", "z_target_ptr": "*fp32", "V": "i32", "start": "i32", "stride_z": "i32", "softcap": "fp32",
         "logit_scale": "fp32",
     }  # fmt: skip
     constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "BLOCK_V": tile.block_n, "STAGES": tile.num_stages}
-    return source_of(shard_rows.row_parts_kernel, types, constants, aligned=("stride_z",))
+    return source_of(row_halves.row_parts_kernel, types, constants, aligned=("stride_z",))
 
 
 def row_gradient_source(tile: tiles.Tile, dtype, *, cap=False, bias=False):
@@ -77,9 +80,9 @@ def row_gradient_source(tile: tiles.Tile, dtype, *, cap=False, bias=False):
         "stride_dz": "i32", "softcap": "fp32", "logit_scale": "fp32",
     }  # fmt: skip
     constants = {
-        "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_DZ_SCALE": scale, "BLOCK_V": tile.block_n, "STAGES": tile.num_stages,
+        "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_DZ_SCALE": scale, "BLOCK_V": tile.block_n,
     }  # fmt: skip
-    return source_of(shard_rows.row_gradient_kernel, types, constants, aligned=("stride_z", "stride_dz"))
+    return source_of(row_halves.row_gradient_kernel, types, constants, aligned=("stride_z", "stride_dz"))
 
 
 def stored_gradient_source(tile: tiles.Tile, dtype, columns: int, *, cap=False):
@@ -87,7 +90,7 @@ def stored_gradient_source(tile: tiles.Tile, dtype, columns: int, *, cap=False):
     pointers = ("tile_max_ptr", "z_target_ptr", "max_ptr", "sum_ptr", "logp_ptr", "weight_ptr")
     types = dict.fromkeys(pointers, "*fp32") | {
         "stored_ptr": f"*{NAMES[dtype]}", "target_ptr": "*i64", "dz_scale_ptr": "*fp32" if scale else None,
-        "V": "i32", "T": "i32", "stride_stored": "i32", "stride_tile": "i32", "softcap": "fp32", "logit_scale": "fp32",
+        "V": "i32", "stride_stored": "i32", "stride_tile": "i32", "softcap": "fp32", "logit_scale": "fp32",
     }  # fmt: skip
     constants = {
         "HAS_SOFTCAP": cap, "HAS_DZ_SCALE": scale, "TILE": columns, "BLOCK_T": tile.block_n // columns,
@@ -96,20 +99,23 @@ def stored_gradient_source(tile: tiles.Tile, dtype, columns: int, *, cap=False):
     return source_of(stored_rows.stored_gradient_kernel, types, constants, aligned=("stride_stored",))
 
 
-def lse_gemm_source(tile: tiles.Tile, dtype, tma: bool, *, cap=False, bias=False, entropy=False, store=False):
-    name, (m, n, k) = NAMES[dtype], tile[:3]
+def lse_gemm_source(tile: tiles.Tile, dtype, *, cap=False, bias=False, entropy=False, store=False):
+    name, (m, n, k), tma = NAMES[dtype], tile[:3], tile.use_tma
+    columns = tile.statistics_columns
+    stored = f"tensordesc<{name}[{m}, {columns}]>" if tma else f"*{name}"
     types = {
         "h_src": f"tensordesc<{name}[{m}, {k}]>" if tma else f"*{name}",
         "w_src": f"tensordesc<{name}[{n}, {k}]>" if tma else f"*{name}",
         "target_ptr": "*i64", "bias_ptr": f"*{name}" if bias else None, "max_ptr": "*fp32", "sum_ptr": "*fp32",
         "moment_ptr": "*fp32" if entropy else None, "z_target_ptr": "*fp32",
-        "stored_ptr": f"*{name}" if store else None, "n": "i32", "V": "i32", "D": "i32", "n_stored": "i32",
+        "stored": stored if store else None, "n": "i32", "V": "i32", "D": "i32",
         "stride_hn": "i32", "stride_wv": "i32", "stride_stored": "i32",
         "softcap": "fp32", "logit_scale": "fp32",
     }  # fmt: skip
     constants = {
         "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_ENTROPY": entropy, "STORE": store, "USE_TMA": tma,
-        "UPCAST": False, "GROUP_M": tile.group_m, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
+        "PERSISTENT": tile.persistent, "UPCAST": False, "GROUP_M": tile.group_m, "BLOCK_M": m, "BLOCK_N": n,
+        "BLOCK_K": k, "COLUMNS": columns,
     }  # fmt: skip
     return source_of(
         lse_gemm.lse_gemm_kernel, types, constants, aligned=("D", "stride_hn", "stride_wv", "stride_stored")
@@ -121,7 +127,8 @@ def combine_source(entropy: bool):
     pointers = dict.fromkeys(needed, "*fp32")
     optional = dict.fromkeys(("moment_ptr", "entropy_ptr", "row_moment_ptr"), "*fp32" if entropy else None)
     types = pointers | optional | {"target_ptr": "*i64", "n": "i32", "T": "i32", "ignore_index": "i32"}
-    return source_of(lse_gemm.combine_kernel, types, {"HAS_ENTROPY": entropy, "BLOCK": lse_gemm.BLOCK_COMBINE}, ())
+    constants = {"HAS_ENTROPY": entropy, "BLOCK": combine.BLOCK, "BLOCK_T": combine.BLOCK_T}
+    return source_of(combine.combine_kernel, types, constants, ())
 
 
 def source_of(kernel, types: dict[str, str | None], constants: dict[str, Any], aligned: tuple[str, ...]) -> ASTSource:
@@ -131,6 +138,10 @@ def source_of(kernel, types: dict[str, str | None], constants: dict[str, Any], a
     multiples = [name for name, kind in types.items() if (kind or "").startswith("*") or name in aligned]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples}
     return ASTSource(fn=kernel, signature=signature, constexprs=absent | constants, attrs=attributes)
+
+
+def described(tile: tiles.Tile, dtype, options: str) -> str:
+    return f"{NAMES[dtype]}, {'TMA' if tile.use_tma else 'pointers'}, {options}"
 
 
 def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
@@ -144,46 +155,69 @@ def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
                 for dtype in options.pop("dtypes"):
                     yield "row_loss", row.tile, f"{NAMES[dtype]}, {name}", row_loss_source(row.tile, dtype, **options)
             continue
-        if row.kernel == "shard_rows":
-            for name, dtypes in SHARD_ROWS.items():
+        if row.kernel == "row_halves":
+            for name, dtypes in ROW_HALVES.items():
                 options = {"cap": name != "plain", "bias": name != "plain"}
-                yield "shard_rows", row.tile, f"parts, {name}", row_parts_source(row.tile, torch.bfloat16, **options)
+                yield "row_halves", row.tile, f"parts, {name}", row_parts_source(row.tile, torch.bfloat16, **options)
                 for dtype in dtypes:
                     source = row_gradient_source(row.tile, dtype, **options)
-                    yield "shard_rows", row.tile, f"gradient, {NAMES[dtype]}, {name}", source
+                    yield "row_halves", row.tile, f"gradient, {NAMES[dtype]}, {name}", source
             continue
         if row.kernel == "stored_rows":
-            columns = tiles.find("store_gemm", arch, torch.bfloat16, 1).block_n
+            columns = tiles.find("store_gemm", arch, torch.bfloat16, 1).statistics_columns
             for dtype, cap in ((torch.bfloat16, False), (torch.float16, True)):
                 source = stored_gradient_source(row.tile, dtype, columns, cap=cap)
                 yield "stored_rows", row.tile, f"{NAMES[dtype]}, {'softcap' if cap else 'plain'}", source
             continue
         if row.kernel == "store_gemm":  # lse_gemm with a store; bf16 and fp16 compile alike
             for dtype, name in ((torch.bfloat16, "softcap, bias"), (torch.float16, "plain")):
-                for tma in (True, False) if row.tile.use_tma else (False,):
+                for tile in dict.fromkeys((row.tile, lse_gemm.by_pointers(row.tile))):
                     options = {"cap": name != "plain", "bias": name != "plain", "store": True}
-                    source = lse_gemm_source(row.tile, dtype, tma, **options)
-                    yield "store_gemm", row.tile, f"{NAMES[dtype]}, {'TMA' if tma else 'pointers'}, {name}", source
+                    yield "store_gemm", tile, described(tile, dtype, name), lse_gemm_source(tile, dtype, **options)
             continue
         for dtype in row.dtypes:
             for name, options in LSE_GEMM.items():
-                for tma in (True, False) if row.tile.use_tma else (False,):
-                    source = lse_gemm_source(row.tile, dtype, tma, **options)
-                    yield "lse_gemm", row.tile, f"{NAMES[dtype]}, {'TMA' if tma else 'pointers'}, {name}", source
-    combine = tiles.Tile(lse_gemm.BLOCK_COMBINE, 0, 0, 4, 3)
+                for tile in dict.fromkeys((row.tile, lse_gemm.by_pointers(row.tile))):
+                    yield "lse_gemm", tile, described(tile, dtype, name), lse_gemm_source(tile, dtype, **options)
+    tile = tiles.Tile(combine.BLOCK, combine.BLOCK_T, 0, combine.WARPS, 3)
     for entropy in (False, True):
-        yield "combine", combine, "entropy" if entropy else "plain", combine_source(entropy)
+        yield "combine", tile, "entropy" if entropy else "plain", combine_source(entropy)
+
+
+def report(cubin: bytes, *options: str) -> str:
+    """What the disassembler that Triton ships tells of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(BIN / "cuobjdump"), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of local memory a thread) of the machine code; a spill is local memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(BIN / "cuobjdump"), "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (max(int(x) for x in re.findall(rf"{name}:(\d+)", report)) for name in USAGE)
+    usage = report(cubin, "-res-usage")
+    registers, stack, local = (max(int(x) for x in re.findall(rf"{name}:(\d+)", usage)) for name in USAGE)
     return registers, stack + local
+
+
+def loops(sass: str) -> list[tuple[int, int]]:
+    """(instructions, barriers) of each innermost loop of some work, in the order of the code.
+
+    A loop is what lies between a jump back and where it leads. A wait that spins on its own test is none, nor is code
+    that was moved behind the exit and jumps back to its place.
+    """
+    code = [(int(m[1], 16), m[2], m[3]) for m in re.finditer(INSTRUCTION, sass)]
+    exits = [address for address, name, _ in code if name == "EXIT"]
+    jumps = [(int(m[1], 16), address) for address, name, rest in code
+             if name.startswith("BRA") and (m := re.search(r"0x([0-9a-f]+)", rest))]  # fmt: skip
+    spans = [(first, last) for first, last in jumps
+             if last - first > SPIN and not any(first < address < last for address in exits)]  # fmt: skip
+    found = []
+    for first, last in spans:
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans):
+            body = [name for address, name, _ in code if first <= address <= last]
+            found.append((len(body), sum(name.startswith("BAR") for name in body)))
+    return found
 
 
 def compile_for(arch: str) -> Iterator[dict[str, Any]]:
@@ -207,6 +241,9 @@ def compile_for(arch: str) -> Iterator[dict[str, Any]]:
         else:
             text = compiled.asm["ptx"]
             result["registers"], result["spilled"] = resources(compiled.asm["cubin"])
+            sass = report(compiled.asm["cubin"], "-sass")
+            result["loops"] = loops(sass)
+            result["machine"] = [name for name in MACHINE if re.search(rf"\b{name}\b", sass)]
         result["instructions"] = [name for name in INSTRUCTIONS if name in text]
         yield result
 
@@ -283,9 +320,10 @@ def launchers() -> Iterator[str]:
         shard = Shard(dist.group.WORLD, 0, v)
         driver.fused_perce_loss(capped._replace(compact=True, shard=shard), both, Needed(True, False, False))
         driver.token_logprobs(call._replace(bias=None, shard=shard), True)
-        tiles.TABLE, shipped = [row._replace(in_use=True) for row in tiles.TABLE], tiles.TABLE
-        driver.fused_perce_loss(capped._replace(compact=True), both, Needed(True, True, True))
-        tiles.TABLE = shipped
+        for way in ("mixed", "stored"):
+            tiles.WAY["sm_90"] = way
+            driver.fused_perce_loss(capped._replace(compact=True), both, Needed(True, True, True))
+        tiles.WAY["sm_90"] = "fused"
         yield from built
         built.clear()
 
@@ -297,15 +335,19 @@ def main(arguments: list[str]) -> None:
     archs = [a for a in arguments if not a.startswith("-")] or list(tiles.SHARED_MEMORY_LIMIT)
     as_json = "--json" in arguments
     if not as_json:
-        print("| arch | kernel | m × n × k, warps, stages | variant | registers | spilled bytes | shared bytes |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
+        print(
+            "| arch | kernel | m × n × k, warps, stages | variant | registers | spilled bytes | shared bytes "
+            "| inner loops: instructions (barriers) |"
+        )
+        print("| --- " * 8 + "|")
     for arch in archs:
         for r in compile_for(arch):
             if as_json:
                 print(json.dumps(r), flush=True)
                 continue
             m, n, k, warps, stages = r["tile"][:5]
-            numbers = r.get("error") or f"{r['registers']} | {r['spilled']} | {r['shared']}"
+            inner = ", ".join(f"{count} ({barriers})" for count, barriers in r.get("loops", ()))
+            numbers = r.get("error") or f"{r['registers']} | {r['spilled']} | {r['shared']} | {inner}"
             print(
                 f"| {arch} | {r['kernel']} | {m}×{n}×{k}, {warps}, {stages} | {r['variant']} | {numbers} |", flush=True
             )

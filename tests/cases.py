@@ -12,6 +12,7 @@ from tests.numerics import IGNORE, Inputs
 
 N, D, V = 8, 24, 211
 CHUNK = 3
+CUT = (5, CHUNK)  # tokens of a block and of a chunk
 LLAMA = (4096, 128256)  # D, V
 LLAMA_70B = (8192, 128256)
 QWEN = (2560, 151936)

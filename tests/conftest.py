@@ -66,7 +66,7 @@ def small_chunks():
 
 @pytest.fixture(scope="module")
 def interpreter_rounds():
-    """Triton's interpreter truncates fp32 to bf16; make it round to nearest even, as GPUs do."""
+    """Triton's interpreter truncates fp32 to bf16 and, before 3.9, rounds a multiply-add twice: make it as GPUs are."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
@@ -81,6 +81,11 @@ def interpreter_rounds():
             return convert(values, source, destination, mode)
         return torch.from_numpy(np.array(values)).bfloat16().view(torch.uint16).numpy()
 
+    def fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", rounding)
+        patch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
         yield

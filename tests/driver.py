@@ -1,4 +1,4 @@
-"""What the tests of the driver share: several chunks of a few rows, and what is counted beneath the op."""
+"""What the tests of the driver share: several blocks and chunks of a few rows, and what is counted beneath the op."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,16 @@ from tests.device import WAITS, LiveBytes
 
 pytest.importorskip("triton")
 from perce_kernels.gpu import driver, lse_gemm
+from perce_kernels.gpu.cut import Cut
 
-CHUNK = 5
+CUT = Cut(block=5, chunk=2)  # no multiple of each other, and none of N
 
 
 @pytest.fixture(scope="module")
 def several_chunks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "chunk_rows", lambda *_: CHUNK)
-        patch.setattr(driver, "LOGPROB_ROWS", CHUNK)
+        patch.setattr(driver, "cut_of", lambda *_: CUT)
+        patch.setattr(driver, "LOGPROB_ROWS", 5)
         yield
 
 

@@ -8,7 +8,7 @@ from tests.numerics import IGNORE, max_error
 
 pytest.importorskip("triton")
 from perce_kernels import reference
-from perce_kernels.gpu import blocked, combine
+from perce_kernels.gpu import blocked, combine, cut
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
 COLUMNS = 8
@@ -57,7 +57,7 @@ def test_no_tiles_are_an_empty_sum():
 @pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "logit_scale": -1.7}], ids=["plain", "capped"])
 def test_blocks_of_columns(monkeypatch, columns, elements, options):
     """A buffer of one row, and one that holds everything."""
-    monkeypatch.setattr(blocked, "COLUMNS", columns)
+    monkeypatch.setattr(cut, "COLUMNS", columns)
     inputs = make_inputs(bias=True)
     logits = torch.full((elements,), torch.nan, device=DEVICE)
     given = inputs.hidden, inputs.lm_head, inputs.target, inputs.bias
@@ -67,14 +67,3 @@ def test_blocks_of_columns(monkeypatch, columns, elements, options):
     assert max_error(rows.logp, expected[0]) <= 1e-5
     again = blocked.statistics(*given, logits, **options)
     assert torch.equal(rows.logp, again.logp)
-
-
-def test_blocks_are_as_square_as_the_buffer_allows():
-    assert blocked.block_of(4096, 128256, 2048 * 128256) == (4096, 64128)
-    assert blocked.block_of(4736, 128256, 1664 * 128256) == (4736, 42752)
-    assert blocked.block_of(10**6, 262144, 2**27) == (2**15, 4096), "no columns fewer than make a product worth it"
-    assert blocked.block_of(100, 211, 256 * 30) == (30, 256) and blocked.block_of(20, 211, 256 * 10) == (10, 256)
-    assert blocked.block_of(3, 0, 64) == (1, 64) and blocked.block_of(3, 0, 192) == (3, 64)
-    for n, v, elements in ((1, 1, 64), (14, 33, 7 * 64), (7, 211, 256), (5000, 50257, 2**20)):
-        rows, columns = blocked.block_of(n, v, elements)
-        assert 1 <= rows <= n and columns % 64 == 0 and rows * columns <= elements

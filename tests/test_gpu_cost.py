@@ -1,6 +1,7 @@
 """What backend "triton" costs in products, memory and host syncs; its chunk sizes, and the table of tiles."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from tests.kernels import DEVICE, D, N, V, drop_cf, make_inputs, weights_of, wit
 from tests.numerics import IGNORE, beneath
 
 pytest.importorskip("triton")
+from benchmarks.gpu.sizes import SIZES
 from perce_kernels.gpu import driver, tiles
-from tests.driver import CHUNK, several_chunks, watching  # noqa: F401  fixtures
+from perce_kernels.gpu.cut import Cut, block_of, cut_of
+from perce_kernels.gpu.product import pitch
+from tests.driver import CUT, several_chunks, watching  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "several_chunks")
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's products or errors")
@@ -79,51 +83,71 @@ def test_peak_bytes_follow_the_formula(watch, source, compact, ignored, needed):
         out = driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed, weights=weights))
     rows = int((inputs.target != IGNORE).sum()) if compact else n
     expected = driver.extra_bytes(
-        rows, d, v, 4, chunk=CHUNK, passes=2 if source == "hidden_cf" else 1, gathered=rows < n, masked=not compact,
-        needed=needed,
+        rows, d, v, 4, cut=CUT, way="fused", passes=2 if source == "hidden_cf" else 1, gathered=rows < n,
+        masked=not compact, needed=needed,
     )  # fmt: skip
     extra = watch.peak - sum(x.untyped_storage().nbytes() for x in out)
     assert expected - v * 4 * needed[2] <= extra <= expected + 40 * n
     assert n * v * 4 > 1.5 * extra, "an (N, V) tensor would not have passed"
 
 
-# --- Chunk size ------------------------------------------------------------------------------------------------------
-
-chunk_rows = driver.chunk_rows  # before the module's fixture replaces it
+# --- Blocks and chunks -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("v", [211, 49152, 128256, 151936, 262144])
-@pytest.mark.parametrize("d", [576, 2304, 4096, 8192])
-@pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("sms", [1, 108, 132, 148])
-def test_chunk_rows_keep_the_budget_and_fill_waves(v, d, passes, sms):
-    for budget in (2**20, 2**28, 2**31):
-        rows = chunk_rows(d, v, passes, sms, budget)
-        bytes_of = passes * driver.pitch(v) * 4
-        assert rows == 16 or rows * bytes_of <= budget
-        if rows >= 128:
-            assert rows % 128 == 0
-            assert rows > budget / bytes_of / 2 - 256, "at least half of what the budget allows"
+@pytest.mark.parametrize("d", [576, 2304, 8192])
+@pytest.mark.parametrize("way", ["fused", "stored"])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_a_cut_keeps_the_budget_and_uses_it(v, d, way, multiprocessors):
+    for n, itemsize, budget in itertools.product((1, 1000, 4096, 32768, 10**6), (2, 4), (2**20, 2**28, 2**31)):
+        cut = cut_of(n, d, v, itemsize, way, multiprocessors, budget)
+        held = driver.extra_bytes(
+            n, d, v, itemsize, cut=cut, way=way, passes=1, gathered=False, masked=False, needed=(True, True, False)
+        )
+        assert 1 <= cut.chunk <= cut.block
+        if cut.block == 16:
+            continue  # as few as there may be
+        assert held <= budget * 1.001
+        assert n <= cut.block or held > budget / 3, "the budget is there to be used"
+        assert way == "fused" or cut.chunk == cut.block
 
 
-def test_chunk_rows_of_known_shapes():
-    """By hand: D = 4096 is 16 column tiles, so 8 row tiles fill 128 of 132 multiprocessors and a 9th begins a wave."""
-    budget = 2 * 4 * 128256 * 1500
-    assert chunk_rows(4096, 128256, 2, 132, budget) == 1024
-    assert chunk_rows(4096, 128256, 2, 128, budget) == 1024
-    assert chunk_rows(4096, 128256, 2, 144, budget) == 1152
-    assert chunk_rows(4096, 128256, 2, 1, budget) == 1408
-    assert chunk_rows(4096, 2**30, 2, 132, 2**31) == 16
+def test_cuts_of_known_shapes():
+    """The four sizes of the benchmarks. 4096 tokens of Llama-3's vocabulary: one block, which nothing is added to."""
+    cuts = [cut_of(*size, 2, "fused", 132) for size in SIZES]
+    assert cuts == [(4096, 2048), (4096, 1408), (2816, 640), (4736, 1664)]
+    assert cut_of(100, 4096, 2**30, 2, "fused", 132) == (16, 16)
+    assert cut_of(0, 64, 128, 2, "fused", 132).chunk >= 1
 
 
-def test_the_default_budget_holds_enough_tokens_for_the_head_gradient():
-    for v in (128256, 151936):
-        assert chunk_rows(4096, v, 2, 132) >= 1024
-    assert chunk_rows(2304, 262144, 2, 132) >= 750
+def test_the_head_gradient_is_read_and_written_half_as_often(monkeypatch, watch):
+    """16384 tokens of Gemma-2's vocabulary at 2 GiB, in its proportions, tokens by 64 and the vocabulary by 1024."""
+    size = next(size for size in SIZES if size.v == 262144)
+    whole = cut_of(*size, 2, "fused", 132)
+    assert whole.chunk >= 512, "reading W for fewer takes as long as multiplying it"
+    n = size.n // 64
+    monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(whole.block // 64, whole.chunk // 64))
+    inputs = make_inputs(n, D, size.v // 1024, ignored=0.0)
+    with watch:
+        driver.fused_perce_loss(*beneath(inputs, weights={}))
+    read_or_written = sum(1 + product.added for product in watch.products if product.m == size.v // 1024)
+    before = 2 * (size.n // 1024) - 1  # chunks of 1024, each of which was added
+    assert read_or_written <= 0.55 * before
+
+
+def test_blocks_are_as_square_as_the_buffer_allows():
+    assert block_of(4096, 128256, 2048 * 128256) == (4096, 64128)
+    assert block_of(4736, 128256, 1664 * 128256) == (4736, 42752)
+    assert block_of(10**6, 262144, 2**27) == (2**15, 4096), "no columns fewer than make a product worth it"
+    assert block_of(100, 211, 256 * 30) == (30, 256) and block_of(20, 211, 256 * 10) == (10, 256)
+    assert block_of(3, 0, 64) == (1, 64) and block_of(3, 0, 192) == (3, 64)
+    for n, v, elements in ((1, 1, 64), (14, 33, 7 * 64), (7, 211, 256), (5000, 50257, 2**20)):
+        rows, columns = block_of(n, v, elements)
+        assert 1 <= rows <= n and columns % 64 == 0 and rows * columns <= elements
 
 
 def test_pitch():
-    assert [driver.pitch(v) for v in (1, 64, 65, 128256, 50257)] == [64, 64, 128, 128256, 50304]
+    assert [pitch(v) for v in (0, 1, 64, 65, 128256, 50257)] == [64, 64, 64, 128, 128256, 50304]
 
 
 # --- Tiles -----------------------------------------------------------------------------------------------------------
@@ -131,7 +155,7 @@ def test_pitch():
 
 def test_every_kernel_has_a_tile_on_every_architecture():
     for arch in (*tiles.SHARED_MEMORY_LIMIT, tiles.INTERPRETER):
-        for kernel in ("row_loss", "shard_rows", "lse_gemm"):
+        for kernel in ("row_loss", "row_halves", "lse_gemm"):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 for d in (1, 256, 257, 8192):
                     tile = tiles.find(kernel, arch, dtype, d)

@@ -7,7 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import CHUNK, GEMMA, LLAMA, LLAMA_70B, QWEN, Case, both, make_inputs, on_gpu, options_of, upstream_of
+from tests.cases import (
+    CHUNK,
+    CUT,
+    GEMMA,
+    LLAMA,
+    LLAMA_70B,
+    QWEN,
+    Case,
+    both,
+    make_inputs,
+    on_gpu,
+    options_of,
+    upstream_of,
+)
 from tests.device import free
 from tests.kernels import DEVICE, call
 from tests.numerics import IGNORE, TRAINABLE, Result, assert_as_accurate_as_torch, eager, max_error, oracle
@@ -16,6 +29,7 @@ from tests.oracle import blockwise
 pytest.importorskip("triton")
 from perce_kernels import reference, token_logprobs
 from perce_kernels.gpu import driver
+from perce_kernels.gpu.cut import Cut
 from tests import oracle as oracle_module
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
@@ -25,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
 def case(request, monkeypatch) -> Case:
     """The case, with chunks so small that a tiny one has several."""
     if request.param.is_tiny:
-        monkeypatch.setattr(driver, "chunk_rows", lambda *_: CHUNK)
+        monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(*CUT))
         monkeypatch.setattr(driver, "LOGPROB_ROWS", CHUNK)
         monkeypatch.setattr(oracle_module, "BLOCK_BYTES", CHUNK * request.param.v * 8)
     yield request.param

@@ -22,7 +22,7 @@ from tests.numerics import (
 pytest.importorskip("triton")
 from perce_kernels import chunked, fused_perce_loss, ops, reference, token_logprobs
 from perce_kernels.gpu import driver
-from tests.driver import CHUNK, several_chunks  # noqa: F401  fixtures
+from tests.driver import CUT, several_chunks  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "several_chunks")
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's products or errors")
@@ -52,8 +52,9 @@ def test_the_usual_inputs_exercise_what_they_should():
     valid = inputs.target != IGNORE
     weight = oracle(inputs).stats.token_weight[valid]
     assert (weight == 0.8).any() and (weight == 5.0).any()
-    assert CHUNK < int(valid.sum()) < N and int(valid.sum()) % CHUNK, "gathered rows, several chunks, the last partial"
-    assert N % CHUNK
+    assert CUT.block < int(valid.sum()) < N, "gathered rows, several blocks"
+    for rows in (N, int(valid.sum()), CUT.block):
+        assert rows % CUT.chunk or rows % CUT.block, "the last is not full"
 
 
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])

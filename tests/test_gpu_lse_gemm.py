@@ -15,10 +15,18 @@ TILE = tiles.Tile(16, 32, 16, 4, 1)  # several row tiles, column tiles and steps
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 
 
-@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
+FORMS = {
+    "pointers": TILE,
+    "descriptors": TILE._replace(use_tma=True),
+    "persistent": TILE._replace(persistent=True),
+    "halves": TILE._replace(block_n=256, use_tma=True, persistent=True),  # of which the second may lie past the end
+}
+
+
+@pytest.fixture(params=FORMS)
 def tile(request, monkeypatch):
-    """A small tile, with either way of loading the operands."""
-    chosen = TILE._replace(use_tma=request.param)
+    """A small tile, in every form of the kernel."""
+    chosen = FORMS[request.param]
     monkeypatch.setattr(
         tiles, "TABLE", [tiles.Row("lse_gemm", tiles.architecture(DEVICE), tiles.HALF + tiles.FULL, None, chosen)]
     )

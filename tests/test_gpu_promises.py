@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import CHUNK, GEMMA, LLAMA, QWEN, Case, both, make_inputs, on_gpu
+from tests.cases import CHUNK, CUT, GEMMA, LLAMA, QWEN, Case, both, make_inputs, on_gpu
 from tests.device import ON_GPU, capture, free, host_syncs, no_host_sync, peak_bytes
 from tests.kernels import DEVICE, call
 from tests.numerics import IGNORE, TRAINABLE, Inputs, beneath
 
 pytest.importorskip("triton")
 from perce_kernels import chunked, fused_perce_loss, token_logprobs
-from perce_kernels.gpu import driver
+from perce_kernels.gpu import driver, tiles
+from perce_kernels.gpu.cut import Cut
 
 pytestmark = pytest.mark.usefixtures("interpreter_rounds")
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("interpreter_rounds")
 def case(request, monkeypatch) -> Case:
     """The case, with chunks so small that a tiny one has several."""
     if request.param.is_tiny:
-        monkeypatch.setattr(driver, "chunk_rows", lambda *_: CHUNK)
+        monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(*CUT))
         monkeypatch.setattr(driver, "LOGPROB_ROWS", CHUNK)
     yield request.param
     free()
@@ -129,11 +130,11 @@ def test_peak_memory_follows_the_formula(monkeypatch, case, name):
     outputs = sum(x.untyped_storage().nbytes() for x in run())
     n, d, v = case.n, case.d, case.v
     rows = int((inputs.target != IGNORE).sum()) if compact else n
-    multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count if ON_GPU else 1
+    itemsize, way = inputs.hidden.itemsize, tiles.way(inputs.hidden)
+    cut = Cut(*driver.cut_of(rows, d, v, itemsize, way, tiles.multiprocessors(DEVICE)))
     expected = driver.extra_bytes(
-        rows, d, v, inputs.hidden.itemsize, chunk=driver.chunk_rows(d, v, 2, multiprocessors), passes=2,
-        gathered=rows < n, masked=not compact, needed=needed,
-    )  # fmt: skip
+        rows, d, v, itemsize, cut=cut, way=way, passes=2, gathered=rows < n, masked=not compact, needed=needed
+    )
     slack = 32 * 2**20 if ON_GPU else 0  # CUDA's allocator rounds large blocks up to 2 MiB
     extra = peak_bytes(run) - outputs
     assert expected - v * 4 * needed[2] <= extra <= expected + 40 * n + slack

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "s
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 ARCHITECTURE = tiles.architecture(DEVICE)
 TILE = tiles.find("store_gemm", ARCHITECTURE, torch.bfloat16, D)
-TILE_COLUMNS = lse_gemm.statistics_columns(TILE.block_n)
+TILE_COLUMNS = TILE.statistics_columns
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHIPPED = dict(tiles.WAY)
 
@@ -132,11 +132,17 @@ def test_gradients_are_as_accurate_as_torch(dtype, options, spread):
         assert_as_accurate_as_torch(f"d{name}", ours.grads[name], in_torch.grads[name], expected.grads[name])
 
 
+FORMS = {"shipped": TILE, "halves by descriptors": tiles.Tile(16, 256, 32, 4, 1, use_tma=True, persistent=True)}
+
+
 @only("stored")
 @HALVES
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_error_of_the_stored_logits_is_within_its_bound(way, dtype, softcap):
+@pytest.mark.parametrize("form", FORMS)
+def test_error_of_the_stored_logits_is_within_its_bound(monkeypatch, way, dtype, softcap, form):
     """|Δp_v| ≤ u/e · p_t, as the docstring derives, and the rounding of dz itself; the capped ones 2/cap more."""
+    row = tiles.Row("store_gemm", ARCHITECTURE, tiles.HALF, None, FORMS[form])
+    monkeypatch.setattr(tiles, "TABLE", (row, *tiles.TABLE))
     inputs = make_inputs(n=4, d=64, spread=9.0, ignored=0.0).to(dtype)
     h, w, y = inputs.hidden, inputs.lm_head, inputs.target
     stored = torch.full((4, 256), torch.nan, dtype=dtype, device=DEVICE)

@@ -124,10 +124,10 @@ def test_loss_buffers_follow_the_op():
     low = loss_buffers(config, replace(recipe, low_precision=True), shape, counts, "cpu")
     assert low == chunk * (49152 + 32) * 4 + (49152 + 2 * chunk) * 32 * 4
     pytest.importorskip("triton")
-    from perce_kernels.gpu import driver
+    from perce_kernels.gpu import cut
 
     size = loss_buffers(config, recipe, shape, counts, "cuda")
-    assert driver.LOGITS_BYTES / 2 < size < driver.LOGITS_BYTES + 2 * 4000 * 32 * 4
+    assert cut.BUDGET / 2 < size < cut.BUDGET + 4000 * 60
 
 
 def test_the_torch_backend_on_a_gpu_holds_chunks_as_on_a_cpu():

@@ -12,20 +12,9 @@ half as often as 1024 rows of 128k do. The factual pass cannot have that, for it
 from torch import Tensor
 
 from perce_kernels.gpu.combine import Statistics, TileStatistics, combine
-from perce_kernels.gpu.product import PITCH, pitch, product
+from perce_kernels.gpu.cut import block_of
+from perce_kernels.gpu.product import product
 from perce_kernels.gpu.row_halves import row_parts
-
-COLUMNS = 4096
-"""Fewest columns of a block, if there are so many: a product of fewer is bound by reading h and by its launch."""
-
-
-def block_of(n: int, v: int, elements: int) -> tuple[int, int]:
-    """(rows, columns) of the blocks, of at most so many elements, that n rows of v logits are computed in."""
-    assert elements >= PITCH
-    rows = max(1, min(n, elements // min(pitch(v), COLUMNS)))
-    most = elements // rows // PITCH * PITCH
-    blocks = -(-pitch(v) // most)
-    return rows, -(-pitch(v) // (blocks * PITCH)) * PITCH  # evenly: no narrow one at the end
 
 
 def statistics(

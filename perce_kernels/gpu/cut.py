@@ -1,12 +1,13 @@
-"""How many tokens the logits buffer holds (a chunk), and how many dz (a block), under one budget of bytes.
+"""How many tokens the logits buffer holds (a chunk), and how many dz (a block), under one budget of bytes; and how many
+columns of how many rows of counterfactual logits that buffer holds at once.
 
 A token's logits take 4 bytes an entry for the time of one kernel. Its dz takes 2, and waits for as many others as
 possible: each product dW += dzᵀ h reads and writes all of dW, 8 bytes an entry of it, where reading W for a product
 takes 2. So a block is several chunks. What a cut costs beyond its floor:
 
     bytes ÷ D·V    2 a chunk (W, for the factual logits), 2 + 2 + 8 a block (W, for the counterfactual ones and dh; dW)
-    FLOP           of dh = dz W, which has few tiles (K/128 · D/256): a K chosen by habit leaves most of the last wave of
-                   multiprocessors idle
+    FLOP           of dh = dz W, which has few tiles (K/128 · D/256): a K chosen by habit leaves most of the last wave
+                   of multiprocessors idle
 
 A byte is taken to last as long as 256 FLOP (an H100: 266, an H200: 183).
 """
@@ -15,8 +16,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-from perce_kernels.gpu.lse_gemm import STATISTICS_COLUMNS
-from perce_kernels.gpu.product import pitch
+from perce_kernels.gpu.product import PITCH, pitch
+from perce_kernels.gpu.tiles import STATISTICS_COLUMNS
 
 BUDGET = 2 * 2**30
 """Bytes of a block's dz and a chunk's logits together."""
@@ -28,6 +29,8 @@ SEEN = 1 / 3
 FEWEST, ENOUGH = 16, 512
 """Tokens of a chunk, whatever the budget; and those from which on reading W takes less time than multiplying it."""
 TRIED = 32
+COLUMNS = 4096
+"""Fewest columns of a block, if there are so many: a product of fewer is bound by reading h and by its launch."""
 
 
 class Cut(NamedTuple):
@@ -64,6 +67,15 @@ def cut_of(n: int, d: int, v: int, itemsize: int, way: str, multiprocessors: int
 
     counts = range(max(fewest, 1), max(many, fewest, 1) + 1, max(1, (many - fewest) // TRIED))
     return min(map(cut_into, counts), key=lambda cut: _cost(n, cut, d, multiprocessors))
+
+
+def block_of(n: int, v: int, elements: int) -> tuple[int, int]:
+    """(rows, columns) of the blocks, of at most so many elements, that n rows of v logits are computed in."""
+    assert elements >= PITCH
+    rows = max(1, min(n, elements // min(pitch(v), COLUMNS)))
+    most = elements // rows // PITCH * PITCH
+    blocks = -(-pitch(v) // most)
+    return rows, -(-pitch(v) // (blocks * PITCH)) * PITCH  # evenly: no narrow one at the end
 
 
 def _cost(n: int, cut: Cut, d: int, multiprocessors: int) -> float:

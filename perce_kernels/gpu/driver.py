@@ -1,25 +1,29 @@
-"""Backend "triton": the chunked algorithm of perce_kernels.chunked with cuBLAS products and one row kernel between.
+"""Backend "triton": the chunked algorithm of perce_kernels.chunked with cuBLAS products and our kernels around them.
 
-    per chunk of C tokens   [z; z_cf] = [h; h_cf] Wᵀ       one product, fp32 out, W read once     4·C·D·V FLOP
-                            row kernel: logp, w, dz        in place over z, in the operands' dtype
-                                                           (or a product that stores 16 bits of z alone: steps.py)
-                            dh = dz W                      only if hidden trains                  2·C·D·V
-                            dW += dzᵀ h                    only if the head trains; fp32          2·C·D·V
+    per block of K tokens   counterfactual log-probabilities    logits of many rows, some columns at a time   2·K·D·V
+      per chunk of C tokens z = h Wᵀ, fp32                                                                    2·C·D·V
+                            row kernel: logp, w, dz             into the block's dz, in the operands' dtype
+                            dh = dz W                           only if hidden trains                         2·K·D·V
+                            dW += dzᵀ h                         only if the head trains; fp32                 2·K·D·V
 
-The first chunk writes dW and later ones add to it: it is never cleared.
+How log-probabilities and dz come about is a way of several: steps.py. The first block writes dW and later ones add to
+it: it is never cleared, and for n ≤ K never read. A chunk's logits take 4 bytes and live for one kernel; dz takes 2 and
+is what dW must wait for: so there are few rows of the one and many of the other.
 
-Memory beside inputs and outputs, for n computed rows in chunks of C = min(chunk_rows, n), passes = 2 with hidden_cf and
-1 without, P = V rounded up to a multiple of 64, s = bytes of an operand's element (`extra_bytes`, held by a test):
+Memory beside inputs and outputs, for n computed rows in blocks of K and chunks of C, P = V rounded up to a multiple of
+64, s = bytes of an operand's element, T = tiles of 128 columns (`extra_bytes`, held by a test):
 
-    logits       passes · C · P · 4     where tiles.py has the GEMM that stores 16-bit logits in use, instead
-                 C · P · s + passes · C · ⌈V/columns of its tile⌉ · 8, the first only where there is a gradient
-    operands     passes · C · D · s     where rows are gathered, masked or paired; else they are a slice of hidden
-    dh of chunk  C · D · 4              where rows are gathered; else the product writes to its place
+    logits       C · P · 4              not where our GEMM stores 16-bit logits: these lie where dz will
+    dz           K · P · s              where there is a gradient
+    statistics   K · (8 · B + 16)       of the counterfactual pass's B blocks of columns; of T tiles where our GEMM
+                                        makes them, and without that pass of C rows where it stores
+    operands     K · D · s              where rows are gathered or masked; else they are a slice of hidden
+    dh of block  K · D · 4              where rows are gathered; else the product writes to its place
     column sums  V · 4                  where the bias trains
     per token    n · 12                 where rows are gathered: statistics, scattered at the end
                  and ≤ 40 bytes a token of indices, targets and masks
 
-With a shard of the vocabulary V is the shard's, but the chunk size is that of the whole vocabulary, on every rank.
+With a shard of the vocabulary V is the shard's, but blocks and chunks are those of the whole vocabulary, on every rank.
 
 Host syncs: with compact=True one, which learns how many rows there are; with compact=False none, and nothing depends on
 values, so that a CUDA graph can capture the call. fp16 has few exponents: there dz is scaled by the power of two that
@@ -39,59 +43,38 @@ from torch import Tensor
 from perce_kernels import chunked
 from perce_kernels.arguments import Call, Needed, Rows, Weighting
 from perce_kernels.chunked import PerCEOutput
-from perce_kernels.gpu import lse_gemm
-from perce_kernels.gpu.steps import Job, Step, choose, pitch, product
+from perce_kernels.gpu import lse_gemm, tiles
+from perce_kernels.gpu.cut import Cut, block_of, cut_of
+from perce_kernels.gpu.product import pitch, product
+from perce_kernels.gpu.steps import Job, Step, choose
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
-LOGITS_BYTES = 2 * 2**30
-"""Budget of a chunk's logits. 2 GiB are 2048 tokens of a 128k vocabulary with both passes: reading and writing dW (8
-bytes an entry) takes as long as its product at about 750 tokens of an H200, so that far above it costs little."""
-GEMM_TILE = (128, 256)
-"""Rows and columns of the output tile that cuBLAS prefers for large 16-bit products; what "wave" means below."""
 LOGPROB_ROWS = 8192
 """Tokens per chunk of token_logprobs, whose buffers are small: enough that reading W again costs nothing."""
 SHARDED_MULTIPROCESSORS = 132
 """What a group of GPUs is taken to have each, so that two kinds of them still cut the same chunks."""
 
 
-def chunk_rows(d: int, v: int, passes: int, multiprocessors: int, budget: int | None = None) -> int:
-    """Tokens per chunk: the number that fills whole waves of multiprocessors best in dh = dz W, within the budget.
-
-    That product has few tiles (C/128 · D/256), so that a C chosen by habit can leave most of the last wave idle. Only
-    sizes from half of what the budget allows are considered, for a larger C spreads the cost of adding to dW. A
-    function of the arguments alone: never of free memory, so that the same call gives the same bits anywhere.
-    """
-    budget = LOGITS_BYTES if budget is None else budget
-    rows, columns = GEMM_TILE
-    most = budget // (passes * pitch(v) * 4)
-    if most < rows:
-        return max(16, most)
-
-    def wave_fill(c: int) -> float:
-        tiles = (c // rows) * -(-d // columns)
-        return tiles / (-(-tiles // multiprocessors) * multiprocessors)
-
-    candidates = range(most // rows * rows, max(rows, most // 2) - 1, -rows)
-    return max(candidates, key=wave_fill)  # the first of equals, which is the largest
-
-
 def extra_bytes(
-    n: int, d: int, v: int, itemsize: int, *, chunk: int, passes: int, gathered: bool, masked: bool,
-    needed: tuple[bool, bool, bool], tile_columns: int | None = None,
+    n: int, d: int, v: int, itemsize: int, *, cut: Cut, way: str, passes: int, gathered: bool, masked: bool,
+    needed: tuple[bool, bool, bool],
 ) -> int:  # fmt: skip
     """The docstring's formula without its last line: bytes beside inputs and outputs while n rows are computed.
 
-    needed: dhidden, dlm_head, dbias. tile_columns: of the GEMM that stores 16-bit logits, where that way is in use.
+    passes: 2 with hidden_cf. needed: dhidden, dlm_head, dbias.
     """
-    c = min(chunk, n)
+    if n == 0:
+        return v * 4 * needed[2]
+    block, chunk = min(cut.block, n), min(cut.chunk, n)
     need_dhidden, _, need_dbias = needed
-    if tile_columns is None:
-        logits = passes * c * pitch(v) * 4
-    else:
-        logits = c * pitch(v) * itemsize * any(needed) + passes * c * -(-v // tile_columns) * 8
-    operands = passes * c * d * itemsize if gathered or masked or passes == 2 else 0
-    dh = c * d * 4 if gathered and need_dhidden else 0
-    return logits + operands + dh + v * 4 * need_dbias + n * 12 * gathered
+    logits = 0 if way == "stored" else chunk * pitch(v) * 4
+    dz = block * pitch(v) * itemsize * any(needed)
+    columns = block_of(block, v, chunk * pitch(v))[1] if way == "fused" else tiles.STATISTICS_COLUMNS
+    tiled = block if passes == 2 else chunk if way == "stored" else 0  # rows
+    statistics = tiled * (8 * -(-v // columns) + 16)
+    operands = block * d * itemsize if gathered or masked else 0
+    dh = block * d * 4 if gathered and need_dhidden else 0
+    return logits + dz + statistics + operands + dh + v * 4 * need_dbias + n * 12 * gathered
 
 
 class _GpuRows(Rows):
@@ -108,14 +91,12 @@ class _GpuRows(Rows):
             return None
         return x.contiguous() if self.index is None else x[self.index]
 
-    def copy(self, out: Tensor, x: Tensor, chunk: slice) -> None:
-        """The computed rows of x (N, D) in this chunk into out, an ignored row as 0: 0 · NaN would reach dW."""
+    def copy(self, out: Tensor, x: Tensor, block: slice) -> Tensor:
+        """out, filled with the computed rows of x (N, D) in this block, an ignored one as 0: 0 · NaN would reach dW."""
         if self.index is not None:
-            torch.index_select(x, 0, self.index[chunk], out=out)
-            return
-        out.copy_(x[chunk])
-        if self.ignored is not None:
-            out.masked_fill_(self.ignored[chunk, None], 0)
+            return torch.index_select(x, 0, self.index[block], out=out)
+        out.copy_(x[block])
+        return out if self.ignored is None else out.masked_fill_(self.ignored[block, None], 0)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -168,18 +149,26 @@ def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEO
     with _on(hidden.device), chunked.full_fp32_matmul():
         rows = _GpuRows(call)
         out = _outputs(call, rows, needed)
-        passes = 1 if weighting.hidden_cf is None else 2
-        multiprocessors = _multiprocessors(hidden.device) if shard is None else SHARDED_MULTIPROCESSORS
+        per_token = [out.logp, out.logp_cf, out.token_weight]
+        if rows.index is not None:
+            per_token = [x.new_empty(rows.n) for x in per_token]
         given_weight = rows.computed(weighting.token_weight)
+        given = rows.computed(weighting.logp_cf) if given_weight is None else given_weight
+        way = tiles.way(hidden) if shard is None and lm_head.stride(1) == 1 else "fused"
+        multiprocessors = tiles.multiprocessors(hidden.device) if shard is None else SHARDED_MULTIPROCESSORS
+        cut = cut_of(rows.n, lm_head.shape[1], call.vocab_size, hidden.itemsize, way, multiprocessors)
         job = Job(
-            lm_head=_matrix(lm_head), bias=None if bias is None else bias.contiguous(), target=rows.target,
-            valid=None if rows.ignored is None else ~rows.ignored, logp_cf=rows.computed(weighting.logp_cf),
-            token_weight=given_weight, contrasting=weighting.contrasting, ignore_index=call.ignore_index,
+            way=way, lm_head=_matrix(lm_head), bias=None if bias is None else bias.contiguous(), target=rows.target,
+            valid=None if rows.ignored is None else ~rows.ignored,
+            source="logp_cf" if given_weight is None else "token_weight",
+            given=per_token[1] if given is None else given, contrasting=weighting.contrasting,
             dz_scale=_dz_scale(rows, hidden.dtype, given_weight, weighting.contrasting.clip_max, call.logit_scale),
-            softcap=call.softcap, logit_scale=call.logit_scale, passes=passes,
-            size=min(chunk_rows(lm_head.shape[1], call.vocab_size, passes, multiprocessors), rows.n), needed=needed,
+            ignore_index=call.ignore_index, softcap=call.softcap, logit_scale=call.logit_scale,
+            chunk=min(cut.chunk, rows.n), needed=needed,
         )  # fmt: skip
-        _sweep(hidden, weighting.hidden_cf, rows, job, choose(job, shard), out)
+        if rows.n > 0:
+            _sweep(hidden, weighting.hidden_cf, rows, job, choose(job, shard), min(cut.block, rows.n), per_token, out)
+        _scatter(rows, per_token, out)
         if job.dz_scale is not None:
             for gradient in (out.dhidden, out.dlm_head, out.dbias):
                 gradient.div_(job.dz_scale)
@@ -194,36 +183,44 @@ def _sweep(
     rows: _GpuRows,
     job: Job,
     step: Step,
-    out: PerCEOutput,  # filled
+    size: int,  # rows of a block
+    per_token: list[Tensor],  # logp, logp_cf and weight, each (n,) fp32: filled
+    out: PerCEOutput,  # its gradients are filled
 ) -> None:
-    """All chunks: operands, the step, products with dz. Buffers are allocated once, for the first and largest chunk."""
-    d = hidden.shape[1]
-    per_token = [out.logp, out.logp_cf, out.token_weight]
-    if rows.index is not None:
-        per_token = [x.new_empty(rows.n) for x in per_token]
-    operands = hidden.new_empty((job.passes * job.size, d)) if rows.copied or job.passes == 2 else None
-    dh_buffer = out.logp.new_empty((job.size, d)) if rows.index is not None and job.needed.dhidden else None
+    """All blocks: log-probabilities, dz chunk by chunk, products with dz. Each buffer is allocated once."""
+    (_, d), v = hidden.shape, job.lm_head.shape[0]
+    operands = hidden.new_empty((size, d)) if rows.copied else None
+    dz_buffer = hidden.new_empty((size, pitch(v))) if job.need_dz else None
+    dh_buffer = out.logp.new_empty((size, d)) if rows.index is not None and job.needed.dhidden else None
 
-    for chunk in rows.chunks(job.size):
-        c = chunk.stop - chunk.start
-        both = hidden[chunk] if operands is None else operands[: job.passes * c]
-        if operands is not None:
-            rows.copy(both[:c], hidden, chunk)
-            if hidden_cf is not None:
-                rows.copy(both[c:], hidden_cf, chunk)
-        dz = step(both, chunk, [x[chunk] for x in per_token])
+    def computed(x: Tensor, block: slice) -> Tensor:
+        return x[block] if operands is None else rows.copy(operands[: block.stop - block.start], x, block)
+
+    for block in rows.chunks(size):
+        if hidden_cf is not None:
+            per_token[1][block] = step.counterfactual(computed(hidden_cf, block), block)
+        h = computed(hidden, block)
+        dz = None if dz_buffer is None else dz_buffer[: h.shape[0]]
+        for start in range(0, h.shape[0], job.chunk):
+            part = slice(start, min(start + job.chunk, h.shape[0]))
+            chunk = slice(block.start + part.start, block.start + part.stop)
+            step(h[part], chunk, None if dz is None else dz[part], [x[chunk] for x in per_token])
         if dz is None:
             continue
+        dz = dz[:, :v]
         if job.needed.dhidden:
-            dh = out.dhidden[chunk] if dh_buffer is None else dh_buffer[:c]
+            dh = out.dhidden[block] if dh_buffer is None else dh_buffer[: h.shape[0]]
             product(dz, job.lm_head, dh)
             if rows.index is not None:
-                out.dhidden.index_copy_(0, rows.index[chunk], dh)
+                out.dhidden.index_copy_(0, rows.index[block], dh)
         if job.needed.dlm_head:
-            product(dz.T, both[:c], out.dlm_head, add=chunk.start > 0)
+            product(dz.T, h, out.dlm_head, add=block.start > 0)
         if job.needed.dbias:
             out.dbias.add_(dz.sum(0, dtype=torch.float32))
 
+
+def _scatter(rows: _GpuRows, per_token: list[Tensor], out: PerCEOutput) -> None:
+    """The loss from the computed rows' statistics, and these to the places of their tokens."""
     logp, _, weight = per_token
     torch.sum(logp * weight, 0, out=out.loss_sum).neg_()
     if rows.index is not None:
@@ -280,7 +277,3 @@ def _sharded_logprobs(
 def _on(device: torch.device) -> Any:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

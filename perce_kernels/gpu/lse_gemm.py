@@ -1,72 +1,101 @@
 """The GEMM that keeps log-probabilities and writes no logits (token_logprobs, the E-step, scoring), or 16-bit ones.
 
-    x  = h Wᵀ                                  (n, V), one (BLOCK_M, BLOCK_N) tile a program, fp32 accumulators
+    x  = h Wᵀ                                  one (BLOCK_M, BLOCK_N) tile at a time, fp32 accumulators
     z  = cap · tanh(scale · (x + b) / cap)     as in row_loss.py
     of tile t, per row:                        m_t = max z,   s_t = Σ exp(z − m_t),   u_t = Σ exp(z − m_t)·(z − m_t)
 
-    combined over the tiles of a row:          m = max m_t        S = Σ s_t exp(m_t − m)
-    logp    = (z_y − m) − log S                z_y by the one tile that holds column y
-    entropy = log S − U/S                      U = Σ exp(m_t − m) · (u_t + (m_t − m)·s_t) = Σ exp(z − m)·(z − m)
+combine.py makes rows' statistics of them. The gradient is not here: it needs p_v of every column. Either the row kernel
+computes the products again, or, asked to, the epilogue stores s_v = z_v − m_t in the operands' dtype, for
+stored_rows.py to turn into it.
 
-Every exponent is relative to a maximum, so that a large offset common to the logits cancels before anything is rounded.
-The gradient is not here: it needs p_v of every column. Either the row kernel's computes the products again, or, asked
-to, the epilogue stores s_v = z_v − m_t of the first rows in the operands' dtype, for stored_rows.py to turn into it.
-
-    traffic    partials (T, n) with T = ⌈V/BLOCK_N⌉: 8 bytes (12 with entropy) for BLOCK_N logits of 4
-    order      programs run down GROUP_M row tiles before the next column tile: these share W's tile in the L2 cache
-    operands   tensor descriptors (TMA) if the tile says so and base and pitch are multiples of 16 bytes, else pointers
+    traffic    partials (T, n) with T = ⌈V/128⌉: 8 bytes (12 with entropy) for 128 logits of 4
+    order      tiles run down GROUP_M row tiles before the next column tile: these share W's tile in the L2 cache
+    operands   tensor descriptors (TMA) if the tile says so and base and pitch are multiples of 16 bytes, else pointers;
+               stored logits are written as the operands are read
+    epilogue   of 128 columns at most: a wider tile is reduced in halves, each a tile of statistics, for registers; and
+               only where a target lies is there a search for it
+    persistent one program a multiprocessor takes tile after tile: the next one's operands are on their way while the
+               epilogue runs
     padding    columns ≥ V become −inf after the cap; D is padded with zeros by either kind of load
-    target     ignored: 0. Outside [0, V): no tile stores z_y, which stays the NaN that it was filled with.
+    target     outside [0, V): no tile stores z_y, which stays the NaN that it was filled with
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from perce_kernels.gpu import tiles
-from perce_kernels.gpu.row_loss import transform
+from perce_kernels.gpu.combine import Statistics, TileStatistics, combine
+from perce_kernels.gpu.row_loss import LOG2E, LOWEST, exp_above, residual, transform
 
-BLOCK_COMBINE = 128
+
+@triton.jit
+def tile_statistics(
+    acc, tile_m, tile_n, inputs, outputs, n, V, softcap, logit_scale, stride_stored, HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, STORE: tl.constexpr, USE_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The epilogue: what one tile of raw products tells of its rows."""
+    target_ptr, bias_ptr = inputs
+    max_ptr, sum_ptr, moment_ptr, z_target_ptr, stored = outputs
+    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_v = tile_n * COLUMNS + tl.arange(0, COLUMNS)
+    mask_n = offs_m < tl.where(tile_n * COLUMNS < V, n, 0)  # a second half may begin past the end
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+    z = transform(acc, bias, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+    y = tl.load(target_ptr + offs_m, mask=mask_n, other=-1)
+    here = (y >= tile_n * COLUMNS) & (y < min((tile_n + 1) * COLUMNS, V))
+    if tl.max(here.to(tl.int32), 0) > 0:  # a tile that holds no target looks for none
+        column = tl.where(here, y - tile_n * COLUMNS, -1).to(tl.int32)
+        z_y = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == column[:, None], z, 0.0), 1)
+        tl.store(z_target_ptr + offs_m, z_y, mask=mask_n & here)
+
+    z = tl.where((offs_v < V)[None, :], z, float("-inf"))
+    tile_max = tl.max(z, 1)
+    reference = tl.maximum(tile_max, LOWEST) * LOG2E
+    if STORE:  # to the pitch: a multiple of 16, so that stores stay wide whatever V is
+        s = z - tl.maximum(tile_max, LOWEST)[:, None]
+        if USE_TMA:
+            stored.store([tile_m * BLOCK_M, tile_n * COLUMNS], s.to(stored.dtype))
+        else:
+            at = stored + offs_m.to(tl.int64)[:, None] * stride_stored + offs_v[None, :]
+            tl.store(at, s.to(stored.dtype.element_ty), mask=mask_n[:, None] & (offs_v < stride_stored)[None, :])
+    p = exp_above(z, reference[:, None])
+    exact = 1 / residual(tl.maximum(tile_max, LOWEST), reference)
+    partial = tile_n.to(tl.int64) * n + offs_m
+    tl.store(max_ptr + partial, tile_max, mask=mask_n)
+    tl.store(sum_ptr + partial, tl.sum(p, 1) * exact, mask=mask_n)
+    if HAS_ENTROPY:
+        moment = tl.sum(tl.where(p > 0, p * (z - tile_max[:, None]), 0.0), 1)  # 0 · −inf is NaN
+        tl.store(moment_ptr + partial, moment * exact, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["softcap", "logit_scale"])
-def lse_gemm_kernel(
-    # inputs
-    h_src, w_src,  # (n, D), (V, D): pointers, or descriptors with blocks (BLOCK_M, BLOCK_K), (BLOCK_N, BLOCK_K)
-    target_ptr,  # (n,) int64
-    bias_ptr,  # (V,)
-    # outputs
-    max_ptr, sum_ptr,  # (T, n) fp32
-    moment_ptr,  # (T, n) fp32, with HAS_ENTROPY
-    z_target_ptr,  # (n,) fp32
-    stored_ptr,  # (n_stored, V) 16 bits, with STORE
-    # sizes
-    n, V, D, n_stored,
-    # strides
-    stride_hn, stride_wv, stride_stored,
-    # scalars
-    softcap, logit_scale,
-    # constants
+@triton.jit
+def one_tile(
+    tile, operands, inputs, outputs, n, V, D, strides, softcap, logit_scale,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, STORE: tl.constexpr,
     USE_TMA: tl.constexpr, UPCAST: tl.constexpr, GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """The product of one tile, and its epilogue."""
+    h_src, w_src = operands
+    stride_hn, stride_wv, stride_stored = strides
     tiles_m = tl.cdiv(n, BLOCK_M)
     tiles_n = tl.cdiv(V, BLOCK_N)
-    pid = tl.program_id(0)
-    group = pid // (GROUP_M * tiles_n)
+    group = tile // (GROUP_M * tiles_n)
     rows_in_group = min(tiles_m - group * GROUP_M, GROUP_M)
-    tile_m = group * GROUP_M + (pid % (GROUP_M * tiles_n)) % rows_in_group
-    tile_n = (pid % (GROUP_M * tiles_n)) // rows_in_group
+    tile_m = group * GROUP_M + (tile % (GROUP_M * tiles_n)) % rows_in_group
+    tile_n = (tile % (GROUP_M * tiles_n)) // rows_in_group
 
-    offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_v = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if not USE_TMA:
         # Rows past the end read the last one: their results are not stored, and loads stay unmasked in this axis.
+        offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_v = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         h_rows = h_src + tl.minimum(offs_m, n - 1).to(tl.int64)[:, None] * stride_hn
         w_rows = w_src + tl.minimum(offs_v, V - 1).to(tl.int64)[:, None] * stride_wv
     for start in tl.range(0, D, BLOCK_K):
@@ -82,93 +111,68 @@ def lse_gemm_kernel(
             w = w.to(tl.float32)
         acc = tl.dot(h, w.T, acc, input_precision="ieee")
 
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
-    z = transform(acc, bias, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-    mask_n = offs_m < n
-    y = tl.load(target_ptr + offs_m, mask=mask_n, other=-1)
-    is_target = (offs_v[None, :] == y[:, None]) & (offs_v < V)[None, :]
-    z_y = tl.sum(tl.where(is_target, z, 0.0), 1)
-    tl.store(z_target_ptr + offs_m, z_y, mask=mask_n & (y // BLOCK_N == tile_n) & (y >= 0) & (y < V))
-
-    z = tl.where((offs_v < V)[None, :], z, float("-inf"))
-    tile_max = tl.max(z, 1)
-    shift = tl.where(tile_max == float("-inf"), 0.0, tile_max)  # −inf − (−inf) is NaN
-    z -= shift[:, None]
-    if STORE:  # to the pitch: a multiple of 16, so that stores stay wide whatever V is
-        at = stored_ptr + offs_m.to(tl.int64)[:, None] * stride_stored + offs_v[None, :]
-        mask = (offs_m < n_stored)[:, None] & (offs_v < stride_stored)[None, :]
-        tl.store(at, z.to(stored_ptr.dtype.element_ty), mask=mask)
-    p = tl.exp(z)
-    partial = tile_n.to(tl.int64) * n + offs_m
-    tl.store(max_ptr + partial, tile_max, mask=mask_n)
-    tl.store(sum_ptr + partial, tl.sum(p, 1), mask=mask_n)
-    if HAS_ENTROPY:
-        tl.store(moment_ptr + partial, tl.sum(tl.where(p > 0, p * z, 0.0), 1), mask=mask_n)  # 0 · −inf is NaN
+    if COLUMNS < BLOCK_N:
+        parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, COLUMNS)), (0, 2, 1)))
+    else:
+        parts = (acc,)
+    for part in tl.static_range(BLOCK_N // COLUMNS):
+        tile_statistics(
+            parts[part], tile_m, tile_n * (BLOCK_N // COLUMNS) + part, inputs, outputs, n, V, softcap, logit_scale,
+            stride_stored, HAS_BIAS, HAS_SOFTCAP, HAS_ENTROPY, STORE, USE_TMA, BLOCK_M, COLUMNS,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
-def combine_kernel(
+@triton.jit(do_not_specialize=["softcap", "logit_scale"])
+def lse_gemm_kernel(
     # inputs
-    max_ptr, sum_ptr, moment_ptr,  # (T, n)
-    z_target_ptr, target_ptr,  # (n,)
+    h_src, w_src,  # (n, D), (V, D): pointers, or descriptors with blocks (BLOCK_M, BLOCK_K), (BLOCK_N, BLOCK_K)
+    target_ptr,  # (n,) int64
+    bias_ptr,  # (V,)
     # outputs
-    logp_ptr, row_max_ptr, total_ptr,  # (n,)
-    entropy_ptr, row_moment_ptr,  # (n,), with HAS_ENTROPY
+    max_ptr, sum_ptr,  # (T, n) fp32
+    moment_ptr,  # (T, n) fp32, with HAS_ENTROPY
+    z_target_ptr,  # (n,) fp32
+    stored,  # (n, V) 16 bits, with STORE: a pointer, or a descriptor with blocks (BLOCK_M, COLUMNS)
     # sizes
-    n, T, ignore_index,
+    n, V, D,
+    # strides
+    stride_hn, stride_wv, stride_stored,
+    # scalars
+    softcap, logit_scale,
     # constants
-    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, STORE: tl.constexpr,
+    USE_TMA: tl.constexpr, PERSISTENT: tl.constexpr, UPCAST: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < n
-    row_max = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    moment = tl.zeros([BLOCK], tl.float32)
-    at = offs.to(tl.int64)
-    for _ in tl.range(0, T):
-        tile_max = tl.load(max_ptr + at, mask=mask, other=float("-inf"))
-        tile_sum = tl.load(sum_ptr + at, mask=mask, other=0.0)
-        new_max = tl.maximum(row_max, tile_max)
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        # What was gathered relative to an older maximum moves by `down`; −inf (nothing gathered) must stay 0.
-        down = tl.where(row_max == float("-inf"), 0.0, row_max - shift)
-        tile_down = tl.where(tile_max == float("-inf"), 0.0, tile_max - shift)
-        if HAS_ENTROPY:
-            tile_moment = tl.load(moment_ptr + at, mask=mask, other=0.0)
-            moment = tl.exp(down) * (moment + down * total) + tl.exp(tile_down) * (tile_moment + tile_down * tile_sum)
-        total = tl.exp(down) * total + tl.exp(tile_down) * tile_sum
-        row_max = new_max
-        at += n
-    ignored = tl.load(target_ptr + offs, mask=mask, other=0) == ignore_index
-    z_y = tl.load(z_target_ptr + offs, mask=mask, other=0.0)
-    logp = (z_y - row_max) - tl.log(total)
-    tl.store(logp_ptr + offs, tl.where(ignored, 0.0, logp), mask=mask)
-    tl.store(row_max_ptr + offs, row_max, mask=mask)
-    tl.store(total_ptr + offs, total, mask=mask)
-    if HAS_ENTROPY:
-        tl.store(row_moment_ptr + offs, moment, mask=mask)
-        entropy = tl.log(total) - moment / total
-        tl.store(entropy_ptr + offs, tl.where(ignored, 0.0, entropy), mask=mask)
+    operands = (h_src, w_src)
+    inputs = (target_ptr, bias_ptr)
+    outputs = (max_ptr, sum_ptr, moment_ptr, z_target_ptr, stored)
+    strides = (stride_hn, stride_wv, stride_stored)
+    first = tl.program_id(0)
+    if PERSISTENT:
+        tiles = tl.cdiv(n, BLOCK_M) * tl.cdiv(V, BLOCK_N)
+        for tile in tl.range(first, tiles, tl.num_programs(0), flatten=True):
+            one_tile(
+                tile, operands, inputs, outputs, n, V, D, strides, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP,
+                HAS_ENTROPY, STORE, USE_TMA, UPCAST, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, COLUMNS,
+            )  # fmt: skip
+    else:
+        one_tile(
+            first, operands, inputs, outputs, n, V, D, strides, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP,
+            HAS_ENTROPY, STORE, USE_TMA, UPCAST, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, COLUMNS,
+        )  # fmt: skip
+
+
+def by_pointers(tile: tiles.Tile) -> tiles.Tile:
+    """The tile where the copy engine cannot read the operands: addresses take the registers of half its columns."""
+    return tile._replace(block_n=tile.block_n // 2, use_tma=False, persistent=False) if tile.use_tma else tile
 
 
 def _describable(*operands: Tensor) -> bool:
-    """Whether the copy engine can read these: base and rows at multiples of 16 bytes."""
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in operands)
-
-
-class Statistics(NamedTuple):
-    """What the GEMM tells of n rows, all fp32; entropy and moment on request."""
-
-    logp: Tensor  # (n,) 0 where ignored
-    entropy: Tensor | None  # (n,) in nats, 0 where ignored
-    row_max: Tensor  # (n,)
-    total: Tensor  # (n,) Σ exp(z − row_max)
-    moment: Tensor | None  # (n,) Σ exp(z − row_max)·(z − row_max)
-    z_target: Tensor  # (n,) the target's logit, NaN where no column is the target's
-    tile_max: Tensor  # (T, n)
-    tile_columns: int  # V = (T − 1) · tile_columns + the last tile's
+    """Whether the copy engine can read these: base and rows at multiples of 16 bytes, rows that do not overlap."""
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.stride(0) >= x.shape[1] for x in operands
+    )
 
 
 def statistics(
@@ -181,60 +185,40 @@ def statistics(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     return_entropy: bool = False,
-    stored: Tensor | None = None,  # (≤ n, pitch), out
+    stored: Tensor | None = None,  # (n, pitch), out
 ) -> Statistics:
-    """Both launches; V may be 0. `stored` takes z − tile_max of as many first rows, and −∞ from V to its pitch."""
+    """Both launches; V may be 0. `stored` takes z − tile_max, and −∞ from V to its pitch."""
     (n, d), v = hidden.shape, lm_head.shape[0]
     tile = tiles.lookup("lse_gemm" if stored is None else "store_gemm", hidden, d)
-    tiles_m, tiles_n = triton.cdiv(n, tile.block_m), triton.cdiv(v, tile.block_n)
-
-    logp, row_max, total = (hidden.new_empty(n, dtype=torch.float32) for _ in range(3))
-    z_target = torch.full_like(logp, float("nan"))
-    maxima, sums = (logp.new_empty(tiles_n, n) for _ in range(2))
-    moments = entropy = moment = None
-    if return_entropy:
-        moments, entropy, moment = torch.empty_like(maxima), torch.empty_like(logp), torch.empty_like(logp)
-    result = Statistics(logp, entropy, row_max, total, moment, z_target, maxima, tile.block_n)
-    if n == 0:
-        return result
+    use_tma = tile.use_tma and _describable(hidden, lm_head, *(() if stored is None else (stored,)))
+    tile = tile if use_tma else by_pointers(tile)
+    columns = tile.statistics_columns
+    parts = TileStatistics.empty(v, columns, n, hidden.device, with_moment=return_entropy)
     assert hidden.stride(1) == lm_head.stride(1) == 1
-    if tiles_n > 0:
-        use_tma = tile.use_tma and _describable(hidden, lm_head)
-        h_src, w_src = hidden, lm_head
-        if use_tma:
+    count = triton.cdiv(n, tile.block_m) * triton.cdiv(v, tile.block_n)
+    if count > 0:
+        h_src, w_src, stored_dst = hidden, lm_head, stored
+        if tile.use_tma:
             from triton.tools.tensor_descriptor import TensorDescriptor
 
             h_src = TensorDescriptor.from_tensor(hidden, [tile.block_m, tile.block_k])
             w_src = TensorDescriptor.from_tensor(lm_head, [tile.block_n, tile.block_k])
-        lse_gemm_kernel[(tiles_m * tiles_n,)](
+            if stored is not None:
+                stored_dst = TensorDescriptor.from_tensor(stored, [tile.block_m, columns])
+        programs = min(count, tiles.multiprocessors(hidden.device)) if tile.persistent else count
+        lse_gemm_kernel[(programs,)](
             h_src, w_src, target, bias,
-            maxima, sums, moments, z_target, stored,
-            n, v, d, 0 if stored is None else stored.shape[0],
+            parts.row_max, parts.total, parts.moment, parts.z_target, stored_dst,
+            n, v, d,
             hidden.stride(0), lm_head.stride(0), 0 if stored is None else stored.stride(0),
             1.0 if softcap is None else softcap, logit_scale,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_ENTROPY=return_entropy,
-            STORE=stored is not None, USE_TMA=use_tma, UPCAST=tiles.architecture(hidden.device) == tiles.INTERPRETER,
-            GROUP_M=tile.group_m, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            STORE=stored is not None, USE_TMA=tile.use_tma, PERSISTENT=tile.persistent,
+            UPCAST=tiles.architecture(hidden.device) == tiles.INTERPRETER, GROUP_M=tile.group_m,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, COLUMNS=columns,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    combine(result, sums, moments, target, ignore_index)
-    return result
-
-
-def combine(
-    result: Statistics,  # z_target and tile_max given, the others out
-    sums: Tensor,  # (T, n)
-    moments: Tensor | None,  # (T, n), where there is an entropy
-    target: Tensor,  # (n,) int64
-    ignore_index: int,
-) -> None:
-    """Launch the kernel that makes rows' statistics of tiles'."""
-    tiles_n, n = result.tile_max.shape
-    combine_kernel[(triton.cdiv(n, BLOCK_COMBINE),)](
-        result.tile_max, sums, moments, result.z_target, target, result.logp, result.row_max, result.total,
-        result.entropy, result.moment, n, tiles_n, ignore_index,
-        HAS_ENTROPY=moments is not None, BLOCK=BLOCK_COMBINE, num_warps=4,
-    )  # fmt: skip
+    return combine(parts, target, ignore_index)
 
 
 def logprobs(

@@ -67,7 +67,6 @@ def row_gradient_kernel(
     softcap, logit_scale,
     # constants
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DZ_SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(weight_ptr + row) * logit_scale
@@ -76,7 +75,7 @@ def row_gradient_kernel(
     write_gradient(
         z_ptr + row * stride_z, dz_ptr + row * stride_dz, tl.load(column_ptr + row), tl.load(max_ptr + row),
         tl.load(sum_ptr + row), tl.load(logp_ptr + row), factor, V, bias_ptr, softcap, logit_scale,
-        HAS_BIAS, HAS_SOFTCAP, BLOCK_V, STAGES,
+        HAS_BIAS, HAS_SOFTCAP, BLOCK_V,
     )  # fmt: skip
 
 
@@ -133,5 +132,5 @@ def row_gradient(
         z.stride(0), dz.stride(0),
         1.0 if softcap is None else softcap, logit_scale,
         HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_DZ_SCALE=dz_scale is not None,
-        BLOCK_V=tile.block_n, STAGES=tile.num_stages, num_warps=tile.num_warps,
+        BLOCK_V=tile.block_n, num_warps=tile.num_warps,
     )  # fmt: skip

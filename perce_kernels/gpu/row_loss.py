@@ -1,6 +1,6 @@
-"""The row kernel: a chunk's raw products in, its statistics out, and its gradient written over them. One program a row.
+"""The row kernel: a chunk's raw products in, its statistics and its gradient out. One program a row.
 
-    x_v    = (h Wᵀ)_v                                 what the GEMM left, fp32; x_cf likewise
+    x_v    = (h Wᵀ)_v                                 what the GEMM left, fp32
     z_v    = cap · tanh(scale · (x_v + b_v) / cap)    the logits ("softcap"); z_v = scale · (x_v + b_v) without
     logp   = (z_y − max_v z_v) − log Σ_v exp(z_v − max_v z_v)
     pir    = logp − logp_cf
@@ -14,15 +14,21 @@ Gradient. w is a constant; ∂logp/∂z_v = 1[v = y] − p_v with p_v = exp(z_v 
 Formed by subtraction, p_y − 1 would lose its digits as p_y → 1: at the target it is expm1(logp). dx is that of the sum
 Σ loss; what divides it (1/n, Σw) is a scalar that the caller applies.
 
-    sweep 1   online max and Σ exp of x_cf (if given), then of x; logp, w              read 4V (+ 4V) bytes
-    sweep 2   dx over x, in the dtype of the GEMMs that follow (only when needed)      read 4V, write 2V or 4V
+    sweep 1   forwards: max and Σ exp of x; then logp, w                                read 4V bytes
+    sweep 2   backwards: dx, in the dtype of the products that follow (if needed)       read 4V, write 2V or 4V
 
-dx *overlays* x: as fp32 it takes x's place, as bf16 or fp16 it takes the first half of the same row. Step t writes
-bytes [2tB, 2tB + 2B) after reading [4tB, 4tB + 4B): behind every later read, but for the first step, where other
-warps may still be reading what this one writes; hence the barrier between load and store.
+What sweep 1 read last, sweep 2 reads first, and takes from the L2 cache what the rows in flight have left there. It
+marks what it reads and writes as the first to go, so that the cache is left to the ends of rows that wait for theirs.
 
-    row       z_ptr + row · stride_z; a row's pitch is stride_z ≥ V, and what lies between is read and thrown away:
-              loads guarded by the pitch (a multiple of 16) are 16 bytes wide, by an odd V they would be 4
+Instructions are what may bound it, so the loops have few. Four neighbouring entries share a running maximum, which is
+their thread's own: no exchange, no barrier, and one rescaling of the sum for four entries. An exponential is one fused
+multiply-add and one exp2: with r = fl(max · log₂e) as the reference, z · log₂e − r is rounded once and after the
+subtraction, so that a large offset common to the logits cancels; what r is off by, `residual`, is put back once a row.
+Whole steps need no mask: what is left of a row is one masked step. No column is compared with the target's: its entry
+is written again at the end, behind a barrier. Sweep 1 copies its steps ahead through shared memory; sweep 2 loads twice
+as much at once instead, plainly, and has no barrier.
+
+    row       z_ptr + row · stride_z, and dz_ptr + row · stride_dz; what lies between V and the pitch is left alone
     target    a row whose target is ignore_index has loss, statistics and dx of 0 and is not read, so a NaN in it is
               harmless; one whose target lies outside [0, V) is poisoned with NaN
     padding   columns ≥ V become −inf *after* the cap (tanh would bring them back to −cap)
@@ -36,10 +42,14 @@ from torch import Tensor
 
 from perce_kernels.gpu import tiles
 
-SOURCES = {"hidden_cf": 0, "logp_cf": 1, "token_weight": 2}
-FROM_HIDDEN_CF = tl.constexpr(0)
-FROM_LOGP_CF = tl.constexpr(1)
-GIVEN_WEIGHT = tl.constexpr(2)
+SOURCES = {"logp_cf": 0, "token_weight": 1}
+GIVEN_WEIGHT = tl.constexpr(1)
+LOG2E = tl.constexpr(1.4426950408889634)
+WIDTH = tl.constexpr(4)
+"""Neighbouring entries that share a maximum: what one thread loads at once."""
+LOWEST = tl.constexpr(-(2.0**126))
+"""Maximum of no entries: finite, for −∞ − (−∞) is NaN; a power of two, whose product with log₂e is exact."""
+DONE_WITH = tl.constexpr("evict_first")
 
 
 @triton.jit
@@ -49,39 +59,82 @@ def transform(x, bias, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP
         x += bias
     x *= logit_scale
     if HAS_SOFTCAP:
-        # tanh(u) = 2σ(2u) − 1, off by 1e-7: libdevice.tanh is no more accurate and the interpreter lacks it.
-        x = softcap * (2 * tl.sigmoid(2 * x / softcap) - 1)
+        # tanh(u) = 1 − 2/(1 + exp 2u), off by 1e-7: libdevice.tanh is no more accurate and the interpreter lacks it.
+        x = softcap - 2 * softcap / (1 + tl.exp2(x * (2 * LOG2E / softcap)))
     return x
 
 
 @triton.jit
+def exp_above(z, reference):
+    """exp(z)/2^reference. fl(max · log₂e) is a reference for a row whose largest logit is max; see residual."""
+    return tl.exp2(tl.fma(z, LOG2E, -reference))
+
+
+@triton.jit
+def residual(row_max, reference):
+    """exp(row_max)/2^reference, which is 1 to a rounding of the reference."""
+    return tl.exp2(tl.fma(row_max, LOG2E, -reference))
+
+
+@triton.jit
 def load_logits(
-    row_ptr, offs_v, V, pitch, bias_ptr, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
-):
-    """One step of a row as logits, −inf where the vocabulary has ended."""
-    x = tl.load(row_ptr + offs_v, mask=offs_v < pitch, other=0.0)
+    row_ptr, offs_v, V, bias_ptr, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """One step of a row as logits; with MASKED, −inf where the vocabulary has ended."""
     bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
-    return tl.where(offs_v < V, transform(x, bias, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP), float("-inf"))
+    if MASKED:
+        x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=0.0, eviction_policy=EVICT)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(row_ptr + offs_v, eviction_policy=EVICT)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + offs_v).to(tl.float32)
+    z = transform(x, bias, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+    if MASKED:
+        z = tl.where(offs_v < V, z, float("-inf"))
+    return z
+
+
+@triton.jit
+def accumulate(z, running_max, total):
+    """(max, Σ exp relative to it) of groups (G,) with one step of logits (G, WIDTH) added."""
+    new_max = tl.maximum(running_max, tl.max(z, 1))
+    reference = new_max * LOG2E
+    total *= tl.exp2(running_max * LOG2E - reference)
+    return new_max, total + tl.sum(exp_above(z, reference[:, None]), 1)
+
+
+@triton.jit
+def columns(BLOCK_V: tl.constexpr):
+    """(G, WIDTH) offsets of one step."""
+    return tl.arange(0, BLOCK_V // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
 def max_and_sum(
-    row_ptr, V, pitch, bias_ptr, softcap, logit_scale,
+    row_ptr, V, bias_ptr, softcap, logit_scale,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(max, Σ exp(z − max)) of a row. The sum is kept per lane, so a step costs one reduction, not two."""
-    row_max = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_V], tl.float32)
-    for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z = load_logits(row_ptr, offs_v, V, pitch, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-        new_max = tl.maximum(row_max, tl.max(z, 0))
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # −inf − (−inf) is NaN
-        total = total * tl.exp(row_max - shift) + tl.exp(z - shift)
-        row_max = new_max
-    return row_max, tl.sum(total, 0)
+    """(max, Σ exp(z − max)) of a row."""
+    running_max = tl.full([BLOCK_V // WIDTH], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_V // WIDTH], tl.float32)
+    whole = V // BLOCK_V * BLOCK_V
+    for start in tl.range(0, whole, BLOCK_V, num_stages=STAGES):
+        z = load_logits(
+            row_ptr, start + columns(BLOCK_V), V, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP, False, ""
+        )
+        running_max, total = accumulate(z, running_max, total)
+    if whole < V:
+        z = load_logits(
+            row_ptr, whole + columns(BLOCK_V), V, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP, True, ""
+        )
+        running_max, total = accumulate(z, running_max, total)
+    row_max = tl.max(running_max, 0)
+    reference = row_max * LOG2E
+    total = tl.sum(total * tl.exp2(running_max * LOG2E - reference), 0)
+    return row_max, total / residual(row_max, reference)
 
 
 @triton.jit
@@ -95,19 +148,6 @@ def target_logit(row_ptr, y, bias_ptr, softcap, logit_scale, HAS_BIAS: tl.conste
 
 
 @triton.jit
-def row_statistics(
-    row_ptr, y, V, pitch, bias_ptr, softcap, logit_scale,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """(max, Σ exp(z − max), logp) of a row."""
-    z_y = target_logit(row_ptr, y, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-    row_max, total = max_and_sum(
-        row_ptr, V, pitch, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, STAGES
-    )
-    return row_max, total, (z_y - row_max) - tl.log(total)
-
-
-@triton.jit
 def expm1(x):
     """exp(x) − 1 for x ≤ 0: a Taylor polynomial near 0 (remainder 2e-8 of the value), where exp(x) − 1 would cancel."""
     near = tl.where(x > -0.35, x, 0.0)
@@ -117,35 +157,60 @@ def expm1(x):
 
 
 @triton.jit
-def write_gradient(
-    z_row, dz_row, y, row_max, total, logp, factor, V, pitch, bias_ptr, softcap, logit_scale,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+def gradient_step(
+    z_row, dz_row, offs_v, reference, elsewhere, V, bias_ptr, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dx over x, with factor = w · scale; no column is the target's if y is −1."""
-    dtype = dz_row.dtype.element_ty
+    """dx of one step, as if none of its columns were the target's."""
+    z = load_logits(z_row, offs_v, V, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP, MASKED, DONE_WITH)
+    dz = elsewhere * exp_above(z, reference)
+    if HAS_SOFTCAP:
+        bent = z * (1 / softcap)
+        dz *= 1 - bent * bent
+    if MASKED:
+        tl.store(dz_row + offs_v, dz.to(dz_row.dtype.element_ty), mask=offs_v < V, eviction_policy=DONE_WITH)
+    else:
+        tl.store(dz_row + offs_v, dz.to(dz_row.dtype.element_ty), eviction_policy=DONE_WITH)
+
+
+@triton.jit
+def write_gradient(
+    z_row, dz_row, y, row_max, total, logp, factor, V, bias_ptr, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dx of a row from its end to its beginning, with factor = w · scale; no column is the target's if y is −1."""
+    STEP: tl.constexpr = 2 * BLOCK_V
+    reference = row_max * LOG2E
+    elsewhere = factor / (total * residual(row_max, reference))
+    whole = V // STEP * STEP
+    if whole < V:
+        gradient_step(
+            z_row, dz_row, whole + tl.arange(0, STEP), reference, elsewhere, V, bias_ptr, softcap, logit_scale,
+            HAS_BIAS, HAS_SOFTCAP, True,
+        )  # fmt: skip
+    for done in tl.range(STEP, whole + 1, STEP, num_stages=1):  # asynchronous copies would not carry the marks
+        gradient_step(
+            z_row, dz_row, whole - done + tl.arange(0, STEP), reference, elsewhere, V, bias_ptr, softcap, logit_scale,
+            HAS_BIAS, HAS_SOFTCAP, False,
+        )  # fmt: skip
     at_target = factor * expm1(logp)
-    elsewhere = factor / total
-    for start in tl.range(0, V, BLOCK_V, num_stages=STAGES):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        z = load_logits(z_row, offs_v, V, pitch, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
-        dz = tl.where(offs_v == y, at_target, elsewhere * tl.exp(z - row_max))
-        if HAS_SOFTCAP:
-            bent = z / softcap
-            dz *= 1 - tl.where(offs_v < V, bent * bent, 1.0)
-        tl.debug_barrier()  # dz overlays z: see the docstring
-        tl.store(dz_row + offs_v, dz.to(dtype), mask=offs_v < pitch)
+    if HAS_SOFTCAP:
+        bent = target_logit(z_row, y, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP) * (1 / softcap)
+        at_target *= 1 - bent * bent
+    tl.debug_barrier()  # another thread may have written this entry
+    tl.store(dz_row + y, at_target.to(dz_row.dtype.element_ty), mask=y >= 0)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "clip_min", "clip_max", "softcap", "logit_scale"])
 def row_loss_kernel(
     # inputs
-    z_ptr, z_cf_ptr,  # (C, V) fp32 raw products
+    z_ptr,  # (C, V) fp32 raw products
     target_ptr,  # (C,) int64
     given_ptr,  # (C,) logp_cf or token_weight, by SOURCE
     bias_ptr,  # (V,)
     dz_scale_ptr,  # () fp32 factor of dz alone
     # outputs
-    dz_ptr,  # (C, V) over z
+    dz_ptr,  # (C, V)
     logp_ptr, logp_cf_ptr, weight_ptr,  # (C,) fp32
     # sizes
     V, ignore_index,
@@ -169,31 +234,24 @@ def row_loss_kernel(
             for start in tl.range(0, V, BLOCK_V):
                 offs_v = start + tl.arange(0, BLOCK_V)
                 zero = tl.zeros([BLOCK_V], dz_ptr.dtype.element_ty)
-                tl.store(dz_row + offs_v, zero, mask=offs_v < stride_z)
+                tl.store(dz_row + offs_v, zero, mask=offs_v < V)
     else:
         in_range = (y >= 0) & (y < V)
         y = tl.where(in_range, y, 0)
-        row_max, total, logp = row_statistics(
-            z_row, y, V, stride_z, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, STAGES
-        )
-        logp = tl.where(in_range, logp, float("nan"))
+        z_y = target_logit(z_row, y, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
+        row_max, total = max_and_sum(z_row, V, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, STAGES)
+        logp = tl.where(in_range, (z_y - row_max) - tl.log(total), float("nan"))
+        given = tl.load(given_ptr + row).to(tl.float32)
         logp_cf = 0.0
-        if SOURCE == FROM_HIDDEN_CF:
-            _, _, logp_cf = row_statistics(
-                z_cf_ptr + row * stride_z, y, V, stride_z, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP,
-                BLOCK_V, STAGES,
-            )  # fmt: skip
-            logp_cf = tl.where(in_range, logp_cf, float("nan"))
-        elif SOURCE == FROM_LOGP_CF:
-            logp_cf = tl.load(given_ptr + row).to(tl.float32)
-        if SOURCE != GIVEN_WEIGHT:
+        if SOURCE == GIVEN_WEIGHT:
+            weight = tl.where(in_range, given, float("nan"))
+        else:
+            logp_cf = given
             ratio = logp - logp_cf
             if RATIO:
                 ratio = tl.exp(ratio)
             weight = tl.minimum(tl.maximum(ratio, clip_min), clip_max)
             weight = tl.where(ratio == ratio, weight, float("nan"))  # min and max would hide a NaN behind a bound
-        else:
-            weight = tl.where(in_range, tl.load(given_ptr + row).to(tl.float32), float("nan"))
         tl.store(logp_ptr + row, logp)
         tl.store(logp_cf_ptr + row, logp_cf)
         tl.store(weight_ptr + row, weight)
@@ -203,24 +261,18 @@ def row_loss_kernel(
             if HAS_DZ_SCALE:
                 factor *= tl.load(dz_scale_ptr)
             write_gradient(
-                z_row, dz_ptr + row * stride_dz, y, row_max, total, logp, factor, V, stride_z, bias_ptr, softcap,
-                logit_scale, HAS_BIAS, HAS_SOFTCAP, BLOCK_V, STAGES,
+                z_row, dz_ptr + row * stride_dz, y, row_max, total, logp, factor, V, bias_ptr, softcap, logit_scale,
+                HAS_BIAS, HAS_SOFTCAP, BLOCK_V,
             )  # fmt: skip
 
 
-def overlay(z: Tensor, v: int, dtype: torch.dtype) -> Tensor:
-    """The (C, V) view of dtype `dtype` in which the kernel leaves dz, over the rows of z (C, pitch)."""
-    return z.view(dtype)[:, :v]
-
-
 def row_loss(
-    z: Tensor,  # (C, pitch) fp32 raw products, pitch ≥ V and a row's memory to its end ours to overwrite
-    z_cf: Tensor | None,  # (C, pitch)
+    z: Tensor,  # (C, pitch) fp32 raw products, pitch ≥ V
     target: Tensor,  # (C,) int64
-    given: Tensor | None,  # (C,) logp_cf or token_weight
+    given: Tensor,  # (C,) logp_cf or token_weight
     bias: Tensor | None,  # (V,)
     dz_scale: Tensor | None,  # () fp32
-    dz: Tensor | None,  # overlay(z, V, dtype), or None: statistics only
+    dz: Tensor | None,  # (C, ≥ V) out, or None: statistics only
     logp: Tensor,  # (C,) fp32 out
     logp_cf: Tensor,  # (C,) fp32 out
     weight: Tensor,  # (C,) fp32 out
@@ -234,16 +286,15 @@ def row_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> None:
-    """Launch the kernel over the rows of one chunk. fp32 inside; z is dz, or as it was, afterwards."""
+    """Launch the kernel over the rows of one chunk. fp32 inside."""
     rows = z.shape[0]
     if rows == 0:
         return
     assert z.dtype == torch.float32 and z.stride(1) == 1 and z.stride(0) >= v
-    assert z_cf is None or z_cf.stride() == z.stride()
-    assert dz is None or dz.data_ptr() == z.data_ptr()
+    assert dz is None or (dz.stride(1) == 1 and dz.shape[1] >= v)
     tile = tiles.lookup("row_loss", z)
     row_loss_kernel[(rows,)](
-        z, z_cf, target, given, bias, dz_scale,
+        z, target, given, bias, dz_scale,
         dz, logp, logp_cf, weight,
         v, ignore_index,
         z.stride(0), 0 if dz is None else dz.stride(0),

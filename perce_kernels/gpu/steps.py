@@ -1,12 +1,16 @@
-"""From a chunk's operands to its statistics and to dz: the ways there are, each with the buffers that it needs.
+"""From operands to log-probabilities and dz: the ways there are (tiles.WAYS), each with the buffers that it needs.
 
-    FusedRows     z = h Wᵀ in fp32 by cuBLAS, then row_loss.py: one launch for statistics, weights and dz over z
-    StoredLogits  lse_gemm.py: statistics of both passes, and z of the factual rows in 16 bits, which stored_rows.py
-                  turns into dz; nothing is written for the counterfactual rows
-    ShardedRows   the first's product with a shard of W, then shard_rows.py: the ranks exchange statistics in between
+    way      counterfactual rows                        factual rows
+    fused    blocked.py: cuBLAS, in blocks of columns   FusedRows: z = h Wᵀ in fp32 by cuBLAS, then row_loss.py, one
+                                                        launch for statistics, weights and dz
+    mixed    lse_gemm.py: no logits at all              FusedRows
+    stored   lse_gemm.py                                StoredLogits: the same GEMM leaves 16 bits of z where dz is to
+                                                        be, and stored_rows.py turns them into it
+    sharded  blocked.py, and an exchange of statistics  ShardedRows: cuBLAS's product with a shard of W, then
+                                                        row_halves.py, and between them the exchange
 
-A step returns dz (C, V) in the operands' dtype, lying in its buffer until the next chunk, or None where no gradient is
-needed.
+Counterfactual rows come first, a block of many at once: of them only log-probabilities are wanted. Factual rows follow
+in chunks, each with dz (C, V) to fill in the operands' dtype, or None where no gradient is needed.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -15,49 +19,29 @@ import torch
 from torch import Tensor
 
 from perce_kernels.arguments import Needed
-from perce_kernels.gpu import lse_gemm, row_loss, shard_rows, stored_rows, tiles
+from perce_kernels.gpu import blocked, lse_gemm, row_halves, row_loss, stored_rows
+from perce_kernels.gpu.combine import Statistics, TileStatistics
+from perce_kernels.gpu.product import pitch, product
 from perce_kernels.row_pass import Contrasting, Given, weigh
-from perce_kernels.vocab_parallel import Shard
-
-PITCH = 64
-"""Logits rows start at multiples of this many fp32: 256 bytes, what vector loads and cuBLAS want of any V."""
-
-
-def pitch(v: int) -> int:
-    """Elements from one row of the logits to the next."""
-    return -(-v // PITCH) * PITCH
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """out (+)= a @ b with fp32 accumulation and output. CPU products have no out_dtype: operands are upcast there."""
-    if a.device.type == "cpu":
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    mixed: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if 0 in a.shape or 0 in b.shape:  # an empty shard
-        if not add:
-            out.zero_()
-    elif add:
-        torch.addmm(out, a, b, out=out, **mixed)
-    else:
-        torch.mm(a, b, out=out, **mixed)
+from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
 
 class Job(NamedTuple):
-    """What the chunks of a call have in common; n computed rows, passes = 2 with a counterfactual pass."""
+    """What the chunks of a call have in common; n computed rows."""
 
+    way: str
     lm_head: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     target: Tensor  # (n,)
     valid: Tensor | None  # (n,) or None: all valid
-    logp_cf: Tensor | None  # (n,)
-    token_weight: Tensor | None  # (n,)
+    source: str  # "logp_cf" or "token_weight": what `given` is
+    given: Tensor  # (n,); with a counterfactual pass its log-probabilities, as they come
     dz_scale: Tensor | None  # () fp32 factor of dz alone
     contrasting: Contrasting
     ignore_index: int
     softcap: float | None
     logit_scale: float
-    passes: int
-    size: int  # rows of the largest chunk
+    chunk: int  # rows of the largest chunk
     needed: Needed
 
     @property
@@ -68,115 +52,119 @@ class Job(NamedTuple):
     def head(self) -> dict[str, Any]:
         return {"softcap": self.softcap, "logit_scale": self.logit_scale}
 
-    def given(self, chunk: slice) -> Given:
-        return Given(*(None if x is None else x[chunk] for x in (self.valid, self.logp_cf, self.token_weight)))
+    def fp32_logits(self) -> Tensor:
+        """The buffer of one chunk's raw products."""
+        return self.lm_head.new_empty((self.chunk, pitch(self.lm_head.shape[0])), dtype=torch.float32)
 
 
 class Step(Protocol):
-    """One chunk: statistics = [logp, logp_cf, weight], each (C,) fp32, are written."""
+    """One way."""
 
-    def __call__(self, operands: Tensor, chunk: slice, statistics: list[Tensor]) -> Tensor | None: ...
+    def counterfactual(self, hidden: Tensor, rows: slice) -> Tensor:
+        """(R,) log-probabilities of these rows of the job, whose hidden states (R, D) these are; 0 where ignored."""
+
+    def __call__(self, hidden: Tensor, rows: slice, dz: Tensor | None, statistics: list[Tensor]) -> None:
+        """One chunk: dz (C, V), and statistics = [logp, logp_cf, weight], each (C,) fp32, are written."""
 
 
-def fp32_logits(job: Job) -> Tensor:
-    """The buffer of one chunk's raw products. An empty shard has rows of some length too."""
-    shape = job.passes * job.size, pitch(max(job.lm_head.shape[0], 1))
-    return job.lm_head.new_empty(shape, dtype=torch.float32)
+def _unit_stride(hidden: Tensor) -> Tensor:
+    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
+
+
+def _by_our_gemm(job: Job, hidden: Tensor, rows: slice, stored: Tensor | None = None) -> Statistics:
+    options: dict[str, Any] = {"ignore_index": job.ignore_index, "stored": stored, **job.head}
+    return lse_gemm.statistics(_unit_stride(hidden), job.lm_head, job.target[rows], job.bias, **options)
 
 
 class FusedRows:
     def __init__(self, job: Job):
-        self.job, self.logits = job, fp32_logits(job)
-        self.given = job.logp_cf if job.token_weight is None else job.token_weight
-        self.source = "hidden_cf"
-        if self.given is not None:
-            self.source = "logp_cf" if job.token_weight is None else "token_weight"
+        self.job, self.logits = job, job.fp32_logits()
 
-    def __call__(self, operands: Tensor, chunk: slice, statistics: list[Tensor]) -> Tensor | None:
-        job, v, c = self.job, self.job.lm_head.shape[0], chunk.stop - chunk.start
-        z = self.logits[: operands.shape[0]]
-        product(operands, job.lm_head.T, z[:, :v])
-        dz = row_loss.overlay(z[:c], v, operands.dtype) if job.need_dz else None
+    def counterfactual(self, hidden: Tensor, rows: slice) -> Tensor:
+        job, y = self.job, self.job.target[rows]
+        if job.way == "mixed":
+            return _by_our_gemm(job, hidden, rows).logp
+        options: dict[str, Any] = {"ignore_index": job.ignore_index, **job.head}
+        return blocked.statistics(hidden, job.lm_head, y, job.bias, self.logits, **options).logp
+
+    def __call__(self, hidden: Tensor, rows: slice, dz: Tensor | None, statistics: list[Tensor]) -> None:
+        job, v = self.job, self.job.lm_head.shape[0]
+        z = self.logits[: hidden.shape[0]]
+        product(hidden, job.lm_head.T, z[:, :v])
         row_loss.row_loss(
-            z[:c], z[c:] if job.passes == 2 else None, job.target[chunk],
-            None if self.given is None else self.given[chunk], job.bias, job.dz_scale, dz, *statistics,
-            v=v, source=self.source, contrast=job.contrasting.contrast, clip_min=job.contrasting.clip_min,
+            z, job.target[rows], job.given[rows], job.bias, job.dz_scale, dz, *statistics,
+            v=v, source=job.source, contrast=job.contrasting.contrast, clip_min=job.contrasting.clip_min,
             clip_max=job.contrasting.clip_max, ignore_index=job.ignore_index, **job.head,
         )  # fmt: skip
-        return dz
 
 
 class StoredLogits:
     def __init__(self, job: Job):
-        self.job, v = job, job.lm_head.shape[0]
-        self.stored = job.lm_head.new_empty((job.size, pitch(v))) if job.need_dz else None
+        self.job = job
 
-    def __call__(self, operands: Tensor, chunk: slice, statistics: list[Tensor]) -> Tensor | None:
-        job, v, y = self.job, self.job.lm_head.shape[0], self.job.target[chunk]
-        operands = operands if operands.stride(1) == 1 else operands.contiguous()
-        stored = None if self.stored is None else self.stored[: y.shape[0]]
-        rows = lse_gemm.statistics(
-            operands,
-            job.lm_head,
-            y.repeat(job.passes),
-            job.bias,
-            ignore_index=job.ignore_index,
-            stored=stored,
-            **job.head,
-        )
-        logp, weight = finish(rows.logp, job, chunk, v, statistics)
-        if stored is None:
-            return None
-        stored_rows.stored_gradient(stored, rows, y, logp, weight, job.dz_scale, v=v, **job.head)
-        return stored[:, :v]
+    def counterfactual(self, hidden: Tensor, rows: slice) -> Tensor:
+        return _by_our_gemm(self.job, hidden, rows).logp
+
+    def __call__(self, hidden: Tensor, rows: slice, dz: Tensor | None, statistics: list[Tensor]) -> None:
+        job, v, y = self.job, self.job.lm_head.shape[0], self.job.target[rows]
+        found = _by_our_gemm(job, hidden, rows, dz)
+        logp, weight = finish(found.logp, job, rows, v, statistics)
+        if dz is not None:
+            stored_rows.stored_gradient(dz, found, y, logp, weight, job.dz_scale, v=v, **job.head)
 
 
 class ShardedRows:
     def __init__(self, job: Job, shard: Shard):
-        self.job, self.shard, self.logits = job, shard, fp32_logits(job)
+        self.job, self.shard, self.logits = job, shard, job.fp32_logits()
 
-    def __call__(self, operands: Tensor, chunk: slice, statistics: list[Tensor]) -> Tensor | None:
-        job, v, c = self.job, self.job.lm_head.shape[0], chunk.stop - chunk.start
-        z = self.logits[: operands.shape[0]]
-        product(operands, job.lm_head.T, z[:, :v])
-        column = self.shard.columns(job.target[chunk], v)
-        parts = shard_rows.row_parts(z, column.repeat(job.passes), job.bias, v=v, **job.head)
-        whole = self.shard.combine(parts, column.repeat(job.passes) >= 0)
-        logp, weight = finish(whole.logp(), job, chunk, self.shard.vocab_size, statistics)
-        if not job.need_dz:
-            return None
-        dz = row_loss.overlay(z[:c], v, operands.dtype)
-        shard_rows.row_gradient(
-            z[:c], column, whole.row_max[:c], whole.total[:c], logp, weight, job.bias, job.dz_scale, dz, **job.head
-        )
-        return dz
+    def _whole(self, row_max: Tensor, total: Tensor, z_target: Tensor, column: Tensor) -> RowParts:
+        """The statistics of whole rows from those of this shard's columns."""
+        return self.shard.combine(RowParts(row_max, total, z_target - lowest_finite(row_max)), column >= 0)
+
+    def counterfactual(self, hidden: Tensor, rows: slice) -> Tensor:
+        job = self.job
+        column = self.shard.columns(job.target[rows], job.lm_head.shape[0])
+        own = blocked.statistics(hidden, job.lm_head, column, job.bias, self.logits, **job.head)
+        return self._whole(own.row_max, own.total, own.z_target, column).logp()
+
+    def __call__(self, hidden: Tensor, rows: slice, dz: Tensor | None, statistics: list[Tensor]) -> None:
+        job, v = self.job, self.job.lm_head.shape[0]
+        z = self.logits[: hidden.shape[0]]
+        product(hidden, job.lm_head.T, z[:, :v])
+        column = self.shard.columns(job.target[rows], v)
+        parts = TileStatistics.empty(max(v, 1), max(v, 1), len(column), z.device)
+        own = (parts.row_max[0], parts.total[0], parts.z_target)
+        row_halves.row_parts(z, column, job.bias, *own, v=v, **job.head)
+        whole = self._whole(*own, column)
+        logp, weight = finish(whole.logp(), job, rows, self.shard.vocab_size, statistics)
+        if dz is not None:
+            row_halves.row_gradient(
+                z, column, whole.row_max, whole.total, logp, weight, job.bias, job.dz_scale, dz[:, :v], **job.head
+            )
 
 
 def choose(job: Job, shard: Shard | None) -> Step:
-    """The step of this call: by the table of tiles, where there is a choice."""
+    """The step of this call."""
     if shard is not None:
         return ShardedRows(job, shard)
-    d = job.lm_head.shape[1]
-    stores = job.lm_head.stride(1) == 1 and tiles.in_use("store_gemm", job.lm_head, d)
-    return StoredLogits(job) if stores else FusedRows(job)
+    return StoredLogits(job) if job.way == "stored" else FusedRows(job)
 
 
-def finish(logp: Tensor, job: Job, chunk: slice, vocab_size: int, statistics: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(C,) logp and weight from the log-probabilities (passes · C,) of a chunk, which also become its statistics.
+def finish(logp: Tensor, job: Job, rows: slice, vocab_size: int, statistics: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(C,) logp and weight from the log-probabilities (C,) of a chunk, which also become its statistics.
 
     A target outside the vocabulary leaves NaN, as in the row kernel; nothing waits for the GPU to see it.
     """
-    y, given = job.target[chunk], job.given(chunk)
+    y, given = job.target[rows], job.given[rows].float()
     outside = (y < 0) | (y >= vocab_size)
-    logp, *logp_cf = logp.masked_fill(outside.repeat(job.passes), torch.nan).split(y.shape[0])
-    if given.token_weight is not None:
-        given = given._replace(token_weight=given.token_weight.float().masked_fill(outside, torch.nan))
-    elif logp_cf:
-        given = given._replace(logp_cf=logp_cf[0])
-    logp, weight = weigh(logp, given, job.contrasting)
-    cf = torch.zeros_like(logp) if given.logp_cf is None else given.logp_cf
-    if given.valid is not None:
-        cf = torch.where(given.valid, cf, 0)
+    valid = None if job.valid is None else job.valid[rows]
+    logp, given = (x.masked_fill(outside, torch.nan) for x in (logp, given))
+    cf, token_weight = (given, None) if job.source == "logp_cf" else (None, given)
+    logp, weight = weigh(logp, Given(valid, cf, token_weight), job.contrasting)
+    if cf is None:
+        cf = torch.zeros_like(logp)
+    elif valid is not None:
+        cf = torch.where(valid, cf, 0)
     for out, value in zip(statistics, (logp, cf, weight), strict=True):
         out.copy_(value)
     return logp, weight

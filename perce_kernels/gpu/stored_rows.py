@@ -16,6 +16,7 @@ has it, is moved by u·|z_v|, and p_v with it, also where p_v is large. Statisti
 
     padding   columns V to the pitch were stored as −∞ and become 0
     in place  an element is written by the thread that read it, or after the barrier of an exchange of layouts
+    loop      as in row_loss.py: whole steps without a mask, no column compared with the target's
 """
 
 import triton
@@ -23,8 +24,35 @@ import triton.language as tl
 from torch import Tensor
 
 from perce_kernels.gpu import tiles
-from perce_kernels.gpu.lse_gemm import Statistics
-from perce_kernels.gpu.row_loss import expm1
+from perce_kernels.gpu.combine import Statistics
+from perce_kernels.gpu.row_loss import DONE_WITH, LOG2E, expm1
+
+
+@triton.jit
+def gradient_step(
+    stored_row, tile_max_ptr, start, row_max, elsewhere, V, pitch, stride_tile, softcap,
+    HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """dz of BLOCK_T tiles over s, as if none of its columns were the target's."""
+    offs_t = start + tl.arange(0, BLOCK_T)
+    offs_v = offs_t[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    tile_max_ptr += offs_t.to(tl.int64) * stride_tile
+    if MASKED:
+        tile_max = tl.load(tile_max_ptr, mask=offs_t * TILE < V, other=0.0)[:, None]
+        s = tl.load(stored_row + offs_v, mask=offs_v < pitch, other=0.0, eviction_policy=DONE_WITH).to(tl.float32)
+    else:
+        tile_max = tl.load(tile_max_ptr)[:, None]
+        s = tl.load(stored_row + offs_v, eviction_policy=DONE_WITH).to(tl.float32)
+    dz = elsewhere * tl.exp2(tl.fma(s, LOG2E, (tile_max - row_max) * LOG2E))
+    if HAS_SOFTCAP:
+        bent = (s + tile_max) * (1 / softcap)
+        if MASKED:
+            bent = tl.where(offs_v < V, bent, 1.0)
+        dz *= 1 - bent * bent
+    if MASKED:
+        tl.store(stored_row + offs_v, dz.to(stored_row.dtype.element_ty), mask=offs_v < pitch)
+    else:
+        tl.store(stored_row + offs_v, dz.to(stored_row.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["softcap", "logit_scale"])
@@ -36,7 +64,7 @@ def stored_gradient_kernel(
     z_target_ptr, max_ptr, sum_ptr, logp_ptr, weight_ptr,  # (C,) fp32
     dz_scale_ptr,  # () fp32
     # sizes
-    V, T,
+    V,
     # strides
     stride_stored, stride_tile,
     # scalars
@@ -52,19 +80,24 @@ def stored_gradient_kernel(
     factor = tl.load(weight_ptr + row) * logit_scale
     if HAS_DZ_SCALE:
         factor *= tl.load(dz_scale_ptr)
-    at_target = factor * expm1(tl.load(logp_ptr + row))
     elsewhere = factor / tl.load(sum_ptr + row)
-    z_y = tl.load(z_target_ptr + row)
-    for start in tl.range(0, T, BLOCK_T, num_stages=STAGES):
-        offs_t = start + tl.arange(0, BLOCK_T)
-        offs_v = offs_t[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        tile_max = tl.load(tile_max_ptr + offs_t.to(tl.int64) * stride_tile + row, mask=offs_t < T, other=0.0)[:, None]
-        s = tl.load(stored_row + offs_v, mask=offs_v < stride_stored, other=0.0).to(tl.float32)
-        dz = tl.where(offs_v == y, at_target, elsewhere * tl.exp(s + (tile_max - row_max)))
-        if HAS_SOFTCAP:
-            bent = tl.where(offs_v == y, z_y, s + tile_max) / softcap
-            dz *= 1 - tl.where(offs_v < V, bent * bent, 1.0)
-        tl.store(stored_row + offs_v, dz.to(stored_ptr.dtype.element_ty), mask=offs_v < stride_stored)
+    whole = V // (BLOCK_T * TILE) * BLOCK_T
+    for start in tl.range(0, whole, BLOCK_T, num_stages=STAGES):
+        gradient_step(
+            stored_row, tile_max_ptr + row, start, row_max, elsewhere, V, stride_stored, stride_tile, softcap,
+            HAS_SOFTCAP, False, TILE, BLOCK_T,
+        )  # fmt: skip
+    if whole * TILE < V:
+        gradient_step(
+            stored_row, tile_max_ptr + row, whole, row_max, elsewhere, V, stride_stored, stride_tile, softcap,
+            HAS_SOFTCAP, True, TILE, BLOCK_T,
+        )  # fmt: skip
+    at_target = factor * expm1(tl.load(logp_ptr + row))
+    if HAS_SOFTCAP:
+        bent = tl.load(z_target_ptr + row) / softcap
+        at_target *= 1 - bent * bent
+    tl.debug_barrier()  # another thread may have written this entry
+    tl.store(stored_row + y, at_target.to(stored_ptr.dtype.element_ty), mask=(y >= 0) & (y < V))
 
 
 def stored_gradient(
@@ -83,11 +116,12 @@ def stored_gradient(
     assert stored.stride(1) == 1 and stored.stride(0) >= v and stored.dtype in tiles.HALF
     tile = tiles.lookup("stored_rows", stored)
     tile_max = statistics.tile_max
+    columns = statistics.columns
     stored_gradient_kernel[(stored.shape[0],)](
         stored, tile_max, target, statistics.z_target, statistics.row_max, statistics.total, logp, weight, dz_scale,
-        v, tile_max.shape[0],
+        v,
         stored.stride(0), tile_max.stride(0),
         1.0 if softcap is None else softcap, logit_scale,
-        HAS_SOFTCAP=softcap is not None, HAS_DZ_SCALE=dz_scale is not None, TILE=statistics.tile_columns,
-        BLOCK_T=max(tile.block_n // statistics.tile_columns, 1), STAGES=tile.num_stages, num_warps=tile.num_warps,
+        HAS_SOFTCAP=softcap is not None, HAS_DZ_SCALE=dz_scale is not None, TILE=columns,
+        BLOCK_T=max(tile.block_n // columns, 1), STAGES=tile.num_stages, num_warps=tile.num_warps,
     )  # fmt: skip

@@ -15,6 +15,10 @@ SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_10
 """Bytes that one thread block may use."""
 
 
+STATISTICS_COLUMNS = 128
+"""Columns of which the GEMM keeps a maximum and a sum a row, at most."""
+
+
 class Tile(NamedTuple):
     """How one kernel is launched; a size that a kernel does not have is 0."""
 
@@ -25,6 +29,12 @@ class Tile(NamedTuple):
     num_stages: int
     use_tma: bool = False  # tensor descriptors for the operands; pointers where a tensor is not aligned for them
     group_m: int = 8  # row tiles that share a column tile of W in the L2 cache, in the GEMM
+    persistent: bool = False  # a program a multiprocessor takes tile after tile, in the GEMM
+
+    @property
+    def statistics_columns(self) -> int:
+        """Columns of a tile of statistics, of the GEMM: a wider tile is reduced in halves."""
+        return min(self.block_n, STATISTICS_COLUMNS)
 
 
 class Row(NamedTuple):
@@ -35,48 +45,57 @@ class Row(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     d_max: int | None  # D up to this, or any
     tile: Tile
-    in_use: bool = True  # False: a way that is compiled and tested, and that no GPU has shown to be the faster one
 
 
 HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float32,)
 
-# The row kernel: 8 logits a thread keep it under 100 registers with every option, so that an SM holds several programs
-# and one loads while another reduces; 4096 a step spilled. The GEMM: with 128 × 256 the epilogue spilled, and two
-# programs of 128 × 128 a multiprocessor hide each other's. fp32 products are IEEE, on the plain units: to be right,
-# not fast. No two ranges of D differ yet.
+WAYS = {
+    "fused": "fp32 logits of both passes by cuBLAS",
+    "mixed": "no counterfactual logits by our GEMM, factual ones in fp32 by cuBLAS",
+    "stored": "no counterfactual logits, factual ones in 16 bits, by our GEMM",
+}
+"""How a call of 16-bit operands comes to its log-probabilities and its dz; steps.py has them."""
+WAY = dict.fromkeys((*SHARED_MEMORY_LIMIT, INTERPRETER), "fused")
+"""The way in use, by architecture. Not measured on any: the others are compiled and tested, and wait for a GPU on which
+they are the faster ones."""
+
+# Rows: two programs of 16 warps a multiprocessor, by the shared memory of six stages, so that few rows are in flight
+# and the L2 cache still holds the end of one when its gradient begins there; 8192 entries a step spilled. The GEMM:
+# 128 × 256 with one program a multiprocessor reads least from shared memory; the persistent form is the one that
+# stores, for its epilogue is the longest. fp32 products are IEEE, on the plain units: to be right, not fast. No two
+# ranges of D differ yet.
 TABLE = (
-    Row("row_loss", "sm_80", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
-    Row("row_loss", "sm_86", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
-    Row("row_loss", "sm_90", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
-    Row("row_loss", "sm_100", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
+    Row("row_loss", "sm_80", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
+    Row("row_loss", "sm_86", HALF + FULL, None, Tile(1, 4096, 0, 16, 3)),
+    Row("row_loss", "sm_90", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
+    Row("row_loss", "sm_100", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
     Row("row_loss", "gfx942", HALF + FULL, None, Tile(1, 4096, 0, 8, 1)),
     Row("row_loss", INTERPRETER, HALF + FULL, None, Tile(1, 128, 0, 1, 1)),
-    Row("shard_rows", "sm_80", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
-    Row("shard_rows", "sm_86", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
-    Row("shard_rows", "sm_90", HALF + FULL, None, Tile(1, 2048, 0, 8, 3)),
-    Row("shard_rows", "sm_100", HALF + FULL, None, Tile(1, 2048, 0, 8, 4)),  # with 3 stages a variant spilled 8 bytes
-    Row("shard_rows", "gfx942", HALF + FULL, None, Tile(1, 4096, 0, 8, 1)),
-    Row("shard_rows", INTERPRETER, HALF + FULL, None, Tile(1, 128, 0, 1, 1)),
+    Row("row_halves", "sm_80", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
+    Row("row_halves", "sm_86", HALF + FULL, None, Tile(1, 4096, 0, 16, 3)),
+    Row("row_halves", "sm_90", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
+    Row("row_halves", "sm_100", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
+    Row("row_halves", "gfx942", HALF + FULL, None, Tile(1, 4096, 0, 8, 1)),
+    Row("row_halves", INTERPRETER, HALF + FULL, None, Tile(1, 128, 0, 1, 1)),
     Row("lse_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3)),
     Row("lse_gemm", "sm_80", FULL, None, Tile(64, 64, 16, 8, 2)),
     Row("lse_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3)),
     Row("lse_gemm", "sm_86", FULL, None, Tile(64, 64, 16, 8, 2)),
-    Row("lse_gemm", "sm_90", HALF, None, Tile(128, 128, 64, 8, 3, True)),
+    Row("lse_gemm", "sm_90", HALF, None, Tile(128, 256, 64, 8, 4, True)),
     Row("lse_gemm", "sm_90", FULL, None, Tile(64, 64, 16, 8, 2)),
-    Row("lse_gemm", "sm_100", HALF, None, Tile(128, 128, 64, 8, 3, True)),
+    Row("lse_gemm", "sm_100", HALF, None, Tile(128, 256, 64, 8, 4, True)),
     Row("lse_gemm", "sm_100", FULL, None, Tile(64, 64, 16, 8, 2)),
     Row("lse_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2)),
     Row("lse_gemm", "gfx942", FULL, None, Tile(64, 64, 16, 8, 1)),
-    Row("lse_gemm", INTERPRETER, HALF + FULL, None, Tile(32, 64, 32, 1, 1)),
-    # The GEMM that stores 16-bit logits, and the row kernel over them (steps.StoredLogits). False: fp32 logits by
-    # cuBLAS instead. A GPU on which this way is the faster sets its architecture's row to True.
-    Row("store_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3), False),
-    Row("store_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3), False),
-    Row("store_gemm", "sm_90", HALF, None, Tile(128, 128, 64, 8, 3, True), False),
-    Row("store_gemm", "sm_100", HALF, None, Tile(128, 128, 64, 8, 3, True), False),
-    Row("store_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2), False),
-    Row("store_gemm", INTERPRETER, HALF, None, Tile(32, 64, 32, 1, 1), False),
+    Row("lse_gemm", INTERPRETER, HALF + FULL, None, Tile(32, 128, 32, 1, 1)),
+    # lse_gemm where it stores 16-bit logits, and the row kernel over them.
+    Row("store_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3)),
+    Row("store_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3)),
+    Row("store_gemm", "sm_90", HALF, None, Tile(128, 256, 64, 8, 3, True, persistent=True)),
+    Row("store_gemm", "sm_100", HALF, None, Tile(128, 128, 64, 8, 3, True)),  # wider or persistent ones spilled
+    Row("store_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2)),
+    Row("store_gemm", INTERPRETER, HALF, None, Tile(16, 128, 32, 1, 1, persistent=True)),
     Row("stored_rows", "sm_80", HALF, None, Tile(1, 2048, 0, 8, 3)),
     Row("stored_rows", "sm_86", HALF, None, Tile(1, 2048, 0, 8, 3)),
     Row("stored_rows", "sm_90", HALF, None, Tile(1, 2048, 0, 8, 3)),
@@ -114,10 +133,14 @@ def find(kernel: str, arch: str, dtype: torch.dtype, d: int) -> Tile:
     raise ValueError(f"backend: the Triton kernels have no tile of {kernel} for {dtype} on {arch}")
 
 
-def in_use(kernel: str, like: Tensor, d: int) -> bool:
-    """Whether there is a tile of `kernel` for `like`, and it is the way to go."""
-    arch = architecture(like.device)
-    return any(row.in_use for row in TABLE if _fits(row, kernel, arch, like.dtype, d))
+def way(like: Tensor) -> str:
+    """The way for operands like this one: fp32 products of ours are slow."""
+    return WAY[architecture(like.device)] if like.dtype in HALF else "fused"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; of the interpreter one, so that a persistent program has all tiles to go through."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def lookup(kernel: str, like: Tensor, d: int = 0) -> Tile:
