@@ -44,8 +44,11 @@ def printed(text: str) -> list[str]:
 def assert_fakes_are_told_apart(lines: dict[str, dict], stage: str) -> None:
     for head in HEADS:
         for size in TINY:
-            found = {name: lines[f"{stage}/{head}/{size}/{name}"] for name in ("perce", "perce_stored", *FAKES)}
-            for name in ("perce", "perce_stored", "fake_right"):
+            found = {
+                name: lines[f"{stage}/{head}/{size}/{name}"]
+                for name in ("perce", "perce_mixed", "perce_stored", *FAKES)
+            }
+            for name in ("perce", "perce_mixed", "perce_stored", "fake_right"):
                 assert found[name]["correct"] is True and found[name]["errors"]["pir"] < 1e-4
             assert found["fake_inaccurate"]["correct"] is False
             assert "wrong result" in found["fake_wrong"]["reason"]

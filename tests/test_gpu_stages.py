@@ -14,7 +14,7 @@ from benchmarks.gpu import compile as compilation
 from benchmarks.gpu.child import Child, Request, Unable, machine
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import SIZES, TINY
-from perce_kernels.gpu import driver, tiles
+from perce_kernels.gpu import cut, driver, tiles
 from tests.device import room
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
@@ -38,9 +38,9 @@ def lines_of(stage, name: str, *, seconds: float = 120.0, finished=(), lost=(), 
 @on_cpu
 def test_every_way_is_compared_with_fp64(monkeypatch):
     found = lines_of(parts.stage, "check", what="check")
-    assert {f"{size}/{way}" for size in TINY for way in ("fused", "stored")} == set(found)
+    assert {f"{size}/{way}" for size in TINY for way in ("fused", "mixed", "stored")} == set(found)
     assert all(line["errors"]["pir"] < 1e-4 and "reason" not in line for line in found.values())
-    # The ways are two: only one of them rounds logits.
+    # The ways are three: only one of them rounds logits.
     assert found[f"{TINY[0]}/fused"]["errors"]["dhidden"] != found[f"{TINY[0]}/stored"]["errors"]["dhidden"]
     monkeypatch.setattr(parts, "what_is_wrong", lambda errors: "wrong result: loss off by 2")
     assert lines_of(parts.stage, "check", what="check")[f"{TINY[0]}/fused"]["reason"] == "wrong result: loss off by 2"
@@ -54,8 +54,8 @@ def test_every_part_is_timed_beside_its_prediction(monkeypatch):
     size = TINY[0]
     timed = {key.removeprefix(f"{size}/"): line for key, line in found.items() if "predicted" in line}
     assert timed.keys() == {
-        "mm to 16 bits", "mm to fp32", "dh", f"dW of {size.n}", f"dW of {size.n}, added", "row_loss", "lse_gemm",
-        "store_gemm", "stored_rows", "combine", "scaling of dW",
+        "mm to 16 bits", "mm to fp32", "mm of a block of columns", "dh", f"dW of {size.n}", f"dW of {size.n}, added",
+        "row_loss", "row_parts", "lse_gemm", "store_gemm", "stored_rows", "combine", "scaling of dW",
     }  # fmt: skip
     assert all(line["seconds"] > 0 and line["predicted"] > 0 for line in timed.values())
     assert found["ceilings"]["matmul_flops"] > 0
@@ -79,14 +79,15 @@ def test_an_operand_that_does_not_fit_is_a_line(monkeypatch):
 
 
 @on_cpu
-def test_budgets_change_the_drivers_chunks_and_are_put_back(monkeypatch):
+def test_budgets_change_the_drivers_cut_and_are_put_back(monkeypatch):
     asked = []
-    monkeypatch.setattr(driver, "chunk_rows", lambda *_: asked.append(driver.LOGITS_BYTES) or 100)
+    largest = cut.cut_of.__wrapped__
+    monkeypatch.setattr(driver, "cut_of", lambda *args: asked.append(cut.BUDGET) or largest(*args))
     monkeypatch.setattr(Request, "sizes", TINY)
     monkeypatch.setattr(parts, "BUDGETS", (1, 2))
-    shipped = driver.LOGITS_BYTES
+    shipped = cut.BUDGET
     found = lines_of(parts.stage, "budgets", what="budgets")
-    assert {2**30, 2**31} == set(asked) and shipped == driver.LOGITS_BYTES
+    assert {2**30, 2**31} == set(asked) and shipped == cut.BUDGET
     assert next(iter(found)).startswith(str(TINY[1])), "the second size first: it has the largest vocabulary"
     assert found[f"{TINY[0]}/stored/2 GiB"]["shipped"] and not found[f"{TINY[0]}/stored/1 GiB"]["shipped"]
 
@@ -106,7 +107,7 @@ def test_what_is_compiled_is_what_is_launched():
         assert names == {compilation.named(tile) for tile in compilation.candidates(kernel, "sm_90", torch.bfloat16)}
     for n, d, v in SIZES + compilation.SHAPES:
         assert n % 16 == d % 16 == v % 16 == 0, "one specialisation of Triton's for all"
-    columns = tiles.find("store_gemm", "sm_90", torch.bfloat16, 1).block_n
+    columns = tiles.STATISTICS_COLUMNS
     assert {-(-v // columns) % 16 == 0 for _, _, v in SIZES} == {
         -(-v // columns) % 16 == 0 for _, _, v in compilation.SHAPES
     }

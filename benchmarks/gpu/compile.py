@@ -22,7 +22,7 @@ from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, die_with_parent
 from benchmarks.gpu.peers import PEERS, WAY_PEERS
 from benchmarks.gpu.sizes import Size
-from benchmarks.gpu.tiles import SUBJECTS, candidates, named, shipping
+from benchmarks.gpu.tiles import FP32_ROWS, SUBJECTS, TABLED, candidates, named, shipping
 
 SHAPES = (Size(256, 256, 2064), Size(256, 256, 4096))
 """The number of tiles of a row is no multiple of 16, as at 128256 and 151936 entries, or is one, as at 262144."""
@@ -34,9 +34,7 @@ def jobs(arch: str, shapes: tuple[Size, ...]) -> list[tuple[str, str, Size]]:
     """(kernel or way, tile's name or "", size)."""
     found = [(way, "", size) for size in shapes for way in WAY_PEERS.values()]
     for kernel in SUBJECTS:
-        # Only the row kernel of stored logits is told the number of tiles.
-        for size in shapes if kernel == "stored_rows" else shapes[:1]:
-            found += [(kernel, named(tile), size) for tile in candidates(kernel, arch, torch.bfloat16)]
+        found += [(kernel, named(tile), shapes[0]) for tile in candidates(kernel, arch, torch.bfloat16)]
     return found
 
 
@@ -59,7 +57,7 @@ def compile_one(job: tuple[str, str, Size], arch: str, device: str) -> float:
         subject = SUBJECTS[name](*size, torch.bfloat16, device)
         if subject.setup is not None:
             subject.setup()
-        with shipping(name, arch, torch.float32 if name == "row_loss" else torch.bfloat16, tile):
+        with shipping(TABLED.get(name, name), arch, torch.float32 if name in FP32_ROWS else torch.bfloat16, tile):
             subject.run()
     return time.perf_counter() - started
 

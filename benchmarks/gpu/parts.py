@@ -2,7 +2,7 @@
 
 check     every way on 512 rows against fp64: wrong kernels need no timing
 parts     every product and kernel of a chunk, at all sizes: seconds, and predicted ones by the ceilings of this GPU
-budgets   the whole loss by the bytes of a chunk's logits, each way
+budgets   the whole loss by the bytes of a block's dz and a chunk's logits, each way
 """
 
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from benchmarks.gpu import child as children
@@ -34,13 +33,18 @@ from benchmarks.gpu.sizes import Size
 from benchmarks.gpu.tiles import SUBJECTS
 from benchmarks.implementations import make_inputs, step
 from perce_kernels import token_logprobs
-from perce_kernels.gpu import driver, lse_gemm, row_loss, steps
+from perce_kernels.gpu import cut, tiles
+from perce_kernels.gpu.combine import TileStatistics, combine
+from perce_kernels.gpu.cut import block_of
+from perce_kernels.gpu.product import pitch, product
+from perce_kernels.gpu.tiles import STATISTICS_COLUMNS
 
 CHECKED_ROWS = 512
 DW_ROWS = (1024, 2048, 4096)
 """Tokens of one dW product: the more, the less often dW is read and written."""
 REPETITIONS = 5
 BUDGETS = (1, 2, 4, 8)  # GiB
+BUDGETED = ("fused", "stored")  # the mixed way cuts as the first does
 
 
 class Timing(NamedTuple):
@@ -77,10 +81,9 @@ def check(child: Child) -> None:
             clear(inputs)
 
 
-def pitched(rows: int, v: int, device: str) -> Tensor:
-    """(rows, V) gradients of logits as the driver's products read them: over fp32 rows of its pitch."""
-    z = torch.empty((rows, steps.pitch(v)), device=device)
-    return row_loss.overlay(z, v, DTYPE).normal_()
+def gradients(rows: int, v: int, device: str) -> Tensor:
+    """(rows, V) gradients of logits as the driver's products read them: rows of its pitch."""
+    return torch.randn((rows, pitch(v)), device=device, dtype=DTYPE)[:, :v]
 
 
 def timing_of(part: str, run: Callable[[], object], flop: float, moved: float, gpu: Gpu) -> Timing:
@@ -89,79 +92,86 @@ def timing_of(part: str, run: Callable[[], object], flop: float, moved: float, g
     return Timing(run, roofline.product_seconds(part, work, gpu), work=work)
 
 
-def of_a_chunk(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
-    """The products of one chunk, both passes, as the driver calls them; and logits in 16 bits for comparison."""
+def of_a_block(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
+    """cuBLAS's products of one block, as the driver calls them; and logits in 16 bits for comparison."""
     _, d, v = size
-    c = roofline.chunk_of(size, gpu)
-    hidden, lm_head, _, hidden_cf = (x.detach() for x in make_inputs(c, d, v, DTYPE, device))
-    both = torch.cat([hidden, hidden_cf])
-    logits = both.new_empty((2 * c, steps.pitch(v)), dtype=torch.float32)[:, :v]
-    narrow = both.new_empty((2 * c, v))
-    dz, dh = pitched(c, v, device), both.new_empty((c, d), dtype=torch.float32)
-    factors = 2 * d * v + 4 * c * d
+    cut = roofline.cut_for(size, "fused", gpu)
+    hidden, lm_head, _, _ = (x.detach() for x in make_inputs(cut.block, d, v, DTYPE, device))
+    rows, columns = block_of(cut.block, v, cut.chunk * pitch(v))
+    logits = torch.empty((cut.chunk, pitch(v)), device=device)
+    block = logits.view(-1)[: rows * columns].view(rows, columns)
+    narrow = hidden.new_empty((cut.chunk, v))
+    dz, dh = gradients(cut.block, v, device), torch.empty((cut.block, d), device=device)
+    chunk, columns = hidden[: cut.chunk], min(columns, v)
 
     def to_16_bits() -> None:
         if device == "cuda":
-            torch.mm(both, lm_head.T, out=narrow)
+            torch.mm(chunk, lm_head.T, out=narrow)
         else:
-            narrow.copy_(both.float() @ lm_head.float().T)
+            narrow.copy_(chunk.float() @ lm_head.float().T)
 
-    flop = 4 * c * d * v
+    def timing(part: str, m: int, k: int, n: int, result: int, run: Callable[[], object]) -> Timing:
+        return timing_of(part, run, 2 * m * k * n, 2 * (m * k + k * n) + result * m * n, gpu)
+
     return {
-        "mm to 16 bits": timing_of("logits", to_16_bits, flop, 4 * c * v + factors, gpu),
-        "mm to fp32": timing_of(
-            "logits", partial(steps.product, both, lm_head.T, logits), flop, 8 * c * v + factors, gpu
+        "mm to 16 bits": timing("logits", cut.chunk, d, v, 2, to_16_bits),
+        "mm to fp32": timing("logits", cut.chunk, d, v, 4, partial(product, chunk, lm_head.T, logits[:, :v])),
+        "mm of a block of columns": timing(
+            "counterfactual", rows, d, columns, 4,
+            partial(product, hidden[:rows], lm_head[:columns].T, block[:, :columns]),
         ),
-        "dh": timing_of("dh", partial(steps.product, dz, lm_head, dh), flop / 2, 2 * c * v + factors, gpu),
-    }
+        "dh": timing("dh", cut.block, v, d, 4, partial(product, dz, lm_head, dh)),
+    }  # fmt: skip
 
 
 def of_dw(size: Size, device: str, gpu: Gpu, rows: int) -> dict[str, Timing]:
     """dW of so many tokens, the first time and added to what is there."""
     _, d, v = size
     rows = rows if device == "cuda" else min(rows, size.n)
-    dz, hidden = pitched(rows, v, device), torch.randn((rows, d), device=device).to(DTYPE)
+    dz, hidden = gradients(rows, v, device), torch.randn((rows, d), device=device).to(DTYPE)
     out = torch.zeros((v, d), device=device)
 
     def timing(add: bool) -> Timing:
-        run = partial(steps.product, dz.T, hidden, out, add=add)
+        run = partial(product, dz.T, hidden, out, add=add)
         return timing_of("dW", run, 2 * rows * d * v, 2 * rows * (v + d) + (1 + add) * 4 * d * v, gpu)
 
     return {f"dW of {rows}": timing(False), f"dW of {rows}, added": timing(True)}
 
 
 def of_kernels(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
-    """Our own, on one chunk of both passes."""
-    (_, d, v), c = size, roofline.chunk_of(size, gpu)
-    works = {way: roofline.work(Size(c, d, v), way, "trainable", c) for way in roofline.WAYS}
-    rows = gpu.bandwidth * gpu.rows
-    gemm = roofline.own_gemm_seconds(works["stored"]["logits"].flop, gpu) + gpu.combine
-    predicted = {
-        "row_loss": works["fused"]["rows"].bytes / rows, "lse_gemm": gemm, "store_gemm": gemm,
-        "stored_rows": works["stored"]["rows"].bytes / rows,
-    }  # fmt: skip
+    """Our own, on one chunk or block."""
+    _, d, v = size
+    predicted: dict[str, float] = {}
+    for way, passes, name in (("fused", 1, "row_loss"), ("stored", 1, "stored_rows")):
+        cut = roofline.cut_for(size, way, gpu)
+        rows = cut.chunk if way == "fused" else cut.block
+        part = roofline.work(Size(rows, d, v), way, "trainable", cut, passes=passes, kept=gpu.kept(v))
+        predicted[name] = part["rows"].bytes / (gpu.bandwidth * gpu.rows)
+    cut = roofline.cut_for(size, "fused", gpu)
+    high, wide = block_of(cut.block, v, cut.chunk * pitch(v))
+    predicted["row_parts"] = 4 * high * wide / (gpu.bandwidth * gpu.rows)
+    flop = 2 * roofline.cut_for(size, "stored", gpu).block * d * v
+    predicted["lse_gemm"] = predicted["store_gemm"] = roofline.own_gemm_seconds(flop, gpu) + gpu.combine
     found = {}
     for name, make in SUBJECTS.items():
-        subject = make(c, d, v, DTYPE, device)
+        subject = make(*size, DTYPE, device)
         found[name] = Timing(subject.run, predicted[name], subject.setup)
     return found
 
 
 def of_the_rest(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
     """What tiles' statistics take to become rows', and the gradients to be scaled."""
-    (_, d, v), c = size, roofline.chunk_of(size, gpu)
-    maxima = torch.randn((triton.cdiv(v, roofline.STORED_TILE), 2 * c), device=device)
-    sums = torch.rand_like(maxima)
-    target = torch.zeros(2 * c, dtype=torch.int64, device=device)
-    outs = {name: torch.zeros(2 * c, device=device) for name in ("logp", "row_max", "total", "z_target")}
-    rows = lse_gemm.Statistics(**outs, entropy=None, moment=None, tile_max=maxima, tile_columns=roofline.STORED_TILE)
+    (_, d, v), rows = size, roofline.cut_for(size, "stored", gpu).block
+    parts = TileStatistics.empty(v, STATISTICS_COLUMNS, rows, torch.device(device))
+    parts.row_max.normal_(), parts.total.uniform_(1, 2)
+    target = torch.zeros(rows, dtype=torch.int64, device=device)
     gradient = torch.zeros((v, d), device=device)
     scaled = torch.empty_like(gradient, dtype=DTYPE)
     upstream = torch.ones((), device=device)
 
     moved = 6 * d * v
     return {
-        "combine": Timing(partial(lse_gemm.combine, rows, sums, None, target, -100), gpu.combine),
+        "combine": Timing(partial(combine, parts, target, -100), gpu.combine),
         "scaling of dW": Timing(
             lambda: torch.mul(gradient, upstream, out=scaled), moved / (gpu.bandwidth * roofline.SCALING),
             work=Work(0, moved),
@@ -185,7 +195,7 @@ Groups = dict[str, Callable[[], dict[str, Timing]]]
 def groups_of(size: Size, device: str, gpu: Gpu) -> Groups:
     """Parts by the operands that they share."""
     return {
-        "products": partial(of_a_chunk, size, device, gpu),
+        "products": partial(of_a_block, size, device, gpu),
         **{f"dW of {rows}": partial(of_dw, size, device, gpu, rows) for rows in DW_ROWS},
         "kernels": partial(of_kernels, size, device, gpu),
         "the rest": partial(of_the_rest, size, device, gpu),
@@ -266,7 +276,7 @@ def logprobs(child: Child, size: Size) -> dict[str, Any]:
 
 
 def budgets(child: Child) -> None:
-    """The loss and its backward by the budget of a chunk's logits, which the driver turns into a number of tokens."""
+    """The loss and its backward by the budget of dz and logits, which the driver turns into numbers of tokens."""
     device, stage = child.request.device, child.request.stage
     first, second, *others = child.request.sizes
     for size in (second, first, *others):  # the largest vocabulary asks most for large chunks
@@ -274,24 +284,27 @@ def budgets(child: Child) -> None:
         inputs = child.prepared(operands, lambda size=size: make_inputs(*size, DTYPE, device))
         if inputs is None:
             continue
-        for way in WAY_PEERS:
+        for way in BUDGETED:
             for gib in BUDGETS[1::2] if [size] == others[-1:] else BUDGETS:  # the last size takes long
                 key = f"{stage}/{size}/{way}/{gib} GiB"
                 child.measured(key, partial(by_budget, child, size, inputs, way, gib))
                 clear(inputs)
                 child.clock.free()
-        child.line(operands, ways=len(WAY_PEERS))
+        child.line(operands, ways=len(BUDGETED))
 
 
 def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> dict[str, Any]:
-    run, shipped, wanted = PEERS[WAY_PEERS[way]].load().loss, driver.LOGITS_BYTES, gib * 2**30
-    gpu = Gpu(multiprocessors=driver._multiprocessors(inputs[0].device))
-    driver.LOGITS_BYTES = wanted
+    run, shipped, wanted = PEERS[WAY_PEERS[way]].load().loss, cut.BUDGET, gib * 2**30
+    gpu = Gpu(multiprocessors=tiles.multiprocessors(inputs[0].device))
+    cut.BUDGET = wanted
+    cut.cut_of.cache_clear()  # which does not know of the budget
     try:
         seconds = [child.clock.seconds(lambda: step(run, inputs)) for _ in range(3)][1:]
     finally:
-        driver.LOGITS_BYTES = shipped
-    return {"seconds": min(seconds), "rows": roofline.chunk_of(size, gpu, wanted), "shipped": wanted == shipped}
+        cut.BUDGET = shipped
+        cut.cut_of.cache_clear()
+    block, chunk = roofline.cut_for(size, way, gpu, wanted)
+    return {"seconds": min(seconds), "rows": block, "chunk": chunk, "shipped": wanted == shipped}
 
 
 def stage(child: Child) -> None:

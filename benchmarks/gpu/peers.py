@@ -83,19 +83,19 @@ def load_perce() -> Implementation:
     return Implementation(partial(fused_perce_loss, backend="triton"), pir)
 
 
-def load_perce_stored() -> Implementation:
-    """Ours by the other way to fp32 statistics, which the tile table leaves off: the GPU is to say whether it pays."""
+def load_perce_by(way: str) -> Implementation:
+    """Ours by a way that is not in use: the GPU is to say whether it pays."""
     tiles = imported("perce_kernels.gpu.tiles", "triton")
     ours = load_perce()
 
     def switched_on(call: Loss) -> Loss:
         def switched(*inputs: Tensor) -> Tensor:
-            table = tiles.TABLE
-            tiles.TABLE = tuple(row._replace(in_use=True) for row in table)
+            in_use = dict(tiles.WAY)
+            tiles.WAY.update(dict.fromkeys(in_use, way))
             try:
                 return call(*inputs)
             finally:
-                tiles.TABLE = table
+                tiles.WAY.update(in_use)
 
         return switched
 
@@ -229,7 +229,8 @@ PEERS = {  # by importance and quickness to compile: where time runs out, the la
     peer.name: peer
     for peer in (
         Peer("perce", "**perce**", load_perce),
-        Peer("perce_stored", "**perce**, 16-bit logits kept", load_perce_stored),
+        Peer("perce_mixed", "**perce**, no counterfactual logits", lambda: load_perce_by("mixed")),
+        Peer("perce_stored", "**perce**, 16-bit logits kept", lambda: load_perce_by("stored")),
         Peer("trl", "TRL fused head", load_trl),
         Peer("cce_exact", "cut-cross-entropy, exact", lambda: load_cce(None)),
         Peer("liger_large", "Liger, Triton, 8 × chunks", lambda: load_liger(8)),
@@ -247,8 +248,8 @@ PEERS = {  # by importance and quickness to compile: where time runs out, the la
     )
 }
 
-WAY_PEERS = {"fused": "perce", "stored": "perce_stored"}
-"""Ours by each of roofline.WAYS."""
+WAY_PEERS = {"fused": "perce", "mixed": "perce_mixed", "stored": "perce_stored"}
+"""Ours by each of tiles.WAYS."""
 
 
 def find_peer(name: str) -> Peer:

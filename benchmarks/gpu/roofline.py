@@ -4,12 +4,16 @@ The operations and bytes of each part are counted (a test holds them to what the
 turned into time by rates:
 
     product     max(c, m) + o · min(c, m)    c = FLOP ÷ (rate · e), m = bytes ÷ bandwidth; o: what does not overlap
-    rows        bytes ÷ (bandwidth · .88)    the row kernel; .78 on an H200, where instructions are the bound
+    rows        bytes ÷ (bandwidth · .88)    the row kernels; .78 on an H200, where instructions are the bound
     scaling     bytes ÷ (bandwidth · .9)     the upstream gradient on the way to the inputs' dtype
-    own GEMM    FLOP ÷ (rate · gemm) + combine · chunks, where logits are kept in 16 bits or not at all
+    own GEMM    FLOP ÷ (rate · gemm) + combine for each call, where logits are kept in 16 bits or not at all
 
 e and o are guesses that the first measurement replaces; `rate` and `bandwidth` default to what was read off an H100 (a
 bf16 product of 8192³, a device-to-device copy). Floor: 8·N·D·V FLOP, 6 with a frozen head, at `rate`.
+
+The row kernel reads a row twice, the second time from its end: what of the first time the L2 cache still holds does not
+come from memory. Of each row in flight (two programs a multiprocessor) that is taken to be its share of the cache; a
+cache in which the least recent goes first holds more (by a simulation in the tests). `--l2 0` leaves it out.
 """
 
 import argparse
@@ -18,14 +22,16 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from benchmarks.gpu.sizes import SIZES, Size
+from perce_kernels.gpu.cut import Cut, block_of, cut_of
+from perce_kernels.gpu.product import pitch
+from perce_kernels.gpu.tiles import STATISTICS_COLUMNS, WAYS
 
-WAYS = {"fused": "fp32 logits by cuBLAS", "stored": "16-bit logits by our GEMM"}
-"""steps.FusedRows and steps.StoredLogits."""
 HEADS = ("trainable", "frozen")
 FLOOR_FLOP = {"trainable": 8, "frozen": 6}  # · N·D·V
-STORED_TILE = 128
-"""Columns of a tile of the GEMM that stores 16-bit logits: each has a maximum, which the row kernel reads."""
 OPERAND, FP32 = 2, 4  # bytes
+PARTS = ("counterfactual", "logits", "rows", "dh", "dW", "scaling")
+OURS = {"fused": (), "mixed": ("counterfactual",), "stored": ("counterfactual", "logits")}
+"""Products that our GEMM computes."""
 
 
 class Work(NamedTuple):
@@ -42,7 +48,10 @@ class Efficiency(NamedTuple):
     overlap: float
 
 
-PRODUCTS = {"logits": Efficiency(0.96, 0.35), "dh": Efficiency(0.94, 0.15), "dW": Efficiency(0.93, 0.35)}
+PRODUCTS = {
+    "counterfactual": Efficiency(0.96, 0.35), "logits": Efficiency(0.96, 0.35), "dh": Efficiency(0.94, 0.15),
+    "dW": Efficiency(0.93, 0.35),
+}  # fmt: skip
 SCALING = 0.9  # of the bandwidth
 
 
@@ -56,9 +65,17 @@ class Gpu:
     """Of the bandwidth, that the row kernel reaches."""
     gemm: float = 0.7
     """Of the rate of cuBLAS, that our GEMM reaches."""
-    combine: float = 0.2e-3
-    """Seconds that a chunk's tile statistics take to become a row's."""
+    combine: float = 0.03e-3
+    """Seconds that the tiles' statistics of one call take to become rows'."""
+    l2: float = 50e6
+    """Bytes of the L2 cache."""
     multiprocessors: int = 132
+    rows_in_flight: int = 2
+    """Programs of the row kernel a multiprocessor, by the shared memory of its tile."""
+
+    def kept(self, v: int) -> float:
+        """Share of a row of so many fp32 logits that the cache holds until it is read again."""
+        return min(1.0, self.l2 / (self.multiprocessors * self.rows_in_flight * v * FP32))
 
 
 H100 = Gpu()
@@ -70,30 +87,44 @@ def measured_gpu(matmul_flops: float, bandwidth: float, device: str = "") -> Gpu
     return replace(H200 if "H200" in device else H100, flops=matmul_flops, bandwidth=bandwidth)
 
 
-def work(
-    size: Size, way: str, head: str, chunk: int, passes: int = 2, stored_tile: int = STORED_TILE
-) -> dict[str, Work]:
-    """FLOP and bytes of each part of the loss and its backward, in chunks of `chunk` tokens.
+def pieces(n: int, size: int) -> list[int]:
+    """n in pieces of so many."""
+    return [min(size, n - start) for start in range(0, n, size)]
 
-    A product reads both factors and writes its result once; dW is written by the first chunk, and read and written by
-    every later one. The rows' bytes are those of logits and gradients; a token's own few numbers are not counted.
+
+def work(
+    size: Size, way: str, head: str, cut: Cut, *, passes: int = 2, kept: float = 0.0,
+    columns: int = STATISTICS_COLUMNS,
+) -> dict[str, Work]:  # fmt: skip
+    """FLOP and bytes of each part of the loss and its backward. kept: share of a row that is read once from memory.
+
+    A product reads both factors and writes its result once; dW is written by the first block, and read and written by
+    every later one. The rows' bytes are those of logits and gradients; a token's own few numbers are not counted. Of
+    our own GEMM no bytes are counted: its rate has them.
     """
     n, d, v = size
-    chunks = -(-n // chunk)
-    head_bytes = chunks * d * v * OPERAND
-    rows_bytes = {
-        "fused": n * v * (FP32 * (passes + 1) + OPERAND),
-        "stored": n * v * 2 * OPERAND + n * -(-v // stored_tile) * FP32,
-    }
-    logits_bytes = {"fused": passes * n * v * FP32, "stored": n * v * OPERAND}
+    w, logits = d * v * OPERAND, n * v * FP32
+    blocks = pieces(n, cut.block)
+    chunks = sum(len(pieces(block, cut.chunk)) for block in blocks)
+    read = 0.0  # of both factors, block by block of the counterfactual logits
+    for block in blocks:
+        high, wide = block_of(block, v, min(cut.chunk, n) * pitch(v))
+        read += len(pieces(block, high)) * w + len(pieces(v, wide)) * block * d * OPERAND
+    by_cublas = {"counterfactual": logits + read, "logits": logits + chunks * w + n * d * OPERAND}
+    row_bytes = n * v * (2 * OPERAND) + n * -(-v // columns) * FP32
+    if way != "stored":
+        again = passes == 2 and way == "fused"
+        row_bytes = n * v * (FP32 * (2 - kept + again) + OPERAND)
     trained = n + v if head == "trainable" else n
+    product = 2 * n * d * v
     parts = {
-        "logits": Work(2 * passes * n * d * v, logits_bytes[way] + head_bytes + passes * n * d * OPERAND),
-        "rows": Work(0, rows_bytes[way]),
-        "dh": Work(2 * n * d * v, n * v * OPERAND + head_bytes + n * d * FP32),
-        "dW": Work(2 * n * d * v, n * v * OPERAND + n * d * OPERAND + (2 * chunks - 1) * d * v * FP32),
+        name: Work(product, 0.0 if name in OURS[way] else by_cublas[name]) for name in PARTS[2 - passes : 2]
+    } | {
+        "rows": Work(0, row_bytes),
+        "dh": Work(product, n * v * OPERAND + len(blocks) * w + n * d * FP32),
+        "dW": Work(product, n * v * OPERAND + n * d * OPERAND + (2 * len(blocks) - 1) * d * v * FP32),
         "scaling": Work(0, (FP32 + OPERAND) * d * trained),
-    }
+    }  # fmt: skip
     return parts if head == "trainable" else {name: part for name, part in parts.items() if name != "dW"}
 
 
@@ -104,26 +135,25 @@ def product_seconds(part: str, work: Work, gpu: Gpu) -> float:
     return max(compute, memory) + efficiency.overlap * min(compute, memory)
 
 
-def chunk_of(size: Size, gpu: Gpu, budget: int | None = None) -> int:
-    """Tokens a chunk, as the driver cuts them; budget: bytes of its fp32 logits."""
-    from perce_kernels.gpu.driver import chunk_rows  # here: tables of a CPU are printed where there is no Triton
-
-    return min(size.n, chunk_rows(size.d, size.v, 2, gpu.multiprocessors, budget))
+def cut_for(size: Size, way: str, gpu: Gpu, budget: int | None = None) -> Cut:
+    """Blocks and chunks, as the driver cuts them; budget: bytes of them."""
+    cut = cut_of(*size, OPERAND, way, gpu.multiprocessors, budget)
+    return Cut(min(cut.block, size.n), min(cut.chunk, size.n))
 
 
 def predict(
     size: Size, way: str = "fused", head: str = "trainable", gpu: Gpu = H100, budget: int | None = None
 ) -> dict[str, float]:
     """Seconds of each part."""
-    chunk = chunk_of(size, gpu, budget)
+    cut = cut_for(size, way, gpu, budget)
     seconds = {}
-    for name, part in work(size, way, head, chunk).items():
+    for name, part in work(size, way, head, cut, kept=gpu.kept(size.v)).items():
         if name == "rows":
             seconds[name] = part.bytes / (gpu.bandwidth * gpu.rows)
         elif name == "scaling":
             seconds[name] = part.bytes / (gpu.bandwidth * SCALING)
-        elif name == "logits" and way == "stored":
-            seconds[name] = own_gemm_seconds(part.flop, gpu) + gpu.combine * -(-size.n // chunk)
+        elif name in OURS[way]:
+            seconds[name] = own_gemm_seconds(part.flop, gpu) + gpu.combine * -(-size.n // cut.block)
         else:
             seconds[name] = product_seconds(name, part, gpu)
     return seconds
@@ -138,28 +168,28 @@ def floor_seconds(size: Size, head: str, gpu: Gpu) -> float:
     return FLOOR_FLOP[head] * size.n * size.d * size.v / gpu.flops
 
 
-def break_even(size: Size, head: str, gpu: Gpu) -> float:
-    """FLOP/s of our GEMM from which 16-bit logits are the faster way."""
-    fused, stored = predict(size, "fused", head, gpu), predict(size, "stored", head, gpu)
-    gemm = own_gemm_seconds(work(size, "stored", head, size.n)["logits"].flop, gpu)
-    left = sum(fused.values()) - (sum(stored.values()) - gemm)
+def break_even(size: Size, way: str, head: str, gpu: Gpu) -> float:
+    """FLOP/s of our GEMM from which a way that has it is faster than cuBLAS's."""
+    fused, other = predict(size, "fused", head, gpu), predict(size, way, head, gpu)
+    gemm = own_gemm_seconds(len(OURS[way]) * 2.0 * size.n * size.d * size.v, gpu)
+    left = sum(fused.values()) - (sum(other.values()) - gemm)
     return gemm * gpu.flops * gpu.gemm / left
 
 
 def table(gpu: Gpu, budget: int | None = None) -> Iterator[str]:
     """Milliseconds of each part, as Markdown."""
-    names = ("logits", "rows", "dh", "dW", "scaling")
-    yield f"| N × D × V | head | way | tokens a chunk | {' | '.join(names)} | total, ms | ÷ floor |"
-    yield "| --- " * (len(names) + 6) + "|"
+    yield f"| N × D × V | head | way | tokens a block, chunk | {' | '.join(PARTS)} | total, ms | ÷ floor |"
+    yield "| --- " * (len(PARTS) + 6) + "|"
     for size in SIZES:
         for head in HEADS:
             floor = floor_seconds(size, head, gpu)
-            for way, title in WAYS.items():
+            for way in WAYS:
                 parts = predict(size, way, head, gpu, budget)
-                cells = [f"{1000 * parts[name]:.1f}" if name in parts else "–" for name in names]
-                total, chunk = sum(parts.values()), chunk_of(size, gpu, budget)
+                cells = [f"{1000 * parts[name]:.1f}" if name in parts else "–" for name in PARTS]
+                total, cut = sum(parts.values()), cut_for(size, way, gpu, budget)
                 cells += [f"{1000 * total:.1f}", f"{total / floor:.2f}"]
-                yield f"| {size.n} × {size.d} × {size.v} | {head} | {title} | {chunk} | {' | '.join(cells)} |"
+                place = f"{size.n} × {size.d} × {size.v} | {head} | {way} | {cut.block}, {cut.chunk}"
+                yield f"| {place} | {' | '.join(cells)} |"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -176,18 +206,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--gemm", type=float, default=H100.gemm, help="our GEMM's rate ÷ cuBLAS's (default %(default)s)"
     )
-    parser.add_argument("--combine", type=float, default=H100.combine, help="seconds a chunk (default %(default)s)")
-    parser.add_argument("--budget", type=float, help="GiB of a chunk's fp32 logits (default: the driver's, 2)")
+    parser.add_argument("--combine", type=float, default=H100.combine, help="seconds a call (default %(default)s)")
+    parser.add_argument("--l2", type=float, default=H100.l2, help="bytes of the L2 cache (default %(default).1e)")
+    parser.add_argument("--budget", type=float, help="GiB of a block's dz and a chunk's logits (default: 2)")
     options = parser.parse_args(arguments)
     for name in ("tflops", "bandwidth", "rows", "gemm"):
         if not getattr(options, name) > 0:
             parser.error(f"--{name}: expected a number > 0, got {getattr(options, name)}")
-    gpu = Gpu(options.tflops * 1e12, options.bandwidth, options.rows, options.gemm, options.combine)
+    gpu = Gpu(options.tflops * 1e12, options.bandwidth, options.rows, options.gemm, options.combine, options.l2)
     budget = None if options.budget is None else int(options.budget * 2**30)
     print("Predicted, not measured: milliseconds of the loss and its backward, bf16.\n")
-    print(*table(gpu, budget), sep="\n")
-    rates = ", ".join(f"{break_even(size, 'trainable', gpu) / 1e12:.0f}" for size in SIZES)
-    print(f"\n16-bit logits are the faster way from a GEMM of {rates} TFLOP/s (trainable head, one number a size).")
+    print(*table(gpu, budget), *(f"\n{way}: {title}" for way, title in WAYS.items()), sep="\n")
+    for way in ("mixed", "stored"):
+        rates = ", ".join(f"{break_even(size, way, 'trainable', gpu) / 1e12:.0f}" for size in SIZES)
+        print(f"\n{way}: the faster way from a GEMM of {rates} TFLOP/s (trainable head, one number a size).")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from benchmarks.gpu.compile import WORKERS
 from benchmarks.gpu.roofline import H100, HEADS, WAYS, predict, product_seconds, work
 from benchmarks.gpu.sizes import BY_IMPORTANCE, SIZES, Size
 from benchmarks.gpu.tiles import GEMM_TILES, ROW_TILES
+from perce_kernels.gpu.cut import Cut
 
 START = 3.0
 """Seconds assumed for a process on a GPU to be ready, though it was started ahead of time."""
@@ -49,7 +50,7 @@ def of_parts() -> float:
             total += (
                 2
                 * repetitions
-                * product_seconds("dW", work(Size(rows, *size[1:]), "fused", "trainable", rows)["dW"], H100)
+                * product_seconds("dW", work(Size(rows, *size[1:]), "fused", "trainable", Cut(rows, rows))["dW"], H100)
             )
         total += 4 * 3 * 2 * size.n * size.d * size.v / (H100.flops * H100.gemm)
     return total
@@ -74,7 +75,7 @@ def of_tiles() -> float:
     total = 0.0
     for size in BY_IMPORTANCE[:2]:
         chunk = Size(2048, size.d, size.v)
-        gemm, rows = predict(chunk, "stored")["logits"], predict(chunk)["rows"]
+        gemm, rows = predict(chunk, "stored")["logits"], predict(chunk)["rows"] / 2
         total += (2 * 7 + 3) * 2 * (len(GEMM_TILES) * gemm + len(ROW_TILES) * rows)
     return total
 
@@ -83,7 +84,7 @@ def of_budgets() -> float:
     return sum(
         3 * len(parts.BUDGETS) * loss_seconds(size, way) / (2 if size == SIZES[-1] else 1)
         for size in SIZES
-        for way in WAYS
+        for way in parts.BUDGETED
     )
 
 

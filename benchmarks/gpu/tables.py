@@ -159,8 +159,8 @@ def parts(lines: Lines) -> Iterator[str]:
 
 
 def budgets(lines: Lines) -> Iterator[str]:
-    """Our time by the size of a chunk."""
-    yield "| N × D × V | way | ms by tokens a chunk (logits); the shipped one is bold |\n| --- | --- | --- |"
+    """Our time by the budget."""
+    yield "| N × D × V | way | ms by tokens a block (and budget); the shipped one is bold |\n| --- | --- | --- |"
     for size in sizes_of(lines):
         for way, title in WAYS.items():
             cells = []

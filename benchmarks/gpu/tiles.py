@@ -1,12 +1,13 @@
 """Named block sizes of each kernel on this GPU: `python -m benchmarks.gpu.tiles KERNEL N D V [--dtype bfloat16]`.
 
-    row_loss, lse_gemm         the way in use, and log-probabilities without logits
+    row_loss, row_parts        the factual rows of the way in use, and a block of its counterfactual ones
+    lse_gemm                   log-probabilities without logits: token_logprobs, and the mixed way's counterfactual rows
     store_gemm, stored_rows    the way that keeps 16-bit logits; both must be tuned before it is judged
 
-About ten tiles a kernel, by name, such as 128x256x64-w8-s3-g8 (rows × columns × depth, warps, stages, group_m). Each is
-compared with the shipped tile's result and then timed, the shipped tile in turn with it, on the rows of one chunk, both
-passes; the last line is a row for TABLE in perce_kernels/gpu/tiles.py. A tile that does not compile, or needs more
-shared memory than there is, is a line with the reason.
+About ten tiles a kernel, by name, such as 128x256x64-w8-s3-g8-tma-p (rows × columns × depth, warps, stages, group_m, by
+descriptors, persistent). Each is compared with the shipped tile's result and then timed, the shipped tile in turn with
+it, on the rows of one chunk or block; the last line is a row for TABLE in perce_kernels/gpu/tiles.py. A tile that does
+not compile, or needs more shared memory than there is, is a line with the reason.
 """
 
 import argparse
@@ -26,7 +27,10 @@ from benchmarks.gpu.clock import clock_of
 from benchmarks.gpu.sizes import Size
 from benchmarks.implementations import make_inputs
 from perce_kernels import ops
-from perce_kernels.gpu import driver, lse_gemm, row_loss, steps, stored_rows, tiles
+from perce_kernels.gpu import lse_gemm, row_halves, row_loss, stored_rows, tiles
+from perce_kernels.gpu.combine import Statistics
+from perce_kernels.gpu.cut import Cut, block_of, cut_of
+from perce_kernels.gpu.product import pitch
 from perce_kernels.gpu.tiles import Row, Tile
 
 TOLERANCE = 1e-4  # of statistics; another order of the sums moves them by some 1e-6
@@ -54,116 +58,138 @@ def shipping(kernel: str, arch: str, dtype: torch.dtype, tile: Tile) -> Iterator
         tiles.TABLE = before
 
 
-def row_loss_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
-    """A chunk of the size that the driver would take of n tokens; its logits are restored before each run."""
-    torch_device = torch.device(device)
-    rows = min(n, driver.chunk_rows(d, v, 2, driver._multiprocessors(torch_device)))
+def cut_for(n: int, d: int, v: int, dtype: torch.dtype, device: str, way: str) -> Cut:
+    """Tokens of a block and a chunk, as the driver would take them of n."""
+    cut = cut_of(n, d, v, dtype.itemsize, way, tiles.multiprocessors(torch.device(device)))
+    return Cut(min(n, cut.block), min(n, cut.chunk))
+
+
+def random_logits(rows: int, v: int, device: str) -> tuple[Tensor, Tensor]:
+    """(rows, pitch) raw products and (rows,) targets."""
     g = torch.Generator(device).manual_seed(0)
-    raw = torch.randn(2 * rows, driver.pitch(v), generator=g, device=device).mul_(3)
-    z = torch.empty_like(raw)
-    target = torch.randint(0, v, (rows,), generator=g, device=device)
-    statistics = [raw.new_empty(rows) for _ in range(3)]
-    dz = row_loss.overlay(z[:rows], v, dtype)
+    raw = torch.randn(rows, pitch(v), generator=g, device=device).mul_(3)
+    return raw, torch.randint(0, v, (rows,), generator=g, device=device)
+
+
+def row_loss_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
+    """A chunk of factual rows."""
+    z, target = random_logits(cut_for(n, d, v, dtype, device, "fused").chunk, v, device)
+    statistics = [z.new_empty(len(z)) for _ in range(3)]
+    dz, logp_cf = torch.empty_like(z, dtype=dtype), torch.full_like(statistics[0], -3.0)
 
     def run() -> None:
         row_loss.row_loss(
-            z[:rows], z[rows:], target, None, None, None, dz, *statistics, v=v, source="hidden_cf", clip_min=0.8,
-            clip_max=5.0,
-        )  # fmt: skip
+            z, target, logp_cf, None, None, dz, *statistics, v=v, source="logp_cf", clip_min=0.8, clip_max=5.0
+        )
 
-    return Subject(run, lambda: z.copy_(raw), lambda: [*statistics, dz.float()], [TOLERANCE] * 3 + [DZ_TOLERANCE])
+    return Subject(run, None, lambda: [*statistics, dz[:, :v].float()], [TOLERANCE] * 3 + [DZ_TOLERANCE])
+
+
+def row_parts_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
+    """A block of columns of counterfactual rows."""
+    cut = cut_for(n, d, v, dtype, device, "fused")
+    rows, columns = block_of(cut.block, v, cut.chunk * pitch(v))
+    z, target = random_logits(rows, columns, device)
+    parts = [z.new_empty(rows) for _ in range(3)]
+
+    def run() -> None:
+        row_halves.row_parts(z, target, None, *parts, v=columns)
+
+    return Subject(run, None, lambda: [parts[0], parts[1].log(), parts[2]], [TOLERANCE] * 3)
 
 
 class Stored(NamedTuple):
-    """A chunk for the way that keeps 16-bit logits: operands of both passes, targets of one."""
+    """A block for the way that keeps 16-bit logits."""
 
-    operands: Tensor  # (2C, D)
+    hidden: Tensor  # (K, D)
     lm_head: Tensor  # (V, D)
-    target: Tensor  # (C,)
-    logits: Tensor  # (C, pitch)
+    target: Tensor  # (K,)
+    logits: Tensor  # (K, pitch)
 
     @classmethod
     def of(cls, n: int, d: int, v: int, dtype: torch.dtype, device: str) -> "Stored":
-        rows = min(n, driver.chunk_rows(d, v, 2, driver._multiprocessors(torch.device(device))))
-        hidden, lm_head, target, hidden_cf = (x.detach() for x in make_inputs(rows, d, v, dtype, device))
-        return cls(torch.cat([hidden, hidden_cf]), lm_head, target, lm_head.new_empty(rows, steps.pitch(v)))
+        rows = cut_for(n, d, v, dtype, device, "stored").block
+        hidden, lm_head, target, _ = (x.detach() for x in make_inputs(rows, d, v, dtype, device))
+        return cls(hidden, lm_head, target, lm_head.new_empty(rows, pitch(v)))
 
-    def statistics(self) -> lse_gemm.Statistics:
-        return lse_gemm.statistics(self.operands, self.lm_head, self.target.repeat(2), None, stored=self.logits)
+    def statistics(self) -> Statistics:
+        return lse_gemm.statistics(self.hidden, self.lm_head, self.target, None, stored=self.logits)
 
 
 def lse_gemm_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
-    chunk = Stored.of(n, d, v, dtype, device)
+    block = Stored.of(n, d, v, dtype, device)
     last: list[Tensor] = []
 
     def run() -> None:
-        last[:] = [lse_gemm.logprobs(chunk.operands, chunk.lm_head, chunk.target.repeat(2), None)[0]]
+        last[:] = [lse_gemm.logprobs(block.hidden, block.lm_head, block.target, None)[0]]
 
     return Subject(run, None, lambda: last, [TOLERANCE])
 
 
 def store_gemm_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
     """Statistics, and the probabilities that the stored logits stand for: these depend on the width of a tile."""
-    chunk, rows = Stored.of(n, d, v, dtype, device), []
+    block, rows = Stored.of(n, d, v, dtype, device), []
 
     def result() -> list[Tensor]:
         (last,) = rows
-        count = chunk.target.shape[0]
-        tile_max = last.tile_max[:, :count].repeat_interleave(last.tile_columns, 0)[:v].T
-        return [last.logp, (chunk.logits[:, :v].float() + tile_max - last.row_max[:count, None]).exp()]
+        tile_max = last.tile_max.repeat_interleave(last.columns, 0)[:v].T
+        return [last.logp, (block.logits[:, :v].float() + tile_max - last.row_max[:, None]).exp()]
 
     def run() -> None:
-        rows[:] = [chunk.statistics()]
+        rows[:] = [block.statistics()]
 
     return Subject(run, None, result, [TOLERANCE, PROBABILITY_TOLERANCE])
 
 
 def stored_rows_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
-    chunk = Stored.of(n, d, v, dtype, device)
-    rows, kept = chunk.statistics(), chunk.logits.clone()
-    count = chunk.target.shape[0]
-    logp, weight = rows.logp[:count].contiguous(), torch.ones(count, device=device)
+    block = Stored.of(n, d, v, dtype, device)
+    rows, kept = block.statistics(), block.logits.clone()
+    weight = torch.ones_like(rows.logp)
 
     def run() -> None:
-        stored_rows.stored_gradient(chunk.logits, rows, chunk.target, logp, weight, None, v=v)
+        stored_rows.stored_gradient(block.logits, rows, block.target, rows.logp, weight, None, v=v)
 
-    return Subject(run, lambda: chunk.logits.copy_(kept), lambda: [chunk.logits[:, :v].float()], [DZ_TOLERANCE])
+    return Subject(run, lambda: block.logits.copy_(kept), lambda: [block.logits[:, :v].float()], [DZ_TOLERANCE])
 
 
 SUBJECTS = {
-    "row_loss": row_loss_subject, "lse_gemm": lse_gemm_subject, "store_gemm": store_gemm_subject,
-    "stored_rows": stored_rows_subject,
+    "row_loss": row_loss_subject, "row_parts": row_parts_subject, "lse_gemm": lse_gemm_subject,
+    "store_gemm": store_gemm_subject, "stored_rows": stored_rows_subject,
 }  # fmt: skip
-ROW_KERNELS = ("row_loss", "stored_rows")  # one program a row of logits, whatever D is
+TABLED = {"row_parts": "row_halves"}  # where the table has another name
+FP32_ROWS = ("row_loss", "row_parts")  # looked up by the dtype of their logits
+ROW_KERNELS = (*FP32_ROWS, "stored_rows")  # one program a row of logits, whatever D is
 ROW_TILES = tuple(
     Tile(1, columns, 0, warps, stages)
     for columns, warps, stages in (
-        (2048, 8, 3), (2048, 8, 4), (2048, 8, 2), (2048, 4, 3), (1024, 4, 3), (1024, 4, 4), (4096, 8, 3),
-        (4096, 16, 3), (4096, 16, 4), (8192, 16, 2),
+        (4096, 16, 6), (4096, 16, 9), (4096, 16, 3), (4096, 16, 1), (4096, 8, 3), (2048, 8, 3), (2048, 8, 6),
+        (2048, 8, 1), (2048, 4, 3), (1024, 4, 4),
     )
 )  # fmt: skip
 GEMM_TILES = tuple(
-    Tile(m, n, k, warps, stages, group_m=group)
-    for m, n, k, warps, stages, group in (
-        (128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 8), (128, 128, 128, 8, 2, 8), (128, 128, 64, 4, 4, 8),
-        (128, 256, 64, 8, 3, 8), (128, 256, 64, 8, 4, 8), (256, 128, 64, 8, 3, 8), (256, 128, 64, 8, 4, 8),
-        (128, 256, 64, 8, 3, 4), (128, 256, 64, 8, 3, 16),
+    Tile(m, n, k, warps, stages, group_m=group, persistent=persistent)
+    for m, n, k, warps, stages, group, persistent in (
+        (128, 256, 64, 8, 3, 8, False), (128, 256, 64, 8, 4, 8, False), (128, 256, 64, 8, 3, 8, True),
+        (128, 256, 64, 8, 4, 8, True), (128, 128, 64, 8, 3, 8, False), (128, 128, 64, 8, 4, 8, False),
+        (128, 128, 128, 8, 2, 8, False), (128, 128, 64, 8, 3, 8, True), (256, 128, 64, 8, 3, 8, False),
+        (128, 256, 64, 8, 3, 16, True), (128, 256, 64, 8, 3, 4, False),
     )
 )  # fmt: skip
 TINY_TILES = {True: (Tile(1, 64, 0, 1, 1), Tile(1, 128, 0, 1, 1)),
-              False: (Tile(16, 32, 16, 1, 1), Tile(32, 32, 16, 1, 1, group_m=2))}  # fmt: skip
+              False: (Tile(16, 32, 16, 1, 1), Tile(32, 32, 16, 1, 1, group_m=2, persistent=True))}  # fmt: skip
 """Of the interpreter, by whether the kernel is one of rows."""
 
 
 def named(tile: Tile) -> str:
     sizes = "x".join(str(size) for size in tile[:3] if size > 1)
     group = f"-g{tile.group_m}" if tile.block_k else ""
-    return f"{sizes}-w{tile.num_warps}-s{tile.num_stages}{group}{'-tma' if tile.use_tma else ''}"
+    forms = "-tma" * tile.use_tma + "-p" * tile.persistent
+    return f"{sizes}-w{tile.num_warps}-s{tile.num_stages}{group}{forms}"
 
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The named tiles of a kernel, operands as the shipped tile reads them; the shipped tile comes first."""
-    shipped = tiles.find(kernel, arch, torch.float32 if kernel == "row_loss" else dtype, 1)
+    shipped = tiles.find(TABLED.get(kernel, kernel), arch, torch.float32 if kernel in FP32_ROWS else dtype, 1)
     if arch == tiles.INTERPRETER:
         found = TINY_TILES[kernel in ROW_KERNELS]
     else:
@@ -178,7 +204,7 @@ class Contest:
     def __init__(self, kernel: str, size: Size, dtype: torch.dtype, device: str):
         self.kernel, self.size, self.dtype, self.clock = kernel, size, dtype, clock_of(device)
         self.arch = tiles.architecture(torch.device(device))
-        self.looked_up = torch.float32 if kernel == "row_loss" else dtype  # row_loss is looked up by its logits
+        self.looked_up = torch.float32 if kernel in FP32_ROWS else dtype
         self.subject = SUBJECTS[kernel](*size, dtype, device)
         self.seconds()
         self.expected = [x.clone() for x in self.subject.result()]
@@ -187,7 +213,7 @@ class Contest:
         return self.clock.seconds(self.subject.run, self.subject.setup)
 
     def shipping(self, tile: Tile):
-        return shipping(self.kernel, self.arch, self.looked_up, tile)
+        return shipping(TABLED.get(self.kernel, self.kernel), self.arch, self.looked_up, tile)
 
     def difference(self, tile: Tile) -> float:
         """Largest difference from the shipped tile's result, in tolerances; a NaN gives a NaN."""
@@ -231,13 +257,13 @@ def stage(child: Child) -> None:
 
 def row_of(kernel: str, arch: str, dtype: torch.dtype, size: Size, tile: Tile, found: dict[str, float]) -> str:
     """A line of tiles.TABLE; of the kernel that knows D, for D up to this one."""
-    dtypes = "HALF + FULL" if kernel == "row_loss" else "HALF"
-    unused = ", False" if kernel == "store_gemm" else ""  # whether this way is the faster is another question
+    dtypes = "HALF + FULL" if kernel in FP32_ROWS else "HALF"
     numbers = ", ".join(map(str, tile[:5])) + (", True" if tile.use_tma else "")
     group = "" if tile.group_m == Tile._field_defaults["group_m"] else f", group_m={tile.group_m}"
+    group += ", persistent=True" if tile.persistent else ""
     d_max = None if kernel in ROW_KERNELS else size.d
     return (
-        f'    Row("{kernel}", "{arch}", {dtypes}, {d_max}, Tile({numbers}{group}){unused}),'
+        f'    Row("{TABLED.get(kernel, kernel)}", "{arch}", {dtypes}, {d_max}, Tile({numbers}{group})),'
         f"  # {1000 * found['seconds']:.2f} ms at {size}, {1 / found['ratio']:.2f} × the speed before"
     )
 
