@@ -301,7 +301,7 @@ def matmul_precision(precision: str):
 
 @pytest.mark.parametrize("setting", ["none", "high", "medium", "allow_tf32", "fp32_precision"])
 def test_the_scoped_precision_can_be_read_inside_it(setting):
-    """torch refuses to read the older setting where the newer one says something else, TunableOp's products included."""
+    """torch refuses to read the older setting where the newer one says something else, in TunableOp's products too."""
     matmul = torch.backends.cuda.matmul
     ways = matmul, torch.backends.mkldnn.matmul
 
