@@ -1,10 +1,14 @@
 """Backend "triton". Nothing here is imported before a call on a GPU (or Triton's interpreter) needs it:
 
-row_loss.py    one pass over a chunk's logits: statistics, weight, and the gradient over them
-shard_rows.py  that pass in two halves, between which the ranks of a sharded vocabulary exchange statistics
-lse_gemm.py    h Wᵀ whose epilogue keeps log-probabilities and writes no logits
+driver.py      the chunked algorithm, with the signatures of perce_kernels.chunked
+steps.py       the ways from operands to log-probabilities and to the gradient over the logits: products and these kernels
+row_loss.py    one pass over a factual row's logits and back: statistics, weight, gradient
+row_halves.py  that pass in two halves, between which a row is put together from several parts
+blocked.py     log-probabilities by cuBLAS, some columns of many rows at a time
+lse_gemm.py    h Wᵀ whose epilogue keeps log-probabilities and writes no logits, or 16-bit ones
+combine.py     rows' statistics from those of tiles or blocks of columns
 stored_rows.py the gradient over 16-bit logits that the GEMM stored
-steps.py       from a chunk's operands to its statistics and gradient over the logits: a product and these kernels
-driver.py      the chunked algorithm around them, with the signatures of perce_kernels.chunked
-tiles.py       block sizes, warps and stages by architecture, dtype and D
+cut.py         how many tokens at once
+product.py     cuBLAS's products with fp32 results
+tiles.py       block sizes, warps and stages by architecture, dtype and D, and the way in use
 """
