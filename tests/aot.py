@@ -220,6 +220,24 @@ def loops(sass: str) -> list[tuple[int, int]]:
     return found
 
 
+def contracted(ptx: str) -> list[str]:
+    """Products with log₂e that were fused with a difference, so that what was to be rounded is not.
+
+    A reference is to be a rounded product, which only fma(x, log₂e, 0) is: a multiplication may be fused with what
+    follows. What has such a reference may be multiplied again only to be held against this one (`residual`).
+    """
+    number = r"0f[3B][F8]B8AA3B"  # ± log₂e
+    register = r"%\w+"
+    references = dict(re.findall(rf"fma\.rn\.f32\s+({register}), ({register}), {number}, 0f[08]0000000;", ptx))
+    signs = dict(re.findall(rf"neg\.f32\s+({register}), ({register});", ptx))
+    found = re.findall(rf"mul\.f32\s+{register}, {register}, {number};", ptx)
+    for line, x, addend in re.findall(rf"(fma\.rn\.f32\s+{register}, ({register}), {number}, ({register});)", ptx):
+        own = [reference for reference, of in references.items() if of == x]
+        if own and signs.get(addend, addend) not in own:
+            found.append(line)
+    return found
+
+
 def compile_for(arch: str) -> Iterator[dict[str, Any]]:
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
@@ -244,6 +262,8 @@ def compile_for(arch: str) -> Iterator[dict[str, Any]]:
             sass = report(compiled.asm["cubin"], "-sass")
             result["loops"] = loops(sass)
             result["machine"] = [name for name in MACHINE if re.search(rf"\b{name}\b", sass)]
+        if kernel in ("row_halves", "lse_gemm"):
+            result["contracted"] = contracted(text)
         result["instructions"] = [name for name in INSTRUCTIONS if name in text]
         yield result
 

@@ -84,6 +84,33 @@ def test_the_machine_code_of_the_gemm_has_them_too(compiled):
             assert expected <= set(result["machine"]), result
 
 
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_references_are_rounded_before_they_are_subtracted(compiled, arch):
+    """Compilers fuse a product with a difference, and two references of one maximum then differ: by 2⁻⁷ at 65536."""
+    plain = [
+        r
+        for r in compiled[arch]
+        if ("contracted" in r and "parts" in r["variant"]) or r["variant"].endswith("TMA, plain")
+    ]
+    assert plain
+    for result in plain:
+        assert result["contracted"] == [], result
+
+
+def test_contracted_products_are_found():
+    log2e = "0f3FB8AA3B"
+    right = (
+        f"fma.rn.f32 %r1, %a, {log2e}, 0f00000000; fma.rn.f32 %r2, %b, {log2e}, 0f00000000; sub.f32 %r3, %r1, %r2;"
+        f"neg.f32 %r4, %r2; fma.rn.f32 %r5, %z, {log2e}, %r4; fma.rn.f32 %r6, %b, {log2e}, %r4;"
+    )
+    assert aot_module().contracted(right) == []
+    product, fused = "mul.f32 %r1, %b, 0fBFB8AA3B;", f"fma.rn.f32 %r2, %a, {log2e}, %r1;"
+    assert aot_module().contracted(product + fused) == [product]
+    assert aot_module().contracted(right + f"fma.rn.f32 %r7, %a, {log2e}, %r4;") == [
+        f"fma.rn.f32 %r7, %a, {log2e}, %r4;"
+    ]
+
+
 LOOPS = {  # instructions and barriers of a thread for a step: 8 logits of sweep 1 and of stored ones, 16 of a gradient
     ("row_loss", "bf16, plain"): [(90, 2), (96, 0)],
     ("row_halves", "parts, plain"): [(90, 2)],

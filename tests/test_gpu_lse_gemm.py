@@ -123,6 +123,15 @@ def test_entries_of_logit_minus_infinity(tile):
     assert_accurate(inputs, error=0.0)
 
 
+@pytest.mark.parametrize("mask", [-5e9, -1e10, -1e30, float(torch.finfo(torch.float32).min)])
+def test_entries_masked_by_a_large_number(tile, mask):
+    """A whole tile, of any width here, and some more."""
+    inputs = make_inputs(n=4, v=600, bias=True, ignored=0.0)
+    inputs.target.fill_(500)
+    inputs.bias[:300] = mask
+    assert_accurate(inputs)
+
+
 def test_entropy_where_probabilities_underflow(tile):
     lm_head = torch.zeros(101, 8, device=DEVICE)
     lm_head[0, 0] = 1e4

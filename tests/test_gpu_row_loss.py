@@ -190,6 +190,23 @@ def test_an_entry_of_logit_minus_infinity(token):
         assert_close((dz, *statistics), (wanted[0].nan_to_num(0.0), *wanted[1:]))
 
 
+MASKS = (-5e9, -1e10, -1e20, -1e30, float(torch.finfo(torch.float32).min), -torch.inf)
+"""What programs add to logits that are not to be."""
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("masked", [slice(0, 4), slice(0, 128), slice(64, 140), slice(250, 300)], ids=str)
+def test_masked_entries(mask, masked):
+    """A thread's four, a step's, some of two steps', and the last: their maximum is far from anything that is."""
+    x, given, target, _ = products(3, 300)
+    target[:] = 200
+    x[:, masked] = mask
+    dz, *statistics = run(x, target, given)
+    assert not dz[:, masked].any()
+    wanted = expected(x, target, given)
+    assert_close((dz, *statistics), (wanted[0].nan_to_num(0.0), *wanted[1:]))
+
+
 def test_an_ignored_row_is_not_read():
     x, given, target, _ = products(4, 211)
     target[1] = IGNORE

@@ -213,6 +213,18 @@ def test_vocabulary_masked_by_an_infinite_bias(compact):
     assert_close(result, oracle(inputs))
 
 
+@pytest.mark.parametrize("mask", [-1e10, -1e30])
+def test_vocabulary_masked_by_a_large_number(mask):
+    """As padding of a vocabulary is: 128 entries and more."""
+    inputs = make_inputs(v=300, bias=True)
+    inputs.target[inputs.target > 150] = 150
+    inputs.bias[151:] = mask
+    inputs = inputs.to(torch.bfloat16)
+    result = call(inputs)
+    assert result.grads["lm_head"].isfinite().all() and not result.grads["bias"][151:].any()
+    assert_close(result, oracle(inputs))
+
+
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("source", ["hidden_cf", "token_weight"])
 def test_nan_in_ignored_rows_reaches_nothing(source, compact):
