@@ -228,8 +228,11 @@ def contracted(ptx: str) -> list[str]:
     """
     number = r"0f[3B][F8]B8AA3B"  # ± log₂e
     register = r"%\w+"
+    for zero in re.findall(rf"mov\.b32\s+({register}), 0f00000000;", ptx):
+        ptx = re.sub(rf"{zero}\b", "0f00000000", ptx)
     references = dict(re.findall(rf"fma\.rn\.f32\s+({register}), ({register}), {number}, 0f[08]0000000;", ptx))
-    signs = dict(re.findall(rf"neg\.f32\s+({register}), ({register});", ptx))
+    negation = rf"(?:neg\.f32\s+({register}), |sub\.f32\s+({register}), 0f[08]0000000, )({register});"
+    signs = {first or second: of for first, second, of in re.findall(negation, ptx)}
     found = re.findall(rf"mul\.f32\s+{register}, {register}, {number};", ptx)
     for line, x, addend in re.findall(rf"(fma\.rn\.f32\s+{register}, ({register}), {number}, ({register});)", ptx):
         own = [reference for reference, of in references.items() if of == x]
@@ -262,8 +265,7 @@ def compile_for(arch: str) -> Iterator[dict[str, Any]]:
             sass = report(compiled.asm["cubin"], "-sass")
             result["loops"] = loops(sass)
             result["machine"] = [name for name in MACHINE if re.search(rf"\b{name}\b", sass)]
-        if kernel in ("row_halves", "lse_gemm"):
-            result["contracted"] = contracted(text)
+        result["contracted"] = contracted(text)
         result["instructions"] = [name for name in INSTRUCTIONS if name in text]
         yield result
 

@@ -1,7 +1,7 @@
 """Backend "triton". Nothing here is imported before a call on a GPU (or Triton's interpreter) needs it:
 
 driver.py      the chunked algorithm, with the signatures of perce_kernels.chunked
-steps.py       the ways from operands to log-probabilities and to the gradient over the logits: products and these kernels
+steps.py       the ways from operands to log-probabilities and the gradient over logits: products and these kernels
 row_loss.py    one pass over a factual row's logits and back: statistics, weight, gradient
 row_halves.py  that pass in two halves, between which a row is put together from several parts
 blocked.py     log-probabilities by cuBLAS, some columns of many rows at a time

@@ -10,7 +10,7 @@ Every exponent is relative to a maximum, so that a large offset common to the lo
     programs   one for BLOCK rows; it takes BLOCK_T tiles at once, each lane its own share of them, and exchanges at the
                end: a program that went through the tiles one by one would wait for the memory a thousand times
     target     ignored: 0. Outside the vocabulary: z_y is the NaN that it was filled with
-    no tiles   m = LOWEST, S = 0, as of a shard without columns
+    no tiles   m = LOWEST, S = 0, as of a shard without columns; what lies below LOWEST is nothing
 """
 
 from typing import NamedTuple

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from perce_kernels.gpu import tiles
 from perce_kernels.gpu.combine import Statistics, TileStatistics, combine
-from perce_kernels.gpu.row_loss import LOG2E, LOWEST, exp_above, residual, transform
+from perce_kernels.gpu.row_loss import LOWEST, exp_above, reference_of, residual, transform
 
 
 @triton.jit
@@ -56,16 +56,17 @@ def tile_statistics(
 
     z = tl.where((offs_v < V)[None, :], z, float("-inf"))
     tile_max = tl.max(z, 1)
-    reference = tl.maximum(tile_max, LOWEST) * LOG2E
+    largest = tl.maximum(tile_max, LOWEST)
+    reference = reference_of(largest)
     if STORE:  # to the pitch: a multiple of 16, so that stores stay wide whatever V is
-        s = z - tl.maximum(tile_max, LOWEST)[:, None]
+        s = z - largest[:, None]
         if USE_TMA:
             stored.store([tile_m * BLOCK_M, tile_n * COLUMNS], s.to(stored.dtype))
         else:
             at = stored + offs_m.to(tl.int64)[:, None] * stride_stored + offs_v[None, :]
             tl.store(at, s.to(stored.dtype.element_ty), mask=mask_n[:, None] & (offs_v < stride_stored)[None, :])
     p = exp_above(z, reference[:, None])
-    exact = 1 / residual(tl.maximum(tile_max, LOWEST), reference)
+    exact = 1 / residual(largest, reference)
     partial = tile_n.to(tl.int64) * n + offs_m
     tl.store(max_ptr + partial, tile_max, mask=mask_n)
     tl.store(sum_ptr + partial, tl.sum(p, 1) * exact, mask=mask_n)

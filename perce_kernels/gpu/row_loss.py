@@ -32,6 +32,7 @@ as much at once instead, plainly, and has no barrier.
     target    a row whose target is ignore_index has loss, statistics and dx of 0 and is not read, so a NaN in it is
               harmless; one whose target lies outside [0, V) is poisoned with NaN
     padding   columns ≥ V become −inf *after* the cap (tanh would bring them back to −cap)
+    masks     logits below −2³⁰, −∞ among them, are nothing; a row of nothing else, or of one above 2³¹, is NaN
     offsets   64-bit: rows · V passes 2³¹
 """
 
@@ -47,8 +48,9 @@ GIVEN_WEIGHT = tl.constexpr(1)
 LOG2E = tl.constexpr(1.4426950408889634)
 WIDTH = tl.constexpr(4)
 """Neighbouring entries that share a maximum: what one thread loads at once."""
-LOWEST = tl.constexpr(-(2.0**126))
-"""Maximum of no entries: finite, for −∞ − (−∞) is NaN; a power of two, whose product with log₂e is exact."""
+LOWEST = tl.constexpr(-(2.0**30))
+"""Maximum of no entries, and of any that lie below: finite, for −∞ − (−∞) is NaN; a power of two, whose product with
+log₂e is exact; and so small that what a reference is off by, at most 64, is no exponent to overflow."""
 DONE_WITH = tl.constexpr("evict_first")
 
 
@@ -65,8 +67,14 @@ def transform(x, bias, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP
 
 
 @triton.jit
+def reference_of(largest):
+    """fl(largest · log₂e). Not a product, which compilers fuse with the difference that follows, unrounded."""
+    return tl.fma(largest, LOG2E, 0.0)
+
+
+@triton.jit
 def exp_above(z, reference):
-    """exp(z)/2^reference. fl(max · log₂e) is a reference for a row whose largest logit is max; see residual."""
+    """exp(z)/2^reference, where the reference is that of the largest logit; see residual."""
     return tl.exp2(tl.fma(z, LOG2E, -reference))
 
 
@@ -101,8 +109,8 @@ def load_logits(
 def accumulate(z, running_max, total):
     """(max, Σ exp relative to it) of groups (G,) with one step of logits (G, WIDTH) added."""
     new_max = tl.maximum(running_max, tl.max(z, 1))
-    reference = new_max * LOG2E
-    total *= tl.exp2(running_max * LOG2E - reference)
+    reference = reference_of(new_max)
+    total *= tl.exp2(reference_of(running_max) - reference)
     return new_max, total + tl.sum(exp_above(z, reference[:, None]), 1)
 
 
@@ -132,8 +140,8 @@ def max_and_sum(
         )
         running_max, total = accumulate(z, running_max, total)
     row_max = tl.max(running_max, 0)
-    reference = row_max * LOG2E
-    total = tl.sum(total * tl.exp2(running_max * LOG2E - reference), 0)
+    reference = reference_of(row_max)
+    total = tl.sum(total * tl.exp2(reference_of(running_max) - reference), 0)
     return row_max, total / residual(row_max, reference)
 
 
@@ -180,7 +188,7 @@ def write_gradient(
 ):  # fmt: skip
     """dx of a row from its end to its beginning, with factor = w · scale; no column is the target's if y is −1."""
     STEP: tl.constexpr = 2 * BLOCK_V
-    reference = row_max * LOG2E
+    reference = reference_of(row_max)
     elsewhere = factor / (total * residual(row_max, reference))
     whole = V // STEP * STEP
     if whole < V:
