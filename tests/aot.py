@@ -127,7 +127,7 @@ def combine_source(entropy: bool):
     pointers = dict.fromkeys(needed, "*fp32")
     optional = dict.fromkeys(("moment_ptr", "entropy_ptr", "row_moment_ptr"), "*fp32" if entropy else None)
     types = pointers | optional | {"target_ptr": "*i64", "n": "i32", "T": "i32", "ignore_index": "i32"}
-    constants = {"HAS_ENTROPY": entropy, "BLOCK": combine.BLOCK, "BLOCK_T": combine.BLOCK_T}
+    constants = {"HAS_ENTROPY": entropy, "BLOCK": combine.BLOCK, "BLOCK_T": combine.BLOCK_T, "STAGES": combine.STAGES}
     return source_of(combine.combine_kernel, types, constants, ())
 
 
@@ -179,7 +179,7 @@ def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
             for name, options in LSE_GEMM.items():
                 for tile in dict.fromkeys((row.tile, lse_gemm.by_pointers(row.tile))):
                     yield "lse_gemm", tile, described(tile, dtype, name), lse_gemm_source(tile, dtype, **options)
-    tile = tiles.Tile(combine.BLOCK, combine.BLOCK_T, 0, combine.WARPS, 3)
+    tile = tiles.Tile(combine.BLOCK, combine.BLOCK_T, 0, combine.WARPS, combine.STAGES)
     for entropy in (False, True):
         yield "combine", tile, "entropy" if entropy else "plain", combine_source(entropy)
 

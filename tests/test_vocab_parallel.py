@@ -4,6 +4,7 @@ Three processes are started once; each runs every case of CASES in turn and writ
 of all three ranks, or of the first two.
 """
 
+import gc
 import json
 import os
 import socket
@@ -19,12 +20,14 @@ import torch.distributed as dist
 
 from perce_kernels import arguments as backend_arguments
 from perce_kernels import chunked, fused_perce_loss, ops, token_logprobs
+from tests.device import LiveBytes
 from tests.numerics import (
     IGNORE,
     TRAINABLE,
     Inputs,
     assert_as_accurate_as_torch,
     assert_matches,
+    beneath,
     call,
     eager,
     max_error,
@@ -151,6 +154,34 @@ def peaked_bf16(backend: str) -> None:
     for name in TRAINABLE:
         assert actual.grads[name].dtype == torch.bfloat16
         assert_as_accurate_as_torch(name, actual.grads[name], in_torch.grads[name], expected.grads[name])
+
+
+@case("triton: memory")
+def memory() -> None:
+    """The formula of an unsharded vocabulary, at this rank's."""
+    from perce_kernels.gpu import driver
+    from perce_kernels.gpu.cut import Cut
+    from perce_kernels.vocab_parallel import Shard
+
+    shards, cut_of = Shards("three uneven"), driver.cut_of
+    for n, cut in ((22, Cut(22, 7)), (90, Cut(40, 16))):
+        mine = shards.shard(inputs_for("three uneven", n=n, ignored=0.0))
+        for weights in ({}, {"token_weight": torch.ones(n)}):
+            inputs = Inputs(mine.hidden, mine.lm_head, mine.target, None if weights else mine.hidden_cf, mine.bias)
+            call_of, weighting, needed = beneath(inputs, weights=weights)
+            shard = Shard(shards.group, shards.rows.start, V)
+            driver.cut_of = lambda *_, cut=cut: cut
+            gc.collect()
+            with LiveBytes() as live:
+                out = driver.fused_perce_loss(call_of._replace(shard=shard), weighting, needed)
+            extra = live.peak - sum(x.untyped_storage().nbytes() for x in out)
+            expected = driver.extra_bytes(
+                n, D, mine.lm_head.shape[0], 4, cut=cut, way="fused", passes=1 if weights else 2, gathered=False,
+                masked=False, needed=needed,
+            )  # fmt: skip
+            slack = 600  # of what three ranks' table of shards is made of
+            assert expected - 4 * V <= extra <= expected + 48 * n + slack, (n, cut, list(weights), extra - expected)
+    driver.cut_of = cut_of
 
 
 @for_both("faint fp16 gradients")

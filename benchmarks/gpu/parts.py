@@ -151,7 +151,7 @@ def of_kernels(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
     high, wide = block_of(cut.block, v, cut.chunk * pitch(v))
     predicted["row_parts"] = 4 * high * wide / (gpu.bandwidth * gpu.rows)
     flop = 2 * roofline.cut_for(size, "stored", gpu).block * d * v
-    predicted["lse_gemm"] = predicted["store_gemm"] = roofline.own_gemm_seconds(flop, gpu) + gpu.combine
+    predicted["lse_gemm"] = predicted["store_gemm"] = roofline.own_gemm_seconds(flop, gpu)
     found = {}
     for name, make in SUBJECTS.items():
         subject = make(*size, DTYPE, device)
@@ -171,7 +171,9 @@ def of_the_rest(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
 
     moved = 6 * d * v
     return {
-        "combine": Timing(partial(combine, parts, target, -100), gpu.combine),
+        "combine": Timing(
+            partial(combine, parts, target, -100), 8 * parts.row_max.numel() / (gpu.bandwidth * gpu.rows)
+        ),
         "scaling of dW": Timing(
             lambda: torch.mul(gradient, upstream, out=scaled), moved / (gpu.bandwidth * roofline.SCALING),
             work=Work(0, moved),

@@ -4,9 +4,10 @@ The operations and bytes of each part are counted (a test holds them to what the
 turned into time by rates:
 
     product     max(c, m) + o · min(c, m)    c = FLOP ÷ (rate · e), m = bytes ÷ bandwidth; o: what does not overlap
-    rows        bytes ÷ (bandwidth · .88)    the row kernels; .78 on an H200, where instructions are the bound
+    rows        bytes ÷ (bandwidth · .88)    the row kernels, and the tiles' statistics that become rows'; .78 on an
+                                             H200, where instructions are the bound
     scaling     bytes ÷ (bandwidth · .9)     the upstream gradient on the way to the inputs' dtype
-    own GEMM    FLOP ÷ (rate · gemm) + combine for each call, where logits are kept in 16 bits or not at all
+    own GEMM    FLOP ÷ (rate · gemm)         where logits are kept in 16 bits or not at all
 
 e and o are guesses that the first measurement replaces; `rate` and `bandwidth` default to what was read off an H100 (a
 bf16 product of 8192³, a device-to-device copy). Floor: 8·N·D·V FLOP, 6 with a frozen head, at `rate`.
@@ -65,8 +66,6 @@ class Gpu:
     """Of the bandwidth, that the row kernel reaches."""
     gemm: float = 0.7
     """Of the rate of cuBLAS, that our GEMM reaches."""
-    combine: float = 0.03e-3
-    """Seconds that the tiles' statistics of one call take to become rows'."""
     l2: float = 50e6
     """Bytes of the L2 cache."""
     multiprocessors: int = 132
@@ -111,14 +110,17 @@ def work(
         high, wide = block_of(block, v, min(cut.chunk, n) * pitch(v))
         read += len(pieces(block, high)) * w + len(pieces(v, wide)) * block * d * OPERAND
     by_cublas = {"counterfactual": logits + read, "logits": logits + chunks * w + n * d * OPERAND}
-    row_bytes = n * v * (2 * OPERAND) + n * -(-v // columns) * FP32
-    if way != "stored":
-        again = passes == 2 and way == "fused"
-        row_bytes = n * v * (FP32 * (2 - kept + again) + OPERAND)
+    names = PARTS[2 - passes : 2]
+    tiles = n * -(-v // columns) * FP32  # of one of their two statistics
+    row_bytes = 2 * tiles * len([name for name in names if name in OURS[way]])
+    if way == "stored":
+        row_bytes += n * v * 2 * OPERAND + tiles
+    else:
+        row_bytes += n * v * (FP32 * (2 - kept + (way == "fused" and passes == 2)) + OPERAND)
     trained = n + v if head == "trainable" else n
     product = 2 * n * d * v
     parts = {
-        name: Work(product, 0.0 if name in OURS[way] else by_cublas[name]) for name in PARTS[2 - passes : 2]
+        name: Work(product, 0.0 if name in OURS[way] else by_cublas[name]) for name in names
     } | {
         "rows": Work(0, row_bytes),
         "dh": Work(product, n * v * OPERAND + len(blocks) * w + n * d * FP32),
@@ -153,14 +155,14 @@ def predict(
         elif name == "scaling":
             seconds[name] = part.bytes / (gpu.bandwidth * SCALING)
         elif name in OURS[way]:
-            seconds[name] = own_gemm_seconds(part.flop, gpu) + gpu.combine * -(-size.n // cut.block)
+            seconds[name] = own_gemm_seconds(part.flop, gpu)
         else:
             seconds[name] = product_seconds(name, part, gpu)
     return seconds
 
 
 def own_gemm_seconds(flop: float, gpu: Gpu) -> float:
-    """Of our GEMM, without the combination of its tiles' statistics."""
+    """Of our GEMM."""
     return flop / (gpu.flops * gpu.gemm)
 
 
@@ -206,14 +208,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--gemm", type=float, default=H100.gemm, help="our GEMM's rate ÷ cuBLAS's (default %(default)s)"
     )
-    parser.add_argument("--combine", type=float, default=H100.combine, help="seconds a call (default %(default)s)")
     parser.add_argument("--l2", type=float, default=H100.l2, help="bytes of the L2 cache (default %(default).1e)")
     parser.add_argument("--budget", type=float, help="GiB of a block's dz and a chunk's logits (default: 2)")
     options = parser.parse_args(arguments)
     for name in ("tflops", "bandwidth", "rows", "gemm"):
         if not getattr(options, name) > 0:
             parser.error(f"--{name}: expected a number > 0, got {getattr(options, name)}")
-    gpu = Gpu(options.tflops * 1e12, options.bandwidth, options.rows, options.gemm, options.combine, options.l2)
+    gpu = Gpu(options.tflops * 1e12, options.bandwidth, options.rows, options.gemm, options.l2)
     budget = None if options.budget is None else int(options.budget * 2**30)
     print("Predicted, not measured: milliseconds of the loss and its backward, bf16.\n")
     print(*table(gpu, budget), *(f"\n{way}: {title}" for way, title in WAYS.items()), sep="\n")

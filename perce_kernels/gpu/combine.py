@@ -7,8 +7,8 @@
 
 Every exponent is relative to a maximum, so that a large offset common to the logits cancels before anything is rounded.
 
-    programs   one for BLOCK rows; it takes BLOCK_T tiles at once, each lane its own share of them, and exchanges at the
-               end: a program that went through the tiles one by one would wait for the memory a thousand times
+    programs   one for BLOCK rows; it takes BLOCK_T tiles at once, each lane its own share of them, the next ones on
+               their way, and exchanges at the end: one by one it would wait for the memory a thousand times
     target     ignored: 0. Outside the vocabulary: z_y is the NaN that it was filled with
     no tiles   m = LOWEST, S = 0, as of a shard without columns; what lies below LOWEST is nothing
 """
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from perce_kernels.gpu.row_loss import LOWEST
 
-BLOCK, BLOCK_T = 32, 64
-WARPS = 4
+BLOCK, BLOCK_T = 16, 64
+WARPS, STAGES = 4, 3
 
 
 class Statistics(NamedTuple):
@@ -67,14 +67,14 @@ def combine_kernel(
     # sizes
     n, T, ignore_index,
     # constants
-    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     running_max = tl.full([BLOCK_T, BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_T, BLOCK], tl.float32)
     moment = tl.zeros([BLOCK_T, BLOCK], tl.float32)
-    for start in tl.range(0, T, BLOCK_T):
+    for start in tl.range(0, T, BLOCK_T, num_stages=STAGES):
         offs_t = start + tl.arange(0, BLOCK_T)
         at = offs_t.to(tl.int64)[:, None] * n + offs[None, :]
         here = (offs_t < T)[:, None] & mask[None, :]
@@ -117,6 +117,6 @@ def combine(tiles: TileStatistics, target: Tensor, ignore_index: int) -> Statist
         combine_kernel[(triton.cdiv(n, BLOCK),)](
             tiles.row_max, tiles.total, tiles.moment, tiles.z_target, target, logp, row_max, total, entropy, moment,
             n, count, ignore_index,
-            HAS_ENTROPY=moment is not None, BLOCK=BLOCK, BLOCK_T=BLOCK_T, num_warps=WARPS,
+            HAS_ENTROPY=moment is not None, BLOCK=BLOCK, BLOCK_T=BLOCK_T, STAGES=STAGES, num_warps=WARPS,
         )  # fmt: skip
     return Statistics(logp, entropy, row_max, total, moment, tiles.z_target, tiles.row_max, tiles.columns)

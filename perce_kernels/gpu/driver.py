@@ -11,7 +11,7 @@ it: it is never cleared, and for n ≤ K never read. A chunk's logits take 4 byt
 is what dW must wait for: so there are few rows of the one and many of the other.
 
 Memory beside inputs and outputs, for n computed rows in blocks of K and chunks of C, P = V rounded up to a multiple of
-64, s = bytes of an operand's element, T = tiles of 128 columns (`extra_bytes`, held by a test):
+64, s = bytes of an operand's element, T = tiles of 128 columns (`extra_bytes`, held by tests):
 
     logits       C · P · 4              not where our GEMM stores 16-bit logits: these lie where dz will
     dz           K · P · s              where there is a gradient
@@ -21,7 +21,10 @@ Memory beside inputs and outputs, for n computed rows in blocks of K and chunks 
     dh of block  K · D · 4              where rows are gathered; else the product writes to its place
     column sums  V · 4                  where the bias trains
     per token    n · 12                 where rows are gathered: statistics, scattered at the end
-                 and ≤ 40 bytes a token of indices, targets and masks
+                 and ≤ 48 bytes a token of indices, targets, masks and what passes between the kernels
+
+Operands that lack a unit stride are copied besides. Tiles that read by pointers what the copy engine cannot may have 64
+columns.
 
 With a shard of the vocabulary V is the shard's, but blocks and chunks are those of the whole vocabulary, on every rank.
 
@@ -64,7 +67,7 @@ def extra_bytes(
     passes: 2 with hidden_cf. needed: dhidden, dlm_head, dbias.
     """
     if n == 0:
-        return v * 4 * needed[2]
+        return 0
     block, chunk = min(cut.block, n), min(cut.chunk, n)
     need_dhidden, _, need_dbias = needed
     logits = 0 if way == "stored" else chunk * pitch(v) * 4

@@ -21,7 +21,10 @@ from perce_kernels.gpu import tiles
 from perce_kernels.gpu.row_loss import max_and_sum, target_logit, write_gradient
 
 
-@triton.jit(do_not_specialize=["start", "softcap", "logit_scale"])
+@triton.jit(
+    do_not_specialize=["start", "softcap", "logit_scale"],
+    do_not_specialize_on_alignment=["target_ptr", "max_ptr", "sum_ptr", "z_target_ptr"],  # places in larger tensors
+)
 def row_parts_kernel(
     # inputs
     z_ptr,  # (R, V) fp32 raw products

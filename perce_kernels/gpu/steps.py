@@ -10,7 +10,7 @@
                                                         row_halves.py, and between them the exchange
 
 Counterfactual rows come first, a block of many at once: of them only log-probabilities are wanted. Factual rows follow
-in chunks, each with dz (C, V) to fill in the operands' dtype, or None where no gradient is needed.
+in chunks, each with dz (C, pitch) to fill in the operands' dtype, or None where no gradient is needed.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from perce_kernels.arguments import Needed
 from perce_kernels.gpu import blocked, lse_gemm, row_halves, row_loss, stored_rows
-from perce_kernels.gpu.combine import Statistics, TileStatistics
+from perce_kernels.gpu.combine import Statistics
 from perce_kernels.gpu.product import pitch, product
 from perce_kernels.row_pass import Contrasting, Given, weigh
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
@@ -64,7 +64,7 @@ class Step(Protocol):
         """(R,) log-probabilities of these rows of the job, whose hidden states (R, D) these are; 0 where ignored."""
 
     def __call__(self, hidden: Tensor, rows: slice, dz: Tensor | None, statistics: list[Tensor]) -> None:
-        """One chunk: dz (C, V), and statistics = [logp, logp_cf, weight], each (C,) fp32, are written."""
+        """One chunk: dz (C, pitch) up to V, and statistics = [logp, logp_cf, weight], each (C,) fp32, are written."""
 
 
 def _unit_stride(hidden: Tensor) -> Tensor:
@@ -132,10 +132,9 @@ class ShardedRows:
         z = self.logits[: hidden.shape[0]]
         product(hidden, job.lm_head.T, z[:, :v])
         column = self.shard.columns(job.target[rows], v)
-        parts = TileStatistics.empty(max(v, 1), max(v, 1), len(column), z.device)
-        own = (parts.row_max[0], parts.total[0], parts.z_target)
-        row_halves.row_parts(z, column, job.bias, *own, v=v, **job.head)
-        whole = self._whole(*own, column)
+        row_max, total, z_target = (torch.full(column.shape, torch.nan, device=z.device) for _ in range(3))
+        row_halves.row_parts(z, column, job.bias, row_max, total, z_target, v=v, **job.head)
+        whole = self._whole(row_max, total, z_target, column)
         logp, weight = finish(whole.logp(), job, rows, self.shard.vocab_size, statistics)
         if dz is not None:
             row_halves.row_gradient(
