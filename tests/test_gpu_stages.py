@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -197,6 +198,15 @@ def test_sleeps(i):
 """
 
 
+@pytest.fixture
+def ignoring_interrupts():
+    """As a shell's background jobs, and what they start, do."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ignoring_interrupts")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_tests_are_interrupted_and_still_sum_up(tmp_path, monkeypatch, workers):
     if workers and importlib.util.find_spec("xdist") is None:

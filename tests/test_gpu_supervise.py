@@ -117,6 +117,7 @@ def test_a_command_that_is_cut_off_loses_no_line_and_leaves_no_process(tmp_path,
     command = subprocess.Popen(
         [sys.executable, "-u", "-c", CUT_OFF, str(tmp_path)], cwd=ROOT, text=True, env=environment("cpu"),
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     assert command.stdout is not None
     printed = [command.stdout.readline() for _ in range(3)]
