@@ -40,6 +40,12 @@ def outcome_of(line: str) -> tuple[str, str] | None:
     return match and (match[2] or match[3], (match[1] or match[4]).lower())
 
 
+def _start() -> None:
+    """Before pytest: a shell's background jobs ignore interrupts, and would pass that on."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stage(child: Child) -> None:
     """Options: files, workers."""
     name, counts, failures, last = child.request.stage, {}, [], ""
@@ -53,7 +59,7 @@ def stage(child: Child) -> None:
         errors="replace",
         env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},  # what torch's deterministic mode asks for
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=_start,
     )
     assert process.stdout is not None
     timer = threading.Timer(max(0.0, child.until - time.monotonic()), process.send_signal, [signal.SIGINT])
