@@ -26,8 +26,8 @@ def parts_of(z: torch.Tensor, target: torch.Tensor) -> combine.TileStatistics:
     return combine.TileStatistics(*per_tile, z_target.float().to(DEVICE), COLUMNS)
 
 
-@pytest.mark.parametrize("tiles", [1, 63, 64, 65, 200])
-@pytest.mark.parametrize("n", [1, 32, 45])
+@pytest.mark.parametrize("tiles", [1, 64, 65, 200])
+@pytest.mark.parametrize("n", [1, 45])
 @pytest.mark.parametrize("offset", [0.0, 65536.0])
 def test_tiles_are_combined(tiles, n, offset):
     g = torch.Generator().manual_seed(tiles + n)

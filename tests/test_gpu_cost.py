@@ -121,12 +121,12 @@ def test_cuts_of_known_shapes():
 
 
 def test_the_head_gradient_is_read_and_written_half_as_often(monkeypatch, watch):
-    """16384 tokens of Gemma-2's vocabulary at 2 GiB, in its proportions, tokens by 64 and the vocabulary by 1024."""
+    """16384 tokens of Gemma-2's vocabulary at 2 GiB, in its proportions, tokens by 128 and the vocabulary by 1024."""
     size = next(size for size in SIZES if size.v == 262144)
     whole = cut_of(*size, 2, "fused", 132)
     assert whole.chunk >= 512, "reading W for fewer takes as long as multiplying it"
-    n = size.n // 64
-    monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(whole.block // 64, whole.chunk // 64))
+    n = size.n // 128
+    monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(whole.block // 128, whole.chunk // 128))
     inputs = make_inputs(n, D, size.v // 1024, ignored=0.0)
     with watch:
         driver.fused_perce_loss(*beneath(inputs, weights={}))

@@ -358,7 +358,7 @@ def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed
 )  # fmt: skip
 def test_peak_bytes_follow_the_formula(watch, monkeypatch, way, source, compact, needed):
     """cuBLAS's products are left out: a CPU upcasts their operands, which no GPU does. What they write is zero then."""
-    n, d, v = 14, 16, 509
+    n, d, v = 11, 16, 509
     # The interpreter's launches leave their arguments in a reference cycle.
     for module, name in ((lse_gemm, "statistics"), (row_loss, "row_loss"), (blocked, "row_parts")):
         run = getattr(module, name)
