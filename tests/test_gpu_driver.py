@@ -100,23 +100,21 @@ def test_pir_of_peaked_low_precision_logits(dtype, softcap):
         assert max_error(pir, oracle(inputs, softcap=softcap).stats.pir) <= 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 8.0, "logit_scale": 1.3}], ids=["plain", "capped"])
 @pytest.mark.parametrize("spread", [3.0, 14.0])
-def test_gradients_are_as_accurate_as_torch(dtype, options, spread):
-    inputs = make_inputs(d=64, spread=spread, bias=True).to(dtype)
+def test_gradients_are_as_accurate_as_torch(options, spread):
+    inputs = make_inputs(d=64, spread=spread, bias=True)
     ours, in_torch, expected = call(inputs, **options), eager(inputs, **options), oracle(inputs, **options)
     for name in TRAINABLE:
-        assert ours.grads[name].dtype == dtype
+        assert ours.grads[name].dtype == torch.float32
         assert_as_accurate_as_torch(f"d{name}", ours.grads[name], in_torch.grads[name], expected.grads[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_the_target_of_a_nearly_certain_row_keeps_its_digits(dtype):
-    """z = (12, 0, …), p = 0.999: the target's gradient is expm1(logp), which p rounded to the input dtype loses."""
+def test_the_target_of_a_nearly_certain_row_keeps_its_digits():
+    """z = (12, 0, …), p = 0.999: the target's gradient is expm1(logp)."""
     lm_head = torch.zeros(101, 2)
     lm_head[0, 0] = 12.0
-    inputs = Inputs(torch.tensor([[1.0, 0.0]]), lm_head, torch.tensor([0]), None, torch.zeros(101)).to(dtype)
+    inputs = Inputs(torch.tensor([[1.0, 0.0]]), lm_head, torch.tensor([0]), None, torch.zeros(101))
     inputs = Inputs(*(None if x is None else x.to(DEVICE) for x in vars(inputs).values()))
     weight = {"token_weight": torch.ones(1, device=DEVICE)}
     actual, expected = call(inputs, **weight).grads["bias"], oracle(inputs, **weight).grads["bias"]
@@ -160,37 +158,6 @@ def test_requires_grad_combinations(reduction):
         for name in TRAINABLE:
             assert (leaves[name].grad is not None) == flags[name]
             assert not flags[name] or torch.equal(leaves[name].grad, complete[name])
-
-
-@pytest.mark.parametrize("compact", [True, False])
-def test_faint_fp16_gradients_survive(compact):
-    """p below 6e-8 would be 0 in an fp16 dz: it is scaled up, and the upstream 65536 then makes it a normal number."""
-    inputs = make_inputs(n=7, d=8, spread=8.0, bias=True).to(torch.float16)
-    options = {"upstream": 65536.0, "num_items": 100}
-    result, expected = call(inputs, compact=compact, **options), oracle(inputs, **options)
-    wanted = expected.grads["lm_head"]
-    faint = (wanted * 100 / 65536).half() == 0
-    assert (faint & (wanted.abs() > 1e-5)).float().mean() > 0.02
-    torch.testing.assert_close(result.grads["lm_head"][faint].double(), wanted[faint], rtol=4e-3, atol=1e-6)
-    for name, wanted in expected.grads.items():
-        atol = 1e-3 * float(wanted.abs().max())
-        torch.testing.assert_close(result.grads[name].double(), wanted, rtol=0, atol=atol)
-
-
-@pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("clip", [5.0, 1e5], ids=["weight from upstream", "weight from clip"])
-def test_fp16_weights_beyond_fp16(compact, clip):
-    """w·65536 in the backward of reduction="none", and a huge clip: past fp16's 65504 in dz, not in the gradients."""
-    inputs = make_inputs(n=7, d=8, spread=0.02)
-    inputs.hidden.mul_(0.02)
-    inputs = inputs.to(torch.float16)
-    inputs.hidden[inputs.target == IGNORE] = torch.nan
-    options = {"upstream": 65536.0, "reduction": "none"} if clip == 5.0 else {"clip_min": clip, "clip_max": clip}
-    result, expected = call(inputs, compact=compact, **options), oracle(inputs, **options)
-    for name, wanted in expected.grads.items():
-        assert float(wanted.abs().max()) < 65504
-        atol = 2e-3 * float(wanted.abs().max())
-        torch.testing.assert_close(result.grads[name].double(), wanted, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("n", [0, N])
