@@ -16,7 +16,7 @@ from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, die_with_parent
 
 ROOT = Path(__file__).parents[2]
-FILES = ("device", "promises", "lse_gemm", "row_loss", "combine", "ways", "driver", "cost")
+FILES = ("device", "promises", "lse_gemm", "row_loss", "stored_rows", "combine", "ways", "driver", "cost")
 """In this order, for the time may end before they do."""
 OPTIONS = ("-m", "not slow", "-v", "--timeout", "60", "--timeout-method", "thread", "--tb", "short",
            "--disable-warnings", "-rf", "--maxfail", "20", "-o", "addopts=", "-o", "timeout_func_only=true", "-p",
