@@ -38,10 +38,10 @@ def measure(way: str, persona: int) -> dict[str, float]:
 
     from benchmarks.test_step import pair, smollm2_135m
     from benchmarks.trainers import labelled, naive_perce
-    from perce.batch import collate
-    from perce.config import MemoryConfig
-    from perce.memory import enable_checkpointing, prepare_memory
-    from perce.model import add_adapter
+    from perce.config.schema import MemoryConfig
+    from perce.data.batch import collate
+    from perce.model.loading import add_adapter
+    from perce.model.memory import enable_checkpointing, prepare_memory
 
     options = dict(WAYS[way])
     checkpointing, naive = options.pop("checkpointing", False), options.pop("naive", False)

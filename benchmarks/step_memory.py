@@ -43,8 +43,9 @@ def train(spec: Spec) -> tuple[int, float]:
     from transformers import PreTrainedTokenizerFast
 
     from benchmarks.step_meter import StepMeter
-    from perce.config import LossConfig, MemoryConfig
-    from perce.trainer import PerceArguments, PerceTrainer
+    from perce.config.schema import LossConfig, MemoryConfig
+    from perce.training.arguments import PerceArguments
+    from perce.training.trainer import PerceTrainer
 
     meter = StepMeter()
     fields = PerceArguments.__dataclass_fields__
@@ -71,8 +72,9 @@ def make_model(spec: Spec) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from perce.config import ModelConfig
-    from perce.model import add_adapter, lora_config, prepare_model
+    from perce.config.schema import ModelConfig
+    from perce.model.loading import add_adapter, lora_config
+    from perce.model.patch import prepare_model
 
     torch.manual_seed(0)
     low = spec["precision"] == "bf16" and spec["lora_r"]

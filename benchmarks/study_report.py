@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from perce.metrics import clustered_mean, paired_difference
+from perce.measuring.metrics import clustered_mean, paired_difference
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -7,9 +7,9 @@ from transformers import LlamaConfig
 
 from benchmarks.context import QUERY, RESPONSE, WAYS, measured_in_a_child
 from benchmarks.test_step import SMOLLM2_135M
-from perce.config import MemoryConfig, ModelConfig
-from perce.plan import Config, estimate
-from perce.plan_config import PlanConfig
+from perce.config.commands import PlanOptions
+from perce.config.schema import MemoryConfig, ModelConfig, StepConfig
+from perce.planning.plans import step_cost
 
 PERSONAS = {  # and the ways that are measured there: at the long ones a step takes 1 to 4 minutes
     512: tuple(WAYS),
@@ -27,12 +27,12 @@ def planned(persona: int, way: str) -> int:
     options = dict(WAYS[way])
     checkpointing = options.pop("checkpointing", False)
     context = persona + QUERY + RESPONSE
-    plan = PlanConfig(
+    plan = StepConfig(
         context=context, query=QUERY, response=RESPONSE, activation_checkpointing=checkpointing,
         gradient_accumulation_steps=1,
     )  # fmt: skip
-    config = Config(ModelConfig(lora_r=16, precision="fp32"), plan, MemoryConfig(**options))
-    return estimate(LlamaConfig(**SMOLLM2_135M), config, "cpu").memory.peak
+    config = PlanOptions(ModelConfig(lora_r=16, precision="fp32"), plan, MemoryConfig(**options))
+    return step_cost(LlamaConfig(**SMOLLM2_135M), config, "cpu").memory.peak
 
 
 @pytest.mark.slow

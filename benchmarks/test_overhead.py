@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from benchmarks.test_step import make_trainers, pair, smollm2_135m
-from perce.batch import collate
-from perce.config import ModelConfig
-from perce.memory import enable_checkpointing
-from perce.model import add_adapter, lora_config
-from perce.plan import Config, estimate
-from perce.plan_config import PlanConfig
+from perce.config.commands import PlanOptions
+from perce.config.schema import ModelConfig, StepConfig
+from perce.data.batch import collate
+from perce.model.loading import add_adapter, lora_config
+from perce.model.memory import enable_checkpointing
+from perce.planning.plans import step_cost
 
 QUERY, RESPONSE = 80, 48
 WITHOUT_PERSONA = QUERY + RESPONSE
@@ -64,11 +64,11 @@ def test_overhead_of_the_counterfactual_pass(benchmark, way):
 
     def planned(persona: int) -> float:
         context = persona + WITHOUT_PERSONA
-        plan = PlanConfig(
+        plan = StepConfig(
             context=context, query=QUERY, response=RESPONSE, activation_checkpointing=checkpointed,
             gradient_accumulation_steps=1,
         )  # fmt: skip
-        return estimate(base.config, Config(options, plan), "cpu").flops.overhead
+        return step_cost(base.config, PlanOptions(options, plan), "cpu").flops.overhead
 
     measured = benchmark.pedantic(curve, rounds=1)
     line = {persona: WITHOUT_PERSONA / (LINE[way] * (persona + WITHOUT_PERSONA)) for persona in PERSONAS}

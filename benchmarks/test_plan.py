@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoConfig
 
 from benchmarks.step_memory import Spec, measured
-from perce.plan import OPTIONS, Config, Plan, estimate
-from perce.plan_time import matmul_rate
+from perce.config.commands import PLAN
+from perce.planning.flops import matmul_rate
+from perce.planning.plans import Cost, step_cost
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 16384, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6,
@@ -63,10 +64,10 @@ QUICK = ("smollm2-full-fp32-1024", "qwen3-lora-bf16-2048-checkpointed", "gemma3-
 """What a run of all benchmarks has time for; -m slow runs the others."""
 
 
-def planned(spec: Spec) -> Plan:
-    """The plan of what `measured` runs."""
-    sections, _ = OPTIONS.build({name: value for name, value in spec.items() if name != "model"})
-    return estimate(AutoConfig.for_model(**spec["model"]), Config(**sections), "cpu")
+def planned(spec: Spec) -> Cost:
+    """What the plan says of what `measured` runs."""
+    options = PLAN.build({name: value for name, value in spec.items() if name != "model"})
+    return step_cost(AutoConfig.for_model(**spec["model"]), options, "cpu")
 
 
 @pytest.mark.parametrize(

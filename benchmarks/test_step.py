@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from perce.batch import collate
-from perce.config import LossConfig
-from perce.model import prepare_model
-from perce.trainer import PerceArguments, PerceTrainer
+from perce.config.schema import LossConfig
+from perce.data.batch import collate
+from perce.model.patch import prepare_model
+from perce.training.arguments import PerceArguments
+from perce.training.trainer import PerceTrainer
 
 QUERY, RESPONSE, BATCH = 80, 48, 2
 PERSONAS = {"half": 64, "four times": 512, "eight times": 1024}  # of query + response = 128 tokens

@@ -49,8 +49,8 @@ def measure(way: str, persona: int, shape: str = "deep") -> dict[str, float]:
 
     from benchmarks.step_meter import StepMeter
     from benchmarks.test_step import pair
-    from perce.config import ModelConfig
-    from perce.model import lora_config
+    from perce.config.schema import ModelConfig
+    from perce.model.loading import lora_config
 
     low = shape == "qwen3-8b"
     dtype = torch.bfloat16 if low else torch.float32
@@ -81,7 +81,7 @@ def measure(way: str, persona: int, shape: str = "deep") -> dict[str, float]:
 
 
 def _checkpointing() -> dict[str, Any]:
-    from perce.memory import CHECKPOINTING
+    from perce.model.memory import CHECKPOINTING
 
     return {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
 
@@ -96,8 +96,9 @@ def _tokenizer() -> Any:
 
 
 def _ours(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
-    from perce.config import LossConfig
-    from perce.trainer import PerceArguments, PerceTrainer
+    from perce.config.schema import LossConfig
+    from perce.training.arguments import PerceArguments
+    from perce.training.trainer import PerceTrainer
 
     loss = LossConfig(objective="ce" if way == "perce-ce" else "perce")
     return PerceTrainer(

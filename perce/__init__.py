@@ -1,1 +1,43 @@
-"""The training layer of PerCE: fine-tune a causal language model on the tokens that are personal."""
+"""PerCE: fine-tuning of causal language models on the tokens that are personal.
+
+Commands are `python -m perce.train`, `score`, `evaluate` and `plan`. What is imported from here is loaded when it is
+first asked for (PEP 562): `import perce` itself imports neither torch nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from perce.config.schema import DataConfig, LossConfig, MemoryConfig
+    from perce.data.pairs import prompt_ids
+    from perce.data.rows import load_examples
+    from perce.demo import default_model_path
+    from perce.errors import UserError
+    from perce.training.arguments import PerceArguments
+    from perce.training.trainer import PerceTrainer
+
+__all__ = [
+    "DataConfig", "LossConfig", "MemoryConfig", "PerceArguments", "PerceTrainer", "UserError", "default_model_path",
+    "load_examples", "prompt_ids",
+]  # fmt: skip
+_HOMES = {
+    "DataConfig": "config.schema",
+    "LossConfig": "config.schema",
+    "MemoryConfig": "config.schema",
+    "PerceArguments": "training.arguments",
+    "PerceTrainer": "training.trainer",
+    "UserError": "errors",
+    "default_model_path": "demo",
+    "load_examples": "data.rows",
+    "prompt_ids": "data.pairs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'perce' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"perce.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

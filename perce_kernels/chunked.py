@@ -13,32 +13,14 @@ The gradients are of the *sum* Σ w·(−logp); 1/n and batch normalisation are 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from perce_kernels.arguments import Call, Needed, Rows, Weighting
+from perce_kernels.contract import Call, Needed, PerCEOutput, Rows, Weighting, statistics_dtype
 from perce_kernels.row_pass import Given, Head, row_loss, row_parts
 
 LOGITS_BYTES = 64 * 2**20  # all live logits buffers of one chunk; past 32 MiB the GEMMs here run at their full rate
-
-
-class PerCEOutput(NamedTuple):
-    """What one sweep yields; gradients are fp32, of the sum, and have no elements where not needed."""
-
-    loss_sum: Tensor  # ()
-    logp: Tensor  # (N,)
-    logp_cf: Tensor  # (N,)
-    token_weight: Tensor  # (N,)
-    dhidden: Tensor  # (N, D) or (0,)
-    dlm_head: Tensor  # (V, D) or (0,)
-    dbias: Tensor  # (V,) or (0,)
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64 inputs: the dtype of logits, statistics, loss and accumulated gradients."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def chunk_rows(vocab_size: int, dtype: torch.dtype, buffers: int) -> int:
@@ -123,7 +105,7 @@ def _prepare_head(call: Call) -> Head:
 
 
 @torch.no_grad()
-def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
+def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
     """One sweep over the tokens: loss sum, statistics and fp32 sum-scale gradients."""
     hidden, shard = call.hidden, call.shard
     hidden_cf, logp_cf, token_weight, contrasting = weighting
@@ -180,7 +162,7 @@ def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEO
 
 
 @torch.no_grad()
-def token_logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
+def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
     """(N,) log-probabilities of `target` and, on request, (N,) predictive entropies in nats ((0,) otherwise)."""
     hidden, shard = call.hidden, call.shard
     dtype = statistics_dtype(hidden.dtype)

@@ -1,21 +1,17 @@
 """The public op: check the arguments, choose a backend, and apply what is a scalar outside the sweep."""
 
 import math
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from perce_kernels import ops, reference, vocab_parallel
-from perce_kernels.arguments import check_target
+from perce_kernels.backends import resolve_backend
+from perce_kernels.contract import check_target
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-BACKENDS = ("auto", "triton", "torch", "reference")
-VARIABLE = "PERCE_BACKEND"
-"""The environment variable that chooses the backend of calls with backend="auto"."""
 
 
 class PerCEStats(NamedTuple):
@@ -114,7 +110,7 @@ def fused_perce_loss(
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
         with torch.autocast(hidden.device.type, enabled=False):  # its products would be rounded to the autocast dtype
-            loss, logp, logp_cf, weight = reference.fused_perce_loss(
+            loss, logp, logp_cf, weight = reference.perce_loss(
                 hidden, lm_head, target, hidden_cf, logp_cf=logp_cf, token_weight=token_weight, normalize=normalize,
                 seq_id=seq_id, reduction="none", **head, **clip,
             )  # fmt: skip
@@ -127,7 +123,7 @@ def fused_perce_loss(
         loss = loss if reduction == "none" else loss.sum()
     else:
         needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
-        loss, logp, logp_cf, weight, *_ = ops.fused_perce_loss(
+        loss, logp, logp_cf, weight, *_ = ops.loss_op(
             hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
             ignore_index, softcap, logit_scale, compact, *needed, backend, *shard,
         )  # fmt: skip
@@ -177,32 +173,14 @@ def token_logprobs(
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
         with torch.autocast(hidden.device.type, enabled=False):
-            logp, entropy = reference.token_logprobs(
+            logp, entropy = reference.logprobs(
                 hidden, lm_head, target, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
             )
     else:
-        logp, entropy = ops.token_logprobs(
+        logp, entropy = ops.logprobs_op(
             hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend, *shard
         )
     return (logp, entropy.detach()) if return_entropy else logp
-
-
-def resolve_backend(backend: str, device: torch.device, group: Any = None) -> str:
-    """`backend`, or where that is "auto", the one that PERCE_BACKEND names, if any.
-
-    Raises:
-        ValueError: it is unknown, or cannot run on this device or with this group; names whichever of the two said it.
-    """
-    name = "backend"
-    if backend == "auto" and (chosen := os.environ.get(VARIABLE)):
-        name, backend = VARIABLE, chosen
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}: expected one of {_quoted(BACKENDS)}, got {backend!r}")
-    if backend == "reference" and group is not None:
-        raise ValueError(f'{name}: expected "triton", "torch" or "auto" with a group, got "reference"')
-    if backend == "triton" and (needed := ops.triton_needs(device)):
-        raise ValueError(f'{name}: expected {needed} for "triton", got {device}')
-    return backend
 
 
 def _per_token_loss(

@@ -6,21 +6,13 @@ of place and before the cast to the input's dtype, so that a second backward, or
 A process group passes through a schema by its name: `group`, with this rank's `vocab_start` and the whole `vocab_size`.
 """
 
-import importlib.util
-import os
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perce_kernels import chunked, vocab_parallel
-from perce_kernels.arguments import Call, Needed, Weighting
-from perce_kernels.row_pass import Contrasting
-
-TRITON_FOUND = importlib.util.find_spec("triton") is not None
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's interpreter runs the kernels on CPU tensors. Triton itself reads the variable once, when it is imported."""
+from perce_kernels import backends, vocab_parallel
+from perce_kernels.contract import Call, Contrasting, Needed, Weighting, statistics_dtype
 
 HIGHER_ORDER = (
     "perce_kernels: higher-order gradients (create_graph=True) are not supported by the fused op; "
@@ -32,44 +24,36 @@ WAY_AROUND = (
 )
 
 
-def triton_needs(device: torch.device) -> str | None:
-    """What backend "triton" lacks to run on tensors of this device; None if nothing."""
-    if not TRITON_FOUND:
-        return "the triton package, which is not installed"
-    if device.type == "cuda" or (device.type == "cpu" and TRITON_INTERPRETED):
-        return None
-    return "a CUDA or ROCm device (or TRITON_INTERPRET=1 set before Triton is imported, for CPU tensors)"
-
-
-def _implementation(backend: str, device: torch.device) -> ModuleType:
-    """The module that computes. "auto" is Triton on a GPU that the kernels are built for, else plain PyTorch."""
-    if backend == "torch" or (backend == "auto" and (device.type != "cuda" or not TRITON_FOUND)):
-        return chunked
-    from perce_kernels.gpu import driver, tiles  # here: Triton is no dependency of a CPU or macOS install
-
-    if backend == "auto" and not tiles.is_supported(device):
-        return chunked
-    return driver
-
-
 def _compute(function: str, backend: str, call: Call, *arguments: Any) -> Any:
     """What the backend's function returns. Autocast, which stays on inside a custom op's body, is off in it; an error
     of the Triton backend ends with WAY_AROUND."""
     module = None
     with torch.autocast(call.hidden.device.type, enabled=False):
         try:
-            module = _implementation(backend, call.hidden.device)
+            module = backends.implementation(backend, call.hidden.device)
             return getattr(module, function)(call, *arguments)
         except (ValueError, torch.OutOfMemoryError):  # the caller's mistakes; and what torch has advice for
             raise
         except Exception as error:  # kernels fail to compile, to load or to launch, each with an exception of its own
-            if module is chunked:
+            if module is not None and module.__name__ == backends.BACKENDS["torch"].module:
                 raise
             raise RuntimeError(f'backend "triton": {type(error).__name__}: {error}\n{WAY_AROUND}') from error
 
 
+TRAINABLE = ("hidden", "lm_head", "bias")
+
+
+def _argument_names(op: Any) -> tuple[str, ...]:
+    return tuple(argument.name for argument in op.default._schema.arguments)
+
+
+def _named(names: tuple[str, ...], values: Any) -> dict[str, Any]:
+    """By name; torch leaves out the last ones that have their default value."""
+    return dict(zip(names, values, strict=False))
+
+
 @torch.library.custom_op("perce::fused_perce_loss", mutates_args=())
-def fused_perce_loss(
+def loss_op(
     hidden: Tensor,  # (N, D)
     lm_head: Tensor,  # (V, D)
     target: Tensor,  # (N,)
@@ -92,30 +76,33 @@ def fused_perce_loss(
     vocab_start: int | None = None,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss_sum, logp, logp_cf, token_weight, dhidden, dlm_head, dbias); see chunked.PerCEOutput."""
+    """(loss_sum, logp, logp_cf, token_weight, dhidden, dlm_head, dbias); see contract.PerCEOutput."""
     shard = vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head)
     call = Call(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, shard)
     weighting = Weighting(hidden_cf, logp_cf, token_weight, Contrasting(contrast, clip_min, clip_max))
     needed = Needed(need_dhidden, need_dlm_head, need_dbias)
-    return tuple(_compute("fused_perce_loss", backend, call, weighting, needed))  # type: ignore[return-value]
+    return tuple(_compute("sweep", backend, call, weighting, needed))  # type: ignore[return-value]
 
 
-@fused_perce_loss.register_fake
+@loss_op.register_fake
 def _(hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast, ignore_index,
       softcap, logit_scale, compact, need_dhidden, need_dlm_head, need_dbias, backend="auto", group=None,
       vocab_start=None, vocab_size=None):  # fmt: skip
     (n, d), v = hidden.shape, lm_head.shape[0]
-    dtype = chunked.statistics_dtype(hidden.dtype)
+    dtype = statistics_dtype(hidden.dtype)
     shapes = [(), (n,), (n,), (n,), (n, d) if need_dhidden else (0,), (v, d) if need_dlm_head else (0,),
               (v,) if need_dbias else (0,)]  # fmt: skip
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+LOSS_ARGUMENTS = _argument_names(torch.ops.perce.fused_perce_loss)
+
+
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, lm_head, bias = inputs[0], inputs[1], inputs[6]
+    given = _named(LOSS_ARGUMENTS, inputs)
     *_, dhidden, dlm_head, dbias = output
-    ctx.dtypes = hidden.dtype, lm_head.dtype, None if bias is None else bias.dtype
-    ctx.needed = inputs[14:17]
+    ctx.dtypes = [None if given[name] is None else given[name].dtype for name in TRAINABLE]
+    ctx.needed = [given[f"need_d{name}"] for name in TRAINABLE]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dhidden, dlm_head, dbias)
 
@@ -131,15 +118,15 @@ def _backward(ctx, dloss, *_statistics):
         else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
     ]
-    dhidden, dlm_head, dbias = scaled
-    return dhidden, dlm_head, None, None, None, None, dbias, *[None] * 14
+    gradients = dict(zip(TRAINABLE, scaled, strict=True))
+    return tuple(gradients.get(name) for name in LOSS_ARGUMENTS)
 
 
-fused_perce_loss.register_autograd(_backward, setup_context=_setup_context)
+loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op("perce::token_logprobs", mutates_args=())
-def token_logprobs(
+def logprobs_op(
     hidden: Tensor,  # (N, D)
     lm_head: Tensor,  # (V, D)
     target: Tensor,  # (N,)
@@ -154,44 +141,51 @@ def token_logprobs(
     vocab_start: int | None = None,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """((N,) log-probabilities, (N,) entropies or (0,)); see chunked.token_logprobs."""
+    """((N,) log-probabilities, (N,) entropies or (0,)); see contract.py."""
     shard = vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head)
     call = Call(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, shard)
-    return _compute("token_logprobs", backend, call, return_entropy)
+    return _compute("logprobs", backend, call, return_entropy)
 
 
-@token_logprobs.register_fake
+@logprobs_op.register_fake
 def _(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend="auto",
       group=None, vocab_start=None, vocab_size=None):  # fmt: skip
-    dtype = chunked.statistics_dtype(hidden.dtype)
+    dtype = statistics_dtype(hidden.dtype)
     n = hidden.shape[0]
     return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if return_entropy else 0, dtype=dtype)
 
 
+LOGPROBS_ARGUMENTS = _argument_names(torch.ops.perce.token_logprobs)
+
+
 def _setup_logprobs(ctx, inputs, output) -> None:
-    hidden, lm_head, target, bias = inputs[:4]
-    ctx.options, ctx.placement = inputs[4:8], inputs[9:]
+    given = _named(LOGPROBS_ARGUMENTS, inputs)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, lm_head, target, bias)
+    ctx.save_for_backward(*(given.pop(name) for name in (*TRAINABLE, "target")))
+    del given["return_entropy"]
+    ctx.options = given
 
 
 def _backward_logprobs(ctx, dlogp, _dentropy):
     """Recompute: d(Σ g·logp) is the fused loss's own gradient with the token weights −g."""
     if torch.is_grad_enabled():
         raise RuntimeError(HIGHER_ORDER)
-    hidden, lm_head, target, bias = ctx.saved_tensors
-    needed = [ctx.needs_input_grad[i] and dlogp is not None for i in (0, 1, 3)]
-    grads = [None] * 3
-    if any(needed):
-        *_, dhidden, dlm_head, dbias = fused_perce_loss(
-            hidden, lm_head, target, None, None, -dlogp, bias, 0.0, 0.0, "log", *ctx.options, *needed, *ctx.placement,
+    *inputs, target = ctx.saved_tensors
+    trainable = dict(zip(TRAINABLE, inputs, strict=True))
+    wanted = _named(LOGPROBS_ARGUMENTS, ctx.needs_input_grad)
+    needed = {name: dlogp is not None and wanted[name] for name in TRAINABLE}
+    gradients: dict[str, Tensor] = {}
+    if any(needed.values()):
+        *_, dhidden, dlm_head, dbias = loss_op(
+            **trainable, target=target, hidden_cf=None, logp_cf=None, token_weight=-dlogp, clip_min=0.0, clip_max=0.0,
+            contrast="log", **{f"need_d{name}": need for name, need in needed.items()}, **ctx.options,
         )  # fmt: skip
-        inputs = (hidden, lm_head, bias)
-        grads = [
-            gradient.to(x.dtype) if need else None
-            for gradient, x, need in zip((dhidden, dlm_head, dbias), inputs, needed, strict=True)
-        ]
-    return grads[0], grads[1], None, grads[2], *[None] * 9
+        gradients = {
+            name: gradient.to(trainable[name].dtype)
+            for name, gradient in zip(TRAINABLE, (dhidden, dlm_head, dbias), strict=True)
+            if needed[name]
+        }
+    return tuple(gradients.get(name) for name in LOGPROBS_ARGUMENTS)
 
 
-token_logprobs.register_autograd(_backward_logprobs, setup_context=_setup_logprobs)
+logprobs_op.register_autograd(_backward_logprobs, setup_context=_setup_logprobs)

@@ -21,7 +21,7 @@ def logits(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float 
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def token_logprobs(hidden, lm_head, target, *, bias=None, softcap=None, logit_scale=1.0, ignore_index=-100):
+def logprobs(hidden, lm_head, target, *, bias=None, softcap=None, logit_scale=1.0, ignore_index=-100):
     """(N,) log-probabilities of `target` and (N,) predictive entropies; 0 where ignored."""
     valid = target != ignore_index
     hidden = torch.where(valid[:, None], hidden, 0)
@@ -58,7 +58,7 @@ def normalize_weight(token_weight: Tensor, valid: Tensor, normalize: str, seq_id
     return token_weight * torch.where(total == 0, 0.0, scale).to(token_weight.dtype)
 
 
-def fused_perce_loss(
+def perce_loss(
     hidden, lm_head, target, hidden_cf=None, *, logp_cf=None, token_weight=None, bias=None, clip_min=0.8, clip_max=5.0,
     contrast="log", normalize="none", seq_id=None, reduction="mean", num_items=None, ignore_index=-100, softcap=None,
     logit_scale=1.0,
@@ -66,12 +66,12 @@ def fused_perce_loss(
     """(loss, logp, logp_cf, token_weight): the loss of `perce_kernels.fused_perce_loss`, the rest (N,) and detached."""
     valid = target != ignore_index
     head = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
-    logp, _ = token_logprobs(hidden, lm_head, target, **head)
+    logp, _ = logprobs(hidden, lm_head, target, **head)
     if token_weight is not None:
         logp_cf = torch.zeros_like(logp)
     else:
         if hidden_cf is not None:
-            logp_cf, _ = token_logprobs(hidden_cf.detach(), lm_head.detach(), target, **head)
+            logp_cf, _ = logprobs(hidden_cf.detach(), lm_head.detach(), target, **head)
         logp_cf = torch.where(valid, logp_cf.detach().to(logp.dtype), 0)
         token_weight = contrast_weight(logp, logp_cf, contrast, clip_min, clip_max)
     token_weight = torch.where(valid, token_weight.detach().to(logp.dtype), 0)

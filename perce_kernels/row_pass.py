@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from perce_kernels.contract import Contrasting
 from perce_kernels.reference import contrast_weight
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
@@ -28,14 +29,6 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,)
     softcap: float | None
     logit_scale: float
-
-
-class Contrasting(NamedTuple):
-    """How log-probabilities become weights: the last arguments of reference.contrast_weight."""
-
-    contrast: str
-    clip_min: float
-    clip_max: float
 
 
 class Given(NamedTuple):

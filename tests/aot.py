@@ -318,9 +318,8 @@ def compile_only(built: Callable[[str], object] = lambda _: None, *, load: bool 
 
 def launchers() -> Iterator[str]:
     """Run the driver as if on sm_90. Yields the kernels built."""
-    from perce_kernels.arguments import Call, Needed, Weighting
+    from perce_kernels.contract import Call, Contrasting, Needed, Weighting
     from perce_kernels.gpu import driver
-    from perce_kernels.row_pass import Contrasting
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     built: list[str] = []
@@ -332,19 +331,19 @@ def launchers() -> Iterator[str]:
         call = Call(hidden, lm_head, target, bias, **options)
         both = Weighting(hidden_cf, None, None, Contrasting("log", 0.8, 5.0))
         capped = call._replace(softcap=30.0)
-        driver.fused_perce_loss(call._replace(softcap=1.0), both, Needed(True, True, True))
+        driver.sweep(call._replace(softcap=1.0), both, Needed(True, True, True))
         for logp_cf, weight in ((given, None), (None, given)):
             other = call._replace(bias=None, ignore_index=2**40, logit_scale=2.0, compact=True)
             weighting = Weighting(None, logp_cf, weight, Contrasting("ratio", 0.0, 1.0))
-            driver.fused_perce_loss(other, weighting, Needed(logp_cf is None, False, False))
+            driver.sweep(other, weighting, Needed(logp_cf is None, False, False))
         for entropy in (False, True):
-            driver.token_logprobs(capped._replace(ignore_index=1), entropy)
+            driver.logprobs(capped._replace(ignore_index=1), entropy)
         shard = Shard(dist.group.WORLD, 0, v)
-        driver.fused_perce_loss(capped._replace(compact=True, shard=shard), both, Needed(True, False, False))
-        driver.token_logprobs(call._replace(bias=None, shard=shard), True)
+        driver.sweep(capped._replace(compact=True, shard=shard), both, Needed(True, False, False))
+        driver.logprobs(call._replace(bias=None, shard=shard), True)
         for way in ("mixed", "stored"):
             tiles.WAY["sm_90"] = way
-            driver.fused_perce_loss(capped._replace(compact=True), both, Needed(True, True, True))
+            driver.sweep(capped._replace(compact=True), both, Needed(True, True, True))
         tiles.WAY["sm_90"] = "fused"
         yield from built
         built.clear()

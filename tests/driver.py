@@ -66,5 +66,5 @@ def watching(monkeypatch):
         return launch(hidden, lm_head, *args, **options)
 
     monkeypatch.setattr(lse_gemm, "statistics", counted)
-    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)
+    monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)
     return watch

@@ -1,8 +1,9 @@
 """What the tests of retrieval share: a user's history, a request, and what is picked and shown of it."""
 
-from perce.config import DataConfig
-from perce.retrieval import make_retriever
-from perce.rows import Example, Turn
+from perce.config.schema import DataConfig
+from perce.data.formats import Turn
+from perce.data.retrieval import make_retriever
+from perce.data.rows import Example
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

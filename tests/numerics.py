@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from perce_kernels import PerCEStats, fused_perce_loss, reference
-from perce_kernels.arguments import Call, Needed, Weighting
-from perce_kernels.row_pass import Contrasting
+from perce_kernels.contract import Call, Contrasting, Needed, Weighting
 
 IGNORE = -100
 DEFAULTS: dict[str, Any] = {"ignore_index": IGNORE, "softcap": None, "logit_scale": 1.0, "compact": True}
@@ -91,7 +90,7 @@ def oracle(inputs: Inputs, *, upstream: Tensor | float = 1.0, **options: Any) ->
 
 
 def _reference(hidden, lm_head, target, *, return_stats, **options):
-    loss, logp, logp_cf, weight = reference.fused_perce_loss(hidden, lm_head, target, **options)
+    loss, logp, logp_cf, weight = reference.perce_loss(hidden, lm_head, target, **options)
     pir = torch.zeros_like(logp) if options.get("token_weight") is not None else logp - logp_cf
     return loss, PerCEStats(logp, logp_cf, pir, weight)
 

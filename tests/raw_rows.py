@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from perce.data.rows import Example, load_examples
 from perce.errors import UserError
-from perce.rows import Example, load_examples
 
 GOOD = {"persona": ["I bake.", "I have a dog."], "query": "Any plans?", "response": "Walking my dog."}
 TALK = [
@@ -41,7 +41,7 @@ def jsonl(path: Path, *rows: object) -> Path:
 
 
 def load(path: Path, *rows: object, **options) -> list[Example]:
-    return load_examples(jsonl(path / "data.jsonl", *rows), "train", **options).examples
+    return load_examples(jsonl(path / "data.jsonl", *rows), "train", **options).all
 
 
 def error(path: Path, *rows: object, **options) -> str:

@@ -1,39 +1,39 @@
 """Which backend computes: the argument, PERCE_BACKEND where that is "auto", --backend; and what its failure tells."""
 
 import json
-import typing
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
 
-import perce.model
+import perce.model.patch
 from perce import evaluate, plan, score
-from perce.config import InferenceConfig, ModelConfig
 from perce.errors import UserError
-from perce.trainer import PerceArguments, PerceTrainer
-from perce_kernels import chunked, fused_perce_loss, ops, reference, token_logprobs
-from perce_kernels.loss import BACKENDS, resolve_backend
+from perce.planning import plans
+from perce.training.arguments import PerceArguments
+from perce.training.trainer import PerceTrainer
+from perce_kernels import backends, chunked, fused_perce_loss, ops, reference, token_logprobs
+from perce_kernels.backends import resolve_backend
 from tests.numerics import TRAINABLE, call, make_inputs
 from tests.tiny import demo_pairs, tiny_model, tiny_tokenizer
 from tests.training import fails, model_directory, rows_file, training  # noqa: F401  fixtures
 
-needs_triton = pytest.param("triton", marks=pytest.mark.skipif(not ops.TRITON_FOUND, reason="Triton is not installed"))
-EACH = ["torch", "reference", needs_triton]
+TRITON = pytest.mark.skipif(not backends.TRITON_FOUND, reason="Triton is not installed")
+EACH = ["torch", "reference", pytest.param("triton", marks=TRITON)]
 
 
 @pytest.fixture
 def ran(monkeypatch):
     """The backends that computed something, in order."""
     modules = {"torch": chunked, "reference": reference}
-    if ops.TRITON_FOUND:
+    if backends.TRITON_FOUND:
         from perce_kernels.gpu import driver
 
         modules["triton"] = driver
     names = []
     for backend, module in modules.items():
-        for function in ("fused_perce_loss", "token_logprobs"):
+        for function in ("perce_loss" if module is reference else "sweep", "logprobs"):
             run = getattr(module, function)
 
             def spy(*args, run=run, backend=backend, **options):
@@ -78,10 +78,10 @@ def test_a_value_that_cannot_be_is_an_error_that_names_the_variable(monkeypatch)
         lambda: fused_perce_loss(**inputs.kwargs()),
         lambda: token_logprobs(inputs.hidden, inputs.lm_head, inputs.target),
     )
-    monkeypatch.setattr(ops, "TRITON_INTERPRETED", False)
-    monkeypatch.setattr(ops, "TRITON_FOUND", True)
+    monkeypatch.setattr(backends, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(backends, "TRITON_FOUND", True)
     for value, message in {
-        "cuda": 'PERCE_BACKEND: expected one of "auto", "triton", "torch", "reference", got \'cuda\'',
+        "cuda": "PERCE_BACKEND: expected one of auto, triton, torch, reference, got 'cuda'",
         "triton": r'PERCE_BACKEND: expected a CUDA or ROCm device .* for "triton", got cpu',
     }.items():
         monkeypatch.setenv("PERCE_BACKEND", value)
@@ -128,7 +128,7 @@ def test_the_reference_is_fp32_under_autocast_too():
     assert all(torch.equal(leaves[name].grad, expected.grads[name].float()) for name in TRAINABLE)
 
 
-@pytest.mark.skipif(not ops.TRITON_FOUND, reason="Triton is not installed")
+@TRITON
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_an_error_of_the_kernels_ends_with_the_way_around(monkeypatch, reduction):
     from perce_kernels.gpu import driver
@@ -136,11 +136,11 @@ def test_an_error_of_the_kernels_ends_with_the_way_around(monkeypatch, reduction
     def broken(*_):
         raise RuntimeError("Triton Error [CUDA]: invalid device function")
 
-    monkeypatch.setattr(ops, "_implementation", lambda backend, device: driver)  # as "auto" on a GPU
+    monkeypatch.setattr(backends, "implementation", lambda backend, device: driver)  # as "auto" on a GPU
     leaves = {name: x.requires_grad_(name in TRAINABLE) for name, x in make_inputs().kwargs().items()}
     if reduction == "none":  # in the backward, which computes again
         loss = fused_perce_loss(**leaves, reduction="none").sum()
-    monkeypatch.setattr(driver, "fused_perce_loss", broken)
+    monkeypatch.setattr(driver, "sweep", broken)
     with pytest.raises(RuntimeError) as raised:
         loss.backward() if reduction == "none" else fused_perce_loss(**leaves)
     text = str(raised.value)
@@ -157,8 +157,8 @@ def test_errors_that_are_not_the_kernels_are_left_as_they_are(monkeypatch, error
     def broken(*_):
         raise error
 
-    monkeypatch.setattr(module, "fused_perce_loss", broken, raising=False)
-    monkeypatch.setattr(ops, "_implementation", lambda backend, device: module)
+    monkeypatch.setattr(module, "sweep", broken, raising=False)
+    monkeypatch.setattr(backends, "implementation", lambda backend, device: module)
     with pytest.raises(type(error)) as raised:
         fused_perce_loss(**make_inputs().kwargs())
     assert raised.value is error
@@ -168,7 +168,7 @@ def test_a_broken_triton_is_told_of_too(monkeypatch):
     def broken(backend, device):
         raise ImportError("libtriton.so: undefined symbol")
 
-    monkeypatch.setattr(ops, "_implementation", broken)
+    monkeypatch.setattr(backends, "implementation", broken)
     with pytest.raises(RuntimeError, match=r"ImportError: libtriton.so.*\n.*--backend torch"):
         fused_perce_loss(**make_inputs().kwargs())
 
@@ -181,19 +181,14 @@ def asked(monkeypatch):
     """The backend of every call that a model's head makes."""
     backends = []
     for name in ("fused_perce_loss", "token_logprobs"):
-        op = getattr(perce.model, name)
+        op = getattr(perce.model.patch, name)
 
         def spy(*args, op=op, **options):
             backends.append(options["backend"])
             return op(*args, **options)
 
-        monkeypatch.setattr(perce.model, name, spy)
+        monkeypatch.setattr(perce.model.patch, name, spy)
     return backends
-
-
-def test_the_flags_choices_are_the_ops():
-    for config in (ModelConfig, InferenceConfig):
-        assert typing.get_args(typing.get_type_hints(config)["backend"]) == BACKENDS
 
 
 @pytest.mark.parametrize("backend", EACH)
@@ -228,7 +223,7 @@ def test_a_plan_is_of_the_backend_that_is_named(model, tmp_path, monkeypatch, ca
         assert plan.main([*fixed, "--device", "cpu", "--json", str(tmp_path / "p.json"), *flags]) == 0
         return json.loads((tmp_path / "p.json").read_text())["options"]["backend"], capsys.readouterr().out
 
-    monkeypatch.setattr(plan, "variants", lambda config, device: [])
+    monkeypatch.setattr(plans, "variants", lambda options, device: [])
     assert planned("--backend", "reference")[0] == "reference"
     monkeypatch.setenv("PERCE_BACKEND", "torch")
     backend, out = planned()
@@ -236,9 +231,9 @@ def test_a_plan_is_of_the_backend_that_is_named(model, tmp_path, monkeypatch, ca
 
 
 def test_a_backend_that_cannot_run_stops_every_command_at_its_start(train, model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "TRITON_INTERPRETED", False)
-    monkeypatch.setattr(ops, "TRITON_FOUND", True)
-    for module in ("perce.model", "perce.inference"):
+    monkeypatch.setattr(backends, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(backends, "TRITON_FOUND", True)
+    for module in ("perce.hub", "perce.measuring.inference"):
         monkeypatch.setattr(f"{module}.load_pretrained", lambda *_, **__: pytest.fail("found too late"))
 
     def run(command, *flags):

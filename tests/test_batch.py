@@ -5,10 +5,11 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from perce.batch import collate, token_inputs
+from perce.data.batch import collate, token_inputs
+from perce.data.retrieval import Retriever, recency_scores
 from perce.errors import UserError
-from perce.model import check_packing, check_sequences_apart, prepare_model
-from perce.retrieval import Retriever, recency_scores
+from perce.model.patch import prepare_model
+from perce.model.probe import check_packing, check_sequences_apart
 from tests.test_trainer import arguments, trainer_for
 from tests.tiny import demo_pairs, tiny_model
 

@@ -10,15 +10,16 @@ import torch
 import yaml
 from datasets import Dataset
 
-from perce.batch import collate
-from perce.config import DataConfig, LossConfig, parse_args
-from perce.dataset import make_builder
-from perce.documents import DocumentBuilder, short_windows
+from perce.config.commands import parse_args
+from perce.config.schema import DataConfig, LossConfig
+from perce.data.batch import collate
+from perce.data.documents import DocumentBuilder, short_windows
+from perce.data.pairing import make_builder
+from perce.data.pairs import counterfactual_pieces
+from perce.data.rows import Document, load_examples
 from perce.errors import UserError
-from perce.model import prepare_model
-from perce.pairs import counterfactual_pieces
-from perce.rows import Document, load_examples
-from perce.scoring import token_statistics
+from perce.model.passes import token_statistics
+from perce.model.patch import prepare_model
 from perce.train import main
 from tests.test_trainer import arguments, trainer_for
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer, write_jsonl
@@ -142,7 +143,7 @@ def test_defaults_follow_the_objective_unless_given():
 
 def test_rows_of_text(tmp_path):
     rows = [{"text": "One.", "user_id": 7}, {"text": "Two.", "meta": {}}]
-    examples = load_examples(write_jsonl(tmp_path / "a.jsonl", rows), "train").examples
+    examples = load_examples(write_jsonl(tmp_path / "a.jsonl", rows), "train").all
     assert examples == [Document("One.", "7", "a.jsonl:1"), Document("Two.", None, "a.jsonl:2")]
     persona = {"text": "t", "persona": "p", "query": "q", "response": "r"}
     assert load_examples(write_jsonl(tmp_path / "b.jsonl", [persona]), "train").format == "perce"

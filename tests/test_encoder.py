@@ -9,14 +9,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from perce import dataset, encoder
-from perce.config import DataConfig
-from perce.dataset import make_builder, pair_dataset
-from perce.encoder import Encoder
+from perce.config.schema import DataConfig
+from perce.data import dataset, encoder
+from perce.data.dataset import pair_dataset
+from perce.data.encoder import Encoder
+from perce.data.pairing import make_builder
+from perce.data.pairs import COMMON_WORDS, WORD
+from perce.data.retrieval import bm25_scores, make_retriever, query_of
+from perce.data.rows import load_examples
 from perce.errors import UserError
-from perce.pairs import COMMON_WORDS, WORD
-from perce.retrieval import bm25_scores, make_retriever, query_of
-from perce.rows import load_examples
 from tests.histories import HISTORY, TOKENIZER, TWEET, history
 from tests.tiny import VOCAB, tiny_tokenizer
 
@@ -182,7 +183,7 @@ def test_on_real_histories_the_best_match_says_more_of_the_response_than_the_lat
     root = os.environ.get("PERCE_TEST_DATA")
     if not root or not (Path(root) / name).is_dir():
         pytest.skip(f"needs the directory {name} in $PERCE_TEST_DATA")
-    examples = load_examples(Path(root) / name, "validation").examples
+    examples = load_examples(Path(root) / name, "validation").all
     assert all(query_of(example.turns[-1].content) != example.turns[-1].content for example in examples)
 
     def told(retriever):

@@ -7,10 +7,10 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from perce.config import LossConfig
+from perce.config.schema import LossConfig
 from perce.errors import UserError
-from perce.estimates import FILE, Estimates
-from perce.trainer import PerceTrainer
+from perce.training.estimates import FILE, Estimates
+from perce.training.trainer import PerceTrainer
 from tests.test_trainer import PAIRS, arguments, model_for, plain_loss, trainer_for
 from tests.tiny import tiny_tokenizer
 

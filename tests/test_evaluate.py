@@ -7,13 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from perce import evaluate
-from perce.config import DataConfig, SplitConfig
-from perce.dataset import load_splits, make_builder
+from perce.config.schema import DataConfig, EvaluateConfig, SplitConfig
+from perce.data.pairing import make_builder
+from perce.data.pairs import personal_word_spans
+from perce.data.splits import load_splits, split_seed
 from perce.demo import DATA_DIR
-from perce.evaluation import Evaluator, Item, other_users
-from perce.inference import split_seed
-from perce.model import prepare_model
-from perce.pairs import personal_word_spans
+from perce.measuring.evaluation import Evaluator, Item, other_users
+from perce.model.patch import prepare_model
 from tests.tiny import demo_examples, save_tiny_model, tiny_model, tiny_tokenizer, write_jsonl
 
 LIMIT = 14  # of three users
@@ -110,7 +110,7 @@ def test_left_padding_does_not_change_a_reply():
     items = [Item(i, str(i), example, builder.build(example), None) for i, example in enumerate(demo_examples(5))]
     prompts = [item.pair.input_ids[: -item.pair.response_length] for item in items]
     assert len(set(map(len, prompts))) > 1
-    options = evaluate.EvaluateConfig(temperature=0, max_new_tokens=12)
+    options = EvaluateConfig(temperature=0, max_new_tokens=12)
     evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, None)
     together = evaluator.replies(prompts, items)
     assert together == [evaluator.replies([p], [item])[0] for p, item in zip(prompts, items, strict=True)]
@@ -213,7 +213,7 @@ def test_nothing_of_the_models_own_generation_config_is_used():
     builder = make_builder(tokenizer, DataConfig(), "perce")
     items = [Item(i, str(i), example, builder.build(example), None) for i, example in enumerate(demo_examples(3))]
     prompts = [item.pair.input_ids[: -item.pair.response_length] for item in items]
-    options = evaluate.EvaluateConfig(temperature=0, max_new_tokens=12)
+    options = EvaluateConfig(temperature=0, max_new_tokens=12)
     expected = Evaluator(model, tokenizer, torch.device("cpu"), options, None).replies(prompts, items)
     hostile = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=12, num_beams=3)
     model.generation_config = hostile

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from perce import fits
-from perce.batch import collate
-from perce.config import DataConfig, LossConfig, MemoryConfig, ModelConfig, RunConfig, TrainConfig
+from perce.config.commands import PlanOptions, TrainOptions
+from perce.config.schema import DataConfig, LossConfig, MemoryConfig, ModelConfig, RunConfig, StepConfig
+from perce.data.batch import collate
 from perce.errors import UserError
-from perce.fits import GIB, check_fits, largest_step
-from perce.plan import Config, estimate
-from perce.plan_config import PlanConfig
-from perce.plan_memory import shape_of
+from perce.planning.memory import shape_of
+from perce.planning.plans import GIB, step_cost
 from perce.train import main
-from perce.trainer import PerceArguments
+from perce.training import fits
+from perce.training.arguments import PerceArguments
+from perce.training.fits import check_fits, largest_step
 from tests.tiny import save_tiny_model, tiny_model, write_jsonl
 
 ROWS = [
@@ -41,7 +41,7 @@ def setting(tmp_path):
 
     def make(loss=None, run=None, **arguments):
         model = ModelConfig(lora_r=4, precision="fp32")
-        config = TrainConfig(model, loss=loss or LossConfig(), run=RunConfig(**(run or {})))
+        config = TrainOptions(model, loss=loss or LossConfig(), run=RunConfig(**(run or {})))
         args = PerceArguments(str(tmp_path), use_cpu=True, report_to="none", **arguments)
         return config, args, tiny_model("llama"), SimpleNamespace(train=Dataset.from_list(pairs))
 
@@ -63,9 +63,9 @@ def test_what_the_step_runs_is_planned(setting):
         config, args, _, pairs = setting(**options)
         return largest_step(replace(config, memory=memory or config.memory), args, pairs)
 
-    assert step().objective == "perce" and step().context == 942
-    assert step(loss=LossConfig(objective="lossce")).objective == "ce"
-    assert step(loss=LossConfig(estimate="frozen")).objective == "ce", "no counterfactual pass in a step"
+    assert step().has_counterfactual_pass and step().context == 942
+    for loss in (LossConfig(objective="lossce"), LossConfig(estimate="frozen")):
+        assert not step(loss=loss).has_counterfactual_pass
     assert step(run={"tokens_per_batch": 2000}).per_device_train_batch_size == 2
     assert step(run={"activation_checkpointing": True}).activation_checkpointing
     assert step(per_device_train_batch_size=8).per_device_train_batch_size == 3, "no more examples are there"
@@ -80,7 +80,7 @@ def test_what_the_step_runs_is_planned(setting):
 def test_enough_close_and_too_little(setting, monkeypatch):
     monkeypatch.setattr(fits, "HELD_BY_LIBRARIES", 0)
     config, args, model, pairs = setting(per_device_train_batch_size=3)
-    peak = estimate(model.config, Config(config.model, largest_step(config, args, pairs)), "cpu").memory.peak
+    peak = step_cost(model.config, PlanOptions(config.model, largest_step(config, args, pairs)), "cpu").memory.peak
 
     def check(room, **run):
         monkeypatch.setattr(fits, "device_memory", lambda device: int(room))
@@ -122,7 +122,7 @@ def test_a_plan_that_cannot_be_made_does_not_keep_a_run_from_being_tried(setting
     def refuse(*_):
         raise error("layers that are not alike")
 
-    monkeypatch.setattr(fits, "memory", refuse)
+    monkeypatch.setattr(fits, "peak_memory", refuse)
     monkeypatch.setattr(fits, "device_memory", lambda device: 1)
     said = check_fits(*setting())
     assert said and said.startswith("not planned: ") and said.endswith("layers that are not alike")
@@ -149,7 +149,7 @@ def test_memory_of_a_cpu_is_shared_and_limited(monkeypatch, tmp_path):
 
 def test_a_run_that_cannot_fit_stops_before_its_first_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fits, "device_memory", lambda device: fits.HELD_BY_LIBRARIES + 2**20)
-    monkeypatch.setattr("perce.trainer.PerceTrainer.train", lambda *_: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.training.trainer.PerceTrainer.train", lambda *_: pytest.fail("found too late"))
     model, data = save_tiny_model(tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", ROWS)
     flags = {"model": model, "data": data, "output_dir": tmp_path / "run", "max_steps": 2, "precision": "fp32"}
     assert main([word for name, value in flags.items() for word in (f"--{name}", str(value))]) == 2
@@ -161,16 +161,16 @@ def test_planned_options_are_valid_for_any_pair(setting):
     config, args, _, _ = setting()
     for persona, query, response in [(0, 1, 30), (1, 1, 1), (5, 1, 200)]:
         plan = largest_step(config, args, SimpleNamespace(train=Dataset.from_list([pair(persona, query, response)])))
-        assert isinstance(plan, PlanConfig)
+        assert isinstance(plan, StepConfig)
 
 
 def test_the_backend_of_the_run_is_planned(setting, monkeypatch):
     planned = []
-    memory = fits.memory
+    peak_memory = fits.peak_memory
     monkeypatch.setattr(
-        fits, "memory", lambda config, recipe, *rest: planned.append(recipe) or memory(config, recipe, *rest)
+        fits, "peak_memory", lambda config, setup, *rest: planned.append(setup) or peak_memory(config, setup, *rest)
     )
     monkeypatch.setenv("PERCE_BACKEND", "reference")
     assert check_fits(*setting()) is None
     assert check_fits(*setting(backend="torch")) is None
-    assert [recipe.model.backend for recipe in planned] == ["reference", "torch"]
+    assert [setup.model.backend for setup in planned] == ["reference", "torch"]

@@ -1,4 +1,4 @@
-"""perce.formats: what a row of each format means."""
+"""perce.data.formats: what a row of each format means."""
 
 import csv
 import json
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from perce.data.formats import FORMATS, Turn
+from perce.data.rows import Example, load_examples
 from perce.errors import UserError
-from perce.rows import FORMATS, Example, Turn, load_examples
 from tests.raw_rows import ABSTRACT, CONVAI2, GOOD, LAMP, SPC, TALK, error, jsonl, load
 
 
@@ -118,7 +119,7 @@ def test_the_format_comes_from_the_fields(tmp_path, row):
     expected = dict(zip(map(id, [GOOD, ABSTRACT, LAMP, CONVAI2, SPC]), FORMATS, strict=False))
     rows = load_examples(jsonl(tmp_path / "lamp_convai2.jsonl", row), "train")
     assert rows.format == expected.get(id(row), "prompt_completion")
-    assert load_examples(tmp_path / "lamp_convai2.jsonl", "train", format=rows.format).examples == rows.examples
+    assert load_examples(tmp_path / "lamp_convai2.jsonl", "train", format=rows.format).all == rows.all
 
 
 def test_format_overrides(tmp_path):
@@ -151,5 +152,5 @@ def test_the_documented_rows_are_read_as_the_documented_formats(tmp_path):
     formats = ["perce", "perce", "prompt_completion", "longlamp", "lamp", "convai2", "spc", "text"]
     for row, format in zip(rows, formats, strict=True):
         read = load_examples(jsonl(tmp_path / "rows.jsonl", row), "train")
-        assert read.format == format and len(read.examples) == 1 and f"`{format}`" in page
+        assert read.format == format and len(read.all) == 1 and f"`{format}`" in page
     assert set(formats) == set(FORMATS)

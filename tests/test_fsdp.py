@@ -13,9 +13,9 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from perce.batch import collate
-from perce.parallel import keep_outputs_exact
-from perce.scoring import counterfactual_hidden, factual
+from perce.data.batch import collate
+from perce.model.passes import counterfactual_hidden, factual
+from perce.training.parallel import keep_outputs_exact
 from tests.ranks import end_rank, run_ranks
 from tests.test_trainer import model_for
 from tests.tiny import demo_pairs

@@ -63,7 +63,7 @@ def test_blocks_of_columns(monkeypatch, columns, elements, options):
     given = inputs.hidden, inputs.lm_head, inputs.target, inputs.bias
     rows = blocked.statistics(*given, logits, **options)
     doubled = inputs.to(torch.float64)
-    expected = reference.token_logprobs(doubled.hidden, doubled.lm_head, doubled.target, bias=doubled.bias, **options)
+    expected = reference.logprobs(doubled.hidden, doubled.lm_head, doubled.target, bias=doubled.bias, **options)
     assert max_error(rows.logp, expected[0]) <= 1e-5
     again = blocked.statistics(*given, logits, **options)
     assert torch.equal(rows.logp, again.logp)

@@ -34,7 +34,7 @@ def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed
     inputs = make_inputs(bias=True)
     rows = int((inputs.target != IGNORE).sum()) if compact else N
     with watch:
-        out = driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed))
+        out = driver.sweep(*beneath(inputs, compact=compact, needed=needed))
     assert watch.flop == per_token * rows * D * V
     assert [gradient.numel() > 0 for gradient in out[-3:]] == list(needed)
 
@@ -43,7 +43,7 @@ def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed
 def test_without_a_counterfactual_pass_the_floor_is_six(watch, source):
     inputs = drop_cf(make_inputs(ignored=0.0))
     with watch:
-        driver.fused_perce_loss(*beneath(inputs, weights=weights_of(source)))
+        driver.sweep(*beneath(inputs, weights=weights_of(source)))
     assert watch.flop == 6 * N * D * V
 
 
@@ -52,7 +52,7 @@ def test_token_logprobs_cost_one_product(watch, compact):
     inputs = make_inputs()
     rows = int((inputs.target != IGNORE).sum()) if compact else N
     with watch:
-        driver.token_logprobs(beneath(inputs, compact=compact)[0], return_entropy=True)
+        driver.logprobs(beneath(inputs, compact=compact)[0], return_entropy=True)
     assert watch.flop == 2 * rows * D * V
 
 
@@ -62,11 +62,11 @@ def test_host_syncs(watch, source, dtype):
     """One with compact=True, none without; what the interpreter looks at does not pass through the dispatcher."""
     inputs, weights = with_source(make_inputs(bias=True).to(dtype), source)
     with watch:
-        driver.fused_perce_loss(*beneath(inputs, compact=False, weights=weights))
-        driver.token_logprobs(beneath(inputs, compact=False)[0], return_entropy=True)
+        driver.sweep(*beneath(inputs, compact=False, weights=weights))
+        driver.logprobs(beneath(inputs, compact=False)[0], return_entropy=True)
     assert watch.syncs == []
     with watch:
-        driver.fused_perce_loss(*beneath(inputs, compact=True, weights=weights))
+        driver.sweep(*beneath(inputs, compact=True, weights=weights))
     assert watch.syncs == ["nonzero"]
 
 
@@ -80,7 +80,7 @@ def test_peak_bytes_follow_the_formula(watch, source, compact, ignored, needed):
     inputs, weights = with_source(make_inputs(n, d, v, ignored=ignored, bias=True), source)
     gc.collect()
     with watch:
-        out = driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed, weights=weights))
+        out = driver.sweep(*beneath(inputs, compact=compact, needed=needed, weights=weights))
     rows = int((inputs.target != IGNORE).sum()) if compact else n
     expected = driver.extra_bytes(
         rows, d, v, 4, cut=CUT, way="fused", passes=2 if source == "hidden_cf" else 1, gathered=rows < n,
@@ -129,7 +129,7 @@ def test_the_head_gradient_is_read_and_written_half_as_often(monkeypatch, watch)
     monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(whole.block // 128, whole.chunk // 128))
     inputs = make_inputs(n, D, size.v // 1024, ignored=0.0)
     with watch:
-        driver.fused_perce_loss(*beneath(inputs, weights={}))
+        driver.sweep(*beneath(inputs, weights={}))
     read_or_written = sum(1 + product.added for product in watch.products if product.m == size.v // 1024)
     before = 2 * (size.n // 1024) - 1  # chunks of 1024, each of which was added
     assert read_or_written <= 0.55 * before

@@ -146,7 +146,7 @@ def test_token_logprobs_and_entropy(case):
     options["bias"] = None if inputs.bias is None else inputs.bias.double()
     for start in range(0, case.n, 512):
         rows = slice(start, start + 512)
-        expected = reference.token_logprobs(inputs.hidden[rows].double(), lm_head, inputs.target[rows], **options)
+        expected = reference.logprobs(inputs.hidden[rows].double(), lm_head, inputs.target[rows], **options)
         assert max_error(logp[rows], expected[0]) <= 1e-3
         assert max_error(entropy[rows], expected[1]) <= 1e-3
 

@@ -20,7 +20,7 @@ from tests.numerics import (
 )
 
 pytest.importorskip("triton")
-from perce_kernels import chunked, fused_perce_loss, ops, reference, token_logprobs
+from perce_kernels import backends, chunked, fused_perce_loss, ops, reference, token_logprobs
 from perce_kernels.gpu import driver
 from tests.driver import CUT, several_chunks  # noqa: F401  fixtures
 
@@ -212,7 +212,7 @@ def test_token_logprobs_match_the_oracle(options, compact, dtype):
     outcomes = []
     for op, args, extra in (
         (token_logprobs, inputs, {"compact": compact, "return_entropy": True, "backend": "triton"}),
-        (reference.token_logprobs, inputs.to(torch.float64), {}),
+        (reference.logprobs, inputs.to(torch.float64), {}),
     ):
         leaves = [x.clone().requires_grad_() for x in (args.hidden, args.lm_head, args.bias)]
         logp, entropy = op(leaves[0], leaves[1], args.target, bias=leaves[2], **extra, **options)
@@ -229,7 +229,7 @@ def test_token_logprobs_match_the_oracle(options, compact, dtype):
 
 def test_fp64_is_the_chunked_backend():
     inputs = make_inputs(dtype=torch.float64, bias=True)
-    ours, theirs = (backend.fused_perce_loss(*beneath(inputs)) for backend in (driver, chunked))
+    ours, theirs = (backend.sweep(*beneath(inputs)) for backend in (driver, chunked))
     assert all(torch.equal(a, b) and a.dtype == torch.float64 for a, b in zip(ours, theirs, strict=True))
     assert call(inputs, reduction="none").loss.dtype == torch.float64
 
@@ -247,14 +247,14 @@ def test_target_outside_the_vocabulary(reduction):
 def test_a_backend_that_is_named_is_never_replaced(monkeypatch):
     inputs = make_inputs()
     args = inputs.hidden, inputs.lm_head, inputs.target
-    monkeypatch.setattr(ops, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(backends, "TRITON_INTERPRETED", False)
     for op in (
         lambda: fused_perce_loss(**inputs.kwargs(), backend="triton"),
         lambda: token_logprobs(*args, backend="triton"),
     ):
         with pytest.raises(ValueError, match=r"backend: expected a CUDA or ROCm device .* got cpu"):
             op()
-    monkeypatch.setattr(ops, "TRITON_FOUND", False)
+    monkeypatch.setattr(backends, "TRITON_FOUND", False)
     with pytest.raises(ValueError, match=r"backend: expected the triton package, .*not installed"):
         fused_perce_loss(**inputs.kwargs(), backend="triton")
 
@@ -265,7 +265,7 @@ def test_the_backend_that_runs(monkeypatch, backend, reduction):
     """Forward and recompute backward; "auto" is Triton on a GPU alone, interpreter or not."""
     ran = []
     for module in (chunked, driver):
-        for name in ("fused_perce_loss", "token_logprobs"):
+        for name in ("sweep", "logprobs"):
             run = getattr(module, name)
             spy = lambda *args, run=run, module=module: ran.append(module) or run(*args)  # noqa: E731
             monkeypatch.setattr(module, name, spy)
@@ -324,7 +324,7 @@ def test_opcheck_fused_perce_loss(needed):
         getattr(inputs, name).requires_grad_(need)
     args = (inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, None, None, inputs.bias, 0.8, 5.0, "log",
             IGNORE, 9.0, 0.5, True, *needed, "triton")  # fmt: skip
-    torch.library.opcheck(ops.fused_perce_loss, args)
+    torch.library.opcheck(ops.loss_op, args)
 
 
 @pytest.mark.parametrize("return_entropy", [False, True])
@@ -332,4 +332,4 @@ def test_opcheck_token_logprobs(return_entropy):
     inputs = make_inputs(n=6, v=61, bias=True)
     leaves = [x.requires_grad_() for x in (inputs.hidden, inputs.lm_head, inputs.bias)]
     args = (leaves[0], leaves[1], inputs.target, leaves[2], IGNORE, 9.0, 0.5, False, return_entropy, "triton")
-    torch.library.opcheck(ops.token_logprobs, args)
+    torch.library.opcheck(ops.logprobs_op, args)

@@ -40,7 +40,7 @@ def run(inputs: Inputs, *, return_entropy=True, **options):
 
 def expected(inputs: Inputs, **options):
     doubled = inputs.to(torch.float64)
-    return reference.token_logprobs(doubled.hidden, doubled.lm_head, doubled.target, bias=doubled.bias, **options)
+    return reference.logprobs(doubled.hidden, doubled.lm_head, doubled.target, bias=doubled.bias, **options)
 
 
 def assert_accurate(inputs: Inputs, error=2e-5, **options):

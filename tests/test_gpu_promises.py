@@ -76,7 +76,7 @@ def test_same_inputs_same_bits(case, options):
 @each(llama=Case(2000, *LLAMA, bias=True), qwen_fp16=Case(2000, *QWEN, torch.float16))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_without_compaction_nothing_waits_for_the_device(monkeypatch, case, reduction):
-    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)  # the CPU's own check
+    monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)  # the CPU's own check
     leaves = leaves_of(make_inputs(case))
     options = {"compact": False, "reduction": reduction}
     expected = step(leaves, **options)  # compiles the kernels
@@ -120,12 +120,12 @@ MEMORY = {  # (compact, ignored, what is needed, passes)
 @pytest.mark.parametrize("name", MEMORY)
 def test_peak_memory_follows_the_formula(monkeypatch, case, name):
     compact, ignored, needed = MEMORY[name]
-    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)
+    monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)
     # A CPU's products of bf16 make fp32 copies of their operands.
     inputs = make_inputs(case._replace(ignored=ignored, dtype=torch.float32 if case.is_tiny else case.dtype))
 
     def run():
-        return driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed))
+        return driver.sweep(*beneath(inputs, compact=compact, needed=needed))
 
     outputs = sum(x.untyped_storage().nbytes() for x in run())
     n, d, v = case.n, case.d, case.v
@@ -186,7 +186,7 @@ def test_fp32_ignores_the_users_tf32(case, reduction):
 def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch, case, reduction):
     ran = []
     for module in (chunked, driver):
-        for name in ("fused_perce_loss", "token_logprobs"):
+        for name in ("sweep", "logprobs"):
             run = getattr(module, name)
             spy = lambda *args, run=run, module=module: ran.append(module) or run(*args)  # noqa: E731
             monkeypatch.setattr(module, name, spy)

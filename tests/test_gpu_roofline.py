@@ -40,7 +40,7 @@ INPUTS = make_inputs(*SIZE, torch.bfloat16, ignored=0.0)
 
 
 def run(head: str) -> None:
-    driver.fused_perce_loss(*beneath(INPUTS, needed=NEEDED[head], compact=True))
+    driver.sweep(*beneath(INPUTS, needed=NEEDED[head], compact=True))
 
 
 @on_cpu
@@ -215,7 +215,7 @@ class Scaled(TorchDispatchMode):
 @pytest.mark.parametrize("head", roofline.HEADS)
 def test_bytes_of_the_scaling_are_those_of_the_backward(head):
     hidden, lm_head = (x.clone().requires_grad_() for x in (INPUTS.hidden, INPUTS.lm_head))
-    loss = ops.fused_perce_loss(
+    loss = ops.loss_op(
         hidden, lm_head.requires_grad_(head == "trainable"), INPUTS.target, INPUTS.hidden_cf, None, None, None, 0.8,
         5.0, "log", -100, None, 1.0, True, *NEEDED[head],
     )[0]  # fmt: skip

@@ -95,6 +95,6 @@ def test_the_tiles_that_are_to_be_tried_on_sm_90_fit_its_shared_memory():
 
 @on_cpu
 def test_the_command_needs_triton(monkeypatch):
-    monkeypatch.setattr(tile_search.ops, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(tile_search.backends, "TRITON_INTERPRETED", False)
     with pytest.raises(SystemExit, match="expected a CUDA or ROCm device"):
         tile_search.main(["row_loss", "4", "16", "65"])

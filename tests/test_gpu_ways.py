@@ -208,10 +208,10 @@ def test_nan_in_ignored_rows_reaches_nothing(source, compact):
 
 @pytest.mark.parametrize("source", ["hidden_cf", "logp_cf", "token_weight"])
 def test_a_target_outside_the_vocabulary_poisons_its_row_alone(monkeypatch, source):
-    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)
+    monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)
     inputs, weights = with_source(make_inputs(n=3, ignored=0.0).to(torch.bfloat16), source)
     inputs.target[1] = V
-    out = driver.fused_perce_loss(*beneath(inputs, weights=weights, compact=False))
+    out = driver.sweep(*beneath(inputs, weights=weights, compact=False))
     for x in (out.logp, out.token_weight, out.dhidden[:, 0]):
         assert x.isnan().tolist() == [False, True, False]
 
@@ -337,7 +337,7 @@ def test_products_cost_the_floor_and_ignored_rows_nothing(watch, compact, needed
     inputs = make_inputs(bias=True).to(torch.bfloat16)
     rows = int((inputs.target != IGNORE).sum()) if compact else N
     with watch:
-        driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed))
+        driver.sweep(*beneath(inputs, compact=compact, needed=needed))
     assert watch.flop == per_token * rows * D * V
     assert watch.syncs == (["nonzero"] if compact else [])
 
@@ -363,7 +363,7 @@ def test_peak_bytes_follow_the_formula(watch, monkeypatch, way, source, compact,
     )  # rounding to bf16 allocates
     gc.collect()
     with watch:
-        out = driver.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed, weights=weights))
+        out = driver.sweep(*beneath(inputs, compact=compact, needed=needed, weights=weights))
     rows = int((inputs.target != IGNORE).sum()) if compact else n
     expected = driver.extra_bytes(
         rows, d, v, 2, cut=CUT, way=way, passes=2 if source == "hidden_cf" else 1, gathered=rows < n,

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from perce import checkpoints
-from perce.checkpoints import LIST, flaw, newest_whole, seal
-from perce.config import LossConfig
-from perce.interruption import Interruption
+from perce.config.schema import LossConfig
 from perce.train import main
-from perce.trainer import PerceTrainer
+from perce.training import checkpoints
+from perce.training.checkpoints import LIST, flaw, newest_whole, seal
+from perce.training.interruption import Interruption
+from perce.training.trainer import PerceTrainer
 from tests.ranks import ROOT, run_ranks, start_ranks
 from tests.tiny import save_tiny_model, write_jsonl
 from tests.training import ROWS
@@ -102,8 +102,8 @@ def test_a_signal_in_an_evaluation_stops_it(flags, straight, run, monkeypatch):
 
     prepare = PerceTrainer._prepare_inputs
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
-        patch.setattr("perce.trainer.PerceTrainer._prepare_inputs", kill)
-        patch.setattr("perce.train.SEQUENCES_A_STEP", 1)  # more than one batch an evaluation
+        patch.setattr("perce.training.trainer.PerceTrainer._prepare_inputs", kill)
+        patch.setattr("perce.training.arguments.SEQUENCES_A_STEP", 1)  # more than one batch an evaluation
         main([*flags, "--output_dir", str(run), "--save_steps", "0", "--eval_steps", str(STOP)])
     assert names(run) == ["checkpoint-3"] and evaluated.count(STOP) == 1
     assert resume(run) == 0 and (run / ADAPTER).read_bytes() == straight
@@ -117,7 +117,7 @@ def test_a_second_signal_stops_at_once_unless_it_is_the_first_one_again(flags, r
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("perce.interruption.FORWARDED_SECONDS", seconds)
+    monkeypatch.setattr("perce.training.interruption.FORWARDED_SECONDS", seconds)
     at_step(monkeypatch, STOP, twice)
     with pytest.raises(SystemExit, match="143"):
         main([*flags, "--output_dir", str(run)])
@@ -233,7 +233,11 @@ def full_disk(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "where", ["perce.checkpoints._flush", pytest.param("transformers.Trainer._save_rng_state", marks=pytest.mark.slow)]
+    "where",
+    [
+        "perce.training.checkpoints._flush",
+        pytest.param("transformers.Trainer._save_rng_state", marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(flags, straight, run, monkeypatch, capsys, where):
     with monkeypatch.context() as patch:
@@ -328,7 +332,7 @@ def test_the_only_checkpoint_goes_when_its_successor_is_whole(flags, run, monkey
         seal(path)
         assert json.loads((path / LIST).read_text())["trainer_state.json"] > 0
 
-    monkeypatch.setattr("perce.checkpoints.seal", observed)
+    monkeypatch.setattr("perce.training.checkpoints.seal", observed)
     assert main([*flags, "--output_dir", str(run), "--save_total_limit", "1"]) == 0
     assert standing == [None, run / "checkpoint-2", run / "checkpoint-4"] and names(run) == ["checkpoint-6"]
 
@@ -368,7 +372,7 @@ def child_main(mode, *argv):
         if mode == "waits" or (mode == "waits on rank 1" and os.environ["RANK"] == "1"):
             at_step(patch, STOP, wait_for_signal)
         elif mode == "hangs before the list":
-            patch.setattr("perce.checkpoints.seal", lambda path: hang() if path.name == "checkpoint-4" else seal(path))
+            patch.setattr(checkpoints, "seal", lambda path: hang() if path.name == "checkpoint-4" else seal(path))
         elif mode == "hangs writing":
             save = torch.save
 

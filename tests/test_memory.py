@@ -11,11 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
-from perce.config import LossConfig, MemoryConfig
+from perce.config.schema import LossConfig, MemoryConfig
 from perce.errors import UserError
-from perce.memory import CHECKPOINTING, check_context, check_sharding, position_limit, settle_device, tile_mlps
-from perce.model import add_adapter, prepare_model
-from perce.trainer import PerceArguments, PerceTrainer
+from perce.model.loading import add_adapter
+from perce.model.memory import CHECKPOINTING, position_limit, tile_mlps
+from perce.model.patch import prepare_model
+from perce.training.arguments import PerceArguments, settle_device
+from perce.training.checks import check_context, check_sharding
+from perce.training.trainer import PerceTrainer
 from tests.tiny import demo_pairs, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(3)

@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from perce import metrics
-from perce.metrics import Meteor, clustered_mean, identification, paired_difference, rouge
+from perce.measuring import metrics
+from perce.measuring.metrics import Meteor, clustered_mean, identification, paired_difference, rouge
 from tests.tiny import demo_examples
 
 

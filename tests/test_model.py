@@ -7,19 +7,13 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
-from perce import model as perce_model
-from perce.batch import collate
-from perce.config import ModelConfig
+from perce.config.schema import ModelConfig
+from perce.data.batch import collate
 from perce.errors import UserError
-from perce.model import (
-    add_adapter,
-    default_attention,
-    install_perce,
-    load_model,
-    load_tokenizer,
-    prepare_model,
-    resolve_precision,
-)
+from perce.hub import load_tokenizer
+from perce.model import loading
+from perce.model.loading import add_adapter, default_attention, load_model, resolve_precision
+from perce.model.patch import install_perce, prepare_model
 from tests.tiny import ARCHITECTURES, demo_pairs, save_tiny_model, tiny_model
 
 PAIRS = demo_pairs(3)
@@ -179,7 +173,7 @@ def test_loading_full_and_lora(tmp_path):
 
 
 def test_a_bf16_lora_base_keeps_its_adapters_in_fp32(tmp_path, monkeypatch):
-    monkeypatch.setattr(perce_model, "bf16_is_sound", lambda device: True)
+    monkeypatch.setattr(loading, "bf16_is_sound", lambda device: True)
     model = load_model(str(save_tiny_model(tmp_path / "m")), ModelConfig(lora_r=4), "cpu")
     kinds = {p.requires_grad: p.dtype for p in model.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
@@ -191,7 +185,7 @@ def test_a_bf16_lora_base_keeps_its_adapters_in_fp32(tmp_path, monkeypatch):
 
 
 def test_precision_is_refused_where_it_is_emulated(monkeypatch):
-    monkeypatch.setattr(perce_model, "bf16_is_sound", lambda device: False)
+    monkeypatch.setattr(loading, "bf16_is_sound", lambda device: False)
     assert resolve_precision("auto", "cpu") == "fp32"
     with pytest.raises(UserError, match="no native bf16"):
         resolve_precision("bf16", "cpu")

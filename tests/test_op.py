@@ -261,7 +261,7 @@ def test_token_logprobs_match_the_oracle(options, compact, dtype):
     outcomes = []
     for op, args, extra in (
         (token_logprobs, inputs, {"compact": compact, "return_entropy": True}),
-        (reference.token_logprobs, inputs.to(torch.float64), {}),
+        (reference.logprobs, inputs.to(torch.float64), {}),
     ):
         leaves = [x.clone().requires_grad_() for x in (args.hidden, args.lm_head, args.bias)]
         logp, entropy = op(leaves[0], leaves[1], args.target, bias=leaves[2], **extra, **options)

@@ -204,8 +204,8 @@ def test_no_tensor_of_n_by_v_exists(monkeypatch, compact, softcap, dtype):
     monkeypatch.setattr(row_pass, "ROW_BLOCK_BYTES", budget // 3)
     inputs = make_inputs(n, d, v, bias=True).to(dtype)
     with Watch() as watch:
-        chunked.fused_perce_loss(*beneath(inputs, compact=compact, softcap=softcap))
-        chunked.token_logprobs(beneath(inputs, compact=compact, softcap=softcap)[0], return_entropy=True)
+        chunked.sweep(*beneath(inputs, compact=compact, softcap=softcap))
+        chunked.logprobs(beneath(inputs, compact=compact, softcap=softcap)[0], return_entropy=True)
     assert budget // 2 < watch.largest_bytes <= budget
     assert n * v * 2 > 4 * budget, "(N, V) in bf16 would not have passed"
 
@@ -222,7 +222,7 @@ def test_matrix_products_cost_the_floor_and_ignored_rows_nothing(compact, needed
     rows = int((inputs.target != IGNORE).sum()) if compact else N
     assert rows == N or rows < 0.8 * N
     with Watch() as watch:
-        out = chunked.fused_perce_loss(*beneath(inputs, compact=compact, needed=needed))
+        out = chunked.sweep(*beneath(inputs, compact=compact, needed=needed))
     assert watch.flop == per_token * rows * D * V
     assert [gradient.numel() > 0 for gradient in out[-3:]] == list(needed)
 
@@ -230,21 +230,21 @@ def test_matrix_products_cost_the_floor_and_ignored_rows_nothing(compact, needed
 @pytest.mark.parametrize("compact", [True, False])
 def test_what_a_gpu_waits_for(monkeypatch, compact):
     """The check of the targets is the CPU's own; an id that it would have found is computed as some other."""
-    monkeypatch.setattr("perce_kernels.arguments.check_target", lambda *_: None)
+    monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)
     inputs = make_inputs(bias=True)
     inputs.target[inputs.target == IGNORE] = V
     inputs.target[0] = IGNORE
     with Watch() as watch:
-        out = chunked.fused_perce_loss(*beneath(inputs, compact=compact))
-        chunked.token_logprobs(beneath(inputs, compact=compact)[0], return_entropy=True)
+        out = chunked.sweep(*beneath(inputs, compact=compact))
+        chunked.logprobs(beneath(inputs, compact=compact)[0], return_entropy=True)
     assert watch.waits == ["nonzero"] * 2 * compact and out.loss_sum.isfinite()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("trainable", [("hidden",), ("lm_head",), ("bias",), ()], ids=str)
 def test_only_the_needed_gradients_are_computed(monkeypatch, trainable, reduction):
-    asked, run = [], chunked.fused_perce_loss
-    monkeypatch.setattr(chunked, "fused_perce_loss", lambda *args: asked.append(args[-1]) or run(*args))
+    asked, run = [], chunked.sweep
+    monkeypatch.setattr(chunked, "sweep", lambda *args: asked.append(args[-1]) or run(*args))
     inputs = make_inputs(bias=True)
     leaves = {name: x.requires_grad_(name in trainable) for name, x in inputs.kwargs().items()}
     loss = fused_perce_loss(**leaves, reduction=reduction).sum()
@@ -309,7 +309,7 @@ def test_autocast_casts_the_inputs_and_leaves_the_body_alone(source, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_is_off_inside_the_op_forward_and_backward(monkeypatch, reduction):
     seen = []
-    for name in ("fused_perce_loss", "token_logprobs"):
+    for name in ("sweep", "logprobs"):
         run = getattr(chunked, name)
 
         def spy(*args, run=run):
@@ -347,5 +347,5 @@ def test_inputs_are_left_as_they_were():
     inputs = make_inputs(bias=True)
     before = {name: x.clone() for name, x in inputs.kwargs().items()}
     call(inputs, softcap=5.0, logit_scale=0.5)
-    chunked.fused_perce_loss(*beneath(inputs, compact=False))
+    chunked.sweep(*beneath(inputs, compact=False))
     assert all(torch.equal(x, before[name]) for name, x in inputs.kwargs().items())

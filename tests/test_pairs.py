@@ -1,16 +1,20 @@
 """Pairs: the two passes must see the same response tokens, and differ by the persona alone."""
 
+import hashlib
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from perce import dataset
-from perce.config import DataConfig
-from perce.dataset import hold_out, load_splits, make_builder, pair_dataset
-from perce.errors import UserError
-from perce.pairs import (
+from perce.config.schema import DataConfig, LossConfig
+from perce.data import dataset
+from perce.data.dataset import pair_dataset
+from perce.data.formats import Turn
+from perce.data.pairing import make_builder
+from perce.data.pairs import (
     PERSONA_FOOTER,
     PERSONA_HEADER,
     SYSTEM_MESSAGE,
@@ -19,9 +23,12 @@ from perce.pairs import (
     personal_word_spans,
     prompt_ids,
 )
-from perce.retrieval import Retriever, recency_scores
-from perce.rows import Example, Turn
-from tests.tiny import TEMPLATES, demo_examples, tiny_tokenizer
+from perce.data.retrieval import Retriever, recency_scores
+from perce.data.rows import Document, Example, Examples
+from perce.data.sources import Source
+from perce.data.splits import hold_out, load_splits
+from perce.errors import UserError
+from tests.tiny import CHATML, TEMPLATES, demo_examples, tiny_tokenizer
 
 TOKENIZERS = {name: tiny_tokenizer(template) for name, template in TEMPLATES.items()}
 EXAMPLE = Example(
@@ -281,11 +288,50 @@ def test_only_histories_are_cut_to_retrieve_k():
     assert make_builder(tokenizer, config, "convai2").retriever is None
 
 
-@pytest.mark.parametrize("name", ["formats.py", "pairs.py", "retrieval.py", "encoder.py", "documents.py"])
-def test_the_fingerprint_covers_the_code_that_picks_and_pairs(monkeypatch, tmp_path, name):
+# ---- the version of the code that picks and pairs
+
+GOLDEN = {1: "3ef8e9ef6b8c24fa"}
+"""PAIRS_VERSION → digest of the pairs below. A new digest needs a new version: old pairs may be on disks."""
+
+
+def byte_tokenizer():
+    """One id a byte, so that nothing but our own code decides."""
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+def test_other_pairs_have_another_version():
+    tokenizer = byte_tokenizer()
+    talk = tuple(Turn(role, text) for role, text in (("user", "Hi!"), ("assistant", "Hello."), ("user", "Plans?")))
+    examples = [
+        Example(("I keep bees.", " I run. "), talk, " The bees, then a run!", "ana", None, "a:1"),
+        Example(("I bake.",), talk[:1], "Bread.", None, ((0, 5),), "a:2"),
+    ]
+    entry = {"title": "Bees", "abstract": "Bees are few.", "id": "1"}
+    profile = [entry, {"title": "Rain", "abstract": "Rain falls."}, {"title": "Dance", "abstract": "How bees dance."}]
+    row = {"name": "Ana", "input": "Write on bees", "output": "Many bees.", "profile": profile}
+    histories = Examples(Source("h", "h", lambda: iter([(":1", row)])), "auto", {}, False, None).all
+    made = [pair for example in examples for pair in builder_of(tokenizer, "perce").pairs(example)]
+    for retriever in ("bm25", "recency", "none"):
+        made += builder_of(tokenizer, "longlamp", retriever=retriever, retrieve_k=2).pairs(histories[0])
+    made += builder_of(tokenizer, "text", max_length=24).pairs(
+        Document("Bees are few, and bees are many.", None, "t:1")
+    )
+    digest = hashlib.sha256(json.dumps([vars(pair) for pair in made]).encode()).hexdigest()[:16]
+    assert GOLDEN[dataset.PAIRS_VERSION] == digest, "raise PAIRS_VERSION, and note the new digest under it"
+
+
+def builder_of(tokenizer, format, **options):
+    loss = LossConfig(objective="ce", short_context=8, short_stride=4)
+    return make_builder(tokenizer, DataConfig(**options), format, loss)
+
+
+def test_the_version_is_part_of_the_caches_key(monkeypatch):
     before = dataset._fingerprint(demo_examples(1), builder(), False)
-    (original,) = (path for path in dataset.CODE if path.name == name)
-    edited = tmp_path / name
-    edited.write_text(original.read_text(encoding="utf-8") + "# edited\n", encoding="utf-8")
-    monkeypatch.setattr(dataset, "CODE", [edited if path == original else path for path in dataset.CODE])
+    monkeypatch.setattr(dataset, "PAIRS_VERSION", dataset.PAIRS_VERSION + 1)
     assert dataset._fingerprint(demo_examples(1), builder(), False) != before

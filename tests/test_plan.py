@@ -12,18 +12,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, T5Config
 
 from perce import plan as command
-from perce.config import ModelConfig
-from perce.memory import enable_checkpointing
-from perce.model import add_adapter, lora_config, prepare_model
-from perce.plan import Config, estimate, largest, largest_context, variants
-from perce.plan_config import PlanConfig
-from perce.plan_memory import UPDATE, count, loss_buffers, shape_of
-from perce.plan_rehearsal import Recipe, StepShape, cut, rehearse, rehearse_depth
-from perce.plan_time import flops
+from perce.config.commands import PlanOptions
+from perce.config.schema import ModelConfig, StepConfig
+from perce.model.loading import add_adapter, lora_config
+from perce.model.memory import enable_checkpointing
+from perce.model.patch import prepare_model
+from perce.planning import plans
+from perce.planning.flops import count_flops
+from perce.planning.memory import UPDATE, count, loss_buffers, shape_of
+from perce.planning.plans import largest, largest_context, step_cost, variants
+from perce.planning.rehearsal import Setup, StepShape, cut, rehearse, rehearse_depth
 from tests.tiny import ARCHITECTURES, LAYERS, tiny_model
 
 FULL, LORA = ModelConfig(lora_r=0, precision="fp32"), ModelConfig(lora_r=4, precision="fp32")
-SHORT = PlanConfig(context=96, query=8, response=16, gradient_accumulation_steps=1)
+SHORT = StepConfig(context=96, query=8, response=16, gradient_accumulation_steps=1)
 SCHEMA = {
     "options", "device", "precision", "counts", "memory", "flops", "least_seconds", "matmul_flops_per_second",
     "largest_context", "variants",
@@ -52,7 +54,7 @@ def run(directory, capsys):
 def test_counts_are_those_of_the_real_model(architecture, rank):
     model = tiny_model(architecture)
     options = ModelConfig(lora_r=rank)
-    counts = count(model.config, Recipe(options, False, False))
+    counts = count(model.config, Setup(options, False, False))
     real = add_adapter(model, lora_config(options)) if rank else model
     assert counts.parameters == sum(p.numel() for p in real.parameters())
     assert counts.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
@@ -71,18 +73,18 @@ def test_counts_are_those_of_the_real_model(architecture, rank):
 def test_a_few_layers_tell_what_all_take(options, low, checkpointing):
     kinds = [LAYERS[0]] * 2 + [LAYERS[1]] + [LAYERS[0]] * 2
     config = tiny_model("gemma3", num_hidden_layers=5, layer_types=kinds).config
-    recipe = Recipe(options, low, checkpointing)
+    setup = Setup(options, low, checkpointing)
     shape = StepShape(batch=2, tokens=70, tokens_cf=20, rows=9, accumulates=False)
-    assert rehearse(config, recipe, shape) == rehearse_depth(config, recipe, shape)
+    assert rehearse(config, setup, shape) == rehearse_depth(config, setup, shape)
 
 
 def test_gradients_of_earlier_forwards_stay():
     config = tiny_model("llama").config
-    trained = 4 * count(config, Recipe(FULL, False, False)).trained
+    trained = 4 * count(config, Setup(FULL, False, False)).trained
     for accumulates in (False, True):
-        result = rehearse(config, Recipe(FULL, False, False), StepShape(1, 40, 10, 5, accumulates))
-        assert result["forward.peak_gradients"] == trained * accumulates
-        assert result["counterfactual.start_gradients"] == trained * accumulates
+        phases = rehearse(config, Setup(FULL, False, False), StepShape(1, 40, 10, 5, accumulates)).phases
+        assert phases["forward"].peak.gradients == trained * accumulates
+        assert phases["counterfactual"].start.gradients == trained * accumulates
 
 
 def test_memory_is_linear_in_context_and_falls_with_checkpointing():
@@ -90,7 +92,7 @@ def test_memory_is_linear_in_context_and_falls_with_checkpointing():
 
     def peak(context=1025, model=FULL, **changes):
         options = replace(SHORT, context=context, **changes)
-        return estimate(config, Config(model, options), "cpu").memory.peak
+        return step_cost(config, PlanOptions(model, options), "cpu").memory.peak
 
     first, second, third = peak(), peak(2049), peak(4096)
     assert first < second < third
@@ -104,7 +106,7 @@ def test_objective_and_devices():
     config = tiny_model("llama").config
 
     def parts(**changes):
-        return estimate(config, Config(FULL, replace(SHORT, **changes)), "cpu").memory.phases
+        return step_cost(config, PlanOptions(FULL, replace(SHORT, **changes)), "cpu").memory.phases
 
     both, ce = parts(), parts(objective="ce")
     assert "counterfactual" in both and "counterfactual" not in ce
@@ -117,25 +119,25 @@ def test_objective_and_devices():
 
 def test_loss_buffers_follow_the_op():
     config = tiny_model("llama", vocab_size=49152).config
-    recipe, shape = Recipe(FULL, False, False), StepShape(1, 5000, 500, 4000, False)
-    counts = count(config, recipe)
+    setup, shape = Setup(FULL, False, False), StepShape(1, 5000, 500, 4000, False)
+    counts = count(config, setup)
     chunk = 64 * 2**20 // (49152 * 4)
-    assert loss_buffers(config, recipe, shape, counts, "cpu") == chunk * (49152 + 32) * 4
-    low = loss_buffers(config, replace(recipe, low_precision=True), shape, counts, "cpu")
+    assert loss_buffers(config, setup, shape, counts, "cpu") == chunk * (49152 + 32) * 4
+    low = loss_buffers(config, replace(setup, low_precision=True), shape, counts, "cpu")
     assert low == chunk * (49152 + 32) * 4 + (49152 + 2 * chunk) * 32 * 4
     pytest.importorskip("triton")
     from perce_kernels.gpu import cut
 
-    size = loss_buffers(config, recipe, shape, counts, "cuda")
+    size = loss_buffers(config, setup, shape, counts, "cuda")
     assert cut.BUDGET / 2 < size < cut.BUDGET + 4000 * 60
 
 
 def test_the_torch_backend_on_a_gpu_holds_chunks_as_on_a_cpu():
     config = tiny_model("llama", vocab_size=49152).config
-    recipe, shape = Recipe(replace(FULL, backend="torch"), False, False), StepShape(1, 5000, 500, 4000, False)
-    counts, chunk = count(config, recipe), 64 * 2**20 // (49152 * 4)
-    assert loss_buffers(config, recipe, shape, counts, "cuda") == chunk * (49152 + 32) * 4
-    low = loss_buffers(config, replace(recipe, low_precision=True), shape, counts, "cuda")
+    setup, shape = Setup(replace(FULL, backend="torch"), False, False), StepShape(1, 5000, 500, 4000, False)
+    counts, chunk = count(config, setup), 64 * 2**20 // (49152 * 4)
+    assert loss_buffers(config, setup, shape, counts, "cuda") == chunk * (49152 + 32) * 4
+    low = loss_buffers(config, replace(setup, low_precision=True), shape, counts, "cuda")
     assert low == chunk * (49152 + 32) * 4 + chunk * 49152 * 2, "dz in 16 bits beside the logits"
 
 
@@ -143,11 +145,11 @@ def test_the_torch_backend_on_a_gpu_holds_chunks_as_on_a_cpu():
 def test_the_reference_holds_logits_of_the_response(precision):
     """The formula's own tensors: exp, products and log-probabilities of the response tokens, all at once."""
     config = tiny_model("llama", vocab_size=9000).config
-    plan = PlanConfig(context=300, query=20, response=200, gradient_accumulation_steps=1, device="cuda")
+    plan = StepConfig(context=300, query=20, response=200, gradient_accumulation_steps=1, device="cuda")
 
     def planned(backend):
         model = replace(LORA, backend=backend, precision=precision)
-        return Config(model, plan), estimate(config, Config(model, plan), "cpu").memory
+        return PlanOptions(model, plan), step_cost(config, PlanOptions(model, plan), "cpu").memory
 
     logits = 200 * 9000 * 4
     (named, held), (_, chunks) = planned("reference"), planned("torch")
@@ -173,9 +175,9 @@ def test_operations_are_those_that_torch_counts(checkpointing):
     """Products only: torch's counter does not know the CPU's attention, nor the inside of the loss."""
     model = prepare_model(tiny_model("llama")).train()
     plan = replace(SHORT, objective="ce", activation_checkpointing=checkpointing)
-    recipe = Recipe(FULL, False, checkpointing)
-    ours = flops(model.config, recipe, plan, count(model.config, recipe))
-    attention = ours.forward - 2 * shape_of(plan).tokens * count(model.config, recipe).linear
+    setup = Setup(FULL, False, checkpointing)
+    ours = count_flops(model.config, setup, plan, count(model.config, setup))
+    attention = ours.forward - 2 * shape_of(plan).tokens * count(model.config, setup).linear
     if checkpointing:
         enable_checkpointing(model)
     ids = torch.zeros(1, shape_of(plan).tokens, dtype=torch.int64)
@@ -188,9 +190,9 @@ def test_operations_are_those_that_torch_counts(checkpointing):
 
 def test_attention_sees_a_window():
     config = tiny_model("gemma3").config  # one layer sees 16 tokens, one all
-    recipe = Recipe(LORA, False, False)
-    both = flops(config, recipe, SHORT, count(config, recipe))
-    linear = 2 * 95 * (count(config, recipe).linear + count(config, recipe).adapter)
+    setup = Setup(LORA, False, False)
+    both = count_flops(config, setup, SHORT, count(config, setup))
+    linear = 2 * 95 * (count(config, setup).linear + count(config, setup).adapter)
     pairs = 95 * 96 // 2 + 16 * 17 // 2 + (95 - 16) * 16
     assert both.forward == linear + 4 * 4 * 8 * pairs
     assert 0 < both.overhead < 1
@@ -205,17 +207,17 @@ def test_largest_is_maximal(peak, budget):
 
 def test_largest_context_is_maximal():
     config = tiny_model("llama").config
-    options = Config(FULL, replace(SHORT, context=2000))
-    budget = estimate(config, options, "cuda").memory.peak
-    found = largest_context(config, Config(FULL, replace(SHORT, gpu_memory=f"{budget / 2**20:.6f}MiB")), "cuda")
+    options = PlanOptions(FULL, replace(SHORT, context=2000))
+    budget = step_cost(config, options, "cuda").memory.peak
+    found = largest_context(config, PlanOptions(FULL, replace(SHORT, gpu_memory=f"{budget / 2**20:.6f}MiB")), "cuda")
 
     def peak(context):
-        return estimate(config, Config(FULL, replace(SHORT, context=context)), "cuda").memory.peak
+        return step_cost(config, PlanOptions(FULL, replace(SHORT, context=context)), "cuda").memory.peak
 
     assert found is not None and abs(found - 2000) <= 1
     assert peak(found) <= budget + 1 and peak(found + 1) > budget - 1
-    assert largest_context(config, Config(FULL, replace(SHORT, gpu_memory="1MiB")), "cuda") == 0
-    assert largest_context(config, Config(FULL, replace(SHORT, gpu_memory="100TB")), "cuda") == 8192
+    assert largest_context(config, PlanOptions(FULL, replace(SHORT, gpu_memory="1MiB")), "cuda") == 0
+    assert largest_context(config, PlanOptions(FULL, replace(SHORT, gpu_memory="100TB")), "cuda") == 8192
 
 
 def test_table_and_json(run, tmp_path):
@@ -239,7 +241,7 @@ def test_table_and_json(run, tmp_path):
 
 def test_device_memory_decides_on_cuda(run, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(command, "variants", lambda config, low: [])
+    monkeypatch.setattr(plans, "variants", lambda options, device: [])
     out = run("--gpu_memory", "80GiB").out
     assert "device cuda" in out and "80.00 GiB: enough" in out and "8,192 tokens" in out and "CUDA context" in out
 
@@ -281,10 +283,13 @@ def test_a_training_recipe_is_planned(run, directory, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     flags = ["--query", "8", "--response", "16", "--tflops", "1", "--model", str(directory), "--json"]
     assert command.main(["--config", str(tmp_path / "recipe.yaml"), *flags, str(tmp_path / "a.json")]) == 0
-    assert "not used here: data, tokens_per_batch, weight_decay" in capsys.readouterr().err
-    run("--context", 300, "--lora_r", 0, "--objective", "ce", "--json", tmp_path / "b.json")
-    plans = [json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("a.json", "b.json")]
-    assert plans[0]["memory"] == plans[1]["memory"]
+    out, err = capsys.readouterr()
+    assert "not used here: data, tokens_per_batch, weight_decay" in err
+    assert "lossce objective" in out and "counterfactual" not in out, "what was asked for, planned as it is run"
+    asked = run("--context", 300, "--lora_r", 0, "--objective", "ce", "--json", tmp_path / "b.json").out
+    first, second = (json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("a.json", "b.json"))
+    assert first["memory"] == second["memory"] and first["variants"] == second["variants"]
+    assert "counterfactual pass" not in asked and "--objective" not in asked
     (tmp_path / "recipe.yaml").write_text("weight_dekay: 0.1\n", encoding="utf-8")
     assert "weight_dekay: unknown option" in run("--config", tmp_path / "recipe.yaml", code=2).err
 
@@ -311,7 +316,7 @@ def test_other_names_for_the_same_sizes():
     config = GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=256)
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, name, 0.0)
-    plan = estimate(config, Config(FULL, SHORT), "cpu")
+    plan = step_cost(config, PlanOptions(FULL, SHORT), "cpu")
     assert plan.counts.linear == 3 * 12 * 32 * 32
     assert plan.memory.attention > 0 and plan.memory.mlp > 0
 

@@ -7,45 +7,47 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from perce import plan as command
-from perce import plan_rehearsal
-from perce.batch import collate
-from perce.config import MemoryConfig, ModelConfig
-from perce.documents import DocumentPair, short_windows
+from perce.config.commands import PlanOptions
+from perce.config.schema import MemoryConfig, ModelConfig, StepConfig
+from perce.data.batch import collate
+from perce.data.documents import DocumentPair, short_windows
 from perce.errors import UserError
-from perce.memory import enable_checkpointing, prepare_memory
-from perce.model import add_adapter, lora_config, prepare_model
-from perce.plan import Config, estimate, variants
-from perce.plan_config import PlanConfig
-from perce.plan_memory import count, shape_of
-from perce.plan_rehearsal import Recipe, StepShape, rehearse, rehearse_depth
-from perce.plan_time import flops
-from perce.prefill import hidden_after_prefix, prefill
+from perce.model.loading import add_adapter, lora_config
+from perce.model.memory import enable_checkpointing, prepare_memory
+from perce.model.patch import prepare_model
+from perce.model.prefill import hidden_after_prefix, prefill
+from perce.planning import plans, rehearsal
+from perce.planning.flops import count_flops
+from perce.planning.live import Rehearsed
+from perce.planning.memory import count, shape_of
+from perce.planning.plans import step_cost, variants
+from perce.planning.rehearsal import Setup, StepShape, rehearse, rehearse_depth
 from tests.tiny import LAYERS, tiny_model
 
 LORA = ModelConfig(lora_r=4, precision="fp32")
 NONE, TILED = MemoryConfig(persona_grad="none"), MemoryConfig(mlp_tile=16)
-SHORT = PlanConfig(context=96, query=8, response=16, gradient_accumulation_steps=1)
+SHORT = StepConfig(context=96, query=8, response=16, gradient_accumulation_steps=1)
 
 
 def planned(config, memory, device="cpu", **changes):
-    return estimate(config, Config(LORA, replace(SHORT, **changes), memory), device)
+    return step_cost(config, PlanOptions(LORA, replace(SHORT, **changes), memory), device)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("prefix", [30, 70, 128, 150])
 def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypatch):
     """gemma3's window is 16 tokens, chunks here are 32."""
-    monkeypatch.setattr("perce.prefill.PREFILL_CHUNK", 32)
-    monkeypatch.setattr(plan_rehearsal, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr("perce.model.prefill.PREFILL_CHUNK", 32)
+    monkeypatch.setattr(rehearsal, "PREFILL_CHUNK", 32)
     config = tiny_model(architecture).config
     shape = StepShape(batch=2, tokens=prefix + 20, tokens_cf=20, rows=9, accumulates=False, prefix=prefix)
-    recipe = Recipe(LORA, False, True, NONE)
-    short_cut = rehearse(config, recipe, shape)
+    setup = Setup(LORA, False, True, NONE)
+    short_cut = rehearse(config, setup, shape)
     monkeypatch.setattr(
-        plan_rehearsal, "_prefix_cache",
+        rehearsal, "_prefix_cache",
         lambda base, tokens: prefill(base, torch.zeros(1, tokens, dtype=torch.int64)),
     )  # fmt: skip
-    assert short_cut == rehearse(config, recipe, shape)
+    assert short_cut == rehearse(config, setup, shape)
 
 
 @pytest.mark.parametrize(
@@ -55,17 +57,24 @@ def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypa
 def test_a_few_layers_tell_what_all_take(memory, checkpointing):
     kinds = [LAYERS[0]] * 2 + [LAYERS[1]] + [LAYERS[0]] * 2
     config = tiny_model("gemma3", num_hidden_layers=5, layer_types=kinds).config
-    recipe = Recipe(LORA, False, checkpointing, memory)
+    setup = Setup(LORA, False, checkpointing, memory)
     prefix = 50 if memory == NONE else 0
     shape = StepShape(batch=1, tokens=70, tokens_cf=20, rows=9, accumulates=False, prefix=prefix)
     # What is largest in the one layer of full attention is carried on as if the others came before it.
-    assert rehearse_depth(config, recipe, shape) == pytest.approx(rehearse(config, recipe, shape), rel=0.05)
+    few, every = (_bytes(found(config, setup, shape)) for found in (rehearse_depth, rehearse))
+    assert few == pytest.approx(every, rel=0.05)
+
+
+def _bytes(found: Rehearsed) -> dict[str, int]:
+    moments = {f"{name} {at}": getattr(phase, at) for name, phase in found.phases.items() for at in ("start", "peak")}
+    sizes = {f"{name} {what}": size for name, moment in moments.items() for what, size in vars(moment).items()}
+    return sizes | found.parts | {"offloaded": found.offloaded}
 
 
 def test_what_grows_with_a_detached_persona_is_keys_and_values(monkeypatch):
     """And, in one layer at a time, what sdpa makes of them and of a mask."""
-    monkeypatch.setattr("perce.prefill.PREFILL_CHUNK", 32)  # its mask would be most of a tiny model
-    monkeypatch.setattr(plan_rehearsal, "PREFILL_CHUNK", 32)
+    monkeypatch.setattr("perce.model.prefill.PREFILL_CHUNK", 32)  # its mask would be most of a tiny model
+    monkeypatch.setattr(rehearsal, "PREFILL_CHUNK", 32)
     layers, heads_kv, head = 6, 2, 8
     config = tiny_model("llama", num_hidden_layers=layers).config
 
@@ -110,11 +119,11 @@ def test_operations_are_those_that_torch_counts(memory, checkpointing):
     model = add_adapter(prepare_model(tiny_model("llama")), lora_config(LORA)).train()
     base = model.get_base_model()
     plan = replace(SHORT, objective="ce", activation_checkpointing=checkpointing)
-    recipe = Recipe(LORA, False, checkpointing, memory)
-    counts = count(base.config, recipe)
+    setup = Setup(LORA, False, checkpointing, memory)
+    counts = count(base.config, setup)
     without_attention = tiny_model("llama").config
     without_attention.num_attention_heads = 0
-    ours = flops(without_attention, recipe, plan, counts)
+    ours = count_flops(without_attention, setup, plan, counts)
     if checkpointing:
         enable_checkpointing(base)
     prepare_memory(base, memory)
@@ -140,7 +149,7 @@ def test_flash_attention_has_no_mask_for_windows(memory):
     def grown(attention):
         model = replace(LORA, attn_implementation=attention)
         peaks = [
-            estimate(config, Config(model, replace(SHORT, context=context), memory), "cpu").memory.peak
+            step_cost(config, PlanOptions(model, replace(SHORT, context=context), memory), "cpu").memory.peak
             for context in (3096, 4120, 5144)  # whole chunks of the prefill apart
         ]
         return peaks[1] - peaks[0], peaks[2] - peaks[1]
@@ -169,7 +178,7 @@ def test_documents_are_planned_with_their_windows():
 
 
 def test_every_option_has_a_line():
-    config = Config(LORA, replace(SHORT, activation_checkpointing=True))
+    config = PlanOptions(LORA, replace(SHORT, activation_checkpointing=True))
     on = {"--persona_grad none", "--mlp_tile 1024", "--activation_offload true", "--activation_checkpointing false"}
     assert on <= {flags for flags, _ in variants(config, "cuda")}
     assert "--activation_offload true" not in {flags for flags, _ in variants(config, "cpu")}
@@ -202,5 +211,5 @@ def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
     def refuse(*_):
         raise UserError("not this one")
 
-    monkeypatch.setattr("perce.plan_rehearsal.prepare_memory", refuse)
-    assert list(command.planned_variants(config, Config(LORA, SHORT), "cpu")) == []
+    monkeypatch.setattr("perce.planning.rehearsal.prepare_memory", refuse)
+    assert list(plans.planned_variants(config, PlanOptions(LORA, SHORT), "cpu")) == []

@@ -6,11 +6,12 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from perce import prefill
-from perce.batch import collate
+from perce.data.batch import collate
 from perce.errors import UserError
-from perce.model import add_adapter, prepare_model
-from perce.prefill import CACHE_ARGUMENT, prepare_prefill
+from perce.model import prefill
+from perce.model.loading import add_adapter
+from perce.model.patch import prepare_model
+from perce.model.prefill import CACHE_ARGUMENT, prepare_prefill
 from tests.tiny import VOCAB, demo_pairs, tiny_model
 
 PAIRS = demo_pairs(3)

@@ -9,12 +9,14 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 from safetensors.torch import load_file
 
-from perce.checkpoints import SaveError, flaw
-from perce.config import LossConfig, parse_args
+from perce.config.commands import parse_args
+from perce.config.schema import LossConfig
 from perce.errors import UserError
-from perce.estimates import FILE
 from perce.train import main as train_command
-from perce.train import resolve, training_arguments
+from perce.train import resolve
+from perce.training.arguments import training_arguments
+from perce.training.checkpoints import SaveError, flaw
+from perce.training.estimates import FILE
 from tests.ranks import ROOT, end_rank, run_ranks
 from tests.test_trainer import PAIRS, arguments, logged, model_for, trainer_for
 
@@ -108,7 +110,7 @@ def test_sequences_cut_over_processes_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_options_that_the_trainer_takes(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("perce.trainer.check_parallelism", lambda _: None)  # FSDP is refused without a GPU
+    monkeypatch.setattr("perce.training.arguments.check_parallelism", lambda _: None)  # FSDP is refused without a GPU
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the Trainer sets it: put back afterwards
     config = resolve(parse_args(["--config", str(recipe), "--output_dir", str(tmp_path), "--precision", "fp32"], {})[0])
     args = training_arguments(config)

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from perce.curves import write_curves
-from perce.report import Histogram, ScoredResponse, ScoredToken, Table, intensity, terminal_text, write_html
+from perce.report.curves import write_curves
+from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, intensity, terminal_text, write_html
 
 CLIP = (0.8, 5.0)
 TOKENS = (
@@ -164,7 +164,7 @@ def test_terminal_text_is_the_tokens_and_tints_by_weight():
 
 
 def test_importing_the_module_loads_no_heavy_library():
-    code = "import sys, perce.report; print({'torch', 'matplotlib', 'rich'} & set(sys.modules))"
+    code = "import sys, perce.report.heatmap; print({'torch', 'matplotlib', 'rich'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

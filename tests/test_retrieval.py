@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from perce.config import DataConfig, LossConfig
-from perce.dataset import load_pairs, rows_dataset_pairs
-from perce.formats import PASSAGES, passage_text
-from perce.retrieval import QUERIES, Retriever, bm25_scores, indexed_text, query_of
+from perce.config.schema import DataConfig, LossConfig
+from perce.data.dataset import rows_dataset_pairs
+from perce.data.formats import PASSAGES, passage_text
+from perce.data.retrieval import QUERIES, Retriever, bm25_scores, indexed_text, query_of
+from perce.data.splits import load_pairs
 from perce.train import main
-from perce.trainer import PerceArguments, PerceTrainer
+from perce.training.arguments import PerceArguments
+from perce.training.trainer import PerceTrainer
 from tests.histories import HISTORY, TOKENIZER, TWEET, history, picks, row, shown
 from tests.tiny import save_tiny_model, tiny_model, write_jsonl
 
@@ -142,7 +144,7 @@ def test_words_of_any_script_match(query, passage):
 
 def test_picks_do_not_depend_on_the_hash_seed():
     code = (
-        "from perce.retrieval import bm25_scores; "
+        "from perce.data.retrieval import bm25_scores; "
         "print(bm25_scores('some new bees and honey, five miles in the rain', "
         f"{[f'{a} {b}' for a in HISTORY for b in HISTORY]!r}).tolist())"
     )

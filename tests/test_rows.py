@@ -1,4 +1,4 @@
-"""perce.rows, perce.sources: the places that rows come from, what is said of a bad row, and six real data sets."""
+"""The places that rows come from, what is said of a bad row, and six real data sets."""
 
 import csv
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from perce.data.rows import Examples, available_splits, load_examples
 from perce.errors import UserError
-from perce.rows import Rows, available_splits, load_examples
 from tests.raw_rows import ABSTRACT, CONVAI2, GOOD, LAMP, SPC, TALK, error, jsonl, load
 
 # --- bad rows -------------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, row, expected):
     text = error(tmp_path, "", row)
     assert str(tmp_path / "data.jsonl:2: ") in text and expected in text and "--skip_bad_rows" in text
     rows = load_examples(jsonl(tmp_path / "data.jsonl", GOOD, row, GOOD), "train", skip_bad_rows=True)
-    assert (len(rows.examples), rows.skipped, len(rows.reasons)) == (2, 1, 1)
+    assert (len(rows.all), rows.skipped, len(rows.reasons)) == (2, 1, 1)
     assert rows.reasons[0].startswith(str(tmp_path / "data.jsonl:2: "))
 
 
@@ -84,7 +84,7 @@ def test_once_the_format_is_known_the_missing_field_is_named(tmp_path):
 def test_skipped_rows_are_counted_and_the_first_reasons_kept(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", *["{"] * 7, GOOD)
     rows = load_examples(path, "train", skip_bad_rows=True)
-    assert (rows.skipped, len(rows.reasons), rows.examples[0].source) == (7, 5, "data.jsonl:8")
+    assert (rows.skipped, len(rows.reasons), rows.all[0].source) == (7, 5, "data.jsonl:8")
     with pytest.raises(UserError, match="all 2 rows were skipped"):
         load(tmp_path, "{", "{", skip_bad_rows=True)
 
@@ -99,7 +99,7 @@ def test_files_without_a_row(tmp_path):
 def test_bom_crlf_blank_lines_and_line_separators(tmp_path):
     line = json.dumps({**GOOD, "response": "a\u2028b"}, ensure_ascii=False).encode()
     (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n  \r\n" + line)
-    examples = load_examples(tmp_path / "d.jsonl", "train").examples
+    examples = load_examples(tmp_path / "d.jsonl", "train").all
     assert [(e.source, e.response) for e in examples] == [("d.jsonl:1", "a\u2028b"), ("d.jsonl:4", "a\u2028b")]
 
 
@@ -122,8 +122,8 @@ def test_json_files(tmp_path):
     path.write_text("\ufeff\n" + json.dumps([GOOD, {**GOOD, "query": ""}], indent=1), encoding="utf-8")
     with pytest.raises(UserError, match=r"d\.json row 2: field 'query'"):
         load_examples(path, "train")
-    assert load_examples(path, "train", skip_bad_rows=True).examples[0].source == "d.json row 1"
-    assert load_examples(jsonl(path, GOOD, GOOD), "train").examples[1].source == "d.json:2"  # lines by another name
+    assert load_examples(path, "train", skip_bad_rows=True).all[0].source == "d.json row 1"
+    assert load_examples(jsonl(path, GOOD, GOOD), "train").all[1].source == "d.json:2"  # lines by another name
     path.write_text("[\n{},\n]")
     with pytest.raises(UserError, match=r"d\.json:(2|3): not JSON"):
         load_examples(path, "train")
@@ -139,12 +139,12 @@ def test_csv_files(tmp_path):
         writer.writerow([2, "p", "q"])
     with pytest.raises(UserError, match=r"d\.csv:6: expected 5 cells, as in the header, got 3"):
         load_examples(tmp_path / "d.csv", "train")
-    first, second = load_examples(tmp_path / "d.csv", "train", skip_bad_rows=True).examples
+    first, second = load_examples(tmp_path / "d.csv", "train", skip_bad_rows=True).all
     assert (first.persona, first.turns[0].content, first.user_id) == (("a", "b"), "[not JSON]", None)
     assert (second.persona, second.user_id, second.source) == (("[a] list?",), "u", "d.csv:4")
     with (tmp_path / "renamed.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["facts", "query", "response"], ['["a", "b"]', "[1, 2]", "[3]"]])
-    (example,) = load_examples(tmp_path / "renamed.csv", "train", columns={"persona": "facts"}).examples
+    (example,) = load_examples(tmp_path / "renamed.csv", "train", columns={"persona": "facts"}).all
     assert example.persona == ("a", "b") and (example.turns[0].content, example.response) == ("[1, 2]", "[3]")
 
 
@@ -153,7 +153,7 @@ def test_parquet_files(tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist([{**ABSTRACT, "x": None}, ABSTRACT]), tmp_path / "d.parquet")
-    examples = load_examples(tmp_path / "d.parquet", "train").examples
+    examples = load_examples(tmp_path / "d.parquet", "train").all
     assert examples[1].persona == load(tmp_path, ABSTRACT)[0].persona and examples[1].source == "d.parquet row 2"
     (tmp_path / "d.parquet").write_text("no")
     with pytest.raises(UserError, match=r"d\.parquet: not a Parquet file"):
@@ -171,7 +171,7 @@ def test_struct_of_lists(tmp_path):
 def test_one_file_is_the_train_split(tmp_path):
     path = jsonl(tmp_path / "anything.jsonl", GOOD)
     assert available_splits(str(path)) == ["train"]
-    assert load_examples(path, "validation").examples == [] == load_examples(path, "test").examples
+    assert load_examples(path, "validation").all == [] == load_examples(path, "test").all
     with pytest.raises(UserError, match=r"notes\.txt: cannot tell.*\.jsonl, \.json, \.parquet, \.csv"):
         load_examples(jsonl(tmp_path / "notes.txt", GOOD), "train")
     with pytest.raises(UserError, match="split: expected one of train, validation, test, got 'dev'"):
@@ -184,7 +184,7 @@ def test_directory(tmp_path, stem):
     jsonl(tmp_path / "train.json", GOOD)
     jsonl(tmp_path / "notes.jsonl", "not data")
     assert available_splits(tmp_path) == ["train", "validation"]
-    assert load_examples(tmp_path, "validation").examples[1].source == f"{stem}.jsonl:2"
+    assert load_examples(tmp_path, "validation").all[1].source == f"{stem}.jsonl:2"
     with pytest.raises(UserError, match="has no test split; it has train, validation"):
         load_examples(tmp_path, "test")
     jsonl(tmp_path / "train.csv", GOOD)
@@ -200,7 +200,7 @@ def test_lamp_questions_and_outputs(tmp_path):
     (tmp_path / "train_outputs.json").write_text(json.dumps({"task": "LaMP_7", "golds": golds}))
     (tmp_path / "dev_outputs.json").write_text(json.dumps({"task": "LaMP_7", "golds": golds[:1]}))
     assert available_splits(tmp_path) == ["train", "validation"]  # LaMP publishes no test outputs
-    examples = load_examples(tmp_path, "train").examples
+    examples = load_examples(tmp_path, "train").all
     assert [e.response for e in examples] == ["gold", "eight"] and examples[0].persona == ("new ", "old")
     with pytest.raises(
         UserError, match=r"dev_questions\.json row 1: field 'output': .*dev_outputs\.json.*none for id '7'"
@@ -225,7 +225,7 @@ def test_save_to_disk(tmp_path):
         "train",
         "validation",
     ]
-    assert load_examples(tmp_path / "one", "test").examples == []
+    assert load_examples(tmp_path / "one", "test").all == []
     (tmp_path / "two/dataset_dict.json").write_text('{"splits": ["train", "gone"]}')
     with pytest.raises(UserError, match="written by save_to_disk but cannot be read"):
         load_examples(tmp_path / "two", "train")
@@ -278,7 +278,7 @@ def test_data_that_cannot_be_found(tmp_path, monkeypatch):
 def test_streaming_reads_only_what_is_asked_for(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", GOOD, GOOD, "{")
     rows = load_examples(path, "train", streaming=True)
-    assert isinstance(rows, Rows) and rows.format == "auto"
+    assert isinstance(rows, Examples) and rows.format == "auto"
     stream = iter(rows)
     assert [next(stream).source, next(stream).source, rows.format] == ["data.jsonl:1", "data.jsonl:2", "perce"]
     with pytest.raises(UserError, match=r"data\.jsonl:3"):
@@ -295,7 +295,7 @@ def test_limit(tmp_path):
 
 
 def test_importing_is_light():
-    code = "import sys, perce.rows; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    code = "import sys, perce.data.rows; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
     cwd = Path(__file__).parents[1]
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd).stdout.strip() == "set()"
@@ -326,11 +326,11 @@ def test_real_data_sets(name):
     assert available_splits(root / name) == ["train", "validation", "test"]
     for split, count in zip(("train", "validation", "test"), counts, strict=True):
         rows = load_examples(root / name, split)
-        assert (rows.format, len(rows.examples), rows.skipped) == (format, count, 0)
-        for e in rows.examples:
+        assert (rows.format, len(rows.all), rows.skipped) == (format, count, 0)
+        for e in rows.all:
             assert e.persona and e.turns[-1].role == "user" and e.response.strip()
             assert all(a.role != b.role for a, b in zip(e.turns, e.turns[1:], strict=False))
             if format in ("longlamp", "lamp"):
                 assert not any(passage.endswith(e.response) for passage in e.persona)
         if split == "train" and name in USERS:
-            assert len(Counter(e.user_id for e in rows.examples)) == USERS[name]
+            assert len(Counter(e.user_id for e in rows.all)) == USERS[name]

@@ -11,10 +11,11 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from perce.data.dataset import sequence_lengths
+from perce.data.retrieval import Retriever, recency_scores
 from perce.errors import UserError
-from perce.loader import sequence_lengths, undivided_loader
-from perce.retrieval import Retriever, recency_scores
-from perce.sampler import TokenBatches
+from perce.training.loader import undivided_loader
+from perce.training.sampler import TokenBatches
 from tests.ranks import finish_rank, result_of_ranks
 from tests.test_stream import ROWS, train_stream
 from tests.test_trainer import LOSS, arguments, logged, model_for, plain_loop, trainer_for

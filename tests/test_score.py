@@ -11,9 +11,10 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from perce import score
-from perce.config import InferenceConfig
+from perce.config.schema import InferenceConfig
 from perce.demo import DATA_DIR
-from perce.inference import load
+from perce.measuring import scores
+from perce.measuring.inference import load
 from tests.tiny import save_tiny_model, tiny_tokenizer, write_jsonl
 
 LIMIT = 9
@@ -60,13 +61,13 @@ def test_an_interrupted_run_is_continued_and_nothing_is_scored_twice(run, tmp_pa
     run("--jsonl", tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_text(encoding="utf-8")
     half = tmp_path / "half.jsonl"
-    monkeypatch.setattr(score, "WINDOW", 4)
+    monkeypatch.setattr(scores, "WINDOW", 4)
     run("--jsonl", half, "--limit", 6)
     with half.open("a", encoding="utf-8") as file:
         file.write('{"example": 6, "sour')  # the power went off
     scored = []
-    original = score.score_window
-    monkeypatch.setattr(score, "score_window", lambda built, *a: scored.extend(built) or original(built, *a))
+    original = scores.score_window
+    monkeypatch.setattr(scores, "score_window", lambda built, *a: scored.extend(built) or original(built, *a))
     run("--jsonl", half)
     assert [index for index, *_ in scored] == [6, 7, 8]
     ours, theirs = read(half), [json.loads(line) for line in whole.splitlines()]
@@ -179,7 +180,7 @@ def test_adapters_that_would_be_misread_are_refused(run, tmp_path, config, reaso
 
 def test_an_adapter_is_not_rounded_into_a_bf16_base(model, tmp_path, monkeypatch):
     """Less than half a unit in the last place of a weight would be lost, and most of an adapter is."""
-    monkeypatch.setattr("perce.model.bf16_is_sound", lambda device: True)
+    monkeypatch.setattr("perce.model.loading.bf16_is_sound", lambda device: True)
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     )

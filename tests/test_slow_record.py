@@ -11,6 +11,8 @@ import pytest
 from benchmarks.commit import COMMIT, commit
 
 ROOT = Path(__file__).parents[1]
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+"""pytest-benchmark measures nothing in a process that xdist has started."""
 OF_EVERY_KIND = """
 import os
 import pytest
@@ -59,7 +61,7 @@ def run(directory: Path, **files: str) -> tuple[int, dict]:
             sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.slow_record", "-p", "no:cacheprovider",
             "--record", "results/slow.json", "--continue-on-collection-errors",
         ],
-        cwd=directory, env=os.environ | {"PYTHONPATH": str(ROOT), COMMIT: "0123456789ab-dirty"}, capture_output=True,
+        cwd=directory, env=ALONE | {"PYTHONPATH": str(ROOT), COMMIT: "0123456789ab-dirty"}, capture_output=True,
         text=True, timeout=120,
     )  # fmt: skip
     record = directory / "results" / "slow.json"

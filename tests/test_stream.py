@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from perce import stream
-from perce.dataset import PairSource, pair_dataset
+from perce.data import stream
+from perce.data.dataset import pair_dataset
+from perce.data.pairing import PairSource
+from perce.data.pairs import PairBuilder
+from perce.data.rows import load_examples
+from perce.data.stream import PairStream
 from perce.errors import UserError
-from perce.pairs import PairBuilder
-from perce.rows import load_examples
-from perce.stream import PairStream
-from perce.summary import left_out_of_stream
-from perce.trainer import PerceTrainer
+from perce.training.summary import left_out_of_stream
+from perce.training.trainer import PerceTrainer
 from tests.test_trainer import arguments, logged, model_for
 from tests.tiny import tiny_tokenizer, write_jsonl
 
@@ -49,7 +50,7 @@ def test_a_pass_holds_every_pair_once_and_the_next_is_in_another_order(path):
     assert sorted(passes[0][:10]) == list(range(10)), "shuffled in blocks: a stream is not read to its end first"
     assert indices == taken(pair_stream(path), 3 * 23) != taken(pair_stream(path, seed=1), 3 * 23)
     rows = {row["example"]: row["input_ids"] for row in itertools.islice(pair_stream(path), 23)}
-    whole = pair_dataset(load_examples(path, "train").examples, PairBuilder(TOKENIZER, max_length=500))
+    whole = pair_dataset(load_examples(path, "train").all, PairBuilder(TOKENIZER, max_length=500))
     assert [rows[index] for index in range(23)] == whole["input_ids"][:]
 
 

@@ -13,8 +13,9 @@ import yaml
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from perce.config import parse_args
-from perce.train import fit_batch, main
+from perce.config.commands import parse_args
+from perce.train import main
+from perce.training.arguments import fit_batch
 from tests.tiny import write_jsonl
 from tests.training import ROWS, fails, model_directory, rows_file, training  # noqa: F401  fixtures
 

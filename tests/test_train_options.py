@@ -7,7 +7,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from perce.config import parse_args
+from perce.config.commands import parse_args
 from perce.errors import UserError
 from tests.tiny import write_jsonl
 from tests.training import ROWS, fails, model_directory, rows_file, training  # noqa: F401  fixtures
@@ -147,7 +147,7 @@ def test_output_directories(train, tmp_path, monkeypatch):
     (tmp_path / "taken" / "config.yaml").write_text("")
     fails(train(output_dir=tmp_path / "taken"), "--output_dir", "holds a run", "--resume")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("perce.model.load_tokenizer", lambda *_: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.hub.load_tokenizer", lambda *_: pytest.fail("found too late"))
     fails(train(output_dir=tmp_path / "file" / "run"), "--output_dir", "cannot be written")
     fails(train("--resume", output_dir=tmp_path / "fresh"), "--resume", "holds no run")
     monkeypatch.undo()
@@ -167,7 +167,7 @@ def test_read_only_output_directory(train, tmp_path):
 
 
 def test_a_bad_row_in_a_stream_leaves_a_checkpoint_behind(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("perce.stream.BLOCK", 1)
+    monkeypatch.setattr("perce.data.stream.BLOCK", 1)
     directory = tmp_path / "split"
     write_jsonl(directory / "train.jsonl", [*ROWS[:8], {"persona": "p", "query": "q", "response": ""}])
     write_jsonl(directory / "validation.jsonl", ROWS[8:])

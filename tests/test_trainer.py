@@ -13,11 +13,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
-from perce.config import DataConfig, LossConfig, MemoryConfig
+from perce.config.schema import DataConfig, LossConfig, MemoryConfig
 from perce.errors import UserError
-from perce.model import add_adapter, prepare_model
-from perce.scoring import counterfactual_hidden, token_statistics
-from perce.trainer import PerceArguments, PerceTrainer
+from perce.model.loading import add_adapter
+from perce.model.passes import counterfactual_hidden, token_statistics
+from perce.model.patch import prepare_model
+from perce.training.arguments import PerceArguments
+from perce.training.trainer import PerceTrainer
 from tests.ranks import finish_rank, result_of_ranks
 from tests.tiny import demo_pairs, save_tiny_model, tiny_model, tiny_tokenizer
 

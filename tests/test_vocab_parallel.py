@@ -18,8 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from perce_kernels import arguments as backend_arguments
-from perce_kernels import chunked, fused_perce_loss, ops, token_logprobs
+from perce_kernels import chunked, contract, fused_perce_loss, ops, token_logprobs
 from tests.device import LiveBytes
 from tests.numerics import (
     IGNORE,
@@ -173,7 +172,7 @@ def memory() -> None:
             driver.cut_of = lambda *_, cut=cut: cut
             gc.collect()
             with LiveBytes() as live:
-                out = driver.fused_perce_loss(call_of._replace(shard=shard), weighting, needed)
+                out = driver.sweep(call_of._replace(shard=shard), weighting, needed)
             extra = live.peak - sum(x.untyped_storage().nbytes() for x in out)
             expected = driver.extra_bytes(
                 n, D, mine.lm_head.shape[0], 4, cut=cut, way="fused", passes=1 if weights else 2, gathered=False,
@@ -293,7 +292,7 @@ def collectives(backend: str) -> None:
 @case("triton: a target that no check saw")
 def a_target_that_no_check_saw() -> None:
     """On a GPU an id outside the vocabulary is seen by an assertion that nobody waits for: NaN, not a number."""
-    check_target, backend_arguments.check_target = backend_arguments.check_target, lambda *_: None
+    check_target, contract.check_target = contract.check_target, lambda *_: None
     try:
         shards, inputs = Shards("three"), inputs_for("three", n=3, ignored=0.0)
         for token in (V, -1):
@@ -301,7 +300,7 @@ def a_target_that_no_check_saw() -> None:
             stats = shards.call(inputs, backend="triton").stats
             assert stats.logp.isnan().tolist() == stats.token_weight.isnan().tolist() == [False, True, False]
     finally:
-        backend_arguments.check_target = check_target
+        contract.check_target = check_target
 
 
 @for_both("opcheck", slow=("torch", "triton"))
@@ -311,12 +310,12 @@ def opcheck(backend: str) -> None:
     leaves = [x.clone().requires_grad_() for x in (mine.hidden, mine.lm_head, mine.bias)]
     placement = (backend, shards.group.group_name, shards.rows.start, V)
     torch.library.opcheck(
-        ops.fused_perce_loss,
+        ops.loss_op,
         (leaves[0], leaves[1], mine.target, mine.hidden_cf, None, None, leaves[2], 0.8, 5.0, "log", IGNORE, 9.0, 0.5,
          True, True, True, True, *placement),
     )  # fmt: skip
     torch.library.opcheck(
-        ops.token_logprobs,
+        ops.logprobs_op,
         (leaves[0], leaves[1], mine.target, leaves[2], IGNORE, 9.0, 0.5, False, True, *placement),
     )
 

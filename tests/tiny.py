@@ -8,9 +8,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from perce.data.pairs import ANCHOR, PairBuilder
+from perce.data.rows import Example, load_examples
 from perce.demo import DATA_DIR
-from perce.pairs import ANCHOR, PairBuilder
-from perce.rows import Example, load_examples
 
 VOCAB = 400
 
@@ -126,7 +126,7 @@ def save_tiny_model(directory: Path, architecture: str = "llama", chat_template:
 
 
 def demo_examples(count: int, split: str = "train") -> list[Example]:
-    return load_examples(DATA_DIR, split, limit=count).examples
+    return load_examples(DATA_DIR, split, limit=count).all
 
 
 def demo_pairs(count: int, **options: object) -> list[dict]:

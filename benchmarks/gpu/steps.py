@@ -39,18 +39,18 @@ def plan(device: str, objective: str, context: int) -> dict[str, float]:
     """What perce.plan says of such a step."""
     from transformers import AutoConfig
 
-    from perce.config import ModelConfig
-    from perce.plan import Config, estimate
-    from perce.plan_config import PlanConfig
-    from perce.plan_memory import UPDATE
+    from perce.config.commands import PlanOptions
+    from perce.config.schema import ModelConfig, StepConfig
+    from perce.planning.memory import UPDATE
+    from perce.planning.plans import step_cost
 
     query, response = QUERY_AND_RESPONSE[device]
-    options = PlanConfig(
+    options = StepConfig(
         context=context, query=query, response=response, activation_checkpointing=True, gradient_accumulation_steps=1,
         per_device_train_batch_size=1, objective=objective,
     )  # fmt: skip
-    config = Config(ModelConfig(lora_r=16, precision="bf16"), options)
-    planned = estimate(AutoConfig.for_model(**shape(device)), config, device)
+    config = PlanOptions(ModelConfig(lora_r=16, precision="bf16"), options)
+    planned = step_cost(AutoConfig.for_model(**shape(device)), config, device)
     # The allocator knows nothing of the context, and no optimiser has made its states here.
     phases = [
         {name: size for name, size in phase.items() if name not in NOT_HELD}
@@ -68,11 +68,13 @@ class Steps:
 
         from benchmarks.test_step import pair
         from benchmarks.trainers import _tokenizer
-        from perce.batch import collate
-        from perce.config import LossConfig, ModelConfig
-        from perce.memory import enable_checkpointing
-        from perce.model import add_adapter, lora_config, prepare_model
-        from perce.trainer import PerceArguments, PerceTrainer
+        from perce.config.schema import LossConfig, ModelConfig
+        from perce.data.batch import collate
+        from perce.model.loading import add_adapter, lora_config
+        from perce.model.memory import enable_checkpointing
+        from perce.model.patch import prepare_model
+        from perce.training.arguments import PerceArguments
+        from perce.training.trainer import PerceTrainer
 
         torch.manual_seed(0)
         with torch.device(device):

@@ -26,7 +26,7 @@ from benchmarks.gpu.child import Child, Unable
 from benchmarks.gpu.clock import clock_of
 from benchmarks.gpu.sizes import Size
 from benchmarks.implementations import make_inputs
-from perce_kernels import ops
+from perce_kernels import backends
 from perce_kernels.gpu import lse_gemm, row_halves, row_loss, stored_rows, tiles
 from perce_kernels.gpu.combine import Statistics
 from perce_kernels.gpu.cut import Cut, block_of, cut_of
@@ -276,7 +276,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if needed := ops.triton_needs(torch.device(device)):
+    if needed := backends.triton_lacks(torch.device(device)):
         sys.exit(f"benchmarks.gpu.tiles: expected {needed}")
     size, dtype = Size(options.n, options.d, options.v), getattr(torch, options.dtype)
     contest = Contest(options.kernel, size, dtype, device)

@@ -44,8 +44,7 @@ import torch
 from torch import Tensor
 
 from perce_kernels import chunked
-from perce_kernels.arguments import Call, Needed, Rows, Weighting
-from perce_kernels.chunked import PerCEOutput
+from perce_kernels.contract import Call, Needed, PerCEOutput, Rows, Weighting
 from perce_kernels.gpu import lse_gemm, tiles
 from perce_kernels.gpu.cut import Cut, block_of, cut_of
 from perce_kernels.gpu.product import pitch, product
@@ -144,11 +143,11 @@ def _outputs(call: Call, rows: _GpuRows, needed: Needed) -> PerCEOutput:
 
 
 @torch.no_grad()
-def fused_perce_loss(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
-    """chunked.fused_perce_loss on a GPU: same arguments, same outputs."""
+def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
+    """chunked.sweep on a GPU: same arguments, same outputs."""
     hidden, lm_head, bias, shard = call.hidden, call.lm_head, call.bias, call.shard
     if hidden.dtype == torch.float64:
-        return chunked.fused_perce_loss(call, weighting, needed)
+        return chunked.sweep(call, weighting, needed)
     with _on(hidden.device), chunked.full_fp32_matmul():
         rows = _GpuRows(call)
         out = _outputs(call, rows, needed)
@@ -232,11 +231,11 @@ def _scatter(rows: _GpuRows, per_token: list[Tensor], out: PerCEOutput) -> None:
 
 
 @torch.no_grad()
-def token_logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
-    """chunked.token_logprobs on a GPU: same arguments, same outputs; no logits are written at all."""
+def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
+    """chunked.logprobs on a GPU: same arguments, same outputs; no logits are written at all."""
     hidden, lm_head, shard = call.hidden, call.lm_head, call.shard
     if hidden.dtype == torch.float64:
-        return chunked.token_logprobs(call, return_entropy)
+        return chunked.logprobs(call, return_entropy)
     total = hidden.shape[0]
     with _on(hidden.device):
         rows = _GpuRows(call)

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from perce_kernels.arguments import Needed
+from perce_kernels.contract import Contrasting, Needed
 from perce_kernels.gpu import blocked, lse_gemm, row_halves, row_loss, stored_rows
 from perce_kernels.gpu.combine import Statistics
 from perce_kernels.gpu.product import pitch, product
-from perce_kernels.row_pass import Contrasting, Given, weigh
+from perce_kernels.row_pass import Given, weigh
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
 

@@ -1,0 +1,131 @@
+"""The options of each command: which sections of the schema it has, and what --help says of it.
+
+Neither torch nor transformers is imported here, so that `--help` answers at once. Any other TrainingArguments field can
+be given to train by its Hugging Face name (`--weight_decay 0.1`); those are checked once transformers is loaded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perce.config.options import Command, flat, number, read_yaml
+from perce.config.schema import (
+    CONFIG_NAME,
+    DataConfig,
+    EvaluateConfig,
+    InferenceConfig,
+    LossConfig,
+    MemoryConfig,
+    ModelConfig,
+    RunConfig,
+    ScoreConfig,
+    SplitConfig,
+    StepConfig,
+)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Of `python -m perce.train`; `extra` are TrainingArguments fields by their Hugging Face names."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, as in a YAML file."""
+        return flat(self) | self.extra
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """A model and the examples that it is asked about: what score and evaluate share."""
+
+    model: InferenceConfig
+    data: DataConfig
+    examples: SplitConfig
+
+
+@dataclass(frozen=True)
+class ScoreOptions(InferenceOptions):
+    """Of `python -m perce.score`."""
+
+    score: ScoreConfig
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(InferenceOptions):
+    """Of `python -m perce.evaluate`."""
+
+    evaluate: EvaluateConfig
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Of `python -m perce.plan`."""
+
+    model: ModelConfig
+    step: StepConfig
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+
+TRAIN: Command[TrainOptions] = Command(
+    "python -m perce.train",
+    "Fine-tune a causal language model with the PerCE loss. Without arguments: a small model on the built-in examples, "
+    "in minutes, on CPU or GPU.",
+    TrainOptions,
+    extra="TrainingArguments field",
+)
+
+
+def is_training_option(name: str) -> bool:
+    """Whether `python -m perce.train` knows it: its recipes may be given to the other commands too."""
+    if name in TRAIN.fields:
+        return True
+    from transformers import TrainingArguments
+
+    return name in TrainingArguments.__dataclass_fields__
+
+
+SCORE: Command[ScoreOptions] = Command(
+    "python -m perce.score",
+    "Score every token of the replies with PerContrast: its log-probability with the persona and without it. Without "
+    "arguments: the default model on the built-in test examples, in the terminal.",
+    ScoreOptions,
+    passes_over=is_training_option,
+)
+EVALUATE: Command[EvaluateOptions] = Command(
+    "python -m perce.evaluate",
+    "Evaluate a model on a split: losses with, without and with a wrong persona, on personal and other tokens; ROUGE, "
+    "METEOR and persona use of generated replies; bootstrap intervals; comparison of two models.",
+    EvaluateOptions,
+    passes_over=is_training_option,
+)
+PLAN: Command[PlanOptions] = Command(
+    "python -m perce.plan",
+    "Peak memory and least time of a training step, the largest context that fits, and what each option buys. Reads "
+    "the model's config.json only.",
+    PlanOptions,
+    passes_over=is_training_option,
+    renames={"max_length": "context"},
+)
+
+
+def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainOptions, bool]:
+    """(options of train, whether --print_config was given). Flags win over the YAML file, which wins over `defaults`.
+
+    `defaults` are used where neither names a model nor data; see demo/recipe.yaml. `--resume` without `--config` starts
+    from the options saved in the run directory.
+    """
+    parsed = TRAIN.parse(argv)
+    raw = parsed.raw
+    if number(raw.get("resume")) is True and raw.get("output_dir") and not parsed.config_file:
+        saved = Path(raw["output_dir"]).expanduser() / CONFIG_NAME
+        raw = (read_yaml(str(saved)) if saved.is_file() else {}) | raw
+    if raw.get("model") is None and raw.get("data") is None:
+        raw = dict(defaults) | raw
+    return TRAIN.build(raw), parsed.print_config

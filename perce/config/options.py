@@ -1,0 +1,266 @@
+"""Command lines and YAML files out of dataclasses: every command's options are fields, and --help is their docs.
+
+    sections   frozen dataclasses whose fields carry `option(default, help)`; a dataclass of sections is a command's
+    flags      --name value, --name=value, --with-dashes, a bare --flag for booleans
+    --config   a flat YAML file of the same names; flags win over it
+
+Neither torch nor transformers is imported here, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from perce.errors import UserError
+
+Chosen = TypeVar("Chosen")
+"""The dataclass of a command's options."""
+
+
+def option(default: Any, help: str, metavar: str | None = None) -> Any:
+    """A dataclass field that is an option of a command."""
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+def require(condition: bool, name: str, expected: str, got: Any) -> None:
+    """UserError unless an option's value is what was expected."""
+    if not condition:
+        raise UserError(f"{name}: expected {expected}, got {got!r}.")
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a command line and its YAML file say: raw values by option, and what concerns the command itself."""
+
+    raw: dict[str, Any]
+    config_file: str | None
+    print_config: bool
+    passed_over: list[str]
+    """Options of the file that are another command's."""
+
+
+@dataclass(frozen=True)
+class Command(Generic[Chosen]):
+    """What a command is called, and the dataclass that its options become.
+
+    options: a dataclass whose fields are sections, each the name of a group in --help. extra: what other options,
+    passed on by name into its field `extra`, are called in --help and in errors ("" where every option must be a
+    field). passes_over: whether a name in a file is an option of another command, whose files are read here too.
+    renames: what that command's names are called here.
+    """
+
+    prog: str
+    description: str
+    options: type[Chosen]
+    extra: str = ""
+    passes_over: Callable[[str], bool] | None = None
+    renames: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sections(self) -> dict[str, type]:
+        hints = typing.get_type_hints(self.options)
+        return {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+
+    @property
+    def fields(self) -> dict[str, "dataclasses.Field[Any]"]:
+        return {item.name: item for cls in self.sections.values() for item in dataclasses.fields(cls)}
+
+    @property
+    def types(self) -> dict[str, Any]:
+        return {name: hint for cls in self.sections.values() for name, hint in typing.get_type_hints(cls).items()}
+
+    def parse(self, argv: Sequence[str]) -> Parsed:
+        """Flags over the file of --config; UserError for what is neither."""
+        namespace, rest = self._parser().parse_known_args([_underscored(argument) for argument in argv])
+        flags = {name: value for name, value in vars(namespace).items() if value is not None}
+        config_file, print_config = flags.pop("config", None), flags.pop("print_config", False)
+        flags |= _extra_flags(rest)
+        file = read_yaml(config_file) if config_file else {}
+        if self.passes_over:
+            hints = self.types
+            file = {self.renames.get(name, name): value for name, value in file.items()}
+            # What that command leaves open ("null: by length") is decided by the default here.
+            file = {k: v for k, v in file.items() if v is not None or k not in hints or _is_optional(hints[k])}
+        unused = [name for name in file if name not in self.fields and self.passes_over and self.passes_over(name)]
+        raw = {name: value for name, value in file.items() if name not in unused} | flags
+        return Parsed(raw, config_file, print_config, unused)
+
+    def build(self, raw: Mapping[str, Any]) -> Chosen:
+        """The options from raw values, converted and checked."""
+        fields, hints = self.fields, self.types
+        extra = {name: number(value) for name, value in raw.items() if name not in fields}
+        if extra and not self.extra:
+            raise self.unknown(next(iter(extra)))
+        values = {name: _convert(name, hints[name], value) for name, value in raw.items() if name in fields}
+        sections = {
+            section: cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+            for section, cls in self.sections.items()
+        }
+        return self.options(**sections, **({"extra": extra} if self.extra else {}))
+
+    def main(self, run: Callable[[Chosen], None]) -> Callable[..., int]:
+        """main(argv): run the command, or print its options. Exit code 0, or 2 after one paragraph on stderr when the
+        user can put something right."""
+
+        def main(argv: Sequence[str] | None = None) -> int:
+            try:
+                parsed = self.parse(sys.argv[1:] if argv is None else argv)
+                options = self.build(parsed.raw)
+                if parsed.passed_over:
+                    print(f"{parsed.config_file}: not used here: {', '.join(parsed.passed_over)}", file=sys.stderr)
+                if parsed.print_config:
+                    print(dump_yaml(flat(options)), end="")
+                else:
+                    run(options)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            return 0
+
+        return main
+
+    def unknown(self, name: str, known: Sequence[str] = ()) -> UserError:
+        """The error for an option that nobody knows, with the nearest names."""
+        near = difflib.get_close_matches(name, dict.fromkeys([*self.fields, *known]), n=2)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        others = f" ours; any {self.extra} works too" if self.extra else " all"
+        return UserError(f"{name}: unknown option.{hint} `--help` lists{others}.")
+
+    def _parser(self) -> argparse.ArgumentParser:
+        parser = _Parser(prog=self.prog, description=self.description, allow_abbrev=False)
+        if self.extra:
+            parser.epilog = f"Any other {self.extra} can be given by its own name, such as --weight_decay 0.1."
+        parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
+        parser.add_argument(
+            "--print_config", action="store_true", default=None, help="print the resolved options and stop"
+        )
+        hints = self.types
+        for section, cls in self.sections.items():
+            group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
+            for item in dataclasses.fields(cls):
+                hint = hints[item.name]
+                default = "" if item.default is None or item.default is False else f" [{_written(item.default)}]"
+                help = (item.metadata["help"] + default).replace("%", "%%")
+                kind = {"nargs": "?", "const": "true"} if hint is bool else {}
+                metavar = item.metadata.get("metavar") or _metavar(hint)
+                group.add_argument(f"--{item.name}", help=help, metavar=metavar, **kind)  # type: ignore[arg-type]
+        return parser
+
+
+def flat(options: Any) -> dict[str, Any]:
+    """The values of all sections by option, as in a YAML file."""
+    sections = [section for section in vars(options).values() if dataclasses.is_dataclass(section)]
+    return {name: value for section in sections for name, value in vars(section).items()}
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """A flat YAML mapping; `1e-5` is a number here, as people expect and YAML 1.1 does not."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UserError(f"--config {path}: expected `option: value` lines, got {type(content).__name__}.")
+    return {name.replace("-", "_"): number(value) for name, value in content.items()}
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message[0].upper()}{message[1:]}. `--help` lists the options.")
+
+
+def _written(value: Any) -> str:
+    """As on a command line and in YAML."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _metavar(hint: Any) -> str:
+    plain = _plain_type(hint)
+    if typing.get_origin(plain) is Literal:
+        return "|".join(typing.get_args(plain))
+    return {bool: "true|false", int: "N", float: "X"}.get(plain, "VALUE")
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
+
+
+def _extra_flags(rest: Sequence[str]) -> dict[str, Any]:
+    """`--name value`, `--name=value` and bare `--name` that the parser does not know."""
+    extra: dict[str, Any] = {}
+    arguments = list(rest)
+    while arguments:
+        flag = arguments.pop(0)
+        if not flag.startswith("--"):
+            raise UserError(f"{flag}: expected an option that starts with --. `--help` lists the options.")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
+        extra[name] = number(value)
+    return extra
+
+
+def number(value: Any) -> Any:
+    """Strings that are numbers or booleans, as YAML and TrainingArguments want them."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for cast in (int, float):
+        try:
+            return cast(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _is_optional(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _plain_type(hint: Any) -> type:
+    if _is_optional(hint):
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    return hint
+
+
+def _convert(name: str, hint: Any, value: Any) -> Any:
+    """A flag's string or a YAML scalar → the field's type."""
+    plain, optional = _plain_type(hint), _is_optional(hint)
+    if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
+        require(optional, name, f"a value of type {getattr(plain, '__name__', plain)}", value)
+        return None
+    if typing.get_origin(plain) is Literal:
+        require(value in typing.get_args(plain), name, "one of " + ", ".join(typing.get_args(plain)), value)
+        return value
+    if plain is str:
+        return json.dumps(value) if isinstance(value, dict) else str(value)
+    converted = number(value)
+    fits = {
+        bool: isinstance(converted, bool),
+        int: isinstance(converted, int | float) and not isinstance(converted, bool) and float(converted).is_integer(),
+        float: isinstance(converted, int | float) and not isinstance(converted, bool),
+    }[plain]
+    require(fits, name, {bool: "true or false", int: "a whole number", float: "a number"}[plain], value)
+    return plain(converted)

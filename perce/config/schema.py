@@ -1,0 +1,378 @@
+"""Sections of options as dataclasses; commands.py says which command has which.
+
+Neither torch nor transformers is imported here, so that `--help` answers at once.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from perce.config.options import option as _option
+from perce.config.options import require as _require
+
+CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
+MODEL = "DIR|HUB_ID"
+BACKEND = (
+    "what computes losses and log-probabilities: triton, torch, reference (all logits of the response in memory) or "
+    "auto: what PERCE_BACKEND in the environment says, else triton on a GPU that it supports and torch elsewhere"
+)
+
+
+def _check_clip(low: float, high: float) -> None:
+    valid = 0 <= low <= high < float("inf")
+    _require(valid, "clip_min, clip_max", "finite numbers, 0 <= min <= max", (low, high))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    model: str | None = _option(
+        None, "directory or Hub id of a causal language model; default: SmolLM2-135M-Instruct", MODEL
+    )
+    lora_r: int = _option(16, "LoRA rank; 0 trains all weights, as the run without arguments does")
+    lora_alpha: int = _option(32, "LoRA scale is lora_alpha / lora_r")
+    lora_dropout: float = _option(0.0, "dropout inside the adapters, in [0, 1)")
+    load_in_4bit: bool = _option(False, "quantise the frozen base to 4 bits with bitsandbytes")
+    precision: Literal["auto", "fp32", "bf16"] = _option(
+        "auto", "arithmetic; auto: bf16 where the device has it natively"
+    )
+    attn_implementation: str | None = _option(
+        None,
+        "sdpa, flash_attention_2, eager, …; default: flash_attention_2 where it is installed, else the model's own",
+    )
+    backend: str = _option("auto", BACKEND, "NAME")
+
+    def __post_init__(self) -> None:
+        _require(self.lora_r >= 0, "lora_r", ">= 0", self.lora_r)
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows, and how they become token pairs."""
+
+    data: str | None = _option(None, "file, directory or Hub id; default: the built-in examples", "DATA")
+    format: str = _option("auto", "row format (docs/DATA.md has their names); auto: detected from the fields", "NAME")
+    columns: str | None = _option(None, "rename fields, such as persona=profile,response=output", "OURS=THEIRS,…")
+    skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
+    streaming: bool = _option(
+        False, "read rows while they are used instead of before; training needs --max_steps and a validation split"
+    )
+    max_length: int = _option(
+        5000, "longest sequence in tokens; persona entries are dropped from the end until it fits, documents are cut"
+    )
+    retriever: Literal["bm25", "dense", "recency", "none"] = _option(
+        "bm25",
+        "which passages of a user's history (LongLaMP, LaMP) the prompt shows: those with the request's words, with a "
+        "similar embedding, the latest; none: all, the latest first",
+    )
+    retriever_model: str | None = _option(
+        None, "directory or Hub id of a mean-pooled encoder, for dense; default: facebook/contriever", MODEL
+    )
+    retrieve_k: int = _option(4, "number of passages to show, best first")
+    chat_template_kwargs: str | None = _option(
+        None, 'JSON for the chat template, such as {"enable_thinking": false}', "JSON"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 16, "max_length", ">= 16", self.max_length)
+        _require(self.retrieve_k >= 1, "retrieve_k", ">= 1", self.retrieve_k)
+        dense = self.retriever == "dense" or self.retriever_model is None
+        _require(dense, "retriever_model", "--retriever dense beside it", f"--retriever {self.retriever}")
+        self.column_names()
+        self.template_kwargs()
+
+    def column_names(self) -> dict[str, str] | None:
+        if self.columns is None:
+            return None
+        pairs = [item.partition("=") for item in self.columns.split(",")]
+        valid = all(name and source for name, _, source in pairs)
+        _require(valid, "columns", "name=column,name=column", self.columns)
+        return {name.strip(): source.strip() for name, _, source in pairs}
+
+    def template_kwargs(self) -> dict[str, Any]:
+        try:
+            value = json.loads(self.chat_template_kwargs or "{}")
+        except json.JSONDecodeError:
+            value = None
+        _require(isinstance(value, dict), "chat_template_kwargs", "a JSON object", self.chat_template_kwargs)
+        return value
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised."""
+
+    objective: Literal["perce", "ce", "lossce", "entce", "longce"] = _option(
+        "perce",
+        "weights from PIR; none (plain cross-entropy); from a token's own loss or predictive entropy; or LongCE, on "
+        "documents instead of personas",
+    )
+    estimate: Literal["online", "epoch", "frozen"] = _option(
+        "online", "when weights are estimated: each step, at each epoch's start, or once by the initial model"
+    )
+    clip_min: float = _option(None, "lower bound m of a token's weight; default: 0.8 (the paper); 0 for longce")
+    clip_max: float = _option(5.0, "upper bound M of a token's weight (the paper: 5)")
+    contrast: Literal["log", "ratio"] = _option(
+        None, "weight = clip(pir), or clip(exp(pir)); default: log; ratio for longce"
+    )
+    clip_schedule: Literal["constant", "rising", "falling"] = _option(
+        "constant",
+        "rising: both bounds of the clip begin at 1, which is cross-entropy, and reach clip_min and clip_max at the "
+        "last step; falling: the other way",
+    )
+    normalize: Literal["none", "batch", "sequence"] = _option(
+        "none", "rescale weights to mean 1 over each step's batch or each sequence"
+    )
+    short_context: int = _option(4096, "longce: tokens of the short context (the authors' code: 4096)")
+    short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context (theirs: 1024)")
+
+    def __post_init__(self) -> None:
+        longce = self.objective == "longce"
+        for name, default in (("clip_min", 0.0 if longce else 0.8), ("contrast", "ratio" if longce else "log")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name in ("short_context", "short_stride"):
+            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        _check_clip(self.clip_min, self.clip_max)
+        for name, default in (("estimate", "online"), ("clip_schedule", "constant")):
+            fits = self.objective != "ce" or getattr(self, name) == default
+            _require(fits, name, f"{default} with --objective ce, which has no weights", getattr(self, name))
+
+    def at(self, progress: float) -> "LossConfig":
+        """What is minimised at this place of the run, from 0 (its first step) to 1 (its last).
+
+        Both bounds move on straight lines between 1, where every weight is 1, and clip_min or clip_max.
+        """
+        if self.clip_schedule == "constant":
+            return self
+        share = progress if self.clip_schedule == "rising" else 1 - progress
+        low, high = (share * bound + (1 - share) for bound in (self.clip_min, self.clip_max))
+        return replace(self, clip_min=low, clip_max=high)
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What long contexts trade for memory; see also activation_checkpointing."""
+
+    persona_grad: Literal["full", "none"] = _option(
+        "full", "none: the prompt through the persona gives keys and values without a gradient, same loss"
+    )
+    mlp_tile: int = _option(0, "run each MLP on so many tokens at a time, recomputed in backward; 0: on all at once")
+    activation_offload: bool = _option(
+        False, "hold the inputs of checkpointed layers in host memory; GPU and activation_checkpointing only"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.mlp_tile >= 0, "mlp_tile", ">= 0", self.mlp_tile)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How it is trained. Names that TrainingArguments has too mean the same."""
+
+    output_dir: str | None = _option(None, "run directory; default: runs/NAME, numbered when taken", "DIR")
+    resume: bool = _option(False, "continue from the newest whole checkpoint in output_dir")
+    num_train_epochs: float = _option(3.0, "passes over the training examples (the paper: 3)")
+    max_steps: int = _option(-1, "optimiser steps instead of epochs; -1: epochs")
+    learning_rate: float | None = _option(None, "peak; default: 2e-5 for all weights, 2e-4 for LoRA")
+    warmup_steps: float = _option(0.1, "linear warm-up, in steps, or below 1 as a share of all steps")
+    per_device_train_batch_size: int | None = _option(
+        None, "sequences per forward pass; default: by length, see accumulation"
+    )
+    gradient_accumulation_steps: int | None = _option(
+        None, "forward passes per optimiser step; default: as many as give 8 sequences per device"
+    )
+    tokens_per_batch: int | None = _option(
+        None, "tokens per forward pass, padding included, instead of a number of sequences; a step is then "
+        "gradient_accumulation_steps (default: 1) such passes on each device",
+    )  # fmt: skip
+    packing: bool = _option(
+        False, "put the sequences of a forward pass into one row without padding; needs --attn_implementation "
+        "flash_attention_2, flash_attention_3 or flex_attention and a GPU",
+    )  # fmt: skip
+    eval_examples: int | None = _option(
+        None, "validation examples per evaluation; 0: all; default: 64, on a CPU fewer (at most 20,000 tokens)"
+    )
+    eval_steps: float | None = _option(None, "evaluate every so many steps; default: each epoch's end")
+    save_steps: float = _option(500, "checkpoint every so many steps; 0: none but the final model")
+    logging_steps: float = _option(10, "log every so many steps")
+    report_examples: int = _option(8, "validation responses shown token by token in report.html")
+    activation_checkpointing: bool = _option(False, "recompute activations in backward: less memory, about 30 % slower")
+    seed: int = _option(42, "seed of data order, dropout and LoRA initialisation")
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_batch"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, ">= 1", value)
+        sequences, tokens = self.per_device_train_batch_size, self.tokens_per_batch
+        one = "per_device_train_batch_size or tokens_per_batch"
+        _require(sequences is None or tokens is None, one, "one of them", (sequences, tokens))
+        for name in ("eval_examples", "report_examples", "save_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, name, ">= 0", value)
+        for name in ("logging_steps", "learning_rate", "eval_steps"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, "> 0", value)
+        _require(self.max_steps != 0 and self.max_steps >= -1, "max_steps", ">= 1, or -1", self.max_steps)
+        _require(0 < self.num_train_epochs < 1e6, "num_train_epochs", "> 0", self.num_train_epochs)
+        _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """The model that is asked."""
+
+    model: str | None = _option(
+        None,
+        "directory or Hub id of a causal language model or of a LoRA adapter; default: SmolLM2-135M-Instruct",
+        MODEL,
+    )
+    precision: Literal["auto", "fp32", "bf16"] = _option(
+        "auto", "arithmetic; auto: bf16 on a GPU that has it natively, else fp32"
+    )
+    attn_implementation: str | None = _option(
+        None, "sdpa, flash_attention_2, eager, …; default: the model's own choice"
+    )
+    backend: str = _option("auto", BACKEND, "NAME")
+    batch_size: int = _option(8, "sequences per forward pass, at most; fewer where they are long")
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Which examples."""
+
+    split: Literal["train", "validation", "test", "held_out"] | None = _option(
+        None,
+        "held_out: the tenth of the users that training without a validation split leaves out; default: the first of "
+        "test, validation and train that the data has",
+    )
+    limit: int | None = _option(None, "the first so many examples; default: all")
+    sample: int | None = _option(None, "so many examples, drawn at random from the whole split")
+    split_seed: int | None = _option(
+        None,
+        "seed of sample (default: 42); of held_out, the --seed of the training (default: that of the run in --model)",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "sample"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, ">= 1", value)
+        both = (self.limit, self.sample)
+        _require(None in both, "limit, sample", "one of them", both)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What is computed and where it is written."""
+
+    clip_min: float = _option(0.8, "lower bound m of a token's weight")
+    clip_max: float = _option(5.0, "upper bound M of a token's weight")
+    contrast: Literal["log", "ratio"] = _option("log", "weight = clip(pir), or clip(exp(pir)) (LongCE)")
+    labels: bool = _option(False, "how well PIR finds personal tokens, beside word matching, loss and entropy")
+    output: str | None = _option(None, "HTML page: every token tinted by its weight", "FILE")
+    jsonl: str | None = _option(
+        None, "one JSON object per example: ids, log-probabilities, PIR, weights; resumable", "FILE"
+    )
+    summary: str | None = _option(None, "JSON of the whole: means, shares at the clip, token identification", "FILE")
+    shown: int = _option(50, "examples in the HTML page")
+    terminal: int = _option(3, "examples shown in the terminal")
+
+    def __post_init__(self) -> None:
+        _check_clip(self.clip_min, self.clip_max)
+        for name in ("shown", "terminal"):
+            _require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured and where it is written."""
+
+    generate: bool = _option(True, "write replies too, and score them; false: losses only")
+    temperature: float = _option(0.4, "sampling temperature (the paper: 0.4); 0: greedy")
+    max_new_tokens: int = _option(512, "longest reply in tokens (the paper: 512)")
+    output: str | None = _option(
+        None, "JSON of the result, such as e.json; e.jsonl beside it has the examples, and is resumed", "FILE"
+    )
+    compare_with: str | None = _option(
+        None, "result of another model on the same examples: differences, p-values", "FILE"
+    )
+    seed: int = _option(42, "seed of sampling, and of whose persona is swapped in")
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature < float("inf"), "temperature", ">= 0", self.temperature)
+        _require(not (self.output or "").endswith(".jsonl"), "output", "a name for JSON, such as e.json", self.output)
+        _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
+        _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
+
+
+MEMORY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """The step that is planned. Names that `python -m perce.train` has too mean the same."""
+
+    context: int = _option(4096, "tokens of a factual sequence: persona, query and response")
+    query: int = _option(128, "tokens of it that the counterfactual prompt keeps: chat template, query")
+    response: int = _option(512, "tokens of it that are the response")
+    per_device_train_batch_size: int = _option(1, "sequences per forward pass")
+    gradient_accumulation_steps: int | None = _option(
+        None, "forward passes per optimiser step; default: as many as give 8 sequences per device"
+    )
+    objective: Literal["perce", "ce", "lossce", "entce", "longce"] = _option(
+        "perce", "perce and longce have a counterfactual pass, the others (and --estimate epoch or frozen) have not; "
+        "for longce --context is a document's length",
+    )  # fmt: skip
+    short_context: int = _option(4096, "longce: tokens of the short context")
+    short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context")
+    activation_checkpointing: bool = _option(False, "recompute activations in backward")
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "where it is to run; auto: cuda where there is one or --gpu_memory is given"
+    )
+    devices: int = _option(1, "how many; each takes its own sequences")
+    sharding: Literal["none", "full"] = _option(
+        "none", "full: weights, gradients and optimiser states divided over the devices (FSDP)"
+    )
+    gpu_memory: str | None = _option(
+        None, "memory of one device, such as 80GiB: what fits, and the largest context", "SIZE"
+    )
+    tflops: float | None = _option(None, "matmul rate of one device, 1e12 FLOP/s; default: measured here in a second")
+    json: str | None = _option(None, "the whole plan as JSON", "FILE")
+
+    def __post_init__(self) -> None:
+        for name in ("query", "response", "per_device_train_batch_size", "devices", "short_context", "short_stride"):
+            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        steps = self.gradient_accumulation_steps
+        _require(steps is None or steps >= 1, "gradient_accumulation_steps", ">= 1", steps)
+        least = self.query + self.response + 1
+        if self.objective == "longce":
+            _require(self.context >= 2, "context", ">= 2", self.context)
+        else:
+            _require(self.context >= least, "context", f">= {least} (query + response + a persona)", self.context)
+        _require(self.tflops is None or 0 < self.tflops < float("inf"), "tflops", "> 0", self.tflops)
+        _require(self.sharding == "none" or self.devices > 1, "sharding", "none with one device", self.sharding)
+        _require(self.memory_bytes() is None or self.device != "cpu", "gpu_memory", "--device cuda", "--device cpu")
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes per optimiser step."""
+        return self.gradient_accumulation_steps or max(8 // self.per_device_train_batch_size, 1)
+
+    @property
+    def has_counterfactual_pass(self) -> bool:
+        return self.objective in ("perce", "longce")
+
+    def memory_bytes(self) -> int | None:
+        """--gpu_memory in bytes."""
+        if self.gpu_memory is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", self.gpu_memory.strip().lower())
+        size = int(float(match[1]) * MEMORY_UNITS.get(match[2], 0)) if match else 0
+        _require(size > 0, "gpu_memory", "a size with its unit, such as 80GiB or 24GB", self.gpu_memory)
+        return size

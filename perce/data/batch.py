@@ -1,0 +1,89 @@
+"""Pairs → one batch of tensors: two token matrices and, flattened over the batch, the N response tokens.
+
+Sequences stand in a row each, padded on the right, without an attention mask: under causal attention no real token can
+see a pad after it. A mask would make sdpa build a (T, T) matrix a sequence, and leave its fast path.
+
+Packed, they stand in a single row one after the other, without padding, and position_ids begin again at 0 with each:
+flash and flex attention tell the sequences apart by that.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perce.data.pairs import counterfactual_pieces
+
+Batch = dict[str, Tensor]
+Piece = tuple[Sequence[int], int]  # ids, and how many of the last ones are predicted
+
+
+def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0, packing: bool = False) -> Batch:
+    """Columns of Pair → tensors.
+
+    Returns:
+        input_ids (B, T), input_ids_cf (B_cf, T_cf): factual and counterfactual inputs, the last token left off; packed,
+            (1, sum of lengths), with position_ids and position_ids_cf of the same shapes.
+        rows, rows_cf (N,): rows of the flattened hidden states that predict the response tokens.
+        target (N,): those tokens, identical for both passes by construction.
+        prefix (B, 2): tokens of each factual input through its persona, and tokens of it in all.
+        sequence (N,): which of the B sequences each belongs to. personal (N,): bool.
+        tokens (): factual tokens without padding. example (B,): index into the examples, -1 where the pairs have none.
+    """
+    factual = [(list(pair["input_ids"]), pair["response_length"]) for pair in pairs]
+    counterfactual = [piece for pair in pairs for piece in counterfactual_pieces(pair)]
+    batch: Batch = {}
+    for suffix, pieces in (("", factual), ("_cf", counterfactual)):
+        arranged = _pack(pieces) if packing else _pad(pieces, pad_id)
+        batch |= {f"{name}{suffix}": tensor for name, tensor in arranged.items()}
+    lengths = torch.tensor([length for _, length in factual])
+    batch["target"] = torch.tensor([token for ids, length in factual for token in ids[-length:]], dtype=torch.int64)
+    if not packing and all("persona_span" in pair for pair in pairs):
+        # At least the token that predicts the response's first is behind the prefix.
+        batch["prefix"] = torch.tensor(
+            [
+                (min(pair["persona_span"][1], len(ids) - length - 1), len(ids) - 1)
+                for pair, (ids, length) in zip(pairs, factual, strict=True)
+            ]
+        )
+    batch["sequence"] = torch.repeat_interleave(torch.arange(len(pairs)), lengths)
+    batch["personal"] = torch.tensor([flag for pair in pairs for flag in pair["personal"]], dtype=torch.bool)
+    batch["example"] = torch.tensor([pair.get("example", -1) for pair in pairs])
+    batch["tokens"] = torch.tensor(sum(len(ids) for ids, _ in factual))
+    return batch
+
+
+def token_inputs(batch: Batch, suffix: str = "") -> Batch:
+    """What the model's own forward takes of a batch, for the factual pass or ("_cf") the counterfactual one."""
+    names = ("input_ids", "position_ids")
+    return {name: batch[name + suffix] for name in names if name + suffix in batch}
+
+
+def _pad(pieces: Sequence[Piece], pad_id: int) -> Batch:
+    width = max(len(ids) for ids, _ in pieces) - 1
+    matrix = [[*ids[:-1], *[pad_id] * (width - len(ids) + 1)] for ids, _ in pieces]
+    return {
+        "input_ids": torch.tensor(matrix, dtype=torch.int64),
+        "rows": _rows(pieces, range(0, width * len(pieces), width)),
+    }
+
+
+def _pack(pieces: Sequence[Piece]) -> Batch:
+    starts = [0, *accumulate(len(ids) - 1 for ids, _ in pieces)][:-1]
+    return {
+        "input_ids": torch.tensor([[token for ids, _ in pieces for token in ids[:-1]]], dtype=torch.int64),
+        "position_ids": torch.cat([torch.arange(len(ids) - 1) for ids, _ in pieces])[None],
+        "rows": _rows(pieces, starts),
+    }
+
+
+def _rows(pieces: Sequence[Piece], starts: Sequence[int]) -> Tensor:
+    """(N,) places that predict the last ids of each piece, which begins at its start in the flattened matrix."""
+    return torch.cat(
+        [
+            torch.arange(start + len(ids) - 1 - predicted, start + len(ids) - 1)
+            for start, (ids, predicted) in zip(starts, pieces, strict=True)
+        ]
+    )

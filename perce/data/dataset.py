@@ -1,0 +1,108 @@
+"""Examples → `datasets` of token pairs: built once, cached on disk, the same on every machine.
+
+The cache's key is a fingerprint of everything that pairs depend on: texts, tokenizer, limits, retriever, and the
+version of the code that picks and pairs.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow.compute
+from datasets import Dataset, Features, Value
+from datasets import List as ListOf
+
+from perce.config.schema import DataConfig, LossConfig
+from perce.data.documents import DocumentBuilder
+from perce.data.pairing import PERCE, Builder, PairSource, make_builder
+from perce.data.pairs import PairBuilder
+from perce.data.rows import Examples, Record
+from perce.data.sources import Source
+from perce.errors import UserError
+
+PAIRS_VERSION = 1
+"""Of the code that makes pairs of examples; a test fails when the pairs change and this does not."""
+
+_COMMON = {
+    "input_ids": ListOf(Value("int32")),
+    "response_length": Value("int32"),
+    "personal": ListOf(Value("bool")),
+    "example": Value("int32"),
+}
+_PERSONA = {
+    "persona_span": ListOf(Value("int32")),
+    "passages": ListOf(Value("int32")),
+    "dropped_passages": Value("int32"),
+}
+FEATURES = {
+    PairBuilder: Features(_COMMON | _PERSONA),
+    DocumentBuilder: Features({**_COMMON, "windows": ListOf(ListOf(Value("int32")))}),
+}
+
+
+def pair_dataset(examples: Sequence[Record], builder: Builder, *, skip_bad_rows: bool = False) -> Dataset:
+    """Pairs of all examples, in order; an example that cannot be built raises UserError, or is left out.
+
+    The column `example` is the index into `examples`, so that texts need not be stored again.
+    """
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return Dataset.from_generator(
+            _generate,
+            features=FEATURES[type(builder)],
+            fingerprint=_fingerprint(examples, builder, skip_bad_rows),
+            gen_kwargs={"source": PairSource(examples, builder, skip_bad_rows)},
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def rows_dataset_pairs(
+    dataset: Any, name: str, tokenizer: Any, config: DataConfig, loss: LossConfig = PERCE
+) -> Dataset:  # fmt: skip
+    """Pairs of a `datasets.Dataset` (or a list) of raw rows in any supported format."""
+    source = Source(name, name, lambda: ((f" row {number}", row) for number, row in enumerate(dataset, start=1)))
+    examples = Examples(source, config.format, config.column_names() or {}, config.skip_bad_rows, None)
+    read = examples.all  # the format is known from here on
+    return pair_dataset(
+        read, make_builder(tokenizer, config, examples.format, loss), skip_bad_rows=config.skip_bad_rows
+    )
+
+
+def _generate(source: PairSource) -> Iterator[dict[str, Any]]:
+    built = False
+    for index, example in enumerate(source.examples):
+        for row in source.build(index, example):
+            built = True
+            yield row
+    if not built:
+        raise UserError(source.nothing_left())
+
+
+def _fingerprint(examples: Sequence[Record], builder: Builder, skip_bad_rows: bool) -> str:
+    """Of the texts, the tokenizer, the limits, the retriever with its model, and the code that picks and pairs."""
+    tokenizer = builder.tokenizer
+    parts = [
+        PAIRS_VERSION, repr(FEATURES), repr(list(examples)), skip_bad_rows, builder.settings,
+        tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, tokenizer.backend_tokenizer.to_str(),
+    ]  # fmt: skip
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{part}\0".encode())
+    return digest.hexdigest()[:32]
+
+
+def sequence_lengths(dataset: Any) -> list[int]:
+    """Tokens of each factual sequence of a dataset of pairs."""
+    if not isinstance(dataset, Dataset):
+        return [len(pair["input_ids"]) for pair in dataset]
+    return [n for column in token_ids(dataset) for n in pyarrow.compute.list_value_length(column).to_pylist()]
+
+
+def token_ids(dataset: Dataset) -> Iterator[Any]:
+    """The column input_ids, of the rows that are selected, in pieces: `dataset.data` has the rows that are not, too."""
+    for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
+        yield table["input_ids"]

@@ -1,0 +1,135 @@
+"""Embeddings of texts by a BERT-like encoder, for dense retrieval.
+
+    e(text) = mean of the last hidden states over the text's own tokens      (D,)
+    score   = e(query) · e(passage)
+
+The score is the dot product, as Contriever is trained, or the cosine where the model was trained for that, which
+sentence-transformers files beside it tell (a Normalize module in modules.json).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perce.errors import UserError
+from perce.hub import from_pretrained
+
+MAX_TOKENS = 512  # of a text, the rest is not read; fewer where the model says so
+BATCH = 32
+CACHED_TEXTS = 100_000  # embeddings kept, 300 MB at D = 768; the rows of one user share most of their passages
+
+
+class Encoder:
+    """Embeds each distinct text once. Runs in fp32, on the GPU if there is one.
+
+    Args:
+        path: a directory or Hub id of a mean-pooled encoder, such as facebook/contriever.
+        device: default "cuda" where available, else "cpu".
+
+    Raises UserError if it cannot be loaded or is no such model.
+    """
+
+    def __init__(self, path: str, device: str | None = None):
+        from transformers import AutoModel, AutoTokenizer
+
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            load: dict[str, Any] = {"option": "--retriever_model", "kind": "an encoder"}
+            self.tokenizer = from_pretrained(AutoTokenizer, path, **load)
+            # Weights that the checkpoint lacks (BERT's pooler, not used here) are drawn at random.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = from_pretrained(AutoModel, path, dtype=torch.float32, **load)
+        except UserError as error:
+            raise UserError(f"{error} --retriever bm25 needs no model.") from error
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.cosine, max_tokens = _conventions(path)
+        self.max_tokens = min(MAX_TOKENS, max_tokens, self.tokenizer.model_max_length)
+        self._check(path)
+        self.name = f"{path} ({'cosine' if self.cosine else 'dot product'})"
+        self.identity = self._identity()
+        self._cache: dict[str, Tensor] = {}
+
+    def _check(self, path: str) -> None:
+        expected = "expected a BERT-like encoder, such as facebook/contriever"
+        if self.model.config.is_encoder_decoder:
+            raise UserError(f"--retriever_model {path}: {expected}, got an encoder-decoder model.")
+        if self.tokenizer.pad_token is None or not self.tokenizer.is_fast:
+            raise UserError(f"--retriever_model {path}: {expected}, whose fast tokenizer has a padding token.")
+
+    def _identity(self) -> str:
+        """Of the weights, the tokenizer and the conventions: what makes embeddings differ."""
+        digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        digest.update(repr((self.model.config.to_json_string(), self.cosine, self.max_tokens)).encode())
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
+    def scores(self, query: str, passages: Sequence[str]) -> np.ndarray:
+        """(n,) similarity of each of n passages to the query."""
+        asked, *found = self.encode([query, *passages]).double()
+        return (torch.stack(found) @ asked).numpy()
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """(n, D) fp32 embeddings on the CPU, of unit length where the model compares by cosine."""
+        new = list(dict.fromkeys(text for text in texts if text not in self._cache))
+        ids = self.tokenizer(new, truncation=True, max_length=self.max_tokens)["input_ids"] if new else []
+        by_length = sorted(range(len(new)), key=lambda i: len(ids[i]))
+        for start in range(0, len(new), BATCH):
+            chosen = by_length[start : start + BATCH]
+            for i, embedding in zip(chosen, self._embed([ids[i] for i in chosen]), strict=True):
+                self._cache[new[i]] = embedding
+        embeddings = torch.stack([self._cache[text] for text in texts])
+        for text in list(self._cache)[: max(len(self._cache) - CACHED_TEXTS, 0)]:
+            del self._cache[text]
+        return embeddings
+
+    @torch.no_grad()
+    def _embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """(B, D) from B token sequences: the mean over each one's own tokens."""
+        batch = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt").to(self.device)
+        hidden = self.model(**batch)[0]  # (B, T, D)
+        mask = batch["attention_mask"][..., None]  # (B, T, 1)
+        mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return (torch.nn.functional.normalize(mean, dim=-1) if self.cosine else mean).cpu()
+
+
+def _conventions(path: str) -> tuple[bool, int]:
+    """(cosine, longest text in tokens) as sentence-transformers files beside the model tell; (False, MAX_TOKENS)
+    without them. UserError for another pooling than the mean."""
+    modules = _beside(path, "modules.json") or []
+    for module in modules:
+        if module["type"].endswith("Pooling"):
+            pooling = _beside(path, f"{module['path']}/config.json") or {}
+            modes = {name for name, on in pooling.items() if name.startswith("pooling_mode_") and on is True}
+            modes |= {f"pooling_mode_{pooling['pooling_mode']}_tokens"} if "pooling_mode" in pooling else set()
+            if modes != {"pooling_mode_mean_tokens"}:
+                raise UserError(
+                    f"--retriever_model {path}: expected a model whose tokens are averaged, got one that pools them by "
+                    f"{', '.join(sorted(modes)) or 'nothing known'}. Choose another, such as facebook/contriever."
+                )
+    settings = _beside(path, "sentence_bert_config.json") or {}
+    cosine = any(module["type"].endswith("Normalize") for module in modules)
+    return cosine, settings.get("max_seq_length") or MAX_TOKENS
+
+
+def _beside(path: str, name: str) -> Any:
+    """The JSON file `name` of a local or Hub model; None where there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    local = Path(path).expanduser()
+    try:
+        file = local / name if local.exists() else Path(hf_hub_download(path, name))
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, EntryNotFoundError):
+        return None
+    except ValueError as error:
+        raise UserError(f"--retriever_model {path}: its {name} is not valid JSON ({error}).") from error

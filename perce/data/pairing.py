@@ -1,0 +1,115 @@
+"""What pairs the rows of a format, and examples on their way through it, with counts of what was left out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from perce.config.schema import DataConfig, LossConfig
+from perce.data.documents import DocumentBuilder
+from perce.data.pairs import PairBuilder
+from perce.data.retrieval import make_retriever
+from perce.data.rows import Examples, Record
+from perce.errors import UserError
+
+RETRIEVED_FORMATS = ("longlamp", "lamp")  # their persona is a history of passages, of which a retriever picks
+PERCE = LossConfig()
+Builder = PairBuilder | DocumentBuilder
+
+
+def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConfig = PERCE) -> Builder:
+    """What pairs rows of this format; UserError if the objective needs another kind of rows."""
+    if format == "text":
+        if loss.objective == "perce":
+            raise UserError(
+                "objective perce: expected rows with a persona, got documents (format text). Choose longce or ce as "
+                "the --objective, or give rows with persona, query and response."
+            )
+        return DocumentBuilder(
+            tokenizer, max_length=config.max_length, short_context=loss.short_context, short_stride=loss.short_stride
+        )
+    if loss.objective == "longce":
+        raise UserError(
+            f"objective longce: expected documents, rows like {{'text': …}}, got rows of format {format}. Choose perce "
+            "or ce as the --objective, or give documents (--columns text=THEIRS renames a field)."
+        )
+    return PairBuilder(
+        tokenizer,
+        max_length=config.max_length,
+        retriever=make_retriever(config) if format in RETRIEVED_FORMATS else None,
+        chat_template_kwargs=config.template_kwargs(),
+    )
+
+
+def make_persona_builder(tokenizer: Any, config: DataConfig, format: str) -> PairBuilder:
+    """make_builder for what asks about personas; UserError for documents, which have none."""
+    if format == "text":
+        raise UserError("Expected rows with a persona, got documents (format text): there is no persona to leave out.")
+    builder = make_builder(tokenizer, config, format)
+    assert isinstance(builder, PairBuilder)
+    return builder
+
+
+def picked_by(builder: Builder) -> list[str]:
+    """How passages are chosen, in words, where they are."""
+    retriever = builder.retriever if isinstance(builder, PairBuilder) else None
+    return [f"persona: {retriever.description}"] if retriever else []
+
+
+def skipped_rows(rows: Examples) -> list[str]:
+    return [f"{rows.skipped:,} rows skipped; the first: {rows.reasons[0]}"] if rows.skipped else []
+
+
+@dataclass
+class PairSource:
+    """Examples to pair, and counts of what the first pass left out."""
+
+    examples: Sequence[Record] | Examples
+    builder: Builder
+    skip_bad_rows: bool
+    unfit: int = 0
+    dropped_passages: int = 0
+    cut_documents: int = 0
+    reason: str = ""
+    """Why the first of the unfit ones was left out."""
+    _first_pass: tuple[list[str], list[str]] | None = None
+
+    def build(self, index: int, example: Record) -> list[dict[str, Any]]:
+        """Columns of the example's pairs: none where it does not fit and may be skipped."""
+        try:
+            pairs = self.builder.pairs(example)  # type: ignore[arg-type]  # of the kind that the builder is for
+        except UserError as error:
+            if not self.skip_bad_rows:
+                raise
+            self.unfit += 1
+            self.reason = self.reason or str(error)
+            return []
+        self.dropped_passages += sum(getattr(pair, "dropped_passages", 0) for pair in pairs)
+        self.cut_documents += len(pairs) > 1
+        return [asdict(pair) | {"example": index} for pair in pairs]
+
+    def end_of_pass(self) -> None:
+        if self._first_pass is None:
+            self._first_pass = self._counted()
+
+    def notes(self, of_share: str = "") -> list[str]:
+        """What was left out so far, in words; of a stream's later passes nothing is told again.
+
+        `of_share` follows what is counted of built examples alone: rows are read, and counted, by every process.
+        """
+        rows, examples = self._first_pass or self._counted()
+        return [*rows, *(note + of_share for note in examples)]
+
+    def _counted(self) -> tuple[list[str], list[str]]:
+        """Notes of rows, and of the examples that were built."""
+        rows = skipped_rows(self.examples) if isinstance(self.examples, Examples) else []
+        limit, notes = f"--max_length {self.builder.max_length}", []
+        if self.dropped_passages:
+            notes.append(f"training: {self.dropped_passages:,} persona entries dropped to fit {limit}")
+        if self.cut_documents:
+            notes.append(f"training: {self.cut_documents:,} documents longer than {limit} cut into pieces")
+        if self.unfit:
+            notes.append(f"training: {self.unfit:,} examples skipped, the first: {self.reason}")
+        return rows, notes
+
+    def nothing_left(self) -> str:
+        return f"No example is left, none of them fits. The first: {self.reason}"

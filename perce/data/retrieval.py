@@ -1,0 +1,133 @@
+"""A user's long history → the few passages that go into the prompt, best first.
+
+    Example  →  query (from the request)  and  indexed text of each passage  →  scores  →  the k best
+
+    bm25      words in common, the rare ones counting most; needs no model
+    dense     similarity of embeddings, as the paper retrieves with Contriever (encoder.py)
+    recency   the most recent
+    none      everything, most recent first
+
+Example.persona has the most recent passage first, and equal scores keep that order: a query that shares no word with
+the history gets its most recent passages, not its oldest.
+"""
+
+import logging
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perce.config.schema import DataConfig
+from perce.data.formats import PASSAGES
+from perce.data.rows import Example
+
+DECIMALS = 5  # scores that agree so far are equal: sums in another order or another batch differ in the seventh digit
+DEFAULT_ENCODER = "facebook/contriever"
+
+# What a request is about, in the benchmarks' own wordings: the groups of the first pattern that fits, joined, are the
+# query. Any other wording is the query as a whole. For LaMP these are the parts that its authors search with.
+QUERIES: dict[str, str] = {
+    "LongLaMP abstracts": r'Generate an abstract for the title "(.*)" using the following items:',
+    "LongLaMP reviews": (
+        r'Generate the review text .*? product with description "(.*)"\. The summary of the review text is "(.*)"'
+    ),
+    "LongLaMP topics": r"Generate the content for a reddit post:? (.*)",
+    "LaMP-1": r'For an author who has written the paper .*?which reference is related\?.*?\[1\]: "(.*)" \[2\]: "(.*)"',
+    "LaMP-2": r"Which tag does this movie relate to .*? description: (.*)",
+    "LaMP-2N": r"Which category does this article relate to .*? article: (.*)",
+    "LaMP-3": r"What is the score of the following review .*? review: (.*)",
+    "LaMP-4": r"Generate a headline for the following article: (.*)",
+    "LaMP-5": r"Generate a title for the following abstract of a paper: (.*)",
+    "LaMP-6": r"Generate a subject for the following email: (.*)",
+    "LaMP-7": r"Paraphrase the following tweet without any explanation before or after it: (.*)",
+}
+_QUERIES = [re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in QUERIES.values()]
+
+# Of the fields that a passage shows (formats.PASSAGES), these say nothing about its subject and are not searched.
+UNINDEXED = ("Category", "Rating", "Tag")
+_UNINDEXED_LINE = re.compile(rf"\A(?:{'|'.join(UNINDEXED)}): .*\n")
+_LABEL = re.compile(rf"^(?:{'|'.join(sorted({label for _, parts in PASSAGES for label, _ in parts}))}): ", re.MULTILINE)
+
+# Chinese and Japanese put no spaces between words: there each character counts as one.
+_UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+"
+
+Score = Callable[[str, Sequence[str]], np.ndarray]  # (query, n texts) → (n,), higher is better
+
+
+@dataclass(frozen=True)
+class Retriever:
+    """Picks k passages of a history."""
+
+    score: Score
+    k: int
+    name: str
+    """For people, "bm25"."""
+    identity: str
+    """Everything but k and the code that the picks depend on; part of the fingerprint of cached pairs."""
+
+    @property
+    def description(self) -> str:
+        return f"{self.k} passages of each history, by {self.name}"
+
+    def __call__(self, example: Example) -> list[int]:
+        """Indices into example.persona, best first."""
+        scores = self.score(query_of(example.turns[-1].content), [indexed_text(entry) for entry in example.persona])
+        return np.argsort(-np.round(scores, DECIMALS), kind="stable")[: self.k].tolist()
+
+
+def make_retriever(config: DataConfig) -> Retriever | None:
+    """The retriever that the options ask for; None keeps every passage. UserError if its model cannot be loaded."""
+    if config.retriever == "none":
+        return None
+    if config.retriever == "recency":
+        return Retriever(recency_scores, config.retrieve_k, "recency", "recency")
+    if config.retriever == "bm25":
+        import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it chooses DEBUG itself, and has a line for each index
+        return Retriever(bm25_scores, config.retrieve_k, "bm25", f"bm25s {bm25s.__version__}")
+    from perce.data.encoder import Encoder
+
+    encoder = Encoder(config.retriever_model or DEFAULT_ENCODER)
+    return Retriever(encoder.scores, config.retrieve_k, encoder.name, encoder.identity)
+
+
+def query_of(request: str) -> str:
+    """The part of a request that says what it is about (table `QUERIES`), else the whole of it."""
+    for pattern in _QUERIES:
+        if found := pattern.match(request):
+            return " ".join(found.groups())
+    return request
+
+
+def indexed_text(passage: str) -> str:
+    """A passage without labels, and without the fields that are not searched."""
+    return _LABEL.sub("", _UNINDEXED_LINE.sub("", passage))
+
+
+def recency_scores(query: str, passages: Sequence[str]) -> np.ndarray:
+    return np.zeros(len(passages))  # all equal, and equal scores keep the order
+
+
+def bm25_scores(query: str, passages: Sequence[str]) -> np.ndarray:
+    """BM25 (Lucene's variant, whose scores are never negative) of each passage among those of the one user."""
+    import bm25s
+
+    asked, *words = _words([query, *passages])
+    if not asked or not any(words):
+        return np.zeros(len(passages))
+    index = bm25s.BM25(method="lucene")
+    index.index(words, show_progress=False)
+    return index.get_scores(asked)
+
+
+def _words(texts: Sequence[str]) -> list[list[str]]:
+    import bm25s
+
+    plain = [unicodedata.normalize("NFKC", text).casefold() for text in texts]
+    return bm25s.tokenize(
+        plain, lower=False, token_pattern=_WORD, stopwords="en", return_ids=False, show_progress=False
+    )  # fmt: skip

@@ -1,0 +1,230 @@
+"""Rows of any supported data set -> `Example(persona, turns, response)`, or `Document(text)` where there is no persona.
+
+    sources.py   where the rows are (file, directory, save_to_disk, Hub)  ->  (place, row)
+    formats.py   what a row means, known from its fields alone            ->  (persona, turns, response), ...
+    rows.py      both together, and what happens to a bad row             ->  Example, Document, Examples, load_examples
+
+A row that cannot be used stops the run with file, line and field: a row silently dropped or half understood would
+train the model on something nobody has looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from perce.data.formats import (
+    FORMATS,
+    LISTS,
+    OPTIONAL,
+    PARSERS,
+    USER_FIELDS,
+    Turn,
+    detect_format,
+    did_you_mean,
+    missing_fields,
+    parse_document,
+    parse_spans,
+    show,
+)
+from perce.data.sources import SPLITS, BadRow, Source, open_data
+from perce.errors import UserError
+
+__all__ = [
+    "FORMATS",
+    "SPLITS",
+    "Document",
+    "Example",
+    "Examples",
+    "Record",
+    "Turn",
+    "available_splits",
+    "load_examples",
+]
+
+KEPT_REASONS = 5  # skipped rows are all counted; the first few are quoted, which is enough to see the pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One response to learn, with all it is conditioned on. The texts are the data's, character for character."""
+
+    persona: tuple[str, ...]  # facts or passages, best first (profiles: the newest first); trimming drops from the end
+    turns: tuple[Turn, ...]  # up to the response: alternating, the last is "user" (the first may be "assistant")
+    response: str
+    user_id: str | None
+    personal_spans: tuple[tuple[int, int], ...] | None  # character offsets in response, where the data marks them
+    source: str  # "train.jsonl:17"; shared by all examples of a row, so it groups a dialogue when user_id is None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text to learn from beginning to end (format text): its own beginning is the context of its later tokens."""
+
+    text: str
+    user_id: str | None
+    source: str  # as of an Example
+
+
+Record = Example | Document  # the rows of a split are all of one kind
+
+
+def _rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+    """`columns` says ours -> theirs; the data's own name goes, so that a renamed row fits one format only."""
+    renamed = {name: value for name, value in row.items() if name not in columns.values()}
+    for ours, theirs in columns.items():
+        if theirs in row:
+            renamed[ours] = row[theirs]
+        elif ours not in OPTIONAL:
+            got = f"fields {', '.join(row)}{did_you_mean([theirs], row)}"
+            raise BadRow(theirs, f"it, by --columns {ours}={theirs}", got)
+    return renamed
+
+
+def _nested(row: dict[str, object]) -> dict[str, object]:
+    """The row with lists that came as JSON in a text, as in a CSV; a text that only begins like one stays a text."""
+    found = {}
+    for name in LISTS:
+        text = row.get(name)
+        if isinstance(text, str) and text.startswith("["):
+            with contextlib.suppress(json.JSONDecodeError):
+                found[name] = json.loads(text)
+    return row | found
+
+
+class Examples:
+    """The examples of one split; iterate over it, or take them `.all`.
+
+    Read eagerly (the default of `load_examples`), every row has been checked and `.all` is a list that is there.
+    With `streaming=True` each `iter()` is a fresh pass over the data, and a bad row is met where it stands.
+
+    format: the format's name; "auto" until the first row has been read.
+    skipped, reasons: rows left out by skip_bad_rows in the latest pass, and the first few reasons ("FILE:LINE: ...").
+    """
+
+    def __init__(self, source: Source, format: str, columns: Mapping[str, str], skip_bad_rows: bool, limit: int | None):
+        _check_known("format", format, ("auto", *FORMATS))
+        self.format, self.skipped = format, 0
+        self.reasons: list[str] = []
+        self._source, self._columns, self._skip, self._limit = source, columns, skip_bad_rows, limit
+        self._examples: list[Record] | None = None
+
+    @property
+    def all(self) -> list[Record]:
+        if self._examples is None:
+            self._examples = list(self._read())
+        return self._examples
+
+    def keep(self, examples: list[Record]) -> None:
+        """Of what has been read, only these."""
+        self._examples = examples
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._read() if self._examples is None else iter(self._examples)
+
+    def _read(self) -> Iterator[Record]:
+        self.skipped, self.reasons, count = 0, [], 0
+        if self._source.read is None:
+            return
+        for place, value in self._source.read():
+            try:
+                examples = self._parse(value, self._source.name + place)
+            except BadRow as bad:
+                reason = f"{self._source.origin}{place}: {bad}"
+                if not self._skip:
+                    remedy = "Correct the row, or pass --skip_bad_rows to leave such rows out (they are counted)."
+                    raise UserError(f"{reason}. {remedy}") from None
+                self.skipped += 1
+                self.reasons += [reason] if len(self.reasons) < KEPT_REASONS else []
+                continue
+            for example in examples:
+                yield example
+                count += 1
+                if count == self._limit:
+                    return
+        if not count:
+            why = f"all {self.skipped} rows were skipped, {self.reasons[0]}" if self.skipped else "it has no rows"
+            raise UserError(f"No example could be read from {self._source.origin}: {why}.")
+
+    def _parse(self, value: object, source: str) -> Sequence[Record]:
+        if isinstance(value, BadRow):  # the reader could not even make a row of it
+            raise value
+        if not isinstance(value, dict):
+            raise BadRow(None, "a JSON object", show(value))
+        # Tables hold null where a row lacks a field: absent and null are the same.
+        row = _nested(_rename({name: cell for name, cell in value.items() if cell is not None}, self._columns))
+        if self.format == "auto":
+            self.format = detect_format(row)  # decides for all rows: errors can then name the field
+        if missing := missing_fields(self.format, row):
+            wanted = missing[0].replace("|", "' or '")
+            hint = did_you_mean(missing[0].split("|"), row)
+            raise BadRow(wanted, f"it in a row of format {self.format}", f"only {', '.join(row) or 'nothing'}{hint}")
+        if "personal_spans" in row and (self.format != "perce" or "response" not in row):
+            raise BadRow("personal_spans", "it only beside a 'response' (format perce)", f"format {self.format}")
+        users = [row[name] for name in USER_FIELDS.get(self.format, ("user_id",)) if name in row]
+        if users and not isinstance(users[0], str | int):
+            raise BadRow("user_id", "a string or an integer", show(users[0]))
+        user_id = str(users[0]) if users else None
+        if self.format == "text":
+            return [Document(parse_document(row), user_id, source)]
+        marked = row.get("personal_spans")
+        examples = [
+            Example(persona, turns, said, user_id, None if marked is None else parse_spans(marked, said), source)
+            for persona, turns, said in PARSERS[self.format](row)
+        ]
+        if not examples:
+            raise BadRow(None, "at least one response that answers a turn", "an opening line only")
+        return examples
+
+
+def _check_known(option: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        hint = did_you_mean(known, [value])
+        raise UserError(f"{option}: expected one of {', '.join(known)}, got {value!r}{hint}")
+
+
+def load_examples(
+    data: str | Path,
+    split: str,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    skip_bad_rows: bool = False,
+    streaming: bool = False,
+    limit: int | None = None,
+) -> Examples:
+    """The examples of one split ("train", "validation" or "test") of `data`.
+
+    data: a file, a directory of split files, a `save_to_disk` directory, or a Hub id; see the module's docstring.
+    format: one of FORMATS, or "auto": from the fields of the first good row.
+    columns: our field names -> the data's, e.g. {"persona": "profile", "response": "output"}.
+    skip_bad_rows: leave bad rows out and count them (`Examples.skipped`, `Examples.reasons`) instead of stopping.
+    streaming: read lazily, each time the result is iterated over; otherwise everything is read and checked here.
+    limit: stop after this many examples; rows beyond are neither read nor checked.
+
+    A single file is the train split; its other splits are empty. UserError, naming the remedy: no such data, no such
+    split (the ones there are listed), a row that cannot be used, a split without a single example.
+    """
+    _check_known("split", split, tuple(SPLITS))
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: expected at least 1 example, or None for all, got {limit}")
+    ours = [name for needs in FORMATS.values() for need in needs for name in need.split("|")] + list(OPTIONAL)
+    for name in columns or {}:
+        if name not in ours:
+            names = ", ".join(dict.fromkeys(ours))
+            raise UserError(f"columns: expected OURS=THEIRS with our name one of {names}, got {name!r}")
+    sources = open_data(str(data), streaming)
+    if split not in sources:
+        raise UserError(f"{data} has no {split} split; it has {', '.join(sources) or 'none of ' + ', '.join(SPLITS)}.")
+    rows = Examples(sources[split], format, columns or {}, skip_bad_rows, limit)
+    if not streaming:
+        _ = rows.all  # read and check everything now
+    return rows
+
+
+def available_splits(data: str | Path) -> list[str]:
+    """The splits that `data` has, in the order train, validation, test; a single file has "train"."""
+    return [split for split, source in open_data(str(data)).items() if source.read is not None]

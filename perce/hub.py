@@ -1,0 +1,64 @@
+"""Models, configs and tokenizers by path or Hub id, their many failures told as one paragraph."""
+
+from pathlib import Path
+from typing import Any
+
+from perce.errors import UserError
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = from_pretrained(AutoTokenizer, path)
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {path}: a fast tokenizer is needed (tokenizer.json), and this one has none.")
+    return tokenizer
+
+
+def read_config(path: str) -> Any:
+    """A model's config with dropout off."""
+    from transformers import AutoConfig
+
+    config = from_pretrained(AutoConfig, path)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value > 0:
+                setattr(part, name, 0.0)
+    return config
+
+
+def load_pretrained(path: str, **kwargs: Any) -> Any:
+    """AutoModelForCausalLM.from_pretrained with dropout off, and with its failures told as one paragraph."""
+    from transformers import AutoModelForCausalLM
+
+    return from_pretrained(AutoModelForCausalLM, path, config=read_config(path), **kwargs)
+
+
+def from_pretrained(
+    auto_class: Any, path: str, *, option: str = "--model", kind: str = "a causal language model", **kwargs: Any
+) -> Any:
+    """from_pretrained with its many failures told as one paragraph, which names the option that gave the path."""
+    from safetensors import SafetensorError
+
+    local = Path(path).expanduser()
+    if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
+        raise UserError(
+            f"{option} {path}: the directory holds an adapter alone. Give the base model, or merge the adapter into it "
+            "first (AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload())."
+        )
+    if local.exists() and not (local / "config.json").is_file():
+        raise UserError(f"{option} {path}: the directory holds no config.json, so it is no saved Hugging Face model.")
+    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise UserError(f"{option} {path}: no such directory, and not a Hub id (name or owner/name) either.")
+    try:
+        return auto_class.from_pretrained(str(local) if local.exists() else path, **kwargs)
+    except ImportError as error:
+        attention = kwargs.get("attn_implementation")
+        remedy = f" Choose another --attn_implementation than {attention}." if attention else " Install it."
+        raise UserError(f"{option} {path}: a package is missing: {' '.join(str(error).split())}.{remedy}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{option} {path}: could not be loaded as {kind} ({reason}). Expected a directory with "
+            "config.json, tokenizer and weights, or a Hub id that this machine can reach."
+        ) from error

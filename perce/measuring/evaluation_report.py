@@ -1,0 +1,152 @@
+"""Records of evaluated examples → metrics with intervals, comparison of two models, JSON and tables."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from perce.errors import UserError
+from perce.measuring.metrics import ROUGE_NOTE, Interval, clustered_mean, paired_difference
+
+Records = Sequence[Mapping[str, Any]]
+
+# metric: (label, what is summed, what it is divided by ("" for the number of examples))
+METRICS: dict[str, tuple[str, str, str]] = {
+    "loss_personal_tokens": ("loss on personal tokens", "loss_personal", "personal_tokens"),
+    "loss_other_tokens": ("loss on other tokens", "loss_other", "other_tokens"),
+    "loss_with_persona": ("loss with persona", "loss", "tokens"),
+    "loss_without_persona": ("loss without persona", "loss_without", "tokens"),
+    "loss_swapped_persona": ("loss with another's persona", "loss_swapped", "tokens"),
+    "uses_persona": ("replies that use the persona", "uses_persona", ""),
+    "reference_uses_persona": ("references that use the persona", "reference_uses_persona", ""),
+    "rouge1": ("ROUGE-1", "rouge1", ""),
+    "rougeL": ("ROUGE-L", "rougeL", ""),
+    "meteor": ("METEOR", "meteor", ""),
+    "meteor_exact_stem": ("METEOR, exact and stem only", "meteor_exact_stem", ""),
+}
+RESULT = "perce.evaluate"
+
+
+def _columns(records: Records, metric: str) -> tuple[list[float], list[float]]:
+    """(values, weights) of the records that have this metric."""
+    _, value, weight = METRICS[metric]
+    having = [record for record in records if record.get(value) is not None]
+    values = [float(record[value]) for record in having]
+    if weight == "other_tokens":
+        return values, [record["tokens"] - record["personal_tokens"] for record in having]
+    return values, [float(record[weight]) if weight else 1.0 for record in having]
+
+
+def _clusters(records: Records, metric: str) -> list[str]:
+    """Users, or rows where users are not named: examples of one are not independent."""
+    value = METRICS[metric][1]
+    return [str(record["user_id"] or record["source"]) for record in records if record.get(value) is not None]
+
+
+def summarise(records: Records, notes: list[str], run: Mapping[str, Any], meteor: str | None) -> dict[str, Any]:
+    """The result as JSON: each metric with its 95 % interval over users."""
+    from importlib.metadata import version
+
+    metrics: dict[str, Any] = {}
+    for name in METRICS:
+        interval = clustered_mean(*_columns(records, name), _clusters(records, name)) if records else None
+        if interval is not None:
+            metrics[name] = interval.to_dict()
+    if "loss_swapped_persona" in metrics:
+        having = [record for record in records if record["loss_swapped"] is not None]
+        gain = clustered_mean(
+            [record["loss_swapped"] - record["loss"] for record in having], [record["tokens"] for record in having],
+            _clusters(having, "loss_swapped_persona"),
+        )  # fmt: skip
+        metrics["swap_cost"] = gain.to_dict() if gain else None
+    about = {"rouge": ROUGE_NOTE, "meteor": meteor} if meteor else {}
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    records_kept = [dict(record) for record in sorted(records, key=lambda record: record["example"])]
+    return {
+        "kind": RESULT, "run": dict(run), "packages": packages, "about": about, "notes": notes, "metrics": metrics,
+        "records": records_kept,
+    }  # fmt: skip
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """An earlier result, to compare with; UserError if it is none."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--compare_with {path}: cannot be read as a result of perce.evaluate ({error}).") from error
+    if not isinstance(result, dict) or result.get("kind") != RESULT:
+        raise UserError(f"--compare_with {path}: expected the JSON that perce.evaluate --output writes.")
+    return result
+
+
+def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Differences (this model minus the other) over the same examples; UserError where they are not the same.
+
+    `settings` in the result is what else differs: [of this run, of the other].
+    """
+    theirs = {record["key"]: record for record in other["records"]}
+    ours = {record["key"]: record for record in records}
+    missing = ours.keys() ^ theirs.keys()
+    if missing:
+        raise UserError(
+            f"--compare_with {name}: {len(missing)} of {len(ours.keys() | theirs.keys())} examples are in one result "
+            "only. Evaluate both models on the same data, split and limit."
+        )
+    its_run = other["run"]
+    settings = {
+        fact: [run.get(fact), its_run.get(fact)]
+        for fact in dict.fromkeys([*run, *its_run])
+        if fact not in ("model", "weights", "batch_size") and run.get(fact) != its_run.get(fact)
+    }
+    keys = sorted(ours)
+    differences: dict[str, Any] = {}
+    assert len(ours) == len(records), "keys are unique"
+    for metric in METRICS:
+        (mine, weights), (its, their_weights) = (
+            _columns([side[key] for key in keys], metric) for side in (ours, theirs)
+        )
+        clusters = _clusters([ours[key] for key in keys], metric)
+        # Losses a token compare where the tokens are the same: not between tokenizers, nor other shown passages.
+        if weights != their_weights or not mine or metric == "reference_uses_persona":
+            continue
+        if (result := paired_difference(mine, its, weights, clusters)) is not None:
+            differences[metric] = result[0].to_dict() | {"p": result[1]}
+    return {"with": name, "model": other["run"].get("model"), "differences": differences, "settings": settings}
+
+
+def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
+    content = dict(result) | ({"comparison": comparison} if comparison else {})
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    differences = comparison["differences"] if comparison else {}
+    header = ["", "value", "95 % interval", "examples", "users", *(["difference", "p"] if comparison else [])]
+    table = Table(*header, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    labels = {name: label for name, (label, _, _) in METRICS.items()} | {"swap_cost": "cost of another's persona"}
+    for name, metric in result["metrics"].items():
+        if metric is None:
+            continue
+        row = [
+            labels[name],
+            f"{metric['value']:.4f}",
+            Interval(**metric).span(),
+            f"{metric['n']:,}",
+            f"{metric['clusters']:,}",
+        ]
+        if name in differences:
+            d = differences[name]
+            interval = Interval(**{name: value for name, value in d.items() if name != "p"})
+            row += [f"{interval.value:+.4f} ({interval.span('+.4f')})", f"{d['p']:.4f}"]
+        table.add_row(*row)
+    console.print(table)
+    for note in [*result["notes"], *(f"{name}: {text}" for name, text in result["about"].items())]:
+        console.print(note, style="dim")
+    if comparison:
+        console.print(f"differences: this model minus {comparison['model'] or comparison['with']}", style="dim")
+        for fact, (mine, its) in comparison["settings"].items():
+            console.print(f"not only the model differs: {fact} is {mine!r} here and {its!r} there", style="bold")

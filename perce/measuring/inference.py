@@ -1,0 +1,145 @@
+"""What score and evaluate share: a model, the examples that it is asked about, and their order in batches."""
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perce.config.commands import InferenceOptions
+from perce.config.schema import InferenceConfig
+from perce.data.pairing import make_persona_builder
+from perce.data.pairs import PairBuilder
+from perce.data.rows import Examples
+from perce.data.splits import load_split, split_seed
+from perce.demo import default_model_path
+from perce.errors import UserError
+from perce.hub import load_pretrained, load_tokenizer
+from perce.model.loading import check_adapter, check_backend, resolve_precision
+from perce.model.patch import prepare_model
+
+TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences: nothing is kept for a backward
+SAMPLED_VALUES = 1024  # of each parameter, in the fingerprint of a model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and the examples that it is asked about."""
+
+    model: Any
+    """In eval mode, with PerCE installed."""
+    tokenizer: Any
+    device: torch.device
+    builder: PairBuilder
+    examples: Examples
+    split: str
+    facts: dict[str, Any]
+    """What its records depend on, whatever is asked."""
+
+
+def load_subject(options: InferenceOptions, command: str) -> Subject:
+    """UserError for a model or data that cannot be read, and for documents, which have no persona."""
+    seed = split_seed(options.examples, options.model.model)
+    examples, split = load_split(options.data, options.examples, seed)
+    model, tokenizer, device = load(options.model)
+    next(iter(examples), None)  # a stream knows its format once its first row has been read
+    builder = make_persona_builder(tokenizer, options.data, examples.format)
+    facts = {"command": command, **model_facts(options.model, model), "split": split, "split_seed": seed}
+    return Subject(model, tokenizer, device, builder, examples, split, facts | asdict(options.data))
+
+
+def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
+    """(model in eval mode with PerCE installed, tokenizer, device).
+
+    An adapter stays beside its base, as in training: merging into bf16 weights rounds, and lost half of what an adapter
+    had learnt in 20 steps (docs/LOG.md). UserError for what cannot be loaded.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = check_backend(config.backend, device)
+    wanted = "fp32" if config.precision == "auto" and device.type == "cpu" else config.precision
+    low = resolve_precision(wanted, device.type) == "bf16"
+    kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
+    if config.attn_implementation:
+        kwargs["attn_implementation"] = config.attn_implementation
+    path = config.model or str(default_model_path())
+    base = _base_of_adapter(path)
+    model = prepare_model(load_pretrained(base or path, **kwargs), backend)
+    if base is not None:
+        model = _with_adapter(model, path)
+    return model.to(device).eval(), _tokenizer(path, base), device
+
+
+def _base_of_adapter(path: str) -> str | None:
+    """The base model of a local adapter directory; None for a whole model."""
+    local = Path(path).expanduser()
+    file = local / "adapter_config.json"
+    if not file.is_file() or (local / "config.json").is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"--model {path}: adapter_config.json does not name its base model.")
+    return base
+
+
+def _tokenizer(path: str, base: str | None) -> Any:
+    """The model's own; of an adapter, what was saved beside it, chat template and all, else the base model's."""
+    from transformers import AutoTokenizer
+
+    local = Path(path).expanduser()
+    if base is not None and (local / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(str(local))
+    return load_tokenizer(base or path)
+
+
+def _with_adapter(model: Any, path: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--model {path}: the adapter does not fit its base model ({reason}).") from error
+    try:
+        check_adapter(wrapped)
+    except UserError as error:
+        remedy = "Merge it into its base in fp32 (merge_and_unload), save that, and give its directory."
+        raise UserError(f"--model {path}: {error} {remedy}") from error
+    return wrapped
+
+
+def model_facts(config: InferenceConfig, model: Any) -> dict[str, Any]:
+    """What a model's numbers depend on, for records that another run may go on with."""
+    weight = model.get_output_embeddings().weight
+    return {
+        "model": config.model, "weights": model_fingerprint(model), "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type, "attention": model.config.get_text_config()._attn_implementation,
+        "batch_size": config.batch_size,
+    }  # fmt: skip
+
+
+def model_fingerprint(model: Any) -> str:
+    """Of a few values of each parameter: enough to tell one training run's model from another's."""
+    crc = 0
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:SAMPLED_VALUES].float().cpu().numpy().tobytes()
+        crc = zlib.crc32(values, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length: at most batch_size each, and longest × sequences within `tokens`."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    batches: list[list[int]] = []
+    for index in order:
+        last = batches[-1] if batches else None
+        if last is None or len(last) == batch_size or (len(last) + 1) * lengths[index] > tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}

@@ -1,0 +1,160 @@
+"""What `python -m perce.score` shows of its records: terminal, HTML page, JSON summary."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perce.config.commands import ScoreOptions
+from perce.data.rows import Example
+from perce.measuring.identification import Identified
+from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, terminal_text, write_html
+
+BIN = 0.2  # of the histogram, in nats
+LOWEST_BIN = -2.0
+TOP_TOKENS = 20
+CONTEXT_TOKENS = 6  # before a token in the list of the most personal ones
+
+Records = Sequence[dict[str, Any]]
+
+
+def means(records: Records, options: ScoreOptions) -> dict[str, float]:
+    """Means over all response tokens of the records."""
+    logp, logp_cf, pir, weight = (
+        np.concatenate([record[name] for record in records]) for name in ("logp", "logp_cf", "pir", "weight")
+    )
+    signal = np.exp(pir) if options.score.contrast == "ratio" else pir
+    return {
+        "examples": len(records), "tokens": len(logp), "loss_with_persona": float(-logp.mean()),
+        "loss_without_persona": float(-logp_cf.mean()), "pir_mean": float(pir.mean()),
+        "weight_mean": float(weight.mean()), "frac_at_floor": float((signal <= options.score.clip_min).mean()),
+        "frac_at_ceiling": float((signal >= options.score.clip_max).mean()),
+    }  # fmt: skip
+
+
+def _lines(records: Records, options: ScoreOptions) -> list[tuple[str, str]]:
+    m = means(records, options)
+    return [
+        ("examples", f"{m['examples']:,}"), ("response tokens", f"{m['tokens']:,}"),
+        ("loss with persona", f"{m['loss_with_persona']:.4f}"),
+        ("loss without persona", f"{m['loss_without_persona']:.4f}"), ("mean PIR", f"{m['pir_mean']:+.4f}"),
+        ("mean weight", f"{m['weight_mean']:.3f}"), ("at the floor", f"{m['frac_at_floor']:.1%}"),
+        ("at the ceiling", f"{m['frac_at_ceiling']:.1%}"),
+    ]  # fmt: skip
+
+
+def print_tokens(records: Records, options: ScoreOptions) -> None:
+    """Responses in colour, as soon as they are scored."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for record in records:
+        text = terminal_text(_tokens(record), (options.score.clip_min, options.score.clip_max))
+        console.print(f"{record['source']}  {record['user_id'] or ''}".rstrip(), style="dim")
+        console.print(text, "", sep="\n")
+
+
+def print_summary(records: Records, found: Identified | None, options: ScoreOptions) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console(highlight=False, soft_wrap=True)
+    grid = RichTable.grid(padding=(0, 3, 0, 0))
+    for label, value in _lines(records, options):
+        grid.add_row(label, value)
+    console.print(grid, "", sep="\n")
+    if found:
+        table = _identification_table(found)
+        rich = RichTable(*table.header, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        for row in table.rows:
+            rich.add_row(*row)
+        console.print(table.note, rich, "", sep="\n")
+
+
+def write_summary(path: Path, records: Records, found: Identified | None, options: ScoreOptions) -> None:
+    """JSON of the means and, with labels, of every method."""
+    score, model = options.score, options.model
+    content: dict[str, Any] = {
+        "model": model.model or "default", "data": options.data.data or "built-in",
+        "clip": [score.clip_min, score.clip_max], "contrast": score.contrast,
+        **means(records, options),
+    }  # fmt: skip
+    if found:
+        methods = {name: asdict(result) for name, result in found.methods.items()}
+        content["identification"] = {"labelled": found.labelled, "marked": found.marked, "methods": methods}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_report(
+    path: Path,
+    records: Records,
+    examples: Sequence[Example],
+    found: Identified | None,
+    options: ScoreOptions,
+    split: str,
+) -> None:
+    """The HTML page: means, histogram, most personal tokens, token identification, and the first responses."""
+    clip = (options.score.clip_min, options.score.clip_max)
+    responses = [
+        ScoredResponse(
+            persona=tuple(examples[record["example"]].persona[i] for i in record["passages"]),
+            turns=tuple((turn.role, turn.content) for turn in examples[record["example"]].turns),
+            passes={"response": _tokens(record)},
+            user_id=record["user_id"],
+        )
+        for record in records
+        if record["example"] < min(len(examples), options.score.shown)
+    ]
+    panels: list[Histogram | Table] = [_histogram(records, clip), _most_personal(records)]
+    if found:
+        panels.append(_identification_table(found))
+    summary = [
+        ("model", options.model.model or "SmolLM2-135M-Instruct"),
+        ("data", f"{options.data.data or 'built-in examples'}, {split}"),
+        *_lines(records, options),
+    ]
+    write_html(path, responses, title="Which tokens are personal", summary=summary, clip=clip, panels=panels)
+
+
+def _tokens(record: dict[str, Any]) -> list[ScoredToken]:
+    columns = (record[name] for name in ("response_tokens", "logp", "logp_cf", "weight"))
+    return [ScoredToken(*values) for values in zip(*columns, strict=True)]
+
+
+def _histogram(records: Records, clip: tuple[float, float]) -> Histogram:
+    """Of PIR, in bins that the clip's ends fall on the edges of."""
+    pir = np.concatenate([record["pir"] for record in records])
+    below = clip[0] - BIN * np.arange(round((clip[0] - LOWEST_BIN) / BIN), 0, -1)
+    inside = np.linspace(*clip, max(round((clip[1] - clip[0]) / BIN), 1) + 1)
+    edges = np.concatenate([below, inside, clip[1] + BIN * np.arange(1, 6)])
+    edges = np.unique(edges)
+    counts, _ = np.histogram(np.clip(pir, edges[0], edges[-1]), edges)
+    return Histogram("Personal Influence Ratio", [round(float(e), 6) for e in edges], counts.tolist())
+
+
+def _most_personal(records: Records) -> Table:
+    """The tokens with the highest PIR, each with the words before it: where to look for what PIR gets wrong."""
+    every = [
+        (pir, record["source"], record["response_tokens"], place)
+        for record in records
+        for place, pir in enumerate(record["pir"])
+    ]
+    top = sorted(every, key=lambda entry: -entry[0])[:TOP_TOKENS]
+    rows = [
+        (f"{pir:.2f}", tokens[at].strip() or "␣", "".join(tokens[max(at - CONTEXT_TOKENS, 0) : at]).strip(), source)
+        for pir, source, tokens, at in top
+    ]
+    return Table("Highest PIR", ("PIR", "token", "after", "row"), rows)
+
+
+def _identification_table(found: Identified) -> Table:
+    rows = [
+        (name, f"{x.auc:.3f}", f"{x.f1:.3f}", f"{x.precision:.3f}", f"{x.recall:.3f}", f"{x.threshold:.2f}")
+        for name, x in found.methods.items()
+    ]
+    labels = "marked by hand" if found.marked else "words that occur in the persona but not in the conversation"
+    note = f"{found.labelled:,} of {found.tokens:,} tokens are personal: {labels}. F1 at the best threshold."
+    return Table("Token identification", ("method", "AUC", "F1", "precision", "recall", "threshold"), rows, note)

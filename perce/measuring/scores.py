@@ -1,0 +1,94 @@
+"""Records of scored examples: PerContrast's statistics, token by token."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+from tqdm import tqdm
+
+from perce.config.commands import ScoreOptions
+from perce.data.batch import collate
+from perce.data.pairs import Pair
+from perce.data.rows import Example
+from perce.errors import UserError
+from perce.measuring.inference import TOKENS_A_FORWARD, Subject, batches_by_length, on_device
+from perce.model.passes import TokenStatistics, token_entropies, token_statistics
+from perce.report.heatmap import ScoredToken
+
+WINDOW = 64  # examples that are sorted by length together: records stay in order, and little is padded
+
+
+def scored(
+    subject: Subject, done: Sequence[dict[str, Any]], options: ScoreOptions
+) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
+    """Records of the examples after those that are `done`, a window at a time, in order."""
+    total = options.examples.limit if options.data.streaming else len(subject.examples.all)
+    numbered = enumerate(tqdm(subject.examples, total=total, desc="scoring", unit="example", leave=False))
+    seen = 0
+    while window := list(islice(numbered, WINDOW)):
+        built = []
+        for index, example in window:
+            try:
+                built.append((index, example, subject.builder.build(example)))
+            except UserError:
+                if not options.data.skip_bad_rows:
+                    raise
+        # Records hold the examples that fit, in order: those of an earlier run are as many, and are not scored again.
+        known = done[seen : seen + len(built)]
+        for before, (_, example, pair) in zip(known, built, strict=False):
+            if before["prompt_ids"] + before["response_ids"] != pair.input_ids:
+                raise UserError(
+                    f"--jsonl {options.score.jsonl}: {example.source} is not what was scored before; the data or the "
+                    "tokenizer has changed. Choose another file, or delete it."
+                )
+        fresh = built[len(known) :]
+        seen += len(built)
+        if fresh:
+            yield score_window(fresh, subject, options)
+
+
+def score_window(
+    built: Sequence[tuple[int, Example, Pair]], subject: Subject, options: ScoreOptions
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The records of (index, example, pair) triples, in their order."""
+    model, builder, device = subject.model, subject.builder, subject.device
+    score, pad_id = options.score, builder.tokenizer.pad_token_id or 0
+    clip: dict[str, Any] = {"clip_min": score.clip_min, "clip_max": score.clip_max, "contrast": score.contrast}
+    lengths = [len(pair.input_ids) for _, _, pair in built]
+    records: dict[int, dict[str, Any]] = {}
+    for rows in batches_by_length(lengths, options.model.batch_size, TOKENS_A_FORWARD[device.type]):
+        batch = on_device(collate([vars(built[row][2]) for row in rows], pad_id), device)
+        entropies = token_entropies(model, batch) if score.labels else [None] * len(rows)
+        for row, tokens, entropy in zip(rows, token_statistics(model, batch, **clip), entropies, strict=True):
+            records[row] = record(*built[row], tokens, builder.tokenizer)
+            if entropy is not None:
+                unmarked = builder.build(replace(built[row][1], personal_spans=None))
+                records[row] |= {"entropy": entropy.tolist(), "persona_word": unmarked.personal}
+    return [records[row] for row in range(len(built))]
+
+
+def record(index: int, example: Example, pair: Pair, tokens: TokenStatistics, tokenizer: Any) -> dict[str, Any]:
+    """One line of the JSONL: prompts and response in ids, and the response's statistics token by token."""
+    n = pair.response_length
+    return {
+        "example": index, "source": example.source, "user_id": example.user_id,
+        "passages": pair.passages, "marked": example.personal_spans is not None,
+        "prompt_ids": pair.input_ids[:-n], "prompt_cf_ids": pair.counterfactual_ids()[:-n],
+        "response_ids": pair.input_ids[-n:], "response_tokens": token_texts(pair.input_ids[-n:], tokenizer),
+        "logp": tokens.logp.tolist(), "logp_cf": tokens.logp_cf.tolist(), "pir": tokens.pir.tolist(),
+        "weight": tokens.token_weight.tolist(), "personal": pair.personal,
+    }  # fmt: skip
+
+
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token; a character of several tokens stands at its last one."""
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+
+
+def scored_tokens(statistics: TokenStatistics, tokenizer: Any) -> list[ScoredToken]:
+    texts = token_texts(statistics.target.tolist(), tokenizer)
+    columns = (statistics.logp, statistics.logp_cf, statistics.token_weight)
+    return [ScoredToken(*row) for row in zip(texts, *(column.tolist() for column in columns), strict=True)]

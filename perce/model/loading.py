@@ -1,0 +1,122 @@
+"""A model ready to be trained: precision, attention, LoRA, 4-bit bases, and PerCE installed."""
+
+import os
+from typing import Any
+
+import torch
+
+from perce.config.schema import ModelConfig
+from perce.errors import UserError
+from perce.hub import load_pretrained, read_config
+from perce.model.patch import check_head_unwrapped, prepare_model
+from perce_kernels.backends import resolve_backend
+
+
+def bf16_is_sound(device: str) -> bool:
+    """Whether bf16 arithmetic is native: elsewhere a CPU emulates it at a quarter of the speed of fp32."""
+    if device == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """ "auto" | "fp32" | "bf16" → "fp32" | "bf16"."""
+    if precision == "auto":
+        return "bf16" if bf16_is_sound(device) else "fp32"
+    if precision == "bf16" and not bf16_is_sound(device):
+        raise UserError(f"precision=bf16: this {device} has no native bf16 arithmetic. Use --precision fp32.")
+    return precision
+
+
+def default_attention(model_config: Any, precision: str, device: str) -> str | None:
+    """flash_attention_2 where it is installed and can run; None: the model's own choice, sdpa as a rule."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import is_flash_attn_2_available
+
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    can_run = device == "cuda" and precision == "bf16" and getattr(architecture, "_supports_flash_attn", False)
+    return "flash_attention_2" if can_run and is_flash_attn_2_available() else None
+
+
+def load_model(path: str, config: ModelConfig, device: str) -> Any:
+    """The model with PerCE installed, and a LoRA adapter if lora_r > 0.
+
+    Full fine-tuning keeps fp32 weights (a pure-bf16 weight of 1.0 does not move by 1e-3) and autocasts where bf16 is
+    sound; LoRA keeps the frozen base in bf16 there and the adapters in fp32.
+    """
+    precision = resolve_precision(config.precision, device)
+    kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if precision == "bf16" and config.lora_r else torch.float32}
+    if attention := config.attn_implementation or default_attention(read_config(path), precision, device):
+        kwargs["attn_implementation"] = attention
+    if config.load_in_4bit:
+        kwargs["quantization_config"] = _four_bit(config)
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    model = load_pretrained(path, **kwargs)
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if method is not None and "bitsandbytes" not in str(method):
+        raise UserError(f"--model {path}: quantised with {method}. Only bitsandbytes bases can be trained here.")
+    if method is not None and not config.lora_r:
+        raise UserError("A 4-bit base cannot be trained itself: add --lora_r 16.")
+    prepare_model(model)
+    if not config.lora_r:
+        return model
+    if method is not None:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return add_adapter(model, lora_config(config))
+
+
+def lora_config(config: ModelConfig) -> Any:
+    """The adapter that --lora_r asks for, on every linear layer but the output embedding."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+
+
+def add_adapter(model: Any, peft_config: Any) -> Any:
+    """The model under a PEFT adapter; UserError if that would wrap the output embedding or lengthen the sequence."""
+    from peft import get_peft_model
+
+    wrapped = get_peft_model(model, peft_config)
+    check_adapter(wrapped)
+    return wrapped
+
+
+def check_adapter(model: Any) -> None:
+    """UserError for adapters under which the loss would be of other rows, or of another head."""
+    for config in model.peft_config.values():
+        if getattr(config, "is_prompt_learning", False) and str(config.peft_type.value) != "PREFIX_TUNING":
+            raise UserError(
+                f"peft_config: {config.peft_type.value} puts virtual tokens before the prompt, and the response would "
+                "be read at the wrong places. Use LoRA, another adapter, or prefix tuning."
+            )
+    check_head_unwrapped(model)
+
+
+def _four_bit(config: ModelConfig) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit needs bitsandbytes: pip install 'perce[quant]' (a CUDA device is required).")
+    if not config.lora_r:
+        raise UserError("--load_in_4bit: a 4-bit base cannot be trained itself: add --lora_r 16.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def check_backend(backend: str, device: torch.device) -> str:
+    """The backend that is meant, PERCE_BACKEND looked up; UserError for one that cannot run on this device."""
+    try:
+        return resolve_backend(backend, device)
+    except ValueError as error:
+        raise UserError(f"{error}. Choose another with --backend, or in PERCE_BACKEND.") from error

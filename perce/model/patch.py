@@ -1,0 +1,201 @@
+"""Load a causal language model and teach its own forward to return what PerCE needs.
+
+`install_perce` gives the model two extra ways to be called, always through whatever wraps it (DDP, FSDP, PEFT):
+
+    model(input_ids, perce={"rows": rows})                                   → hidden states (N, D) at those rows
+    model(input_ids, perce={"rows": rows, "target": …, "loss": {…}})         → (loss, logp, logp_cf,
+                                                                                signal, token_weight)
+
+With "prefix" in perce the tokens through the persona are run without a gradient; see prefill.py.
+
+The loss runs inside the forward of the output-embedding module. Reading the head's weight anywhere else would bypass
+the hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perce.errors import UserError
+from perce.model.prefill import hidden_after_prefix
+from perce.model.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids, unwrapped
+from perce_kernels import fused_perce_loss, reference, token_logprobs
+
+# Largest difference of log-probabilities between the model's own logits and ours; fp32 shows 1e-5, bf16 logits 1e-2.
+SELF_CHECK_TOLERANCE = 1e-3
+SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.25
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap), as fused_perce_loss takes it; b is the head's own bias."""
+
+    softcap: float | None
+    logit_scale: float
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """The head's transform from a model config: Gemma softcaps, Granite divides, Cohere multiplies."""
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+    return LogitTransform(getattr(text, "final_logit_softcapping", None), scale)
+
+
+def install_perce(model: Any) -> Any:
+    """Patch model and head in place, before PEFT or any parallel wrapper; UserError if its logits are not ours."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        raise UserError(
+            f"{type(model).__name__}: expected a floating-point linear output embedding, got {type(head).__name__}"
+            f"{'' if head is None else f' ({head.weight.dtype})'}. Quantised or custom heads are not supported."
+        )
+    transform = logit_transform(model.config)
+    _check_architecture(model)
+    _patch_head(head, transform)
+    _patch_model(model)
+    model.perce_logit_transform = transform
+    _self_check(model, head, transform)
+    return model
+
+
+def _check_architecture(model: Any) -> None:
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{config.model_type}: PerCE needs a decoder-only causal model, and this one has an encoder.")
+    dropout = getattr(config.get_text_config(), "attention_dropout", 0.0)
+    if dropout:
+        raise UserError(
+            f"attention_dropout={dropout} in the model's config makes attention materialise a T × T matrix on CPU. "
+            "Set it to 0 in config.json."
+        )
+    active = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    if active:
+        raise UserError(
+            f"{type(model).__name__}: dropout in {active[0]} ({len(active)} modules) would act in the factual pass and "
+            "not in the counterfactual one, and bias every PIR. Load the model with its dropout settings at 0."
+        )
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The module's forward as a function of the module: a deep copy of a patched model must run its own weights."""
+    own = module.forward
+    return getattr(own, "__func__", lambda _, *args, **kwargs: own(*args, **kwargs))
+
+
+def _patch_head(head: Any, transform: LogitTransform) -> None:
+    own_forward = forward_of(head)
+
+    @functools.wraps(own_forward)
+    def forward(self, hidden: Tensor, perce: dict[str, Any] | None = None):
+        if perce is None:
+            return own_forward(self, hidden)
+        return _head_loss(self, hidden, transform, perce["target"], dict(perce["loss"]))
+
+    head.forward = types.MethodType(forward, head)
+    head.perce_backend = "auto"
+
+
+def _head_loss(
+    head: Any, hidden: Tensor, transform: LogitTransform, target: Tensor, call: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logp, logp_cf, signal, token_weight), all but the loss (N,) and detached.
+
+    `call` is what fused_perce_loss takes, or says `weight_from`: weights are then clipped from the model's own "loss"
+    (−log p of the token) or predictive "entropy". The signal is what the clip acted on.
+    """
+    output = {
+        "bias": head.bias, "softcap": transform.softcap, "logit_scale": transform.logit_scale,
+        "backend": head.perce_backend,
+    }  # fmt: skip
+    signal = None
+    if weight_from := call.pop("weight_from", None):
+        with torch.no_grad():
+            own: Any = token_logprobs(
+                hidden, head.weight, target, return_entropy=weight_from == "entropy", **output
+            )  # fmt: skip
+        signal = own[1] if weight_from == "entropy" else -own
+        call["token_weight"] = signal.clamp(call["clip_min"], call["clip_max"])
+    loss, stats = fused_perce_loss(hidden, head.weight, target, return_stats=True, **output, **call)
+    if signal is None:
+        signal = stats.pir.exp() if call.get("contrast") == "ratio" else stats.pir
+    return loss, stats.logp, stats.logp_cf, signal, stats.token_weight
+
+
+def _patch_model(model: Any) -> None:
+    own_forward = forward_of(model)
+
+    @functools.wraps(own_forward)  # generate() reads the signature
+    def forward(self, *args, perce: dict[str, Any] | None = None, **kwargs):
+        if perce is None:
+            return own_forward(self, *args, **kwargs)
+        if "prefix" in perce:
+            hidden = hidden_after_prefix(self.base_model, perce["rows"], perce["prefix"], *args, **kwargs)
+        else:
+            # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
+            output = self.base_model(*args, use_cache=False, **kwargs)
+            hidden = output[0].flatten(0, 1)[perce["rows"]]
+        return hidden if "target" not in perce else self.get_output_embeddings()(hidden, perce=perce)
+
+    model.forward = types.MethodType(forward, model)
+
+
+@torch.no_grad()
+def _self_check(model: Any, head: Any, transform: LogitTransform) -> None:
+    """Our reading of the head against the model's own logits on a few tokens."""
+    ids = probe_ids(model).to(head.weight.device)
+    rows = torch.arange(PROBE_TOKENS, device=ids.device)
+    with evaluating(model), attention_of_any_device(model):
+        own = model(input_ids=ids, use_cache=False).logits[0].double()
+        hidden = model(input_ids=ids, perce={"rows": rows})
+    low = head.weight.dtype in (torch.bfloat16, torch.float16)
+    exact = torch.float32 if low else torch.float64
+    bias = None if head.bias is None else head.bias.to(exact)
+    ours = reference.logits(
+        hidden.to(exact), head.weight.to(exact), bias, transform.softcap, transform.logit_scale
+    ).double()
+    difference = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().item()
+    tolerance = SELF_CHECK_TOLERANCE
+    if low:  # the model's own logits are rounded to 8 bits: of large ones 2 ** -8 of their size is lost
+        tolerance = max(SELF_CHECK_TOLERANCE_LOW_PRECISION, own.abs().max().item() * 2**-6)
+    if not difference <= tolerance:
+        raise UserError(
+            f"{type(model).__name__} ({model.config.model_type}): its log-probabilities differ from those computed "
+            f"from its hidden states and head by up to {difference:.3g} (allowed {tolerance:g}), with softcap="
+            f"{transform.softcap}, logit_scale={transform.logit_scale:g}. The architecture transforms its logits in a "
+            "way that is not known here, so training it would be wrong."
+        )
+
+
+def check_head_unwrapped(model: Any) -> None:
+    """UserError when PEFT put an adapter on the output embedding: the loss would ignore it."""
+    for name, module in model.named_modules():
+        wrapped = hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
+        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if wrapped and inner is not None and inner is _output_embeddings(model):
+            raise UserError(
+                f"{name}: an adapter sits on the output embedding, and the fused loss reads the embedding alone. Leave "
+                "lm_head (and, with tied embeddings, embed_tokens) out of target_modules and modules_to_save."
+            )
+
+
+def _output_embeddings(model: Any) -> nn.Module | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for attribute in ("base_layer", "original_module"):
+        head = getattr(head, attribute, head)
+    return head
+
+
+def prepare_model(model: Any, backend: str = "auto") -> Any:
+    """install_perce, once, on a model or on the base inside a PEFT model; `backend`: of its losses from now on."""
+    base = unwrapped(model)
+    if not hasattr(base, "perce_logit_transform"):
+        check_head_unwrapped(model)
+        install_perce(base)
+    base.get_output_embeddings().perce_backend = backend
+    return model

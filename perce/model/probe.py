@@ -1,0 +1,82 @@
+"""What running a model beside its training takes: eval mode and back; a few tokens to check a loaded model on."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perce.errors import UserError
+
+PROBE_TOKENS = 8
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside a PEFT model, or the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within, and the mode before it afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def probe_ids(model: Any, length: int = PROBE_TOKENS) -> Tensor:
+    """(1, length) token ids from all over the vocabulary, where the embeddings are."""
+    embeddings = model.get_input_embeddings().weight
+    return torch.arange(1, length + 1, device=embeddings.device)[None] * 97 % embeddings.shape[0]
+
+
+@contextlib.contextmanager
+def attention_of_any_device(model: Any) -> Iterator[None]:
+    """sdpa in place of flash kernels, which need a GPU and 16 bits; the model's own attention is back afterwards."""
+    own = model.config.get_text_config()._attn_implementation
+    if not str(own).startswith("flash"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+PACKING_TOLERANCE = 0.1  # of what seeing the sequence before does to hidden states; bf16 noise is far below
+
+
+def check_packing(model: Any, device: str) -> None:
+    """UserError unless the model's attention keeps packed sequences apart, and does so without a T × T mask."""
+    attention = model.config.get_text_config()._attn_implementation
+    if device == "cpu" or not str(attention).startswith(("flash_attention", "flex_attention")):
+        raise UserError(
+            f"packing: expected flash_attention_2, flash_attention_3 or flex_attention on a GPU, got {attention} on "
+            f"{device}. The others build a T × T mask to keep packed sequences apart. Choose one with "
+            "--attn_implementation, or leave --packing out: --tokens_per_batch groups by length and pads little."
+        )
+    check_sequences_apart(model)
+
+
+@torch.no_grad()
+def check_sequences_apart(model: Any) -> None:
+    """UserError if the second of two packed sequences sees the first: not every architecture hands position_ids on."""
+    ids = probe_ids(model, 2 * PROBE_TOKENS)
+    positions = torch.arange(PROBE_TOKENS, device=ids.device).repeat(2)[None]
+    rows = positions[0, :PROBE_TOKENS]
+    with evaluating(model):
+        alone = model(input_ids=ids[:, PROBE_TOKENS:], perce={"rows": rows})
+        packed = model(input_ids=ids, position_ids=positions, perce={"rows": rows + PROBE_TOKENS})
+        mixed = model(input_ids=ids, perce={"rows": rows + PROBE_TOKENS})
+    error, leak = (packed - alone).float().norm().item(), (mixed - alone).float().norm().item()
+    if not error <= PACKING_TOLERANCE * leak:
+        raise UserError(
+            f"packing: a packed sequence of this {model.config.model_type} model is {error / leak:.0%} as far from the "
+            "same sequence alone as if it saw the one before it. Its attention does not keep them apart: leave "
+            "--packing out."
+        )

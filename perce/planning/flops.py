@@ -1,0 +1,117 @@
+"""Floating-point operations of an optimiser step, and the time below which it cannot take.
+
+With F factual and C counterfactual input tokens, P weights in the matrices of the layers and A in adapters, a forward
+of F tokens takes 2·(P + A)·F and attention; its backward twice that, of which LoRA saves the weights' half (not the
+adapters'); checkpointing adds a forward, but for each layer's last product, and tiled MLPs one of theirs. With
+persona_grad="none" backward and recomputation see the tokens behind the persona alone. N response tokens cost the head
+2·N·D·V a product: the logits of each pass, dh, and dW where it trains. Norms, activation functions, the optimiser and
+memory traffic are left out: the bound is a lower one.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from perce.config.schema import StepConfig
+from perce.planning.memory import Counts, shape_of
+from perce.planning.rehearsal import Setup
+
+GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
+GEMM_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one optimiser step on one device."""
+
+    forward: int
+    backward: int
+    recomputation: int
+    counterfactual: int  # its forward through the layers
+    head: int
+    head_counterfactual: int
+    tokens: int  # factual ones
+
+    @property
+    def cross_entropy(self) -> int:
+        """The same step without the counterfactual pass."""
+        return self.forward + self.backward + self.recomputation + self.head
+
+    @property
+    def total(self) -> int:
+        return self.cross_entropy + self.counterfactual + self.head_counterfactual
+
+    @property
+    def overhead(self) -> float:
+        """Of the counterfactual pass, as a share of a cross-entropy step."""
+        return self.total / self.cross_entropy - 1
+
+
+def count_flops(config: Any, setup: Setup, step: StepConfig, counts: Counts) -> Flops:
+    shape, forwards = shape_of(step, setup.memory), step.forwards
+    product = 2 * shape.rows * counts.hidden * counts.vocabulary
+    trains_all = not setup.model.lora_r
+
+    def linear(tokens: int, weights: int) -> int:
+        return 2 * shape.batch * tokens * weights
+
+    every = counts.linear + counts.adapter
+    attention = shape.batch * attention_flops(config, shape.tokens)
+    forward = linear(shape.tokens, every) + attention
+    kept = shape.tokens - shape.prefix  # tokens that have a backward; they attend to all
+    attention -= shape.batch * attention_flops(config, shape.prefix)
+    backward = linear(kept, (1 + trains_all) * counts.linear + 2 * counts.adapter) + 2 * attention
+    recomputation = 0
+    if setup.checkpointing:
+        recomputation += linear(kept, every - counts.not_recomputed) + attention
+    if 0 < setup.memory.mlp_tile < kept:
+        recomputation += linear(kept, counts.mlp - counts.not_recomputed)
+    counterfactual = 0
+    if shape.tokens_cf:
+        sequences_cf = shape.sequences_cf
+        counterfactual = 2 * sequences_cf * shape.tokens_cf * every
+        counterfactual += sequences_cf * attention_flops(config, shape.tokens_cf)
+    return Flops(
+        forward=forwards * forward,
+        backward=forwards * backward,
+        recomputation=forwards * recomputation,
+        counterfactual=forwards * counterfactual,
+        head=forwards * product * (2 + counts.head_trains),
+        head_counterfactual=forwards * product * bool(shape.tokens_cf),
+        tokens=forwards * shape.batch * shape.tokens,
+    )
+
+
+def attention_flops(config: Any, tokens: int) -> int:
+    """Of one sequence's forward: Q Kᵀ and P V over the positions that a token may see, in all layers."""
+    text = config.get_text_config()
+    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    window = getattr(text, "sliding_window", None)
+    return sum(4 * width * _visible(tokens, window if kind == "sliding_attention" else None) for kind in kinds)
+
+
+def _visible(tokens: int, window: int | None) -> int:
+    """Pairs of a token and one that it attends to."""
+    seen = min(tokens, window or tokens)
+    return seen * (seen + 1) // 2 + (tokens - seen) * seen
+
+
+def matmul_rate(device: str, low_precision: bool) -> float | None:
+    """FLOP/s of a square product on this machine, the best of a second of them; None where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return None
+    side = GEMM_SIDE[device]
+    a = torch.ones(side, side, device=device, dtype=torch.bfloat16 if low_precision else torch.float32)
+    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < GEMM_SECONDS:
+        wait()
+        started = time.perf_counter()
+        a @ a
+        wait()
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 / best

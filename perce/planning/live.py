@@ -1,0 +1,137 @@
+"""Bytes alive while a step runs on fake tensors: at the start and at the peak of each of its phases."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes that are alive beside the weights, and how many of them are gradients of parameters."""
+
+    alive: int
+    gradients: int
+
+    @property
+    def others(self) -> int:
+        return self.alive - self.gradients
+
+    def __add__(self, other: "Moment") -> "Moment":
+        return Moment(self.alive + other.alive, self.gradients + other.gradients)
+
+    def __mul__(self, times: int) -> "Moment":
+        return Moment(self.alive * times, self.gradients * times)
+
+    def __sub__(self, other: "Moment") -> "Moment":
+        return self + other * -1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Of one phase of a step, or what a layer adds to it."""
+
+    start: Moment
+    peak: Moment
+
+    @property
+    def working_set(self) -> int:
+        """What the peak adds to the start, gradients left out."""
+        return self.peak.others - self.start.others
+
+    def __add__(self, other: "Phase") -> "Phase":
+        return Phase(self.start + other.start, self.peak + other.peak)
+
+    def __mul__(self, times: int) -> "Phase":
+        return Phase(self.start * times, self.peak * times)
+
+    def __sub__(self, other: "Phase") -> "Phase":
+        return self + other * -1
+
+
+@dataclass
+class Rehearsed:
+    """What a rehearsal found, in bytes."""
+
+    phases: dict[str, Phase] = field(default_factory=dict)
+    """By name, in the order in which they began."""
+    parts: dict[str, int] = field(default_factory=dict)
+    """What the attention or MLP of one layer, in the forward, has alive at most beyond its input; by module name."""
+    offloaded: int = 0
+    """Checkpoints in host memory."""
+
+
+class Live(TorchDispatchMode):
+    """Counts all storages that operators have returned and somebody still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Rehearsed()
+        self._bytes = self._peak = self._gradients = 0
+        self._phase = ""
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._alive[key] = storage.nbytes()
+        weakref.finalize(storage, self._release, key)
+        self._bytes += storage.nbytes()
+        self._peak = max(self._peak, self._bytes)
+        if self._phase and self._bytes > self.found.phases[self._phase].peak.alive:
+            self.found.phases[self._phase] = replace(self.found.phases[self._phase], peak=self._now)
+
+    def _release(self, key: int) -> None:
+        self._bytes -= self._alive.pop(key)
+
+    @property
+    def _now(self) -> Moment:
+        return Moment(self._bytes, self._gradients)
+
+    def disregard(self, tensors: Iterator[Tensor]) -> None:
+        """Tensors that were there before: an operator that returns a view of one allocates nothing."""
+        for tensor in tensors:
+            self._alive[tensor.untyped_storage()._cdata] = 0
+
+    def enter(self, phase: str) -> None:
+        """Begin a phase: what is alive now is its start. Called again, as a recomputation does, it goes on."""
+        self._phase = phase
+        self.found.phases.setdefault(phase, Phase(self._now, self._now))
+
+    def forget(self) -> None:
+        """Begin anew, with what is alive now."""
+        self.found = Rehearsed()
+
+    def leave(self) -> None:
+        self._phase = ""
+
+    def count_gradient(self, parameter: Tensor) -> None:
+        self._gradients += parameter.numel() * parameter.itemsize
+
+    def part(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Hooks before and after a module's forward, which note it as a part."""
+        calls: list[tuple[int, int]] = []
+
+        def before(*_: Any) -> None:
+            calls.append((self._bytes, self._peak))
+            self._peak = self._bytes
+
+        def after(*_: Any) -> None:
+            start, outer_peak = calls.pop()
+            self.found.parts[name] = max(self.found.parts.get(name, 0), self._peak - start)
+            self._peak = max(self._peak, outer_peak)
+
+        return before, after

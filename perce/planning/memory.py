@@ -1,0 +1,218 @@
+"""Peak memory of a training step on one device, by phase and by part.
+
+    weights           parameters and buffers, counted on the real model
+    optimiser states  8 bytes a trained parameter (AdamW in fp32)
+    activations       what is alive when a phase begins, gradients left out: for the backward all that was kept, with
+                      checkpointing the layers' inputs alone
+    working set       what the phase adds at its peak: one layer's recomputation and gradients, say
+    gradients         of parameters, as far as backward has come
+    loss buffers      inside the op: a chunk of logits; on a CPU also an fp32 copy of a bf16 head. The logits of backend
+                      "reference" are rehearsed, and so are part of the working set
+
+Activations, working sets and gradients are rehearsed (rehearsal.py), the others are formulae. A phase's sum is its
+peak, the largest of them the step's. On CPU what the process holds before the model is built comes on top.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from perce.config.schema import MemoryConfig, StepConfig
+from perce.data.documents import short_windows
+from perce.errors import UserError
+from perce.model.patch import logit_transform
+from perce.model.probe import unwrapped
+from perce.planning.rehearsal import Setup, StepShape, build, decoder_layers, layer_kinds, rehearse_depth
+from perce_kernels import chunked
+
+_DEFAULTS = MemoryConfig()
+UPDATE = "update"  # the phase of the optimiser, whose fused AdamW works in place
+ADAMW_BYTES = 8
+CUDA_RESERVE = 2**30  # context, kernels, cuBLAS workspaces, fragments; assumed
+MULTIPROCESSORS = 132  # of an H100 or H200: they decide how many tokens a chunk of the loss has
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Exact sizes of a model, from the modules themselves."""
+
+    parameters: int  # tied ones once
+    trained: int
+    weight_bytes: int
+    embedding: int  # parameters outside the layers
+    linear: int  # matrices of the layers, adapters left out
+    mlp: int  # of linear: the parts that --mlp_tile takes in tiles
+    adapter: int  # LoRA weights
+    not_recomputed: int  # of linear: recomputation stops before each layer's last product, whose result nothing keeps
+    hidden: int
+    vocabulary: int
+    layers: int
+    head_trains: bool
+    head_bias: bool
+
+
+def count(config: Any, setup: Setup) -> Counts:
+    """UserError for a model whose layers are not alike."""
+    model = build(config, setup)
+    text = config.get_text_config()
+    layers = decoder_layers(model, text.num_hidden_layers)
+    sizes: dict[Any, int] = {}
+    for layer, kind in zip(layers, layer_kinds(config), strict=True):
+        size = sum(p.numel() for p in layer.parameters())
+        if sizes.setdefault(kind, size) != size:
+            raise UserError(
+                f"{type(unwrapped(model)).__name__}: layers of {sizes[kind]:,} and of {size:,} parameters. Only models "
+                "whose layers are alike are planned."
+            )
+    parameters = sum(p.numel() for p in model.parameters())
+    matrices = {name: p.numel() for name, p in layers.named_parameters() if p.dim() > 1}
+    adapter = sum(size for name, size in matrices.items() if "lora_" in name)
+    mlp = sum(size for name, size in matrices.items() if "lora_" not in name and name.split(".")[1] == "mlp")
+    # Of an adapted matrix the adapter's own product is the last: too little to count.
+    last = 0 if adapter else sum([p.numel() for p in layer.parameters() if p.dim() > 1][-1] for layer in layers)
+    head = model.get_output_embeddings()
+    return Counts(
+        parameters=parameters,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        weight_bytes=sum(x.numel() * x.itemsize for x in [*model.parameters(), *model.buffers()]),
+        embedding=parameters - sum(p.numel() for p in layers.parameters()),
+        linear=sum(matrices.values()) - adapter,
+        mlp=mlp,
+        adapter=adapter,
+        not_recomputed=last,
+        hidden=head.weight.shape[1],
+        vocabulary=head.weight.shape[0],
+        layers=len(layers),
+        head_trains=head.weight.requires_grad,
+        head_bias=head.bias is not None,
+    )
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Bytes. phases: part by part, the same parts in each."""
+
+    phases: dict[str, dict[str, int]]
+    attention: int  # working set of one layer's attention in the forward, and of its MLP
+    mlp: int
+    hidden_rows: int  # hidden states of the response tokens, of both passes
+    offloaded: int  # checkpoints in host memory
+    logits_not_held: dict[str, int]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        return self.phases[self.peak_phase]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
+def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
+    """The last token of a sequence is a target only, in both passes."""
+    batch, accumulates = step.per_device_train_batch_size, step.forwards > 1
+    if step.objective == "longce":
+        windows = short_windows(step.context, step.short_context, step.short_stride)
+        longest = max(end - start for start, end, _ in windows)
+        rows = batch * (step.context - 1)
+        return StepShape(batch, step.context - 1, longest - 1, rows, accumulates, batch * len(windows))
+    without_persona = step.query + step.response - 1
+    return StepShape(
+        batch,
+        tokens=step.context - 1,
+        tokens_cf=without_persona if step.objective == "perce" else 0,
+        rows=batch * step.response,
+        accumulates=accumulates,
+        sequences_cf=batch,
+        prefix=step.context - 1 - without_persona if options.persona_grad == "none" else 0,
+    )
+
+
+def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, device: str) -> PeakMemory:
+    """The rehearsal and the formulae of the module's docstring put together."""
+    shape = shape_of(step, setup.memory)
+    rehearsed = rehearse_depth(config, setup, shape)
+    resident = _resident(counts, setup, step, device)
+    shares = step.devices if step.sharding == "full" else 1
+    phases = {
+        name: resident
+        | {
+            "gradients": phase.peak.gradients // shares,
+            "activations": phase.start.others,
+            "working set": phase.working_set,
+            "loss buffers": loss_buffers(config, setup, shape, counts, device) if name == "head" else 0,
+        }
+        for name, phase in rehearsed.phases.items()
+    }
+    trained_bytes = 4 * counts.trained
+    nothing = {"activations": 0, "working set": 0, "loss buffers": 0}
+    phases[UPDATE] = resident | {"gradients": trained_bytes // shares} | nothing
+    not_held = {"of all tokens": shape.batch * shape.tokens * counts.vocabulary * 4}
+    if setup.model.backend != "reference":
+        not_held = {"of the response tokens": shape.rows * counts.vocabulary * 4} | not_held
+    return PeakMemory(
+        phases,
+        attention=max(
+            (size for name, size in rehearsed.parts.items() if "attn" in name or "attention" in name), default=0
+        ),
+        mlp=max((size for name, size in rehearsed.parts.items() if "mlp" in name or "feed" in name), default=0),
+        offloaded=rehearsed.offloaded,
+        # Those of the counterfactual pass leave autocast's wrapper in fp32.
+        hidden_rows=shape.rows * counts.hidden * ((2 if setup.low_precision else 4) + 4 * bool(shape.tokens_cf)),
+        logits_not_held=not_held,
+    )
+
+
+def _resident(counts: Counts, setup: Setup, step: StepConfig, device: str) -> dict[str, int]:
+    """What is there in every phase; sharded, one layer is gathered while the next one is fetched, beside embeddings."""
+    weights, states = counts.weight_bytes, ADAMW_BYTES * counts.trained
+    resident = {"weights": weights, "optimiser states": states}
+    if step.sharding == "full":
+        layer = (counts.parameters - counts.embedding) // counts.layers
+        gathered = (2 * layer + counts.embedding) * (2 if setup.low_precision else 4)
+        resident = {name: size // step.devices for name, size in resident.items()} | {"gathered weights": gathered}
+    elif step.devices > 1:
+        resident["gradient buckets"] = 4 * counts.trained  # DistributedDataParallel copies them for its all-reduce
+    if device == "cuda":
+        resident["CUDA context"] = CUDA_RESERVE
+    return resident
+
+
+def loss_buffers(config: Any, setup: Setup, shape: StepShape, counts: Counts, device: str) -> int:
+    """Bytes that fused_perce_loss allocates beside its inputs and outputs, as far as they are not rehearsed."""
+    backend = setup.model.backend
+    if backend == "reference":  # its tensors are plain PyTorch's
+        return 0
+    n, d, v = shape.rows, counts.hidden, counts.vocabulary
+    softcap = logit_transform(config).softcap is not None
+    passes = 2 if shape.tokens_cf else 1
+    if backend == "triton" or (backend == "auto" and device == "cuda"):
+        return _gpu_loss_buffers(n, d, v, 2 if setup.low_precision else 4, passes, counts)
+    buffers = 1 + softcap
+    chunk = min(chunked.chunk_rows(v, torch.float32, buffers), n)
+    logits, dhidden = buffers * chunk * v * 4, chunk * d * 4
+    if not setup.low_precision:
+        return logits + dhidden
+    # CPU products have no out_dtype, so their operands are copied to fp32; on a GPU dz is, to 16 bits.
+    return logits + dhidden + ((v + passes * chunk) * d * 4 if device == "cpu" else chunk * v * 2)
+
+
+def _gpu_loss_buffers(n: int, d: int, v: int, itemsize: int, passes: int, counts: Counts) -> int:
+    try:
+        from perce_kernels.gpu import driver
+        from perce_kernels.gpu.cut import cut_of
+    except ImportError as error:
+        raise UserError(
+            f"--device cuda: its plan asks the Triton backend for its chunk sizes, and cannot import it ({error}). "
+            "Install triton, plan on the Linux machine that is to train, or plan with --backend torch."
+        ) from error
+    way = "fused"  # the one in use on every GPU
+    return driver.extra_bytes(
+        n, d, v, itemsize, cut=cut_of(n, d, v, itemsize, way, MULTIPROCESSORS), way=way, passes=passes, gathered=False,
+        masked=False, needed=(True, counts.head_trains, counts.head_bias and counts.head_trains),
+    )  # fmt: skip

@@ -1,0 +1,254 @@
+"""Plans of a training step: its memory and operations, the largest context that fits, and what each option changes."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perce.config.commands import PlanOptions
+from perce.config.schema import ModelConfig, StepConfig
+from perce.errors import UserError
+from perce.hub import read_config
+from perce.model.loading import bf16_is_sound, check_backend
+from perce.model.memory import position_limit
+from perce.planning.flops import Flops, count_flops, matmul_rate
+from perce.planning.memory import Counts, PeakMemory, count, peak_memory
+from perce.planning.rehearsal import Setup
+
+MLP_TILE = 1024  # of the variant that is shown
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes in one configuration."""
+
+    counts: Counts
+    memory: PeakMemory
+    flops: Flops
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The same step with one option changed."""
+
+    flags: str
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is shown."""
+
+    options: PlanOptions
+    device: str
+    precision: str
+    cost: Cost
+    rate: float | None  # FLOP/s, where known
+    largest_context: int | None  # None without --gpu_memory; 0 where nothing fits
+    variants: list[Variant]
+
+
+def make_plan(options: PlanOptions) -> Plan:
+    model_config = load_config(options.model)
+    check_positions(model_config, options)
+    device = resolve_device(options.step)
+    options = replace(options, model=with_backend(options.model, device))
+    check_options(options, device)
+    low, tflops = is_low_precision(options.model, device), options.step.tflops
+    return Plan(
+        options=options,
+        device=device,
+        precision="bf16" if low else "fp32",
+        cost=step_cost(model_config, options, device),
+        rate=tflops * 1e12 if tflops else matmul_rate(device, low),
+        largest_context=largest_context(model_config, options, device),
+        variants=list(planned_variants(model_config, options, device)),
+    )
+
+
+def planned_variants(model_config: Any, options: PlanOptions, device: str) -> Iterator[Variant]:
+    """Those of `variants` that this architecture can do."""
+    for flags, changed in variants(options, device):
+        with contextlib.suppress(UserError):
+            yield Variant(flags, step_cost(model_config, changed, device))
+
+
+def step_cost(model_config: Any, options: PlanOptions, device: str) -> Cost:
+    """Memory and operations of one configuration. UserError for a model that cannot be planned."""
+    setup = setup_of(options, device)
+    counts = count(model_config, setup)
+    return Cost(
+        counts,
+        peak_memory(model_config, setup, options.step, counts, device),
+        count_flops(model_config, setup, options.step, counts),
+    )
+
+
+def setup_of(options: PlanOptions, device: str) -> Setup:
+    low = is_low_precision(options.model, device)
+    return Setup(options.model, low, options.step.activation_checkpointing, options.memory)
+
+
+def resolve_device(step: StepConfig) -> str:
+    if step.device != "auto":
+        return step.device
+    return "cuda" if step.gpu_memory or torch.cuda.is_available() else "cpu"
+
+
+def with_backend(model: ModelConfig, device: str) -> ModelConfig:
+    """With the backend that a run would take there. UserError for one that cannot run."""
+    return replace(model, backend=check_backend(model.backend, torch.device(device)))
+
+
+def is_low_precision(model: ModelConfig, device: str) -> bool:
+    """As perce.model.resolve_precision, for a device that need not be here."""
+    return model.precision == "bf16" or (model.precision == "auto" and (device == "cuda" or bf16_is_sound("cpu")))
+
+
+def load_config(options: ModelConfig) -> Any:
+    """The model's config, its dropout off as in training. UserError for what is no decoder-only dense model."""
+    from transformers import PretrainedConfig
+
+    from perce.demo.model import default_model_path
+
+    if options.load_in_4bit:
+        raise UserError(
+            "--load_in_4bit: plans of quantised models are not made. Plan with bf16 weights: an upper bound."
+        )
+    path = options.model or str(default_model_path())
+    config = read_config(path)
+    check_architecture(config, path)
+    local = Path(path).expanduser()
+    raw, _ = PretrainedConfig.get_config_dict(str(local) if local.exists() else path)
+    text, names = config.get_text_config(), ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    written = raw.get("text_config", raw)
+    missing = [name for name in names if getattr(text, name, None) is None]
+    # A size left out of config.json has the architecture's default, which is that of another model.
+    missing += [
+        name
+        for name in ("hidden_size", "num_hidden_layers")
+        if written.keys().isdisjoint({name, text.attribute_map.get(name)})
+    ]
+    if missing:
+        raise UserError(f"--model {path}: {missing[0]} is missing from its config.json, and a plan needs it.")
+    return config
+
+
+def check_architecture(config: Any, path: str) -> None:
+    """UserError for encoders, and for mixtures of experts: which of them run depends on the data."""
+    if config.is_encoder_decoder:
+        raise UserError(f"--model {path}: PerCE needs a decoder-only model, and {config.model_type} has an encoder.")
+    text = config.get_text_config()
+    if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise UserError(f"--model {path}: {text.model_type} has a mixture of experts. Only dense models are planned.")
+
+
+def check_positions(model_config: Any, options: PlanOptions) -> None:
+    """UserError for a context that the model has no positions for."""
+    limit = position_limit(model_config)
+    if limit is not None and options.step.context > limit:
+        raise UserError(
+            f"--context {options.step.context}: the model has positions for {limit} tokens (max_position_embeddings in "
+            f"its config.json). Expected at most {limit}, or a config.json that stretches them (rope_scaling)."
+        )
+
+
+def check_options(options: PlanOptions, device: str) -> None:
+    """UserError for options that a training run would refuse together."""
+    step, memory = options.step, options.memory
+    if memory.persona_grad == "none" and step.objective == "longce":
+        raise UserError("--persona_grad none: needs a persona, and --objective longce has documents. Use full.")
+    if memory.persona_grad == "none" and step.sharding == "full":
+        raise UserError("--persona_grad none, --sharding full: do not work together. Use --sharding none.")
+    if memory.activation_offload and (device == "cpu" or not step.activation_checkpointing):
+        raise UserError(
+            "--activation_offload: moves the inputs of checkpointed layers from a GPU to host memory. Expected "
+            "--activation_checkpointing and --device cuda beside it."
+        )
+
+
+def largest_context(model_config: Any, options: PlanOptions, device: str) -> int | None:
+    """Tokens of the longest context whose peak fits --gpu_memory, up to the model's own limit; 0 if none does."""
+    budget = options.step.memory_bytes()
+    if budget is None:
+        return None
+    setup = setup_of(options, device)
+    counts = count(model_config, setup)
+    shortest = 2 if options.step.objective == "longce" else options.step.query + options.step.response + 1
+    longest = max(position_limit(model_config) or 2**20, shortest)
+
+    def peak(context: int) -> int:
+        return peak_memory(model_config, setup, replace(options.step, context=context), counts, device).peak
+
+    return largest(peak, shortest, longest, budget)
+
+
+def largest(peak: Callable[[int], int], low: int, high: int, budget: int) -> int:
+    """The largest integer in [low, high] whose peak is within the budget; 0 if not even low's is. peak must not fall.
+
+    Bisection, every other guess by the chord between the ends: peaks are straight lines over long stretches.
+    """
+    if (at_high := peak(high)) <= budget:
+        return high
+    if (at_low := peak(low)) > budget:
+        return 0
+    by_chord = True
+    while high - low > 1:
+        share = (budget - at_low) / (at_high - at_low) if by_chord else 0.5
+        guess = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        if (at_guess := peak(guess)) <= budget:
+            low, at_low = guess, at_guess
+        else:
+            high, at_high = guess, at_guess
+        by_chord = not by_chord
+    return low
+
+
+def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptions]]:
+    """(flags, options) with one option changed, where that is a change."""
+    step, model, memory = options.step, options.model, options.memory
+
+    def changed(flags: str, **changes: Any) -> tuple[str, PlanOptions]:
+        parts = {
+            part.name: replace(section, **{name: value for name, value in changes.items() if hasattr(section, name)})
+            for part in fields(options)
+            for section in [getattr(options, part.name)]
+        }
+        return flags, PlanOptions(**parts)
+
+    low = is_low_precision(model, device)
+    on = not step.activation_checkpointing
+    yield changed(
+        f"--activation_checkpointing {str(on).lower()}", activation_checkpointing=on,
+        activation_offload=memory.activation_offload and on,
+    )  # fmt: skip
+    if device == "cuda" and step.activation_checkpointing:
+        on = not memory.activation_offload
+        yield changed(f"--activation_offload {str(on).lower()}", activation_offload=on)
+    if step.objective != "longce" and step.sharding == "none":
+        persona_grad = "full" if memory.persona_grad == "none" else "none"
+        yield changed(f"--persona_grad {persona_grad}", persona_grad=persona_grad)
+    tile = 0 if memory.mlp_tile else MLP_TILE
+    yield changed(f"--mlp_tile {tile}", mlp_tile=tile)
+    rank = 0 if model.lora_r else 16
+    yield changed(f"--lora_r {rank}", lora_r=rank)
+    precision = "fp32" if low else "bf16"
+    yield changed(f"--precision {precision}", precision=precision)
+    if (batch := step.per_device_train_batch_size) > 1:
+        yield changed(
+            "--per_device_train_batch_size 1", per_device_train_batch_size=1,
+            gradient_accumulation_steps=batch * step.forwards,
+        )  # fmt: skip
+    if step.has_counterfactual_pass:
+        yield changed("--objective ce", objective="ce")
+    if model.attn_implementation == "eager":
+        yield changed("--attn_implementation sdpa", attn_implementation="sdpa")
+    if model.backend == "reference":
+        yield changed("--backend torch", backend="torch")
+
+
+GIB = 2**30

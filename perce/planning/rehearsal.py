@@ -1,0 +1,330 @@
+"""A training step rehearsed on tensors without data: what is alive when, counted from the model's own code.
+
+    build            the model of a config, LoRA included, on the meta device: parameter counts are exact
+    rehearse         both passes, the loss and the backward on fake tensors; allocations and releases are counted
+    rehearse_depth   the same for a few layers only, carried on to the model's depth
+
+A step is a sequence of phases: "counterfactual", "persona" (the prefill of persona_grad="none"), "forward", "head",
+"last layer" (the first whose backward runs) and "first layer". The bytes at the start and at the peak of each are
+affine in the number of layers of each kind: what one more layer adds is the difference of two rehearsals. Backward is
+the exception (activations fall while gradients grow, and their sum is largest at an end), so its last and its first
+layer are phases of their own. Fake tensors show what operators return, not what they allocate inside: memory.py adds
+the buffers of the loss.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from perce.config.schema import MemoryConfig, ModelConfig
+from perce.errors import UserError
+from perce.model.loading import add_adapter, lora_config
+from perce.model.memory import enable_checkpointing, prepare_memory
+from perce.model.patch import logit_transform
+from perce.model.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
+from perce.model.probe import unwrapped
+from perce.planning.live import Live, Moment, Phase, Rehearsed
+from perce_kernels import fused_perce_loss, reference
+
+OFFLOADED = ("forward", "head", "last layer", "first layer")
+"""In which the inputs of checkpointed layers are in host memory, under activation_offload."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides how a model is built and run, beside its config."""
+
+    model: ModelConfig
+    low_precision: bool  # bf16 autocast, and bf16 weights under LoRA
+    checkpointing: bool
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """One forward and backward of B sequences."""
+
+    batch: int
+    tokens: int  # T, input tokens of a sequence
+    tokens_cf: int  # those of a counterfactual one; 0: no counterfactual pass
+    rows: int  # N, response tokens of all sequences
+    accumulates: bool  # gradients of an earlier forward are there already
+    sequences_cf: int = 0  # 0: B
+    prefix: int = 0  # tokens of each factual sequence that run without a gradient
+
+
+def build(config: Any, setup: Setup) -> Any:
+    """The model of a config as load_model would make it, on the meta device. UserError if there is none."""
+    from transformers import AutoModelForCausalLM
+
+    options = setup.model
+    dtype = torch.bfloat16 if setup.low_precision and options.lora_r else torch.float32
+    kwargs = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    flash = "flash" in (options.attn_implementation or "")
+    if flash:
+        kwargs["attn_implementation"] = "sdpa"  # needs no package and no GPU here
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **kwargs)
+            if options.lora_r:
+                model = add_adapter(model, lora_config(options))
+    except UserError:
+        raise
+    except (ValueError, ImportError, AttributeError, TypeError, KeyError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model {options.model}: no model can be built from its config.json: {reason}") from error
+    base = unwrapped(model)
+    if setup.checkpointing:
+        enable_checkpointing(base)
+    prepare_memory(base, setup.memory)
+    if flash:
+        base.config.get_text_config()._attn_implementation = _maskless_attention()
+    return model.train()
+
+
+def _maskless_attention() -> str:
+    """The name of sdpa without any mask: what flash attention holds, which needs none for prefixes and windows."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register("perce_maskless", sdpa_attention_forward)
+    AttentionMaskInterface.register("perce_maskless", lambda *args, **kwargs: None)
+    return "perce_maskless"
+
+
+def decoder_layers(model: Any, count: int) -> nn.ModuleList:
+    """The list of the language model's layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and "vision" not in name:
+            return module
+    raise UserError(f"{type(unwrapped(model)).__name__}: expected a list of {count} layers, and it has none.")
+
+
+def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
+    """What a config says of each layer (full or sliding attention, …): layers of the same kind are alike."""
+    text = config.get_text_config()
+    lists = [text.layer_types] if getattr(text, "layer_types", None) else []
+    return list(zip(*lists, strict=True)) if lists else [()] * text.num_hidden_layers
+
+
+def cut(config: Any, stack: Sequence[int]) -> Any:
+    """The config of a model that has only the layers `stack` of this one."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == depth:
+            setattr(text, name, [value[index] for index in stack])
+    text.num_hidden_layers = len(stack)
+    return config
+
+
+def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
+    """`rehearse` of all layers, from stacks that hold each kind of layer once, and once more for what it adds. A peak
+    in the middle is taken as if all layers of a kind came before it: a few checkpoints too high.
+
+    With activation_offload a layer adds its gradients and its part of the prefix cache, and its input is in host
+    memory. What is on its way there is as much as the shallow stack has. Not measured.
+    """
+    kinds = layer_kinds(config)
+    between = [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in (kinds[0], kinds[-1])]
+    base = [0, *between, len(kinds) - 1] if len(kinds) > 1 else [0]
+    shallow = rehearse(cut(config, base), setup, shape)
+    phases, offloaded = dict(shallow.phases), 0
+    present = Counter(kinds[index] for index in base)
+    for kind, count in Counter(kinds).items():
+        if more := count - present[kind]:
+            stack = [0, kinds.index(kind), *base[1:]]
+            deeper = rehearse(cut(config, stack), setup, shape)
+            added = {name: deeper.phases[name] - phase for name, phase in shallow.phases.items()}
+            if setup.memory.activation_offload:
+                prefix = shape.batch * added["forward"].start.alive
+                offloaded += more * (added["head"].start.alive - prefix)
+                added |= {name: _offloaded(added[name], prefix) for name in OFFLOADED}
+            phases = {name: phase + added[name] * more for name, phase in phases.items()}
+    return Rehearsed(phases, shallow.parts, offloaded)
+
+
+def _offloaded(added: Phase, prefix: int) -> Phase:
+    """What a layer adds to a phase when its input is elsewhere: gradients, and its part of the prefix cache."""
+    moments = (Moment(prefix + moment.gradients, moment.gradients) for moment in (added.start, added.peak))
+    return Phase(*moments)
+
+
+def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
+    """What one step of this model has alive in each of its phases."""
+    live = Live()
+    model = build(config, setup)
+    try:
+        with FakeTensorMode(), _one_sequence_a_row():
+            live.disregard(_give_storage(model))
+            with live:
+                for _ in range(1 + shape.accumulates):  # of two forwards the second counts
+                    live.forget()
+                    _step(model, setup, shape, live)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        name = type(unwrapped(model)).__name__
+        raise UserError(f"{name}: a step of this architecture cannot be rehearsed without data ({reason}).") from error
+    return live.found
+
+
+@contextmanager
+def _one_sequence_a_row() -> Iterator[None]:
+    """transformers looks at position ids for packed sequences, and where these have no values it expects some: a T × T
+    mask would be built that a real step of ours never has."""
+    from transformers import masking_utils
+
+    own = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+
+
+def _give_storage(model: nn.Module) -> Iterator[Tensor]:
+    """Fake tensors in the place of those on the meta device, tied ones once; called under a FakeTensorMode."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in tables:
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake: Tensor = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = fake
+                    yield fake
+                held[name] = made[id(tensor)]
+
+
+def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
+    """One forward and backward as PerceTrainer makes them, its phases marked."""
+    base = unwrapped(model)
+    layers = decoder_layers(base, base.config.get_text_config().num_hidden_layers)
+    transform, head = logit_transform(base.config), base.get_output_embeddings()
+    rows = torch.zeros(shape.rows, dtype=torch.int64)
+
+    def autocast() -> Any:  # one a pass, as Accelerate's wrapper: its casts of the weights live as long
+        return torch.autocast("cpu", torch.bfloat16, enabled=setup.low_precision)
+
+    def hidden(sequences: int, tokens: int, **kwargs: Any) -> Tensor:
+        ids = torch.zeros(sequences, tokens, dtype=torch.int64)
+        return base.base_model(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
+
+    def factual() -> Tensor:
+        if setup.memory.persona_grad == "full":
+            live.enter("forward")
+            return hidden(shape.batch, shape.tokens)[rows]
+        rests = []
+        for _ in range(shape.batch):  # as hidden_after_prefix
+            live.enter("persona")
+            cache = _prefix_cache(base.base_model, shape.prefix)
+            live.enter("forward")
+            rests.append(hidden(1, shape.tokens - shape.prefix, **{CACHE_ARGUMENT: cache}))
+        return torch.cat(rests)[rows]
+
+    source: dict[str, Any] = {}
+    if shape.tokens_cf:
+        live.enter("counterfactual")
+        model.eval()
+        with torch.no_grad(), autocast():
+            states = hidden(shape.sequences_cf or shape.batch, shape.tokens_cf)[rows]
+        source["hidden_cf"] = states.float() if setup.low_precision else states  # the wrapper's outputs are fp32
+        model.train()
+    else:
+        source["token_weight"] = torch.ones(shape.rows)
+    live.leave()
+    handles = [*_watch_parts(layers[-1], live), *_watch_backward(layers, live), *_watch_gradients(model, live)]
+    with autocast():
+        states = factual()
+        live.enter("head")
+        loss = _loss(setup.model.backend, states, head.weight, rows, **source, bias=head.bias, **vars(transform))
+    del states, source
+    live.enter("last layer")
+    loss.backward()
+    live.leave()
+    for handle in handles:
+        handle.remove()
+
+
+def _loss(backend: str, states: Tensor, weight: Tensor, rows: Tensor, **options: Any) -> Any:
+    """The op as one operator, whose inside memory.py has formulae for; or all tensors of backend "reference", without
+    its check of the targets, which needs their values."""
+    if backend != "reference":
+        return fused_perce_loss(states, weight, rows, num_items=1, backend="torch", **options)
+    if torch.is_autocast_enabled("cpu"):
+        states, weight = states.bfloat16(), weight.bfloat16()
+    with torch.autocast("cpu", enabled=False):
+        return reference.perce_loss(states, weight, rows, reduction="sum", **options)[0]
+
+
+@torch.no_grad()
+def _prefix_cache(base_model: Any, tokens: int) -> PrefixCache:
+    """As prefill would leave it. Of a long prefix the first chunk and the last two are run: those between only lengthen
+    the keys and values, which are put there at their length."""
+    cache = PrefixCache(config=base_model.config)
+    first, *rest = torch.zeros(1, tokens, dtype=torch.int64).split(PREFILL_CHUNK, dim=1)
+    between, last = rest[:-2], rest[-2:]
+    base_model(input_ids=first, use_cache=False, **{CACHE_ARGUMENT: cache})
+    for layer in cache.layers if between else ():
+        _lengthen(layer, len(between) * PREFILL_CHUNK)
+    for chunk in last:
+        base_model(input_ids=chunk, use_cache=False, **{CACHE_ARGUMENT: cache})
+    cache.filled = True
+    return cache
+
+
+def _lengthen(layer: Any, tokens: int) -> None:
+    """Keys and values of so many more tokens; a sliding layer holds the last of them, as views of what the last chunk
+    was appended to."""
+    length = layer.keys.shape[2] + tokens
+    window = getattr(layer, "sliding_window", None)
+    if window:
+        length = min(length, window - 1 + PREFILL_CHUNK)
+        layer.cumulative_length += tokens
+    for name in ("keys", "values"):
+        held = getattr(layer, name)
+        longer = held.new_empty(*held.shape[:2], length, held.shape[3])
+        setattr(layer, name, longer[:, :, -window + 1 :] if window else longer)
+
+
+def _watch_parts(layer: nn.Module, live: Live) -> Iterator[Any]:
+    for name, child in layer.named_children():
+        if any(parameter.dim() > 1 for parameter in child.parameters()):
+            before, after = live.part(name)
+            yield child.register_forward_pre_hook(before)
+            yield child.register_forward_hook(after)
+
+
+def _watch_backward(layers: nn.ModuleList, live: Live) -> Iterator[Any]:
+    """Marks the end of the last layer's backward and the start of the first one's."""
+
+    def when_its_gradient_is_there(mark: Callable[[], None]) -> Callable[..., None]:
+        def on_output(_module: nn.Module, _args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            if states.requires_grad:
+                states.register_hook(lambda _: mark())
+
+        return on_output
+
+    if len(layers) > 2:
+        yield layers[-2].register_forward_hook(when_its_gradient_is_there(live.leave))
+    if len(layers) > 1:
+        yield layers[0].register_forward_hook(when_its_gradient_is_there(lambda: live.enter("first layer")))
+
+
+def _watch_gradients(model: nn.Module, live: Live) -> Iterator[Any]:
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            yield parameter.register_post_accumulate_grad_hook(live.count_gradient)

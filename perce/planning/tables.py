@@ -1,0 +1,154 @@
+"""A plan as tables in the terminal, and as JSON."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from perce.planning.memory import UPDATE
+from perce.planning.plans import GIB, Cost, Plan
+
+PHASE_NAMES = {  # as columns, and in words
+    "counterfactual": ("no persona", "counterfactual pass"),
+    "persona": ("persona", "persona's keys and values"),
+    "forward": ("forward", "factual forward"),
+    "head": ("head", "head and loss"),
+    "last layer": ("last layer", "backward of the last layer"),
+    "first layer": ("first layer", "backward of the first layer"),
+    UPDATE: ("update", "optimiser update"),
+}
+
+
+def print_plan(plan: Plan) -> None:
+    Console(highlight=False, soft_wrap=True).print(
+        *_header(plan), "", _phases(plan), "", _details(plan), "", _times(plan), "", _variants(plan), sep="\n"
+    )
+
+
+def _header(plan: Plan) -> list[str]:
+    options, counts = plan.options, plan.cost.counts
+    step, memory, lora, backend = options.step, options.memory, options.model.lora_r, options.model.backend
+    persona = step.context - step.query - step.response
+    method = f"LoRA r {lora}" if lora else "all weights"
+    tokens = f"{persona:,} persona, {step.query:,} query, {step.response:,} response"
+    if step.objective == "longce":
+        tokens = f"documents; short contexts of {step.short_context:,} tokens"
+    changed = [f.name for f in fields(memory) if getattr(memory, f.name) != f.default]
+    settings = "".join(f", {name} {str(getattr(memory, name)).lower()}" for name in changed)
+    name = options.model.model or "SmolLM2-135M-Instruct (default)"
+    return [
+        f"model  {name}: {counts.parameters / 1e6:,.1f} M parameters, "
+        f"{counts.trained / 1e6:,.1f} M trained ({method}), {plan.precision} arithmetic",
+        f"step   {step.forwards} forwards of {step.per_device_train_batch_size} × {step.context:,} tokens "
+        f"({tokens}), {step.objective} objective, "
+        f"activation checkpointing {'on' if step.activation_checkpointing else 'off'}{settings}",
+        f"device {plan.device}{f' × {step.devices}, sharding {step.sharding}' if step.devices > 1 else ''}"
+        f"{'' if backend == 'auto' else f', backend {backend}'}",
+    ]
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 3, 0, 0))
+    table.add_column(no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _phases(plan: Plan) -> Table:
+    """A column a phase, a row a part."""
+    memory = plan.cost.memory
+    table = _table("GiB", *(PHASE_NAMES[name][0] for name in memory.phases))
+    for part in memory.parts:
+        sizes = [phase[part] for phase in memory.phases.values()]
+        if any(sizes):
+            table.add_row(part, *(_gib(size) for size in sizes))
+    table.add_row("sum", *(_gib(sum(phase.values())) for phase in memory.phases.values()))
+    return table
+
+
+def _details(plan: Plan) -> Table:
+    memory, budget = plan.cost.memory, plan.options.step.memory_bytes()
+    rows = [("peak memory", f"{_gib(memory.peak)} GiB: {PHASE_NAMES[memory.peak_phase][1]}")]
+    if budget is not None:
+        rows.append(("device memory", f"{_gib(budget)} GiB: {'enough' if memory.peak <= budget else 'too little'}"))
+        longest = (
+            f"{plan.largest_context:,} tokens" if plan.largest_context else "none: a persona of one token is too long"
+        )
+        rows.append(("largest context that fits", longest))
+    if plan.device == "cpu":
+        rows.append(("beside it", "what Python and its libraries hold before there is a model"))
+    rows += [
+        ("a layer's attention, forward", f"{_gib(memory.attention)} GiB"),
+        ("a layer's MLP, forward", f"{_gib(memory.mlp)} GiB"),
+        ("hidden rows of the response", f"{_gib(memory.hidden_rows)} GiB"),
+    ]
+    if memory.offloaded:
+        rows.append(("in host memory", f"{_gib(memory.offloaded)} GiB of checkpoints"))
+    rows += [
+        (f"not there: logits {which}", f"{_gib(size)} GiB in fp32") for which, size in memory.logits_not_held.items()
+    ]
+    return _facts(rows)
+
+
+def _times(plan: Plan) -> Table:
+    flops, rate = plan.cost.flops, plan.rate
+    rows = [("optimiser step", f"{flops.total / 1e12:,.2f} TFLOP a device")]
+    if rate:
+        seconds = flops.total / rate
+        tokens = flops.tokens * plan.options.step.devices / seconds
+        rows.append(
+            ("takes at least", f"{seconds:,.2f} s at {rate / 1e12:,.2f} TFLOP/s; at most {tokens:,.0f} tokens/s")
+        )
+    else:
+        rows.append(("takes at least", "give the device's rate with --tflops: there is none here to measure"))
+    if plan.options.step.has_counterfactual_pass:
+        rows.append(("counterfactual pass", f"{flops.overhead:.1%} on top of a cross-entropy step"))
+    return _facts(rows)
+
+
+def _variants(plan: Plan) -> Table:
+    base = plan.cost
+    table = _table("what an option changes", "peak, GiB", "GiB", "FLOP")
+    for variant in plan.variants:
+        peak = variant.cost.memory.peak
+        work = variant.cost.flops.total / base.flops.total - 1
+        table.add_row(variant.flags, _gib(peak), f"{(peak - base.memory.peak) / GIB:+,.2f}", f"{work:+.1%}")
+    return table
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.2f}"
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """Bytes, FLOP, FLOP/s, seconds, tokens."""
+    options = plan.options
+    return {
+        "options": asdict(options.model) | asdict(options.memory) | asdict(options.step),
+        "device": plan.device,
+        "precision": plan.precision,
+        **_cost_json(plan.cost, plan.rate),
+        "matmul_flops_per_second": plan.rate,
+        "largest_context": plan.largest_context,
+        "variants": {variant.flags: _cost_json(variant.cost, None) for variant in plan.variants},
+    }
+
+
+def _cost_json(cost: Cost, rate: float | None) -> Mapping[str, Any]:
+    memory, flops = cost.memory, cost.flops
+    return {
+        "counts": asdict(cost.counts),
+        "memory": {**asdict(memory), "peak_phase": memory.peak_phase, "parts": memory.parts, "peak": memory.peak},
+        "flops": {**asdict(flops), "total": flops.total, "overhead": flops.overhead},
+        "least_seconds": flops.total / rate if rate else None,
+    }

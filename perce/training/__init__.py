@@ -1,0 +1,10 @@
+"""Fine-tuning: a transformers.Trainer whose step is two forward passes and one fused loss.
+
+trainer        the step, the E-step, evaluation          arguments      PerceArguments, and how options become it
+loader         batches under a token budget, streams     sampler        which sequences make a batch
+checks         what is refused before the first step     fits           whether the largest batch fits the device
+parallel       several devices                           normalizer     token weights of mean 1 over a step
+estimates      token weights of an E-step, kept          meters         seconds, token statistics, peak memory
+checkpoints    whole ones, or passed over                interruption   signals: the step is finished and saved
+run_directory  claimed, and resumed from                 summary        what a run tells: lines, report, table
+"""

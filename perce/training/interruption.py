@@ -1,0 +1,125 @@
+"""Ctrl-C and SIGTERM while training: the step under way is finished and saved, so that --resume goes on bitwise.
+
+    first signal     the run stops at the end of the step (in an evaluation: of the batch), with a checkpoint
+    a later one      it stops at once; the newest whole checkpoint stands
+
+A signal to one of several processes stops all of them at the same step.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from perce.errors import UserError
+from perce.training.checkpoints import SaveError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FORWARDED_SECONDS = 3.0
+"""torchrun passes on what it receives, and one Ctrl-C arrives twice: a signal this soon after the first is the same."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised between two steps, on all processes; `signal` is its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = number
+
+
+class Interruption(TrainerCallback):
+    """Raises Interrupted where the state is that of a finished step: after a checkpoint, or between evaluated batches.
+
+    At a step's end it asks for a checkpoint, which the Trainer writes after the log and evaluation that may be due.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.received: int | None = None
+        self.saved_step = 0  # of the newest checkpoint, the one that was resumed from included
+        self._received_at = 0.0
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Signals are received here and do what they did before elsewhere; other threads than the first have none."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            if time.monotonic() - self._received_at < FORWARDED_SECONDS:
+                return
+            raise KeyboardInterrupt
+        self.received, self._received_at = number, time.monotonic()
+        # Not print: a handler may run in the middle of another print.
+        os.write(2, b"\nStopping after this step, with a checkpoint. Once more stops at once, without.\n")
+
+    def _asked(self) -> int | None:
+        """The signal that any process received."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return self.received
+        own = torch.tensor([float(self.received == number) for number in SIGNALS], device=accelerator.device)
+        counts = accelerator.reduce(own, "sum").tolist()
+        return next((number for number, count in zip(SIGNALS, counts, strict=True) if count), None)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.saved_step = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._asked():
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.saved_step = state.global_step
+        self._stop_if_asked()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if (number := self._asked()) is not None:
+            raise Interrupted(number)
+
+
+def train(trainer: Trainer, checkpoint: str | None) -> None:
+    """Train; what stops it midway leaves a checkpoint of the last finished step behind, or the newest one standing."""
+
+    interruption = Interruption(trainer)
+    trainer.add_callback(interruption)
+    with interruption.caught():
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (UserError, KeyboardInterrupt) as stopped:
+            print(file=sys.stderr)  # ends the line of the progress bar
+            alone, step = trainer.accelerator.num_processes == 1, trainer.state.global_step
+            between_steps = isinstance(stopped, Interrupted) or (isinstance(stopped, UserError) and alone)
+            if step and between_steps and not isinstance(stopped, SaveError):
+                if interruption.saved_step != step:
+                    trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
+                if trainer.is_world_process_zero():
+                    again = f"--resume --output_dir {trainer.args.output_dir}"
+                    print(f"Stopped at step {step}; {again} continues.", file=sys.stderr)
+            if isinstance(stopped, UserError):
+                raise
+            number = stopped.signal if isinstance(stopped, Interrupted) else interruption.received
+            raise SystemExit(128 + (number or signal.SIGINT)) from None

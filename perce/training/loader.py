@@ -1,0 +1,48 @@
+"""The training DataLoaders that are ours: batches under a token budget, and streams.
+
+Both hold this process's share from the start, so accelerate must not divide them again; else the Trainer's own loader
+is used.
+"""
+
+from typing import Any
+
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
+
+from perce.data.dataset import sequence_lengths
+from perce.data.stream import PairStream
+from perce.errors import UserError
+from perce.training.arguments import PerceArguments
+from perce.training.sampler import TokenBatches
+
+
+def own_train_loader(dataset: Any, collate: Any, args: PerceArguments) -> DataLoader | None:
+    """For a stream or under a token budget a loader of this process's batches; None where the Trainer's will do."""
+    if isinstance(dataset, PairStream):
+        share = dataset.of_process(args.process_index, args.world_size)
+        return undivided_loader(share, collate, args, batch_size=args.train_batch_size)
+    if args.tokens_per_batch is None or dataset is None:
+        return None
+    if not has_length(dataset):
+        raise UserError("tokens_per_batch: a streamed train_dataset has no lengths to group by. Read it whole.")
+    batches = TokenBatches(
+        sequence_lengths(dataset), args.tokens_per_batch, rank=args.process_index, ranks=args.world_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )  # fmt: skip
+    return undivided_loader(dataset, collate, args, batch_sampler=batches)
+
+
+def undivided_loader(dataset: Any, collate: Any, args: TrainingArguments, **how: Any) -> DataLoader:
+    """A DataLoader with the Trainer's options for what holds this process's share already: nothing divides it again.
+
+    `how`: batch_size or batch_sampler.
+    """
+    loader = DataLoader(
+        dataset, collate_fn=collate, num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor, **how,
+    )  # fmt: skip
+    return prepare_data_loader(
+        loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+    )

@@ -1,0 +1,115 @@
+"""What a training run measures of itself: seconds, token statistics between two logs, peak memory."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from perce.config.schema import LossConfig
+
+MIB = 2**20
+
+
+class Clock:
+    """Seconds spent in stretches of work; one inside another counts once. On CUDA by events, read only when asked for:
+    no sync in a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spent = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._running = False
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[None]:
+        if self._running:
+            yield
+            return
+        self._running = True
+        try:
+            with self._measured():
+                yield
+        finally:
+            self._running = False
+
+    @contextlib.contextmanager
+    def _measured(self) -> Iterator[None]:
+        if self._cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._spent += time.perf_counter() - started
+
+    def seconds(self) -> float:
+        for start, end in self._events:
+            end.synchronize()
+            self._spent += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return self._spent
+
+
+class Window:
+    """Sums over the training tokens since the last log, kept on the device (no sync in a step), and a stopwatch."""
+
+    NAMES = ("tokens", "count", "ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling")
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(len(self.NAMES), dtype=torch.float64)
+        self._spent = 0.0
+        self._running_since: float | None = None
+
+    def start(self) -> None:
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+
+    def pause(self) -> None:
+        self._spent, self._running_since = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
+        return self._spent + running
+
+    def add(
+        self, loss: LossConfig, logp: Tensor, pir: Tensor, signal: Tensor, token_weight: Tensor, *, tokens: Tensor
+    ) -> None:
+        """One forward's (N,) statistics; `signal` is what the clip acted on, counted at the bounds of `loss`: with a
+        schedule not those of the step, or the shares would show the schedule."""
+        sums = torch.stack(
+            [
+                tokens.to(logp), logp.new_tensor(logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),
+                (signal <= loss.clip_min).sum().to(logp), (signal >= loss.clip_max).sum().to(logp),
+            ]
+        )  # fmt: skip
+        wide = torch.float32 if sums.device.type == "mps" else torch.float64  # mps has no float64
+        self.total = self.total.to(sums.device, wide) + sums.to(wide)
+
+    def summary(self, total: Tensor, loss: LossConfig) -> Mapping[str, float]:
+        """Means over all ranks' tokens, without those that the objective does not have."""
+        tokens, count, *sums = total.tolist()
+        if not count:
+            return {}
+        means = {name: value / count for name, value in zip(self.NAMES[2:], sums, strict=True)}
+        if loss.objective == "ce":
+            means = {"ce": means["ce"]}
+        elif loss.objective in ("lossce", "entce"):
+            del means["pir_mean"]
+        return means | {"tokens_per_second": tokens / max(self.seconds, 1e-9)}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak CUDA allocation, or the process's peak resident set, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MIB if sys.platform == "darwin" else peak / 1024

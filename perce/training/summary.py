@@ -1,0 +1,227 @@
+"""What a run tells: the lines at its start, the progress while it runs, the report and the table at its end."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+from perce.config.commands import TrainOptions
+from perce.data.rows import Document
+from perce.data.splits import RunPairs
+from perce.measuring.scores import scored_tokens
+from perce.model.passes import TokenStatistics
+from perce.report.curves import write_curves
+from perce.report.heatmap import ScoredResponse, write_html
+from perce.training.arguments import PerceArguments
+from perce.training.checkpoints import disk_errors
+from perce.training.meters import peak_memory_mib
+from perce.training.trainer import PerceTrainer
+
+LOSSES = {
+    "loss_with_persona": "loss with persona",
+    "loss_without_persona": "loss without persona",
+    "loss_personal_tokens": "loss on personal tokens",
+    "pir_mean": "mean PIR",
+}
+DOCUMENT_LOSSES = {
+    "loss_with_persona": "loss, long context",
+    "loss_without_persona": "loss, short context",
+    "pir_mean": "mean log-ratio",
+}
+SHOWN_TOKENS = 1500  # of a document in the report, at its end, where long and short context differ
+
+
+def loss_labels(format: str) -> dict[str, str]:
+    """Names of the evaluation's numbers for rows of this format; of documents the long context is the "persona"."""
+    return DOCUMENT_LOSSES if format == "text" else LOSSES
+
+
+class Progress(ProgressCallback):
+    """The Trainer's progress bar with one readable line a log; keeps the first and the latest evaluation.
+
+    The first is kept on disk too: a resumed run shows the same "before".
+    """
+
+    def __init__(self, output_dir: Path, labels: Mapping[str, str]) -> None:
+        super().__init__()
+        self.labels = labels
+        self.evaluated_at = -1
+        self.after: dict[str, float] = {}
+        self._first = output_dir / "before.pt"
+        self._trainer: PerceTrainer | None = None
+
+    def attach(self, trainer: PerceTrainer) -> None:
+        """Take the place of the Trainer's own reporters."""
+        self._trainer = trainer
+        for default in (ProgressCallback, PrinterCallback):
+            for callback in [x for x in trainer.callback_handler.callbacks if type(x) is default]:
+                trainer.remove_callback(callback)
+
+    def first_evaluation(self) -> tuple[dict[str, float], list[TokenStatistics]]:
+        """(metrics, statistics) before training; both empty where nothing was evaluated then (eval_on_start false)."""
+        if not self._first.is_file():
+            return {}, []
+        saved = torch.load(self._first, weights_only=True)
+        return saved["metrics"], [TokenStatistics(**fields) for fields in saved["statistics"]]
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        super().on_evaluate(args, state, control, **kwargs)
+        self.after, self.evaluated_at = kwargs["metrics"], state.global_step
+        if state.global_step == 0 and state.is_world_process_zero and self._trainer:
+            statistics = [vars(example) for example in self._trainer.last_evaluation]
+            with disk_errors(self._first.parent):
+                torch.save({"metrics": self.after, "statistics": statistics}, self._first)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        line = _evaluation_line(logs, self.labels) if "eval_loss_with_persona" in logs else _training_line(logs)
+        if line:
+            write = print if self.training_bar is None else self.training_bar.write
+            write(f"step {state.global_step:>5}  {line}")
+
+
+def _training_line(logs: Mapping[str, float]) -> str:
+    if "loss" not in logs:
+        return ""
+    parts = [f"loss {logs['loss']:.4f}"]
+    if "weight_mean" in logs:
+        parts += [
+            f"ce {logs['ce']:.4f}", *([f"PIR {logs['pir_mean']:+.3f}"] if "pir_mean" in logs else []),
+            f"weight {logs['weight_mean']:.3f}", f"floor {logs['frac_at_floor']:.0%}",
+            f"ceiling {logs['frac_at_ceiling']:.1%}",
+        ]  # fmt: skip
+    parts += [f"{logs['tokens_per_second']:,.0f} tokens/s", f"{logs['peak_memory_mib'] / 1024:.1f} GiB"]
+    return "  ".join(parts)
+
+
+def _evaluation_line(logs: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    return "validation  " + "  ".join(f"{label} {logs[f'eval_{name}']:.4f}" for name, label in labels.items())
+
+
+def describe_run(config: TrainOptions, model: nn.Module, args: TrainingArguments, pairs: RunPairs) -> None:
+    """What is about to be trained on what, and everything that was left out of the data."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    method = f"LoRA r {config.model.lora_r}" if config.model.lora_r else "all weights"
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    print(
+        f"model  {config.model.model or 'SmolLM2-135M-Instruct (default)'}: {total / 1e6:,.1f} M parameters, "
+        f"{trained / 1e6:,.1f} M trained ({method}), "
+        f"{str(dtype).removeprefix('torch.')}{' weights, bf16 autocast' if args.bf16 else ''} on {args.device}"
+    )
+    size = f"{len(pairs.train):,}" if isinstance(pairs.train, Dataset) else "a stream of"
+    print(
+        f"data   {config.data.data or 'built-in examples'} ({pairs.format}): {size} training and "
+        f"{len(pairs.validation):,} validation examples"
+    )
+    for note in pairs.notes:
+        print(f"       {note}")
+    tokens = config.run.tokens_per_batch
+    forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
+    print(
+        f"run    {args.output_dir}: {config.loss.objective} objective, learning rate {args.learning_rate:g}, "
+        f"{forward} per forward pass × {args.gradient_accumulation_steps} passes per step"
+        f"{f' × {args.world_size} processes' if args.world_size > 1 else ''}"
+    )
+
+
+def write_run_report(
+    output_dir: Path, config: TrainOptions, trainer: PerceTrainer, pairs: RunPairs, progress: Progress
+) -> None:  # fmt: skip
+    """curves.png and report.html."""
+    write_curves(output_dir / "curves.png", trainer.state.log_history)
+    before, first = progress.first_evaluation()
+    after = progress.after
+    scored = {
+        name: {x.example: x for x in statistics}
+        for name, statistics in (("before training", first), ("after training", trainer.last_evaluation))
+        if statistics
+    }
+    evaluated = sorted(set.intersection(*(set(by_example) for by_example in scored.values())))
+    shown = evenly_spread(evaluated, config.run.report_examples)
+    has_passages = "passages" in pairs.validation.column_names  # documents have none
+    passages = dict(zip(pairs.validation["example"], pairs.validation["passages"], strict=True)) if has_passages else {}
+    responses = []
+    for index in shown:
+        example = pairs.examples[index]
+        passes = {name: scored_tokens(by[index], trainer.processing_class) for name, by in scored.items()}
+        if isinstance(example, Document):
+            ends = {name: tokens[-SHOWN_TOKENS:] for name, tokens in passes.items()}
+            responses.append(ScoredResponse(persona=(), turns=(), passes=ends, user_id=example.user_id))
+            continue
+        turns = tuple((turn.role, turn.content) for turn in example.turns)
+        persona = tuple(example.persona[i] for i in passages[index])
+        responses.append(ScoredResponse(persona, turns, passes, example.user_id))
+    summary = [
+        ("model", config.model.model or "SmolLM2-135M-Instruct"),
+        ("data", config.data.data or "built-in examples"),
+        ("objective", config.loss.objective),
+        ("steps", str(trainer.state.global_step)),
+        *(
+            (label, " → ".join(f"{part[f'eval_{name}']:.4f}" for part in (before, after) if part))
+            for name, label in progress.labels.items()
+        ),
+    ]
+    title = "Which tokens are personal"
+    if pairs.format == "text":
+        title = "Which tokens need the long context"
+        summary.append(("persona", f"here: all that stands more than about {config.loss.short_context} tokens back"))
+    write_html(
+        output_dir / "report.html", responses, title=title, summary=summary,
+        clip=(config.loss.clip_min, config.loss.clip_max),
+    )  # fmt: skip
+
+
+def evenly_spread(indices: Sequence[int], count: int) -> list[int]:
+    """`count` of the indices, or all: of eight, three are the first, the third and the sixth."""
+    count = min(count, len(indices))
+    return [indices[place * len(indices) // count] for place in range(count)]
+
+
+def left_out_of_stream(pairs: RunPairs, args: PerceArguments) -> list[str]:
+    """What a stream has left out, as far as this process has read it itself."""
+    if pairs.source is None:
+        return []
+    if args.dataloader_num_workers:
+        return ["not counted: the stream was read by --dataloader_num_workers processes of their own"]
+    return pairs.source.notes(f" (in this process's share, one of {args.world_size})" if args.world_size > 1 else "")
+
+
+def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress) -> None:
+    """The table at the end."""
+    from rich.console import Console
+    from rich.table import Table
+
+    before, after = progress.first_evaluation()[0], progress.after
+    table = Table("validation", "before", "after", "change", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name, label in progress.labels.items():
+        new = after[f"eval_{name}"]
+        old = before.get(f"eval_{name}")
+        earlier = ("not evaluated", "") if old is None else (f"{old:.4f}", f"{new - old:+.4f}")
+        table.add_row(label, earlier[0], f"{new:.4f}", earlier[1])
+    seconds = trainer.training_seconds
+    facts = Table.grid(padding=(0, 3, 0, 0))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")  # a path cut short is of no use
+    if seconds:
+        share = trainer.estimation_clock.seconds() / seconds
+        estimation = "counterfactual pass" if trainer.args.loss.estimate == "online" else "estimating the weights"
+        facts.add_row("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s per process")
+        facts.add_row(estimation, f"{share:.1%} of the training time")
+    for note in left_out_of_stream(pairs, trainer.args):
+        facts.add_row("left out", note)
+    facts.add_row("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB")
+    for label, name in (
+        ("model", ""), ("report", "report.html"), ("curves", "curves.png"), ("options", "config.yaml"),
+        ("log", "trainer_state.json"),
+    ):  # fmt: skip
+        facts.add_row(label, str(output_dir / name))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print("", table, "", facts, sep="\n")

@@ -1,0 +1,339 @@
+"""PerceTrainer: a transformers.Trainer whose step is two forwards and one fused loss.
+
+    counterfactual hidden states (no grad, eval mode) → factual hidden states → fused_perce_loss, inside the head →
+    backward
+
+Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers, DDP) is the Trainer's.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from perce.data.batch import Batch, collate
+from perce.data.dataset import rows_dataset_pairs
+from perce.hub import load_pretrained, load_tokenizer
+from perce.model.loading import add_adapter
+from perce.model.memory import prepare_memory
+from perce.model.passes import OWN_SIGNAL, TokenStatistics, counterfactual_hidden, factual, token_statistics
+from perce.model.patch import prepare_model
+from perce.model.probe import check_packing, evaluating
+from perce.training.arguments import PerceArguments
+from perce.training.checkpoints import resume_point, save_whole
+from perce.training.checks import check_context, check_hooks, check_sharding, check_vocabulary, warn_of_dropout
+from perce.training.estimates import Estimates, check_estimable, estimate
+from perce.training.loader import own_train_loader
+from perce.training.meters import Clock, Window, peak_memory_mib
+from perce.training.normalizer import StepNormalizer
+from perce.training.parallel import keep_outputs_exact
+
+
+class PerceTrainer(Trainer):
+    """Fine-tunes a causal language model with PerCE (or cross-entropy, or LongCE on documents) on token pairs.
+
+    Args:
+        model: a causal language model, or its directory or Hub id; prepared by model/patch.py if need be.
+        args: PerceArguments.
+        train_dataset, eval_dataset: `datasets` with the columns of perce.pairs.Pair or perce.documents.DocumentPair,
+            or raw rows in any supported format; for training also a PairStream, for evaluation a dict of them.
+        processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
+        peft_config: a PEFT config, to train an adapter on the frozen model.
+
+    Raises:
+        UserError (a ValueError): a model whose logits cannot be reproduced, an adapter on its output embedding, a bad
+            row, a token id that the model has no embedding for, a hook of the Trainer's that wants logits.
+    """
+
+    args: PerceArguments
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: PerceArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ):
+        check_hooks(kwargs)
+        name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
+        tokenizer = processing_class or load_tokenizer(name)
+        if isinstance(model, str):  # not in the checkpoint's own type: weights that are trained in bf16 hardly move
+            model = load_pretrained(model, dtype=torch.bfloat16 if args.bf16 and peft_config else torch.float32)
+        prepared = prepare_model(model, args.backend)
+        if peft_config is not None:
+            prepared = add_adapter(prepared, peft_config)
+        self._tokenizer = tokenizer
+        self._options = args.data, args.loss
+        # As loaded: once DeepSpeed has partitioned the weights, they do not tell.
+        self._vocabulary = prepared.get_input_embeddings().weight.shape[0]
+        self._check_context = partial(
+            check_context, config=prepared.config, memory=args.memory, max_length=args.data.max_length
+        )
+        datasets = {
+            "train_dataset": self._checked_pairs(train_dataset, "train_dataset"),
+            "eval_dataset": self._checked_pairs(eval_dataset, "eval_dataset"),
+        }
+        pad_id = getattr(tokenizer, "pad_token_id", None) or 0
+        kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id, packing=args.packing))
+        super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
+        check_sharding(self, args.memory)
+        prepare_memory(self.model, args.memory)
+        if args.packing:
+            # Where its weights are now: those that FSDP or DeepSpeed place later cannot be tried, and are refused. The
+            # Trainer autocasts in the forward that it wraps, which is later; flash attention takes no fp32.
+            device = next(prepared.parameters()).device.type
+            with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+                check_packing(self.model, device)
+        # Our loss divides by num_items_in_batch; the Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
+        self.estimation_clock = Clock(self.args.device)
+        self._detach_persona = args.memory.persona_grad == "none"
+        self.estimates: Estimates | None = None  # None: weights are estimated online
+        if args.loss.estimate != "online":
+            check_estimable(self.train_dataset, args.loss.estimate)
+            self.add_callback(_EStep(self))
+        self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
+        self._window = Window()
+        self._logged_tokens, self._logged_seconds = 0, 0.0
+        self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
+        if args.loss.estimate == "online" and args.loss.objective in ("perce", "longce"):
+            warn_of_dropout(prepared)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
+
+    def _checked_pairs(self, dataset: Any, name: str) -> Any:
+        """Raw rows as token pairs, what is pairs already as it is; UserError for pairs that are not for this model."""
+        if isinstance(dataset, Mapping):
+            return {key: self._checked_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+        if _is_raw(dataset):
+            dataset = rows_dataset_pairs(dataset, name, self._tokenizer, *self._options)
+        check_vocabulary(dataset, name, self._vocabulary)
+        self._check_context(dataset, name)
+        return dataset
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
+        return super().evaluate(self._checked_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = own_train_loader(self.train_dataset, self.data_collator, self.args)
+        return super().get_train_dataloader() if loader is None else loader
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss = self.args.loss.at(self._progress)
+        call: dict[str, Any] = {
+            "num_items": num_items_in_batch, "contrast": loss.contrast,
+            "clip_min": loss.clip_min, "clip_max": loss.clip_max,
+            "normalize": "none" if loss.normalize == "batch" else loss.normalize,  # see StepNormalizer
+        }  # fmt: skip
+        if loss.normalize == "sequence":
+            call["seq_id"] = inputs["sequence"]
+        estimated = None
+        if self.estimates is not None:
+            estimated = self.estimates.of(inputs["example"], inputs["target"].device)
+            call["token_weight"] = estimated[-1].clamp(loss.clip_min, loss.clip_max)
+        else:
+            call |= self._weight_source(model, inputs)
+
+        done = factual(model, inputs, call, detach_persona=self._detach_persona)
+        logp, logp_cf, signal = estimated or (done.logp, done.logp_cf, done.signal)
+        self._window.add(self.args.loss, done.logp, logp - logp_cf, signal, done.token_weight, tokens=inputs["tokens"])
+        # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
+        value = done.loss * self.accelerator.num_processes
+        if self._normalizer:
+            self._normalizer.add_weights(done.token_weight)
+        return (value, done[1:]) if return_outputs else value
+
+    @property
+    def _progress(self) -> float:
+        """From 0 at the first step of the run to 1 at the last."""
+        return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
+
+    def _weight_source(self, model: nn.Module, inputs: Batch) -> dict[str, Any]:
+        """What the objective's token weights come from, for the loss to clip: the online E-step."""
+        objective = self.args.loss.objective
+        if objective == "ce":
+            return {"token_weight": torch.ones_like(inputs["target"], dtype=torch.float32)}
+        if objective in OWN_SIGNAL:
+            return {"weight_from": OWN_SIGNAL[objective]}
+        with self.estimation_clock.measure():
+            return {"hidden_cf": counterfactual_hidden(model, inputs)}
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        self._window.start()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._normalizer and self.accelerator.sync_gradients:
+            tokens = num_items_in_batch or inputs["target"].numel()
+            return self._normalizer.finish(model, loss, self.accelerator.reduce(self._normalizer.weight, "sum"), tokens)
+        return self._normalizer.add_loss(loss) if self._normalizer else loss
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As transformers.Trainer.train; True resumes from the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = resume_point(Path(str(self.args.output_dir)))
+        if resume_from_checkpoint and self.args.loss.estimate != "online":
+            self.estimates = Estimates.load(Path(resume_from_checkpoint), self.train_dataset, self._vocabulary)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._window.pause()
+        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+        def save() -> None:
+            if self.estimates is not None and self.args.should_save:
+                self.estimates.save(checkpoint)
+            Trainer._save_checkpoint(self, model, trial)
+
+        save_whole(self, checkpoint, save)
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
+        """Response tokens of the whole accumulation window, over all ranks; called once, where a step begins."""
+        if self._normalizer:
+            self._normalizer.begin()
+        count = torch.tensor(sum(batch["target"].numel() for batch in batch_samples), device=device)
+        return self.accelerator.reduce(count, "sum")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self._logged_tokens, self._logged_seconds = self.tokens_seen, self.training_seconds
+            total = self.accelerator.reduce(self._window.total.to(self.args.device), "sum")
+            logs |= self._window.summary(total, self.args.loss)
+            logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
+            self.estimation_clock.seconds()  # collects the events of the window
+            self._window = Window()
+        super().log(logs, start_time)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Factual tokens this process has trained on, padding left out."""
+        return self._logged_tokens + int(self._window.total[0])
+
+    @property
+    def training_seconds(self) -> float:
+        """Wall clock of this process's training steps, without evaluations and checkpoints."""
+        return self._logged_seconds + self._window.seconds
+
+    @torch.no_grad()
+    def estimate(self, epoch: int) -> None:
+        """The E-step over all training examples, shared out over the processes; draws no random numbers."""
+        loss, dataset = self.args.loss, cast(Dataset, self.train_dataset)
+        model: Any = self.model_wrapped if self.is_in_train else self.model
+        size = self.args.per_device_eval_batch_size
+        order = sorted(range(len(dataset)), key=[len(ids) for ids in dataset["input_ids"]].__getitem__)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def statistics(rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+            inputs = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
+            call = {"clip_min": loss.clip_min, "clip_max": loss.clip_max, "contrast": loss.contrast}
+            with self.compute_loss_context_manager():
+                call |= self._weight_source(model, inputs)
+                done = factual(model, inputs, call, detach_persona=self._detach_persona)
+            return done.logp, done.logp_cf, done.signal
+
+        self._window.start()
+        with evaluating(model), self.estimation_clock.measure():
+            # The same number of forwards on every process, for those of sharded weights wait for each other: the first
+            # batch fills up.
+            ranks = self.args.world_size
+            dealt = batches + batches[:1] * (-len(batches) % ranks)
+            share = dealt[self.args.process_index :: ranks]
+            self.estimates = estimate(
+                dataset, share, statistics, _gather_dicts, epoch=epoch, vocabulary=self._vocabulary
+            )  # fmt: skip
+
+    @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        """Mean loss per response token with and without the persona and of personal tokens, and mean PIR."""
+        self._window.pause()
+        loss = self.args.loss
+        model: Any = self.model_wrapped if self.is_in_train else self.model
+        if not self.is_in_train and not self.accelerator._models:
+            # As the Trainer does: moves to the device and autocasts, so that numbers before and after training compare.
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.callback_handler.eval_dataloader = dataloader  # for the progress bar
+        rows = []
+        self.last_evaluation = []
+        with evaluating(model):
+            for inputs in dataloader:
+                inputs = self._prepare_inputs(inputs)
+                with self.compute_loss_context_manager():
+                    examples = token_statistics(
+                        model, inputs, clip_min=loss.clip_min, clip_max=loss.clip_max, contrast=loss.contrast,
+                        detach_persona=self._detach_persona,
+                    )  # fmt: skip
+                self.last_evaluation += examples
+                sums = [
+                    [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]
+                    for x in examples
+                ]
+                # gather_for_metrics leaves out the examples that pad the last batch to a full one on every rank
+                rows.append(self.accelerator.gather_for_metrics(torch.tensor(sums, device=self.args.device)).cpu())
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        examples_seen = torch.cat(rows)
+        n, ce, ce_cf, n_personal, ce_personal = examples_seen.double().sum(0).tolist()
+        metrics = {
+            "loss": ce / n,  # the name that load_best_model_at_end and schedulers look for
+            "loss_with_persona": ce / n,
+            "loss_without_persona": ce_cf / n,
+            "loss_personal_tokens": ce_personal / n_personal if n_personal else float("nan"),
+            "pir_mean": (ce_cf - ce) / n,
+        }
+        return EvalLoopOutput(
+            predictions=None,  # type: ignore[arg-type]
+            label_ids=None, num_samples=len(examples_seen),
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+        )  # fmt: skip
+
+
+def _is_raw(dataset: Any) -> bool:
+    """Whether a dataset holds rows still to be tokenised; a string names one that the Trainer has."""
+    if dataset is None or isinstance(dataset, str):
+        return False
+    columns = getattr(dataset, "column_names", None) or (dataset[0].keys() if isinstance(dataset, list) else ())
+    return "response_length" not in columns
+
+
+class _EStep(TrainerCallback):
+    """Estimates at the start of each epoch, or of the run; what a checkpoint brought for this epoch stays."""
+
+    def __init__(self, trainer: PerceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        epoch = int((state.epoch or 0.0) + 1e-6)
+        known, frozen = self.trainer.estimates, self.trainer.args.loss.estimate == "frozen"
+        if known is None or (not frozen and known.epoch != epoch):
+            self.trainer.estimate(epoch)
+
+
+def _gather_dicts(own: Mapping[int, Any]) -> Mapping[int, Any]:
+    """The union over all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return own
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}

@@ -1,0 +1,75 @@
+"""Which backend computes: a table, the argument `backend`, and PERCE_BACKEND where that is "auto"."""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+VARIABLE = "PERCE_BACKEND"
+"""The environment variable that chooses the backend of calls with backend="auto"."""
+TRITON_FOUND = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's interpreter runs the kernels on CPU tensors. Triton itself reads the variable once, when it is imported."""
+
+
+def triton_lacks(device: torch.device) -> str | None:
+    """What backend "triton" lacks to run on tensors of this device; None if nothing."""
+    if not TRITON_FOUND:
+        return "the triton package, which is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and TRITON_INTERPRETED):
+        return None
+    return "a CUDA or ROCm device (or TRITON_INTERPRET=1 set before Triton is imported, for CPU tensors)"
+
+
+class Backend(NamedTuple):
+    """A module as contract.py describes it, imported when it is first used: Triton is no dependency of a CPU or macOS
+    install."""
+
+    module: str
+    lacks: Callable[[torch.device], str | None] = lambda device: None
+    """What is missing to run on tensors of this device; None if nothing."""
+
+
+BACKENDS = {
+    "triton": Backend("perce_kernels.gpu.driver", lambda device: triton_lacks(device)),
+    "torch": Backend("perce_kernels.chunked"),
+}
+NAMES = ("auto", *BACKENDS, "reference")
+"""What may be asked for; the reference is plain autograd over all logits, and not behind the registered ops."""
+
+
+def resolve_backend(backend: str, device: torch.device, group: Any = None) -> str:
+    """`backend`, or where that is "auto", the one that PERCE_BACKEND names, if any.
+
+    Raises:
+        ValueError: it is unknown, or cannot run on this device or with this group; names whichever of the two said it.
+    """
+    name = "backend"
+    if backend == "auto" and (chosen := os.environ.get(VARIABLE)):
+        name, backend = VARIABLE, chosen
+    if backend not in NAMES:
+        raise ValueError(f"{name}: expected one of {', '.join(NAMES)}, got {backend!r}")
+    if backend == "reference" and group is not None:
+        raise ValueError(f'{name}: expected "triton", "torch" or "auto" with a group, got "reference"')
+    if backend in BACKENDS and (needed := BACKENDS[backend].lacks(device)):
+        raise ValueError(f'{name}: expected {needed} for "{backend}", got {device}')
+    return backend
+
+
+def implementation(backend: str, device: torch.device) -> ModuleType:
+    """The module that computes. "auto" is Triton on a GPU that the kernels are built for, else plain PyTorch."""
+    if backend == "auto":
+        backend = "triton" if _is_for_triton(device) else "torch"
+    return importlib.import_module(BACKENDS[backend].module)
+
+
+def _is_for_triton(device: torch.device) -> bool:
+    if device.type != "cuda" or not TRITON_FOUND:
+        return False
+    from perce_kernels.gpu import tiles
+
+    return tiles.is_supported(device)

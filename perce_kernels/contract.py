@@ -1,0 +1,114 @@
+"""What every backend is given and returns: a module with
+
+    sweep(call, weighting, needed) → PerCEOutput            loss, statistics and gradients, in one pass over the tokens
+    logprobs(call, return_entropy) → (logp, entropy)        (N,) each, the second (0,) unless asked for
+
+Arguments are valid by now. `Rows` says which rows of a call are computed.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from perce_kernels.vocab_parallel import Shard
+
+
+class Call(NamedTuple):
+    """Tokens and output layer, of either op. With a shard, lm_head and bias are this rank's rows, and all else is that
+    of the whole vocabulary.
+    """
+
+    hidden: Tensor  # (N, D)
+    lm_head: Tensor  # (V, D)
+    target: Tensor  # (N,)
+    bias: Tensor | None  # (V,)
+    ignore_index: int
+    softcap: float | None
+    logit_scale: float
+    compact: bool
+    shard: Shard | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the whole vocabulary."""
+        return self.lm_head.shape[0] if self.shard is None else self.shard.vocab_size
+
+
+class Contrasting(NamedTuple):
+    """How log-probabilities become weights: the last arguments of reference.contrast_weight."""
+
+    contrast: str
+    clip_min: float
+    clip_max: float
+
+
+class Weighting(NamedTuple):
+    """Where the token weights come from: exactly one of the tensors is given."""
+
+    hidden_cf: Tensor | None  # (N, D)
+    logp_cf: Tensor | None  # (N,)
+    token_weight: Tensor | None  # (N,)
+    contrasting: Contrasting
+
+
+class Needed(NamedTuple):
+    """Which gradients are to be computed."""
+
+    dhidden: bool
+    dlm_head: bool
+    dbias: bool
+
+
+class PerCEOutput(NamedTuple):
+    """What one sweep yields; gradients are fp32, of the sum, and have no elements where not needed."""
+
+    loss_sum: Tensor  # ()
+    logp: Tensor  # (N,)
+    logp_cf: Tensor  # (N,)
+    token_weight: Tensor  # (N,)
+    dhidden: Tensor  # (N, D) or (0,)
+    dlm_head: Tensor  # (V, D) or (0,)
+    dbias: Tensor  # (V,) or (0,)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64 inputs: the dtype of logits, statistics, loss and accumulated gradients."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Rows:
+    """Which rows of a call are computed: those with a target (one host sync), or with compact=False all (none)."""
+
+    def __init__(self, call: Call):
+        target, ignore_index = call.target, call.ignore_index
+        check_target(target, call.vocab_size, ignore_index)
+        self.n = target.shape[0]
+        self.target = target.contiguous()  # (n,) of the computed rows
+        self.index: Tensor | None = None  # (n,) their places, where some are left out
+        self.ignored: Tensor | None = None  # (N,) bool, where none are
+        if call.compact:
+            index = (target != ignore_index).nonzero().squeeze(1)  # the one host sync
+            if index.shape[0] != self.n:
+                self.index, self.n, self.target = index, index.shape[0], target[index]
+        else:
+            self.ignored = target == ignore_index
+
+    def chunks(self, size: int) -> Iterator[slice]:
+        for start in range(0, self.n, max(size, 1)):
+            yield slice(start, min(start + size, self.n))
+
+
+def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """ValueError for the first id outside the vocabulary that is not ignore_index; where nobody can wait for it, on a
+    GPU and in a compiled graph, an assertion on the device."""
+    outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~outside.any(), f"target: an id lies outside [0, {vocab_size}) and is not ignore_index")
+    elif outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(target[row])} "
+            f"at row {row}"
+        )
