@@ -61,7 +61,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 aot: $(STAMP)
-	$(BIN)/python -m tests.aot $(ARGS)
+	$(BIN)/python -m tests.helpers.aot $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)

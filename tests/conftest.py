@@ -37,7 +37,7 @@ def room_on_the_gpu(request):
     if not ONE_OF_SEVERAL or not hasattr(case, "is_tiny") or case.is_tiny:
         yield
         return
-    from tests.device import room
+    from tests.helpers.device import room
 
     head = 40 * case.v * case.d  # the fp64 gradient of the head, what it is compared with, and their difference
     with room(head, torch.cuda.get_device_properties(0).total_memory):

@@ -18,7 +18,7 @@ from benchmarks.gpu.supervise import Stage
 CUTE = {"quack": ["quack", "quack_exact"], "liger_cutedsl": ["liger_cutedsl"]}
 """Stage → peers that need the CuTe DSL."""
 WORKERS = 6
-TINY_FILES = ["tests/test_gpu_lse_gemm.py"]
+TINY_FILES = ["tests/perce_kernels/gpu/test_lse_gemm.py"]
 
 
 def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:

@@ -87,7 +87,7 @@ def _only_compile(on_gpu: bool) -> None:
     """Launchers compile and do not launch: a kernel that faults would take its process with it."""
     die_with_parent()
     if on_gpu:
-        from tests.aot import compile_only
+        from tests.helpers.aot import compile_only
 
         compile_only(load=True)
 
@@ -121,7 +121,7 @@ def ahead(arch: str, workers: int) -> None:
 
 def _pretend(arch: str) -> None:
     from perce_kernels import backends
-    from tests.aot import without_device
+    from tests.helpers.aot import without_device
 
     backends.triton_lacks = lambda device: None
     without_device(arch)

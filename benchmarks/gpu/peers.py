@@ -256,6 +256,6 @@ def find_peer(name: str) -> Peer:
     """One of PEERS, or of the made-up ones that try the harness."""
     if name in PEERS:
         return PEERS[name]
-    from tests.fake_peers import FAKES
+    from tests.helpers.fake_peers import FAKES
 
     return FAKES[name]

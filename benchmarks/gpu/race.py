@@ -71,8 +71,8 @@ class Reference:
 
     @classmethod
     def of(cls, inputs: Inputs) -> "Reference":
-        from tests.numerics import Inputs as OracleInputs
-        from tests.oracle import blockwise
+        from tests.helpers.numerics import Inputs as OracleInputs
+        from tests.helpers.oracle import blockwise
 
         hidden, lm_head, target, hidden_cf = (x.detach() for x in inputs)
         g = torch.Generator().manual_seed(0)

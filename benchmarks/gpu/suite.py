@@ -16,7 +16,14 @@ from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, die_with_parent
 
 ROOT = Path(__file__).parents[2]
-FILES = ("device", "promises", "lse_gemm", "row_loss", "stored_rows", "combine", "ways", "driver", "cost")
+KERNELS = "tests/perce_kernels"
+FILES = [
+    f"{KERNELS}/{name}.py"
+    for name in (
+        "gpu/test_device", "gpu/test_promises", "gpu/test_lse_gemm", "gpu/test_row_loss", "gpu/test_stored_rows",
+        "gpu/test_combine", "test_loss", "gpu/test_steps", "gpu/test_driver", "test_ops",
+    )
+]  # fmt: skip
 """In this order, for the time may end before they do."""
 OPTIONS = ("-m", "not slow", "-v", "--timeout", "60", "--timeout-method", "thread", "--tb", "short",
            "--disable-warnings", "-rf", "--maxfail", "20", "-o", "addopts=", "-o", "timeout_func_only=true", "-p",
@@ -29,7 +36,7 @@ PATIENCE = 15.0  # seconds that pytest has for its summary
 
 def command(child: Child) -> list[str]:
     options = child.request.options
-    files = options.get("files") or [f"tests/test_gpu_{name}.py" for name in FILES]
+    files = options.get("files") or FILES
     workers = ["-n", str(options["workers"])] if options.get("workers") else []
     return [sys.executable, "-m", "pytest", *OPTIONS, *workers, *files]
 

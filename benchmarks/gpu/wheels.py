@@ -88,7 +88,7 @@ def wheel_of(name: str, version: str, directory: Path) -> Path:
 
 
 def save_model(directory: Path) -> Path:
-    from tests import tiny
+    from tests.helpers import tiny
 
     tiny.tiny_model("llama", **MODEL).bfloat16().save_pretrained(directory)
     tiny.tiny_tokenizer().save_pretrained(directory)

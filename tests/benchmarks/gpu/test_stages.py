@@ -1,0 +1,304 @@
+"""What the GPU commands measure of ours, in this process and at tiny sizes: their numbers mean nothing here."""
+
+import importlib.util
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from benchmarks.gpu import command, compare, decide, parts, steps, suite, training, wheels
+from benchmarks.gpu import compile as compilation
+from benchmarks.gpu.child import Child, Request, Unable, machine
+from benchmarks.gpu.results import Results
+from benchmarks.gpu.sizes import SIZES, TINY
+from perce_kernels.gpu import cut, driver, tiles
+from tests.helpers.device import room
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
+
+
+def lines_of(stage, name: str, *, seconds: float = 120.0, finished=(), lost=(), **options) -> dict[str, dict]:
+    """What a stage says in this process, by what follows its name."""
+    found: dict[str, dict] = {}
+
+    def say(event):
+        if "line" in event:
+            found[event.pop("line").removeprefix(f"{name}/")] = event
+
+    stage(Child(Request(name, seconds, "cpu", finished=list(finished), lost=dict(lost), options=options), say))
+    return found
+
+
+# --- Ours ------------------------------------------------------------------------------------------------------------
+
+
+@on_cpu
+def test_every_way_is_compared_with_fp64(monkeypatch):
+    found = lines_of(parts.stage, "check", what="check")
+    assert {f"{size}/{way}" for size in TINY for way in ("fused", "mixed", "stored")} == set(found)
+    assert all(line["errors"]["pir"] < 1e-4 and "reason" not in line for line in found.values())
+    # The ways are three: only one of them rounds logits.
+    assert found[f"{TINY[0]}/fused"]["errors"]["dhidden"] != found[f"{TINY[0]}/stored"]["errors"]["dhidden"]
+    monkeypatch.setattr(parts, "what_is_wrong", lambda errors: "wrong result: loss off by 2")
+    assert lines_of(parts.stage, "check", what="check")[f"{TINY[0]}/fused"]["reason"] == "wrong result: loss off by 2"
+
+
+@on_cpu
+def test_every_part_is_timed_beside_its_prediction(monkeypatch):
+    monkeypatch.setattr(parts, "REPETITIONS", 1)
+    monkeypatch.setattr(Request, "sizes", TINY[:1])
+    found = lines_of(parts.stage, "parts", what="parts", side=16)
+    size = TINY[0]
+    timed = {key.removeprefix(f"{size}/"): line for key, line in found.items() if "predicted" in line}
+    assert timed.keys() == {
+        "mm to 16 bits", "mm to fp32", "mm of a block of columns", "dh", f"dW of {size.n}", f"dW of {size.n}, added",
+        "row_loss", "row_parts", "lse_gemm", "store_gemm", "stored_rows", "combine", "scaling of dW",
+    }  # fmt: skip
+    assert all(line["seconds"] > 0 and line["predicted"] > 0 for line in timed.values())
+    assert found["ceilings"]["matmul_flops"] > 0
+    assert found[f"{size}/token_logprobs"].keys() == {"seconds", "entropy_seconds", "matmul_seconds"}
+    again = lines_of(parts.stage, "parts", what="parts", side=16, finished=[f"parts/{key}" for key in found])
+    assert again.keys() == {"ceilings"}, "a process that follows one that crashed begins where that ended"
+
+
+@on_cpu
+def test_an_operand_that_does_not_fit_is_a_line(monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(parts, "of_dw", too_large)
+    monkeypatch.setattr(parts, "REPETITIONS", 0)
+    monkeypatch.setattr(parts, "measured", lambda *_: {"seconds": 1.0})
+    monkeypatch.setattr(Request, "sizes", TINY[:1])
+    found = lines_of(parts.stage, "parts", what="parts", side=16)
+    assert found[f"{TINY[0]}/operands of dW of 1024"]["reason"] == "out of memory"
+    assert found[f"{TINY[0]}/combine"] == {"seconds": 1.0}
+
+
+@on_cpu
+def test_budgets_change_the_drivers_cut_and_are_put_back(monkeypatch):
+    asked = []
+    largest = cut.cut_of.__wrapped__
+    monkeypatch.setattr(driver, "cut_of", lambda *args: asked.append(cut.BUDGET) or largest(*args))
+    monkeypatch.setattr(Request, "sizes", TINY)
+    monkeypatch.setattr(parts, "BUDGETS", (1, 2))
+    shipped = cut.BUDGET
+    found = lines_of(parts.stage, "budgets", what="budgets")
+    assert {2**30, 2**31} == set(asked) and shipped == cut.BUDGET
+    assert next(iter(found)).startswith(str(TINY[1])), "the second size first: it has the largest vocabulary"
+    assert found[f"{TINY[0]}/stored/2 GiB"]["shipped"] and not found[f"{TINY[0]}/stored/1 GiB"]["shipped"]
+
+
+@on_cpu
+def test_no_time_begins_nothing():
+    found = lines_of(parts.stage, "check", seconds=-1.0, what="check")
+    assert not found, "the supervisor says it of the whole stage"
+
+
+def test_what_is_compiled_is_what_is_launched():
+    """Every kernel at every named tile, and the whole op by each way."""
+    listed = compilation.jobs("sm_90", compilation.SHAPES)
+    assert {name for name, tile, _ in listed if not tile} == set(compilation.WAY_PEERS.values())
+    for kernel in compilation.SUBJECTS:
+        names = {tile for name, tile, _ in listed if name == kernel}
+        assert names == {compilation.named(tile) for tile in compilation.candidates(kernel, "sm_90", torch.bfloat16)}
+    for n, d, v in SIZES + compilation.SHAPES:
+        assert n % 16 == d % 16 == v % 16 == 0, "one specialisation of Triton's for all"
+    columns = tiles.STATISTICS_COLUMNS
+    assert {-(-v // columns) % 16 == 0 for _, _, v in SIZES} == {
+        -(-v // columns) % 16 == 0 for _, _, v in compilation.SHAPES
+    }
+
+
+@on_cpu
+@pytest.mark.parametrize("job", [("perce_stored", "", TINY[0]), ("row_loss", "64-w1-s1", TINY[0])], ids=str)
+def test_a_job_of_the_compilation_runs(job):
+    assert compilation.compile_one(job, tiles.INTERPRETER, "cpu") > 0
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_steps_of_a_model_with_random_weights(monkeypatch):
+    monkeypatch.setattr(steps, "CONTEXTS", {"cpu": (64, 96)})
+    found = lines_of(steps.stage, "steps")
+    for objective in steps.OBJECTIVES:
+        for context in (64, 96):
+            line = found[f"{objective}/{context}"]
+            assert line["seconds"] > 0 and line["tokens_per_second"] > 0 and line["peak_bytes"] is None
+            assert found[f"{objective}/{context}/plan"]["planned_bytes"] > 0
+    assert found["perce/96/plan"]["planned_flop"] > found["ce/96/plan"]["planned_flop"]
+
+
+@pytest.mark.slow
+def test_steps_go_on_after_a_crash(monkeypatch):
+    monkeypatch.setattr(steps, "CONTEXTS", {"cpu": (64,)})
+    found = lines_of(steps.stage, "steps", finished=["steps/perce/64/plan"], lost={"steps/perce/64": "it crashed"})
+    assert "perce/64" not in found and found["ce/64"]["seconds"] > 0
+
+
+def test_steps_without_the_training_layers_needs_say_which(monkeypatch):
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+
+    monkeypatch.setattr(steps, "Steps", missing)
+    assert lines_of(steps.stage, "steps")["model"]["reason"].endswith("needs datasets, which is not installed")
+
+
+@pytest.mark.slow
+def test_training_runs_as_on_a_cpu():
+    found = lines_of(training.stage, "train", seconds=280.0)
+    for run in ("full", "lora", "cpu"):
+        assert found[run]["steps"] == training.STEPS and found[run]["loss"] > 0
+    assert found["as on a CPU"]["alike"] is True and found["score"]["records"] == 8
+
+
+def test_a_run_that_differs_is_said_to():
+    cpu = {"loss": 2.0, "pir_mean": 0.3}
+    assert training.compared(cpu | {"loss": 2.008, "pir_mean": 0.302}, cpu)["alike"]
+    assert not training.compared(cpu | {"loss": 2.012}, cpu)["alike"]
+    assert not training.compared(cpu | {"pir_mean": 0.304}, cpu)["alike"]
+
+
+def test_a_run_that_fails_gives_its_last_words():
+    process = training.Run("tests.helpers.fake_stage")
+    with pytest.raises(Unable, match=r"ended with 1: .*JSONDecodeError"):
+        process.check()
+    assert process.has_ended
+
+
+# --- Tests -----------------------------------------------------------------------------------------------------------
+
+
+def test_outcomes_of_pytest():
+    for line, expected in {
+        "[gw0] [ 12%] PASSED tests/test_a.py::test_b[x y]": ("tests/test_a.py::test_b[x y]", "passed"),
+        "tests/test_a.py::test_b[1-2] FAILED   [ 50%]": ("tests/test_a.py::test_b[1-2]", "failed"),
+        "tests/test_a.py::test_c SKIPPED (needs a CUDA GPU)  [100%]": ("tests/test_a.py::test_c", "skipped"),
+        "tests/test_a.py::test_b": None,
+        "==== 3 passed in 1.0s ====": None,
+        "FAILED tests/test_a.py::test_b - assert 1 == 2": None,
+    }.items():
+        assert suite.outcome_of(line) == expected
+
+
+SLEEPY = """
+import time
+import pytest
+
+@pytest.mark.parametrize("i", range(400))
+def test_sleeps(i):
+    time.sleep(0.3)
+    assert i != 1
+"""
+
+
+@pytest.fixture
+def ignoring_interrupts():
+    """As a shell's background jobs, and what they start, do."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ignoring_interrupts")
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_tests_are_interrupted_and_still_sum_up(tmp_path, monkeypatch, workers):
+    if workers and importlib.util.find_spec("xdist") is None:
+        pytest.skip("pytest-xdist is not installed")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_sleepy.py").write_text(SLEEPY)
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    found = lines_of(
+        suite.stage, "tests", seconds=20.0 if workers else 5.0, files=["tests/test_sleepy.py"], workers=workers
+    )
+    summary = found.pop("summary")
+    assert summary["status"] == 2 and "passed" in summary["last_words"], summary
+    assert summary["failures"] == ["tests/test_sleepy.py::test_sleeps[1]"]
+    assert 2 < len(found) < 400 and found["tests/test_sleepy.py::test_sleeps[0]"] == {"outcome": "passed"}
+
+
+def test_test_processes_wait_for_room_on_the_gpu(tmp_path):
+    """Locks are of an open file: threads stand for processes."""
+    gib, held, most = 2**30, [0], [0]
+
+    def hold(needed: int) -> None:
+        with room(needed * gib, 40 * gib, tmp_path) as units:
+            held[0] += units
+            most[0] = max(most[0], held[0])
+            time.sleep(0.03)
+            held[0] -= units
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(hold, [20, 30, 400, 8, 9, 1, 20, 30]))
+    assert held == [0] and most == [4], "four units of eight GiB are nine tenths of 40"
+
+
+# --- Commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("module", "limit"), [(decide, 230), (compare, 390)], ids=["gpu-a", "gpu-b"])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_stages_end_in_turn_and_within_the_limit(module, limit, device):
+    ends = [stage.until for row in module.stages(device, ("fake_right",)) for stage in row]
+    assert ends == sorted(ends) and ends[-1] <= limit
+    assert len({stage.name for row in module.stages(device) for stage in row}) == len(ends)
+
+
+def test_commands_without_a_gpu(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module, name in ((decide, "gpu_a"), (compare, "gpu_b")):
+        with pytest.raises(SystemExit, match=f"{name}: expected a CUDA GPU, found none"):
+            module.main(["--results", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        decide.main(["--device", "cpu", "--only", "parts", "patrs", "--results", str(tmp_path)])
+    assert "expected stages of train, compile, check" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_the_command_ends_with_an_error_if_ours_was_not_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "run", lambda rows, results, device: results.put("ways/x/perce", reason="it crashed"))
+    with pytest.raises(SystemExit, match="perce itself was not measured"):
+        decide.main(["--device", "cpu", "--results", str(tmp_path)])
+    assert "it crashed" in capsys.readouterr().out
+
+
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
+    assert command.compiler_missing() is None
+    monkeypatch.setattr(command.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h" in command.compiler_missing()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert "expected gcc, clang or $CC" in command.compiler_missing()
+
+
+def test_wheels_are_unpacked_for_the_processes_that_follow(monkeypatch, tmp_path):
+    monkeypatch.setattr(wheels, "unpack", lambda site, parts: ["part/x.whl: damaged: its SHA-256 is another"])
+    monkeypatch.setenv("PYTHONPATH", "before")
+    monkeypatch.delenv(training.MODEL, raising=False)
+    (tmp_path / "a/model").mkdir(parents=True)
+    results = Results("gpu_x", tmp_path, say=lambda _: None)
+    command.install([], results)
+    assert os.environ["PYTHONPATH"] == "before" and not results.lines
+    command.install([tmp_path / "a"], results)
+    site, _, before = os.environ["PYTHONPATH"].split(os.pathsep)
+    assert site.endswith("build/site-packages") and before == "before"
+    assert os.environ[training.MODEL] == str(tmp_path / "a/model")
+    assert results.lines["wheels/part/x.whl"] == {"reason": "damaged: its SHA-256 is another"}
+
+
+def test_the_machine(monkeypatch):
+    from types import SimpleNamespace
+
+    properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=1, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr("benchmarks.gpu.child.commit", lambda: "0123456789ab")
+    found = machine("cuda")
+    assert found["device"] == "NVIDIA H100" and found["capability"] == [9, 0] and found["multiprocessors"] == 132
+    assert found["commit"] == "0123456789ab"
+    assert torch.__version__.startswith(found["packages"]["torch"].split("+")[0])

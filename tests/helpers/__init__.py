@@ -1,0 +1,6 @@
+"""What the tests share: inputs, oracles, tiny models, runs of the commands."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+"""Of the repository, where tests start processes."""

@@ -1,0 +1,171 @@
+"""What only a CUDA device can be asked, and the closest that a CPU has to it: the same tests run on either.
+
+peak_bytes    CUDA: the allocator's own peak            CPU: live bytes of tensors, beneath the op
+host_syncs    CUDA: PyTorch's sync debug mode           CPU: calls of Tensor.nonzero, the one sync of compact=True
+capture       CUDA: a CUDA graph and its replay         CPU: the call again, into the same outputs
+"""
+
+import fcntl
+import gc
+import tempfile
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.helpers.kernels import DEVICE
+
+ON_GPU = DEVICE.type == "cuda"
+SYNC = "called a synchronizing CUDA operation"
+
+
+def free() -> None:
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
+WAITS = ("nonzero", "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "unique")
+"""Operators that wait for the device, beneath the op."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak of the bytes of tensors that were made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages: set[int] = set()
+
+    def forget(self, key: int, size: int) -> None:
+        self.storages.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **kwargs or {})
+        # set_ is how the interpreter makes its own copies of a kernel's arguments: a GPU has none.
+        for x in tree_leaves(result) if func.overloadpacket.__name__ != "set_" else ():
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self.storages | known:
+                size = x.untyped_storage().nbytes()
+                self.storages.add(key)
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(x.untyped_storage(), self.forget, key, size)
+        return result
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Peak of what `run` holds beside what was there before; its outputs are included."""
+    free()
+    if not ON_GPU:
+        with LiveBytes() as live:
+            run()
+        return live.peak
+    run()  # cuBLAS's workspace and compiled kernels are no part of it
+    free()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Any wait for the device raises."""
+    if not ON_GPU:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "nonzero", lambda *_: pytest.fail("a host sync"))
+            yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def host_syncs(run: Callable[[], object]) -> int:
+    """How often `run` waits for the device."""
+    if not ON_GPU:
+        calls, nonzero = [], Tensor.nonzero
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "nonzero", lambda x: calls.append(x) or nonzero(x))
+            run()
+        return len(calls)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum(SYNC in str(warning.message) for warning in caught)
+
+
+def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+    """(outputs, replay): replay computes them again from what the inputs' memory holds by then."""
+    if not ON_GPU:
+        outputs = run()
+
+        def again() -> None:
+            for out, new in zip(outputs, run(), strict=True):
+                out.copy_(new)
+
+        return outputs, again
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, and lets cuBLAS take its workspace
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+    return outputs, graph.replay
+
+
+UNIT = 8 * 2**30  # bytes
+
+
+@contextmanager
+def room(needed: int, total: int, directory: Path | None = None) -> Iterator[int]:
+    """Waits until the other processes in `directory` leave `needed` of `total` bytes; yields the units taken.
+
+    A unit is a file that one process locks. Only the holder of the first lock takes units, all that it needs: no two
+    processes wait for each other.
+    """
+    directory = directory or Path(tempfile.gettempdir()) / "perce_gpu_tests"
+    directory.mkdir(parents=True, exist_ok=True)
+    units = max(1, int(0.9 * total) // UNIT)
+    wanted = min(units, -(-needed // UNIT))
+    with ExitStack() as held:
+        with (directory / "first").open("w") as first:
+            fcntl.flock(first, fcntl.LOCK_EX)
+            taken: set[int] = set()
+            while len(taken) < wanted:
+                for unit in set(range(units)) - taken:
+                    file = (directory / str(unit)).open("w")
+                    try:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        file.close()
+                        continue
+                    held.enter_context(file)
+                    taken.add(unit)
+                    if len(taken) == wanted:
+                        break
+                else:
+                    time.sleep(0.02)
+        yield len(taken)

@@ -1,0 +1,29 @@
+"""What the tests of retrieval share: a user's history, a request, and what is picked and shown of it."""
+
+from perce.config.schema import DataConfig
+from perce.data.formats import Turn
+from perce.data.retrieval import make_retriever
+from perce.data.rows import Example
+from tests.helpers.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+TWEET = "Paraphrase the following tweet without any explanation before or after it: "
+HISTORY = ("Rain again.", "My bees swarmed today.", "Ran five miles.", "Honey from the bees!", "New shoes.")
+
+
+def history(request, *passages):
+    return Example(passages or HISTORY, (Turn("user", request),), "A reply.", None, None, "train.jsonl:1")
+
+
+def picks(request, *passages, **options):
+    return make_retriever(DataConfig(**options))(history(request, *passages))
+
+
+def row(request, output, texts, **fields):
+    """LaMP-7's form; files hold the oldest entry first."""
+    return {"id": "1", "input": request, "output": output, "profile": [{"text": text, "id": "1"} for text in texts]}
+
+
+def shown(pairs, number=0):
+    start, end = pairs["persona_span"][number]
+    return TOKENIZER.decode(pairs["input_ids"][number][start:end])

@@ -1,0 +1,111 @@
+"""The backends, as the contract of the op is tried on each: what it is given, and how close it must come.
+
+reference, torch, torch fp64     on the CPU
+triton                           fp32, in Triton's interpreter where there is no GPU: a millisecond or two for each
+                                 step of a program's loop, so that inputs are small
+fused, mixed, stored             Triton's ways from 16-bit operands to loss and gradients (tiles.WAYS)
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from perce_kernels.backends import TRITON_FOUND
+from tests.helpers import kernels, numerics
+from tests.helpers.kernels import DEVICE
+from tests.helpers.numerics import Inputs, Result, assert_matches
+
+CPU = torch.device("cpu")
+WAYS = ("fused", "mixed", "stored")
+SOURCES = ("hidden_cf", "logp_cf", "token_weight")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backend, and sizes that are multiples of nothing: several chunks, the last one partial."""
+
+    name: str
+    backend: str
+    dtype: torch.dtype
+    n: int
+    d: int = 24
+    v: int = 211
+    device: torch.device = CPU
+
+    def inputs(self, n: int | None = None, d: int | None = None, v: int | None = None, **options: Any) -> Inputs:
+        """numerics.make_inputs of these sizes, unless told otherwise, in this dtype and on this device."""
+        dtype = options.pop("dtype", self.dtype)
+        sizes = (self.n if n is None else n, d or self.d, v or self.v)
+        return self.of(numerics.make_inputs(*sizes, dtype=torch.float64, **options).to(dtype))
+
+    def of(self, inputs: Inputs) -> Inputs:
+        return replace(inputs, **{name: x.to(self.device) for name, x in inputs.kwargs().items()})
+
+    def with_source(self, inputs: Inputs, source: str) -> tuple[Inputs, dict[str, Tensor]]:
+        """The same call with the weights from `hidden_cf`, `logp_cf` or `token_weight`."""
+        if source == "hidden_cf":
+            return inputs, {}
+        values = torch.rand(inputs.target.shape[0], generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        values = (values * (-9 if source == "logp_cf" else 9)).float()
+        return replace(inputs, hidden_cf=None), {source: values.to(self.device)}
+
+    def call(self, inputs: Inputs, **options: Any) -> Result:
+        return numerics.call(inputs, backend=self.backend, **options)
+
+    def upstream(self, inputs: Inputs, reduction: str = "mean") -> Tensor:
+        """A random upstream gradient of the loss."""
+        shape = inputs.target.shape if reduction == "none" else ()
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=dtype).to(self.device)
+
+    def assert_matches(self, result: Result, expected: Result) -> None:
+        """To the accuracy of the statistics; gradients of 16-bit inputs to their rounding, relative to the largest."""
+        if self.dtype in (torch.float32, torch.float64):
+            assert_matches(result, expected, self.dtype)
+            return
+        torch.testing.assert_close(result.loss.double(), expected.loss, rtol=2e-4, atol=4e-6)
+        for name, value in result.stats._asdict().items():
+            torch.testing.assert_close(value.double(), getattr(expected.stats, name), rtol=2e-4, atol=1e-5)
+        for name, wanted in expected.grads.items():
+            assert_gradient(result.grads[name], wanted, self.dtype)
+
+
+def assert_gradient(actual: Tensor, wanted: Tensor, dtype: torch.dtype, slack: float = 1.0) -> None:
+    """A gradient against the oracle's, to the accuracy of its dtype."""
+    rtol, atol = 2e-4, 1e-5
+    if dtype not in (torch.float32, torch.float64):
+        rtol, atol = 2**-8 * slack, 2**-8 * slack * float(wanted.abs().max()) + 1e-9
+    torch.testing.assert_close(actual.double(), wanted, rtol=rtol, atol=atol)
+
+
+SUBJECTS = {
+    "reference": Subject("reference", "reference", torch.float32, 37),
+    "torch": Subject("torch", "torch", torch.float32, 37),
+    "torch fp64": Subject("torch fp64", "torch", torch.float64, 37),
+    "triton": Subject("triton", "triton", torch.float32, kernels.N, device=DEVICE),
+    **{way: Subject(way, "triton", torch.bfloat16, kernels.N, device=DEVICE) for way in WAYS},
+}
+
+
+def of_each(names: str, *cases: str | tuple):
+    """Parametrises `subject` and the comma-separated `names` by cases (subject, value, …).
+
+    of_each("torch", "triton") has subjects and nothing else.
+    """
+    if names in SUBJECTS:
+        names, cases = "", tuple((case,) for case in (names, *cases))
+    needs = pytest.mark.skipif(not TRITON_FOUND, reason="Triton is not installed")
+    marked = [
+        pytest.param(*case, marks=needs if SUBJECTS[case[0]].backend == "triton" else (), id="-".join(map(_id, case)))
+        for case in cases
+    ]
+    return pytest.mark.parametrize(["subject", *filter(None, names.split(", "))], marked, indirect=["subject"])
+
+
+def _id(value: Any) -> str:
+    if isinstance(value, dict):
+        return "".join(value) or "plain"
+    return str(value).removeprefix("torch.")

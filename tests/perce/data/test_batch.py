@@ -1,0 +1,41 @@
+"""Packed batches equal padded ones equal single sequences, where attention keeps packed sequences apart."""
+
+import pytest
+import torch
+
+from perce.data.batch import collate, token_inputs
+from tests.helpers.packing import ARCHITECTURES, PAIRS, model_with
+
+
+def loss_and_gradients(model, pairs, packing):
+    """The PerCE loss of the pairs in one batch, and its gradients."""
+    batch = collate(pairs, packing=packing)
+    with torch.no_grad():
+        hidden_cf = model(**token_inputs(batch, "_cf"), perce={"rows": batch["rows_cf"]})
+    call = {"hidden_cf": hidden_cf, "clip_min": 0.05, "reduction": "sum"}
+    loss, *_ = model(
+        **token_inputs(batch), perce={"rows": batch["rows"], "target": batch["target"], "loss": call}
+    )  # fmt: skip
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_packed_row_equals_its_sequences_one_by_one(architecture):
+    """With eager attention, which tells packed sequences apart by the same position_ids, by a T × T mask."""
+    model = model_with(architecture, "eager")
+    whole, gradients = loss_and_gradients(model, PAIRS, packing=True)
+    parts = [loss_and_gradients(model, [pair], packing=False) for pair in PAIRS]
+    torch.testing.assert_close(whole, sum(loss for loss, _ in parts), atol=1e-4, rtol=1e-5)
+    for name, gradient in gradients.items():
+        expected = sum(part[name] for _, part in parts)
+        torch.testing.assert_close(gradient, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
+
+
+def test_packing_holds_no_padding():
+    batch = collate(PAIRS, packing=True)
+    lengths = [len(pair["input_ids"]) - 1 for pair in PAIRS]
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (1, sum(lengths))
+    assert batch["position_ids"][0].tolist() == [place for length in lengths for place in range(length)]
+    assert torch.equal(batch["target"], collate(PAIRS)["target"])

@@ -1,0 +1,98 @@
+"""Pairs on disk: cached under everything that they depend on, the version of the code included."""
+
+import hashlib
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from perce.config.schema import DataConfig, LossConfig
+from perce.data import dataset
+from perce.data.dataset import pair_dataset
+from perce.data.formats import Turn
+from perce.data.pairing import make_builder
+from perce.data.pairs import (
+    PairBuilder,
+)
+from perce.data.retrieval import Retriever, recency_scores
+from perce.data.rows import Document, Example, Examples
+from perce.data.sources import Source
+from perce.errors import UserError
+from tests.helpers.pairs import builder, example
+from tests.helpers.tiny import CHATML, demo_examples
+
+
+def test_pairs_are_cached_and_equal(monkeypatch):
+    examples = demo_examples(6)
+    first = pair_dataset(examples, builder())
+    monkeypatch.setattr(PairBuilder, "build", lambda *_: pytest.fail("built again"))
+    assert pair_dataset(examples, builder())[:] == first[:]
+    assert first["example"] == list(range(6))
+
+
+def test_the_cache_sees_a_changed_limit_template_and_text():
+    examples = demo_examples(6)
+    whole = pair_dataset(examples, builder())
+    variants = [
+        whole,
+        pair_dataset(examples, builder(max_length=max(map(len, whole["input_ids"])) - 1)),
+        pair_dataset(examples, builder(template="llama3")),
+        pair_dataset(examples, builder(retriever=Retriever(recency_scores, 1, "", ""))),
+        pair_dataset(examples[1:], builder()),
+    ]
+    assert len({json.dumps(variant[:]) for variant in variants}) == 5
+
+
+def test_an_example_that_does_not_fit_stops_or_is_left_out():
+    examples = [*demo_examples(2), example(response="word " * 500)]
+    with pytest.raises(UserError, match=r"train\.jsonl:3"):
+        pair_dataset(examples, builder(max_length=600))
+    assert pair_dataset(examples, builder(max_length=600), skip_bad_rows=True)["example"] == [0, 1]
+
+
+GOLDEN = {1: "3ef8e9ef6b8c24fa"}
+"""PAIRS_VERSION → digest of the pairs below. A new digest needs a new version: old pairs may be on disks."""
+
+
+def byte_tokenizer():
+    """One id a byte, so that nothing but our own code decides."""
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+def test_other_pairs_have_another_version():
+    tokenizer = byte_tokenizer()
+    talk = tuple(Turn(role, text) for role, text in (("user", "Hi!"), ("assistant", "Hello."), ("user", "Plans?")))
+    examples = [
+        Example(("I keep bees.", " I run. "), talk, " The bees, then a run!", "ana", None, "a:1"),
+        Example(("I bake.",), talk[:1], "Bread.", None, ((0, 5),), "a:2"),
+    ]
+    entry = {"title": "Bees", "abstract": "Bees are few.", "id": "1"}
+    profile = [entry, {"title": "Rain", "abstract": "Rain falls."}, {"title": "Dance", "abstract": "How bees dance."}]
+    row = {"name": "Ana", "input": "Write on bees", "output": "Many bees.", "profile": profile}
+    histories = Examples(Source("h", "h", lambda: iter([(":1", row)])), "auto", {}, False, None).all
+    made = [pair for example in examples for pair in builder_of(tokenizer, "perce").pairs(example)]
+    for retriever in ("bm25", "recency", "none"):
+        made += builder_of(tokenizer, "longlamp", retriever=retriever, retrieve_k=2).pairs(histories[0])
+    made += builder_of(tokenizer, "text", max_length=24).pairs(
+        Document("Bees are few, and bees are many.", None, "t:1")
+    )
+    digest = hashlib.sha256(json.dumps([vars(pair) for pair in made]).encode()).hexdigest()[:16]
+    assert GOLDEN[dataset.PAIRS_VERSION] == digest, "raise PAIRS_VERSION, and note the new digest under it"
+
+
+def builder_of(tokenizer, format, **options):
+    loss = LossConfig(objective="ce", short_context=8, short_stride=4)
+    return make_builder(tokenizer, DataConfig(**options), format, loss)
+
+
+def test_the_version_is_part_of_the_caches_key(monkeypatch):
+    before = dataset._fingerprint(demo_examples(1), builder(), False)
+    monkeypatch.setattr(dataset, "PAIRS_VERSION", dataset.PAIRS_VERSION + 1)
+    assert dataset._fingerprint(demo_examples(1), builder(), False) != before

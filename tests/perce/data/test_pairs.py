@@ -1,0 +1,197 @@
+"""Pairs: the two passes must see the same response tokens, and differ by the persona alone."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perce.data.formats import Turn
+from perce.data.pairs import (
+    PERSONA_FOOTER,
+    PERSONA_HEADER,
+    SYSTEM_MESSAGE,
+    PairBuilder,
+    counterfactual_ids,
+    personal_word_spans,
+    prompt_ids,
+)
+from perce.errors import UserError
+from tests.helpers.pairs import EXAMPLE, TOKENIZERS, builder, example
+from tests.helpers.tiny import TEMPLATES, tiny_tokenizer
+
+
+def decode(template, ids):
+    return TOKENIZERS[template].decode(ids)
+
+
+CONVERSATIONS = {
+    "one turn": EXAMPLE.turns,
+    "three turns": (Turn("user", "Hi"), Turn("assistant", "Hello!"), Turn("user", "Tonight?")),
+    "reply first": (Turn("assistant", "Hello!"), Turn("user", "Tonight?")),
+}
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_counterfactual_is_factual_minus_one_contiguous_persona_span(template, turns):
+    pair = builder(template).build(example(turns=turns))
+    start, end = pair.persona_span
+    without = pair.counterfactual_ids()
+    assert without == pair.input_ids[:start] + pair.input_ids[end:]
+    entries = "".join(f"- {entry}\n" for entry in EXAMPLE.persona)
+    assert decode(template, pair.input_ids[start:end]) == PERSONA_HEADER + entries + PERSONA_FOOTER
+    text = decode(template, without)
+    assert SYSTEM_MESSAGE in text and "bees.\n" not in text and "Oslo" not in text
+    assert "You are helpful" not in text, "the template's own system prompt must not come in"
+    assert all(turn.content in text for turn in turns)
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_prompt_to_write_from_is_the_one_that_was_trained_on(template, turns):
+    pair = builder(template).build(example(turns=turns))
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    prompt = prompt_ids(TOKENIZERS[template], EXAMPLE.persona, messages)
+    assert prompt == pair.input_ids[: -pair.response_length]
+    if len(turns) == 1:
+        assert prompt == prompt_ids(TOKENIZERS[template], EXAMPLE.persona, turns[0].content)
+
+
+def test_a_prompt_needs_a_persona_and_something_to_reply_to():
+    tokenizer = TOKENIZERS["chatml"]
+    assert prompt_ids(tokenizer, "I keep bees.", "Hi") == prompt_ids(tokenizer, ["I keep bees.", " "], "Hi")
+    for persona in ([], "", [" "]):
+        with pytest.raises(UserError, match="persona"):
+            prompt_ids(tokenizer, persona, "Coming tonight?")
+    wrong = {
+        "a non-empty list": [], "end with a user turn": [{"role": "assistant", "content": "Hi"}],
+        "'user' or 'assistant'": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        "alternating": [{"role": "user", "content": "Hi"}] * 2,
+    }  # fmt: skip
+    for message, query in wrong.items():
+        with pytest.raises(UserError, match=f"query.*{message}"):
+            prompt_ids(tokenizer, ["I keep bees."], query)
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "qwen3"])
+def test_factual_sequence_reads_as_the_template_renders_it(template):
+    pair = builder(template).build(EXAMPLE)
+    entries = "".join(f"- {entry}\n" for entry in EXAMPLE.persona)
+    rendered = TOKENIZERS[template].apply_chat_template(
+        [
+            {"role": "system", "content": PERSONA_HEADER + entries + PERSONA_FOOTER + SYSTEM_MESSAGE},
+            {"role": "user", "content": "Coming tonight?"},
+            {"role": "assistant", "content": EXAMPLE.response},
+        ],
+        tokenize=False,
+    )
+    assert decode(template, pair.input_ids) == rendered.rstrip("\n")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_response_is_tokenised_once_and_ends_with_the_end_of_turn(template):
+    pair = builder(template).build(EXAMPLE)
+    response = pair.input_ids[-pair.response_length :]
+    assert decode(template, response).lstrip(" ") == EXAMPLE.response + "<|im_end|>"
+    assert response[-1] == TOKENIZERS[template].pad_token_id, "kept although it is the pad token too"
+    assert pair.counterfactual_ids()[-pair.response_length :] == response
+    assert len(pair.personal) == pair.response_length
+
+
+@pytest.mark.parametrize("prepends_space", [False, True])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_end_of_the_prompt_and_the_reply_are_tokenised_as_in_one_text(template, prepends_space):
+    """No space of the template's or the tokenizer's own may stand between them as a token that models never write."""
+    tokenizer = tiny_tokenizer(TEMPLATES[template], prepends_space=prepends_space)
+    pairs = PairBuilder(tokenizer, max_length=2000)
+    assert pairs.prepends_space == prepends_space
+    pair = pairs.build(example(response="Bees. Juno too.", personal_spans=((0, 4),)))
+    prompt, suffix, tail = pairs._render(example(response="Bees. Juno too."))
+    whole = tokenizer(prompt + suffix + "Bees. Juno too." + tail.rstrip("\n"), add_special_tokens=False)["input_ids"]
+    seam = pair.response_length + 2
+    assert pair.input_ids[-seam:] == whole[-seam:]
+    ids = pair.input_ids[-pair.response_length :]
+    personal = [token for token, flag in zip(ids, pair.personal, strict=True) if flag]
+    assert tokenizer.decode(personal).strip() == "Bees"
+
+
+text = st.text(st.characters(exclude_categories=("Cs", "Co")), min_size=1, max_size=40).filter(lambda s: s.strip())
+
+
+@given(
+    persona=st.lists(text, min_size=1, max_size=5), query=text, response=text,
+    template=st.sampled_from(list(TEMPLATES)), max_length=st.integers(40, 400),
+)  # fmt: skip
+def test_any_text_gives_aligned_pairs_or_a_named_error(persona, query, response, template, max_length):
+    this = example(persona=tuple(persona), turns=(Turn("user", query),), response=response)
+    try:
+        pair = builder(template, max_length=max_length).build(this)
+    except UserError as error:
+        assert "train.jsonl:3" in str(error) and "max_length" in str(error)
+        return
+    ids, n = pair.input_ids, pair.response_length
+    assert len(ids) <= max_length and len(pair.personal) == n
+    assert counterfactual_ids(ids, pair.persona_span, n)[-n:] == ids[-n:]
+    assert response.strip() in decode(template, ids[-n:])
+    assert pair.dropped_passages < len(persona)
+
+
+def test_trimming_drops_the_last_passages_only_and_counts_them():
+    whole = builder().build(EXAMPLE)
+    shorter = builder(max_length=len(whole.input_ids) - 1).build(EXAMPLE)
+    start, end = shorter.persona_span
+    kept = decode("chatml", shorter.input_ids[start:end])
+    assert shorter.dropped_passages == 1 and "bees" in kept and "Juno" in kept and "Oslo" not in kept
+    assert shorter.counterfactual_ids() == whole.counterfactual_ids(), "query and response are never trimmed"
+
+
+def test_the_retriever_decides_which_entries_are_shown_and_in_which_order():
+    pair = builder(retriever=lambda example: [2, 0]).build(EXAMPLE)
+    start, end = pair.persona_span
+    shown = decode("chatml", pair.input_ids[start:end])
+    assert 0 < shown.index("Oslo") < shown.index("bees") and "Juno" not in shown
+    assert pair.passages == [2, 0] and pair.dropped_passages == 0, "what retrieval does not pick is not trimming"
+    trimmed = builder(retriever=lambda example: [2, 0], max_length=len(pair.input_ids) - 1).build(EXAMPLE)
+    assert trimmed.passages == [2] and trimmed.dropped_passages == 1
+
+
+def test_response_longer_than_max_length_names_the_row_and_the_remedy():
+    with pytest.raises(UserError, match=r"train\.jsonl:3: .*max_length=60.*--max_length.*--skip_bad_rows"):
+        builder(max_length=60).build(example(response="word " * 100))
+
+
+def test_personal_tokens_follow_marked_spans_even_after_leading_blanks():
+    response = "  No, Juno is ill."
+    marked = example(response=response, personal_spans=((6, 10),))
+    pair = builder().build(marked)
+    ids = pair.input_ids[-pair.response_length :]
+    named = decode("chatml", [token for token, flag in zip(ids, pair.personal, strict=True) if flag])
+    assert named.strip() == "Juno"
+
+
+def test_personal_words_come_from_the_persona_and_not_from_the_conversation():
+    response = "Tonight Juno and the bees, in 1987, I'm with them."
+    spans = personal_word_spans(response, ("I'm with Juno since 1987.", "bees tonight"), "tonight?")
+    assert [response[a:b] for a, b in spans] == ["Juno", "bees", "1987"]
+
+
+def test_no_chat_template_and_no_end_token_is_refused():
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="neither a chat template nor an end-of-sequence token"):
+        PairBuilder(tokenizer, max_length=100)
+
+
+def test_a_template_that_repeats_a_message_is_refused():
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match="repeats or drops"):
+        PairBuilder(tokenizer, max_length=1000).build(EXAMPLE)
+
+
+def test_chat_template_kwargs_reach_the_template():
+    template = "{% if shout %}!!!{% endif %}" + TEMPLATES["chatml"]
+    built = [
+        PairBuilder(tiny_tokenizer(template), max_length=1000, chat_template_kwargs=kwargs).build(EXAMPLE)
+        for kwargs in ({}, {"shout": True})
+    ]
+    assert decode("chatml", built[1].input_ids).startswith("!!!")
+    assert not decode("chatml", built[0].input_ids).startswith("!!!")

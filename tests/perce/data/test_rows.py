@@ -1,0 +1,146 @@
+"""What is said of a bad row, streaming, limits, and real data sets."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from perce.data.rows import Examples, available_splits, load_examples
+from perce.errors import UserError
+from tests.helpers import ROOT
+from tests.helpers.raw_rows import CONVAI2, GOOD, LAMP, SPC, TALK, error, jsonl, load
+
+BAD = [
+    ('{"persona": ', "expected one JSON object a line"),
+    ("[1, 2]", "expected a JSON object, got list [1, 2]"),
+    ({**GOOD, "response": " \n"}, "field 'response': expected a non-empty string, got str ' \\n'"),
+    ({**GOOD, "response": None}, "(perce lacks response|messages)"),
+    ({**GOOD, "response": 7}, "field 'response': expected a non-empty string, got int 7"),
+    ({**GOOD, "response": "a\ud83d"}, "field 'response': expected UTF-8 text"),
+    ({"query": "q", "response": "r", "persoan": "p"}, "did you mean 'persona' by 'persoan'"),
+    ({**GOOD, "persona": []}, "field 'persona': expected a non-empty list"),
+    ({**GOOD, "persona": ["", " "]}, "field 'persona': expected at least one entry with text"),
+    ({**GOOD, "persona": ["a", 3]}, "field 'persona[1]': expected a string or an object, got int 3"),
+    ({**GOOD, "persona": [{"name": "a"}]}, "field 'persona[0]': expected an entry with one of reviewText, content"),
+    ({**GOOD, "messages": TALK}, "either 'query' or 'messages', got both"),
+    ({"persona": "p", "messages": TALK, "response": "r"}, "field 'messages': expected 'messages' that end with a user"),
+    ({"persona": "p", "messages": TALK[:3]}, "got a last user turn without a response"),
+    ({"persona": "p", "messages": TALK[1:2]}, "at least one response that answers a turn"),
+    ({"persona": "p", "messages": "hi"}, "field 'messages': expected a non-empty list"),
+    ({"persona": "p", "messages": ["hi"]}, "field 'messages[0]': expected an object"),
+    ({"persona": "p", "messages": [TALK[0], *TALK]}, "field 'messages[1].role': expected alternating"),
+    ({"persona": "p", "messages": [{"role": "system", "content": "x"}, *TALK]}, "in 'persona'), got str 'system'"),
+    ({"persona": "p", "messages": [{"role": "tool", "content": "x"}]}, "field 'messages[0].role'"),
+    ({"persona": "p", "messages": [{"role": "user", "content": [1]}]}, "field 'messages[0].content'"),
+    ({**GOOD, "user_id": [1]}, "field 'user_id': expected a string or an integer"),
+    ({**GOOD, "personal_spans": [[0, 16]]}, "0 <= start < end <= 15, got list [0, 16]"),
+    ({**GOOD, "personal_spans": [[-1, 3]]}, "field 'personal_spans'"),
+    ({**GOOD, "personal_spans": [[3, 3]]}, "field 'personal_spans'"),
+    ({**GOOD, "personal_spans": [[0, 1.5]]}, "field 'personal_spans'"),
+    ({**GOOD, "personal_spans": "my dog"}, "field 'personal_spans'"),
+    ({"persona": "p", "messages": TALK, "personal_spans": []}, "only beside a 'response'"),
+    (
+        {**CONVAI2, "dialogue": [{"partner": "hi"}]},
+        "field 'dialogue[0].self': expected a non-empty string, got NoneType",
+    ),
+    ({**CONVAI2, "dialogue": ["hi"]}, "field 'dialogue[0]': expected an object"),
+    ({**CONVAI2, "personality": ""}, "field 'personality'"),
+    ({**SPC, "conversation": [{"speaker": "Bob", "text": "x"}]}, "field 'conversation[0].speaker'"),
+    ({**SPC, "conversation": SPC["conversation"][:1]}, "an opening line only"),
+    ({**SPC, "conversation": "Hi!\nUser 1: x"}, "lines that start with 'User 1:'"),
+    ({**SPC, "conversation": "User 1:\nUser 2: x"}, "field 'conversation': expected a non-empty string"),
+    ({**SPC, "user 2 personas": "\n"}, "field 'user 2 personas'"),
+    ({**LAMP, "profile": {"text": ["a", "b"], "id": ["1"]}}, "field 'profile': expected columns of one length"),
+    ({**LAMP, "profile": [{"text": "  "}]}, "field 'profile': expected at least one entry with text"),
+    ({**LAMP, "input": ""}, "field 'input'"),
+    ({"persona": "p", "prompt": TALK, "completion": "x"}, "field 'prompt': expected a user turn at the end"),
+    ({"persona": "p", "prompt": "x", "completion": TALK[:1]}, "field 'completion'"),
+    ({"txt": "nothing we know"}, "expected the fields of a format: perce (persona, query|messages"),
+    ({}, "got fields (none)"),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), BAD, ids=[expected[:40] for _, expected in BAD])
+def test_a_bad_row_is_named_or_skipped(tmp_path, row, expected):
+    """Alone it decides the format itself; the same row is skipped between two good ones of any format."""
+    text = error(tmp_path, "", row)
+    assert str(tmp_path / "data.jsonl:2: ") in text and expected in text and "--skip_bad_rows" in text
+    rows = load_examples(jsonl(tmp_path / "data.jsonl", GOOD, row, GOOD), "train", skip_bad_rows=True)
+    assert (len(rows.all), rows.skipped, len(rows.reasons)) == (2, 1, 1)
+    assert rows.reasons[0].startswith(str(tmp_path / "data.jsonl:2: "))
+
+
+def test_once_the_format_is_known_the_missing_field_is_named(tmp_path):
+    text = error(tmp_path, GOOD, {"persona": "p", "query": "q", "respnse": "r"})
+    assert "data.jsonl:2: field 'response' or 'messages'" in text and "did you mean 'response' by 'respnse'" in text
+
+
+def test_skipped_rows_are_counted_and_the_first_reasons_kept(tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", *["{"] * 7, GOOD)
+    rows = load_examples(path, "train", skip_bad_rows=True)
+    assert (rows.skipped, len(rows.reasons), rows.all[0].source) == (7, 5, "data.jsonl:8")
+    with pytest.raises(UserError, match="all 2 rows were skipped"):
+        load(tmp_path, "{", "{", skip_bad_rows=True)
+
+
+def test_streaming_reads_only_what_is_asked_for(tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", GOOD, GOOD, "{")
+    rows = load_examples(path, "train", streaming=True)
+    assert isinstance(rows, Examples) and rows.format == "auto"
+    stream = iter(rows)
+    assert [next(stream).source, next(stream).source, rows.format] == ["data.jsonl:1", "data.jsonl:2", "perce"]
+    with pytest.raises(UserError, match=r"data\.jsonl:3"):
+        next(stream)
+    rows = load_examples(path, "train", streaming=True, skip_bad_rows=True)
+    assert [len(list(rows)), rows.skipped] == [2, 1] == [len(list(rows)), rows.skipped]  # each pass starts anew
+
+
+def test_limit(tmp_path):
+    assert [e.response for e in load(tmp_path, CONVAI2, "{", limit=2)] == ["hello", "b"]
+    assert len(load(tmp_path, CONVAI2, CONVAI2, limit=3)) == 3
+    with pytest.raises(UserError, match="limit: expected at least 1"):
+        load(tmp_path, CONVAI2, limit=0)
+
+
+def test_importing_is_light():
+    code = "import sys, perce.data.rows; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
+    cwd = ROOT
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd).stdout.strip() == "set()"
+    )
+
+
+# Examples a split, by their README tables: rows (one response a row), turns for Persona-Chat; for SPC utterances less
+# one a dialogue (24,478 - 882; 3,200 - 120; 20,473 - 749) less the repeats of a speaker that are merged (34, 0, 24).
+EXPECTED = {
+    "amazon-user-reviews": ("longlamp", 469, 38, 71),
+    "author-abstracts": ("longlamp", 960, 90, 75),
+    "lamp7-tweets": ("lamp", 1148, 120, 115),
+    "personachat-convai2": ("convai2", 5841, 628, 750),
+    "reddit-user-posts": ("longlamp", 118, 17, 36),
+    "synthetic-persona-chat": ("spc", 24478 - 882 - 34, 3200 - 120, 20473 - 749 - 24),
+}
+
+USERS = {"amazon-user-reviews": 160, "author-abstracts": 960, "lamp7-tweets": 1148, "personachat-convai2": 72}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_real_data_sets(name):
+    root = Path(os.environ.get("PERCE_TEST_DATA", ""))
+    if not (root / name / "train.jsonl").is_file():
+        pytest.skip(f"needs the directory {name} in $PERCE_TEST_DATA: it is not part of the repository")
+    format, *counts = EXPECTED[name]
+    assert available_splits(root / name) == ["train", "validation", "test"]
+    for split, count in zip(("train", "validation", "test"), counts, strict=True):
+        rows = load_examples(root / name, split)
+        assert (rows.format, len(rows.all), rows.skipped) == (format, count, 0)
+        for e in rows.all:
+            assert e.persona and e.turns[-1].role == "user" and e.response.strip()
+            assert all(a.role != b.role for a, b in zip(e.turns, e.turns[1:], strict=False))
+            if format in ("longlamp", "lamp"):
+                assert not any(passage.endswith(e.response) for passage in e.persona)
+        if split == "train" and name in USERS:
+            assert len(Counter(e.user_id for e in rows.all)) == USERS[name]

@@ -1,0 +1,187 @@
+"""The places that rows come from."""
+
+import csv
+import json
+
+import pytest
+
+from perce.data.rows import available_splits, load_examples
+from perce.errors import UserError
+from tests.helpers.raw_rows import ABSTRACT, GOOD, LAMP, error, jsonl, load
+
+
+def test_files_without_a_row(tmp_path):
+    assert "it has no rows" in error(tmp_path)
+
+
+def test_bom_crlf_blank_lines_and_line_separators(tmp_path):
+    line = json.dumps({**GOOD, "response": "a\u2028b"}, ensure_ascii=False).encode()
+    (tmp_path / "d.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n  \r\n" + line)
+    examples = load_examples(tmp_path / "d.jsonl", "train").all
+    assert [(e.source, e.response) for e in examples] == [("d.jsonl:1", "a\u2028b"), ("d.jsonl:4", "a\u2028b")]
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    good = json.dumps(GOOD).encode()
+    (tmp_path / "d.jsonl").write_bytes(good + b"\n" + good.replace(b"dog", b"d\xf6g") + b"\n")
+    with pytest.raises(UserError, match=r"d\.jsonl:2: expected UTF-8 text, got the byte 0xf6 at column"):
+        load_examples(tmp_path / "d.jsonl", "train")
+    assert load_examples(tmp_path / "d.jsonl", "train", skip_bad_rows=True).skipped == 1
+    (tmp_path / "d.json").write_bytes(b"[\n" + good.replace(b"dog", b"d\xf6g") + b"]")
+    with pytest.raises(UserError, match=r"d\.json:2: expected UTF-8 text, got the byte 0xf6.*Save"):
+        load_examples(tmp_path / "d.json", "train")
+    (tmp_path / "d.csv").write_bytes(b"persona,query,response\np,q,r\np,q,d\xf6g\n")
+    with pytest.raises(UserError, match=r"d\.csv:3: field 'response': expected UTF-8 text"):
+        load_examples(tmp_path / "d.csv", "train")
+
+
+def test_json_files(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text("\ufeff\n" + json.dumps([GOOD, {**GOOD, "query": ""}], indent=1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"d\.json row 2: field 'query'"):
+        load_examples(path, "train")
+    assert load_examples(path, "train", skip_bad_rows=True).all[0].source == "d.json row 1"
+    assert load_examples(jsonl(path, GOOD, GOOD), "train").all[1].source == "d.json:2"  # lines by another name
+    path.write_text("[\n{},\n]")
+    with pytest.raises(UserError, match=r"d\.json:(2|3): not JSON"):
+        load_examples(path, "train")
+
+
+def test_csv_files(tmp_path):
+    with (tmp_path / "d.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", "persona", "query", "response", "user_id"])  # pandas leaves its index without a name
+        writer.writerow([0, json.dumps(["a", "b"]), "[not JSON]", "x" * 200_000, ""])
+        file.write("\n")
+        writer.writerow([1, "[a] list?", "two\nlines", "r", "u"])
+        writer.writerow([2, "p", "q"])
+    with pytest.raises(UserError, match=r"d\.csv:6: expected 5 cells, as in the header, got 3"):
+        load_examples(tmp_path / "d.csv", "train")
+    first, second = load_examples(tmp_path / "d.csv", "train", skip_bad_rows=True).all
+    assert (first.persona, first.turns[0].content, first.user_id) == (("a", "b"), "[not JSON]", None)
+    assert (second.persona, second.user_id, second.source) == (("[a] list?",), "u", "d.csv:4")
+    with (tmp_path / "renamed.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["facts", "query", "response"], ['["a", "b"]', "[1, 2]", "[3]"]])
+    (example,) = load_examples(tmp_path / "renamed.csv", "train", columns={"persona": "facts"}).all
+    assert example.persona == ("a", "b") and (example.turns[0].content, example.response) == ("[1, 2]", "[3]")
+
+
+def test_parquet_files(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([{**ABSTRACT, "x": None}, ABSTRACT]), tmp_path / "d.parquet")
+    examples = load_examples(tmp_path / "d.parquet", "train").all
+    assert examples[1].persona == load(tmp_path, ABSTRACT)[0].persona and examples[1].source == "d.parquet row 2"
+    (tmp_path / "d.parquet").write_text("no")
+    with pytest.raises(UserError, match=r"d\.parquet: not a Parquet file"):
+        load_examples(tmp_path / "d.parquet", "train")
+
+
+def test_struct_of_lists(tmp_path):
+    profile = {"title": ["T1", "T2"], "abstract": ["A1", "A2"]}
+    assert load(tmp_path, {**ABSTRACT, "profile": profile})[0].persona == load(tmp_path, ABSTRACT)[0].persona
+
+
+def test_one_file_is_the_train_split(tmp_path):
+    path = jsonl(tmp_path / "anything.jsonl", GOOD)
+    assert available_splits(str(path)) == ["train"]
+    assert load_examples(path, "validation").all == [] == load_examples(path, "test").all
+    with pytest.raises(UserError, match=r"notes\.txt: cannot tell.*\.jsonl, \.json, \.parquet, \.csv"):
+        load_examples(jsonl(tmp_path / "notes.txt", GOOD), "train")
+    with pytest.raises(UserError, match="split: expected one of train, validation, test, got 'dev'"):
+        load_examples(path, "dev")
+
+
+@pytest.mark.parametrize("stem", ["validation", "valid", "val", "dev"])
+def test_directory(tmp_path, stem):
+    jsonl(tmp_path / f"{stem}.jsonl", GOOD, GOOD)
+    jsonl(tmp_path / "train.json", GOOD)
+    jsonl(tmp_path / "notes.jsonl", "not data")
+    assert available_splits(tmp_path) == ["train", "validation"]
+    assert load_examples(tmp_path, "validation").all[1].source == f"{stem}.jsonl:2"
+    with pytest.raises(UserError, match="has no test split; it has train, validation"):
+        load_examples(tmp_path, "test")
+    jsonl(tmp_path / "train.csv", GOOD)
+    with pytest.raises(UserError, match=r"train\.json, train\.csv are all the train split"):
+        load_examples(tmp_path, "train")
+
+
+def test_lamp_questions_and_outputs(tmp_path):
+    question = {name: LAMP[name] for name in ("id", "input", "profile")}
+    for name in ("train_questions", "dev_questions", "test_questions"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([question, {**question, "id": "8"}]))
+    golds = [{"id": "8", "output": "eight"}, {"id": "7", "output": "gold"}]
+    (tmp_path / "train_outputs.json").write_text(json.dumps({"task": "LaMP_7", "golds": golds}))
+    (tmp_path / "dev_outputs.json").write_text(json.dumps({"task": "LaMP_7", "golds": golds[:1]}))
+    assert available_splits(tmp_path) == ["train", "validation"]  # LaMP publishes no test outputs
+    examples = load_examples(tmp_path, "train").all
+    assert [e.response for e in examples] == ["gold", "eight"] and examples[0].persona == ("new ", "old")
+    with pytest.raises(
+        UserError, match=r"dev_questions\.json row 1: field 'output': .*dev_outputs\.json.*none for id '7'"
+    ):
+        load_examples(tmp_path, "validation")
+    (tmp_path / "dev_outputs.json").write_text("{}")
+    with pytest.raises(UserError, match=r"dev_outputs\.json: expected LaMP's"):
+        load_examples(tmp_path, "validation")
+
+
+def test_save_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list([ABSTRACT, {**ABSTRACT, "name": "B"}])
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table, "val": table.select([1])}).save_to_disk(tmp_path / "two")
+    expected = load(tmp_path, ABSTRACT)[0].persona
+    for streaming in (False, True):
+        rows = load_examples(tmp_path / "one", "train", streaming=streaming)
+        assert [(e.persona, e.source) for e in rows] == [(expected, "one row 1"), (expected, "one row 2")]
+        assert [e.user_id for e in load_examples(tmp_path / "two", "validation", streaming=streaming)] == ["B"]
+    assert available_splits(tmp_path / "one") == ["train"] and available_splits(tmp_path / "two") == [
+        "train",
+        "validation",
+    ]
+    assert load_examples(tmp_path / "one", "test").all == []
+    (tmp_path / "two/dataset_dict.json").write_text('{"splits": ["train", "gone"]}')
+    with pytest.raises(UserError, match="written by save_to_disk but cannot be read"):
+        load_examples(tmp_path / "two", "train")
+
+
+def test_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, config, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        return [GOOD]
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["test", "val", "other"])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert available_splits("owner/name:part") == ["validation", "test"] and not asked
+    (example,) = load_examples("owner/name:part", "validation", streaming=True)
+    assert asked == [("owner/name", "part", "val", True)] and example.source == "owner/name:part[val] row 1"
+    with pytest.raises(UserError, match="owner/name has no train split; it has validation, test"):
+        load_examples("owner/name", "train")
+
+
+def test_data_that_cannot_be_found(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach it\nTraceback: long")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
+    with pytest.raises(UserError, match=r"owner/name is not a file or directory here, and .*: Couldn't reach it. Give"):
+        load_examples("owner/name", "train")
+    with pytest.raises(UserError, match="holds no train, validation or test file"):
+        load_examples(tmp_path, "train")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for path in (
+        "./nowhere",
+        "rows.jsonl",
+        "data/train",
+        str(tmp_path / "x"),
+        "a/b/c",
+    ):  # paths, so nobody asks the Hub
+        with pytest.raises(UserError, match=r"No such file or directory: .*Check the path after --data"):
+            load_examples(path, "train")

@@ -1,0 +1,122 @@
+"""Scores against their reference packages, intervals and identification against brute force."""
+
+import random
+
+import numpy as np
+import pytest
+
+from perce.measuring import metrics
+from perce.measuring.metrics import Meteor, clustered_mean, identification, paired_difference, rouge
+from tests.helpers.tiny import demo_examples
+
+
+def text_pairs(count):
+    """Replies, and the same with words dropped, doubled and moved."""
+    rng = random.Random(0)
+    pairs = []
+    for example in demo_examples(count):
+        words = [word for word in example.response.split() for _ in range(rng.choice([0, 1, 1, 1, 2]))]
+        cut = rng.randrange(len(words) + 1)
+        pairs.append((" ".join(words[cut:] + words[:cut]), example.response))
+    return pairs
+
+
+def test_rouge_is_the_packages_on_fifty_pairs():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    for prediction, reference in text_pairs(50):
+        expected = scorer.score(target=reference, prediction=prediction)
+        assert rouge(prediction, reference) == {name: expected[name].fmeasure for name in ("rouge1", "rougeL")}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_meteor_is_nltks_on_fifty_pairs(monkeypatch, installed):
+    nltk = pytest.importorskip("nltk")
+    from nltk.translate.meteor_score import single_meteor_score
+
+    wordnet = metrics._find_wordnet()
+    if installed and wordnet is None:
+        pytest.skip("WordNet is not installed (apt-get install wordnet-base)")
+    if not installed:
+        monkeypatch.setattr(metrics, "_find_wordnet", lambda: None)
+        wordnet = metrics._NoSynonyms()
+    meteor = Meteor()
+    assert meteor.name == ("meteor" if installed else "meteor_exact_stem")
+    tokenize = nltk.tokenize.NLTKWordTokenizer().tokenize
+    for prediction, reference in text_pairs(50):
+        expected = single_meteor_score(tokenize(reference), tokenize(prediction), wordnet=wordnet)
+        assert meteor(prediction, reference) == pytest.approx(expected)
+    assert meteor("", "a reply") == 0.0
+    synonym = meteor("a sick child", "an ill child")  # words that are their own stems: nltk looks up stems
+    assert synonym > (0.6 if installed else 0) and (synonym < 0.4) == (not installed)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "nltk.translate.meteor_score", None)
+    with pytest.raises(ValueError, match=r"needs nltk: pip install 'perce\[metrics\]'"):
+        Meteor()
+
+
+def test_clustered_mean_and_its_interval():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 20, 300)
+    users = np.repeat(np.arange(60), 5)
+    level = rng.normal(2.0, 0.5, 60)[users]  # examples of a user are alike
+    sums = counts * (level + rng.normal(0, 0.1, 300))
+    interval = clustered_mean(sums, counts, users)
+    assert interval.value == pytest.approx(sums.sum() / counts.sum()) and interval.n == 300
+    assert interval.low < interval.value < interval.high
+    alone = clustered_mean(sums, counts, range(300))
+    assert interval.high - interval.low > 1.5 * (alone.high - alone.low), "clusters widen the interval"
+    assert clustered_mean(sums, counts, users) == interval, "the same data give the same interval"
+    assert clustered_mean([0.0, 0.0], [0, 0], [1, 2]) is None
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 5, 10])
+def test_intervals_over_few_users_cover_as_often_as_they_say(monkeypatch, clusters):
+    monkeypatch.setattr(metrics, "RESAMPLES", 300)
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        weights = rng.integers(1, 20, clusters)
+        interval = clustered_mean(rng.normal(2.0, 0.5, clusters) * weights, weights, range(clusters), seed)
+        covered += interval.low <= 2.0 <= interval.high
+    assert 0.88 <= covered / 200 <= 0.98
+    assert metrics._student(11) == pytest.approx(2.2010, abs=3e-3) and metrics._student(400) < 1.9665
+
+
+def test_one_user_has_no_interval():
+    interval = clustered_mean([1.0, 2.0], [1, 1], ["ana", "ana"])
+    assert (interval.value, interval.low, interval.high, interval.clusters) == (1.5, None, None, 1)
+    assert interval.span() == "one user"
+    alone = clustered_mean([8.0, *[0.0] * 9], [4, *[0] * 9], range(10))
+    assert (alone.value, alone.low, alone.clusters, alone.n) == (2.0, None, 1, 1), "the others have no such tokens"
+
+
+def test_paired_difference_finds_what_is_there_and_nothing_else():
+    rng = np.random.default_rng(1)
+    base = rng.normal(3.0, 1.0, 200)
+    noise = rng.normal(0.0, 0.1, 200)
+    difference, p = paired_difference(base + 0.05 + noise, base, np.ones(200), range(200))
+    assert difference.value == pytest.approx(0.05 + noise.mean()) and p < 0.01 and difference.low > 0
+    ps = [
+        paired_difference(base + rng.normal(0, 0.1, 200), base, np.ones(200), range(200), seed)[1] for seed in range(20)
+    ]
+    assert sum(p < 0.05 for p in ps) <= 4
+    assert paired_difference(base, base, np.ones(200), range(200))[1] == 1.0
+
+
+def test_identification_against_brute_force():
+    rng = np.random.default_rng(2)
+    labels = rng.random(120) < 0.3
+    scores = np.round(labels + rng.normal(0, 1, 120), 1)  # rounded: ties
+    result = identification(scores, labels)
+    above = [(a > b) + 0.5 * (a == b) for a in scores[labels] for b in scores[~labels]]
+    assert result.auc == pytest.approx(np.mean(above))
+    best = max(2 * (labels & (scores >= t)).sum() / ((scores >= t).sum() + labels.sum()) for t in np.unique(scores))
+    assert result.f1 == pytest.approx(best)
+    found = scores >= result.threshold
+    assert result.precision == pytest.approx((labels & found).sum() / found.sum())
+    assert result.recall == pytest.approx((labels & found).sum() / labels.sum())
+    assert identification([1.0, 2.0, 3.0, 4.0], [False, False, True, True]).auc == 1.0
+    with pytest.raises(ValueError, match="expected tokens of both kinds, got 2 labelled and 0 others"):
+        identification([1.0, 2.0], [True, True])

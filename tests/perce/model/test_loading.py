@@ -1,0 +1,63 @@
+"""Loading a model: precision, LoRA, 4 bits, attention."""
+
+import pytest
+import torch
+from peft import PromptTuningConfig
+
+from perce.config.schema import ModelConfig
+from perce.data.batch import collate
+from perce.errors import UserError
+from perce.model import loading
+from perce.model.loading import add_adapter, default_attention, load_model, resolve_precision
+from perce.model.patch import prepare_model
+from tests.helpers.models import PAIRS, perce_forward
+from tests.helpers.tiny import save_tiny_model, tiny_model
+
+
+def test_virtual_tokens_are_refused():
+    with pytest.raises(UserError, match="PROMPT_TUNING"):
+        add_adapter(prepare_model(tiny_model()), PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+
+
+def test_loading_full_and_lora(tmp_path):
+    path = str(save_tiny_model(tmp_path / "m"))
+    full = load_model(path, ModelConfig(lora_r=0, precision="fp32"), "cpu")
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in full.parameters())
+    lora = load_model(path, ModelConfig(lora_r=4, lora_alpha=8, lora_dropout=0.1, precision="fp32"), "cpu")
+    trained = [name for name, p in lora.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained) and not any("lm_head" in name for name in trained)
+
+
+def test_a_bf16_lora_base_keeps_its_adapters_in_fp32(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "bf16_is_sound", lambda device: True)
+    model = load_model(str(save_tiny_model(tmp_path / "m")), ModelConfig(lora_r=4), "cpu")
+    kinds = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    loss, *_ = perce_forward(model, collate(PAIRS))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    full = load_model(str(tmp_path / "m"), ModelConfig(lora_r=0), "cpu")
+    assert next(full.parameters()).dtype == torch.float32, "pure bf16 weights would lose small updates"
+
+
+def test_precision_is_refused_where_it_is_emulated(monkeypatch):
+    monkeypatch.setattr(loading, "bf16_is_sound", lambda device: False)
+    assert resolve_precision("auto", "cpu") == "fp32"
+    with pytest.raises(UserError, match="no native bf16"):
+        resolve_precision("bf16", "cpu")
+
+
+def test_four_bit_is_refused_by_name_without_its_library(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match="bitsandbytes"):
+        load_model(str(save_tiny_model(tmp_path / "m")), ModelConfig(load_in_4bit=True), "cpu")
+
+
+def test_flash_attention_is_chosen_where_it_is_installed_and_can_run(monkeypatch):
+    config = tiny_model("llama").config
+    assert default_attention(config, "bf16", "cuda") is None, "not installed here"
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    assert default_attention(config, "bf16", "cuda") == "flash_attention_2"
+    assert default_attention(config, "fp32", "cuda") is default_attention(config, "bf16", "cpu") is None
+    monkeypatch.setattr(f"{type(tiny_model('llama')).__module__}.LlamaForCausalLM._supports_flash_attn", False)
+    assert default_attention(config, "bf16", "cuda") is None

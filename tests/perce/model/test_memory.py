@@ -1,0 +1,107 @@
+"""MLPs in tiles, and the positions that a model has."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from perce.errors import UserError
+from perce.model.memory import position_limit, tile_mlps
+from tests.helpers.memory import PAIRS, TILE, TILED, model_for, trainer_for
+from tests.helpers.tiny import tiny_model
+
+
+def gradients(trainer):
+    """Of one training step, by name, and its loss."""
+    batch = trainer.data_collator(PAIRS)
+    loss = trainer.training_step(trainer.model, batch, torch.tensor(batch["target"].numel()))
+    return loss, {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+class WidestActivation(TorchDispatchMode):
+    """The most rows of any tensor of the MLP's intermediate width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() == 3 and out.shape[-1] == self.width:
+            self.rows = max(self.rows, out.shape[-2])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("architecture", "lora", "checkpointing"),
+    [
+        ("llama", False, False), ("llama", True, False), ("llama", False, True), ("qwen3", True, True),
+        ("gemma3", True, True), ("phi", False, True),
+    ],
+)  # fmt: skip
+def test_tiles_change_neither_loss_nor_gradients(tmp_path, architecture, lora, checkpointing):
+    plain = model_for(architecture, lora)
+    tiled = copy.deepcopy(plain)
+    expected_loss, expected = gradients(trainer_for(tmp_path, plain))
+    trainer = trainer_for(tmp_path, tiled, memory=TILED)
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    with WidestActivation(width=48) as seen:
+        loss, actual = gradients(trainer)
+    assert seen.rows == TILE, "each MLP ran over a tile at a time, forward and backward"
+    torch.testing.assert_close(loss, expected_loss, atol=1e-6, rtol=1e-6)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_recomputed_tile_has_the_dropout_of_its_forward():
+    """Else the gradient would not be that of the loss: compared with a difference quotient."""
+    model = model_for(lora=True, dropout=0.5)
+    tile_mlps(model, TILE)
+    mlp = model.get_base_model().model.layers[0].mlp.train()
+    weight = mlp.down_proj.lora_A["default"].weight
+    hidden, direction = torch.randn(1, 3 * TILE, 32), torch.randn(weight.shape)
+
+    def value(step=0.0):
+        torch.manual_seed(2)
+        weight.data += step * direction
+        total = mlp(hidden).double().sum()
+        weight.data -= step * direction
+        return total
+
+    value().backward()
+    quotient = (value(0.01) - value(-0.01)).item() / 0.02
+    assert (weight.grad * direction).sum().item() == pytest.approx(quotient, rel=1e-3)
+
+
+def test_mlps_that_are_not_known_to_be_positionwise_are_refused():
+    model = model_for()
+    layer = model.model.layers[1]
+    whole = layer.mlp
+    layer.mlp = MixesTokens()
+    with pytest.raises(UserError, match=r"LlamaDecoderLayer of llama.*one by one"):
+        tile_mlps(model, TILE)
+    layer.mlp = TakesMore()
+    with pytest.raises(UserError, match="takes more than hidden states"):
+        tile_mlps(model, TILE)
+    del layer.mlp
+    layer.feed_forward = whole
+    with pytest.raises(UserError, match="no module named mlp"):
+        tile_mlps(model, TILE)
+
+
+class MixesTokens(torch.nn.Module):
+    def forward(self, hidden):
+        return hidden + hidden.mean(1, keepdim=True)
+
+
+class TakesMore(torch.nn.Module):
+    def forward(self, hidden, router=None):
+        return hidden
+
+
+def test_stretched_positions_count():
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4096}
+    assert position_limit(tiny_model(rope_parameters=rope).config) == 16384
+    assert position_limit(tiny_model().config) == 8192

@@ -1,0 +1,153 @@
+"""The model and its head, patched: the loss of its own logits, and models that are refused."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import T5Config, T5ForConditionalGeneration
+
+from perce.data.batch import collate
+from perce.errors import UserError
+from perce.model.loading import add_adapter
+from perce.model.patch import install_perce, prepare_model
+from tests.helpers.models import CLIP, PAIRS, perce_forward
+from tests.helpers.tiny import ARCHITECTURES, tiny_model
+
+
+def own_logp(model, pair, counterfactual=False):
+    """Log-probabilities of one unpadded response from the model's own full logits."""
+    ids = list(pair["input_ids"])
+    if counterfactual:
+        start, end = pair["persona_span"]
+        ids = ids[:start] + ids[end:]
+    logits = model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    n = pair["response_length"]
+    return logits[-n - 1 : -1].gather(1, torch.tensor(ids[-n:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_of_a_padded_batch_equals_the_models_own_logits_one_by_one(architecture):
+    model = tiny_model(architecture)
+    logp = torch.cat([own_logp(model, pair) for pair in PAIRS])
+    logp_cf = torch.cat([own_logp(model, pair, counterfactual=True) for pair in PAIRS]).detach()
+    weight = (logp - logp_cf).detach().clamp(CLIP["clip_min"], CLIP["clip_max"])
+    expected = -(weight * logp).mean()
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    loss, got_logp, got_logp_cf, signal, got_weight = perce_forward(install_perce(model), collate(PAIRS))
+    loss.backward()
+    torch.testing.assert_close(got_logp, logp.detach(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(got_logp_cf, logp_cf, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(got_weight, weight, atol=4e-5, rtol=1e-5)
+    torch.testing.assert_close(signal, got_logp - got_logp_cf)
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
+    assert (weight > CLIP["clip_min"]).any(), "the persona must matter, or the weights test nothing"
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_the_models_own_forward_still_works():
+    model = tiny_model()
+    ids = torch.arange(12)[None]
+    before = model(input_ids=ids, labels=ids)
+    after = install_perce(model)(input_ids=ids, labels=ids)
+    assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > 12
+
+
+def test_a_deep_copy_runs_its_own_weights():
+    model = install_perce(tiny_model())
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    ids = torch.arange(12)[None]
+    assert not torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
+    perce_forward(other, collate(PAIRS))[0].backward()
+    assert all(p.grad is None for p in model.parameters()) and all(p.grad is not None for p in other.parameters())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_nothing(dropout):
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        model = prepare_model(tiny_model())
+        model = add_adapter(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(2)
+        perce_forward(model, collate(PAIRS))[0].backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert len(grads[0]) == len(grads[1]) > 0
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_an_unknown_logit_transform_is_found_by_the_self_check():
+    model = tiny_model("llama")
+    model.config.logit_scale = 2.0  # Llama does not use it: our reading of the config is wrong
+    with pytest.raises(UserError, match=r"LlamaForCausalLM.*differ.*logit_scale=2"):
+        install_perce(model)
+
+
+HEAD_ADAPTERS = [
+    {"target_modules": ["lm_head", "q_proj"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+]
+
+
+@pytest.mark.parametrize("option", HEAD_ADAPTERS)
+@pytest.mark.parametrize("order", ["ours", "theirs"])
+def test_an_adapter_on_the_head_is_refused(option, order):
+    with pytest.raises(UserError, match="output embedding"):
+        if order == "ours":
+            add_adapter(prepare_model(tiny_model()), LoraConfig(r=2, **option))
+        else:
+            prepare_model(get_peft_model(tiny_model(), LoraConfig(r=2, **option)))
+
+
+def test_an_adapted_model_may_be_prepared_late():
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear"))
+    loss, *_ = perce_forward(prepare_model(model), collate(PAIRS))
+    assert loss.isfinite()
+
+
+def test_attention_dropout_and_encoders_are_refused():
+    with pytest.raises(UserError, match=r"attention_dropout=0\.1"):
+        install_perce(tiny_model(attention_dropout=0.1))
+    with pytest.raises(UserError, match=r"dropout in .*resid_dropout"):
+        install_perce(tiny_model("phi", resid_pdrop=0.1))
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
+    with pytest.raises(UserError, match="encoder"):
+        install_perce(t5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_the_self_check_knows_how_coarse_large_bf16_logits_are(scale):
+    model = tiny_model().bfloat16()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
+    install_perce(model)
+
+
+def test_generate_may_still_keep_the_last_logits_only():
+    model = tiny_model()
+    before = model._supports_logits_to_keep()
+    assert install_perce(model)._supports_logits_to_keep() == before
+
+
+def test_a_model_with_flash_attention_is_checked_by_attention_that_runs_anywhere(monkeypatch):
+    model, set_to = tiny_model(), []
+
+    def set_attention(name):
+        set_to.append(name)
+        model.config._attn_implementation = name
+
+    model.config._attn_implementation = "flash_attention_2"  # loaded on a CPU, in fp32: its kernels could not run
+    monkeypatch.setattr(model, "set_attn_implementation", set_attention)
+    install_perce(model)
+    assert set_to == ["sdpa", "flash_attention_2"]

@@ -1,0 +1,76 @@
+"""Operations are those that torch counts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from perce.config.schema import MemoryConfig
+from perce.model.loading import add_adapter, lora_config
+from perce.model.memory import enable_checkpointing, prepare_memory
+from perce.model.patch import prepare_model
+from perce.model.prefill import hidden_after_prefix
+from perce.planning.flops import count_flops
+from perce.planning.memory import count, shape_of
+from perce.planning.rehearsal import Setup
+from tests.helpers.plans import FULL, LORA, NONE, SHORT, TILED
+from tests.helpers.tiny import tiny_model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_are_those_that_torch_counts(checkpointing):
+    """Products only: torch's counter does not know the CPU's attention, nor the inside of the loss."""
+    model = prepare_model(tiny_model("llama")).train()
+    plan = replace(SHORT, objective="ce", activation_checkpointing=checkpointing)
+    setup = Setup(FULL, False, checkpointing)
+    ours = count_flops(model.config, setup, plan, count(model.config, setup))
+    attention = ours.forward - 2 * shape_of(plan).tokens * count(model.config, setup).linear
+    if checkpointing:
+        enable_checkpointing(model)
+    ids = torch.zeros(1, shape_of(plan).tokens, dtype=torch.int64)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model.base_model(input_ids=ids, use_cache=False)[0].sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    assert counted == ours.cross_entropy - ours.head - attention * (3 + checkpointing)
+
+
+def test_attention_sees_a_window():
+    config = tiny_model("gemma3").config  # one layer sees 16 tokens, one all
+    setup = Setup(LORA, False, False)
+    both = count_flops(config, setup, SHORT, count(config, setup))
+    linear = 2 * 95 * (count(config, setup).linear + count(config, setup).adapter)
+    pairs = 95 * 96 // 2 + 16 * 17 // 2 + (95 - 16) * 16
+    assert both.forward == linear + 4 * 4 * 8 * pairs
+    assert 0 < both.overhead < 1
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), NONE, TILED], ids=["full", "none", "tiled"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_under_memory_options_are_those_that_torch_counts(memory, checkpointing):
+    """Products only: torch's counter does not know the CPU's attention."""
+    model = add_adapter(prepare_model(tiny_model("llama")), lora_config(LORA)).train()
+    base = model.get_base_model()
+    plan = replace(SHORT, objective="ce", activation_checkpointing=checkpointing)
+    setup = Setup(LORA, False, checkpointing, memory)
+    counts = count(base.config, setup)
+    without_attention = tiny_model("llama").config
+    without_attention.num_attention_heads = 0
+    ours = count_flops(without_attention, setup, plan, counts)
+    if checkpointing:
+        enable_checkpointing(base)
+    prepare_memory(base, memory)
+    shape = shape_of(plan, memory)
+    ids = torch.zeros(1, shape.tokens, dtype=torch.int64)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        if memory.persona_grad == "none":
+            kept, prefix = torch.arange(shape.prefix, shape.tokens), torch.tensor([[shape.prefix, shape.tokens]])
+            hidden = hidden_after_prefix(base.base_model, kept, prefix, ids)
+        else:
+            hidden = base.base_model(input_ids=ids, use_cache=False)[0]
+        hidden.sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    # The first layer's input needs no gradient, and what is not recomputed of an adapter is not told apart.
+    assert counted == pytest.approx(ours.cross_entropy - ours.head, rel=0.06)

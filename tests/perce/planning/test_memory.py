@@ -1,0 +1,204 @@
+"""Peak memory: exact counts, parts by phase, loss buffers."""
+
+from dataclasses import replace
+
+import pytest
+from transformers import GPT2Config
+
+from perce.config.commands import PlanOptions
+from perce.config.schema import MemoryConfig, ModelConfig, StepConfig
+from perce.data.batch import collate
+from perce.data.documents import DocumentPair, short_windows
+from perce.model.loading import add_adapter, lora_config
+from perce.planning import rehearsal
+from perce.planning.memory import UPDATE, count, loss_buffers, shape_of
+from perce.planning.plans import step_cost, variants
+from perce.planning.rehearsal import Setup, StepShape
+from tests.helpers.plans import FULL, LORA, NONE, SHORT
+from tests.helpers.tiny import ARCHITECTURES, tiny_model
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_counts_are_those_of_the_real_model(architecture, rank):
+    model = tiny_model(architecture)
+    options = ModelConfig(lora_r=rank)
+    counts = count(model.config, Setup(options, False, False))
+    real = add_adapter(model, lora_config(options)) if rank else model
+    assert counts.parameters == sum(p.numel() for p in real.parameters())
+    assert counts.trained == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert counts.weight_bytes == sum(x.numel() * x.itemsize for x in [*real.parameters(), *real.buffers()])
+    assert (counts.vocabulary, counts.hidden) == tuple(real.get_output_embeddings().weight.shape)
+
+
+def test_memory_is_linear_in_context_and_falls_with_checkpointing():
+    config = tiny_model("llama", num_hidden_layers=2).config
+
+    def peak(context=1025, model=FULL, **changes):
+        options = replace(SHORT, context=context, **changes)
+        return step_cost(config, PlanOptions(model, options), "cpu").memory.peak
+
+    first, second, third = peak(), peak(2049), peak(4096)
+    assert first < second < third
+    assert third - second == pytest.approx(2 * (second - first), rel=2e-3), "nothing is T × T"
+    assert peak(2049, replace(FULL, attn_implementation="eager")) > 3 * second
+    assert peak(activation_checkpointing=True) < first
+    assert peak(per_device_train_batch_size=2) > 1.7 * first
+
+
+def test_objective_and_devices():
+    config = tiny_model("llama").config
+
+    def parts(**changes):
+        return step_cost(config, PlanOptions(FULL, replace(SHORT, **changes)), "cpu").memory.phases
+
+    both, ce = parts(), parts(objective="ce")
+    assert "counterfactual" in both and "counterfactual" not in ce
+    assert both[UPDATE]["optimiser states"] == 2 * both[UPDATE]["gradients"]
+    ddp, fsdp = parts(devices=4), parts(devices=4, sharding="full")
+    assert ddp[UPDATE]["gradient buckets"] == both[UPDATE]["gradients"] == 4 * fsdp[UPDATE]["gradients"]
+    assert 4 * fsdp[UPDATE]["optimiser states"] == both[UPDATE]["optimiser states"]
+    assert fsdp["forward"]["gathered weights"] > 0
+
+
+def test_loss_buffers_follow_the_op():
+    config = tiny_model("llama", vocab_size=49152).config
+    setup, shape = Setup(FULL, False, False), StepShape(1, 5000, 500, 4000, False)
+    counts = count(config, setup)
+    chunk = 64 * 2**20 // (49152 * 4)
+    assert loss_buffers(config, setup, shape, counts, "cpu") == chunk * (49152 + 32) * 4
+    low = loss_buffers(config, replace(setup, low_precision=True), shape, counts, "cpu")
+    assert low == chunk * (49152 + 32) * 4 + (49152 + 2 * chunk) * 32 * 4
+    pytest.importorskip("triton")
+    from perce_kernels.gpu import cut
+
+    size = loss_buffers(config, setup, shape, counts, "cuda")
+    assert cut.BUDGET / 2 < size < cut.BUDGET + 4000 * 60
+
+
+def test_the_torch_backend_on_a_gpu_holds_chunks_as_on_a_cpu():
+    config = tiny_model("llama", vocab_size=49152).config
+    setup, shape = Setup(replace(FULL, backend="torch"), False, False), StepShape(1, 5000, 500, 4000, False)
+    counts, chunk = count(config, setup), 64 * 2**20 // (49152 * 4)
+    assert loss_buffers(config, setup, shape, counts, "cuda") == chunk * (49152 + 32) * 4
+    low = loss_buffers(config, replace(setup, low_precision=True), shape, counts, "cuda")
+    assert low == chunk * (49152 + 32) * 4 + chunk * 49152 * 2, "dz in 16 bits beside the logits"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_reference_holds_logits_of_the_response(precision):
+    """The formula's own tensors: exp, products and log-probabilities of the response tokens, all at once."""
+    config = tiny_model("llama", vocab_size=9000).config
+    plan = StepConfig(context=300, query=20, response=200, gradient_accumulation_steps=1, device="cuda")
+
+    def planned(backend):
+        model = replace(LORA, backend=backend, precision=precision)
+        return PlanOptions(model, plan), step_cost(config, PlanOptions(model, plan), "cpu").memory
+
+    logits = 200 * 9000 * 4
+    (named, held), (_, chunks) = planned("reference"), planned("torch")
+    assert 4 * logits < held.phases["head"]["working set"] < 4.6 * logits > chunks.peak
+    assert held.phases["last layer"]["activations"] > logits, "what its backward needs"
+    assert held.phases["head"]["loss buffers"] == 0 < chunks.phases["head"]["loss buffers"]
+    assert set(held.logits_not_held) == {"of all tokens"}
+    assert "--backend torch" in dict(variants(named, "cuda"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-full-bf16-1024-ce", "gemma3-lora-bf16-1024"])
+def test_real_steps_take_what_was_planned(name):
+    """Two of those that benchmarks/test_plan.py measures."""
+    from benchmarks.step_memory import measured
+    from benchmarks.test_plan import SPECS, planned
+
+    assert planned(SPECS[name]).memory.peak == pytest.approx(measured(SPECS[name])["peak_bytes"], rel=0.15)
+
+
+def test_other_names_for_the_same_sizes():
+    """GPT-2 calls its sizes and layers otherwise, and its matrices are no nn.Linear."""
+    config = GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=256)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, name, 0.0)
+    plan = step_cost(config, PlanOptions(FULL, SHORT), "cpu")
+    assert plan.counts.linear == 3 * 12 * 32 * 32
+    assert plan.memory.attention > 0 and plan.memory.mlp > 0
+
+
+def planned(config, memory, device="cpu", **changes):
+    return step_cost(config, PlanOptions(LORA, replace(SHORT, **changes), memory), device)
+
+
+def test_what_grows_with_a_detached_persona_is_keys_and_values(monkeypatch):
+    """And, in one layer at a time, what sdpa makes of them and of a mask."""
+    monkeypatch.setattr("perce.model.prefill.PREFILL_CHUNK", 32)  # its mask would be most of a tiny model
+    monkeypatch.setattr(rehearsal, "PREFILL_CHUNK", 32)
+    layers, heads_kv, head = 6, 2, 8
+    config = tiny_model("llama", num_hidden_layers=layers).config
+
+    def peak(context, memory):
+        return planned(config, memory, context=context, activation_checkpointing=True).memory.peak
+
+    grown = peak(8000, NONE) - peak(7000, NONE)
+    cache = 1000 * layers * 2 * heads_kv * head * 4
+    assert cache <= grown <= 3 * cache
+    assert peak(8000, MemoryConfig()) - peak(7000, MemoryConfig()) > grown
+
+
+def test_tiles_hold_less_of_an_mlp():
+    config = tiny_model("llama", intermediate_size=1024).config
+    options = MemoryConfig(), MemoryConfig(mlp_tile=256)
+    whole, tiled = (planned(config, memory, context=2000).memory for memory in options)
+    assert tiled.peak < whole.peak / 2 and tiled.mlp < whole.mlp / 2
+    assert tiled.attention == whole.attention
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), NONE], ids=["full", "none"])
+def test_offloaded_checkpoints_are_in_host_memory(memory):
+    config = tiny_model("llama", num_hidden_layers=12).config
+    kept, freed = (
+        planned(
+            config, replace(memory, activation_offload=offload), "cuda", context=4000, activation_checkpointing=True
+        )
+        for offload in (False, True)
+    )
+    tokens, hidden = (3999 if memory.persona_grad == "full" else 23), 32
+    offloaded = 10 * tokens * hidden * 4  # a layer's input each; two are on their way
+    assert freed.memory.offloaded == offloaded and kept.memory.offloaded == 0
+    for phase in ("head", "last layer"):  # in the first layer's backward those of the others are gone
+        sizes = [sum(plan.memory.phases[phase].values()) for plan in (kept, freed)]
+        assert sizes[0] - sizes[1] == offloaded
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), NONE], ids=["full", "none"])
+def test_flash_attention_has_no_mask_for_windows(memory):
+    config = tiny_model("gemma3").config  # a window of 16 tokens
+
+    def grown(attention):
+        model = replace(LORA, attn_implementation=attention)
+        peaks = [
+            step_cost(config, PlanOptions(model, replace(SHORT, context=context), memory), "cpu").memory.peak
+            for context in (3096, 4120, 5144)  # whole chunks of the prefill apart
+        ]
+        return peaks[1] - peaks[0], peaks[2] - peaks[1]
+
+    first, second = grown("flash_attention_2")
+    assert first == pytest.approx(second, rel=0.02), "a straight line"
+    first, second = grown("sdpa")
+    assert (second > 1.1 * first) == (memory == MemoryConfig()), "T × T, where T tokens are queries"
+
+
+def test_documents_are_planned_with_their_windows():
+    plan = replace(SHORT, context=100, objective="longce", short_context=24, short_stride=8)
+    piece = DocumentPair(list(range(100)), short_windows(100, 24, 8), 99, [False] * 99)
+    batch = collate([vars(piece)])
+    shape = shape_of(plan)
+    assert (shape.batch, shape.tokens) == tuple(batch["input_ids"].shape)
+    assert (shape.sequences_cf, shape.tokens_cf) == tuple(batch["input_ids_cf"].shape)
+    assert shape.rows == batch["target"].numel()
+    config = tiny_model("llama").config
+    assert (
+        planned(
+            config, MemoryConfig(), objective="longce", context=400, short_context=64, short_stride=16
+        ).flops.overhead
+        > 0.5
+    )

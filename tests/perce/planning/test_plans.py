@@ -1,0 +1,74 @@
+"""The largest context that fits, and what each option changes."""
+
+from dataclasses import replace
+
+import pytest
+
+from perce import plan as command
+from perce.config.commands import PlanOptions
+from perce.config.schema import MemoryConfig
+from perce.errors import UserError
+from perce.planning import plans
+from perce.planning.plans import largest, largest_context, step_cost, variants
+from tests.helpers.plans import FULL, LORA, SHORT
+from tests.helpers.tiny import tiny_model
+
+
+@pytest.mark.parametrize("peak", [lambda x: 7 * x, lambda x: max(100 * x, x * x), lambda x: 10_000 + x // 3])
+@pytest.mark.parametrize("budget", [0, 700, 10_100, 123_456, 10**9])
+def test_largest_is_maximal(peak, budget):
+    found = largest(peak, 3, 5000, budget)
+    assert found == max((x for x in range(3, 5001) if peak(x) <= budget), default=0)
+
+
+def test_largest_context_is_maximal():
+    config = tiny_model("llama").config
+    options = PlanOptions(FULL, replace(SHORT, context=2000))
+    budget = step_cost(config, options, "cuda").memory.peak
+    found = largest_context(config, PlanOptions(FULL, replace(SHORT, gpu_memory=f"{budget / 2**20:.6f}MiB")), "cuda")
+
+    def peak(context):
+        return step_cost(config, PlanOptions(FULL, replace(SHORT, context=context)), "cuda").memory.peak
+
+    assert found is not None and abs(found - 2000) <= 1
+    assert peak(found) <= budget + 1 and peak(found + 1) > budget - 1
+    assert largest_context(config, PlanOptions(FULL, replace(SHORT, gpu_memory="1MiB")), "cuda") == 0
+    assert largest_context(config, PlanOptions(FULL, replace(SHORT, gpu_memory="100TB")), "cuda") == 8192
+
+
+def test_every_option_has_a_line():
+    config = PlanOptions(LORA, replace(SHORT, activation_checkpointing=True))
+    on = {"--persona_grad none", "--mlp_tile 1024", "--activation_offload true", "--activation_checkpointing false"}
+    assert on <= {flags for flags, _ in variants(config, "cuda")}
+    assert "--activation_offload true" not in {flags for flags, _ in variants(config, "cpu")}
+    options = MemoryConfig(persona_grad="none", mlp_tile=8, activation_offload=True)
+    changed = dict(variants(replace(config, memory=options), "cuda"))
+    assert {"--persona_grad full", "--mlp_tile 0", "--activation_offload false"} <= set(changed)
+    assert not changed["--activation_checkpointing false"].memory.activation_offload
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--persona_grad none --objective longce", "--persona_grad none: needs a persona"),
+        ("--persona_grad none --devices 2 --sharding full", "--sharding full: do not work together"),
+        ("--activation_offload --device cuda --tflops 1", "Expected --activation_checkpointing and --device cuda"),
+        ("--activation_offload --activation_checkpointing --device cpu", "Expected --activation_checkpointing and"),
+        ("--objective longce --context 1", "context: expected >= 2"),
+        ("--short_stride 0", "short_stride: expected >= 1"),
+    ],
+)
+def test_options_that_do_not_go_together(flags, message, tmp_path, capsys):
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    assert command.main(["--model", str(tmp_path), *flags.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
+    config = tiny_model("llama").config
+
+    def refuse(*_):
+        raise UserError("not this one")
+
+    monkeypatch.setattr("perce.planning.rehearsal.prepare_memory", refuse)
+    assert list(plans.planned_variants(config, PlanOptions(LORA, SHORT), "cpu")) == []

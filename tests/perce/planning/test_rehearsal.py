@@ -1,0 +1,81 @@
+"""A few rehearsed layers tell what all take; what is alive when."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from perce.model.prefill import prefill
+from perce.planning import rehearsal
+from perce.planning.live import Rehearsed
+from perce.planning.memory import count
+from perce.planning.rehearsal import Setup, StepShape, cut, rehearse, rehearse_depth
+from tests.helpers.plans import FULL, LORA, NONE, TILED
+from tests.helpers.tiny import LAYERS, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("options", "low", "checkpointing"),
+    [
+        (FULL, False, False),
+        pytest.param(FULL, True, True, marks=pytest.mark.slow),
+        pytest.param(LORA, True, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_few_layers_tell_what_all_take(options, low, checkpointing):
+    kinds = [LAYERS[0]] * 2 + [LAYERS[1]] + [LAYERS[0]] * 2
+    config = tiny_model("gemma3", num_hidden_layers=5, layer_types=kinds).config
+    setup = Setup(options, low, checkpointing)
+    shape = StepShape(batch=2, tokens=70, tokens_cf=20, rows=9, accumulates=False)
+    assert rehearse(config, setup, shape) == rehearse_depth(config, setup, shape)
+
+
+def test_gradients_of_earlier_forwards_stay():
+    config = tiny_model("llama").config
+    trained = 4 * count(config, Setup(FULL, False, False)).trained
+    for accumulates in (False, True):
+        phases = rehearse(config, Setup(FULL, False, False), StepShape(1, 40, 10, 5, accumulates)).phases
+        assert phases["forward"].peak.gradients == trained * accumulates
+        assert phases["counterfactual"].start.gradients == trained * accumulates
+
+
+def test_per_layer_lists_are_cut():
+    config = cut(LlamaConfig(num_hidden_layers=4, no_rope_layers=list("abcd")), [0, 2, 3])
+    assert config.num_hidden_layers == 3 and config.no_rope_layers == list("acd")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("prefix", [30, 70, 128, 150])
+def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypatch):
+    """gemma3's window is 16 tokens, chunks here are 32."""
+    monkeypatch.setattr("perce.model.prefill.PREFILL_CHUNK", 32)
+    monkeypatch.setattr(rehearsal, "PREFILL_CHUNK", 32)
+    config = tiny_model(architecture).config
+    shape = StepShape(batch=2, tokens=prefix + 20, tokens_cf=20, rows=9, accumulates=False, prefix=prefix)
+    setup = Setup(LORA, False, True, NONE)
+    short_cut = rehearse(config, setup, shape)
+    monkeypatch.setattr(
+        rehearsal, "_prefix_cache",
+        lambda base, tokens: prefill(base, torch.zeros(1, tokens, dtype=torch.int64)),
+    )  # fmt: skip
+    assert short_cut == rehearse(config, setup, shape)
+
+
+@pytest.mark.parametrize(
+    "memory", [pytest.param(NONE, id="none"), pytest.param(TILED, id="tiled", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_few_layers_tell_what_all_take_under_memory_options(memory, checkpointing):
+    kinds = [LAYERS[0]] * 2 + [LAYERS[1]] + [LAYERS[0]] * 2
+    config = tiny_model("gemma3", num_hidden_layers=5, layer_types=kinds).config
+    setup = Setup(LORA, False, checkpointing, memory)
+    prefix = 50 if memory == NONE else 0
+    shape = StepShape(batch=1, tokens=70, tokens_cf=20, rows=9, accumulates=False, prefix=prefix)
+    # What is largest in the one layer of full attention is carried on as if the others came before it.
+    few, every = (_bytes(found(config, setup, shape)) for found in (rehearse_depth, rehearse))
+    assert few == pytest.approx(every, rel=0.05)
+
+
+def _bytes(found: Rehearsed) -> dict[str, int]:
+    moments = {f"{name} {at}": getattr(phase, at) for name, phase in found.phases.items() for at in ("start", "peak")}
+    sizes = {f"{name} {what}": size for name, moment in moments.items() for what, size in vars(moment).items()}
+    return sizes | found.parts | {"offloaded": found.offloaded}

@@ -1,0 +1,216 @@
+"""perce.evaluate: losses against full logits, generation, resume, comparison, and errors."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from perce import evaluate
+from perce.config.schema import DataConfig, SplitConfig
+from perce.data.pairing import make_builder
+from perce.data.pairs import personal_word_spans
+from perce.data.splits import load_splits, split_seed
+from perce.demo import DATA_DIR
+from perce.measuring.evaluation import Evaluator, other_users
+from tests.helpers.tiny import demo_examples, save_tiny_model, tiny_tokenizer, write_jsonl
+
+LIMIT = 14  # of three users
+
+FAST = ("--max_new_tokens", "6", "--batch_size", "4")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+@pytest.fixture
+def run(model, capsys):
+    def run(*argv, code=0):
+        assert evaluate.main(["--model", str(model), "--limit", str(LIMIT), *FAST, *map(str, argv)]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def result(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_losses_under_the_three_prompts_equal_full_logits(run, model, tmp_path):
+    run("--output", tmp_path / "e.json", "--generate", "false")
+    content = result(tmp_path / "e.json")
+    examples = demo_examples(LIMIT, "test")
+    partners = other_users(examples, 42)
+    builder = make_builder(tiny_tokenizer(), DataConfig(), "perce")
+    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def logp(ids, n):
+        logits = stock(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
+        return logits.gather(1, torch.tensor(ids[-n:])[:, None])[:, 0].detach()
+
+    sums = dict.fromkeys(("loss", "loss_without", "loss_swapped", "loss_personal", "loss_other"), 0.0)
+    counts = {"tokens": 0, "personal": 0}
+    for example, partner in zip(examples, partners, strict=True):
+        pair = builder.build(example)
+        n, personal = pair.response_length, torch.tensor(pair.personal)
+        assert examples[partner].user_id != example.user_id
+        other = builder.build(type(example)(**{
+            **{name: getattr(example, name) for name in example.__slots__}, "persona": examples[partner].persona
+        }))  # fmt: skip
+        ours = logp(pair.input_ids, n)
+        sums["loss"] -= ours.sum()
+        sums["loss_personal"] -= ours[personal].sum()
+        sums["loss_other"] -= ours[~personal].sum()
+        sums["loss_without"] -= logp(pair.counterfactual_ids(), n).sum()
+        sums["loss_swapped"] -= logp(other.input_ids, n).sum()
+        counts["tokens"] += n
+        counts["personal"] += int(personal.sum())
+    others = counts["tokens"] - counts["personal"]
+    expected = {
+        "loss_with_persona": sums["loss"] / counts["tokens"], "loss_other_tokens": sums["loss_other"] / others,
+        "loss_without_persona": sums["loss_without"] / counts["tokens"],
+        "loss_swapped_persona": sums["loss_swapped"] / counts["tokens"],
+        "loss_personal_tokens": sums["loss_personal"] / counts["personal"],
+        "swap_cost": (sums["loss_swapped"] - sums["loss"]) / counts["tokens"],
+    }  # fmt: skip
+    for name, value in expected.items():
+        metric = content["metrics"][name]
+        assert metric["value"] == pytest.approx(value.item(), abs=1e-4), name
+        assert metric["low"] <= metric["value"] <= metric["high"]
+    assert "rougeL" not in content["metrics"] and content["run"]["split"] == "test"
+
+
+def test_what_training_held_out_is_evaluated_and_training_rows_are_called_so(run, tmp_path, capsys):
+    rows = [json.loads(line) for line in (DATA_DIR / "train.jsonl").read_text(encoding="utf-8").splitlines()[:60]]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    held_out = load_splits(DataConfig(data=str(tmp_path / "rows.jsonl")), eval_examples=0, seed=7).validation
+    assert 2 < len(held_out) < LIMIT
+    data = ("--data", tmp_path / "rows.jsonl", "--generate", "false", "--output", tmp_path / "e.json")
+    out = run(*data, "--split", "held_out", "--split_seed", 7).out
+    assert [record["source"] for record in result(tmp_path / "e.json")["records"]] == [x.source for x in held_out]
+    assert "examples: held_out" in out and "training rows" not in out
+    assert "another run (split_seed was 7" in run(*data, "--split", "held_out", code=2).err
+    out = run("--data", tmp_path / "rows.jsonl", "--generate", "false").out
+    assert "these are training rows" in out and "--split held_out" in out
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 7\n", encoding="utf-8")
+    chosen = SplitConfig(split="held_out")
+    assert [split_seed(chosen, str(tmp_path / name)) for name in ("run", "none")] == [7, 42]
+    assert split_seed(SplitConfig(split_seed=3), str(tmp_path / "run")) == 3
+    assert split_seed(SplitConfig(sample=5), str(tmp_path / "run")) == 42, "a sample follows no model"
+    assert "Leave out --streaming" in run(*data, "--split", "held_out", "--streaming", code=2).err
+    assert "has a validation split" in run("--data", DATA_DIR, "--split", "held_out", code=2).err
+
+
+def test_replies_are_scored_and_sampled_by_the_seed(run, tmp_path):
+    out = run("--output", tmp_path / "a.json").out
+    first = result(tmp_path / "a.json")
+    examples = demo_examples(LIMIT, "test")
+    for record in first["records"]:
+        example = examples[record["example"]]
+        said = " ".join(turn.content for turn in example.turns)
+        assert record["uses_persona"] == bool(personal_word_spans(record["reply"], example.persona, said))
+        assert record["reference"] == example.response
+    assert "replies that use the persona" in out and "rouge-score" in out
+    run("--output", tmp_path / "b.json")
+    run("--output", tmp_path / "c.json", "--seed", 7)
+    run("--output", tmp_path / "d.json", "--temperature", 0)
+    replies = [[r["reply"] for r in result(tmp_path / f"{name}.json")["records"]] for name in "abcd"]
+    assert replies[0] == replies[1] and replies[0] != replies[2] and replies[0] != replies[3]
+
+
+def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
+    run("--output", tmp_path / "whole.json")
+    calls = []
+    original = Evaluator.evaluate
+
+    def interrupted(self, items, number):
+        calls.append(number)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, items, number)
+
+    monkeypatch.setattr(Evaluator, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--output", tmp_path / "half.json")
+    run("--output", tmp_path / "half.json")
+    assert calls[:4] == [0, 1, 2, 2], "whole batches are kept, the interrupted one is done again"
+    half, whole = result(tmp_path / "half.json"), result(tmp_path / "whole.json")
+    assert half["metrics"] == whole["metrics"] and half["records"] == whole["records"]
+    err = run("--output", tmp_path / "half.json", "--seed", 1, code=2).err
+    assert "holds the records of another run (seed was 42 and is 1 now)" in err
+
+
+def test_two_models_are_compared_on_the_same_examples(run, tmp_path):
+    save_tiny_model(tmp_path / "other", "llama")
+    run("--model", tmp_path / "other", "--output", tmp_path / "other.json")
+    out = run("--output", tmp_path / "ours.json", "--compare_with", tmp_path / "other.json").out
+    ours, other = result(tmp_path / "ours.json"), result(tmp_path / "other.json")
+    for name, difference in ours["comparison"]["differences"].items():
+        expected = ours["metrics"][name]["value"] - other["metrics"][name]["value"]
+        assert difference["value"] == pytest.approx(expected, abs=1e-9), name
+        assert 0 < difference["p"] <= 1
+    assert "this model minus" in out
+    run("--output", tmp_path / "few.json", "--limit", 3)
+    err = run("--compare_with", tmp_path / "few.json", code=2).err
+    assert "11 of 14 examples are in one result only" in err
+    (tmp_path / "bad.json").write_text("{}")
+    assert "expected the JSON that perce.evaluate" in run("--compare_with", tmp_path / "bad.json", code=2).err
+
+
+def test_examples_with_the_same_texts_are_compared_one_by_one(run, tmp_path):
+    rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:2]]
+    data = write_jsonl(tmp_path / "twice.jsonl", rows + rows)
+    run("--data", data, "--generate", "false", "--output", tmp_path / "a.json")
+    run("--data", data, "--generate", "false", "--output", tmp_path / "b.json", "--compare_with", tmp_path / "a.json")
+    comparison = result(tmp_path / "b.json")["comparison"]
+    difference = comparison["differences"]["loss_with_persona"]
+    assert difference["n"] == 4 and difference["value"] == 0 and not comparison["settings"]
+
+
+def test_a_comparison_tells_what_else_than_the_model_differs(run, tmp_path):
+    run("--temperature", 0, "--output", tmp_path / "a.json")
+    out = run("--max_new_tokens", 5, "--temperature", 0, "--compare_with", tmp_path / "a.json").out
+    assert "not only the model differs: max_new_tokens is 5 here and 6 there" in out and "temperature" not in out
+
+
+def test_a_sample_is_of_the_whole_split(model, tmp_path, capsys):
+    def sampled(*argv):
+        path = tmp_path / f"{'-'.join(argv)}.json"
+        flags = ["--model", str(model), "--generate", "false", "--sample", "9", "--output", str(path)]
+        assert evaluate.main([*flags, *argv]) == 0
+        return [record["source"] for record in result(path)["records"]]
+
+    sources = [example.source for example in demo_examples(1000, "test")]
+    one, other = sampled(), sampled("--split_seed", "1")
+    assert len(one) == 9 and set(one) <= set(sources) and one != other
+    assert all(not set(drawn) <= set(sources[:20]) for drawn in (one, other)), "of the whole, not of its beginning"
+    assert evaluate.main(["--sample", "2", "--limit", "3"]) == 2
+    assert "limit, sample: expected one of them" in capsys.readouterr().err
+
+
+def test_one_user_has_nobody_to_swap_with_and_long_rows_are_skipped(run, tmp_path):
+    rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:3]]
+    assert len({row["user_id"] for row in rows}) == 1
+    out = run("--data", write_jsonl(tmp_path / "a.jsonl", rows), "--generate", "false").out
+    assert "3 examples without another's persona that fits" in out and "cost of another" not in out
+    rows[1]["query"] = "Tell me? " * 4000
+    data = write_jsonl(tmp_path / "b.jsonl", rows)
+    assert "leaves no room" in run("--data", data, "--generate", "false", code=2).err
+    assert "1 examples skipped" in run("--data", data, "--generate", "false", "--skip_bad_rows").out
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragment"),
+    [
+        (["--temperature", "-1"], "temperature: expected >= 0"),
+        (["--output", "/proc/e.json"], "cannot be written to"),
+        (["--compare_with", "none.json"], "--compare_with none.json: cannot be read"),
+        (["--objective", "ce"], "objective: unknown option"),
+    ],
+)
+def test_errors_are_one_paragraph(run, argv, fragment):
+    err = run(*argv, code=2).err
+    assert fragment in err and "Traceback" not in err

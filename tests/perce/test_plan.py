@@ -1,0 +1,126 @@
+"""perce.plan: table and JSON, devices, training recipes, mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from transformers import MixtralConfig, T5Config
+
+from perce import plan as command
+from perce.planning import plans
+from tests.helpers.tiny import tiny_model
+
+SCHEMA = {
+    "options", "device", "precision", "counts", "memory", "flops", "least_seconds", "matmul_flops_per_second",
+    "largest_context", "variants",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_model("llama-tied").config.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(directory, capsys):
+    def run(*argv, code=0):
+        fixed = ["--model", directory, "--context", 96, "--query", 8, "--response", 16, "--tflops", 1]
+        assert command.main([*map(str, [*fixed, *argv])]) == code
+        return capsys.readouterr()
+
+    return run
+
+
+def test_table_and_json(run, tmp_path):
+    path = tmp_path / "plan.json"
+    flags = "--lora_r 0 --per_device_train_batch_size 2 --device cpu --precision fp32 --gradient_accumulation_steps 1"
+    out = run(*flags.split(), "--json", path).out
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert set(content) == SCHEMA
+    memory = content["memory"]
+    assert memory["peak"] == sum(memory["parts"].values()) == max(sum(x.values()) for x in memory["phases"].values())
+    assert content["least_seconds"] == content["flops"]["total"] / 1e12
+    assert memory["logits_not_held"] == {"of the response tokens": 32 * 400 * 4, "of all tokens": 2 * 95 * 400 * 4}
+    assert content["options"]["context"] == 96 and content["largest_context"] is None
+    assert set(content["variants"]) == {
+        "--activation_checkpointing true", "--lora_r 16", "--precision bf16", "--per_device_train_batch_size 1",
+        "--objective ce", "--persona_grad none", "--mlp_tile 1024",
+    }  # fmt: skip
+    for text in ("working set", "peak memory", "takes at least", "not there: logits", *content["variants"]):
+        assert text in out
+
+
+def test_device_memory_decides_on_cuda(run, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(plans, "variants", lambda options, device: [])
+    out = run("--gpu_memory", "80GiB").out
+    assert "device cuda" in out and "80.00 GiB: enough" in out and "8,192 tokens" in out and "CUDA context" in out
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from perce import plan\n"
+        "try: plan.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--gpu_memory" in child.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--context", 8193], "--context 8193: the model has positions for 8192 tokens"),
+        (["--context", 20], "context: expected >= 25 (query + response + a persona), got 20"),
+        (["--gpu_memory", "139"], "gpu_memory: expected a size with its unit, such as 80GiB or 24GB, got '139'"),
+        (["--gpu_memory", "many GiB"], "gpu_memory: expected a size"),
+        (["--gpu_memory", "80GiB", "--device", "cpu"], "gpu_memory: expected --device cuda"),
+        (["--sharding", "full"], "sharding: expected none with one device"),
+        (["--devices", 0], "devices: expected >= 1"),
+        (["--tflops", -1], "tflops: expected > 0"),
+        (["--load_in_4bit"], "--load_in_4bit: plans of quantised models are not made"),
+        (["--contexts", 3], "contexts: unknown option. Did you mean context"),
+        (["--model", "/nowhere"], "--model /nowhere: no such directory"),
+    ],
+)
+def test_mistakes_are_named(run, flags, message):
+    assert message in run(*flags, code=2).err
+
+
+def test_a_training_recipe_is_planned(run, directory, tmp_path, capsys):
+    recipe = {"max_length": 300, "lora_r": 0, "weight_decay": 0.1, "data": "rows.jsonl", "objective": "lossce"}
+    recipe |= {"per_device_train_batch_size": None, "tokens_per_batch": 900}  # as a run saves it
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    flags = ["--query", "8", "--response", "16", "--tflops", "1", "--model", str(directory), "--json"]
+    assert command.main(["--config", str(tmp_path / "recipe.yaml"), *flags, str(tmp_path / "a.json")]) == 0
+    out, err = capsys.readouterr()
+    assert "not used here: data, tokens_per_batch, weight_decay" in err
+    assert "lossce objective" in out and "counterfactual" not in out, "what was asked for, planned as it is run"
+    asked = run("--context", 300, "--lora_r", 0, "--objective", "ce", "--json", tmp_path / "b.json").out
+    first, second = (json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("a.json", "b.json"))
+    assert first["memory"] == second["memory"] and first["variants"] == second["variants"]
+    assert "counterfactual pass" not in asked and "--objective" not in asked
+    (tmp_path / "recipe.yaml").write_text("weight_dekay: 0.1\n", encoding="utf-8")
+    assert "weight_dekay: unknown option" in run("--config", tmp_path / "recipe.yaml", code=2).err
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (T5Config(), "PerCE needs a decoder-only model, and t5 has an encoder"),
+        (MixtralConfig(num_hidden_layers=2), "mixtral has a mixture of experts. Only dense models are planned"),
+        ({"model_type": "llama", "hidden_size": 64}, "num_hidden_layers is missing from its config.json"),
+        ({"hidden_size": 64}, "could not be loaded as a causal language model"),
+    ],
+)
+def test_models_that_cannot_be_planned_are_named(run, tmp_path, config, message):
+    if isinstance(config, dict):
+        (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    else:
+        config.save_pretrained(tmp_path)
+    assert message in run("--model", tmp_path, code=2).err

@@ -1,0 +1,215 @@
+"""python -m perce.train on a tiny model: whole runs and their directories, and the command itself."""
+
+import json
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from perce.config.commands import parse_args
+from perce.train import main
+from perce.training.arguments import fit_batch
+from tests.helpers import ROOT
+from tests.helpers.tiny import write_jsonl
+from tests.helpers.training import ROWS, fails, model_directory, rows_file, training  # noqa: F401  fixtures
+
+# ---- runs
+
+
+def test_a_whole_run_and_its_directory(train, tmp_path):
+    code, out, err = train()
+    run = tmp_path / "run"
+    assert code == 0, err
+    for words in (
+        "loss with persona",
+        "loss on personal tokens",
+        "before",
+        "counterfactual pass",
+        "tokens/s",
+        "peak memory",
+        str(run),
+    ):
+        assert words in out
+    assert "1 of 4 users held out" in out
+    assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 2e-4
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    evaluated = [entry["step"] for entry in history if "eval_loss_with_persona" in entry]
+    assert evaluated == [0, 2], "before and after, each once"
+    logged = next(entry for entry in history if "loss" in entry)
+    assert {"ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling", "tokens_per_second"} <= set(logged)
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (run / "report.html").read_text()
+    assert "before training" in page and "after training" in page and "bees" in page
+    assert (run / "adapter_config.json").exists()
+
+
+def test_a_full_run_is_loaded_by_transformers(train, tmp_path):
+    assert train(lora_r=0, save_steps=0)[0] == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template
+    assert not list((tmp_path / "run").glob("checkpoint-*")), "--save_steps 0"
+
+
+def test_resume_goes_on_where_it_stopped_with_the_saved_options(train, tmp_path):
+    assert train(max_steps=2, save_steps=1, clip_max=4.0)[0] == 0
+    code, _, err = train("--resume", model=None, data=None, precision=None, max_steps=3)
+    assert code == 0, err
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    assert [e["step"] for e in state["log_history"] if "eval_loss_with_persona" in e] == [0, 3]
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["clip_max"] == 4.0
+
+
+def test_streaming_and_saved_datasets(train, tmp_path):
+    saved = tmp_path / "saved"
+    DatasetDict(train=Dataset.from_list(ROWS[:8]), validation=Dataset.from_list(ROWS[8:])).save_to_disk(saved)
+    code, out, err = train("--streaming", data=saved, per_device_train_batch_size=2, max_steps=6)
+    assert code == 0 and "a stream of" in out and "left out" not in out, err
+    assert train(data=saved, output_dir=tmp_path / "whole")[0] == 0
+
+
+def test_a_token_budget(train, tmp_path):
+    code, out, err = train(tokens_per_batch=700, max_steps=3)
+    assert code == 0 and "700 tokens per forward pass × 1 passes per step" in out, err
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["tokens_per_batch"] == 700 and saved["per_device_train_batch_size"] is None
+    code, out, err = train("--resume", model=None, data=None, precision=None, max_steps=4)
+    assert code == 0, err
+
+
+def test_without_an_evaluation_before_training_the_rest_is_reported(train, tmp_path):
+    code, out, _ = train("--eval_on_start=false")
+    assert code == 0 and "not evaluated" in out and "loss with persona" in out
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "after training" in page and "before training" not in page
+
+
+def test_objective_ce_has_no_counterfactual_pass(train):
+    code, out, err = train(objective="ce")
+    assert code == 0 and "0.0% of the training time" in out, err
+
+
+def test_options_reach_the_trainer(train, tmp_path):
+    code, _, err = train(
+        "--weight-decay", "0.1", "--lora-r=2", "--activation_checkpointing", max_steps=1, report_examples=1
+    )
+    assert code == 0, err
+    adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert adapter["r"] == 2
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["weight_decay"] == 0.1
+    assert (tmp_path / "run" / "report.html").read_text().count("<article") == 1
+
+
+def test_memory_options_together(train, tmp_path):
+    flags = ["--persona_grad=none", "--mlp_tile=64", "--activation_checkpointing"]
+    logged = {"eval_loss": [], "grad_norm": []}
+    for name, options in {"plain": [], "frugal": flags}.items():
+        code, _, err = train(*options, max_steps=1, output_dir=tmp_path / name)
+        assert code == 0, err
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        for entry in logged:
+            logged[entry].append(next(line[entry] for line in history if entry in line))
+    assert logged["eval_loss"][1] == pytest.approx(logged["eval_loss"][0], abs=1e-5), "the same function"
+    assert logged["grad_norm"][1] != pytest.approx(logged["grad_norm"][0], rel=1e-3), "another gradient"
+
+
+def test_long_personas_are_trimmed_and_counted(train, tmp_path):
+    rows = [{**row, "persona": ["I keep bees."] + ["I talk a great deal. " * 4] * 3} for row in ROWS]
+    code, out, err = train(data=write_jsonl(tmp_path / "long.jsonl", rows), max_length=170)
+    assert code == 0 and "persona entries dropped from" in out, err
+
+
+def test_skipped_rows_are_counted(train, tmp_path):
+    path = write_jsonl(tmp_path / "some.jsonl", [*ROWS, {"persona": "p", "query": "q", "response": ""}])
+    code, out, err = train("--skip_bad_rows", data=path)
+    assert code == 0 and "1 rows skipped" in out and "some.jsonl:13" in out, err
+    directory = tmp_path / "split"
+    write_jsonl(directory / "train.jsonl", [{"persona": "p", "query": "q", "response": ""}, *ROWS])
+    write_jsonl(directory / "validation.jsonl", ROWS)
+    code, out, err = train("--skip_bad_rows", "--streaming", data=directory, output_dir=tmp_path / "streamed")
+    assert code == 0 and "1 rows skipped" in out and "train.jsonl:1:" in "".join(out.split()), err
+
+
+def test_a_second_run_takes_a_new_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    assert main(["--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "runs/demo", "a failed run leaves its name free"
+    (tmp_path / "runs" / "demo" / "config.yaml").write_text("")
+    assert main(["--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "runs/demo-2"
+
+
+def test_the_seed_decides_everything(train, tmp_path):
+    from safetensors.torch import load_file
+
+    adapters = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train(seed=seed, max_steps=1, output_dir=tmp_path / name)[0] == 0
+        adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    name = next(name for name in adapters[0] if "lora_A" in name)
+    assert adapters[0][name].equal(adapters[1][name]) and not adapters[0][name].equal(adapters[2][name])
+
+
+@pytest.mark.parametrize(
+    ("longest", "given", "expected"),
+    [(100, {}, (8, 1)), (600, {}, (4, 2)), (1500, {}, (2, 4)), (5000, {}, (1, 8)),
+     (5000, {"per_device_train_batch_size": 16}, (16, 1)), (600, {"gradient_accumulation_steps": 5}, (4, 5))],
+)  # fmt: skip
+def test_a_step_is_eight_sequences_divided_by_length(longest, given, expected):
+    config, _ = parse_args([x for name, value in given.items() for x in (f"--{name}", str(value))], {})
+    args = SimpleNamespace(device=torch.device("cpu"))
+    run = fit_batch(config, args, {"input_ids": [[0] * longest, [0]]}).run
+    assert (run.per_device_train_batch_size, run.gradient_accumulation_steps) == expected
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
+    # As the saved options say, so that a resumed run's evaluations and E-steps have the same batches.
+    assert args.per_device_eval_batch_size == run.per_device_train_batch_size
+
+
+def test_long_validation_sets_are_cut_on_a_cpu_unless_asked_for(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("perce.train.EVAL_TOKENS_ON_CPU", 1)
+    assert "and 3 validation examples" in train(max_steps=1, eval_examples=3, output_dir=tmp_path / "a")[1]
+    assert "and 1 validation examples" in train(max_steps=1, output_dir=tmp_path / "b")[1]
+
+
+# ---- the command itself
+
+
+def test_help_is_fast_and_complete():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "perce.train", "--help"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        times.append(time.perf_counter() - started)
+    assert done.returncode == 0 and min(times) < 1.0
+    for flag in ("--model", "--clip_min", "--output_dir", "--retrieve_k", "--config"):
+        assert flag in done.stdout
+
+
+def test_smoke_in_a_process_of_its_own(model, data, tmp_path):
+    argv = [
+        "--model",
+        model,
+        "--data",
+        data,
+        "--max_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--lora_r",
+        "2",
+    ]
+    done = subprocess.run([sys.executable, "-m", "perce.train", *argv], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").exists()

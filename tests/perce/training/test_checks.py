@@ -1,0 +1,85 @@
+"""What is refused before training begins."""
+
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from perce.config.schema import MemoryConfig
+from perce.errors import UserError
+from perce.model.patch import prepare_model
+from perce.training.checks import check_context, check_sharding
+from perce.training.trainer import PerceTrainer
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
+
+DETACHED = MemoryConfig(persona_grad="none")
+
+
+def test_a_context_beyond_the_models_positions_is_found_before_training(tmp_path):
+    longest = max(len(pair["input_ids"]) for pair in PAIRS)
+    trainer_for(prepare_model(tiny_model(max_position_embeddings=longest)), arguments(tmp_path))
+    with pytest.raises(UserError, match=rf"train_dataset: .*{longest} tokens.* {longest - 1} positions"):
+        trainer_for(prepare_model(tiny_model(max_position_embeddings=longest - 1)), arguments(tmp_path))
+    stream, config = IterableDataset.from_generator(lambda: iter(PAIRS)), tiny_model().config
+    check_context(stream, "train_dataset", config, MemoryConfig(), 8192)
+    with pytest.raises(UserError, match=r"8193 tokens.* 8192 positions"):
+        check_context(stream, "train_dataset", config, MemoryConfig(), 8193)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention", "length", "refused"),
+    [
+        ("gemma3", "sdpa", 29_400, True), ("gemma3", "sdpa", 29_200, False), ("llama", "sdpa", 100_000, False),
+        ("llama", "eager", 16_500, True), ("llama", "eager", 16_300, False),
+        ("gemma3", "flex_attention", 99_999, False),
+    ],
+)  # fmt: skip
+def test_attention_over_all_pairs_of_tokens_is_refused_by_name(architecture, attention, length, refused):
+    config = tiny_model(architecture, max_position_embeddings=100_000).config
+    config._attn_implementation = attention
+    pairs = [{"input_ids": [0] * length}]
+    check_context(pairs, "train_dataset", config, DETACHED, 0)
+    if refused:
+        with pytest.raises(UserError, match=rf"{length} × {length}.*--persona_grad none"):
+            check_context(pairs, "train_dataset", config, MemoryConfig(), 0)
+    else:
+        check_context(pairs, "train_dataset", config, MemoryConfig(), 0)
+
+
+def test_a_detached_persona_is_refused_where_processes_would_wait_for_ever():
+    sharded = SimpleNamespace(is_fsdp_enabled=True)
+    with pytest.raises(UserError, match="FSDP"):
+        check_sharding(sharded, DETACHED)
+    check_sharding(sharded, MemoryConfig())
+    check_sharding(SimpleNamespace(is_fsdp_enabled=False), DETACHED)
+
+
+@pytest.mark.parametrize("hook", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
+def test_a_hook_that_would_never_be_called_is_refused(tmp_path, hook):
+    with pytest.raises(UserError, match=f"{hook}: .* would not be called"):
+        PerceTrainer(tiny_model(), arguments(tmp_path), processing_class=tiny_tokenizer(), **{hook: print})
+
+
+def test_label_smoothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="label_smoothing"):
+        arguments(tmp_path, label_smoothing_factor=0.1)
+
+
+def test_a_token_without_an_embedding_is_found_before_training(tmp_path):
+    pairs = [{**PAIRS[0], "input_ids": [*PAIRS[0]["input_ids"][:-1], 400]}]
+    with pytest.raises(UserError, match=r"train_dataset: token id 400 .* vocabulary of 400"):
+        trainer_for(model_for("full"), arguments(tmp_path), pairs=pairs)
+    trainer = trainer_for(model_for("full"), arguments(tmp_path))
+    for dataset in (pairs, Dataset.from_list(pairs), {"one": pairs}):
+        with pytest.raises(UserError, match=r"eval_dataset.*: token id 400 .* vocabulary of 400"):
+            trainer.evaluate(dataset)
+
+
+def test_rows_that_were_filtered_out_are_not_judged(tmp_path):
+    too_large = {**PAIRS[0], "input_ids": [*PAIRS[0]["input_ids"][:-1], 400]}
+    dataset = Dataset.from_list([*PAIRS[:4], too_large])
+    with pytest.raises(UserError, match="token id 400"):
+        trainer_for(model_for("full"), arguments(tmp_path)).evaluate(dataset)
+    kept = dataset.filter(lambda pair: max(pair["input_ids"]) < 400)
+    assert trainer_for(model_for("full"), arguments(tmp_path)).evaluate(kept)["eval_loss"] > 0

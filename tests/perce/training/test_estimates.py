@@ -1,0 +1,116 @@
+"""--estimate epoch|frozen: the weights of the model of that moment, kept in checkpoints, and refused elsewhere."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from perce.config.schema import LossConfig
+from perce.errors import UserError
+from perce.training.estimates import FILE, Estimates
+from perce.training.trainer import PerceTrainer
+from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.trainers import PAIRS, arguments, model_for, plain_loss, trainer_for
+
+STEP = 20  # all pairs in a step: an epoch is one step
+
+
+def loss_config(estimate, **options):
+    return LossConfig(clip_min=0.05, clip_max=5.0, estimate=estimate, **options)
+
+
+def losses(directory, estimate, steps=3, **options):
+    args = arguments(
+        directory, max_steps=steps, per_device_train_batch_size=STEP, loss=loss_config(estimate, **options)
+    )
+    trainer = trainer_for(model_for("full"), args)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer
+
+
+@pytest.mark.parametrize("objective", ["perce", "lossce", "entce"])
+def test_an_epoch_of_one_step_is_the_same_estimated_at_its_start_or_online(tmp_path, objective):
+    online, _ = losses(tmp_path / "a", "online", objective=objective)
+    epoch, trainer = losses(tmp_path / "b", "epoch", objective=objective)
+    assert epoch == pytest.approx(online, abs=1e-5)
+    assert 0 < trainer.estimation_clock.seconds() < trainer.training_seconds and trainer.estimates.epoch == 2
+
+
+def test_a_schedule_moves_the_clip_of_estimates_too(tmp_path):
+    epoch, online = (
+        losses(tmp_path / estimate, estimate, clip_schedule="falling")[0] for estimate in ("epoch", "online")
+    )
+    constant, _ = losses(tmp_path / "constant", "epoch")
+    assert epoch == pytest.approx(online, abs=1e-5) and epoch[0] == constant[0] and epoch[2] != constant[2]
+
+
+def test_frozen_weights_are_those_of_the_initial_model(tmp_path):
+    initial = copy.deepcopy(model_for("full"))
+    frozen, trainer = losses(tmp_path / "a", "frozen")
+    online, _ = losses(tmp_path / "b", "online")
+    assert frozen[0] == pytest.approx(online[0], abs=1e-5) and abs(frozen[2] - online[2]) > 1e-3
+
+    logp, logp_cf, signal = trainer.estimates.of(torch.arange(len(PAIRS)), torch.device("cpu"))
+    with torch.no_grad():
+        expected = plain_loss(initial, PAIRS, loss_config("frozen"))
+    weight = signal.clamp(0.05, 5.0)
+    assert -(weight * logp).mean().item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(signal, logp - logp_cf)
+
+
+def test_logged_statistics_are_those_of_the_estimates(tmp_path):
+    _, trainer = losses(tmp_path, "frozen", steps=1)
+    pir = trainer.estimates.signal
+    entry = trainer.state.log_history[0]
+    assert entry["pir_mean"] == pytest.approx(pir.mean().item(), abs=1e-5)
+    assert entry["frac_at_floor"] == pytest.approx((pir <= 0.05).float().mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("estimate", ["epoch", "frozen"])
+@pytest.mark.parametrize("stop", [5, 7])  # the end of the first epoch, and the middle of the second
+def test_resume_is_bitwise_equal(tmp_path, estimate, stop):
+    def weights(directory, **more):
+        options = {"max_steps": 9, "save_strategy": "steps", "save_steps": stop, "loss": loss_config(estimate)}
+        trainer = trainer_for(model_for("lora", dropout=0.3), arguments(directory, **options))
+        trainer.train(**more)
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    straight = weights(tmp_path / "a")
+    checkpoint = tmp_path / "a" / f"checkpoint-{stop}"
+    assert load_file(checkpoint / FILE)["signal"].dtype == torch.float32
+    resumed = weights(tmp_path / "b", resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_changed_data_and_lost_estimates_are_refused(tmp_path):
+    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, loss=loss_config("frozen"))
+    trainer_for(model_for("full"), args).train()
+    checkpoint = tmp_path / "checkpoint-1"
+
+    changed = copy.deepcopy(PAIRS)
+    changed[3]["input_ids"][-2] ^= 1
+    with pytest.raises(UserError, match="of other training examples than these, which differ from example 3"):
+        trainer_for(model_for("full"), args, changed).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(UserError, match="differ in their number"):
+        trainer_for(model_for("full"), args, PAIRS[:10]).train(resume_from_checkpoint=str(checkpoint))
+
+    with pytest.raises(UserError, match="a vocabulary of 400, and this one has 401"):
+        Estimates.load(checkpoint, Dataset.from_list(PAIRS), 401)
+    (checkpoint / FILE).write_bytes(b"half")
+    with pytest.raises(UserError, match="the token weights of this run cannot be read"):
+        trainer_for(model_for("full"), args).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_what_cannot_be_estimated_beforehand(tmp_path):
+    with pytest.raises(UserError, match="online with --objective ce"):
+        LossConfig(objective="ce", estimate="epoch")
+    with pytest.raises(UserError, match="clip_schedule: expected constant with --objective ce, which has no weights"):
+        LossConfig(objective="ce", clip_schedule="rising")
+    args = arguments(tmp_path, loss=loss_config("epoch"))
+    with pytest.raises(UserError, match="a column `example`"):
+        trainer_for(model_for("full"), args, [{**pair, "example": 0} for pair in PAIRS])
+    stream = Dataset.from_list(PAIRS).to_iterable_dataset()
+    with pytest.raises(UserError, match="a stream is not known beforehand"):
+        PerceTrainer(model_for("full"), args, train_dataset=stream, processing_class=tiny_tokenizer())

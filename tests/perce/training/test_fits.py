@@ -1,0 +1,176 @@
+"""A batch that cannot fit is found before the first step, by the plan of the run's own model, lengths and options."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+
+from perce.config.commands import PlanOptions, TrainOptions
+from perce.config.schema import DataConfig, LossConfig, MemoryConfig, ModelConfig, RunConfig, StepConfig
+from perce.data.batch import collate
+from perce.errors import UserError
+from perce.planning.memory import shape_of
+from perce.planning.plans import GIB, step_cost
+from perce.train import main
+from perce.training import fits
+from perce.training.arguments import PerceArguments
+from perce.training.fits import check_fits, largest_step
+from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl
+
+ROWS = [
+    {
+        "user_id": f"u{i % 4}", "persona": [f"I live in town {i}.", "I keep bees."] * (1 + i),
+        "query": f"Where are you, number {i}?", "response": f"In town {i}, with the bees.",
+    }
+    for i in range(12)
+]  # fmt: skip
+
+
+def pair(persona, query, response):
+    return {
+        "input_ids": [1] * (persona + query + response), "persona_span": [4, 4 + persona], "response_length": response,
+        "personal": [False] * response, "passages": [], "example": 0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """check_fits of a tiny model, given options and device memory."""
+    pairs = [pair(20, 10, 5), pair(900, 12, 30), pair(30, 10, 40)]
+
+    def make(loss=None, run=None, **arguments):
+        model = ModelConfig(lora_r=4, precision="fp32")
+        config = TrainOptions(model, loss=loss or LossConfig(), run=RunConfig(**(run or {})))
+        args = PerceArguments(str(tmp_path), use_cpu=True, report_to="none", **arguments)
+        return config, args, tiny_model("llama"), SimpleNamespace(train=Dataset.from_list(pairs))
+
+    return make
+
+
+def test_the_largest_step_is_that_of_the_longest_sequences(setting):
+    config, args, _, _ = setting(per_device_train_batch_size=2)
+    pairs = [pair(900, 12, 30)] * 2
+    plan = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)))
+    batch, shape = collate(pairs), shape_of(plan)
+    assert (shape.batch, shape.tokens) == tuple(batch["input_ids"].shape)
+    assert (shape.sequences_cf, shape.tokens_cf) == tuple(batch["input_ids_cf"].shape)
+    assert shape.rows == batch["target"].numel()
+
+
+def test_what_the_step_runs_is_planned(setting):
+    def step(memory=None, **options):
+        config, args, _, pairs = setting(**options)
+        return largest_step(replace(config, memory=memory or config.memory), args, pairs)
+
+    assert step().has_counterfactual_pass and step().context == 942
+    for loss in (LossConfig(objective="lossce"), LossConfig(estimate="frozen")):
+        assert not step(loss=loss).has_counterfactual_pass
+    assert step(run={"tokens_per_batch": 2000}).per_device_train_batch_size == 2
+    assert step(run={"activation_checkpointing": True}).activation_checkpointing
+    assert step(per_device_train_batch_size=8).per_device_train_batch_size == 3, "no more examples are there"
+    unpadded = step(memory=MemoryConfig(persona_grad="none"), per_device_train_batch_size=2)
+    assert unpadded.context == (942 + 80) // 2, "the two longest, one after the other"
+    documents = Dataset.from_list([{"input_ids": [1] * 300, "windows": [[0, 300, 299]], "response_length": 299}])
+    config, args, _, _ = setting(loss=LossConfig(objective="longce"))
+    plan = largest_step(config, args, SimpleNamespace(train=documents))
+    assert (plan.objective, plan.context) == ("longce", 300)
+
+
+def test_enough_close_and_too_little(setting, monkeypatch):
+    monkeypatch.setattr(fits, "HELD_BY_LIBRARIES", 0)
+    config, args, model, pairs = setting(per_device_train_batch_size=3)
+    peak = step_cost(model.config, PlanOptions(config.model, largest_step(config, args, pairs)), "cpu").memory.peak
+
+    def check(room, **run):
+        monkeypatch.setattr(fits, "device_memory", lambda device: int(room))
+        return check_fits(replace(config, run=replace(config.run, **run)), args, model, pairs)
+
+    assert check(1.2 * peak) is None
+    assert "3 × 942 tokens" in check(peak) and check(peak).endswith("That is close.")
+    with pytest.raises(UserError, match=r"3 × 942 tokens.*What would fit: .*--per_device_train_batch_size 1"):
+        check(0.6 * peak)
+    with pytest.raises(UserError, match=r"No single option makes it fit: use a smaller --max_length\."):
+        check(peak / 50)
+    with pytest.raises(UserError) as error:
+        check(0.6 * peak, tokens_per_batch=3000)
+    assert "--tokens_per_batch" in str(error.value) and "--per_device_train_batch_size" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    ["optim", "use_liger_kernel", "fsdp", "deepspeed", "auto_find_batch_size", "streaming", "quantised", "launcher"],
+)
+def test_what_is_not_planned_is_not_judged(setting, monkeypatch, unknown):
+    monkeypatch.setattr(fits, "device_memory", lambda device: 1)
+    config, args, model, pairs = setting()
+    if unknown == "optim":
+        args.optim = SimpleNamespace(value="adafactor")
+    elif unknown == "streaming":
+        config = replace(config, data=DataConfig(streaming=True))
+    elif unknown == "quantised":
+        model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    elif unknown == "launcher":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        setattr(args, unknown, True)
+    assert check_fits(config, args, model, pairs) is None
+
+
+@pytest.mark.parametrize("error", [UserError, AttributeError])
+def test_a_plan_that_cannot_be_made_does_not_keep_a_run_from_being_tried(setting, monkeypatch, error):
+    def refuse(*_):
+        raise error("layers that are not alike")
+
+    monkeypatch.setattr(fits, "peak_memory", refuse)
+    monkeypatch.setattr(fits, "device_memory", lambda device: 1)
+    said = check_fits(*setting())
+    assert said and said.startswith("not planned: ") and said.endswith("layers that are not alike")
+    assert ("AttributeError" in said) == (error is AttributeError), "ours is a sentence, any other is named"
+
+
+def test_a_mixture_of_experts_is_not_judged(setting, monkeypatch):
+    monkeypatch.setattr(fits, "device_memory", lambda device: 1)
+    config, args, model, pairs = setting()
+    model.config.num_local_experts = 4
+    assert "mixture of experts" in check_fits(config, args, model, pairs)
+
+
+def test_memory_of_a_cpu_is_shared_and_limited(monkeypatch, tmp_path):
+    args = PerceArguments(str(tmp_path), use_cpu=True, report_to="none")
+    monkeypatch.setattr(fits, "CGROUP_LIMIT", tmp_path / "memory.max")
+    whole = fits.device_memory(args.device)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert fits.device_memory(args.device) == whole > GIB
+    (tmp_path / "memory.max").write_text(f"{GIB}\n")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert fits.device_memory(args.device) == GIB // 2
+
+
+def test_a_run_that_cannot_fit_stops_before_its_first_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fits, "device_memory", lambda device: fits.HELD_BY_LIBRARIES + 2**20)
+    monkeypatch.setattr("perce.training.trainer.PerceTrainer.train", lambda *_: pytest.fail("found too late"))
+    model, data = save_tiny_model(tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    flags = {"model": model, "data": data, "output_dir": tmp_path / "run", "max_steps": 2, "precision": "fp32"}
+    assert main([word for name, value in flags.items() for word in (f"--{name}", str(value))]) == 2
+    error = capsys.readouterr().err
+    assert "The largest step" in error and "GiB are there" in error and "--max_length" in error
+
+
+def test_planned_options_are_valid_for_any_pair(setting):
+    config, args, _, _ = setting()
+    for persona, query, response in [(0, 1, 30), (1, 1, 1), (5, 1, 200)]:
+        plan = largest_step(config, args, SimpleNamespace(train=Dataset.from_list([pair(persona, query, response)])))
+        assert isinstance(plan, StepConfig)
+
+
+def test_the_backend_of_the_run_is_planned(setting, monkeypatch):
+    planned = []
+    peak_memory = fits.peak_memory
+    monkeypatch.setattr(
+        fits, "peak_memory", lambda config, setup, *rest: planned.append(setup) or peak_memory(config, setup, *rest)
+    )
+    monkeypatch.setenv("PERCE_BACKEND", "reference")
+    assert check_fits(*setting()) is None
+    assert check_fits(*setting(backend="torch")) is None
+    assert [setup.model.backend for setup in planned] == ["reference", "torch"]

@@ -1,0 +1,119 @@
+"""Training under a token budget: the same as sequence by sequence, with two processes, and resumed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import skip_first_batches
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from perce.data.dataset import sequence_lengths
+from perce.data.retrieval import Retriever, recency_scores
+from perce.errors import UserError
+from perce.training.loader import undivided_loader
+from perce.training.sampler import TokenBatches
+from tests.helpers.budgets import LENGTHS, drawn
+from tests.helpers.ranks import finish_rank, result_of_ranks
+from tests.helpers.tiny import demo_pairs, write_jsonl
+from tests.helpers.trainers import LOSS, arguments, logged, model_for, plain_loop, trainer_for
+from tests.perce.data.test_stream import ROWS, train_stream
+
+PAIRS = demo_pairs(24)[:10] + demo_pairs(24, retriever=Retriever(recency_scores, 1, "", ""))[10:]
+
+BUDGET = 1000  # 11 batches of 1 to 3: an odd number, so that two processes do not come out even
+
+
+def test_lengths_of_datasets_and_lists():
+    expected = [len(pair["input_ids"]) for pair in PAIRS]
+    dataset = Dataset.from_list(PAIRS)
+    assert sequence_lengths(dataset) == sequence_lengths(PAIRS) == expected
+    assert sequence_lengths(dataset.select([3, 1])) == [expected[3], expected[1]]
+
+
+def test_set_epoch_reaches_the_batches_behind_skipped_ones():
+    args = TrainingArguments("unused", use_cpu=True, report_to="none", dataloader_pin_memory=False)
+    loader = undivided_loader(LENGTHS, list, args, batch_sampler=TokenBatches(LENGTHS, 1000, seed=7))
+    assert isinstance(loader, DataLoader)
+    skipped = skip_first_batches(loader, 3)
+    skipped.set_epoch(2)
+    assert list(skipped) == [[LENGTHS[index] for index in batch] for batch in drawn(epoch=2)[3:]]
+
+
+def train(directory, ranks=1, **options):
+    """Two epochs whose steps are two batches over all ranks."""
+    torch.manual_seed(0)
+    options = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2 // ranks} | options
+    args = arguments(directory, tokens_per_batch=BUDGET, **options)
+    trainer = trainer_for(model_for("full"), args, pairs=PAIRS)
+    seen, collator = [], trainer.data_collator
+    trainer.data_collator = lambda pairs: (seen.append([pair["example"] for pair in pairs]), collator(pairs))[1]
+    trainer.train()
+    return {"steps": logged(trainer, "loss", "grad_norm"), "batches": seen}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("one"))
+
+
+def test_a_step_equals_its_sequences_one_by_one(one_process):
+    batches = one_process["batches"]
+    epoch = len(TokenBatches(sequence_lengths(PAIRS), BUDGET, seed=0))
+    assert len(batches) == 2 * epoch and len({len(batch) for batch in batches}) > 1
+    steps = [
+        [PAIRS[index] for batch in batches[start : min(start + 2, end)] for index in batch]
+        for end in (epoch, 2 * epoch)
+        for start in range(end - epoch, end, 2)
+    ]
+    expected = plain_loop(model_for("full").train(), steps, [LOSS] * len(steps))
+    torch.testing.assert_close(torch.tensor(one_process["steps"]), torch.tensor(expected), atol=2e-5, rtol=2e-5)
+
+
+def test_two_processes_train_as_one(tmp_path, one_process):
+    """Both a dataset under a token budget and a stream, in one go."""
+    streamed = train_stream(tmp_path / "one", write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    budget, stream = result_of_ranks("tests.perce.training.test_loader", 2, tmp_path)
+    taken = one_process["batches"]
+    even = len(taken) // 2 - len(taken) // 2 % 2
+    assert budget["batches"][: even // 2] == taken[:even:2]
+    steps = torch.tensor(budget["steps"])[: even // 2], torch.tensor(one_process["steps"])[: even // 2]
+    torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-5)
+    assert stream["examples"] == [batch[::2] for batch in streamed["examples"]]
+    torch.testing.assert_close(torch.tensor(stream["steps"]), torch.tensor(streamed["steps"]), atol=1e-5, rtol=1e-5)
+
+
+def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path, accumulation=2):
+    def weights(directory, **more):
+        args = arguments(
+            directory, tokens_per_batch=BUDGET, gradient_accumulation_steps=accumulation, max_steps=stop + 3,
+            save_strategy="steps", save_steps=stop,
+        )  # fmt: skip
+        trainer = trainer_for(model_for("lora", dropout=0.3), args, pairs=PAIRS)
+        trainer.train(**more)
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, trainer
+
+    batches = len(TokenBatches(sequence_lengths(PAIRS), BUDGET, seed=0))
+    stop = -(-batches // accumulation) + 1  # one step into the second epoch
+    straight, trainer = weights(tmp_path / "a")
+    resumed, again = weights(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{stop}"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert logged(trainer, "loss", "grad_norm") == logged(again, "loss", "grad_norm")
+
+
+def test_a_budget_is_refused_where_it_cannot_be(tmp_path):
+    with pytest.raises(UserError, match="tokens_per_batch: expected >= 1"):
+        arguments(tmp_path, tokens_per_batch=0)
+    trainer = trainer_for(model_for("full"), arguments(tmp_path, tokens_per_batch=100))
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    with pytest.raises(UserError, match=r"tokens_per_batch: a streamed train_dataset"):
+        trainer.train()
+
+
+if __name__ == "__main__":  # one rank
+    torch.set_num_threads(1)
+    directory = Path(sys.argv[1])
+    budget, stream = train(directory, ranks=2), train_stream(directory, directory / "rows.jsonl", ranks=2)
+    finish_rank(directory, [budget, stream])

@@ -1,0 +1,131 @@
+"""Two processes against one: checkpoints of either go on in the other, weights are estimated alike, failures shared."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from safetensors.torch import load_file
+
+from perce.config.schema import LossConfig
+from perce.errors import UserError
+from perce.train import main as train_command
+from perce.training.checkpoints import SaveError, flaw
+from perce.training.estimates import FILE
+from tests.helpers.ranks import end_rank, run_ranks
+from tests.helpers.trainers import PAIRS, arguments, logged, model_for, trainer_for
+
+BATCH, STEPS, SAVED = 8, 4, 3  # of 16 pairs: two steps an epoch, and the checkpoint in the middle of the second
+
+
+def train(directory, kind, ranks, resume_from=None, **options):
+    """(loss and gradient norm a step, trainable parameters) after STEPS steps; a checkpoint after SAVED."""
+    args = arguments(
+        directory, per_device_train_batch_size=BATCH // ranks, max_steps=STEPS, save_strategy="steps", save_steps=SAVED,
+        loss=LossConfig(clip_min=0.05, **options),
+        per_device_eval_batch_size=6,  # three batches of an E-step: two processes must make two forwards each
+    )  # fmt: skip
+    trainer = trainer_for(model_for(kind), args, pairs=PAIRS[:16])
+    forwards = []
+    trainer.model.register_forward_hook(lambda *_: forwards.append(trainer.state.global_step))
+    trainer.train(resume_from_checkpoint=resume_from and str(resume_from / f"checkpoint-{SAVED}"))
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    if trainer.args.loss.estimate != "online":  # at step 0: two passes of each batch of the E-step, and the step's own
+        assert forwards.count(0) == 2 * (3 if ranks == 1 else 2) + 1
+    return logged(trainer, "loss", "grad_norm"), weights
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every run by (kind, where it began, where it ended), and the directory they wrote to."""
+    directory = tmp_path_factory.mktemp("ranks")
+    results = {}
+    for kind in ("full", "lora"):
+        results[kind, "one", "one"] = train(directory / f"one {kind}", kind, 1)
+    results["epoch", "one", "one"] = train(directory / "one epoch", "full", 1, estimate="epoch")
+    run_ranks("tests.perce.training.test_ranks", str(directory))
+    results |= torch.load(directory / "result.pt")
+    for kind in ("full", "lora"):
+        results[kind, "two", "one"] = train(directory / "back", kind, 1, directory / f"two {kind}")
+    return results, directory
+
+
+def close(one, other):
+    torch.testing.assert_close(torch.tensor(one[0]), torch.tensor(other[0]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one[1], other[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [("two", "two"), ("two", "one"), ("one", "two")], ids="-".join)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(runs, kind, way):
+    results, directory = runs
+    began, ended = way
+    close(results[kind, began, ended], results[kind, "one", "one"])
+    checkpoint = directory / f"{began} {kind}" / f"checkpoint-{SAVED}"
+    assert flaw(checkpoint) is None
+    assert len(list(checkpoint.glob("rng_state*"))) == (1 if began == "one" else 2)
+
+
+def test_weights_estimated_by_two_processes_are_those_of_one(runs):
+    results, directory = runs
+    close(results["epoch", "two", "two"], results["epoch", "one", "one"])
+    one, two = (load_file(directory / f"{name} epoch" / f"checkpoint-{SAVED}" / FILE) for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+    assert one["signal"].std() > 1e-3
+
+
+def test_a_checkpoint_that_one_process_could_not_write_fails_on_all(runs):
+    results, directory = runs
+    errors = results["failure"]
+    assert "another process could not write" in errors[0] and "No space left on device" in errors[1]
+    assert all("No checkpoint was saved before" in error for error in errors)
+    assert not list((directory / "failure").glob("checkpoint-*"))
+
+
+def test_fsdp_on_a_cpu_is_one_paragraph(tmp_path, capsys, monkeypatch):
+    for flags in (["--fsdp"], ["--fsdp", "full_shard"], ["--use_cpu", "true", "--fsdp", "true"]):
+        assert train_command(["--model", "m", "--output_dir", str(tmp_path / "run"), *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: fsdp on a CPU") and error.count("\n") == 1
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="fsdp on a CPU"):
+        arguments(tmp_path)
+
+
+def test_sequences_cut_over_processes_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"parallelism_config: context.*What works: one process a GPU"):
+        arguments(tmp_path, parallelism_config=ParallelismConfig(cp_size=2))
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    with pytest.raises(UserError, match="parallelism_config"):
+        arguments(tmp_path)
+
+
+def failing_save(directory):
+    """The message on this rank of a checkpoint whose second process finds the disk full."""
+    args = arguments(directory, per_device_train_batch_size=4, save_strategy="steps", save_steps=1, max_steps=2)
+    trainer = trainer_for(model_for("lora"), args)
+    if args.process_index == 1:
+        trainer._save_rng_state = lambda directory: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    with pytest.raises(SaveError) as raised:
+        trainer.train()
+    return str(raised.value)
+
+
+def main(directory):
+    torch.set_num_threads(1)
+    results = {}
+    for kind in ("full", "lora"):
+        results[kind, "two", "two"] = train(directory / f"two {kind}", kind, 2)
+        results[kind, "one", "two"] = train(directory / "there", kind, 2, directory / f"one {kind}")
+    results["epoch", "two", "two"] = train(directory / "two epoch", "full", 2, estimate="epoch")
+    results["failure"] = [None, None]
+    torch.distributed.all_gather_object(results["failure"], failing_save(directory / "failure"))
+    if os.environ["RANK"] == "0":
+        torch.save(results, directory / "result.pt")
+    end_rank()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,259 @@
+"""PerceTrainer against a plain loop on the model's own full logits, across every way to split a batch, and across a
+stop.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from perce.config.schema import DataConfig, LossConfig, MemoryConfig
+from perce.errors import UserError
+from perce.model.passes import counterfactual_hidden
+from perce.training.trainer import PerceTrainer
+from tests.helpers.ranks import finish_rank, result_of_ranks
+from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from tests.helpers.trainers import LORA, PAIRS, arguments, logged, model_for, plain_loop, trainer_for
+
+LOSSES = {
+    **{objective: {"objective": objective} for objective in ("perce", "ce", "lossce", "entce")},
+    "normalized": {"normalize": "batch"}, "rising": {"clip_schedule": "rising"},
+    "falling": {"clip_schedule": "falling"},
+}  # fmt: skip
+
+
+def scheduled(options, step, steps):
+    """Both bounds on the straight line between 1 and their own values, at one of `steps` steps."""
+    way = {"rising": step / (steps - 1), "falling": 1 - step / (steps - 1)}.get(options.get("clip_schedule"), 1)
+    rest = {name: value for name, value in options.items() if name != "clip_schedule"}
+    return LossConfig(**rest, clip_min=1 - 0.95 * way, clip_max=1 + 4 * way)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, kind, options):
+    loss = LossConfig(clip_min=0.05, **options)
+    model = model_for(kind)
+    reference = copy.deepcopy(model).train()
+    batches = []
+    trainer = trainer_for(model, arguments(tmp_path, loss=loss))
+    collator = trainer.data_collator
+    trainer.data_collator = lambda pairs: (batches.append(pairs), collator(pairs))[1]
+    trainer.train()
+    expected = plain_loop(reference, batches[:5], [scheduled(options, step, 5) for step in range(5)])
+    torch.testing.assert_close(
+        torch.tensor(logged(trainer, "loss", "grad_norm")), torch.tensor(expected), atol=1e-5, rtol=1e-5
+    )
+
+
+SPLITS = {
+    "8x1": (8, 1, 1),
+    "4x2": (4, 2, 1),
+    "2x4": (2, 4, 1),
+    "1x8": (1, 8, 1),
+    "4x1x2": (4, 1, 2),
+    "2x2x2": (2, 2, 2),
+    "1x4x2": (1, 4, 2),
+}
+
+
+def train_split(directory, batch, accumulation, kind, options):
+    torch.manual_seed(0)
+    loss = {name: value for name, value in options.items() if name != "memory"}
+    args = arguments(
+        directory, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=3,
+        loss=LossConfig(clip_min=0.05, **loss), memory=MemoryConfig(**options.get("memory", {})),
+    )  # fmt: skip
+    trainer = trainer_for(model_for(kind), args, pairs=PAIRS[:16], eval_dataset=Dataset.from_list(PAIRS[:7]))
+    trainer.train()
+    metrics = trainer.evaluate()
+    history = logged(trainer, "loss", "grad_norm")
+    names = ("eval_loss_with_persona", "eval_loss_without_persona", "eval_loss_personal_tokens", "eval_pir_mean")
+    return {"steps": history, "eval": [metrics[name] for name in names]}
+
+
+def run_split(tmp_path, name, kind, **options):
+    batch, accumulation, ranks = SPLITS[name]
+    if ranks == 1:
+        return train_split(tmp_path, batch, accumulation, kind, options)
+    return result_of_ranks(
+        "tests.perce.training.test_trainer", ranks, tmp_path, str(batch), str(accumulation), kind, json.dumps(options)
+    )
+
+
+RUNS = {
+    "full": ("full", {}), "lora": ("lora", {}), "ce": ("full", {"objective": "ce"}),
+    "sequence": ("full", {"normalize": "sequence"}),
+    "batch": ("full", {"normalize": "batch", "clip_schedule": "rising"}),
+    "detached": ("lora", {"memory": {"persona_grad": "none"}}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The undivided batch of 8, for each kind of run that is compared with it."""
+    return {
+        key: run_split(tmp_path_factory.mktemp("whole"), "8x1", kind, **options)
+        for key, (kind, options) in RUNS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("split", "key"),
+    [(name, "full") for name in list(SPLITS)[1:]]
+    + [("2x4", "lora"), ("2x2x2", "lora"), ("2x4", "ce"), ("2x2x2", "ce"), ("2x2x2", "sequence"), ("2x4", "detached")]
+    + [("2x4", "batch"), ("2x2x2", "batch")]
+    + [pytest.param("2x2x2", "detached", marks=pytest.mark.slow)],
+)
+def test_every_split_of_a_batch_trains_the_same(tmp_path, whole, split, key):
+    kind, options = RUNS[key]
+    result = run_split(tmp_path, split, kind, **options)
+    torch.testing.assert_close(torch.tensor(result["steps"]), torch.tensor(whole[key]["steps"]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(result["eval"]), torch.tensor(whole[key]["eval"]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_detached_persona_changes_the_gradient_only(whole):
+    lora, detached = (torch.tensor(whole[key]["steps"]) for key in ("lora", "detached"))
+    torch.testing.assert_close(detached[0, 0], lora[0, 0], atol=1e-6, rtol=1e-6)  # the loss before any step
+    assert ((detached - lora)[:, 1] / lora[:, 1]).abs().min() > 1e-3, "the gradient's norm is another one"
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}])
+def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path, options):
+    def weights(directory, **more):
+        loss = LossConfig(clip_min=0.05, clip_schedule="rising")
+        # Five steps are an epoch.
+        args = arguments(directory, loss=loss, max_steps=9, save_strategy="steps", save_steps=7, **options)
+        trainer = trainer_for(model_for("lora", dropout=0.3), args)
+        trainer.train(**more)
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}, trainer
+
+    straight, trainer = weights(tmp_path / "a")
+    resumed, again = weights(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-7"))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert logged(trainer, "loss", "grad_norm") == logged(again, "loss", "grad_norm")
+
+
+def test_the_counterfactual_pass_has_no_dropout(tmp_path):
+    with pytest.warns(UserWarning, match=r"Dropout of 0\.5 in the adapter .* PIR is a little too low"):
+        trainer = trainer_for(model_for("lora", dropout=0.5), arguments(tmp_path))
+    model = trainer.model.train()
+    batch = trainer.data_collator(PAIRS[:2])
+    first = counterfactual_hidden(model, batch)
+    assert torch.equal(first, counterfactual_hidden(model, batch))
+    assert model.training and not first.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "middle"),
+    [({}, (0.9, 3.0)), ({"clip_min": 2.0, "clip_max": 4.0}, (1.5, 2.5)), ({"objective": "longce"}, (0.5, 3.0))],
+)
+def test_a_schedule_moves_both_bounds_between_one_and_their_own(options, middle):
+    def bounds(schedule, progress):
+        loss = LossConfig(clip_schedule=schedule, **options).at(progress)
+        return loss.clip_min, loss.clip_max
+
+    own = bounds("constant", 0.0)
+    assert bounds("constant", 1.0) == own
+    assert [bounds("rising", x) for x in (0.0, 0.5, 1.0)] == [(1, 1), pytest.approx(middle), own]
+    assert [bounds("falling", x) for x in (0.0, 0.5, 1.0)] == [own, pytest.approx(middle), (1, 1)]
+
+
+RATIO = {"contrast": "ratio", "clip_min": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("base", "changed"),
+    [
+        ({}, {"clip_min": 0.2}), (RATIO, RATIO | {"clip_max": 1.0}), ({}, {"contrast": "ratio"}),
+        ({}, {"normalize": "batch"}), ({"clip_min": 0.01}, {"clip_min": 0.01, "normalize": "sequence"}),
+    ],
+)  # fmt: skip
+def test_every_loss_option_changes_the_step(tmp_path, base, changed):
+    def first_step(options):
+        trainer = trainer_for(model_for("full"), arguments(tmp_path, max_steps=1, loss=LossConfig(**options)))
+        trainer.train()
+        return logged(trainer, "loss", "grad_norm")[0]
+
+    assert first_step(changed) != first_step(base)
+
+
+ROWS = [{"persona": [f"I am {i}."], "query": "Who are you?", "response": f"I am number {i}."} for i in range(6)]
+
+
+def test_raw_rows_a_path_and_a_peft_config(tmp_path):
+    path = save_tiny_model(tmp_path / "model")
+    rows = [{"profile": row["persona"], "q": row["query"], "output": row["response"]} for row in ROWS]
+    args = arguments(
+        tmp_path / "run",
+        max_steps=2,
+        data=DataConfig(columns="persona=profile,query=q,response=output", max_length=900),
+    )
+    trainer = PerceTrainer(
+        str(path), args, train_dataset=Dataset.from_list(rows), eval_dataset=rows[:2], peft_config=LoraConfig(**LORA)
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss_with_persona"] > 0
+    trainer.save_model()
+    assert (tmp_path / "run" / "adapter_config.json").exists() and (tmp_path / "run" / "tokenizer.json").exists()
+    json.dumps(args.to_dict())  # what experiment loggers do
+
+
+def test_a_bad_raw_row_is_named(tmp_path):
+    row = {"persona": "p", "query": "q", "response": "r"}
+    with pytest.raises(UserError, match=r"train_dataset row 2.*response"):
+        PerceTrainer(
+            tiny_model(), arguments(tmp_path), processing_class=tiny_tokenizer(),
+            train_dataset=[row, row | {"response": ""}],
+        )  # fmt: skip
+
+
+def test_a_model_by_path_is_trained_in_fp32_whatever_it_is_saved_in(tmp_path):
+    path = save_tiny_model(tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
+    dtypes = {}
+    for kind, options in {"full": {}, "adapter": {"peft_config": LoraConfig(**LORA)}}.items():
+        trainer = PerceTrainer(str(path), arguments(tmp_path / kind, bf16=True), train_dataset=ROWS, **options)
+        dtypes[kind] = {p.dtype for p in trainer.model.parameters() if p.requires_grad == (kind == "full")}
+    assert dtypes == {"full": {torch.float32}, "adapter": {torch.bfloat16}}
+
+
+def test_ligers_own_loss_is_always_off(tmp_path):
+    config = arguments(
+        tmp_path, liger_kernel_config={"rope": True, "fused_linear_cross_entropy": True}
+    ).liger_kernel_config
+    assert config == {"rope": True, "fused_linear_cross_entropy": False, "cross_entropy": False}
+    tiled = arguments(tmp_path, memory=MemoryConfig(mlp_tile=64)).liger_kernel_config
+    assert tiled["swiglu"] is tiled["geglu"] is False and not {"swiglu", "geglu"} & config.keys()
+
+
+def test_several_evaluation_sets_and_the_usual_metric_name(tmp_path):
+    sets = {"short": Dataset.from_list(PAIRS[:3]), "raw": [{"persona": "p", "query": "q", "response": "r"}]}
+    trainer = trainer_for(model_for("full"), arguments(tmp_path, max_steps=1), eval_dataset=sets)
+    metrics = trainer.evaluate()
+    assert metrics["eval_short_loss"] == metrics["eval_short_loss_with_persona"] > 0 and metrics["eval_raw_loss"] > 0
+
+
+def test_numbers_before_and_after_training_are_of_the_same_precision(tmp_path):
+    """Under autocast too: a learning rate of next to nothing must change nothing in an evaluation."""
+    args = arguments(tmp_path, bf16=True, learning_rate=1e-30, max_steps=1)
+    trainer = trainer_for(model_for("full"), args, eval_dataset=Dataset.from_list(PAIRS[:7]))
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_pir_mean"] == after["eval_pir_mean"] and before["eval_loss"] == after["eval_loss"]
+    exact = trainer_for(model_for("full"), arguments(tmp_path), eval_dataset=Dataset.from_list(PAIRS[:7])).evaluate()
+    assert before["eval_loss"] != exact["eval_loss"], "bf16 was not in use"
+
+
+if __name__ == "__main__":  # one rank of run_split
+    directory, batch, accumulation, kind, options = sys.argv[1:]
+    torch.set_num_threads(1)
+    result = train_split(Path(directory), int(batch), int(accumulation), kind, json.loads(options))
+    finish_rank(Path(directory), result)

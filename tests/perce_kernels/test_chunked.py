@@ -1,0 +1,194 @@
+"""Backend "torch": what it holds and multiplies, fp32 statistics whatever comes, and weights that are zero."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from perce_kernels import chunked, fused_perce_loss, row_pass, token_logprobs
+from tests.helpers.numerics import (
+    IGNORE,
+    TRAINABLE,
+    Inputs,
+    assert_matches,
+    beneath,
+    call,
+    make_inputs,
+    max_error,
+    oracle,
+)
+from tests.helpers.watch import NEEDED_AND_COST, Watch
+
+N, D, V = 37, 24, 211
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
+
+
+def test_the_usual_inputs_take_several_chunks():
+    valid = int((make_inputs().target != IGNORE).sum())
+    assert 16 < valid < N, "with and without compaction, the last one partial"
+    assert chunked.chunk_rows(V, torch.float32, 1) == 16
+
+
+def test_large_common_offset_of_the_logits_cancels():
+    """(z_y − max) − log Σ, not z_y − lse: every logit raised by 4096 leaves the log-probabilities where they were."""
+    inputs = make_inputs(bias=True)
+    inputs.bias.copy_(torch.randint(-3, 3, inputs.bias.shape))
+    raised = Inputs(inputs.hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, inputs.bias + 4096)
+    assert max_error(call(raised).stats.logp, oracle(raised).stats.logp) < 2e-3, "half an ulp of 4096 per logit"
+    zero = torch.zeros_like(inputs.hidden)
+    flat = Inputs(zero, inputs.lm_head, inputs.target, zero, inputs.bias + 4096)
+    assert max_error(call(flat).stats.logp, oracle(flat).stats.logp) < 2e-6, "exact logits: no error from the offset"
+
+
+@pytest.mark.parametrize("normalize", ["none", "batch", "sequence"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_zero_weights_give_a_zero_loss(normalize, reduction):
+    options = {"normalize": normalize, "reduction": reduction, "token_weight": torch.zeros(N)}
+    if normalize == "sequence":
+        options["seq_id"] = torch.arange(N) // 5
+    inputs = make_inputs(cf=False)
+    result = call(inputs, **options)
+    assert not result.loss.any() and not result.stats.token_weight.any() and result.stats.logp.any()
+    assert not result.grads["hidden"].any() and not result.grads["lm_head"].any()
+
+
+def test_one_sequence_of_zero_weight_does_not_disturb_the_others():
+    inputs = make_inputs(ignored=0.0, cf=False)
+    seq_id, weight = torch.arange(N) // 10, torch.rand(N) + 0.1
+    weight[:10] = 0
+    stats = call(inputs, normalize="sequence", seq_id=seq_id, token_weight=weight).stats
+    assert not stats.token_weight[:10].any()
+    for s in (1, 2, 3):
+        torch.testing.assert_close(stats.token_weight[seq_id == s].mean(), torch.tensor(1.0))
+
+
+def test_ones_as_weights_are_cross_entropy():
+    inputs = make_inputs(cf=False)
+    loss = fused_perce_loss(inputs.hidden, inputs.lm_head, inputs.target, token_weight=torch.ones(N))
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(inputs.hidden @ inputs.lm_head.T, inputs.target))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fp16_gradients_survive_a_loss_scale(reduction):
+    """The cast comes after the upstream gradient: many gradients here are 0 in fp16, yet normal numbers once scaled."""
+    inputs = make_inputs(n=5, spread=8.0, bias=True, ignored=0.0).to(torch.float16)
+    scale, count = 65536.0, 100
+    options = {"upstream": scale, "num_items": count} if reduction == "mean" else {"upstream": scale / count}
+    result, expected = call(inputs, reduction=reduction, **options), oracle(inputs, reduction=reduction, **options)
+    lost = (expected.grads["lm_head"] * count / scale).half() == 0
+    assert (lost & (expected.grads["lm_head"].abs() > 2e-6)).float().mean() > 0.02
+    for name in TRAINABLE:
+        torch.testing.assert_close(result.grads[name].double(), expected.grads[name], rtol=2e-3, atol=1e-7)
+
+
+def test_token_logprobs_without_entropy_are_the_same():
+    inputs = make_inputs()
+    args = inputs.hidden, inputs.lm_head, inputs.target
+    torch.testing.assert_close(token_logprobs(*args), token_logprobs(*args, return_entropy=True)[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(token_logprobs(*args), token_logprobs(*args, backend="reference"), rtol=1e-5, atol=1e-5)
+
+
+def test_entropy_where_probabilities_underflow():
+    """p·log p → 0: a one-hot row has entropy 0, a uniform one log V."""
+    lm_head = torch.zeros(101, 2)
+    lm_head[0, 0] = 1e4
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    _, entropy = token_logprobs(hidden, lm_head, torch.tensor([0, 0]), return_entropy=True)
+    torch.testing.assert_close(entropy, torch.tensor([0.0, 101.0]).log().clamp(min=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize("compact", [True, False])
+def test_no_tensor_of_n_by_v_exists(monkeypatch, compact, softcap, dtype):
+    n, d, v = 160, 8, 997
+    budget = 16 * v * 4
+    monkeypatch.setattr(chunked, "LOGITS_BYTES", budget)
+    monkeypatch.setattr(row_pass, "ROW_BLOCK_BYTES", budget // 3)
+    inputs = make_inputs(n, d, v, bias=True).to(dtype)
+    with Watch() as watch:
+        chunked.sweep(*beneath(inputs, compact=compact, softcap=softcap))
+        chunked.logprobs(beneath(inputs, compact=compact, softcap=softcap)[0], return_entropy=True)
+    assert budget // 2 < watch.largest_bytes <= budget
+    assert n * v * 2 > 4 * budget, "(N, V) in bf16 would not have passed"
+
+
+@NEEDED_AND_COST
+@pytest.mark.parametrize("compact", [True, False])
+def test_matrix_products_cost_the_floor_and_ignored_rows_nothing(compact, needed, per_token):
+    inputs = make_inputs(bias=True)
+    rows = int((inputs.target != IGNORE).sum()) if compact else N
+    assert rows == N or rows < 0.8 * N
+    with Watch() as watch:
+        out = chunked.sweep(*beneath(inputs, compact=compact, needed=needed))
+    assert watch.flop == per_token * rows * D * V
+    assert [gradient.numel() > 0 for gradient in out[-3:]] == list(needed)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_what_a_gpu_waits_for(monkeypatch, compact):
+    """The check of the targets is the CPU's own; an id that it would have found is computed as some other."""
+    monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)
+    inputs = make_inputs(bias=True)
+    inputs.target[inputs.target == IGNORE] = V
+    inputs.target[0] = IGNORE
+    with Watch() as watch:
+        out = chunked.sweep(*beneath(inputs, compact=compact))
+        chunked.logprobs(beneath(inputs, compact=compact)[0], return_entropy=True)
+    assert watch.syncs == ["nonzero"] * 2 * compact and out.loss_sum.isfinite()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trainable", [("hidden",), ("lm_head",), ("bias",), ()], ids=str)
+def test_only_the_needed_gradients_are_computed(monkeypatch, trainable, reduction):
+    asked, run = [], chunked.sweep
+    monkeypatch.setattr(chunked, "sweep", lambda *args: asked.append(args[-1]) or run(*args))
+    inputs = make_inputs(bias=True)
+    leaves = {name: x.requires_grad_(name in trainable) for name, x in inputs.kwargs().items()}
+    loss = fused_perce_loss(**leaves, reduction=reduction).sum()
+    if trainable:
+        loss.backward()
+    expected = tuple(name in trainable for name in TRAINABLE)
+    assert asked == ([expected] if trainable or reduction == "mean" else [])
+    asked.clear()
+    with torch.no_grad():
+        fused_perce_loss(**leaves)
+    assert asked == [(False, False, False)]
+
+
+def test_chunk_rows_is_a_pure_function_within_the_budget(monkeypatch):
+    for budget in (2**20, 64 * 2**20, 128 * 2**20):
+        monkeypatch.setattr(chunked, "LOGITS_BYTES", budget)
+        for vocab_size in (211, 49152, 262144):
+            for dtype, itemsize in ((torch.bfloat16, 4), (torch.float32, 4), (torch.float64, 8)):
+                for buffers in (1, 2):
+                    rows = chunked.chunk_rows(vocab_size, dtype, buffers)
+                    row_bytes = buffers * vocab_size * itemsize
+                    assert rows == 16 or rows * row_bytes <= budget < (rows + 1) * row_bytes
+                    assert rows == chunked.chunk_rows(vocab_size, dtype, buffers)
+
+
+def test_shipped_logits_budget():
+    """≤ 128 MiB on CPU, read from the source because the fixture above replaces the attribute."""
+    spec = importlib.util.find_spec("perce_kernels.chunked")
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert 2**20 <= fresh.LOGITS_BYTES <= 128 * 2**20
+
+
+@pytest.mark.parametrize("rows", [1, 16, 20, 1000])
+def test_result_does_not_depend_on_the_chunk_size(monkeypatch, rows):
+    monkeypatch.setattr(chunked, "LOGITS_BYTES", rows * V * 4)
+    inputs = make_inputs(bias=True)
+    assert_matches(call(inputs), oracle(inputs), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("normalize", ["none", "batch", "sequence"])
+def test_same_inputs_same_bits(normalize, dtype):
+    options = {"normalize": normalize} | ({"seq_id": torch.arange(300) % 7} if normalize == "sequence" else {})
+    inputs = make_inputs(n=300, d=64, v=2003, bias=True).to(dtype)
+    first, second = call(inputs, **options), call(inputs, **options)
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(a, b) for a, b in zip(first.stats, second.stats, strict=True))
+    assert all(torch.equal(first.grads[name], second.grads[name]) for name in TRAINABLE)

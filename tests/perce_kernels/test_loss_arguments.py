@@ -1,0 +1,154 @@
+"""Arguments of the op: errors that name them, and the user's autocast."""
+
+import pytest
+import torch
+
+from perce_kernels import chunked, fused_perce_loss, token_logprobs
+from tests.helpers.backends import EACH
+from tests.helpers.numerics import TRAINABLE, Inputs, call, make_inputs
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
+
+
+N, D, V = 37, 24, 211
+LONG = torch.zeros(N, dtype=torch.int64)
+
+BAD_ARGUMENTS = [
+    ("hidden", {"hidden": torch.zeros(2, N, D)}),
+    ("hidden", {"hidden": torch.zeros(N, D, dtype=torch.int64)}),
+    ("lm_head", {"lm_head": torch.zeros(V, D + 1)}),
+    ("lm_head", {"lm_head": torch.zeros(0, D)}),
+    ("lm_head", {"lm_head": torch.zeros(V, D, dtype=torch.bfloat16)}),
+    ("lm_head", {"lm_head": torch.zeros(V, D, device="meta")}),
+    ("target", {"target": LONG[1:]}),
+    ("target", {"target": LONG.int()}),
+    ("target", {"target": LONG + V}),
+    ("target", {"target": LONG - 1}),
+    ("hidden_cf", {"hidden_cf": torch.zeros(N + 1, D)}),
+    ("hidden_cf", {"hidden_cf": torch.zeros(N, D, dtype=torch.float64)}),
+    ("logp_cf", {"hidden_cf": None, "logp_cf": torch.zeros(N + 1)}),
+    ("logp_cf", {"hidden_cf": None, "logp_cf": LONG}),
+    ("token_weight", {"hidden_cf": None, "token_weight": torch.zeros(N, 1)}),
+    ("hidden_cf and logp_cf", {"logp_cf": torch.zeros(N)}),
+    ("hidden_cf and token_weight", {"token_weight": torch.zeros(N)}),
+    ("none", {"hidden_cf": None}),
+    ("bias", {"bias": torch.zeros(V + 1)}),
+    ("bias", {"bias": torch.zeros(V, dtype=torch.int64)}),
+    ("clip_min", {"clip_min": -0.1}),
+    ("clip_min", {"clip_min": 6.0}),
+    ("clip_min", {"clip_min": float("nan")}),
+    ("clip_max", {"clip_max": float("inf")}),
+    ("clip_max", {"clip_max": float("nan")}),
+    ("contrast", {"contrast": "difference"}),
+    ("normalize", {"normalize": "mean"}),
+    ("reduction", {"reduction": "avg"}),
+    ("backend", {"backend": "cuda"}),
+    ("seq_id", {"normalize": "sequence"}),
+    ("seq_id", {"seq_id": LONG}),
+    ("seq_id", {"normalize": "sequence", "seq_id": LONG[1:]}),
+    ("seq_id", {"normalize": "sequence", "seq_id": LONG.float()}),
+    ("seq_id", {"normalize": "sequence", "seq_id": LONG.bool()}),
+    ("num_items", {"num_items": 0}),
+    ("num_items", {"num_items": -3}),
+    ("num_items", {"num_items": 2.0}),
+    ("num_items", {"num_items": True}),
+    ("num_items", {"num_items": torch.ones(1)}),
+    ("num_items", {"num_items": 5, "reduction": "sum"}),
+    ("softcap", {"softcap": 0.0}),
+    ("softcap", {"softcap": float("inf")}),
+    ("logit_scale", {"logit_scale": float("nan")}),
+]
+
+
+@pytest.mark.parametrize(("named", "change"), BAD_ARGUMENTS, ids=lambda x: x if isinstance(x, str) else "+".join(x))
+def test_bad_argument_is_a_value_error_that_names_it(named, change):
+    with pytest.raises(ValueError, match=f"{named}.*got|got {named}$"):
+        fused_perce_loss(**make_inputs().kwargs() | change)
+
+
+@pytest.mark.parametrize("backend", EACH)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("token", [V, -1, 10**12])
+def test_target_outside_the_vocabulary(backend, reduction, token):
+    inputs = make_inputs()
+    inputs.target[11] = token
+    with pytest.raises(ValueError, match=f"target: expected ids in .*{V}.* got {token} at row 11"):
+        fused_perce_loss(**inputs.kwargs(), backend=backend, reduction=reduction)
+    with pytest.raises(ValueError, match=r"target.*row 11"):
+        token_logprobs(inputs.hidden, inputs.lm_head, inputs.target, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("named", "change"),
+    [
+        ("lm_head", {"lm_head": torch.zeros(V, D, dtype=torch.float64)}),
+        ("target", {"target": LONG[1:]}),
+        ("bias", {"bias": torch.zeros(1)}),
+        ("softcap", {"softcap": -1.0}),
+        ("backend", {"backend": "cuda"}),
+    ],
+)
+def test_token_logprobs_check_their_arguments(named, change):
+    inputs = make_inputs()
+    arguments = {"hidden": inputs.hidden, "lm_head": inputs.lm_head, "target": inputs.target}
+    with pytest.raises(ValueError, match=f"^{named}.*got"):
+        token_logprobs(**arguments | change)
+
+
+def test_optional_arguments_are_keyword_only():
+    inputs = make_inputs()
+    with pytest.raises(TypeError):
+        fused_perce_loss(inputs.hidden, inputs.lm_head, inputs.target, None, torch.zeros(N))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_order_gradient_is_refused(reduction):
+    inputs = make_inputs()
+    hidden = inputs.hidden.requires_grad_()
+    loss = fused_perce_loss(hidden, inputs.lm_head, inputs.target, inputs.hidden_cf, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="higher-order"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("source", ["hidden_cf", "logp_cf"])
+def test_autocast_casts_the_inputs_and_leaves_the_body_alone(source, reduction):
+    inputs = make_inputs(bias=True)
+    weights = {} if source == "hidden_cf" else {"logp_cf": -torch.rand(N) * 9}
+    hidden_cf = inputs.hidden_cf if source == "hidden_cf" else None
+    inputs = Inputs(inputs.hidden, inputs.lm_head, inputs.target, hidden_cf, inputs.bias)
+    expected = call(inputs.to(torch.bfloat16), reduction=reduction, **weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = call(inputs, reduction=reduction, **weights)
+    assert torch.equal(result.loss, expected.loss) and result.loss.dtype == torch.float32
+    for ours, theirs in zip(result.stats, expected.stats, strict=True):
+        assert torch.equal(ours, theirs), "fp32 statistics of the bf16 inputs, and an uncast logp_cf"
+    for name in TRAINABLE:
+        assert result.grads[name].dtype == torch.float32
+        assert torch.equal(result.grads[name], expected.grads[name].float())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_is_off_inside_the_op_forward_and_backward(monkeypatch, reduction):
+    seen = []
+    for name in ("sweep", "logprobs"):
+        run = getattr(chunked, name)
+
+        def spy(*args, run=run):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return run(*args)
+
+        monkeypatch.setattr(chunked, name, spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        call(make_inputs(), reduction=reduction)
+    assert seen and not any(seen)
+
+
+def test_autocast_accepts_inputs_of_different_dtypes():
+    """What a bf16 model with an fp32 head sees: the cast comes before the check."""
+    inputs = make_inputs()
+    mixed = inputs.kwargs() | {"hidden": inputs.hidden.bfloat16()}
+    with pytest.raises(ValueError, match="lm_head"):
+        fused_perce_loss(**mixed)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused_perce_loss(**mixed), fused_perce_loss(**inputs.to(torch.bfloat16).kwargs()))

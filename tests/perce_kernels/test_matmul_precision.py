@@ -1,0 +1,83 @@
+"""The user's precision of fp32 products: ignored by the op, readable inside it, and left as it was."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from perce_kernels import chunked
+from tests.helpers.numerics import TRAINABLE, Inputs, call, make_inputs
+
+V = 211
+
+
+@contextmanager
+def matmul_precision(precision: str):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("setting", ["none", "high", "medium", "allow_tf32", "fp32_precision"])
+def test_the_scoped_precision_can_be_read_inside_it(setting):
+    """torch refuses to read the older setting where the newer one says something else, in TunableOp's products too."""
+    matmul = torch.backends.cuda.matmul
+    ways = matmul, torch.backends.mkldnn.matmul
+
+    def newer() -> list[str]:
+        return [way.fp32_precision for way in ways]
+
+    with matmul_precision("highest"):
+        unset = newer()
+        if setting == "allow_tf32":
+            matmul.allow_tf32 = True
+        elif setting == "fp32_precision":
+            matmul.fp32_precision = "tf32"
+        elif setting != "none":
+            torch.set_float32_matmul_precision(setting)
+        before = newer()
+        with chunked.full_fp32_matmul():
+            assert matmul.allow_tf32 is False and torch.get_float32_matmul_precision() == "highest"
+            assert newer() == ["ieee", "ieee"]
+        assert newer() == before and (before == unset) == (setting == "none")
+        if setting == "fp32_precision":  # as it was: the older setting says something else
+            with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+                _ = matmul.allow_tf32
+        else:
+            assert matmul.allow_tf32 is (setting != "none")
+            assert torch.get_float32_matmul_precision() == {"none": "highest", "allow_tf32": "high"}.get(
+                setting, setting
+            )
+        for way, precision in zip(ways, unset, strict=True):
+            way.fp32_precision = precision
+
+
+def test_an_inherited_matmul_precision_goes_on_following_the_global_one():
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        call(make_inputs())
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_reduced_matmul_precision_is_ignored_and_left_as_it_was():
+    inputs = make_inputs(n=64, d=256, v=1031, bias=True)
+    expected, product = call(inputs), inputs.hidden @ inputs.lm_head.T
+    with matmul_precision("medium"):
+        reduced = inputs.hidden @ inputs.lm_head.T
+        result = call(inputs)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.equal(inputs.hidden @ inputs.lm_head.T, reduced)
+        with pytest.raises(ValueError, match="target"):
+            call(Inputs(inputs.hidden, inputs.lm_head, inputs.target + V * 9, inputs.hidden_cf))
+        assert torch.get_float32_matmul_precision() == "medium"
+    if torch.equal(product, reduced):
+        pytest.skip('this CPU computes the same product under "medium": nothing to ignore')
+    assert torch.equal(result.loss, expected.loss)
+    assert all(torch.equal(result.grads[name], expected.grads[name]) for name in TRAINABLE)

@@ -1,0 +1,64 @@
+"""The head sharded over gloo ranks: three processes are started once, and each runs every case."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+from tests.helpers.shards import CASES, SLOW
+from tests.perce_kernels import vocab_parallel_cases
+
+MODULE = vocab_parallel_cases.__name__
+
+
+def run_ranks(directory: Path, slow: bool) -> list[dict[str, str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", MODULE, str(directory), *["slow"] * slow],
+            cwd=ROOT, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=280)[1] for process in processes]
+    return [
+        json.loads(path.read_text()) if (path := directory / f"{rank}.json").exists() else {"start": errors[rank]}
+        for rank in range(3)
+    ]
+
+
+@pytest.fixture(scope="module")
+def quick_results(tmp_path_factory):
+    return run_ranks(tmp_path_factory.mktemp("quick"), slow=False)
+
+
+@pytest.fixture(scope="module")
+def slow_results(tmp_path_factory):
+    return run_ranks(tmp_path_factory.mktemp("slow"), slow=True)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SLOW])
+def test_on_three_ranks(quick_results, name):
+    assert_passed(quick_results, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name in SLOW])
+def test_on_three_ranks_slow(slow_results, name):
+    assert_passed(slow_results, name)
+
+
+def assert_passed(results: list[dict[str, str]], name: str) -> None:
+    for rank, result in enumerate(results[: 2 if ": two" in name else 3]):
+        assert result.get(name) == "", f"rank {rank}: {result.get(name) or list(result.items())[-1:]}"
