@@ -13,11 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from perce.config.schema import LossConfig
+from perce import LossConfig, PerceArguments, PerceTrainer
 from perce.data.batch import collate
 from perce.model.patch import prepare_model
-from perce.training.arguments import PerceArguments
-from perce.training.trainer import PerceTrainer
 
 QUERY, RESPONSE, BATCH = 80, 48, 2
 PERSONAS = {"half": 64, "four times": 512, "eight times": 1024}  # of query + response = 128 tokens

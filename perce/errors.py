@@ -3,3 +3,13 @@
 
 class UserError(ValueError):
     """A mistake in the input, the command line or the environment; the message says what, where and the remedy."""
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error of a library says, for the end of a sentence of ours."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what it says, where the rest is advice for others."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from perce.errors import UserError
+from perce.errors import UserError, first_line, in_one_line
 
 
 def load_tokenizer(path: str) -> Any:
@@ -55,10 +55,9 @@ def from_pretrained(
     except ImportError as error:
         attention = kwargs.get("attn_implementation")
         remedy = f" Choose another --attn_implementation than {attention}." if attention else " Install it."
-        raise UserError(f"{option} {path}: a package is missing: {' '.join(str(error).split())}.{remedy}") from error
+        raise UserError(f"{option} {path}: a package is missing: {in_one_line(error)}.{remedy}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{option} {path}: could not be loaded as {kind} ({reason}). Expected a directory with "
+            f"{option} {path}: could not be loaded as {kind} ({first_line(error)}). Expected a directory with "
             "config.json, tokenizer and weights, or a Hub id that this machine can reach."
         ) from error

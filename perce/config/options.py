@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 
 Chosen = TypeVar("Chosen")
 """The dataclass of a command's options."""
@@ -170,7 +170,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {path}: not valid YAML: {in_one_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"--config {path}: expected `option: value` lines, got {type(content).__name__}.")
     return {name.replace("-", "_"): number(value) for name, value in content.items()}

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from perce.errors import UserError
+from perce.errors import UserError, first_line
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -231,11 +231,10 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
             return call(name, config or None, **options)
         except Exception as error:  # whatever the network, the Hub's client or a dataset's own files raise
             what = "holds no train, validation or test file" if is_directory else "is not a file or directory here"
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{data} {what}, and datasets.load_dataset could not get it either: {reason}. Give --data a file "
-                f"({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be reached "
-                'from here ("owner/name", or "owner/name:config" where it has several configurations).'
+                f"{data} {what}, and datasets.load_dataset could not get it either: {first_line(error)}. Give --data a "
+                f"file ({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be "
+                'reached from here ("owner/name", or "owner/name:config" where it has several configurations).'
             ) from error
 
     def read(split: str) -> Iterator[tuple[str, Any]]:

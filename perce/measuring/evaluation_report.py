@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from perce.errors import UserError
 from perce.measuring.metrics import ROUGE_NOTE, Interval, clustered_mean, paired_difference
+from perce.report.terminal import show, table
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -120,13 +123,9 @@ def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str,
 
 
 def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, soft_wrap=True)
     differences = comparison["differences"] if comparison else {}
     header = ["", "value", "95 % interval", "examples", "users", *(["difference", "p"] if comparison else [])]
-    table = Table(*header, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    rows = table(*header)
     labels = {name: label for name, (label, _, _) in METRICS.items()} | {"swap_cost": "cost of another's persona"}
     for name, metric in result["metrics"].items():
         if metric is None:
@@ -142,11 +141,16 @@ def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None
             d = differences[name]
             interval = Interval(**{name: value for name, value in d.items() if name != "p"})
             row += [f"{interval.value:+.4f} ({interval.span('+.4f')})", f"{d['p']:.4f}"]
-        table.add_row(*row)
-    console.print(table)
-    for note in [*result["notes"], *(f"{name}: {text}" for name, text in result["about"].items())]:
-        console.print(note, style="dim")
+        rows.add_row(*row)
+    notes = [*result["notes"], *(f"{name}: {text}" for name, text in result["about"].items())]
     if comparison:
-        console.print(f"differences: this model minus {comparison['model'] or comparison['with']}", style="dim")
-        for fact, (mine, its) in comparison["settings"].items():
-            console.print(f"not only the model differs: {fact} is {mine!r} here and {its!r} there", style="bold")
+        notes.append(f"differences: this model minus {comparison['model'] or comparison['with']}")
+    settings = (comparison or {}).get("settings", {})
+    show(
+        rows,
+        *(Text(note, style="dim") for note in notes),
+        *(
+            Text(f"not only the model differs: {fact} is {mine!r} here and {its!r} there", style="bold")
+            for fact, (mine, its) in settings.items()
+        ),
+    )

@@ -16,7 +16,7 @@ from perce.data.pairs import PairBuilder
 from perce.data.rows import Examples
 from perce.data.splits import load_split, split_seed
 from perce.demo import default_model_path
-from perce.errors import UserError
+from perce.errors import UserError, first_line
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.loading import check_adapter, check_backend, resolve_precision
 from perce.model.patch import prepare_model
@@ -100,8 +100,7 @@ def _with_adapter(model: Any, path: str) -> Any:
     try:
         wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--model {path}: the adapter does not fit its base model ({reason}).") from error
+        raise UserError(f"--model {path}: the adapter does not fit its base model ({first_line(error)}).") from error
     try:
         check_adapter(wrapped)
     except UserError as error:

@@ -12,6 +12,7 @@ from perce.config.commands import ScoreOptions
 from perce.data.rows import Example
 from perce.measuring.identification import Identified
 from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, terminal_text, write_html
+from perce.report.terminal import facts, show, table
 
 BIN = 0.2  # of the histogram, in nats
 LOWEST_BIN = -2.0
@@ -58,20 +59,13 @@ def print_tokens(records: Records, options: ScoreOptions) -> None:
 
 
 def print_summary(records: Records, found: Identified | None, options: ScoreOptions) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    console = Console(highlight=False, soft_wrap=True)
-    grid = RichTable.grid(padding=(0, 3, 0, 0))
-    for label, value in _lines(records, options):
-        grid.add_row(label, value)
-    console.print(grid, "", sep="\n")
+    show(facts(_lines(records, options)), "")
     if found:
-        table = _identification_table(found)
-        rich = RichTable(*table.header, box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        for row in table.rows:
-            rich.add_row(*row)
-        console.print(table.note, rich, "", sep="\n")
+        identified = _identification_table(found)
+        methods = table(*identified.header)
+        for row in identified.rows:
+            methods.add_row(*row)
+        show(identified.note, methods, "")
 
 
 def write_summary(path: Path, records: Records, found: Identified | None, options: ScoreOptions) -> None:

@@ -2,8 +2,8 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """Bytes that are alive beside the weights, and how many of them are gradients of parameters."""
 
     alive: int
@@ -22,18 +21,8 @@ class Moment:
     def others(self) -> int:
         return self.alive - self.gradients
 
-    def __add__(self, other: "Moment") -> "Moment":
-        return Moment(self.alive + other.alive, self.gradients + other.gradients)
 
-    def __mul__(self, times: int) -> "Moment":
-        return Moment(self.alive * times, self.gradients * times)
-
-    def __sub__(self, other: "Moment") -> "Moment":
-        return self + other * -1
-
-
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """Of one phase of a step, or what a layer adds to it."""
 
     start: Moment
@@ -43,15 +32,6 @@ class Phase:
     def working_set(self) -> int:
         """What the peak adds to the start, gradients left out."""
         return self.peak.others - self.start.others
-
-    def __add__(self, other: "Phase") -> "Phase":
-        return Phase(self.start + other.start, self.peak + other.peak)
-
-    def __mul__(self, times: int) -> "Phase":
-        return Phase(self.start * times, self.peak * times)
-
-    def __sub__(self, other: "Phase") -> "Phase":
-        return self + other * -1
 
 
 @dataclass
@@ -92,7 +72,7 @@ class Live(TorchDispatchMode):
         self._bytes += storage.nbytes()
         self._peak = max(self._peak, self._bytes)
         if self._phase and self._bytes > self.found.phases[self._phase].peak.alive:
-            self.found.phases[self._phase] = replace(self.found.phases[self._phase], peak=self._now)
+            self.found.phases[self._phase] = self.found.phases[self._phase]._replace(peak=self._now)
 
     def _release(self, key: int) -> None:
         self._bytes -= self._alive.pop(key)

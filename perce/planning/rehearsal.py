@@ -17,14 +17,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import sub
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from perce.config.schema import MemoryConfig, ModelConfig
-from perce.errors import UserError
+from perce.errors import UserError, first_line, in_one_line
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
 from perce.model.patch import logit_transform
@@ -78,8 +80,9 @@ def build(config: Any, setup: Setup) -> Any:
     except UserError:
         raise
     except (ValueError, ImportError, AttributeError, TypeError, KeyError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--model {options.model}: no model can be built from its config.json: {reason}") from error
+        raise UserError(
+            f"--model {options.model}: no model can be built from its config.json: {in_one_line(error)}"
+        ) from error
     base = unwrapped(model)
     if setup.checkpointing:
         enable_checkpointing(base)
@@ -143,12 +146,12 @@ def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
         if more := count - present[kind]:
             stack = [0, kinds.index(kind), *base[1:]]
             deeper = rehearse(cut(config, stack), setup, shape)
-            added = {name: deeper.phases[name] - phase for name, phase in shallow.phases.items()}
+            added: dict[str, Phase] = tree_map(sub, deeper.phases, shallow.phases)
             if setup.memory.activation_offload:
                 prefix = shape.batch * added["forward"].start.alive
                 offloaded += more * (added["head"].start.alive - prefix)
                 added |= {name: _offloaded(added[name], prefix) for name in OFFLOADED}
-            phases = {name: phase + added[name] * more for name, phase in phases.items()}
+            phases = tree_map(lambda total, layer, layers=more: total + layers * layer, phases, added)
     return Rehearsed(phases, shallow.parts, offloaded)
 
 
@@ -170,9 +173,10 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
                     live.forget()
                     _step(model, setup, shape, live)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         name = type(unwrapped(model)).__name__
-        raise UserError(f"{name}: a step of this architecture cannot be rehearsed without data ({reason}).") from error
+        raise UserError(
+            f"{name}: a step of this architecture cannot be rehearsed without data ({first_line(error)})."
+        ) from error
     return live.found
 
 

@@ -1,14 +1,14 @@
 """A plan as tables in the terminal, and as JSON."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from perce.planning.memory import UPDATE
 from perce.planning.plans import GIB, Cost, Plan
+from perce.report.terminal import facts, show, table
 
 PHASE_NAMES = {  # as columns, and in words
     "counterfactual": ("no persona", "counterfactual pass"),
@@ -22,9 +22,7 @@ PHASE_NAMES = {  # as columns, and in words
 
 
 def print_plan(plan: Plan) -> None:
-    Console(highlight=False, soft_wrap=True).print(
-        *_header(plan), "", _phases(plan), "", _details(plan), "", _times(plan), "", _variants(plan), sep="\n"
-    )
+    show(*_header(plan), "", _phases(plan), "", _details(plan), "", _times(plan), "", _variants(plan))
 
 
 def _header(plan: Plan) -> list[str]:
@@ -49,31 +47,16 @@ def _header(plan: Plan) -> list[str]:
     ]
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    return table
-
-
-def _facts(rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 3, 0, 0))
-    table.add_column(no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def _phases(plan: Plan) -> Table:
     """A column a phase, a row a part."""
     memory = plan.cost.memory
-    table = _table("GiB", *(PHASE_NAMES[name][0] for name in memory.phases))
+    rows = table("GiB", *(PHASE_NAMES[name][0] for name in memory.phases), numbers=True)
     for part in memory.parts:
         sizes = [phase[part] for phase in memory.phases.values()]
         if any(sizes):
-            table.add_row(part, *(_gib(size) for size in sizes))
-    table.add_row("sum", *(_gib(sum(phase.values())) for phase in memory.phases.values()))
-    return table
+            rows.add_row(part, *(_gib(size) for size in sizes))
+    rows.add_row("sum", *(_gib(sum(phase.values())) for phase in memory.phases.values()))
+    return rows
 
 
 def _details(plan: Plan) -> Table:
@@ -97,7 +80,7 @@ def _details(plan: Plan) -> Table:
     rows += [
         (f"not there: logits {which}", f"{_gib(size)} GiB in fp32") for which, size in memory.logits_not_held.items()
     ]
-    return _facts(rows)
+    return facts(rows)
 
 
 def _times(plan: Plan) -> Table:
@@ -113,17 +96,17 @@ def _times(plan: Plan) -> Table:
         rows.append(("takes at least", "give the device's rate with --tflops: there is none here to measure"))
     if plan.options.step.has_counterfactual_pass:
         rows.append(("counterfactual pass", f"{flops.overhead:.1%} on top of a cross-entropy step"))
-    return _facts(rows)
+    return facts(rows)
 
 
 def _variants(plan: Plan) -> Table:
     base = plan.cost
-    table = _table("what an option changes", "peak, GiB", "GiB", "FLOP")
+    rows = table("what an option changes", "peak, GiB", "GiB", "FLOP", numbers=True)
     for variant in plan.variants:
         peak = variant.cost.memory.peak
         work = variant.cost.flops.total / base.flops.total - 1
-        table.add_row(variant.flags, _gib(peak), f"{(peak - base.memory.peak) / GIB:+,.2f}", f"{work:+.1%}")
-    return table
+        rows.add_row(variant.flags, _gib(peak), f"{(peak - base.memory.peak) / GIB:+,.2f}", f"{work:+.1%}")
+    return rows
 
 
 def _gib(size: int) -> str:

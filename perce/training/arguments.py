@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from perce.config.commands import TRAIN, TrainOptions
 from perce.config.schema import DataConfig, LossConfig, MemoryConfig
 from perce.environment import quiet_libraries
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
 from perce.training.parallel import check_parallelism
@@ -140,7 +140,7 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
     except UserError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"These options do not go together: {' '.join(str(error).split())}") from error
+        raise UserError(f"These options do not go together: {in_one_line(error)}") from error
 
 
 def _check_kind(name: str, default: Any, value: Any) -> None:
@@ -183,4 +183,4 @@ def options_that_fail_late() -> Iterator[None]:
     except UserError:
         raise
     except (ImportError, ValueError) as error:
-        raise UserError(f"These options cannot be used here: {' '.join(str(error).split())}") from error
+        raise UserError(f"These options cannot be used here: {in_one_line(error)}") from error

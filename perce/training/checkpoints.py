@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -184,7 +184,7 @@ def _reason(error: Exception | None) -> str:
         return "another process could not write"
     if isinstance(error, RuntimeError):  # of positions in the file, not of what the system said
         return "torch wrote a part of a file only; is the disk full?"
-    return " ".join(str(error).split())
+    return in_one_line(error)
 
 
 def _is_write_failure(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 
 FILE = "estimates.safetensors"
 TENSORS = ("example", "length", "response_crc", "logp", "logp_cf", "signal")
@@ -67,7 +67,7 @@ class Estimates:
                 estimates = cls(*(file.get_tensor(name) for name in TENSORS), **facts)
         except Exception as error:  # whatever a missing or damaged file raises
             raise UserError(
-                f"{path}: the token weights of this run cannot be read ({' '.join(str(error).split())}). Resume from "
+                f"{path}: the token weights of this run cannot be read ({in_one_line(error)}). Resume from "
                 "another checkpoint, or start a new run."
             ) from error
         if estimates.vocabulary != vocabulary:

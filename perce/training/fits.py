@@ -17,7 +17,7 @@ import torch
 from perce.config.commands import PlanOptions, TrainOptions
 from perce.config.schema import StepConfig
 from perce.data.dataset import sequence_lengths
-from perce.errors import UserError
+from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
 from perce.planning.memory import PeakMemory, count, peak_memory
 from perce.planning.plans import GIB, check_architecture, planned_variants, setup_of
@@ -49,8 +49,8 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any) -> str |
         setup = setup_of(planned, device)
         needed = peak_memory(model_config, setup, planned.step, count(model_config, setup), device)
     except Exception as error:  # a forecast: what keeps it from being made must not keep the run from being tried
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return f"not planned: {reason if isinstance(error, UserError) else f'{type(error).__name__}: {reason}'}"
+        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return f"not planned: {name}{first_line(error)}"
     room = available
     if device == "cpu":
         room -= HELD_BY_LIBRARIES + (HELD_BY_ONEDNN if setup.low_precision else 0)

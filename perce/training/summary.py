@@ -16,6 +16,7 @@ from perce.measuring.scores import scored_tokens
 from perce.model.passes import TokenStatistics
 from perce.report.curves import write_curves
 from perce.report.heatmap import ScoredResponse, write_html
+from perce.report.terminal import facts, show, table
 from perce.training.arguments import PerceArguments
 from perce.training.checkpoints import disk_errors
 from perce.training.meters import peak_memory_mib
@@ -196,32 +197,26 @@ def left_out_of_stream(pairs: RunPairs, args: PerceArguments) -> list[str]:
 
 def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress) -> None:
     """The table at the end."""
-    from rich.console import Console
-    from rich.table import Table
-
     before, after = progress.first_evaluation()[0], progress.after
-    table = Table("validation", "before", "after", "change", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    losses = table("validation", "before", "after", "change")
     for name, label in progress.labels.items():
         new = after[f"eval_{name}"]
         old = before.get(f"eval_{name}")
         earlier = ("not evaluated", "") if old is None else (f"{old:.4f}", f"{new - old:+.4f}")
-        table.add_row(label, earlier[0], f"{new:.4f}", earlier[1])
-    seconds = trainer.training_seconds
-    facts = Table.grid(padding=(0, 3, 0, 0))
-    facts.add_column(no_wrap=True)
-    facts.add_column(overflow="fold")  # a path cut short is of no use
+        losses.add_row(label, earlier[0], f"{new:.4f}", earlier[1])
+    rows, seconds = [], trainer.training_seconds
     if seconds:
         share = trainer.estimation_clock.seconds() / seconds
         estimation = "counterfactual pass" if trainer.args.loss.estimate == "online" else "estimating the weights"
-        facts.add_row("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s per process")
-        facts.add_row(estimation, f"{share:.1%} of the training time")
-    for note in left_out_of_stream(pairs, trainer.args):
-        facts.add_row("left out", note)
-    facts.add_row("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB")
-    for label, name in (
-        ("model", ""), ("report", "report.html"), ("curves", "curves.png"), ("options", "config.yaml"),
-        ("log", "trainer_state.json"),
-    ):  # fmt: skip
-        facts.add_row(label, str(output_dir / name))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print("", table, "", facts, sep="\n")
+        rows = [
+            ("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s per process"),
+            (estimation, f"{share:.1%} of the training time"),
+        ]
+    rows += [("left out", note) for note in left_out_of_stream(pairs, trainer.args)]
+    rows.append(("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB"))
+    files = {
+        "model": "", "report": "report.html", "curves": "curves.png", "options": "config.yaml",
+        "log": "trainer_state.json",
+    }  # fmt: skip
+    rows += [(label, str(output_dir / name)) for label, name in files.items()]
+    show("", losses, "", facts(rows))

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.device import ON_GPU
-from tests.helpers.kernels import DEVICE
+from tests.helpers.device import DEVICE, ON_GPU
 from tests.helpers.numerics import IGNORE, Inputs
 
 N, D, V = 8, 24, 211

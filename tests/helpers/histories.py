@@ -1,6 +1,6 @@
 """What the tests of retrieval share: a user's history, a request, and what is picked and shown of it."""
 
-from perce.config.schema import DataConfig
+from perce import DataConfig
 from perce.data.formats import Turn
 from perce.data.retrieval import make_retriever
 from perce.data.rows import Example

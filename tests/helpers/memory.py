@@ -4,11 +4,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from perce.config.schema import LossConfig, MemoryConfig
+from perce import LossConfig, MemoryConfig, PerceArguments, PerceTrainer
 from perce.model.loading import add_adapter
 from perce.model.patch import prepare_model
-from perce.training.arguments import PerceArguments
-from perce.training.trainer import PerceTrainer
 from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(3)

@@ -1,6 +1,7 @@
 """What the tests of plans share."""
 
-from perce.config.schema import MemoryConfig, ModelConfig, StepConfig
+from perce import MemoryConfig
+from perce.config.schema import ModelConfig, StepConfig
 
 FULL, LORA = ModelConfig(lora_r=0, precision="fp32"), ModelConfig(lora_r=4, precision="fp32")
 NONE, TILED = MemoryConfig(persona_grad="none"), MemoryConfig(mlp_tile=16)

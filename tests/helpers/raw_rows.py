@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from perce.data.rows import Example, load_examples
-from perce.errors import UserError
+from perce import UserError, load_examples
+from perce.data.rows import Example
 
 GOOD = {"persona": ["I bake.", "I have a dog."], "query": "Any plans?", "response": "Walking my dog."}
 TALK = [

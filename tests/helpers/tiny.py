@@ -8,8 +8,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from perce import load_examples
 from perce.data.pairs import ANCHOR, PairBuilder
-from perce.data.rows import Example, load_examples
+from perce.data.rows import Example
 from perce.demo import DATA_DIR
 
 VOCAB = 400

@@ -5,11 +5,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import get_linear_schedule_with_warmup
 
-from perce.config.schema import LossConfig
+from perce import LossConfig, PerceArguments, PerceTrainer
 from perce.model.loading import add_adapter
 from perce.model.patch import prepare_model
-from perce.training.arguments import PerceArguments
-from perce.training.trainer import PerceTrainer
 from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(20)

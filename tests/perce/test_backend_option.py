@@ -7,11 +7,8 @@ import yaml
 from datasets import Dataset
 
 import perce.model.patch
-from perce import evaluate, plan, score
-from perce.errors import UserError
+from perce import PerceArguments, PerceTrainer, UserError, evaluate, plan, score
 from perce.planning import plans
-from perce.training.arguments import PerceArguments
-from perce.training.trainer import PerceTrainer
 from perce_kernels import backends
 from tests.helpers.backends import (
     EACH,

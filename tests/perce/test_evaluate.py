@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from perce import evaluate
-from perce.config.schema import DataConfig, SplitConfig
+from perce import DataConfig, evaluate
+from perce.config.schema import SplitConfig
 from perce.data.pairing import make_builder
 from perce.data.pairs import personal_word_spans
 from perce.data.splits import load_splits, split_seed

@@ -2,8 +2,8 @@
 
 import pytest
 
+from perce import UserError
 from perce.config.schema import ModelConfig
-from perce.errors import UserError
 from perce.hub import load_tokenizer
 from perce.model.loading import load_model
 from tests.helpers.tiny import tiny_model

@@ -10,11 +10,10 @@ import torch
 import yaml
 from datasets import Dataset
 
+from perce import DataConfig, LossConfig, UserError
 from perce.config.commands import parse_args
-from perce.config.schema import DataConfig, LossConfig
 from perce.data.batch import collate
 from perce.data.pairing import make_builder
-from perce.errors import UserError
 from perce.model.passes import token_statistics
 from perce.model.patch import prepare_model
 from perce.train import main

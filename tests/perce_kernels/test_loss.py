@@ -147,9 +147,9 @@ def test_gradients_are_as_accurate_as_torch(subject, dtype, options, spread):
 )
 def test_gradient_at_a_nearly_certain_target_keeps_its_digits(subject, dtype, margin):
     """One row with z = (…, margin, …): the target's gradient is p − 1 = expm1(logp), which p rounded to bf16 loses."""
-    lm_head = torch.zeros(101, 2)
+    lm_head = torch.zeros(subject.v, 2)
     lm_head[70, 0] = margin
-    row = Inputs(torch.tensor([[1.0, 0.0]]), lm_head, torch.tensor([70]), None, torch.zeros(101)).to(dtype)
+    row = Inputs(torch.tensor([[1.0, 0.0]]), lm_head, torch.tensor([70]), None, torch.zeros(subject.v)).to(dtype)
     row, weight = subject.of(row), {"token_weight": torch.ones(1, device=subject.device)}
     actual, expected = subject.call(row, **weight).grads["bias"], oracle(row, **weight).grads["bias"]
     torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=0)

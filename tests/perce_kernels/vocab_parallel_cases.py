@@ -5,10 +5,12 @@ CASES and writes what failed. A case runs in the group of all three ranks, or of
 """
 
 import gc
+import itertools
 import json
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,67 +19,26 @@ import torch.distributed as dist
 
 from perce_kernels import chunked, contract, fused_perce_loss, ops, token_logprobs
 from tests.helpers.device import LiveBytes
-from tests.helpers.numerics import (
-    IGNORE,
-    TRAINABLE,
-    Inputs,
-    assert_as_accurate_as_torch,
-    assert_matches,
-    beneath,
-    call,
-    eager,
-    max_error,
-    oracle,
-)
+from tests.helpers.numerics import IGNORE, TRAINABLE, Inputs, assert_matches, beneath, call, oracle
 from tests.helpers.ranks import end_rank
-from tests.helpers.shards import (
-    CASES,
-    GROUPS,
-    LAYOUTS,
-    SLOW,
-    D,
-    N,
-    Shards,
-    V,
-    case,
-    check,
-    inputs_for,
-)
+from tests.helpers.shards import GROUPS, LAYOUTS, D, N, Sharded, Shards, V
+from tests.helpers.subjects import SOURCES
+from tests.perce_kernels import test_loss
 
-OPTIONS = {
-    "paper": {},
-    "ratio": {"contrast": "ratio", "clip_min": 0.0},
-    "none": {"reduction": "none"},
-    "sum": {"reduction": "sum"},
-    "num_items": {"num_items": 91},
-    "batch": {"normalize": "batch"},
-    "sequence": {"normalize": "sequence", "seq_id": torch.arange(N) // 4 * 1000 - 3},
-    "ignore_index": {"ignore_index": 5},
-    "softcap and scale": {"softcap": 4.0, "logit_scale": 1.7},
-    "negative scale": {"logit_scale": -0.5},
-}
-QUICK = ("paper", "none", "softcap and scale")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES: dict[str, Callable[[], None]] = {}
+SLOW: set[str] = set()
 
 
-def register_values() -> None:
-    for backend in ("torch", "triton"):
-        for i, layout in enumerate(LAYOUTS):
-            quick = backend == "torch" or "empty" in layout
-            case(f"{backend}: {layout}", slow=not quick)(
-                lambda b=backend, y=layout, c=bool(i % 2): check(y, b, compact=c)
-            )
-        for name, options in OPTIONS.items():
-            for source in ("hidden_cf", "logp_cf", "token_weight"):
-                for compact in (True, False):
-                    quick = backend == "torch" or (name in QUICK and source == "hidden_cf" and compact)
-                    case(f"{backend}: {name}, {source}, {'compact' if compact else 'masked'}", slow=not quick)(
-                        lambda b=backend, s=source, c=compact, o=options: check(
-                            "three uneven", b, source=s, compact=c, **o
-                        )
-                    )
+def case(name: str, *, slow: bool = False):
+    def register(run: Callable[[], None]):
+        assert name not in CASES
+        CASES[name] = run
+        if slow:
+            SLOW.add(name)
+        return run
 
-
-register_values()
+    return register
 
 
 def for_both(name: str, *, slow: tuple[str, ...] = ()):
@@ -85,18 +46,74 @@ def for_both(name: str, *, slow: tuple[str, ...] = ()):
 
     def register(run: Callable[[str], None]):
         for backend in ("torch", "triton"):
-            case(f"{backend}: {name}", slow=backend in slow)(lambda backend=backend: run(backend))
+            case(f"{backend}: {name}", slow=backend in slow)(partial(run, backend))
         return run
 
     return register
+
+
+# --- The contract, as of an unsharded head ---------------------------------------------------------------------------
+
+OPTIONS = (
+    "paper", "ratio", "none", "sum", "num_items int", "batch", "sequence", "ignore_index", "softcap and scale",
+    "negative logit_scale",
+)  # fmt: skip
+QUICK = ("paper", "none", "softcap and scale")  # in the interpreter
+
+
+def of_the_contract(test: Callable[..., None], *arguments, layout="three uneven", dtype=FP32, slow=("triton",)) -> None:
+    """A test of test_loss.py, of a head that is sharded in this layout."""
+    values = ", ".join(map(str, (dtype, *arguments)))
+    name = f"{test.__name__.removeprefix('test_')}, {layout}: {values}"
+    for backend in ("torch", "triton"):
+        subject = Sharded("sharded", backend, dtype, layout=layout)
+        case(f"{backend}: {name}", slow=backend in slow)(partial(test, subject, *arguments))
+
+
+def register_the_contract() -> None:
+    for i, layout in enumerate(LAYOUTS):
+        slow = () if "empty" in layout else ("triton",)
+        of_the_contract(
+            test_loss.test_option_matches_the_oracle, "hidden_cf", "paper", bool(i % 2), layout=layout, slow=slow
+        )
+    for source, name, compact in itertools.product(SOURCES, OPTIONS, (True, False)):
+        if (source, name, compact) != ("hidden_cf", "paper", True):
+            slow = () if name in QUICK and source == "hidden_cf" and compact else ("triton",)
+            of_the_contract(test_loss.test_option_matches_the_oracle, source, name, compact, slow=slow)
+    of_the_contract(
+        test_loss.test_option_matches_the_oracle, "hidden_cf", "paper", True, layout="three, middle empty",
+        dtype=torch.float64, slow=(),
+    )  # fmt: skip
+    for dtype in (BF16, FP16):
+        of_the_contract(test_loss.test_gradients_are_as_accurate_as_torch, dtype, {}, 14.0, layout="three", slow=())
+    for dtype in (FP32, BF16):
+        of_the_contract(
+            test_loss.test_gradient_at_a_nearly_certain_target_keeps_its_digits, dtype, 14.0, layout="three", slow=()
+        )
+    for options, compact, rows in (({}, True, 0), ({}, True, None), ({"reduction": "none"}, False, None)):
+        of_the_contract(
+            test_loss.test_nothing_to_learn_is_a_zero_loss_connected_to_every_input, FP32, options, compact, rows,
+            slow=(),
+        )  # fmt: skip
+    for compact in (True, False):
+        of_the_contract(test_loss.test_nan_in_ignored_rows_reaches_nothing, FP32, "hidden_cf", compact, {}, torch.nan)
+        of_the_contract(test_loss.test_same_inputs_same_bits, compact, layout="three")
+
+
+register_the_contract()
+
+
+# --- What is a sharded head's own ------------------------------------------------------------------------------------
+
+
+def inputs_for(layout: str, dtype: torch.dtype = FP32, **options) -> Inputs:
+    return Sharded("sharded", "torch", dtype, layout=layout).inputs(bias=True, **options)
 
 
 @for_both("log-probabilities and entropy")
 def log_probabilities_and_entropy(backend: str) -> None:
     for layout in ("three uneven", "three, middle empty"):
         shards = Shards(layout)
-        if shards.rank < 0:
-            continue
         inputs = inputs_for(layout)
         outcomes = []
         for mine, arguments in ((inputs, {}), (shards.shard(inputs), shards.arguments)):
@@ -111,7 +128,7 @@ def log_probabilities_and_entropy(backend: str) -> None:
         whole = [*whole[:3], *(x[shards.rows] for x in whole[3:])]
         for a, b in zip(actual, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=3e-5, atol=5e-6)
-        shards.assert_same_on_every_rank(*actual[:3])
+        shards.assert_same(*actual[:3])
 
 
 @for_both("what trains", slow=("triton",))
@@ -130,26 +147,6 @@ def what_trains(backend: str) -> None:
             for name in TRAINABLE:
                 grad = leaves[name].grad
                 assert torch.equal(grad, complete[name]) if name in trainable else grad is None
-
-
-@for_both("same bits twice", slow=("triton",))
-def same_bits_twice(backend: str) -> None:
-    shards, inputs = Shards("three"), inputs_for("three", dtype=torch.bfloat16)
-    first, second = (shards.call(inputs, backend=backend) for _ in range(2))
-    assert torch.equal(first.loss, second.loss)
-    assert all(torch.equal(a, b) for a, b in zip(first.stats, second.stats, strict=True))
-    assert all(torch.equal(first.grads[name], second.grads[name]) for name in TRAINABLE)
-
-
-@for_both("peaked bf16")
-def peaked_bf16(backend: str) -> None:
-    shards, inputs = Shards("three"), inputs_for("three", dtype=torch.bfloat16, spread=14.0)
-    actual, in_torch, expected = shards.call(inputs, backend=backend), eager(inputs), oracle(inputs)
-    assert max_error(actual.stats.pir, expected.stats.pir) <= 1e-3
-    in_torch, expected = shards.of(in_torch), shards.of(expected)
-    for name in TRAINABLE:
-        assert actual.grads[name].dtype == torch.bfloat16
-        assert_as_accurate_as_torch(name, actual.grads[name], in_torch.grads[name], expected.grads[name])
 
 
 @case("triton: memory")
@@ -184,43 +181,12 @@ def memory() -> None:
 def faint_fp16_gradients(backend: str) -> None:
     shards, inputs = Shards("three"), inputs_for("three", dtype=torch.float16, spread=8.0)
     for options in ({"num_items": 100, "upstream": 4096.0}, {"reduction": "none", "upstream": 64.0}):
-        actual, expected = shards.call(inputs, backend=backend, **options), shards.of(oracle(inputs, **options))
+        actual, expected = shards.whole(shards.call(inputs, backend=backend, **options)), oracle(inputs, **options)
         for name in TRAINABLE:
             wanted = expected.grads[name]
             torch.testing.assert_close(
                 actual.grads[name].double(), wanted, rtol=4e-3, atol=1e-3 * float(wanted.abs().max())
             )
-
-
-@for_both("fp64")
-def fp64(backend: str) -> None:
-    shards, inputs = Shards("three, middle empty"), inputs_for("three, middle empty", dtype=torch.float64)
-    assert_matches(shards.call(inputs, backend=backend), shards.of(oracle(inputs)), torch.float64)
-
-
-@for_both("nothing to learn")
-def nothing_to_learn(backend: str) -> None:
-    for n, compact in ((0, True), (6, True), (6, False)):
-        shards, inputs = Shards("three uneven"), inputs_for("three uneven", n=6)
-        inputs.target.fill_(IGNORE)
-        inputs = Inputs(inputs.hidden[:n], inputs.lm_head, inputs.target[:n], inputs.hidden_cf[:n], inputs.bias)
-        for reduction in ("mean", "none"):
-            result = shards.call(inputs, compact=compact, reduction=reduction, backend=backend)
-            assert not result.loss.any() and not any(x.any() for x in (*result.stats, *result.grads.values()))
-
-
-@for_both("NaN in ignored rows", slow=("triton",))
-def nan_in_ignored_rows(backend: str) -> None:
-    shards, inputs = Shards("three uneven"), inputs_for("three uneven")
-    ignored = inputs.target == IGNORE
-    assert ignored.any()
-    for compact in (True, False):
-        clean = shards.call(inputs, compact=compact, backend=backend)
-        bad = Inputs(inputs.hidden.clone(), inputs.lm_head, inputs.target, inputs.hidden_cf.clone(), inputs.bias)
-        bad.hidden[ignored] = bad.hidden_cf[ignored] = torch.nan
-        result = shards.call(bad, compact=compact, backend=backend)
-        assert all(torch.equal(result.grads[name], clean.grads[name]) for name in TRAINABLE)
-        assert all(torch.equal(a, b) and not a[ignored].any() for a, b in zip(result.stats, clean.stats, strict=True))
 
 
 @for_both("a shard masked by its bias")
@@ -231,7 +197,7 @@ def a_shard_masked_by_its_bias(backend: str) -> None:
     inputs.bias[130:] = -torch.inf
     result = shards.call(inputs, backend=backend)
     assert result.grads["lm_head"].isfinite().all()
-    assert_matches(result, shards.of(oracle(inputs)), torch.float32)
+    assert_matches(shards.whole(result), oracle(inputs), FP32)
     logp, entropy = token_logprobs(
         inputs.hidden, inputs.lm_head[shards.rows], inputs.target, bias=inputs.bias[shards.rows], return_entropy=True,
         backend=backend, **shards.arguments,
@@ -248,22 +214,9 @@ def a_large_common_offset(backend: str) -> None:
     inputs.hidden.zero_()
     inputs.hidden_cf.zero_()
     inputs.bias.copy_(torch.randint(-3, 3, inputs.bias.shape, generator=torch.Generator().manual_seed(0)))
-    expected = shards.of(oracle(inputs))
+    expected = oracle(inputs)
     inputs.bias.add_(65536)
-    assert_matches(shards.call(inputs, backend=backend), expected, torch.float32)
-
-
-@for_both("a nearly certain target")
-def a_nearly_certain_target(backend: str) -> None:
-    """p = 0.9999: its gradient is expm1(logp) on the rank that holds it, and the rest lies with the others."""
-    lm_head, hidden = torch.zeros(V, 2), torch.tensor([[1.0, 0.0]])
-    lm_head[60, 0] = 14.0
-    inputs = Inputs(hidden, lm_head, torch.tensor([60]), None, torch.zeros(V))
-    shards, weight = Shards("three"), {"token_weight": torch.ones(1)}
-    expected = shards.of(oracle(inputs, **weight))
-    for dtype in (torch.float32, torch.bfloat16):
-        actual = shards.call(inputs.to(dtype), **weight, backend=backend).grads["bias"]
-        torch.testing.assert_close(actual.double(), expected.grads["bias"], rtol=1e-2, atol=0)
+    assert_matches(shards.whole(shards.call(inputs, backend=backend)), expected, FP32)
 
 
 @for_both("collectives")
@@ -324,7 +277,7 @@ def torch_compile_without_a_graph_break(backend: str) -> None:
     compiled = torch.compile(fused_perce_loss, fullgraph=True, backend="aot_eager")
     for reduction in ("mean", "none"):
         result = call(shards.shard(inputs), op=compiled, **shards.arguments, reduction=reduction, backend=backend)
-        assert_matches(result, shards.of(oracle(inputs, reduction=reduction)), torch.float32)
+        assert_matches(shards.whole(result), oracle(inputs, reduction=reduction), FP32)
 
 
 @case("shards that do not tile the vocabulary")
@@ -399,7 +352,7 @@ def rank_main(directory: Path, slow: bool) -> None:
     chunked.LOGITS_BYTES, driver.cut_of = 16 * V * 4, lambda n, d, v, *_: Cut(16 * V // v, 7 * V // v)
     results = {}
     for name, run in CASES.items():
-        if (name in SLOW) != slow or (dist.get_rank() == 2 and ": two" in name):
+        if (name in SLOW) != slow or (dist.get_rank() == 2 and ", two" in name):
             continue
         try:
             run()

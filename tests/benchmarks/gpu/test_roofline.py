@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.kernels import DEVICE
+from tests.helpers.device import DEVICE
 from tests.helpers.numerics import beneath, make_inputs
 
 pytest.importorskip("triton")

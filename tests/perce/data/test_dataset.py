@@ -7,18 +7,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from perce.config.schema import DataConfig, LossConfig
+from perce import DataConfig, LossConfig, UserError
 from perce.data import dataset
 from perce.data.dataset import pair_dataset
 from perce.data.formats import Turn
 from perce.data.pairing import make_builder
-from perce.data.pairs import (
-    PairBuilder,
-)
+from perce.data.pairs import PairBuilder
 from perce.data.retrieval import Retriever, recency_scores
 from perce.data.rows import Document, Example, Examples
 from perce.data.sources import Source
-from perce.errors import UserError
 from tests.helpers.pairs import builder, example
 from tests.helpers.tiny import CHATML, demo_examples
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from perce import UserError, load_examples
 from perce.data.documents import DocumentBuilder, short_windows
 from perce.data.pairs import counterfactual_pieces
-from perce.data.rows import Document, load_examples
-from perce.errors import UserError
+from perce.data.rows import Document
 from tests.helpers.documents import TEXT, TOKENIZER, K, S, documents
 from tests.helpers.tiny import write_jsonl
 

@@ -9,15 +9,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from perce.config.schema import DataConfig
+from perce import DataConfig, UserError, load_examples
 from perce.data import dataset, encoder
 from perce.data.dataset import pair_dataset
 from perce.data.encoder import Encoder
 from perce.data.pairing import make_builder
 from perce.data.pairs import COMMON_WORDS, WORD
 from perce.data.retrieval import bm25_scores, make_retriever, query_of
-from perce.data.rows import load_examples
-from perce.errors import UserError
 from tests.helpers.histories import HISTORY, TOKENIZER, TWEET, history
 from tests.helpers.tiny import VOCAB, tiny_tokenizer
 

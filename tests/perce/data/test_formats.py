@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from perce import UserError, load_examples
 from perce.data.formats import FORMATS, Turn
-from perce.data.rows import Example, load_examples
-from perce.errors import UserError
+from perce.data.rows import Example
 from tests.helpers import ROOT
 from tests.helpers.raw_rows import ABSTRACT, CONVAI2, GOOD, LAMP, SPC, TALK, error, jsonl, load
 

@@ -1,6 +1,6 @@
 """What pairs the rows of a format."""
 
-from perce.config.schema import DataConfig
+from perce import DataConfig
 from perce.data.pairing import make_builder
 from tests.helpers.pairs import TOKENIZERS
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perce import UserError, prompt_ids
 from perce.data.formats import Turn
 from perce.data.pairs import (
     PERSONA_FOOTER,
@@ -12,9 +13,7 @@ from perce.data.pairs import (
     PairBuilder,
     counterfactual_ids,
     personal_word_spans,
-    prompt_ids,
 )
-from perce.errors import UserError
 from tests.helpers.pairs import EXAMPLE, TOKENIZERS, builder, example
 from tests.helpers.tiny import TEMPLATES, tiny_tokenizer
 

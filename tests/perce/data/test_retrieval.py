@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from perce.config.schema import DataConfig, LossConfig
+from perce import DataConfig, LossConfig, PerceArguments, PerceTrainer
 from perce.data.dataset import rows_dataset_pairs
 from perce.data.formats import PASSAGES, passage_text
 from perce.data.retrieval import QUERIES, Retriever, bm25_scores, indexed_text, query_of
 from perce.data.splits import load_pairs
 from perce.train import main
-from perce.training.arguments import PerceArguments
-from perce.training.trainer import PerceTrainer
 from tests.helpers import ROOT
 from tests.helpers.histories import HISTORY, TOKENIZER, TWEET, history, picks, row, shown
 from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from perce.data.rows import Examples, available_splits, load_examples
-from perce.errors import UserError
+from perce import UserError, load_examples
+from perce.data.rows import Examples, available_splits
 from tests.helpers import ROOT
 from tests.helpers.raw_rows import CONVAI2, GOOD, LAMP, SPC, TALK, error, jsonl, load
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from perce.data.rows import available_splits, load_examples
-from perce.errors import UserError
+from perce import UserError, load_examples
+from perce.data.rows import available_splits
 from tests.helpers.raw_rows import ABSTRACT, GOOD, LAMP, error, jsonl, load
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from perce.config.schema import DataConfig
+from perce import DataConfig, UserError
 from perce.data.splits import hold_out, load_splits
-from perce.errors import UserError
 from tests.helpers.tiny import demo_examples
 
 

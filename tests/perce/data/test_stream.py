@@ -7,15 +7,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from perce import PerceTrainer, UserError, load_examples
 from perce.data import stream
 from perce.data.dataset import pair_dataset
 from perce.data.pairing import PairSource
 from perce.data.pairs import PairBuilder
-from perce.data.rows import load_examples
 from perce.data.stream import PairStream
-from perce.errors import UserError
 from perce.training.summary import left_out_of_stream
-from perce.training.trainer import PerceTrainer
 from tests.helpers.tiny import tiny_tokenizer, write_jsonl
 from tests.helpers.trainers import arguments, logged, model_for
 

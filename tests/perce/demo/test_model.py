@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from perce.demo import default_model_path, model
-from perce.errors import UserError
+from perce import UserError, default_model_path
+from perce.demo import model
 from tests.helpers import ROOT
 
 

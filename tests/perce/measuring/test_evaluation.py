@@ -3,7 +3,8 @@
 import torch
 from transformers import GenerationConfig
 
-from perce.config.schema import DataConfig, EvaluateConfig
+from perce import DataConfig
+from perce.config.schema import EvaluateConfig
 from perce.data.pairing import make_builder
 from perce.measuring.evaluation import Evaluator, Item
 from perce.model.patch import prepare_model

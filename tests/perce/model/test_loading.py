@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import PromptTuningConfig
 
+from perce import UserError
 from perce.config.schema import ModelConfig
 from perce.data.batch import collate
-from perce.errors import UserError
 from perce.model import loading
 from perce.model.loading import add_adapter, default_attention, load_model, resolve_precision
 from perce.model.patch import prepare_model

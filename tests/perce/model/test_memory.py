@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perce.errors import UserError
+from perce import UserError
 from perce.model.memory import position_limit, tile_mlps
 from tests.helpers.memory import PAIRS, TILE, TILED, model_for, trainer_for
 from tests.helpers.tiny import tiny_model

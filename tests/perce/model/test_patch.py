@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
 
+from perce import UserError
 from perce.data.batch import collate
-from perce.errors import UserError
 from perce.model.loading import add_adapter
 from perce.model.patch import install_perce, prepare_model
 from tests.helpers.models import CLIP, PAIRS, perce_forward

@@ -6,8 +6,8 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
+from perce import UserError
 from perce.data.batch import collate
-from perce.errors import UserError
 from perce.model import prefill
 from perce.model.loading import add_adapter
 from perce.model.patch import prepare_model

@@ -5,8 +5,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from perce import UserError
 from perce.data.batch import collate, token_inputs
-from perce.errors import UserError
 from perce.model.probe import check_packing, check_sequences_apart
 from tests.helpers.packing import ARCHITECTURES, PAIRS, model_with
 from tests.helpers.tiny import tiny_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from perce.config.schema import MemoryConfig
+from perce import MemoryConfig
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
 from perce.model.patch import prepare_model

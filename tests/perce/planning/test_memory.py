@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 from transformers import GPT2Config
 
+from perce import MemoryConfig
 from perce.config.commands import PlanOptions
-from perce.config.schema import MemoryConfig, ModelConfig, StepConfig
+from perce.config.schema import ModelConfig, StepConfig
 from perce.data.batch import collate
 from perce.data.documents import DocumentPair, short_windows
 from perce.model.loading import add_adapter, lora_config

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from perce import MemoryConfig, UserError
 from perce import plan as command
 from perce.config.commands import PlanOptions
-from perce.config.schema import MemoryConfig
-from perce.errors import UserError
 from perce.planning import plans
 from perce.planning.plans import largest, largest_context, step_cost, variants
 from tests.helpers.plans import FULL, LORA, SHORT

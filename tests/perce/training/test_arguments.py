@@ -7,8 +7,7 @@ import torch
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
-from perce.config.schema import MemoryConfig
-from perce.errors import UserError
+from perce import MemoryConfig, UserError
 from perce.model.memory import CHECKPOINTING
 from perce.training.arguments import settle_device
 from tests.helpers.memory import TILED, model_for, trainer_for

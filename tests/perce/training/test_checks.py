@@ -5,11 +5,9 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, IterableDataset
 
-from perce.config.schema import MemoryConfig
-from perce.errors import UserError
+from perce import MemoryConfig, PerceTrainer, UserError
 from perce.model.patch import prepare_model
 from perce.training.checks import check_context, check_sharding
-from perce.training.trainer import PerceTrainer
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
 

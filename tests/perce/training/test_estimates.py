@@ -7,10 +7,8 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from perce.config.schema import LossConfig
-from perce.errors import UserError
+from perce import LossConfig, PerceTrainer, UserError
 from perce.training.estimates import FILE, Estimates
-from perce.training.trainer import PerceTrainer
 from tests.helpers.tiny import tiny_tokenizer
 from tests.helpers.trainers import PAIRS, arguments, model_for, plain_loss, trainer_for
 

@@ -6,15 +6,14 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
+from perce import DataConfig, LossConfig, MemoryConfig, PerceArguments, UserError
 from perce.config.commands import PlanOptions, TrainOptions
-from perce.config.schema import DataConfig, LossConfig, MemoryConfig, ModelConfig, RunConfig, StepConfig
+from perce.config.schema import ModelConfig, RunConfig, StepConfig
 from perce.data.batch import collate
-from perce.errors import UserError
 from perce.planning.memory import shape_of
 from perce.planning.plans import GIB, step_cost
 from perce.train import main
 from perce.training import fits
-from perce.training.arguments import PerceArguments
 from perce.training.fits import check_fits, largest_step
 from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl
 

@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from perce.config.schema import LossConfig
+from perce import LossConfig, PerceTrainer
 from perce.train import main
 from perce.training import checkpoints
 from perce.training.checkpoints import LIST, flaw, newest_whole, seal
 from perce.training.interruption import Interruption
-from perce.training.trainer import PerceTrainer
 from tests.helpers import ROOT
 from tests.helpers.ranks import run_ranks, start_ranks
 from tests.helpers.tiny import save_tiny_model, write_jsonl

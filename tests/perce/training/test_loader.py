@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from perce import UserError
 from perce.data.dataset import sequence_lengths
 from perce.data.retrieval import Retriever, recency_scores
-from perce.errors import UserError
 from perce.training.loader import undivided_loader
 from perce.training.sampler import TokenBatches
 from tests.helpers.budgets import LENGTHS, drawn

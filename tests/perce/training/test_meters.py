@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from perce.config.schema import LossConfig
+from perce import LossConfig
 from perce.model.passes import token_statistics
 from tests.helpers.trainers import LOSS, PAIRS, arguments, logged, model_for, trainer_for
 

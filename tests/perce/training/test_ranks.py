@@ -9,8 +9,7 @@ import torch
 from accelerate import ParallelismConfig
 from safetensors.torch import load_file
 
-from perce.config.schema import LossConfig
-from perce.errors import UserError
+from perce import LossConfig, UserError
 from perce.train import main as train_command
 from perce.training.checkpoints import SaveError, flaw
 from perce.training.estimates import FILE

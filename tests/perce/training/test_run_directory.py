@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from perce import UserError
 from perce.config.commands import parse_args
-from perce.errors import UserError
 from tests.helpers.training import ROWS, fails, model_directory, rows_file, training  # noqa: F401  fixtures
 
 

@@ -13,10 +13,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from perce.config.schema import DataConfig, LossConfig, MemoryConfig
-from perce.errors import UserError
+from perce import DataConfig, LossConfig, MemoryConfig, PerceTrainer, UserError
 from perce.model.passes import counterfactual_hidden
-from perce.training.trainer import PerceTrainer
 from tests.helpers.ranks import finish_rank, result_of_ranks
 from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from tests.helpers.trainers import LORA, PAIRS, arguments, logged, model_for, plain_loop, trainer_for

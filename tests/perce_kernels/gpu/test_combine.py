@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.helpers.kernels import DEVICE, make_inputs
+from tests.helpers.device import DEVICE
 from tests.helpers.numerics import IGNORE, max_error
+from tests.helpers.subjects import TRITON
 
 pytest.importorskip("triton")
 from perce_kernels import reference
@@ -58,7 +59,7 @@ def test_no_tiles_are_an_empty_sum():
 def test_blocks_of_columns(monkeypatch, columns, elements, options):
     """A buffer of one row, and one that holds everything."""
     monkeypatch.setattr(cut, "COLUMNS", columns)
-    inputs = make_inputs(bias=True)
+    inputs = TRITON.inputs(bias=True)
     logits = torch.full((elements,), torch.nan, device=DEVICE)
     given = inputs.hidden, inputs.lm_head, inputs.target, inputs.bias
     rows = blocked.statistics(*given, logits, **options)

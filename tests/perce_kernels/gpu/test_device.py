@@ -21,10 +21,10 @@ from tests.helpers.cases import (
     options_of,
     upstream_of,
 )
-from tests.helpers.device import free
-from tests.helpers.kernels import DEVICE, call
+from tests.helpers.device import DEVICE, free
 from tests.helpers.numerics import IGNORE, TRAINABLE, Result, assert_as_accurate_as_torch, eager, max_error, oracle
 from tests.helpers.oracle import blockwise
+from tests.helpers.subjects import TRITON
 
 pytest.importorskip("triton")
 from perce_kernels import reference, token_logprobs
@@ -76,7 +76,7 @@ ACCURACY = both(
 @pytest.mark.parametrize("case", ACCURACY, indirect=True)
 def test_statistics_and_gradients(case):
     inputs, upstream, options = make_inputs(case), upstream_of(case), options_of(case)
-    ours = call(inputs, upstream=upstream, **options)
+    ours = TRITON.call(inputs, upstream=upstream, **options)
     options = {name: value for name, value in options.items() if name != "compact"}
     expected = blockwise(inputs, upstream=upstream, **options)
     assert_statistics(ours, expected)
@@ -94,7 +94,7 @@ def test_the_inputs_are_peaked_and_their_weights_everywhere(case):
     inputs = make_inputs(case)
     z = inputs.hidden[:512] @ inputs.lm_head.T
     assert 40 < float(z.abs().max()) < 70
-    weight = call(inputs).stats.token_weight[inputs.target != IGNORE]
+    weight = TRITON.call(inputs).stats.token_weight[inputs.target != IGNORE]
     assert (weight == 0.8).any() and (weight == 5.0).any() and ((weight > 0.8) & (weight < 5.0)).any()
 
 
@@ -116,7 +116,7 @@ def test_more_entries_than_int32_counts(case, reduction):
     """Eager PyTorch does not fit here: bf16's rounding is the measure, targets and the vocabulary's end the sample."""
     case = case._replace(options=(("reduction", reduction),))
     inputs, upstream = make_inputs(case), upstream_of(case)
-    ours = call(inputs, upstream=upstream, **dict(case.options))
+    ours = TRITON.call(inputs, upstream=upstream, **dict(case.options))
     targets = inputs.target[inputs.target != IGNORE][-500:]
     sample = torch.cat([targets, torch.arange(max(0, case.v - 1000), case.v, device=DEVICE)]).unique()
     expected = blockwise(inputs, upstream=upstream, vocabulary_rows=sample, **dict(case.options))
@@ -158,7 +158,7 @@ EMPTY = both(all_ignored=Case(1000, *LLAMA, ignored=1.1, bias=True), no_tokens=C
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("case", EMPTY, indirect=True)
 def test_nothing_to_learn(case, reduction, compact):
-    result = call(make_inputs(case), reduction=reduction, compact=compact)
+    result = TRITON.call(make_inputs(case), reduction=reduction, compact=compact)
     assert not result.loss.any()
     for name in TRAINABLE:
         assert not result.grads[name].any()

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from tests.helpers.kernels import DEVICE, D, N, V, drop_cf, make_inputs, weights_of, with_source
+from tests.helpers.device import DEVICE
 from tests.helpers.numerics import IGNORE, beneath
 
 pytest.importorskip("triton")
@@ -15,15 +15,15 @@ from perce_kernels import chunked
 from perce_kernels.gpu import driver
 from perce_kernels.gpu.cut import Cut, cut_of
 from tests.helpers.driver import CUT, watching  # noqa: F401  fixtures
-from tests.helpers.kernels import call
-from tests.helpers.subjects import WAYS, of_each
+from tests.helpers.subjects import TRITON, WAYS, of_each
 from tests.helpers.watch import NEEDED_AND_COST
 
+D, N, V = TRITON.d, TRITON.n, TRITON.v
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "several_chunks")
 
 
 def test_the_usual_inputs_take_several_blocks_and_chunks():
-    inputs = make_inputs()
+    inputs = TRITON.inputs()
     valid = inputs.target != IGNORE
     assert CUT.block < int(valid.sum()) < N, "gathered rows, several blocks"
     for rows in (N, int(valid.sum()), CUT.block):
@@ -31,10 +31,10 @@ def test_the_usual_inputs_take_several_blocks_and_chunks():
 
 
 def test_fp64_is_the_chunked_backend():
-    inputs = make_inputs(dtype=torch.float64, bias=True)
+    inputs = TRITON.inputs(dtype=torch.float64, bias=True)
     ours, theirs = (backend.sweep(*beneath(inputs)) for backend in (driver, chunked))
     assert all(torch.equal(a, b) and a.dtype == torch.float64 for a, b in zip(ours, theirs, strict=True))
-    assert call(inputs, reduction="none").loss.dtype == torch.float64
+    assert TRITON.call(inputs, reduction="none").loss.dtype == torch.float64
 
 
 on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's products or errors")
@@ -54,15 +54,15 @@ def test_products_cost_the_floor_and_ignored_rows_nothing(subject, watch, compac
 
 @pytest.mark.parametrize("source", ["logp_cf", "token_weight"])
 def test_without_a_counterfactual_pass_the_floor_is_six(watch, source):
-    inputs = drop_cf(make_inputs(ignored=0.0))
+    inputs, weights = TRITON.with_source(TRITON.inputs(ignored=0.0), source)
     with watch:
-        driver.sweep(*beneath(inputs, weights=weights_of(source)))
+        driver.sweep(*beneath(inputs, weights=weights))
     assert watch.flop == 6 * N * D * V
 
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_token_logprobs_cost_one_product(watch, compact):
-    inputs = make_inputs()
+    inputs = TRITON.inputs()
     rows = int((inputs.target != IGNORE).sum()) if compact else N
     with watch:
         driver.logprobs(beneath(inputs, compact=compact)[0], return_entropy=True)
@@ -73,7 +73,7 @@ def test_token_logprobs_cost_one_product(watch, compact):
 @pytest.mark.parametrize("source", ["hidden_cf", "token_weight"])
 def test_host_syncs(watch, source, dtype):
     """One with compact=True, none without; what the interpreter looks at does not pass through the dispatcher."""
-    inputs, weights = with_source(make_inputs(bias=True).to(dtype), source)
+    inputs, weights = TRITON.with_source(TRITON.inputs(bias=True).to(dtype), source)
     with watch:
         driver.sweep(*beneath(inputs, compact=False, weights=weights))
         driver.logprobs(beneath(inputs, compact=False)[0], return_entropy=True)
@@ -90,7 +90,7 @@ def test_host_syncs(watch, source, dtype):
 @pytest.mark.parametrize("source", ["hidden_cf", "token_weight"])
 def test_peak_bytes_follow_the_formula(watch, source, compact, ignored, needed):
     n, d, v = 24, 32, 253
-    inputs, weights = with_source(make_inputs(n, d, v, ignored=ignored, bias=True), source)
+    inputs, weights = TRITON.with_source(TRITON.inputs(n, d, v, ignored=ignored, bias=True), source)
     gc.collect()
     with watch:
         out = driver.sweep(*beneath(inputs, compact=compact, needed=needed, weights=weights))
@@ -111,7 +111,7 @@ def test_the_head_gradient_is_read_and_written_half_as_often(monkeypatch, watch)
     assert whole.chunk >= 512, "reading W for fewer takes as long as multiplying it"
     n = size.n // 128
     monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(whole.block // 128, whole.chunk // 128))
-    inputs = make_inputs(n, D, size.v // 1024, ignored=0.0)
+    inputs = TRITON.inputs(n, D, size.v // 1024, ignored=0.0)
     with watch:
         driver.sweep(*beneath(inputs, weights={}))
     read_or_written = sum(1 + product.added for product in watch.products if product.m == size.v // 1024)

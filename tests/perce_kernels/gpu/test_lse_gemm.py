@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.helpers.kernels import DEVICE, make_inputs
+from tests.helpers.device import DEVICE
 from tests.helpers.numerics import IGNORE, Inputs, max_error
+from tests.helpers.subjects import TRITON
 
 pytest.importorskip("triton")
 from perce_kernels import reference
@@ -58,25 +59,25 @@ def assert_accurate(inputs: Inputs, error=2e-5, **options):
 )  # fmt: skip
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_options(tile, bias, options, dtype):
-    assert_accurate(make_inputs(n=19, bias=bias).to(dtype), **options)
+    assert_accurate(TRITON.inputs(n=19, bias=bias).to(dtype), **options)
 
 
 @pytest.mark.parametrize("n, d, v", [(1, 8, 1), (1, 8, 2), (16, 16, 32), (17, 24, 33), (3, 8, 129), (33, 40, 95)])
 def test_sizes(tile, n, d, v):
-    assert_accurate(make_inputs(n, d, v, bias=True, ignored=0.0))
+    assert_accurate(TRITON.inputs(n, d, v, bias=True, ignored=0.0))
 
 
 @pytest.mark.parametrize("d", [1, 3, 17])
 def test_rows_that_no_descriptor_can_hold_are_read_by_pointers(tile, d):
     """Rows of 4, 12 or 68 bytes: the copy engine needs multiples of 16."""
-    inputs = make_inputs(5, d, 41)
+    inputs = TRITON.inputs(5, d, 41)
     assert not lse_gemm._describable(inputs.hidden)
-    assert lse_gemm._describable(make_inputs(5, 8, 41).lm_head)
+    assert lse_gemm._describable(TRITON.inputs(5, 8, 41).lm_head)
     assert_accurate(inputs)
 
 
 def test_a_slice_with_an_unaligned_base(tile):
-    inputs = make_inputs(9, 16, 70, ignored=0.0)
+    inputs = TRITON.inputs(9, 16, 70, ignored=0.0)
     wider = torch.zeros(9, 17, device=DEVICE)
     wider[:, 1:] = inputs.hidden
     assert_accurate(Inputs(wider[:, 1:], inputs.lm_head, inputs.target))
@@ -86,12 +87,12 @@ def test_a_slice_with_an_unaligned_base(tile):
 def test_every_tile_is_visited_once_for_any_group(tile, monkeypatch, group):
     row = tiles.TABLE[0]
     monkeypatch.setattr(tiles, "TABLE", [row._replace(tile=tile._replace(group_m=group))])
-    assert_accurate(make_inputs(n=50, v=70, ignored=0.0))
+    assert_accurate(TRITON.inputs(n=50, v=70, ignored=0.0))
 
 
 @DTYPES
 def test_peaked_logits(tile, dtype):
-    inputs = make_inputs(n=9, d=64, spread=14.0, ignored=0.0).to(dtype)
+    inputs = TRITON.inputs(n=9, d=64, spread=14.0, ignored=0.0).to(dtype)
     z = reference.logits(inputs.hidden.double(), inputs.lm_head.double(), None, None, 1.0)
     assert z.abs().max() > 40
     assert_accurate(inputs, error=1e-4)
@@ -100,13 +101,13 @@ def test_peaked_logits(tile, dtype):
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_columns_past_the_vocabulary_add_no_mass(tile, softcap):
     """All logits near −50: a column counted as 0, or as −cap, would own the sum."""
-    inputs = make_inputs(n=4, v=45, spread=0.1, bias=True, ignored=0.0)
+    inputs = TRITON.inputs(n=4, v=45, spread=0.1, bias=True, ignored=0.0)
     inputs.bias.fill_(-50.0)
     assert_accurate(inputs, softcap=softcap)
 
 
 def test_large_common_offset_cancels(tile):
-    inputs = make_inputs(n=4, bias=True, ignored=0.0)
+    inputs = TRITON.inputs(n=4, bias=True, ignored=0.0)
     inputs.hidden.zero_()
     inputs.bias.copy_(torch.randint(-3, 3, inputs.bias.shape) + 65536.0)
     assert_accurate(inputs, error=2e-6)
@@ -114,7 +115,7 @@ def test_large_common_offset_cancels(tile):
 
 def test_entries_of_logit_minus_infinity(tile):
     """A whole tile of them, then all but one entry."""
-    inputs = make_inputs(n=4, bias=True, ignored=0.0)
+    inputs = TRITON.inputs(n=4, bias=True, ignored=0.0)
     inputs.target.fill_(100)
     inputs.bias[:32] = -torch.inf
     assert_accurate(inputs)
@@ -126,7 +127,7 @@ def test_entries_of_logit_minus_infinity(tile):
 @pytest.mark.parametrize("mask", [-5e9, -1e10, -1e30, float(torch.finfo(torch.float32).min)])
 def test_entries_masked_by_a_large_number(tile, mask):
     """A whole tile, of any width here, and some more."""
-    inputs = make_inputs(n=4, v=600, bias=True, ignored=0.0)
+    inputs = TRITON.inputs(n=4, v=600, bias=True, ignored=0.0)
     inputs.target.fill_(500)
     inputs.bias[:300] = mask
     assert_accurate(inputs)
@@ -142,13 +143,13 @@ def test_entropy_where_probabilities_underflow(tile):
 
 
 def test_without_entropy_the_log_probabilities_are_the_same(tile):
-    inputs = make_inputs()
+    inputs = TRITON.inputs()
     logp, entropy = run(inputs, return_entropy=False)
     assert entropy is None and torch.equal(logp, run(inputs)[0])
 
 
 def test_ignored_rows_are_zero_whatever_they_hold(tile):
-    inputs = make_inputs()
+    inputs = TRITON.inputs()
     ignored = inputs.target == IGNORE
     clean = run(inputs)
     inputs.hidden[ignored] = torch.nan
@@ -158,32 +159,32 @@ def test_ignored_rows_are_zero_whatever_they_hold(tile):
 
 @pytest.mark.parametrize("token", [211, -1, 223, 2**40, -(2**40)])
 def test_a_target_outside_the_vocabulary_poisons_its_row_alone(tile, token):
-    inputs = make_inputs(n=4, ignored=0.0)
+    inputs = TRITON.inputs(n=4, ignored=0.0)
     inputs.target[1] = token
     logp, entropy = run(inputs)
     assert logp[1].isnan() and logp[[0, 2, 3]].isfinite().all() and entropy.isfinite().all()
 
 
 def test_nan_in_a_row_stays_in_it(tile):
-    inputs = make_inputs(n=4, ignored=0.0)
+    inputs = TRITON.inputs(n=4, ignored=0.0)
     inputs.hidden[2, 3] = torch.nan
     logp, entropy = run(inputs)
     assert logp[2].isnan() and entropy[2].isnan() and logp[[0, 1, 3]].isfinite().all()
 
 
 def test_ignore_index_may_be_a_token(tile):
-    assert_accurate(make_inputs(ignore_index=5), ignore_index=5)
+    assert_accurate(TRITON.inputs(ignore_index=5), ignore_index=5)
 
 
 def test_no_rows(tile):
-    inputs = make_inputs()
+    inputs = TRITON.inputs()
     logp, entropy = run(Inputs(inputs.hidden[:0], inputs.lm_head, inputs.target[:0]))
     assert logp.shape == entropy.shape == (0,)
 
 
 def test_rows_that_lie_over_each_other_are_read_by_pointers(tile):
     """A descriptor takes a stride of 0 for 1: one hidden state for every token, by expand."""
-    inputs = make_inputs(n=9, d=16, ignored=0.0)
+    inputs = TRITON.inputs(n=9, d=16, ignored=0.0)
     expanded = inputs.hidden[:1].expand(9, 16)
     assert lse_gemm._describable(inputs.hidden) and not lse_gemm._describable(expanded)
     assert_accurate(Inputs(expanded, inputs.lm_head, inputs.target))

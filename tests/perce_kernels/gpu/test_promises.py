@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tests.helpers import ROOT
 from tests.helpers.cases import CHUNK, CUT, GEMMA, LLAMA, QWEN, Case, both, make_inputs, on_gpu
-from tests.helpers.device import ON_GPU, capture, free, host_syncs, no_host_sync, peak_bytes
-from tests.helpers.kernels import DEVICE, call
+from tests.helpers.device import DEVICE, ON_GPU, capture, free, host_syncs, no_host_sync, peak_bytes
 from tests.helpers.numerics import IGNORE, TRAINABLE, Inputs, beneath
+from tests.helpers.subjects import TRITON
 
 pytest.importorskip("triton")
 from perce_kernels import chunked, fused_perce_loss, token_logprobs
@@ -158,8 +158,8 @@ def test_compiles_without_a_graph_break(case, options):
 def test_autocast_is_a_cast_of_the_inputs(case, dtype, reduction):
     inputs = make_inputs(case)
     with torch.autocast(DEVICE.type, dtype):
-        cast = call(inputs, reduction=reduction)
-    by_hand = call(inputs.to(dtype), reduction=reduction)
+        cast = TRITON.call(inputs, reduction=reduction)
+    by_hand = TRITON.call(inputs.to(dtype), reduction=reduction)
     assert torch.equal(cast.loss, by_hand.loss) and cast.loss.dtype == torch.float32
     for name in TRAINABLE:
         assert cast.grads[name].dtype == torch.float32

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.kernels import DEVICE
+from tests.helpers.device import DEVICE
 
 pytest.importorskip("triton")
 import triton

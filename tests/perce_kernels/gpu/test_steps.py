@@ -8,21 +8,16 @@ import gc
 import pytest
 import torch
 
-from tests.helpers.kernels import DEVICE, D, N, V, call, make_inputs, with_source
-from tests.helpers.numerics import (
-    IGNORE,
-    Inputs,
-    beneath,
-    oracle,
-    strided,
-)
+from tests.helpers.device import DEVICE
+from tests.helpers.numerics import IGNORE, Inputs, beneath, oracle, strided
 
 pytest.importorskip("triton")
 from perce_kernels.gpu import blocked, driver, lse_gemm, row_loss, steps, stored_rows, tiles
 from perce_kernels.gpu.cut import Cut
 from tests.helpers.driver import CUT, watching  # noqa: F401  fixtures
-from tests.helpers.subjects import SUBJECTS
+from tests.helpers.subjects import SUBJECTS, TRITON
 
+D, N, V = TRITON.d, TRITON.n, TRITON.v
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "several_chunks", "way")
 
 
@@ -63,13 +58,13 @@ def test_the_way_that_is_taken(monkeypatch, way, dtype):
         run = getattr(module, name)
         spy = lambda *args, run=run, module=module, **rest: took.append(module) or run(*args, **rest)  # noqa: E731
         monkeypatch.setattr(module, name, spy)
-    inputs = make_inputs(n=2, ignored=0.0).to(dtype)
-    call(inputs)
+    inputs = TRITON.inputs(n=2, ignored=0.0).to(dtype)
+    TRITON.call(inputs)
     cublas = [blocked, row_loss]
     expected = {"fused": cublas, "mixed": [lse_gemm, row_loss], "stored": [lse_gemm, lse_gemm, stored_rows]}
     assert took == (expected[way] if dtype == torch.bfloat16 else cublas)
     took.clear()
-    call(Inputs(inputs.hidden, inputs.lm_head.T.contiguous().T, inputs.target, inputs.hidden_cf))
+    TRITON.call(Inputs(inputs.hidden, inputs.lm_head.T.contiguous().T, inputs.target, inputs.hidden_cf))
     assert took == cublas, "a transposed head would have to be copied"
 
 
@@ -80,12 +75,12 @@ def test_the_softcap_bends_the_target_by_its_fp32_logit():
     inputs = Inputs(torch.tensor([[1.0, 0.0]]), lm_head, torch.tensor([75]), None, torch.zeros(101)).to(torch.bfloat16)
     inputs = Inputs(*(None if x is None else x.to(DEVICE) for x in vars(inputs).values()))
     options = {"token_weight": torch.ones(1, device=DEVICE), "softcap": 20.0}
-    actual, expected = call(inputs, **options).grads["bias"], oracle(inputs, **options).grads["bias"]
+    actual, expected = TRITON.call(inputs, **options).grads["bias"], oracle(inputs, **options).grads["bias"]
     torch.testing.assert_close(actual[75].double(), expected[75], rtol=2**-8, atol=0)
 
 
 def test_a_large_common_offset_cancels():
-    inputs = make_inputs(n=4, bias=True, ignored=0.0)
+    inputs = TRITON.inputs(n=4, bias=True, ignored=0.0)
     inputs.hidden.zero_()
     inputs.hidden_cf.zero_()
     inputs.bias.copy_(torch.randint(-3, 3, inputs.bias.shape))
@@ -93,20 +88,20 @@ def test_a_large_common_offset_cancels():
     inputs.bias.add_(65536.0)
     moved = inputs.to(torch.bfloat16)
     moved = Inputs(moved.hidden, moved.lm_head, moved.target, moved.hidden_cf, inputs.bias)  # an fp32 bias
-    actual, wanted = call(moved).grads["bias"], expected.grads["bias"]
+    actual, wanted = TRITON.call(moved).grads["bias"], expected.grads["bias"]
     torch.testing.assert_close(actual.double(), wanted, rtol=2**-7, atol=1e-5)
 
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_vocabulary_masked_by_an_infinite_bias(compact):
     """A whole tile, and an entry."""
-    inputs = make_inputs(bias=True)
+    inputs = TRITON.inputs(bias=True)
     inputs.target[(inputs.target >= 0) & (inputs.target < TILE_COLUMNS)] = V - 1
     inputs.bias[:TILE_COLUMNS] = -torch.inf
     inputs.bias[100] = -torch.inf
     inputs.target[inputs.target == 100] = 101
     inputs = inputs.to(torch.bfloat16)
-    result = call(inputs, compact=compact)
+    result = TRITON.call(inputs, compact=compact)
     assert result.grads["lm_head"].isfinite().all()
     assert_close(result, oracle(inputs))
 
@@ -114,11 +109,11 @@ def test_vocabulary_masked_by_an_infinite_bias(compact):
 @pytest.mark.parametrize("mask", [-1e10, -1e30])
 def test_vocabulary_masked_by_a_large_number(mask):
     """As padding of a vocabulary is: 128 entries and more."""
-    inputs = make_inputs(v=300, bias=True)
+    inputs = TRITON.inputs(v=300, bias=True)
     inputs.target[inputs.target > 150] = 150
     inputs.bias[151:] = mask
     inputs = inputs.to(torch.bfloat16)
-    result = call(inputs)
+    result = TRITON.call(inputs)
     assert result.grads["lm_head"].isfinite().all() and not result.grads["bias"][151:].any()
     assert_close(result, oracle(inputs))
 
@@ -126,7 +121,7 @@ def test_vocabulary_masked_by_a_large_number(mask):
 @pytest.mark.parametrize("source", ["hidden_cf", "logp_cf", "token_weight"])
 def test_a_target_outside_the_vocabulary_poisons_its_row_alone(monkeypatch, source):
     monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)
-    inputs, weights = with_source(make_inputs(n=3, ignored=0.0).to(torch.bfloat16), source)
+    inputs, weights = TRITON.with_source(TRITON.inputs(n=3, ignored=0.0).to(torch.bfloat16), source)
     inputs.target[1] = V
     out = driver.sweep(*beneath(inputs, weights=weights, compact=False))
     for x in (out.logp, out.token_weight, out.dhidden[:, 0]):
@@ -140,9 +135,9 @@ def test_faint_fp16_gradients_survive(way, compact):
     Of stored logits u · |s| of each term, with |s| ≤ 40, for faint is what lies far below the maximum; terms of several
     rows cancel.
     """
-    inputs = make_inputs(n=7, d=8, spread=8.0, bias=True).to(torch.float16)
+    inputs = TRITON.inputs(n=7, d=8, spread=8.0, bias=True).to(torch.float16)
     options = {"upstream": 65536.0, "num_items": 100}
-    result, expected = call(inputs, compact=compact, **options), oracle(inputs, **options)
+    result, expected = TRITON.call(inputs, compact=compact, **options), oracle(inputs, **options)
     wanted = expected.grads["lm_head"]
     faint = (wanted * 100 / 65536).half() == 0
     assert (faint & (wanted.abs() > 1e-5)).float().mean() > 0.02
@@ -159,12 +154,12 @@ def test_faint_fp16_gradients_survive(way, compact):
 @pytest.mark.parametrize("clip", [5.0, 1e5], ids=["weight from upstream", "weight from clip"])
 def test_fp16_weights_beyond_fp16(compact, clip):
     """w·65536 in the backward of reduction="none", and a huge clip: past fp16's 65504 in dz, not in the gradients."""
-    inputs = make_inputs(n=7, d=8, spread=0.02)
+    inputs = TRITON.inputs(n=7, d=8, spread=0.02)
     inputs.hidden.mul_(0.02)
     inputs = inputs.to(torch.float16)
     inputs.hidden[inputs.target == IGNORE] = torch.nan
     options = {"upstream": 65536.0, "reduction": "none"} if clip == 5.0 else {"clip_min": clip, "clip_max": clip}
-    result, expected = call(inputs, compact=compact, **options), oracle(inputs, **options)
+    result, expected = TRITON.call(inputs, compact=compact, **options), oracle(inputs, **options)
     for name, wanted in expected.grads.items():
         assert float(wanted.abs().max()) < 65504
         atol = 2e-3 * float(wanted.abs().max())
@@ -174,22 +169,22 @@ def test_fp16_weights_beyond_fp16(compact, clip):
 @pytest.mark.parametrize("block, chunk", [(1, 1), (4, 4), (7, 3), (100, 100), (100, 3)])
 def test_blocks_and_chunks_of_any_size(monkeypatch, block, chunk):
     """One token at a time, one chunk a block, more tokens than there are."""
-    inputs = make_inputs(bias=True).to(torch.bfloat16)
+    inputs = TRITON.inputs(bias=True).to(torch.bfloat16)
     monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(block, chunk))
-    assert_close(call(inputs), oracle(inputs))
+    assert_close(TRITON.call(inputs), oracle(inputs))
 
 
 def test_expanded_and_strided_inputs():
     """Rows that lie over each other, which no descriptor can tell of; and every other column."""
-    inputs = make_inputs(d=16, bias=True).to(torch.bfloat16)
+    inputs = TRITON.inputs(d=16, bias=True).to(torch.bfloat16)
     one_row = Inputs(inputs.hidden[:1].expand(N, 16), inputs.lm_head, inputs.target, inputs.hidden_cf[:1].expand(N, 16))
     assert not lse_gemm._describable(one_row.hidden) and lse_gemm._describable(inputs.hidden)
     for compact in (True, False):
-        assert_close(call(one_row, compact=compact), oracle(one_row))
+        assert_close(TRITON.call(one_row, compact=compact), oracle(one_row))
     everywhere = Inputs(
         *(strided(getattr(inputs, name)) for name in ("hidden", "lm_head", "target", "hidden_cf", "bias"))
     )
-    assert_close(call(everywhere), oracle(inputs))
+    assert_close(TRITON.call(everywhere), oracle(inputs))
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's products")
@@ -208,8 +203,8 @@ def test_peak_bytes_follow_the_formula(watch, monkeypatch, way, source, compact,
         monkeypatch.setattr(module, name, collecting)
     for module in (driver, steps, blocked):
         monkeypatch.setattr(module, "product", lambda a, b, out, add=False: out.zero_())
-    inputs, weights = with_source(
-        make_inputs(n, d, v, bias=True).to(torch.float16), source
+    inputs, weights = TRITON.with_source(
+        TRITON.inputs(n, d, v, bias=True).to(torch.float16), source
     )  # rounding to bf16 allocates
     gc.collect()
     with watch:

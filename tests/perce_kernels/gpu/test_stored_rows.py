@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from tests.helpers.kernels import DEVICE, D, V, make_inputs
+from tests.helpers.device import DEVICE
+from tests.helpers.subjects import TRITON
 
 pytest.importorskip("triton")
 from perce_kernels import reference
 from perce_kernels.gpu import lse_gemm, stored_rows, tiles
 
+D, V = TRITON.d, TRITON.v
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 ARCHITECTURE = tiles.architecture(DEVICE)
@@ -27,7 +29,7 @@ def test_error_of_the_stored_logits_is_within_its_bound(monkeypatch, dtype, soft
     """|Δp_v| ≤ u/e · p_t, as the docstring derives, and the rounding of dz itself; the capped ones 2/cap more."""
     row = tiles.Row("store_gemm", ARCHITECTURE, tiles.HALF, None, FORMS[form])
     monkeypatch.setattr(tiles, "TABLE", (row, *tiles.TABLE))
-    inputs = make_inputs(n=4, d=64, spread=9.0, ignored=0.0).to(dtype)
+    inputs = TRITON.inputs(n=4, d=64, spread=9.0, ignored=0.0).to(dtype)
     h, w, y = inputs.hidden, inputs.lm_head, inputs.target
     stored = torch.full((4, 256), torch.nan, dtype=dtype, device=DEVICE)
     rows = lse_gemm.statistics(h, w, y, None, stored=stored, softcap=softcap)

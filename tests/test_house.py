@@ -1,0 +1,145 @@
+"""How the house is built: imports go down only, every module has its test, and the front door is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import perce
+from tests.helpers import ROOT
+
+# From the ground up; a room imports only rooms below it, and those beside it in its own folder without a circle.
+FLOORS = (
+    ("perce_kernels",),
+    ("perce.errors",),
+    ("perce.environment", "perce.files"),
+    ("perce.config",),
+    ("perce.hub", "perce.demo", "perce.report"),
+    ("perce.data",),
+    ("perce.model",),
+    ("perce.planning", "perce.measuring"),
+    ("perce.training",),
+    ("perce.train", "perce.score", "perce.evaluate", "perce.plan"),
+)
+KERNEL_FLOORS = (
+    ("reference", "backends", "vocab_parallel"),
+    ("contract",),
+    ("row_pass",),
+    ("chunked",),
+    ("gpu",),
+    ("ops",),
+    ("loss",),
+)
+# backends.py looks its modules up in a table, and asks the tiles whether a GPU is supported: late, and by name.
+LATE = {("perce_kernels.backends", "perce_kernels.gpu.tiles")}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("perce", "perce_kernels")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+KERNELS = {name for name in MODULES if name.startswith("perce_kernels.")}
+
+
+def imported(module: str) -> set[str]:
+    """The modules of ours that a module imports, anywhere in its text: what is imported late is imported too."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name in MODULES and (module, name) not in LATE}
+
+
+def floor_of(module: str, floors: tuple[tuple[str, ...], ...], inside: str = "") -> tuple[int, str]:
+    """(floor, room) of a module; its longest matching room."""
+    for number, rooms in enumerate(floors):
+        for room in rooms:
+            if module == inside + room or module.startswith(f"{inside}{room}."):
+                return number, room
+    raise AssertionError(f"{module} is on no floor: give it one in FLOORS")
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name not in ("perce", "perce_kernels")])
+def test_imports_go_down(module):
+    for other in imported(module):
+        floors, inside = (FLOORS, "") if not {module, other} <= KERNELS else (KERNEL_FLOORS, "perce_kernels.")
+        (mine, room), (theirs, their_room) = floor_of(module, floors, inside), floor_of(other, floors, inside)
+        assert theirs < mine or room == their_room, f"{module} imports {other}, which is not below it"
+
+
+def test_there_is_no_circle():
+    left = {module: imported(module) - {module} for module in MODULES}
+    while ground := [module for module, needs in left.items() if not needs]:
+        for module in ground:
+            del left[module]
+        left = {module: needs - set(ground) for module, needs in left.items()}
+    assert not left, f"these import each other: {', '.join(left)}"
+
+
+# A test file is called after a module, or after it and a part of it; these are about several.
+ABOUT_SEVERAL = {
+    "perce/test_backend_option.py": "--backend of every command",
+    "perce/test_longce.py": "documents, from rows to a run",
+    "perce/test_recipes.py": "recipes/",
+    "perce/training/test_ranks.py": "several processes",
+    "perce_kernels/gpu/test_aot.py": "all kernels, compiled without a GPU",
+    "perce_kernels/gpu/test_device.py": "all kernels on a GPU, at real sizes",
+    "perce_kernels/gpu/test_promises.py": "all kernels on a GPU: memory, syncs, graphs",
+    "benchmarks/gpu/test_stages.py": "parts, steps, training and the suite",
+}
+# Modules whose behaviour is only seen through others.
+SEEN_THROUGH = {
+    "perce.environment": "perce.train", "perce.errors": "perce.train", "perce.files": "perce.score",
+    "perce.config.commands": "perce.config.options", "perce.config.schema": "perce.config.options",
+    "perce.model.passes": "perce.model.patch", "perce.planning.live": "perce.planning.rehearsal",
+    "perce.planning.tables": "perce.plan", "perce.measuring.records": "perce.score",
+    "perce.measuring.scores": "perce.score", "perce.measuring.score_report": "perce.score",
+    "perce.measuring.identification": "perce.measuring.metrics", "perce.measuring.evaluation_report": "perce.evaluate",
+    "perce.training.checkpoints": "perce.training.interruption", "perce.training.normalizer": "perce.training.trainer",
+    "perce.training.summary": "perce.train", "perce_kernels.contract": "perce_kernels.chunked",
+    "perce_kernels.reference": "perce_kernels.loss", "perce_kernels.row_pass": "perce_kernels.chunked",
+    "perce_kernels.gpu.blocked": "perce_kernels.gpu.combine",
+    "perce_kernels.gpu.row_halves": "perce_kernels.gpu.row_loss", "perce.report.terminal": "perce.score",
+}  # fmt: skip
+
+
+def files_for(module: str) -> list[Path]:
+    path = MODULES[module].relative_to(ROOT).with_suffix("")
+    folder = ROOT / "tests" / path.parent
+    return [folder / f"test_{path.name}.py", *folder.glob(f"test_{path.name}_*.py")]
+
+
+def test_every_module_has_its_tests_and_every_test_file_its_module():
+    modules = [name for name, path in MODULES.items() if path.name != "__init__.py"]
+    for module in modules:
+        has = any(path.is_file() for path in files_for(module))
+        assert has != (module in SEEN_THROUGH), f"{module}: expected a test file of its name, or a line in SEEN_THROUGH"
+        assert has or any(path.is_file() for path in files_for(SEEN_THROUGH[module]))
+    expected = {path for module in modules for path in files_for(module)}
+    expected |= {ROOT / "tests" / name for name in ABOUT_SEVERAL}
+    expected |= {ROOT / "tests" / "perce" / "demo" / "test_demo.py"}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        name = path.relative_to(ROOT / "tests")
+        if name.parts[0] == "benchmarks":
+            module = ROOT / name.parent / f"{path.stem.removeprefix('test_')}.py"
+            assert module.is_file() or str(name) in ABOUT_SEVERAL, f"{name} is called after no module"
+        elif len(name.parts) > 1:
+            assert path in expected, f"{name} is called after no module"
+
+
+def test_few_rooms_stand_at_the_front():
+    assert len(list((ROOT / "perce").glob("*.py"))) <= 14
+
+
+def test_the_front_door_is_light_and_opens_to_everything_it_names():
+    code = "import sys, perce; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    for name in perce.__all__:
+        assert getattr(perce, name) is not None and name in dir(perce)
+    with pytest.raises(AttributeError, match="no attribute 'PerceModel'"):
+        _ = perce.PerceModel
