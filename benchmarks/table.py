@@ -53,12 +53,16 @@ def steps(entries: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| persona of {extra['persona_tokens']} tokens | {seconds:.2f} | {extra['ratio_to_ce']:.2f} |"
 
 
+def over_personas(what: str, columns: list[dict[str, Any]]) -> Iterator[str]:
+    yield f"| {what}, persona of | {' | '.join(str(c['persona_tokens']) for c in columns)} |"
+    yield "| --- |" + " --- |" * len(columns)
+
+
 def contexts(entries: list[dict[str, Any]]) -> Iterator[str]:
     """Peak extra memory of one step over the persona's length, by what is traded for it."""
     columns = [e["extra_info"] for e in entries if e["name"].startswith("test_memory_of_a_step")]
     if columns:
-        yield f"| MiB of a step, persona of | {' | '.join(str(c['persona_tokens']) for c in columns)} |"
-        yield "| --- |" + " --- |" * len(columns)
+        yield from over_personas("MiB of a step", columns)
         for way in dict.fromkeys(way for c in columns for way in c["peak_extra_mib"]):
             yield f"| {way} | {' | '.join(str(c['peak_extra_mib'].get(way, NOT_MEASURED)) for c in columns)} |"
 
@@ -67,8 +71,7 @@ def trainers(entries: list[dict[str, Any]]) -> Iterator[str]:
     """Steps of whole trainers over the persona's length: peak extra memory, and factual tokens a second."""
     columns = [e["extra_info"] for e in entries if e["name"].startswith("test_a_step_by_trainer")]
     if columns:
-        yield f"| MiB (tokens/s) of a step, persona of | {' | '.join(str(c['persona_tokens']) for c in columns)} |"
-        yield "| --- |" + " --- |" * len(columns)
+        yield from over_personas("MiB (tokens/s) of a step", columns)
         for way in dict.fromkeys(way for c in columns for way in [*c["peak_extra_mib"], *c["out_of_memory"]]):
             cells = [
                 f"{c['peak_extra_mib'][way]} ({c['tokens_per_second'][way]})"

@@ -21,16 +21,10 @@ __all__ = [
     "load_examples", "prompt_ids",
 ]  # fmt: skip
 _HOMES = {
-    "DataConfig": "config.schema",
-    "LossConfig": "config.schema",
-    "MemoryConfig": "config.schema",
-    "PerceArguments": "training.arguments",
-    "PerceTrainer": "training.trainer",
-    "UserError": "errors",
-    "default_model_path": "demo",
-    "load_examples": "data.rows",
-    "prompt_ids": "data.pairs",
-}
+    **dict.fromkeys(("DataConfig", "LossConfig", "MemoryConfig"), "config.schema"), "UserError": "errors",
+    "default_model_path": "demo", "load_examples": "data.rows", "prompt_ids": "data.pairs",
+    "PerceArguments": "training.arguments", "PerceTrainer": "training.trainer",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -11,17 +11,15 @@ from perce.config.commands import EVALUATE, EvaluateOptions
 
 def run(options: EvaluateOptions) -> None:
     """Evaluate, write, print; an interrupted run resumes after its last example."""
-    from perce.environment import quiet_libraries
-    from perce.files import claim_files
+    from perce.environment import prepare
 
     wanted = options.evaluate
     output = Path(wanted.output).expanduser() if wanted.output else None
-    quiet_libraries()
-    claim_files([wanted.output])
+    prepare(wanted.output)
     from tqdm import tqdm
 
     from perce.data.splits import training_rows_note
-    from perce.measuring.evaluation import Evaluator, prepare, texts_key
+    from perce.measuring.evaluation import Evaluator, make_batches, texts_key
     from perce.measuring.evaluation_report import compare, print_result, read_result, summarise, write_result
     from perce.measuring.inference import load_subject
     from perce.measuring.metrics import Meteor
@@ -34,7 +32,7 @@ def run(options: EvaluateOptions) -> None:
     facts = subject.facts | {"examples": len(examples), "texts": texts_key(examples)}
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
     file = RecordFile(None if output is None else output.with_suffix(".jsonl"), facts)
-    work = prepare(examples, subject.builder, options, subject.device)
+    work = make_batches(examples, subject.builder, options, subject.device)
     evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, meteor)
     done = {record["example"] for record in file.records}
     for number, batch in enumerate(tqdm(work.batches, desc="evaluating", unit="batch", leave=False)):

@@ -13,11 +13,9 @@ from perce.config.commands import PLAN, PlanOptions
 
 def run(options: PlanOptions) -> None:
     """Plan, print, and write the JSON."""
-    from perce.environment import quiet_libraries
-    from perce.files import claim_files
+    from perce.environment import prepare
 
-    quiet_libraries()
-    claim_files([options.step.json])
+    prepare(options.step.json)
     from perce.planning.plans import make_plan
     from perce.planning.tables import print_plan, to_json
 

@@ -14,12 +14,10 @@ from perce.errors import UserError
 
 def run(options: ScoreOptions) -> None:
     """Score the examples, write what was asked for, and print a summary."""
-    from perce.environment import quiet_libraries
-    from perce.files import claim_files
+    from perce.environment import prepare
 
     score = options.score
-    quiet_libraries()
-    claim_files([score.output, score.summary])
+    prepare(score.output, score.summary)
     from perce.measuring.identification import identify
     from perce.measuring.inference import load_subject
     from perce.measuring.records import RecordFile

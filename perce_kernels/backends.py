@@ -63,13 +63,11 @@ def resolve_backend(backend: str, device: torch.device, group: Any = None) -> st
 def implementation(backend: str, device: torch.device) -> ModuleType:
     """The module that computes. "auto" is Triton on a GPU that the kernels are built for, else plain PyTorch."""
     if backend == "auto":
-        backend = "triton" if _is_for_triton(device) else "torch"
+        backend = "triton" if device.type == "cuda" and TRITON_FOUND and _has_tiles(device) else "torch"
     return importlib.import_module(BACKENDS[backend].module)
 
 
-def _is_for_triton(device: torch.device) -> bool:
-    if device.type != "cuda" or not TRITON_FOUND:
-        return False
+def _has_tiles(device: torch.device) -> bool:
     from perce_kernels.gpu import tiles
 
     return tiles.is_supported(device)

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("PERCE_BACKEND", None)  # the developer's own choice is not what is tested
 
-from perce_kernels import chunked, row_pass
+from perce_kernels import backends, chunked, reference, row_pass
 
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.register_profile("explore", deadline=None, max_examples=1000)
@@ -89,3 +89,24 @@ def interpreter_rounds():
         patch.setattr(interpreter, "_convert_float", rounding)
         patch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
         yield
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The backends that computed something, in order."""
+    modules = {"torch": chunked, "reference": reference}
+    if backends.TRITON_FOUND:
+        from perce_kernels.gpu import driver
+
+        modules["triton"] = driver
+    names = []
+    for backend, module in modules.items():
+        for function in ("perce_loss" if module is reference else "sweep", "logprobs"):
+            run = getattr(module, function)
+
+            def spy(*args, run=run, backend=backend, **options):
+                names.append(backend)
+                return run(*args, **options)
+
+            monkeypatch.setattr(module, function, spy)
+    return names

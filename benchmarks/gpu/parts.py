@@ -17,17 +17,7 @@ from benchmarks.gpu import child as children
 from benchmarks.gpu import roofline
 from benchmarks.gpu.child import Child
 from benchmarks.gpu.peers import PEERS, WAY_PEERS
-from benchmarks.gpu.race import (
-    DTYPE,
-    PIR_ERROR,
-    SIDE,
-    Inputs,
-    Reference,
-    ceilings,
-    clear,
-    probes,
-    what_is_wrong,
-)  # fmt: skip
+from benchmarks.gpu.race import DTYPE, PIR_ERROR, SIDE, Inputs, Reference, ceilings, clear, probes, what_is_wrong
 from benchmarks.gpu.roofline import Gpu, Work
 from benchmarks.gpu.sizes import Size
 from benchmarks.gpu.tiles import SUBJECTS

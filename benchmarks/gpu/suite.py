@@ -16,14 +16,11 @@ from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, die_with_parent
 
 ROOT = Path(__file__).parents[2]
-KERNELS = "tests/perce_kernels"
 FILES = [
-    f"{KERNELS}/{name}.py"
-    for name in (
-        "gpu/test_device", "gpu/test_promises", "gpu/test_lse_gemm", "gpu/test_row_loss", "gpu/test_stored_rows",
-        "gpu/test_combine", "test_loss", "gpu/test_steps", "gpu/test_driver", "test_ops",
-    )
-]  # fmt: skip
+    f"tests/perce_kernels/{name}.py"
+    for name in "gpu/test_device gpu/test_promises gpu/test_lse_gemm gpu/test_row_loss gpu/test_stored_rows "
+    "gpu/test_combine test_loss gpu/test_steps gpu/test_driver test_ops".split()
+]
 """In this order, for the time may end before they do."""
 OPTIONS = ("-m", "not slow", "-v", "--timeout", "60", "--timeout-method", "thread", "--tb", "short",
            "--disable-warnings", "-rf", "--maxfail", "20", "-o", "addopts=", "-o", "timeout_func_only=true", "-p",

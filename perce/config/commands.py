@@ -9,31 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perce.config import schema
 from perce.config.options import Command, flat, number, read_yaml
-from perce.config.schema import (
-    CONFIG_NAME,
-    DataConfig,
-    EvaluateConfig,
-    InferenceConfig,
-    LossConfig,
-    MemoryConfig,
-    ModelConfig,
-    RunConfig,
-    ScoreConfig,
-    SplitConfig,
-    StepConfig,
-)
 
 
 @dataclass(frozen=True)
 class TrainOptions:
     """Of `python -m perce.train`; `extra` are TrainingArguments fields by their Hugging Face names."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    model: schema.ModelConfig = field(default_factory=schema.ModelConfig)
+    data: schema.DataConfig = field(default_factory=schema.DataConfig)
+    loss: schema.LossConfig = field(default_factory=schema.LossConfig)
+    memory: schema.MemoryConfig = field(default_factory=schema.MemoryConfig)
+    run: schema.RunConfig = field(default_factory=schema.RunConfig)
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,32 +33,32 @@ class TrainOptions:
 class InferenceOptions:
     """A model and the examples that it is asked about: what score and evaluate share."""
 
-    model: InferenceConfig
-    data: DataConfig
-    examples: SplitConfig
+    model: schema.InferenceConfig
+    data: schema.DataConfig
+    examples: schema.SplitConfig
 
 
 @dataclass(frozen=True)
 class ScoreOptions(InferenceOptions):
     """Of `python -m perce.score`."""
 
-    score: ScoreConfig
+    score: schema.ScoreConfig
 
 
 @dataclass(frozen=True)
 class EvaluateOptions(InferenceOptions):
     """Of `python -m perce.evaluate`."""
 
-    evaluate: EvaluateConfig
+    evaluate: schema.EvaluateConfig
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     """Of `python -m perce.plan`."""
 
-    model: ModelConfig
-    step: StepConfig
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    model: schema.ModelConfig
+    step: schema.StepConfig
+    memory: schema.MemoryConfig = field(default_factory=schema.MemoryConfig)
 
 
 TRAIN: Command[TrainOptions] = Command(
@@ -124,7 +112,7 @@ def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainO
     parsed = TRAIN.parse(argv)
     raw = parsed.raw
     if number(raw.get("resume")) is True and raw.get("output_dir") and not parsed.config_file:
-        saved = Path(raw["output_dir"]).expanduser() / CONFIG_NAME
+        saved = Path(raw["output_dir"]).expanduser() / schema.CONFIG_NAME
         raw = (read_yaml(str(saved)) if saved.is_file() else {}) | raw
     if raw.get("model") is None and raw.get("data") is None:
         raw = dict(defaults) | raw

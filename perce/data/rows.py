@@ -16,34 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perce.data.formats import (
-    FORMATS,
-    LISTS,
-    OPTIONAL,
-    PARSERS,
-    USER_FIELDS,
-    Turn,
-    detect_format,
-    did_you_mean,
-    missing_fields,
-    parse_document,
-    parse_spans,
-    show,
-)
+from perce.data import formats
+from perce.data.formats import FORMATS, Turn, did_you_mean, show
 from perce.data.sources import SPLITS, BadRow, Source, open_data
 from perce.errors import UserError
-
-__all__ = [
-    "FORMATS",
-    "SPLITS",
-    "Document",
-    "Example",
-    "Examples",
-    "Record",
-    "Turn",
-    "available_splits",
-    "load_examples",
-]
 
 KEPT_REASONS = 5  # skipped rows are all counted; the first few are quoted, which is enough to see the pattern
 
@@ -78,7 +54,7 @@ def _rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, obj
     for ours, theirs in columns.items():
         if theirs in row:
             renamed[ours] = row[theirs]
-        elif ours not in OPTIONAL:
+        elif ours not in formats.OPTIONAL:
             got = f"fields {', '.join(row)}{did_you_mean([theirs], row)}"
             raise BadRow(theirs, f"it, by --columns {ours}={theirs}", got)
     return renamed
@@ -87,7 +63,7 @@ def _rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, obj
 def _nested(row: dict[str, object]) -> dict[str, object]:
     """The row with lists that came as JSON in a text, as in a CSV; a text that only begins like one stays a text."""
     found = {}
-    for name in LISTS:
+    for name in formats.LISTS:
         text = row.get(name)
         if isinstance(text, str) and text.startswith("["):
             with contextlib.suppress(json.JSONDecodeError):
@@ -157,23 +133,25 @@ class Examples:
         # Tables hold null where a row lacks a field: absent and null are the same.
         row = _nested(_rename({name: cell for name, cell in value.items() if cell is not None}, self._columns))
         if self.format == "auto":
-            self.format = detect_format(row)  # decides for all rows: errors can then name the field
-        if missing := missing_fields(self.format, row):
+            self.format = formats.detect_format(row)  # decides for all rows: errors can then name the field
+        if missing := formats.missing_fields(self.format, row):
             wanted = missing[0].replace("|", "' or '")
             hint = did_you_mean(missing[0].split("|"), row)
             raise BadRow(wanted, f"it in a row of format {self.format}", f"only {', '.join(row) or 'nothing'}{hint}")
         if "personal_spans" in row and (self.format != "perce" or "response" not in row):
             raise BadRow("personal_spans", "it only beside a 'response' (format perce)", f"format {self.format}")
-        users = [row[name] for name in USER_FIELDS.get(self.format, ("user_id",)) if name in row]
+        users = [row[name] for name in formats.USER_FIELDS.get(self.format, ("user_id",)) if name in row]
         if users and not isinstance(users[0], str | int):
             raise BadRow("user_id", "a string or an integer", show(users[0]))
         user_id = str(users[0]) if users else None
         if self.format == "text":
-            return [Document(parse_document(row), user_id, source)]
+            return [Document(formats.parse_document(row), user_id, source)]
         marked = row.get("personal_spans")
         examples = [
-            Example(persona, turns, said, user_id, None if marked is None else parse_spans(marked, said), source)
-            for persona, turns, said in PARSERS[self.format](row)
+            Example(
+                persona, turns, said, user_id, None if marked is None else formats.parse_spans(marked, said), source
+            )
+            for persona, turns, said in formats.PARSERS[self.format](row)
         ]
         if not examples:
             raise BadRow(None, "at least one response that answers a turn", "an opening line only")
@@ -211,7 +189,7 @@ def load_examples(
     _check_known("split", split, tuple(SPLITS))
     if limit is not None and limit < 1:
         raise UserError(f"limit: expected at least 1 example, or None for all, got {limit}")
-    ours = [name for needs in FORMATS.values() for need in needs for name in need.split("|")] + list(OPTIONAL)
+    ours = [name for needs in FORMATS.values() for need in needs for name in need.split("|")] + list(formats.OPTIONAL)
     for name in columns or {}:
         if name not in ours:
             names = ", ".join(dict.fromkeys(ours))

@@ -50,7 +50,9 @@ class Work:
     notes: list[str]
 
 
-def prepare(examples: Sequence[Example], builder: PairBuilder, options: EvaluateOptions, device: torch.device) -> Work:
+def make_batches(
+    examples: Sequence[Example], builder: PairBuilder, options: EvaluateOptions, device: torch.device
+) -> Work:
     """Pairs in batches of similar length. The order depends on nothing but the examples: a second run has the same."""
     notes, items = [], []
     seen: Counter[str] = Counter()

@@ -142,15 +142,10 @@ def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None
             interval = Interval(**{name: value for name, value in d.items() if name != "p"})
             row += [f"{interval.value:+.4f} ({interval.span('+.4f')})", f"{d['p']:.4f}"]
         rows.add_row(*row)
-    notes = [*result["notes"], *(f"{name}: {text}" for name, text in result["about"].items())]
+    about = (f"{name}: {text}" for name, text in result["about"].items())
+    notes = [Text(note, style="dim") for note in (*result["notes"], *about)]
     if comparison:
-        notes.append(f"differences: this model minus {comparison['model'] or comparison['with']}")
-    settings = (comparison or {}).get("settings", {})
-    show(
-        rows,
-        *(Text(note, style="dim") for note in notes),
-        *(
-            Text(f"not only the model differs: {fact} is {mine!r} here and {its!r} there", style="bold")
-            for fact, (mine, its) in settings.items()
-        ),
-    )
+        notes.append(Text(f"differences: this model minus {comparison['model'] or comparison['with']}", style="dim"))
+        for fact, (mine, its) in comparison["settings"].items():
+            notes.append(Text(f"not only the model differs: {fact} is {mine!r} here and {its!r} there", style="bold"))
+    show(rows, *notes)

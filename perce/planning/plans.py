@@ -60,14 +60,11 @@ def make_plan(options: PlanOptions) -> Plan:
     check_options(options, device)
     low, tflops = is_low_precision(options.model, device), options.step.tflops
     return Plan(
-        options=options,
-        device=device,
-        precision="bf16" if low else "fp32",
-        cost=step_cost(model_config, options, device),
+        options, device, precision="bf16" if low else "fp32", cost=step_cost(model_config, options, device),
         rate=tflops * 1e12 if tflops else matmul_rate(device, low),
         largest_context=largest_context(model_config, options, device),
         variants=list(planned_variants(model_config, options, device)),
-    )
+    )  # fmt: skip
 
 
 def planned_variants(model_config: Any, options: PlanOptions, device: str) -> Iterator[Variant]:

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from perce.config.commands import TRAIN, TrainOptions
 from perce.config.schema import DataConfig, LossConfig, MemoryConfig
-from perce.environment import quiet_libraries
+from perce.environment import prepare
 from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
@@ -94,7 +94,7 @@ def settle_device(args: Any, memory: MemoryConfig) -> None:
 
 def training_arguments(config: TrainOptions) -> PerceArguments:
     """PerceArguments from our options and the TrainingArguments fields in config.extra."""
-    quiet_libraries()
+    prepare()
     fields = {field.name: field for field in dataclasses.fields(PerceArguments) if field.init}
     for name, value in config.extra.items():
         if name in OURS:
@@ -135,12 +135,8 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         # Batches of ragged examples cannot be cut and sent around: every process reads its own from a stream.
         "accelerator_config": {"dispatch_batches": False},
     }
-    try:
+    with options_that_fail_late():
         return PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **(values | config.extra))
-    except UserError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"These options do not go together: {in_one_line(error)}") from error
 
 
 def _check_kind(name: str, default: Any, value: Any) -> None:
@@ -177,10 +173,10 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any) -> TrainOp
 
 @contextlib.contextmanager
 def options_that_fail_late() -> Iterator[None]:
-    """What the Trainer finds out on construction: optimisers and loggers whose package is missing, bad combinations."""
+    """What arguments and Trainer find out on construction: bad combinations, optimisers whose package is missing."""
     try:
         yield
     except UserError:
         raise
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise UserError(f"These options cannot be used here: {in_one_line(error)}") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -332,8 +332,4 @@ class _EStep(TrainerCallback):
 
 def _gather_dicts(own: Mapping[int, Any]) -> Mapping[int, Any]:
     """The union over all processes."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return own
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return {key: value for part in parts for key, value in part.items()}
+    return {key: value for part in gather_object([own]) for key, value in part.items()}

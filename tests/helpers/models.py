@@ -1,8 +1,14 @@
-"""Batches for a model with PerCE installed, and its loss of them."""
+"""Batches of every kind for a tiny model: padded, packed, documents, and lengths under a budget."""
+
+import random
 
 import torch
 
-from tests.helpers.tiny import demo_pairs
+from perce.data.documents import DocumentBuilder
+from perce.data.retrieval import Retriever, recency_scores
+from perce.model.patch import prepare_model
+from perce.training.sampler import TokenBatches
+from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(3)
 
@@ -14,3 +20,37 @@ def perce_forward(model, batch, **loss):
         hidden_cf = model(input_ids=batch["input_ids_cf"], perce={"rows": batch["rows_cf"]})
     call = {"hidden_cf": hidden_cf, **CLIP, **loss}
     return model(input_ids=batch["input_ids"], perce={"rows": batch["rows"], "target": batch["target"], "loss": call})
+
+
+K, S = 16, 8
+
+TOKENIZER = tiny_tokenizer()
+
+TEXT = "The bees left on Monday. Ana wrote it down, as she does. By Friday they were back, louder than before. "
+
+
+def documents(lengths):
+    """Pairs of documents of so many tokens, chance ids."""
+    torch.manual_seed(2)
+    builder = DocumentBuilder(TOKENIZER, max_length=1000, short_context=K, short_stride=S)
+    return [{**vars(builder._pair(torch.randint(1, 400, (n,)).tolist())), "example": i} for i, n in enumerate(lengths)]
+
+
+PACKED = demo_pairs(2, retriever=Retriever(recency_scores, 1, "", ""))
+
+PACKING = ("llama", "qwen3", "gemma3")
+
+
+def model_with(architecture, attention):
+    model = prepare_model(tiny_model(architecture))
+    model.set_attn_implementation(attention)
+    return model
+
+
+LENGTHS = [random.Random(0).randint(20, 400) for _ in range(500)] + [1200]
+
+
+def drawn(epoch=0, lengths=LENGTHS, budget=1000, **options):
+    batches = TokenBatches(lengths, budget, **({"seed": 7} | options))
+    batches.set_epoch(epoch)
+    return list(batches)

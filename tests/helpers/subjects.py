@@ -20,6 +20,9 @@ from tests.helpers.numerics import Inputs, Result, assert_matches
 
 CPU = torch.device("cpu")
 WAYS = ("fused", "mixed", "stored")
+NEEDS_TRITON = pytest.mark.skipif(not TRITON_FOUND, reason="Triton is not installed")
+EACH = ["torch", "reference", pytest.param("triton", marks=NEEDS_TRITON)]
+"""Backends that can be asked for."""
 SOURCES = ("hidden_cf", "logp_cf", "token_weight")
 
 
@@ -99,9 +102,10 @@ def of_each(names: str, *cases: str | tuple):
     """
     if names in SUBJECTS:
         names, cases = "", tuple((case,) for case in (names, *cases))
-    needs = pytest.mark.skipif(not TRITON_FOUND, reason="Triton is not installed")
     marked = [
-        pytest.param(*case, marks=needs if SUBJECTS[case[0]].backend == "triton" else (), id="-".join(map(_id, case)))
+        pytest.param(
+            *case, marks=NEEDS_TRITON if SUBJECTS[case[0]].backend == "triton" else (), id="-".join(map(_id, case))
+        )
         for case in cases
     ]
     return pytest.mark.parametrize(["subject", *filter(None, names.split(", "))], marked, indirect=["subject"])

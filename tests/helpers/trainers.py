@@ -26,7 +26,7 @@ def arguments(directory, **options):
     return PerceArguments(**(defaults | options))
 
 
-def model_for(kind, dropout=0.0, architecture="llama"):
+def model_for(kind="full", dropout=0.0, architecture="llama"):
     model = prepare_model(tiny_model(architecture))
     if kind == "full":
         return model

@@ -10,12 +10,9 @@ import perce.model.patch
 from perce import PerceArguments, PerceTrainer, UserError, evaluate, plan, score
 from perce.planning import plans
 from perce_kernels import backends
-from tests.helpers.backends import (
-    EACH,
-    backends_that_ran,  # noqa: F401  a fixture
-)
+from tests.helpers.subjects import EACH
 from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
-from tests.helpers.training import fails, model_directory, rows_file, training  # noqa: F401  fixtures
+from tests.helpers.training import fails
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from perce.data.splits import load_splits, split_seed
 from perce.demo import DATA_DIR
 from perce.measuring.evaluation import Evaluator, other_users
 from tests.helpers.tiny import demo_examples, save_tiny_model, tiny_tokenizer, write_jsonl
+from tests.helpers.training import printed_by
 
 LIMIT = 14  # of three users
 
@@ -27,11 +28,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def run(model, capsys):
-    def run(*argv, code=0):
-        assert evaluate.main(["--model", str(model), "--limit", str(LIMIT), *FAST, *map(str, argv)]) == code
-        return capsys.readouterr()
-
-    return run
+    return printed_by(evaluate.main, capsys, "--model", model, "--limit", LIMIT, *FAST)
 
 
 def result(path):

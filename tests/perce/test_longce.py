@@ -17,7 +17,7 @@ from perce.data.pairing import make_builder
 from perce.model.passes import token_statistics
 from perce.model.patch import prepare_model
 from perce.train import main
-from tests.helpers.documents import TEXT, TOKENIZER, K, S, documents
+from tests.helpers.models import TEXT, TOKENIZER, K, S, documents
 from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl
 from tests.helpers.trainers import arguments, trainer_for
 from tests.helpers.training import fails

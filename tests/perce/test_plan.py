@@ -1,8 +1,6 @@
 """perce.plan: table and JSON, devices, training recipes, mistakes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -11,6 +9,7 @@ from transformers import MixtralConfig, T5Config
 from perce import plan as command
 from perce.planning import plans
 from tests.helpers.tiny import tiny_model
+from tests.helpers.training import printed_by
 
 SCHEMA = {
     "options", "device", "precision", "counts", "memory", "flops", "least_seconds", "matmul_flops_per_second",
@@ -27,12 +26,8 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def run(directory, capsys):
-    def run(*argv, code=0):
-        fixed = ["--model", directory, "--context", 96, "--query", 8, "--response", 16, "--tflops", 1]
-        assert command.main([*map(str, [*fixed, *argv])]) == code
-        return capsys.readouterr()
-
-    return run
+    fixed = ["--model", directory, "--context", 96, "--query", 8, "--response", 16, "--tflops", 1]
+    return printed_by(command.main, capsys, *fixed)
 
 
 def test_table_and_json(run, tmp_path):
@@ -59,17 +54,6 @@ def test_device_memory_decides_on_cuda(run, monkeypatch):
     monkeypatch.setattr(plans, "variants", lambda options, device: [])
     out = run("--gpu_memory", "80GiB").out
     assert "device cuda" in out and "80.00 GiB: enough" in out and "8,192 tokens" in out and "CUDA context" in out
-
-
-def test_help_needs_no_torch():
-    code = (
-        "import sys; from perce import plan\n"
-        "try: plan.main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--gpu_memory" in child.stdout
 
 
 @pytest.mark.parametrize(

@@ -11,20 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from perce.demo import DATA_DIR
 from perce.measuring import scores
-from tests.helpers.scores import (
-    LIMIT,
-    read,
-    scored_model,  # noqa: F401  a fixture
-    scoring,  # noqa: F401  a fixture
-)
-from tests.helpers.tiny import tiny_tokenizer, write_jsonl
+from tests.helpers.tiny import read_jsonl, tiny_tokenizer, write_jsonl
+from tests.helpers.training import LIMIT
 
 
-def test_records_equal_the_models_own_logits(run, model, tmp_path):
-    run("--jsonl", tmp_path / "s.jsonl", "--clip_min", "0.05", "--batch_size", 4)
-    records = read(tmp_path / "s.jsonl")
+def test_records_equal_the_models_own_logits(scored, gemma, tmp_path):
+    scored("--jsonl", tmp_path / "s.jsonl", "--clip_min", "0.05", "--batch_size", 4)
+    records = read_jsonl(tmp_path / "s.jsonl")
     assert [record["example"] for record in records] == list(range(LIMIT))
-    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    stock = AutoModelForCausalLM.from_pretrained(gemma, dtype=torch.float32).eval()
     for record in records:
         response = torch.tensor(record["response_ids"])
         for prompt, name in (("prompt_ids", "logp"), ("prompt_cf_ids", "logp_cf")):
@@ -39,55 +34,55 @@ def test_records_equal_the_models_own_logits(run, model, tmp_path):
         assert len(record["personal"]) == len(record["logp"]) == len(record["response_tokens"])
 
 
-def test_an_interrupted_run_is_continued_and_nothing_is_scored_twice(run, tmp_path, monkeypatch):
-    run("--jsonl", tmp_path / "whole.jsonl")
+def test_an_interrupted_run_is_continued_and_nothing_is_scored_twice(scored, tmp_path, monkeypatch):
+    scored("--jsonl", tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_text(encoding="utf-8")
     half = tmp_path / "half.jsonl"
     monkeypatch.setattr(scores, "WINDOW", 4)
-    run("--jsonl", half, "--limit", 6)
+    scored("--jsonl", half, "--limit", 6)
     with half.open("a", encoding="utf-8") as file:
         file.write('{"example": 6, "sour')  # the power went off
-    scored = []
+    seen = []
     original = scores.score_window
-    monkeypatch.setattr(scores, "score_window", lambda built, *a: scored.extend(built) or original(built, *a))
-    run("--jsonl", half)
-    assert [index for index, *_ in scored] == [6, 7, 8]
-    ours, theirs = read(half), [json.loads(line) for line in whole.splitlines()]
+    monkeypatch.setattr(scores, "score_window", lambda built, *a: seen.extend(built) or original(built, *a))
+    scored("--jsonl", half)
+    assert [index for index, *_ in seen] == [6, 7, 8]
+    ours, theirs = read_jsonl(half), [json.loads(line) for line in whole.splitlines()]
     assert [record["response_ids"] for record in ours] == [record["response_ids"] for record in theirs]
     for mine, its in zip(ours, theirs, strict=True):
         assert mine["pir"] == pytest.approx(its["pir"], abs=1e-5)
-    scored.clear()
-    run("--jsonl", half, "--output", tmp_path / "s.html")
-    assert not scored and (tmp_path / "s.html").stat().st_size > 1000
+    seen.clear()
+    scored("--jsonl", half, "--output", tmp_path / "s.html")
+    assert not seen and (tmp_path / "s.html").stat().st_size > 1000
 
 
-def test_records_of_another_run_are_not_mixed_in(run, tmp_path):
+def test_records_of_another_run_are_not_mixed_in(scored, tmp_path):
     path = tmp_path / "s.jsonl"
-    run("--jsonl", path)
-    err = run("--jsonl", path, "--clip_max", 3, code=2).err
+    scored("--jsonl", path)
+    err = scored("--jsonl", path, "--clip_max", 3, code=2).err
     assert "holds the records of another run (clip_max was 5.0 and is 3.0 now)" in err
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([lines[0], "no json", *lines[2:]]) + "\n", encoding="utf-8")
-    assert f"{path}:2: not JSON" in run("--jsonl", path, code=2).err
+    assert f"{path}:2: not JSON" in scored("--jsonl", path, code=2).err
     (tmp_path / "s.jsonl.run.json").unlink()
-    assert "exists already, and is not of this command" in run("--jsonl", path, code=2).err
+    assert "exists already, and is not of this command" in scored("--jsonl", path, code=2).err
 
 
-def test_changed_data_is_not_mixed_with_what_was_scored(run, tmp_path):
+def test_changed_data_is_not_mixed_with_what_was_scored(scored, tmp_path):
     rows = (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:4]
     data, path = tmp_path / "rows.jsonl", tmp_path / "s.jsonl"
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    run("--data", data, "--jsonl", path)
+    scored("--data", data, "--jsonl", path)
     data.write_text("\n".join([rows[1], rows[0], *rows[2:]]) + "\n", encoding="utf-8")
-    err = run("--data", data, "--jsonl", path, code=2).err
+    err = scored("--data", data, "--jsonl", path, code=2).err
     assert "rows.jsonl:1 is not what was scored before" in err
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    out = run("--data", data, "--jsonl", path, "--limit", 2, "--shown", 0, "--terminal", 0).out
+    out = scored("--data", data, "--jsonl", path, "--limit", 2, "--shown", 0, "--terminal", 0).out
     assert re.search(r"examples +2\b", out), "of a longer file the first are summarised"
 
 
-def test_labels_summary_page_and_terminal(run, tmp_path):
-    out = run("--labels", "--summary", tmp_path / "s.json", "--output", tmp_path / "s.html", "--shown", 2).out
+def test_labels_summary_page_and_terminal(scored, tmp_path):
+    out = scored("--labels", "--summary", tmp_path / "s.json", "--output", tmp_path / "s.html", "--shown", 2).out
     content = json.loads((tmp_path / "s.json").read_text())
     methods = content["identification"]["methods"]
     assert set(methods) == {"PIR", "persona word", "token loss", "entropy"} and content["identification"]["marked"]
@@ -95,34 +90,36 @@ def test_labels_summary_page_and_terminal(run, tmp_path):
     assert methods["persona word"]["precision"] > 0.5, "quoted facts are personal"
     assert f"{methods['PIR']['auc']:.3f}" in out and "Slowly, slowly" in out
     page = (tmp_path / "s.html").read_text(encoding="utf-8")
-    assert "marked by hand" in run("--labels", "--shown", 0, "--terminal", 0).out
+    assert "marked by hand" in scored("--labels", "--shown", 0, "--terminal", 0).out
     assert page.count("<article>") == 2 and "Token identification" in page and "Highest PIR" in page
 
 
-def test_unmarked_data_is_labelled_by_persona_words_and_says_so(run, tmp_path):
+def test_unmarked_data_is_labelled_by_persona_words_and_says_so(scored, tmp_path):
     rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:LIMIT]]
     data = write_jsonl(tmp_path / "rows.jsonl", [{k: v for k, v in r.items() if k != "personal_spans"} for r in rows])
-    out = run("--data", data, "--labels", "--terminal", 0).out
+    out = scored("--data", data, "--labels", "--terminal", 0).out
     assert (
         "words that occur in the persona but not in the conversation" in out
         and "persona word" not in out.split("method")[1]
     )
     plain = [{"persona": ["I ski."], "query": "Hello?", "response": "No."}]
-    err = run("--data", write_jsonl(tmp_path / "plain.jsonl", plain), "--labels", code=2).err
+    err = scored("--data", write_jsonl(tmp_path / "plain.jsonl", plain), "--labels", code=2).err
     assert "--labels: labels: expected tokens of both kinds, got 0 labelled" in err
 
 
-def test_streaming_gives_the_same_and_long_examples_are_skipped(run, tmp_path):
-    run("--jsonl", tmp_path / "a.jsonl")
-    run("--jsonl", tmp_path / "b.jsonl", "--streaming")
+def test_streaming_gives_the_same_and_long_examples_are_skipped(scored, tmp_path):
+    scored("--jsonl", tmp_path / "a.jsonl")
+    scored("--jsonl", tmp_path / "b.jsonl", "--streaming")
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
-    longest = max(len(record["prompt_ids"]) + len(record["response_ids"]) for record in read(tmp_path / "a.jsonl"))
+    longest = max(
+        len(record["prompt_ids"]) + len(record["response_ids"]) for record in read_jsonl(tmp_path / "a.jsonl")
+    )
     rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
     rows[1]["query"] = "Tell me? " * longest
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert "leaves no room" in run("--data", data, "--max_length", 2 * longest, code=2).err
-    run("--data", data, "--max_length", 2 * longest, "--skip_bad_rows", "--jsonl", tmp_path / "c.jsonl")
-    assert [record["example"] for record in read(tmp_path / "c.jsonl")] == [0, 2, 3]
+    assert "leaves no room" in scored("--data", data, "--max_length", 2 * longest, code=2).err
+    scored("--data", data, "--max_length", 2 * longest, "--skip_bad_rows", "--jsonl", tmp_path / "c.jsonl")
+    assert [record["example"] for record in read_jsonl(tmp_path / "c.jsonl")] == [0, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -137,13 +134,13 @@ def test_streaming_gives_the_same_and_long_examples_are_skipped(run, tmp_path):
         (["--model", "./none"], "no such directory"),
     ],
 )
-def test_errors_are_one_paragraph(run, argv, fragment):
-    err = run(*argv, code=2).err
+def test_errors_are_one_paragraph(scored, argv, fragment):
+    err = scored(*argv, code=2).err
     assert fragment in err and "Traceback" not in err
 
 
-def test_smoke_in_a_process_of_its_own(model, tmp_path):
-    command = [sys.executable, "-m", "perce.score", "--model", str(model), "--limit", "2", "--jsonl", "s.jsonl"]
+def test_smoke_in_a_process_of_its_own(gemma, tmp_path):
+    command = [sys.executable, "-m", "perce.score", "--model", str(gemma), "--limit", "2", "--jsonl", "s.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=None)
     assert done.returncode == 0, done.stderr
-    assert len(read(tmp_path / "s.jsonl")) == 2 and "mean PIR" in done.stdout
+    assert len(read_jsonl(tmp_path / "s.jsonl")) == 2 and "mean PIR" in done.stdout

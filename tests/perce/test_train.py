@@ -17,7 +17,7 @@ from perce.train import main
 from perce.training.arguments import fit_batch
 from tests.helpers import ROOT
 from tests.helpers.tiny import write_jsonl
-from tests.helpers.training import ROWS, fails, model_directory, rows_file, training  # noqa: F401  fixtures
+from tests.helpers.training import ROWS
 
 # ---- runs
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.helpers.tiny import write_jsonl
-from tests.helpers.training import ROWS, fails, model_directory, rows_file, training  # noqa: F401  fixtures
+from tests.helpers.training import ROWS, fails
 
 
 def test_missing_data_file(train):

@@ -5,13 +5,8 @@ import torch
 
 from perce_kernels import backends, chunked, fused_perce_loss, ops, token_logprobs
 from perce_kernels.backends import resolve_backend
-from tests.helpers.backends import (
-    EACH,
-    TRITON,
-    backends_that_ran,  # noqa: F401  a fixture
-)
 from tests.helpers.numerics import TRAINABLE, call, make_inputs
-from tests.helpers.training import fails, model_directory, rows_file, training  # noqa: F401  fixtures
+from tests.helpers.subjects import EACH, NEEDS_TRITON
 
 
 @pytest.mark.parametrize("chosen", EACH)
@@ -95,7 +90,7 @@ def test_the_reference_is_fp32_under_autocast_too():
     assert all(torch.equal(leaves[name].grad, expected.grads[name].float()) for name in TRAINABLE)
 
 
-@TRITON
+@NEEDS_TRITON
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_an_error_of_the_kernels_ends_with_the_way_around(monkeypatch, reduction):
     from perce_kernels.gpu import driver
@@ -140,7 +135,7 @@ def test_a_broken_triton_is_told_of_too(monkeypatch):
         fused_perce_loss(**make_inputs().kwargs())
 
 
-@TRITON
+@NEEDS_TRITON
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at the errors of a CPU")
 def test_a_backend_that_is_named_is_never_replaced(monkeypatch):
     inputs = make_inputs()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from perce_kernels import chunked, fused_perce_loss, token_logprobs
-from tests.helpers.backends import EACH
 from tests.helpers.numerics import TRAINABLE, Inputs, call, make_inputs
+from tests.helpers.subjects import EACH
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
 

@@ -1,10 +1,12 @@
 """The registered op among others: torch.compile, opcheck, one tensor in two places."""
 
+import itertools
+
 import pytest
 import torch
 
 from perce_kernels import fused_perce_loss, ops, token_logprobs
-from tests.helpers.numerics import IGNORE, TRAINABLE, make_inputs, oracle
+from tests.helpers.numerics import IGNORE, TRAINABLE, make_inputs, oracle, strided
 from tests.helpers.subjects import of_each
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
@@ -111,3 +113,14 @@ def test_tied_embedding_accumulates_both_gradients():
         fused_perce_loss(hidden, table, inputs.target, inputs.hidden_cf.to(dtype), **options).backward()
         grads.append(table.grad)
     torch.testing.assert_close(grads[0].double(), grads[1], rtol=2e-4, atol=4e-6)
+
+
+@of_each("reduction, compact", *itertools.product(("torch", "triton"), ("mean", "none"), (True, False)))
+def test_non_contiguous_inputs(subject, reduction, compact):
+    inputs = subject.inputs(bias=True)
+    leaves = {name: strided(x).requires_grad_(name in TRAINABLE) for name, x in inputs.kwargs().items()}
+    loss = fused_perce_loss(**leaves, compact=compact, reduction=reduction, backend=subject.backend)
+    loss.backward(torch.tensor(0.7, device=subject.device).expand(loss.shape))  # stride 0
+    expected = oracle(inputs, reduction=reduction, upstream=0.7).grads
+    for name in TRAINABLE:
+        torch.testing.assert_close(leaves[name].grad.double(), expected[name], rtol=2e-4, atol=4e-6)

@@ -63,15 +63,21 @@ def assert_fakes_are_told_apart(lines: dict[str, dict], stage: str) -> None:
                 assert seconds.keys() & found.keys() == timed and {"matmul", "copy"} <= seconds.keys()
 
 
+def finished(command, directory):
+    """Its lines, which it has printed too, and what it printed."""
+    process = started(command, directory)
+    text, _ = process.communicate()
+    assert process.returncode == 0, text[-3000:]
+    lines = lines_in(directory, command)
+    assert set(printed(text)) == set(lines)
+    return lines, text
+
+
 @on_cpu
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_first_command(tmp_path):
-    process = started("gpu_a", tmp_path)
-    text, _ = process.communicate()
-    assert process.returncode == 0, text[-3000:]
-    lines = lines_in(tmp_path, "gpu_a")
-    assert set(printed(text)) == set(lines)
+    lines, text = finished("gpu_a", tmp_path)
     assert {key.removeprefix("stages/") for key in lines if key.startswith("stages/")} == {
         stage.name for row in decide.stages("cpu") for stage in row
     }
@@ -87,11 +93,7 @@ def test_the_first_command(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_second_command(tmp_path):
-    process = started("gpu_b", tmp_path)
-    text, _ = process.communicate()
-    assert process.returncode == 0, text[-3000:]
-    lines = lines_in(tmp_path, "gpu_b")
-    assert set(printed(text)) == set(lines)
+    lines, _ = finished("gpu_b", tmp_path)
     assert_fakes_are_told_apart(lines, "peers")
     for peer in ("quack", "quack_exact", "liger_cutedsl"):
         stage = next(name for name, peers in compare.CUTE.items() if peer in peers)

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from perce.config.commands import parse_args
-from tests.helpers.training import ROWS, fails, model_directory, rows_file, training  # noqa: F401  fixtures
+from tests.helpers.training import fails
 
 
 @pytest.mark.parametrize(

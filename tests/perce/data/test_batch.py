@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from perce.data.batch import collate, token_inputs
-from tests.helpers.packing import ARCHITECTURES, PAIRS, model_with
+from tests.helpers.models import PACKED, PACKING, model_with
 
 
 def loss_and_gradients(model, pairs, packing):
@@ -21,12 +21,12 @@ def loss_and_gradients(model, pairs, packing):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PACKING)
 def test_a_packed_row_equals_its_sequences_one_by_one(architecture):
     """With eager attention, which tells packed sequences apart by the same position_ids, by a T × T mask."""
     model = model_with(architecture, "eager")
-    whole, gradients = loss_and_gradients(model, PAIRS, packing=True)
-    parts = [loss_and_gradients(model, [pair], packing=False) for pair in PAIRS]
+    whole, gradients = loss_and_gradients(model, PACKED, packing=True)
+    parts = [loss_and_gradients(model, [pair], packing=False) for pair in PACKED]
     torch.testing.assert_close(whole, sum(loss for loss, _ in parts), atol=1e-4, rtol=1e-5)
     for name, gradient in gradients.items():
         expected = sum(part[name] for _, part in parts)
@@ -34,8 +34,8 @@ def test_a_packed_row_equals_its_sequences_one_by_one(architecture):
 
 
 def test_packing_holds_no_padding():
-    batch = collate(PAIRS, packing=True)
-    lengths = [len(pair["input_ids"]) - 1 for pair in PAIRS]
+    batch = collate(PACKED, packing=True)
+    lengths = [len(pair["input_ids"]) - 1 for pair in PACKED]
     assert batch["input_ids"].shape == batch["position_ids"].shape == (1, sum(lengths))
     assert batch["position_ids"][0].tolist() == [place for length in lengths for place in range(length)]
-    assert torch.equal(batch["target"], collate(PAIRS)["target"])
+    assert torch.equal(batch["target"], collate(PACKED)["target"])

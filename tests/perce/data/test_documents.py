@@ -6,7 +6,7 @@ from perce import UserError, load_examples
 from perce.data.documents import DocumentBuilder, short_windows
 from perce.data.pairs import counterfactual_pieces
 from perce.data.rows import Document
-from tests.helpers.documents import TEXT, TOKENIZER, K, S, documents
+from tests.helpers.models import TEXT, TOKENIZER, K, S, documents
 from tests.helpers.tiny import write_jsonl
 
 

@@ -5,15 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perce import UserError, prompt_ids
+from perce.data import pairs
 from perce.data.formats import Turn
-from perce.data.pairs import (
-    PERSONA_FOOTER,
-    PERSONA_HEADER,
-    SYSTEM_MESSAGE,
-    PairBuilder,
-    counterfactual_ids,
-    personal_word_spans,
-)
+from perce.data.pairs import PairBuilder, counterfactual_ids, personal_word_spans
 from tests.helpers.pairs import EXAMPLE, TOKENIZERS, builder, example
 from tests.helpers.tiny import TEMPLATES, tiny_tokenizer
 
@@ -37,9 +31,9 @@ def test_counterfactual_is_factual_minus_one_contiguous_persona_span(template, t
     without = pair.counterfactual_ids()
     assert without == pair.input_ids[:start] + pair.input_ids[end:]
     entries = "".join(f"- {entry}\n" for entry in EXAMPLE.persona)
-    assert decode(template, pair.input_ids[start:end]) == PERSONA_HEADER + entries + PERSONA_FOOTER
+    assert decode(template, pair.input_ids[start:end]) == pairs.PERSONA_HEADER + entries + pairs.PERSONA_FOOTER
     text = decode(template, without)
-    assert SYSTEM_MESSAGE in text and "bees.\n" not in text and "Oslo" not in text
+    assert pairs.SYSTEM_MESSAGE in text and "bees.\n" not in text and "Oslo" not in text
     assert "You are helpful" not in text, "the template's own system prompt must not come in"
     assert all(turn.content in text for turn in turns)
 
@@ -77,7 +71,7 @@ def test_factual_sequence_reads_as_the_template_renders_it(template):
     entries = "".join(f"- {entry}\n" for entry in EXAMPLE.persona)
     rendered = TOKENIZERS[template].apply_chat_template(
         [
-            {"role": "system", "content": PERSONA_HEADER + entries + PERSONA_FOOTER + SYSTEM_MESSAGE},
+            {"role": "system", "content": pairs.PERSONA_HEADER + entries + pairs.PERSONA_FOOTER + pairs.SYSTEM_MESSAGE},
             {"role": "user", "content": "Coming tonight?"},
             {"role": "assistant", "content": EXAMPLE.response},
         ],
@@ -101,10 +95,10 @@ def test_response_is_tokenised_once_and_ends_with_the_end_of_turn(template):
 def test_the_end_of_the_prompt_and_the_reply_are_tokenised_as_in_one_text(template, prepends_space):
     """No space of the template's or the tokenizer's own may stand between them as a token that models never write."""
     tokenizer = tiny_tokenizer(TEMPLATES[template], prepends_space=prepends_space)
-    pairs = PairBuilder(tokenizer, max_length=2000)
-    assert pairs.prepends_space == prepends_space
-    pair = pairs.build(example(response="Bees. Juno too.", personal_spans=((0, 4),)))
-    prompt, suffix, tail = pairs._render(example(response="Bees. Juno too."))
+    own = PairBuilder(tokenizer, max_length=2000)
+    assert own.prepends_space == prepends_space
+    pair = own.build(example(response="Bees. Juno too.", personal_spans=((0, 4),)))
+    prompt, suffix, tail = own._render(example(response="Bees. Juno too."))
     whole = tokenizer(prompt + suffix + "Bees. Juno too." + tail.rstrip("\n"), add_special_tokens=False)["input_ids"]
     seam = pair.response_length + 2
     assert pair.input_ids[-seam:] == whole[-seam:]

@@ -1,8 +1,6 @@
 """What is said of a bad row, streaming, limits, and real data sets."""
 
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +8,6 @@ import pytest
 
 from perce import UserError, load_examples
 from perce.data.rows import Examples, available_splits
-from tests.helpers import ROOT
 from tests.helpers.raw_rows import CONVAI2, GOOD, LAMP, SPC, TALK, error, jsonl, load
 
 BAD = [
@@ -103,14 +100,6 @@ def test_limit(tmp_path):
     assert len(load(tmp_path, CONVAI2, CONVAI2, limit=3)) == 3
     with pytest.raises(UserError, match="limit: expected at least 1"):
         load(tmp_path, CONVAI2, limit=0)
-
-
-def test_importing_is_light():
-    code = "import sys, perce.data.rows; print({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules))"
-    cwd = ROOT
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd).stdout.strip() == "set()"
-    )
 
 
 # Examples a split, by their README tables: rows (one response a row), turns for Persona-Chat; for SPC utterances less

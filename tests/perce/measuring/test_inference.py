@@ -7,18 +7,13 @@ from transformers import AutoModelForCausalLM
 
 from perce.config.schema import InferenceConfig
 from perce.measuring.inference import load
-from tests.helpers.scores import (
-    read,
-    scored_model,  # noqa: F401  a fixture
-    scoring,  # noqa: F401  a fixture
-)
-from tests.helpers.tiny import save_tiny_model, tiny_tokenizer
+from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_tokenizer
 
 
-def test_an_adapter_is_scored_as_its_merged_model(model, run, tmp_path):
+def test_an_adapter_is_scored_as_its_merged_model(gemma, scored, tmp_path):
     torch.manual_seed(0)
     adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(gemma),
         LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1),  # off, when it is scored
     )
     for name, parameter in adapted.named_parameters():
@@ -29,10 +24,10 @@ def test_an_adapter_is_scored_as_its_merged_model(model, run, tmp_path):
     changed.save_pretrained(tmp_path / "adapter")  # its own chat template wins over the base model's
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
     changed.save_pretrained(tmp_path / "merged")
-    run("--model", tmp_path / "adapter", "--jsonl", tmp_path / "a.jsonl")
-    run("--model", tmp_path / "merged", "--jsonl", tmp_path / "b.jsonl")
-    run("--jsonl", tmp_path / "c.jsonl")
-    a, b, c = (read(tmp_path / f"{name}.jsonl")[0]["logp"] for name in "abc")
+    scored("--model", tmp_path / "adapter", "--jsonl", tmp_path / "a.jsonl")
+    scored("--model", tmp_path / "merged", "--jsonl", tmp_path / "b.jsonl")
+    scored("--jsonl", tmp_path / "c.jsonl")
+    a, b, c = (read_jsonl(tmp_path / f"{name}.jsonl")[0]["logp"] for name in "abc")
     assert a == pytest.approx(b, abs=1e-4) and a != pytest.approx(c, abs=1e-2)
 
 
@@ -43,18 +38,18 @@ def test_an_adapter_is_scored_as_its_merged_model(model, run, tmp_path):
         (LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]), "sits on the output embedding"),
     ],
 )
-def test_adapters_that_would_be_misread_are_refused(run, tmp_path, config, reason):
+def test_adapters_that_would_be_misread_are_refused(scored, tmp_path, config, reason):
     path = save_tiny_model(tmp_path / "model", "llama")
     get_peft_model(AutoModelForCausalLM.from_pretrained(path), config).save_pretrained(tmp_path / "adapter")
-    err = run("--model", tmp_path / "adapter", code=2).err
+    err = scored("--model", tmp_path / "adapter", code=2).err
     assert reason in err and "Merge it into its base" in err and str(tmp_path / "adapter") in err
 
 
-def test_an_adapter_is_not_rounded_into_a_bf16_base(model, tmp_path, monkeypatch):
+def test_an_adapter_is_not_rounded_into_a_bf16_base(gemma, tmp_path, monkeypatch):
     """Less than half a unit in the last place of a weight would be lost, and most of an adapter is."""
     monkeypatch.setattr("perce.model.loading.bf16_is_sound", lambda device: True)
     adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+        AutoModelForCausalLM.from_pretrained(gemma), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     )
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

@@ -6,15 +6,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perce import UserError
+from perce import MemoryConfig, UserError
 from perce.model.memory import position_limit, tile_mlps
-from tests.helpers.memory import PAIRS, TILE, TILED, model_for, trainer_for
 from tests.helpers.tiny import tiny_model
+from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
+
+TILE = 32
+TILED = MemoryConfig(mlp_tile=TILE)
 
 
 def gradients(trainer):
     """Of one training step, by name, and its loss."""
-    batch = trainer.data_collator(PAIRS)
+    batch = trainer.data_collator(PAIRS[:3])
     loss = trainer.training_step(trainer.model, batch, torch.tensor(batch["target"].numel()))
     return loss, {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -34,17 +37,17 @@ class WidestActivation(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "lora", "checkpointing"),
+    ("architecture", "kind", "checkpointing"),
     [
-        ("llama", False, False), ("llama", True, False), ("llama", False, True), ("qwen3", True, True),
-        ("gemma3", True, True), ("phi", False, True),
+        ("llama", "full", False), ("llama", "lora", False), ("llama", "full", True), ("qwen3", "lora", True),
+        ("gemma3", "lora", True), ("phi", "full", True),
     ],
 )  # fmt: skip
-def test_tiles_change_neither_loss_nor_gradients(tmp_path, architecture, lora, checkpointing):
-    plain = model_for(architecture, lora)
+def test_tiles_change_neither_loss_nor_gradients(tmp_path, architecture, kind, checkpointing):
+    plain = model_for(kind, architecture=architecture)
     tiled = copy.deepcopy(plain)
-    expected_loss, expected = gradients(trainer_for(tmp_path, plain))
-    trainer = trainer_for(tmp_path, tiled, memory=TILED)
+    expected_loss, expected = gradients(trainer_for(plain, arguments(tmp_path)))
+    trainer = trainer_for(tiled, arguments(tmp_path, memory=TILED))
     if checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     with WidestActivation(width=48) as seen:
@@ -57,7 +60,7 @@ def test_tiles_change_neither_loss_nor_gradients(tmp_path, architecture, lora, c
 
 def test_a_recomputed_tile_has_the_dropout_of_its_forward():
     """Else the gradient would not be that of the loss: compared with a difference quotient."""
-    model = model_for(lora=True, dropout=0.5)
+    model = model_for("lora", dropout=0.5)
     tile_mlps(model, TILE)
     mlp = model.get_base_model().model.layers[0].mlp.train()
     weight = mlp.down_proj.lora_A["default"].weight

@@ -8,16 +8,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from perce import UserError
 from perce.data.batch import collate, token_inputs
 from perce.model.probe import check_packing, check_sequences_apart
-from tests.helpers.packing import ARCHITECTURES, PAIRS, model_with
+from tests.helpers.models import PACKED, PACKING, model_with
 from tests.helpers.tiny import tiny_model
 from tests.helpers.trainers import arguments, trainer_for
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PACKING)
 def test_flex_attention_keeps_packed_sequences_apart(architecture):
     """Forward only: on a CPU flex attention has no backward."""
     model = model_with(architecture, "flex_attention")
-    packed, padded = (collate(PAIRS, packing=packing) for packing in (True, False))
+    packed, padded = (collate(PACKED, packing=packing) for packing in (True, False))
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         check_packing(model, "cuda")
         for suffix in ("", "_cf"):

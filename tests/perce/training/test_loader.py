@@ -15,7 +15,7 @@ from perce.data.dataset import sequence_lengths
 from perce.data.retrieval import Retriever, recency_scores
 from perce.training.loader import undivided_loader
 from perce.training.sampler import TokenBatches
-from tests.helpers.budgets import LENGTHS, drawn
+from tests.helpers.models import LENGTHS, drawn
 from tests.helpers.ranks import finish_rank, result_of_ranks
 from tests.helpers.tiny import demo_pairs, write_jsonl
 from tests.helpers.trainers import LOSS, arguments, logged, model_for, plain_loop, trainer_for

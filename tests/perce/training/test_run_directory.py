@@ -6,7 +6,7 @@ import pytest
 
 from perce import UserError
 from perce.config.commands import parse_args
-from tests.helpers.training import ROWS, fails, model_directory, rows_file, training  # noqa: F401  fixtures
+from tests.helpers.training import fails
 
 
 def test_resume_with_another_model_is_refused_and_spoils_nothing(train, tmp_path):

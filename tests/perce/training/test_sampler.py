@@ -3,7 +3,7 @@
 import pytest
 
 from perce.training.sampler import TokenBatches
-from tests.helpers.budgets import LENGTHS, drawn
+from tests.helpers.models import LENGTHS, drawn
 
 
 def test_batches_respect_the_budget_and_hold_every_sequence_once():

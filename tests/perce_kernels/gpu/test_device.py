@@ -7,20 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.cases import (
-    CHUNK,
-    CUT,
-    GEMMA,
-    LLAMA,
-    LLAMA_70B,
-    QWEN,
-    Case,
-    both,
-    make_inputs,
-    on_gpu,
-    options_of,
-    upstream_of,
-)
+from tests.helpers import cases
+from tests.helpers.cases import Case, both, on_gpu, options_of, upstream_of
 from tests.helpers.device import DEVICE, free
 from tests.helpers.numerics import IGNORE, TRAINABLE, Result, assert_as_accurate_as_torch, eager, max_error, oracle
 from tests.helpers.oracle import blockwise
@@ -39,9 +27,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
 def case(request, monkeypatch) -> Case:
     """The case, with chunks so small that a tiny one has several."""
     if request.param.is_tiny:
-        monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(*CUT))
-        monkeypatch.setattr(driver, "LOGPROB_ROWS", CHUNK)
-        monkeypatch.setattr(oracle_module, "BLOCK_BYTES", CHUNK * request.param.v * 8)
+        monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(*cases.CUT))
+        monkeypatch.setattr(driver, "LOGPROB_ROWS", cases.CHUNK)
+        monkeypatch.setattr(oracle_module, "BLOCK_BYTES", cases.CHUNK * request.param.v * 8)
     yield request.param
     free()
 
@@ -60,22 +48,22 @@ NONE = (("reduction", "none"),)
 BATCH = (("normalize", "batch"),)
 CAPPED = (("softcap", 30.0), ("logit_scale", 1.3))
 ACCURACY = both(
-    llama=Case(4096, *LLAMA),
-    llama_none=Case(1021, *LLAMA, bias=True, options=NONE),
-    llama_one_token=Case(1, *LLAMA, ignored=0.0),
-    llama_70b=Case(1024, *LLAMA_70B, options=BATCH),
-    qwen_fp16=Case(2048, *QWEN, torch.float16, bias=True, options=BATCH),
-    qwen_fp16_none=Case(300, *QWEN, torch.float16, options=NONE + CAPPED),
-    qwen_fp32=Case(512, *QWEN, torch.float32, bias=True, options=CAPPED),
-    gemma=Case(2048, *GEMMA, options=(("softcap", 30.0), ("normalize", "sequence"))),
-    gemma_fp32_none=Case(257, *GEMMA, torch.float32, options=NONE),
-    llama_masked=Case(2000, *LLAMA, bias=True, options=(*CAPPED, ("compact", False))),
+    llama=Case(4096, *cases.LLAMA),
+    llama_none=Case(1021, *cases.LLAMA, bias=True, options=NONE),
+    llama_one_token=Case(1, *cases.LLAMA, ignored=0.0),
+    llama_70b=Case(1024, *cases.LLAMA_70B, options=BATCH),
+    qwen_fp16=Case(2048, *cases.QWEN, torch.float16, bias=True, options=BATCH),
+    qwen_fp16_none=Case(300, *cases.QWEN, torch.float16, options=NONE + CAPPED),
+    qwen_fp32=Case(512, *cases.QWEN, torch.float32, bias=True, options=CAPPED),
+    gemma=Case(2048, *cases.GEMMA, options=(("softcap", 30.0), ("normalize", "sequence"))),
+    gemma_fp32_none=Case(257, *cases.GEMMA, torch.float32, options=NONE),
+    llama_masked=Case(2000, *cases.LLAMA, bias=True, options=(*CAPPED, ("compact", False))),
 )
 
 
 @pytest.mark.parametrize("case", ACCURACY, indirect=True)
 def test_statistics_and_gradients(case):
-    inputs, upstream, options = make_inputs(case), upstream_of(case), options_of(case)
+    inputs, upstream, options = cases.make_inputs(case), upstream_of(case), options_of(case)
     ours = TRITON.call(inputs, upstream=upstream, **options)
     options = {name: value for name, value in options.items() if name != "compact"}
     expected = blockwise(inputs, upstream=upstream, **options)
@@ -89,9 +77,9 @@ def test_statistics_and_gradients(case):
         assert_as_accurate_as_torch(f"d{name}", gradient, in_torch.grads[name], wanted, floor=floor)
 
 
-@pytest.mark.parametrize("case", on_gpu(llama=Case(4096, *LLAMA), gemma=Case(2048, *GEMMA)), indirect=True)
+@pytest.mark.parametrize("case", on_gpu(llama=Case(4096, *cases.LLAMA), gemma=Case(2048, *cases.GEMMA)), indirect=True)
 def test_the_inputs_are_peaked_and_their_weights_everywhere(case):
-    inputs = make_inputs(case)
+    inputs = cases.make_inputs(case)
     z = inputs.hidden[:512] @ inputs.lm_head.T
     assert 40 < float(z.abs().max()) < 70
     weight = TRITON.call(inputs).stats.token_weight[inputs.target != IGNORE]
@@ -105,7 +93,7 @@ def row_errors(actual: Tensor, expected: Tensor) -> float:
 
 
 PAST_INT32 = both(
-    more_logits=Case(65536, *QWEN),  # N·V ≈ 10¹⁰
+    more_logits=Case(65536, *cases.QWEN),  # N·V ≈ 10¹⁰
     larger_head=Case(300, 8192, 270000, bias=True),  # V·D ≈ 2.2·10⁹
 )
 
@@ -115,7 +103,7 @@ PAST_INT32 = both(
 def test_more_entries_than_int32_counts(case, reduction):
     """Eager PyTorch does not fit here: bf16's rounding is the measure, targets and the vocabulary's end the sample."""
     case = case._replace(options=(("reduction", reduction),))
-    inputs, upstream = make_inputs(case), upstream_of(case)
+    inputs, upstream = cases.make_inputs(case), upstream_of(case)
     ours = TRITON.call(inputs, upstream=upstream, **dict(case.options))
     targets = inputs.target[inputs.target != IGNORE][-500:]
     sample = torch.cat([targets, torch.arange(max(0, case.v - 1000), case.v, device=DEVICE)]).unique()
@@ -128,16 +116,16 @@ def test_more_entries_than_int32_counts(case, reduction):
 
 
 LOGPROBS = both(
-    llama=Case(20000, *LLAMA),
-    qwen_fp16=Case(9000, *QWEN, torch.float16, bias=True, options=CAPPED),
-    qwen_fp32=Case(257, *QWEN, torch.float32),
-    gemma_one_token=Case(1, *GEMMA, ignored=0.0, options=CAPPED),
+    llama=Case(20000, *cases.LLAMA),
+    qwen_fp16=Case(9000, *cases.QWEN, torch.float16, bias=True, options=CAPPED),
+    qwen_fp32=Case(257, *cases.QWEN, torch.float32),
+    gemma_one_token=Case(1, *cases.GEMMA, ignored=0.0, options=CAPPED),
 )
 
 
 @pytest.mark.parametrize("case", LOGPROBS, indirect=True)
 def test_token_logprobs_and_entropy(case):
-    inputs = make_inputs(case)
+    inputs = cases.make_inputs(case)
     options = dict(case.options) | {"bias": inputs.bias}
     logp, entropy = token_logprobs(
         inputs.hidden, inputs.lm_head, inputs.target, return_entropy=True, backend="triton", **options
@@ -151,14 +139,14 @@ def test_token_logprobs_and_entropy(case):
         assert max_error(entropy[rows], expected[1]) <= 1e-3
 
 
-EMPTY = both(all_ignored=Case(1000, *LLAMA, ignored=1.1, bias=True), no_tokens=Case(0, *LLAMA, bias=True))
+EMPTY = both(all_ignored=Case(1000, *cases.LLAMA, ignored=1.1, bias=True), no_tokens=Case(0, *cases.LLAMA, bias=True))
 
 
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "masked"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("case", EMPTY, indirect=True)
 def test_nothing_to_learn(case, reduction, compact):
-    result = TRITON.call(make_inputs(case), reduction=reduction, compact=compact)
+    result = TRITON.call(cases.make_inputs(case), reduction=reduction, compact=compact)
     assert not result.loss.any()
     for name in TRAINABLE:
         assert not result.grads[name].any()
@@ -178,8 +166,8 @@ ORACLE_OPTIONS = {
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 def test_the_blockwise_oracle_is_the_oracle(monkeypatch, name, bias):
     case = Case(13, 24, 211, torch.float32, bias=bias, spread=3.0, options=tuple(ORACLE_OPTIONS[name].items()))
-    monkeypatch.setattr(oracle_module, "BLOCK_BYTES", CHUNK * 211 * 8)
-    inputs, upstream, options = make_inputs(case), upstream_of(case), options_of(case)
+    monkeypatch.setattr(oracle_module, "BLOCK_BYTES", cases.CHUNK * 211 * 8)
+    inputs, upstream, options = cases.make_inputs(case), upstream_of(case), options_of(case)
     sample = torch.tensor([3, 4, 200], device=DEVICE)
     actual, wanted = blockwise(inputs, upstream=upstream, **options), oracle(inputs, upstream=upstream, **options)
     partial = blockwise(inputs, upstream=upstream, vocabulary_rows=sample, **options).grads["lm_head"]
