@@ -3,8 +3,9 @@
 import pytest
 
 from perce import DataConfig, UserError
-from perce.data.splits import hold_out, load_splits
-from tests.helpers.tiny import demo_examples
+from perce.config.schema import SplitConfig
+from perce.data.splits import hold_out, load_split, load_splits
+from tests.helpers.tiny import demo_examples, write_jsonl
 
 
 def test_hold_out_keeps_users_whole():
@@ -28,3 +29,10 @@ def test_eval_examples_draws_the_same_sample_each_time():
     assert len(drawn[0]) == 5 and drawn[0] == drawn[1]
     assert load_splits(config, eval_examples=5, seed=4).validation != drawn[0]
     assert len(load_splits(config, eval_examples=0, seed=3).validation) == 42
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_split_that_a_file_does_not_have_is_named(tmp_path, streaming):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"persona": "I bake.", "query": "Hi", "response": "Hello"}])
+    with pytest.raises(UserError, match=r"--split test: .*rows\.jsonl has no such split; it has train\."):
+        load_split(DataConfig(data=str(path), streaming=streaming), SplitConfig(split="test"), seed=0)
