@@ -168,6 +168,8 @@ def load_split(data: DataConfig, chosen: SplitConfig, seed: int) -> tuple[Exampl
     if data.streaming and (held_out or chosen.sample):
         needs = "--split held_out" if held_out else "--sample"
         raise UserError(f"{needs}: all rows must be known to choose from them. Leave out --streaming.")
+    if not held_out and split not in present:
+        raise UserError(f"--split {split}: {where} has no such split; it has {', '.join(present)}.")
     if held_out and "validation" in present:
         raise UserError(f"--split held_out: {where} has a validation split, which training leaves out. Use that.")
     rows = load_examples(
