@@ -91,10 +91,7 @@ class Reference:
 
         hidden, lm_head = inputs[:2]
         assert hidden.grad is not None
-        errors = {
-            "loss": abs(float(loss) / self.loss - 1),
-            "dhidden": relative(hidden.grad[self.rows], self.dhidden),
-        }
+        errors = {"loss": abs(float(loss) / self.loss - 1), "dhidden": relative(hidden.grad[self.rows], self.dhidden)}
         if lm_head.grad is not None:
             errors["dlm_head"] = relative(lm_head.grad[self.vocabulary], self.dlm_head)
         with torch.no_grad():

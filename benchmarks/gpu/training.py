@@ -21,11 +21,7 @@ STEPS = 6
 COMMON = ("--max_steps", str(STEPS), "--logging_steps", "1", "--per_device_train_batch_size", "4",
           "--gradient_accumulation_steps", "1", "--eval_examples", "4", "--report_to", "none")  # fmt: skip
 CPU = ("--use_cpu", "true")
-RUNS = {
-    "full": ("--lora_r", "0"),
-    "lora": ("--lora_r", "8"),
-    "cpu": ("--lora_r", "0", "--precision", "fp32", *CPU),
-}
+RUNS = {"full": ("--lora_r", "0"), "lora": ("--lora_r", "8"), "cpu": ("--lora_r", "0", "--precision", "fp32", *CPU)}
 MODEL = "PERCE_TINY_MODEL"
 """Environment variable: directory of the model that came with the wheels; without it one is made here."""
 LOSS_DIFFERENCE, PIR_DIFFERENCE = 0.005, 0.003

@@ -185,12 +185,7 @@ def test_help_is_fast_and_complete():
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "perce.train", "--help"],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
+        done = subprocess.run([sys.executable, "-m", "perce.train", "--help"], capture_output=True, text=True, cwd=ROOT)
         times.append(time.perf_counter() - started)
     assert done.returncode == 0 and min(times) < 1.0
     for flag in ("--model", "--clip_min", "--output_dir", "--retrieve_k", "--config"):

@@ -265,8 +265,7 @@ def opcheck(backend: str) -> None:
          True, True, True, True, *placement),
     )  # fmt: skip
     torch.library.opcheck(
-        ops.logprobs_op,
-        (leaves[0], leaves[1], mine.target, leaves[2], IGNORE, 9.0, 0.5, False, True, *placement),
+        ops.logprobs_op, (leaves[0], leaves[1], mine.target, leaves[2], IGNORE, 9.0, 0.5, False, True, *placement)
     )
 
 

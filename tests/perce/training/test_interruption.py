@@ -242,10 +242,7 @@ def full_disk(*args, **kwargs):
 
 @pytest.mark.parametrize(
     "where",
-    [
-        "perce.training.checkpoints._flush",
-        pytest.param("transformers.Trainer._save_rng_state", marks=pytest.mark.slow),
-    ],
+    ["perce.training.checkpoints._flush", pytest.param("transformers.Trainer._save_rng_state", marks=pytest.mark.slow)],
 )
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(flags, straight, run, monkeypatch, capsys, where):
     with monkeypatch.context() as patch:
