@@ -76,7 +76,7 @@ def run(config: TrainOptions) -> None:
     from perce.hub import load_tokenizer
     from perce.model.loading import load_model
     from perce.training.fits import check_fits
-    from perce.training.interruption import train
+    from perce.training.interruption import train_interruptibly
     from perce.training.summary import Progress, describe_run, loss_labels, print_result, write_run_report
     from perce.training.trainer import PerceTrainer
 
@@ -109,7 +109,7 @@ def run(config: TrainOptions) -> None:
     if main_process and checkpoint is None:
         write_in_one_move(output_dir / CONFIG_NAME, dump_yaml(config.to_dict()))
 
-    train(trainer, checkpoint)
+    train_interruptibly(trainer, checkpoint)
     if progress.evaluated_at != trainer.state.global_step:
         trainer.evaluate()
     with disk_errors(output_dir):

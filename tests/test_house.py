@@ -1,6 +1,7 @@
 """How the house is built: imports go down only, every module has its test, and the front door is light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +150,14 @@ def test_the_front_door_opens_to_everything_it_names():
         assert getattr(perce, name) is not None and name in dir(perce)
     with pytest.raises(AttributeError, match="no attribute 'PerceModel'"):
         _ = perce.PerceModel
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{x.name}" for x in (ROOT / "docs").glob("*.md"))]
+)
+def test_pages_import_from_the_front_door(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = {
+        name for names in re.findall(r"^from perce import (.*)$", text, re.MULTILINE) for name in names.split(", ")
+    }
+    assert named <= set(perce.__all__) and not re.search(r"^(from|import) perce\.", text, re.MULTILINE)

@@ -20,7 +20,7 @@ from perce.errors import UserError
 
 @dataclass(frozen=True)
 class DocumentPair:
-    """One piece of a document: the columns of a perce.pairs.Pair, with windows in place of a persona."""
+    """One piece of a document: the columns of a Pair (pairs.py), with windows in place of a persona."""
 
     input_ids: list[int]
     """(T,)."""

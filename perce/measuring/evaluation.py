@@ -6,7 +6,7 @@
     generated        the user's persona          ROUGE, METEOR, and whether the reply uses a word of the persona
 
 Personal tokens are those of marked spans where the data has them, else words that occur in the persona but not in the
-conversation (perce.pairs.personal_word_spans: quoted facts; no paraphrase, no style).
+conversation (data.pairs.personal_word_spans: quoted facts; no paraphrase, no style).
 """
 
 import contextlib

@@ -101,9 +101,8 @@ class Interruption(TrainerCallback):
             raise Interrupted(number)
 
 
-def train(trainer: Trainer, checkpoint: str | None) -> None:
+def train_interruptibly(trainer: Trainer, checkpoint: str | None) -> None:
     """Train; what stops it midway leaves a checkpoint of the last finished step behind, or the newest one standing."""
-
     interruption = Interruption(trainer)
     trainer.add_callback(interruption)
     with interruption.caught():

@@ -43,7 +43,7 @@ class PerceTrainer(Trainer):
     Args:
         model: a causal language model, or its directory or Hub id; prepared by model/patch.py if need be.
         args: PerceArguments.
-        train_dataset, eval_dataset: `datasets` with the columns of perce.pairs.Pair or perce.documents.DocumentPair,
+        train_dataset, eval_dataset: `datasets` with the columns of a data.pairs.Pair or data.documents.DocumentPair,
             or raw rows in any supported format; for training also a PairStream, for evaluation a dict of them.
         processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
         peft_config: a PEFT config, to train an adapter on the frozen model.

@@ -11,8 +11,13 @@ from perce.training.sampler import TokenBatches
 from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(3)
-
 CLIP = {"clip_min": 0.005, "clip_max": 5.0}  # a random model hardly listens to the persona
+PACKED = demo_pairs(2, retriever=Retriever(recency_scores, 1, "", ""))
+PACKABLE = ("llama", "qwen3", "gemma3")
+TOKENIZER = tiny_tokenizer()
+TEXT = "The bees left on Monday. Ana wrote it down, as she does. By Friday they were back, louder than before. "
+K, S = 16, 8  # of LongCE's short contexts
+LENGTHS = [random.Random(0).randint(20, 400) for _ in range(500)] + [1200]
 
 
 def perce_forward(model, batch, **loss):
@@ -22,11 +27,10 @@ def perce_forward(model, batch, **loss):
     return model(input_ids=batch["input_ids"], perce={"rows": batch["rows"], "target": batch["target"], "loss": call})
 
 
-K, S = 16, 8
-
-TOKENIZER = tiny_tokenizer()
-
-TEXT = "The bees left on Monday. Ana wrote it down, as she does. By Friday they were back, louder than before. "
+def model_with(architecture, attention):
+    model = prepare_model(tiny_model(architecture))
+    model.set_attn_implementation(attention)
+    return model
 
 
 def documents(lengths):
@@ -34,20 +38,6 @@ def documents(lengths):
     torch.manual_seed(2)
     builder = DocumentBuilder(TOKENIZER, max_length=1000, short_context=K, short_stride=S)
     return [{**vars(builder._pair(torch.randint(1, 400, (n,)).tolist())), "example": i} for i, n in enumerate(lengths)]
-
-
-PACKED = demo_pairs(2, retriever=Retriever(recency_scores, 1, "", ""))
-
-PACKING = ("llama", "qwen3", "gemma3")
-
-
-def model_with(architecture, attention):
-    model = prepare_model(tiny_model(architecture))
-    model.set_attn_implementation(attention)
-    return model
-
-
-LENGTHS = [random.Random(0).randint(20, 400) for _ in range(500)] + [1200]
 
 
 def drawn(epoch=0, lengths=LENGTHS, budget=1000, **options):

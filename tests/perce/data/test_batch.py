@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from perce.data.batch import collate, token_inputs
-from tests.helpers.models import PACKED, PACKING, model_with
+from tests.helpers.models import PACKABLE, PACKED, model_with
 
 
 def loss_and_gradients(model, pairs, packing):
@@ -21,7 +21,7 @@ def loss_and_gradients(model, pairs, packing):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("architecture", PACKING)
+@pytest.mark.parametrize("architecture", PACKABLE)
 def test_a_packed_row_equals_its_sequences_one_by_one(architecture):
     """With eager attention, which tells packed sequences apart by the same position_ids, by a T × T mask."""
     model = model_with(architecture, "eager")

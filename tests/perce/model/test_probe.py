@@ -8,12 +8,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from perce import UserError
 from perce.data.batch import collate, token_inputs
 from perce.model.probe import check_packing, check_sequences_apart
-from tests.helpers.models import PACKED, PACKING, model_with
+from tests.helpers.models import PACKABLE, PACKED, model_with
 from tests.helpers.tiny import tiny_model
 from tests.helpers.trainers import arguments, trainer_for
 
 
-@pytest.mark.parametrize("architecture", PACKING)
+@pytest.mark.parametrize("architecture", PACKABLE)
 def test_flex_attention_keeps_packed_sequences_apart(architecture):
     """Forward only: on a CPU flex attention has no backward."""
     model = model_with(architecture, "flex_attention")
