@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from perce.config.options import option as _option
 from perce.config.options import require as _require
+from perce.data.formats import FORMATS
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
 MODEL = "DIR|HUB_ID"
+FORMAT_NAMES = ("auto", *FORMATS)
 BACKEND = (
     "what computes losses and log-probabilities: triton, torch, reference (all logits of the response in memory) or "
     "auto: what PERCE_BACKEND in the environment says, else triton on a GPU that it supports and torch elsewhere"
@@ -54,7 +56,7 @@ class DataConfig:
     """Which rows, and how they become token pairs."""
 
     data: str | None = _option(None, "file, directory or Hub id; default: the built-in examples", "DATA")
-    format: str = _option("auto", "row format (docs/DATA.md has their names); auto: detected from the fields", "NAME")
+    format: str = _option("auto", "row format; auto: detected from the fields", "|".join(FORMAT_NAMES))
     columns: str | None = _option(None, "rename fields, such as persona=profile,response=output", "OURS=THEIRS,…")
     skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
     streaming: bool = _option(
@@ -77,6 +79,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        _require(self.format in FORMAT_NAMES, "format", "one of " + ", ".join(FORMAT_NAMES), self.format)
         _require(self.max_length >= 16, "max_length", ">= 16", self.max_length)
         _require(self.retrieve_k >= 1, "retrieve_k", ">= 1", self.retrieve_k)
         dense = self.retriever == "dense" or self.retriever_model is None

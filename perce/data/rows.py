@@ -82,7 +82,6 @@ class Examples:
     """
 
     def __init__(self, source: Source, format: str, columns: Mapping[str, str], skip_bad_rows: bool, limit: int | None):
-        _check_known("format", format, ("auto", *FORMATS))
         self.format, self.skipped = format, 0
         self.reasons: list[str] = []
         self._source, self._columns, self._skip, self._limit = source, columns, skip_bad_rows, limit
@@ -158,12 +157,6 @@ class Examples:
         return examples
 
 
-def _check_known(option: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        hint = did_you_mean(known, [value])
-        raise UserError(f"{option}: expected one of {', '.join(known)}, got {value!r}{hint}")
-
-
 def load_examples(
     data: str | Path,
     split: str,
@@ -186,7 +179,10 @@ def load_examples(
     A single file is the train split; its other splits are empty. UserError, naming the remedy: no such data, no such
     split (the ones there are listed), a row that cannot be used, a split without a single example.
     """
-    _check_known("split", split, tuple(SPLITS))
+    for option, value, known in (("split", split, SPLITS), ("format", format, ("auto", *FORMATS))):
+        if value not in known:
+            hint = did_you_mean(known, [value])
+            raise UserError(f"{option}: expected one of {', '.join(known)}, got {value!r}{hint}")
     if limit is not None and limit < 1:
         raise UserError(f"limit: expected at least 1 example, or None for all, got {limit}")
     ours = [name for needs in FORMATS.values() for need in needs for name in need.split("|")] + list(formats.OPTIONAL)
