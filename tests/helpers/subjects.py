@@ -102,16 +102,9 @@ def of_each(names: str, *cases: str | tuple):
     """
     if names in SUBJECTS:
         names, cases = "", tuple((case,) for case in (names, *cases))
-    marked = [
-        pytest.param(
-            *case, marks=NEEDS_TRITON if SUBJECTS[case[0]].backend == "triton" else (), id="-".join(map(_id, case))
-        )
-        for case in cases
-    ]
-    return pytest.mark.parametrize(["subject", *filter(None, names.split(", "))], marked, indirect=["subject"])
+    named = [pytest.param(*case, id="-".join(map(_id, case))) for case in cases]
+    return pytest.mark.parametrize(["subject", *filter(None, names.split(", "))], named, indirect=["subject"])
 
 
 def _id(value: Any) -> str:
-    if isinstance(value, dict):
-        return "".join(value) or "plain"
-    return str(value).removeprefix("torch.")
+    return ("".join(value) or "plain") if isinstance(value, dict) else str(value).removeprefix("torch.")

@@ -25,6 +25,7 @@ def subject(request):
         request.getfixturevalue("small_chunks")
         yield chosen
         return
+    pytest.importorskip("triton")
     from perce_kernels.gpu import tiles
 
     request.getfixturevalue("several_chunks")
