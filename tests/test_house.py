@@ -1,6 +1,7 @@
 """How the house is built: imports go down only, every module has its test, and the front door is light."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -36,6 +37,7 @@ FLOORS = (
 )
 # backends.py looks its modules up in a table, and asks the tiles whether a GPU is supported: late, and by name.
 LATE = {("perce_kernels.backends", "perce_kernels.gpu.tiles")}
+OURS = ("perce", "perce_kernels", "tests", "benchmarks")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in ("perce", "perce_kernels")
@@ -54,6 +56,18 @@ def imported(module: str) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {name for name in found if name in MODULES and (module, name) not in LATE}
+
+
+@pytest.mark.parametrize("folder", OURS)
+def test_what_is_imported_is_there(folder):
+    """Late imports too, and those whose failure is suppressed."""
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                known = name.partition(".")[0] not in OURS or importlib.util.find_spec(name)
+                assert known, f"{path.relative_to(ROOT)}:{node.lineno}: there is no {name}"
 
 
 def floor_of(module: str) -> tuple[int, str]:
