@@ -35,7 +35,7 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
-    "triton": Backend("perce_kernels.gpu.driver", lambda device: triton_lacks(device)),
+    "triton": Backend("perce_kernels.gpu.driver", triton_lacks),
     "torch": Backend("perce_kernels.chunked"),
 }
 NAMES = ("auto", *BACKENDS, "reference")

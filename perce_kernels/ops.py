@@ -47,11 +47,6 @@ def _argument_names(op: Any) -> tuple[str, ...]:
     return tuple(argument.name for argument in op.default._schema.arguments)
 
 
-def _named(names: tuple[str, ...], values: Any) -> dict[str, Any]:
-    """By name; torch leaves out the last ones that have their default value."""
-    return dict(zip(names, values, strict=False))
-
-
 @torch.library.custom_op("perce::fused_perce_loss", mutates_args=())
 def loss_op(
     hidden: Tensor,  # (N, D)
@@ -99,7 +94,7 @@ LOSS_ARGUMENTS = _argument_names(torch.ops.perce.fused_perce_loss)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    given = _named(LOSS_ARGUMENTS, inputs)
+    given = dict(zip(LOSS_ARGUMENTS, inputs, strict=True))
     *_, dhidden, dlm_head, dbias = output
     ctx.dtypes = [None if given[name] is None else given[name].dtype for name in TRAINABLE]
     ctx.needed = [given[f"need_d{name}"] for name in TRAINABLE]
@@ -159,7 +154,7 @@ LOGPROBS_ARGUMENTS = _argument_names(torch.ops.perce.token_logprobs)
 
 
 def _setup_logprobs(ctx, inputs, output) -> None:
-    given = _named(LOGPROBS_ARGUMENTS, inputs)
+    given = dict(zip(LOGPROBS_ARGUMENTS, inputs, strict=True))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*(given.pop(name) for name in (*TRAINABLE, "target")))
     del given["return_entropy"]
@@ -172,7 +167,8 @@ def _backward_logprobs(ctx, dlogp, _dentropy):
         raise RuntimeError(HIGHER_ORDER)
     *inputs, target = ctx.saved_tensors
     trainable = dict(zip(TRAINABLE, inputs, strict=True))
-    wanted = _named(LOGPROBS_ARGUMENTS, ctx.needs_input_grad)
+    # torch leaves out the last ones that have their default value
+    wanted = dict(zip(LOGPROBS_ARGUMENTS, ctx.needs_input_grad, strict=False))
     needed = {name: dlogp is not None and wanted[name] for name in TRAINABLE}
     gradients: dict[str, Tensor] = {}
     if any(needed.values()):

@@ -28,7 +28,7 @@ def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) ->
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny doubles, to try the harness"
     )
-    parser.add_argument("--fakes", nargs="*", default=(), metavar="PEER", help="made-up peers of tests/fake_peers.py")
+    parser.add_argument("--fakes", nargs="*", default=(), metavar="PEER", help="doubles (tests/helpers/fake_peers.py)")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
     parser.add_argument("--wheels", nargs="+", type=Path, default=[], metavar="DIR", help="parts of `make wheels`")
     options = parser.parse_args(arguments)

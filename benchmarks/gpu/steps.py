@@ -155,7 +155,7 @@ def stage(child: Child) -> None:
 def prepare() -> None:
     """Imports that take long."""
     with suppress(ImportError):  # which one is missing is said when it is needed
-        import perce.trainer  # noqa: F401
+        import perce.training.trainer  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
 MODEL = "DIR|HUB_ID"
 FORMAT_NAMES = ("auto", *FORMATS)
 BACKEND = (
-    "what computes losses and log-probabilities: triton, torch, reference (all logits of the response in memory) or "
-    "auto: what PERCE_BACKEND in the environment says, else triton on a GPU that it supports and torch elsewhere"
+    "what computes losses and log-probabilities; reference: with all logits of the response in memory; auto: what "
+    "PERCE_BACKEND in the environment says, else triton on a GPU that it supports and torch elsewhere"
 )
 
 
@@ -44,7 +44,7 @@ class ModelConfig:
         None,
         "sdpa, flash_attention_2, eager, …; default: flash_attention_2 where it is installed, else the model's own",
     )
-    backend: str = _option("auto", BACKEND, "NAME")
+    backend: Literal["auto", "triton", "torch", "reference"] = _option("auto", BACKEND)
 
     def __post_init__(self) -> None:
         _require(self.lora_r >= 0, "lora_r", ">= 0", self.lora_r)
@@ -239,7 +239,7 @@ class InferenceConfig:
     attn_implementation: str | None = _option(
         None, "sdpa, flash_attention_2, eager, …; default: the model's own choice"
     )
-    backend: str = _option("auto", BACKEND, "NAME")
+    backend: Literal["auto", "triton", "torch", "reference"] = _option("auto", BACKEND)
     batch_size: int = _option(8, "sequences per forward pass, at most; fewer where they are long")
 
     def __post_init__(self) -> None:

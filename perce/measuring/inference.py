@@ -44,8 +44,8 @@ def load_subject(options: InferenceOptions, command: str) -> Subject:
     """UserError for a model or data that cannot be read, and for documents, which have no persona."""
     seed = split_seed(options.examples, options.model.model)
     examples, split = load_split(options.data, options.examples, seed)
-    model, tokenizer, device = load(options.model)
     next(iter(examples), None)  # a stream knows its format once its first row has been read
+    model, tokenizer, device = load(options.model)
     builder = make_persona_builder(tokenizer, options.data, examples.format)
     facts = {"command": command, **model_facts(options.model, model), "split": split, "split_seed": seed}
     return Subject(model, tokenizer, device, builder, examples, split, facts | asdict(options.data))

@@ -98,11 +98,11 @@ def resolve_device(step: StepConfig) -> str:
 
 def with_backend(model: ModelConfig, device: str) -> ModelConfig:
     """With the backend that a run would take there. UserError for one that cannot run."""
-    return replace(model, backend=check_backend(model.backend, torch.device(device)))
+    return replace(model, backend=check_backend(model.backend, torch.device(device)))  # type: ignore[arg-type]
 
 
 def is_low_precision(model: ModelConfig, device: str) -> bool:
-    """As perce.model.resolve_precision, for a device that need not be here."""
+    """As perce.model.loading.resolve_precision, for a device that need not be here."""
     return model.precision == "bf16" or (model.precision == "auto" and (device == "cuda" or bf16_is_sound("cpu")))
 
 

@@ -135,7 +135,7 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         # Batches of ragged examples cannot be cut and sent around: every process reads its own from a stream.
         "accelerator_config": {"dispatch_batches": False},
     }
-    with options_that_fail_late():
+    with options_that_fail_late((ImportError, ValueError, TypeError)):
         return PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **(values | config.extra))
 
 
@@ -172,11 +172,11 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any) -> TrainOp
 
 
 @contextlib.contextmanager
-def options_that_fail_late() -> Iterator[None]:
+def options_that_fail_late(faults: tuple[type[Exception], ...] = (ImportError, ValueError)) -> Iterator[None]:
     """What arguments and Trainer find out on construction: bad combinations, optimisers whose package is missing."""
     try:
         yield
     except UserError:
         raise
-    except (ImportError, ValueError, TypeError) as error:
+    except faults as error:
         raise UserError(f"These options cannot be used here: {in_one_line(error)}") from error

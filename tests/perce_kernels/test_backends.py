@@ -1,18 +1,21 @@
 """Which backend computes: the argument, PERCE_BACKEND where that is "auto"; and what its failure tells."""
 
+import itertools
+
 import pytest
 import torch
 
 from perce_kernels import backends, chunked, fused_perce_loss, ops, token_logprobs
 from perce_kernels.backends import resolve_backend
+from tests.helpers.device import ON_GPU
 from tests.helpers.numerics import TRAINABLE, call, make_inputs
-from tests.helpers.subjects import EACH, NEEDS_TRITON
+from tests.helpers.subjects import EACH, NEEDS_TRITON, TRITON
 
 
 @pytest.mark.parametrize("chosen", EACH)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_variable_says_what_auto_is(monkeypatch, ran, chosen, reduction):
-    inputs = make_inputs()
+    inputs = TRITON.of(make_inputs())
     expected = call(inputs, backend=chosen, reduction=reduction)
     monkeypatch.setenv("PERCE_BACKEND", chosen)
     ran.clear()
@@ -152,12 +155,23 @@ def test_a_backend_that_is_named_is_never_replaced(monkeypatch):
         fused_perce_loss(**inputs.kwargs(), backend="triton")
 
 
+@pytest.mark.parametrize(("found", "tiles"), itertools.product((True, False), repeat=2))
+def test_auto_is_triton_on_a_gpu_that_the_kernels_are_built_for(monkeypatch, found, tiles):
+    monkeypatch.setattr(backends, "TRITON_FOUND", found)
+    monkeypatch.setattr(backends, "_has_tiles", lambda device: tiles)
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: name)
+    expected = backends.BACKENDS["triton" if found and tiles else "torch"].module
+    assert backends.implementation("auto", torch.device("cuda")) == expected
+    assert backends.implementation("auto", torch.device("cpu")) == backends.BACKENDS["torch"].module
+
+
 @pytest.mark.parametrize("backend", ["auto", *EACH])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_backend_that_runs(ran, backend, reduction):
     """Forward and recompute backward; "auto" is Triton on a GPU alone, interpreter or not."""
-    leaves = {name: x.requires_grad_(name in TRAINABLE) for name, x in make_inputs().kwargs().items()}
+    inputs = TRITON.of(make_inputs())
+    leaves = {name: x.requires_grad_(name in TRAINABLE) for name, x in inputs.kwargs().items()}
     fused_perce_loss(**leaves, reduction=reduction, backend=backend).sum().backward()
-    assert set(ran) == {"torch" if backend == "auto" else backend}
+    assert set(ran) == {("triton" if ON_GPU else "torch") if backend == "auto" else backend}
     if backend != "reference":  # whose functions call each other
         assert len(ran) == (3 if reduction == "none" else 1)

@@ -224,6 +224,7 @@ def test_nothing_to_learn_is_a_zero_loss_connected_to_every_input(subject, dtype
 def test_nan_in_ignored_rows_reaches_nothing(subject, dtype, source, compact, options, bad):
     inputs, weights = subject.with_source(subject.inputs(bias=True, dtype=dtype), source)
     ignored = inputs.target == IGNORE
+    assert ignored.any()
     expected = subject.call(inputs, compact=compact, **options, **weights)
     for x in (inputs.hidden, inputs.hidden_cf, *weights.values()):
         if x is not None:

@@ -5,7 +5,7 @@ import torch
 
 from perce_kernels import chunked, fused_perce_loss, token_logprobs
 from tests.helpers.numerics import TRAINABLE, Inputs, call, make_inputs
-from tests.helpers.subjects import EACH
+from tests.helpers.subjects import EACH, TRITON
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
 
@@ -70,7 +70,7 @@ def test_bad_argument_is_a_value_error_that_names_it(named, change):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("token", [V, -1, 10**12])
 def test_target_outside_the_vocabulary(backend, reduction, token):
-    inputs = make_inputs()
+    inputs = TRITON.of(make_inputs())
     inputs.target[11] = token
     with pytest.raises(ValueError, match=f"target: expected ids in .*{V}.* got {token} at row 11"):
         fused_perce_loss(**inputs.kwargs(), backend=backend, reduction=reduction)

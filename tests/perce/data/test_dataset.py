@@ -17,7 +17,7 @@ from perce.data.retrieval import Retriever, recency_scores
 from perce.data.rows import Document, Example, Examples
 from perce.data.sources import Source
 from tests.helpers.pairs import builder, example
-from tests.helpers.tiny import CHATML, demo_examples
+from tests.helpers.tiny import CHATML, GEMMA, QWEN3, demo_examples
 
 
 def test_pairs_are_cached_and_equal(monkeypatch):
@@ -48,18 +48,18 @@ def test_an_example_that_does_not_fit_stops_or_is_left_out():
     assert pair_dataset(examples, builder(max_length=600), skip_bad_rows=True)["example"] == [0, 1]
 
 
-GOLDEN = {1: "3ef8e9ef6b8c24fa"}
+GOLDEN = {1: "8c1fe31ba050742c"}
 """PAIRS_VERSION → digest of the pairs below. A new digest needs a new version: old pairs may be on disks."""
 
 
-def byte_tokenizer():
+def byte_tokenizer(template=CHATML, prepends_space=False):
     """One id a byte, so that nothing but our own code decides."""
     alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(alphabet, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prepends_space)
     tokenizer.add_special_tokens(["<|im_end|>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-    fast.chat_template = CHATML
+    fast.chat_template = template
     return fast
 
 
@@ -69,14 +69,24 @@ def test_other_pairs_have_another_version():
     examples = [
         Example(("I keep bees.", " I run. "), talk, " The bees, then a run!", "ana", None, "a:1"),
         Example(("I bake.",), talk[:1], "Bread.", None, ((0, 5),), "a:2"),
+        Example(("I bake. ", "I sing."), talk[1:], "Bread, and a song.", None, None, "a:3"),  # a reply comes first
     ]
     entry = {"title": "Bees", "abstract": "Bees are few.", "id": "1"}
     profile = [entry, {"title": "Rain", "abstract": "Rain falls."}, {"title": "Dance", "abstract": "How bees dance."}]
-    row = {"name": "Ana", "input": "Write on bees", "output": "Many bees.", "profile": profile}
+    row = {
+        "name": "Ana",
+        "input": 'Generate an abstract for the title "Bees" using the following items: rain falls',
+        "output": "Many bees.",
+        "profile": profile,
+    }
     histories = Examples(Source("h", "h", lambda: iter([(":1", row)])), "auto", {}, False, None).all
-    made = [pair for example in examples for pair in builder_of(tokenizer, "perce").pairs(example)]
+    tokenizers = [tokenizer, *map(byte_tokenizer, (None, GEMMA, QWEN3)), byte_tokenizer(prepends_space=True)]
+    made = [builder_of(each, "perce").build(example) for each in tokenizers for example in examples]
+    made.append(
+        builder_of(tokenizer, "perce", max_length=len(made[0].input_ids) - 1).build(examples[0])
+    )  # one entry less
     for retriever in ("bm25", "recency", "none"):
-        made += builder_of(tokenizer, "longlamp", retriever=retriever, retrieve_k=2).pairs(histories[0])
+        made += builder_of(tokenizer, "longlamp", retriever=retriever, retrieve_k=1).pairs(histories[0])
     made += builder_of(tokenizer, "text", max_length=24).pairs(
         Document("Bees are few, and bees are many.", None, "t:1")
     )

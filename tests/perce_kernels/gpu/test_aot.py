@@ -1,4 +1,4 @@
-"""Every kernel at every shipped tile, through the compilers for GPUs that are not here (tests/aot.py in a process)."""
+"""Every kernel at every shipped tile, through the compilers for absent GPUs (tests/helpers/aot.py in a process)."""
 
 import json
 import os
