@@ -245,9 +245,7 @@ class PairBuilder:
         again, a piece is tokenised as it is in the middle of a text.
         """
         anchor = ANCHOR if self.prepends_space else ""
-        encoded = self.tokenizer(
-            anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )  # fmt: skip
+        encoded = self.tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         pieces = [
             (token, (max(start - len(anchor), 0), end - len(anchor)))
             for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)

@@ -116,9 +116,7 @@ def _head_loss(
     signal = None
     if weight_from := call.pop("weight_from", None):
         with torch.no_grad():
-            own: Any = token_logprobs(
-                hidden, head.weight, target, return_entropy=weight_from == "entropy", **output
-            )  # fmt: skip
+            own: Any = token_logprobs(hidden, head.weight, target, return_entropy=weight_from == "entropy", **output)
         signal = own[1] if weight_from == "entropy" else -own
         call["token_weight"] = signal.clamp(call["clip_min"], call["clip_max"])
     loss, stats = fused_perce_loss(hidden, head.weight, target, return_stats=True, **output, **call)

@@ -79,9 +79,7 @@ def row_gradient_source(tile: tiles.Tile, dtype, *, cap=False, bias=False):
         "dz_scale_ptr": "*fp32" if scale else None, "dz_ptr": f"*{NAMES[dtype]}", "V": "i32", "stride_z": "i32",
         "stride_dz": "i32", "softcap": "fp32", "logit_scale": "fp32",
     }  # fmt: skip
-    constants = {
-        "HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_DZ_SCALE": scale, "BLOCK_V": tile.block_n,
-    }  # fmt: skip
+    constants = {"HAS_BIAS": bias, "HAS_SOFTCAP": cap, "HAS_DZ_SCALE": scale, "BLOCK_V": tile.block_n}
     return source_of(row_halves.row_gradient_kernel, types, constants, aligned=("stride_z", "stride_dz"))
 
 

@@ -21,13 +21,13 @@ def run_ranks(module: str, *argv: str, ranks: int = 2) -> list[str]:
     return errors
 
 
-def start_ranks(call: Sequence[str], ranks: int = 2) -> list[subprocess.Popen[str]]:
+def start_ranks(call: Sequence[str], ranks: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {
         **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment,
     }  # fmt: skip
     return [
         subprocess.Popen(

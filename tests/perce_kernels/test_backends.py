@@ -84,9 +84,7 @@ def test_the_reference_is_fp32_under_autocast_too():
     leaves = {name: x.requires_grad_(name in TRAINABLE) for name, x in inputs.kwargs().items()}
     with torch.autocast("cpu", torch.bfloat16):
         loss, stats = fused_perce_loss(**leaves, backend="reference", return_stats=True)
-        logp = token_logprobs(
-            inputs.hidden, inputs.lm_head, inputs.target, bias=inputs.bias, backend="reference"
-        )  # fmt: skip
+        logp = token_logprobs(inputs.hidden, inputs.lm_head, inputs.target, bias=inputs.bias, backend="reference")
     loss.backward()
     assert torch.equal(loss, expected.loss) and torch.equal(stats.pir, expected.stats.pir)
     assert torch.equal(logp, expected.stats.logp)

@@ -1,15 +1,12 @@
 """The head sharded over gloo ranks: three processes are started once, and each runs every case."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers.ranks import start_ranks
 from tests.perce_kernels import vocab_parallel_cases
 from tests.perce_kernels.vocab_parallel_cases import CASES, SLOW
 
@@ -17,20 +14,8 @@ MODULE = vocab_parallel_cases.__name__
 
 
 def run_ranks(directory: Path, slow: bool) -> list[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", MODULE, str(directory), *["slow"] * slow],
-            cwd=ROOT, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(3)
-    ]  # fmt: skip
+    call = [sys.executable, "-W", "ignore", "-m", MODULE, str(directory), *["slow"] * slow]
+    processes = start_ranks(call, 3, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     errors = [process.communicate(timeout=280)[1] for process in processes]
     return [
         json.loads(path.read_text()) if (path := directory / f"{rank}.json").exists() else {"start": errors[rank]}

@@ -13,9 +13,7 @@ def loss_and_gradients(model, pairs, packing):
     with torch.no_grad():
         hidden_cf = model(**token_inputs(batch, "_cf"), perce={"rows": batch["rows_cf"]})
     call = {"hidden_cf": hidden_cf, "clip_min": 0.05, "reduction": "sum"}
-    loss, *_ = model(
-        **token_inputs(batch), perce={"rows": batch["rows"], "target": batch["target"], "loss": call}
-    )  # fmt: skip
+    loss, *_ = model(**token_inputs(batch), perce={"rows": batch["rows"], "target": batch["target"], "loss": call})
     model.zero_grad()
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -74,9 +74,7 @@ def oracle(model, pairs):
         with torch.no_grad():
             ids_cf = torch.cat([ids[:, :start], ids[:, end:]], dim=1)
             logits_cf = model(input_ids=ids_cf, use_cache=False).logits[0, -n - 1 : -1]
-        logp, logp_cf = (
-            x.float().log_softmax(-1).gather(1, ids[0, -n:, None])[:, 0] for x in (logits, logits_cf)
-        )  # fmt: skip
+        logp, logp_cf = (x.float().log_softmax(-1).gather(1, ids[0, -n:, None])[:, 0] for x in (logits, logits_cf))
         weight = (logp - logp_cf).detach().clamp(*CLIP.values())
         total, count = total - (weight * logp).sum(), count + n
     model.zero_grad()

@@ -15,15 +15,10 @@ from perce.planning.plans import GIB, step_cost
 from perce.train import main
 from perce.training import fits
 from perce.training.fits import check_fits, largest_step
+from tests.helpers import training
 from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl
 
-ROWS = [
-    {
-        "user_id": f"u{i % 4}", "persona": [f"I live in town {i}.", "I keep bees."] * (1 + i),
-        "query": f"Where are you, number {i}?", "response": f"In town {i}, with the bees.",
-    }
-    for i in range(12)
-]  # fmt: skip
+ROWS = [row | {"persona": row["persona"] * (1 + i)} for i, row in enumerate(training.ROWS)]
 
 
 def pair(persona, query, response):

@@ -127,9 +127,7 @@ def main(directory):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    results = {
-        case: train(shard(model_for(case[1], architecture=case[0]), case[2]), rank, RANKS) for case in CASES
-    }  # fmt: skip
+    results = {case: train(shard(model_for(case[1], architecture=case[0]), case[2]), rank, RANKS) for case in CASES}
     results["bf16"] = low_precision(rank, RANKS)
     if rank == 0:
         torch.save(results, Path(directory) / "result.pt")
