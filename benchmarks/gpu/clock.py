@@ -74,5 +74,23 @@ class CudaClock(HostClock):
         return True
 
 
+def seconds_of_kernels(run: Run) -> dict[str, dict[str, float]]:
+    """What ran on the device, by the profiler: of each kernel, copy and fill how often, and seconds in all."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as profiler:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    found: dict[str, dict[str, float]] = {}
+    for event in profiler.events():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            kernel = found.setdefault(event.name, {"count": 0, "seconds": 0.0})
+            kernel["count"] += 1
+            kernel["seconds"] += event.time_range.elapsed_us() / 1e6
+    return found
+
+
 def clock_of(device: str) -> HostClock:
     return CudaClock() if device == "cuda" else HostClock()

@@ -13,12 +13,12 @@ import sys
 from benchmarks.gpu.command import command
 from benchmarks.gpu.peers import PEERS
 from benchmarks.gpu.roofline import HEADS
+from benchmarks.gpu.suite import TINY_FILES
 from benchmarks.gpu.supervise import Stage
 
 CUTE = {"quack": ["quack", "quack_exact"], "liger_cutedsl": ["liger_cutedsl"]}
 """Stage → peers that need the CuTe DSL."""
 WORKERS = 6
-TINY_FILES = ["tests/perce_kernels/gpu/test_lse_gemm.py"]
 
 
 def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:

@@ -1,12 +1,14 @@
-"""The first command on a GPU: does it run, which way is the faster, where does the time go. At most 230 seconds.
+"""The first command on a GPU: does it run, which way is the faster, where does the time go. At most 275 seconds.
 
-    train      python -m perce.train on a tiny model; meanwhile `compile`, all kernels and named tiles in parallel
+    train      python -m perce.train on a tiny model; meanwhile `compile`, all kernels and named tiles in parallel, and
+               `tests`, the first of the GPU backend's: what is wrong must be known before anything is tuned
     check      every way against fp64: wrong kernels need no timing
     parts      products and kernels by themselves, at all sizes, beside the roofline's predictions
     ways       the whole loss each way, at all sizes: these lines decide
+    profiles   where the time of a whole loss goes, kernel by kernel
     tiles      the named tiles of every kernel at two sizes
     budgets    the loss by the bytes of a chunk's logits
-    steps      training steps of Qwen3-8B's shape, PerCE and cross-entropy, at 8k and 32k tokens
+    steps      training steps of Qwen3-8B's shape, PerCE and cross-entropy, at 8k and 32k tokens, and at 128k
 
 Every line is in RESULTS/gpu_a.json before it is printed. `--device cpu` runs all of it on tiny doubles in Triton's
 interpreter, to try the harness: its numbers mean nothing.
@@ -18,10 +20,12 @@ from math import inf
 from benchmarks.gpu.command import command
 from benchmarks.gpu.peers import WAY_PEERS
 from benchmarks.gpu.roofline import HEADS
+from benchmarks.gpu.suite import TINY_FILES
 from benchmarks.gpu.supervise import Stage
 
 KERNELS = ("row_loss", "store_gemm", "lse_gemm", "stored_rows")
 CHECKED_ROWS = 512  # of the ways, which `check` has compared already
+WORKERS = 4  # of the tests: compilation has most of the cores
 ROUNDS = 4  # of the ways: two implementations of ours differ less than others'
 
 
@@ -31,6 +35,7 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
     fakes: made-up peers, to try the harness.
     """
     side = {} if device == "cuda" else {"side": 16}
+    tests = {"workers": WORKERS} if device == "cuda" else {"files": TINY_FILES, "workers": 2}
     ways = {
         "peers": [*WAY_PEERS.values(), *fakes],
         "heads": list(HEADS),
@@ -39,13 +44,18 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
     }
     module = "benchmarks.gpu."
     return [
-        [Stage("train", f"{module}training", 50, inf), Stage("compile", f"{module}compile", 50, inf)],
-        [Stage("check", f"{module}parts", 62, options={"what": "check"})],
-        [Stage("parts", f"{module}parts", 90, options={"what": "parts", **side})],
-        [Stage("ways", f"{module}race", 125, options=ways | side)],
-        [Stage("tiles", f"{module}tiles", 144, options={"kernels": KERNELS, "sizes": 2})],
-        [Stage("budgets", f"{module}parts", 166, options={"what": "budgets"})],
-        [Stage("steps", f"{module}steps", 228, inf, grace=2)],
+        [
+            Stage("train", f"{module}training", 70, inf),
+            Stage("compile", f"{module}compile", 70, inf),
+            Stage("tests", f"{module}suite", 78, 70, grace=13, options=tests),
+        ],
+        [Stage("check", f"{module}parts", 88, options={"what": "check"})],
+        [Stage("parts", f"{module}parts", 118, options={"what": "parts", **side})],
+        [Stage("ways", f"{module}race", 152, options=ways | side)],
+        [Stage("profiles", f"{module}parts", 164, options={"what": "profiles"})],
+        [Stage("tiles", f"{module}tiles", 184, options={"kernels": KERNELS, "sizes": 2})],
+        [Stage("budgets", f"{module}parts", 206, options={"what": "budgets"})],
+        [Stage("steps", f"{module}steps", 273, inf, grace=2)],
     ]
 
 

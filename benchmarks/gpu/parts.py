@@ -1,8 +1,9 @@
-"""The parts of the op, each by itself, beside what roofline.py predicts of it; and which kernels cuBLAS takes.
+"""The parts of the op, each by itself, beside what roofline.py predicts of it; and where a whole call's time goes.
 
 check     every way on 512 rows against fp64: wrong kernels need no timing
 parts     every product and kernel of a chunk, at all sizes: seconds, and predicted ones by the ceilings of this GPU
 budgets   the whole loss by the bytes of a block's dz and a chunk's logits, each way
+profiles  the kernels of the whole loss each way, by name: how often, and seconds in all
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 from benchmarks.gpu import child as children
 from benchmarks.gpu import roofline
 from benchmarks.gpu.child import Child
+from benchmarks.gpu.clock import seconds_of_kernels
 from benchmarks.gpu.peers import PEERS, WAY_PEERS
 from benchmarks.gpu.race import DTYPE, PIR_ERROR, SIDE, Inputs, Reference, ceilings, clear, probes, what_is_wrong
 from benchmarks.gpu.roofline import Gpu, Work
@@ -195,7 +197,7 @@ def groups_of(size: Size, device: str, gpu: Gpu) -> Groups:
 
 
 def parts(child: Child) -> None:
-    """Ceilings, then every part at every size; cuBLAS's kernels by name last, as a profiler slows what follows it."""
+    """Ceilings, then every part at every size."""
     device, stage = child.request.device, child.request.stage
     side = child.request.options.get("side", SIDE)
     runs = child.prepared(f"{stage}/probes", partial(probes, side, device))
@@ -210,11 +212,6 @@ def parts(child: Child) -> None:
             a_group(child, f"{stage}/{size}", group, make)
             child.clock.free()
         child.measured(f"{stage}/{size}/token_logprobs", lambda size=size: logprobs(child, size))
-    for size in child.request.sizes[:2]:
-        for group in ("products", f"dW of {DW_ROWS[1]}"):
-            make = groups_of(size, device, gpu)[group]
-            child.measured(f"{stage}/{size}/names of {group}", lambda make=make: names_of_kernels(make()))
-            child.clock.free()
 
 
 def a_group(child: Child, place: str, group: str, make: Callable[[], dict[str, Timing]]) -> None:
@@ -225,22 +222,6 @@ def a_group(child: Child, place: str, group: str, make: Callable[[], dict[str, T
         for name, timing in timings.items():
             child.measured(f"{place}/{name}", lambda timing=timing: measured(child, timing))
         child.line(operands, parts=len(timings))
-
-
-def names_of_kernels(timings: dict[str, Timing]) -> dict[str, Any]:
-    """Which kernels ran on the device, by the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    found: dict[str, Any] = {}
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    for name, timing in timings.items():
-        with profile(activities=activities) as profiler:
-            timing.run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        on_device = [event for event in profiler.events() if event.device_type != torch.autograd.DeviceType.CPU]
-        found[name] = [event.name for event in on_device]
-    return {"kernels": found}
 
 
 @torch.no_grad()
@@ -299,8 +280,27 @@ def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> d
     return {"seconds": min(seconds), "rows": block, "chunk": chunk, "shipped": wanted == shipped}
 
 
+def profiles(child: Child) -> None:
+    """Kernels of one step, after one that warms up."""
+    device, stage = child.request.device, child.request.stage
+    for size in child.request.sizes:
+        inputs = child.prepared(f"{stage}/{size}/operands", lambda size=size: make_inputs(*size, DTYPE, device))
+        if inputs is None:
+            continue
+        for way, peer in WAY_PEERS.items():
+
+            def profiled(peer: str = peer, inputs=inputs) -> dict[str, Any]:
+                run = partial(step, PEERS[peer].load().loss, inputs)
+                run()
+                return {"kernels": seconds_of_kernels(run)}
+
+            child.measured(f"{stage}/{size}/{way}", profiled)
+        child.line(f"{stage}/{size}/operands", ways=len(WAY_PEERS))
+        child.clock.free()
+
+
 def stage(child: Child) -> None:
-    {"check": check, "parts": parts, "budgets": budgets}[child.request.options["what"]](child)
+    {"check": check, "parts": parts, "budgets": budgets, "profiles": profiles}[child.request.options["what"]](child)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ START = 3.0
 """Seconds assumed for a process on a GPU to be ready, though it was started ahead of time."""
 STEP_FLOPS = 0.4 * H100.flops
 """Assumed of whole training steps."""
-LIMITS = {"gpu_a": 230, "gpu_b": 390}
+LIMITS = {"gpu_a": 275, "gpu_b": 390}
 
 
 def loss_seconds(size: Size, way: str = "fused", head: str = "trainable") -> float:
@@ -88,17 +88,27 @@ def of_budgets() -> float:
     )
 
 
+def of_profiles() -> float:
+    """Each way twice, and what the profiler adds."""
+    return sum(4 * loss_seconds(size, way) for size in SIZES for way in WAYS)
+
+
 def of_steps() -> float:
-    """LoRA with checkpointing: three forwards' worth of products, and attention over the lower triangle."""
+    """LoRA with checkpointing: three forwards' worth of products, and attention over the lower triangle. Without a
+    gradient through the persona one.
+    """
     parameters, layers, width, total = 8.2e9, 36, 4096, 0.0
-    for index, context in enumerate(steps.CONTEXTS["cuda"]):
-        flop = 6 * parameters * context + 3.5 * 2 * layers * width * context**2
-        total += len(steps.OBJECTIVES) * (4 if index == 0 else 2) * flop / STEP_FLOPS
+    cases = steps.CASES["steps"]["cuda"]
+    for case in cases:
+        forwards, attention = (3, 3.5) if case.persona_grad == "full" else (1, 1)
+        flop = 2 * forwards * parameters * case.context + attention * 2 * layers * width * case.context**2
+        total += (3 if case.context == cases[0].context else 1) * flop / STEP_FLOPS
     return total
 
 
 DEVICE = {
-    "check": of_check, "parts": of_parts, "tiles": of_tiles, "budgets": of_budgets, "steps": of_steps,
+    "check": of_check, "parts": of_parts, "tiles": of_tiles, "budgets": of_budgets, "profiles": of_profiles,
+    "steps": of_steps,
     "ways": lambda: of_races(HEADS, 2.0, decide.ROUNDS, decide.CHECKED_ROWS),
 }  # fmt: skip
 BOUNDED = ("peers", *compare.CUTE, "tests")

@@ -1,7 +1,8 @@
 """Whole training steps of a large model with random weights, LoRA, bf16: PerCE and cross-entropy over the context.
 
 Seconds of forward and backward of one sequence, tokens per second, and the peak of the allocator, beside the peak that
-perce.plan says. The plan is made in a process of its own meanwhile, and comes last.
+perce.plan says. The plan is made in a process of its own meanwhile, and comes last. Steps at the shortest context are
+warmed up and repeated; of the others one is timed: it takes seconds, beside which a first step's costs are nothing.
 """
 
 import tempfile
@@ -9,15 +10,42 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, Unable, die_with_parent
+from benchmarks.gpu.clock import seconds_of_kernels
 
-OBJECTIVES = ("perce", "ce")
-CONTEXTS = {"cuda": (8192, 32768), "cpu": (96, 160)}
+if TYPE_CHECKING:
+    from perce.config.schema import MemoryConfig
+
+
+class Case(NamedTuple):
+    """One kind of step; also the last part of its line's key."""
+
+    objective: str
+    context: int
+    persona_grad: Literal["full", "none"] = "full"
+    mlp_tile: int = 0
+
+    def __str__(self) -> str:
+        none = ", persona_grad none" if self.persona_grad == "none" else ""
+        return f"{self.objective}/{self.context}{none}" + (f", mlp_tile {self.mlp_tile}" if self.mlp_tile else "")
+
+
+CASES = {
+    "steps": {
+        "cuda": (Case("perce", 8192), Case("ce", 8192), Case("perce", 32768), Case("ce", 32768),
+                 Case("perce", 131072, "none")),
+        "cpu": (Case("perce", 96), Case("ce", 96), Case("perce", 160), Case("ce", 160), Case("perce", 160, "none")),
+    },
+    "long": {"cuda": (Case("perce", 131072, mlp_tile=4096),), "cpu": (Case("perce", 160, mlp_tile=32),)},
+}  # fmt: skip
+"""By stage and device. Options of memory stay switched on: a case without them comes before those with them."""
+SHORT = {"cuda": 8192, "cpu": 96}
+LARGEST = 30  # kernels of a step that are listed
 QUERY_AND_RESPONSE = {"cuda": (512, 1024), "cpu": (16, 32)}
 TINY_SHAPE = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -35,21 +63,22 @@ def shape(device: str) -> dict[str, Any]:
     return SHAPES["qwen3-8b"] if device == "cuda" else TINY_SHAPE
 
 
-def plan(device: str, objective: str, context: int) -> dict[str, float]:
+def plan(device: str, case: Case) -> dict[str, float]:
     """What perce.plan says of such a step."""
     from transformers import AutoConfig
 
     from perce.config.commands import PlanOptions
-    from perce.config.schema import ModelConfig, StepConfig
+    from perce.config.schema import MemoryConfig, ModelConfig, StepConfig
     from perce.planning.memory import UPDATE
     from perce.planning.plans import step_cost
 
     query, response = QUERY_AND_RESPONSE[device]
     options = StepConfig(
-        context=context, query=query, response=response, activation_checkpointing=True, gradient_accumulation_steps=1,
-        per_device_train_batch_size=1, objective=objective,
+        context=case.context, query=query, response=response, activation_checkpointing=True,
+        gradient_accumulation_steps=1, per_device_train_batch_size=1, objective=case.objective,
     )  # fmt: skip
-    config = PlanOptions(ModelConfig(lora_r=16, precision="bf16"), options)
+    memory = MemoryConfig(case.persona_grad, case.mlp_tile)
+    config = PlanOptions(ModelConfig(lora_r=16, precision="bf16"), options, memory)
     planned = step_cost(AutoConfig.for_model(**shape(device)), config, device)
     # The allocator knows nothing of the context, and no optimiser has made its states here.
     phases = [
@@ -63,7 +92,7 @@ def plan(device: str, objective: str, context: int) -> dict[str, float]:
 class Steps:
     """The model, and its trainer."""
 
-    def __init__(self, device: str, directory: str):
+    def __init__(self, device: str, directory: str, cases: tuple[Case, ...]):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from benchmarks.test_step import pair
@@ -82,7 +111,7 @@ class Steps:
             base = prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
         model = add_adapter(base, lora_config(ModelConfig(lora_r=16)))
         enable_checkpointing(base)
-        self.losses = {name: LossConfig(objective=name) for name in OBJECTIVES}
+        self.losses = {name: LossConfig(objective=name) for name in ("perce", "ce")}
         arguments = PerceArguments(directory, use_cpu=device == "cpu", report_to="none", bf16=True)
         self.trainer = PerceTrainer(model, arguments, processing_class=_tokenizer())
         self.model = self.trainer.accelerator.prepare_model(model)  # autocast, as in training
@@ -90,34 +119,57 @@ class Steps:
         query, response = QUERY_AND_RESPONSE[device]
         vocabulary = shape(device)["vocab_size"]
         self.batches = {}
-        for context in CONTEXTS[device]:
+        for context in {case.context for case in cases}:
             row = pair(context - query - response, query, response)
             row["input_ids"] = [token % vocabulary for token in row["input_ids"]]
             self.batches[context] = collate([row])
         self.items = torch.tensor(response)
+        self.memory: set[MemoryConfig] = set()
 
-    def run(self, objective: str, context: int) -> None:
+    def prepare(self, case: Case) -> None:
+        """The memory options of a case, once."""
+        from perce.config.schema import MemoryConfig
+        from perce.model.memory import prepare_memory
+
+        memory = MemoryConfig(case.persona_grad, case.mlp_tile)
+        if memory not in self.memory:
+            prepare_memory(self.trainer.model, memory)
+            self.memory.add(memory)
+
+    def run(self, case: Case) -> None:
         """Forward and backward of one sequence."""
-        self.trainer.args.loss = self.losses[objective]
-        self.trainer.training_step(self.model, dict(self.batches[context]), self.items)
+        self.trainer.args.loss = self.losses[case.objective]
+        self.trainer._detach_persona = case.persona_grad == "none"
+        self.trainer.training_step(self.model, dict(self.batches[case.context]), self.items)
         self.model.zero_grad(set_to_none=True)
 
 
-def measured(child: Child, steps: Steps, objective: str, context: int, repetitions: int) -> dict[str, Any]:
-    """repetitions: after one that warms up."""
+def measured(child: Child, steps: Steps, case: Case, repetitions: int) -> dict[str, Any]:
+    """The median of the repetitions but the first, or the only one."""
     on_gpu = child.request.device == "cuda"
+    steps.prepare(case)
+    child.clock.free()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    first, *seconds = (child.clock.seconds(lambda: steps.run(objective, context)) for _ in range(repetitions + 1))
+    times = [child.clock.seconds(lambda: steps.run(case)) for _ in range(repetitions)]
+    seconds = median(times[1:] or times)
     return {
-        "seconds": median(seconds), "first_seconds": first, "tokens_per_second": context / median(seconds),
+        "seconds": seconds, "first_seconds": times[0], "tokens_per_second": case.context / seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }  # fmt: skip
 
 
+def kernels(steps: Steps, case: Case) -> dict[str, Any]:
+    """Where the time of a step goes: its largest kernels, and the sum of all."""
+    found = seconds_of_kernels(lambda: steps.run(case))
+    largest = sorted(found.items(), key=lambda item: -item[1]["seconds"])[:LARGEST]
+    return {"kernels": dict(largest), "sum": sum(kernel["seconds"] for kernel in found.values())}
+
+
 def stage(child: Child) -> None:
+    """Every case; where the time goes of the first; the plans."""
     name, device = child.request.stage, child.request.device
-    contexts = CONTEXTS[device]
+    cases = CASES[name][device]
     with (
         tempfile.TemporaryDirectory() as directory,
         ProcessPoolExecutor(1, get_context("spawn"), die_with_parent) as pool,
@@ -125,30 +177,25 @@ def stage(child: Child) -> None:
 
         def make() -> Steps:
             try:
-                return Steps(device, directory)
+                return Steps(device, directory, cases)
             except ImportError as error:
                 raise Unable(f"the training layer needs {error.name}, which is not installed") from error
 
         steps = child.prepared(f"{name}/model", make)
         if steps is None:
             return
-        plans: dict[tuple[str, int], Future] = {
-            (objective, context): pool.submit(plan, device, objective, context)
-            for context in contexts for objective in OBJECTIVES
-        }  # fmt: skip
-        for context in contexts:
-            for objective in OBJECTIVES:
-                repetitions = 3 if context == contexts[0] else 1
-                child.measured(
-                    f"{name}/{objective}/{context}",
-                    lambda context=context, objective=objective, repetitions=repetitions: measured(
-                        child, steps, objective, context, repetitions
-                    ),
-                )
-        for (objective, context), future in plans.items():
-            key = f"{name}/{objective}/{context}/plan"
+        plans: dict[Case, Future] = {case: pool.submit(plan, device, case) for case in cases}
+        for case in cases:
+            repetitions = 3 if case.context == SHORT[device] else 1
+            child.measured(
+                f"{name}/{case}", lambda case=case, repetitions=repetitions: measured(child, steps, case, repetitions)
+            )
+        for case, future in plans.items():
+            key = f"{name}/{case}/plan"
             if not child.out_of_time or future.done():
                 child.line(key, **child.attempt(lambda future=future: future.result()))
+        if cases[0].context == SHORT[device]:
+            child.measured(f"{name}/{cases[0]}/kernels", lambda: kernels(steps, cases[0]))
         pool.shutdown(wait=False, cancel_futures=True)
 
 

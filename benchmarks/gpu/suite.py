@@ -22,6 +22,8 @@ FILES = [
     "gpu/test_combine gpu/test_steps gpu/test_driver test_loss test_ops".split()
 ]
 """In this order, for the time may end before they do."""
+TINY_FILES = ["tests/perce_kernels/gpu/test_lse_gemm.py"]
+"""Where there is no GPU, to try the harness."""
 OPTIONS = ("-m", "not slow", "-v", "--timeout", "60", "--timeout-method", "thread", "--tb", "short",
            "--disable-warnings", "-rf", "--maxfail", "20", "-o", "addopts=", "-o", "timeout_func_only=true", "-p",
            "no:cacheprovider")  # fmt: skip
@@ -61,7 +63,8 @@ def stage(child: Child) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},  # what torch's deterministic mode asks for
+        # What torch's deterministic mode asks for; and several processes on the cores.
+        env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "2"},
         start_new_session=True,
         preexec_fn=_start,
     )
