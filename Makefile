@@ -27,7 +27,7 @@ help:
 	@echo "make aot      compile the GPU kernels without a GPU: registers, spills, shared memory"
 	@echo "make bench    run the benchmarks"
 	@echo "make gpu-a    on a machine with a CUDA GPU: does it run, which way is faster (4.5 minutes)"
-	@echo "make gpu-b    on the same: the op beside its peers, and its tests (6.5 minutes)"
+	@echo "make gpu-b    on the same: the op beside its peers, and its tests (7 minutes)"
 	@echo "make wheels   collect what a GPU machine without a network lacks into build/wheels/a, b, c1, …"
 	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"
 

@@ -5,15 +5,15 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COMMIT = "PERCE_COMMIT"  # environment variable: names the commit where the files were copied without their repository
+COMMIT = "PERCE_COMMIT"  # environment variable: names the commit of files that were copied
 
 
 def commit(root: Path = ROOT) -> str | None:
     """The first 12 digits, and "-dirty" if tracked files were changed (those in benchmarks/results do not count).
 
-    Where root is no repository, the value of $PERCE_COMMIT, and None without it.
+    $PERCE_COMMIT goes before: where a tree was copied, its repository may be of another time. None without either.
     """
-    if not (root / ".git").exists():
+    if os.environ.get(COMMIT) or not (root / ".git").exists():
         return os.environ.get(COMMIT) or None
 
     def git(*command: str) -> str:
@@ -23,5 +23,5 @@ def commit(root: Path = ROOT) -> str | None:
         head = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or another user's files
-        return os.environ.get(COMMIT) or None
+        return None
     return f"{head}-dirty" if changed else head

@@ -185,3 +185,8 @@ def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
             if return_entropy:
                 rows.put(entropy, chunk, parts.entropy())
     return logp, entropy
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In one pass, without a second fp32 tensor of the head's size."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

@@ -2,6 +2,7 @@
 
     sweep(call, weighting, needed) → PerCEOutput            loss, statistics and gradients, in one pass over the tokens
     logprobs(call, return_entropy) → (logp, entropy)        (N,) each, the second (0,) unless asked for
+    scaled(gradient, factor, dtype) → Tensor                gradient · factor (), rounded once, to this dtype
 
 Arguments are valid by now. `Rows` says which rows of a call are computed.
 """

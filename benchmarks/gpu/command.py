@@ -9,6 +9,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 from benchmarks.gpu import STARTED, training, wheels
@@ -30,6 +31,7 @@ def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) ->
     )
     parser.add_argument("--fakes", nargs="*", default=(), metavar="PEER", help="doubles (tests/helpers/fake_peers.py)")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
+    parser.add_argument("--seconds", type=float, default=inf, help="no stage ends later (default: as planned)")
     parser.add_argument("--wheels", nargs="+", type=Path, default=[], metavar="DIR", help="parts of `make wheels`")
     options = parser.parse_args(arguments)
     if options.device == "cuda":
@@ -49,6 +51,7 @@ def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) ->
     install(options.wheels, results)
     if options.device == "cpu":
         rows = [[replace(stage, until=CPU_TIME * stage.until) for stage in row] for row in rows]
+    rows = [[replace(stage, until=min(stage.until, options.seconds)) for stage in row] for row in rows]
     run([row for row in rows if row], results, options.device)
     from benchmarks.gpu.tables import report
 

@@ -1,24 +1,28 @@
-"""The second command on a GPU: the op beside its peers, and its tests. At most 390 seconds.
+"""The second command on a GPU: the op beside its peers, and its tests. At most 425 seconds.
 
     peers          all that need no CuTe DSL, trainable head at all sizes, then frozen; each timed in turn with ours
     quack          at two sizes, in a process of its own: it patches CuTe's classes
     liger_cutedsl  likewise; both compile for long, and may be silent for two minutes if the time allows
-    tests          the GPU backend's, in six processes, interrupted at the end of the time
+    flash          perce.train with flash-attn-4
+    tests          the GPU backend's, in eight processes, interrupted at the end of the time; meanwhile `memcheck` and
+                   `racecheck`, all kernels under compute-sanitizer
 
 Every line is in RESULTS/gpu_b.json before it is printed. `--device cpu`: see decide.py.
 """
 
 import sys
+from math import inf
 
 from benchmarks.gpu.command import command
 from benchmarks.gpu.peers import PEERS
 from benchmarks.gpu.roofline import HEADS
+from benchmarks.gpu.sanitizer import TOOLS
 from benchmarks.gpu.suite import TINY_FILES
 from benchmarks.gpu.supervise import Stage
 
 CUTE = {"quack": ["quack", "quack_exact"], "liger_cutedsl": ["liger_cutedsl"]}
 """Stage → peers that need the CuTe DSL."""
-WORKERS = 6
+WORKERS = 8
 
 
 def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
@@ -36,7 +40,11 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
     return [
         [Stage("peers", race, 160, 45, options={"peers": [*others, *fakes], "heads": list(HEADS), **side})],
         *cute,
-        [Stage("tests", "benchmarks.gpu.suite", 388, 90, grace=18, options=tests)],
+        [Stage("flash", "benchmarks.gpu.training", 305, inf)],
+        [
+            Stage("tests", "benchmarks.gpu.suite", 425, 90, grace=18, options=tests),
+            *(Stage(tool, "benchmarks.gpu.sanitizer", 425, inf) for tool in TOOLS),
+        ],
     ]
 
 

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, die_with_parent
-from benchmarks.gpu.peers import PEERS, WAY_PEERS
+from benchmarks.gpu.peers import WAY_PEERS, find_peer
 from benchmarks.gpu.sizes import Size
 from benchmarks.gpu.tiles import FP32_ROWS, SUBJECTS, TABLED, candidates, named, shipping
 
@@ -32,7 +32,7 @@ WORKERS = 12
 
 def jobs(arch: str, shapes: tuple[Size, ...]) -> list[tuple[str, str, Size]]:
     """(kernel or way, tile's name or "", size)."""
-    found = [(way, "", size) for size in shapes for way in WAY_PEERS.values()]
+    found = [(peer.name, "", size) for size in shapes for peer in WAY_PEERS.values()]
     for kernel in SUBJECTS:
         found += [(kernel, named(tile), shapes[0]) for tile in candidates(kernel, arch, torch.bfloat16)]
     return found
@@ -46,7 +46,7 @@ def compile_one(job: tuple[str, str, Size], arch: str, device: str) -> float:
     name, tile_name, size = job
     started = time.perf_counter()
     if not tile_name:
-        inputs, implementation = make_inputs(*size, torch.bfloat16, device), PEERS[name].load()
+        inputs, implementation = make_inputs(*size, torch.bfloat16, device), find_peer(name).load()
         step(implementation.loss, inputs)
         with torch.no_grad():
             implementation.pir(*inputs)

@@ -18,7 +18,7 @@ from benchmarks.gpu import child as children
 from benchmarks.gpu import roofline
 from benchmarks.gpu.child import Child
 from benchmarks.gpu.clock import seconds_of_kernels
-from benchmarks.gpu.peers import PEERS, WAY_PEERS
+from benchmarks.gpu.peers import WAY_PEERS, Peer
 from benchmarks.gpu.race import DTYPE, PIR_ERROR, SIDE, Inputs, Reference, ceilings, clear, probes, what_is_wrong
 from benchmarks.gpu.roofline import Gpu, Work
 from benchmarks.gpu.sizes import Size
@@ -29,11 +29,12 @@ from perce_kernels.gpu import cut, tiles
 from perce_kernels.gpu.combine import TileStatistics, combine
 from perce_kernels.gpu.cut import block_of
 from perce_kernels.gpu.product import pitch, product
+from perce_kernels.gpu.scale import scale
 from perce_kernels.gpu.tiles import STATISTICS_COLUMNS
 
 CHECKED_ROWS = 512
-DW_ROWS = (1024, 2048, 4096)
-"""Tokens of one dW product: the more, the less often dW is read and written."""
+BLOCKS = (2048, 4096, 8192, 16384)
+"""Tokens of the products with dz: the more, the less often dW is read and written."""
 REPETITIONS = 5
 BUDGETS = (1, 2, 4, 8)  # GiB
 BUDGETED = ("fused", "stored")  # the mixed way cuts as the first does
@@ -63,8 +64,8 @@ def check(child: Child) -> None:
         inputs, reference = prepared
         for way, peer in WAY_PEERS.items():
 
-            def compared(peer: str = peer, inputs=inputs, reference=reference) -> dict[str, Any]:
-                implementation = PEERS[peer].load()
+            def compared(peer: Peer = peer, inputs=inputs, reference=reference) -> dict[str, Any]:
+                implementation = peer.load()
                 errors = reference.errors(implementation, step(implementation.loss, inputs), inputs)
                 wrong = what_is_wrong(errors)
                 return {"errors": errors, "correct": errors["pir"] <= PIR_ERROR} | ({"reason": wrong} if wrong else {})
@@ -93,7 +94,6 @@ def of_a_block(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
     logits = torch.empty((cut.chunk, pitch(v)), device=device)
     block = logits.view(-1)[: rows * columns].view(rows, columns)
     narrow = hidden.new_empty((cut.chunk, v))
-    dz, dh = gradients(cut.block, v, device), torch.empty((cut.block, d), device=device)
     chunk, columns = hidden[: cut.chunk], min(columns, v)
 
     def to_16_bits() -> None:
@@ -112,22 +112,26 @@ def of_a_block(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
             "counterfactual", rows, d, columns, 4,
             partial(product, hidden[:rows], lm_head[:columns].T, block[:, :columns]),
         ),
-        "dh": timing("dh", cut.block, v, d, 4, partial(product, dz, lm_head, dh)),
     }  # fmt: skip
 
 
-def of_dw(size: Size, device: str, gpu: Gpu, rows: int) -> dict[str, Timing]:
-    """dW of so many tokens, the first time and added to what is there."""
+def of_dz(size: Size, device: str, gpu: Gpu, rows: int) -> dict[str, Timing]:
+    """Products with dz of so many tokens: dh; dW, the first time and added to what is there."""
     _, d, v = size
     rows = rows if device == "cuda" else min(rows, size.n)
     dz, hidden = gradients(rows, v, device), torch.randn((rows, d), device=device).to(DTYPE)
-    out = torch.zeros((v, d), device=device)
+    out, lm_head = torch.zeros((v, d), device=device), torch.randn((v, d), device=device).to(DTYPE)
+    dh = torch.empty((rows, d), device=device)
 
     def timing(add: bool) -> Timing:
         run = partial(product, dz.T, hidden, out, add=add)
         return timing_of("dW", run, 2 * rows * d * v, 2 * rows * (v + d) + (1 + add) * 4 * d * v, gpu)
 
-    return {f"dW of {rows}": timing(False), f"dW of {rows}, added": timing(True)}
+    flop, moved = 2 * rows * d * v, 2 * (rows + d) * v + 4 * rows * d
+    return {
+        f"dh of {rows}": timing_of("dh", partial(product, dz, lm_head, dh), flop, moved, gpu),
+        f"dW of {rows}": timing(False), f"dW of {rows}, added": timing(True),
+    }  # fmt: skip
 
 
 def of_kernels(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
@@ -158,7 +162,6 @@ def of_the_rest(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
     parts.row_max.normal_(), parts.total.uniform_(1, 2)
     target = torch.zeros(rows, dtype=torch.int64, device=device)
     gradient = torch.zeros((v, d), device=device)
-    scaled = torch.empty_like(gradient, dtype=DTYPE)
     upstream = torch.ones((), device=device)
 
     moved = 6 * d * v
@@ -167,8 +170,7 @@ def of_the_rest(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
             partial(combine, parts, target, -100), 8 * parts.row_max.numel() / (gpu.bandwidth * gpu.rows)
         ),
         "scaling of dW": Timing(
-            lambda: torch.mul(gradient, upstream, out=scaled), moved / (gpu.bandwidth * roofline.SCALING),
-            work=Work(0, moved),
+            partial(scale, gradient, upstream, DTYPE), moved / (gpu.bandwidth * roofline.SCALING), work=Work(0, moved),
         ),
     }  # fmt: skip
 
@@ -190,7 +192,7 @@ def groups_of(size: Size, device: str, gpu: Gpu) -> Groups:
     """Parts by the operands that they share."""
     return {
         "products": partial(of_a_block, size, device, gpu),
-        **{f"dW of {rows}": partial(of_dw, size, device, gpu, rows) for rows in DW_ROWS},
+        **{f"dz of {rows}": partial(of_dz, size, device, gpu, rows) for rows in BLOCKS},
         "kernels": partial(of_kernels, size, device, gpu),
         "the rest": partial(of_the_rest, size, device, gpu),
     }
@@ -267,7 +269,7 @@ def budgets(child: Child) -> None:
 
 
 def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> dict[str, Any]:
-    run, shipped, wanted = PEERS[WAY_PEERS[way]].load().loss, cut.BUDGET, gib * 2**30
+    run, shipped, wanted = WAY_PEERS[way].load().loss, cut.BUDGET, gib * 2**30
     gpu = Gpu(multiprocessors=tiles.multiprocessors(inputs[0].device))
     cut.BUDGET = wanted
     cut.cut_of.cache_clear()  # which does not know of the budget
@@ -289,8 +291,8 @@ def profiles(child: Child) -> None:
             continue
         for way, peer in WAY_PEERS.items():
 
-            def profiled(peer: str = peer, inputs=inputs) -> dict[str, Any]:
-                run = partial(step, PEERS[peer].load().loss, inputs)
+            def profiled(peer: Peer = peer, inputs=inputs) -> dict[str, Any]:
+                run = partial(step, peer.load().loss, inputs)
                 run()
                 return {"kernels": seconds_of_kernels(run)}
 

@@ -84,16 +84,16 @@ def load_perce() -> Implementation:
 
 
 def load_perce_by(way: str) -> Implementation:
-    """Ours by a way that is not in use: the GPU is to say whether it pays."""
+    """Ours by one of tiles.WAYS: the GPU is to say which pays."""
     tiles = imported("perce_kernels.gpu.tiles", "triton")
     ours = load_perce()
 
     def switched_on(call: Loss) -> Loss:
-        def switched(*inputs: Tensor) -> Tensor:
+        def switched(*inputs: Tensor, **options: Any) -> Tensor:
             in_use = dict(tiles.WAY)
             tiles.WAY.update(dict.fromkeys(in_use, way))
             try:
-                return call(*inputs)
+                return call(*inputs, **options)
             finally:
                 tiles.WAY.update(in_use)
 
@@ -229,8 +229,6 @@ PEERS = {  # by importance and quickness to compile: where time runs out, the la
     peer.name: peer
     for peer in (
         Peer("perce", "**perce**", load_perce),
-        Peer("perce_mixed", "**perce**, no counterfactual logits", lambda: load_perce_by("mixed")),
-        Peer("perce_stored", "**perce**, 16-bit logits kept", lambda: load_perce_by("stored")),
         Peer("trl", "TRL fused head", load_trl),
         Peer("cce_exact", "cut-cross-entropy, exact", lambda: load_cce(None)),
         Peer("liger_large", "Liger, Triton, 8 × chunks", lambda: load_liger(8)),
@@ -248,14 +246,19 @@ PEERS = {  # by importance and quickness to compile: where time runs out, the la
     )
 }
 
-WAY_PEERS = {"fused": "perce", "mixed": "perce_mixed", "stored": "perce_stored"}
-"""Ours by each of tiles.WAYS."""
+WAY_PEERS = {
+    "fused": Peer("perce_fused", "**perce**, fp32 logits", lambda: load_perce_by("fused")),
+    "mixed": Peer("perce_mixed", "**perce**, no counterfactual logits", lambda: load_perce_by("mixed")),
+    "stored": Peer("perce_stored", "**perce**, 16-bit logits kept", lambda: load_perce_by("stored")),
+}
+"""Ours by each of tiles.WAYS; "perce" is by the one in use."""
 
 
 def find_peer(name: str) -> Peer:
-    """One of PEERS, or of the made-up ones that try the harness."""
-    if name in PEERS:
-        return PEERS[name]
+    """One of PEERS or WAY_PEERS, or of the made-up ones that try the harness."""
+    for peer in (*PEERS.values(), *WAY_PEERS.values()):
+        if peer.name == name:
+            return peer
     from tests.helpers.fake_peers import FAKES
 
     return FAKES[name]

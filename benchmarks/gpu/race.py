@@ -40,6 +40,7 @@ PROBES = 60  # products and copies in a row: some 0.1 s of an H100, so that its 
 ROUNDS = 7
 SIDE = 8192  # of the product that is the ceiling
 FP64_FLOPS = 40e12  # assumed of an H100's fp64 products, of which the reference is made; its data sheet says 67
+COLD = 1.5  # seconds more that the first race takes for itself and each peer: libraries load, kernels compile
 PREPARATION = 0.7  # of a race's time; the rest is for rounds
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -244,10 +245,11 @@ class Race:
         return {"correct": correct, "errors": errors, "peak_extra_bytes": peak, "seconds": seconds[0]}
 
     def round(self, prepared: Prepared) -> None:
-        """The ceilings and every peer that is ready, once."""
+        """The ceilings and every peer that is ready, once. Another begins each time: a GPU that warms up slows down."""
         clock = self.child.clock
         seconds = {name: clock.seconds(run) for name, run in prepared.ceiling.items()}
-        for name, run in list(self.ready.items()):
+        first = len(self.rounds) % max(len(self.ready), 1)
+        for name, run in [*self.ready.items()][first:] + [*self.ready.items()][:first]:
             self.child.begin(self.key(name))
             outcome = self.child.attempt(lambda run=run: {"seconds": timed(clock, run)})
             clear(prepared.inputs)
@@ -267,7 +269,7 @@ def expected_seconds(head: str, size: Size, peers: int, checked_rows: int) -> fl
     """Of a race, by which the stage's time is shared out: steps of peers that take twice our time; the reference."""
     reference = 8 * min(size.n, checked_rows) * size.d * size.v / FP64_FLOPS
     steps = (ROUNDS + 3) * 2 * peers * sum(predict(size, head=head).values())
-    return steps + (reference if head == "trainable" else 0.0) + 1.0
+    return steps + (reference if head == "trainable" else 0.0) + 2.0
 
 
 def stage(child: Child) -> None:
@@ -281,6 +283,7 @@ def stage(child: Child) -> None:
     races = [(head, size) for head in options["heads"] for size in sizes]
     peers, rows = len(options["peers"]), options.get("checked_rows", 2**62)
     expected = [expected_seconds(head, size, peers, rows) for head, size in races]
+    expected[0] += COLD * (1 + peers)
     for index, (head, size) in enumerate(races):
         now = time.monotonic()
         share = expected[index] / sum(expected[index:])

@@ -24,13 +24,19 @@ FILES = [
 """In this order, for the time may end before they do."""
 TINY_FILES = ["tests/perce_kernels/gpu/test_lse_gemm.py"]
 """Where there is no GPU, to try the harness."""
-OPTIONS = ("-m", "not slow", "-v", "--timeout", "60", "--timeout-method", "thread", "--tb", "short",
-           "--disable-warnings", "-rf", "--maxfail", "20", "-o", "addopts=", "-o", "timeout_func_only=true", "-p",
-           "no:cacheprovider")  # fmt: skip
+OPTIONS = ("-p", "benchmarks.gpu.suite", "-m", "not slow", "-v", "--timeout", "60", "--timeout-method", "thread",
+           "--tb", "short", "--disable-warnings", "-rf", "--maxfail", "60", "-o", "addopts=", "-o",
+           "timeout_func_only=true", "-p", "no:cacheprovider")  # fmt: skip
 # A CUDA call that is blocked hears no signal: a thread ends such a test's process.
 WORDS = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL)"
 OUTCOME = re.compile(rf"\[gw\d+\] \[ *\d+%\] {WORDS} (tests/\S.*)|(tests/\S.*?) {WORDS}(?: .*)?")
 PATIENCE = 15.0  # seconds that pytest has for its summary
+
+
+def pytest_runtest_logreport(report) -> None:
+    """A plugin of pytest: why a test failed is said at once. pytest itself says it at the end, which may not come."""
+    if report.failed:
+        print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
 
 
 def command(child: Child) -> list[str]:

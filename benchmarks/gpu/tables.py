@@ -13,7 +13,7 @@ from benchmarks.gpu.sizes import SIZES, Size
 NOT_MEASURED = "not measured"
 FAILED = "failed"
 RACES = ("ways", "peers", "quack", "liger_cutedsl")
-"""Stages of races; of a peer that is in several the last that timed it counts, but for perce the second."""
+"""Stages of races; of a peer that is in several the last that has it counts, but for perce the first."""
 Line = dict[str, Any]
 Lines = dict[str, Line]
 
@@ -51,7 +51,7 @@ def entry(lines: Lines, head: str, size: Size, peer: str) -> Entry | None:
     for stage in RACES:
         place = f"{stage}/{head}/{size}"
         line, race = lines.get(f"{place}/{peer}"), lines.get(f"{place}/race")
-        if line is None or (found is not None and (peer in WAY_PEERS.values() and stage != "peers")):
+        if line is None or (found is not None and peer == "perce"):
             continue
         here = Entry(line)
         if race is not None and "rounds" in race and "reason" not in line:
@@ -129,7 +129,7 @@ def ways(lines: Lines, device: str = "") -> Iterator[str]:
     yield "| --- | --- | --- | --- |"
     for size in sizes_of(lines):
         for way, title in WAYS.items():
-            found = entry(lines, "trainable", size, WAY_PEERS[way])
+            found = entry(lines, "trainable", size, WAY_PEERS[way].name)
             gpu = _gpu(lines, device)
             seconds = sum(predict(size, way, gpu=gpu).values())
             predicted = f"{1000 * seconds:.1f} ({seconds / floor_seconds(size, 'trainable', gpu):.2f})"

@@ -169,10 +169,10 @@ ROW_TILES = tuple(
 GEMM_TILES = tuple(
     Tile(m, n, k, warps, stages, group_m=group, persistent=persistent)
     for m, n, k, warps, stages, group, persistent in (
-        (128, 256, 64, 8, 3, 8, False), (128, 256, 64, 8, 4, 8, False), (128, 256, 64, 8, 3, 8, True),
-        (128, 256, 64, 8, 4, 8, True), (128, 128, 64, 8, 3, 8, False), (128, 128, 64, 8, 4, 8, False),
-        (128, 128, 128, 8, 2, 8, False), (128, 128, 64, 8, 3, 8, True), (256, 128, 64, 8, 3, 8, False),
-        (128, 256, 64, 8, 3, 16, True), (128, 256, 64, 8, 3, 4, False),
+        (128, 256, 64, 8, 3, 8, True), (128, 256, 64, 8, 4, 8, True), (128, 256, 64, 8, 3, 16, True),
+        (128, 256, 64, 8, 4, 16, True), (128, 256, 64, 8, 3, 32, True), (128, 256, 32, 8, 6, 16, True),
+        (128, 256, 128, 8, 2, 16, True), (256, 128, 64, 8, 3, 16, True), (128, 128, 64, 8, 3, 16, True),
+        (256, 128, 64, 8, 3, 8, False), (128, 256, 64, 8, 3, 8, False),
     )
 )  # fmt: skip
 TINY_TILES = {True: (Tile(1, 64, 0, 1, 1), Tile(1, 128, 0, 1, 1)),

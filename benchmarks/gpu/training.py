@@ -1,7 +1,10 @@
 """`python -m perce.train` itself: does it run on this device, and as on a CPU? A tiny model, a few steps, and a score.
 
-All runs at once, each a process: all weights and LoRA in bf16 on the device, all weights in fp32 on the CPU. Their
-first loss and PIR are those of the same weights and rows: the device's may differ by what bf16 explains.
+train    all weights and LoRA in bf16 on the device, all weights in fp32 on the CPU
+flash    sdpa, and flash-attn-4 with padded and with packed sequences
+
+All runs of a stage at once, each a process. Their first loss and PIR are those of the same weights and rows: they may
+differ by what bf16 explains.
 """
 
 import json
@@ -21,7 +24,14 @@ STEPS = 6
 COMMON = ("--max_steps", str(STEPS), "--logging_steps", "1", "--per_device_train_batch_size", "4",
           "--gradient_accumulation_steps", "1", "--eval_examples", "4", "--report_to", "none")  # fmt: skip
 CPU = ("--use_cpu", "true")
-RUNS = {"full": ("--lora_r", "0"), "lora": ("--lora_r", "8"), "cpu": ("--lora_r", "0", "--precision", "fp32", *CPU)}
+FULL = ("--lora_r", "0")
+FLASH = (*FULL, "--attn_implementation", "flash_attention_4")
+RUNS = {
+    "train": {"full": FULL, "lora": ("--lora_r", "8"), "cpu": (*FULL, "--precision", "fp32", *CPU)},
+    "flash": {"sdpa": FULL, "flash": FLASH, "packed": (*FLASH, "--packing", "true")},
+}
+ALIKE = {"train": {"as on a CPU": ("full", "cpu")},
+         "flash": {"flash as sdpa": ("flash", "sdpa"), "packed as sdpa": ("packed", "sdpa")}}  # fmt: skip
 MODEL = "PERCE_TINY_MODEL"
 """Environment variable: directory of the model that came with the wheels; without it one is made here."""
 LOSS_DIFFERENCE, PIR_DIFFERENCE = 0.005, 0.003
@@ -73,10 +83,11 @@ def stage(child: Child) -> None:
         device = CPU if child.request.device == "cpu" else ()
         runs = {
             run: Run("perce.train", "--model", model, *COMMON, *options, *device, "--output_dir", str(root / run))
-            for run, options in RUNS.items()
+            for run, options in RUNS[name].items()
         }
         report = root / "tokens.jsonl"
-        runs["score"] = Run("perce.score", "--model", model, "--limit", "8", "--jsonl", str(report))
+        if name == "train":
+            runs["score"] = Run("perce.score", "--model", model, "--limit", "8", "--jsonl", str(report))
         found: dict[str, dict[str, Any]] = {}
         while runs:
             for run in [run for run, process in runs.items() if process.has_ended]:
@@ -90,12 +101,13 @@ def stage(child: Child) -> None:
 
                 found[run] = child.measured(f"{name}/{run}", outcome) or {}
             time.sleep(0.1)
-        if found["full"] and found["cpu"]:
-            child.measured(f"{name}/as on a CPU", lambda: compared(found["full"], found["cpu"]))
+        for what, (ours, other) in ALIKE[name].items():
+            if found[ours] and found[other]:
+                child.measured(f"{name}/{what}", lambda ours=ours, other=other: compared(found[ours], found[other]))
 
 
-def compared(ours: dict[str, Any], cpu: dict[str, Any]) -> dict[str, Any]:
-    loss, pir = abs(ours["loss"] / cpu["loss"] - 1), abs(ours["pir_mean"] - cpu["pir_mean"])
+def compared(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    loss, pir = abs(ours["loss"] / other["loss"] - 1), abs(ours["pir_mean"] - other["pir_mean"])
     alike = loss <= LOSS_DIFFERENCE and pir <= PIR_DIFFERENCE
     return {"alike": alike, "loss_difference": loss, "pir_difference": pir}
 

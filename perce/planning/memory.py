@@ -204,14 +204,14 @@ def loss_buffers(config: Any, setup: Setup, shape: StepShape, counts: Counts, de
 
 def _gpu_loss_buffers(n: int, d: int, v: int, itemsize: int, passes: int, counts: Counts) -> int:
     try:
-        from perce_kernels.gpu import driver
+        from perce_kernels.gpu import driver, tiles
         from perce_kernels.gpu.cut import cut_of
     except ImportError as error:
         raise UserError(
             f"--device cuda: its plan asks the Triton backend for its chunk sizes, and cannot import it ({error}). "
             "Install triton, plan on the Linux machine that is to train, or plan with --backend torch."
         ) from error
-    way = "fused"  # the one in use on every GPU
+    way = tiles.WAY["sm_90"] if itemsize == 2 else "fused"  # 132 multiprocessors are a Hopper's
     return driver.extra_bytes(
         n, d, v, itemsize, cut=cut_of(n, d, v, itemsize, way, MULTIPROCESSORS), way=way, passes=passes, gathered=False,
         masked=False, needed=(True, counts.head_trains, counts.head_bias and counts.head_trains),

@@ -48,6 +48,7 @@ from perce_kernels.contract import Call, Needed, PerCEOutput, Rows, Weighting
 from perce_kernels.gpu import lse_gemm, tiles
 from perce_kernels.gpu.cut import Cut, block_of, cut_of
 from perce_kernels.gpu.product import pitch, product
+from perce_kernels.gpu.scale import scale
 from perce_kernels.gpu.steps import Job, Step, choose
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
@@ -274,6 +275,14 @@ def _sharded_logprobs(
     outside = (y < 0) | (y >= shard.vocab_size)
     logp = whole.logp().masked_fill(outside, torch.nan).masked_fill(ignored, 0)
     return logp, None if whole.moment is None else whole.entropy().masked_fill(ignored, 0)
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """chunked.scaled on a GPU."""
+    if gradient.dtype == torch.float64:
+        return chunked.scaled(gradient, factor, dtype)
+    with _on(gradient.device):
+        return scale(gradient, factor, dtype)
 
 
 def _on(device: torch.device) -> Any:

@@ -123,7 +123,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_a_commit_is_dirty_by_its_code_and_not_by_its_results(repository, monkeypatch):
-    monkeypatch.setenv(COMMIT, "of another tree")
+    monkeypatch.delenv(COMMIT, raising=False)
     clean = commit(repository)
     assert len(clean) == 12
     (repository / "benchmarks" / "results" / "slow.json").write_text("2")
@@ -131,6 +131,8 @@ def test_a_commit_is_dirty_by_its_code_and_not_by_its_results(repository, monkey
     assert commit(repository) == clean
     (repository / "code.py").write_text("2")
     assert commit(repository) == f"{clean}-dirty"
+    monkeypatch.setenv(COMMIT, "0123456789ab")
+    assert commit(repository) == "0123456789ab", "of the tree that was copied; its repository may be older"
 
 
 def test_without_a_repository_the_environment_tells_the_commit(tmp_path, monkeypatch):

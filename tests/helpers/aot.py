@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from perce_kernels.gpu import combine, lse_gemm, row_halves, row_loss, stored_rows, tiles
+from perce_kernels.gpu import combine, lse_gemm, row_halves, row_loss, scale, stored_rows, tiles
 from perce_kernels.vocab_parallel import Shard
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -129,6 +129,11 @@ def combine_source(entropy: bool):
     return source_of(combine.combine_kernel, types, constants, ())
 
 
+def scale_source(dtype):
+    types = {"x_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": f"*{NAMES[dtype]}", "size": "i32"}
+    return source_of(scale.scale_kernel, types, {"BLOCK": scale.BLOCK}, ("size",))
+
+
 def source_of(kernel, types: dict[str, str | None], constants: dict[str, Any], aligned: tuple[str, ...]) -> ASTSource:
     """What the launcher would compile: None is a constant, and pointers and pitches are multiples of 16."""
     absent = {name: None for name, kind in types.items() if kind is None}
@@ -180,6 +185,8 @@ def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
     tile = tiles.Tile(combine.BLOCK, combine.BLOCK_T, 0, combine.WARPS, combine.STAGES)
     for entropy in (False, True):
         yield "combine", tile, "entropy" if entropy else "plain", combine_source(entropy)
+    for dtype in NAMES:
+        yield "scale", tiles.Tile(1, scale.BLOCK, 0, scale.WARPS, 1), NAMES[dtype], scale_source(dtype)
 
 
 def report(cubin: bytes, *options: str) -> str:
@@ -322,6 +329,7 @@ def launchers() -> Iterator[str]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     built: list[str] = []
     without_device("sm_90", built.append)
+    tiles.WAY["sm_90"] = "fused"
     for n, d, v in ((1, 8, 1), (37, 24, 211), (64, 64, 512)):  # 1 and multiples of 16 are compiled as such
         hidden, hidden_cf, lm_head = (torch.randn(rows, d, dtype=torch.bfloat16) for rows in (n, n, v))
         target, given, bias = torch.randint(0, v, (n,)), torch.rand(n), torch.randn(v, dtype=torch.bfloat16)
@@ -343,6 +351,7 @@ def launchers() -> Iterator[str]:
             tiles.WAY["sm_90"] = way
             driver.sweep(capped._replace(compact=True), both, Needed(True, True, True))
         tiles.WAY["sm_90"] = "fused"
+        driver.scaled(given, given[0], torch.bfloat16)
         yield from built
         built.clear()
 

@@ -201,13 +201,14 @@ def cached_share(steps: int, programs: int, lines: int, hit: float) -> float:
 
 
 class Scaled(TorchDispatchMode):
-    """Bytes that multiplications read and write."""
+    """Bytes that the scaling of gradients reads and writes."""
 
     bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ == "mul":
-            self.bytes += args[0].numel() * (args[0].itemsize + kwargs["out"].itemsize)
+        if func is torch.ops.perce.scaled.default:
+            gradient, _, dtype, _ = args
+            self.bytes += gradient.numel() * (gradient.itemsize + dtype.itemsize)
         return func(*args, **kwargs or {})
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from peft import PromptTuningConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perce import UserError
 from perce.config.schema import ModelConfig
@@ -38,6 +40,36 @@ def test_a_bf16_lora_base_keeps_its_adapters_in_fp32(tmp_path, monkeypatch):
     assert loss.dtype == torch.float32
     full = load_model(str(tmp_path / "m"), ModelConfig(lora_r=0), "cpu")
     assert next(full.parameters()).dtype == torch.float32, "pure bf16 weights would lose small updates"
+
+
+class Casts(TorchDispatchMode):
+    """Counts copies to fp32."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.float32
+        return func(*args, **kwargs or {})
+
+
+def test_under_autocast_an_adapters_input_is_not_copied_to_fp32_and_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "bf16_is_sound", lambda device: True)
+    model = load_model(str(save_tiny_model(tmp_path / "m")), ModelConfig(lora_r=4), "cpu").train()
+    adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        with Casts() as casts, torch.autocast("cpu", torch.bfloat16):
+            perce_forward(model, collate(PAIRS))[0].backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad], casts.count
+
+    ours, few = gradients()
+    for layer in adapted:
+        del layer._cast_input_dtype
+    peft, many = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(ours, peft, strict=True)) and any(grad.any() for grad in ours)
+    assert many - few >= 2 * len(adapted), "one in each of the two passes, and one or more on the way back"
 
 
 def test_precision_is_refused_where_it_is_emulated(monkeypatch):

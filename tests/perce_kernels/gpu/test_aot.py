@@ -50,7 +50,7 @@ def test_every_tile_of_the_table_was_compiled(compiled):
             built = [r for r in compiled[row.arch] if r["kernel"] == row.kernel and tiles.Tile(*r["tile"]) == row.tile]
             assert len(built) >= 2, row
     for arch, results in compiled.items():
-        assert {r["kernel"] for r in results} == {row.kernel for row in tiles.TABLE} | {"combine"}, arch
+        assert {r["kernel"] for r in results} == {row.kernel for row in tiles.TABLE} | {"combine", "scale"}, arch
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
@@ -175,6 +175,6 @@ def test_what_the_launchers_pass_compiles():
     # and three calls of token_logprobs. A counterfactual pass, and what our GEMM computes, is combined.
     assert built.count("row_loss_kernel") == 3 * (3 + 1)
     assert built.count("row_parts_kernel") == 3 * (1 + 2) and built.count("row_gradient_kernel") == 3
-    assert built.count("stored_gradient_kernel") == 3
+    assert built.count("stored_gradient_kernel") == built.count("scale_kernel") == 3
     assert built.count("lse_gemm_kernel") == 3 * (1 + 2 + 3)
     assert built.count("combine_kernel") == 3 * (1 + 1 + 1 + 2 + 3)
