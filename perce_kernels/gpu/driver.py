@@ -19,7 +19,7 @@ Memory beside inputs and outputs, for n computed rows in blocks of K and chunks 
                                         makes them, and without that pass of C rows where it stores
     operands     K · D · s              where rows are gathered or masked; else they are a slice of hidden
     dh of block  K · D · 4              where rows are gathered; else the product writes to its place
-    column sums  V · 4                  where the bias trains
+    ones         K · s                  where the bias trains
     per token    n · 12                 where rows are gathered: statistics, scattered at the end
                  and ≤ 48 bytes a token of indices, targets, masks and what passes between the kernels
 
@@ -77,7 +77,7 @@ def extra_bytes(
     statistics = tiled * (8 * -(-v // columns) + 16)
     operands = block * d * itemsize if gathered or masked else 0
     dh = block * d * 4 if gathered and need_dhidden else 0
-    return logits + dz + statistics + operands + dh + v * 4 * need_dbias + n * 12 * gathered
+    return logits + dz + statistics + operands + dh + block * itemsize * need_dbias + n * 12 * gathered
 
 
 class _GpuRows(Rows):
@@ -139,7 +139,7 @@ def _outputs(call: Call, rows: _GpuRows, needed: Needed) -> PerCEOutput:
         token_weight=fp32(total, written=every_row),
         dhidden=fp32(total, d, written=every_row) if needed.dhidden else fp32(0),
         dlm_head=fp32(v, d, written=rows.n > 0) if needed.dlm_head else fp32(0),
-        dbias=fp32(v, written=False) if needed.dbias else fp32(0),
+        dbias=fp32(v, written=rows.n > 0) if needed.dbias else fp32(0),
     )
 
 
@@ -194,6 +194,8 @@ def _sweep(
     (_, d), v = hidden.shape, job.lm_head.shape[0]
     operands = hidden.new_empty((size, d)) if rows.copied else None
     dz_buffer = hidden.new_empty((size, pitch(v))) if job.need_dz else None
+    # A product, for PyTorch's sum over rows takes 340 MiB of its own for 128k columns.
+    ones = hidden.new_ones((1, size)) if job.needed.dbias else None
     dh_buffer = out.logp.new_empty((size, d)) if rows.index is not None and job.needed.dhidden else None
 
     def computed(x: Tensor, block: slice) -> Tensor:
@@ -218,8 +220,8 @@ def _sweep(
                 out.dhidden.index_copy_(0, rows.index[block], dh)
         if job.needed.dlm_head:
             product(dz.T, h, out.dlm_head, add=block.start > 0)
-        if job.needed.dbias:
-            out.dbias.add_(dz.sum(0, dtype=torch.float32))
+        if ones is not None:
+            product(ones[:, : h.shape[0]], dz, out.dbias[None], add=block.start > 0)
 
 
 def _scatter(rows: _GpuRows, per_token: list[Tensor], out: PerCEOutput) -> None:

@@ -47,7 +47,8 @@ def test_products_cost_the_floor_and_ignored_rows_nothing(subject, watch, compac
     rows = int((inputs.target != IGNORE).sum()) if compact else subject.n
     with watch:
         out = driver.sweep(*beneath(inputs, compact=compact, needed=needed))
-    assert watch.flop == per_token * rows * subject.d * subject.v
+    column_sums = 2 * rows * subject.v * needed[2]
+    assert watch.flop == per_token * rows * subject.d * subject.v + column_sums
     assert watch.syncs == (["nonzero"] if compact else [])
     assert [gradient.numel() > 0 for gradient in out[-3:]] == list(needed)
 
@@ -100,7 +101,7 @@ def test_peak_bytes_follow_the_formula(watch, source, compact, ignored, needed):
         masked=not compact, needed=needed,
     )  # fmt: skip
     extra = watch.peak - sum(x.untyped_storage().nbytes() for x in out)
-    assert expected - v * 4 * needed[2] <= extra <= expected + 40 * n
+    assert expected <= extra <= expected + 40 * n
     assert n * v * 4 > 1.5 * extra, "an (N, V) tensor would not have passed"
 
 

@@ -137,7 +137,7 @@ def test_peak_memory_follows_the_formula(monkeypatch, case, name):
     )
     slack = 32 * 2**20 if ON_GPU else 0  # CUDA's allocator rounds large blocks up to 2 MiB
     extra = peak_bytes(run) - outputs
-    assert expected - v * 4 * needed[2] <= extra <= expected + 40 * n + slack
+    assert expected <= extra <= expected + 40 * n + slack
     assert not ON_GPU or case.is_tiny or n * v * 4 > 1.4 * extra, "an (N, V) tensor would not have passed"
 
 
