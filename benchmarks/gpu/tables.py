@@ -196,14 +196,14 @@ def steps(lines: Lines) -> Iterator[str]:
     for key, line in lines.items():
         if key.startswith("steps/") and "tokens_per_second" in line:
             found = True
-            _, objective, context = key.split("/")
+            _, objective, case = key.split("/")
+            context, *options = case.split(", ")
             planned = lines.get(f"{key}/plan", {}).get("planned_bytes")
             peak = line["peak_bytes"]
             memory = [NOT_MEASURED if size is None else f"{size / 2**30:.1f}" for size in (peak, planned)]
-            yield (
-                f"| {objective}, {context} tokens | {line['seconds']:.2f} | {line['tokens_per_second']:.0f} | "
-                f"{' | '.join(memory)} |"
-            )
+            name = ", ".join([objective, f"{context} tokens", *options])
+            speed = f"{line['seconds']:.2f} | {line['tokens_per_second']:.0f}"
+            yield f"| {name} | {speed} | {' | '.join(memory)} |"
     if not found:
         yield f"| every objective and context | {' | '.join([NOT_MEASURED] * 4)} |"
 

@@ -2,14 +2,17 @@
 
 import heapq
 import itertools
+import json
 import random
 from collections import OrderedDict
 from functools import partial, partialmethod
+from statistics import median
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers import ROOT
 from tests.helpers.device import DEVICE
 from tests.helpers.numerics import beneath, make_inputs
 
@@ -225,32 +228,38 @@ def test_bytes_of_the_scaling_are_those_of_the_backward(head):
     assert scaled.bytes == work(SIZE, "fused", head, CUT)["scaling"].bytes
 
 
-BEFORE = (28.53, 45.11, 147.13, 415.93)
-"""Milliseconds of cuBLAS's way with one buffer for logits and dz, chunks of 2048, 1664, 1024 and 2048 tokens of both
-passes and no thought of the cache: the same rates gave them."""
+MEASURED = json.loads((ROOT / "benchmarks/results/gpu/h100_tuned.json").read_text(encoding="utf-8"))["lines"]
 
 
-@pytest.mark.parametrize("size, before", zip(SIZES, BEFORE, strict=True), ids=str)
-def test_the_way_in_use_gained(size, before):
-    """2 % with what the cache is assumed to keep; without, what the blocks and the columns save."""
-    assert 1000 * sum(predict(size).values()) <= 0.98 * before
-    assert 1000 * sum(predict(size, gpu=Gpu(l2=0)).values()) <= 0.986 * before
-    assert sum(predict(size, gpu=H200).values()) < sum(predict(size).values())
+@pytest.mark.parametrize("way", tiles.WAYS)
+@pytest.mark.parametrize("head", roofline.HEADS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_prediction_is_near_what_an_h100_took(size, head, way):
+    """At the rates that it is made with: those of the same minute differ by 5 %, as the GPU's clock does."""
+    rounds = MEASURED[f"ways/{head}/{size}/race"]["rounds"]
+    seconds = [found[f"perce_{way}"] for found in rounds if f"perce_{way}" in found]
+    if not seconds:
+        pytest.skip("not measured")
+    assert sum(predict(size, way, head).values()) == pytest.approx(median(seconds), rel=0.1)
+
+
+def test_more_bandwidth_is_less_time():
+    for size in SIZES:
+        assert sum(predict(size, gpu=H200).values()) < sum(predict(size).values())
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_with_a_gemm_of_nine_tenths_a_way_comes_near_the_floor(size):
-    gpu = Gpu(gemm=0.9)
-    best = min(sum(predict(size, way, gpu=gpu).values()) for way in tiles.WAYS)
-    assert best <= 1.22 * roofline.floor_seconds(size, "trainable", gpu)
+def test_the_best_way_is_near_the_floor(size):
+    best = min(sum(predict(size, way).values()) for way in tiles.WAYS)
+    assert best <= 1.14 * roofline.floor_seconds(size, "trainable", H100)
 
 
 def test_parts_of_the_first_size():
-    """By hand: cuBLAS's products at their shares of 798 TFLOP/s, 3 TB/s for the rest."""
+    """By hand: cuBLAS's products at their shares of 740 TFLOP/s, 3 TB/s for the rest."""
     parts = {name: 1000 * seconds for name, seconds in predict(SIZES[0], gpu=Gpu(l2=0)).items()}
-    by_hand = {"counterfactual": 6.0, "logits": 6.1, "rows": 2.8, "dh": 5.8, "dW": 6.2, "scaling": 1.2}
+    by_hand = {"counterfactual": 6.1, "logits": 6.2, "rows": 2.7, "dh": 5.8, "dW": 6.3, "scaling": 1.2}
     assert parts == pytest.approx(by_hand, rel=0.02)
-    stored = {name: 1000 * seconds for name, seconds in predict(SIZES[0], "stored", gpu=Gpu(gemm=0.9)).items()}
+    stored = {name: 1000 * seconds for name, seconds in predict(SIZES[0], "stored").items()}
     assert stored == pytest.approx(by_hand | {"counterfactual": 6.0, "logits": 6.0, "rows": 0.8}, rel=0.04)
 
 
@@ -267,7 +276,7 @@ def test_the_command_prints_every_way_at_every_size(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + len(SIZES) * len(roofline.HEADS) * len(roofline.WAYS)
     first = "| 4096 × 4096 × 128256 | trainable | fused | 4096, 2048"
-    assert f"{first} | 6.0 | 6.1 | 2.5 | 5.8 | 6.2 | 1.2 | 27.8 | 1.29 |" in lines
+    assert f"{first} | 6.1 | 6.2 | 2.4 | 5.8 | 6.3 | 1.2 | 28.0 | 1.20 |" in lines
 
 
 def test_each_option_changes_the_prediction(capsys):
