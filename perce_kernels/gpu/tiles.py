@@ -1,7 +1,7 @@
 """Block sizes of the kernels: one table, looked up by kernel, architecture, dtype and D. Nothing is tuned at import.
 
 The values are chosen by what the compiler reports (no spills, shared memory within the limit; test_aot.py holds both
-for every row), not by time: they are not measured yet. A row that a GPU has measured says so beside it.
+for every row), not by time. A row that a GPU has measured says so beside it.
 """
 
 from typing import NamedTuple
