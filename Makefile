@@ -1,5 +1,6 @@
 # make setup | train | test | slow | check | format | aot | bench | gpu-a | gpu-b | wheels | clean
-# PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command.
+# PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command; WORKERS=8 processes
+# for the tests.
 # make gpu-a and gpu-b install nothing: they run in .venv (VENV=...) where that is, else with PYTHON as it is; WHEELS="dir …"
 # holds what `make wheels` collected, RESULTS=dir takes what they found.
 
@@ -7,6 +8,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -27,7 +29,7 @@ help:
 	@echo "make aot      compile the GPU kernels without a GPU: registers, spills, shared memory"
 	@echo "make bench    run the benchmarks"
 	@echo "make gpu-a    on a machine with a CUDA GPU: does it run, which way is faster (4.5 minutes)"
-	@echo "make gpu-b    on the same: the op beside its peers, and its tests (7 minutes)"
+	@echo "make gpu-b    on the same: the op beside its peers, and its tests (9 minutes)"
 	@echo "make wheels   collect what a GPU machine without a network lacks into build/wheels/a, b, c1, …"
 	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"
 
@@ -43,8 +45,9 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)
 	$(BIN)/python -m perce.train $(ARGS)
 
+# A process a core, each with one thread, and a file's tests in one process: they share what is slow to make.
 test: $(STAMP)
-	$(BIN)/python -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
 
 # Tests first, then benchmarks; failures end nothing, and the status is theirs. The file is rewritten after every test.
 slow: $(STAMP)

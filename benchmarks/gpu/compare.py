@@ -1,9 +1,10 @@
-"""The second command on a GPU: the op beside its peers, and its tests. At most 425 seconds.
+"""The second command on a GPU: the op beside its peers, and its tests. At most 520 seconds.
 
     peers          all that need no CuTe DSL, trainable head at all sizes, then frozen; each timed in turn with ours
     quack          at two sizes, in a process of its own: it patches CuTe's classes
     liger_cutedsl  likewise; both compile for long, and may be silent for two minutes if the time allows
     flash          perce.train with flash-attn-4
+    long           one step of Qwen3-8B's shape at 128k tokens, its gradient whole
     tests          the GPU backend's, in eight processes, interrupted at the end of the time; meanwhile `memcheck` and
                    `racecheck`, all kernels under compute-sanitizer
 
@@ -41,9 +42,10 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
         [Stage("peers", race, 160, 45, options={"peers": [*others, *fakes], "heads": list(HEADS), **side})],
         *cute,
         [Stage("flash", "benchmarks.gpu.training", 305, inf)],
+        [Stage("long", "benchmarks.gpu.steps", 400, inf)],
         [
-            Stage("tests", "benchmarks.gpu.suite", 425, 90, grace=18, options=tests),
-            *(Stage(tool, "benchmarks.gpu.sanitizer", 425, inf) for tool in TOOLS),
+            Stage("tests", "benchmarks.gpu.suite", 520, 90, grace=18, options=tests),
+            *(Stage(tool, "benchmarks.gpu.sanitizer", 520, inf) for tool in TOOLS),
         ],
     ]
 

@@ -40,7 +40,7 @@ PROBES = 60  # products and copies in a row: some 0.1 s of an H100, so that its 
 ROUNDS = 7
 SIDE = 8192  # of the product that is the ceiling
 FP64_FLOPS = 40e12  # assumed of an H100's fp64 products, of which the reference is made; its data sheet says 67
-COLD = 1.5  # seconds more that the first race takes for itself and each peer: libraries load, kernels compile
+COLD = 4.0  # seconds more that the first race takes for itself and each peer: libraries load, kernels compile
 PREPARATION = 0.7  # of a race's time; the rest is for rounds
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -22,7 +22,7 @@ START = 3.0
 """Seconds assumed for a process on a GPU to be ready, though it was started ahead of time."""
 STEP_FLOPS = 0.4 * H100.flops
 """Assumed of whole training steps."""
-LIMITS = {"gpu_a": 275, "gpu_b": 425}
+LIMITS = {"gpu_a": 275, "gpu_b": 520}
 
 
 def loss_seconds(size: Size, way: str = "fused", head: str = "trainable") -> float:
@@ -93,22 +93,22 @@ def of_profiles() -> float:
     return sum(3 * loss_seconds(size, way) for size in SIZES for way in WAYS)
 
 
-def of_steps() -> float:
+def of_steps(stage: str = "steps") -> float:
     """LoRA with checkpointing: three forwards' worth of products, and attention over the lower triangle. Without a
     gradient through the persona one.
     """
     parameters, layers, width, total = 8.2e9, 36, 4096, 0.0
-    cases = steps.CASES["steps"]["cuda"]
+    cases = steps.CASES[stage]["cuda"]
     for case in cases:
         forwards, attention = (3, 3.5) if case.persona_grad == "full" else (1, 1)
         flop = 2 * forwards * parameters * case.context + attention * 2 * layers * width * case.context**2
-        total += (3 if case.context == cases[0].context else 1) * flop / STEP_FLOPS
+        total += (3 if case.context == steps.SHORT["cuda"] else 1) * flop / STEP_FLOPS
     return total
 
 
 DEVICE = {
     "check": of_check, "parts": of_parts, "tiles": of_tiles, "budgets": of_budgets, "profiles": of_profiles,
-    "steps": of_steps,
+    "steps": of_steps, "long": lambda: of_steps("long"),
     "ways": lambda: of_races(HEADS, 2.0, decide.ROUNDS, decide.CHECKED_ROWS),
 }  # fmt: skip
 BOUNDED = ("peers", *compare.CUTE, "flash", "tests", *compare.TOOLS)
