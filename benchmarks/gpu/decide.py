@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not any(key.startswith("ways/") and "/perce_" in key and "seconds" in line
                for key, line in results.lines.items()):  # fmt: skip
         sys.exit("gpu_a: perce itself was not measured: see the reasons above")
+    if results.lines.get("tests/summary", {}).get("failures"):
+        sys.exit("gpu_a: tests failed: see above")
 
 
 if __name__ == "__main__":

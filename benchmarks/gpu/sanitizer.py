@@ -20,7 +20,10 @@ from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, Unable, die_with_parent
 from benchmarks.gpu.peers import WAY_PEERS
 
-TOOLS = {"memcheck": r"ERROR SUMMARY: (\d+) errors?", "racecheck": r"RACECHECK SUMMARY: (\d+) hazards? displayed"}
+TOOLS = {"memcheck": "ERROR SUMMARY: ", "racecheck": "RACECHECK SUMMARY: "}
+"""What a tool says at its end."""
+PROBLEM = r"^=+ (?:Error: )?(?:Invalid|Misaligned|Race reported|Uninitialized|Program hit).*$"
+CUBLAS = "nvjet"  # its split sums share memory in a way that racecheck takes for a race
 SIZES = {"cuda": (150, 72, 9000), "cpu": (5, 16, 150)}  # tokens, hidden size, vocabulary
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -73,11 +76,18 @@ def checked(tool: str, seconds: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired as error:
         raise Unable(f"it took more than {seconds:.0f} s") from error
     print(run.stdout[-20000:], run.stderr[-5000:], file=sys.stderr)
-    found = re.search(TOOLS[tool], run.stdout)
     made = re.search(r"^(\d+) calls$", run.stdout, re.M)
-    if found is None or made is None:
+    if TOOLS[tool] not in run.stdout or made is None:
         raise Unable(f"the calls ended with {run.returncode}: {(run.stderr or run.stdout).strip()[-200:]}")
-    return {"problems": int(found[1]), "calls": int(made[1]), "seconds": round(time.monotonic() - started, 1)}
+    return {"calls": int(made[1]), "seconds": round(time.monotonic() - started, 1), **problems(run.stdout)}
+
+
+def problems(text: str) -> dict[str, Any]:
+    """How many there are, and the first, without those of cuBLAS's own kernels."""
+    blocks = [re.split(r"^=+\s*$", text[found.start() :], maxsplit=1, flags=re.M)[0]
+              for found in re.finditer(PROBLEM, text, re.M)]  # fmt: skip
+    ours = [block for block in blocks if CUBLAS not in block]
+    return {"problems": len(ours), "first": ours[0][:500] if ours else None}
 
 
 def stage(child: Child) -> None:

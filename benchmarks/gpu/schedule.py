@@ -22,7 +22,7 @@ START = 3.0
 """Seconds assumed for a process on a GPU to be ready, though it was started ahead of time."""
 STEP_FLOPS = 0.4 * H100.flops
 """Assumed of whole training steps."""
-LIMITS = {"gpu_a": 275, "gpu_b": 520}
+LIMITS = {"gpu_a": 275, "gpu_b": 550}
 
 
 def loss_seconds(size: Size, way: str = "fused", head: str = "trainable") -> float:
@@ -48,7 +48,7 @@ def of_parts() -> float:
         total += repetitions * 2 * sum(loss_seconds(chunk, way) for way in WAYS)
         for rows in parts.BLOCKS:
             total += (
-                2
+                3
                 * repetitions
                 * product_seconds("dW", work(Size(rows, *size[1:]), "fused", "trainable", Cut(rows, rows))["dW"], H100)
             )

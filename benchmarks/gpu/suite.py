@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 FILES = [
     f"tests/perce_kernels/{name}.py"
     for name in "gpu/test_device gpu/test_promises gpu/test_lse_gemm gpu/test_row_loss gpu/test_stored_rows "
-    "gpu/test_combine gpu/test_steps gpu/test_driver test_loss test_ops".split()
+    "gpu/test_combine gpu/test_scale gpu/test_steps gpu/test_driver test_loss test_ops".split()
 ]
 """In this order, for the time may end before they do."""
 TINY_FILES = ["tests/perce_kernels/gpu/test_lse_gemm.py"]

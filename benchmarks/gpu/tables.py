@@ -194,7 +194,7 @@ def steps(lines: Lines) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- |"
     found = False
     for key, line in lines.items():
-        if key.startswith("steps/") and "tokens_per_second" in line:
+        if key.startswith(("steps/", "long/")) and "tokens_per_second" in line:
             found = True
             _, objective, case = key.split("/")
             context, *options = case.split(", ")

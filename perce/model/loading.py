@@ -1,7 +1,7 @@
 """A model ready to be trained: precision, attention, LoRA, 4-bit bases, and PerCE installed."""
 
 import os
-import types
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,20 +81,22 @@ def lora_config(config: ModelConfig) -> Any:
 def add_adapter(model: Any, peft_config: Any) -> Any:
     """The model under a PEFT adapter; UserError if that would wrap the output embedding or lengthen the sequence."""
     from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners import lora
 
     wrapped = get_peft_model(model, peft_config)
     check_adapter(wrapped)
     for layer in wrapped.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer._cast_input_dtype = types.MethodType(_cast_unless_autocast, layer)  # type: ignore[method-assign]
+        # Dropout rounds otherwise in bf16, and what a variant such as DoRA does with its input is its own.
+        plain = isinstance(layer, lora.Linear) and not getattr(layer, "lora_variant", None)
+        if plain and all(isinstance(dropout, torch.nn.Identity) for dropout in layer.lora_dropout.values()):
+            layer._cast_input_dtype = partial(_cast_unless_autocast, layer)
     return wrapped
 
 
 def _cast_unless_autocast(layer: Any, x: Any, dtype: torch.dtype) -> Any:
     """PEFT's cast of an adapter's input, to fp32, where autocast does not cast it to bf16 again: the same bits, without
     a copy on the way in and one on the way back for every linear layer. A tenth of a step (docs/LOG.md, 2026-11-27)."""
-    if x is None or torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return x
     return type(layer)._cast_input_dtype(layer, x, dtype)
 

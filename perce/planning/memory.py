@@ -211,7 +211,9 @@ def _gpu_loss_buffers(n: int, d: int, v: int, itemsize: int, passes: int, counts
             f"--device cuda: its plan asks the Triton backend for its chunk sizes, and cannot import it ({error}). "
             "Install triton, plan on the Linux machine that is to train, or plan with --backend torch."
         ) from error
-    way = tiles.WAY["sm_90"] if itemsize == 2 else "fused"  # 132 multiprocessors are a Hopper's
+    # Without a GPU to ask, a Hopper is meant: the multiprocessors are its.
+    arch = tiles.architecture(torch.device("cuda")) if torch.cuda.is_available() else "sm_90"
+    way = tiles.WAY[arch] if itemsize == 2 else "fused"
     return driver.extra_bytes(
         n, d, v, itemsize, cut=cut_of(n, d, v, itemsize, way, MULTIPROCESSORS), way=way, passes=passes, gathered=False,
         masked=False, needed=(True, counts.head_trains, counts.head_bias and counts.head_trains),

@@ -129,8 +129,8 @@ def combine_source(entropy: bool):
     return source_of(combine.combine_kernel, types, constants, ())
 
 
-def scale_source(dtype):
-    types = {"x_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": f"*{NAMES[dtype]}", "size": "i32"}
+def scale_source(dtype, size: str):
+    types = {"x_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": f"*{NAMES[dtype]}", "size": size}
     return source_of(scale.scale_kernel, types, {"BLOCK": scale.BLOCK}, ("size",))
 
 
@@ -185,8 +185,14 @@ def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
     tile = tiles.Tile(combine.BLOCK, combine.BLOCK_T, 0, combine.WARPS, combine.STAGES)
     for entropy in (False, True):
         yield "combine", tile, "entropy" if entropy else "plain", combine_source(entropy)
-    for dtype in NAMES:
-        yield "scale", tiles.Tile(1, scale.BLOCK, 0, scale.WARPS, 1), NAMES[dtype], scale_source(dtype)
+    for dtype, size in (
+        (torch.bfloat16, "i32"),
+        (torch.bfloat16, "i64"),
+        (torch.float16, "i32"),
+        (torch.float32, "i32"),
+    ):
+        tile = tiles.Tile(1, scale.BLOCK, 0, scale.WARPS, 1)
+        yield "scale", tile, f"{NAMES[dtype]}, {size}", scale_source(dtype, size)
 
 
 def report(cubin: bytes, *options: str) -> str:

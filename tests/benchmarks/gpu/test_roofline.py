@@ -248,12 +248,6 @@ def test_more_bandwidth_is_less_time():
         assert sum(predict(size, gpu=H200).values()) < sum(predict(size).values())
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_the_best_way_is_near_the_floor(size):
-    best = min(sum(predict(size, way).values()) for way in tiles.WAYS)
-    assert best <= 1.14 * roofline.floor_seconds(size, "trainable", H100)
-
-
 def test_parts_of_the_first_size():
     """By hand: cuBLAS's products at their shares of 740 TFLOP/s, 3 TB/s for the rest."""
     parts = {name: 1000 * seconds for name, seconds in predict(SIZES[0], gpu=Gpu(l2=0)).items()}

@@ -5,14 +5,17 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks.gpu import command, compare, decide, parts, steps, suite, training, wheels
+from benchmarks.gpu import command, compare, decide, parts, sanitizer, steps, suite, training, wheels
 from benchmarks.gpu import compile as compilation
 from benchmarks.gpu.child import Child, Request, Unable, machine
+from benchmarks.gpu.clock import seconds_of_kernels
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import SIZES, TINY
 from perce_kernels.gpu import cut, driver, tiles
@@ -85,9 +88,22 @@ def test_an_operand_that_does_not_fit_is_a_line(monkeypatch):
 def test_every_way_is_profiled(monkeypatch):
     monkeypatch.setattr(Request, "sizes", TINY[:1])
     found = lines_of(parts.stage, "profiles", what="profiles")
-    assert all(found[f"{TINY[0]}/{way}"] == {"kernels": {}} for way in ("fused", "mixed", "stored")), (
-        "no device, no kernel"
-    )
+    assert {key for key, line in found.items() if line == {"kernels": {}}} == {
+        f"{TINY[0]}/{way}" for way in ("fused", "mixed", "stored")
+    }, "no device, no kernel"
+
+
+def test_what_runs_on_the_device_is_counted_and_summed(monkeypatch):
+    device, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [("gemm", 30, device), ("copy", 1, device), ("gemm", 12, device), ("aten::mm", 99, host)]
+    made = [
+        SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(elapsed_us=lambda us=us: us))
+        for name, us, kind in events
+    ]
+    profiler = SimpleNamespace(events=lambda: made)
+    monkeypatch.setattr("torch.profiler.profile", lambda **_: nullcontext(profiler))
+    found = seconds_of_kernels(lambda: None)
+    assert found == {"gemm": {"count": 2, "seconds": pytest.approx(42e-6)}, "copy": {"count": 1, "seconds": 1e-6}}
 
 
 @on_cpu
@@ -143,7 +159,7 @@ def test_steps_of_a_model_with_random_weights():
         assert found[f"{case}/plan"]["planned_bytes"] > 0
     assert found["perce/96/plan"]["planned_flop"] > found["ce/96/plan"]["planned_flop"]
     assert found["perce/160/plan"]["planned_flop"] > found["perce/160, persona_grad none/plan"]["planned_flop"]
-    assert found["perce/96/kernels"]["sum"] >= 0
+    assert found["perce/96/kernels"] == {"kernels": {}, "sum": 0}, "no device, no kernel"
 
 
 @pytest.mark.slow
@@ -227,7 +243,7 @@ def ignoring_interrupts():
 
 @pytest.mark.usefixtures("ignoring_interrupts")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_tests_are_interrupted_and_still_sum_up(tmp_path, monkeypatch, workers):
+def test_tests_are_interrupted_and_still_sum_up(tmp_path, monkeypatch, capfd, workers):
     if workers and importlib.util.find_spec("xdist") is None:
         pytest.skip("pytest-xdist is not installed")
     (tmp_path / "tests").mkdir()
@@ -240,6 +256,7 @@ def test_tests_are_interrupted_and_still_sum_up(tmp_path, monkeypatch, workers):
     summary = found.pop("summary")
     assert summary["status"] == 2 and "passed" in summary["last_words"], summary
     assert summary["failures"] == ["tests/test_sleepy.py::test_sleeps[1]"]
+    assert workers or "assert 1 != 1" in capfd.readouterr().err, "why it failed is said at once"
     assert 2 < len(found) < 400 and found["tests/test_sleepy.py::test_sleeps[0]"] == {"outcome": "passed"}
 
 
@@ -259,10 +276,56 @@ def test_test_processes_wait_for_room_on_the_gpu(tmp_path):
     assert held == [0] and most == [4], "four units of eight GiB are nine tenths of 40"
 
 
+# --- compute-sanitizer -----------------------------------------------------------------------------------------------
+
+RULE = "========= "
+RACES = f"""{RULE}Error: Race reported between Read access at nvjet_sm90_tss_32x64_64x16_4x2_h_bz_splitK_NNN+0xb30
+{RULE}    and Write access at nvjet_sm90_tss_32x64_64x16_4x2_h_bz_splitK_NNN+0x2fc0 [224 hazards]
+{RULE}
+{RULE}Error: Race reported between Read access at lse_gemm_kernel+0xb30
+{RULE}    and Write access at lse_gemm_kernel+0x2fc0 [8 hazards]
+{RULE}
+27 calls
+{RULE}RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)
+"""
+INVALID = f"""{RULE}Invalid __global__ write of size 2 bytes
+{RULE}    at scale_kernel+0x1f0
+{RULE}    by thread (0,0,0) in block (3,0,0)
+{RULE}
+{RULE}ERROR SUMMARY: 1 error
+"""
+
+
+def test_problems_of_our_kernels_are_told_from_those_of_cublas():
+    assert sanitizer.problems(RACES)["problems"] == 1 and "lse_gemm_kernel" in sanitizer.problems(RACES)["first"]
+    assert "scale_kernel" in sanitizer.problems(INVALID)["first"]
+    assert sanitizer.problems(f"27 calls\n{RULE}ERROR SUMMARY: 0 errors\n") == {"problems": 0, "first": None}
+
+
+@on_cpu
+def test_the_calls_that_are_checked_run():
+    assert sanitizer.calls("cpu") == 3 * 9
+
+
+def test_a_sanitizer_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda _: "/nowhere/compute-sanitizer")
+    assert "not installed" in lines_of(sanitizer.stage, "memcheck")["all kernels"]["reason"]
+
+
+def test_a_problem_ends_the_command_with_an_error(monkeypatch, tmp_path):
+    def run(rows, results, device):
+        results.put("peers/x/perce", seconds=1.0)
+        results.put("memcheck/all kernels", problems=1, calls=27)
+
+    monkeypatch.setattr(command, "run", run)
+    with pytest.raises(SystemExit, match="sanitizer failed"):
+        compare.main(["--device", "cpu", "--results", str(tmp_path)])
+
+
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("module", "limit"), [(decide, 275), (compare, 520)], ids=["gpu-a", "gpu-b"])
+@pytest.mark.parametrize(("module", "limit"), [(decide, 275), (compare, 550)], ids=["gpu-a", "gpu-b"])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_stages_end_in_turn_and_within_the_limit(module, limit, device):
     ends = [stage.until for row in module.stages(device, ("fake_right",)) for stage in row]
@@ -313,8 +376,6 @@ def test_wheels_are_unpacked_for_the_processes_that_follow(monkeypatch, tmp_path
 
 
 def test_the_machine(monkeypatch):
-    from types import SimpleNamespace
-
     properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=1, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr("benchmarks.gpu.child.commit", lambda: "0123456789ab")

@@ -1,8 +1,10 @@
 """Loading a model: precision, LoRA, 4 bits, attention."""
 
+import copy
+
 import pytest
 import torch
-from peft import PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -70,6 +72,20 @@ def test_under_autocast_an_adapters_input_is_not_copied_to_fp32_and_back(tmp_pat
     peft, many = gradients()
     assert all(torch.equal(a, b) for a, b in zip(ours, peft, strict=True)) and any(grad.any() for grad in ours)
     assert many - few >= 2 * len(adapted), "one in each of the two passes, and one or more on the way back"
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=str)
+def test_adapters_that_would_compute_something_else_keep_pefts_casts(options):
+    model = add_adapter(prepare_model(tiny_model()), LoraConfig(r=4, target_modules="all-linear", **options))
+    assert not any("_cast_input_dtype" in vars(layer) for layer in model.modules())
+
+
+def test_an_adapted_model_is_saved_whole_and_copied(tmp_path):
+    model = add_adapter(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
+    torch.save(model, tmp_path / "m.pt")
+    for other in (torch.load(tmp_path / "m.pt", weights_only=False), copy.deepcopy(model)):
+        (layer, *_) = [layer for layer in other.modules() if "_cast_input_dtype" in vars(layer)]
+        assert layer._cast_input_dtype.args == (layer,), "its own, not that of the model before"
 
 
 def test_precision_is_refused_where_it_is_emulated(monkeypatch):
