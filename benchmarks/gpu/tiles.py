@@ -1,8 +1,8 @@
 """Named block sizes of each kernel on this GPU: `python -m benchmarks.gpu.tiles KERNEL N D V [--dtype bfloat16]`.
 
-    row_loss, row_parts        the factual rows of the way in use, and a block of its counterfactual ones
-    lse_gemm                   log-probabilities without logits: token_logprobs, and the mixed way's counterfactual rows
-    store_gemm, stored_rows    the way that keeps 16-bit logits; both must be tuned before it is judged
+    row_loss, row_parts        the factual rows of the fused way, and a block of its counterfactual ones
+    lse_gemm                   log-probabilities without logits: token_logprobs, and the others' counterfactual rows
+    store_gemm, stored_rows    the factual rows of the way that keeps 16-bit logits
 
 About ten tiles a kernel, by name, such as 128x256x64-w8-s3-g8-tma-p (rows × columns × depth, warps, stages, group_m, by
 descriptors, persistent). Each is compared with the shipped tile's result and then timed, the shipped tile in turn with

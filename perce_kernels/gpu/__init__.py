@@ -8,6 +8,7 @@ blocked.py     log-probabilities by cuBLAS, some columns of many rows at a time
 lse_gemm.py    h Wᵀ whose epilogue keeps log-probabilities and writes no logits, or 16-bit ones
 combine.py     rows' statistics from those of tiles or blocks of columns
 stored_rows.py the gradient over 16-bit logits that the GEMM stored
+scale.py       gradients times the upstream gradient, in the inputs' dtype
 cut.py         how many tokens at once
 product.py     cuBLAS's products with fp32 results
 tiles.py       block sizes, warps and stages by architecture, dtype and D, and the way in use

@@ -57,14 +57,14 @@ WAYS = {
 }
 """How a call of 16-bit operands comes to its log-probabilities and its dz; steps.py has them."""
 WAY = dict.fromkeys((*SHARED_MEMORY_LIMIT, INTERPRETER), "fused") | {"sm_90": "stored"}
-"""The way in use, by architecture. "stored" is the fastest on an H100 (docs/LOG.md, 2026-11-27); where nothing has been
-measured it is "fused", which needs the least of our own."""
+"""The way in use, by architecture. On an H100 "stored" is the fastest, or within 2 % of it (docs/LOG.md, 2026-11-27);
+where nothing has been measured it is "fused", which needs the least of our own."""
 
 # Rows: two programs of 16 warps a multiprocessor, by the shared memory of six stages, so that few rows are in flight
 # and the L2 cache still holds the end of one when its gradient begins there; 8192 entries a step spilled. The GEMM:
-# 128 × 256 with one program a multiprocessor reads least from shared memory; the persistent form is the one that
-# stores, for its epilogue is the longest. fp32 products are IEEE, on the plain units: to be right, not fast. No two
-# ranges of D differ yet.
+# 128 × 256 with one program a multiprocessor reads least from shared memory, and on sm_90 the persistent form
+# loads the next tile's operands while the epilogue runs. fp32 products are IEEE, on the plain units: to be right, not
+# fast. No two ranges of D differ yet.
 TABLE = (
     Row("row_loss", "sm_80", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
     Row("row_loss", "sm_86", HALF + FULL, None, Tile(1, 4096, 0, 16, 3)),
@@ -93,7 +93,7 @@ TABLE = (
     # lse_gemm where it stores 16-bit logits, and the row kernel over them.
     Row("store_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3)),
     Row("store_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3)),
-    # measured: 0.73 of the time of a program a tile
+    # measured: 0.75 of the time of a program a tile
     Row("store_gemm", "sm_90", HALF, None, Tile(128, 256, 64, 8, 3, True, group_m=16, persistent=True)),
     Row("store_gemm", "sm_100", HALF, None, Tile(128, 128, 64, 8, 3, True)),  # wider or persistent ones spilled
     Row("store_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2)),

@@ -1,4 +1,4 @@
-"""What each way from 16-bit operands to loss and gradients (tiles.WAYS) does by itself, the unmeasured ones included.
+"""What each way from 16-bit operands to loss and gradients (tiles.WAYS) does by itself.
 
 What holds of all alike is in tests/perce_kernels/test_loss.py.
 """
