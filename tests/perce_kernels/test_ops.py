@@ -95,6 +95,13 @@ def test_opcheck_of_log_probabilities(subject, n, return_entropy):
     torch.library.opcheck(ops.logprobs_op, args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@of_each("torch", "triton")
+def test_opcheck_of_the_scaling(subject, dtype):
+    gradient, factor = torch.randn(7, 5, device=subject.device), torch.tensor(0.5, device=subject.device)
+    torch.library.opcheck(ops.scaled_op, (gradient, factor, dtype, subject.backend))
+
+
 def test_one_tensor_as_both_hidden_states():
     """Identical prompts: pir is exactly 0 and every weight the floor."""
     inputs = make_inputs()
