@@ -13,7 +13,7 @@ from benchmarks.gpu.sizes import SIZES, Size
 NOT_MEASURED = "not measured"
 FAILED = "failed"
 RACES = ("ways", "peers", "quack", "liger_cutedsl")
-"""Stages of races; of a peer that is in several the last that has it counts, but for perce the first."""
+"""Stages of races; of a peer that is in several the last that has it counts, but for perce the first with rounds."""
 Line = dict[str, Any]
 Lines = dict[str, Line]
 
@@ -25,6 +25,8 @@ class Entry:
     line: Line
     seconds: float | None = None
     floor: float | None = None
+    rounds: int = 0
+    """That the seconds are the median of; without any they are those of a single step."""
 
     @property
     def correct(self) -> bool:
@@ -51,12 +53,12 @@ def entry(lines: Lines, head: str, size: Size, peer: str) -> Entry | None:
     for stage in RACES:
         place = f"{stage}/{head}/{size}"
         line, race = lines.get(f"{place}/{peer}"), lines.get(f"{place}/race")
-        if line is None or (found is not None and peer == "perce"):
+        if line is None or (found is not None and found.rounds and peer == "perce"):
             continue
         here = Entry(line)
         if race is not None and "rounds" in race and "reason" not in line:
             times = [seconds[peer] for seconds in race["rounds"] if peer in seconds]
-            here.seconds = median(times) if times else line["seconds"]
+            here.seconds, here.rounds = median(times) if times else line["seconds"], len(times)
             here.floor = FLOOR_FLOP[head] * size.n * size.d * size.v / race["matmul_flops"]
         found = here
     return found
@@ -65,7 +67,7 @@ def entry(lines: Lines, head: str, size: Size, peer: str) -> Entry | None:
 def _time(found: Entry) -> str | None:
     if found.seconds is None:
         return None
-    ms = f"{1000 * found.seconds:.1f}"
+    ms = f"{1000 * found.seconds:.1f}" + ("" if found.rounds else "*")
     return f"{ms} ({found.ratio:.2f})" if found.correct else f"{ms}, PIR off by {found.line['errors']['pir']:.1g}"
 
 
@@ -246,8 +248,8 @@ def report(trees: list[dict[str, Any]]) -> str:
     lines: Lines = {key: line for tree in trees for key, line in tree["lines"].items()}
     tables = (
         ways(lines, trees[0]["machine"].get("device", "") if trees else ""),
-        by_peer(lines, "trainable head, ms (÷ floor)", "trainable", _time),
-        by_peer(lines, "frozen head, ms (÷ floor)", "frozen", _time),
+        by_peer(lines, "trainable head, ms (÷ floor), * of a single step", "trainable", _time),
+        by_peer(lines, "frozen head, ms (÷ floor), * of a single step", "frozen", _time),
         by_peer(lines, "peak extra memory, GiB, trainable", "trainable", _memory),
         by_peer(lines, "peak extra memory, GiB, frozen", "frozen", _memory),
         by_peer(lines, "error: largest of PIR / of dhidden / of dlm_head", "trainable", _errors),

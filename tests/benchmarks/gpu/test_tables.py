@@ -79,10 +79,10 @@ def test_tables_of_both_commands(tmp_path, monkeypatch, capsys):
         "| 4096 × 4096 × 128256 | fp32 logits of both passes by cuBLAS | 31.0 (1.44) | 26.3 (1.22) |",
         "| 4096 × 4096 × 128256 | no counterfactual logits, factual ones in 16 bits, by our GEMM | not measured | "
         "24.3 (1.13) |",
-        "| trainable head, ms (÷ floor) | 4096 × 4096 × 128256 |",
+        "| trainable head, ms (÷ floor), * of a single step | 4096 × 4096 × 128256 |",
         "| **perce** | 27.0 (1.25) |",
         "| PyTorch, bf16 logits | 50.0, PIR off by 0.03 |",  # no ratio: it is compared with nothing
-        "| PyTorch, fp32 logits | 60.0 (2.79) |",  # its first step: it did not come to the rounds
+        "| PyTorch, fp32 logits | 60.0* (2.79) |",  # its first step: it did not come to the rounds
         "| quack, all logits, exact weights | 40.0 (1.86) |",
         "| **perce** | not measured |",  # frozen
         "| **perce** | 3.00 |",
@@ -109,6 +109,8 @@ def test_our_own_entry_is_that_of_the_race_with_the_peers():
     lines = FIRST | SECOND
     assert entry(lines, "trainable", SIZE, "perce").seconds == 0.027
     assert entry(lines, "trainable", SIZE, "perce_fused").seconds == 0.031
+    without = lines | {f"peers/trainable/{SIZE}/race": race(naive=[0.1])}
+    assert entry(without, "trainable", SIZE, "perce").seconds == 0.09, "rounds elsewhere rather than a single step"
     assert entry(lines, "trainable", SIZE, "trl").seconds is None and entry(lines, "frozen", SIZE, "perce") is None
 
 
