@@ -94,6 +94,27 @@ def test_labels_summary_page_and_terminal(scored, tmp_path):
     assert page.count("<article>") == 2 and "Token identification" in page and "Highest PIR" in page
 
 
+@pytest.mark.parametrize(("contrast", "clip"), [("log", (0.0, 0.004)), ("ratio", (0.999, 1.004))])
+def test_page_terminal_and_summary_agree_on_the_shares_at_the_clip(scored, tmp_path, contrast, clip):
+    clip_flags = ("--contrast", contrast, "--clip_min", clip[0], "--clip_max", clip[1])
+    paths = {name: tmp_path / f"s.{name}" for name in ("html", "json", "jsonl")}
+    out = scored(
+        *clip_flags, "--output", paths["html"], "--summary", paths["json"], "--jsonl", paths["jsonl"], "--terminal", 0
+    ).out
+    pir = torch.tensor([x for record in read_jsonl(paths["jsonl"]) for x in record["pir"]])
+    acted_on = pir.exp() if contrast == "ratio" else pir
+    summary = json.loads(paths["json"].read_text(encoding="utf-8"))
+    floor, ceiling = (summary[f"frac_at_{end}"] for end in ("floor", "ceiling"))
+    assert floor == pytest.approx((acted_on <= clip[0]).float().mean().item(), abs=1e-6) and 0.1 < floor < 0.9
+    assert ceiling == pytest.approx((acted_on >= clip[1]).float().mean().item(), abs=1e-6) and 0.1 < ceiling < 0.9
+    for end, share in (("floor", floor), ("ceiling", ceiling)):
+        assert re.search(rf"at the {end} +{share:.1%}", out)
+    page = paths["html"].read_text(encoding="utf-8")
+    assert f"{floor:.1%} lie at the floor" in page and f"{ceiling:.1%} at the ceiling" in page
+    name = {"log": "PIR", "ratio": "exp(PIR)"}[contrast]
+    assert f"Tokens by {name}," in page and f"Its weight is {name} clipped to this scale" in page
+
+
 def test_unmarked_data_is_labelled_by_persona_words_and_says_so(scored, tmp_path):
     rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:LIMIT]]
     data = write_jsonl(tmp_path / "rows.jsonl", [{k: v for k, v in r.items() if k != "personal_spans"} for r in rows])

@@ -15,6 +15,7 @@ from tests.helpers.training import fails
         ("--objective=lossy", ["objective", "perce, ce"]),
         ("--max_steps=ten", ["max_steps", "whole number"]),
         ("--clip_min=6", ["clip_min", "6"]),
+        ("--objective=lossce --contrast=ratio", ["contrast", "lossce", "ratio"]),
         ("--clip_max=inf", ["clip_max", "finite"]),
         ("--clip_max=nan", ["clip_max", "nan"]),
         ("--precision=fp8", ["precision", "auto, fp32, bf16"]),
@@ -36,7 +37,7 @@ from tests.helpers.training import fails
     ],
 )
 def test_flags_that_are_off(train, tmp_path, flag, fragments):
-    fails(train(flag, max_steps=None if "max_steps" in flag or flag == "--streaming" else 1), *fragments)
+    fails(train(*flag.split(), max_steps=None if "max_steps" in flag or flag == "--streaming" else 1), *fragments)
     assert not (tmp_path / "run" / "config.yaml").exists(), "it can be corrected and run again"
 
 

@@ -36,6 +36,18 @@ def test_operations_are_those_that_torch_counts(checkpointing):
     assert counted == ours.cross_entropy - ours.head - attention * (3 + checkpointing)
 
 
+@pytest.mark.parametrize(("objective", "products"), [("ce", 0), ("perce", 1), ("lossce", 1), ("entce", 1)])
+def test_weights_cost_the_head_a_product_a_pass(objective, products):
+    """Weights from a token's own loss or entropy too: they are known before the loss that they weigh."""
+    config = tiny_model("llama").config
+    setup = Setup(FULL, False, False)
+    counts = count(config, setup)
+    ours, ce = (count_flops(config, setup, replace(SHORT, objective=name), counts) for name in (objective, "ce"))
+    layers = ours.counterfactual
+    assert ours.total - ce.total - layers == products * 2 * 16 * counts.hidden * counts.vocabulary
+    assert (layers > 0) == (objective == "perce")
+
+
 def test_attention_sees_a_window():
     config = tiny_model("gemma3").config  # one layer sees 16 tokens, one all
     setup = Setup(LORA, False, False)

@@ -7,6 +7,7 @@ import pytest
 from perce import MemoryConfig, UserError
 from perce import plan as command
 from perce.config.commands import PlanOptions
+from perce.config.schema import StepConfig
 from perce.planning import plans
 from perce.planning.plans import largest, largest_context, step_cost, variants
 from tests.helpers.plans import FULL, LORA, SHORT
@@ -44,6 +45,13 @@ def test_every_option_has_a_line():
     changed = dict(variants(replace(config, memory=options), "cuda"))
     assert {"--persona_grad full", "--mlp_tile 0", "--activation_offload false"} <= set(changed)
     assert not changed["--activation_checkpointing false"].memory.activation_offload
+
+
+def test_documents_have_neither_query_nor_persona():
+    """Of a document all tokens are the response; cross-entropy, planned as a row with a persona, is another step."""
+    step = StepConfig(context=60, objective="longce", short_context=16, short_stride=4)
+    flags = {flags for flags, _ in variants(PlanOptions(LORA, step), "cpu")}
+    assert "--mlp_tile 1024" in flags and not {"--objective ce", "--persona_grad none"} & flags
 
 
 @pytest.mark.parametrize(
