@@ -42,6 +42,8 @@ def measure(way: str, persona: int) -> dict[str, float]:
     from perce.data.batch import collate
     from perce.model.loading import add_adapter
     from perce.model.memory import enable_checkpointing, prepare_memory
+    from perce.model.passes import counterfactual_hidden, factual
+    from perce.objectives import OBJECTIVES, HeadCall
 
     options = dict(WAYS[way])
     checkpointing, naive = options.pop("checkpointing", False), options.pop("naive", False)
@@ -59,12 +61,8 @@ def measure(way: str, persona: int) -> dict[str, float]:
             loss.backward()
             return loss.item()
         batch = collate([row])
-        with torch.no_grad():
-            hidden_cf = model(input_ids=batch["input_ids_cf"], perce={"rows": batch["rows_cf"]})
-        call = {"rows": batch["rows"], "target": batch["target"], "loss": {"hidden_cf": hidden_cf}}
-        if memory.persona_grad == "none":
-            call["prefix"] = batch["prefix"]
-        loss, *_ = model(input_ids=batch["input_ids"], perce=call)
+        call = HeadCall(batch["target"], OBJECTIVES["perce"].weighting(), counterfactual_hidden(model, batch))
+        loss, *_ = factual(model, batch, call, detach_persona=memory.persona_grad == "none")
         loss.backward()
         return loss.item()
 

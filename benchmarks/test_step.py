@@ -7,7 +7,7 @@ them.
 import tempfile
 import time
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def make_trainers(model: Any, directory: str) -> dict[str, PerceTrainer]:
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
 
-    def arguments(objective: Literal["ce", "perce"]) -> PerceArguments:
+    def arguments(objective: str) -> PerceArguments:
         return PerceArguments(directory, use_cpu=True, report_to="none", loss=LossConfig(objective=objective))
 
     return {

@@ -25,7 +25,7 @@ def run(options: ScoreOptions) -> None:
     from perce.measuring.scores import scored
 
     subject = load_subject(options, "score")
-    facts = {name: getattr(score, name) for name in ("labels", "clip_min", "clip_max", "contrast")}
+    facts = {name: getattr(score, name) for name in ("labels", "objective", "clip_min", "clip_max", "contrast")}
     facts |= {"sample": options.examples.sample}
     file = RecordFile(Path(score.jsonl).expanduser() if score.jsonl else None, subject.facts | facts)
     shown: list[Any] = list(islice(subject.examples, max(score.shown, score.terminal, 1)))

@@ -24,7 +24,7 @@ FLOORS = (
     ("perce_kernels.ops",),
     ("perce_kernels.loss",),
     ("perce_kernels",),
-    ("perce.errors",),
+    ("perce.errors", "perce.objectives"),
     ("perce.environment", "perce.data.sources"),
     ("perce.data.formats",),
     ("perce.config",),
@@ -106,8 +106,8 @@ ABOUT_SEVERAL = {
 }
 # Modules whose behaviour is seen through others alone: in runs of the commands, and of the op.
 SEEN_THROUGH_OTHERS = {
-    "environment", "errors", "config.commands", "config.schema", "model.passes", "planning.live", "planning.tables",
-    "measuring.records", "measuring.scores", "measuring.score_report", "measuring.identification",
+    "environment", "errors", "config.commands", "config.schema", "model.head", "model.passes", "planning.live",
+    "planning.tables", "measuring.records", "measuring.scores", "measuring.score_report", "measuring.identification",
     "measuring.evaluation_report", "report.terminal", "training.checkpoints", "training.normalizer",
     "training.summary", "contract", "reference", "row_pass", "gpu.blocked", "gpu.row_halves",
 }  # fmt: skip

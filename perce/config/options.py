@@ -135,7 +135,9 @@ class Command(Generic[Chosen]):
         return UserError(f"{name}: unknown option.{hint} `--help` lists{others}.")
 
     def _parser(self) -> argparse.ArgumentParser:
-        parser = _Parser(prog=self.prog, description=self.description, allow_abbrev=False)
+        parser = _Parser(
+            prog=self.prog, description=self.description, allow_abbrev=False, formatter_class=_LineByLine
+        )  # fmt: skip
         if self.extra:
             parser.epilog = f"Any other {self.extra} can be given by its own name, such as --weight_decay 0.1."
         parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
@@ -148,7 +150,8 @@ class Command(Generic[Chosen]):
             for item in dataclasses.fields(cls):
                 hint = hints[item.name]
                 default = "" if item.default is None or item.default is False else f" [{_written(item.default)}]"
-                help = (item.metadata["help"] + default).replace("%", "%%")
+                first, *rest = item.metadata["help"].splitlines()
+                help = "\n".join([first + default, *rest]).replace("%", "%%")
                 kind = {"nargs": "?", "const": "true"} if hint is bool else {}
                 metavar = item.metadata.get("metavar") or _metavar(hint)
                 group.add_argument(f"--{item.name}", help=help, metavar=metavar, **kind)  # type: ignore[arg-type]
@@ -185,6 +188,14 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}. `--help` lists the options.")
+
+
+class _LineByLine(argparse.HelpFormatter):
+    """Help of several lines stays so."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        split = super()._split_lines
+        return [line for part in text.splitlines() for line in split(part, width)]
 
 
 def _written(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from perce.config.options import option as _option
 from perce.config.options import require as _require
 from perce.data.formats import FORMATS
+from perce.objectives import OBJECTIVES, PERSONAS, Objective, TokenWeighting
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
 MODEL = "DIR|HUB_ID"
@@ -19,11 +20,16 @@ BACKEND = (
     "what computes losses and log-probabilities; reference: with all logits of the response in memory; auto: what "
     "PERCE_BACKEND in the environment says, else triton on a GPU that it supports and torch elsewhere"
 )
+OBJECTIVE = "\n".join(
+    ["what a token's weight comes from:", *(f"  {name}: {entry.help}" for name, entry in OBJECTIVES.items())]
+)
+OBJECTIVE_NAMES = "|".join(OBJECTIVES)
 
 
-def _check_clip(low: float, high: float) -> None:
-    valid = 0 <= low <= high < float("inf")
-    _require(valid, "clip_min, clip_max", "finite numbers, 0 <= min <= max", (low, high))
+def objective_of(name: str) -> Objective:
+    """The entry of this name; UserError if there is none."""
+    _require(name in OBJECTIVES, "objective", f"one of {', '.join(OBJECTIVES)}", name)
+    return OBJECTIVES[name]
 
 
 @dataclass(frozen=True)
@@ -105,21 +111,39 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class WeightingConfig:
+    """How tokens are weighted: what train and score share. Left open, clip and contrast are the objective's own."""
+
+    objective: str = _option("perce", OBJECTIVE, OBJECTIVE_NAMES)
+    clip_min: float = _option(None, "lower bound m of a token's weight; default: 0.8 for perce (the paper)")
+    clip_max: float = _option(None, "upper bound M of a token's weight; default: 5 for perce (the paper)")
+    contrast: Literal["log", "ratio"] | None = _option(
+        None, "weight = clip(PIR), or clip(exp(PIR)); default: log; ratio for longce; the other objectives have none"
+    )
+
+    def __post_init__(self) -> None:
+        objective = objective_of(self.objective)
+        own = objective.weighting()
+        for name in ("clip_min", "clip_max", "contrast"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(own, name))
+        valid = 0 <= self.clip_min <= self.clip_max < float("inf")
+        _require(valid, "clip_min, clip_max", "finite numbers, 0 <= min <= max", (self.clip_min, self.clip_max))
+        having = ", ".join(name for name, entry in OBJECTIVES.items() if entry.weighting().contrast)
+        fits = own.contrast is not None or self.contrast is None
+        _require(fits, "contrast", f"none with --objective {self.objective} ({having} have one)", self.contrast)
+
+    @property
+    def weighting(self) -> TokenWeighting:
+        return objective_of(self.objective).weighting(self.contrast, self.clip_min, self.clip_max)
+
+
+@dataclass(frozen=True)
+class LossConfig(WeightingConfig):
     """What is minimised."""
 
-    objective: Literal["perce", "ce", "lossce", "entce", "longce"] = _option(
-        "perce",
-        "weights from PIR; none (plain cross-entropy); from a token's own loss or predictive entropy; or LongCE, on "
-        "documents instead of personas",
-    )
     estimate: Literal["online", "epoch", "frozen"] = _option(
         "online", "when weights are estimated: each step, at each epoch's start, or once by the initial model"
-    )
-    clip_min: float = _option(None, "lower bound m of a token's weight; default: 0.8 (the paper); 0 for longce")
-    clip_max: float = _option(5.0, "upper bound M of a token's weight (the paper: 5)")
-    contrast: Literal["log", "ratio"] = _option(
-        None, "weight = clip(pir), or clip(exp(pir)); default: log; ratio for longce"
     )
     clip_schedule: Literal["constant", "rising", "falling"] = _option(
         "constant",
@@ -133,16 +157,15 @@ class LossConfig:
     short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context (theirs: 1024)")
 
     def __post_init__(self) -> None:
-        longce = self.objective == "longce"
-        for name, default in (("clip_min", 0.0 if longce else 0.8), ("contrast", "ratio" if longce else "log")):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+        super().__post_init__()
         for name in ("short_context", "short_stride"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        _check_clip(self.clip_min, self.clip_max)
+        weighs = objective_of(self.objective).signal is not None
         for name, default in (("estimate", "online"), ("clip_schedule", "constant")):
-            fits = self.objective != "ce" or getattr(self, name) == default
-            _require(fits, name, f"{default} with --objective ce, which has no weights", getattr(self, name))
+            fits = weighs or getattr(self, name) == default
+            _require(
+                fits, name, f"{default} with --objective {self.objective}, which has no weights", getattr(self, name)
+            )
 
     def at(self, progress: float) -> "LossConfig":
         """What is minimised at this place of the run, from 0 (its first step) to 1 (its last).
@@ -271,12 +294,9 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(WeightingConfig):
     """What is computed and where it is written."""
 
-    clip_min: float = _option(0.8, "lower bound m of a token's weight")
-    clip_max: float = _option(5.0, "upper bound M of a token's weight")
-    contrast: Literal["log", "ratio"] = _option("log", "weight = clip(pir), or clip(exp(pir)) (LongCE)")
     labels: bool = _option(False, "how well PIR finds personal tokens, beside word matching, loss and entropy")
     output: str | None = _option(None, "HTML page: every token tinted by its weight", "FILE")
     jsonl: str | None = _option(
@@ -287,7 +307,7 @@ class ScoreConfig:
     terminal: int = _option(3, "examples shown in the terminal")
 
     def __post_init__(self) -> None:
-        _check_clip(self.clip_min, self.clip_max)
+        super().__post_init__()
         for name in ("shown", "terminal"):
             _require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
 
@@ -321,17 +341,20 @@ MEMORY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10*
 class StepConfig:
     """The step that is planned. Names that `python -m perce.train` has too mean the same."""
 
-    context: int = _option(4096, "tokens of a factual sequence: persona, query and response")
+    context: int = _option(
+        4096,
+        "tokens of a factual sequence: persona, query and response; or of a document, where the objective is for them",
+    )
     query: int = _option(128, "tokens of it that the counterfactual prompt keeps: chat template, query")
     response: int = _option(512, "tokens of it that are the response")
     per_device_train_batch_size: int = _option(1, "sequences per forward pass")
     gradient_accumulation_steps: int | None = _option(
         None, "forward passes per optimiser step; default: as many as give 8 sequences per device"
     )
-    objective: Literal["perce", "ce", "lossce", "entce", "longce"] = _option(
-        "perce", "perce and longce have a counterfactual pass, the others (and --estimate epoch or frozen) have not; "
-        "for longce --context is a document's length",
-    )  # fmt: skip
+    objective: str = _option("perce", OBJECTIVE, OBJECTIVE_NAMES)
+    estimate: Literal["online", "epoch", "frozen"] = _option(
+        "online", "when weights are estimated; apart from the steps (epoch, frozen), a step is one of cross-entropy"
+    )
     short_context: int = _option(4096, "longce: tokens of the short context")
     short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context")
     activation_checkpointing: bool = _option(False, "recompute activations in backward")
@@ -354,7 +377,7 @@ class StepConfig:
         steps = self.gradient_accumulation_steps
         _require(steps is None or steps >= 1, "gradient_accumulation_steps", ">= 1", steps)
         least = self.query + self.response + 1
-        if self.objective == "longce":
+        if self.of_documents:
             _require(self.context >= 2, "context", ">= 2", self.context)
         else:
             _require(self.context >= least, "context", f">= {least} (query + response + a persona)", self.context)
@@ -368,8 +391,14 @@ class StepConfig:
         return self.gradient_accumulation_steps or max(8 // self.per_device_train_batch_size, 1)
 
     @property
-    def has_counterfactual_pass(self) -> bool:
-        return self.objective in ("perce", "longce")
+    def of_documents(self) -> bool:
+        """Documents have neither query nor persona: all but their first token is the response."""
+        return PERSONAS not in objective_of(self.objective).takes
+
+    @property
+    def computed(self) -> Objective:
+        """The objective of what a step computes: with weights that are known beforehand, cross-entropy."""
+        return objective_of(self.objective if self.estimate == "online" else "ce")
 
     def memory_bytes(self) -> int | None:
         """--gpu_memory in bytes."""

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from perce.config.schema import DataConfig, LossConfig
+from perce.config.schema import DataConfig, LossConfig, objective_of
 from perce.data.documents import DocumentBuilder
 from perce.data.pairs import PairBuilder
 from perce.data.retrieval import make_retriever
 from perce.data.rows import Examples, Record
 from perce.errors import UserError
+from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS
 
 RETRIEVED_FORMATS = ("longlamp", "lamp")  # their persona is a history of passages, of which a retriever picks
 PERCE = LossConfig()
@@ -18,19 +19,18 @@ Builder = PairBuilder | DocumentBuilder
 
 def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConfig = PERCE) -> Builder:
     """What pairs rows of this format; UserError if the objective needs another kind of rows."""
-    if format == "text":
-        if loss.objective == "perce":
-            raise UserError(
-                "objective perce: expected rows with a persona, got documents (format text). Choose longce or ce as "
-                "the --objective, or give rows with persona, query and response."
-            )
+    kind = DOCUMENTS if format == "text" else PERSONAS
+    if kind not in objective_of(loss.objective).takes:
+        *most, last = (name for name, entry in OBJECTIVES.items() if kind in entry.takes)
+        other = "rows with persona, query and response" if kind == DOCUMENTS else "documents, rows like {'text': …}"
+        raise UserError(
+            f"objective {loss.objective}: expected {objective_of(loss.objective).takes[0]}, got {kind} (format "
+            f"{format}). Choose {', '.join(most)} or {last} as the --objective, or give {other} (--columns OURS=THEIRS "
+            "renames fields)."
+        )
+    if kind == DOCUMENTS:
         return DocumentBuilder(
             tokenizer, max_length=config.max_length, short_context=loss.short_context, short_stride=loss.short_stride
-        )
-    if loss.objective == "longce":
-        raise UserError(
-            f"objective longce: expected documents, rows like {{'text': …}}, got rows of format {format}. Choose perce "
-            "or ce as the --objective, or give documents (--columns text=THEIRS renames a field)."
         )
     return PairBuilder(
         tokenizer,

@@ -28,8 +28,11 @@ from perce.data.rows import Example
 from perce.errors import UserError
 from perce.measuring.inference import TOKENS_A_FORWARD, batches_by_length, on_device
 from perce.measuring.metrics import Meteor, rouge
-from perce.model.passes import factual, per_example, token_statistics
+from perce.model.passes import measured, per_example, token_statistics
 from perce.model.probe import unwrapped
+from perce.objectives import OBJECTIVES
+
+PERCE = OBJECTIVES["perce"].weighting()
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Evaluator:
     def losses(self, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Sums of −log p over each example's tokens, under the three prompts, and their counts."""
         batch = on_device(collate([vars(item.pair) for item in items], self._pad), self.device)
-        statistics = token_statistics(self.model, batch, clip_min=0.0, clip_max=1e30, contrast="log")
+        statistics = token_statistics(self.model, batch, PERCE)
         swapped = iter(self._swapped_losses([item.swapped for item in items if item.swapped is not None]))
         records = []
         for item, tokens in zip(items, statistics, strict=True):
@@ -156,9 +159,8 @@ class Evaluator:
         if not pairs:
             return []
         batch = on_device(collate([vars(pair) for pair in pairs], self._pad), self.device)
-        ones = torch.ones_like(batch["target"], dtype=torch.float32)
-        done = factual(self.model, batch, {"token_weight": ones})
-        return [-x.sum().item() for x in per_example(batch, done.logp)[0]]
+        logp = measured(self.model, batch, counterfactual=False).logp
+        return [-x.sum().item() for x in per_example(batch, logp)[0]]
 
     @torch.no_grad()
     def replies(self, prompts: Sequence[list[int]], items: Sequence[Item]) -> list[str]:

@@ -1,7 +1,7 @@
 """What `python -m perce.score` shows of its records: terminal, HTML page, JSON summary."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from perce.measuring.identification import Identified
 from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, terminal_text, write_html
 from perce.report.terminal import facts, show, table
 
-BIN = 0.2  # of the histogram, in nats
-LOWEST_BIN = -2.0
+BINS = 21  # of the histogram, between the clip's ends: 0.2 nats each for PerCE's own
+BINS_BELOW, BINS_ABOVE = 14, 5
 TOP_TOKENS = 20
 CONTEXT_TOKENS = 6  # before a token in the list of the most personal ones
 
@@ -27,7 +27,7 @@ def means(records: Records, options: ScoreOptions) -> dict[str, float]:
     logp, logp_cf, pir, weight = (
         np.concatenate([record[name] for record in records]) for name in ("logp", "logp_cf", "pir", "weight")
     )
-    signal = np.exp(pir) if options.score.contrast == "ratio" else pir
+    signal = _signal(records)
     return {
         "examples": len(records), "tokens": len(logp), "loss_with_persona": float(-logp.mean()),
         "loss_without_persona": float(-logp_cf.mean()), "pir_mean": float(pir.mean()),
@@ -36,8 +36,12 @@ def means(records: Records, options: ScoreOptions) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _lines(records: Records, options: ScoreOptions) -> list[tuple[str, str]]:
-    m = means(records, options)
+def _signal(records: Records) -> np.ndarray:
+    """What the clip acted on; in fp32, as it did."""
+    return np.concatenate([np.asarray(record["signal"], dtype=np.float32) for record in records])
+
+
+def _lines(m: Mapping[str, float]) -> list[tuple[str, str]]:
     return [
         ("examples", f"{m['examples']:,}"), ("response tokens", f"{m['tokens']:,}"),
         ("loss with persona", f"{m['loss_with_persona']:.4f}"),
@@ -59,7 +63,7 @@ def print_tokens(records: Records, options: ScoreOptions) -> None:
 
 
 def print_summary(records: Records, found: Identified | None, options: ScoreOptions) -> None:
-    show(facts(_lines(records, options)), "")
+    show(facts(_lines(means(records, options))), "")
     if found:
         identified = _identification_table(found)
         methods = table(*identified.header)
@@ -73,7 +77,7 @@ def write_summary(path: Path, records: Records, found: Identified | None, option
     score, model = options.score, options.model
     content: dict[str, Any] = {
         "model": model.model or "default", "data": options.data.data or "built-in",
-        "clip": [score.clip_min, score.clip_max], "contrast": score.contrast,
+        "objective": score.objective, "clip": [score.clip_min, score.clip_max], "contrast": score.contrast,
         **means(records, options),
     }  # fmt: skip
     if found:
@@ -91,7 +95,7 @@ def write_report(
     split: str,
 ) -> None:
     """The HTML page: means, histogram, most personal tokens, token identification, and the first responses."""
-    clip = (options.score.clip_min, options.score.clip_max)
+    clip, found_means = (options.score.clip_min, options.score.clip_max), means(records, options)
     responses = [
         ScoredResponse(
             persona=tuple(examples[record["example"]].persona[i] for i in record["passages"]),
@@ -102,15 +106,18 @@ def write_report(
         for record in records
         if record["example"] < min(len(examples), options.score.shown)
     ]
-    panels: list[Histogram | Table] = [_histogram(records, clip), _most_personal(records)]
+    weighting = options.score.weighting.reported
+    signal = weighting.signal_name
+    title = "Which tokens are personal" if weighting.needs("logp_cf") else "Which tokens count most"
+    panels: list[Histogram | Table] = [_histogram(records, clip, signal, found_means), _most_personal(records)]
     if found:
         panels.append(_identification_table(found))
     summary = [
         ("model", options.model.model or "SmolLM2-135M-Instruct"),
         ("data", f"{options.data.data or 'built-in examples'}, {split}"),
-        *_lines(records, options),
+        *_lines(found_means),
     ]
-    write_html(path, responses, title="Which tokens are personal", summary=summary, clip=clip, panels=panels)
+    write_html(path, responses, title=title, summary=summary, clip=clip, signal=signal, panels=panels)
 
 
 def _tokens(record: dict[str, Any]) -> list[ScoredToken]:
@@ -118,15 +125,15 @@ def _tokens(record: dict[str, Any]) -> list[ScoredToken]:
     return [ScoredToken(*values) for values in zip(*columns, strict=True)]
 
 
-def _histogram(records: Records, clip: tuple[float, float]) -> Histogram:
-    """Of PIR, in bins that the clip's ends fall on the edges of."""
-    pir = np.concatenate([record["pir"] for record in records])
-    below = clip[0] - BIN * np.arange(round((clip[0] - LOWEST_BIN) / BIN), 0, -1)
-    inside = np.linspace(*clip, max(round((clip[1] - clip[0]) / BIN), 1) + 1)
-    edges = np.concatenate([below, inside, clip[1] + BIN * np.arange(1, 6)])
-    edges = np.unique(edges)
-    counts, _ = np.histogram(np.clip(pir, edges[0], edges[-1]), edges)
-    return Histogram("Personal Influence Ratio", [round(float(e), 6) for e in edges], counts.tolist())
+def _histogram(records: Records, clip: tuple[float, float], name: str, found: Mapping[str, float]) -> Histogram:
+    """Of what the clip acted on, in bins that the clip's ends fall on the edges of."""
+    signal = _signal(records)
+    width = (clip[1] - clip[0]) / BINS or 0.2
+    below = min(int(np.ceil(max(clip[0] - signal.min(), 0) / width)), BINS_BELOW)
+    edges = clip[0] + width * np.arange(-below, BINS + BINS_ABOVE + 1)
+    counts, _ = np.histogram(np.clip(signal, edges[0], edges[-1]), edges)
+    shares = found["frac_at_floor"], found["frac_at_ceiling"]
+    return Histogram(name, [round(float(e), 6) for e in edges], counts.tolist(), shares)
 
 
 def _most_personal(records: Records) -> Table:

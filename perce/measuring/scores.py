@@ -14,7 +14,7 @@ from perce.data.pairs import Pair
 from perce.data.rows import Example
 from perce.errors import UserError
 from perce.measuring.inference import TOKENS_A_FORWARD, Subject, batches_by_length, on_device
-from perce.model.passes import TokenStatistics, token_entropies, token_statistics
+from perce.model.passes import TokenStatistics, token_statistics
 from perce.report.heatmap import ScoredToken
 
 WINDOW = 64  # examples that are sorted by length together: records stay in order, and little is padded
@@ -55,17 +55,17 @@ def score_window(
     """The records of (index, example, pair) triples, in their order."""
     model, builder, device = subject.model, subject.builder, subject.device
     score, pad_id = options.score, builder.tokenizer.pad_token_id or 0
-    clip: dict[str, Any] = {"clip_min": score.clip_min, "clip_max": score.clip_max, "contrast": score.contrast}
+    weighting = score.weighting.reported
     lengths = [len(pair.input_ids) for _, _, pair in built]
     records: dict[int, dict[str, Any]] = {}
     for rows in batches_by_length(lengths, options.model.batch_size, TOKENS_A_FORWARD[device.type]):
         batch = on_device(collate([vars(built[row][2]) for row in rows], pad_id), device)
-        entropies = token_entropies(model, batch) if score.labels else [None] * len(rows)
-        for row, tokens, entropy in zip(rows, token_statistics(model, batch, **clip), entropies, strict=True):
+        statistics = token_statistics(model, batch, weighting, entropy=score.labels)
+        for row, tokens in zip(rows, statistics, strict=True):
             records[row] = record(*built[row], tokens, builder.tokenizer)
-            if entropy is not None:
+            if score.labels and tokens.entropy is not None:
                 unmarked = builder.build(replace(built[row][1], personal_spans=None))
-                records[row] |= {"entropy": entropy.tolist(), "persona_word": unmarked.personal}
+                records[row] |= {"entropy": tokens.entropy.tolist(), "persona_word": unmarked.personal}
     return [records[row] for row in range(len(built))]
 
 
@@ -78,7 +78,7 @@ def record(index: int, example: Example, pair: Pair, tokens: TokenStatistics, to
         "prompt_ids": pair.input_ids[:-n], "prompt_cf_ids": pair.counterfactual_ids()[:-n],
         "response_ids": pair.input_ids[-n:], "response_tokens": token_texts(pair.input_ids[-n:], tokenizer),
         "logp": tokens.logp.tolist(), "logp_cf": tokens.logp_cf.tolist(), "pir": tokens.pir.tolist(),
-        "weight": tokens.token_weight.tolist(), "personal": pair.personal,
+        "signal": tokens.signal.tolist(), "weight": tokens.token_weight.tolist(), "personal": pair.personal,
     }  # fmt: skip
 
 

@@ -1,31 +1,20 @@
 """Per-token statistics of a batch under a model: what training weights by, evaluation averages and score shows.
 
 counterfactual_hidden   pass 1: without the persona, no grad, eval mode
-token_statistics        both passes, per example, on the CPU
+factual                 pass 2: the loss, inside the forward of the head
+measured                both, no grad: log-probabilities and entropies
+token_statistics        the same per example, on the CPU, with the weights of an objective
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from perce.data.batch import Batch, token_inputs
+from perce.model.head import FactualPass
 from perce.model.probe import evaluating
-
-OWN_SIGNAL = {"lossce": "loss", "entce": "entropy"}
-"""Objectives without a counterfactual pass, and what of the factual one their weights are clipped from."""
-
-
-class FactualPass(NamedTuple):
-    """What the factual pass returns: the loss, 0-d, and per response token, each (N,) and detached:"""
-
-    loss: Tensor
-    logp: Tensor
-    logp_cf: Tensor
-    signal: Tensor
-    """What the clip acts on: PIR, its exponential, the token's loss or the predictive entropy."""
-    token_weight: Tensor
+from perce.objectives import HeadCall, Measured, StatisticsCall, TokenWeighting
 
 
 @dataclass(frozen=True)
@@ -35,9 +24,13 @@ class TokenStatistics:
     target: Tensor
     logp: Tensor
     logp_cf: Tensor
+    signal: Tensor
+    """What the weight was clipped from."""
     token_weight: Tensor
     personal: Tensor
     example: int
+    entropy: Tensor | None = None
+    """Where it was asked for."""
 
     @property
     def pir(self) -> Tensor:
@@ -52,35 +45,42 @@ def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
         return model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
 
 
-@torch.no_grad()
-def token_statistics(
-    model: nn.Module, inputs: Batch, *, clip_min: float, clip_max: float, contrast: str, detach_persona: bool = False
-) -> list[TokenStatistics]:
-    """Statistics of one batch under a model in eval mode, whatever it is trained for."""
-    call: dict[str, Any] = {
-        "hidden_cf": counterfactual_hidden(model, inputs), "clip_min": clip_min, "clip_max": clip_max,
-        "contrast": contrast,
-    }  # fmt: skip
-    done = factual(model, inputs, call, detach_persona=detach_persona)
-    tokens = (inputs["target"], done.logp, done.logp_cf, done.token_weight, inputs["personal"])
-    columns = per_example(inputs, *tokens)
-    return [TokenStatistics(*row) for row in zip(*columns, inputs["example"].tolist(), strict=True)]
-
-
-@torch.no_grad()
-def token_entropies(model: nn.Module, inputs: Batch) -> list[Tensor]:
-    """Predictive entropy in nats at each response token of each example, with the persona; (n,), on the CPU."""
-    call = {"weight_from": "entropy", "clip_min": 0.0, "clip_max": 1e30}
-    return list(per_example(inputs, factual(model, inputs, call).signal)[0])
-
-
-def factual(model: nn.Module, inputs: Batch, call: dict[str, Any], *, detach_persona: bool = False) -> FactualPass:
-    """Pass 2, the loss inside the forward of the head. `call`: arguments of the loss.
+def factual(model: nn.Module, inputs: Batch, call: HeadCall, *, detach_persona: bool = False) -> FactualPass:
+    """The factual pass with its loss.
 
     detach_persona: run the prompt through the persona for its keys and values alone; see prefill.py.
     """
-    names = ("rows", "target", "prefix") if detach_persona else ("rows", "target")
-    return FactualPass(*model(**token_inputs(inputs), perce={name: inputs[name] for name in names} | {"loss": call}))
+    return FactualPass(*_asked(model, inputs, call, detach_persona))
+
+
+@torch.no_grad()
+def measured(
+    model: nn.Module, inputs: Batch, *, counterfactual: bool = True, entropy: bool = False, detach_persona: bool = False
+) -> Measured:
+    """What the response tokens have under a model as it is; without the persona too if `counterfactual`."""
+    hidden_cf = counterfactual_hidden(model, inputs) if counterfactual else None
+    return Measured(*_asked(model, inputs, StatisticsCall(inputs["target"], hidden_cf, entropy), detach_persona))
+
+
+def token_statistics(
+    model: nn.Module, inputs: Batch, weighting: TokenWeighting, *, entropy: bool = False, detach_persona: bool = False
+) -> list[TokenStatistics]:
+    """Statistics of one batch under a model in eval mode, whatever it is trained for."""
+    entropy = entropy or weighting.needs("entropy")
+    found = measured(model, inputs, entropy=entropy, detach_persona=detach_persona)
+    signal = weighting.signal_of(found)
+    columns = {"target": inputs["target"], "signal": signal, "token_weight": weighting.weight(signal)}
+    columns |= {"personal": inputs["personal"]} | {k: v for k, v in found._asdict().items() if v is not None}
+    split = per_example(inputs, *columns.values())
+    return [
+        TokenStatistics(**dict(zip(columns, tensors, strict=True)), example=example)
+        for *tensors, example in zip(*split, inputs["example"].tolist(), strict=True)
+    ]
+
+
+def _asked(model: nn.Module, inputs: Batch, call: HeadCall | StatisticsCall, detach_persona: bool) -> tuple:
+    names = ("rows", "prefix") if detach_persona else ("rows",)
+    return model(**token_inputs(inputs), perce={name: inputs[name] for name in names} | {"head": call})
 
 
 def per_example(inputs: Batch, *columns: Tensor) -> list[tuple[Tensor, ...]]:

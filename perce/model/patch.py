@@ -2,9 +2,8 @@
 
 `install_perce` gives the model two extra ways to be called, always through whatever wraps it (DDP, FSDP, PEFT):
 
-    model(input_ids, perce={"rows": rows})                                   → hidden states (N, D) at those rows
-    model(input_ids, perce={"rows": rows, "target": …, "loss": {…}})         → (loss, logp, logp_cf,
-                                                                                signal, token_weight)
+    model(input_ids, perce={"rows": rows})                   → hidden states (N, D) at those rows
+    model(input_ids, perce={"rows": rows, "head": call})     → what head.py computes of them: FactualPass or Measured
 
 With "prefix" in perce the tokens through the persona are run without a gradient; see prefill.py.
 
@@ -15,36 +14,21 @@ the hooks that gather and reduce sharded parameters, and yield wrong gradients i
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perce.errors import UserError
+from perce.model.head import LogitTransform, Output, answer, logit_transform
 from perce.model.prefill import hidden_after_prefix
 from perce.model.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids, unwrapped
-from perce_kernels import fused_perce_loss, reference, token_logprobs
+from perce.objectives import HeadCall, StatisticsCall
+from perce_kernels import reference
 
 # Largest difference of log-probabilities between the model's own logits and ours; fp32 shows 1e-5, bf16 logits 1e-2.
 SELF_CHECK_TOLERANCE = 1e-3
 SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.25
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap), as fused_perce_loss takes it; b is the head's own bias."""
-
-    softcap: float | None
-    logit_scale: float
-
-
-def logit_transform(config: Any) -> LogitTransform:
-    """The head's transform from a model config: Gemma softcaps, Granite divides, Cohere multiplies."""
-    text = config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0)
-    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-    return LogitTransform(getattr(text, "final_logit_softcapping", None), scale)
 
 
 def install_perce(model: Any) -> Any:
@@ -92,37 +76,14 @@ def _patch_head(head: Any, transform: LogitTransform) -> None:
     own_forward = forward_of(head)
 
     @functools.wraps(own_forward)
-    def forward(self, hidden: Tensor, perce: dict[str, Any] | None = None):
+    def forward(self, hidden: Tensor, perce: HeadCall | StatisticsCall | None = None):
         if perce is None:
             return own_forward(self, hidden)
-        return _head_loss(self, hidden, transform, perce["target"], dict(perce["loss"]))
+        output = Output(self.weight, self.bias, transform.softcap, transform.logit_scale, self.perce_backend)
+        return answer(perce, hidden, output)
 
     head.forward = types.MethodType(forward, head)
     head.perce_backend = "auto"
-
-
-def _head_loss(
-    head: Any, hidden: Tensor, transform: LogitTransform, target: Tensor, call: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, logp, logp_cf, signal, token_weight), all but the loss (N,) and detached.
-
-    `call` is what fused_perce_loss takes, or says `weight_from`: weights are then clipped from the model's own "loss"
-    (−log p of the token) or predictive "entropy". The signal is what the clip acted on.
-    """
-    output = {
-        "bias": head.bias, "softcap": transform.softcap, "logit_scale": transform.logit_scale,
-        "backend": head.perce_backend,
-    }  # fmt: skip
-    signal = None
-    if weight_from := call.pop("weight_from", None):
-        with torch.no_grad():
-            own: Any = token_logprobs(hidden, head.weight, target, return_entropy=weight_from == "entropy", **output)
-        signal = own[1] if weight_from == "entropy" else -own
-        call["token_weight"] = signal.clamp(call["clip_min"], call["clip_max"])
-    loss, stats = fused_perce_loss(hidden, head.weight, target, return_stats=True, **output, **call)
-    if signal is None:
-        signal = stats.pir.exp() if call.get("contrast") == "ratio" else stats.pir
-    return loss, stats.logp, stats.logp_cf, signal, stats.token_weight
 
 
 def _patch_model(model: Any) -> None:
@@ -138,7 +99,7 @@ def _patch_model(model: Any) -> None:
             # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
             output = self.base_model(*args, use_cache=False, **kwargs)
             hidden = output[0].flatten(0, 1)[perce["rows"]]
-        return hidden if "target" not in perce else self.get_output_embeddings()(hidden, perce=perce)
+        return self.get_output_embeddings()(hidden, perce=perce["head"]) if "head" in perce else hidden
 
     model.forward = types.MethodType(forward, model)
 

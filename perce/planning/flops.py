@@ -4,8 +4,8 @@ With F factual and C counterfactual input tokens, P weights in the matrices of t
 of F tokens takes 2·(P + A)·F and attention; its backward twice that, of which LoRA saves the weights' half (not the
 adapters'); checkpointing adds a forward, but for each layer's last product, and tiled MLPs one of theirs. With
 persona_grad="none" backward and recomputation see the tokens behind the persona alone. N response tokens cost the head
-2·N·D·V a product: the logits of each pass, dh, and dW where it trains. Norms, activation functions, the optimiser and
-memory traffic are left out: the bound is a lower one.
+2·N·D·V a product: logits, dh, dW where it trains, and those that the weights take (objectives.py). Norms, activation
+functions, the optimiser and memory traffic are left out: the bound is a lower one.
 """
 
 import time
@@ -30,23 +30,23 @@ class Flops:
     forward: int
     backward: int
     recomputation: int
-    counterfactual: int  # its forward through the layers
+    estimation: int  # what the weights take of the layers: a counterfactual forward
     head: int
-    head_counterfactual: int
+    head_estimation: int  # and of the head
     tokens: int  # factual ones
 
     @property
     def cross_entropy(self) -> int:
-        """The same step without the counterfactual pass."""
+        """The same step with weights of 1."""
         return self.forward + self.backward + self.recomputation + self.head
 
     @property
     def total(self) -> int:
-        return self.cross_entropy + self.counterfactual + self.head_counterfactual
+        return self.cross_entropy + self.estimation + self.head_estimation
 
     @property
     def overhead(self) -> float:
-        """Of the counterfactual pass, as a share of a cross-entropy step."""
+        """Of the weights, as a share of a cross-entropy step."""
         return self.total / self.cross_entropy - 1
 
 
@@ -69,18 +69,18 @@ def count_flops(config: Any, setup: Setup, step: StepConfig, counts: Counts) -> 
         recomputation += linear(kept, every - counts.not_recomputed) + attention
     if 0 < setup.memory.mlp_tile < kept:
         recomputation += linear(kept, counts.mlp - counts.not_recomputed)
-    counterfactual = 0
+    estimation = forward if shape.objective.over_step else 0  # its E-step has a factual pass too
     if shape.tokens_cf:
         sequences_cf = shape.sequences_cf
-        counterfactual = 2 * sequences_cf * shape.tokens_cf * every
-        counterfactual += sequences_cf * attention_flops(config, shape.tokens_cf)
+        estimation += 2 * sequences_cf * shape.tokens_cf * every
+        estimation += sequences_cf * attention_flops(config, shape.tokens_cf)
     return Flops(
         forward=forwards * forward,
         backward=forwards * backward,
         recomputation=forwards * recomputation,
-        counterfactual=forwards * counterfactual,
+        estimation=forwards * estimation,
         head=forwards * product * (2 + counts.head_trains),
-        head_counterfactual=forwards * product * bool(shape.tokens_cf),
+        head_estimation=forwards * product * shape.objective.products,
         tokens=forwards * shape.batch * shape.tokens,
     )
 

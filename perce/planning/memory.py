@@ -21,7 +21,7 @@ import torch
 from perce.config.schema import MemoryConfig, StepConfig
 from perce.data.documents import short_windows
 from perce.errors import UserError
-from perce.model.patch import logit_transform
+from perce.model.head import logit_transform
 from perce.model.probe import unwrapped
 from perce.planning.rehearsal import Setup, StepShape, build, decoder_layers, layer_kinds, rehearse_depth
 from perce_kernels import chunked
@@ -116,21 +116,18 @@ class PeakMemory:
 def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
     """The last token of a sequence is a target only, in both passes."""
     batch, accumulates = step.per_device_train_batch_size, step.forwards > 1
-    if step.objective == "longce":
+    objective, tokens = step.computed, step.context - 1
+    rows, prefix = batch * step.response, 0
+    if step.of_documents:
         windows = short_windows(step.context, step.short_context, step.short_stride)
-        longest = max(end - start for start, end, _ in windows)
-        rows = batch * (step.context - 1)
-        return StepShape(batch, step.context - 1, longest - 1, rows, accumulates, batch * len(windows))
-    without_persona = step.query + step.response - 1
+        tokens_cf, sequences_cf = max(end - start for start, end, _ in windows) - 1, batch * len(windows)
+        rows = batch * tokens
+    else:
+        tokens_cf, sequences_cf = step.query + step.response - 1, batch
+        prefix = tokens - tokens_cf if options.persona_grad == "none" else 0
     return StepShape(
-        batch,
-        tokens=step.context - 1,
-        tokens_cf=without_persona if step.objective == "perce" else 0,
-        rows=batch * step.response,
-        accumulates=accumulates,
-        sequences_cf=batch,
-        prefix=step.context - 1 - without_persona if options.persona_grad == "none" else 0,
-    )
+        batch, tokens, tokens_cf if objective.counterfactual else 0, rows, accumulates, sequences_cf, prefix, objective
+    )  # fmt: skip
 
 
 def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, device: str) -> PeakMemory:

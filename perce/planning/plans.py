@@ -157,8 +157,10 @@ def check_positions(model_config: Any, options: PlanOptions) -> None:
 def check_options(options: PlanOptions, device: str) -> None:
     """UserError for options that a training run would refuse together."""
     step, memory = options.step, options.memory
-    if memory.persona_grad == "none" and step.objective == "longce":
-        raise UserError("--persona_grad none: needs a persona, and --objective longce has documents. Use full.")
+    if memory.persona_grad == "none" and step.of_documents:
+        raise UserError(
+            f"--persona_grad none: needs a persona, and --objective {step.objective} has documents. Use full."
+        )
     if memory.persona_grad == "none" and step.sharding == "full":
         raise UserError("--persona_grad none, --sharding full: do not work together. Use --sharding none.")
     if memory.activation_offload and (device == "cpu" or not step.activation_checkpointing):
@@ -175,7 +177,7 @@ def largest_context(model_config: Any, options: PlanOptions, device: str) -> int
         return None
     setup = setup_of(options, device)
     counts = count(model_config, setup)
-    shortest = 2 if options.step.objective == "longce" else options.step.query + options.step.response + 1
+    shortest = 2 if options.step.of_documents else options.step.query + options.step.response + 1
     longest = max(position_limit(model_config) or 2**20, shortest)
 
     def peak(context: int) -> int:
@@ -226,7 +228,7 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
     if device == "cuda" and step.activation_checkpointing:
         on = not memory.activation_offload
         yield changed(f"--activation_offload {str(on).lower()}", activation_offload=on)
-    if step.objective != "longce" and step.sharding == "none":
+    if not step.of_documents and step.sharding == "none":
         persona_grad = "full" if memory.persona_grad == "none" else "none"
         yield changed(f"--persona_grad {persona_grad}", persona_grad=persona_grad)
     tile = 0 if memory.mlp_tile else MLP_TILE
@@ -240,7 +242,7 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
             "--per_device_train_batch_size 1", per_device_train_batch_size=1,
             gradient_accumulation_steps=batch * step.forwards,
         )  # fmt: skip
-    if step.has_counterfactual_pass:
+    if step.computed.products and not step.of_documents:  # a plan of cross-entropy is one of rows with a persona
         yield changed("--objective ce", objective="ce")
     if model.attn_implementation == "eager":
         yield changed("--attn_implementation sdpa", attn_implementation="sdpa")

@@ -27,13 +27,14 @@ from torch.utils._pytree import tree_map
 
 from perce.config.schema import MemoryConfig, ModelConfig
 from perce.errors import UserError, first_line, in_one_line
+from perce.model.head import Output, answer, logit_transform
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
-from perce.model.patch import logit_transform
 from perce.model.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
 from perce.model.probe import unwrapped
+from perce.objectives import OBJECTIVES, HeadCall, Objective
 from perce.planning.live import Live, Moment, Phase, Rehearsed
-from perce_kernels import fused_perce_loss, reference
+from perce_kernels import loss
 
 OFFLOADED = ("forward", "head", "last layer", "first layer")
 """In which the inputs of checkpointed layers are in host memory, under activation_offload."""
@@ -60,6 +61,7 @@ class StepShape:
     accumulates: bool  # gradients of an earlier forward are there already
     sequences_cf: int = 0  # 0: B
     prefix: int = 0  # tokens of each factual sequence that run without a gradient
+    objective: Objective = OBJECTIVES["perce"]
 
 
 def build(config: Any, setup: Setup) -> Any:
@@ -166,7 +168,7 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     live = Live()
     model = build(config, setup)
     try:
-        with FakeTensorMode(), _one_sequence_a_row():
+        with FakeTensorMode(), _one_sequence_a_row(), _targets_without_values():
             live.disregard(_give_storage(model))
             with live:
                 for _ in range(1 + shape.accumulates):  # of two forwards the second counts
@@ -192,6 +194,18 @@ def _one_sequence_a_row() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = own
+
+
+@contextmanager
+def _targets_without_values() -> Iterator[None]:
+    """Backend "reference" looks whether targets are in the vocabulary, and these have no values. Of the others the op
+    is one operator, whose inside memory.py has formulae for."""
+    own = loss.check_target
+    loss.check_target = lambda *_: None
+    try:
+        yield
+    finally:
+        loss.check_target = own
 
 
 def _give_storage(model: nn.Module) -> Iterator[Tensor]:
@@ -238,39 +252,31 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
             rests.append(hidden(1, shape.tokens - shape.prefix, **{CACHE_ARGUMENT: cache}))
         return torch.cat(rests)[rows]
 
-    source: dict[str, Any] = {}
+    hidden_cf, signal = None, None
     if shape.tokens_cf:
         live.enter("counterfactual")
         model.eval()
         with torch.no_grad(), autocast():
             states = hidden(shape.sequences_cf or shape.batch, shape.tokens_cf)[rows]
-        source["hidden_cf"] = states.float() if setup.low_precision else states  # the wrapper's outputs are fp32
+        hidden_cf = states.float() if setup.low_precision else states  # the wrapper's outputs are fp32
         model.train()
-    else:
-        source["token_weight"] = torch.ones(shape.rows)
+    if shape.objective.over_step:  # its E-step has two forwards, the other with less alive than with a backward, and
+        hidden_cf, signal = None, torch.ones(shape.rows)  # is over when the step's own begins
     live.leave()
     handles = [*_watch_parts(layers[-1], live), *_watch_backward(layers, live), *_watch_gradients(model, live)]
     with autocast():
         states = factual()
         live.enter("head")
-        loss = _loss(setup.model.backend, states, head.weight, rows, **source, bias=head.bias, **vars(transform))
-    del states, source
+        backend = "reference" if setup.model.backend == "reference" else "torch"
+        output = Output(head.weight, head.bias, transform.softcap, transform.logit_scale, backend)
+        call = HeadCall(rows, shape.objective.weighting(), hidden_cf, signal, num_items=1)
+        value = answer(call, states, output)[0]
+    del states, hidden_cf, call
     live.enter("last layer")
-    loss.backward()
+    value.backward()
     live.leave()
     for handle in handles:
         handle.remove()
-
-
-def _loss(backend: str, states: Tensor, weight: Tensor, rows: Tensor, **options: Any) -> Any:
-    """The op as one operator, whose inside memory.py has formulae for; or all tensors of backend "reference", without
-    its check of the targets, which needs their values."""
-    if backend != "reference":
-        return fused_perce_loss(states, weight, rows, num_items=1, backend="torch", **options)
-    if torch.is_autocast_enabled("cpu"):
-        states, weight = states.bfloat16(), weight.bfloat16()
-    with torch.autocast("cpu", enabled=False):
-        return reference.perce_loss(states, weight, rows, reduction="sum", **options)[0]
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def _header(plan: Plan) -> list[str]:
     persona = step.context - step.query - step.response
     method = f"LoRA r {lora}" if lora else "all weights"
     tokens = f"{persona:,} persona, {step.query:,} query, {step.response:,} response"
-    if step.objective == "longce":
+    if step.of_documents:
         tokens = f"documents; short contexts of {step.short_context:,} tokens"
     changed = [f.name for f in fields(memory) if getattr(memory, f.name) != f.default]
     settings = "".join(f", {name} {str(getattr(memory, name)).lower()}" for name in changed)
@@ -94,8 +94,9 @@ def _times(plan: Plan) -> Table:
         )
     else:
         rows.append(("takes at least", "give the device's rate with --tflops: there is none here to measure"))
-    if plan.options.step.has_counterfactual_pass:
-        rows.append(("counterfactual pass", f"{flops.overhead:.1%} on top of a cross-entropy step"))
+    if (computed := plan.options.step.computed).products:
+        what = "counterfactual pass" if computed.counterfactual else "token weights"
+        rows.append((what, f"{flops.overhead:.1%} on top of a cross-entropy step"))
     return facts(rows)
 
 

@@ -8,6 +8,7 @@ symbols, so that neither a page nor a terminal can be steered by what a model or
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -47,11 +48,14 @@ class ScoredResponse:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of PIR between edges (one more than counts); what lies outside belongs to the bars at the ends."""
+    """Counts between edges (one more than counts) of what the clip acted on, by its name in `title`; what lies outside
+    belongs to the bars at the ends."""
 
     title: str
     edges: Sequence[float]
     counts: Sequence[int]
+    clipped: tuple[float, float]
+    """Shares of all tokens at or below the clip's lower end, and at or above its upper one."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +151,16 @@ def write_html(
     title: str,
     summary: Sequence[tuple[str, str]],
     clip: tuple[float, float],
+    signal: str = "PIR",
     panels: Sequence[Histogram | Table] = (),
 ) -> None:
     """Write the heat map of `responses` as one self-contained file.
 
     `summary` is shown at the top as (label, value) pairs, `panels` below it; `clip` is (clip_min, clip_max), the ends
-    of the colour scale.
+    of the colour scale, and `signal` the name of what was clipped to a weight.
     Raises ValueError when clip_min > clip_max or either is not finite.
     """
-    _check_clip(clip)
+    clip = _scale(clip)
     cards = "\n".join(_article(r, f"{i} of {len(responses)}", clip) for i, r in enumerate(responses, start=1))
     page = f"""<!doctype html>
 <html lang="en">
@@ -169,7 +174,7 @@ def write_html(
 <main>
 <h1 dir="auto">{_html(title)}</h1>
 {_summary(summary)}
-{_legend(clip)}
+{_legend(clip, signal)}
 {"".join(_histogram(x, clip) if isinstance(x, Histogram) else _table(x) for x in panels)}
 {cards or "<p>No responses were scored.</p>"}
 </main>
@@ -186,11 +191,12 @@ def _summary(rows: Sequence[tuple[str, str]]) -> str:
     return f'<dl class="summary">{items}</dl>'
 
 
-def _legend(clip: tuple[float, float]) -> str:
+def _legend(clip: tuple[float, float], signal: str) -> str:
     clip_min, clip_max = clip
     return f"""<section class="legend" aria-label="Colour scale">
 <div class="scale"><b class="label">Token weight</b> {clip_min:g} <i></i> {clip_max:g}</div>
-<p>PIR is a token's log-probability with the persona minus without it. Its weight is PIR clipped to this scale:
+<p>PIR is a token's log-probability with the persona minus without it.
+Weights are {_html(signal)} clipped to this scale:
 no tint is the floor, <span class="top">underlined</span> is the ceiling. Point at or tap a token for its numbers.</p>
 </section>"""
 
@@ -198,23 +204,16 @@ no tint is the floor, <span class="top">underlined</span> is the ceiling. Point 
 def _histogram(histogram: Histogram, clip: tuple[float, float]) -> str:
     total, most = max(sum(histogram.counts), 1), max([*histogram.counts, 1])
     bars = "".join(
-        f'<i title="PIR {low:g} to {high:g}: {count:,} tokens, {count / total:.1%}" style="'
+        f'<i title="{_html(histogram.title)} {low:g} to {high:g}: {count:,} tokens, {count / total:.1%}" style="'
         f'--h:{math.sqrt(count / most):.3f};--w:{intensity((low + high) / 2, clip):.3g}"></i>'
         for low, high, count in zip(histogram.edges[:-1], histogram.edges[1:], histogram.counts, strict=True)
     )
-    floor, ceiling = (sum(c for e, c in ends if c) / total for ends in _clipped(histogram, clip))
+    floor, ceiling = histogram.clipped
     return f"""<section class="panel"><h2>{_html(histogram.title)}</h2>
 <div class="bars" role="img" aria-label="{_html(histogram.title)}">{bars}</div>
 <div class="ends"><span>{histogram.edges[0]:g}</span><span>{histogram.edges[-1]:g}</span></div>
-<p class="label">Tokens by PIR, tinted by weight; heights are square roots of counts. {floor:.1%} lie at the floor
-({clip[0]:g} or less), {ceiling:.1%} at the ceiling ({clip[1]:g} or more).</p></section>"""
-
-
-def _clipped(histogram: Histogram, clip: tuple[float, float]) -> tuple[list[tuple[float, int]], ...]:
-    """(edge, count) of the bars at or below the floor, and of those at or above the ceiling."""
-    below = [(e, c) for e, c in zip(histogram.edges[1:], histogram.counts, strict=True) if e <= clip[0]]
-    above = [(e, c) for e, c in zip(histogram.edges[:-1], histogram.counts, strict=True) if e >= clip[1]]
-    return below, above
+<p class="label">Tokens by {_html(histogram.title)}, tinted by weight; heights are square roots of counts.
+{floor:.1%} lie at the floor ({clip[0]:g} or less), {ceiling:.1%} at the ceiling ({clip[1]:g} or more).</p></section>"""
 
 
 def _table(table: Table) -> str:
@@ -295,9 +294,12 @@ def _visible(text: str) -> str:
     return text.translate(_CONTROL_PICTURES)
 
 
-def _check_clip(clip: tuple[float, float]) -> None:
+def _scale(clip: tuple[float, float]) -> tuple[float, float]:
+    """The clip in fp32, as the weights that it is compared with; ValueError unless it is a scale."""
     if not (all(map(math.isfinite, clip)) and clip[0] <= clip[1]):
         raise ValueError(f"clip: expected finite clip_min <= clip_max, got {clip}")
+    low, high = struct.unpack("2f", struct.pack("2f", *clip))
+    return low, high
 
 
 def _parent_made(path: str | Path) -> Path:
@@ -318,7 +320,7 @@ def terminal_text(tokens: Iterable[ScoredToken], clip: tuple[float, float]) -> T
     """The tokens as coloured rich text. Its plain text is the tokens' text, control characters shown as symbols."""
     from rich.text import Text
 
-    _check_clip(clip)
+    clip = _scale(clip)
     text = Text()
     for token in tokens:
         text.append(_visible(token.text), style=_terminal_style(token, clip))

@@ -59,7 +59,8 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any) -> str |
     said = _said(planned.step, needed, available, available - room)
     if needed.peak <= IMPOSSIBLE[device] * room:
         return f"{said} That is close."
-    raise UserError(f"{said} {_remedies(config, model_config, planned, device, room)}")
+    documents = "persona_span" not in pairs.train.column_names
+    raise UserError(f"{said} {_remedies(config, model_config, planned, device, room, documents)}")
 
 
 def largest_step(options: TrainOptions, args: Any, pairs: Any) -> StepConfig:
@@ -83,14 +84,14 @@ def largest_step(options: TrainOptions, args: Any, pairs: Any) -> StepConfig:
         without_persona = min(without_persona, context - 1)
     longest_response = max(dataset["response_length"])
     response = max(min(longest_response, without_persona - 1), 1)
-    is_online = loss.estimate == "online"  # else a step has no counterfactual pass
     return StepConfig(
         context=context,
         query=max(without_persona - response, 1),
         response=response,
         per_device_train_batch_size=sequences,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        objective=loss.objective if is_online else "ce",
+        objective=loss.objective,
+        estimate=loss.estimate,
         short_context=loss.short_context,
         short_stride=loss.short_stride,
         activation_checkpointing=run.activation_checkpointing,
@@ -130,12 +131,14 @@ def _said(step: StepConfig, needed: PeakMemory, available: int, held: int) -> st
     )
 
 
-def _remedies(config: TrainOptions, model_config: Any, planned: PlanOptions, device: str, room: int) -> str:
+def _remedies(
+    config: TrainOptions, model_config: Any, planned: PlanOptions, device: str, room: int, documents: bool
+) -> str:
     """The options that would do, each alone, and that this run could take."""
     other = ["--objective", "--precision"]
     if config.run.tokens_per_batch:
         other.append("--per_device_train_batch_size")
-    if config.run.packing or config.loss.objective == "longce":
+    if config.run.packing or documents:
         other.append("--persona_grad")
     fitting = sorted(
         (variant.cost.memory.peak, variant.flags)

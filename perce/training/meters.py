@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from perce.config.schema import LossConfig
+from perce.config.schema import LossConfig, objective_of
 
 MIB = 2**20
 
@@ -98,9 +98,10 @@ class Window:
         if not count:
             return {}
         means = {name: value / count for name, value in zip(self.NAMES[2:], sums, strict=True)}
-        if loss.objective == "ce":
+        objective = objective_of(loss.objective)
+        if objective.signal is None:
             means = {"ce": means["ce"]}
-        elif loss.objective in ("lossce", "entce"):
+        elif not objective.counterfactual:
             del means["pir_mean"]
         return means | {"tokens_per_second": tokens / max(self.seconds, 1e-9)}
 

@@ -110,6 +110,8 @@ def describe_run(config: TrainOptions, model: nn.Module, args: TrainingArguments
     """What is about to be trained on what, and everything that was left out of the data."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weighting = config.loss.weighting
+    clip = f" ({weighting.signal_name} clipped to {weighting.clip_min:g} … {weighting.clip_max:g})"
     method = f"LoRA r {config.model.lora_r}" if config.model.lora_r else "all weights"
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     print(
@@ -127,7 +129,8 @@ def describe_run(config: TrainOptions, model: nn.Module, args: TrainingArguments
     tokens = config.run.tokens_per_batch
     forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
     print(
-        f"run    {args.output_dir}: {config.loss.objective} objective, learning rate {args.learning_rate:g}, "
+        f"run    {args.output_dir}: {config.loss.objective} objective{clip * bool(weighting.signal)}, learning rate "
+        f"{args.learning_rate:g}, "
         f"{forward} per forward pass × {args.gradient_accumulation_steps} passes per step"
         f"{f' × {args.world_size} processes' if args.world_size > 1 else ''}"
     )
@@ -170,13 +173,14 @@ def write_run_report(
             for name, label in progress.labels.items()
         ),
     ]
-    title = "Which tokens are personal"
+    weighting = config.loss.weighting.reported
+    title = "Which tokens are personal" if weighting.needs("logp_cf") else "Which tokens count most"
     if pairs.format == "text":
-        title = "Which tokens need the long context"
+        title = title.replace("are personal", "need the long context")
         summary.append(("persona", f"here: all that stands more than about {config.loss.short_context} tokens back"))
     write_html(
         output_dir / "report.html", responses, title=title, summary=summary,
-        clip=(config.loss.clip_min, config.loss.clip_max),
+        clip=(weighting.clip_min, weighting.clip_max), signal=weighting.signal_name,
     )  # fmt: skip
 
 

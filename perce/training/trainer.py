@@ -6,7 +6,7 @@
 Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers, DDP) is the Trainer's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,18 +19,20 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from perce.config.schema import objective_of
 from perce.data.batch import Batch, collate
 from perce.data.dataset import rows_dataset_pairs
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.loading import add_adapter
 from perce.model.memory import prepare_memory
-from perce.model.passes import OWN_SIGNAL, TokenStatistics, counterfactual_hidden, factual, token_statistics
+from perce.model.passes import TokenStatistics, counterfactual_hidden, factual, measured, token_statistics
 from perce.model.patch import prepare_model
 from perce.model.probe import check_packing, evaluating
+from perce.objectives import HeadCall, Objective
 from perce.training.arguments import PerceArguments
 from perce.training.checkpoints import resume_point, save_whole
 from perce.training.checks import check_context, check_hooks, check_sharding, check_vocabulary, warn_of_dropout
-from perce.training.estimates import Estimates, check_estimable, estimate
+from perce.training.estimates import Estimates, Known, check_estimable, estimate, over_step
 from perce.training.loader import own_train_loader
 from perce.training.meters import Clock, Window, peak_memory_mib
 from perce.training.normalizer import StepNormalizer
@@ -38,7 +40,7 @@ from perce.training.parallel import keep_outputs_exact
 
 
 class PerceTrainer(Trainer):
-    """Fine-tunes a causal language model with PerCE (or cross-entropy, or LongCE on documents) on token pairs.
+    """Fine-tunes a causal language model with PerCE, or another of perce/objectives.py, on token pairs.
 
     Args:
         model: a causal language model, or its directory or Hub id; prepared by model/patch.py if need be.
@@ -100,6 +102,7 @@ class PerceTrainer(Trainer):
         self.estimation_clock = Clock(self.args.device)
         self._detach_persona = args.memory.persona_grad == "none"
         self.estimates: Estimates | None = None  # None: weights are estimated online
+        self._over_step: Iterator[Known] = iter(())  # of this step's forwards, for objectives that look at all of them
         if args.loss.estimate != "online":
             check_estimable(self.train_dataset, args.loss.estimate)
             self.add_callback(_EStep(self))
@@ -107,7 +110,7 @@ class PerceTrainer(Trainer):
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
         self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
-        if args.loss.estimate == "online" and args.loss.objective in ("perce", "longce"):
+        if args.loss.estimate == "online" and self._objective.counterfactual:
             warn_of_dropout(prepared)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -140,22 +143,15 @@ class PerceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         loss = self.args.loss.at(self._progress)
-        call: dict[str, Any] = {
-            "num_items": num_items_in_batch, "contrast": loss.contrast,
-            "clip_min": loss.clip_min, "clip_max": loss.clip_max,
-            "normalize": "none" if loss.normalize == "batch" else loss.normalize,  # see StepNormalizer
-        }  # fmt: skip
-        if loss.normalize == "sequence":
-            call["seq_id"] = inputs["sequence"]
-        estimated = None
-        if self.estimates is not None:
-            estimated = self.estimates.of(inputs["example"], inputs["target"].device)
-            call["token_weight"] = estimated[-1].clamp(loss.clip_min, loss.clip_max)
-        else:
-            call |= self._weight_source(model, inputs)
-
+        per_sequence = loss.normalize == "sequence"  # "batch": see StepNormalizer
+        known = self._known(inputs)
+        call = HeadCall(
+            inputs["target"], loss.weighting, signal=known and known.signal, num_items=num_items_in_batch,
+            hidden_cf=None if known else self._counterfactual(model, inputs),
+            normalize="sequence" if per_sequence else "none", seq_id=inputs["sequence"] if per_sequence else None,
+        )  # fmt: skip
         done = factual(model, inputs, call, detach_persona=self._detach_persona)
-        logp, logp_cf, signal = estimated or (done.logp, done.logp_cf, done.signal)
+        logp, logp_cf, signal = known or (done.logp, done.logp_cf, done.signal)
         self._window.add(self.args.loss, done.logp, logp - logp_cf, signal, done.token_weight, tokens=inputs["tokens"])
         # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
         value = done.loss * self.accelerator.num_processes
@@ -164,19 +160,39 @@ class PerceTrainer(Trainer):
         return (value, done[1:]) if return_outputs else value
 
     @property
+    def _objective(self) -> Objective:
+        return objective_of(self.args.loss.objective)
+
+    @property
     def _progress(self) -> float:
         """From 0 at the first step of the run to 1 at the last."""
         return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
 
-    def _weight_source(self, model: nn.Module, inputs: Batch) -> dict[str, Any]:
-        """What the objective's token weights come from, for the loss to clip: the online E-step."""
-        objective = self.args.loss.objective
-        if objective == "ce":
-            return {"token_weight": torch.ones_like(inputs["target"], dtype=torch.float32)}
-        if objective in OWN_SIGNAL:
-            return {"weight_from": OWN_SIGNAL[objective]}
+    def _known(self, inputs: Batch) -> Known | None:
+        """What an E-step before this forward found of its tokens; None where there was none."""
+        return next(self._over_step) if self._objective.over_step else self._looked_up(inputs)
+
+    def _looked_up(self, inputs: Batch) -> Known | None:
+        return self.estimates.of(inputs["example"], inputs["target"].device) if self.estimates else None
+
+    def _counterfactual(self, model: nn.Module, inputs: Batch) -> Tensor | None:
+        """The online E-step, of which the head does the rest: hidden states without the persona, where they matter."""
+        if not self._objective.counterfactual:
+            return None
         with self.estimation_clock.measure():
-            return {"hidden_cf": counterfactual_hidden(model, inputs)}
+            return counterfactual_hidden(model, inputs)
+
+    def _estimated(self, inputs: Batch) -> Known:
+        """The E-step of one batch; in eval mode, and no random numbers are drawn."""
+        model: Any = self.model_wrapped if self.is_in_train else self.model
+        weighting, needs = self.args.loss.weighting, self.args.loss.weighting.needs
+        with evaluating(model), self.estimation_clock.measure(), self.compute_loss_context_manager():
+            found = measured(
+                model, self._prepare_inputs(inputs), counterfactual=needs("logp_cf"), entropy=needs("entropy"),
+                detach_persona=self._detach_persona,
+            )  # fmt: skip
+        logp_cf = torch.zeros_like(found.logp) if found.logp_cf is None else found.logp_cf
+        return Known(found.logp, logp_cf, weighting.signal_of(found))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         self._window.start()
@@ -209,6 +225,12 @@ class PerceTrainer(Trainer):
         """Response tokens of the whole accumulation window, over all ranks; called once, where a step begins."""
         if self._normalizer:
             self._normalizer.begin()
+        if self._objective.over_step:
+            self._window.start()
+            known = [self._looked_up(batch) or self._estimated(batch) for batch in batch_samples]
+            seed = self.args.seed * 1_000_003 + self.state.global_step
+            rearrange = partial(self._objective.over_step, seed=seed)
+            self._over_step = over_step(known, rearrange, gather_object, self.args.process_index)
         count = torch.tensor(sum(batch["target"].numel() for batch in batch_samples), device=device)
         return self.accelerator.reduce(count, "sum")
 
@@ -235,22 +257,16 @@ class PerceTrainer(Trainer):
     @torch.no_grad()
     def estimate(self, epoch: int) -> None:
         """The E-step over all training examples, shared out over the processes; draws no random numbers."""
-        loss, dataset = self.args.loss, cast(Dataset, self.train_dataset)
-        model: Any = self.model_wrapped if self.is_in_train else self.model
+        dataset = cast(Dataset, self.train_dataset)
         size = self.args.per_device_eval_batch_size
         order = sorted(range(len(dataset)), key=[len(ids) for ids in dataset["input_ids"]].__getitem__)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
 
-        def statistics(rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-            inputs = self._prepare_inputs(self.data_collator([dataset[row] for row in rows]))
-            call = {"clip_min": loss.clip_min, "clip_max": loss.clip_max, "contrast": loss.contrast}
-            with self.compute_loss_context_manager():
-                call |= self._weight_source(model, inputs)
-                done = factual(model, inputs, call, detach_persona=self._detach_persona)
-            return done.logp, done.logp_cf, done.signal
+        def statistics(rows: Sequence[int]) -> Known:
+            return self._estimated(self.data_collator([dataset[row] for row in rows]))
 
         self._window.start()
-        with evaluating(model), self.estimation_clock.measure():
+        with self.estimation_clock.measure():
             # The same number of forwards on every process, for those of sharded weights wait for each other: the first
             # batch fills up.
             ranks = self.args.world_size
@@ -267,7 +283,6 @@ class PerceTrainer(Trainer):
     ) -> EvalLoopOutput:  # fmt: skip
         """Mean loss per response token with and without the persona and of personal tokens, and mean PIR."""
         self._window.pause()
-        loss = self.args.loss
         model: Any = self.model_wrapped if self.is_in_train else self.model
         if not self.is_in_train and not self.accelerator._models:
             # As the Trainer does: moves to the device and autocasts, so that numbers before and after training compare.
@@ -280,9 +295,8 @@ class PerceTrainer(Trainer):
                 inputs = self._prepare_inputs(inputs)
                 with self.compute_loss_context_manager():
                     examples = token_statistics(
-                        model, inputs, clip_min=loss.clip_min, clip_max=loss.clip_max, contrast=loss.contrast,
-                        detach_persona=self._detach_persona,
-                    )  # fmt: skip
+                        model, inputs, self.args.loss.weighting.reported, detach_persona=self._detach_persona
+                    )
                 self.last_evaluation += examples
                 sums = [
                     [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]

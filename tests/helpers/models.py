@@ -1,17 +1,20 @@
 """Batches of every kind for a tiny model: padded, packed, documents, and lengths under a budget."""
 
 import random
+from dataclasses import replace
 
 import torch
 
 from perce.data.documents import DocumentBuilder
 from perce.data.retrieval import Retriever, recency_scores
+from perce.model.passes import counterfactual_hidden, factual
 from perce.model.patch import prepare_model
+from perce.objectives import OBJECTIVES, HeadCall
 from perce.training.sampler import TokenBatches
 from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(3)
-CLIP = {"clip_min": 0.005, "clip_max": 5.0}  # a random model hardly listens to the persona
+WEIGHTING = OBJECTIVES["perce"].weighting(clip_min=0.005)  # a random model hardly listens to the persona
 PACKED = demo_pairs(2, retriever=Retriever(recency_scores, 1, "", ""))
 PACKABLE = ("llama", "qwen3", "gemma3")
 TOKENIZER = tiny_tokenizer()
@@ -20,11 +23,10 @@ K, S = 16, 8  # of LongCE's short contexts
 LENGTHS = [random.Random(0).randint(20, 400) for _ in range(500)] + [1200]
 
 
-def perce_forward(model, batch, **loss):
-    with torch.no_grad():
-        hidden_cf = model(input_ids=batch["input_ids_cf"], perce={"rows": batch["rows_cf"]})
-    call = {"hidden_cf": hidden_cf, **CLIP, **loss}
-    return model(input_ids=batch["input_ids"], perce={"rows": batch["rows"], "target": batch["target"], "loss": call})
+def perce_forward(model, batch, **options):
+    """FactualPass of a batch, both passes made; `options`: of HeadCall, or the weighting."""
+    call = HeadCall(batch["target"], **({"weighting": WEIGHTING} | options))
+    return factual(model, batch, replace(call, hidden_cf=counterfactual_hidden(model, batch)))
 
 
 def model_with(architecture, attention):

@@ -48,40 +48,50 @@ def logged(trainer, *names):
     return [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def plain_loss(model, pairs, loss):
-    """The paper's formula, one unpadded sequence at a time, full logits."""
-    total, count, weights = 0.0, 0, 0.0
-    for pair in pairs:
-        ids, n = list(pair["input_ids"]), pair["response_length"]
-        start, end = pair["persona_span"]
-        target = torch.tensor(ids[-n:])[:, None]
-        logp = [
-            model(input_ids=torch.tensor([sequence])).logits[0, -n - 1 : -1].log_softmax(-1).gather(1, target)[:, 0]
-            for sequence in (ids, ids[:start] + ids[end:])
-        ]
-        weight = plain_weight(model, ids, n, logp, loss)
-        total = total - (weight * logp[0]).sum()
-        count, weights = count + n, weights + weight.sum()
-    return total / (weights if loss.normalize == "batch" else count)
+def plain_statistics(model, pair):
+    """(logp, logp_cf, entropy) of one example's response, each (n,), from one unpadded sequence at a time, full logits;
+    of a document the counterfactual ones window by window."""
+    ids, n = list(pair["input_ids"]), pair["response_length"]
+    start, end = pair.get("persona_span", (0, 0))
+    pieces = [(ids[a:b], count) for a, b, count in pair.get("windows", [])] or [(ids[:start] + ids[end:], n)]
+
+    def logits(sequence, count):
+        return model(input_ids=torch.tensor([sequence])).logits[0, -count - 1 : -1]
+
+    def logp(z, target):
+        return z.log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0]
+
+    factual = logits(ids, n)
+    with torch.no_grad():
+        logp_cf = torch.cat([logp(logits(piece, count), piece[-count:]) for piece, count in pieces])
+    return logp(factual, ids[-n:]), logp_cf, torch.distributions.Categorical(logits=factual.detach()).entropy()
 
 
-def plain_weight(model, ids, n, logp, loss):
-    signal = {"perce": logp[0] - logp[1], "lossce": -logp[0], "ce": torch.ones_like(logp[0])}
-    if loss.objective == "ce":
-        return signal["ce"]
-    if loss.objective == "entce":
-        logits = model(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1]
-        signal["entce"] = torch.distributions.Categorical(logits=logits).entropy()
-    return signal[loss.objective].detach().clamp(loss.clip_min, loss.clip_max)
+def pir(logp, logp_cf, entropy):
+    return logp - logp_cf
 
 
-def plain_loop(model, batches, losses, learning_rate=1e-2, warmup=2):
+def plain_loss(model, pairs, loss, formula=pir, step=0):
+    """−Σ w·logp / n with w = clip(formula(logp, logp_cf, entropy)) over the tokens of a step; formula "1": plain
+    cross-entropy."""
+    logp, logp_cf, entropy = map(torch.cat, zip(*(plain_statistics(model, pair) for pair in pairs), strict=True))
+    if formula == "1":
+        return -logp.mean()
+    signal = formula(logp.detach(), logp_cf, entropy)
+    if loss.objective == "random":
+        seed = 42 * 1_000_003 + step  # of the run, and of the step
+        signal = signal[torch.randperm(len(signal), generator=torch.Generator().manual_seed(seed))]
+    weight = signal.clamp(loss.clip_min, loss.clip_max)
+    return -(weight * logp).sum() / (weight.sum() if loss.normalize == "batch" else len(logp))
+
+
+def plain_loop(model, batches, losses, learning_rate=1e-2, warmup=2, formula=pir):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, len(batches))
     history = []
-    for batch, loss in zip(batches, losses, strict=True):
-        value = plain_loss(model, batch, loss)
+    for step, (batch, loss) in enumerate(zip(batches, losses, strict=True)):
+        value = plain_loss(model, batch, loss, formula, step)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,7 +23,7 @@ from tests.helpers.training import fails
 
 LONGCE = LossConfig(objective="longce", short_context=K, short_stride=S)
 
-WEIGHTS = {"clip_min": 0.0, "clip_max": 5.0, "contrast": "ratio"}
+WEIGHTING = LONGCE.weighting
 
 
 def plain_log_probabilities(model, ids):
@@ -51,7 +50,7 @@ def test_weights_and_gradient_equal_a_plain_computation(tmp_path, lengths, packi
     trainer = trainer_for(model, arguments(tmp_path, loss=LONGCE), pairs=pairs)
     batch = collate(pairs, packing=packing)
     total = 0.0
-    for pair, scored in zip(pairs, token_statistics(model, batch, **WEIGHTS), strict=True):
+    for pair, scored in zip(pairs, token_statistics(model, batch, WEIGHTING), strict=True):
         logp, logp_cf = plain_log_probabilities(reference, pair["input_ids"])
         token_weight = (logp.detach() - logp_cf).exp().clamp(0, 5)
         close(scored.token_weight, token_weight)
@@ -69,9 +68,9 @@ def test_weights_and_gradient_equal_a_plain_computation(tmp_path, lengths, packi
 def test_a_document_shorter_than_the_short_context_has_weights_of_one():
     model = prepare_model(tiny_model())
     pairs = documents([2, K, K + S])
-    for scored in token_statistics(model, collate(pairs), **WEIGHTS):
+    for scored in token_statistics(model, collate(pairs), WEIGHTING):
         torch.testing.assert_close(scored.token_weight, torch.ones_like(scored.token_weight), atol=1e-5, rtol=0)
-    later = token_statistics(model, collate(documents([K + 2 * S])), **WEIGHTS)[0].token_weight
+    later = token_statistics(model, collate(documents([K + 2 * S])), WEIGHTING)[0].token_weight
     assert (later[K + S - 1 :] - 1).abs().min() > 1e-4, "and beyond it they differ"
 
 
@@ -126,7 +125,12 @@ def test_mistakes(tmp_path, model, capsys):
         return code, *capsys.readouterr()
 
     fails(result([ROWS[0], {"text": None}]), "rows.jsonl:2", "'text'", "--skip_bad_rows")
-    fails(result(ROWS, "--objective=perce"), "objective perce", "documents (format text)", "longce or ce")
+    fails(
+        result(ROWS, "--objective=perce"),
+        "objective perce",
+        "documents (format text)",
+        "ce, lossce, entce, longce or dft",
+    )
     persona = [{"persona": "p", "query": "q", "response": str(i)} for i in range(3)]
     fails(result(persona), "objective longce", "format perce", "{'text': …}")
     write_jsonl(tmp_path / "both" / "train.jsonl", ROWS)
@@ -136,7 +140,12 @@ def test_mistakes(tmp_path, model, capsys):
 
 @pytest.mark.parametrize("objective", ["longce", "ce"])
 def test_raw_rows_in_the_trainer(tmp_path, objective):
-    args = arguments(tmp_path, loss=replace(LONGCE, objective=objective), data=DataConfig(max_length=64), max_steps=1)
+    args = arguments(
+        tmp_path,
+        loss=LossConfig(objective, short_context=K, short_stride=S),
+        data=DataConfig(max_length=64),
+        max_steps=1,
+    )
     trainer = trainer_for(tiny_model(), args, pairs=ROWS, eval_dataset=Dataset.from_list(ROWS[:2]))
     trainer.train()
     assert trainer.evaluate()["eval_loss_without_persona"] > 0

@@ -3,17 +3,15 @@
 import pytest
 import torch
 
-from perce.data.batch import collate, token_inputs
-from tests.helpers.models import PACKABLE, PACKED, model_with
+from perce.data.batch import collate
+from perce.objectives import OBJECTIVES
+from tests.helpers.models import PACKABLE, PACKED, model_with, perce_forward
 
 
 def loss_and_gradients(model, pairs, packing):
     """The PerCE loss of the pairs in one batch, and its gradients."""
     batch = collate(pairs, packing=packing)
-    with torch.no_grad():
-        hidden_cf = model(**token_inputs(batch, "_cf"), perce={"rows": batch["rows_cf"]})
-    call = {"hidden_cf": hidden_cf, "clip_min": 0.05, "reduction": "sum"}
-    loss, *_ = model(**token_inputs(batch), perce={"rows": batch["rows"], "target": batch["target"], "loss": call})
+    loss, *_ = perce_forward(model, batch, weighting=OBJECTIVES["perce"].weighting(clip_min=0.05), num_items=1)
     model.zero_grad()
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}

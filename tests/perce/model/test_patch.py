@@ -11,7 +11,7 @@ from perce import UserError
 from perce.data.batch import collate
 from perce.model.loading import add_adapter
 from perce.model.patch import install_perce, prepare_model
-from tests.helpers.models import CLIP, PAIRS, perce_forward
+from tests.helpers.models import PAIRS, WEIGHTING, perce_forward
 from tests.helpers.tiny import ARCHITECTURES, tiny_model
 
 
@@ -31,7 +31,7 @@ def test_loss_of_a_padded_batch_equals_the_models_own_logits_one_by_one(architec
     model = tiny_model(architecture)
     logp = torch.cat([own_logp(model, pair) for pair in PAIRS])
     logp_cf = torch.cat([own_logp(model, pair, counterfactual=True) for pair in PAIRS]).detach()
-    weight = (logp - logp_cf).detach().clamp(CLIP["clip_min"], CLIP["clip_max"])
+    weight = (logp - logp_cf).detach().clamp(WEIGHTING.clip_min, WEIGHTING.clip_max)
     expected = -(weight * logp).mean()
     expected.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -44,7 +44,7 @@ def test_loss_of_a_padded_batch_equals_the_models_own_logits_one_by_one(architec
     torch.testing.assert_close(got_weight, weight, atol=4e-5, rtol=1e-5)
     torch.testing.assert_close(signal, got_logp - got_logp_cf)
     torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
-    assert (weight > CLIP["clip_min"]).any(), "the persona must matter, or the weights test nothing"
+    assert (weight > WEIGHTING.clip_min).any(), "the persona must matter, or the weights test nothing"
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, grads[name], atol=1e-5, rtol=1e-3, msg=name)
 

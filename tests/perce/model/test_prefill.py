@@ -10,12 +10,14 @@ from perce import UserError
 from perce.data.batch import collate
 from perce.model import prefill
 from perce.model.loading import add_adapter
+from perce.model.passes import counterfactual_hidden, factual
 from perce.model.patch import prepare_model
 from perce.model.prefill import CACHE_ARGUMENT, prepare_prefill
+from perce.objectives import OBJECTIVES, HeadCall
 from tests.helpers.tiny import VOCAB, demo_pairs, tiny_model
 
 PAIRS = demo_pairs(3)
-CLIP = {"clip_min": 0.005, "clip_max": 5.0}  # a random model hardly listens to the persona
+WEIGHTING = OBJECTIVES["perce"].weighting(clip_min=0.005)  # a random model hardly listens to the persona
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gemma2"]
 WINDOW = 16  # of Gemma's sliding layers
 
@@ -37,13 +39,9 @@ def prepared(architecture="llama", *, lora=False, checkpointing=False, **changes
 def step(model, pairs, persona_grad):
     """(loss, statistics, gradients by name) of one step."""
     batch = collate(pairs)
-    with torch.no_grad():
-        hidden_cf = model(input_ids=batch["input_ids_cf"], perce={"rows": batch["rows_cf"]})
-    call = {"rows": batch["rows"], "target": batch["target"], "loss": {"hidden_cf": hidden_cf, **CLIP}}
-    if persona_grad == "none":
-        call["prefix"] = batch["prefix"]
+    call = HeadCall(batch["target"], WEIGHTING, counterfactual_hidden(model, batch))
     model.zero_grad()
-    loss, *statistics = model(input_ids=batch["input_ids"], perce=call)
+    loss, *statistics = factual(model, batch, call, detach_persona=persona_grad == "none")
     loss.backward()
     return loss.detach(), statistics, gradients(model)
 
@@ -75,7 +73,7 @@ def oracle(model, pairs):
             ids_cf = torch.cat([ids[:, :start], ids[:, end:]], dim=1)
             logits_cf = model(input_ids=ids_cf, use_cache=False).logits[0, -n - 1 : -1]
         logp, logp_cf = (x.float().log_softmax(-1).gather(1, ids[0, -n:, None])[:, 0] for x in (logits, logits_cf))
-        weight = (logp - logp_cf).detach().clamp(*CLIP.values())
+        weight = WEIGHTING.weight((logp - logp_cf).detach())
         total, count = total - (weight * logp).sum(), count + n
     model.zero_grad()
     (total / count).backward()

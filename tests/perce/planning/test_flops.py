@@ -43,7 +43,7 @@ def test_weights_cost_the_head_a_product_a_pass(objective, products):
     setup = Setup(FULL, False, False)
     counts = count(config, setup)
     ours, ce = (count_flops(config, setup, replace(SHORT, objective=name), counts) for name in (objective, "ce"))
-    layers = ours.counterfactual
+    layers = ours.estimation
     assert ours.total - ce.total - layers == products * 2 * 16 * counts.hidden * counts.vocabulary
     assert (layers > 0) == (objective == "perce")
 

@@ -138,7 +138,7 @@ def test_terminal_text_is_the_tokens_and_tints_by_weight():
 def test_panels_show_counts_clip_shares_and_escaped_cells(tmp_path):
     path = tmp_path / "r.html"
     panels = [
-        Histogram("Weights", [-1.0, 0.8, 2.0, 5.0, 6.0], [70, 20, 5, 5]),
+        Histogram("Weights", [-1.0, 0.8, 2.0, 5.0, 6.0], [70, 20, 5, 5], (0.7, 0.05)),
         Table("T", ["a", "b"], [[HOSTILE, "2"]]),
     ]
     write_html(path, [], title="t", summary=[], clip=CLIP, panels=panels)

@@ -57,9 +57,9 @@ def test_what_the_step_runs_is_planned(setting):
         config, args, _, pairs = setting(**options)
         return largest_step(replace(config, memory=memory or config.memory), args, pairs)
 
-    assert step().has_counterfactual_pass and step().context == 942
+    assert step().computed.counterfactual and step().context == 942
     for loss in (LossConfig(objective="lossce"), LossConfig(estimate="frozen")):
-        assert not step(loss=loss).has_counterfactual_pass
+        assert not step(loss=loss).computed.counterfactual
     assert step(run={"tokens_per_batch": 2000}).per_device_train_batch_size == 2
     assert step(run={"activation_checkpointing": True}).activation_checkpointing
     assert step(per_device_train_batch_size=8).per_device_train_batch_size == 3, "no more examples are there"

@@ -17,7 +17,7 @@ def test_statistics_are_logged_and_right(tmp_path):
     trainer.train()
     entry = trainer.state.log_history[0]
     trainer.model = trainer.model_wrapped = before
-    stats = token_statistics(before.eval(), trainer.data_collator(PAIRS), clip_min=0.0, clip_max=9.0, contrast="log")
+    stats = token_statistics(before.eval(), trainer.data_collator(PAIRS), LOSS.weighting)
     pir = torch.cat([x.logp - x.logp_cf for x in stats])
     expected = {
         "ce": -torch.cat([x.logp for x in stats]).mean(), "pir_mean": pir.mean(),

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from perce.data.batch import collate
 from perce.model.passes import counterfactual_hidden, factual
+from perce.objectives import OBJECTIVES, HeadCall
 from perce.training.parallel import keep_outputs_exact
 from tests.helpers.ranks import end_rank, run_ranks
 from tests.helpers.tiny import demo_pairs
@@ -47,10 +48,9 @@ def shard(model, unit, **options):
 def forwards(model, pairs, rank, ranks):
     """Both passes over this rank's share of the pairs: (loss, statistics …); the losses of all ranks add up."""
     batch = collate(pairs[rank::ranks])
-    call = {
-        "hidden_cf": counterfactual_hidden(model, batch), "clip_min": 0.05, "clip_max": 5.0,
-        "num_items": sum(pair["response_length"] for pair in pairs),
-    }  # fmt: skip
+    num_items = sum(pair["response_length"] for pair in pairs)
+    weighting = OBJECTIVES["perce"].weighting(clip_min=0.05)
+    call = HeadCall(batch["target"], weighting, counterfactual_hidden(model, batch), num_items=num_items)
     return factual(model, batch, call)
 
 

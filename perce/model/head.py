@@ -1,0 +1,92 @@
+"""What the head computes of the response tokens, without logits: their loss under an objective, or statistics alone.
+
+the op contrasts (PIR, exp(PIR))       hidden, hidden_cf → fused_perce_loss
+any other signal                       token_logprobs of what it needs → signal → clip → fused_perce_loss
+known from an earlier pass, or none    clip → fused_perce_loss
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from perce.objectives import HeadCall, Measured, StatisticsCall
+from perce_kernels import fused_perce_loss, token_logprobs
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap), as fused_perce_loss takes it; b is the head's own bias."""
+
+    softcap: float | None
+    logit_scale: float
+
+
+def logit_transform(config: Any) -> LogitTransform:
+    """The head's transform from a model config: Gemma softcaps, Granite divides, Cohere multiplies."""
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0)
+    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+    return LogitTransform(getattr(text, "final_logit_softcapping", None), scale)
+
+
+class Output(NamedTuple):
+    """The output embedding, its transform, and what computes with it; the names are the op's."""
+
+    lm_head: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    logit_scale: float
+    backend: str
+
+
+class FactualPass(NamedTuple):
+    """The loss, 0-d, and per response token, each (N,) and detached:"""
+
+    loss: Tensor
+    logp: Tensor
+    logp_cf: Tensor
+    """0 where the signal does not need it."""
+    signal: Tensor
+    """What the clip acted on; 1 where every weight is 1."""
+    token_weight: Tensor
+    """After the clip and the normalisation."""
+
+
+def answer(call: HeadCall | StatisticsCall, hidden: Tensor, output: Output) -> FactualPass | Measured:
+    """What `call` asks of the (N, D) hidden states of the response tokens."""
+    return _measured(call, hidden, output) if isinstance(call, StatisticsCall) else _loss(call, hidden, output)
+
+
+def _loss(call: HeadCall, hidden: Tensor, output: Output) -> FactualPass:
+    weighting, signal, logp_cf = call.weighting, call.signal, None
+    contrast = weighting.contrast if signal is None else None
+    weights: dict[str, Any]
+    if contrast:
+        clip = {"clip_min": weighting.clip_min, "clip_max": weighting.clip_max}
+        weights = {"hidden_cf": call.hidden_cf, "contrast": contrast, **clip}
+    else:
+        if signal is None and weighting.signal is None:
+            signal = torch.ones_like(call.target, dtype=torch.float32)
+        elif signal is None:
+            asked = StatisticsCall(call.target, call.hidden_cf, weighting.needs("entropy"))
+            measured = _measured(asked, hidden, output)
+            signal, logp_cf = weighting.signal_of(measured), measured.logp_cf
+        weights = {"token_weight": weighting.weight(signal)}
+    loss, stats = fused_perce_loss(
+        hidden, target=call.target, **output._asdict(), **weights, normalize=call.normalize, seq_id=call.seq_id,
+        num_items=call.num_items, return_stats=True,
+    )  # fmt: skip
+    if signal is None:  # the op's own; recorded here, so that nobody else needs to know what it was
+        signal = weighting.signal_of(Measured(stats.logp, stats.logp_cf))
+    return FactualPass(loss, stats.logp, stats.logp_cf if logp_cf is None else logp_cf, signal, stats.token_weight)
+
+
+@torch.no_grad()
+def _measured(call: StatisticsCall, hidden: Tensor, output: Output) -> Measured:
+    options = {"target": call.target, **output._asdict()}
+    logp: Any = token_logprobs(hidden, return_entropy=call.entropy, **options)
+    logp, entropy = logp if call.entropy else (logp, None)
+    logp_cf: Any = None if call.hidden_cf is None else token_logprobs(call.hidden_cf, **options)
+    return Measured(logp, logp_cf, entropy)

@@ -1,0 +1,210 @@
+"""Objectives: what a token's cross-entropy is multiplied by. Each has one entry in OBJECTIVES.
+
+    signal    a function of the token's log-probabilities with and without the persona, or of the entropy before it
+    weight    clip(signal, clip_min, clip_max), a constant: no gradient flows through it
+    loss      −(1/n) Σ weight · log p(token), over the n response tokens
+
+Whatever depends on the objective reads its entry: options and their help, datasets, the trainer, the head, meters,
+estimates, reports, plans, the study. docs/EXTENDING.md adds one. torch is not imported here: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PERSONAS, DOCUMENTS = "rows with a persona", "documents"
+
+
+class Measured(NamedTuple):
+    """Of the response tokens under a model, each (N,) and detached; None where it was not asked for."""
+
+    logp: Tensor
+    """log p(token), with the persona."""
+    logp_cf: Tensor | None = None
+    """The same without the persona."""
+    entropy: Tensor | None = None
+    """Of the prediction before the token, with the persona, in nats."""
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What the clip acts on: its name in reports, and the function, whose parameters say what it is computed from."""
+
+    name: str
+    of: Callable[..., Tensor]
+    """Of some of (logp, logp_cf, entropy), by these names, to (N,)."""
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """Which of Measured's fields it is computed from."""
+        return frozenset(inspect.signature(self.of).parameters)
+
+    def __call__(self, measured: Measured) -> Tensor:
+        return self.of(**{name: getattr(measured, name) for name in self.needs})
+
+
+PIR = Signal("PIR", lambda logp, logp_cf: logp - logp_cf)
+RATIO = Signal("exp(PIR)", lambda logp, logp_cf: (logp - logp_cf).exp())
+CONTRASTS = {"log": PIR, "ratio": RATIO}
+"""Signals that the op computes itself, by its argument `contrast`, with one product less than computed before it."""
+
+
+@dataclass(frozen=True)
+class TokenWeighting:
+    """A signal under a clip. Without a signal every weight is 1."""
+
+    signal: Signal | None
+    clip_min: float
+    clip_max: float
+
+    @property
+    def contrast(self) -> str | None:
+        """The op's own name of this signal; None where it has none."""
+        return next((name for name, signal in CONTRASTS.items() if signal is self.signal), None)
+
+    def needs(self, statistic: str) -> bool:
+        return self.signal is not None and statistic in self.signal.needs
+
+    def signal_of(self, measured: Measured) -> Tensor:
+        assert self.signal is not None, "every weight is 1"
+        return self.signal(measured)
+
+    def weight(self, signal: Tensor) -> Tensor:
+        """(N,) weights; of 1, which stands for a signal that there is not, 1 whatever the clip."""
+        return signal if self.signal is None else signal.clamp(self.clip_min, self.clip_max)
+
+    @property
+    def signal_name(self) -> str:
+        return self.signal.name if self.signal else "1"
+
+    @property
+    def reported(self) -> TokenWeighting:
+        """What reports tint tokens by: where every weight is 1, what PerCE would weigh by."""
+        return self if self.signal else replace(self, signal=PIR)
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """What the head is asked to compute of the N response tokens, in one call from the objective to the op."""
+
+    target: Tensor  # (N,) token ids
+    weighting: TokenWeighting
+    hidden_cf: Tensor | None = None  # (N, D) hidden states without the persona, where the signal needs them
+    signal: Tensor | None = None  # (N,) known from an earlier pass: none is computed
+    normalize: str = "none"  # this and below as fused_perce_loss has it
+    seq_id: Tensor | None = None
+    num_items: Tensor | int | None = None
+
+
+@dataclass(frozen=True)
+class StatisticsCall:
+    """What the head is asked for instead, where no loss is wanted."""
+
+    target: Tensor  # (N,)
+    hidden_cf: Tensor | None = None  # (N, D)
+    entropy: bool = False
+
+
+class OverStep(Protocol):
+    """The (N,) signals of all tokens of an optimiser step, and a seed of the step → what is clipped in their place."""
+
+    def __call__(self, signal: Tensor, seed: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One objective."""
+
+    name: str
+    """On the command line."""
+    title: str
+    """In tables and pictures."""
+    help: str
+    """When to use it, in one line."""
+    signal: Signal | None
+    """None: every weight is 1."""
+    clip: tuple[float, float]
+    """Defaults of clip_min and clip_max."""
+    takes: tuple[str, ...]
+    """PERSONAS, DOCUMENTS or both."""
+    over_step: OverStep | None = None
+    """For weights that depend on more than their own token; such a step has an E-step over all its forwards before."""
+
+    @property
+    def counterfactual(self) -> bool:
+        """Whether a step has a pass without the persona."""
+        return self.weighting().needs("logp_cf")
+
+    @property
+    def products(self) -> int:
+        """Products of (N, D) and (D, V), 2·N·D·V operations each, that a step has more than one of cross-entropy."""
+        in_the_op = self.weighting().contrast is not None and self.over_step is None
+        return self.counterfactual + (self.signal is not None and not in_the_op)
+
+    def weighting(
+        self, contrast: str | None = None, clip_min: float | None = None, clip_max: float | None = None
+    ) -> TokenWeighting:
+        """With another contrast or clip than its own."""
+        low, high = self.clip
+        return TokenWeighting(
+            CONTRASTS[contrast] if contrast else self.signal,
+            low if clip_min is None else clip_min, high if clip_max is None else clip_max,
+        )  # fmt: skip
+
+
+def permuted(signal: Tensor, seed: int) -> Tensor:
+    """The same values dealt to other tokens at random."""
+    import torch
+
+    order = torch.randperm(len(signal), generator=torch.Generator().manual_seed(seed))
+    return signal[order.to(signal.device)]
+
+
+def _preferred(logp: Tensor, logp_cf: Tensor) -> Tensor:
+    return logp.new_full((), 0.9).where(logp.exp() - logp_cf.exp() > 0.05, 0.1)
+
+
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective(
+            "perce", "PerCE", "tokens count as the persona makes them likelier; the paper's (arXiv 2603.06595)",
+            PIR, clip=(0.8, 5.0), takes=(PERSONAS,),
+        ),
+        Objective(
+            "ce", "CE", "all tokens count alike: plain cross-entropy, to compare with",
+            signal=None, clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS),
+        ),
+        Objective(
+            "lossce", "LossCE", "tokens with a high loss count more; a baseline of the paper, after Rho-1",
+            Signal("−log p", lambda logp: -logp), clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS),
+        ),
+        Objective(
+            "entce", "EntCE", "tokens at uncertain places count more; a baseline of the paper",
+            Signal("entropy", lambda entropy: entropy), clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS),
+        ),
+        Objective(
+            "longce", "LongCE", "for documents: tokens count as the long context makes them likelier (2410.23771)",
+            RATIO, clip=(0.0, 5.0), takes=(DOCUMENTS,),
+        ),
+        Objective(
+            "dft", "DFT", "likely tokens count more, which keeps the model close to what it was (2508.05629)",
+            Signal("p", lambda logp: logp.exp()), clip=(0.0, 1.0), takes=(PERSONAS, DOCUMENTS),
+        ),
+        Objective(
+            "nextquill", "NextQuill", "0.9 where the persona raises p(token) by more than 0.05, else 0.1 (2506.02368)",
+            Signal("preference (0.9 or 0.1)", _preferred), clip=(0.1, 0.9), takes=(PERSONAS,),
+        ),
+        Objective(
+            "random", "random", "PerCE's weights dealt to the tokens of a step at random: whether it matters which",
+            PIR, clip=(0.8, 5.0), takes=(PERSONAS,), over_step=permuted,
+        ),
+    )
+}  # fmt: skip

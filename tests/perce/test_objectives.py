@@ -1,0 +1,255 @@
+"""Every objective of OBJECTIVES: a new entry is tested by all of these, and asks for its formula in the table below."""
+
+import copy
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+import perce.model.head
+from perce import DataConfig, LossConfig, MemoryConfig, UserError
+from perce import plan as plan_command
+from perce.config.commands import PlanOptions
+from perce.data.pairing import make_builder
+from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS, Measured, Signal, permuted
+from perce.planning.plans import step_cost
+from perce.score import main as score
+from perce.train import main as train
+from tests.helpers.models import TOKENIZER, K, S, documents
+from tests.helpers.plans import FULL, SHORT
+from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, write_jsonl
+from tests.helpers.trainers import PAIRS, arguments, logged, model_for, pir, plain_loop, plain_loss, trainer_for
+from tests.helpers.training import LIMIT, ROWS
+
+FORMULAS = {  # (logp, logp_cf, entropy) of the tokens → what is clipped to their weights; "1": all weights are 1
+    "perce": pir,
+    "ce": "1",
+    "lossce": lambda logp, logp_cf, entropy: -logp,
+    "entce": lambda logp, logp_cf, entropy: entropy,
+    "longce": lambda logp, logp_cf, entropy: torch.exp(logp) / torch.exp(logp_cf),
+    "dft": lambda logp, logp_cf, entropy: torch.exp(logp),
+    "nextquill": lambda logp, logp_cf, entropy: torch.where(torch.exp(logp) - torch.exp(logp_cf) > 0.05, 0.9, 0.1),
+    "random": pir,  # and then dealt out anew
+}
+ALL = pytest.mark.parametrize("name", OBJECTIVES)
+WEIGHTED = pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if objective.signal])
+
+
+def loss_of(name, **options):
+    """With a floor below what a random model makes of a persona, and short contexts of a few tokens."""
+    low = {"clip_min": 0.05} if OBJECTIVES[name].clip[0] == 0.8 else {}
+    return LossConfig(name, **low, short_context=K, short_stride=S, **options)
+
+
+def pairs_for(name):
+    lengths = range(K, K + 60, 3)
+    return PAIRS if PERSONAS in OBJECTIVES[name].takes else documents(lengths)
+
+
+def run(name, directory, steps=3, sequences=20, kind="full", loss=None, **options):
+    args = arguments(
+        directory, max_steps=steps, per_device_train_batch_size=sequences, loss=loss or loss_of(name), **options
+    )
+    return trainer_for(model_for(kind), args, pairs=pairs_for(name))
+
+
+def test_every_objective_has_its_formula_here():
+    assert FORMULAS.keys() == OBJECTIVES.keys()
+
+
+@WEIGHTED
+def test_signals_are_their_formulas_over_all_probabilities(name):
+    """A random model gives few tokens a probability that a threshold could tell apart."""
+    logp, logp_cf = torch.rand(2, 1000, generator=torch.Generator().manual_seed(1)).log()
+    entropy = torch.rand(1000) * 6
+    signal = OBJECTIVES[name].weighting().signal_of(Measured(logp, logp_cf, entropy))
+    expected = FORMULAS[name](logp, logp_cf, entropy)
+    torch.testing.assert_close(signal, expected, atol=1e-6, rtol=1e-5)
+    assert signal.dtype == torch.float32 and signal.shape == (1000,) and len(signal.unique()) > 1
+
+
+@ALL
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, name, kind):
+    trainer = run(name, tmp_path, steps=5, sequences=4, kind=kind)
+    reference, loss, batches = copy.deepcopy(trainer.model).train(), trainer.args.loss, []
+    collator = trainer.data_collator
+    trainer.data_collator = lambda pairs: (batches.append(pairs), collator(pairs))[1]
+    trainer.train()
+    expected = plain_loop(reference, batches[:5], [loss] * 5, formula=FORMULAS[name])
+    torch.testing.assert_close(
+        torch.tensor(logged(trainer, "loss", "grad_norm")), torch.tensor(expected), atol=1e-5, rtol=1e-5
+    )
+
+
+@ALL
+def test_the_first_gradient_is_the_formulas_in_every_entry(tmp_path, name):
+    """In fp64, where next to nothing is lost, of every parameter."""
+    trainer = run(name, tmp_path, steps=1, sequences=4, max_grad_norm=0.0, learning_rate=0.0)
+    trainer.model.double()
+    reference, batches = copy.deepcopy(trainer.model), []
+    collator = trainer.data_collator
+    trainer.data_collator = lambda pairs: (batches.append(pairs), collator(pairs))[1]
+    gradients = {}
+    for parameter_name, parameter in trainer.model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda p, parameter_name=parameter_name: gradients.update({parameter_name: p.grad.clone()})
+        )
+    trainer.train()
+    plain_loss(reference, batches[0], trainer.args.loss, FORMULAS[name]).backward()
+    for parameter_name, parameter in reference.named_parameters():
+        torch.testing.assert_close(gradients[parameter_name], parameter.grad, atol=1e-7, rtol=1e-5)
+
+
+@WEIGHTED
+def test_an_epoch_of_one_step_is_the_same_estimated_at_its_start_or_online(tmp_path, name):
+    losses = {}
+    for estimate in ("online", "epoch", "frozen"):
+        trainer = run(name, tmp_path / estimate, loss=loss_of(name, estimate=estimate))
+        trainer.train()
+        losses[estimate] = [loss for (loss,) in logged(trainer, "loss")]
+    assert losses["epoch"] == pytest.approx(losses["online"], abs=1e-5)
+    assert losses["frozen"][0] == pytest.approx(losses["online"][0], abs=1e-5)
+
+
+@ALL
+@pytest.mark.parametrize("estimate", ["online", "frozen"])
+def test_resume_is_bitwise_equal(tmp_path, name, estimate):
+    if estimate == "frozen" and OBJECTIVES[name].signal is None:
+        pytest.skip("there are no weights to freeze")
+
+    def weights(directory, **more):
+        options = {"save_strategy": "steps", "save_steps": 3, "loss": loss_of(name, estimate=estimate)}
+        trainer = run(name, directory, steps=5, sequences=8, gradient_accumulation_steps=2, **options)
+        trainer.train(**more)
+        return list(trainer.model.parameters())
+
+    straight = weights(tmp_path / "a")
+    resumed = weights(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert all(torch.equal(one, other) for one, other in zip(straight, resumed, strict=True))
+
+
+@ALL
+def test_a_step_makes_the_passes_and_products_that_its_entry_says(tmp_path, name, monkeypatch):
+    """And no more: each is 2·N·D·V operations, or a forward through the layers."""
+    products = []
+    for op in (perce.model.head.token_logprobs, perce.model.head.fused_perce_loss):
+
+        def spy(hidden, op=op, **options):
+            products.append(1 + (options.get("hidden_cf") is not None))
+            return op(hidden, **options)
+
+        monkeypatch.setattr(perce.model.head, op.__name__, spy)
+    trainer, forwards = run(name, tmp_path, steps=1), []
+    trainer.model.base_model.register_forward_hook(lambda *_: forwards.append(1))
+    trainer.train()
+    objective = OBJECTIVES[name]
+    assert sum(products) - 1 == objective.products
+    assert len(forwards) - 1 == objective.counterfactual + (objective.over_step is not None)
+
+
+@ALL
+def test_a_plan_counts_what_the_weights_take(name):
+    objective, config = OBJECTIVES[name], tiny_model().config
+    step = replace(SHORT, objective=name, short_context=K, short_stride=S)
+
+    def cost(step):
+        return step_cost(config, PlanOptions(FULL, step), "cpu")
+
+    known = cost(replace(step, estimate="frozen"))
+    flops, rows = cost(step).flops, 95 if step.of_documents else 16
+    assert flops.head_estimation == objective.products * 2 * rows * 32 * 400
+    assert (flops.estimation > 0) == objective.counterfactual and flops.cross_entropy == known.flops.total
+    phases = cost(step).memory.phases
+    assert ("counterfactual" in phases) == objective.counterfactual and "counterfactual" not in known.memory.phases
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+TEXTS = [{"text": f"The bees left on day {i}. Ana wrote it down, as she does. " * 3} for i in range(12)]
+
+
+@ALL
+def test_every_command_knows_it(tmp_path, model, name, capsys):
+    objective = OBJECTIVES[name]
+    data = write_jsonl(tmp_path / "rows.jsonl", ROWS if PERSONAS in objective.takes else TEXTS)
+    flags = [f"--model={model}", f"--objective={name}", "--precision=fp32"]
+    training = [*flags, f"--data={data}", f"--output_dir={tmp_path / 'run'}", "--short_context=16", "--short_stride=8"]
+    assert train([*training, "--max_steps=1", "--eval_examples=2"]) == 0
+    out = capsys.readouterr().out
+    assert f"{name} objective" in out and ("counterfactual pass" in out or not objective.counterfactual)
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    entry = next(entry for entry in log if "loss" in entry)
+    assert ("weight_mean" in entry) == (objective.signal is not None)
+    assert ("pir_mean" in entry) == objective.counterfactual
+    weighting = objective.weighting().reported
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert f"Weights are {weighting.signal.name} clipped to this scale" in page
+    assert f"{weighting.clip_min:g} <i></i> {weighting.clip_max:g}" in page
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    assert (saved["objective"], saved["clip_min"], saved["clip_max"]) == (name, *objective.clip)
+    assert train([f"--output_dir={tmp_path / 'run'}", "--resume", "--max_steps=2"]) == 0
+
+    plan = [*flags, "--context=96", "--query=8", "--response=16", "--tflops=1", "--device=cpu"]
+    assert plan_command.main(plan) == 0
+    assert f"{name} objective" in capsys.readouterr().out
+
+
+@ALL
+def test_score_records_what_the_clip_acted_on(tmp_path, model, name, capsys):
+    low, high = (0.05, 5.0) if OBJECTIVES[name].clip[0] == 0.8 else OBJECTIVES[name].clip
+    paths = {kind: tmp_path / f"s.{kind}" for kind in ("html", "json", "jsonl")}
+    flags = {"model": model, "limit": LIMIT, "objective": name, "clip_min": low, "clip_max": high, "terminal": 0}
+    flags |= {"output": paths["html"], "summary": paths["json"], "jsonl": paths["jsonl"], "labels": "true"}
+    assert score([f"--{flag}={value}" for flag, value in flags.items()]) == 0
+    out = capsys.readouterr().out
+    records = read_jsonl(paths["jsonl"])
+    logp, logp_cf, entropy, signal, weight = (
+        torch.tensor([x for record in records for x in record[column]])
+        for column in ("logp", "logp_cf", "entropy", "signal", "weight")
+    )
+    formula = pir if FORMULAS[name] == "1" else FORMULAS[name]
+    torch.testing.assert_close(signal, formula(logp, logp_cf, entropy), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(weight, signal.clamp(low, high))
+    summary, page = json.loads(paths["json"].read_text(encoding="utf-8")), paths["html"].read_text(encoding="utf-8")
+    floor, ceiling = ((signal <= low).float().mean().item(), (signal >= high).float().mean().item())
+    assert [summary["frac_at_floor"], summary["frac_at_ceiling"]] == pytest.approx([floor, ceiling], abs=1e-6)
+    assert f"{floor:.1%} lie at the floor" in page and f"{ceiling:.1%} at the ceiling" in page
+    assert re.search(f"at the floor +{floor:.1%}", out) and page.count('class="t top"') == (signal >= high).sum()
+
+
+@pytest.mark.parametrize("kind", [PERSONAS, DOCUMENTS])
+def test_rows_are_refused_by_what_the_entry_takes(kind):
+    for name, objective in OBJECTIVES.items():
+        format = "text" if kind == DOCUMENTS else "perce"
+        if kind in objective.takes:
+            make_builder(TOKENIZER, DataConfig(), format, LossConfig(name))
+        else:
+            with pytest.raises(UserError, match=f"objective {name}: expected {objective.takes[0]}, got {kind}"):
+                make_builder(TOKENIZER, DataConfig(), format, LossConfig(name))
+
+
+def test_dealing_out_keeps_the_values_and_depends_on_the_seed_alone():
+    values = torch.arange(1000.0)
+    dealt = permuted(values, seed=3)
+    assert torch.equal(dealt.sort().values, values) and torch.equal(dealt, permuted(values, seed=3))
+    assert (dealt == permuted(values, seed=4)).sum() < 20 and (dealt == values).sum() < 20
+
+
+def test_what_a_signal_needs_is_what_its_function_takes():
+    assert Signal("", lambda entropy, logp: entropy).needs == {"entropy", "logp"}
+    assert {name for name, x in OBJECTIVES.items() if x.counterfactual} == {"perce", "longce", "nextquill", "random"}
+
+
+def test_an_e_step_over_a_step_knows_a_persona_without_a_gradient(tmp_path):
+    trainer = run("random", tmp_path, steps=1, memory=MemoryConfig(persona_grad="none"))
+    trainer.train()
+    whole = run("random", tmp_path, steps=1)
+    whole.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(logged(whole, "loss")[0], abs=1e-6)
