@@ -6,16 +6,19 @@ Every number is computed here from the cells in the files; a table lacks the cel
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 from perce.measuring.metrics import clustered_mean, paired_difference
+from perce.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-NAMES = {"base": "base model", "ce": "CE", "lossce": "LossCE", "entce": "EntCE", "perce": "**PerCE**"}
-COLOURS = {"ce": "#7a808c", "perce": "#2d69e1", "lossce": "#d9822b", "entce": "#3f9f6f"}
+NAMES = {"base": "base model"} | {name: entry.title for name, entry in OBJECTIVES.items()} | {"perce": "**PerCE**"}
+PALETTE = ("#2d69e1", "#7a808c", "#d9822b", "#3f9f6f", "#8e5bc0", "#c2453d", "#8a6d3b", "#2a9fb0")
+COLOURS = dict(zip(OBJECTIVES, cycle(PALETTE)))  # noqa: B905: there may be more objectives
 # column: (metric, its sum, its weight, digits, factor)
 COLUMNS = {
     "loss, personal tokens": ("loss_personal", "personal_tokens", 3, 1),
@@ -142,8 +145,9 @@ def comparison(results: Results) -> Iterator[str]:
         yield from table(["objective, learning rate × seeds", *COLUMNS], rows)
         if missing:
             yield f"\nNot run yet: {', '.join(missing)}."
-        for objective in ("perce", "lossce", "entce"):
-            yield from differences(results, data, objective)
+        for objective in results.objectives:
+            if objective not in ("base", "ce"):
+                yield from differences(results, data, objective)
 
 
 def evaluated_on(results: Results, data: str) -> Iterator[str]:

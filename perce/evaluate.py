@@ -22,25 +22,26 @@ def run(options: EvaluateOptions) -> None:
     from perce.measuring.evaluation import Evaluator, make_batches, texts_key
     from perce.measuring.evaluation_report import compare, print_result, read_result, summarise, write_result
     from perce.measuring.inference import load_subject
-    from perce.measuring.metrics import Meteor
+    from perce.measuring.metrics import reply_scorers
     from perce.measuring.records import RecordFile
 
     other = read_result(Path(wanted.compare_with).expanduser()) if wanted.compare_with else None
-    meteor = Meteor() if wanted.generate else None
+    scorers = reply_scorers() if wanted.generate else {}
     subject = load_subject(options, "evaluate")
     examples: list = list(subject.examples)
     facts = subject.facts | {"examples": len(examples), "texts": texts_key(examples)}
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
     file = RecordFile(None if output is None else output.with_suffix(".jsonl"), facts)
     work = make_batches(examples, subject.builder, options, subject.device)
-    evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, meteor)
+    evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, scorers)
     done = {record["example"] for record in file.records}
     for number, batch in enumerate(tqdm(work.batches, desc="evaluating", unit="batch", leave=False)):
         if not {item.index for item in batch} <= done:
             fresh = evaluator.evaluate(batch, number)
             file.append([record for record in fresh if record["example"] not in done])
     notes = [f"examples: {subject.split}", *training_rows_note(options.data, subject.split), *work.notes]
-    result = summarise(file.records, notes, facts, meteor.name if meteor else None)
+    meteor = next((name for name in scorers if name.startswith("meteor")), None)
+    result = summarise(file.records, notes, facts, meteor)
     comparison = compare(file.records, facts, other, str(wanted.compare_with)) if other else None
     if output:
         write_result(output, result, comparison)

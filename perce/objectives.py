@@ -13,8 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,31 +22,20 @@ PERSONAS, DOCUMENTS = "rows with a persona", "documents"
 
 
 class Measured(NamedTuple):
-    """Of the response tokens under a model, each (N,) and detached; None where it was not asked for."""
+    """Of the response tokens under a model, each (N,) and detached."""
 
-    logp: Tensor
-    """log p(token), with the persona."""
-    logp_cf: Tensor | None = None
-    """The same without the persona."""
-    entropy: Tensor | None = None
-    """Of the prediction before the token, with the persona, in nats."""
+    logp: Tensor  # log p(token), with the persona
+    logp_cf: Tensor  # without it; 0 where that pass was not made
+    signal: Tensor  # what is clipped to the weight
+    entropy: Tensor | None = None  # of the prediction before the token, with the persona, in nats
 
 
 @dataclass(frozen=True)
 class Signal:
-    """What the clip acts on: its name in reports, and the function, whose parameters say what it is computed from."""
+    """What the clip acts on: its name in reports, and a function of some of logp, logp_cf, entropy, by these names."""
 
     name: str
     of: Callable[..., Tensor]
-    """Of some of (logp, logp_cf, entropy), by these names, to (N,)."""
-
-    @cached_property
-    def needs(self) -> frozenset[str]:
-        """Which of Measured's fields it is computed from."""
-        return frozenset(inspect.signature(self.of).parameters)
-
-    def __call__(self, measured: Measured) -> Tensor:
-        return self.of(**{name: getattr(measured, name) for name in self.needs})
 
 
 PIR = Signal("PIR", lambda logp, logp_cf: logp - logp_cf)
@@ -69,78 +57,64 @@ class TokenWeighting:
         """The op's own name of this signal; None where it has none."""
         return next((name for name, signal in CONTRASTS.items() if signal is self.signal), None)
 
-    def needs(self, statistic: str) -> bool:
-        return self.signal is not None and statistic in self.signal.needs
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which of (logp, logp_cf, entropy) the signal is computed from."""
+        return frozenset(inspect.signature(self.signal.of).parameters if self.signal else ())
 
-    def signal_of(self, measured: Measured) -> Tensor:
-        assert self.signal is not None, "every weight is 1"
-        return self.signal(measured)
+    def signal_of(self, logp: Tensor, logp_cf: Tensor, entropy: Tensor | None = None) -> Tensor:
+        if self.signal is None:
+            return logp.new_ones(logp.shape)
+        known = {"logp": logp, "logp_cf": logp_cf, "entropy": entropy}
+        return self.signal.of(**{name: known[name] for name in self.needs})
 
     def weight(self, signal: Tensor) -> Tensor:
-        """(N,) weights; of 1, which stands for a signal that there is not, 1 whatever the clip."""
+        """(N,) weights; where there is no signal, 1 whatever the clip."""
         return signal if self.signal is None else signal.clamp(self.clip_min, self.clip_max)
-
-    @property
-    def signal_name(self) -> str:
-        return self.signal.name if self.signal else "1"
 
     @property
     def reported(self) -> TokenWeighting:
         """What reports tint tokens by: where every weight is 1, what PerCE would weigh by."""
         return self if self.signal else replace(self, signal=PIR)
 
+    @property
+    def signal_name(self) -> str:
+        return self.signal.name if self.signal else "1"
+
 
 @dataclass(frozen=True)
 class HeadCall:
-    """What the head is asked to compute of the N response tokens, in one call from the objective to the op."""
+    """What the head is asked to compute of the N response tokens, in one call from the objective to the op: their
+    loss, or Measured alone."""
 
     target: Tensor  # (N,) token ids
     weighting: TokenWeighting
-    hidden_cf: Tensor | None = None  # (N, D) hidden states without the persona, where the signal needs them
+    hidden_cf: Tensor | None = None  # (N, D) hidden states without the persona
     signal: Tensor | None = None  # (N,) known from an earlier pass: none is computed
+    loss: bool = True
+    entropy: bool = False  # measured though the signal does not need it; without a loss
     normalize: str = "none"  # this and below as fused_perce_loss has it
     seq_id: Tensor | None = None
     num_items: Tensor | int | None = None
 
 
 @dataclass(frozen=True)
-class StatisticsCall:
-    """What the head is asked for instead, where no loss is wanted."""
-
-    target: Tensor  # (N,)
-    hidden_cf: Tensor | None = None  # (N, D)
-    entropy: bool = False
-
-
-class OverStep(Protocol):
-    """The (N,) signals of all tokens of an optimiser step, and a seed of the step → what is clipped in their place."""
-
-    def __call__(self, signal: Tensor, seed: int) -> Tensor: ...
-
-
-@dataclass(frozen=True)
 class Objective:
-    """One objective."""
+    """One objective. `over_step`, for weights that depend on other tokens, takes the signals of all tokens of an
+    optimiser step, (N,), and a seed of the step, and returns what is clipped in their place."""
 
-    name: str
-    """On the command line."""
-    title: str
-    """In tables and pictures."""
-    help: str
-    """When to use it, in one line."""
-    signal: Signal | None
-    """None: every weight is 1."""
-    clip: tuple[float, float]
-    """Defaults of clip_min and clip_max."""
-    takes: tuple[str, ...]
-    """PERSONAS, DOCUMENTS or both."""
-    over_step: OverStep | None = None
-    """For weights that depend on more than their own token; such a step has an E-step over all its forwards before."""
+    name: str  # on the command line
+    title: str  # in tables and pictures
+    help: str  # when to use it, in one line
+    signal: Signal | None  # None: every weight is 1
+    clip: tuple[float, float]  # defaults of clip_min and clip_max
+    takes: tuple[str, ...]  # PERSONAS, DOCUMENTS or both
+    over_step: Callable[[Tensor, int], Tensor] | None = None
 
     @property
     def counterfactual(self) -> bool:
         """Whether a step has a pass without the persona."""
-        return self.weighting().needs("logp_cf")
+        return "logp_cf" in self.weighting().needs
 
     @property
     def products(self) -> int:
@@ -153,10 +127,8 @@ class Objective:
     ) -> TokenWeighting:
         """With another contrast or clip than its own."""
         low, high = self.clip
-        return TokenWeighting(
-            CONTRASTS[contrast] if contrast else self.signal,
-            low if clip_min is None else clip_min, high if clip_max is None else clip_max,
-        )  # fmt: skip
+        low, high = low if clip_min is None else clip_min, high if clip_max is None else clip_max
+        return TokenWeighting(CONTRASTS[contrast] if contrast else self.signal, low, high)
 
 
 def permuted(signal: Tensor, seed: int) -> Tensor:
@@ -171,40 +143,23 @@ def _preferred(logp: Tensor, logp_cf: Tensor) -> Tensor:
     return logp.new_full((), 0.9).where(logp.exp() - logp_cf.exp() > 0.05, 0.1)
 
 
-OBJECTIVES = {
-    objective.name: objective
-    for objective in (
-        Objective(
-            "perce", "PerCE", "tokens count as the persona makes them likelier; the paper's (arXiv 2603.06595)",
-            PIR, clip=(0.8, 5.0), takes=(PERSONAS,),
-        ),
-        Objective(
-            "ce", "CE", "all tokens count alike: plain cross-entropy, to compare with",
-            signal=None, clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS),
-        ),
-        Objective(
-            "lossce", "LossCE", "tokens with a high loss count more; a baseline of the paper, after Rho-1",
-            Signal("−log p", lambda logp: -logp), clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS),
-        ),
-        Objective(
-            "entce", "EntCE", "tokens at uncertain places count more; a baseline of the paper",
-            Signal("entropy", lambda entropy: entropy), clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS),
-        ),
-        Objective(
-            "longce", "LongCE", "for documents: tokens count as the long context makes them likelier (2410.23771)",
-            RATIO, clip=(0.0, 5.0), takes=(DOCUMENTS,),
-        ),
-        Objective(
-            "dft", "DFT", "likely tokens count more, which keeps the model close to what it was (2508.05629)",
-            Signal("p", lambda logp: logp.exp()), clip=(0.0, 1.0), takes=(PERSONAS, DOCUMENTS),
-        ),
-        Objective(
-            "nextquill", "NextQuill", "0.9 where the persona raises p(token) by more than 0.05, else 0.1 (2506.02368)",
-            Signal("preference (0.9 or 0.1)", _preferred), clip=(0.1, 0.9), takes=(PERSONAS,),
-        ),
-        Objective(
-            "random", "random", "PerCE's weights dealt to the tokens of a step at random: whether it matters which",
-            PIR, clip=(0.8, 5.0), takes=(PERSONAS,), over_step=permuted,
-        ),
-    )
-}  # fmt: skip
+_LOSS, _ENTROPY = Signal("−log p", lambda logp: -logp), Signal("entropy", lambda entropy: entropy)
+_ENTRIES = (
+    Objective("perce", "PerCE", "tokens count as the persona makes them likelier; the paper's (arXiv 2603.06595)",
+              PIR, clip=(0.8, 5.0), takes=(PERSONAS,)),
+    Objective("ce", "CE", "all tokens count alike: plain cross-entropy, to compare with",
+              signal=None, clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
+    Objective("lossce", "LossCE", "tokens with a high loss count more; a baseline of the paper, after Rho-1",
+              _LOSS, clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
+    Objective("entce", "EntCE", "tokens at uncertain places count more; a baseline of the paper",
+              _ENTROPY, clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
+    Objective("longce", "LongCE", "for documents: tokens count as the long context makes them likelier (2410.23771)",
+              RATIO, clip=(0.0, 5.0), takes=(DOCUMENTS,)),
+    Objective("dft", "DFT", "likely tokens count more, which keeps the model close to what it was (2508.05629)",
+              Signal("p", lambda logp: logp.exp()), clip=(0.0, 1.0), takes=(PERSONAS, DOCUMENTS)),
+    Objective("nextquill", "NextQuill", "0.9 where the persona raises p by more than 0.05, else 0.1 (2506.02368)",
+              Signal("preference (0.9 or 0.1)", _preferred), clip=(0.1, 0.9), takes=(PERSONAS,)),
+    Objective("random", "random", "PerCE's weights dealt to the tokens of a step at random: whether it matters which",
+              PIR, clip=(0.8, 5.0), takes=(PERSONAS,), over_step=permuted),
+)  # fmt: skip
+OBJECTIVES = {objective.name: objective for objective in _ENTRIES}

@@ -95,6 +95,7 @@ def test_there_is_no_circle():
 # A test file is called after a module, or after it and a part of it; these are about several.
 ABOUT_SEVERAL = {
     "test_house.py": "all modules",
+    "test_extending.py": "the examples of docs/EXTENDING.md",
     "perce/demo/test_demo.py": "the built-in examples and their model",
     "perce/test_backend_option.py": "--backend of every command",
     "perce/test_longce.py": "documents, from rows to a run",

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from perce.data.pairs import Pair, PairBuilder, personal_word_spans
 from perce.data.rows import Example
 from perce.errors import UserError
 from perce.measuring.inference import TOKENS_A_FORWARD, batches_by_length, on_device
-from perce.measuring.metrics import Meteor, rouge
+from perce.measuring.metrics import Scorer
 from perce.model.passes import measured, per_example, token_statistics
 from perce.model.probe import unwrapped
 from perce.objectives import OBJECTIVES
@@ -116,9 +116,9 @@ class Evaluator:
     """Records of batches under one model."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, device: torch.device, options: EvaluateConfig, meteor: Meteor | None
+        self, model: Any, tokenizer: Any, device: torch.device, options: EvaluateConfig, scorers: Mapping[str, Scorer]
     ) -> None:  # fmt: skip
-        self.model, self.tokenizer, self.device, self.options, self.meteor = model, tokenizer, device, options, meteor
+        self.model, self.tokenizer, self.device, self.options, self.scorers = model, tokenizer, device, options, scorers
         # Whatever ours leaves unset, generate() would take from the model's: penalties of repeating the prompt, say,
         # which are penalties of using the persona.
         model.generation_config = unwrapped(model).generation_config = GenerationConfig()
@@ -159,7 +159,7 @@ class Evaluator:
         if not pairs:
             return []
         batch = on_device(collate([vars(pair) for pair in pairs], self._pad), self.device)
-        logp = measured(self.model, batch, counterfactual=False).logp
+        logp = measured(self.model, batch, OBJECTIVES["ce"].weighting(), counterfactual=False).logp
         return [-x.sum().item() for x in per_example(batch, logp)[0]]
 
     @torch.no_grad()
@@ -184,13 +184,12 @@ class Evaluator:
 
     def scores(self, item: Item, reply: str) -> dict[str, Any]:
         """Of a reply: overlap with what the user wrote, and whether either uses a word of the persona in the prompt."""
-        assert self.meteor is not None
         example = item.example
         persona = [example.persona[i] for i in item.pair.passages]
         conversation = " ".join(turn.content for turn in example.turns)
         uses = [bool(personal_word_spans(text, persona, conversation)) for text in (reply, example.response)]
         return {
-            "reply": reply, "reference": example.response, **rouge(reply, example.response),
-            self.meteor.name: self.meteor(reply, example.response), "uses_persona": float(uses[0]),
+            "reply": reply, "reference": example.response, "uses_persona": float(uses[0]),
             "reference_uses_persona": float(uses[1]),
+            **{name: score(reply, example.response) for name, score in self.scorers.items()},
         }  # fmt: skip

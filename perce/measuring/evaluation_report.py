@@ -8,7 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from perce.errors import UserError
-from perce.measuring.metrics import ROUGE_NOTE, Interval, clustered_mean, paired_difference
+from perce.measuring.metrics import REPLY_METRICS, ROUGE_NOTE, Interval, clustered_mean, paired_difference
 from perce.report.terminal import show, table
 
 Records = Sequence[Mapping[str, Any]]
@@ -22,11 +22,7 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "loss_swapped_persona": ("loss with another's persona", "loss_swapped", "tokens"),
     "uses_persona": ("replies that use the persona", "uses_persona", ""),
     "reference_uses_persona": ("references that use the persona", "reference_uses_persona", ""),
-    "rouge1": ("ROUGE-1", "rouge1", ""),
-    "rougeL": ("ROUGE-L", "rougeL", ""),
-    "meteor": ("METEOR", "meteor", ""),
-    "meteor_exact_stem": ("METEOR, exact and stem only", "meteor_exact_stem", ""),
-}
+} | {name: (metric.label, name, "") for name, metric in REPLY_METRICS.items()}
 RESULT = "perce.evaluate"
 
 

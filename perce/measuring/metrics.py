@@ -1,6 +1,6 @@
 """Scores of generated replies, and statistics over examples. Nothing here knows of models.
 
-rouge, Meteor        by the rouge-score and nltk packages, offline
+REPLY_METRICS        scores of a reply, by name: rouge and Meteor, by the rouge-score and nltk packages, offline
 clustered_mean       token-weighted mean with a bootstrap interval over clusters (users)
 paired_difference    the same of two models on the same examples, with a p-value
 identification       how well a per-token score finds labelled tokens: AUC, best F1
@@ -8,11 +8,11 @@ identification       how well a per-token score finds labelled tokens: AUC, best
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,19 +30,14 @@ def _needs(package: str) -> UserError:
     return UserError(f"Scoring replies needs {package}: pip install 'perce[metrics]', or pass --generate false.")
 
 
-def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """ROUGE-1 and ROUGE-L F1 in [0, 1] (Lin 2004), without stemming, as `evaluate` and LongLaMP compute them."""
-    scores = _rouge_scorer().score(reference, prediction)
-    return {"rouge1": scores["rouge1"].fmeasure, "rougeL": scores["rougeL"].fmeasure}
-
-
-@cache
-def _rouge_scorer() -> Any:
+def rouge(kind: str) -> "Scorer":
+    """ROUGE F1 ("rouge1", "rougeL") in [0, 1] (Lin 2004), without stemming, as `evaluate` and LongLaMP compute it."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise _needs("rouge-score") from error
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    scorer = RougeScorer([kind], use_stemmer=False)
+    return lambda reply, reference: scorer.score(reference, reply)[kind].fmeasure
 
 
 class Meteor:
@@ -102,6 +97,34 @@ def _find_wordnet() -> Any:
                 warnings.simplefilter("ignore")  # that other languages are missing
                 return DebianWordNet(directory, None)
     return None
+
+
+Scorer = Callable[[str, str], float]
+"""(reply, what the user wrote) → a number; more is better."""
+
+
+class ReplyMetric(NamedTuple):
+    label: str
+    scorer: Callable[[], Scorer | None]
+    """Called once an evaluation; None where another metric stands in for this one."""
+
+
+def _meteor(name: str) -> Meteor | None:
+    meteor = Meteor()
+    return meteor if meteor.name == name else None
+
+
+REPLY_METRICS = {
+    "rouge1": ReplyMetric("ROUGE-1", lambda: rouge("rouge1")),
+    "rougeL": ReplyMetric("ROUGE-L", lambda: rouge("rougeL")),
+    "meteor": ReplyMetric("METEOR", lambda: _meteor("meteor")),
+    "meteor_exact_stem": ReplyMetric("METEOR, exact and stem only", lambda: _meteor("meteor_exact_stem")),
+}
+
+
+def reply_scorers() -> dict[str, Scorer]:
+    """Those that score here, by name. UserError for a package that is missing."""
+    return {name: scorer for name, metric in REPLY_METRICS.items() if (scorer := metric.scorer())}
 
 
 @dataclass(frozen=True)

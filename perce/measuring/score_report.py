@@ -108,7 +108,7 @@ def write_report(
     ]
     weighting = options.score.weighting.reported
     signal = weighting.signal_name
-    title = "Which tokens are personal" if weighting.needs("logp_cf") else "Which tokens count most"
+    title = "Which tokens are personal" if "logp_cf" in weighting.needs else "Which tokens count most"
     panels: list[Histogram | Table] = [_histogram(records, clip, signal, found_means), _most_personal(records)]
     if found:
         panels.append(_identification_table(found))

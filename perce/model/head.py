@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from perce.objectives import HeadCall, Measured, StatisticsCall
+from perce.objectives import HeadCall, Measured
 from perce_kernels import fused_perce_loss, token_logprobs
 
 
@@ -46,17 +46,14 @@ class FactualPass(NamedTuple):
 
     loss: Tensor
     logp: Tensor
-    logp_cf: Tensor
-    """0 where the signal does not need it."""
-    signal: Tensor
-    """What the clip acted on; 1 where every weight is 1."""
-    token_weight: Tensor
-    """After the clip and the normalisation."""
+    logp_cf: Tensor  # 0 where the signal does not need it
+    signal: Tensor  # what the clip acted on; 1 where every weight is 1
+    token_weight: Tensor  # after the clip and the normalisation
 
 
-def answer(call: HeadCall | StatisticsCall, hidden: Tensor, output: Output) -> FactualPass | Measured:
+def answer(call: HeadCall, hidden: Tensor, output: Output) -> FactualPass | Measured:
     """What `call` asks of the (N, D) hidden states of the response tokens."""
-    return _measured(call, hidden, output) if isinstance(call, StatisticsCall) else _loss(call, hidden, output)
+    return _loss(call, hidden, output) if call.loss else _measured(call, hidden, output)
 
 
 def _loss(call: HeadCall, hidden: Tensor, output: Output) -> FactualPass:
@@ -67,26 +64,25 @@ def _loss(call: HeadCall, hidden: Tensor, output: Output) -> FactualPass:
         clip = {"clip_min": weighting.clip_min, "clip_max": weighting.clip_max}
         weights = {"hidden_cf": call.hidden_cf, "contrast": contrast, **clip}
     else:
-        if signal is None and weighting.signal is None:
+        if weighting.signal is None:
             signal = torch.ones_like(call.target, dtype=torch.float32)
         elif signal is None:
-            asked = StatisticsCall(call.target, call.hidden_cf, weighting.needs("entropy"))
-            measured = _measured(asked, hidden, output)
-            signal, logp_cf = weighting.signal_of(measured), measured.logp_cf
+            _, logp_cf, signal, _ = _measured(call, hidden, output)
         weights = {"token_weight": weighting.weight(signal)}
     loss, stats = fused_perce_loss(
         hidden, target=call.target, **output._asdict(), **weights, normalize=call.normalize, seq_id=call.seq_id,
         num_items=call.num_items, return_stats=True,
     )  # fmt: skip
-    if signal is None:  # the op's own; recorded here, so that nobody else needs to know what it was
-        signal = weighting.signal_of(Measured(stats.logp, stats.logp_cf))
+    if signal is None:
+        signal = weighting.signal_of(stats.logp, stats.logp_cf)
     return FactualPass(loss, stats.logp, stats.logp_cf if logp_cf is None else logp_cf, signal, stats.token_weight)
 
 
 @torch.no_grad()
-def _measured(call: StatisticsCall, hidden: Tensor, output: Output) -> Measured:
-    options = {"target": call.target, **output._asdict()}
-    logp: Any = token_logprobs(hidden, return_entropy=call.entropy, **options)
-    logp, entropy = logp if call.entropy else (logp, None)
-    logp_cf: Any = None if call.hidden_cf is None else token_logprobs(call.hidden_cf, **options)
-    return Measured(logp, logp_cf, entropy)
+def _measured(call: HeadCall, hidden: Tensor, output: Output) -> Measured:
+    options: dict[str, Any] = {"target": call.target, **output._asdict()}
+    wants_entropy = call.entropy or "entropy" in call.weighting.needs
+    found: Any = token_logprobs(hidden, return_entropy=wants_entropy, **options)
+    logp, entropy = found if wants_entropy else (found, None)
+    logp_cf: Any = torch.zeros_like(logp) if call.hidden_cf is None else token_logprobs(call.hidden_cf, **options)
+    return Measured(logp, logp_cf, call.weighting.signal_of(logp, logp_cf, entropy), entropy)

@@ -7,6 +7,7 @@ token_statistics        the same per example, on the CPU, with the weights of an
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from perce.data.batch import Batch, token_inputs
 from perce.model.head import FactualPass
 from perce.model.probe import evaluating
-from perce.objectives import HeadCall, Measured, StatisticsCall, TokenWeighting
+from perce.objectives import HeadCall, Measured, TokenWeighting
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,11 @@ class TokenStatistics:
     target: Tensor
     logp: Tensor
     logp_cf: Tensor
-    signal: Tensor
-    """What the weight was clipped from."""
+    signal: Tensor  # what the weight was clipped from
     token_weight: Tensor
     personal: Tensor
     example: int
-    entropy: Tensor | None = None
-    """Where it was asked for."""
+    entropy: Tensor | None = None  # where it was asked for, or is the signal
 
     @property
     def pir(self) -> Tensor:
@@ -45,42 +44,40 @@ def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
         return model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
 
 
-def factual(model: nn.Module, inputs: Batch, call: HeadCall, *, detach_persona: bool = False) -> FactualPass:
-    """The factual pass with its loss.
+def factual(model: nn.Module, inputs: Batch, call: HeadCall, *, detach_persona: bool = False) -> Any:
+    """The factual pass and what `call` asks of the head: FactualPass, or Measured.
 
     detach_persona: run the prompt through the persona for its keys and values alone; see prefill.py.
     """
-    return FactualPass(*_asked(model, inputs, call, detach_persona))
+    names = ("rows", "prefix") if detach_persona else ("rows",)
+    done = model(**token_inputs(inputs), perce={name: inputs[name] for name in names} | {"head": call})
+    return FactualPass(*done) if call.loss else Measured(*done)
 
 
 @torch.no_grad()
 def measured(
-    model: nn.Module, inputs: Batch, *, counterfactual: bool = True, entropy: bool = False, detach_persona: bool = False
-) -> Measured:
+    model: nn.Module, inputs: Batch, weighting: TokenWeighting, *, counterfactual: bool = True, entropy: bool = False,
+    detach_persona: bool = False,
+) -> Measured:  # fmt: skip
     """What the response tokens have under a model as it is; without the persona too if `counterfactual`."""
     hidden_cf = counterfactual_hidden(model, inputs) if counterfactual else None
-    return Measured(*_asked(model, inputs, StatisticsCall(inputs["target"], hidden_cf, entropy), detach_persona))
+    call = HeadCall(inputs["target"], weighting, hidden_cf, loss=False, entropy=entropy)
+    return factual(model, inputs, call, detach_persona=detach_persona)
 
 
 def token_statistics(
     model: nn.Module, inputs: Batch, weighting: TokenWeighting, *, entropy: bool = False, detach_persona: bool = False
 ) -> list[TokenStatistics]:
     """Statistics of one batch under a model in eval mode, whatever it is trained for."""
-    entropy = entropy or weighting.needs("entropy")
-    found = measured(model, inputs, entropy=entropy, detach_persona=detach_persona)
-    signal = weighting.signal_of(found)
-    columns = {"target": inputs["target"], "signal": signal, "token_weight": weighting.weight(signal)}
-    columns |= {"personal": inputs["personal"]} | {k: v for k, v in found._asdict().items() if v is not None}
+    found = measured(model, inputs, weighting, entropy=entropy, detach_persona=detach_persona)
+    columns = {name: inputs[name] for name in ("target", "personal")}
+    columns |= {name: column for name, column in found._asdict().items() if column is not None}
+    columns["token_weight"] = weighting.weight(columns["signal"])
     split = per_example(inputs, *columns.values())
     return [
         TokenStatistics(**dict(zip(columns, tensors, strict=True)), example=example)
         for *tensors, example in zip(*split, inputs["example"].tolist(), strict=True)
     ]
-
-
-def _asked(model: nn.Module, inputs: Batch, call: HeadCall | StatisticsCall, detach_persona: bool) -> tuple:
-    names = ("rows", "prefix") if detach_persona else ("rows",)
-    return model(**token_inputs(inputs), perce={name: inputs[name] for name in names} | {"head": call})
 
 
 def per_example(inputs: Batch, *columns: Tensor) -> list[tuple[Tensor, ...]]:

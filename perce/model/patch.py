@@ -23,7 +23,7 @@ from perce.errors import UserError
 from perce.model.head import LogitTransform, Output, answer, logit_transform
 from perce.model.prefill import hidden_after_prefix
 from perce.model.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids, unwrapped
-from perce.objectives import HeadCall, StatisticsCall
+from perce.objectives import HeadCall
 from perce_kernels import reference
 
 # Largest difference of log-probabilities between the model's own logits and ours; fp32 shows 1e-5, bf16 logits 1e-2.
@@ -76,7 +76,7 @@ def _patch_head(head: Any, transform: LogitTransform) -> None:
     own_forward = forward_of(head)
 
     @functools.wraps(own_forward)
-    def forward(self, hidden: Tensor, perce: HeadCall | StatisticsCall | None = None):
+    def forward(self, hidden: Tensor, perce: HeadCall | None = None):
         if perce is None:
             return own_forward(self, hidden)
         output = Output(self.weight, self.bias, transform.softcap, transform.logit_scale, self.perce_backend)

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
+from transformers import masking_utils
 
+import perce_kernels.loss
 from perce.config.schema import MemoryConfig, ModelConfig
 from perce.errors import UserError, first_line, in_one_line
 from perce.model.head import Output, answer, logit_transform
@@ -34,7 +36,6 @@ from perce.model.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
 from perce.model.probe import unwrapped
 from perce.objectives import OBJECTIVES, HeadCall, Objective
 from perce.planning.live import Live, Moment, Phase, Rehearsed
-from perce_kernels import loss
 
 OFFLOADED = ("forward", "head", "last layer", "first layer")
 """In which the inputs of checkpointed layers are in host memory, under activation_offload."""
@@ -168,7 +169,10 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     live = Live()
     model = build(config, setup)
     try:
-        with FakeTensorMode(), _one_sequence_a_row(), _targets_without_values():
+        # transformers looks for packed sequences in position ids. Where these have no values it expects some, and would
+        # build a T × T mask that a real step of ours never has. The reference looks at targets, without values too.
+        packed, targets = (masking_utils, "find_packed_sequence_indices"), (perce_kernels.loss, "check_target")
+        with FakeTensorMode(), _switched_off(*packed), _switched_off(*targets):
             live.disregard(_give_storage(model))
             with live:
                 for _ in range(1 + shape.accumulates):  # of two forwards the second counts
@@ -183,29 +187,14 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
 
 
 @contextmanager
-def _one_sequence_a_row() -> Iterator[None]:
-    """transformers looks at position ids for packed sequences, and where these have no values it expects some: a T × T
-    mask would be built that a real step of ours never has."""
-    from transformers import masking_utils
-
-    own = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+def _switched_off(module: Any, name: str) -> Iterator[None]:
+    """A function that returns None meanwhile."""
+    own = getattr(module, name)
+    setattr(module, name, lambda *_, **__: None)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = own
-
-
-@contextmanager
-def _targets_without_values() -> Iterator[None]:
-    """Backend "reference" looks whether targets are in the vocabulary, and these have no values. Of the others the op
-    is one operator, whose inside memory.py has formulae for."""
-    own = loss.check_target
-    loss.check_target = lambda *_: None
-    try:
-        yield
-    finally:
-        loss.check_target = own
+        setattr(module, name, own)
 
 
 def _give_storage(model: nn.Module) -> Iterator[Tensor]:
@@ -270,10 +259,10 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         backend = "reference" if setup.model.backend == "reference" else "torch"
         output = Output(head.weight, head.bias, transform.softcap, transform.logit_scale, backend)
         call = HeadCall(rows, shape.objective.weighting(), hidden_cf, signal, num_items=1)
-        value = answer(call, states, output)[0]
+        loss = answer(call, states, output)[0]
     del states, hidden_cf, call
     live.enter("last layer")
-    value.backward()
+    loss.backward()
     live.leave()
     for handle in handles:
         handle.remove()

@@ -13,25 +13,16 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from perce.errors import UserError, in_one_line
+from perce.objectives import Measured
 
 FILE = "estimates.safetensors"
 TENSORS = ("example", "length", "response_crc", "logp", "logp_cf", "signal")
-
-
-class Known(NamedTuple):
-    """What an E-step found of response tokens, each (n,) fp32."""
-
-    logp: Tensor
-    logp_cf: Tensor
-    """0 for objectives without a counterfactual pass."""
-    signal: Tensor
-    """What is clipped to the weight."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +33,8 @@ class Estimates:
     length: Tensor  # (E,) int64 response tokens of each
     response_crc: Tensor  # (E,) int64 CRC-32 of the response ids
     logp: Tensor  # (N,) fp32
-    logp_cf: Tensor  # (N,) fp32
-    signal: Tensor  # (N,) fp32
+    logp_cf: Tensor  # (N,) fp32; 0 for objectives without a counterfactual pass
+    signal: Tensor  # (N,) fp32, what is clipped to the weight
     epoch: int
     vocabulary: int
 
@@ -52,11 +43,11 @@ class Estimates:
         places = zip(starts.tolist(), self.length.tolist(), strict=True)
         object.__setattr__(self, "_places", dict(zip(self.example.tolist(), places, strict=True)))
 
-    def of(self, examples: Tensor, device: torch.device) -> Known:
+    def of(self, examples: Tensor, device: torch.device) -> Measured:
         """What is known of the response tokens of these (B,) examples, in their order."""
         places: dict[int, tuple[int, int]] = self._places  # type: ignore[attr-defined]
         rows = torch.cat([torch.arange(start, start + n) for start, n in map(places.__getitem__, examples.tolist())])
-        return Known(*(x[rows].to(device) for x in (self.logp, self.logp_cf, self.signal)))
+        return Measured(*(x[rows].to(device) for x in (self.logp, self.logp_cf, self.signal)))
 
     def save(self, directory: Path) -> None:
         from safetensors.torch import save_file
@@ -126,7 +117,7 @@ def check_estimable(dataset: Any, estimate: str) -> None:
 def estimate(
     dataset: Any,
     batches: Sequence[Sequence[int]],
-    statistics: Callable[[Sequence[int]], Known],
+    statistics: Callable[[Sequence[int]], Measured],
     gather: Callable[[Mapping[int, list[Tensor]]], Mapping[int, list[Tensor]]],
     *,
     epoch: int,
@@ -136,13 +127,13 @@ def estimate(
 
     Args:
         batches: rows of the dataset that this process is to estimate together.
-        statistics: rows → what is known of their response tokens.
+        statistics: rows → what is measured of their response tokens, the signal included.
         gather: {row: its three tensors} of this process → that of all processes.
     """
     example, length, crc = response_keys(dataset)
     of_row: dict[int, list[Tensor]] = {}
     for rows in batches:
-        columns = [x.float().cpu().split(length[list(rows)].tolist()) for x in statistics(rows)]
+        columns = [x.float().cpu().split(length[list(rows)].tolist()) for x in statistics(rows)[:3]]
         of_row.update({row: list(tensors) for row, tensors in zip(rows, zip(*columns, strict=True), strict=True)})
     of_row = dict(gather(of_row))
     logp, logp_cf, signal = (torch.cat([of_row[row][i] for row in range(len(dataset))]) for i in range(3))
@@ -150,18 +141,15 @@ def estimate(
 
 
 def over_step(
-    known: Sequence[Known],
-    rearrange: Callable[[Tensor], Tensor],
-    gather: Callable[[list[Any]], list[Any]],
-    process: int,
-) -> Iterator[Known]:
-    """What is known of each of this process's forwards of a step, with the signals that its tokens have been given.
+    found: Sequence[Measured], rearrange: Callable[[Tensor], Tensor], gather: Callable[[list], list], rank: int
+) -> Iterator[Measured]:  # fmt: skip
+    """What was found of each of this process's forwards of a step, with other signals in place of its own.
 
     `rearrange` sees the signals of all processes in the order of the examples, whatever batches they were cut into:
     of two processes with two forwards each, the first forward of both, then the second.
     """
-    everybody = gather([[x.signal.cpu() for x in known]])
+    everybody = gather([[x.signal.cpu() for x in found]])
     in_order = [signal for forward in zip(*everybody, strict=True) for signal in forward]
     given = rearrange(torch.cat(in_order)).split([len(signal) for signal in in_order])
-    for mine, signal in zip(known, given[process :: len(everybody)], strict=True):
-        yield mine._replace(signal=signal.to(mine.signal.device))
+    for mine, signal in zip(found, given[rank :: len(everybody)], strict=True):
+        yield mine._replace(signal=signal.to(mine.logp.device))

@@ -174,7 +174,7 @@ def write_run_report(
         ),
     ]
     weighting = config.loss.weighting.reported
-    title = "Which tokens are personal" if weighting.needs("logp_cf") else "Which tokens count most"
+    title = "Which tokens are personal" if "logp_cf" in weighting.needs else "Which tokens count most"
     if pairs.format == "text":
         title = title.replace("are personal", "need the long context")
         summary.append(("persona", f"here: all that stands more than about {config.loss.short_context} tokens back"))

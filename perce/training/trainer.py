@@ -28,11 +28,11 @@ from perce.model.memory import prepare_memory
 from perce.model.passes import TokenStatistics, counterfactual_hidden, factual, measured, token_statistics
 from perce.model.patch import prepare_model
 from perce.model.probe import check_packing, evaluating
-from perce.objectives import HeadCall, Objective
+from perce.objectives import HeadCall, Measured, Objective
 from perce.training.arguments import PerceArguments
 from perce.training.checkpoints import resume_point, save_whole
 from perce.training.checks import check_context, check_hooks, check_sharding, check_vocabulary, warn_of_dropout
-from perce.training.estimates import Estimates, Known, check_estimable, estimate, over_step
+from perce.training.estimates import Estimates, check_estimable, estimate, over_step
 from perce.training.loader import own_train_loader
 from perce.training.meters import Clock, Window, peak_memory_mib
 from perce.training.normalizer import StepNormalizer
@@ -102,7 +102,7 @@ class PerceTrainer(Trainer):
         self.estimation_clock = Clock(self.args.device)
         self._detach_persona = args.memory.persona_grad == "none"
         self.estimates: Estimates | None = None  # None: weights are estimated online
-        self._over_step: Iterator[Known] = iter(())  # of this step's forwards, for objectives that look at all of them
+        self._over_step: Iterator[Measured] = iter(())  # of a step's forwards, for objectives that look at all of them
         if args.loss.estimate != "online":
             check_estimable(self.train_dataset, args.loss.estimate)
             self.add_callback(_EStep(self))
@@ -144,15 +144,15 @@ class PerceTrainer(Trainer):
     ) -> Any:
         loss = self.args.loss.at(self._progress)
         per_sequence = loss.normalize == "sequence"  # "batch": see StepNormalizer
-        known = self._known(inputs)
+        known = next(self._over_step) if self._objective.over_step else self._known(inputs)
         call = HeadCall(
             inputs["target"], loss.weighting, signal=known and known.signal, num_items=num_items_in_batch,
             hidden_cf=None if known else self._counterfactual(model, inputs),
             normalize="sequence" if per_sequence else "none", seq_id=inputs["sequence"] if per_sequence else None,
         )  # fmt: skip
         done = factual(model, inputs, call, detach_persona=self._detach_persona)
-        logp, logp_cf, signal = known or (done.logp, done.logp_cf, done.signal)
-        self._window.add(self.args.loss, done.logp, logp - logp_cf, signal, done.token_weight, tokens=inputs["tokens"])
+        pir = (known or done).logp - (known or done).logp_cf
+        self._window.add(self.args.loss, done.logp, pir, done.signal, done.token_weight, tokens=inputs["tokens"])
         # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
         value = done.loss * self.accelerator.num_processes
         if self._normalizer:
@@ -168,11 +168,8 @@ class PerceTrainer(Trainer):
         """From 0 at the first step of the run to 1 at the last."""
         return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
 
-    def _known(self, inputs: Batch) -> Known | None:
+    def _known(self, inputs: Batch) -> Measured | None:
         """What an E-step before this forward found of its tokens; None where there was none."""
-        return next(self._over_step) if self._objective.over_step else self._looked_up(inputs)
-
-    def _looked_up(self, inputs: Batch) -> Known | None:
         return self.estimates.of(inputs["example"], inputs["target"].device) if self.estimates else None
 
     def _counterfactual(self, model: nn.Module, inputs: Batch) -> Tensor | None:
@@ -182,17 +179,14 @@ class PerceTrainer(Trainer):
         with self.estimation_clock.measure():
             return counterfactual_hidden(model, inputs)
 
-    def _estimated(self, inputs: Batch) -> Known:
+    def _estimated(self, inputs: Batch) -> Measured:
         """The E-step of one batch; in eval mode, and no random numbers are drawn."""
         model: Any = self.model_wrapped if self.is_in_train else self.model
-        weighting, needs = self.args.loss.weighting, self.args.loss.weighting.needs
         with evaluating(model), self.estimation_clock.measure(), self.compute_loss_context_manager():
-            found = measured(
-                model, self._prepare_inputs(inputs), counterfactual=needs("logp_cf"), entropy=needs("entropy"),
-                detach_persona=self._detach_persona,
+            return measured(
+                model, self._prepare_inputs(inputs), self.args.loss.weighting,
+                counterfactual=self._objective.counterfactual, detach_persona=self._detach_persona,
             )  # fmt: skip
-        logp_cf = torch.zeros_like(found.logp) if found.logp_cf is None else found.logp_cf
-        return Known(found.logp, logp_cf, weighting.signal_of(found))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         self._window.start()
@@ -225,12 +219,11 @@ class PerceTrainer(Trainer):
         """Response tokens of the whole accumulation window, over all ranks; called once, where a step begins."""
         if self._normalizer:
             self._normalizer.begin()
-        if self._objective.over_step:
+        if of_step := self._objective.over_step:
             self._window.start()
-            known = [self._looked_up(batch) or self._estimated(batch) for batch in batch_samples]
+            found = [self._known(batch) or self._estimated(batch) for batch in batch_samples]
             seed = self.args.seed * 1_000_003 + self.state.global_step
-            rearrange = partial(self._objective.over_step, seed=seed)
-            self._over_step = over_step(known, rearrange, gather_object, self.args.process_index)
+            self._over_step = over_step(found, lambda x: of_step(x, seed), gather_object, self.args.process_index)
         count = torch.tensor(sum(batch["target"].numel() for batch in batch_samples), device=device)
         return self.accelerator.reduce(count, "sum")
 
@@ -262,7 +255,7 @@ class PerceTrainer(Trainer):
         order = sorted(range(len(dataset)), key=[len(ids) for ids in dataset["input_ids"]].__getitem__)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
 
-        def statistics(rows: Sequence[int]) -> Known:
+        def statistics(rows: Sequence[int]) -> Measured:
             return self._estimated(self.data_collator([dataset[row] for row in rows]))
 
         self._window.start()

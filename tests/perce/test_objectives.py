@@ -14,7 +14,7 @@ from perce import DataConfig, LossConfig, MemoryConfig, UserError
 from perce import plan as plan_command
 from perce.config.commands import PlanOptions
 from perce.data.pairing import make_builder
-from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS, Measured, Signal, permuted
+from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS, Signal, TokenWeighting, permuted
 from perce.planning.plans import step_cost
 from perce.score import main as score
 from perce.train import main as train
@@ -65,7 +65,7 @@ def test_signals_are_their_formulas_over_all_probabilities(name):
     """A random model gives few tokens a probability that a threshold could tell apart."""
     logp, logp_cf = torch.rand(2, 1000, generator=torch.Generator().manual_seed(1)).log()
     entropy = torch.rand(1000) * 6
-    signal = OBJECTIVES[name].weighting().signal_of(Measured(logp, logp_cf, entropy))
+    signal = OBJECTIVES[name].weighting().signal_of(logp, logp_cf, entropy)
     expected = FORMULAS[name](logp, logp_cf, entropy)
     torch.testing.assert_close(signal, expected, atol=1e-6, rtol=1e-5)
     assert signal.dtype == torch.float32 and signal.shape == (1000,) and len(signal.unique()) > 1
@@ -243,7 +243,7 @@ def test_dealing_out_keeps_the_values_and_depends_on_the_seed_alone():
 
 
 def test_what_a_signal_needs_is_what_its_function_takes():
-    assert Signal("", lambda entropy, logp: entropy).needs == {"entropy", "logp"}
+    assert TokenWeighting(Signal("", lambda entropy, logp: entropy), 0, 1).needs == {"entropy", "logp"}
     assert {name for name, x in OBJECTIVES.items() if x.counterfactual} == {"perce", "longce", "nextquill", "random"}
 
 

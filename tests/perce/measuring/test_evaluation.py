@@ -18,7 +18,7 @@ def test_left_padding_does_not_change_a_reply():
     prompts = [item.pair.input_ids[: -item.pair.response_length] for item in items]
     assert len(set(map(len, prompts))) > 1
     options = EvaluateConfig(temperature=0, max_new_tokens=12)
-    evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, None)
+    evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, {})
     together = evaluator.replies(prompts, items)
     assert together == [evaluator.replies([p], [item])[0] for p, item in zip(prompts, items, strict=True)]
     stock = model.generate(torch.tensor([prompts[0]]), max_new_tokens=12, do_sample=False, eos_token_id=0)
@@ -34,10 +34,10 @@ def test_nothing_of_the_models_own_generation_config_is_used():
     items = [Item(i, str(i), example, builder.build(example), None) for i, example in enumerate(demo_examples(3))]
     prompts = [item.pair.input_ids[: -item.pair.response_length] for item in items]
     options = EvaluateConfig(temperature=0, max_new_tokens=12)
-    expected = Evaluator(model, tokenizer, torch.device("cpu"), options, None).replies(prompts, items)
+    expected = Evaluator(model, tokenizer, torch.device("cpu"), options, {}).replies(prompts, items)
     hostile = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=12, num_beams=3)
     model.generation_config = hostile
-    evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, None)
+    evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, {})
     assert evaluator.replies(prompts, items) == expected
     changed = model.generate(torch.tensor(prompts[:1]), generation_config=hostile, max_new_tokens=12)
     assert tokenizer.decode(changed[0, len(prompts[0]) :]).strip() != expected[0], "it would have mattered"
