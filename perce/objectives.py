@@ -112,6 +112,12 @@ class Objective:
     over_step: Callable[[Tensor, int], Tensor] | None = None
 
     @property
+    def line(self) -> str:
+        """Of --help."""
+        clipped = f"{self.signal.name}, clipped to {self.clip[0]:g} … {self.clip[1]:g}" if self.signal else "1"
+        return f"{self.name}: {self.help} [{clipped}{f'; {self.takes[0]}' if len(self.takes) == 1 else ''}]"
+
+    @property
     def counterfactual(self) -> bool:
         """Whether a step has a pass without the persona."""
         return "logp_cf" in self.weighting().needs

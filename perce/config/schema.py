@@ -20,9 +20,7 @@ BACKEND = (
     "what computes losses and log-probabilities; reference: with all logits of the response in memory; auto: what "
     "PERCE_BACKEND in the environment says, else triton on a GPU that it supports and torch elsewhere"
 )
-OBJECTIVE = "\n".join(
-    ["what a token's weight comes from:", *(f"  {name}: {entry.help}" for name, entry in OBJECTIVES.items())]
-)
+OBJECTIVE = "\n".join(["what a token's weight comes from:", *(entry.line for entry in OBJECTIVES.values())])
 OBJECTIVE_NAMES = "|".join(OBJECTIVES)
 
 
@@ -115,27 +113,29 @@ class WeightingConfig:
     """How tokens are weighted: what train and score share. Left open, clip and contrast are the objective's own."""
 
     objective: str = _option("perce", OBJECTIVE, OBJECTIVE_NAMES)
-    clip_min: float = _option(None, "lower bound m of a token's weight; default: 0.8 for perce (the paper)")
-    clip_max: float = _option(None, "upper bound M of a token's weight; default: 5 for perce (the paper)")
+    clip_min: float = _option(None, "lower bound m of a token's weight; default: the objective's")
+    clip_max: float = _option(None, "upper bound M of a token's weight; default: the objective's")
     contrast: Literal["log", "ratio"] | None = _option(
         None, "weight = clip(PIR), or clip(exp(PIR)); default: log; ratio for longce; the other objectives have none"
     )
 
     def __post_init__(self) -> None:
-        objective = objective_of(self.objective)
-        own = objective.weighting()
+        own = self.entry.weighting()
         for name in ("clip_min", "clip_max", "contrast"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(own, name))
         valid = 0 <= self.clip_min <= self.clip_max < float("inf")
         _require(valid, "clip_min, clip_max", "finite numbers, 0 <= min <= max", (self.clip_min, self.clip_max))
-        having = ", ".join(name for name, entry in OBJECTIVES.items() if entry.weighting().contrast)
         fits = own.contrast is not None or self.contrast is None
-        _require(fits, "contrast", f"none with --objective {self.objective} ({having} have one)", self.contrast)
+        _require(fits, "contrast", f"none with --objective {self.objective}, which contrasts nothing", self.contrast)
+
+    @property
+    def entry(self) -> Objective:
+        return objective_of(self.objective)
 
     @property
     def weighting(self) -> TokenWeighting:
-        return objective_of(self.objective).weighting(self.contrast, self.clip_min, self.clip_max)
+        return self.entry.weighting(self.contrast, self.clip_min, self.clip_max)
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,9 @@ class LossConfig(WeightingConfig):
         super().__post_init__()
         for name in ("short_context", "short_stride"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        weighs = objective_of(self.objective).signal is not None
         for name, default in (("estimate", "online"), ("clip_schedule", "constant")):
-            fits = weighs or getattr(self, name) == default
-            _require(
-                fits, name, f"{default} with --objective {self.objective}, which has no weights", getattr(self, name)
-            )
+            value, expected = getattr(self, name), f"{default} with --objective {self.objective}, which has no weights"
+            _require(value == default or self.entry.signal is not None, name, expected, value)
 
     def at(self, progress: float) -> "LossConfig":
         """What is minimised at this place of the run, from 0 (its first step) to 1 (its last).

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from perce.config.schema import DataConfig, LossConfig, objective_of
+from perce.config.schema import DataConfig, LossConfig
 from perce.data.documents import DocumentBuilder
 from perce.data.pairs import PairBuilder
 from perce.data.retrieval import make_retriever
@@ -20,11 +20,11 @@ Builder = PairBuilder | DocumentBuilder
 def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConfig = PERCE) -> Builder:
     """What pairs rows of this format; UserError if the objective needs another kind of rows."""
     kind = DOCUMENTS if format == "text" else PERSONAS
-    if kind not in objective_of(loss.objective).takes:
+    if kind not in loss.entry.takes:
         *most, last = (name for name, entry in OBJECTIVES.items() if kind in entry.takes)
         other = "rows with persona, query and response" if kind == DOCUMENTS else "documents, rows like {'text': …}"
         raise UserError(
-            f"objective {loss.objective}: expected {objective_of(loss.objective).takes[0]}, got {kind} (format "
+            f"objective {loss.objective}: expected {loss.entry.takes[0]}, got {kind} (format "
             f"{format}). Choose {', '.join(most)} or {last} as the --objective, or give {other} (--columns OURS=THEIRS "
             "renames fields)."
         )

@@ -58,6 +58,9 @@ class Meteor:
         self.name = "meteor_exact_stem" if wordnet is None else "meteor"
         self._wordnet = _NoSynonyms() if wordnet is None else wordnet
 
+    def named(self, name: str) -> "Meteor | None":
+        return self if self.name == name else None
+
     def __call__(self, prediction: str, reference: str) -> float:
         words = self._tokenize(reference), self._tokenize(prediction)
         return float(self._score(*words, wordnet=self._wordnet)) if all(words) else 0.0
@@ -109,16 +112,11 @@ class ReplyMetric(NamedTuple):
     """Called once an evaluation; None where another metric stands in for this one."""
 
 
-def _meteor(name: str) -> Meteor | None:
-    meteor = Meteor()
-    return meteor if meteor.name == name else None
-
-
 REPLY_METRICS = {
     "rouge1": ReplyMetric("ROUGE-1", lambda: rouge("rouge1")),
     "rougeL": ReplyMetric("ROUGE-L", lambda: rouge("rougeL")),
-    "meteor": ReplyMetric("METEOR", lambda: _meteor("meteor")),
-    "meteor_exact_stem": ReplyMetric("METEOR, exact and stem only", lambda: _meteor("meteor_exact_stem")),
+    "meteor": ReplyMetric("METEOR", lambda: Meteor().named("meteor")),
+    "meteor_exact_stem": ReplyMetric("METEOR, exact and stem only", lambda: Meteor().named("meteor_exact_stem")),
 }
 
 

@@ -31,16 +31,6 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(getattr(text, "final_logit_softcapping", None), scale)
 
 
-class Output(NamedTuple):
-    """The output embedding, its transform, and what computes with it; the names are the op's."""
-
-    lm_head: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    softcap: float | None
-    logit_scale: float
-    backend: str
-
-
 class FactualPass(NamedTuple):
     """The loss, 0-d, and per response token, each (N,) and detached:"""
 
@@ -51,12 +41,15 @@ class FactualPass(NamedTuple):
     token_weight: Tensor  # after the clip and the normalisation
 
 
-def answer(call: HeadCall, hidden: Tensor, output: Output) -> FactualPass | Measured:
-    """What `call` asks of the (N, D) hidden states of the response tokens."""
-    return _loss(call, hidden, output) if call.loss else _measured(call, hidden, output)
+def answer(call: HeadCall, hidden: Tensor, **head: Any) -> FactualPass | Measured:
+    """What `call` asks of the (N, D) hidden states of the response tokens.
+
+    head: lm_head, bias, softcap, logit_scale, backend, as the op takes them.
+    """
+    return _loss(call, hidden, head) if call.loss else _measured(call, hidden, head)
 
 
-def _loss(call: HeadCall, hidden: Tensor, output: Output) -> FactualPass:
+def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> FactualPass:
     weighting, signal, logp_cf = call.weighting, call.signal, None
     contrast = weighting.contrast if signal is None else None
     weights: dict[str, Any]
@@ -67,10 +60,10 @@ def _loss(call: HeadCall, hidden: Tensor, output: Output) -> FactualPass:
         if weighting.signal is None:
             signal = torch.ones_like(call.target, dtype=torch.float32)
         elif signal is None:
-            _, logp_cf, signal, _ = _measured(call, hidden, output)
+            _, logp_cf, signal, _ = _measured(call, hidden, head)
         weights = {"token_weight": weighting.weight(signal)}
     loss, stats = fused_perce_loss(
-        hidden, target=call.target, **output._asdict(), **weights, normalize=call.normalize, seq_id=call.seq_id,
+        hidden, target=call.target, **head, **weights, normalize=call.normalize, seq_id=call.seq_id,
         num_items=call.num_items, return_stats=True,
     )  # fmt: skip
     if signal is None:
@@ -79,8 +72,8 @@ def _loss(call: HeadCall, hidden: Tensor, output: Output) -> FactualPass:
 
 
 @torch.no_grad()
-def _measured(call: HeadCall, hidden: Tensor, output: Output) -> Measured:
-    options: dict[str, Any] = {"target": call.target, **output._asdict()}
+def _measured(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
+    options = {"target": call.target, **head}
     wants_entropy = call.entropy or "entropy" in call.weighting.needs
     found: Any = token_logprobs(hidden, return_entropy=wants_entropy, **options)
     logp, entropy = found if wants_entropy else (found, None)

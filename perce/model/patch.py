@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from perce.errors import UserError
-from perce.model.head import LogitTransform, Output, answer, logit_transform
+from perce.model.head import LogitTransform, answer, logit_transform
 from perce.model.prefill import hidden_after_prefix
 from perce.model.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids, unwrapped
 from perce.objectives import HeadCall
@@ -79,8 +79,8 @@ def _patch_head(head: Any, transform: LogitTransform) -> None:
     def forward(self, hidden: Tensor, perce: HeadCall | None = None):
         if perce is None:
             return own_forward(self, hidden)
-        output = Output(self.weight, self.bias, transform.softcap, transform.logit_scale, self.perce_backend)
-        return answer(perce, hidden, output)
+        own = {"lm_head": self.weight, "bias": self.bias, "backend": self.perce_backend}
+        return answer(perce, hidden, **own, **vars(transform))
 
     head.forward = types.MethodType(forward, head)
     head.perce_backend = "auto"

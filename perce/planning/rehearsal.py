@@ -29,7 +29,7 @@ from transformers import masking_utils
 import perce_kernels.loss
 from perce.config.schema import MemoryConfig, ModelConfig
 from perce.errors import UserError, first_line, in_one_line
-from perce.model.head import Output, answer, logit_transform
+from perce.model.head import answer, logit_transform
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
 from perce.model.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
@@ -257,9 +257,8 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         states = factual()
         live.enter("head")
         backend = "reference" if setup.model.backend == "reference" else "torch"
-        output = Output(head.weight, head.bias, transform.softcap, transform.logit_scale, backend)
         call = HeadCall(rows, shape.objective.weighting(), hidden_cf, signal, num_items=1)
-        loss = answer(call, states, output)[0]
+        loss = answer(call, states, lm_head=head.weight, bias=head.bias, backend=backend, **vars(transform))[0]
     del states, hidden_cf, call
     live.enter("last layer")
     loss.backward()

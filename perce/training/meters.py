@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from perce.config.schema import LossConfig, objective_of
+from perce.config.schema import LossConfig
 
 MIB = 2**20
 
@@ -98,10 +98,9 @@ class Window:
         if not count:
             return {}
         means = {name: value / count for name, value in zip(self.NAMES[2:], sums, strict=True)}
-        objective = objective_of(loss.objective)
-        if objective.signal is None:
+        if loss.entry.signal is None:
             means = {"ce": means["ce"]}
-        elif not objective.counterfactual:
+        elif not loss.entry.counterfactual:
             del means["pir_mean"]
         return means | {"tokens_per_second": tokens / max(self.seconds, 1e-9)}
 

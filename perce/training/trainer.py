@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from perce.config.schema import objective_of
 from perce.data.batch import Batch, collate
 from perce.data.dataset import rows_dataset_pairs
 from perce.hub import load_pretrained, load_tokenizer
@@ -28,7 +27,7 @@ from perce.model.memory import prepare_memory
 from perce.model.passes import TokenStatistics, counterfactual_hidden, factual, measured, token_statistics
 from perce.model.patch import prepare_model
 from perce.model.probe import check_packing, evaluating
-from perce.objectives import HeadCall, Measured, Objective
+from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
 from perce.training.checkpoints import resume_point, save_whole
 from perce.training.checks import check_context, check_hooks, check_sharding, check_vocabulary, warn_of_dropout
@@ -110,7 +109,7 @@ class PerceTrainer(Trainer):
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
         self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
-        if args.loss.estimate == "online" and self._objective.counterfactual:
+        if args.loss.estimate == "online" and self.args.loss.entry.counterfactual:
             warn_of_dropout(prepared)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -144,7 +143,7 @@ class PerceTrainer(Trainer):
     ) -> Any:
         loss = self.args.loss.at(self._progress)
         per_sequence = loss.normalize == "sequence"  # "batch": see StepNormalizer
-        known = next(self._over_step) if self._objective.over_step else self._known(inputs)
+        known = next(self._over_step) if self.args.loss.entry.over_step else self._known(inputs)
         call = HeadCall(
             inputs["target"], loss.weighting, signal=known and known.signal, num_items=num_items_in_batch,
             hidden_cf=None if known else self._counterfactual(model, inputs),
@@ -160,10 +159,6 @@ class PerceTrainer(Trainer):
         return (value, done[1:]) if return_outputs else value
 
     @property
-    def _objective(self) -> Objective:
-        return objective_of(self.args.loss.objective)
-
-    @property
     def _progress(self) -> float:
         """From 0 at the first step of the run to 1 at the last."""
         return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
@@ -174,7 +169,7 @@ class PerceTrainer(Trainer):
 
     def _counterfactual(self, model: nn.Module, inputs: Batch) -> Tensor | None:
         """The online E-step, of which the head does the rest: hidden states without the persona, where they matter."""
-        if not self._objective.counterfactual:
+        if not self.args.loss.entry.counterfactual:
             return None
         with self.estimation_clock.measure():
             return counterfactual_hidden(model, inputs)
@@ -185,7 +180,7 @@ class PerceTrainer(Trainer):
         with evaluating(model), self.estimation_clock.measure(), self.compute_loss_context_manager():
             return measured(
                 model, self._prepare_inputs(inputs), self.args.loss.weighting,
-                counterfactual=self._objective.counterfactual, detach_persona=self._detach_persona,
+                counterfactual=self.args.loss.entry.counterfactual, detach_persona=self._detach_persona,
             )  # fmt: skip
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -219,7 +214,7 @@ class PerceTrainer(Trainer):
         """Response tokens of the whole accumulation window, over all ranks; called once, where a step begins."""
         if self._normalizer:
             self._normalizer.begin()
-        if of_step := self._objective.over_step:
+        if of_step := self.args.loss.entry.over_step:
             self._window.start()
             found = [self._known(batch) or self._estimated(batch) for batch in batch_samples]
             seed = self.args.seed * 1_000_003 + self.state.global_step

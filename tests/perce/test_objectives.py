@@ -18,6 +18,7 @@ from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS, Signal, TokenWeigh
 from perce.planning.plans import step_cost
 from perce.score import main as score
 from perce.train import main as train
+from tests.helpers import ROOT
 from tests.helpers.models import TOKENIZER, K, S, documents
 from tests.helpers.plans import FULL, SHORT
 from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, write_jsonl
@@ -244,7 +245,23 @@ def test_dealing_out_keeps_the_values_and_depends_on_the_seed_alone():
 
 def test_what_a_signal_needs_is_what_its_function_takes():
     assert TokenWeighting(Signal("", lambda entropy, logp: entropy), 0, 1).needs == {"entropy", "logp"}
-    assert {name for name, x in OBJECTIVES.items() if x.counterfactual} == {"perce", "longce", "nextquill", "random"}
+    assert [OBJECTIVES[name].counterfactual for name in ("perce", "nextquill", "dft", "ce")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+@ALL
+def test_the_table_of_objectives_has_its_row(name):
+    objective = OBJECTIVES[name]
+    clip = f"{objective.clip[0]:g}, {objective.clip[1]:g}" if objective.signal else ""
+    data = "both" if len(objective.takes) > 1 else {PERSONAS: "personas", DOCUMENTS: "documents"}[objective.takes[0]]
+    passes = 1 + objective.counterfactual + (objective.over_step is not None)
+    table = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
+    row = next((line for line in table.splitlines() if line.startswith(f"| `{name}` |")), "")
+    assert [cell.strip() for cell in row.split("|")][3:-1] == [clip, data, str(passes), str(objective.products)]
 
 
 def test_an_e_step_over_a_step_knows_a_persona_without_a_gradient(tmp_path):
