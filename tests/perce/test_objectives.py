@@ -184,7 +184,8 @@ def test_every_command_knows_it(tmp_path, model, name, capsys):
     training = [*flags, f"--data={data}", f"--output_dir={tmp_path / 'run'}", "--short_context=16", "--short_stride=8"]
     assert train([*training, "--max_steps=1", "--eval_examples=2"]) == 0
     out = capsys.readouterr().out
-    assert f"{name} objective" in out and ("counterfactual pass" in out or not objective.counterfactual)
+    assert f"{name} objective" in out
+    assert ("counterfactual pass" in out) == (objective.counterfactual and objective.over_step is None)
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     entry = next(entry for entry in log if "loss" in entry)
     assert ("weight_mean" in entry) == (objective.signal is not None)

@@ -51,6 +51,19 @@ def test_flags_that_exclude_each_other(train):
     fails(train("--tokens_per_batch=99", "--streaming"), "--streaming, --tokens_per_batch", "read the data whole")
 
 
+def test_the_clip_of_one_objective_is_not_anothers(train, tmp_path, capsys):
+    """A run's options, taken for another objective: what was left open stays open."""
+    assert train()[0] == 0
+    config, _ = parse_args(["--config", str(tmp_path / "run" / "config.yaml"), "--objective", "longce"], {})
+    weighting = config.loss.weighting
+    assert (weighting.signal.name, weighting.clip_min, weighting.clip_max) == ("exp(PIR)", 0.0, 5.0)
+    for name, clip in (("dft", (0.0, 1.0)), ("ce", (0.8, 5.0))):
+        config, _ = parse_args(["--config", str(tmp_path / "run" / "config.yaml"), "--objective", name], {})
+        assert (config.loss.weighting.clip_min, config.loss.weighting.clip_max) == clip
+    asked, _ = parse_args(["--config", str(tmp_path / "run" / "config.yaml"), "--clip_min", "0.3"], {})
+    assert (asked.loss.weighting.clip_min, asked.loss.weighting.clip_max) == (0.3, 5.0)
+
+
 def test_yaml(train, tmp_path, model, data, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("learning_rate: 1e-5\nclip_min: 0.5\nload_in_4bit: false\nweight_decay: 1e-2\n")

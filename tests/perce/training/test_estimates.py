@@ -92,7 +92,10 @@ def test_changed_data_and_lost_estimates_are_refused(tmp_path):
         trainer_for(model_for("full"), args, PAIRS[:10]).train(resume_from_checkpoint=str(checkpoint))
 
     with pytest.raises(UserError, match="a vocabulary of 400, and this one has 401"):
-        Estimates.load(checkpoint, Dataset.from_list(PAIRS), 401)
+        Estimates.load(checkpoint, Dataset.from_list(PAIRS), 401, "PIR")
+    other = arguments(tmp_path, max_steps=2, loss=LossConfig("dft", estimate="frozen"))
+    with pytest.raises(UserError, match="they are PIR, and this objective's weights come from p"):
+        trainer_for(model_for("full"), other).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / FILE).write_bytes(b"half")
     with pytest.raises(UserError, match="the token weights of this run cannot be read"):
         trainer_for(model_for("full"), args).train(resume_from_checkpoint=str(checkpoint))
