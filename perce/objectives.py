@@ -55,7 +55,7 @@ class TokenWeighting:
     @property
     def contrast(self) -> str | None:
         """The op's own name of this signal; None where it has none."""
-        return next((name for name, signal in CONTRASTS.items() if signal is self.signal), None)
+        return next((name for name, signal in CONTRASTS.items() if signal == self.signal), None)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -81,6 +81,9 @@ class TokenWeighting:
     def signal_name(self) -> str:
         return self.signal.name if self.signal else "1"
 
+    def __str__(self) -> str:
+        return f"{self.signal_name} clipped to {self.clip_min:g} … {self.clip_max:g}" if self.signal else "1"
+
 
 @dataclass(frozen=True)
 class HeadCall:
@@ -92,7 +95,7 @@ class HeadCall:
     hidden_cf: Tensor | None = None  # (N, D) hidden states without the persona
     signal: Tensor | None = None  # (N,) known from an earlier pass: none is computed
     loss: bool = True
-    entropy: bool = False  # measured though the signal does not need it; without a loss
+    entropy: bool = False  # beside what the signal needs; where there is no loss
     normalize: str = "none"  # this and below as fused_perce_loss has it
     seq_id: Tensor | None = None
     num_items: Tensor | int | None = None
@@ -112,21 +115,24 @@ class Objective:
     over_step: Callable[[Tensor, int], Tensor] | None = None
 
     @property
-    def line(self) -> str:
-        """Of --help."""
-        clipped = f"{self.signal.name}, clipped to {self.clip[0]:g} … {self.clip[1]:g}" if self.signal else "1"
-        return f"{self.name}: {self.help} [{clipped}{f'; {self.takes[0]}' if len(self.takes) == 1 else ''}]"
-
-    @property
     def counterfactual(self) -> bool:
         """Whether a step has a pass without the persona."""
         return "logp_cf" in self.weighting().needs
 
     @property
+    def fused(self) -> bool:
+        """Whether the op contrasts both passes itself."""
+        return self.weighting().contrast is not None and self.over_step is None
+
+    @property
     def products(self) -> int:
         """Products of (N, D) and (D, V), 2·N·D·V operations each, that a step has more than one of cross-entropy."""
-        in_the_op = self.weighting().contrast is not None and self.over_step is None
-        return self.counterfactual + (self.signal is not None and not in_the_op)
+        return self.counterfactual + (self.signal is not None and not self.fused)
+
+    @property
+    def cost(self) -> str:
+        """What takes a step longer than one of cross-entropy, in words."""
+        return "counterfactual pass" if self.counterfactual and not self.over_step else "token weights"
 
     def weighting(
         self, contrast: str | None = None, clip_min: float | None = None, clip_max: float | None = None
@@ -141,31 +147,29 @@ def permuted(signal: Tensor, seed: int) -> Tensor:
     """The same values dealt to other tokens at random."""
     import torch
 
-    order = torch.randperm(len(signal), generator=torch.Generator().manual_seed(seed))
-    return signal[order.to(signal.device)]
+    return signal[torch.randperm(len(signal), generator=torch.Generator().manual_seed(seed))]
 
 
 def _preferred(logp: Tensor, logp_cf: Tensor) -> Tensor:
     return logp.new_full((), 0.9).where(logp.exp() - logp_cf.exp() > 0.05, 0.1)
 
 
-_LOSS, _ENTROPY = Signal("−log p", lambda logp: -logp), Signal("entropy", lambda entropy: entropy)
 _ENTRIES = (
-    Objective("perce", "PerCE", "tokens count as the persona makes them likelier; the paper's (arXiv 2603.06595)",
+    Objective("perce", "PerCE", "a token counts by how much likelier the persona makes it (arXiv 2603.06595)",
               PIR, clip=(0.8, 5.0), takes=(PERSONAS,)),
-    Objective("ce", "CE", "all tokens count alike: plain cross-entropy, to compare with",
+    Objective("ce", "CE", "plain cross-entropy, to compare with: every token counts the same",
               signal=None, clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
     Objective("lossce", "LossCE", "tokens with a high loss count more; a baseline of the paper, after Rho-1",
-              _LOSS, clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
+              Signal("−log p", lambda logp: -logp), clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
     Objective("entce", "EntCE", "tokens at uncertain places count more; a baseline of the paper",
-              _ENTROPY, clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
-    Objective("longce", "LongCE", "for documents: tokens count as the long context makes them likelier (2410.23771)",
+              Signal("entropy", lambda entropy: entropy), clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
+    Objective("longce", "LongCE", "a token counts by how much likelier the long context makes it (arXiv 2410.23771)",
               RATIO, clip=(0.0, 5.0), takes=(DOCUMENTS,)),
-    Objective("dft", "DFT", "likely tokens count more, which keeps the model close to what it was (2508.05629)",
+    Objective("dft", "DFT", "likely tokens count more, so that the model stays close to what it was (arXiv 2508.05629)",
               Signal("p", lambda logp: logp.exp()), clip=(0.0, 1.0), takes=(PERSONAS, DOCUMENTS)),
-    Objective("nextquill", "NextQuill", "0.9 where the persona raises p by more than 0.05, else 0.1 (2506.02368)",
+    Objective("nextquill", "NextQuill", "0.9 where the persona raises p by more than 0.05, else 0.1 (arXiv 2506.02368)",
               Signal("preference (0.9 or 0.1)", _preferred), clip=(0.1, 0.9), takes=(PERSONAS,)),
-    Objective("random", "random", "PerCE's weights dealt to the tokens of a step at random: whether it matters which",
+    Objective("random", "random", "a control: PerCE's weights, permuted over the tokens of each step",
               PIR, clip=(0.8, 5.0), takes=(PERSONAS,), over_step=permuted),
 )  # fmt: skip
 OBJECTIVES = {objective.name: objective for objective in _ENTRIES}

@@ -25,8 +25,9 @@ def run(options: ScoreOptions) -> None:
     from perce.measuring.scores import scored
 
     subject = load_subject(options, "score")
-    facts = {name: getattr(score, name) for name in ("labels", "objective", "clip_min", "clip_max", "contrast")}
-    facts |= {"sample": options.examples.sample}
+    weighting = score.weighting.reported
+    facts = {"labels": score.labels, "signal": weighting.signal_name, "sample": options.examples.sample}
+    facts |= {"clip_min": weighting.clip_min, "clip_max": weighting.clip_max}
     file = RecordFile(Path(score.jsonl).expanduser() if score.jsonl else None, subject.facts | facts)
     shown: list[Any] = list(islice(subject.examples, max(score.shown, score.terminal, 1)))
     print_tokens(file.records[: score.terminal], options)

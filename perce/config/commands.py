@@ -81,8 +81,8 @@ def is_training_option(name: str) -> bool:
 
 SCORE: Command[ScoreOptions] = Command(
     "python -m perce.score",
-    "Score every token of the replies with PerContrast: its log-probability with the persona and without it. Without "
-    "arguments: the default model on the built-in test examples, in the terminal.",
+    "Score every token of the replies with PerContrast, its log-probability with the persona and without it, and with "
+    "the weight it has. Without arguments: the default model on the built-in test examples, in the terminal.",
     ScoreOptions,
     passes_over=is_training_option,
 )

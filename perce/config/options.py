@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -135,9 +136,7 @@ class Command(Generic[Chosen]):
         return UserError(f"{name}: unknown option.{hint} `--help` lists{others}.")
 
     def _parser(self) -> argparse.ArgumentParser:
-        parser = _Parser(
-            prog=self.prog, description=self.description, allow_abbrev=False, formatter_class=_LineByLine
-        )  # fmt: skip
+        parser = _Parser(self.prog, None, self.description, formatter_class=_LineByLine, allow_abbrev=False)
         if self.extra:
             parser.epilog = f"Any other {self.extra} can be given by its own name, such as --weight_decay 0.1."
         parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
@@ -191,11 +190,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _LineByLine(argparse.HelpFormatter):
-    """Help of several lines stays so."""
+    """Help of several lines stays so; what does not fit on one goes on indented."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        split = super()._split_lines
-        return [line for part in text.splitlines() for line in split(part, width)]
+        lines, indent = text.splitlines(), "  " if "\n" in text else ""
+        return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent=indent)]
 
 
 def _written(value: Any) -> str:

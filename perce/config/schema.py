@@ -20,8 +20,10 @@ BACKEND = (
     "what computes losses and log-probabilities; reference: with all logits of the response in memory; auto: what "
     "PERCE_BACKEND in the environment says, else triton on a GPU that it supports and torch elsewhere"
 )
-OBJECTIVE = "\n".join(["what a token's weight comes from:", *(entry.line for entry in OBJECTIVES.values())])
-OBJECTIVE_NAMES = "|".join(OBJECTIVES)
+OBJECTIVE_HELP = "what tokens are weighted by, for which rows:\n" + "\n".join(
+    f"{x.name}: {x.help} [{x.weighting()}; {' or '.join(x.takes)}]" for x in OBJECTIVES.values()
+)
+OBJECTIVE = _option("perce", OBJECTIVE_HELP, "|".join(OBJECTIVES))
 
 
 def objective_of(name: str) -> Objective:
@@ -112,22 +114,19 @@ class DataConfig:
 class WeightingConfig:
     """How tokens are weighted: what train and score share. Left open, clip and contrast are the objective's own."""
 
-    objective: str = _option("perce", OBJECTIVE, OBJECTIVE_NAMES)
-    clip_min: float = _option(None, "lower bound m of a token's weight; default: the objective's")
-    clip_max: float = _option(None, "upper bound M of a token's weight; default: the objective's")
+    objective: str = OBJECTIVE
+    clip_min: float | None = _option(None, "lower bound m of a token's weight; default: the objective's")
+    clip_max: float | None = _option(None, "upper bound M of a token's weight; default: the objective's")
     contrast: Literal["log", "ratio"] | None = _option(
         None, "weight = clip(PIR), or clip(exp(PIR)); default: log; ratio for longce; the other objectives have none"
     )
 
     def __post_init__(self) -> None:
-        own = self.entry.weighting()
-        for name in ("clip_min", "clip_max", "contrast"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(own, name))
-        valid = 0 <= self.clip_min <= self.clip_max < float("inf")
-        _require(valid, "clip_min, clip_max", "finite numbers, 0 <= min <= max", (self.clip_min, self.clip_max))
-        fits = own.contrast is not None or self.contrast is None
-        _require(fits, "contrast", f"none with --objective {self.objective}, which contrasts nothing", self.contrast)
+        own, low, high = self.entry.weighting(), self.weighting.clip_min, self.weighting.clip_max
+        expected = f"finite numbers, 0 <= min <= max ({self.objective}'s own: {own.clip_min:g}, {own.clip_max:g})"
+        _require(0 <= low <= high < float("inf"), "clip_min, clip_max", expected, (low, high))
+        expected = f"none with --objective {self.objective}, which contrasts nothing"
+        _require(not self.contrast or own.contrast is not None, "contrast", expected, self.contrast)
 
     @property
     def entry(self) -> Objective:
@@ -172,7 +171,7 @@ class LossConfig(WeightingConfig):
         if self.clip_schedule == "constant":
             return self
         share = progress if self.clip_schedule == "rising" else 1 - progress
-        low, high = (share * bound + (1 - share) for bound in (self.clip_min, self.clip_max))
+        low, high = (share * bound + (1 - share) for bound in (self.weighting.clip_min, self.weighting.clip_max))
         return replace(self, clip_min=low, clip_max=high)
 
 
@@ -338,19 +337,17 @@ MEMORY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10*
 class StepConfig:
     """The step that is planned. Names that `python -m perce.train` has too mean the same."""
 
-    context: int = _option(
-        4096,
-        "tokens of a factual sequence: persona, query and response; or of a document, where the objective is for them",
-    )
+    context: int = _option(4096, "tokens of a factual sequence: persona, query and response; longce: of a document")
     query: int = _option(128, "tokens of it that the counterfactual prompt keeps: chat template, query")
     response: int = _option(512, "tokens of it that are the response")
     per_device_train_batch_size: int = _option(1, "sequences per forward pass")
     gradient_accumulation_steps: int | None = _option(
         None, "forward passes per optimiser step; default: as many as give 8 sequences per device"
     )
-    objective: str = _option("perce", OBJECTIVE, OBJECTIVE_NAMES)
+    objective: str = OBJECTIVE
     estimate: Literal["online", "epoch", "frozen"] = _option(
-        "online", "when weights are estimated; apart from the steps (epoch, frozen), a step is one of cross-entropy"
+        "online",
+        "when weights are estimated; with epoch or frozen before the steps, which then cost as much as with ce",
     )
     short_context: int = _option(4096, "longce: tokens of the short context")
     short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context")

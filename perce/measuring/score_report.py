@@ -27,18 +27,22 @@ def means(records: Records, options: ScoreOptions) -> dict[str, float]:
     logp, logp_cf, pir, weight = (
         np.concatenate([record[name] for record in records]) for name in ("logp", "logp_cf", "pir", "weight")
     )
-    signal = _signal(records)
+    signal, (low, high) = _signal(records), _clip(options)
     return {
         "examples": len(records), "tokens": len(logp), "loss_with_persona": float(-logp.mean()),
         "loss_without_persona": float(-logp_cf.mean()), "pir_mean": float(pir.mean()),
-        "weight_mean": float(weight.mean()), "frac_at_floor": float((signal <= options.score.clip_min).mean()),
-        "frac_at_ceiling": float((signal >= options.score.clip_max).mean()),
+        "weight_mean": float(weight.mean()), "frac_at_floor": float((signal <= low).mean()),
+        "frac_at_ceiling": float((signal >= high).mean()),
     }  # fmt: skip
 
 
 def _signal(records: Records) -> np.ndarray:
     """What the clip acted on; in fp32, as it did."""
     return np.concatenate([np.asarray(record["signal"], dtype=np.float32) for record in records])
+
+
+def _clip(options: ScoreOptions) -> tuple[float, float]:
+    return options.score.weighting.clip_min, options.score.weighting.clip_max
 
 
 def _lines(m: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -57,7 +61,7 @@ def print_tokens(records: Records, options: ScoreOptions) -> None:
 
     console = Console(highlight=False)
     for record in records:
-        text = terminal_text(_tokens(record), (options.score.clip_min, options.score.clip_max))
+        text = terminal_text(_tokens(record), _clip(options))
         console.print(f"{record['source']}  {record['user_id'] or ''}".rstrip(), style="dim")
         console.print(text, "", sep="\n")
 
@@ -77,7 +81,7 @@ def write_summary(path: Path, records: Records, found: Identified | None, option
     score, model = options.score, options.model
     content: dict[str, Any] = {
         "model": model.model or "default", "data": options.data.data or "built-in",
-        "objective": score.objective, "clip": [score.clip_min, score.clip_max], "contrast": score.contrast,
+        "objective": score.objective, "signal": score.weighting.reported.signal_name, "clip": _clip(options),
         **means(records, options),
     }  # fmt: skip
     if found:
@@ -95,7 +99,7 @@ def write_report(
     split: str,
 ) -> None:
     """The HTML page: means, histogram, most personal tokens, token identification, and the first responses."""
-    clip, found_means = (options.score.clip_min, options.score.clip_max), means(records, options)
+    clip, found_means = _clip(options), means(records, options)
     responses = [
         ScoredResponse(
             persona=tuple(examples[record["example"]].persona[i] for i in record["passages"]),
@@ -128,7 +132,7 @@ def _tokens(record: dict[str, Any]) -> list[ScoredToken]:
 def _histogram(records: Records, clip: tuple[float, float], name: str, found: Mapping[str, float]) -> Histogram:
     """Of what the clip acted on, in bins that the clip's ends fall on the edges of."""
     signal = _signal(records)
-    width = (clip[1] - clip[0]) / BINS or 0.2
+    width = (min(clip[1], max(signal.max(), clip[0])) - clip[0]) / BINS or 0.2
     below = min(int(np.ceil(max(clip[0] - signal.min(), 0) / width)), BINS_BELOW)
     edges = clip[0] + width * np.arange(-below, BINS + BINS_ABOVE + 1)
     counts, _ = np.histogram(np.clip(signal, edges[0], edges[-1]), edges)

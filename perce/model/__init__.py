@@ -1,6 +1,7 @@
 """A causal language model that returns what PerCE needs.
 
 loading    precision, attention, LoRA, 4-bit bases   patch     the head and the model's own forward, taught PerCE
-passes     the two forward passes of a batch         prefill   the persona as keys and values, without a gradient
-memory     MLPs in tiles, checkpointing, positions   probe     running a model beside its training, on a few tokens
+passes     the two forward passes of a batch         head      what the head computes of them: a loss, or statistics
+prefill    the persona's keys and values, no grad    memory    MLPs in tiles, checkpointing, positions
+probe      running a model beside its training, on a few tokens
 """

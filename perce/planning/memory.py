@@ -149,6 +149,7 @@ def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, dev
     trained_bytes = 4 * counts.trained
     nothing = {"activations": 0, "working set": 0, "loss buffers": 0}
     phases[UPDATE] = resident | {"gradients": trained_bytes // shares} | nothing
+    holds_cf = bool(shape.tokens_cf and not shape.objective.over_step)
     not_held = {"of all tokens": shape.batch * shape.tokens * counts.vocabulary * 4}
     if setup.model.backend != "reference":
         not_held = {"of the response tokens": shape.rows * counts.vocabulary * 4} | not_held
@@ -160,7 +161,7 @@ def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, dev
         mlp=max((size for name, size in rehearsed.parts.items() if "mlp" in name or "feed" in name), default=0),
         offloaded=rehearsed.offloaded,
         # Those of the counterfactual pass leave autocast's wrapper in fp32.
-        hidden_rows=shape.rows * counts.hidden * ((2 if setup.low_precision else 4) + 4 * bool(shape.tokens_cf)),
+        hidden_rows=shape.rows * counts.hidden * ((2 if setup.low_precision else 4) + 4 * holds_cf),
         logits_not_held=not_held,
     )
 
@@ -187,7 +188,7 @@ def loss_buffers(config: Any, setup: Setup, shape: StepShape, counts: Counts, de
         return 0
     n, d, v = shape.rows, counts.hidden, counts.vocabulary
     softcap = logit_transform(config).softcap is not None
-    passes = 2 if shape.tokens_cf else 1
+    passes = 1 + shape.objective.fused
     if backend == "triton" or (backend == "auto" and device == "cuda"):
         return _gpu_loss_buffers(n, d, v, 2 if setup.low_precision else 4, passes, counts)
     buffers = 1 + softcap

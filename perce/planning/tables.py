@@ -33,6 +33,7 @@ def _header(plan: Plan) -> list[str]:
     tokens = f"{persona:,} persona, {step.query:,} query, {step.response:,} response"
     if step.of_documents:
         tokens = f"documents; short contexts of {step.short_context:,} tokens"
+    estimate = "" if step.estimate == "online" else f", weights estimated {step.estimate}"
     changed = [f.name for f in fields(memory) if getattr(memory, f.name) != f.default]
     settings = "".join(f", {name} {str(getattr(memory, name)).lower()}" for name in changed)
     name = options.model.model or "SmolLM2-135M-Instruct (default)"
@@ -40,7 +41,7 @@ def _header(plan: Plan) -> list[str]:
         f"model  {name}: {counts.parameters / 1e6:,.1f} M parameters, "
         f"{counts.trained / 1e6:,.1f} M trained ({method}), {plan.precision} arithmetic",
         f"step   {step.forwards} forwards of {step.per_device_train_batch_size} × {step.context:,} tokens "
-        f"({tokens}), {step.objective} objective, "
+        f"({tokens}), {step.objective} objective{estimate}, "
         f"activation checkpointing {'on' if step.activation_checkpointing else 'off'}{settings}",
         f"device {plan.device}{f' × {step.devices}, sharding {step.sharding}' if step.devices > 1 else ''}"
         f"{'' if backend == 'auto' else f', backend {backend}'}",
@@ -95,8 +96,7 @@ def _times(plan: Plan) -> Table:
     else:
         rows.append(("takes at least", "give the device's rate with --tflops: there is none here to measure"))
     if (computed := plan.options.step.computed).products:
-        what = "counterfactual pass" if computed.counterfactual else "token weights"
-        rows.append((what, f"{flops.overhead:.1%} on top of a cross-entropy step"))
+        rows.append((computed.cost, f"{flops.overhead:.1%} on top of a cross-entropy step"))
     return facts(rows)
 
 

@@ -1,6 +1,6 @@
 """Token heat maps, as one HTML page and in the terminal: the one renderer of the commands.
 
-A token is tinted by its weight, clip(PIR, clip_min, clip_max): no tint at the floor, full tint and an underline at
+A token is tinted by its weight, a signal (PIR, say) under a clip: no tint at the floor, full tint and an underline at
 the ceiling. The HTML is one file without scripts. Text from data is escaped, and control characters are shown as
 symbols, so that neither a page nor a terminal can be steered by what a model or a user wrote.
 """
@@ -195,9 +195,8 @@ def _legend(clip: tuple[float, float], signal: str) -> str:
     clip_min, clip_max = clip
     return f"""<section class="legend" aria-label="Colour scale">
 <div class="scale"><b class="label">Token weight</b> {clip_min:g} <i></i> {clip_max:g}</div>
-<p>PIR is a token's log-probability with the persona minus without it.
-Weights are {_html(signal)} clipped to this scale:
-no tint is the floor, <span class="top">underlined</span> is the ceiling. Point at or tap a token for its numbers.</p>
+<p>PIR is a token's log-probability with the persona minus without it. Weights are {_html(signal)} clipped to this
+scale: no tint is the floor, <span class="top">underlined</span> is the ceiling. Point at or tap a token for more.</p>
 </section>"""
 
 

@@ -10,7 +10,7 @@ a resumed run goes on under the weights it had.
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Estimates:
     signal: Tensor  # (N,) fp32, what is clipped to the weight
     epoch: int
     vocabulary: int
+    of_signal: str  # its name
 
     def __post_init__(self) -> None:
         starts = torch.cat([self.length.new_zeros(1), self.length.cumsum(0)[:-1]])
@@ -53,12 +54,12 @@ class Estimates:
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
-        facts = {"epoch": self.epoch, "vocabulary": self.vocabulary}
+        facts = {"epoch": self.epoch, "vocabulary": self.vocabulary, "of_signal": self.of_signal}
         save_file({name: getattr(self, name) for name in TENSORS}, directory / FILE, {"perce": json.dumps(facts)})
 
     @classmethod
-    def load(cls, directory: Path, dataset: Any, vocabulary: int) -> "Estimates":
-        """The estimates of a checkpoint; UserError unless they are of this dataset and a model of this vocabulary."""
+    def load(cls, directory: Path, dataset: Any, vocabulary: int, of_signal: str) -> "Estimates":
+        """A checkpoint's; UserError unless they are of this dataset, signal, and a model of this vocabulary."""
         from safetensors import safe_open
 
         path = directory / FILE
@@ -75,6 +76,11 @@ class Estimates:
             raise UserError(
                 f"{path}: its weights were estimated by a model with a vocabulary of {estimates.vocabulary}, and this "
                 f"one has {vocabulary}. Resume with the model that the run began with, or start a new run."
+            )
+        if estimates.of_signal != of_signal:
+            raise UserError(
+                f"{path}: its weights cannot be used, for they are {estimates.of_signal}, and this objective's weights "
+                f"come from {of_signal}. Resume with the --objective and --contrast of the run, or start a new one."
             )
         now = response_keys(dataset)
         before = (estimates.example, estimates.length, estimates.response_crc)
@@ -122,6 +128,7 @@ def estimate(
     *,
     epoch: int,
     vocabulary: int,
+    of_signal: str,
 ) -> Estimates:
     """One E-step over `dataset`.
 
@@ -137,12 +144,12 @@ def estimate(
         of_row.update({row: list(tensors) for row, tensors in zip(rows, zip(*columns, strict=True), strict=True)})
     of_row = dict(gather(of_row))
     logp, logp_cf, signal = (torch.cat([of_row[row][i] for row in range(len(dataset))]) for i in range(3))
-    return Estimates(example, length, crc, logp, logp_cf, signal, epoch, vocabulary)
+    return Estimates(example, length, crc, logp, logp_cf, signal, epoch, vocabulary, of_signal)
 
 
 def over_step(
     found: Sequence[Measured], rearrange: Callable[[Tensor], Tensor], gather: Callable[[list], list], rank: int
-) -> Iterator[Measured]:  # fmt: skip
+) -> list[Measured]:  # fmt: skip
     """What was found of each of this process's forwards of a step, with other signals in place of its own.
 
     `rearrange` sees the signals of all processes in the order of the examples, whatever batches they were cut into:
@@ -151,5 +158,5 @@ def over_step(
     everybody = gather([[x.signal.cpu() for x in found]])
     in_order = [signal for forward in zip(*everybody, strict=True) for signal in forward]
     given = rearrange(torch.cat(in_order)).split([len(signal) for signal in in_order])
-    for mine, signal in zip(found, given[rank :: len(everybody)], strict=True):
-        yield mine._replace(signal=signal.to(mine.logp.device))
+    own = zip(found, given[rank :: len(everybody)], strict=True)
+    return [mine._replace(signal=signal.to(mine.logp.device)) for mine, signal in own]

@@ -83,10 +83,11 @@ class Window:
     ) -> None:
         """One forward's (N,) statistics; `signal` is what the clip acted on, counted at the bounds of `loss`: with a
         schedule not those of the step, or the shares would show the schedule."""
+        weighting = loss.weighting
         sums = torch.stack(
             [
                 tokens.to(logp), logp.new_tensor(logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),
-                (signal <= loss.clip_min).sum().to(logp), (signal >= loss.clip_max).sum().to(logp),
+                (signal <= weighting.clip_min).sum().to(logp), (signal >= weighting.clip_max).sum().to(logp),
             ]
         )  # fmt: skip
         wide = torch.float32 if sums.device.type == "mps" else torch.float64  # mps has no float64

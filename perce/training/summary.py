@@ -110,8 +110,6 @@ def describe_run(config: TrainOptions, model: nn.Module, args: TrainingArguments
     """What is about to be trained on what, and everything that was left out of the data."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weighting = config.loss.weighting
-    clip = f" ({weighting.signal_name} clipped to {weighting.clip_min:g} … {weighting.clip_max:g})"
     method = f"LoRA r {config.model.lora_r}" if config.model.lora_r else "all weights"
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     print(
@@ -129,8 +127,8 @@ def describe_run(config: TrainOptions, model: nn.Module, args: TrainingArguments
     tokens = config.run.tokens_per_batch
     forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
     print(
-        f"run    {args.output_dir}: {config.loss.objective} objective{clip * bool(weighting.signal)}, learning rate "
-        f"{args.learning_rate:g}, "
+        f"run    {args.output_dir}: {config.loss.objective} objective (weights: {config.loss.weighting}), "
+        f"learning rate {args.learning_rate:g}, "
         f"{forward} per forward pass × {args.gradient_accumulation_steps} passes per step"
         f"{f' × {args.world_size} processes' if args.world_size > 1 else ''}"
     )
@@ -208,14 +206,12 @@ def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progr
         old = before.get(f"eval_{name}")
         earlier = ("not evaluated", "") if old is None else (f"{old:.4f}", f"{new - old:+.4f}")
         losses.add_row(label, earlier[0], f"{new:.4f}", earlier[1])
-    rows, seconds = [], trainer.training_seconds
+    rows, seconds, loss = [], trainer.training_seconds, trainer.args.loss
     if seconds:
-        share = trainer.estimation_clock.seconds() / seconds
-        estimation = "counterfactual pass" if trainer.args.loss.estimate == "online" else "estimating the weights"
-        rows = [
-            ("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s per process"),
-            (estimation, f"{share:.1%} of the training time"),
-        ]
+        rows = [("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s per process")]
+    if seconds and (estimation := trainer.estimation_clock.seconds()):
+        what = loss.entry.cost if loss.estimate == "online" else "estimating the weights"
+        rows.append((what, f"{estimation / seconds:.1%} of the training time"))
     rows += [("left out", note) for note in left_out_of_stream(pairs, trainer.args)]
     rows.append(("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB"))
     files = {

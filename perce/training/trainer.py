@@ -6,7 +6,7 @@
 Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers, DDP) is the Trainer's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -101,7 +101,9 @@ class PerceTrainer(Trainer):
         self.estimation_clock = Clock(self.args.device)
         self._detach_persona = args.memory.persona_grad == "none"
         self.estimates: Estimates | None = None  # None: weights are estimated online
-        self._over_step: Iterator[Measured] = iter(())  # of a step's forwards, for objectives that look at all of them
+        self._over_step: list[
+            Measured
+        ] = []  # of the forwards to come of a step, for objectives that look at all of them
         if args.loss.estimate != "online":
             check_estimable(self.train_dataset, args.loss.estimate)
             self.add_callback(_EStep(self))
@@ -109,7 +111,7 @@ class PerceTrainer(Trainer):
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
         self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
-        if args.loss.estimate == "online" and self.args.loss.entry.counterfactual:
+        if args.loss.estimate == "online" and args.loss.entry.fused:
             warn_of_dropout(prepared)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -143,7 +145,10 @@ class PerceTrainer(Trainer):
     ) -> Any:
         loss = self.args.loss.at(self._progress)
         per_sequence = loss.normalize == "sequence"  # "batch": see StepNormalizer
-        known = next(self._over_step) if self.args.loss.entry.over_step else self._known(inputs)
+        assert self._over_step or not loss.entry.over_step, (
+            "weights that depend on a whole step are known in train() alone"
+        )
+        known = self._over_step.pop(0) if self._over_step else self._known(inputs)
         call = HeadCall(
             inputs["target"], loss.weighting, signal=known and known.signal, num_items=num_items_in_batch,
             hidden_cf=None if known else self._counterfactual(model, inputs),
@@ -196,7 +201,9 @@ class PerceTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = resume_point(Path(str(self.args.output_dir)))
         if resume_from_checkpoint and self.args.loss.estimate != "online":
-            self.estimates = Estimates.load(Path(resume_from_checkpoint), self.train_dataset, self._vocabulary)
+            self.estimates = Estimates.load(
+                Path(resume_from_checkpoint), self.train_dataset, self._vocabulary, self.args.loss.weighting.signal_name
+            )  # fmt: skip
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -250,18 +257,16 @@ class PerceTrainer(Trainer):
         order = sorted(range(len(dataset)), key=[len(ids) for ids in dataset["input_ids"]].__getitem__)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
 
-        def statistics(rows: Sequence[int]) -> Measured:
-            return self._estimated(self.data_collator([dataset[row] for row in rows]))
-
         self._window.start()
+        # The same number of forwards on every process, for those of sharded weights wait for each other: the first
+        # batch fills up.
+        ranks = self.args.world_size
+        dealt = batches + batches[:1] * (-len(batches) % ranks)
+        share = dealt[self.args.process_index :: ranks]
         with self.estimation_clock.measure():
-            # The same number of forwards on every process, for those of sharded weights wait for each other: the first
-            # batch fills up.
-            ranks = self.args.world_size
-            dealt = batches + batches[:1] * (-len(batches) % ranks)
-            share = dealt[self.args.process_index :: ranks]
             self.estimates = estimate(
-                dataset, share, statistics, _gather_dicts, epoch=epoch, vocabulary=self._vocabulary
+                dataset, share, lambda rows: self._estimated(self.data_collator([dataset[row] for row in rows])),
+                _gather_dicts, epoch=epoch, vocabulary=self._vocabulary, of_signal=self.args.loss.weighting.signal_name,
             )  # fmt: skip
 
     @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times

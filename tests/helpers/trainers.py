@@ -73,15 +73,15 @@ def pir(logp, logp_cf, entropy):
 
 def plain_loss(model, pairs, loss, formula=pir, step=0):
     """−Σ w·logp / n with w = clip(formula(logp, logp_cf, entropy)) over the tokens of a step; formula "1": plain
-    cross-entropy."""
+    cross-entropy; a pair: and then what (signals, seed of the step) become."""
     logp, logp_cf, entropy = map(torch.cat, zip(*(plain_statistics(model, pair) for pair in pairs), strict=True))
     if formula == "1":
         return -logp.mean()
+    formula, *rearrange = formula if isinstance(formula, tuple) else (formula,)
     signal = formula(logp.detach(), logp_cf, entropy)
-    if loss.objective == "random":
-        seed = 42 * 1_000_003 + step  # of the run, and of the step
-        signal = signal[torch.randperm(len(signal), generator=torch.Generator().manual_seed(seed))]
-    weight = signal.clamp(loss.clip_min, loss.clip_max)
+    for over_step in rearrange:
+        signal = over_step(signal, 42 * 1_000_003 + step)  # of the run's seed, and the step
+    weight = signal.clamp(loss.weighting.clip_min, loss.weighting.clip_max)
     return -(weight * logp).sum() / (weight.sum() if loss.normalize == "batch" else len(logp))
 
 

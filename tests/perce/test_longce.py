@@ -75,12 +75,13 @@ def test_a_document_shorter_than_the_short_context_has_weights_of_one():
 
 
 def test_defaults_follow_the_objective_unless_given():
-    assert (LONGCE.contrast, LONGCE.clip_min, LONGCE.clip_max) == ("ratio", 0.0, 5.0)
-    assert (LossConfig().contrast, LossConfig().clip_min) == ("log", 0.8)
-    given = LossConfig(objective="longce", contrast="log", clip_min=0.5)
+    assert (WEIGHTING.contrast, WEIGHTING.clip_min, WEIGHTING.clip_max) == ("ratio", 0.0, 5.0)
+    assert (LossConfig().weighting.contrast, LossConfig().weighting.clip_min) == ("log", 0.8)
+    given = LossConfig(objective="longce", contrast="log", clip_min=0.5).weighting
     assert (given.contrast, given.clip_min) == ("log", 0.5)
     config, _ = parse_args(["--objective=longce", "--clip_min=0.1", "--short_context=7"], {})
-    assert (config.loss.contrast, config.loss.clip_min, config.loss.short_context) == ("ratio", 0.1, 7)
+    assert (config.loss.weighting.contrast, config.loss.weighting.clip_min) == ("ratio", 0.1)
+    assert config.loss.short_context == 7
     with pytest.raises(UserError, match="short_stride"):
         LossConfig(short_stride=0)
 
@@ -115,7 +116,7 @@ def test_a_whole_run(tmp_path, model, capsys):
     assert next(entry for entry in history if "loss" in entry)["weight_mean"] > 0
     assert "Which tokens need the long context" in (run / "report.html").read_text()
     saved = yaml.safe_load((run / "config.yaml").read_text())
-    assert (saved["contrast"], saved["clip_min"], saved["short_context"]) == ("ratio", 0.0, 16)
+    assert (saved["objective"], saved["clip_min"], saved["short_context"]) == ("longce", None, 16)
 
 
 def test_mistakes(tmp_path, model, capsys):

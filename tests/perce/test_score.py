@@ -112,7 +112,7 @@ def test_page_terminal_and_summary_agree_on_the_shares_at_the_clip(scored, tmp_p
     page = paths["html"].read_text(encoding="utf-8")
     assert f"{floor:.1%} lie at the floor" in page and f"{ceiling:.1%} at the ceiling" in page
     name = {"log": "PIR", "ratio": "exp(PIR)"}[contrast]
-    assert f"Tokens by {name}," in page and f"Weights are {name} clipped to this scale" in page
+    assert f"Tokens by {name}," in page and f"Weights are {name} clipped to this\nscale" in page
 
 
 def test_unmarked_data_is_labelled_by_persona_words_and_says_so(scored, tmp_path):

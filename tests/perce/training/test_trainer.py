@@ -155,7 +155,7 @@ def test_the_counterfactual_pass_has_no_dropout(tmp_path):
 def test_a_schedule_moves_both_bounds_between_one_and_their_own(options, middle):
     def bounds(schedule, progress):
         loss = LossConfig(clip_schedule=schedule, **options).at(progress)
-        return loss.clip_min, loss.clip_max
+        return loss.weighting.clip_min, loss.weighting.clip_max
 
     own = bounds("constant", 0.0)
     assert bounds("constant", 1.0) == own
