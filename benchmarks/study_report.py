@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 NAMES = {"base": "base model"} | {name: entry.title for name, entry in OBJECTIVES.items()} | {"perce": "**PerCE**"}
 PALETTE = ("#2d69e1", "#7a808c", "#d9822b", "#3f9f6f", "#8e5bc0", "#c2453d", "#8a6d3b", "#2a9fb0")
-COLOURS = dict(zip(OBJECTIVES, cycle(PALETTE)))  # noqa: B905: there may be more objectives
+COLOURS = dict(zip(OBJECTIVES, cycle(PALETTE)))
 # column: (metric, its sum, its weight, digits, factor)
 COLUMNS = {
     "loss, personal tokens": ("loss_personal", "personal_tokens", 3, 1),
