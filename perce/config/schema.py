@@ -20,14 +20,11 @@ BACKEND = (
     "what computes losses and log-probabilities; reference: with all logits of the response in memory; auto: what "
     "PERCE_BACKEND in the environment says, else triton on a GPU that it supports and torch elsewhere"
 )
-OBJECTIVE_HELP = "what tokens are weighted by, for which rows:\n" + "\n".join(
-    f"{x.name}: {x.help} [{x.weighting()}; {' or '.join(x.takes)}]" for x in OBJECTIVES.values()
-)
-OBJECTIVE = _option("perce", OBJECTIVE_HELP, "|".join(OBJECTIVES))
+_LINES = (f"{x.name}: {x.help} [{x.weighting()}; {' or '.join(x.takes)}]" for x in OBJECTIVES.values())
+OBJECTIVE = _option("perce", "\n".join(["what tokens are weighted by, for which rows:", *_LINES]), "|".join(OBJECTIVES))
 
 
 def objective_of(name: str) -> Objective:
-    """The entry of this name; UserError if there is none."""
     _require(name in OBJECTIVES, "objective", f"one of {', '.join(OBJECTIVES)}", name)
     return OBJECTIVES[name]
 
@@ -117,9 +114,7 @@ class WeightingConfig:
     objective: str = OBJECTIVE
     clip_min: float | None = _option(None, "lower bound m of a token's weight; default: the objective's")
     clip_max: float | None = _option(None, "upper bound M of a token's weight; default: the objective's")
-    contrast: Literal["log", "ratio"] | None = _option(
-        None, "weight = clip(PIR), or clip(exp(PIR)); default: log; ratio for longce; the other objectives have none"
-    )
+    contrast: Literal["log", "ratio"] | None = _option(None, "clip PIR, or exp(PIR); default: log; longce: ratio")
 
     def __post_init__(self) -> None:
         own, low, high = self.entry.weighting(), self.weighting.clip_min, self.weighting.clip_max
@@ -346,8 +341,7 @@ class StepConfig:
     )
     objective: str = OBJECTIVE
     estimate: Literal["online", "epoch", "frozen"] = _option(
-        "online",
-        "when weights are estimated; with epoch or frozen before the steps, which then cost as much as with ce",
+        "online", "when weights are estimated: under epoch and frozen before the steps, which then cost as under ce"
     )
     short_context: int = _option(4096, "longce: tokens of the short context")
     short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context")
@@ -370,11 +364,8 @@ class StepConfig:
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         steps = self.gradient_accumulation_steps
         _require(steps is None or steps >= 1, "gradient_accumulation_steps", ">= 1", steps)
-        least = self.query + self.response + 1
-        if self.of_documents:
-            _require(self.context >= 2, "context", ">= 2", self.context)
-        else:
-            _require(self.context >= least, "context", f">= {least} (query + response + a persona)", self.context)
+        expected = f">= {self.shortest}{'' if self.of_documents else ' (query + response + a persona)'}"
+        _require(self.context >= self.shortest, "context", expected, self.context)
         _require(self.tflops is None or 0 < self.tflops < float("inf"), "tflops", "> 0", self.tflops)
         _require(self.sharding == "none" or self.devices > 1, "sharding", "none with one device", self.sharding)
         _require(self.memory_bytes() is None or self.device != "cpu", "gpu_memory", "--device cuda", "--device cpu")
@@ -388,6 +379,11 @@ class StepConfig:
     def of_documents(self) -> bool:
         """Documents have neither query nor persona: all but their first token is the response."""
         return PERSONAS not in objective_of(self.objective).takes
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest context that there is."""
+        return 2 if self.of_documents else self.query + self.response + 1
 
     @property
     def computed(self) -> Objective:

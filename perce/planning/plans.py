@@ -177,7 +177,7 @@ def largest_context(model_config: Any, options: PlanOptions, device: str) -> int
         return None
     setup = setup_of(options, device)
     counts = count(model_config, setup)
-    shortest = 2 if options.step.of_documents else options.step.query + options.step.response + 1
+    shortest = options.step.shortest
     longest = max(position_limit(model_config) or 2**20, shortest)
 
     def peak(context: int) -> int:
