@@ -62,7 +62,7 @@ def measure(way: str, persona: int) -> dict[str, float]:
             return loss.item()
         batch = collate([row])
         call = HeadCall(batch["target"], OBJECTIVES["perce"].weighting(), counterfactual_hidden(model, batch))
-        loss, *_ = factual(model, batch, call, detach_persona=memory.persona_grad == "none")
+        loss = factual(model, batch, call, detach_persona=memory.persona_grad == "none").loss
         loss.backward()
         return loss.item()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,12 +22,14 @@ PERSONAS, DOCUMENTS = "rows with a persona", "documents"
 
 
 class Measured(NamedTuple):
-    """Of the response tokens under a model, each (N,) and detached."""
+    """Of the response tokens under a model, each (N,) and detached, but for the loss."""
 
     logp: Tensor  # log p(token), with the persona
     logp_cf: Tensor  # without it; 0 where that pass was not made
-    signal: Tensor  # what is clipped to the weight
+    signal: Tensor  # what is clipped to the weight; 1 where every weight is 1
+    token_weight: Any = None  # after the clip and the normalisation; None of estimates, which are clipped later
     entropy: Tensor | None = None  # of the prediction before the token, with the persona, in nats
+    loss: Any = None  # 0-d, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,13 @@ class TokenWeighting:
 
 @dataclass(frozen=True)
 class HeadCall:
-    """What the head is asked to compute of the N response tokens, in one call from the objective to the op: their
-    loss, or Measured alone."""
+    """What the head is asked to compute of the N response tokens, in one call from the objective to the op."""
 
     target: Tensor  # (N,) token ids
     weighting: TokenWeighting
     hidden_cf: Tensor | None = None  # (N, D) hidden states without the persona
     signal: Tensor | None = None  # (N,) known from an earlier pass: none is computed
-    loss: bool = True
+    loss: bool = True  # False: measure only
     entropy: bool = False  # beside what the signal needs; where there is no loss
     normalize: str = "none"  # this and below as fused_perce_loss has it
     seq_id: Tensor | None = None

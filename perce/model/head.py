@@ -6,7 +6,7 @@ known from an earlier pass, or none    clip → fused_perce_loss
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,17 +31,7 @@ def logit_transform(config: Any) -> LogitTransform:
     return LogitTransform(getattr(text, "final_logit_softcapping", None), scale)
 
 
-class FactualPass(NamedTuple):
-    """The loss, 0-d, and per response token, each (N,) and detached:"""
-
-    loss: Tensor
-    logp: Tensor
-    logp_cf: Tensor  # 0 where the signal does not need it
-    signal: Tensor  # what the clip acted on; 1 where every weight is 1
-    token_weight: Tensor  # after the clip and the normalisation
-
-
-def answer(call: HeadCall, hidden: Tensor, **head: Any) -> FactualPass | Measured:
+def answer(call: HeadCall, hidden: Tensor, **head: Any) -> Measured:
     """What `call` asks of the (N, D) hidden states of the response tokens.
 
     head: lm_head, bias, softcap, logit_scale, backend, as the op takes them.
@@ -49,7 +39,7 @@ def answer(call: HeadCall, hidden: Tensor, **head: Any) -> FactualPass | Measure
     return _loss(call, hidden, head) if call.loss else _measured(call, hidden, head)
 
 
-def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> FactualPass:
+def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
     weighting, signal, logp_cf = call.weighting, call.signal, None
     contrast = weighting.contrast if signal is None else None
     weights: dict[str, Any]
@@ -60,7 +50,7 @@ def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> FactualPass:
         if weighting.signal is None:
             signal = torch.ones_like(call.target, dtype=torch.float32)
         elif signal is None:
-            _, logp_cf, signal, _ = _measured(call, hidden, head)
+            _, logp_cf, signal, *_ = _measured(call, hidden, head)
         weights = {"token_weight": weighting.weight(signal)}
     loss, stats = fused_perce_loss(
         hidden, target=call.target, **head, **weights, normalize=call.normalize, seq_id=call.seq_id,
@@ -68,7 +58,8 @@ def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> FactualPass:
     )  # fmt: skip
     if signal is None:
         signal = weighting.signal_of(stats.logp, stats.logp_cf)
-    return FactualPass(loss, stats.logp, stats.logp_cf if logp_cf is None else logp_cf, signal, stats.token_weight)
+    logp_cf = stats.logp_cf if logp_cf is None else logp_cf
+    return Measured(stats.logp, logp_cf, signal, stats.token_weight, loss=loss)
 
 
 @torch.no_grad()
@@ -78,4 +69,5 @@ def _measured(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
     found: Any = token_logprobs(hidden, return_entropy=wants_entropy, **options)
     logp, entropy = found if wants_entropy else (found, None)
     logp_cf: Any = torch.zeros_like(logp) if call.hidden_cf is None else token_logprobs(call.hidden_cf, **options)
-    return Measured(logp, logp_cf, call.weighting.signal_of(logp, logp_cf, entropy), entropy)
+    signal = call.weighting.signal_of(logp, logp_cf, entropy)
+    return Measured(logp, logp_cf, signal, call.weighting.weight(signal), entropy)

@@ -7,13 +7,11 @@ token_statistics        the same per example, on the CPU, with the weights of an
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perce.data.batch import Batch, token_inputs
-from perce.model.head import FactualPass
 from perce.model.probe import evaluating
 from perce.objectives import HeadCall, Measured, TokenWeighting
 
@@ -44,14 +42,13 @@ def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
         return model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
 
 
-def factual(model: nn.Module, inputs: Batch, call: HeadCall, *, detach_persona: bool = False) -> Any:
-    """The factual pass and what `call` asks of the head: FactualPass, or Measured.
+def factual(model: nn.Module, inputs: Batch, call: HeadCall, *, detach_persona: bool = False) -> Measured:
+    """The factual pass and what `call` asks of the head.
 
     detach_persona: run the prompt through the persona for its keys and values alone; see prefill.py.
     """
     names = ("rows", "prefix") if detach_persona else ("rows",)
-    done = model(**token_inputs(inputs), perce={name: inputs[name] for name in names} | {"head": call})
-    return FactualPass(*done) if call.loss else Measured(*done)
+    return Measured(*model(**token_inputs(inputs), perce={name: inputs[name] for name in names} | {"head": call}))
 
 
 @torch.no_grad()
@@ -72,7 +69,6 @@ def token_statistics(
     found = measured(model, inputs, weighting, entropy=entropy, detach_persona=detach_persona)
     columns = {name: inputs[name] for name in ("target", "personal")}
     columns |= {name: column for name, column in found._asdict().items() if column is not None}
-    columns["token_weight"] = weighting.weight(columns["signal"])
     split = per_example(inputs, *columns.values())
     return [
         TokenStatistics(**dict(zip(columns, tensors, strict=True)), example=example)

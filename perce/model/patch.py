@@ -3,7 +3,7 @@
 `install_perce` gives the model two extra ways to be called, always through whatever wraps it (DDP, FSDP, PEFT):
 
     model(input_ids, perce={"rows": rows})                   → hidden states (N, D) at those rows
-    model(input_ids, perce={"rows": rows, "head": call})     → what head.py computes of them: FactualPass or Measured
+    model(input_ids, perce={"rows": rows, "head": call})     → what head.py measures of them, the loss included
 
 With "prefix" in perce the tokens through the persona are run without a gradient; see prefill.py.
 

@@ -161,7 +161,7 @@ class PerceTrainer(Trainer):
         value = done.loss * self.accelerator.num_processes
         if self._normalizer:
             self._normalizer.add_weights(done.token_weight)
-        return (value, done[1:]) if return_outputs else value
+        return (value, done[:4]) if return_outputs else value
 
     @property
     def _progress(self) -> float:

@@ -24,9 +24,10 @@ LENGTHS = [random.Random(0).randint(20, 400) for _ in range(500)] + [1200]
 
 
 def perce_forward(model, batch, **options):
-    """FactualPass of a batch, both passes made; `options`: of HeadCall, or the weighting."""
+    """(loss, logp, logp_cf, signal, token_weight) of a batch, both passes made; `options`: of HeadCall."""
     call = HeadCall(batch["target"], **({"weighting": WEIGHTING} | options))
-    return factual(model, batch, replace(call, hidden_cf=counterfactual_hidden(model, batch)))
+    done = factual(model, batch, replace(call, hidden_cf=counterfactual_hidden(model, batch)))
+    return done.loss, *done[:4]
 
 
 def model_with(architecture, attention):

@@ -41,7 +41,8 @@ def step(model, pairs, persona_grad):
     batch = collate(pairs)
     call = HeadCall(batch["target"], WEIGHTING, counterfactual_hidden(model, batch))
     model.zero_grad()
-    loss, *statistics = factual(model, batch, call, detach_persona=persona_grad == "none")
+    done = factual(model, batch, call, detach_persona=persona_grad == "none")
+    loss, statistics = done.loss, done[:4]
     loss.backward()
     return loss.detach(), statistics, gradients(model)
 

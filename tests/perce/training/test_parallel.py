@@ -61,7 +61,7 @@ def train(model, rank=0, ranks=1):
     history, first = [], {}
     for step in range(STEPS):
         start = step * BATCH % len(PAIRS)
-        loss = forwards(model, PAIRS[start : start + BATCH], rank, ranks)[0]
+        loss = forwards(model, PAIRS[start : start + BATCH], rank, ranks).loss
         (loss * ranks).backward()  # FSDP averages
         first = first or {name: whole(p.grad).clone() for name, p in parameters.items()}
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -86,7 +86,7 @@ def low_precision(rank, ranks):
     assert isinstance(policy, MixedPrecisionPolicy) and policy.param_dtype == torch.bfloat16
     model = shard(model_for("full"), "tail", mp_policy=policy)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, logp, *_ = forwards(model, PAIRS[:BATCH], rank, ranks)
+        logp, *_, loss = forwards(model, PAIRS[:BATCH], rank, ranks)
     loss.backward()
     total = loss.detach()
     dist.all_reduce(total)
@@ -119,7 +119,7 @@ def test_a_bf16_policy_rounds_neither_loss_nor_statistics(sharded):
     loss, logp = sharded["bf16"]
     assert loss.dtype == logp.dtype == torch.float32
     assert not torch.equal(logp, logp.bfloat16().float()) and loss != loss.bfloat16().float()
-    exact = forwards(model_for("full"), PAIRS[:BATCH], 0, 1)[0]
+    exact = forwards(model_for("full"), PAIRS[:BATCH], 0, 1).loss
     assert loss.item() == pytest.approx(exact.item(), rel=2e-2)
 
 
