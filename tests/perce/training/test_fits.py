@@ -10,6 +10,7 @@ from perce import DataConfig, LossConfig, MemoryConfig, PerceArguments, UserErro
 from perce.config.commands import PlanOptions, TrainOptions
 from perce.config.schema import ModelConfig, RunConfig, StepConfig
 from perce.data.batch import collate
+from perce.objectives import OBJECTIVES
 from perce.planning.memory import shape_of
 from perce.planning.plans import GIB, step_cost
 from perce.train import main
@@ -69,6 +70,15 @@ def test_what_the_step_runs_is_planned(setting):
     config, args, _, _ = setting(loss=LossConfig(objective="longce"))
     plan = largest_step(config, args, SimpleNamespace(train=documents))
     assert (plan.objective, plan.context) == ("longce", 300)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_objective_of_the_run_is_planned(setting, name):
+    for estimate, computed in (("online", name), ("frozen", "ce")):
+        if estimate == "online" or OBJECTIVES[name].signal:
+            config, args, model, pairs = setting(loss=LossConfig(name, estimate=estimate))
+            assert largest_step(config, args, pairs).computed is OBJECTIVES[computed]
+            assert check_fits(config, args, model, pairs) is None
 
 
 def test_enough_close_and_too_little(setting, monkeypatch):
