@@ -1,15 +1,16 @@
 """One training step by trainer, ours and those people have: `python -m benchmarks.trainers WAY PERSONA [SHAPE]`.
 
     perce          PerceTrainer, PerCE                           perce-ce   the same, cross-entropy
+    perce-liger    the same with Liger's kernels for norms, rotary embeddings and MLPs, on a GPU
     naive          transformers.Trainer, PerCE by its formula    naive-ce   the same, its own loss: logits of all tokens
     naive-kept     "naive" on the response's logits alone, by the model's own logits_to_keep
     trl-ce         TRL's SFTTrainer with its fused head; it has no weights from a counterfactual pass. On a CPU its head
                    runs on the persona's tokens too (on a GPU it leaves them out), so its speed here says little
 
 All with activation checkpointing, on one sequence of its persona and 80 + 128 tokens. SHAPE is "deep" (fp32, all
-weights; what two cores can do) or "qwen3-8b" (bf16, LoRA; for a GPU), with random weights. Printed as JSON: the first
-step's loss, the last one's peak memory over what was held before it, gradients included, and factual tokens a second by
-the median of all steps but the first.
+weights; what two cores can do), "qwen3-8b" (bf16, LoRA; for a GPU) or its "tiny" double, with random weights. Printed
+as JSON: the first step's loss; the last one's peak memory, and what of it was not held before, gradients included;
+seconds and factual tokens a second by the median of all steps but the first.
 """
 
 import ctypes
@@ -36,48 +37,60 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
         "tie_word_embeddings": False, "max_position_embeddings": 2**20,
     },
+    "tiny": {
+        "model_type": "qwen3", "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+    },
 }  # fmt: skip
 
 
 def measure(way: str, persona: int, shape: str = "deep") -> dict[str, float]:
     """In this process: call once in a fresh one."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    return train(make_model(shape), way, persona, shape)
 
+
+def make_model(shape: str) -> Any:
+    """With random weights, the same every time, on the GPU if there is one."""
     import torch
-    from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        config = AutoConfig.for_model(**SHAPES[shape])
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if shape == "deep" else torch.bfloat16)
+
+
+def train(model: Any, way: str, persona: int, shape: str, steps: int = STEPS) -> dict[str, float]:
+    """So many steps of one trainer; what it puts around the model stays there."""
+    from datasets import Dataset
 
     from benchmarks.step_meter import StepMeter
     from benchmarks.test_step import pair
     from perce.config.schema import ModelConfig
     from perce.model.loading import lora_config
 
-    low = shape == "qwen3-8b"
-    dtype = torch.bfloat16 if low else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[shape]), dtype=dtype)
+    low = shape != "deep"
     meter = StepMeter()
-    rows = Dataset.from_list([pair(persona, QUERY, RESPONSE) | {"passages": [], "example": 0}] * STEPS)
+    rows = Dataset.from_list([pair(persona, QUERY, RESPONSE) | {"passages": [], "example": 0}] * steps)
     make = {"perce": _ours, "naive": _naive, "trl": _trl}[way.partition("-")[0]]
     with tempfile.TemporaryDirectory() as directory:
         arguments = {
-            "output_dir": directory, "use_cpu": device == "cpu", "report_to": "none", "save_strategy": "no",
-            "disable_tqdm": True, "max_steps": STEPS, "per_device_train_batch_size": 1, "learning_rate": 1e-6,
-            "gradient_accumulation_steps": 1, "logging_steps": 1, "bf16": low, "dataloader_pin_memory": False,
-            **_checkpointing(),
+            "output_dir": directory, "use_cpu": model.device.type == "cpu", "report_to": "none",
+            "save_strategy": "no", "disable_tqdm": True, "max_steps": steps, "per_device_train_batch_size": 1,
+            "learning_rate": 1e-6, "gradient_accumulation_steps": 1, "logging_steps": 1, "bf16": low,
+            "dataloader_pin_memory": False, **_checkpointing(),
         }  # fmt: skip
         trainer = make(model, rows, arguments, lora_config(ModelConfig()) if low else None, way)
         trainer.add_callback(meter)
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tokens = persona + QUERY + RESPONSE
+    seconds, tokens = median(meter.seconds), persona + QUERY + RESPONSE
     return {
-        "peak_extra_bytes": meter.peak - meter.before,
-        "tokens_per_second": tokens / median(meter.seconds),
-        "loss": losses[0],
-    }
+        "seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": meter.peak,
+        "peak_extra_bytes": meter.peak - meter.before, "loss": losses[0],
+    }  # fmt: skip
 
 
 def _checkpointing() -> dict[str, Any]:
@@ -102,8 +115,8 @@ def _ours(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str)
 
     loss = LossConfig(objective="ce" if way == "perce-ce" else "perce")
     return PerceTrainer(
-        model, PerceArguments(**arguments, loss=loss), train_dataset=rows, processing_class=_tokenizer(),
-        peft_config=lora,
+        model, PerceArguments(**arguments, loss=loss, use_liger_kernel=way == "perce-liger"), train_dataset=rows,
+        processing_class=_tokenizer(), peft_config=lora,
     )  # fmt: skip
 
 
@@ -172,8 +185,9 @@ def measured(way: str, persona: int, shape: str = "deep") -> dict[str, float] | 
 
 
 def main() -> None:
-    if len(sys.argv) not in (3, 4) or sys.argv[1] not in WAYS or (sys.argv[3:] or ["deep"])[0] not in SHAPES:
-        sys.exit(f"{__doc__}\nWAY is one of: {', '.join(WAYS)}; SHAPE one of: {', '.join(SHAPES)}.")
+    ways = (*WAYS, "perce-liger")
+    if len(sys.argv) not in (3, 4) or sys.argv[1] not in ways or (sys.argv[3:] or ["deep"])[0] not in SHAPES:
+        sys.exit(f"{__doc__}\nWAY is one of: {', '.join(ways)}; SHAPE one of: {', '.join(SHAPES)}.")
     print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])))
 
 

@@ -30,7 +30,7 @@ def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) ->
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny doubles, to try the harness"
     )
     parser.add_argument("--fakes", nargs="*", default=(), metavar="PEER", help="doubles (tests/helpers/fake_peers.py)")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone, each with its own time")
     parser.add_argument("--seconds", type=float, default=inf, help="no stage ends later (default: as planned)")
     parser.add_argument("--wheels", nargs="+", type=Path, default=[], metavar="DIR", help="parts of `make wheels`")
     options = parser.parse_args(arguments)
@@ -47,17 +47,29 @@ def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) ->
     results = Results(name, options.results, started=STARTED)
     if options.device == "cuda" and (missing := compiler_missing()):
         results.put("compiler", reason=missing)
-    rows = [[stage for stage in row if not options.only or stage.name in options.only] for row in rows]
+    rows = in_turn(rows, options.only or known)
     install(options.wheels, results)
     if options.device == "cpu":
         rows = [[replace(stage, until=CPU_TIME * stage.until) for stage in row] for row in rows]
     rows = [[replace(stage, until=min(stage.until, options.seconds)) for stage in row] for row in rows]
-    run([row for row in rows if row], results, options.device)
+    run(rows, results, options.device)
     from benchmarks.gpu.tables import report
 
     print(report([results.tree]))
     print(f"\nwritten to {results.path}")
     return results
+
+
+def in_turn(rows: list[list[Stage]], wanted: list[str]) -> list[list[Stage]]:
+    """The wanted stages, each row with the time that it has of its own, one after the other."""
+    kept: list[list[Stage]] = []
+    planned = end = 0.0
+    for row in rows:
+        own, planned = max(stage.until for stage in row) - planned, max(stage.until for stage in row)
+        if row := [stage for stage in row if stage.name in wanted]:
+            kept.append([replace(stage, until=stage.until + end + own - planned) for stage in row])
+            end += own
+    return kept
 
 
 def compiler_missing() -> str | None:

@@ -1,12 +1,13 @@
-"""The second command on a GPU: the op beside its peers, and its tests. At most 550 seconds.
+"""The second command on a GPU: others beside ours, the tests, what takes long. 17 minutes at most; in parts by --only.
 
+    trainers       steps of Qwen3-8B's shape by a plain Trainer, TRL's and ours, at 8k and 32k tokens
     peers          all that need no CuTe DSL, trainable head at all sizes, then frozen; each timed in turn with ours
+    tests          the GPU backend's, in twelve processes, interrupted at the end of the time; meanwhile `memcheck` and
+                   `racecheck`, all kernels under compute-sanitizer, and perce.train with its `options` and with `flash`
     quack          at two sizes, in a process of its own: it patches CuTe's classes
     liger_cutedsl  likewise; both compile for long, and may be silent for two minutes if the time allows
-    flash          perce.train with flash-attn-4
-    long           one step of Qwen3-8B's shape at 128k tokens, its gradient whole
-    tests          the GPU backend's, in eight processes, interrupted at the end of the time; meanwhile `memcheck` and
-                   `racecheck`, all kernels under compute-sanitizer
+    attention      steps at 32k tokens by PyTorch's attention and flash-attn-4's
+    long, longest  one step at 128k tokens, and at 256k (an H200's memory), its gradient whole
 
 Every line is in RESULTS/gpu_b.json before it is printed. `--device cpu`: see decide.py.
 """
@@ -23,7 +24,8 @@ from benchmarks.gpu.supervise import Stage
 
 CUTE = {"quack": ["quack", "quack_exact"], "liger_cutedsl": ["liger_cutedsl"]}
 """Stage → peers that need the CuTe DSL."""
-WORKERS = 8
+WORKERS = 12
+ROUNDS = 4
 
 
 def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
@@ -36,17 +38,21 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
     both = {"heads": ["trainable"], "sizes": 2} | side
     cute = [
         [Stage(name, race, until, 120, options={"peers": ["perce", *peers]} | both)]
-        for (name, peers), until in zip(CUTE.items(), (225, 270), strict=True)
+        for (name, peers), until in zip(CUTE.items(), (495, 540), strict=True)
     ]
+    peers = {"peers": [*others, *fakes], "heads": list(HEADS), "rounds": ROUNDS} | side
     return [
-        [Stage("peers", race, 160, 45, options={"peers": [*others, *fakes], "heads": list(HEADS), **side})],
-        *cute,
-        [Stage("flash", "benchmarks.gpu.training", 305, inf)],
-        [Stage("long", "benchmarks.gpu.steps", 430, inf)],
+        [Stage("trainers", "benchmarks.gpu.trainers", 120, inf)],
+        [Stage("peers", race, 280, 45, options=peers)],
         [
-            Stage("tests", "benchmarks.gpu.suite", 550, 90, grace=18, options=tests),
-            *(Stage(tool, "benchmarks.gpu.sanitizer", 550, inf) for tool in TOOLS),
+            Stage("tests", "benchmarks.gpu.suite", 440, 90, grace=18, options=tests),
+            *(Stage(tool, "benchmarks.gpu.sanitizer", 440, inf) for tool in TOOLS),
+            *(Stage(name, "benchmarks.gpu.training", 440, inf) for name in ("options", "flash")),
         ],
+        *cute,
+        [Stage("attention", "benchmarks.gpu.steps", 615, inf)],
+        [Stage("long", "benchmarks.gpu.steps", 715, inf)],
+        [Stage("longest", "benchmarks.gpu.steps", 1015, inf)],
     ]
 
 

@@ -11,9 +11,10 @@ compared with nothing.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ PROBES = 60  # products and copies in a row: some 0.1 s of an H100, so that its 
 ROUNDS = 7
 SIDE = 8192  # of the product that is the ceiling
 FP64_FLOPS = 40e12  # assumed of an H100's fp64 products, of which the reference is made; its data sheet says 67
-COLD = 4.0  # seconds more that the first race takes for itself and each peer: libraries load, kernels compile
+COLD = 8.0  # seconds more that the first race takes for itself and each peer: libraries load, kernels compile
 PREPARATION = 0.7  # of a race's time; the rest is for rounds
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -290,5 +291,12 @@ def stage(child: Child) -> None:
         Race(child, head, size, now + (child.until - now) * share).run(options["peers"])
 
 
+def prepare() -> None:
+    """Imports that take long. Not Liger, which imports the CuTe DSL: quack, in another process, patches it."""
+    for module in ("trl.trainer.utils", "cut_cross_entropy"):
+        with suppress(ImportError):
+            import_module(module)
+
+
 if __name__ == "__main__":
-    children.main(stage, __doc__)
+    children.main(stage, __doc__, prepare)

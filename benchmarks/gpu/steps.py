@@ -3,6 +3,10 @@
 Seconds of forward and backward of one sequence, tokens per second, and the peak of the allocator, beside the peak that
 perce.plan says. The plan is made in a process of its own meanwhile, and comes last. Steps at the shortest context are
 warmed up and repeated; of the others one is timed: it takes seconds, beside which a first step's costs are nothing.
+
+steps             PerCE and cross-entropy at 8k and 32k, without a gradient through the persona at 128k
+long, longest     one step at 128k, and at 256k, its gradient whole
+attention         PyTorch's, and flash-attn-4's
 """
 
 import tempfile
@@ -29,12 +33,16 @@ class Case(NamedTuple):
     context: int
     persona_grad: Literal["full", "none"] = "full"
     mlp_tile: int = 0
+    attention: str = "sdpa"
 
     def __str__(self) -> str:
         none = ", persona_grad none" if self.persona_grad == "none" else ""
-        return f"{self.objective}/{self.context}{none}" + (f", mlp_tile {self.mlp_tile}" if self.mlp_tile else "")
+        tile = f", mlp_tile {self.mlp_tile}" if self.mlp_tile else ""
+        attention = "" if self.attention == "sdpa" else f", {self.attention}"
+        return f"{self.objective}/{self.context}{none}{tile}{attention}"
 
 
+FLASH = "flash_attention_4"
 CASES = {
     "steps": {
         "cuda": (Case("perce", 8192), Case("ce", 8192), Case("perce", 32768), Case("ce", 32768),
@@ -42,6 +50,13 @@ CASES = {
         "cpu": (Case("perce", 96), Case("ce", 96), Case("perce", 160), Case("ce", 160), Case("perce", 160, "none")),
     },
     "long": {"cuda": (Case("perce", 131072, mlp_tile=4096),), "cpu": (Case("perce", 160, mlp_tile=32),)},
+    "longest": {"cuda": (Case("perce", 262144, mlp_tile=4096),), "cpu": (Case("perce", 200, mlp_tile=32),)},
+    "attention": {
+        "cuda": (Case("perce", 8192, attention=FLASH), Case("perce", 8192, "none", attention=FLASH),
+                 Case("perce", 32768), Case("perce", 32768, attention=FLASH), Case("perce", 32768, "none"),
+                 Case("perce", 32768, "none", attention=FLASH)),
+        "cpu": (Case("perce", 160), Case("perce", 160, attention="eager")),
+    },
 }  # fmt: skip
 """By stage and device. Options of memory stay switched on: a case without them comes before those with them."""
 SHORT = {"cuda": 8192, "cpu": 96}
@@ -78,7 +93,8 @@ def plan(device: str, case: Case) -> dict[str, float]:
         gradient_accumulation_steps=1, per_device_train_batch_size=1, objective=case.objective,
     )  # fmt: skip
     memory = MemoryConfig(case.persona_grad, case.mlp_tile)
-    config = PlanOptions(ModelConfig(lora_r=16, precision="bf16"), options, memory)
+    model = ModelConfig(lora_r=16, precision="bf16", attn_implementation=case.attention)
+    config = PlanOptions(model, options, memory)
     planned = step_cost(AutoConfig.for_model(**shape(device)), config, device)
     # The allocator knows nothing of the context, and no optimiser has made its states here.
     phases = [
@@ -127,11 +143,13 @@ class Steps:
         self.memory: set[MemoryConfig] = set()
 
     def prepare(self, case: Case) -> None:
-        """The memory options of a case, once."""
+        """Attention and memory options of a case, the latter once."""
         from perce.config.schema import MemoryConfig
         from perce.model.memory import prepare_memory
+        from perce.model.probe import unwrapped
 
         memory = MemoryConfig(case.persona_grad, case.mlp_tile)
+        unwrapped(self.trainer.model).set_attn_implementation(case.attention)
         if memory not in self.memory:
             prepare_memory(self.trainer.model, memory)
             self.memory.add(memory)

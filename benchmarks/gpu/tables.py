@@ -9,6 +9,7 @@ from benchmarks.gpu.peers import PEERS, WAY_PEERS
 from benchmarks.gpu.results import NO_TIME
 from benchmarks.gpu.roofline import FLOOR_FLOP, H100, HEADS, WAYS, Gpu, floor_seconds, measured_gpu, predict
 from benchmarks.gpu.sizes import SIZES, Size
+from benchmarks.gpu.steps import CASES
 
 NOT_MEASURED = "not measured"
 FAILED = "failed"
@@ -190,13 +191,13 @@ def tiles(lines: Lines) -> Iterator[str]:
         yield f"| every kernel | | {NOT_MEASURED} |"
 
 
-def steps(lines: Lines) -> Iterator[str]:
+def steps(lines: Lines, title: str, *stages: str) -> Iterator[str]:
     """Training steps of a large model."""
-    yield "| Qwen3-8B's shape, LoRA, bf16, one sequence | s | tokens/s | peak, GiB | planned, GiB |"
+    yield f"| {title} | s | tokens/s | peak, GiB | planned, GiB |"
     yield "| --- | --- | --- | --- | --- |"
     found = False
     for key, line in lines.items():
-        if key.startswith(("steps/", "long/")) and "tokens_per_second" in line:
+        if key.split("/")[0] in stages and "tokens_per_second" in line:
             found = True
             _, objective, case = key.split("/")
             context, *options = case.split(", ")
@@ -257,7 +258,8 @@ def report(trees: list[dict[str, Any]]) -> str:
         parts(lines),
         budgets(lines),
         tiles(lines),
-        steps(lines),
+        steps(lines, "Qwen3-8B's shape, LoRA, bf16, one sequence", *CASES),
+        steps(lines, "the same by trainer", "trainers"),
         suite(lines),
         reasons(lines),
     )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.gpu.command import in_turn
 from benchmarks.gpu.compare import stages
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.supervise import run
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.benchmark(group="gpu: perce and its peers")
 def test_perce_and_its_peers(benchmark, tmp_path):
     results = Results("gpu_benchmark", tmp_path)
-    benchmark.pedantic(run, args=(stages("cuda")[:1], results), rounds=1)
+    benchmark.pedantic(run, args=(in_turn(stages("cuda"), ["peers"]), results), rounds=1)
     benchmark.extra_info |= results.lines
     print(f"\n{report([results.tree])}")
     measured = [line for key, line in results.lines.items() if key.endswith("/perce") and "seconds" in line]

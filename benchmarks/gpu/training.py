@@ -2,6 +2,7 @@
 
 train    all weights and LoRA in bf16 on the device, all weights in fp32 on the CPU
 flash    sdpa, and flash-attn-4 with padded and with packed sequences
+options  what changes how a step is computed and not what: memory, packing, Liger's kernels, DDP; and other objectives
 
 All runs of a stage at once, each a process. Their first loss and PIR are those of the same weights and rows: they may
 differ by what bf16 explains.
@@ -26,12 +27,28 @@ COMMON = ("--max_steps", str(STEPS), "--logging_steps", "1", "--per_device_train
 CPU = ("--use_cpu", "true")
 FULL = ("--lora_r", "0")
 FLASH = (*FULL, "--attn_implementation", "flash_attention_4")
+FP32 = ("--precision", "fp32", *CPU)
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "plain": (), "checkpointing": ("--activation_checkpointing", "true"), "persona_grad": ("--persona_grad", "none"),
+    "mlp_tile": ("--mlp_tile", "32"), "packing": ("--packing", "true", "--attn_implementation", "flex_attention"),
+    "torch": ("--backend", "torch"), "liger": ("--use_liger_kernel", "true"), "ddp": (),
+}  # fmt: skip
 RUNS = {
-    "train": {"full": FULL, "lora": ("--lora_r", "8"), "cpu": (*FULL, "--precision", "fp32", *CPU)},
+    "train": {"full": FULL, "lora": ("--lora_r", "8"), "cpu": (*FULL, *FP32)},
     "flash": {"sdpa": FULL, "flash": FLASH, "packed": (*FLASH, "--packing", "true")},
+    "options": {name: (*FULL, *options) for name, options in OPTIONS.items()}
+    | {
+        f"{objective}{where}": (*FULL, "--objective", objective, *options)
+        for objective in ("entce", "nextquill")
+        for where, options in (("", ()), (" on a CPU", FP32))
+    },
 }
 ALIKE = {"train": {"as on a CPU": ("full", "cpu")},
-         "flash": {"flash as sdpa": ("flash", "sdpa"), "packed as sdpa": ("packed", "sdpa")}}  # fmt: skip
+         "flash": {"flash as sdpa": ("flash", "sdpa"), "packed as sdpa": ("packed", "sdpa")},
+         "options": {f"{name} as plain": (name, "plain") for name in OPTIONS if name != "plain"}
+         | {f"{name} as on a CPU": (name, f"{name} on a CPU") for name in ("entce", "nextquill")}}  # fmt: skip
+LAUNCHER = {"ddp": ("torch.distributed.run", "--nproc_per_node", "1", "--master_port", "29555", "-m")}
+"""By run: what its command is given to. One process is a group too, by NCCL on a GPU."""
 MODEL = "PERCE_TINY_MODEL"
 """Environment variable: directory of the model that came with the wheels; without it one is made here."""
 LOSS_DIFFERENCE, PIR_DIFFERENCE = 0.005, 0.003
@@ -69,7 +86,7 @@ def logged(directory: Path) -> dict[str, Any]:
     history = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     steps = [entry for entry in history if "loss" in entry]
     return {
-        "loss": steps[0]["loss"], "pir_mean": steps[0]["pir_mean"], "last_loss": steps[-1]["loss"],
+        "loss": steps[0]["loss"], "pir_mean": steps[0].get("pir_mean", 0.0), "last_loss": steps[-1]["loss"],
         "steps": len(steps),
     }  # fmt: skip
 
@@ -81,8 +98,9 @@ def stage(child: Child) -> None:
         child.begin(f"{name}/start")
         model = os.environ.get(MODEL) or str(save_model(root / "model"))
         device = CPU if child.request.device == "cpu" else ()
+        train = ("perce.train", "--model", model, *COMMON)
         runs = {
-            run: Run("perce.train", "--model", model, *COMMON, *options, *device, "--output_dir", str(root / run))
+            run: Run(*LAUNCHER.get(run, ()), *train, *options, *device, "--output_dir", str(root / run))
             for run, options in RUNS[name].items()
         }
         report = root / "tokens.jsonl"

@@ -1,0 +1,74 @@
+"""Training steps of a large model by other people's trainers beside ours: see benchmarks/trainers.py for the ways.
+
+Each trainer takes a few steps of its own, LoRA and bf16, on sequences of the same tokens. The model is made anew for
+each kind of trainer, for some change its code; the ways of a kind share it, without the adapter of the one before.
+"""
+
+from contextlib import suppress
+from importlib import import_module
+from itertools import groupby
+from typing import Any
+
+from benchmarks import trainers
+from benchmarks.gpu import child as children
+from benchmarks.gpu.child import Child, Unable
+
+WAYS = ("perce", "perce-ce", "trl-ce", "naive-ce", "naive-kept", "naive", "perce-liger")
+"""By importance; Liger's kernels last, for they are put into the module that models are made of."""
+STEPS = {"cuda": {8192: 3, 32768: 2}, "cpu": {300: 3}}
+"""Device → tokens of a sequence → steps, of which the first is not timed."""
+SHAPE = {"cuda": "qwen3-8b", "cpu": "tiny"}
+
+
+def kind(way: str) -> str:
+    return way.partition("-")[0]
+
+
+def measured(model: Any, way: str, tokens: int, device: str) -> dict[str, Any]:
+    """One line: some steps, and the model without an adapter again."""
+    persona = tokens - trainers.QUERY - trainers.RESPONSE
+    try:
+        return trainers.train(model, way, persona, SHAPE[device], STEPS[device][tokens])
+    except ImportError as error:
+        raise Unable(f"{error.name} is not installed, or lacks something: {error}") from error
+    finally:
+        remove_adapter(model)
+
+
+def remove_adapter(model: Any) -> None:
+    """PEFT's layers out of the model that they were put into."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            model.set_submodule(name, layer.get_base_layer())
+    with suppress(AttributeError):
+        del model.peft_config
+
+
+def stage(child: Child) -> None:
+    """Every way at every length."""
+    name, device = child.request.stage, child.request.device
+    for _, ways in groupby(WAYS, kind):
+        keys = {f"{name}/{way}/{tokens}": (way, tokens) for way in ways for tokens in STEPS[device]}
+        if not any(child.wants(key) for key in keys):
+            continue
+        model = child.prepared(f"{name}/model", lambda: trainers.make_model(SHAPE[device]))
+        if model is None:
+            return
+        for key, (way, tokens) in keys.items():
+            child.measured(key, lambda way=way, tokens=tokens, model=model: measured(model, way, tokens, device))
+            child.clock.free()
+        del model
+        child.clock.free()
+
+
+def prepare() -> None:
+    """Imports that take long."""
+    for module in ("perce.training.trainer", "trl.trainer.sft_trainer"):
+        with suppress(ImportError):  # which one is missing is said when it is needed
+            import_module(module)
+
+
+if __name__ == "__main__":
+    children.main(stage, __doc__, prepare)
