@@ -3,15 +3,11 @@
 check     every way on 512 rows against fp64: wrong kernels need no timing
 parts     every product and kernel of a chunk, at all sizes: seconds, and predicted ones by the ceilings of this GPU
 budgets   the whole loss by the bytes of a block's dz and a chunk's logits, each way
-dh        the whole loss by the tokens of a product dh = dz W, under some budgets
-dh        the whole loss by the tokens of a product dh = dz W, under some budgets, by the way in use
 profiles  the kernels of the whole loss each way, by name: how often, and seconds in all
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from itertools import product as pairs
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -22,14 +18,14 @@ from benchmarks.gpu import child as children
 from benchmarks.gpu import roofline
 from benchmarks.gpu.child import Child
 from benchmarks.gpu.clock import seconds_of_kernels
-from benchmarks.gpu.peers import WAY_PEERS, Peer, load_perce
+from benchmarks.gpu.peers import WAY_PEERS, Peer
 from benchmarks.gpu.race import DTYPE, PIR_ERROR, SIDE, Inputs, Reference, ceilings, clear, probes, what_is_wrong
 from benchmarks.gpu.roofline import Gpu, Work
 from benchmarks.gpu.sizes import Size
 from benchmarks.gpu.tiles import SUBJECTS
 from benchmarks.implementations import make_inputs, step
 from perce_kernels import token_logprobs
-from perce_kernels.gpu import cut, driver, tiles
+from perce_kernels.gpu import cut, tiles
 from perce_kernels.gpu.combine import TileStatistics, combine
 from perce_kernels.gpu.cut import block_of
 from perce_kernels.gpu.product import pitch, product
@@ -41,7 +37,6 @@ BLOCKS = (2048, 4096, 8192, 16384)
 """Tokens of the products with dz: the more, the less often dW is read and written."""
 REPETITIONS = 5
 BUDGETS = (1, 2, 4, 8)  # GiB
-DH_ROWS, DH_BUDGETS, DH_REPETITIONS = (2**31, 4096, 2048), (2, 4, 8), 3
 BUDGETED = ("fused", "stored")  # the mixed way cuts as the first does
 
 
@@ -273,48 +268,18 @@ def budgets(child: Child) -> None:
         child.line(operands, ways=len(BUDGETED))
 
 
-@contextmanager
-def set_to(budget: int, dh_rows: int) -> Iterator[None]:
-    """The driver, with another budget, and so many tokens of a product dh = dz W."""
-    shipped = cut.BUDGET, driver.DH_ROWS
-    cut.BUDGET, driver.DH_ROWS = budget, dh_rows
+def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> dict[str, Any]:
+    run, shipped, wanted = WAY_PEERS[way].load().loss, cut.BUDGET, gib * 2**30
+    gpu = Gpu(multiprocessors=tiles.multiprocessors(inputs[0].device))
+    cut.BUDGET = wanted
     cut.cut_of.cache_clear()  # which does not know of the budget
     try:
-        yield
-    finally:
-        cut.BUDGET, driver.DH_ROWS = shipped
-        cut.cut_of.cache_clear()
-
-
-def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> dict[str, Any]:
-    run, wanted = WAY_PEERS[way].load().loss, gib * 2**30
-    gpu = Gpu(multiprocessors=tiles.multiprocessors(inputs[0].device))
-    with set_to(wanted, driver.DH_ROWS):
         seconds = [child.clock.seconds(lambda: step(run, inputs)) for _ in range(3)][1:]
+    finally:
+        cut.BUDGET = shipped
+        cut.cut_of.cache_clear()
     block, chunk = roofline.cut_for(size, way, gpu, wanted)
-    return {"seconds": min(seconds), "rows": block, "chunk": chunk, "shipped": wanted == cut.BUDGET}
-
-
-def dh(child: Child) -> None:
-    """Round after round, each of them once: a GPU that warms up slows all."""
-    device, stage = child.request.device, child.request.stage
-    for size in child.request.sizes:
-        inputs = child.prepared(f"{stage}/{size}/operands", lambda size=size: make_inputs(*size, DTYPE, device))
-        if inputs is None:
-            return
-        rounds: list[dict[str, float]] = []
-        key, run = f"{stage}/{size}/race", partial(step, load_perce().loss, inputs)
-        run()
-        while len(rounds) < DH_REPETITIONS and not child.out_of_time:
-            child.begin(key)
-            rounds.append({})
-            for gib, rows in pairs(DH_BUDGETS, DH_ROWS):
-                with set_to(gib * 2**30, rows):
-                    rounds[-1][f"{gib} GiB, {rows}"] = child.clock.seconds(run)
-                clear(inputs)
-            child.line(key, rounds=rounds, partial=len(rounds) < DH_REPETITIONS)
-        child.line(f"{stage}/{size}/operands", rounds=len(rounds))
-        child.clock.free()
+    return {"seconds": min(seconds), "rows": block, "chunk": chunk, "shipped": wanted == shipped}
 
 
 def profiles(child: Child) -> None:
@@ -337,8 +302,7 @@ def profiles(child: Child) -> None:
 
 
 def stage(child: Child) -> None:
-    whats = {"check": check, "parts": parts, "budgets": budgets, "dh": dh, "profiles": profiles}
-    whats[child.request.options["what"]](child)
+    {"check": check, "parts": parts, "budgets": budgets, "profiles": profiles}[child.request.options["what"]](child)
 
 
 if __name__ == "__main__":

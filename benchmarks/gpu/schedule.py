@@ -23,7 +23,7 @@ START = 3.0
 """Seconds assumed for a process on a GPU to be ready, though it was started ahead of time."""
 STEP_FLOPS = 0.4 * H100.flops
 """Assumed of whole training steps."""
-LIMITS = {"gpu_a": 300, "gpu_b": 1015}
+LIMITS = {"gpu_a": 275, "gpu_b": 1015}
 
 
 def loss_seconds(size: Size, way: str = "fused", head: str = "trainable") -> float:
@@ -94,11 +94,6 @@ def of_profiles() -> float:
     return sum(3 * loss_seconds(size, way) for size in SIZES for way in WAYS)
 
 
-def of_dh() -> float:
-    rounds = parts.DH_REPETITIONS * len(parts.DH_ROWS) * len(parts.DH_BUDGETS)
-    return sum((1 + rounds) * loss_seconds(size, "stored") for size in SIZES)
-
-
 def of_steps(stage: str) -> float:
     """LoRA with checkpointing: three forwards' worth of products, and attention over the lower triangle. Without a
     gradient through the persona one.
@@ -114,7 +109,7 @@ def of_steps(stage: str) -> float:
 
 DEVICE = {
     "check": of_check, "parts": of_parts, "tiles": of_tiles, "budgets": of_budgets, "profiles": of_profiles,
-    "dh": of_dh, **{name: partial(of_steps, name) for name in steps.CASES},
+    **{name: partial(of_steps, name) for name in steps.CASES},
     "ways": lambda: of_races(HEADS, 2.0, decide.ROUNDS, decide.CHECKED_ROWS),
 }  # fmt: skip
 BOUNDED = ("trainers", "peers", *compare.CUTE, "tests", "options", "flash", *compare.TOOLS)

@@ -54,8 +54,6 @@ from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
 LOGPROB_ROWS = 8192
 """Tokens per chunk of token_logprobs, whose buffers are small: enough that reading W again costs nothing."""
-DH_ROWS = 2048
-"""Tokens of a product dh = dz W: on an H100 cuBLAS is slower with more (docs/LOG.md, 2026-11-27)."""
 SHARDED_MULTIPROCESSORS = 132
 """What a group of GPUs is taken to have each, so that two kinds of them still cut the same chunks."""
 
@@ -217,8 +215,7 @@ def _sweep(
         dz = dz[:, :v]
         if job.needed.dhidden:
             dh = out.dhidden[block] if dh_buffer is None else dh_buffer[: h.shape[0]]
-            for some, out_of_some in zip(dz.split(DH_ROWS), dh.split(DH_ROWS), strict=True):
-                product(some, job.lm_head, out_of_some)
+            product(dz, job.lm_head, dh)
             if rows.index is not None:
                 out.dhidden.index_copy_(0, rows.index[block], dh)
         if job.needed.dlm_head:
