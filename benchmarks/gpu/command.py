@@ -81,8 +81,9 @@ def compiler_missing() -> str | None:
 
 
 def install(parts: list[Path], results: Results) -> None:
-    """What `make wheels` collected, for the processes that follow; a part that is damaged is a line."""
-    if not parts:
+    """What `make wheels` collected, for the processes that follow, with what an earlier command was given; a part that
+    is damaged is a line."""
+    if not parts and not SITE.exists():
         return
     for problem in wheels.unpack(SITE, parts):
         results.put(f"wheels/{problem.partition(': ')[0]}", reason=problem.partition(": ")[2])

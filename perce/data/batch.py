@@ -3,8 +3,9 @@
 Sequences stand in a row each, padded on the right, without an attention mask: under causal attention no real token can
 see a pad after it. A mask would make sdpa build a (T, T) matrix a sequence, and leave its fast path.
 
-Packed, they stand in a single row one after the other, without padding, and position_ids begin again at 0 with each:
-flash and flex attention tell the sequences apart by that.
+Packed, they stand in a single row one after the other, without padding. Flex attention tells them apart by
+position_ids, which begin again at 0 with each, flash attention by where they begin: left to transformers, that would be
+computed again in every layer, and the longest length be a tensor, which flash-attn-4 refuses and others wait for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from perce.data.pairs import counterfactual_pieces
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Tensors by name; packed, also the length of the longest sequence, a number."""
 Piece = tuple[Sequence[int], int]  # ids, and how many of the last ones are predicted
 
 
@@ -25,7 +27,7 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0, packing: bool =
 
     Returns:
         input_ids (B, T), input_ids_cf (B_cf, T_cf): factual and counterfactual inputs, the last token left off; packed,
-            (1, sum of lengths), with position_ids and position_ids_cf of the same shapes.
+            (1, sum of lengths), with the `packed` arguments of both.
         rows, rows_cf (N,): rows of the flattened hidden states that predict the response tokens.
         target (N,): those tokens, identical for both passes by construction.
         prefix (B, 2): tokens of each factual input through its persona, and tokens of it in all.
@@ -57,7 +59,7 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0, packing: bool =
 
 def token_inputs(batch: Batch, suffix: str = "") -> Batch:
     """What the model's own forward takes of a batch, for the factual pass or ("_cf") the counterfactual one."""
-    names = ("input_ids", "position_ids")
+    names = ("input_ids", *PACKED)
     return {name: batch[name + suffix] for name in names if name + suffix in batch}
 
 
@@ -74,9 +76,20 @@ def _pack(pieces: Sequence[Piece]) -> Batch:
     starts = [0, *accumulate(len(ids) - 1 for ids, _ in pieces)][:-1]
     return {
         "input_ids": torch.tensor([[token for ids, _ in pieces for token in ids[:-1]]], dtype=torch.int64),
-        "position_ids": torch.cat([torch.arange(len(ids) - 1) for ids, _ in pieces])[None],
         "rows": _rows(pieces, starts),
+        **packed([len(ids) - 1 for ids, _ in pieces]),
     }
+
+
+PACKED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def packed(lengths: Sequence[int]) -> dict[str, Any]:
+    """What attention tells sequences of these lengths in one row apart by, under transformers' names (PACKED):
+    position_ids (1, T), cumulative lengths (B + 1,) int32 of queries and keys, and the longest of both."""
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return dict(zip(PACKED, (positions, ends, ends, max(lengths), max(lengths)), strict=True))
 
 
 def _rows(pieces: Sequence[Piece], starts: Sequence[int]) -> Tensor:

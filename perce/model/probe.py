@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from perce.data.batch import packed
 from perce.errors import UserError
 
 PROBE_TOKENS = 8
@@ -67,13 +69,13 @@ def check_packing(model: Any, device: str) -> None:
 def check_sequences_apart(model: Any) -> None:
     """UserError if the second of two packed sequences sees the first: not every architecture hands position_ids on."""
     ids = probe_ids(model, 2 * PROBE_TOKENS)
-    positions = torch.arange(PROBE_TOKENS, device=ids.device).repeat(2)[None]
-    rows = positions[0, :PROBE_TOKENS]
+    lengths = send_to_device(packed([PROBE_TOKENS] * 2), ids.device)
+    rows = torch.arange(PROBE_TOKENS, device=ids.device)
     with evaluating(model):
         alone = model(input_ids=ids[:, PROBE_TOKENS:], perce={"rows": rows})
-        packed = model(input_ids=ids, position_ids=positions, perce={"rows": rows + PROBE_TOKENS})
+        apart = model(input_ids=ids, **lengths, perce={"rows": rows + PROBE_TOKENS})
         mixed = model(input_ids=ids, perce={"rows": rows + PROBE_TOKENS})
-    error, leak = (packed - alone).float().norm().item(), (mixed - alone).float().norm().item()
+    error, leak = (apart - alone).float().norm().item(), (mixed - alone).float().norm().item()
     if not error <= PACKING_TOLERANCE * leak:
         raise UserError(
             f"packing: a packed sequence of this {model.config.model_type} model is {error / leak:.0%} as far from the "

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks.gpu import command, compare, decide, parts, sanitizer, steps, suite, training, wheels
+from benchmarks.gpu import command, compare, decide, parts, sanitizer, steps, suite, trainers, training, wheels
 from benchmarks.gpu import compile as compilation
 from benchmarks.gpu.child import Child, Request, Unable, machine
 from benchmarks.gpu.clock import seconds_of_kernels
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import SIZES, TINY
+from benchmarks.trainers import make_model
+from perce.config.schema import ModelConfig
+from perce.model import loading
 from perce_kernels.gpu import cut, driver, tiles
 from tests.helpers import ROOT
 from tests.helpers.device import room
@@ -164,10 +167,18 @@ def test_steps_of_a_model_with_random_weights():
 
 @pytest.mark.slow
 def test_a_long_step():
-    (case,) = steps.CASES["long"]["cpu"]
-    found = lines_of(steps.stage, "long")
-    assert found.keys() == {str(case), f"{case}/plan"} and found[str(case)]["seconds"] > 0
-    assert str(case) == "perce/160, mlp_tile 32"
+    for stage in ("long", "longest"):
+        (case,) = steps.CASES[stage]["cpu"]
+        found = lines_of(steps.stage, stage)
+        assert found.keys() == {str(case), f"{case}/plan"} and found[str(case)]["seconds"] > 0
+    assert str(case) == "perce/200, mlp_tile 32"
+
+
+@pytest.mark.slow
+def test_steps_by_attention():
+    found = lines_of(steps.stage, "attention")
+    assert found["perce/160"]["seconds"] > 0 and found["perce/160, eager"]["seconds"] > 0
+    assert found["perce/160, eager/plan"]["planned_bytes"] > found["perce/160/plan"]["planned_bytes"], "T × T"
 
 
 @pytest.mark.slow
@@ -191,6 +202,37 @@ def test_training_runs_as_on_a_cpu():
     for run in ("full", "lora", "cpu"):
         assert found[run]["steps"] == training.STEPS and found[run]["loss"] > 0
     assert found["as on a CPU"]["alike"] is True and found["score"]["records"] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_options_change_how_and_not_what():
+    found = lines_of(training.stage, "options", seconds=580.0)
+    for name in ("checkpointing", "persona_grad", "mlp_tile", "torch", "ddp"):
+        assert found[f"{name} as plain"]["alike"] is True
+    assert found["entce as on a CPU"]["alike"] is True and found["entce"]["loss"] != found["plain"]["loss"]
+    assert "got flex_attention on cpu" in found["packing"]["reason"] and "need a GPU" in found["liger"]["reason"]
+
+
+@pytest.mark.slow
+def test_steps_by_other_trainers():
+    found = lines_of(trainers.stage, "trainers")
+    assert found.keys() == {f"{way}/300" for way in trainers.WAYS}
+    lines = {way: found[f"{way}/300"] for way in ("perce", "perce-ce", "naive-ce", "naive-kept", "naive")}
+    for way, line in lines.items():
+        assert line["seconds"] > 0 and line["peak_bytes"] >= line["peak_extra_bytes"]
+        of_the_same_loss = lines["perce-ce" if way.endswith("-ce") else "perce"]
+        assert line["loss"] == pytest.approx(of_the_same_loss["loss"], rel=1e-3), "and no adapter of the one before"
+    assert "need a GPU" in found["perce-liger/300"]["reason"]
+
+
+def test_a_trainer_leaves_the_model_as_it_was():
+    model = make_model("tiny")
+    before = {name: type(module) for name, module in model.named_modules()}
+    loading.add_adapter(model, loading.lora_config(ModelConfig(lora_r=2)))
+    assert len(list(model.modules())) > len(before)
+    trainers.remove_adapter(model)
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_a_run_that_differs_is_said_to():
@@ -333,6 +375,15 @@ def test_stages_end_in_turn_and_within_the_limit(module, limit, device):
     assert len({stage.name for row in module.stages(device) for stage in row}) == len(ends)
 
 
+def test_the_wanted_stages_follow_each_other_with_the_time_they_have():
+    rows = compare.stages("cuda")
+    assert command.in_turn(rows, [stage.name for row in rows for stage in row]) == rows
+    before, peers, tests = ([stage.until for stage in row] for row in rows[:3])
+    kept = command.in_turn(rows, ["peers", "racecheck", "tests"])
+    assert [[stage.name for stage in row] for row in kept] == [["peers"], ["tests", "racecheck"]]
+    assert [row[0].until for row in kept] == [peers[0] - before[0], tests[0] - before[0]]
+
+
 def test_commands_without_a_gpu(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for module, name in ((decide, "gpu_a"), (compare, "gpu_b")):
@@ -361,7 +412,9 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
 
 
 def test_wheels_are_unpacked_for_the_processes_that_follow(monkeypatch, tmp_path):
-    monkeypatch.setattr(wheels, "unpack", lambda site, parts: ["part/x.whl: damaged: its SHA-256 is another"])
+    monkeypatch.setattr(command, "SITE", tmp_path / "build/site-packages")
+    problems = ["part/x.whl: damaged: its SHA-256 is another"]
+    monkeypatch.setattr(wheels, "unpack", lambda site, parts: site.mkdir(parents=True) or problems if parts else [])
     monkeypatch.setenv("PYTHONPATH", "before")
     monkeypatch.delenv(training.MODEL, raising=False)
     (tmp_path / "a/model").mkdir(parents=True)
@@ -373,6 +426,9 @@ def test_wheels_are_unpacked_for_the_processes_that_follow(monkeypatch, tmp_path
     assert site.endswith("build/site-packages") and before == "before"
     assert os.environ[training.MODEL] == str(tmp_path / "a/model")
     assert results.lines["wheels/part/x.whl"] == {"reason": "damaged: its SHA-256 is another"}
+    monkeypatch.setenv("PYTHONPATH", "before")
+    command.install([], results)
+    assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == site, "the next command has them without being told"
 
 
 def test_the_machine(monkeypatch):

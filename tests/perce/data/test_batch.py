@@ -1,5 +1,7 @@
 """Packed batches equal padded ones equal single sequences, where attention keeps packed sequences apart."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -35,3 +37,5 @@ def test_packing_holds_no_padding():
     assert batch["input_ids"].shape == batch["position_ids"].shape == (1, sum(lengths))
     assert batch["position_ids"][0].tolist() == [place for length in lengths for place in range(length)]
     assert torch.equal(batch["target"], collate(PACKED)["target"])
+    assert batch["cu_seq_lens_q"].tolist() == [0, *itertools.accumulate(lengths)]
+    assert batch["max_length_k"] == max(lengths) and "max_length_k" not in collate(PACKED)
