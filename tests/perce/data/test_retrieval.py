@@ -25,7 +25,7 @@ from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl
 REQUESTS = {
     "LongLaMP abstracts": (
         'Generate an abstract for the title "On "Deep" Bees" using the following items: 1. hives 2. "honey"',
-        'On "Deep" Bees',
+        '1. hives 2. "honey"',
     ),
     "LongLaMP reviews": (
         'Generate the review text written by a reviewer who has a given an overall rating of "5.0" for a product with '
