@@ -9,7 +9,8 @@ from benchmarks.context import QUERY, RESPONSE, WAYS, measured_in_a_child
 from benchmarks.test_step import SMOLLM2_135M
 from perce import MemoryConfig
 from perce.config.commands import PlanOptions
-from perce.config.schema import ModelConfig, StepConfig
+from perce.config.schema import ModelConfig
+from perce.config.step import StepConfig
 from perce.planning.plans import step_cost
 
 PERSONAS = {  # and the ways that are measured there: at the long ones a step takes 1 to 4 minutes

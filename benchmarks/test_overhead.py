@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.test_step import make_trainers, pair, smollm2_135m
 from perce.config.commands import PlanOptions
-from perce.config.schema import ModelConfig, StepConfig
+from perce.config.schema import ModelConfig
+from perce.config.step import StepConfig
 from perce.data.batch import collate
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing

@@ -1,5 +1,6 @@
 """Models, configs and tokenizers by path or Hub id, their many failures told as one paragraph."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,25 @@ def load_tokenizer(path: str) -> Any:
     if not tokenizer.is_fast:
         raise UserError(f"--model {path}: a fast tokenizer is needed (tokenizer.json), and this one has none.")
     return tokenizer
+
+
+ENDS = 2**20  # bytes of a file's beginning and end that its fingerprint is made of
+
+
+def fingerprint(path: str) -> str:
+    """Which model a path or Hub id stands for now: the commit on the Hub, or a digest of a directory's weights (of
+    each file its size, beginning and end)."""
+    local = Path(path).expanduser()
+    if not local.exists():
+        return str(getattr(read_config(path), "_commit_hash", None) or "unknown")
+    digest = hashlib.sha256()
+    for file in sorted([*local.glob("*.safetensors"), *local.glob("*.bin"), local / "config.json"]):
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(f"{file.name} {file.stat().st_size}".encode() + content.read(ENDS))
+                content.seek(max(file.stat().st_size - ENDS, 0))
+                digest.update(content.read(ENDS))
+    return f"sha256 {digest.hexdigest()[:16]}"
 
 
 def read_config(path: str) -> Any:

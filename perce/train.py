@@ -1,10 +1,12 @@
 """python -m perce.train: rows → pairs → model → PerceTrainer → a run directory.
 
+README.md            the model card                  merged/       with --merge_adapter, the whole model
 config.yaml          the resolved options            curves.png    loss, PIR and weights over the steps
 trainer_state.json   everything that was logged      report.html   validation responses token by token
 model or adapter, tokenizer, checkpoint-*/           what from_pretrained and --resume read
 """
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -51,6 +53,8 @@ def resolve(config: TrainOptions) -> TrainOptions:
         raise UserError("--resume: name the run to continue with --output_dir.")
     if processes > 1 and not run.output_dir:
         raise UserError(f"--output_dir: needed when {processes} processes share a run.")
+    if run.merge_adapter and not config.model.lora_r:
+        raise UserError("--merge_adapter: there is no adapter to merge with --lora_r 0, which trains all weights.")
     if config.data.streaming and run.max_steps < 1:
         raise UserError("--streaming: the number of rows is not known beforehand, so --max_steps is needed.")
     if config.data.streaming and run.tokens_per_batch:
@@ -60,7 +64,10 @@ def resolve(config: TrainOptions) -> TrainOptions:
         )
     name = Path(config.data.data).expanduser().resolve().stem if config.data.data else "demo"
     output_dir = str(Path(run.output_dir).expanduser()) if run.output_dir else str(free_directory(name))
-    return replace(config, run=replace(run, learning_rate=rate, output_dir=output_dir))
+    # The run directory stands for itself: what a file says of the prompt is among its options.
+    prompt = json.dumps(config.data.prompt_style(), ensure_ascii=False) if config.data.prompt else None
+    data = replace(config.data, prompt=prompt)
+    return replace(config, run=replace(run, learning_rate=rate, output_dir=output_dir), data=data)
 
 
 def run(config: TrainOptions) -> None:
@@ -74,7 +81,8 @@ def run(config: TrainOptions) -> None:
     from perce.data.splits import load_pairs
     from perce.demo import default_model_path
     from perce.hub import load_tokenizer
-    from perce.model.loading import load_model
+    from perce.model.loading import load_model, merge_adapter
+    from perce.training.card import write_card
     from perce.training.fits import check_fits
     from perce.training.interruption import train_interruptibly
     from perce.training.summary import Progress, describe_run, loss_labels, print_result, write_run_report
@@ -117,6 +125,12 @@ def run(config: TrainOptions) -> None:
         trainer.save_state()
         if main_process:
             write_run_report(output_dir, config, trainer, pairs, progress)
+            if pairs.format != "text":
+                numbers = progress.before_and_after()
+                write_card(output_dir, config, model_path, tokenizer, numbers, trainer.state.global_step)
+    if config.run.merge_adapter and main_process:
+        with disk_errors(output_dir):
+            merge_adapter(output_dir, model_path)
     if main_process:
         print_result(output_dir, trainer, pairs, progress)
 

@@ -83,7 +83,8 @@ def plan(device: str, case: Case) -> dict[str, float]:
     from transformers import AutoConfig
 
     from perce.config.commands import PlanOptions
-    from perce.config.schema import MemoryConfig, ModelConfig, StepConfig
+    from perce.config.schema import MemoryConfig, ModelConfig
+    from perce.config.step import StepConfig
     from perce.planning.memory import UPDATE
     from perce.planning.plans import step_cost
 

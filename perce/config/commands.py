@@ -11,6 +11,7 @@ from typing import Any
 
 from perce.config import schema
 from perce.config.options import Command, flat, number, read_yaml
+from perce.config.step import StepConfig
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class PlanOptions:
     """Of `python -m perce.plan`."""
 
     model: schema.ModelConfig
-    step: schema.StepConfig
+    step: StepConfig
     memory: schema.MemoryConfig = field(default_factory=schema.MemoryConfig)
 
 

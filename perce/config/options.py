@@ -163,18 +163,18 @@ def flat(options: Any) -> dict[str, Any]:
     return {name: value for section in sections for name, value in vars(section).items()}
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """A flat YAML mapping; `1e-5` is a number here, as people expect and YAML 1.1 does not."""
+def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
+    """A flat YAML mapping; `1e-5` is a number here, as people expect and YAML 1.1 does not. option: that names it."""
     import yaml
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from error
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {in_one_line(error)}") from error
+        raise UserError(f"{option} {path}: not valid YAML: {in_one_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UserError(f"--config {path}: expected `option: value` lines, got {type(content).__name__}.")
+        raise UserError(f"{option} {path}: expected `name: value` lines, got {type(content).__name__}.")
     return {name.replace("-", "_"): number(value) for name, value in content.items()}
 
 

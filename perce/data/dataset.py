@@ -20,7 +20,7 @@ from perce.data.rows import Examples, Record
 from perce.data.sources import Source
 from perce.errors import UserError
 
-PAIRS_VERSION = 1
+PAIRS_VERSION = 2
 """Of the code that makes pairs of examples; a test fails when the pairs change and this does not."""
 
 _COMMON = {

@@ -62,7 +62,7 @@ TARGET_FIELDS = ("abstract", "content", "reviewText", "text", "title")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    role: str  # "user" | "assistant"
+    role: str  # "user" | "assistant", and at the beginning "system"
     content: str
 
 
@@ -124,19 +124,25 @@ def parse_persona(value: object, field: str) -> tuple[str, ...]:
 
 
 def parse_turns(value: object, field: str) -> tuple[Turn, ...]:
+    """Alternating turns of user and assistant, perhaps behind a system message."""
     turns: list[Turn] = []
     for i, message in enumerate(_list(value, field, "{'role', 'content'} objects")):
         here = f"{field}[{i}]"
         if not isinstance(message, dict):
             raise BadRow(here, "an object with 'role' and 'content'", show(message))
         role = message.get("role")
-        if role not in ("user", "assistant"):
-            # The trainer writes the system message itself: both prompts must keep one and differ in the persona only.
-            remedy = " (put what a system message says about the user in 'persona')" if role == "system" else ""
-            raise BadRow(f"{here}.role", f"'user' or 'assistant'{remedy}", show(role))
+        if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
+            expected = "a conversation without tools, whose calls and results are not trained on"
+            raise BadRow(here, expected, show(message))
+        if role not in ("user", "assistant", "system"):
+            raise BadRow(f"{here}.role", "'user' or 'assistant', or 'system' at the beginning", show(role))
+        if role == "system" and turns:
+            raise BadRow(f"{here}.role", "a system message only at the beginning", f"one after {len(turns)} messages")
         if turns and turns[-1].role == role:
             raise BadRow(f"{here}.role", "alternating user and assistant turns", f"a second {role} turn in a row")
         turns.append(Turn(role, _text(message.get("content"), f"{here}.content")))
+    if turns[-1].role == "system":
+        raise BadRow(field, "a turn after the system message", "none")
     return tuple(turns)
 
 
@@ -159,8 +165,9 @@ Parsed = tuple[tuple[str, ...], tuple[Turn, ...], str]
 
 def _replies(persona: tuple[str, ...], turns: tuple[Turn, ...]) -> Iterator[Parsed]:
     """Each assistant turn but an opening one, which answers nothing."""
+    opening = 1 if turns[0].role == "system" else 0
     for i, turn in enumerate(turns):
-        if turn.role == "assistant" and i > 0:
+        if turn.role == "assistant" and i > opening:
             yield persona, turns[:i], turn.content
 
 

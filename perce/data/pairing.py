@@ -37,6 +37,8 @@ def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConf
         max_length=config.max_length,
         retriever=make_retriever(config) if format in RETRIEVED_FORMATS else None,
         chat_template_kwargs=config.template_kwargs(),
+        prompt=config.prompt_style(),
+        special_tokens_in_text=config.special_tokens_in_text,
     )
 
 

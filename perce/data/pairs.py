@@ -3,13 +3,9 @@
     factual         prefix  [ persona block ]  suffix  response  end-of-turn
     counterfactual  prefix                     suffix  response  end-of-turn
 
-The counterfactual sequence *is* the factual one with one contiguous span of ids deleted; it is never rendered,
-tokenised or stored on its own, so response token i is the same id at the same response offset in both passes. The
-persona block opens the system message and is followed by one fixed sentence that both prompts keep: a message that were
-empty or missing would make many chat templates insert a default system prompt of their own, and poison every contrast.
-
-The pieces are tokenised one by one. Dropping a passage that does not fit then drops whole ids, and no byte-pair merge
-can reach across the border of the block.
+The counterfactual sequence *is* the factual one with one contiguous span of ids deleted, and is not stored on its own;
+response token i is the same id at the same response offset in both passes. prompt.py renders both texts and tokenises
+them, and refuses a pair where deleting the span does not give the other text's ids.
 """
 
 import re
@@ -19,32 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from perce.data.formats import parse_persona, parse_turns
+from perce.data.prompt import CUT, Chat, ChatFormat, PromptStyle
 from perce.data.retrieval import Retriever
 from perce.data.rows import Example
 from perce.data.sources import BadRow
 from perce.errors import UserError
-
-PERSONA_HEADER = "About the user:\n"
-PERSONA_ITEM = "- {}\n"
-PERSONA_FOOTER = "\n"
-SYSTEM_MESSAGE = "Write the next message exactly as this user would."
-
-# For tokenizers without a chat template (base models): plain text, the end-of-sequence token closes each reply.
-PLAIN_CHAT_TEMPLATE = (
-    "{{ bos_token or '' }}"
-    "{% for message in messages %}"
-    "{% if message.role == 'system' %}{{ message.content }}\n\n"
-    "{% elif message.role == 'user' %}Message: {{ message.content }}\n"
-    "{% else %}Reply: {{ message.content }}{{ eos_token }}\n{% endif %}"
-    "{% endfor %}"
-)
-CONVERSATION_START = "(the conversation begins)"  # for templates that insist on a user turn first
-
-# Stand-ins that mark where the persona and the response go while a chat template is rendered; private-use characters,
-# so that no template strips them and no real text contains them.
-_PERSONA, _RESPONSE = "\ue0f0persona\ue0f1", "\ue0f0response\ue0f1"
-
-ANCHOR = "\ue0f2"
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 # Words too common to be anybody's own, for the automatic label of personal tokens.
@@ -111,14 +86,18 @@ def prompt_ids(
     query: str | Sequence[Mapping[str, str]],
     *,
     chat_template_kwargs: dict[str, Any] | None = None,
+    prompt: Mapping[str, str] | None = None,
+    special_tokens_in_text: str = "text",
 ) -> list[int]:
     """Token ids of the prompt that training puts before a reply: what to call `model.generate` with.
 
     Args:
         tokenizer: the trained model's.
         persona: what is known of the user, best first. None of it is left out.
-        query: the message to reply to, or the conversation as {"role": …, "content": …} messages, "user" last.
-        chat_template_kwargs: as in training.
+        query: the message to reply to, or the conversation as {"role": …, "content": …} messages, "user" last; the
+            first may be of role "system", and stands in place of SYSTEM_MESSAGE.
+        chat_template_kwargs, special_tokens_in_text: as in training. prompt: as in training, keys of --prompt; default:
+            what was saved with the tokenizer.
 
     Raises:
         UserError (a ValueError): an empty persona, a conversation that training would refuse or that ends with a reply.
@@ -132,7 +111,10 @@ def prompt_ids(
     if turns[-1].role != "user":
         raise UserError("query: expected the conversation to end with a user turn, got an assistant turn.")
     example = Example(known, turns, "", None, None, "prompt_ids")
-    builder = PairBuilder(tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs)
+    builder = PairBuilder(
+        tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs, prompt=prompt,
+        special_tokens_in_text=special_tokens_in_text,
+    )  # fmt: skip
     return builder.prompt_ids(example)
 
 
@@ -144,6 +126,8 @@ class PairBuilder:
         max_length: longest factual sequence, in tokens; persona entries are dropped from the end until it fits.
         retriever: chooses which entries of a persona to show, best first, or None for all.
         chat_template_kwargs: extra variables of the chat template, such as {"enable_thinking": False}.
+        prompt: how the persona is told, by keys of prompt.PromptStyle; default: as saved with the tokenizer.
+        special_tokens_in_text: what becomes of strings in the data that spell control tokens: "text", or "allow".
     """
 
     def __init__(
@@ -153,168 +137,101 @@ class PairBuilder:
         max_length: int,
         retriever: Retriever | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        prompt: Mapping[str, str] | None = None,
+        special_tokens_in_text: str = "text",
     ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.retriever = retriever
-        self.template_kwargs = chat_template_kwargs or {}
-        self.chat_template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
-        if not tokenizer.chat_template and tokenizer.eos_token is None:
-            raise UserError(
-                "The tokenizer has neither a chat template nor an end-of-sequence token, so a reply could not be "
-                "ended. Set tokenizer.eos_token, save the tokenizer, and pass that directory as --model."
-            )
-        self.has_system_role = self._accepts([("system", "s"), ("user", "u"), ("assistant", "a")])
-        opening = [("system", "s")] if self.has_system_role else []
-        self.accepts_reply_first = self._accepts([*opening, ("assistant", "a"), ("user", "u"), ("assistant", "b")])
-        self.prepends_space = tokenizer.convert_ids_to_tokens(self._encode_start("a"))[0].startswith(("▁", "Ġ"))
-        self._header = self._encode(PERSONA_HEADER)
-        self._footer = self._encode(PERSONA_FOOTER)
+        self.chat_format = ChatFormat(
+            tokenizer, chat_template_kwargs or {}, style=PromptStyle.of(prompt) if prompt else None,
+            allow_control=special_tokens_in_text == "allow",
+        )  # fmt: skip
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """What the pairs depend on besides tokenizer and text."""
         picked = (self.retriever.identity, self.retriever.k) if self.retriever else None
-        return self.max_length, picked, sorted(self.template_kwargs.items())
+        chat = self.chat_format
+        return self.max_length, picked, sorted(chat.template_kwargs.items()), chat.style, chat.control is None
 
     def pairs(self, example: Example) -> list[Pair]:
         return [self.build(example)]
 
     def build(self, example: Example) -> Pair:
-        prefix, suffix, space, tail = self._frame(example)
-        reply, offsets = self._encode_with_offsets(space + example.response.strip())
-        response = [*reply, *self._end_of_turn(tail)]
         chosen = list(self.retriever(example) if self.retriever else range(len(example.persona)))
         persona = [example.persona[i] for i in chosen]
-        passages = [self._encode_passage(entry) for entry in persona]
-        fixed = len(prefix) + len(self._header) + len(self._footer) + len(suffix) + len(response)
-        kept = len(passages)
-        while kept and fixed + sum(map(len, passages[:kept])) > self.max_length:
-            kept -= 1
-        if not kept:
-            raise UserError(
-                f"{example.source}: query and response take {fixed} of max_length={self.max_length} tokens (the "
-                f"response {len(response)}), which leaves no room for even the first persona entry "
-                f"({len(passages[0])} tokens). Raise --max_length, or leave such rows out with --skip_bad_rows."
-            )
-        block = self._block(passages[:kept])
-        shift = len(example.response) - len(example.response.lstrip()) - len(space)
-        personal = self._personal(example, persona[:kept], offsets, shift)
+        try:
+            kept, chat, span = self._fitting(example, persona)
+        except UserError as error:
+            raise UserError(f"{example.source}: {error}") from None
+        ids, prompt = chat.encoded.ids, chat.prompt_length
         pair = Pair(
-            input_ids=[*prefix, *block, *suffix, *response],
-            persona_span=(len(prefix), len(prefix) + len(block)),
-            response_length=len(response),
-            personal=[*personal, *[False] * (len(response) - len(personal))],
+            input_ids=ids,
+            persona_span=span,
+            response_length=len(ids) - prompt,
+            personal=self._personal(example, persona[:kept], chat),
             passages=chosen[:kept],
             dropped_passages=len(persona) - kept,
         )
-        assert pair.counterfactual_ids() == [*prefix, *suffix, *response]
+        pair.counterfactual_ids()
         return pair
+
+    def _fitting(self, example: Example, persona: Sequence[str]) -> tuple[int, Chat, tuple[int, int]]:
+        """How many entries of the persona fit max_length, and the conversation with them."""
+        kept = len(persona)
+        while kept:
+            chat, span = self.chat_format.pair(example.turns, persona[:kept], example.response)
+            excess = len(chat.encoded.ids) - self.max_length
+            if excess <= 0:
+                return kept, chat, span
+            kept = self._without(excess, persona[:kept], chat)
+        without = len(chat.encoded.ids) - (span[1] - span[0])
+        raise UserError(
+            f"query and response take {without} of max_length={self.max_length} tokens (the response "
+            f"{len(chat.encoded.ids) - chat.prompt_length}), which leaves no room for even the first persona entry "
+            f"({span[1] - span[0]} tokens with what stands around it). Raise --max_length, or leave such rows out with "
+            "--skip_bad_rows."
+        )
+
+    def _without(self, excess: int, persona: Sequence[str], chat: Chat) -> int:
+        """How many entries stay when the last ones with this many tokens go; at least one fewer.
+
+        A little too few may be dropped, for tokens can be cut otherwise then: the caller looks again.
+        """
+        block = self.chat_format.as_text(self.chat_format.block(persona))
+        start = chat.text.text.index(block)
+        for kept in range(len(persona) - 1, 0, -1):
+            shorter = start + len(self.chat_format.as_text(self.chat_format.block(persona[:kept])))
+            dropped = sum(shorter <= a < start + len(block) for a, _ in chat.encoded.spans)
+            if dropped >= excess:
+                return kept
+        return 0 if len(persona) == 1 else 1
 
     def prompt_ids(self, example: Example) -> list[int]:
         """The factual prompt of an example whose response is still to be written, with its whole persona."""
-        prefix, suffix, _, _ = self._frame(example)
-        return [*prefix, *self._block([self._encode_passage(entry) for entry in example.persona]), *suffix]
+        chat_format = self.chat_format
+        return chat_format.encode(chat_format.prompt(example.turns, chat_format.block(example.persona))).ids
 
-    def _frame(self, example: Example) -> tuple[list[int], list[int], str, str]:
-        """Ids before and after the persona block, and the texts next to the response: a space before it, all after it.
-
-        Tokenizers put a space into the word that follows it: one before the reply ("Reply: ") belongs to the reply, or
-        the model would learn to begin in a way that it never meets when it writes.
-        """
-        prefix, suffix, tail = self._render(example)
-        before_reply = suffix.rstrip(" ")
-        return self._encode_start(prefix), self._encode(before_reply), suffix[len(before_reply) :], tail
-
-    def _encode_passage(self, entry: str) -> list[int]:
-        return self._encode(PERSONA_ITEM.format(entry.strip()))
-
-    def _block(self, passages: Sequence[list[int]]) -> list[int]:
-        return [*self._header, *(token for passage in passages for token in passage), *self._footer]
-
-    def _encode_start(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _encode(self, text: str) -> list[int]:
-        return self._encode_with_offsets(text)[0] if self.prepends_space else self._encode_start(text)
-
-    def _encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text that continues another, and their character offsets in it.
-
-        Tokenizers like Llama 2's begin every text with a space of their own. Behind an anchor, whose ids are dropped
-        again, a piece is tokenised as it is in the middle of a text.
-        """
-        anchor = ANCHOR if self.prepends_space else ""
-        encoded = self.tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        pieces = [
-            (token, (max(start - len(anchor), 0), end - len(anchor)))
-            for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            if end > len(anchor) or not anchor
-        ]
-        return [token for token, _ in pieces], [offsets for _, offsets in pieces]
-
-    def _apply_template(self, messages: Sequence[tuple[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
-            tokenize=False,
-            chat_template=self.chat_template,
-            **self.template_kwargs,
-        )
-
-    def _accepts(self, messages: Sequence[tuple[str, str]]) -> bool:
-        """Whether the chat template renders all of these messages: some raise from Jinja, others leave one out."""
-        from jinja2.exceptions import TemplateError
-
-        marked = [(role, f"{_PERSONA}{content}") for role, content in messages]
-        try:
-            text = self._apply_template(marked)
-        except TemplateError:
-            return False
-        return all(content in text for _, content in marked)
-
-    def _render(self, example: Example) -> tuple[str, str, str]:
-        """The text before the persona block, between it and the response, and after the response."""
-        system = _PERSONA + SYSTEM_MESSAGE
-        turns = [(turn.role, turn.content) for turn in example.turns]
-        if turns[0][0] != "user" and not self.accepts_reply_first:
-            turns.insert(0, ("user", CONVERSATION_START))
-        if self.has_system_role:
-            turns.insert(0, ("system", system))
-        elif turns[0][0] == "user":
-            turns[0] = ("user", f"{system}\n\n{turns[0][1]}")
-        else:
-            turns.insert(0, ("user", system))
-        text = self._apply_template([*turns, ("assistant", _RESPONSE)])
-        if text.count(_PERSONA) != 1 or text.count(_RESPONSE) != 1:
-            raise UserError(
-                f"{example.source}: the chat template of {self.tokenizer.name_or_path!r} repeats or drops the system "
-                "message or the reply, so the two passes could not be aligned. Give the tokenizer another chat "
-                "template."
-            )
-        prompt, tail = text.split(_RESPONSE)
-        prefix, suffix = prompt.split(_PERSONA)
-        return prefix, suffix, tail
-
-    def _end_of_turn(self, tail: str) -> list[int]:
-        """The ids that end a reply: what the template puts after it, up to and with the first special token."""
-        ids = self._encode(tail)
-        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        for position, token in enumerate(ids):
-            if token in special or token == self.tokenizer.eos_token_id:
-                return ids[: position + 1]
-        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-
-    def _personal(
-        self, example: Example, persona: Sequence[str], offsets: Sequence[tuple[int, int]], shift: int
-    ) -> list[bool]:
-        """Whether each token overlaps a personal span; offset + shift is the place in example.response."""
+    def _personal(self, example: Example, persona: Sequence[str], chat: Chat) -> list[bool]:
+        """Whether each token of the response overlaps a personal span."""
         spans = example.personal_spans
         if spans is None:
             conversation = " ".join(turn.content for turn in example.turns)
             spans = tuple(personal_word_spans(example.response, persona, conversation))
+        text = chat.text
+        marked = text.text[text.answer : text.tail]
+        answer = marked.replace(CUT, "")
+        shift = example.response.rstrip().rfind(answer.rstrip())
+        # Places of the response's characters in the text, which may have CUT marks between them.
+        places = [text.answer + i for i, character in enumerate(marked) if character != CUT]
+        marks = [
+            (places[max(start - shift, 0)], places[end - shift - 1] + 1)
+            for start, end in spans if shift < end <= shift + len(answer)
+        ]  # fmt: skip
         return [
-            any(start + shift < span_end and span_start < end + shift for span_start, span_end in spans) and start < end
-            for start, end in offsets
+            any(start < mark_end and mark_start < end for mark_start, mark_end in marks) and start < end
+            for start, end in chat.encoded.spans[chat.prompt_length :]
         ]
 
 

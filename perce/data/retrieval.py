@@ -29,7 +29,7 @@ DEFAULT_ENCODER = "facebook/contriever"
 # What a request is about, in the benchmarks' own wordings: the groups of the first pattern that fits, joined, are the
 # query. Any other wording is the query as a whole. For LaMP these are the parts that its authors search with.
 QUERIES: dict[str, str] = {
-    "LongLaMP abstracts": r'Generate an abstract for the title "(.*)" using the following items:',
+    "LongLaMP abstracts": r'Generate an abstract for the title ".*" using the following items: ?(.*)',
     "LongLaMP reviews": (
         r'Generate the review text .*? product with description "(.*)"\. The summary of the review text is "(.*)"'
     ),

@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from perce.errors import UserError
 from perce.hub import load_pretrained, read_config
 from perce.model.patch import check_head_unwrapped, prepare_model
 from perce_kernels.backends import resolve_backend
+
+MERGED = "merged"
+"""Directory of a run: the model that --merge_adapter saves."""
 
 
 def bf16_is_sound(device: str) -> bool:
@@ -99,6 +103,20 @@ def _cast_unless_autocast(layer: Any, x: Any, dtype: torch.dtype) -> Any:
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return x
     return type(layer)._cast_input_dtype(layer, x, dtype)
+
+
+def merge_adapter(directory: Path, base: str) -> None:
+    """The adapter in `directory` and its base as one model, in directory/merged with tokenizer and generation config.
+
+    In fp32: rounded to bf16, a merge lost up to half of what a short training had changed (docs/LOG.md)."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer, GenerationConfig
+
+    model = load_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
+    merged.generation_config = GenerationConfig.from_pretrained(directory)
+    merged.save_pretrained(directory / MERGED)
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory / MERGED)
 
 
 def check_adapter(model: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from perce.config.schema import StepConfig
+from perce.config.step import StepConfig
 from perce.planning.memory import Counts, shape_of
 from perce.planning.rehearsal import Setup
 

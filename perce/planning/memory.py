@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from perce.config.schema import MemoryConfig, StepConfig
+from perce.config.schema import MemoryConfig
+from perce.config.step import StepConfig
 from perce.data.documents import short_windows
 from perce.errors import UserError
 from perce.model.head import logit_transform

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from perce.config.commands import PlanOptions
-from perce.config.schema import ModelConfig, StepConfig
+from perce.config.schema import ModelConfig
+from perce.config.step import StepConfig
 from perce.errors import UserError
 from perce.hub import read_config
 from perce.model.loading import bf16_is_sound, check_backend

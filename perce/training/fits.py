@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from perce.config.commands import PlanOptions, TrainOptions
-from perce.config.schema import StepConfig
+from perce.config.step import StepConfig
 from perce.data.dataset import sequence_lengths
 from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped

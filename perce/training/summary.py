@@ -69,6 +69,11 @@ class Progress(ProgressCallback):
         saved = torch.load(self._first, weights_only=True)
         return saved["metrics"], [TokenStatistics(**fields) for fields in saved["statistics"]]
 
+    def before_and_after(self) -> dict[str, list[float]]:
+        """The validation's numbers by label: before training where that was evaluated, and after."""
+        parts = [part for part in (self.first_evaluation()[0], self.after) if part]
+        return {label: [part[f"eval_{name}"] for part in parts] for name, label in self.labels.items()}
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_evaluate(args, state, control, **kwargs)
         self.after, self.evaluated_at = kwargs["metrics"], state.global_step
@@ -139,8 +144,7 @@ def write_run_report(
 ) -> None:  # fmt: skip
     """curves.png and report.html."""
     write_curves(output_dir / "curves.png", trainer.state.log_history)
-    before, first = progress.first_evaluation()
-    after = progress.after
+    _, first = progress.first_evaluation()
     scored = {
         name: {x.example: x for x in statistics}
         for name, statistics in (("before training", first), ("after training", trainer.last_evaluation))
@@ -167,8 +171,8 @@ def write_run_report(
         ("objective", config.loss.objective),
         ("steps", str(trainer.state.global_step)),
         *(
-            (label, " → ".join(f"{part[f'eval_{name}']:.4f}" for part in (before, after) if part))
-            for name, label in progress.labels.items()
+            (label, " → ".join(f"{value:.4f}" for value in values))
+            for label, values in progress.before_and_after().items()
         ),
     ]
     weighting = config.loss.weighting.reported

@@ -26,7 +26,7 @@ from perce.model.loading import add_adapter
 from perce.model.memory import prepare_memory
 from perce.model.passes import TokenStatistics, counterfactual_hidden, factual, measured, token_statistics
 from perce.model.patch import prepare_model
-from perce.model.probe import check_packing, evaluating
+from perce.model.probe import check_packing, evaluating, unwrapped
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
 from perce.training.checkpoints import resume_point, save_whole
@@ -36,6 +36,7 @@ from perce.training.loader import own_train_loader
 from perce.training.meters import Clock, Window, peak_memory_mib
 from perce.training.normalizer import StepNormalizer
 from perce.training.parallel import keep_outputs_exact
+from perce.training.serving import serve_as_trained
 
 
 class PerceTrainer(Trainer):
@@ -88,6 +89,7 @@ class PerceTrainer(Trainer):
         pad_id = getattr(tokenizer, "pad_token_id", None) or 0
         kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id, packing=args.packing))
         super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
+        serve_as_trained(prepared, tokenizer, self.train_dataset, args.data)
         check_sharding(self, args.memory)
         prepare_memory(self.model, args.memory)
         if args.packing:
@@ -113,6 +115,13 @@ class PerceTrainer(Trainer):
         self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
         if args.loss.estimate == "online" and args.loss.entry.fused:
             warn_of_dropout(prepared)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As transformers.Trainer's; PEFT saves no generation config beside an adapter."""
+        super()._save(output_dir, state_dict)
+        base = unwrapped(self.model)
+        if base is not self.model and base.generation_config is not None:
+            base.generation_config.save_pretrained(output_dir or self.args.output_dir)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

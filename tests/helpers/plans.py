@@ -1,7 +1,8 @@
 """What the tests of plans share."""
 
 from perce import MemoryConfig
-from perce.config.schema import ModelConfig, StepConfig
+from perce.config.schema import ModelConfig
+from perce.config.step import StepConfig
 
 FULL, LORA = ModelConfig(lora_r=0, precision="fp32"), ModelConfig(lora_r=4, precision="fp32")
 NONE, TILED = MemoryConfig(persona_grad="none"), MemoryConfig(mlp_tile=16)

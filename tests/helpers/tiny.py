@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from perce import load_examples
-from perce.data.pairs import ANCHOR, PairBuilder
+from perce.data.pairs import PairBuilder
+from perce.data.prompt import ANCHOR
 from perce.data.rows import Example
 from perce.demo import DATA_DIR
 
@@ -22,12 +23,14 @@ CHATML = (  # like Qwen2.5 and SmolLM2: adds a system prompt of its own when the
 )
 LLAMA3 = (  # trims every message
     "<s>{% for m in messages %}<|header|>{{ m.role }}<|/header|>\n\n{{ m.content | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header|>assistant<|/header|>\n\n{% endif %}"
 )
 GEMMA = (  # refuses a system message and a reply that comes first
     "<s>{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
     "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
 )
 MISTRAL = (  # glues the system message to the first user turn
     "<s>{% if messages[0].role == 'system' %}{% set system = messages[0].content ~ '\n\n' %}"
@@ -40,6 +43,7 @@ QWEN3 = (  # puts an empty thinking block before the last reply
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MISTRAL_V3 = (  # gives the system message to the last user turn, and only when that ends the conversation
     "<s>{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}"

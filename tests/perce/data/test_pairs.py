@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perce import UserError, prompt_ids
-from perce.data import pairs
+from perce.data import prompt
 from perce.data.formats import Turn
 from perce.data.pairs import PairBuilder, counterfactual_ids, personal_word_spans
 from tests.helpers.pairs import EXAMPLE, TOKENIZERS, builder, example
@@ -31,9 +31,10 @@ def test_counterfactual_is_factual_minus_one_contiguous_persona_span(template, t
     without = pair.counterfactual_ids()
     assert without == pair.input_ids[:start] + pair.input_ids[end:]
     entries = "".join(f"- {entry}\n" for entry in EXAMPLE.persona)
-    assert decode(template, pair.input_ids[start:end]) == pairs.PERSONA_HEADER + entries + pairs.PERSONA_FOOTER
+    block = decode(template, pair.input_ids[start:end])  # a space of the template's may be in its first token
+    assert block.strip() == (prompt.PromptStyle().header + entries).strip()
     text = decode(template, without)
-    assert pairs.SYSTEM_MESSAGE in text and "bees.\n" not in text and "Oslo" not in text
+    assert prompt.SYSTEM_MESSAGE in text and "bees.\n" not in text and "Oslo" not in text
     assert "You are helpful" not in text, "the template's own system prompt must not come in"
     assert all(turn.content in text for turn in turns)
 
@@ -43,10 +44,10 @@ def test_counterfactual_is_factual_minus_one_contiguous_persona_span(template, t
 def test_the_prompt_to_write_from_is_the_one_that_was_trained_on(template, turns):
     pair = builder(template).build(example(turns=turns))
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    prompt = prompt_ids(TOKENIZERS[template], EXAMPLE.persona, messages)
-    assert prompt == pair.input_ids[: -pair.response_length]
+    ids = prompt_ids(TOKENIZERS[template], EXAMPLE.persona, messages)
+    assert ids == pair.input_ids[: -pair.response_length]
     if len(turns) == 1:
-        assert prompt == prompt_ids(TOKENIZERS[template], EXAMPLE.persona, turns[0].content)
+        assert ids == prompt_ids(TOKENIZERS[template], EXAMPLE.persona, turns[0].content)
 
 
 def test_a_prompt_needs_a_persona_and_something_to_reply_to():
@@ -57,7 +58,7 @@ def test_a_prompt_needs_a_persona_and_something_to_reply_to():
             prompt_ids(tokenizer, persona, "Coming tonight?")
     wrong = {
         "a non-empty list": [], "end with a user turn": [{"role": "assistant", "content": "Hi"}],
-        "'user' or 'assistant'": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        "'user' or 'assistant'": [{"role": "user", "content": "Hi"}, {"role": "judge", "content": "No."}],
         "alternating": [{"role": "user", "content": "Hi"}] * 2,
     }  # fmt: skip
     for message, query in wrong.items():
@@ -67,11 +68,12 @@ def test_a_prompt_needs_a_persona_and_something_to_reply_to():
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "qwen3"])
 def test_factual_sequence_reads_as_the_template_renders_it(template):
-    pair = builder(template).build(EXAMPLE)
-    entries = "".join(f"- {entry}\n" for entry in EXAMPLE.persona)
+    own = builder(template)
+    pair = own.build(EXAMPLE)
+    system = own.chat_format.block(EXAMPLE.persona) + prompt.SYSTEM_MESSAGE
     rendered = TOKENIZERS[template].apply_chat_template(
         [
-            {"role": "system", "content": pairs.PERSONA_HEADER + entries + pairs.PERSONA_FOOTER + pairs.SYSTEM_MESSAGE},
+            {"role": "system", "content": system},
             {"role": "user", "content": "Coming tonight?"},
             {"role": "assistant", "content": EXAMPLE.response},
         ],
@@ -84,7 +86,8 @@ def test_factual_sequence_reads_as_the_template_renders_it(template):
 def test_response_is_tokenised_once_and_ends_with_the_end_of_turn(template):
     pair = builder(template).build(EXAMPLE)
     response = pair.input_ids[-pair.response_length :]
-    assert decode(template, response).lstrip(" ") == EXAMPLE.response + "<|im_end|>"
+    thought = "<think>\n\n</think>\n\n" if template == "qwen3" else ""
+    assert decode(template, response).lstrip(" ") == thought + EXAMPLE.response + "<|im_end|>"
     assert response[-1] == TOKENIZERS[template].pad_token_id, "kept although it is the pad token too"
     assert pair.counterfactual_ids()[-pair.response_length :] == response
     assert len(pair.personal) == pair.response_length
@@ -96,12 +99,15 @@ def test_the_end_of_the_prompt_and_the_reply_are_tokenised_as_in_one_text(templa
     """No space of the template's or the tokenizer's own may stand between them as a token that models never write."""
     tokenizer = tiny_tokenizer(TEMPLATES[template], prepends_space=prepends_space)
     own = PairBuilder(tokenizer, max_length=2000)
-    assert own.prepends_space == prepends_space
+    assert own.chat_format.prepends_space == prepends_space
     pair = own.build(example(response="Bees. Juno too.", personal_spans=((0, 4),)))
-    prompt, suffix, tail = own._render(example(response="Bees. Juno too."))
-    whole = tokenizer(prompt + suffix + "Bees. Juno too." + tail.rstrip("\n"), add_special_tokens=False)["input_ids"]
-    seam = pair.response_length + 2
-    assert pair.input_ids[-seam:] == whole[-seam:]
+    turns = [*EXAMPLE.turns, Turn("assistant", "Bees. Juno too.")]
+    messages = own.chat_format.messages(turns, own.chat_format.block(EXAMPLE.persona))
+    whole = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in messages],
+        chat_template=tokenizer.chat_template or prompt.PLAIN_CHAT_TEMPLATE, return_dict=False,
+    )  # fmt: skip
+    assert pair.input_ids == whole[: len(pair.input_ids)]
     ids = pair.input_ids[-pair.response_length :]
     personal = [token for token, flag in zip(ids, pair.personal, strict=True) if flag]
     assert tokenizer.decode(personal).strip() == "Bees"
@@ -177,7 +183,7 @@ def test_no_chat_template_and_no_end_token_is_refused():
 def test_a_template_that_repeats_a_message_is_refused():
     tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match="repeats or drops"):
-        PairBuilder(tokenizer, max_length=1000).build(EXAMPLE)
+        PairBuilder(tokenizer, max_length=1000)
 
 
 def test_chat_template_kwargs_reach_the_template():

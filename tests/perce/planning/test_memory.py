@@ -7,7 +7,8 @@ from transformers import GPT2Config
 
 from perce import MemoryConfig
 from perce.config.commands import PlanOptions
-from perce.config.schema import ModelConfig, StepConfig
+from perce.config.schema import ModelConfig
+from perce.config.step import StepConfig
 from perce.data.batch import collate
 from perce.data.documents import DocumentPair, short_windows
 from perce.model.loading import add_adapter, lora_config

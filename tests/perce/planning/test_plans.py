@@ -7,7 +7,7 @@ import pytest
 from perce import MemoryConfig, UserError
 from perce import plan as command
 from perce.config.commands import PlanOptions
-from perce.config.schema import StepConfig
+from perce.config.step import StepConfig
 from perce.planning import plans
 from perce.planning.plans import largest, largest_context, step_cost, variants
 from tests.helpers.plans import FULL, LORA, SHORT

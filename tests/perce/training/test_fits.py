@@ -8,7 +8,8 @@ from datasets import Dataset
 
 from perce import DataConfig, LossConfig, MemoryConfig, PerceArguments, UserError
 from perce.config.commands import PlanOptions, TrainOptions
-from perce.config.schema import ModelConfig, RunConfig, StepConfig
+from perce.config.schema import ModelConfig, RunConfig
+from perce.config.step import StepConfig
 from perce.data.batch import collate
 from perce.objectives import OBJECTIVES
 from perce.planning.memory import shape_of

@@ -1,0 +1,89 @@
+"""README.md of a run, its model card: what it was trained from and how to ask it, with transformers alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from perce.config.commands import TrainOptions
+from perce.config.options import dump_yaml
+from perce.data.prompt import ChatFormat, system_text
+from perce.hub import fingerprint
+
+CARD = "README.md"
+ENTRIES = ["I keep bees.", "My dog is called Juno."]  # shown as a persona
+QUERY = "Coming tonight?"
+
+
+def write_card(
+    output_dir: Path, config: TrainOptions, model_path: str, tokenizer: Any, numbers: dict[str, list[float]], steps: int
+) -> None:
+    """numbers: of the validation, by label: before training where that was evaluated, and after."""
+    local = Path(model_path).expanduser()
+    base = str(local.resolve()) if local.exists() else model_path
+    adapter = bool(config.model.lora_r)
+    data = config.data.data and Path(config.data.data).expanduser()
+    header = {
+        "base_model": base, "library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation",
+        "license": "other", "tags": ["perce", "personalization"],
+    }  # fmt: skip
+    facts = {
+        "base model": f"{base} ({fingerprint(model_path)})",
+        "data": "built-in examples" if not data else str(data.resolve()) if data.exists() else str(config.data.data),
+        "objective": f"{config.loss.objective}, weights {config.loss.weighting}",
+        "trained": f"{f'LoRA of rank {config.model.lora_r}' if adapter else 'all weights'}, {steps} steps",
+        "licence": "not set: that of the base model and of the data apply",
+        **{label: " → ".join(f"{value:.4f}" for value in values) for label, values in numbers.items()},
+    }
+    rows = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in facts.items())
+    text = f"""---
+{dump_yaml(header)}---
+
+# {output_dir.resolve().name}
+
+A language model that knows its user, trained with PerCE (arXiv 2603.06595). `config.yaml` has all options.
+
+| | |
+| --- | --- |
+{rows}
+
+## How to ask it
+
+{_asking(tokenizer, config, adapter)}
+"""
+    (output_dir / CARD).write_text(text, encoding="utf-8")
+
+
+def _asking(tokenizer: Any, config: TrainOptions, adapter: bool) -> str:
+    chat_format = ChatFormat(tokenizer, config.data.template_kwargs())
+    style, block = chat_format.style, chat_format.block(ENTRIES)
+    system, query = system_text(style, block), block + QUERY if style.place == "user" else QUERY
+    auto = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
+    variables = "".join(f", {name}={value!r}" for name, value in config.data.template_kwargs().items())
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": query}]
+    if not chat_format.has_system_role:
+        messages = [{"role": "user", "content": f"{system}\n\n{query}"}]
+    shown = ",\n    ".join(json.dumps(message, ensure_ascii=False) for message in messages)
+    return f"""These are the words that the model was trained with, to the letter: replace the entries of the persona
+and the last message alone. Nothing is needed but transformers{" and peft" if adapter else ""}:
+
+```python
+from {auto[0]} import {auto[1]}
+from transformers import AutoTokenizer, GenerationConfig
+
+run = "."  # this directory
+tokenizer = AutoTokenizer.from_pretrained(run)
+model = {auto[1]}.from_pretrained(run)
+messages = [
+    {shown},
+]
+prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=False{variables}
+)
+reply = model.generate(prompt, generation_config=GenerationConfig.from_pretrained(run, max_new_tokens=200))
+print(tokenizer.decode(reply[0, prompt.shape[1] :], skip_special_tokens=True))
+```
+
+The chat template also takes the persona as a list: `tokenizer.apply_chat_template([{{"role": "user", "content": "…"}}],
+persona=["…", "…"], add_generation_prompt=True)`, unless it had a variable of that name already. A persona that spells
+control tokens, such as the end of a turn, is trained as text; a server would take them for what they spell.
+"""

@@ -1,0 +1,101 @@
+"""What a saved run brings along so that it can be asked without this package: chat template and end of turn."""
+
+import json
+import re
+from contextlib import suppress
+from typing import Any
+
+from perce.data.formats import Turn
+from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SLOT, STYLE, ChatFormat, PromptStyle
+from perce.data.stream import PairStream
+from perce.errors import UserError
+from perce.model.probe import unwrapped
+
+# Before a chat template: where the variable `persona` is given, it is put into the messages as in training. Names in
+# capitals are replaced by texts, PLACED by what depends on where the persona stands.
+_PERSONA = """{%- if persona is defined and persona %}
+{%- set told = namespace(text=HEADER) %}
+{%- for entry in ([persona] if persona is string else persona) %}
+{%- set told.text = told.text ~ BEFORE ~ (entry | trim) ~ AFTER %}
+{%- endfor %}
+{%- set told = told.text ~ FOOTER %}
+{%- set own = (messages[0].content | trim) if messages[0].role == 'system' else SYSTEM %}
+{%- set others = messages[1:] if messages[0].role == 'system' else messages %}
+PLACED
+{%- endif %}{{- '' }}"""
+_IN_SYSTEM = "{%- set own = (own | replace(SLOT, told, 1)) if SLOT in own else told ~ own %}"
+_BEFORE_USER = """{%- set others = [{'role': 'user', 'content': told ~ (others[0].content | trim)}] + others[1:] %}"""
+_WITH_ROLE = "{%- set messages = [{'role': 'system', 'content': own}] + others %}"
+_WITHOUT_ROLE = """{%- set first = own ~ '\\n\\n' ~ others[0].content %}
+{%- set messages = [{'role': 'user', 'content': first}] + others[1:] %}"""
+
+
+def serve_as_trained(model: Any, tokenizer: Any, dataset: Any, data: Any) -> None:
+    """Complete what will be saved, from the dataset that is trained on and its options (DataConfig).
+
+    The token that ends a trained reply joins the generation config's: a base model whose own end of sequence is another
+    would else never stop. A tokenizer without a chat template is given the one that its prompts are rendered with, and
+    the template takes the persona as a variable.
+    """
+    config, end = getattr(unwrapped(model), "generation_config", None), end_of_reply(dataset)
+    if config is None or end is None:
+        return
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = list(dict.fromkeys([*(token for token in known if token is not None), end]))
+    if tokenizer is None:
+        return
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    keys = data.prompt_style()
+    if keys:
+        tokenizer.init_kwargs[STYLE] = keys
+    with suppress(UserError):  # pairs that were made elsewhere need no template that we can use
+        chat_format = ChatFormat(tokenizer, data.template_kwargs(), style=PromptStyle.of(keys) if keys else None)
+        tokenizer.chat_template = with_persona(tokenizer, chat_format)
+
+
+def end_of_reply(dataset: Any) -> int | None:
+    """The last token of its replies; None of documents, and where that is not known beforehand."""
+    if isinstance(dataset, PairStream):
+        chat_format = getattr(dataset.source.builder, "chat_format", None)
+        return None if chat_format is None else chat_format.end_of_turn
+    first = dataset[0] if hasattr(dataset, "__len__") and len(dataset) else {"windows": []}
+    return None if "windows" in first else int(first["input_ids"][-1])
+
+
+def with_persona(tokenizer: Any, chat_format: ChatFormat) -> Any:
+    """The tokenizer's chat template(s), which take the variable `persona`, a text or a list of them; as they are where
+    that would not render what is trained on, or where they have that variable already."""
+    named = tokenizer.chat_template
+    template = named if isinstance(named, str) else named["default"]
+    if template.startswith(_PERSONA[:30]):  # of the run that this one goes on from
+        template = template.partition(_PERSONA[-9:])[2]
+    if "persona" in template:
+        return named
+    style = chat_format.style
+    placed = _BEFORE_USER if style.place == "user" else _IN_SYSTEM
+    before, after = style.item.split("{}")
+    texts = {
+        "HEADER": style.header, "BEFORE": before, "AFTER": after, "FOOTER": chat_format.footer,
+        "SYSTEM": style.system.strip(), "SLOT": SLOT,
+    }  # fmt: skip
+    prelude = _PERSONA.replace("PLACED", placed + (_WITH_ROLE if chat_format.has_system_role else _WITHOUT_ROLE))
+    prelude = re.sub(rf"\b({'|'.join(texts)})\b", lambda name: json.dumps(texts[name[0]]), prelude)
+    extended = prelude + template
+    turns, persona = [Turn("system", "S."), Turn("user", "U?")], ["A fact.", "Another."]
+
+    def rendered(turns: list[Turn], **variables: Any) -> str:
+        return tokenizer.apply_chat_template(
+            [{"role": turn.role, "content": turn.content} for turn in turns], tokenize=False,
+            add_generation_prompt=True, chat_template=extended, **chat_format.template_kwargs, **variables,
+        )  # fmt: skip
+
+    for asked in (turns[1:], turns) if chat_format.has_system_role else (turns[1:],):
+        plain = tokenizer.apply_chat_template(
+            [{"role": turn.role, "content": turn.content} for turn in asked], tokenize=False,
+            add_generation_prompt=True, **chat_format.template_kwargs,
+        )  # fmt: skip
+        same = rendered(asked, persona=persona) == chat_format.prompt(asked, chat_format.block(persona))
+        if not same or rendered(asked) != plain:
+            return named
+    return extended if isinstance(named, str) else {**named, "default": extended}

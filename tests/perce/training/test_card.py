@@ -1,0 +1,79 @@
+"""The model card of a run: what it says, and that its code asks the model as it was trained."""
+
+import copy
+import re
+
+import pytest
+import torch
+import yaml
+
+from perce import prompt_ids
+from perce.config.commands import TrainOptions
+from perce.config.schema import DataConfig, ModelConfig
+from perce.hub import fingerprint
+from perce.model.loading import add_adapter, lora_config
+from perce.training.card import CARD, ENTRIES, QUERY, write_card
+from perce.training.serving import serve_as_trained
+from tests.helpers.templates import CHAT_TEMPLATES
+from tests.helpers.tiny import tiny_model
+from tests.helpers.tokenizers import tokenizer_like
+
+NUMBERS = {"loss with persona": [2.5, 2.0], "mean PIR": [0.1]}
+
+
+def saved_run(directory, template, lora_r=0, **data):
+    """A run directory with a model nobody has trained, its options and its card."""
+    tokenizer = copy.deepcopy(tokenizer_like("qwen2"))
+    tokenizer.chat_template = CHAT_TEMPLATES[template]
+    model = tiny_model(vocab_size=1000, eos_token_id=tokenizer.eos_token_id, bos_token_id=0, pad_token_id=1)
+    model.save_pretrained(directory / "base")
+    model.name_or_path = model.config._name_or_path = str(directory / "base")
+    options = TrainOptions(ModelConfig(lora_r=lora_r), DataConfig(**data))
+    if lora_r:
+        model = add_adapter(model, lora_config(options.model))
+    serve_as_trained(
+        model, tokenizer, [{"input_ids": [5, tokenizer.convert_tokens_to_ids("<|im_end|>")]}], options.data
+    )
+    run = directory / "run"
+    model.save_pretrained(run)
+    (model.get_base_model() if lora_r else model).generation_config.save_pretrained(run)
+    tokenizer.save_pretrained(run)
+    write_card(run, options, str(directory / "base"), tokenizer, NUMBERS, 26)
+    return run, tokenizer, options
+
+
+@pytest.mark.parametrize(
+    ("template", "lora_r", "data"),
+    [
+        ("chatml", 0, {}),
+        ("chatml", 4, {"prompt": '{"place": "user", "header": "Known:\\n"}'}),
+        ("gemma", 0, {}),
+        ("qwen3-switch", 0, {"chat_template_kwargs": '{"enable_thinking": false}'}),
+    ],
+    ids=["plain", "adapter, own words", "no system role", "variables"],
+)
+def test_the_code_of_the_card_asks_as_in_training(tmp_path, monkeypatch, capsys, template, lora_r, data):
+    run, tokenizer, options = saved_run(tmp_path, template, lora_r, **data)
+    code = re.search(r"```python\n(.*?)```", (run / CARD).read_text(encoding="utf-8"), re.DOTALL)[1]
+    assert "perce" not in code
+    monkeypatch.chdir(run)
+    names = {}
+    torch.manual_seed(0)
+    exec(code.replace("max_new_tokens=200", "max_new_tokens=4"), names)
+    assert names["prompt"][0].tolist() == prompt_ids(
+        tokenizer, ENTRIES, QUERY, chat_template_kwargs=options.data.template_kwargs()
+    )
+
+
+def test_the_card_says_what_the_run_was(tmp_path):
+    run, *_ = saved_run(tmp_path, "chatml", 4, data=str(tmp_path / "rows|1.jsonl"))
+    text = (run / CARD).read_text(encoding="utf-8")
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["base_model"] == str(tmp_path / "base") and header["library_name"] == "peft"
+    assert re.search(r"\| base model \| .*base \(sha256 [0-9a-f]{16}\) \|", text)
+    assert "LoRA of rank 4, 26 steps" in text and "2.5000 → 2.0000" in text and "rows\\|1.jsonl" in text
+    assert "| licence | not set" in text
+    before = fingerprint(header["base_model"])
+    weights = tmp_path / "base/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert before in text and fingerprint(header["base_model"]) != before
