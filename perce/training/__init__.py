@@ -7,4 +7,5 @@ parallel       several devices                           normalizer     token we
 estimates      token weights of an E-step, kept          meters         seconds, token statistics, peak memory
 checkpoints    whole ones, or passed over                interruption   signals: the step is finished and saved
 run_directory  claimed, and resumed from                 summary        what a run tells: lines, report, table
+serving        template and end of turn that are saved   card           the model card
 """

@@ -2,18 +2,21 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 
-from perce import prompt_ids
+from perce import prompt_ids, prompt_text
 from perce.config.commands import TrainOptions
 from perce.config.schema import DataConfig, ModelConfig
+from perce.data.prompt import PERSONA_FOOTERS, PromptStyle
 from perce.hub import fingerprint
 from perce.model.loading import add_adapter, lora_config
 from perce.training.card import CARD, ENTRIES, QUERY, write_card
 from perce.training.serving import serve_as_trained
+from tests.helpers import ROOT
 from tests.helpers.templates import CHAT_TEMPLATES
 from tests.helpers.tiny import tiny_model
 from tests.helpers.tokenizers import tokenizer_like
@@ -63,6 +66,23 @@ def test_the_code_of_the_card_asks_as_in_training(tmp_path, monkeypatch, capsys,
     assert names["prompt"][0].tolist() == prompt_ids(
         tokenizer, ENTRIES, QUERY, chat_template_kwargs=options.data.template_kwargs()
     )
+
+
+def test_the_code_of_the_documentation_asks_as_in_training(tmp_path):
+    run, tokenizer, _ = saved_run(tmp_path, "chatml")
+    page = (ROOT / "docs/SERVING.md").read_text(encoding="utf-8")
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        assert "perce" not in code
+        exec(code.replace("runs/demo", str(run)).replace("max_new_tokens=100", "max_new_tokens=4"), names)
+    assert names["prompt"][0].tolist() == prompt_ids(tokenizer, ENTRIES, QUERY)
+    assert names["system"] == prompt_text(ENTRIES)
+
+
+def test_the_prompt_of_the_documentation_is_the_default():
+    page = (ROOT / "docs/SERVING.md").read_text(encoding="utf-8")
+    keys = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    assert PromptStyle.of(keys) == replace(PromptStyle(), footer=PERSONA_FOOTERS[0])
 
 
 def test_the_card_says_what_the_run_was(tmp_path):
