@@ -78,6 +78,7 @@ def run(config: TrainOptions) -> None:
     output_dir = claim_directory(config)
     from transformers import set_seed
 
+    from perce.data.prompt import STYLE
     from perce.data.splits import load_pairs
     from perce.demo import default_model_path
     from perce.hub import load_tokenizer
@@ -92,6 +93,9 @@ def run(config: TrainOptions) -> None:
     model_path = config.model.model or str(default_model_path())
     set_seed(config.run.seed)  # before the adapters are drawn
     tokenizer = load_tokenizer(model_path)
+    if (style := tokenizer.init_kwargs.get(STYLE)) and not config.data.prompt:  # of the run that the model comes from
+        config = replace(config, data=replace(config.data, prompt=json.dumps(style, ensure_ascii=False)))
+        args.data = config.data
     wanted, on_cpu = config.run.eval_examples, args.device.type == "cpu"
     pairs = load_pairs(
         config.data, tokenizer, loss=config.loss, seed=config.run.seed,
@@ -125,9 +129,9 @@ def run(config: TrainOptions) -> None:
         trainer.save_state()
         if main_process:
             write_run_report(output_dir, config, trainer, pairs, progress)
-            if pairs.format != "text":
-                numbers = progress.before_and_after()
-                write_card(output_dir, config, model_path, tokenizer, numbers, trainer.state.global_step)
+            served = None if pairs.format == "text" else trainer.processing_class
+            numbers, steps = progress.before_and_after(), trainer.state.global_step
+            write_card(output_dir, config, model_path, served, numbers, steps)
     if config.run.merge_adapter and main_process:
         with disk_errors(output_dir):
             merge_adapter(output_dir, model_path)

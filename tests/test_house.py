@@ -27,6 +27,7 @@ FLOORS = (
     ("perce.errors", "perce.objectives"),
     ("perce.environment", "perce.data.sources"),
     ("perce.data.formats",),
+    ("perce.data.prompt",),
     ("perce.config",),
     ("perce.hub", "perce.demo", "perce.report"),
     ("perce.data",),

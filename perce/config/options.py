@@ -163,8 +163,11 @@ def flat(options: Any) -> dict[str, Any]:
     return {name: value for section in sections for name, value in vars(section).items()}
 
 
-def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
-    """A flat YAML mapping; `1e-5` is a number here, as people expect and YAML 1.1 does not. option: that names it."""
+def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict[str, Any]:
+    """A flat YAML mapping; `1e-5` is a number here, as people expect and YAML 1.1 does not.
+
+    option: that names the file. numbers: whether texts that look like numbers become them.
+    """
     import yaml
 
     try:
@@ -175,7 +178,7 @@ def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
         raise UserError(f"{option} {path}: not valid YAML: {in_one_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{option} {path}: expected `name: value` lines, got {type(content).__name__}.")
-    return {name.replace("-", "_"): number(value) for name, value in content.items()}
+    return {name.replace("-", "_"): number(value) if numbers else value for name, value in content.items()}
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
@@ -265,7 +268,7 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         require(value in typing.get_args(plain), name, "one of " + ", ".join(typing.get_args(plain)), value)
         return value
     if plain is str:
-        return json.dumps(value) if isinstance(value, dict) else str(value)
+        return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else str(value)
     converted = number(value)
     fits = {
         bool: isinstance(converted, bool),

@@ -3,7 +3,6 @@
 Neither torch nor transformers is imported here, so that `--help` answers at once.
 """
 
-import contextlib
 import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,6 +11,8 @@ from perce.config.options import option as _option
 from perce.config.options import read_yaml
 from perce.config.options import require as _require
 from perce.data.formats import FORMATS
+from perce.data.prompt import PromptStyle
+from perce.errors import UserError
 from perce.objectives import OBJECTIVES, Objective, TokenWeighting
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
@@ -116,13 +117,19 @@ class DataConfig:
         return value
 
     def prompt_style(self) -> dict[str, str]:
-        """What --prompt says: keys of data.prompt.PromptStyle."""
+        """What --prompt says: keys of data.prompt.PromptStyle, checked."""
         if not self.prompt:
             return {}
+        _require(isinstance(self.prompt, str), "prompt", "a YAML file, or a mapping as JSON", self.prompt)
         if self.prompt.lstrip().startswith("{"):
-            with contextlib.suppress(json.JSONDecodeError):
-                return json.loads(self.prompt)
-        return read_yaml(self.prompt, "--prompt")
+            try:
+                keys = json.loads(self.prompt)
+            except json.JSONDecodeError as error:
+                raise UserError(f"prompt: expected a mapping as JSON, got {self.prompt!r} ({error}).") from error
+        else:
+            keys = read_yaml(self.prompt, "--prompt", numbers=False)
+        PromptStyle.of(keys)
+        return keys
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perce.data.formats import parse_persona, parse_turns
-from perce.data.prompt import CUT, Chat, ChatFormat, PromptStyle
+from perce.data.prompt import CUT, THOUGHT, Chat, ChatFormat, PromptStyle, refuse_marks
 from perce.data.retrieval import Retriever
 from perce.data.rows import Example
 from perce.data.sources import BadRow
@@ -110,6 +110,7 @@ def prompt_ids(
         raise UserError(f"{bad}.") from None
     if turns[-1].role != "user":
         raise UserError("query: expected the conversation to end with a user turn, got an assistant turn.")
+    refuse_marks(known, [turn.content for turn in turns])
     example = Example(known, turns, "", None, None, "prompt_ids")
     builder = PairBuilder(
         tokenizer, max_length=sys.maxsize, chat_template_kwargs=chat_template_kwargs, prompt=prompt,
@@ -179,13 +180,23 @@ class PairBuilder:
 
     def _fitting(self, example: Example, persona: Sequence[str]) -> tuple[int, Chat, tuple[int, int]]:
         """How many entries of the persona fit max_length, and the conversation with them."""
-        kept = len(persona)
+        kept, too_many = len(persona), len(persona) + 1
+        fitting: tuple[int, Chat, tuple[int, int]] | None = None
         while kept:
             chat, span = self.chat_format.pair(example.turns, persona[:kept], example.response)
             excess = len(chat.encoded.ids) - self.max_length
             if excess <= 0:
-                return kept, chat, span
-            kept = self._without(excess, persona[:kept], chat)
+                fitting = kept, chat, span
+                if kept + 1 == too_many:
+                    break
+                kept += 1
+            else:
+                too_many = kept
+                if fitting is not None:
+                    break
+                kept = self._without(excess, persona[:kept], chat, span)
+        if fitting is not None:
+            return fitting
         without = len(chat.encoded.ids) - (span[1] - span[0])
         raise UserError(
             f"query and response take {without} of max_length={self.max_length} tokens (the response "
@@ -194,17 +205,14 @@ class PairBuilder:
             "--skip_bad_rows."
         )
 
-    def _without(self, excess: int, persona: Sequence[str], chat: Chat) -> int:
-        """How many entries stay when the last ones with this many tokens go; at least one fewer.
-
-        A little too few may be dropped, for tokens can be cut otherwise then: the caller looks again.
-        """
-        block = self.chat_format.as_text(self.chat_format.block(persona))
-        start = chat.text.text.index(block)
+    def _without(self, excess: int, persona: Sequence[str], chat: Chat, span: tuple[int, int]) -> int:
+        """About how many entries stay when the last ones with this many tokens go; at least one fewer."""
+        style, as_text = self.chat_format.style, self.chat_format.as_text
+        starts = [place for place, _ in chat.encoded.spans[slice(*span)]]
+        begin = chat.text.text.index(as_text(style.block(persona, "")))
         for kept in range(len(persona) - 1, 0, -1):
-            shorter = start + len(self.chat_format.as_text(self.chat_format.block(persona[:kept])))
-            dropped = sum(shorter <= a < start + len(block) for a, _ in chat.encoded.spans)
-            if dropped >= excess:
+            border = begin + len(as_text(style.block(persona[:kept], "")))
+            if sum(place >= border for place in starts) >= excess:
                 return kept
         return 0 if len(persona) == 1 else 1
 
@@ -219,15 +227,15 @@ class PairBuilder:
         if spans is None:
             conversation = " ".join(turn.content for turn in example.turns)
             spans = tuple(personal_word_spans(example.response, persona, conversation))
-        text = chat.text
-        marked = text.text[text.answer : text.tail]
-        answer = marked.replace(CUT, "")
-        shift = example.response.rstrip().rfind(answer.rstrip())
-        # Places of the response's characters in the text, which may have CUT marks between them.
-        places = [text.answer + i for i, character in enumerate(marked) if character != CUT]
+        reply = example.response.strip()
+        thought = THOUGHT.match(reply)
+        # Characters of the response before its answer, and where in the text the answer's are: CUT marks stand between.
+        before = len(example.response) - len(example.response.lstrip()) + (thought.end() if thought else 0)
+        text, answer = chat.text, len(reply) - (thought.end() if thought else 0)
+        places = [text.answer + i for i, x in enumerate(text.text[text.answer : text.tail]) if x != CUT][:answer]
         marks = [
-            (places[max(start - shift, 0)], places[end - shift - 1] + 1)
-            for start, end in spans if shift < end <= shift + len(answer)
+            (places[max(start - before, 0)], places[min(end - before, answer) - 1] + 1)
+            for start, end in spans if start < before + answer and end > before
         ]  # fmt: skip
         return [
             any(start < mark_end and mark_start < end for mark_start, mark_end in marks) and start < end

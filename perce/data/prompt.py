@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from perce.data.formats import Turn
+from perce.data.formats import Turn, parse_persona
+from perce.data.sources import BadRow
 from perce.errors import UserError, first_line
 
 SYSTEM_MESSAGE = "Write the next message exactly as this user would."
@@ -47,8 +48,10 @@ CONVERSATION_START = "(the conversation begins)"  # for templates that insist on
 # real text contains.
 _PERSONA, _REPLY = "\ue0f0persona\ue0f1", "\ue0f0reply\ue0f1"
 ANCHOR, CUT = "\ue0f2", "\ue0f3"
+MARKS = "\ue0f0\ue0f1\ue0f2\ue0f3"
 
-THOUGHT_TAGS = ("<think>", "</think>")
+LIKE_CONTROL = re.compile(r"<\S+>|\[\S+\]")
+"""Added tokens that are no words, whether they are marked as special or not: <think>, <tool_call>, <|fim_prefix|>."""
 THOUGHT = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
 """What a reasoning model writes before its answer."""
 OPENED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
@@ -164,6 +167,7 @@ class ChatFormat:
             )
         self.prepends_space = tokenizer.convert_ids_to_tokens(self._plain("a").ids)[0].startswith(("▁", "Ġ"))
         self.control: re.Pattern | None = None
+        self._uncuttable: list[str] = []
         self.has_system_role = self._accepts([("system", "s"), ("user", "u"), ("assistant", "a")])
         opening = [("system", "s")] if self.has_system_role else []
         self.accepts_reply_first = self._accepts([*opening, ("assistant", "a"), ("user", "u"), ("assistant", "b")])
@@ -186,7 +190,8 @@ class ChatFormat:
         if self.style.place == "user":
             first = next(i for i, (role, _) in enumerate(rest) if role == "user")
             rest[first] = ("user", block + rest[first][1].lstrip())
-        rest = [(role, self.as_text(content)) for role, content in rest]
+        as_text = {"user": self.as_text, "assistant": self._reply_as_text}
+        rest = [(role, as_text[role](content)) for role, content in rest]
         system = self.as_text(system)
         if self.has_system_role:
             rest.insert(0, ("system", system))
@@ -204,26 +209,25 @@ class ChatFormat:
         """The conversation with its reply, which begins where the generation prompt ends; tail: as `_frame` has it."""
         whole, prompt = self._render(self.messages(turns, block, reply)), self.prompt(turns, block)
         opened = OPENED_THOUGHT.search(prompt)
-        header = prompt[: opened.start()] if opened else prompt
+        header, begun = (prompt[: opened.start()], opened[0]) if opened else (prompt, "")
         marked = self._reply_as_text(reply)
         thought = THOUGHT.match(marked)
-        if thought and thought[1].strip() not in whole:  # the template leaves thoughts out of finished replies
-            whole = header + marked + tail
-        if whole.startswith(prompt):
-            start = len(prompt)
-        elif thought and whole.startswith(header):  # the reply's own thought in place of the template's
-            start = len(header)
-        elif opened and "</think>" in opened[0] and not thought and whole.startswith(header):
-            whole, start = prompt + whole[len(header) :], len(prompt)  # an empty thought, in the prompt alone
-        else:
-            raise self._disagreement(prompt, whole)
-        if thought:
-            whole = whole[:start] + EMPTY_THOUGHT.sub("", whole[start:])
         answer = marked[thought.end() :] if thought else marked
-        place = whole.find(answer, start, len(whole) - len(tail))
+        if thought and whole.startswith(header) and whole.endswith(tail):
+            body = EMPTY_THOUGHT.sub("", whole[len(header) : len(whole) - len(tail)])  # of the template's own
+            rendered = THOUGHT.match(body)
+            if not rendered or rendered[1].strip() != thought[1].strip():  # finished replies have no thoughts there
+                body = marked if not begun else begun + marked[len("<think>") :].lstrip()
+            whole = header + body + tail
+        elif begun and "</think>" in begun and not whole.startswith(prompt) and whole.startswith(header):
+            whole = prompt + whole[len(header) :]  # an empty thought, in the prompt alone
+        if not whole.startswith(prompt):
+            raise self._disagreement(prompt, whole)
+        end = len(whole) - len(tail)
+        place = whole.rfind(answer, len(prompt), end)
         if place < 0 or not whole.endswith(tail):
             raise UserError(f"{self._who} changes the reply {_excerpt(reply)}, so it could not be found in the text.")
-        return ChatText(whole, start, place, len(whole) - len(tail))
+        return ChatText(whole, len(prompt), place, end)
 
     def _frame(self, turns: Sequence[Turn]) -> tuple[str, str, str]:
         """The text before the persona block, between it and the reply, and after the reply."""
@@ -279,10 +283,17 @@ class ChatFormat:
 
     def as_text(self, text: str) -> str:
         """The text with a CUT in every string that would become a control token."""
-        return text if self.control is None else self.control.sub(lambda found: found[0] + CUT, text)
+        if self.control is None:
+            return text
+        if found := next((character for character in self._uncuttable if character in text), None):
+            raise UserError(
+                f"The text {_excerpt(text)} has {found!r}, which is a control token of the tokenizer's and cannot be "
+                "told from it. Replace it, or pass --special_tokens_in_text allow."
+            )
+        return self.control.sub(lambda found: found[0] + CUT, text)
 
     def _reply_as_text(self, reply: str) -> str:
-        """The same, but for the tags of a thought that the reply begins with."""
+        """The same, but for the tags of a thought that the reply begins with, which templates look for."""
         thought = THOUGHT.match(reply)
         if thought is None:
             return self.as_text(reply)
@@ -291,16 +302,20 @@ class ChatFormat:
         return f"<think>{inner}{close}{self.as_text(reply[thought.end() :])}"
 
     def _control_tokens(self) -> re.Pattern | None:
-        """First characters of the special tokens, and of the added ones that begin or end a thought or that the
-        template itself writes."""
-        written = "".join([*self._frame([Turn("user", "u")]), *THOUGHT_TAGS])
-        tokens = [
+        """First characters of the special tokens, and of the added ones that look like them or that the template itself
+        writes. Words that were added to a vocabulary stay what they are."""
+        written = "".join(self._frame([Turn("user", "u")]))
+        tokens = {
             token.content for token in self.tokenizer.added_tokens_decoder.values()
-            if len(token.content) > 1 and (token.special or (token.content.strip() and token.content in written))
-        ]  # fmt: skip
-        if not tokens:
-            return None
-        return re.compile("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in tokens))
+            if token.content.strip()
+            and (token.special or LIKE_CONTROL.fullmatch(token.content) or token.content in written)
+        }  # fmt: skip
+        self._uncuttable = sorted(token for token in tokens if len(token) == 1)
+        rests: dict[str, list[str]] = {}
+        for token in sorted(tokens - {*self._uncuttable}):
+            rests.setdefault(token[0], []).append(re.escape(token[1:]))
+        each = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()]
+        return re.compile("|".join(each)) if each else None
 
     # ---- ids
 
@@ -333,7 +348,7 @@ class ChatFormat:
         encoded = self.ended(text)
         prompt = self.encode(text.text[: text.prompt_end]).ids
         if encoded.ids[: len(prompt)] != prompt:
-            around = text.text[max(text.prompt_end - 8, 0) : text.prompt_end + 8]
+            around = text.text[max(text.prompt_end - 8, 0) : text.prompt_end + 8].replace(CUT, "")
             raise UserError(
                 f"{self._who} ends the prompt inside a token: in {around!r} the reply's beginning is tokenised "
                 "together with the end of the prompt, which a server would send by itself. Give the tokenizer a chat "
@@ -364,6 +379,7 @@ class ChatFormat:
     def pair(self, turns: Sequence[Turn], entries: Sequence[str], reply: str) -> tuple[Chat, tuple[int, int]]:
         """The conversation with the persona, and which of its tokens are the persona: without them they are the ids of
         the conversation without it. UserError where they are not."""
+        refuse_marks([turn.content for turn in turns], entries, [reply])
         reply, block = reply.strip(), self.block(entries)
         before, _, tail = self._frame(turns)
         with_persona, without = (self.finished(turns, part, reply, tail) for part in (block, ""))
@@ -374,18 +390,36 @@ class ChatFormat:
                 "aligned. Give the tokenizer another chat template."
             )
         chat = self.chat(with_persona)
+        self._check_control(chat)
         ids, ids_cf = chat.encoded.ids, self.ended(without).ids
         added = len(ids) - len(ids_cf)
         start = _common(ids[: chat.prompt_length - added], ids_cf)
         if added <= 0 or ids[start + added :] != ids_cf[start:]:
             end = place + len(block)
-            borders = [with_persona.text[max(at - 8, 0) : at + 8] for at in (place, end)]
+            borders = [with_persona.text[max(at - 8, 0) : at + 8].replace(CUT, "") for at in (place, end)]
             raise UserError(
                 f"A token lies across a border of the persona, {borders[0]!r} or {borders[1]!r}, so that the passes "
                 "with and without it are not the same tokens. Begin the system message with a word, or give the "
                 "tokenizer another chat template."
             )
         return chat, (start, start + added)
+
+    def _check_control(self, chat: Chat) -> None:
+        """UserError if there are more control tokens than the template wrote: a tokenizer that changes characters, such
+        as full-width ones, may make them of strings that nobody would have cut."""
+        if self.control is None or self.tokenizer.backend_tokenizer.normalizer is None:
+            return
+        tokens = self.tokenizer.added_tokens_decoder
+        made = [
+            tokens[index].content for index, (start, end) in zip(chat.encoded.ids, chat.encoded.spans, strict=True)
+            if start < end and index in tokens and tokens[index].special
+        ]  # fmt: skip
+        for token in dict.fromkeys(made):
+            if made.count(token) > chat.text.text.count(token):
+                raise UserError(
+                    f"A text of this conversation becomes the control token {token!r}, for the tokenizer changes its "
+                    "characters. Correct the text, or pass --special_tokens_in_text allow."
+                )
 
     def _choose_footer(self) -> str:
         """The first footer after which a conversation's tokens are those without the block; of replies with a thought,
@@ -404,12 +438,22 @@ class ChatFormat:
         raise failure
 
 
+def refuse_marks(*texts: Sequence[str]) -> None:
+    """UserError for the characters that mark places in texts here."""
+    for text in (text for several in texts for text in several):
+        if found := next((mark for mark in MARKS if mark in text), None):
+            raise UserError(
+                f"The text {text[:40]!r} has the private-use character {found!r}, which marks places here. Remove it."
+            )
+
+
 def prompt_text(
     persona: str | Sequence[str],
     system: str | None = None,
     *,
     tokenizer: Any = None,
     prompt: Mapping[str, str] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> str:
     """The system message to send to a server of a trained model, which renders and tokenises it as in training.
 
@@ -420,16 +464,22 @@ def prompt_text(
         system: the conversation's own system message; default: SYSTEM_MESSAGE, or that of `prompt`.
         tokenizer: the trained model's; without it, one after which a newline is a token of its own.
         prompt: as in training, keys of --prompt; default: what was saved with the tokenizer.
+        chat_template_kwargs: as in training, where the template needs them.
 
     Raises:
-        UserError (a ValueError): an empty persona.
+        UserError (a ValueError): an empty persona, or what is no text.
     """
-    entries = [entry for entry in ([persona] if isinstance(persona, str) else persona) if entry.strip()]
-    if not entries:
-        raise UserError("persona: expected at least one entry with text, got none.")
+    try:
+        entries = parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
+    except BadRow as bad:
+        raise UserError(f"{bad}.") from None
+    except TypeError:
+        raise UserError(f"persona: expected a text or a list of texts, got {persona!r}.") from None
+    if not isinstance(system, str | None):
+        raise UserError(f"system: expected a text, got {system!r}.")
     style = PromptStyle.of(prompt) if prompt else PromptStyle() if tokenizer is None else None
     if tokenizer is not None:
-        chat_format = ChatFormat(tokenizer, {}, style=style)
+        chat_format = ChatFormat(tokenizer, chat_template_kwargs or {}, style=style)
         style, footer = chat_format.style, chat_format.footer
     else:
         assert style is not None
@@ -452,4 +502,5 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _excerpt(text: str) -> str:
+    text = text.replace(CUT, "")
     return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -8,6 +8,7 @@ from perce.config.commands import TrainOptions
 from perce.config.options import dump_yaml
 from perce.data.prompt import ChatFormat, system_text
 from perce.hub import fingerprint
+from perce.training.serving import takes_persona
 
 CARD = "README.md"
 ENTRIES = ["I keep bees.", "My dog is called Juno."]  # shown as a persona
@@ -17,7 +18,8 @@ QUERY = "Coming tonight?"
 def write_card(
     output_dir: Path, config: TrainOptions, model_path: str, tokenizer: Any, numbers: dict[str, list[float]], steps: int
 ) -> None:
-    """numbers: of the validation, by label: before training where that was evaluated, and after."""
+    """tokenizer: as it is saved; None for documents, which answer nobody. numbers: of the validation, by label: before
+    training where that was evaluated, and after."""
     local = Path(model_path).expanduser()
     base = str(local.resolve()) if local.exists() else model_path
     adapter = bool(config.model.lora_r)
@@ -46,10 +48,7 @@ A language model that knows its user, trained with PerCE (arXiv 2603.06595). `co
 | --- | --- |
 {rows}
 
-## How to ask it
-
-{_asking(tokenizer, config, adapter)}
-"""
+{"" if tokenizer is None else _asking(tokenizer, config, adapter)}"""
     (output_dir / CARD).write_text(text, encoding="utf-8")
 
 
@@ -63,7 +62,17 @@ def _asking(tokenizer: Any, config: TrainOptions, adapter: bool) -> str:
     if not chat_format.has_system_role:
         messages = [{"role": "user", "content": f"{system}\n\n{query}"}]
     shown = ",\n    ".join(json.dumps(message, ensure_ascii=False) for message in messages)
-    return f"""These are the words that the model was trained with, to the letter: replace the entries of the persona
+    by_variable = """
+The chat template also takes the persona as a list: `tokenizer.apply_chat_template([{"role": "user", "content": "…"}],
+persona=["…", "…"], add_generation_prompt=True)`.
+"""
+    as_text = """
+A persona that spells control tokens, such as the end of a turn, is trained as text; a server would take them for what
+they spell.
+"""
+    return f"""## How to ask it
+
+These are the words that the model was trained with, to the letter: replace the entries of the persona
 and the last message alone. Nothing is needed but transformers{" and peft" if adapter else ""}:
 
 ```python
@@ -82,8 +91,6 @@ prompt = tokenizer.apply_chat_template(
 reply = model.generate(prompt, generation_config=GenerationConfig.from_pretrained(run, max_new_tokens=200))
 print(tokenizer.decode(reply[0, prompt.shape[1] :], skip_special_tokens=True))
 ```
-
-The chat template also takes the persona as a list: `tokenizer.apply_chat_template([{{"role": "user", "content": "…"}}],
-persona=["…", "…"], add_generation_prompt=True)`, unless it had a variable of that name already. A persona that spells
-control tokens, such as the end of a turn, is trained as text; a server would take them for what they spell.
-"""
+{by_variable if takes_persona(tokenizer.chat_template) else ""}{
+        as_text if config.data.special_tokens_in_text == "text" else ""
+    }"""

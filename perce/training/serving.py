@@ -8,23 +8,26 @@ from typing import Any
 from perce.data.formats import Turn
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SLOT, STYLE, ChatFormat, PromptStyle
 from perce.data.stream import PairStream
-from perce.errors import UserError
+from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
 
 # Before a chat template: where the variable `persona` is given, it is put into the messages as in training. Names in
 # capitals are replaced by texts, PLACED by what depends on where the persona stands.
 _PERSONA = """{%- if persona is defined and persona %}
 {%- set told = namespace(text=HEADER) %}
-{%- for entry in ([persona] if persona is string else persona) %}
+{%- for entry in ([persona] if persona is string else persona) if entry is string and entry | trim %}
 {%- set told.text = told.text ~ BEFORE ~ (entry | trim) ~ AFTER %}
 {%- endfor %}
 {%- set told = told.text ~ FOOTER %}
 {%- set own = (messages[0].content | trim) if messages[0].role == 'system' else SYSTEM %}
 {%- set others = messages[1:] if messages[0].role == 'system' else messages %}
+{%- if others[0].role != 'user' or messages[0].content is not string %}
+{{- raise_exception('persona: expected texts as contents, and a user message first, behind the system message') }}
+{%- endif %}
 PLACED
 {%- endif %}{{- '' }}"""
 _IN_SYSTEM = "{%- set own = (own | replace(SLOT, told, 1)) if SLOT in own else told ~ own %}"
-_BEFORE_USER = """{%- set others = [{'role': 'user', 'content': told ~ (others[0].content | trim)}] + others[1:] %}"""
+_BEFORE_USER = """{%- set others = [{'role': 'user', 'content': told ~ others[0].content.lstrip()}] + others[1:] %}"""
 _WITH_ROLE = "{%- set messages = [{'role': 'system', 'content': own}] + others %}"
 _WITHOUT_ROLE = """{%- set first = own ~ '\\n\\n' ~ others[0].content %}
 {%- set messages = [{'role': 'user', 'content': first}] + others[1:] %}"""
@@ -40,6 +43,7 @@ def serve_as_trained(model: Any, tokenizer: Any, dataset: Any, data: Any) -> Non
     config, end = getattr(unwrapped(model), "generation_config", None), end_of_reply(dataset)
     if config is None or end is None:
         return
+    _check_generation(config)
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     config.eos_token_id = list(dict.fromkeys([*(token for token in known if token is not None), end]))
     if tokenizer is None:
@@ -54,6 +58,21 @@ def serve_as_trained(model: Any, tokenizer: Any, dataset: Any, data: Any) -> Non
         tokenizer.chat_template = with_persona(tokenizer, chat_format)
 
 
+def _check_generation(config: Any) -> None:
+    """A config that asks for sampling but is not set to (temperature beside do_sample=False) is; UserError for one that
+    transformers would refuse to save for another reason, when all is computed."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            raise UserError(
+                f"The model's generation_config.json is invalid, so it could not be saved: {first_line(error)}"
+            ) from error
+
+
 def end_of_reply(dataset: Any) -> int | None:
     """The last token of its replies; None of documents, and where that is not known beforehand."""
     if isinstance(dataset, PairStream):
@@ -63,14 +82,20 @@ def end_of_reply(dataset: Any) -> int | None:
     return None if "windows" in first else int(first["input_ids"][-1])
 
 
+def takes_persona(template: Any) -> bool:
+    """Whether the chat template(s) have what `with_persona` adds."""
+    template = template.get("default") if isinstance(template, dict) else template
+    return bool(template) and template.startswith(_PERSONA[:30])
+
+
 def with_persona(tokenizer: Any, chat_format: ChatFormat) -> Any:
     """The tokenizer's chat template(s), which take the variable `persona`, a text or a list of them; as they are where
     that would not render what is trained on, or where they have that variable already."""
     named = tokenizer.chat_template
     template = named if isinstance(named, str) else named["default"]
-    if template.startswith(_PERSONA[:30]):  # of the run that this one goes on from
+    if takes_persona(template):  # of the run that this one goes on from
         template = template.partition(_PERSONA[-9:])[2]
-    if "persona" in template:
+    if re.search(r"\bpersona\b", template):
         return named
     style = chat_format.style
     placed = _BEFORE_USER if style.place == "user" else _IN_SYSTEM
@@ -80,7 +105,7 @@ def with_persona(tokenizer: Any, chat_format: ChatFormat) -> Any:
         "SYSTEM": style.system.strip(), "SLOT": SLOT,
     }  # fmt: skip
     prelude = _PERSONA.replace("PLACED", placed + (_WITH_ROLE if chat_format.has_system_role else _WITHOUT_ROLE))
-    prelude = re.sub(rf"\b({'|'.join(texts)})\b", lambda name: json.dumps(texts[name[0]]), prelude)
+    prelude = re.sub(rf"\b({'|'.join(texts)})\b", lambda name: json.dumps(texts[name[0]], ensure_ascii=False), prelude)
     extended = prelude + template
     turns, persona = [Turn("system", "S."), Turn("user", "U?")], ["A fact.", "Another."]
 

@@ -6,6 +6,7 @@
 Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers, DDP) is the Trainer's.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -88,8 +89,9 @@ class PerceTrainer(Trainer):
         }
         pad_id = getattr(tokenizer, "pad_token_id", None) or 0
         kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id, packing=args.packing))
-        super().__init__(model=prepared, args=args, processing_class=tokenizer, **datasets, **kwargs)
-        serve_as_trained(prepared, tokenizer, self.train_dataset, args.data)
+        served = copy.deepcopy(tokenizer)  # what is saved; the caller's stays as it is
+        super().__init__(model=prepared, args=args, processing_class=served, **datasets, **kwargs)
+        serve_as_trained(prepared, served, self.train_dataset, args.data)
         check_sharding(self, args.memory)
         prepare_memory(self.model, args.memory)
         if args.packing:

@@ -10,14 +10,16 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from perce import prompt_ids
 from perce.config.commands import parse_args
 from perce.train import main
 from perce.training.arguments import fit_batch
 from tests.helpers import ROOT
 from tests.helpers.tiny import write_jsonl
-from tests.helpers.training import ROWS
+from tests.helpers.training import ROWS, fails
 
 # ---- runs
 
@@ -88,6 +90,57 @@ def test_without_an_evaluation_before_training_the_rest_is_reported(train, tmp_p
     assert code == 0 and "not evaluated" in out and "loss with persona" in out
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "after training" in page and "before training" not in page
+
+
+def prompt_of(run):
+    """Options and tokenizer of a run, and what its prompt of one entry reads like."""
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    return json.loads(saved["prompt"]), tokenizer, tokenizer.decode(prompt_ids(tokenizer, ["I bake."], "Hi"))
+
+
+def test_a_prompt_of_ones_own_goes_into_the_run_and_into_those_that_follow_it(train, tmp_path):
+    recipe, other, merged = tmp_path / "recipe.yaml", tmp_path / "other.yaml", tmp_path / "run/merged"
+    recipe.write_text(yaml.safe_dump({"prompt": {"header": "Known:\n", "item": "* {}\n"}, "merge_adapter": True}))
+    other.write_text("header: '2024'\n")
+    assert train("--config", str(recipe), max_steps=1)[0] == 0
+    keys, _, text = prompt_of(tmp_path / "run")
+    assert keys == {"header": "Known:\n", "item": "* {}\n"} and "Known:\n* I bake.\n" in text
+    # A run that goes on from it tells the persona likewise, unless it is told to do otherwise.
+    options = {"model": merged, "max_steps": 1}
+    assert train(output_dir=tmp_path / "next", **options)[0] == 0
+    assert prompt_of(tmp_path / "next")[0] == keys
+    assert train(output_dir=tmp_path / "last", prompt=other, **options)[0] == 0
+    keys, tokenizer, text = prompt_of(tmp_path / "last")
+    assert keys == {"header": "2024"} and "2024- I bake.\n" in text
+    assert tokenizer.chat_template.count("persona is defined") == 1
+
+
+def test_an_adapter_is_merged_on_request(train, tmp_path):
+    assert train("--merge_adapter", max_steps=2)[0] == 0
+    run = tmp_path / "run"
+    adapter, whole = AutoPeftModelForCausalLM.from_pretrained(run), AutoModelForCausalLM.from_pretrained(run / "merged")
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(whole(ids).logits, adapter(ids).logits, atol=1e-4, rtol=1e-4)
+    assert whole.dtype == torch.float32 and AutoTokenizer.from_pretrained(run / "merged").chat_template
+    assert whole.generation_config.eos_token_id == GenerationConfig.from_pretrained(run).eos_token_id
+    fails(train("--merge_adapter", lora_r=0, output_dir=tmp_path / "full"), "--merge_adapter", "--lora_r 0")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fragments"),
+    [
+        ("{heder: x}", ("expected any of system, place", "heder")),
+        ("{header: 2024-01-01, item: 3}", ("a text as item", "int 3")),
+        ("[a]", ("cannot be read",)),
+        ("'{not json'", ("a mapping as JSON", "{not json")),
+        ("{item: none}", ("one {} in item",)),
+    ],
+)
+def test_a_prompt_that_says_something_else_is_an_error(train, tmp_path, prompt, fragments):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"prompt: {prompt}\n")
+    fails(train("--config", str(recipe)), "prompt", *fragments)
 
 
 def test_objective_ce_has_no_counterfactual_pass(train):

@@ -1,8 +1,11 @@
 """The prompt: what the chat template renders and the tokenizer gives for it, with the persona as one span of it."""
 
 import copy
+import random
+from dataclasses import replace
 
 import pytest
+from tokenizers import AddedToken, normalizers
 
 from perce import UserError, prompt_ids
 from perce.data.formats import Turn
@@ -25,8 +28,12 @@ def with_template(family, template):
     return tokenizer
 
 
-def builder(family, template, **options):
-    return PairBuilder(with_template(family, CHAT_TEMPLATES.get(template, template)), max_length=10**6, **options)
+def builder(family, template, fim=False, **options):
+    """fim: with a control token that is not marked as one."""
+    tokenizer = with_template(family, CHAT_TEMPLATES.get(template, template))
+    if fim:
+        tokenizer.add_tokens([AddedToken("<|fim_prefix|>", special=False, normalized=False)])
+    return PairBuilder(tokenizer, **({"max_length": 10**6} | options))
 
 
 def served(own, this, *, persona, reply):
@@ -54,18 +61,21 @@ def assert_served_as_trained(own, this, pair, ends=True):
 @pytest.mark.parametrize("template", ["chatml", "natural", None])
 def test_both_passes_are_what_the_tokenizer_gives_for_their_texts(family, template):
     own = builder(family, NATURAL[family] if template == "natural" else template)
-    refused = 0
+    refused, chance = 0, random.Random(0)
+    systems = ["Be brief.", "(Be brief)", "1. Be brief.\n2. Be kind.", "- Be brief", "简短", "Sé breve:\n\n"]
     for this in conversations(200):
+        if chance.random() < 0.3:
+            this = replace(this, turns=(Turn("system", chance.choice(systems)), *this.turns))
         try:
             pair = own.build(this)
         except UserError as error:
-            assert str(error).startswith(f"{this.source}: ") and "inside a token" in str(error)
+            assert str(error).startswith(f"{this.source}: ") and "token" in str(error)
             refused += 1
         else:
             assert_served_as_trained(own, this, pair)
             assert this.response.strip() in own.tokenizer.decode(pair.input_ids) or family in ("qwen2", "sentencepiece")
     # Merged across lines, as no real tokenizer of its kind is: "\n-" is one token, and the prompt ends with "\n".
-    assert refused == 0 or (family, template) == ("sentencepiece", "chatml")
+    assert refused <= (40 if (family, template) == ("sentencepiece", "chatml") else 0)
 
 
 def test_pieces_that_were_tokenised_apart_are_one_text():
@@ -151,8 +161,37 @@ def test_a_thought_of_the_reply_takes_the_place_of_the_templates():
     assert response_of("qwen3-switch", "The bees.")[1] == f"{empty}The bees.<|im_end|>"
     prompt, reply = response_of("qwen3-switch", "The bees.", enable_thinking=False)
     assert prompt.endswith(f"{header}{empty}") and reply == "The bees.<|im_end|>"
-    prompt, reply = response_of("qwen3-switch", THOUGHT, enable_thinking=False)
-    assert prompt.endswith(header) and reply == f"{THOUGHT}<|im_end|>"
+    with pytest.raises(UserError, match=AGREES_NOT):
+        response_of("qwen3-switch", THOUGHT, enable_thinking=False)
+
+
+THOUGHTS = {
+    "": "The bees.", "The bees.": "The bees.", "Coming tonight?": "The bees.", "I keep bees.": "The bees.",
+    " <|im_end|> bees ": "The bees.",
+}  # fmt: skip
+"""A thought of nothing, and of words that occur elsewhere in the conversation → an answer."""
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen3-switch", "think-stripped", "deepseek-r1", "chatml"])
+@pytest.mark.parametrize("blanks", ["\n", ""])
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_thoughts_of_any_words_are_all_learnt(template, blanks, thought):
+    reply = f"<think>{blanks}{thought}{blanks}</think>{blanks}The bees."
+    prompt, response = response_of(template, reply)
+    said = (prompt + response).rpartition("assistant")[2]
+    assert said.count("<think>") == said.count("</think>") == 1
+    assert thought.strip() in said and said.count("The bees.") == 1 + (thought == "The bees.")
+    assert prompt.endswith("<think>\n") == (template == "deepseek-r1")
+
+
+@pytest.mark.parametrize("template", ["qwen3", "think-stripped", "deepseek-r1", "deepseek-v3.1"])
+def test_thoughts_in_earlier_replies_are_what_the_template_makes_of_them(template):
+    own = builder("qwen2", template)
+    turns = (Turn("user", "Hi"), Turn("assistant", "<think>\nplan\n</think>\n\nHello."), Turn("user", "Coming?"))
+    this = example(turns=turns, response=THOUGHT)
+    pair = own.build(this)
+    assert pair.input_ids[: -pair.response_length] == served(own, this, persona=True, reply=None)
+    assert ("plan" in own.tokenizer.decode(pair.input_ids)) == (template == "deepseek-v3.1")
 
 
 def test_a_template_that_leaves_out_thoughts_is_trained_with_those_that_it_asks_for():
@@ -179,14 +218,22 @@ def test_a_rows_own_system_message_is_in_both_passes(template):
     assert prompt_ids(own.tokenizer, EXAMPLE.persona, messages) == pair.input_ids[: -pair.response_length]
 
 
-CONTROL = ("<|im_end|>", "<|im_start|>system", "[INST]", "</s>", "<|im_<|im_end|>end|>", "<think>x</think>")
+CONTROL = (
+    "<|fim_prefix|>",
+    "<|im_end|>",
+    "<|im_start|>system",
+    "[INST]",
+    "</s>",
+    "<|im_<|im_end|>end|>",
+    "<think>x</think>",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("template", ["chatml", "natural"])
 @pytest.mark.parametrize("text", CONTROL)
 def test_no_text_of_the_data_becomes_a_control_token(family, template, text):
-    own = builder(family, NATURAL[family] if template == "natural" else template)
+    own = builder(family, NATURAL[family] if template == "natural" else template, fim=True)
     clean, spelt = (
         example(
             persona=(f"I keep {x} bees.",), turns=(Turn("system", f"Be {x} brief."), Turn("user", f"Why {x} so?")),
@@ -210,6 +257,56 @@ def test_control_tokens_are_allowed_on_request():
     this = example(persona=("I say <|im_end|> a lot.",), response="No <|im_end|> idea.")
     own = builder("qwen2", "chatml", special_tokens_in_text="allow")
     pair = own.build(this)
+    asked = prompt_ids(own.tokenizer, this.persona, "Coming tonight?", special_tokens_in_text="allow")
+    assert asked == pair.input_ids[: -pair.response_length]
     end = own.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert pair.input_ids.count(end) == builder("qwen2", "chatml").build(this).input_ids.count(end) + 2
     assert_served_as_trained(own, this, pair)
+
+
+def test_what_cannot_be_told_from_a_control_token_is_refused():
+    tokenizer = with_template("qwen2", CHAT_TEMPLATES["chatml"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["§"]})
+    with pytest.raises(UserError, match=r"train\.jsonl:3: The text 'Why § so\?' has '§'"):
+        PairBuilder(tokenizer, max_length=1000).build(example(turns=(Turn("user", "Why § so?"),)))
+    tokenizer = with_template("qwen2", CHAT_TEMPLATES["chatml"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("<|zap|>", special=True, normalized=True)], special_tokens=True)
+    for text in ("＜|zap|＞", "＜|zap|＞ <|zap|>"):
+        with pytest.raises(UserError, match=r"becomes the control token '<.zap.>'"):
+            PairBuilder(tokenizer, max_length=1000).build(example(turns=(Turn("user", text),)))
+    PairBuilder(tokenizer, max_length=1000).build(example(turns=(Turn("user", "<|zap|>"),)))
+    with pytest.raises(UserError, match="private-use character"):
+        builder("qwen2", "chatml").build(example(response="a \ue0f3 b"))
+    with pytest.raises(UserError, match="private-use character"):
+        prompt_ids(with_template("qwen2", CHAT_TEMPLATES["chatml"]), ["\ue0f0reply\ue0f1"], "Hi")
+
+
+# --- trimming, and which tokens are personal -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompt", [None, {"place": "user", "item": "{}", "header": "", "footer": "\n\n"}])
+def test_as_many_entries_stay_as_fit(family, prompt):
+    this = example(persona=tuple(f"Fact {i} of {'many ' * (i % 3)}bees." for i in range(8)))
+    template = NATURAL[family]
+    whole = builder(family, template, prompt=prompt)
+    lengths = [len(whole.build(replace(this, persona=this.persona[:kept])).input_ids) for kept in range(1, 9)]
+    for max_length in range(lengths[0], lengths[-1] + 2):
+        pair = builder(family, template, prompt=prompt, max_length=max_length).build(this)
+        fitting = max(kept for kept, length in enumerate(lengths, 1) if length <= max_length)
+        assert len(pair.passages) == fitting and len(pair.input_ids) == lengths[fitting - 1]
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen3", "deepseek-r1"])
+@pytest.mark.parametrize("response", ["  I am with Juno ", "Juno\n", " Juno <|im_end|> Juno", "Juno"])
+def test_marks_are_where_the_words_are(template, response):
+    thought = "<think>Juno</think>" if template != "chatml" else ""
+    text = thought + response
+    start = text.rindex("Juno")
+    own = builder("qwen2", template)
+    pair = own.build(example(response=text, personal_spans=((start, min(start + 5, len(text))),)))
+    ids = pair.input_ids[-pair.response_length :]
+    flagged = [place for place, flag in enumerate(pair.personal) if flag]
+    assert own.tokenizer.decode([ids[place] for place in flagged]).strip() == "Juno"
+    assert "Juno" not in own.tokenizer.decode(ids[flagged[-1] + 1 :])

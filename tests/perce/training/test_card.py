@@ -97,3 +97,15 @@ def test_the_card_says_what_the_run_was(tmp_path):
     weights = tmp_path / "base/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert before in text and fingerprint(header["base_model"]) != before
+
+
+def test_the_card_promises_what_there_is(tmp_path):
+    run, tokenizer, options = saved_run(tmp_path, "chatml", special_tokens_in_text="allow")
+    text = (run / CARD).read_text(encoding="utf-8")
+    assert "as a list" in text and "trained as text" not in text
+    tokenizer.chat_template = CHAT_TEMPLATES["chatml"]
+    write_card(run, replace(options, data=DataConfig()), str(tmp_path / "base"), tokenizer, NUMBERS, 1)
+    text = (run / CARD).read_text(encoding="utf-8")
+    assert "as a list" not in text and "trained as text" in text
+    write_card(run, options, str(tmp_path / "base"), None, NUMBERS, 1)  # documents
+    assert "How to ask" not in (run / CARD).read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from jinja2.exceptions import TemplateError
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -13,7 +14,7 @@ from perce.data.formats import Turn
 from perce.data.pairing import PairSource
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE, ChatFormat, PromptStyle
 from perce.data.stream import PairStream
-from perce.training.serving import end_of_reply, serve_as_trained, with_persona
+from perce.training.serving import end_of_reply, serve_as_trained, takes_persona, with_persona
 from tests.helpers.models import documents
 from tests.helpers.pairs import EXAMPLE, builder
 from tests.helpers.templates import CHAT_TEMPLATES
@@ -124,7 +125,48 @@ def test_what_a_prompt_says_wrongly_is_named():
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"prompt: .*{message}"):
             PromptStyle.of(keys)
-    with pytest.raises(UserError, match="persona: expected"):
-        prompt_text([" "])
+    for wrong in ([" "], ["A", None], 3, None):
+        with pytest.raises(UserError, match=r"persona.*expected"):
+            prompt_text(wrong)
+    with pytest.raises(UserError, match="system: expected a text, got 5"):
+        prompt_text("A", 5)
     assert prompt_text("I keep bees.") == f"About the user:\n- I keep bees.\n\n{SYSTEM_MESSAGE}"
     assert prompt_text(["A."], "Be brief.") == "About the user:\n- A.\n\nBe brief."
+
+
+def test_what_the_persona_variable_cannot_stand_for_is_an_error_and_blanks_are_nothing():
+    tokenizer = base_tokenizer("chatml")
+    keys = {"header": "🐝:\n"}
+    chat_format = ChatFormat(tokenizer, {}, style=PromptStyle.of(keys))
+    tokenizer.chat_template = with_persona(tokenizer, chat_format)
+    assert takes_persona(tokenizer.chat_template) and not takes_persona(None)
+    asked, options = [{"role": "user", "content": "Why? "}], {"tokenize": False, "add_generation_prompt": True}
+    trained = chat_format.prompt((Turn("user", "Why? "),), chat_format.block(["A."]))
+    for persona in ("A.", ["A."], ["A.", " ", None, 3]):
+        assert tokenizer.apply_chat_template(asked, persona=persona, **options) == trained
+    for persona in (None, [], ""):
+        assert "🐝" not in tokenizer.apply_chat_template(asked, persona=persona, **options)
+    for wrong in ([{"role": "assistant", "content": "Hi"}, *asked], [{"role": "user", "content": [{"type": "text"}]}]):
+        with pytest.raises(TemplateError, match="persona: expected"):
+            tokenizer.apply_chat_template(wrong, persona=["A."], **options)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_generation_config_that_could_not_be_saved_is_found_before_training(tmp_path, kind):
+    def trainer(**generation):
+        tokenizer = base_tokenizer("chatml")
+        model = tiny_model(vocab_size=1000)
+        for name, value in generation.items():
+            setattr(model.generation_config, name, value)
+        lora = LoraConfig(**LORA) if kind == "lora" else None
+        made = PerceTrainer(
+            model, arguments(tmp_path), train_dataset=[ROW], processing_class=tokenizer, peft_config=lora
+        )
+        assert tokenizer.chat_template == CHAT_TEMPLATES["chatml"], "the caller's own stays as it was"
+        return made
+
+    trainer(temperature=0.6, do_sample=False).save_model(tmp_path / kind)
+    saved = GenerationConfig.from_pretrained(tmp_path / kind)
+    assert saved.do_sample and saved.temperature == 0.6
+    with pytest.raises(UserError, match=r"generation_config\.json is invalid"):
+        trainer(cache_implementation="none such")
