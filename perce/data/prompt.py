@@ -16,7 +16,7 @@ before it is tokenised (CUT marks the place, in what the template renders too), 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, takewhile
 from typing import Any
 
 from perce.data.formats import Turn, parse_persona
@@ -359,15 +359,16 @@ class ChatFormat:
     def ended(self, text: ChatText) -> Encoded:
         """Ids up to and with the end of turn: the first control token behind the reply, and those that follow it."""
         whole, tokens = self.encode(text.text), self.tokenizer.added_tokens_decoder
-        first = last = None
-        for place, (token, (start, _)) in enumerate(zip(whole.ids, whole.spans, strict=True)):
-            ends = token == self.tokenizer.eos_token_id or (token in tokens and bool(tokens[token].content.strip()))
-            if start >= text.tail and ends:
-                first, last = place if first is None else first, place
-            elif first is not None:
-                break
-        if last is not None:
-            return Encoded(whole.ids[: last + 1], whole.spans[: last + 1])
+        length = len(whole.ids)
+        while length and whole.spans[length - 1][0] >= text.tail:
+            length -= 1
+        ends = [
+            token == self.tokenizer.eos_token_id or (token in tokens and bool(tokens[token].content.strip()))
+            for token in whole.ids[length:]
+        ]
+        if any(ends):
+            length += ends.index(True) + len(list(takewhile(bool, ends[ends.index(True) :])))
+            return Encoded(whole.ids[:length], whole.spans[:length])
         if self.tokenizer.eos_token_id is None:
             raise UserError(
                 f"{self._who} ends a reply with {_excerpt(text.text[text.tail :])}, which has no control token, and "
