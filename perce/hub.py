@@ -1,5 +1,6 @@
 """Models, configs and tokenizers by path or Hub id, their many failures told as one paragraph."""
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ ENDS = 2**20  # bytes of a file's beginning and end that its fingerprint is made
 
 
 def fingerprint(path: str) -> str:
-    """Which model a path or Hub id stands for now: the commit on the Hub, or a digest of a directory's weights (of
-    each file its size, beginning and end)."""
+    """Which model a path or Hub id stands for now: the commit on the Hub ("unknown" where that cannot be asked), or a
+    digest of a directory's weights (of each file its size, beginning and end)."""
     local = Path(path).expanduser()
     if not local.exists():
-        return str(getattr(read_config(path), "_commit_hash", None) or "unknown")
+        with contextlib.suppress(UserError):
+            return str(getattr(read_config(path), "_commit_hash", None) or "unknown")
+        return "unknown"
     digest = hashlib.sha256()
     for file in sorted([*local.glob("*.safetensors"), *local.glob("*.bin"), local / "config.json"]):
         if file.is_file():

@@ -3,12 +3,13 @@
 import copy
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from perce import prompt_ids, prompt_text
+from perce import UserError, prompt_ids, prompt_text
 from perce.config.commands import TrainOptions
 from perce.config.schema import DataConfig, ModelConfig
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle
@@ -85,7 +86,7 @@ def test_the_prompt_of_the_documentation_is_the_default():
     assert PromptStyle.of(keys) == replace(PromptStyle(), footer=PERSONA_FOOTERS[0])
 
 
-def test_the_card_says_what_the_run_was(tmp_path):
+def test_the_card_says_what_the_run_was(tmp_path, monkeypatch):
     run, *_ = saved_run(tmp_path, "chatml", 4, data=str(tmp_path / "rows|1.jsonl"))
     text = (run / CARD).read_text(encoding="utf-8")
     header = yaml.safe_load(text.split("---")[1])
@@ -97,6 +98,14 @@ def test_the_card_says_what_the_run_was(tmp_path):
     weights = tmp_path / "base/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert before in text and fingerprint(header["base_model"]) != before
+
+    def unreachable(path):
+        raise UserError(f"{path}: no network")
+
+    monkeypatch.setattr("perce.hub.read_config", unreachable)
+    assert fingerprint("owner/name") == "unknown"
+    monkeypatch.setattr("perce.hub.read_config", lambda path: SimpleNamespace(_commit_hash="0a1b"))
+    assert fingerprint("owner/name") == "0a1b"
 
 
 def test_the_card_promises_what_there_is(tmp_path):
