@@ -6,7 +6,8 @@ import pytest
 import torch
 from jinja2.exceptions import TemplateError
 from peft import AutoPeftModelForCausalLM, LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from perce import DataConfig, LossConfig, PerceTrainer, UserError, prompt_text
 from perce.data.dataset import pair_dataset
@@ -20,7 +21,7 @@ from tests.helpers.pairs import EXAMPLE, builder
 from tests.helpers.templates import CHAT_TEMPLATES
 from tests.helpers.tiny import tiny_model
 from tests.helpers.tokenizers import tokenizer_like
-from tests.helpers.trainers import LORA, arguments
+from tests.helpers.trainers import LORA, PAIRS, arguments
 
 ROW = {"persona": ["I keep bees."], "query": "Why?", "response": "The bees."}
 
@@ -149,6 +150,14 @@ def test_what_the_persona_variable_cannot_stand_for_is_an_error_and_blanks_are_n
     for wrong in ([{"role": "assistant", "content": "Hi"}, *asked], [{"role": "user", "content": [{"type": "text"}]}]):
         with pytest.raises(TemplateError, match="persona: expected"):
             tokenizer.apply_chat_template(wrong, persona=["A."], **options)
+
+
+def test_pairs_of_a_tokenizer_that_knows_no_letters_need_none(tmp_path):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    PerceTrainer(tiny_model(), arguments(tmp_path), train_dataset=PAIRS, processing_class=tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATES["chatml"]
+    with pytest.raises(UserError, match="would never stop"):
+        ChatFormat(tokenizer, {})
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
