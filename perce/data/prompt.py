@@ -165,7 +165,8 @@ class ChatFormat:
                 "The tokenizer has neither a chat template nor an end-of-sequence token, so a reply could not be "
                 "ended. Set tokenizer.eos_token, save the tokenizer, and pass that directory as --model."
             )
-        self.prepends_space = tokenizer.convert_ids_to_tokens(self._plain("a").ids)[0].startswith(("▁", "Ġ"))
+        first = tokenizer.convert_ids_to_tokens(self._plain("a").ids[:1])
+        self.prepends_space = any(token.startswith(("▁", "Ġ")) for token in first)
         self.control: re.Pattern | None = None
         self._uncuttable: list[str] = []
         self.has_system_role = self._accepts([("system", "s"), ("user", "u"), ("assistant", "a")])
