@@ -140,6 +140,14 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
     assert "holds the records of another run (seed was 42 and is 1 now)" in err
 
 
+def test_records_under_other_words_of_the_prompt_are_another_runs(run, tmp_path):
+    style = tmp_path / "prompt.yaml"
+    for words, code in (("Known:", 0), ("Known:", 0), ("He says:", 2)):
+        style.write_text(f'header: "{words}\\n"\n')
+        err = run("--output", tmp_path / "a.json", "--prompt", style, code=code).err
+    assert "holds the records of another run (prompt was" in err and "He says" in err
+
+
 def test_two_models_are_compared_on_the_same_examples(run, tmp_path):
     save_tiny_model(tmp_path / "other", "llama")
     run("--model", tmp_path / "other", "--output", tmp_path / "other.json")
