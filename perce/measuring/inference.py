@@ -48,7 +48,8 @@ def load_subject(options: InferenceOptions, command: str) -> Subject:
     model, tokenizer, device = load(options.model)
     builder = make_persona_builder(tokenizer, options.data, examples.format)
     facts = {"command": command, **model_facts(options.model, model), "split": split, "split_seed": seed}
-    return Subject(model, tokenizer, device, builder, examples, split, facts | asdict(options.data))
+    told = {"prompt": asdict(builder.chat_format.style)}  # the words, whatever file or run they come from
+    return Subject(model, tokenizer, device, builder, examples, split, facts | asdict(options.data) | told)
 
 
 def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
