@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perce.config.schema import DataConfig, LossConfig, MemoryConfig
-    from perce.data.pairs import prompt_ids
-    from perce.data.prompt import prompt_text
+    from perce.data.pairs import prompt_ids, prompt_text
     from perce.data.rows import load_examples
     from perce.demo import default_model_path
     from perce.errors import UserError
@@ -23,8 +22,8 @@ __all__ = [
 ]  # fmt: skip
 _HOMES = {
     **dict.fromkeys(("DataConfig", "LossConfig", "MemoryConfig"), "config.schema"), "UserError": "errors",
-    "default_model_path": "demo", "load_examples": "data.rows", "prompt_ids": "data.pairs",
-    "prompt_text": "data.prompt",
+    **dict.fromkeys(("prompt_ids", "prompt_text"), "data.pairs"), "default_model_path": "demo",
+    "load_examples": "data.rows",
     "PerceArguments": "training.arguments", "PerceTrainer": "training.trainer",
 }  # fmt: skip
 

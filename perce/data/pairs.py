@@ -4,7 +4,7 @@
     counterfactual  prefix                     suffix  response  end-of-turn
 
 The counterfactual sequence *is* the factual one with one contiguous span of ids deleted, and is not stored on its own;
-response token i is the same id at the same response offset in both passes. prompt.py renders both texts and tokenises
+response token i is the same id at the same response offset in both passes. chat.py renders both texts and tokenises
 them, and refuses a pair where deleting the span does not give the other text's ids.
 """
 
@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perce.data.chat import CUT, THOUGHT, Chat, ChatFormat, refuse_marks
 from perce.data.formats import parse_persona, parse_turns
-from perce.data.prompt import CUT, THOUGHT, Chat, ChatFormat, PromptStyle, refuse_marks
+from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, system_text
 from perce.data.retrieval import Retriever
 from perce.data.rows import Example
 from perce.data.sources import BadRow
@@ -117,6 +118,47 @@ def prompt_ids(
         special_tokens_in_text=special_tokens_in_text,
     )  # fmt: skip
     return builder.prompt_ids(example)
+
+
+def prompt_text(
+    persona: str | Sequence[str],
+    system: str | None = None,
+    *,
+    tokenizer: Any = None,
+    prompt: Mapping[str, str] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> str:
+    """The system message to send to a server of a trained model, which renders and tokenises it as in training.
+
+    With place "user" it is what to put before the first user message instead, and the system message stays as it is.
+
+    Args:
+        persona: what is known of the user, best first.
+        system: the conversation's own system message; default: SYSTEM_MESSAGE, or that of `prompt`.
+        tokenizer: the trained model's; without it, one after which a newline is a token of its own.
+        prompt: as in training, keys of --prompt; default: what was saved with the tokenizer.
+        chat_template_kwargs: as in training, where the template needs them.
+
+    Raises:
+        UserError (a ValueError): an empty persona, or what is no text.
+    """
+    try:
+        entries = parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
+    except BadRow as bad:
+        raise UserError(f"{bad}.") from None
+    except TypeError:
+        raise UserError(f"persona: expected a text or a list of texts, got {persona!r}.") from None
+    if not isinstance(system, str | None):
+        raise UserError(f"system: expected a text, got {system!r}.")
+    style = PromptStyle.of(prompt) if prompt else None
+    if tokenizer is None:
+        style = style or PromptStyle()
+        footer = PERSONA_FOOTERS[0] if style.footer is None else style.footer
+    else:
+        chat_format = ChatFormat(tokenizer, chat_template_kwargs or {}, style=style)
+        style, footer = chat_format.style, chat_format.footer
+    block = style.block(entries, footer)
+    return block if style.place == "user" else system_text(style, block, system)
 
 
 class PairBuilder:

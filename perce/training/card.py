@@ -6,7 +6,8 @@ from typing import Any
 
 from perce.config.commands import TrainOptions
 from perce.config.options import dump_yaml
-from perce.data.prompt import ChatFormat, system_text
+from perce.data.chat import ChatFormat
+from perce.data.prompt import system_text
 from perce.hub import fingerprint
 from perce.training.serving import takes_persona
 

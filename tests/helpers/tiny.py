@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from perce import load_examples
+from perce.data.chat import ANCHOR
 from perce.data.pairs import PairBuilder
-from perce.data.prompt import ANCHOR
 from perce.data.rows import Example
 from perce.demo import DATA_DIR
 

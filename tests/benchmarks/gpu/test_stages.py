@@ -12,32 +12,18 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks.gpu import command, compare, decide, parts, sanitizer, steps, suite, trainers, training, wheels
+from benchmarks.gpu import command, compare, decide, parts, sanitizer, steps, suite, training, wheels
 from benchmarks.gpu import compile as compilation
-from benchmarks.gpu.child import Child, Request, Unable, machine
+from benchmarks.gpu.child import Request, Unable, machine
 from benchmarks.gpu.clock import seconds_of_kernels
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import SIZES, TINY
-from benchmarks.trainers import make_model
-from perce.config.schema import ModelConfig
-from perce.model import loading
 from perce_kernels.gpu import cut, driver, tiles
 from tests.helpers import ROOT
 from tests.helpers.device import room
+from tests.helpers.stages import lines_of
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off where there is a GPU")
-
-
-def lines_of(stage, name: str, *, seconds: float = 120.0, finished=(), lost=(), **options) -> dict[str, dict]:
-    """What a stage says in this process, by what follows its name."""
-    found: dict[str, dict] = {}
-
-    def say(event):
-        if "line" in event:
-            found[event.pop("line").removeprefix(f"{name}/")] = event
-
-    stage(Child(Request(name, seconds, "cpu", finished=list(finished), lost=dict(lost), options=options), say))
-    return found
 
 
 # --- Ours ------------------------------------------------------------------------------------------------------------
@@ -212,27 +198,6 @@ def test_options_change_how_and_not_what():
         assert found[f"{name} as plain"]["alike"] is True
     assert found["entce as on a CPU"]["alike"] is True and found["entce"]["loss"] != found["plain"]["loss"]
     assert "got flex_attention on cpu" in found["packing"]["reason"] and "need a GPU" in found["liger"]["reason"]
-
-
-@pytest.mark.slow
-def test_steps_by_other_trainers():
-    found = lines_of(trainers.stage, "trainers")
-    assert found.keys() == {f"{way}/300" for way in trainers.WAYS}
-    lines = {way: found[f"{way}/300"] for way in ("perce", "perce-ce", "naive-ce", "naive-kept", "naive")}
-    for way, line in lines.items():
-        assert line["seconds"] > 0 and line["peak_bytes"] >= line["peak_extra_bytes"]
-        of_the_same_loss = lines["perce-ce" if way.endswith("-ce") else "perce"]
-        assert line["loss"] == pytest.approx(of_the_same_loss["loss"], rel=1e-3), "and no adapter of the one before"
-    assert "need a GPU" in found["perce-liger/300"]["reason"]
-
-
-def test_a_trainer_leaves_the_model_as_it_was():
-    model = make_model("tiny")
-    before = {name: type(module) for name, module in model.named_modules()}
-    loading.add_adapter(model, loading.lora_config(ModelConfig(lora_r=2)))
-    assert len(list(model.modules())) > len(before)
-    trainers.remove_adapter(model)
-    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_a_run_that_differs_is_said_to():

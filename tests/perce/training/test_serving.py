@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from perce import DataConfig, LossConfig, PerceTrainer, UserError, prompt_text
+from perce.data.chat import ChatFormat
 from perce.data.dataset import pair_dataset
 from perce.data.formats import Turn
 from perce.data.pairing import PairSource
-from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE, ChatFormat, PromptStyle
+from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE, PromptStyle
 from perce.data.stream import PairStream
 from perce.training.serving import end_of_reply, serve_as_trained, takes_persona, with_persona
 from tests.helpers.models import documents
@@ -116,23 +117,6 @@ def test_the_saved_template_takes_the_persona_and_is_else_as_it_was(template, st
             messages = [{"role": "system", "content": told}, *talk]
             assert tokenizer.apply_chat_template(messages, **options) == trained
         assert told.strip() in trained or template == "drops-history"
-
-
-def test_what_a_prompt_says_wrongly_is_named():
-    for keys, message in (
-        ({"sytem": "x"}, "expected any of system, place"), ({"place": "top"}, "system or user"),
-        ({"item": "- "}, "one {} in item"), ({"system": "{persona}"}, "without the persona too"),
-        ({"header": 3}, "a text as header"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=f"prompt: .*{message}"):
-            PromptStyle.of(keys)
-    for wrong in ([" "], ["A", None], 3, None):
-        with pytest.raises(UserError, match=r"persona.*expected"):
-            prompt_text(wrong)
-    with pytest.raises(UserError, match="system: expected a text, got 5"):
-        prompt_text("A", 5)
-    assert prompt_text("I keep bees.") == f"About the user:\n- I keep bees.\n\n{SYSTEM_MESSAGE}"
-    assert prompt_text(["A."], "Be brief.") == "About the user:\n- A.\n\nBe brief."
 
 
 def test_what_the_persona_variable_cannot_stand_for_is_an_error_and_blanks_are_nothing():

@@ -1,0 +1,392 @@
+"""Persona and conversation → one text, as the chat template renders it, and its ids, as a chat server tokenises it.
+
+    <|im_start|>system⏎[About the user:⏎- I keep bees.⏎⏎]Write the …<|im_end|>⏎ … assistant⏎ ¦ With the bees.<|im_end|>
+                       persona block                                          prompt ends   reply, end of turn
+
+The template renders the whole conversation once, and its generation prompt, which a server would send: the trained
+prompt is that. The text is tokenised once and cut at characters, so a trained token is one that the tokenizer gives for
+the text as a whole; a token that lies across the end of the prompt or a border of the persona is an error. The persona
+stands at the beginning of the system message, and what follows it is in both prompts: a message that were empty or
+missing would make many chat templates insert a default system prompt of their own, and poison every contrast.
+
+Texts of the data may spell control tokens, such as <|im_end|>. They are tokenised as text: such a string is cut in two
+before it is tokenised (CUT marks the place, in what the template renders too), so that no control token comes of it.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product, takewhile
+from typing import Any
+
+from perce.data.formats import Turn
+from perce.data.prompt import CONVERSATION_START, PERSONA_FOOTERS, PLAIN_CHAT_TEMPLATE, PromptStyle, system_text
+from perce.errors import UserError, first_line
+
+# Stand-ins for the persona and the reply, and marks in texts: private-use characters, which no template strips and no
+# real text contains.
+_PERSONA, _REPLY = "\ue0f0persona\ue0f1", "\ue0f0reply\ue0f1"
+ANCHOR, CUT = "\ue0f2", "\ue0f3"
+MARKS = "\ue0f0\ue0f1\ue0f2\ue0f3"
+
+LIKE_CONTROL = re.compile(r"<\S+>|\[\S+\]")
+"""Added tokens that are no words, whether they are marked as special or not: <think>, <tool_call>, <|fim_prefix|>."""
+THOUGHT = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
+"""What a reasoning model writes before its answer."""
+OPENED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+"""At the end of a generation prompt: a thought that it begins, or an empty one."""
+EMPTY_THOUGHT = re.compile(r"\A<think>\s*</think>\s*(?=<think>)")
+"""Of the template's, before one of the reply's own."""
+
+
+@dataclass(frozen=True)
+class ChatText:
+    """A rendered conversation. Places are characters of `text`, CUT marks included."""
+
+    text: str
+    prompt_end: int
+    """Where the generation prompt ends, and what the model is to write begins."""
+    answer: int
+    """Where the reply's own words stand, behind a thought or a space; of a reply that brings a thought, behind that."""
+    tail: int
+    """Where what the template puts after the reply begins."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids, and which characters of the text each is made of."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation in token ids, with its last reply."""
+
+    text: ChatText
+    encoded: Encoded
+    """Up to and with the end of turn."""
+    prompt_length: int
+    """Tokens of the prompt."""
+
+
+class ChatFormat:
+    """How one tokenizer and its chat template write a conversation down.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        template_kwargs: extra variables of the chat template, such as {"enable_thinking": False}.
+        style: how the persona is told; default: as saved with the tokenizer.
+        allow_control: strings of the data that spell control tokens become these.
+
+    Raises:
+        UserError: a template that does not render a plain conversation, or whose generation prompt is not how its
+            finished replies begin; a tokenizer without an end of turn.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_kwargs: dict[str, Any],
+        *,
+        style: PromptStyle | None = None,
+        allow_control: bool = False,
+    ):
+        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
+        self.style = style or PromptStyle.saved_with(tokenizer)
+        self.chat_template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
+        if not tokenizer.chat_template and tokenizer.eos_token is None:
+            raise UserError(
+                "The tokenizer has neither a chat template nor an end-of-sequence token, so a reply could not be "
+                "ended. Set tokenizer.eos_token, save the tokenizer, and pass that directory as --model."
+            )
+        first = tokenizer.convert_ids_to_tokens(self._plain("a").ids[:1])
+        self.prepends_space = any(token.startswith(("▁", "Ġ")) for token in first)
+        self._added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        self.control: re.Pattern | None = None
+        self._uncuttable: list[str] = []
+        self.has_system_role = self._accepts([("system", "s"), ("user", "u"), ("assistant", "a")])
+        opening = [("system", "s")] if self.has_system_role else []
+        self.accepts_reply_first = self._accepts([*opening, ("assistant", "a"), ("user", "u"), ("assistant", "b")])
+        if not allow_control:
+            self.control = self._control_tokens()
+        self.footer = self._choose_footer()
+
+    # ---- text
+
+    def block(self, entries: Sequence[str]) -> str:
+        """The persona as the prompt has it."""
+        return self.style.block(entries, self.footer)
+
+    def messages(self, turns: Sequence[Turn], block: str, reply: str | None = None) -> list[tuple[str, str]]:
+        """(role, content) of what the template is given; turns may begin with a system message."""
+        system = system_text(self.style, block, turns[0].content if turns[0].role == "system" else None)
+        rest = [(turn.role, turn.content) for turn in turns if turn.role != "system"]
+        if rest[0][0] != "user" and not self.accepts_reply_first:
+            rest.insert(0, ("user", CONVERSATION_START))
+        if self.style.place == "user":
+            first = next(i for i, (role, _) in enumerate(rest) if role == "user")
+            rest[first] = ("user", block + rest[first][1].lstrip())
+        as_text = {"user": self.as_text, "assistant": self._reply_as_text}
+        rest = [(role, as_text[role](content)) for role, content in rest]
+        system = self.as_text(system)
+        if self.has_system_role:
+            rest.insert(0, ("system", system))
+        elif rest[0][0] == "user":
+            rest[0] = ("user", f"{system}\n\n{rest[0][1]}")
+        else:
+            rest.insert(0, ("user", system))
+        return rest if reply is None else [*rest, ("assistant", self._reply_as_text(reply))]
+
+    def prompt(self, turns: Sequence[Turn], block: str) -> str:
+        """What a chat server sends, ended by the template's generation prompt."""
+        return self._render(self.messages(turns, block), generation=True)
+
+    def finished(self, turns: Sequence[Turn], block: str, reply: str, tail: str) -> ChatText:
+        """The conversation with its reply, which begins where the generation prompt ends; tail: as `_frame` has it."""
+        whole, prompt = self._render(self.messages(turns, block, reply)), self.prompt(turns, block)
+        opened = OPENED_THOUGHT.search(prompt)
+        header, begun = (prompt[: opened.start()], opened[0]) if opened else (prompt, "")
+        marked = self._reply_as_text(reply)
+        thought = THOUGHT.match(marked)
+        answer = marked[thought.end() :] if thought else marked
+        if thought and whole.startswith(header) and whole.endswith(tail):
+            body = EMPTY_THOUGHT.sub("", whole[len(header) : len(whole) - len(tail)])  # of the template's own
+            rendered = THOUGHT.match(body)
+            if not rendered or rendered[1].strip() != thought[1].strip():  # finished replies have no thoughts there
+                body = marked if not begun else begun + marked[len("<think>") :].lstrip()
+            whole = header + body + tail
+        elif begun and "</think>" in begun and not whole.startswith(prompt) and whole.startswith(header):
+            whole = prompt + whole[len(header) :]  # an empty thought, in the prompt alone
+        if not whole.startswith(prompt):
+            raise self._disagreement(prompt, whole)
+        end = len(whole) - len(tail)
+        place = whole.rfind(answer, len(prompt), end)
+        if place < 0 or not whole.endswith(tail):
+            raise UserError(f"{self._who} changes the reply {_excerpt(reply)}, so it could not be found in the text.")
+        return ChatText(whole, len(prompt), place, end)
+
+    def _frame(self, turns: Sequence[Turn]) -> tuple[str, str, str]:
+        """The text before the persona block, between it and the reply, and after the reply."""
+        text = self._render(self.messages(turns, _PERSONA, _REPLY))
+        if text.count(_PERSONA) != 1 or text.count(_REPLY) != 1:
+            raise UserError(
+                f"{self._who} repeats or drops the system message or the reply, so the two passes could not be "
+                "aligned. Give the tokenizer another chat template."
+            )
+        prompt, tail = text.split(_REPLY)
+        before, between = prompt.split(_PERSONA)
+        return before, between, tail
+
+    @property
+    def _who(self) -> str:
+        return f"The chat template of {self.tokenizer.name_or_path!r}"
+
+    def _disagreement(self, prompt: str, whole: str) -> UserError:
+        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+        return UserError(
+            f"{self._who} ends its generation prompt with {_excerpt(prompt[same:])}, and a finished reply begins with "
+            f"{_excerpt(whole[same:])} there: what a model is asked to go on with would not be what it was trained on. "
+            "Choose with --chat_template_kwargs how the template begins a reply ('{\"enable_thinking\": false}' as a "
+            "rule), give replies a <think> block if it opens one, or give the tokenizer another chat template."
+        )
+
+    def _render(self, messages: Sequence[tuple[str, str]], generation: bool = False) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                tokenize=False, add_generation_prompt=generation, chat_template=self.chat_template,
+                **self.template_kwargs,
+            )  # fmt: skip
+        except (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            roles = ", ".join(role for role, _ in messages)
+            raise UserError(
+                f"{self._who} does not render a conversation of {roles} ({first_line(error)}). Give it what it asks "
+                "for with --chat_template_kwargs, or the tokenizer another chat template."
+            ) from error
+
+    def _accepts(self, messages: Sequence[tuple[str, str]]) -> bool:
+        """Whether the chat template renders all of these messages: some raise an error, others leave one out."""
+        marked = [(role, f"{_PERSONA}{content}") for role, content in messages]
+        try:
+            text = self._render(marked)
+        except UserError:
+            return False
+        return all(content in text for _, content in marked)
+
+    # ---- control tokens in texts
+
+    def as_text(self, text: str) -> str:
+        """The text with a CUT in every string that would become a control token."""
+        if self.control is None:
+            return text
+        if found := next((character for character in self._uncuttable if character in text), None):
+            raise UserError(
+                f"The text {_excerpt(text)} has {found!r}, which is a control token of the tokenizer's and cannot be "
+                "told from it. Replace it, or pass --special_tokens_in_text allow."
+            )
+        return self.control.sub(lambda found: found[0] + CUT, text)
+
+    def _reply_as_text(self, reply: str) -> str:
+        """The same, but for the tags of a thought that the reply begins with, which templates look for."""
+        thought = THOUGHT.match(reply)
+        if thought is None:
+            return self.as_text(reply)
+        inner, end = self.as_text(thought[1]), thought.end(1)
+        close = reply[end : thought.end()]
+        return f"<think>{inner}{close}{self.as_text(reply[thought.end() :])}"
+
+    def _control_tokens(self) -> re.Pattern | None:
+        """First characters of the special tokens, and of the added ones that look like them or that the template itself
+        writes. Words that were added to a vocabulary stay what they are."""
+        written = "".join(self._frame([Turn("user", "u")]))
+        tokens = {
+            token.content for token in self._added.values()
+            if token.special or LIKE_CONTROL.fullmatch(token.content) or token.content in written
+        }  # fmt: skip
+        self._uncuttable = sorted(token for token in tokens if len(token) == 1)
+        rests: dict[str, list[str]] = {}
+        for token in sorted(tokens - {*self._uncuttable}):
+            rests.setdefault(token[0], []).append(re.escape(token[1:]))
+        each = [f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()]
+        return re.compile("|".join(each)) if each else None
+
+    # ---- ids
+
+    def encode(self, text: str) -> Encoded:
+        """Ids of a rendered text: of the pieces between CUT marks, as each continues the one before."""
+        first, *others = text.split(CUT)
+        whole, start = self._plain(first), len(first) + 1
+        for piece in others:
+            continued = self._continued(piece)
+            whole.ids.extend(continued.ids)
+            whole.spans.extend((start + a, start + b) for a, b in continued.spans)
+            start += len(piece) + 1
+        return whole
+
+    def _plain(self, text: str) -> Encoded:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return Encoded(encoded["input_ids"], encoded["offset_mapping"])
+
+    def _continued(self, text: str) -> Encoded:
+        """Ids of a text that continues another. Tokenizers like Llama 2's begin every text with a space of their own:
+        behind an anchor, whose ids are dropped again, a piece is tokenised as it is in the middle of a text."""
+        if not self.prepends_space:
+            return self._plain(text)
+        anchored = self._plain(ANCHOR + text)
+        kept = [(token, span) for token, span in zip(anchored.ids, anchored.spans, strict=True) if span[1] > 1]
+        return Encoded([token for token, _ in kept], [(max(a - 1, 0), b - 1) for _, (a, b) in kept])
+
+    def chat(self, text: ChatText) -> Chat:
+        """The conversation in ids; UserError if a token lies across the end of the prompt, or the reply has no end."""
+        encoded = self.ended(text)
+        prompt = self.encode(text.text[: text.prompt_end]).ids
+        if encoded.ids[: len(prompt)] != prompt:
+            around = text.text[max(text.prompt_end - 8, 0) : text.prompt_end + 8].replace(CUT, "")
+            raise UserError(
+                f"{self._who} ends the prompt inside a token: in {around!r} the reply's beginning is tokenised "
+                "together with the end of the prompt, which a server would send by itself. Give the tokenizer a chat "
+                "template whose generation prompt does not end with a space."
+            )
+        return Chat(text, encoded, len(prompt))
+
+    def ended(self, text: ChatText) -> Encoded:
+        """Ids up to and with the end of turn: the first control token behind the reply, and those that follow it."""
+        whole = self.encode(text.text)
+        length = len(whole.ids)
+        while length and whole.spans[length - 1][0] >= text.tail:
+            length -= 1
+        ends = [token == self.tokenizer.eos_token_id or token in self._added for token in whole.ids[length:]]
+        if any(ends):
+            length += ends.index(True) + len(list(takewhile(bool, ends[ends.index(True) :])))
+            return Encoded(whole.ids[:length], whole.spans[:length])
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{self._who} ends a reply with {_excerpt(text.text[text.tail :])}, which has no control token, and "
+                "the tokenizer has no end-of-sequence token: a trained model would never stop. Set its eos_token."
+            )
+        cut = self.encode(text.text[: text.tail])
+        return Encoded([*cut.ids, self.tokenizer.eos_token_id], [*cut.spans, (text.tail, text.tail)])
+
+    def pair(self, turns: Sequence[Turn], entries: Sequence[str], reply: str) -> tuple[Chat, tuple[int, int]]:
+        """The conversation with the persona, and which of its tokens are the persona: without them they are the ids of
+        the conversation without it. UserError where they are not."""
+        refuse_marks([turn.content for turn in turns], entries, [reply])
+        reply, block = reply.strip(), self.block(entries)
+        before, _, tail = self._frame(turns)
+        with_persona, without = (self.finished(turns, part, reply, tail) for part in (block, ""))
+        place, block = len(before), self.as_text(block)
+        if with_persona.text != without.text[:place] + block + without.text[place:]:
+            raise UserError(
+                f"{self._who} changes the persona, or other text because of it, so the two passes could not be "
+                "aligned. Give the tokenizer another chat template."
+            )
+        chat = self.chat(with_persona)
+        self._check_control(chat)
+        ids, ids_cf = chat.encoded.ids, self.ended(without).ids
+        added = len(ids) - len(ids_cf)
+        start = _common(ids[: chat.prompt_length - added], ids_cf)
+        if added <= 0 or ids[start + added :] != ids_cf[start:]:
+            end = place + len(block)
+            borders = [with_persona.text[max(at - 8, 0) : at + 8].replace(CUT, "") for at in (place, end)]
+            raise UserError(
+                f"A token lies across a border of the persona, {borders[0]!r} or {borders[1]!r}, so that the passes "
+                "with and without it are not the same tokens. Begin the system message with a word, or give the "
+                "tokenizer another chat template."
+            )
+        return chat, (start, start + added)
+
+    def _check_control(self, chat: Chat) -> None:
+        """UserError if there are more control tokens than the template wrote: a tokenizer that changes characters, such
+        as full-width ones, may make them of strings that nobody would have cut."""
+        if self.control is None or self.tokenizer.backend_tokenizer.normalizer is None:
+            return
+        added = self._added
+        made = [
+            added[index].content for index, (start, end) in zip(chat.encoded.ids, chat.encoded.spans, strict=True)
+            if start < end and index in added and added[index].special
+        ]  # fmt: skip
+        for token in dict.fromkeys(made):
+            if made.count(token) > chat.text.text.count(token):
+                raise UserError(
+                    f"A text of this conversation becomes the control token {token!r}, for the tokenizer changes its "
+                    "characters. Correct the text, or pass --special_tokens_in_text allow."
+                )
+
+    def _choose_footer(self) -> str:
+        """The first footer after which a conversation's tokens are those without the block; of replies with a thought,
+        where the template wants one."""
+        failure: UserError | None = None
+        footers = PERSONA_FOOTERS if self.style.footer is None else (self.style.footer,)
+        for reply, self.footer in product(("A reply.", "<think>\nA thought.\n</think>\n\nA reply."), footers):
+            try:
+                chat, _ = self.pair([Turn("user", "u")], ["A fact."], reply)
+            except UserError as error:
+                failure = failure or error
+            else:
+                self.end_of_turn = chat.encoded.ids[-1]
+                return self.footer
+        assert failure is not None
+        raise failure
+
+
+def refuse_marks(*texts: Sequence[str]) -> None:
+    """UserError for the characters that mark places in texts here."""
+    for text in (text for several in texts for text in several):
+        if found := next((mark for mark in MARKS if mark in text), None):
+            raise UserError(
+                f"The text {text[:40]!r} has the private-use character {found!r}, which marks places here. Remove it."
+            )
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many of the first ids are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _excerpt(text: str) -> str:
+    text = text.replace(CUT, "")
+    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -1,0 +1,15 @@
+"""What a stage of the GPU commands says, in this process and on a CPU."""
+
+from benchmarks.gpu.child import Child, Request
+
+
+def lines_of(stage, name: str, *, seconds: float = 120.0, finished=(), lost=(), **options) -> dict[str, dict]:
+    """What a stage says in this process, by what follows its name."""
+    found: dict[str, dict] = {}
+
+    def say(event):
+        if "line" in event:
+            found[event.pop("line").removeprefix(f"{name}/")] = event
+
+    stage(Child(Request(name, seconds, "cpu", finished=list(finished), lost=dict(lost), options=options), say))
+    return found
