@@ -25,7 +25,7 @@ FLOORS = (
     ("perce_kernels.loss",),
     ("perce_kernels",),
     ("perce.errors", "perce.objectives"),
-    ("perce.environment", "perce.data.sources"),
+    ("perce.environment", "perce.lock", "perce.data.sources"),
     ("perce.data.formats",),
     ("perce.data.prompt",),
     ("perce.config",),
