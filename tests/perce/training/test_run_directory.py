@@ -1,38 +1,45 @@
-"""A run's directory: claimed, never another run's, resumed by the model that it began with."""
+"""A run's directory: claimed by one process at a time, never another run's, and resumed as the run that it is."""
 
+import json
 import os
+import signal
+from pathlib import Path
 
 import pytest
+import yaml
 
-from perce import UserError
+from perce import PerceTrainer, UserError, hub
 from perce.config.commands import parse_args
-from tests.helpers.training import fails
+from perce.lock import locked
+from perce.train import main, resolve
+from perce.training.checkpoints import flaw
+from tests.helpers.tiny import write_jsonl
+from tests.helpers.training import ROWS, fails
+
+SAVED = {"model": None, "data": None, "precision": None, "max_steps": None}  # left to what the run has saved
+ADAPTER = "adapter_model.safetensors"
+LOCK = ".lock"
 
 
-def test_resume_with_another_model_is_refused_and_spoils_nothing(train, tmp_path):
-    assert train(save_steps=1, max_steps=1)[0] == 0
-    saved = (tmp_path / "run" / "config.yaml").read_text()
-    fails(train("--resume", model=None, data=None, lora_r=3, max_steps=2), "--resume", "lora_r", "3", "16")
-    assert (tmp_path / "run" / "config.yaml").read_text() == saved
-    (tmp_path / "run" / "checkpoint-1" / "trainer_state.json").unlink()
-    fails(train("--resume", model=None, data=None, max_steps=2), "no whole checkpoint")
+def saved(run, *names):
+    options = yaml.safe_load((run / "config.yaml").read_text())
+    return [options.get(name) for name in names]
+
+
+def steps(run):
+    return json.loads((run / "trainer_state.json").read_text())["global_step"]
+
+
+# ---- claimed
 
 
 def test_output_directories(train, tmp_path, monkeypatch):
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "config.yaml").write_text("")
+    assert train(max_steps=1, output_dir=tmp_path / "taken")[0] == 0
     fails(train(output_dir=tmp_path / "taken"), "--output_dir", "holds a run", "--resume")
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("perce.hub.load_tokenizer", lambda *_: pytest.fail("found too late"))
     fails(train(output_dir=tmp_path / "file" / "run"), "--output_dir", "cannot be written")
-    fails(train("--resume", output_dir=tmp_path / "fresh"), "--resume", "holds no run")
-    monkeypatch.undo()
-    (tmp_path / "unsaved").mkdir()
-    (tmp_path / "unsaved" / "config.yaml").write_text("max_steps: 3\n")
-    fails(train("--resume", output_dir=tmp_path / "unsaved"), "--resume", "checkpoint", "--save_steps")
     with pytest.raises(UserError, match="--output_dir"):
-        from perce.train import resolve
-
         resolve(parse_args(["--resume"], {})[0])
 
 
@@ -40,3 +47,259 @@ def test_output_directories(train, tmp_path, monkeypatch):
 def test_read_only_output_directory(train, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     fails(train(output_dir=tmp_path / "locked" / "run"), "cannot be written")
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_directory_is_one_process_s(train, tmp_path, monkeypatch, resume):
+    run = tmp_path / "run"
+    assert train(max_steps=1, save_steps=1)[0] == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr("perce.hub.load_tokenizer", lambda *_: pytest.fail("found too late"))
+    with locked(run / LOCK, "the run"):
+        fails(train(*resume, **SAVED), "--output_dir", str(run), f"in use by process {os.getpid()} on ", "since 20")
+        assert {path: path.read_bytes() for path in before if path.name != LOCK} == {
+            path: content for path, content in before.items() if path.name != LOCK
+        }
+
+
+def test_two_runs_that_begin_at_once_have_two_directories(model, data, tmp_path, monkeypatch, capsys):
+    """Both have found runs/rows free before either claims it."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", model, "--data", data, "--max_steps", "1", "--precision", "fp32"]
+    codes = []
+    own = hub.load_tokenizer
+
+    def another(path):
+        monkeypatch.setattr("perce.hub.load_tokenizer", own)
+        codes.append(main(flags))
+        return own(path)
+
+    monkeypatch.setattr("perce.hub.load_tokenizer", another)
+    codes.append(main(flags))
+    assert codes == [0, 0]
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["rows", "rows-2"]
+    assert saved(Path("runs/rows-2"), "output_dir") == ["runs/rows-2"]
+    assert all((path / ADAPTER).exists() for path in Path("runs").iterdir())
+
+
+def test_a_lock_is_given_back_after_a_mistake(train):
+    fails(train(data="nowhere.jsonl"), "nowhere.jsonl")
+    assert train(max_steps=1)[0] == 0
+
+
+# ---- resumed as it is
+
+
+OTHERS = {
+    "learning_rate": 5e-3, "objective": "ce", "clip_max": 3.0, "contrast": "ratio", "estimate": "frozen", "seed": 7,
+    "data": "elsewhere.jsonl", "max_length": 300, "retrieve_k": 2, "lora_r": 3, "persona_grad": "none",
+    "warmup_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "tokens_per_batch": 500,
+    "eval_examples": 2, "optim": "sgd", "weight_decay": 0.2, "lr_scheduler_type": "cosine", "max_grad_norm": 3.0,
+    "adam_beta2": 0.5, "data_seed": 3, "model": "elsewhere", "prompt": '{"header": "Known:"}', "columns": "query=q",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun(model, data, tmp_path_factory):
+    """A run of four steps that stopped after its second."""
+    directory = tmp_path_factory.mktemp("begun")
+    argv = {"model": model, "data": data, "output_dir": directory, "max_steps": 4, "precision": "fp32", "save_steps": 1}
+    flags = [x for name, value in argv.items() for x in (f"--{name}", str(value))]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        at_step_end(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        main([*flags, "--lr_scheduler_type", "constant"])
+    return directory
+
+
+def at_step_end(patch, step, action):
+    own = PerceTrainer._maybe_log_save_evaluate
+
+    def before(self, *args, **kwargs):
+        if self.state.global_step == step:
+            action()
+        return own(self, *args, **kwargs)
+
+    patch.setattr(PerceTrainer, "_maybe_log_save_evaluate", before)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_option_that_would_make_another_run_is_refused_by_name(train, begun, name, monkeypatch):
+    monkeypatch.setattr("perce.hub.load_tokenizer", lambda *_: pytest.fail("found too late"))
+    before = {path: path.stat().st_mtime_ns for path in begun.rglob("*") if path.name != LOCK and path.is_file()}
+    result = train("--resume", output_dir=begun, **SAVED | {name: OTHERS[name]})
+    was = "per_device_train_batch_size" if name == "tokens_per_batch" else name
+    fails(result, was if name in ("gradient_accumulation_steps", "tokens_per_batch") else f"--resume: {name} ")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_rows_under_the_same_name_are_refused(train, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    assert train(data=path, save_steps=1)[0] == 0
+    write_jsonl(path, [{**row, "response": row["response"].upper()} for row in ROWS])
+    fails(train("--resume", **SAVED | {"max_steps": 3}), "--resume", "training pairs", "rows.jsonl")
+    write_jsonl(path, ROWS)
+    assert train("--resume", **SAVED | {"max_steps": 3})[0] == 0
+
+
+def test_options_that_leave_the_run_what_it_is_are_applied_and_recorded(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(max_steps=2, save_steps=1)[0] == 0
+    changes = {"max_steps": 3, "save_steps": 2, "logging_steps": 1, "save_total_limit": 3, "report_examples": 1}
+    code, out, err = train("--resume", **SAVED | changes)
+    assert code == 0 and "max_steps 3 (2 when it began)" in out, err
+    assert saved(run, *changes) == [*changes.values()] and saved(run, "resume") == [False]
+    assert steps(run) == 3
+
+
+def test_the_same_step_may_be_cut_otherwise_and_not_become_another(train, begun, tmp_path):
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 1, "max_steps": 1}
+    assert train(**options)[0] == 0
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}
+    assert train("--resume", **SAVED | cut)[0] == 0
+    assert saved(tmp_path / "run", *cut) == [*cut.values()]
+    fails(
+        train("--resume", **SAVED | {"per_device_train_batch_size": 2, "max_steps": 3}),
+        "8 sequences a step", "4 when the run began", "--gradient_accumulation_steps",
+    )  # fmt: skip
+
+
+def test_a_run_that_was_extended_and_stopped_goes_on_to_its_new_end(train, tmp_path, monkeypatch):
+    assert train(max_steps=2, save_steps=1)[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step_end(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train("--resume", **SAVED | {"max_steps": 5})
+    code, out, _ = train("--resume", **SAVED)
+    assert code == 0 and "finished" not in out and steps(tmp_path / "run") == 5
+    fails(train("--resume", **SAVED | {"max_steps": 3}), "--max_steps 3", "step 5")
+
+
+def test_a_run_whose_options_are_gone_or_damaged_is_not_begun_again(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(save_steps=1)[0] == 0
+    (run / "config.yaml").write_bytes(bytes(100))
+    fails(train("--resume"), "config.yaml")
+    (run / "config.yaml").unlink()
+    fails(train("--resume"), "config.yaml", "checkpoint-2")
+    fails(train(), "checkpoint-2")
+
+
+# ---- one command for every moment
+
+
+def test_a_finished_run_says_so_and_trains_no_more(train, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert train("--lr_scheduler_type", "constant", max_steps=2, save_steps=1)[0] == 0
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr("perce.hub.load_tokenizer", lambda *_: pytest.fail("nothing is left to do"))
+    code, out, err = train("--resume", **SAVED)
+    assert code == 0 and "finished" in out and "2 steps" in out, err
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before if path.name != LOCK}
+    assert after == {path: content for path, content in before.items() if path.name != LOCK}
+
+
+def test_what_a_run_did_not_come_to_write_is_written_and_nothing_trained(train, tmp_path, monkeypatch):
+    run, final = tmp_path / "run", PerceTrainer.save_model
+    options = {"lr_scheduler_type": "constant", "save_steps": 1, "max_steps": 3}  # in the middle of an epoch
+    assert train(**options, output_dir=tmp_path / "straight")[0] == 0
+
+    def killed(self, *args, _internal_call=False, **kwargs):
+        if not _internal_call:
+            raise KeyboardInterrupt
+        final(self, *args, _internal_call=_internal_call, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PerceTrainer, "save_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(**options)
+    assert not (run / ADAPTER).exists()
+    code, _, err = train("--resume", **SAVED)
+    assert code == 0, err
+    assert steps(run) == 3 and (run / "report.html").exists()
+    assert (run / ADAPTER).read_bytes() == (tmp_path / "straight" / ADAPTER).read_bytes()
+    assert (run / "checkpoint-3").exists() and not (run / "checkpoint-4").exists()
+
+
+def test_a_signal_in_the_last_step(train, tmp_path, monkeypatch):
+    options = {"lr_scheduler_type": "constant", "save_steps": 1, "max_steps": 3}
+    assert train(**options, output_dir=tmp_path / "straight")[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        at_step_end(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(**options)
+    assert train("--resume", **SAVED)[0] == 0 and steps(tmp_path / "run") == 3
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == (tmp_path / "straight" / ADAPTER).read_bytes()
+
+
+def test_a_finished_run_whose_model_is_damaged_is_written_again(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(save_steps=1)[0] == 0
+    whole = (run / ADAPTER).read_bytes()
+    (run / ADAPTER).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert train("--resume", **SAVED)[0] == 0
+    assert (run / ADAPTER).read_bytes() == whole
+
+
+def test_the_same_command_begins_goes_on_and_ends_a_run(train, tmp_path, monkeypatch):
+    """What a supervisor repeats: nothing there yet, stopped before the first checkpoint, within the first one, done."""
+    run, options = tmp_path / "run", {"save_steps": 2, "max_steps": 4}
+    assert train(**options, output_dir=tmp_path / "straight")[0] == 0
+    for where in ("perce.train.load_nothing", "training_step", "save"):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+
+            def killed(*args, **kwargs):
+                raise RuntimeError("killed")
+
+            if where == "training_step":
+                patch.setattr(PerceTrainer, "training_step", killed)
+            elif where == "save":
+                patch.setattr("perce.training.checkpoints.seal", killed)
+            else:
+                patch.setattr("perce.hub.load_tokenizer", killed)
+            train("--resume", **options)
+    assert flaw(run / "checkpoint-2")
+    code, out, err = train("--resume", **options)
+    assert code == 0 and "begins again" in out, err
+    assert (run / ADAPTER).read_bytes() == (tmp_path / "straight" / ADAPTER).read_bytes()
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in history if "eval_loss" in line] == [0, 4], "the evaluation before training"
+    assert "finished" in train("--resume", **options)[1]
+
+
+def test_a_run_that_is_nowhere_is_begun_only_when_it_is_said_what_it_is(train, tmp_path):
+    fails(train("--resume", output_dir=tmp_path / "mistyped", **SAVED), "--resume", "holds no run", "--model", "--data")
+    assert not (tmp_path / "mistyped").exists()
+
+
+def test_checkpoints_that_are_damaged_are_no_reason_to_begin_again(train, tmp_path):
+    assert train(save_steps=1)[0] == 0
+    run = tmp_path / "run"
+    (run / "complete.json").unlink()
+    for checkpoint in run.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").write_text("{}")
+    fails(train("--resume", **SAVED), "no whole checkpoint")
+
+
+def test_checkpoints_of_the_model_alone(train, tmp_path, monkeypatch):
+    """A kill leaves nothing to resume from, and that is said; a stop by a signal saves all that a resume needs."""
+    flags = ["--save_only_model", "true", "--lr_scheduler_type", "constant"]
+    options = {"save_steps": 1, "max_steps": 3}
+    assert train(*flags, **options, output_dir=tmp_path / "straight")[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        at_step_end(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(*flags, **options)
+    assert train("--resume", **SAVED)[0] == 0
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == (tmp_path / "straight" / ADAPTER).read_bytes()
+    (tmp_path / "straight" / "complete.json").unlink()
+    fails(train("--resume", output_dir=tmp_path / "straight", **SAVED), "optimizer.pt", "no whole checkpoint")
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_no_beginning(train, tmp_path, monkeypatch):
+    assert train(max_steps=2, save_steps=1)[0] == 0
+    load = PerceTrainer._load_from_checkpoint
+
+    def then_it_goes(self, checkpoint, *args):
+        load(self, checkpoint, *args)
+        state = Path(checkpoint) / "trainer_state.json"
+        monkeypatch.setattr("os.path.isfile", lambda path, own=os.path.isfile: own(path) and Path(path) != state)
+
+    monkeypatch.setattr(PerceTrainer, "_load_from_checkpoint", then_it_goes)
+    fails(train("--resume", **SAVED | {"max_steps": 3}), "checkpoint-2", "step 2")
