@@ -14,6 +14,10 @@ from filelock import FileLock, Timeout
 from perce.errors import UserError
 
 
+class InUse(UserError):
+    """Another process has the lock."""
+
+
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock of this file, which stays where it is, empty, when the lock is given back.
@@ -21,14 +25,14 @@ def locked(path: Path, what: str) -> Iterator[None]:
     what: how the error begins.
 
     Raises:
-        UserError: another process has it; the message names the process, its machine and since when.
+        InUse: another process has it; the message names the process, its machine and since when.
         OSError: the file cannot be written.
     """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{what}: in use by {_holder(path)}. Wait for it, stop it, or choose another.") from None
+        raise InUse(f"{what}: in use by {_holder(path)}. Wait for it, stop it, or choose another.") from None
     try:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}) + "\n")

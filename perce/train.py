@@ -3,7 +3,8 @@
 README.md            the model card                  merged/       with --merge_adapter, the whole model
 config.yaml          the resolved options            curves.png    loss, PIR and weights over the steps
 trainer_state.json   everything that was logged      report.html   validation responses token by token
-model or adapter, tokenizer, checkpoint-*/           what from_pretrained and --resume read
+model or adapter, tokenizer                          what from_pretrained reads
+run.json, checkpoint-*/, complete.json               what --resume reads
 """
 
 import json
@@ -12,13 +13,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from perce.config.commands import TrainOptions, parse_args
 from perce.config.options import dump_yaml, read_yaml
-from perce.config.schema import CONFIG_NAME
 from perce.errors import UserError
-from perce.training.checkpoints import disk_errors, write_in_one_move
-from perce.training.run_directory import claim_directory, free_directory, last_checkpoint
+from perce.training.run_directory import claimed, free_directory
+
+if TYPE_CHECKING:
+    from perce.training.arguments import PerceArguments
+    from perce.training.run_directory import Claim
 
 DEFAULT_LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
 EVAL_EXAMPLES = 64
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 training_arguments(resolved)  # finds what is misspelt
             print(dump_yaml(resolved.to_dict()), end="")
         else:
-            run(resolve(config))
+            run(resolve(config), None if config.run.output_dir else run_name(config))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,34 +66,57 @@ def resolve(config: TrainOptions) -> TrainOptions:
             "--streaming, --tokens_per_batch: rows are grouped by length, which a stream cannot tell beforehand. Use "
             "--per_device_train_batch_size, or read the data whole."
         )
-    name = Path(config.data.data).expanduser().resolve().stem if config.data.data else "demo"
-    output_dir = str(Path(run.output_dir).expanduser()) if run.output_dir else str(free_directory(name))
+    output_dir = str(Path(run.output_dir).expanduser() if run.output_dir else free_directory(run_name(config)))
     # The run directory stands for itself: what a file says of the prompt is among its options.
     prompt = json.dumps(config.data.prompt_style(), ensure_ascii=False) if config.data.prompt else None
     data = replace(config.data, prompt=prompt)
     return replace(config, run=replace(run, learning_rate=rate, output_dir=output_dir), data=data)
 
 
-def run(config: TrainOptions) -> None:
-    """One training run, from checks to the final table."""
-    from perce.training.arguments import fit_batch, options_that_fail_late, training_arguments
+def run_name(config: TrainOptions) -> str:
+    """Of a run directory, where none is given."""
+    return Path(config.data.data).expanduser().resolve().stem if config.data.data else "demo"
+
+
+def run(config: TrainOptions, name: str | None = None) -> None:
+    """One training run, from checks to the final table; what a stopped one left is gone on with, or done already.
+
+    name: take the first directory of this name that is free, instead of config.run.output_dir.
+    """
+    from perce.training.arguments import training_arguments
+    from perce.training.interruption import end_with_launcher
 
     args = training_arguments(config)  # finds options that are mistyped, before anything is written
-    output_dir = claim_directory(config)
+    end_with_launcher()
+    with claimed(config, name) as claim:
+        if claim.note and args.process_index == 0:
+            print(claim.note)
+        if not claim.finished:
+            args.output_dir = str(claim.output_dir)
+            train(replace(config, run=replace(config.run, output_dir=args.output_dir)), args, claim)
+
+
+def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
+    """The run of a directory that is claimed."""
     from transformers import set_seed
 
+    from perce.data.dataset import pairs_digest
     from perce.data.prompt import STYLE
     from perce.data.splits import load_pairs
     from perce.demo import default_model_path
     from perce.hub import load_tokenizer
     from perce.model.loading import load_model, merge_adapter
+    from perce.training.arguments import fit_batch, options_that_fail_late, step_of_run
     from perce.training.card import write_card
+    from perce.training.checkpoints import disk_errors
     from perce.training.fits import check_fits
     from perce.training.interruption import train_interruptibly
+    from perce.training.run_directory import begin, check_facts, finish
     from perce.training.summary import Progress, describe_run, loss_labels, print_result, write_run_report
     from perce.training.trainer import PerceTrainer
 
-    checkpoint = last_checkpoint(config, output_dir) if config.run.resume else None
+    output_dir = claim.output_dir
+    args.eval_on_start = args.eval_on_start and claim.checkpoint is None
     model_path = config.model.model or str(default_model_path())
     set_seed(config.run.seed)  # before the adapters are drawn
     tokenizer = load_tokenizer(model_path)
@@ -103,6 +130,8 @@ def run(config: TrainOptions) -> None:
         eval_tokens=EVAL_TOKENS_ON_CPU if wanted is None and on_cpu else None,
     )  # fmt: skip
     config = fit_batch(config, args, pairs.train)
+    facts = {"step": step_of_run(args), "training_pairs": pairs_digest(pairs.train)}
+    check_facts(claim, config, facts)
     model = load_model(model_path, config.model, args.device.type)
 
     main_process = args.process_index == 0
@@ -118,10 +147,10 @@ def run(config: TrainOptions) -> None:
     if (doubt := check_fits(config, args, model, pairs)) and main_process:
         print(f"memory {doubt}")
     progress.attach(trainer)
-    if main_process and checkpoint is None:
-        write_in_one_move(output_dir / CONFIG_NAME, dump_yaml(config.to_dict()))
+    if main_process:
+        begin(claim, config, facts)
 
-    train_interruptibly(trainer, checkpoint)
+    train_interruptibly(trainer, claim.checkpoint)
     if progress.evaluated_at != trainer.state.global_step:
         trainer.evaluate()
     with disk_errors(output_dir):
@@ -136,6 +165,7 @@ def run(config: TrainOptions) -> None:
         with disk_errors(output_dir):
             merge_adapter(output_dir, model_path)
     if main_process:
+        finish(output_dir)
         print_result(output_dir, trainer, pairs, progress)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from perce.config import schema
 from perce.config.options import Command, flat, number, read_yaml
 from perce.config.step import StepConfig
+from perce.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,20 @@ PLAN: Command[PlanOptions] = Command(
 def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainOptions, bool]:
     """(options of train, whether --print_config was given). Flags win over the YAML file, which wins over `defaults`.
 
-    `defaults` are used where neither names a model nor data; see demo/recipe.yaml. `--resume` without `--config` starts
-    from the options saved in the run directory.
+    `defaults` are used where neither names a model nor data; see demo/recipe.yaml. With `--resume` what is left open is
+    as the run directory has it; where that holds no run yet it is begun, if it is said what of.
     """
     parsed = TRAIN.parse(argv)
     raw = parsed.raw
-    if number(raw.get("resume")) is True and raw.get("output_dir") and not parsed.config_file:
+    if number(raw.get("resume")) is True and raw.get("output_dir"):
         saved = Path(raw["output_dir"]).expanduser() / schema.CONFIG_NAME
-        raw = (read_yaml(str(saved)) if saved.is_file() else {}) | raw
+        if saved.is_file():
+            raw = read_yaml(str(saved)) | {name: value for name, value in raw.items() if value is not None}
+        elif not (parsed.config_file or raw.get("model") or raw.get("data")):
+            raise UserError(
+                f"--resume: {raw['output_dir']} holds no run ({schema.CONFIG_NAME} is missing). Was --output_dir "
+                "mistyped? To begin a run there, say what of: --model, --data or --config."
+            )
     if raw.get("model") is None and raw.get("data") is None:
         raw = dict(defaults) | raw
     return TRAIN.build(raw), parsed.print_config

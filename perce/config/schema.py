@@ -216,7 +216,11 @@ class RunConfig:
     """How it is trained. Names that TrainingArguments has too mean the same."""
 
     output_dir: str | None = _option(None, "run directory; default: runs/NAME, numbered when taken", "DIR")
-    resume: bool = _option(False, "continue from the newest whole checkpoint in output_dir")
+    resume: bool = _option(
+        False,
+        "continue from the newest whole checkpoint in output_dir, begin where there is none yet, do nothing where the "
+        "run is finished: the same command restarts a run at any moment",
+    )
     num_train_epochs: float = _option(3.0, "passes over the training examples (the paper: 3)")
     max_steps: int = _option(-1, "optimiser steps instead of epochs; -1: epochs")
     learning_rate: float | None = _option(None, "peak; default: 2e-5 for all weights, 2e-4 for LoRA")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow.compute
+import xxhash
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
@@ -93,6 +94,17 @@ def _fingerprint(examples: Sequence[Record], builder: Builder, skip_bad_rows: bo
     for part in parts:
         digest.update(f"{part}\0".encode())
     return digest.hexdigest()[:32]
+
+
+def pairs_digest(dataset: Any) -> str | None:
+    """Of what is trained on, in order: the same on every machine. None of a stream, which is not known beforehand."""
+    if not isinstance(dataset, Dataset):
+        return None
+    digest = xxhash.xxh3_128(repr(list(dataset["response_length"])).encode())
+    for column in token_ids(dataset):
+        digest.update(repr(pyarrow.compute.list_value_length(column).to_pylist()).encode())
+        digest.update(pyarrow.compute.list_flatten(column).to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
 
 
 def sequence_lengths(dataset: Any) -> list[int]:

@@ -59,6 +59,7 @@ class PerceArguments(TrainingArguments):
         self.remove_unused_columns = False
         self.label_names = []
         self.ddp_find_unused_parameters = False
+        self.logging_nan_inf_filter = False  # would log the mean of earlier steps in the place of a nan
         super().__post_init__()
         settle_device(self, self.memory)
         self.backend = check_backend(self.backend, self.device)
@@ -115,7 +116,7 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         "packing": run.packing,
         "backend": config.model.backend,
         "per_device_eval_batch_size": run.per_device_train_batch_size or SEQUENCES_A_STEP,
-        "eval_on_start": not run.resume,
+        "eval_on_start": True,
         "eval_strategy": "steps" if run.eval_steps else "epoch",
         "eval_steps": run.eval_steps,
         "save_strategy": "steps" if run.save_steps else "no",
@@ -169,6 +170,14 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any) -> TrainOp
     return replace(
         config, run=replace(run, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
     )
+
+
+def step_of_run(args: PerceArguments) -> str:
+    """What an optimiser step is, of all processes together: it stays the same when a run is resumed."""
+    forwards = args.gradient_accumulation_steps * args.world_size
+    if args.tokens_per_batch is not None:
+        return f"{forwards} forward passes of {args.tokens_per_batch} tokens"
+    return f"{forwards * args.per_device_train_batch_size} sequences"
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """Checkpoints that are whole, or passed over: a run goes on from the newest whole one, however it was stopped.
 
-complete.json, written last and in one move, lists every file of a checkpoint with its size. A directory without it, or
-with files that are not as listed, was being written or deleted when something stopped the process. Older checkpoints
-are deleted only after the list of the new one is there. All that this machine wrote is flushed to the disk before the
-list, and the list before anything is deleted, so that a power cut spares the one or the other.
+complete.json, written last and in one move, lists every file of a checkpoint with its size and a digest of its content.
+A directory without it, or with files that are not as listed, was being written or deleted when something stopped the
+process, or has been damaged since. Older checkpoints are deleted only after the list of the new one is there. All that
+this machine wrote is flushed to the disk before the list, and the list before anything is deleted, so that a power cut
+spares the one or the other.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import xxhash
 
 from perce.errors import UserError, in_one_line
 
@@ -31,15 +34,28 @@ class SaveError(UserError):
     """A checkpoint that could not be written; earlier ones are untouched."""
 
 
-def seal(checkpoint: Path) -> None:
-    """Declare a checkpoint whole, once every process has written its files."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    for path in (*files, *(path for path in checkpoint.rglob("*") if path.is_dir())):
+def seal(directory: Path, files: Iterable[Path] | None = None) -> None:
+    """Declare a checkpoint whole, once every process has written its files; of another directory, these files."""
+    listed = sorted(path for path in directory.rglob("*") if path.is_file()) if files is None else sorted(files)
+    for path in (*listed, *(path for path in directory.rglob("*") if path.is_dir() and files is None)):
         _flush(path)
-    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    write_in_one_move(checkpoint / LIST, json.dumps(sizes, indent=1))
-    for directory in (checkpoint, checkpoint.parent):
-        _flush(directory)
+    facts = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": _digest(path)}
+        for path in listed
+        if path.name != LIST
+    }
+    write_in_one_move(directory / LIST, json.dumps(facts, indent=1))
+    for flushed in (directory, directory.parent):
+        _flush(flushed)
+
+
+def _digest(path: Path) -> str:
+    """Of a file's contents: finds damage, not malice, at the speed that memory is read."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_in_one_move(path: Path, text: str) -> None:
@@ -65,21 +81,48 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def flaw(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not whole; None if it is."""
+def damage(directory: Path, contents: bool = True) -> str | None:
+    """What is not as its list says; None if all is. `contents`: read every file, not its size alone."""
     try:
-        sizes = json.loads((checkpoint / LIST).read_text(encoding="utf-8"))
+        listed = json.loads((directory / LIST).read_text(encoding="utf-8"))
+        facts = {name: (file["bytes"], file["xxh3_128"]) for name, file in listed.items()}
     except FileNotFoundError:
         return f"it has no {LIST}, which is written last"
-    except (OSError, ValueError) as error:
-        return f"its {LIST} cannot be read ({error})"
-    for name, size in sizes.items():
-        path = checkpoint / name
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"its {LIST} cannot be read ({in_one_line(error)})"
+    if not facts:
+        return f"its {LIST} lists no file"
+    for name, (size, digest) in facts.items():
+        path = directory / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
+        if contents and _digest(path) != digest:
+            return f"{name} is not what was written: its contents have changed"
     return None
+
+
+def flaw(checkpoint: Path) -> str | None:
+    """Why a run cannot be resumed from a checkpoint; None if it can."""
+    if reason := damage(checkpoint):
+        return reason
+    names = list(json.loads((checkpoint / LIST).read_text(encoding="utf-8")))
+    by_deepspeed = any(name.startswith("global_step") for name in names)  # with the optimiser and the schedule in it
+    parts = {
+        "trainer_state.json": "trainer_state.json" in names,
+        "optimizer.pt": any("optim" in name for name in names),
+        "scheduler.pt": "scheduler.pt" in names or by_deepspeed,
+        "rng_state.pth": any(name.startswith("rng_state") for name in names),
+    }
+    lacking = next((name for name, present in parts.items() if not present), None)
+    return lacking and f"it was saved without {lacking}, which a resume needs"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that had been made when a whole checkpoint was saved."""
+    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -98,16 +141,26 @@ def newest_whole(output_dir: Path, tell: Callable[[str], None] = lambda _: None)
     return None
 
 
-def resume_point(output_dir: Path) -> str:
+def resume_point(output_dir: Path) -> Path:
     """The newest whole checkpoint, with those that are passed over named on stderr; UserError if there is none."""
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    found = newest_whole(output_dir, lambda line: print(line, file=sys.stderr) if main_process else None)
+    found = newest_whole(output_dir, lambda line: print(line, file=sys.stderr))
     if found is None:
         raise UserError(
-            f"--resume: {output_dir} holds no whole checkpoint-N: nothing was saved before it stopped (--save_steps). "
-            "Start again with another --output_dir, or delete this one."
+            f"--resume: {output_dir} holds no whole checkpoint-N (above: what is wrong with those that are there; "
+            "--save_only_model leaves none). Start again with another --output_dir, or delete this one."
         )
-    return str(found)
+    return found
+
+
+def check_whole(checkpoint: Path) -> None:
+    """UserError for a checkpoint that a run cannot be resumed from."""
+    if reason := flaw(checkpoint):
+        raise UserError(f"{checkpoint}: cannot be resumed from, for {reason}. Give another checkpoint.")
+
+
+def never_saved(output_dir: Path) -> bool:
+    """Whether no checkpoint has ever been finished there: its run can begin again, and nothing is lost."""
+    return not any((checkpoint / LIST).exists() for checkpoint in checkpoints(output_dir))
 
 
 def save_whole(trainer: Trainer, checkpoint: Path, save: Callable[[], None]) -> None:
@@ -131,20 +184,20 @@ def save_whole(trainer: Trainer, checkpoint: Path, save: Callable[[], None]) -> 
 
 
 def _together(trainer: Trainer, checkpoint: Path, write: Callable[[], None]) -> None:
-    """`write`, and SaveError on all processes if it failed on any."""
+    """`write`; if it fails on any process it fails on all, elsewhere and where the disk was at fault with SaveError."""
     import torch
 
     failure: Exception | None = None
     try:
         write()
     except Exception as error:
-        if not _is_write_failure(error):
-            raise
         failure = error
     failures = torch.tensor(float(failure is not None), device=trainer.args.device)
     if trainer.accelerator.reduce(failures, "sum").item():
         if trainer.args.should_save:
             shutil.rmtree(checkpoint, ignore_errors=True)
+        if failure is not None and not _is_write_failure(failure):
+            raise failure
         raise SaveError(_failed(checkpoint, failure)) from failure
 
 
@@ -152,7 +205,7 @@ def _rotate(newest: Path, limit: int, best: str | None) -> None:
     """Delete what is not whole, then the oldest, until `limit` remain; never the newest or the best."""
     kept = {newest} | ({Path(best)} if best else set())
     others = [path for path in checkpoints(newest.parent) if path not in kept]
-    torn = [path for path in others if flaw(path)]
+    torn = [path for path in others if damage(path, contents=False)]
     whole = sorted((path for path in others if path not in torn), key=lambda path: path.stat().st_mtime)
     for path in torn + whole[: max(len(whole) + len(kept) - limit, 0)]:
         shutil.rmtree(path, ignore_errors=True)
@@ -188,8 +241,9 @@ def _reason(error: Exception | None) -> str:
 
 
 def _is_write_failure(error: Exception) -> bool:
-    """What the system refuses comes in four shapes: Python's, safetensors', tokenizers' and torch's."""
+    """What the system refuses comes in five shapes: Python's, safetensors', tokenizers' and two of torch's."""
     from safetensors import SafetensorError
 
-    torn = isinstance(error, RuntimeError) and ("inline_container" in str(error) or "StreamWriter" in str(error))
+    of_torch = ("inline_container", "StreamWriter", "basic_ios")
+    torn = isinstance(error, RuntimeError) and any(part in str(error) for part in of_torch)
     return isinstance(error, OSError | SafetensorError) or type(error) is Exception or torn

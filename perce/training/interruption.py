@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,10 +22,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from perce.errors import UserError
 from perce.training.checkpoints import SaveError
+from perce.training.divergence import Diverged
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FORWARDED_SECONDS = 3.0
 """torchrun passes on what it receives, and one Ctrl-C arrives twice: a signal this soon after the first is the same."""
+LAST_STEP_SECONDS = 120.0
+"""What processes may take to end when their launcher is gone: a step and its checkpoint."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,7 +48,7 @@ class Interruption(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.received: int | None = None
-        self.saved_step = 0  # of the newest checkpoint, the one that was resumed from included
+        self.saved_step = 0  # of the newest checkpoint with all that a resume needs, what was resumed from included
         self._received_at = 0.0
 
     @contextlib.contextmanager
@@ -88,7 +92,8 @@ class Interruption(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.saved_step = state.global_step
+        if not args.save_only_model:
+            self.saved_step = state.global_step
         self._stop_if_asked()
 
     def on_prediction_step(
@@ -101,19 +106,36 @@ class Interruption(TrainerCallback):
             raise Interrupted(number)
 
 
-def train_interruptibly(trainer: Trainer, checkpoint: str | None) -> None:
+def end_with_launcher() -> None:
+    """Stop when torchrun is gone: killed, it leaves its processes behind, training in a directory that they hold."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.name == "nt":
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LAST_STEP_SECONDS)  # of the step and its checkpoint, unless another process has ended already
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
     """Train; what stops it midway leaves a checkpoint of the last finished step behind, or the newest one standing."""
     interruption = Interruption(trainer)
     trainer.add_callback(interruption)
     with interruption.caught():
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (UserError, KeyboardInterrupt) as stopped:
             print(file=sys.stderr)  # ends the line of the progress bar
             alone, step = trainer.accelerator.num_processes == 1, trainer.state.global_step
             between_steps = isinstance(stopped, Interrupted) or (isinstance(stopped, UserError) and alone)
-            if step and between_steps and not isinstance(stopped, SaveError):
+            if step and between_steps and not isinstance(stopped, SaveError | Diverged):
                 if interruption.saved_step != step:
+                    trainer.args.save_only_model = False
                     trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
                 if trainer.is_world_process_zero():
                     again = f"--resume --output_dir {trainer.args.output_dir}"

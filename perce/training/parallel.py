@@ -2,12 +2,32 @@
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
 from perce.errors import UserError
+
+Found = TypeVar("Found")
+
+
+def found_by_first(find: Callable[[], Found]) -> Found:
+    """What the first process finds, or the UserError that it raises, on every process: what is on a disk may look
+    otherwise to the others, or have changed by the time they look."""
+    found: Any = None
+    if PartialState().is_main_process:
+        try:
+            found = find()
+        except UserError as error:
+            found = error
+    (found,) = broadcast_object_list([found])
+    if isinstance(found, UserError):
+        raise found
+    return found
 
 
 def check_parallelism(args: Any) -> None:

@@ -1,35 +1,112 @@
-"""The directory of a run: found free or claimed before anything expensive happens, and resumed from."""
+"""The directory of a run: claimed by one process at a time, and resumed as the run that it is.
 
+.lock            names the process that writes here now, and ends with it
+run.json         what the options do not say of the run: a digest of its training pairs, what a step is
+config.yaml      its options; a directory with it holds a run
+checkpoint-N/    see checkpoints.py
+complete.json    written last: the weights of a finished run as they were saved
+"""
+
+import contextlib
+import itertools
+import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from perce.config.commands import TrainOptions
-from perce.config.options import read_yaml
+from perce.config.commands import TRAIN, TrainOptions
+from perce.config.options import dump_yaml, read_yaml
 from perce.config.schema import CONFIG_NAME
 from perce.errors import UserError
-from perce.training.checkpoints import resume_point
+from perce.lock import InUse, locked
+from perce.training.checkpoints import (
+    LIST,
+    checkpoints,
+    damage,
+    never_saved,
+    resume_point,
+    seal,
+    step_of,
+    write_in_one_move,
+)
+
+LOCK = ".lock"
+FACTS = "run.json"
+MAY_CHANGE = frozenset(
+    (
+        "resume", "output_dir", "eval_steps", "save_steps", "logging_steps", "report_examples", "merge_adapter",
+        # How long: the schedule is from then on that of the new length.
+        "max_steps", "num_train_epochs",
+        # How a step is cut and computed, which is the same up to rounding; what it is, FACTS hold.
+        "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "precision", "attn_implementation",
+        "backend", "activation_checkpointing", "activation_offload", "mlp_tile",
+    )
+)  # fmt: skip
+"""Options that may be others when a run is resumed: they leave what is trained, on what and in which order as it is."""
+MAY_CHANGE_OF_TRAINER = (
+    "log", "save_", "report_to", "run_name", "project", "trackio", "hub_", "push_to_hub", "disable_tqdm", "use_cpu",
+    "eval_on_start", "dataloader_num_workers", "dataloader_p", "ddp_", "torch_compile", "tf32", "skip_memory_metrics",
+)  # fmt: skip
+"""Beginnings of the names of TrainingArguments fields of which the same is true."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A directory that is ours until the process ends, and what is to be done there."""
+
+    output_dir: Path
+    checkpoint: Path | None = None
+    """To resume from; None: from the beginning."""
+    note: str = ""
+    """What the user is told of it."""
+    finished: bool = False
+
+
+def numbered(name: str) -> Iterator[Path]:
+    """runs/NAME, runs/NAME-2, …"""
+    yield Path("runs") / name
+    yield from (Path("runs") / f"{name}-{number}" for number in itertools.count(2))
 
 
 def free_directory(name: str) -> Path:
-    """runs/NAME, or runs/NAME-2 … where runs are."""
-    number, path = 1, Path("runs") / name
-    while (path / CONFIG_NAME).exists():
-        number += 1
-        path = Path("runs") / f"{name}-{number}"
-    return path
+    """The first of them that holds no run."""
+    return next(path for path in numbered(name) if not (path / CONFIG_NAME).exists())
 
 
-def claim_directory(config: TrainOptions) -> Path:
-    """The run directory, made, writable and not another run's: found out before anything expensive happens."""
-    path = Path(config.run.output_dir or "")
-    holds_run = (path / CONFIG_NAME).exists()
-    if int(os.environ.get("RANK", 0)) == 0 and not config.run.resume and holds_run:
-        raise UserError(
-            f"--output_dir {path}: holds a run already. Continue it with --resume, or choose another directory."
-        )
-    if config.run.resume and not holds_run:
-        raise UserError(f"--resume: {path} holds no run ({CONFIG_NAME} is missing). Was --output_dir mistyped?")
+@contextlib.contextmanager
+def claimed(config: TrainOptions, name: str | None = None) -> Iterator[Claim]:
+    """The run directory, locked, writable and not another run's: found out before anything expensive happens.
+
+    name: the first directory of this name that is free, instead of config.run.output_dir.
+
+    Raises:
+        UserError: a directory that another process writes to, or that holds another run than is asked for.
+    """
+    from perce.training.parallel import found_by_first  # imports torch
+
+    with contextlib.ExitStack() as stack:
+        yield found_by_first(lambda: _claim(config, name, stack))
+
+
+def _claim(config: TrainOptions, name: str | None, stack: contextlib.ExitStack) -> Claim:
+    if name is None:
+        path = Path(config.run.output_dir or "")
+        stack.enter_context(_lock(path))
+        return _what_to_do(config, path)
+    for path in numbered(name):
+        with contextlib.suppress(InUse), contextlib.ExitStack() as attempt:
+            attempt.enter_context(_lock(path))
+            if not (path / CONFIG_NAME).exists():
+                stack.enter_context(attempt.pop_all())
+                return _what_to_do(config, path)
+    raise AssertionError("there is always a number left")
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -38,16 +115,88 @@ def claim_directory(config: TrainOptions) -> Path:
         raise UserError(
             f"--output_dir {path}: cannot be written to ({error.strerror}). Choose a directory you can write to."
         ) from error
-    return path
+    with locked(path / LOCK, f"--output_dir {path}"):
+        yield
 
 
-def last_checkpoint(config: TrainOptions, output_dir: Path) -> str:
-    """The latest whole checkpoint; UserError if there is none, or it is of another model than is asked for now."""
-    saved = read_yaml(str(output_dir / CONFIG_NAME))
-    for name, now in vars(config.model).items():
-        if saved.get(name, now) != now and name not in ("precision", "attn_implementation", "backend"):
+def _what_to_do(config: TrainOptions, path: Path) -> Claim:
+    """Of a directory that is locked: begin, begin again, resume, or nothing."""
+    holds_run, saved = (path / CONFIG_NAME).exists(), checkpoints(path)
+    if saved and not holds_run:
+        raise UserError(
+            f"--output_dir {path}: holds {saved[-1].name} of a run whose {CONFIG_NAME} is gone. Put that back to "
+            "resume it, or choose another directory."
+        )
+    if holds_run and not config.run.resume:
+        raise UserError(
+            f"--output_dir {path}: holds a run already. Continue it with --resume, or choose another directory."
+        )
+    if not holds_run:
+        return Claim(path)
+    changes = _changes(path, config)
+    note = "".join(f"; {name} {now} ({before} when it began)" for name, (before, now) in changes.items())
+    if not changes and damage(path) is None:
+        return Claim(path, finished=True, note=f"{path} is finished: {step_of(path)} steps. Nothing is left to do.")
+    if never_saved(path):
+        return Claim(path, note=f"{path} stopped before its first checkpoint and begins again{note}")
+    checkpoint = resume_point(path)
+    if 0 < config.run.max_steps < (step := step_of(checkpoint)):
+        raise UserError(f"--resume: --max_steps {config.run.max_steps}, and {path} has been trained to step {step}.")
+    return Claim(path, checkpoint, note=f"{path} is resumed from {checkpoint.name}{note}")
+
+
+def _changes(path: Path, config: TrainOptions) -> dict[str, tuple[Any, Any]]:
+    """{option: (what it was when the run began, what it is now)}; UserError for what would make another run of it."""
+    try:
+        saved = TRAIN.build(read_yaml(str(path / CONFIG_NAME))).to_dict()
+    except UserError as error:
+        raise UserError(f"{path / CONFIG_NAME}: the options of the run cannot be read: {error}") from error
+    now = config.to_dict()
+    # Left open now, as in a recipe that leaves it to perce: as it was.
+    differing = [name for name in {**saved, **now} if now.get(name) not in (None, saved.get(name))]
+    for name in differing:
+        of_trainer = name in config.extra and name.startswith(MAY_CHANGE_OF_TRAINER)
+        order = name == "dataloader_num_workers" and config.data.streaming
+        if order or not (name in MAY_CHANGE or of_trainer):
             raise UserError(
-                f"--resume: {name} is {now!r} now and was {saved[name]!r} when the run began. Leave it as it was, or "
-                "start a new run."
+                f"--resume: {name} is {now[name]!r} now and was {saved.get(name, 'not given')!r} when the run began. "
+                "Leave it as it was, or start a new run."
             )
-    return resume_point(output_dir)
+    shown = [name for name in differing if name not in ("resume", "output_dir")]
+    return {name: (saved.get(name, "not given"), now[name]) for name in shown}
+
+
+def begin(claim: Claim, config: TrainOptions, facts: Mapping[str, Any]) -> None:
+    """Write what the run is, before its first step here."""
+    (claim.output_dir / LIST).unlink(missing_ok=True)
+    write_in_one_move(claim.output_dir / FACTS, json.dumps(facts, indent=1) + "\n")
+    recorded = replace(config, run=replace(config.run, resume=False))
+    write_in_one_move(claim.output_dir / CONFIG_NAME, dump_yaml(recorded.to_dict()))
+
+
+def check_facts(claim: Claim, config: TrainOptions, facts: Mapping[str, Any]) -> None:
+    """UserError where a run that is resumed would be trained on other pairs, or in other steps."""
+    if claim.checkpoint is None:
+        return
+    path = claim.output_dir / FACTS
+    try:
+        before: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--resume: {path} cannot be read ({error}). Put it back, or start a new run.") from error
+    if before.get("step") != facts["step"]:
+        raise UserError(
+            f"--resume: a step is {facts['step']} now, and was {before.get('step')} when the run began (all processes "
+            f"together; {os.environ.get('WORLD_SIZE', 1)} now). Set --gradient_accumulation_steps, or "
+            "--per_device_train_batch_size, so that it is the same."
+        )
+    if before.get("training_pairs") != facts["training_pairs"]:
+        raise UserError(
+            f"--resume: the training pairs are not those that the run began with: the rows of "
+            f"{config.data.data or 'the built-in examples'}, or the tokenizer, have changed. Put them back, or start a "
+            "new run."
+        )
+
+
+def finish(output_dir: Path) -> None:
+    """Declare the run finished: everything has been written."""
+    seal(output_dir, [*output_dir.glob("*.safetensors"), *output_dir.glob("*.bin"), output_dir / "trainer_state.json"])

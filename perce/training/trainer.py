@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from perce.data.batch import Batch, collate
 from perce.data.dataset import rows_dataset_pairs
+from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.loading import add_adapter
 from perce.model.memory import prepare_memory
@@ -30,13 +31,14 @@ from perce.model.patch import prepare_model
 from perce.model.probe import check_packing, evaluating, unwrapped
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
-from perce.training.checkpoints import resume_point, save_whole
+from perce.training.checkpoints import check_whole, resume_point, save_whole, step_of
 from perce.training.checks import check_context, check_hooks, check_sharding, check_vocabulary, warn_of_dropout
+from perce.training.divergence import check_finite, check_logged
 from perce.training.estimates import Estimates, check_estimable, estimate, over_step
 from perce.training.loader import own_train_loader
 from perce.training.meters import Clock, Window, peak_memory_mib
 from perce.training.normalizer import StepNormalizer
-from perce.training.parallel import keep_outputs_exact
+from perce.training.parallel import found_by_first, keep_outputs_exact
 from perce.training.serving import serve_as_trained
 
 
@@ -208,17 +210,52 @@ class PerceTrainer(Trainer):
         return self._normalizer.add_loss(loss) if self._normalizer else loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As transformers.Trainer.train; True resumes from the newest checkpoint that is whole."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = resume_point(Path(str(self.args.output_dir)))
-        if resume_from_checkpoint and self.args.loss.estimate != "online":
-            self.estimates = Estimates.load(
-                Path(resume_from_checkpoint), self.train_dataset, self._vocabulary, self.args.loss.weighting.signal_name
-            )  # fmt: skip
+        """As transformers.Trainer.train, but nothing is trained beyond the last step; True resumes from the newest
+        checkpoint that is whole.
+
+        Raises:
+            UserError: a checkpoint that is damaged or lacks what a resume needs; numbers that are no longer finite.
+        """
+        if asked := resume_from_checkpoint:
+            checkpoint = found_by_first(lambda: self._checkpoint(asked))
+            if self.args.loss.estimate != "online":
+                signal = self.args.loss.weighting.signal_name
+                self.estimates = Estimates.load(checkpoint, self.train_dataset, self._vocabulary, signal)
+            resume_from_checkpoint = str(checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _checkpoint(self, asked: str | bool) -> Path:
+        """The one to resume from, found whole."""
+        if isinstance(asked, bool):
+            return resume_point(Path(str(self.args.output_dir)))
+        check_whole(Path(asked))
+        return Path(asked)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers.Trainer's, which takes a checkpoint for an empty one where its files go while it reads."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.state.global_step != (step := step_of(Path(checkpoint))):
+            raise UserError(
+                f"{checkpoint}: the run should go on after step {step}, and what was read is of step "
+                f"{self.state.global_step}. Is another process writing there? Resume again when it has ended."
+            )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers.Trainer's, which would begin a step whatever the number of those that are made."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers.Trainer.save_model; UserError instead of weights that are not finite."""
+        if not _internal_call:  # a checkpoint has asked all processes
+            check_finite(self, everywhere=False)
+        super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._window.pause()
+        check_finite(self)
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
 
         def save() -> None:
@@ -249,6 +286,7 @@ class PerceTrainer(Trainer):
             self.estimation_clock.seconds()  # collects the events of the window
             self._window = Window()
         super().log(logs, start_time)
+        check_logged(self, logs)
 
     @property
     def tokens_seen(self) -> int:

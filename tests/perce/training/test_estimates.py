@@ -8,6 +8,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from perce import LossConfig, PerceTrainer, UserError
+from perce.training.checkpoints import seal
 from perce.training.estimates import FILE, Estimates
 from tests.helpers.tiny import tiny_tokenizer
 from tests.helpers.trainers import PAIRS, arguments, model_for, plain_loss, trainer_for
@@ -97,6 +98,10 @@ def test_changed_data_and_lost_estimates_are_refused(tmp_path):
     with pytest.raises(UserError, match="they are PIR, and this objective's weights come from p"):
         trainer_for(model_for("full"), other).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / FILE).write_bytes(b"half")
+    with pytest.raises(UserError, match=f"cannot be resumed from, for {FILE} has 4 of"):
+        trainer_for(model_for("full"), args).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / FILE).unlink()
+    seal(checkpoint)  # as of a run whose weights were not estimated beforehand
     with pytest.raises(UserError, match="the token weights of this run cannot be read"):
         trainer_for(model_for("full"), args).train(resume_from_checkpoint=str(checkpoint))
 

@@ -18,7 +18,7 @@ import torch
 from perce import LossConfig, PerceTrainer
 from perce.train import main
 from perce.training import checkpoints
-from perce.training.checkpoints import LIST, flaw, newest_whole, seal
+from perce.training.checkpoints import LIST, damage, flaw, newest_whole, seal
 from perce.training.interruption import Interruption
 from tests.helpers import ROOT
 from tests.helpers.ranks import run_ranks, start_ranks
@@ -172,6 +172,7 @@ def test_kill_9_in_the_middle_of_a_save(flags, straight, run, capsys, mode):
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(flags, straight, run, capsys):
     assert main([*flags, "--output_dir", str(run)]) == 0
+    (run / LIST).unlink()  # finished, it would not be resumed
     (run / "checkpoint-6" / "optimizer.pt").unlink()  # half deleted
     assert resume(run) == 0
     assert "checkpoint-6 is not whole and passed over: optimizer.pt is missing" in capsys.readouterr().err
@@ -179,6 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(flags, straight, run, cap
     for checkpoint in (4, 6):
         path = run / f"checkpoint-{checkpoint}" / ADAPTER
         path.write_bytes(path.read_bytes()[:100])
+    (run / LIST).unlink()
     assert resume(run) == 2
     error = capsys.readouterr().err
     assert f"{ADAPTER} has 100 of" in error and "holds no whole checkpoint-N" in error
@@ -205,7 +207,7 @@ def test_a_checkpoint_is_on_the_disk_before_its_list_and_that_before_anything_go
     ]
     after = [checkpoint, tmp_path]
     assert flushed == [(x.stat().st_ino, False) for x in before] + [(x.stat().st_ino, True) for x in after]
-    assert flaw(checkpoint) is None
+    assert damage(checkpoint) is None
 
 
 @pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EIO, False), (errno.ENOSPC, False)])
