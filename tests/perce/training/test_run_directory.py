@@ -218,6 +218,24 @@ def test_what_a_run_did_not_come_to_write_is_written_and_nothing_trained(train, 
     assert (run / "checkpoint-3").exists() and not (run / "checkpoint-4").exists()
 
 
+def test_an_evaluation_that_was_due_after_the_checkpoint_is_made_when_the_run_is_resumed(train, tmp_path, monkeypatch):
+    """An epoch's evaluation comes after a checkpoint of its last step, and belongs to neither epoch on disk."""
+    evaluate = PerceTrainer.evaluate
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise RuntimeError("killed")
+        return evaluate(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(PerceTrainer, "evaluate", killed)
+        train(max_steps=3, save_steps=2)
+    assert flaw(tmp_path / "run" / "checkpoint-2") is None
+    assert train("--resume", **SAVED)[0] == 0
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in history if "eval_loss" in line] == [0, 2, 3]
+
+
 def test_a_signal_in_the_last_step(train, tmp_path, monkeypatch):
     options = {"lr_scheduler_type": "constant", "save_steps": 1, "max_steps": 3}
     assert train(**options, output_dir=tmp_path / "straight")[0] == 0
