@@ -116,7 +116,6 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     from perce.training.trainer import PerceTrainer
 
     output_dir = claim.output_dir
-    args.eval_on_start = args.eval_on_start and claim.checkpoint is None
     model_path = config.model.model or str(default_model_path())
     set_seed(config.run.seed)  # before the adapters are drawn
     tokenizer = load_tokenizer(model_path)

@@ -239,6 +239,14 @@ class PerceTrainer(Trainer):
                 f"{checkpoint}: the run should go on after step {step}, and what was read is of step "
                 f"{self.state.global_step}. Is another process writing there? Resume again when it has ended."
             )
+        if checkpoint is not None:
+            self.args.eval_on_start = self._evaluation_is_due()
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether a checkpoint is of an epoch's last step, and was saved before that epoch's evaluation."""
+        epoch, step = self.state.epoch or 0.0, self.state.global_step
+        evaluated = any("eval_loss" in line and line["step"] == step for line in self.state.log_history)
+        return self.args.eval_strategy == "epoch" and abs(epoch - round(epoch)) < 1e-6 and not evaluated
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As transformers.Trainer's, which would begin a step whatever the number of those that are made."""
