@@ -14,7 +14,7 @@ from perce.data.splits import load_splits, split_seed
 from perce.demo import DATA_DIR
 from perce.measuring.evaluation import Evaluator, other_users
 from tests.helpers.tiny import demo_examples, save_tiny_model, tiny_tokenizer, write_jsonl
-from tests.helpers.training import printed_by
+from tests.helpers.training import ROWS, printed_by
 
 LIMIT = 14  # of three users
 
@@ -99,6 +99,42 @@ def test_what_training_held_out_is_evaluated_and_training_rows_are_called_so(run
     assert split_seed(SplitConfig(sample=5), str(tmp_path / "run")) == 42, "a sample follows no model"
     assert "Leave out --streaming" in run(*data, "--split", "held_out", "--streaming", code=2).err
     assert "has a validation split" in run("--data", DATA_DIR, "--split", "held_out", code=2).err
+
+
+def users_of(run, path, *argv):
+    run("--generate", "false", "--output", path, *argv)
+    return {record["user_id"] for record in result(path)["records"]}
+
+
+def test_the_held_out_of_a_run_are_those_that_it_recorded(run, train, tmp_path):
+    rows = [row | {"user_id": f"u{i % 30}"} for i, row in enumerate(ROWS * 5)]
+    data, where = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    assert train("--merge_adapter", data=data, max_steps=1, save_steps=1)[0] == 0
+    recorded = json.loads((where / "held_out.json").read_text())
+    assert recorded["unit"] == "users" and len(recorded["held_out"]) == 3
+    held_out = ("--data", data, "--split", "held_out", "--model")
+    write_jsonl(data, [*({**row, "user_id": f"new{i}"} for i, row in enumerate(ROWS)), *rows[::-1]])
+    for model in (where, where / "merged", where / "checkpoint-1"):
+        assert users_of(run, tmp_path / f"{model.name}.json", *held_out, model) == set(recorded["held_out"])
+    out = run(*held_out, where, "--generate", "false").out
+    assert f"held_out: 3 users, as {where / 'held_out.json'} has them" in out
+    drawn = run(*held_out, where, "--generate", "false", "--split_seed", 1).out
+    assert f"held_out: 4 of 42 users, drawn by --split_seed 1, not those of {where / 'held_out.json'}" in drawn
+    one = recorded["held_out"][0]
+    write_jsonl(data, [row for row in rows if row["user_id"] not in recorded["held_out"][1:]])
+    assert users_of(run, tmp_path / "few.json", *held_out, where) == {one}
+    write_jsonl(data, [{**row, "user_id": "new"} for row in ROWS])
+    err = run(*held_out, where, code=2).err
+    assert f"{where / 'held_out.json'}: none of the 3 users" in err and "--split_seed" in err
+    (where / "held_out.json").write_text("{")
+    assert f"{where / 'held_out.json'}: cannot be read" in run(*held_out, where, code=2).err
+
+
+def test_a_run_on_data_with_a_validation_split_records_nobody(train, tmp_path):
+    write_jsonl(tmp_path / "split" / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "split" / "validation.jsonl", ROWS)
+    assert train(data=tmp_path / "split", max_steps=1)[0] == 0
+    assert not (tmp_path / "run" / "held_out.json").exists()
 
 
 def test_replies_are_scored_and_sampled_by_the_seed(run, tmp_path):

@@ -68,6 +68,23 @@ def test_resume_goes_on_where_it_stopped_with_the_saved_options(train, tmp_path)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["clip_max"] == 4.0
 
 
+def test_a_resumed_run_holds_out_those_that_it_held_out(train, tmp_path):
+    """Whatever the rows' order and number are now: nobody who is evaluated on was trained on."""
+    rows = [row | {"user_id": f"u{i % 10}"} for i, row in enumerate(ROWS)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert train(data=data, max_steps=1, save_steps=1)[0] == 0
+    recorded = (tmp_path / "run" / "held_out.json").read_text()
+    write_jsonl(data, [*({**row, "user_id": f"new{i}"} for i, row in enumerate(ROWS * 3)), *rows[::-1]])
+    code, out, err = train("--resume", model=None, data=None, precision=None, max_steps=2)
+    assert code == 0 and "1 of 46 users held out for validation" in out, err
+    assert (tmp_path / "run" / "held_out.json").read_text() == recorded
+    write_jsonl(data, ROWS[:1] * 2 + [{**ROWS[1], "user_id": "new"}])
+    code, _, err = train("--resume", model=None, data=None, precision=None, max_steps=3)
+    (user,) = json.loads(recorded)["held_out"]
+    assert user != "u0"
+    fails((code, _, err), "held_out.json", "none of the 1 users")
+
+
 def test_streaming_and_saved_datasets(train, tmp_path):
     saved = tmp_path / "saved"
     DatasetDict(train=Dataset.from_list(ROWS[:8]), validation=Dataset.from_list(ROWS[8:])).save_to_disk(saved)
