@@ -18,8 +18,9 @@ def run(options: EvaluateOptions) -> None:
     prepare(wanted.output)
     from tqdm import tqdm
 
+    from perce.data.rows import texts_key
     from perce.data.splits import training_rows_note
-    from perce.measuring.evaluation import Evaluator, make_batches, texts_key
+    from perce.measuring.evaluation import Evaluator, make_batches
     from perce.measuring.evaluation_report import compare, print_result, read_result, summarise, write_result
     from perce.measuring.inference import load_subject
     from perce.measuring.metrics import reply_scorers

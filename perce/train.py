@@ -3,6 +3,7 @@
 README.md            the model card                  merged/       with --merge_adapter, the whole model
 config.yaml          the resolved options            curves.png    loss, PIR and weights over the steps
 trainer_state.json   everything that was logged      report.html   validation responses token by token
+held_out.json        who is validated on and not trained on, where the data has no validation split
 model or adapter, tokenizer, checkpoint-*/           what from_pretrained and --resume read
 """
 
@@ -79,7 +80,7 @@ def run(config: TrainOptions) -> None:
     from transformers import set_seed
 
     from perce.data.prompt import STYLE
-    from perce.data.splits import load_pairs
+    from perce.data.splits import HELD_OUT_NAME, load_pairs
     from perce.demo import default_model_path
     from perce.hub import load_tokenizer
     from perce.model.loading import load_model, merge_adapter
@@ -101,6 +102,7 @@ def run(config: TrainOptions) -> None:
         config.data, tokenizer, loss=config.loss, seed=config.run.seed,
         eval_examples=EVAL_EXAMPLES if wanted is None else wanted,
         eval_tokens=EVAL_TOKENS_ON_CPU if wanted is None and on_cpu else None,
+        resumed=output_dir if checkpoint else None,
     )  # fmt: skip
     config = fit_batch(config, args, pairs.train)
     model = load_model(model_path, config.model, args.device.type)
@@ -120,6 +122,8 @@ def run(config: TrainOptions) -> None:
     progress.attach(trainer)
     if main_process and checkpoint is None:
         write_in_one_move(output_dir / CONFIG_NAME, dump_yaml(config.to_dict()))
+        if pairs.held_out is not None:
+            write_in_one_move(output_dir / HELD_OUT_NAME, pairs.held_out.to_json())
 
     train_interruptibly(trainer, checkpoint)
     if progress.evaluated_at != trainer.state.global_step:

@@ -4,7 +4,9 @@ Neither torch nor transformers is imported here, so that `--help` answers at onc
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from perce.config.options import option as _option
@@ -16,6 +18,7 @@ from perce.errors import UserError
 from perce.objectives import OBJECTIVES, Objective, TokenWeighting
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
+MERGED = "merged"  # directory of a run: the model that --merge_adapter saves
 MODEL = "DIR|HUB_ID"
 FORMAT_NAMES = ("auto", *FORMATS)
 BACKEND = (
@@ -24,6 +27,15 @@ BACKEND = (
 )
 _LINES = (f"{x.name}: {x.help} [{x.weighting()}; {' or '.join(x.takes)}]" for x in OBJECTIVES.values())
 OBJECTIVE = _option("perce", "\n".join(["what tokens are weighted by, for which rows:", *_LINES]), "|".join(OBJECTIVES))
+
+
+def run_directory(model: str | None) -> Path | None:
+    """The run that a model is of: its directory itself, or that which has it as merged/ or checkpoint-N/; else None."""
+    if model is None:
+        return None
+    path = Path(model).expanduser().absolute()
+    own = path.parent if re.fullmatch(rf"{MERGED}|checkpoint-\d+", path.name) else path
+    return next((run for run in (path, own) if (run / CONFIG_NAME).is_file()), None)
 
 
 def objective_of(name: str) -> Objective:
@@ -299,7 +311,8 @@ class SplitConfig:
     sample: int | None = _option(None, "so many examples, drawn at random from the whole split")
     split_seed: int | None = _option(
         None,
-        "seed of sample (default: 42); of held_out, the --seed of the training (default: that of the run in --model)",
+        "seed of sample (default: 42); of held_out, the --seed of the training (default: what the run in --model has "
+        "held out)",
     )
 
     def __post_init__(self) -> None:

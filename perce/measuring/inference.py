@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from perce.config.commands import InferenceOptions
-from perce.config.schema import InferenceConfig
+from perce.config.schema import InferenceConfig, run_directory
 from perce.data.pairing import make_persona_builder
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Examples
@@ -42,8 +42,10 @@ class Subject:
 
 def load_subject(options: InferenceOptions, command: str) -> Subject:
     """UserError for a model or data that cannot be read, and for documents, which have no persona."""
-    seed = split_seed(options.examples, options.model.model)
-    examples, split = load_split(options.data, options.examples, seed)
+    run = run_directory(options.model.model)
+    seed = split_seed(options.examples, run)
+    examples, split, in_words = load_split(options.data, options.examples, seed, run)
+    print(f"examples  {options.data.data or 'built-in examples'}, {in_words}")
     next(iter(examples), None)  # a stream knows its format once its first row has been read
     model, tokenizer, device = load(options.model)
     builder = make_persona_builder(tokenizer, options.data, examples.format)

@@ -7,14 +7,11 @@ from typing import Any
 
 import torch
 
-from perce.config.schema import ModelConfig
+from perce.config.schema import MERGED, ModelConfig
 from perce.errors import UserError
 from perce.hub import load_pretrained, read_config
 from perce.model.patch import check_head_unwrapped, prepare_model
 from perce_kernels.backends import resolve_backend
-
-MERGED = "merged"
-"""Directory of a run: the model that --merge_adapter saves."""
 
 
 def bf16_is_sound(device: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from perce import DataConfig, evaluate
-from perce.config.schema import SplitConfig
+from perce.config.schema import SplitConfig, run_directory
 from perce.data.pairing import make_builder
 from perce.data.pairs import personal_word_spans
 from perce.data.splits import load_splits, split_seed
@@ -94,9 +94,9 @@ def test_what_training_held_out_is_evaluated_and_training_rows_are_called_so(run
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 7\n", encoding="utf-8")
     chosen = SplitConfig(split="held_out")
-    assert [split_seed(chosen, str(tmp_path / name)) for name in ("run", "none")] == [7, 42]
-    assert split_seed(SplitConfig(split_seed=3), str(tmp_path / "run")) == 3
-    assert split_seed(SplitConfig(sample=5), str(tmp_path / "run")) == 42, "a sample follows no model"
+    assert [split_seed(chosen, run_directory(str(tmp_path / name))) for name in ("run", "none")] == [7, 42]
+    assert split_seed(SplitConfig(split_seed=3), tmp_path / "run") == 3
+    assert split_seed(SplitConfig(sample=5), tmp_path / "run") == 42, "a sample follows no model"
     assert "Leave out --streaming" in run(*data, "--split", "held_out", "--streaming", code=2).err
     assert "has a validation split" in run("--data", DATA_DIR, "--split", "held_out", code=2).err
 
@@ -117,9 +117,9 @@ def test_the_held_out_of_a_run_are_those_that_it_recorded(run, train, tmp_path):
     for model in (where, where / "merged", where / "checkpoint-1"):
         assert users_of(run, tmp_path / f"{model.name}.json", *held_out, model) == set(recorded["held_out"])
     out = run(*held_out, where, "--generate", "false").out
-    assert f"held_out: 3 users, as {where / 'held_out.json'} has them" in out
+    assert f"held_out: 3 of 42 users, those that {where / 'held_out.json'} names\n" in out
     drawn = run(*held_out, where, "--generate", "false", "--split_seed", 1).out
-    assert f"held_out: 4 of 42 users, drawn by --split_seed 1, not those of {where / 'held_out.json'}" in drawn
+    assert f"held_out: 4 of 42 users, drawn by seed 1, not those that {where / 'held_out.json'} names" in drawn
     one = recorded["held_out"][0]
     write_jsonl(data, [row for row in rows if row["user_id"] not in recorded["held_out"][1:]])
     assert users_of(run, tmp_path / "few.json", *held_out, where) == {one}
