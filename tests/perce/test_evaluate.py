@@ -1,12 +1,14 @@
 """perce.evaluate: losses against full logits, generation, resume, comparison, and errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
-from perce import DataConfig, evaluate
+from perce import DataConfig, evaluate, score
 from perce.config.schema import SplitConfig, run_directory
 from perce.data.pairing import make_builder
 from perce.data.pairs import personal_word_spans
@@ -128,6 +130,56 @@ def test_the_held_out_of_a_run_are_those_that_it_recorded(run, train, tmp_path):
     assert f"{where / 'held_out.json'}: none of the 3 users" in err and "--split_seed" in err
     (where / "held_out.json").write_text("{")
     assert f"{where / 'held_out.json'}: cannot be read" in run(*held_out, where, code=2).err
+
+
+def asked(capsys, main, *argv):
+    """The resolved options of a command, and what it says of where they come from."""
+    assert main([*map(str, argv), "--print_config"]) == 0
+    printed = capsys.readouterr()
+    return yaml.safe_load(printed.out), printed.err
+
+
+def test_without_data_a_run_is_asked_about_its_own(run, train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [row | {"user_id": f"u{i % 30}", "who": row["persona"]} for i, row in enumerate(ROWS * 5)]
+    data = write_jsonl(tmp_path / "rows.jsonl", [{k: v for k, v in row.items() if k != "persona"} for row in rows])
+    own = {"data": "rows.jsonl", "columns": "persona=who", "max_length": 700, "skip_bad_rows": "true"}
+    assert train("--merge_adapter", max_steps=1, save_steps=1, output_dir="run", **own)[0] == 0
+    recorded = json.loads((tmp_path / "run" / "held_out.json").read_text())["held_out"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for model in ("../run", "../run/merged", tmp_path / "run" / "checkpoint-1"):
+        path = tmp_path / f"{Path(model).name}.json"
+        assert users_of(run, path, "--model", model) == set(recorded)
+        facts = result(path)["run"]
+        expected = {"data": str(data), "columns": "persona=who", "max_length": 700, "split": "held_out"}
+        assert expected.items() <= facts.items()
+    out, err = run("--model", "../run", "--generate", "false", "--max_length", 600)
+    assert f"examples  {data}, held_out: 3 of 30 users" in out and f"{tmp_path / 'run' / 'config.yaml'}" in err
+    for main in (score.main, evaluate.main):
+        options, _ = asked(capsys, main, "--model", "../run", "--max_length", 600, "--split", "train")
+        assert (options["data"], options["max_length"], options["split"]) == (str(data), 600, "train")
+        options, told = asked(capsys, main, "--model", "../run", "--data", data)
+        assert (options["columns"], options["max_length"], options["split"], told) == (None, 5000, None, "")
+        (tmp_path / "c.yaml").write_text(f"data: {DATA_DIR}\n")
+        options, told = asked(capsys, main, "--model", "../run", "--config", tmp_path / "c.yaml")
+        assert (options["data"], options["columns"], options["split"], told) == (str(DATA_DIR), None, None, "")
+
+
+def test_the_own_test_or_validation_split_comes_first(run, train, tmp_path, capsys):
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "split" / f"{split}.jsonl", ROWS)
+    write_jsonl(tmp_path / "valid" / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "valid" / "dev.jsonl", ROWS)
+    for data, split in (("split", "test"), ("valid", "validation")):
+        assert train(data=tmp_path / data, max_steps=1, output_dir=tmp_path / f"run-{data}")[0] == 0
+        out = run("--model", tmp_path / f"run-{data}", "--generate", "false", "--limit", 2).out
+        assert f"examples  {tmp_path / data}, {split}\n" in out
+
+
+def test_a_run_on_the_built_in_examples_is_asked_about_them(run, train, tmp_path):
+    assert train(data=None, max_steps=1)[0] == 0
+    assert "examples  built-in examples, test\n" in run("--model", tmp_path / "run", "--generate", "false").out
 
 
 def test_a_run_on_data_with_a_validation_split_records_nobody(train, tmp_path):

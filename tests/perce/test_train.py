@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +84,36 @@ def test_a_resumed_run_holds_out_those_that_it_held_out(train, tmp_path):
     (user,) = json.loads(recorded)["held_out"]
     assert user != "u0"
     fails((code, _, err), "held_out.json", "none of the 1 users")
+
+
+def test_the_paths_of_a_run_mean_the_same_from_any_directory(train, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(model)
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    options = {"model": "./base", "data": "rows.jsonl", "output_dir": "run", "max_steps": 1, "save_steps": 1}
+    assert train(**options)[0] == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["model"] == str(Path(model).resolve()) and saved["data"] == str(tmp_path / "rows.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = {"model": None, "data": None, "precision": None, "max_steps": 2, "output_dir": "../run"}
+    code, _, err = train("--resume", **again)
+    assert code == 0, err
+    code, _, err = train("--resume", **again | {"model": "../base", "max_steps": 3})
+    assert code == 0, err
+    assert main(["--print_config", "--output_dir", "x"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"] is None and shown["data"] is None
+
+
+@pytest.mark.parametrize("name", ["model", "data", "retriever_model"])
+def test_a_hub_id_stays_as_it_is_unless_there_is_such_a_directory(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--print_config", "--output_dir", "x", "--retriever", "dense", f"--{name}", "owner/name"]
+    for expected in ("owner/name", str(tmp_path / "owner" / "name")):
+        assert main(argv) == 0
+        assert yaml.safe_load(capsys.readouterr().out)[name] == expected
+        (tmp_path / "owner" / "name").mkdir(parents=True, exist_ok=True)
 
 
 def test_streaming_and_saved_datasets(train, tmp_path):
