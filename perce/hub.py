@@ -17,6 +17,12 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
+def from_anywhere(path: str) -> str:
+    """A local path as it reads from any directory; a Hub id as it is."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if path and local.exists() else path
+
+
 ENDS = 2**20  # bytes of a file's beginning and end that its fingerprint is made of
 
 

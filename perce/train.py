@@ -16,8 +16,9 @@ from pathlib import Path
 
 from perce.config.commands import TrainOptions, parse_args
 from perce.config.options import dump_yaml, read_yaml
-from perce.config.schema import CONFIG_NAME
+from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME
 from perce.errors import UserError
+from perce.hub import from_anywhere
 from perce.training.checkpoints import disk_errors, write_in_one_move
 from perce.training.run_directory import claim_directory, free_directory, last_checkpoint
 
@@ -65,10 +66,16 @@ def resolve(config: TrainOptions) -> TrainOptions:
         )
     name = Path(config.data.data).expanduser().resolve().stem if config.data.data else "demo"
     output_dir = str(Path(run.output_dir).expanduser()) if run.output_dir else str(free_directory(name))
-    # The run directory stands for itself: what a file says of the prompt is among its options.
+    # The run directory stands for itself: its paths mean the same from anywhere, and what a file says of the prompt is
+    # among its options.
     prompt = json.dumps(config.data.prompt_style(), ensure_ascii=False) if config.data.prompt else None
-    data = replace(config.data, prompt=prompt)
-    return replace(config, run=replace(run, learning_rate=rate, output_dir=output_dir), data=data)
+    rows, encoder, base = (
+        path and from_anywhere(path) for path in (config.data.data, config.data.retriever_model, config.model.model)
+    )
+    return replace(
+        config, run=replace(run, learning_rate=rate, output_dir=output_dir), model=replace(config.model, model=base),
+        data=replace(config.data, data=rows, retriever_model=encoder, prompt=prompt),
+    )  # fmt: skip
 
 
 def run(config: TrainOptions) -> None:
@@ -80,7 +87,7 @@ def run(config: TrainOptions) -> None:
     from transformers import set_seed
 
     from perce.data.prompt import STYLE
-    from perce.data.splits import HELD_OUT_NAME, load_pairs
+    from perce.data.splits import load_pairs
     from perce.demo import default_model_path
     from perce.hub import load_tokenizer
     from perce.model.loading import load_model, merge_adapter

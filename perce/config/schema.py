@@ -18,6 +18,7 @@ from perce.errors import UserError
 from perce.objectives import OBJECTIVES, Objective, TokenWeighting
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
+HELD_OUT_NAME = "held_out.json"  # who is evaluated on, in that of a run on data without a validation split
 MERGED = "merged"  # directory of a run: the model that --merge_adapter saves
 MODEL = "DIR|HUB_ID"
 FORMAT_NAMES = ("auto", *FORMATS)
@@ -33,7 +34,7 @@ def run_directory(model: str | None) -> Path | None:
     """The run that a model is of: its directory itself, or that which has it as merged/ or checkpoint-N/; else None."""
     if model is None:
         return None
-    path = Path(model).expanduser().absolute()
+    path = Path(model).expanduser().resolve()
     own = path.parent if re.fullmatch(rf"{MERGED}|checkpoint-\d+", path.name) else path
     return next((run for run in (path, own) if (run / CONFIG_NAME).is_file()), None)
 
@@ -72,7 +73,9 @@ class ModelConfig:
 class DataConfig:
     """Which rows, and how they become token pairs."""
 
-    data: str | None = _option(None, "file, directory or Hub id; default: the built-in examples", "DATA")
+    data: str | None = _option(
+        None, "file, directory or Hub id; default: the built-in examples; of a run that is asked: its own", "DATA"
+    )
     format: str = _option("auto", "row format; auto: detected from the fields", "|".join(FORMAT_NAMES))
     columns: str | None = _option(None, "rename fields, such as persona=profile,response=output", "OURS=THEIRS,…")
     skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
@@ -305,7 +308,7 @@ class SplitConfig:
     split: Literal["train", "validation", "test", "held_out"] | None = _option(
         None,
         "held_out: the tenth of the users that training without a validation split leaves out; default: the first of "
-        "test, validation and train that the data has",
+        "test, validation and train that the data has, of a run's own data held_out before train",
     )
     limit: int | None = _option(None, "the first so many examples; default: all")
     sample: int | None = _option(None, "so many examples, drawn at random from the whole split")

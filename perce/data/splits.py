@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 
 from perce.config.options import read_yaml
-from perce.config.schema import CONFIG_NAME, DataConfig, LossConfig, RunConfig, SplitConfig
+from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig, RunConfig, SplitConfig
 from perce.data.dataset import pair_dataset, sequence_lengths
 from perce.data.pairing import PairSource, make_builder, picked_by, skipped_rows
 from perce.data.rows import Examples, Record, available_splits, load_examples, text_key, texts_key
@@ -21,7 +21,6 @@ from perce.demo import DATA_DIR
 from perce.errors import UserError, in_one_line
 
 HELD_OUT = 0.1  # share of users, where the data has no validation split
-HELD_OUT_NAME = "held_out.json"  # who they are, in the directory of such a run
 UNITS = ("users", "rows", "examples")
 
 
@@ -35,17 +34,22 @@ class HeldOut:
     unit: str
     """One of UNITS."""
     keys: frozenset[str]
+    test: bool = False
+    """Whether the data had a test split."""
     file: Path | None = None
     """Where a run has recorded them; None: just drawn."""
 
     @classmethod
-    def drawn(cls, examples: Sequence[Record], seed: int) -> "HeldOut":
-        """A tenth of the users, so that none is in both; where there is one user only, of the rows or examples."""
+    def drawn(cls, examples: Sequence[Record], seed: int, present: Sequence[str]) -> "HeldOut":
+        """A tenth of the users, so that none is in both; where there is one user only, of the rows or examples.
+
+        present: the splits that the data has.
+        """
         for unit in UNITS if any(example.user_id for example in examples) else UNITS[1:]:
             keys = sorted(set(_keys(examples, unit)))
             if len(keys) > 1:
                 random.Random(seed).shuffle(keys)
-                return cls(unit, frozenset(keys[: max(1, round(HELD_OUT * len(keys)))]))
+                return cls(unit, frozenset(keys[: max(1, round(HELD_OUT * len(keys)))]), "test" in present)
         raise UserError(
             "The data has no validation split: at least two different examples are needed, to hold one out."
         )
@@ -57,7 +61,7 @@ class HeldOut:
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            return cls(UNITS[UNITS.index(content["unit"])], frozenset(content["held_out"]), file)
+            return cls(UNITS[UNITS.index(content["unit"])], frozenset(content["held_out"]), content["test"], file)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file}: cannot be read ({in_one_line(error)}); expected who was held out of the training of this "
@@ -65,7 +69,8 @@ class HeldOut:
             ) from error
 
     def to_json(self) -> str:
-        return json.dumps({"unit": self.unit, "held_out": sorted(self.keys)}, ensure_ascii=False, indent=1) + "\n"
+        content = {"unit": self.unit, "test": self.test, "held_out": sorted(self.keys)}
+        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
 
     def divide(self, examples: Sequence[Record], data: str) -> tuple[list[Record], list[Record], str]:
         """(others, held out, how many in words); UserError where none of those that were recorded is among them."""
@@ -158,7 +163,8 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int, resumed: P
     }  # fmt: skip
     train = load_examples(data, "train", streaming=config.streaming, **options)
     who: HeldOut | None = None
-    if "validation" in available_splits(data):
+    present = available_splits(data)
+    if "validation" in present:
         held_out = load_examples(data, "validation", **options)
         if config.streaming and train.format == "auto":
             train.format = held_out.format
@@ -174,7 +180,7 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int, resumed: P
             f"--data {data}: it has no validation split, and a stream cannot be divided. Add one, or read it whole."
         )
     else:
-        who = HeldOut.recorded(resumed) or HeldOut.drawn(train.all, seed)
+        who = HeldOut.recorded(resumed) or HeldOut.drawn(train.all, seed, present)
         kept, validation, counted = who.divide(train.all, data)
         notes = [f"{counted} held out for validation", *skipped_rows(train)]
     if 0 < eval_examples < len(validation):
@@ -250,7 +256,7 @@ def _held_out(
 ) -> tuple[list[Record], str]:  # fmt: skip
     """(those held out, who they are): of what the run has recorded unless they are to be drawn `anew`."""
     recorded = HeldOut.recorded(run)
-    who = HeldOut.drawn(examples, seed) if anew or recorded is None else recorded
+    who = HeldOut.drawn(examples, seed, ()) if anew or recorded is None else recorded
     _, held_out, counted = who.divide(examples, data)
     if who is recorded:
         return held_out, f"{counted}, those that {who.file} names"
