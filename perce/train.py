@@ -4,6 +4,7 @@ README.md            the model card                  merged/       with --merge_
 config.yaml          the resolved options            curves.png    loss, PIR and weights over the steps
 trainer_state.json   everything that was logged      report.html   validation responses token by token
 held_out.json        who is validated on and not trained on, where the data has no validation split
+base.json            which model an adapter was trained on: beside another one it is neither asked nor resumed
 model or adapter, tokenizer, checkpoint-*/           what from_pretrained and --resume read
 """
 
@@ -89,7 +90,7 @@ def run(config: TrainOptions) -> None:
     from perce.data.prompt import STYLE
     from perce.data.splits import load_pairs
     from perce.demo import default_model_path
-    from perce.hub import load_tokenizer
+    from perce.hub import BASE_NAME, base_facts, check_base, load_tokenizer
     from perce.model.loading import load_model, merge_adapter
     from perce.training.card import write_card
     from perce.training.fits import check_fits
@@ -99,6 +100,8 @@ def run(config: TrainOptions) -> None:
 
     checkpoint = last_checkpoint(config, output_dir) if config.run.resume else None
     model_path = config.model.model or str(default_model_path())
+    if checkpoint is not None:
+        check_base(output_dir, model_path, "--resume")
     set_seed(config.run.seed)  # before the adapters are drawn
     tokenizer = load_tokenizer(model_path)
     if (style := tokenizer.init_kwargs.get(STYLE)) and not config.data.prompt:  # of the run that the model comes from
@@ -131,6 +134,8 @@ def run(config: TrainOptions) -> None:
         write_in_one_move(output_dir / CONFIG_NAME, dump_yaml(config.to_dict()))
         if pairs.held_out is not None:
             write_in_one_move(output_dir / HELD_OUT_NAME, pairs.held_out.to_json())
+        if config.model.lora_r:
+            write_in_one_move(output_dir / BASE_NAME, base_facts(model_path))
 
     train_interruptibly(trainer, checkpoint)
     if progress.evaluated_at != trainer.state.global_step:

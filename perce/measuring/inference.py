@@ -1,6 +1,7 @@
 """What score and evaluate share: a model, the examples that it is asked about, and their order in batches."""
 
 import json
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from perce.data.rows import Examples
 from perce.data.splits import load_split, split_seed
 from perce.demo import default_model_path
 from perce.errors import UserError, first_line
-from perce.hub import load_pretrained, load_tokenizer
+from perce.hub import check_base, from_anywhere, load_pretrained, load_tokenizer
 from perce.model.loading import check_adapter, check_backend, resolve_precision
 from perce.model.patch import prepare_model
 
@@ -69,6 +70,8 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
         kwargs["attn_implementation"] = config.attn_implementation
     path = config.model or str(default_model_path())
     base = _base_of_adapter(path)
+    if base is not None:
+        check_base(run_directory(path), base, f"--model {path}")
     model = prepare_model(load_pretrained(base or path, **kwargs), backend)
     if base is not None:
         model = _with_adapter(model, path)
@@ -84,7 +87,15 @@ def _base_of_adapter(path: str) -> str | None:
     base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise UserError(f"--model {path}: adapter_config.json does not name its base model.")
-    return base
+    named = Path(base).expanduser()
+    if named.is_absolute() and not named.exists():
+        raise UserError(
+            f"--model {path}: its base model {base} is not there. Put it back, or correct base_model_name_or_path in "
+            f"{file}."
+        )
+    if not named.is_absolute() and named.exists():
+        print(f"base {named.resolve()}: {file} names it {base!r}, seen from here", file=sys.stderr)
+    return from_anywhere(base)
 
 
 def _tokenizer(path: str, base: str | None) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from perce.config.schema import MERGED, ModelConfig
 from perce.errors import UserError
-from perce.hub import load_pretrained, read_config
+from perce.hub import from_anywhere, load_pretrained, read_config
 from perce.model.patch import check_head_unwrapped, prepare_model
 from perce_kernels.backends import resolve_backend
 
@@ -86,6 +86,9 @@ def add_adapter(model: Any, peft_config: Any) -> Any:
 
     wrapped = get_peft_model(model, peft_config)
     check_adapter(wrapped)
+    for config in wrapped.peft_config.values():  # saved with it: a relative path would mean another base elsewhere
+        if config.base_model_name_or_path:
+            config.base_model_name_or_path = from_anywhere(config.base_model_name_or_path)
     for layer in wrapped.modules():
         # Dropout rounds otherwise in bf16, and what a variant such as DoRA does with its input is its own.
         plain = isinstance(layer, lora.Linear) and not getattr(layer, "lora_variant", None)

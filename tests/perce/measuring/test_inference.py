@@ -98,9 +98,7 @@ def test_a_base_by_a_relative_path_is_told_and_a_missing_one_too(scored, tmp_pat
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained("./base"), LoraConfig(task_type="CAUSAL_LM"))
     adapted.save_pretrained(tmp_path / "adapter")
     err = scored("--model", "adapter").err
-    assert (
-        f"base {tmp_path / 'base'}: adapter/adapter_config.json names it './base', seen from here" in err
-    )
+    assert f"base {tmp_path / 'base'}: adapter/adapter_config.json names it './base', seen from here" in err
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace("./base", str(tmp_path / "gone")))
     err = scored("--model", "adapter", code=2).err
