@@ -247,6 +247,14 @@ def test_a_second_run_takes_a_new_directory(tmp_path, monkeypatch, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "runs/demo-2"
 
 
+@pytest.mark.parametrize("name", ["..jsonl", "...jsonl", "....jsonl", ".jsonl", "a..jsonl"])
+def test_a_new_directory_lies_in_runs_whatever_the_data_is_called(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--print_config", "--data", str(write_jsonl(tmp_path / name, ROWS))]) == 0
+    directory = Path(yaml.safe_load(capsys.readouterr().out)["output_dir"])
+    assert directory.resolve().parent == tmp_path / "runs" and directory.name.strip(".") == directory.name
+
+
 def test_the_seed_decides_everything(train, tmp_path):
     from safetensors.torch import load_file
 
