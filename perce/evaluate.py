@@ -32,7 +32,7 @@ def run(options: EvaluateOptions) -> None:
     examples: list = list(subject.examples)
     facts = subject.facts | {"examples": len(examples), "texts": texts_key(examples)}
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
-    file = RecordFile(None if output is None else output.with_suffix(".jsonl"), facts)
+    file = RecordFile(wanted.records, facts)
     work = make_batches(examples, subject.builder, options, subject.device)
     evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, scorers)
     done = {record["example"] for record in file.records}
@@ -48,7 +48,7 @@ def run(options: EvaluateOptions) -> None:
         write_result(output, result, comparison)
     print_result(result, comparison)
     if output:
-        print(f"written  {output}, {output.with_suffix('.jsonl')}")
+        print(f"written  {output}, {wanted.records}")
 
 
 main = EVALUATE.main(run)

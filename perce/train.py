@@ -18,6 +18,7 @@ from pathlib import Path
 from perce.config.commands import TrainOptions, parse_args
 from perce.config.options import dump_yaml, read_yaml
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME
+from perce.environment import check_outputs
 from perce.errors import UserError
 from perce.hub import from_anywhere
 from perce.training.checkpoints import disk_errors, write_in_one_move
@@ -65,7 +66,7 @@ def resolve(config: TrainOptions) -> TrainOptions:
             "--streaming, --tokens_per_batch: rows are grouped by length, which a stream cannot tell beforehand. Use "
             "--per_device_train_batch_size, or read the data whole."
         )
-    name = Path(config.data.data).expanduser().resolve().stem if config.data.data else "demo"
+    name = Path(config.data.data).expanduser().resolve().stem.strip(". ") or "data" if config.data.data else "demo"
     output_dir = str(Path(run.output_dir).expanduser()) if run.output_dir else str(free_directory(name))
     # The run directory stands for itself: its paths mean the same from anywhere, and what a file says of the prompt is
     # among its options.
@@ -73,10 +74,12 @@ def resolve(config: TrainOptions) -> TrainOptions:
     rows, encoder, base = (
         path and from_anywhere(path) for path in (config.data.data, config.data.retriever_model, config.model.model)
     )
-    return replace(
+    resolved = replace(
         config, run=replace(run, learning_rate=rate, output_dir=output_dir), model=replace(config.model, model=base),
         data=replace(config.data, data=rows, retriever_model=encoder, prompt=prompt),
     )  # fmt: skip
+    check_outputs(resolved.outputs, resolved.inputs)
+    return resolved
 
 
 def run(config: TrainOptions) -> None:

@@ -31,6 +31,15 @@ class TrainOptions:
         """Flat, as in a YAML file."""
         return flat(self) | self.extra
 
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        model = self.model.model and str(schema.holder_of(Path(self.model.model).expanduser().resolve()))
+        return {"--model": model, **self.data.inputs}
+
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        return {"--output_dir": self.run.output_dir}
+
 
 @dataclass(frozen=True)
 class InferenceOptions:
@@ -40,6 +49,11 @@ class InferenceOptions:
     data: schema.DataConfig
     examples: schema.SplitConfig
 
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        run = schema.run_directory(self.model.model)
+        return {"--model": self.model.model, "the run of --model": str(run) if run else None, **self.data.inputs}
+
 
 @dataclass(frozen=True)
 class ScoreOptions(InferenceOptions):
@@ -47,12 +61,26 @@ class ScoreOptions(InferenceOptions):
 
     score: schema.ScoreConfig
 
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        score = self.score
+        return {"--output": score.output, "--summary": score.summary, **_records("--jsonl", score.jsonl)}
+
 
 @dataclass(frozen=True)
 class EvaluateOptions(InferenceOptions):
     """Of `python -m perce.evaluate`."""
 
     evaluate: schema.EvaluateConfig
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        return {**super().inputs, "--compare_with": self.evaluate.compare_with}
+
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        records = str(self.evaluate.records) if self.evaluate.records else None
+        return {"--output": self.evaluate.output, **_records("the examples of --output", records)}
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,19 @@ class PlanOptions:
     model: schema.ModelConfig
     step: StepConfig
     memory: schema.MemoryConfig = field(default_factory=schema.MemoryConfig)
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        return {"--model": self.model.model}
+
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        return {"--json": self.step.json}
+
+
+def _records(option: str, path: str | None) -> dict[str, str | None]:
+    """A file of records, and what measuring/records.py puts beside it."""
+    return {option: path, f"what is beside {option}": path and f"{path}.run.json"}
 
 
 TRAIN: Command[TrainOptions] = Command(

@@ -18,11 +18,22 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from perce.environment import check_outputs
 from perce.errors import UserError, in_one_line
 
-Chosen = TypeVar("Chosen")
+
+class Files(Protocol):
+    """Paths by option: what a command reads, and what it writes."""
+
+    @property
+    def inputs(self) -> dict[str, str | None]: ...
+    @property
+    def outputs(self) -> dict[str, str | None]: ...
+
+
+Chosen = TypeVar("Chosen", bound=Files)
 """The dataclass of a command's options."""
 
 
@@ -127,6 +138,7 @@ class Command(Generic[Chosen]):
                 if parsed.print_config:
                     print(dump_yaml(flat(options)), end="")
                 else:
+                    check_outputs(options.outputs, options.inputs | {"--config": parsed.config_file})
                     run(options)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)

@@ -35,8 +35,12 @@ def run_directory(model: str | None) -> Path | None:
     if model is None:
         return None
     path = Path(model).expanduser().resolve()
-    own = path.parent if re.fullmatch(rf"{MERGED}|checkpoint-\d+", path.name) else path
-    return next((run for run in (path, own) if (run / CONFIG_NAME).is_file()), None)
+    return next((run for run in (path, holder_of(path)) if (run / CONFIG_NAME).is_file()), None)
+
+
+def holder_of(path: Path) -> Path:
+    """The directory that has a model as merged/ or checkpoint-N/, and that a run would write it to; else its own."""
+    return path.parent if re.fullmatch(rf"{MERGED}|checkpoint-\d+", path.name) else path
 
 
 def objective_of(name: str) -> Objective:
@@ -114,6 +118,12 @@ class DataConfig:
         self.column_names()
         self.template_kwargs()
         self.prompt_style()
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """Paths by option."""
+        file = None if (self.prompt or "").lstrip().startswith("{") else self.prompt
+        return {"--data": self.data, "--retriever_model": self.retriever_model, "--prompt": file}
 
     def column_names(self) -> dict[str, str] | None:
         if self.columns is None:
@@ -365,3 +375,8 @@ class EvaluateConfig:
         _require(not (self.output or "").endswith(".jsonl"), "output", "a name for JSON, such as e.json", self.output)
         _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
         _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
+
+    @property
+    def records(self) -> Path | None:
+        """The file of the examples, beside the result."""
+        return Path(self.output).expanduser().with_suffix(".jsonl") if self.output else None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from perce.config.schema import MERGED, ModelConfig
+from perce.environment import let_umask_decide
 from perce.errors import UserError
 from perce.hub import from_anywhere, load_pretrained, read_config
 from perce.model.patch import check_head_unwrapped, prepare_model
@@ -116,6 +117,7 @@ def merge_adapter(directory: Path, base: str) -> None:
     merged = PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
     merged.generation_config = GenerationConfig.from_pretrained(directory)
     merged.save_pretrained(directory / MERGED)
+    let_umask_decide(directory / MERGED)
     AutoTokenizer.from_pretrained(directory).save_pretrained(directory / MERGED)
 
 

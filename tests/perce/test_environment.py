@@ -27,7 +27,7 @@ def here(tmp_path, base, monkeypatch):
     (tmp_path / "model").symlink_to(base)
     (tmp_path / "link").symlink_to("rows.jsonl")
     os.link(tmp_path / "rows.jsonl", tmp_path / "hard.html")
-    (tmp_path / "c.yaml").write_text("batch_size: 2\n")
+    (tmp_path / "c.yaml").write_text("precision: fp32\n")
     (tmp_path / "p.yaml").write_text("header: 'Known: '\n")
     (tmp_path / "other.json").write_text("{}")
     return tmp_path
@@ -72,7 +72,14 @@ def test_an_output_that_would_be_written_over_an_input_or_an_output_is_refused(h
 def test_results_beside_model_and_data_are_welcome(scored, gemma, tmp_path):
     write_jsonl(tmp_path / "dir" / "train.jsonl", ROWS)
     for _ in range(2):
-        flags = ("--jsonl", tmp_path / "dir" / "s.jsonl", "--summary", gemma / "s.json", "--output", gemma / "s.html")
+        flags = (
+            "--jsonl",
+            tmp_path / "dir" / "s.jsonl",
+            "--summary",
+            gemma / "test.json",
+            "--output",
+            gemma / "s.html",
+        )
         scored("--data", tmp_path / "dir", *flags)
 
 
