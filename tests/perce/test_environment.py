@@ -114,3 +114,60 @@ def test_the_umask_decides_who_may_read_what_a_run_saves(train, tmp_path, umask,
     assert {"estimates.safetensors", "trainer_state.json"} <= names
     assert {"model.safetensors", "adapter_model.safetensors"} & names
     assert {path: mode for path, mode in modes.items() if mode != 0o666 & ~umask} == {}
+
+
+WRITERS = {
+    "score": "--limit 2 --terminal 0 --output out.html --summary out.json --jsonl out.jsonl",
+    "evaluate": "--limit 2 --generate false --output out.json",
+    "plan": "--context 96 --query 8 --response 16 --tflops 1 --device cpu --json out.json",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("score", "out.html"), ("score", "out.json"), ("score", "out.jsonl.run.json"), ("evaluate", "out.json"),
+     ("plan", "out.json")],
+)  # fmt: skip
+def test_a_result_is_whole_or_as_it_was(base, tmp_path, monkeypatch, capsys, command, name):
+    monkeypatch.chdir(tmp_path)
+    run = printed_by(MAINS[command], capsys, "--model", base, *WRITERS[command].split())
+    run()
+    before = (tmp_path / name).read_bytes()
+    (tmp_path / "out.jsonl").unlink(missing_ok=True)  # begun anew
+    replace = os.replace
+
+    def killed(source, target):
+        if os.path.basename(target) == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("--precision", "fp32")
+    assert (tmp_path / name).read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".unfinished")]
+
+
+def test_results_go_where_a_link_leads_with_the_mode_that_was_there(scored, tmp_path):
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "real.json").chmod(0o600)
+    (tmp_path / "link.json").symlink_to("real.json")
+    scored("--summary", tmp_path / "link.json", "--output", "/dev/null", "--terminal", 0)
+    assert (tmp_path / "link.json").is_symlink() and "pir_mean" in (tmp_path / "real.json").read_text()
+    assert (tmp_path / "real.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_command_that_fails_leaves_no_empty_result(scored, tmp_path):
+    out = tmp_path / "new" / "s.html"
+    scored("--output", out, "--data", "nowhere.jsonl", code=2)
+    assert not list(out.parent.iterdir())
+    out.mkdir()
+    assert f"{out}: cannot be written to" in scored("--output", out, code=2).err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_cannot_be_written_to_is_found_before(scored, tmp_path):
+    (tmp_path / "s.html").write_text("")
+    tmp_path.chmod(0o500)
+    assert "cannot be written to" in scored("--output", tmp_path / "s.html", code=2).err
+    tmp_path.chmod(0o700)

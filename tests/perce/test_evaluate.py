@@ -14,6 +14,7 @@ from perce.data.pairing import make_builder
 from perce.data.pairs import personal_word_spans
 from perce.data.splits import load_splits, split_seed
 from perce.demo import DATA_DIR
+from perce.lock import locked
 from perce.measuring.evaluation import Evaluator, other_users
 from tests.helpers.tiny import demo_examples, save_tiny_model, tiny_tokenizer, write_jsonl
 from tests.helpers.training import ROWS, printed_by
@@ -226,6 +227,13 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
     assert half["metrics"] == whole["metrics"] and half["records"] == whole["records"]
     err = run("--output", tmp_path / "half.json", "--seed", 1, code=2).err
     assert "holds the records of another run (seed was 42 and is 1 now)" in err
+
+
+def test_a_second_process_on_the_same_output_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("perce.measuring.inference.load", lambda *_: pytest.fail("found too late"))
+    with locked(tmp_path / ".e.jsonl.lock", ""):
+        err = run("--output", tmp_path / "e.json", code=2).err
+    assert f"error: {tmp_path / 'e.jsonl'}: in use by process" in err
 
 
 def test_records_under_other_words_of_the_prompt_are_another_runs(run, tmp_path):
