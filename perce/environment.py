@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from itertools import combinations, product
 from pathlib import Path
@@ -70,9 +72,35 @@ def prepare(*outputs: str | None) -> None:
     # PEFT still asks transformers 5.23 for an attribute under its old name.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     for path in filter(None, outputs):
+        file = Path(path).expanduser()
         try:
-            Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
-            with Path(path).expanduser().open("a"):
-                pass
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                file.open("a").close()
+            if not _is_special(file):
+                tempfile.TemporaryFile(dir=file.resolve().parent).close()
         except OSError as error:
             raise UserError(f"{path}: cannot be written to ({error.strerror}). Choose another file.") from error
+
+
+@contextlib.contextmanager
+def in_one_move(path: Path) -> Iterator[Path]:
+    """Where to write what is to be in this file: it is as it was or as it is to be, never half of it."""
+    if _is_special(path):
+        yield path
+        return
+    path = path.resolve()  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        if path.exists():
+            shutil.copymode(path, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _is_special(path: Path) -> bool:
+    """/dev/stdout, a pipe: what is written to as it is."""
+    return path.exists() and not path.is_file()
