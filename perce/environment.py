@@ -1,9 +1,64 @@
 """What a command does before anything expensive: output files are claimed, and libraries' chatter is turned down."""
 
+import contextlib
+import os
+import shutil
+import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from itertools import combinations, product
 from pathlib import Path
 
 from perce.errors import UserError
+
+# Names of what is read of a directory: of data's, and of a model's or run's.
+OF_DATA = (
+    "train.*", "valid*.*", "val.*", "dev.*", "test.*", "*_questions.json", "*_outputs.json", "dataset_*.json",
+    "state.json",
+)  # fmt: skip
+OF_MODELS = (
+    "config.*", "*_config.json", "*.safetensors", "*.index.json", "*.bin", "tokenizer.*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*", "trainer_state.json", "held_out.json", "base.json",
+)  # fmt: skip
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> None:
+    """UserError for an output that is an input too, or a file of an input that is a directory, or another output.
+
+    Both map options, as an error is to name them, to paths; None: not given. Nothing need exist.
+    """
+    written, read = ({option: path for option, path in files.items() if path} for files in (outputs, inputs))
+    for (one, path), (other, its) in combinations(written.items(), 2):
+        if _same(path, its):
+            raise UserError(f"{one} {path}, {other} {its}: are one file. Choose another for either.")
+    for (option, path), (other, its) in product(written.items(), read.items()):
+        if _same(path, its):
+            raise UserError(f"{option} {path}: is {other} {its} too, which would be written over. Choose another.")
+        names = OF_DATA if other == "--data" else OF_MODELS
+        name = Path(path).name
+        if _same(str(Path(path).parent), its) and any(fnmatch(name, pattern) for pattern in names):
+            raise UserError(
+                f"{option} {path}: {other} {its} is a directory in which a file called {name} is read. Choose another "
+                "name, or another directory."
+            )
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two paths are of one file, or will be."""
+    here, there = Path(one).expanduser(), Path(other).expanduser()
+    if here.resolve() == there.resolve():
+        return True
+    return here.exists() and there.exists() and here.samefile(there)
+
+
+def let_umask_decide(directory: Path) -> None:
+    """Who may read the weights in a directory: by safetensors their owner alone, whatever the umask."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in directory.glob("*.safetensors"):
+        with contextlib.suppress(OSError):  # a file system without modes
+            file.chmod(0o666 & ~umask)
 
 
 def prepare(*outputs: str | None) -> None:
@@ -17,9 +72,35 @@ def prepare(*outputs: str | None) -> None:
     # PEFT still asks transformers 5.23 for an attribute under its old name.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     for path in filter(None, outputs):
+        file = Path(path).expanduser()
         try:
-            Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
-            with Path(path).expanduser().open("a"):
-                pass
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                file.open("a").close()
+            if not _is_special(file):
+                tempfile.TemporaryFile(dir=file.resolve().parent).close()
         except OSError as error:
             raise UserError(f"{path}: cannot be written to ({error.strerror}). Choose another file.") from error
+
+
+@contextlib.contextmanager
+def in_one_move(path: Path) -> Iterator[Path]:
+    """Where to write what is to be in this file: it is as it was or as it is to be, never half of it."""
+    if _is_special(path):
+        yield path
+        return
+    path = path.resolve()  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        if path.exists():
+            shutil.copymode(path, unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _is_special(path: Path) -> bool:
+    """/dev/stdout, a pipe: what is written to as it is."""
+    return path.exists() and not path.is_file()

@@ -7,31 +7,36 @@ import sys
 from pathlib import Path
 
 from perce.config.commands import EVALUATE, EvaluateOptions
+from perce.environment import prepare
+from perce.measuring.records import RecordFile
 
 
 def run(options: EvaluateOptions) -> None:
     """Evaluate, write, print; an interrupted run resumes after its last example."""
-    from perce.environment import prepare
+    prepare(options.evaluate.output)
+    with RecordFile(options.evaluate.records) as file:
+        evaluate_into(file, options)
 
-    wanted = options.evaluate
-    output = Path(wanted.output).expanduser() if wanted.output else None
-    prepare(wanted.output)
+
+def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
+    """Evaluate the examples that the file does not have yet, and tell of all."""
     from tqdm import tqdm
 
+    from perce.data.rows import texts_key
     from perce.data.splits import training_rows_note
-    from perce.measuring.evaluation import Evaluator, make_batches, texts_key
+    from perce.measuring.evaluation import Evaluator, make_batches
     from perce.measuring.evaluation_report import compare, print_result, read_result, summarise, write_result
     from perce.measuring.inference import load_subject
     from perce.measuring.metrics import reply_scorers
-    from perce.measuring.records import RecordFile
 
+    wanted = options.evaluate
     other = read_result(Path(wanted.compare_with).expanduser()) if wanted.compare_with else None
     scorers = reply_scorers() if wanted.generate else {}
     subject = load_subject(options, "evaluate")
     examples: list = list(subject.examples)
     facts = subject.facts | {"examples": len(examples), "texts": texts_key(examples)}
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
-    file = RecordFile(None if output is None else output.with_suffix(".jsonl"), facts)
+    file.begin(facts)
     work = make_batches(examples, subject.builder, options, subject.device)
     evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, scorers)
     done = {record["example"] for record in file.records}
@@ -43,11 +48,11 @@ def run(options: EvaluateOptions) -> None:
     meteor = next((name for name in scorers if name.startswith("meteor")), None)
     result = summarise(file.records, notes, facts, meteor)
     comparison = compare(file.records, facts, other, str(wanted.compare_with)) if other else None
-    if output:
-        write_result(output, result, comparison)
+    if wanted.output:
+        write_result(Path(wanted.output).expanduser(), result, comparison)
     print_result(result, comparison)
-    if output:
-        print(f"written  {output}, {output.with_suffix('.jsonl')}")
+    if wanted.output:
+        print(f"written  {wanted.output}, {wanted.records}")
 
 
 main = EVALUATE.main(run)

@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
+from perce.config.options import read_yaml
 from perce.errors import UserError, first_line, in_one_line
 
 
@@ -17,6 +19,13 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
+def from_anywhere(path: str) -> str:
+    """A local path as it reads from any directory; a Hub id as it is."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
+
+
+BASE_NAME = "base.json"  # in the directory of a run that trains an adapter
 ENDS = 2**20  # bytes of a file's beginning and end that its fingerprint is made of
 
 
@@ -36,6 +45,23 @@ def fingerprint(path: str) -> str:
                 content.seek(max(file.stat().st_size - ENDS, 0))
                 digest.update(content.read(ENDS))
     return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def base_facts(path: str) -> str:
+    """What a run keeps, as BASE_NAME, of the base of its adapter."""
+    return json.dumps({"base": from_anywhere(path), "fingerprint": fingerprint(path)}, indent=1) + "\n"
+
+
+def check_base(run: Path | None, base: str, option: str) -> None:
+    """UserError where an adapter's base is not the one that its run has kept, as far as that can be told."""
+    if run is None or not (file := run / BASE_NAME).is_file():
+        return
+    trained, now = read_yaml(str(file), option, numbers=False).get("fingerprint"), fingerprint(base)
+    if trained != now and "unknown" not in (trained, now):
+        raise UserError(
+            f"{option}: its base {base} is not the model that it was trained on ({now}, and {file} has {trained}). Put "
+            f"that model back; if only files of no consequence have changed, delete {BASE_NAME}."
+        )
 
 
 def read_config(path: str) -> Any:

@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 from perce.config.commands import PLAN, PlanOptions
+from perce.environment import in_one_move, prepare
 
 
 def run(options: PlanOptions) -> None:
     """Plan, print, and write the JSON."""
-    from perce.environment import prepare
-
     prepare(options.step.json)
     from perce.planning.plans import make_plan
     from perce.planning.tables import print_plan, to_json
@@ -22,7 +21,8 @@ def run(options: PlanOptions) -> None:
     plan = make_plan(options)
     print_plan(plan)
     if options.step.json:
-        Path(options.step.json).expanduser().write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
+        with in_one_move(Path(options.step.json).expanduser()) as unfinished:
+            unfinished.write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
         print(f"written  {options.step.json}")
 
 

@@ -9,26 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.commands import SCORE, ScoreOptions
+from perce.environment import prepare
 from perce.errors import UserError
+from perce.measuring.records import RecordFile
 
 
 def run(options: ScoreOptions) -> None:
     """Score the examples, write what was asked for, and print a summary."""
-    from perce.environment import prepare
-
     score = options.score
     prepare(score.output, score.summary)
+    with RecordFile(Path(score.jsonl).expanduser() if score.jsonl else None) as file:
+        score_into(file, options)
+
+
+def score_into(file: RecordFile, options: ScoreOptions) -> None:
+    """Score the examples that the file does not have yet, and tell of all."""
     from perce.measuring.identification import identify
     from perce.measuring.inference import load_subject
-    from perce.measuring.records import RecordFile
     from perce.measuring.score_report import print_summary, print_tokens, write_report, write_summary
     from perce.measuring.scores import scored
 
-    subject = load_subject(options, "score")
+    subject, score = load_subject(options, "score"), options.score
     weighting = score.weighting.reported
     facts = {"labels": score.labels, "signal": weighting.signal_name, "sample": options.examples.sample}
     facts |= {"clip_min": weighting.clip_min, "clip_max": weighting.clip_max}
-    file = RecordFile(Path(score.jsonl).expanduser() if score.jsonl else None, subject.facts | facts)
+    file.begin(subject.facts | facts)
     shown: list[Any] = list(islice(subject.examples, max(score.shown, score.terminal, 1)))
     print_tokens(file.records[: score.terminal], options)
     for records in scored(subject, file.records[:], options):

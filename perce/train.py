@@ -3,6 +3,8 @@
 README.md            the model card                  merged/       with --merge_adapter, the whole model
 config.yaml          the resolved options            curves.png    loss, PIR and weights over the steps
 trainer_state.json   everything that was logged      report.html   validation responses token by token
+held_out.json        who is validated on and not trained on, where the data has no validation split
+base.json            which model an adapter was trained on: beside another one it is neither asked nor resumed
 model or adapter, tokenizer                          what from_pretrained reads
 run.json, checkpoint-*/, complete.json               what --resume reads
 """
@@ -17,7 +19,10 @@ from typing import TYPE_CHECKING
 
 from perce.config.commands import TrainOptions, parse_args
 from perce.config.options import dump_yaml, read_yaml
+from perce.config.schema import HELD_OUT_NAME
+from perce.environment import check_outputs
 from perce.errors import UserError
+from perce.hub import from_anywhere
 from perce.training.run_directory import claimed, free_directory
 
 if TYPE_CHECKING:
@@ -67,15 +72,23 @@ def resolve(config: TrainOptions) -> TrainOptions:
             "--per_device_train_batch_size, or read the data whole."
         )
     output_dir = str(Path(run.output_dir).expanduser() if run.output_dir else free_directory(run_name(config)))
-    # The run directory stands for itself: what a file says of the prompt is among its options.
+    # The run directory stands for itself: its paths mean the same from anywhere, and what a file says of the prompt is
+    # among its options.
     prompt = json.dumps(config.data.prompt_style(), ensure_ascii=False) if config.data.prompt else None
-    data = replace(config.data, prompt=prompt)
-    return replace(config, run=replace(run, learning_rate=rate, output_dir=output_dir), data=data)
+    rows, encoder, base = (
+        path and from_anywhere(path) for path in (config.data.data, config.data.retriever_model, config.model.model)
+    )
+    resolved = replace(
+        config, run=replace(run, learning_rate=rate, output_dir=output_dir), model=replace(config.model, model=base),
+        data=replace(config.data, data=rows, retriever_model=encoder, prompt=prompt),
+    )  # fmt: skip
+    check_outputs(resolved.outputs, resolved.inputs)
+    return resolved
 
 
 def run_name(config: TrainOptions) -> str:
     """Of a run directory, where none is given."""
-    return Path(config.data.data).expanduser().resolve().stem if config.data.data else "demo"
+    return Path(config.data.data).expanduser().resolve().stem.strip(". ") or "data" if config.data.data else "demo"
 
 
 def run(config: TrainOptions, name: str | None = None) -> None:
@@ -104,7 +117,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     from perce.data.prompt import STYLE
     from perce.data.splits import load_pairs
     from perce.demo import default_model_path
-    from perce.hub import load_tokenizer
+    from perce.hub import BASE_NAME, base_facts, check_base, load_tokenizer
     from perce.model.loading import load_model, merge_adapter
     from perce.training.arguments import fit_batch, options_that_fail_late, step_of_run
     from perce.training.card import write_card
@@ -117,6 +130,8 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
 
     output_dir = claim.output_dir
     model_path = config.model.model or str(default_model_path())
+    if claim.checkpoint is not None:
+        check_base(output_dir, model_path, "--resume")
     set_seed(config.run.seed)  # before the adapters are drawn
     tokenizer = load_tokenizer(model_path)
     if (style := tokenizer.init_kwargs.get(STYLE)) and not config.data.prompt:  # of the run that the model comes from
@@ -147,7 +162,9 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         print(f"memory {doubt}")
     progress.attach(trainer)
     if main_process:
-        begin(claim, config, facts)
+        kept = {HELD_OUT_NAME: pairs.held_out.to_json()} if pairs.held_out is not None else {}
+        kept |= {BASE_NAME: base_facts(model_path)} if config.model.lora_r else {}
+        begin(claim, config, facts, kept)
 
     train_interruptibly(trainer, claim.checkpoint)
     if progress.evaluated_at != trainer.state.global_step:

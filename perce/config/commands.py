@@ -4,8 +4,10 @@ Neither torch nor transformers is imported here, so that `--help` answers at onc
 be given to train by its Hugging Face name (`--weight_decay 0.1`); those are checked once transformers is loaded.
 """
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,15 @@ class TrainOptions:
         """Flat, as in a YAML file."""
         return flat(self) | self.extra
 
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        model = self.model.model and str(schema.holder_of(Path(self.model.model).expanduser().resolve()))
+        return {"--model": model, **self.data.inputs}
+
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        return {"--output_dir": self.run.output_dir}
+
 
 @dataclass(frozen=True)
 class InferenceOptions:
@@ -39,6 +50,11 @@ class InferenceOptions:
     data: schema.DataConfig
     examples: schema.SplitConfig
 
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        run = schema.run_directory(self.model.model)
+        return {"--model": self.model.model, "the run of --model": str(run) if run else None, **self.data.inputs}
+
 
 @dataclass(frozen=True)
 class ScoreOptions(InferenceOptions):
@@ -46,12 +62,26 @@ class ScoreOptions(InferenceOptions):
 
     score: schema.ScoreConfig
 
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        score = self.score
+        return {"--output": score.output, "--summary": score.summary, **_records("--jsonl", score.jsonl)}
+
 
 @dataclass(frozen=True)
 class EvaluateOptions(InferenceOptions):
     """Of `python -m perce.evaluate`."""
 
     evaluate: schema.EvaluateConfig
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        return {**super().inputs, "--compare_with": self.evaluate.compare_with}
+
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        records = str(self.evaluate.records) if self.evaluate.records else None
+        return {"--output": self.evaluate.output, **_records("the examples of --output", records)}
 
 
 @dataclass(frozen=True)
@@ -61,6 +91,19 @@ class PlanOptions:
     model: schema.ModelConfig
     step: StepConfig
     memory: schema.MemoryConfig = field(default_factory=schema.MemoryConfig)
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        return {"--model": self.model.model}
+
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        return {"--json": self.step.json}
+
+
+def _records(option: str, path: str | None) -> dict[str, str | None]:
+    """A file of records, and what measuring/records.py puts beside it."""
+    return {option: path, f"what is beside {option}": path and f"{path}.run.json"}
 
 
 TRAIN: Command[TrainOptions] = Command(
@@ -81,12 +124,34 @@ def is_training_option(name: str) -> bool:
     return name in TrainingArguments.__dataclass_fields__
 
 
+def of_the_run(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """Where no data is given, that of the run in --model, how it is read, and the users that were held out of it."""
+    run = None if "data" in raw else schema.run_directory(raw.get("model"))
+    if run is None:
+        return {}, ""
+    saved = read_yaml(str(run / schema.CONFIG_NAME), "--model")
+    own = {option.name: saved[option.name] for option in fields(schema.DataConfig) if option.name in saved}
+    if own.get("data") is not None and _held_out_alone(run):
+        own["split"] = "held_out"
+    return own, f"--model {raw['model']}: asked about its own data, with the options in {run / schema.CONFIG_NAME}"
+
+
+def _held_out_alone(run: Path) -> bool:
+    """Whether the data of a run had neither a validation nor a test split; a file that is damaged is told of later."""
+    if not (file := run / schema.HELD_OUT_NAME).is_file():
+        return False
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return not json.loads(file.read_text(encoding="utf-8"))["test"]
+    return True
+
+
 SCORE: Command[ScoreOptions] = Command(
     "python -m perce.score",
     "Score every token of the replies with PerContrast, its log-probability with the persona and without it, and with "
     "the weight it has. Without arguments: the default model on the built-in test examples, in the terminal.",
     ScoreOptions,
     passes_over=is_training_option,
+    completes=of_the_run,
 )
 EVALUATE: Command[EvaluateOptions] = Command(
     "python -m perce.evaluate",
@@ -94,6 +159,7 @@ EVALUATE: Command[EvaluateOptions] = Command(
     "METEOR and persona use of generated replies; bootstrap intervals; comparison of two models.",
     EvaluateOptions,
     passes_over=is_training_option,
+    completes=of_the_run,
 )
 PLAN: Command[PlanOptions] = Command(
     "python -m perce.plan",

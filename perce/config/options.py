@@ -18,11 +18,22 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from perce.environment import check_outputs
 from perce.errors import UserError, in_one_line
 
-Chosen = TypeVar("Chosen")
+
+class Files(Protocol):
+    """Paths by option: what a command reads, and what it writes."""
+
+    @property
+    def inputs(self) -> dict[str, str | None]: ...
+    @property
+    def outputs(self) -> dict[str, str | None]: ...
+
+
+Chosen = TypeVar("Chosen", bound=Files)
 """The dataclass of a command's options."""
 
 
@@ -46,6 +57,8 @@ class Parsed:
     print_config: bool
     passed_over: list[str]
     """Options of the file that are another command's."""
+    completed: str
+    """Where options come from that were not given, in words."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,8 @@ class Command(Generic[Chosen]):
     options: a dataclass whose fields are sections, each the name of a group in --help. extra: what other options,
     passed on by name into its field `extra`, are called in --help and in errors ("" where every option must be a
     field). passes_over: whether a name in a file is an option of another command, whose files are read here too.
-    renames: what that command's names are called here.
+    renames: what that command's names are called here. completes: values, by those that were given, of options that
+    were not, and where they come from.
     """
 
     prog: str
@@ -64,6 +78,7 @@ class Command(Generic[Chosen]):
     extra: str = ""
     passes_over: Callable[[str], bool] | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
+    completes: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], str]] | None = None
 
     @property
     def sections(self) -> dict[str, type]:
@@ -92,7 +107,8 @@ class Command(Generic[Chosen]):
             file = {k: v for k, v in file.items() if v is not None or k not in hints or _is_optional(hints[k])}
         unused = [name for name in file if name not in self.fields and self.passes_over and self.passes_over(name)]
         raw = {name: value for name, value in file.items() if name not in unused} | flags
-        return Parsed(raw, config_file, print_config, unused)
+        others, completed = self.completes(raw) if self.completes else ({}, "")
+        return Parsed({**others, **raw}, config_file, print_config, unused, completed)
 
     def build(self, raw: Mapping[str, Any]) -> Chosen:
         """The options from raw values, converted and checked."""
@@ -117,9 +133,12 @@ class Command(Generic[Chosen]):
                 options = self.build(parsed.raw)
                 if parsed.passed_over:
                     print(f"{parsed.config_file}: not used here: {', '.join(parsed.passed_over)}", file=sys.stderr)
+                if parsed.completed:
+                    print(parsed.completed, file=sys.stderr)
                 if parsed.print_config:
                     print(dump_yaml(flat(options)), end="")
                 else:
+                    check_outputs(options.outputs, options.inputs | {"--config": parsed.config_file})
                     run(options)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)

@@ -4,7 +4,9 @@ Neither torch nor transformers is imported here, so that `--help` answers at onc
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from perce.config.options import option as _option
@@ -16,6 +18,8 @@ from perce.errors import UserError
 from perce.objectives import OBJECTIVES, Objective, TokenWeighting
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
+HELD_OUT_NAME = "held_out.json"  # who is evaluated on, in that of a run on data without a validation split
+MERGED = "merged"  # directory of a run: the model that --merge_adapter saves
 MODEL = "DIR|HUB_ID"
 FORMAT_NAMES = ("auto", *FORMATS)
 BACKEND = (
@@ -24,6 +28,19 @@ BACKEND = (
 )
 _LINES = (f"{x.name}: {x.help} [{x.weighting()}; {' or '.join(x.takes)}]" for x in OBJECTIVES.values())
 OBJECTIVE = _option("perce", "\n".join(["what tokens are weighted by, for which rows:", *_LINES]), "|".join(OBJECTIVES))
+
+
+def run_directory(model: str | None) -> Path | None:
+    """The run that a model is of: its directory itself, or that which has it as merged/ or checkpoint-N/; else None."""
+    if model is None:
+        return None
+    path = Path(model).expanduser().resolve()
+    return next((run for run in (path, holder_of(path)) if (run / CONFIG_NAME).is_file()), None)
+
+
+def holder_of(path: Path) -> Path:
+    """The directory that has a model as merged/ or checkpoint-N/, and that a run would write it to; else its own."""
+    return path.parent if re.fullmatch(rf"{MERGED}|checkpoint-\d+", path.name) else path
 
 
 def objective_of(name: str) -> Objective:
@@ -60,7 +77,9 @@ class ModelConfig:
 class DataConfig:
     """Which rows, and how they become token pairs."""
 
-    data: str | None = _option(None, "file, directory or Hub id; default: the built-in examples", "DATA")
+    data: str | None = _option(
+        None, "file, directory or Hub id; default: the built-in examples; of a run that is asked: its own", "DATA"
+    )
     format: str = _option("auto", "row format; auto: detected from the fields", "|".join(FORMAT_NAMES))
     columns: str | None = _option(None, "rename fields, such as persona=profile,response=output", "OURS=THEIRS,…")
     skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
@@ -99,6 +118,12 @@ class DataConfig:
         self.column_names()
         self.template_kwargs()
         self.prompt_style()
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """Paths by option."""
+        file = None if (self.prompt or "").lstrip().startswith("{") else self.prompt
+        return {"--data": self.data, "--retriever_model": self.retriever_model, "--prompt": file}
 
     def column_names(self) -> dict[str, str] | None:
         if self.columns is None:
@@ -297,13 +322,14 @@ class SplitConfig:
     split: Literal["train", "validation", "test", "held_out"] | None = _option(
         None,
         "held_out: the tenth of the users that training without a validation split leaves out; default: the first of "
-        "test, validation and train that the data has",
+        "test, validation and train that the data has, of a run's own data held_out before train",
     )
     limit: int | None = _option(None, "the first so many examples; default: all")
     sample: int | None = _option(None, "so many examples, drawn at random from the whole split")
     split_seed: int | None = _option(
         None,
-        "seed of sample (default: 42); of held_out, the --seed of the training (default: that of the run in --model)",
+        "seed of sample (default: 42); of held_out, the --seed of the training (default: what the run in --model has "
+        "held out)",
     )
 
     def __post_init__(self) -> None:
@@ -353,3 +379,8 @@ class EvaluateConfig:
         _require(not (self.output or "").endswith(".jsonl"), "output", "a name for JSON, such as e.json", self.output)
         _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
         _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
+
+    @property
+    def records(self) -> Path | None:
+        """The file of the examples, beside the result."""
+        return Path(self.output).expanduser().with_suffix(".jsonl") if self.output else None

@@ -11,6 +11,7 @@ train the model on something nobody has looked at.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,17 @@ class Document:
 
 
 Record = Example | Document  # the rows of a split are all of one kind
+
+
+def text_key(example: Record) -> str:
+    """Digest of the texts."""
+    texts = example.text if isinstance(example, Document) else (example.persona, example.turns, example.response)
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:12]
+
+
+def texts_key(examples: Sequence[Record]) -> str:
+    """Of all texts in order."""
+    return hashlib.sha256("".join(map(text_key, examples)).encode()).hexdigest()[:12]
 
 
 def _rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:

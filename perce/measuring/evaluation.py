@@ -10,7 +10,6 @@ conversation (data.pairs.personal_word_spans: quoted facts; no paraphrase, no st
 """
 
 import contextlib
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from perce.config.commands import EvaluateOptions
 from perce.config.schema import EvaluateConfig
 from perce.data.batch import collate
 from perce.data.pairs import Pair, PairBuilder, personal_word_spans
-from perce.data.rows import Example
+from perce.data.rows import Example, text_key
 from perce.errors import UserError
 from perce.measuring.inference import TOKENS_A_FORWARD, batches_by_length, on_device
 from perce.measuring.metrics import Scorer
@@ -100,16 +99,6 @@ def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
         following = (order[(place[index] + step) % len(order)] for step in range(1, len(order)))
         partners.append(next((other for other in following if keys[other] != key), None))
     return partners
-
-
-def text_key(example: Example) -> str:
-    """Digest of the texts."""
-    return hashlib.sha256(repr((example.persona, example.turns, example.response)).encode()).hexdigest()[:12]
-
-
-def texts_key(examples: Sequence[Example]) -> str:
-    """Of all texts in order: records of other data are not gone on with."""
-    return hashlib.sha256("".join(map(text_key, examples)).encode()).hexdigest()[:12]
 
 
 class Evaluator:

@@ -1,6 +1,7 @@
 """What score and evaluate share: a model, the examples that it is asked about, and their order in batches."""
 
 import json
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,14 +11,14 @@ from typing import Any
 import torch
 
 from perce.config.commands import InferenceOptions
-from perce.config.schema import InferenceConfig
+from perce.config.schema import InferenceConfig, run_directory
 from perce.data.pairing import make_persona_builder
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Examples
 from perce.data.splits import load_split, split_seed
 from perce.demo import default_model_path
 from perce.errors import UserError, first_line
-from perce.hub import load_pretrained, load_tokenizer
+from perce.hub import check_base, from_anywhere, load_pretrained, load_tokenizer
 from perce.model.loading import check_adapter, check_backend, resolve_precision
 from perce.model.patch import prepare_model
 
@@ -42,8 +43,10 @@ class Subject:
 
 def load_subject(options: InferenceOptions, command: str) -> Subject:
     """UserError for a model or data that cannot be read, and for documents, which have no persona."""
-    seed = split_seed(options.examples, options.model.model)
-    examples, split = load_split(options.data, options.examples, seed)
+    run = run_directory(options.model.model)
+    seed = split_seed(options.examples, run)
+    examples, split, in_words = load_split(options.data, options.examples, seed, run)
+    print(f"examples  {options.data.data or 'built-in examples'}, {in_words}")
     next(iter(examples), None)  # a stream knows its format once its first row has been read
     model, tokenizer, device = load(options.model)
     builder = make_persona_builder(tokenizer, options.data, examples.format)
@@ -67,6 +70,8 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
         kwargs["attn_implementation"] = config.attn_implementation
     path = config.model or str(default_model_path())
     base = _base_of_adapter(path)
+    if base is not None:
+        check_base(run_directory(path), base, f"--model {path}")
     model = prepare_model(load_pretrained(base or path, **kwargs), backend)
     if base is not None:
         model = _with_adapter(model, path)
@@ -82,7 +87,15 @@ def _base_of_adapter(path: str) -> str | None:
     base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise UserError(f"--model {path}: adapter_config.json does not name its base model.")
-    return base
+    named = Path(base).expanduser()
+    if named.is_absolute() and not named.exists():
+        raise UserError(
+            f"--model {path}: its base model {base} is not there. Put it back, or correct base_model_name_or_path in "
+            f"{file}."
+        )
+    if not named.is_absolute() and named.exists():
+        print(f"base {named.resolve()}: {file} names it {base!r}, seen from here", file=sys.stderr)
+    return from_anywhere(base)
 
 
 def _tokenizer(path: str, base: str | None) -> Any:

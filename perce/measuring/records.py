@@ -2,44 +2,67 @@
 
 FILE             appended to, a batch at a time; a half-written last line is cut off when a run goes on
 FILE.run.json    the model, data and options; lines of another run are never mixed with these
+.FILE.lock       which process has it
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from perce.environment import in_one_move
 from perce.errors import UserError
+from perce.lock import locked
 
 
 class RecordFile:
-    """The records of a run, those of an interrupted one first.
+    """The records of a run, those of an interrupted one first; while it is entered, no other process has it.
 
     Args:
         path: the file, or None: nothing is kept, and nothing is there to go on with.
-        run: what the records depend on; JSON values.
 
     Raises:
-        UserError: a file that cannot be written or read, or that holds the records of another run.
+        UserError: a file that cannot be written or read, that another process has, or that holds the records of another
+            run.
     """
 
-    def __init__(self, path: Path | None, run: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.records: list[dict[str, Any]] = []
-        if path is None:
+        self._held = ExitStack()
+
+    def __enter__(self) -> "RecordFile":
+        if self.path is not None:
+            with self._written():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._held.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), str(self.path)))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._held.close()
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Read what is there. run: what the records depend on; JSON values."""
+        if self.path is None:
             return
-        self._run_path = path.with_name(f"{path.name}.run.json")
+        self._run_path = self.path.with_name(f"{self.path.name}.run.json")
         facts: dict[str, Any] = json.loads(json.dumps(run))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.stat().st_size:
+        with self._written():
+            if self.path.exists() and self.path.stat().st_size:
                 self._check_run(facts)
                 self.records = self._read()
             else:
-                self._run_path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-            self._file = path.open("a", encoding="utf-8")
+                with in_one_move(self._run_path) as unfinished:
+                    unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            self._file = self._held.enter_context(self.path.open("a", encoding="utf-8"))
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise UserError(f"{path}: cannot be written to ({error.strerror}). Choose another file.") from error
+            raise UserError(f"{self.path}: cannot be written to ({error.strerror}). Choose another file.") from error
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write them at once: what is interrupted leaves whole batches and at most one broken line."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from perce.config.commands import ScoreOptions
 from perce.data.rows import Example
+from perce.environment import in_one_move
 from perce.measuring.identification import Identified
 from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, terminal_text, write_html
 from perce.report.terminal import facts, show, table
@@ -87,7 +88,8 @@ def write_summary(path: Path, records: Records, found: Identified | None, option
     if found:
         methods = {name: asdict(result) for name, result in found.methods.items()}
         content["identification"] = {"labelled": found.labelled, "marked": found.marked, "methods": methods}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with in_one_move(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_report(

@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 
-from perce.config.schema import ModelConfig
+from perce.config.schema import MERGED, ModelConfig
+from perce.environment import let_umask_decide
 from perce.errors import UserError
-from perce.hub import load_pretrained, read_config
+from perce.hub import from_anywhere, load_pretrained, read_config
 from perce.model.patch import check_head_unwrapped, prepare_model
 from perce_kernels.backends import resolve_backend
-
-MERGED = "merged"
-"""Directory of a run: the model that --merge_adapter saves."""
 
 
 def bf16_is_sound(device: str) -> bool:
@@ -89,6 +87,9 @@ def add_adapter(model: Any, peft_config: Any) -> Any:
 
     wrapped = get_peft_model(model, peft_config)
     check_adapter(wrapped)
+    for config in wrapped.peft_config.values():  # saved with it: a relative path would mean another base elsewhere
+        if config.base_model_name_or_path:
+            config.base_model_name_or_path = from_anywhere(config.base_model_name_or_path)
     for layer in wrapped.modules():
         # Dropout rounds otherwise in bf16, and what a variant such as DoRA does with its input is its own.
         plain = isinstance(layer, lora.Linear) and not getattr(layer, "lora_variant", None)
@@ -116,6 +117,7 @@ def merge_adapter(directory: Path, base: str) -> None:
     merged = PeftModel.from_pretrained(model, str(directory)).merge_and_unload()
     merged.generation_config = GenerationConfig.from_pretrained(directory)
     merged.save_pretrained(directory / MERGED)
+    let_umask_decide(directory / MERGED)
     AutoTokenizer.from_pretrained(directory).save_pretrained(directory / MERGED)
 
 

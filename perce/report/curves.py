@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from perce.environment import in_one_move
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -51,8 +53,8 @@ def write_curves(path: str | Path, log_history: Sequence[Mapping[str, Any]]) -> 
         ax.set_axis_off()
     if not panels:
         figure.text(0.5, 0.5, "Nothing logged yet", ha="center", color=_GREY)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with in_one_move(Path(path)) as unfinished:
+        figure.savefig(unfinished, format="png")
 
 
 def _draw(ax: Axes, panel: _Panel, log_history: Sequence[Mapping[str, Any]]) -> None:

@@ -15,6 +15,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from perce.environment import in_one_move
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -181,7 +183,8 @@ def write_html(
 </body>
 </html>
 """
-    _parent_made(path).write_text(page, encoding="utf-8", errors="replace")
+    with in_one_move(Path(path)) as unfinished:
+        unfinished.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _summary(rows: Sequence[tuple[str, str]]) -> str:
@@ -299,12 +302,6 @@ def _scale(clip: tuple[float, float]) -> tuple[float, float]:
         raise ValueError(f"clip: expected finite clip_min <= clip_max, got {clip}")
     low, high = struct.unpack("2f", struct.pack("2f", *clip))
     return low, high
-
-
-def _parent_made(path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perce.environment import let_umask_decide
 from perce.errors import UserError, in_one_line
 from perce.objectives import Measured
 
@@ -56,6 +57,7 @@ class Estimates:
         directory.mkdir(parents=True, exist_ok=True)
         facts = {"epoch": self.epoch, "vocabulary": self.vocabulary, "of_signal": self.of_signal}
         save_file({name: getattr(self, name) for name in TENSORS}, directory / FILE, {"perce": json.dumps(facts)})
+        let_umask_decide(directory)
 
     @classmethod
     def load(cls, directory: Path, dataset: Any, vocabulary: int, of_signal: str) -> "Estimates":

@@ -166,10 +166,11 @@ def _changes(path: Path, config: TrainOptions) -> dict[str, tuple[Any, Any]]:
     return {name: (saved.get(name, "not given"), now[name]) for name in shown}
 
 
-def begin(claim: Claim, config: TrainOptions, facts: Mapping[str, Any]) -> None:
-    """Write what the run is, before its first step here."""
+def begin(claim: Claim, config: TrainOptions, facts: Mapping[str, Any], kept: Mapping[str, str]) -> None:
+    """Write what the run is, before its first step here; `kept`: what else it keeps, by the name of its file."""
     (claim.output_dir / LIST).unlink(missing_ok=True)
-    write_in_one_move(claim.output_dir / FACTS, json.dumps(facts, indent=1) + "\n")
+    for name, text in {FACTS: json.dumps(facts, indent=1) + "\n", **kept}.items():
+        write_in_one_move(claim.output_dir / name, text)
     recorded = replace(config, run=replace(config.run, resume=False))
     write_in_one_move(claim.output_dir / CONFIG_NAME, dump_yaml(recorded.to_dict()))
 

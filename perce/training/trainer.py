@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from perce.data.batch import Batch, collate
 from perce.data.dataset import rows_dataset_pairs
+from perce.environment import let_umask_decide
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.loading import add_adapter
@@ -123,6 +124,7 @@ class PerceTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As transformers.Trainer's; PEFT saves no generation config beside an adapter."""
         super()._save(output_dir, state_dict)
+        let_umask_decide(Path(str(output_dir or self.args.output_dir)))
         base = unwrapped(self.model)
         if base is not self.model and base.generation_config is not None:
             base.generation_config.save_pretrained(output_dir or self.args.output_dir)

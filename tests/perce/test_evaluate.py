@@ -1,20 +1,23 @@
 """perce.evaluate: losses against full logits, generation, resume, comparison, and errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
-from perce import DataConfig, evaluate
-from perce.config.schema import SplitConfig
+from perce import DataConfig, evaluate, score
+from perce.config.schema import SplitConfig, run_directory
 from perce.data.pairing import make_builder
 from perce.data.pairs import personal_word_spans
 from perce.data.splits import load_splits, split_seed
 from perce.demo import DATA_DIR
+from perce.lock import locked
 from perce.measuring.evaluation import Evaluator, other_users
 from tests.helpers.tiny import demo_examples, save_tiny_model, tiny_tokenizer, write_jsonl
-from tests.helpers.training import printed_by
+from tests.helpers.training import ROWS, printed_by
 
 LIMIT = 14  # of three users
 
@@ -94,11 +97,108 @@ def test_what_training_held_out_is_evaluated_and_training_rows_are_called_so(run
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 7\n", encoding="utf-8")
     chosen = SplitConfig(split="held_out")
-    assert [split_seed(chosen, str(tmp_path / name)) for name in ("run", "none")] == [7, 42]
-    assert split_seed(SplitConfig(split_seed=3), str(tmp_path / "run")) == 3
-    assert split_seed(SplitConfig(sample=5), str(tmp_path / "run")) == 42, "a sample follows no model"
+    assert [split_seed(chosen, run_directory(str(tmp_path / name))) for name in ("run", "none")] == [7, 42]
+    assert split_seed(SplitConfig(split_seed=3), tmp_path / "run") == 3
+    assert split_seed(SplitConfig(sample=5), tmp_path / "run") == 42, "a sample follows no model"
     assert "Leave out --streaming" in run(*data, "--split", "held_out", "--streaming", code=2).err
     assert "has a validation split" in run("--data", DATA_DIR, "--split", "held_out", code=2).err
+
+
+def users_of(run, path, *argv):
+    run("--generate", "false", "--output", path, *argv)
+    return {record["user_id"] for record in result(path)["records"]}
+
+
+def test_the_held_out_of_a_run_are_those_that_it_recorded(run, train, tmp_path):
+    rows = [row | {"user_id": f"u{i % 30}"} for i, row in enumerate(ROWS * 5)]
+    data, where = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    assert train("--merge_adapter", data=data, max_steps=1, save_steps=1)[0] == 0
+    recorded = json.loads((where / "held_out.json").read_text())
+    assert recorded["unit"] == "users" and len(recorded["held_out"]) == 3
+    held_out = ("--data", data, "--split", "held_out", "--model")
+    write_jsonl(data, [*({**row, "user_id": f"new{i}"} for i, row in enumerate(ROWS)), *rows[::-1]])
+    for model in (where, where / "merged", where / "checkpoint-1"):
+        assert users_of(run, tmp_path / f"{model.name}.json", *held_out, model) == set(recorded["held_out"])
+    out = run(*held_out, where, "--generate", "false").out
+    assert f"held_out: 3 of 42 users, those that {where / 'held_out.json'} names\n" in out
+    drawn = run(*held_out, where, "--generate", "false", "--split_seed", 1).out
+    assert f"held_out: 4 of 42 users, drawn by seed 1, not those that {where / 'held_out.json'} names" in drawn
+    one = recorded["held_out"][0]
+    write_jsonl(data, [row for row in rows if row["user_id"] not in recorded["held_out"][1:]])
+    assert users_of(run, tmp_path / "few.json", *held_out, where) == {one}
+    write_jsonl(data, [{**row, "user_id": "new"} for row in ROWS])
+    err = run(*held_out, where, code=2).err
+    assert f"{where / 'held_out.json'}: none of the 3 users" in err and "--split_seed" in err
+    (where / "held_out.json").write_text("{")
+    assert f"{where / 'held_out.json'}: cannot be read" in run(*held_out, where, code=2).err
+
+
+def asked(capsys, main, *argv):
+    """The resolved options of a command, and what it says of where they come from."""
+    assert main([*map(str, argv), "--print_config"]) == 0
+    printed = capsys.readouterr()
+    return yaml.safe_load(printed.out), printed.err
+
+
+def test_without_data_a_run_is_asked_about_its_own(run, train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [row | {"user_id": f"u{i % 30}", "who": row["persona"]} for i, row in enumerate(ROWS * 5)]
+    data = write_jsonl(tmp_path / "rows.jsonl", [{k: v for k, v in row.items() if k != "persona"} for row in rows])
+    own = {"data": "rows.jsonl", "columns": "persona=who", "max_length": 700, "skip_bad_rows": "true"}
+    assert train("--merge_adapter", max_steps=1, save_steps=1, output_dir="run", **own)[0] == 0
+    recorded = json.loads((tmp_path / "run" / "held_out.json").read_text())["held_out"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for model in ("../run", "../run/merged", tmp_path / "run" / "checkpoint-1"):
+        path = tmp_path / f"{Path(model).name}.json"
+        assert users_of(run, path, "--model", model) == set(recorded)
+        facts = result(path)["run"]
+        expected = {"data": str(data), "columns": "persona=who", "max_length": 700, "split": "held_out"}
+        assert expected.items() <= facts.items()
+    out, err = run("--model", "../run", "--generate", "false", "--max_length", 600)
+    assert f"examples  {data}, held_out: 3 of 30 users" in out and f"{tmp_path / 'run' / 'config.yaml'}" in err
+    for main in (score.main, evaluate.main):
+        options, _ = asked(capsys, main, "--model", "../run", "--max_length", 600, "--split", "train")
+        assert (options["data"], options["max_length"], options["split"]) == (str(data), 600, "train")
+        options, told = asked(capsys, main, "--model", "../run", "--data", data)
+        assert (options["columns"], options["max_length"], options["split"], told) == (None, 5000, None, "")
+        (tmp_path / "c.yaml").write_text(f"data: {DATA_DIR}\n")
+        options, told = asked(capsys, main, "--model", "../run", "--config", tmp_path / "c.yaml")
+        assert (options["data"], options["columns"], options["split"], told) == (str(DATA_DIR), None, None, "")
+
+
+def test_data_is_the_same_by_a_relative_path(run, tmp_path, monkeypatch):
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    run("--data", "rows.jsonl", "--generate", "false", "--output", "a.json")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    flags = ("--data", rows, "--generate", "false", "--output")
+    assert "not only the model differs" not in run(*flags, "b.json", "--compare_with", "../a.json").out
+    run(*flags, "../a.json")
+
+
+def test_the_own_test_or_validation_split_comes_first(run, train, tmp_path, capsys):
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "split" / f"{split}.jsonl", ROWS)
+    write_jsonl(tmp_path / "valid" / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "valid" / "dev.jsonl", ROWS)
+    for data, split in (("split", "test"), ("valid", "validation")):
+        assert train(data=tmp_path / data, max_steps=1, output_dir=tmp_path / f"run-{data}")[0] == 0
+        out = run("--model", tmp_path / f"run-{data}", "--generate", "false", "--limit", 2).out
+        assert f"examples  {tmp_path / data}, {split}\n" in out
+
+
+def test_a_run_on_the_built_in_examples_is_asked_about_them(run, train, tmp_path):
+    assert train(data=None, max_steps=1)[0] == 0
+    assert "examples  built-in examples, test\n" in run("--model", tmp_path / "run", "--generate", "false").out
+
+
+def test_a_run_on_data_with_a_validation_split_records_nobody(train, tmp_path):
+    write_jsonl(tmp_path / "split" / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "split" / "validation.jsonl", ROWS)
+    assert train(data=tmp_path / "split", max_steps=1)[0] == 0
+    assert not (tmp_path / "run" / "held_out.json").exists()
 
 
 def test_replies_are_scored_and_sampled_by_the_seed(run, tmp_path):
@@ -138,6 +238,13 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
     assert half["metrics"] == whole["metrics"] and half["records"] == whole["records"]
     err = run("--output", tmp_path / "half.json", "--seed", 1, code=2).err
     assert "holds the records of another run (seed was 42 and is 1 now)" in err
+
+
+def test_a_second_process_on_the_same_output_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("perce.measuring.inference.load", lambda *_: pytest.fail("found too late"))
+    with locked(tmp_path / ".e.jsonl.lock", ""):
+        err = run("--output", tmp_path / "e.json", code=2).err
+    assert f"error: {tmp_path / 'e.jsonl'}: in use by process" in err
 
 
 def test_records_under_other_words_of_the_prompt_are_another_runs(run, tmp_path):

@@ -1,6 +1,7 @@
 """perce.score: numbers against the model's own full logits, resume, labels, and errors."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from perce import UserError
 from perce.demo import DATA_DIR
-from perce.measuring import scores
+from perce.lock import locked
+from perce.measuring import score_report, scores
 from tests.helpers.tiny import read_jsonl, tiny_tokenizer, write_jsonl
 from tests.helpers.training import LIMIT
 
@@ -54,6 +57,35 @@ def test_an_interrupted_run_is_continued_and_nothing_is_scored_twice(scored, tmp
     seen.clear()
     scored("--jsonl", half, "--output", tmp_path / "s.html")
     assert not seen and (tmp_path / "s.html").stat().st_size > 1000
+
+
+def test_a_second_process_on_the_same_records_is_refused(scored, tmp_path, monkeypatch):
+    path, refused = tmp_path / "s.jsonl", []
+    original = scores.score_window
+
+    def beside_another(built, *rest):
+        monkeypatch.setattr("perce.measuring.inference.load", lambda *_: pytest.fail("found too late"))
+        refused.append(scored("--jsonl", tmp_path / "." / "s.jsonl", code=2).err)
+        return original(built, *rest)
+
+    monkeypatch.setattr(scores, "score_window", beside_another)
+    scored("--jsonl", path)
+    assert refused and all(f"error: {path}: in use by process {os.getpid()} on" in err for err in refused)
+    assert [record["example"] for record in read_jsonl(path)] == list(range(LIMIT))
+    monkeypatch.undo()
+    scored("--jsonl", path)
+
+
+def test_records_are_locked_until_the_command_ends(scored, tmp_path, monkeypatch):
+    def still(*_):
+        with pytest.raises(UserError, match="in use"), locked(tmp_path / ".s.jsonl.lock", ""):
+            pass
+        raise UserError("ended")
+
+    monkeypatch.setattr(score_report, "write_summary", still)
+    scored("--jsonl", tmp_path / "s.jsonl", "--summary", tmp_path / "s.json", code=2)
+    with locked(tmp_path / ".s.jsonl.lock", ""):
+        pass
 
 
 def test_records_of_another_run_are_not_mixed_in(scored, tmp_path):

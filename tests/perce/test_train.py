@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,50 @@ def test_resume_goes_on_where_it_stopped_with_the_saved_options(train, tmp_path)
     assert state["global_step"] == 3
     assert [e["step"] for e in state["log_history"] if "eval_loss_with_persona" in e] == [0, 2, 3]
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["clip_max"] == 4.0
+
+
+def test_a_resumed_run_holds_out_those_that_it_held_out(train, tmp_path):
+    """With rows of others it is not resumed at all; nobody who is evaluated on was trained on."""
+    rows = [row | {"user_id": f"u{i % 10}"} for i, row in enumerate(ROWS)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert train(data=data, max_steps=1, save_steps=1)[0] == 0
+    recorded = (tmp_path / "run" / "held_out.json").read_text()
+    again = {"model": None, "data": None, "precision": None, "max_steps": 2}
+    write_jsonl(data, [*rows, *({**row, "user_id": f"new{i}"} for i, row in enumerate(ROWS))])
+    fails(train("--resume", **again), "training pairs")
+    write_jsonl(data, rows)
+    assert train("--resume", **again)[0] == 0
+    assert (tmp_path / "run" / "held_out.json").read_text() == recorded
+
+
+def test_the_paths_of_a_run_mean_the_same_from_any_directory(train, model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(model)
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    options = {"model": "./base", "data": "rows.jsonl", "output_dir": "run", "max_steps": 1, "save_steps": 1}
+    assert train(**options)[0] == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["model"] == str(Path(model).resolve()) and saved["data"] == str(tmp_path / "rows.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = {"model": None, "data": None, "precision": None, "max_steps": 2, "output_dir": "../run"}
+    code, _, err = train("--resume", **again)
+    assert code == 0, err
+    code, _, err = train("--resume", **again | {"model": "../base", "max_steps": 3})
+    assert code == 0, err
+    assert main(["--print_config", "--output_dir", "x"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"] is None and shown["data"] is None
+
+
+@pytest.mark.parametrize("name", ["model", "data", "retriever_model"])
+def test_a_hub_id_stays_as_it_is_unless_there_is_such_a_directory(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--print_config", "--output_dir", "x", "--retriever", "dense", f"--{name}", "owner/name"]
+    for expected in ("owner/name", str(tmp_path / "owner" / "name")):
+        assert main(argv) == 0
+        assert yaml.safe_load(capsys.readouterr().out)[name] == expected
+        (tmp_path / "owner" / "name").mkdir(parents=True, exist_ok=True)
 
 
 def test_streaming_and_saved_datasets(train, tmp_path):
@@ -197,6 +242,14 @@ def test_a_second_run_takes_a_new_directory(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "demo" / "config.yaml").write_text("")
     assert main(["--print_config"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "runs/demo-2"
+
+
+@pytest.mark.parametrize("name", ["..jsonl", "...jsonl", "....jsonl", ".jsonl", "a..jsonl"])
+def test_a_new_directory_lies_in_runs_whatever_the_data_is_called(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--print_config", "--data", str(write_jsonl(tmp_path / name, ROWS))]) == 0
+    directory = Path(yaml.safe_load(capsys.readouterr().out)["output_dir"])
+    assert directory.resolve().parent == tmp_path / "runs" and directory.name.strip(".") == directory.name
 
 
 def test_the_seed_decides_everything(train, tmp_path):

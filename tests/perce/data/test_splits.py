@@ -1,26 +1,73 @@
 """Which examples are held out and drawn."""
 
+import random
+
 import pytest
 
 from perce import DataConfig, UserError
 from perce.config.schema import SplitConfig
-from perce.data.splits import hold_out, load_split, load_splits
-from tests.helpers.tiny import demo_examples, write_jsonl
+from perce.data.splits import load_split, load_splits
+from tests.helpers.tiny import write_jsonl
 
 
-def test_hold_out_keeps_users_whole():
-    examples = demo_examples(60)
-    train, validation, note = hold_out(examples, seed=0)
-    assert not {x.user_id for x in train} & {x.user_id for x in validation}
-    assert len(train) + len(validation) == 60 and validation and "users held out" in note
-    assert hold_out(examples, seed=0)[1] == validation and hold_out(examples, seed=1)[1] != validation
+def row(user, number):
+    named = {} if user is None else {"user_id": user}
+    return {
+        **named,
+        "persona": [f"I keep bees, {number}."],
+        "query": f"Where, {number}?",
+        "response": f"Here, {number}.",
+    }
 
 
-def test_hold_out_of_one_user_takes_examples_and_of_one_example_is_an_error():
-    train, validation, note = hold_out(demo_examples(6), seed=0)
-    assert len(train) == 5 and len(validation) == 1 and "examples" in note
-    with pytest.raises(UserError, match="at least two"):
-        hold_out(demo_examples(1), seed=0)
+def dialogue(number):
+    said = [
+        {"role": role, "content": f"{role} {number}, {turn}"} for turn in range(3) for role in ("user", "assistant")
+    ]
+    return {"persona": ["I bake."], "messages": said}
+
+
+USERS = [row(f"u{i % 25}", i) for i in range(60)]
+NAMELESS = [row(None, i) for i in range(30)]
+DIALOGUES = [dialogue(i) for i in range(30)]
+
+
+def splits(path, rows, seed=0):
+    return load_splits(DataConfig(data=str(write_jsonl(path / "rows.jsonl", rows))), eval_examples=0, seed=seed)
+
+
+def texts(examples):
+    return {(example.turns, example.response) for example in examples}
+
+
+def test_users_are_held_out_whole(tmp_path):
+    drawn = splits(tmp_path, USERS)
+    assert not {x.user_id for x in drawn.train} & {x.user_id for x in drawn.validation}
+    assert len(drawn.train) + len(drawn.validation) == 60 and drawn.validation and "2 of 25 users" in drawn.notes[0]
+    again, other = splits(tmp_path, USERS), splits(tmp_path, USERS, seed=1)
+    assert again.validation == drawn.validation != other.validation
+
+
+@pytest.mark.parametrize("rows", [USERS, NAMELESS, DIALOGUES, [row("ana", i) for i in range(30)]])
+def test_who_is_held_out_does_not_depend_on_the_order_of_the_rows(tmp_path, rows):
+    shuffled = random.Random(1).sample(rows, len(rows))
+    drawn = [texts(splits(tmp_path, order).validation) for order in (rows, shuffled, rows[::-1])]
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+@pytest.mark.parametrize("user", [{}, {"user_id": "ana"}])
+def test_a_dialogues_examples_are_held_out_together(tmp_path, user):
+    drawn = splits(tmp_path, [{**user, **said} for said in DIALOGUES])
+    assert len(drawn.validation) == 9 and "3 of 30 rows" in drawn.notes[0]
+    assert not {x.source for x in drawn.train} & {x.source for x in drawn.validation}
+
+
+def test_of_one_row_examples_are_held_out_and_of_one_example_nothing(tmp_path):
+    drawn = splits(tmp_path, DIALOGUES[:1])
+    assert len(drawn.train) == 2 and len(drawn.validation) == 1 and "1 of 3 examples" in drawn.notes[0]
+    for rows in (NAMELESS[:1], NAMELESS[:1] * 3):
+        with pytest.raises(UserError, match="no validation split: at least two different examples"):
+            splits(tmp_path, rows)
 
 
 def test_eval_examples_draws_the_same_sample_each_time():

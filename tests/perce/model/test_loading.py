@@ -1,14 +1,16 @@
 """Loading a model: precision, LoRA, 4 bits, attention."""
 
 import copy
+import json
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
-from perce import UserError
+from perce import PerceArguments, PerceTrainer, UserError
 from perce.config.schema import ModelConfig
 from perce.data.batch import collate
 from perce.model import loading
@@ -30,6 +32,21 @@ def test_loading_full_and_lora(tmp_path):
     lora = load_model(path, ModelConfig(lora_r=4, lora_alpha=8, lora_dropout=0.1, precision="fp32"), "cpu")
     trained = [name for name, p in lora.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained) and not any("lm_head" in name for name in trained)
+
+
+def test_an_adapter_names_its_base_from_the_root(tmp_path, monkeypatch):
+    """PEFT keeps the path as it was given: from another directory that is another model, or none."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_model(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules="all-linear")
+    by_path = PerceTrainer("./base", PerceArguments("out", use_cpu=True), peft_config=config).model
+    loaded = AutoModelForCausalLM.from_pretrained("./base")
+    for adapted in (load_model("base", ModelConfig(precision="fp32"), "cpu"), by_path, add_adapter(loaded, config)):
+        adapted.save_pretrained(tmp_path / "adapter")
+        saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == str(tmp_path / "base")
+    nameless = add_adapter(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
+    assert not nameless.peft_config["default"].base_model_name_or_path
 
 
 def test_a_bf16_lora_base_keeps_its_adapters_in_fp32(tmp_path, monkeypatch):

@@ -1,0 +1,173 @@
+"""Before anything is loaded: outputs that are also read, or written twice; and the modes of what is written."""
+
+import os
+
+import pytest
+
+from perce import evaluate, plan, score
+from tests.helpers.tiny import save_tiny_model, write_jsonl
+from tests.helpers.training import ROWS, fails, printed_by
+
+MAINS = {"score": score.main, "evaluate": evaluate.main, "plan": plan.main}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def here(tmp_path, base, monkeypatch):
+    """A directory with everything that the commands read, by short names."""
+    monkeypatch.chdir(tmp_path)
+    for command in ("perce.measuring.inference.load", "perce.planning.plans.make_plan"):
+        monkeypatch.setattr(command, lambda *_: pytest.fail("found too late"))
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    write_jsonl(tmp_path / "dir" / "train.jsonl", ROWS)
+    (tmp_path / "model").symlink_to(base)
+    (tmp_path / "link").symlink_to("rows.jsonl")
+    os.link(tmp_path / "rows.jsonl", tmp_path / "hard.html")
+    (tmp_path / "c.yaml").write_text("precision: fp32\n")
+    (tmp_path / "p.yaml").write_text("header: 'Known: '\n")
+    (tmp_path / "other.json").write_text("{}")
+    return tmp_path
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "names"),
+    [
+        ("score", "--data rows.jsonl --output rows.jsonl", ("--output rows.jsonl", "--data")),
+        ("score", "--data rows.jsonl --jsonl ./rows.jsonl", ("--jsonl ./rows.jsonl", "--data")),
+        ("score", "--data rows.jsonl --summary link", ("--summary link", "--data")),
+        ("score", "--data link --summary rows.jsonl", ("--summary rows.jsonl", "--data")),
+        ("score", "--data rows.jsonl --output hard.html", ("--output hard.html", "--data")),
+        ("score", "--summary new.json --jsonl dir/../new.json", ("--jsonl dir/../new.json", "--summary")),
+        ("score", "--output new --summary new", ("--output", "--summary new")),
+        ("score", "--jsonl s --summary s.run.json", ("--jsonl", "--summary s.run.json")),
+        ("score", "--output c.yaml --config c.yaml", ("--output c.yaml", "--config")),
+        ("score", "--output p.yaml --prompt p.yaml", ("--output p.yaml", "--prompt")),
+        ("score", "--data dir --jsonl dir/train.jsonl", ("--jsonl dir/train.jsonl", "--data")),
+        ("score", "--summary model/config.json", ("--summary model/config.json", "--model")),
+        ("evaluate", "--data rows.jsonl --output rows.json", ("--output", "rows.jsonl", "--data")),
+        ("evaluate", "--data rows.jsonl --output rows", ("--output", "rows.jsonl", "--data")),
+        ("evaluate", "--output other.json --compare_with other.json", ("--output other.json", "--compare_with")),
+        ("evaluate", "--data dir --output dir/test.json", ("--output dir/test.json", "--data")),
+        ("evaluate", "--output model/adapter_config.json", ("--output model/adapter_config.json", "--model")),
+        ("plan", "--json model/config.json", ("--json model/config.json", "--model")),
+        ("plan", "--json model/model.safetensors", ("--json model/model.safetensors", "--model")),
+        ("plan", "--json c.yaml --config c.yaml", ("--json c.yaml", "--config")),
+    ],
+)
+def test_an_output_that_would_be_written_over_an_input_or_an_output_is_refused(here, capsys, command, argv, names):
+    before = contents(here)
+    err = printed_by(MAINS[command], capsys, "--model", "model")(*argv.split(), code=2).err
+    assert all(name in err for name in names) and "found too late" not in err and err.count("\n") == err.count("error:")
+    assert contents(here) == before, "nothing was written"
+
+
+def test_results_beside_model_and_data_are_welcome(scored, gemma, tmp_path):
+    write_jsonl(tmp_path / "dir" / "train.jsonl", ROWS)
+    for _ in range(2):
+        flags = (
+            "--jsonl",
+            tmp_path / "dir" / "s.jsonl",
+            "--summary",
+            gemma / "test.json",
+            "--output",
+            gemma / "s.html",
+        )
+        scored("--data", tmp_path / "dir", *flags)
+
+
+@pytest.mark.parametrize("inside", ["", "merged", "checkpoint-5"])
+def test_a_run_is_not_written_over_its_model(train, tmp_path, inside):
+    base = save_tiny_model(tmp_path / "base" / inside)
+    before = contents(tmp_path)
+    fails(train(model=base, output_dir=tmp_path / "base"), "--output_dir", "--model", str(tmp_path / "base"))
+    assert contents(tmp_path) == before
+
+
+def test_a_run_is_not_written_into_its_data(train, tmp_path):
+    write_jsonl(tmp_path / "dir" / "train.jsonl", ROWS)
+    fails(train(data=tmp_path / "dir", output_dir=tmp_path / "dir"), "--output_dir", "--data")
+    fails(train(data=tmp_path / "dir/train.jsonl", output_dir=tmp_path / "dir/train.jsonl"), "--output_dir", "--data")
+    assert [path.name for path in (tmp_path / "dir").iterdir()] == ["train.jsonl"]
+    assert train(data=tmp_path / "dir/train.jsonl", output_dir=tmp_path / "dir", max_steps=1)[0] == 0, "beside its rows"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+@pytest.mark.parametrize(
+    "options", [{"lora_r": 0, "estimate": "frozen"}, {"merge_adapter": "true", "estimate": "epoch"}], ids=str
+)
+def test_the_umask_decides_who_may_read_what_a_run_saves(train, tmp_path, umask, options):
+    before = os.umask(umask)
+    try:
+        assert train(max_steps=1, save_steps=1, **options)[0] == 0
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    names = {path.name for path in modes}
+    assert {"estimates.safetensors", "trainer_state.json"} <= names
+    assert {"model.safetensors", "adapter_model.safetensors"} & names
+    assert {path: mode for path, mode in modes.items() if mode != 0o666 & ~umask} == {}
+
+
+WRITERS = {
+    "score": "--limit 2 --terminal 0 --output out.html --summary out.json --jsonl out.jsonl",
+    "evaluate": "--limit 2 --generate false --output out.json",
+    "plan": "--context 96 --query 8 --response 16 --tflops 1 --device cpu --json out.json",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [("score", "out.html"), ("score", "out.json"), ("score", "out.jsonl.run.json"), ("evaluate", "out.json"),
+     ("plan", "out.json")],
+)  # fmt: skip
+def test_a_result_is_whole_or_as_it_was(base, tmp_path, monkeypatch, capsys, command, name):
+    monkeypatch.chdir(tmp_path)
+    run = printed_by(MAINS[command], capsys, "--model", base, *WRITERS[command].split())
+    run()
+    before = (tmp_path / name).read_bytes()
+    (tmp_path / "out.jsonl").unlink(missing_ok=True)  # begun anew
+    replace = os.replace
+
+    def killed(source, target):
+        if os.path.basename(target) == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("--precision", "fp32")
+    assert (tmp_path / name).read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".unfinished")]
+
+
+def test_results_go_where_a_link_leads_with_the_mode_that_was_there(scored, tmp_path):
+    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "real.json").chmod(0o600)
+    (tmp_path / "link.json").symlink_to("real.json")
+    scored("--summary", tmp_path / "link.json", "--output", "/dev/null", "--terminal", 0)
+    assert (tmp_path / "link.json").is_symlink() and "pir_mean" in (tmp_path / "real.json").read_text()
+    assert (tmp_path / "real.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_command_that_fails_leaves_no_empty_result(scored, tmp_path):
+    out = tmp_path / "new" / "s.html"
+    scored("--output", out, "--data", "nowhere.jsonl", code=2)
+    assert not list(out.parent.iterdir())
+    out.mkdir()
+    assert f"{out}: cannot be written to" in scored("--output", out, code=2).err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_cannot_be_written_to_is_found_before(scored, tmp_path):
+    (tmp_path / "s.html").write_text("")
+    tmp_path.chmod(0o500)
+    assert "cannot be written to" in scored("--output", tmp_path / "s.html", code=2).err
+    tmp_path.chmod(0o700)
