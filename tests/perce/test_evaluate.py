@@ -167,6 +167,17 @@ def test_without_data_a_run_is_asked_about_its_own(run, train, tmp_path, monkeyp
         assert (options["data"], options["columns"], options["split"], told) == (str(DATA_DIR), None, None, "")
 
 
+def test_data_is_the_same_by_a_relative_path(run, tmp_path, monkeypatch):
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    run("--data", "rows.jsonl", "--generate", "false", "--output", "a.json")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    flags = ("--data", rows, "--generate", "false", "--output")
+    assert "not only the model differs" not in run(*flags, "b.json", "--compare_with", "../a.json").out
+    run(*flags, "../a.json")
+
+
 def test_the_own_test_or_validation_split_comes_first(run, train, tmp_path, capsys):
     for split in ("train", "test"):
         write_jsonl(tmp_path / "split" / f"{split}.jsonl", ROWS)
