@@ -51,8 +51,12 @@ def load_subject(options: InferenceOptions, command: str) -> Subject:
     model, tokenizer, device = load(options.model)
     builder = make_persona_builder(tokenizer, options.data, examples.format)
     facts = {"command": command, **model_facts(options.model, model), "split": split, "split_seed": seed}
-    told = {"prompt": asdict(builder.chat_format.style)}  # the words, whatever file or run they come from
-    return Subject(model, tokenizer, device, builder, examples, split, facts | asdict(options.data) | told)
+    facts |= asdict(options.data)
+    # Data and words are what they are, whatever directory, file or run they are named from.
+    for name in ("data", "retriever_model"):
+        facts[name] = facts[name] and from_anywhere(facts[name])
+    facts["prompt"] = asdict(builder.chat_format.style)
+    return Subject(model, tokenizer, device, builder, examples, split, facts)
 
 
 def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:

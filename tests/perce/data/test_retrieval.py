@@ -254,10 +254,8 @@ def test_a_run_retrieves_and_its_report_shows_what_was_picked(tmp_path, capsys):
     ids=["unknown retriever", "k", "model without dense", "no directory", "no Hub"],
 )
 def test_mistakes(flags, fragments, tmp_path, capsys, monkeypatch):
-    model, data = (
-        str(save_tiny_model(tmp_path / "model")),
-        str(write_jsonl(tmp_path / "a.jsonl", [ROW, ROW | {"id": "1"}])),
-    )
+    rows = [ROW | {"id": str(i)} for i in range(2)]
+    model, data = str(save_tiny_model(tmp_path / "model")), str(write_jsonl(tmp_path / "a.jsonl", rows))
     load = AutoTokenizer.from_pretrained
 
     def offline(path, **options):
