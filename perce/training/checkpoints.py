@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
+from perce.environment import in_one_move
 from perce.errors import UserError, in_one_line
+from perce.integrity import difference, facts_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -39,31 +39,17 @@ def seal(directory: Path, files: Iterable[Path] | None = None) -> None:
     listed = sorted(path for path in directory.rglob("*") if path.is_file()) if files is None else sorted(files)
     for path in (*listed, *(path for path in directory.rglob("*") if path.is_dir() and files is None)):
         _flush(path)
-    facts = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": _digest(path)}
-        for path in listed
-        if path.name != LIST
-    }
+    facts = facts_of(directory, (path for path in listed if path.name != LIST))
     write_in_one_move(directory / LIST, json.dumps(facts, indent=1))
     for flushed in (directory, directory.parent):
         _flush(flushed)
 
 
-def _digest(path: Path) -> str:
-    """Of a file's contents: finds damage, not malice, at the speed that memory is read."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_in_one_move(path: Path, text: str) -> None:
-    """The file as it was or as it is to be, never half of it."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    _flush(unfinished)
-    os.replace(unfinished, path)
+    """On the disk, and as it was or as it is to be, never half of it."""
+    with in_one_move(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+        _flush(unfinished)
 
 
 def _flush(path: Path) -> None:
@@ -84,23 +70,11 @@ def _flush(path: Path) -> None:
 def damage(directory: Path, contents: bool = True) -> str | None:
     """What is not as its list says; None if all is. `contents`: read every file, not its size alone."""
     try:
-        listed = json.loads((directory / LIST).read_text(encoding="utf-8"))
-        facts = {name: (file["bytes"], file["xxh3_128"]) for name, file in listed.items()}
+        return difference(directory, json.loads((directory / LIST).read_text(encoding="utf-8")), contents)
     except FileNotFoundError:
         return f"it has no {LIST}, which is written last"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"its {LIST} cannot be read ({in_one_line(error)})"
-    if not facts:
-        return f"its {LIST} lists no file"
-    for name, (size, digest) in facts.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} of {size:,} bytes"
-        if contents and _digest(path) != digest:
-            return f"{name} is not what was written: its contents have changed"
-    return None
 
 
 def flaw(checkpoint: Path) -> str | None:
