@@ -100,7 +100,7 @@ class Command(Generic[Chosen]):
         extra = {name: number(value) for name, value in raw.items() if name not in fields}
         if extra and not self.extra:
             raise self.unknown(next(iter(extra)))
-        values = {name: _convert(name, hints[name], value) for name, value in raw.items() if name in fields}
+        values = {name: convert(name, hints[name], value) for name, value in raw.items() if name in fields}
         sections = {
             section: cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
             for section, cls in self.sections.items()
@@ -258,7 +258,7 @@ def _plain_type(hint: Any) -> type:
     return hint
 
 
-def _convert(name: str, hint: Any, value: Any) -> Any:
+def convert(name: str, hint: Any, value: Any) -> Any:
     """A flag's string or a YAML scalar → the field's type."""
     plain, optional = _plain_type(hint), _is_optional(hint)
     if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):

@@ -136,7 +136,7 @@ def test_every_field_is_read_or_refused():
         ("--tokens_per_batch=700 --auto_find_batch_size", ["auto_find_batch_size"]),
         ("--lr_scheduler_type=constant --lr_scheduler_kwargs={}", ["lr_scheduler_kwargs", "constant"]),
         ("--hub_model_id=me/x", ["hub_model_id", "--push_to_hub"]), ("--fsdp_config={}", ["fsdp_config", "--fsdp"]),
-        ("--gradient_checkpointing_kwargs={}", ["gradient_checkpointing_kwargs", "--activation_checkpointing"]),
+        ("--gradient_checkpointing_kwargs={}", ["checkpointing_kwargs", "--activation_checkpointing"]),
     ],
 )  # fmt: skip
 def test_a_field_without_an_effect_is_refused_with_the_remedy(train, tmp_path, flags, fragments):
