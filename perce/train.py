@@ -83,6 +83,7 @@ def run(config: TrainOptions) -> None:
     from perce.demo import default_model_path
     from perce.hub import load_tokenizer
     from perce.model.loading import load_model, merge_adapter
+    from perce.training.best import kept_weights
     from perce.training.card import write_card
     from perce.training.fits import check_fits
     from perce.training.interruption import train_interruptibly
@@ -122,16 +123,15 @@ def run(config: TrainOptions) -> None:
         write_in_one_move(output_dir / CONFIG_NAME, dump_yaml(config.to_dict()))
 
     train_interruptibly(trainer, checkpoint)
-    if progress.evaluated_at != trainer.state.global_step:
-        trainer.evaluate()
+    progress.evaluate_what_is_saved(trainer)
     with disk_errors(output_dir):
         trainer.save_model()
         trainer.save_state()
         if main_process:
             write_run_report(output_dir, config, trainer, pairs, progress)
             served = None if pairs.format == "text" else trainer.processing_class
-            numbers, steps = progress.before_and_after(), trainer.state.global_step
-            write_card(output_dir, config, model_path, served, numbers, steps)
+            trained = "; ".join(filter(None, (f"{trainer.state.global_step} steps", kept_weights(trainer))))
+            write_card(output_dir, config, model_path, served, progress.before_and_after(), trained)
     if config.run.merge_adapter and main_process:
         with disk_errors(output_dir):
             merge_adapter(output_dir, model_path)

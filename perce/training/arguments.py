@@ -13,11 +13,12 @@ from transformers import Trainer, TrainingArguments
 
 from perce.config.commands import TRAIN, TrainOptions
 from perce.config.options import convert
-from perce.config.schema import DataConfig, LossConfig, MemoryConfig
+from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig
 from perce.environment import prepare
 from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
+from perce.training.best import settle_metric
 from perce.training.parallel import check_parallelism
 
 # TrainingArguments fields that an option of ours decides.
@@ -76,6 +77,8 @@ class PerceArguments(TrainingArguments):
     """Sequences one after the other in a single row, for flash or flex attention on a GPU."""
     backend: str = "auto"
     """Of fused_perce_loss; "auto" becomes the one that PERCE_BACKEND names, if any."""
+    early_stopping: int = 0
+    """Evaluations in a row without a better metric_for_best_model after which training stops; 0: it never does."""
     # Decided here, see NOT_READ.
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
@@ -84,6 +87,9 @@ class PerceArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_parallelism(self)
+        if self.early_stopping:
+            self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
+        settle_metric(self)
         _refuse_idle(_changed(self), NOT_READ | idle_beside(self))
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise UserError(f"tokens_per_batch: expected >= 1, or None, got {self.tokens_per_batch}.")
@@ -233,6 +239,7 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         "save_strategy": "steps" if run.save_steps else "no",
         "save_steps": run.save_steps or 500,
         "save_total_limit": KEPT_CHECKPOINTS,
+        "early_stopping": run.early_stopping,
         "logging_steps": min(run.logging_steps, run.max_steps) if run.max_steps > 0 else run.logging_steps,
         "logging_first_step": True,
         "seed": run.seed,
@@ -247,8 +254,15 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         # Batches of ragged examples cannot be cut and sent around: every process reads its own from a stream.
         "accelerator_config": {"dispatch_batches": False},
     }
+    values |= extra
+    if run.early_stopping and not values.setdefault("load_best_model_at_end", True):
+        raise UserError("early_stopping: keeps the best weights. Leave --load_best_model_at_end out.")
+    follows = "save_strategy" not in extra and run.save_steps == RunConfig.save_steps
+    if values.get("load_best_model_at_end") and follows:  # what is the best is known where it is evaluated
+        values["save_strategy"] = values["eval_strategy"]
+        values["save_steps"] = values["eval_steps"] or values["logging_steps"]
     with options_that_fail_late((ImportError, ValueError, TypeError)):
-        args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **(values | extra))
+        args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
     _refuse_idle(config.extra, idle_beside(args), but=())
     return args
 

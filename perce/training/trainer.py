@@ -30,6 +30,7 @@ from perce.model.patch import prepare_model
 from perce.model.probe import check_packing, evaluating, unwrapped
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
+from perce.training.best import EarlyStopping, check_first_value, check_metric
 from perce.training.checkpoints import resume_point, save_whole
 from perce.training.checks import check_context, check_hooks, check_sharding, check_vocabulary, warn_of_dropout
 from perce.training.estimates import Estimates, check_estimable, estimate, over_step
@@ -69,6 +70,7 @@ class PerceTrainer(Trainer):
         **kwargs: Any,
     ):
         check_hooks(kwargs)
+        check_metric(args, eval_dataset)
         name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
         tokenizer = processing_class or load_tokenizer(name)
         if isinstance(model, str):  # not in the checkpoint's own type: weights that are trained in bf16 hardly move
@@ -111,6 +113,8 @@ class PerceTrainer(Trainer):
         if args.loss.estimate != "online":
             check_estimable(self.train_dataset, args.loss.estimate)
             self.add_callback(_EStep(self))
+        if args.early_stopping:
+            self.add_callback(EarlyStopping(args.early_stopping))
         self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
@@ -142,6 +146,11 @@ class PerceTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
         return super().evaluate(self._checked_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        check_first_value(self.args, self.state, metrics)
+        return metrics
 
     def get_train_dataloader(self) -> DataLoader:
         loader = own_train_loader(self.train_dataset, self.data_collator, self.args)
