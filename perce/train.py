@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perce.config.commands import TrainOptions, parse_args
-from perce.config.options import dump_yaml, read_yaml
+from perce.config.options import dump_yaml, guarded, read_yaml
 from perce.config.schema import CONFIG_NAME
 from perce.errors import UserError
 from perce.training.checkpoints import disk_errors, write_in_one_move
@@ -27,22 +27,20 @@ DEMO_RECIPE = Path(__file__).parent / "demo" / "recipe.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 after one paragraph on stderr when the user can put something right."""
-    try:
-        config, print_config = parse_args(sys.argv[1:] if argv is None else argv, read_yaml(str(DEMO_RECIPE)))
-        if print_config:
-            resolved = resolve(config)
-            if config.extra:
-                from perce.training.arguments import training_arguments
+    """Train, or print the options; see guarded for the exit code."""
 
-                training_arguments(resolved)  # finds what is misspelt
-            print(dump_yaml(resolved.to_dict()), end="")
-        else:
-            run(resolve(config))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    def parse_and_run() -> None:
+        config, print_config = parse_args(sys.argv[1:] if argv is None else argv, read_yaml(str(DEMO_RECIPE)))
+        if not print_config:
+            return run(resolve(config))
+        resolved = resolve(config)
+        if config.extra:
+            from perce.training.arguments import training_arguments
+
+            training_arguments(resolved)  # finds what is misspelt
+        print(dump_yaml(resolved.to_dict()), end="")
+
+    return guarded(parse_and_run)
 
 
 def resolve(config: TrainOptions) -> TrainOptions:
@@ -85,6 +83,7 @@ def run(config: TrainOptions) -> None:
     from perce.model.loading import load_model, merge_adapter
     from perce.training.best import kept_weights
     from perce.training.card import write_card
+    from perce.training.checks import try_options
     from perce.training.fits import check_fits
     from perce.training.interruption import train_interruptibly
     from perce.training.summary import Progress, describe_run, loss_labels, print_result, write_run_report
@@ -115,7 +114,8 @@ def run(config: TrainOptions) -> None:
             model, args, train_dataset=pairs.train, eval_dataset=pairs.validation, processing_class=tokenizer,
             callbacks=[progress],
         )  # fmt: skip
-        trainer.get_optimizer_cls_and_kwargs(args, model)
+    with options_that_fail_late((Exception,)):
+        try_options(trainer)
     if (doubt := check_fits(config, args, model, pairs)) and main_process:
         print(f"memory {doubt}")
     progress.attach(trainer)

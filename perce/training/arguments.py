@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils.logging import log_levels
 
 from perce.config.commands import TRAIN, TrainOptions
-from perce.config.options import convert
+from perce.config.options import convert, require, require_finite
 from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig
 from perce.environment import prepare
 from perce.errors import UserError, in_one_line
@@ -56,6 +58,18 @@ OF_THE_HUB = (
 OF_THE_TRAINERS_LOADER = ("dataloader_drop_last", "train_sampling_strategy", "auto_find_batch_size")
 OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 SET_ON_CONSTRUCTION = ("do_eval", "fsdp_config")  # by TrainingArguments, so that a copy of them has another value
+# What TrainingArguments take without a word, to fail or to do something else later.
+AT_LEAST = {
+    0: ("weight_decay", "max_grad_norm", "eval_delay", "save_total_limit", "neftune_noise_alpha"),
+    1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+        "dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb"),
+}  # fmt: skip
+ONE_OF = {
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "include_num_input_tokens_seen": ("no", "all", "non_padding", True, False),
+    "log_level": ("passive", *log_levels),
+    "log_level_replica": ("passive", *log_levels),
+}
 SEQUENCES_A_STEP = 8
 # Longest sequence × sequences a forward, by default: activations of 135 M parameters then take 2 GiB, and batches of
 # long, uneven sequences are not padded to the longest of eight. How a step is divided does not change its loss or
@@ -87,6 +101,7 @@ class PerceArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_parallelism(self)
+        _check_values(self)
         if self.early_stopping:
             self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
         settle_metric(self)
@@ -104,6 +119,7 @@ class PerceArguments(TrainingArguments):
         self.liger_kernel_config = (self.liger_kernel_config or {}) | dict.fromkeys(off, False)
         super().__post_init__()
         _check_optimizer(self)
+        _settle_loaders(self)
         settle_device(self, self.memory)
         self.backend = check_backend(self.backend, self.device)
         if self.n_gpu > 1:
@@ -152,6 +168,34 @@ def idle_beside(args: PerceArguments) -> dict[str, str]:
         why = "nothing is recomputed without --activation_checkpointing"
         idle |= {"gradient_checkpointing_kwargs": why, "activation_checkpointing_kwargs": why}
     return idle
+
+
+def _check_values(args: PerceArguments) -> None:
+    """UserError for numbers and names that would be found out late, or never."""
+    for field in dataclasses.fields(args):
+        require_finite(field.name, getattr(args, field.name))
+    for least, names in AT_LEAST.items():
+        for name in names:
+            value = getattr(args, name)
+            require(value is None or value >= least, name, f">= {least}", value)
+    for name, choices in ONE_OF.items():
+        require(getattr(args, name) in choices, name, f"one of {', '.join(map(str, choices))}", getattr(args, name))
+    for name in (f"{CHECKPOINTING}_kwargs", "lr_scheduler_kwargs"):
+        value = getattr(args, name)
+        as_json = isinstance(value, str) and value.startswith("{")
+        require(value is None or as_json or isinstance(value, Mapping), name, "a mapping, or one as JSON", value)
+    require("tpu_metrics_debug" not in str(args.debug), "debug", "no metrics of a TPU", args.debug)
+
+
+def _settle_loaders(args: PerceArguments) -> None:
+    """Batches of ragged examples cannot be cut and sent around: every process reads its own from a stream."""
+    given: Any = args.accelerator_config
+    if given.dispatch_batches or (given.gradient_accumulation_kwargs or {}).get("num_steps"):
+        raise UserError(
+            "accelerator_config: expected neither dispatch_batches, for batches of ragged examples cannot be sent "
+            "around, nor num_steps, which is --gradient_accumulation_steps. Leave them out."
+        )
+    given.dispatch_batches = False
 
 
 def _check_optimizer(args: PerceArguments) -> None:
@@ -251,8 +295,6 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         "dataloader_pin_memory": not use_cpu,
         CHECKPOINTING: run.activation_checkpointing,
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if run.activation_checkpointing else None,
-        # Batches of ragged examples cannot be cut and sent around: every process reads its own from a stream.
-        "accelerator_config": {"dispatch_batches": False},
     }
     values |= extra
     if run.early_stopping and not values.setdefault("load_best_model_at_end", True):
@@ -261,8 +303,10 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
     if values.get("load_best_model_at_end") and follows:  # what is the best is known where it is evaluated
         values["save_strategy"] = values["eval_strategy"]
         values["save_steps"] = values["eval_steps"] or values["logging_steps"]
-    with options_that_fail_late((ImportError, ValueError, TypeError)):
+    with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
         args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()  # finds that its package is missing
     _refuse_idle(config.extra, idle_beside(args), but=())
     return args
 
@@ -297,7 +341,7 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any) -> TrainOp
 
 @contextlib.contextmanager
 def options_that_fail_late(faults: tuple[type[Exception], ...] = (ImportError, ValueError)) -> Iterator[None]:
-    """What arguments and Trainer find out on construction: bad combinations, optimisers whose package is missing."""
+    """What arguments, Trainer and what it makes find out: bad combinations, optimisers whose package is missing."""
     try:
         yield
     except UserError:

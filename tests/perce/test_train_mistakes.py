@@ -92,7 +92,7 @@ SCHEDULE = "--lr_scheduler_type={} --lr_scheduler_kwargs={}"
         ("--lr_scheduler_type=reduce_lr_on_plateau --eval_strategy=no", ["eval strategy"]),
         (SCHEDULE.format("cosine", '{"num_cycles":"x"}'), ["cannot be used here"]),
         ("--push_to_hub", ["--push_to_hub", "HF_TOKEN"]),
-        ("--dataloader_drop_last --per_device_train_batch_size=100", ["dataloader_drop_last", "11 training examples"]),
+        ("--dataloader_drop_last --per_device_train_batch_size=100", ["dataloader_drop_last", "9 training examples"]),
         ("--dataloader_num_workers=-1", ["num_workers"]), ("--dataloader_num_workers=1.5", ["whole number"]),
         ("--dataloader_persistent_workers", ["num_workers"]), ("--dataloader_prefetch_factor=2", ["num_workers"]),
         ("--dataloader_num_workers=1 --dataloader_prefetch_factor=0", ["dataloader_prefetch_factor", ">= 1"]),
