@@ -109,6 +109,9 @@ SCHEDULE = "--lr_scheduler_type={} --lr_scheduler_kwargs={}"
         ("--greater_is_better=x", ["greater_is_better", "true or false"]),
         ('--accelerator_config={"dispatch_batches":true}', ["accelerator_config", "dispatch_batches"]),
         ("--accelerator_config=nofile.json", ["nofile.json"]),
+        ('--activation_checkpointing=true --gradient_checkpointing_kwargs={"nope":1}', ["nope"]),
+        ('--activation_checkpointing=true --gradient_checkpointing_kwargs={"every_n_layers":0}', ["every_n_layers"]),
+        ("--lora_alpha=0", ["lora_alpha", ">= 1"]), ("--deepspeed={}", ["deepspeed"]),
         ("--activation_checkpointing=true --gradient_checkpointing_kwargs=3", ["checkpointing_kwargs", "mapping"]),
     ],
 )  # fmt: skip
