@@ -53,6 +53,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.lora_r >= 0, "lora_r", ">= 0", self.lora_r)
+        _require(self.lora_alpha >= 1, "lora_alpha", ">= 1", self.lora_alpha)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
 
 

@@ -57,7 +57,9 @@ OF_THE_HUB = (
 )  # fmt: skip
 OF_THE_TRAINERS_LOADER = ("dataloader_drop_last", "train_sampling_strategy", "auto_find_batch_size")
 OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-SET_ON_CONSTRUCTION = ("do_eval", "fsdp_config")  # by TrainingArguments, so that a copy of them has another value
+OF_LOGGERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+# In Python: what TrainingArguments set themselves, so that a copy of them has another value, and what callbacks read.
+LEFT_OPEN = ("do_eval", "fsdp_config", *OF_LOGGERS)
 # What TrainingArguments take without a word, to fail or to do something else later.
 AT_LEAST = {
     0: ("weight_decay", "max_grad_norm", "eval_delay", "save_total_limit", "neftune_noise_alpha"),
@@ -120,6 +122,7 @@ class PerceArguments(TrainingArguments):
         super().__post_init__()
         _check_optimizer(self)
         _settle_loaders(self)
+        require(self.deepspeed != {}, "deepspeed", "a configuration of DeepSpeed", self.deepspeed)
         settle_device(self, self.memory)
         self.backend = check_backend(self.backend, self.device)
         if self.n_gpu > 1:
@@ -143,7 +146,7 @@ def _changed(args: PerceArguments) -> list[str]:
     return [name for name, default in defaults.items() if getattr(args, name) != default]
 
 
-def _refuse_idle(names: Iterable[str], idle: Mapping[str, str], but: Iterable[str] = SET_ON_CONSTRUCTION) -> None:
+def _refuse_idle(names: Iterable[str], idle: Mapping[str, str], but: Iterable[str] = LEFT_OPEN) -> None:
     """UserError for a field that would have no effect; `idle` says of which that is so, and what to do instead."""
     for name in names:
         if name in idle and name not in but:
@@ -162,6 +165,10 @@ def idle_beside(args: PerceArguments) -> dict[str, str]:
         idle["lr_scheduler_kwargs"] = "a constant --lr_scheduler_type takes none"
     if not args.push_to_hub:
         idle |= dict.fromkeys(OF_THE_HUB, "nothing is uploaded without --push_to_hub true")
+    if args.report_to in (None, "none", [], ["none"]):
+        idle |= dict.fromkeys(OF_LOGGERS, "nothing is reported without --report_to")
+    if not args.dataloader_num_workers:
+        idle["dataloader_in_order"] = "batches come in order without --dataloader_num_workers"
     if not args.fsdp:
         idle["fsdp_config"] = "weights are not sharded without --fsdp true"
     if not getattr(args, CHECKPOINTING):
@@ -289,6 +296,7 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         "seed": run.seed,
         "data_seed": None if config.data.streaming else run.seed,
         "report_to": "none",
+        "disable_tqdm": False,  # by default they are off where transformers' log is, as here
         "use_cpu": use_cpu,
         # Also for LoRA's bf16 base: its fp32 adapters would keep an fp32 copy of every activation.
         "bf16": precision == "bf16",

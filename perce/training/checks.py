@@ -8,16 +8,18 @@ import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
+from perce.config.options import require
 from perce.config.schema import MemoryConfig
 from perce.data.dataset import sequence_lengths, token_ids
 from perce.data.documents import DocumentBuilder
 from perce.data.stream import PairStream
 from perce.errors import UserError
-from perce.model.memory import position_limit
+from perce.model.memory import CHECKPOINTING, position_limit
 from perce.training.arguments import PerceArguments
 
 # A mask or scores of T × T up to here are slow and no more; beyond, they are what memory ends at.
@@ -104,6 +106,11 @@ def try_options(trainer: Trainer) -> None:
     for rate in getattr(schedule, "lr_lambdas", ()):
         for step in (0, steps // 2, steps):
             rate(step)
+    if getattr(args, CHECKPOINTING):
+        options = {"every_n_layers": 1} | (getattr(args, f"{CHECKPOINTING}_kwargs") or {})
+        require(options.pop("every_n_layers") >= 1, f"{CHECKPOINTING}_kwargs", "every_n_layers >= 1", 0)
+        options.pop("offload", None)
+        checkpoint(nn.Identity(), parameter, **options)
     if args.torch_compile:
         torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)  # type: ignore[arg-type]
 

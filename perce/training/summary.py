@@ -56,6 +56,22 @@ class Progress(ProgressCallback):
         self._first = output_dir / "before.pt"
         self._trainer: PerceTrainer | None = None
 
+    def on_train_begin(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_train_begin(args, *event, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_step_end(args, *event, **kwargs)
+
+    def on_prediction_step(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, *event, **kwargs)
+
+    def on_train_end(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_train_end(args, *event, **kwargs)
+
     def attach(self, trainer: PerceTrainer) -> None:
         """Take the place of the Trainer's own reporters."""
         self._trainer = trainer
