@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perce.config.commands import TrainOptions, parse_args
-from perce.config.options import dump_yaml, read_yaml
+from perce.config.options import dump_yaml, guarded, read_yaml
 from perce.config.schema import HELD_OUT_NAME
 from perce.environment import check_outputs
 from perce.errors import UserError
@@ -36,22 +36,20 @@ DEMO_RECIPE = Path(__file__).parent / "demo" / "recipe.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 after one paragraph on stderr when the user can put something right."""
-    try:
-        config, print_config = parse_args(sys.argv[1:] if argv is None else argv, read_yaml(str(DEMO_RECIPE)))
-        if print_config:
-            resolved = resolve(config)
-            if config.extra:
-                from perce.training.arguments import training_arguments
+    """Train, or print the options; see guarded for the exit code."""
 
-                training_arguments(resolved)  # finds what is misspelt
-            print(dump_yaml(resolved.to_dict()), end="")
-        else:
-            run(resolve(config), None if config.run.output_dir else run_name(config))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    def parse_and_run() -> None:
+        config, print_config = parse_args(sys.argv[1:] if argv is None else argv, read_yaml(str(DEMO_RECIPE)))
+        if not print_config:
+            return run(resolve(config), None if config.run.output_dir else run_name(config))
+        resolved = resolve(config)
+        if config.extra:
+            from perce.training.arguments import training_arguments
+
+            training_arguments(resolved)  # finds what is misspelt
+        print(dump_yaml(resolved.to_dict()), end="")
+
+    return guarded(parse_and_run)
 
 
 def resolve(config: TrainOptions) -> TrainOptions:
@@ -120,8 +118,10 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     from perce.hub import BASE_NAME, base_facts, check_base, load_tokenizer
     from perce.model.loading import load_model, merge_adapter
     from perce.training.arguments import fit_batch, options_that_fail_late, step_of_run
+    from perce.training.best import kept_weights
     from perce.training.card import write_card
     from perce.training.checkpoints import disk_errors
+    from perce.training.checks import try_options
     from perce.training.fits import check_fits
     from perce.training.interruption import train_interruptibly
     from perce.training.run_directory import begin, check_facts, finish
@@ -157,7 +157,8 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
             model, args, train_dataset=pairs.train, eval_dataset=pairs.validation, processing_class=tokenizer,
             callbacks=[progress],
         )  # fmt: skip
-        trainer.get_optimizer_cls_and_kwargs(args, model)
+    with options_that_fail_late((Exception,)):
+        try_options(trainer)
     if (doubt := check_fits(config, args, model, pairs)) and main_process:
         print(f"memory {doubt}")
     progress.attach(trainer)
@@ -167,16 +168,15 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         begin(claim, config, facts, kept)
 
     train_interruptibly(trainer, claim.checkpoint)
-    if progress.evaluated_at != trainer.state.global_step:
-        trainer.evaluate()
+    progress.evaluate_what_is_saved(trainer)
     with disk_errors(output_dir):
         trainer.save_model()
         trainer.save_state()
         if main_process:
             write_run_report(output_dir, config, trainer, pairs, progress)
             served = None if pairs.format == "text" else trainer.processing_class
-            numbers, steps = progress.before_and_after(), trainer.state.global_step
-            write_card(output_dir, config, model_path, served, numbers, steps)
+            trained = "; ".join(filter(None, (f"{trainer.state.global_step} steps", kept_weights(trainer))))
+            write_card(output_dir, config, model_path, served, progress.before_and_after(), trained)
     if config.run.merge_adapter and main_process:
         with disk_errors(output_dir):
             merge_adapter(output_dir, model_path)

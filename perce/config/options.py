@@ -8,9 +8,14 @@ Neither torch nor transformers is imported here, so that `--help` answers at onc
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
+import math
+import os
+import signal
 import sys
 import textwrap
 import types
@@ -46,6 +51,45 @@ def require(condition: bool, name: str, expected: str, got: Any) -> None:
     """UserError unless an option's value is what was expected."""
     if not condition:
         raise UserError(f"{name}: expected {expected}, got {got!r}.")
+
+
+BROKEN_PIPE = 13  # SIGPIPE, which Windows has not
+LARGEST = 3.4028234663852886e38  # of fp32
+
+
+def require_finite(name: str, value: Any, given: Any = None) -> None:
+    """UserError for a number that no tensor could hold: nan, inf, what overflows fp32 or, whole, 64 bits.
+
+    given: as it was written.
+    """
+    given = value if given is None else given
+    if isinstance(value, float):
+        require(math.isfinite(value) and abs(value) <= LARGEST, name, "a finite number that fp32 can hold", given)
+    elif isinstance(value, int):
+        require(abs(value) < 2**63, name, "a whole number below 2 ** 63", given)
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """The exit code of a command that `run` is: 0; 2 after one paragraph on stderr when the user can put something
+    right; as a shell has it of one that Ctrl-C stopped, or whose reader has gone (`| head`)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may not know an arrow
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            run()
+        finally:
+            sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # what is still buffered is written when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + BROKEN_PIPE
+    return 0
 
 
 @dataclass(frozen=True)
@@ -116,7 +160,7 @@ class Command(Generic[Chosen]):
         extra = {name: number(value) for name, value in raw.items() if name not in fields}
         if extra and not self.extra:
             raise self.unknown(next(iter(extra)))
-        values = {name: _convert(name, hints[name], value) for name, value in raw.items() if name in fields}
+        values = {name: convert(name, hints[name], value) for name, value in raw.items() if name in fields}
         sections = {
             section: cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
             for section, cls in self.sections.items()
@@ -124,28 +168,22 @@ class Command(Generic[Chosen]):
         return self.options(**sections, **({"extra": extra} if self.extra else {}))
 
     def main(self, run: Callable[[Chosen], None]) -> Callable[..., int]:
-        """main(argv): run the command, or print its options. Exit code 0, or 2 after one paragraph on stderr when the
-        user can put something right."""
+        """main(argv): run the command, or print its options; see guarded for its exit code."""
 
-        def main(argv: Sequence[str] | None = None) -> int:
-            try:
-                parsed = self.parse(sys.argv[1:] if argv is None else argv)
-                options = self.build(parsed.raw)
-                if parsed.passed_over:
-                    print(f"{parsed.config_file}: not used here: {', '.join(parsed.passed_over)}", file=sys.stderr)
-                if parsed.completed:
-                    print(parsed.completed, file=sys.stderr)
-                if parsed.print_config:
-                    print(dump_yaml(flat(options)), end="")
-                else:
-                    check_outputs(options.outputs, options.inputs | {"--config": parsed.config_file})
-                    run(options)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 2
-            return 0
+        def parse_and_run(argv: Sequence[str] | None) -> None:
+            parsed = self.parse(sys.argv[1:] if argv is None else argv)
+            options = self.build(parsed.raw)
+            if parsed.passed_over:
+                print(f"{parsed.config_file}: not used here: {', '.join(parsed.passed_over)}", file=sys.stderr)
+            if parsed.completed:
+                print(parsed.completed, file=sys.stderr)
+            if parsed.print_config:
+                print(dump_yaml(flat(options)), end="")
+            else:
+                check_outputs(options.outputs, options.inputs | {"--config": parsed.config_file})
+                run(options)
 
-        return main
+        return lambda argv=None: guarded(lambda: parse_and_run(argv))
 
     def unknown(self, name: str, known: Sequence[str] = ()) -> UserError:
         """The error for an option that nobody knows, with the nearest names."""
@@ -277,7 +315,7 @@ def _plain_type(hint: Any) -> type:
     return hint
 
 
-def _convert(name: str, hint: Any, value: Any) -> Any:
+def convert(name: str, hint: Any, value: Any) -> Any:
     """A flag's string or a YAML scalar → the field's type."""
     plain, optional = _plain_type(hint), _is_optional(hint)
     if value is None or (optional and isinstance(value, str) and value.lower() in ("none", "null")):
@@ -295,4 +333,5 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         float: isinstance(converted, int | float) and not isinstance(converted, bool),
     }[plain]
     require(fits, name, {bool: "true or false", int: "a whole number", float: "a number"}[plain], value)
+    require_finite(name, plain(converted), value)
     return plain(converted)

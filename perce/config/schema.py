@@ -70,6 +70,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.lora_r >= 0, "lora_r", ">= 0", self.lora_r)
+        _require(self.lora_alpha >= 1, "lora_alpha", ">= 1", self.lora_alpha)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
 
 
@@ -269,6 +270,10 @@ class RunConfig:
     )
     eval_steps: float | None = _option(None, "evaluate every so many steps; default: each epoch's end")
     save_steps: float = _option(500, "checkpoint every so many steps; 0: none but the final model")
+    early_stopping: int = _option(
+        0, "stop after so many evaluations in a row without a better eval_loss (or --metric_for_best_model), and keep "
+        "the best weights; 0: never",
+    )  # fmt: skip
     logging_steps: float = _option(10, "log every so many steps")
     report_examples: int = _option(8, "validation responses shown token by token in report.html")
     activation_checkpointing: bool = _option(False, "recompute activations in backward: less memory, about 30 % slower")
@@ -282,7 +287,7 @@ class RunConfig:
         sequences, tokens = self.per_device_train_batch_size, self.tokens_per_batch
         one = "per_device_train_batch_size or tokens_per_batch"
         _require(sequences is None or tokens is None, one, "one of them", (sequences, tokens))
-        for name in ("eval_examples", "report_examples", "save_steps"):
+        for name in ("eval_examples", "report_examples", "save_steps", "early_stopping"):
             value = getattr(self, name)
             _require(value is None or value >= 0, name, ">= 0", value)
         for name in ("logging_steps", "learning_rate", "eval_steps"):

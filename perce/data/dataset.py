@@ -4,14 +4,21 @@ The cache's key is a fingerprint of everything that pairs depend on: texts, toke
 version of the code that picks and pairs.
 """
 
+import contextlib
 import hashlib
+import json
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow.compute
 import xxhash
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
+from datasets.exceptions import DatasetGenerationError
+from filelock import FileLock
 
 from perce.config.schema import DataConfig, LossConfig
 from perce.data.documents import DocumentBuilder
@@ -19,10 +26,12 @@ from perce.data.pairing import PERCE, Builder, PairSource, make_builder
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Examples, Record
 from perce.data.sources import Source
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 
 PAIRS_VERSION = 2
 """Of the code that makes pairs of examples; a test fails when the pairs change and this does not."""
+
+DIGESTS = "digests.json"  # beside cached pairs: of their files, written once they are built
 
 _COMMON = {
     "input_ids": ListOf(Value("int32")),
@@ -46,19 +55,54 @@ def pair_dataset(examples: Sequence[Record], builder: Builder, *, skip_bad_rows:
 
     The column `example` is the index into `examples`, so that texts need not be stored again.
     """
-    from datasets.exceptions import DatasetGenerationError
-
+    fingerprint = _fingerprint(examples, builder, skip_bad_rows)
+    directory = Path(datasets.config.HF_DATASETS_CACHE) / "perce" / fingerprint
     try:
-        return Dataset.from_generator(
-            _generate,
-            features=FEATURES[type(builder)],
-            fingerprint=_fingerprint(examples, builder, skip_bad_rows),
-            gen_kwargs={"source": PairSource(examples, builder, skip_bad_rows)},
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):  # of the processes of a run, one builds
+            if not _is_whole(directory):
+                shutil.rmtree(directory, ignore_errors=True)
+            pairs = Dataset.from_generator(
+                _generate,
+                features=FEATURES[type(builder)],
+                fingerprint=fingerprint,
+                cache_dir=str(directory),
+                gen_kwargs={"source": PairSource(examples, builder, skip_bad_rows)},
+            )
+            if not (directory / DIGESTS).exists():
+                (directory / DIGESTS).write_text(json.dumps(_digests(directory)), encoding="utf-8")
+            return pairs
+    except (DatasetGenerationError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        if isinstance(cause, UserError):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"{datasets.config.HF_DATASETS_CACHE}: token pairs cannot be written to this cache ({in_one_line(cause)}). "
+            "Make room or choose another directory, by HF_DATASETS_CACHE in the environment."
+        ) from error
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """Of each file of cached pairs, by name."""
+    digests = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.suffix != ".lock" and path.name != DIGESTS:
+            digest = xxhash.xxh3_128()
+            with path.open("rb") as content:
+                while piece := content.read(2**24):
+                    digest.update(piece)
+            digests[path.relative_to(directory).as_posix()] = digest.hexdigest()
+    return digests
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether cached pairs are as they were written; else training would be on other pairs, or end in a traceback."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        written = json.loads((directory / DIGESTS).read_text(encoding="utf-8"))
+        return bool(written) and written.items() <= _digests(directory).items()
+    return False
 
 
 def rows_dataset_pairs(

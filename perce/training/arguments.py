@@ -1,24 +1,77 @@
 """PerceArguments, and how the options of a run become it."""
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Iterator
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils.logging import log_levels
 
 from perce.config.commands import TRAIN, TrainOptions
-from perce.config.schema import DataConfig, LossConfig, MemoryConfig
+from perce.config.options import convert, require, require_finite
+from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig
 from perce.environment import prepare
 from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
+from perce.training.best import settle_metric
 from perce.training.parallel import check_parallelism
 
 # TrainingArguments fields that an option of ours decides.
 OURS = {"bf16": "precision", "fp16": "precision", "gradient_checkpointing": "activation_checkpointing"}
+_EVALUATION = "an evaluation computes losses and keeps no logits; trainer.last_evaluation has each token's numbers"
+_COLUMNS = "the columns of token pairs are read by their names"
+_PRECISION = "evaluations have the arithmetic of training; use --precision"
+# TrainingArguments fields whose value would change nothing under PerceTrainer, or that it decides: what to do instead.
+NOT_READ = {
+    "do_train": "perce.train always trains; leave it out",
+    "do_eval": "--eval_strategy no, steps or epoch says whether and when validation examples are evaluated",
+    "do_predict": "python -m perce.evaluate writes and scores replies",
+    "resume_from_checkpoint": "use --resume; in Python, trainer.train(resume_from_checkpoint=True)",
+    "local_rank": "torchrun says it in LOCAL_RANK",
+    "fp16_full_eval": _PRECISION,
+    "bf16_full_eval": _PRECISION,
+    "prediction_loss_only": _EVALUATION,
+    "eval_accumulation_steps": _EVALUATION,
+    "eval_do_concat_batches": _EVALUATION,
+    "eval_use_gather_object": _EVALUATION,
+    "include_for_metrics": _EVALUATION,
+    "batch_eval_metrics": _EVALUATION,
+    "remove_unused_columns": _COLUMNS,
+    "label_names": _COLUMNS,
+    "length_column_name": "--train_sampling_strategy goes by the length of input_ids",
+    "average_tokens_across_devices": "the loss is always divided by the tokens of all processes",
+    "ddp_find_unused_parameters": "every trained weight has a gradient in every step, so this is off",
+    "enable_jit_checkpoint": "SIGTERM is handled already: it finishes the step and saves it",
+    "logging_nan_inf_filter": "it would hide a loss that diverges",
+    "label_smoothing_factor": "the PerCE loss has no label smoothing. Leave it at 0",
+}
+OF_THE_HUB = (
+    "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision",
+)  # fmt: skip
+OF_THE_TRAINERS_LOADER = ("dataloader_drop_last", "train_sampling_strategy", "auto_find_batch_size")
+OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+OF_LOGGERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+# In Python: what TrainingArguments set themselves, so that a copy of them has another value, and what callbacks read.
+LEFT_OPEN = ("do_eval", "fsdp_config", *OF_LOGGERS)
+# What TrainingArguments take without a word, to fail or to do something else later.
+AT_LEAST = {
+    0: ("weight_decay", "max_grad_norm", "eval_delay", "save_total_limit", "neftune_noise_alpha"),
+    1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+        "dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb"),
+}  # fmt: skip
+ONE_OF = {
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "include_num_input_tokens_seen": ("no", "all", "non_padding", True, False),
+    "log_level": ("passive", *log_levels),
+    "log_level_replica": ("passive", *log_levels),
+}
 SEQUENCES_A_STEP = 8
 # Longest sequence × sequences a forward, by default: activations of 135 M parameters then take 2 GiB, and batches of
 # long, uneven sequences are not padded to the longest of eight. How a step is divided does not change its loss or
@@ -40,9 +93,21 @@ class PerceArguments(TrainingArguments):
     """Sequences one after the other in a single row, for flash or flex attention on a GPU."""
     backend: str = "auto"
     """Of fused_perce_loss; "auto" becomes the one that PERCE_BACKEND names, if any."""
+    early_stopping: int = 0
+    """Evaluations in a row without a better metric_for_best_model after which training stops; 0: it never does."""
+    # Decided here, see NOT_READ.
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    label_names: list[str] | None = dataclasses.field(default_factory=list)
+    ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self) -> None:
         check_parallelism(self)
+        _check_values(self)
+        if self.early_stopping:
+            self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
+        settle_metric(self)
+        _refuse_idle(_changed(self), NOT_READ | idle_beside(self))
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise UserError(f"tokens_per_batch: expected >= 1, or None, got {self.tokens_per_batch}.")
         if self.packing and self.memory.persona_grad == "none":
@@ -50,17 +115,14 @@ class PerceArguments(TrainingArguments):
                 "packing with persona_grad=none: behind a cached prefix each sequence runs by itself, so there is "
                 "nothing to pack. Leave one of them out."
             )
-        if self.label_smoothing_factor:
-            raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
         # Patched in when training begins, Liger's own loss would replace the forward that holds ours, and its MLPs our
         # tiles; its other kernels are welcome.
         off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)
         self.liger_kernel_config = (self.liger_kernel_config or {}) | dict.fromkeys(off, False)
-        self.remove_unused_columns = False
-        self.label_names = []
-        self.ddp_find_unused_parameters = False
-        self.logging_nan_inf_filter = False  # would log the mean of earlier steps in the place of a nan
         super().__post_init__()
+        _check_optimizer(self)
+        _settle_loaders(self)
+        require(self.deepspeed != {}, "deepspeed", "a configuration of DeepSpeed", self.deepspeed)
         settle_device(self, self.memory)
         self.backend = check_backend(self.backend, self.device)
         if self.n_gpu > 1:
@@ -72,6 +134,109 @@ class PerceArguments(TrainingArguments):
     def to_dict(self) -> dict[str, Any]:
         ours = {name: dataclasses.asdict(getattr(self, name)) for name in ("loss", "data", "memory")}
         return super().to_dict() | ours
+
+
+def _changed(args: PerceArguments) -> list[str]:
+    """Fields that have another value than their default."""
+    missing = dataclasses.MISSING
+    defaults = {
+        field.name: field.default if field.default_factory is missing else field.default_factory()
+        for field in dataclasses.fields(args)
+    }
+    return [name for name, default in defaults.items() if getattr(args, name) != default]
+
+
+def _refuse_idle(names: Iterable[str], idle: Mapping[str, str], but: Iterable[str] = LEFT_OPEN) -> None:
+    """UserError for a field that would have no effect; `idle` says of which that is so, and what to do instead."""
+    for name in names:
+        if name in idle and name not in but:
+            raise UserError(f"{name}: has no effect here: {idle[name]}.")
+
+
+def idle_beside(args: PerceArguments) -> dict[str, str]:
+    """Fields that other options leave without an effect, and why."""
+    idle: dict[str, str] = {}
+    if args.tokens_per_batch is not None or args.data.streaming:
+        loader = "--streaming" if args.data.streaming else "--tokens_per_batch"
+        idle |= dict.fromkeys(OF_THE_TRAINERS_LOADER, f"{loader} forms the batches in its own way")
+    if args.data.streaming:
+        idle["data_seed"] = "a stream's order follows --seed"
+    if args.lr_scheduler_type in ("constant", "constant_with_warmup"):
+        idle["lr_scheduler_kwargs"] = "a constant --lr_scheduler_type takes none"
+    if not args.push_to_hub:
+        idle |= dict.fromkeys(OF_THE_HUB, "nothing is uploaded without --push_to_hub true")
+    if args.report_to in (None, "none", [], ["none"]):
+        idle |= dict.fromkeys(OF_LOGGERS, "nothing is reported without --report_to")
+    if not args.dataloader_num_workers:
+        idle["dataloader_in_order"] = "batches come in order without --dataloader_num_workers"
+    if not args.fsdp:
+        idle["fsdp_config"] = "weights are not sharded without --fsdp true"
+    if not getattr(args, CHECKPOINTING):
+        why = "nothing is recomputed without --activation_checkpointing"
+        idle |= {"gradient_checkpointing_kwargs": why, "activation_checkpointing_kwargs": why}
+    return idle
+
+
+def _check_values(args: PerceArguments) -> None:
+    """UserError for numbers and names that would be found out late, or never."""
+    for field in dataclasses.fields(args):
+        require_finite(field.name, getattr(args, field.name))
+    for least, names in AT_LEAST.items():
+        for name in names:
+            value = getattr(args, name)
+            require(value is None or value >= least, name, f">= {least}", value)
+    for name, choices in ONE_OF.items():
+        require(getattr(args, name) in choices, name, f"one of {', '.join(map(str, choices))}", getattr(args, name))
+    for name in (f"{CHECKPOINTING}_kwargs", "lr_scheduler_kwargs"):
+        value = getattr(args, name)
+        as_json = isinstance(value, str) and value.startswith("{")
+        require(value is None or as_json or isinstance(value, Mapping), name, "a mapping, or one as JSON", value)
+    require("tpu_metrics_debug" not in str(args.debug), "debug", "no metrics of a TPU", args.debug)
+
+
+def _settle_loaders(args: PerceArguments) -> None:
+    """Batches of ragged examples cannot be cut and sent around: every process reads its own from a stream."""
+    given: Any = args.accelerator_config
+    if given.dispatch_batches or (given.gradient_accumulation_kwargs or {}).get("num_steps"):
+        raise UserError(
+            "accelerator_config: expected neither dispatch_batches, for batches of ragged examples cannot be sent "
+            "around, nor num_steps, which is --gradient_accumulation_steps. Leave them out."
+        )
+    given.dispatch_batches = False
+
+
+def _check_optimizer(args: PerceArguments) -> None:
+    """UserError for options of an optimiser that the chosen one does not read.
+
+    A key of optim_args is read if a value that nobody can use makes a difference. Optimisers whose package is missing,
+    or that need the model, are not judged.
+    """
+    name = str(getattr(args.optim, "value", args.optim))
+    items = [item.split("=") for item in (args.optim_args or "").replace(" ", "").split(",") if item]
+    if any(len(item) != 2 for item in items):
+        raise UserError(f"optim_args: expected name=value,name=value, got {args.optim_args!r}.")
+
+    def made_with(changes: Mapping[str, Any]) -> Any:
+        other = copy.copy(args)
+        vars(other).update(changes)
+        return Trainer.get_optimizer_cls_and_kwargs(other)
+
+    def makes_a_difference(changes: Mapping[str, Any], plain: Any) -> bool:
+        try:
+            return made_with(changes) != plain
+        except Exception:
+            return True
+
+    try:
+        plain = made_with({"optim_args": None})
+    except Exception:
+        return
+    for key, _ in items:
+        if not makes_a_difference({"optim_args": f"{key}=?"}, plain):
+            raise UserError(f"optim_args: --optim {name} does not read {key}. Was it mistyped?")
+    for field in {*OF_ADAM, "optim_target_modules"}.intersection(_changed(args)):
+        if not makes_a_difference({"optim_args": None, field: 0.5}, plain):
+            raise UserError(f"{field}: --optim {name} does not read it. Leave it out, or choose another --optim.")
 
 
 def settle_device(args: Any, memory: MemoryConfig) -> None:
@@ -97,14 +262,17 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
     """PerceArguments from our options and the TrainingArguments fields in config.extra."""
     prepare()
     fields = {field.name: field for field in dataclasses.fields(PerceArguments) if field.init}
+    extra: dict[str, Any] = {}
     for name, value in config.extra.items():
         if name in OURS:
             raise UserError(f"{name}: use --{OURS[name]} instead.")
         if name not in fields:
             raise TRAIN.unknown(name, list(fields))
-        _check_kind(name, fields[name].default, value)
+        _refuse_idle([name], NOT_READ, but=())
+        handed_on = f"{CHECKPOINTING}_kwargs" if name == "gradient_checkpointing_kwargs" else name
+        extra[handed_on] = _converted(name, fields[name].type, value)
     run = config.run
-    use_cpu = bool(config.extra.get("use_cpu", not torch.cuda.is_available()))
+    use_cpu = bool(extra.get("use_cpu", not torch.cuda.is_available()))
     precision = resolve_precision(config.model.precision, "cpu" if use_cpu else "cuda")
     values: dict[str, Any] = {
         "output_dir": run.output_dir,
@@ -122,34 +290,41 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         "save_strategy": "steps" if run.save_steps else "no",
         "save_steps": run.save_steps or 500,
         "save_total_limit": KEPT_CHECKPOINTS,
+        "early_stopping": run.early_stopping,
         "logging_steps": min(run.logging_steps, run.max_steps) if run.max_steps > 0 else run.logging_steps,
         "logging_first_step": True,
         "seed": run.seed,
-        "data_seed": run.seed,
+        "data_seed": None if config.data.streaming else run.seed,
         "report_to": "none",
+        "disable_tqdm": False,  # by default they are off where transformers' log is, as here
         "use_cpu": use_cpu,
         # Also for LoRA's bf16 base: its fp32 adapters would keep an fp32 copy of every activation.
         "bf16": precision == "bf16",
         "dataloader_pin_memory": not use_cpu,
         CHECKPOINTING: run.activation_checkpointing,
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if run.activation_checkpointing else None,
-        # Batches of ragged examples cannot be cut and sent around: every process reads its own from a stream.
-        "accelerator_config": {"dispatch_batches": False},
     }
-    with options_that_fail_late((ImportError, ValueError, TypeError)):
-        return PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **(values | config.extra))
+    values |= extra
+    if run.early_stopping and not values.setdefault("load_best_model_at_end", True):
+        raise UserError("early_stopping: keeps the best weights. Leave --load_best_model_at_end out.")
+    follows = "save_strategy" not in extra and run.save_steps == RunConfig.save_steps
+    if values.get("load_best_model_at_end") and follows:  # what is the best is known where it is evaluated
+        values["save_strategy"] = values["eval_strategy"]
+        values["save_steps"] = values["eval_steps"] or values["logging_steps"]
+    with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
+        args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()  # finds that its package is missing
+    _refuse_idle(config.extra, idle_beside(args), but=())
+    return args
 
 
-def _check_kind(name: str, default: Any, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(default, bool):
-        expected, fits = "true or false", isinstance(value, bool)
-    elif isinstance(default, int | float):
-        expected, fits = "a number", number
-    else:
-        return
-    if not fits:
-        raise UserError(f"{name}: expected {expected}, got {value!r}.")
+def _converted(name: str, hint: Any, value: Any) -> Any:
+    """A flag's or file's value as the type of its field, where that is one type, or None too."""
+    kinds = set(typing.get_args(hint) or (hint,)) - {type(None)}
+    if kinds == {str}:  # some take true, too
+        return str(value) if type(value) in (int, float) else value
+    return convert(name, hint, value) if kinds in ({bool}, {int}, {float}) else value
 
 
 def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any) -> TrainOptions:
@@ -182,7 +357,7 @@ def step_of_run(args: PerceArguments) -> str:
 
 @contextlib.contextmanager
 def options_that_fail_late(faults: tuple[type[Exception], ...] = (ImportError, ValueError)) -> Iterator[None]:
-    """What arguments and Trainer find out on construction: bad combinations, optimisers whose package is missing."""
+    """What arguments, Trainer and what it makes find out: bad combinations, optimisers whose package is missing."""
     try:
         yield
     except UserError:

@@ -17,10 +17,15 @@ QUERY = "Coming tonight?"
 
 
 def write_card(
-    output_dir: Path, config: TrainOptions, model_path: str, tokenizer: Any, numbers: dict[str, list[float]], steps: int
+    output_dir: Path,
+    config: TrainOptions,
+    model_path: str,
+    tokenizer: Any,
+    numbers: dict[str, list[float]],
+    trained: str,
 ) -> None:
     """tokenizer: as it is saved; None for documents, which answer nobody. numbers: of the validation, by label: before
-    training where that was evaluated, and after."""
+    training where that was evaluated, and after. trained: for how long, and which weights these are."""
     local = Path(model_path).expanduser()
     base = str(local.resolve()) if local.exists() else model_path
     adapter = bool(config.model.lora_r)
@@ -33,7 +38,7 @@ def write_card(
         "base model": f"{base} ({fingerprint(model_path)})",
         "data": "built-in examples" if not data else str(data.resolve()) if data.exists() else str(config.data.data),
         "objective": f"{config.loss.objective}, weights {config.loss.weighting}",
-        "trained": f"{f'LoRA of rank {config.model.lora_r}' if adapter else 'all weights'}, {steps} steps",
+        "trained": f"{f'LoRA of rank {config.model.lora_r}' if adapter else 'all weights'}, {trained}",
         "licence": "not set: that of the base model and of the data apply",
         **{label: " → ".join(f"{value:.4f}" for value in values) for label, values in numbers.items()},
     }

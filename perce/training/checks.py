@@ -5,17 +5,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.compute
+import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import Trainer
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import has_length
 
+from perce.config.options import require
 from perce.config.schema import MemoryConfig
 from perce.data.dataset import sequence_lengths, token_ids
 from perce.data.documents import DocumentBuilder
 from perce.data.stream import PairStream
 from perce.errors import UserError
-from perce.model.memory import position_limit
+from perce.model.memory import CHECKPOINTING, position_limit
+from perce.training.arguments import PerceArguments
 
 # A mask or scores of T × T up to here are slow and no more; beyond, they are what memory ends at.
 SQUARE_BYTES = 2**32
@@ -33,13 +38,81 @@ def warn_of_dropout(model: nn.Module) -> None:
 
 
 def check_hooks(kwargs: Mapping[str, Any]) -> None:
-    """UserError for what the Trainer would call with logits, or instead of the loss: neither happens here."""
+    """UserError for what the Trainer would call with logits, or instead of the loss or of the model: none happens."""
+    if kwargs.get("model_init") is not None:
+        raise UserError("model_init: PerceTrainer prepares one model, once. Give it as model, by name or as it is.")
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise UserError(
                 f"{name}: PerceTrainer computes its own loss and never holds logits, so this would not be called. Read "
                 "trainer.last_evaluation for per-token log-probabilities, or use python -m perce.evaluate."
             )
+
+
+def check_arguments(args: Any, model: Any, train_dataset: Any, peft_config: Any) -> None:
+    """UserError for arguments of another kind, and for a model that cannot be trained where something is to be."""
+    if not isinstance(args, PerceArguments):
+        raise UserError(f"args: expected PerceArguments, got {type(args).__name__}.")
+    if train_dataset is None:
+        return
+    if isinstance(train_dataset, Mapping | str):
+        remedy = "Read the rows with perce.load_examples or datasets."
+        if isinstance(train_dataset, Mapping):
+            remedy = f"Give one of them, such as train_dataset[{next(iter(train_dataset), 'train')!r}]."
+        raise UserError(f"train_dataset: expected one dataset, got {type(train_dataset).__name__}. {remedy}")
+    frozen = isinstance(model, nn.Module) and not any(parameter.requires_grad for parameter in model.parameters())
+    if frozen and peft_config is None:
+        raise UserError(
+            "model: expected a parameter that is trained (requires_grad), got none. Give a peft_config for an adapter, "
+            "or call model.requires_grad_(True)."
+        )
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """UserError for what is no dataset, or an empty one."""
+    if not (isinstance(dataset, str | list | IterableDataset | PairStream) or hasattr(dataset, "__getitem__")):
+        raise UserError(
+            f"{name}: expected a Dataset or a list of rows or of token pairs, got {type(dataset).__name__}."
+        )
+    if has_length(dataset) and not len(dataset):
+        raise UserError(f"{name}: expected at least one example, got an empty {type(dataset).__name__}.")
+
+
+@torch.random.fork_rng(devices=())
+def try_options(trainer: Trainer) -> None:
+    """Make loaders, optimiser, schedule and compiler once as training will, for what they refuse.
+
+    Raises:
+        UserError: there are fewer examples than a batch, and incomplete ones are dropped.
+        Exception: of any kind, from transformers, torch or accelerate.
+    """
+    args = trainer.args
+    loader = trainer.get_train_dataloader()
+    if trainer.eval_dataset is not None:
+        trainer.get_eval_dataloader()
+    if has_length(loader) and not len(loader):
+        raise UserError(
+            f"dataloader_drop_last: {len(trainer.train_dataset)} training examples do not fill a batch of "  # type: ignore[arg-type]
+            f"{args.train_batch_size} on each process, and nothing would be left. Leave it out, or use smaller batches."
+        )
+    steps = trainer.set_initial_training_values(args, loader)[-1]
+    kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)  # type: ignore[arg-type]
+    parameter = nn.Parameter(torch.zeros(1, 1))
+    optimizer: torch.optim.Optimizer = torch.optim.SGD([parameter], lr=args.learning_rate)
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and not {"params", "model"} & {*options}:
+        optimizer = kind([parameter], **options)
+    of_kind: Any = args.lr_scheduler_kwargs
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, of_kind)
+    for rate in getattr(schedule, "lr_lambdas", ()):
+        for step in (0, steps // 2, steps):
+            rate(step)
+    if getattr(args, CHECKPOINTING):
+        options = {"every_n_layers": 1} | (getattr(args, f"{CHECKPOINTING}_kwargs") or {})
+        require(options.pop("every_n_layers") >= 1, f"{CHECKPOINTING}_kwargs", "every_n_layers >= 1", 0)
+        options.pop("offload", None)
+        checkpoint(nn.Identity(), parameter, **options)
+    if args.torch_compile:
+        torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)  # type: ignore[arg-type]
 
 
 def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:

@@ -41,7 +41,8 @@ def undivided_loader(dataset: Any, collate: Any, args: TrainingArguments, **how:
     """
     loader = DataLoader(
         dataset, collate_fn=collate, num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
-        persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor, **how,
+        persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context, in_order=args.dataloader_in_order, **how,
     )  # fmt: skip
     return prepare_data_loader(
         loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False

@@ -18,6 +18,7 @@ from perce.report.curves import write_curves
 from perce.report.heatmap import ScoredResponse, write_html
 from perce.report.terminal import facts, show, table
 from perce.training.arguments import PerceArguments
+from perce.training.best import kept_step, kept_weights
 from perce.training.checkpoints import disk_errors
 from perce.training.meters import peak_memory_mib
 from perce.training.trainer import PerceTrainer
@@ -55,6 +56,22 @@ class Progress(ProgressCallback):
         self._first = output_dir / "before.pt"
         self._trainer: PerceTrainer | None = None
 
+    def on_train_begin(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_train_begin(args, *event, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_step_end(args, *event, **kwargs)
+
+    def on_prediction_step(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, *event, **kwargs)
+
+    def on_train_end(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_train_end(args, *event, **kwargs)
+
     def attach(self, trainer: PerceTrainer) -> None:
         """Take the place of the Trainer's own reporters."""
         self._trainer = trainer
@@ -73,6 +90,17 @@ class Progress(ProgressCallback):
         """The validation's numbers by label: before training where that was evaluated, and after."""
         parts = [part for part in (self.first_evaluation()[0], self.after) if part]
         return {label: [part[f"eval_{name}"] for part in parts] for name, label in self.labels.items()}
+
+    def evaluate_what_is_saved(self, trainer: PerceTrainer) -> None:
+        """The numbers of the weights as they are after training, where they are not known yet.
+
+        Those of an earlier step, the best, are not logged: at the last step the log and the curves have the last ones.
+        """
+        if kept_step(trainer) is not None:
+            self.after = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation").metrics or {}
+            super().on_evaluate(trainer.args, trainer.state, trainer.control)  # closes the bar
+        elif self.evaluated_at != trainer.state.global_step:
+            trainer.evaluate()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_evaluate(args, state, control, **kwargs)
@@ -170,6 +198,7 @@ def write_run_report(
         ("data", config.data.data or "built-in examples"),
         ("objective", config.loss.objective),
         ("steps", str(trainer.state.global_step)),
+        *([("saved", kept)] if (kept := kept_weights(trainer)) else []),
         *(
             (label, " → ".join(f"{value:.4f}" for value in values))
             for label, values in progress.before_and_after().items()
@@ -210,9 +239,10 @@ def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progr
         old = before.get(f"eval_{name}")
         earlier = ("not evaluated", "") if old is None else (f"{old:.4f}", f"{new - old:+.4f}")
         losses.add_row(label, earlier[0], f"{new:.4f}", earlier[1])
-    rows, seconds, loss = [], trainer.training_seconds, trainer.args.loss
+    kept, seconds, loss = kept_weights(trainer), trainer.training_seconds, trainer.args.loss
+    rows = [("saved", kept)] if kept else []
     if seconds:
-        rows = [("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s per process")]
+        rows += [("training", f"{trainer.tokens_seen / seconds:,.0f} tokens/s per process")]
     if seconds and (estimation := trainer.estimation_clock.seconds()):
         what = loss.entry.cost if loss.estimate == "online" else "estimating the weights"
         rows.append((what, f"{estimation / seconds:.1%} of the training time"))

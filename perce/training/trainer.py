@@ -7,6 +7,7 @@ Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers
 """
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from perce.data.batch import Batch, collate
 from perce.data.dataset import rows_dataset_pairs
 from perce.environment import let_umask_decide
-from perce.errors import UserError
+from perce.errors import UserError, first_line
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.loading import add_adapter
 from perce.model.memory import prepare_memory
@@ -32,8 +33,17 @@ from perce.model.patch import prepare_model
 from perce.model.probe import check_packing, evaluating, unwrapped
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
+from perce.training.best import EarlyStopping, check_first_value, check_metric
 from perce.training.checkpoints import check_whole, resume_point, save_whole, step_of
-from perce.training.checks import check_context, check_hooks, check_sharding, check_vocabulary, warn_of_dropout
+from perce.training.checks import (
+    check_arguments,
+    check_context,
+    check_dataset,
+    check_hooks,
+    check_sharding,
+    check_vocabulary,
+    warn_of_dropout,
+)  # fmt: skip
 from perce.training.divergence import check_finite, check_logged
 from perce.training.estimates import Estimates, check_estimable, estimate, over_step
 from perce.training.loader import own_train_loader
@@ -71,7 +81,9 @@ class PerceTrainer(Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ):
+        check_arguments(args, model, train_dataset, peft_config)
         check_hooks(kwargs)
+        check_metric(args, eval_dataset)
         name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
         tokenizer = processing_class or load_tokenizer(name)
         if isinstance(model, str):  # not in the checkpoint's own type: weights that are trained in bf16 hardly move
@@ -114,6 +126,8 @@ class PerceTrainer(Trainer):
         if args.loss.estimate != "online":
             check_estimable(self.train_dataset, args.loss.estimate)
             self.add_callback(_EStep(self))
+        if args.early_stopping:
+            self.add_callback(EarlyStopping(args.early_stopping))
         self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
@@ -135,8 +149,11 @@ class PerceTrainer(Trainer):
 
     def _checked_pairs(self, dataset: Any, name: str) -> Any:
         """Raw rows as token pairs, what is pairs already as it is; UserError for pairs that are not for this model."""
-        if isinstance(dataset, Mapping):
+        if isinstance(dataset, Mapping) and dataset:
             return {key: self._checked_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
+        if dataset is None:
+            return None
+        check_dataset(dataset, name)
         if _is_raw(dataset):
             dataset = rows_dataset_pairs(dataset, name, self._tokenizer, *self._options)
         check_vocabulary(dataset, name, self._vocabulary)
@@ -147,9 +164,42 @@ class PerceTrainer(Trainer):
         """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
         return super().evaluate(self._checked_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        check_first_value(self.args, self.state, metrics)
+        return metrics
+
     def get_train_dataloader(self) -> DataLoader:
         loader = own_train_loader(self.train_dataset, self.data_collator, self.args)
         return super().get_train_dataloader() if loader is None else loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As transformers.Trainer's; dataloader_drop_last is for training, an evaluation is of all its examples."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise UserError("predict: would return logits, which PerceTrainer never holds. Use trainer.evaluate(dataset).")
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of huggingface_hub, of whichever network library it uses
+            raise UserError(
+                f"--push_to_hub: the repository cannot be reached or made ({first_line(error)}). Log in (hf auth "
+                "login, or HF_TOKEN), see that HF_HUB_OFFLINE is not set, or leave --push_to_hub out."
+            ) from error
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers.Trainer's; an upload that fails does not end a run whose files are saved here."""
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception as error:  # as above
+            note = f"the upload failed ({first_line(error)}). Everything is in {self.args.output_dir}; upload it later."
+            print(f"--push_to_hub: {note}", file=sys.stderr)
 
     def compute_loss(
         self,

@@ -137,6 +137,12 @@ def test_without_an_evaluation_before_training_the_rest_is_reported(train, tmp_p
     assert "after training" in page and "before training" not in page
 
 
+def test_the_progress_bar_can_be_left_out(train, tmp_path):
+    assert "2/2" in train()[2]
+    code, out, err = train("--disable_tqdm=true", output_dir=tmp_path / "quiet")
+    assert code == 0 and "/2" not in err and "step     2" in out and "loss with persona" in out
+
+
 def prompt_of(run):
     """Options and tokenizer of a run, and what its prompt of one entry reads like."""
     tokenizer = AutoTokenizer.from_pretrained(run)

@@ -1,9 +1,10 @@
-"""Mistakes in the data and the model of a run: one paragraph, exit code 2, and nothing spoilt."""
+"""Mistakes in the data, the model and the options of a run: one paragraph, exit code 2, and nothing spoilt."""
 
 import shutil
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, Trainer
 
 from tests.helpers.tiny import write_jsonl
 from tests.helpers.training import ROWS, fails
@@ -74,3 +75,79 @@ def test_a_bad_row_in_a_stream_leaves_a_checkpoint_behind(train, tmp_path, monke
     written = (checkpoint / "complete.json").stat().st_mtime_ns
     fails(train("--resume", model=None, data=None, precision=None, max_steps=9), "train.jsonl:9")
     assert (checkpoint / "complete.json").stat().st_mtime_ns == written, "there is nothing new to save"
+
+
+SCHEDULE = "--lr_scheduler_type={} --lr_scheduler_kwargs={}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragments"),
+    [
+        ("--report_to=clearml", ["clearml"]),
+        ("--lr_scheduler_kwargs=text", ["mapping", "text"]), ("--lr_scheduler_kwargs={bad", ["cannot be used here"]),
+        (SCHEDULE.format("linear", '{"min_lr":1e-5}'), ["min_lr"]),
+        ("--lr_scheduler_type=cosine_with_min_lr", ["min_lr"]),
+        ("--lr_scheduler_type=warmup_stable_decay", ["num_decay_steps"]),
+        (SCHEDULE.format("reduce_lr_on_plateau", '{"factor":2}'), ["Factor"]),
+        ("--lr_scheduler_type=reduce_lr_on_plateau --eval_strategy=no", ["eval strategy"]),
+        (SCHEDULE.format("cosine", '{"num_cycles":"x"}'), ["cannot be used here"]),
+        ("--push_to_hub", ["--push_to_hub", "HF_TOKEN"]),
+        ("--dataloader_drop_last --per_device_train_batch_size=100", ["dataloader_drop_last", "9 training examples"]),
+        ("--dataloader_num_workers=-1", ["num_workers"]), ("--dataloader_num_workers=1.5", ["whole number"]),
+        ("--dataloader_persistent_workers", ["num_workers"]), ("--dataloader_prefetch_factor=2", ["num_workers"]),
+        ("--dataloader_num_workers=1 --dataloader_prefetch_factor=0", ["dataloader_prefetch_factor", ">= 1"]),
+        ("--dataloader_multiprocessing_context=fork", ["num_workers"]),
+        ("--per_device_eval_batch_size=0", ["per_device_eval_batch_size", ">= 1"]),
+        ("--adam_beta1=1", ["beta"]), ("--adam_epsilon=-1", ["epsilon"]), ("--weight_decay=-1", ["weight_decay"]),
+        ("--max_grad_norm=-1", ["max_grad_norm", ">= 0"]), ("--save_total_limit=-1", ["save_total_limit"]),
+        ("--save_total_limit=x", ["save_total_limit", "whole number"]), ("--data_seed=x", ["data_seed"]),
+        ("--neftune_noise_alpha=-1", ["neftune_noise_alpha", ">= 0"]), ("--eval_delay=-1", ["eval_delay"]),
+        ("--train_sampling_strategy=nope", ["train_sampling_strategy", "group_by_length"]),
+        ("--include_num_input_tokens_seen=nope", ["include_num_input_tokens_seen", "non_padding"]),
+        ("--log_level=nope", ["log_level", "debug"]), ("--log_level_replica=nope", ["log_level_replica"]),
+        ("--torch_compile_mode=nope", ["nope"]), ("--debug=tpu_metrics_debug", ["debug", "TPU"]),
+        ("--greater_is_better=x", ["greater_is_better", "true or false"]),
+        ('--accelerator_config={"dispatch_batches":true}', ["accelerator_config", "dispatch_batches"]),
+        ("--accelerator_config=nofile.json", ["nofile.json"]),
+        ('--activation_checkpointing=true --gradient_checkpointing_kwargs={"nope":1}', ["nope"]),
+        ('--activation_checkpointing=true --gradient_checkpointing_kwargs={"every_n_layers":0}', ["every_n_layers"]),
+        ("--lora_alpha=0", ["lora_alpha", ">= 1"]), ("--deepspeed={}", ["deepspeed"]),
+        ("--activation_checkpointing=true --gradient_checkpointing_kwargs=3", ["checkpointing_kwargs", "mapping"]),
+    ],
+)  # fmt: skip
+def test_options_that_used_to_fail_late(train, tmp_path, monkeypatch, flags, fragments):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    fails(train(*flags.split()), *fragments)
+    assert not (tmp_path / "run" / "config.yaml").exists(), "it can be corrected and run again"
+
+
+def test_trying_the_options_draws_no_random_numbers(train, tmp_path, monkeypatch):
+    from perce.training import checks
+
+    states, tried = [], checks.try_options
+
+    def watched(trainer):
+        before = torch.get_rng_state()
+        tried(trainer)
+        states.append(torch.get_rng_state().equal(before))
+
+    monkeypatch.setattr("perce.training.checks.try_options", watched)
+    assert train("--dataloader_num_workers=1", max_steps=1)[0] == 0
+    assert states == [True]
+
+
+def test_an_evaluation_never_drops_rows(train, tmp_path):
+    code, out, err = train("--dataloader_drop_last", per_device_train_batch_size=8, max_steps=1)
+    assert code == 0 and "loss with persona" in out, err  # one validation example, in batches of eight
+
+
+def test_an_upload_that_fails_at_the_end_ends_no_run(train, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *_, **__: setattr(self, "hub_model_id", "me/x"))
+    monkeypatch.setattr(Trainer, "push_to_hub", unreachable)
+    code, out, err = train("--push_to_hub", "--hub_strategy=end", max_steps=1)
+    assert code == 0 and "no route to host" in err and "loss with persona" in out
+    assert (tmp_path / "run" / "report.html").exists()

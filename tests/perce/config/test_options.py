@@ -1,9 +1,18 @@
-"""Flags, YAML and --print_config."""
+"""Flags, YAML, --print_config, and what all commands do when something stops them."""
+
+import io
+import os
+import subprocess
+import sys
 
 import pytest
 import yaml
 
-from perce.config.commands import parse_args
+from perce import evaluate, plan, score
+from perce import train as train_command
+from perce.config.commands import EVALUATE, PLAN, SCORE, parse_args
+from perce.config.options import guarded
+from tests.helpers import ROOT
 from tests.helpers.training import fails
 
 
@@ -88,3 +97,78 @@ def test_print_config_names_every_option_and_can_be_read_back(train, tmp_path):
     config, _ = parse_args(["--config", str(path)], {})
     assert code == 0 and config.model.lora_r == 2 and config.to_dict() == yaml.safe_load(out)
     assert not (tmp_path / "run").exists()
+
+
+NUMBERS = ("nan", "inf", "-inf", "1e308", "9223372036854775808")
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+@pytest.mark.parametrize("option", ["learning_rate", "lora_r", "clip_max", "weight_decay", "data_seed", "eval_delay"])
+def test_numbers_are_finite_and_fit(train, option, value):
+    whole = option in ("lora_r", "data_seed")
+    if value.isdecimal() and not whole:
+        return  # 2 ** 63 is a number that fp32 can hold
+    fails(train(f"--{option}={value}"), option, "whole number" if whole else "finite number", value.strip("-")[:2])
+
+
+@pytest.mark.parametrize("command", [SCORE, EVALUATE, PLAN], ids=lambda command: command.prog.split(".")[-1])
+def test_every_command_takes_finite_numbers_alone(command, capsys):
+    option = next(name for name, hint in command.types.items() if hint in (float, int))
+    assert command.main(lambda options: None)([f"--{option}=nan"]) == 2
+    assert option in capsys.readouterr().err
+
+
+def test_numbers_in_a_yaml_file_are_finite_too(train, tmp_path):
+    (tmp_path / "c.yaml").write_text("learning_rate: .inf\nweight_decay: .nan\n")
+    fails(train("--config", str(tmp_path / "c.yaml")), "finite number")
+
+
+# ---- interrupted, and a stdout that is closed or knows few characters
+
+
+@pytest.mark.parametrize("module", [train_command, score, evaluate, plan], ids=lambda module: module.__name__)
+def test_ctrl_c_is_one_word_in_every_command(module, monkeypatch, capsys, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("perce.environment.prepare", stop)
+    monkeypatch.setattr("perce.training.arguments.prepare", stop)
+    given = ["--output_dir", str(tmp_path / "run")] if module is train_command else []
+    assert module.main(given) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_a_run_that_is_interrupted_while_it_writes_its_report(train, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("perce.training.summary.write_run_report", stop)
+    code, _, err = train()
+    assert code == 130 and err.endswith("Interrupted.\n") and "Traceback" not in err
+
+
+def test_characters_that_cannot_be_shown_are_replaced(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert guarded(lambda: print("PIR → 0.3")) == 0
+    assert raw.getvalue() == b"PIR ? 0.3\n"
+
+
+@pytest.mark.parametrize("command", ["train", "score", "evaluate", "plan"])
+def test_a_closed_stdout_is_no_traceback(command):
+    """As `| head -0`: nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", f"perce.{command}", "--print_config"], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_run_told_to_a_stdout_that_knows_ascii_alone(model, data, tmp_path):
+    argv = ["--model", model, "--data", data, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "perce.train", *argv], capture_output=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert b"mean PIR" in done.stdout

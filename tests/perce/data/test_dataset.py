@@ -1,8 +1,10 @@
 """Pairs on disk: cached under everything that they depend on, the version of the code included."""
 
+import errno
 import hashlib
 import json
 
+import datasets
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -103,3 +105,61 @@ def test_the_version_is_part_of_the_caches_key(monkeypatch):
     before = dataset._fingerprint(demo_examples(1), builder(), False)
     monkeypatch.setattr(dataset, "PAIRS_VERSION", dataset.PAIRS_VERSION + 1)
     assert dataset._fingerprint(demo_examples(1), builder(), False) != before
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def truncated(content):
+    return content[: len(content) // 2]
+
+
+def flipped(content):
+    place = len(content) // 2
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, lambda _: b""], ids=["truncated", "flipped", "empty"])
+@pytest.mark.parametrize("pattern", ["*.arrow", "dataset_info.json"])
+def test_pairs_that_were_damaged_on_the_disk_are_built_again(cache, damage, pattern):
+    pairs = pair_dataset(demo_examples(6), builder())[:]
+    (file,) = cache.rglob(pattern)
+    content = file.read_bytes()
+    for place in range(3):  # wherever the bytes are
+        file.write_bytes(damage(content[place:]) if damage is truncated else damage(content))
+        assert pair_dataset(demo_examples(6), builder())[:] == pairs
+        (file,) = cache.rglob(pattern)
+
+
+def test_pairs_without_a_digest_are_built_again(cache, monkeypatch):
+    """What a process left that was stopped between the two."""
+    pair_dataset(demo_examples(2), builder())
+    (digests,) = cache.rglob(dataset.DIGESTS)
+    digests.unlink()
+    built = []
+    plain = PairBuilder.build
+    monkeypatch.setattr(PairBuilder, "build", lambda self, example: built.append(example) or plain(self, example))
+    for _ in range(2):
+        pair_dataset(demo_examples(2), builder())
+    assert len(built) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_its_variable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match=r"file/cache.*cannot be written.*HF_DATASETS_CACHE"):
+        pair_dataset(demo_examples(2), builder())
+
+
+def test_a_full_disk_is_told_with_the_cache(cache, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.finalize", full)
+    with pytest.raises(UserError, match=r"cache.*No space left.*HF_DATASETS_CACHE"):
+        pair_dataset(demo_examples(2), builder())
+    monkeypatch.undo()
+    assert len(pair_dataset(demo_examples(2), builder())) == 2

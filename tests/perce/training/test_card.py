@@ -42,7 +42,7 @@ def saved_run(directory, template, lora_r=0, **data):
     model.save_pretrained(run)
     (model.get_base_model() if lora_r else model).generation_config.save_pretrained(run)
     tokenizer.save_pretrained(run)
-    write_card(run, options, str(directory / "base"), tokenizer, NUMBERS, 26)
+    write_card(run, options, str(directory / "base"), tokenizer, NUMBERS, "26 steps")
     return run, tokenizer, options
 
 
@@ -113,8 +113,8 @@ def test_the_card_promises_what_there_is(tmp_path):
     text = (run / CARD).read_text(encoding="utf-8")
     assert "as a list" in text and "trained as text" not in text
     tokenizer.chat_template = CHAT_TEMPLATES["chatml"]
-    write_card(run, replace(options, data=DataConfig()), str(tmp_path / "base"), tokenizer, NUMBERS, 1)
+    write_card(run, replace(options, data=DataConfig()), str(tmp_path / "base"), tokenizer, NUMBERS, "1 step")
     text = (run / CARD).read_text(encoding="utf-8")
     assert "as a list" not in text and "trained as text" in text
-    write_card(run, options, str(tmp_path / "base"), None, NUMBERS, 1)  # documents
+    write_card(run, options, str(tmp_path / "base"), None, NUMBERS, "1 step")  # documents
     assert "How to ask" not in (run / CARD).read_text(encoding="utf-8")

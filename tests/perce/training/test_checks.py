@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import TrainingArguments
 
 from perce import MemoryConfig, PerceTrainer, UserError
 from perce.model.patch import prepare_model
@@ -81,3 +82,48 @@ def test_rows_that_were_filtered_out_are_not_judged(tmp_path):
         trainer_for(model_for("full"), arguments(tmp_path)).evaluate(dataset)
     kept = dataset.filter(lambda pair: max(pair["input_ids"]) < 400)
     assert trainer_for(model_for("full"), arguments(tmp_path)).evaluate(kept)["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "fragments"),
+    [
+        ("train_dataset", [], "at least one example"),
+        ("train_dataset", Dataset.from_list(PAIRS[:1]).select([]), "at least one example"),
+        ("train_dataset", DatasetDict(train=Dataset.from_list(PAIRS)), r"DatasetDict.*train_dataset\['train'\]"),
+        ("train_dataset", "rows.jsonl", "got str.*load_examples"), ("train_dataset", 3, "got int"),
+        ("eval_dataset", [], "at least one example"), ("eval_dataset", {"mine": []}, "at least one example"),
+        ("eval_dataset", {}, "at least one"), ("eval_dataset", 3, "got int"),
+    ],
+)  # fmt: skip
+def test_a_dataset_that_is_none_is_refused_by_its_argument(tmp_path, name, dataset, fragments):
+    datasets = {"train_dataset": Dataset.from_list(PAIRS)} | {name: dataset}
+    with pytest.raises(UserError, match=rf"{name}.*expected.*{fragments}"):
+        PerceTrainer(model_for("full"), arguments(tmp_path), processing_class=tiny_tokenizer(), **datasets)
+
+
+def test_the_dataset_of_one_evaluation_is_checked_too(tmp_path):
+    with pytest.raises(UserError, match=r"eval_dataset: expected at least one example"):
+        trainer_for(model_for("full"), arguments(tmp_path)).evaluate([])
+
+
+def test_a_model_without_anything_to_train_is_refused(tmp_path):
+    model = model_for("full").requires_grad_(False)
+    with pytest.raises(UserError, match=r"model: expected .*parameter.*peft_config"):
+        trainer_for(model, arguments(tmp_path))
+    evaluating = PerceTrainer(model, arguments(tmp_path), processing_class=tiny_tokenizer())
+    assert evaluating.evaluate(Dataset.from_list(PAIRS[:2]))["eval_loss"] > 0
+
+
+def test_what_the_trainer_cannot_do_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"predict: .*evaluate"):
+        trainer_for(model_for("full"), arguments(tmp_path)).predict(Dataset.from_list(PAIRS[:2]))
+    with pytest.raises(UserError, match=r"model_init: .*model"):
+        trainer_for(model_for("full"), arguments(tmp_path), model_init=lambda: model_for("full"))
+    with pytest.raises(UserError, match="args: expected PerceArguments, got TrainingArguments"):
+        trainer_for(model_for("full"), TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, -(2**63)])
+def test_arguments_are_finite_numbers(tmp_path, value):
+    with pytest.raises(UserError, match="weight_decay: expected a"):
+        arguments(tmp_path, weight_decay=value)

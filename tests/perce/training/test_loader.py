@@ -117,3 +117,13 @@ if __name__ == "__main__":  # one rank
     directory = Path(sys.argv[1])
     budget, stream = train(directory, ranks=2), train_stream(directory, directory / "rows.jsonl", ranks=2)
     finish_rank(directory, [budget, stream])
+
+
+def test_a_loader_of_ours_has_the_trainers_options(tmp_path):
+    options = {"dataloader_num_workers": 1, "dataloader_in_order": False, "dataloader_prefetch_factor": 3}
+    args = arguments(
+        tmp_path, dataloader_multiprocessing_context="spawn", dataloader_persistent_workers=True, **options
+    )
+    loader = undivided_loader(PAIRS, list, args, batch_size=2)
+    assert (loader.num_workers, loader.in_order, loader.prefetch_factor) == (1, False, 3)
+    assert loader.multiprocessing_context.get_start_method() == "spawn" and loader.persistent_workers

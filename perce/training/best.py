@@ -1,0 +1,100 @@
+"""The best weights of a run: the number they are the best by, when a run without better ones stops, which are saved."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from perce.errors import UserError
+
+METRICS = {
+    "loss": False, "loss_with_persona": False, "loss_without_persona": False, "loss_personal_tokens": False,
+    "pir_mean": True,
+}  # fmt: skip
+"""The numbers of an evaluation, and whether a greater one is better."""
+
+
+def evaluated_name(args: TrainingArguments) -> str:
+    """metric_for_best_model as the evaluation calls it."""
+    return f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+
+
+def settle_metric(args: Any) -> None:
+    """Set greater_is_better by the metric; UserError for one that no evaluation has, or that is turned round.
+
+    TrainingArguments would take every number for better when it is greater whose name does not end in "loss".
+    """
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise UserError(
+            "load_best_model_at_end: nothing is evaluated with --eval_strategy no, so no weights are known as the "
+            "best. Use --eval_strategy epoch or steps."
+        )
+    name = evaluated_name(args)
+    metric = next((metric for metric in METRICS if name.endswith(f"_{metric}")), None)
+    if metric is None:
+        raise UserError(_not_there(args, [f"eval_{metric}" for metric in METRICS]))
+    if args.greater_is_better not in (None, METRICS[metric]):
+        better = "greater" if METRICS[metric] else "smaller"
+        raise UserError(f"greater_is_better: of {name} the {better} is better. Leave it out.")
+    if args.metric_for_best_model is not None:
+        args.greater_is_better = METRICS[metric]
+
+
+def check_metric(args: TrainingArguments, eval_dataset: Any) -> None:
+    """UserError for a metric that the evaluation of these examples will not have."""
+    parts = [f"{part}_" for part in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
+    there = [f"eval_{part}{metric}" for part in parts for metric in METRICS]
+    if args.metric_for_best_model is not None and eval_dataset is not None and evaluated_name(args) not in there:
+        raise UserError(_not_there(args, there))
+
+
+def _not_there(args: TrainingArguments, there: list[str]) -> str:
+    return f"metric_for_best_model: expected one of {', '.join(there)}, got {args.metric_for_best_model!r}."
+
+
+def check_first_value(args: TrainingArguments, state: TrainerState, metrics: Mapping[str, float]) -> None:
+    """UserError where the metric is no number before any was the best: then none ever would be."""
+    name = evaluated_name(args)
+    if args.metric_for_best_model is None or state.best_metric is not None or not math.isnan(metrics.get(name, 0.0)):
+        return
+    personal = name.endswith("_loss_personal_tokens")
+    raise UserError(
+        f"metric_for_best_model: {name} is nan in the first evaluation"
+        f"{', for there is no personal token among its examples' if personal else ''}, so no weights would be the "
+        "best. Use another metric, such as eval_loss."
+    )
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """As transformers'; and a run that has stopped early does not train on when it is resumed."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.early_stopping_patience = args.early_stopping  # type: ignore[attr-defined]  # not the checkpoint's
+        # A checkpoint of a run without early stopping has no entry, and saving expects one.
+        cast(dict, state.stateful_callbacks).setdefault(type(self).__name__, self.state())
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+
+def kept_step(trainer: Trainer) -> int | None:
+    """The step whose weights took the place of the last ones when training ended; None where none did."""
+    best = trainer.state.best_model_checkpoint
+    if not trainer.args.load_best_model_at_end or best is None:
+        return None
+    step = int(Path(best).name.rpartition("-")[2])
+    return step if step != trainer.state.global_step else None
+
+
+def kept_weights(trainer: Trainer) -> str:
+    """Which weights are saved, in words; "" for those of the last step."""
+    step = kept_step(trainer)
+    return "" if step is None else f"weights of step {step}, the best by {evaluated_name(trainer.args)}"

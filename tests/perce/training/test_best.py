@@ -1,0 +1,167 @@
+"""The best weights of a run: by which number, when it stops early, and that what is told is told of them."""
+
+import json
+import math
+
+import pytest
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from perce import PerceTrainer, UserError
+from perce.training.best import METRICS, EarlyStopping
+from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
+from tests.helpers.training import fails
+
+# Too large a step: the first one helps, the later ones do harm.
+WORSE = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0, "eval_steps": 1, "max_steps": 8}
+
+
+def with_evaluation(directory, eval_dataset=None, **options):
+    args = arguments(directory, **({"eval_strategy": "steps", "eval_steps": 1} | options))
+    return trainer_for(model_for("full"), args, eval_dataset=eval_dataset or Dataset.from_list(PAIRS[:4]))
+
+
+def state_of(run):
+    return json.loads((run / "trainer_state.json").read_text())
+
+
+def test_the_numbers_of_an_evaluation_are_those_that_can_be_the_best(tmp_path):
+    metrics = with_evaluation(tmp_path).evaluate()
+    measured = {name.removeprefix("eval_") for name in metrics}
+    assert measured - {"epoch", "runtime", "samples_per_second", "steps_per_second"} == set(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("eval_loss", False), ("loss_personal_tokens", False), ("eval_loss_without_persona", False),
+        ("pir_mean", True), ("eval_pir_mean", True), ("eval_mine_loss_with_persona", False), ("mine_pir_mean", True),
+    ],
+)  # fmt: skip
+def test_losses_are_better_lower_and_the_mean_pir_higher(tmp_path, metric, greater):
+    assert arguments(tmp_path, metric_for_best_model=metric).greater_is_better is greater
+    with pytest.raises(UserError, match="greater_is_better"):
+        arguments(tmp_path, metric_for_best_model=metric, greater_is_better=not greater)
+
+
+def test_a_number_that_the_evaluation_does_not_have_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"eval_loss_personal_tokens.*accuracy"):
+        arguments(tmp_path, metric_for_best_model="accuracy")
+    parts = {"mine": Dataset.from_list(PAIRS[:2])}
+    with_evaluation(tmp_path, parts, metric_for_best_model="mine_loss")
+    for name, dataset in (("loss", parts), ("eval_mine_loss", None), ("yours_loss", parts)):
+        with pytest.raises(UserError, match=f"metric_for_best_model: .*eval_.*{name}"):
+            with_evaluation(tmp_path, dataset, metric_for_best_model=name)
+
+
+def test_a_metric_that_is_no_number_is_found_at_the_first_evaluation(tmp_path):
+    pairs = [{**pair, "personal": [False] * len(pair["personal"])} for pair in PAIRS[:4]]
+    options = {"metric_for_best_model": "loss_personal_tokens", "eval_on_start": True}
+    trainer = with_evaluation(tmp_path, Dataset.from_list(pairs), **options)
+    with pytest.raises(UserError, match=r"loss_personal_tokens is nan .* no personal token"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    without = with_evaluation(tmp_path, Dataset.from_list(pairs))
+    assert math.isnan(without.evaluate()["eval_loss_personal_tokens"]), "which is no fault by itself"
+
+
+def test_the_best_weights_are_kept_and_told_of(train, tmp_path):
+    metric = "eval_loss_personal_tokens"
+    flags = ("--load_best_model_at_end", "true", "--metric_for_best_model", metric)
+    code, out, err = train(*flags, **WORSE)
+    assert code == 0, err
+    run, state = tmp_path / "run", state_of(tmp_path / "run")
+    evaluations = {e["step"]: e for e in state["log_history"] if metric in e}
+    best = min((step for step in evaluations if step), key=lambda step: evaluations[step][metric])
+    assert 0 < best < state["global_step"] == 8 and len(evaluations) == 9
+    assert sum(metric in entry for entry in state["log_history"]) == 9, "one evaluation a step"
+    saved, kept = (load_file(d / "adapter_model.safetensors") for d in (run, run / f"checkpoint-{best}"))
+    assert all(saved[name].equal(kept[name]) for name in saved)
+    told = f"weights of step {best}, the best by {metric}"
+    for text in (out, *((run / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))):
+        assert told in text and f"{evaluations[best][metric]:.4f}" in text
+    assert f"{evaluations[8][metric]:.4f}" not in out.split("before")[-1]
+
+
+def test_the_last_weights_are_told_of_as_ever(train, tmp_path):
+    code, out, err = train("--load_best_model_at_end", "true", learning_rate=1e-4, eval_steps=2)
+    assert code == 0 and "the best by" not in out + (tmp_path / "run" / "README.md").read_text(), err
+
+
+def test_saving_follows_evaluation_unless_it_is_told_not_to(train, tmp_path):
+    assert train("--load_best_model_at_end", "true", max_steps=4)[0] == 0
+    assert state_of(tmp_path / "run")["best_global_step"], "at the end of an epoch"
+    code, _, err = train("--load_best_model_at_end", "true", output_dir=tmp_path / "b", eval_steps=2, save_steps=3)
+    fails((code, "", err), "multiple")
+    fails(train("--load_best_model_at_end", "true", "--eval_strategy=no", output_dir=tmp_path / "c"), "--eval_strategy")
+
+
+def test_a_run_stops_early_with_its_best_weights(train, tmp_path):
+    code, out, err = train(early_stopping=2, **WORSE)
+    assert code == 0, err
+    state = state_of(tmp_path / "run")
+    assert state["global_step"] == state["best_global_step"] + 2 < 8
+    assert f"weights of step {state['best_global_step']}, the best by eval_loss" in out
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["early_stopping"] == 2
+
+
+@pytest.mark.parametrize("flag", ["--early_stopping=-1", "--early_stopping=1 --load_best_model_at_end=false"])
+def test_early_stopping_keeps_the_best_weights(train, flag):
+    fails(train(*flag.split()), "early_stopping")
+
+
+def test_what_early_stopping_has_counted_is_resumed(tmp_path):
+    """A constant number is never better: the third evaluation is the second in a row that is not."""
+
+    class Constant(PerceTrainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = {**super().evaluate(*args, **kwargs), "eval_loss": 1.0}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    def trainer(max_steps, **options):
+        args = arguments(
+            tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=max_steps,
+            early_stopping=2, **options,
+        )  # fmt: skip
+        made = Constant(
+            model_for("full"), args, train_dataset=Dataset.from_list(PAIRS), eval_dataset=Dataset.from_list(PAIRS[:2]),
+            processing_class=tiny_tokenizer(),
+        )  # fmt: skip
+        handler = made.callback_handler
+        plain, handler.on_evaluate = (
+            handler.on_evaluate,
+            lambda args, state, control, metrics: (
+                plain(args, state, control, metrics) if metrics["eval_loss"] == 1.0 else control
+            ),
+        )
+        return made
+
+    trainer(2).train()
+    resumed = trainer(9)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 3
+    (counting,) = [x for x in resumed.callback_handler.callbacks if isinstance(x, EarlyStopping)]
+    assert counting.early_stopping_patience_counter == 2
+
+
+def test_a_run_that_has_stopped_early_does_not_train_on(tmp_path):
+    trainer = with_evaluation(tmp_path, save_strategy="steps", save_steps=1, early_stopping=2)
+    (counting,) = [x for x in trainer.callback_handler.callbacks if isinstance(x, EarlyStopping)]
+    for counted, stops in ((1, False), (2, True)):
+        counting.early_stopping_patience_counter, trainer.control.should_training_stop = counted, False
+        trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+        assert trainer.control.should_training_stop is stops
+
+
+def test_the_patience_is_that_of_the_options(tmp_path):
+    """Not of the checkpoint; and a checkpoint of a run without early stopping can be gone on from with it."""
+    options = {"save_strategy": "steps", "save_steps": 1}
+    with_evaluation(tmp_path, max_steps=1, **options).train()
+    for patience, steps in ((3, 2), (4, 3)):
+        trainer = with_evaluation(tmp_path, max_steps=steps, early_stopping=patience, **options)
+        trainer.train(resume_from_checkpoint=True)
+        (counting,) = [x for x in trainer.callback_handler.callbacks if isinstance(x, EarlyStopping)]
+        assert counting.early_stopping_patience == patience and trainer.state.global_step == steps
