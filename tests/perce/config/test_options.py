@@ -131,8 +131,7 @@ def test_ctrl_c_is_one_word_in_every_command(module, monkeypatch, capsys, tmp_pa
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("perce.environment.prepare", stop)
-    monkeypatch.setattr("perce.training.arguments.prepare", stop)
+    monkeypatch.setattr("perce.config.options.Command.build", stop)
     given = ["--output_dir", str(tmp_path / "run")] if module is train_command else []
     assert module.main(given) == 130
     assert capsys.readouterr().err == "Interrupted.\n"

@@ -128,6 +128,7 @@ def test_every_field_is_read_or_refused():
         ("--optim=sgd --optim_args=momentun=0.9", ["optim_args", "momentun", "sgd"]),
         ("--optim=sgd --optim_args=momentum", ["optim_args", "name=value"]),
         ("--optim=sgd --adam_beta1=0.8", ["adam_beta1", "sgd"]),
+        ("--optim=sgd --adam_beta1=0.5", ["adam_beta1", "sgd"]),
         ("--optim_target_modules=all-linear", ["optim_target_modules", "adamw_torch_fused"]),
         ("--streaming --max_steps=2 --data_seed=3", ["data_seed", "--seed"]),
         ("--tokens_per_batch=700 --train_sampling_strategy=group_by_length", ["train_sampling_strategy"]),
@@ -164,6 +165,7 @@ def test_fields_without_an_effect_are_refused_in_python_too(tmp_path):
 def test_the_optimiser_gets_what_it_is_given(tmp_path):
     args = arguments(tmp_path, optim="sgd", optim_args="momentum=0.9")
     assert Trainer.get_optimizer_cls_and_kwargs(args)[1]["momentum"] == 0.9
+    assert arguments(tmp_path, adam_beta2=0.5).adam_beta2 == 0.5
 
 
 def test_checkpointing_arguments_are_taken_by_their_older_name(tmp_path):

@@ -20,6 +20,7 @@ from perce.train import main
 from perce.training import checkpoints
 from perce.training.checkpoints import LIST, damage, flaw, newest_whole, seal
 from perce.training.interruption import Interruption
+from perce.training.summary import Progress
 from tests.helpers import ROOT
 from tests.helpers.ranks import run_ranks, start_ranks
 from tests.helpers.tiny import save_tiny_model, write_jsonl
@@ -122,6 +123,21 @@ def test_a_second_signal_stops_at_once_unless_it_is_the_first_one_again(flags, r
     with pytest.raises(SystemExit, match="143"):
         main([*flags, "--output_dir", str(run)])
     assert names(run) == left
+
+
+def test_a_stdout_that_is_closed_stops_the_run_with_a_checkpoint(flags, straight, run, monkeypatch):
+    own = Progress.on_log
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.global_step == STOP:
+            raise BrokenPipeError
+        own(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_log", on_log)
+        assert main([*flags, "--output_dir", str(run), "--logging_steps", "1"]) == 141
+    assert flaw(run / "checkpoint-3") is None
+    assert resume(run) == 0 and (run / ADAPTER).read_bytes() == straight
 
 
 @pytest.mark.slow
