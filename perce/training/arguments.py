@@ -136,14 +136,14 @@ class PerceArguments(TrainingArguments):
         return super().to_dict() | ours
 
 
-def _changed(args: PerceArguments) -> list[str]:
-    """Fields that have another value than their default."""
+def _changed(args: PerceArguments) -> dict[str, Any]:
+    """The defaults of the fields that have another value."""
     missing = dataclasses.MISSING
     defaults = {
         field.name: field.default if field.default_factory is missing else field.default_factory()
         for field in dataclasses.fields(args)
     }
-    return [name for name, default in defaults.items() if getattr(args, name) != default]
+    return {name: default for name, default in defaults.items() if getattr(args, name) != default}
 
 
 def _refuse_idle(names: Iterable[str], idle: Mapping[str, str], but: Iterable[str] = LEFT_OPEN) -> None:
@@ -234,8 +234,9 @@ def _check_optimizer(args: PerceArguments) -> None:
     for key, _ in items:
         if not makes_a_difference({"optim_args": f"{key}=?"}, plain):
             raise UserError(f"optim_args: --optim {name} does not read {key}. Was it mistyped?")
-    for field in {*OF_ADAM, "optim_target_modules"}.intersection(_changed(args)):
-        if not makes_a_difference({"optim_args": None, field: 0.5}, plain):
+    for field, default in _changed(args).items():
+        asked = field in (*OF_ADAM, "optim_target_modules")
+        if asked and not makes_a_difference({"optim_args": None, field: default}, plain):
             raise UserError(f"{field}: --optim {name} does not read it. Leave it out, or choose another --optim.")
 
 

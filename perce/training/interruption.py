@@ -129,10 +129,11 @@ def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
     with interruption.caught():
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (UserError, KeyboardInterrupt) as stopped:
+        except (UserError, KeyboardInterrupt, BrokenPipeError) as stopped:  # the last: `| head`, at a line of the log
             print(file=sys.stderr)  # ends the line of the progress bar
             alone, step = trainer.accelerator.num_processes == 1, trainer.state.global_step
-            between_steps = isinstance(stopped, Interrupted) or (isinstance(stopped, UserError) and alone)
+            by_itself = isinstance(stopped, UserError | BrokenPipeError)
+            between_steps = isinstance(stopped, Interrupted) or (by_itself and alone)
             if step and between_steps and not isinstance(stopped, SaveError | Diverged):
                 if interruption.saved_step != step:
                     trainer.args.save_only_model = False
@@ -140,7 +141,7 @@ def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
                 if trainer.is_world_process_zero():
                     again = f"--resume --output_dir {trainer.args.output_dir}"
                     print(f"Stopped at step {step}; {again} continues.", file=sys.stderr)
-            if isinstance(stopped, UserError):
+            if by_itself:
                 raise
             number = stopped.signal if isinstance(stopped, Interrupted) else interruption.received
             raise SystemExit(128 + (number or signal.SIGINT)) from None
