@@ -67,6 +67,11 @@ def check_first_value(args: TrainingArguments, state: TrainerState, metrics: Map
     )
 
 
+def is_evaluated(state: TrainerState) -> bool:
+    """Whether the numbers of an evaluation are logged for the step that has been reached."""
+    return any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
+
+
 class EarlyStopping(EarlyStoppingCallback):
     """As transformers'; and a run that has stopped early does not train on when it is resumed."""
 

@@ -3,11 +3,10 @@
     counterfactual hidden states (no grad, eval mode) → factual hidden states → fused_perce_loss, inside the head →
     backward
 
-Everything else (optimiser, schedule, accumulation, checkpoints, resume, loggers, DDP) is the Trainer's.
+Everything else (optimiser, schedule, accumulation, loggers, DDP) is the Trainer's; checkpoints, resume: resumable.py.
 """
 
 import copy
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,23 +17,21 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from perce.data.batch import Batch, collate
 from perce.data.dataset import rows_dataset_pairs
-from perce.environment import let_umask_decide
-from perce.errors import UserError, first_line
+from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.loading import add_adapter
 from perce.model.memory import prepare_memory
 from perce.model.passes import TokenStatistics, counterfactual_hidden, factual, measured, token_statistics
 from perce.model.patch import prepare_model
-from perce.model.probe import check_packing, evaluating, unwrapped
+from perce.model.probe import check_packing, evaluating
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
-from perce.training.best import EarlyStopping, check_first_value, check_metric
-from perce.training.checkpoints import check_whole, resume_point, save_whole, step_of
+from perce.training.best import EarlyStopping, check_metric
 from perce.training.checks import (
     check_arguments,
     check_context,
@@ -44,16 +41,16 @@ from perce.training.checks import (
     check_vocabulary,
     warn_of_dropout,
 )  # fmt: skip
-from perce.training.divergence import check_finite, check_logged
 from perce.training.estimates import Estimates, check_estimable, estimate, over_step
 from perce.training.loader import own_train_loader
 from perce.training.meters import Clock, Window, peak_memory_mib
 from perce.training.normalizer import StepNormalizer
-from perce.training.parallel import found_by_first, keep_outputs_exact
+from perce.training.parallel import keep_outputs_exact
+from perce.training.resumable import ResumableTrainer
 from perce.training.serving import serve_as_trained
 
 
-class PerceTrainer(Trainer):
+class PerceTrainer(ResumableTrainer):
     """Fine-tunes a causal language model with PerCE, or another of perce/objectives.py, on token pairs.
 
     Args:
@@ -135,14 +132,6 @@ class PerceTrainer(Trainer):
         if args.loss.estimate == "online" and args.loss.entry.fused:
             warn_of_dropout(prepared)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As transformers.Trainer's; PEFT saves no generation config beside an adapter."""
-        super()._save(output_dir, state_dict)
-        let_umask_decide(Path(str(output_dir or self.args.output_dir)))
-        base = unwrapped(self.model)
-        if base is not self.model and base.generation_config is not None:
-            base.generation_config.save_pretrained(output_dir or self.args.output_dir)
-
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
@@ -164,11 +153,6 @@ class PerceTrainer(Trainer):
         """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
         return super().evaluate(self._checked_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super()._evaluate(*args, **kwargs)
-        check_first_value(self.args, self.state, metrics)
-        return metrics
-
     def get_train_dataloader(self) -> DataLoader:
         loader = own_train_loader(self.train_dataset, self.data_collator, self.args)
         return super().get_train_dataloader() if loader is None else loader
@@ -183,23 +167,6 @@ class PerceTrainer(Trainer):
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise UserError("predict: would return logits, which PerceTrainer never holds. Use trainer.evaluate(dataset).")
-
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().init_hf_repo(*args, **kwargs)
-        except Exception as error:  # of huggingface_hub, of whichever network library it uses
-            raise UserError(
-                f"--push_to_hub: the repository cannot be reached or made ({first_line(error)}). Log in (hf auth "
-                "login, or HF_TOKEN), see that HF_HUB_OFFLINE is not set, or leave --push_to_hub out."
-            ) from error
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers.Trainer's; an upload that fails does not end a run whose files are saved here."""
-        try:
-            return super().push_to_hub(*args, **kwargs)
-        except Exception as error:  # as above
-            note = f"the upload failed ({first_line(error)}). Everything is in {self.args.output_dir}; upload it later."
-            print(f"--push_to_hub: {note}", file=sys.stderr)
 
     def compute_loss(
         self,
@@ -261,69 +228,15 @@ class PerceTrainer(Trainer):
             return self._normalizer.finish(model, loss, self.accelerator.reduce(self._normalizer.weight, "sum"), tokens)
         return self._normalizer.add_loss(loss) if self._normalizer else loss
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As transformers.Trainer.train, but nothing is trained beyond the last step; True resumes from the newest
-        checkpoint that is whole.
+    def restore(self, checkpoint: Path) -> None:
+        if self.args.loss.estimate != "online":
+            signal = self.args.loss.weighting.signal_name
+            self.estimates = Estimates.load(checkpoint, self.train_dataset, self._vocabulary, signal)
 
-        Raises:
-            UserError: a checkpoint that is damaged or lacks what a resume needs; numbers that are no longer finite.
-        """
-        if asked := resume_from_checkpoint:
-            checkpoint = found_by_first(lambda: self._checkpoint(asked))
-            if self.args.loss.estimate != "online":
-                signal = self.args.loss.weighting.signal_name
-                self.estimates = Estimates.load(checkpoint, self.train_dataset, self._vocabulary, signal)
-            resume_from_checkpoint = str(checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _checkpoint(self, asked: str | bool) -> Path:
-        """The one to resume from, found whole."""
-        if isinstance(asked, bool):
-            return resume_point(Path(str(self.args.output_dir)))
-        check_whole(Path(asked))
-        return Path(asked)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As transformers.Trainer's, which takes a checkpoint for an empty one where its files go while it reads."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.state.global_step != (step := step_of(Path(checkpoint))):
-            raise UserError(
-                f"{checkpoint}: the run should go on after step {step}, and what was read is of step "
-                f"{self.state.global_step}. Is another process writing there? Resume again when it has ended."
-            )
-        if checkpoint is not None:
-            self.args.eval_on_start = self._evaluation_is_due()
-
-    def _evaluation_is_due(self) -> bool:
-        """Whether a checkpoint is of an epoch's last step, and was saved before that epoch's evaluation."""
-        epoch, step = self.state.epoch or 0.0, self.state.global_step
-        evaluated = any("eval_loss" in line and line["step"] == step for line in self.state.log_history)
-        return self.args.eval_strategy == "epoch" and abs(epoch - round(epoch)) < 1e-6 and not evaluated
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers.Trainer's, which would begin a step whatever the number of those that are made."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers.Trainer.save_model; UserError instead of weights that are not finite."""
-        if not _internal_call:  # a checkpoint has asked all processes
-            check_finite(self, everywhere=False)
-        super().save_model(output_dir, _internal_call)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def save_beside(self, checkpoint: Path) -> None:
         self._window.pause()
-        check_finite(self)
-        checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-
-        def save() -> None:
-            if self.estimates is not None and self.args.should_save:
-                self.estimates.save(checkpoint)
-            Trainer._save_checkpoint(self, model, trial)
-
-        save_whole(self, checkpoint, save)
+        if self.estimates is not None and self.args.should_save:
+            self.estimates.save(checkpoint)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
         """Response tokens of the whole accumulation window, over all ranks; called once, where a step begins."""
@@ -346,7 +259,6 @@ class PerceTrainer(Trainer):
             self.estimation_clock.seconds()  # collects the events of the window
             self._window = Window()
         super().log(logs, start_time)
-        check_logged(self, logs)
 
     @property
     def tokens_seen(self) -> int:
