@@ -134,7 +134,7 @@ def test_every_field_is_read_or_refused():
         ("--tokens_per_batch=700 --train_sampling_strategy=group_by_length", ["train_sampling_strategy"]),
         ("--tokens_per_batch=700 --dataloader_drop_last", ["dataloader_drop_last", "--tokens_per_batch"]),
         ("--streaming --max_steps=2 --dataloader_drop_last", ["dataloader_drop_last", "--streaming"]),
-        ("--tokens_per_batch=700 --auto_find_batch_size", ["auto_find_batch_size"]),
+        ("--auto_find_batch_size", ["auto_find_batch_size", "perce.plan"]),
         ("--lr_scheduler_type=constant --lr_scheduler_kwargs={}", ["lr_scheduler_kwargs", "constant"]),
         ("--run_name=x", ["run_name", "--report_to"]), ("--dataloader_in_order=false", ["dataloader_num_workers"]),
         ("--hub_model_id=me/x", ["hub_model_id", "--push_to_hub"]), ("--fsdp_config={}", ["fsdp_config", "--fsdp"]),

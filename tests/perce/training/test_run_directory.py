@@ -1,8 +1,10 @@
 """A run's directory: claimed by one process at a time, never another run's, and resumed as the run that it is."""
 
+import io
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,18 @@ def test_a_directory_is_one_process_s(train, tmp_path, monkeypatch, resume):
         assert {path: path.read_bytes() for path in before if path.name != LOCK} == {
             path: content for path, content in before.items() if path.name != LOCK
         }
+
+
+def test_a_full_disk_where_a_run_is_claimed(train, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", full)
+    fails(train(), "--output_dir", "cannot be written to", "No space left")
+    monkeypatch.undo()
+    write = Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: full() if self.name == LOCK else write(self, *a, **k))
+    assert train(max_steps=1)[0] == 0, "the lock is held, and only its holder's name cannot be told"
 
 
 def test_two_runs_that_begin_at_once_have_two_directories(model, data, tmp_path, monkeypatch, capsys):
@@ -182,6 +196,41 @@ def test_a_run_whose_options_are_gone_or_damaged_is_not_begun_again(train, tmp_p
     fails(train(), "checkpoint-2")
 
 
+@pytest.mark.parametrize("damage", ["half", "one bit", "zeros", "text"])
+def test_numbers_of_before_training_that_are_damaged_are_told_of_at_once_and_passed_over(
+    train, tmp_path, monkeypatch, damage
+):
+    assert train(save_steps=1)[0] == 0
+    path = tmp_path / "run" / "before.pt"
+    content = bytearray(path.read_bytes())
+    place = content.index(b"storage") if damage == "one bit" else 0  # of a tensor, not of the archive's padding
+    content[content.index(b"ZZ", place) + 70 if damage == "one bit" else 0] ^= 1
+    others = {"half": content[: len(content) // 2], "zeros": bytes(len(content)), "text": b"[]"}
+    path.write_bytes(others.get(damage, content))
+    own = PerceTrainer.train
+    told = []
+
+    def trained(self, *args, **kwargs):
+        told.append("before.pt" in sys.stderr.getvalue())
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(PerceTrainer, "train", trained)
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    code, out, _ = train("--resume", **SAVED | {"max_steps": 3})
+    assert code == 0 and told == [True] and "not evaluated" in out
+
+
+def test_the_numbers_of_before_training_are_whole_or_not_there(train, tmp_path, monkeypatch):
+    def half(content, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("torch.save", half)
+    with pytest.raises(RuntimeError, match="killed"):
+        train()
+    assert not (tmp_path / "run" / "before.pt").exists()
+
+
 # ---- one command for every moment
 
 
@@ -233,6 +282,25 @@ def test_an_evaluation_that_was_due_after_the_checkpoint_is_made_when_the_run_is
     assert train("--resume", **SAVED)[0] == 0
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert [line["step"] for line in history if "eval_loss" in line] == [0, 2, 3]
+
+
+def test_the_last_evaluation_is_logged_once(train, tmp_path, monkeypatch):
+    """Where a run had come to it before it was stopped, its numbers are known, and those of single tokens are not."""
+    own = PerceTrainer.save_model
+
+    def killed(self, *args, _internal_call=False):
+        if not _internal_call:
+            raise RuntimeError("killed")
+        own(self, *args, _internal_call=True)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(PerceTrainer, "save_model", killed)
+        train(max_steps=3, save_steps=3, eval_steps=3)
+    code, out, _ = train("--resume", **SAVED)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert code == 0 and "loss with persona" in out
+    assert [line["step"] for line in history if "eval_loss" in line] == [0, 3]
+    assert "after training" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_signal_in_the_last_step(train, tmp_path, monkeypatch):
