@@ -26,7 +26,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
     Raises:
         InUse: another process has it; the message names the process, its machine and since when.
-        OSError: the file cannot be written.
+        OSError: there can be no such file.
     """
     lock = FileLock(path)
     try:
@@ -35,10 +35,11 @@ def locked(path: Path, what: str) -> Iterator[None]:
         raise InUse(f"{what}: in use by {_holder(path)}. Wait for it, stop it, or choose another.") from None
     try:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}) + "\n")
+        with contextlib.suppress(OSError):  # a full disk
+            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now}) + "\n")
         yield
     finally:
-        with contextlib.suppress(OSError):  # a full disk, or a directory that is gone
+        with contextlib.suppress(OSError):  # a directory that is gone
             path.write_text("")
         lock.release()
 

@@ -49,13 +49,17 @@ NOT_READ = {
     "average_tokens_across_devices": "the loss is always divided by the tokens of all processes",
     "ddp_find_unused_parameters": "every trained weight has a gradient in every step, so this is off",
     "enable_jit_checkpoint": "SIGTERM is handled already: it finishes the step and saves it",
+    "auto_find_batch_size": (
+        "after a step that did not fit, it begins again with weights that are trained already; python -m perce.plan "
+        "finds a batch that fits, and a run checks that before its first step"
+    ),
     "logging_nan_inf_filter": "it would hide a loss that diverges",
     "label_smoothing_factor": "the PerCE loss has no label smoothing. Leave it at 0",
 }
 OF_THE_HUB = (
     "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision",
 )  # fmt: skip
-OF_THE_TRAINERS_LOADER = ("dataloader_drop_last", "train_sampling_strategy", "auto_find_batch_size")
+OF_THE_TRAINERS_LOADER = ("dataloader_drop_last", "train_sampling_strategy")
 OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 OF_LOGGERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 # In Python: what TrainingArguments set themselves, so that a copy of them has another value, and what callbacks read.

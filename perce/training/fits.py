@@ -114,7 +114,6 @@ def device_memory(device: torch.device) -> int | None:
 def _is_planned(config: TrainOptions, args: Any, model_config: Any) -> bool:
     return not (
         config.data.streaming
-        or args.auto_find_batch_size
         or args.use_liger_kernel
         or shards_weights(args)
         or getattr(model_config, "quantization_config", None)

@@ -107,15 +107,17 @@ def _claim(config: TrainOptions, name: str | None, stack: contextlib.ExitStack) 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {path}: cannot be written to ({error.strerror}). Choose a directory you can write to."
-        ) from error
-    with locked(path / LOCK, f"--output_dir {path}"):
+    with contextlib.ExitStack() as held:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+            held.enter_context(locked(path / LOCK, f"--output_dir {path}"))
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {path}: cannot be written to ({error.strerror or error}). Choose a directory you can "
+                "write to."
+            ) from error
         yield
 
 

@@ -1,5 +1,7 @@
 """What a run tells: the lines at its start, the progress while it runs, the report and the table at its end."""
 
+import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ from transformers import PrinterCallback, ProgressCallback, TrainerControl, Trai
 from perce.config.commands import TrainOptions
 from perce.data.rows import Document
 from perce.data.splits import RunPairs
+from perce.environment import in_one_move
+from perce.errors import first_line
 from perce.measuring.scores import scored_tokens
 from perce.model.passes import TokenStatistics
 from perce.report.curves import write_curves
 from perce.report.heatmap import ScoredResponse, write_html
 from perce.report.terminal import facts, show, table
 from perce.training.arguments import PerceArguments
-from perce.training.best import kept_step, kept_weights
+from perce.training.best import is_evaluated, kept_step, kept_weights
 from perce.training.checkpoints import disk_errors
 from perce.training.meters import peak_memory_mib
 from perce.training.trainer import PerceTrainer
@@ -34,6 +38,7 @@ DOCUMENT_LOSSES = {
     "loss_without_persona": "loss, short context",
     "pir_mean": "mean log-ratio",
 }
+BAR = ("on_train_begin", "on_step_end", "on_prediction_step", "on_train_end")  # events of the progress bar alone
 SHOWN_TOKENS = 1500  # of a document in the report, at its end, where long and short context differ
 
 
@@ -54,37 +59,36 @@ class Progress(ProgressCallback):
         self.evaluated_at = -1
         self.after: dict[str, float] = {}
         self._first = output_dir / "before.pt"
+        self._before: tuple[dict[str, float], list[TokenStatistics]] = {}, []
         self._trainer: PerceTrainer | None = None
 
-    def on_train_begin(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
-        if not args.disable_tqdm:
-            super().on_train_begin(args, *event, **kwargs)
-
-    def on_step_end(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
-        if not args.disable_tqdm:
-            super().on_step_end(args, *event, **kwargs)
-
-    def on_prediction_step(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
-        if not args.disable_tqdm:
-            super().on_prediction_step(args, *event, **kwargs)
-
-    def on_train_end(self, args: TrainingArguments, *event: Any, **kwargs: Any) -> None:
-        if not args.disable_tqdm:
-            super().on_train_end(args, *event, **kwargs)
-
     def attach(self, trainer: PerceTrainer) -> None:
-        """Take the place of the Trainer's own reporters."""
+        """Take the place of the Trainer's own reporters; what a run that is resumed has evaluated is read now."""
         self._trainer = trainer
+        if trainer.args.disable_tqdm:
+            for event in BAR:
+                setattr(self, event, lambda *_, **__: None)
+        if trainer.is_world_process_zero() and self._first.is_file():
+            self._before = self._read()
         for default in (ProgressCallback, PrinterCallback):
             for callback in [x for x in trainer.callback_handler.callbacks if type(x) is default]:
                 trainer.remove_callback(callback)
 
     def first_evaluation(self) -> tuple[dict[str, float], list[TokenStatistics]]:
         """(metrics, statistics) before training; both empty where nothing was evaluated then (eval_on_start false)."""
-        if not self._first.is_file():
+        return self._before
+
+    def _read(self) -> tuple[dict[str, float], list[TokenStatistics]]:
+        """What is kept; nothing, and a line on stderr, where it is damaged: the run does without."""
+        try:
+            with zipfile.ZipFile(self._first) as archive:
+                if part := archive.testzip():  # by its checksum, which torch does not look at
+                    raise ValueError(f"{part} has changed")
+            saved = torch.load(self._first, weights_only=True)
+            return saved["metrics"], [TokenStatistics(**fields) for fields in saved["statistics"]]
+        except Exception as error:  # whatever damage raises
+            print(f"{self._first}: damaged ({first_line(error)}); nothing is told of before training.", file=sys.stderr)
             return {}, []
-        saved = torch.load(self._first, weights_only=True)
-        return saved["metrics"], [TokenStatistics(**fields) for fields in saved["statistics"]]
 
     def before_and_after(self) -> dict[str, list[float]]:
         """The validation's numbers by label: before training where that was evaluated, and after."""
@@ -95,8 +99,10 @@ class Progress(ProgressCallback):
         """The numbers of the weights as they are after training, where they are not known yet.
 
         Those of an earlier step, the best, are not logged: at the last step the log and the curves have the last ones.
+        Nor are those that the log of a run that was resumed has already.
         """
-        if kept_step(trainer) is not None:
+        best = kept_step(trainer) is not None
+        if best or (self.evaluated_at != trainer.state.global_step and is_evaluated(trainer.state)):
             self.after = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation").metrics or {}
             super().on_evaluate(trainer.args, trainer.state, trainer.control)  # closes the bar
         elif self.evaluated_at != trainer.state.global_step:
@@ -106,9 +112,10 @@ class Progress(ProgressCallback):
         super().on_evaluate(args, state, control, **kwargs)
         self.after, self.evaluated_at = kwargs["metrics"], state.global_step
         if state.global_step == 0 and state.is_world_process_zero and self._trainer:
+            self._before = self.after, self._trainer.last_evaluation
             statistics = [vars(example) for example in self._trainer.last_evaluation]
-            with disk_errors(self._first.parent):
-                torch.save({"metrics": self.after, "statistics": statistics}, self._first)
+            with disk_errors(self._first.parent), in_one_move(self._first) as unfinished:
+                torch.save({"metrics": self.after, "statistics": statistics}, unfinished)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

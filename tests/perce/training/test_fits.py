@@ -104,7 +104,7 @@ def test_enough_close_and_too_little(setting, monkeypatch):
 
 @pytest.mark.parametrize(
     "unknown",
-    ["optim", "use_liger_kernel", "fsdp", "deepspeed", "auto_find_batch_size", "streaming", "quantised", "launcher"],
+    ["optim", "use_liger_kernel", "fsdp", "deepspeed", "streaming", "quantised", "launcher"],
 )
 def test_what_is_not_planned_is_not_judged(setting, monkeypatch, unknown):
     monkeypatch.setattr(fits, "device_memory", lambda device: 1)
