@@ -64,7 +64,7 @@ CONFIGURATIONS = [
     Configuration(
         "the best weights and no other checkpoint",
         {"load_best_model_at_end": "true", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1},
-    ),  # fmt: skip
+    ),
     Configuration("early stopping", {"early_stopping": 1, "eval_steps": 1, "save_steps": 1, "learning_rate": 0.3}),
     Configuration("weights dealt at random, a clip that rises", {"objective": "random", "clip_schedule": "rising"}),
     Configuration(
