@@ -96,6 +96,20 @@ def test_two_runs_that_begin_at_once_have_two_directories(model, data, tmp_path,
     assert all((path / ADAPTER).exists() for path in Path("runs").iterdir())
 
 
+def test_what_another_attempt_left_is_not_taken_for_this_run_s(train, tmp_path):
+    """Killed before its options were written: its other files are of a run that nobody knows."""
+    run = tmp_path / "run"
+    assert train(max_steps=1, save_steps=0)[0] == 0
+    (run / "config.yaml").unlink()
+    directory = tmp_path / "split"
+    write_jsonl(directory / "train.jsonl", ROWS)
+    write_jsonl(directory / "validation.jsonl", ROWS[:2])
+    code, out, err = train("--eval_on_start=false", data=directory, lora_r=0, max_steps=1)
+    assert code == 0, err
+    assert "not evaluated" in out
+    assert not (run / "held_out.json").exists() and not (run / "base.json").exists()
+
+
 def test_a_lock_is_given_back_after_a_mistake(train):
     fails(train(data="nowhere.jsonl"), "nowhere.jsonl")
     assert train(max_steps=1)[0] == 0
