@@ -161,11 +161,11 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         try_options(trainer)
     if (doubt := check_fits(config, args, model, pairs)) and main_process:
         print(f"memory {doubt}")
-    progress.attach(trainer)
+    progress.attach(trainer, resumed=claim.checkpoint is not None)
     if main_process:
-        kept = {HELD_OUT_NAME: pairs.held_out.to_json()} if pairs.held_out is not None else {}
-        kept |= {BASE_NAME: base_facts(model_path)} if config.model.lora_r else {}
-        begin(claim, config, facts, kept)
+        held_out = pairs.held_out.to_json() if pairs.held_out else None
+        base = base_facts(model_path) if config.model.lora_r else None
+        begin(claim, config, facts, {HELD_OUT_NAME: held_out, BASE_NAME: base})
 
     train_interruptibly(trainer, claim.checkpoint)
     progress.evaluate_what_is_saved(trainer)

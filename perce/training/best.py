@@ -69,7 +69,8 @@ def check_first_value(args: TrainingArguments, state: TrainerState, metrics: Map
 
 def is_evaluated(state: TrainerState) -> bool:
     """Whether the numbers of an evaluation are logged for the step that has been reached."""
-    return any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
+    of_step = [line for line in state.log_history if line["step"] == state.global_step]
+    return any(name.startswith("eval_") for line in of_step for name in line)
 
 
 class EarlyStopping(EarlyStoppingCallback):

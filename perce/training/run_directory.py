@@ -168,11 +168,13 @@ def _changes(path: Path, config: TrainOptions) -> dict[str, tuple[Any, Any]]:
     return {name: (saved.get(name, "not given"), now[name]) for name in shown}
 
 
-def begin(claim: Claim, config: TrainOptions, facts: Mapping[str, Any], kept: Mapping[str, str]) -> None:
-    """Write what the run is, before its first step here; `kept`: what else it keeps, by the name of its file."""
-    (claim.output_dir / LIST).unlink(missing_ok=True)
-    for name, text in {FACTS: json.dumps(facts, indent=1) + "\n", **kept}.items():
-        write_in_one_move(claim.output_dir / name, text)
+def begin(claim: Claim, config: TrainOptions, facts: Mapping[str, Any], kept: Mapping[str, str | None]) -> None:
+    """Write what the run is, before its first step here; `kept`: what else it keeps, by file; None: no such file."""
+    for name, text in {LIST: None, FACTS: json.dumps(facts, indent=1) + "\n", **kept}.items():
+        if text is None:
+            (claim.output_dir / name).unlink(missing_ok=True)
+        else:
+            write_in_one_move(claim.output_dir / name, text)
     recorded = replace(config, run=replace(config.run, resume=False))
     write_in_one_move(claim.output_dir / CONFIG_NAME, dump_yaml(recorded.to_dict()))
 

@@ -62,13 +62,13 @@ class Progress(ProgressCallback):
         self._before: tuple[dict[str, float], list[TokenStatistics]] = {}, []
         self._trainer: PerceTrainer | None = None
 
-    def attach(self, trainer: PerceTrainer) -> None:
+    def attach(self, trainer: PerceTrainer, resumed: bool) -> None:
         """Take the place of the Trainer's own reporters; what a run that is resumed has evaluated is read now."""
         self._trainer = trainer
         if trainer.args.disable_tqdm:
             for event in BAR:
                 setattr(self, event, lambda *_, **__: None)
-        if trainer.is_world_process_zero() and self._first.is_file():
+        if resumed and trainer.is_world_process_zero() and self._first.is_file():
             self._before = self._read()
         for default in (ProgressCallback, PrinterCallback):
             for callback in [x for x in trainer.callback_handler.callbacks if type(x) is default]:
