@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import yaml
@@ -165,3 +167,99 @@ def test_the_patience_is_that_of_the_options(tmp_path):
         trainer.train(resume_from_checkpoint=True)
         (counting,) = [x for x in trainer.callback_handler.callbacks if isinstance(x, EarlyStopping)]
         assert counting.early_stopping_patience == patience and trainer.state.global_step == steps
+
+
+# ---- resumed
+
+AGAIN = {"model": None, "data": None, "precision": None, "max_steps": None}
+KEEPS = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 8}
+ADAPTER = "adapter_model.safetensors"
+
+
+def stop_in_evaluation(patch, step):
+    """SIGTERM in the first evaluation at this step."""
+    own = PerceTrainer._prepare_inputs
+
+    def stopping(self, *args):
+        if self.state.global_step == step and not self.model.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(self, *args)
+
+    patch.setattr(PerceTrainer, "_prepare_inputs", stopping)
+
+
+@pytest.mark.parametrize("how", [{"eval_steps": 1}, {}, {"early_stopping": 1}], ids=["steps", "epochs", "stops early"])
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_signal_in_an_evaluation_changes_nothing_of_what_is_the_best(train, tmp_path, monkeypatch, how, step):
+    flags = ["--load_best_model_at_end", "true"] if "early_stopping" not in how else []
+    assert train(*flags, output_dir=tmp_path / "straight", **KEEPS | how)[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        stop_in_evaluation(patch, step)
+        train(*flags, **KEEPS | how)
+    code, _, err = train("--resume", **AGAIN)
+    assert code == 0, err
+    one, other = state_of(tmp_path / "straight"), state_of(tmp_path / "run")
+    for name in ("global_step", "best_metric", "best_global_step"):
+        assert one[name] == other[name], name
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == (tmp_path / "straight" / ADAPTER).read_bytes()
+    evaluated = [[line["step"] for line in state["log_history"] if "eval_loss" in line] for state in (one, other)]
+    assert evaluated[0] == evaluated[1]
+
+
+@pytest.fixture
+def stopped_before_its_end(train, tmp_path, monkeypatch):
+    """A run whose best weights are of its first step, and were not loaded yet."""
+
+    def killed(self):
+        raise RuntimeError("killed")
+
+    assert train("--load_best_model_at_end", "true", output_dir=tmp_path / "straight", **WORSE)[0] == 0
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(PerceTrainer, "_load_best_model", killed)
+        train("--load_best_model_at_end", "true", **WORSE)
+    best = state_of(tmp_path / "straight")["best_global_step"]
+    assert best < WORSE["max_steps"]
+    return tmp_path / "run", f"checkpoint-{best}", (tmp_path / "straight" / ADAPTER).read_bytes()
+
+
+def test_the_best_weights_are_found_where_the_run_is_now(train, tmp_path, stopped_before_its_end):
+    run, _, expected = stopped_before_its_end
+    moved = run.rename(tmp_path / "moved")
+    assert train("--resume", output_dir=moved, **AGAIN)[0] == 0
+    assert (moved / ADAPTER).read_bytes() == expected
+
+
+def test_the_best_weights_are_whole_or_not_loaded(train, stopped_before_its_end):
+    run, best, _ = stopped_before_its_end
+    path = run / best / ADAPTER
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 64
+    path.write_bytes(content)
+    fails(train("--resume", **AGAIN), best, ADAPTER, "eval_loss")
+    assert not (run / ADAPTER).exists()
+
+
+def test_numbers_of_the_best_weights_are_finite(train, monkeypatch):
+    load = PerceTrainer._load_best_model
+
+    def spoiled(self):
+        load(self)
+        next(p for p in self.model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    monkeypatch.setattr(PerceTrainer, "_load_best_model", spoiled)
+    fails(train("--load_best_model_at_end", "true", **WORSE), "eval_loss is nan")
+
+
+def test_a_run_that_stopped_early_says_so_when_it_is_resumed(train, tmp_path):
+    options = WORSE | {"early_stopping": 1}
+    assert train(**options)[0] == 0
+    before = state_of(tmp_path / "run")["global_step"]
+    assert before < options["max_steps"]
+    code, out, _ = train("--resume", **AGAIN | {"max_steps": 20})
+    assert code == 0 and f"stopped early at step {before}" in out
+    assert state_of(tmp_path / "run")["global_step"] == before
+
+
+@pytest.mark.parametrize("options", [{"early_stopping": 1, "save_steps": 3}, {"early_stopping": 1, "save_steps": 0}])
+def test_early_stopping_says_what_does_not_go_with_it(train, options):
+    fails(train(**options), "early_stopping", "--save_steps", "--eval_steps")

@@ -70,6 +70,13 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_a_checkpoint_whose_evaluation_diverges_is_not_called_good(train, tmp_path):
+    """Its weights were finite, and what they compute is not."""
+    options = {"lora_r": 0, "learning_rate": 1e30, "max_steps": 1, "warmup_steps": 0, "save_steps": 1}
+    fails(train(**options), "step 1: eval_loss is", "No checkpoint was saved before")
+    assert flaw(tmp_path / "run" / "checkpoint-1")
+
+
 def test_a_model_that_is_broken_from_the_start(tmp_path):
     model = model_for("lora")
     model.base_model.model.model.norm.weight.data[0] = float("nan")

@@ -140,6 +140,33 @@ def test_a_stdout_that_is_closed_stops_the_run_with_a_checkpoint(flags, straight
     assert resume(run) == 0 and (run / ADAPTER).read_bytes() == straight
 
 
+def test_a_signal_after_the_last_step_leaves_the_rest_to_a_resume(flags, straight, run, monkeypatch, capsys):
+    own = PerceTrainer._finalize_training
+
+    def signalled(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return own(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(PerceTrainer, "_finalize_training", signalled)
+        main([*flags, "--output_dir", str(run)])
+    assert "Stopped at step 6; --resume" in capsys.readouterr().err and not (run / ADAPTER).exists()
+    assert resume(run) == 0 and (run / ADAPTER).read_bytes() == straight
+
+
+def test_a_signal_after_the_last_step_without_a_checkpoint_lets_the_run_end(flags, straight, run, monkeypatch):
+    """Nothing would be left of it."""
+    own = PerceTrainer._finalize_training
+
+    def signalled(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return own(self, *args)
+
+    monkeypatch.setattr(PerceTrainer, "_finalize_training", signalled)
+    assert main([*flags, "--output_dir", str(run), "--save_steps", "0"]) == 0
+    assert (run / ADAPTER).read_bytes() == straight
+
+
 @pytest.mark.slow
 def test_sigterm_to_a_process(flags, straight, run):
     child = start("waits", flags, run)
@@ -339,7 +366,7 @@ def checkpoint(run, step, *, whole=True, age=0):
 
 def test_rotation_keeps_whole_checkpoints_the_best_and_the_newest(run):
     best = checkpoint(run, 1, age=9)
-    for step, age in ((2, 8), (3, 7), (4, 6)):
+    for step, age in ((2, 6), (3, 7), (4, 8)):  # copied in any order
         checkpoint(run, step, age=age)
     checkpoint(run, 9, whole=False)  # of a process that was killed, newer than all
     newest = checkpoint(run, 5)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import ParallelismConfig
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from perce import LossConfig, UserError
@@ -83,6 +84,12 @@ def test_a_checkpoint_that_one_process_could_not_write_fails_on_all(runs):
     assert not list((directory / "failure").glob("checkpoint-*"))
 
 
+def test_weights_that_one_process_could_not_write_fail_on_all_beside_the_best_ones(runs):
+    """The Trainer has a barrier after the weights where there are best ones."""
+    errors = runs[0]["best failure"]
+    assert "No space left on device" in errors[0] and "another process could not write" in errors[1]
+
+
 def test_fsdp_on_a_cpu_is_one_paragraph(tmp_path, capsys, monkeypatch):
     for flags in (["--fsdp"], ["--fsdp", "full_shard"], ["--use_cpu", "true", "--fsdp", "true"]):
         assert train_command(["--model", "m", "--output_dir", str(tmp_path / "run"), *flags]) == 2
@@ -112,6 +119,26 @@ def failing_save(directory):
     return str(raised.value)
 
 
+def failing_weights(directory):
+    """The message on this rank of a second checkpoint whose weights the first process cannot write."""
+    args = arguments(
+        directory, per_device_train_batch_size=4, save_strategy="steps", save_steps=1, max_steps=2,
+        eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = trainer_for(model_for("lora"), args, eval_dataset=Dataset.from_list(PAIRS[:4]))
+    save = trainer._save
+
+    def full(output_dir=None, state_dict=None):
+        if trainer.state.global_step == 2:
+            raise OSError(28, "No space left on device")
+        save(output_dir, state_dict)
+
+    trainer._save = full
+    with pytest.raises(SaveError) as raised:
+        trainer.train()
+    return str(raised.value)
+
+
 def main(directory):
     torch.set_num_threads(1)
     results = {}
@@ -121,6 +148,8 @@ def main(directory):
     results["epoch", "two", "two"] = train(directory / "two epoch", "full", 2, estimate="epoch")
     results["failure"] = [None, None]
     torch.distributed.all_gather_object(results["failure"], failing_save(directory / "failure"))
+    results["best failure"] = [None, None]
+    torch.distributed.all_gather_object(results["best failure"], failing_weights(directory / "best failure"))
     if os.environ["RANK"] == "0":
         torch.save(results, directory / "result.pt")
     end_rank()

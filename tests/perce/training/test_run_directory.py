@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -176,6 +177,64 @@ def test_options_that_leave_the_run_what_it_is_are_applied_and_recorded(train, t
     assert code == 0 and "max_steps 3 (2 when it began)" in out, err
     assert saved(run, *changes) == [*changes.values()] and saved(run, "resume") == [False]
     assert steps(run) == 3
+
+
+def test_other_intervals_are_kept(train, tmp_path):
+    """A checkpoint's state has those that it was saved under."""
+    run = tmp_path / "run"
+    assert train(max_steps=2, save_steps=1, logging_steps=1, save_total_limit=9)[0] == 0
+    assert train("--resume", **SAVED | {"max_steps": 8, "save_steps": 3, "logging_steps": 4, "eval_steps": 3})[0] == 0
+    assert sorted(int(path.name[11:]) for path in run.glob("checkpoint-*")) == [1, 2, 3, 6, 8]
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in history if "loss" in line] == [1, 2, 4, 8]
+    assert [line["step"] for line in history if "eval_loss" in line] == [0, 2, 3, 6, 8]
+
+
+@pytest.mark.parametrize("epochs", [7, 1])
+def test_lengths_that_could_not_be_kept_are_refused(train, tmp_path, epochs):
+    fixed, by_epochs = tmp_path / "fixed", tmp_path / "by_epochs"
+    assert train(max_steps=2, save_steps=1, output_dir=fixed)[0] == 0
+    fails(train("--resume", output_dir=fixed, num_train_epochs=epochs, **SAVED), "num_train_epochs", "max_steps 2")
+    assert train(num_train_epochs=2, save_steps=1, output_dir=by_epochs, max_steps=None)[0] == 0
+    result = train("--resume", output_dir=by_epochs, num_train_epochs=epochs, **SAVED)
+    if epochs == 7:
+        assert result[0] == 0 and steps(by_epochs) == 14
+    else:
+        fails(result, "step 4", "2 steps")
+        assert (
+            saved(by_epochs, "num_train_epochs") == [2.0]
+            and "finished" in train("--resume", output_dir=by_epochs, **SAVED)[1]
+        )
+
+
+def test_a_step_that_is_cut_otherwise_must_leave_the_epochs_as_they_are(train, tmp_path):
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "save_steps": 1, "max_steps": 3}
+    assert train("--dataloader_drop_last", "true", **options)[0] == 0
+    cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 5}
+    fails(train("--resume", **SAVED | cut), "steps an epoch", "2", "3")
+
+
+def test_other_validation_rows_are_refused(train, tmp_path):
+    directory = tmp_path / "split"
+    write_jsonl(directory / "train.jsonl", ROWS[:8])
+    write_jsonl(directory / "validation.jsonl", ROWS[8:])
+    assert train(data=directory, save_steps=1)[0] == 0
+    write_jsonl(directory / "validation.jsonl", ROWS[7:])
+    fails(train("--resume", **SAVED | {"max_steps": 3}), "validation pairs")
+
+
+@pytest.mark.parametrize("gone", ["never saved", "deleted"])
+def test_a_finished_run_without_checkpoints_is_not_begun_again(train, tmp_path, gone):
+    run = tmp_path / "run"
+    assert train(save_steps=0 if gone == "never saved" else 1)[0] == 0
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    whole = (run / ADAPTER).read_bytes()
+    fails(train("--resume", **SAVED | {"logging_steps": 2}), "finished", "no checkpoint")
+    assert (run / ADAPTER).read_bytes() == whole
+    assert "finished" in train("--resume", **SAVED)[1]
+    (run / ADAPTER).write_bytes(whole[:-1])
+    fails(train("--resume", **SAVED), ADAPTER, "no checkpoint")
 
 
 def test_the_same_step_may_be_cut_otherwise_and_not_become_another(train, begun, tmp_path):
@@ -392,14 +451,29 @@ def test_checkpoints_of_the_model_alone(train, tmp_path, monkeypatch):
     assert "saved without optimizer.pt, which a resume needs" in result[2]
 
 
-def test_a_checkpoint_that_goes_while_it_is_read_is_no_beginning(train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gone", ["a file", "all", "between two looks"])
+def test_a_checkpoint_that_goes_while_it_is_read_is_no_beginning(train, tmp_path, monkeypatch, gone):
     assert train(max_steps=2, save_steps=1)[0] == 0
     load = PerceTrainer._load_from_checkpoint
 
     def then_it_goes(self, checkpoint, *args):
         load(self, checkpoint, *args)
         state = Path(checkpoint) / "trainer_state.json"
-        monkeypatch.setattr("os.path.isfile", lambda path, own=os.path.isfile: own(path) and Path(path) != state)
+        if gone == "a file":
+            state.unlink()
+        elif gone == "all":
+            shutil.rmtree(checkpoint)
+        else:
+            monkeypatch.setattr("os.path.isfile", lambda path, own=os.path.isfile: own(path) and Path(path) != state)
 
     monkeypatch.setattr(PerceTrainer, "_load_from_checkpoint", then_it_goes)
     fails(train("--resume", **SAVED | {"max_steps": 3}), "checkpoint-2", "step 2")
+
+
+@pytest.mark.parametrize("call", ["begin", "finish"])
+def test_a_full_disk_at_either_end_is_one_paragraph(train, monkeypatch, call):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"perce.training.run_directory.{call}", full)
+    fails(train(), "could not be written", "No space left")
