@@ -23,6 +23,7 @@ from perce.config.schema import HELD_OUT_NAME
 from perce.environment import check_outputs
 from perce.errors import UserError
 from perce.hub import from_anywhere
+from perce.launcher import end_with_launcher
 from perce.training.run_directory import claimed, free_directory
 
 if TYPE_CHECKING:
@@ -90,15 +91,14 @@ def run_name(config: TrainOptions) -> str:
 
 
 def run(config: TrainOptions, name: str | None = None) -> None:
-    """One training run, from checks to the final table; what a stopped one left is gone on with, or done already.
+    """One training run, from checks to the final table; a stopped one is continued, and a finished one left alone.
 
     name: take the first directory of this name that is free, instead of config.run.output_dir.
     """
+    end_with_launcher()
     from perce.training.arguments import training_arguments
-    from perce.training.interruption import end_with_launcher
 
     args = training_arguments(config)  # finds options that are mistyped, before anything is written
-    end_with_launcher()
     with claimed(config, name) as claim:
         if claim.note and args.process_index == 0:
             print(claim.note)
@@ -144,8 +144,6 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         eval_tokens=EVAL_TOKENS_ON_CPU if wanted is None and on_cpu else None,
     )  # fmt: skip
     config = fit_batch(config, args, pairs.train)
-    facts = {"step": step_of_run(args), "training_pairs": pairs_digest(pairs.train)}
-    check_facts(claim, config, facts)
     model = load_model(model_path, config.model, args.device.type)
 
     main_process = args.process_index == 0
@@ -158,14 +156,20 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
             callbacks=[progress],
         )  # fmt: skip
     with options_that_fail_late((Exception,)):
-        try_options(trainer)
+        steps_an_epoch, steps = try_options(trainer)
+    facts = {
+        "step": step_of_run(args), "steps_an_epoch": None if config.data.streaming else steps_an_epoch,
+        "training_pairs": pairs_digest(pairs.train), "validation_pairs": pairs_digest(pairs.validation),
+    }  # fmt: skip
+    check_facts(claim, facts, steps)
     if (doubt := check_fits(config, args, model, pairs)) and main_process:
         print(f"memory {doubt}")
     progress.attach(trainer, resumed=claim.checkpoint is not None)
     if main_process:
         held_out = pairs.held_out.to_json() if pairs.held_out else None
         base = base_facts(model_path) if config.model.lora_r else None
-        begin(claim, config, facts, {HELD_OUT_NAME: held_out, BASE_NAME: base})
+        with disk_errors(output_dir):
+            begin(claim, config, facts, {HELD_OUT_NAME: held_out, BASE_NAME: base})
 
     train_interruptibly(trainer, claim.checkpoint)
     progress.evaluate_what_is_saved(trainer)
@@ -181,7 +185,8 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         with disk_errors(output_dir):
             merge_adapter(output_dir, model_path)
     if main_process:
-        finish(output_dir)
+        with disk_errors(output_dir):
+            finish(output_dir)
         print_result(output_dir, trainer, pairs, progress)
 
 

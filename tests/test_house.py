@@ -25,7 +25,7 @@ FLOORS = (
     ("perce_kernels.loss",),
     ("perce_kernels",),
     ("perce.errors", "perce.integrity", "perce.objectives"),
-    ("perce.environment", "perce.lock", "perce.data.sources"),
+    ("perce.environment", "perce.launcher", "perce.lock", "perce.data.sources"),
     ("perce.data.formats",),
     ("perce.data.prompt",),
     ("perce.config",),
@@ -109,7 +109,7 @@ ABOUT_SEVERAL = {
 }
 # Modules whose behaviour is seen through others alone: in runs of the commands, and of the op.
 SEEN_THROUGH_OTHERS = {
-    "errors", "integrity", "config.commands", "config.schema", "config.step", "model.head", "model.passes",
+    "errors", "integrity", "launcher", "config.commands", "config.schema", "config.step", "model.head", "model.passes",
     "planning.live", "planning.tables", "measuring.records", "measuring.scores", "measuring.score_report",
     "measuring.identification", "measuring.evaluation_report", "report.terminal", "training.normalizer",
     "training.resumable", "training.summary", "contract", "reference", "row_pass", "gpu.blocked", "gpu.row_halves",

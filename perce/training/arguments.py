@@ -316,6 +316,12 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
     if values.get("load_best_model_at_end") and follows:  # what is the best is known where it is evaluated
         values["save_strategy"] = values["eval_strategy"]
         values["save_steps"] = values["eval_steps"] or values["logging_steps"]
+    apart = values["save_strategy"] != values["eval_strategy"] or values["save_steps"] != values["eval_steps"]
+    if run.early_stopping and apart and not follows:
+        raise UserError(
+            "early_stopping: weights are saved where they are evaluated. Leave --save_steps out, or give --eval_steps "
+            "the same value."
+        )
     with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
         args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
         for callback in get_reporting_integration_callbacks(args.report_to):

@@ -89,6 +89,8 @@ class EarlyStopping(EarlyStoppingCallback):
     ) -> None:
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
+            if state.is_world_process_zero:
+                print(f"stopped early at step {state.global_step}, and is not trained on (--early_stopping)")
 
 
 def kept_step(trainer: Trainer) -> int | None:

@@ -93,10 +93,15 @@ def flaw(checkpoint: Path) -> str | None:
     return lacking and f"it was saved without {lacking}, which a resume needs"
 
 
-def step_of(checkpoint: Path) -> int:
-    """Steps that had been made when a whole checkpoint was saved."""
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """The Trainer's state as a checkpoint has it."""
     state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state["global_step"])
+    return state
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that had been made when it was saved."""
+    return int(state_of(checkpoint)["global_step"])
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -137,8 +142,9 @@ def never_saved(output_dir: Path) -> bool:
     return not any((checkpoint / LIST).exists() for checkpoint in checkpoints(output_dir))
 
 
-def save_whole(trainer: Trainer, checkpoint: Path, save: Callable[[], None]) -> None:
-    """Run `save`, which writes this process's files of a checkpoint, on all processes; then seal it, then rotate.
+def save_whole(trainer: Trainer, checkpoint: Path, *saves: Callable[[], None]) -> None:
+    """Run `saves`, which write this process's files of a checkpoint, on all processes, where each begins when all are
+    done with the one before; then seal it, then rotate.
 
     Raises:
         SaveError: on every process when one could not write; the half-written directory is removed.
@@ -149,7 +155,8 @@ def save_whole(trainer: Trainer, checkpoint: Path, save: Callable[[], None]) -> 
     trainer.accelerator.wait_for_everyone()
     limit, args.save_total_limit = args.save_total_limit, None  # the Trainer would delete before the seal
     try:
-        _together(trainer, checkpoint, save)
+        for save in saves:
+            _together(trainer, checkpoint, save)
     finally:
         args.save_total_limit = limit
     _together(trainer, checkpoint, lambda: seal(checkpoint) if args.should_save else None)
@@ -180,7 +187,7 @@ def _rotate(newest: Path, limit: int, best: str | None) -> None:
     kept = {newest} | ({Path(best)} if best else set())
     others = [path for path in checkpoints(newest.parent) if path not in kept]
     torn = [path for path in others if damage(path, contents=False)]
-    whole = sorted((path for path in others if path not in torn), key=lambda path: path.stat().st_mtime)
+    whole = [path for path in others if path not in torn]
     for path in torn + whole[: max(len(whole) + len(kept) - limit, 0)]:
         shutil.rmtree(path, ignore_errors=True)
 

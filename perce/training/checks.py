@@ -79,8 +79,10 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 @torch.random.fork_rng(devices=())
-def try_options(trainer: Trainer) -> None:
+def try_options(trainer: Trainer) -> tuple[int, int]:
     """Make loaders, optimiser, schedule and compiler once as training will, for what they refuse.
+
+    Returns (steps an epoch, steps of the run).
 
     Raises:
         UserError: there are fewer examples than a batch, and incomplete ones are dropped.
@@ -95,7 +97,7 @@ def try_options(trainer: Trainer) -> None:
             f"dataloader_drop_last: {len(trainer.train_dataset)} training examples do not fill a batch of "  # type: ignore[arg-type]
             f"{args.train_batch_size} on each process, and nothing would be left. Leave it out, or use smaller batches."
         )
-    steps = trainer.set_initial_training_values(args, loader)[-1]
+    _, steps_an_epoch, *_, steps = trainer.set_initial_training_values(args, loader)
     kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)  # type: ignore[arg-type]
     parameter = nn.Parameter(torch.zeros(1, 1))
     optimizer: torch.optim.Optimizer = torch.optim.SGD([parameter], lr=args.learning_rate)
@@ -113,6 +115,7 @@ def try_options(trainer: Trainer) -> None:
         checkpoint(nn.Identity(), parameter, **options)
     if args.torch_compile:
         torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)  # type: ignore[arg-type]
+    return steps_an_epoch, steps
 
 
 def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:

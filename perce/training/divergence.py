@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from perce.errors import UserError
-from perce.training.checkpoints import newest_whole
+from perce.training.checkpoints import LIST, newest_whole
 
 WATCHED = ("loss", "grad_norm", "ce", "eval_loss")
 
@@ -20,9 +20,11 @@ class Diverged(UserError):
 
 
 def check_logged(trainer: Trainer, logs: Mapping[str, float]) -> None:
-    """Diverged where a loss or the norm of the gradient is not finite."""
+    """Diverged where a loss or the norm of the gradient is not finite; a checkpoint of this step is then none."""
     for name in WATCHED:
         if not math.isfinite(value := logs.get(name, 0.0)):
+            if trainer.args.should_save:
+                (Path(str(trainer.args.output_dir)) / f"checkpoint-{trainer.state.global_step}" / LIST).unlink(True)
             raise Diverged(_told(trainer, f"{name} is {value}"))
 
 

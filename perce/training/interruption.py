@@ -27,8 +27,6 @@ from perce.training.divergence import Diverged
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FORWARDED_SECONDS = 3.0
 """torchrun passes on what it receives, and one Ctrl-C arrives twice: a signal this soon after the first is the same."""
-LAST_STEP_SECONDS = 120.0
-"""What processes may take to end when their launcher is gone: a step and its checkpoint."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -106,22 +104,6 @@ class Interruption(TrainerCallback):
             raise Interrupted(number)
 
 
-def end_with_launcher() -> None:
-    """Stop when torchrun is gone: killed, it leaves its processes behind, training in a directory that they hold."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.name == "nt":
-        return
-    launcher = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(LAST_STEP_SECONDS)  # of the step and its checkpoint, unless another process has ended already
-        os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
     """Train; what stops it midway leaves a checkpoint of the last finished step behind, or the newest one standing."""
     interruption = Interruption(trainer)
@@ -129,6 +111,9 @@ def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
     with interruption.caught():
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            number = interruption._asked()
+            if number is not None and interruption.saved_step == trainer.state.global_step:
+                raise Interrupted(number)  # in its last moments; what is left to write a resume does
         except (UserError, KeyboardInterrupt, BrokenPipeError) as stopped:  # the last: `| head`, at a line of the log
             print(file=sys.stderr)  # ends the line of the progress bar
             alone, step = trainer.accelerator.num_processes == 1, trainer.state.global_step
@@ -145,3 +130,5 @@ def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
                 raise
             number = stopped.signal if isinstance(stopped, Interrupted) else interruption.received
             raise SystemExit(128 + (number or signal.SIGINT)) from None
+        finally:
+            trainer.remove_callback(interruption)

@@ -15,14 +15,19 @@ from transformers.trainer_utils import TrainOutput
 from perce.environment import let_umask_decide
 from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
-from perce.training.best import check_first_value, is_evaluated
-from perce.training.checkpoints import check_whole, resume_point, save_whole, step_of
+from perce.training.best import check_first_value, evaluated_name, is_evaluated
+from perce.training.checkpoints import check_whole, damage, resume_point, save_whole, state_of
 from perce.training.divergence import check_finite, check_logged
 from perce.training.parallel import found_by_first
 
 
 class ResumableTrainer(Trainer):
     """What a subclass keeps beside a checkpoint it saves in `save_beside` and reads in `restore`."""
+
+    _resumed: Path
+    _resumed_state: dict[str, Any]
+    _saved: str | None = None
+    """The checkpoint whose weights are written."""
 
     def restore(self, checkpoint: Path) -> None:
         """Read what `save_beside` has written to a checkpoint that is whole; on every process."""
@@ -36,11 +41,17 @@ class ResumableTrainer(Trainer):
         Raises:
             UserError: a checkpoint that is damaged or lacks what a resume needs; numbers that are no longer finite.
         """
-        if asked := resume_from_checkpoint:
-            checkpoint = found_by_first(lambda: self._whole_checkpoint(asked))
-            self.restore(checkpoint)
-            resume_from_checkpoint = str(checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if not (asked := resume_from_checkpoint):
+            return super().train(None, *args, **kwargs)
+        self._resumed = checkpoint = found_by_first(lambda: self._whole_checkpoint(asked))
+        self._resumed_state = state_of(checkpoint)
+        self.restore(checkpoint)
+        try:
+            return super().train(str(checkpoint), *args, **kwargs)
+        except FileNotFoundError as error:
+            if str(checkpoint) not in str(error):
+                raise
+            raise self._gone() from error
 
     def _whole_checkpoint(self, asked: str | bool) -> Path:
         if isinstance(asked, bool):
@@ -53,15 +64,53 @@ class ResumableTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if self.state.global_step != (step := step_of(Path(checkpoint))):
+        state, saved = self.state, self._resumed_state
+        if state.global_step != saved["global_step"]:
+            raise self._gone()
+        state.compute_steps(self.args, state.max_steps)  # the intervals of the options, not those of the checkpoint
+        if self.args.load_best_model_at_end and saved["best_model_checkpoint"]:
+            # Beside this one, wherever the run is now.
+            state.best_model_checkpoint = str(self._resumed.with_name(Path(saved["best_model_checkpoint"]).name))
+            self._check_best()
+        self.args.eval_on_start = self._evaluation_is_missing()
+
+    def _gone(self) -> UserError:
+        return UserError(
+            f"{self._resumed}: files went while it was read, at step {self._resumed_state['global_step']}. Is another "
+            "process writing there? Resume again when it has ended."
+        )
+
+    def _evaluation_is_missing(self) -> bool:
+        """Whether one was due at the step that is resumed from, and was not made: stopped by a signal, or an epoch's,
+        which comes after the checkpoint of its last step."""
+        args, state = self.args, self.state
+        epoch, step, last = state.epoch or 0.0, state.global_step, state.global_step >= state.max_steps
+        due = {
+            "epoch": (last or abs(epoch - round(epoch)) < 1e-6) and args.eval_delay <= epoch,
+            "steps": (last or step % (state.eval_steps or 1) == 0) and args.eval_delay <= step,
+        }.get(args.eval_strategy, False)
+        return due and not is_evaluated(state)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """As transformers.Trainer's; one that is made up for after a resume counts like any other."""
+        made_up = skip_scheduler and self.state.global_step > 0
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not made_up)
+        check_first_value(self.args, self.state, metrics)
+        if made_up and self._determine_best_metric(metrics, trial):
+            self.state.best_model_checkpoint = str(self._resumed)
+        return metrics
+
+    def _load_best_model(self) -> None:
+        self._check_best()
+        super()._load_best_model()
+
+    def _check_best(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if reason := damage(best):
             raise UserError(
-                f"{checkpoint}: the run should go on after step {step}, and what was read is of step "
-                f"{self.state.global_step}. Is another process writing there? Resume again when it has ended."
+                f"{best}: has the best weights of the run (by {evaluated_name(self.args)}), and {reason}. Put it back, "
+                "or start a new run from the weights of another checkpoint (--model)."
             )
-        # An epoch's evaluation comes after a checkpoint of its last step, and may be missing.
-        epoch = self.state.epoch or 0.0
-        ended = self.args.eval_strategy == "epoch" and abs(epoch - round(epoch)) < 1e-6
-        self.args.eval_on_start = ended and not is_evaluated(self.state)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As transformers.Trainer's, which would begin a step whatever the number of those that are made."""
@@ -70,17 +119,14 @@ class ResumableTrainer(Trainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super()._evaluate(*args, **kwargs)
-        check_first_value(self.args, self.state, metrics)
-        return metrics
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
         check_logged(self, logs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers.Trainer.save_model; UserError instead of weights that are not finite."""
+        if _internal_call and self._saved == output_dir:
+            return
         if not _internal_call:  # a checkpoint has asked all processes
             check_finite(self, everywhere=False)
         super().save_model(output_dir, _internal_call)
@@ -89,15 +135,20 @@ class ResumableTrainer(Trainer):
         check_finite(self)
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
 
-        def save() -> None:
+        def save_weights() -> None:
             self.save_beside(checkpoint)
-            super(ResumableTrainer, self)._save_checkpoint(model, trial)
+            self.save_model(str(checkpoint), _internal_call=True)
+            self._saved = str(checkpoint)
 
-        save_whole(self, checkpoint, save)
+        # Behind the weights the Trainer may wait for all processes, one of which may have failed there for good.
+        self._saved = None
+        save_whole(self, checkpoint, save_weights, lambda: super(ResumableTrainer, self)._save_checkpoint(model, trial))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As transformers.Trainer's; PEFT saves no generation config beside an adapter."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         let_umask_decide(Path(str(output_dir or self.args.output_dir)))
         base = unwrapped(self.model)
         if base is not self.model and base.generation_config is not None:

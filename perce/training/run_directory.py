@@ -139,11 +139,15 @@ def _what_to_do(config: TrainOptions, path: Path) -> Claim:
     note = "".join(f"; {name} {now} ({before} when it began)" for name, (before, now) in changes.items())
     if not changes and damage(path) is None:
         return Claim(path, finished=True, note=f"{path} is finished: {step_of(path)} steps. Nothing is left to do.")
+    if (path / LIST).exists() and not saved:
+        reason = damage(path) or "an option has changed"
+        raise UserError(
+            f"--resume: {path} is finished and has no checkpoint to continue from ({reason}). Leave it as it is, or "
+            "start a new run with another --output_dir."
+        )
     if never_saved(path):
         return Claim(path, note=f"{path} stopped before its first checkpoint and begins again{note}")
     checkpoint = resume_point(path)
-    if 0 < config.run.max_steps < (step := step_of(checkpoint)):
-        raise UserError(f"--resume: --max_steps {config.run.max_steps}, and {path} has been trained to step {step}.")
     return Claim(path, checkpoint, note=f"{path} is resumed from {checkpoint.name}{note}")
 
 
@@ -159,6 +163,8 @@ def _changes(path: Path, config: TrainOptions) -> dict[str, tuple[Any, Any]]:
     for name in differing:
         of_trainer = name in config.extra and name.startswith(MAY_CHANGE_OF_TRAINER)
         order = name == "dataloader_num_workers" and config.data.streaming
+        if name == "num_train_epochs" and config.run.max_steps > 0:
+            raise UserError(f"--resume: num_train_epochs has no effect beside max_steps {config.run.max_steps}.")
         if order or not (name in MAY_CHANGE or of_trainer):
             raise UserError(
                 f"--resume: {name} is {now[name]!r} now and was {saved.get(name, 'not given')!r} when the run began. "
@@ -179,26 +185,33 @@ def begin(claim: Claim, config: TrainOptions, facts: Mapping[str, Any], kept: Ma
     write_in_one_move(claim.output_dir / CONFIG_NAME, dump_yaml(recorded.to_dict()))
 
 
-def check_facts(claim: Claim, config: TrainOptions, facts: Mapping[str, Any]) -> None:
-    """UserError where a run that is resumed would be trained on other pairs, or in other steps."""
+def check_facts(claim: Claim, facts: Mapping[str, Any], steps: int) -> None:
+    """UserError where a run that is resumed would be trained on other pairs, in other steps, or to an earlier end.
+
+    steps: of the whole run.
+    """
     if claim.checkpoint is None:
         return
     path = claim.output_dir / FACTS
     try:
-        before: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--resume: {path} cannot be read ({error}). Put it back, or start a new run.") from error
-    if before.get("step") != facts["step"]:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = {name: (before[name], now) for name, now in facts.items() if before[name] != now}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--resume: {path} cannot be read ({error!r}). Put it back, or start a new run.") from error
+    for name, (then, now) in differing.items():
+        if name in ("step", "steps_an_epoch"):
+            was, what = f"{then} when the run began", "a step is" if name == "step" else "the steps an epoch are"
+            raise UserError(
+                f"--resume: {what} {now} now, and was {was} (all processes together; {os.environ.get('WORLD_SIZE', 1)} "
+                "now). Set --gradient_accumulation_steps and --per_device_train_batch_size so that it is the same."
+            )
         raise UserError(
-            f"--resume: a step is {facts['step']} now, and was {before.get('step')} when the run began (all processes "
-            f"together; {os.environ.get('WORLD_SIZE', 1)} now). Set --gradient_accumulation_steps, or "
-            "--per_device_train_batch_size, so that it is the same."
+            f"--resume: the {name.replace('_', ' ')} are not those that the run began with: rows or tokenizer have "
+            "changed. Put them back, or start a new run."
         )
-    if before.get("training_pairs") != facts["training_pairs"]:
+    if steps < (step := step_of(claim.checkpoint)):
         raise UserError(
-            f"--resume: the training pairs are not those that the run began with: the rows of "
-            f"{config.data.data or 'the built-in examples'}, or the tokenizer, have changed. Put them back, or start a "
-            "new run."
+            f"--resume: the run would end after {steps} steps, and has been trained to step {step} already."
         )
 
 

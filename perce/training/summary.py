@@ -24,6 +24,7 @@ from perce.report.terminal import facts, show, table
 from perce.training.arguments import PerceArguments
 from perce.training.best import is_evaluated, kept_step, kept_weights
 from perce.training.checkpoints import disk_errors
+from perce.training.divergence import check_logged
 from perce.training.meters import peak_memory_mib
 from perce.training.trainer import PerceTrainer
 
@@ -104,6 +105,7 @@ class Progress(ProgressCallback):
         best = kept_step(trainer) is not None
         if best or (self.evaluated_at != trainer.state.global_step and is_evaluated(trainer.state)):
             self.after = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation").metrics or {}
+            check_logged(trainer, self.after)
             super().on_evaluate(trainer.args, trainer.state, trainer.control)  # closes the bar
         elif self.evaluated_at != trainer.state.global_step:
             trainer.evaluate()

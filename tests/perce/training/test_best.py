@@ -213,10 +213,11 @@ def stopped_before_its_end(train, tmp_path, monkeypatch):
     def killed(self):
         raise RuntimeError("killed")
 
-    assert train("--load_best_model_at_end", "true", output_dir=tmp_path / "straight", **WORSE)[0] == 0
+    flags = ("--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss_personal_tokens")
+    assert train(*flags, output_dir=tmp_path / "straight", **WORSE)[0] == 0
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(PerceTrainer, "_load_best_model", killed)
-        train("--load_best_model_at_end", "true", **WORSE)
+        train(*flags, **WORSE)
     best = state_of(tmp_path / "straight")["best_global_step"]
     assert best < WORSE["max_steps"]
     return tmp_path / "run", f"checkpoint-{best}", (tmp_path / "straight" / ADAPTER).read_bytes()
@@ -247,7 +248,8 @@ def test_numbers_of_the_best_weights_are_finite(train, monkeypatch):
         next(p for p in self.model.parameters() if p.requires_grad).data.fill_(float("nan"))
 
     monkeypatch.setattr(PerceTrainer, "_load_best_model", spoiled)
-    fails(train("--load_best_model_at_end", "true", **WORSE), "eval_loss is nan")
+    flags = ("--load_best_model_at_end", "true", "--metric_for_best_model", "eval_loss_personal_tokens")
+    fails(train(*flags, **WORSE), "eval_loss is nan")
 
 
 def test_a_run_that_stopped_early_says_so_when_it_is_resumed(train, tmp_path):

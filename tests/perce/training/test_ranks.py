@@ -133,7 +133,8 @@ def failing_weights(directory):
             raise OSError(28, "No space left on device")
         save(output_dir, state_dict)
 
-    trainer._save = full
+    if args.process_index == 0:
+        trainer._save = full
     with pytest.raises(SaveError) as raised:
         trainer.train()
     return str(raised.value)

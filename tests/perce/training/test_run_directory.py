@@ -164,7 +164,7 @@ def test_other_rows_under_the_same_name_are_refused(train, tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     assert train(data=path, save_steps=1)[0] == 0
     write_jsonl(path, [{**row, "response": row["response"].upper()} for row in ROWS])
-    fails(train("--resume", **SAVED | {"max_steps": 3}), "--resume", "training pairs", "rows.jsonl")
+    fails(train("--resume", **SAVED | {"max_steps": 3}), "--resume", "training pairs")
     write_jsonl(path, ROWS)
     assert train("--resume", **SAVED | {"max_steps": 3})[0] == 0
 
@@ -187,7 +187,7 @@ def test_other_intervals_are_kept(train, tmp_path):
     assert sorted(int(path.name[11:]) for path in run.glob("checkpoint-*")) == [1, 2, 3, 6, 8]
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     assert [line["step"] for line in history if "loss" in line] == [1, 2, 4, 8]
-    assert [line["step"] for line in history if "eval_loss" in line] == [0, 2, 3, 6, 8]
+    assert [line["step"] for line in history if "eval_loss" in line] == [0, 3, 6, 8]
 
 
 @pytest.mark.parametrize("epochs", [7, 1])
@@ -256,7 +256,7 @@ def test_a_run_that_was_extended_and_stopped_goes_on_to_its_new_end(train, tmp_p
         train("--resume", **SAVED | {"max_steps": 5})
     code, out, _ = train("--resume", **SAVED)
     assert code == 0 and "finished" not in out and steps(tmp_path / "run") == 5
-    fails(train("--resume", **SAVED | {"max_steps": 3}), "--max_steps 3", "step 5")
+    fails(train("--resume", **SAVED | {"max_steps": 3}), "3 steps", "step 5")
 
 
 def test_a_run_whose_options_are_gone_or_damaged_is_not_begun_again(train, tmp_path):
