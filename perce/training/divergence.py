@@ -19,12 +19,12 @@ class Diverged(UserError):
     """What has been computed cannot be used, and is not saved; earlier checkpoints are untouched."""
 
 
-def check_logged(trainer: Trainer, logs: Mapping[str, float]) -> None:
-    """Diverged where a loss or the norm of the gradient is not finite; a checkpoint of this step is then none."""
+def check_logged(trainer: Trainer, logs: Mapping[str, float], checkpoint: Path | None = None) -> None:
+    """Diverged where a loss or the norm of the gradient is not finite; a checkpoint of these weights is then none."""
     for name in WATCHED:
         if not math.isfinite(value := logs.get(name, 0.0)):
-            if trainer.args.should_save:
-                (Path(str(trainer.args.output_dir)) / f"checkpoint-{trainer.state.global_step}" / LIST).unlink(True)
+            if checkpoint is not None and trainer.args.should_save:
+                (checkpoint / LIST).unlink(missing_ok=True)
             raise Diverged(_told(trainer, f"{name} is {value}"))
 
 

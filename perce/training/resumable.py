@@ -121,7 +121,7 @@ class ResumableTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
-        check_logged(self, logs)
+        check_logged(self, logs, Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers.Trainer.save_model; UserError instead of weights that are not finite."""

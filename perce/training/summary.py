@@ -105,8 +105,8 @@ class Progress(ProgressCallback):
         best = kept_step(trainer) is not None
         if best or (self.evaluated_at != trainer.state.global_step and is_evaluated(trainer.state)):
             self.after = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation").metrics or {}
-            check_logged(trainer, self.after)
             super().on_evaluate(trainer.args, trainer.state, trainer.control)  # closes the bar
+            check_logged(trainer, self.after)
         elif self.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
 

@@ -3,8 +3,9 @@
     python -m tests.helpers.kills DIRECTORY [--log FILE] [--only NAME …]
 
 Every attempt is a fork of this process, which has imported everything and computed nothing, so that it takes a second.
-Of each configuration two runs are killed: one at every moment of MOMENTS, in their order, another at random times. Both
-must end with the weights, the steps and the logged numbers of a run that nothing stopped, bit by bit.
+Of each configuration three runs are stopped: one killed at every moment of MOMENTS, in their order, one by SIGTERM at
+those of SIGNALS, one killed at random times. All must end with the weights, the steps and the logged numbers of a run
+that nothing stopped, bit by bit.
 """
 
 import argparse
@@ -65,7 +66,10 @@ CONFIGURATIONS = [
         "the best weights and no other checkpoint",
         {"load_best_model_at_end": "true", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1},
     ),
-    Configuration("early stopping", {"early_stopping": 1, "eval_steps": 1, "save_steps": 1, "learning_rate": 0.3}),
+    Configuration(
+        "early stopping",  # the first evaluation is the best one, and LAST the fourth after it
+        {"early_stopping": 4, "max_steps": 20, "eval_steps": 1, "save_steps": 1, "learning_rate": 0.3},
+    ),
     Configuration("weights dealt at random, a clip that rises", {"objective": "random", "clip_schedule": "rising"}),
     Configuration(
         "the persona without a gradient, checkpointed activations",
@@ -153,6 +157,36 @@ MOMENTS: dict[str, Callable[[], None]] = {
 }
 
 
+def signal_when(owner: Any, name: str, when: Callable[..., bool]) -> None:
+    """SIGTERM before a call of owner.name, the first for which `when` holds; the call is made."""
+    own, done = getattr(owner, name), []
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        if not done and when(*args, **kwargs):
+            done.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*args, **kwargs)
+
+    setattr(owner, name, signalled)
+
+
+SIGNALS: dict[str, Callable[[], None]] = {
+    "signalled in the first step": lambda: signal_when(PerceTrainer, "training_step", lambda *_, **__: True),
+    "signalled in an evaluation": lambda: signal_when(
+        PerceTrainer, "evaluation_loop", lambda self, *_, **__: self.state.global_step >= 2
+    ),
+    "signalled while a checkpoint is saved": lambda: signal_when(
+        PerceTrainer, "_save_checkpoint", lambda self, *_: self.state.global_step >= 4
+    ),
+    "signalled in the last step": lambda: signal_when(
+        PerceTrainer, "training_step", lambda self, *_: self.state.global_step == LAST - 1
+    ),
+    "signalled after the last checkpoint": lambda: signal_when(
+        PerceTrainer, "_finalize_training", lambda *_: True
+    ),
+}  # fmt: skip
+
+
 def attempt(
     call: Sequence[str], ranks: int, output: Path, moment: str | None = None, after: float | None = None
 ) -> int:
@@ -192,7 +226,7 @@ def child(call: Sequence[str], rank: int, ranks: int, port: str, output: Path, m
             "MASTER_PORT": port,
         }  # fmt: skip
     if moment is not None:
-        MOMENTS[moment]()
+        (MOMENTS | SIGNALS)[moment]()
     code = 1
     try:
         code = train(call)
@@ -239,10 +273,11 @@ def campaign(configuration: Configuration, directory: Path, draw: random.Random)
     assert code == 0, (place / "straight.log").read_text()[-3000:]
     expected = result(place / "straight")
     moments = {moment: run("moments", moment=moment) for moment in MOMENTS}
+    signals = {moment: run("signals", moment=moment) for moment in SIGNALS}
     times = [round(draw.uniform(0.2, lasted), 2) for _ in range(4)]
     at_times = [{"seconds": after, "code": run("times", after=after)} for after in times]
-    ends = {name: run(name) for name in ("moments", "times")}
-    again = {name: run(name) for name in ("moments", "times")}
+    ends = {name: run(name) for name in ("moments", "signals", "times")}
+    again = {name: run(name) for name in ends}
     same = {
         name: {part: result(place / name)[part] == expected[part] for part in expected}
         if ends[name] == 0
@@ -253,6 +288,7 @@ def campaign(configuration: Configuration, directory: Path, draw: random.Random)
     return {
         "configuration": configuration.name, "options": configuration.options, "processes": configuration.ranks,
         "steps": expected["steps"], "seconds_of_a_run": round(lasted, 2), "exit_codes_at_moments": moments,
+        "exit_codes_when_signalled": signals,
         "at_random_times": at_times, "exit_codes_of_the_last_attempts": ends, "same": same,
         "finished": all("is finished" in line for line in says.values()) and not any(again.values()),
         "kills": sum(code == -9 for code in [*moments.values(), *(x["code"] for x in at_times)]),

@@ -28,9 +28,10 @@ def test_a_campaign_of_kills(tmp_path):
     assert len(found["configurations"]) == len(CONFIGURATIONS) >= 10 and found["kills"] >= 100
     for one in found["configurations"]:
         same = {"weights": True, "steps": True, "history": True}
-        assert one["same"] == {"moments": same, "times": same} and one["finished"], one
+        assert one["same"] == {"moments": same, "signals": same, "times": same} and one["finished"], one
         assert set(one["exit_codes_at_moments"]) == set(MOMENTS)
         assert set(one["exit_codes_at_moments"].values()) == {-signal.SIGKILL}, one
+        assert set(one["exit_codes_when_signalled"].values()) <= {128 + signal.SIGTERM, 0}, one
 
 
 @pytest.mark.slow
@@ -42,21 +43,25 @@ def test_processes_whose_launcher_is_killed_save_their_step_and_end(tmp_path):
     }  # fmt: skip
     flags = [x for name, value in options.items() for x in (f"--{name}", str(value))]
     call = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+    told = (tmp_path / "stdout").open("w+")
     launcher = subprocess.Popen(
-        [*call, "perce.train", *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [*call, "perce.train", *flags], cwd=ROOT, stdout=told, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
-    for line in launcher.stdout:
-        if line.startswith("step     5"):
-            break
+    wait_until(lambda: "step     5" in (tmp_path / "stdout").read_text(), 120)
     ranks = psutil.Process(launcher.pid).children(recursive=True)
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + 60
-    while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
-        assert time.monotonic() < deadline, "a process outlives its launcher"
-        time.sleep(0.1)
+    wait_until(lambda: not any(x.is_running() and x.status() != psutil.STATUS_ZOMBIE for x in ranks), 60)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert flaw(checkpoint) is None and (tmp_path / "run" / LOCK).read_text() == ""
-    assert main(["--resume", "--output_dir", str(tmp_path / "run"), "--gradient_accumulation_steps", "4", "--max_steps",
-                 str(int(checkpoint.name.partition("-")[2]) + 1)]) == 0  # fmt: skip
+    step = int(checkpoint.name.partition("-")[2])
+    again = ["--gradient_accumulation_steps", "4", "--max_steps", str(step + 1)]
+    assert main(["--resume", "--output_dir", str(tmp_path / "run"), *again]) == 0
+
+
+def wait_until(holds, seconds):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
