@@ -42,7 +42,7 @@ def test_processes_whose_launcher_is_killed_save_their_step_and_end(tmp_path):
         "save_steps": 0, "eval_steps": 100_000,
     }  # fmt: skip
     flags = [x for name, value in options.items() for x in (f"--{name}", str(value))]
-    call = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     told = (tmp_path / "stdout").open("w+")
     launcher = subprocess.Popen(
         [*call, "perce.train", *flags], cwd=ROOT, stdout=told, start_new_session=True,
