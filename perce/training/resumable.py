@@ -62,11 +62,14 @@ class ResumableTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As transformers.Trainer's, which takes a checkpoint for a beginning if its files go while they are read."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
+        if checkpoint is not None:
+            if self.state.global_step != self._resumed_state["global_step"]:
+                raise self._gone()
+            self._settle_state()
+
+    def _settle_state(self) -> None:
+        """Of a state that was read: intervals, the best weights and an evaluation that is missing are as they are now."""
         state, saved = self.state, self._resumed_state
-        if state.global_step != saved["global_step"]:
-            raise self._gone()
         state.compute_steps(self.args, state.max_steps)  # the intervals of the options, not those of the checkpoint
         if self.args.load_best_model_at_end and saved["best_model_checkpoint"]:
             # Beside this one, wherever the run is now.
