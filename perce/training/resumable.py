@@ -68,7 +68,7 @@ class ResumableTrainer(Trainer):
             self._settle_state()
 
     def _settle_state(self) -> None:
-        """Of a state that was read: intervals, the best weights and an evaluation that is missing are as they are now."""
+        """What was read is of then: intervals, where the best weights are. An evaluation may be still to be made."""
         state, saved = self.state, self._resumed_state
         state.compute_steps(self.args, state.max_steps)  # the intervals of the options, not those of the checkpoint
         if self.args.load_best_model_at_end and saved["best_model_checkpoint"]:
