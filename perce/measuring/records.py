@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from perce.environment import in_one_move
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 from perce.lock import locked
 
 
@@ -80,10 +80,7 @@ class RecordFile:
     def _check_run(self, run: dict[str, Any]) -> None:
         if not self._run_path.is_file():
             raise UserError(f"{self.path}: exists already, and is not of this command. Choose another file.")
-        try:
-            before = json.loads(self._run_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self._run_path}: not JSON ({error}). Delete it and {self.path} to begin anew.") from None
+        before = _object(self._run_path.read_bytes(), str(self._run_path), f"delete it and {self.path}")
         for name in dict.fromkeys([*run, *before]):
             if before.get(name) != run.get(name):
                 raise UserError(
@@ -98,12 +95,19 @@ class RecordFile:
         if len(whole) < len(raw):
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
-        records = []
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(
-                    f"{self.path}:{number}: not JSON ({error}). To begin anew, delete it and {self._run_path.name}."
-                ) from None
-        return records
+        remedy = f"delete the file and {self._run_path.name}"
+        return [
+            _object(line, f"{self.path}:{number}", remedy) for number, line in enumerate(whole.splitlines(), start=1)
+        ]
+
+
+def _object(text: bytes, where: str, remedy: str) -> dict[str, Any]:
+    """UserError unless this is a JSON object."""
+    try:
+        content = json.loads(text)
+        reason = f"it is {content!r:.40}"
+    except ValueError as error:
+        content, reason = None, in_one_line(error)
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected a JSON object ({reason}). To begin anew, {remedy}.")
+    return content
