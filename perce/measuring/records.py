@@ -2,7 +2,7 @@
 
 FILE             appended to, a batch at a time; a half-written last line is cut off when a run goes on
 FILE.run.json    the model, data and options; lines of another run are never mixed with these
-.FILE.lock       which process has it
+.FILE.lock       of the process that has it, which .FILE.lock.holder names
 """
 
 import json

@@ -1,6 +1,6 @@
 """The directory of a run: claimed by one process at a time, and resumed as the run that it is.
 
-.lock            names the process that writes here now, and ends with it
+.lock            of the process that writes here now, which .lock.holder names; ends with it
 run.json         what the options do not say of the run: a digest of its training pairs, what a step is
 config.yaml      its options; a directory with it holds a run
 checkpoint-N/    see checkpoints.py
