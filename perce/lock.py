@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 
 from perce.errors import UserError, in_one_line
 
-
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems on a network, as a rule
 
 

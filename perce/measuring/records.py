@@ -6,12 +6,12 @@ FILE.run.json    the model, data and options; lines of another run are never mix
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from perce.environment import in_one_move
+from perce.environment import in_one_move, written
 from perce.errors import UserError, in_one_line
 from perce.lock import locked
 
@@ -34,13 +34,14 @@ class RecordFile:
 
     def __enter__(self) -> "RecordFile":
         if self.path is not None:
-            with self._written():
+            with written(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._held.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), str(self.path)))
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._held.close()
+        with written(self.path or ""):  # what a full disk has not taken is tried again
+            self._held.close()
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Read what is there. run: what the records depend on; JSON values."""
@@ -48,7 +49,7 @@ class RecordFile:
             return
         self._run_path = self.path.with_name(f"{self.path.name}.run.json")
         facts: dict[str, Any] = json.loads(json.dumps(run))
-        with self._written():
+        with written(self.path):
             if self.path.exists() and self.path.stat().st_size:
                 self._check_run(facts)
                 self.records = self._read()
@@ -57,25 +58,14 @@ class RecordFile:
                     unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             self._file = self._held.enter_context(self.path.open("a", encoding="utf-8"))
 
-    @contextmanager
-    def _written(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written to ({error.strerror}). Choose another file.") from error
-
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write them at once: what is interrupted leaves whole batches and at most one broken line."""
         new = list(records)
         self.records += new
         if self.path is not None:
-            try:
+            with written(self.path):
                 self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
                 self._file.flush()
-            except OSError as error:
-                raise UserError(
-                    f"{self.path}: cannot be written to ({error.strerror}). What is there stays."
-                ) from error
 
     def _check_run(self, run: dict[str, Any]) -> None:
         if not self._run_path.is_file():

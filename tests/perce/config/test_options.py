@@ -199,6 +199,7 @@ def test_a_full_stdout_is_one_paragraph(command):
     assert (done.returncode, done.stderr) == (2, b"error: stdout: cannot be written to (No space left on device).\n")
 
 
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 GUARDED = """
 import sys
 from perce import UserError
@@ -247,5 +248,5 @@ def test_a_pipe_or_file_that_breaks_elsewhere_is_not_stdout(error, capsys):
 def test_a_mistake_is_told_though_stdout_is_broken():
     code = GUARDED.format("print('x'); raise UserError('mine')")
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, cwd=ROOT)
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, cwd=ROOT, env=BUFFERED)
     assert done.returncode == 2 and done.stderr.startswith(b"error: mine\n") and b"Traceback" not in done.stderr
