@@ -75,16 +75,13 @@ def prepare(*outputs: str | None) -> None:
     for path in filter(None, outputs):
         file = Path(path).expanduser()
         with written(path):
-            if _is_special(file):
-                file.open("a").close()
-                continue
-            file = file.resolve()
             file.parent.mkdir(parents=True, exist_ok=True)
-            there = file.exists()
-            file.open("a").close()  # the very name may be too long, or have characters that this file system has not
-            if not there:
-                file.unlink()
-            tempfile.TemporaryFile(dir=file.parent).close()
+            if file.exists():
+                file.open("a").close()
+            if not _is_special(file):
+                file = Path(os.path.realpath(file))
+                with tempfile.TemporaryDirectory(dir=file.parent) as directory:
+                    Path(directory, file.name).touch()  # the name may be too long for this file system
 
 
 @contextlib.contextmanager
@@ -119,12 +116,13 @@ def _unfinished(path: Path) -> Path:
     """A name of this process's own beside a file, however long the file's is; what killed processes left is deleted."""
     import psutil
 
-    # A process is another one's on another machine that writes to the same disk.
+    # Another machine that writes to the same disk has other processes.
     of_file = f"{zlib.crc32(f'{socket.gethostname()} {path.name}'.encode(errors='replace')):08x}"
-    for left in path.parent.glob(f".*.{of_file}.*.unfinished"):
-        if not psutil.pid_exists(int(left.suffixes[-2][1:])):
+    for left in path.parent.glob(f".*.unfinished-{of_file}-*"):
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
             left.unlink(missing_ok=True)
-    return path.with_name(f".{path.name[:40]}.{of_file}.{os.getpid()}.unfinished")
+    # All that may differ comes after the last dot: torch writes the name before it into the file.
+    return path.with_name(f".{path.name[:40]}.unfinished-{of_file}-{os.getpid()}")
 
 
 def _is_special(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """What score and evaluate share: a model, the examples that it is asked about, and their order in batches."""
 
 import json
+import re
 import sys
 import zlib
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from perce.model.loading import check_adapter, check_backend, resolve_precision
 from perce.model.patch import prepare_model
 
 TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences: nothing is kept for a backward
+WEIGHTS = re.compile(r"model[^/]*\.(safetensors|bin)$")  # whole or in shards, of a model or an adapter
 SAMPLED_VALUES = 1024  # of each parameter, in the fingerprint of a model
 
 
@@ -91,7 +93,7 @@ def _check_weights(path: str) -> None:
         return
     try:
         saved = json.loads(file.read_text(encoding="utf-8")).items()
-        weights = {name: fact for name, fact in saved if name.endswith(("model.safetensors", "model.bin"))}
+        weights = {name: fact for name, fact in saved if WEIGHTS.search(name)}
         reason = difference(local, weights) if weights else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"{file} cannot be read ({in_one_line(error)})"

@@ -161,7 +161,7 @@ def test_a_result_is_whole_or_as_it_was(base, tmp_path, monkeypatch, capsys, com
     monkeypatch.setattr(os, "replace", killed)
     run("--precision", "fp32", code=130)
     assert (tmp_path / name).read_bytes() == before
-    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".unfinished")]
+    assert not [path for path in tmp_path.iterdir() if ".unfinished" in path.name]
 
 
 def test_results_go_where_a_link_leads_with_the_mode_that_was_there(scored, tmp_path):

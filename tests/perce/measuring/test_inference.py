@@ -1,11 +1,15 @@
 """Models to ask: adapters beside their base, never rounded into it."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from perce import UserError
 from perce.config.schema import InferenceConfig
+from perce.integrity import LIST, facts_of
 from perce.measuring.inference import load
 from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, tiny_tokenizer
 from tests.helpers.training import fails
@@ -110,6 +114,19 @@ def flip(path, places):
     for place in places:
         content[place] ^= 0b100
     path.write_bytes(content)
+
+
+def test_every_shard_is_looked_at(tmp_path):
+    save_tiny_model(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path, max_shard_size="30KB")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / LIST).write_text(json.dumps(facts_of(tmp_path, tmp_path.glob("*.safetensors"))))
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    load(InferenceConfig(model=str(tmp_path)))
+    flip(shards[1], [-2])
+    with pytest.raises(UserError, match=rf"{shards[1].name} is not what was written"):
+        load(InferenceConfig(model=str(tmp_path)))
+    assert len(shards) > 1
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])
