@@ -3,16 +3,18 @@
 import contextlib
 import os
 import shutil
+import socket
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from itertools import combinations, product
 from pathlib import Path
 
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 
-# Names of what is read of a directory: of data's, and of a model's or run's.
+# Names of files that a directory has of its own: that of data, and that of a model or run.
 OF_DATA = (
     "train.*", "valid*.*", "val.*", "dev.*", "test.*", "*_questions.json", "*_outputs.json", "dataset_*.json",
     "state.json",
@@ -20,6 +22,7 @@ OF_DATA = (
 OF_MODELS = (
     "config.*", "*_config.json", "*.safetensors", "*.index.json", "*.bin", "tokenizer.*", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*", "trainer_state.json", "held_out.json", "base.json",
+    "run.json", "complete.json", "README.md", "report.html", "curves.png", "*.pt", "*.pth",
 )  # fmt: skip
 
 
@@ -31,7 +34,7 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | 
     written, read = ({option: path for option, path in files.items() if path} for files in (outputs, inputs))
     for (one, path), (other, its) in combinations(written.items(), 2):
         if _same(path, its):
-            raise UserError(f"{one} {path}, {other} {its}: are one file. Choose another for either.")
+            raise UserError(f"{one} {path}, {other} {its}: name the same file; change one of them.")
     for (option, path), (other, its) in product(written.items(), read.items()):
         if _same(path, its):
             raise UserError(f"{option} {path}: is {other} {its} too, which would be written over. Choose another.")
@@ -39,17 +42,15 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | 
         name = Path(path).name
         if _same(str(Path(path).parent), its) and any(fnmatch(name, pattern) for pattern in names):
             raise UserError(
-                f"{option} {path}: {other} {its} is a directory in which a file called {name} is read. Choose another "
-                "name, or another directory."
+                f"{option} {path}: {other} {its} is a directory that has, or may have, a {name} of its own. Choose "
+                "another name, or another directory."
             )
 
 
 def _same(one: str, other: str) -> bool:
     """Whether two paths are of one file, or will be."""
-    here, there = Path(one).expanduser(), Path(other).expanduser()
-    if here.resolve() == there.resolve():
-        return True
-    return here.exists() and there.exists() and here.samefile(there)
+    here, there = (os.path.realpath(os.path.expanduser(path)) for path in (one, other))
+    return here == there or (os.path.exists(here) and os.path.exists(there) and os.path.samefile(here, there))
 
 
 def let_umask_decide(directory: Path) -> None:
@@ -73,14 +74,24 @@ def prepare(*outputs: str | None) -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     for path in filter(None, outputs):
         file = Path(path).expanduser()
-        try:
+        with written(path):
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 file.open("a").close()
             if not _is_special(file):
-                tempfile.TemporaryFile(dir=file.resolve().parent).close()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written to ({error.strerror}). Choose another file.") from error
+                file = Path(os.path.realpath(file))
+                with tempfile.TemporaryDirectory(dir=file.parent) as directory:
+                    Path(directory, file.name).touch()  # the name may be too long for this file system
+
+
+@contextlib.contextmanager
+def written(path: str | Path) -> Iterator[None]:
+    """Around what writes to this file: a full disk, or what else the system refuses, as one paragraph."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or in_one_line(error)
+        raise UserError(f"{path}: cannot be written to ({reason}). Make room, or choose another file.") from error
 
 
 @contextlib.contextmanager
@@ -91,7 +102,7 @@ def in_one_move(path: Path) -> Iterator[Path]:
         return
     path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = _unfinished(path)
     try:
         yield unfinished
         if path.exists():
@@ -99,6 +110,19 @@ def in_one_move(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """A name of this process's own beside a file, however long the file's is; what killed processes left is deleted."""
+    import psutil
+
+    # Another machine that writes to the same disk has other processes.
+    of_file = f"{zlib.crc32(f'{socket.gethostname()} {path.name}'.encode(errors='replace')):08x}"
+    for left in path.parent.glob(f".*.unfinished-{of_file}-*"):
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            left.unlink(missing_ok=True)
+    # All that may differ comes after the last dot: torch writes the name before it into the file.
+    return path.with_name(f".{path.name[:40]}.unfinished-{of_file}-{os.getpid()}")
 
 
 def _is_special(path: Path) -> bool:

@@ -87,8 +87,6 @@ def from_pretrained(
     auto_class: Any, path: str, *, option: str = "--model", kind: str = "a causal language model", **kwargs: Any
 ) -> Any:
     """from_pretrained with its many failures told as one paragraph, which names the option that gave the path."""
-    from safetensors import SafetensorError
-
     local = Path(path).expanduser()
     if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
         raise UserError(
@@ -99,14 +97,27 @@ def from_pretrained(
         raise UserError(f"{option} {path}: the directory holds no config.json, so it is no saved Hugging Face model.")
     if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise UserError(f"{option} {path}: no such directory, and not a Hub id (name or owner/name) either.")
+    return loaded(auto_class, path, option, kind, **kwargs)
+
+
+def loaded(
+    auto_class: Any,
+    path: str,
+    option: str,
+    kind: str,
+    expected: str = "config.json, tokenizer and weights",
+    **kwargs: Any,
+) -> Any:
+    """What from_pretrained makes of a path that may be one; UserError for whatever is wrong there."""
+    local = Path(path).expanduser()
     try:
         return auto_class.from_pretrained(str(local) if local.exists() else path, **kwargs)
     except ImportError as error:
         attention = kwargs.get("attn_implementation")
         remedy = f" Choose another --attn_implementation than {attention}." if attention else " Install it."
         raise UserError(f"{option} {path}: a package is missing: {in_one_line(error)}.{remedy}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a damaged file may raise anything, TypeError and the bare Exception of tokenizers too
         raise UserError(
             f"{option} {path}: could not be loaded as {kind} ({first_line(error)}). Expected a directory with "
-            "config.json, tokenizer and weights, or a Hub id that this machine can reach."
+            f"{expected}, or a Hub id that this machine can reach."
         ) from error

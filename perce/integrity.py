@@ -6,6 +6,8 @@ from typing import Any
 
 import xxhash
 
+LIST = "complete.json"  # of the files of a checkpoint, or of a finished run's weights: what facts_of says of them
+
 
 def digest(path: Path) -> str:
     """Of a file's contents: finds damage, not malice, at the speed that memory is read."""
@@ -28,7 +30,7 @@ def difference(directory: Path, facts: Mapping[str, Mapping[str, Any]], contents
     """Which file is not what was written, in words; None if all are. `contents`: read them, not their sizes alone.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, OSError: `facts` are none.
+        ValueError, TypeError, KeyError, AttributeError, OSError: `facts` is not such a mapping.
     """
     if not facts:
         raise ValueError("it lists no file")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from perce.config.commands import PLAN, PlanOptions
-from perce.environment import in_one_move, prepare
+from perce.environment import in_one_move, prepare, written
 
 
 def run(options: PlanOptions) -> None:
@@ -21,7 +21,7 @@ def run(options: PlanOptions) -> None:
     plan = make_plan(options)
     print_plan(plan)
     if options.step.json:
-        with in_one_move(Path(options.step.json).expanduser()) as unfinished:
+        with written(options.step.json), in_one_move(Path(options.step.json).expanduser()) as unfinished:
             unfinished.write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
         print(f"written  {options.step.json}")
 

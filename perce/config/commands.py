@@ -4,8 +4,6 @@ Neither torch nor transformers is imported here, so that `--help` answers at onc
 be given to train by its Hugging Face name (`--weight_decay 0.1`); those are checked once transformers is loaded.
 """
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -125,24 +123,13 @@ def is_training_option(name: str) -> bool:
 
 
 def of_the_run(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """Where no data is given, that of the run in --model, how it is read, and the users that were held out of it."""
+    """Where no data is given, that of the run in --model, and how it is read."""
     run = None if "data" in raw else schema.run_directory(raw.get("model"))
     if run is None:
         return {}, ""
     saved = read_yaml(str(run / schema.CONFIG_NAME), "--model")
     own = {option.name: saved[option.name] for option in fields(schema.DataConfig) if option.name in saved}
-    if own.get("data") is not None and _held_out_alone(run):
-        own["split"] = "held_out"
     return own, f"--model {raw['model']}: asked about its own data, with the options in {run / schema.CONFIG_NAME}"
-
-
-def _held_out_alone(run: Path) -> bool:
-    """Whether the data of a run had neither a validation nor a test split; a file that is damaged is told of later."""
-    if not (file := run / schema.HELD_OUT_NAME).is_file():
-        return False
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return not json.loads(file.read_text(encoding="utf-8"))["test"]
-    return True
 
 
 SCORE: Command[ScoreOptions] = Command(

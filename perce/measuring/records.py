@@ -2,17 +2,17 @@
 
 FILE             appended to, a batch at a time; a half-written last line is cut off when a run goes on
 FILE.run.json    the model, data and options; lines of another run are never mixed with these
-.FILE.lock       which process has it
+.FILE.lock       of the process that has it, which .FILE.lock.holder names
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from perce.environment import in_one_move
-from perce.errors import UserError
+from perce.environment import in_one_move, written
+from perce.errors import UserError, in_one_line
 from perce.lock import locked
 
 
@@ -34,13 +34,14 @@ class RecordFile:
 
     def __enter__(self) -> "RecordFile":
         if self.path is not None:
-            with self._written():
+            with written(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._held.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), str(self.path)))
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._held.close()
+        with written(self.path or ""):  # what a full disk has not taken is tried again
+            self._held.close()
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Read what is there. run: what the records depend on; JSON values."""
@@ -48,7 +49,7 @@ class RecordFile:
             return
         self._run_path = self.path.with_name(f"{self.path.name}.run.json")
         facts: dict[str, Any] = json.loads(json.dumps(run))
-        with self._written():
+        with written(self.path):
             if self.path.exists() and self.path.stat().st_size:
                 self._check_run(facts)
                 self.records = self._read()
@@ -57,33 +58,19 @@ class RecordFile:
                     unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             self._file = self._held.enter_context(self.path.open("a", encoding="utf-8"))
 
-    @contextmanager
-    def _written(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written to ({error.strerror}). Choose another file.") from error
-
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Write them at once: what is interrupted leaves whole batches and at most one broken line."""
         new = list(records)
         self.records += new
         if self.path is not None:
-            try:
+            with written(self.path):
                 self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
                 self._file.flush()
-            except OSError as error:
-                raise UserError(
-                    f"{self.path}: cannot be written to ({error.strerror}). What is there stays."
-                ) from error
 
     def _check_run(self, run: dict[str, Any]) -> None:
         if not self._run_path.is_file():
             raise UserError(f"{self.path}: exists already, and is not of this command. Choose another file.")
-        try:
-            before = json.loads(self._run_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self._run_path}: not JSON ({error}). Delete it and {self.path} to begin anew.") from None
+        before = _object(self._run_path.read_bytes(), str(self._run_path), f"delete it and {self.path}")
         for name in dict.fromkeys([*run, *before]):
             if before.get(name) != run.get(name):
                 raise UserError(
@@ -98,12 +85,19 @@ class RecordFile:
         if len(whole) < len(raw):
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
-        records = []
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(
-                    f"{self.path}:{number}: not JSON ({error}). To begin anew, delete it and {self._run_path.name}."
-                ) from None
-        return records
+        remedy = f"delete the file and {self._run_path.name}"
+        return [
+            _object(line, f"{self.path}:{number}", remedy) for number, line in enumerate(whole.splitlines(), start=1)
+        ]
+
+
+def _object(text: bytes, where: str, remedy: str) -> dict[str, Any]:
+    """UserError unless this is a JSON object."""
+    try:
+        content = json.loads(text)
+        reason = f"it is {content!r:.40}"
+    except ValueError as error:
+        content, reason = None, in_one_line(error)
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected a JSON object ({reason}). To begin anew, {remedy}.")
+    return content

@@ -10,10 +10,10 @@ import numpy as np
 
 from perce.config.commands import ScoreOptions
 from perce.data.rows import Example
-from perce.environment import in_one_move
+from perce.environment import in_one_move, written
 from perce.measuring.identification import Identified
 from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, terminal_text, write_html
-from perce.report.terminal import facts, show, table
+from perce.report.terminal import Console, facts, show, table
 
 BINS = 21  # of the histogram, between the clip's ends: 0.2 nats each for PerCE's own
 BINS_BELOW, BINS_ABOVE = 14, 5
@@ -58,8 +58,6 @@ def _lines(m: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def print_tokens(records: Records, options: ScoreOptions) -> None:
     """Responses in colour, as soon as they are scored."""
-    from rich.console import Console
-
     console = Console(highlight=False)
     for record in records:
         text = terminal_text(_tokens(record), _clip(options))
@@ -88,7 +86,7 @@ def write_summary(path: Path, records: Records, found: Identified | None, option
     if found:
         methods = {name: asdict(result) for name, result in found.methods.items()}
         content["identification"] = {"labelled": found.labelled, "marked": found.marked, "methods": methods}
-    with in_one_move(path) as unfinished:
+    with written(path), in_one_move(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -123,7 +121,8 @@ def write_report(
         ("data", f"{options.data.data or 'built-in examples'}, {split}"),
         *_lines(found_means),
     ]
-    write_html(path, responses, title=title, summary=summary, clip=clip, signal=signal, panels=panels)
+    with written(path):
+        write_html(path, responses, title=title, summary=summary, clip=clip, signal=signal, panels=panels)
 
 
 def _tokens(record: dict[str, Any]) -> list[ScoredToken]:

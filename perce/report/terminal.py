@@ -2,8 +2,16 @@
 
 from collections.abc import Iterable
 
-from rich.console import Console, RenderableType
+import rich.console
+from rich.console import RenderableType
 from rich.table import Table
+
+
+class Console(rich.console.Console):
+    """Rich's, but that a reader who has gone ends the command as any other print does, not with exit code 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that it is called for
 
 
 def show(*parts: RenderableType) -> None:

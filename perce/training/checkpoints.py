@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from perce.environment import in_one_move
 from perce.errors import UserError, in_one_line
-from perce.integrity import difference, facts_of
+from perce.integrity import LIST, difference, facts_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-LIST = "complete.json"
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems on a network, for directories mostly
 
 

@@ -1,6 +1,6 @@
 """The directory of a run: claimed by one process at a time, and resumed as the run that it is.
 
-.lock            names the process that writes here now, and ends with it
+.lock            of the process that writes here now, which .lock.holder names; ends with it
 run.json         what the options do not say of the run: a digest of its training pairs, what a step is
 config.yaml      its options; a directory with it holds a run
 checkpoint-N/    see checkpoints.py
@@ -20,6 +20,7 @@ from typing import Any
 from perce.config.commands import TRAIN, TrainOptions
 from perce.config.options import dump_yaml, read_yaml
 from perce.config.schema import CONFIG_NAME
+from perce.config.schema import FACTS_NAME as FACTS
 from perce.errors import UserError
 from perce.lock import InUse, locked
 from perce.training.checkpoints import (
@@ -34,7 +35,6 @@ from perce.training.checkpoints import (
 )
 
 LOCK = ".lock"
-FACTS = "run.json"
 MAY_CHANGE = frozenset(
     (
         "resume", "output_dir", "eval_steps", "save_steps", "logging_steps", "report_examples", "merge_adapter",

@@ -1,10 +1,14 @@
 """Before anything is loaded: outputs that are also read, or written twice; and the modes of what is written."""
 
+import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
-from perce import evaluate, plan, score
+from perce import environment, evaluate, plan, score
+from tests.helpers import ROOT
 from tests.helpers.tiny import save_tiny_model, write_jsonl
 from tests.helpers.training import ROWS, fails, printed_by
 
@@ -57,8 +61,21 @@ def contents(directory):
         ("evaluate", "--output other.json --compare_with other.json", ("--output other.json", "--compare_with")),
         ("evaluate", "--data dir --output dir/test.json", ("--output dir/test.json", "--data")),
         ("evaluate", "--output model/adapter_config.json", ("--output model/adapter_config.json", "--model")),
+        ("plan", "--json model/complete.json", ("--json model/complete.json", "--model")),
         ("plan", "--json model/config.json", ("--json model/config.json", "--model")),
         ("plan", "--json model/model.safetensors", ("--json model/model.safetensors", "--model")),
+        *(
+            ("score", f"--jsonl model/{name}", (f"--jsonl model/{name}", "--model"))
+            for name in (
+                "run.json",
+                "complete.json",
+                "README.md",
+                "report.html",
+                "curves.png",
+                "before.pt",
+                "scaler.pt",
+            )
+        ),
         ("plan", "--json c.yaml --config c.yaml", ("--json c.yaml", "--config")),
     ],
 )
@@ -144,7 +161,7 @@ def test_a_result_is_whole_or_as_it_was(base, tmp_path, monkeypatch, capsys, com
     monkeypatch.setattr(os, "replace", killed)
     run("--precision", "fp32", code=130)
     assert (tmp_path / name).read_bytes() == before
-    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".unfinished")]
+    assert not [path for path in tmp_path.iterdir() if ".unfinished" in path.name]
 
 
 def test_results_go_where_a_link_leads_with_the_mode_that_was_there(scored, tmp_path):
@@ -170,3 +187,58 @@ def test_a_directory_that_cannot_be_written_to_is_found_before(scored, tmp_path)
     tmp_path.chmod(0o500)
     assert "cannot be written to" in scored("--output", tmp_path / "s.html", code=2).err
     tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("score", "out.html"), ("score", "out.json"), ("evaluate", "out.json"), ("plan", "out.json")]
+)
+def test_a_disk_that_is_full_at_the_end_is_one_paragraph(base, tmp_path, monkeypatch, capsys, command, name):
+    monkeypatch.chdir(tmp_path)
+    replace = os.replace
+
+    def full(source, target):
+        if os.path.basename(target) == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    err = printed_by(MAINS[command], capsys, "--model", base, *WRITERS[command].split())(code=2).err
+    assert f"error: {name}: cannot be written to (No space left on device)" in err and "Traceback" not in err
+    assert not (tmp_path / name).exists()
+
+
+def test_a_page_for_a_device_that_takes_nothing_is_one_paragraph(scored):
+    assert (
+        "error: /dev/full: cannot be written to (No space left on device)"
+        in scored("--output", "/dev/full", code=2).err
+    )
+
+
+def test_a_name_is_as_long_as_the_file_system_has_it_or_is_refused_before(scored, here, tmp_path, monkeypatch):
+    assert "File name too long" in scored("--summary", "s" * 256, "--data", "rows.jsonl", code=2).err
+    assert not [path for path in here.iterdir() if path.name.startswith(("s", ".s"))]
+    monkeypatch.undo()
+    scored("--summary", tmp_path / ("s" * 255), "--output", tmp_path / ("ü" * 127))
+    assert (tmp_path / ("s" * 255)).stat().st_size and (tmp_path / ("ü" * 127)).stat().st_size
+
+
+def test_two_processes_do_not_write_the_same_unfinished_file(tmp_path, monkeypatch):
+    target = tmp_path / "out.json"
+    with environment.in_one_move(target) as mine:
+        mine.write_text("mine")
+        monkeypatch.setattr(os, "getpid", lambda: 1)  # which runs, wherever this does
+        with environment.in_one_move(target) as other:
+            other.write_text("other")
+        assert mine.read_text() == "mine" and target.read_text() == "other"
+    assert target.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_what_a_killed_process_left_unfinished_is_swept_up(tmp_path):
+    code = "from perce.environment import in_one_move; import os, pathlib, sys\nfor name in sys.argv[1:]:\n"
+    code += "    with in_one_move(pathlib.Path(name)) as file:\n        file.write_text('half')\n        "
+    for name in ("[a].json", "[a].json", "b.json"):
+        subprocess.run([sys.executable, "-c", code + "os.kill(os.getpid(), 9)", str(tmp_path / name)], cwd=ROOT)
+    with environment.in_one_move(tmp_path / "[a].json") as file:
+        file.write_text("whole")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == 2 and left[0].startswith(".b.json") and left[1] == "[a].json"

@@ -9,10 +9,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from perce import DataConfig, evaluate, score
-from perce.config.schema import SplitConfig, run_directory
+from perce.config.schema import run_directory
 from perce.data.pairing import make_builder
 from perce.data.pairs import personal_word_spans
-from perce.data.splits import load_splits, split_seed
+from perce.data.splits import load_splits
 from perce.demo import DATA_DIR
 from perce.lock import locked
 from perce.measuring.evaluation import Evaluator, other_users
@@ -94,12 +94,6 @@ def test_what_training_held_out_is_evaluated_and_training_rows_are_called_so(run
     assert "another run (split_seed was 7" in run(*data, "--split", "held_out", code=2).err
     out = run("--data", tmp_path / "rows.jsonl", "--generate", "false").out
     assert "these are training rows" in out and "--split held_out" in out
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("seed: 7\n", encoding="utf-8")
-    chosen = SplitConfig(split="held_out")
-    assert [split_seed(chosen, run_directory(str(tmp_path / name))) for name in ("run", "none")] == [7, 42]
-    assert split_seed(SplitConfig(split_seed=3), tmp_path / "run") == 3
-    assert split_seed(SplitConfig(sample=5), tmp_path / "run") == 42, "a sample follows no model"
     assert "Leave out --streaming" in run(*data, "--split", "held_out", "--streaming", code=2).err
     assert "has a validation split" in run("--data", DATA_DIR, "--split", "held_out", code=2).err
 
@@ -122,7 +116,8 @@ def test_the_held_out_of_a_run_are_those_that_it_recorded(run, train, tmp_path):
     out = run(*held_out, where, "--generate", "false").out
     assert f"held_out: 3 of 42 users, those that {where / 'held_out.json'} names\n" in out
     drawn = run(*held_out, where, "--generate", "false", "--split_seed", 1).out
-    assert f"held_out: 4 of 42 users, drawn by seed 1, not those that {where / 'held_out.json'} names" in drawn
+    told = f"drawn by seed 1, not those that {where / 'held_out.json'} names; {where} may have been trained on them"
+    assert f"held_out: 4 of 42 users, {told}\n" in drawn
     one = recorded["held_out"][0]
     write_jsonl(data, [row for row in rows if row["user_id"] not in recorded["held_out"][1:]])
     assert users_of(run, tmp_path / "few.json", *held_out, where) == {one}
@@ -162,6 +157,8 @@ def test_without_data_a_run_is_asked_about_its_own(run, train, tmp_path, monkeyp
         assert (options["data"], options["max_length"], options["split"]) == (str(data), 600, "train")
         options, told = asked(capsys, main, "--model", "../run", "--data", data)
         assert (options["columns"], options["max_length"], options["split"], told) == (None, 5000, None, "")
+        options, _ = asked(capsys, main, "--model", "../run")
+        assert (options["data"], options["split"]) == (str(data), None), "who is asked about is found with the data"
         (tmp_path / "c.yaml").write_text(f"data: {DATA_DIR}\n")
         options, told = asked(capsys, main, "--model", "../run", "--config", tmp_path / "c.yaml")
         assert (options["data"], options["columns"], options["split"], told) == (str(DATA_DIR), None, None, "")
@@ -189,6 +186,42 @@ def test_the_own_test_or_validation_split_comes_first(run, train, tmp_path, caps
         assert f"examples  {tmp_path / data}, {split}\n" in out
 
 
+def test_a_run_that_held_nobody_out_is_asked_about_nobody(run, train, tmp_path):
+    for split in ("train", "dev"):
+        write_jsonl(tmp_path / "rows" / f"{split}.jsonl", ROWS)
+    assert train(data=tmp_path / "rows", max_steps=1, save_steps=1)[0] == 0
+    (tmp_path / "rows" / "dev.jsonl").unlink()
+    flags = ("--generate", "false", "--model")
+    for model in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        for chosen in ((), ("--split", "held_out"), ("--split", "held_out", "--data", tmp_path / "rows")):
+            err = run(*flags, model, *chosen, code=2).err
+            assert f"{tmp_path / 'run'} held nobody out" in err and "--split_seed" in err and "--split train" in err
+        out = run(*flags, model, "--split", "held_out", "--split_seed", 1).out
+        assert f"1 of 4 users, drawn by seed 1; {tmp_path / 'run'} may have been trained on them\n" in out
+    assert "these are training rows" in run(*flags, tmp_path / "run", "--split", "train").out
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_validation_split_that_came_later_is_not_what_the_run_held_out(run, train, tmp_path, named):
+    data = tmp_path / "rows"
+    write_jsonl(data / "train.jsonl", ROWS)
+    assert train(data=data, max_steps=1)[0] == 0
+    held_out = set(json.loads((tmp_path / "run" / "held_out.json").read_text())["held_out"])
+    write_jsonl(data / "dev.jsonl", [row | {"user_id": "late"} for row in ROWS])
+    flags = ("--model", tmp_path / "run", *(("--data", data) if named else ()))
+    assert users_of(run, tmp_path / "a.json", *flags) == held_out
+    assert users_of(run, tmp_path / "b.json", *flags, "--split", "held_out") == held_out
+    assert users_of(run, tmp_path / "c.json", *flags, "--split", "validation") == {"late"}
+    assert "has a validation split" in run("--data", data, "--split", "held_out", code=2).err, "of no run"
+
+
+def test_a_model_with_a_config_yaml_is_no_run_by_that(run, model, tmp_path):
+    other = save_tiny_model(tmp_path / "model", "qwen3")
+    (other / "config.yaml").write_text("data: nowhere.jsonl\n")
+    assert run_directory(str(other)) is None
+    assert "examples  built-in examples, test\n" in run("--model", other, "--generate", "false").out
+
+
 def test_a_run_on_the_built_in_examples_is_asked_about_them(run, train, tmp_path):
     assert train(data=None, max_steps=1)[0] == 0
     assert "examples  built-in examples, test\n" in run("--model", tmp_path / "run", "--generate", "false").out
@@ -199,6 +232,14 @@ def test_a_run_on_data_with_a_validation_split_records_nobody(train, tmp_path):
     write_jsonl(tmp_path / "split" / "validation.jsonl", ROWS)
     assert train(data=tmp_path / "split", max_steps=1)[0] == 0
     assert not (tmp_path / "run" / "held_out.json").exists()
+
+
+def test_a_model_is_the_same_by_a_relative_path(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(save_tiny_model(tmp_path / "model", "qwen3").parent)
+    flags = ("--generate", "false", "--output", "e.json", "--model")
+    for model in ("model", "./model", tmp_path / "model", Path("..") / tmp_path.name / "model"):
+        run(*flags, model)
+    assert result(tmp_path / "e.json")["run"]["model"] == str(tmp_path / "model")
 
 
 def test_replies_are_scored_and_sampled_by_the_seed(run, tmp_path):

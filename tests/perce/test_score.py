@@ -95,7 +95,12 @@ def test_records_of_another_run_are_not_mixed_in(scored, tmp_path):
     assert "holds the records of another run (clip_max was 5.0 and is 3.0 now)" in err
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([lines[0], "no json", *lines[2:]]) + "\n", encoding="utf-8")
-    assert f"{path}:2: not JSON" in scored("--jsonl", path, code=2).err
+    assert f"{path}:2: expected a JSON object" in scored("--jsonl", path, code=2).err
+    path.write_text("\n".join([lines[0], "[]", *lines[2:]]) + "\n", encoding="utf-8")
+    assert f"{path}:2: expected a JSON object" in scored("--jsonl", path, code=2).err
+    for content in ("[]", "null", "{"):
+        (tmp_path / "s.jsonl.run.json").write_text(content)
+        assert f"{path}.run.json: expected a JSON object" in scored("--jsonl", path, code=2).err
     (tmp_path / "s.jsonl.run.json").unlink()
     assert "exists already, and is not of this command" in scored("--jsonl", path, code=2).err
 

@@ -99,14 +99,15 @@ def test_print_config_names_every_option_and_can_be_read_back(train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-NUMBERS = ("nan", "inf", "-inf", "1e308", "9223372036854775808")
+LONG = "1" + 400 * "0"  # more than a float can hold, and less than what Python refuses to read
+NUMBERS = ("nan", "inf", "-inf", "1e308", "9223372036854775808", LONG, f"-{LONG}")
 
 
 @pytest.mark.parametrize("value", NUMBERS)
 @pytest.mark.parametrize("option", ["learning_rate", "lora_r", "clip_max", "weight_decay", "data_seed", "eval_delay"])
 def test_numbers_are_finite_and_fit(train, option, value):
     whole = option in ("lora_r", "data_seed")
-    if value.isdecimal() and not whole:
+    if value == "9223372036854775808" and not whole:
         return  # 2 ** 63 is a number that fp32 can hold
     fails(train(f"--{option}={value}"), option, "whole number" if whole else "finite number", value.strip("-")[:2])
 
@@ -119,8 +120,11 @@ def test_every_command_takes_finite_numbers_alone(command, capsys):
 
 
 def test_numbers_in_a_yaml_file_are_finite_too(train, tmp_path):
-    (tmp_path / "c.yaml").write_text("learning_rate: .inf\nweight_decay: .nan\n")
-    fails(train("--config", str(tmp_path / "c.yaml")), "finite number")
+    for content in ("learning_rate: .inf\nweight_decay: .nan\n", f"learning_rate: {LONG}\n"):
+        (tmp_path / "c.yaml").write_text(content)
+        fails(train("--config", str(tmp_path / "c.yaml")), "finite number")
+    (tmp_path / "c.yaml").write_text(f"max_steps: {LONG}\n")
+    fails(train("--config", str(tmp_path / "c.yaml"), max_steps=None), "whole number")
 
 
 # ---- interrupted, and a stdout that is closed or knows few characters
@@ -171,3 +175,78 @@ def test_a_run_told_to_a_stdout_that_knows_ascii_alone(model, data, tmp_path):
     done = subprocess.run([sys.executable, "-m", "perce.train", *argv], capture_output=True, cwd=ROOT, env=environment)
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
     assert b"mean PIR" in done.stdout
+
+
+def in_a_shell(command, redirected):
+    return subprocess.run(["sh", "-c", f'"$0" {command} {redirected}', sys.executable], capture_output=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("command", ["-m perce.train --print_config", "-m perce.plan --help"])
+def test_without_a_stdout_a_command_ends_well(command):
+    done = in_a_shell(command, ">&-")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_without_stdout_and_stderr_a_command_ends_well(gemma, tmp_path):
+    command = f"-m perce.score --model {gemma} --limit 2 --summary {tmp_path / 's.json'}"
+    assert in_a_shell(command, ">&- 2>&-").returncode == 0
+    assert (tmp_path / "s.json").stat().st_size
+
+
+@pytest.mark.parametrize("command", ["-m perce.train --print_config", "-m perce.plan --help"])
+def test_a_full_stdout_is_one_paragraph(command):
+    done = in_a_shell(command, "> /dev/full")
+    assert (done.returncode, done.stderr) == (2, b"error: stdout: cannot be written to (No space left on device).\n")
+
+
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+GUARDED = """
+import sys
+from perce import UserError
+from perce.config.options import guarded
+from perce.report import terminal
+def run():
+    {}
+sys.exit(guarded(run))
+"""
+PRINTS = {
+    "a little": "print('x')",
+    "much": "print('x' * 2**20)",
+    "by rich": "terminal.show('x' * 2**20)",
+    "before an end": "print('x'); sys.exit(0)",
+}
+
+
+@pytest.mark.parametrize("prints", PRINTS.values(), ids=PRINTS)
+def test_a_stdout_that_breaks_is_known_by_itself(prints):
+    code = GUARDED.format(prints)
+    for where, expected in (("full", 2), ("closed", 141)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                stdout=full if where == "full" else writer,
+                stderr=subprocess.PIPE,
+                cwd=ROOT,
+            )
+        os.close(writer)
+        assert done.returncode == expected and b"Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+def test_a_pipe_or_file_that_breaks_elsewhere_is_not_stdout(error, capsys):
+    def run():
+        print("so far")
+        raise error
+
+    with pytest.raises(type(error)):
+        guarded(run)
+    assert capsys.readouterr().out.startswith("so far\n")
+
+
+def test_a_mistake_is_told_though_stdout_is_broken():
+    code = GUARDED.format("print('x'); raise UserError('mine')")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, cwd=ROOT, env=BUFFERED)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: mine\n") and b"Traceback" not in done.stderr

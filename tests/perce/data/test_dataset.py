@@ -113,25 +113,51 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def truncated(content):
-    return content[: len(content) // 2]
+def truncated(content, place):
+    return content[:place]
 
 
-def flipped(content):
-    place = len(content) // 2
+def flipped(content, place):
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-@pytest.mark.parametrize("damage", [truncated, flipped, lambda _: b""], ids=["truncated", "flipped", "empty"])
+@pytest.mark.parametrize("damage", [truncated, flipped])
 @pytest.mark.parametrize("pattern", ["*.arrow", "dataset_info.json"])
 def test_pairs_that_were_damaged_on_the_disk_are_built_again(cache, damage, pattern):
     pairs = pair_dataset(demo_examples(6), builder())[:]
     (file,) = cache.rglob(pattern)
-    content = file.read_bytes()
-    for place in range(3):  # wherever the bytes are
-        file.write_bytes(damage(content[place:]) if damage is truncated else damage(content))
+    for share in (0, 0.5, 1):  # wherever the bytes are
+        content = file.read_bytes()
+        file.write_bytes(damage(content, round(share * (len(content) - 1))))
         assert pair_dataset(demo_examples(6), builder())[:] == pairs
         (file,) = cache.rglob(pattern)
+
+
+def test_damaged_pairs_that_cannot_be_removed_are_not_used(cache, monkeypatch):
+    pair_dataset(demo_examples(6), builder())
+    (file,) = cache.rglob("*.arrow")
+    file.write_bytes(flipped(file.read_bytes(), file.stat().st_size // 2))
+
+    def fail(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    with pytest.raises(UserError, match=r"cache.*Permission denied.*HF_DATASETS_CACHE"):
+        pair_dataset(demo_examples(6), builder())
+
+
+def test_whole_pairs_that_others_own_are_read(cache, monkeypatch):
+    """No lock can be taken in their cache."""
+    pairs = pair_dataset(demo_examples(6), builder())[:]
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    assert pair_dataset(demo_examples(6), builder())[:] == pairs
+    with pytest.raises(UserError, match=r"cache.*Permission denied.*HF_DATASETS_CACHE"):
+        pair_dataset(demo_examples(5), builder())
 
 
 def test_pairs_without_a_digest_are_built_again(cache, monkeypatch):

