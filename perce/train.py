@@ -158,8 +158,8 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     with options_that_fail_late((Exception,)):
         steps_an_epoch, steps = try_options(trainer)
     facts = {
-        "step": step_of_run(args), "steps_an_epoch": None if config.data.streaming else steps_an_epoch,
         "training_pairs": pairs_digest(pairs.train), "validation_pairs": pairs_digest(pairs.validation),
+        "step": step_of_run(args), "steps_an_epoch": None if config.data.streaming else steps_an_epoch,
     }  # fmt: skip
     check_facts(claim, facts, steps)
     if (doubt := check_fits(config, args, model, pairs)) and main_process:

@@ -73,7 +73,9 @@ def test_a_full_disk_where_a_run_is_claimed(train, tmp_path, monkeypatch):
     fails(train(), "--output_dir", "cannot be written to", "No space left")
     monkeypatch.undo()
     write = Path.write_text
-    monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: full() if self.name == LOCK else write(self, *a, **k))
+    monkeypatch.setattr(
+        Path, "write_text", lambda self, *a, **k: full() if self.name == f"{LOCK}.holder" else write(self, *a, **k)
+    )
     assert train(max_steps=1)[0] == 0, "the lock is held, and only its holder's name cannot be told"
 
 
