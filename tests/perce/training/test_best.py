@@ -206,6 +206,32 @@ def test_a_signal_in_an_evaluation_changes_nothing_of_what_is_the_best(train, tm
     assert evaluated[0] == evaluated[1]
 
 
+def test_best_weights_that_a_later_evaluation_has_replaced_may_be_gone(train, tmp_path, monkeypatch):
+    """A signal cut off the last evaluation; made up for, its weights are the best, and those before are deleted."""
+    flags = ("--load_best_model_at_end", "true", "--save_total_limit", "1", "--eval_steps", "1")
+    options = {"lora_r": 0, "learning_rate": 1e-3, "max_steps": 3}
+    own = PerceTrainer.save_model
+
+    def killed(self, *args, _internal_call=False):
+        if not _internal_call:
+            raise RuntimeError("killed")
+        own(self, *args, _internal_call=True)
+
+    assert train(*flags, output_dir=tmp_path / "straight", **options)[0] == 0
+    assert state_of(tmp_path / "straight")["best_global_step"] == 3
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_in_evaluation(patch, 3)
+        train(*flags, **options)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(PerceTrainer, "save_model", killed)
+        train("--resume", **AGAIN)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    code, _, err = train("--resume", **AGAIN)
+    assert code == 0, err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("run", "straight")]
+    assert weights[0] == weights[1]
+
+
 @pytest.fixture
 def stopped_before_its_end(train, tmp_path, monkeypatch):
     """A run whose best weights are of its first step, and were not loaded yet."""
