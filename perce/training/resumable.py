@@ -74,8 +74,9 @@ class ResumableTrainer(Trainer):
         if self.args.load_best_model_at_end and saved["best_model_checkpoint"]:
             # Beside this one, wherever the run is now.
             state.best_model_checkpoint = str(self._resumed.with_name(Path(saved["best_model_checkpoint"]).name))
-            self._check_best()
         self.args.eval_on_start = self._evaluation_is_missing()
+        if not self.args.eval_on_start:  # or it may replace the best ones
+            self._check_best()
 
     def _gone(self) -> UserError:
         return UserError(
@@ -101,6 +102,8 @@ class ResumableTrainer(Trainer):
         check_first_value(self.args, self.state, metrics)
         if made_up and self._determine_best_metric(metrics, trial):
             self.state.best_model_checkpoint = str(self._resumed)
+        elif made_up:
+            self._check_best()
         return metrics
 
     def _load_best_model(self) -> None:
@@ -108,7 +111,10 @@ class ResumableTrainer(Trainer):
         super()._load_best_model()
 
     def _check_best(self) -> None:
-        best = Path(str(self.state.best_model_checkpoint))
+        """UserError where the best weights are to be loaded at the end, and are not what was saved."""
+        if not self.args.load_best_model_at_end or self.state.best_model_checkpoint is None:
+            return
+        best = Path(self.state.best_model_checkpoint)
         if reason := damage(best):
             raise UserError(
                 f"{best}: has the best weights of the run (by {evaluated_name(self.args)}), and {reason}. Put it back, "
