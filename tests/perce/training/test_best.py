@@ -262,8 +262,11 @@ def test_the_best_weights_are_whole_or_not_loaded(train, stopped_before_its_end)
     content = bytearray(path.read_bytes())
     content[-100] ^= 64
     path.write_bytes(content)
-    fails(train("--resume", **AGAIN), best, ADAPTER, "eval_loss")
-    assert not (run / ADAPTER).exists()
+    before = {file: file.stat().st_mtime_ns for file in run.glob("checkpoint-*/*")}
+    result = train("--resume", **AGAIN)
+    fails(result, best, ADAPTER, "eval_loss")
+    assert "--resume" not in result[2] and not (run / ADAPTER).exists()
+    assert {file: file.stat().st_mtime_ns for file in run.glob("checkpoint-*/*")} == before, "nothing was trained"
 
 
 def test_numbers_of_the_best_weights_are_finite(train, monkeypatch):
