@@ -46,7 +46,8 @@ class Interruption(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.received: int | None = None
-        self.saved_step = 0  # of the newest checkpoint with all that a resume needs, what was resumed from included
+        # Of the newest checkpoint with all that a resume needs, what was resumed from included; None: not begun yet.
+        self.saved_step: int | None = None
         self._received_at = 0.0
 
     @contextlib.contextmanager
@@ -119,7 +120,8 @@ def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
             alone, step = trainer.accelerator.num_processes == 1, trainer.state.global_step
             by_itself = isinstance(stopped, UserError | BrokenPipeError)
             between_steps = isinstance(stopped, Interrupted) or (by_itself and alone)
-            if step and between_steps and not isinstance(stopped, SaveError | Diverged):
+            begun = interruption.saved_step is not None
+            if step and begun and between_steps and not isinstance(stopped, SaveError | Diverged):
                 if interruption.saved_step != step:
                     trainer.args.save_only_model = False
                     trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
