@@ -51,13 +51,14 @@ def train(spec: Spec) -> tuple[int, float]:
     fields = PerceArguments.__dataclass_fields__
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     batch, accumulation = spec["per_device_train_batch_size"], spec["gradient_accumulation_steps"]
+    how = {checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}}
     with tempfile.TemporaryDirectory() as directory:
         args = PerceArguments(
             directory, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=STEPS,
             bf16=spec["precision"] == "bf16", per_device_train_batch_size=batch, dataloader_pin_memory=False,
             gradient_accumulation_steps=accumulation, loss=LossConfig(objective=spec["objective"]),
             memory=MemoryConfig(persona_grad=spec["persona_grad"], mlp_tile=spec["mlp_tile"]),
-            **{checkpointing: spec["activation_checkpointing"], f"{checkpointing}_kwargs": {"use_reentrant": False}},
+            **(how if spec["activation_checkpointing"] else {}),
         )  # fmt: skip
         trainer = PerceTrainer(
             make_model(spec), args, train_dataset=Dataset.from_list(pairs(spec, STEPS * accumulation * batch)),
