@@ -98,6 +98,9 @@ def test_records_of_another_run_are_not_mixed_in(scored, tmp_path):
     assert f"{path}:2: expected a JSON object" in scored("--jsonl", path, code=2).err
     path.write_text("\n".join([lines[0], "[]", *lines[2:]]) + "\n", encoding="utf-8")
     assert f"{path}:2: expected a JSON object" in scored("--jsonl", path, code=2).err
+    for place in (0, 1):  # fields that are lost
+        path.write_text("\n".join([*lines[:place], "{}", *lines[place + 1 :]]) + "\n", encoding="utf-8")
+        assert f"{path}:{place + 1}: expected a record" in scored("--jsonl", path, code=2).err
     for content in ("[]", "null", "{"):
         (tmp_path / "s.jsonl.run.json").write_text(content)
         assert f"{path}.run.json: expected a JSON object" in scored("--jsonl", path, code=2).err
