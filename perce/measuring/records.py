@@ -86,9 +86,15 @@ class RecordFile:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         remedy = f"delete the file and {self._run_path.name}"
-        return [
-            _object(line, f"{self.path}:{number}", remedy) for number, line in enumerate(whole.splitlines(), start=1)
-        ]
+        records = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            records.append(_object(line, f"{self.path}:{number}", remedy))
+            if "example" not in records[-1] or records[-1].keys() != records[0].keys():
+                raise UserError(
+                    f"{self.path}:{number}: expected a record with the fields of the others, got "
+                    f"{', '.join(records[-1]) or 'none'}. To begin anew, {remedy}."
+                )
+        return records
 
 
 def _object(text: bytes, where: str, remedy: str) -> dict[str, Any]:
