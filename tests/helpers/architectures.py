@@ -20,7 +20,8 @@ SIZE_NAMES = {
     512: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length rel_extent",
     64: "mamba_d_ssm",
     48: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size dff dim_ff feed_forward_size "
-    "intermediate_size_mlp d_inner decoder_ffn_dim encoder_ffn_dim dense_intermediate_size shared_intermediate_size mlp_dim",
+    "intermediate_size_mlp d_inner decoder_ffn_dim encoder_ffn_dim dense_intermediate_size "
+    "shared_intermediate_size mlp_dim",
     32: "hidden_size d_model n_embd dim embed_dim emb_dim embedding_size embedding_dim hidden_size_global lru_width "
     "projection_dim input_embedding_size output_embedding_size word_embed_proj_dim image_size ple_embed_dim "
     "output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels prompt_mid_dim "
@@ -28,19 +29,20 @@ SIZE_NAMES = {
     24: "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size "
     "moe_shared_expert_intermediate_size",
     16: "qk_head_dim q_lora_rank kv_lora_rank o_lora_rank patch_size hc_lowrank adapter_rank laurel_rank "
-    "router_hidden_size mamba_d_state state_size ssm_state_size hidden_size_per_layer_input shape_embed_dim pronunciation_embed_dim "
-    "dim_model_base",
+    "router_hidden_size mamba_d_state state_size ssm_state_size hidden_size_per_layer_input shape_embed_dim "
+    "pronunciation_embed_dim dim_model_base",
     8: "head_dim swa_head_dim global_head_dim d_kv d_head dim_head kv_channels attention_head_size qk_rope_head_dim "
     "qk_nope_head_dim v_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim "
-    "indexer_head_dim rotary_dim mamba_d_head mamba_head_dim mamba_n_heads mamba_num_heads",
+    "indexer_head_dim rotary_dim mamba_d_head mamba_head_dim mamba_n_heads mamba_num_heads "
+    "index_block_size",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
     "swa_num_attention_heads num_decoder_attention_heads num_encoder_attention_heads index_n_heads linear_num_heads "
     "linear_num_value_heads num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num "
     "n_mamba_heads",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
-    "num_encoder_layers num_layers_per_stack num_blocks depth num_key_value_heads swa_num_key_value_heads num_global_key_value_heads "
-    "kv_n_heads num_kv_heads linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k "
-    "top_k_experts heads_per_ngram attn_layer_period expert_layer_period",
+    "num_encoder_layers num_layers_per_stack num_blocks depth num_key_value_heads swa_num_key_value_heads "
+    "num_global_key_value_heads kv_n_heads num_kv_heads linear_num_key_heads num_experts_per_tok num_experts_per_token "
+    "moe_topk moe_top_k moe_k index_topk_blocks top_k_experts heads_per_ngram attn_layer_period expert_layer_period",
     1: "n_group topk_group num_expert_group num_shared_experts n_shared_experts moe_num_shared_experts "
     "first_k_dense_replace num_dense_layers attn_layer_offset expert_layer_offset bos_token_id",
     0: "eos_token_id pad_token_id",
@@ -76,6 +78,10 @@ DOTS = {"head_dim": 16} | {
 QWEN4 = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16} | {
     "indexer_compress_ratio": 4, "ple_layer_ids": [1], "split_ngram_parts": 1,
 }  # fmt: skip
+COMPRESS = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
+LOOP = {"num_hidden_layers": 3, "layer_types": ["hybrid_sliding", "hybrid", "hybrid"]} | {
+    "n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2,
+}  # fmt: skip
 OVERRIDES: dict[str, dict] = {
     # Not causal by default.
     "xlm": {"causal": True},
@@ -85,7 +91,6 @@ OVERRIDES: dict[str, dict] = {
     "lfm2": CONV,
     "lfm2_moe": CONV,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "w_init_variance_scale": 1.0},
-    "qwen3_moe": {"use_sliding_window": False},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "dory": {
@@ -93,17 +98,31 @@ OVERRIDES: dict[str, dict] = {
         "n_input_layers": 1,
         "n_recurrent_layers": 1,
         "n_output_layers": 1,
+        "initializer_range": 0.5,
         "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     },
     "hrm_text": {"num_layers_per_stack": None},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "zaya": {"layer_types": ["hybrid_sliding", "hybrid"], "sliding_window": 16, "num_experts_per_tok": 1},
     "gemma3n_text": SHARED_KV | {"intermediate_size": 48, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
-    "gemma4": {"text_config": SHARED_KV},
-    "gemma4_text": SHARED_KV,
+    "gemma4": {"text_config": SHARED_KV | {"global_head_dim": 16}},
+    "gemma4_text": {"global_head_dim": 16, "num_global_key_value_heads": 1}
+    | dict.fromkeys(("enable_moe_block", "attention_k_eq_v"), True),
+    "gemma4_unified": {"text_config": {"global_head_dim": 16}},
+    "gemma4_unified_text": {"global_head_dim": 16},
     "laguna": {"num_attention_heads_per_layer": [4, 4]},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
+    "flint": {"mlp_only_layers": [0]},
+    "inkling2_text": {"n_layers_per_attn_res_block": 1},
+    "inkling2_loop_text": LOOP,
+    # Windows that the published models do not use.
+    "minimax": {"sliding_window": None},
+    "mixtral": {"sliding_window": None},
+    "nemotron_h": {"sliding_window": None},
+    "qwen3_moe": {"use_sliding_window": False},
     # Sizes that depend on each other.
     "mamba2": {"num_heads": 8},
+    "deepseek_v4": {"index_topk": 4, "compress_rates": COMPRESS},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "dots3_note": {"text_config": DOTS},
     "dots3_note_text": DOTS,
@@ -113,7 +132,7 @@ OVERRIDES: dict[str, dict] = {
     "cohere_compass_text": {"rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "reformer": {"axial_pos_embds": False, "hash_seed": 0},
-    "blt": {"num_hidden_layers": 2},
+    "blt": {"num_hidden_layers": 8},
     "xmod": {"default_language": "en_XX"},
 }
 
@@ -126,8 +145,8 @@ def tiny(name: str) -> torch.nn.Module:
     config = tiny_config(name)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():  # biases and norms start at 0 and 1, where a mistake would not show
-        if parameter.dim() == 1:
+    for parameter in model.parameters():  # what starts constant, or nearly so, would hide a mistake
+        if parameter.dim() == 1 or parameter.std(correction=0) < 0.03:
             torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
     return model.eval()
 
