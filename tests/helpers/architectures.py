@@ -67,7 +67,7 @@ SHARED_KV = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
 }
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 DOTS = {"head_dim": 16} | {
     f"swa_{name}": size
     for name, size in {
@@ -162,7 +162,7 @@ def _small(config_class: type[PreTrainedConfig], overrides: dict) -> PreTrainedC
     given |= overrides
     for field, value in default.items():
         if isinstance(value, PreTrainedConfig):
-            given[field] = _small(type(value), overrides.get(field, {})).to_dict()
+            given[field] = _small(type(value), overrides.get(field, {}))
     return config_class(**given)
 
 
