@@ -1,5 +1,7 @@
 """A tiny random model of every causal language model that the installed transformers knows."""
 
+import copy
+
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
@@ -19,11 +21,11 @@ SIZE_NAMES = {
     "pronunciation_vocab_size encoder_hash_byte_group_vocab ngram_vocab_size_base",
     512: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length rel_extent",
     64: "mamba_d_ssm",
-    48: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size dff dim_ff feed_forward_size "
+    48: "intermediate_size ffn_dim n_inner ffn_hidden_size dff dim_ff feed_forward_size "
     "intermediate_size_mlp d_inner decoder_ffn_dim encoder_ffn_dim dense_intermediate_size "
     "shared_intermediate_size mlp_dim",
-    32: "hidden_size d_model n_embd dim embed_dim emb_dim embedding_size embedding_dim hidden_size_global lru_width "
-    "projection_dim input_embedding_size output_embedding_size word_embed_proj_dim image_size ple_embed_dim "
+    32: "hidden_size d_model n_embd embed_dim emb_dim embedding_size embedding_dim hidden_size_global lru_width "
+    "input_embedding_size output_embedding_size word_embed_proj_dim image_size ple_embed_dim "
     "output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels prompt_mid_dim "
     "adapter_in_dim adapter_out_dim adapter_input_size",
     24: "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size "
@@ -31,7 +33,7 @@ SIZE_NAMES = {
     16: "qk_head_dim q_lora_rank kv_lora_rank o_lora_rank patch_size hc_lowrank adapter_rank laurel_rank "
     "router_hidden_size mamba_d_state state_size ssm_state_size hidden_size_per_layer_input shape_embed_dim "
     "pronunciation_embed_dim dim_model_base",
-    8: "head_dim swa_head_dim global_head_dim d_kv d_head dim_head kv_channels attention_head_size qk_rope_head_dim "
+    8: "head_dim swa_head_dim d_head dim_head kv_channels attention_head_size qk_rope_head_dim "
     "qk_nope_head_dim v_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim "
     "indexer_head_dim rotary_dim mamba_d_head mamba_head_dim mamba_n_heads mamba_num_heads "
     "index_block_size",
@@ -41,7 +43,7 @@ SIZE_NAMES = {
     "n_mamba_heads",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
     "num_encoder_layers num_layers_per_stack num_blocks depth num_key_value_heads swa_num_key_value_heads "
-    "num_global_key_value_heads kv_n_heads num_kv_heads linear_num_key_heads num_experts_per_tok num_experts_per_token "
+    "kv_n_heads num_kv_heads linear_num_key_heads num_experts_per_tok num_experts_per_token "
     "moe_topk moe_top_k moe_k index_topk_blocks top_k_experts heads_per_ngram attn_layer_period expert_layer_period",
     1: "n_group topk_group num_expert_group num_shared_experts n_shared_experts moe_num_shared_experts "
     "first_k_dense_replace num_dense_layers attn_layer_offset expert_layer_offset bos_token_id",
@@ -138,7 +140,8 @@ OVERRIDES: dict[str, dict] = {
 
 
 def tiny_config(name: str) -> PreTrainedConfig:
-    return _small(CONFIGS[name], OVERRIDES.get(name, {}))
+    overrides = copy.deepcopy(OVERRIDES.get(name, {}))  # a config may change what it is given
+    return _small(CONFIGS[name], overrides)
 
 
 def tiny(name: str) -> torch.nn.Module:
@@ -152,10 +155,11 @@ def tiny(name: str) -> torch.nn.Module:
 
 
 def _small(config_class: type[PreTrainedConfig], overrides: dict) -> PreTrainedConfig:
-    """The config, and those inside it, with small sizes, no dropout and a layer of each kind."""
+    """The config, and those inside it, with small sizes, nothing random and a layer of each kind."""
     default = vars(config_class())
     given = {field: size for field, size in SIZES.items() if field in default}
-    given |= {field: type(value)() for field, value in default.items() if "dropout" in field or "pdrop" in field}
+    random = [field for field in default if any(word in field for word in ("dropout", "pdrop", "jitter"))]
+    given |= {field: type(default[field])() for field in random}  # 0 or 0.0: the classes check the type
     given |= _layer_lists(default)
     if "kv_lora_rank" in given:
         given["num_key_value_heads"] = given["num_attention_heads"]
