@@ -19,7 +19,7 @@ CANNOT_BUILD = {
 SIZE_NAMES = {
     VOCAB: "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size shape_vocab_size "
     "pronunciation_vocab_size encoder_hash_byte_group_vocab ngram_vocab_size_base",
-    512: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length rel_extent",
+    1024: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions context_length rel_extent",
     64: "mamba_d_ssm",
     48: "intermediate_size ffn_dim n_inner ffn_hidden_size dff dim_ff feed_forward_size "
     "intermediate_size_mlp d_inner decoder_ffn_dim encoder_ffn_dim dense_intermediate_size "
