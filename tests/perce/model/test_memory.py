@@ -1,4 +1,4 @@
-"""MLPs in tiles, and the positions that a model has."""
+"""MLPs in tiles."""
 
 import copy
 
@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perce import MemoryConfig, UserError
-from perce.model.memory import position_limit, tile_mlps
-from tests.helpers.tiny import tiny_model
+from perce.model.memory import tile_mlps
+from tests.helpers.architectures import tiny
 from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
 
 TILE = 32
@@ -58,6 +58,17 @@ def test_tiles_change_neither_loss_nor_gradients(tmp_path, architecture, kind, c
         torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt2", "qwen3_moe"])
+def test_tiles_of_several_sequences_are_as_contiguous_as_these(tmp_path, architecture):
+    """A part of two sequences is not, and MLPs that take a view of all tokens fail."""
+    plain = tiny(architecture)
+    tiled = copy.deepcopy(plain)
+    expected_loss, expected = gradients(trainer_for(plain, arguments(tmp_path)))
+    loss, actual = gradients(trainer_for(tiled, arguments(tmp_path, memory=TILED)))
+    torch.testing.assert_close(loss, expected_loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-3)
+
+
 def test_a_recomputed_tile_has_the_dropout_of_its_forward():
     """Else the gradient would not be that of the loss: compared with a difference quotient."""
     model = model_for("lora", dropout=0.5)
@@ -102,9 +113,3 @@ class MixesTokens(torch.nn.Module):
 class TakesMore(torch.nn.Module):
     def forward(self, hidden, router=None):
         return hidden
-
-
-def test_stretched_positions_count():
-    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4096}
-    assert position_limit(tiny_model(rope_parameters=rope).config) == 16384
-    assert position_limit(tiny_model().config) == 8192

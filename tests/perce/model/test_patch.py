@@ -1,18 +1,22 @@
 """The model and its head, patched: the loss of its own logits, and models that are refused."""
 
 import copy
+import re
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from perce import UserError
 from perce.data.batch import collate
+from perce.model.head import CAPS, SCALES
 from perce.model.loading import add_adapter
 from perce.model.patch import install_perce, prepare_model
+from tests.helpers.architectures import CANNOT_BUILD, NAMES, tiny, tiny_config
 from tests.helpers.models import PAIRS, WEIGHTING, perce_forward
 from tests.helpers.tiny import ARCHITECTURES, tiny_model
+from tests.helpers.trainers import arguments, trainer_for
 
 
 def own_logp(model, pair, counterfactual=False):
@@ -88,10 +92,80 @@ def test_gradient_checkpointing_changes_nothing(dropout):
 
 
 def test_an_unknown_logit_transform_is_found_by_the_self_check():
-    model = tiny_model("llama")
-    model.config.logit_scale = 2.0  # Llama does not use it: our reading of the config is wrong
-    with pytest.raises(UserError, match=r"LlamaForCausalLM.*differ.*logit_scale=2"):
+    model = tiny_model("cohere")
+    model.logit_scale = 0.5  # which its config does not say
+    with pytest.raises(UserError, match=r"CohereForCausalLM.*differ.*logit_scale=0\.25"):
         install_perce(model)
+
+
+SCALED = {
+    "granite": ("logits_scaling", -1), "hyperclovax": ("logits_scaling", 1), "cohere": ("logit_scale", 1),
+    "falcon_h1": ("lm_head_multiplier", 1), "inkling_text": ("logits_mup_width_multiplier", -1),
+}  # fmt: skip
+CAPPED = {
+    "gemma2": "final_logit_softcapping", "gemma3_text": "final_logit_softcapping",
+    "nanochat": "final_logit_softcapping", "recurrent_gemma": "logits_soft_cap", "xlstm": "output_logit_soft_cap",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", sorted((SCALED | CAPPED).keys() & set(NAMES)))
+def test_scales_and_caps_are_read_as_the_model_uses_them(architecture):
+    """Granite divides by what HyperCLOVA X multiplies by."""
+    model = tiny(architecture)
+    name, direction = SCALED.get(architecture, ("", 1))
+    scale, cap = getattr(model.config, name, 1.0), getattr(model.config, CAPPED.get(architecture, ""), None)
+    assert (scale, cap) != (1.0, None), "neutral values would show nothing"
+    expected = {"softcap": cap, "logit_scale": pytest.approx(scale**direction)}
+    assert vars(prepare_model(model).perce_logit_transform) == expected
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
+def test_a_scale_that_the_model_does_not_use_is_none(name):
+    model = tiny_model("llama")
+    setattr(model.config, name, 2.0)
+    assert vars(prepare_model(model).perce_logit_transform) == {"softcap": None, "logit_scale": 1.0}
+
+
+def test_every_name_for_a_scale_or_cap_of_logits_is_known():
+    """Of all configs of causal language models: a new one shows here, not in a user's run."""
+    speaks_of_logits = re.compile(r"logit.*(scal|cap|mult)|lm_head_mult|output_mult")
+    found = {
+        field
+        for name in NAMES if name not in CANNOT_BUILD
+        for field in vars(tiny_config(name).get_text_config()) if speaks_of_logits.search(field)
+    }  # fmt: skip
+    of_others = {"attn_logit_softcapping", "attention_logit_cap", "moe_router_logit_softcapping"}
+    assert found - of_others <= {*SCALES, *CAPS}
+
+
+@pytest.mark.parametrize("architecture", ["llama4_text", "llama4", "gemma3", "opt", "bart"])
+def test_the_decoder_is_found_whatever_it_is_called(architecture):
+    """Llama 4's base_model_prefix names nothing; Gemma 3's base_model is a vision-language model."""
+    model = tiny(architecture)
+    before = own_logp(model, PAIRS[0])
+    loss, logp, *_ = perce_forward(prepare_model(model), collate(PAIRS[:1]))
+    torch.testing.assert_close(logp, before.detach(), atol=2e-5, rtol=1e-5)
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [("gemma3_text", {"use_bidirectional_attention": True}), ("xlnet", {"attn_type": "bi"}), ("cpmant", {})],
+)
+def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path, architecture, change):
+    config = tiny_config(architecture)
+    for name, value in change.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="needs a causal model, whose tokens see only those before them"):
+        trainer_for(model, arguments(tmp_path))
+
+
+def test_a_model_that_fails_on_plain_tokens_says_so():
+    model = tiny_model("llama")
+    model.model.layers[0].forward = lambda *args, **kwargs: None
+    with pytest.raises(UserError, match=r"LlamaForCausalLM \(llama\): its forward fails on a few tokens: "):
+        prepare_model(model)
 
 
 HEAD_ADAPTERS = [
@@ -119,7 +193,7 @@ def test_an_adapted_model_may_be_prepared_late():
 def test_attention_dropout_and_encoders_are_refused():
     with pytest.raises(UserError, match=r"attention_dropout=0\.1"):
         install_perce(tiny_model(attention_dropout=0.1))
-    with pytest.raises(UserError, match=r"dropout in .*resid_dropout"):
+    with pytest.raises(UserError, match=r"p=0\.1 in .*resid_dropout"):
         install_perce(tiny_model("phi", resid_pdrop=0.1))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
     with pytest.raises(UserError, match="encoder"):

@@ -170,6 +170,6 @@ def test_the_optimiser_gets_what_it_is_given(tmp_path):
 
 def test_checkpointing_arguments_are_taken_by_their_older_name(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--activation_checkpointing", "--precision", "fp32"]
-    given = ['--gradient_checkpointing_kwargs={"use_reentrant": true}']
+    given = ['--gradient_checkpointing_kwargs={"preserve_rng_state": false}']
     args = training_arguments(resolve(parse_args([*flags, *given], {})[0]))
-    assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": True}
+    assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False, "preserve_rng_state": False}
