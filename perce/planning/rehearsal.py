@@ -29,9 +29,10 @@ from transformers import masking_utils
 import perce_kernels.loss
 from perce.config.schema import MemoryConfig, ModelConfig
 from perce.errors import UserError, first_line, in_one_line
-from perce.model.head import answer, logit_transform
+from perce.model.head import answer, logit_transforms
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
+from perce.model.patch import decoder_of
 from perce.model.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
 from perce.model.probe import unwrapped
 from perce.objectives import OBJECTIVES, HeadCall, Objective
@@ -218,8 +219,9 @@ def _give_storage(model: nn.Module) -> Iterator[Tensor]:
 def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     """One forward and backward as PerceTrainer makes them, its phases marked."""
     base = unwrapped(model)
-    layers = decoder_layers(base, base.config.get_text_config().num_hidden_layers)
-    transform, head = logit_transform(base.config), base.get_output_embeddings()
+    decoder, head = decoder_of(base), base.get_output_embeddings()
+    layers = decoder_layers(decoder, base.config.get_text_config().num_hidden_layers)
+    transform = logit_transforms(base.config)[0]
     rows = torch.zeros(shape.rows, dtype=torch.int64)
 
     def autocast() -> Any:  # one a pass, as Accelerate's wrapper: its casts of the weights live as long
@@ -227,7 +229,7 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
 
     def hidden(sequences: int, tokens: int, **kwargs: Any) -> Tensor:
         ids = torch.zeros(sequences, tokens, dtype=torch.int64)
-        return base.base_model(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
+        return decoder(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
 
     def factual() -> Tensor:
         if setup.memory.persona_grad == "full":
@@ -236,7 +238,7 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         rests = []
         for _ in range(shape.batch):  # as hidden_after_prefix
             live.enter("persona")
-            cache = _prefix_cache(base.base_model, shape.prefix)
+            cache = _prefix_cache(decoder, shape.prefix)
             live.enter("forward")
             rests.append(hidden(1, shape.tokens - shape.prefix, **{CACHE_ARGUMENT: cache}))
         return torch.cat(rests)[rows]
@@ -268,17 +270,17 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
 
 
 @torch.no_grad()
-def _prefix_cache(base_model: Any, tokens: int) -> PrefixCache:
+def _prefix_cache(decoder: Any, tokens: int) -> PrefixCache:
     """As prefill would leave it. Of a long prefix the first chunk and the last two are run: those between only lengthen
     the keys and values, which are put there at their length."""
-    cache = PrefixCache(config=base_model.config)
+    cache = PrefixCache(config=decoder.config)
     first, *rest = torch.zeros(1, tokens, dtype=torch.int64).split(PREFILL_CHUNK, dim=1)
     between, last = rest[:-2], rest[-2:]
-    base_model(input_ids=first, use_cache=False, **{CACHE_ARGUMENT: cache})
+    decoder(input_ids=first, use_cache=False, **{CACHE_ARGUMENT: cache})
     for layer in cache.layers if between else ():
         _lengthen(layer, len(between) * PREFILL_CHUNK)
     for chunk in last:
-        base_model(input_ids=chunk, use_cache=False, **{CACHE_ARGUMENT: cache})
+        decoder(input_ids=chunk, use_cache=False, **{CACHE_ARGUMENT: cache})
     cache.filled = True
     return cache
 
