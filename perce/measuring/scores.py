@@ -54,7 +54,8 @@ def scored(
 
 def _longest(subject: Subject, options: ScoreOptions) -> int:
     """Tokens of the longest example; of a stream, as many as one may have."""
-    builder, longest = subject.builder, 0
+    builder: Any = subject.builder
+    longest = 0
     if options.data.streaming:
         return builder.max_length
     for example in subject.examples.all:

@@ -7,6 +7,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from perce import LossConfig, PerceArguments, PerceTrainer
 from perce.model.loading import add_adapter
+from perce.model.memory import CHECKPOINTING
 from perce.model.patch import prepare_model
 from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
 
@@ -42,6 +43,13 @@ def trainer_for(model, args, pairs=PAIRS, **options):
     return PerceTrainer(
         model, args, train_dataset=Dataset.from_list(pairs), processing_class=tiny_tokenizer(), **options
     )
+
+
+def trained(tmp_path, model, checkpointing=False, **options):
+    """A trainer of the model, made and given a step."""
+    trainer = trainer_for(model, arguments(tmp_path, max_steps=1, **{CHECKPOINTING: checkpointing}, **options))
+    trainer.train()
+    return trainer
 
 
 def logged(trainer, *names):

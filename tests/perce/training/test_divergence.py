@@ -80,7 +80,9 @@ def test_a_checkpoint_whose_evaluation_diverges_is_not_called_good(train, tmp_pa
 
 def test_a_model_that_is_broken_from_the_start(tmp_path):
     model = model_for("lora")
-    model.base_model.model.model.norm.weight.data[0] = float("nan")
     trainer = trainer_for(model, arguments(tmp_path))
+    model.base_model.model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="before the first step: eval_loss is nan"):
         trainer.evaluate(trainer.train_dataset)
+    with pytest.raises(UserError, match=r"its log-probabilities of a few tokens are not finite.*weights"):
+        trainer_for(model, arguments(tmp_path))

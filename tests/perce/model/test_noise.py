@@ -1,0 +1,54 @@
+"""What is random in training mode alone is refused, or allowed and warned of."""
+
+import pytest
+import torch
+import transformers
+
+from perce import LossConfig, UserError, disable_dropout
+from tests.helpers.architectures import tiny_config
+from tests.helpers.tiny import tiny_model
+from tests.helpers.trainers import LOSS, arguments, model_for, trained
+
+NOISY = {
+    "opt": {"dropout": 0.1},  # functional, not a module
+    "bart": {"decoder_layerdrop": 0.4},
+    "phimoe": {"router_jitter_noise": 0.1},
+    "mixtral": {"router_jitter_noise": 0.1},
+    "gpt2": {"attn_pdrop": 0.1},
+    "llama": {"attention_dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("architecture", NOISY)
+def test_noise_in_training_is_refused_and_can_be_put_right_on_a_loaded_model(tmp_path, architecture):
+    config = tiny_config(architecture)
+    for name, value in NOISY[architecture].items():
+        setattr(config, name, value)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=r"would act in the factual pass.*Call perce\.disable_dropout\(model\)"):
+        trained(tmp_path, model)
+    assert disable_dropout(model) is model
+    trained(tmp_path, model)
+
+
+def test_noise_under_a_name_that_nobody_knows(tmp_path):
+    model = tiny_model()
+    layer = model.model.layers[0]
+    own = layer.mlp.forward
+    layer.mlp.forward = lambda hidden: own(hidden) + 0.1 * torch.randn_like(hidden) * layer.training
+    with pytest.raises(UserError, match=r"two forwards in training mode differ"):
+        trained(tmp_path, model)
+
+
+def test_dropout_of_an_adapter_is_allowed_and_warned_of_wherever_it_tells(tmp_path):
+    for loss in (LOSS, LossConfig(objective="nextquill")):
+        with pytest.warns(UserWarning, match=r"Dropout of 0\.3 in the adapter"):
+            trained(tmp_path, model_for("lora", dropout=0.3), loss=loss)
+
+
+@pytest.mark.parametrize("objective", ["perce", "nextquill"])
+def test_noisy_embeddings_are_for_weights_that_are_estimated_without(tmp_path, objective):
+    with pytest.raises(UserError, match=r"neftune_noise_alpha.*--estimate epoch"):
+        arguments(tmp_path, loss=LossConfig(objective=objective), neftune_noise_alpha=5.0)
+    for loss in (LossConfig(objective="ce"), LossConfig(estimate="epoch"), LossConfig(objective="random")):
+        arguments(tmp_path, loss=loss, neftune_noise_alpha=5.0)
