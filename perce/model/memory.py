@@ -69,7 +69,8 @@ def _tile(mlp: nn.Module, tile: int) -> None:
         run = functools.partial(whole, self)
         if torch.is_grad_enabled():
             run = functools.partial(checkpoint, run, use_reentrant=False)
-        return torch.cat([run(part) for part in hidden.split(tile, dim=1)], dim=1)
+        # Contiguous, as a whole sequence is: of several sequences a part is not, and some MLPs take a view of it.
+        return torch.cat([run(part.contiguous()) for part in hidden.split(tile, dim=1)], dim=1)
 
     mlp.forward = types.MethodType(forward, mlp)
 

@@ -5,7 +5,8 @@
     model(input_ids, perce={"rows": rows})                   → hidden states (N, D) at those rows
     model(input_ids, perce={"rows": rows, "head": call})     → what head.py measures of them, the loss included
 
-With "prefix" in perce the tokens through the persona are run without a gradient; see prefill.py.
+With "prefix" in perce the tokens through the persona are run without a gradient; see prefill.py. With "router", a
+RouterCall, what is measured has `experts`, which without "head" are returned alone; see auxiliary.py.
 
 The loss runs inside the forward of the output-embedding module. Reading the head's weight anywhere else would bypass
 the hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from perce.errors import UserError
+from perce.model.auxiliary import recorded
 from perce.model.head import LogitTransform, answer, logit_transform
 from perce.model.prefill import hidden_after_prefix
 from perce.model.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids, unwrapped
@@ -93,13 +95,20 @@ def _patch_model(model: Any) -> None:
     def forward(self, *args, perce: dict[str, Any] | None = None, **kwargs):
         if perce is None:
             return own_forward(self, *args, **kwargs)
-        if "prefix" in perce:
-            hidden = hidden_after_prefix(self.base_model, perce["rows"], perce["prefix"], *args, **kwargs)
-        else:
-            # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
-            output = self.base_model(*args, use_cache=False, **kwargs)
-            hidden = output[0].flatten(0, 1)[perce["rows"]]
-        return self.get_output_embeddings()(hidden, perce=perce["head"]) if "head" in perce else hidden
+        if router := perce.get("router"):
+            kwargs |= {"output_router_logits": True, "return_dict": True}
+        with recorded(self.base_model, router) as sums:
+            if "prefix" in perce:
+                hidden = hidden_after_prefix(self.base_model, perce["rows"], perce["prefix"], *args, **kwargs)
+            else:
+                # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
+                output = self.base_model(*args, use_cache=False, **kwargs)
+                hidden = output[0].flatten(0, 1)[perce["rows"]]
+        experts = torch.stack(sums).sum(0) if sums else None
+        if "head" not in perce:
+            return experts if router else hidden
+        found = self.get_output_embeddings()(hidden, perce=perce["head"])
+        return found._replace(experts=experts) if router else found
 
     model.forward = types.MethodType(forward, model)
 

@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from perce import LossConfig, MemoryConfig, UserError
+from perce.model.auxiliary import Router
 from perce.training.arguments import CHECKPOINTING
+from perce.training.balancing import StepBalance
 from tests.helpers.ranks import end_rank, run_ranks
 from tests.helpers.tiny import MIXTURES
 from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
@@ -204,6 +206,16 @@ def test_a_loss_outside_a_step_counts_its_own_forward(tmp_path):
     trainer.train()
     trainer.model.load_state_dict(state)
     assert trainer.compute_loss(trainer.model.eval(), batch).item() == pytest.approx(before, abs=1e-6)
+
+
+def test_a_step_that_was_given_up_is_forgotten():
+    """Ten tokens of it on one expert say nothing of the next step, of one token."""
+    balance = StepBalance(Router(top_k=1, coefficient=0.3), lambda counts: counts)
+    experts = torch.tensor([[0.0, 1.0], [0.2, 0.8]])
+    balance.begin([torch.tensor([5.0, 0.0])] * 2)
+    assert balance.share(experts).item() == pytest.approx(2 * 0.2 / 10)
+    balance.begin([])
+    assert balance.share(experts).item() == pytest.approx(2 * 0.8)
 
 
 def test_what_cannot_be_right_is_refused_by_name(tmp_path):
