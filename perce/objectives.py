@@ -22,13 +22,14 @@ PERSONAS, DOCUMENTS = "rows with a persona", "documents"
 
 
 class Measured(NamedTuple):
-    """Of the response tokens under a model, each (N,) and detached, but for the loss."""
+    """Of the response tokens under a model, each (N,) and detached, but for experts and loss."""
 
     logp: Tensor  # log p(token), with the persona
     logp_cf: Tensor  # without it; 0 where that pass was not made
     signal: Tensor  # what is clipped to the weight; 1 where every weight is 1
     token_weight: Any = None  # after the clip and the normalisation; None of estimates, which are clipped later
     entropy: Tensor | None = None  # of the prediction before the token, with the persona, in nats
+    experts: Any = None  # (2, E) of all tokens, where a RouterCall asked for it: tokens sent, Σ probability
     loss: Any = None  # 0-d, where it was asked for
 
 
@@ -100,6 +101,14 @@ class HeadCall:
     normalize: str = "none"  # this and below as fused_perce_loss has it
     seq_id: Tensor | None = None
     num_items: Tensor | int | None = None
+
+
+@dataclass(frozen=True)
+class RouterCall:
+    """What is summed up of a mixture's routers in one pass; see expert_sums in model/auxiliary.py."""
+
+    top_k: int  # experts that a token is sent to
+    real: Tensor | None = None  # (B, T) bool: tokens that are no padding; None: all
 
 
 @dataclass(frozen=True)

@@ -202,9 +202,15 @@ class LossConfig(WeightingConfig):
     )
     short_context: int = _option(4096, "longce: tokens of the short context (the authors' code: 4096)")
     short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context (theirs: 1024)")
+    router_aux_loss_coef: float | None = _option(
+        None, "mixtures of experts: times the router's load-balancing loss of each step, this is added; 0: nothing; "
+        "default: the router_aux_loss_coef of the model's config where that has output_router_logits true, else 0",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        coefficient = self.router_aux_loss_coef
+        _require(coefficient is None or 0 <= coefficient < float("inf"), "router_aux_loss_coef", ">= 0", coefficient)
         for name in ("short_context", "short_stride"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         for name, default in (("estimate", "online"), ("clip_schedule", "constant")):

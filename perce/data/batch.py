@@ -32,7 +32,8 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0, packing: bool =
         target (N,): those tokens, identical for both passes by construction.
         prefix (B, 2): tokens of each factual input through its persona, and tokens of it in all.
         sequence (N,): which of the B sequences each belongs to. personal (N,): bool.
-        tokens (): factual tokens without padding. example (B,): index into the examples, -1 where the pairs have none.
+        lengths (B,): factual tokens without padding.
+        example (B,): index into the examples, -1 where the pairs have none.
     """
     factual = [(list(pair["input_ids"]), pair["response_length"]) for pair in pairs]
     counterfactual = [piece for pair in pairs for piece in counterfactual_pieces(pair)]
@@ -40,7 +41,7 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0, packing: bool =
     for suffix, pieces in (("", factual), ("_cf", counterfactual)):
         arranged = _pack(pieces) if packing else _pad(pieces, pad_id)
         batch |= {f"{name}{suffix}": tensor for name, tensor in arranged.items()}
-    lengths = torch.tensor([length for _, length in factual])
+    response_lengths = torch.tensor([length for _, length in factual])
     batch["target"] = torch.tensor([token for ids, length in factual for token in ids[-length:]], dtype=torch.int64)
     if not packing and all("persona_span" in pair for pair in pairs):
         # At least the token that predicts the response's first is behind the prefix.
@@ -50,10 +51,10 @@ def collate(pairs: Sequence[Mapping[str, Any]], pad_id: int = 0, packing: bool =
                 for pair, (ids, length) in zip(pairs, factual, strict=True)
             ]
         )
-    batch["sequence"] = torch.repeat_interleave(torch.arange(len(pairs)), lengths)
+    batch["sequence"] = torch.repeat_interleave(torch.arange(len(pairs)), response_lengths)
     batch["personal"] = torch.tensor([flag for pair in pairs for flag in pair["personal"]], dtype=torch.bool)
     batch["example"] = torch.tensor([pair.get("example", -1) for pair in pairs])
-    batch["tokens"] = torch.tensor(sum(len(ids) for ids, _ in factual))
+    batch["lengths"] = torch.tensor([len(ids) for ids, _ in factual])
     return batch
 
 
@@ -61,6 +62,14 @@ def token_inputs(batch: Batch, suffix: str = "") -> Batch:
     """What the model's own forward takes of a batch, for the factual pass or ("_cf") the counterfactual one."""
     names = ("input_ids", *PACKED)
     return {name: batch[name + suffix] for name in names if name + suffix in batch}
+
+
+def real_tokens(batch: Batch) -> Tensor | None:
+    """(B, T) which of the factual inputs are no padding; None of a packed row, which has none."""
+    if "position_ids" in batch:
+        return None
+    lengths = batch["lengths"] - 1  # the last token is no input
+    return torch.arange(batch["input_ids"].shape[1], device=lengths.device) < lengths[:, None]
 
 
 def _pad(pieces: Sequence[Piece], pad_id: int) -> Batch:

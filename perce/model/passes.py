@@ -2,18 +2,20 @@
 
 counterfactual_hidden   pass 1: without the persona, no grad, eval mode
 factual                 pass 2: the loss, inside the forward of the head
+experts_used            pass 2 as far as the routers: what it sends to each expert, no grad, eval mode
 measured                both, no grad: log-probabilities and entropies
 token_statistics        the same per example, on the CPU, with the weights of an objective
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perce.data.batch import Batch, token_inputs
+from perce.data.batch import Batch, real_tokens, token_inputs
 from perce.model.probe import evaluating
-from perce.objectives import HeadCall, Measured, TokenWeighting
+from perce.objectives import HeadCall, Measured, RouterCall, TokenWeighting
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,29 @@ def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
         return model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
 
 
-def factual(model: nn.Module, inputs: Batch, call: HeadCall, *, detach_persona: bool = False) -> Measured:
+def factual(
+    model: nn.Module, inputs: Batch, call: HeadCall, *, detach_persona: bool = False, top_k: int = 0
+) -> Measured:  # fmt: skip
     """The factual pass and what `call` asks of the head.
 
     detach_persona: run the prompt through the persona for its keys and values alone; see prefill.py.
+    top_k: experts that a token is sent to, where their sums are asked for too.
     """
-    names = ("rows", "prefix") if detach_persona else ("rows",)
-    return Measured(*model(**token_inputs(inputs), perce={name: inputs[name] for name in names} | {"head": call}))
+    return Measured(*model(**token_inputs(inputs), perce=_factual_call(inputs, detach_persona, top_k) | {"head": call}))
+
+
+@torch.no_grad()
+def experts_used(model: nn.Module, inputs: Batch, top_k: int, *, detach_persona: bool = False) -> Tensor:
+    """(E,) tokens of the factual pass that are sent to each expert, over all layers."""
+    with evaluating(model):
+        return model(**token_inputs(inputs), perce=_factual_call(inputs, detach_persona, top_k))[0]
+
+
+def _factual_call(inputs: Batch, detach_persona: bool, top_k: int) -> dict[str, Any]:
+    call = {name: inputs[name] for name in (("rows", "prefix") if detach_persona else ("rows",))}
+    if top_k:  # behind a prefix each sequence runs by itself, without padding
+        call["router"] = RouterCall(top_k, None if detach_persona else real_tokens(inputs))
+    return call
 
 
 @torch.no_grad()

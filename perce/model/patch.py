@@ -5,7 +5,8 @@
     model(input_ids, perce={"rows": rows})                   → hidden states (N, D) at those rows
     model(input_ids, perce={"rows": rows, "head": call})     → what head.py measures of them, the loss included
 
-With "prefix" in perce the tokens through the persona are run without a gradient; see prefill.py.
+With "prefix" in perce the tokens through the persona are run without a gradient; see prefill.py. With "router", a
+RouterCall, what is measured has `experts`, which without "head" are returned alone; see auxiliary.py.
 
 The loss runs inside the forward of the output-embedding module. Reading the head's weight anywhere else would bypass
 the hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from perce.errors import UserError, in_one_line
+from perce.model.auxiliary import recorded
 from perce.model.head import LogitTransform, answer, logit_transforms
 from perce.model.noise import check_noise
 from perce.model.prefill import hidden_after_prefix
@@ -97,13 +99,20 @@ def _patch_model(model: Any) -> None:
         if perce is None:
             return own_forward(self, *args, **kwargs)
         decoder = self.get_submodule(self.perce_decoder)
-        if "prefix" in perce:
-            hidden = hidden_after_prefix(decoder, perce["rows"], perce["prefix"], *args, **kwargs)
-        else:
-            # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
-            output = decoder(*args, use_cache=False, **kwargs)
-            hidden = output[0].flatten(0, 1)[perce["rows"]]
-        return self.get_output_embeddings()(hidden, perce=perce["head"]) if "head" in perce else hidden
+        if router := perce.get("router"):
+            kwargs |= {"output_router_logits": True, "return_dict": True}
+        with recorded(decoder, router) as sums:
+            if "prefix" in perce:
+                hidden = hidden_after_prefix(decoder, perce["rows"], perce["prefix"], *args, **kwargs)
+            else:
+                # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
+                output = decoder(*args, use_cache=False, **kwargs)
+                hidden = output[0].flatten(0, 1)[perce["rows"]]
+        experts = torch.stack(sums).sum(0) if sums else None
+        if "head" not in perce:
+            return experts if router else hidden
+        found = self.get_output_embeddings()(hidden, perce=perce["head"])
+        return found._replace(experts=experts) if router else found
 
     model.forward = types.MethodType(forward, model)
 

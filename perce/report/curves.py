@@ -34,6 +34,7 @@ _PANELS = (
         (("pir_mean", "PIR", _BLUE), ("eval_pir_mean", "PIR, evaluation", _ORANGE), ("weight_mean", "weight", _GREY)),
     ),
     _Panel("Tokens at the clip", "%", (("frac_at_floor", "floor", _GREY), ("frac_at_ceiling", "ceiling", _BLUE))),
+    _Panel("Router", "experts a token where balanced", (("router_aux_loss", "load-balancing loss", _BLUE),)),
 )
 
 

@@ -59,16 +59,21 @@ class Clock:
 class Window:
     """Sums over the training tokens since the last log, kept on the device (no sync in a step), and a stopwatch."""
 
-    NAMES = ("tokens", "count", "ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling")
+    NAMES = ("tokens", "count", "ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling", "router_aux_loss")
 
     def __init__(self) -> None:
         self.total = torch.zeros(len(self.NAMES), dtype=torch.float64)
+        self.steps = 0
         self._spent = 0.0
         self._running_since: float | None = None
 
     def start(self) -> None:
         if self._running_since is None:
             self._running_since = time.perf_counter()
+
+    def begin_step(self) -> None:
+        self.steps += 1
+        self.start()
 
     def pause(self) -> None:
         self._spent, self._running_since = self.seconds, None
@@ -79,30 +84,36 @@ class Window:
         return self._spent + running
 
     def add(
-        self, loss: LossConfig, logp: Tensor, pir: Tensor, signal: Tensor, token_weight: Tensor, *, tokens: Tensor
-    ) -> None:
+        self, loss: LossConfig, logp: Tensor, pir: Tensor, signal: Tensor, token_weight: Tensor, *, tokens: Tensor,
+        balance: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """One forward's (N,) statistics; `signal` is what the clip acted on, counted at the bounds of `loss`: with a
-        schedule not those of the step, or the shares would show the schedule."""
+        schedule not those of the step, or the shares would show the schedule. `balance`: its share of the step's
+        load-balancing loss."""
         weighting = loss.weighting
         sums = torch.stack(
             [
                 tokens.to(logp), logp.new_tensor(logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),
                 (signal <= weighting.clip_min).sum().to(logp), (signal >= weighting.clip_max).sum().to(logp),
+                logp.new_zeros(()) if balance is None else balance.detach().to(logp),
             ]
         )  # fmt: skip
         wide = torch.float32 if sums.device.type == "mps" else torch.float64  # mps has no float64
         self.total = self.total.to(sums.device, wide) + sums.to(wide)
 
-    def summary(self, total: Tensor, loss: LossConfig) -> Mapping[str, float]:
-        """Means over all ranks' tokens, without those that the objective does not have."""
-        tokens, count, *sums = total.tolist()
+    def summary(self, total: Tensor, loss: LossConfig, balanced: bool = False) -> Mapping[str, float]:
+        """Means over all ranks' tokens, without those that the objective does not have; of the load-balancing loss,
+        if there is one, over the steps."""
+        tokens, count, *sums, balance = total.tolist()
         if not count:
             return {}
-        means = {name: value / count for name, value in zip(self.NAMES[2:], sums, strict=True)}
+        means = {name: value / count for name, value in zip(self.NAMES[2:-1], sums, strict=True)}
         if loss.entry.signal is None:
             means = {"ce": means["ce"]}
         elif not loss.entry.counterfactual:
             del means["pir_mean"]
+        if balanced:
+            means["router_aux_loss"] = balance / max(self.steps, 1)
         return means | {"tokens_per_second": tokens / max(self.seconds, 1e-9)}
 
 

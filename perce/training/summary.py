@@ -17,6 +17,7 @@ from perce.data.splits import RunPairs
 from perce.environment import in_one_move
 from perce.errors import first_line
 from perce.measuring.scores import scored_tokens
+from perce.model.auxiliary import router_of
 from perce.model.passes import TokenStatistics
 from perce.model.positions import needs_long_factors, switch_length
 from perce.report.curves import write_curves
@@ -142,6 +143,8 @@ def _training_line(logs: Mapping[str, float]) -> str:
             f"weight {logs['weight_mean']:.3f}", f"floor {logs['frac_at_floor']:.0%}",
             f"ceiling {logs['frac_at_ceiling']:.1%}",
         ]  # fmt: skip
+    if "router_aux_loss" in logs:
+        parts.append(f"router {logs['router_aux_loss']:.3f}")
     parts += [f"{logs['tokens_per_second']:,.0f} tokens/s", f"{logs['peak_memory_mib'] / 1024:.1f} GiB"]
     return "  ".join(parts)
 
@@ -174,10 +177,11 @@ def describe_run(config: TrainOptions, model: nn.Module, args: TrainingArguments
             f"       sequences of up to {longest:,} tokens, beyond {switch_length(model.config):,}: the position "
             "encoding (longrope) takes its long factors for all of them, the short ones too"
         )
-    tokens = config.run.tokens_per_batch
+    tokens, router = config.run.tokens_per_batch, router_of(model, config.loss.router_aux_loss_coef)
+    balance = f" + {router.coefficient:g} × the router's load-balancing loss" if router else ""
     forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
     print(
-        f"run    {args.output_dir}: {config.loss.objective} objective (weights: {config.loss.weighting}), "
+        f"run    {args.output_dir}: {config.loss.objective} objective (weights: {config.loss.weighting}){balance}, "
         f"learning rate {args.learning_rate:g}, "
         f"{forward} per forward pass × {args.gradient_accumulation_steps} passes per step"
         f"{f' × {args.world_size} processes' if args.world_size > 1 else ''}"

@@ -24,15 +24,24 @@ from perce.data.batch import Batch, collate
 from perce.data.dataset import rows_dataset_pairs
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
+from perce.model.auxiliary import check_own_loss, router_of
 from perce.model.loading import add_adapter
 from perce.model.memory import CHECKPOINTING, prepare_memory
-from perce.model.passes import TokenStatistics, counterfactual_hidden, factual, measured, token_statistics
+from perce.model.passes import (
+    TokenStatistics,
+    counterfactual_hidden,
+    experts_used,
+    factual,
+    measured,
+    token_statistics,
+)  # fmt: skip
 from perce.model.patch import prepare_model
 from perce.model.positions import needs_long_factors, take_long_factors
 from perce.model.probe import check_packing, evaluating
 from perce.model.trial import Manner, check_step
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
+from perce.training.balancing import StepBalance, check_balancing
 from perce.training.best import EarlyStopping, check_metric
 from perce.training.checks import (
     check_arguments,
@@ -68,7 +77,8 @@ class PerceTrainer(ResumableTrainer):
 
     Raises:
         UserError (a ValueError): a model whose logits cannot be reproduced, an adapter on its output embedding, a bad
-            row, a token id that the model has no embedding for, a hook of the Trainer's that wants logits.
+            row, a token id that the model has no embedding for, a hook of the Trainer's that wants logits, a loss of
+            the model's own that would be dropped.
     """
 
     args: PerceArguments
@@ -93,6 +103,9 @@ class PerceTrainer(ResumableTrainer):
         prepared = prepare_model(model, args.backend)
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
+        check_own_loss(prepared)
+        if router := router_of(prepared, args.loss.router_aux_loss_coef):
+            check_balancing(args)
         self._tokenizer = tokenizer
         self._detach_persona = args.memory.persona_grad == "none"
         self._options = args.data, args.loss
@@ -140,6 +153,7 @@ class PerceTrainer(ResumableTrainer):
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
         self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
+        self._balance = StepBalance(router, partial(self.accelerator.reduce, reduction="sum")) if router else None
         if args.loss.contrasts_in_a_step:
             warn_of_dropout(prepared)
 
@@ -205,11 +219,21 @@ class PerceTrainer(ResumableTrainer):
             hidden_cf=None if known else self._counterfactual(model, inputs),
             normalize="sequence" if per_sequence else "none", seq_id=inputs["sequence"] if per_sequence else None,
         )  # fmt: skip
-        done = factual(model, inputs, call, detach_persona=self._detach_persona)
+        done = factual(
+            model, inputs, call, detach_persona=self._detach_persona,
+            top_k=self._balance.router.top_k if self._balance else 0,
+        )  # fmt: skip
         pir = (known or done).logp - (known or done).logp_cf
-        self._window.add(self.args.loss, done.logp, pir, done.signal, done.token_weight, tokens=inputs["tokens"])
+        total, balance = done.loss, None
+        if self._balance:
+            balance = self._balance.share(done.experts)
+            total = total + self._balance.router.coefficient * balance
+        self._window.add(
+            self.args.loss, done.logp, pir, done.signal, done.token_weight, tokens=inputs["lengths"].sum(),
+            balance=balance,
+        )  # fmt: skip
         # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
-        value = done.loss * self.accelerator.num_processes
+        value = total * self.accelerator.num_processes
         if self._normalizer:
             self._normalizer.add_weights(done.token_weight)
         return (value, done[:4]) if return_outputs else value
@@ -239,6 +263,13 @@ class PerceTrainer(ResumableTrainer):
                 counterfactual=self.args.loss.entry.counterfactual, detach_persona=self._detach_persona,
             )  # fmt: skip
 
+    def _counted(self, inputs: Batch) -> Tensor:
+        """The counting pass of one batch, (E,): a factual pass more, in eval mode, for the load-balancing loss."""
+        model: Any = self.model_wrapped if self.is_in_train else self.model
+        with self.compute_loss_context_manager():
+            top_k = cast(StepBalance, self._balance).router.top_k
+            return experts_used(model, self._prepare_inputs(inputs), top_k, detach_persona=self._detach_persona)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         self._window.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -259,10 +290,13 @@ class PerceTrainer(ResumableTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
         """Response tokens of the whole accumulation window, over all ranks; called once, where a step begins."""
+        self._window.begin_step()
         if self._normalizer:
             self._normalizer.begin()
+        if self._balance:
+            several = batch_samples if len(batch_samples) > 1 else ()
+            self._balance.begin([self._counted(batch) for batch in several])
         if of_step := self.args.loss.entry.over_step:
-            self._window.start()
             found = [self._known(batch) or self._estimated(batch) for batch in batch_samples]
             seed = self.args.seed * 1_000_003 + self.state.global_step
             self._over_step = over_step(found, lambda x: of_step(x, seed), gather_object, self.args.process_index)
@@ -273,7 +307,7 @@ class PerceTrainer(ResumableTrainer):
         if "loss" in logs:
             self._logged_tokens, self._logged_seconds = self.tokens_seen, self.training_seconds
             total = self.accelerator.reduce(self._window.total.to(self.args.device), "sum")
-            logs |= self._window.summary(total, self.args.loss)
+            logs |= self._window.summary(total, self.args.loss, balanced=self._balance is not None)
             logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
             self.estimation_clock.seconds()  # collects the events of the window
             self._window = Window()

@@ -111,10 +111,15 @@ ARCHITECTURES = {
     "cohere": ("CohereConfig", {"logit_scale": 0.25}),
     "phi": ("PhiConfig", {"num_key_value_heads": 4}),
 }
+ROUTED = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.3}
+MIXTURES = {
+    "mixtral": ("MixtralConfig", ROUTED | {"num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3MoeConfig", ROUTED | {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 8}),
+}
 
 
 def tiny_model(architecture: str = "llama", **changes: object) -> torch.nn.Module:
-    name, options = ARCHITECTURES[architecture]
+    name, options = (ARCHITECTURES | MIXTURES)[architecture]
     config = getattr(transformers, name)(**(SIZES | options | changes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -124,8 +129,10 @@ def tiny_model(architecture: str = "llama", **changes: object) -> torch.nn.Modul
     return model.eval()
 
 
-def save_tiny_model(directory: Path, architecture: str = "llama", chat_template: str | None = CHATML) -> Path:
-    tiny_model(architecture).save_pretrained(directory)
+def save_tiny_model(
+    directory: Path, architecture: str = "llama", chat_template: str | None = CHATML, **changes: object
+) -> Path:
+    tiny_model(architecture, **changes).save_pretrained(directory)
     tiny_tokenizer(chat_template).save_pretrained(directory)
     return directory
 

@@ -27,8 +27,8 @@ def arguments(directory, **options):
     return PerceArguments(**(defaults | options))
 
 
-def model_for(kind="full", dropout=0.0, architecture="llama"):
-    model = prepare_model(tiny_model(architecture))
+def model_for(kind="full", dropout=0.0, architecture="llama", **changes):
+    model = prepare_model(tiny_model(architecture, **changes))
     if kind == "full":
         return model
     torch.manual_seed(1)

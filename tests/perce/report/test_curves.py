@@ -19,6 +19,7 @@ HISTORY = [
     [
         (HISTORY, 4),
         (HISTORY[:1], 3),
+        ([HISTORY[0] | {"router_aux_loss": 2.1}], 4),
         ([{"step": 1, "loss": float("nan"), "ce": None, "eval_pir_mean": 0.5}, {"loss": 1.0}], 1),
         ([], 0),
     ],

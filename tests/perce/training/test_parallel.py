@@ -14,8 +14,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from perce.data.batch import collate
+from perce.model.auxiliary import Router
 from perce.model.passes import counterfactual_hidden, factual
 from perce.objectives import OBJECTIVES, HeadCall
+from perce.training.balancing import StepBalance
 from perce.training.parallel import keep_outputs_exact
 from tests.helpers.ranks import end_rank, run_ranks
 from tests.helpers.tiny import demo_pairs
@@ -27,7 +29,8 @@ PAIRS = demo_pairs(8)
 # accelerate does it. A tied head cannot be a unit of its own.
 CASES = [
     ("llama", "full", "own"), ("llama", "full", "tail"), ("llama", "lora", "root"), ("llama-tied", "full", "root"),
-    ("llama-tied", "full", "tail"), ("llama-tied", "lora", "root"),
+    ("llama-tied", "full", "tail"), ("llama-tied", "lora", "root"), ("mixtral", "full", "tail"),
+    ("mixtral", "lora", "root"),
 ]  # fmt: skip
 KINDS = sorted({case[:2] for case in CASES})
 
@@ -45,32 +48,39 @@ def shard(model, unit, **options):
     return model
 
 
-def forwards(model, pairs, rank, ranks):
+def over_ranks(tensor):
+    total = tensor.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def forwards(model, pairs, rank, ranks, mixture=False):
     """Both passes over this rank's share of the pairs: (loss, statistics …); the losses of all ranks add up."""
     batch = collate(pairs[rank::ranks])
     num_items = sum(pair["response_length"] for pair in pairs)
     weighting = OBJECTIVES["perce"].weighting(clip_min=0.05)
     call = HeadCall(batch["target"], weighting, counterfactual_hidden(model, batch), num_items=num_items)
-    return factual(model, batch, call)
+    done = factual(model, batch, call, top_k=2 * mixture)
+    if not mixture:
+        return done
+    return done._replace(loss=done.loss + 0.3 * StepBalance(Router(2, 0.3), over_ranks).share(done.experts))
 
 
-def train(model, rank=0, ranks=1):
+def train(model, rank=0, ranks=1, mixture=False):
     """(loss and gradient norm of each step, gradients of the first)."""
     parameters = {name: p for name, p in model.train().named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
     history, first = [], {}
     for step in range(STEPS):
         start = step * BATCH % len(PAIRS)
-        loss = forwards(model, PAIRS[start : start + BATCH], rank, ranks).loss
+        loss = forwards(model, PAIRS[start : start + BATCH], rank, ranks, mixture).loss
         (loss * ranks).backward()  # FSDP averages
         first = first or {name: whole(p.grad).clone() for name, p in parameters.items()}
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        total = loss.detach().clone()
-        if ranks > 1:
-            dist.all_reduce(total)
-        history.append([total.item(), whole(norm).item()])
+        history.append([over_ranks(loss.detach()).item(), whole(norm).item()])
     return history, first
 
 
@@ -102,7 +112,10 @@ def sharded(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain():
-    return {(architecture, kind): train(model_for(kind, architecture=architecture)) for architecture, kind in KINDS}
+    return {
+        (architecture, kind): train(model_for(kind, architecture=architecture), mixture=architecture == "mixtral")
+        for architecture, kind in KINDS
+    }
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
@@ -127,7 +140,10 @@ def main(directory):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    results = {case: train(shard(model_for(case[1], architecture=case[0]), case[2]), rank, RANKS) for case in CASES}
+    results = {
+        case: train(shard(model_for(case[1], architecture=case[0]), case[2]), rank, RANKS, case[0] == "mixtral")
+        for case in CASES
+    }
     results["bf16"] = low_precision(rank, RANKS)
     if rank == 0:
         torch.save(results, Path(directory) / "result.pt")
