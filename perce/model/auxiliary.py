@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 from perce.model.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids, unwrapped
 from perce.objectives import RouterCall
 
@@ -135,7 +135,13 @@ def check_own_loss(model: Any) -> None:
     model, ids = unwrapped(model), probe_ids(model)
     target = ids % len(model.get_output_embeddings().weight)  # some embed more tokens than they predict
     with evaluating(model), attention_of_any_device(model):
-        own = model(input_ids=ids, labels=target, use_cache=False)
+        try:
+            own = model(input_ids=ids, labels=target, use_cache=False)
+        except Exception as error:  # of any kind: the model's own code
+            raise UserError(
+                f"{type(model).__name__} ({model.config.model_type}): its own loss of a few tokens, which may have "
+                f"parts beside the cross-entropy, fails: {in_one_line(error)}"
+            ) from error
     if getattr(own, "loss", None) is None:
         return
     logits = own.logits[0].to(torch.promote_types(own.logits.dtype, torch.float32))

@@ -30,7 +30,8 @@ from perce.objectives import OBJECTIVES, HeadCall
 # (tokens before the persona, of it, of the query, of the response): the longer one is padded to, or packed before
 SHAPES = ((4, 13, 6, 7), (3, 6, 5, 4))
 SHORT = 8  # tokens of a window, a tile and a chunk of the persona meanwhile: less than a sequence, or its persona
-WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size")
+# Of attention, and tokens that an index lets through, as configs and modules call them.
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size", "index_topk")
 WEIGHTING = OBJECTIVES["perce"].weighting()
 # Largest difference of a log-probability, and of a gradient in parts of its norm. fp32 shows 1e-5, bf16 3e-2; what the
 # check is there for is far above.

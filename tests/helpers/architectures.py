@@ -24,7 +24,8 @@ SIZE_NAMES = {
     48: "intermediate_size ffn_dim n_inner ffn_hidden_size dff dim_ff feed_forward_size "
     "intermediate_size_mlp d_inner decoder_ffn_dim encoder_ffn_dim dense_intermediate_size "
     "shared_intermediate_size mlp_dim",
-    32: "hidden_size d_model n_embd embed_dim emb_dim embedding_size embedding_dim hidden_size_global lru_width "
+    # With few heads an index's scores tie at 0, and which of these are in its top k depends on the padding.
+    32: "index_n_heads hidden_size d_model n_embd embed_dim emb_dim embedding_size embedding_dim hidden_size_global lru_width "
     "input_embedding_size output_embedding_size word_embed_proj_dim image_size ple_embed_dim "
     "output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels prompt_mid_dim "
     "adapter_in_dim adapter_out_dim adapter_input_size",
@@ -38,7 +39,7 @@ SIZE_NAMES = {
     "indexer_head_dim rotary_dim mamba_d_head mamba_head_dim mamba_n_heads mamba_num_heads "
     "index_block_size",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads "
-    "swa_num_attention_heads num_decoder_attention_heads num_encoder_attention_heads index_n_heads linear_num_heads "
+    "swa_num_attention_heads num_decoder_attention_heads num_encoder_attention_heads linear_num_heads "
     "linear_num_value_heads num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num "
     "n_mamba_heads",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
