@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from perce.errors import UserError
 from perce.model.head import LogitTransform, answer, logit_transform
@@ -33,19 +34,34 @@ SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.25
 
 def install_perce(model: Any) -> Any:
     """Patch model and head in place, before PEFT or any parallel wrapper; UserError if its logits are not ours."""
+    transform = logit_transform(model.config)
+    _check_architecture(model)
+    model.perce_backend = "auto"
+    model.perce_logit_transform = transform
+    head = patched_head(model)
+    _patch_model(model)
+    _self_check(model, head, transform)
+    return model
+
+
+def is_patched(module: Any) -> bool:
+    """Whether its forward is ours: a model that was pickled comes back with its own."""
+    return hasattr(getattr(module, "forward", None), "perce")
+
+
+def patched_head(model: Any) -> Any:
+    """The output embedding, patched: after resize_token_embeddings or set_output_embeddings it is another module."""
     head = model.get_output_embeddings()
+    if is_patched(head):
+        return head
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         raise UserError(
             f"{type(model).__name__}: expected a floating-point linear output embedding, got {type(head).__name__}"
             f"{'' if head is None else f' ({head.weight.dtype})'}. Quantised or custom heads are not supported."
         )
-    transform = logit_transform(model.config)
-    _check_architecture(model)
-    _patch_head(head, transform)
-    _patch_model(model)
-    model.perce_logit_transform = transform
-    _self_check(model, head, transform)
-    return model
+    _patch_head(head, model.perce_logit_transform)
+    head.perce_backend = model.perce_backend
+    return head
 
 
 def _check_architecture(model: Any) -> None:
@@ -66,6 +82,17 @@ def _check_architecture(model: Any) -> None:
         )
 
 
+def decoder_of(model: Any) -> Any:
+    """The text decoder inside a causal language model: the innermost model that holds the input embeddings.
+
+    Neither base_model nor get_decoder() always is: the first may be a vision-language model, which wants more than
+    tokens, or, where base_model_prefix names nothing, the whole model; so may be the second.
+    """
+    embeddings = model.get_input_embeddings()
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    return next((module for module in reversed(inner) if embeddings in set(module.modules())), model.base_model)
+
+
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The module's forward as a function of the module: a deep copy of a patched model must run its own weights."""
     own = module.forward
@@ -82,8 +109,8 @@ def _patch_head(head: Any, transform: LogitTransform) -> None:
         own = {"lm_head": self.weight, "bias": self.bias, "backend": self.perce_backend}
         return answer(perce, hidden, **own, **vars(transform))
 
+    forward.perce = True  # type: ignore[attr-defined]
     head.forward = types.MethodType(forward, head)
-    head.perce_backend = "auto"
 
 
 def _patch_model(model: Any) -> None:
@@ -94,13 +121,14 @@ def _patch_model(model: Any) -> None:
         if perce is None:
             return own_forward(self, *args, **kwargs)
         if "prefix" in perce:
-            hidden = hidden_after_prefix(self.base_model, perce["rows"], perce["prefix"], *args, **kwargs)
+            hidden = hidden_after_prefix(decoder_of(self), perce["rows"], perce["prefix"], *args, **kwargs)
         else:
             # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
-            output = self.base_model(*args, use_cache=False, **kwargs)
+            output = decoder_of(self)(*args, use_cache=False, **kwargs)
             hidden = output[0].flatten(0, 1)[perce["rows"]]
-        return self.get_output_embeddings()(hidden, perce=perce["head"]) if "head" in perce else hidden
+        return patched_head(self)(hidden, perce=perce["head"]) if "head" in perce else hidden
 
+    forward.perce = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
@@ -153,8 +181,8 @@ def _output_embeddings(model: Any) -> nn.Module | None:
 def prepare_model(model: Any, backend: str = "auto") -> Any:
     """install_perce, once, on a model or on the base inside a PEFT model; `backend`: of its losses from now on."""
     base = unwrapped(model)
-    if not hasattr(base, "perce_logit_transform"):
+    if not is_patched(base):
         check_head_unwrapped(model)
         install_perce(base)
-    base.get_output_embeddings().perce_backend = backend
+    base.perce_backend = patched_head(base).perce_backend = backend
     return model

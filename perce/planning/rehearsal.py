@@ -32,8 +32,10 @@ from perce.errors import UserError, first_line, in_one_line
 from perce.model.head import answer, logit_transform
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
+from perce.model.patch import decoder_of
 from perce.model.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
 from perce.model.probe import unwrapped
+from perce.model.reach import freeze_beside_text
 from perce.objectives import OBJECTIVES, HeadCall, Objective
 from perce.planning.live import Live, Moment, Phase, Rehearsed
 
@@ -80,6 +82,8 @@ def build(config: Any, setup: Setup) -> Any:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **kwargs)
             if options.lora_r:
                 model = add_adapter(model, lora_config(options))
+            else:
+                freeze_beside_text(model)
     except UserError:
         raise
     except (ValueError, ImportError, AttributeError, TypeError, KeyError, AssertionError) as error:
@@ -107,8 +111,8 @@ def _maskless_attention() -> str:
 
 def decoder_layers(model: Any, count: int) -> nn.ModuleList:
     """The list of the language model's layers."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and "vision" not in name:
+    for module in decoder_of(unwrapped(model)).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(f"{type(unwrapped(model)).__name__}: expected a list of {count} layers, and it has none.")
 
@@ -218,7 +222,7 @@ def _give_storage(model: nn.Module) -> Iterator[Tensor]:
 def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     """One forward and backward as PerceTrainer makes them, its phases marked."""
     base = unwrapped(model)
-    layers = decoder_layers(base, base.config.get_text_config().num_hidden_layers)
+    decoder, layers = decoder_of(base), decoder_layers(base, base.config.get_text_config().num_hidden_layers)
     transform, head = logit_transform(base.config), base.get_output_embeddings()
     rows = torch.zeros(shape.rows, dtype=torch.int64)
 
@@ -227,7 +231,7 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
 
     def hidden(sequences: int, tokens: int, **kwargs: Any) -> Tensor:
         ids = torch.zeros(sequences, tokens, dtype=torch.int64)
-        return base.base_model(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
+        return decoder(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
 
     def factual() -> Tensor:
         if setup.memory.persona_grad == "full":
@@ -236,7 +240,7 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         rests = []
         for _ in range(shape.batch):  # as hidden_after_prefix
             live.enter("persona")
-            cache = _prefix_cache(base.base_model, shape.prefix)
+            cache = _prefix_cache(decoder, shape.prefix)
             live.enter("forward")
             rests.append(hidden(1, shape.tokens - shape.prefix, **{CACHE_ARGUMENT: cache}))
         return torch.cat(rests)[rows]
@@ -268,17 +272,17 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
 
 
 @torch.no_grad()
-def _prefix_cache(base_model: Any, tokens: int) -> PrefixCache:
+def _prefix_cache(decoder: Any, tokens: int) -> PrefixCache:
     """As prefill would leave it. Of a long prefix the first chunk and the last two are run: those between only lengthen
     the keys and values, which are put there at their length."""
-    cache = PrefixCache(config=base_model.config)
+    cache = PrefixCache(config=decoder.config)
     first, *rest = torch.zeros(1, tokens, dtype=torch.int64).split(PREFILL_CHUNK, dim=1)
     between, last = rest[:-2], rest[-2:]
-    base_model(input_ids=first, use_cache=False, **{CACHE_ARGUMENT: cache})
+    decoder(input_ids=first, use_cache=False, **{CACHE_ARGUMENT: cache})
     for layer in cache.layers if between else ():
         _lengthen(layer, len(between) * PREFILL_CHUNK)
     for chunk in last:
-        base_model(input_ids=chunk, use_cache=False, **{CACHE_ARGUMENT: cache})
+        decoder(input_ids=chunk, use_cache=False, **{CACHE_ARGUMENT: cache})
     cache.filled = True
     return cache
 

@@ -29,6 +29,7 @@ from perce.model.memory import prepare_memory
 from perce.model.passes import TokenStatistics, counterfactual_hidden, factual, measured, token_statistics
 from perce.model.patch import prepare_model
 from perce.model.probe import check_packing, evaluating
+from perce.model.reach import freeze_beside_text
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
 from perce.training.best import EarlyStopping, check_metric
@@ -36,6 +37,7 @@ from perce.training.checks import (
     check_arguments,
     check_context,
     check_dataset,
+    check_gradients,
     check_hooks,
     check_sharding,
     check_vocabulary,
@@ -88,6 +90,8 @@ class PerceTrainer(ResumableTrainer):
         prepared = prepare_model(model, args.backend)
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
+        elif not hasattr(prepared, "peft_config"):  # an adapter that no text reaches is a mistake
+            freeze_beside_text(prepared)
         self._tokenizer = tokenizer
         self._options = args.data, args.loss
         # As loaded: once DeepSpeed has partitioned the weights, they do not tell.
@@ -105,6 +109,7 @@ class PerceTrainer(ResumableTrainer):
         super().__init__(model=prepared, args=args, processing_class=served, **datasets, **kwargs)
         serve_as_trained(prepared, served, self.train_dataset, args.data)
         check_sharding(self, args.memory)
+        check_gradients(self)
         prepare_memory(self.model, args.memory)
         if args.packing:
             # Where its weights are now: those that FSDP or DeepSpeed place later cannot be tried, and are refused. The
