@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -22,6 +22,13 @@ from tests.helpers.trainers import arguments
 
 ALL = LoraConfig(r=2, target_modules="all-linear")
 VISION = ["model.vision_tower", "model.multi_modal_projector"]
+
+
+def vision_model():
+    """Gemma 3 with a vision tower, without the softcap, which it ignores."""
+    model = tiny("gemma3")
+    model.config.text_config.final_logit_softcapping = None
+    return model
 
 
 def adapted(model):
@@ -68,7 +75,7 @@ def test_by_default_what_can_be_trained_is_adapted(architecture, there, absent):
 
 
 def test_of_a_vision_language_model_the_text_is_trained(tmp_path):
-    model = tiny("gemma3")
+    model = vision_model()
     assert list(beside_text(model)) == VISION
     assert {name.split(".")[1] for name in adapted(add_adapter(tiny("gemma3"), ALL))} == {"language_model"}
     model.save_pretrained(tmp_path)
@@ -145,6 +152,13 @@ def test_a_trainer_finds_adapters_that_have_no_gradient_where_it_trains(tmp_path
     around(unwrapped(model).model.layers[0])
     pairs = Dataset.from_list(demo_pairs(2))
     with pytest.raises(UserError, match=r"adapters on model\.layers\.0\.mlp\.down_proj would not be trained"):
+        PerceTrainer(model, arguments(tmp_path), train_dataset=pairs, processing_class=tiny_tokenizer())
+
+
+def test_an_adapter_of_ones_own_on_a_vision_tower_is_refused(tmp_path):
+    model = get_peft_model(vision_model(), LoraConfig(r=2, target_modules=["fc1", "o_proj"]))
+    pairs = Dataset.from_list(demo_pairs(2))
+    with pytest.raises(UserError, match=r"adapters on model\.vision_tower\.encoder\.layers\.0\.mlp\.fc1"):
         PerceTrainer(model, arguments(tmp_path), train_dataset=pairs, processing_class=tiny_tokenizer())
 
 
