@@ -13,17 +13,18 @@ if TYPE_CHECKING:
     from perce.data.rows import load_examples
     from perce.demo import default_model_path
     from perce.errors import UserError
+    from perce.model.noise import disable_dropout
     from perce.training.arguments import PerceArguments
     from perce.training.trainer import PerceTrainer
 
 __all__ = [
     "DataConfig", "LossConfig", "MemoryConfig", "PerceArguments", "PerceTrainer", "UserError", "default_model_path",
-    "load_examples", "prompt_ids", "prompt_text",
+    "disable_dropout", "load_examples", "prompt_ids", "prompt_text",
 ]  # fmt: skip
 _HOMES = {
     **dict.fromkeys(("DataConfig", "LossConfig", "MemoryConfig"), "config.schema"), "UserError": "errors",
     **dict.fromkeys(("prompt_ids", "prompt_text"), "data.pairs"), "default_model_path": "demo",
-    "load_examples": "data.rows",
+    "load_examples": "data.rows", "disable_dropout": "model.noise",
     "PerceArguments": "training.arguments", "PerceTrainer": "training.trainer",
 }  # fmt: skip
 

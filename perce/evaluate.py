@@ -28,6 +28,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     from perce.measuring.evaluation_report import compare, print_result, read_result, summarise, write_result
     from perce.measuring.inference import load_subject
     from perce.measuring.metrics import reply_scorers
+    from perce.model.positions import settle_lengths
 
     wanted = options.evaluate
     other = read_result(Path(wanted.compare_with).expanduser()) if wanted.compare_with else None
@@ -38,6 +39,8 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
     file.begin(facts)
     work = make_batches(examples, subject.builder, options, subject.device)
+    reply = wanted.max_new_tokens if wanted.generate else 0
+    settle_lengths(subject.model, lambda: work.longest + reply)
     evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, scorers)
     done = {record["example"] for record in file.records}
     for number, batch in enumerate(tqdm(work.batches, desc="evaluating", unit="batch", leave=False)):

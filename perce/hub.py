@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,30 @@ def check_base(run: Path | None, base: str, option: str) -> None:
         )
 
 
+# Dropout, layer drop, stochastic depth and the jitter of a router's inputs, as transformers' configs and modules call
+# them.
+NOISE = re.compile(r"dropout|pdrop|layerdrop|drop_path|drop_prob|jitter")
+
+
+def noisy_fields(holder: Any) -> dict[str, float]:
+    """What makes a config's model, or a module, random in training mode, by name."""
+    fields = {name: value for name, value in vars(holder).items() if NOISE.search(name)}
+    return {name: value for name, value in fields.items() if type(value) in (int, float) and value > 0}
+
+
 def read_config(path: str) -> Any:
-    """A model's config with dropout off."""
-    from transformers import AutoConfig
+    """A model's config with dropout and other noise of training off, in the configs inside it too."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    def switch_off(part: PreTrainedConfig) -> None:
+        for name in noisy_fields(part):
+            setattr(part, name, 0.0)
+        for inner in list(vars(part).values()):
+            if isinstance(inner, PreTrainedConfig):
+                switch_off(inner)
 
     config = from_pretrained(AutoConfig, path)
-    for part in {id(part): part for part in (config, config.get_text_config())}.values():
-        for name, value in vars(part).items():
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float) and value > 0:
-                setattr(part, name, 0.0)
+    switch_off(config)
     return config
 
 

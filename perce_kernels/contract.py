@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from perce_kernels.vocab_parallel import Shard
 
@@ -103,13 +104,20 @@ class Rows:
 
 def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
     """ValueError for the first id outside the vocabulary that is not ignore_index; where nobody can wait for it, on a
-    GPU and in a compiled graph, an assertion on the device."""
+    GPU and in a traced graph, an assertion on the device."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        if functorch.is_batchedtensor(target):  # torch has no rule for a batch of assertions
+            raise RuntimeError("target: torch.vmap over it works outside torch.compile, or without fullgraph=True")
+    else:
+        while functorch.is_functorch_wrapped_tensor(target):
+            target = functorch.get_unwrapped(target)  # under torch.vmap, those of all calls at once
     outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or get_proxy_mode() is not None:
         torch._assert_async(~outside.any(), f"target: an id lies outside [0, {vocab_size}) and is not ignore_index")
     elif outside.any():
-        row = int(outside.nonzero()[0])
+        row = outside.nonzero()[0].tolist()  # [row], or under torch.vmap its place among all rows
         raise ValueError(
-            f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(target[row])} "
-            f"at row {row}"
+            f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(target[tuple(row)])} "
+            f"at row {', '.join(map(str, row))}"
         )

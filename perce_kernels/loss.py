@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from perce_kernels import ops, reference, vocab_parallel
 from perce_kernels.backends import resolve_backend
@@ -81,9 +82,10 @@ def fused_perce_loss(
             rows [vocab_start, vocab_start + V) of the vocab_size there are, and the ranks' shards tile them. All else
             is the same on every rank, upstream gradients and the choice of what trains included; so are the results.
             hidden's gradient is complete on every rank, lm_head's and bias's are those of its own rows.
-        backend: "triton" (CUDA, ROCm), "torch" (chunked, any device), "reference" (materialises the logits;
-            differentiable twice), or "auto": the one that PERCE_BACKEND in the environment names (torch.compile reads
-            it when it traces), else Triton on a GPU it supports, else torch. One that is named runs or raises.
+        backend: "triton" (CUDA, ROCm), "torch" (chunked, any device), "reference" (materialises the logits; plain
+            autograd, to any order and under any transform), or "auto": the one that PERCE_BACKEND in the environment
+            names (torch.compile reads it when it traces), else Triton on a GPU it supports, else torch. One that is
+            named runs or raises.
         return_stats: also return PerCEStats.
 
     Returns:
@@ -91,10 +93,12 @@ def fused_perce_loss(
 
     Raises:
         ValueError: a wrong shape, dtype, device, option or out-of-range target, naming the argument.
-        RuntimeError: a second-order gradient through the fused backends.
+        RuntimeError: through the fused backends, second-order gradients; forward-mode AD; transforms of torch.func
+            (grad, vjp, jvp, vmap, …) that reach hidden, lm_head or bias. Of the other inputs torch.vmap is exact.
     """
     _check_options(contrast=contrast, normalize=normalize, reduction=reduction)
     backend = resolve_backend(backend, hidden.device, group)
+    _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
     hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
     _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
     _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id)
@@ -105,7 +109,7 @@ def fused_perce_loss(
     head = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
     clip = {"clip_min": clip_min, "clip_max": clip_max, "contrast": contrast}
     execution = {
-        "compact": compact, "backend": backend, "group": group, "vocab_start": vocab_start, "vocab_size": vocab_size,
+        "compact": compact, "backend": backend, "group": shard[0], "vocab_start": vocab_start, "vocab_size": vocab_size,
     }  # fmt: skip
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
@@ -167,6 +171,7 @@ def token_logprobs(
         ValueError, RuntimeError: as `fused_perce_loss`.
     """
     backend = resolve_backend(backend, hidden.device, group)
+    _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
     hidden, lm_head, _, bias = _autocast(hidden, lm_head, None, bias)
     _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
     shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
@@ -187,12 +192,13 @@ def _per_token_loss(
     hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, head, clip, execution
 ):
     """(N,) losses by recomputation: what needs a weight per token that is only known after the whole sweep."""
-    logp: Any = token_logprobs(hidden, lm_head, target, **head, **execution)
+    options = {**head, **execution, "return_entropy": False}
+    logp, _ = ops.logprobs_op(hidden, lm_head, target, **options)
     valid = target != head["ignore_index"]
     if token_weight is None:
         if hidden_cf is not None:
             with torch.no_grad():
-                logp_cf = token_logprobs(hidden_cf, lm_head, target, **head, **execution)
+                logp_cf, _ = ops.logprobs_op(hidden_cf, lm_head, target, **options)
         logp_cf = torch.where(valid, logp_cf.to(logp.dtype), 0)
         token_weight = reference.contrast_weight(logp, logp_cf, **clip)
     else:
@@ -212,6 +218,31 @@ def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(
         x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
     )
+
+
+def _check_transforms(backend: str, **trainable: Tensor | None) -> None:
+    """RuntimeError where a fused op would lose a tangent, or the gradient of a batch, or fail inside torch. The other
+    inputs are constants to the op, or applied outside it: they may have been transformed."""
+    if backend == "reference" or (forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()):
+        return
+    for name, x in trainable.items():
+        if x is not None:
+            _check_transform(name, x)
+
+
+def _check_transform(name: str, x: Tensor) -> None:
+    if torch.compiler.is_compiling():  # a traced tensor does not tell; where the graph may break, this runs untraced
+        raise ops.unsupported("forward-mode AD, or a transform of torch.func, inside torch.compile is")
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise ops.unsupported(f"forward-mode AD (a tangent of {name}, as of torch.func.jvp or jacfwd) is")
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            raise ops.unsupported(f"torch.vmap over {name} is", ", or one call on the rows of the whole batch")
+        if functorch.is_gradtrackingtensor(x):
+            asked = f"torch.func.grad, vjp, jacrev or hessian (what reaches {name}) is"
+            raise ops.unsupported(asked, ", or torch.autograd.grad for first-order gradients")
+        x = functorch.get_unwrapped(x)  # torch.func.functionalize
 
 
 def _check_options(**options: str) -> None:

@@ -4,20 +4,20 @@
 of place and before the cast to the input's dtype, so that a second backward, or a loss scale in fp16, is exact.
 
 A process group passes through a schema by its name: `group`, with this rank's `vocab_start` and the whole `vocab_size`.
+
+torch.library takes no rule for forward-mode AD, nor for torch.func.grad: the ops drop tangents in silence. So loss.py
+refuses inputs, and the backward upstream gradients, that have any. Under torch.vmap an op is called once an element.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from perce_kernels import backends, vocab_parallel
 from perce_kernels.contract import Call, Contrasting, Needed, Weighting, statistics_dtype
 
-HIGHER_ORDER = (
-    "perce_kernels: higher-order gradients (create_graph=True) are not supported by the fused op; "
-    "use backend='reference', which is plain autograd"
-)
 WAY_AROUND = (
     'Backend "torch" computes the same without the Triton kernels: --backend torch on a command line, '
     "PERCE_BACKEND=torch in the environment."
@@ -41,6 +41,25 @@ def _compute(function: str, backend: str, device: torch.device, *arguments: Any)
 
 
 TRAINABLE = ("hidden", "lm_head", "bias")
+
+
+def unsupported(asked: str, otherwise: str = "") -> RuntimeError:
+    """For what the ops have no rule for."""
+    return RuntimeError(
+        f"perce_kernels: {asked} not supported by the fused op; use backend='reference' (which takes no group), "
+        f"plain autograd{otherwise}"
+    )
+
+
+def _check_upstream(upstream: Tensor | None) -> None:
+    """RuntimeError where a backward is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise unsupported("higher-order gradients (create_graph=True) are")
+    if upstream is None or forward_ad._current_level < 0:
+        return
+    # A traced tensor does not tell; where the graph may break, this is run again untraced.
+    if torch.compiler.is_compiling() or forward_ad.unpack_dual(upstream).tangent is not None:
+        raise unsupported("forward-mode AD of a gradient (a tangent of what the loss is multiplied with) is")
 
 
 def _argument_names(op: Any) -> tuple[str, ...]:
@@ -116,8 +135,7 @@ def _(gradient, factor, dtype, backend):
 
 def _backward(ctx, dloss, *_statistics):
     """Statistics and stored gradients are constants by definition: only loss_sum is differentiated."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(HIGHER_ORDER)
+    _check_upstream(dloss)
     scaled = [
         scaled_op(gradient, dloss, dtype, ctx.backend) if needed and dloss is not None else None
         for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
@@ -172,8 +190,7 @@ def _setup_logprobs(ctx, inputs, output) -> None:
 
 def _backward_logprobs(ctx, dlogp, _dentropy):
     """Recompute: d(Σ g·logp) is the fused loss's own gradient with the token weights −g."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(HIGHER_ORDER)
+    _check_upstream(dlogp)
     *inputs, target = ctx.saved_tensors
     trainable = dict(zip(TRAINABLE, inputs, strict=True))
     # torch leaves out the last ones that have their default value

@@ -48,11 +48,11 @@ def normalize_weight(token_weight: Tensor, valid: Tensor, normalize: str, seq_id
         total, count = total.sum(), count.sum()
     else:
         # A sequence's slot is its first place in sorted order: no count of sequences is needed, so neither a sync nor a
-        # graph break. index_put_ in fp64 accumulates in a fixed order on CPU and CUDA alike; index_add_ would not.
+        # graph break. index_put in fp64 accumulates in a fixed order on CPU and CUDA alike; index_add_ would not.
         assert seq_id is not None
         slot = torch.searchsorted(seq_id.sort().values, seq_id)
         total, count = (
-            torch.zeros_like(value).index_put_((slot,), value, accumulate=True)[slot] for value in (total, count)
+            torch.zeros_like(value).index_put((slot,), value, accumulate=True)[slot] for value in (total, count)
         )
     scale = count / total
     return token_weight * torch.where(total == 0, 0.0, scale).to(token_weight.dtype)

@@ -51,6 +51,12 @@ class Work:
     batches: list[list[Item]]
     notes: list[str]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        pairs = (pair for batch in self.batches for item in batch for pair in (item.pair, item.swapped))
+        return max(len(pair.input_ids) for pair in pairs if pair is not None)
+
 
 def make_batches(
     examples: Sequence[Example], builder: PairBuilder, options: EvaluateOptions, device: torch.device

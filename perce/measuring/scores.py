@@ -1,5 +1,6 @@
 """Records of scored examples: PerContrast's statistics, token by token."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -15,6 +16,7 @@ from perce.data.rows import Example
 from perce.errors import UserError
 from perce.measuring.inference import TOKENS_A_FORWARD, Subject, batches_by_length, on_device
 from perce.model.passes import TokenStatistics, token_statistics
+from perce.model.positions import settle_lengths
 from perce.report.heatmap import ScoredToken
 
 WINDOW = 64  # examples that are sorted by length together: records stay in order, and little is padded
@@ -24,6 +26,7 @@ def scored(
     subject: Subject, done: Sequence[dict[str, Any]], options: ScoreOptions
 ) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
     """Records of the examples after those that are `done`, a window at a time, in order."""
+    settle_lengths(subject.model, lambda: _longest(subject, options))
     total = options.examples.limit if options.data.streaming else len(subject.examples.all)
     numbered = enumerate(tqdm(subject.examples, total=total, desc="scoring", unit="example", leave=False))
     seen = 0
@@ -47,6 +50,17 @@ def scored(
         seen += len(built)
         if fresh:
             yield score_window(fresh, subject, options)
+
+
+def _longest(subject: Subject, options: ScoreOptions) -> int:
+    """Tokens of the longest example; of a stream, as many as one may have."""
+    builder, longest = subject.builder, 0
+    if options.data.streaming:
+        return builder.max_length
+    for example in subject.examples.all:
+        with contextlib.suppress(UserError):  # told where it is scored
+            longest = max(longest, len(builder.build(example).input_ids))
+    return longest
 
 
 def score_window(

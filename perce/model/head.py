@@ -23,12 +23,33 @@ class LogitTransform:
     logit_scale: float
 
 
-def logit_transform(config: Any) -> LogitTransform:
-    """The head's transform from a model config: Gemma softcaps, Granite divides, Cohere multiplies."""
+# What configs call a scale of the logits, and whether they are multiplied by it (1) or divided (-1) as a rule:
+# HyperCLOVA X multiplies by what Granite divides by.
+SCALES = {
+    "logit_scale": 1,  # Cohere
+    "logits_scaling": -1,  # Granite
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "logits_mup_width_multiplier": -1,  # Inkling
+    "output_multiplier": 1,  # Muse
+}
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+
+
+def logit_transforms(config: Any) -> list[LogitTransform]:
+    """What a config may mean, the likeliest first: scales and caps by their names, then scales the other way, and each
+    of them left unused, as in models that inherit a field."""
     text = config.get_text_config()
-    scale = float(getattr(text, "logit_scale", None) or 1.0)
-    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-    return LogitTransform(getattr(text, "final_logit_softcapping", None), scale)
+
+    def value(name: str) -> float | None:
+        found = getattr(text, name, None)
+        return float(found) if isinstance(found, int | float) and found not in (0, 1) else None
+
+    caps = dict.fromkeys([*map(value, CAPS), None])
+    scales = [1.0]
+    for name, direction in SCALES.items():
+        if scale := value(name):
+            scales = [product * scale**power for power in (direction, -direction, 0) for product in scales]
+    return [LogitTransform(cap, scale) for cap in sorted(caps, key=lambda cap: cap is None) for scale in scales]
 
 
 def answer(call: HeadCall, hidden: Tensor, **head: Any) -> Measured:

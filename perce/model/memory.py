@@ -1,8 +1,10 @@
-"""What makes long contexts fit, beside persona_grad (prefill.py): MLPs in tiles, checkpointing, positions."""
+"""What makes long contexts fit, beside persona_grad (prefill.py): MLPs in tiles, checkpointing."""
 
+import contextlib
 import functools
 import inspect
 import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from perce.config.schema import MemoryConfig
 from perce.errors import UserError
-from perce.model.patch import forward_of
+from perce.model.patch import decoder_of, forward_of
 from perce.model.prefill import prepare_prefill
+from perce.model.probe import unwrapped
 
 # TrainingArguments' own names, which changed with transformers 5.23.
 CHECKPOINTING = (
@@ -33,11 +36,27 @@ def prepare_memory(model: Any, memory: MemoryConfig) -> None:
         prepare_prefill(model)
 
 
-def enable_checkpointing(model: Any) -> None:
-    """What the Trainer does under activation_checkpointing, for a model that trains without one."""
-    # transformers 5.23 renamed it
+def enable_checkpointing(model: Any, options: Mapping[str, Any] | None = None) -> None:
+    """What the Trainer does under activation_checkpointing, with these arguments of it, for a model that trains without
+    one."""
+    # transformers 5.23 renamed it, and takes two of the arguments by themselves
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    of_checkpoint = {"use_reentrant": False} | dict(options or {})
+    apart = {name: of_checkpoint.pop(name) for name in ("every_n_layers", "offload") if name in of_checkpoint}
+    enable(of_checkpoint, **apart)
+
+
+@contextlib.contextmanager
+def checkpointed(model: Any, options: Mapping[str, Any] | None) -> Iterator[None]:
+    """Activation checkpointing with these arguments meanwhile; None: none."""
+    if options is None:
+        yield
+        return
+    enable_checkpointing(model, options)
+    try:
+        yield
+    finally:
+        (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
 
 
 # ---- MLPs in tiles
@@ -51,7 +70,8 @@ def tile_mlps(model: Any, tile: int) -> None:
     Of the (T, intermediate) activations only one tile's exist at a time. UserError unless every decoder layer has an
     MLP that treats tokens one by one.
     """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    decoder = decoder_of(unwrapped(model))
+    layers: list[Any] = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         _check_mlp(layer, model)
         _tile(layer.mlp, tile)
@@ -59,19 +79,35 @@ def tile_mlps(model: Any, tile: int) -> None:
         raise UserError(f"mlp_tile: {type(model).__name__} has no decoder layers that are known here. Use 0.")
 
 
-def _tile(mlp: nn.Module, tile: int) -> None:
+def _tile(mlp: Any, tile: int) -> None:
     whole = forward_of(mlp)
 
     @functools.wraps(whole)
     def forward(self, hidden: Tensor) -> Tensor:
-        if hidden.shape[1] <= tile:
+        if not self.perce_tile or hidden.shape[1] <= self.perce_tile:
             return whole(self, hidden)
         run = functools.partial(whole, self)
         if torch.is_grad_enabled():
             run = functools.partial(checkpoint, run, use_reentrant=False)
-        return torch.cat([run(part) for part in hidden.split(tile, dim=1)], dim=1)
+        # Contiguous, as a whole sequence is: of several sequences a part is not, and some MLPs take a view of it.
+        return torch.cat([run(part.contiguous()) for part in hidden.split(self.perce_tile, dim=1)], dim=1)
 
+    mlp.perce_tile = tile
     mlp.forward = types.MethodType(forward, mlp)
+
+
+@contextlib.contextmanager
+def tiles_of(model: nn.Module, tile: int) -> Iterator[None]:
+    """Tiles of so many tokens meanwhile, 0: none, in MLPs that are tiled."""
+    tiled: list[Any] = [module for module in model.modules() if hasattr(module, "perce_tile")]
+    before = [module.perce_tile for module in tiled]
+    try:
+        for module in tiled:
+            module.perce_tile = tile
+        yield
+    finally:
+        for module, own in zip(tiled, before, strict=True):
+            module.perce_tile = own
 
 
 @torch.no_grad()
@@ -101,20 +137,3 @@ def _check_mlp(layer: Any, model: Any) -> None:
         or not (whole[:, 2:] - half).abs().max() <= tolerance * whole.abs().max()
     ):
         raise UserError(f"{name}: its mlp does not treat tokens one by one, and tiles would change it. Use 0.")
-
-
-# ---- host memory and kernels of a GPU
-
-
-# ---- contexts that cannot work
-
-
-def position_limit(config: Any) -> int | None:
-    """Tokens that the model has positions for; None: not said. Rotary encodings may be stretched by a factor."""
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
-    for part in (rope, *rope.values()):
-        if limit and isinstance(part, dict) and part.get("factor") and part.get("original_max_position_embeddings"):
-            limit = max(limit, int(part["factor"] * part["original_max_position_embeddings"]))
-    return limit

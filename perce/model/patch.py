@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from perce.errors import UserError
-from perce.model.head import LogitTransform, answer, logit_transform
+from perce.errors import UserError, in_one_line
+from perce.model.head import LogitTransform, answer, logit_transforms
+from perce.model.noise import check_noise
 from perce.model.prefill import hidden_after_prefix
 from perce.model.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids, unwrapped
 from perce.objectives import HeadCall
@@ -30,17 +31,24 @@ from perce_kernels import reference
 # Largest difference of log-probabilities between the model's own logits and ours; fp32 shows 1e-5, bf16 logits 1e-2.
 SELF_CHECK_TOLERANCE = 1e-3
 SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.25
+# Largest change of a hidden state, in parts of the largest one, by what follows it in another batch.
+CAUSALITY_TOLERANCE = 1e-3
+CAUSALITY_TOLERANCE_LOW_PRECISION = 0.1
 
 
 def install_perce(model: Any) -> Any:
     """Patch model and head in place, before PEFT or any parallel wrapper; UserError if its logits are not ours."""
-    transform = logit_transform(model.config)
-    _check_architecture(model)
-    model.perce_backend = "auto"
-    model.perce_logit_transform = transform
-    head = patched_head(model)
+    head = model.get_output_embeddings()
+    _check_head(model, head)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{model.config.model_type}: PerCE needs a decoder-only causal model, and this one has an encoder."
+        )
+    check_noise(model)
     _patch_model(model)
-    _self_check(model, head, transform)
+    model.perce_logit_transform = _self_check(model, head)
+    model.perce_backend = "auto"
+    patched_head(model)
     return model
 
 
@@ -52,37 +60,22 @@ def is_patched(module: Any) -> bool:
 def patched_head(model: Any) -> Any:
     """The output embedding, patched: after resize_token_embeddings or set_output_embeddings it is another module."""
     head = model.get_output_embeddings()
-    if is_patched(head):
-        return head
-    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
-        raise UserError(
-            f"{type(model).__name__}: expected a floating-point linear output embedding, got {type(head).__name__}"
-            f"{'' if head is None else f' ({head.weight.dtype})'}. Quantised or custom heads are not supported."
-        )
-    _patch_head(head, model.perce_logit_transform)
-    head.perce_backend = model.perce_backend
+    if not is_patched(head):
+        _check_head(model, head)
+        _patch_head(head, model.perce_logit_transform)
+        head.perce_backend = model.perce_backend
     return head
 
 
-def _check_architecture(model: Any) -> None:
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{config.model_type}: PerCE needs a decoder-only causal model, and this one has an encoder.")
-    dropout = getattr(config.get_text_config(), "attention_dropout", 0.0)
-    if dropout:
+def _check_head(model: Any, head: Any) -> None:
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
         raise UserError(
-            f"attention_dropout={dropout} in the model's config makes attention materialise a T × T matrix on CPU. "
-            "Set it to 0 in config.json."
-        )
-    active = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    if active:
-        raise UserError(
-            f"{type(model).__name__}: dropout in {active[0]} ({len(active)} modules) would act in the factual pass and "
-            "not in the counterfactual one, and bias every PIR. Load the model with its dropout settings at 0."
+            f"{type(model).__name__}: expected a floating-point linear output embedding, got {type(head).__name__}"
+            f"{f' ({head.weight.dtype})' if isinstance(head, nn.Linear) else ''}. Quantised or custom heads are not supported."
         )
 
 
-def decoder_of(model: Any) -> Any:
+def decoder_of(model: Any) -> nn.Module:
     """The text decoder inside a causal language model: the innermost model that holds the input embeddings.
 
     Neither base_model nor get_decoder() always is: the first may be a vision-language model, which wants more than
@@ -115,16 +108,20 @@ def _patch_head(head: Any, transform: LogitTransform) -> None:
 
 def _patch_model(model: Any) -> None:
     own_forward = forward_of(model)
+    decoder = decoder_of(model)
+    # By its name, since a deep copy has a decoder of its own.
+    model.perce_decoder = next(name for name, module in model.named_modules() if module is decoder)
 
     @functools.wraps(own_forward)  # generate() reads the signature
     def forward(self, *args, perce: dict[str, Any] | None = None, **kwargs):
         if perce is None:
             return own_forward(self, *args, **kwargs)
+        decoder = self.get_submodule(self.perce_decoder)
         if "prefix" in perce:
-            hidden = hidden_after_prefix(decoder_of(self), perce["rows"], perce["prefix"], *args, **kwargs)
+            hidden = hidden_after_prefix(decoder, perce["rows"], perce["prefix"], *args, **kwargs)
         else:
             # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
-            output = decoder_of(self)(*args, use_cache=False, **kwargs)
+            output = decoder(*args, use_cache=False, **kwargs)
             hidden = output[0].flatten(0, 1)[perce["rows"]]
         return patched_head(self)(hidden, perce=perce["head"]) if "head" in perce else hidden
 
@@ -133,30 +130,62 @@ def _patch_model(model: Any) -> None:
 
 
 @torch.no_grad()
-def _self_check(model: Any, head: Any, transform: LogitTransform) -> None:
-    """Our reading of the head against the model's own logits on a few tokens."""
+def _self_check(model: Any, head: Any) -> LogitTransform:
+    """How the model makes logits of hidden states and head, by its own logits of a few tokens; UserError where that is
+    not known, and where tokens see what comes after them."""
     ids = probe_ids(model).to(head.weight.device)
     rows = torch.arange(PROBE_TOKENS, device=ids.device)
+    name = f"{type(model).__name__} ({model.config.model_type})"
     with evaluating(model), attention_of_any_device(model):
-        own = model(input_ids=ids, use_cache=False).logits[0].double()
-        hidden = model(input_ids=ids, perce={"rows": rows})
+        try:
+            own = model(input_ids=ids, use_cache=False).logits[0].double()
+            hidden = model(input_ids=ids, perce={"rows": rows})
+        except Exception as error:  # of any kind: the model's own code
+            raise UserError(f"{name}: its forward fails on a few tokens: {in_one_line(error)}") from error
+        _check_causal(model, name, ids, hidden)
+    if own.shape[-1] != len(head.weight):
+        raise UserError(
+            f"{name}: expected one logit a row of its output embedding, {len(head.weight)}, and it has {own.shape[-1]}."
+        )
     low = head.weight.dtype in (torch.bfloat16, torch.float16)
     exact = torch.float32 if low else torch.float64
     bias = None if head.bias is None else head.bias.to(exact)
-    ours = reference.logits(
-        hidden.to(exact), head.weight.to(exact), bias, transform.softcap, transform.logit_scale
-    ).double()
-    difference = (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().item()
+
+    def difference(transform: LogitTransform) -> float:
+        ours = reference.logits(hidden.to(exact), head.weight.to(exact), bias, **vars(transform)).double()
+        return (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().nan_to_num(torch.inf).item()
+
+    transform = min(logit_transforms(model.config), key=difference)
     tolerance = SELF_CHECK_TOLERANCE
     if low:  # the model's own logits are rounded to 8 bits: of large ones 2 ** -8 of their size is lost
         tolerance = max(SELF_CHECK_TOLERANCE_LOW_PRECISION, own.abs().max().item() * 2**-6)
-    if not difference <= tolerance:
+    if not (found := difference(transform)) <= tolerance:
         raise UserError(
-            f"{type(model).__name__} ({model.config.model_type}): its log-probabilities differ from those computed "
-            f"from its hidden states and head by up to {difference:.3g} (allowed {tolerance:g}), with softcap="
-            f"{transform.softcap}, logit_scale={transform.logit_scale:g}. The architecture transforms its logits in a "
-            "way that is not known here, so training it would be wrong."
+            f"{name}: its log-probabilities differ from those computed from its hidden states and head by up to "
+            f"{found:.3g} (allowed {tolerance:g}), with softcap={transform.softcap}, logit_scale="
+            f"{transform.logit_scale:g}. The architecture transforms its logits in a way that is not known here, so "
+            "training it would be wrong."
         )
+    return transform
+
+
+def _check_causal(model: Any, name: str, ids: Tensor, hidden: Tensor) -> None:
+    """UserError if a token's hidden states depend on a later one, of which a padding token is a case."""
+    seen = PROBE_TOKENS // 2
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    others = {"other tokens": ids.flip(1)[:, :seen], "padding": torch.full_like(ids[:, :seen], pad)}
+    batch = torch.cat([torch.cat([ids[:, :seen], rest], dim=1) for rest in others.values()])
+    rows = torch.arange(seen, device=ids.device)
+    allowed = CAUSALITY_TOLERANCE if hidden.dtype == torch.float32 else CAUSALITY_TOLERANCE_LOW_PRECISION
+    for place, what in enumerate(others):
+        found = model(input_ids=batch, perce={"rows": rows + place * PROBE_TOKENS})
+        change = (found - hidden[:seen]).abs().max() / hidden.abs().max()
+        if not change <= allowed:
+            raise UserError(
+                f"{name}: hidden states of the first {seen} tokens change by {change:.2g} of the largest when {what} "
+                "follow them. PerCE needs a causal model, whose tokens see only those before them; of some that can be "
+                "one or the other the config says so (is_decoder)."
+            )
 
 
 def check_head_unwrapped(model: Any) -> None:
@@ -181,7 +210,7 @@ def _output_embeddings(model: Any) -> nn.Module | None:
 def prepare_model(model: Any, backend: str = "auto") -> Any:
     """install_perce, once, on a model or on the base inside a PEFT model; `backend`: of its losses from now on."""
     base = unwrapped(model)
-    if not is_patched(base):
+    if not (hasattr(base, "perce_logit_transform") and is_patched(base)):
         check_head_unwrapped(model)
         install_perce(base)
     base.perce_backend = patched_head(base).perce_backend = backend

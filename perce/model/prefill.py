@@ -23,16 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from perce.errors import UserError
-from perce.model.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids
 
 # The activations of a chunk and its mask (4 · PREFILL_CHUNK · T bytes) are the prefill's only memory beside the cache.
 PREFILL_CHUNK = 1024
-PROBE_PREFIX = 5
-# Largest difference of hidden states, in parts of the largest one; fp32 shows 1e-6, bf16 1e-2.
-SELF_CHECK_TOLERANCE = 1e-3
-SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.1
-# Frequencies that depend on how long the sequence is so far: a prefix in chunks would be encoded by other ones.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # What the models call their cache: transformers 5.24 renamed it.
 CACHE_ARGUMENT = (
     "cache" if "cache" in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -91,15 +84,13 @@ def hidden_after_prefix(
 
 
 def prepare_prefill(model: Any) -> None:
-    """Let checkpointed layers keep the read-only cache; UserError for a model that cannot go on from a prefix, which is
-    tried out where the model has weights."""
+    """Let checkpointed layers keep the read-only cache; UserError for a model that cannot go on from a prefix. Whether
+    it really does is found out by trial.py."""
     config = model.config.get_text_config()
     _check_attention(model, config)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module._can_checkpoint_with_cache = True
-    if not model.get_input_embeddings().weight.is_meta:
-        _self_check(model)
 
 
 def _check_attention(model: Any, config: Any) -> None:
@@ -116,31 +107,5 @@ def _check_attention(model: Any, config: Any) -> None:
             f"persona_grad=none: {config.model_type} has layers with a state of another kind than keys and values "
             f"({other[0]}), which cannot be read without being changed. Use --persona_grad full."
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
-    if any(kind in LENGTH_DEPENDENT_ROPE for kind in kinds):
-        raise UserError(
-            f"persona_grad=none: the position encoding of {config.model_type} (rope_type {kinds[0]}) depends on the "
-            "length of the sequence, so a prefix in chunks would be encoded differently. Use --persona_grad full."
-        )
     if any(part.is_prompt_learning for part in getattr(model, "peft_config", {}).values()):
         raise UserError("persona_grad=none: prefix tuning puts a cache of its own before the prompt. Use LoRA.")
-
-
-@torch.no_grad()
-def _self_check(model: Any) -> None:
-    """Hidden states behind a prefix against those of the whole sequence, on a few tokens."""
-    ids, weight = probe_ids(model), model.get_input_embeddings().weight
-    call = {"rows": torch.arange(PROBE_PREFIX, PROBE_TOKENS, device=ids.device)}
-    prefix = torch.tensor([[PROBE_PREFIX, PROBE_TOKENS]], device=ids.device)
-    with evaluating(model), attention_of_any_device(model):
-        whole = model(input_ids=ids, perce=call).double()
-        difference = (model(input_ids=ids, perce=call | {"prefix": prefix}).double() - whole).abs().max()
-    difference = (difference / whole.abs().max()).item()
-    low = weight.dtype in (torch.bfloat16, torch.float16)
-    if not difference <= (SELF_CHECK_TOLERANCE_LOW_PRECISION if low else SELF_CHECK_TOLERANCE):
-        raise UserError(
-            f"persona_grad=none: hidden states of {type(model).__name__} ({model.config.model_type}) behind a cached "
-            f"prefix differ from those of the whole sequence by {difference:.2g} of the largest. Use --persona_grad "
-            "full."
-        )

@@ -22,7 +22,7 @@ from perce.config.schema import MemoryConfig
 from perce.config.step import StepConfig
 from perce.data.documents import short_windows
 from perce.errors import UserError
-from perce.model.head import logit_transform
+from perce.model.head import logit_transforms
 from perce.model.probe import unwrapped
 from perce.planning.rehearsal import Setup, StepShape, build, decoder_layers, layer_kinds, rehearse_depth
 from perce_kernels import chunked
@@ -188,7 +188,7 @@ def loss_buffers(config: Any, setup: Setup, shape: StepShape, counts: Counts, de
     if backend == "reference":  # its tensors are plain PyTorch's
         return 0
     n, d, v = shape.rows, counts.hidden, counts.vocabulary
-    softcap = logit_transform(config).softcap is not None
+    softcap = logit_transforms(config)[0].softcap is not None
     passes = 1 + shape.objective.fused
     if backend == "triton" or (backend == "auto" and device == "cuda"):
         return _gpu_loss_buffers(n, d, v, 2 if setup.low_precision else 4, passes, counts)

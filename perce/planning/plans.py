@@ -14,7 +14,7 @@ from perce.config.step import StepConfig
 from perce.errors import UserError
 from perce.hub import read_config, stated
 from perce.model.loading import bf16_is_sound, check_backend
-from perce.model.memory import position_limit
+from perce.model.positions import position_limit
 from perce.planning.flops import Flops, count_flops, matmul_rate
 from perce.planning.memory import Counts, PeakMemory, count, peak_memory
 from perce.planning.rehearsal import Setup

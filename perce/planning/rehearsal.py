@@ -29,7 +29,7 @@ from transformers import masking_utils
 import perce_kernels.loss
 from perce.config.schema import MemoryConfig, ModelConfig
 from perce.errors import UserError, first_line, in_one_line
-from perce.model.head import answer, logit_transform
+from perce.model.head import answer, logit_transforms
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
 from perce.model.patch import decoder_of
@@ -222,8 +222,9 @@ def _give_storage(model: nn.Module) -> Iterator[Tensor]:
 def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     """One forward and backward as PerceTrainer makes them, its phases marked."""
     base = unwrapped(model)
-    decoder, layers = decoder_of(base), decoder_layers(base, base.config.get_text_config().num_hidden_layers)
-    transform, head = logit_transform(base.config), base.get_output_embeddings()
+    decoder, head = decoder_of(base), base.get_output_embeddings()
+    layers = decoder_layers(base, base.config.get_text_config().num_hidden_layers)
+    transform = logit_transforms(base.config)[0]
     rows = torch.zeros(shape.rows, dtype=torch.int64)
 
     def autocast() -> Any:  # one a pass, as Accelerate's wrapper: its casts of the weights live as long

@@ -119,11 +119,18 @@ class PerceArguments(TrainingArguments):
                 "packing with persona_grad=none: behind a cached prefix each sequence runs by itself, so there is "
                 "nothing to pack. Leave one of them out."
             )
+        if self.neftune_noise_alpha and self.loss.contrasts_in_a_step:
+            raise UserError(
+                "neftune_noise_alpha: noise in the embeddings acts in the factual pass and not in the counterfactual "
+                "one, and would bias every PIR. Leave it out, or use --estimate epoch or frozen, whose weights are "
+                "estimated without noise."
+            )
         # Patched in when training begins, Liger's own loss would replace the forward that holds ours, and its MLPs our
         # tiles; its other kernels are welcome.
         off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)
         self.liger_kernel_config = (self.liger_kernel_config or {}) | dict.fromkeys(off, False)
         super().__post_init__()
+        _settle_checkpointing(self)
         _check_optimizer(self)
         _settle_loaders(self)
         require(self.deepspeed != {}, "deepspeed", "a configuration of DeepSpeed", self.deepspeed)
@@ -196,6 +203,16 @@ def _check_values(args: PerceArguments) -> None:
         as_json = isinstance(value, str) and value.startswith("{")
         require(value is None or as_json or isinstance(value, Mapping), name, "a mapping, or one as JSON", value)
     require("tpu_metrics_debug" not in str(args.debug), "debug", "no metrics of a TPU", args.debug)
+
+
+def _settle_checkpointing(args: PerceArguments) -> None:
+    """Without reentrant backward passes: under those what a layer tells beside its output has no gradient, and neither
+    has a layer whose inputs have none, as behind frozen embeddings."""
+    if not getattr(args, CHECKPOINTING):
+        return
+    options = {"use_reentrant": False} | dict(getattr(args, f"{CHECKPOINTING}_kwargs") or {})
+    require(options["use_reentrant"] is False, f"{CHECKPOINTING}_kwargs", "use_reentrant: false", options)
+    setattr(args, f"{CHECKPOINTING}_kwargs", options)
 
 
 def _settle_loaders(args: PerceArguments) -> None:

@@ -1,13 +1,14 @@
 """What PerceTrainer refuses or warns of on construction: what would fail later, on a GPU, or in silence."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -21,10 +22,10 @@ from perce.data.stream import PairStream
 from perce.errors import UserError
 from perce.hub import stated
 from perce.model.loading import adapters_unused, in_short
-from perce.model.memory import CHECKPOINTING, position_limit
+from perce.model.memory import CHECKPOINTING
+from perce.model.positions import is_dynamic, needs_long_factors, position_limit, switch_length
 from perce.model.reach import without_gradient
 from perce.training.arguments import PerceArguments
-from perce.training.parallel import shards_weights
 
 # A mask or scores of T × T up to here are slow and no more; beyond, they are what memory ends at.
 SQUARE_BYTES = 2**32
@@ -39,6 +40,12 @@ def warn_of_dropout(model: nn.Module) -> None:
             "PIR is a little too low. Leave it at 0, or use --estimate epoch or frozen, which have none then.",
             stacklevel=3,
         )
+
+
+def weights_are_here(model: nn.Module) -> bool:
+    """Whether the model can be tried out before training: FSDP and DeepSpeed may load or cut its weights later."""
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    return not (weight.is_meta or isinstance(weight, DTensor) or is_deepspeed_zero3_enabled())
 
 
 def check_hooks(kwargs: Mapping[str, Any]) -> None:
@@ -158,9 +165,7 @@ def check_gradients(trainer: Trainer) -> None:
     model, args = trainer.model, trainer.args
     adapted = hasattr(model, "peft_config")
     waiting = args.world_size > 1 and not args.ddp_find_unused_parameters
-    if trainer.train_dataset is None or shards_weights(args) or not (adapted or waiting):
-        return
-    names = without_gradient(model)
+    names = without_gradient(model) if adapted or waiting else []
     if adapted and names:
         layers = (name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names)
         raise UserError(adapters_unused(list(dict.fromkeys(layers))))
@@ -178,20 +183,34 @@ def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, ma
         documents = isinstance(dataset.source.builder, DocumentBuilder)
     if memory.persona_grad == "none" and documents:
         raise UserError(f"{name}: persona_grad=none needs rows with a persona, and these are documents. Use full.")
-    longest = _longest(dataset, max_length)
+    longest = longest_sequence(dataset, max_length)
     limit = position_limit(config)
     if limit is not None and longest > limit:
+        beyond = " and its encoding of longer sequences (rope_type dynamic) follows the longest of a batch"
         raise UserError(
             f"{name}: sequences of up to {longest} tokens, and the model has {limit} positions "
-            f"(max_position_embeddings). Use --max_length {limit} or less, which drops persona entries, or a model "
-            "with a longer context."
+            f"(max_position_embeddings){beyond if is_dynamic(config) else ''}. Use --max_length {limit} or less, which "
+            "drops persona entries, or a model with a longer context."
         )
     if memory.persona_grad == "full":
         _check_square(longest, name, config)
 
 
-def _longest(dataset: Any, max_length: int) -> int:
+def check_factors(check: Callable[..., None], config: Any, max_length: int, dataset: Any, name: str) -> None:
+    """`check`, and UserError for sequences beyond the switch of longrope in a run whose forwards take short factors."""
+    check(dataset, name)
+    if needs_long_factors(config, longest := longest_sequence(dataset, max_length)):
+        raise UserError(
+            f"{name}: sequences of up to {longest} tokens, and beyond {switch_length(config)} the position encoding of "
+            f"{config.model_type} (rope_type longrope) has other factors than those that the trainer's own datasets "
+            "have settled. Give it to a trainer when that is made, or use shorter sequences."
+        )
+
+
+def longest_sequence(dataset: Any, max_length: int) -> int:
     """Tokens of the longest sequence, of a stream as many as it may have; 0 where that is not known."""
+    if isinstance(dataset, Mapping):
+        return max((longest_sequence(part, max_length) for part in dataset.values()), default=0)
     if isinstance(dataset, Dataset | list):
         return max(sequence_lengths(dataset), default=0)
     return max_length if isinstance(dataset, IterableDataset | PairStream) else 0

@@ -18,6 +18,7 @@ from perce.environment import in_one_move
 from perce.errors import first_line
 from perce.measuring.scores import scored_tokens
 from perce.model.passes import TokenStatistics
+from perce.model.positions import needs_long_factors, switch_length
 from perce.model.reach import beside_text
 from perce.report.curves import write_curves
 from perce.report.heatmap import ScoredResponse, write_html
@@ -25,6 +26,7 @@ from perce.report.terminal import facts, show, table
 from perce.training.arguments import PerceArguments
 from perce.training.best import is_evaluated, kept_step, kept_weights
 from perce.training.checkpoints import disk_errors
+from perce.training.checks import longest_sequence
 from perce.training.divergence import check_logged
 from perce.training.meters import peak_memory_mib
 from perce.training.trainer import PerceTrainer
@@ -170,6 +172,12 @@ def describe_run(config: TrainOptions, model: nn.Module, args: TrainingArguments
     )
     for note in pairs.notes:
         print(f"       {note}")
+    longest = longest_sequence({"train": pairs.train, "validation": pairs.validation}, config.data.max_length)
+    if needs_long_factors(model.config, longest):
+        print(
+            f"       sequences of up to {longest:,} tokens, beyond {switch_length(model.config):,}: the position "
+            "encoding (longrope) takes its long factors for all of them, the short ones too"
+        )
     tokens = config.run.tokens_per_batch
     forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
     print(

@@ -25,11 +25,13 @@ from perce.data.dataset import rows_dataset_pairs
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.loading import add_adapter
-from perce.model.memory import prepare_memory
+from perce.model.memory import CHECKPOINTING, prepare_memory
 from perce.model.passes import TokenStatistics, counterfactual_hidden, factual, measured, token_statistics
 from perce.model.patch import prepare_model
+from perce.model.positions import needs_long_factors, take_long_factors
 from perce.model.probe import check_packing, evaluating
 from perce.model.reach import freeze_beside_text
+from perce.model.trial import Manner, check_step
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
 from perce.training.best import EarlyStopping, check_metric
@@ -37,11 +39,14 @@ from perce.training.checks import (
     check_arguments,
     check_context,
     check_dataset,
+    check_factors,
     check_gradients,
     check_hooks,
     check_sharding,
     check_vocabulary,
+    longest_sequence,
     warn_of_dropout,
+    weights_are_here,
 )  # fmt: skip
 from perce.training.estimates import Estimates, check_estimable, estimate, over_step
 from perce.training.loader import own_train_loader
@@ -93,6 +98,7 @@ class PerceTrainer(ResumableTrainer):
         elif not hasattr(prepared, "peft_config"):  # an adapter that no text reaches is a mistake
             freeze_beside_text(prepared)
         self._tokenizer = tokenizer
+        self._detach_persona = args.memory.persona_grad == "none"
         self._options = args.data, args.loss
         # As loaded: once DeepSpeed has partitioned the weights, they do not tell.
         self._vocabulary = prepared.get_input_embeddings().weight.shape[0]
@@ -103,13 +109,16 @@ class PerceTrainer(ResumableTrainer):
             "train_dataset": self._checked_pairs(train_dataset, "train_dataset"),
             "eval_dataset": self._checked_pairs(eval_dataset, "eval_dataset"),
         }
+        if needs_long_factors(prepared.config, longest_sequence(datasets, args.data.max_length)):
+            take_long_factors(prepared)
+        else:  # later datasets cannot change that
+            self._check_context = partial(check_factors, self._check_context, prepared.config, args.data.max_length)
         pad_id = getattr(tokenizer, "pad_token_id", None) or 0
         kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id, packing=args.packing))
         served = copy.deepcopy(tokenizer)  # what is saved; the caller's stays as it is
         super().__init__(model=prepared, args=args, processing_class=served, **datasets, **kwargs)
         serve_as_trained(prepared, served, self.train_dataset, args.data)
         check_sharding(self, args.memory)
-        check_gradients(self)
         prepare_memory(self.model, args.memory)
         if args.packing:
             # Where its weights are now: those that FSDP or DeepSpeed place later cannot be tried, and are refused. The
@@ -117,10 +126,12 @@ class PerceTrainer(ResumableTrainer):
             device = next(prepared.parameters()).device.type
             with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                 check_packing(self.model, device)
+        if train_dataset is not None and weights_are_here(prepared):
+            check_gradients(self)
+            check_step(self.model, self._manner())
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.estimation_clock = Clock(self.args.device)
-        self._detach_persona = args.memory.persona_grad == "none"
         self.estimates: Estimates | None = None  # None: weights are estimated online
         self._over_step: list[
             Measured
@@ -134,8 +145,16 @@ class PerceTrainer(ResumableTrainer):
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
         self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
-        if args.loss.estimate == "online" and args.loss.entry.fused:
+        if args.loss.contrasts_in_a_step:
             warn_of_dropout(prepared)
+
+    def _manner(self) -> Manner:
+        """How training will make its steps."""
+        args = self.args
+        checkpointing = getattr(args, f"{CHECKPOINTING}_kwargs") if getattr(args, CHECKPOINTING) else None
+        return Manner(
+            cast(Any, self.data_collator), checkpointing, self._detach_persona, tiles=bool(args.memory.mlp_tile)
+        )
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

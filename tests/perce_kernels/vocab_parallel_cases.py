@@ -269,6 +269,30 @@ def opcheck(backend: str) -> None:
     )
 
 
+@for_both("forward-mode AD and transforms", slow=("triton",))
+def forward_mode_ad_and_transforms(backend: str) -> None:
+    """Refused on every rank before the ranks talk; a batch of targets is a loop, the same on all of them."""
+    shards, inputs = Shards("three uneven"), inputs_for("three uneven")
+    mine = shards.shard(inputs).kwargs() | shards.arguments | {"backend": backend}
+
+    def run(**changed) -> torch.Tensor:
+        return fused_perce_loss(**mine | changed)
+
+    hidden = inputs.hidden
+    for ask in (
+        lambda: torch.func.jvp(lambda x: run(hidden=x), (hidden,), (hidden,)),
+        lambda: torch.func.grad(lambda x: run(hidden=x))(hidden),
+        lambda: torch.vmap(lambda x: run(hidden=x))(hidden[None]),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"not supported by the fused op; use backend='reference' \(which takes no"
+        ):
+            ask()
+    targets = torch.stack([inputs.target, inputs.target.roll(1)])
+    expected = torch.stack([run(target=target) for target in targets])
+    torch.testing.assert_close(torch.vmap(lambda target: run(target=target))(targets), expected)
+
+
 @for_both("torch.compile without a graph break", slow=("triton",))
 def torch_compile_without_a_graph_break(backend: str) -> None:
     torch.compiler.reset()

@@ -6,11 +6,14 @@ from transformers import AutoModelForCausalLM
 
 from perce import MemoryConfig, UserError, disable_dropout
 from perce.data.batch import collate
+from perce.evaluate import main as evaluate
 from perce.model.patch import prepare_model
 from perce.model.positions import position_limit
+from perce.score import main as score
+from perce.train import main as train
 from tests.helpers.architectures import tiny_config
 from tests.helpers.models import perce_forward
-from tests.helpers.tiny import demo_pairs, tiny_model
+from tests.helpers.tiny import demo_pairs, read_jsonl, tiny_model, tiny_tokenizer
 from tests.helpers.trainers import arguments, trainer_for
 
 PAIRS = sorted(demo_pairs(8), key=lambda pair: len(pair["input_ids"]))
@@ -78,6 +81,54 @@ def test_a_cached_persona_has_the_same_factors(tmp_path):
     two.model.load_state_dict(one.model.state_dict())
     losses = [trainer.evaluate(PAIRS[:2])["eval_loss"] for trainer in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model with a switch in the middle of the built-in examples."""
+    directory = tmp_path_factory.mktemp("longrope")
+    longrope().save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_scores_do_not_depend_on_the_batch(saved, tmp_path):
+    records = []
+    for size in (1, 8):
+        file = tmp_path / f"{size}.jsonl"
+        assert score(["--model", str(saved), "--jsonl", str(file), "--limit", "8", "--batch_size", str(size)]) == 0
+        records.append(read_jsonl(file))
+    lengths = [len(record["prompt_ids"]) + len(record["response_ids"]) for record in records[0]]
+    assert min(lengths) < SWITCH < max(lengths)
+    for one, other in zip(*records, strict=True):
+        assert one["pir"] == pytest.approx(other["pir"], abs=1e-4)
+
+
+def test_evaluations_do_not_depend_on_the_batch(saved, tmp_path):
+    losses = []
+    for size in (1, 8):
+        file = tmp_path / f"{size}.json"
+        options = ["--limit", "8", "--batch_size", str(size), "--max_new_tokens", "2", "--output", str(file)]
+        assert evaluate(["--model", str(saved), *options]) == 0
+        records = read_jsonl(file.with_suffix(".jsonl"))
+        losses.append([[record[name] for name in ("loss", "loss_without", "loss_swapped")] for record in records])
+    for one, other in zip(*losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("command", [score, evaluate])
+def test_questions_beyond_what_dynamic_encodings_have(tmp_path, capsys, command):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    tiny_model(rope_parameters=rope, max_position_embeddings=SWITCH).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert command(["--model", str(tmp_path), "--limit", "8"]) == 2
+    assert "rope_type dynamic) follows the longest sequence of a batch" in capsys.readouterr().err
+
+
+def test_a_run_says_that_short_sequences_have_long_factors(saved, tmp_path, capsys):
+    flags = ["--model", str(saved), "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--precision", "fp32"]
+    assert train([*flags, "--eval_examples", "2", "--report_examples", "1"]) == 0
+    assert f"beyond {SWITCH}: the position encoding (longrope) takes its long factors" in capsys.readouterr().out
 
 
 def test_an_encoding_that_follows_every_length_has_no_longer_sequences(tmp_path):

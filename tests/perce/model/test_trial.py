@@ -1,4 +1,4 @@
-"""One step in the run's own manner against the model's own logits: what is wrong only there is found before training."""
+"""A step in the run's own manner against the model's own logits: what is wrong only there is found before training."""
 
 import pytest
 import torch

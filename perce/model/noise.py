@@ -1,0 +1,49 @@
+"""Noise of training mode: in one of the two passes alone it would bias every PIR."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from perce.errors import UserError
+from perce.hub import noisy_fields
+
+
+def check_noise(model: nn.Module) -> None:
+    """UserError for a base model that computes something else in training mode. Adapters may have dropout: see
+    training/checks.py; noise under names that are not known here is found by training/rehearsal.py."""
+    for place, name, value in noise_of(model):
+        raise UserError(
+            f"{type(model).__name__}: {name}={value:g} in {place or 'the model'} would act in the factual pass and not "
+            f"in the counterfactual one, and bias every PIR. {REMEDY}"
+        )
+
+
+REMEDY = "Call perce.disable_dropout(model) before, or give the model by its path, which does that."
+
+
+def noise_of(model: nn.Module) -> Iterator[tuple[str, str, float]]:
+    """(module, attribute, value) of what is random in training mode, adapters aside."""
+    adapters = {id(part) for layer in model.modules() if hasattr(layer, "base_layer") for part in _beside_base(layer)}
+    for place, module in model.named_modules():
+        if id(module) not in adapters:
+            yield from ((place, *field) for field in noisy_fields(module).items())
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                yield place, "p", module.p
+
+
+def _beside_base(layer: Any) -> set[nn.Module]:
+    return set(layer.modules()) - set(layer.base_layer.modules())
+
+
+def disable_dropout(model: nn.Module) -> nn.Module:
+    """Set dropout, layer drop and router jitter of a loaded model to 0, in place, in its config too; adapters keep
+    theirs."""
+    for place, name, _ in list(noise_of(model)):
+        setattr(model.get_submodule(place), name, 0.0)
+    configs = (getattr(module, "config", None) for module in model.modules())
+    for config in {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}.values():
+        for name in noisy_fields(config):
+            setattr(config, name, 0.0)
+    return model

@@ -1,0 +1,92 @@
+"""Positions: how many a model has, and encodings whose frequencies follow the length of a forward.
+
+dynamic NTK   frequencies change with every length beyond max_position_embeddings: no longer sequences are taken
+longrope      one set of factors for forwards up to a length (the switch), another for longer ones: a run takes one of
+              them for all its forwards, or the passes of one example, and the batches it is in, would differ
+"""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perce.errors import UserError
+from perce.model.patch import forward_of
+from perce.model.probe import unwrapped
+
+
+def _ropes(config: Any) -> Iterator[dict[str, Any]]:
+    """The parameters of each rotary encoding: a config has one, or one for each kind of layer."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    yield from (part for part in (rope, *rope.values()) if isinstance(part, dict) and part.get("rope_type"))
+
+
+def is_dynamic(config: Any) -> bool:
+    return any("dynamic" in rope["rope_type"] for rope in _ropes(config))
+
+
+def position_limit(config: Any) -> int | None:
+    """Tokens that the model has positions for; None: not said. Rotary encodings may be stretched by a factor."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    for rope in () if is_dynamic(config) else _ropes(config):
+        if limit and rope.get("factor") and rope.get("original_max_position_embeddings"):
+            limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return limit
+
+
+def switch_length(config: Any) -> int | None:
+    """Tokens beyond which a forward takes longrope's long factors; None where there is no such switch."""
+    text = config.get_text_config()
+    lengths = [
+        rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        for rope in _ropes(config) if rope["rope_type"] == "longrope"
+    ]  # fmt: skip
+    return min(filter(None, lengths), default=None)
+
+
+def needs_long_factors(config: Any, longest: int) -> bool:
+    """Whether a sequence of so many tokens is beyond the switch."""
+    switch = switch_length(config)
+    return switch is not None and longest > switch
+
+
+def settle_lengths(model: Any, longest: Callable[[], int]) -> None:
+    """For a model that is asked, not trained, about sequences of up to so many tokens, replies included: UserError
+    beyond what dynamic NTK has, and longrope's long factors where one needs these. Called for such models alone."""
+    config, limit = unwrapped(model).config, None
+    if is_dynamic(config) and (limit := position_limit(config)) and (length := longest()) > limit:
+        raise UserError(
+            f"sequences of up to {length} tokens, and beyond {limit} (max_position_embeddings) the position encoding "
+            f"of {config.model_type} (rope_type dynamic) follows the longest sequence of a batch. Use --max_length "
+            f"{limit} or less, together with what replies may take."
+        )
+    if switch_length(config) is not None and needs_long_factors(config, longest()):
+        take_long_factors(model)
+
+
+def take_long_factors(model: nn.Module) -> None:
+    """Let every forward of the model, however short, take the long factors, in place."""
+    for module in model.modules():
+        kinds: Any = getattr(module, "rope_type", None)
+        if "longrope" in (kinds.values() if isinstance(kinds, dict) else (kinds,)):
+            switch = switch_length(module.config)
+            assert switch is not None
+            _see_beyond(module, switch)
+
+
+def _see_beyond(rotary: Any, position: int) -> None:
+    """Show a rotary encoding a position more in every forward, which is beyond the switch, and drop what it makes of
+    it: the factors are chosen by the largest position."""
+    own = forward_of(rotary)
+
+    @functools.wraps(own)
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        beyond = torch.full_like(position_ids[..., :1], position)
+        encoded = own(self, x, torch.cat([position_ids, beyond], dim=-1), *args, **kwargs)
+        return tuple(part[..., :-1, :] for part in encoded)
+
+    rotary.forward = types.MethodType(forward, rotary)

@@ -1,0 +1,194 @@
+"""Every causal language model that transformers knows, tiny, through PerceTrainer: right to 1e-4, or refused.
+
+`python -m tests.helpers.sweep` writes docs/reference/architectures.md. What is right is a training step of a padded
+batch of two whose loss and gradients are those of PerCE's formula on the model's own logits, one sequence at a time.
+"""
+
+import contextlib
+import copy
+import sys
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from perce import MemoryConfig, UserError
+from perce.config.schema import ModelConfig
+from perce.model.loading import add_adapter, lora_config
+from perce.model.memory import CHECKPOINTING
+from perce.model.patch import prepare_model
+from perce.model.prefill import CACHE_ARGUMENT
+from tests.helpers import ROOT
+from tests.helpers.architectures import CANNOT_BUILD, NAMES, VOCAB, tiny
+from tests.helpers.trainers import LOSS, arguments, plain_loss, plain_statistics, trainer_for
+
+TABLE = ROOT / "docs" / "reference" / "architectures.md"
+RIGHT = 1e-4  # of a loss, and of a gradient in parts of its norm
+LEARNING_RATE = 0.0  # a step changes nothing: one model serves for all
+TILE = 16
+
+
+def _pair(length: int, persona: tuple[int, int], response: int, seed: int) -> dict:
+    ids = torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {"input_ids": ids, "persona_span": persona, "response_length": response, "personal": [False] * response}
+
+
+PAIRS = [_pair(61, (5, 32), 14, 1), _pair(45, (3, 20), 9, 2)]  # beyond every window of a tiny model
+NONE = MemoryConfig(persona_grad="none")
+MODES: dict[str, dict] = {
+    "step": {},
+    "checkpointing": {CHECKPOINTING: True},
+    "persona_grad none": {"memory": NONE},
+    "none and checkpointing": {"memory": NONE, CHECKPOINTING: True},
+    "mlp_tile": {"memory": MemoryConfig(mlp_tile=TILE), CHECKPOINTING: True},
+}
+
+
+def outcomes(name: str) -> dict[str, str]:
+    """For each column of the table "right", or the paragraph that refuses; AssertionError for whatever is neither."""
+    if name in CANNOT_BUILD:
+        return {"step": CANNOT_BUILD[name]}
+    model, found = tiny(name), {}
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as directory:
+        warnings.simplefilter("ignore")
+        for mode, options in MODES.items():
+            found[mode] = _outcome(lambda options=options: _steps_right(copy.deepcopy(model), directory, options))
+            if mode == "step" and found[mode] != "right":
+                return found
+        found["LoRA"] = _outcome(lambda: _steps_right(_adapted(model), directory, {}))
+        found["saved"] = _outcome(lambda: _comes_back(copy.deepcopy(model), directory))
+    return found
+
+
+def _outcome(run: Callable[[], None]) -> str:
+    try:
+        run()
+    except UserError as error:
+        assert "\n" not in str(error), f"not one paragraph: {error}"
+        return str(error)
+    return "right"
+
+
+def _steps_right(model, directory, options) -> None:
+    args = arguments(directory, per_device_train_batch_size=2, learning_rate=LEARNING_RATE, **options)
+    trainer = trainer_for(model, args, pairs=PAIRS)
+    if options.get(CHECKPOINTING):
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    batch = trainer.data_collator(PAIRS)
+    loss = trainer.training_step(trainer.model, batch, torch.tensor(batch["target"].numel()))
+    actual = _gradients(trainer.model)
+
+    trainer.model.eval()
+    detached = options.get("memory") == NONE
+    expected_loss = _detached_loss(trainer.model) if detached else plain_loss(trainer.model, PAIRS, LOSS)
+    expected_loss.backward()
+    expected = _gradients(trainer.model)
+    assert abs(loss.item() - expected_loss.item()) <= RIGHT * max(1.0, abs(expected_loss.item())), (loss, expected_loss)
+    missing = expected.keys() ^ actual.keys()
+    assert all((actual | expected)[name].abs().max() == 0 for name in missing), f"without a gradient: {missing}"
+    wrong = torch.stack([(actual[name] - expected[name]).norm() for name in expected.keys() & actual.keys()]).norm()
+    size = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert wrong <= RIGHT * size, f"gradients are off by {wrong / size:.2g} of their norm"
+
+
+def _gradients(model) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _detached_loss(model) -> torch.Tensor:
+    """plain_loss with the persona's keys and values cut off, by the model's own cache."""
+    total, count = torch.zeros(()), 0
+    for pair in PAIRS:
+        ids, n, (_, end) = torch.tensor([pair["input_ids"]]), pair["response_length"], pair["persona_span"]
+        cache = transformers.DynamicCache(config=model.config)
+        model(input_ids=ids[:, :end], use_cache=True, **{CACHE_ARGUMENT: cache})
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        logits = model(input_ids=ids[:, end:-1], use_cache=True, **{CACHE_ARGUMENT: cache}).logits[0, -n:]
+        logp = logits.log_softmax(-1).gather(1, ids[0, -n:, None])[:, 0]
+        with torch.no_grad():
+            _, logp_cf, _ = plain_statistics(model, pair)
+        total, count = total - (LOSS.weighting.weight(logp.detach() - logp_cf) * logp).sum(), count + n
+    return total / count
+
+
+def _adapted(model):
+    """Under the default adapter, of which both halves are drawn: one begins at zero."""
+    torch.manual_seed(1)
+    model = add_adapter(prepare_model(copy.deepcopy(model)), lora_config(ModelConfig(lora_r=4)))
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert adapters, "nothing is adapted"
+    for parameter in adapters:
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def _comes_back(model, directory) -> None:
+    """Saved by the trainer and loaded again, it computes the same, and generates."""
+    trainer = trainer_for(model, arguments(directory, learning_rate=LEARNING_RATE), pairs=PAIRS)
+    trainer.save_model(directory)
+    ids = torch.tensor([PAIRS[0]["input_ids"]])
+    again = AutoModelForCausalLM.from_pretrained(directory).eval()
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
+        reply = trainer.model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert reply.shape[1] > ids.shape[1]
+
+
+COLUMNS = [*MODES, "LoRA", "saved"]
+
+
+def row(name: str, found: dict[str, str]) -> str:
+    return f"| {name} | " + " | ".join({"right": "yes"}.get(found.get(column, ""), "no") for column in COLUMNS) + " |"
+
+
+def page(found: dict[str, dict[str, str]]) -> str:
+    """docs/reference/architectures.md"""
+    reasons = defaultdict(list)
+    for name, of_columns in found.items():
+        for reason in dict.fromkeys(of_columns.values()):
+            if reason != "right":
+                reasons[name].append(reason)
+    trained = sum(of_columns["step"] == "right" for of_columns in found.values())
+    return "\n".join(
+        [
+            "# Architectures", "",
+            f"Of the {len(found)} causal language models of transformers {transformers.__version__}, {trained} train "
+            "right to 1e-4, tiny and with random weights; the others are refused with a reason. Written by `python -m "
+            "tests.helpers.sweep`; a slow test compares.", "",
+            "*step*: loss and gradients of a padded batch of two, all weights, in training mode, against PerCE's "
+            "formula on the model's own logits of one sequence at a time. *none*: persona_grad none, against the "
+            "model's own cache, detached. *LoRA*: the default adapter. *saved*: saved, loaded again with the same "
+            "logits, and asked for a reply.", "",
+            f"| model_type | {' | '.join(COLUMNS)} |", "| --- |" + " --- |" * len(COLUMNS),
+            *(row(name, of_columns) for name, of_columns in found.items()), "",
+            "## Why not", "",
+            *(f"- **{name}**: {' / '.join(of_name)}" for name, of_name in reasons.items()), "",
+        ]
+    )  # fmt: skip
+
+
+def main(names: list[str]) -> None:
+    found = {}
+    for name in names or NAMES:
+        try:
+            found[name] = outcomes(name)
+            print(row(name, found[name]), flush=True)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    if not names:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(page(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main(sys.argv[1:])
