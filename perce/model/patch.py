@@ -69,9 +69,10 @@ def patched_head(model: Any) -> Any:
 
 def _check_head(model: Any, head: Any) -> None:
     if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        kind = f" ({head.weight.dtype})" if isinstance(head, nn.Linear) else ""
         raise UserError(
             f"{type(model).__name__}: expected a floating-point linear output embedding, got {type(head).__name__}"
-            f"{f' ({head.weight.dtype})' if isinstance(head, nn.Linear) else ''}. Quantised or custom heads are not supported."
+            f"{kind}. Quantised or custom heads are not supported."
         )
 
 
