@@ -15,9 +15,22 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = from_pretrained(AutoTokenizer, path)
-    if not tokenizer.is_fast:
-        raise UserError(f"--model {path}: a fast tokenizer is needed (tokenizer.json), and this one has none.")
+    check_tokenizer(tokenizer, f"--model {path}")
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, name: str) -> None:
+    """UserError for a tokenizer that does not tell which characters a token is of: one written in Python, that of
+    mistral-common, or a processor."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        return
+    remedy = "Give a directory with a tokenizer.json, or another model."
+    if hasattr(tokenizer, "image_processor") or hasattr(tokenizer, "feature_extractor"):
+        remedy = "Give its tokenizer: processor.tokenizer."
+    raise UserError(
+        f"{name}: expected a fast tokenizer, which tells where in a text each token stands, got "
+        f"{type(tokenizer).__name__}. {remedy}"
+    )
 
 
 def from_anywhere(path: str) -> str:
@@ -90,6 +103,16 @@ def read_config(path: str) -> Any:
     config = from_pretrained(AutoConfig, path)
     switch_off(config)
     return config
+
+
+def stated(config: Any, name: str) -> Any:
+    """What a model's config says under a name; None where it has no such field, or one for each layer.
+
+    Recurrent models have no attention heads, and where layers differ transformers refuses to name one value for all."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 def load_pretrained(path: str, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from typing import Any
 from perce.data.formats import Turn
 from perce.data.prompt import CONVERSATION_START, PERSONA_FOOTERS, PLAIN_CHAT_TEMPLATE, PromptStyle, system_text
 from perce.errors import UserError, first_line
+from perce.hub import check_tokenizer
 
 # Stand-ins for the persona and the reply, and marks in texts: private-use characters, which no template strips and no
 # real text contains.
@@ -81,8 +82,8 @@ class ChatFormat:
         allow_control: strings of the data that spell control tokens become these.
 
     Raises:
-        UserError: a template that does not render a plain conversation, or whose generation prompt is not how its
-            finished replies begin; a tokenizer without an end of turn.
+        UserError: a tokenizer that is not fast, or has no end of turn; a template that does not render a plain
+            conversation, or whose generation prompt is not how its finished replies begin.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class ChatFormat:
         style: PromptStyle | None = None,
         allow_control: bool = False,
     ):
+        check_tokenizer(tokenizer, "tokenizer")
         self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
         self.style = style or PromptStyle.saved_with(tokenizer)
         self.chat_template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE

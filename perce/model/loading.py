@@ -1,6 +1,8 @@
 """A model ready to be trained: precision, attention, LoRA, 4-bit bases, and PerCE installed."""
 
+import copy
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,14 @@ import torch
 
 from perce.config.schema import MERGED, ModelConfig
 from perce.environment import let_umask_decide
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 from perce.hub import from_anywhere, load_pretrained, read_config
 from perce.model.patch import check_head_unwrapped, prepare_model
+from perce.model.probe import unwrapped
+from perce.model.reach import freeze_beside_text, linear_layers, unused_layers
 from perce_kernels.backends import resolve_backend
+
+NAMED = 4  # of the layers that an error is about
 
 
 def bf16_is_sound(device: str) -> bool:
@@ -62,6 +68,7 @@ def load_model(path: str, config: ModelConfig, device: str) -> Any:
         raise UserError("A 4-bit base cannot be trained itself: add --lora_r 16.")
     prepare_model(model)
     if not config.lora_r:
+        freeze_beside_text(model)
         return model
     if method is not None:
         from peft import prepare_model_for_kbit_training
@@ -71,7 +78,7 @@ def load_model(path: str, config: ModelConfig, device: str) -> Any:
 
 
 def lora_config(config: ModelConfig) -> Any:
-    """The adapter that --lora_r asks for, on every linear layer but the output embedding."""
+    """The adapter that --lora_r asks for, on every linear layer of the text but the output embedding and routers."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -81,12 +88,29 @@ def lora_config(config: ModelConfig) -> Any:
 
 
 def add_adapter(model: Any, peft_config: Any) -> Any:
-    """The model under a PEFT adapter; UserError if that would wrap the output embedding or lengthen the sequence."""
+    """The model under a PEFT adapter, whose "all-linear" are the layers of `linear_layers`; UserError for what PEFT
+    refuses, and for one that would wrap the output embedding, lengthen the sequence, or sit where no text passes."""
     from peft import get_peft_model
     from peft.tuners import lora
 
-    wrapped = get_peft_model(model, peft_config)
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            "peft_config: the model has an adapter already. Leave peft_config out to train it on, or take it off first "
+            "(model = model.merge_and_unload(), or unload())."
+        )
+    peft_config, unused = copy.deepcopy(peft_config), unused_layers(model)
+    if str(getattr(peft_config, "target_modules", None)).lower() == "all-linear":
+        peft_config.target_modules = linear_layers(model, unused)
+    try:
+        wrapped = get_peft_model(model, peft_config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"peft_config: PEFT puts no such adapter on {type(model).__name__} ({in_one_line(error)}). Give a "
+            'peft_config with other target_modules ("all-linear" means those that can be adapted), or train all '
+            "weights (--lora_r 0)."
+        ) from error
     check_adapter(wrapped)
+    _check_used(wrapped, unused)
     for config in wrapped.peft_config.values():  # saved with it: a relative path would mean another base elsewhere
         if config.base_model_name_or_path:
             config.base_model_name_or_path = from_anywhere(config.base_model_name_or_path)
@@ -96,6 +120,28 @@ def add_adapter(model: Any, peft_config: Any) -> Any:
         if plain and all(isinstance(dropout, torch.nn.Identity) for dropout in layer.lora_dropout.values()):
             layer._cast_input_dtype = partial(_cast_unless_autocast, layer)
     return wrapped
+
+
+def _check_used(wrapped: Any, unused: set[str]) -> None:
+    """UserError for an adapter of a linear layer that a text does not run as one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name for name, layer in unwrapped(wrapped).named_modules() if isinstance(layer, BaseTunerLayer)}
+    if found := sorted(adapted & unused):
+        raise UserError(adapters_unused(found))
+
+
+def adapters_unused(names: Sequence[str]) -> str:
+    """What is said of adapters that could not be trained."""
+    return (
+        f"peft_config: adapters on {in_short(names)} would not be trained: a text does not pass through these layers, "
+        'or something other than their own forward reads them. Leave them out of target_modules; "all-linear" does.'
+    )
+
+
+def in_short(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
 
 
 def _cast_unless_autocast(layer: Any, x: Any, dtype: torch.dtype) -> Any:

@@ -41,11 +41,7 @@ CAUSALITY_TOLERANCE_LOW_PRECISION = 0.1
 def install_perce(model: Any) -> Any:
     """Patch model and head in place, before PEFT or any parallel wrapper; UserError if its logits are not ours."""
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
-        raise UserError(
-            f"{type(model).__name__}: expected a floating-point linear output embedding, got {type(head).__name__}"
-            f"{'' if head is None else f' ({head.weight.dtype})'}. Quantised or custom heads are not supported."
-        )
+    _check_head(model, head)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(
             f"{model.config.model_type}: PerCE needs a decoder-only causal model, and this one has an encoder."
@@ -53,8 +49,33 @@ def install_perce(model: Any) -> Any:
     check_noise(model)
     _patch_model(model)
     model.perce_logit_transform = _self_check(model, head)
-    _patch_head(head, model.perce_logit_transform)
+    model.perce_backend = "auto"
+    patched_head(model)
     return model
+
+
+def is_patched(module: Any) -> bool:
+    """Whether its forward is ours: a model that was pickled comes back with its own."""
+    return hasattr(getattr(module, "forward", None), "perce")
+
+
+def patched_head(model: Any) -> Any:
+    """The output embedding, patched: after resize_token_embeddings or set_output_embeddings it is another module."""
+    head = model.get_output_embeddings()
+    if not is_patched(head):
+        _check_head(model, head)
+        _patch_head(head, model.perce_logit_transform)
+        head.perce_backend = model.perce_backend
+    return head
+
+
+def _check_head(model: Any, head: Any) -> None:
+    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+        kind = f" ({head.weight.dtype})" if isinstance(head, nn.Linear) else ""
+        raise UserError(
+            f"{type(model).__name__}: expected a floating-point linear output embedding, got {type(head).__name__}"
+            f"{kind}. Quantised or custom heads are not supported."
+        )
 
 
 def decoder_of(model: Any) -> nn.Module:
@@ -84,8 +105,8 @@ def _patch_head(head: Any, transform: LogitTransform) -> None:
         own = {"lm_head": self.weight, "bias": self.bias, "backend": self.perce_backend}
         return answer(perce, hidden, **own, **vars(transform))
 
+    forward.perce = True  # type: ignore[attr-defined]
     head.forward = types.MethodType(forward, head)
-    head.perce_backend = "auto"
 
 
 def _patch_model(model: Any) -> None:
@@ -111,9 +132,10 @@ def _patch_model(model: Any) -> None:
         experts = torch.stack(sums).sum(0) if sums else None
         if "head" not in perce:
             return experts if router else hidden
-        found = self.get_output_embeddings()(hidden, perce=perce["head"])
+        found = patched_head(self)(hidden, perce=perce["head"])
         return found._replace(experts=experts) if router else found
 
+    forward.perce = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
@@ -198,8 +220,8 @@ def _output_embeddings(model: Any) -> nn.Module | None:
 def prepare_model(model: Any, backend: str = "auto") -> Any:
     """install_perce, once, on a model or on the base inside a PEFT model; `backend`: of its losses from now on."""
     base = unwrapped(model)
-    if not hasattr(base, "perce_logit_transform"):
+    if not (hasattr(base, "perce_logit_transform") and is_patched(base)):
         check_head_unwrapped(model)
         install_perce(base)
-    base.get_output_embeddings().perce_backend = backend
+    base.perce_backend = patched_head(base).perce_backend = backend
     return model

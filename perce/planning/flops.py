@@ -21,6 +21,7 @@ from perce.planning.rehearsal import Setup
 
 GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
 GEMM_SECONDS = 1.0
+WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "moe", "mlp")  # of a config's layer_types
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def attention_flops(config: Any, tokens: int) -> int:
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     window = getattr(text, "sliding_window", None)
-    return sum(4 * width * _visible(tokens, window if kind == "sliding_attention" else None) for kind in kinds)
+    attending = [kind for kind in kinds if kind not in WITHOUT_ATTENTION]
+    return sum(4 * width * _visible(tokens, window if kind == "sliding_attention" else None) for kind in attending)
 
 
 def _visible(tokens: int, window: int | None) -> int:

@@ -12,7 +12,7 @@ from perce.config.commands import PlanOptions
 from perce.config.schema import ModelConfig
 from perce.config.step import StepConfig
 from perce.errors import UserError
-from perce.hub import read_config
+from perce.hub import read_config, stated
 from perce.model.loading import bf16_is_sound, check_backend
 from perce.model.positions import position_limit
 from perce.planning.flops import Flops, count_flops, matmul_rate
@@ -21,6 +21,7 @@ from perce.planning.rehearsal import Setup
 
 MLP_TILE = 1024  # of the variant that is shown
 GIB = 2**30
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,9 @@ def load_config(options: ModelConfig) -> Any:
     check_architecture(config, path)
     local = Path(path).expanduser()
     raw, _ = PretrainedConfig.get_config_dict(str(local) if local.exists() else path)
-    text, names = config.get_text_config(), ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    text, names = config.get_text_config(), ("num_hidden_layers", "hidden_size", "vocab_size")
     written = raw.get("text_config", raw)
-    missing = [name for name in names if getattr(text, name, None) is None]
+    missing = [name for name in names if stated(text, name) is None]
     # A size left out of config.json has the architecture's default, which is that of another model.
     missing += [
         name
@@ -137,12 +138,21 @@ def load_config(options: ModelConfig) -> Any:
 
 
 def check_architecture(config: Any, path: str) -> None:
-    """UserError for encoders, and for mixtures of experts: which of them run depends on the data."""
+    """UserError for encoders, for mixtures of experts (which of them run depends on the data), for models without
+    attention, whose kernels hold something else than their own code on a CPU, and for layers that differ in size."""
     if config.is_encoder_decoder:
         raise UserError(f"--model {path}: PerCE needs a decoder-only model, and {config.model_type} has an encoder.")
     text = config.get_text_config()
-    if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        raise UserError(f"--model {path}: {text.model_type} has a mixture of experts. Only dense models are planned.")
+    said = f"--model {path}: {text.model_type}"
+    if any(stated(text, name) for name in EXPERTS):
+        raise UserError(f"{said} has a mixture of experts. Only dense models are planned.")
+    if differing := getattr(text, "per_layer_attributes", None):
+        raise UserError(
+            f"{said} has layers that differ in {', '.join(sorted(differing))}. Only models whose layers are alike are "
+            "planned."
+        )
+    if not stated(text, "num_attention_heads"):
+        raise UserError(f"{said} has no attention heads. Only models with attention are planned.")
 
 
 def check_positions(model_config: Any, options: PlanOptions) -> None:

@@ -35,6 +35,7 @@ from perce.model.memory import enable_checkpointing, prepare_memory
 from perce.model.patch import decoder_of
 from perce.model.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
 from perce.model.probe import unwrapped
+from perce.model.reach import freeze_beside_text
 from perce.objectives import OBJECTIVES, HeadCall, Objective
 from perce.planning.live import Live, Moment, Phase, Rehearsed
 
@@ -81,6 +82,8 @@ def build(config: Any, setup: Setup) -> Any:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **kwargs)
             if options.lora_r:
                 model = add_adapter(model, lora_config(options))
+            else:
+                freeze_beside_text(model)
     except UserError:
         raise
     except (ValueError, ImportError, AttributeError, TypeError, KeyError, AssertionError) as error:
@@ -108,8 +111,8 @@ def _maskless_attention() -> str:
 
 def decoder_layers(model: Any, count: int) -> nn.ModuleList:
     """The list of the language model's layers."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and "vision" not in name:
+    for module in decoder_of(unwrapped(model)).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(f"{type(unwrapped(model)).__name__}: expected a list of {count} layers, and it has none.")
 
@@ -220,7 +223,7 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     """One forward and backward as PerceTrainer makes them, its phases marked."""
     base = unwrapped(model)
     decoder, head = decoder_of(base), base.get_output_embeddings()
-    layers = decoder_layers(decoder, base.config.get_text_config().num_hidden_layers)
+    layers = decoder_layers(base, base.config.get_text_config().num_hidden_layers)
     transform = logit_transforms(base.config)[0]
     rows = torch.zeros(shape.rows, dtype=torch.int64)
 

@@ -47,7 +47,6 @@ NOT_READ = {
     "label_names": _COLUMNS,
     "length_column_name": "--train_sampling_strategy goes by the length of input_ids",
     "average_tokens_across_devices": "the loss is always divided by the tokens of all processes",
-    "ddp_find_unused_parameters": "every trained weight has a gradient in every step, so this is off",
     "enable_jit_checkpoint": "SIGTERM is handled already: it finishes the step and saves it",
     "auto_find_batch_size": (
         "after a step that did not fit, it begins again with weights that are trained already; python -m perce.plan "
@@ -104,6 +103,7 @@ class PerceArguments(TrainingArguments):
     remove_unused_columns: bool = False
     label_names: list[str] | None = dataclasses.field(default_factory=list)
     ddp_find_unused_parameters: bool | None = False
+    """True where a step may leave a trained weight without a gradient, such as an expert that no token was sent to."""
 
     def __post_init__(self) -> None:
         check_parallelism(self)

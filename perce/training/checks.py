@@ -20,8 +20,11 @@ from perce.data.dataset import sequence_lengths, token_ids
 from perce.data.documents import DocumentBuilder
 from perce.data.stream import PairStream
 from perce.errors import UserError
+from perce.hub import stated
+from perce.model.loading import adapters_unused, in_short
 from perce.model.memory import CHECKPOINTING
 from perce.model.positions import is_dynamic, needs_long_factors, position_limit, switch_length
+from perce.model.reach import without_gradient
 from perce.training.arguments import PerceArguments
 
 # A mask or scores of T × T up to here are slow and no more; beyond, they are what memory ends at.
@@ -61,6 +64,11 @@ def check_arguments(args: Any, model: Any, train_dataset: Any, peft_config: Any)
     """UserError for arguments of another kind, and for a model that cannot be trained where something is to be."""
     if not isinstance(args, PerceArguments):
         raise UserError(f"args: expected PerceArguments, got {type(args).__name__}.")
+    if not isinstance(model, str) and not hasattr(model, "config"):
+        raise UserError(
+            f"model: expected a causal language model of transformers, alone or under PEFT, or its name, got "
+            f"{type(model).__name__}. Give the model itself: the Trainer wraps it for several GPUs."
+        )
     if train_dataset is None:
         return
     if isinstance(train_dataset, Mapping | str):
@@ -151,6 +159,23 @@ def check_sharding(trainer: Trainer, memory: MemoryConfig) -> None:
         )
 
 
+def check_gradients(trainer: Trainer) -> None:
+    """UserError for an adapter that a text does not train, and for any weight of which that is so where processes wait
+    for its gradient; tried on a few tokens, where the model is now."""
+    model, args = trainer.model, trainer.args
+    adapted = hasattr(model, "peft_config")
+    waiting = args.world_size > 1 and not args.ddp_find_unused_parameters
+    names = without_gradient(model) if adapted or waiting else []
+    if adapted and names:
+        layers = (name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names)
+        raise UserError(adapters_unused(list(dict.fromkeys(layers))))
+    if names:
+        raise UserError(
+            f"model: {in_short(names)} have no gradient after a text, and data parallelism would wait for it. Freeze "
+            "them (requires_grad_(False)), or use --ddp_find_unused_parameters true."
+        )
+
+
 def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, max_length: int) -> None:
     """UserError for sequences longer than the model has positions, or than its attention can take without T × T."""
     documents = "windows" in (getattr(dataset, "column_names", None) or ())
@@ -195,10 +220,10 @@ def _check_square(longest: int, name: str, config: Any) -> None:
     """UserError where attention would build a mask or scores of more than SQUARE_BYTES."""
     text = config.get_text_config()
     kind = text._attn_implementation
-    window = getattr(text, "sliding_window", None) or 0
-    windowed = window and "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+    heads, window = stated(text, "num_attention_heads") or 0, stated(text, "sliding_window") or 0
+    windowed = window and "sliding_attention" in (stated(text, "layer_types") or ["sliding_attention"])
     if kind == "eager":
-        reason, size = "eager attention scores every pair of tokens", 4 * text.num_attention_heads
+        reason, size = "eager attention scores every pair of tokens", 4 * heads
     elif kind == "sdpa" and windowed and longest >= window:
         reason, size = "sdpa needs a mask for sliding windows", 5  # a boolean and its copy as numbers
     else:

@@ -20,6 +20,7 @@ from perce.measuring.scores import scored_tokens
 from perce.model.auxiliary import router_of
 from perce.model.passes import TokenStatistics
 from perce.model.positions import needs_long_factors, switch_length
+from perce.model.reach import beside_text
 from perce.report.curves import write_curves
 from perce.report.heatmap import ScoredResponse, write_html
 from perce.report.terminal import facts, show, table
@@ -164,6 +165,9 @@ def describe_run(config: TrainOptions, model: nn.Module, args: TrainingArguments
         f"{trained / 1e6:,.1f} M trained ({method}), "
         f"{str(dtype).removeprefix('torch.')}{' weights, bf16 autocast' if args.bf16 else ''} on {args.device}"
     )
+    if beside := beside_text(model):
+        millions = sum(beside.values()) / 1e6
+        print(f"       no text reaches {', '.join(beside)} ({millions:,.1f} M parameters): not trained")
     size = f"{len(pairs.train):,}" if isinstance(pairs.train, Dataset) else "a stream of"
     print(
         f"data   {config.data.data or 'built-in examples'} ({pairs.format}): {size} training and "

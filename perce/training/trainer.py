@@ -38,6 +38,7 @@ from perce.model.passes import (
 from perce.model.patch import prepare_model
 from perce.model.positions import needs_long_factors, take_long_factors
 from perce.model.probe import check_packing, evaluating
+from perce.model.reach import freeze_beside_text
 from perce.model.trial import Manner, check_step
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
@@ -48,6 +49,7 @@ from perce.training.checks import (
     check_context,
     check_dataset,
     check_factors,
+    check_gradients,
     check_hooks,
     check_sharding,
     check_vocabulary,
@@ -103,6 +105,8 @@ class PerceTrainer(ResumableTrainer):
         prepared = prepare_model(model, args.backend)
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
+        elif not hasattr(prepared, "peft_config"):  # an adapter that no text reaches is a mistake
+            freeze_beside_text(prepared)
         check_own_loss(prepared)
         if router := router_of(prepared, args.loss.router_aux_loss_coef):
             check_balancing(args)
@@ -136,6 +140,7 @@ class PerceTrainer(ResumableTrainer):
             with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                 check_packing(self.model, device)
         if train_dataset is not None and weights_are_here(prepared):
+            check_gradients(self)
             check_step(self.model, self._manner())
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True

@@ -25,7 +25,8 @@ SIZE_NAMES = {
     "intermediate_size_mlp d_inner decoder_ffn_dim encoder_ffn_dim dense_intermediate_size "
     "shared_intermediate_size mlp_dim",
     # With few heads an index's scores tie at 0, and which of these are in its top k depends on the padding.
-    32: "index_n_heads hidden_size d_model n_embd embed_dim emb_dim embedding_size embedding_dim hidden_size_global lru_width "
+    32: "index_n_heads hidden_size d_model n_embd embed_dim emb_dim embedding_size embedding_dim hidden_size_global "
+    "lru_width "
     "input_embedding_size output_embedding_size word_embed_proj_dim image_size ple_embed_dim "
     "output_channels ext_pw_out_channel depthwise_separable_out_channel nemo_conv_channels prompt_mid_dim "
     "adapter_in_dim adapter_out_dim adapter_input_size",

@@ -8,6 +8,7 @@ from transformers import MixtralConfig, T5Config
 
 from perce import plan as command
 from perce.planning import plans
+from tests.helpers.architectures import CONFIGS, tiny, tiny_config
 from tests.helpers.tiny import tiny_model
 from tests.helpers.training import printed_by
 
@@ -109,3 +110,29 @@ def test_models_that_cannot_be_planned_are_named(run, tmp_path, config, message)
     else:
         config.save_pretrained(tmp_path)
     assert message in run("--model", tmp_path, code=2).err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [("mamba", "mamba has no attention heads"), ("gemma4_text", "gemma4_text has layers that differ in head_dim")],
+)
+def test_what_cannot_be_planned_is_one_line(tmp_path, run, architecture, said):
+    """transformers raises where one value is asked for and layers have several."""
+    config = CONFIGS[architecture]()
+    config.save_pretrained(tmp_path)
+    error = run("--model", tmp_path, code=2).err
+    assert said in error and error.startswith("error: --model") and error.count("\n") == 1
+
+
+def test_a_text_decoder_beside_a_vision_tower_is_planned(tmp_path, run):
+    tiny_config("gemma3").save_pretrained(tmp_path)
+    for rank in (0, 16):
+        out = run("--model", tmp_path, "--lora_r", rank, "--device", "cpu", "--json", tmp_path / "plan.json").out
+        counts = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["counts"]
+        trained = counts["adapter"] if rank else text_parameters()
+        assert counts["trained"] == trained < counts["parameters"] and "peak memory" in out
+
+
+def text_parameters():
+    model = tiny("gemma3")
+    return sum(p.numel() for p in {*model.model.language_model.parameters(), *model.lm_head.parameters()})

@@ -16,6 +16,7 @@ from perce.data.batch import collate
 from perce.model import loading
 from perce.model.loading import add_adapter, default_attention, load_model, resolve_precision
 from perce.model.patch import prepare_model
+from tests.helpers.architectures import tiny
 from tests.helpers.models import PAIRS, perce_forward
 from tests.helpers.tiny import save_tiny_model, tiny_model
 
@@ -126,3 +127,32 @@ def test_flash_attention_is_chosen_where_it_is_installed_and_can_run(monkeypatch
     assert default_attention(config, "fp32", "cuda") is default_attention(config, "bf16", "cpu") is None
     monkeypatch.setattr(f"{type(tiny_model('llama')).__module__}.LlamaForCausalLM._supports_flash_attn", False)
     assert default_attention(config, "bf16", "cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "said"),
+    [
+        ("mamba", {"target_modules": ["in_proj", "out_proj"]}, "'out_proj' is incompatible"),
+        ("llama", {"target_modules": ["no_such_layer"]}, "no_such_layer"),
+        ("llama", {"target_modules": ["input_layernorm"]}, "not supported"),
+        ("llama", {"target_modules": []}, "target"),
+    ],
+)
+def test_what_peft_refuses_is_one_paragraph(architecture, config, said):
+    with pytest.raises(UserError, match="peft_config: PEFT puts no such adapter on") as caught:
+        add_adapter(tiny(architecture), LoraConfig(r=2, **config))
+    assert said in str(caught.value) and "\n" not in str(caught.value) and "--lora_r 0" in str(caught.value)
+
+
+def test_a_second_adapter_is_refused():
+    config = LoraConfig(r=2, target_modules="all-linear")
+    with pytest.raises(UserError, match="has an adapter already"):
+        add_adapter(add_adapter(tiny_model(), config), config)
+
+
+def test_a_peft_config_may_be_used_again():
+    """The layers of one model are not those of the next."""
+    config = LoraConfig(r=2, target_modules="all-linear")
+    for model in (tiny_model(), tiny("gpt2")):
+        assert add_adapter(model, config).peft_config["default"].target_modules
+    assert config.target_modules == "all-linear"

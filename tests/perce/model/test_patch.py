@@ -13,6 +13,7 @@ from perce.data.batch import collate
 from perce.model.head import CAPS, SCALES
 from perce.model.loading import add_adapter
 from perce.model.patch import install_perce, prepare_model
+from perce.model.probe import unwrapped
 from tests.helpers.architectures import CANNOT_BUILD, NAMES, tiny, tiny_config
 from tests.helpers.models import PAIRS, WEIGHTING, perce_forward
 from tests.helpers.tiny import ARCHITECTURES, tiny_model
@@ -225,3 +226,37 @@ def test_a_model_with_flash_attention_is_checked_by_attention_that_runs_anywhere
     monkeypatch.setattr(model, "set_attn_implementation", set_attention)
     install_perce(model)
     assert set_to == ["sdpa", "flash_attention_2"]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_an_output_embedding_that_is_replaced_is_patched_too(architecture, adapted):
+    """Resizing makes another module: its own forward knows nothing of the loss."""
+    model = prepare_model(tiny_model(architecture), "reference")
+    model = add_adapter(model, LoraConfig(r=2, target_modules="all-linear")) if adapted else model
+    before = perce_forward(model, collate(PAIRS))[1]
+    model.resize_token_embeddings(410)
+    after = perce_forward(model, collate(PAIRS))[1]
+    assert (after - before).abs().max() < 0.1, "ten logits more"
+    base = unwrapped(model)
+    assert base.get_output_embeddings().perce_backend == "reference"
+    base.set_output_embeddings(torch.nn.Linear(32, 410, bias=False))
+    assert not torch.equal(perce_forward(model, collate(PAIRS))[1], after)
+    base.set_output_embeddings(torch.nn.Sequential(base.get_output_embeddings()))
+    with pytest.raises(UserError, match="expected a floating-point linear output embedding, got Sequential"):
+        perce_forward(model, collate(PAIRS))
+
+
+def test_a_model_that_was_pickled_is_prepared_again(tmp_path):
+    """It comes back with its own forward, which takes our arguments and ignores them."""
+    model = prepare_model(tiny_model())
+    torch.save(model, tmp_path / "model.pt")
+    other = prepare_model(torch.load(tmp_path / "model.pt", weights_only=False))
+    assert torch.equal(perce_forward(other, collate(PAIRS))[1], perce_forward(model, collate(PAIRS))[1])
+
+
+def test_a_merged_model_is_trained_again():
+    model = add_adapter(prepare_model(tiny_model()), LoraConfig(r=2, target_modules="all-linear"))
+    merged = prepare_model(model.merge_and_unload().requires_grad_(True))
+    perce_forward(merged, collate(PAIRS))[0].backward()
+    assert all(p.grad is not None for p in merged.parameters())

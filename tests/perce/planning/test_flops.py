@@ -11,7 +11,7 @@ from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
 from perce.model.patch import prepare_model
 from perce.model.prefill import hidden_after_prefix
-from perce.planning.flops import count_flops
+from perce.planning.flops import attention_flops, count_flops
 from perce.planning.memory import count, shape_of
 from perce.planning.rehearsal import Setup
 from tests.helpers.plans import FULL, LORA, NONE, SHORT, TILED
@@ -86,3 +86,12 @@ def test_operations_under_memory_options_are_those_that_torch_counts(memory, che
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     # The first layer's input needs no gradient, and what is not recomputed of an adapter is not told apart.
     assert counted == pytest.approx(ours.cross_entropy - ours.head, rel=0.06)
+
+
+def test_layers_without_attention_cost_none():
+    """A bound that counted them would be no lower one."""
+    config = tiny_model("llama").config
+    config.num_hidden_layers, config.layer_types = 4, ["linear_attention", "full_attention", "conv", "full_attention"]
+    hybrid = attention_flops(config, 64)
+    config.num_hidden_layers, config.layer_types = 2, ["full_attention"] * 2
+    assert hybrid == attention_flops(config, 64) > 0

@@ -148,7 +148,7 @@ def test_a_field_without_an_effect_is_refused_with_the_remedy(train, tmp_path, f
 
 def test_fields_without_an_effect_are_refused_in_python_too(tmp_path):
     for name, value in {
-        "do_train": True, "label_names": ["x"], "remove_unused_columns": True, "ddp_find_unused_parameters": True,
+        "do_train": True, "label_names": ["x"], "remove_unused_columns": True,
         "eval_accumulation_steps": 2, "resume_from_checkpoint": "x", "logging_nan_inf_filter": True,
         "optim_args": "momentum=0.9", "hub_model_id": "me/x",
     }.items():  # fmt: skip
@@ -160,6 +160,16 @@ def test_fields_without_an_effect_are_refused_in_python_too(tmp_path):
     assert args.logging_nan_inf_filter is False and args.label_names == []
     again = dataclasses.replace(args, seed=3)  # what TrainingArguments have set themselves is no mistake
     assert again.seed == 3 and again.loss == args.loss
+
+
+def test_unused_parameters_are_looked_for_where_that_is_asked(tmp_path):
+    """Not by default: it walks the graph of every step."""
+    flags = ["--output_dir", str(tmp_path), "--precision", "fp32"]
+    for given, value in (([], False), (["--ddp_find_unused_parameters", "true"], True)):
+        args = training_arguments(resolve(parse_args([*flags, *given], {})[0]))
+        assert args.ddp_find_unused_parameters is value
+    assert arguments(tmp_path).ddp_find_unused_parameters is False
+    assert arguments(tmp_path, ddp_find_unused_parameters=True).ddp_find_unused_parameters is True
 
 
 def test_the_optimiser_gets_what_it_is_given(tmp_path):

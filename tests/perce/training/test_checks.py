@@ -3,12 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import TrainingArguments
 
 from perce import MemoryConfig, PerceTrainer, UserError
 from perce.model.patch import prepare_model
 from perce.training.checks import check_context, check_sharding
+from tests.helpers.architectures import CONFIGS
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
 
@@ -127,3 +129,17 @@ def test_what_the_trainer_cannot_do_is_refused_by_name(tmp_path):
 def test_arguments_are_finite_numbers(tmp_path, value):
     with pytest.raises(UserError, match="weight_decay: expected a"):
         arguments(tmp_path, weight_decay=value)
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(3, 3), torch.nn.DataParallel(tiny_model())])
+def test_what_is_no_model_of_transformers_is_refused(tmp_path, model):
+    with pytest.raises(UserError, match=f"model: expected a causal language model.*got {type(model).__name__}"):
+        PerceTrainer(model, arguments(tmp_path), train_dataset=PAIRS, processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "dots3_note_text"])
+def test_scores_of_all_pairs_are_looked_for_in_attention_alone(architecture):
+    """A recurrent model has no heads, and another has others in each layer."""
+    config = CONFIGS[architecture]()
+    config._attn_implementation = "eager"
+    check_context([{"input_ids": [1] * 40_000}], "train_dataset", config, MemoryConfig(), 2**20)

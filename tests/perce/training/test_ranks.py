@@ -8,14 +8,20 @@ import pytest
 import torch
 from accelerate import ParallelismConfig
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from perce import LossConfig, UserError
+from perce.model.loading import add_adapter
+from perce.model.patch import prepare_model
+from perce.model.reach import freeze_beside_text
 from perce.train import main as train_command
 from perce.training.checkpoints import SaveError, flaw
 from perce.training.estimates import FILE
+from tests.helpers.architectures import tiny
 from tests.helpers.ranks import end_rank, run_ranks
-from tests.helpers.trainers import PAIRS, arguments, logged, model_for, trainer_for
+from tests.helpers.tiny import tiny_model
+from tests.helpers.trainers import LORA, PAIRS, arguments, logged, model_for, trainer_for
 
 BATCH, STEPS, SAVED = 8, 4, 3  # of 16 pairs: two steps an epoch, and the checkpoint in the middle of the second
 
@@ -37,6 +43,44 @@ def train(directory, kind, ranks, resume_from=None, **options):
     return logged(trainer, "loss", "grad_norm"), weights
 
 
+class Idle(torch.nn.Module):
+    """An MLP beside a weight that nothing reads."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp, self.idle = mlp, torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, hidden):
+        return self.mlp(hidden)
+
+
+def model_of(what):
+    """Of a model that sees images, all weights or an adapter; of one with a weight that is never used, all."""
+    if what == "idle":
+        model = prepare_model(tiny_model())
+        model.model.layers[0].mlp = Idle(model.model.layers[0].mlp)
+        return model
+    model = tiny("gemma3")
+    model.config.text_config.final_logit_softcapping = None
+    freeze_beside_text(prepare_model(model))
+    torch.manual_seed(1)
+    return add_adapter(model, LoraConfig(**LORA)) if what == "gemma3 lora" else model
+
+
+def steps(directory, what, ranks, **options):
+    """(loss and gradient norm a step, trainable parameters), without a checkpoint."""
+    args = arguments(
+        directory, per_device_train_batch_size=BATCH // ranks, max_steps=2, loss=LossConfig(clip_min=0.05), **options
+    )
+    trainer = trainer_for(model_of(what), args, pairs=PAIRS[:16])
+    trainer.train()
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return logged(trainer, "loss", "grad_norm"), weights
+
+
+UNUSUAL = {"gemma3 full": {}, "gemma3 lora": {}, "idle": {"ddp_find_unused_parameters": True}}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Every run by (kind, where it began, where it ended), and the directory they wrote to."""
@@ -45,6 +89,8 @@ def runs(tmp_path_factory):
     for kind in ("full", "lora"):
         results[kind, "one", "one"] = train(directory / f"one {kind}", kind, 1)
     results["epoch", "one", "one"] = train(directory / "one epoch", "full", 1, estimate="epoch")
+    for what, options in UNUSUAL.items():
+        results[what, "one", "one"] = steps(directory / f"one {what}", what, 1, **options)
     run_ranks("tests.perce.training.test_ranks", str(directory))
     results |= torch.load(directory / "result.pt")
     for kind in ("full", "lora"):
@@ -66,6 +112,19 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(runs, kind, way):
     checkpoint = directory / f"{began} {kind}" / f"checkpoint-{SAVED}"
     assert flaw(checkpoint) is None
     assert len(list(checkpoint.glob("rng_state*"))) == (1 if began == "one" else 2)
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_models_with_weights_that_no_text_reaches(runs, what):
+    """Data parallelism waits for the gradient of all that is trained."""
+    results, _ = runs
+    close(results[what, "two", "two"], results[what, "one", "one"])
+    assert "vision_tower" not in "".join(results[what, "one", "one"][1])
+
+
+def test_a_weight_without_a_gradient_is_named_before_the_processes_wait_for_it(runs):
+    error = runs[0]["idle"]
+    assert "model.layers.0.mlp.idle" in error and "--ddp_find_unused_parameters true" in error
 
 
 def test_weights_estimated_by_two_processes_are_those_of_one(runs):
@@ -147,6 +206,11 @@ def main(directory):
         results[kind, "two", "two"] = train(directory / f"two {kind}", kind, 2)
         results[kind, "one", "two"] = train(directory / "there", kind, 2, directory / f"one {kind}")
     results["epoch", "two", "two"] = train(directory / "two epoch", "full", 2, estimate="epoch")
+    for what, options in UNUSUAL.items():
+        results[what, "two", "two"] = steps(directory / f"two {what}", what, 2, **options)
+    with pytest.raises(UserError) as raised:
+        steps(directory / "idle", "idle", 2)
+    results["idle"] = str(raised.value)
     results["failure"] = [None, None]
     torch.distributed.all_gather_object(results["failure"], failing_save(directory / "failure"))
     results["best failure"] = [None, None]
