@@ -100,6 +100,7 @@ ABOUT_SEVERAL = {
     "perce/demo/test_demo.py": "the built-in examples and their model",
     "perce/test_backend_option.py": "--backend of every command",
     "perce/test_longce.py": "documents, from rows to a run",
+    "perce/model/test_architectures.py": "every model of transformers",
     "perce/training/test_kills.py": "runs that are killed",
     "perce/training/test_ranks.py": "several processes",
     "perce_kernels/gpu/test_aot.py": "all kernels, compiled without a GPU",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perce.errors import UserError
+from perce.hub import stated
 from perce.model.patch import forward_of
 from perce.model.probe import unwrapped
 
@@ -31,7 +32,8 @@ def is_dynamic(config: Any) -> bool:
 def position_limit(config: Any) -> int | None:
     """Tokens that the model has positions for; None: not said. Rotary encodings may be stretched by a factor."""
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = stated(text, "max_position_embeddings")
+    limit = limit if limit and limit > 0 else None  # XLNet says −1
     for rope in () if is_dynamic(config) else _ropes(config):
         if limit and rope.get("factor") and rope.get("original_max_position_embeddings"):
             limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))

@@ -150,14 +150,19 @@ def _step(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner) -> Ste
             call = HeadCall(batch["target"], WEIGHTING, hidden_cf)
             done = factual(model, batch, call, detach_persona=manner.detach_persona)
             gradients = torch.autograd.grad(done.loss, embedded)
-    lengths = [len(pair["input_ids"]) - 1 for pair in pairs]
-    if len(gradients) == len(pairs):  # one sequence after the other
-        rows = [gradient[0] for gradient in gradients]
-    elif len(gradients[0]) == len(pairs):  # padded
-        rows = [gradient[:length] for gradient, length in zip(gradients[0], lengths, strict=True)]
-    else:  # packed
-        rows = list(gradients[0][0].split(lengths))
-    return Step(done.logp, done.logp_cf, rows)
+    return Step(done.logp, done.logp_cf, _by_sequence(gradients, [len(pair["input_ids"]) - 1 for pair in pairs]))
+
+
+def _by_sequence(gradients: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """Of each sequence (T, D), without padding; gradients: of each forward that embedded something."""
+    first = gradients[0]
+    if len(gradients) == len(lengths):  # one sequence after the other
+        return [gradient[0] for gradient in gradients]
+    if first.shape[:2] == (len(lengths), max(lengths)):  # padded
+        return [gradient[:length] for gradient, length in zip(first, lengths, strict=True)]
+    if first.shape[:2] == (1, sum(lengths)):  # packed
+        return list(first[0].split(list(lengths)))
+    raise ValueError(f"it embeds {len(lengths)} sequences of {max(lengths)} tokens as {tuple(first.shape)}")
 
 
 def _batch(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner) -> Batch:

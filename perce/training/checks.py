@@ -42,9 +42,9 @@ def warn_of_dropout(model: nn.Module) -> None:
         )
 
 
-def weights_are_here(model: nn.Module) -> bool:
+def weights_are_here(model: Any) -> bool:
     """Whether the model can be tried out before training: FSDP and DeepSpeed may load or cut its weights later."""
-    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    weight = model.get_input_embeddings().weight
     return not (weight.is_meta or isinstance(weight, DTensor) or is_deepspeed_zero3_enabled())
 
 

@@ -61,7 +61,7 @@ from perce.training.estimates import Estimates, check_estimable, estimate, over_
 from perce.training.loader import own_train_loader
 from perce.training.meters import Clock, Window, peak_memory_mib
 from perce.training.normalizer import StepNormalizer
-from perce.training.parallel import keep_outputs_exact
+from perce.training.parallel import found_by_first, keep_outputs_exact
 from perce.training.resumable import ResumableTrainer
 from perce.training.serving import serve_as_trained
 
@@ -139,9 +139,8 @@ class PerceTrainer(ResumableTrainer):
             device = next(prepared.parameters()).device.type
             with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                 check_packing(self.model, device)
-        if train_dataset is not None and weights_are_here(prepared):
-            check_gradients(self)
-            check_step(self.model, self._manner())
+        if train_dataset is not None:
+            found_by_first(self._try_out)
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.estimation_clock = Clock(self.args.device)
@@ -162,13 +161,14 @@ class PerceTrainer(ResumableTrainer):
         if args.loss.contrasts_in_a_step:
             warn_of_dropout(prepared)
 
-    def _manner(self) -> Manner:
-        """How training will make its steps."""
-        args = self.args
+    def _try_out(self) -> None:
+        """UserError for a model that would train wrong in the manner of this run."""
+        if not weights_are_here(self.model):
+            return
+        check_gradients(self)
+        args, collate = self.args, cast(Any, self.data_collator)
         checkpointing = getattr(args, f"{CHECKPOINTING}_kwargs") if getattr(args, CHECKPOINTING) else None
-        return Manner(
-            cast(Any, self.data_collator), checkpointing, self._detach_persona, tiles=bool(args.memory.mlp_tile)
-        )
+        check_step(self.model, Manner(collate, checkpointing, self._detach_persona, tiles=bool(args.memory.mlp_tile)))
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -145,3 +145,4 @@ def test_stretched_positions_count():
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4096}
     assert position_limit(tiny_model(rope_parameters=rope).config) == 16384
     assert position_limit(tiny_model().config) == 8192
+    assert position_limit(tiny_config("xlnet")) is None, "-1 means without end"

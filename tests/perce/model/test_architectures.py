@@ -1,0 +1,30 @@
+"""Every causal language model of transformers, tiny: right to 1e-4, or refused in one paragraph; see helpers/sweep.py."""
+
+import pytest
+import transformers
+
+from tests.helpers.architectures import NAMES
+from tests.helpers.sweep import TABLE, outcomes, row
+
+A_FEW = ["gemma3", "gpt2", "llama4_text", "phimoe", "qwen3_next"]
+
+
+@pytest.mark.parametrize("name", A_FEW)
+def test_a_few_are_right_or_refused(name):
+    found = outcomes(name)
+    assert found["step"] == found["saved"] == "right"
+
+
+def test_one_that_lays_out_its_tokens_otherwise_is_refused():
+    assert (
+        "a trial step of two short sequences fails: it embeds 2 sequences of 29 tokens as (29, 2, "
+        in (outcomes("xlnet")["step"])
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_right_or_refused_as_the_table_says(name):
+    found, table = outcomes(name), TABLE.read_text(encoding="utf-8")
+    if transformers.__version__ in table:  # another version may know more, or less
+        assert row(name, found) in table
