@@ -115,7 +115,7 @@ OVERRIDES: dict[str, dict] = {
     "gemma4_unified": {"text_config": {"global_head_dim": 16}},
     "gemma4_unified_text": {"global_head_dim": 16},
     "laguna": {"num_attention_heads_per_layer": [4, 4]},
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 4},
     "flint": {"mlp_only_layers": [0]},
     "inkling2_text": {"n_layers_per_attn_res_block": 1},
     "inkling2_loop_text": LOOP,
