@@ -152,6 +152,11 @@ def _self_check(model: Any, head: Any) -> LogitTransform:
             hidden = model(input_ids=ids, perce={"rows": rows})
         except Exception as error:  # of any kind: the model's own code
             raise UserError(f"{name}: its forward fails on a few tokens: {in_one_line(error)}") from error
+        if own.isnan().any():
+            raise UserError(
+                f"{name}: its logits of a few tokens are not numbers. Expected weights that are whole, and a precision "
+                "that holds what they compute (--precision fp32)."
+            )
         _check_causal(model, name, ids, hidden)
     if own.shape[-1] != len(head.weight):
         raise UserError(

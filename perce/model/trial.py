@@ -83,11 +83,6 @@ def check_step(model: Any, manner: Manner) -> None:
             ) from error
         if difference is None:
             return
-        if not own.logp.isfinite().all():
-            raise UserError(
-                f"{name}: its log-probabilities of a few tokens are not finite before any training. Expected weights "
-                "that are whole, in a precision that can hold what they compute (--precision)."
-            )
         if _is_noisy(model, pairs, manner):
             raise UserError(
                 f"{name}: two forwards in training mode differ. What is random in it acts in the factual pass and not "

@@ -211,8 +211,10 @@ def _settle_checkpointing(args: PerceArguments) -> None:
     if not getattr(args, CHECKPOINTING):
         return
     options = {"use_reentrant": False} | dict(getattr(args, f"{CHECKPOINTING}_kwargs") or {})
-    require(options["use_reentrant"] is False, f"{CHECKPOINTING}_kwargs", "use_reentrant: false", options)
-    setattr(args, f"{CHECKPOINTING}_kwargs", options)
+    name, layers = f"{CHECKPOINTING}_kwargs", options.get("every_n_layers", 1)
+    require(options["use_reentrant"] is False, name, "use_reentrant: false", options)
+    require(layers >= 1, name, "every_n_layers >= 1", layers)
+    setattr(args, name, options)
 
 
 def _settle_loaders(args: PerceArguments) -> None:

@@ -14,7 +14,6 @@ from transformers import Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
-from perce.config.options import require
 from perce.config.schema import MemoryConfig
 from perce.data.dataset import sequence_lengths, token_ids
 from perce.data.documents import DocumentBuilder
@@ -124,10 +123,10 @@ def try_options(trainer: Trainer) -> tuple[int, int]:
     for rate in getattr(schedule, "lr_lambdas", ()):
         for step in (0, steps // 2, steps):
             rate(step)
-    if getattr(args, CHECKPOINTING):
-        options = {"every_n_layers": 1} | (getattr(args, f"{CHECKPOINTING}_kwargs") or {})
-        require(options.pop("every_n_layers") >= 1, f"{CHECKPOINTING}_kwargs", "every_n_layers >= 1", 0)
-        options.pop("offload", None)
+    if getattr(args, CHECKPOINTING):  # layers take whatever they are called with, an argument that none has too
+        options = dict(getattr(args, f"{CHECKPOINTING}_kwargs"))
+        for apart in ("every_n_layers", "offload"):
+            options.pop(apart, None)
         checkpoint(nn.Identity(), parameter, **options)
     if args.torch_compile:
         torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)  # type: ignore[arg-type]

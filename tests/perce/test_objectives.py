@@ -169,7 +169,7 @@ def test_resume_is_bitwise_equal(tmp_path, name, estimate):
 @ALL
 def test_a_step_makes_the_passes_and_products_that_its_entry_says(tmp_path, name, monkeypatch):
     """And no more: each is 2·N·D·V operations, or a forward through the layers."""
-    products = []
+    trainer, products, forwards = run(name, tmp_path, steps=1), [], []
     for op in (perce.model.head.token_logprobs, perce.model.head.fused_perce_loss):
 
         def spy(hidden, op=op, **options):
@@ -177,7 +177,6 @@ def test_a_step_makes_the_passes_and_products_that_its_entry_says(tmp_path, name
             return op(hidden, **options)
 
         monkeypatch.setattr(perce.model.head, op.__name__, spy)
-    trainer, forwards = run(name, tmp_path, steps=1), []
     trainer.model.base_model.register_forward_hook(lambda *_: forwards.append(1))
     trainer.train()
     objective = OBJECTIVES[name]

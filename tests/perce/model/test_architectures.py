@@ -1,4 +1,4 @@
-"""Every causal language model of transformers, tiny: right to 1e-4, or refused in one paragraph; see helpers/sweep.py."""
+"""Every causal language model of transformers, tiny: right to 1e-4, or refused in one paragraph (helpers/sweep.py)."""
 
 import pytest
 import transformers

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from perce import UserError
 from perce.training.checkpoints import flaw
+from tests.helpers.tiny import tiny_model
 from tests.helpers.trainers import arguments, model_for, trainer_for
 from tests.helpers.training import fails
 
@@ -84,5 +85,7 @@ def test_a_model_that_is_broken_from_the_start(tmp_path):
     model.base_model.model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="before the first step: eval_loss is nan"):
         trainer.evaluate(trainer.train_dataset)
-    with pytest.raises(UserError, match=r"its log-probabilities of a few tokens are not finite.*weights"):
-        trainer_for(model, arguments(tmp_path))
+    broken = tiny_model()
+    broken.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match=r"its logits of a few tokens are not numbers.*weights"):
+        trainer_for(broken, arguments(tmp_path))
