@@ -131,9 +131,7 @@ def _check_mlp(layer: Any, model: Any) -> None:
     whole, half = mlp(hidden), mlp(hidden[:, 2:])
     mlp.train(training)
     tolerance = MLP_TOLERANCE if weight.dtype == torch.float32 else MLP_TOLERANCE_LOW_PRECISION
-    if (
-        not isinstance(whole, Tensor)
-        or whole.shape != hidden.shape
-        or not (whole[:, 2:] - half).abs().max() <= tolerance * whole.abs().max()
-    ):
+    if not isinstance(whole, Tensor):
+        raise UserError(f"{name}: its mlp returns more than hidden states, which is not put together here. Use 0.")
+    if whole.shape != hidden.shape or not (whole[:, 2:] - half).abs().max() <= tolerance * whole.abs().max():
         raise UserError(f"{name}: its mlp does not treat tokens one by one, and tiles would change it. Use 0.")

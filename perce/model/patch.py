@@ -178,7 +178,7 @@ def _self_check(model: Any, head: Any) -> LogitTransform:
         raise UserError(
             f"{name}: its log-probabilities differ from those computed from its hidden states and head by up to "
             f"{found:.3g} (allowed {tolerance:g}), with softcap={transform.softcap}, logit_scale="
-            f"{transform.logit_scale:g}. The architecture transforms its logits in a way that is not known here, so "
+            f"{transform.logit_scale:g}. The architecture does something between the two that is not known here, so "
             "training it would be wrong."
         )
     return transform

@@ -1,0 +1,72 @@
+"""What trying a model before training takes, by check, with a model of SmolLM2-135M's shape and two pairs.
+
+The fastest of three rounds counts: other programs on the machine only add time.
+"""
+
+import functools
+import tempfile
+import time
+
+import pytest
+
+import perce.model.loading
+import perce.model.patch
+import perce.training.trainer
+from benchmarks.test_step import pair, smollm2_135m
+from perce import MemoryConfig, PerceArguments, PerceTrainer
+from perce.config.schema import ModelConfig
+from perce.model.loading import add_adapter, lora_config
+from perce.model.memory import CHECKPOINTING
+from tests.helpers.tiny import tiny_tokenizer
+
+ALLOWED = 5.0  # seconds, of all checks together
+CHECKS = [
+    (perce.model.patch, "install_perce"), (perce.model.loading, "unused_layers"),
+    *((perce.training.trainer, name) for name in ("check_own_loss", "router_of", "check_gradients", "check_step")),
+]  # fmt: skip
+WAYS = {
+    "full": (0, {}),
+    "lora": (16, {}),
+    "lora, everything on": (
+        16, {CHECKPOINTING: True, "memory": MemoryConfig(persona_grad="none", mlp_tile=512)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.benchmark(group="checks before training")
+def test_checks_before_training(benchmark, way, monkeypatch):
+    spent: dict[str, float] = {}
+    rounds: list[dict[str, float]] = []
+
+    def timed(name, check):
+        @functools.wraps(check)
+        def run(*args, **kwargs):
+            started = time.perf_counter()
+            try:
+                return check(*args, **kwargs)
+            finally:
+                spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+
+        return run
+
+    for module, name in CHECKS:
+        monkeypatch.setattr(module, name, timed(name, getattr(module, name)))
+    lora_r, options = WAYS[way]
+
+    def start() -> None:
+        spent.clear()
+        model = smollm2_135m()
+        if lora_r:
+            model = add_adapter(model, lora_config(ModelConfig(lora_r=lora_r)))
+        with tempfile.TemporaryDirectory() as directory:
+            args = PerceArguments(directory, use_cpu=True, report_to="none", dataloader_pin_memory=False, **options)
+            PerceTrainer(model, args, train_dataset=[pair(64, 16, 16)] * 2, processing_class=tiny_tokenizer())
+        rounds.append(dict(spent))
+
+    benchmark.pedantic(start, rounds=3)
+    fastest = min(rounds, key=lambda seconds: sum(seconds.values()))
+    benchmark.extra_info["seconds"] = {name: round(seconds, 2) for name, seconds in fastest.items()}
+    print(way, benchmark.extra_info["seconds"], f"together {sum(fastest.values()):.2f} s")
+    assert fastest.keys() >= {"install_perce", "check_step"}
+    assert sum(fastest.values()) <= ALLOWED
