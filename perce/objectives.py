@@ -135,6 +135,11 @@ class Objective:
         return self.weighting().contrast is not None and self.over_step is None
 
     @property
+    def contrasts(self) -> bool:
+        """Whether a step's own forward, made in training mode, is compared with one without the persona."""
+        return self.counterfactual and not self.over_step
+
+    @property
     def products(self) -> int:
         """Products of (N, D) and (D, V), 2·N·D·V operations each, that a step has more than one of cross-entropy."""
         return self.counterfactual + (self.signal is not None and not self.fused)

@@ -217,12 +217,6 @@ class LossConfig(WeightingConfig):
             value, expected = getattr(self, name), f"{default} with --objective {self.objective}, which has no weights"
             _require(value == default or self.entry.signal is not None, name, expected, value)
 
-    @property
-    def contrasts_in_a_step(self) -> bool:
-        """Whether weights come from comparing a step's own forward, made in training mode, with the one without the
-        persona."""
-        return self.estimate == "online" and self.entry.counterfactual and not self.entry.over_step
-
     def at(self, progress: float) -> "LossConfig":
         """What is minimised at this place of the run, from 0 (its first step) to 1 (its last).
 

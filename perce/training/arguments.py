@@ -119,7 +119,7 @@ class PerceArguments(TrainingArguments):
                 "packing with persona_grad=none: behind a cached prefix each sequence runs by itself, so there is "
                 "nothing to pack. Leave one of them out."
             )
-        if self.neftune_noise_alpha and self.loss.contrasts_in_a_step:
+        if self.neftune_noise_alpha and self.loss.estimate == "online" and self.loss.entry.contrasts:
             raise UserError(
                 "neftune_noise_alpha: noise in the embeddings acts in the factual pass and not in the counterfactual "
                 "one, and would bias every PIR. Leave it out, or use --estimate epoch or frozen, whose weights are "

@@ -24,6 +24,7 @@ from perce.model.loading import adapters_unused, in_short
 from perce.model.memory import CHECKPOINTING
 from perce.model.positions import is_dynamic, needs_long_factors, position_limit, switch_length
 from perce.model.reach import without_gradient
+from perce.model.trial import Manner, check_step
 from perce.training.arguments import PerceArguments
 
 # A mask or scores of T × T up to here are slow and no more; beyond, they are what memory ends at.
@@ -156,6 +157,17 @@ def check_sharding(trainer: Trainer, memory: MemoryConfig) -> None:
             "numbers of forwards, and each forward waits for all processes. Use data parallelism (DDP), or "
             "--persona_grad full."
         )
+
+
+def try_step(trainer: Any) -> None:
+    """UserError for a model that would train wrong in the manner of this run, where its weights are here."""
+    model, args = trainer.model, trainer.args
+    if not weights_are_here(model):
+        return
+    check_gradients(trainer)
+    checkpointing = getattr(args, f"{CHECKPOINTING}_kwargs") if getattr(args, CHECKPOINTING) else None
+    detached, tiles = args.memory.persona_grad == "none", bool(args.memory.mlp_tile)
+    check_step(model, Manner(trainer.data_collator, checkpointing, detached, tiles))
 
 
 def check_gradients(trainer: Trainer) -> None:

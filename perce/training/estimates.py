@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from perce.environment import let_umask_decide
 from perce.errors import UserError, in_one_line
@@ -162,3 +163,18 @@ def over_step(
     given = rearrange(torch.cat(in_order)).split([len(signal) for signal in in_order])
     own = zip(found, given[rank :: len(everybody)], strict=True)
     return [mine._replace(signal=signal.to(mine.logp.device)) for mine, signal in own]
+
+
+class EStep(TrainerCallback):
+    """Estimates at the start of each epoch, or of the run; what a checkpoint brought for this epoch stays."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        epoch = int((state.epoch or 0.0) + 1e-6)
+        known, frozen = self.trainer.estimates, self.trainer.args.loss.estimate == "frozen"
+        if known is None or (not frozen and known.epoch != epoch):
+            self.trainer.estimate(epoch)

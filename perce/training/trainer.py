@@ -17,7 +17,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from perce.data.batch import Batch, collate
@@ -26,7 +25,7 @@ from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.auxiliary import check_own_loss, router_of
 from perce.model.loading import add_adapter
-from perce.model.memory import CHECKPOINTING, prepare_memory
+from perce.model.memory import prepare_memory
 from perce.model.passes import (
     TokenStatistics,
     counterfactual_hidden,
@@ -39,7 +38,6 @@ from perce.model.patch import prepare_model
 from perce.model.positions import needs_long_factors, take_long_factors
 from perce.model.probe import check_packing, evaluating
 from perce.model.reach import freeze_beside_text
-from perce.model.trial import Manner, check_step
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments
 from perce.training.balancing import StepBalance, check_balancing
@@ -49,15 +47,14 @@ from perce.training.checks import (
     check_context,
     check_dataset,
     check_factors,
-    check_gradients,
     check_hooks,
     check_sharding,
     check_vocabulary,
     longest_sequence,
+    try_step,
     warn_of_dropout,
-    weights_are_here,
 )  # fmt: skip
-from perce.training.estimates import Estimates, check_estimable, estimate, over_step
+from perce.training.estimates import EStep, Estimates, check_estimable, estimate, over_step
 from perce.training.loader import own_train_loader
 from perce.training.meters import Clock, Window, peak_memory_mib
 from perce.training.normalizer import StepNormalizer
@@ -140,7 +137,7 @@ class PerceTrainer(ResumableTrainer):
             with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                 check_packing(self.model, device)
         if train_dataset is not None:
-            found_by_first(self._try_out)
+            found_by_first(partial(try_step, self))
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.estimation_clock = Clock(self.args.device)
@@ -150,7 +147,7 @@ class PerceTrainer(ResumableTrainer):
         ] = []  # of the forwards to come of a step, for objectives that look at all of them
         if args.loss.estimate != "online":
             check_estimable(self.train_dataset, args.loss.estimate)
-            self.add_callback(_EStep(self))
+            self.add_callback(EStep(self))
         if args.early_stopping:
             self.add_callback(EarlyStopping(args.early_stopping))
         self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
@@ -158,17 +155,8 @@ class PerceTrainer(ResumableTrainer):
         self._logged_tokens, self._logged_seconds = 0, 0.0
         self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
         self._balance = StepBalance(router, partial(self.accelerator.reduce, reduction="sum")) if router else None
-        if args.loss.contrasts_in_a_step:
+        if args.loss.estimate == "online" and args.loss.entry.contrasts:
             warn_of_dropout(prepared)
-
-    def _try_out(self) -> None:
-        """UserError for a model that would train wrong in the manner of this run."""
-        if not weights_are_here(self.model):
-            return
-        check_gradients(self)
-        args, collate = self.args, cast(Any, self.data_collator)
-        checkpointing = getattr(args, f"{CHECKPOINTING}_kwargs") if getattr(args, CHECKPOINTING) else None
-        check_step(self.model, Manner(collate, checkpointing, self._detach_persona, tiles=bool(args.memory.mlp_tile)))
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -399,21 +387,6 @@ def _is_raw(dataset: Any) -> bool:
         return False
     columns = getattr(dataset, "column_names", None) or (dataset[0].keys() if isinstance(dataset, list) else ())
     return "response_length" not in columns
-
-
-class _EStep(TrainerCallback):
-    """Estimates at the start of each epoch, or of the run; what a checkpoint brought for this epoch stays."""
-
-    def __init__(self, trainer: PerceTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        epoch = int((state.epoch or 0.0) + 1e-6)
-        known, frozen = self.trainer.estimates, self.trainer.args.loss.estimate == "frozen"
-        if known is None or (not frozen and known.epoch != epoch):
-            self.trainer.estimate(epoch)
 
 
 def _gather_dicts(own: Mapping[int, Any]) -> Mapping[int, Any]:
