@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig
+from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -156,3 +156,16 @@ def test_a_peft_config_may_be_used_again():
     for model in (tiny_model(), tiny("gpt2")):
         assert add_adapter(model, config).peft_config["default"].target_modules
     assert config.target_modules == "all-linear"
+
+
+def test_an_adapter_with_a_loss_of_its_own_is_refused():
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10, task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="AdaLoRA adds a term"):
+        add_adapter(prepare_model(tiny_model()), config)
+
+
+def test_a_decoder_that_fails_where_it_is_tried_is_one_paragraph():
+    model = prepare_model(tiny_model())
+    model.model.layers[0].mlp.bfloat16()
+    with pytest.raises(UserError, match="its decoder fails in training mode on a few tokens: "):
+        add_adapter(model, LoraConfig(target_modules="all-linear"))

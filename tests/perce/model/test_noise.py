@@ -3,9 +3,12 @@
 import pytest
 import torch
 import transformers
+from peft import BOFTConfig, LoHaConfig, LoKrConfig
 
 from perce import LossConfig, UserError, disable_dropout
-from tests.helpers.architectures import tiny_config
+from perce.model.loading import add_adapter
+from perce.model.patch import prepare_model
+from tests.helpers.architectures import tiny, tiny_config
 from tests.helpers.tiny import tiny_model
 from tests.helpers.trainers import LOSS, arguments, model_for, trained
 
@@ -52,3 +55,26 @@ def test_noisy_embeddings_are_for_weights_that_are_estimated_without(tmp_path, o
         arguments(tmp_path, loss=LossConfig(objective=objective), neftune_noise_alpha=5.0)
     for loss in (LossConfig(objective="ce"), LossConfig(estimate="epoch"), LossConfig(objective="random")):
         arguments(tmp_path, loss=loss, neftune_noise_alpha=5.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoKrConfig(r=4, target_modules=["q_proj"], rank_dropout=0.4),
+        LoHaConfig(r=4, target_modules=["q_proj"], module_dropout=0.4),
+        BOFTConfig(boft_block_size=4, target_modules=["q_proj"], boft_dropout=0.4),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_dropout_of_other_adapters_is_allowed_too(tmp_path, config):
+    with pytest.warns(UserWarning, match=r"Dropout of 0\.4 in the adapter"):
+        trained(tmp_path, add_adapter(prepare_model(tiny_model()), config))
+
+
+def test_what_no_text_reaches_or_is_no_share_is_not_noise(tmp_path):
+    model = tiny("gemma3")
+    model.model.vision_tower.dropout = 0.1
+    tiny_llama = tiny_model()
+    tiny_llama.dropout_seed = 42
+    for each in (model, tiny_llama):
+        trained(tmp_path, each)

@@ -120,6 +120,15 @@ def test_scales_and_caps_are_read_as_the_model_uses_them(architecture):
     assert vars(prepare_model(model).perce_logit_transform) == expected
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_does_not_choose_how_a_config_is_read(seed):
+    """In bf16 a high cap is as close to small logits as none; after training it would not be."""
+    torch.manual_seed(seed)
+    config = tiny_model("gemma2", final_logit_softcapping=30.0, initializer_range=0.02).config
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    assert prepare_model(model).perce_logit_transform.softcap == 30.0
+
+
 @pytest.mark.parametrize("name", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
 def test_a_scale_that_the_model_does_not_use_is_none(name):
     model = tiny_model("llama")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from perce import MemoryConfig, UserError, disable_dropout
+from perce import MemoryConfig, PerceTrainer, UserError, disable_dropout
 from perce.data.batch import collate
 from perce.evaluate import main as evaluate
 from perce.model.patch import prepare_model
@@ -81,6 +81,24 @@ def test_a_cached_persona_has_the_same_factors(tmp_path):
     two.model.load_state_dict(one.model.state_dict())
     losses = [trainer.evaluate(PAIRS[:2])["eval_loss"] for trainer in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_later_run_of_the_same_model_has_its_own_factors(tmp_path):
+    model = longrope(switch=LENGTHS[0])
+    short = [{**PAIRS[0], "input_ids": PAIRS[0]["input_ids"][1:], "persona_span": (3, 20)}]
+    before = logp(prepare_model(model.eval()), short)
+    trainer_for(model, arguments(tmp_path), pairs=PAIRS)
+    assert (logp(model.eval(), short)[0] - before[0]).abs().max() > 1e-3
+    for _ in range(2):
+        trainer_for(model, arguments(tmp_path), pairs=short * 2)
+        torch.testing.assert_close(logp(model.eval(), short), before)
+
+
+def test_a_trainer_without_datasets_settles_at_its_first_evaluation(tmp_path):
+    trainer = PerceTrainer(longrope(), arguments(tmp_path), processing_class=tiny_tokenizer())
+    expected = [trainer.evaluate(PAIRS)["eval_loss"] for _ in range(2)]
+    together = trainer_for(longrope(), arguments(tmp_path), pairs=PAIRS).evaluate(PAIRS)["eval_loss"]
+    assert expected == [pytest.approx(together, rel=1e-5)] * 2
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,21 @@
 
 import pytest
 import torch
+from datasets import Dataset
 
 from perce import MemoryConfig, PerceTrainer, UserError
+from perce.config.schema import ModelConfig
+from perce.data.batch import collate
+from perce.model import prefill
+from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import CHECKPOINTING
+from perce.model.patch import prepare_model
 from perce.model.prefill import PrefixCache
+from perce.training.checks import is_in_place, try_step
 from tests.helpers.architectures import tiny
-from tests.helpers.tiny import tiny_model, tiny_tokenizer
-from tests.helpers.trainers import arguments, model_for, trained
+from tests.helpers.models import perce_forward
+from tests.helpers.tiny import VOCAB, tiny_model, tiny_tokenizer
+from tests.helpers.trainers import PAIRS, arguments, model_for, trained, trainer_for
 
 NONE = MemoryConfig(persona_grad="none")
 
@@ -43,7 +51,7 @@ def test_padding_that_changes_a_sequence_of_a_batch(tmp_path):
     layer = model.model.layers[1]
     own = layer.mlp.forward
     layer.mlp.forward = lambda hidden: own(hidden) + (hidden.flip(0) if layer.training and len(hidden) == 2 else 0)
-    with pytest.raises(UserError, match=r"log-probabilities of a response with the persona are off by up to"):
+    with pytest.raises(UserError, match=r"log-probabilities of a response with the persona are off by "):
         trained(tmp_path, model)
 
 
@@ -70,7 +78,90 @@ def test_a_window_that_the_cached_persona_does_not_have(tmp_path, monkeypatch):
         trained(tmp_path, tiny_model(), memory=NONE)
 
 
-def test_a_trainer_without_training_data_tries_no_step(tmp_path):
-    model = tiny("gpt2")
+def test_a_trainer_without_training_data_is_tried_behind_a_cached_persona(tmp_path):
+    """GPT-2 is right there in eval mode; of OpenAI's first GPT the losses would be those without a persona."""
     args = arguments(tmp_path, memory=NONE, **{CHECKPOINTING: True})
-    PerceTrainer(model, args, processing_class=tiny_tokenizer())
+    PerceTrainer(tiny("gpt2"), args, processing_class=tiny_tokenizer())
+    with pytest.raises(UserError, match="with persona_grad none, log-probabilities"):
+        PerceTrainer(tiny("openai-gpt"), args, processing_class=tiny_tokenizer())
+
+
+def in_bf16(architecture, lora=True):
+    model = prepare_model(tiny(architecture).bfloat16())
+    return add_adapter(model, lora_config(ModelConfig(lora_r=4))) if lora else model
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mamba", "falcon_mamba", "qwen3_moe", "gemma3"])
+def test_a_bf16_base_is_tried_as_it_trains(tmp_path, architecture):
+    """Mamba's hidden states are fp32 whatever its weights are, and its own forward casts them for its head."""
+    trained(tmp_path, in_bf16(architecture), bf16=True)
+    model = in_bf16(architecture, lora=False).eval()
+    perce_forward(model, collate(PAIRS[:2]))
+
+
+def test_weights_of_two_precisions_are_judged_by_the_lower_one(tmp_path):
+    """As under 4 bits: products round to bf16, and embeddings and norms are fp32."""
+    model = prepare_model(tiny_model())
+    for layer in model.model.layers:
+        layer.mlp.bfloat16()
+        own = layer.mlp.forward
+        layer.mlp.forward = lambda hidden, own=own: own(hidden.bfloat16()).float()
+    trained(tmp_path, model)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-2])
+def test_faint_noise_is_found_too(tmp_path, scale):
+    model = tiny_model()
+    layer = model.model.layers[0]
+    own = layer.mlp.forward
+    layer.mlp.forward = lambda hidden: own(hidden) + scale * torch.randn_like(hidden) * layer.training
+    with pytest.raises(UserError, match=r"two forwards in training mode differ"):
+        trained(tmp_path, model)
+
+
+def test_embeddings_that_are_changed_in_place(tmp_path):
+    """CTRL's are; frozen, they would be leaves that need a gradient."""
+    model = add_adapter(prepare_model(tiny("ctrl")), lora_config(ModelConfig(lora_r=4)))
+    trained(tmp_path, model)
+
+
+def test_a_collator_of_ones_own_may_want_more_than_a_made_up_pair_has(tmp_path):
+    def by_example(pairs):
+        return collate(sorted(pairs, key=lambda pair: -pair["example"]))
+
+    trainer_for(tiny_model(), arguments(tmp_path, max_steps=1), data_collator=by_example).train()
+
+
+@pytest.mark.parametrize("pad", [-1, VOCAB])
+def test_a_padding_token_that_is_none(tmp_path, pad):
+    """Some configs say −1; a tokenizer may have a token more than the model."""
+    model = tiny_model(pad_token_id=None)
+    model.config.pad_token_id = pad
+    tokenizer = tiny_tokenizer()
+    if pad == VOCAB:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        assert tokenizer.pad_token_id >= VOCAB
+    args = arguments(tmp_path, max_steps=1)
+    PerceTrainer(model, args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer).train()
+
+
+def test_weights_that_are_moved_later_are_not_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr("perce.training.checks.check_step", lambda *_: pytest.fail("tried"))
+    model = tiny_model()
+    assert not is_in_place(model, torch.device("cuda"))
+    assert not is_in_place(model.to("meta"), torch.device("cpu"))
+
+
+def test_nothing_of_a_trial_stays(tmp_path):
+    memory = MemoryConfig(persona_grad="none", mlp_tile=64)
+    model = model_for("lora", dropout=0.3)
+    trainer = trainer_for(model, arguments(tmp_path, memory=memory, **{CHECKPOINTING: True}))
+    model.eval()
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    before, state = {name: p.clone() for name, p in model.named_parameters()}, torch.get_rng_state()
+    try_step(trainer, trainer.data_collator)
+    assert torch.equal(torch.get_rng_state(), state) and not any(module.training for module in model.modules())
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    assert hooks == sum(len(module._forward_hooks) for module in model.modules())
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
+    assert prefill.PREFILL_CHUNK == 1024 and {getattr(m, "perce_tile", 64) for m in model.modules()} == {64}
