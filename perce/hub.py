@@ -86,7 +86,7 @@ NOISE = re.compile(r"dropout|pdrop|layerdrop|drop_path|drop_prob|jitter")
 def noisy_fields(holder: Any) -> dict[str, float]:
     """What makes a config's model, or a module, random in training mode, by name."""
     fields = {name: value for name, value in vars(holder).items() if NOISE.search(name)}
-    return {name: value for name, value in fields.items() if type(value) in (int, float) and value > 0}
+    return {name: value for name, value in fields.items() if type(value) in (int, float) and 0 < value <= 1}
 
 
 def read_config(path: str) -> Any:

@@ -116,6 +116,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     from perce.data.splits import load_pairs
     from perce.demo import default_model_path
     from perce.hub import BASE_NAME, base_facts, check_base, load_tokenizer
+    from perce.model.auxiliary import router_of
     from perce.model.loading import load_model, merge_adapter
     from perce.training.arguments import fit_batch, options_that_fail_late, step_of_run
     from perce.training.best import kept_weights
@@ -147,8 +148,9 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     model = load_model(model_path, config.model, args.device.type)
 
     main_process = args.process_index == 0
+    router = router_of(model, config.loss.router_aux_loss_coef)  # on every process: it runs the model
     if main_process:
-        describe_run(config, model, args, pairs)
+        describe_run(config, model, args, pairs, router)
     progress = Progress(output_dir, loss_labels(pairs.format))
     with options_that_fail_late():
         trainer = PerceTrainer(

@@ -98,7 +98,12 @@ def add_adapter(model: Any, peft_config: Any) -> Any:
             "peft_config: the model has an adapter already. Leave peft_config out to train it on, or take it off first "
             "(model = model.merge_and_unload(), or unload())."
         )
-    peft_config, unused = copy.deepcopy(peft_config), unused_layers(model)
+    try:
+        peft_config, unused = copy.deepcopy(peft_config), unused_layers(model)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{type(model).__name__}: its decoder fails in training mode on a few tokens: {in_one_line(error)}"
+        ) from error
     if str(getattr(peft_config, "target_modules", None)).lower() == "all-linear":
         peft_config.target_modules = linear_layers(model, unused)
     try:
@@ -168,8 +173,13 @@ def merge_adapter(directory: Path, base: str) -> None:
 
 
 def check_adapter(model: Any) -> None:
-    """UserError for adapters under which the loss would be of other rows, or of another head."""
+    """UserError for adapters under which the loss would be of other rows, of another head, or without a part."""
     for config in model.peft_config.values():
+        if str(config.peft_type.value) == "ADALORA":
+            raise UserError(
+                "peft_config: AdaLoRA adds a term to the model's own loss, which is not computed here, and wants to be "
+                "called after each step. Use LoRA."
+            )
         if getattr(config, "is_prompt_learning", False) and str(config.peft_type.value) != "PREFIX_TUNING":
             raise UserError(
                 f"peft_config: {config.peft_type.value} puts virtual tokens before the prompt, and the response would "

@@ -15,9 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from perce.config.schema import MemoryConfig
 from perce.errors import UserError
-from perce.model.patch import decoder_of, forward_of
+from perce.model.patch import forward_of
 from perce.model.prefill import prepare_prefill
-from perce.model.probe import unwrapped
+from perce.model.probe import decoder_of, unwrapped
 
 # TrainingArguments' own names, which changed with transformers 5.23.
 CHECKPOINTING = (

@@ -1,22 +1,25 @@
 """Noise of training mode: in one of the two passes alone it would bias every PIR."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from perce.errors import UserError
-from perce.hub import noisy_fields
+from perce.hub import NOISE, noisy_fields
+from perce.model.probe import decoder_of
 
 
 def check_noise(model: nn.Module) -> None:
-    """UserError for a base model that computes something else in training mode. Adapters may have dropout: see
-    training/checks.py; noise under names that are not known here is found by training/rehearsal.py."""
-    for place, name, value in noise_of(model):
+    """UserError for a base model whose text decoder computes something else in training mode. Adapters may have
+    dropout: see training/checks.py; noise under names that are not known here is found by trial.py."""
+    decoder = decoder_of(model)
+    for place, name, value in noise_of(decoder):
         raise UserError(
-            f"{type(model).__name__}: {name}={value:g} in {place or 'the model'} would act in the factual pass and not "
-            f"in the counterfactual one, and bias every PIR. {REMEDY}"
+            f"{type(model).__name__}: {name}={value:g} in {place or type(decoder).__name__} would act in the factual "
+            f"pass and not in the counterfactual one, and bias every PIR. {REMEDY}"
         )
 
 
@@ -35,6 +38,33 @@ def noise_of(model: nn.Module) -> Iterator[tuple[str, str, float]]:
 
 def _beside_base(layer: Any) -> set[nn.Module]:
     return set(layer.modules()) - set(layer.base_layer.modules())
+
+
+def adapter_noise(model: nn.Module) -> list[tuple[Any, Any, float]]:
+    """(module or mapping, attribute or key, value) of what is random in training mode in adapters."""
+    found: list[tuple[Any, Any, float]] = []
+    for layer in model.modules():
+        if hasattr(layer, "base_layer"):
+            parts = [part for part in _beside_base(layer) if type(getattr(part, "p", None)) is float]
+            found += [(part, "p", float(part.p)) for part in parts]  # type: ignore[arg-type]
+            by_adapter = (held for name, held in vars(layer).items() if NOISE.search(name) and isinstance(held, dict))
+            found += [(held, name, value) for held in by_adapter for name, value in held.items()]
+    return [(holder, name, value) for holder, name, value in found if isinstance(value, float) and value > 0]
+
+
+@contextlib.contextmanager
+def without_adapter_noise(model: nn.Module) -> Iterator[None]:
+    found = adapter_noise(model)
+
+    def put(values: Iterable[float]) -> None:
+        for (holder, name, _), value in zip(found, values, strict=True):
+            holder.__setitem__(name, value) if isinstance(holder, dict) else setattr(holder, name, value)
+
+    put([0.0] * len(found))
+    try:
+        yield
+    finally:
+        put(value for *_, value in found)
 
 
 def disable_dropout(model: nn.Module) -> nn.Module:

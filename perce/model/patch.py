@@ -15,18 +15,19 @@ the hooks that gather and reduce sharded parameters, and yield wrong gradients i
 import functools
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from perce.errors import UserError, in_one_line
+from perce.hub import stated
 from perce.model.auxiliary import recorded
 from perce.model.head import LogitTransform, answer, logit_transforms
 from perce.model.noise import check_noise
 from perce.model.prefill import hidden_after_prefix
-from perce.model.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids, unwrapped
+from perce.model.probe import PROBE_TOKENS, attention_of_any_device, decoder_of, evaluating, probe_ids, unwrapped
 from perce.objectives import HeadCall
 from perce_kernels import reference
 
@@ -78,17 +79,6 @@ def _check_head(model: Any, head: Any) -> None:
         )
 
 
-def decoder_of(model: Any) -> nn.Module:
-    """The text decoder inside a causal language model: the innermost model that holds the input embeddings.
-
-    Neither base_model nor get_decoder() always is: the first may be a vision-language model, which wants more than
-    tokens, or, where base_model_prefix names nothing, the whole model; so may be the second.
-    """
-    embeddings = model.get_input_embeddings()
-    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
-    return next((module for module in reversed(inner) if embeddings in set(module.modules())), model.base_model)
-
-
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The module's forward as a function of the module: a deep copy of a patched model must run its own weights."""
     own = module.forward
@@ -103,6 +93,9 @@ def _patch_head(head: Any, transform: LogitTransform) -> None:
         if perce is None:
             return own_forward(self, hidden)
         own = {"lm_head": self.weight, "bias": self.bias, "backend": self.perce_backend}
+        if not torch.is_autocast_enabled(hidden.device.type):  # some models end in fp32, and cast for their head
+            hidden_cf = None if perce.hidden_cf is None else perce.hidden_cf.to(self.weight.dtype)
+            hidden, perce = hidden.to(self.weight.dtype), replace(perce, hidden_cf=hidden_cf)
         return answer(perce, hidden, **own, **vars(transform))
 
     forward.perce = True  # type: ignore[attr-defined]
@@ -170,11 +163,13 @@ def _self_check(model: Any, head: Any) -> LogitTransform:
         ours = reference.logits(hidden.to(exact), head.weight.to(exact), bias, **vars(transform)).double()
         return (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().nan_to_num(torch.inf).item()
 
-    transform = min(logit_transforms(model.config), key=difference)
+    readings = {transform: difference(transform) for transform in logit_transforms(model.config)}
+    # The likeliest that is about as close as any: rounding alone must not choose, as between a high cap and none.
+    transform = next(reading for reading, found in readings.items() if found <= 2 * min(readings.values()))
     tolerance = SELF_CHECK_TOLERANCE
     if low:  # the model's own logits are rounded to 8 bits: of large ones 2 ** -8 of their size is lost
         tolerance = max(SELF_CHECK_TOLERANCE_LOW_PRECISION, own.abs().max().item() * 2**-6)
-    if not (found := difference(transform)) <= tolerance:
+    if not (found := readings[transform]) <= tolerance:
         raise UserError(
             f"{name}: its log-probabilities differ from those computed from its hidden states and head by up to "
             f"{found:.3g} (allowed {tolerance:g}), with softcap={transform.softcap}, logit_scale="
@@ -187,7 +182,8 @@ def _self_check(model: Any, head: Any) -> LogitTransform:
 def _check_causal(model: Any, name: str, ids: Tensor, hidden: Tensor) -> None:
     """UserError if a token's hidden states depend on a later one, of which a padding token is a case."""
     seen = PROBE_TOKENS // 2
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
+    pad = stated(model.config.get_text_config(), "pad_token_id")
+    pad = pad if pad in range(len(model.get_input_embeddings().weight)) else 0  # some configs say −1
     others = {"other tokens": ids.flip(1)[:, :seen], "padding": torch.full_like(ids[:, :seen], pad)}
     batch = torch.cat([torch.cat([ids[:, :seen], rest], dim=1) for rest in others.values()])
     rows = torch.arange(seen, device=ids.device)

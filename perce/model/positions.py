@@ -8,7 +8,7 @@ longrope      one set of factors for forwards up to a length (the switch), anoth
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,27 +66,40 @@ def settle_lengths(model: Any, longest: Callable[[], int]) -> None:
             f"of {config.model_type} (rope_type dynamic) follows the longest sequence of a batch. Use --max_length "
             f"{limit} or less, together with what replies may take."
         )
-    if switch_length(config) is not None and needs_long_factors(config, longest()):
-        take_long_factors(model)
+    if switch_length(config) is not None:
+        choose_factors(model, long=needs_long_factors(config, longest()))
 
 
-def take_long_factors(model: nn.Module) -> None:
-    """Let every forward of the model, however short, take the long factors, in place."""
+def choose_factors(model: nn.Module, *, long: bool) -> None:
+    """Let every forward of the model, however short, have longrope's long factors, in place, or as its length asks."""
+    for rotary in _switching(model):
+        if not hasattr(rotary, "perce_long"):
+            _see_beyond(rotary, cast(int, switch_length(rotary.config)))
+        rotary.perce_long = long
+
+
+def has_long(model: nn.Module) -> bool:
+    """Whether every forward has the long factors."""
+    return any(getattr(rotary, "perce_long", False) for rotary in _switching(model))
+
+
+def _switching(model: nn.Module) -> Iterator[Any]:
+    """The rotary encodings with two sets of factors."""
     for module in model.modules():
         kinds: Any = getattr(module, "rope_type", None)
         if "longrope" in (kinds.values() if isinstance(kinds, dict) else (kinds,)):
-            switch = switch_length(module.config)
-            assert switch is not None
-            _see_beyond(module, switch)
+            yield module
 
 
 def _see_beyond(rotary: Any, position: int) -> None:
-    """Show a rotary encoding a position more in every forward, which is beyond the switch, and drop what it makes of
-    it: the factors are chosen by the largest position."""
+    """Show a rotary encoding, while perce_long, a position more in every forward, which is beyond the switch, and drop
+    what it makes of it: the factors are chosen by the largest position."""
     own = forward_of(rotary)
 
     @functools.wraps(own)
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        if not self.perce_long:
+            return own(self, x, position_ids, *args, **kwargs)
         beyond = torch.full_like(position_ids[..., :1], position)
         encoded = own(self, x, torch.cat([position_ids, beyond], dim=-1), *args, **kwargs)
         return tuple(part[..., :-1, :] for part in encoded)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from perce.data.batch import packed
 from perce.errors import UserError
@@ -17,6 +18,17 @@ PROBE_TOKENS = 8
 def unwrapped(model: Any) -> Any:
     """The model inside a PEFT model, or the model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The text decoder inside a causal language model: the innermost model that holds the input embeddings.
+
+    Neither base_model nor get_decoder() always is: the first may be a vision-language model, which wants more than
+    tokens, or, where base_model_prefix names nothing, the whole model; so may be the second.
+    """
+    embeddings = model.get_input_embeddings()
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    return next((module for module in reversed(inner) if embeddings in set(module.modules())), model.base_model)
 
 
 @contextlib.contextmanager

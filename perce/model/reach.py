@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from perce.model.patch import decoder_of
-from perce.model.probe import attention_of_any_device, probe_ids, unwrapped
+from perce.model.probe import attention_of_any_device, decoder_of, probe_ids, unwrapped
 
 PROBE_LENGTH = 64  # tokens: layers that pool several of them have some to pool
 # What decides which expert a token goes to.

@@ -32,9 +32,8 @@ from perce.errors import UserError, first_line, in_one_line
 from perce.model.head import answer, logit_transforms
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
-from perce.model.patch import decoder_of
 from perce.model.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
-from perce.model.probe import unwrapped
+from perce.model.probe import decoder_of, unwrapped
 from perce.model.reach import freeze_beside_text
 from perce.objectives import OBJECTIVES, HeadCall, Objective
 from perce.planning.live import Live, Moment, Phase, Rehearsed

@@ -22,7 +22,15 @@ from perce.errors import UserError
 from perce.hub import stated
 from perce.model.loading import adapters_unused, in_short
 from perce.model.memory import CHECKPOINTING
-from perce.model.positions import is_dynamic, needs_long_factors, position_limit, switch_length
+from perce.model.noise import adapter_noise
+from perce.model.positions import (
+    choose_factors,
+    has_long,
+    is_dynamic,
+    needs_long_factors,
+    position_limit,
+    switch_length,
+)
 from perce.model.reach import without_gradient
 from perce.model.trial import Manner, check_step
 from perce.training.arguments import PerceArguments
@@ -32,8 +40,8 @@ SQUARE_BYTES = 2**32
 
 
 def warn_of_dropout(model: nn.Module) -> None:
-    """Adapters may have dropout; a base model may not (see model/patch.py)."""
-    dropout = max((module.p for module in model.modules() if isinstance(module, nn.Dropout)), default=0.0)
+    """Adapters may have dropout, of any kind; a base model may not (see model/noise.py)."""
+    dropout = max((value for *_, value in adapter_noise(model)), default=0.0)
     if dropout > 0:
         warnings.warn(
             f"Dropout of {dropout} in the adapter acts in the factual pass and not in the counterfactual one: every "
@@ -42,10 +50,12 @@ def warn_of_dropout(model: nn.Module) -> None:
         )
 
 
-def weights_are_here(model: Any) -> bool:
-    """Whether the model can be tried out before training: FSDP and DeepSpeed may load or cut its weights later."""
+def is_in_place(model: Any, device: torch.device) -> bool:
+    """Whether the model can be tried out before training: FSDP and DeepSpeed move it, and load or cut its weights,
+    later."""
     weight = model.get_input_embeddings().weight
-    return not (weight.is_meta or isinstance(weight, DTensor) or is_deepspeed_zero3_enabled())
+    elsewhere = weight.is_meta or weight.device.type != device.type
+    return not (elsewhere or isinstance(weight, DTensor) or is_deepspeed_zero3_enabled())
 
 
 def check_hooks(kwargs: Mapping[str, Any]) -> None:
@@ -159,15 +169,18 @@ def check_sharding(trainer: Trainer, memory: MemoryConfig) -> None:
         )
 
 
-def try_step(trainer: Any) -> None:
-    """UserError for a model that would train wrong in the manner of this run, where its weights are here."""
+def try_step(trainer: Any, collate: Callable[..., Any]) -> None:
+    """UserError for a model that would train wrong in the manner of this run, where it can be tried; without training
+    data, for one that would be evaluated wrong behind a cached persona."""
     model, args = trainer.model, trainer.args
-    if not weights_are_here(model):
+    detached, trains = args.memory.persona_grad == "none", trainer.train_dataset is not None
+    if not (detached or trains) or not is_in_place(model, args.device):
         return
-    check_gradients(trainer)
-    checkpointing = getattr(args, f"{CHECKPOINTING}_kwargs") if getattr(args, CHECKPOINTING) else None
-    detached, tiles = args.memory.persona_grad == "none", bool(args.memory.mlp_tile)
-    check_step(model, Manner(trainer.data_collator, checkpointing, detached, tiles))
+    if trains:
+        check_gradients(trainer)
+    checkpointing = getattr(args, f"{CHECKPOINTING}_kwargs") if trains and getattr(args, CHECKPOINTING) else None
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # the Trainer's is in what it wraps later
+        check_step(model, Manner(collate, checkpointing, detached, tiles=bool(args.memory.mlp_tile)))
 
 
 def check_gradients(trainer: Trainer) -> None:
@@ -207,14 +220,21 @@ def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, ma
         _check_square(longest, name, config)
 
 
-def check_factors(check: Callable[..., None], config: Any, max_length: int, dataset: Any, name: str) -> None:
-    """`check`, and UserError for sequences beyond the switch of longrope in a run whose forwards take short factors."""
-    check(dataset, name)
-    if needs_long_factors(config, longest := longest_sequence(dataset, max_length)):
+def settle_factors(model: Any, datasets: Mapping[str, Any], max_length: int) -> bool:
+    """Let every forward have longrope's long factors if a sequence of these datasets needs them, else its short ones;
+    whether there was something to settle it by."""
+    if longest := longest_sequence(datasets, max_length):
+        choose_factors(model, long=needs_long_factors(model.config, longest))
+    return bool(longest)
+
+
+def check_factors(model: Any, dataset: Any, name: str, max_length: int) -> None:
+    """UserError for sequences beyond the switch of longrope where forwards have been given short factors."""
+    if needs_long_factors(model.config, longest := longest_sequence(dataset, max_length)) and not has_long(model):
         raise UserError(
-            f"{name}: sequences of up to {longest} tokens, and beyond {switch_length(config)} the position encoding of "
-            f"{config.model_type} (rope_type longrope) has other factors than those that the trainer's own datasets "
-            "have settled. Give it to a trainer when that is made, or use shorter sequences."
+            f"{name}: sequences of up to {longest} tokens, and beyond {switch_length(model.config)} the position "
+            f"encoding of {model.config.model_type} (rope_type longrope) has other factors than those that the "
+            "trainer's own datasets have settled. Give it to a trainer when that is made, or use shorter sequences."
         )
 
 

@@ -17,7 +17,7 @@ from perce.data.splits import RunPairs
 from perce.environment import in_one_move
 from perce.errors import first_line
 from perce.measuring.scores import scored_tokens
-from perce.model.auxiliary import router_of
+from perce.model.auxiliary import Router
 from perce.model.passes import TokenStatistics
 from perce.model.positions import needs_long_factors, switch_length
 from perce.model.reach import beside_text
@@ -154,7 +154,9 @@ def _evaluation_line(logs: Mapping[str, float], labels: Mapping[str, str]) -> st
     return "validation  " + "  ".join(f"{label} {logs[f'eval_{name}']:.4f}" for name, label in labels.items())
 
 
-def describe_run(config: TrainOptions, model: nn.Module, args: TrainingArguments, pairs: RunPairs) -> None:
+def describe_run(
+    config: TrainOptions, model: nn.Module, args: TrainingArguments, pairs: RunPairs, router: Router | None
+) -> None:  # fmt: skip
     """What is about to be trained on what, and everything that was left out of the data."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -181,7 +183,7 @@ def describe_run(config: TrainOptions, model: nn.Module, args: TrainingArguments
             f"       sequences of up to {longest:,} tokens, beyond {switch_length(model.config):,}: the position "
             "encoding (longrope) takes its long factors for all of them, the short ones too"
         )
-    tokens, router = config.run.tokens_per_batch, router_of(model, config.loss.router_aux_loss_coef)
+    tokens = config.run.tokens_per_batch
     balance = f" + {router.coefficient:g} × the router's load-balancing loss" if router else ""
     forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
     print(

@@ -35,7 +35,6 @@ from perce.model.passes import (
     token_statistics,
 )  # fmt: skip
 from perce.model.patch import prepare_model
-from perce.model.positions import needs_long_factors, take_long_factors
 from perce.model.probe import check_packing, evaluating
 from perce.model.reach import freeze_beside_text
 from perce.objectives import HeadCall, Measured
@@ -50,7 +49,7 @@ from perce.training.checks import (
     check_hooks,
     check_sharding,
     check_vocabulary,
-    longest_sequence,
+    settle_factors,
     try_step,
     warn_of_dropout,
 )  # fmt: skip
@@ -102,7 +101,7 @@ class PerceTrainer(ResumableTrainer):
         prepared = prepare_model(model, args.backend)
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
-        elif not hasattr(prepared, "peft_config"):  # an adapter that no text reaches is a mistake
+        elif train_dataset is not None and not hasattr(prepared, "peft_config"):  # an adapter there is a mistake
             freeze_beside_text(prepared)
         check_own_loss(prepared)
         if router := router_of(prepared, args.loss.router_aux_loss_coef):
@@ -119,12 +118,11 @@ class PerceTrainer(ResumableTrainer):
             "train_dataset": self._checked_pairs(train_dataset, "train_dataset"),
             "eval_dataset": self._checked_pairs(eval_dataset, "eval_dataset"),
         }
-        if needs_long_factors(prepared.config, longest_sequence(datasets, args.data.max_length)):
-            take_long_factors(prepared)
-        else:  # later datasets cannot change that
-            self._check_context = partial(check_factors, self._check_context, prepared.config, args.data.max_length)
-        pad_id = getattr(tokenizer, "pad_token_id", None) or 0
-        kwargs.setdefault("data_collator", partial(collate, pad_id=pad_id, packing=args.packing))
+        self._factors_settled = settle_factors(prepared, datasets, args.data.max_length)
+        pad_id: Any = getattr(tokenizer, "pad_token_id", None)
+        pad_id = pad_id if pad_id in range(self._vocabulary) else 0  # any will do, no token sees it
+        collator = partial(collate, pad_id=pad_id, packing=args.packing)
+        kwargs.setdefault("data_collator", collator)
         served = copy.deepcopy(tokenizer)  # what is saved; the caller's stays as it is
         super().__init__(model=prepared, args=args, processing_class=served, **datasets, **kwargs)
         serve_as_trained(prepared, served, self.train_dataset, args.data)
@@ -136,8 +134,7 @@ class PerceTrainer(ResumableTrainer):
             device = next(prepared.parameters()).device.type
             with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                 check_packing(self.model, device)
-        if train_dataset is not None:
-            found_by_first(partial(try_step, self))
+        found_by_first(partial(try_step, self, collator))
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         self.estimation_clock = Clock(self.args.device)
@@ -177,7 +174,12 @@ class PerceTrainer(ResumableTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
-        return super().evaluate(self._checked_pairs(eval_dataset, "eval_dataset"), *args, **kwargs)
+        pairs, max_length = self._checked_pairs(eval_dataset, "eval_dataset"), self.args.data.max_length
+        if self._factors_settled:
+            check_factors(self.model, pairs, "eval_dataset", max_length)
+        else:
+            self._factors_settled = settle_factors(self.model, {"eval_dataset": pairs}, max_length)
+        return super().evaluate(pairs, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = own_train_loader(self.train_dataset, self.data_collator, self.args)
