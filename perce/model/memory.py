@@ -52,11 +52,15 @@ def checkpointed(model: Any, options: Mapping[str, Any] | None) -> Iterator[None
     if options is None:
         yield
         return
+    hooks = model.get_input_embeddings()._forward_hooks
+    before = set(hooks)
     enable_checkpointing(model, options)
     try:
         yield
     finally:
         (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+        for added in set(hooks) - before:  # by transformers, so that inputs require gradients
+            del hooks[added]
 
 
 # ---- MLPs in tiles
