@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from peft import BOFTConfig, LoHaConfig, LoKrConfig
+from peft import BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig
 
 from perce import LossConfig, UserError, disable_dropout
 from perce.model.loading import add_adapter
@@ -78,3 +78,9 @@ def test_what_no_text_reaches_or_is_no_share_is_not_noise(tmp_path):
     tiny_llama.dropout_seed = 42
     for each in (model, tiny_llama):
         trained(tmp_path, each)
+
+
+def test_routers_that_draw_among_tied_experts_are_for_fp32(tmp_path):
+    model = prepare_model(tiny("phimoe").bfloat16())
+    with pytest.raises(UserError, match=r"draw among experts whose scores tie.*--precision fp32"):
+        trained(tmp_path, add_adapter(model, LoraConfig(target_modules="all-linear")), bf16=True)
