@@ -103,9 +103,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    ("architecture", "kind"), [("mixtral", "full"), ("mixtral", "lora"), ("qwen3-moe", "full"), ("qwen3-moe", "lora")]
-)
+@pytest.mark.parametrize(("architecture", "kind"), [("mixtral", "full"), ("qwen3-moe", "full"), ("qwen3-moe", "lora")])
 def test_a_step_is_that_of_the_models_own_forward(tmp_path, own, architecture, kind, way):
     expected = own[architecture, kind]
     close(one_step(tmp_path, model_for(kind, architecture=architecture), **WAYS[way]), expected)
@@ -121,7 +119,9 @@ def test_a_mean_over_forwards_would_be_another_loss(own, architecture):
     assert abs(sum(parts) / len(parts) - own[architecture, "full"][1]) > 1e-3
 
 
-@pytest.mark.parametrize("split", [(4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(
+    "split", [(2, 2), pytest.param((4, 1), marks=pytest.mark.slow), pytest.param((1, 4), marks=pytest.mark.slow)]
+)
 def test_two_processes_train_as_one(tmp_path, own, split):
     run_ranks("tests.perce.training.test_balancing", str(tmp_path), *map(str, split))
     for architecture in MIXTURES:
