@@ -137,12 +137,13 @@ def test_columns(tmp_path):
     (example,) = load(tmp_path, ABSTRACT, columns=columns)
     assert example.persona[0] == "Title: T1\nAbstract: A1"  # one's own persona keeps its order: best first
     assert (example.response, example.user_id) == ("We prove it.", "A. Uthor")
-    assert load(tmp_path, LAMP, columns=columns)[0].user_id is None  # user_id is optional, mapped or not
+    assert [e.user_id for e in load(tmp_path, ABSTRACT, LAMP, columns=columns)] == ["A. Uthor", None]
     swapped = {**GOOD, "query": GOOD["response"], "response": GOOD["query"]}
     assert load(tmp_path, swapped, columns={"query": "response", "response": "query"})[0].response == GOOD["response"]
     text = error(tmp_path, GOOD, columns={"persona": "persna"})
-    assert "data.jsonl:1: field 'persna'" in text and "--columns persona=persna" in text and "'persona'" in text
-    with pytest.raises(UserError, match="our name one of persona, query"):
+    assert "data.jsonl:1: field 'persna'" in text and "did you mean --columns persona=persona." in text
+    assert "Correct --columns" in text
+    with pytest.raises(UserError, match=r"our name one of .*persona.*got 'person'; did you mean persona=profile\."):
         load(tmp_path, GOOD, columns={"person": "profile"})
 
 

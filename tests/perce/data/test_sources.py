@@ -3,6 +3,8 @@
 import csv
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from perce import UserError, load_examples
@@ -28,7 +30,7 @@ def test_bytes_that_are_not_utf8(tmp_path):
         load_examples(tmp_path / "d.jsonl", "train")
     assert load_examples(tmp_path / "d.jsonl", "train", skip_bad_rows=True).skipped == 1
     (tmp_path / "d.json").write_bytes(b"[\n" + good.replace(b"dog", b"d\xf6g") + b"]")
-    with pytest.raises(UserError, match=r"d\.json:2: expected UTF-8 text, got the byte 0xf6.*Save"):
+    with pytest.raises(UserError, match=r"d\.json row 1: field 'persona\[1\]': expected UTF-8 text, got the byte 0xf6"):
         load_examples(tmp_path / "d.json", "train")
     (tmp_path / "d.csv").write_bytes(b"persona,query,response\np,q,r\np,q,d\xf6g\n")
     with pytest.raises(UserError, match=r"d\.csv:3: field 'response': expected UTF-8 text"):
@@ -42,7 +44,7 @@ def test_json_files(tmp_path):
         load_examples(path, "train")
     assert load_examples(path, "train", skip_bad_rows=True).all[0].source == "d.json row 1"
     assert load_examples(jsonl(path, GOOD, GOOD), "train").all[1].source == "d.json:2"  # lines by another name
-    path.write_text("[\n{},\n]")
+    path.write_text(f"[\n{json.dumps(GOOD)},\n]")
     with pytest.raises(UserError, match=r"d\.json:(2|3): not JSON"):
         load_examples(path, "train")
 
@@ -74,7 +76,7 @@ def test_parquet_files(tmp_path):
     examples = load_examples(tmp_path / "d.parquet", "train").all
     assert examples[1].persona == load(tmp_path, ABSTRACT)[0].persona and examples[1].source == "d.parquet row 2"
     (tmp_path / "d.parquet").write_text("no")
-    with pytest.raises(UserError, match=r"d\.parquet: not a Parquet file"):
+    with pytest.raises(UserError, match=r"d\.parquet: damaged, or not a Parquet file"):
         load_examples(tmp_path / "d.parquet", "train")
 
 
@@ -87,8 +89,10 @@ def test_one_file_is_the_train_split(tmp_path):
     path = jsonl(tmp_path / "anything.jsonl", GOOD)
     assert available_splits(str(path)) == ["train"]
     assert load_examples(path, "validation").all == [] == load_examples(path, "test").all
-    with pytest.raises(UserError, match=r"notes\.txt: cannot tell.*\.jsonl, \.json, \.parquet, \.csv"):
+    with pytest.raises(UserError, match=r"notes\.txt: cannot be read: a text has.*\.jsonl, \.json, \.parquet, \.csv"):
         load_examples(jsonl(tmp_path / "notes.txt", GOOD), "train")
+    with pytest.raises(UserError, match=r"notes\.rows: cannot tell.*\.jsonl, \.json, \.parquet, \.csv"):
+        load_examples(jsonl(tmp_path / "notes.rows", GOOD), "train")
     with pytest.raises(UserError, match="split: expected one of train, validation, test, got 'dev'"):
         load_examples(path, "dev")
 
@@ -146,13 +150,37 @@ def test_save_to_disk(tmp_path):
         load_examples(tmp_path / "two", "train")
 
 
+def test_shards_whose_columns_differ(tmp_path):
+    """datasets says of itself only that generating failed; which file, and what is wrong with it, is what helps."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    columns = {name: ["x"] for name in ("persona", "query", "response")}
+    pq.write_table(pa.table(columns), tmp_path / "train-00000-of-00002.parquet")
+    del columns["response"]
+    pq.write_table(pa.table({**columns, "answer": ["r"]}), tmp_path / "train-00001-of-00002.parquet")
+    for streaming in (False, True):
+        with pytest.raises(UserError) as caught:
+            list(load_examples(tmp_path, "train", streaming=streaming))
+        assert "train-00001-of-00002.parquet" in str(caught.value) and "answer" in str(caught.value)
+        assert "column names don't match" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_values_that_python_cannot_hold_in_a_saved_directory(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    late = pa.array([0, 2**62], pa.timestamp("us"))
+    table = pa.table({**{name: ["x", "y"] for name in ("persona", "query", "response")}, "seen": late})
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    for streaming in (False, True):
+        assert len(list(load_examples(tmp_path / "saved", "train", streaming=streaming))) == 2
+
+
 def test_hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
     def load_dataset(name, config, *, split, streaming):
         asked.append((name, config, split, streaming))
-        return [GOOD]
+        return datasets.Dataset.from_list([GOOD])
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["test", "val", "other"])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -161,6 +189,27 @@ def test_hub(monkeypatch):
     assert asked == [("owner/name", "part", "val", True)] and example.source == "owner/name:part[val] row 1"
     with pytest.raises(UserError, match="owner/name has no train split; it has validation, test"):
         load_examples("owner/name", "train")
+
+
+def test_paths_that_the_system_refuses(tmp_path):
+    for path, reason in (
+        (tmp_path / ("x" * 300), "File name too long"), (tmp_path / "a\0b.jsonl", "null byte"),
+        (f"{'d/' * 3000}x.jsonl", "File name too long"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"--data .*: cannot be looked at \(.*{reason}") as caught:
+            load_examples(path, "train")
+        assert len(str(caught.value)) < 300
+    with pytest.raises(UserError, match=r"No such file or directory: ~nobody-of-this-name/x.jsonl"):
+        load_examples("~nobody-of-this-name/x.jsonl", "train")
+
+
+def test_a_path_that_is_nearly_right(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    jsonl(tmp_path / "data" / "my_rows.jsonl", GOOD)
+    for path, near in (("data/my_row.jsonl", "data/my_rows.jsonl"), ("dtaa/my_rows.jsonl", "data")):
+        with pytest.raises(UserError, match=rf"No such file or directory: {path} .*Did you mean {near}\?"):
+            load_examples(path, "train")
 
 
 def test_data_that_cannot_be_found(tmp_path, monkeypatch):

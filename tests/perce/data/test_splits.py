@@ -86,6 +86,18 @@ def test_a_split_that_a_file_does_not_have_is_named(tmp_path, streaming):
         load_split(DataConfig(data=str(path), streaming=streaming), SplitConfig(split="test"))
 
 
+def test_rows_without_users_are_warned_of(tmp_path):
+    """Whoever has several rows may be on both sides."""
+    assert not any("warning" in note for note in splits(tmp_path, USERS).notes)
+    for rows, words in (
+        (NAMELESS, "30 of 30 examples have no user_id: rows are held out, not users"),
+        (USERS + NAMELESS, "30 of 90 examples have no user_id: rows are held out, not users"),
+        ([row("ana", i) for i in range(30)], "all rows are of one user: rows are held out, not users"),
+    ):
+        (warning,) = (note for note in splits(tmp_path, rows).notes if note.startswith("warning"))
+        assert words in warning and "--columns user_id=FIELD" in warning
+
+
 def test_the_seed_of_who_is_drawn_follows_no_model():
     assert [SplitConfig(split_seed=seed).seed for seed in (None, 3, 0)] == [42, 3, 0]
 

@@ -1,0 +1,72 @@
+"""perce.data.csv_file: one meaning for every CSV, and a place for what has none."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from perce import UserError, load_examples
+
+HEADER = "persona,query,response"
+
+
+def csv_file(path: Path, *lines: str, header: str = HEADER) -> Path:
+    path.write_bytes("\n".join([header, *lines, ""]).encode())
+    return path
+
+
+def replies(path, **options):
+    return [(example.source.partition(":")[2], example.response) for example in load_examples(path, "train", **options)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "field"),
+    [
+        (['p,q,"I like', "p,q,r2", 'p,q,"r3"', "p,q,r4"], 2, "response"),  # the quote swallows rows up to the next one
+        (["p,q,r1", 'p,"q,r2', "p,q,r3"], 3, "query"),  # … or up to the end of the file
+        (['p,"q" q,r1'], 2, "query"),
+        (['p,q,"he said \\"hi\\" to me"'], 2, "response"),
+        (['p, "one, two",r1'], 2, "query"),  # a quote behind a space quotes nothing, and the comma cuts
+    ],
+)
+def test_a_stray_quote_is_named_and_costs_its_own_row_only(tmp_path, lines, line, field):
+    path = csv_file(tmp_path / "d.csv", *lines, "p,q,last")
+    with pytest.raises(UserError, match=rf"d\.csv:{line}: field '{field}': expected .*quote"):
+        load_examples(path, "train")
+    rows = load_examples(path, "train", skip_bad_rows=True)
+    assert len(rows.all) + rows.skipped == len(lines) + 1 and rows.all[-1].response == "last"
+
+
+def test_backslashes_before_quotes_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"backslash"):
+        load_examples(csv_file(tmp_path / "d.csv", 'p,q,"he said \\"hi\\" to me"'), "train")
+
+
+def test_quotes_that_have_one_meaning_are_read(tmp_path):
+    path = csv_file(tmp_path / "d.csv", 'p,a 5" disk,"two ""words"""', '"p","q","a', "", 'b, c"', 'p,"","r"', "p,q,r")
+    rows = load_examples(path, "train", skip_bad_rows=True)
+    assert [e.response for e in rows] == ['two "words"', "a\n\nb, c", "r"] and rows.skipped == 1  # a query is missing
+    assert rows.all[0].turns[0].content == 'a 5" disk' and [e.source for e in rows] == ["d.csv:2", "d.csv:3", "d.csv:7"]
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+def test_other_separators_are_named(tmp_path, mark, name):
+    path = csv_file(tmp_path / "d.csv", mark.join(["p", "q, or not", "r"]), header=HEADER.replace(",", mark))
+    with pytest.raises(UserError, match=rf"d\.csv:1: expected commas .*, got {name}.*pandas"):
+        load_examples(path, "train")
+
+
+def test_a_header_with_spaces_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"d\.csv:1: .*' query'.*space"):
+        load_examples(csv_file(tmp_path / "d.csv", "p, q, r", header="persona, query, response"), "train")
+
+
+def test_a_csv_of_many_rows_is_written_and_read(tmp_path):
+    """What csv writes is what is read, whatever is in the cells."""
+    texts = ['"', '""', "a,b", "a\nb", "a\r\nb", "a;b", "'", "\\", '\\"', " x ", "[a]", "a\u2028b", "é"]
+    with (tmp_path / "d.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([HEADER.split(","), *([one, other, one] for one in texts for other in texts)])
+    rows = load_examples(tmp_path / "d.csv", "train").all
+    assert [(e.persona, e.turns[0].content, e.response) for e in rows] == [
+        ((one,), other, one) for one in texts for other in texts
+    ]

@@ -1,0 +1,78 @@
+"""Rows of no format, and the lines that lead to one."""
+
+import pytest
+
+from perce import UserError, load_examples
+from tests.helpers.raw_rows import GOOD, error, jsonl, load
+
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+ALL = "persona, query or messages, response or messages"
+
+
+@pytest.mark.parametrize(
+    ("row", "nearest", "missing", "columns"),
+    [
+        ({"from": "a", "to": "c", "subject": "s", "body": "b"}, "perce", ALL,
+         "persona=FIELD,query=subject,response=body"),
+        ({"instruction": "Do", "input": "it", "output": "Done"}, "perce", ALL,
+         "persona=FIELD,query=instruction,response=output"),
+        ({"UserProfile": "p", "Question": "q", "Answer": "a"}, "perce", ALL,
+         "persona=UserProfile,query=Question,response=Answer"),
+        ({"bio": "p", "query": "q", "response": "r"}, "perce", "persona", "persona=bio"),
+        ({"id": 1, "input": "i", "profile": [{"text": "t"}]}, "lamp", "output", "output=FIELD"),
+        ({"personality": ["p"], "dialog": []}, "convai2", "dialogue", "dialogue=dialog"),
+        ({"persona": "p", "prompt": "q", "complete": "c"}, "prompt_completion", "completion", "completion=complete"),
+        ({"user_id": "u"}, "perce", ALL, "persona=FIELD,query=FIELD,response=FIELD"),
+    ],
+)  # fmt: skip
+def test_a_row_of_no_format_gets_four_lines(tmp_path, row, nearest, missing, columns):
+    first, second, third, fourth = error(tmp_path, row).splitlines()
+    assert f"data.jsonl:1: expected the fields of a format, got the fields {', '.join(row)}." in first
+    assert second == f"Nearest is {nearest}; missing: {missing}."
+    assert third.startswith(f"Rename fields: --columns {columns}") and ("(FIELD:" in third) == ("FIELD" in columns)
+    assert fourth.startswith("docs/DATA.md has every format") and max(map(len, (second, third, fourth))) <= 150
+
+
+def test_the_line_to_copy_works(tmp_path):
+    row = {"bio": "I keep bees.", "Question": "Coming?", "Answer": "No."}
+    columns = dict(pair.split("=") for pair in error(tmp_path, row).splitlines()[2].split()[-1].split(","))
+    assert load(tmp_path, row, columns=columns)[0].persona == ("I keep bees.",)
+
+
+def test_sharegpt_is_recognised(tmp_path):
+    text = error(tmp_path, {"id": "1", "conversations": SHAREGPT})
+    assert "`conversations` has from and value where `messages` has role and content" in text
+
+
+def test_long_and_many_names_do_not_fill_the_screen(tmp_path):
+    assert len(error(tmp_path, {f"{i}{'x' * 5000}": 1 for i in range(100)})) < 1500
+
+
+# --- --columns --------------------------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_field_that_may_be_missing(tmp_path):
+    """Users would leak between the splits: nobody knows who they are."""
+    rows = [{**GOOD, "userID": f"u{i}"} for i in range(3)]
+    for theirs in ("UserID", "user_id"):
+        text = error(tmp_path, *rows, columns={"user_id": theirs})
+        assert f"--columns user_id={theirs}: none of 3 rows of {tmp_path / 'data.jsonl'} has a field '{theirs}'" in text
+        assert "did you mean --columns user_id=userID." in text
+    assert load(tmp_path, GOOD, rows[0], columns={"user_id": "userID"})[1].user_id == "u0"  # one row is enough
+    assert "none of 1 rows" in error(tmp_path, *rows, columns={"user_id": "UserID"}, limit=1)
+
+
+def test_a_misspelt_field_in_a_stream(tmp_path, monkeypatch):
+    monkeypatch.setattr("perce.data.rows.SURE", 3)
+    path = jsonl(tmp_path / "data.jsonl", *[{**GOOD, "userID": f"u{i}"} for i in range(5)])
+    stream = iter(load_examples(path, "train", columns={"user_id": "UserID"}, streaming=True))
+    assert [next(stream).source, next(stream).source] == ["data.jsonl:1", "data.jsonl:2"]
+    with pytest.raises(UserError, match="none of 3 rows"):
+        next(stream)
+
+
+def test_columns_the_wrong_way_round(tmp_path):
+    row = {"bio": "p", "query": "q", "response": "r"}
+    text = error(tmp_path, row, columns={"bio": "persona"})
+    assert "with our name one of" in text and "got 'bio'; did you mean persona=bio" in text
+    assert "did you mean persona=bio" in error(tmp_path, row, columns={"persoan": "bio"})

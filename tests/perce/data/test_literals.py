@@ -1,0 +1,58 @@
+"""Lists that came as a text."""
+
+import json
+
+import pandas as pd
+import pytest
+from datasets import Dataset, disable_progress_bars
+
+from perce import load_examples
+from perce.data import literals
+from tests.helpers.raw_rows import TALK, error, load
+
+FACTS = ['I enjoy tea, "green".', "I'm a baker.", "two\nlines [sic] {x}, 'y' 'z'"]
+ROWS = [{"persona": FACTS, "query": "q", "response": "r"}, {"persona": FACTS[:1], "query": "q", "response": "['r']"}]
+TALKS = [{"persona": FACTS, "messages": TALK}, {"persona": FACTS[1:], "messages": TALK[:2]}]
+
+
+@pytest.mark.parametrize("rows", [ROWS, TALKS])
+def test_what_pandas_and_datasets_write_is_read_again(tmp_path, rows):
+    """They print lists, the one as Python does and the other as numpy does."""
+    disable_progress_bars()
+    expected = [(e.persona, e.turns, e.response) for e in load(tmp_path, *rows)]
+    pd.DataFrame(rows).to_csv(tmp_path / "pandas.csv")
+    Dataset.from_list(rows).to_csv(tmp_path / "datasets.csv")
+    Dataset.from_list(rows).to_pandas().to_csv(tmp_path / "both.csv", index=False)
+    for name in ("pandas.csv", "datasets.csv", "both.csv"):
+        assert [(e.persona, e.turns, e.response) for e in load_examples(tmp_path / name, "train")] == expected, name
+
+
+TEXTS = ["[laughs] Hi", "[laughs]", "[a, b]", "['tis so", "I like ['a']", "['a'", "[array(['a'])]"]
+
+
+@pytest.mark.parametrize("facts", TEXTS)
+def test_a_text_stays_a_text(tmp_path, facts):
+    assert load(tmp_path, {**ROWS[0], "persona": facts})[0].persona == (facts,)
+
+
+@pytest.mark.parametrize(
+    "facts", ["['a' 'b' ... 'c']", "['a', ...]", "['a', nan]", "[['a'], print()]", "['a' + 'b']", "['a\nb']"]
+)
+def test_what_was_a_list_and_is_none_any_more(tmp_path, facts):
+    text = error(tmp_path, {**ROWS[0], "persona": facts})
+    assert "data.jsonl:1: field 'persona': expected a list as JSON, Python or numpy" in text and "Parquet" in text
+
+
+def test_a_list_that_takes_too_much_to_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(literals, "LONGEST", 100)
+    facts = [f"fact {i}" for i in range(50)]
+    assert "more than" in error(tmp_path, {**ROWS[0], "persona": repr(facts)})
+    assert load(tmp_path, {**ROWS[0], "persona": json.dumps(facts)})[0].persona == tuple(facts)
+
+
+def test_messages_that_came_as_a_text(tmp_path):
+    for written in (json.dumps, repr):
+        row = {"persona": "p", "prompt": written(TALK[:1]), "completion": "c"}
+        assert "field 'prompt': expected a text, or messages as a list, got messages written" in error(tmp_path, row)
+        row = {"persona": "p", "prompt": "q", "completion": written(TALK[1:2])}
+        assert "field 'completion': expected a text, or messages" in error(tmp_path, row)
