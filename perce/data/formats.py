@@ -18,14 +18,14 @@ that fits another format too is no document.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from perce.data.sources import BadRow
+from perce.data.readers import BadRow, not_utf8
 
 FORMATS: dict[str, tuple[str, ...]] = {  # the fields a row must have
     "perce": ("persona", "query|messages", "response|messages"),
@@ -42,7 +42,7 @@ LISTS = (
     "user 2 personas",
 )  # fmt: skip
 OPTIONAL = ("user_id", "personal_spans", "id")
-
+FIELDS = frozenset([*OPTIONAL, *(name for needs in FORMATS.values() for need in needs for name in need.split("|"))])
 # How a profile entry becomes a passage: (the field that tells its kind, ((label, field), ..., the text)); first match
 # wins. A passage of one field is that text alone (LaMP-7's tweets). Fields not named here (ids, dates) are left out.
 PASSAGES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
@@ -69,8 +69,13 @@ class Turn:
 # --- values of fields ---------------------------------------------------------------------------------------------
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
 def show(value: object) -> str:
-    text = repr(value)
+    """What a value is, in a few words, however large it is and however deep."""
+    text = _SHORT.repr(value[:80] if isinstance(value, str) else value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
@@ -81,7 +86,10 @@ def _text(value: object, field: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # "\ud83d" alone in JSON, or a CSV byte that is not UTF-8
-        raise BadRow(field, "UTF-8 text", f"{value[error.start : error.end]!r} at character {error.start}") from None
+        wrong = ord(value[error.start])
+        place = f"at character {error.start}"
+        got = not_utf8(wrong - 0xDC00, place) if 0xDC80 <= wrong <= 0xDCFF else f"{value[error.start]!r} {place}"
+        raise BadRow(field, "UTF-8 text", got) from None
     return value
 
 
@@ -289,38 +297,3 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Iterator[Parsed]]] = {
     "prompt_completion": _parse_prompt_completion,
 }
 USER_FIELDS = {"longlamp": ("user_id", "name", "reviewerId", "author"), "lamp": ("user_id", "id")}
-
-
-# --- recognising a format --------------------------------------------------------------------------------------------
-
-
-def missing_fields(format: str, row: Mapping[str, Any]) -> list[str]:
-    return [need for need in FORMATS[format] if not any(name in row for name in need.split("|"))]
-
-
-def did_you_mean(wanted: Iterable[str], present: Iterable[str]) -> str:
-    present = list(present)
-    near = [(name, close[0]) for name in wanted if (close := difflib.get_close_matches(name, present, 1, 0.7))]
-    return "".join(f"; did you mean {name!r} by {close!r}" for name, close in near)
-
-
-def detect_format(row: Mapping[str, Any]) -> str:
-    fits = [name for name in FORMATS if not missing_fields(name, row)]
-    if "longlamp" in fits:
-        fits.remove("lamp")  # a LongLaMP row has all of LaMP's fields
-    if len(fits) > 1 and "text" in fits:
-        fits.remove("text")
-    if len(fits) == 1:
-        return fits[0]
-    known = "; ".join(f"{name} ({', '.join(FORMATS[name])})" for name in fits or FORMATS)
-    if fits:
-        raise BadRow(
-            None, f"the fields of one format (choose with --format: {known})", f"fields of several: {', '.join(row)}"
-        )
-    nearest = min(FORMATS, key=lambda name: len(missing_fields(name, row)) / len(FORMATS[name]))
-    lacking = missing_fields(nearest, row)
-    got = f"fields {', '.join(row) or '(none)'}"
-    if len(lacking) < len(FORMATS[nearest]):
-        hint = did_you_mean([name for need in lacking for name in need.split("|")], row)
-        got += f" ({nearest} lacks {', '.join(lacking)}{hint})"
-    raise BadRow(None, f"the fields of a format: {known}", f"{got}; --columns OURS=THEIRS renames a field")

@@ -17,9 +17,9 @@ from typing import Any
 from perce.data.chat import CUT, THOUGHT, Chat, ChatFormat, refuse_marks
 from perce.data.formats import parse_persona, parse_turns
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, system_text
+from perce.data.readers import BadRow
 from perce.data.retrieval import Retriever
 from perce.data.rows import Example
-from perce.data.sources import BadRow
 from perce.errors import UserError
 
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")

@@ -1,7 +1,9 @@
 """Rows of any supported data set -> `Example(persona, turns, response)`, or `Document(text)` where there is no persona.
 
-    sources.py   where the rows are (file, directory, save_to_disk, Hub)  ->  (place, row)
-    formats.py   what a row means, known from its fields alone            ->  (persona, turns, response), ...
+    sources.py   where the rows are (file, directory, save_to_disk, Hub)  ->  a reader
+    readers.py   files of each kind, and tables                           ->  (place, row)
+    detection.py which format it is of, by its fields
+    formats.py   what a row means                                         ->  (persona, turns, response), ...
     rows.py      both together, and what happens to a bad row             ->  Example, Document, Examples, load_examples
 
 A row that cannot be used stops the run with file, line and field: a row silently dropped or half understood would
@@ -10,18 +12,22 @@ train the model on something nobody has looked at.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from perce.data import formats
-from perce.data.formats import FORMATS, Turn, did_you_mean, show
-from perce.data.sources import SPLITS, BadRow, Source, open_data
+from perce.data.detection import detect_format, did_you_mean, missing_fields, nearest_name
+from perce.data.formats import FORMATS, Turn, show
+from perce.data.literals import parse_list
+from perce.data.readers import BadRow
+from perce.data.sources import SPLITS, Source, open_data
 from perce.errors import UserError
 
+_MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
+SURE = 1000  # rows after which a field that --columns names, and that none has had, is taken for misspelt
 KEPT_REASONS = 5  # skipped rows are all counted; the first few are quoted, which is enough to see the pattern
 
 
@@ -67,20 +73,26 @@ def _rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, obj
         if theirs in row:
             renamed[ours] = row[theirs]
         elif ours not in formats.OPTIONAL:
-            got = f"fields {', '.join(row)}{did_you_mean([theirs], row)}"
-            raise BadRow(theirs, f"it, by --columns {ours}={theirs}", got)
+            got = f"fields {', '.join(row)}{_instead(ours, theirs, row)}"
+            bad = BadRow(theirs, f"it, by --columns {ours}={theirs}", got)
+            bad.remedy = " Correct --columns; or the row, if others have the field (--skip_bad_rows leaves it out)."
+            raise bad
     return renamed
 
 
+def _instead(ours: str, theirs: str, row: Iterable[str]) -> str:
+    close = nearest_name(theirs, row)
+    return f"; did you mean --columns {ours}={close}" if close else ""
+
+
 def _nested(row: dict[str, object]) -> dict[str, object]:
-    """The row with lists that came as JSON in a text, as in a CSV; a text that only begins like one stays a text."""
-    found = {}
-    for name in formats.LISTS:
+    """The row with lists that came as texts, as in a CSV."""
+    lists = {name: parse_list(text, name) for name in formats.LISTS if isinstance(text := row.get(name), str)}
+    for name in ("prompt", "completion"):
         text = row.get(name)
-        if isinstance(text, str) and text.startswith("["):
-            with contextlib.suppress(json.JSONDecodeError):
-                found[name] = json.loads(text)
-    return row | found
+        if isinstance(text, str) and _MESSAGES_AS_TEXT.match(text):
+            raise BadRow(name, "a text, or messages as a list", f"messages written as a text: {show(text)}")
+    return row | lists
 
 
 class Examples:
@@ -96,6 +108,8 @@ class Examples:
     def __init__(self, source: Source, format: str, columns: Mapping[str, str], skip_bad_rows: bool, limit: int | None):
         self.format, self.skipped = format, 0
         self.reasons: list[str] = []
+        self._first: dict[str, object] = {}
+        self._unseen: set[str] = set()
         self._source, self._columns, self._skip, self._limit = source, columns, skip_bad_rows, limit
         self._examples: list[Record] | None = None
 
@@ -114,27 +128,42 @@ class Examples:
 
     def _read(self) -> Iterator[Record]:
         self.skipped, self.reasons, count = 0, [], 0
+        self._unseen, self._first = set(self._columns.values()), {}
         if self._source.read is None:
             return
-        for place, value in self._source.read():
+        for number, (place, value) in enumerate(self._source.rows(), 1):
             try:
                 examples = self._parse(value, self._source.name + place)
-            except BadRow as bad:
+            except (BadRow, RecursionError) as error:
+                bad = error if isinstance(error, BadRow) else BadRow(None, "values nested less deeply", "deeper ones")
                 reason = f"{self._source.origin}{place}: {bad}"
                 if not self._skip:
-                    remedy = "Correct the row, or pass --skip_bad_rows to leave such rows out (they are counted)."
-                    raise UserError(f"{reason}. {remedy}") from None
+                    raise UserError(f"{reason}.{bad.remedy}") from None
                 self.skipped += 1
                 self.reasons += [reason] if len(self.reasons) < KEPT_REASONS else []
                 continue
+            if number == SURE:
+                self._check_columns(number)
             for example in examples:
                 yield example
                 count += 1
                 if count == self._limit:
+                    self._check_columns(number)
                     return
         if not count:
             why = f"all {self.skipped} rows were skipped, {self.reasons[0]}" if self.skipped else "it has no rows"
             raise UserError(f"No example could be read from {self._source.origin}: {why}.")
+        self._check_columns(number)
+
+    def _check_columns(self, rows: int) -> None:
+        """UserError for a name after --columns that no row has: one of a field that may be missing, which then is."""
+        for ours, theirs in self._columns.items():
+            if theirs in self._unseen:
+                raise UserError(
+                    f"--columns {ours}={theirs}: none of {rows:,} rows of {self._source.origin} has a field "
+                    f"{theirs!r}; the first has {', '.join(self._first)}{_instead(ours, theirs, self._first)}. Correct "
+                    "it, or leave it out."
+                )
 
     def _parse(self, value: object, source: str) -> Sequence[Record]:
         if isinstance(value, BadRow):  # the reader could not even make a row of it
@@ -142,10 +171,16 @@ class Examples:
         if not isinstance(value, dict):
             raise BadRow(None, "a JSON object", show(value))
         # Tables hold null where a row lacks a field: absent and null are the same.
-        row = _nested(_rename({name: cell for name, cell in value.items() if cell is not None}, self._columns))
+        given = {name: cell for name, cell in value.items() if cell is not None}
+        self._first = self._first or given
+        self._unseen.difference_update(given)
+        row = _rename(given, self._columns)
+        if unreadable := [cell for name, cell in row.items() if isinstance(cell, BadRow) and name in formats.FIELDS]:
+            raise unreadable[0]
+        row = _nested(row)
         if self.format == "auto":
-            self.format = formats.detect_format(row)  # decides for all rows: errors can then name the field
-        if missing := formats.missing_fields(self.format, row):
+            self.format = detect_format(row)  # decides for all rows: errors can then name the field
+        if missing := missing_fields(self.format, row):
             wanted = missing[0].replace("|", "' or '")
             hint = did_you_mean(missing[0].split("|"), row)
             raise BadRow(wanted, f"it in a row of format {self.format}", f"only {', '.join(row) or 'nothing'}{hint}")
@@ -197,11 +232,13 @@ def load_examples(
             raise UserError(f"{option}: expected one of {', '.join(known)}, got {value!r}{hint}")
     if limit is not None and limit < 1:
         raise UserError(f"limit: expected at least 1 example, or None for all, got {limit}")
-    ours = [name for needs in FORMATS.values() for need in needs for name in need.split("|")] + list(formats.OPTIONAL)
-    for name in columns or {}:
-        if name not in ours:
-            names = ", ".join(dict.fromkeys(ours))
-            raise UserError(f"columns: expected OURS=THEIRS with our name one of {names}, got {name!r}")
+    for ours, theirs in (columns or {}).items():
+        if ours not in formats.FIELDS:
+            turned = f"; did you mean {theirs}={ours}" if theirs in formats.FIELDS else ""
+            close = nearest_name(ours, formats.FIELDS)
+            turned = f"; did you mean {close}={theirs}" if close else turned
+            names = ", ".join(sorted(formats.FIELDS))
+            raise UserError(f"columns: expected OURS=THEIRS with our name one of {names}, got {ours!r}{turned}.")
     sources = open_data(str(data), streaming)
     if split not in sources:
         raise UserError(f"{data} has no {split} split; it has {', '.join(sources) or 'none of ' + ', '.join(SPLITS)}.")

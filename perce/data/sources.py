@@ -1,33 +1,47 @@
 """Where rows come from: a file, a directory, a `save_to_disk` directory or the Hub -> (place, row) pairs.
 
-Nothing here knows what a row means (`rows.py` does). A reader never stops at a row it cannot decode: it hands over a
-`BadRow` in its place, so that one policy, in `rows.Examples`, decides between stopping and counting.
+readers.py knows the kinds of file, and rows.py what a row means.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import difflib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from perce.errors import UserError, first_line
+from perce.data.csv_file import csv_rows
+from perce.data.readers import (
+    BATCH,
+    BadRow,
+    Placed,
+    arrow_rows,
+    json_file,
+    json_lines,
+    parquet_rows,
+    whole_json,
+)  # fmt: skip
+from perce.errors import UserError, first_line, in_one_line
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
-BOM = b"\xef\xbb\xbf"
-Read = Callable[[], Iterator[tuple[str, Any]]]  # the place of a row (":17" or " row 17") and the row, or a BadRow
-
-
-class BadRow(Exception):
-    """Why a row cannot be used; `rows.Examples` adds where it is and what to do."""
-
-    def __init__(self, field: str | None, expected: str, got: str):
-        where = f"field '{field}': " if field else ""
-        super().__init__(f"{where}expected {expected}, got {got}")
+READERS = {".jsonl": json_lines, ".json": json_file, ".parquet": parquet_rows, ".csv": csv_rows}
+SUFFIXES = tuple(READERS)
+# What else people have, and how rows come out of it.
+OTHER_FILES = {
+    ".tsv": "its cells are divided by tabs. Write it with commas, as .csv",
+    ".txt": "a text has no rows. Write one JSON object a line, as .jsonl",
+    ".gz": "it is compressed. Unpack it (gunzip)",
+    ".zst": "it is compressed. Unpack it (unzstd)",
+    ".bz2": "it is compressed. Unpack it (bunzip2)",
+    ".zip": "it is an archive. Unpack it",
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "it is a spreadsheet. Save it as CSV UTF-8, with commas"),
+    ".arrow": "give the directory that save_to_disk wrote",
+}
 
 
 @dataclass(frozen=True)
@@ -36,12 +50,20 @@ class Source:
 
     origin: str  # for error messages: a path as the user wrote it, or "HUB_ID[split]"
     name: str  # for Example.source: the file's name alone
-    read: Read | None  # None: the split does not exist, and need not (the data is one file)
+    read: Callable[[], Placed] | None  # None: the split does not exist, and need not (the data is one file)
+
+    def rows(self) -> Placed:
+        """Places and rows, or BadRows; UserError where they cannot be read further."""
+        try:
+            yield from self.read() if self.read else ()
+        except OSError as error:
+            raise UserError(f"{self.origin}: cannot be read ({error.strerror or in_one_line(error)}).") from error
 
 
 def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
     """The splits of `data`, in the order train, validation, test; UserError when there is nothing of the kind."""
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))  # Path's own raises an error of its own for "~nobody"
+    _look_at(path)
     if path.is_file():
         return _only_train(_file(path))
     if path.is_dir():
@@ -52,9 +74,31 @@ def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
     if local or (path.parent != Path(".") and path.parent.exists()):
         note = "" if local else f" (for a Hub id, run where there is no directory {path.parent})"
         raise UserError(
-            f"No such file or directory: {data} (looked in {Path.cwd()}). Check the path after --data{note}."
+            f"No such file or directory: {data} (looked in {Path.cwd()}). {_near(path)}Check the path after "
+            f"--data{note}."
         )
     return _hub(data, streaming)
+
+
+def _look_at(path: Path) -> None:
+    """UserError for a path that the system refuses: too long, with a NUL, in a directory that may not be entered."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or in_one_line(error)
+        shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
+        raise UserError(f"--data {shown!r}: cannot be looked at ({reason}). Check the path.") from None
+
+
+def _near(path: Path) -> str:
+    """What is there instead, as far as that can be told from the name."""
+    while not path.parent.is_dir():  # up to where the path goes wrong
+        path = path.parent
+    names = [entry.name for entry in path.parent.iterdir()] if os.access(path.parent, os.R_OK) else []
+    close = difflib.get_close_matches(path.name, names, 2)
+    return f"Did you mean {' or '.join(str(path.parent / name) for name in close)}? " if close else ""
 
 
 def _only_train(source: Source) -> dict[str, Source]:
@@ -71,12 +115,11 @@ def _in_order(found: Mapping[str, str]) -> dict[str, str]:
 
 
 def _file(path: Path) -> Source:
-    readers = {".jsonl": _json_lines, ".json": _json_file, ".parquet": _parquet, ".csv": _csv}
-    reader = readers.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError(
-            f"{path}: cannot tell what kind of file this is; expected a name ending in {', '.join(SUFFIXES)}."
-        )
+        other = OTHER_FILES.get(path.suffix.lower())
+        what = f"cannot be read: {other}" if other else "cannot tell what kind of file this is"
+        raise UserError(f"{path}: {what}; expected a name ending in {', '.join(SUFFIXES)}.")
     return Source(str(path), path.name, partial(reader, path))
 
 
@@ -100,53 +143,9 @@ def _directory(path: Path) -> dict[str, Source]:
     return found
 
 
-def _decode_json(raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRow(None, "UTF-8 text", f"the byte 0x{raw[error.start]:02x} at column {error.start + 1}")
-    except json.JSONDecodeError as error:
-        text = error.doc.strip()
-        got = f"{error.msg} at column {error.colno}: {text if len(text) <= 60 else text[:57] + '...'}"
-        return BadRow(None, "one JSON object a line", got)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    # Lines are split as bytes, at \n only: str.splitlines would also cut at the U+2028 that JSON strings may hold.
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            raw = (raw.removeprefix(BOM) if number == 1 else raw).strip()
-            if raw:
-                yield f":{number}", _decode_json(raw)
-
-
-def _json_array(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes().removeprefix(BOM).decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: expected UTF-8 text, got the byte 0x{error.object[error.start]:02x}. "
-                        "Save the file as UTF-8.") from None  # fmt: skip
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}. Correct the file."
-        ) from None
-
-
-def _json_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """A .json file holds an array of rows, or is JSON lines by another name; its first character tells."""
-    with path.open("rb") as file:
-        is_array = file.read(4096).removeprefix(BOM).lstrip().startswith(b"[")
-    if not is_array:
-        yield from _json_lines(path)
-        return
-    for number, row in enumerate(_json_array(path), 1):
-        yield f" row {number}", row
-
-
-def _lamp_pair(questions: Path, outputs: Path) -> Iterator[tuple[str, Any]]:
+def _lamp_pair(questions: Path, outputs: Path) -> Placed:
     """LaMP's distribution: the gold outputs are joined to their questions by id."""
-    golds = _json_array(outputs)
+    golds = whole_json(outputs)
     golds = golds.get("golds") if isinstance(golds, dict) else golds
     if not isinstance(golds, list) or not all(
         isinstance(gold, dict) and {"id", "output"} <= gold.keys() for gold in golds
@@ -155,47 +154,10 @@ def _lamp_pair(questions: Path, outputs: Path) -> Iterator[tuple[str, Any]]:
             f'{outputs}: expected LaMP\'s {{"task": ..., "golds": [{{"id", "output"}}, ...]}}. Correct the file.'
         )
     by_id = {str(gold["id"]): gold["output"] for gold in golds}
-    for place, row in _json_file(questions):
+    for place, row in json_file(questions):
         if isinstance(row, dict) and (key := str(row.get("id"))) not in by_id:
             row = BadRow("output", f"an output in {outputs.name} for this question's id", f"none for id {key!r}")
         yield place, {**row, "output": by_id[str(row.get("id"))]} if isinstance(row, dict) else row
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB a cell is less than a long profile
-    # A byte that is not UTF-8 is carried along as a surrogate, which `rows` reports in the row and field it is in.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file)
-        try:
-            header = next(reader, [])
-            line = reader.line_num
-            for row in reader:
-                start, line = line + 1, reader.line_num  # a quoted cell may hold line breaks
-                if row:
-                    yield f":{start}", _csv_row(header, row)
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not CSV: {error}. Correct the file.") from None
-
-
-def _csv_row(header: list[str], row: list[str]) -> dict[str, Any] | BadRow:
-    if len(row) != len(header):
-        return BadRow(None, f"{len(header)} cells, as in the header", f"{len(row)}")
-    return {name: cell for name, cell in zip(header, row, strict=True) if cell}  # empty: absent
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        batches = pq.ParquetFile(path).iter_batches(batch_size=256)
-        yield from _numbered(row for batch in batches for row in batch.to_pylist())
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file: {error}") from None
-
-
-def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f" row {number}", row) for number, row in enumerate(rows, 1))
 
 
 # --- the datasets library -------------------------------------------------------------------------------------------
@@ -212,11 +174,51 @@ def _saved(path: Path, streaming: bool) -> dict[str, Source]:
 
     def source(dataset: Any, split: str) -> Source:
         rows = dataset.to_iterable_dataset() if streaming else dataset
-        return Source(f"{path}{split}", f"{path.name}{split}", partial(_numbered, rows))
+        return Source(f"{path}{split}", f"{path.name}{split}", partial(_dataset_rows, f"{path}{split}", lambda: rows))
 
     if not isinstance(loaded, datasets.DatasetDict):
         return _only_train(source(loaded, ""))
     return {split: source(loaded[name], f"[{name}]") for split, name in _in_order(dict.fromkeys(loaded, "")).items()}
+
+
+def _dataset_rows(origin: str, load: Callable[[], Any]) -> Placed:
+    """Rows of a datasets.Dataset or IterableDataset; what its files or the network raise is one paragraph."""
+    number = 0
+    with _told() as told:
+        try:
+            for table in load().with_format("arrow").iter(batch_size=BATCH):
+                for row in arrow_rows(table):
+                    number += 1
+                    yield f" row {number}", row
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{origin}: cannot be read behind row {number}: {_cause(error, told)}. Correct the file."
+            ) from error
+
+
+@contextmanager
+def _told() -> Iterator[list[str]]:
+    """What datasets logs as errors meanwhile: which file it was reading stands there alone."""
+    told: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("datasets")
+    logger.addHandler(handler)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
+
+
+def _cause(error: Exception, told: list[str]) -> str:
+    """What went wrong, in one line: datasets wraps it, and often says of itself only that something did."""
+    if told:
+        return " ".join(told[0].split())
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return in_one_line(error)
 
 
 def _hub(data: str, streaming: bool) -> dict[str, Source]:
@@ -225,22 +227,18 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
 
     is_directory = Path(data).expanduser().is_dir()
     name, config = (data, "") if is_directory or ":" not in data else data.split(":", 1)
-
-    def attempt(call: Callable[..., Any], **options: Any) -> Any:
-        try:
-            return call(name, config or None, **options)
-        except Exception as error:  # whatever the network, the Hub's client or a dataset's own files raise
-            what = "holds no train, validation or test file" if is_directory else "is not a file or directory here"
-            raise UserError(
-                f"{data} {what}, and datasets.load_dataset could not get it either: {first_line(error)}. Give --data a "
-                f"file ({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be "
-                'reached from here ("owner/name", or "owner/name:config" where it has several configurations).'
-            ) from error
-
-    def read(split: str) -> Iterator[tuple[str, Any]]:
-        return _numbered(attempt(datasets.load_dataset, split=split, streaming=streaming))
-
-    splits = _in_order(dict.fromkeys(attempt(datasets.get_dataset_split_names), ""))
-    return {
-        ours: Source(f"{data}[{theirs}]", f"{data}[{theirs}]", partial(read, theirs)) for ours, theirs in splits.items()
-    }
+    try:
+        splits = _in_order(dict.fromkeys(datasets.get_dataset_split_names(name, config or None), ""))
+    except Exception as error:  # whatever the network, the Hub's client or a dataset's own files raise
+        what = "holds no train, validation or test file" if is_directory else "is not a file or directory here"
+        raise UserError(
+            f"{data} {what}, and datasets.load_dataset could not get it either: {first_line(error)}. Give --data a "
+            f"file ({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be "
+            'reached from here ("owner/name", or "owner/name:config" where it has several configurations).'
+        ) from error
+    found = {}
+    for ours, theirs in splits.items():
+        load = partial(datasets.load_dataset, name, config or None, split=theirs, streaming=streaming)
+        origin = f"{data}[{theirs}]"
+        found[ours] = Source(origin, origin, partial(_dataset_rows, origin, load))
+    return found

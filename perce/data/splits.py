@@ -175,10 +175,23 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
     else:
         who = HeldOut.drawn(train.all, seed)
         kept, validation, counted = who.divide(train.all, data)
-        notes = [f"{counted} held out for validation", *skipped_rows(train)]
+        notes = [f"{counted} held out for validation", *without_user(train.all, who), *skipped_rows(train)]
     if 0 < eval_examples < len(validation):
         validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: any first few are a sample too
     return Splits(kept, validation, held_out.format if config.streaming else train.format, notes, who)
+
+
+def without_user(examples: Sequence[Record], who: HeldOut) -> list[str]:
+    """A warning, where a user may be on both sides."""
+    nameless = sum(example.user_id is None for example in examples)
+    if who.unit == "users" and not nameless:
+        return []
+    which = f"{nameless:,} of {len(examples):,} examples have no user_id" if nameless else "all rows are of one user"
+    held = "rows" if who.unit == "users" else who.unit
+    return [
+        f"warning: {which}: {held} are held out, not users, and whoever has several may be trained and validated on. "
+        "--columns user_id=FIELD names the field that tells users apart"
+    ]
 
 
 def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> list[str]:

@@ -1,0 +1,295 @@
+"""Files of rows → (place, row) pairs: JSON lines, JSON arrays, tables of Arrow's such as Parquet; CSV: csv_file.py.
+
+A reader never stops at a row it cannot decode: it hands over a `BadRow` in its place, and one policy, in
+`rows.Examples`, decides between stopping and counting. UserError is for what is wrong with the file as a whole. Nothing
+larger than a few rows is held in memory, and a row has a bound: a file without line breaks is a mistake, not a row of
+all the memory there is.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from perce.errors import UserError, in_one_line
+
+ROW_LIMIT = 64 * 2**20  # bytes, or characters: of a row, and of a cell of a CSV
+PIECE = 2**20  # characters of a JSON array that are read at a time
+BATCH = 256  # rows of a table that become Python objects together
+Placed = Iterator[tuple[str, Any]]  # the place of a row (":17" or " row 17") and the row, or a BadRow
+
+
+class BadRow(Exception):
+    """Why a row cannot be used, and what to do; `rows.Examples` adds where it is.
+
+    In place of a cell: why that cannot be read, where the field is one that is used.
+    """
+
+    remedy = " Correct the row, or pass --skip_bad_rows to leave such rows out (they are counted)."
+
+    def __init__(self, field: str | None, expected: str, got: str):
+        where = f"field '{field}': " if field else ""
+        super().__init__(f"{where}expected {expected}, got {got}")
+
+
+def too_long() -> BadRow:
+    return BadRow(None, f"a row of at most {ROW_LIMIT / 2**20:.4g} MiB", "a longer one")
+
+
+def not_utf8(byte: int, where: str) -> str:
+    """What is said of a byte that is no UTF-8; most such files come of Windows, many of Excel."""
+    there = bytes([byte]).decode("cp1252", errors="replace")
+    return f"the byte 0x{byte:02x} {where} (in WINDOWS-1252 it is {there!r}; convert: iconv -f WINDOWS-1252 -t UTF-8)"
+
+
+# --- what kind of file it is ------------------------------------------------------------------------------------------
+
+_KINDS = (  # by its first bytes
+    (b"PK\x03\x04", "a spreadsheet or zip archive. Save it as CSV UTF-8, or unpack it"),
+    (b"\xd0\xcf\x11\xe0", "an old spreadsheet. Save it as CSV UTF-8"),
+    (b"\x1f\x8b", "a compressed file. Unpack it (gunzip)"),
+    (b"\x28\xb5\x2f\xfd", "a compressed file. Unpack it (unzstd)"),
+    (b"PAR1", "Parquet. Give the file a name that ends in .parquet"),
+)
+
+
+def check_is_text(path: Path) -> None:
+    """UserError for what is no UTF-8 text by its first bytes: UTF-16, archives, Parquet."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    for mark, kind in _KINDS:
+        if head.startswith(mark):
+            raise UserError(f"{path}: expected text, got {kind}.")
+    wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (len(head) > 3 and 0 in head[:2])
+    if wide:
+        raise UserError(f"{path}: expected UTF-8 text, got UTF-16. Convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW.")
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json itself would take the last of two fields of one name."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRow(twice, "it once in an object", f"it {'twice' if names.count(twice) == 2 else 'more often'}")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _unholdable(error: RecursionError | ValueError) -> BadRow:
+    """Of JSON that is well formed, and that Python does not take."""
+    if isinstance(error, RecursionError):
+        return BadRow(None, "values nested less deeply", "more levels than can be read")
+    return BadRow(None, "a number of at most 4,300 digits", "a longer one")
+
+
+def _decode(raw: bytes) -> Any:
+    """A line of JSON lines, or why it is none."""
+    try:
+        row = _DECODER.decode(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow(None, "UTF-8 text", not_utf8(raw[error.start], f"at column {error.start + 1}"))
+    except json.JSONDecodeError as error:
+        text = error.doc.strip()
+        got = f"{error.msg} at column {error.colno}: {text if len(text) <= 60 else text[:57] + '...'}"
+        if text in "[{":
+            got += " (an object over several lines, or a JSON array, whose file is to be called .json and begin with [)"
+        return BadRow(None, "one JSON object a line", got)
+    except BadRow as bad:
+        return bad
+    except (RecursionError, ValueError) as error:
+        return _unholdable(error)
+    if isinstance(row, list) and any(isinstance(entry, dict) for entry in row):
+        return BadRow(None, "one JSON object a line", "a list: a file that is a JSON array is to be called .json")
+    return row
+
+
+def json_lines(path: Path) -> Placed:
+    # Lines are split as bytes, at \n only: str.splitlines would also cut at the U+2028 that JSON strings may hold.
+    check_is_text(path)
+    with path.open("rb") as file:
+        number = 0
+        while raw := file.readline(ROW_LIMIT + 1):
+            number += 1
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            if len(raw) > ROW_LIMIT and not raw.endswith(b"\n"):
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(PIECE)
+                yield f":{number}", too_long()
+            elif raw := raw.strip():
+                yield f":{number}", _decode(raw)
+
+
+def json_file(path: Path) -> Placed:
+    """A .json file holds an array of rows, or is JSON lines by another name; its first character tells."""
+    with path.open("rb") as file:
+        is_array = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return json_array(path) if is_array else json_lines(path)
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class _Array:
+    """A text that is read in pieces: what has been read and is still of use, and where in it the next value stands."""
+
+    def __init__(self, path: Path, file: IO[str]):
+        self.path, self.file, self.text, self.at, self.lines = path, file, "", 0, 0
+        self.ended = False
+
+    def more(self) -> None:
+        """Twice as much, so that a value over many pieces is not begun too often."""
+        self.lines += self.text.count("\n", 0, self.at)
+        self.text, self.at = self.text[self.at :], 0
+        piece = self.file.read(max(PIECE, len(self.text)))
+        self.text += piece
+        self.ended = not piece
+
+    def next(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]  # it matches anything
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self.more()
+
+    def value(self) -> Any:
+        """The next value. JSONDecodeError, RecursionError, ValueError or BadRow where there is none."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+                if end - self.at > ROW_LIMIT:
+                    raise too_long()
+                if end < len(self.text) or self.ended:  # else a number might go on
+                    self.at = end
+                    return value
+            except json.JSONDecodeError:
+                if self.ended:
+                    raise
+            if len(self.text) - self.at > ROW_LIMIT:
+                raise too_long()
+            self.more()
+
+    def wrong(self, what: str, at: int) -> UserError:
+        line = self.lines + self.text.count("\n", 0, at) + 1
+        column = at - self.text.rfind("\n", 0, at)
+        return UserError(f"{self.path}:{line}: not JSON: {what} at column {column}. Correct the file.")
+
+
+def json_array(path: Path) -> Placed:
+    """Row by row. A byte that is not UTF-8 is carried along as a surrogate, which is reported in the field it is in."""
+    check_is_text(path)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        array, number = _Array(path, file), 0
+        array.next()
+        array.at += 1
+        while (mark := array.next()) != "]":
+            if number:
+                if mark != ",":
+                    raise array.wrong("expected ',' or ']'", array.at)
+                array.at += 1
+                array.next()
+            number += 1
+            try:
+                row = array.value()
+            except json.JSONDecodeError as error:
+                raise array.wrong(error.msg, error.pos) from None
+            except (BadRow, RecursionError, ValueError) as error:
+                bad = error if isinstance(error, BadRow) else _unholdable(error)
+                raise UserError(f"{path} row {number}: {bad}. Correct the file: the rows behind it cannot be "
+                                "found.") from None  # fmt: skip
+            yield f" row {number}", row
+        array.at += 1
+        if array.next():
+            raise array.wrong("more behind the array", array.at)
+
+
+def whole_json(path: Path) -> Any:
+    """A file that is one value."""
+    check_is_text(path)
+    try:
+        return _DECODER.decode(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: expected UTF-8 text, got {not_utf8(error.object[error.start], '')}.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}. Correct the file."
+        ) from None
+    except (BadRow, RecursionError, ValueError) as error:
+        bad = error if isinstance(error, BadRow) else _unholdable(error)
+        raise UserError(f"{path}: {bad}. Correct the file.") from None
+
+
+# --- Parquet and other tables -----------------------------------------------------------------------------------------
+
+
+def check_names(path: Path, names: list[str], where: str) -> None:
+    """UserError for a column that is there twice: one of the two would win."""
+    for name in names:
+        if name and names.count(name) > 1:
+            first, second = [number for number, other in enumerate(names, 1) if other == name][:2]
+            raise UserError(
+                f"{where}: the field {name!r} is there twice, in columns {first} and {second}. Rename or remove one."
+            )
+
+
+def parquet_rows(path: Path) -> Placed:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            check_names(path, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=BATCH):
+                for row in arrow_rows(batch):
+                    number += 1
+                    yield f" row {number}", row
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's, not the file's
+            raise
+        raise UserError(
+            f"{path}: damaged, or not a Parquet file, behind row {number}: {in_one_line(error)}. Write it again."
+        ) from None
+
+
+def arrow_rows(table: Any) -> Iterator[Any]:
+    """Rows of a pyarrow Table or RecordBatch; a BadRow stands for a cell that Python cannot hold, such as a date beyond
+    the year 9999 or a text that is not UTF-8."""
+    if table.nbytes <= ROW_LIMIT:
+        try:
+            yield from table.to_pylist()
+            return
+        except _unreadable():
+            pass
+    for number in range(table.num_rows):
+        row = table.slice(number, 1)
+        yield (
+            too_long()
+            if row.nbytes > ROW_LIMIT
+            else {name: _cell(name, column) for name, column in zip(row.schema.names, row.columns, strict=True)}
+        )
+
+
+def _cell(name: str, column: Any) -> Any:
+    try:
+        return column[0].as_py()
+    except _unreadable() as error:
+        return BadRow(name, "a value that can be read", in_one_line(error))
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    import pyarrow as pa
+
+    return (pa.ArrowException, ValueError, OverflowError, OSError, ImportError, TypeError)
