@@ -10,6 +10,8 @@ import yaml
 
 from perce import evaluate, plan, score
 from perce import train as train_command
+from perce.config.options import dump_yaml
+from perce.visible import as_json, visible
 from tests.helpers.tiny import read_jsonl, write_jsonl
 from tests.helpers.training import ROWS
 
@@ -24,6 +26,22 @@ USER = f"{TEXT}\ud83d"
 def unseen(text: str, allowed: str = "\n") -> set[str]:
     """Characters that act on whatever shows the text, and halves of surrogate pairs."""
     return {c for c in text if (c in f"{ACTING}\x00" and c not in allowed) or 0xD800 <= ord(c) < 0xE000}
+
+
+def test_what_acts_is_shown_and_all_else_stays():
+    assert visible("a\x1b[31m\n\u202e\x85\ud83d") == r"a\x1b[31m\n\u202e\x85\ud83d"
+    letters = "naïve \u0645\u06cc\u200c\u062e 👩\u200d🚀 [/b] C:\\x1b"
+    assert visible(letters) == letters and visible(f"{ACTING}\n", keep=f"{ACTING}\n") == f"{ACTING}\n"
+    assert not unseen(visible(USER), "") and visible("a\tb\n", keep="\t\n") == "a\tb\n"
+
+
+def test_json_comes_back_as_it_was():
+    value = {USER: [NAME, letters := "naïve 👩\u200d🚀", 1.5, None]}
+    for indent in (None, 1):
+        text = as_json(value, indent)
+        assert json.loads(text) == value and not unseen(text) and letters in text
+    assert yaml.safe_load(dump_yaml({"a": USER, "b": letters})) == {"a": USER, "b": letters}
+    assert letters in dump_yaml({"b": letters}) and not unseen(dump_yaml({"a": NAME}))
 
 
 def check_printed(printed, told: str) -> None:
