@@ -2,7 +2,15 @@
 
 
 class UserError(ValueError):
-    """A mistake in the input, the command line or the environment; the message says what, where and the remedy."""
+    """A mistake in the input, the command line or the environment; the message says what, where and the remedy.
+
+    Args:
+        message: a paragraph; a line break in it is of what it quotes.
+        lines: of their own, below it.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 def in_one_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from perce.config.commands import EVALUATE, EvaluateOptions
 from perce.environment import prepare
 from perce.measuring.records import RecordFile
+from perce.visible import say
 
 
 def run(options: EvaluateOptions) -> None:
@@ -55,7 +56,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
         write_result(Path(wanted.output).expanduser(), result, comparison)
     print_result(result, comparison)
     if wanted.output:
-        print(f"written  {wanted.output}, {wanted.records}")
+        say(f"written  {wanted.output}, {wanted.records}")
 
 
 main = EVALUATE.main(run)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from perce.config.commands import PLAN, PlanOptions
 from perce.environment import in_one_move, prepare, written
+from perce.visible import say
 
 
 def run(options: PlanOptions) -> None:
@@ -23,7 +24,7 @@ def run(options: PlanOptions) -> None:
     if options.step.json:
         with written(options.step.json), in_one_move(Path(options.step.json).expanduser()) as unfinished:
             unfinished.write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
-        print(f"written  {options.step.json}")
+        say(f"written  {options.step.json}")
 
 
 main = PLAN.main(run)

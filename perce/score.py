@@ -12,6 +12,7 @@ from perce.config.commands import SCORE, ScoreOptions
 from perce.environment import prepare
 from perce.errors import UserError
 from perce.measuring.records import RecordFile
+from perce.visible import say
 
 
 def run(options: ScoreOptions) -> None:
@@ -50,7 +51,7 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     if score.output:
         write_report(Path(score.output).expanduser(), records, shown, found, options, subject.split)
     for path in filter(None, (score.output, score.jsonl, score.summary)):
-        print(f"written  {path}")
+        say(f"written  {path}")
 
 
 main = SCORE.main(run)

@@ -9,7 +9,6 @@ model or adapter, tokenizer                          what from_pretrained reads
 run.json, checkpoint-*/, complete.json               what --resume reads
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from perce.errors import UserError
 from perce.hub import from_anywhere
 from perce.launcher import end_with_launcher
 from perce.training.run_directory import claimed, free_directory
+from perce.visible import as_json, say
 
 if TYPE_CHECKING:
     from perce.training.arguments import PerceArguments
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from perce.training.arguments import training_arguments
 
             training_arguments(resolved)  # finds what is misspelt
-        print(dump_yaml(resolved.to_dict()), end="")
+        say(*dump_yaml(resolved.to_dict()).splitlines())
 
     return guarded(parse_and_run)
 
@@ -73,7 +73,7 @@ def resolve(config: TrainOptions) -> TrainOptions:
     output_dir = str(Path(run.output_dir).expanduser() if run.output_dir else free_directory(run_name(config)))
     # The run directory stands for itself: its paths mean the same from anywhere, and what a file says of the prompt is
     # among its options.
-    prompt = json.dumps(config.data.prompt_style(), ensure_ascii=False) if config.data.prompt else None
+    prompt = as_json(config.data.prompt_style()) if config.data.prompt else None
     rows, encoder, base = (
         path and from_anywhere(path) for path in (config.data.data, config.data.retriever_model, config.model.model)
     )
@@ -101,7 +101,7 @@ def run(config: TrainOptions, name: str | None = None) -> None:
     args = training_arguments(config)  # finds options that are mistyped, before anything is written
     with claimed(config, name) as claim:
         if claim.note and args.process_index == 0:
-            print(claim.note)
+            say(claim.note)
         if not claim.finished:
             args.output_dir = str(claim.output_dir)
             train(replace(config, run=replace(config.run, output_dir=args.output_dir)), args, claim)
@@ -136,7 +136,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     set_seed(config.run.seed)  # before the adapters are drawn
     tokenizer = load_tokenizer(model_path)
     if (style := tokenizer.init_kwargs.get(STYLE)) and not config.data.prompt:  # of the run that the model comes from
-        config = replace(config, data=replace(config.data, prompt=json.dumps(style, ensure_ascii=False)))
+        config = replace(config, data=replace(config.data, prompt=as_json(style)))
         args.data = config.data
     wanted, on_cpu = config.run.eval_examples, args.device.type == "cpu"
     pairs = load_pairs(
@@ -165,7 +165,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     }  # fmt: skip
     check_facts(claim, facts, steps)
     if (doubt := check_fits(config, args, model, pairs)) and main_process:
-        print(f"memory {doubt}")
+        say(f"memory {doubt}")
     progress.attach(trainer, resumed=claim.checkpoint is not None)
     if main_process:
         held_out = pairs.held_out.to_json() if pairs.held_out else None

@@ -24,7 +24,7 @@ FLOORS = (
     ("perce_kernels.ops",),
     ("perce_kernels.loss",),
     ("perce_kernels",),
-    ("perce.errors", "perce.integrity", "perce.objectives"),
+    ("perce.errors", "perce.integrity", "perce.objectives", "perce.visible"),
     ("perce.environment", "perce.launcher", "perce.lock", "perce.data.readers"),
     ("perce.data.csv_file", "perce.data.literals"),
     ("perce.data.sources",),
@@ -99,6 +99,7 @@ def test_there_is_no_circle():
 ABOUT_SEVERAL = {
     "test_house.py": "all modules",
     "test_extending.py": "the examples of docs/EXTENDING.md",
+    "perce/data/test_fuzz.py": "files of every kind, mutated",
     "perce/demo/test_demo.py": "the built-in examples and their model",
     "perce/test_backend_option.py": "--backend of every command",
     "perce/test_longce.py": "documents, from rows to a run",
@@ -141,6 +142,17 @@ def test_every_module_has_its_tests_and_every_test_file_its_module():
             assert module.is_file() or str(name) in ABOUT_SEVERAL, f"{name} is called after no module"
         else:
             assert path in expected, f"{name} is called after no module"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("perce.")])
+def test_one_place_prints(module):
+    """What acts on a terminal is shown there: a name or a row that is printed past it would act."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    written = {id(node.func): bool(node.args) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    printed = [x for x in ast.walk(tree) if isinstance(x, ast.Name) and x.id == "print" and written.get(id(x), True)]
+    consoles = re.findall(r"rich\.console|from rich import|\bConsole\.print", ast.unparse(tree))
+    assert not printed or module == "perce.visible", f"{module}: print is say, of perce.visible"
+    assert not consoles or module == "perce.report.terminal", f"{module}: rich is perce.report.terminal's"
 
 
 def test_few_rooms_stand_at_the_front():

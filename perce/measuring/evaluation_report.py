@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
 from perce.environment import in_one_move, written
 from perce.errors import UserError
 from perce.measuring.metrics import REPLY_METRICS, ROUGE_NOTE, Interval, clustered_mean, paired_difference
-from perce.report.terminal import show, table
+from perce.report.terminal import plain, show, table
+from perce.visible import as_json
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -117,7 +116,7 @@ def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], 
 def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
     content = dict(result) | ({"comparison": comparison} if comparison else {})
     with written(path), in_one_move(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.write_text(as_json(content, indent=1) + "\n", encoding="utf-8")
 
 
 def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
@@ -141,9 +140,9 @@ def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None
             row += [f"{interval.value:+.4f} ({interval.span('+.4f')})", f"{d['p']:.4f}"]
         rows.add_row(*row)
     about = (f"{name}: {text}" for name, text in result["about"].items())
-    notes = [Text(note, style="dim") for note in (*result["notes"], *about)]
+    notes = [plain(note, style="dim") for note in (*result["notes"], *about)]
     if comparison:
-        notes.append(Text(f"differences: this model minus {comparison['model'] or comparison['with']}", style="dim"))
+        notes.append(plain(f"differences: this model minus {comparison['model'] or comparison['with']}", style="dim"))
         for fact, (mine, its) in comparison["settings"].items():
-            notes.append(Text(f"not only the model differs: {fact} is {mine!r} here and {its!r} there", style="bold"))
+            notes.append(plain(f"not only the model differs: {fact} is {mine!r} here and {its!r} there", style="bold"))
     show(rows, *notes)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from perce.hub import check_base, from_anywhere, load_pretrained, load_tokenizer
 from perce.integrity import LIST, difference
 from perce.model.loading import check_adapter, check_backend, resolve_precision
 from perce.model.patch import prepare_model
+from perce.visible import say
 
 TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences: nothing is kept for a backward
 WEIGHTS = re.compile(r"model[^/]*\.(safetensors|bin)$")  # whole or in shards, of a model or an adapter
@@ -48,7 +48,7 @@ def load_subject(options: InferenceOptions, command: str) -> Subject:
     """UserError for a model or data that cannot be read, and for documents, which have no persona."""
     run = run_directory(options.model.model)
     examples, split, in_words = load_split(options.data, options.examples, run)
-    print(f"examples  {options.data.data or 'built-in examples'}, {in_words}")
+    say(f"examples  {options.data.data or 'built-in examples'}, {in_words}")
     next(iter(examples), None)  # a stream knows its format once its first row has been read
     model, tokenizer, device = load(options.model)
     builder = make_persona_builder(tokenizer, options.data, examples.format)
@@ -126,7 +126,7 @@ def _base_of_adapter(path: str) -> str | None:
             f"{file}."
         )
     if not named.is_absolute() and named.exists():
-        print(f"{file} says {base!r}, a relative path; read as {named.resolve()}", file=sys.stderr)
+        say(f"{file} says {base!r}, a relative path; read as {named.resolve()}", error=True)
     return from_anywhere(base)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from perce.environment import in_one_move, written
 from perce.errors import UserError, in_one_line
 from perce.lock import locked
+from perce.visible import as_json
 
 
 class RecordFile:
@@ -64,7 +65,7 @@ class RecordFile:
         self.records += new
         if self.path is not None:
             with written(self.path):
-                self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in new))
+                self._file.write("".join(as_json(record) + "\n" for record in new))
                 self._file.flush()
 
     def _check_run(self, run: dict[str, Any]) -> None:

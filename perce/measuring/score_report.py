@@ -13,7 +13,7 @@ from perce.data.rows import Example
 from perce.environment import in_one_move, written
 from perce.measuring.identification import Identified
 from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, terminal_text, write_html
-from perce.report.terminal import Console, facts, show, table
+from perce.report.terminal import Console, facts, plain, show, table
 
 BINS = 21  # of the histogram, between the clip's ends: 0.2 nats each for PerCE's own
 BINS_BELOW, BINS_ABOVE = 14, 5
@@ -61,7 +61,7 @@ def print_tokens(records: Records, options: ScoreOptions) -> None:
     console = Console(highlight=False)
     for record in records:
         text = terminal_text(_tokens(record), _clip(options))
-        console.print(f"{record['source']}  {record['user_id'] or ''}".rstrip(), style="dim")
+        console.print(plain(f"{record['source']}  {record['user_id'] or ''}".rstrip(), "dim"))
         console.print(text, "", sep="\n")
 
 

@@ -1,8 +1,8 @@
 """Token heat maps, as one HTML page and in the terminal: the one renderer of the commands.
 
 A token is tinted by its weight, a signal (PIR, say) under a clip: no tint at the floor, full tint and an underline at
-the ceiling. The HTML is one file without scripts. Text from data is escaped, and control characters are shown as
-symbols, so that neither a page nor a terminal can be steered by what a model or a user wrote.
+the ceiling. The HTML is one file without scripts. Text from data is escaped, and characters that would act are shown,
+so that neither a page nor a terminal can be steered by what a model or a user wrote.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from perce.environment import in_one_move
+from perce.visible import visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -292,8 +293,8 @@ def _html(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """The text with control characters other than tab and newline replaced by their symbols (ESC -> ␛)."""
-    return text.translate(_CONTROL_PICTURES)
+    """The text with what acts shown, but tab and newline: control characters by their symbols (ESC -> ␛)."""
+    return visible(text.translate(_CONTROL_PICTURES), keep="\t\n")
 
 
 def _scale(clip: tuple[float, float]) -> tuple[float, float]:
@@ -313,7 +314,7 @@ _TERMINAL_HIGH = (37, 99, 235)
 
 
 def terminal_text(tokens: Iterable[ScoredToken], clip: tuple[float, float]) -> Text:
-    """The tokens as coloured rich text. Its plain text is the tokens' text, control characters shown as symbols."""
+    """The tokens as coloured rich text. Its plain text is theirs, with what acts shown, but tab and newline."""
     from rich.text import Text
 
     clip = _scale(clip)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from perce.errors import UserError
+from perce.visible import say
 
 METRICS = {
     "loss": False, "loss_with_persona": False, "loss_without_persona": False, "loss_personal_tokens": False,
@@ -90,7 +91,7 @@ class EarlyStopping(EarlyStoppingCallback):
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
             if state.is_world_process_zero:
-                print(f"stopped early at step {state.global_step}, and is not trained on (--early_stopping)")
+                say(f"stopped early at step {state.global_step}, and is not trained on (--early_stopping)")
 
 
 def kept_step(trainer: Trainer) -> int | None:

@@ -1,6 +1,6 @@
 """README.md of a run, its model card: what it was trained from and how to ask it, with transformers alone."""
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from perce.data.chat import ChatFormat
 from perce.data.prompt import system_text
 from perce.hub import fingerprint
 from perce.training.serving import takes_persona
+from perce.visible import as_json, visible
 
 CARD = "README.md"
 ENTRIES = ["I keep bees.", "My dog is called Juno."]  # shown as a persona
@@ -42,11 +43,11 @@ def write_card(
         "licence": "not set: that of the base model and of the data apply",
         **{label: " → ".join(f"{value:.4f}" for value in values) for label, values in numbers.items()},
     }
-    rows = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in facts.items())
+    rows = "\n".join(f"| {name} | {_as_it_is(value)} |" for name, value in facts.items())
     text = f"""---
 {dump_yaml(header)}---
 
-# {output_dir.resolve().name}
+# {_as_it_is(output_dir.resolve().name)}
 
 A language model that knows its user, trained with PerCE (arXiv 2603.06595). `config.yaml` has all options.
 
@@ -58,6 +59,11 @@ A language model that knows its user, trained with PerCE (arXiv 2603.06595). `co
     (output_dir / CARD).write_text(text, encoding="utf-8")
 
 
+def _as_it_is(text: str) -> str:
+    """In Markdown: neither its signs, nor HTML, nor line breaks; inside a word an underscore is none."""
+    return re.sub(r"[\\`*\[\]<>|#~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", visible(text))
+
+
 def _asking(tokenizer: Any, config: TrainOptions, adapter: bool) -> str:
     chat_format = ChatFormat(tokenizer, config.data.template_kwargs())
     style, block = chat_format.style, chat_format.block(ENTRIES)
@@ -67,7 +73,7 @@ def _asking(tokenizer: Any, config: TrainOptions, adapter: bool) -> str:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": query}]
     if not chat_format.has_system_role:
         messages = [{"role": "user", "content": f"{system}\n\n{query}"}]
-    shown = ",\n    ".join(json.dumps(message, ensure_ascii=False) for message in messages)
+    shown = ",\n    ".join(as_json(message) for message in messages)
     by_variable = """
 The chat template also takes the persona as a list: `tokenizer.apply_chat_template([{"role": "user", "content": "…"}],
 persona=["…", "…"], add_generation_prompt=True)`.

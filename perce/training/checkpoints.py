@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from perce.environment import in_one_move
 from perce.errors import UserError, in_one_line
 from perce.integrity import LIST, difference, facts_of
+from perce.visible import say
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -121,7 +121,7 @@ def newest_whole(output_dir: Path, tell: Callable[[str], None] = lambda _: None)
 
 def resume_point(output_dir: Path) -> Path:
     """The newest whole checkpoint, with those that are passed over named on stderr; UserError if there is none."""
-    found = newest_whole(output_dir, lambda line: print(line, file=sys.stderr))
+    found = newest_whole(output_dir, lambda line: say(line, error=True))
     if found is None:
         raise UserError(
             f"--resume: {output_dir} holds no whole checkpoint-N (above: what is wrong with those that are there; "

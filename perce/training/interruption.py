@@ -9,7 +9,6 @@ A signal to one of several processes stops all of them at the same step.
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from perce.errors import UserError
 from perce.training.checkpoints import SaveError
 from perce.training.divergence import Diverged
+from perce.visible import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FORWARDED_SECONDS = 3.0
@@ -116,7 +116,7 @@ def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
             if number is not None and interruption.saved_step == trainer.state.global_step:
                 raise Interrupted(number)  # in its last moments; what is left to write a resume does
         except (UserError, KeyboardInterrupt, BrokenPipeError) as stopped:  # the last: `| head`, at a line of the log
-            print(file=sys.stderr)  # ends the line of the progress bar
+            say("", error=True)  # ends the line of the progress bar
             alone, step = trainer.accelerator.num_processes == 1, trainer.state.global_step
             by_itself = isinstance(stopped, UserError | BrokenPipeError)
             between_steps = isinstance(stopped, Interrupted) or (by_itself and alone)
@@ -127,7 +127,7 @@ def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
                     trainer._save_checkpoint(trainer.model, None)  # type: ignore[arg-type]
                 if trainer.is_world_process_zero():
                     again = f"--resume --output_dir {trainer.args.output_dir}"
-                    print(f"Stopped at step {step}; {again} continues.", file=sys.stderr)
+                    say(f"Stopped at step {step}; {again} continues.", error=True)
             if by_itself:
                 raise
             number = stopped.signal if isinstance(stopped, Interrupted) else interruption.received

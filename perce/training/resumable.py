@@ -4,7 +4,6 @@ It resumes from what is whole and at the step that it was saved at, trains no st
 are not finite and saves none of those, and finds out that it cannot upload before it trains.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from perce.training.best import check_first_value, evaluated_name, is_evaluated
 from perce.training.checkpoints import check_whole, damage, resume_point, save_whole, state_of
 from perce.training.divergence import check_finite, check_logged
 from perce.training.parallel import found_by_first
+from perce.visible import say
 
 
 class ResumableTrainer(Trainer):
@@ -178,4 +178,4 @@ class ResumableTrainer(Trainer):
             return super().push_to_hub(*args, **kwargs)
         except Exception as error:  # as above
             note = f"the upload failed ({first_line(error)}). Everything is in {self.args.output_dir}; upload it later."
-            print(f"--push_to_hub: {note}", file=sys.stderr)
+            say(f"--push_to_hub: {note}", error=True)

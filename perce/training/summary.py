@@ -1,6 +1,5 @@
 """What a run tells: the lines at its start, the progress while it runs, the report and the table at its end."""
 
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from perce.training.checks import longest_sequence
 from perce.training.divergence import check_logged
 from perce.training.meters import peak_memory_mib
 from perce.training.trainer import PerceTrainer
+from perce.visible import say
 
 LOSSES = {
     "loss_with_persona": "loss with persona",
@@ -92,7 +92,7 @@ class Progress(ProgressCallback):
             saved = torch.load(self._first, weights_only=True)
             return saved["metrics"], [TokenStatistics(**fields) for fields in saved["statistics"]]
         except Exception as error:  # whatever damage raises
-            print(f"{self._first}: damaged ({first_line(error)}); nothing is told of before training.", file=sys.stderr)
+            say(f"{self._first}: damaged ({first_line(error)}); nothing is told of before training.", error=True)
             return {}, []
 
     def before_and_after(self) -> dict[str, list[float]]:
@@ -130,7 +130,7 @@ class Progress(ProgressCallback):
             return
         line = _evaluation_line(logs, self.labels) if "eval_loss_with_persona" in logs else _training_line(logs)
         if line:
-            write = print if self.training_bar is None else self.training_bar.write
+            write = say if self.training_bar is None else self.training_bar.write
             write(f"step {state.global_step:>5}  {line}")
 
 
@@ -162,31 +162,31 @@ def describe_run(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     method = f"LoRA r {config.model.lora_r}" if config.model.lora_r else "all weights"
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    print(
+    say(
         f"model  {config.model.model or 'SmolLM2-135M-Instruct (default)'}: {total / 1e6:,.1f} M parameters, "
         f"{trained / 1e6:,.1f} M trained ({method}), "
         f"{str(dtype).removeprefix('torch.')}{' weights, bf16 autocast' if args.bf16 else ''} on {args.device}"
     )
     if beside := beside_text(model):
         millions = sum(beside.values()) / 1e6
-        print(f"       no text reaches {', '.join(beside)} ({millions:,.1f} M parameters): not trained")
+        say(f"       no text reaches {', '.join(beside)} ({millions:,.1f} M parameters): not trained")
     size = f"{len(pairs.train):,}" if isinstance(pairs.train, Dataset) else "a stream of"
-    print(
+    say(
         f"data   {config.data.data or 'built-in examples'} ({pairs.format}): {size} training and "
         f"{len(pairs.validation):,} validation examples"
     )
     for note in pairs.notes:
-        print(f"       {note}")
+        say(f"       {note}")
     longest = longest_sequence({"train": pairs.train, "validation": pairs.validation}, config.data.max_length)
     if needs_long_factors(model.config, longest):
-        print(
+        say(
             f"       sequences of up to {longest:,} tokens, beyond {switch_length(model.config):,}: the position "
             "encoding (longrope) takes its long factors for all of them, the short ones too"
         )
     tokens = config.run.tokens_per_batch
     balance = f" + {router.coefficient:g} × the router's load-balancing loss" if router else ""
     forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
-    print(
+    say(
         f"run    {args.output_dir}: {config.loss.objective} objective (weights: {config.loss.weighting}){balance}, "
         f"learning rate {args.learning_rate:g}, "
         f"{forward} per forward pass × {args.gradient_accumulation_steps} passes per step"

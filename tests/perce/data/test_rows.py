@@ -35,6 +35,7 @@ BAD = [
     ({"persona": "p", "messages": [{**TALK[0], "tool_calls": [{}]}]}, "conversation without tools"),
     ({"persona": "p", "messages": [{"role": "judge", "content": "x"}]}, "field 'messages[0].role'"),
     ({"persona": "p", "messages": [{"role": "user", "content": [1]}]}, "field 'messages[0].content'"),
+    ({**GOOD, "user_id": "a\ud83d"}, "field 'user_id': expected UTF-8 text"),
     ({**GOOD, "user_id": [1]}, "field 'user_id': expected a string or an integer"),
     ({**GOOD, "personal_spans": [[0, 16]]}, "0 <= start < end <= 15, got list [0, 16]"),
     ({**GOOD, "personal_spans": [[-1, 3]]}, "field 'personal_spans'"),

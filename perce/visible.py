@@ -1,0 +1,31 @@
+r"""Text that others wrote, as it may be printed and written: nothing in it acts on a terminal, a page or a file.
+
+What acts are control characters (C0, DEL, C1), marks that turn the direction of the text behind them, Unicode's
+separators of lines and paragraphs, and halves of surrogate pairs, as in file names that are not UTF-8, which cannot be
+encoded. They are shown as Python writes them: \x1b, \u202e.
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
+
+
+def visible(text: str, keep: str = "") -> str:
+    """The text with every character that acts shown, but for those in `keep`."""
+    return ACTING.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def say(*lines: str, error: bool = False) -> None:
+    """Print lines, each of which stays one, whatever names and rows are quoted in it. error: on stderr."""
+    for line in lines:
+        print(visible(line), file=sys.stderr if error else None, flush=error)
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON that people can read in a terminal: letters of all alphabets as they are, and what acts as \\uXXXX, which
+    every reader of JSON turns back."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return ACTING.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
