@@ -87,7 +87,7 @@ def _text(value: object, field: str) -> str:
 
 
 def encodable(value: str, field: str) -> str:
-    """The text; BadRow where it is none of Unicode's: "\\ud83d" alone in JSON, or a byte of a file that is not UTF-8."""
+    """The text; BadRow where it is none of Unicode's: "\\ud83d" alone in JSON, a byte of a file that is not UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -15,7 +15,7 @@ from perce.config.options import read_yaml
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig, SplitConfig
 from perce.data.dataset import pair_dataset, sequence_lengths
 from perce.data.pairing import PairSource, make_builder, picked_by, skipped_rows
-from perce.data.rows import Examples, Record, available_splits, load_examples, text_key, texts_key
+from perce.data.rows import Document, Examples, Record, available_splits, load_examples, text_key, texts_key
 from perce.data.stream import PairStream
 from perce.demo import DATA_DIR
 from perce.errors import UserError, in_one_line
@@ -185,7 +185,7 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
 def without_user(examples: Sequence[Record], who: HeldOut) -> list[str]:
     """A warning, where a user may be on both sides."""
     nameless = sum(example.user_id is None for example in examples)
-    if who.unit == "users" and not nameless:
+    if (who.unit == "users" and not nameless) or isinstance(examples[0], Document):
         return []
     which = f"{nameless:,} of {len(examples):,} examples have no user_id" if nameless else "all rows are of one user"
     held = "rows" if who.unit == "users" else who.unit

@@ -1,8 +1,11 @@
 """Rows of no format, and the lines that lead to one."""
 
+import re
+
 import pytest
 
 from perce import UserError, load_examples
+from tests.helpers import ROOT
 from tests.helpers.raw_rows import GOOD, error, jsonl, load
 
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -76,3 +79,26 @@ def test_columns_the_wrong_way_round(tmp_path):
     text = error(tmp_path, row, columns={"bio": "persona"})
     assert "with our name one of" in text and "got 'bio'; did you mean persona=bio" in text
     assert "did you mean persona=bio" in error(tmp_path, row, columns={"persoan": "bio"})
+
+
+# --- other shapes -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_turns_other_shapes_into_rows(tmp_path, monkeypatch):
+    """docs/DATA.md, as the error for a row of no format says."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8")
+    mails, talks, table = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    jsonl(
+        tmp_path / "mails.jsonl", *[{"from": "ana", "to": "b", "subject": f"s{i}", "body": f"body {i}"} for i in "ab"]
+    )
+    exec(mails, {})
+    first, _ = load_examples("rows.jsonl", "train").all
+    assert (first.persona, first.response, first.user_id) == (("Title: sb\nText: body b",), "body a", "ana")
+    jsonl(tmp_path / "sharegpt.jsonl", {"id": 1, "persona": "I bake.", "conversations": SHAREGPT})
+    exec(talks, {})
+    (only,) = load_examples("rows.jsonl", "train").all
+    assert (only.persona, only.turns[0].content, only.response) == (("I bake.",), "Hi", "Hello")
+    (tmp_path / "export.csv").write_bytes("persona;query;response\nIch backe.;Hallo?;Grü\u00dfe, du\n".encode("cp1252"))
+    exec(table, {})
+    assert load_examples("rows.csv", "train").all[0].response == "Grüße, du"
