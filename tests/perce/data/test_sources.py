@@ -174,6 +174,35 @@ def test_values_that_python_cannot_hold_in_a_saved_directory(tmp_path):
         assert len(list(load_examples(tmp_path / "saved", "train", streaming=streaming))) == 2
 
 
+def test_a_saved_directory_that_is_damaged(tmp_path):
+    """datasets maps the file into memory as it is: an offset that is wrong ended the process."""
+    datasets = pytest.importorskip("datasets")
+    columns = {name: ["abc", "def"] for name in ("persona", "query", "response")}
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    whole = file.read_bytes()
+    offsets = (0).to_bytes(4, "little") + (3).to_bytes(4, "little") + (6).to_bytes(4, "little")
+    for damaged in (whole.replace(offsets, offsets[:4] + b"\xff\xff\xff\x7f" + offsets[8:]), whole[:500], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{tmp_path / 'saved'}.* cannot be read"):
+            load_examples(tmp_path / "saved", "train")
+    file.write_bytes(whole.replace(b"abc", b"a\xffc"))  # of the text that is not UTF-8, its row alone
+    assert load_examples(tmp_path / "saved", "train", skip_bad_rows=True).skipped == 1
+    file.write_bytes(whole)
+    (tmp_path / "saved" / "state.json").write_text("[]")
+    with pytest.raises(UserError, match="written by save_to_disk but cannot be read"):
+        load_examples(tmp_path / "saved", "train")
+
+
+def test_an_id_that_has_two_outputs(tmp_path):
+    question = {name: LAMP[name] for name in ("id", "input", "profile")}
+    (tmp_path / "train_questions.json").write_text(json.dumps([question]))
+    golds = [{"id": "7", "output": "one"}, {"id": "7", "output": "another"}]
+    (tmp_path / "train_outputs.json").write_text(json.dumps({"task": "LaMP_7", "golds": golds}))
+    with pytest.raises(UserError, match=r"train_outputs\.json: the id '7' is there twice"):
+        load_examples(tmp_path, "train")
+
+
 def test_hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
