@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,6 +155,9 @@ def _lamp_pair(questions: Path, outputs: Path) -> Placed:
             f'{outputs}: expected LaMP\'s {{"task": ..., "golds": [{{"id", "output"}}, ...]}}. Correct the file.'
         )
     by_id = {str(gold["id"]): gold["output"] for gold in golds}
+    if len(by_id) < len(golds):
+        twice = next(key for key, count in Counter(str(gold["id"]) for gold in golds).items() if count > 1)
+        raise UserError(f"{outputs}: the id {twice!r} is there twice, with an output each. Correct the file.")
     for place, row in json_file(questions):
         if isinstance(row, dict) and (key := str(row.get("id"))) not in by_id:
             row = BadRow("output", f"an output in {outputs.name} for this question's id", f"none for id {key!r}")
@@ -169,16 +173,30 @@ def _saved(path: Path, streaming: bool) -> dict[str, Source]:
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} looks like a directory written by save_to_disk but cannot be read: {error}") from error
+    except Exception as error:  # whatever damage raises
+        why = in_one_line(error)
+        raise UserError(f"{path} looks like a directory written by save_to_disk but cannot be read: {why}.") from error
 
     def source(dataset: Any, split: str) -> Source:
-        rows = dataset.to_iterable_dataset() if streaming else dataset
-        return Source(f"{path}{split}", f"{path.name}{split}", partial(_dataset_rows, f"{path}{split}", lambda: rows))
+        load = dataset.to_iterable_dataset if streaming else partial(_checked, dataset)
+        return Source(f"{path}{split}", f"{path.name}{split}", partial(_dataset_rows, f"{path}{split}", load))
 
     if not isinstance(loaded, datasets.DatasetDict):
         return _only_train(source(loaded, ""))
     return {split: source(loaded[name], f"[{name}]") for split, name in _in_order(dict.fromkeys(loaded, "")).items()}
+
+
+def _checked(dataset: Any) -> Any:
+    """A datasets.Dataset; ArrowInvalid where its file, which is mapped into memory as it is, points outside of itself:
+    to read it would end the process."""
+    import pyarrow as pa
+
+    try:
+        dataset.data.table.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):  # which costs its row alone
+            raise
+    return dataset
 
 
 def _dataset_rows(origin: str, load: Callable[[], Any]) -> Placed:
