@@ -102,6 +102,7 @@ ABOUT_SEVERAL = {
     "perce/data/test_fuzz.py": "files of every kind, mutated",
     "perce/demo/test_demo.py": "the built-in examples and their model",
     "perce/test_backend_option.py": "--backend of every command",
+    "perce/test_paths.py": "every option that is a path, of every command",
     "perce/test_longce.py": "documents, from rows to a run",
     "perce/model/test_architectures.py": "every model of transformers",
     "perce/training/test_kills.py": "runs that are killed",

@@ -83,7 +83,7 @@ def _text(value: object, field: str) -> str:
     """A string with something in it, which a tokenizer can encode."""
     if not isinstance(value, str) or not value.strip():
         raise BadRow(field, "a non-empty string", show(value))
-    return encodable(value, field)
+    return value if value.isascii() else encodable(value, field)
 
 
 def encodable(value: str, field: str) -> str:

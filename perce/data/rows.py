@@ -92,7 +92,7 @@ def _nested(row: dict[str, object]) -> dict[str, object]:
         text = row.get(name)
         if isinstance(text, str) and _MESSAGES_AS_TEXT.match(text):
             raise BadRow(name, "a text, or messages as a list", f"messages written as a text: {show(text)}")
-    return row | lists
+    return row | lists if lists else row
 
 
 class Examples:
@@ -173,11 +173,14 @@ class Examples:
         # Tables hold null where a row lacks a field: absent and null are the same.
         given = {name: cell for name, cell in value.items() if cell is not None}
         self._first = self._first or given
-        self._unseen.difference_update(given)
-        row = _rename(given, self._columns)
-        if unreadable := [cell for name, cell in row.items() if isinstance(cell, BadRow) and name in formats.FIELDS]:
-            raise unreadable[0]
-        row = _nested(row)
+        if self._columns:
+            self._unseen.difference_update(given)
+            given = _rename(given, self._columns)
+        if BadRow in map(type, given.values()):
+            for name, cell in given.items():
+                if isinstance(cell, BadRow) and name in formats.FIELDS:
+                    raise cell
+        row = _nested(given)
         if self.format == "auto":
             self.format = detect_format(row)  # decides for all rows: errors can then name the field
         if missing := missing_fields(self.format, row):

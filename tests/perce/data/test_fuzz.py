@@ -124,6 +124,7 @@ def test_some_mutated_files(tmp_path, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", SEEDS)
 def test_mutated_files(tmp_path, kind):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
