@@ -26,6 +26,28 @@ OF_MODELS = (
 )  # fmt: skip
 
 
+def check_path(option: str, path: str, is_file: bool = False) -> None:
+    """UserError for what no path can be, or the system refuses to look at; whether there is anything is not asked.
+
+    is_file: it is to name a file.
+    """
+    shown = path if len(path) <= 80 else f"{path[:77]}..."
+    if not path.strip():
+        raise UserError(f"{option}: expected a path, got {path!r}. Is a variable of the shell empty?")
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{option} {shown}: there is no user of this name. For a file that begins with ~ write ./~.")
+    try:
+        os.stat(expanded)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or in_one_line(error)
+        raise UserError(f"{option} {shown}: cannot be looked at ({reason}). Check the path.") from None
+    if is_file and Path(path).name in ("", ".."):
+        raise UserError(f"{option} {shown}: expected the name of a file, got a directory.")
+
+
 def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> None:
     """UserError for an output that is an input too, or a file of an input that is a directory, or another output.
 

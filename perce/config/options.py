@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from perce.environment import check_outputs
+from perce.environment import check_outputs, check_path
 from perce.errors import UserError, in_one_line
 from perce.visible import ACTING, say
 
@@ -54,6 +54,7 @@ def require(condition: bool, name: str, expected: str, got: Any) -> None:
         raise UserError(f"{name}: expected {expected}, got {got!r}.")
 
 
+PATHS = ("DATA", "DIR", "FILE", "DIR|HUB_ID")  # what options that are paths show in --help as their value
 BROKEN_PIPE = 13  # SIGPIPE, which Windows has not
 LARGEST = 3.4028234663852886e38  # of fp32
 
@@ -164,6 +165,8 @@ class Command(Generic[Chosen]):
         flags = {name: value for name, value in vars(namespace).items() if value is not None}
         config_file, print_config = flags.pop("config", None), flags.pop("print_config", False)
         flags |= _extra_flags(rest)
+        if config_file is not None:
+            check_path("--config", config_file, is_file=True)
         file = read_yaml(config_file) if config_file else {}
         if self.passes_over:
             hints = self.types
@@ -172,6 +175,10 @@ class Command(Generic[Chosen]):
             file = {k: v for k, v in file.items() if v is not None or k not in hints or _is_optional(hints[k])}
         unused = [name for name in file if name not in self.fields and self.passes_over and self.passes_over(name)]
         raw = {name: value for name, value in file.items() if name not in unused} | flags
+        for name, value in raw.items():
+            kind = self.fields[name].metadata["metavar"] if name in self.fields else None
+            if kind in PATHS and isinstance(value, str) and not value.lstrip().startswith("{"):
+                check_path(f"--{name}", value, is_file=kind == "FILE")
         others, completed = self.completes(raw) if self.completes else ({}, "")
         return Parsed({**others, **raw}, config_file, print_config, unused, completed)
 

@@ -27,6 +27,7 @@ from perce.data.readers import (
     parquet_rows,
     whole_json,
 )  # fmt: skip
+from perce.environment import check_path
 from perce.errors import UserError, first_line, in_one_line
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -63,8 +64,8 @@ class Source:
 
 def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
     """The splits of `data`, in the order train, validation, test; UserError when there is nothing of the kind."""
-    path = Path(os.path.expanduser(data))  # Path's own raises an error of its own for "~nobody"
-    _look_at(path)
+    check_path("--data", data)
+    path = Path(data).expanduser()
     if path.is_file():
         return _only_train(_file(path))
     if path.is_dir():
@@ -79,18 +80,6 @@ def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
             f"--data{note}."
         )
     return _hub(data, streaming)
-
-
-def _look_at(path: Path) -> None:
-    """UserError for a path that the system refuses: too long, with a NUL, in a directory that may not be entered."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or in_one_line(error)
-        shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
-        raise UserError(f"--data {shown!r}: cannot be looked at ({reason}). Check the path.") from None
 
 
 def _near(path: Path) -> str:

@@ -222,14 +222,12 @@ def test_hub(monkeypatch):
 
 def test_paths_that_the_system_refuses(tmp_path):
     for path, reason in (
-        (tmp_path / ("x" * 300), "File name too long"), (tmp_path / "a\0b.jsonl", "null byte"),
-        (f"{'d/' * 3000}x.jsonl", "File name too long"),
+        (tmp_path / ("x" * 300), "File name too long"), (tmp_path / "a\0b.jsonl", "null byte"), ("", "expected a path"),
+        (f"{'d/' * 3000}x.jsonl", "File name too long"), ("~nobody-of-this-name/x.jsonl", "no user of this name"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=rf"--data .*: cannot be looked at \(.*{reason}") as caught:
+        with pytest.raises(UserError, match=rf"--data.*{reason}") as caught:
             load_examples(path, "train")
         assert len(str(caught.value)) < 300
-    with pytest.raises(UserError, match=r"No such file or directory: ~nobody-of-this-name/x.jsonl"):
-        load_examples("~nobody-of-this-name/x.jsonl", "train")
 
 
 def test_a_path_that_is_nearly_right(tmp_path, monkeypatch):
