@@ -257,8 +257,10 @@ def left_out_of_stream(pairs: RunPairs, args: PerceArguments) -> list[str]:
     return pairs.source.notes(f" (in this process's share, one of {args.world_size})" if args.world_size > 1 else "")
 
 
-def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress) -> None:
-    """The table at the end."""
+def print_result(
+    output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress, findings: Sequence[str]
+) -> None:
+    """The table at the end, and what its numbers say."""
     before, after = progress.first_evaluation()[0], progress.after
     losses = table("validation", "before", "after", "change")
     for name, label in progress.labels.items():
@@ -281,3 +283,5 @@ def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progr
     }  # fmt: skip
     rows += [(label, str(output_dir / name)) for label, name in files.items()]
     show("", losses, "", facts(rows))
+    if findings:
+        show("", facts(("note", text) for text in findings))

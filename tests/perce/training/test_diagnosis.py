@@ -2,15 +2,18 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 
-from perce import LossConfig
-from perce.training.diagnosis import Facts, best_evaluation, diagnose
+from perce import DataConfig, LossConfig
+from perce.training.diagnosis import Facts, best_evaluation, diagnose, facts_of_run
+from tests.helpers.tiny import demo_examples
 
 WELL = Facts(
     log=[
-        *({"step": n, "loss": 4 - n / 10, "ce": 4 - n / 10, "weight_mean": 1.0, "frac_at_floor": 0.8} for n in range(1, 7)),
+        *({"step": n, "loss": 4 - n / 10, "ce": 4 - n / 10, "weight_mean": 1, "frac_at_floor": 0.8} for n in range(1, 7)),
         {"step": 0, "eval_loss": 4.0}, {"step": 3, "eval_loss": 3.7}, {"step": 6, "eval_loss": 3.5},
         {"step": 6, "train_loss": 3.7, "train_runtime": 1.0},
     ],
@@ -105,7 +108,11 @@ def test_few_users_are_counted():
 
 
 def test_a_weighted_loss_may_rise_while_cross_entropy_falls():
-    falling, rising, weights = [3.0, 2.9, 2.8, 2.7, 2.6, 2.5], [3.0, 3.0, 3.1, 3.1, 3.3, 3.5], [1.0, 1.0, 1.1, 1.1, 1.3, 1.4]
+    falling, rising, weights = (
+        [3.0, 2.9, 2.8, 2.7, 2.6, 2.5],
+        [3.0, 3.0, 3.1, 3.1, 3.3, 3.5],
+        [1.0, 1.0, 1.1, 1.1, 1.3, 1.4],
+    )
     text = said(log=log(*falling, loss=rising, weight_mean=weights))
     for number in ("3.0000 to 3.4000", "2.9500 to 2.5500", "1.000 to 1.350"):
         assert number in text
@@ -113,7 +120,9 @@ def test_a_weighted_loss_may_rise_while_cross_entropy_falls():
     assert said(log=log(*falling, loss=falling, weight_mean=weights)) == ""
     assert said(log=log(*rising, loss=rising, weight_mean=weights)) == ""
     assert said(log=log(*falling, loss=rising, weight_mean=1.0)) == "", "another part of the loss, such as a router's"
-    assert said(log=log(*falling, loss=rising)) == said(log=log(3.0, 2.9, loss=[1.0, 2.0], weight_mean=[1.0, 2.0])) == ""
+    assert (
+        said(log=log(*falling, loss=rising)) == said(log=log(3.0, 2.9, loss=[1.0, 2.0], weight_mean=[1.0, 2.0])) == ""
+    )
 
 
 def test_personal_tokens_that_got_worse_or_are_none():
@@ -141,3 +150,30 @@ def test_a_run_that_is_mostly_warm_up():
 def test_all_at_once_is_a_few_lines():
     lines = diagnose(replace(WELL, units=2, dropped=300, warmup=6, before={}, after={}, log=evaluated(3.0, 2.0, 3.0)))
     assert len(lines) == 4 and all(line.endswith(".") and "\n" not in line for line in lines)
+
+
+def run_of(train, examples, **changes):
+    """The facts of a run on these pairs, of which the first three are validated on."""
+    args = SimpleNamespace(
+        loss=LossConfig(), data=DataConfig(max_length=99), load_best_model_at_end=False, lr_scheduler_type="linear",
+        get_warmup_steps=lambda steps: steps // 2,
+    )  # fmt: skip
+    state = SimpleNamespace(log_history=[], global_step=7, max_steps=8)
+    pairs = SimpleNamespace(
+        train=train, validation=Dataset.from_dict({"example": [0, 0, 1]}), examples=examples, format="perce"
+    )
+    trainer = SimpleNamespace(args=SimpleNamespace(**(vars(args) | changes)), state=state)
+    return facts_of_run(trainer, pairs, {}, {})
+
+
+def test_the_facts_of_a_run():
+    train = Dataset.from_list([{"input_ids": [1], "passages": [0, 1], "dropped_passages": 3}] * 2)
+    named, nameless = demo_examples(3), [replace(example, user_id=None) for example in demo_examples(3)]
+    facts = run_of(train, named)
+    assert (facts.entries, facts.dropped, facts.max_length) == (4, 6, 99)
+    assert (facts.unit, facts.units) == ("users", len({named[0].user_id, named[1].user_id}))
+    assert (facts.warmup, facts.steps, facts.keeps_best) == (4, 7, False)
+    facts = run_of(Dataset.from_list([{"input_ids": [1], "windows": []}]), nameless, lr_scheduler_type="constant")
+    assert (facts.entries, facts.dropped, facts.unit, facts.units, facts.warmup) == (0, 0, "rows", 2, 0)
+    stream = SimpleNamespace(column_names=("input_ids", "response_length"))
+    assert (run_of(stream, named).entries, run_of(stream, named).dropped) == (0, 0), "not known of a stream"
