@@ -13,7 +13,7 @@ from tests.helpers.tiny import demo_examples
 
 WELL = Facts(
     log=[
-        *({"step": n, "loss": 4 - n / 10, "ce": 4 - n / 10, "weight_mean": 1, "frac_at_floor": 0.8} for n in range(1, 7)),
+        *({"step": n, "loss": 4 - n, "ce": 4 - n, "weight_mean": 1.0, "frac_at_floor": 0.8} for n in range(1, 7)),
         {"step": 0, "eval_loss": 4.0}, {"step": 3, "eval_loss": 3.7}, {"step": 6, "eval_loss": 3.5},
         {"step": 6, "train_loss": 3.7, "train_runtime": 1.0},
     ],
