@@ -142,10 +142,10 @@ class Interval:
     def to_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
-    def span(self, digits: str = ".4f") -> str:
-        """The interval in words; `digits` as in an f-string."""
+    def span(self, digits: str = ".4f", alone: str = "one user") -> str:
+        """The interval in words; `digits` as in an f-string, `alone` of what there is no interval over."""
         if self.low is None or self.high is None:
-            return "one user"
+            return alone
         return f"{self.low:{digits}} to {self.high:{digits}}"
 
     def scaled(self, factor: float) -> "Interval":
