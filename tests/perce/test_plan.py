@@ -26,12 +26,15 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture
-def run(directory, capsys):
+def run(directory, capsys, monkeypatch):
+    """The command without its search for what fits, which rehearses many steps; monkeypatch.undo() brings it back."""
+    monkeypatch.setattr(plans, "fastest", lambda *_: None)
     fixed = ["--model", directory, "--context", 96, "--query", 8, "--response", 16, "--tflops", 1]
     return printed_by(command.main, capsys, *fixed)
 
 
-def test_table_and_json(run, tmp_path):
+def test_table_and_json(run, tmp_path, monkeypatch):
+    monkeypatch.undo()
     path = tmp_path / "plan.json"
     flags = "--lora_r 0 --per_device_train_batch_size 2 --device cpu --precision fp32 --gradient_accumulation_steps 1"
     out = run(*flags.split(), "--json", path).out
@@ -66,6 +69,7 @@ def test_what_does_not_fit_is_said_first(run, monkeypatch):
 
 def test_device_memory_decides_on_cuda(run, monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.undo()
     monkeypatch.setattr(plans, "variants", lambda options, device: [])
     out = run("--gpu_memory", "80GiB").out
     assert out.startswith("fits    ") and "of 80.00 GiB (--gpu_memory)" in out and "python -m perce.train" in out

@@ -24,8 +24,8 @@ def held(module):
 
 
 def test_a_weight_takes_four_bits_and_its_scales():
-    """QLoRA (arXiv 2305.14314), section 3: 0.127 bits of scales a weight; counted also on a layer of bitsandbytes 0.50.2,
-    3072 × 1024: 1,572,864 bytes, 49,152 scales in 8 bits, 192 and an offset in fp32, tables of 16 and 256."""
+    """arXiv 2305.14314, section 3: 0.127 bits of scales a weight. The numbers are those of a layer of bitsandbytes
+    0.50.2 on a CPU: 49,152 scales in 8 bits, 192 and an offset in fp32, tables of 16 and 256."""
     layer = FourBitLinear(nn.Linear(1024, 3072, bias=False), torch.bfloat16)
     assert held(layer) == 1_572_864 + 49_152 + 4 * (192 + 1 + 16 + 256)
     assert 8 * held(layer) / (3072 * 1024) == pytest.approx(4.127, abs=0.006)

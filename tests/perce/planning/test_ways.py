@@ -44,12 +44,12 @@ def found(room, options=None, device="cuda"):
         (139, "--max_length 96 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --mlp_tile 1024"),
         (64, "--max_length 96 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 "
              "--activation_checkpointing --activation_offload"),
-        (50, "--max_length 96 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --persona_grad none "
+        (49, "--max_length 96 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --persona_grad none "
              "--mlp_tile 1024 --activation_checkpointing"),
     ],
 )  # fmt: skip
 def test_the_fastest_that_fits_is_found(room, expected):
-    """What is learned stays the same as long as that fits: then the faster is taken, then what is nearer to the wish."""
+    """What is learned stays the same as long as that fits; then the faster is taken."""
     text = found(room)
     assert text is not None
     flags = text.split(" --lora_r 4 ")[-1] if "--lora_r" in text else text
