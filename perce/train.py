@@ -123,6 +123,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     from perce.training.card import write_card
     from perce.training.checkpoints import disk_errors
     from perce.training.checks import try_options
+    from perce.training.diagnosis import diagnose, facts_of_run
     from perce.training.fits import check_fits
     from perce.training.interruption import train_interruptibly
     from perce.training.run_directory import begin, check_facts, finish
@@ -175,6 +176,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
 
     train_interruptibly(trainer, claim.checkpoint)
     progress.evaluate_what_is_saved(trainer)
+    findings = diagnose(facts_of_run(trainer, pairs, progress.first_evaluation()[0], progress.after))
     with disk_errors(output_dir):
         trainer.save_model()
         trainer.save_state()
@@ -182,14 +184,14 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
             write_run_report(output_dir, config, trainer, pairs, progress)
             served = None if pairs.format == "text" else trainer.processing_class
             trained = "; ".join(filter(None, (f"{trainer.state.global_step} steps", kept_weights(trainer))))
-            write_card(output_dir, config, model_path, served, progress.before_and_after(), trained)
+            write_card(output_dir, config, model_path, served, progress.before_and_after(), trained, findings)
     if config.run.merge_adapter and main_process:
         with disk_errors(output_dir):
             merge_adapter(output_dir, model_path)
     if main_process:
         with disk_errors(output_dir):
             finish(output_dir)
-        print_result(output_dir, trainer, pairs, progress)
+        print_result(output_dir, trainer, pairs, progress, findings)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import RenderableType
+
 from perce.environment import in_one_move, written
 from perce.errors import UserError
-from perce.measuring.metrics import REPLY_METRICS, ROUGE_NOTE, Interval, clustered_mean, paired_difference
+from perce.measuring.metrics import (
+    FEW,
+    REPLY_METRICS,
+    RESAMPLES,
+    ROUGE_NOTE,
+    Interval,
+    clustered_mean,
+    paired_difference,
+)  # fmt: skip
 from perce.report.terminal import plain, show, table
 from perce.visible import as_json
 
@@ -23,6 +33,9 @@ METRICS: dict[str, tuple[str, str, str]] = {
     "uses_persona": ("replies that use the persona", "uses_persona", ""),
     "reference_uses_persona": ("references that use the persona", "reference_uses_persona", ""),
 } | {name: (metric.label, name, "") for name, metric in REPLY_METRICS.items()}
+BETTER = dict.fromkeys(("loss_personal_tokens", "loss_other_tokens", "loss_with_persona"), "↓")
+BETTER |= dict.fromkeys(("loss_without_persona", "loss_swapped_persona", "reference_uses_persona"), "–")
+"""Whether less is better, or neither; of the others more is."""
 RESULT = "perce.evaluate"
 
 
@@ -120,29 +133,42 @@ def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str,
 
 
 def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
-    differences = comparison["differences"] if comparison else {}
-    header = ["", "value", "95 % interval", "examples", "users", *(["difference", "p"] if comparison else [])]
-    rows = table(*header)
+    """Within 80 columns: the values, under them the differences, what the signs mean, and what else is to be known."""
+    unit = "user" if any(record["user_id"] for record in result["records"]) else "row"
     labels = {name: label for name, (label, _, _) in METRICS.items()} | {"swap_cost": "cost of another's persona"}
+    rows = table("", "value", "95 % interval", "examples", f"{unit}s", numbers=True)
     for name, metric in result["metrics"].items():
-        if metric is None:
-            continue
-        row = [
-            labels[name],
-            f"{metric['value']:.4f}",
-            Interval(**metric).span(),
-            f"{metric['n']:,}",
-            f"{metric['clusters']:,}",
-        ]
-        if name in differences:
-            d = differences[name]
-            interval = Interval(**{name: value for name, value in d.items() if name != "p"})
-            row += [f"{interval.value:+.4f} ({interval.span('+.4f')})", f"{d['p']:.4f}"]
-        rows.add_row(*row)
+        if metric is not None:
+            interval = Interval(**metric)
+            counts = f"{interval.n:,}", f"{interval.clusters:,}"
+            span = interval.span(alone=f"one {unit}")
+            rows.add_row(f"{BETTER.get(name, '↑')} {labels[name]}", f"{interval.value:.4f}", span, *counts)
+    differences = table("difference", "value", "95 % interval", "p", numbers=True)
+    for name, found in comparison["differences"].items() if comparison else ():
+        interval = Interval(**{key: value for key, value in found.items() if key != "p"})
+        span = interval.span("+.4f", f"one {unit}")
+        differences.add_row(
+            f"{BETTER.get(name, '↑')} {labels[name]}", f"{interval.value:+.4f}", span, f"{found['p']:.4f}"
+        )
+    legend = f"↓ lower is better, ↑ higher, – neither; 95 %: bootstrap by {unit}"
+    tested = f"p: sign-flip permutation test by {unit}, two-sided, {RESAMPLES:,} draws"
     about = (f"{name}: {text}" for name, text in result["about"].items())
-    notes = [plain(note, style="dim") for note in (*result["notes"], *about)]
+    notes = [*_few(result["records"], unit, bool(comparison)), *result["notes"], *about]
+    bold = []
     if comparison:
-        notes.append(plain(f"differences: this model minus {comparison['model'] or comparison['with']}", style="dim"))
-        for fact, (mine, its) in comparison["settings"].items():
-            notes.append(plain(f"not only the model differs: {fact} is {mine!r} here and {its!r} there", style="bold"))
-    show(rows, *notes)
+        notes.append(f"differences: this model minus {comparison['model'] or comparison['with']}")
+        bold = [
+            f"not only the model differs: {fact} is {mine!r} here and {its!r} there"
+            for fact, (mine, its) in comparison["settings"].items()
+        ]
+    tables: list[RenderableType] = [rows, "", differences, "", legend, tested] if comparison else [rows, "", legend]
+    show(*tables, *(plain(note, "dim") for note in notes), *(plain(note, "bold") for note in bold))
+
+
+def _few(records: Records, unit: str, compared: bool) -> list[str]:
+    """That there are too few users for an interval, and for a small p; nothing where there are enough."""
+    count = len(set(_clusters(records, "loss_with_persona")))
+    if not 0 < count < FEW:
+        return []
+    least = f", and p is {2.0 ** (1 - count):.2g} at least" if compared else ""
+    return [f"{count} {unit}{'s' * (count > 1)} only: intervals are rough{least}; {FEW} or more are wanted"]

@@ -20,6 +20,7 @@ from perce.errors import UserError
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+FEW = 10  # clusters (users), below which one of them more or less is another result
 NORMAL_QUANTILE = 1.959964  # at (1 + CONFIDENCE) / 2, as are those of Student's t at 1, 2, … degrees of freedom
 STUDENT_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 WORDNET_DIRECTORIES = ("/usr/share/wordnet",)  # Debian's wordnet-base
@@ -141,10 +142,10 @@ class Interval:
     def to_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
-    def span(self, digits: str = ".4f") -> str:
-        """The interval in words; `digits` as in an f-string."""
+    def span(self, digits: str = ".4f", alone: str = "one user") -> str:
+        """The interval in words; `digits` as in an f-string, `alone` of what there is no interval over."""
         if self.low is None or self.high is None:
-            return "one user"
+            return alone
         return f"{self.low:{digits}} to {self.high:{digits}}"
 
     def scaled(self, factor: float) -> "Interval":

@@ -13,7 +13,7 @@ Activations, working sets and gradients are rehearsed (rehearsal.py), the others
 peak, the largest of them the step's. On CPU what the process holds before the model is built comes on top.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,9 @@ class Counts:
 
 def count(config: Any, setup: Setup) -> Counts:
     """UserError for a model whose layers are not alike."""
-    model = build(config, setup)
+    plain = replace(setup, model=replace(setup.model, load_in_4bit=False))
+    model = build(config, plain)
+    held = build(config, setup) if setup.model.load_in_4bit else model
     text = config.get_text_config()
     layers = decoder_layers(model, text.num_hidden_layers)
     sizes: dict[Any, int] = {}
@@ -76,7 +78,7 @@ def count(config: Any, setup: Setup) -> Counts:
     return Counts(
         parameters=parameters,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        weight_bytes=sum(x.numel() * x.itemsize for x in [*model.parameters(), *model.buffers()]),
+        weight_bytes=sum(x.numel() * x.itemsize for x in [*held.parameters(), *held.buffers()]),
         embedding=parameters - sum(p.numel() for p in layers.parameters()),
         linear=sum(matrices.values()) - adapter,
         mlp=mlp,

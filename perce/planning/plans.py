@@ -1,6 +1,8 @@
 """Plans of a training step: its memory and operations, the largest context that fits, and what each option changes."""
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,12 +17,12 @@ from perce.errors import UserError
 from perce.hub import read_config, stated
 from perce.model.loading import bf16_is_sound, check_backend
 from perce.model.positions import position_limit
+from perce.planning.device import DOUBTFUL, device_memory, held_by_libraries
 from perce.planning.flops import Flops, count_flops, matmul_rate
 from perce.planning.memory import Counts, PeakMemory, count, peak_memory
 from perce.planning.rehearsal import Setup
+from perce.planning.ways import MLP_TILE, command, fastest
 
-MLP_TILE = 1024  # of the variant that is shown
-GIB = 2**30
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -52,28 +54,73 @@ class Plan:
     rate: float | None  # FLOP/s, where known
     largest_context: int | None  # None without --gpu_memory; 0 where nothing fits
     variants: list[Variant]
+    available: int | None  # bytes of the device that is planned for, what libraries hold left out; None: not known
+    command: str | None  # of train, with the fastest options that fit; None where none do, or that is not known
 
 
 def make_plan(options: PlanOptions) -> Plan:
     model_config = load_config(options.model)
     check_positions(model_config, options)
-    device = resolve_device(options.step)
+    device, asked = resolve_device(options.step), options.model
     options = replace(options, model=with_backend(options.model, device))
     check_options(options, device)
     low, tflops = is_low_precision(options.model, device), options.step.tflops
+    there = available(options, device)
+    costs = _Costs(model_config, device)
     return Plan(
-        options, device, precision="bf16" if low else "fp32", cost=step_cost(model_config, options, device),
+        options, device, precision="bf16" if low else "fp32", cost=costs.of(options),
         rate=tflops * 1e12 if tflops else matmul_rate(device, low),
         largest_context=largest_context(model_config, options, device),
-        variants=list(planned_variants(model_config, options, device)),
+        variants=list(planned_variants(model_config, options, device, costs.of)),
+        available=there, command=_command(options, device, there, costs, asked.backend),
     )  # fmt: skip
 
 
-def planned_variants(model_config: Any, options: PlanOptions, device: str) -> Iterator[Variant]:
+class _Costs:
+    """Each configuration is rehearsed once."""
+
+    def __init__(self, model_config: Any, device: str) -> None:
+        self.of = functools.cache(lambda options: step_cost(model_config, options, device))
+        self._counts = functools.cache(lambda setup: count(model_config, setup))
+        self._config, self._device = model_config, device
+
+    def peak(self, options: PlanOptions) -> int:
+        try:
+            return self.of(options).memory.peak
+        except UserError:  # what this architecture cannot do
+            return sys.maxsize
+
+    def work(self, options: PlanOptions) -> int:
+        """Operations, without a rehearsal."""
+        setup = setup_of(options, self._device)
+        model = replace(setup.model, load_in_4bit=False)
+        plain = Setup(model, setup.low_precision, checkpointing=False)
+        return count_flops(self._config, setup, options.step, self._counts(plain)).total
+
+
+def available(options: PlanOptions, device: str) -> int | None:
+    """Bytes that a step may take: --gpu_memory, or what this machine has."""
+    there = options.step.memory_bytes()
+    if there is None and (there := device_memory(torch.device(device))) is not None:
+        there -= held_by_libraries(device, is_low_precision(options.model, device))
+    return there
+
+
+def _command(options: PlanOptions, device: str, there: int | None, costs: _Costs, backend: Any) -> str | None:
+    """Sharding has a recipe of its own, which no flags stand for."""
+    if there is None or options.step.sharding != "none":
+        return None
+    way = fastest(options, device, int(DOUBTFUL * there), costs.peak, costs.work)
+    return command(replace(way, model=replace(way.model, backend=backend))) if way else None
+
+
+def planned_variants(
+    model_config: Any, options: PlanOptions, device: str, cost_of: Callable[[PlanOptions], Cost] | None = None
+) -> Iterator[Variant]:
     """Those of `variants` that this architecture can do."""
     for flags, changed in variants(options, device):
         with contextlib.suppress(UserError):
-            yield Variant(flags, step_cost(model_config, changed, device))
+            yield Variant(flags, cost_of(changed) if cost_of else step_cost(model_config, changed, device))
 
 
 def step_cost(model_config: Any, options: PlanOptions, device: str) -> Cost:
@@ -114,15 +161,16 @@ def load_config(options: ModelConfig) -> Any:
 
     from perce.demo.model import default_model_path
 
-    if options.load_in_4bit:
-        raise UserError(
-            "--load_in_4bit: plans of quantised models are not made. Plan with bf16 weights: an upper bound."
-        )
     path = options.model or str(default_model_path())
     config = read_config(path)
     check_architecture(config, path)
     local = Path(path).expanduser()
     raw, _ = PretrainedConfig.get_config_dict(str(local) if local.exists() else path)
+    if method := (raw.get("quantization_config") or {}).get("quant_method"):
+        raise UserError(
+            f"--model {path}: its config.json has a quantization_config ({method}). Plan the model that it was made "
+            "of; --load_in_4bit plans that in 4 bits."
+        )
     text, names = config.get_text_config(), ("num_hidden_layers", "hidden_size", "vocab_size")
     written = raw.get("text_config", raw)
     missing = [name for name in names if stated(text, name) is None]
@@ -167,7 +215,13 @@ def check_positions(model_config: Any, options: PlanOptions) -> None:
 
 def check_options(options: PlanOptions, device: str) -> None:
     """UserError for options that a training run would refuse together."""
-    step, memory = options.step, options.memory
+    step, memory, model = options.step, options.memory, options.model
+    if model.load_in_4bit and device == "cpu":
+        raise UserError("--load_in_4bit: bitsandbytes quantises on a GPU. Expected --device cuda beside it.")
+    if model.load_in_4bit and not model.lora_r:
+        raise UserError("--load_in_4bit: a 4-bit base cannot be trained itself: add --lora_r 16.")
+    if model.load_in_4bit and step.sharding == "full":
+        raise UserError("--load_in_4bit, --sharding full: are not planned together. Use --sharding none.")
     if memory.persona_grad == "none" and step.of_documents:
         raise UserError(
             f"--persona_grad none: needs a persona, and --objective {step.objective} has documents. Use full."
@@ -245,7 +299,10 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
     tile = 0 if memory.mlp_tile else MLP_TILE
     yield changed(f"--mlp_tile {tile}", mlp_tile=tile)
     rank = 0 if model.lora_r else 16
-    yield changed(f"--lora_r {rank}", lora_r=rank)
+    yield changed(f"--lora_r {rank}", lora_r=rank, load_in_4bit=model.load_in_4bit and rank > 0)
+    if model.lora_r and device == "cuda" and step.sharding == "none":
+        four = not model.load_in_4bit
+        yield changed(f"--load_in_4bit {str(four).lower()}", load_in_4bit=four)
     precision = "fp32" if low else "bf16"
     yield changed(f"--precision {precision}", precision=precision)
     if (batch := step.per_device_train_batch_size) > 1:
@@ -259,6 +316,3 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
         yield changed("--attn_implementation sdpa", attn_implementation="sdpa")
     if model.backend == "reference":
         yield changed("--backend torch", backend="torch")
-
-
-GIB = 2**30

@@ -36,6 +36,7 @@ from perce.model.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
 from perce.model.probe import decoder_of, unwrapped
 from perce.model.reach import freeze_beside_text
 from perce.objectives import OBJECTIVES, HeadCall, Objective
+from perce.planning.four_bit import quantised
 from perce.planning.live import Live, Moment, Phase, Rehearsed
 
 OFFLOADED = ("forward", "head", "last layer", "first layer")
@@ -79,6 +80,8 @@ def build(config: Any, setup: Setup) -> Any:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **kwargs)
+            if options.load_in_4bit:
+                model = quantised(model, dtype)
             if options.lora_r:
                 model = add_adapter(model, lora_config(options))
             else:

@@ -6,23 +6,54 @@ from typing import Any
 
 from rich.table import Table
 
+from perce.planning.device import DOUBTFUL, GIB
 from perce.planning.memory import UPDATE
-from perce.planning.plans import GIB, Cost, Plan
+from perce.planning.plans import Cost, Plan
 from perce.report.terminal import facts, show, table
 
 PHASE_NAMES = {  # as columns, and in words
-    "counterfactual": ("no persona", "counterfactual pass"),
+    "counterfactual": ("no\npersona", "counterfactual pass"),
     "persona": ("persona", "persona's keys and values"),
     "forward": ("forward", "factual forward"),
     "head": ("head", "head and loss"),
-    "last layer": ("last layer", "backward of the last layer"),
-    "first layer": ("first layer", "backward of the first layer"),
+    "last layer": ("last\nlayer", "backward of the last layer"),
+    "first layer": ("first\nlayer", "backward of the first layer"),
     UPDATE: ("update", "optimiser update"),
 }
 
 
 def print_plan(plan: Plan) -> None:
-    show(*_header(plan), "", _phases(plan), "", _details(plan), "", _times(plan), "", _variants(plan))
+    show(
+        *_verdict(plan),
+        "",
+        *_header(plan),
+        "",
+        _phases(plan),
+        "",
+        _details(plan),
+        "",
+        _times(plan),
+        "",
+        _variants(plan),
+    )
+
+
+def _verdict(plan: Plan) -> list[str]:
+    """Whether the step fits, by how much, and a command that does it."""
+    peak, there = plan.cost.memory.peak, plan.available
+    if there is None:
+        return [f"takes   {_gib(peak)} GiB; give the device's memory with --gpu_memory to know whether that fits"]
+    whose = "--gpu_memory" if plan.options.step.gpu_memory else f"this {plan.device}, libraries left out"
+    if peak <= there:
+        close = ", which is close" if peak > DOUBTFUL * there else ""
+        said = f"fits    {_gib(peak)} of {_gib(there)} GiB ({whose}): {_gib(there - peak)} are left{close}"
+    else:
+        said = f"too much  {_gib(peak)} GiB, {_gib(peak - there)} more than the {_gib(there)} GiB ({whose})"
+    if plan.command:
+        return [said, f"run     {plan.command}"]
+    if plan.options.step.sharding != "none":
+        return [said, "run     sharded, with a recipe such as recipes/several_gpus_fsdp2.yaml"]
+    return [said, "run     nothing that is planned here fits: use a shorter --context, a smaller model, or more memory"]
 
 
 def _header(plan: Plan) -> list[str]:
@@ -111,7 +142,7 @@ def _variants(plan: Plan) -> Table:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:,.2f}"
+    return f"{size / GIB:,.2f}" if size < 1000 * GIB else f"{size / GIB:,.0f}"
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
@@ -124,6 +155,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
         **_cost_json(plan.cost, plan.rate),
         "matmul_flops_per_second": plan.rate,
         "largest_context": plan.largest_context,
+        "memory_available": plan.available,
+        "fits": None if plan.available is None else plan.cost.memory.peak <= plan.available,
+        "command": plan.command,
         "variants": {variant.flags: _cost_json(variant.cost, None) for variant in plan.variants},
     }
 

@@ -8,4 +8,5 @@ estimates      token weights of an E-step, kept          meters         seconds,
 checkpoints    whole ones, or passed over                interruption   signals: the step is finished and saved
 run_directory  claimed, and resumed from                 summary        what a run tells: lines, report, table
 serving        template and end of turn that are saved   card           the model card
+diagnosis      what the numbers of a run say in words
 """

@@ -1,6 +1,7 @@
 """README.md of a run, its model card: what it was trained from and how to ask it, with transformers alone."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ def write_card(
     tokenizer: Any,
     numbers: dict[str, list[float]],
     trained: str,
+    findings: Sequence[str] = (),
 ) -> None:
     """tokenizer: as it is saved; None for documents, which answer nobody. numbers: of the validation, by label: before
-    training where that was evaluated, and after. trained: for how long, and which weights these are."""
+    training where that was evaluated, and after. trained: for how long, and which weights these are. findings: what is
+    to be known of the numbers."""
     local = Path(model_path).expanduser()
     base = str(local.resolve()) if local.exists() else model_path
     adapter = bool(config.model.lora_r)
@@ -44,6 +47,7 @@ def write_card(
         **{label: " → ".join(f"{value:.4f}" for value in values) for label, values in numbers.items()},
     }
     rows = "\n".join(f"| {name} | {_as_it_is(value)} |" for name, value in facts.items())
+    notes = "".join(f"- {_as_it_is(text)}\n" for text in findings) + "\n" * bool(findings)
     text = f"""---
 {dump_yaml(header)}---
 
@@ -55,7 +59,7 @@ A language model that knows its user, trained with PerCE (arXiv 2603.06595). `co
 | --- | --- |
 {rows}
 
-{"" if tokenizer is None else _asking(tokenizer, config, adapter)}"""
+{notes}{"" if tokenizer is None else _asking(tokenizer, config, adapter)}"""
     (output_dir / CARD).write_text(text, encoding="utf-8")
 
 

@@ -5,33 +5,23 @@ Said only of what plans know. Nothing of streams, whose rows are not known befor
 bases; Liger's kernels; other optimisers than AdamW; and batch sizes that the Trainer is to find.
 """
 
-import contextlib
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-import psutil
-import torch
 
 from perce.config.commands import PlanOptions, TrainOptions
 from perce.config.step import StepConfig
 from perce.data.dataset import sequence_lengths
 from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
+from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
 from perce.planning.memory import PeakMemory, count, peak_memory
-from perce.planning.plans import GIB, check_architecture, planned_variants, setup_of
+from perce.planning.plans import check_architecture, planned_variants, setup_of
 from perce.planning.tables import PHASE_NAMES
 from perce.training.parallel import shards_weights
 
-# A share of the memory: below the first nothing is said, above the second the run stops. Plans were within 5 % of steps
-# on CPUs. On a GPU they were within 0.4 % of LoRA steps of one model, which is too little to be as strict by.
-DOUBTFUL = 0.9
+# A share of the memory, above which the run stops; below DOUBTFUL nothing is said. On a GPU plans were within 0.4 % of
+# LoRA steps of one model, which is too little to be as strict by.
 IMPOSSIBLE = {"cpu": 1.1, "cuda": 1.5}
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-HELD_BY_LIBRARIES = GIB // 2  # of a process on a CPU, beside what is planned
-# oneDNN, which does bf16 products on CPUs, keeps the code of 1,024 of them: 0.9 GiB once it has met 400 lengths.
-HELD_BY_ONEDNN = GIB
 
 
 def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any) -> str | None:
@@ -51,9 +41,7 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any) -> str |
     except Exception as error:  # a forecast: what keeps it from being made must not keep the run from being tried
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return f"not planned: {name}{first_line(error)}"
-    room = available
-    if device == "cpu":
-        room -= HELD_BY_LIBRARIES + (HELD_BY_ONEDNN if setup.low_precision else 0)
+    room = available - held_by_libraries(device, setup.low_precision)
     if needed.peak <= DOUBTFUL * room:
         return None
     said = _said(planned.step, needed, available, available - room)
@@ -97,18 +85,6 @@ def largest_step(options: TrainOptions, args: Any, pairs: Any) -> StepConfig:
         activation_checkpointing=run.activation_checkpointing,
         devices=args.world_size,
     )
-
-
-def device_memory(device: torch.device) -> int | None:
-    """Bytes that one process may use: a GPU's memory, or its share of this machine's; None where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type != "cpu":
-        return None
-    total = psutil.virtual_memory().total + psutil.swap_memory().total
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        total = min(total, int(CGROUP_LIMIT.read_text()))
-    return total // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _is_planned(config: TrainOptions, args: Any, model_config: Any) -> bool:

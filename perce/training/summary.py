@@ -27,6 +27,7 @@ from perce.training.arguments import PerceArguments
 from perce.training.best import is_evaluated, kept_step, kept_weights
 from perce.training.checkpoints import disk_errors
 from perce.training.checks import longest_sequence
+from perce.training.diagnosis import best_evaluation
 from perce.training.divergence import check_logged
 from perce.training.meters import peak_memory_mib
 from perce.training.trainer import PerceTrainer
@@ -198,7 +199,8 @@ def write_run_report(
     output_dir: Path, config: TrainOptions, trainer: PerceTrainer, pairs: RunPairs, progress: Progress
 ) -> None:  # fmt: skip
     """curves.png and report.html."""
-    write_curves(output_dir / "curves.png", trainer.state.log_history)
+    log = trainer.state.log_history
+    write_curves(output_dir / "curves.png", log, documents=pairs.format == "text", marked=_marked(trainer))
     _, first = progress.first_evaluation()
     scored = {
         name: {x.example: x for x in statistics}
@@ -242,6 +244,15 @@ def write_run_report(
     )  # fmt: skip
 
 
+def _marked(trainer: PerceTrainer) -> tuple[int, str] | None:
+    """The step that the curves mark: that of the weights which are saved, or of the best of several evaluations."""
+    if (kept := kept_step(trainer)) is not None:
+        return kept, "saved"
+    log = trainer.state.log_history
+    best = best_evaluation(log)
+    return (best[0], "lowest validation loss") if best and sum("eval_loss" in line for line in log) > 1 else None
+
+
 def evenly_spread(indices: Sequence[int], count: int) -> list[int]:
     """`count` of the indices, or all: of eight, three are the first, the third and the sixth."""
     count = min(count, len(indices))
@@ -257,8 +268,10 @@ def left_out_of_stream(pairs: RunPairs, args: PerceArguments) -> list[str]:
     return pairs.source.notes(f" (in this process's share, one of {args.world_size})" if args.world_size > 1 else "")
 
 
-def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress) -> None:
-    """The table at the end."""
+def print_result(
+    output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress, findings: Sequence[str]
+) -> None:
+    """The table at the end, and what its numbers say."""
     before, after = progress.first_evaluation()[0], progress.after
     losses = table("validation", "before", "after", "change")
     for name, label in progress.labels.items():
@@ -281,3 +294,5 @@ def print_result(output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progr
     }  # fmt: skip
     rows += [(label, str(output_dir / name)) for label, name in files.items()]
     show("", losses, "", facts(rows))
+    if findings:
+        show("", facts(("note", text) for text in findings))

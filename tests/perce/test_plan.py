@@ -14,7 +14,7 @@ from tests.helpers.training import printed_by
 
 SCHEMA = {
     "options", "device", "precision", "counts", "memory", "flops", "least_seconds", "matmul_flops_per_second",
-    "largest_context", "variants",
+    "largest_context", "variants", "memory_available", "fits", "command",
 }  # fmt: skip
 
 
@@ -26,12 +26,15 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture
-def run(directory, capsys):
+def run(directory, capsys, monkeypatch):
+    """The command without its search for what fits, which rehearses many steps; monkeypatch.undo() brings it back."""
+    monkeypatch.setattr(plans, "fastest", lambda *_: None)
     fixed = ["--model", directory, "--context", 96, "--query", 8, "--response", 16, "--tflops", 1]
     return printed_by(command.main, capsys, *fixed)
 
 
-def test_table_and_json(run, tmp_path):
+def test_table_and_json(run, tmp_path, monkeypatch):
+    monkeypatch.undo()
     path = tmp_path / "plan.json"
     flags = "--lora_r 0 --per_device_train_batch_size 2 --device cpu --precision fp32 --gradient_accumulation_steps 1"
     out = run(*flags.split(), "--json", path).out
@@ -46,14 +49,30 @@ def test_table_and_json(run, tmp_path):
         "--activation_checkpointing true", "--lora_r 16", "--precision bf16", "--per_device_train_batch_size 1",
         "--objective ce", "--persona_grad none", "--mlp_tile 1024",
     }  # fmt: skip
+    assert content["fits"] and content["memory_available"] > memory["peak"], "of this machine"
+    first = out.splitlines()[0]
+    assert first.startswith("fits    ") and "GiB" in first and content["command"] in out.splitlines()[1]
+    phases = out[out.index("GiB  ") : out.index("what an option")].splitlines()
+    assert max(map(len, phases)) <= 80 and "…" not in out
     for text in ("working set", "peak memory", "takes at least", "not there: logits", *content["variants"]):
         assert text in out
 
 
-def test_device_memory_decides_on_cuda(run, monkeypatch):
+def test_what_does_not_fit_is_said_first(run, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(plans, "variants", lambda options, device: [])
+    monkeypatch.setattr(plans, "largest_context", lambda *_: 0)
+    out = run("--gpu_memory", "1GiB").out
+    assert out.startswith("too much  ") and "more than the 1.00 GiB (--gpu_memory)" in out
+    assert "python -m perce.train" not in out and "nothing that is planned here" in out
+
+
+def test_device_memory_decides_on_cuda(run, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.undo()
+    monkeypatch.setattr(plans, "variants", lambda options, device: [])
     out = run("--gpu_memory", "80GiB").out
+    assert out.startswith("fits    ") and "of 80.00 GiB (--gpu_memory)" in out and "python -m perce.train" in out
     assert "device cuda" in out and "80.00 GiB: enough" in out and "8,192 tokens" in out and "CUDA context" in out
 
 
@@ -68,7 +87,7 @@ def test_device_memory_decides_on_cuda(run, monkeypatch):
         (["--sharding", "full"], "sharding: expected none with one device"),
         (["--devices", 0], "devices: expected >= 1"),
         (["--tflops", -1], "tflops: expected > 0"),
-        (["--load_in_4bit"], "--load_in_4bit: plans of quantised models are not made"),
+        (["--load_in_4bit", "--device", "cpu"], "--load_in_4bit: bitsandbytes quantises on a GPU"),
         (["--contexts", 3], "contexts: unknown option. Did you mean context"),
         (["--model", "/nowhere"], "--model /nowhere: no such directory"),
     ],
@@ -101,6 +120,10 @@ def test_a_training_recipe_is_planned(run, directory, tmp_path, capsys):
         (T5Config(), "PerCE needs a decoder-only model, and t5 has an encoder"),
         (MixtralConfig(num_hidden_layers=2), "mixtral has a mixture of experts. Only dense models are planned"),
         ({"model_type": "llama", "hidden_size": 64}, "num_hidden_layers is missing from its config.json"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}, "hidden_size": 64, "model_type": "llama"},
+            "has a quantization_config (gptq)",
+        ),
         ({"hidden_size": 64}, "could not be loaded as a causal language model"),
     ],
 )

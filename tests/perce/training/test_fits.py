@@ -12,8 +12,9 @@ from perce.config.schema import ModelConfig, RunConfig
 from perce.config.step import StepConfig
 from perce.data.batch import collate
 from perce.objectives import OBJECTIVES
+from perce.planning import device as memory_there
 from perce.planning.memory import shape_of
-from perce.planning.plans import GIB, step_cost
+from perce.planning.plans import step_cost
 from perce.train import main
 from perce.training import fits
 from perce.training.fits import check_fits, largest_step
@@ -83,7 +84,7 @@ def test_the_objective_of_the_run_is_planned(setting, name):
 
 
 def test_enough_close_and_too_little(setting, monkeypatch):
-    monkeypatch.setattr(fits, "HELD_BY_LIBRARIES", 0)
+    monkeypatch.setattr(memory_there, "HELD_BY_LIBRARIES", 0)
     config, args, model, pairs = setting(per_device_train_batch_size=3)
     peak = step_cost(model.config, PlanOptions(config.model, largest_step(config, args, pairs)), "cpu").memory.peak
 
@@ -141,19 +142,8 @@ def test_a_mixture_of_experts_is_not_judged(setting, monkeypatch):
     assert "mixture of experts" in check_fits(config, args, model, pairs)
 
 
-def test_memory_of_a_cpu_is_shared_and_limited(monkeypatch, tmp_path):
-    args = PerceArguments(str(tmp_path), use_cpu=True, report_to="none")
-    monkeypatch.setattr(fits, "CGROUP_LIMIT", tmp_path / "memory.max")
-    whole = fits.device_memory(args.device)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert fits.device_memory(args.device) == whole > GIB
-    (tmp_path / "memory.max").write_text(f"{GIB}\n")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert fits.device_memory(args.device) == GIB // 2
-
-
 def test_a_run_that_cannot_fit_stops_before_its_first_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fits, "device_memory", lambda device: fits.HELD_BY_LIBRARIES + 2**20)
+    monkeypatch.setattr(fits, "device_memory", lambda device: memory_there.HELD_BY_LIBRARIES + 2**20)
     monkeypatch.setattr("perce.training.trainer.PerceTrainer.train", lambda *_: pytest.fail("found too late"))
     model, data = save_tiny_model(tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", ROWS)
     flags = {"model": model, "data": data, "output_dir": tmp_path / "run", "max_steps": 2, "precision": "fp32"}

@@ -1,0 +1,90 @@
+"""Which options make a step fit, the fastest first, and the command of train that has them."""
+
+import itertools
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+from perce.config.commands import TRAIN, PlanOptions
+from perce.config.schema import MemoryConfig
+
+MLP_TILE = 1024
+NAMES = {"context": "max_length"}  # of a plan's options in train; the others have one name
+ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # train would choose them by length
+
+
+def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions, int]]:
+    """Ways to do this step, each with how many options of it change what is learned: the gradient through the persona
+    is left out, weights are rounded to 4 bits."""
+    step, memory, model = options.step, options.memory, options.model
+    batch = step.per_device_train_batch_size
+    sizes = {1: batch * step.forwards, batch: step.forwards}
+    personas = {memory.persona_grad} if step.of_documents or step.sharding != "none" else {memory.persona_grad, "none"}
+    can_quantise = model.lora_r and device == "cuda" and step.sharding == "none"
+    for size, tile, checkpointing, offload, persona, four in itertools.product(
+        sorted(sizes), (0, memory.mlp_tile or MLP_TILE), (False, True), (False, True), sorted(personas),
+        sorted({model.load_in_4bit, bool(can_quantise)}),
+    ):  # fmt: skip
+        if offload and not (checkpointing and device == "cuda"):
+            continue
+        way = PlanOptions(
+            replace(model, load_in_4bit=four),
+            replace(
+                step, per_device_train_batch_size=size, gradient_accumulation_steps=sizes[size],
+                activation_checkpointing=checkpointing,
+            ),
+            MemoryConfig(persona, tile, offload),
+        )  # fmt: skip
+        yield way, (persona != memory.persona_grad) + (four != model.load_in_4bit)
+
+
+def fastest(
+    options: PlanOptions, device: str, room: int, peak: Callable[[PlanOptions], int], work: Callable[[PlanOptions], int]
+) -> PlanOptions | None:  # fmt: skip
+    """The way with the least work whose peak is within the room; None where none is.
+
+    What is learned is changed only where nothing else fits. Of equal work the way without transfers to host memory
+    comes first, then the one that is nearest to what was asked for. Work is operations: transfers and dequantisation
+    take time that is not planned. `peak`, which is slow, is asked of few.
+    """
+    groups: dict[tuple[int, str, bool], list[PlanOptions]] = {}
+    for way, changes in candidates(options, device):
+        groups.setdefault((changes, way.memory.persona_grad, way.model.load_in_4bit), []).append(way)
+    for _, ways in sorted(groups.items(), key=lambda group: (group[0][0], min(map(work, group[1])))):
+        if peak(max(ways, key=_frugality)) > room:
+            continue
+        for way in sorted(ways, key=lambda way: (work(way), way.memory.activation_offload, _changed(options, way))):
+            if peak(way) <= room:
+                return way
+    return None
+
+
+def _frugality(way: PlanOptions) -> tuple[Any, ...]:
+    step, memory = way.step, way.memory
+    return (
+        -step.per_device_train_batch_size, step.activation_checkpointing, memory.activation_offload, memory.mlp_tile > 0
+    )  # fmt: skip
+
+
+def _changed(options: PlanOptions, way: PlanOptions) -> int:
+    """How many options differ."""
+    pairs = ((getattr(options, part.name), getattr(way, part.name)) for part in fields(options))
+    return sum(getattr(one, f.name) != getattr(other, f.name) for one, other in pairs for f in fields(one))
+
+
+def command(options: PlanOptions) -> str:
+    """The command of train that makes such steps; DATA stands for the data."""
+    step = options.step
+    flags = []
+    for section in (options.model, step, options.memory):
+        for option in fields(section):
+            name, value = NAMES.get(option.name, option.name), getattr(section, option.name)
+            if option.name == "gradient_accumulation_steps":
+                value = step.forwards
+            known = TRAIN.fields.get(name)
+            if known is None or (value == known.default and option.name not in ALWAYS):
+                continue
+            flags += [f"--{name}"] if value is True else [f"--{name}", shlex.quote(str(value))]
+    launcher = f"torchrun --nproc_per_node {step.devices}" if step.devices > 1 else "python"
+    return " ".join([launcher, "-m perce.train --data DATA", *flags])

@@ -1,0 +1,195 @@
+"""What the numbers of a run say in words: few sentences, each with its number and what to do about it.
+
+Nothing is said of what is as it should be. All is read from what every process has alike, and a resumed run too: the
+log, the evaluations before and after, the token pairs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer
+
+from perce.config.schema import LossConfig
+from perce.data.splits import RunPairs
+from perce.measuring.metrics import FEW
+
+AT_FLOOR = 0.995  # of the tokens: as good as all
+NOISE = 0.01  # of a loss: what two evaluations of models that are as good as each other may differ by
+DROPPED = 0.5  # of the persona entries
+LOOK_AT_PERSONA = (
+    "Is the persona in another column (--columns persona=NAME), was what matters dropped to fit --max_length, or is "
+    "the model too small to use it (--model)? report.html shows it reply by reply."
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run at its end."""
+
+    log: Sequence[Mapping[str, Any]]
+    loss: LossConfig
+    before: Mapping[str, float]
+    """Numbers of the evaluation before training by their names in the log; empty where there was none."""
+    after: Mapping[str, float]
+    documents: bool
+    unit: str
+    """What the validation's examples are of: "users", or "rows" where users are not named."""
+    units: int
+    keeps_best: bool
+    """Whether the run itself saves its best weights."""
+    warmup: int
+    """Steps in which the learning rate rises."""
+    steps: int
+    entries: int
+    """Persona entries in the training prompts, and those that were dropped to fit max_length; 0 of a stream."""
+    dropped: int
+    max_length: int
+
+
+def facts_of_run(trainer: Any, pairs: RunPairs, before: Mapping[str, float], after: Mapping[str, float]) -> Facts:
+    """The facts of a run of `python -m perce.train`, on any of its processes."""
+    evaluated = [pairs.examples[index] for index in set(pairs.validation["example"])]
+    named = any(example.user_id for example in evaluated)
+    names, train = ["passages", "dropped_passages"], pairs.train
+    counted = dict.fromkeys(names, ())
+    if isinstance(train, Dataset) and {*names} <= {*train.column_names}:
+        counted = train.select_columns(names)[:]
+    args, state = trainer.args, trainer.state
+    return Facts(
+        state.log_history, args.loss, before, after, documents=pairs.format == "text",
+        unit="users" if named else "rows", units=len({example.user_id or example.source for example in evaluated}),
+        keeps_best=args.load_best_model_at_end, warmup=_warmup(trainer), steps=state.global_step,
+        entries=sum(map(len, counted["passages"])), dropped=sum(counted["dropped_passages"]),
+        max_length=args.data.max_length,
+    )  # fmt: skip
+
+
+def _warmup(trainer: Trainer) -> int:
+    return 0 if trainer.args.lr_scheduler_type == "constant" else trainer.args.get_warmup_steps(trainer.state.max_steps)
+
+
+def diagnose(facts: Facts) -> list[str]:
+    """One sentence or a few for each thing that is off; empty where nothing is."""
+    found = (
+        _persona(facts), _personal_tokens(facts), _validation(facts), _weighted_loss(facts), _dropped(facts),
+        _short(facts), _few(facts),
+    )  # fmt: skip
+    return [text for text in found if text]
+
+
+def _persona(facts: Facts) -> str:
+    """Whether the persona, or of documents the long context, helps this model at all."""
+    said, weighting = [], facts.loss.weighting
+    share = _thirds(facts.log, "frac_at_floor")[1]
+    if share >= AT_FLOOR and facts.loss.entry.counterfactual and weighting.clip_min < weighting.clip_max:
+        said.append(
+            f"{weighting.signal_name} is at most {weighting.clip_min:g} for {share:.1%} of the tokens at the end of "
+            f"training: all weigh the same, which is cross-entropy times {weighting.clip_min:g}."
+        )
+    pir, earlier = facts.after.get("eval_pir_mean", math.nan), facts.before.get("eval_pir_mean", math.nan)
+    if pir <= 0:
+        before = "" if math.isnan(earlier) else f" (before training {earlier:+.4f})"
+        if facts.documents:
+            return (
+                f"The mean log-ratio of the validation is {pir:+.4f}{before}: the long context makes the text no "
+                "likelier. Are the documents longer than --short_context, and does the model use such lengths?"
+            )
+        said.append(
+            f"Mean PIR of the validation is {pir:+.4f}{before}: with the persona the replies are no likelier than "
+            "without."
+        )
+    return " ".join([*said, LOOK_AT_PERSONA]) if said else ""
+
+
+def _personal_tokens(facts: Facts) -> str:
+    old, new = (part.get("eval_loss_personal_tokens", 0.0) for part in (facts.before, facts.after))
+    if math.isnan(new) and not facts.documents:
+        return (
+            "No token of the validation's replies is personal: no word of theirs is in the persona but not in the "
+            "conversation. Is the persona in another column (--columns persona=NAME)?"
+        )
+    if not old or not new > old * (1 + NOISE):
+        return ""
+    return (
+        f"The loss on personal tokens rose from {old:.4f} to {new:.4f}: train for fewer steps, or with a lower "
+        "--learning_rate."
+    )
+
+
+def best_evaluation(log: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
+    """(step, loss) of the earliest evaluation with the lowest loss; None where nothing was evaluated."""
+    losses = [(line["eval_loss"], line["step"]) for line in log if math.isfinite(line.get("eval_loss", math.nan))]
+    return min(losses)[::-1] if losses else None
+
+
+def _validation(facts: Facts) -> str:
+    best, last = best_evaluation(facts.log), [line for line in facts.log if "eval_loss" in line][-1:]
+    if best is None or facts.keeps_best or not last[0]["eval_loss"] > best[1] * (1 + NOISE):
+        return ""
+    (step, low), high = best, last[0]["eval_loss"]
+    when = f"at step {step}" if step else "before training"
+    return (
+        f"The validation loss was lowest {when} ({low:.4f}) and is {high:.4f} at step {last[0]['step']}, "
+        f"{high / low - 1:.1%} higher: "
+        + (
+            "train for fewer steps, or save the best weights by --early_stopping 3, which also ends the run, or by "
+            "--load_best_model_at_end true."
+            if step
+            else "try a tenth of the --learning_rate."
+        )
+    )
+
+
+def _weighted_loss(facts: Facts) -> str:
+    """Weights grow with what the model learns of the persona: the loss that is logged first is no measure of a run."""
+    (loss, loss_after), (ce, ce_after), (weight, weight_after) = (
+        _thirds(facts.log, name) for name in ("loss", "ce", "weight_mean")
+    )
+    if not (loss_after > loss and ce_after < ce and weight_after > weight):
+        return ""
+    return (
+        f"The weighted training loss rose from {loss:.4f} to {loss_after:.4f} from the first third of the run to the "
+        f"last while cross-entropy fell from {ce:.4f} to {ce_after:.4f}: the mean weight grew, from {weight:.3f} to "
+        f"{weight_after:.3f}. That is no reason to stop; judge a run by its validation loss."
+    )
+
+
+def _thirds(log: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
+    """The mean of a logged number in the first third of the run and in the last; nan for the first where there are
+    fewer than three."""
+    values = [line[name] for line in log if name in line]
+    count = max(len(values) // 3, 1)
+    first, last = values[:count], values[-count:]
+    return sum(first) / count if len(values) > 2 else math.nan, sum(last) / count if values else math.nan
+
+
+def _dropped(facts: Facts) -> str:
+    every = facts.entries + facts.dropped
+    if not every or facts.dropped <= DROPPED * every:
+        return ""
+    return (
+        f"{facts.dropped / every:.0%} of the persona entries were dropped in training ({facts.dropped:,} of {every:,}) "
+        f"to fit --max_length {facts.max_length}: raise it."
+    )
+
+
+def _short(facts: Facts) -> str:
+    if facts.warmup <= facts.steps / 2:
+        return ""
+    return (
+        f"The learning rate was still rising in {min(facts.warmup, facts.steps)} of {facts.steps} steps: train longer, "
+        "or with fewer --warmup_steps."
+    )
+
+
+def _few(facts: Facts) -> str:
+    if facts.units >= FEW:
+        return ""
+    unit = facts.unit if facts.units != 1 else facts.unit.removesuffix("s")
+    return (
+        f"The validation has {facts.units} {unit} only: its numbers may be chance. Validate on {FEW} or more "
+        "(--eval_examples 0 takes all that there are)."
+    )

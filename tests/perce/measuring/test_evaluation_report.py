@@ -1,0 +1,71 @@
+"""The table of an evaluation: 80 columns, which way is better, which test, and how many users are behind it."""
+
+import pytest
+
+from perce.measuring.evaluation_report import METRICS, compare, print_result, summarise
+
+METEOR = "meteor_exact_stem"
+
+
+def records(users=12, shift=0.0, named=True):
+    """Two examples a user, with every metric."""
+    made = []
+    for number in range(2 * users):
+        scores = dict.fromkeys(("uses_persona", "reference_uses_persona", "rouge1", "rougeL", METEOR), 0.1 + shift / 9)
+        losses = {"loss": 30.0, "loss_without": 36.0, "loss_swapped": 33.0, "loss_personal": 9.0, "loss_other": 21.0}
+        made.append(
+            {"example": number, "key": str(number), "source": f"rows.jsonl:{number // 2}", "tokens": 10,
+             "personal_tokens": 3, "user_id": f"u{number // 2}" if named else None}
+            | {name: value + shift + number / 7 for name, value in losses.items()} | scores
+        )  # fmt: skip
+    return made
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """What is printed of records, piped: rich then takes 80 columns."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+    def of(ours, theirs=None):
+        facts = {"model": "ours"}
+        other = {"records": theirs, "run": {"model": "theirs"}} if theirs else None
+        comparison = compare(ours, facts, other, "theirs.json") if other else None
+        print_result(summarise(ours, [], facts, METEOR), comparison)
+        return capsys.readouterr().out
+
+    return of
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_it_fits_80_columns_a_metric_a_line(printed, compared):
+    lines = printed(records(), records(shift=0.5) if compared else None).splitlines()
+    assert max(map(len, lines)) <= 80
+    for label, _, _ in METRICS.values():
+        if label != "METEOR":
+            tables = 1 + (compared and not label.startswith("references"))
+            assert sum(label in line for line in lines) == tables, label
+
+
+def test_each_number_says_which_way_is_better(printed):
+    out = printed(records())
+    words = (
+        "↓ loss on personal tokens", "↓ loss on other tokens", "↓ loss with persona", "– loss without persona",
+        "– loss with another's persona", "↑ replies that use", "– references that use", "↑ ROUGE-1",
+        "↑ METEOR, exact and stem only", "↑ cost of another's persona",
+    )  # fmt: skip
+    assert all(each in out for each in words)
+    assert "↓ lower is better" in out and "↑ higher" in out and "bootstrap" in out and "permutation" not in out
+    assert "sign-flip permutation test" in printed(records(), records(shift=1.0))
+
+
+def test_few_users_are_told_and_what_their_p_can_be(printed):
+    assert "3 users only" in printed(records(3)) and "p is" not in printed(records(3))
+    assert "p is 0.25 at least" in printed(records(3), records(3, shift=1.0))
+    assert "users only" not in printed(records(10), records(10, shift=1.0))
+    assert "1 user only" in printed(records(1)) and "one user" in printed(records(1))
+
+
+def test_rows_are_not_called_users(printed):
+    out = printed(records(3, named=False), records(3, shift=1.0, named=False))
+    assert "3 rows only" in out and "by row" in out and "user" not in out
+    assert "one row" in printed(records(1, named=False))
