@@ -100,7 +100,8 @@ def test_evaluate(named, capsys):
     check_printed(capsys.readouterr(), "not only the model differs")
 
 
-def test_plan(named, capsys):
+def test_plan(named, capsys, monkeypatch):
+    monkeypatch.setattr("perce.planning.plans.variants", lambda options, device: [])
     argv = ["--model", named / f"b]{NAME}", "--json", named / f"p{NAME}.json", "--context", 64, "--query", 16]
     assert plan.main(list(map(str, [*argv, "--response", 16, "--tflops", 1]))) == 0
     check_printed(capsys.readouterr(), "peak memory")
