@@ -27,8 +27,8 @@ class TrainOptions:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat, as in a YAML file."""
-        return flat(self) | self.extra
+        """Flat, as in a YAML file, without secrets: what is printed and kept of them."""
+        return flat(self) | {name: value for name, value in self.extra.items() if not is_secret(name)}
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -97,6 +97,11 @@ class PlanOptions:
     @property
     def outputs(self) -> dict[str, str | None]:
         return {"--json": self.step.json}
+
+
+def is_secret(name: str) -> bool:
+    """Whether an option's value is one: hub_token. transformers masks the fields that end so."""
+    return name.endswith("_token")
 
 
 def _records(option: str, path: str | None) -> dict[str, str | None]:
