@@ -12,6 +12,7 @@ from typing import Any
 from perce.config import schema
 from perce.config.options import Command, flat, number, read_yaml
 from perce.config.step import StepConfig
+from perce.environment import did_you_mean
 from perce.errors import UserError
 
 
@@ -115,6 +116,7 @@ TRAIN: Command[TrainOptions] = Command(
     "in minutes, on CPU or GPU.",
     TrainOptions,
     extra="TrainingArguments field",
+    commands=lambda: COMMANDS,
 )
 
 
@@ -144,6 +146,7 @@ SCORE: Command[ScoreOptions] = Command(
     ScoreOptions,
     passes_over=is_training_option,
     completes=of_the_run,
+    commands=lambda: COMMANDS,
 )
 EVALUATE: Command[EvaluateOptions] = Command(
     "python -m perce.evaluate",
@@ -152,6 +155,7 @@ EVALUATE: Command[EvaluateOptions] = Command(
     EvaluateOptions,
     passes_over=is_training_option,
     completes=of_the_run,
+    commands=lambda: COMMANDS,
 )
 PLAN: Command[PlanOptions] = Command(
     "python -m perce.plan",
@@ -160,7 +164,9 @@ PLAN: Command[PlanOptions] = Command(
     PlanOptions,
     passes_over=is_training_option,
     renames={"max_length": "context"},
+    commands=lambda: COMMANDS,
 )
+COMMANDS: tuple[Command[Any], ...] = (TRAIN, SCORE, EVALUATE, PLAN)
 
 
 def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainOptions, bool]:
@@ -178,7 +184,8 @@ def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainO
         elif not (parsed.config_file or raw.get("model") or raw.get("data")):
             raise UserError(
                 f"--resume: {raw['output_dir']} holds no run ({schema.CONFIG_NAME} is missing). Was --output_dir "
-                "mistyped? To begin a run there, say what of: --model, --data or --config."
+                f"mistyped?{did_you_mean(raw['output_dir'])} To begin a run there, say what of: --model, --data or "
+                "--config."
             )
     if raw.get("model") is None and raw.get("data") is None:
         raw = dict(defaults) | raw

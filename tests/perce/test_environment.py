@@ -250,7 +250,8 @@ def test_what_a_killed_process_left_unfinished_is_swept_up(tmp_path):
     ("path", "near"),
     [
         ("recipes/quik.yaml", ["recipes/quick.yaml"]), ("recipe/quick.yaml", ["recipes/quick.yaml"]),
-        ("demo", ["runs/demo-2026-long"]), ("quick", []), ("a/b/c/d", []), ("recipes/other.json", []), ("", []), ("/", []),
+        ("demo", ["runs/demo-2026-long"]), ("quick", []), ("a/b/c/d", []), ("recipes/other.json", []), ("", []),
+        ("/", []),
     ],
 )  # fmt: skip
 def test_near_paths(tmp_path, monkeypatch, path, near):

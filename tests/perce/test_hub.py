@@ -36,9 +36,16 @@ def test_unreadable_models_are_named(tmp_path):
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """No network: whoever asks all the same waits for most of a minute."""
-    monkeypatch.setattr("perce.hub.hub_failure", lambda: "Name or service not known")
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("asked for the Hub"))
+    """No network: who asks all the same waits for most of a minute, between one try and the next."""
+
+    def unknown(*_, **__):
+        raise OSError("Name or service not known")
+
+    hub.hub_failure.cache_clear()
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for the Hub"))
+    yield
+    hub.hub_failure.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,12 @@
 import dataclasses
 
 import pytest
-from perce.config.elsewhere import ADVICE, NAMES, NOTES, known_as
 from transformers import TrainingArguments
 
 from perce import evaluate, plan, score
 from perce import train as train_command
 from perce.config.commands import EVALUATE, PLAN, SCORE, TRAIN
+from perce.config.elsewhere import ADVICE, NAMES, NOTES, known_as
 from perce.training.arguments import OURS
 from tests.helpers.training import fails
 
@@ -30,7 +30,8 @@ def said(name, argv, capsys):
         ("train", "lr", "learning_rate"), ("train", "epochs", "num_train_epochs"), ("train", "output", "output_dir"),
         ("train", "batch_size", "per_device_train_batch_size"), ("train", "out", "output_dir"),
         ("train", "save_dir", "output_dir"), ("train", "dataset", "data"), ("train", "model_name_or_path", "model"),
-        ("train", "train_file", "data"), ("train", "validation_file", "data"), ("train", "max_seq_length", "max_length"),
+        ("train", "train_file", "data"), ("train", "validation_file", "data"),
+        ("train", "max_seq_length", "max_length"), ("plan", "max-seq-length", "context"),
         ("train", "cutoff_len", "max_length"), ("train", "grad_accum", "gradient_accumulation_steps"),
         ("train", "bf16", "precision"), ("train", "fp16", "precision"), ("train", "dtype", "precision"),
         ("train", "gradient_checkpointing", "activation_checkpointing"), ("train", "lora", "lora_r"),
@@ -42,7 +43,7 @@ def said(name, argv, capsys):
         ("score", "per_device_eval_batch_size", "batch_size"), ("score", "seed", "split_seed"),
         ("evaluate", "base_model", "model"), ("evaluate", "max_tokens", "max_new_tokens"),
         ("plan", "batch_size", "per_device_train_batch_size"), ("plan", "max_length", "context"),
-        ("plan", "output", "json"), ("plan", "max-seq-length", "context"),
+        ("plan", "output", "json"),
     ],
 )  # fmt: skip
 def test_the_option_that_is_meant_is_named(command, flag, right, capsys, monkeypatch):
