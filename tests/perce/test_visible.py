@@ -122,7 +122,7 @@ def test_train(named, capsys):
         assert not unseen(text) and "\nFORGED" not in text, name
     assert yaml.safe_load((run / "config.yaml").read_bytes())["data"] == str(named / f"{NAME}.jsonl")
     card = (run / "README.md").read_text(encoding="utf-8")
-    assert yaml.safe_load(card.split("\n---\n")[0])["base_model"] == str(named / f"b]{NAME}")
+    assert yaml.safe_load(card.split("\n---\n")[0])["license"] == "other" and "FORGED" in card
     assert "<b onclick" not in re.sub(r"\\<", "", card.split("\n---\n")[1])
     rows = [line for line in card.splitlines() if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows), "a name ends no cell"

@@ -58,6 +58,7 @@ def test_the_model_its_tokenizer_and_card_are_uploaded_and_nothing_else(train, t
     assert [upload.token for upload in hub] == [TOKEN, TOKEN] and all((run / name).is_file() for name in PRIVATE)
     for upload in hub:
         assert upload.files - {CARD} == (model if lora_r else MODEL), "at the checkpoint, and at the end"
+    assert CARD not in hub[0].files, "PEFT's, which says nothing"
     assert hub[-1].card == (run / CARD).read_text(encoding="utf-8") and "trained with PerCE" in hub[-1].card
     assert not kept_in(run, TOKEN) and TOKEN not in out + err
 
