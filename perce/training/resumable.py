@@ -227,7 +227,8 @@ class ResumableTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         options = {"token": self.args.hub_token, "revision": self.args.hub_revision, "run_as_future": True}
         message = f"Training in progress, step {self.state.global_step}"
-        jobs = [self._upload(checkpoint, message, allow_patterns=model_files(checkpoint), **options)]
+        files = [name for name in model_files(checkpoint) if name != "README.md"]  # which is PEFT's, with a path in it
+        jobs = [self._upload(checkpoint, message, allow_patterns=files, **options)]
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         if place := places.get(HubStrategy(self.args.hub_strategy)):
             jobs.append(self._upload(checkpoint, f"{message}, checkpoint", path_in_repo=place, **options))
