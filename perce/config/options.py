@@ -215,11 +215,10 @@ class Command(Generic[Chosen]):
         """The error for an option that this command has not: what is meant, which command has it, or what is near.
 
         known: names beside the fields. where: what stands before the name."""
-        dashes = "--" if where in ("", "--") else ""
-        hint = self._meant(name, dashes)
+        if meant := self._meant(name, "--" if where in ("", "--") else ""):
+            return UserError(f"{where}{name}: unknown option.{meant}")
         near = difflib.get_close_matches(name, dict.fromkeys([*self.fields, *known]), n=2)
-        if not hint and near:
-            hint = f" Did you mean {' or '.join(near)}?"
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
         others = f" ours; any {self.extra} works too" if self.extra else " all"
         return UserError(f"{where}{name}: unknown option.{hint} `--help` lists{others}.")
 
