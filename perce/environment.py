@@ -8,8 +8,9 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from fnmatch import fnmatch
-from itertools import combinations, product
+from itertools import combinations, islice, product
 from pathlib import Path
 
 from perce.errors import UserError, in_one_line
@@ -73,6 +74,28 @@ def _same(one: str, other: str) -> bool:
     """Whether two paths are of one file, or will be."""
     here, there = (os.path.realpath(os.path.expanduser(path)) for path in (one, other))
     return here == there or (os.path.exists(here) and os.path.exists(there) and os.path.samefile(here, there))
+
+
+def near_paths(path: str) -> list[str]:
+    """Up to two paths that there are and that one which is not may be meant for: beside it, or in a directory that has
+    almost the name of its own; of a name alone, in runs/ too."""
+    wanted = Path(path).expanduser()
+    if not wanted.name:
+        return []
+    beside = [wanted.parent] if wanted.parent.is_dir() else [Path(near) for near in near_paths(str(wanted.parent))]
+    names: dict[str, str] = {}
+    for directory in [*beside, Path("runs")] if wanted.name == path else beside:
+        with contextlib.suppress(OSError):
+            entries = (entry.name for entry in islice(directory.iterdir(), 1000) if not entry.name.startswith("."))
+            names = {name: str(directory / name) for name in entries} | names
+    begun = [name for name in names if name.startswith(wanted.name)]
+    return [names[name] for name in dict.fromkeys([*get_close_matches(wanted.name, names), *sorted(begun)])][:2]
+
+
+def did_you_mean(path: str) -> str:
+    """A question that follows the sentence which says that a path is not there; "" where nothing is near."""
+    near = near_paths(path)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def let_umask_decide(directory: Path) -> None:

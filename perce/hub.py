@@ -1,6 +1,7 @@
 """Models, configs and tokenizers by path or Hub id, their many failures told as one paragraph."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.options import read_yaml
+from perce.environment import did_you_mean
 from perce.errors import UserError, first_line, in_one_line
 
 
@@ -40,6 +42,7 @@ def from_anywhere(path: str) -> str:
 
 
 BASE_NAME = "base.json"  # in the directory of a run that trains an adapter
+HUB_SECONDS = 10
 ENDS = 2**20  # bytes of a file's beginning and end that its fingerprint is made of
 
 
@@ -132,11 +135,32 @@ def from_pretrained(
             f"{option} {path}: the directory holds an adapter alone. Give the base model, or merge the adapter into it "
             "first (AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload())."
         )
+    if local.is_file():
+        raise UserError(f"{option} {path}: is a file. Give its directory: {local.parent}.")
     if local.exists() and not (local / "config.json").is_file():
         raise UserError(f"{option} {path}: the directory holds no config.json, so it is no saved Hugging Face model.")
     if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise UserError(f"{option} {path}: no such directory, and not a Hub id (name or owner/name) either.")
+        reason = f"no such directory, and not a Hub id (name or owner/name) either.{did_you_mean(path)}"
+        raise UserError(f"{option} {path}: {reason}")
+    if not local.exists() and local.parent != Path(".") and (local.parent.exists() or local.parts[0] == "runs"):
+        note = f"for a Hub id, run where there is no directory {local.parent}"
+        raise UserError(
+            f"{option} {path}: no such directory (looked in {Path.cwd()}; {note}).{did_you_mean(path)} Check the path."
+        )
     return loaded(auto_class, path, option, kind, **kwargs)
+
+
+@functools.cache
+def hub_failure() -> str | None:
+    """Why the Hub cannot be reached, asked once; None if it can. Its library tries each file for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of whichever network library it uses
+        return first_line(error)
+    return None
 
 
 def loaded(
@@ -149,6 +173,9 @@ def loaded(
 ) -> Any:
     """What from_pretrained makes of a path that may be one; UserError for whatever is wrong there."""
     local = Path(path).expanduser()
+    failure = None if local.exists() else hub_failure()
+    if failure:  # what has been fetched before is there
+        kwargs["local_files_only"] = True
     try:
         return auto_class.from_pretrained(str(local) if local.exists() else path, **kwargs)
     except ImportError as error:
@@ -156,6 +183,12 @@ def loaded(
         remedy = f" Choose another --attn_implementation than {attention}." if attention else " Install it."
         raise UserError(f"{option} {path}: a package is missing: {in_one_line(error)}.{remedy}") from error
     except Exception as error:  # a damaged file may raise anything, TypeError and the bare Exception of tokenizers too
+        if failure:
+            raise UserError(
+                f"{option} {path}: no such directory, and as a Hub id it is not among what this machine has fetched, "
+                f"which cannot reach the Hub ({failure}).{did_you_mean(path)} Check the path, or fetch it where there "
+                "is a network (hf download)."
+            ) from error
         raise UserError(
             f"{option} {path}: could not be loaded as {kind} ({first_line(error)}). Expected a directory with "
             f"{expected}, or a Hub id that this machine can reach."

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from perce.config.commands import TrainOptions, parse_args
+from perce.config.commands import TrainOptions, is_secret, parse_args
 from perce.config.options import dump_yaml, guarded, read_yaml
 from perce.config.schema import HELD_OUT_NAME
 from perce.environment import check_outputs
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from perce.training.arguments import training_arguments
 
             training_arguments(resolved)  # finds what is misspelt
+            for name in filter(is_secret, config.extra):
+                say(f"{name}: given, and not printed here; neither is it kept in a run's config.yaml.", error=True)
         say(*dump_yaml(resolved.to_dict()).splitlines())
 
     return guarded(parse_and_run)
@@ -185,9 +187,12 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
             served = None if pairs.format == "text" else trainer.processing_class
             trained = "; ".join(filter(None, (f"{trainer.state.global_step} steps", kept_weights(trainer))))
             write_card(output_dir, config, model_path, served, progress.before_and_after(), trained, findings)
+            trainer.has_card = True
     if config.run.merge_adapter and main_process:
         with disk_errors(output_dir):
             merge_adapter(output_dir, model_path)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     if main_process:
         with disk_errors(output_dir):
             finish(output_dir)

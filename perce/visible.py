@@ -12,6 +12,8 @@ from typing import Any
 
 ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+
 
 def visible(text: str, keep: str = "") -> str:
     """The text with every character that acts shown, but for those in `keep`."""
@@ -19,9 +21,11 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def say(*lines: str, error: bool = False) -> None:
-    """Print lines, each of which stays one, whatever names and rows are quoted in it. error: on stderr."""
+    """Print lines, each of which stays one, whatever names and rows are quoted in it. error: on stderr.
+
+    A token of the Hub that is quoted, as in an argument that stands where none should, is not printed."""
     for line in lines:
-        print(visible(line), file=sys.stderr if error else None, flush=error)
+        print(TOKEN.sub("hf_…", visible(line)), file=sys.stderr if error else None, flush=error)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

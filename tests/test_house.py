@@ -117,7 +117,7 @@ SEEN_THROUGH_OTHERS = {
     "errors", "integrity", "launcher", "config.commands", "config.schema", "config.step", "model.head", "model.passes",
     "planning.live", "planning.tables", "measuring.records", "measuring.scores", "measuring.score_report",
     "measuring.identification", "report.terminal", "training.normalizer",
-    "training.resumable", "training.summary", "contract", "reference", "row_pass", "gpu.blocked", "gpu.row_halves",
+    "training.summary", "contract", "reference", "row_pass", "gpu.blocked", "gpu.row_halves",
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from perce.config import schema
 from perce.config.options import Command, flat, number, read_yaml
 from perce.config.step import StepConfig
+from perce.environment import did_you_mean
 from perce.errors import UserError
 
 
@@ -27,8 +28,8 @@ class TrainOptions:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat, as in a YAML file."""
-        return flat(self) | self.extra
+        """Flat, as in a YAML file, without secrets: what is printed and kept of them."""
+        return flat(self) | {name: value for name, value in self.extra.items() if not is_secret(name)}
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -99,6 +100,11 @@ class PlanOptions:
         return {"--json": self.step.json}
 
 
+def is_secret(name: str) -> bool:
+    """Whether an option's value is one: hub_token. transformers masks the fields that end so."""
+    return name.endswith("_token")
+
+
 def _records(option: str, path: str | None) -> dict[str, str | None]:
     """A file of records, and what measuring/records.py puts beside it."""
     return {option: path, f"what is beside {option}": path and f"{path}.run.json"}
@@ -110,6 +116,7 @@ TRAIN: Command[TrainOptions] = Command(
     "in minutes, on CPU or GPU.",
     TrainOptions,
     extra="TrainingArguments field",
+    commands=lambda: COMMANDS,
 )
 
 
@@ -139,6 +146,7 @@ SCORE: Command[ScoreOptions] = Command(
     ScoreOptions,
     passes_over=is_training_option,
     completes=of_the_run,
+    commands=lambda: COMMANDS,
 )
 EVALUATE: Command[EvaluateOptions] = Command(
     "python -m perce.evaluate",
@@ -147,6 +155,7 @@ EVALUATE: Command[EvaluateOptions] = Command(
     EvaluateOptions,
     passes_over=is_training_option,
     completes=of_the_run,
+    commands=lambda: COMMANDS,
 )
 PLAN: Command[PlanOptions] = Command(
     "python -m perce.plan",
@@ -155,7 +164,9 @@ PLAN: Command[PlanOptions] = Command(
     PlanOptions,
     passes_over=is_training_option,
     renames={"max_length": "context"},
+    commands=lambda: COMMANDS,
 )
+COMMANDS: tuple[Command[Any], ...] = (TRAIN, SCORE, EVALUATE, PLAN)
 
 
 def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainOptions, bool]:
@@ -173,7 +184,8 @@ def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainO
         elif not (parsed.config_file or raw.get("model") or raw.get("data")):
             raise UserError(
                 f"--resume: {raw['output_dir']} holds no run ({schema.CONFIG_NAME} is missing). Was --output_dir "
-                "mistyped? To begin a run there, say what of: --model, --data or --config."
+                f"mistyped?{did_you_mean(raw['output_dir'])} To begin a run there, say what of: --model, --data or "
+                "--config."
             )
     if raw.get("model") is None and raw.get("data") is None:
         raw = dict(defaults) | raw

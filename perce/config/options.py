@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from perce.environment import check_outputs, check_path
+from perce.config.elsewhere import ADVICE, NOTES, known_as
+from perce.environment import check_outputs, check_path, did_you_mean
 from perce.errors import UserError, in_one_line
 from perce.visible import ACTING, say
 
@@ -135,7 +136,7 @@ class Command(Generic[Chosen]):
     passed on by name into its field `extra`, are called in --help and in errors ("" where every option must be a
     field). passes_over: whether a name in a file is an option of another command, whose files are read here too.
     renames: what that command's names are called here. completes: values, by those that were given, of options that
-    were not, and where they come from.
+    were not, and where they come from. commands: all there are, one of which may have an option that this one has not.
     """
 
     prog: str
@@ -145,6 +146,7 @@ class Command(Generic[Chosen]):
     passes_over: Callable[[str], bool] | None = None
     renames: Mapping[str, str] = field(default_factory=dict)
     completes: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], str]] | None = None
+    commands: Callable[[], Sequence["Command[Any]"]] = lambda: ()
 
     @property
     def sections(self) -> dict[str, type]:
@@ -164,7 +166,7 @@ class Command(Generic[Chosen]):
         namespace, rest = self._parser().parse_known_args([_underscored(argument) for argument in argv])
         flags = {name: value for name, value in vars(namespace).items() if value is not None}
         config_file, print_config = flags.pop("config", None), flags.pop("print_config", False)
-        flags |= _extra_flags(rest)
+        flags |= self._extra_flags(rest)
         if config_file is not None:
             check_path("--config", config_file, is_file=True)
         file = read_yaml(config_file) if config_file else {}
@@ -176,6 +178,8 @@ class Command(Generic[Chosen]):
         unused = [name for name in file if name not in self.fields and self.passes_over and self.passes_over(name)]
         raw = {name: value for name, value in file.items() if name not in unused} | flags
         for name, value in raw.items():
+            if name not in self.fields and (not self.extra or self._here(name)):
+                raise self.unknown(name, where="--" if name in flags else f"{config_file}: ")
             kind = self.fields[name].metadata["metavar"] if name in self.fields else None
             if kind in PATHS and isinstance(value, str) and not value.lstrip().startswith("{"):
                 check_path(f"--{name}", value, is_file=kind == "FILE")
@@ -213,12 +217,62 @@ class Command(Generic[Chosen]):
 
         return lambda argv=None: guarded(lambda: parse_and_run(argv))
 
-    def unknown(self, name: str, known: Sequence[str] = ()) -> UserError:
-        """The error for an option that nobody knows, with the nearest names."""
+    def unknown(self, name: str, known: Sequence[str] = (), where: str = "") -> UserError:
+        """The error for an option that this command has not: what is meant, which command has it, or what is near.
+
+        known: names beside the fields. where: what stands before the name."""
+        if meant := self._meant(name, "--" if where in ("", "--") else ""):
+            return UserError(f"{where}{name}: unknown option.{meant}")
         near = difflib.get_close_matches(name, dict.fromkeys([*self.fields, *known]), n=2)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         others = f" ours; any {self.extra} works too" if self.extra else " all"
-        return UserError(f"{name}: unknown option.{hint} `--help` lists{others}.")
+        return UserError(f"{where}{name}: unknown option.{hint} `--help` lists{others}.")
+
+    def _here(self, name: str) -> str | None:
+        """The option of this command that others call so."""
+        of_all = {option for command in self.commands() for option in command.fields}
+        meant = known_as(name)
+        return next((x for x in meant if x in self.fields or (self.extra and x not in of_all)), None)
+
+    def _meant(self, name: str, dashes: str) -> str:
+        """In words: the option of this command that is meant by a name, or that of another; "" where there is none."""
+        if right := self._here(name):
+            note = f": {NOTES[right]}." if right in NOTES else "."
+            return f" It is {dashes}{right} here{note}"
+        if name in ADVICE:
+            return f" {ADVICE[name]}"
+        for other in self.commands():
+            if name in other.fields or (other.extra and not self.extra and self.passes_over and self.passes_over(name)):
+                return f" It is an option of {other.prog}."
+        rights = ((other, other._here(name)) for other in self.commands())
+        return next((f" It is {dashes}{right} of {other.prog}." for other, right in rights if right), "")
+
+    def _extra_flags(self, rest: Sequence[str]) -> dict[str, Any]:
+        """`--name value`, `--name=value` and bare `--name` that the parser does not know."""
+        extra: dict[str, Any] = {}
+        arguments = list(rest)
+        while arguments:
+            flag = arguments.pop(0)
+            if not flag.startswith("--"):
+                raise self._without_dashes(flag)
+            name, equals, value = flag[2:].partition("=")
+            if not equals:
+                value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
+            extra[name] = number(value)
+        return extra
+
+    def _without_dashes(self, argument: str) -> UserError:
+        """The error for `-name`, `name=value`, both of which are meant as options, and for a value without one."""
+        written, equals, _ = argument.partition("=")  # the value may be a secret
+        name = written.lstrip("-–—")
+        if written == name and not equals:
+            return UserError(f"{argument}: expected an option that starts with --. `--help` lists the options.")
+        name = name.replace("-", "_")
+        near = difflib.get_close_matches(name, self.fields, n=2)
+        hint = f": --{name}." if name in self.fields else f".{self._meant(name, '--')}"
+        if hint == "." and near:
+            hint = f". Did you mean {' or '.join(near)}?"
+        return UserError(f"{written}: an option begins with two dashes{hint} `--help` lists the options.")
 
     def _parser(self) -> argparse.ArgumentParser:
         parser = _Parser(self.prog, None, self.description, formatter_class=_LineByLine, allow_abbrev=False)
@@ -258,7 +312,7 @@ def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be read ({error.strerror}).") from error
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror}).{did_you_mean(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {path}: not valid YAML: {in_one_line(error)}") from error
     except ValueError as error:
@@ -310,21 +364,6 @@ def _underscored(argument: str) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
-
-
-def _extra_flags(rest: Sequence[str]) -> dict[str, Any]:
-    """`--name value`, `--name=value` and bare `--name` that the parser does not know."""
-    extra: dict[str, Any] = {}
-    arguments = list(rest)
-    while arguments:
-        flag = arguments.pop(0)
-        if not flag.startswith("--"):
-            raise UserError(f"{flag}: expected an option that starts with --. `--help` lists the options.")
-        name, equals, value = flag[2:].partition("=")
-        if not equals:
-            value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
-        extra[name] = number(value)
-    return extra
 
 
 def number(value: Any) -> Any:

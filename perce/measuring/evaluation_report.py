@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from perce.environment import in_one_move, written
+from perce.environment import did_you_mean, in_one_move, written
 from perce.errors import UserError
 from perce.measuring.metrics import (
     FEW,
@@ -85,7 +85,10 @@ def read_result(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--compare_with {path}: cannot be read as a result of perce.evaluate ({error}).") from error
+        near = "" if path.exists() else did_you_mean(str(path))
+        raise UserError(
+            f"--compare_with {path}: cannot be read as a result of perce.evaluate ({error}).{near}"
+        ) from error
     if not isinstance(result, dict) or result.get("kind") != RESULT:
         raise UserError(f"--compare_with {path}: expected the JSON that perce.evaluate --output writes.")
     return result

@@ -52,11 +52,12 @@ NOT_READ = {
         "after a step that did not fit, it begins again with weights that are trained already; python -m perce.plan "
         "finds a batch that fits, and a run checks that before its first step"
     ),
+    "hub_always_push": "every checkpoint is uploaded, and the next one waits for that",
     "logging_nan_inf_filter": "it would hide a loss that diverges",
     "label_smoothing_factor": "the PerCE loss has no label smoothing. Leave it at 0",
 }
 OF_THE_HUB = (
-    "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_always_push", "hub_revision",
+    "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision",
 )  # fmt: skip
 OF_THE_TRAINERS_LOADER = ("dataloader_drop_last", "train_sampling_strategy")
 OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -142,6 +143,10 @@ class PerceArguments(TrainingArguments):
                 f"{self.n_gpu} -m perce.train …), or show it one (CUDA_VISIBLE_DEVICES=0)."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled, as training_args.bin beside each checkpoint is, and copied: not the token of the Hub."""
+        return vars(self) | {"hub_token": None}
+
     def to_dict(self) -> dict[str, Any]:
         ours = {name: dataclasses.asdict(getattr(self, name)) for name in ("loss", "data", "memory")}
         return super().to_dict() | ours
@@ -202,6 +207,7 @@ def _check_values(args: PerceArguments) -> None:
         value = getattr(args, name)
         as_json = isinstance(value, str) and value.startswith("{")
         require(value is None or as_json or isinstance(value, Mapping), name, "a mapping, or one as JSON", value)
+    require(args.hub_token != "<HUB_TOKEN>", "hub_token", "a token", "<HUB_TOKEN>, which stands for one")
     require("tpu_metrics_debug" not in str(args.debug), "debug", "no metrics of a TPU", args.debug)
 
 

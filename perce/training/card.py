@@ -29,18 +29,18 @@ def write_card(
 ) -> None:
     """tokenizer: as it is saved; None for documents, which answer nobody. numbers: of the validation, by label: before
     training where that was evaluated, and after. trained: for how long, and which weights these are. findings: what is
-    to be known of the numbers."""
-    local = Path(model_path).expanduser()
-    base = str(local.resolve()) if local.exists() else model_path
-    adapter = bool(config.model.lora_r)
-    data = config.data.data and Path(config.data.data).expanduser()
-    header = {
-        "base_model": base, "library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation",
-        "license": "other", "tags": ["perce", "personalization"],
+    to be known of the numbers.
+
+    Of paths it has the names alone: it is uploaded, and the Hub refuses a card whose base model is a path."""
+    base, adapter = _name(model_path), bool(config.model.lora_r)
+    header: dict[str, Any] = {} if Path(model_path).expanduser().exists() else {"base_model": base}
+    header |= {
+        "library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation", "license": "other",
+        "tags": ["perce", "personalization"],
     }  # fmt: skip
     facts = {
         "base model": f"{base} ({fingerprint(model_path)})",
-        "data": "built-in examples" if not data else str(data.resolve()) if data.exists() else str(config.data.data),
+        "data": _name(config.data.data) if config.data.data else "built-in examples",
         "objective": f"{config.loss.objective}, weights {config.loss.weighting}",
         "trained": f"{f'LoRA of rank {config.model.lora_r}' if adapter else 'all weights'}, {trained}",
         "licence": "not set: that of the base model and of the data apply",
@@ -61,6 +61,12 @@ A language model that knows its user, trained with PerCE (arXiv 2603.06595). `co
 
 {notes}{"" if tokenizer is None else _asking(tokenizer, config, adapter)}"""
     (output_dir / CARD).write_text(text, encoding="utf-8")
+
+
+def _name(path: str) -> str:
+    """Of a file or directory the name; a Hub id as it is."""
+    local = Path(path).expanduser()
+    return local.resolve().name if local.exists() or local.is_absolute() else path
 
 
 def _as_it_is(text: str) -> str:

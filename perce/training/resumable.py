@@ -7,9 +7,11 @@ are not finite and saves none of those, and finds out that it cannot upload befo
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import PushInProgress
 
 from perce.environment import let_umask_decide
 from perce.errors import UserError, first_line
@@ -20,14 +22,28 @@ from perce.training.divergence import check_finite, check_logged
 from perce.training.parallel import found_by_first
 from perce.visible import say
 
+OF_THE_MODEL = (
+    "README.md", "config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.index.json",
+    "adapter_model.bin", "pytorch_model*.bin", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "chat_template.*", "additional_chat_templates/*",
+)  # fmt: skip
+"""What from_pretrained reads of a directory, and the card: all that is uploaded of it. Other files of a run hold rows
+of its data, names of users and paths."""
+
+
+def model_files(directory: Path) -> list[str]:
+    return [path.relative_to(directory).as_posix() for name in OF_THE_MODEL for path in directory.glob(name)]
+
 
 class ResumableTrainer(Trainer):
     """What a subclass keeps beside a checkpoint it saves in `save_beside` and reads in `restore`."""
 
     _resumed: Path
     _resumed_state: dict[str, Any]
-    _saved: str | None = None
-    """The checkpoint whose weights are written."""
+    _saved: str | None = ""
+    """Where the weights are written as they are now: a checkpoint, None for output_dir, or "" for nowhere."""
+    has_card: bool = False
+    """Whether a card has been written to output_dir that is to be uploaded as it is."""
 
     def restore(self, checkpoint: Path) -> None:
         """Read what `save_beside` has written to a checkpoint that is whole; on every process."""
@@ -41,6 +57,7 @@ class ResumableTrainer(Trainer):
         Raises:
             UserError: a checkpoint that is damaged or lacks what a resume needs; numbers that are no longer finite.
         """
+        self._saved = ""
         if not (asked := resume_from_checkpoint):
             return super().train(None, *args, **kwargs)
         self._resumed = checkpoint = found_by_first(lambda: self._whole_checkpoint(asked))
@@ -133,12 +150,14 @@ class ResumableTrainer(Trainer):
         check_logged(self, logs, Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers.Trainer.save_model; UserError instead of weights that are not finite."""
+        """As transformers.Trainer.save_model, but that it uploads nothing, as push_to_hub does; UserError instead of
+        weights that are not finite."""
         if _internal_call and self._saved == output_dir:
             return
         if not _internal_call:  # a checkpoint has asked all processes
             check_finite(self, everywhere=False)
-        super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, _internal_call=True)
+        self._saved = output_dir
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_finite(self)
@@ -147,11 +166,13 @@ class ResumableTrainer(Trainer):
         def save_weights() -> None:
             self.save_beside(checkpoint)
             self.save_model(str(checkpoint), _internal_call=True)
-            self._saved = str(checkpoint)
 
         # Behind the weights the Trainer may wait for all processes, one of which may have failed there for good.
-        self._saved = None
+        self._saved = ""
+        self._finish_current_push()  # of a checkpoint that may be deleted now
         save_whole(self, checkpoint, save_weights, lambda: super(ResumableTrainer, self)._save_checkpoint(model, trial))
+        if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
+            self._upload_checkpoint(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As transformers.Trainer's; PEFT saves no generation config beside an adapter."""
@@ -168,14 +189,61 @@ class ResumableTrainer(Trainer):
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # of huggingface_hub, of whichever network library it uses
             raise UserError(
-                f"--push_to_hub: the repository cannot be reached or made ({first_line(error)}). Log in (hf auth "
+                f"--push_to_hub: the repository cannot be reached or made ({self._told(error)}). Log in (hf auth "
                 "login, or HF_TOKEN), see that HF_HUB_OFFLINE is not set, or leave --push_to_hub out."
             ) from error
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers.Trainer's; an upload that fails does not end a run whose files are saved here."""
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers.Trainer's, of OF_THE_MODEL alone, and what is saved already is not saved again.
+
+        An upload that fails does not end a run whose files are saved here."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if not self.has_card:
+            self.create_model_card(**kwargs)
+        self._finish_current_push()
+        output_dir = Path(str(self.args.output_dir))
+        given = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+        options = {"allow_patterns": model_files(output_dir), "run_as_future": not blocking, **given}
+        return self._upload(output_dir, str(commit_message), **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: transformers.Trainer calls it before the checkpoint is whole, and would upload all of output_dir."""
+
+    def _upload_checkpoint(self, checkpoint: Path) -> None:
+        """In the background, the model of a checkpoint, and where --hub_strategy asks for that the whole of it."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        options = {"token": self.args.hub_token, "revision": self.args.hub_revision, "run_as_future": True}
+        message = f"Training in progress, step {self.state.global_step}"
+        files = [name for name in model_files(checkpoint) if name != "README.md"]  # which is PEFT's, with a path in it
+        jobs = [self._upload(checkpoint, message, allow_patterns=files, **options)]
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
+        if place := places.get(HubStrategy(self.args.hub_strategy)):
+            jobs.append(self._upload(checkpoint, f"{message}, checkpoint", path_in_repo=place, **options))
+        self.push_in_progress: Any = PushInProgress([job for job in jobs if job is not None])  # type: ignore[arg-type]
+
+    def _upload(self, folder: Path, message: str, **options: Any) -> Any:
         try:
-            return super().push_to_hub(*args, **kwargs)
+            return HfApi(library_name="perce").upload_folder(
+                repo_id=str(self.hub_model_id), folder_path=folder, commit_message=message, **options
+            )
         except Exception as error:  # as above
-            note = f"the upload failed ({first_line(error)}). Everything is in {self.args.output_dir}; upload it later."
+            note = f"the upload failed ({self._told(error)}). Everything is in {self.args.output_dir}; upload it later."
             say(f"--push_to_hub: {note}", error=True)
+
+    def _told(self, error: Exception) -> str:
+        """The first line of what it says, without the token."""
+        token = str(self.args.hub_token or "").strip()
+        return first_line(error).replace(token, "…") if token else first_line(error)

@@ -4,10 +4,12 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from perce import environment, evaluate, plan, score
+from perce import environment, evaluate, plan, score, train
+from perce.environment import did_you_mean, near_paths
 from tests.helpers import ROOT
 from tests.helpers.tiny import save_tiny_model, write_jsonl
 from tests.helpers.training import ROWS, fails, printed_by
@@ -242,3 +244,36 @@ def test_what_a_killed_process_left_unfinished_is_swept_up(tmp_path):
         file.write_text("whole")
     left = sorted(path.name for path in tmp_path.iterdir())
     assert len(left) == 2 and left[0].startswith(".b.json") and left[1] == "[a].json"
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("recipes/quik.yaml", ["recipes/quick.yaml"]), ("recipe/quick.yaml", ["recipes/quick.yaml"]),
+        ("demo", ["runs/demo-2026-long"]), ("quick", []), ("a/b/c/d", []), ("recipes/other.json", []), ("", []),
+        ("/", []),
+    ],
+)  # fmt: skip
+def test_near_paths(tmp_path, monkeypatch, path, near):
+    monkeypatch.chdir(tmp_path)
+    for name in ("recipes/quick.yaml", "runs/demo-2026-long/config.yaml"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).touch()
+    assert near_paths(path) == near
+    assert did_you_mean(path) == (f" Did you mean {near[0]}?" if near else "")
+
+
+def test_mistyped_files_are_told_with_what_is_near(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("result.json").write_text("{}")
+    Path("recipe.yaml").write_text("lora_r: 4")
+    for argv, near in (
+        (["--config", "recipes.yaml"], "recipe.yaml"), (["--prompt", "recip.yaml"], "recipe.yaml"),
+        (["--compare_with", "results.json"], "result.json"),
+    ):  # fmt: skip
+        assert evaluate.main(argv) == 2
+        err = capsys.readouterr().err
+        assert f"error: {' '.join(argv)}: cannot be read" in err and f"Did you mean {near}?" in err
+    Path("runs/x1").mkdir(parents=True)
+    assert train.main(["--resume", "--output_dir", "runs/x"]) == 2
+    assert "mistyped? Did you mean runs/x1?" in capsys.readouterr().err

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 from transformers import ByT5Tokenizer
 
-from perce import UserError, prompt_ids
+from perce import UserError, hub, prompt_ids
 from perce.config.schema import ModelConfig
 from perce.data.pairs import PairBuilder
-from perce.hub import check_tokenizer, load_tokenizer, stated
+from perce.hub import check_tokenizer, load_tokenizer, read_config, stated
 from perce.model.loading import load_model
 from tests.helpers.architectures import CONFIGS, tiny_config
 from tests.helpers.tiny import demo_examples, tiny_model, tiny_tokenizer
@@ -32,6 +32,68 @@ def test_unreadable_models_are_named(tmp_path):
             with pytest.raises(UserError, match=message) as caught:
                 load(str(path))
             assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """No network: who asks all the same waits for most of a minute, between one try and the next."""
+
+    def unknown(*_, **__):
+        raise OSError("Name or service not known")
+
+    hub.hub_failure.cache_clear()
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for the Hub"))
+    yield
+    hub.hub_failure.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("path", "fragments"),
+    [
+        ("runs/x", ["--model runs/x: no such directory", "Did you mean runs/x1?"]),
+        ("runz/x1", ["Did you mean runs/x1?"]), ("x1", ["no such directory", "Did you mean runs/x1?"]),
+        ("runs/x1/checkpoint-9", ["no such directory", "Did you mean runs/x1/checkpoint-8?"]),
+        ("models/me", ["no such directory", "looked in", "for a Hub id, run where there is no directory models"]),
+        ("./x", ["no such directory"]), ("owner/name", ["no such directory", "Hub", "Name or service not known"]),
+        ("runs/x1/model.safetensors", ["a file", "Give its directory: runs/x1"]),
+    ],
+)  # fmt: skip
+def test_a_mistyped_model_is_a_directory_that_is_not_there(path, fragments, tmp_path, monkeypatch, no_hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/x1/checkpoint-8").mkdir(parents=True)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "runs/x1/model.safetensors").touch()
+    for load in (load_tokenizer, read_config):
+        with pytest.raises(UserError) as caught:
+            load(path)
+        assert all(fragment in str(caught.value) for fragment in fragments) and "\n" not in str(caught.value)
+        assert "could not be loaded" not in str(caught.value)
+
+
+def test_runs_that_are_not_there_are_no_hub_ids(tmp_path, monkeypatch, no_hub):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--model runs/x: no such directory") as caught:
+        load_tokenizer("runs/x")
+    assert "service" not in str(caught.value)
+
+
+def test_whether_the_hub_can_be_reached_is_asked_once_and_in_seconds(monkeypatch):
+    asked = []
+
+    def head(self, url, timeout=None, **_):
+        asked.append((url, timeout))
+        raise OSError("no route to host\nadvice")
+
+    from huggingface_hub.utils import get_session
+
+    monkeypatch.setattr(type(get_session()), "head", head)
+    hub.hub_failure.cache_clear()
+    assert hub.hub_failure() == hub.hub_failure() == "no route to host" and len(asked) == 1 and asked[0][1] <= 10
+    hub.hub_failure.cache_clear()
+    monkeypatch.setattr(type(get_session()), "head", lambda *_, **__: None)
+    assert hub.hub_failure() is None
+    hub.hub_failure.cache_clear()
 
 
 def test_what_a_config_does_not_say_is_none():

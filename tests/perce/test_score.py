@@ -190,7 +190,7 @@ def test_streaming_gives_the_same_and_long_examples_are_skipped(scored, tmp_path
         (["--split", "dev"], "split: expected one of train, validation, test, held_out, got 'dev'"),
         (["--limit", "0"], "limit: expected >= 1"),
         (["--output", "/proc/s.html"], "/proc/s.html: cannot be written to"),
-        (["--learning_rate", "1"], "learning_rate: unknown option. `--help` lists all."),
+        (["--learning_rate", "1"], "learning_rate: unknown option. It is an option of python -m perce.train."),
         (["--clip_min", "9"], "clip_min, clip_max: expected finite numbers, 0 <= min <= max"),
         (["--model", "./none"], "no such directory"),
     ],

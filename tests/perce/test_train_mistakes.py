@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from transformers import AutoTokenizer, Trainer
 
 from tests.helpers.tiny import write_jsonl
@@ -148,7 +149,7 @@ def test_an_upload_that_fails_at_the_end_ends_no_run(train, tmp_path, monkeypatc
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *_, **__: setattr(self, "hub_model_id", "me/x"))
-    monkeypatch.setattr(Trainer, "push_to_hub", unreachable)
+    monkeypatch.setattr(HfApi, "upload_folder", unreachable)
     code, out, err = train("--push_to_hub", "--hub_strategy=end", max_steps=1)
     assert code == 0 and "no route to host" in err and "loss with persona" in out
     assert (tmp_path / "run" / "report.html").exists()

@@ -100,7 +100,8 @@ def test_evaluate(named, capsys):
     check_printed(capsys.readouterr(), "not only the model differs")
 
 
-def test_plan(named, capsys):
+def test_plan(named, capsys, monkeypatch):
+    monkeypatch.setattr("perce.planning.plans.variants", lambda options, device: [])
     argv = ["--model", named / f"b]{NAME}", "--json", named / f"p{NAME}.json", "--context", 64, "--query", 16]
     assert plan.main(list(map(str, [*argv, "--response", 16, "--tflops", 1]))) == 0
     check_printed(capsys.readouterr(), "peak memory")
@@ -121,7 +122,7 @@ def test_train(named, capsys):
         assert not unseen(text) and "\nFORGED" not in text, name
     assert yaml.safe_load((run / "config.yaml").read_bytes())["data"] == str(named / f"{NAME}.jsonl")
     card = (run / "README.md").read_text(encoding="utf-8")
-    assert yaml.safe_load(card.split("\n---\n")[0])["base_model"] == str(named / f"b]{NAME}")
+    assert yaml.safe_load(card.split("\n---\n")[0])["license"] == "other" and "FORGED" in card
     assert "<b onclick" not in re.sub(r"\\<", "", card.split("\n---\n")[1])
     rows = [line for line in card.splitlines() if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows), "a name ends no cell"

@@ -19,6 +19,7 @@ from perce.config.commands import parse_args
 from perce.model.memory import CHECKPOINTING
 from perce.train import resolve
 from perce.training.arguments import NOT_READ, OURS, settle_device, training_arguments
+from perce.training.resumable import ResumableTrainer
 from tests.helpers import ROOT
 from tests.helpers.trainers import arguments, model_for, trainer_for
 from tests.helpers.training import fails
@@ -78,7 +79,7 @@ REACHED_BY_REPLACED_METHODS_ALONE = {"prediction_step", "predict", "get_test_dat
 
 def replaced_methods():
     """Methods of the Trainer that PerceTrainer has its own of, and does not call."""
-    for name, method in vars(PerceTrainer).items():
+    for name, method in {**vars(ResumableTrainer), **vars(PerceTrainer)}.items():
         source = inspect.getsource(method) if inspect.isfunction(method) else ""
         if hasattr(Trainer, name) and source and "super()" not in source and "Trainer." not in source:
             yield name

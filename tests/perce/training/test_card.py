@@ -90,14 +90,14 @@ def test_the_card_says_what_the_run_was(tmp_path, monkeypatch):
     run, *_ = saved_run(tmp_path, "chatml", 4, data=str(tmp_path / "rows|1.jsonl"))
     text = (run / CARD).read_text(encoding="utf-8")
     header = yaml.safe_load(text.split("---")[1])
-    assert header["base_model"] == str(tmp_path / "base") and header["library_name"] == "peft"
-    assert re.search(r"\| base model \| .*base \(sha256 [0-9a-f]{16}\) \|", text)
+    assert header["library_name"] == "peft"
+    assert re.search(r"\| base model \| base \(sha256 [0-9a-f]{16}\) \|", text)
     assert "LoRA of rank 4, 26 steps" in text and "2.5000 → 2.0000" in text and "rows\\|1.jsonl" in text
     assert "| licence | not set" in text
-    before = fingerprint(header["base_model"])
+    before = fingerprint(str(tmp_path / "base"))
     weights = tmp_path / "base/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert before in text and fingerprint(header["base_model"]) != before
+    assert before in text and fingerprint(str(tmp_path / "base")) != before
 
     def unreachable(path):
         raise UserError(f"{path}: no network")
@@ -118,3 +118,16 @@ def test_the_card_promises_what_there_is(tmp_path):
     assert "as a list" not in text and "trained as text" in text
     write_card(run, options, str(tmp_path / "base"), None, NUMBERS, "1 step")  # documents
     assert "How to ask" not in (run / CARD).read_text(encoding="utf-8")
+
+
+def test_a_card_can_be_uploaded(tmp_path, monkeypatch):
+    """The Hub refuses a card whose base model is a path; paths have names of people in them besides."""
+    (tmp_path / "rows.jsonl").touch()
+    run, _, options = saved_run(tmp_path, "chatml", data=str(tmp_path / "rows.jsonl"))
+    text = (run / CARD).read_text(encoding="utf-8")
+    assert "base_model" not in yaml.safe_load(text.split("---")[1]) and str(tmp_path) not in text
+    assert "| data | rows.jsonl |" in text
+    monkeypatch.setattr("perce.training.card.fingerprint", lambda path: "0a1b")
+    write_card(run, options, "owner/name", None, NUMBERS, "1 step")
+    text = (run / CARD).read_text(encoding="utf-8")
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "owner/name" and "| owner/name (0a1b) |" in text
