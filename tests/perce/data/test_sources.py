@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from perce import UserError, load_examples
+from perce.data import sources
 from perce.data.rows import available_splits
 from tests.helpers.raw_rows import ABSTRACT, GOOD, LAMP, error, jsonl, load
 
@@ -211,6 +212,7 @@ def test_hub(monkeypatch):
         asked.append((name, config, split, streaming))
         return datasets.Dataset.from_list([GOOD])
 
+    monkeypatch.setattr(sources, "hub_failure", lambda: None)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["test", "val", "other"])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert available_splits("owner/name:part") == ["validation", "test"] and not asked
@@ -239,8 +241,32 @@ def test_a_path_that_is_nearly_right(tmp_path, monkeypatch):
             load_examples(path, "train")
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """Its library tries for half a minute. What has been fetched before is still read."""
+    datasets = pytest.importorskip("datasets")
+    from huggingface_hub import constants
+
+    asked = []
+
+    def names(*_):
+        asked.append(constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE)
+        if len(asked) == 1:
+            raise ConnectionError("Couldn't reach it (OfflineModeIsEnabled)")
+        return ["train"]
+
+    monkeypatch.setattr(sources, "hub_failure", lambda: "no network")
+    monkeypatch.setattr(datasets, "get_dataset_split_names", names)
+    with pytest.raises(
+        UserError, match=r"owner/name is not a file or directory here, and the Hub cannot be reached .no n"
+    ):
+        load_examples("owner/name", "train")
+    assert available_splits("owner/name") == ["train"] and asked == [True, True]
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+
+
 def test_data_that_cannot_be_found(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(sources, "hub_failure", lambda: None)
 
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach it\nTraceback: long")
