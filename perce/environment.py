@@ -1,6 +1,7 @@
 """What a command does before anything expensive: output files are claimed, and libraries' chatter is turned down."""
 
 import contextlib
+import functools
 import os
 import shutil
 import socket
@@ -13,7 +14,7 @@ from fnmatch import fnmatch
 from itertools import combinations, islice, product
 from pathlib import Path
 
-from perce.errors import UserError, in_one_line
+from perce.errors import UserError, first_line, in_one_line
 
 # Names of files that a directory has of its own: that of data, and that of a model or run.
 OF_DATA = (
@@ -25,6 +26,9 @@ OF_MODELS = (
     "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*", "trainer_state.json", "held_out.json", "base.json",
     "run.json", "complete.json", "README.md", "report.html", "curves.png", "*.pt", "*.pth",
 )  # fmt: skip
+
+
+HUB_SECONDS = 10
 
 
 def check_path(option: str, path: str, is_file: bool = False) -> None:
@@ -96,6 +100,19 @@ def did_you_mean(path: str) -> str:
     """A question that follows the sentence which says that a path is not there; "" where nothing is near."""
     near = near_paths(path)
     return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+@functools.cache
+def hub_failure() -> str | None:
+    """Why the Hub cannot be reached, asked once; None if it can. Its library tries each file for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # of whichever network library it uses
+        return first_line(error)
+    return None
 
 
 def let_umask_decide(directory: Path) -> None:

@@ -1,7 +1,6 @@
 """Models, configs and tokenizers by path or Hub id, their many failures told as one paragraph."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import re
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.options import read_yaml
-from perce.environment import did_you_mean
+from perce.environment import did_you_mean, hub_failure
 from perce.errors import UserError, first_line, in_one_line
 
 
@@ -42,7 +41,6 @@ def from_anywhere(path: str) -> str:
 
 
 BASE_NAME = "base.json"  # in the directory of a run that trains an adapter
-HUB_SECONDS = 10
 ENDS = 2**20  # bytes of a file's beginning and end that its fingerprint is made of
 
 
@@ -148,19 +146,6 @@ def from_pretrained(
             f"{option} {path}: no such directory (looked in {Path.cwd()}; {note}).{did_you_mean(path)} Check the path."
         )
     return loaded(auto_class, path, option, kind, **kwargs)
-
-
-@functools.cache
-def hub_failure() -> str | None:
-    """Why the Hub cannot be reached, asked once; None if it can. Its library tries each file for half a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception as error:  # of whichever network library it uses
-        return first_line(error)
-    return None
 
 
 def loaded(

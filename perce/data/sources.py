@@ -5,9 +5,7 @@ readers.py knows the kinds of file, and rows.py what a row means.
 
 from __future__ import annotations
 
-import difflib
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from perce.data.readers import (
     parquet_rows,
     whole_json,
 )  # fmt: skip
-from perce.environment import check_path
+from perce.environment import check_path, did_you_mean, hub_failure
 from perce.errors import UserError, first_line, in_one_line
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -76,19 +74,10 @@ def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
     if local or (path.parent != Path(".") and path.parent.exists()):
         note = "" if local else f" (for a Hub id, run where there is no directory {path.parent})"
         raise UserError(
-            f"No such file or directory: {data} (looked in {Path.cwd()}). {_near(path)}Check the path after "
+            f"No such file or directory: {data} (looked in {Path.cwd()}).{did_you_mean(data)} Check the path after "
             f"--data{note}."
         )
     return _hub(data, streaming)
-
-
-def _near(path: Path) -> str:
-    """What is there instead, as far as that can be told from the name."""
-    while not path.parent.is_dir():  # up to where the path goes wrong
-        path = path.parent
-    names = [entry.name for entry in path.parent.iterdir()] if os.access(path.parent, os.R_OK) else []
-    close = difflib.get_close_matches(path.name, names, 2)
-    return f"Did you mean {' or '.join(str(path.parent / name) for name in close)}? " if close else ""
 
 
 def _only_train(source: Source) -> dict[str, Source]:
@@ -228,24 +217,49 @@ def _cause(error: Exception, told: list[str]) -> str:
     return in_one_line(error)
 
 
+def _load(failure: str | None, *args: Any, **options: Any) -> Any:
+    import datasets
+
+    with _cached_alone(failure is not None):
+        return datasets.load_dataset(*args, **options)
+
+
+@contextmanager
+def _cached_alone(wanted: bool) -> Iterator[None]:
+    """Whether only what has been fetched before is read: where the Hub is out of reach, its retries take 25 s."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if wanted:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
 def _hub(data: str, streaming: bool) -> dict[str, Source]:
     """A Hub id, "owner/name" or "owner/name:config"; also a local directory laid out like a Hub repository."""
     import datasets
 
     is_directory = Path(data).expanduser().is_dir()
     name, config = (data, "") if is_directory or ":" not in data else data.split(":", 1)
+    failure = None if is_directory else hub_failure()
     try:
-        splits = _in_order(dict.fromkeys(datasets.get_dataset_split_names(name, config or None), ""))
+        with _cached_alone(failure is not None):
+            splits = _in_order(dict.fromkeys(datasets.get_dataset_split_names(name, config or None), ""))
     except Exception as error:  # whatever the network, the Hub's client or a dataset's own files raise
         what = "holds no train, validation or test file" if is_directory else "is not a file or directory here"
+        why = f"datasets.load_dataset could not get it either: {first_line(error)}"
         raise UserError(
-            f"{data} {what}, and datasets.load_dataset could not get it either: {first_line(error)}. Give --data a "
-            f"file ({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be "
+            f"{data} {what}, and {f'the Hub cannot be reached ({failure})' if failure else why}. Give --data a file "
+            f" ({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be "
             'reached from here ("owner/name", or "owner/name:config" where it has several configurations).'
         ) from error
     found = {}
     for ours, theirs in splits.items():
-        load = partial(datasets.load_dataset, name, config or None, split=theirs, streaming=streaming)
+        load = partial(_load, failure, name, config or None, split=theirs, streaming=streaming)
         origin = f"{data}[{theirs}]"
         found[ours] = Source(origin, origin, partial(_dataset_rows, origin, load))
     return found

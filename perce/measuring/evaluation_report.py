@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
-
 from perce.environment import did_you_mean, in_one_move, written
 from perce.errors import UserError
 from perce.measuring.metrics import (
@@ -164,7 +162,7 @@ def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None
             f"not only the model differs: {fact} is {mine!r} here and {its!r} there"
             for fact, (mine, its) in comparison["settings"].items()
         ]
-    tables: list[RenderableType] = [rows, "", differences, "", legend, tested] if comparison else [rows, "", legend]
+    tables: list[Any] = [rows, "", differences, "", legend, tested] if comparison else [rows, "", legend]
     show(*tables, *(plain(note, "dim") for note in notes), *(plain(note, "bold") for note in bold))
 
 
