@@ -56,6 +56,14 @@ def test_other_separators_are_named(tmp_path, mark, name):
         load_examples(path, "train")
 
 
+def test_the_encoding_of_a_file_with_other_separators_is_named_too(tmp_path):
+    text = "persona;query;response\np;q;" + "x" * 70_000 + "\np;q;Gr\u00fc\u00dfe\n"
+    for encoding, named in (("cp1252", ", encoding='cp1252'"), ("utf-8", "")):
+        (tmp_path / "d.csv").write_bytes(text.encode(encoding))
+        with pytest.raises(UserError, match=rf"pd\.read_csv\(OLD, sep=';'{named}\)\.to_csv"):
+            load_examples(tmp_path / "d.csv", "train")
+
+
 def test_a_header_with_spaces_is_named(tmp_path):
     with pytest.raises(UserError, match=r"d\.csv:1: .*' query'.*space"):
         load_examples(csv_file(tmp_path / "d.csv", "p, q, r", header="persona, query, response"), "train")
