@@ -84,7 +84,7 @@ def _header(path: Path, line: int, names: list[str]) -> list[str]:
         raise UserError(
             f"{path}:{line}: expected commas between the cells, got {_SEPARATORS[found[0]]}, as spreadsheets write "
             "them in some languages. Save the file with commas, or convert it by pandas: "
-            f"pd.read_csv(OLD, sep={found[0]!r}).to_csv(NEW, index=False)."
+            f"pd.read_csv(OLD, sep={found[0]!r}{_encoding(path)}).to_csv(NEW, index=False)."
         )
     if not others and only.lstrip().startswith("{"):
         raise UserError(f"{path}: expected CSV, got JSON lines. Give the file a name that ends in .jsonl.")
@@ -95,6 +95,17 @@ def _header(path: Path, line: int, names: list[str]) -> list[str]:
         )
     check_names(path, names, f"{path}:{line}")
     return names
+
+
+def _encoding(path: Path) -> str:
+    """What pandas must be told to read it: such files come of spreadsheets, which write Windows-1252 as a rule."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            while file.read(readers.PIECE):
+                pass
+        except UnicodeDecodeError:
+            return ", encoding='cp1252'"
+    return ""
 
 
 def _cells(header: list[str], cells: list[str], record: list[str]) -> dict[str, Any]:

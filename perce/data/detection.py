@@ -44,10 +44,11 @@ class UnknownShape(BadRow):
         names = [name if len(name) <= 40 else f"{name[:37]}..." for name in row]
         fields = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
         super().__init__(None, "the fields of a format", f"the fields {fields}" if row else "no field")
+        talks = next((name for name, value in row.items() if _is_sharegpt(value)), None)
+        row = {"messages" if name == talks else name: value for name, value in row.items()}
         nearest, lacking = _nearest(row)
         missing = ", ".join(need.replace("|", " or ") for need in missing_fields(nearest, row))
         line = ",".join(f"{ours}={theirs or 'FIELD'}" for ours, theirs in lacking.items())
-        talks = next((name for name, value in row.items() if _is_sharegpt(value)), None)
         self.remedy = ""
         self.lines = (
             f"Nearest is {nearest}; missing: {missing}.",

@@ -253,8 +253,8 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
         what = "holds no train, validation or test file" if is_directory else "is not a file or directory here"
         why = f"datasets.load_dataset could not get it either: {first_line(error)}"
         raise UserError(
-            f"{data} {what}, and {f'the Hub cannot be reached ({failure})' if failure else why}. Give --data a file "
-            f" ({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be "
+            f"{data} {what}, and {f'the Hub cannot be reached ({failure})' if failure else why}. Give --data a "
+            f"file ({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be "
             'reached from here ("owner/name", or "owner/name:config" where it has several configurations).'
         ) from error
     found = {}

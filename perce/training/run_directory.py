@@ -107,18 +107,36 @@ def _claim(config: TrainOptions, name: str | None, stack: contextlib.ExitStack) 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
+    """Where nothing was written to a directory that was made for it, there is none afterwards."""
+    made = list(itertools.takewhile(lambda directory: not directory.exists(), (path, *path.parents)))
     with contextlib.ExitStack() as held:
+        held.callback(_remove_empty, made)
         try:
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path):
                 pass
             held.enter_context(locked(path / LOCK, f"--output_dir {path}"))
+            if made:
+                held.callback(_unlink_alone, path)
         except OSError as error:
             raise UserError(
                 f"--output_dir {path}: cannot be written to ({error.strerror or error}). Choose a directory you can "
                 "write to."
             ) from error
         yield
+
+
+def _unlink_alone(directory: Path) -> None:
+    """Remove the lock where there is nothing else, while it is held: nobody waits for it, who would hold none then."""
+    with contextlib.suppress(OSError):
+        if all(file.name.startswith(LOCK) for file in directory.iterdir()):
+            (directory / LOCK).unlink()
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    with contextlib.suppress(OSError):  # the first that is not empty
+        for directory in directories:
+            directory.rmdir()
 
 
 def _what_to_do(config: TrainOptions, path: Path) -> Claim:
