@@ -1,10 +1,11 @@
-"""Seconds and memory from rows on disk to the first step: `python -m benchmarks.data_scale ROWS [ROWS_A_USER]`, as JSON.
+"""Seconds and memory from rows on disk to a first step, as JSON: `python -m benchmarks.data_scale ROWS [ROWS_A_USER]`.
 
 `perce.train` is run, for one step, on made-up rows and a tiny model with the default model's tokenizer: a persona of
 about 100 tokens, a query of 20 and a response of 30, no two texts alike. A process of its own runs it, and what it and
 its children hold (proportional set size: memory that several share is counted once) is sampled from outside.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -68,7 +69,7 @@ class FirstStep(BaseException):
 
 
 def run(data: Path, directory: Path) -> dict[str, Any]:
-    """{"seconds" of each stage, "cpu_seconds": of its children too, "spans": when it ran, "pairs", "tokens"}, in this process. Call once in a fresh one."""
+    """{"seconds", "cpu_seconds": of each stage, "spans": when it ran, "pairs", "tokens"}. Call once in a process."""
     import perce.train
     from perce.config.commands import parse_args
     from perce.config.options import read_yaml
@@ -105,10 +106,8 @@ def run(data: Path, directory: Path) -> dict[str, Any]:
     argv = ["--model", str(tiny_model(directory)), "--data", str(data), "--output_dir", str(directory / "run")]
     argv += ["--max_steps", "1", "--use_cpu", "true", "--eval_on_start", "false"]
     options, _ = parse_args(argv, read_yaml(str(perce.train.DEMO_RECIPE)))
-    try:
+    with contextlib.suppress(FirstStep):
         perce.train.run(perce.train.resolve(options))
-    except FirstStep:
-        pass
     lengths = found["lengths"]
     seconds = {name: round(sum(end - start for start, end in spans[name]), 2) for name in STAGES}
     cpu = {name: round(spent, 2) for name, spent in cpu.items()}

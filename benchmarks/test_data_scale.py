@@ -1,4 +1,4 @@
-"""What it takes from rows on disk to the first step, by stage: seconds, and bytes a row of the process and its children.
+"""From rows on disk to the first step, by stage: seconds, and bytes a row of the process and its children.
 
 20,000 rows here; `python -m benchmarks.data_scale 1000000` is for a machine with nothing else to do.
 """
