@@ -20,6 +20,7 @@ from pathlib import Path
 from perce.data import formats
 from perce.data.formats import FORMATS, Turn, did_you_mean, show
 from perce.data.sources import SPLITS, BadRow, Source, open_data
+from perce.environment import progress
 from perce.errors import UserError
 
 KEPT_REASONS = 5  # skipped rows are all counted; the first few are quoted, which is enough to see the pattern
@@ -102,7 +103,7 @@ class Examples:
     @property
     def all(self) -> list[Record]:
         if self._examples is None:
-            self._examples = list(self._read())
+            self._examples = [*progress("reading", "example", self._read())]
         return self._examples
 
     def keep(self, examples: list[Record]) -> None:
