@@ -117,9 +117,10 @@ def test_no_copy_of_all_texts_or_ids_is_made(of):
     text = "bees " * 2000
     examples = [example(response=f"{text}{number}") for number in range(200)]
     columns = {
-        "input_ids": [[1000 + i for i in range(2000)]] * 200, "response_length": [9] * 200, "personal": [[True] * 9] * 200,
-        "example": [*range(200)], "persona_span": [[1, 2]] * 200, "passages": [[0]] * 200, "dropped_passages": [0] * 200,
+        "input_ids": [[1000 + i for i in range(2000)]], "response_length": [9], "personal": [[True] * 9],
+        "example": [0], "persona_span": [[1, 2]], "passages": [[0]], "dropped_passages": [0],
     }  # fmt: skip
+    columns = {name: values * 200 for name, values in columns.items()}
     pairs = datasets.Dataset.from_dict(columns, features=dataset.FEATURES[PairBuilder])
     config, args = TrainOptions(), SimpleNamespace(device=SimpleNamespace(type="cpu"))
     run = {
