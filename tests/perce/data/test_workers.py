@@ -2,8 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from perce import DataConfig, UserError
@@ -14,6 +18,7 @@ from perce.data.pairs import PairBuilder
 from perce.data.retrieval import Retriever, recency_scores
 from perce.data.rows import Document
 from perce.data.workers import tables
+from tests.helpers import ROOT
 from tests.helpers.conversations import conversations
 from tests.helpers.pairs import TOKENIZERS, builder, example
 
@@ -120,3 +125,30 @@ def test_no_process_is_left_when_the_reader_stops(processes):
     next(rest)
     rest.close()
     assert not multiprocessing.active_children()
+
+
+KILLED = """
+import os, signal, sys
+from perce.data import workers
+from perce.data.dataset import FEATURES
+from perce.data.pairing import PairSource
+from perce.data.pairs import PairBuilder
+from tests.helpers.conversations import conversations
+from tests.helpers.pairs import builder
+import multiprocessing
+workers.CHUNK, workers.WORTH_A_PROCESS, os.sched_getaffinity = 1, 20, lambda _: range(3)
+rest = workers.tables(PairSource(conversations(60) * 100, builder(), False), FEATURES[PairBuilder].arrow_schema)
+next(rest)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_process_is_left_when_the_one_that_reads_is_killed():
+    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, cwd=ROOT)
+    children = [int(pid) for pid in done.stdout.split()]
+    assert len(children) == 3, done.stderr
+    until = time.monotonic() + 30
+    while any(map(psutil.pid_exists, children)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(psutil.pid_exists, children))
