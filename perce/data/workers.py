@@ -72,10 +72,11 @@ def _from_processes(
     try:
         for number in range(count):
             ours, theirs = context.Pipe(duplex=False)
-            worker = context.Process(target=_work, args=(source, schema, starts[number::count], theirs), daemon=True)
+            pipes.append(ours)
+            share = starts[number::count]
+            worker = context.Process(target=_work, args=(source, schema, share, theirs, pipes), daemon=True)
             worker.start()
             theirs.close()
-            pipes.append(ours)
             workers.append(worker)
         for number in range(len(starts)):
             found = pipes[number % count].recv()
@@ -97,8 +98,12 @@ def _from_processes(
             worker.join()
 
 
-def _work(source: PairSource, schema: pa.Schema, starts: range, pipe: Any) -> None:
+def _work(source: PairSource, schema: pa.Schema, starts: range, pipe: Any, inherited: list[Any]) -> None:
     """Sends what is made of the chunks; ends where nobody reads it any more."""
+    for (
+        end
+    ) in inherited:  # its readers are all that have it open: a process that is killed would leave this one waiting
+        end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # told to the process that reads
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # a collection would write to every object, and so copy it
