@@ -36,7 +36,7 @@ STAGES = {
     "all": [("perce.train", "train")],  # up to the first step
 }
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe ri so tu va we xi yo za bra cle dri flo gru sta".split()
-SAMPLED_EVERY = 0.25  # seconds
+SAMPLED_EVERY = 1.0  # seconds
 
 
 def rows(count: int, rows_a_user: int, seed: int = 0) -> Iterator[dict[str, Any]]:

@@ -78,7 +78,9 @@ def assert_cut_where_words_end(pattern, text):
     assert cut == words(pattern, text), repr(text)
 
 
-PATTERNS = {regex[:40]: pre_tokenizers.Split(Regex(regex), "isolated") for regex in sorted(WORDS)} | {
+PATTERNS = {
+    str(number): pre_tokenizers.Split(Regex(regex), "isolated") for number, regex in enumerate(sorted(WORDS))
+} | {
     "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
     "digits": pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
