@@ -107,6 +107,23 @@ def plans(entries: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| {match[1]} | {sizes} | {extra['step_seconds'] / extra['least_seconds']:.1f} |"
 
 
+def scale(entries: list[dict[str, Any]]) -> Iterator[str]:
+    """From rows on disk to the first step, by stage, of a first start and of one that finds the pairs in the cache."""
+    yield "| rows to first step | stage | µs a row | of a core | bytes a row | cached, µs |\n" + "| --- " * 6 + "|"
+    for entry in entries:
+        if entry["name"].startswith("test_from_rows_to_the_first_step"):
+            extra = entry["extra_info"]
+            for stage, seconds in extra["first_seconds"].items():
+                one, cpu, again = (
+                    x / extra["rows"] * 1e6
+                    for x in (seconds, extra["first_cpu_seconds"][stage], extra["cached_seconds"][stage])
+                )
+                yield (
+                    f"| {extra['rows']:,}, {extra['rows_a_user']} a user | {stage} | {one:.0f} | {cpu:.0f} | "
+                    f"{extra['first_bytes_a_row'][stage]:,} | {again:.0f} |"
+                )
+
+
 def measured(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The benchmarks that have their numbers, each as {"name", "stats", "extra_info"}."""
     if "tests" in results:  # written by make slow
@@ -136,7 +153,7 @@ def main() -> None:
         cpu, date = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU"), results["datetime"]
     extra = entries[0]["extra_info"]
     print(f"{cpu}, {extra['threads']} threads, torch {extra['torch']}, {date[:10]}.")
-    for table in (times, memory, steps, contexts, trainers, overheads, plans):
+    for table in (times, memory, steps, contexts, trainers, overheads, plans, scale):
         if len(rows := list(table(entries))) > 1:
             print("", *rows, sep="\n")
 

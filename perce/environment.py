@@ -8,13 +8,16 @@ import socket
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from itertools import combinations, islice, product
 from pathlib import Path
+from typing import Any
 
 from perce.errors import UserError, first_line, in_one_line
+
+PATIENCE = 3.0  # seconds without a word
 
 # Names of files that a directory has of its own: that of data, and that of a model or run.
 OF_DATA = (
@@ -190,3 +193,10 @@ def _unfinished(path: Path) -> Path:
 def _is_special(path: Path) -> bool:
     """/dev/stdout, a pipe: what is written to as it is."""
     return path.exists() and not path.is_file()
+
+
+def progress(what: str, unit: str, over: Iterable[Any] | None = None, total: int | None = None) -> Any:
+    """tqdm's bar over things, or to be updated: on a terminal alone, and only of what takes longer than PATIENCE."""
+    from tqdm import tqdm
+
+    return tqdm(over, desc=what, unit=unit, total=total, leave=False, delay=PATIENCE, disable=None)

@@ -21,6 +21,8 @@ from typing import Any
 
 from perce.data.formats import Turn
 from perce.data.prompt import CONVERSATION_START, PERSONA_FOOTERS, PLAIN_CHAT_TEMPLATE, PromptStyle, system_text
+from perce.data.template import ChatTemplate
+from perce.data.tokens import Encoded, Line, Piece, Tokens
 from perce.errors import UserError, first_line
 from perce.hub import check_tokenizer
 
@@ -29,6 +31,7 @@ from perce.hub import check_tokenizer
 _PERSONA, _REPLY = "\ue0f0persona\ue0f1", "\ue0f0reply\ue0f1"
 ANCHOR, CUT = "\ue0f2", "\ue0f3"
 MARKS = "\ue0f0\ue0f1\ue0f2\ue0f3"
+_CUT_MARK = Line((), (Piece((), (), len(CUT)),), len(CUT))
 
 LIKE_CONTROL = re.compile(r"<\S+>|\[\S+\]")
 """Added tokens that are no words, whether they are marked as special or not: <think>, <tool_call>, <|fim_prefix|>."""
@@ -51,14 +54,6 @@ class ChatText:
     """Where the reply's own words stand, behind a thought or a space; of a reply that brings a thought, behind that."""
     tail: int
     """Where what the template puts after the reply begins."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids, and which characters of the text each is made of."""
-
-    ids: list[int]
-    spans: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -95,15 +90,17 @@ class ChatFormat:
         allow_control: bool = False,
     ):
         check_tokenizer(tokenizer, "tokenizer")
-        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
+        self.tokenizer, self.template_kwargs, self.tokens = tokenizer, template_kwargs, Tokens(tokenizer)
         self.style = style or PromptStyle.saved_with(tokenizer)
-        self.chat_template = None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE
+        self._template = ChatTemplate(
+            tokenizer, None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE, template_kwargs
+        )  # fmt: skip
         if not tokenizer.chat_template and tokenizer.eos_token is None:
             raise UserError(
                 "The tokenizer has neither a chat template nor an end-of-sequence token, so a reply could not be "
                 "ended. Set tokenizer.eos_token, save the tokenizer, and pass that directory as --model."
             )
-        first = tokenizer.convert_ids_to_tokens(self._plain("a").ids[:1])
+        first = tokenizer.convert_ids_to_tokens([*self.tokens.whole("a").ids[:1]])
         self.prepends_space = any(token.startswith(("▁", "Ġ")) for token in first)
         self._added = {index: token for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
         self.control: re.Pattern | None = None
@@ -147,10 +144,11 @@ class ChatFormat:
 
     def finished(self, turns: Sequence[Turn], block: str, reply: str, tail: str) -> ChatText:
         """The conversation with its reply, which begins where the generation prompt ends; tail: as `_frame` has it."""
-        whole, prompt = self._render(self.messages(turns, block, reply)), self.prompt(turns, block)
+        said = self.messages(turns, block, reply)
+        whole, prompt = self._render(said), self._render(said[:-1], generation=True)
         opened = OPENED_THOUGHT.search(prompt)
         header, begun = (prompt[: opened.start()], opened[0]) if opened else (prompt, "")
-        marked = self._reply_as_text(reply)
+        marked = said[-1][1]
         thought = THOUGHT.match(marked)
         answer = marked[thought.end() :] if thought else marked
         if thought and whole.startswith(header) and whole.endswith(tail):
@@ -198,11 +196,7 @@ class ChatFormat:
         from jinja2.exceptions import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
-                tokenize=False, add_generation_prompt=generation, chat_template=self.chat_template,
-                **self.template_kwargs,
-            )  # fmt: skip
+            return self._template.render(messages, generation)
         except (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             roles = ", ".join(role for role, _ in messages)
             raise UserError(
@@ -261,26 +255,20 @@ class ChatFormat:
     def encode(self, text: str) -> Encoded:
         """Ids of a rendered text: of the pieces between CUT marks, as each continues the one before."""
         first, *others = text.split(CUT)
-        whole, start = self._plain(first), len(first) + 1
+        lines = self.tokens.lines(first)
         for piece in others:
-            continued = self._continued(piece)
-            whole.ids.extend(continued.ids)
-            whole.spans.extend((start + a, start + b) for a, b in continued.spans)
-            start += len(piece) + 1
-        return whole
+            lines += [_CUT_MARK, *self._continued(piece)]
+        return Encoded.of(lines)
 
-    def _plain(self, text: str) -> Encoded:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return Encoded(encoded["input_ids"], encoded["offset_mapping"])
-
-    def _continued(self, text: str) -> Encoded:
-        """Ids of a text that continues another. Tokenizers like Llama 2's begin every text with a space of their own:
+    def _continued(self, text: str) -> list[Line]:
+        """Of a text that continues another. Tokenizers like Llama 2's begin every text with a space of their own:
         behind an anchor, whose ids are dropped again, a piece is tokenised as it is in the middle of a text."""
         if not self.prepends_space:
-            return self._plain(text)
-        anchored = self._plain(ANCHOR + text)
+            return self.tokens.lines(text)
+        (anchored,) = self.tokens.whole(ANCHOR + text).pieces
         kept = [(token, span) for token, span in zip(anchored.ids, anchored.spans, strict=True) if span[1] > 1]
-        return Encoded([token for token, _ in kept], [(max(a - 1, 0), b - 1) for _, (a, b) in kept])
+        spans = tuple((max(a - 1, 0), b - 1) for _, (a, b) in kept)
+        return [Line.of(Piece(tuple(token for token, _ in kept), spans, len(text)))]
 
     def chat(self, text: ChatText) -> Chat:
         """The conversation in ids; UserError if a token lies across the end of the prompt, or the reply has no end."""
@@ -298,20 +286,18 @@ class ChatFormat:
     def ended(self, text: ChatText) -> Encoded:
         """Ids up to and with the end of turn: the first control token behind the reply, and those that follow it."""
         whole = self.encode(text.text)
-        length = len(whole.ids)
-        while length and whole.spans[length - 1][0] >= text.tail:
-            length -= 1
+        length = whole.before(text.tail)
         ends = [token == self.tokenizer.eos_token_id or token in self._added for token in whole.ids[length:]]
         if any(ends):
             length += ends.index(True) + len(list(takewhile(bool, ends[ends.index(True) :])))
-            return Encoded(whole.ids[:length], whole.spans[:length])
+            return Encoded(whole.ids[:length], whole.lines)
         if self.tokenizer.eos_token_id is None:
             raise UserError(
                 f"{self._who} ends a reply with {_excerpt(text.text[text.tail :])}, which has no control token, and "
                 "the tokenizer has no end-of-sequence token: a trained model would never stop. Set its eos_token."
             )
         cut = self.encode(text.text[: text.tail])
-        return Encoded([*cut.ids, self.tokenizer.eos_token_id], [*cut.spans, (text.tail, text.tail)])
+        return Encoded.of([*cut.lines, Line.of(Piece((self.tokenizer.eos_token_id,), ((0, 0),), 0))])
 
     def pair(self, turns: Sequence[Turn], entries: Sequence[str], reply: str) -> tuple[Chat, tuple[int, int]]:
         """The conversation with the persona, and which of its tokens are the persona: without them they are the ids of
@@ -348,7 +334,7 @@ class ChatFormat:
             return
         added = self._added
         made = [
-            added[index].content for index, (start, end) in zip(chat.encoded.ids, chat.encoded.spans, strict=True)
+            added[index].content for index, (start, end) in zip(chat.encoded.ids, chat.encoded.spans(), strict=True)
             if start < end and index in added and added[index].special
         ]  # fmt: skip
         for token in dict.fromkeys(made):

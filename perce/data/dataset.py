@@ -7,32 +7,36 @@ version of the code that picks and pairs.
 import contextlib
 import hashlib
 import json
+import marshal
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute
 import xxhash
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, Value
 from datasets import List as ListOf
-from datasets.exceptions import DatasetGenerationError
+from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
 
 from perce.config.schema import DataConfig, LossConfig
 from perce.data.documents import DocumentBuilder
 from perce.data.pairing import PERCE, Builder, PairSource, make_builder
 from perce.data.pairs import PairBuilder
-from perce.data.rows import Examples, Record
+from perce.data.rows import Document, Examples, Record
 from perce.data.sources import Source
+from perce.data.workers import tables
 from perce.errors import UserError, in_one_line
 from perce.integrity import difference, facts_of
 
-PAIRS_VERSION = 2
+PAIRS_VERSION = 3
 """Of the code that makes pairs of examples; a test fails when the pairs change and this does not."""
 
-DIGESTS = "digests.json"  # beside cached pairs: of their files, written once they are built
+PAIRS = "pairs.arrow"
+DIGESTS = "digests.json"  # beside cached pairs: of their file, written once they are built
 
 _COMMON = {
     "input_ids": ListOf(Value("int32")),
@@ -67,24 +71,14 @@ def pair_dataset(examples: Sequence[Record], builder: Builder, *, skip_bad_rows:
                 return cached
             if directory.exists():
                 shutil.rmtree(directory)
-            pairs = Dataset.from_generator(
-                _generate,
-                features=FEATURES[type(builder)],
-                fingerprint=fingerprint,
-                cache_dir=str(directory),
-                gen_kwargs={"source": PairSource(examples, builder, skip_bad_rows)},
-            )
-            files = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock")
-            (directory / DIGESTS).write_text(json.dumps(facts_of(directory, files)), encoding="utf-8")
-            return pairs
-    except (DatasetGenerationError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        if isinstance(cause, UserError):
-            raise cause from None
-        if not isinstance(cause, OSError):
-            raise
+            directory.mkdir()
+            written = directory / PAIRS
+            _write(written, PairSource(examples, builder, skip_bad_rows))
+            (directory / DIGESTS).write_text(json.dumps(facts_of(directory, [written])), encoding="utf-8")
+            return Dataset.from_file(str(written))
+    except OSError as error:
         raise UserError(
-            f"{datasets.config.HF_DATASETS_CACHE}: token pairs cannot be written to this cache ({in_one_line(cause)}). "
+            f"{datasets.config.HF_DATASETS_CACHE}: token pairs cannot be written to this cache ({in_one_line(error)}). "
             "Make room or choose another directory, by HF_DATASETS_CACHE in the environment."
         ) from error
 
@@ -94,8 +88,7 @@ def _cached(directory: Path) -> Dataset | None:
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         written = json.loads((directory / DIGESTS).read_text(encoding="utf-8"))
         if difference(directory, written) is None:
-            pieces = sorted(name for name in written if name.endswith(".arrow"))
-            return concatenate_datasets([Dataset.from_file(str(directory / name)) for name in pieces])
+            return Dataset.from_file(str(directory / PAIRS))
     return None
 
 
@@ -111,48 +104,61 @@ def rows_dataset_pairs(
     )
 
 
-def _generate(source: PairSource) -> Iterator[dict[str, Any]]:
-    built = False
-    for index, example in enumerate(source.examples):
-        for row in source.build(index, example):
-            built = True
-            yield row
-    if not built:
-        raise UserError(source.nothing_left())
+def _write(file: Path, source: PairSource) -> None:
+    with ArrowWriter(path=str(file), features=FEATURES[type(source.builder)]) as writer:
+        for table in tables(source, writer.schema):
+            writer.write_table(table)
+        writer.finalize()
 
 
 def _fingerprint(examples: Sequence[Record], builder: Builder, skip_bad_rows: bool) -> str:
     """Of the texts, the tokenizer, the limits, the retriever with its model, and the code that picks and pairs."""
     tokenizer = builder.tokenizer
     parts = [
-        PAIRS_VERSION, repr(FEATURES), repr(list(examples)), skip_bad_rows, builder.settings,
+        PAIRS_VERSION, repr(FEATURES), skip_bad_rows, builder.settings,
         tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, tokenizer.backend_tokenizer.to_str(),
     ]  # fmt: skip
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{part}\0".encode())
+    for example in examples:  # version 0 is of values alone: no references, no interned strings
+        digest.update(marshal.dumps(_values(example), 0))
     return digest.hexdigest()[:32]
+
+
+def _values(example: Record) -> tuple[Any, ...]:
+    if isinstance(example, Document):
+        return example.text, example.user_id, example.source
+    turns = tuple([(turn.role, turn.content) for turn in example.turns])
+    return example.persona, turns, example.response, example.user_id, example.personal_spans, example.source
 
 
 def pairs_digest(dataset: Any) -> str | None:
     """Of what is trained on, in order: the same on every machine. None of a stream, which is not known beforehand."""
     if not isinstance(dataset, Dataset):
         return None
-    digest = xxhash.xxh3_128(repr(list(dataset["response_length"])).encode())
-    for column in token_ids(dataset):
+    digest = xxhash.xxh3_128(repr(numbers(dataset, "response_length").tolist()).encode())
+    for column in pieces_of(dataset, "input_ids"):
         digest.update(repr(pyarrow.compute.list_value_length(column).to_pylist()).encode())
-        digest.update(pyarrow.compute.list_flatten(column).to_numpy(zero_copy_only=False).tobytes())
+        digest.update(pyarrow.compute.list_flatten(column).to_numpy(zero_copy_only=False))
     return digest.hexdigest()
+
+
+def numbers(dataset: Dataset, name: str) -> np.ndarray:
+    """(pairs,) a column of one number each."""
+    return np.concatenate([piece.to_numpy(zero_copy_only=False) for piece in pieces_of(dataset, name)])
 
 
 def sequence_lengths(dataset: Any) -> list[int]:
     """Tokens of each factual sequence of a dataset of pairs."""
     if not isinstance(dataset, Dataset):
         return [len(pair["input_ids"]) for pair in dataset]
-    return [n for column in token_ids(dataset) for n in pyarrow.compute.list_value_length(column).to_pylist()]
+    return [
+        n for column in pieces_of(dataset, "input_ids") for n in pyarrow.compute.list_value_length(column).to_pylist()
+    ]
 
 
-def token_ids(dataset: Dataset) -> Iterator[Any]:
-    """The column input_ids, of the rows that are selected, in pieces: `dataset.data` has the rows that are not, too."""
-    for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
-        yield table["input_ids"]
+def pieces_of(dataset: Dataset, name: str) -> Iterator[Any]:
+    """A column, of the rows that are selected, in pieces: `dataset.data` has the rows that are not, too."""
+    for table in dataset.select_columns(name).with_format("arrow").iter(batch_size=1000):
+        yield table[name]

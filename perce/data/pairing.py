@@ -1,7 +1,7 @@
 """What pairs the rows of a format, and examples on their way through it, with counts of what was left out."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from perce.config.schema import DataConfig, LossConfig
@@ -87,7 +87,7 @@ class PairSource:
             return []
         self.dropped_passages += sum(getattr(pair, "dropped_passages", 0) for pair in pairs)
         self.cut_documents += len(pairs) > 1
-        return [asdict(pair) | {"example": index} for pair in pairs]
+        return [vars(pair) | {"example": index} for pair in pairs]
 
     def end_of_pass(self) -> None:
         if self._first_pass is None:

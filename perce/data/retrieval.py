@@ -67,6 +67,8 @@ class Retriever:
     """For people, "bm25"."""
     identity: str
     """Everything but k and the code that the picks depend on; part of the fingerprint of cached pairs."""
+    may_fork: bool = True
+    """Whether it scores in a process that was forked from this one."""
 
     @property
     def description(self) -> str:
@@ -92,7 +94,7 @@ def make_retriever(config: DataConfig) -> Retriever | None:
     from perce.data.encoder import Encoder
 
     encoder = Encoder(config.retriever_model or DEFAULT_ENCODER)
-    return Retriever(encoder.scores, config.retrieve_k, encoder.name, encoder.identity)
+    return Retriever(encoder.scores, config.retrieve_k, encoder.name, encoder.identity, may_fork=False)
 
 
 def query_of(request: str) -> str:

@@ -24,6 +24,7 @@ from perce.data.formats import FORMATS, Turn, show
 from perce.data.literals import parse_list
 from perce.data.readers import BadRow
 from perce.data.sources import SPLITS, Source, open_data
+from perce.environment import progress
 from perce.errors import UserError
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
@@ -116,7 +117,7 @@ class Examples:
     @property
     def all(self) -> list[Record]:
         if self._examples is None:
-            self._examples = list(self._read())
+            self._examples = [*progress("reading", "example", self._read())]
         return self._examples
 
     def keep(self, examples: list[Record]) -> None:

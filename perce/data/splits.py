@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from perce.config.options import read_yaml
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig, SplitConfig
-from perce.data.dataset import pair_dataset, sequence_lengths
+from perce.data.dataset import numbers, pair_dataset, sequence_lengths
 from perce.data.pairing import PairSource, make_builder, picked_by, skipped_rows
 from perce.data.rows import Document, Examples, Record, available_splits, load_examples, text_key, texts_key
 from perce.data.stream import PairStream
@@ -85,11 +85,13 @@ def _keys(examples: Sequence[Record], unit: str) -> list[str]:
     """What each example is held out by; all that come from one row have one key, but as examples."""
     if unit == "examples":
         return [text_key(example) for example in examples]
+    users = [example.user_id if unit == "users" else None for example in examples]
     rows = defaultdict(list)
-    for example in examples:
-        rows[example.source].append(example)
+    for user, example in zip(users, examples, strict=True):
+        if not user:
+            rows[example.source].append(example)
     by_row = {source: texts_key(of_row) for source, of_row in rows.items()}
-    return [(unit == "users" and example.user_id) or by_row[example.source] for example in examples]
+    return [user or by_row[example.source] for user, example in zip(users, examples, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -199,17 +201,17 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
     """What trimming and skipping took from a split, in words."""
     notes = []
     if "windows" in dataset.column_names:
-        pieces = Counter(dataset["example"])
+        pieces = Counter(numbers(dataset, "example").tolist())
         if cut := sum(count > 1 for count in pieces.values()):
             notes.append(f"{name}: {cut:,} documents longer than --max_length {max_length} cut into pieces")
         if examples > len(pieces):
             notes.append(f"{name}: {examples - len(pieces):,} documents of one token skipped")
         return notes
-    dropped = [count for count in dataset["dropped_passages"] if count]
-    if dropped:
+    dropped = numbers(dataset, "dropped_passages")
+    if entries := int(dropped.sum()):
         notes.append(
-            f"{name}: {sum(dropped):,} persona entries dropped from {len(dropped):,} examples to fit --max_length "
-            f"{max_length}"
+            f"{name}: {entries:,} persona entries dropped from {int((dropped > 0).sum()):,} examples to fit "
+            f"--max_length {max_length}"
         )
     if examples > len(dataset):
         notes.append(f"{name}: {examples - len(dataset):,} examples skipped, longer than --max_length {max_length}")

@@ -16,6 +16,7 @@ from transformers.utils.logging import log_levels
 from perce.config.commands import TRAIN, TrainOptions
 from perce.config.options import convert, require, require_finite
 from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig
+from perce.data.dataset import sequence_lengths
 from perce.environment import prepare
 from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
@@ -367,7 +368,7 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any) -> TrainOp
     """The config with batch size and accumulation filled in, where they were not given; set in args too."""
     run = config.run
     batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
-    longest = config.data.max_length if config.data.streaming else max(map(len, pairs["input_ids"]))
+    longest = config.data.max_length if config.data.streaming else max(sequence_lengths(pairs))
     fitting = (run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]) // longest
     fitting = max(size for size in (1, 2, 4, SEQUENCES_A_STEP) if size <= max(fitting, 1))
     if "per_device_eval_batch_size" not in config.extra:  # from what is saved: a resumed run evaluates as before

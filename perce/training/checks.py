@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
 from perce.config.schema import MemoryConfig
-from perce.data.dataset import sequence_lengths, token_ids
+from perce.data.dataset import pieces_of, sequence_lengths
 from perce.data.documents import DocumentBuilder
 from perce.data.stream import PairStream
 from perce.errors import UserError
@@ -148,7 +148,7 @@ def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
     """UserError for a token id without an embedding: on a GPU it would end the process with a device-side assert."""
     largest = -1
     if isinstance(dataset, Dataset):
-        for column in token_ids(dataset):
+        for column in pieces_of(dataset, "input_ids"):
             largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py())
     elif isinstance(dataset, list):
         largest = max((max(pair["input_ids"]) for pair in dataset), default=-1)

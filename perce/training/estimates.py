@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from perce.data.dataset import numbers, pieces_of
 from perce.environment import let_umask_decide
 from perce.errors import UserError, in_one_line
 from perce.objectives import Measured
@@ -100,13 +102,14 @@ class Estimates:
 
 def response_keys(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(example, length, CRC-32 of the response ids), each (E,) int64: what estimates are keyed and checked by."""
-    crcs = []
-    for row in dataset.select_columns(["input_ids", "response_length"]):
-        response = torch.tensor(row["input_ids"][-row["response_length"] :], dtype=torch.int32)
-        crcs.append(zlib.crc32(response.numpy().tobytes()))
-    columns = (dataset["example"], dataset["response_length"], crcs)
-    example, length, crc = (torch.tensor(list(column), dtype=torch.int64) for column in columns)
-    return example, length, crc
+    length, crcs = numbers(dataset, "response_length"), []
+    of_row = iter(length.tolist())
+    for column in pieces_of(dataset, "input_ids"):
+        for ids in column.to_numpy(zero_copy_only=False):
+            crcs.append(zlib.crc32(ids[-next(of_row) :].astype(np.int32).tobytes()))
+    columns = (numbers(dataset, "example"), length, np.array(crcs))
+    example, response_length, crc = (torch.from_numpy(column.astype(np.int64)) for column in columns)
+    return example, response_length, crc
 
 
 def check_estimable(dataset: Any, estimate: str) -> None:
@@ -116,7 +119,7 @@ def check_estimable(dataset: Any, estimate: str) -> None:
             f"--estimate {estimate}: all examples are estimated before the steps that use them, and a stream is not "
             "known beforehand. Use --estimate online, or read the data whole."
         )
-    if "example" not in dataset.column_names or len(set(dataset["example"])) < len(dataset):
+    if "example" not in dataset.column_names or len(np.unique(numbers(dataset, "example"))) < len(dataset):
         raise UserError(
             f"--estimate {estimate}: the training pairs need a column `example` with a number of its own for each. The "
             "pieces of a document that is longer than --max_length share one: use --estimate online for those."

@@ -10,7 +10,7 @@ from typing import Any
 
 from perce.config.commands import PlanOptions, TrainOptions
 from perce.config.step import StepConfig
-from perce.data.dataset import sequence_lengths
+from perce.data.dataset import numbers, sequence_lengths
 from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
@@ -70,7 +70,7 @@ def largest_step(options: TrainOptions, args: Any, pairs: Any) -> StepConfig:
     if run.packing or options.memory.persona_grad == "none":  # nothing is padded to the longest
         context = sum(sorted(lengths)[-sequences:]) // sequences
         without_persona = min(without_persona, context - 1)
-    longest_response = max(dataset["response_length"])
+    longest_response = int(numbers(dataset, "response_length").max())
     response = max(min(longest_response, without_persona - 1), 1)
     return StepConfig(
         context=context,

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from perce.data.batch import Batch, collate
-from perce.data.dataset import rows_dataset_pairs
+from perce.data.dataset import rows_dataset_pairs, sequence_lengths
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.auxiliary import check_own_loss, router_of
@@ -323,7 +323,7 @@ class PerceTrainer(ResumableTrainer):
         """The E-step over all training examples, shared out over the processes; draws no random numbers."""
         dataset = cast(Dataset, self.train_dataset)
         size = self.args.per_device_eval_batch_size
-        order = sorted(range(len(dataset)), key=[len(ids) for ids in dataset["input_ids"]].__getitem__)
+        order = sorted(range(len(dataset)), key=sequence_lengths(dataset).__getitem__)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
 
         self._window.start()

@@ -24,7 +24,7 @@ NOT_SPECIAL = ("<think>", "</think>", "<|plain_end|>")  # added, so never cut, b
 
 # How GPT-4's successors cut a text into words; Qwen takes one digit at a time, Llama 3 up to three.
 WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPACE = "▁"
@@ -67,7 +67,7 @@ def _byte_level(family: str) -> Tokenizer:
     if family == "gpt2":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     else:
-        words = WORDS % ("1" if family == "qwen2" else "1,3")
+        words = WORDS % (r"\p{N}" if family == "qwen2" else r"\p{N}{1,3}")
         split = pre_tokenizers.Split(Regex(words), behavior="isolated")
         letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, letters])

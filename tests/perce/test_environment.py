@@ -1,6 +1,7 @@
 """Before anything is loaded: outputs that are also read, or written twice; and the modes of what is written."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -277,3 +278,34 @@ def test_mistyped_files_are_told_with_what_is_near(tmp_path, monkeypatch, capsys
     Path("runs/x1").mkdir(parents=True)
     assert train.main(["--resume", "--output_dir", "runs/x"]) == 2
     assert "mistyped? Did you mean runs/x1?" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("terminal", "patience", "shown"), [(True, 0.0, True), (True, 60.0, False), (False, 0.0, False)]
+)
+def test_progress_is_shown_on_a_terminal_where_it_takes_long(monkeypatch, terminal, patience, shown):
+    out = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr(environment, "PATIENCE", patience)
+    assert [*environment.progress("reading", "example", range(3))] == [0, 1, 2]
+    with environment.progress("pairing", "example", total=3) as bar:
+        bar.update(3)
+    assert [what in out.getvalue() for what in ("reading", "pairing")] == [shown, shown]
+
+
+def test_reading_and_pairing_show_progress(monkeypatch, tmp_path):
+    from perce import load_examples
+    from perce.data.dataset import pair_dataset
+    from tests.helpers.pairs import builder
+
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr(environment, "PATIENCE", 0.0)
+    rows = load_examples(write_jsonl(tmp_path / "rows.jsonl", ROWS), "train")
+    pair_dataset(rows.all, builder())
+    assert "reading" in out.getvalue() and "pairing:" in out.getvalue()

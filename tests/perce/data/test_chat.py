@@ -84,6 +84,41 @@ def test_pieces_that_were_tokenised_apart_are_one_text():
     assert ".ĊĊ" in own.tokenizer.convert_ids_to_tokens(own.build(EXAMPLE).input_ids)
 
 
+def outcome(own, this):
+    """The pair, or why there is none."""
+    try:
+        return vars(own.build(this))
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("template", [*CHAT_TEMPLATES, None])
+def test_pairs_are_those_of_whole_texts_and_of_transformers_own_call(family, template, monkeypatch):
+    try:
+        own = [builder(family, template, max_length=limit) for limit in (10**6, 120)]
+    except UserError as refused:
+        monkeypatch.setattr("perce.data.tokens.knows_borders", lambda _: False)
+        with pytest.raises(UserError) as again:
+            builder(family, template)
+        assert str(again.value) == str(refused)
+        return
+    monkeypatch.setattr("perce.data.tokens.knows_borders", lambda _: False)
+    plain = [builder(family, template, max_length=limit) for limit in (10**6, 120)]
+    for one in plain:
+        one.chat_format._template._given = None
+    chance = random.Random(f"{family}-{template}")
+    for this in conversations(60, chance.randrange(10**6)):
+        text = chance.choice(CONTROL)
+        if chance.random() < 0.3:
+            this = replace(this, response=f"{this.response}{text} {this.persona[0]}", persona=(text, *this.persona))
+        if chance.random() < 0.2:
+            this = replace(this, response=f"<think>\n{this.persona[0]}\n</think>\n\n{this.response}")
+        for one, other in zip(own, plain, strict=True):
+            assert outcome(one, this) == outcome(other, this)
+
+
 CHANGES, LOSES, JINJA = "changes the persona", "repeats or drops", "does not render"
 AGREES_NOT, INSIDE = "a finished reply begins with", "inside a token"
 REFUSED = {

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from perce import UserError, prompt_ids
 from perce.data import prompt
 from perce.data.formats import Turn
-from perce.data.pairs import PairBuilder, counterfactual_ids, personal_word_spans
+from perce.data.pairs import WORD, PairBuilder, counterfactual_ids, personal_word_spans, words_of
 from tests.helpers.pairs import EXAMPLE, TOKENIZERS, builder, example
 from tests.helpers.tiny import TEMPLATES, tiny_tokenizer
 
@@ -171,6 +171,13 @@ def test_personal_words_come_from_the_persona_and_not_from_the_conversation():
     response = "Tonight Juno and the bees, in 1987, I'm with them."
     spans = personal_word_spans(response, ("I'm with Juno since 1987.", "bees tonight"), "tonight?")
     assert [response[a:b] for a, b in spans] == ["Juno", "bees", "1987"]
+
+
+def test_the_words_of_a_persona_are_those_of_its_letters():
+    """In capitals and small letters, with apostrophes of both kinds, and in other alphabets."""
+    for word in ("Juno's", "JUNO’S", "Zürich", "ΟΔΟΣ", "İzmir", "it's_Juno", "x2", "1987", "isn't''t"):
+        found = {match.group().lower() for match in WORD.finditer(f"{word}, and Oslo-{word}.")}
+        assert words_of(f"{word}, and Oslo-{word}.") == found
 
 
 def test_no_chat_template_and_no_end_token_is_refused():

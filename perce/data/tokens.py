@@ -1,0 +1,186 @@
+"""Text → token ids, and which characters each token is of, by pieces of the text that are tokenised once and kept.
+
+    - I keep bees.⏎- I run.⏎   →   "-"  " I"  " keep"  " bees.⏎"  "-"  " I"  " run.⏎"
+
+Most tokenizers cut a text into words before they make tokens of these, and never let a word go on behind a character
+that is no space into " x", or from the single line end behind such a character into the next line. Where it is known of
+a tokenizer, a text is cut there before it is tokenised: the ids are the same, and most of a million rows' pieces have
+been met before. Of other tokenizers a text is one piece.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+# Between printable characters of ASCII, of which a tokenizer's idea of a space, a letter or a digit is everybody's.
+# GPT-4o's goes on with a "/" behind a line end.
+BORDER = r"(?<=[!-~])(?= [!-~])|(?<=[!-~]\n)(?=[!-.0-~])"
+LINE = re.compile(r"(?:.*\n)*?.*[!-~]\n(?=[!-.0-~])|[\s\S]+")
+PIECE = re.compile(rf" ?[!-~]+(?:\n(?=[!-.0-~])|(?= [!-~])|\Z)|[\s\S]+?(?:{BORDER}|\Z)")
+# The texts of one pair share most lines, and so do pairs of one user; most pieces are words that occur again.
+KEPT_LINES, KEPT_PIECES = 2**11, 2**16
+KEPT_LENGTH = 256  # characters
+
+# Regular expressions of pre-tokenizers: no match of theirs crosses a BORDER, or depends on what is behind it.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LETTERS, _REST = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+WORDS = frozenset(
+    (
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2
+        *(f"{_CONTRACTIONS}|{_LETTERS}|{digits}|{_REST}" for digits in (r"\p{N}", r"\p{N}{1,3}")),  # Qwen, Llama 3
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_CASED}|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_CASED}|"
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",  # GPT-4o
+    )
+)
+
+
+class Piece(NamedTuple):
+    """Part of a line in tokens; spans are of characters of the piece, and length is in characters."""
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    length: int
+
+
+class Line(NamedTuple):
+    """Part of a text; `ids` are those of its pieces."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    length: int
+
+    @classmethod
+    def of(cls, *pieces: Piece) -> "Line":
+        ids = tuple(chain.from_iterable([piece.ids for piece in pieces]))
+        return cls(ids, pieces, sum([piece.length for piece in pieces]))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The first tokens of a text."""
+
+    ids: list[int]
+    lines: list[Line]
+    """Of the whole text."""
+
+    @classmethod
+    def of(cls, lines: list[Line]) -> "Encoded":
+        return cls([*chain.from_iterable([line.ids for line in lines])], lines)
+
+    def spans(self, first: int = 0) -> list[tuple[int, int]]:
+        """Which characters of the text the tokens from `first` on are made of."""
+        token, end = sum([len(line.ids) for line in self.lines]), sum([line.length for line in self.lines])
+        found: list[tuple[int, int]] = []
+        for piece in self._from_the_end():  # it is the last that are asked for
+            if token <= first:
+                break
+            token, end = token - len(piece.ids), end - piece.length
+            found += [(end + start, end + stop) for start, stop in reversed(piece.spans)]
+        return found[::-1][max(first - token, 0) : len(self.ids) - token]
+
+    def before(self, place: int) -> int:
+        """How many tokens are left when the last ones go that begin at this character or behind it."""
+        token, end = len(self.ids), sum([line.length for line in self.lines])
+        for piece in self._from_the_end():
+            end -= piece.length
+            for start, _ in reversed(piece.spans):
+                if end + start < place:
+                    return token
+                token -= 1
+        return token
+
+    def _from_the_end(self) -> Iterator[Piece]:
+        return (piece for line in reversed(self.lines) for piece in reversed(line.pieces))
+
+
+class Tokens:
+    """What a tokenizer makes of texts, without special tokens of its own.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
+        tokenizer("a")  # settles how the backend truncates, pads and takes special tokens
+        self.cuts = knows_borders(self.backend)
+        self._pieces = _Kept(KEPT_PIECES, self._piece)
+        self._lines = _Kept(KEPT_LINES, self._line)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokens, (self.tokenizer,)
+
+    def lines(self, text: str) -> list[Line]:
+        return [*map(self._lines.__getitem__, LINE.findall(text))] if self.cuts else [self.whole(text)]
+
+    def whole(self, text: str) -> Line:
+        """The text as one line of one piece."""
+        return Line.of(self._piece(text))
+
+    def _line(self, text: str) -> Line:
+        return Line.of(*map(self._pieces.__getitem__, PIECE.findall(text)))
+
+    def _piece(self, text: str) -> Piece:
+        if self.backend.truncation or self.backend.padding:  # the tokenizer was used for something else in between
+            self.tokenizer("a")
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        return Piece(tuple(encoded.ids), tuple(encoded.offsets), len(text))
+
+
+class _Kept(dict):
+    """What was made of short texts, as far as room is; a full one begins anew."""
+
+    def __init__(self, room: int, make: Callable[[str], Any]):
+        super().__init__()
+        self._room, self._make = room, make
+
+    def __missing__(self, text: str) -> Any:
+        made = self._make(text)
+        if len(text) <= KEPT_LENGTH:
+            if len(self) >= self._room:
+                self.clear()
+            self[text] = made
+        return made
+
+
+def knows_borders(backend: Any) -> bool:
+    """Whether a `tokenizers.Tokenizer` is known to make no token across a BORDER, and the same ones on both sides."""
+    normalizer, steps = _rule(backend.normalizer), [*_steps(_rule(backend.pre_tokenizer))]
+    added = backend.get_added_tokens_decoder().values()
+    return (
+        not any(token.lstrip or token.rstrip or token.single_word for token in added)
+        and not any(re.search(BORDER, token.content) for token in added)
+        and (normalizer is None or normalizer["type"] == "NFC")
+        and any(map(_cuts_words, steps))
+        and all(_cuts_words(step) or _is_passive(step) for step in steps)
+        and not getattr(backend.model, "dropout", None)
+    )
+
+
+def _rule(part: Any) -> dict[str, Any] | None:
+    return part and json.loads(part.__getstate__())
+
+
+def _steps(rule: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
+    """The pre-tokenizers of a sequence of them."""
+    if rule and rule["type"] == "Sequence":
+        return chain.from_iterable(map(_steps, rule["pretokenizers"]))
+    return [rule] if rule else []
+
+
+def _cuts_words(step: dict[str, Any]) -> bool:
+    """Whether a word ends at every BORDER."""
+    if step["type"] == "ByteLevel":
+        return step["use_regex"] and not step["add_prefix_space"]
+    plain = step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]
+    return plain and step["pattern"].get("Regex") in WORDS
+
+
+def _is_passive(step: dict[str, Any]) -> bool:
+    """Whether what is done to a character does not depend on those around it."""
+    return step["type"] == "Digits" or (step["type"] == "ByteLevel" and not step["add_prefix_space"])

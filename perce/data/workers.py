@@ -1,0 +1,118 @@
+"""Pairs of many examples as tables, in the order of the examples, by a process a core where there are enough of them.
+
+    examples   0 …  499    500 …  999    1000 … 1499    …
+    process         0             1              0          each sends its tables through a pipe of its own
+
+The processes are forks: they have the examples without a copy, and a full pipe makes them wait. What goes wrong with an
+example is raised where its table would have come, so that the first one is told, as by a single process.
+"""
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from perce.data.pairing import PairSource
+from perce.environment import progress
+from perce.errors import UserError
+
+CHUNK = 500  # examples a table
+WORTH_A_PROCESS = 4000  # examples that take longer than starting one
+MOST = 16  # processes: the one that writes takes a tenth of what one that builds does
+
+
+def tables(source: PairSource, schema: pa.Schema) -> Iterator[pa.Table]:
+    """The columns of all pairs. UserError for the first example that cannot be built and may not be skipped, and where
+    none is left. Of what is left out, `source` gets to know why the first was."""
+    count, built = len(source.examples), 0  # type: ignore[arg-type]  # what is not streamed has a length
+    starts = range(0, count, CHUNK)
+    processes = _processes(source, count)
+    made = _from_processes(source, schema, starts, processes) if processes > 1 else _made(source, schema, starts)
+    with progress("pairing", "example", total=count) as bar:
+        for number, (table, reason) in enumerate(made):
+            source.reason = source.reason or reason
+            built += len(table)
+            bar.update(min(CHUNK, count - number * CHUNK))
+            yield table
+    if not built:
+        raise UserError(source.nothing_left())
+
+
+def _made(source: PairSource, schema: pa.Schema, starts: range) -> Iterator[tuple[pa.Table, str]]:
+    """Of each chunk its table, and why the first example was left out so far."""
+    examples: Any = source.examples
+    for start in starts:
+        chunk = range(start, min(start + CHUNK, len(examples)))
+        rows = [row for index in chunk for row in source.build(index, examples[index])]
+        yield pa.Table.from_pydict({name: [row[name] for row in rows] for name in schema.names}, schema), source.reason
+
+
+def _processes(source: PairSource, count: int) -> int:
+    """How many to build with; one where they cannot be forked: an encoder has threads, which do not survive that."""
+    retriever = getattr(source.builder, "retriever", None)
+    forks = sys.platform == "linux" and not multiprocessing.current_process().daemon
+    if not forks or (retriever and not retriever.may_fork):
+        return 1
+    return max(min(len(os.sched_getaffinity(0)), count // WORTH_A_PROCESS, MOST), 1)
+
+
+def _from_processes(
+    source: PairSource, schema: pa.Schema, starts: range, count: int
+) -> Iterator[tuple[pa.Table, str]]:  # fmt: skip
+    context: Any = multiprocessing.get_context("fork")
+    pipes, workers = [], []
+    told = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each fork is warned of
+    try:
+        for number in range(count):
+            ours, theirs = context.Pipe(duplex=False)
+            pipes.append(ours)
+            share = starts[number::count]
+            worker = context.Process(target=_work, args=(source, schema, share, theirs, pipes), daemon=True)
+            worker.start()
+            theirs.close()
+            workers.append(worker)
+        for number in range(len(starts)):
+            found = pipes[number % count].recv()
+            if isinstance(found, Exception):
+                raise found
+            yield found
+    except EOFError:
+        raise UserError(
+            "A process that built pairs was ended from outside, as where memory is short. Close other programs, or "
+            "stream the data (--streaming)."
+        ) from None
+    finally:
+        if told is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = told
+        for worker in workers:
+            worker.terminate()
+            worker.join()
+
+
+def _work(source: PairSource, schema: pa.Schema, starts: range, pipe: Any, inherited: list[Any]) -> None:
+    """Sends what is made of the chunks; ends where nobody reads it any more."""
+    for (
+        end
+    ) in inherited:  # its readers are all that have it open: a process that is killed would leave this one waiting
+        end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # told to the process that reads
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # a collection would write to every object, and so copy it
+    try:
+        for found in _made(source, schema, starts):
+            pipe.send(found)
+    except BrokenPipeError:
+        pass
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()  # it ends here, and the error alone goes on
+        pipe.send(error)

@@ -1,0 +1,52 @@
+"""Templates that are called directly render what transformers renders."""
+
+import copy
+import pickle
+
+import pytest
+
+from perce.data.prompt import PLAIN_CHAT_TEMPLATE
+from perce.data.template import ChatTemplate
+from tests.helpers.templates import CHAT_TEMPLATES
+from tests.helpers.tokenizers import tokenizer_like
+
+TALK = (
+    ("system", "Be brief."),
+    ("user", "  Who? {{ x }}"),
+    ("assistant", "<think>\nHm.\n</think>\n\nI."),
+    ("user", "é"),
+)
+
+
+def rendered(call):
+    """The text, or what is raised instead."""
+    try:
+        return call()
+    except Exception as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("name", [*CHAT_TEMPLATES, None])
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}])
+def test_a_template_renders_what_transformers_renders(name, variables):
+    tokenizer = copy.deepcopy(tokenizer_like("qwen2"))
+    tokenizer.chat_template = name and CHAT_TEMPLATES[name]
+    template = None if name else PLAIN_CHAT_TEMPLATE
+    own = pickle.loads(pickle.dumps(ChatTemplate(tokenizer, template, variables)))
+    for talk in (TALK, TALK[1:], TALK[1:2], TALK[:3], TALK[1:3]):
+        for generation in (True, False):
+            said = [{"role": role, "content": content} for role, content in talk]
+            expected = rendered(
+                lambda said=said, generation=generation: tokenizer.apply_chat_template(
+                    said, tokenize=False, add_generation_prompt=generation, chat_template=template, **variables
+                )
+            )
+            assert rendered(lambda talk=talk, generation=generation: own.render(talk, generation)) == expected
+
+
+def test_most_are_called_directly_and_none_with_what_transformers_would_read():
+    tokenizer = copy.deepcopy(tokenizer_like("qwen2"))
+    tokenizer.chat_template = CHAT_TEMPLATES["chatml"]
+    assert ChatTemplate(tokenizer, None, {"enable_thinking": False})._given is not None
+    for variables in ({"tools": []}, {"tokenize": True}, {"continue_final_message": True}, {"x": object()}):
+        assert ChatTemplate(tokenizer, None, variables)._given is None

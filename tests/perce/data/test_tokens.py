@@ -1,0 +1,166 @@
+"""Texts that are tokenised by pieces have the tokens of the whole, character by character."""
+
+import itertools
+import pickle
+import random
+import re
+
+import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from perce.data import tokens
+from perce.data.tokens import LINE, PIECE, WORDS, Encoded, Tokens, knows_borders
+from tests.helpers.conversations import conversations
+from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.tokenizers import FAMILIES, tokenizer_like
+
+CUT = ("gpt2", "qwen2", "llama3")
+"""Families whose borders are known."""
+
+
+def texts(count, seed):
+    """Made-up texts with control tokens between them, joined in all the ways that texts break."""
+    chance = random.Random(seed)
+    joints = ["<|im_end|>\n<|im_start|>user\n", "\n", "\n\n", " ", "", "\n- ", "\r\n", "<|im_end|>", "\n/", " \n", "'s"]
+    said = [text for x in conversations(count, seed) for text in (*x.persona, x.response)]
+    return ["".join(chance.choice(joints) + text for text in chance.sample(said, 4)) for _ in range(count)]
+
+
+def assert_as_whole(tokenizer, own, text):
+    plain = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = Encoded.of(own.lines(text))
+    assert encoded.ids == plain["input_ids"]
+    assert encoded.spans() == plain["offset_mapping"]
+    first = len(encoded.ids) // 2
+    assert encoded.spans(first) == plain["offset_mapping"][first:]
+    place = plain["offset_mapping"][first][0] if encoded.ids else 0
+    assert encoded.before(place) == _before(plain["offset_mapping"], place)
+
+
+def _before(spans, place):
+    length = len(spans)
+    while length and spans[length - 1][0] >= place:
+        length -= 1
+    return length
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pieces_have_the_tokens_of_the_whole(family):
+    tokenizer = tokenizer_like(family)
+    own = Tokens(tokenizer)
+    assert own.cuts == (family in CUT)
+    for text in texts(150, 0):
+        assert_as_whole(tokenizer, own, text)
+    assert bool(own._pieces) == own.cuts, "and most are looked up"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pieces_of_thousands_of_texts_have_the_tokens_of_the_whole(family):
+    tokenizer = tokenizer_like(family)
+    own = Tokens(tokenizer)
+    for seed in range(1, 21):
+        for text in texts(500, seed):
+            assert_as_whole(tokenizer, own, text)
+
+
+ALPHABET = "aA1.'/-é字\u0301 \n\r\t"
+"""A character of each kind that the regular expressions tell apart."""
+
+
+def words(pattern, text):
+    return [word for word, _ in pattern.pre_tokenize_str(text)]
+
+
+def assert_cut_where_words_end(pattern, text):
+    cut = [word for line in LINE.findall(text) for part in PIECE.findall(line) for word in words(pattern, part)]
+    assert cut == words(pattern, text), repr(text)
+
+
+PATTERNS = {
+    str(number): pre_tokenizers.Split(Regex(regex), "isolated") for number, regex in enumerate(sorted(WORDS))
+} | {
+    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "digits": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_words_end_at_borders(name):
+    chance = random.Random(0)
+    for _ in range(2000):
+        assert_cut_where_words_end(PATTERNS[name], "".join(chance.choices(ALPHABET, k=chance.randint(1, 12))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PATTERNS)
+def test_words_end_at_borders_in_every_short_text(name):
+    for length in range(1, 6):
+        for characters in itertools.product(ALPHABET, repeat=length):
+            assert_cut_where_words_end(PATTERNS[name], "".join(characters))
+
+
+def test_parts_are_the_text():
+    for text in (*texts(100, 3), "", "\n", "a\n\nb", "a\n/b c"):
+        assert "".join(LINE.findall(text)) == "".join(PIECE.findall(text)) == text
+        border = re.compile(tokens.BORDER)
+        assert not any(border.search(part) for line in LINE.findall(text) for part in PIECE.findall(line))
+
+
+def byte_level(**changes):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = changes.pop("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False))
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def test_what_is_not_known_of_a_tokenizer_is_not_assumed():
+    from tokenizers import AddedToken
+
+    assert knows_borders(byte_level()) and knows_borders(byte_level(normalizer=normalizers.NFC()))
+    others = [
+        byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+        byte_level(pre_tokenizer=pre_tokenizers.Split(Regex(r"\w+ \w+"), "isolated")),
+        byte_level(pre_tokenizer=pre_tokenizers.Metaspace()),
+        byte_level(normalizer=normalizers.Lowercase()),
+        byte_level(normalizer=normalizers.Prepend("▁")),
+        byte_level(model=models.BPE(dropout=0.1)),
+    ]
+    for token in ("New York", AddedToken("<mask>", lstrip=True), AddedToken("<x>", rstrip=True)):
+        others.append(byte_level())
+        others[-1].add_tokens([token])
+    others.append(Tokenizer(models.BPE()))
+    assert not any(map(knows_borders, others))
+
+
+def test_pieces_are_kept_as_far_as_room_is(monkeypatch):
+    monkeypatch.setattr(tokens, "KEPT_PIECES", 50)
+    monkeypatch.setattr(tokens, "KEPT_LINES", 5)
+    tokenizer = tokenizer_like("gpt2")
+    own = Tokens(tokenizer)
+    for text in texts(60, 1):
+        assert_as_whole(tokenizer, own, text)
+        assert len(own._pieces) <= 50 and len(own._lines) <= 5
+
+
+def test_a_tokenizer_that_was_used_otherwise_in_between_is_used_as_before():
+    tokenizer = tiny_tokenizer()
+    own = Tokens(tokenizer)
+    before = own.lines("Bees and Juno, tonight.")
+    tokenizer(["Bees", "Bees and Juno"], padding=True, truncation=True, max_length=2)
+    again = pickle.loads(pickle.dumps(own)).lines("Bees and Juno, tonight.")
+    tokenizer(["Bees", "Bees and Juno"], padding=True, truncation=True, max_length=2)
+    own._lines.clear()
+    own._pieces.clear()
+    assert own.lines("Bees and Juno, tonight.") == before == again
+
+
+def test_a_tokenizer_without_pre_tokenizer_is_given_whole_texts():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0, " ": 1}, [])))
+    own = Tokens(tokenizer)
+    assert not own.cuts and Encoded.of(own.lines("a a")).ids == [0, 1, 0]
