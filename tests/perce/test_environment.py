@@ -306,6 +306,7 @@ def test_reading_and_pairing_show_progress(monkeypatch, tmp_path):
     out = Terminal()
     monkeypatch.setattr(sys, "stderr", out)
     monkeypatch.setattr(environment, "PATIENCE", 0.0)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = load_examples(write_jsonl(tmp_path / "rows.jsonl", ROWS), "train")
     pair_dataset(rows.all, builder())
     assert "reading" in out.getvalue() and "pairing:" in out.getvalue()
