@@ -8,10 +8,10 @@ import sys
 import pytest
 import yaml
 
-from perce import evaluate, plan, score
+from perce import DataConfig, UserError, evaluate, plan, score
 from perce import train as train_command
 from perce.config.commands import EVALUATE, PLAN, SCORE, parse_args
-from perce.config.options import guarded
+from perce.config.options import guarded, read_yaml
 from tests.helpers import ROOT
 from tests.helpers.training import fails
 
@@ -117,6 +117,38 @@ def test_every_command_takes_finite_numbers_alone(command, capsys):
     option = next(name for name, hint in command.types.items() if hint in (float, int))
     assert command.main(lambda options: None)([f"--{option}=nan"]) == 2
     assert option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "fragments"),
+    [
+        ("seed: 1\nlearning_rate: 1e-4\nseed: 2\n", ["line 3", "'seed' is there twice"]),
+        ("prompt:\n  header: a\n  header: b\n", ["line 3", "'header' is there twice"]),
+        ("seed: " + "1" * 5000, ["cannot be read"]),
+        ("data: " + "[" * 5000, ["cannot be read"]),
+        ("data: 2026-99-99", ["cannot be read"]),
+        ("base: &a [1]\nx: {<<: *a}", ["not valid YAML"]),
+    ],
+)
+def test_yaml_that_has_two_meanings_or_none(tmp_path, content, fragments):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_yaml(str(tmp_path / "c.yaml"))
+    assert all(fragment in str(caught.value) for fragment in [*fragments, "--config", "c.yaml"])
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, '{"a": ' * 5000, '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize("option", ["chat_template_kwargs", "prompt"])
+def test_json_that_has_two_meanings_or_none(option, value):
+    with pytest.raises(UserError, match=option) as caught:
+        DataConfig(**{option: value if value.startswith("{") else f'{{"header": {value}}}'})
+    assert len(str(caught.value)) < 500
+
+
+def test_a_column_that_is_renamed_twice():
+    with pytest.raises(UserError, match=r"columns: expected each of our names once, got persona=a and persona=b"):
+        DataConfig(columns="persona=a,query=q,persona=b")
 
 
 def test_numbers_in_a_yaml_file_are_finite_too(train, tmp_path):
