@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import json
 import math
@@ -52,7 +53,8 @@ def option(default: Any, help: str, metavar: str | None = None) -> Any:
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
     """UserError unless an option's value is what was expected."""
     if not condition:
-        raise UserError(f"{name}: expected {expected}, got {got!r}.")
+        shown = repr(got)
+        raise UserError(f"{name}: expected {expected}, got {shown if len(shown) <= 200 else shown[:197] + '...'}.")
 
 
 PATHS = ("DATA", "DIR", "FILE", "DIR|HUB_ID")  # what options that are paths show in --help as their value
@@ -310,16 +312,32 @@ def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _yaml_loader())
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be read ({error.strerror}).{did_you_mean(path)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{option} {path}: not valid YAML: {in_one_line(error)}") from error
-    except ValueError as error:
-        raise UserError(f"{option} {path}: cannot be read ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{option} {path}: cannot be read ({in_one_line(error)}).") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"{option} {path}: expected `name: value` lines, got {type(content).__name__}.")
     return {name.replace("-", "_"): number(value) if numbers else value for name, value in content.items()}
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """PyYAML's, but an error for a key that is there twice, of which it takes the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for key, _ in node.value if isinstance(key.value, str) and keys.count(key.value) > 1]:
+                problem = f"{twice[1].value!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, twice[1].start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:

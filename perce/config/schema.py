@@ -3,7 +3,6 @@
 Neither torch nor transformers is imported here, so that `--help` answers at once.
 """
 
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any, Literal
 from perce.config.options import option as _option
 from perce.config.options import read_yaml
 from perce.config.options import require as _require
-from perce.data.formats import FORMATS
+from perce.data.formats import FORMATS, show
 from perce.data.prompt import PromptStyle
+from perce.data.readers import parse_json
 from perce.errors import UserError
 from perce.objectives import OBJECTIVES, Objective, TokenWeighting
 
@@ -134,14 +134,19 @@ class DataConfig:
         pairs = [item.partition("=") for item in self.columns.split(",")]
         valid = all(name and source for name, _, source in pairs)
         _require(valid, "columns", "name=column,name=column", self.columns)
+        ours = [name.strip() for name, _, _ in pairs]
+        twice = next((name for name in ours if ours.count(name) > 1), None)
+        both = " and ".join(item for item, name in zip(self.columns.split(","), ours, strict=True) if name == twice)
+        if twice:
+            raise UserError(f"columns: expected each of our names once, got {both}.")
         return {name.strip(): source.strip() for name, _, source in pairs}
 
     def template_kwargs(self) -> dict[str, Any]:
         try:
-            value = json.loads(self.chat_template_kwargs or "{}")
-        except json.JSONDecodeError:
-            value = None
-        _require(isinstance(value, dict), "chat_template_kwargs", "a JSON object", self.chat_template_kwargs)
+            value, why = parse_json(self.chat_template_kwargs or "{}"), ""
+        except ValueError as error:
+            value, why = None, f" ({error})"
+        _require(isinstance(value, dict), "chat_template_kwargs", f"a JSON object{why}", self.chat_template_kwargs)
         return value
 
     def prompt_style(self) -> dict[str, str]:
@@ -151,9 +156,9 @@ class DataConfig:
         _require(isinstance(self.prompt, str), "prompt", "a YAML file, or a mapping as JSON", self.prompt)
         if self.prompt.lstrip().startswith("{"):
             try:
-                keys = json.loads(self.prompt)
-            except json.JSONDecodeError as error:
-                raise UserError(f"prompt: expected a mapping as JSON, got {self.prompt!r} ({error}).") from error
+                keys = parse_json(self.prompt)
+            except ValueError as error:
+                raise UserError(f"prompt: expected a mapping as JSON, got {show(self.prompt)} ({error}).") from error
         else:
             keys = read_yaml(self.prompt, "--prompt", numbers=False)
         PromptStyle.of(keys)

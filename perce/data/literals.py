@@ -6,12 +6,11 @@ and read here; of an array that numpy has shortened (`...`) the rest is lost.
 
 import ast
 import io
-import json
 import re
 import tokenize
 from typing import Any
 
-from perce.data.readers import BadRow
+from perce.data.readers import BadRow, parse_json
 
 LONGEST = 2**22  # characters of a Python list: its syntax tree takes a hundred times as much
 _LIKE_A_LIST = re.compile(r"\[\s*['\"\[{(]")
@@ -27,8 +26,8 @@ def parse_list(text: str, field: str) -> Any:
     if not (bare.startswith("[") and bare.endswith("]")):
         return text
     try:
-        return json.loads(bare)
-    except (ValueError, RecursionError):
+        return parse_json(bare)
+    except ValueError:
         if not _LIKE_A_LIST.match(bare):
             return text
     expected = "a list as JSON, Python or numpy writes it whole"

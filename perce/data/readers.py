@@ -93,6 +93,16 @@ def _unholdable(error: RecursionError | ValueError) -> BadRow:
     return BadRow(None, "a number of at most 4,300 digits", "a longer one")
 
 
+def parse_json(text: str) -> Any:
+    """json.loads, but ValueError for whatever has two meanings, or cannot be held."""
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError:
+        raise
+    except (BadRow, RecursionError, ValueError) as error:
+        raise ValueError(str(error if isinstance(error, BadRow) else _unholdable(error))) from None
+
+
 def _decode(raw: bytes) -> Any:
     """A line of JSON lines, or why it is none."""
     try:

@@ -1,10 +1,10 @@
 """Records of evaluated examples → metrics with intervals, comparison of two models, JSON and tables."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from perce.data.readers import parse_json
 from perce.environment import did_you_mean, in_one_move, written
 from perce.errors import UserError
 from perce.measuring.metrics import (
@@ -81,7 +81,7 @@ def summarise(records: Records, notes: list[str], run: Mapping[str, Any], meteor
 def read_result(path: Path) -> dict[str, Any]:
     """An earlier result, to compare with; UserError if it is none."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         near = "" if path.exists() else did_you_mean(str(path))
         raise UserError(
