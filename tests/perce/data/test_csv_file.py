@@ -37,6 +37,15 @@ def test_a_stray_quote_is_named_and_costs_its_own_row_only(tmp_path, lines, line
     assert len(rows.all) + rows.skipped == len(lines) + 1 and rows.all[-1].response == "last"
 
 
+def test_no_row_is_made_of_what_is_in_a_cell(tmp_path):
+    """A record that is well quoted and has a cell too many is one bad row, whatever its lines look like."""
+    path = csv_file(tmp_path / "d.csv", 'p,"first', "x,y,z", 'last",r,one too many', "p,q,r")
+    rows = load_examples(path, "train", skip_bad_rows=True)
+    assert [(e.source, e.response) for e in rows] == [("d.csv:5", "r")] and rows.skipped == 1
+    with pytest.raises(UserError, match=r"d\.csv:2: field 'response': expected .*quote.*got 'last\"'"):
+        load_examples(csv_file(tmp_path / "d.csv", 'p,q,last"'), "train")  # the second half of a stray pair
+
+
 def test_backslashes_before_quotes_are_named(tmp_path):
     with pytest.raises(UserError, match=r"backslash"):
         load_examples(csv_file(tmp_path / "d.csv", 'p,q,"he said \\"hi\\" to me"'), "train")

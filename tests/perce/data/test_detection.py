@@ -1,10 +1,11 @@
 """Rows of no format, and the lines that lead to one."""
 
 import re
+import shlex
 
 import pytest
 
-from perce import UserError, load_examples
+from perce import DataConfig, UserError, load_examples
 from tests.helpers import ROOT
 from tests.helpers.raw_rows import GOOD, error, jsonl, load
 
@@ -48,6 +49,24 @@ def test_sharegpt_is_recognised(tmp_path):
     assert "`conversations` has from and value where `messages` has role and content" in text
 
 
+def test_sharegpt_with_a_persona(tmp_path):
+    """The shape that docs/DATA.md has a program for."""
+    _, second, third, _ = error(tmp_path, {"persona": "p", "conversations": SHAREGPT}).splitlines()
+    assert second == "Nearest is perce; missing: messages."
+    assert third == "`conversations` has from and value where `messages` has role and content."
+
+
+def test_the_line_to_copy_works_in_a_shell(tmp_path):
+    row = {"my persona": "p", "user question $HOME": "q", "the 'answer'": "a"}
+    line = error(tmp_path, {**row, "Question": "q"}).splitlines()[2].removeprefix("Rename fields: ")
+    (option, columns) = shlex.split(line)
+    assert option == "--columns" and columns == "persona=my persona,query=Question,response=the 'answer'"
+    text = error(tmp_path, {"persona, short": "p", "query": "q", "response": "r"})
+    assert "--columns persona=FIELD" in text  # a comma divides what it renames
+    with pytest.raises(UserError, match="name=column"):
+        DataConfig(columns="persona=persona, short")
+
+
 def test_long_and_many_names_do_not_fill_the_screen(tmp_path):
     assert len(error(tmp_path, {f"{i}{'x' * 5000}": 1 for i in range(100)})) < 1500
 
@@ -63,7 +82,11 @@ def test_a_misspelt_field_that_may_be_missing(tmp_path):
         assert f"--columns user_id={theirs}: none of 3 rows of {tmp_path / 'data.jsonl'} has a field '{theirs}'" in text
         assert "did you mean --columns user_id=userID." in text
     assert load(tmp_path, GOOD, rows[0], columns={"user_id": "userID"})[1].user_id == "u0"  # one row is enough
-    assert "none of 1 rows" in error(tmp_path, *rows, columns={"user_id": "UserID"}, limit=1)
+    nobody = load(tmp_path, GOOD, rows[0], columns={"user_id": "userID"}, limit=1)  # who knows what comes behind it
+    assert nobody[0].user_id is None
+    path = tmp_path / "d.csv"
+    path.write_text("persona,query,response,UserID\n" + "p,q,r,\n" * 3)  # it is there, and empty
+    assert len(load_examples(path, "train", columns={"user_id": "UserID"}).all) == 3
 
 
 def test_a_misspelt_field_in_a_stream(tmp_path, monkeypatch):

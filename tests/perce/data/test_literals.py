@@ -27,7 +27,10 @@ def test_what_pandas_and_datasets_write_is_read_again(tmp_path, rows):
         assert [(e.persona, e.turns, e.response) for e in load_examples(tmp_path / name, "train")] == expected, name
 
 
-TEXTS = ["[laughs] Hi", "[laughs]", "[a, b]", "['tis so", "I like ['a']", "['a'", "[array(['a'])]"]
+TEXTS = [
+    "[laughs] Hi", "[laughs]", "[a, b]", "['tis so", "I like ['a']", "['a'", "['tis the season] is my song [sic]",
+    "['a'] and ['b']", "{'name': 'Ana'}", '{"name": "Ana"}', "(I bake.)", "('tis so)", "['a\nb']", "array of bees",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("facts", TEXTS)
@@ -36,11 +39,33 @@ def test_a_text_stays_a_text(tmp_path, facts):
 
 
 @pytest.mark.parametrize(
-    "facts", ["['a' 'b' ... 'c']", "['a', ...]", "['a', nan]", "[['a'], print()]", "['a' + 'b']", "['a\nb']"]
+    "facts",
+    [
+        "['a' 'b' ... 'c']",
+        "['a', ...]",
+        "['a', nan]",
+        "[nan, 'a']",
+        "[['a'], print()]",
+        "['a' + 'b']",
+        "[array(['a'])]",
+        "array(['a'], dtype=object)",
+        "[np.str_('I bake'), np.str_('I run')]",
+    ],
 )
 def test_what_was_a_list_and_is_none_any_more(tmp_path, facts):
     text = error(tmp_path, {**ROWS[0], "persona": facts})
     assert "data.jsonl:1: field 'persona': expected a list as JSON, Python or numpy" in text and "Parquet" in text
+
+
+@pytest.mark.parametrize(
+    "facts", ["('I bake.', 'I run.')", "{'I bake.'} ", "[None, 'I bake.']", "[u'I bake.' r'I run.']", " ['I bake.'] "]
+)
+def test_other_lists_of_python_are_read(tmp_path, facts):
+    row = {**ROWS[0], "persona": facts}
+    if "None" in facts:
+        assert "field 'persona[0]'" in error(tmp_path, row)
+    else:
+        assert load(tmp_path, row)[0].persona in (("I bake.", "I run."), ("I bake.",))
 
 
 def test_a_list_that_takes_too_much_to_read(tmp_path, monkeypatch):

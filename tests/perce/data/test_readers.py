@@ -116,6 +116,10 @@ def test_a_json_array_is_read_in_pieces(tmp_path, monkeypatch):
         path.write_text(text.replace("GOOD", json.dumps(GOOD)))
         with pytest.raises(UserError, match=place):
             load_examples(path, "train")
+    monkeypatch.setattr(readers, "ROW_LIMIT", 1000)  # what is wrong is told, however much is behind it
+    path.write_text(f"[{json.dumps(GOOD)},\n{{'persona': 1}},\n{json.dumps([GOOD] * 100)[1:]}")
+    with pytest.raises(UserError, match=r"d\.json:2: not JSON: Expecting property name"):
+        load_examples(path, "train")
     path.write_text(f"[{json.dumps(GOOD)},\n{json.dumps(GOOD)} ?]")
     with pytest.raises(UserError, match=r"d\.json:2: not JSON"):
         load_examples(path, "train", skip_bad_rows=True)
@@ -186,6 +190,13 @@ def test_parquet_values_that_python_cannot_hold(tmp_path):
         load_examples(path, "train")
     rows = load_examples(path, "train", skip_bad_rows=True)
     assert [e.response for e in rows] == ["a", "b"] and rows.skipped == 1
+
+
+def test_a_parquet_column_whose_name_is_not_utf8(tmp_path):
+    parquet(tmp_path / "d.parquet", odd_name=["x"] * 3)
+    (tmp_path / "d.parquet").write_bytes((tmp_path / "d.parquet").read_bytes().replace(b"odd_name", b"odd\xffname"))
+    with pytest.raises(UserError, match=r"d\.parquet: damaged, or not a Parquet file"):
+        load_examples(tmp_path / "d.parquet", "train")
 
 
 def test_damaged_parquet(tmp_path):

@@ -189,6 +189,12 @@ def test_a_saved_directory_that_is_damaged(tmp_path):
             load_examples(tmp_path / "saved", "train")
     file.write_bytes(whole.replace(b"abc", b"a\xffc"))  # of the text that is not UTF-8, its row alone
     assert load_examples(tmp_path / "saved", "train", skip_bad_rows=True).skipped == 1
+    both = whole.replace(b"abc", b"a\xffc", 1)  # behind one that is not UTF-8, a wrong offset is found too
+    at = both.rfind(offsets)
+    file.write_bytes(both[:at] + offsets[:4] + b"\xff\xff\xff\x7f" + offsets[8:] + both[at + 12 :])
+    for skip in (False, True):
+        with pytest.raises(UserError, match=f"{tmp_path / 'saved'}.* cannot be read"):
+            load_examples(tmp_path / "saved", "train", skip_bad_rows=skip)
     file.write_bytes(whole)
     (tmp_path / "saved" / "state.json").write_text("[]")
     with pytest.raises(UserError, match="written by save_to_disk but cannot be read"):
