@@ -16,8 +16,7 @@ from perce.data import readers
 from perce.data.readers import BadRow, Placed, check_is_text, check_names, too_long
 from perce.errors import UserError
 
-_CELL = re.compile(r'(?:"[^"]*(?:""[^"]*)*"|(?![ \t]*")[^,\r\n]*)(,|\r?\n?\Z)')
-_SPACED_QUOTE = re.compile(r'(?:^|,)[ \t]+"')
+_CELL = re.compile(r'(?:"[^"]*(?:""[^"]*)*"|(?![ \t]*")[^,\r\n]*(?<!"))(,|\r?\n?\Z)')
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
@@ -57,8 +56,7 @@ def csv_rows(path: Path) -> Placed:
         while True:
             lines.record.clear()
             try:
-                cells = next(reader, None)
-                row = cells and (_cells(header, cells, lines.record) if header else _header(path, line, cells))
+                row = next(reader, None)
             except BadRow as bad:
                 row = bad
             except csv.Error as error:
@@ -66,6 +64,8 @@ def csv_rows(path: Path) -> Placed:
                 row = too_long() if alone else _stray_quote(header, lines.record[0])
             if isinstance(row, BadRow):
                 lines.put_back()
+            if row and not isinstance(row, BadRow):
+                row = _cells(header, row, "".join(lines.record)) if header else _header(path, line, row)
             if row is None:
                 return
             if isinstance(row, BadRow) and not header:
@@ -108,12 +108,14 @@ def _encoding(path: Path) -> str:
     return ""
 
 
-def _cells(header: list[str], cells: list[str], record: list[str]) -> dict[str, Any]:
-    if any(map(_SPACED_QUOTE.search, record)) and _no_cell("".join(record)):
-        raise _stray_quote(header, "".join(record))
+def _cells(header: list[str], cells: list[str], record: str) -> dict[str, Any] | BadRow:
+    """A row; empty where all cells are."""
+    if '"' in record and _no_cell(record):
+        return _stray_quote(header, record)
     if len(cells) != len(header):
-        raise BadRow(None, f"{len(header)} cells, as in the header", f"{len(cells)}")
-    return {name: cell for name, cell in zip(header, cells, strict=True) if cell and name}  # empty: absent
+        return BadRow(None, f"{len(header)} cells, as in the header", f"{len(cells)}")
+    row = {name: cell or None for name, cell in zip(header, cells, strict=True) if name}  # empty: absent
+    return row if any(row.values()) else {}
 
 
 def _no_cell(record: str) -> tuple[int, int] | None:
@@ -127,6 +129,7 @@ def _no_cell(record: str) -> tuple[int, int] | None:
 
 
 def _stray_quote(header: list[str], record: str) -> BadRow:
+    record = record.rstrip("\r\n")
     number, at = _no_cell(record) or (len(header), 0)
     shown = record[at : at + 60]
     got = repr(shown if len(record) - at <= 60 else shown[:57] + "...")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,14 +48,16 @@ class UnknownShape(BadRow):
         talks = next((name for name, value in row.items() if _is_sharegpt(value)), None)
         row = {"messages" if name == talks else name: value for name, value in row.items()}
         nearest, lacking = _nearest(row)
-        missing = ", ".join(need.replace("|", " or ") for need in missing_fields(nearest, row))
+        missing = [need.replace("|", " or ") for need in missing_fields(nearest, row)] + ["messages"] * bool(talks)
         line = ",".join(f"{ours}={theirs or 'FIELD'}" for ours, theirs in lacking.items())
+        ways = [f"Rename fields: --columns {shlex.quote(line)}"] if line else []
+        if None in lacking.values():
+            ways[0] += " (FIELD: one of yours; what no field has must be added first)"
+        ways += [f"`{talks}` has from and value where `messages` has role and content"] if talks else []
         self.remedy = ""
         self.lines = (
-            f"Nearest is {nearest}; missing: {missing}.",
-            f"Rename fields: --columns {line}"
-            + (" (FIELD: one of yours; what no field has must be added first)" if None in lacking.values() else "")
-            + (f"; `{talks}` has from and value where `messages` has role and content" if talks else ""),
+            f"Nearest is {nearest}; missing: {', '.join(missing)}.",
+            "; ".join(ways) + "." * bool(talks),
             "docs/DATA.md has every format with a row to compare, and how other shapes become one of them.",
         )
 
@@ -72,7 +75,8 @@ def _renames(format: str, row: Mapping[str, Any]) -> dict[str, str | None]:
     """What a row lacks of a format -> the field that might be it."""
     found: dict[str, str | None] = {}
     for need in missing_fields(format, row):
-        ours, left = need.split("|"), set(row) - {*OPTIONAL, *found.values()}
+        ours, taken = need.split("|"), {*OPTIONAL, *found.values()}
+        left = {name for name in row if not {",", "="} & {*name}} - taken  # at these --columns divides
         names = (*ours, *ALSO_CALLED.get(ours[0], ()))
         found[ours[0]] = next((close for name in names if (close := nearest_name(name, left))), None)
     return found

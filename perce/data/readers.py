@@ -184,8 +184,10 @@ class _Array:
                 if end < len(self.text) or self.ended:  # else a number might go on
                     self.at = end
                     return value
-            except json.JSONDecodeError:
-                if self.ended:
+            except json.JSONDecodeError as error:
+                # A text that goes on may be any number of characters long; of all else that is cut, the end is wrong.
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 10
+                if self.ended or not cut:
                     raise
             if len(self.text) - self.at > ROW_LIMIT:
                 raise too_long()
@@ -267,7 +269,7 @@ def parquet_rows(path: Path) -> Placed:
                 for row in arrow_rows(batch):
                     number += 1
                     yield f" row {number}", row
-    except (pa.ArrowException, OSError, MemoryError) as error:
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's, not the file's
             raise
         raise UserError(

@@ -28,7 +28,7 @@ from perce.environment import progress
 from perce.errors import UserError
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
-SURE = 1000  # rows after which a field that --columns names, and that none has had, is taken for misspelt
+SURE = 1000  # rows of a stream
 KEPT_REASONS = 5  # skipped rows are all counted; the first few are quoted, which is enough to see the pattern
 
 
@@ -125,9 +125,10 @@ class Examples:
         self._examples = examples
 
     def __iter__(self) -> Iterator[Record]:
-        return self._read() if self._examples is None else iter(self._examples)
+        return self._read(sure=SURE) if self._examples is None else iter(self._examples)
 
-    def _read(self) -> Iterator[Record]:
+    def _read(self, sure: int | None = None) -> Iterator[Record]:
+        """sure: after so many rows, not only at the end, a field that --columns names and none has had is misspelt."""
         self.skipped, self.reasons, count = 0, [], 0
         self._unseen, self._first = set(self._columns.values()), {}
         if self._source.read is None:
@@ -143,13 +144,12 @@ class Examples:
                 self.skipped += 1
                 self.reasons += [reason] if len(self.reasons) < KEPT_REASONS else []
                 continue
-            if number == SURE:
+            if number == sure:
                 self._check_columns(number)
             for example in examples:
                 yield example
                 count += 1
                 if count == self._limit:
-                    self._check_columns(number)
                     return
         if not count:
             why = f"all {self.skipped} rows were skipped, {self.reasons[0]}" if self.skipped else "it has no rows"
@@ -173,9 +173,9 @@ class Examples:
             raise BadRow(None, "a JSON object", show(value))
         # Tables hold null where a row lacks a field: absent and null are the same.
         given = {name: cell for name, cell in value.items() if cell is not None}
-        self._first = self._first or given
+        self._first = self._first or value
         if self._columns:
-            self._unseen.difference_update(given)
+            self._unseen.difference_update(value)
             given = _rename(given, self._columns)
         if BadRow in map(type, given.values()):
             for name, cell in given.items():

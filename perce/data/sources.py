@@ -169,11 +169,13 @@ def _checked(dataset: Any) -> Any:
     to read it would end the process."""
     import pyarrow as pa
 
-    try:
-        dataset.data.table.validate(full=True)
-    except pa.ArrowInvalid as error:
-        if "UTF8" not in str(error):  # which costs its row alone
-            raise
+    for chunk in (chunk for column in dataset.data.table.columns for chunk in column.chunks):
+        try:
+            chunk.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error) or not pa.types.is_string(chunk.type):
+                raise
+            chunk.view(pa.binary()).validate(full=True)  # a text that is not UTF-8 costs its row alone
     return dataset
 
 

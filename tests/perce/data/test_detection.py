@@ -45,7 +45,10 @@ def test_the_line_to_copy_works(tmp_path):
 
 def test_sharegpt_is_recognised(tmp_path):
     text = error(tmp_path, {"id": "1", "conversations": SHAREGPT})
-    assert "\nNearest is perce; missing: persona.\nRename fields: --columns persona=FIELD (FIELD: one of yours" in text
+    assert (
+        "\nNearest is perce; missing: persona, messages.\nRename fields: --columns persona=FIELD (FIELD: one of yours"
+        in text
+    )
     assert "`conversations` has from and value where `messages` has role and content" in text
 
 
