@@ -249,7 +249,7 @@ def test_a_run_retrieves_and_its_report_shows_what_was_picked(tmp_path, capsys):
             ["--retriever", "dense", "--retriever_model", "./nowhere"],
             ["--retriever_model ./nowhere", "no such directory", "--retriever bm25 needs no model"],
         ),
-        (["--retriever", "dense"], ["--retriever_model facebook/contriever", "an encoder", "can reach", "bm25"]),
+        (["--retriever", "dense"], ["--retriever_model facebook/contriever", "cannot reach the Hub (no net)", "bm25"]),
     ],
     ids=["unknown retriever", "k", "model without dense", "no directory", "no Hub"],
 )
@@ -264,6 +264,8 @@ def test_mistakes(flags, fragments, tmp_path, capsys, monkeypatch):
         return load(path, **options)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr("perce.hub.hub_failure", lambda: "no net")
+    capsys.readouterr()
     assert main(["--model", model, "--data", data, "--output_dir", str(tmp_path / "run"), *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "Traceback" not in error
