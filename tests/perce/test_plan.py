@@ -147,6 +147,7 @@ def test_what_cannot_be_planned_is_one_line(tmp_path, run, architecture, said):
     assert said in error and error.startswith("error: --model") and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_text_decoder_beside_a_vision_tower_is_planned(tmp_path, run):
     tiny_config("gemma3").save_pretrained(tmp_path)
     for rank in (0, 16):

@@ -20,7 +20,7 @@ ACTING = "".join(map(chr, (*range(1, 32), *range(0x7F, 0xA0)))) + BIDI + "\u2028
 MARKUP = "[bold][red][link=x]:smile:<b onclick=x>|`*"
 NAME = f"{ACTING}\nFORGED {MARKUP}"  # of a file: without a slash and NUL
 TEXT = f"{NAME}[/b]\x00"  # ends what "[bold]" did not begin
-USER = f"{TEXT}\ud83d"
+USER = TEXT  # half of a surrogate pair in it is refused
 
 
 def unseen(text: str, allowed: str = "\n") -> set[str]:
