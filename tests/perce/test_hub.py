@@ -54,8 +54,8 @@ def no_hub(monkeypatch):
         ("runs/x", ["--model runs/x: no such directory", "Did you mean runs/x1?"]),
         ("runz/x1", ["Did you mean runs/x1?"]), ("x1", ["no such directory", "Did you mean runs/x1?"]),
         ("runs/x1/checkpoint-9", ["no such directory", "Did you mean runs/x1/checkpoint-8?"]),
-        ("models/me", ["no such directory", "Hub", "Name or service not known"]),
-        ("models/m2", ["no such directory", "looked in", "Did you mean models/m1?", "hf download"]),
+        ("models/you", ["no such directory", "Hub", "Name or service not known"]),
+        ("models/me-2", ["no such directory", "looked in", "Did you mean models/me-1?", "hf download"]),
         ("./x", ["no such directory"]), ("owner/name", ["no such directory", "Hub", "Name or service not known"]),
         ("runs/x1/model.safetensors", ["a file", "Give its directory: runs/x1"]),
     ],
@@ -63,7 +63,7 @@ def no_hub(monkeypatch):
 def test_a_mistyped_model_is_a_directory_that_is_not_there(path, fragments, tmp_path, monkeypatch, no_hub):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/x1/checkpoint-8").mkdir(parents=True)
-    (tmp_path / "models/m1").mkdir(parents=True)
+    (tmp_path / "models/me-1").mkdir(parents=True)
     (tmp_path / "runs/x1/model.safetensors").touch()
     for load in (load_tokenizer, read_config):
         with pytest.raises(UserError) as caught:
