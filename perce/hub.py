@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.options import read_yaml
-from perce.environment import did_you_mean, hub_failure
+from perce.environment import did_you_mean, hub_failure, near_paths
 from perce.errors import UserError, first_line, in_one_line
 
 
@@ -137,14 +137,9 @@ def from_pretrained(
         raise UserError(f"{option} {path}: is a file. Give its directory: {local.parent}.")
     if local.exists() and not (local / "config.json").is_file():
         raise UserError(f"{option} {path}: the directory holds no config.json, so it is no saved Hugging Face model.")
-    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if not local.exists() and (path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1):
         reason = f"no such directory, and not a Hub id (name or owner/name) either.{did_you_mean(path)}"
         raise UserError(f"{option} {path}: {reason}")
-    if not local.exists() and local.parent != Path(".") and (local.parent.exists() or local.parts[0] == "runs"):
-        note = f"for a Hub id, run where there is no directory {local.parent}"
-        raise UserError(
-            f"{option} {path}: no such directory (looked in {Path.cwd()}; {note}).{did_you_mean(path)} Check the path."
-        )
     return loaded(auto_class, path, option, kind, **kwargs)
 
 
@@ -158,23 +153,27 @@ def loaded(
 ) -> Any:
     """What from_pretrained makes of a path that may be one; UserError for whatever is wrong there."""
     local = Path(path).expanduser()
-    failure = None if local.exists() else hub_failure()
-    if failure:  # what has been fetched before is there
+    missing = not local.exists()
+    mistyped = missing and local.parent != Path(".") and local.parent.is_dir() and bool(near_paths(path))
+    failure = hub_failure() if missing and not mistyped else None
+    if failure or mistyped:  # what has been fetched before is there
         kwargs["local_files_only"] = True
     try:
-        return auto_class.from_pretrained(str(local) if local.exists() else path, **kwargs)
+        return auto_class.from_pretrained(path if missing else str(local), **kwargs)
     except ImportError as error:
         attention = kwargs.get("attn_implementation")
         remedy = f" Choose another --attn_implementation than {attention}." if attention else " Install it."
         raise UserError(f"{option} {path}: a package is missing: {in_one_line(error)}.{remedy}") from error
     except Exception as error:  # a damaged file may raise anything, TypeError and the bare Exception of tokenizers too
-        if failure:
+        if failure or mistyped:
+            reason = f", which cannot reach the Hub ({failure})" if failure else ""
             raise UserError(
-                f"{option} {path}: no such directory, and as a Hub id it is not among what this machine has fetched, "
-                f"which cannot reach the Hub ({failure}).{did_you_mean(path)} Check the path, or fetch it where there "
-                "is a network (hf download)."
+                f"{option} {path}: no such directory (looked in {Path.cwd()}), and as a Hub id it is not among what "
+                f"this machine has fetched{reason}.{did_you_mean(path)} Check the path, or fetch it where there is a "
+                "network (hf download)."
             ) from error
+        here = f" Here is no such directory.{did_you_mean(path)}" if missing else ""
         raise UserError(
             f"{option} {path}: could not be loaded as {kind} ({first_line(error)}). Expected a directory with "
-            f"{expected}, or a Hub id that this machine can reach."
+            f"{expected}, or a Hub id that this machine can reach.{here}"
         ) from error

@@ -10,6 +10,7 @@ been met before. Of other tokenizers a text is one piece.
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -151,15 +152,25 @@ class _Kept(dict):
 def knows_borders(backend: Any) -> bool:
     """Whether a `tokenizers.Tokenizer` is known to make no token across a BORDER, and the same ones on both sides."""
     normalizer, steps = _rule(backend.normalizer), [*_steps(_rule(backend.pre_tokenizer))]
+    ends = _steps(_rule(backend.post_processor))
     added = backend.get_added_tokens_decoder().values()
     return (
         not any(token.lstrip or token.rstrip or token.single_word for token in added)
-        and not any(re.search(BORDER, token.content) for token in added)
+        and not any(_may_cross(token.content) for token in added)
         and (normalizer is None or normalizer["type"] == "NFC")
         and any(map(_cuts_words, steps))
         and all(_cuts_words(step) or _is_passive(step) for step in steps)
+        and not any(
+            end.get("trim_offsets") and end["add_prefix_space"] for end in ends
+        )  # spans of a text's first token
         and not getattr(backend.model, "dropout", None)
     )
+
+
+def _may_cross(token: str) -> bool:
+    """Whether an added token can lie across a BORDER, which depends on the characters around the token too."""
+    token = unicodedata.normalize("NFD", token)  # the form that has all borders of a text that NFC makes the token of
+    return any(1 < border.start() < 1 + len(token) for border in re.finditer(BORDER, f"!{token}!"))
 
 
 def _rule(part: Any) -> dict[str, Any] | None:
@@ -167,9 +178,9 @@ def _rule(part: Any) -> dict[str, Any] | None:
 
 
 def _steps(rule: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
-    """The pre-tokenizers of a sequence of them."""
+    """The pre-tokenizers, or post-processors, of a sequence of them."""
     if rule and rule["type"] == "Sequence":
-        return chain.from_iterable(map(_steps, rule["pretokenizers"]))
+        return chain.from_iterable(map(_steps, rule.get("pretokenizers") or rule.get("processors", ())))
     return [rule] if rule else []
 
 

@@ -66,28 +66,27 @@ def _from_processes(
     source: PairSource, schema: pa.Schema, starts: range, count: int
 ) -> Iterator[tuple[pa.Table, str]]:  # fmt: skip
     context: Any = multiprocessing.get_context("fork")
-    pipes, workers = [], []
+    pipes: list[Any] = []
+    workers, made = [], []
     told = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each fork is warned of
     try:
         for number in range(count):
-            ours, theirs = context.Pipe(duplex=False)
-            pipes.append(ours)
             share = starts[number::count]
-            worker = context.Process(target=_work, args=(source, schema, share, theirs, pipes), daemon=True)
-            worker.start()
+            try:
+                ours, theirs = context.Pipe(duplex=False)
+                inherited = [*pipes, ours]
+                worker = context.Process(target=_work, args=(source, schema, share, theirs, inherited), daemon=True)
+                worker.start()
+            except OSError:  # there may be no more processes, or no memory for one: its share is built by this one
+                made.append(_made(source, schema, share))
+                continue
             theirs.close()
+            pipes.append(ours)
             workers.append(worker)
+            made.append(_received(ours))
         for number in range(len(starts)):
-            found = pipes[number % count].recv()
-            if isinstance(found, Exception):
-                raise found
-            yield found
-    except EOFError:
-        raise UserError(
-            "A process that built pairs was ended from outside, as where memory is short. Close other programs, or "
-            "stream the data (--streaming)."
-        ) from None
+            yield next(made[number % count])
     finally:
         if told is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
@@ -96,6 +95,20 @@ def _from_processes(
         for worker in workers:
             worker.terminate()
             worker.join()
+
+
+def _received(pipe: Any) -> Iterator[tuple[pa.Table, str]]:
+    while True:
+        try:
+            found = pipe.recv()
+        except (EOFError, OSError):  # OSError: in the middle of a table
+            raise UserError(
+                "A process that built pairs was ended from outside, as where memory is short. Close other programs, or "
+                "stream the data (--streaming)."
+            ) from None
+        if isinstance(found, Exception):
+            raise found
+        yield found
 
 
 def _work(source: PairSource, schema: pa.Schema, starts: range, pipe: Any, inherited: list[Any]) -> None:
@@ -112,7 +125,7 @@ def _work(source: PairSource, schema: pa.Schema, starts: range, pipe: Any, inher
             pipe.send(found)
     except BrokenPipeError:
         pass
-    except Exception as error:
-        if not isinstance(error, UserError):
-            traceback.print_exc()  # it ends here, and the error alone goes on
+    except UserError as error:
         pipe.send(error)
+    except BaseException:  # of any class, which a pipe may not take or give back; a panic of tokenizers is no Exception
+        pipe.send(RuntimeError(f"a process that built pairs failed:\n{traceback.format_exc()}"))

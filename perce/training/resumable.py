@@ -235,13 +235,23 @@ class ResumableTrainer(Trainer):
         self.push_in_progress: Any = PushInProgress([job for job in jobs if job is not None])  # type: ignore[arg-type]
 
     def _upload(self, folder: Path, message: str, **options: Any) -> Any:
+        def tell_if_failed(done: Any) -> None:
+            if not done.cancelled() and (error := done.exception()):
+                self._tell_failed(error)
+
         try:
-            return HfApi(library_name="perce").upload_folder(
+            job = HfApi(library_name="perce").upload_folder(
                 repo_id=str(self.hub_model_id), folder_path=folder, commit_message=message, **options
             )
         except Exception as error:  # as above
-            note = f"the upload failed ({self._told(error)}). Everything is in {self.args.output_dir}; upload it later."
-            say(f"--push_to_hub: {note}", error=True)
+            return self._tell_failed(error)
+        if options["run_as_future"]:
+            job.add_done_callback(tell_if_failed)
+        return job
+
+    def _tell_failed(self, error: Exception) -> None:
+        note = f"the upload failed ({self._told(error)}). Everything is in {self.args.output_dir}; upload it later."
+        say(f"--push_to_hub: {note}", error=True)
 
     def _told(self, error: Exception) -> str:
         """The first line of what it says, without the token."""

@@ -54,7 +54,8 @@ def no_hub(monkeypatch):
         ("runs/x", ["--model runs/x: no such directory", "Did you mean runs/x1?"]),
         ("runz/x1", ["Did you mean runs/x1?"]), ("x1", ["no such directory", "Did you mean runs/x1?"]),
         ("runs/x1/checkpoint-9", ["no such directory", "Did you mean runs/x1/checkpoint-8?"]),
-        ("models/me", ["no such directory", "looked in", "for a Hub id, run where there is no directory models"]),
+        ("models/you", ["no such directory", "Hub", "Name or service not known"]),
+        ("models/me-2", ["no such directory", "looked in", "Did you mean models/me-1?", "hf download"]),
         ("./x", ["no such directory"]), ("owner/name", ["no such directory", "Hub", "Name or service not known"]),
         ("runs/x1/model.safetensors", ["a file", "Give its directory: runs/x1"]),
     ],
@@ -62,7 +63,7 @@ def no_hub(monkeypatch):
 def test_a_mistyped_model_is_a_directory_that_is_not_there(path, fragments, tmp_path, monkeypatch, no_hub):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/x1/checkpoint-8").mkdir(parents=True)
-    (tmp_path / "models").mkdir()
+    (tmp_path / "models/me-1").mkdir(parents=True)
     (tmp_path / "runs/x1/model.safetensors").touch()
     for load in (load_tokenizer, read_config):
         with pytest.raises(UserError) as caught:
@@ -76,6 +77,34 @@ def test_runs_that_are_not_there_are_no_hub_ids(tmp_path, monkeypatch, no_hub):
     with pytest.raises(UserError, match="--model runs/x: no such directory") as caught:
         load_tokenizer("runs/x")
     assert "service" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("failure", "there", "cached_alone"), [(None, "Qwen/other", False), ("no route", "Qwen/other", True),
+                                           (None, "Qwen/Qwen3-8B", True), (None, "Qwen3-4B-mine", False)],
+)  # fmt: skip
+def test_a_hub_id_is_one_where_a_directory_has_its_owners_name(failure, there, cached_alone, tmp_path, monkeypatch):
+    """The Hub is not asked for what may well be mistyped; what was fetched before is read all the same."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / there).mkdir(parents=True)
+    monkeypatch.setattr(hub, "hub_failure", lambda: failure)
+    fetched = SimpleNamespace(from_pretrained=lambda path, **options: (path, options))
+    expected = {"local_files_only": True} if cached_alone else {}
+    assert hub.from_pretrained(fetched, "Qwen/Qwen3-4B") == ("Qwen/Qwen3-4B", expected)
+
+
+@pytest.mark.parametrize(("path", "near"), [("Qwen/x", ""), ("x", "Did you mean runs/x1?"), ("runz/x", "runs/x1?")])
+def test_what_the_hub_does_not_have_may_be_a_directory_that_is_not_there(path, near, tmp_path, monkeypatch):
+    def unknown(path, **options):
+        raise OSError(f"{path} is not a valid model identifier")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / "runs/x1").mkdir(parents=True)
+    monkeypatch.setattr(hub, "hub_failure", lambda: None)
+    with pytest.raises(UserError, match=f"--model {path}: .*not a valid model identifier") as caught:
+        hub.from_pretrained(SimpleNamespace(from_pretrained=unknown), path)
+    assert "no such directory" in str(caught.value) and near in str(caught.value)
 
 
 def test_whether_the_hub_can_be_reached_is_asked_once_and_in_seconds(monkeypatch):

@@ -6,7 +6,7 @@ import random
 import re
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from perce.data import tokens
@@ -119,9 +119,8 @@ def byte_level(**changes):
 
 
 def test_what_is_not_known_of_a_tokenizer_is_not_assumed():
-    from tokenizers import AddedToken
-
     assert knows_borders(byte_level()) and knows_borders(byte_level(normalizer=normalizers.NFC()))
+    trimmed = processors.ByteLevel(add_prefix_space=True, trim_offsets=True)
     others = [
         byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True)),
         byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
@@ -130,12 +129,48 @@ def test_what_is_not_known_of_a_tokenizer_is_not_assumed():
         byte_level(normalizer=normalizers.Lowercase()),
         byte_level(normalizer=normalizers.Prepend("▁")),
         byte_level(model=models.BPE(dropout=0.1)),
+        byte_level(post_processor=trimmed),
+        byte_level(post_processor=processors.Sequence([trimmed])),
+        byte_level(post_processor=processors.RobertaProcessing(("</s>", 1), ("<s>", 0))),
     ]
     for token in ("New York", AddedToken("<mask>", lstrip=True), AddedToken("<x>", rstrip=True)):
         others.append(byte_level())
         others[-1].add_tokens([token])
     others.append(Tokenizer(models.BPE()))
     assert not any(map(knows_borders, others))
+
+
+def with_token(token, **changes):
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = byte_level(model=models.BPE(letters, []), **changes)
+    backend.add_tokens([token])
+    return backend
+
+
+def cut_as_whole(backend, text):
+    """Whether the pieces of a text have its tokens, if it is cut at all borders."""
+    pieces = [backend.encode(piece) for line in LINE.findall(text) for piece in PIECE.findall(line)]
+    return [name for piece in pieces for name in piece.tokens] == backend.encode(text).tokens
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_an_added_token_forbids_to_cut_where_it_may_lie_across_a_border_and_only_there(normalized):
+    short = [
+        ["".join(some) for length in range(1, longest + 1) for some in itertools.product("a \n", repeat=length)]
+        for longest in (3, 5)
+    ]
+    for content in short[0]:
+        backend = with_token(AddedToken(content, normalized=normalized))
+        assert knows_borders(backend) == all(cut_as_whole(backend, text) for text in short[1]), repr(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("\né", "x\ne\u0301x"), ("\u037e x", "a; xa"), ("é\nthe", "é\nthe"), ("\nUser:", "a.\nUser: b")],
+)
+def test_an_added_token_is_compared_as_texts_may_have_it_before_they_are_normalised(content, text):
+    backend = with_token(content, normalizer=normalizers.NFC())
+    assert cut_as_whole(backend, text) == knows_borders(backend) == (content == "é\nthe")
 
 
 def test_pieces_are_kept_as_far_as_room_is(monkeypatch):

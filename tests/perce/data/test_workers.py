@@ -1,7 +1,9 @@
 """Several processes build what one builds, in the same order, and tell the same first fault."""
 
+import errno
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -87,11 +89,61 @@ def test_what_is_skipped_is_the_same(processes):
         built(nothing, builder(max_length=600), skip=True)
 
 
-def test_a_mistake_of_ours_is_no_fault_of_the_data(processes, monkeypatch, capfd):
+def test_a_mistake_of_ours_is_no_fault_of_the_data(processes, monkeypatch):
     monkeypatch.setattr(PairBuilder, "build", lambda self, example: {}["missing"])
-    with pytest.raises(KeyError, match="missing"):
+    with pytest.raises(KeyError if processes == 1 else RuntimeError) as raised:
         built(EXAMPLES, builder())
-    assert processes == 1 or 'lambda self, example: {}["missing"]' in capfd.readouterr().err
+    said = ["missing"] if processes == 1 else ["KeyError: 'missing'", 'lambda self, example: {}["missing"]']
+    assert all(text in str(raised.value) for text in said)
+
+
+class _TwoArguments(Exception):
+    """Is pickled, and cannot be unpickled."""
+
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+class _Unpicklable(Exception):
+    def __reduce__(self):
+        raise TypeError("no pickle")
+
+
+class _Panic(BaseException):
+    """As pyo3's, of a tokenizer."""
+
+
+@pytest.mark.parametrize("error", [_TwoArguments("own words", 2), _Unpicklable("own words"), _Panic("own words")])
+def test_an_error_that_does_not_go_through_a_pipe_is_told(processes, monkeypatch, error):
+    if processes == 1:
+        pytest.skip("there is no pipe")
+
+    def build(self, example):
+        raise error
+
+    monkeypatch.setattr(PairBuilder, "build", build)
+    with pytest.raises(RuntimeError, match=f"{type(error).__name__}: own words"):
+        built(EXAMPLES, builder())
+
+
+@pytest.mark.parametrize(("call", "room"), [("fork", 0), ("fork", 2), ("pipe", 0), ("pipe", 3), ("pipe", 4)])
+def test_where_no_more_processes_can_be_started_those_that_are_there_build(processes, monkeypatch, call, room):
+    if processes == 1:
+        pytest.skip("none is started")
+    real, calls = getattr(os, call), []
+
+    def refused(*args):
+        calls.append(args)
+        if len(calls) > room:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return real(*args)
+
+    monkeypatch.setattr(os, call, refused)
+    own = builder(max_length=600)
+    assert built(EXAMPLES, own)[0] == one_by_one(EXAMPLES, builder(max_length=600)) and len(calls) > room
+    calls.clear()
+    with pytest.raises(UserError, match=r"train\.jsonl:23: "):
+        built(LONG, own)
 
 
 def test_a_process_that_is_killed_ends_the_pairing(processes, monkeypatch):
@@ -107,6 +159,16 @@ def test_a_process_that_is_killed_ends_the_pairing(processes, monkeypatch):
     monkeypatch.setattr(PairBuilder, "build", build)
     with pytest.raises(UserError, match="ended from outside"):
         built(EXAMPLES, builder())
+
+
+def test_a_process_that_is_killed_while_it_sends_ends_the_pairing_too():
+    import multiprocessing
+
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    os.write(theirs.fileno(), struct.pack("!i", 100) + b"half")
+    theirs.close()
+    with pytest.raises(UserError, match="ended from outside"):
+        next(workers._received(ours))
 
 
 def test_few_examples_and_encoders_stay_in_this_process(monkeypatch):

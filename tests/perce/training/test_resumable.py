@@ -115,6 +115,28 @@ def test_errors_have_no_token(train, tmp_path, monkeypatch):
         assert TOKEN not in result[1] + result[2], argv[0]
 
 
+def test_an_upload_in_the_background_that_fails_is_told(tmp_path, monkeypatch, capsys):
+    jobs = []
+
+    def upload_folder(self, *, run_as_future, **options):
+        assert run_as_future
+        jobs.append(Future())
+        return jobs[-1]
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/x"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    options = {"push_to_hub": True, "hub_token": "hf_secret", "hub_strategy": "checkpoint"}
+    trainer = trainer_for(model_for("full"), arguments(tmp_path, **options))
+    trainer._upload_checkpoint(tmp_path)
+    jobs[0].set_result(None)
+    jobs[1].cancel()
+    assert not capsys.readouterr().err
+    trainer._upload_checkpoint(tmp_path)
+    jobs[3].set_exception(RuntimeError("403 Forbidden: hf_secret\nadvice"))
+    said = capsys.readouterr().err
+    assert said.count("the upload failed (403 Forbidden: …)") == 1 and "hf_secret" not in said and "advice" not in said
+
+
 def test_arguments_are_pickled_without_their_token(tmp_path):
     args = arguments(tmp_path, push_to_hub=True, hub_token=TOKEN)
     assert TOKEN.encode() not in pickle.dumps(args) and TOKEN not in f"{args} {args.to_dict()}"
