@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from perce.config.commands import PlanOptions
-from perce.config.schema import ModelConfig
+from perce.config.options import require
+from perce.config.schema import LossConfig, ModelConfig
 from perce.config.step import StepConfig
 from perce.errors import UserError
 from perce.hub import read_config, stated
 from perce.model.loading import bf16_is_sound, check_backend
 from perce.model.positions import position_limit
-from perce.planning.device import DOUBTFUL, device_memory, held_by_libraries
+from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
 from perce.planning.flops import Flops, count_flops, matmul_rate
 from perce.planning.memory import Counts, PeakMemory, count, peak_memory
 from perce.planning.rehearsal import Setup
-from perce.planning.ways import MLP_TILE, command, fastest
+from perce.planning.ways import MLP_TILE, changes, command, fastest
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -56,6 +57,7 @@ class Plan:
     variants: list[Variant]
     available: int | None  # bytes of the device that is planned for, what libraries hold left out; None: not known
     command: str | None  # of train, with the fastest options that fit; None where none do, or that is not known
+    caveat: str  # what that changes of what is learned, and whether it fits closely; else empty
 
 
 def make_plan(options: PlanOptions) -> Plan:
@@ -67,12 +69,13 @@ def make_plan(options: PlanOptions) -> Plan:
     low, tflops = is_low_precision(options.model, device), options.step.tflops
     there = available(options, device)
     costs = _Costs(model_config, device)
+    proposed, caveat = _command(options, device, there, costs, asked.backend)
     return Plan(
         options, device, precision="bf16" if low else "fp32", cost=costs.of(options),
         rate=tflops * 1e12 if tflops else matmul_rate(device, low),
         largest_context=largest_context(model_config, options, device),
         variants=list(planned_variants(model_config, options, device, costs.of)),
-        available=there, command=_command(options, device, there, costs, asked.backend),
+        available=there, command=proposed, caveat=caveat,
     )  # fmt: skip
 
 
@@ -106,12 +109,24 @@ def available(options: PlanOptions, device: str) -> int | None:
     return there
 
 
-def _command(options: PlanOptions, device: str, there: int | None, costs: _Costs, backend: Any) -> str | None:
-    """Sharding has a recipe of its own, which no flags stand for."""
+def _command(
+    options: PlanOptions, device: str, there: int | None, costs: _Costs, backend: Any
+) -> tuple[str | None, str]:
+    """(command, caveat). Close to all of the memory comes only where nothing else fits, and what was asked for first.
+    Sharding has a recipe of its own, which no flags stand for."""
     if there is None or options.step.sharding != "none":
-        return None
-    way = fastest(options, device, int(DOUBTFUL * there), costs.peak, costs.work)
-    return command(replace(way, model=replace(way.model, backend=backend))) if way else None
+        return None, ""
+    doubtful = int(DOUBTFUL * there)
+    way = fastest(options, device, doubtful, costs.peak, costs.work)
+    if way is None and costs.peak(options) <= there:
+        way = options
+    way = way or fastest(options, device, there, costs.peak, costs.work)
+    if way is None:
+        return None, ""
+    said = [f"what is learned changes: {', '.join(changed)}"] if (changed := changes(options, way)) else []
+    if (peak := costs.peak(way)) > doubtful:
+        said.append(f"it takes {peak / GIB:,.2f} of {there / GIB:,.2f} GiB, which is close")
+    return command(replace(way, model=replace(way.model, backend=backend))), "; ".join(said)
 
 
 def planned_variants(
@@ -216,6 +231,8 @@ def check_positions(model_config: Any, options: PlanOptions) -> None:
 def check_options(options: PlanOptions, device: str) -> None:
     """UserError for options that a training run would refuse together."""
     step, memory, model = options.step, options.memory, options.model
+    LossConfig(step.objective, estimate=step.estimate)  # checks them together
+    require(step.context >= 16, "context", ">= 16, as --max_length of perce.train", step.context)
     if model.load_in_4bit and device == "cpu":
         raise UserError("--load_in_4bit: bitsandbytes quantises on a GPU. Expected --device cuda beside it.")
     if model.load_in_4bit and not model.lora_r:

@@ -50,10 +50,13 @@ def _verdict(plan: Plan) -> list[str]:
     else:
         said = f"too much  {_gib(peak)} GiB, {_gib(peak - there)} more than the {_gib(there)} GiB ({whose})"
     if plan.command:
-        return [said, f"run     {plan.command}"]
-    if plan.options.step.sharding != "none":
+        return [said, f"run     {plan.command}", *([f"but     {plan.caveat}"] if plan.caveat else [])]
+    remedy = "a shorter --context, a smaller model, or more memory"
+    if plan.options.step.sharding == "none":
+        return [said, f"run     nothing that is planned here fits: use {remedy}"]
+    if peak <= there:
         return [said, "run     sharded, with a recipe such as recipes/several_gpus_fsdp2.yaml"]
-    return [said, "run     nothing that is planned here fits: use a shorter --context, a smaller model, or more memory"]
+    return [said, f"run     not as it is: try what an option changes, below, or use {remedy}"]
 
 
 def _header(plan: Plan) -> list[str]:

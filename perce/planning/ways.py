@@ -15,8 +15,7 @@ ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # train
 
 
 def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions, int]]:
-    """Ways to do this step, each with how many options of it change what is learned: the gradient through the persona
-    is left out, weights are rounded to 4 bits."""
+    """Ways to do this step, each with how many options of it change what is learned."""
     step, memory, model = options.step, options.memory, options.model
     batch = step.per_device_train_batch_size
     sizes = {1: batch * step.forwards, batch: step.forwards}
@@ -36,7 +35,17 @@ def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions,
             ),
             MemoryConfig(persona, tile, offload),
         )  # fmt: skip
-        yield way, (persona != memory.persona_grad) + (four != model.load_in_4bit)
+        yield way, len(changes(options, way))
+
+
+def changes(options: PlanOptions, way: PlanOptions) -> list[str]:
+    """What a way changes of what is learned, in words."""
+    changed = {
+        "no gradient flows through the persona (--persona_grad none)":
+            way.memory.persona_grad != options.memory.persona_grad,
+        "weights are rounded to 4 bits (--load_in_4bit)": way.model.load_in_4bit != options.model.load_in_4bit,
+    }  # fmt: skip
+    return [words for words, differs in changed.items() if differs]
 
 
 def fastest(
@@ -49,10 +58,12 @@ def fastest(
     take time that is not planned. `peak`, which is slow, is asked of few.
     """
     groups: dict[tuple[int, str, bool], list[PlanOptions]] = {}
-    for way, changes in candidates(options, device):
-        groups.setdefault((changes, way.memory.persona_grad, way.model.load_in_4bit), []).append(way)
+    for way, changed in candidates(options, device):
+        groups.setdefault((changed, way.memory.persona_grad, way.model.load_in_4bit), []).append(way)
     for _, ways in sorted(groups.items(), key=lambda group: (group[0][0], min(map(work, group[1])))):
-        if peak(max(ways, key=_frugality)) > room:
+        # Of each batch size: one sequence a forward may take more, for gradients that accumulate are there meanwhile.
+        frugal = {way.step.per_device_train_batch_size: way for way in sorted(ways, key=_frugality)}
+        if all(peak(way) > room for way in [*frugal.values(), options]):
             continue
         for way in sorted(ways, key=lambda way: (work(way), way.memory.activation_offload, _changed(options, way))):
             if peak(way) <= room:
@@ -74,7 +85,7 @@ def _changed(options: PlanOptions, way: PlanOptions) -> int:
 
 
 def command(options: PlanOptions) -> str:
-    """The command of train that makes such steps; DATA stands for the data."""
+    """The command of train that makes such steps; DATA stands for the data, NAME for the run's."""
     step = options.step
     flags = []
     for section in (options.model, step, options.memory):
@@ -86,5 +97,7 @@ def command(options: PlanOptions) -> str:
             if known is None or (value == known.default and option.name not in ALWAYS):
                 continue
             flags += [f"--{name}"] if value is True else [f"--{name}", shlex.quote(str(value))]
+    if step.devices > 1:  # processes that share a run cannot each take the first directory that is free
+        flags.append("--output_dir runs/NAME")
     launcher = f"torchrun --nproc_per_node {step.devices}" if step.devices > 1 else "python"
     return " ".join([launcher, "-m perce.train --data DATA", *flags])

@@ -23,6 +23,7 @@ LOOK_AT_PERSONA = (
     "Is the persona in another column (--columns persona=NAME), was what matters dropped to fit --max_length, or is "
     "the model too small to use it (--model)? report.html shows it reply by reply."
 )
+LOOK_AT_CONTEXT = "Are the documents longer than --short_context, and does the model use such lengths?"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Facts:
     """Persona entries in the training prompts, and those that were dropped to fit max_length; 0 of a stream."""
     dropped: int
     max_length: int
+    marked: bool = False
+    """Whether the data marks personal spans itself, of any of the validation's examples."""
 
 
 def facts_of_run(trainer: Any, pairs: RunPairs, before: Mapping[str, float], after: Mapping[str, float]) -> Facts:
@@ -64,6 +67,7 @@ def facts_of_run(trainer: Any, pairs: RunPairs, before: Mapping[str, float], aft
         keeps_best=args.load_best_model_at_end, warmup=_warmup(trainer), steps=state.global_step,
         entries=sum(map(len, counted["passages"])), dropped=sum(counted["dropped_passages"]),
         max_length=args.data.max_length,
+        marked=any(getattr(example, "personal_spans", None) is not None for example in evaluated),
     )  # fmt: skip
 
 
@@ -82,30 +86,48 @@ def diagnose(facts: Facts) -> list[str]:
 
 def _persona(facts: Facts) -> str:
     """Whether the persona, or of documents the long context, helps this model at all."""
-    said, weighting = [], facts.loss.weighting
+    said, weighting, amount = [], facts.loss.weighting, _at_floor(facts.loss)
     share = _thirds(facts.log, "frac_at_floor")[1]
-    if share >= AT_FLOOR and facts.loss.entry.counterfactual and weighting.clip_min < weighting.clip_max:
+    if amount and share >= AT_FLOOR and facts.loss.entry.counterfactual and weighting.clip_min < weighting.clip_max:
         said.append(
             f"{weighting.signal_name} is at most {weighting.clip_min:g} for {share:.1%} of the tokens at the end of "
-            f"training: all weigh the same, which is cross-entropy times {weighting.clip_min:g}."
+            f"training: {amount}."
         )
     pir, earlier = facts.after.get("eval_pir_mean", math.nan), facts.before.get("eval_pir_mean", math.nan)
     if pir <= 0:
-        before = "" if math.isnan(earlier) else f" (before training {earlier:+.4f})"
+        name, found = "Mean PIR", "with the persona the replies are no likelier than without"
         if facts.documents:
-            return (
-                f"The mean log-ratio of the validation is {pir:+.4f}{before}: the long context makes the text no "
-                "likelier. Are the documents longer than --short_context, and does the model use such lengths?"
-            )
-        said.append(
-            f"Mean PIR of the validation is {pir:+.4f}{before}: with the persona the replies are no likelier than "
-            "without."
-        )
-    return " ".join([*said, LOOK_AT_PERSONA]) if said else ""
+            name, found = "The mean log-ratio", "the long context makes the text no likelier"
+        before = "" if math.isnan(earlier) else f" (before training {earlier:+.4f})"
+        said.append(f"{name} of the validation is {pir:+.4f}{before}: {found}.")
+    return " ".join([*said, LOOK_AT_CONTEXT if facts.documents else LOOK_AT_PERSONA]) if said else ""
+
+
+def _at_floor(loss: LossConfig) -> str:
+    """What the tokens weigh whose signals are all at most clip_min; "" where that may differ: the bounds of a schedule
+    lie between 1 and those of the clip."""
+    floor, schedule = loss.weighting.clip_min, loss.clip_schedule
+    if schedule != "constant" and floor > 1:
+        return ""
+    if schedule == "constant" and floor == 0:
+        return "they weigh 0, and nothing is learned of them"
+    if loss.normalize != "none":
+        return f"rescaled by --normalize {loss.normalize} all weigh 1, which is cross-entropy"
+    bound = (
+        f"{floor:g}"
+        if schedule == "constant" or floor == 1
+        else f"a bound between {floor:g} and 1 (--clip_schedule {schedule})"
+    )
+    return f"all weigh the same, which is cross-entropy times {bound}"
 
 
 def _personal_tokens(facts: Facts) -> str:
     old, new = (part.get("eval_loss_personal_tokens", 0.0) for part in (facts.before, facts.after))
+    if math.isnan(new) and facts.marked:
+        return (
+            "No token of the validation's replies is personal: the data's own marks (personal_spans) cover none. Check "
+            "their places, in characters of the response, or leave them out: words of the persona are marked then."
+        )
     if math.isnan(new) and not facts.documents:
         return (
             "No token of the validation's replies is personal: no word of theirs is in the persona but not in the "
@@ -144,11 +166,12 @@ def _validation(facts: Facts) -> str:
 
 
 def _weighted_loss(facts: Facts) -> str:
-    """Weights grow with what the model learns of the persona: the loss that is logged first is no measure of a run."""
+    """Weights grow with what the model learns of the persona: the loss that is logged first is no measure of a run.
+    Rescaled to mean 1 they do not."""
     (loss, loss_after), (ce, ce_after), (weight, weight_after) = (
         _thirds(facts.log, name) for name in ("loss", "ce", "weight_mean")
     )
-    if not (loss_after > loss and ce_after < ce and weight_after > weight):
+    if facts.loss.normalize != "none" or not (loss_after > loss and ce_after < ce and weight_after > weight):
         return ""
     return (
         f"The weighted training loss rose from {loss:.4f} to {loss_after:.4f} from the first third of the run to the "

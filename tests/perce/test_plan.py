@@ -1,6 +1,7 @@
 """perce.plan: table and JSON, devices, training recipes, mistakes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from transformers import MixtralConfig, T5Config
 
 from perce import plan as command
 from perce.planning import plans
+from perce.planning.device import GIB
 from tests.helpers.architectures import CONFIGS, tiny, tiny_config
 from tests.helpers.tiny import tiny_model
 from tests.helpers.training import printed_by
@@ -28,7 +30,7 @@ def directory(tmp_path_factory):
 @pytest.fixture
 def run(directory, capsys, monkeypatch):
     """The command without its search for what fits, which rehearses many steps; monkeypatch.undo() brings it back."""
-    monkeypatch.setattr(plans, "fastest", lambda *_: None)
+    monkeypatch.setattr(plans, "_command", lambda *_: (None, ""))
     fixed = ["--model", directory, "--context", 96, "--query", 8, "--response", 16, "--tflops", 1]
     return printed_by(command.main, capsys, *fixed)
 
@@ -65,6 +67,60 @@ def test_what_does_not_fit_is_said_first(run, monkeypatch):
     out = run("--gpu_memory", "1GiB").out
     assert out.startswith("too much  ") and "more than the 1.00 GiB (--gpu_memory)" in out
     assert "python -m perce.train" not in out and "nothing that is planned here" in out
+
+
+@pytest.fixture
+def said(run, monkeypatch):
+    """The first lines of a plan for 100 GiB, where each way takes peak(options) GiB and all have the same work."""
+    monkeypatch.undo()
+    monkeypatch.setattr(plans, "variants", lambda options, device: [])
+    monkeypatch.setattr(plans, "available", lambda *_: 100 * GIB)
+    monkeypatch.setattr(plans._Costs, "work", lambda *_: 1)
+    step_cost, costs = plans.step_cost, {}
+
+    def verdict(peak, device="cpu", *flags):
+        def cost(model_config, options, _):
+            found = costs["any"] = costs.get("any") or step_cost(model_config, options, "cpu")
+            part = replace(found.memory, phases={"forward": {"activations": int(peak(options) * GIB)}})
+            return replace(found, memory=part)
+
+        monkeypatch.setattr(plans, "step_cost", cost)
+        return run("--device", device, *flags).out.split("\n\n")[0].splitlines()
+
+    return verdict
+
+
+def test_what_fits_closely_has_a_command_that_says_so(said):
+    first, command, but = said(lambda options: 95)
+    assert first.startswith("fits    95.00 of 100.00 GiB") and first.endswith("which is close")
+    assert command.startswith("run     python -m perce.train") and "persona_grad" not in command
+    assert but == "but     it takes 95.00 of 100.00 GiB, which is close"
+    recomputed = "--activation_checkpointing"
+    _, command, but = said(lambda options: 99 - 3 * options.step.activation_checkpointing, "cpu", recomputed)
+    assert "--activation_checkpointing" in command and "96.00" in but, "as asked for, though there is a faster one"
+    first, command, but = said(lambda options: 95 if options.step.activation_checkpointing else 101)
+    assert first.startswith("too much  101.00") and "--activation_checkpointing" in command and "close" in but
+
+
+def test_a_command_that_changes_what_is_learned_is_told_in_words(said):
+    pytest.importorskip("triton")
+    peaks = {"none": 80, "full": 95}
+    first, command, but = said(lambda options: peaks[options.memory.persona_grad])
+    assert first.startswith("fits ") and "--persona_grad none" in command
+    assert but == "but     what is learned changes: no gradient flows through the persona (--persona_grad none)"
+    *_, command, but = said(lambda options: 92 if options.model.load_in_4bit else 200, "cuda")
+    assert "--load_in_4bit" in command and "persona_grad" not in but
+    assert but.endswith("changes: weights are rounded to 4 bits (--load_in_4bit); it takes 92.00 of 100.00 GiB, which "
+                        "is close")  # fmt: skip
+    assert len(said(lambda options: peaks[options.memory.persona_grad], "cpu", "--persona_grad", "none")) == 2
+    assert len(said(lambda options: 80)) == 2, "nothing to be said"
+
+
+def test_sharded_steps_that_do_not_fit_are_not_sent_to_run(said):
+    flags = "cpu", "--devices", 2, "--sharding", "full"
+    assert "recipes/several_gpus_fsdp2.yaml" in said(lambda options: 80, *flags)[1]
+    first, second = said(lambda options: 120, *flags)
+    assert first.startswith("too much") and "recipes" not in second and "nothing" not in second
 
 
 def test_device_memory_decides_on_cuda(run, monkeypatch):

@@ -63,6 +63,8 @@ def test_documents_have_neither_query_nor_persona():
         ("--activation_offload --activation_checkpointing --device cpu", "Expected --activation_checkpointing and"),
         ("--objective longce --context 1", "context: expected >= 2"),
         ("--short_stride 0", "short_stride: expected >= 1"),
+        ("--objective ce --estimate epoch", "estimate: expected online with --objective ce, which has no weights"),
+        ("--context 15 --query 4 --response 4", "context: expected >= 16"),
     ],
 )
 def test_options_that_do_not_go_together(flags, message, tmp_path, capsys):

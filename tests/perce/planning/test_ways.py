@@ -11,6 +11,7 @@ from perce.config.schema import ModelConfig
 from perce.config.step import StepConfig
 from perce.planning import ways
 from perce.planning.ways import command, fastest
+from perce.train import resolve
 from tests.helpers.plans import FULL, LORA, SHORT
 
 BIG = replace(SHORT, per_device_train_batch_size=4, gradient_accumulation_steps=2)
@@ -66,6 +67,13 @@ def test_where_nothing_fits_there_is_no_command():
     assert found(1) is None
 
 
+def test_a_batch_of_one_may_take_more():
+    """Gradients that accumulate are there while the next forward runs: of all weights, that is a copy more."""
+    whole = PlanOptions(FULL, replace(SHORT, per_device_train_batch_size=4, gradient_accumulation_steps=1))
+    chosen = fastest(whole, "cpu", 70, lambda way: 95 if way.step.forwards > 1 else 60, work)
+    assert chosen and chosen.step.per_device_train_batch_size == 4 and chosen.memory == MemoryConfig()
+
+
 def test_what_a_run_would_refuse_is_not_proposed():
     full = [options for options, _ in ways.candidates(PlanOptions(FULL, SHORT), "cuda")]
     assert not any(options.model.load_in_4bit for options in full), "needs adapters"
@@ -74,6 +82,35 @@ def test_what_a_run_would_refuse_is_not_proposed():
     documents = StepConfig(context=60, objective="longce", short_context=16, short_stride=4)
     longce = [options for options, _ in ways.candidates(PlanOptions(LORA, documents), "cuda")]
     assert not any(options.memory.persona_grad == "none" for options in longce)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PlanOptions(LORA, BIG),
+        PlanOptions(LORA, replace(BIG, devices=2)),
+        PlanOptions(
+            ModelConfig("hub/m", lora_r=8, precision="bf16", attn_implementation="eager", backend="torch"),
+            replace(BIG, objective="nextquill", estimate="frozen", devices=8), MemoryConfig(mlp_tile=7),
+        ),
+        PlanOptions(FULL, StepConfig(context=60, objective="longce", short_context=16, short_stride=4, devices=2)),
+    ],
+)  # fmt: skip
+def test_train_takes_every_command(options, monkeypatch, tmp_path):
+    """And begins such a run, in as many processes as it names: what a run resolves, it does not refuse."""
+    monkeypatch.chdir(tmp_path)
+    for way, _ in ways.candidates(options, "cuda"):
+        launcher, argv = command(way).split(" -m perce.train ")
+        monkeypatch.setenv("WORLD_SIZE", launcher.partition("torchrun --nproc_per_node ")[2] or "1")
+        taken = resolve(TRAIN.build(TRAIN.parse(shlex.split(argv)).raw))
+        step, run, loss = way.step, taken.run, taken.loss
+        assert (taken.model, taken.memory, taken.data.max_length) == (way.model, way.memory, step.context)
+        assert (loss.objective, loss.estimate, loss.short_context, loss.short_stride) == (
+            step.objective, step.estimate, step.short_context, step.short_stride,
+        )  # fmt: skip
+        assert (
+            run.per_device_train_batch_size, run.gradient_accumulation_steps, run.activation_checkpointing
+        ) == (step.per_device_train_batch_size, step.forwards, step.activation_checkpointing)  # fmt: skip
 
 
 def test_the_command_is_one_of_train():

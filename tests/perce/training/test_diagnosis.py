@@ -61,6 +61,34 @@ def test_a_floor_is_said_by_the_signal_and_the_clip_of_the_run():
     assert said(log=log(2.0, 2.0, 2.0, frac_at_floor=[1.0, 1.0, 0.9])) == ""
 
 
+def test_what_equal_weights_amount_to_follows_the_options():
+    """Rescaled they are 1; under a schedule the bound of a step is none of the clip's."""
+    at_floor = log(2.0, 2.0, 2.0, loss=2.0, weight_mean=0.8, frac_at_floor=1.0)
+
+    def amount(**options):
+        return said(log=at_floor, loss=LossConfig(**options)).partition("training: ")[2].partition(". ")[0]
+
+    assert amount() == "all weigh the same, which is cross-entropy times 0.8"
+    for normalize in ("batch", "sequence"):
+        for schedule in ("constant", "falling"):
+            text = amount(normalize=normalize, clip_schedule=schedule)
+            assert text == f"rescaled by --normalize {normalize} all weigh 1, which is cross-entropy"
+    for schedule in ("rising", "falling"):
+        text = amount(clip_schedule=schedule)
+        assert "cross-entropy times a bound between 0.8 and 1" in text and f"--clip_schedule {schedule}" in text
+        assert amount(clip_schedule=schedule, clip_min=2.0) == "", "a signal below 2 may be above the bound of its step"
+    assert "weigh 0" in amount(clip_min=0.0) and "cross-entropy" not in amount(clip_min=0.0)
+    assert "weigh 0" in amount(clip_min=0.0, normalize="batch"), "what is 0 cannot be rescaled"
+    assert "between 0 and 1" in amount(clip_min=0.0, clip_schedule="falling")
+
+
+def test_of_documents_at_the_floor_the_context_is_spoken_of():
+    at_floor = log(2.0, 2.0, 2.0, frac_at_floor=1.0)
+    loss = LossConfig("longce", contrast="log", clip_min=0.8)
+    text = said(log=at_floor, loss=loss, documents=True)
+    assert "cross-entropy times 0.8" in text and "--short_context" in text and "persona" not in text
+
+
 @pytest.mark.parametrize(
     ("before", "after", "fragments"),
     [
@@ -118,6 +146,8 @@ def test_a_weighted_loss_may_rise_while_cross_entropy_falls():
         assert number in text
     assert "no reason to stop" in text
     assert said(log=log(*falling, loss=falling, weight_mean=weights)) == ""
+    for normalize in ("batch", "sequence"):  # their mean is 1 in the loss, whatever it was before
+        assert said(log=log(*falling, loss=rising, weight_mean=weights), loss=LossConfig(normalize=normalize)) == ""
     assert said(log=log(*rising, loss=rising, weight_mean=weights)) == ""
     assert said(log=log(*falling, loss=rising, weight_mean=1.0)) == "", "another part of the loss, such as a router's"
     assert (
@@ -133,6 +163,22 @@ def test_personal_tokens_that_got_worse_or_are_none():
     text = said(before=WELL.before | none, after=WELL.after | none)
     assert "No token" in text and "--columns persona=" in text
     assert said(before={}, after=WELL.after | {"eval_loss_personal_tokens": 5.5}) == ""
+
+
+def test_personal_tokens_of_data_that_marks_them_itself():
+    """No word of theirs may be looked for in a persona; marks are what is missing."""
+    train, none = Dataset.from_list([{"input_ids": [1]}]), {"eval_loss_personal_tokens": math.nan}
+    marked = demo_examples(2)
+    plain = [replace(example, personal_spans=None) for example in marked]
+
+    def told(examples):
+        return "\n".join(diagnose(replace(run_of(train, examples), after=none, units=12, warmup=0)))
+
+    assert all(example.personal_spans is not None for example in marked)
+    assert "no word of theirs is in the persona" in told(plain) and "personal_spans" not in told(plain)
+    for examples in (marked, [plain[0], marked[1]]):
+        text = told(examples)
+        assert "No token" in text and "personal_spans" in text and "no word of theirs" not in text
 
 
 def test_personas_that_were_mostly_dropped():
