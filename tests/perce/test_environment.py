@@ -146,7 +146,7 @@ WRITERS = {
 @pytest.mark.parametrize(
     ("command", "name"),
     [("score", "out.html"), ("score", "out.json"), ("score", "out.jsonl.run.json"), ("evaluate", "out.json"),
-     ("plan", "out.json")],
+     pytest.param("plan", "out.json", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_result_is_whole_or_as_it_was(base, tmp_path, monkeypatch, capsys, command, name):
     monkeypatch.chdir(tmp_path)
@@ -193,8 +193,9 @@ def test_a_directory_that_cannot_be_written_to_is_found_before(scored, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("command", "name"), [("score", "out.html"), ("score", "out.json"), ("evaluate", "out.json"), ("plan", "out.json")]
-)
+    ("command", "name"), [("score", "out.html"), ("score", "out.json"), ("evaluate", "out.json"),
+     pytest.param("plan", "out.json", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_disk_that_is_full_at_the_end_is_one_paragraph(base, tmp_path, monkeypatch, capsys, command, name):
     monkeypatch.chdir(tmp_path)
     replace = os.replace

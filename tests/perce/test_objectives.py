@@ -209,7 +209,10 @@ def model(tmp_path_factory):
 TEXTS = [{"text": f"The bees left on day {i}. Ana wrote it down, as she does. " * 3} for i in range(12)]
 
 
-@ALL
+FAST = ("perce", "ce", "longce")  # contrasted, not contrasted, of documents
+
+
+@pytest.mark.parametrize("name", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in OBJECTIVES])
 def test_every_command_knows_it(tmp_path, model, name, capsys):
     objective = OBJECTIVES[name]
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS if PERSONAS in objective.takes else TEXTS)
