@@ -279,7 +279,7 @@ def test_the_seed_decides_everything(train, tmp_path):
 def test_a_step_is_eight_sequences_divided_by_length(longest, given, expected):
     config, _ = parse_args([x for name, value in given.items() for x in (f"--{name}", str(value))], {})
     args = SimpleNamespace(device=torch.device("cpu"))
-    run = fit_batch(config, args, {"input_ids": [[0] * longest, [0]]}).run
+    run = fit_batch(config, args, [{"input_ids": [0] * longest}, {"input_ids": [0]}]).run
     assert (run.per_device_train_batch_size, run.gradient_accumulation_steps) == expected
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
     # As the saved options say, so that a resumed run's evaluations and E-steps have the same batches.
