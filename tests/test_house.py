@@ -166,7 +166,13 @@ def test_few_rooms_stand_at_the_front():
         ("import perce", ("torch", "transformers", "datasets", "numpy", "yaml")),
         ("import perce.data.rows", ("torch", "transformers", "datasets", "pyarrow")),
         ("import perce.report.heatmap", ("torch", "matplotlib", "rich")),
-        *[(f"from perce.{name} import main; main(['--help'])", ("torch", "transformers")) for name in COMMANDS],
+        *[
+            (
+                f"from perce.{name} import main; main(['--help'])",
+                ("torch", "transformers", "datasets", "pyarrow", "rich"),
+            )
+            for name in COMMANDS
+        ],
     ],
 )
 def test_what_answers_at_once_imports_nothing_heavy(code, heavy):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -250,8 +249,6 @@ def test_the_real_model_is_smollm2_and_writes_english():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = default_model_path()
-    started = time.perf_counter()
-    assert default_model_path() == path and time.perf_counter() - started < 0.1
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
     config = lm.config
