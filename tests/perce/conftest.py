@@ -3,9 +3,25 @@
 import pytest
 
 from perce import score
+from perce.report.curves import write_curves
 from perce.train import main
 from tests.helpers.tiny import save_tiny_model, write_jsonl
 from tests.helpers.training import LIMIT, ROWS, printed_by
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory):
+    """Curves of nothing."""
+    path = tmp_path_factory.mktemp("picture") / "curves.png"
+    write_curves(path, [])
+    return path.read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def one_picture(request, picture, monkeypatch):
+    """A tiny run's curves take a third of its time. `draws` marks tests for which they are drawn."""
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr("perce.training.summary.write_curves", lambda path, *_, **__: path.write_bytes(picture))
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,11 @@ FORMULAS = {
     "nextquill": lambda logp, logp_cf, entropy: torch.where(torch.exp(logp) - torch.exp(logp_cf) > 0.05, 0.9, 0.1),
     "random": (pir, dealt),
 }
+FAST = ("perce", "ce", "longce")  # contrasted, not contrasted, of documents
 ALL = pytest.mark.parametrize("name", OBJECTIVES)
+MOST_SLOW = pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
+)
 WEIGHTED = pytest.mark.parametrize("name", [name for name, objective in OBJECTIVES.items() if objective.signal])
 
 
@@ -99,7 +103,11 @@ def test_signals_are_their_formulas_over_all_probabilities(name):
 
 
 @ALL
-@pytest.mark.parametrize("options", [{}, {"normalize": "batch", "clip_schedule": "rising"}], ids=["plain", "options"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"normalize": "batch", "clip_schedule": "rising"}, marks=pytest.mark.slow)],
+    ids=["plain", "options"],
+)
 def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, name, options):
     if OBJECTIVES[name].signal is None:
         options = {}
@@ -138,8 +146,10 @@ def test_the_first_gradient_is_the_formulas_in_every_entry(tmp_path, name):
         torch.testing.assert_close(gradients[parameter_name], parameter.grad, atol=1e-7, rtol=1e-5)
 
 
-@WEIGHTED
+@MOST_SLOW
 def test_an_epoch_of_one_step_is_the_same_estimated_at_its_start_or_online(tmp_path, name):
+    if OBJECTIVES[name].signal is None:
+        pytest.skip("there are no weights to estimate")
     losses = {}
     for estimate in ("online", "epoch", "frozen"):
         trainer = run(name, tmp_path / estimate, loss=loss_of(name, estimate=estimate))
@@ -149,7 +159,7 @@ def test_an_epoch_of_one_step_is_the_same_estimated_at_its_start_or_online(tmp_p
     assert losses["frozen"][0] == pytest.approx(losses["online"][0], abs=1e-5, rel=1e-5)
 
 
-@ALL
+@MOST_SLOW
 @pytest.mark.parametrize("estimate", ["online", "frozen"])
 def test_resume_is_bitwise_equal(tmp_path, name, estimate):
     if estimate == "frozen" and OBJECTIVES[name].signal is None:
@@ -209,10 +219,7 @@ def model(tmp_path_factory):
 TEXTS = [{"text": f"The bees left on day {i}. Ana wrote it down, as she does. " * 3} for i in range(12)]
 
 
-FAST = ("perce", "ce", "longce")  # contrasted, not contrasted, of documents
-
-
-@pytest.mark.parametrize("name", [x if x in FAST else pytest.param(x, marks=pytest.mark.slow) for x in OBJECTIVES])
+@MOST_SLOW
 def test_every_command_knows_it(tmp_path, model, name, capsys):
     objective = OBJECTIVES[name]
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS if PERSONAS in objective.takes else TEXTS)

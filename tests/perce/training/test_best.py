@@ -189,7 +189,7 @@ def stop_in_evaluation(patch, step):
 
 
 @pytest.mark.parametrize("how", [{"eval_steps": 1}, {}, {"early_stopping": 1}], ids=["steps", "epochs", "stops early"])
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_signal_in_an_evaluation_changes_nothing_of_what_is_the_best(train, tmp_path, monkeypatch, how, step):
     flags = ["--load_best_model_at_end", "true"] if "early_stopping" not in how else []
     assert train(*flags, output_dir=tmp_path / "straight", **KEEPS | how)[0] == 0
