@@ -1,5 +1,7 @@
 """A tiny model, rows to train it on, and runs of the commands."""
 
+import sys
+
 import pytest
 
 from perce import score
@@ -10,18 +12,31 @@ from tests.helpers.training import LIMIT, ROWS, printed_by
 
 
 @pytest.fixture(scope="session")
-def picture(tmp_path_factory):
-    """Curves of nothing."""
+def kept(tmp_path_factory):
+    """Curves of nothing, and what plans were asked and said."""
     path = tmp_path_factory.mktemp("picture") / "curves.png"
     write_curves(path, [])
-    return path.read_bytes()
+    return path.read_bytes(), {}
 
 
 @pytest.fixture(autouse=True)
-def one_picture(request, picture, monkeypatch):
-    """A tiny run's curves take a third of its time. `draws` marks tests for which they are drawn."""
-    if request.node.get_closest_marker("draws") is None:
-        monkeypatch.setattr("perce.training.summary.write_curves", lambda path, *_, **__: path.write_bytes(picture))
+def quick_runs(request, kept, monkeypatch):
+    """A tiny run's curves and plan take two thirds of its time: no curves are drawn, and no plan is made twice.
+    `whole` marks tests whose runs leave nothing out."""
+    if "perce.training.fits" not in sys.modules or request.node.get_closest_marker("whole"):
+        return  # tests that never train need not import what trains
+    from perce.planning.memory import peak_memory
+
+    picture, plans = kept
+
+    def once(config, *args):
+        asked = repr((config.to_dict(), *args))
+        if asked not in plans:
+            plans[asked] = peak_memory(config, *args)
+        return plans[asked]
+
+    monkeypatch.setattr("perce.training.fits.peak_memory", once)
+    monkeypatch.setattr("perce.training.summary.write_curves", lambda path, *_, **__: path.write_bytes(picture))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.helpers.training import ROWS, fails
 # ---- runs
 
 
-@pytest.mark.draws
+@pytest.mark.whole
 def test_a_whole_run_and_its_directory(train, tmp_path):
     code, out, err = train()
     run = tmp_path / "run"

@@ -21,6 +21,8 @@ from perce.training.fits import check_fits, largest_step
 from tests.helpers import training
 from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl
 
+pytestmark = pytest.mark.whole
+
 ROWS = [row | {"persona": row["persona"] * (1 + i)} for i, row in enumerate(training.ROWS)]
 
 
