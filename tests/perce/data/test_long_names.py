@@ -17,11 +17,11 @@ FILES = {
     "a column that is there twice": ("csv", f"persona,query,response,{LONG},{LONG}\na,b,c,d,e\n"),
     "a space in the header": ("csv", f"persona,query,response, {LONG}\na,b,c,d\n"),
     "a field that is there twice": ("jsonl", json.dumps(OURS)[:-1] + f', "{LONG}": 1, "{LONG}": 2}}\n'),
-    "several formats": ("jsonl", json.dumps(OURS | MANY | {"messages": [], LONG: 1})),
+    "several formats": ("jsonl", json.dumps(OURS | MANY | {"personality": [], "dialogue": [], LONG: 1})),
     "an entry of no kind": ("jsonl", json.dumps(OURS | {"persona": [MANY | {LONG: 1}]})),
     "columns of several lengths": ("jsonl", json.dumps(OURS | {"persona": {LONG: [1], "b": [1, 2]}})),
     "other fields than the first row": (
-        "jsonl", json.dumps(OURS | MANY | {LONG: 1}) + "\n" + json.dumps({"persona": ["a"], "query": "b"})
+        "jsonl", json.dumps(OURS) + "\n" + json.dumps({"persona": ["a"], "query": "b", LONG: 1} | MANY)
     ),
     "a conversation under a long name": (
         "jsonl", json.dumps({LONG: [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
@@ -63,5 +63,5 @@ def test_so_is_one_of_an_id(tmp_path, golds):
     questions.write_text(json.dumps([{"id": LONG, "input": "a", "profile": [{"text": "b"}]}]))
     outputs.write_text(json.dumps({"golds": [{"id": gold, "output": "c"} for gold in golds]}))
     with pytest.raises(UserError, match="id") as error:
-        assert load_examples(questions, "train").all
+        assert load_examples(tmp_path, "train").all
     assert len(str(error.value)) - 2 * len(str(questions)) < 900, str(error.value)
