@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from perce.errors import UserError, first_line, in_one_line
+from perce.visible import shortened
 
 PATIENCE = 3.0  # seconds without a word
 
@@ -39,7 +40,7 @@ def check_path(option: str, path: str, is_file: bool = False) -> None:
 
     is_file: it is to name a file.
     """
-    shown = path if len(path) <= 80 else f"{path[:77]}..."
+    shown = shortened(path, 80)
     if not path.strip():
         raise UserError(f"{option}: expected a path, got {path!r}. Is a variable of the shell empty?")
     expanded = os.path.expanduser(path)

@@ -8,6 +8,7 @@ encoded. They are shown as Python writes them: \x1b, \u202e.
 import json
 import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
@@ -18,6 +19,17 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 def visible(text: str, keep: str = "") -> str:
     """The text with every character that acts shown, but for those in `keep`."""
     return ACTING.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """The text, or its beginning with dots behind it: at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Names, or the first of them, in a line that stays one."""
+    names = [*names]
+    return ", ".join(shortened(name, 40) for name in names[:most]) + ", …" * (len(names) > most)
 
 
 def say(*lines: str, error: bool = False) -> None:

@@ -100,6 +100,7 @@ ABOUT_SEVERAL = {
     "test_house.py": "all modules",
     "test_extending.py": "the examples of docs/EXTENDING.md",
     "perce/data/test_fuzz.py": "files of every kind, mutated",
+    "perce/data/test_long_names.py": "every message that quotes a row",
     "perce/demo/test_demo.py": "the built-in examples and their model",
     "perce/test_backend_option.py": "--backend of every command",
     "perce/test_paths.py": "every option that is a path, of every command",

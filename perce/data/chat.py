@@ -25,6 +25,7 @@ from perce.data.template import ChatTemplate
 from perce.data.tokens import Encoded, Line, Piece, Tokens
 from perce.errors import UserError, first_line
 from perce.hub import check_tokenizer
+from perce.visible import shortened
 
 # Stand-ins for the persona and the reply, and marks in texts: private-use characters, which no template strips and no
 # real text contains.
@@ -376,5 +377,4 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _excerpt(text: str) -> str:
-    text = text.replace(CUT, "")
-    return repr(text if len(text) <= 40 else text[:37] + "...")
+    return repr(shortened(text.replace(CUT, ""), 40))

@@ -15,6 +15,7 @@ from typing import IO, Any
 from perce.data import readers
 from perce.data.readers import BadRow, Placed, check_is_text, check_names, too_long
 from perce.errors import UserError
+from perce.visible import shortened
 
 _CELL = re.compile(r'(?:"[^"]*(?:""[^"]*)*"|(?![ \t]*")[^,\r\n]*(?<!"))(,|\r?\n?\Z)')
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -90,8 +91,8 @@ def _header(path: Path, line: int, names: list[str]) -> list[str]:
         raise UserError(f"{path}: expected CSV, got JSON lines. Give the file a name that ends in .jsonl.")
     if spaced := [name for name in names if name != name.strip()]:
         raise UserError(
-            f"{path}:{line}: the name {spaced[0]!r} in the header has a space around it. Write the file without spaces "
-            "at its commas: a quote behind one quotes nothing."
+            f"{path}:{line}: the name {shortened(spaced[0])!r} in the header has a space around it. Write the file "
+            "without spaces at its commas: a quote behind one quotes nothing."
         )
     check_names(path, names, f"{path}:{line}")
     return names
@@ -131,8 +132,7 @@ def _no_cell(record: str) -> tuple[int, int] | None:
 def _stray_quote(header: list[str], record: str) -> BadRow:
     record = record.rstrip("\r\n")
     number, at = _no_cell(record) or (len(header), 0)
-    shown = record[at : at + 60]
-    got = repr(shown if len(record) - at <= 60 else shown[:57] + "...")
+    got = repr(shortened(record[at:]))
     if '\\"' in record:
         got += ", with a backslash before a quote, which does not escape it in CSV"
     expected = 'a quote only around a whole cell, without a space before it, and doubled ("") within it'

@@ -10,6 +10,7 @@ from typing import Any
 
 from perce.data.formats import FORMATS, OPTIONAL
 from perce.data.readers import BadRow
+from perce.visible import listed, shortened
 
 # What others call it, for the hint at a row of no format.
 ALSO_CALLED = {
@@ -42,9 +43,7 @@ class UnknownShape(BadRow):
     """A row that is of no format: what to do, in four lines."""
 
     def __init__(self, row: Mapping[str, Any]):
-        names = [name if len(name) <= 40 else f"{name[:37]}..." for name in row]
-        fields = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
-        super().__init__(None, "the fields of a format", f"the fields {fields}" if row else "no field")
+        super().__init__(None, "the fields of a format", f"the fields {listed(row)}" if row else "no field")
         talks = next((name for name, value in row.items() if _is_sharegpt(value)), None)
         row = {"messages" if name == talks else name: value for name, value in row.items()}
         nearest, lacking = _nearest(row)
@@ -53,7 +52,7 @@ class UnknownShape(BadRow):
         ways = [f"Rename fields: --columns {shlex.quote(line)}"] if line else []
         if None in lacking.values():
             ways[0] += " (FIELD: one of yours; what no field has must be added first)"
-        ways += [f"`{talks}` has from and value where `messages` has role and content"] if talks else []
+        ways += [f"`{shortened(talks)}` has from and value where `messages` has role and content"] if talks else []
         self.remedy = ""
         self.lines = (
             f"Nearest is {nearest}; missing: {', '.join(missing)}.",
@@ -99,6 +98,6 @@ def detect_format(row: Mapping[str, Any]) -> str:
     if len(fits) > 1:
         known = "; ".join(f"{name} ({', '.join(FORMATS[name])})" for name in fits)
         raise BadRow(
-            None, f"the fields of one format (choose with --format: {known})", f"fields of several: {', '.join(row)}"
+            None, f"the fields of one format (choose with --format: {known})", f"fields of several: {listed(row)}"
         )
     return fits[0]

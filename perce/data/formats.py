@@ -26,6 +26,7 @@ from itertools import zip_longest
 from typing import Any
 
 from perce.data.readers import BadRow, not_utf8
+from perce.visible import listed, shortened
 
 FORMATS: dict[str, tuple[str, ...]] = {  # the fields a row must have
     "perce": ("persona", "query|messages", "response|messages"),
@@ -76,7 +77,7 @@ _SHORT.maxstring = _SHORT.maxother = 80
 def show(value: object) -> str:
     """What a value is, in a few words, however large it is and however deep."""
     text = _SHORT.repr(value[:80] if isinstance(value, str) else value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {shortened(text)}"
 
 
 def _text(value: object, field: str) -> str:
@@ -101,7 +102,7 @@ def _list(value: object, field: str, of: str) -> list[Any]:
     """A non-empty list; `datasets` may hand out a list of structs as one struct of lists, which is turned back."""
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         if len({len(column) for column in value.values()}) > 1:
-            raise BadRow(field, "columns of one length", str({key: len(column) for key, column in value.items()}))
+            raise BadRow(field, "columns of one length", show({key: len(column) for key, column in value.items()}))
         value = [dict(zip(value, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not value:
         raise BadRow(field, f"a non-empty list of {of}", show(value))
@@ -121,7 +122,7 @@ def passage_text(entry: object, field: str) -> str:
                 return ""
             shown = [(label, str(entry[name])) for label, name in parts if entry.get(name) not in (None, "")]
             return _text("\n".join(f"{a}: {b}" for a, b in shown) if len(shown) > 1 else shown[0][1], field)
-    raise BadRow(field, f"an entry with one of {', '.join(kind for kind, _ in PASSAGES)}", f"fields {', '.join(entry)}")
+    raise BadRow(field, f"an entry with one of {', '.join(kind for kind, _ in PASSAGES)}", f"fields {listed(entry)}")
 
 
 def parse_persona(value: object, field: str) -> tuple[str, ...]:

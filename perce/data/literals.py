@@ -11,6 +11,7 @@ import tokenize
 from typing import Any
 
 from perce.data.readers import BadRow, parse_json
+from perce.visible import shortened
 
 LONGEST = 2**22  # characters of a Python list: its syntax tree takes a hundred times as much
 _BEGINS = re.compile(r"\[\s*(['\"\[{(]|[bru]+['\"]|None\b|nan\b|np\.|array\()|[({]\s*['\"]|array\(")
@@ -43,8 +44,7 @@ def parse_list(text: str, field: str) -> Any:
             return list(value)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         pass
-    shown = repr(bare if len(bare) <= 60 else bare[:57] + "...")
-    raise BadRow(field, expected, f"{shown}; JSON lines or Parquet keep lists as they are")
+    raise BadRow(field, expected, f"{shortened(bare)!r}; JSON lines or Parquet keep lists as they are")
 
 
 def _with_commas(text: str) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from perce.errors import UserError, in_one_line
+from perce.visible import shortened
 
 ROW_LIMIT = 64 * 2**20  # bytes, or characters: of a row, and of a cell of a CSV
 PIECE = 2**20  # characters of a JSON array that are read at a time
@@ -33,7 +34,7 @@ class BadRow(Exception):
     lines: tuple[str, ...] = ()  # below it
 
     def __init__(self, field: str | None, expected: str, got: str):
-        where = f"field '{field}': " if field else ""
+        where = f"field '{shortened(field)}': " if field else ""
         super().__init__(f"{where}expected {expected}, got {got}")
 
 
@@ -111,7 +112,7 @@ def _decode(raw: bytes) -> Any:
         return BadRow(None, "UTF-8 text", not_utf8(raw[error.start], f"at column {error.start + 1}"))
     except json.JSONDecodeError as error:
         text = error.doc.strip()
-        got = f"{error.msg} at column {error.colno}: {text if len(text) <= 60 else text[:57] + '...'}"
+        got = f"{error.msg} at column {error.colno}: {shortened(text)}"
         if text in "[{":
             got += " (an object over several lines, or a JSON array, whose file is to be called .json and begin with [)"
         return BadRow(None, "one JSON object a line", got)
@@ -253,7 +254,8 @@ def check_names(path: Path, names: list[str], where: str) -> None:
         if name and names.count(name) > 1:
             first, second = [number for number, other in enumerate(names, 1) if other == name][:2]
             raise UserError(
-                f"{where}: the field {name!r} is there twice, in columns {first} and {second}. Rename or remove one."
+                f"{where}: the field {shortened(name)!r} is there twice, in columns {first} and {second}. Rename or "
+                "remove one."
             )
 
 

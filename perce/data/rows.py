@@ -26,6 +26,7 @@ from perce.data.readers import BadRow
 from perce.data.sources import SPLITS, Source, open_data
 from perce.environment import progress
 from perce.errors import UserError
+from perce.visible import listed
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
 SURE = 1000  # rows of a stream
@@ -74,7 +75,7 @@ def _rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, obj
         if theirs in row:
             renamed[ours] = row[theirs]
         elif ours not in formats.OPTIONAL:
-            got = f"fields {', '.join(row)}{_instead(ours, theirs, row)}"
+            got = f"fields {listed(row)}{_instead(ours, theirs, row)}"
             bad = BadRow(theirs, f"it, by --columns {ours}={theirs}", got)
             bad.remedy = " Correct --columns; or the row, if others have the field (--skip_bad_rows leaves it out)."
             raise bad
@@ -162,7 +163,7 @@ class Examples:
             if theirs in self._unseen:
                 raise UserError(
                     f"--columns {ours}={theirs}: none of {rows:,} rows of {self._source.origin} has a field "
-                    f"{theirs!r}; the first has {', '.join(self._first)}{_instead(ours, theirs, self._first)}. Correct "
+                    f"{theirs!r}; the first has {listed(self._first)}{_instead(ours, theirs, self._first)}. Correct "
                     "it, or leave it out."
                 )
 
@@ -187,7 +188,7 @@ class Examples:
         if missing := missing_fields(self.format, row):
             wanted = missing[0].replace("|", "' or '")
             hint = did_you_mean(missing[0].split("|"), row)
-            raise BadRow(wanted, f"it in a row of format {self.format}", f"only {', '.join(row) or 'nothing'}{hint}")
+            raise BadRow(wanted, f"it in a row of format {self.format}", f"only {listed(row) or 'nothing'}{hint}")
         if "personal_spans" in row and (self.format != "perce" or "response" not in row):
             raise BadRow("personal_spans", "it only beside a 'response' (format perce)", f"format {self.format}")
         users = [row[name] for name in formats.USER_FIELDS.get(self.format, ("user_id",)) if name in row]

@@ -27,6 +27,7 @@ from perce.data.readers import (
 )  # fmt: skip
 from perce.environment import check_path, did_you_mean, hub_failure
 from perce.errors import UserError, first_line, in_one_line
+from perce.visible import shortened
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 READERS = {".jsonl": json_lines, ".json": json_file, ".parquet": parquet_rows, ".csv": csv_rows}
@@ -135,10 +136,14 @@ def _lamp_pair(questions: Path, outputs: Path) -> Placed:
     by_id = {str(gold["id"]): gold["output"] for gold in golds}
     if len(by_id) < len(golds):
         twice = next(key for key, count in Counter(str(gold["id"]) for gold in golds).items() if count > 1)
-        raise UserError(f"{outputs}: the id {twice!r} is there twice, with an output each. Correct the file.")
+        raise UserError(
+            f"{outputs}: the id {shortened(twice)!r} is there twice, with an output each. Correct the file."
+        )
     for place, row in json_file(questions):
         if isinstance(row, dict) and (key := str(row.get("id"))) not in by_id:
-            row = BadRow("output", f"an output in {outputs.name} for this question's id", f"none for id {key!r}")
+            row = BadRow(
+                "output", f"an output in {outputs.name} for this question's id", f"none for id {shortened(key)!r}"
+            )
         yield place, {**row, "output": by_id[str(row.get("id"))]} if isinstance(row, dict) else row
 
 

@@ -11,7 +11,7 @@ import yaml
 from perce import evaluate, plan, score
 from perce import train as train_command
 from perce.config.options import dump_yaml
-from perce.visible import as_json, visible
+from perce.visible import as_json, listed, shortened, visible
 from tests.helpers.tiny import read_jsonl, write_jsonl
 from tests.helpers.training import ROWS
 
@@ -175,3 +175,9 @@ def test_names_that_are_not_utf8(model, tmp_path, capsys):
     argv = ["--model", model, "--data", str(data), "--output_dir", str(run), "--print_config"]
     assert train_command.main(argv) == 0
     assert yaml.safe_load(capsys.readouterr().out)["data"] == str(data)
+
+
+def test_what_is_long_is_shortened():
+    assert shortened("a" * 60) == "a" * 60 and shortened("a" * 61) == "a" * 57 + "..."
+    assert listed(["a", "b" * 41]) == "a, " + "b" * 37 + "..."
+    assert listed(map(str, range(13))) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …" and listed([]) == ""
