@@ -47,6 +47,8 @@ def test_a_text_stays_a_text(tmp_path, facts):
         "[nan, 'a']",
         "[['a'], print()]",
         "['a' + 'b']",
+        "[{['a']: 'b'}]",
+        "[{'a', {'b'}}]",
         "[array(['a'])]",
         "array(['a'], dtype=object)",
         "[np.str_('I bake'), np.str_('I run')]",
@@ -55,6 +57,16 @@ def test_a_text_stays_a_text(tmp_path, facts):
 def test_what_was_a_list_and_is_none_any_more(tmp_path, facts):
     text = error(tmp_path, {**ROWS[0], "persona": facts})
     assert "data.jsonl:1: field 'persona': expected a list as JSON, Python or numpy" in text and "Parquet" in text
+
+
+@pytest.mark.parametrize("entry", ["{1: 'a'}", "{None: 'a', ('b',): 1}", "{'a'}", "b'a'", "2.5", "1j", "('a',)"])
+def test_entries_that_json_has_not(tmp_path, entry):
+    for rows in (
+        {"persona": f"['I bake.', {entry}]"},
+        {"query": None, "response": None, "messages": f"['a', {entry}]"},
+    ):
+        given = {name: value for name, value in (ROWS[0] | rows).items() if value is not None}
+        assert "expected" in (text := error(tmp_path, given)) and "data.jsonl:1: field" in text
 
 
 @pytest.mark.parametrize(
