@@ -26,10 +26,10 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def listed(names: Iterable[str], most: int = 12) -> str:
-    """Names, or the first of them, in a line that stays one."""
+def listed(names: Iterable[Any], most: int = 12) -> str:
+    """Names, or the first of them, in a line that stays one; of a list that Python wrote, they may be no texts."""
     names = [*names]
-    return ", ".join(shortened(name, 40) for name in names[:most]) + ", …" * (len(names) > most)
+    return ", ".join(shortened(str(name), 40) for name in names[:most]) + ", …" * (len(names) > most)
 
 
 def say(*lines: str, error: bool = False) -> None:

@@ -42,7 +42,7 @@ def parse_list(text: str, field: str) -> Any:
             return text
         if isinstance(value, list | tuple | set) and "..." not in written.split():
             return list(value)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # TypeError: a list as a name or in a set
         pass
     raise BadRow(field, expected, f"{shortened(bare)!r}; JSON lines or Parquet keep lists as they are")
 
