@@ -17,6 +17,7 @@ from tests.helpers import ROOT
 from tests.helpers.kills import CONFIGURATIONS, DEFAULTS, MOMENTS, prepare
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_campaign_of_kills(tmp_path):
