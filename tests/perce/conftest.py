@@ -21,7 +21,7 @@ def kept(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick_runs(request, kept, monkeypatch):
-    """A tiny run's curves and plan take two thirds of its time: no curves are drawn, and no plan is made twice.
+    """A tiny run's curves and plan take half of its time: no curves are drawn, and no plan is made twice.
     `whole` marks tests whose runs leave nothing out."""
     if "perce.training.fits" not in sys.modules or request.node.get_closest_marker("whole"):
         return  # tests that never train need not import what trains

@@ -57,6 +57,14 @@ def test_so_is_one_of_a_field_that_no_row_has(tmp_path):
     assert len(str(error.value)) - len(str(path)) < 900, str(error.value)
 
 
+def test_so_is_one_of_a_field_that_is_needed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(OURS | MANY | {LONG: 1}))
+    with pytest.raises(UserError, match="--columns persona=Profile") as error:
+        load_examples(path, "train", columns={"persona": "Profile"})
+    assert len(str(error.value)) - len(str(path)) < 900, str(error.value)
+
+
 @pytest.mark.parametrize("golds", [[LONG, LONG], ["another"]])
 def test_so_is_one_of_an_id(tmp_path, golds):
     questions, outputs = tmp_path / "train_questions.json", tmp_path / "train_outputs.json"
