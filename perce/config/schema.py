@@ -111,6 +111,10 @@ class DataConfig:
     special_tokens_in_text: Literal["text", "allow"] = _option(
         "text", "what strings of the data that spell control tokens, such as <|im_end|>, become: text, or these tokens"
     )
+    share: Literal["conversations", "none"] = _option(
+        "conversations", "the replies of a conversation that are in one batch are computed together, what they have in "
+        "common once: the same numbers in a fraction of the time; none: each by itself",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         _require(self.format in FORMAT_NAMES, "format", "one of " + ", ".join(FORMAT_NAMES), self.format)

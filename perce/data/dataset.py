@@ -32,7 +32,7 @@ from perce.data.workers import tables
 from perce.errors import UserError, in_one_line
 from perce.integrity import difference, facts_of
 
-PAIRS_VERSION = 3
+PAIRS_VERSION = 4
 """Of the code that makes pairs of examples; a test fails when the pairs change and this does not."""
 
 PAIRS = "pairs.arrow"
@@ -48,6 +48,7 @@ _PERSONA = {
     "persona_span": ListOf(Value("int32")),
     "passages": ListOf(Value("int32")),
     "dropped_passages": Value("int32"),
+    "conversation": Value("int64"),
 }
 FEATURES = {
     PairBuilder: Features(_COMMON | _PERSONA),
@@ -156,6 +157,19 @@ def sequence_lengths(dataset: Any) -> list[int]:
     return [
         n for column in pieces_of(dataset, "input_ids") for n in pyarrow.compute.list_value_length(column).to_pylist()
     ]
+
+
+def conversations(dataset: Any) -> list[list[int]]:
+    """Indices of the pairs of each conversation, in their order; a pair that is of none is by itself."""
+    if isinstance(dataset, Dataset):
+        known = "conversation" in dataset.column_names
+        keys = numbers(dataset, "conversation").tolist() if known else [None] * len(dataset)
+    else:
+        keys = [pair.get("conversation") for pair in dataset]
+    together: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        together.setdefault(("alone", index) if key is None else key, []).append(index)
+    return list(together.values())
 
 
 def pieces_of(dataset: Dataset, name: str) -> Iterator[Any]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import xxhash
+
 from perce.data.chat import CUT, THOUGHT, Chat, ChatFormat, refuse_marks
 from perce.data.formats import parse_persona, parse_turns
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, system_text
@@ -54,6 +56,8 @@ class Pair:
     """Which entries of Example.persona the prompt shows, in its order."""
     dropped_passages: int
     """Persona entries left out, last-ranked first, so that the sequence fits max_length."""
+    conversation: int
+    """The same for the examples that one row gives to one persona: they may share tokens; see sharing.py."""
 
     def counterfactual_ids(self) -> list[int]:
         return counterfactual_ids(self.input_ids, self.persona_span, self.response_length)
@@ -218,6 +222,7 @@ class PairBuilder:
             personal=self._personal(example, persona[:kept], chat),
             passages=chosen[:kept],
             dropped_passages=len(persona) - kept,
+            conversation=xxhash.xxh3_64_intdigest(repr((example.source, example.persona)).encode()) >> 1,  # of 63 bits
         )
         pair.counterfactual_ids()
         return pair

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perce.data.batch import Batch, real_tokens, token_inputs
+from perce.data.batch import Batch, token_inputs
 from perce.model.probe import evaluating
 from perce.objectives import HeadCall, Measured, RouterCall, TokenWeighting
 
@@ -65,7 +65,7 @@ def experts_used(model: nn.Module, inputs: Batch, top_k: int, *, detach_persona:
 def _factual_call(inputs: Batch, detach_persona: bool, top_k: int) -> dict[str, Any]:
     call = {name: inputs[name] for name in (("rows", "prefix") if detach_persona else ("rows",))}
     if top_k:  # behind a prefix each sequence runs by itself, without padding
-        call["router"] = RouterCall(top_k, None if detach_persona else real_tokens(inputs))
+        call["router"] = RouterCall(top_k, None if detach_persona else inputs["uses"])
     return call
 
 

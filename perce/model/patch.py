@@ -113,6 +113,8 @@ def _patch_model(model: Any) -> None:
         if perce is None:
             return own_forward(self, *args, **kwargs)
         decoder = self.get_submodule(self.perce_decoder)
+        if "spans" in kwargs:  # of four dimensions it is taken as it is: attention makes its own; see branches.py
+            kwargs["attention_mask"] = kwargs["position_ids"].new_ones(1, 1, 1, 1)
         if router := perce.get("router"):
             kwargs |= {"output_router_logits": True, "return_dict": True}
         with recorded(decoder, router) as sums:

@@ -9,7 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.mixtral import modeling_mixtral
 
 from perce import UserError
-from perce.data.batch import collate, real_tokens
+from perce.data.batch import collate
 from perce.model.auxiliary import check_own_loss, expert_sums, load_balance, router_of
 from perce.model.patch import install_perce
 from perce.objectives import RouterCall
@@ -35,10 +35,11 @@ def test_sums_of_tiles_leave_out_the_padding_of_each(tile):
     torch.testing.assert_close(load_balance(probabilities, counts, top_k=2), expected)
 
 
-def test_real_tokens_are_those_of_the_pairs():
-    batch = collate(PAIRS)
-    assert real_tokens(batch).sum(1).tolist() == [len(pair["input_ids"]) - 1 for pair in PAIRS]
-    assert real_tokens(collate(PAIRS, packing=True)) is None
+@pytest.mark.parametrize("how", [{}, {"packing": True}, {"sharing": "chains"}, {"sharing": "branches"}])
+def test_each_token_counts_as_often_as_a_sequence_has_it(how):
+    uses = collate(PAIRS, **how)["uses"]
+    assert uses.sum() == sum(len(pair["input_ids"]) - 1 for pair in PAIRS)
+    assert (uses == 0).any() == (how in ({}, {"sharing": "chains"}))
 
 
 @pytest.mark.parametrize("architecture", MIXTURES)

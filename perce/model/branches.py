@@ -1,0 +1,140 @@
+"""Attention of a row of segments, each of which sees its own path alone: what data/sharing.py has divided.
+
+    segment   queries of its tokens     keys and values of its path, and of its own tokens
+
+All else of a layer takes the row token by token, so that a linear layer is one product. Attention is one call a
+segment, of the model's own function; keys and values have their gradient from every segment that reads them. Masks are
+(segment × what it sees), only where an implementation needs one, and never T × T of the row.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from perce.data.batch import PACKED, collate, token_inputs
+from perce.data.sharing import Sharing, Span, Spans
+from perce.errors import in_one_line
+from perce.model.positions import is_dynamic, switch_length
+from perce.model.probe import attention_of_any_device, evaluating, probe_ids, unwrapped
+
+Attention = Callable[..., tuple[Tensor, Any]]
+EAGER = "eager_attention_forward"  # of each file of models in transformers
+
+# Largest change of a hidden state, in parts of the largest one; what sees one token less changes by about all of it.
+TOLERANCE, TOLERANCE_LOW_PRECISION = 1e-3, 0.1
+
+
+def sharing_of(model: Any) -> tuple[Sharing, str]:
+    """What a prepared model can share, and where that is not all, why: found out on a few tokens in eval mode. In the
+    manner of a run it is tried by trial.py."""
+    config = unwrapped(model).config
+    if is_dynamic(config) or switch_length(config) is not None:
+        return "none", f"the position encoding of {config.model_type} follows the length of a forward"
+    teach_branches(model)
+    try:
+        with evaluating(model), attention_of_any_device(unwrapped(model)), torch.no_grad():
+            change, low = _change_by_branches(model)
+    except Exception as error:  # of any kind: the model's own code
+        return "chains", f"{config.model_type} fails on branches: {in_one_line(error)}"
+    if not change <= (TOLERANCE_LOW_PRECISION if low else TOLERANCE):
+        return (
+            "chains",
+            f"{config.model_type} computes something else on branches (by {change:.2g} of a state)",
+        )
+    return "branches", ""
+
+
+def _change_by_branches(model: Any) -> tuple[float, bool]:
+    """Of hidden states, in parts of the largest; and whether they have 16 bits."""
+    ids = probe_ids(model, 16)[0].tolist()
+    of_pair: dict[str, Any] = {"persona_span": (1, 2), "response_length": 3, "personal": [False] * 3, "conversation": 0}
+    pairs = [of_pair | {"input_ids": sequence} for sequence in (ids, ids[:8], [*ids[:9], *reversed(ids[:5])])]
+    found = []
+    for sharing in ("none", "branches"):
+        batch = send_to_device(collate(pairs, sharing=sharing), model.device)
+        found.append(model(**token_inputs(batch), perce={"rows": batch["rows"]}))
+    alone, shared = found
+    return ((alone - shared).abs().max() / alone.abs().max()).item(), alone.dtype.itemsize == 2
+
+
+def teach_branches(model: nn.Module) -> None:
+    """Let attention take `spans`; without them it is what it was. Known by name to all models of this process."""
+    for name in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        if not hasattr(own := ALL_ATTENTION_FUNCTIONS[name], "perce"):
+            ALL_ATTENTION_FUNCTIONS.register(name, _segment_by_segment(own, name))
+    for module in {sys.modules[type(part).__module__] for part in model.modules()}:
+        if (own := getattr(module, EAGER, None)) and not hasattr(own, "perce"):
+            setattr(module, EAGER, _segment_by_segment(own, "eager"))
+
+
+def _segment_by_segment(own: Attention, name: str) -> Attention:
+    @functools.wraps(own)
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any,
+        spans: Spans | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        if spans is None:
+            return own(module, query, key, value, attention_mask, *args, **kwargs)
+        kwargs = {option: given for option, given in kwargs.items() if option not in PACKED}
+        window = kwargs.get("sliding_window")
+        outputs = []
+        for span in spans.spans:
+            seen = _seen(span, window)
+            keys, values = (
+                torch.cat([states[:, :, start:end] for start, end in seen], dim=2) for states in (key, value)
+            )
+            queries = query[:, :, span.start : span.end]
+            mask = _mask(spans, name, queries, keys, window)
+            outputs.append(own(module, queries, keys, values, mask, *args, **kwargs)[0])
+        return torch.cat(outputs, dim=1), None
+
+    attention.perce = True  # type: ignore[attr-defined]
+    return attention
+
+
+def _seen(span: Span, window: int | None) -> list[tuple[int, int]]:
+    """Ranges of the row that a segment sees: its path, as far as a window reaches back from its first token, and it."""
+    if window is None:
+        return [*span.path, (span.start, span.end)]
+    seen, reach = [(span.start, span.end)], window - 1
+    for start, end in reversed(span.path):
+        if reach > 0:
+            seen.insert(0, (max(start, end - reach), end))
+        reach -= end - start
+    return seen
+
+
+def _mask(spans: Spans, name: str, queries: Tensor, keys: Tensor, window: int | None) -> Any:
+    """What an implementation needs to line the queries up with the end of the keys; None where it does so itself."""
+    n, seen = queries.shape[2], keys.shape[2]
+    if "flash" in name:
+        return None
+    reach = window or seen
+    plain = name not in ("eager", "flex_attention")
+    if plain and seen <= reach and n in (1, seen):  # is_causal of sdpa: one token sees all
+        return None
+    kept = name, n, seen, reach, queries.dtype, queries.device
+    if kept not in spans.masks:
+        spans.masks[kept] = _made(*kept)
+    return spans.masks[kept]
+
+
+def _made(name: str, n: int, seen: int, reach: int, dtype: torch.dtype, device: torch.device) -> Any:
+    before = seen - n  # keys of the path
+
+    def sees(_batch: Any, _head: Any, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query + before) & (key > query + before - reach)
+
+    if name == "flex_attention":
+        return create_block_mask(sees, 1, None, n, seen, device=device, _compile=device.type == "cuda")
+    mask = sees(None, None, torch.arange(n, device=device)[:, None], torch.arange(seen, device=device))[None, None]
+    if name == "eager":
+        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
+    return mask
