@@ -1,12 +1,13 @@
-"""One step of two made-up examples, made as the run will make its own, against the model's own logits.
+"""One step of made-up examples, made as the run will make its own, against the model's own logits.
 
-    ours    training mode, both sequences in one batch, padded or packed, with the run's checkpointing, tiles and
+    ours    training mode, all sequences in one batch, padded, packed or shared, with the run's checkpointing, tiles and
             persona_grad; windows of attention, tiles and chunks of the persona shorter than the sequences
     own     the model's own forward in eval mode, one sequence at a time, and PerCE's formula on its whole logits
 
-What is compared: log-probabilities with and without the persona, and the loss's gradient with respect to the embedded
-tokens, which has come through every layer. With persona_grad="none" that of the tokens behind the persona, which is
-the same: by causality nothing they compute reaches the persona's keys and values.
+What is compared: log-probabilities with and without the persona, and the loss's gradient with respect to the embedding
+of each token id, which has come through every layer; ids differ but where sequences share them. With
+persona_grad="none" that of the tokens behind the persona, which is the same: by causality nothing they compute reaches
+the persona's keys and values.
 """
 
 import contextlib
@@ -28,12 +29,15 @@ from perce.model.passes import counterfactual_hidden, factual
 from perce.model.probe import attention_of_any_device, evaluating, unwrapped
 from perce.objectives import OBJECTIVES, HeadCall
 
-# (tokens before the persona, of it, of the query, of the response): the longer one is padded to, or packed before
+# (tokens before the persona, of it, of the query, of the response): the longer one is padded to, or packed before.
 SHAPES = ((4, 13, 6, 7), (3, 6, 5, 4))
+GOES_ON = 9, 5  # tokens of a second query and reply of the first one's conversation: the two are a chain
+THOUGHT = 3  # tokens before another reply to the second query, of which the last are the same: a branch
 SHORT = 8  # tokens of a window, a tile and a chunk of the persona meanwhile: less than a sequence, or its persona
 # Of attention, and tokens that an index lets through, as configs and modules call them.
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size", "index_topk")
 DRAWS_AMONG_TIES = ("phimoe",)  # SparseMixer: too seldom to be found on few tokens of few layers
+SHARED = "share conversations"
 WEIGHTING = OBJECTIVES["perce"].weighting()
 # Largest difference of log-probabilities, as root mean square over the tokens, and of a gradient, in parts of its norm.
 # fp32 shows 1e-5, bf16 with 30 layers 0.03 of both; a persona that is lost is 1 of either.
@@ -49,6 +53,7 @@ class Manner:
     checkpointing: Mapping[str, Any] | None = None  # the arguments of torch's checkpoint; None: there is none
     detach_persona: bool = False
     tiles: bool = False
+    separately: Callable[[Sequence[Mapping[str, Any]]], Batch] | None = None  # instead of collate, where that shares
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:
@@ -57,16 +62,17 @@ class Manner:
             ({"activation_checkpointing": {"checkpointing": None}} if self.checkpointing is not None else {})
             | ({"persona_grad none": {"detach_persona": False}} if self.detach_persona else {})
             | ({"mlp_tile": {"tiles": False}} if self.tiles else {})
+            | ({SHARED: {"collate": self.separately, "separately": None}} if self.separately else {})
         )
 
 
 @dataclass(frozen=True)
 class Step:
-    """Of the response's tokens (N,), and of the embedded tokens of each sequence (T, D)."""
+    """Log-probabilities of the response's tokens (N,), and gradients by the embedded token's id (D,)."""
 
     logp: Tensor
     logp_cf: Tensor
-    gradients: list[Tensor]
+    gradients: dict[int, Tensor]
 
 
 def check_step(model: Any, manner: Manner) -> None:
@@ -93,7 +99,7 @@ def check_step(model: Any, manner: Manner) -> None:
             raise
         except Exception as error:  # of any kind: the model's own code
             raise UserError(
-                f"{name}: a trial step of two short sequences fails{_with(manner.options)}: {in_one_line(error)}"
+                f"{name}: a trial step of a few short sequences fails{_with(manner.options)}: {in_one_line(error)}"
             ) from error
     if noisy:
         raise UserError(
@@ -101,7 +107,8 @@ def check_step(model: Any, manner: Manner) -> None:
             f"the counterfactual one, and would bias every PIR. {REMEDY}"
         )
     if alone:
-        raise UserError(f"{name}: with {alone}, {difference}. Without, a trial step is right: leave {alone} out.")
+        remedy = "use --share none" if alone == SHARED else f"leave {alone} out"
+        raise UserError(f"{name}: with {alone}, {difference}. Without, a trial step is right: {remedy}.")
     if difference:
         raise UserError(
             f"{name}: {difference}{_with(manner.options)}. Its training would be wrong, in a way not known here."
@@ -121,17 +128,27 @@ def _with(options: Mapping[str, Any]) -> str:
 
 
 def made_up_pairs(model: Any) -> list[dict[str, Any]]:
-    """Two pairs, as data.pairs makes them, of token ids from all over the vocabulary."""
-    vocabulary, pairs, first = model.get_input_embeddings().weight.shape[0], [], 1
-    for before, persona, query, response in SHAPES:
-        length = before + persona + query + response
-        pairs.append(
-            {
-                "input_ids": [n * 97 % vocabulary for n in range(first, first + length)],
-                "persona_span": (before, before + persona), "response_length": response, "personal": [False] * response,
-            }
-        )  # fmt: skip
-        first += length
+    """Pairs, as data.pairs makes them, of token ids from all over the vocabulary: a chain, a branch, one by itself."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    drawn = (n * 97 % vocabulary for n in itertools.count(1))
+
+    def tokens(count: int) -> list[int]:
+        return list(itertools.islice(drawn, count))
+
+    def pair(ids: list[int], before: int, persona: int, response: int, conversation: int) -> dict[str, Any]:
+        return {
+            "input_ids": ids, "persona_span": (before, before + persona), "response_length": response,
+            "personal": [False] * response, "conversation": conversation,
+        }  # fmt: skip
+
+    pairs = []
+    for number, (before, persona, query, response) in enumerate(SHAPES):
+        ids = tokens(before + persona + query + response)
+        pairs.append(pair(ids, before, persona, response, number))
+    (before, persona, *_), first, (query, response) = SHAPES[0], pairs[0]["input_ids"], GOES_ON
+    prompt, reply = first + tokens(query), tokens(response)
+    pairs.append(pair(prompt + reply, before, persona, response, 0))
+    pairs.append(pair(prompt + tokens(THOUGHT) + reply, before, persona, THOUGHT + response, 0))
     return pairs
 
 
@@ -151,8 +168,8 @@ def _own_step(model: Any, pairs: Sequence[Mapping[str, Any]]) -> Step:
             found.append((logp(ids, n), without))
         with_persona, without = map(torch.cat, zip(*found, strict=True))
         weight = WEIGHTING.weight((with_persona - without).detach())
-        gradients = torch.autograd.grad(-(weight * with_persona).mean(), embedded)
-    return Step(with_persona.detach(), without, [gradient.flatten(0, 1) for gradient in gradients])
+        gradients = _by_id(-(weight * with_persona).mean(), embedded)
+    return Step(with_persona.detach(), without, gradients)
 
 
 def _step(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner) -> Step:
@@ -162,22 +179,17 @@ def _step(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner) -> Ste
         with _embedded(model) as embedded:
             call = HeadCall(batch["target"], WEIGHTING, hidden_cf)
             done = factual(model, batch, call, detach_persona=manner.detach_persona)
-            gradients = torch.autograd.grad(done.loss, embedded)
-    return Step(done.logp, done.logp_cf, _by_sequence(gradients, [len(pair["input_ids"]) - 1 for pair in pairs]))
+            gradients = _by_id(done.loss, embedded)
+    return Step(done.logp, done.logp_cf, gradients)
 
 
-def _by_sequence(gradients: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-    """Of each sequence (T, D), without padding; gradients: of each forward that embedded something."""
-    first = gradients[0]
-    if len(gradients) == len(lengths):  # one sequence after the other
-        return [gradient.flatten(0, 1) for gradient in gradients]
-    if first.shape[:2] == (max(lengths), len(lengths)):  # XLNet embeds position by position
-        first = first.transpose(0, 1)
-    if first.shape[:2] == (len(lengths), max(lengths)):  # padded
-        return [gradient[:length] for gradient, length in zip(first, lengths, strict=True)]
-    if first.shape[:2] == (1, sum(lengths)):  # packed
-        return list(first[0].split(list(lengths)))
-    raise ValueError(f"it embeds {len(lengths)} sequences of {max(lengths)} tokens as {tuple(first.shape)}")
+def _by_id(loss: Tensor, embedded: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+    """The gradient with respect to what each token id is embedded as, summed over the tokens that have it."""
+    ids, outputs = zip(*embedded, strict=True)
+    gradients = [gradient.flatten(0, -2) for gradient in torch.autograd.grad(loss, outputs)]
+    known, place = torch.cat([x.flatten() for x in ids]).unique(return_inverse=True)
+    summed = torch.zeros(len(known), gradients[0].shape[-1], dtype=gradients[0].dtype, device=place.device)
+    return dict(zip(known.tolist(), summed.index_add(0, place, torch.cat(gradients)), strict=True))
 
 
 def _batch(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner) -> Batch:
@@ -195,8 +207,8 @@ def _difference(own: Step, ours: Step, low: bool) -> str | None:
                 f"log-probabilities of a response {what} the persona are off by {found:.2g} (allowed {allowed_logp:g}) "
                 "from those of the model's own logits"
             )
-    pairs = zip(own.gradients, ours.gradients, strict=True)
-    one, other = map(torch.cat, zip(*((one[-len(other) :], other) for one, other in pairs), strict=True))
+    both = sorted(own.gradients.keys() & ours.gradients)  # padding is of ours alone, a detached persona of its own
+    one, other = (torch.stack([gradients[token] for token in both]) for gradients in (own.gradients, ours.gradients))
     found = ((one - other).float().norm() / one.float().norm()).item()
     if not found <= allowed_gradient:
         return (
@@ -231,15 +243,16 @@ def _as_in_training(model: nn.Module, manner: Manner) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _embedded(model: Any) -> Iterator[list[Tensor]]:
-    """What the input embeddings return meanwhile, where gradients are on: tensors to differentiate with respect to."""
-    outputs: list[Tensor] = []
+def _embedded(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """What the input embeddings are given and return meanwhile, where gradients are on: token ids, and tensors to
+    differentiate with respect to."""
+    outputs: list[tuple[Tensor, Tensor]] = []
 
-    def keep(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def keep(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return output
-        outputs.append(output.detach().requires_grad_())
-        return outputs[-1].clone()  # which the model may change in place
+        outputs.append((args[0], output.detach().requires_grad_()))
+        return outputs[-1][1].clone()  # which the model may change in place
 
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:
