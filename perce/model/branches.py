@@ -22,13 +22,14 @@ from perce.data.batch import PACKED, collate, token_inputs
 from perce.data.sharing import Sharing, Span, Spans
 from perce.errors import in_one_line
 from perce.model.positions import is_dynamic, switch_length
-from perce.model.probe import attention_of_any_device, evaluating, probe_ids, unwrapped
+from perce.model.probe import attention_of_any_device, evaluating, probe_ids, short_windows, unwrapped
 
 Attention = Callable[..., tuple[Tensor, Any]]
 EAGER = "eager_attention_forward"  # of each file of models in transformers
 
 # Largest change of a hidden state, in parts of the largest one; what sees one token less changes by about all of it.
 TOLERANCE, TOLERANCE_LOW_PRECISION = 1e-3, 0.1
+WINDOW = 5  # tokens of windows meanwhile: a branch reaches beyond it
 
 
 def sharing_of(model: Any) -> tuple[Sharing, str]:
@@ -39,15 +40,13 @@ def sharing_of(model: Any) -> tuple[Sharing, str]:
         return "none", f"the position encoding of {config.model_type} follows the length of a forward"
     teach_branches(model)
     try:
-        with evaluating(model), attention_of_any_device(unwrapped(model)), torch.no_grad():
+        base = unwrapped(model)
+        with evaluating(model), attention_of_any_device(base), short_windows(base, WINDOW), torch.no_grad():
             change, low = _change_by_branches(model)
     except Exception as error:  # of any kind: the model's own code
         return "chains", f"{config.model_type} fails on branches: {in_one_line(error)}"
     if not change <= (TOLERANCE_LOW_PRECISION if low else TOLERANCE):
-        return (
-            "chains",
-            f"{config.model_type} computes something else on branches (by {change:.2g} of a state)",
-        )
+        return "chains", f"{config.model_type} computes other states on branches, by {change:.2g} of the largest"
     return "branches", ""
 
 

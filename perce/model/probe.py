@@ -1,13 +1,14 @@
 """What running a model beside its training takes: eval mode and back; a few tokens to check a loaded model on."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from perce.data.batch import packed
 from perce.errors import UserError
@@ -60,6 +61,29 @@ def attention_of_any_device(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(own)
+
+
+# Of attention, and tokens that an index lets through, as configs and modules call them.
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size", "index_topk")
+
+
+@contextlib.contextmanager
+def short_windows(model: nn.Module, tokens: int) -> Iterator[None]:
+    """Windows of so many tokens, so that short sequences reach beyond them, in modules, masks and caches alike."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
+    before = [
+        (holder, name, value)
+        for holder, name in itertools.product([*model.modules(), *configs.values()], WINDOWS)
+        if type(value := vars(holder).get(name)) is int and value > tokens
+    ]
+    try:
+        for holder, name, _ in before:
+            setattr(holder, name, tokens)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
 
 
 PACKING_TOLERANCE = 0.1  # of what seeing the sequence before does to hidden states; bf16 noise is far below

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from perce.data.batch import Batch
 from perce.errors import UserError, in_one_line
@@ -26,7 +25,7 @@ from perce.model import prefill
 from perce.model.memory import checkpointed, tiles_of
 from perce.model.noise import REMEDY, without_adapter_noise
 from perce.model.passes import counterfactual_hidden, factual
-from perce.model.probe import attention_of_any_device, evaluating, unwrapped
+from perce.model.probe import attention_of_any_device, evaluating, short_windows, unwrapped
 from perce.objectives import OBJECTIVES, HeadCall
 
 # (tokens before the persona, of it, of the query, of the response): the longer one is padded to, or packed before.
@@ -34,8 +33,6 @@ SHAPES = ((4, 13, 6, 7), (3, 6, 5, 4))
 GOES_ON = 9, 5  # tokens of a second query and reply of the first one's conversation: the two are a chain
 THOUGHT = 3  # tokens before another reply to the second query, of which the last are the same: a branch
 SHORT = 8  # tokens of a window, a tile and a chunk of the persona meanwhile: less than a sequence, or its persona
-# Of attention, and tokens that an index lets through, as configs and modules call them.
-WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size", "index_topk")
 DRAWS_AMONG_TIES = ("phimoe",)  # SparseMixer: too seldom to be found on few tokens of few layers
 SHARED = "share conversations"
 WEIGHTING = OBJECTIVES["perce"].weighting()
@@ -84,7 +81,7 @@ def check_step(model: Any, manner: Manner) -> None:
             f"{name}: in training mode its routers draw among experts whose scores tie, and rounded to 16 bits scores "
             "do tie: it would be noise in the factual pass alone. Use --precision fp32."
         )
-    with attention_of_any_device(model), _short_windows(model):
+    with attention_of_any_device(model), short_windows(model, SHORT):
         try:
             own = _own_step(model, pairs)
             difference = _difference(own, _step(model, pairs, manner), low)
@@ -260,22 +257,3 @@ def _embedded(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
             yield outputs
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def _short_windows(model: nn.Module) -> Iterator[None]:
-    """Windows of SHORT tokens, so that short sequences reach beyond them, in modules, masks and caches alike."""
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
-    before = [
-        (holder, name, value)
-        for holder, name in itertools.product([*model.modules(), *configs.values()], WINDOWS)
-        if type(value := vars(holder).get(name)) is int and value > SHORT
-    ]
-    try:
-        for holder, name, _ in before:
-            setattr(holder, name, SHORT)
-        yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)

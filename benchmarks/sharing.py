@@ -1,0 +1,161 @@
+"""Peak memory of eight replies of one conversation, shared or separate: `python -m benchmarks.sharing WAY` as JSON.
+
+    shared       as one batch of what data/sharing.py has divided
+    sequences    eight sequences a batch, padded to the longest, in an order drawn by chance
+    tokens       as many sequences of similar length as a budget of padded tokens takes
+
+Conversations are of real data, or of chance ids in the lengths of personachat-convai2. The model has
+SmolLM2-135M's shape and random weights, all of which train.
+"""
+
+import ctypes
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
+
+WAYS = ("shared", "sequences", "tokens")
+REPLIES, BUDGET = 8, 4096  # of a batch: the defaults of a run on a CPU
+LENGTHS = {"persona": 60, "query": 16, "reply": 14}  # about the means of personachat-convai2
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+Pairs = list[dict[str, Any]]
+
+
+def conversation(replies: int = REPLIES) -> Pairs:
+    """Of chance ids, a chain."""
+    rng, shown, pairs = random.Random(0), [], []
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(49152) for _ in range(count)]
+
+    shown = tokens(8 + LENGTHS["persona"])
+    for _ in range(replies):
+        shown = shown + tokens(LENGTHS["query"] + LENGTHS["reply"])
+        pairs.append(
+            {
+                "input_ids": shown, "persona_span": (8, 8 + LENGTHS["persona"]), "response_length": LENGTHS["reply"],
+                "personal": [False] * LENGTHS["reply"], "conversation": 0,
+            }
+        )  # fmt: skip
+    return pairs
+
+
+def pairs_of(directory: Path, template: str | None, at_least: int) -> Pairs:
+    """Of the first conversations of a test split, whole, until there are so many replies."""
+    from perce import load_examples
+    from perce.data.dataset import conversations
+    from perce.data.pairs import PairBuilder
+    from perce.demo import default_model_path
+    from perce.hub import load_tokenizer
+
+    tokenizer = load_tokenizer(str(default_model_path()))
+    tokenizer.chat_template = template or tokenizer.chat_template
+    builder = PairBuilder(tokenizer, max_length=5000)
+    examples = load_examples(directory, "test", limit=at_least + 100).all
+    pairs = [vars(builder.build(example)) for example in examples]
+    taken: Pairs = []
+    for indices in conversations(pairs):
+        if len(taken) < at_least:
+            taken += [pairs[index] for index in indices]
+    return taken
+
+
+def batches(way: str, pairs: Pairs) -> list[dict[str, Any]]:
+    """What a step's forwards take."""
+    from perce.data.batch import collate
+    from perce.data.dataset import conversations
+    from perce.training.sampler import TokenBatches
+
+    if way == "shared":
+        return [collate([pairs[i] for i in whole], sharing="branches") for whole in conversations(pairs)]
+    order = random.Random(0).sample(range(len(pairs)), len(pairs))
+    dealt: Sequence[Sequence[int]] = [order[start : start + REPLIES] for start in range(0, len(order), REPLIES)]
+    if way == "tokens":
+        dealt = list(TokenBatches([len(pair["input_ids"]) for pair in pairs], BUDGET, seed=0))
+    return [collate([pairs[i] for i in indices]) for indices in dealt]
+
+
+def step(model: Any, dealt: Sequence[Mapping[str, Any]]) -> float:
+    """The PerCE loss of all replies, after its backward."""
+    import torch
+
+    from perce.model.passes import counterfactual_hidden, factual
+    from perce.objectives import OBJECTIVES, HeadCall
+
+    weighting, items = OBJECTIVES["perce"].weighting(), sum(len(batch["target"]) for batch in dealt)
+    total = 0.0
+    for batch in dealt:
+        given = dict(batch)
+        call = HeadCall(given["target"], weighting, counterfactual_hidden(model, given), num_items=torch.tensor(items))
+        loss = factual(model, given, call).loss
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def flops(config: Any, weights: int, pairs: Pairs, shared: bool) -> int:
+    """Floating-point operations of a step: of what is computed, and nothing for padding. weights: of the layers."""
+    from perce.data.dataset import conversations
+    from perce.data.pairs import counterfactual_pieces
+    from perce.data.sharing import segmented
+    from perce.objectives import OBJECTIVES
+    from perce.planning.flops import attention_flops
+
+    units = [0] * len(pairs)
+    for number, indices in enumerate(conversations(pairs)):
+        for index in indices:
+            units[index] = number
+    total = 0
+    for passes, sequences in (
+        (3, [pair["input_ids"][:-1] for pair in pairs]),  # a forward, and a backward of twice that
+        (1, [counterfactual_pieces(pair)[0][0][:-1] for pair in pairs]),
+    ):
+        for segment in segmented(sequences, units, "branches" if shared else "none")[0]:
+            before, length = segment.position, len(segment.ids)
+            attention = attention_flops(config, before + length) - attention_flops(config, before)
+            total += passes * (2 * weights * length + attention)
+    rows = sum(pair["response_length"] for pair in pairs)
+    products = 3 + OBJECTIVES["perce"].products
+    return total + products * 2 * rows * config.hidden_size * config.vocab_size
+
+
+def measure(way: str) -> dict[str, float]:
+    """In this process: call once in a fresh one."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+    from benchmarks.test_step import smollm2_135m
+    from perce.model.branches import teach_branches
+
+    model = smollm2_135m().train()
+    teach_branches(model)
+    step(model, batches(way, conversation(1)))  # thread pools, GEMM primitives, the gradients
+    dealt = batches(way, conversation())
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = status_bytes("VmRSS")
+    loss = step(model, dealt)
+    return {"peak_extra_bytes": status_bytes("VmHWM") - before, "loss": loss}
+
+
+def measured_in_a_child(way: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.sharing", way]
+    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or sys.argv[1] not in WAYS:
+        sys.exit(f"{__doc__}\nWAY is one of: {', '.join(WAYS)}.")
+    print(json.dumps(measure(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

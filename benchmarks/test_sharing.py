@@ -1,0 +1,82 @@
+"""Replies of a conversation computed together, against each by itself in the better of two ways to batch them."""
+
+import os
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from benchmarks import sharing
+from benchmarks.test_step import smollm2_135m
+from perce.model.branches import teach_branches
+
+CASES = {  # directory, chat template, replies at least, what the ratio has to be: a share of the ceiling, or itself
+    "chance ids": (None, None, 8, "85 %"),
+    "personachat-convai2": ("personachat-convai2", None, 16, "85 %"),
+    "synthetic-persona-chat": ("synthetic-persona-chat", None, 16, "85 %"),
+    "personachat-convai2, Qwen3's template": ("personachat-convai2", sharing.QWEN3, 16, "2 ×"),
+}
+ROUNDS = 2
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.slow if CASES[name][0] else ()) for name in CASES]
+)
+@pytest.mark.benchmark(group="replies of a conversation: together against separately")
+def test_together_against_separately(benchmark, case):
+    name, template, replies, wanted = CASES[case]
+    if name is None:
+        pairs = sharing.conversation(replies)
+    else:
+        directory = Path(os.environ.get("PERCE_TEST_DATA", "")) / name
+        if not os.environ.get("PERCE_TEST_DATA") or not directory.is_dir():
+            pytest.skip(f"needs the directory {name} in $PERCE_TEST_DATA")
+        pairs = sharing.pairs_of(directory, template, replies)
+    model = smollm2_135m().train()
+    teach_branches(model)
+    weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+    ceiling = sharing.flops(model.config, weights, pairs, False) / sharing.flops(model.config, weights, pairs, True)
+    dealt = {way: sharing.batches(way, pairs) for way in sharing.WAYS}
+    losses: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {way: [] for way in sharing.WAYS}
+
+    def step(way: str) -> None:
+        model.zero_grad(set_to_none=True)
+        started = time.perf_counter()
+        losses[way] = sharing.step(model, dealt[way])
+        seconds[way].append(time.perf_counter() - started)
+
+    def separately() -> None:
+        step("sequences")
+        step("tokens")
+
+    step("shared")  # what is first has threads and primitives to make
+    seconds["shared"].clear()
+    benchmark.pedantic(step, args=("shared",), setup=separately, rounds=ROUNDS)
+    torch.testing.assert_close(losses["shared"], losses["sequences"], rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(losses["tokens"], losses["sequences"], rtol=1e-4, atol=0.0)
+    medians = {way: median(times) for way, times in seconds.items()}
+    ratio = min(medians["sequences"], medians["tokens"]) / medians["shared"]
+    benchmark.extra_info |= {
+        "case": case, "replies": len(pairs), "ratio_to_separate": round(ratio, 2), "flop_ceiling": round(ceiling, 2),
+        "share_of_ceiling": round(ratio / ceiling, 3), "seconds": {way: round(x, 2) for way, x in medians.items()},
+        "tokens": [sum(int(batch["tokens"][i]) for batch in dealt["shared"]) for i in (0, 1)],
+    }  # fmt: skip
+    print(f"\n{case}: {dict(benchmark.extra_info)}")
+    assert ratio >= (2 if wanted == "2 ×" else 0.85 * ceiling)
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark(group="replies of a conversation: peak memory")
+def test_memory_is_no_higher(benchmark):
+    found: dict[str, float] = {}
+
+    def measure() -> None:
+        found.update({way: sharing.measured_in_a_child(way)["peak_extra_bytes"] / 2**20 for way in sharing.WAYS})
+
+    benchmark.pedantic(measure, rounds=1)
+    benchmark.extra_info |= {"peak_extra_mib": {way: round(size) for way, size in found.items()}}
+    print(f"\n{dict(benchmark.extra_info)}")
+    assert found["shared"] <= min(found["sequences"], found["tokens"])
