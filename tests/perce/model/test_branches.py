@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from perce.data.batch import collate
+from perce.data.batch import collate, token_inputs
 from perce.data.sharing import Spans
-from perce.model.branches import sharing_of
+from perce.model.branches import _segment_by_segment, sharing_of
 from perce.model.patch import prepare_model
 from tests.helpers.conversations import Exact, conversations
 from tests.helpers.models import perce_forward
@@ -88,3 +89,64 @@ def test_a_shift_by_one_token_shows(architecture, what, monkeypatch):
     separate, batch = step(model, pairs, "none"), collate(pairs, sharing="branches")
     monkeypatch.setitem(globals(), "collate", lambda *_, **__: shifted(batch, what))
     assert largest_difference(step(model, pairs, "branches"), separate) > 1e-3
+
+
+def lined_up_at_the_end(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """What flash attention computes: queries are the last of the keys, and a window reaches back from each."""
+    assert attention_mask is None and not kwargs.keys() & {"position_ids", "cu_seq_lens_q"}
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    at = torch.arange(key.shape[2])
+    distance = at[-query.shape[2] :, None] - at
+    hidden = (distance < 0) | (distance >= (sliding_window or key.shape[2]))
+    scores = (query @ key.mT * scaling).masked_fill(hidden, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_flash_attention_is_given_no_mask(architecture, monkeypatch):
+    model, pairs = prepared(architecture), conversations(thought=True)
+    separate = step(model, pairs, "none")
+    flash = _segment_by_segment(lined_up_at_the_end, "flash_attention_2")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", flash)
+    assert largest_difference(step(model, pairs, "branches"), separate) < 1e-9
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@torch.no_grad()
+def test_flex_attention_has_a_block_mask_a_segment(architecture):
+    """On a CPU it has no backward."""
+    model, pairs = prepared(architecture, "flex_attention").float(), conversations(thought=True)
+    sharing_of(model)
+    separate, shared = (perce_forward(model, collate(pairs, sharing=sharing))[1] for sharing in ("none", "branches"))
+    torch.testing.assert_close(shared, separate, atol=1e-4, rtol=1e-4)
+
+
+def test_masks_are_never_of_the_whole_row():
+    """And there is none for what begins a sequence, nor for one token; the layers have the same."""
+    model, pairs = prepared("llama"), conversations(thought=True)
+    sharing_of(model)
+    batch = collate(pairs, sharing="branches")
+    spans = batch["spans"]
+    with torch.no_grad():
+        model(**token_inputs(batch), perce={"rows": batch["rows"]})
+    branches = {(x.end - x.start, x.end - x.start + sum(b - a for a, b in x.path)) for x in spans.spans if x.path}
+    assert {mask.shape[-2:] for mask in spans.masks.values()} == branches
+    assert all(n * seen < batch["input_ids"].numel() ** 2 / 20 for n, seen in branches)
+
+
+@pytest.mark.parametrize(
+    ("rope", "why"),
+    [({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "follows the length of a forward")],
+)
+def test_encodings_that_follow_the_length_share_nothing(rope, why):
+    sharing, reason = sharing_of(prepare_model(tiny_model(rope_parameters=rope)))
+    assert sharing == "none" and why in reason
+
+
+def test_a_model_whose_attention_takes_no_branches_has_chains():
+    model = prepare_model(tiny_model())
+    for layer in model.model.layers:
+        own = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, own=own, spans=None, **kwargs: own(*args, **kwargs)
+    sharing, reason = sharing_of(model)
+    assert sharing == "chains" and "llama" in reason
