@@ -39,15 +39,14 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     facts = subject.facts | {"examples": len(examples), "texts": texts_key(examples)}
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
     file.begin(facts)
-    work = make_batches(examples, subject.builder, options, subject.device)
+    work = make_batches(examples, subject, options)
     reply = wanted.max_new_tokens if wanted.generate else 0
     settle_lengths(subject.model, lambda: work.longest + reply)
-    evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, scorers)
+    evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, scorers, subject.sharing)
     done = {record["example"] for record in file.records}
-    for number, batch in enumerate(tqdm(work.batches, desc="evaluating", unit="batch", leave=False)):
-        if not {item.index for item in batch} <= done:
-            fresh = evaluator.evaluate(batch, number)
-            file.append([record for record in fresh if record["example"] not in done])
+    for batch in tqdm(work.batches, desc="evaluating", unit="batch", leave=False):
+        for records in evaluator.evaluate(batch, done):
+            file.append(records)
     notes = [f"examples: {subject.split}", *training_rows_note(options.data, subject.split), *work.notes]
     meteor = next((name for name in scorers if name.startswith("meteor")), None)
     result = summarise(file.records, notes, facts, meteor)

@@ -331,7 +331,10 @@ class InferenceConfig:
         None, "sdpa, flash_attention_2, eager, …; default: the model's own choice"
     )
     backend: Literal["auto", "triton", "torch", "reference"] = _option("auto", BACKEND)
-    batch_size: int = _option(8, "sequences per forward pass, at most; fewer where they are long")
+    batch_size: int = _option(
+        8, "sequences per forward pass, at most; fewer where they are long; replies of a conversation that share what "
+        "they have in common (--share) are one",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)

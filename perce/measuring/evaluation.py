@@ -2,7 +2,8 @@
 
     factual          the user's persona          loss with persona; on personal tokens, on the others
     counterfactual   no persona                  loss without persona
-    swapped          another user's persona      if it does no worse than the right one, the persona is not used
+    swapped          another user's persona      if it does no worse than the right one, the persona is not used;
+                                                 drawn by the seed, one for all replies of a conversation
     generated        the user's persona          ROUGE, METEOR, and whether the reply uses a word of the persona
 
 Personal tokens are those of marked spans where the data has them, else words that occur in the persona but not in the
@@ -12,20 +13,28 @@ conversation (data.pairs.personal_word_spans: quoted facts; no paraphrase, no st
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
 
 from perce.config.commands import EvaluateOptions
 from perce.config.schema import EvaluateConfig
-from perce.data.batch import collate
-from perce.data.pairs import Pair, PairBuilder, personal_word_spans
+from perce.data.pairs import Pair, personal_word_spans
 from perce.data.rows import Example, text_key
+from perce.data.sharing import Sharing
 from perce.errors import UserError
-from perce.measuring.inference import TOKENS_A_FORWARD, batches_by_length, on_device
+from perce.measuring.inference import (
+    TOKENS_A_FORWARD,
+    Subject,
+    batches_by_length,
+    batches_that_share,
+    collated,
+    conversation_of,
+)  # fmt: skip
 from perce.measuring.metrics import Scorer
 from perce.model.passes import measured, per_example, token_statistics
 from perce.model.probe import unwrapped
@@ -46,23 +55,31 @@ class Item:
     swapped: Pair | None
 
 
+class Group(NamedTuple):
+    """Items whose replies are written together, and their records; the number, of all groups, seeds the sampling."""
+
+    number: int
+    items: list[Item]
+
+
 @dataclass(frozen=True)
 class Work:
-    batches: list[list[Item]]
+    batches: list[list[Group]]
+    """Of each batch the losses are computed together."""
     notes: list[str]
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        pairs = (pair for batch in self.batches for item in batch for pair in (item.pair, item.swapped))
+        items = (item for batch in self.batches for group in batch for item in group.items)
+        pairs = (pair for item in items for pair in (item.pair, item.swapped))
         return max(len(pair.input_ids) for pair in pairs if pair is not None)
 
 
-def make_batches(
-    examples: Sequence[Example], builder: PairBuilder, options: EvaluateOptions, device: torch.device
-) -> Work:
-    """Pairs in batches of similar length. The order depends on nothing but the examples: a second run has the same."""
-    notes, items = [], []
+def make_batches(examples: Sequence[Example], subject: Subject, options: EvaluateOptions) -> Work:
+    """Pairs in batches of similar length, whole conversations where these share tokens. The order depends on nothing
+    but the examples and what is shared: a second run has the same."""
+    notes, items, builder = [], [], subject.builder
     seen: Counter[str] = Counter()
     partners = other_users(examples, options.evaluate.seed)
     for index, (example, partner) in enumerate(zip(examples, partners, strict=True)):
@@ -84,55 +101,65 @@ def make_batches(
     if len(items) < len(examples):
         notes.append(f"{len(examples) - len(items):,} examples skipped, longer than --max_length {builder.max_length}")
     if any(item.swapped is None for item in items):
-        count = sum(item.swapped is None for item in items)
+        without = sum(item.swapped is None for item in items)
         notes.append(
-            f"{count:,} examples without another's persona that fits: there is one user only, or it is too long"
+            f"{without:,} examples without another's persona that fits: there is one user only, or it is too long"
         )
-    lengths = [len(item.pair.input_ids) for item in items]
-    tokens = TOKENS_A_FORWARD[device.type]
-    batches = [[items[i] for i in rows] for rows in batches_by_length(lengths, options.model.batch_size, tokens)]
+    size, tokens = options.model.batch_size, TOKENS_A_FORWARD[subject.device.type]
+    batches, number = [], count()
+    for rows in batches_that_share([item.pair for item in items], subject.sharing, size, tokens):
+        together = [items[row] for row in rows]
+        groups = batches_by_length([len(item.pair.input_ids) for item in together], size, tokens)
+        batches.append([Group(next(number), [together[i] for i in group]) for group in groups])
     return Work(batches, notes)
 
 
 def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
-    """For each example one of another user (another persona where users are not named), or None; drawn by the seed."""
+    """For each example one of another user (another persona where users are not named), or None; drawn by the seed, one
+    for all examples of a conversation."""
     keys = [example.user_id or example.persona for example in examples]
-    order = list(range(len(examples)))
+    first: dict[Any, int] = {}  # example of each conversation
+    firsts = [first.setdefault(conversation_of(example), index) for index, example in enumerate(examples)]
+    order = list(first.values())
     random.Random(seed).shuffle(order)
-    place = {index: at for at, index in enumerate(order)}
-    partners: list[int | None] = []
-    for index, key in enumerate(keys):
-        following = (order[(place[index] + step) % len(order)] for step in range(1, len(order)))
-        partners.append(next((other for other in following if keys[other] != key), None))
-    return partners
+    partners: dict[int, int | None] = {}
+    for place, index in enumerate(order):
+        following = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        partners[index] = next((other for other in following if keys[other] != keys[index]), None)
+    return [partners[index] for index in firsts]
 
 
 class Evaluator:
     """Records of batches under one model."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, device: torch.device, options: EvaluateConfig, scorers: Mapping[str, Scorer]
+        self, model: Any, tokenizer: Any, device: torch.device, options: EvaluateConfig, scorers: Mapping[str, Scorer],
+        sharing: Sharing = "none",
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.device, self.options, self.scorers = model, tokenizer, device, options, scorers
+        self.sharing: Sharing = sharing
         # Whatever ours leaves unset, generate() would take from the model's: penalties of repeating the prompt, say,
         # which are penalties of using the persona.
         model.generation_config = unwrapped(model).generation_config = GenerationConfig()
         self._pad = tokenizer.pad_token_id or 0
 
-    def evaluate(self, items: Sequence[Item], number: int) -> list[dict[str, Any]]:
-        """One record an item. `number` seeds the sampling: a batch that is evaluated again gets the same replies."""
-        records = self.losses(items)
-        if self.options.generate:
-            torch.manual_seed(self.options.seed * 1_000_003 + number)
-            replies = self.replies([item.pair.input_ids[: -item.pair.response_length] for item in items], items)
-            for item, record, reply in zip(items, records, replies, strict=True):
-                record |= self.scores(item, reply)
-        return records
+    def evaluate(self, batch: Sequence[Group], done: Container[int]) -> Iterator[list[dict[str, Any]]]:
+        """One record an item, of one group after the other, without those of the examples that are done."""
+        left = [group for group in batch if any(item.index not in done for item in group.items)]
+        losses = self.losses([item for group in batch for item in group.items]) if left else []
+        records = {record["example"]: record for record in losses}
+        for number, items in left:
+            if self.options.generate:
+                torch.manual_seed(self.options.seed * 1_000_003 + number)  # a group that is met again gets the same
+                replies = self.replies([item.pair.input_ids[: -item.pair.response_length] for item in items], items)
+                for item, reply in zip(items, replies, strict=True):
+                    records[item.index] |= self.scores(item, reply)
+            yield [records[item.index] for item in items if item.index not in done]
 
     @torch.no_grad()
     def losses(self, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Sums of −log p over each example's tokens, under the three prompts, and their counts."""
-        batch = on_device(collate([vars(item.pair) for item in items], self._pad), self.device)
+        batch = collated([item.pair for item in items], self.sharing, self._pad, self.device)
         statistics = token_statistics(self.model, batch, PERCE)
         swapped = iter(self._swapped_losses([item.swapped for item in items if item.swapped is not None]))
         records = []
@@ -153,7 +180,7 @@ class Evaluator:
     def _swapped_losses(self, pairs: Sequence[Pair]) -> list[float]:
         if not pairs:
             return []
-        batch = on_device(collate([vars(pair) for pair in pairs], self._pad), self.device)
+        batch = collated(pairs, self.sharing, self._pad, self.device)
         logp = measured(self.model, batch, OBJECTIVES["ce"].weighting(), counterfactual=False).logp
         return [-x.sum().item() for x in per_example(batch, logp)[0]]
 

@@ -109,7 +109,7 @@ def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], 
     settings = {
         fact: [run.get(fact), its_run.get(fact)]
         for fact in dict.fromkeys([*run, *its_run])
-        if fact not in ("model", "weights", "batch_size") and run.get(fact) != its_run.get(fact)
+        if fact not in ("model", "weights", "batch_size", "share") and run.get(fact) != its_run.get(fact)
     }
     keys = sorted(ours)
     differences: dict[str, Any] = {}

@@ -3,28 +3,35 @@
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from perce.config.commands import InferenceOptions
 from perce.config.schema import InferenceConfig, run_directory
+from perce.data.batch import Batch, collate
+from perce.data.dataset import conversations
 from perce.data.pairing import make_persona_builder
-from perce.data.pairs import PairBuilder
+from perce.data.pairs import Pair, PairBuilder
 from perce.data.rows import Examples
+from perce.data.sharing import Sharing, segmented
 from perce.data.splits import load_split
 from perce.demo import default_model_path
 from perce.errors import UserError, first_line, in_one_line
 from perce.hub import check_base, from_anywhere, load_pretrained, load_tokenizer, loaded
 from perce.integrity import LIST, difference
+from perce.model.branches import sharing_of
 from perce.model.loading import check_adapter, check_backend, resolve_precision
 from perce.model.patch import prepare_model
 from perce.visible import say
 
 TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences: nothing is kept for a backward
+ROOM = 1.5  # times its longest sequence is what a conversation may compute at once, however long that is
 WEIGHTS = re.compile(r"model[^/]*\.(safetensors|bin)$")  # whole or in shards, of a model or an adapter
 SAMPLED_VALUES = 1024  # of each parameter, in the fingerprint of a model
 
@@ -38,6 +45,8 @@ class Subject:
     tokenizer: Any
     device: torch.device
     builder: PairBuilder
+    sharing: Sharing
+    """What the replies of a conversation have in common in a batch; see data/sharing.py."""
     examples: Examples
     split: str
     facts: dict[str, Any]
@@ -52,6 +61,7 @@ def load_subject(options: InferenceOptions, command: str) -> Subject:
     next(iter(examples), None)  # a stream knows its format once its first row has been read
     model, tokenizer, device = load(options.model)
     builder = make_persona_builder(tokenizer, options.data, examples.format)
+    sharing = _sharing(options, model, examples)
     facts = {"command": command, **model_facts(options.model, model), "split": split}
     facts |= {"split_seed": options.examples.seed}
     facts |= asdict(options.data)
@@ -59,7 +69,24 @@ def load_subject(options: InferenceOptions, command: str) -> Subject:
     for name in ("data", "retriever_model"):
         facts[name] = facts[name] and from_anywhere(facts[name])
     facts["prompt"] = asdict(builder.chat_format.style)
-    return Subject(model, tokenizer, device, builder, examples, split, facts)
+    return Subject(model, tokenizer, device, builder, sharing, examples, split, facts)
+
+
+def _sharing(options: InferenceOptions, model: Any, examples: Examples) -> Sharing:
+    """What is shared, if the data has several replies of a conversation; tells where it is not all that could be."""
+    several = options.data.streaming or len(set(map(conversation_of, examples.all))) < len(examples.all)
+    if options.data.share == "none" or not several:
+        return "none"
+    sharing, why = sharing_of(model)
+    if why:
+        shared = {"none": "nothing", "chains": "only what one reply has from its beginning to its end"}[sharing]
+        say(f"of a conversation's replies {shared} is computed once: {why}")
+    return sharing
+
+
+def conversation_of(example: Any) -> tuple[str, tuple[str, ...]]:
+    """The same for the examples that one row gives to one persona, as Pair.conversation."""
+    return example.source, example.persona
 
 
 def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
@@ -190,5 +217,40 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, tokens: int) -> l
     return batches
 
 
-def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: value.to(device) for name, value in batch.items()}
+def batches_that_share(pairs: Sequence[Pair], sharing: Sharing, batch_size: int, tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length, as batches_by_length has them; pairs that share tokens are in one batch,
+    and count as one sequence of all tokens that they compute."""
+    if sharing == "none":
+        return batches_by_length([len(pair.input_ids) for pair in pairs], batch_size, tokens)
+    of_conversation = conversations([vars(pair) for pair in pairs])
+    families = [family for rows in of_conversation for family in _families(rows, pairs, sharing, tokens)]
+    batches = batches_by_length([computed for _, computed in families], batch_size, tokens)
+    return [[row for family in batch for row in families[family][0]] for batch in batches]
+
+
+def _families(
+    rows: Sequence[int], pairs: Sequence[Pair], sharing: Sharing, tokens: int
+) -> Iterator[tuple[Sequence[int], int]]:
+    """Of a conversation's pairs those that share tokens, in order, and how many they compute; halves of those that
+    compute more than `tokens` and ROOM × their longest sequence."""
+    segments, paths = segmented([pairs[row].input_ids[:-1] for row in rows], [0] * len(rows), sharing)
+    members: defaultdict[int, list[int]] = defaultdict(list)  # by the segment that they begin with
+    for row, ((first, _), *_) in zip(rows, paths, strict=True):
+        members[first].append(row)
+    computed: Counter[int] = Counter()
+    for number, segment in enumerate(segments):
+        computed[segment.path[0][0] if segment.path else number] += len(segment.ids)
+    for first, kin in members.items():
+        if computed[first] > max(tokens, ROOM * max(len(pairs[row].input_ids) for row in kin)):
+            half = len(kin) // 2
+            yield from _families(kin[:half], pairs, sharing, tokens)
+            yield from _families(kin[half:], pairs, sharing, tokens)
+        else:
+            yield kin, computed[first]
+
+
+def collated(pairs: Sequence[Pair], sharing: Sharing, pad_id: int, device: torch.device) -> Batch:
+    """A batch on the device; where each pair is of another conversation, there is nothing to share."""
+    several = len({pair.conversation for pair in pairs}) < len(pairs)
+    batch = collate([vars(pair) for pair in pairs], pad_id, sharing=sharing if several else "none")
+    return send_to_device(batch, device)

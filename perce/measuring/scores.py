@@ -10,11 +10,10 @@ from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
 from perce.config.commands import ScoreOptions
-from perce.data.batch import collate
 from perce.data.pairs import Pair
 from perce.data.rows import Example
 from perce.errors import UserError
-from perce.measuring.inference import TOKENS_A_FORWARD, Subject, batches_by_length, on_device
+from perce.measuring.inference import TOKENS_A_FORWARD, Subject, batches_that_share, collated
 from perce.model.passes import TokenStatistics, token_statistics
 from perce.model.positions import settle_lengths
 from perce.report.heatmap import ScoredToken
@@ -71,10 +70,10 @@ def score_window(
     model, builder, device = subject.model, subject.builder, subject.device
     score, pad_id = options.score, builder.tokenizer.pad_token_id or 0
     weighting = score.weighting.reported
-    lengths = [len(pair.input_ids) for _, _, pair in built]
+    pairs, sharing, most = [pair for _, _, pair in built], subject.sharing, TOKENS_A_FORWARD[device.type]
     records: dict[int, dict[str, Any]] = {}
-    for rows in batches_by_length(lengths, options.model.batch_size, TOKENS_A_FORWARD[device.type]):
-        batch = on_device(collate([vars(built[row][2]) for row in rows], pad_id), device)
+    for rows in batches_that_share(pairs, sharing, options.model.batch_size, most):
+        batch = collated([pairs[row] for row in rows], sharing, pad_id, device)
         statistics = token_statistics(model, batch, weighting, entropy=score.labels)
         for row, tokens in zip(rows, statistics, strict=True):
             records[row] = record(*built[row], tokens, builder.tokenizer)

@@ -264,11 +264,11 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
     calls = []
     original = Evaluator.evaluate
 
-    def interrupted(self, items, number):
-        calls.append(number)
+    def interrupted(self, batch, done):
+        calls.extend(group.number for group in batch if any(item.index not in done for item in group.items))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(self, items, number)
+        return original(self, batch, done)
 
     monkeypatch.setattr(Evaluator, "evaluate", interrupted)
     assert run("--output", tmp_path / "half.json", code=130).err.endswith("Interrupted.\n")

@@ -1,14 +1,29 @@
-"""Generated replies do not depend on their batch, nor on what the model would generate with."""
+"""Generated replies do not depend on their batch, nor on what the model would generate with; losses not on what the
+replies of a conversation share."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from transformers import GenerationConfig
 
-from perce import DataConfig
+from perce import DataConfig, evaluate, load_examples
 from perce.config.schema import EvaluateConfig
+from perce.data.batch import collate
 from perce.data.pairing import make_builder
-from perce.measuring.evaluation import Evaluator, Item
+from perce.measuring import inference
+from perce.measuring.evaluation import Evaluator, Item, other_users
 from perce.model.patch import prepare_model
-from tests.helpers.tiny import demo_examples, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import (
+    CHATML,
+    QWEN3,
+    demo_examples,
+    read_jsonl,
+    save_tiny_model,
+    tiny_model,
+    tiny_tokenizer,
+    write_jsonl,
+)  # fmt: skip
 
 
 def test_left_padding_does_not_change_a_reply():
@@ -41,3 +56,111 @@ def test_nothing_of_the_models_own_generation_config_is_used():
     assert evaluator.replies(prompts, items) == expected
     changed = model.generate(torch.tensor(prompts[:1]), generation_config=hostile, max_new_tokens=12)
     assert tokenizer.decode(changed[0, len(prompts[0]) :]).strip() != expected[0], "it would have mattered"
+
+
+def conversations_of(*replies):
+    """Rows of as many replies each, of a user each."""
+    return [
+        {
+            "user_id": f"u{row}", "personality": [f"i live in town {row} .", "i keep bees ."],
+            "dialogue": [
+                {"partner": f"what about {turn} and {row} ?", "self": f"town {row} has {turn * row} bees ."}
+                for turn in range(count)
+            ],
+        }
+        for row, count in enumerate(replies)
+    ]  # fmt: skip
+
+
+REPLIES = 4, 1, 3, 5, 2
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """Evaluate a model of this template on conversations; the records, by example, and their file."""
+    models, data = {}, write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", conversations_of(*REPLIES))
+
+    def run(name, *argv, template=CHATML, code=0):
+        if template not in models:
+            models[template] = save_tiny_model(tmp_path_factory.mktemp("model"), "qwen3", template)
+        flags = ("--model", models[template], "--data", data, "--batch_size", 2, "--output", f"{name}.json")
+        assert evaluate.main([*map(str, (*flags, *argv))]) == code
+        lines = read_jsonl(Path(f"{name}.jsonl"))
+        return sorted(lines, key=lambda record: record["example"]), lines
+
+    return run
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Replies of each batch whose losses are computed, and tokens that are and that would be."""
+    seen = []
+
+    def spied(pairs, *args, **kwargs):
+        batch = collate(pairs, *args, **kwargs)
+        seen.append((len(pairs), *batch["tokens"].tolist()))
+        return batch
+
+    monkeypatch.setattr(inference, "collate", spied)
+    return seen
+
+
+@pytest.mark.parametrize("template", [CHATML, QWEN3], ids=["chains", "branches"])
+def test_losses_are_the_same_where_replies_share_tokens(evaluated, forwards, tmp_path, monkeypatch, template):
+    monkeypatch.chdir(tmp_path)
+    shared, _ = evaluated("a", "--generate", "false", template=template)
+    computed, needed = (sum(column) for column in zip(*(found[1:] for found in forwards), strict=True))
+    assert computed < 0.6 * needed
+    assert {size for size, *_ in forwards} == {3, 5, 7}, "two conversations a batch, whole"
+    forwards.clear()
+    separate, _ = evaluated("b", "--generate", "false", "--share", "none", template=template)
+    assert all(size <= 2 and computed == needed for size, computed, needed in forwards)
+    for one, other in zip(shared, separate, strict=True):
+        assert one.keys() == other.keys() and one["loss_swapped"] is not None
+        for name, value in one.items():
+            assert (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value) == other[name], name
+
+
+def test_models_that_are_asked_with_and_without_sharing_are_compared(evaluated, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    evaluated("a", "--generate", "false", "--share", "none")
+    evaluated("b", "--generate", "false", "--compare_with", "a.json")
+    assert "not only the model differs" not in capsys.readouterr().out
+    evaluated("a", "--generate", "false", code=2)
+    assert "holds the records of another run (share was 'none'" in capsys.readouterr().err
+
+
+def test_groups_of_a_batch_are_written_one_by_one_and_go_on_after_a_kill(evaluated, tmp_path, monkeypatch):
+    """Replies are written in groups of two at most, which are fewer than those whose losses are computed together."""
+    monkeypatch.chdir(tmp_path)
+    flags = ("--max_new_tokens", 4)
+    whole, lines = evaluated("whole", *flags)
+    calls, own = [], Evaluator.replies
+
+    def interrupted(self, prompts, items):
+        calls.append([item.index for item in items])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return own(self, prompts, items)
+
+    monkeypatch.setattr(Evaluator, "replies", interrupted)
+    _, written = evaluated("half", *flags, code=130)
+    assert written == lines[: len(written)] and len(written) == sum(map(len, calls[:3]))
+    again, _ = evaluated("half", *flags)
+    assert calls[4] == calls[3] and again == whole
+    assert max(map(len, calls)) == 2
+
+
+def test_a_conversation_has_one_partner_of_another_user(tmp_path):
+    examples = load_examples(write_jsonl(tmp_path / "rows.jsonl", conversations_of(*REPLIES)), "train").all
+    drawn = set()
+    for seed in range(5):
+        partners = other_users(examples, seed)
+        of_conversation = {}
+        for example, partner in zip(examples, partners, strict=True):
+            assert examples[partner].user_id != example.user_id
+            of_conversation.setdefault(example.source, set()).add(partner)
+        assert len(of_conversation) == len(REPLIES) and all(len(found) == 1 for found in of_conversation.values())
+        assert other_users(examples, seed) == partners
+        drawn.add(tuple(partners))
+    assert len(drawn) > 1
