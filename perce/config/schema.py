@@ -277,7 +277,7 @@ class RunConfig:
         None, "forward passes per optimiser step; default: as many as give 8 replies per device"
     )
     tokens_per_batch: int | None = _option(
-        None, "tokens that a forward pass computes, padding included and what replies share once, instead of a number of "
+        None, "tokens that a forward pass computes, padding included, what replies share once; instead of a number of "
         "replies; a step is then gradient_accumulation_steps (default: 1) such passes on each device",
     )  # fmt: skip
     packing: bool = _option(

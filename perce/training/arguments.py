@@ -80,8 +80,8 @@ ONE_OF = {
 }
 REPLIES_A_STEP = 8
 # Longest sequence × sequences a forward, or what is computed of conversations, by default: activations of 135 M
-# parameters then take 2 GiB, and batches of long, uneven sequences are not padded to the longest of eight. How a step is
-# divided does not change its loss or gradient.
+# parameters then take 2 GiB, and batches of long, uneven sequences are not padded to the longest of eight. How a step
+# is divided does not change its loss or gradient.
 TOKENS_A_FORWARD = {"cpu": 4096, "cuda": 8192}
 KEPT_CHECKPOINTS = 2
 

@@ -42,7 +42,7 @@ class SeededBatches(Sampler[list[int]]):
     def __init__(self, *, seed: int, rank: int = 0, ranks: int = 1):
         self._seed, self._rank, self._ranks = seed, rank, ranks
         self._epoch = 0
-        self._len = len(list(self))
+        self._len = sum(1 for _ in self)
 
     def __len__(self) -> int:
         return self._len
