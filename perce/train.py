@@ -129,7 +129,15 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     from perce.training.fits import check_fits
     from perce.training.interruption import train_interruptibly
     from perce.training.run_directory import begin, check_facts, finish
-    from perce.training.summary import Progress, describe_run, loss_labels, print_result, write_run_report
+    from perce.training.shared import shared_by
+    from perce.training.summary import (
+        Progress,
+        describe_run,
+        describe_sharing,
+        loss_labels,
+        print_result,
+        write_run_report,
+    )
     from perce.training.trainer import PerceTrainer
 
     output_dir = claim.output_dir
@@ -147,13 +155,14 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         eval_examples=EVAL_EXAMPLES if wanted is None else wanted,
         eval_tokens=EVAL_TOKENS_ON_CPU if wanted is None and on_cpu else None,
     )  # fmt: skip
-    config = fit_batch(config, args, pairs.train)
     model = load_model(model_path, config.model, args.device.type)
+    sharing, _ = shared_by(model, args, pairs.train, pairs.validation)  # as far as it can be known here
+    config = fit_batch(config, args, pairs.train, sharing)
 
     main_process = args.process_index == 0
     router = router_of(model, config.loss.router_aux_loss_coef)  # on every process: it runs the model
     if main_process:
-        describe_run(config, model, args, pairs, router)
+        describe_run(config, model, args, pairs, router, sharing)
     progress = Progress(output_dir, loss_labels(pairs.format))
     with options_that_fail_late():
         trainer = PerceTrainer(
@@ -164,11 +173,13 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         steps_an_epoch, steps = try_options(trainer)
     facts = {
         "training_pairs": pairs_digest(pairs.train), "validation_pairs": pairs_digest(pairs.validation),
-        "step": step_of_run(args), "steps_an_epoch": None if config.data.streaming else steps_an_epoch,
+        "step": step_of_run(args, trainer.sharing), "steps_an_epoch": None if config.data.streaming else steps_an_epoch,
     }  # fmt: skip
     check_facts(claim, facts, steps)
     if (doubt := check_fits(config, args, model, pairs)) and main_process:
         say(f"memory {doubt}")
+    if main_process:
+        describe_sharing(trainer)
     progress.attach(trainer, resumed=claim.checkpoint is not None)
     if main_process:
         held_out = pairs.held_out.to_json() if pairs.held_out else None
@@ -178,6 +189,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
 
     train_interruptibly(trainer, claim.checkpoint)
     progress.evaluate_what_is_saved(trainer)
+    computed = trainer.tokens_computed()
     findings = diagnose(facts_of_run(trainer, pairs, progress.first_evaluation()[0], progress.after))
     with disk_errors(output_dir):
         trainer.save_model()
@@ -196,7 +208,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
     if main_process:
         with disk_errors(output_dir):
             finish(output_dir)
-        print_result(output_dir, trainer, pairs, progress, findings)
+        print_result(output_dir, trainer, pairs, progress, findings, computed, resumed=claim.checkpoint is not None)
 
 
 if __name__ == "__main__":

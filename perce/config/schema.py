@@ -269,14 +269,16 @@ class RunConfig:
     learning_rate: float | None = _option(None, "peak; default: 2e-5 for all weights, 2e-4 for LoRA")
     warmup_steps: float = _option(0.1, "linear warm-up, in steps, or below 1 as a share of all steps")
     per_device_train_batch_size: int | None = _option(
-        None, "sequences per forward pass; default: by length, see accumulation"
+        None,
+        "replies per forward pass, at most, where those of a conversation share tokens; default: by length, see "
+        "accumulation",
     )
     gradient_accumulation_steps: int | None = _option(
-        None, "forward passes per optimiser step; default: as many as give 8 sequences per device"
+        None, "forward passes per optimiser step; default: as many as give 8 replies per device"
     )
     tokens_per_batch: int | None = _option(
-        None, "tokens per forward pass, padding included, instead of a number of sequences; a step is then "
-        "gradient_accumulation_steps (default: 1) such passes on each device",
+        None, "tokens that a forward pass computes, padding included, what replies share once; instead of a number of "
+        "replies; a step is then gradient_accumulation_steps (default: 1) such passes on each device",
     )  # fmt: skip
     packing: bool = _option(
         False, "put the sequences of a forward pass into one row without padding; needs --attn_implementation "

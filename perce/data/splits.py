@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from perce.config.options import read_yaml
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig, SplitConfig
-from perce.data.dataset import numbers, pair_dataset, sequence_lengths
+from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
 from perce.data.pairing import PairSource, make_builder, picked_by, skipped_rows
 from perce.data.rows import Document, Examples, Record, available_splits, load_examples, text_key, texts_key
 from perce.data.stream import PairStream
@@ -135,8 +135,12 @@ def load_pairs(
     if eval_tokens is not None:
         fitting = sum(total <= eval_tokens for total in itertools.accumulate(lengths))
         lengths = lengths[: max(fitting, 1)]
-    # In order of length a batch holds little padding: a fifth less work for long, uneven examples.
-    validation = validation.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+    # In order of length a batch holds little padding: a fifth less work for long, uneven examples. Replies of a
+    # conversation share what they have in common where they are in one batch.
+    kept = range(len(lengths))
+    together = conversations(validation.select(kept)) if config.share == "conversations" else [[i] for i in kept]
+    together.sort(key=lambda indices: max(lengths[index] for index in indices))
+    validation = validation.select([index for indices in together for index in indices])
     return RunPairs(train, validation, splits.validation, splits.format, notes, source, splits.held_out)
 
 

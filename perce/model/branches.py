@@ -51,7 +51,7 @@ def sharing_of(model: Any) -> tuple[Sharing, str]:
 
 
 def _change_by_branches(model: Any) -> tuple[float, bool]:
-    """Of hidden states, in parts of the largest; and whether they have 16 bits."""
+    """Of hidden states, in parts of the largest; and whether they are of 16 bits."""
     ids = probe_ids(model, 16)[0].tolist()
     of_pair: dict[str, Any] = {"persona_span": (1, 2), "response_length": 3, "personal": [False] * 3, "conversation": 0}
     pairs = [of_pair | {"input_ids": sequence} for sequence in (ids, ids[:8], [*ids[:9], *reversed(ids[:5])])]
@@ -60,7 +60,8 @@ def _change_by_branches(model: Any) -> tuple[float, bool]:
         batch = send_to_device(collate(pairs, sharing=sharing), model.device)
         found.append(model(**token_inputs(batch), perce={"rows": batch["rows"]}))
     alone, shared = found
-    return ((alone - shared).abs().max() / alone.abs().max()).item(), alone.dtype.itemsize == 2
+    low = alone.dtype.itemsize == 2 or torch.is_autocast_enabled(alone.device.type)
+    return ((alone - shared).abs().max() / alone.abs().max()).item(), low
 
 
 def teach_branches(model: nn.Module) -> None:

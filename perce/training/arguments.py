@@ -16,13 +16,14 @@ from transformers.utils.logging import log_levels
 from perce.config.commands import TRAIN, TrainOptions
 from perce.config.options import convert, require, require_finite
 from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig
-from perce.data.dataset import sequence_lengths
+from perce.data.sharing import Sharing
 from perce.environment import prepare
 from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
 from perce.training.best import settle_metric
 from perce.training.parallel import check_parallelism
+from perce.training.shared import largest_batch
 
 # TrainingArguments fields that an option of ours decides.
 OURS = {"bf16": "precision", "fp16": "precision", "gradient_checkpointing": "activation_checkpointing"}
@@ -77,10 +78,10 @@ ONE_OF = {
     "log_level": ("passive", *log_levels),
     "log_level_replica": ("passive", *log_levels),
 }
-SEQUENCES_A_STEP = 8
-# Longest sequence × sequences a forward, by default: activations of 135 M parameters then take 2 GiB, and batches of
-# long, uneven sequences are not padded to the longest of eight. How a step is divided does not change its loss or
-# gradient.
+REPLIES_A_STEP = 8
+# Longest sequence × sequences a forward, or what is computed of conversations, by default: activations of 135 M
+# parameters then take 2 GiB, and batches of long, uneven sequences are not padded to the longest of eight. How a step
+# is divided does not change its loss or gradient.
 TOKENS_A_FORWARD = {"cpu": 4096, "cuda": 8192}
 KEPT_CHECKPOINTS = 2
 
@@ -93,7 +94,7 @@ class PerceArguments(TrainingArguments):
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     tokens_per_batch: int | None = None
-    """Padded tokens of a forward, instead of per_device_train_batch_size sequences; see training/sampler.py."""
+    """Tokens that a forward computes, instead of per_device_train_batch_size replies; see training/sampler.py."""
     packing: bool = False
     """Sequences one after the other in a single row, for flash or flex attention on a GPU."""
     backend: str = "auto"
@@ -192,6 +193,12 @@ def idle_beside(args: PerceArguments) -> dict[str, str]:
         why = "nothing is recomputed without --activation_checkpointing"
         idle |= {"gradient_checkpointing_kwargs": why, "activation_checkpointing_kwargs": why}
     return idle
+
+
+def check_dealt(args: PerceArguments) -> None:
+    """UserError for options of the Trainer's loader where the replies of a conversation are dealt together."""
+    why = "the replies of a conversation are dealt together. Leave it out, or give --share none"
+    _refuse_idle(_changed(args), dict.fromkeys(OF_THE_TRAINERS_LOADER, why))
 
 
 def _check_values(args: PerceArguments) -> None:
@@ -314,7 +321,7 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         "tokens_per_batch": run.tokens_per_batch,
         "packing": run.packing,
         "backend": config.model.backend,
-        "per_device_eval_batch_size": run.per_device_train_batch_size or SEQUENCES_A_STEP,
+        "per_device_eval_batch_size": run.per_device_train_batch_size or REPLIES_A_STEP,
         "eval_on_start": True,
         "eval_strategy": "steps" if run.eval_steps else "epoch",
         "eval_steps": run.eval_steps,
@@ -364,31 +371,39 @@ def _converted(name: str, hint: Any, value: Any) -> Any:
     return convert(name, hint, value) if kinds in ({bool}, {int}, {float}) else value
 
 
-def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any) -> TrainOptions:
-    """The config with batch size and accumulation filled in, where they were not given; set in args too."""
+def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: Sharing = "none") -> TrainOptions:
+    """The config with batch size and accumulation filled in, where they were not given; set in args too. The fewest
+    forwards a step whose largest batch is within the tokens of a forward."""
     run = config.run
     batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
-    longest = config.data.max_length if config.data.streaming else max(sequence_lengths(pairs))
-    fitting = (run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]) // longest
-    fitting = max(size for size in (1, 2, 4, SEQUENCES_A_STEP) if size <= max(fitting, 1))
+    tokens = run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]
+
+    def fits(replies: int) -> bool:
+        longest = config.data.max_length
+        return tokens >= (replies * longest if config.data.streaming else largest_batch(pairs, replies, sharing))
+
+    fitting = next((replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies)), 1)
     if "per_device_eval_batch_size" not in config.extra:  # from what is saved: a resumed run evaluates as before
         args.per_device_eval_batch_size = fitting if run.tokens_per_batch else batch or fitting
     if run.tokens_per_batch is not None:
         args.gradient_accumulation_steps = accumulation or 1
         return replace(config, run=replace(run, gradient_accumulation_steps=accumulation or 1))
     batch = batch or fitting
-    accumulation = accumulation or max(SEQUENCES_A_STEP // batch, 1)
+    accumulation = accumulation or max(REPLIES_A_STEP // batch, 1)
     args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, accumulation
     return replace(
         config, run=replace(run, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
     )
 
 
-def step_of_run(args: PerceArguments) -> str:
+def step_of_run(args: PerceArguments, sharing: Sharing = "none") -> str:
     """What an optimiser step is, of all processes together: it stays the same when a run is resumed."""
     forwards = args.gradient_accumulation_steps * args.world_size
     if args.tokens_per_batch is not None:
-        return f"{forwards} forward passes of {args.tokens_per_batch} tokens"
+        shared = "" if sharing == "none" else f", conversations shared ({sharing})"
+        return f"{forwards} forward passes of {args.tokens_per_batch} tokens{shared}"
+    if sharing != "none" and not args.data.streaming:  # which replies meet depends on how many a forward has
+        return f"{forwards} forward passes of {args.per_device_train_batch_size} replies, conversations shared"
     return f"{forwards * args.per_device_train_batch_size} sequences"
 
 

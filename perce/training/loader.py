@@ -1,6 +1,6 @@
-"""The training DataLoaders that are ours: batches under a token budget, and streams.
+"""The DataLoaders that are ours: batches under a token budget, of conversations, and streams.
 
-Both hold this process's share from the start, so accelerate must not divide them again; else the Trainer's own loader
+All hold this process's share from the start, so accelerate must not divide them again; else the Trainer's own loader
 is used.
 """
 
@@ -11,26 +11,42 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
-from perce.data.dataset import sequence_lengths
+from perce.data.dataset import conversations, sequence_lengths
+from perce.data.sharing import Sharing
 from perce.data.stream import PairStream
 from perce.errors import UserError
 from perce.training.arguments import PerceArguments
-from perce.training.sampler import TokenBatches
+from perce.training.sampler import ReplyBatches, TokenBatches, dealt, in_order
+from perce.training.shared import units
 
 
-def own_train_loader(dataset: Any, collate: Any, args: PerceArguments) -> DataLoader | None:
-    """For a stream or under a token budget a loader of this process's batches; None where the Trainer's will do."""
+def own_train_loader(dataset: Any, collate: Any, args: PerceArguments, sharing: Sharing = "none") -> DataLoader | None:
+    """For a stream, under a token budget or where conversations are shared, a loader of this process's batches; None
+    where the Trainer's will do. A stream's batches share what happens to be in one."""
     if isinstance(dataset, PairStream):
         share = dataset.of_process(args.process_index, args.world_size)
         return undivided_loader(share, collate, args, batch_size=args.train_batch_size)
-    if args.tokens_per_batch is None or dataset is None:
+    budget, known = args.tokens_per_batch, has_length(dataset)
+    if dataset is None or (budget is None and (sharing == "none" or not known)):
         return None
-    if not has_length(dataset):
+    if not known:
         raise UserError("tokens_per_batch: a streamed train_dataset has no lengths to group by. Read it whole.")
-    batches = TokenBatches(
-        sequence_lengths(dataset), args.tokens_per_batch, rank=args.process_index, ranks=args.world_size,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-    )  # fmt: skip
+    seed = args.seed if args.data_seed is None else args.data_seed
+    order = {"seed": seed, "rank": args.process_index, "ranks": args.world_size}
+    batches: ReplyBatches | TokenBatches
+    if budget is None:
+        batches = ReplyBatches(conversations(dataset), args.train_batch_size, **order)
+    elif sharing == "none":
+        batches = TokenBatches(sequence_lengths(dataset), budget, **order)
+    else:
+        indices, lengths = zip(*units(dataset, budget, sharing), strict=True)
+        batches = TokenBatches(lengths, budget, indices, **order)
+    return undivided_loader(dataset, collate, args, batch_sampler=batches)
+
+
+def own_eval_loader(dataset: Any, collate: Any, args: PerceArguments) -> DataLoader:
+    """Conversation after conversation, each in one batch as far as it fits; processes take turns."""
+    batches = dealt(in_order(conversations(dataset), args.eval_batch_size), args.process_index, args.world_size)
     return undivided_loader(dataset, collate, args, batch_sampler=batches)
 
 

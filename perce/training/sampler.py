@@ -1,58 +1,89 @@
-"""Batches under a token budget: sequences of similar length together, in an order that (seed, epoch) decides alone.
+"""Which examples make a batch, and the order of the batches, which (seed, epoch) decides alone.
+
+TokenBatches: under a token budget, sequences of similar length together.
 
     sort by length → buckets whose longest sequence is at most a tenth longer than the shortest
     each epoch: shuffle every bucket, cut it into batches of budget // longest sequences, shuffle the batches
 
-What a bucket leaves over joins the next, longer one, so that a single batch of the epoch is not full. How many batches
-there are follows from the lengths alone: it is the same in every epoch, which the Trainer relies on.
+What a bucket leaves over joins the next, longer one, so that a single batch of the epoch is not full.
+
+ReplyBatches: up to a number of replies, those of a conversation together.
+
+    cut conversations of more replies than a batch has → pack pieces into batches, by how many replies they have
+    each epoch: shuffle the pieces of a size among the places of that size, shuffle the batches
+
+How many batches there are follows from the lengths, or from the numbers of replies, alone: it is the same in every
+epoch, which the Trainer relies on.
 """
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch.utils.data import Sampler
 
 BUCKET_RATIO = 1.1  # longest ÷ shortest of a bucket: at most 9 % padding, but for what a shorter bucket left over
+Batches = list[list[int]]
 
 
-class TokenBatches(Sampler[list[int]]):
-    """The batches of one process: lists of indices whose count × longest is at most the budget; a longer one is alone.
+class SeededBatches(Sampler[list[int]]):
+    """The batches of one process, lists of indices, whose order the seed and the epoch decide.
 
     All processes draw the same batches and take turns: batches k·ranks … (k + 1)·ranks − 1 are the k-th of each. Where
     they do not come out even, the first few of the epoch are dealt again, so that no process waits for another.
 
     Args:
-        lengths: tokens of each sequence of the dataset.
-        budget: tokens of a batch, padding included.
         seed: decides, with the epoch, the order; `set_epoch` is called by the Trainer, also after a resume.
         rank, ranks: this process and how many there are.
     """
 
-    def __init__(self, lengths: Sequence[int], budget: int, *, seed: int, rank: int = 0, ranks: int = 1):
-        self._buckets = _buckets(lengths, budget)
+    def __init__(self, *, seed: int, rank: int = 0, ranks: int = 1):
         self._seed, self._rank, self._ranks = seed, rank, ranks
         self._epoch = 0
-        self._len = len(self._drawn()) // ranks
+        self._len = sum(1 for _ in self)
 
     def __len__(self) -> int:
         return self._len
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._drawn()[self._rank :: self._ranks])
+        rng = random.Random(f"{self._seed}-{self._epoch}")
+        batches = self._drawn(rng)
+        rng.shuffle(batches)
+        return iter(dealt(batches, self._rank, self._ranks))
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     @property
-    def sampler(self) -> "TokenBatches":
+    def sampler(self) -> "SeededBatches":
         """Where accelerate looks for set_epoch when a resume has put its SkipBatchSampler before this one."""
         return self
 
-    def _drawn(self) -> list[list[int]]:
-        """The epoch's batches, of all processes."""
-        rng = random.Random(f"{self._seed}-{self._epoch}")
-        batches: list[list[int]] = []
+    @abstractmethod
+    def _drawn(self, rng: random.Random) -> Batches:
+        """An epoch's batches, of all processes."""
+
+
+class TokenBatches(SeededBatches):
+    """Batches whose number of units × longest is at most the budget; a longer unit is alone.
+
+    Args:
+        lengths: tokens of each unit.
+        budget: tokens of a batch, padding included.
+        units: indices of the examples that are one row, or one tree, together; default: each by itself.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], budget: int, units: Sequence[Sequence[int]] | None = None, **order: int
+    ):  # fmt: skip
+        self._buckets = _buckets(lengths, budget)
+        self._units = units
+        super().__init__(**order)
+
+    def _drawn(self, rng: random.Random) -> Batches:
+        batches: Batches = []
         left: list[int] = []
         for indices, size in self._buckets:
             pool = left + rng.sample(indices, len(indices))
@@ -61,14 +92,65 @@ class TokenBatches(Sampler[list[int]]):
             left = pool[full:]
         if left:
             batches.append(left)
-        rng.shuffle(batches)
-        even = len(batches) + -len(batches) % self._ranks
-        return list(itertools.islice(itertools.cycle(batches), even))
+        if self._units is None:
+            return batches
+        return [[index for unit in batch for index in self._units[unit]] for batch in batches]
+
+
+class ReplyBatches(SeededBatches):
+    """Batches of at most `replies` examples: whole conversations, and pieces of those that have more."""
+
+    def __init__(self, conversations: Iterable[Sequence[int]], replies: int, **order: int):
+        self._of_size: dict[int, Batches] = defaultdict(list)
+        for piece in pieces(conversations, replies):
+            self._of_size[len(piece)].append(piece)
+        self._places = packed((size for size, of_size in self._of_size.items() for _ in of_size), replies)
+        super().__init__(**order)
+
+    def _drawn(self, rng: random.Random) -> Batches:
+        drawn = {size: iter(rng.sample(of_size, len(of_size))) for size, of_size in sorted(self._of_size.items())}
+        return [[index for size in sizes for index in next(drawn[size])] for sizes in self._places]
+
+
+def pieces(conversations: Iterable[Sequence[int]], replies: int) -> Iterator[list[int]]:
+    """Conversations, of which those with more replies are cut into consecutive pieces of so many, and a rest."""
+    for indices in conversations:
+        yield from (list(indices[start : start + replies]) for start in range(0, len(indices), replies))
+
+
+def packed(sizes: Iterable[int], replies: int) -> Batches:
+    """Sizes of pieces in batches of at most `replies` together: the largest first, each where it leaves the least."""
+    batches: Batches = []
+    with_room: list[Batches] = [[] for _ in range(replies + 1)]
+    for size in sorted(sizes, reverse=True):
+        room = next((room for room in range(size, replies) if with_room[room]), replies)
+        if room == replies:
+            batches.append([])
+        batch = batches[-1] if room == replies else with_room[room].pop()
+        batch.append(size)
+        with_room[room - size].append(batch)
+    return batches
+
+
+def in_order(conversations: Iterable[Sequence[int]], replies: int) -> Batches:
+    """Batches of at most so many examples without chance: conversation after conversation, each whole if it can be."""
+    batches: Batches = []
+    for piece in pieces(conversations, replies):
+        if not batches or len(batches[-1]) + len(piece) > replies:
+            batches.append([])
+        batches[-1] += piece
+    return batches
+
+
+def dealt(batches: Batches, rank: int, ranks: int) -> Batches:
+    """Those of one process, equally many for each: the first few are dealt again where they do not come out even."""
+    even = len(batches) + -len(batches) % ranks
+    return list(itertools.islice(itertools.cycle(batches), rank, even, ranks))
 
 
 def _buckets(lengths: Sequence[int], budget: int) -> list[tuple[list[int], int]]:
-    """(indices, sequences a batch) from the shortest to the longest."""
-    buckets: list[list[int]] = []
+    """(indices, units a batch) from the shortest to the longest."""
+    buckets: Batches = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not buckets or lengths[index] > BUCKET_RATIO * lengths[buckets[-1][0]]:
             buckets.append([])

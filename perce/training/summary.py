@@ -1,5 +1,6 @@
 """What a run tells: the lines at its start, the progress while it runs, the report and the table at its end."""
 
+import itertools
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerControl, Trai
 
 from perce.config.commands import TrainOptions
 from perce.data.rows import Document
+from perce.data.sharing import Sharing
 from perce.data.splits import RunPairs
 from perce.environment import in_one_move
 from perce.errors import first_line
@@ -30,6 +32,7 @@ from perce.training.checks import longest_sequence
 from perce.training.diagnosis import best_evaluation
 from perce.training.divergence import check_logged
 from perce.training.meters import peak_memory_mib
+from perce.training.shared import counted
 from perce.training.trainer import PerceTrainer
 from perce.visible import say
 
@@ -45,6 +48,7 @@ DOCUMENT_LOSSES = {
     "pir_mean": "mean log-ratio",
 }
 BAR = ("on_train_begin", "on_step_end", "on_prediction_step", "on_train_end")  # events of the progress bar alone
+COUNTED_BATCHES = 50  # of which the tokens are counted before training: a second or two
 SHOWN_TOKENS = 1500  # of a document in the report, at its end, where long and short context differ
 
 
@@ -156,7 +160,8 @@ def _evaluation_line(logs: Mapping[str, float], labels: Mapping[str, str]) -> st
 
 
 def describe_run(
-    config: TrainOptions, model: nn.Module, args: TrainingArguments, pairs: RunPairs, router: Router | None
+    config: TrainOptions, model: nn.Module, args: TrainingArguments, pairs: RunPairs, router: Router | None,
+    sharing: Sharing,
 ) -> None:  # fmt: skip
     """What is about to be trained on what, and everything that was left out of the data."""
     total = sum(p.numel() for p in model.parameters())
@@ -186,13 +191,31 @@ def describe_run(
         )
     tokens = config.run.tokens_per_batch
     balance = f" + {router.coefficient:g} × the router's load-balancing loss" if router else ""
-    forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} sequences"
+    one = "sequences" if sharing == "none" else "replies"
+    forward = f"{tokens:,} tokens" if tokens else f"{args.per_device_train_batch_size} {one}"
     say(
         f"run    {args.output_dir}: {config.loss.objective} objective (weights: {config.loss.weighting}){balance}, "
         f"learning rate {args.learning_rate:g}, "
         f"{forward} per forward pass × {args.gradient_accumulation_steps} passes per step"
         f"{f' × {args.world_size} processes' if args.world_size > 1 else ''}"
     )
+
+
+def describe_sharing(trainer: PerceTrainer) -> None:
+    """What the replies of a conversation share, and what that saves in the first batches."""
+    dataset, sharing, reason = trainer.train_dataset, trainer.sharing, trainer.not_all_shared
+    saved = ""
+    if sharing != "none" and isinstance(dataset, Dataset):
+        loader: Any = trainer.get_train_dataloader()
+        first = list(itertools.islice(loader.batch_sampler, COUNTED_BATCHES))
+        tokens = counted(first, dataset, trainer.data_collator, sharing, trainer.args.loss.entry.counterfactual)
+        which = f"the first {len(first)} of {len(loader)} batches" if len(first) < len(loader) else "an epoch"
+        saved = f": in {which} {tokens}; {tokens.alone:,} of {tokens.replies:,} replies share none"
+    if sharing != "none":
+        how = {"chains": "where one begins with another", "branches": "what they begin with"}[sharing]
+        say(f"share  replies of a conversation, {how}{saved}")
+    if reason:
+        say(f"{'share  nothing' if sharing == 'none' else '       no more'}: {reason}")
 
 
 def write_run_report(
@@ -269,8 +292,9 @@ def left_out_of_stream(pairs: RunPairs, args: PerceArguments) -> list[str]:
 
 
 def print_result(
-    output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress, findings: Sequence[str]
-) -> None:
+    output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress, findings: Sequence[str],
+    computed: tuple[int, int], *, resumed: bool,
+) -> None:  # fmt: skip
     """The table at the end, and what its numbers say."""
     before, after = progress.first_evaluation()[0], progress.after
     losses = table("validation", "before", "after", "change")
@@ -286,6 +310,9 @@ def print_result(
     if seconds and (estimation := trainer.estimation_clock.seconds()):
         what = loss.entry.cost if loss.estimate == "online" else "estimating the weights"
         rows.append((what, f"{estimation / seconds:.1%} of the training time"))
+    if trainer.sharing != "none":
+        since = " since the run was resumed" if resumed else ""
+        rows.append(("computed", f"{computed[0]:,} tokens for {computed[1]:,} tokens of examples{since}"))
     rows += [("left out", note) for note in left_out_of_stream(pairs, trainer.args)]
     rows.append(("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB"))
     files = {

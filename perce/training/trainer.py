@@ -17,10 +17,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from perce.data.batch import Batch, collate
-from perce.data.dataset import rows_dataset_pairs, sequence_lengths
+from perce.data.dataset import conversations, rows_dataset_pairs, sequence_lengths
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.auxiliary import check_own_loss, router_of
@@ -38,7 +38,7 @@ from perce.model.patch import prepare_model
 from perce.model.probe import check_packing, evaluating
 from perce.model.reach import freeze_beside_text
 from perce.objectives import HeadCall, Measured
-from perce.training.arguments import PerceArguments
+from perce.training.arguments import PerceArguments, check_dealt
 from perce.training.balancing import StepBalance, check_balancing
 from perce.training.best import EarlyStopping, check_metric
 from perce.training.checks import (
@@ -54,12 +54,14 @@ from perce.training.checks import (
     warn_of_dropout,
 )  # fmt: skip
 from perce.training.estimates import EStep, Estimates, check_estimable, estimate, over_step
-from perce.training.loader import own_train_loader
+from perce.training.loader import own_eval_loader, own_train_loader
 from perce.training.meters import Clock, Window, peak_memory_mib
 from perce.training.normalizer import StepNormalizer
 from perce.training.parallel import found_by_first, keep_outputs_exact
 from perce.training.resumable import ResumableTrainer
+from perce.training.sampler import dealt, in_order
 from perce.training.serving import serve_as_trained
+from perce.training.shared import shared_by, tokens_of
 
 
 class PerceTrainer(ResumableTrainer):
@@ -121,8 +123,6 @@ class PerceTrainer(ResumableTrainer):
         self._factors_settled = settle_factors(prepared, datasets, args.data.max_length)
         pad_id: Any = getattr(tokenizer, "pad_token_id", None)
         pad_id = pad_id if pad_id in range(self._vocabulary) else 0  # any will do, no token sees it
-        collator = partial(collate, pad_id=pad_id, packing=args.packing)
-        kwargs.setdefault("data_collator", collator)
         served = copy.deepcopy(tokenizer)  # what is saved; the caller's stays as it is
         super().__init__(model=prepared, args=args, processing_class=served, **datasets, **kwargs)
         serve_as_trained(prepared, served, self.train_dataset, args.data)
@@ -134,6 +134,13 @@ class PerceTrainer(ResumableTrainer):
             device = next(prepared.parameters()).device.type
             with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                 check_packing(self.model, device)
+        # Where not all is shared that there is, why.
+        self.sharing, self.not_all_shared = shared_by(self.model, args, self.train_dataset, self.eval_dataset)
+        if self.sharing != "none" and train_dataset is not None:
+            check_dealt(args)
+        collator = partial(collate, pad_id=pad_id, packing=args.packing, sharing=self.sharing)
+        if kwargs.get("data_collator") is None:
+            self.data_collator = collator
         found_by_first(partial(try_step, self, collator))
         # Our loss divides by num_items_in_batch; the Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
@@ -150,6 +157,7 @@ class PerceTrainer(ResumableTrainer):
         self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
+        self._computed = torch.zeros(2, dtype=torch.int64)
         self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
         self._balance = StepBalance(router, partial(self.accelerator.reduce, reduction="sum")) if router else None
         if args.loss.estimate == "online" and args.loss.entry.contrasts:
@@ -182,11 +190,16 @@ class PerceTrainer(ResumableTrainer):
         return super().evaluate(pairs, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = own_train_loader(self.train_dataset, self.data_collator, self.args)
+        loader = own_train_loader(self.train_dataset, self.data_collator, self.args, self.sharing)
         return super().get_train_dataloader() if loader is None else loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As transformers.Trainer's; dataloader_drop_last is for training, an evaluation is of all its examples."""
+        """As transformers.Trainer's, but that conversations are not divided where they are shared;
+        dataloader_drop_last is for training, an evaluation is of all its examples."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = cast(Any, self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset
+        if self.sharing != "none" and has_length(dataset):
+            return own_eval_loader(dataset, self.data_collator, self.args)
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -208,6 +221,8 @@ class PerceTrainer(ResumableTrainer):
         assert self._over_step or not loss.entry.over_step, (
             "weights that depend on a whole step are known in train() alone"
         )
+        if self.sharing != "none":
+            self._computed = self._computed.to(self.args.device) + tokens_of(inputs, loss.entry.counterfactual)
         known = self._over_step.pop(0) if self._over_step else self._known(inputs)
         call = HeadCall(
             inputs["target"], loss.weighting, signal=known and known.signal, num_items=num_items_in_batch,
@@ -313,6 +328,12 @@ class PerceTrainer(ResumableTrainer):
         """Factual tokens this process has trained on, padding left out."""
         return self._logged_tokens + int(self._window.total[0])
 
+    def tokens_computed(self) -> tuple[int, int]:
+        """Inputs of the steps that all processes have made since they were started: computed, and of the examples. To
+        be called on every process."""
+        computed, needed = self.accelerator.reduce(self._computed.to(self.args.device), "sum").tolist()
+        return computed, needed
+
     @property
     def training_seconds(self) -> float:
         """Wall clock of this process's training steps, without evaluations and checkpoints."""
@@ -322,16 +343,14 @@ class PerceTrainer(ResumableTrainer):
     def estimate(self, epoch: int) -> None:
         """The E-step over all training examples, shared out over the processes; draws no random numbers."""
         dataset = cast(Dataset, self.train_dataset)
-        size = self.args.per_device_eval_batch_size
-        order = sorted(range(len(dataset)), key=sequence_lengths(dataset).__getitem__)
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        lengths = sequence_lengths(dataset)
+        together = [[index] for index in range(len(dataset))] if self.sharing == "none" else conversations(dataset)
+        together.sort(key=lambda indices: max(lengths[index] for index in indices))
+        batches = in_order(together, self.args.per_device_eval_batch_size)
 
         self._window.start()
-        # The same number of forwards on every process, for those of sharded weights wait for each other: the first
-        # batch fills up.
-        ranks = self.args.world_size
-        dealt = batches + batches[:1] * (-len(batches) % ranks)
-        share = dealt[self.args.process_index :: ranks]
+        # The same number of forwards on every process, for those of sharded weights wait for each other.
+        share = dealt(batches, self.args.process_index, self.args.world_size)
         with self.estimation_clock.measure():
             self.estimates = estimate(
                 dataset, share, lambda rows: self._estimated(self.data_collator([dataset[row] for row in rows])),
@@ -364,10 +383,17 @@ class PerceTrainer(ResumableTrainer):
                     [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]
                     for x in examples
                 ]
-                # gather_for_metrics leaves out the examples that pad the last batch to a full one on every rank
-                rows.append(self.accelerator.gather_for_metrics(torch.tensor(sums, device=self.args.device)).cpu())
+                rows.append(torch.tensor(sums))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        examples_seen = torch.cat(rows)
+        dataset, batches = dataloader.dataset, dataloader.batch_sampler
+        if isinstance(batches, list):  # ours, see own_eval_loader
+            places = [place for batch in batches for place in batch]
+            ordered = sorted(zip(places, self.last_evaluation, strict=True), key=lambda x: x[0])
+            self.last_evaluation = [example for _, example in ordered]
+        # Processes take turns; the last examples are dealt again, so that each has as many batches.
+        turns = zip(*gather_object([rows]), strict=True)
+        examples_seen = torch.cat([batch for turn in turns for batch in turn])
+        examples_seen = examples_seen[: len(dataset) if has_length(dataset) else None]
         n, ce, ce_cf, n_personal, ce_personal = examples_seen.double().sum(0).tolist()
         metrics = {
             "loss": ce / n,  # the name that load_best_model_at_end and schedulers look for

@@ -1,6 +1,7 @@
 """python -m perce.train on a tiny model: whole runs and their directories, and the command itself."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,34 @@ def test_a_token_budget(train, tmp_path):
     assert saved["tokens_per_batch"] == 700 and saved["per_device_train_batch_size"] is None
     code, out, err = train("--resume", model=None, data=None, precision=None, max_steps=4)
     assert code == 0, err
+
+
+def said(number, turns):
+    lines = [f"Where were you on day {number}?", "I was with the bees.", "And then?", "I went home by tram."] * turns
+    roles = ["user", "assistant"] * len(lines)
+    messages = [{"role": role, "content": line} for role, line in zip(roles, lines, strict=False)]
+    return {"user_id": f"u{number}", "persona": ["I keep bees.", f"I am {number}."], "messages": messages}
+
+
+def test_conversations_are_computed_once(train, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [said(number, 1 + number % 2) for number in range(10)])
+    code, out, err = train(data=data, max_steps=2, save_steps=1, per_device_train_batch_size=6)
+    assert code == 0, err
+    assert "6 replies per forward pass" in out and "share  replies of a conversation, what they begin with: in " in out
+    first, last = re.findall(r"([\d,]+) tokens (?:computed )?for ([\d,]+) tokens of examples", out)
+    for numbers in (first, last):
+        computed, needed = (int(number.replace(",", "")) for number in numbers)
+        assert computed < 0.6 * needed
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["step"] == "1 forward passes of 6 replies, conversations shared"
+    again = {"model": None, "data": None, "precision": None, "max_steps": 3}
+    fails(train("--resume", **again, share="none"), "share is 'none' now", "'conversations' when the run began")
+    cut = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    fails(train("--resume", **again, **cut), "2 forward passes of 3 replies", "was 1 forward passes of 6 replies")
+    code, out, err = train("--resume", **again)
+    assert code == 0 and "tokens of examples since the run was resumed" in " ".join(out.split()), err
+    code, out, err = train(data=data, share="none", max_steps=1, output_dir=tmp_path / "none")
+    assert code == 0 and "share  " not in out and "tokens of examples" not in out, err
 
 
 def test_without_an_evaluation_before_training_the_rest_is_reported(train, tmp_path):
@@ -284,6 +313,15 @@ def test_a_step_is_eight_sequences_divided_by_length(longest, given, expected):
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
     # As the saved options say, so that a resumed run's evaluations and E-steps have the same batches.
     assert args.per_device_eval_batch_size == run.per_device_train_batch_size
+
+
+def test_a_step_is_eight_replies_of_conversations_by_what_is_computed_of_them():
+    config, args = parse_args([], {})[0], SimpleNamespace(device=torch.device("cpu"))
+    trunk = list(range(3000))
+    pairs = [{"input_ids": [*trunk[: 2000 + 100 * reply], 0], "conversation": 1} for reply in range(8)]
+    for sharing, expected in (("branches", (8, 1)), ("chains", (8, 1)), ("none", (1, 8))):
+        run = fit_batch(config, args, pairs, sharing).run
+        assert (run.per_device_train_batch_size, run.gradient_accumulation_steps) == expected
 
 
 def test_long_validation_sets_are_cut_on_a_cpu_unless_asked_for(train, tmp_path, monkeypatch):

@@ -5,10 +5,11 @@ import random
 
 import pytest
 
-from perce import DataConfig, UserError
+from perce import DataConfig, LossConfig, UserError
 from perce.config.schema import SplitConfig
-from perce.data.splits import load_split, load_splits
-from tests.helpers.tiny import write_jsonl
+from perce.data.dataset import conversations, sequence_lengths
+from perce.data.splits import load_pairs, load_split, load_splits
+from tests.helpers.tiny import tiny_tokenizer, write_jsonl
 
 
 def row(user, number):
@@ -77,6 +78,21 @@ def test_eval_examples_draws_the_same_sample_each_time():
     assert len(drawn[0]) == 5 and drawn[0] == drawn[1]
     assert load_splits(config, eval_examples=5, seed=4).validation != drawn[0]
     assert len(load_splits(config, eval_examples=0, seed=3).validation) == 42
+
+
+@pytest.mark.parametrize("share", ["conversations", "none"])
+def test_validation_replies_stand_by_length_and_beside_those_of_their_conversation(tmp_path, share):
+    data = DataConfig(data=str(write_jsonl(tmp_path / "rows.jsonl", [*DIALOGUES, *NAMELESS])), share=share)
+    loss, tokenizer = LossConfig(), tiny_tokenizer()
+    pairs = load_pairs(data, tokenizer, loss=loss, eval_examples=0, eval_tokens=None, seed=0).validation
+    lengths, together = sequence_lengths(pairs), conversations(pairs)
+    assert max(map(len, together)) == 3
+    if share == "none":
+        assert lengths == sorted(lengths)
+    else:
+        assert [index for indices in together for index in indices] == list(range(len(pairs)))
+        longest = [max(lengths[index] for index in indices) for indices in together]
+        assert longest == sorted(longest)
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -1,8 +1,11 @@
-"""Batches under a token budget, and their order."""
+"""Batches under a token budget or of a number of replies, and their order."""
+
+import random
+from itertools import accumulate, pairwise
 
 import pytest
 
-from perce.training.sampler import TokenBatches
+from perce.training.sampler import ReplyBatches, TokenBatches, dealt, in_order
 from tests.helpers.models import LENGTHS, drawn
 
 
@@ -32,3 +35,56 @@ def test_ranks_take_turns_and_get_equally_many(ranks):
     assert all(len(drawn(lengths=[5], rank=rank, ranks=ranks)) == 1 for rank in range(ranks)), (
         "fewer batches than ranks"
     )
+
+
+ENDS = [0, *accumulate(random.Random(1).choices(range(1, 12), k=100))]  # conversations of up to 11 replies
+CONVERSATIONS = [list(range(start, end)) for start, end in pairwise(ENDS)]
+CONVERSATION_OF = {reply: number for number, replies in enumerate(CONVERSATIONS) for reply in replies}
+
+
+def replies(epoch=0, conversations=CONVERSATIONS, most=8, **options):
+    batches = ReplyBatches(conversations, most, **({"seed": 7} | options))
+    batches.set_epoch(epoch)
+    return list(batches)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_every_reply_is_dealt_once_an_epoch_beside_those_of_its_conversation(epoch):
+    batches = replies(epoch)
+    assert sorted(reply for batch in batches for reply in batch) == list(range(ENDS[-1]))
+    assert max(map(len, batches)) == 8 and len(batches) < 1.05 * ENDS[-1] / 8, "full, as far as can be"
+    for conversation in CONVERSATIONS:
+        pieces = [[reply for reply in batch if reply in conversation] for batch in batches]
+        assert sorted(filter(None, pieces)) == [part for part in (conversation[:8], conversation[8:]) if part]
+
+
+def test_conversations_meet_others_each_epoch_in_equally_many_batches():
+    assert replies() == replies()
+    assert replies() != replies(epoch=1) and replies() != replies(seed=8)
+    assert len({len(replies(epoch)) for epoch in range(20)}) == 1
+    met = [{frozenset(CONVERSATION_OF[reply] for reply in batch) for batch in replies(epoch)} for epoch in (0, 1)]
+    several = [{numbers for numbers in of_epoch if len(numbers) > 1} for of_epoch in met]
+    assert len(several[0] & several[1]) < 0.1 * len(several[0])
+    alone = [[reply] for reply in range(21)]
+    assert sorted(map(len, replies(conversations=alone))) == [5, 8, 8], "as without conversations"
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_ranks_take_turns_at_replies_too(ranks):
+    whole, parts = replies(), [replies(rank=rank, ranks=ranks) for rank in range(ranks)]
+    turns = [batch for turn in zip(*parts, strict=True) for batch in turn]
+    assert turns[: len(whole)] == whole and turns[len(whole) :] == whole[: len(turns) - len(whole)]
+
+
+def test_without_chance_conversations_follow_each_other_and_are_whole_if_they_can_be():
+    batches = in_order([[0, 1, 2], [3, 4], [5], [6, 7, 8, 9, 10, 11]], 5)
+    assert batches == [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9, 10], [11]]
+    assert [dealt(batches, rank, 3) for rank in range(3)] == [
+        [[0, 1, 2, 3, 4], [11]], [[5], [0, 1, 2, 3, 4]], [[6, 7, 8, 9, 10], [5]],
+    ]  # fmt: skip
+
+
+def test_units_under_a_budget_stay_together():
+    units = [[2 * unit, 2 * unit + 1] for unit in range(len(LENGTHS))]
+    batches = TokenBatches(LENGTHS, 1000, units, seed=7)
+    assert list(batches) == [[index for unit in batch for index in units[unit]] for batch in drawn()]

@@ -1,0 +1,161 @@
+"""What the replies of a conversation share in a run: whether they can, and how many tokens are computed for it."""
+
+import bisect
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers.trainer_utils import has_length
+
+from perce.data.batch import Batch
+from perce.data.dataset import conversations, pieces_of, sequence_lengths
+from perce.data.documents import DocumentBuilder
+from perce.data.sharing import Path, Segment, Sharing, segmented
+from perce.data.stream import PairStream
+from perce.model.branches import sharing_of
+from perce.model.positions import is_dynamic, switch_length
+from perce.model.probe import unwrapped
+from perce.training.parallel import found_by_first, shards_weights
+from perce.training.sampler import packed, pieces
+
+
+def shared_by(model: Any, args: Any, *datasets: Any) -> tuple[Sharing, str]:
+    """What the replies of these datasets share under a prepared model, the same on every process; and where that is
+    not all, why."""
+    if args.data.share == "none" or not any(map(_has_conversations, datasets)):
+        return "none", ""
+    if shards_weights(args):
+        config = unwrapped(model).config
+        if is_dynamic(config) or switch_length(config) is not None:
+            return "none", f"the position encoding of {config.model_type} follows the length of a forward"
+        return "chains", "FSDP and DeepSpeed place the weights later, so that branches cannot be tried"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):  # flash attention takes no fp32
+        found = sharing_of(model)
+    sharing, reason = found_by_first(lambda: found)
+    if sharing == "branches" and args.memory.persona_grad == "none":
+        return "chains", "behind a cached persona (persona_grad none) each sequence runs by itself"
+    return sharing, reason
+
+
+def _has_conversations(dataset: Any) -> bool:
+    """Whether a conversation has several replies there; of a stream, whether one may have."""
+    if isinstance(dataset, Mapping):
+        return any(map(_has_conversations, dataset.values()))
+    if isinstance(dataset, PairStream):
+        return not isinstance(dataset.source.builder, DocumentBuilder)
+    return has_length(dataset) and any(len(indices) > 1 for indices in conversations(dataset))
+
+
+class Unit(NamedTuple):
+    """Examples that are one row, or one tree, and the factual tokens that are computed for them."""
+
+    indices: list[int]
+    tokens: int
+
+
+def units(dataset: Any, budget: int, sharing: Sharing) -> list[Unit]:
+    """What batches under a token budget are made of.
+
+    chains     the sequences of one row, which is as long as the longest of them: rows are padded to each other
+    branches   a conversation, whose segments stand one after the other; where that is more than the budget, consecutive
+               pieces of as many replies as it holds, at least one
+    """
+    inputs, found = _inputs(dataset), []
+    for indices in conversations(dataset):
+        if sharing == "chains":
+            segments, paths = _segmented(inputs, indices, sharing)
+            of_row = defaultdict(list)
+            for index, ((row, _),) in zip(indices, paths, strict=True):
+                of_row[row].append(index)
+            found += [Unit(of_row[row], len(segment.ids)) for row, segment in enumerate(segments)]
+        else:
+            found += _within(budget, indices, lambda part: sum(_lengths(inputs, part, sharing)))
+    return found
+
+
+def _within(budget: int, indices: list[int], tokens_of: Callable[[list[int]], int]) -> Iterator[Unit]:
+    while indices:
+        tokens, count = tokens_of(indices), len(indices)
+        if tokens > budget and count > 1:
+            fitting = bisect.bisect_right(range(1, count), budget, key=lambda n: tokens_of(indices[:n]))
+            count = max(fitting, 1)
+            tokens = tokens_of(indices[:count])
+        yield Unit(indices[:count], tokens)
+        indices = indices[count:]
+
+
+def largest_batch(dataset: Any, replies: int, sharing: Sharing) -> int:
+    """Factual tokens, padding included, that a batch of so many examples has at most: of ReplyBatches where they share,
+    from what pieces of as many replies have at most."""
+    if sharing == "none":
+        return replies * max(sequence_lengths(dataset))
+    inputs, longest = _inputs(dataset), 0
+    most: dict[int, int] = defaultdict(int)  # of pieces by their replies: rows of chains, or tokens
+    for piece in pieces(conversations(dataset), replies):
+        lengths = _lengths(inputs, piece, sharing)
+        most[len(piece)] = max(most[len(piece)], len(lengths) if sharing == "chains" else sum(lengths))
+        longest = max(longest, *lengths)
+    batches = packed((len(piece) for piece in pieces(conversations(dataset), replies)), replies)
+    largest = max(sum(most[size] for size in sizes) for sizes in {*map(tuple, batches)})
+    return largest * longest if sharing == "chains" else largest
+
+
+def _inputs(dataset: Any) -> list[Any]:
+    """The factual inputs of each example: all its ids but the last."""
+    if not isinstance(dataset, Dataset):
+        return [np.asarray(pair["input_ids"][:-1]) for pair in dataset]
+    columns = (column.to_numpy(zero_copy_only=False) for column in pieces_of(dataset, "input_ids"))
+    return [ids[:-1] for column in columns for ids in column]
+
+
+def _segmented(
+    inputs: Sequence[Any], indices: Sequence[int], sharing: Sharing
+) -> tuple[list[Segment], list[Path]]:  # fmt: skip
+    """Of examples that are one conversation's."""
+    return segmented([inputs[index] for index in indices], [0] * len(indices), sharing)
+
+
+def _lengths(inputs: Sequence[Any], indices: Sequence[int], sharing: Sharing) -> list[int]:
+    """Of the segments."""
+    if len(indices) == 1:
+        return [len(inputs[indices[0]])]
+    return [len(segment.ids) for segment in _segmented(inputs, indices, sharing)[0]]
+
+
+def tokens_of(batch: Batch, counterfactual: bool) -> Tensor:
+    """(2,) inputs of the passes that an objective makes: those that are computed, and those that its examples have."""
+    uses = batch["uses"]
+    return batch["tokens"] if counterfactual else torch.stack([(uses > 0).sum(), uses.sum()])
+
+
+class Counted(NamedTuple):
+    """Tokens of some batches, and the replies in them that share none with another."""
+
+    computed: int
+    needed: int
+    replies: int
+    alone: int
+
+    def __str__(self) -> str:
+        return f"{self.computed:,} tokens computed for {self.needed:,} tokens of examples"
+
+
+def counted(
+    batches: Iterable[Sequence[int]], dataset: Any, collate: Callable[..., Batch], sharing: Sharing,
+    counterfactual: bool,
+) -> Counted:  # fmt: skip
+    """What is computed of batches, which are made for that."""
+    computed, replies, alone = torch.zeros(2, dtype=torch.int64), 0, 0
+    for batch in batches:
+        pairs = [dataset[index] for index in batch]
+        computed += tokens_of(collate(pairs), counterfactual)
+        _, paths = segmented(
+            [pair["input_ids"][:-1] for pair in pairs], [x.get("conversation") for x in pairs], sharing
+        )
+        beginnings = Counter(path[0][0] for path in paths)
+        replies, alone = replies + len(pairs), alone + sum(count == 1 for count in beginnings.values())
+    return Counted(int(computed[0]), int(computed[1]), replies, alone)

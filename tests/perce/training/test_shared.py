@@ -1,0 +1,95 @@
+"""What conversations share in a run: whether, in which units, and how many tokens are computed for it."""
+
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+
+from perce.config.schema import DataConfig, MemoryConfig
+from perce.data.batch import collate
+from perce.model.patch import prepare_model
+from perce.training.sampler import ReplyBatches, TokenBatches
+from perce.training.shared import counted, largest_batch, shared_by, units
+from tests.helpers.conversations import conversation
+from tests.helpers.tiny import demo_pairs, tiny_model
+
+KINDS = ("chains", "branches")
+
+
+def pairs_of(thought):
+    """Of 20 conversations of one to nine replies."""
+    pairs = [pair for number in range(20) for pair in conversation(1 + number * 7 % 9, number, thought)]
+    return [pair | {"example": index} for index, pair in enumerate(pairs)]
+
+
+def rows_and_tokens(pairs, sharing):
+    rows, width = collate(pairs, sharing=sharing)["input_ids"].shape
+    return rows, rows * width
+
+
+@pytest.mark.parametrize("thought", [False, True])
+@pytest.mark.parametrize("sharing", KINDS)
+def test_units_are_computed_within_a_budget(sharing, thought, budget=110):
+    pairs = pairs_of(thought)
+    found = units(pairs, budget, sharing)
+    assert found == units(Dataset.from_list(pairs), budget, sharing)
+    assert sorted(index for unit in found for index in unit.indices) == list(range(len(pairs)))
+    for unit in found:
+        assert rows_and_tokens([pairs[index] for index in unit.indices], sharing) == (1, unit.tokens)
+    if sharing == "branches":
+        assert all(unit.tokens <= budget or len(unit.indices) == 1 for unit in found)
+        assert len(found) > len(units(pairs, 100_000, sharing)) == 20, "some are cut"
+    indices, lengths = zip(*found, strict=True)
+    for batch in TokenBatches(lengths, budget, indices, seed=0):
+        _, tokens = rows_and_tokens([pairs[index] for index in batch], sharing)
+        assert tokens <= budget or batch in indices, "what is longer is alone"
+
+
+@pytest.mark.parametrize("sharing", KINDS)
+def test_no_batch_is_larger_than_the_largest(sharing):
+    pairs = pairs_of(thought=True)
+    conversations = {}
+    for index, pair in enumerate(pairs):
+        conversations.setdefault(pair["conversation"], []).append(index)
+    for replies in (2, 8):
+        bound = largest_batch(pairs, replies, sharing)
+        sampler = ReplyBatches(conversations.values(), replies, seed=0)
+        largest = 0
+        for epoch in range(20):
+            sampler.set_epoch(epoch)
+            largest = max(rows_and_tokens([pairs[i] for i in b], sharing)[1] for b in sampler)
+        assert largest <= bound < 2 * largest
+    longest = max(len(pair["input_ids"]) for pair in pairs)
+    assert largest_batch(pairs, 8, "none") == 8 * longest > bound
+
+
+def test_what_is_counted_of_batches():
+    pairs = conversation(3) + conversation(1, number=1)
+    [*lengths] = [len(pair["input_ids"]) - 1 for pair in pairs]
+    factual = counted([range(4)], pairs, lambda x: collate(x, sharing="chains"), "chains", counterfactual=False)
+    assert factual == (lengths[2] + lengths[3], sum(lengths), 4, 1)
+    both = counted([[0, 2], [1]], pairs, lambda x: collate(x, sharing="chains"), "chains", counterfactual=True)
+    persona = 12
+    assert both == (2 * (lengths[2] + lengths[1] - persona), 2 * sum(lengths[:3]) - 3 * persona, 3, 1)
+
+
+def asked(**options):
+    return SimpleNamespace(
+        **{"data": DataConfig(), "memory": MemoryConfig(), "bf16": False, "fsdp": [], "deepspeed": None} | options
+    )
+
+
+def test_whether_replies_are_shared():
+    model, several = prepare_model(tiny_model()), Dataset.from_list(conversation(2))
+    assert shared_by(model, asked(), None, several) == ("branches", "")
+    assert shared_by(model, asked(), {"a": Dataset.from_list(conversation(1)), "b": several}) == ("branches", "")
+    assert shared_by(model, asked(data=DataConfig(share="none")), several) == ("none", "")
+    assert shared_by(model, asked(), Dataset.from_list(demo_pairs(3)), None) == ("none", "")
+    detached = {"memory": MemoryConfig(persona_grad="none")}
+    for options, reason in ((detached, "persona_grad none"), ({"deepspeed": "zero3.json"}, "DeepSpeed")):
+        sharing, why = shared_by(model, asked(**options), several)
+        assert sharing == "chains" and reason in why
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    for options in ({}, {"deepspeed": "zero3.json"}):
+        sharing, why = shared_by(model, asked(**options), several)
+        assert sharing == "none" and "position encoding" in why

@@ -1,0 +1,166 @@
+"""Training, evaluation and E-steps on conversations whose replies share tokens: the numbers of separate examples."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from perce import DataConfig, LossConfig, UserError
+from perce.config.schema import MemoryConfig
+from perce.data.batch import collate
+from perce.model.memory import CHECKPOINTING
+from perce.training.shared import counted
+from tests.helpers.conversations import Exact, conversation
+from tests.helpers.ranks import end_rank, run_ranks
+from tests.helpers.trainers import arguments, logged, model_for, trainer_for
+
+PAIRS = [
+    pair | {"example": index, "personal": [False, True] + [False] * (pair["response_length"] - 2)}
+    for index, pair in enumerate(
+        pair for number, replies in enumerate((4, 1, 3, 2, 6)) for pair in conversation(replies, number, thought=True)
+    )
+]
+ALONE = DataConfig(share="none")
+
+
+def trainer(directory, kind="full", pairs=PAIRS, architecture="llama", **options):
+    """In fp64: what differs is a mistake."""
+    loss = LossConfig(clip_min=0.05, **options.pop("of_loss", {}))
+    args = arguments(directory, loss=loss, **({"max_steps": 4} | options))
+    made = trainer_for(model_for(kind, architecture=architecture), args, pairs, eval_dataset=Dataset.from_list(pairs))
+    made.model.double()
+    return made
+
+
+def steps(made, resume_from=None):
+    """(loss and gradient norm a step, trained weights)."""
+    with Exact():
+        made.train(resume_from_checkpoint=resume_from)
+    return torch.tensor(logged(made, "loss", "grad_norm"), dtype=torch.float64), weights(made)
+
+
+def weights(made):
+    return {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}
+
+
+def close(one, other, most=1e-9):
+    torch.testing.assert_close(one, other, rtol=most, atol=most)
+
+
+def alone(made):
+    """The same trainer on the same batches, of which nothing is shared."""
+    made.data_collator = partial(collate, sharing="none")
+    return made
+
+
+WAYS = {
+    "plain": {},
+    "batch": {"of_loss": {"normalize": "batch"}, "gradient_accumulation_steps": 2},
+    "sequence": {"of_loss": {"normalize": "sequence"}},
+    "epoch": {"of_loss": {"estimate": "epoch"}},
+    "ce": {"of_loss": {"objective": "ce"}},
+    "lora": {"kind": "lora"},
+    "detached": {"memory": MemoryConfig(persona_grad="none"), "pairs": conversation(4) + conversation(3, 1)},
+    "tokens": {"tokens_per_batch": 200},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_equal_those_of_separate_examples(tmp_path, way):
+    options = {"max_steps": 2} | WAYS[way]
+    shared, separate = trainer(tmp_path, **options), alone(trainer(tmp_path, **options))
+    assert shared.sharing == ("chains" if way == "detached" else "branches")
+    one, other = steps(shared), steps(separate)
+    # Of an estimate fp32 is kept, and the Trainer logs a loss of fp32.
+    close(one[1], other[1], 1e-6 if way == "epoch" else 1e-9)
+    close(one[0], other[0], 1e-6)
+    computed, needed = shared.tokens_computed()
+    assert computed < 0.75 * needed
+    assert separate.tokens_computed() == (needed, needed)
+
+
+@pytest.mark.parametrize("options", [{CHECKPOINTING: True}, {"architecture": "qwen3-moe"}], ids=str)
+def test_steps_that_fp64_cannot_make(tmp_path, options):
+    """What a backward recomputes, and the products of experts, whose load-balancing loss counts every reply."""
+    found = []
+    for made in (trainer(tmp_path, max_steps=2, **options), alone(trainer(tmp_path, max_steps=2, **options))):
+        made.model.float()
+        made.train()
+        found.append(torch.tensor(logged(made, "loss", "grad_norm")))
+    close(*found, 2e-5)
+
+
+def test_an_evaluation_has_the_numbers_of_separate_examples_in_the_order_of_the_dataset(tmp_path):
+    mixed = [PAIRS[index] for index in (0, 5, 1, 6, 2, 7, 3, *range(8, 16), 4)]
+    found = {}
+    for name, data in (("shared", DataConfig()), ("alone", ALONE)):
+        made = trainer(tmp_path, pairs=mixed, data=data, per_device_eval_batch_size=5)
+        with Exact():
+            metrics = made.evaluate()
+        assert [x.example for x in made.last_evaluation] == [pair["example"] for pair in mixed]
+        found[name] = [torch.cat([x.logp, x.logp_cf]) for x in made.last_evaluation]
+        found[name].append(torch.tensor([value for key, value in metrics.items() if "persona" in key]))
+    assert made.sharing == "none"
+    close(found["shared"], found["alone"])
+
+
+@pytest.mark.slow
+def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path):
+    made = partial(trainer, kind="lora", max_steps=7, save_strategy="steps", save_steps=5)
+    first, again = made(tmp_path / "a"), made(tmp_path / "b")
+    assert len(first.get_train_dataloader()) == 4, "the checkpoint is in the second epoch"
+    straight = steps(first)
+    resumed = steps(again, str(tmp_path / "a" / "checkpoint-5"))
+    assert torch.equal(straight[0], resumed[0]) and all(straight[1][n].equal(resumed[1][n]) for n in straight[1])
+
+
+def test_options_of_the_trainers_loader_are_refused_where_conversations_are_dealt(tmp_path):
+    for option in ({"dataloader_drop_last": True}, {"train_sampling_strategy": "group_by_length"}):
+        with pytest.raises(UserError, match=rf"{next(iter(option))}: .*--share none"):
+            trainer(tmp_path, **option)
+        assert trainer(tmp_path, data=ALONE, **option).sharing == "none"
+
+
+def test_a_collator_of_the_callers_stays(tmp_path):
+    own = partial(collate, pad_id=3)
+    assert trainer_for(model_for(), arguments(tmp_path), PAIRS, data_collator=own).data_collator is own
+
+
+def test_what_is_said_beforehand_is_what_is_computed(tmp_path):
+    made = trainer(tmp_path, max_steps=-1, num_train_epochs=1)
+    loader = made.get_train_dataloader()
+    expected = counted(loader.batch_sampler, made.train_dataset, made.data_collator, made.sharing, True)
+    assert expected.replies == len(PAIRS) and expected.alone < 5
+    steps(made)
+    assert made.tokens_computed() == expected[:2]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one(tmp_path):
+    run_ranks("tests.perce.training.test_trainer_sharing", str(tmp_path))
+    for name, found in torch.load(tmp_path / "result.pt").items():
+        close(found, by_ranks(tmp_path / "one", name, 1), 1e-6 if name == "epoch" else 1e-9)
+
+
+def by_ranks(directory, estimate, ranks):
+    """Weights after two epochs of steps of two batches, and numbers of an evaluation."""
+    made = trainer(
+        directory, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2 // ranks, pairs=PAIRS[:-1],
+        of_loss={"estimate": estimate}, per_device_eval_batch_size=4,
+    )  # fmt: skip
+    assert made.sharing == "branches"
+    found = steps(made)[1]
+    with Exact():
+        metrics = made.evaluate()
+    return found | {key: torch.tensor(value) for key, value in metrics.items() if "persona" in key}
+
+
+if __name__ == "__main__":  # one rank
+    torch.set_num_threads(1)
+    results = {estimate: by_ranks(Path(sys.argv[1]) / "two", estimate, 2) for estimate in ("online", "epoch")}
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, Path(sys.argv[1]) / "result.pt")
+    end_rank()
