@@ -322,11 +322,13 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
         yield changed(f"--load_in_4bit {str(four).lower()}", load_in_4bit=four)
     precision = "fp32" if low else "bf16"
     yield changed(f"--precision {precision}", precision=precision)
-    if (batch := step.per_device_train_batch_size) > 1:
+    if step.sequences > 1:
         yield changed(
-            "--per_device_train_batch_size 1", per_device_train_batch_size=1,
-            gradient_accumulation_steps=batch * step.forwards,
+            f"--per_device_train_batch_size {step.replies}", per_device_train_batch_size=step.replies,
+            gradient_accumulation_steps=step.sequences * step.forwards,
         )  # fmt: skip
+    if step.replies > 1:  # of a batch of this many others, padded to the longest
+        yield changed("--share none", replies=1, branches=False)
     if step.computed.products and not step.of_documents:  # a plan of cross-entropy is one of rows with a persona
         yield changed("--objective ce", objective="ce")
     if model.attn_implementation == "eager":
