@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ def train(spec: Spec) -> tuple[int, float]:
     """(peak resident bytes, seconds) of the last step."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
+    from torch.utils.data import SequentialSampler
     from transformers import PreTrainedTokenizerFast
 
     from benchmarks.step_meter import StepMeter
     from perce.config.schema import LossConfig, MemoryConfig
+    from perce.data.batch import collate
     from perce.training.arguments import PerceArguments
     from perce.training.trainer import PerceTrainer
 
@@ -60,10 +63,13 @@ def train(spec: Spec) -> tuple[int, float]:
             memory=MemoryConfig(persona_grad=spec["persona_grad"], mlp_tile=spec["mlp_tile"]),
             **(how if spec["activation_checkpointing"] else {}),
         )  # fmt: skip
+        together = {"data_collator": partial(collate, sharing="branches")} if spec["replies"] > 1 else {}
         trainer = PerceTrainer(
             make_model(spec), args, train_dataset=Dataset.from_list(pairs(spec, STEPS * accumulation * batch)),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), callbacks=[meter],
+            **together,
         )  # fmt: skip
+        trainer._get_train_sampler = SequentialSampler  # type: ignore[method-assign]  # conversations stay together
         trainer.train()
     return meter.peak, meter.seconds[-1]
 
@@ -74,6 +80,7 @@ def make_model(spec: Spec) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from perce.config.schema import ModelConfig
+    from perce.model.branches import teach_branches
     from perce.model.loading import add_adapter, lora_config
     from perce.model.patch import prepare_model
 
@@ -82,24 +89,28 @@ def make_model(spec: Spec) -> Any:
     config = AutoConfig.for_model(**spec["model"])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if low else torch.float32)
     prepare_model(model)
+    teach_branches(model)
     return add_adapter(model, lora_config(ModelConfig(lora_r=spec["lora_r"]))) if spec["lora_r"] else model
 
 
 def pairs(spec: Spec, count: int) -> list[dict[str, Any]]:
-    """Token pairs of one length: the persona is what query and response leave of the context."""
-    context, response = spec["context"], spec["response"]
-    persona = context - response - spec["query"]
-    return [
-        {
-            "input_ids": [(7 * i + row) % spec["model"]["vocab_size"] for i in range(context)],
-            "persona_span": [4, 4 + persona],
-            "response_length": response,
-            "personal": [False] * response,
-            "passages": [],
-            "example": row,
-        }
-        for row in range(count)
-    ]
+    """Token pairs, of several replies those of whole conversations: the persona is what queries and responses leave of
+    the context. With branches a reply that is the last one has ids of its own."""
+    response, replies, vocabulary = spec["response"], spec["replies"], spec["model"]["vocab_size"]
+    turn = response + spec["query"]
+    persona = spec["context"] - replies * turn
+
+    def pair(row: int) -> dict[str, Any]:
+        conversation, reply = divmod(row, replies)
+        ids = [(7 * i + conversation) % vocabulary for i in range(persona + turn * (reply + 1))]
+        if spec["branches"]:
+            ids[-response:] = [(i + 1) % vocabulary for i in ids[-response:]]
+        return {
+            "input_ids": ids, "persona_span": [4, 4 + persona], "response_length": response,
+            "personal": [False] * response, "passages": [], "example": row, "conversation": conversation,
+        }  # fmt: skip
+
+    return [pair(row) for row in range(count)]
 
 
 def measured(spec: Spec) -> dict[str, float]:

@@ -28,12 +28,14 @@ GEMMA3 = {
 }  # fmt: skip
 MIB = 2**20
 
+CONVERSATION = {"query": 32, "response": 32, "replies": 8, "per_device_train_batch_size": 8}
+
 
 def spec(model: dict[str, Any], context: int, lora_r: int, precision: str, checkpointing: bool, **changes: Any) -> Spec:
     return {
         "model": model, "context": context, "query": 64, "response": 128, "lora_r": lora_r, "precision": precision,
         "activation_checkpointing": checkpointing, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-        "objective": "perce", "persona_grad": "full", "mlp_tile": 0,
+        "objective": "perce", "persona_grad": "full", "mlp_tile": 0, "replies": 1, "branches": False,
     } | changes  # fmt: skip
 
 
@@ -58,6 +60,13 @@ SPECS = {
     ),
     "smollm2-lora-fp32-4096-tiled": spec(LLAMA, 4096, 16, "fp32", False, mlp_tile=512),
     "qwen3-full-fp32-2048-checkpointed-tiled": spec(QWEN3, 2048, 0, "fp32", True, mlp_tile=512),
+    "smollm2-lora-fp32-1024-8-replies": spec(LLAMA, 1024, 16, "fp32", False, **CONVERSATION),
+    "smollm2-full-fp32-2x1024-checkpointed-8-replies": spec(
+        LLAMA, 1024, 0, "fp32", True, **CONVERSATION | {"per_device_train_batch_size": 16}
+    ),
+    "qwen3-lora-fp32-1024-8-branches": spec(QWEN3, 1024, 16, "fp32", False, **CONVERSATION, branches=True),
+    "qwen3-lora-bf16-1024-checkpointed-8-branches": spec(QWEN3, 1024, 16, "bf16", True, **CONVERSATION, branches=True),
+    "gemma3-lora-fp32-1024-8-branches": spec(GEMMA3, 1024, 16, "fp32", False, **CONVERSATION, branches=True),
 }
 
 QUICK = ("smollm2-full-fp32-1024", "qwen3-lora-bf16-2048-checkpointed", "gemma3-lora-bf16-1024")

@@ -16,12 +16,22 @@ MEMORY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10*
 class StepConfig:
     """The step that is planned. Names that `python -m perce.train` has too mean the same."""
 
-    context: int = _option(4096, "tokens of a factual sequence: persona, query and response; longce: of a document")
-    query: int = _option(128, "tokens of it that the counterfactual prompt keeps: chat template, query")
-    response: int = _option(512, "tokens of it that are the response")
-    per_device_train_batch_size: int = _option(1, "sequences per forward pass")
+    context: int = _option(
+        4096, "tokens of a factual sequence: persona, query and response, those of all --replies; longce: of a document"
+    )
+    query: int = _option(128, "tokens of it that the counterfactual prompt keeps: chat template, query; of each reply")
+    response: int = _option(512, "tokens of it that are the response; of each reply")
+    replies: int = _option(
+        1, "replies of a conversation that a forward pass reads together, what they have in common once; --share of "
+        "perce.train",
+    )  # fmt: skip
+    branches: bool = _option(
+        False, "the template shows earlier replies otherwise than the last one (Qwen3's: without a thought), so that "
+        "each is computed beside its copy",
+    )  # fmt: skip
+    per_device_train_batch_size: int = _option(1, "replies per forward pass")
     gradient_accumulation_steps: int | None = _option(
-        None, "forward passes per optimiser step; default: as many as give 8 sequences per device"
+        None, "forward passes per optimiser step; default: as many as give 8 replies per device"
     )
     objective: str = OBJECTIVE
     estimate: Literal["online", "epoch", "frozen"] = _option(
@@ -44,11 +54,20 @@ class StepConfig:
     json: str | None = _option(None, "the whole plan as JSON", "FILE")
 
     def __post_init__(self) -> None:
-        for name in ("query", "response", "per_device_train_batch_size", "devices", "short_context", "short_stride"):
+        for name in (
+            "query", "response", "replies", "per_device_train_batch_size", "devices", "short_context", "short_stride",
+        ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        _require(self.replies == 1 or not self.of_documents, "replies", "1 of documents", self.replies)
+        _require(self.replies > 1 or not self.branches, "branches", "--replies above 1 beside it", f"{self.replies}")
+        _require(
+            self.per_device_train_batch_size % self.replies == 0, "per_device_train_batch_size",
+            f"a multiple of the {self.replies} --replies", self.per_device_train_batch_size,
+        )  # fmt: skip
         steps = self.gradient_accumulation_steps
         _require(steps is None or steps >= 1, "gradient_accumulation_steps", ">= 1", steps)
-        expected = f">= {self.shortest}{'' if self.of_documents else ' (query + response + a persona)'}"
+        turns = f"{self.replies} x (query + response)" if self.replies > 1 else "query + response"
+        expected = f">= {self.shortest}{'' if self.of_documents else f' ({turns} + a persona)'}"
         _require(self.context >= self.shortest, "context", expected, self.context)
         _require(self.tflops is None or 0 < self.tflops < float("inf"), "tflops", "> 0", self.tflops)
         _require(self.sharding == "none" or self.devices > 1, "sharding", "none with one device", self.sharding)
@@ -60,6 +79,16 @@ class StepConfig:
         return self.gradient_accumulation_steps or max(8 // self.per_device_train_batch_size, 1)
 
     @property
+    def sequences(self) -> int:
+        """Conversations of a forward pass, or what stands by itself."""
+        return self.per_device_train_batch_size // self.replies
+
+    @property
+    def without_persona(self) -> int:
+        """Tokens of a counterfactual sequence."""
+        return self.replies * (self.query + self.response)
+
+    @property
     def of_documents(self) -> bool:
         """Documents have neither query nor persona: all but their first token is the response."""
         return PERSONAS not in objective_of(self.objective).takes
@@ -67,7 +96,7 @@ class StepConfig:
     @property
     def shortest(self) -> int:
         """Tokens of the shortest context that there is."""
-        return 2 if self.of_documents else self.query + self.response + 1
+        return 2 if self.of_documents else self.without_persona + 1
 
     @property
     def computed(self) -> Objective:

@@ -1,14 +1,16 @@
 """Floating-point operations of an optimiser step, and the time below which it cannot take.
 
-With F factual and C counterfactual input tokens, P weights in the matrices of the layers and A in adapters, a forward
-of F tokens takes 2·(P + A)·F and attention; its backward twice that, of which LoRA saves the weights' half (not the
-adapters'); checkpointing adds a forward, but for each layer's last product, and tiled MLPs one of theirs. With
-persona_grad="none" backward and recomputation see the tokens behind the persona alone. N response tokens cost the head
-2·N·D·V a product: logits, dh, dW where it trains, and those that the weights take (objectives.py). Norms, activation
-functions, the optimiser and memory traffic are left out: the bound is a lower one.
+With F factual and C counterfactual input tokens, those that several replies share counted once, P weights in the
+matrices of the layers and A in adapters, a forward of F tokens takes 2·(P + A)·F and attention; its backward twice
+that, of which LoRA saves the weights' half (not the adapters'); checkpointing adds a forward, but for each layer's last
+product, and tiled MLPs one of theirs. With persona_grad="none" backward and recomputation see the tokens behind the
+persona alone. N response tokens cost the head 2·N·D·V a product: logits, dh, dW where it trains, and those that the
+weights take (objectives.py). Norms, activation functions, the optimiser and memory traffic are left out: the bound is a
+lower one.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from perce.config.step import StepConfig
+from perce.data.sharing import Segment
 from perce.planning.memory import Counts, shape_of
 from perce.planning.rehearsal import Setup
 
@@ -34,7 +37,7 @@ class Flops:
     estimation: int  # what the weights take of the layers: a counterfactual forward
     head: int
     head_estimation: int  # and of the head
-    tokens: int  # factual ones
+    tokens: int  # factual ones that are computed
 
     @property
     def cross_entropy(self) -> int:
@@ -57,24 +60,23 @@ def count_flops(config: Any, setup: Setup, step: StepConfig, counts: Counts) -> 
     trains_all = not setup.model.lora_r
 
     def linear(tokens: int, weights: int) -> int:
-        return 2 * shape.batch * tokens * weights
+        return 2 * tokens * weights
 
     every = counts.linear + counts.adapter
-    attention = shape.batch * attention_flops(config, shape.tokens)
-    forward = linear(shape.tokens, every) + attention
-    kept = shape.tokens - shape.prefix  # tokens that have a backward; they attend to all
+    attention = _attention(config, shape.segments)
+    forward = linear(shape.computed, every) + attention
+    kept = shape.computed - shape.batch * shape.prefix  # tokens that have a backward; they attend to all
     attention -= shape.batch * attention_flops(config, shape.prefix)
     backward = linear(kept, (1 + trains_all) * counts.linear + 2 * counts.adapter) + 2 * attention
     recomputation = 0
     if setup.checkpointing:
         recomputation += linear(kept, every - counts.not_recomputed) + attention
-    if 0 < setup.memory.mlp_tile < kept:
+    if 0 < setup.memory.mlp_tile < (kept if shape.replies > 1 else shape.tokens - shape.prefix):  # of a row
         recomputation += linear(kept, counts.mlp - counts.not_recomputed)
     estimation = forward if shape.objective.over_step else 0  # its E-step has a factual pass too
     if shape.tokens_cf:
-        sequences_cf = shape.sequences_cf
-        estimation += 2 * sequences_cf * shape.tokens_cf * every
-        estimation += sequences_cf * attention_flops(config, shape.tokens_cf)
+        computed_cf = sum(len(segment.ids) for segment in shape.segments_cf)
+        estimation += linear(computed_cf, every) + _attention(config, shape.segments_cf)
     return Flops(
         forward=forwards * forward,
         backward=forwards * backward,
@@ -82,12 +84,21 @@ def count_flops(config: Any, setup: Setup, step: StepConfig, counts: Counts) -> 
         estimation=forwards * estimation,
         head=forwards * product * (2 + counts.head_trains),
         head_estimation=forwards * product * shape.objective.products,
-        tokens=forwards * shape.batch * shape.tokens,
+        tokens=forwards * shape.computed,
+    )
+
+
+def _attention(config: Any, segments: list[Segment]) -> int:
+    """Of a forward of segments, each of which sees its path too."""
+    places = Counter((segment.position, len(segment.ids)) for segment in segments)
+    return sum(
+        times * (attention_flops(config, start + tokens) - attention_flops(config, start))
+        for (start, tokens), times in places.items()
     )
 
 
 def attention_flops(config: Any, tokens: int) -> int:
-    """Of one sequence's forward: Q Kᵀ and P V over the positions that a token may see, in all layers."""
+    """Of one whole sequence's forward: Q Kᵀ and P V over the positions that a token may see, in all layers."""
     text = config.get_text_config()
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers

@@ -117,19 +117,27 @@ class PeakMemory:
 
 
 def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
-    """The last token of a sequence is a target only, in both passes."""
-    batch, accumulates = step.per_device_train_batch_size, step.forwards > 1
+    """The last token of a sequence is a target only, in both passes. Behind a persona without a gradient conversations
+    are rows too, and branches sequences by themselves: planned as long as the longest."""
+    batch, accumulates = step.sequences, step.forwards > 1
     objective, tokens = step.computed, step.context - 1
-    rows, prefix = batch * step.response, 0
+    rows, prefix = step.per_device_train_batch_size * step.response, 0
+    conversation = {}
+    if options.persona_grad == "none":
+        batch *= step.replies if step.branches else 1
+    elif step.replies > 1:
+        turn, branch = step.query + step.response, (step.response - 1) * step.branches
+        conversation = {"replies": step.replies, "turn": turn, "branch": branch}
     if step.of_documents:
         windows = short_windows(step.context, step.short_context, step.short_stride)
         tokens_cf, sequences_cf = max(end - start for start, end, _ in windows) - 1, batch * len(windows)
         rows = batch * tokens
     else:
-        tokens_cf, sequences_cf = step.query + step.response - 1, batch
+        tokens_cf, sequences_cf = step.without_persona - 1, batch
         prefix = tokens - tokens_cf if options.persona_grad == "none" else 0
     return StepShape(
-        batch, tokens, tokens_cf if objective.counterfactual else 0, rows, accumulates, sequences_cf, prefix, objective
+        batch, tokens, tokens_cf if objective.counterfactual else 0, rows, accumulates, sequences_cf, prefix, objective,
+        **conversation,
     )  # fmt: skip
 
 
@@ -153,7 +161,7 @@ def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, dev
     nothing = {"activations": 0, "working set": 0, "loss buffers": 0}
     phases[UPDATE] = resident | {"gradients": trained_bytes // shares} | nothing
     holds_cf = bool(shape.tokens_cf and not shape.objective.over_step)
-    not_held = {"of all tokens": shape.batch * shape.tokens * counts.vocabulary * 4}
+    not_held = {"of all tokens": shape.computed * counts.vocabulary * 4}
     if setup.model.backend != "reference":
         not_held = {"of the response tokens": shape.rows * counts.vocabulary * 4} | not_held
     return PeakMemory(

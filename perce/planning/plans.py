@@ -17,7 +17,7 @@ from perce.config.step import StepConfig
 from perce.errors import UserError
 from perce.hub import read_config, stated
 from perce.model.loading import bf16_is_sound, check_backend
-from perce.model.positions import position_limit
+from perce.model.positions import is_dynamic, position_limit, switch_length
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
 from perce.planning.flops import Flops, count_flops, matmul_rate
 from perce.planning.memory import Counts, PeakMemory, count, peak_memory
@@ -219,7 +219,13 @@ def check_architecture(config: Any, path: str) -> None:
 
 
 def check_positions(model_config: Any, options: PlanOptions) -> None:
-    """UserError for a context that the model has no positions for."""
+    """UserError for a context that the model has no positions for, and for replies that share nothing in it."""
+    changing = is_dynamic(model_config) or switch_length(model_config) is not None
+    if changing and options.step.replies > 1:
+        raise UserError(
+            f"--replies {options.step.replies}: the position encoding of {model_config.model_type} follows the length "
+            "of a forward, so that each reply is computed by itself. Use --replies 1."
+        )
     limit = position_limit(model_config)
     if limit is not None and options.step.context > limit:
         raise UserError(
@@ -322,11 +328,13 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
         yield changed(f"--load_in_4bit {str(four).lower()}", load_in_4bit=four)
     precision = "fp32" if low else "bf16"
     yield changed(f"--precision {precision}", precision=precision)
-    if (batch := step.per_device_train_batch_size) > 1:
+    if step.sequences > 1:
         yield changed(
-            "--per_device_train_batch_size 1", per_device_train_batch_size=1,
-            gradient_accumulation_steps=batch * step.forwards,
+            f"--per_device_train_batch_size {step.replies}", per_device_train_batch_size=step.replies,
+            gradient_accumulation_steps=step.sequences * step.forwards,
         )  # fmt: skip
+    if step.replies > 1:  # of a batch of this many others, padded to the longest
+        yield changed("--share none", replies=1, branches=False)
     if step.computed.products and not step.of_documents:  # a plan of cross-entropy is one of rows with a persona
         yield changed("--objective ce", objective="ce")
     if model.attn_implementation == "eager":

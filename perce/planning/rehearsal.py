@@ -13,13 +13,16 @@ the buffers of the loss.
 """
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from operator import sub
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,7 +31,9 @@ from transformers import masking_utils
 
 import perce_kernels.loss
 from perce.config.schema import MemoryConfig, ModelConfig
+from perce.data.sharing import Segment, Spans, segmented
 from perce.errors import UserError, first_line, in_one_line
+from perce.model.branches import teach_branches
 from perce.model.head import answer, logit_transforms
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
@@ -55,7 +60,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class StepShape:
-    """One forward and backward of B sequences."""
+    """One forward and backward of B sequences: a row each, or, where each has several replies, segments of one row."""
 
     batch: int
     tokens: int  # T, input tokens of a sequence
@@ -65,6 +70,39 @@ class StepShape:
     sequences_cf: int = 0  # 0: B
     prefix: int = 0  # tokens of each factual sequence that run without a gradient
     objective: Objective = OBJECTIVES["perce"]
+    replies: int = 1  # of a sequence, which ends with the last one
+    turn: int = 0  # tokens from the end of one reply to that of the next
+    branch: int = 0  # tokens of an earlier reply that stand beside its copy in the sequence; 0: it is where it ends
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What the factual pass computes, without ids."""
+        return self._divided(self.batch, self.tokens)
+
+    @property
+    def segments_cf(self) -> list[Segment]:
+        return self._divided((self.sequences_cf or self.batch) if self.tokens_cf else 0, self.tokens_cf)
+
+    @property
+    def computed(self) -> int:
+        """Input tokens of the factual pass."""
+        return sum(len(segment.ids) for segment in self.segments)
+
+    def _divided(self, sequences: int, tokens: int) -> list[Segment]:
+        return _divided(sequences, tokens, self.replies, self.turn, self.branch)
+
+
+@functools.lru_cache(maxsize=32)  # of a long context it takes a moment
+def _divided(sequences: int, tokens: int, replies: int, turn: int, branch: int) -> list[Segment]:
+    """Sequences like a conversation's, divided as those of a batch are."""
+    path: Any = np.arange(1, tokens + 1)
+    earlier = [path[: tokens - before * turn] for before in range(1, replies)]
+    if branch:
+        own = np.zeros(branch, dtype=path.dtype)  # ids that are no part of the path
+        earlier = [np.concatenate([ids[:-branch], own]) for ids in earlier]
+    conversation = [path, *earlier]
+    units = [number for number in range(sequences) for _ in conversation]
+    return segmented(conversation * sequences, units, "branches")[0]
 
 
 def build(config: Any, setup: Setup) -> Any:
@@ -97,18 +135,19 @@ def build(config: Any, setup: Setup) -> Any:
         enable_checkpointing(base)
     prepare_memory(base, setup.memory)
     if flash:
-        base.config.get_text_config()._attn_implementation = _maskless_attention()
+        base.config.get_text_config()._attn_implementation = _flash_attention()
     return model.train()
 
 
-def _maskless_attention() -> str:
-    """The name of sdpa without any mask: what flash attention holds, which needs none for prefixes and windows."""
+def _flash_attention() -> str:
+    """The name of sdpa without any mask: what flash attention holds, which needs none for prefixes, windows and
+    branches."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    AttentionInterface.register("perce_maskless", sdpa_attention_forward)
-    AttentionMaskInterface.register("perce_maskless", lambda *args, **kwargs: None)
-    return "perce_maskless"
+    AttentionInterface.register("perce_flash", sdpa_attention_forward)
+    AttentionMaskInterface.register("perce_flash", lambda *args, **kwargs: None)
+    return "perce_flash"
 
 
 def decoder_layers(model: Any, count: int) -> nn.ModuleList:
@@ -174,6 +213,8 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     """What one step of this model has alive in each of its phases."""
     live = Live()
     model = build(config, setup)
+    if shape.replies > 1:
+        teach_branches(unwrapped(model))
     try:
         # transformers looks for packed sequences in position ids. Where these have no values it expects some, and would
         # build a T × T mask that a real step of ours never has. The reference looks at targets, without values too.
@@ -236,10 +277,17 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         ids = torch.zeros(sequences, tokens, dtype=torch.int64)
         return decoder(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
 
+    def of_segments(segments: list[Segment]) -> Tensor:  # as collate arranges them, and the patched forward passes on
+        *starts, tokens = [0, *accumulate(len(segment.ids) for segment in segments)]
+        positions = torch.zeros(1, tokens, dtype=torch.int64)
+        mask = positions.new_ones(1, 1, 1, 1)
+        return hidden(1, tokens, position_ids=positions, spans=Spans.of(segments, starts), attention_mask=mask)
+
     def factual() -> Tensor:
         if setup.memory.persona_grad == "full":
             live.enter("forward")
-            return hidden(shape.batch, shape.tokens)[rows]
+            shared = shape.replies > 1
+            return (of_segments(shape.segments) if shared else hidden(shape.batch, shape.tokens))[rows]
         rests = []
         for _ in range(shape.batch):  # as hidden_after_prefix
             live.enter("persona")
@@ -253,7 +301,9 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         live.enter("counterfactual")
         model.eval()
         with torch.no_grad(), autocast():
-            states = hidden(shape.sequences_cf or shape.batch, shape.tokens_cf)[rows]
+            shared = shape.replies > 1
+            sequences_cf = shape.sequences_cf or shape.batch
+            states = (of_segments(shape.segments_cf) if shared else hidden(sequences_cf, shape.tokens_cf))[rows]
         hidden_cf = states.float() if setup.low_precision else states  # the wrapper's outputs are fp32
         model.train()
     if shape.objective.over_step:  # its E-step has two forwards, the other with less alive than with a backward, and

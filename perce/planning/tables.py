@@ -62,9 +62,15 @@ def _verdict(plan: Plan) -> list[str]:
 def _header(plan: Plan) -> list[str]:
     options, counts = plan.options, plan.cost.counts
     step, memory, lora, backend = options.step, options.memory, options.model.lora_r, options.model.backend
-    persona = step.context - step.query - step.response
+    persona = step.context - step.without_persona
     method = f"LoRA r {lora}" if lora else "all weights"
-    tokens = f"{persona:,} persona, {step.query:,} query, {step.response:,} response"
+    batch, turn = f"{step.sequences} × {step.context:,} tokens", f"{step.query:,} query, {step.response:,} response"
+    tokens = f"{persona:,} persona, {turn}"
+    if step.replies > 1:
+        computed = plan.cost.flops.tokens // step.forwards
+        batch = f"{step.per_device_train_batch_size} replies in {batch}"
+        beside = ", earlier ones beside their copies" if step.branches else ""
+        tokens = f"{persona:,} persona, {step.replies} replies of {turn}{beside}: {computed:,} are computed"
     if step.of_documents:
         tokens = f"documents; short contexts of {step.short_context:,} tokens"
     estimate = "" if step.estimate == "online" else f", weights estimated {step.estimate}"
@@ -74,8 +80,7 @@ def _header(plan: Plan) -> list[str]:
     return [
         f"model  {name}: {counts.parameters / 1e6:,.1f} M parameters, "
         f"{counts.trained / 1e6:,.1f} M trained ({method}), {plan.precision} arithmetic",
-        f"step   {step.forwards} forwards of {step.per_device_train_batch_size} × {step.context:,} tokens "
-        f"({tokens}), {step.objective} objective{estimate}, "
+        f"step   {step.forwards} forwards of {batch} ({tokens}), {step.objective} objective{estimate}, "
         f"activation checkpointing {'on' if step.activation_checkpointing else 'off'}{settings}",
         f"device {plan.device}{f' × {step.devices}, sharding {step.sharding}' if step.devices > 1 else ''}"
         f"{'' if backend == 'auto' else f', backend {backend}'}",

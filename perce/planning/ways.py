@@ -18,10 +18,10 @@ def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions,
     """Ways to do this step, each with how many options of it change what is learned."""
     step, memory, model = options.step, options.memory, options.model
     batch = step.per_device_train_batch_size
-    sizes = {1: batch * step.forwards, batch: step.forwards}
+    sizes = {(1, 1), (step.replies, step.replies), (batch, step.replies)}  # sequences, and replies that share
     personas = {memory.persona_grad} if step.of_documents or step.sharding != "none" else {memory.persona_grad, "none"}
     can_quantise = model.lora_r and device == "cuda" and step.sharding == "none"
-    for size, tile, checkpointing, offload, persona, four in itertools.product(
+    for (size, replies), tile, checkpointing, offload, persona, four in itertools.product(
         sorted(sizes), (0, memory.mlp_tile or MLP_TILE), (False, True), (False, True), sorted(personas),
         sorted({model.load_in_4bit, bool(can_quantise)}),
     ):  # fmt: skip
@@ -30,8 +30,8 @@ def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions,
         way = PlanOptions(
             replace(model, load_in_4bit=four),
             replace(
-                step, per_device_train_batch_size=size, gradient_accumulation_steps=sizes[size],
-                activation_checkpointing=checkpointing,
+                step, replies=replies, branches=step.branches and replies > 1, per_device_train_batch_size=size,
+                gradient_accumulation_steps=batch * step.forwards // size, activation_checkpointing=checkpointing,
             ),
             MemoryConfig(persona, tile, offload),
         )  # fmt: skip

@@ -5,16 +5,19 @@ Said only of what plans know. Nothing of streams, whose rows are not known befor
 bases; Liger's kernels; other optimisers than AdamW; and batch sizes that the Trainer is to find.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from perce.config.commands import PlanOptions, TrainOptions
 from perce.config.step import StepConfig
-from perce.data.dataset import numbers, sequence_lengths
+from perce.data.dataset import conversations, numbers, sequence_lengths
+from perce.data.sharing import Sharing, segmented
 from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
-from perce.planning.memory import PeakMemory, count, peak_memory
+from perce.planning.memory import PeakMemory, count, peak_memory, shape_of
 from perce.planning.plans import check_architecture, planned_variants, setup_of
 from perce.planning.tables import PHASE_NAMES
 from perce.training.parallel import shards_weights
@@ -52,12 +55,14 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any) -> str |
 
 
 def largest_step(options: TrainOptions, args: Any, pairs: Any) -> StepConfig:
-    """The step of the longest sequences: what its forward holds at most.
+    """The step of the longest sequences: what its forward holds at most. Where replies share, see _of_conversations.
 
     Of sequences of 500, 400 and 300 tokens, the first with a persona of 350, and responses of at most 80, two a forward
     are planned as 500 tokens each: a persona of 350, a query of 70 and a response of 80.
     """
-    run, loss, dataset = options.run, options.loss, pairs.train
+    run, dataset = options.run, pairs.train
+    if (sharing := sharing_in(options, dataset)) != "none":
+        return _of_run(options, args, **_of_conversations(options, args, dataset, sharing))
     lengths = sequence_lengths(dataset)
     longest = max(lengths)
     sequences = run.tokens_per_batch // longest if run.tokens_per_batch else args.per_device_train_batch_size
@@ -67,16 +72,20 @@ def largest_step(options: TrainOptions, args: Any, pairs: Any) -> StepConfig:
         start, end = dataset[lengths.index(longest)]["persona_span"]
         persona = max(end - start, 1)
     without_persona, context = longest - persona, longest
-    if run.packing or options.memory.persona_grad == "none":  # nothing is padded to the longest
+    if _is_unpadded(options):
         context = sum(sorted(lengths)[-sequences:]) // sequences
         without_persona = min(without_persona, context - 1)
     longest_response = int(numbers(dataset, "response_length").max())
     response = max(min(longest_response, without_persona - 1), 1)
-    return StepConfig(
-        context=context,
-        query=max(without_persona - response, 1),
-        response=response,
+    return _of_run(
+        options, args, context=context, query=max(without_persona - response, 1), response=response,
         per_device_train_batch_size=sequences,
+    )  # fmt: skip
+
+
+def _of_run(options: TrainOptions, args: Any, **lengths: Any) -> StepConfig:
+    run, loss = options.run, options.loss
+    return StepConfig(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         objective=loss.objective,
         estimate=loss.estimate,
@@ -84,7 +93,70 @@ def largest_step(options: TrainOptions, args: Any, pairs: Any) -> StepConfig:
         short_stride=loss.short_stride,
         activation_checkpointing=run.activation_checkpointing,
         devices=args.world_size,
+        **lengths,
     )
+
+
+def sharing_in(options: TrainOptions, dataset: Any) -> Sharing:
+    """How a run's replies share tokens, as far as options and examples tell: packed, and behind a persona without a
+    gradient, there are no branches."""
+    if options.data.share == "none" or all(len(replies) == 1 for replies in conversations(dataset)):
+        return "none"
+    return "chains" if _is_unpadded(options) else "branches"
+
+
+def _is_unpadded(options: TrainOptions) -> bool:
+    """Whether sequences are not padded to the longest, though they share nothing."""
+    return options.run.packing or options.memory.persona_grad == "none"
+
+
+def _of_conversations(options: TrainOptions, args: Any, dataset: Any, sharing: Sharing) -> dict[str, Any]:
+    """Lengths of the forward that computes the most tokens: B replies in whole conversations, or pieces of B of longer
+    ones; under a token budget as many of the largest conversation as it has room for.
+
+    Ids are compared in two candidates alone: the one of the longest sequences, which is the largest where replies share
+    all they can, and the one of most tokens, which is where they share nothing. Planned are as many sequences, branches
+    and response tokens in sum, each of the mean size.
+    """
+    lengths, budget = sequence_lengths(dataset), options.run.tokens_per_batch
+    most = len(lengths) if budget else args.per_device_train_batch_size
+    pieces = [
+        replies[start : start + most] for replies in conversations(dataset) for start in range(0, len(replies), most)
+    ]
+    forwards = []
+    for tokens in (max, sum):
+        sizes = [(tokens([lengths[index] for index in piece]), piece) for piece in pieces]
+        chosen = max(sizes)[1] if budget else _largest(sizes, most)
+        found = [dataset[index] for index in chosen]
+        segments, _ = segmented([p["input_ids"][:-1] for p in found], [p["conversation"] for p in found], sharing)
+        forwards.append((sum(len(segment.ids) for segment in segments), segments, found))
+    computed, segments, pairs = max(forwards, key=lambda forward: forward[0])
+    sequences = [len(segment.ids) + 1 for segment in segments if not segment.path]
+    is_padded = sharing == "chains" and not _is_unpadded(options)
+    context = max(sequences) if is_padded else -(-sum(sequences) // len(sequences))
+    replies = min(-(-len(pairs) // len(sequences)), (context - 1) // 2)
+    response = -(-sum(pair["response_length"] for pair in pairs) // (replies * len(sequences)))
+    response = min(response, (context - 1) // replies - 1)
+    persona = max(sum(end - start for start, end in (pair["persona_span"] for pair in pairs)) // len(pairs), 1)
+    times = max(min(budget // computed, len(lengths) // len(pairs)), 1) if budget else 1
+    return {
+        "context": context, "query": max((context - persona) // replies - response, 1), "response": response,
+        "replies": replies, "branches": len(sequences) < len(segments) and replies > 1,
+        "per_device_train_batch_size": replies * len(sequences) * times,
+    }  # fmt: skip
+
+
+def _largest(sizes: Sequence[tuple[int, list[int]]], most: int) -> list[int]:
+    """Indices of the pieces of most tokens that have at most so many pairs together."""
+    best: list[tuple[int, list[int]]] = [(0, [])] * (most + 1)  # of at most 0, 1, … pairs
+    tried = Counter[int]()
+    for tokens, piece in sorted(sizes, reverse=True):
+        if tried[len(piece)] < most // len(piece):
+            tried[len(piece)] += 1
+            for pairs in range(most, len(piece) - 1, -1):
+                before, others = best[pairs - len(piece)]
+                best[pairs] = max(best[pairs], (before + tokens, others + piece))
+    return best[most][1]
 
 
 def _is_planned(config: TrainOptions, args: Any, model_config: Any) -> bool:
@@ -99,8 +171,11 @@ def _is_planned(config: TrainOptions, args: Any, model_config: Any) -> bool:
 
 def _said(step: StepConfig, needed: PeakMemory, available: int, held: int) -> str:
     libraries = f", of which libraries take {held / GIB:,.1f}" if held else ""
+    tokens = f"{step.per_device_train_batch_size} × {step.context:,} tokens"
+    if step.replies > 1:
+        tokens = f"{step.per_device_train_batch_size} replies in {shape_of(step).computed:,} tokens"
     return (
-        f"The largest step, {step.per_device_train_batch_size} × {step.context:,} tokens per forward pass, takes about "
+        f"The largest step, {tokens} per forward pass, takes about "
         f"{needed.peak / GIB:,.1f} GiB (in the {PHASE_NAMES[needed.peak_phase][1]}), and {available / GIB:,.1f} GiB "
         f"are there{libraries}."
     )

@@ -60,6 +60,18 @@ def test_table_and_json(run, tmp_path, monkeypatch):
         assert text in out
 
 
+def test_a_conversation_is_told(run, tmp_path):
+    flags = "--replies 3 --per_device_train_batch_size 6 --device cpu --precision fp32 --branches --json".split()
+    out = run(*flags, tmp_path / "plan.json").out
+    assert "1 forwards of 6 replies in 2 × 96 tokens (24 persona, 3 replies of 8 query, 16 response" in " ".join(
+        out.split()
+    )
+    assert "250 are computed" in " ".join(out.split())
+    content = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert content["flops"]["tokens"] == 2 * (95 + 2 * 15) and content["options"]["replies"] == 3
+    assert content["variants"]["--share none"]["flops"]["tokens"] == 6 * 95
+
+
 def test_what_does_not_fit_is_said_first(run, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(plans, "variants", lambda options, device: [])

@@ -95,3 +95,23 @@ def test_layers_without_attention_cost_none():
     hybrid = attention_flops(config, 64)
     config.num_hidden_layers, config.layer_types = 2, ["full_attention"] * 2
     assert hybrid == attention_flops(config, 64) > 0
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_what_replies_share_is_counted_once(architecture, branches):
+    """Pairs of a token and one that it attends to, token by token along its path; gemma3 has a window in one layer."""
+    config = tiny_model(architecture).config
+    setup = Setup(LORA, False, False)
+    counts = count(config, setup)
+    step = replace(SHORT, replies=3, branches=branches, per_device_train_batch_size=3)
+    beside = 2 * 15 * branches
+    ours, alone = (
+        count_flops(config, setup, step, counts) for step in (step, replace(step, replies=1, branches=False))
+    )
+    assert ours.tokens == 95 + beside and alone.tokens == 3 * 95
+    places = [*range(95), *range(95 - 48 - 15, 95 - 48), *range(95 - 24 - 15, 95 - 24)][: ours.tokens]
+    windows = [16, 96] if architecture == "gemma3" else [96, 96]
+    pairs = sum(min(place + 1, window) for place in places for window in windows)
+    assert ours.forward == 2 * ours.tokens * (counts.linear + counts.adapter) + 4 * 4 * 8 * pairs
+    assert ours.head == alone.head

@@ -1,6 +1,7 @@
 """Peak memory: exact counts, parts by phase, loss buffers."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import accumulate
 
 import pytest
 from transformers import GPT2Config
@@ -11,6 +12,7 @@ from perce.config.schema import ModelConfig
 from perce.config.step import StepConfig
 from perce.data.batch import collate
 from perce.data.documents import DocumentPair, short_windows
+from perce.data.sharing import Spans
 from perce.model.loading import add_adapter, lora_config
 from perce.planning import rehearsal
 from perce.planning.memory import UPDATE, count, loss_buffers, shape_of
@@ -107,9 +109,15 @@ def test_the_reference_holds_logits_of_the_response(precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3-full-bf16-1024-ce", "gemma3-lora-bf16-1024"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3-full-bf16-1024-ce", "gemma3-lora-bf16-1024", "smollm2-lora-fp32-1024-8-replies",
+        "qwen3-lora-fp32-1024-8-branches",
+    ],
+)  # fmt: skip
 def test_real_steps_take_what_was_planned(name):
-    """Two of those that benchmarks/test_plan.py measures."""
+    """Some of those that benchmarks/test_plan.py measures."""
     from benchmarks.step_memory import measured
     from benchmarks.test_plan import SPECS, planned
 
@@ -204,3 +212,49 @@ def test_documents_are_planned_with_their_windows():
         ).flops.overhead
         > 0.5
     )
+
+
+TALK = replace(SHORT, replies=3, per_device_train_batch_size=6)
+TREE = replace(TALK, branches=True)
+
+
+@pytest.mark.parametrize("step", [TALK, TREE, replace(TREE, query=30, response=1), replace(TREE, query=4, response=26)])
+def test_a_conversation_is_planned_as_a_batch_arranges_it(step):
+    """Where a reply is longer than what is before it, it is computed by itself: the last of these, without persona."""
+    from benchmarks.step_memory import pairs
+
+    spec = asdict(step) | {"model": {"vocab_size": 400}}
+    batch, shape = collate(pairs(spec, 6), sharing="branches"), shape_of(step)
+    assert shape.rows == batch["target"].numel()
+    for suffix, segments in (("", shape.segments), ("_cf", shape.segments_cf)):
+        starts = [0, *accumulate(len(segment.ids) for segment in segments)]
+        assert starts[-1] == batch[f"input_ids{suffix}"].numel()
+        assert Spans.of(segments, starts[:-1]).spans == batch[f"spans{suffix}"].spans
+    assert shape.computed + starts[-1] == batch["tokens"][0]
+
+
+def test_replies_that_share_take_less():
+    config = tiny_model("qwen3").config
+    step = replace(TALK, context=600)
+    separate = planned(config, MemoryConfig(), **asdict(replace(step, replies=1)))
+    chain, tree = (planned(config, MemoryConfig(), **asdict(replace(step, branches=on))) for on in (False, True))
+    assert 2.5 * chain.memory.peak < separate.memory.peak and chain.memory.peak < tree.memory.peak
+    assert 1.3 * tree.memory.peak < separate.memory.peak, "a branch holds the keys and values that it reads"
+
+
+def test_behind_a_persona_without_a_gradient_branches_are_sequences():
+    for step, sequences in ((TALK, 2), (TREE, 6)):
+        shape = shape_of(step, NONE)
+        assert (shape.batch, shape.sequences_cf, shape.replies) == (sequences, sequences, 1)
+        assert shape.tokens - shape.prefix == shape.tokens_cf == 3 * 24 - 1
+    assert planned(tiny_model("llama").config, NONE, **asdict(TALK)).memory.peak > 0
+
+
+def test_flash_attention_has_no_mask_for_branches():
+    """And so what a branch reads is as it is for all heads."""
+    config = tiny_model("qwen3").config
+    peaks = [
+        step_cost(config, PlanOptions(replace(LORA, attn_implementation=name), TREE), "cpu").memory.attention
+        for name in ("flash_attention_2", "sdpa")
+    ]
+    assert peaks[0] < peaks[1]

@@ -47,6 +47,14 @@ def test_every_option_has_a_line():
     assert not changed["--activation_checkpointing false"].memory.activation_offload
 
 
+def test_replies_that_share_have_lines_of_their_own():
+    step = replace(SHORT, replies=3, branches=True, per_device_train_batch_size=6)
+    changed = dict(variants(PlanOptions(LORA, step), "cpu"))
+    alone, fewer = changed["--share none"].step, changed["--per_device_train_batch_size 3"].step
+    assert (alone.replies, alone.branches, alone.per_device_train_batch_size) == (1, False, 6)
+    assert (fewer.replies, fewer.per_device_train_batch_size, fewer.gradient_accumulation_steps) == (3, 3, 2)
+
+
 def test_documents_have_neither_query_nor_persona():
     """Of a document all tokens are the response; cross-entropy, planned as a row with a persona, is another step."""
     step = StepConfig(context=60, objective="longce", short_context=16, short_stride=4)
@@ -63,6 +71,14 @@ def test_documents_have_neither_query_nor_persona():
         ("--activation_offload --activation_checkpointing --device cpu", "Expected --activation_checkpointing and"),
         ("--objective longce --context 1", "context: expected >= 2"),
         ("--short_stride 0", "short_stride: expected >= 1"),
+        ("--replies 3", "per_device_train_batch_size: expected a multiple of the 3 --replies, got 1"),
+        ("--replies 0", "replies: expected >= 1"),
+        ("--branches", "branches: expected --replies above 1 beside it, got 1"),
+        ("--replies 2 --objective longce", "replies: expected 1 of documents, got 2"),
+        (
+            "--replies 8 --per_device_train_batch_size 8 --context 100 --query 8 --response 8",
+            "context: expected >= 129 (8 x (query + response) + a persona), got 100",
+        ),
         ("--objective ce --estimate epoch", "estimate: expected online with --objective ce, which has no weights"),
         ("--context 15 --query 4 --response 4", "context: expected >= 16"),
     ],
@@ -71,6 +87,13 @@ def test_options_that_do_not_go_together(flags, message, tmp_path, capsys):
     tiny_model("llama").config.save_pretrained(tmp_path)
     assert command.main(["--model", str(tmp_path), *flags.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_replies_share_nothing_where_positions_follow_the_length(tmp_path, capsys):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    tiny_model("llama", rope_parameters=rope).config.save_pretrained(tmp_path)
+    assert command.main(["--model", str(tmp_path), *"--replies 4 --per_device_train_batch_size 4".split()]) == 2
+    assert "--replies 4: the position encoding of llama follows the length" in capsys.readouterr().err
 
 
 def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):

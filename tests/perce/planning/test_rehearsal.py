@@ -43,6 +43,14 @@ def test_per_layer_lists_are_cut():
     assert config.num_hidden_layers == 3 and config.no_rope_layers == list("acd")
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_few_layers_tell_what_branches_take(checkpointing):
+    config = tiny_model("llama", num_hidden_layers=4).config
+    shape = StepShape(2, 70, 50, 12, accumulates=False, replies=3, turn=12, branch=4)
+    setup = Setup(LORA, False, checkpointing)
+    assert rehearse(config, setup, shape) == rehearse_depth(config, setup, shape)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("prefix", [30, 70, 128, 150])
 def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypatch):

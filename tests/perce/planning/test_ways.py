@@ -94,6 +94,7 @@ def test_what_a_run_would_refuse_is_not_proposed():
             replace(BIG, objective="nextquill", estimate="frozen", devices=8), MemoryConfig(mlp_tile=7),
         ),
         PlanOptions(FULL, StepConfig(context=60, objective="longce", short_context=16, short_stride=4, devices=2)),
+        PlanOptions(LORA, replace(BIG, replies=2, branches=True)),
     ],
 )  # fmt: skip
 def test_train_takes_every_command(options, monkeypatch, tmp_path):
@@ -111,6 +112,15 @@ def test_train_takes_every_command(options, monkeypatch, tmp_path):
         assert (
             run.per_device_train_batch_size, run.gradient_accumulation_steps, run.activation_checkpointing
         ) == (step.per_device_train_batch_size, step.forwards, step.activation_checkpointing)  # fmt: skip
+
+
+def test_a_conversation_is_read_whole_or_reply_by_reply():
+    options = PlanOptions(LORA, replace(BIG, context=97, per_device_train_batch_size=8, replies=4, branches=True))
+    steps = {
+        (way.step.per_device_train_batch_size, way.step.replies, way.step.branches, way.step.forwards)
+        for way, _ in ways.candidates(options, "cpu")
+    }
+    assert steps == {(8, 4, True, 2), (4, 4, True, 4), (1, 1, False, 16)}
 
 
 def test_the_command_is_one_of_train():
