@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from perce import UserError
 from perce.demo import DATA_DIR
 from perce.lock import locked
-from perce.measuring import score_report, scores
+from perce.measuring import inference, score_report, scores
 from tests.helpers.tiny import read_jsonl, tiny_tokenizer, write_jsonl
 from tests.helpers.training import LIMIT
 
@@ -181,6 +181,32 @@ def test_streaming_gives_the_same_and_long_examples_are_skipped(scored, tmp_path
     assert "leaves no room" in scored("--data", data, "--max_length", 2 * longest, code=2).err
     scored("--data", data, "--max_length", 2 * longest, "--skip_bad_rows", "--jsonl", tmp_path / "c.jsonl")
     assert [record["example"] for record in read_jsonl(tmp_path / "c.jsonl")] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("window", [64, 3])
+def test_replies_of_a_conversation_are_scored_together(scored, tmp_path, monkeypatch, window):
+    dialogue = [{"partner": f"how many on day {i} ?", "self": f"{i} bees ."} for i in range(4)]
+    data = write_jsonl(
+        tmp_path / "r.jsonl", [{"personality": [f"i have {i} bees ."], "dialogue": dialogue} for i in (5, 8)]
+    )
+    scored("--data", data, "--share", "none", "--jsonl", tmp_path / "none.jsonl")
+    seen, own = [], inference.collate
+
+    def spied(*args, **kwargs):
+        seen.append(own(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(inference, "collate", spied)
+    monkeypatch.setattr(scores, "WINDOW", window)
+    scored("--data", data, "--jsonl", tmp_path / "a.jsonl")
+    scored("--data", data, "--streaming", "--jsonl", tmp_path / "b.jsonl")
+    assert all(batch["tokens"][0] < batch["tokens"][1] for batch in seen)
+    a, b, none = (read_jsonl(tmp_path / f"{name}.jsonl") for name in ("a", "b", "none"))
+    assert a == b and [record["example"] for record in a] == list(range(8))
+    for one, other in zip(a, none, strict=True):
+        for name, value in one.items():
+            numbers = name in ("logp", "logp_cf", "pir", "signal", "weight")
+            assert (pytest.approx(value, abs=1e-4) if numbers else value) == other[name], name
 
 
 @pytest.mark.parametrize(
