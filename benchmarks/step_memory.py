@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,10 @@ def train(spec: Spec) -> tuple[int, float]:
     """(peak resident bytes, seconds) of the last step."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
-    from torch.utils.data import SequentialSampler
     from transformers import PreTrainedTokenizerFast
 
     from benchmarks.step_meter import StepMeter
     from perce.config.schema import LossConfig, MemoryConfig
-    from perce.data.batch import collate
     from perce.training.arguments import PerceArguments
     from perce.training.trainer import PerceTrainer
 
@@ -63,13 +60,10 @@ def train(spec: Spec) -> tuple[int, float]:
             memory=MemoryConfig(persona_grad=spec["persona_grad"], mlp_tile=spec["mlp_tile"]),
             **(how if spec["activation_checkpointing"] else {}),
         )  # fmt: skip
-        together = {"data_collator": partial(collate, sharing="branches")} if spec["replies"] > 1 else {}
         trainer = PerceTrainer(
             make_model(spec), args, train_dataset=Dataset.from_list(pairs(spec, STEPS * accumulation * batch)),
             processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), callbacks=[meter],
-            **together,
         )  # fmt: skip
-        trainer._get_train_sampler = SequentialSampler  # type: ignore[method-assign]  # conversations stay together
         trainer.train()
     return meter.peak, meter.seconds[-1]
 
@@ -80,7 +74,6 @@ def make_model(spec: Spec) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from perce.config.schema import ModelConfig
-    from perce.model.branches import teach_branches
     from perce.model.loading import add_adapter, lora_config
     from perce.model.patch import prepare_model
 
@@ -89,7 +82,6 @@ def make_model(spec: Spec) -> Any:
     config = AutoConfig.for_model(**spec["model"])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if low else torch.float32)
     prepare_model(model)
-    teach_branches(model)
     return add_adapter(model, lora_config(ModelConfig(lora_r=spec["lora_r"]))) if spec["lora_r"] else model
 
 

@@ -135,6 +135,5 @@ def _made(name: str, n: int, seen: int, reach: int, dtype: torch.dtype, device: 
     if name == "flex_attention":
         return create_block_mask(sees, 1, None, n, seen, device=device, _compile=device.type == "cuda")
     mask = sees(None, None, torch.arange(n, device=device)[:, None], torch.arange(seen, device=device))[None, None]
-    if name == "eager":
-        return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)
-    return mask
+    # Numbers, not bools, of which sdpa would make numbers in each layer, to be kept for the backward.
+    return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow.compute
@@ -179,8 +180,10 @@ def try_step(trainer: Any, collate: Callable[..., Any]) -> None:
     if trains:
         check_gradients(trainer)
     checkpointing = getattr(args, f"{CHECKPOINTING}_kwargs") if trains and getattr(args, CHECKPOINTING) else None
+    separately = partial(collate, sharing="none") if trainer.sharing != "none" else None
+    manner = Manner(collate, checkpointing, detached, bool(args.memory.mlp_tile), separately)
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # the Trainer's is in what it wraps later
-        check_step(model, Manner(collate, checkpointing, detached, tiles=bool(args.memory.mlp_tile)))
+        check_step(model, manner)
 
 
 def check_gradients(trainer: Trainer) -> None:

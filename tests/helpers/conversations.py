@@ -1,9 +1,10 @@
 """Pairs of conversations, of chance ids, as ChatML or Qwen3 shows them; and arithmetic that stays in fp64."""
 
+import contextlib
 import random
+from unittest import mock
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 HEADER, THOUGHT, END = [3], [7, 8], [0]  # of the ids below, 10 … 399 are words
 
@@ -38,15 +39,23 @@ def conversations(thought: bool = False) -> list[dict]:
     return [pair | {"example": index} for index, pair in enumerate(pairs)]
 
 
-class Exact(TorchFunctionMode):
-    """Leaves tensors of fp64 as they are where a model asks for fp32, as norms, rotations and softmax do."""
+class Exact(contextlib.ExitStack):
+    """Within, tensors of fp64 stay as they are where a model asks for fp32, as norms, rotations and softmax do. No mode
+    of torch, which would be off where a checkpoint recomputes."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        exact = args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
-        if func is torch.Tensor.float and exact:
-            return args[0]
-        if exact and torch.float32 in (*args, *kwargs.values()):
-            args = [torch.float64 if x is torch.float32 else x for x in args]
-            kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
-        return func(*args, **kwargs)
+    def __enter__(self):
+        for owner, name in ((torch.Tensor, "to"), (torch.Tensor, "float"), (torch.nn.functional, "softmax")):
+            self.enter_context(mock.patch.object(owner, name, _exact(getattr(owner, name))))
+        return super().__enter__()
+
+
+def _exact(own):
+    def called(tensor, *args, **kwargs):
+        if tensor.dtype != torch.float64:
+            return own(tensor, *args, **kwargs)
+        if own.__name__ == "float":
+            return tensor
+        args = [torch.float64 if x is torch.float32 else x for x in args]
+        return own(tensor, *args, **{name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()})
+
+    return called

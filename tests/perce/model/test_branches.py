@@ -5,13 +5,19 @@ import torch
 import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from perce.config.schema import ModelConfig
 from perce.data.batch import collate, token_inputs
+from perce.data.formats import Turn
+from perce.data.pairs import PairBuilder
+from perce.data.rows import Example
 from perce.data.sharing import Spans
-from perce.model.branches import _segment_by_segment, sharing_of
+from perce.model.branches import _made, _segment_by_segment, sharing_of
+from perce.model.loading import add_adapter, lora_config
+from perce.model.memory import enable_checkpointing
 from perce.model.patch import prepare_model
 from tests.helpers.conversations import Exact, conversations
 from tests.helpers.models import perce_forward
-from tests.helpers.tiny import SIZES, tiny_model
+from tests.helpers.tiny import SIZES, TEMPLATES, tiny_model, tiny_tokenizer
 
 TREES = ("llama", "qwen3", "gemma3", "gpt2")
 
@@ -52,6 +58,31 @@ def largest_difference(one, other):
     return max(abs(loss - other_loss) / abs(other_loss), *map(float, of_gradients))
 
 
+TURNS = ("Hi!", "Hello, I keep bees.", "How many hives?", "Three of them.", "And honey?", "Plenty, ask my sister.")
+
+
+def built(template):
+    """Pairs of two conversations, as their chat template shows them."""
+    builder, pairs = PairBuilder(tiny_tokenizer(TEMPLATES[template]), max_length=1000), []
+    for number, persona in enumerate((("I keep bees.", "I have a sister."), ("I sell honey.",))):
+        turns = tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(TURNS[: 6 - 2 * number]))
+        pairs += [
+            vars(builder.build(Example(persona, turns[:place], turns[place].content, None, None, f"row {number}")))
+            for place in range(1, len(turns), 2)
+        ]
+    return pairs
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_replies_under_every_template_equal_separate_ones(template):
+    model, pairs = prepared("llama"), built(template)
+    shared = step(model, pairs, sharing_of(model)[0])
+    assert largest_difference(shared, step(model, pairs, "none")) < 1e-9
+    segments = len(collate(pairs, sharing="branches")["spans"].spans)
+    assert segments == {"chatml": 2, "qwen3": 5, "mistral-v3": 2}.get(template, 2)
+    assert shared[2][0] < shared[2][1]
+
+
 @pytest.mark.parametrize("thought", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", [*TREES, "mamba"])
@@ -63,6 +94,23 @@ def test_what_is_shared_equals_separate_sequences(architecture, attention, thoug
     assert largest_difference(shared, step(model, pairs, "none")) < 1e-9
     computed, needed = shared[2].tolist()
     assert computed < 0.7 * needed or (sharing, thought) == ("chains", True)
+
+
+@pytest.mark.parametrize("how", ["checkpointing", "lora"])
+@pytest.mark.parametrize("architecture", [*TREES, "mamba"])
+def test_recomputed_and_adapted_layers_share_too(architecture, how):
+    model, pairs = prepared(architecture), conversations(thought=architecture != "mamba")
+    if how == "lora":
+        model = add_adapter(model, lora_config(ModelConfig(lora_r=4))).double()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:  # one half begins at zero
+                torch.nn.init.normal_(parameter, std=0.05)
+    else:
+        enable_checkpointing(model)
+    model.train()
+    shared = step(model, pairs, sharing_of(model)[0])
+    assert largest_difference(shared, step(model, pairs, "none")) < 1e-9
+    assert shared[2][0] < 0.7 * shared[2][1]
 
 
 def shifted(batch, what):
@@ -111,14 +159,22 @@ def test_flash_attention_is_given_no_mask(architecture, monkeypatch):
     assert largest_difference(step(model, pairs, "branches"), separate) < 1e-9
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @torch.no_grad()
-def test_flex_attention_has_a_block_mask_a_segment(architecture):
+def test_flex_attention_has_a_block_mask_a_segment():
     """On a CPU it has no backward."""
-    model, pairs = prepared(architecture, "flex_attention").float(), conversations(thought=True)
+    model, pairs = prepared("llama", "flex_attention").float(), conversations(thought=True)
     sharing_of(model)
     separate, shared = (perce_forward(model, collate(pairs, sharing=sharing))[1] for sharing in ("none", "branches"))
     torch.testing.assert_close(shared, separate, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "seen", "reach"), [(3, 7, 7), (3, 7, 4), (5, 5, 2), (1, 4, 4)])
+def test_a_mask_shows_what_is_on_the_path_and_in_the_window(n, seen, reach):
+    query, key = torch.arange(seen - n, seen)[:, None], torch.arange(seen)
+    expected = (key <= query) & (query - key < reach)
+    how = n, seen, reach, torch.float64, torch.device("cpu")
+    of_blocks = _made("flex_attention", *how).mask_mod(0, 0, torch.arange(n)[:, None], key)
+    assert torch.equal(_made("sdpa", *how)[0, 0] == 0, expected) and torch.equal(of_blocks, expected)
 
 
 def test_masks_are_never_of_the_whole_row():

@@ -4,16 +4,17 @@ import pytest
 import torch
 from datasets import Dataset
 
-from perce import MemoryConfig, PerceTrainer, UserError
+from perce import DataConfig, MemoryConfig, PerceTrainer, UserError
 from perce.config.schema import ModelConfig
 from perce.data.batch import collate
-from perce.model import prefill
+from perce.model import branches, prefill
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import CHECKPOINTING
 from perce.model.patch import prepare_model
 from perce.model.prefill import PrefixCache
 from perce.training.checks import is_in_place, try_step
 from tests.helpers.architectures import tiny
+from tests.helpers.conversations import conversations
 from tests.helpers.models import perce_forward
 from tests.helpers.tiny import VOCAB, tiny_model, tiny_tokenizer
 from tests.helpers.trainers import PAIRS, arguments, model_for, trained, trainer_for
@@ -53,6 +54,20 @@ def test_padding_that_changes_a_sequence_of_a_batch(tmp_path):
     layer.mlp.forward = lambda hidden: own(hidden) + (hidden.flip(0) if layer.training and len(hidden) > 1 else 0)
     with pytest.raises(UserError, match=r"log-probabilities of a response with the persona are off by "):
         trained(tmp_path, model)
+
+
+def test_branches_that_are_wrong_in_training_mode_alone(tmp_path, monkeypatch):
+    own = branches._seen
+
+    def one_token_less(span, window):
+        first, *rest = own(span, window)
+        return [(first[0], first[1] - 1), *rest] if rest and torch.is_grad_enabled() else [first, *rest]
+
+    monkeypatch.setattr(branches, "_seen", one_token_less)
+    args = arguments(tmp_path, max_steps=1)
+    with pytest.raises(UserError, match=r"with share conversations, .*Without, a.*: use --share none"):
+        trainer_for(tiny_model(), args, conversations())
+    trainer_for(tiny_model(), arguments(tmp_path, max_steps=1, data=DataConfig(share="none")), conversations())
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text", "llama4_text"])
