@@ -7,10 +7,13 @@ TokenBatches: under a token budget, sequences of similar length together.
 
 What a bucket leaves over joins the next, longer one, so that a single batch of the epoch is not full.
 
-ReplyBatches: up to a number of replies, those of a conversation together.
+ReplyBatches: a number of replies, those of a conversation together.
 
     cut conversations of more replies than a batch has → pack pieces into batches, by how many replies they have
     each epoch: shuffle the pieces of a size among the places of that size, shuffle the batches
+
+A batch with room for more than a quarter of its replies, into which no whole piece fits, is filled with the beginning
+of one: a step would else hold far fewer replies than it was asked to.
 
 How many batches there are follows from the lengths, or from the numbers of replies, alone: it is the same in every
 epoch, which the Trainer relies on.
@@ -20,7 +23,8 @@ import itertools
 import random
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch.utils.data import Sampler
 
@@ -97,19 +101,31 @@ class TokenBatches(SeededBatches):
         return [[index for unit in batch for index in self._units[unit]] for batch in batches]
 
 
+class Part(NamedTuple):
+    """Replies [start, stop) of the number-th piece that has `size` of them."""
+
+    size: int
+    number: int
+    start: int
+    stop: int
+
+
 class ReplyBatches(SeededBatches):
-    """Batches of at most `replies` examples: whole conversations, and pieces of those that have more."""
+    """Batches of at most `replies` examples: whole conversations, pieces of those that have more, and what fills up."""
 
     def __init__(self, conversations: Iterable[Sequence[int]], replies: int, **order: int):
         self._of_size: dict[int, Batches] = defaultdict(list)
         for piece in pieces(conversations, replies):
             self._of_size[len(piece)].append(piece)
-        self._places = packed((size for size, of_size in self._of_size.items() for _ in of_size), replies)
+        self._places = packed({size: len(of_size) for size, of_size in self._of_size.items()}, replies)
         super().__init__(**order)
 
     def _drawn(self, rng: random.Random) -> Batches:
-        drawn = {size: iter(rng.sample(of_size, len(of_size))) for size, of_size in sorted(self._of_size.items())}
-        return [[index for size in sizes for index in next(drawn[size])] for sizes in self._places]
+        drawn = {size: rng.sample(of_size, len(of_size)) for size, of_size in sorted(self._of_size.items())}
+        return [
+            [index for part in batch for index in drawn[part.size][part.number][part.start : part.stop]]
+            for batch in self._places
+        ]
 
 
 def pieces(conversations: Iterable[Sequence[int]], replies: int) -> Iterator[list[int]]:
@@ -118,17 +134,23 @@ def pieces(conversations: Iterable[Sequence[int]], replies: int) -> Iterator[lis
         yield from (list(indices[start : start + replies]) for start in range(0, len(indices), replies))
 
 
-def packed(sizes: Iterable[int], replies: int) -> Batches:
-    """Sizes of pieces in batches of at most `replies` together: the largest first, each where it leaves the least."""
-    batches: Batches = []
-    with_room: list[Batches] = [[] for _ in range(replies + 1)]
-    for size in sorted(sizes, reverse=True):
-        room = next((room for room in range(size, replies) if with_room[room]), replies)
-        if room == replies:
-            batches.append([])
-        batch = batches[-1] if room == replies else with_room[room].pop()
-        batch.append(size)
-        with_room[room - size].append(batch)
+def packed(counts: Mapping[int, int], replies: int) -> list[list[Part]]:
+    """Batches of at most `replies`, of so many pieces of each size: the largest first, then whatever fits; where none
+    does and more than a quarter is empty, the beginning of a smallest one, whose rest is a piece by itself."""
+    left: list[list[Part]] = [[] for _ in range(replies + 1)]  # by how many replies they still have
+    for size, count in counts.items():
+        left[size] = [Part(size, number, 0, size) for number in range(count)]
+    batches: list[list[Part]] = []
+    while any(left):
+        batch, room = [], replies
+        while size := next((size for size in range(room, 0, -1) if left[size]), 0):
+            batch.append(left[size].pop())
+            room -= size
+        if room > replies // 4 and (size := next((size for size, parts in enumerate(left) if parts), 0)):
+            part = left[size].pop()
+            batch.append(part._replace(stop=part.start + room))
+            left[size - room].append(part._replace(start=part.start + room))
+        batches.append(batch)
     return batches
 
 

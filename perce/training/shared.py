@@ -95,12 +95,14 @@ def largest_batch(dataset: Any, replies: int, sharing: Sharing) -> int:
         return replies * max(sequence_lengths(dataset))
     inputs, longest = _inputs(dataset), 0
     most: dict[int, int] = defaultdict(int)  # of pieces by their replies: rows of chains, or tokens
+    counts: Counter[int] = Counter()
     for piece in pieces(conversations(dataset), replies):
         lengths = _lengths(inputs, piece, sharing)
+        counts[len(piece)] += 1
         most[len(piece)] = max(most[len(piece)], len(lengths) if sharing == "chains" else sum(lengths))
         longest = max(longest, *lengths)
-    batches = packed((len(piece) for piece in pieces(conversations(dataset), replies)), replies)
-    largest = max(sum(most[size] for size in sizes) for sizes in {*map(tuple, batches)})
+    batches = packed(counts, replies)
+    largest = max(sum(most[part.size] for part in batch) for batch in batches)
     return largest * longest if sharing == "chains" else largest
 
 
