@@ -4,13 +4,21 @@ import os
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import sharing
 from benchmarks.test_step import smollm2_135m
-from perce.model.branches import teach_branches
+from perce import load_examples
+from perce.config.commands import EvaluateOptions
+from perce.data.pairs import PairBuilder
+from perce.demo import default_model_path
+from perce.hub import load_tokenizer
+from perce.measuring.evaluation import Evaluator, make_batches
+from perce.measuring.inference import Subject
+from perce.model.branches import sharing_of, teach_branches
 
 CASES = {  # directory, chat template, replies at least, what the ratio has to be: a share of the ceiling, or itself
     "chance ids": (None, None, 8, "85 %"),
@@ -19,6 +27,13 @@ CASES = {  # directory, chat template, replies at least, what the ratio has to b
     "personachat-convai2, Qwen3's template": ("personachat-convai2", sharing.QWEN3, 16, "2 ×"),
 }
 ROUNDS = 2
+
+
+def data_directory(name: str) -> Path:
+    root = os.environ.get("PERCE_TEST_DATA")
+    if not root or not (Path(root) / name).is_dir():
+        pytest.skip(f"needs the directory {name} in $PERCE_TEST_DATA")
+    return Path(root) / name
 
 
 @pytest.mark.parametrize(
@@ -30,10 +45,7 @@ def test_together_against_separately(benchmark, case):
     if name is None:
         pairs = sharing.conversation(replies)
     else:
-        directory = Path(os.environ.get("PERCE_TEST_DATA", "")) / name
-        if not os.environ.get("PERCE_TEST_DATA") or not directory.is_dir():
-            pytest.skip(f"needs the directory {name} in $PERCE_TEST_DATA")
-        pairs = sharing.pairs_of(directory, template, replies)
+        pairs = sharing.pairs_of(data_directory(name), template, replies)
     model = smollm2_135m().train()
     teach_branches(model)
     weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
@@ -80,3 +92,34 @@ def test_memory_is_no_higher(benchmark):
     benchmark.extra_info |= {"peak_extra_mib": {way: round(size) for way, size in found.items()}}
     print(f"\n{dict(benchmark.extra_info)}")
     assert found["shared"] <= min(found["sequences"], found["tokens"])
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark(group="replies of a conversation: losses of an evaluation")
+def test_an_evaluation_together_against_separately(benchmark):
+    """Losses with, without and with another's persona, in the batches of perce.evaluate, of the first 100 replies."""
+    directory = data_directory("personachat-convai2")
+    examples = load_examples(directory, "test", limit=100)
+    model, tokenizer = smollm2_135m().eval(), load_tokenizer(str(default_model_path()))
+    builder, options = PairBuilder(tokenizer, max_length=5000), EvaluateOptions()
+    seconds: dict[str, float] = {}
+    records: dict[str, list[dict]] = {}
+
+    def evaluate(sharing: Any) -> None:
+        subject = Subject(model, tokenizer, torch.device("cpu"), builder, sharing, examples, "test", {})
+        evaluator = Evaluator(model, tokenizer, subject.device, options.evaluate, {}, sharing)
+        batches = make_batches(examples.all, subject, options).batches
+        started = time.perf_counter()
+        losses = [evaluator.losses([item for group in batch for item in group.items]) for batch in batches]
+        seconds[sharing] = time.perf_counter() - started
+        records[sharing] = sorted((record for batch in losses for record in batch), key=lambda x: x["example"])
+
+    assert sharing_of(model)[0] == "branches"
+    benchmark.pedantic(evaluate, args=("branches",), setup=lambda: evaluate("none"), rounds=1)
+    for shared, separate in zip(records["branches"], records["none"], strict=True):
+        for name in ("loss", "loss_without", "loss_swapped"):
+            assert abs(shared[name] - separate[name]) <= 1e-4 * shared["tokens"]
+    ratio = seconds["none"] / seconds["branches"]
+    benchmark.extra_info |= {"replies": len(examples.all), "ratio_to_separate": round(ratio, 2)}
+    print(f"\n{dict(benchmark.extra_info)}")
+    assert ratio >= 3.5
