@@ -1,6 +1,6 @@
 """Peak memory of eight replies of one conversation, shared or separate: `python -m benchmarks.sharing WAY` as JSON.
 
-    shared       as one batch of what data/sharing.py has divided
+    shared       up to 32 replies of whole conversations, what they share once
     sequences    eight sequences a batch, padded to the longest, in an order drawn by chance
     tokens       as many sequences of similar length as a budget of padded tokens takes
 
@@ -21,6 +21,7 @@ from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
 
 WAYS = ("shared", "sequences", "tokens")
 REPLIES, BUDGET = 8, 4096  # of a batch: the defaults of a run on a CPU
+REPLIES_TOGETHER = 32  # of a batch of whole conversations, which compute no more tokens
 LENGTHS = {"persona": 60, "query": 16, "reply": 14}  # about the means of personachat-convai2
 QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -73,10 +74,11 @@ def batches(way: str, pairs: Pairs) -> list[dict[str, Any]]:
     """What a step's forwards take."""
     from perce.data.batch import collate
     from perce.data.dataset import conversations
-    from perce.training.sampler import TokenBatches
+    from perce.training.sampler import ReplyBatches, TokenBatches
 
     if way == "shared":
-        return [collate([pairs[i] for i in whole], sharing="branches") for whole in conversations(pairs)]
+        whole = ReplyBatches(conversations(pairs), REPLIES_TOGETHER, seed=0)
+        return [collate([pairs[i] for i in indices], sharing="branches") for indices in whole]
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     dealt: Sequence[Sequence[int]] = [order[start : start + REPLIES] for start in range(0, len(order), REPLIES)]
     if way == "tokens":

@@ -156,7 +156,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         eval_tokens=EVAL_TOKENS_ON_CPU if wanted is None and on_cpu else None,
     )  # fmt: skip
     model = load_model(model_path, config.model, args.device.type)
-    sharing, _ = shared_by(model, args, pairs.train, pairs.validation)  # as far as it can be known here
+    sharing, _ = shared_by(model, args, pairs.train)  # as far as it can be known here
     config = fit_batch(config, args, pairs.train, sharing)
 
     main_process = args.process_index == 0
@@ -176,7 +176,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         "step": step_of_run(args, trainer.sharing), "steps_an_epoch": None if config.data.streaming else steps_an_epoch,
     }  # fmt: skip
     check_facts(claim, facts, steps)
-    if (doubt := check_fits(config, args, model, pairs)) and main_process:
+    if (doubt := check_fits(config, args, model, pairs, trainer.sharing)) and main_process:
         say(f"memory {doubt}")
     if main_process:
         describe_sharing(trainer)

@@ -29,7 +29,7 @@ class StepConfig:
         False, "the template shows earlier replies otherwise than the last one (Qwen3's: without a thought), so that "
         "each is computed beside its copy",
     )  # fmt: skip
-    per_device_train_batch_size: int = _option(1, "replies per forward pass")
+    per_device_train_batch_size: int = _option(1, "replies per forward pass, at least those of a conversation")
     gradient_accumulation_steps: int | None = _option(
         None, "forward passes per optimiser step; default: as many as give 8 replies per device"
     )
@@ -59,7 +59,9 @@ class StepConfig:
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         _require(self.replies == 1 or not self.of_documents, "replies", "1 of documents", self.replies)
-        _require(self.replies > 1 or not self.branches, "branches", "--replies above 1 beside it", f"{self.replies}")
+        if self.per_device_train_batch_size == 1:  # not said, or too few
+            object.__setattr__(self, "per_device_train_batch_size", self.replies)
+        _require(self.replies > 1 or not self.branches, "branches", "--replies above 1 beside it", self.replies)
         _require(
             self.per_device_train_batch_size % self.replies == 0, "per_device_train_batch_size",
             f"a multiple of the {self.replies} --replies", self.per_device_train_batch_size,

@@ -46,6 +46,9 @@ def collate(
         example (B,): index into the examples, -1 where the pairs have none.
     """
     conversations = [pair.get("conversation") for pair in pairs]
+    known = [conversation for conversation in conversations if conversation is not None]
+    if len(set(known)) == len(known):
+        sharing = "none"
     factual = [(list(pair["input_ids"]), pair["response_length"]) for pair in pairs]
     pieces_cf = [counterfactual_pieces(pair) for pair in pairs]
     units_cf = [unit for unit, of_pair in zip(conversations, pieces_cf, strict=True) for _ in of_pair]

@@ -222,7 +222,7 @@ class PairBuilder:
             personal=self._personal(example, persona[:kept], chat),
             passages=chosen[:kept],
             dropped_passages=len(persona) - kept,
-            conversation=xxhash.xxh3_64_intdigest(repr((example.source, example.persona)).encode()) >> 1,  # of 63 bits
+            conversation=xxhash.xxh3_64_intdigest(repr(example.conversation).encode()) >> 1,  # of 63 bits
         )
         pair.counterfactual_ids()
         return pair

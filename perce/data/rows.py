@@ -44,6 +44,11 @@ class Example:
     personal_spans: tuple[tuple[int, int], ...] | None  # character offsets in response, where the data marks them
     source: str  # "train.jsonl:17"; shared by all examples of a row, so it groups a dialogue when user_id is None
 
+    @property
+    def conversation(self) -> tuple[str, tuple[str, ...]]:
+        """The same for the examples that one row gives to one persona: their prompts begin alike."""
+        return self.source, self.persona
+
 
 @dataclass(frozen=True, slots=True)
 class Document:

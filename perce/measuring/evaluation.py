@@ -33,7 +33,6 @@ from perce.measuring.inference import (
     batches_by_length,
     batches_that_share,
     collated,
-    conversation_of,
 )  # fmt: skip
 from perce.measuring.metrics import Scorer
 from perce.model.passes import measured, per_example, token_statistics
@@ -119,7 +118,7 @@ def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
     for all examples of a conversation."""
     keys = [example.user_id or example.persona for example in examples]
     first: dict[Any, int] = {}  # example of each conversation
-    firsts = [first.setdefault(conversation_of(example), index) for index, example in enumerate(examples)]
+    firsts = [first.setdefault(example.conversation, index) for index, example in enumerate(examples)]
     order = list(first.values())
     random.Random(seed).shuffle(order)
     partners: dict[int, int | None] = {}

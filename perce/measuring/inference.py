@@ -74,7 +74,8 @@ def load_subject(options: InferenceOptions, command: str) -> Subject:
 
 def _sharing(options: InferenceOptions, model: Any, examples: Examples) -> Sharing:
     """What is shared, if the data has several replies of a conversation; tells where it is not all that could be."""
-    several = options.data.streaming or len(set(map(conversation_of, examples.all))) < len(examples.all)
+    rows: Any = () if options.data.streaming else examples.all
+    several = options.data.streaming or len({example.conversation for example in rows}) < len(rows)
     if options.data.share == "none" or not several:
         return "none"
     sharing, why = sharing_of(model)
@@ -82,11 +83,6 @@ def _sharing(options: InferenceOptions, model: Any, examples: Examples) -> Shari
         shared = {"none": "nothing", "chains": "only what one reply has from its beginning to its end"}[sharing]
         say(f"of a conversation's replies {shared} is computed once: {why}")
     return sharing
-
-
-def conversation_of(example: Any) -> tuple[str, tuple[str, ...]]:
-    """The same for the examples that one row gives to one persona, as Pair.conversation."""
-    return example.source, example.persona
 
 
 def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
@@ -250,7 +246,4 @@ def _families(
 
 
 def collated(pairs: Sequence[Pair], sharing: Sharing, pad_id: int, device: torch.device) -> Batch:
-    """A batch on the device; where each pair is of another conversation, there is nothing to share."""
-    several = len({pair.conversation for pair in pairs}) < len(pairs)
-    batch = collate([vars(pair) for pair in pairs], pad_id, sharing=sharing if several else "none")
-    return send_to_device(batch, device)
+    return send_to_device(collate([vars(pair) for pair in pairs], pad_id, sharing=sharing), device)

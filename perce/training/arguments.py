@@ -382,7 +382,7 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
         longest = config.data.max_length
         return tokens >= (replies * longest if config.data.streaming else largest_batch(pairs, replies, sharing))
 
-    fitting = next((replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies)), 1)
+    fitting = batch or next((replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies)), 1)
     if "per_device_eval_batch_size" not in config.extra:  # from what is saved: a resumed run evaluates as before
         args.per_device_eval_batch_size = fitting if run.tokens_per_batch else batch or fitting
     if run.tokens_per_batch is not None:

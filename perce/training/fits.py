@@ -21,13 +21,14 @@ from perce.planning.memory import PeakMemory, count, peak_memory, shape_of
 from perce.planning.plans import check_architecture, planned_variants, setup_of
 from perce.planning.tables import PHASE_NAMES
 from perce.training.parallel import shards_weights
+from perce.training.sampler import pieces
 
 # A share of the memory, above which the run stops; below DOUBTFUL nothing is said. On a GPU plans were within 0.4 % of
 # LoRA steps of one model, which is too little to be as strict by.
 IMPOSSIBLE = {"cpu": 1.1, "cuda": 1.5}
 
 
-def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any) -> str | None:
+def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any, sharing: Sharing = "none") -> str | None:
     """UserError for a step that cannot fit; a sentence for one that might not, or why that is not known; None else."""
     device = args.device.type
     available = device_memory(args.device)
@@ -38,7 +39,7 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any) -> str |
         check_architecture(model_config, str(config.model.model))
         attention = model_config.get_text_config()._attn_implementation
         chosen = replace(config.model, attn_implementation=attention, backend=args.backend)
-        planned = PlanOptions(chosen, largest_step(config, args, pairs), config.memory)
+        planned = PlanOptions(chosen, largest_step(config, args, pairs, sharing), config.memory)
         setup = setup_of(planned, device)
         needed = peak_memory(model_config, setup, planned.step, count(model_config, setup), device)
     except Exception as error:  # a forecast: what keeps it from being made must not keep the run from being tried
@@ -54,14 +55,14 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any) -> str |
     raise UserError(f"{said} {_remedies(config, model_config, planned, device, room, documents)}")
 
 
-def largest_step(options: TrainOptions, args: Any, pairs: Any) -> StepConfig:
+def largest_step(options: TrainOptions, args: Any, pairs: Any, sharing: Sharing = "none") -> StepConfig:
     """The step of the longest sequences: what its forward holds at most. Where replies share, see _of_conversations.
 
     Of sequences of 500, 400 and 300 tokens, the first with a persona of 350, and responses of at most 80, two a forward
     are planned as 500 tokens each: a persona of 350, a query of 70 and a response of 80.
     """
     run, dataset = options.run, pairs.train
-    if (sharing := sharing_in(options, dataset)) != "none":
+    if sharing != "none":
         return _of_run(options, args, **_of_conversations(options, args, dataset, sharing))
     lengths = sequence_lengths(dataset)
     longest = max(lengths)
@@ -97,14 +98,6 @@ def _of_run(options: TrainOptions, args: Any, **lengths: Any) -> StepConfig:
     )
 
 
-def sharing_in(options: TrainOptions, dataset: Any) -> Sharing:
-    """How a run's replies share tokens, as far as options and examples tell: packed, and behind a persona without a
-    gradient, there are no branches."""
-    if options.data.share == "none" or all(len(replies) == 1 for replies in conversations(dataset)):
-        return "none"
-    return "chains" if _is_unpadded(options) else "branches"
-
-
 def _is_unpadded(options: TrainOptions) -> bool:
     """Whether sequences are not padded to the longest, though they share nothing."""
     return options.run.packing or options.memory.persona_grad == "none"
@@ -120,12 +113,10 @@ def _of_conversations(options: TrainOptions, args: Any, dataset: Any, sharing: S
     """
     lengths, budget = sequence_lengths(dataset), options.run.tokens_per_batch
     most = len(lengths) if budget else args.per_device_train_batch_size
-    pieces = [
-        replies[start : start + most] for replies in conversations(dataset) for start in range(0, len(replies), most)
-    ]
+    cut = list(pieces(conversations(dataset), most))
     forwards = []
     for tokens in (max, sum):
-        sizes = [(tokens([lengths[index] for index in piece]), piece) for piece in pieces]
+        sizes = [(tokens([lengths[index] for index in piece]), piece) for piece in cut]
         chosen = max(sizes)[1] if budget else _largest(sizes, most)
         found = [dataset[index] for index in chosen]
         segments, _ = segmented([p["input_ids"][:-1] for p in found], [p["conversation"] for p in found], sharing)

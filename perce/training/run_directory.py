@@ -42,7 +42,7 @@ MAY_CHANGE = frozenset(
         "max_steps", "num_train_epochs",
         # How a step is cut and computed, which is the same up to rounding; what it is, FACTS hold.
         "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "precision", "attn_implementation",
-        "backend", "activation_checkpointing", "activation_offload", "mlp_tile",
+        "backend", "activation_checkpointing", "activation_offload", "mlp_tile", "share",
     )
 )  # fmt: skip
 """Options that may be others when a run is resumed: they leave what is trained, on what and in which order as it is."""
@@ -221,7 +221,8 @@ def check_facts(claim: Claim, facts: Mapping[str, Any], steps: int) -> None:
             was, what = f"{then} when the run began", "a step is" if name == "step" else "the steps an epoch are"
             raise UserError(
                 f"--resume: {what} {now} now, and was {was} (all processes together; {os.environ.get('WORLD_SIZE', 1)} "
-                "now). Set --gradient_accumulation_steps and --per_device_train_batch_size so that it is the same."
+                "now). Set --gradient_accumulation_steps, --per_device_train_batch_size and --share so that it is the "
+                "same."
             )
         raise UserError(
             f"--resume: the {name.replace('_', ' ')} are not those that the run began with: rows or tokenizer have "

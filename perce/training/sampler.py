@@ -117,7 +117,7 @@ class ReplyBatches(SeededBatches):
         self._of_size: dict[int, Batches] = defaultdict(list)
         for piece in pieces(conversations, replies):
             self._of_size[len(piece)].append(piece)
-        self._places = packed({size: len(of_size) for size, of_size in self._of_size.items()}, replies)
+        self._places = places({size: len(of_size) for size, of_size in self._of_size.items()}, replies)
         super().__init__(**order)
 
     def _drawn(self, rng: random.Random) -> Batches:
@@ -134,7 +134,7 @@ def pieces(conversations: Iterable[Sequence[int]], replies: int) -> Iterator[lis
         yield from (list(indices[start : start + replies]) for start in range(0, len(indices), replies))
 
 
-def packed(counts: Mapping[int, int], replies: int) -> list[list[Part]]:
+def places(counts: Mapping[int, int], replies: int) -> list[list[Part]]:
     """Batches of at most `replies`, of so many pieces of each size: the largest first, then whatever fits; where none
     does and more than a quarter is empty, the beginning of a smallest one, whose rest is a piece by itself."""
     left: list[list[Part]] = [[] for _ in range(replies + 1)]  # by how many replies they still have

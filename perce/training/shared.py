@@ -16,35 +16,42 @@ from perce.data.dataset import conversations, pieces_of, sequence_lengths
 from perce.data.documents import DocumentBuilder
 from perce.data.sharing import Path, Segment, Sharing, segmented
 from perce.data.stream import PairStream
-from perce.model.branches import sharing_of
-from perce.model.positions import is_dynamic, switch_length
+from perce.model.auxiliary import router_of
+from perce.model.branches import shares_nothing, sharing_of
 from perce.model.probe import unwrapped
 from perce.training.parallel import found_by_first, shards_weights
-from perce.training.sampler import packed, pieces
+from perce.training.sampler import pieces, places
 
 
 def shared_by(model: Any, args: Any, *datasets: Any) -> tuple[Sharing, str]:
     """What the replies of these datasets share under a prepared model, the same on every process; and where that is
     not all, why."""
-    if args.data.share == "none" or not any(map(_has_conversations, datasets)):
+    if args.data.share == "none" or not any(map(has_conversations, datasets)):
         return "none", ""
-    if shards_weights(args):
-        config = unwrapped(model).config
-        if is_dynamic(config) or switch_length(config) is not None:
-            return "none", f"the position encoding of {config.model_type} follows the length of a forward"
-        return "chains", "FSDP and DeepSpeed place the weights later, so that branches cannot be tried"
+    if reason := shares_nothing(unwrapped(model).config):
+        return "none", reason
+    if args.neftune_noise_alpha:
+        return "none", "the noise of neftune_noise_alpha follows the length of a row"
+    detached = args.memory.persona_grad == "none"
+    if detached and router_of(model, args.loss.router_aux_loss_coef):
+        return "none", "behind a cached persona (persona_grad none) experts are balanced by each row's own tokens"
+    chains_alone = {
+        "FSDP and DeepSpeed place the weights later, so that branches cannot be tried": shards_weights(args),
+        "behind a cached persona (persona_grad none) each row runs by itself": detached,
+        "packed, sequences are told apart by where they begin (packing)": args.packing,
+        "branches would be compiled anew for each batch (torch_compile)": args.torch_compile,
+    }
+    if reason := next((why for why, so in chains_alone.items() if so), ""):
+        return "chains", reason
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):  # flash attention takes no fp32
         found = sharing_of(model)
-    sharing, reason = found_by_first(lambda: found)
-    if sharing == "branches" and args.memory.persona_grad == "none":
-        return "chains", "behind a cached persona (persona_grad none) each sequence runs by itself"
-    return sharing, reason
+    return found_by_first(lambda: found)
 
 
-def _has_conversations(dataset: Any) -> bool:
+def has_conversations(dataset: Any) -> bool:
     """Whether a conversation has several replies there; of a stream, whether one may have."""
     if isinstance(dataset, Mapping):
-        return any(map(_has_conversations, dataset.values()))
+        return any(map(has_conversations, dataset.values()))
     if isinstance(dataset, PairStream):
         return not isinstance(dataset.source.builder, DocumentBuilder)
     return has_length(dataset) and any(len(indices) > 1 for indices in conversations(dataset))
@@ -101,7 +108,7 @@ def largest_batch(dataset: Any, replies: int, sharing: Sharing) -> int:
         counts[len(piece)] += 1
         most[len(piece)] = max(most[len(piece)], len(lengths) if sharing == "chains" else sum(lengths))
         longest = max(longest, *lengths)
-    batches = packed(counts, replies)
+    batches = places(counts, replies)
     largest = max(sum(most[part.size] for part in batch) for batch in batches)
     return largest * longest if sharing == "chains" else largest
 

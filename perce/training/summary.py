@@ -208,7 +208,9 @@ def describe_sharing(trainer: PerceTrainer) -> None:
     if sharing != "none" and isinstance(dataset, Dataset):
         loader: Any = trainer.get_train_dataloader()
         first = list(itertools.islice(loader.batch_sampler, COUNTED_BATCHES))
-        tokens = counted(first, dataset, trainer.data_collator, sharing, trainer.args.loss.entry.counterfactual)
+        loss = trainer.args.loss
+        both = loss.entry.counterfactual and loss.estimate == "online"
+        tokens = counted(first, dataset, trainer.data_collator, sharing, both)
         which = f"the first {len(first)} of {len(loader)} batches" if len(first) < len(loader) else "an epoch"
         saved = f": in {which} {tokens}; {tokens.alone:,} of {tokens.replies:,} replies share none"
     if sharing != "none":

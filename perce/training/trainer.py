@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from perce.data.batch import Batch, collate
 from perce.data.dataset import conversations, rows_dataset_pairs, sequence_lengths
+from perce.data.sharing import Sharing
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.auxiliary import check_own_loss, router_of
@@ -61,7 +62,7 @@ from perce.training.parallel import found_by_first, keep_outputs_exact
 from perce.training.resumable import ResumableTrainer
 from perce.training.sampler import dealt, in_order
 from perce.training.serving import serve_as_trained
-from perce.training.shared import shared_by, tokens_of
+from perce.training.shared import has_conversations, shared_by, tokens_of
 
 
 class PerceTrainer(ResumableTrainer):
@@ -135,10 +136,12 @@ class PerceTrainer(ResumableTrainer):
             with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                 check_packing(self.model, device)
         # Where not all is shared that there is, why.
-        self.sharing, self.not_all_shared = shared_by(self.model, args, self.train_dataset, self.eval_dataset)
+        able, self.not_all_shared = shared_by(self.model, args, self.train_dataset, self.eval_dataset)
+        asked = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        self.sharing: Sharing = able if has_conversations(asked) else "none"
         if self.sharing != "none" and train_dataset is not None:
             check_dealt(args)
-        collator = partial(collate, pad_id=pad_id, packing=args.packing, sharing=self.sharing)
+        collator = partial(collate, pad_id=pad_id, packing=args.packing, sharing=able)
         if kwargs.get("data_collator") is None:
             self.data_collator = collator
         found_by_first(partial(try_step, self, collator))
@@ -198,7 +201,7 @@ class PerceTrainer(ResumableTrainer):
         dataloader_drop_last is for training, an evaluation is of all its examples."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = cast(Any, self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset
-        if self.sharing != "none" and has_length(dataset):
+        if self.args.data.share != "none" and has_length(dataset) and has_conversations(dataset):
             return own_eval_loader(dataset, self.data_collator, self.args)
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
@@ -221,9 +224,10 @@ class PerceTrainer(ResumableTrainer):
         assert self._over_step or not loss.entry.over_step, (
             "weights that depend on a whole step are known in train() alone"
         )
-        if self.sharing != "none":
-            self._computed = self._computed.to(self.args.device) + tokens_of(inputs, loss.entry.counterfactual)
         known = self._over_step.pop(0) if self._over_step else self._known(inputs)
+        if self.sharing != "none" and "tokens" in inputs:  # a collator of the caller's own may not count
+            both = loss.entry.counterfactual and known is None
+            self._computed = self._computed.to(self.args.device) + tokens_of(inputs, both)
         call = HeadCall(
             inputs["target"], loss.weighting, signal=known and known.signal, num_items=num_items_in_batch,
             hidden_cf=None if known else self._counterfactual(model, inputs),

@@ -1,61 +1,66 @@
-"""Pairs of conversations, of chance ids, as ChatML or Qwen3 shows them; and arithmetic that stays in fp64."""
+"""Made-up conversations whose texts begin, end and break in all the ways that trouble tokenizers and templates."""
 
-import contextlib
 import random
-from unittest import mock
 
-import torch
+from perce.data.formats import Turn
+from perce.data.rows import Example
 
-HEADER, THOUGHT, END = [3], [7, 8], [0]  # of the ids below, 10 … 399 are words
-
-
-def conversation(replies: int, number: int = 0, thought: bool = False, persona: int = 12) -> list[dict]:
-    """Pairs of one conversation; with `thought` the last reply of each begins with one that later ones do not show."""
-    rng = random.Random(number)
-
-    def words(count: int) -> list[int]:
-        return [rng.randint(10, 399) for _ in range(count)]
-
-    before, pairs = [1, *words(4)], []
-    span = len(before), len(before) + persona
-    shown = before + words(persona)
-    for _ in range(replies):
-        shown = shown + words(rng.randint(4, 9)) + HEADER
-        reply = words(rng.randint(3, 8)) + END
-        response = THOUGHT + reply if thought else reply
-        pairs.append(
-            {
-                "input_ids": shown + response, "persona_span": span, "response_length": len(response),
-                "personal": [False] * len(response), "conversation": number,
-            }
-        )  # fmt: skip
-        shown = shown + reply
-    return pairs
-
-
-def conversations(thought: bool = False) -> list[dict]:
-    """Of four, one and three replies, each pair with its number."""
-    pairs = [pair for number, replies in enumerate((4, 1, 3)) for pair in conversation(replies, number, thought)]
-    return [pair | {"example": index} for index, pair in enumerate(pairs)]
-
-
-class Exact(contextlib.ExitStack):
-    """Within, tensors of fp64 stay as they are where a model asks for fp32, as norms, rotations and softmax do. No mode
-    of torch, which would be off where a checkpoint recomputes."""
-
-    def __enter__(self):
-        for owner, name in ((torch.Tensor, "to"), (torch.Tensor, "float"), (torch.nn.functional, "softmax")):
-            self.enter_context(mock.patch.object(owner, name, _exact(getattr(owner, name))))
-        return super().__enter__()
+# What texts are put together from. Invisible characters are escaped.
+WORDS = (
+    *"I we you the my a cats dog Lisbon bread tomorrow never because with about play love seven evening".split(),
+    *"antidisestablishmentarianism x über naïve Zürich STOP oK isn't I'm they've we'll WON'T O'Neill it’s".split(),
+)
+PIECES = (
+    *"0 7 42 1999 3.14159 1,000,000 -5 12:30 50% £9.99 2024-02-29 1e-05 ½ x²".split(),
+    *"东京 我喜欢面包。 こんにちは、世界！ 한국어 「引用」 กรุงเทพ हिन्दी Ελλάδα Привет".split(),
+    *"ﷺ مرحبا بالعالم، שלום עולם? مُدَرِّس שָׁלוֹם \u200fיד".split(),
+    *"🙂 👍🏽 👩\u200d💻 👨🏿\u200d👩🏻\u200d👧\u200d👦 🇵🇹 ❤\ufe0f 🏳\ufe0f\u200d🌈".split(),
+    *"cafe\u0301 a\u0323\u0308 Z\u0351\u036b\u0343 soft\u00adhyphen \ufeffmark".split(),
+    *"https://example.org/a_b?c=1&d=%20#e www.example.org me+you@example.org @someone #hash_tag C:\\dir".split(),
+    *("def f(x):\n    return x[1:-1]  # half", "`a = b`", "```\nls -l | wc\n```", "if (a && !b) { c++; }"),
+    *("{{ x }}", "{% y %}", "$\\frac{1}{2}$", "&amp;", "<b>", "a/b", "~", "^_^", ":-)"),
+    *("- one\n- two\n  - three", "1. first\n2. second", "* a\n* b", "# Title\n\ntext", "| a | b |\n|---|---|"),
+    *("**bold** _it_", "...", "--", "—", "?!", "(sic)", "[1]", '"quoted"', "“so”"),
+)
+SHORT = ("ok", ".", "5", "?", "👍", "好", "é", "-", "I", "no", "...", "\u0301")
+OPENINGS = (
+    *("-", "- ", "(", '"', "...", "?!", "#", "# ", "*", "* ", "'s ", ", ", "> ", "1"),
+    *(" ", "  ", "\n", "\n\n", "\t"),
+)
+CLOSINGS = (
+    *(".", "?", "!", "?!", "...", ":", ")", '"', ".)", "-", "*", "#"),
+    *(" ", "  ", ". ", "\n", "\n\n", ".\n\n", " \n", "\t"),
+)
+JOINTS = (
+    *(", ", ". ", ": ", "-", "", "  ", "    ", "\u00a0", "\u3000"),
+    *("\n", "\n\n", "\n\n\n", " \n", "  \n\n", "\n  ", ".\n", ":\n\n", "\t", "\n\t", "\r\n"),
+)
 
 
-def _exact(own):
-    def called(tensor, *args, **kwargs):
-        if tensor.dtype != torch.float64:
-            return own(tensor, *args, **kwargs)
-        if own.__name__ == "float":
-            return tensor
-        args = [torch.float64 if x is torch.float32 else x for x in args]
-        return own(tensor, *args, **{name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()})
+def _text(rng: random.Random) -> str:
+    """Never blank: every word and piece has a character that is not a space."""
+    if rng.random() < 0.12:
+        return rng.choice(SHORT)
+    text = rng.choice(rng.choice((WORDS, PIECES)))
+    for _ in range(rng.randrange(12)):
+        joint = " " if rng.random() < 0.7 else rng.choice(JOINTS)
+        text += joint + rng.choice(rng.choice((WORDS, PIECES)))
+    opening = rng.choice(OPENINGS) if rng.random() < 0.35 else ""
+    closing = rng.choice(CLOSINGS) if rng.random() < 0.7 else ""
+    return opening + text + closing
 
-    return called
+
+def conversations(count: int, seed: int = 0) -> list[Example]:
+    """The first `count` conversations of a seed, the same in every process; a larger count only adds to them."""
+    rng = random.Random(seed)
+    return [
+        Example(
+            persona=tuple(_text(rng) for _ in range(rng.randint(1, 4))),
+            turns=tuple(Turn(("user", "assistant")[i % 2], _text(rng)) for i in range(rng.choice((1, 3, 5)))),
+            response=_text(rng),
+            user_id=None,
+            personal_spans=None,
+            source=f"made:{number}",
+        )
+        for number in range(count)
+    ]

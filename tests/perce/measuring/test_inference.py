@@ -14,7 +14,7 @@ from perce.data.sharing import segmented
 from perce.integrity import LIST, facts_of
 from perce.measuring import inference
 from perce.measuring.inference import batches_that_share, load
-from tests.helpers.conversations import conversation
+from tests.helpers.replies import conversation
 from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, tiny_tokenizer
 from tests.helpers.training import fails
 

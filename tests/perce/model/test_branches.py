@@ -11,12 +11,13 @@ from perce.data.formats import Turn
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Example
 from perce.data.sharing import Spans
+from perce.model import branches
 from perce.model.branches import _made, _segment_by_segment, sharing_of
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing
 from perce.model.patch import prepare_model
-from tests.helpers.conversations import Exact, conversations
 from tests.helpers.models import perce_forward
+from tests.helpers.replies import Exact, conversations
 from tests.helpers.tiny import SIZES, TEMPLATES, tiny_model, tiny_tokenizer
 
 TREES = ("llama", "qwen3", "gemma3", "gpt2")
@@ -185,9 +186,25 @@ def test_masks_are_never_of_the_whole_row():
     spans = batch["spans"]
     with torch.no_grad():
         model(**token_inputs(batch), perce={"rows": batch["rows"]})
-    branches = {(x.end - x.start, x.end - x.start + sum(b - a for a, b in x.path)) for x in spans.spans if x.path}
-    assert {mask.shape[-2:] for mask in spans.masks.values()} == branches
-    assert all(n * seen < batch["input_ids"].numel() ** 2 / 20 for n, seen in branches)
+    of_branches = {(x.end - x.start, x.end - x.start + sum(b - a for a, b in x.path)) for x in spans.spans if x.path}
+    assert {mask.shape[-2:] for mask in spans.masks.values()} == of_branches
+    assert all(n * seen < batch["input_ids"].numel() ** 2 / 20 for n, seen in of_branches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("what", ["position", "place", "path"])
+def test_a_shift_by_one_token_is_found_when_a_model_is_loaded(what, dtype, monkeypatch):
+    model = prepare_model(tiny_model().to(dtype))
+    assert sharing_of(model) == ("branches", "")
+    own = branches.collate
+
+    def wrong(pairs, sharing):
+        batch = own(pairs, sharing=sharing)
+        return shifted(batch, what) if sharing == "branches" else batch
+
+    monkeypatch.setattr(branches, "collate", wrong)
+    sharing, reason = sharing_of(model)
+    assert sharing == "chains" and "computes other states on branches" in reason
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from perce.model.patch import prepare_model
 from perce.model.prefill import PrefixCache
 from perce.training.checks import is_in_place, try_step
 from tests.helpers.architectures import tiny
-from tests.helpers.conversations import conversations
 from tests.helpers.models import perce_forward
+from tests.helpers.replies import conversations
 from tests.helpers.tiny import VOCAB, tiny_model, tiny_tokenizer
 from tests.helpers.trainers import PAIRS, arguments, model_for, trained, trainer_for
 

@@ -71,7 +71,10 @@ def test_documents_have_neither_query_nor_persona():
         ("--activation_offload --activation_checkpointing --device cpu", "Expected --activation_checkpointing and"),
         ("--objective longce --context 1", "context: expected >= 2"),
         ("--short_stride 0", "short_stride: expected >= 1"),
-        ("--replies 3", "per_device_train_batch_size: expected a multiple of the 3 --replies, got 1"),
+        (
+            "--replies 3 --per_device_train_batch_size 4",
+            "per_device_train_batch_size: expected a multiple of the 3 --re",
+        ),
         ("--replies 0", "replies: expected >= 1"),
         ("--branches", "branches: expected --replies above 1 beside it, got 1"),
         ("--replies 2 --objective longce", "replies: expected 1 of documents, got 2"),
@@ -104,3 +107,8 @@ def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
 
     monkeypatch.setattr("perce.planning.rehearsal.prepare_memory", refuse)
     assert list(plans.planned_variants(config, PlanOptions(LORA, SHORT), "cpu")) == []
+
+
+def test_a_conversation_is_planned_by_its_replies_alone():
+    step = StepConfig(replies=8, query=16, response=16)
+    assert (step.per_device_train_batch_size, step.sequences, step.forwards) == (8, 1, 1)

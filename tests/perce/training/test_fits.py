@@ -19,7 +19,7 @@ from perce.train import main
 from perce.training import fits
 from perce.training.fits import check_fits, largest_step
 from tests.helpers import training
-from tests.helpers.conversations import conversation
+from tests.helpers.replies import conversation
 from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl
 
 pytestmark = pytest.mark.whole
@@ -182,7 +182,7 @@ def test_the_largest_step_of_conversations_is_what_a_batch_of_them_computes(sett
         talks = [conversation(n, number, thought, 60) for number, n in enumerate(replies)]
         talks.append(conversation(2, 9, thought, persona=5))
         pairs = [pair | {"example": 0} for talk in talks for pair in talk]
-        plan = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)))
+        plan = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)), "branches")
         shape, batch = shape_of(plan), collate(pairs[first:last], sharing="branches")
         assert plan.branches == thought and plan.per_device_train_batch_size == 4
         assert len(shape.segments) == len(batch["spans"].spans)
@@ -199,15 +199,14 @@ def test_a_forward_of_many_short_talks_or_few_long_replies(setting):
     talk = conversation(3, 0, persona=60)
     alone = [pair(50, 20, 10) | {"conversation": number} for number in (7, 8, 9)]
     plan = largest_step(
-        config, args, SimpleNamespace(train=Dataset.from_list([p | {"example": 0} for p in talk + alone]))
+        config, args, SimpleNamespace(train=Dataset.from_list([p | {"example": 0} for p in talk + alone])), "branches"
     )
     assert (plan.context, plan.replies, plan.per_device_train_batch_size) == (80, 1, 3)
     budget = replace(config, run=RunConfig(tokens_per_batch=400))
     talks = [p | {"example": 0} for number in range(9) for p in conversation(3, number, persona=60)]
-    plan = largest_step(budget, args, SimpleNamespace(train=Dataset.from_list(talks)))
+    plan = largest_step(budget, args, SimpleNamespace(train=Dataset.from_list(talks)), "branches")
     assert plan.replies == 3 and 250 < shape_of(plan).computed <= 400
-    none = replace(config, data=DataConfig(share="none"))
-    assert largest_step(none, args, SimpleNamespace(train=Dataset.from_list(talks))).replies == 1
+    assert largest_step(config, args, SimpleNamespace(train=Dataset.from_list(talks)), "none").replies == 1
 
 
 def test_a_conversation_that_does_not_fit_is_told_in_replies(setting, monkeypatch):
@@ -215,4 +214,4 @@ def test_a_conversation_that_does_not_fit_is_told_in_replies(setting, monkeypatc
     config, args, model, _ = setting(per_device_train_batch_size=8)
     pairs = Dataset.from_list([pair | {"example": 0} for pair in conversation(8, thought=True, persona=60)])
     with pytest.raises(UserError, match=r"The largest step, 8 replies in \d+ tokens per forward pass, takes"):
-        check_fits(config, args, model, SimpleNamespace(train=pairs))
+        check_fits(config, args, model, SimpleNamespace(train=pairs), "branches")

@@ -104,7 +104,7 @@ def test_a_signal_in_an_evaluation_stops_it(flags, straight, run, monkeypatch):
     prepare = PerceTrainer._prepare_inputs
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
         patch.setattr("perce.training.trainer.PerceTrainer._prepare_inputs", kill)
-        patch.setattr("perce.training.arguments.SEQUENCES_A_STEP", 1)  # more than one batch an evaluation
+        patch.setattr("perce.training.arguments.REPLIES_A_STEP", 1)  # more than one batch an evaluation
         main([*flags, "--output_dir", str(run), "--save_steps", "0", "--eval_steps", str(STOP)])
     assert names(run) == ["checkpoint-3"] and evaluated.count(STOP) == 1
     assert resume(run) == 0 and (run / ADAPTER).read_bytes() == straight

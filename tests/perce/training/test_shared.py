@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset
 
-from perce.config.schema import DataConfig, MemoryConfig
+from perce.config.schema import DataConfig, LossConfig, MemoryConfig
 from perce.data.batch import collate
 from perce.model.patch import prepare_model
 from perce.training.sampler import ReplyBatches, TokenBatches
 from perce.training.shared import counted, largest_batch, shared_by, units
-from tests.helpers.conversations import conversation
+from tests.helpers.replies import conversation
 from tests.helpers.tiny import demo_pairs, tiny_model
 
 KINDS = ("chains", "branches")
@@ -74,9 +74,16 @@ def test_what_is_counted_of_batches():
 
 
 def asked(**options):
-    return SimpleNamespace(
-        **{"data": DataConfig(), "memory": MemoryConfig(), "bf16": False, "fsdp": [], "deepspeed": None} | options
-    )
+    defaults = {
+        "data": DataConfig(), "memory": MemoryConfig(), "loss": LossConfig(), "bf16": False, "fsdp": [],
+        "deepspeed": None, "packing": False, "torch_compile": False, "neftune_noise_alpha": None,
+    }  # fmt: skip
+    return SimpleNamespace(**defaults | options)
+
+
+def test_a_batch_in_which_nothing_is_shared_is_as_ever():
+    alone = [conversation(1, number)[0] for number in range(3)]
+    assert collate(alone, sharing="branches")["input_ids"].shape[0] == 3
 
 
 def test_whether_replies_are_shared():
@@ -86,9 +93,15 @@ def test_whether_replies_are_shared():
     assert shared_by(model, asked(data=DataConfig(share="none")), several) == ("none", "")
     assert shared_by(model, asked(), Dataset.from_list(demo_pairs(3)), None) == ("none", "")
     detached = {"memory": MemoryConfig(persona_grad="none")}
-    for options, reason in ((detached, "persona_grad none"), ({"deepspeed": "zero3.json"}, "DeepSpeed")):
+    for options, reason in (
+        (detached, "persona_grad none"), ({"deepspeed": "zero3.json"}, "DeepSpeed"), ({"packing": True}, "packing"),
+        ({"torch_compile": True}, "torch_compile"),
+    ):  # fmt: skip
         sharing, why = shared_by(model, asked(**options), several)
         assert sharing == "chains" and reason in why
+    noisy = shared_by(model, asked(neftune_noise_alpha=5.0), several)
+    balanced = shared_by(prepare_model(tiny_model("mixtral")), asked(**detached), several)
+    assert noisy[0] == balanced[0] == "none" and "noise" in noisy[1] and "experts" in balanced[1]
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     for options in ({}, {"deepspeed": "zero3.json"}):
         sharing, why = shared_by(model, asked(**options), several)

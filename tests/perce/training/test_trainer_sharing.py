@@ -13,8 +13,8 @@ from perce.config.schema import MemoryConfig
 from perce.data.batch import collate
 from perce.model.memory import CHECKPOINTING
 from perce.training.shared import counted
-from tests.helpers.conversations import Exact, conversation
 from tests.helpers.ranks import end_rank, run_ranks
+from tests.helpers.replies import Exact, conversation
 from tests.helpers.trainers import arguments, logged, model_for, trainer_for
 
 PAIRS = [
@@ -124,8 +124,27 @@ def test_options_of_the_trainers_loader_are_refused_where_conversations_are_deal
 
 
 def test_a_collator_of_the_callers_stays(tmp_path):
-    own = partial(collate, pad_id=3)
-    assert trainer_for(model_for(), arguments(tmp_path), PAIRS, data_collator=own).data_collator is own
+    def own(pairs):
+        return {name: value for name, value in collate(pairs).items() if name not in ("uses", "tokens")}
+
+    made = trainer_for(model_for(), arguments(tmp_path, max_steps=1), PAIRS, data_collator=own)
+    assert made.data_collator is own
+    made.train()
+
+
+def test_only_what_is_trained_on_decides_how_batches_are_dealt(tmp_path):
+    """Validation conversations are shared, too, beside training examples that are no conversations."""
+    args = arguments(tmp_path, train_sampling_strategy="group_by_length")
+    made = trainer_for(model_for(), args, conversation(1), eval_dataset=Dataset.from_list(PAIRS))
+    assert made.sharing == "none"
+    assert "spans" in next(iter(made.get_eval_dataloader()))
+
+
+def test_estimates_that_are_known_leave_one_pass_to_count(tmp_path):
+    made = trainer(tmp_path, max_steps=1, of_loss={"estimate": "epoch"})
+    steps(made)
+    computed, needed = made.tokens_computed()
+    assert computed < needed < sum(len(pair["input_ids"]) for pair in PAIRS)
 
 
 def test_what_is_said_beforehand_is_what_is_computed(tmp_path):

@@ -1,0 +1,61 @@
+"""Pairs of conversations, of chance ids, as ChatML or Qwen3 shows them; and arithmetic that stays in fp64."""
+
+import contextlib
+import random
+from unittest import mock
+
+import torch
+
+HEADER, THOUGHT, END = [3], [7, 8], [0]  # of the ids below, 10 … 399 are words
+
+
+def conversation(replies: int, number: int = 0, thought: bool = False, persona: int = 12) -> list[dict]:
+    """Pairs of one conversation; with `thought` the last reply of each begins with one that later ones do not show."""
+    rng = random.Random(number)
+
+    def words(count: int) -> list[int]:
+        return [rng.randint(10, 399) for _ in range(count)]
+
+    before, pairs = [1, *words(4)], []
+    span = len(before), len(before) + persona
+    shown = before + words(persona)
+    for _ in range(replies):
+        shown = shown + words(rng.randint(4, 9)) + HEADER
+        reply = words(rng.randint(3, 8)) + END
+        response = THOUGHT + reply if thought else reply
+        pairs.append(
+            {
+                "input_ids": shown + response, "persona_span": span, "response_length": len(response),
+                "personal": [False] * len(response), "conversation": number,
+            }
+        )  # fmt: skip
+        shown = shown + reply
+    return pairs
+
+
+def conversations(thought: bool = False) -> list[dict]:
+    """Of four, one and three replies, each pair with its number."""
+    pairs = [pair for number, replies in enumerate((4, 1, 3)) for pair in conversation(replies, number, thought)]
+    return [pair | {"example": index} for index, pair in enumerate(pairs)]
+
+
+class Exact(contextlib.ExitStack):
+    """Within, tensors of fp64 stay as they are where a model asks for fp32, as norms, rotations and softmax do. No mode
+    of torch, which would be off where a checkpoint recomputes."""
+
+    def __enter__(self):
+        for owner, name in ((torch.Tensor, "to"), (torch.Tensor, "float"), (torch.nn.functional, "softmax")):
+            self.enter_context(mock.patch.object(owner, name, _exact(getattr(owner, name))))
+        return super().__enter__()
+
+
+def _exact(own):
+    def called(tensor, *args, **kwargs):
+        if tensor.dtype != torch.float64:
+            return own(tensor, *args, **kwargs)
+        if own.__name__ == "float":
+            return tensor
+        args = [torch.float64 if x is torch.float32 else x for x in args]
+        return own(tensor, *args, **{name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()})
+
+    return called
