@@ -152,7 +152,10 @@ def test_conversations_are_computed_once(train, tmp_path):
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["step"] == "1 forward passes of 6 replies, conversations shared"
     again = {"model": None, "data": None, "precision": None, "max_steps": 3}
-    fails(train("--resume", **again, share="none"), "share is 'none' now", "'conversations' when the run began")
+    separate = train("--resume", **again, share="none")
+    fails(
+        separate, "a step is 6 sequences now", "was 1 forward passes of 6 replies, conversations shared", "--share so"
+    )
     cut = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
     fails(train("--resume", **again, **cut), "2 forward passes of 3 replies", "was 1 forward passes of 6 replies")
     code, out, err = train("--resume", **again)
