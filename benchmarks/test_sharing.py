@@ -23,7 +23,7 @@ from perce.model.branches import sharing_of, teach_branches
 CASES = {  # directory, chat template, replies at least, what the ratio has to be: a share of the ceiling, or itself
     "chance ids": (None, None, 8, "85 %"),
     "personachat-convai2": ("personachat-convai2", None, 16, "85 %"),
-    "synthetic-persona-chat": ("synthetic-persona-chat", None, 16, "85 %"),
+    "synthetic-persona-chat": ("synthetic-persona-chat", None, 8, "85 %"),
     "personachat-convai2, Qwen3's template": ("personachat-convai2", sharing.QWEN3, 16, "2 ×"),
 }
 ROUNDS = 2
