@@ -2,7 +2,7 @@
 
     shared       up to 32 replies of whole conversations, what they share once
     sequences    eight sequences a batch, padded to the longest, in an order drawn by chance
-    tokens       as many sequences of similar length as a budget of padded tokens takes
+    tokens       sequences of lengths within a tenth, as a token budget deals them of many: hardly any padding
 
 Conversations are of real data, or of chance ids in the lengths of personachat-convai2. The model has
 SmolLM2-135M's shape and random weights, all of which train.
@@ -74,7 +74,7 @@ def batches(way: str, pairs: Pairs) -> list[dict[str, Any]]:
     """What a step's forwards take."""
     from perce.data.batch import collate
     from perce.data.dataset import conversations
-    from perce.training.sampler import ReplyBatches, TokenBatches
+    from perce.training.sampler import ReplyBatches
 
     if way == "shared":
         whole = ReplyBatches(conversations(pairs), REPLIES_TOGETHER, seed=0)
@@ -82,8 +82,21 @@ def batches(way: str, pairs: Pairs) -> list[dict[str, Any]]:
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     dealt: Sequence[Sequence[int]] = [order[start : start + REPLIES] for start in range(0, len(order), REPLIES)]
     if way == "tokens":
-        dealt = list(TokenBatches([len(pair["input_ids"]) for pair in pairs], BUDGET, seed=0))
+        dealt = _of_similar_length([len(pair["input_ids"]) for pair in pairs])
     return [collate([pairs[i] for i in indices]) for indices in dealt]
+
+
+def _of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Few sequences leave buckets half full: TokenBatches would pad these to each other, and of many it would not."""
+    from perce.training.sampler import BUCKET_RATIO
+
+    dealt: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        similar = dealt and lengths[index] <= BUCKET_RATIO * lengths[dealt[-1][0]]
+        if not similar or (len(dealt[-1]) + 1) * lengths[index] > BUDGET:
+            dealt.append([])
+        dealt[-1].append(index)
+    return dealt
 
 
 def step(model: Any, dealt: Sequence[Mapping[str, Any]]) -> float:
