@@ -25,7 +25,6 @@ from perce.data.sharing import Path, Segment, Sharing, Spans, places, segmented
 
 Batch = dict[str, Any]
 """Tensors by name; packed, also the length of the longest sequence, a number; with branches, the Spans."""
-Piece = tuple[Sequence[int], int]  # ids, and how many of the last ones are predicted
 
 
 def collate(

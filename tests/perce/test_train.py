@@ -160,8 +160,12 @@ def test_conversations_are_computed_once(train, tmp_path):
     fails(train("--resume", **again, **cut), "2 forward passes of 3 replies", "was 1 forward passes of 6 replies")
     code, out, err = train("--resume", **again)
     assert code == 0 and "tokens of examples since the run was resumed" in " ".join(out.split()), err
-    code, out, err = train(data=data, share="none", max_steps=1, output_dir=tmp_path / "none")
+    none = {"share": "none", "output_dir": tmp_path / "none", "per_device_train_batch_size": 6}
+    code, out, err = train(data=data, max_steps=1, save_steps=1, **none)
     assert code == 0 and "share  " not in out and "tokens of examples" not in out, err
+    config = tmp_path / "none" / "config.yaml"  # as of a run from before there was the option
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if not line.startswith("share:")))
+    assert train("--resume", **again | none)[0] == 0
 
 
 def test_without_an_evaluation_before_training_the_rest_is_reported(train, tmp_path):
