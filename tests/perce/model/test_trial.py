@@ -160,6 +160,24 @@ def test_a_padding_token_that_is_none(tmp_path, pad):
     PerceTrainer(model, args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer).train()
 
 
+def with_one_more_embedding():
+    """Moshi has one, of a token that is read and never predicted: its head is a row shorter."""
+    model = tiny_model(tie_word_embeddings=False)
+    model.set_input_embeddings(torch.nn.Embedding(VOCAB + 1, model.config.hidden_size))
+    return model
+
+
+def test_made_up_tokens_have_logits(tmp_path):
+    trained(tmp_path, with_one_more_embedding())
+
+
+def test_a_token_that_is_never_predicted_is_refused_before_training(tmp_path):
+    *rest, last = PAIRS
+    last = last | {"input_ids": [*last["input_ids"][:-1], VOCAB]}
+    with pytest.raises(UserError, match=rf"train_dataset: token id {VOCAB} .*vocabulary of {VOCAB}\."):
+        trainer_for(with_one_more_embedding(), arguments(tmp_path), pairs=[*rest, last])
+
+
 def test_weights_that_are_moved_later_are_not_tried(tmp_path, monkeypatch):
     monkeypatch.setattr("perce.training.checks.check_step", lambda *_: pytest.fail("tried"))
     model = tiny_model()
