@@ -13,6 +13,7 @@ from benchmarks import sharing
 from benchmarks.test_step import smollm2_135m
 from perce import load_examples
 from perce.config.commands import EvaluateOptions
+from perce.config.schema import DataConfig, EvaluateConfig, InferenceConfig, SplitConfig
 from perce.data.pairs import PairBuilder
 from perce.demo import default_model_path
 from perce.hub import load_tokenizer
@@ -97,11 +98,12 @@ def test_memory_is_no_higher(benchmark):
 @pytest.mark.slow
 @pytest.mark.benchmark(group="replies of a conversation: losses of an evaluation")
 def test_an_evaluation_together_against_separately(benchmark):
-    """Losses with, without and with another's persona, in the batches of perce.evaluate, of the first 100 replies."""
+    """Losses with, without and with another's persona, in the batches of perce.evaluate, of the first 50 replies."""
     directory = data_directory("personachat-convai2")
-    examples = load_examples(directory, "test", limit=100)
+    examples = load_examples(directory, "test", limit=50)
     model, tokenizer = smollm2_135m().eval(), load_tokenizer(str(default_model_path()))
-    builder, options = PairBuilder(tokenizer, max_length=5000), EvaluateOptions()
+    builder = PairBuilder(tokenizer, max_length=5000)
+    options = EvaluateOptions(InferenceConfig(), DataConfig(), SplitConfig(), EvaluateConfig())
     seconds: dict[str, float] = {}
     records: dict[str, list[dict]] = {}
 

@@ -43,10 +43,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def vocabulary_of(model: Any) -> int:
+    """Token ids that a model both reads and predicts: Moshi has an embedding more than it has logits."""
+    return min(len(model.get_input_embeddings().weight), len(model.get_output_embeddings().weight))
+
+
 def probe_ids(model: Any, length: int = PROBE_TOKENS) -> Tensor:
     """(1, length) token ids from all over the vocabulary, where the embeddings are."""
-    embeddings = model.get_input_embeddings().weight
-    return torch.arange(1, length + 1, device=embeddings.device)[None] * 97 % embeddings.shape[0]
+    device = model.get_input_embeddings().weight.device
+    return torch.arange(1, length + 1, device=device)[None] * 97 % vocabulary_of(model)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from perce.model import prefill
 from perce.model.memory import checkpointed, tiles_of
 from perce.model.noise import REMEDY, without_adapter_noise
 from perce.model.passes import counterfactual_hidden, factual
-from perce.model.probe import attention_of_any_device, evaluating, short_windows, unwrapped
+from perce.model.probe import attention_of_any_device, evaluating, short_windows, unwrapped, vocabulary_of
 from perce.objectives import OBJECTIVES, HeadCall
 
 # (tokens before the persona, of it, of the query, of the response): the longer one is padded to, or packed before.
@@ -126,7 +126,7 @@ def _with(options: Mapping[str, Any]) -> str:
 
 def made_up_pairs(model: Any) -> list[dict[str, Any]]:
     """Pairs, as data.pairs makes them, of token ids from all over the vocabulary: a chain, a branch, one by itself."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_of(model)
     drawn = (n * 97 % vocabulary for n in itertools.count(1))
 
     def tokens(count: int) -> list[int]:

@@ -146,7 +146,8 @@ def try_options(trainer: Trainer) -> tuple[int, int]:
 
 
 def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
-    """UserError for a token id without an embedding: on a GPU it would end the process with a device-side assert."""
+    """UserError for a token id without an embedding or a logit: on a GPU it would end the process with a device-side
+    assert."""
     largest = -1
     if isinstance(dataset, Dataset):
         for column in pieces_of(dataset, "input_ids"):

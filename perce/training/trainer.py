@@ -36,7 +36,7 @@ from perce.model.passes import (
     token_statistics,
 )  # fmt: skip
 from perce.model.patch import prepare_model
-from perce.model.probe import check_packing, evaluating
+from perce.model.probe import check_packing, evaluating, vocabulary_of
 from perce.model.reach import freeze_beside_text
 from perce.objectives import HeadCall, Measured
 from perce.training.arguments import PerceArguments, check_dealt
@@ -113,7 +113,7 @@ class PerceTrainer(ResumableTrainer):
         self._detach_persona = args.memory.persona_grad == "none"
         self._options = args.data, args.loss
         # As loaded: once DeepSpeed has partitioned the weights, they do not tell.
-        self._vocabulary = prepared.get_input_embeddings().weight.shape[0]
+        self._vocabulary = vocabulary_of(prepared)
         self._check_context = partial(
             check_context, config=prepared.config, memory=args.memory, max_length=args.data.max_length
         )
@@ -149,9 +149,8 @@ class PerceTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
         self.estimation_clock = Clock(self.args.device)
         self.estimates: Estimates | None = None  # None: weights are estimated online
-        self._over_step: list[
-            Measured
-        ] = []  # of the forwards to come of a step, for objectives that look at all of them
+        # Of the forwards to come of a step, for objectives that look at all of them.
+        self._over_step: list[Measured] = []
         if args.loss.estimate != "online":
             check_estimable(self.train_dataset, args.loss.estimate)
             self.add_callback(EStep(self))

@@ -11,18 +11,21 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 import transformers
 
 from perce import MemoryConfig, UserError
 from perce.config.schema import ModelConfig
+from perce.data.sharing import Sharing
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import CHECKPOINTING
 from perce.model.patch import prepare_model
 from perce.model.prefill import CACHE_ARGUMENT
 from tests.helpers import ROOT
 from tests.helpers.architectures import CANNOT_BUILD, NAMES, VOCAB, tiny
+from tests.helpers.replies import conversation
 from tests.helpers.trainers import LOSS, arguments, plain_loss, plain_statistics, trainer_for
 
 TABLE = ROOT / "docs" / "reference" / "architectures.md"
@@ -38,6 +41,8 @@ def _pair(length: int, persona: tuple[int, int], response: int, seed: int) -> di
 
 
 PAIRS = [_pair(61, (5, 32), 14, 1), _pair(45, (3, 20), 9, 2)]  # beyond every window of a tiny model
+# Two replies that continue each other, and two of which only the last begins with a thought.
+REPLIES = [*conversation(2, 1), *conversation(2, 2, thought=True)]
 NONE = MemoryConfig(persona_grad="none")
 MODES: dict[str, dict] = {
     "step": {},
@@ -49,7 +54,8 @@ MODES: dict[str, dict] = {
 
 
 def outcomes(name: str) -> dict[str, str]:
-    """For each column of the table "right", or the paragraph that refuses; AssertionError for whatever is neither."""
+    """For each column of the table what it says there, or the paragraph that refuses; AssertionError for whatever is
+    neither."""
     if name in CANNOT_BUILD:
         return {"step": CANNOT_BUILD[name]}
     model, found = tiny(name), {}
@@ -59,36 +65,47 @@ def outcomes(name: str) -> dict[str, str]:
             found[mode] = _outcome(lambda options=options: _steps_right(copy.deepcopy(model), directory, options))
             if mode == "step" and found[mode] != "right":
                 return found
+        found["shared"] = _outcome(lambda: _shared(copy.deepcopy(model), directory))
         found["LoRA"] = _outcome(lambda: _steps_right(_adapted(model), directory, {}))
         found["LoRA, bf16"] = _outcome(lambda: _is_close_in_bf16(model, directory))
         found["saved"] = _outcome(lambda: _comes_back(copy.deepcopy(model), directory))
     return found
 
 
-def _outcome(run: Callable[[], None]) -> str:
+def _outcome(run: Callable[[], str | None]) -> str:
     try:
-        run()
+        return run() or "right"
     except UserError as error:
         assert "\n" not in str(error), f"not one paragraph: {error}"
         return str(error)
-    return "right"
 
 
 def _steps_right(model, directory, options) -> None:
     args = arguments(directory, per_device_train_batch_size=2, learning_rate=LEARNING_RATE, **options)
-    trainer = trainer_for(model, args, pairs=PAIRS)
+    _is_right(trainer_for(model, args, pairs=PAIRS), PAIRS, options)
+
+
+def _shared(model, directory) -> str:
+    """What replies of a conversation share, and why not all, where a step of them is right."""
+    trainer = trainer_for(model, arguments(directory, learning_rate=LEARNING_RATE), pairs=REPLIES)
+    _is_right(trainer, REPLIES, {})
+    return f"{trainer.sharing}: {trainer.not_all_shared}" if trainer.not_all_shared else trainer.sharing
+
+
+def _is_right(trainer, pairs, options) -> None:
+    model = trainer.model
     if options.get(CHECKPOINTING):
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    batch = trainer.data_collator(PAIRS)
-    loss = trainer.training_step(trainer.model, batch, torch.tensor(batch["target"].numel()))
-    actual = _gradients(trainer.model)
+    batch = trainer.data_collator(pairs)
+    loss = trainer.training_step(model, batch, torch.tensor(batch["target"].numel()))
+    actual = _gradients(model)
 
-    trainer.model.eval()
+    model.eval()
     detached = options.get("memory") == NONE
-    expected_loss = _detached_loss(trainer.model) if detached else plain_loss(trainer.model, PAIRS, LOSS)
+    expected_loss = _detached_loss(model) if detached else plain_loss(model, pairs, LOSS)
     expected_loss.backward()
-    expected = _gradients(trainer.model)
+    expected = _gradients(model)
     assert abs(loss.item() - expected_loss.item()) <= RIGHT * max(1.0, abs(expected_loss.item())), (loss, expected_loss)
     missing = expected.keys() ^ actual.keys()
     assert all((actual | expected)[name].abs().max() == 0 for name in missing), f"without a gradient: {missing}"
@@ -158,11 +175,13 @@ def _comes_back(model, directory) -> None:
     assert reply.shape[1] > ids.shape[1]
 
 
-COLUMNS = [*MODES, "LoRA", "LoRA, bf16", "saved"]
+COLUMNS = [*MODES, "shared", "LoRA", "LoRA, bf16", "saved"]
+SAID = {"right": "yes"} | {sharing: sharing for sharing in get_args(Sharing)}
 
 
 def row(name: str, found: dict[str, str]) -> str:
-    return f"| {name} | " + " | ".join({"right": "yes"}.get(found.get(column, ""), "no") for column in COLUMNS) + " |"
+    cells = (SAID.get(found.get(column, "").split(":")[0], "no") for column in COLUMNS)
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def page(found: dict[str, dict[str, str]]) -> str:
@@ -170,7 +189,7 @@ def page(found: dict[str, dict[str, str]]) -> str:
     reasons = defaultdict(list)
     for name, of_columns in found.items():
         for reason in dict.fromkeys(of_columns.values()):
-            if reason != "right":
+            if reason not in SAID:
                 reasons[name].append(reason)
     trained = sum(of_columns["step"] == "right" for of_columns in found.values())
     return "\n".join(
@@ -181,8 +200,9 @@ def page(found: dict[str, dict[str, str]]) -> str:
             "tests.helpers.sweep`; a slow test compares.", "",
             "*step*: loss and gradients of a padded batch of two, all weights, in training mode, against PerCE's "
             "formula on the model's own logits of one sequence at a time. *none*: persona_grad none, against the "
-            "model's own cache, detached. *LoRA*: the default adapter; in *bf16* its loss alone, to a tenth. *saved*: "
-            "saved, loaded again with the same logits, and asked for a reply.", "",
+            "model's own cache, detached. *shared*: what the replies of a conversation share, in a step of two "
+            "conversations that is right in the same way. *LoRA*: the default adapter; in *bf16* its loss alone, to a "
+            "tenth. *saved*: saved, loaded again with the same logits, and asked for a reply.", "",
             f"| model_type | {' | '.join(COLUMNS)} |", "| --- |" + " --- |" * len(COLUMNS),
             *(row(name, of_columns) for name, of_columns in found.items()), "",
             "## Why not", "",

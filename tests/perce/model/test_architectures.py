@@ -13,6 +13,7 @@ A_FEW = ["llama4_text", "phimoe", "xlnet"]
 def test_a_few_are_right_or_refused(name):
     found = outcomes(name)
     assert found["step"] == found["saved"] == "right"
+    assert found["shared"].startswith("chains: ")  # their attention is not told of all that limits what a token sees
 
 
 @pytest.mark.slow
