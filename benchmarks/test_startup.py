@@ -1,4 +1,5 @@
-"""What trying a model before training takes, by check, with a model of SmolLM2-135M's shape and two pairs.
+"""What trying a model before training takes, by check, with a model of SmolLM2-135M's shape and two pairs, of which one
+way makes a conversation.
 
 The fastest of three rounds counts: other programs on the machine only add time.
 """
@@ -23,7 +24,7 @@ from tests.helpers.tiny import tiny_tokenizer
 ALLOWED = 5.0  # seconds, of all checks together
 CHECKS = [
     (perce.model.patch, "install_perce"), (perce.model.loading, "unused_layers"),
-    *((perce.training.trainer, name) for name in ("check_own_loss", "router_of")),
+    *((perce.training.trainer, name) for name in ("check_own_loss", "router_of", "shared_by")),
     *((perce.training.checks, name) for name in ("check_gradients", "check_step")),
 ]  # fmt: skip
 WAYS = {
@@ -32,6 +33,7 @@ WAYS = {
     "lora, everything on": (
         16, {CHECKPOINTING: True, "memory": MemoryConfig(persona_grad="none", mlp_tile=512)},
     ),
+    "lora, a conversation": (16, {}),
 }  # fmt: skip
 
 
@@ -55,6 +57,7 @@ def test_checks_before_training(benchmark, way, monkeypatch):
     for module, name in CHECKS:
         monkeypatch.setattr(module, name, timed(name, getattr(module, name)))
     lora_r, options = WAYS[way]
+    pairs = [pair(64, 16, 16) | ({"conversation": 0} if "conversation" in way else {})] * 2
 
     def start() -> None:
         spent.clear()
@@ -63,7 +66,7 @@ def test_checks_before_training(benchmark, way, monkeypatch):
             model = add_adapter(model, lora_config(ModelConfig(lora_r=lora_r)))
         with tempfile.TemporaryDirectory() as directory:
             args = PerceArguments(directory, use_cpu=True, report_to="none", dataloader_pin_memory=False, **options)
-            PerceTrainer(model, args, train_dataset=[pair(64, 16, 16)] * 2, processing_class=tiny_tokenizer())
+            PerceTrainer(model, args, train_dataset=pairs, processing_class=tiny_tokenizer())
         rounds.append(dict(spent))
 
     benchmark.pedantic(start, rounds=3)

@@ -59,7 +59,7 @@ def shares_nothing(config: Any) -> str:
 
 def _change_by_branches(model: Any) -> tuple[float, bool]:
     """Of the hidden states of a chain, a branch and a sequence by itself; and whether they are of 16 bits."""
-    pairs, found = made_up_pairs(model), []
+    pairs, found = made_up_pairs(model, shared=True), []
     for sharing in ("none", "branches"):
         batch = send_to_device(collate(pairs, sharing=sharing), model.device)
         found.append(model(**token_inputs(batch), perce={"rows": batch["rows"]}))

@@ -75,7 +75,7 @@ class Step:
 def check_step(model: Any, manner: Manner) -> None:
     """UserError unless a step made in this manner has the loss and the gradient of the model's own logits."""
     name = f"{type(unwrapped(model)).__name__} ({unwrapped(model).config.model_type})"
-    pairs, low = made_up_pairs(model), _in_low_precision(model)
+    pairs, low = made_up_pairs(model, manner.separately is not None), _in_low_precision(model)
     if low and unwrapped(model).config.model_type in DRAWS_AMONG_TIES:
         raise UserError(
             f"{name}: in training mode its routers draw among experts whose scores tie, and rounded to 16 bits scores "
@@ -124,8 +124,9 @@ def _with(options: Mapping[str, Any]) -> str:
     return f", with {', '.join(options)}" if options else ""
 
 
-def made_up_pairs(model: Any) -> list[dict[str, Any]]:
-    """Pairs, as data.pairs makes them, of token ids from all over the vocabulary: a chain, a branch, one by itself."""
+def made_up_pairs(model: Any, shared: bool) -> list[dict[str, Any]]:
+    """Pairs, as data.pairs makes them, of token ids from all over the vocabulary: two of different lengths, and, to be
+    shared, two more that are a chain and a branch of the first."""
     vocabulary = vocabulary_of(model)
     drawn = (n * 97 % vocabulary for n in itertools.count(1))
 
@@ -142,6 +143,8 @@ def made_up_pairs(model: Any) -> list[dict[str, Any]]:
     for number, (before, persona, query, response) in enumerate(SHAPES):
         ids = tokens(before + persona + query + response)
         pairs.append(pair(ids, before, persona, response, number))
+    if not shared:
+        return pairs
     (before, persona, *_), first, (query, response) = SHAPES[0], pairs[0]["input_ids"], GOES_ON
     prompt, reply = first + tokens(query), tokens(response)
     pairs.append(pair(prompt + reply, before, persona, response, 0))
