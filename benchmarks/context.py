@@ -60,9 +60,9 @@ def measure(way: str, persona: int) -> dict[str, float]:
             loss = naive_perce(model, {name: torch.tensor([ids]) for name, ids in labelled(row).items()}, RESPONSE)
             loss.backward()
             return loss.item()
-        batch = collate([row])
+        batch = collate([row], persona_grad=memory.persona_grad)
         call = HeadCall(batch["target"], OBJECTIVES["perce"].weighting(), counterfactual_hidden(model, batch))
-        loss = factual(model, batch, call, detach_persona=memory.persona_grad == "none").loss
+        loss = factual(model, batch, call).loss
         loss.backward()
         return loss.item()
 

@@ -73,11 +73,11 @@ def pairs_of(directory: Path, template: str | None, at_least: int) -> Pairs:
 def batches(way: str, pairs: Pairs) -> list[dict[str, Any]]:
     """What a step's forwards take."""
     from perce.data.batch import collate
-    from perce.data.dataset import conversations
+    from perce.data.dataset import personas
     from perce.training.sampler import ReplyBatches
 
     if way == "shared":
-        whole = ReplyBatches(conversations(pairs), REPLIES_TOGETHER, seed=0)
+        whole = ReplyBatches(personas(pairs, "conversation"), REPLIES_TOGETHER, seed=0)
         return [collate([pairs[i] for i in indices], sharing="branches") for indices in whole]
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
     dealt: Sequence[Sequence[int]] = [order[start : start + REPLIES] for start in range(0, len(order), REPLIES)]

@@ -139,7 +139,8 @@ class Steps:
         for context in {case.context for case in cases}:
             row = pair(context - query - response, query, response)
             row["input_ids"] = [token % vocabulary for token in row["input_ids"]]
-            self.batches[context] = collate([row])
+            for persona_grad in ("full", "none"):
+                self.batches[context, persona_grad] = collate([row], persona_grad=persona_grad)
         self.items = torch.tensor(response)
         self.memory: set[MemoryConfig] = set()
 
@@ -158,8 +159,8 @@ class Steps:
     def run(self, case: Case) -> None:
         """Forward and backward of one sequence."""
         self.trainer.args.loss = self.losses[case.objective]
-        self.trainer._detach_persona = case.persona_grad == "none"
-        self.trainer.training_step(self.model, dict(self.batches[case.context]), self.items)
+        batch = self.batches[case.context, case.persona_grad]
+        self.trainer.training_step(self.model, dict(batch), self.items)
         self.model.zero_grad(set_to_none=True)
 
 

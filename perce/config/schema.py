@@ -245,13 +245,32 @@ class MemoryConfig:
     persona_grad: Literal["full", "none"] = _option(
         "full", "none: the prompt through the persona gives keys and values without a gradient, same loss"
     )
+    share_persona: int = _option(
+        0, "up to so many requests of a user in one forward pass, which computes their persona once, where prompts are "
+        "the same through its end; 0: as --share has it",
+    )  # fmt: skip
+    branches_per_forward: int = _option(
+        0, "so many requests at a time behind the persona, which is computed by itself: the same gradient, in less "
+        "memory; 0: all together",
+    )  # fmt: skip
     mlp_tile: int = _option(0, "run each MLP on so many tokens at a time, recomputed in backward; 0: on all at once")
     activation_offload: bool = _option(
         False, "hold the inputs of checkpointed layers in host memory; GPU and activation_checkpointing only"
     )
 
     def __post_init__(self) -> None:
-        _require(self.mlp_tile >= 0, "mlp_tile", ">= 0", self.mlp_tile)
+        for name in ("mlp_tile", "share_persona", "branches_per_forward"):
+            _require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+
+    @property
+    def on_trunks(self) -> bool:
+        """Whether personas run by themselves; see model/prefill.py."""
+        return self.persona_grad == "none" or self.branches_per_forward > 0
+
+    @property
+    def unit(self) -> Literal["conversation", "persona"]:
+        """Whose examples share tokens."""
+        return "persona" if self.share_persona else "conversation"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,12 @@ computed again in every layer, and the longest length be a tensor, which flash-a
 Replies of a conversation share the tokens that they begin with (sharing.py): what stands in a row is then a segment. As
 chains the segments are sequences like others. With branches all stand in a single row, and model/branches.py shows each
 the keys and values of its path.
+
+A persona that runs by itself, without a gradient or with requests one at a time behind it, is a segment of such a row
+too, and the row is cut into forwards where it is run; see model/prefill.py.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any
@@ -21,57 +25,82 @@ import torch
 from torch import Tensor
 
 from perce.data.pairs import counterfactual_pieces
-from perce.data.sharing import Path, Segment, Sharing, Spans, places, segmented
+from perce.data.sharing import (
+    Forward,
+    Segment,
+    Sharing,
+    Spans,
+    Trunk,
+    Trunks,
+    Unit,
+    places,
+    segmented,
+    segmented_on_trunks,
+)  # fmt: skip
 
 Batch = dict[str, Any]
-"""Tensors by name; packed, also the length of the longest sequence, a number; with branches, the Spans."""
+"""Tensors by name; packed, also the length of the longest sequence, a number; with branches, the Spans; Trunks."""
 
 
 def collate(
-    pairs: Sequence[Mapping[str, Any]], pad_id: int = 0, packing: bool = False, sharing: Sharing = "none"
+    pairs: Sequence[Mapping[str, Any]], pad_id: int = 0, packing: bool = False, sharing: Sharing = "none",
+    unit: Unit = "conversation", persona_grad: str = "full", branches_per_forward: int = 0,
 ) -> Batch:  # fmt: skip
-    """Columns of Pair → tensors; `sharing`: what the pairs of a conversation compute once, see sharing.py.
+    """Columns of Pair → tensors.
+
+    Args:
+        sharing: what the pairs of a `unit` compute once, see sharing.py.
+        persona_grad, branches_per_forward: as MemoryConfig has them.
 
     Returns:
         input_ids (R, T), input_ids_cf (R_cf, T_cf): factual and counterfactual segments, the last token of a sequence
             left off; packed or with branches (1, sum of lengths), with the arguments in PACKED or the Spans of both.
-        rows, rows_cf (N,): rows of the flattened hidden states that predict the response tokens.
+        trunks: where personas run by themselves, the Trunks of the factual segments, which are a row then.
+        rows, rows_cf (N,): rows of the flattened hidden states that predict the response tokens; with trunks, of what
+            is run behind them.
         target (N,): those tokens, identical for both passes by construction.
         uses (R, T): sequences that each factual input is a part of; 0: it is padding.
-        prefix (R, 2): tokens of each factual segment through its persona, and tokens of it in all.
         sequence (N,): which of the B pairs each belongs to. personal (N,): bool.
         lengths (B,): factual tokens of each pair.
         tokens (2,): inputs of both passes, that are computed, and that the sequences have.
+        alone (): pairs that share no token of the factual pass with another.
         example (B,): index into the examples, -1 where the pairs have none.
     """
-    conversations = [pair.get("conversation") for pair in pairs]
-    known = [conversation for conversation in conversations if conversation is not None]
+    units = [pair.get(unit) for pair in pairs]
+    known = [key for key in units if key is not None]
     if len(set(known)) == len(known):
         sharing = "none"
     factual = [(list(pair["input_ids"]), pair["response_length"]) for pair in pairs]
     pieces_cf = [counterfactual_pieces(pair) for pair in pairs]
-    units_cf = [unit for unit, of_pair in zip(conversations, pieces_cf, strict=True) for _ in of_pair]
+    units_cf = [key for key, of_pair in zip(units, pieces_cf, strict=True) for _ in of_pair]
+    apart = persona_grad == "none" or branches_per_forward > 0
     computed, needed = 0, 0
     batch: Batch = {}
-    for suffix, pieces, units in (("", factual, conversations), ("_cf", [*chain(*pieces_cf)], units_cf)):
-        segments, paths = segmented([ids[:-1] for ids, _ in pieces], units, sharing)
-        if sharing == "branches":
-            arranged, starts = _branched(segments)
+    for suffix, pieces, of_unit in (("", factual, units), ("_cf", [*chain(*pieces_cf)], units_cf)):
+        inputs = [ids[:-1] for ids, _ in pieces]
+        if apart and not suffix:
+            segments, paths = segmented_on_trunks(inputs, of_unit, sharing, _trunks(pairs))
+            together = (branches_per_forward or len(segments)) if sharing == "branches" else 1
+            arranged, starts, outputs = _on_trunks(segments, together, persona_grad == "none", branches_per_forward > 0)
         else:
-            arranged, starts = _packed(segments) if packing else _padded(segments, pad_id)
+            segments, paths = segmented(inputs, of_unit, sharing)
+            if sharing == "branches":
+                arranged, starts = _branched(segments)
+            else:
+                arranged, starts = _packed(segments) if packing else _padded(segments, pad_id)
+            outputs = np.arange(arranged["input_ids"].numel())
         places_of = [places(path, starts) for path in paths]
         predicting = [place[-n:] for place, (_, n) in zip(places_of, pieces, strict=True)]
-        arranged["rows"] = torch.from_numpy(np.concatenate(predicting))
+        arranged["rows"] = torch.from_numpy(outputs[np.concatenate(predicting)])
         if not suffix:
+            beginnings = Counter(path[0][0] for path in paths)
             uses = np.bincount(np.concatenate(places_of), minlength=arranged["input_ids"].numel())
             arranged["uses"] = torch.from_numpy(uses).view_as(arranged["input_ids"])
-            in_rows = sharing != "branches" and not packing
-            if in_rows and all("persona_span" in pair for pair in pairs):
-                arranged["prefix"] = _prefixes(pairs, segments, paths)
         batch |= {f"{name}{suffix}": value for name, value in arranged.items()}
         computed += sum(len(segment.ids) for segment in segments)
         needed += sum(map(len, places_of))
     batch["tokens"] = torch.tensor([computed, needed])
+    batch["alone"] = torch.tensor(sum(count == 1 for count in beginnings.values()))
     response_lengths = torch.tensor([length for _, length in factual])
     batch["target"] = torch.tensor([token for ids, length in factual for token in ids[-length:]], dtype=torch.int64)
     batch["sequence"] = torch.repeat_interleave(torch.arange(len(pairs)), response_lengths)
@@ -106,14 +135,63 @@ def _packed(segments: Sequence[Segment]) -> tuple[Batch, Sequence[int]]:
 
 def _branched(segments: Sequence[Segment]) -> tuple[Batch, Sequence[int]]:
     row, starts = _one_row(segments)
-    positions = [np.arange(len(segment.ids)) + segment.position for segment in segments]
-    together = {"position_ids": torch.from_numpy(np.concatenate(positions))[None], "spans": Spans.of(segments, starts)}
-    return row | together, starts
+    spans = Spans.of(dict(enumerate(segments)), dict(enumerate(starts)))
+    return row | {"position_ids": _positions(segments), "spans": spans}, starts
 
 
 def _one_row(segments: Sequence[Segment]) -> tuple[Batch, Sequence[int]]:
     starts = [0, *accumulate(len(segment.ids) for segment in segments)][:-1]
     return {"input_ids": torch.from_numpy(np.concatenate([segment.ids for segment in segments]))[None]}, starts
+
+
+def _positions(segments: Sequence[Segment]) -> Tensor:
+    positions = [np.arange(len(segment.ids)) + segment.position for segment in segments]
+    return torch.from_numpy(np.concatenate(positions))[None]
+
+
+def _trunks(pairs: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Of each pair the tokens through its persona, but for the one that predicts the response's first."""
+    return [min(pair["persona_span"][1], len(pair["input_ids"]) - 1 - pair["response_length"]) for pair in pairs]
+
+
+def _on_trunks(
+    segments: Sequence[Segment], together: int, detached: bool, recomputed: bool
+) -> tuple[Batch, Sequence[int], np.ndarray]:
+    """Inputs; where each segment begins; and the places of all inputs in what is run behind trunks, laid end to end.
+
+    Behind a trunk, `together` segments are one forward, each with those that hang on it.
+    """
+    hanging: dict[int, dict[int, list[int]]] = {}  # trunk → segment behind it → with those on its path
+    for number, segment in enumerate(segments):
+        if not segment.path:
+            hanging[number] = {}
+        else:
+            trunk, root = [*(on for on, _ in segment.path), number][:2]
+            hanging[trunk].setdefault(root, []).append(number)
+    order = [n for trunk, roots in hanging.items() for n in (trunk, *chain(*roots.values()))]
+    row, begins = _one_row([segments[number] for number in order])
+    starts = dict(zip(order, begins, strict=True))
+    trunks, is_output = [], np.ones(row["input_ids"].numel(), dtype=bool)
+    for trunk, roots in hanging.items():
+        start, length = starts[trunk], len(segments[trunk].ids)
+        is_output[start : start + length] = False
+        families = list(roots.values())
+        forwards = [
+            _forward({n: segments[n] for n in chain(*families[i : i + together])}, starts, trunk, length)
+            for i in range(0, len(families), together)
+        ]
+        trunks.append(Trunk(start, start + length, tuple(forwards)))
+    row["position_ids"] = _positions([segments[number] for number in order])
+    row["trunks"] = Trunks(tuple(trunks), detached, recomputed)
+    return row, [starts[number] for number in range(len(segments))], is_output.cumsum() - 1
+
+
+def _forward(segments: Mapping[int, Segment], starts: Mapping[int, int], trunk: int, before: int) -> Forward:
+    """Of segments that stand one after the other behind a trunk of so many tokens."""
+    start = starts[next(iter(segments))]
+    behind = {number: before + starts[number] - start for number in segments} | {trunk: 0}
+    spans = Spans.of(segments, behind, before) if len(segments) > 1 else None
+    return Forward(start, start + sum(len(segment.ids) for segment in segments.values()), spans)
 
 
 def packed(lengths: Sequence[int]) -> dict[str, Any]:
@@ -122,12 +200,3 @@ def packed(lengths: Sequence[int]) -> dict[str, Any]:
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     return dict(zip(PACKED, (positions, ends, ends, max(lengths), max(lengths)), strict=True))
-
-
-def _prefixes(pairs: Sequence[Mapping[str, Any]], segments: Sequence[Segment], paths: Sequence[Path]) -> Tensor:
-    """(R, 2) of each segment the tokens through the persona of what is in it, and all of its tokens."""
-    ends = [len(segment.ids) for segment in segments]
-    for pair, ((segment, length),) in zip(pairs, paths, strict=True):
-        # At least the token that predicts the response's first is behind the prefix.
-        ends[segment] = min(ends[segment], pair["persona_span"][1], length - pair["response_length"])
-    return torch.tensor([(end, len(segment.ids)) for end, segment in zip(ends, segments, strict=True)])

@@ -27,12 +27,13 @@ from perce.data.documents import DocumentBuilder
 from perce.data.pairing import PERCE, Builder, PairSource, make_builder
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Document, Examples, Record
+from perce.data.sharing import Unit
 from perce.data.sources import Source
 from perce.data.workers import tables
 from perce.errors import UserError, in_one_line
 from perce.integrity import difference, facts_of
 
-PAIRS_VERSION = 4
+PAIRS_VERSION = 5
 """Of the code that makes pairs of examples; a test fails when the pairs change and this does not."""
 
 PAIRS = "pairs.arrow"
@@ -49,6 +50,7 @@ _PERSONA = {
     "passages": ListOf(Value("int32")),
     "dropped_passages": Value("int32"),
     "conversation": Value("int64"),
+    "persona": Value("int64"),
 }
 FEATURES = {
     PairBuilder: Features(_COMMON | _PERSONA),
@@ -161,15 +163,22 @@ def sequence_lengths(dataset: Any) -> list[int]:
 
 def conversations(dataset: Any) -> list[list[int]]:
     """Indices of the pairs of each conversation, in their order; a pair that is of none is by itself."""
-    if isinstance(dataset, Dataset):
-        known = "conversation" in dataset.column_names
-        keys = numbers(dataset, "conversation").tolist() if known else [None] * len(dataset)
-    else:
-        keys = [pair.get("conversation") for pair in dataset]
-    together: dict[Any, list[int]] = {}
-    for index, key in enumerate(keys):
-        together.setdefault(("alone", index) if key is None else key, []).append(index)
-    return list(together.values())
+    return [indices for persona in personas(dataset, "conversation") for indices in persona]
+
+
+def personas(dataset: Any, unit: Unit = "persona") -> list[list[list[int]]]:
+    """Of each persona its conversations, as indices of their pairs; of unit "conversation" each by itself."""
+    together: dict[Any, dict[Any, list[int]]] = {}
+    for index, keys in enumerate(zip(*(_keys(dataset, name) for name in (unit, "conversation")), strict=True)):
+        persona, conversation = (("alone", index) if key is None else key for key in keys)
+        together.setdefault(persona, {}).setdefault(conversation, []).append(index)
+    return [list(of_persona.values()) for of_persona in together.values()]
+
+
+def _keys(dataset: Any, name: str) -> list[int | None]:
+    if not isinstance(dataset, Dataset):
+        return [pair.get(name) for pair in dataset]
+    return numbers(dataset, name).tolist() if name in dataset.column_names else [None] * len(dataset)
 
 
 def pieces_of(dataset: Dataset, name: str) -> Iterator[Any]:

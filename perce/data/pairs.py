@@ -10,6 +10,7 @@ them, and refuses a pair where deleting the span does not give the other text's 
 
 import re
 import sys
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,6 +59,8 @@ class Pair:
     """Persona entries left out, last-ranked first, so that the sequence fits max_length."""
     conversation: int
     """The same for the examples that one row gives to one persona: they may share tokens; see sharing.py."""
+    persona: int
+    """The same where input_ids are, through the persona's end: a persona's examples may share them too."""
 
     def counterfactual_ids(self) -> list[int]:
         return counterfactual_ids(self.input_ids, self.persona_span, self.response_length)
@@ -222,7 +225,8 @@ class PairBuilder:
             personal=self._personal(example, persona[:kept], chat),
             passages=chosen[:kept],
             dropped_passages=len(persona) - kept,
-            conversation=xxhash.xxh3_64_intdigest(repr(example.conversation).encode()) >> 1,  # of 63 bits
+            conversation=_digest(repr(example.conversation).encode()),
+            persona=_digest(array("q", ids[: span[1]]).tobytes()),
         )
         pair.counterfactual_ids()
         return pair
@@ -292,6 +296,10 @@ class PairBuilder:
             any(start < mark_end and mark_start < end for mark_start, mark_end in marks) and start < end
             for start, end in chat.encoded.spans(chat.prompt_length)
         ]
+
+
+def _digest(data: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(data) >> 1  # of 63 bits
 
 
 def personal_word_spans(response: str, persona: Sequence[str], conversation: str) -> list[tuple[int, int]]:

@@ -10,18 +10,28 @@ empty thought before the last reply alone, each reply is a branch of the path th
     1 2 3 T 4                            0: 1 2 3 4 5 6 T 7            (0, 3) (1, 2)
     1 2 3 4 5 6 T 7                      1: T 4, behind 3 of 0         (0, 8)
 
+Requests of one persona are branches of it, or, where what follows the persona is to run apart from it, in a forward of
+its own, the persona is a segment by itself, the trunk of those behind it:
+
+    ids                                  segments                      path to the end of each sequence
+    1 2 3 | 4 5                          0: 1 2 3                      (0, 3) (1, 2)
+    1 2 3 | 6                            1: 4 5, behind 3 of 0         (0, 3) (2, 1)
+                                         2: 6, behind 3 of 0
+
 A token attends to its own path alone and stands at its own position on it, so it computes what it would by itself: the
 mathematics is that of separate sequences, for causal models (Prefix Grouper, arXiv 2506.05433, has the case of one
 prompt with several replies).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Sharing = Literal["none", "chains", "branches"]
+Unit = Literal["conversation", "persona"]
+"""Whose sequences share: columns of the pairs."""
 Path = tuple[tuple[int, int], ...]
 """Segments, and how many of the first tokens of each."""
 
@@ -74,6 +84,31 @@ def segmented(
     return segments, [path for path in paths if path is not None]
 
 
+def segmented_on_trunks(
+    sequences: Sequence[Sequence[int]], units: Sequence[int | None], sharing: Sharing, trunks: Sequence[int]
+) -> tuple[list[Segment], list[Path]]:
+    """As `segmented`, with the first tokens of each sequence, as many as `trunks` has, in a segment before the others:
+    one for all sequences of a unit that have the same."""
+    members: dict[Any, list[int]] = {}
+    for index, (ids, unit, tokens) in enumerate(zip(sequences, units, trunks, strict=True)):
+        alone = unit is None or sharing == "none"
+        members.setdefault(index if alone else (unit, *ids[:tokens]), []).append(index)
+    segments: list[Segment] = []
+    paths: list[Path] = [()] * len(sequences)
+    for indices in members.values():
+        first, tokens = len(segments), trunks[indices[0]]
+        rests, ends = segmented([sequences[i][tokens:] for i in indices], [units[i] for i in indices], sharing)
+
+        def behind(path: Path, first: int = first, tokens: int = tokens) -> Path:
+            return (first, tokens), *((first + 1 + segment, length) for segment, length in path)
+
+        trunk = np.asarray(sequences[indices[0]][:tokens], dtype=np.int64)
+        segments += [Segment(trunk), *(Segment(rest.ids, behind(rest.path)) for rest in rests)]
+        for index, end in zip(indices, ends, strict=True):
+            paths[index] = behind(end)
+    return segments, paths
+
+
 def _common(one: np.ndarray, other: np.ndarray) -> int:
     """How many of the first ids are the same."""
     length = min(len(one), len(other))
@@ -97,7 +132,8 @@ def places(path: Path, starts: Sequence[int]) -> np.ndarray:
 
 
 class Span(NamedTuple):
-    """A segment in a row of several: tokens [start, end), behind those of the half-open ranges `path`, in order."""
+    """A segment in a row of several: tokens [start, end), behind those of the half-open ranges `path`, in order. Where
+    the row itself stands behind a trunk, all of them are counted from the trunk's first."""
 
     start: int
     end: int
@@ -110,13 +146,44 @@ class Spans:
     same."""
 
     spans: tuple[Span, ...]
+    before: int = 0  # tokens of the trunk, whose keys and values come from a forward of its own
     masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], starts: Sequence[int]) -> "Spans":
+    def of(cls, segments: Mapping[int, Segment], starts: Mapping[int, int], before: int = 0) -> "Spans":
+        """Segments by their number, and where each that is one or on a path begins."""
         return cls(
             tuple(
-                Span(start, start + len(segment.ids), tuple((starts[i], starts[i] + n) for i, n in segment.path))
-                for segment, start in zip(segments, starts, strict=True)
-            )
-        )
+                Span(
+                    starts[number], starts[number] + len(segment.ids),
+                    tuple((starts[i], starts[i] + tokens) for i, tokens in segment.path),
+                )
+                for number, segment in segments.items()
+            ),
+            before,
+        )  # fmt: skip
+
+
+class Forward(NamedTuple):
+    """Tokens [start, end) of a row that are run together behind a trunk; `spans`: None where they are one segment."""
+
+    start: int
+    end: int
+    spans: Spans | None
+
+
+class Trunk(NamedTuple):
+    """Tokens [start, end) of a row, a persona, and the forwards behind them."""
+
+    start: int
+    end: int
+    forwards: tuple[Forward, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Trunks:
+    """Of a row, in order. detached: personas have no gradient; recomputed: a forward behind one is, in backward."""
+
+    trunks: tuple[Trunk, ...]
+    detached: bool
+    recomputed: bool

@@ -2,6 +2,8 @@
 
     segment   queries of its tokens     keys and values of its path, and of its own tokens
 
+Behind a trunk (prefill.py) the keys and values of the row follow those of the trunk.
+
 All else of a layer takes the row token by token, so that a linear layer is one product. Attention is one call a
 segment, of the model's own function; keys and values have their gradient from every segment that reads them. Masks are
 (segment × what it sees), only where an implementation needs one, and never T × T of the row.
@@ -59,7 +61,7 @@ def shares_nothing(config: Any) -> str:
 
 def _change_by_branches(model: Any) -> tuple[float, bool]:
     """Of the hidden states of a chain, a branch and a sequence by itself; and whether they are of 16 bits."""
-    pairs, found = made_up_pairs(model, shared=True), []
+    pairs, found = made_up_pairs(model, "conversation"), []
     for sharing in ("none", "branches"):
         batch = send_to_device(collate(pairs, sharing=sharing), model.device)
         found.append(model(**token_inputs(batch), perce={"rows": batch["rows"]}))
@@ -90,12 +92,13 @@ def _segment_by_segment(own: Attention, name: str) -> Attention:
         kwargs = {option: given for option, given in kwargs.items() if option not in PACKED}
         window = kwargs.get("sliding_window")
         outputs = []
+        lost = spans.before - (key.shape[2] - query.shape[2])  # keys of the trunk beyond the window, if it slides
         for span in spans.spans:
-            seen = _seen(span, window)
+            seen = [(start - lost, end - lost) for start, end in _seen(span, window)]
             keys, values = (
                 torch.cat([states[:, :, start:end] for start, end in seen], dim=2) for states in (key, value)
             )
-            queries = query[:, :, span.start : span.end]
+            queries = query[:, :, span.start - spans.before : span.end - spans.before]
             mask = _mask(spans, name, queries, keys, window)
             outputs.append(own(module, queries, keys, values, mask, *args, **kwargs)[0])
         return torch.cat(outputs, dim=1), None

@@ -32,7 +32,7 @@ def prepare_memory(model: Any, memory: MemoryConfig) -> None:
     """Apply the options to a model that is otherwise ready for the Trainer."""
     if memory.mlp_tile:
         tile_mlps(model, memory.mlp_tile)
-    if memory.persona_grad == "none":
+    if memory.on_trunks:
         prepare_prefill(model)
 
 

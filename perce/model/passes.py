@@ -44,47 +44,41 @@ def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
         return model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
 
 
-def factual(
-    model: nn.Module, inputs: Batch, call: HeadCall, *, detach_persona: bool = False, top_k: int = 0
-) -> Measured:  # fmt: skip
-    """The factual pass and what `call` asks of the head.
-
-    detach_persona: run the prompt through the persona for its keys and values alone; see prefill.py.
-    top_k: experts that a token is sent to, where their sums are asked for too.
-    """
-    return Measured(*model(**token_inputs(inputs), perce=_factual_call(inputs, detach_persona, top_k) | {"head": call}))
+def factual(model: nn.Module, inputs: Batch, call: HeadCall, *, top_k: int = 0) -> Measured:
+    """The factual pass and what `call` asks of the head; top_k: experts that a token is sent to, where their sums are
+    asked for too."""
+    return Measured(*model(**token_inputs(inputs), perce=_factual_call(inputs, top_k) | {"head": call}))
 
 
 @torch.no_grad()
-def experts_used(model: nn.Module, inputs: Batch, top_k: int, *, detach_persona: bool = False) -> Tensor:
+def experts_used(model: nn.Module, inputs: Batch, top_k: int) -> Tensor:
     """(E,) tokens of the factual pass that are sent to each expert, over all layers."""
     with evaluating(model):
-        return model(**token_inputs(inputs), perce=_factual_call(inputs, detach_persona, top_k))[0]
+        return model(**token_inputs(inputs), perce=_factual_call(inputs, top_k))[0]
 
 
-def _factual_call(inputs: Batch, detach_persona: bool, top_k: int) -> dict[str, Any]:
-    call = {name: inputs[name] for name in (("rows", "prefix") if detach_persona else ("rows",))}
-    if top_k:  # behind a prefix each sequence runs by itself, without padding
-        call["router"] = RouterCall(top_k, None if detach_persona else inputs["uses"])
+def _factual_call(inputs: Batch, top_k: int) -> dict[str, Any]:
+    call: dict[str, Any] = {name: inputs[name] for name in ("rows", "trunks") if name in inputs}
+    if top_k:  # on trunks each sequence runs by itself, without padding; see training/shared.py
+        call["router"] = RouterCall(top_k, None if "trunks" in inputs else inputs["uses"])
     return call
 
 
 @torch.no_grad()
 def measured(
-    model: nn.Module, inputs: Batch, weighting: TokenWeighting, *, counterfactual: bool = True, entropy: bool = False,
-    detach_persona: bool = False,
+    model: nn.Module, inputs: Batch, weighting: TokenWeighting, *, counterfactual: bool = True, entropy: bool = False
 ) -> Measured:  # fmt: skip
     """What the response tokens have under a model as it is; without the persona too if `counterfactual`."""
     hidden_cf = counterfactual_hidden(model, inputs) if counterfactual else None
     call = HeadCall(inputs["target"], weighting, hidden_cf, loss=False, entropy=entropy)
-    return factual(model, inputs, call, detach_persona=detach_persona)
+    return factual(model, inputs, call)
 
 
 def token_statistics(
-    model: nn.Module, inputs: Batch, weighting: TokenWeighting, *, entropy: bool = False, detach_persona: bool = False
-) -> list[TokenStatistics]:
+    model: nn.Module, inputs: Batch, weighting: TokenWeighting, *, entropy: bool = False
+) -> list[TokenStatistics]:  # fmt: skip
     """Statistics of one batch under a model in eval mode, whatever it is trained for."""
-    found = measured(model, inputs, weighting, entropy=entropy, detach_persona=detach_persona)
+    found = measured(model, inputs, weighting, entropy=entropy)
     columns = {name: inputs[name] for name in ("target", "personal")}
     columns |= {name: column for name, column in found._asdict().items() if column is not None}
     split = per_example(inputs, *columns.values())

@@ -5,8 +5,8 @@
     model(input_ids, perce={"rows": rows})                   → hidden states (N, D) at those rows
     model(input_ids, perce={"rows": rows, "head": call})     → what head.py measures of them, the loss included
 
-With "prefix" in perce the tokens through the persona are run without a gradient; see prefill.py. With "router", a
-RouterCall, what is measured has `experts`, which without "head" are returned alone; see auxiliary.py.
+With "trunks" in perce personas are run by themselves; see prefill.py. With "router", a RouterCall, what is measured has
+`experts`, which without "head" are returned alone; see auxiliary.py.
 
 The loss runs inside the forward of the output-embedding module. Reading the head's weight anywhere else would bypass
 the hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
@@ -26,7 +26,7 @@ from perce.hub import stated
 from perce.model.auxiliary import recorded
 from perce.model.head import LogitTransform, answer, logit_transforms
 from perce.model.noise import check_noise
-from perce.model.prefill import hidden_after_prefix
+from perce.model.prefill import hidden_on_trunks, spans_arguments
 from perce.model.probe import PROBE_TOKENS, attention_of_any_device, decoder_of, evaluating, probe_ids, unwrapped
 from perce.objectives import HeadCall
 from perce_kernels import reference
@@ -113,13 +113,13 @@ def _patch_model(model: Any) -> None:
         if perce is None:
             return own_forward(self, *args, **kwargs)
         decoder = self.get_submodule(self.perce_decoder)
-        if "spans" in kwargs:  # of four dimensions it is taken as it is: attention makes its own; see branches.py
-            kwargs["attention_mask"] = kwargs["position_ids"].new_ones(1, 1, 1, 1)
+        if "spans" in kwargs:
+            kwargs |= spans_arguments(kwargs["spans"], kwargs["position_ids"])
         if router := perce.get("router"):
             kwargs |= {"output_router_logits": True, "return_dict": True}
         with recorded(decoder, router) as sums:
-            if "prefix" in perce:
-                hidden = hidden_after_prefix(decoder, perce["rows"], perce["prefix"], *args, **kwargs)
+            if "trunks" in perce:
+                hidden = hidden_on_trunks(decoder, perce["rows"], perce["trunks"], *args, **kwargs)
             else:
                 # use_cache=False: a cache would keep every layer's keys and values alive through the backward.
                 output = decoder(*args, use_cache=False, **kwargs)

@@ -1,27 +1,33 @@
-"""persona_grad="none": the prompt up to the persona's end as keys and values alone, the rest trained on top of them.
+"""The persona in a forward of its own, and what follows it behind its keys and values: Trunks of data/sharing.py.
 
-    prefix   input_ids[:persona_end]   no grad, PREFILL_CHUNK tokens a forward → keys and values of every layer
-    rest     input_ids[persona_end:]   query and response; attends to the prefix, and is all that backward sees
+    trunk      input_ids[:persona_end]   → keys and values of every layer, of all requests that begin with it
+    forwards   input_ids[persona_end:]   queries and responses, which attend to the trunk
 
-The loss is the same function, so its value is that of persona_grad="full". The gradient is that of autograd with the
-prefix's keys and values detached: a truncation. How the weights encode the persona gets no gradient, how the response
-reads it does. In return no activation of the persona is kept: what grows with it is keys and values.
+persona_grad="none": the trunk has no gradient, and is run PREFILL_CHUNK tokens at a time. The loss is the same
+function, so its value is that of persona_grad="full". The gradient is that of autograd with the trunk's keys and values
+detached: a truncation. How the weights encode the persona gets no gradient, how the response reads it does. In return
+no activation of the persona is kept: what grows with it is keys and values.
 
-Each sequence runs by itself, so that personas of different lengths need no padding and no mask for it. Attention masks
-are (chunk × keys) and (rest × keys), never T × T.
+branches_per_forward: of the forwards behind a trunk nothing is kept but what they end with. Backward goes through them
+one after the other, each recomputed when its turn comes, adds up their gradients of the trunk's keys and values, and
+then goes through the trunk, once: the exact gradient, in the memory of the trunk and of one forward.
+
+Attention masks are (chunk × keys) and (segment × keys), never T × T.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from perce.data.sharing import Forward, Spans, Trunks
 from perce.errors import UserError
 
 # The activations of a chunk and its mask (4 · PREFILL_CHUNK · T bytes) are the prefill's only memory beside the cache.
@@ -47,6 +53,21 @@ class PrefixCache(DynamicCache):
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
 
+class Recorder(DynamicCache):
+    """Keeps the keys and values of a forward over a whole trunk, and is empty for it: a layer that is recomputed finds
+    it as it was."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.recorded.setdefault(layer_idx, (key_states, value_states))
+        return key_states, value_states
+
+
 @torch.no_grad()
 def prefill(base_model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> PrefixCache:
     """The cache of one sequence's prefix, (1, P)."""
@@ -57,30 +78,50 @@ def prefill(base_model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Pr
     return cache
 
 
-def hidden_after_prefix(
+def prefill_with_gradient(base_model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> PrefixCache:
+    """As `prefill`, in one forward; keys and values have their gradient."""
+    cache, recorder = PrefixCache(config=base_model.config), Recorder(config=base_model.config)
+    base_model(input_ids=input_ids, use_cache=False, **{CACHE_ARGUMENT: recorder}, **kwargs)
+    for index, (keys, values) in recorder.recorded.items():
+        cache.update(keys, values, index)
+        layer: Any = cache.layers[index]
+        if type(layer) is DynamicLayer:  # it has appended them to nothing: a copy
+            layer.keys, layer.values = keys, values
+    cache.filled = True
+    return cache
+
+
+def hidden_on_trunks(
     base_model: PreTrainedModel,
-    rows: Tensor,  # (N,) of the B · T flattened tokens, none in a prefix
-    prefix: Tensor,  # (B, 2) tokens of the prefix, and tokens in all
-    input_ids: Tensor,  # (B, T), right-padded
+    rows: Tensor,  # (N,) of the tokens behind trunks
+    trunks: Trunks,
+    input_ids: Tensor,  # (1, T)
+    position_ids: Tensor,  # (1, T)
     **kwargs: Any,
 ) -> Tensor:
-    """(N, D) hidden states at `rows`, with the first prefix[b, 0] tokens of sequence b detached.
+    """(N, D) hidden states at `rows` of what is run behind the trunks, laid end to end."""
 
-    What follows each prefix is run alone, and the results are laid end to end. Of sequences of 3 and 4 tokens (T = 4)
-    behind prefixes of 1 and 2 these are tokens 1, 2 and 2, 3: rows 1, 2, 6, 7 are found at places 0, 1, 2, 3.
-    """
+    def behind(cache: PrefixCache, forward: Forward) -> Tensor:
+        here, spans = slice(forward.start, forward.end), {}
+        if forward.spans is not None:
+            spans = {"position_ids": position_ids[:, here], **spans_arguments(forward.spans, position_ids)}
+        given = {"input_ids": input_ids[:, here], "use_cache": False, CACHE_ARGUMENT: cache}
+        return base_model(**(kwargs | given | spans))[0][0]
 
-    def rests() -> Iterator[Tensor]:
-        for ids, (start, length) in zip(input_ids, prefix.tolist(), strict=True):
-            cache = prefill(base_model, ids[None, :start], **kwargs)
-            rest = {"input_ids": ids[None, start:length], CACHE_ARGUMENT: cache}
-            yield base_model(**rest, use_cache=False, **kwargs)[0][0]
+    has_gradient = torch.is_grad_enabled()
+    fill = prefill if trunks.detached or not has_gradient else prefill_with_gradient
+    run = partial(checkpoint, behind, use_reentrant=False) if trunks.recomputed and has_gradient else behind
+    outputs = []
+    for trunk in trunks.trunks:
+        cache = fill(base_model, input_ids[:, trunk.start : trunk.end], **kwargs)
+        outputs += [run(cache, forward) for forward in trunk.forwards]
+    return torch.cat(outputs)[rows]
 
-    start, length = prefix.unbind(1)
-    rest_length = length - start  # (B,)
-    first_place = rest_length.cumsum(0) - rest_length  # (B,) of each sequence's rest
-    sequence, token = rows // input_ids.shape[1], rows % input_ids.shape[1]
-    return torch.cat(list(rests()))[first_place[sequence] + token - start[sequence]]
+
+def spans_arguments(spans: Spans, like: Tensor) -> dict[str, Any]:
+    """What a decoder takes for a row of segments: a mask of four dimensions it takes as it is, and attention makes its
+    own; see branches.py."""
+    return {"spans": spans, "attention_mask": like.new_ones(1, 1, 1, 1)}
 
 
 def prepare_prefill(model: Any) -> None:

@@ -13,13 +13,15 @@ the persona's keys and values.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from perce.data.batch import Batch
+from perce.data.sharing import Unit
 from perce.errors import UserError, in_one_line
 from perce.model import prefill
 from perce.model.memory import checkpointed, tiles_of
@@ -31,6 +33,7 @@ from perce.objectives import OBJECTIVES, HeadCall
 # (tokens before the persona, of it, of the query, of the response): the longer one is padded to, or packed before.
 SHAPES = ((4, 13, 6, 7), (3, 6, 5, 4))
 GOES_ON = 9, 5  # tokens of a second query and reply of the first one's conversation: the two are a chain
+REQUEST = 3, 5  # tokens of another query and reply under the first persona
 THOUGHT = 3  # tokens before another reply to the second query, of which the last are the same: a branch
 SHORT = 8  # tokens of a window, a tile and a chunk of the persona meanwhile: less than a sequence, or its persona
 DRAWS_AMONG_TIES = ("phimoe",)  # SparseMixer: too seldom to be found on few tokens of few layers
@@ -46,20 +49,20 @@ AGREEMENT, AGREEMENT_LOW_PRECISION = 1e-4, 0.1  # of log-probabilities of the sa
 class Manner:
     """How a run makes its steps."""
 
-    collate: Callable[[Sequence[Mapping[str, Any]]], Batch]
+    collate: Callable[..., Batch]
     checkpointing: Mapping[str, Any] | None = None  # the arguments of torch's checkpoint; None: there is none
-    detach_persona: bool = False
     tiles: bool = False
-    separately: Callable[[Sequence[Mapping[str, Any]]], Batch] | None = None  # instead of collate, where that shares
+    of_batches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By the options in use that decide how a batch is made, what to collate with that leaves one out."""
+    unit: Unit | None = None  # whose tokens are shared
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:
         """Of those in use, by name, what leaves it out."""
         return (
             ({"activation_checkpointing": {"checkpointing": None}} if self.checkpointing is not None else {})
-            | ({"persona_grad none": {"detach_persona": False}} if self.detach_persona else {})
             | ({"mlp_tile": {"tiles": False}} if self.tiles else {})
-            | ({SHARED: {"collate": self.separately, "separately": None}} if self.separately else {})
+            | {option: {"collate": partial(self.collate, **without)} for option, without in self.of_batches.items()}
         )
 
 
@@ -75,7 +78,7 @@ class Step:
 def check_step(model: Any, manner: Manner) -> None:
     """UserError unless a step made in this manner has the loss and the gradient of the model's own logits."""
     name = f"{type(unwrapped(model)).__name__} ({unwrapped(model).config.model_type})"
-    pairs, low = made_up_pairs(model, manner.separately is not None), _in_low_precision(model)
+    pairs, low = made_up_pairs(model, manner.unit), _in_low_precision(model)
     if low and unwrapped(model).config.model_type in DRAWS_AMONG_TIES:
         raise UserError(
             f"{name}: in training mode its routers draw among experts whose scores tie, and rounded to 16 bits scores "
@@ -124,9 +127,9 @@ def _with(options: Mapping[str, Any]) -> str:
     return f", with {', '.join(options)}" if options else ""
 
 
-def made_up_pairs(model: Any, shared: bool) -> list[dict[str, Any]]:
-    """Pairs, as data.pairs makes them, of token ids from all over the vocabulary: two of different lengths, and, to be
-    shared, two more that are a chain and a branch of the first."""
+def made_up_pairs(model: Any, unit: Unit | None) -> list[dict[str, Any]]:
+    """Pairs, as data.pairs makes them, of token ids from all over the vocabulary: two of different lengths; where those
+    of a unit share, two more that are a chain and a branch of the first; of a persona, another request too."""
     vocabulary = vocabulary_of(model)
     drawn = (n * 97 % vocabulary for n in itertools.count(1))
 
@@ -136,19 +139,21 @@ def made_up_pairs(model: Any, shared: bool) -> list[dict[str, Any]]:
     def pair(ids: list[int], before: int, persona: int, response: int, conversation: int) -> dict[str, Any]:
         return {
             "input_ids": ids, "persona_span": (before, before + persona), "response_length": response,
-            "personal": [False] * response, "conversation": conversation,
+            "personal": [False] * response, "conversation": conversation, "persona": ids[before],
         }  # fmt: skip
 
     pairs = []
     for number, (before, persona, query, response) in enumerate(SHAPES):
         ids = tokens(before + persona + query + response)
         pairs.append(pair(ids, before, persona, response, number))
-    if not shared:
+    if unit is None:
         return pairs
     (before, persona, *_), first, (query, response) = SHAPES[0], pairs[0]["input_ids"], GOES_ON
     prompt, reply = first + tokens(query), tokens(response)
     pairs.append(pair(prompt + reply, before, persona, response, 0))
     pairs.append(pair(prompt + tokens(THOUGHT) + reply, before, persona, THOUGHT + response, 0))
+    if unit == "persona":
+        pairs.append(pair(first[: before + persona] + tokens(sum(REQUEST)), before, persona, REQUEST[1], len(SHAPES)))
     return pairs
 
 
@@ -178,7 +183,7 @@ def _step(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner) -> Ste
         hidden_cf = counterfactual_hidden(model, batch)
         with _embedded(model) as embedded:
             call = HeadCall(batch["target"], WEIGHTING, hidden_cf)
-            done = factual(model, batch, call, detach_persona=manner.detach_persona)
+            done = factual(model, batch, call)
             gradients = _by_id(done.loss, embedded)
     return Step(done.logp, done.logp_cf, gradients)
 

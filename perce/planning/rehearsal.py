@@ -281,7 +281,8 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         *starts, tokens = [0, *accumulate(len(segment.ids) for segment in segments)]
         positions = torch.zeros(1, tokens, dtype=torch.int64)
         mask = positions.new_ones(1, 1, 1, 1)
-        return hidden(1, tokens, position_ids=positions, spans=Spans.of(segments, starts), attention_mask=mask)
+        spans = Spans.of(dict(enumerate(segments)), dict(enumerate(starts)))
+        return hidden(1, tokens, position_ids=positions, spans=spans, attention_mask=mask)
 
     def factual() -> Tensor:
         if setup.memory.persona_grad == "full":

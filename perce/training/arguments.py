@@ -117,10 +117,16 @@ class PerceArguments(TrainingArguments):
         _refuse_idle(_changed(self), NOT_READ | idle_beside(self))
         if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
             raise UserError(f"tokens_per_batch: expected >= 1, or None, got {self.tokens_per_batch}.")
-        if self.packing and self.memory.persona_grad == "none":
+        if self.packing and self.memory.on_trunks:
+            option = "branches_per_forward" if self.memory.persona_grad == "full" else "persona_grad=none"
             raise UserError(
-                "packing with persona_grad=none: behind a cached prefix each sequence runs by itself, so there is "
+                f"packing with {option}: behind a persona that is run by itself there is no padding, so there is "
                 "nothing to pack. Leave one of them out."
+            )
+        if self.memory.share_persona and self.data.share == "none":
+            raise UserError(
+                f"share_persona: {self.memory.share_persona} requests that share their persona, and --share none lets "
+                "none share. Leave one of them out."
             )
         if self.neftune_noise_alpha and self.loss.estimate == "online" and self.loss.entry.contrasts:
             raise UserError(
@@ -196,7 +202,13 @@ def idle_beside(args: PerceArguments) -> dict[str, str]:
 
 
 def check_dealt(args: PerceArguments) -> None:
-    """UserError for options of the Trainer's loader where the replies of a conversation are dealt together."""
+    """UserError for options that do not go with dealing the replies of a conversation, or of a persona, together."""
+    most, batch = args.memory.share_persona, args.per_device_train_batch_size
+    if args.tokens_per_batch is None and most > batch:
+        raise UserError(
+            f"share_persona: {most} requests in one forward pass, and it has {batch}. Expected a "
+            f"--per_device_train_batch_size of {most} or more; --branches_per_forward 1 runs them one at a time."
+        )
     why = "the replies of a conversation are dealt together. Leave it out, or give --share none"
     _refuse_idle(_changed(args), dict.fromkeys(OF_THE_TRAINERS_LOADER, why))
 
@@ -380,9 +392,12 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
 
     def fits(replies: int) -> bool:
         longest = config.data.max_length
-        return tokens >= (replies * longest if config.data.streaming else largest_batch(pairs, replies, sharing))
+        if config.data.streaming:
+            return tokens >= replies * longest
+        return tokens >= largest_batch(pairs, replies, sharing, config.memory)
 
-    fitting = batch or next((replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies)), 1)
+    at_least = config.memory.share_persona or 1
+    fitting = batch or max(next((replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies)), 1), at_least)
     if "per_device_eval_batch_size" not in config.extra:  # from what is saved: a resumed run evaluates as before
         args.per_device_eval_batch_size = fitting if run.tokens_per_batch else batch or fitting
     if run.tokens_per_batch is not None:
@@ -400,10 +415,11 @@ def step_of_run(args: PerceArguments, sharing: Sharing = "none") -> str:
     """What an optimiser step is, of all processes together: it stays the same when a run is resumed."""
     forwards = args.gradient_accumulation_steps * args.world_size
     if args.tokens_per_batch is not None:
-        shared = "" if sharing == "none" else f", conversations shared ({sharing})"
+        shared = "" if sharing == "none" else f", {args.memory.unit}s shared ({sharing})"
         return f"{forwards} forward passes of {args.tokens_per_batch} tokens{shared}"
     if sharing != "none" and not args.data.streaming:  # which replies meet depends on how many a forward has
-        return f"{forwards} forward passes of {args.per_device_train_batch_size} replies, conversations shared"
+        shared = f"{args.memory.unit}s shared"
+        return f"{forwards} forward passes of {args.per_device_train_batch_size} replies, {shared}"
     return f"{forwards * args.per_device_train_batch_size} sequences"
 
 

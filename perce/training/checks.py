@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import pyarrow.compute
@@ -33,7 +32,7 @@ from perce.model.positions import (
     switch_length,
 )
 from perce.model.reach import without_gradient
-from perce.model.trial import Manner, check_step
+from perce.model.trial import SHARED, Manner, check_step
 from perce.training.arguments import PerceArguments
 
 # A mask or scores of T × T up to here are slow and no more; beyond, they are what memory ends at.
@@ -162,12 +161,22 @@ def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
 
 
 def check_sharding(trainer: Trainer, memory: MemoryConfig) -> None:
-    """UserError where persona_grad="none" would leave processes waiting for each other for ever."""
-    if memory.persona_grad == "none" and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+    """UserError where personas that run by themselves would leave processes waiting for each other for ever."""
+    if memory.on_trunks and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        option = "branches_per_forward" if memory.persona_grad == "full" else "persona_grad=none"
         raise UserError(
-            "persona_grad=none with sharded weights (FSDP, ZeRO-3): personas of different lengths take different "
-            "numbers of forwards, and each forward waits for all processes. Use data parallelism (DDP), or "
-            "--persona_grad full."
+            f"{option} with sharded weights (FSDP, ZeRO-3): personas take different numbers of forwards, and each "
+            "forward waits for all processes. Use data parallelism (DDP), or --persona_grad full without "
+            "--branches_per_forward."
+        )
+
+
+def check_trunks(batch: Mapping[str, Any], memory: MemoryConfig) -> None:
+    """UserError for a batch whose personas would run with the rest, where they are to run by themselves."""
+    if memory.on_trunks and "trunks" not in batch:
+        raise UserError(
+            f'data_collator: expected one that calls perce.data.batch.collate with persona_grad="{memory.persona_grad}"'
+            f" and branches_per_forward={memory.branches_per_forward}, and its batches have no trunks."
         )
 
 
@@ -175,14 +184,20 @@ def try_step(trainer: Any, collate: Callable[..., Any]) -> None:
     """UserError for a model that would train wrong in the manner of this run, where it can be tried; without training
     data, for one that would be evaluated wrong behind a cached persona."""
     model, args = trainer.model, trainer.args
-    detached, trains = args.memory.persona_grad == "none", trainer.train_dataset is not None
-    if not (detached or trains) or not is_in_place(model, args.device):
+    memory, trains, shares = args.memory, trainer.train_dataset is not None, trainer.sharing != "none"
+    if not (memory.on_trunks or trains) or not is_in_place(model, args.device):
         return
     if trains:
         check_gradients(trainer)
     checkpointing = getattr(args, f"{CHECKPOINTING}_kwargs") if trains and getattr(args, CHECKPOINTING) else None
-    separately = partial(collate, sharing="none") if trainer.sharing != "none" else None
-    manner = Manner(collate, checkpointing, detached, bool(args.memory.mlp_tile), separately)
+    shared = "share_persona" if memory.share_persona else SHARED
+    of_batches = (
+        ({shared: {"sharing": "none"}} if shares else {})
+        | ({"branches_per_forward": {"branches_per_forward": 0}} if memory.branches_per_forward else {})
+        | ({"persona_grad none": {"persona_grad": "full"}} if memory.persona_grad == "none" else {})
+    )
+    unit = memory.unit if shares else None
+    manner = Manner(collate, checkpointing, bool(memory.mlp_tile), of_batches, unit)
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # the Trainer's is in what it wraps later
         check_step(model, manner)
 
@@ -209,8 +224,9 @@ def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, ma
     documents = "windows" in (getattr(dataset, "column_names", None) or ())
     if isinstance(dataset, PairStream):
         documents = isinstance(dataset.source.builder, DocumentBuilder)
-    if memory.persona_grad == "none" and documents:
-        raise UserError(f"{name}: persona_grad=none needs rows with a persona, and these are documents. Use full.")
+    if memory.on_trunks and documents:
+        option = "branches_per_forward" if memory.persona_grad == "full" else "persona_grad=none"
+        raise UserError(f"{name}: {option} needs rows with a persona, and these are documents. Leave it out.")
     longest = longest_sequence(dataset, max_length)
     limit = position_limit(config)
     if limit is not None and longest > limit:

@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
-from perce.data.dataset import conversations, sequence_lengths
+from perce.data.dataset import personas, sequence_lengths
 from perce.data.sharing import Sharing
 from perce.data.stream import PairStream
 from perce.errors import UserError
 from perce.training.arguments import PerceArguments
 from perce.training.sampler import ReplyBatches, TokenBatches, dealt, in_order
-from perce.training.shared import units
+from perce.training.shared import units, whole_units
 
 
 def own_train_loader(dataset: Any, collate: Any, args: PerceArguments, sharing: Sharing = "none") -> DataLoader | None:
@@ -35,18 +35,21 @@ def own_train_loader(dataset: Any, collate: Any, args: PerceArguments, sharing: 
     order = {"seed": seed, "rank": args.process_index, "ranks": args.world_size}
     batches: ReplyBatches | TokenBatches
     if budget is None:
-        batches = ReplyBatches(conversations(dataset), args.train_batch_size, **order)
+        together = args.memory.share_persona or None
+        batches = ReplyBatches(personas(dataset, args.memory.unit), args.train_batch_size, together, **order)
     elif sharing == "none":
         batches = TokenBatches(sequence_lengths(dataset), budget, **order)
     else:
-        indices, lengths = zip(*units(dataset, budget, sharing), strict=True)
+        indices, lengths = zip(*units(dataset, budget, sharing, args.memory, seed), strict=True)
         batches = TokenBatches(lengths, budget, indices, **order)
     return undivided_loader(dataset, collate, args, batch_sampler=batches)
 
 
 def own_eval_loader(dataset: Any, collate: Any, args: PerceArguments) -> DataLoader:
-    """Conversation after conversation, each in one batch as far as it fits; processes take turns."""
-    batches = dealt(in_order(conversations(dataset), args.eval_batch_size), args.process_index, args.world_size)
+    """Conversation after conversation, or persona after persona, each in one batch as far as it fits; processes take
+    turns."""
+    together = whole_units(dataset, args.memory)
+    batches = dealt(in_order(together, args.eval_batch_size), args.process_index, args.world_size)
     return undivided_loader(dataset, collate, args, batch_sampler=batches)
 
 

@@ -43,6 +43,7 @@ MAY_CHANGE = frozenset(
         # How a step is cut and computed, which is the same up to rounding; what it is, FACTS hold.
         "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "precision", "attn_implementation",
         "backend", "activation_checkpointing", "activation_offload", "mlp_tile", "share",
+        "branches_per_forward",
     )
 )  # fmt: skip
 """Options that may be others when a run is resumed: they leave what is trained, on what and in which order as it is."""

@@ -7,10 +7,12 @@ TokenBatches: under a token budget, sequences of similar length together.
 
 What a bucket leaves over joins the next, longer one, so that a single batch of the epoch is not full.
 
-ReplyBatches: a number of replies, those of a conversation together.
+ReplyBatches: a number of replies, those of a conversation together, or up to so many of a persona.
 
     cut conversations of more replies than a batch has → pack pieces into batches, by how many replies they have
     each epoch: shuffle the pieces of a size among the places of that size, shuffle the batches
+
+Of a persona the conversations follow each other in an order that each epoch draws, before they are cut.
 
 A batch with room for more than a quarter of its replies, into which no whole piece fits, is filled with the beginning
 of one: a step would else hold far fewer replies than it was asked to.
@@ -22,7 +24,7 @@ epoch, which the Trainer relies on.
 import itertools
 import random
 from abc import abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -111,17 +113,26 @@ class Part(NamedTuple):
 
 
 class ReplyBatches(SeededBatches):
-    """Batches of at most `replies` examples: whole conversations, pieces of those that have more, and what fills up."""
+    """Batches of at most `replies` examples: whole conversations, pieces of those that have more, and what fills up.
 
-    def __init__(self, conversations: Iterable[Sequence[int]], replies: int, **order: int):
-        self._of_size: dict[int, Batches] = defaultdict(list)
-        for piece in pieces(conversations, replies):
-            self._of_size[len(piece)].append(piece)
-        self._places = places({size: len(of_size) for size, of_size in self._of_size.items()}, replies)
+    Args:
+        units: of each persona its conversations, or conversations by themselves, which are lists of indices.
+        together: examples of a unit that are dealt together at most; default: as many as a batch has.
+    """
+
+    def __init__(
+        self, units: Iterable[Sequence[Sequence[int]]], replies: int, together: int | None = None, **order: int
+    ):  # fmt: skip
+        self._units, self._together = list(units), min(together or replies, replies)
+        sizes = Counter(map(len, drawn_pieces(self._units, self._together, random.Random(0))))
+        self._places = places(sizes, replies)
         super().__init__(**order)
 
     def _drawn(self, rng: random.Random) -> Batches:
-        drawn = {size: rng.sample(of_size, len(of_size)) for size, of_size in sorted(self._of_size.items())}
+        of_size: dict[int, Batches] = defaultdict(list)
+        for piece in drawn_pieces(self._units, self._together, rng):
+            of_size[len(piece)].append(piece)
+        drawn = {size: rng.sample(pieces, len(pieces)) for size, pieces in sorted(of_size.items())}
         return [
             [index for part in batch for index in drawn[part.size][part.number][part.start : part.stop]]
             for batch in self._places
@@ -132,6 +143,13 @@ def pieces(conversations: Iterable[Sequence[int]], replies: int) -> Iterator[lis
     """Conversations, of which those with more replies are cut into consecutive pieces of so many, and a rest."""
     for indices in conversations:
         yield from (list(indices[start : start + replies]) for start in range(0, len(indices), replies))
+
+
+def drawn_pieces(units: Iterable[Sequence[Sequence[int]]], replies: int, rng: random.Random) -> Iterator[list[int]]:
+    """Pieces of units, the conversations of each in an order that is drawn. How many have which size, it does not
+    change."""
+    drawn = (itertools.chain(*rng.sample(unit, len(unit))) for unit in units)
+    yield from pieces(map(list, drawn), replies)
 
 
 def places(counts: Mapping[int, int], replies: int) -> list[list[Part]]:

@@ -1,6 +1,8 @@
-"""What the replies of a conversation share in a run: whether they can, and how many tokens are computed for it."""
+"""What the replies of a conversation, or the requests of a persona, share in a run: whether they can, and how many
+tokens are computed for it."""
 
 import bisect
+import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,8 +13,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers.trainer_utils import has_length
 
+from perce.config.schema import MemoryConfig
 from perce.data.batch import Batch
-from perce.data.dataset import conversations, pieces_of, sequence_lengths
+from perce.data.dataset import personas, pieces_of, sequence_lengths
 from perce.data.documents import DocumentBuilder
 from perce.data.sharing import Path, Segment, Sharing, segmented
 from perce.data.stream import PairStream
@@ -20,24 +23,25 @@ from perce.model.auxiliary import router_of
 from perce.model.branches import shares_nothing, sharing_of
 from perce.model.probe import unwrapped
 from perce.training.parallel import found_by_first, shards_weights
-from perce.training.sampler import pieces, places
+from perce.training.sampler import drawn_pieces, pieces, places
+
+WHOLE = MemoryConfig()
 
 
 def shared_by(model: Any, args: Any, *datasets: Any) -> tuple[Sharing, str]:
-    """What the replies of these datasets share under a prepared model, the same on every process; and where that is
+    """What the examples of these datasets share under a prepared model, the same on every process; and where that is
     not all, why."""
-    if args.data.share == "none" or not any(map(has_conversations, datasets)):
+    memory = args.memory
+    if args.data.share == "none" or not any(has_shared(dataset, memory) for dataset in datasets):
         return "none", ""
     if reason := shares_nothing(unwrapped(model).config):
         return "none", reason
     if args.neftune_noise_alpha:
         return "none", "the noise of neftune_noise_alpha follows the length of a row"
-    detached = args.memory.persona_grad == "none"
-    if detached and router_of(model, args.loss.router_aux_loss_coef):
+    if memory.on_trunks and router_of(model, args.loss.router_aux_loss_coef):
         return "none", "behind a cached persona (persona_grad none) experts are balanced by each row's own tokens"
     chains_alone = {
         "FSDP and DeepSpeed place the weights later, so that branches cannot be tried": shards_weights(args),
-        "behind a cached persona (persona_grad none) each row runs by itself": detached,
         "packed, sequences are told apart by where they begin (packing)": args.packing,
         "branches would be compiled anew for each batch (torch_compile)": args.torch_compile,
     }
@@ -48,13 +52,28 @@ def shared_by(model: Any, args: Any, *datasets: Any) -> tuple[Sharing, str]:
     return found_by_first(lambda: found)
 
 
-def has_conversations(dataset: Any) -> bool:
-    """Whether a conversation has several replies there; of a stream, whether one may have."""
+def has_shared(dataset: Any, memory: MemoryConfig) -> bool:
+    """Whether a conversation, or a persona, has several examples there that may be dealt together; of a stream, whether
+    one may have."""
+    if memory.share_persona == 1:
+        return False
     if isinstance(dataset, Mapping):
-        return any(map(has_conversations, dataset.values()))
+        return any(has_shared(part, memory) for part in dataset.values())
     if isinstance(dataset, PairStream):
         return not isinstance(dataset.source.builder, DocumentBuilder)
-    return has_length(dataset) and any(len(indices) > 1 for indices in conversations(dataset))
+    return has_length(dataset) and any(len(indices) > 1 for indices in whole_units(dataset, memory))
+
+
+def whole_units(dataset: Any, memory: MemoryConfig) -> list[list[int]]:
+    """Indices of the examples of each conversation, or of each persona, conversation after conversation."""
+    return [[index for indices in unit for index in indices] for unit in personas(dataset, memory.unit)]
+
+
+def dealt_units(dataset: Any, memory: MemoryConfig, seed: int = 0) -> list[list[int]]:
+    """Indices of the examples that are dealt together: of a conversation, or up to --share_persona of one persona, as
+    the seed draws them."""
+    most = memory.share_persona or len(dataset)
+    return list(drawn_pieces(personas(dataset, memory.unit), most, random.Random(seed)))
 
 
 class Unit(NamedTuple):
@@ -64,15 +83,15 @@ class Unit(NamedTuple):
     tokens: int
 
 
-def units(dataset: Any, budget: int, sharing: Sharing) -> list[Unit]:
-    """What batches under a token budget are made of.
+def units(dataset: Any, budget: int, sharing: Sharing, memory: MemoryConfig = WHOLE, seed: int = 0) -> list[Unit]:
+    """What batches under a token budget are made of, of dealt_units.
 
     chains     the sequences of one row, which is as long as the longest of them: rows are padded to each other
-    branches   a conversation, whose segments stand one after the other; where that is more than the budget, consecutive
-               pieces of as many replies as it holds, at least one
+    branches   all of them, whose segments stand one after the other; where that is more than the budget, consecutive
+               pieces of as many as it holds, at least one
     """
     inputs, found = _inputs(dataset), []
-    for indices in conversations(dataset):
+    for indices in dealt_units(dataset, memory, seed):
         if sharing == "chains":
             segments, paths = _segmented(inputs, indices, sharing)
             of_row = defaultdict(list)
@@ -95,15 +114,15 @@ def _within(budget: int, indices: list[int], tokens_of: Callable[[list[int]], in
         indices = indices[count:]
 
 
-def largest_batch(dataset: Any, replies: int, sharing: Sharing) -> int:
+def largest_batch(dataset: Any, replies: int, sharing: Sharing, memory: MemoryConfig = WHOLE) -> int:
     """Factual tokens, padding included, that a batch of so many examples has at most: of ReplyBatches where they share,
-    from what pieces of as many replies have at most."""
+    from what pieces of as many replies have at most; of a persona's requests, as they are drawn once."""
     if sharing == "none":
         return replies * max(sequence_lengths(dataset))
     inputs, longest = _inputs(dataset), 0
     most: dict[int, int] = defaultdict(int)  # of pieces by their replies: rows of chains, or tokens
     counts: Counter[int] = Counter()
-    for piece in pieces(conversations(dataset), replies):
+    for piece in pieces(dealt_units(dataset, memory), replies):
         lengths = _lengths(inputs, piece, sharing)
         counts[len(piece)] += 1
         most[len(piece)] = max(most[len(piece)], len(lengths) if sharing == "chains" else sum(lengths))
@@ -124,7 +143,7 @@ def _inputs(dataset: Any) -> list[Any]:
 def _segmented(
     inputs: Sequence[Any], indices: Sequence[int], sharing: Sharing
 ) -> tuple[list[Segment], list[Path]]:  # fmt: skip
-    """Of examples that are one conversation's."""
+    """Of examples that are one unit's."""
     return segmented([inputs[index] for index in indices], [0] * len(indices), sharing)
 
 
@@ -154,17 +173,12 @@ class Counted(NamedTuple):
 
 
 def counted(
-    batches: Iterable[Sequence[int]], dataset: Any, collate: Callable[..., Batch], sharing: Sharing,
-    counterfactual: bool,
+    batches: Iterable[Sequence[int]], dataset: Any, collate: Callable[..., Batch], counterfactual: bool
 ) -> Counted:  # fmt: skip
     """What is computed of batches, which are made for that."""
     computed, replies, alone = torch.zeros(2, dtype=torch.int64), 0, 0
     for batch in batches:
-        pairs = [dataset[index] for index in batch]
-        computed += tokens_of(collate(pairs), counterfactual)
-        _, paths = segmented(
-            [pair["input_ids"][:-1] for pair in pairs], [x.get("conversation") for x in pairs], sharing
-        )
-        beginnings = Counter(path[0][0] for path in paths)
-        replies, alone = replies + len(pairs), alone + sum(count == 1 for count in beginnings.values())
+        made = collate([dataset[index] for index in batch])
+        computed += tokens_of(made, counterfactual)
+        replies, alone = replies + len(batch), alone + int(made["alone"])
     return Counted(int(computed[0]), int(computed[1]), replies, alone)

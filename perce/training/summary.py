@@ -210,12 +210,16 @@ def describe_sharing(trainer: PerceTrainer) -> None:
         first = list(itertools.islice(loader.batch_sampler, COUNTED_BATCHES))
         loss = trainer.args.loss
         both = loss.entry.counterfactual and loss.estimate == "online"
-        tokens = counted(first, dataset, trainer.data_collator, sharing, both)
+        tokens = counted(first, dataset, trainer.data_collator, both)
         which = f"the first {len(first)} of {len(loader)} batches" if len(first) < len(loader) else "an epoch"
         saved = f": in {which} {tokens}; {tokens.alone:,} of {tokens.replies:,} replies share none"
     if sharing != "none":
         how = {"chains": "where one begins with another", "branches": "what they begin with"}[sharing]
-        say(f"share  replies of a conversation, {how}{saved}")
+        if (memory := trainer.args.memory).share_persona:
+            who, how = f"up to {memory.share_persona} requests of a persona", "what they begin with"
+        else:
+            who = "replies of a conversation"
+        say(f"share  {who}, {how}{saved}")
     if reason:
         say(f"{'share  nothing' if sharing == 'none' else '       no more'}: {reason}")
 

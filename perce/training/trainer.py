@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from perce.data.batch import Batch, collate
-from perce.data.dataset import conversations, rows_dataset_pairs, sequence_lengths
+from perce.data.dataset import rows_dataset_pairs, sequence_lengths
 from perce.data.sharing import Sharing
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
@@ -49,6 +49,7 @@ from perce.training.checks import (
     check_factors,
     check_hooks,
     check_sharding,
+    check_trunks,
     check_vocabulary,
     settle_factors,
     try_step,
@@ -62,7 +63,7 @@ from perce.training.parallel import found_by_first, keep_outputs_exact
 from perce.training.resumable import ResumableTrainer
 from perce.training.sampler import dealt, in_order
 from perce.training.serving import serve_as_trained
-from perce.training.shared import has_conversations, shared_by, tokens_of
+from perce.training.shared import has_shared, shared_by, tokens_of, whole_units
 
 
 class PerceTrainer(ResumableTrainer):
@@ -110,7 +111,6 @@ class PerceTrainer(ResumableTrainer):
         if router := router_of(prepared, args.loss.router_aux_loss_coef):
             check_balancing(args)
         self._tokenizer = tokenizer
-        self._detach_persona = args.memory.persona_grad == "none"
         self._options = args.data, args.loss
         # As loaded: once DeepSpeed has partitioned the weights, they do not tell.
         self._vocabulary = vocabulary_of(prepared)
@@ -138,10 +138,13 @@ class PerceTrainer(ResumableTrainer):
         # Where not all is shared that there is, why.
         able, self.not_all_shared = shared_by(self.model, args, self.train_dataset, self.eval_dataset)
         asked = self.eval_dataset if self.train_dataset is None else self.train_dataset
-        self.sharing: Sharing = able if has_conversations(asked) else "none"
+        self.sharing: Sharing = able if has_shared(asked, args.memory) else "none"
         if self.sharing != "none" and train_dataset is not None:
             check_dealt(args)
-        collator = partial(collate, pad_id=pad_id, packing=args.packing, sharing=able)
+        collator = partial(
+            collate, pad_id=pad_id, packing=args.packing, sharing=able, unit=args.memory.unit,
+            persona_grad=args.memory.persona_grad, branches_per_forward=args.memory.branches_per_forward,
+        )  # fmt: skip
         if kwargs.get("data_collator") is None:
             self.data_collator = collator
         found_by_first(partial(try_step, self, collator))
@@ -200,7 +203,7 @@ class PerceTrainer(ResumableTrainer):
         dataloader_drop_last is for training, an evaluation is of all its examples."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = cast(Any, self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset
-        if self.args.data.share != "none" and has_length(dataset) and has_conversations(dataset):
+        if self.args.data.share != "none" and has_length(dataset) and has_shared(dataset, self.args.memory):
             return own_eval_loader(dataset, self.data_collator, self.args)
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
@@ -218,6 +221,7 @@ class PerceTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        check_trunks(inputs, self.args.memory)
         loss = self.args.loss.at(self._progress)
         per_sequence = loss.normalize == "sequence"  # "batch": see StepNormalizer
         assert self._over_step or not loss.entry.over_step, (
@@ -232,10 +236,7 @@ class PerceTrainer(ResumableTrainer):
             hidden_cf=None if known else self._counterfactual(model, inputs),
             normalize="sequence" if per_sequence else "none", seq_id=inputs["sequence"] if per_sequence else None,
         )  # fmt: skip
-        done = factual(
-            model, inputs, call, detach_persona=self._detach_persona,
-            top_k=self._balance.router.top_k if self._balance else 0,
-        )  # fmt: skip
+        done = factual(model, inputs, call, top_k=self._balance.router.top_k if self._balance else 0)
         pir = (known or done).logp - (known or done).logp_cf
         total, balance = done.loss, None
         if self._balance:
@@ -273,7 +274,7 @@ class PerceTrainer(ResumableTrainer):
         with evaluating(model), self.estimation_clock.measure(), self.compute_loss_context_manager():
             return measured(
                 model, self._prepare_inputs(inputs), self.args.loss.weighting,
-                counterfactual=self.args.loss.entry.counterfactual, detach_persona=self._detach_persona,
+                counterfactual=self.args.loss.entry.counterfactual,
             )  # fmt: skip
 
     def _counted(self, inputs: Batch) -> Tensor:
@@ -281,7 +282,7 @@ class PerceTrainer(ResumableTrainer):
         model: Any = self.model_wrapped if self.is_in_train else self.model
         with self.compute_loss_context_manager():
             top_k = cast(StepBalance, self._balance).router.top_k
-            return experts_used(model, self._prepare_inputs(inputs), top_k, detach_persona=self._detach_persona)
+            return experts_used(model, self._prepare_inputs(inputs), top_k)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         self._window.start()
@@ -347,7 +348,8 @@ class PerceTrainer(ResumableTrainer):
         """The E-step over all training examples, shared out over the processes; draws no random numbers."""
         dataset = cast(Dataset, self.train_dataset)
         lengths = sequence_lengths(dataset)
-        together = [[index] for index in range(len(dataset))] if self.sharing == "none" else conversations(dataset)
+        alone, memory = self.sharing == "none", self.args.memory
+        together = [[index] for index in range(len(dataset))] if alone else whole_units(dataset, memory)
         together.sort(key=lambda indices: max(lengths[index] for index in indices))
         batches = in_order(together, self.args.per_device_eval_batch_size)
 
@@ -378,9 +380,7 @@ class PerceTrainer(ResumableTrainer):
             for inputs in dataloader:
                 inputs = self._prepare_inputs(inputs)
                 with self.compute_loss_context_manager():
-                    examples = token_statistics(
-                        model, inputs, self.args.loss.weighting.reported, detach_persona=self._detach_persona
-                    )
+                    examples = token_statistics(model, inputs, self.args.loss.weighting.reported)
                 self.last_evaluation += examples
                 sums = [
                     [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]

@@ -39,6 +39,21 @@ def conversations(thought: bool = False) -> list[dict]:
     return [pair | {"example": index} for index, pair in enumerate(pairs)]
 
 
+def requests(count: int, persona: int = 40, number: int = 0) -> list[dict]:
+    """Pairs of one persona: the first two are a conversation whose template shows a thought before the last reply
+    alone, each other one is a conversation by itself."""
+    rng = random.Random(number)
+    before = [1, 5, 6]
+    shown = before + [rng.randint(10, 399) for _ in range(persona)]
+    pairs = []
+    for index in range(max(count - 1, 1)):
+        for pair in conversation(2 if index == 0 and count > 1 else 1, 100 * number + index, thought=True):
+            ids = shown + pair["input_ids"][pair["persona_span"][1] :]
+            span = (len(before), len(shown))
+            pairs.append(pair | {"input_ids": ids, "persona_span": span, "persona": number, "example": len(pairs)})
+    return pairs
+
+
 class Exact(contextlib.ExitStack):
     """Within, tensors of fp64 stay as they are where a model asks for fp32, as norms, rotations and softmax do. No mode
     of torch, which would be off where a checkpoint recomputes."""

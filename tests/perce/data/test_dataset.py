@@ -54,7 +54,13 @@ def test_an_example_that_does_not_fit_stops_or_is_left_out():
     assert pair_dataset(examples, builder(max_length=600), skip_bad_rows=True)["example"] == [0, 1]
 
 
-GOLDEN = {1: "8c1fe31ba050742c", 2: "ac781f2abbb1a4c9", 3: "ac781f2abbb1a4c9", 4: "c0d2a5d8814a33d0"}
+GOLDEN = {
+    1: "8c1fe31ba050742c",
+    2: "ac781f2abbb1a4c9",
+    3: "ac781f2abbb1a4c9",
+    4: "c0d2a5d8814a33d0",
+    5: "362b5d7ae8b1deff",
+}
 """PAIRS_VERSION → digest of the pairs below. A new digest needs a new version: old pairs may be on disks."""
 
 
@@ -119,7 +125,7 @@ def test_no_copy_of_all_texts_or_ids_is_made(of):
     columns = {
         "input_ids": [[1000 + i for i in range(2000)]], "response_length": [9], "personal": [[True] * 9],
         "example": [0], "persona_span": [[1, 2]], "passages": [[0]], "dropped_passages": [0],
-        "conversation": [0],
+        "conversation": [0], "persona": [0],
     }  # fmt: skip
     columns = {name: values * 200 for name, values in columns.items()}
     pairs = datasets.Dataset.from_dict(columns, features=dataset.FEATURES[PairBuilder])

@@ -48,7 +48,7 @@ def test_a_branch_may_hang_on_a_branch():
     assert [segment.path for segment in segments] == [(), ((0, 5),), ((0, 5), (1, 1))]
     assert [segment.position for segment in segments] == [0, 5, 6]
     assert [length_of(path) for path in paths] == [8, 7, 7]
-    assert [tuple(span) for span in Spans.of(segments, [0, 8, 10]).spans] == [
+    assert [tuple(span) for span in Spans.of(dict(enumerate(segments)), {0: 0, 1: 8, 2: 10}).spans] == [
         (0, 8, ()), (8, 10, ((0, 5),)), (10, 11, ((0, 5), (8, 9)))
     ]  # fmt: skip
 

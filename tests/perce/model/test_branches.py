@@ -1,5 +1,7 @@
 """A row of segments has the loss and the gradients of separate sequences, in every architecture that takes it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -11,13 +13,14 @@ from perce.data.formats import Turn
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Example
 from perce.data.sharing import Spans
-from perce.model import branches
+from perce.model import branches, prefill
 from perce.model.branches import _made, _segment_by_segment, sharing_of
 from perce.model.loading import add_adapter, lora_config
-from perce.model.memory import enable_checkpointing
+from perce.model.memory import enable_checkpointing, tile_mlps
 from perce.model.patch import prepare_model
+from perce.model.prefill import prepare_prefill
 from tests.helpers.models import perce_forward
-from tests.helpers.replies import Exact, conversations
+from tests.helpers.replies import Exact, conversations, requests
 from tests.helpers.tiny import SIZES, TEMPLATES, tiny_model, tiny_tokenizer
 
 TREES = ("llama", "qwen3", "gemma3", "gpt2")
@@ -41,9 +44,9 @@ def prepared(architecture, attention="sdpa"):
     return model
 
 
-def step(model, pairs, sharing):
-    """Loss, gradients and tokens of a step, in fp64."""
-    batch = collate(pairs, sharing=sharing)
+def step(model, pairs, sharing, **how):
+    """Loss, gradients and tokens of a step, in fp64; `how`: to collate."""
+    batch = collate(pairs, sharing=sharing, **how)
     model.zero_grad()
     with Exact():
         loss = perce_forward(model, batch)[0]
@@ -112,6 +115,90 @@ def test_recomputed_and_adapted_layers_share_too(architecture, how):
     shared = step(model, pairs, sharing_of(model)[0])
     assert largest_difference(shared, step(model, pairs, "none")) < 1e-9
     assert shared[2][0] < 0.7 * shared[2][1]
+
+
+ONE_BY_ONE = {"branches_per_forward": 1}
+HOW = {
+    "together": {},
+    "one by one": ONE_BY_ONE,
+    "two by two": {"branches_per_forward": 2},
+    "detached": {"persona_grad": "none"},
+    "detached, one by one": {"persona_grad": "none", **ONE_BY_ONE},
+}
+
+
+def separately(how):
+    return {name: value for name, value in how.items() if name == "persona_grad"}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("architecture", TREES)
+def test_requests_of_a_persona_equal_separate_ones(architecture, count, how, monkeypatch):
+    """Those of two personas, one of which is shorter than a window; a prefill of several chunks."""
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 16)
+    model, pairs = prepared(architecture), requests(count) + requests(2, persona=9, number=1)
+    assert sharing_of(model)[0] == "branches"
+    prepare_prefill(model)
+    shared = step(model, pairs, "branches", unit="persona", **HOW[how])
+    assert largest_difference(shared, step(model, pairs, "none", **separately(HOW[how]))) < 1e-9
+    computed, needed = shared[2].tolist()
+    assert computed < (0.9 if count == 2 else 0.6) * needed
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("options", ["checkpointing", "lora", "tiles"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_requests_share_with_less_memory_too(architecture, options, how):
+    model, pairs = prepared(architecture), requests(4) + requests(2, persona=9, number=1)
+    sharing_of(model)
+    if options == "lora":
+        model = add_adapter(model, lora_config(ModelConfig(lora_r=4))).double()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    if options != "lora":
+        enable_checkpointing(model)
+    if options == "tiles":
+        tile_mlps(model, 7)
+    prepare_prefill(model)
+    model.train()
+    shared = step(model, pairs, "branches", unit="persona", **HOW[how])
+    assert largest_difference(shared, step(model, pairs, "none", **separately(HOW[how]))) < 1e-9
+
+
+@pytest.mark.parametrize("how", ["one by one", "detached"])
+def test_a_persona_is_shared_where_nothing_branches(how):
+    """Its keys and values are: each request is then a forward of its own."""
+    model, pairs = prepared("llama"), requests(4)
+    prepare_prefill(model)
+    shared = step(model, pairs, "chains", unit="persona", **HOW[how])
+    assert largest_difference(shared, step(model, pairs, "none", **separately(HOW[how]))) < 1e-9
+    assert shared[2][0] < 0.7 * shared[2][1]
+
+
+def test_personas_that_differ_share_nothing():
+    """As where passages are picked for each request."""
+    pairs = [pair for number in range(3) for pair in requests(1, number=number)]
+    for how in HOW.values():
+        batch = collate(pairs, sharing="branches", unit="persona", **how)
+        assert batch["tokens"][0] == batch["tokens"][1] and batch["alone"] == 3
+    shared = collate(pairs + requests(3), sharing="branches", unit="persona")
+    assert shared["alone"] == 2
+
+
+@pytest.mark.parametrize("how", [name for name in HOW if name != "together"])
+@pytest.mark.parametrize("architecture", TREES)
+def test_a_trunk_off_by_one_token_shows(architecture, how, monkeypatch):
+    model, pairs = prepared(architecture), requests(4)
+    sharing_of(model)
+    prepare_prefill(model)
+    separate = step(model, pairs, "none", **separately(HOW[how]))
+    of_batch = collate(pairs, sharing="branches", unit="persona", **HOW[how])
+    (trunk,) = of_batch["trunks"].trunks
+    shorter = replace(of_batch["trunks"], trunks=(trunk._replace(start=trunk.start + 1),))
+    monkeypatch.setitem(globals(), "collate", lambda *_, **__: of_batch | {"trunks": shorter})
+    assert largest_difference(step(model, pairs, "branches"), separate) > 1e-3
 
 
 def shifted(batch, what):

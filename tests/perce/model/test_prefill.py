@@ -38,10 +38,10 @@ def prepared(architecture="llama", *, lora=False, checkpointing=False, **changes
 
 def step(model, pairs, persona_grad):
     """(loss, statistics, gradients by name) of one step."""
-    batch = collate(pairs)
+    batch = collate(pairs, persona_grad=persona_grad)
     call = HeadCall(batch["target"], WEIGHTING, counterfactual_hidden(model, batch))
     model.zero_grad()
-    done = factual(model, batch, call, detach_persona=persona_grad == "none")
+    done = factual(model, batch, call)
     loss, statistics = done.loss, done[:4]
     loss.backward()
     return loss.detach(), statistics, gradients(model)

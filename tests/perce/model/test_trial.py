@@ -15,7 +15,7 @@ from perce.model.prefill import PrefixCache
 from perce.training.checks import is_in_place, try_step
 from tests.helpers.architectures import tiny
 from tests.helpers.models import perce_forward
-from tests.helpers.replies import conversations
+from tests.helpers.replies import conversations, requests
 from tests.helpers.tiny import VOCAB, tiny_model, tiny_tokenizer
 from tests.helpers.trainers import PAIRS, arguments, model_for, trained, trainer_for
 
@@ -68,6 +68,32 @@ def test_branches_that_are_wrong_in_training_mode_alone(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"with share conversations, .*Without, a.*: use --share none"):
         trainer_for(tiny_model(), args, conversations())
     trainer_for(tiny_model(), arguments(tmp_path, max_steps=1, data=DataConfig(share="none")), conversations())
+
+
+@pytest.mark.parametrize(
+    ("memory", "patched", "option"),
+    [
+        ({}, (branches, "_seen"), "share_persona"),
+        ({"branches_per_forward": 1}, (prefill, "prefill_with_gradient"), "branches_per_forward"),
+        ({"persona_grad": "none"}, (prefill, "prefill"), "persona_grad none"),
+    ],
+    ids=["together", "one by one", "detached"],
+)
+def test_requests_that_would_share_the_wrong_persona(tmp_path, monkeypatch, memory, patched, option):
+    owner, name = patched
+    own = getattr(owner, name)
+
+    def one_token_less(first, second, **kwargs):
+        if name != "_seen":
+            return own(first, second[:, 1:], **kwargs)
+        seen = own(first, second)
+        return [(seen[0][0], seen[0][1] - 1), *seen[1:]] if len(seen) > 1 and torch.is_grad_enabled() else seen
+
+    args = arguments(tmp_path, max_steps=1, memory=MemoryConfig(share_persona=2, **memory))
+    assert trainer_for(tiny_model(), args, requests(4)).sharing == "branches"
+    monkeypatch.setattr(owner, name, one_token_less)
+    with pytest.raises(UserError, match=rf"with {option}, .*Without, a.*: leave {option} out"):
+        trainer_for(tiny_model(), args, requests(4))
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text", "llama4_text"])

@@ -7,10 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from perce import MemoryConfig
+from perce.data.sharing import Forward, Trunk, Trunks
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
 from perce.model.patch import prepare_model
-from perce.model.prefill import hidden_after_prefix
+from perce.model.prefill import hidden_on_trunks
 from perce.planning.flops import attention_flops, count_flops
 from perce.planning.memory import count, shape_of
 from perce.planning.rehearsal import Setup
@@ -78,8 +79,10 @@ def test_operations_under_memory_options_are_those_that_torch_counts(memory, che
     counter = FlopCounterMode(display=False)
     with counter:
         if memory.persona_grad == "none":
-            kept, prefix = torch.arange(shape.prefix, shape.tokens), torch.tensor([[shape.prefix, shape.tokens]])
-            hidden = hidden_after_prefix(base.base_model, kept, prefix, ids)
+            rest = Forward(shape.prefix, shape.tokens, None)
+            trunks = Trunks((Trunk(0, shape.prefix, (rest,)),), detached=True, recomputed=False)
+            rows = torch.arange(shape.tokens - shape.prefix)
+            hidden = hidden_on_trunks(base.base_model, rows, trunks, ids, torch.arange(shape.tokens)[None])
         else:
             hidden = base.base_model(input_ids=ids, use_cache=False)[0]
         hidden.sum().backward()

@@ -229,7 +229,8 @@ def test_a_conversation_is_planned_as_a_batch_arranges_it(step):
     for suffix, segments in (("", shape.segments), ("_cf", shape.segments_cf)):
         starts = [0, *accumulate(len(segment.ids) for segment in segments)]
         assert starts[-1] == batch[f"input_ids{suffix}"].numel()
-        assert Spans.of(segments, starts[:-1]).spans == batch[f"spans{suffix}"].spans
+        expected = Spans.of(dict(enumerate(segments)), dict(enumerate(starts)))
+        assert expected.spans == batch[f"spans{suffix}"].spans
     assert shape.computed + starts[-1] == batch["tokens"][0]
 
 

@@ -1,6 +1,7 @@
 """Batches under a token budget or of a number of replies, and their order."""
 
 import random
+from collections import Counter
 from itertools import accumulate, pairwise
 
 import pytest
@@ -43,7 +44,7 @@ CONVERSATION_OF = {reply: number for number, replies in enumerate(CONVERSATIONS)
 
 
 def replies(epoch=0, conversations=CONVERSATIONS, most=8, **options):
-    batches = ReplyBatches(conversations, most, **({"seed": 7} | options))
+    batches = ReplyBatches([[one] for one in conversations], most, **({"seed": 7} | options))
     batches.set_epoch(epoch)
     return list(batches)
 
@@ -98,3 +99,24 @@ def test_units_under_a_budget_stay_together():
     units = [[2 * unit, 2 * unit + 1] for unit in range(len(LENGTHS))]
     batches = TokenBatches(LENGTHS, 1000, units, seed=7)
     assert list(batches) == [[index for unit in batch for index in units[unit]] for batch in drawn()]
+
+
+def test_a_persona_meets_its_requests_in_another_order_each_epoch():
+    """Conversations of one, two and three replies; a batch of eight has up to four of a persona, and stays full."""
+    ends = [0, *accumulate(random.Random(2).choices((1, 1, 1, 2, 3), k=200))]
+    conversations = [list(range(start, end)) for start, end in pairwise(ends)]
+    persona_of = {index: number // 10 for number, indices in enumerate(conversations) for index in indices}
+    units = [conversations[start : start + 10] for start in range(0, 200, 10)]
+    sampler, dealt = ReplyBatches(units, 8, 4, seed=0), []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        dealt.append(list(sampler))
+        assert sorted(index for batch in dealt[-1] for index in batch) == list(range(ends[-1]))
+        assert len(dealt[-1]) == len(sampler) <= ends[-1] // 8 + 2
+        together = [count for batch in dealt[-1] for count in Counter(map(persona_of.get, batch)).values()]
+        assert ends[-1] / len(together) > 3, "of at most four"
+    met = [{frozenset(batch) for batch in batches} for batches in dealt]
+    assert len(met[0] & met[1]) < 0.2 * len(met[0])
+    assert dealt[0] == list(ReplyBatches(units, 8, 4, seed=0))
+    parts = [list(ReplyBatches(units, 8, 4, seed=0, rank=rank, ranks=2)) for rank in range(2)]
+    assert [batch for turn in zip(*parts, strict=True) for batch in turn][: len(dealt[0])] == dealt[0]

@@ -10,7 +10,7 @@ from perce.data.batch import collate
 from perce.model.patch import prepare_model
 from perce.training.sampler import ReplyBatches, TokenBatches
 from perce.training.shared import counted, largest_batch, shared_by, units
-from tests.helpers.replies import conversation
+from tests.helpers.replies import conversation, requests
 from tests.helpers.tiny import demo_pairs, tiny_model
 
 KINDS = ("chains", "branches")
@@ -45,6 +45,22 @@ def test_units_are_computed_within_a_budget(sharing, thought, budget=110):
         assert tokens <= budget or batch in indices, "what is longer is alone"
 
 
+def test_units_of_a_persona_are_computed_within_a_budget(budget=150):
+    pairs = [pair for number in range(6) for pair in requests(7, number=number)]
+    memory = MemoryConfig(share_persona=3)
+    found = units(pairs, budget, "branches", memory, seed=1)
+    assert sorted(index for unit in found for index in unit.indices) == list(range(len(pairs)))
+    assert found == units(Dataset.from_list(pairs), budget, "branches", memory, seed=1)
+    assert found != units(pairs, budget, "branches", memory, seed=2)
+    for unit in found:
+        assert len({pairs[index]["persona"] for index in unit.indices}) == 1 and len(unit.indices) <= 3
+        batch = collate([pairs[index] for index in unit.indices], sharing="branches", unit="persona")
+        assert batch["input_ids"].numel() == unit.tokens <= budget
+    for replies in (4, 8):
+        bound = largest_batch(pairs, replies, "branches", MemoryConfig(share_persona=4))
+        assert bound < 0.7 * largest_batch(pairs, replies, "none")
+
+
 @pytest.mark.parametrize("sharing", KINDS)
 def test_no_batch_is_larger_than_the_largest(sharing):
     pairs = pairs_of(thought=True)
@@ -53,7 +69,7 @@ def test_no_batch_is_larger_than_the_largest(sharing):
         conversations.setdefault(pair["conversation"], []).append(index)
     for replies in (2, 8):
         bound = largest_batch(pairs, replies, sharing)
-        sampler = ReplyBatches(conversations.values(), replies, seed=0)
+        sampler = ReplyBatches([[indices] for indices in conversations.values()], replies, seed=0)
         largest = 0
         for epoch in range(20):
             sampler.set_epoch(epoch)
@@ -66,9 +82,9 @@ def test_no_batch_is_larger_than_the_largest(sharing):
 def test_what_is_counted_of_batches():
     pairs = conversation(3) + conversation(1, number=1)
     [*lengths] = [len(pair["input_ids"]) - 1 for pair in pairs]
-    factual = counted([range(4)], pairs, lambda x: collate(x, sharing="chains"), "chains", counterfactual=False)
+    factual = counted([range(4)], pairs, lambda x: collate(x, sharing="chains"), counterfactual=False)
     assert factual == (lengths[2] + lengths[3], sum(lengths), 4, 1)
-    both = counted([[0, 2], [1]], pairs, lambda x: collate(x, sharing="chains"), "chains", counterfactual=True)
+    both = counted([[0, 2], [1]], pairs, lambda x: collate(x, sharing="chains"), counterfactual=True)
     persona = 12
     assert both == (2 * (lengths[2] + lengths[1] - persona), 2 * sum(lengths[:3]) - 3 * persona, 3, 1)
 
@@ -93,8 +109,15 @@ def test_whether_replies_are_shared():
     assert shared_by(model, asked(data=DataConfig(share="none")), several) == ("none", "")
     assert shared_by(model, asked(), Dataset.from_list(demo_pairs(3)), None) == ("none", "")
     detached = {"memory": MemoryConfig(persona_grad="none")}
+    assert shared_by(model, asked(**detached), several) == ("branches", "")
+    users = Dataset.from_list([pair for pair in requests(5) if pair["conversation"]])
+    for memory, expected in ((MemoryConfig(share_persona=2), "branches"), (MemoryConfig(), "none")):
+        assert shared_by(model, asked(memory=memory), users) == (expected, "")
+    assert shared_by(model, asked(memory=MemoryConfig(share_persona=1)), several) == ("none", "")
+    several_ways = shared_by(prepare_model(tiny_model("mixtral")), asked(memory=MemoryConfig(share_persona=2)), users)
+    assert several_ways == ("branches", "")
     for options, reason in (
-        (detached, "persona_grad none"), ({"deepspeed": "zero3.json"}, "DeepSpeed"), ({"packing": True}, "packing"),
+        ({"deepspeed": "zero3.json"}, "DeepSpeed"), ({"packing": True}, "packing"),
         ({"torch_compile": True}, "torch_compile"),
     ):  # fmt: skip
         sharing, why = shared_by(model, asked(**options), several)
