@@ -80,7 +80,7 @@ def collate(
         inputs = [ids[:-1] for ids, _ in pieces]
         if apart and not suffix:
             segments, paths = segmented_on_trunks(inputs, of_unit, sharing, _trunks(pairs))
-            together = (branches_per_forward or len(segments)) if sharing == "branches" else 1
+            together = (branches_per_forward or len(segments)) if sharing == "branches" else 0
             arranged, starts, outputs = _on_trunks(segments, together, persona_grad == "none", branches_per_forward > 0)
         else:
             segments, paths = segmented(inputs, of_unit, sharing)
@@ -159,8 +159,9 @@ def _on_trunks(
 ) -> tuple[Batch, Sequence[int], np.ndarray]:
     """Inputs; where each segment begins; and the places of all inputs in what is run behind trunks, laid end to end.
 
-    Behind a trunk, `together` segments are one forward, each with those that hang on it.
+    Behind a trunk, `together` segments are one forward, each with those that hang on it; without branches one is.
     """
+    branches, together = together > 0, max(together, 1)
     hanging: dict[int, dict[int, list[int]]] = {}  # trunk → segment behind it → with those on its path
     for number, segment in enumerate(segments):
         if not segment.path:
@@ -177,7 +178,7 @@ def _on_trunks(
         is_output[start : start + length] = False
         families = list(roots.values())
         forwards = [
-            _forward({n: segments[n] for n in chain(*families[i : i + together])}, starts, trunk, length)
+            _forward({n: segments[n] for n in chain(*families[i : i + together])}, starts, trunk, length, branches)
             for i in range(0, len(families), together)
         ]
         trunks.append(Trunk(start, start + length, tuple(forwards)))
@@ -186,11 +187,13 @@ def _on_trunks(
     return row, [starts[number] for number in range(len(segments))], is_output.cumsum() - 1
 
 
-def _forward(segments: Mapping[int, Segment], starts: Mapping[int, int], trunk: int, before: int) -> Forward:
+def _forward(
+    segments: Mapping[int, Segment], starts: Mapping[int, int], trunk: int, before: int, branches: bool
+) -> Forward:  # fmt: skip
     """Of segments that stand one after the other behind a trunk of so many tokens."""
     start = starts[next(iter(segments))]
     behind = {number: before + starts[number] - start for number in segments} | {trunk: 0}
-    spans = Spans.of(segments, behind, before) if len(segments) > 1 else None
+    spans = Spans.of(segments, behind, before) if branches else None
     return Forward(start, start + sum(len(segment.ids) for segment in segments.values()), spans)
 
 

@@ -165,7 +165,7 @@ class Spans:
 
 
 class Forward(NamedTuple):
-    """Tokens [start, end) of a row that are run together behind a trunk; `spans`: None where they are one segment."""
+    """Tokens [start, end) of a row that are run together behind a trunk; without `spans` they are one segment."""
 
     start: int
     end: int

@@ -11,13 +11,14 @@ segment, of the model's own function; keys and values have their gradient from e
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perce.data.batch import PACKED, collate, token_inputs
@@ -93,14 +94,23 @@ def _segment_by_segment(own: Attention, name: str) -> Attention:
         window = kwargs.get("sliding_window")
         outputs = []
         lost = spans.before - (key.shape[2] - query.shape[2])  # keys of the trunk beyond the window, if it slides
-        for span in spans.spans:
-            seen = [(start - lost, end - lost) for start, end in _seen(span, window)]
+
+        def of_segment(
+            queries: Tensor, key: Tensor, value: Tensor, seen: Sequence[tuple[int, int]], mask: Any
+        ) -> Tensor:
             keys, values = (
                 torch.cat([states[:, :, start:end] for start, end in seen], dim=2) for states in (key, value)
             )
+            return own(module, queries, keys, values, mask, *args, **kwargs)[0]
+
+        # Each branch would keep its own copy of its path's keys and values for backward, of some of all heads.
+        recomputed = functools.partial(checkpoint, of_segment, use_reentrant=False, preserve_rng_state=False)
+        for span in spans.spans:
+            seen = [(start - lost, end - lost) for start, end in _seen(span, window)]
             queries = query[:, :, span.start - spans.before : span.end - spans.before]
-            mask = _mask(spans, name, queries, keys, window)
-            outputs.append(own(module, queries, keys, values, mask, *args, **kwargs)[0])
+            mask = _mask(spans, name, queries, sum(end - start for start, end in seen), window)
+            run = recomputed if len(seen) > 1 and torch.is_grad_enabled() else of_segment
+            outputs.append(run(queries, key, value, seen, mask))  # what a closure held, no checkpoint would let go
         return torch.cat(outputs, dim=1), None
 
     attention.perce = True  # type: ignore[attr-defined]
@@ -119,9 +129,9 @@ def _seen(span: Span, window: int | None) -> list[tuple[int, int]]:
     return seen
 
 
-def _mask(spans: Spans, name: str, queries: Tensor, keys: Tensor, window: int | None) -> Any:
+def _mask(spans: Spans, name: str, queries: Tensor, seen: int, window: int | None) -> Any:
     """What an implementation needs to line the queries up with the end of the keys; None where it does so itself."""
-    n, seen = queries.shape[2], keys.shape[2]
+    n = queries.shape[2]
     if "flash" in name:
         return None
     reach = window or seen

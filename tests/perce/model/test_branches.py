@@ -196,8 +196,9 @@ def test_a_trunk_off_by_one_token_shows(architecture, how, monkeypatch):
     separate = step(model, pairs, "none", **separately(HOW[how]))
     of_batch = collate(pairs, sharing="branches", unit="persona", **HOW[how])
     (trunk,) = of_batch["trunks"].trunks
-    shorter = replace(of_batch["trunks"], trunks=(trunk._replace(start=trunk.start + 1),))
-    monkeypatch.setitem(globals(), "collate", lambda *_, **__: of_batch | {"trunks": shorter})
+    late = trunk._replace(start=trunk.start + 1, end=trunk.end + 1)
+    late = replace(of_batch["trunks"], trunks=(late,))
+    monkeypatch.setitem(globals(), "collate", lambda *_, **__: of_batch | {"trunks": late})
     assert largest_difference(step(model, pairs, "branches"), separate) > 1e-3
 
 

@@ -1,0 +1,103 @@
+"""Eight requests of one persona in a step, shared or separate: `python -m benchmarks.personas WAY PERSONA` as JSON.
+
+    separate      each request with its persona by itself, one after the other
+    batched       all of them in one forward, each with its persona
+    together      the persona once, all requests in its forward: --share_persona 8
+    one by one    the persona once, requests one at a time behind it: --branches_per_forward 1
+
+Each also with --persona_grad none ("none, …") and with activation checkpointing ("…, checkpointing"); "one" is a single
+request by itself. A request has 64 tokens and a reply of 64. SmolLM2-135M's shape, random weights, all of which train,
+fp32. Memory is over what the process holds before the step, gradients included; see benchmarks/memory.py.
+"""
+
+import ctypes
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
+
+REQUESTS, BEFORE, QUERY, RESPONSE = 8, 8, 64, 64
+WAYS = ("one", "separate", "batched", "together", "one by one")
+SHARED = {"sharing": "branches", "unit": "persona"}
+Pairs = list[dict[str, Any]]
+
+
+def pairs_of(persona: int) -> Pairs:
+    """Of chance ids."""
+    rng = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(49152) for _ in range(count)]
+
+    shown = tokens(BEFORE + persona)
+    return [
+        {
+            "input_ids": shown + tokens(QUERY + RESPONSE), "persona_span": (BEFORE, BEFORE + persona),
+            "response_length": RESPONSE, "personal": [False] * RESPONSE, "conversation": number, "persona": 0,
+        }
+        for number in range(REQUESTS)
+    ]  # fmt: skip
+
+
+def parsed(way: str) -> tuple[str, bool, bool]:
+    """(way, persona_grad none, checkpointing)."""
+    parts = way.split(", ")
+    (name,) = set(parts) - {"none", "checkpointing"}
+    return name, "none" in parts, "checkpointing" in parts
+
+
+def batches(name: str, pairs: Pairs, detached: bool) -> list[dict[str, Any]]:
+    from perce.data.batch import collate
+
+    how: dict[str, Any] = {"persona_grad": "none" if detached else "full"}
+    if name in ("one", "separate"):
+        return [collate([pair], **how) for pair in (pairs[:1] if name == "one" else pairs)]
+    if name != "batched":
+        how |= SHARED | {"branches_per_forward": int(name == "one by one")}
+    return [collate(pairs, **how)]
+
+
+def measure(way: str, persona: int) -> dict[str, float]:
+    """In this process: call once in a fresh one."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+
+    from benchmarks import sharing
+    from benchmarks.test_step import smollm2_135m
+    from perce.model.branches import teach_branches
+    from perce.model.memory import enable_checkpointing
+    from perce.model.prefill import prepare_prefill
+
+    name, detached, checkpointing = parsed(way)
+    model = smollm2_135m().train()
+    teach_branches(model)
+    prepare_prefill(model)
+    if checkpointing:
+        enable_checkpointing(model)
+    sharing.step(model, batches(name, pairs_of(16), detached))  # thread pools, GEMM primitives, the gradients
+    dealt = batches(name, pairs_of(persona), detached)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before, started = status_bytes("VmRSS"), time.perf_counter()
+    loss = sharing.step(model, dealt)
+    seconds = time.perf_counter() - started
+    return {"peak_extra_bytes": status_bytes("VmHWM") - before, "seconds": seconds, "loss": loss}
+
+
+def measured_in_a_child(way: str, persona: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.personas", way, str(persona)]
+    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    if len(sys.argv) != 3 or not sys.argv[1].endswith(tuple(WAYS) + tuple(f"{way}, checkpointing" for way in WAYS)):
+        sys.exit(f"{__doc__}\nWAY ends with one of: {', '.join(WAYS)}.")
+    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+
+
+if __name__ == "__main__":
+    main()
