@@ -62,6 +62,10 @@ class Pair:
     persona: int
     """The same where input_ids are, through the persona's end: a persona's examples may share them too."""
 
+    @property
+    def prompt_length(self) -> int:
+        return len(self.input_ids) - self.response_length
+
     def counterfactual_ids(self) -> list[int]:
         return counterfactual_ids(self.input_ids, self.persona_span, self.response_length)
 

@@ -71,7 +71,9 @@ def segmented(
     for index in range(len(arrays)) if sharing == "none" else longest_first:
         ids, unit = arrays[index], None if sharing == "none" else units[index]
         others = [] if unit is None else known.setdefault(unit, [])
-        common, path = max(((_common(ids, other), path) for other, path in others), default=(0, ()), key=lambda x: x[0])
+        common, path = max(
+            ((common_tokens(ids, other), path) for other, path in others), default=(0, ()), key=lambda x: x[0]
+        )
         rest = len(ids) - common
         if rest and (sharing == "chains" or common <= rest):
             common, path = 0, ()
@@ -109,7 +111,7 @@ def segmented_on_trunks(
     return segments, paths
 
 
-def _common(one: np.ndarray, other: np.ndarray) -> int:
+def common_tokens(one: np.ndarray, other: np.ndarray) -> int:
     """How many of the first ids are the same."""
     length = min(len(one), len(other))
     differ = one[:length] != other[:length]

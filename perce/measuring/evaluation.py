@@ -3,7 +3,7 @@
     factual          the user's persona          loss with persona; on personal tokens, on the others
     counterfactual   no persona                  loss without persona
     swapped          another user's persona      if it does no worse than the right one, the persona is not used;
-                                                 drawn by the seed, one for all replies of a conversation
+                                                 drawn by the seed, one for all examples of a persona
     generated        the user's persona          ROUGE, METEOR, and whether the reply uses a word of the persona
 
 Personal tokens are those of marked spans where the data has them, else words that occur in the persona but not in the
@@ -18,14 +18,16 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from perce.config.commands import EvaluateOptions
 from perce.config.schema import EvaluateConfig
 from perce.data.pairs import Pair, personal_word_spans
 from perce.data.rows import Example, text_key
-from perce.data.sharing import Sharing
+from perce.data.sharing import Sharing, common_tokens
 from perce.errors import UserError
 from perce.measuring.inference import (
     TOKENS_A_FORWARD,
@@ -36,10 +38,12 @@ from perce.measuring.inference import (
 )  # fmt: skip
 from perce.measuring.metrics import Scorer
 from perce.model.passes import measured, per_example, token_statistics
-from perce.model.probe import unwrapped
+from perce.model.prefill import CACHE_ARGUMENT, prefill
+from perce.model.probe import decoder_of, unwrapped
 from perce.objectives import OBJECTIVES
 
 PERCE = OBJECTIVES["perce"].weighting()
+KEPT = 4  # tokens of keys and values for one that is computed, of which much more is alive
 
 
 @dataclass(frozen=True)
@@ -108,17 +112,39 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
     batches, number = [], count()
     for rows in batches_that_share([item.pair for item in items], subject.sharing, size, tokens):
         together = [items[row] for row in rows]
-        groups = batches_by_length([len(item.pair.input_ids) for item in together], size, tokens)
-        batches.append([Group(next(number), [together[i] for i in group]) for group in groups])
+        groups = written_together(together, subject.sharing, size, tokens)
+        batches.append([Group(next(number), group) for group in groups])
     return Work(batches, notes)
+
+
+def written_together(items: Sequence[Item], sharing: Sharing, size: int, tokens: int) -> Iterator[list[Item]]:
+    """Groups of at most `size`: those of a persona that is most of their prompts, whose keys and values they share, and
+    what is left by length. Tokens whose keys and values alone are there count KEPT times less."""
+    lengths = {item.index: item.pair.prompt_length for item in items}
+    left: list[Item] = []
+    of_persona: dict[int, list[Item]] = {}
+    for item in items:
+        of_persona.setdefault(item.pair.persona, []).append(item)
+    for group in of_persona.values():
+        longest = max(lengths[item.index] for item in group)
+        if sharing == "branches" and len(group) > 1 and 2 * group[0].pair.persona_span[1] >= longest:
+            yield from _by_length(group, lengths, size, KEPT * tokens)
+        else:
+            left += group
+    yield from _by_length(left, lengths, size, tokens)
+
+
+def _by_length(items: Sequence[Item], lengths: Mapping[int, int], size: int, tokens: int) -> Iterator[list[Item]]:
+    for group in batches_by_length([lengths[item.index] for item in items], size, tokens):
+        yield [items[place] for place in group]
 
 
 def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
     """For each example one of another user (another persona where users are not named), or None; drawn by the seed, one
-    for all examples of a conversation."""
+    for all examples of a persona, which share that one's tokens too."""
     keys = [example.user_id or example.persona for example in examples]
-    first: dict[Any, int] = {}  # example of each conversation
-    firsts = [first.setdefault(example.conversation, index) for index, example in enumerate(examples)]
+    first: dict[Any, int] = {}  # example of each persona
+    firsts = [first.setdefault((example.user_id, example.persona), index) for index, example in enumerate(examples)]
     order = list(first.values())
     random.Random(seed).shuffle(order)
     partners: dict[int, int | None] = {}
@@ -141,6 +167,8 @@ class Evaluator:
         # which are penalties of using the persona.
         model.generation_config = unwrapped(model).generation_config = GenerationConfig()
         self._pad = tokenizer.pad_token_id or 0
+        kept = {type(layer) for layer in DynamicCache(config=unwrapped(model).config).layers}
+        self._continues = sharing == "branches" and kept == {DynamicLayer}  # a window would count the padding
 
     def evaluate(self, batch: Sequence[Group], done: Container[int]) -> Iterator[list[dict[str, Any]]]:
         """One record an item, of one group after the other, without those of the examples that are done."""
@@ -185,10 +213,15 @@ class Evaluator:
 
     @torch.no_grad()
     def replies(self, prompts: Sequence[list[int]], items: Sequence[Item]) -> list[str]:
-        """One reply a prompt, padded on the left, without its end-of-turn."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self._pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        """One reply a prompt, without its end-of-turn. Padding is on the left, but for what all prompts begin with, if
+        that is most of them: it is computed once."""
+        width, common = max(map(len, prompts)), self._begins_all(prompts)
+
+        def padded(prompt: list[int], padding: int) -> list[int]:
+            return [*prompt[:common], *[padding] * (width - len(prompt)), *prompt[common:]]
+
+        ids = torch.tensor([padded(prompt, self._pad) for prompt in prompts], device=self.device)
+        mask = torch.tensor([padded([1] * len(prompt), 0) for prompt in prompts], device=self.device)
         ends = {item.pair.input_ids[-1] for item in items} | {self.tokenizer.eos_token_id} - {None}
         sampling: dict[str, Any] = {"do_sample": False}
         if self.options.temperature > 0:  # nothing but the temperature: no top-k, no top-p
@@ -196,12 +229,25 @@ class Evaluator:
         config = GenerationConfig(
             max_new_tokens=self.options.max_new_tokens, eos_token_id=sorted(ends), pad_token_id=self._pad, **sampling
         )
-        output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        given = {"input_ids": ids, "attention_mask": mask, "generation_config": config}
+        if common:
+            decoder: Any = decoder_of(unwrapped(self.model))
+            cache = prefill(decoder, ids[:1, :common])
+            cache.filled = False  # each prompt goes on by itself
+            cache.batch_repeat_interleave(len(prompts))
+            given[CACHE_ARGUMENT] = cache
+        output = self.model.generate(**given)
         written = []
-        for reply in output:
+        for reply in output[:, width:].tolist():
             end = next((place for place, token in enumerate(reply) if token in ends), len(reply))
             written.append(self.tokenizer.decode(reply[:end], skip_special_tokens=True).strip())
         return written
+
+    def _begins_all(self, prompts: Sequence[list[int]]) -> int:
+        """Tokens that all prompts begin with, where their keys and values are worth to be shared, else 0."""
+        first, *others = (np.asarray(prompt[:-1]) for prompt in prompts)
+        common = min((common_tokens(first, other) for other in others), default=0)
+        return common if self._continues and 2 * common >= max(map(len, prompts)) else 0
 
     def scores(self, item: Item, reply: str) -> dict[str, Any]:
         """Of a reply: overlap with what the user wrote, and whether either uses a word of the persona in the prompt."""

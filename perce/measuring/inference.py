@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 from perce.config.commands import InferenceOptions
 from perce.config.schema import InferenceConfig, run_directory
 from perce.data.batch import Batch, collate
-from perce.data.dataset import conversations
+from perce.data.dataset import personas
 from perce.data.pairing import make_persona_builder
 from perce.data.pairs import Pair, PairBuilder
 from perce.data.rows import Examples
@@ -31,7 +31,7 @@ from perce.model.patch import prepare_model
 from perce.visible import say
 
 TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences: nothing is kept for a backward
-ROOM = 1.5  # times its longest sequence is what a conversation may compute at once, however long that is
+ROOM = 1.5  # times its longest sequence is what a persona's pairs may compute at once, however long that is
 WEIGHTS = re.compile(r"model[^/]*\.(safetensors|bin)$")  # whole or in shards, of a model or an adapter
 SAMPLED_VALUES = 1024  # of each parameter, in the fingerprint of a model
 
@@ -46,7 +46,7 @@ class Subject:
     device: torch.device
     builder: PairBuilder
     sharing: Sharing
-    """What the replies of a conversation have in common in a batch; see data/sharing.py."""
+    """What the pairs of a persona have in common in a batch; see data/sharing.py."""
     examples: Examples
     split: str
     facts: dict[str, Any]
@@ -73,15 +73,15 @@ def load_subject(options: InferenceOptions, command: str) -> Subject:
 
 
 def _sharing(options: InferenceOptions, model: Any, examples: Examples) -> Sharing:
-    """What is shared, if the data has several replies of a conversation; tells where it is not all that could be."""
+    """What is shared, if the data has several examples of a persona; tells where it is not all that could be."""
     rows: Any = () if options.data.streaming else examples.all
-    several = options.data.streaming or len({example.conversation for example in rows}) < len(rows)
+    several = options.data.streaming or len({example.persona for example in rows}) < len(rows)
     if options.data.share == "none" or not several:
         return "none"
     sharing, why = sharing_of(model)
     if why:
         shared = {"none": "nothing", "chains": "only what one reply has from its beginning to its end"}[sharing]
-        say(f"of a conversation's replies {shared} is computed once: {why}")
+        say(f"of a persona's replies {shared} is computed once: {why}")
     return sharing
 
 
@@ -218,8 +218,8 @@ def batches_that_share(pairs: Sequence[Pair], sharing: Sharing, batch_size: int,
     and count as one sequence of all tokens that they compute."""
     if sharing == "none":
         return batches_by_length([len(pair.input_ids) for pair in pairs], batch_size, tokens)
-    of_conversation = conversations([vars(pair) for pair in pairs])
-    families = [family for rows in of_conversation for family in _families(rows, pairs, sharing, tokens)]
+    of_persona = [[row for rows in persona for row in rows] for persona in personas([vars(pair) for pair in pairs])]
+    families = [family for rows in of_persona for family in _families(rows, pairs, sharing, tokens)]
     batches = batches_by_length([computed for _, computed in families], batch_size, tokens)
     return [[row for family in batch for row in families[family][0]] for batch in batches]
 
@@ -227,7 +227,7 @@ def batches_that_share(pairs: Sequence[Pair], sharing: Sharing, batch_size: int,
 def _families(
     rows: Sequence[int], pairs: Sequence[Pair], sharing: Sharing, tokens: int
 ) -> Iterator[tuple[Sequence[int], int]]:
-    """Of a conversation's pairs those that share tokens, in order, and how many they compute; halves of those that
+    """Of a persona's pairs those that share tokens, in order, and how many they compute; halves of those that
     compute more than `tokens` and ROOM × their longest sequence."""
     segments, paths = segmented([pairs[row].input_ids[:-1] for row in rows], [0] * len(rows), sharing)
     members: defaultdict[int, list[int]] = defaultdict(list)  # by the segment that they begin with
@@ -246,4 +246,4 @@ def _families(
 
 
 def collated(pairs: Sequence[Pair], sharing: Sharing, pad_id: int, device: torch.device) -> Batch:
-    return send_to_device(collate([vars(pair) for pair in pairs], pad_id, sharing=sharing), device)
+    return send_to_device(collate([vars(pair) for pair in pairs], pad_id, sharing=sharing, unit="persona"), device)

@@ -26,7 +26,7 @@ def conversation(replies: int, number: int = 0, thought: bool = False, persona: 
         pairs.append(
             {
                 "input_ids": shown + response, "persona_span": span, "response_length": len(response),
-                "personal": [False] * len(response), "conversation": number,
+                "personal": [False] * len(response), "conversation": number, "persona": number,
             }
         )  # fmt: skip
         shown = shown + reply

@@ -1,6 +1,7 @@
 """perce.evaluate: losses against full logits, generation, resume, comparison, and errors."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,7 @@ def test_replies_are_scored_and_sampled_by_the_seed(run, tmp_path):
 
 
 def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
+    run = partial(run, "--batch_size", 1)  # a user each
     run("--output", tmp_path / "whole.json")
     calls = []
     original = Evaluator.losses

@@ -1,6 +1,7 @@
 """Generated replies do not depend on their batch, nor on what the model would generate with; losses not on what the
 replies of a conversation share."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from perce import DataConfig, evaluate, load_examples
 from perce.config.schema import EvaluateConfig
 from perce.data.batch import collate
 from perce.data.pairing import make_builder
-from perce.measuring import inference
-from perce.measuring.evaluation import Evaluator, Item, other_users
+from perce.measuring import evaluation, inference
+from perce.measuring.evaluation import Evaluator, Item, other_users, written_together
 from perce.model.patch import prepare_model
 from tests.helpers.tiny import (
     CHATML,
@@ -40,6 +41,33 @@ def test_left_padding_does_not_change_a_reply():
     new = stock[0, len(prompts[0]) :].tolist()
     new = new[: new.index(0)] if 0 in new else new
     assert together[0] == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_a_persona_that_is_read_once_does_not_change_a_reply(architecture, monkeypatch):
+    """Gemma's windows would count the padding behind the persona: it is read with each request there."""
+    model, tokenizer = prepare_model(tiny_model(architecture)), tiny_tokenizer()
+    persona = ("I keep bees in three old hives behind the house.", "I sell honey on Saturdays, in small jars.")
+    examples = [
+        replace(example, persona=persona if index < 4 else example.persona, source=f"row {index}")
+        for index, example in enumerate(demo_examples(6))
+    ]
+    builder = make_builder(tokenizer, DataConfig(), "perce")
+    items = [Item(i, str(i), example, builder.build(example), None) for i, example in enumerate(examples)]
+    groups = list(written_together(items, "branches", 3, 600))
+    assert sorted(item.index for group in groups for item in group) == list(range(6))
+    assert any(len(group) == 3 and {item.pair.persona for item in group} == {items[0].pair.persona} for group in groups)
+    options = EvaluateConfig(temperature=0, max_new_tokens=12)
+    alone = Evaluator(model, tokenizer, torch.device("cpu"), options, {})
+    shared = Evaluator(model, tokenizer, torch.device("cpu"), options, {}, "branches")
+    calls, own = [], evaluation.prefill
+    monkeypatch.setattr(evaluation, "prefill", lambda *args: calls.append(args) or own(*args))
+    for group in groups:
+        prompts = [item.pair.input_ids[: item.pair.prompt_length] for item in group]
+        assert shared.replies(prompts, group) == [
+            alone.replies([p], [i])[0] for p, i in zip(prompts, group, strict=True)
+        ]
+    assert bool(calls) == (architecture != "gemma3")
 
 
 def test_nothing_of_the_models_own_generation_config_is_used():
