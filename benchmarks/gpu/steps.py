@@ -93,7 +93,7 @@ def plan(device: str, case: Case) -> dict[str, float]:
         context=case.context, query=query, response=response, activation_checkpointing=True,
         gradient_accumulation_steps=1, per_device_train_batch_size=1, objective=case.objective,
     )  # fmt: skip
-    memory = MemoryConfig(case.persona_grad, case.mlp_tile)
+    memory = MemoryConfig(case.persona_grad, mlp_tile=case.mlp_tile)
     model = ModelConfig(lora_r=16, precision="bf16", attn_implementation=case.attention)
     config = PlanOptions(model, options, memory)
     planned = step_cost(AutoConfig.for_model(**shape(device)), config, device)
@@ -150,7 +150,7 @@ class Steps:
         from perce.model.memory import prepare_memory
         from perce.model.probe import unwrapped
 
-        memory = MemoryConfig(case.persona_grad, case.mlp_tile)
+        memory = MemoryConfig(case.persona_grad, mlp_tile=case.mlp_tile)
         unwrapped(self.trainer.model).set_attn_implementation(case.attention)
         if memory not in self.memory:
             prepare_memory(self.trainer.model, memory)

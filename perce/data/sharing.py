@@ -25,6 +25,7 @@ prompt with several replies).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -164,6 +165,12 @@ class Spans:
             ),
             before,
         )  # fmt: skip
+
+    @classmethod
+    def behind(cls, trunk: int, lengths: Sequence[int]) -> "Spans":
+        """Segments of such lengths, one after the other, each behind the same trunk."""
+        ends = [*accumulate(lengths, initial=trunk)]
+        return cls(tuple(Span(start, end, ((0, trunk),)) for start, end in pairwise(ends)), trunk)
 
 
 class Forward(NamedTuple):

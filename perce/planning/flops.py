@@ -65,13 +65,20 @@ def count_flops(config: Any, setup: Setup, step: StepConfig, counts: Counts) -> 
     every = counts.linear + counts.adapter
     attention = _attention(config, shape.segments)
     forward = linear(shape.computed, every) + attention
-    kept = shape.computed - shape.batch * shape.prefix  # tokens that have a backward; they attend to all
-    attention -= shape.batch * attention_flops(config, shape.prefix)
+    behind = shape.computed - shape.personas * shape.prefix  # where personas run by themselves
+    of_personas = shape.personas * attention_flops(config, shape.prefix)
+    again = linear(behind, every) + attention - of_personas if shape.together else 0
+    kept = shape.computed
+    if shape.detached:  # the others have a backward; they attend to all
+        kept, attention = behind, attention - of_personas
     backward = linear(kept, (1 + trains_all) * counts.linear + 2 * counts.adapter) + 2 * attention
-    recomputation = 0
+    # Of branches attention is, see model/branches.py.
+    recomputation = again + _attention(config, [segment for segment in shape.segments if segment.path])
     if setup.checkpointing:
         recomputation += linear(kept, every - counts.not_recomputed) + attention
-    if 0 < setup.memory.mlp_tile < (kept if shape.replies > 1 else shape.tokens - shape.prefix):  # of a row
+    if (
+        0 < setup.memory.mlp_tile < (kept if shape.replies * shape.requests > 1 else shape.tokens - shape.prefix)
+    ):  # of a row
         recomputation += linear(kept, counts.mlp - counts.not_recomputed)
     estimation = forward if shape.objective.over_step else 0  # its E-step has a factual pass too
     if shape.tokens_cf:

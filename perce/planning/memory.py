@@ -122,8 +122,11 @@ def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
     batch, accumulates = step.sequences, step.forwards > 1
     objective, tokens = step.computed, step.context - 1
     rows, prefix = step.per_device_train_batch_size * step.response, 0
-    conversation = {}
-    if options.persona_grad == "none":
+    conversation: dict[str, int] = {}
+    if options.share_persona > 1:
+        persona = step.context - step.without_persona
+        conversation = {"requests": options.share_persona, "persona": persona}
+    elif options.persona_grad == "none":
         batch *= step.replies if step.branches else 1
     elif step.replies > 1:
         turn, branch = step.query + step.response, (step.response - 1) * step.branches
@@ -134,10 +137,10 @@ def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
         rows = batch * tokens
     else:
         tokens_cf, sequences_cf = step.without_persona - 1, batch
-        prefix = tokens - tokens_cf if options.persona_grad == "none" else 0
+        prefix = tokens - tokens_cf if options.on_trunks else 0
     return StepShape(
-        batch, tokens, tokens_cf if objective.counterfactual else 0, rows, accumulates, sequences_cf, prefix, objective,
-        **conversation,
+        batch, tokens, tokens_cf if objective.counterfactual else 0, rows, accumulates, sequences_cf, prefix,
+        options.persona_grad == "none", objective, together=options.branches_per_forward, **conversation,
     )  # fmt: skip
 
 

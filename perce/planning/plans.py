@@ -65,6 +65,9 @@ def make_plan(options: PlanOptions) -> Plan:
     check_positions(model_config, options)
     device, asked = resolve_device(options.step), options.model
     options = replace(options, model=with_backend(options.model, device))
+    requests = options.memory.share_persona
+    if options.step.per_device_train_batch_size == 1 and requests:  # not said, or too few
+        options = replace(options, step=replace(options.step, per_device_train_batch_size=requests))
     check_options(options, device)
     low, tflops = is_low_precision(options.model, device), options.step.tflops
     there = available(options, device)
@@ -245,12 +248,20 @@ def check_options(options: PlanOptions, device: str) -> None:
         raise UserError("--load_in_4bit: a 4-bit base cannot be trained itself: add --lora_r 16.")
     if model.load_in_4bit and step.sharding == "full":
         raise UserError("--load_in_4bit, --sharding full: are not planned together. Use --sharding none.")
-    if memory.persona_grad == "none" and step.of_documents:
+    by_itself = "--persona_grad none" if memory.persona_grad == "none" else "--branches_per_forward"
+    if (memory.on_trunks or memory.share_persona) and step.of_documents:
+        option = by_itself if memory.on_trunks else "--share_persona"
+        raise UserError(f"{option}: needs a persona, and --objective {step.objective} has documents. Leave it out.")
+    if memory.on_trunks and step.sharding == "full":
+        raise UserError(f"{by_itself}, --sharding full: do not work together. Use --sharding none.")
+    requests = memory.share_persona or 1
+    if requests > 1 and step.replies > 1:
+        raise UserError(f"--share_persona {requests}, --replies {step.replies}: are not planned together. Use one.")
+    if step.per_device_train_batch_size % requests:
         raise UserError(
-            f"--persona_grad none: needs a persona, and --objective {step.objective} has documents. Use full."
+            f"--per_device_train_batch_size: expected a multiple of the {requests} requests of --share_persona, got "
+            f"{step.per_device_train_batch_size}."
         )
-    if memory.persona_grad == "none" and step.sharding == "full":
-        raise UserError("--persona_grad none, --sharding full: do not work together. Use --sharding none.")
     if memory.activation_offload and (device == "cpu" or not step.activation_checkpointing):
         raise UserError(
             "--activation_offload: moves the inputs of checkpointed layers from a GPU to host memory. Expected "
@@ -328,11 +339,16 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
         yield changed(f"--load_in_4bit {str(four).lower()}", load_in_4bit=four)
     precision = "fp32" if low else "bf16"
     yield changed(f"--precision {precision}", precision=precision)
-    if step.sequences > 1:
+    batch, fewest = step.per_device_train_batch_size, max(step.replies, memory.share_persona)
+    if batch > fewest:
         yield changed(
-            f"--per_device_train_batch_size {step.replies}", per_device_train_batch_size=step.replies,
-            gradient_accumulation_steps=step.sequences * step.forwards,
+            f"--per_device_train_batch_size {fewest}", per_device_train_batch_size=fewest,
+            gradient_accumulation_steps=batch // fewest * step.forwards,
         )  # fmt: skip
+    if memory.share_persona > 1 and step.sharding == "none":
+        one = int(not memory.branches_per_forward)
+        yield changed(f"--branches_per_forward {one}", branches_per_forward=one)
+        yield changed("--share_persona 0", share_persona=0, branches_per_forward=0)
     if step.replies > 1:  # of a batch of this many others, padded to the longest
         yield changed("--share none", replies=1, branches=False)
     if step.computed.products and not step.of_documents:  # a plan of cross-entropy is one of rows with a persona

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
 import perce_kernels.loss
@@ -37,7 +38,13 @@ from perce.model.branches import teach_branches
 from perce.model.head import answer, logit_transforms
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
-from perce.model.prefill import CACHE_ARGUMENT, PREFILL_CHUNK, PrefixCache
+from perce.model.prefill import (
+    CACHE_ARGUMENT,
+    PREFILL_CHUNK,
+    PrefixCache,
+    prefill_with_gradient,
+    spans_arguments,
+)  # fmt: skip
 from perce.model.probe import decoder_of, unwrapped
 from perce.model.reach import freeze_beside_text
 from perce.objectives import OBJECTIVES, HeadCall, Objective
@@ -68,16 +75,31 @@ class StepShape:
     rows: int  # N, response tokens of all sequences
     accumulates: bool  # gradients of an earlier forward are there already
     sequences_cf: int = 0  # 0: B
-    prefix: int = 0  # tokens of each factual sequence that run without a gradient
+    prefix: int = 0  # tokens of each factual sequence, its persona, that run by themselves
+    detached: bool = True  # without a gradient
     objective: Objective = OBJECTIVES["perce"]
     replies: int = 1  # of a sequence, which ends with the last one
     turn: int = 0  # tokens from the end of one reply to that of the next
     branch: int = 0  # tokens of an earlier reply that stand beside its copy in the sequence; 0: it is where it ends
+    requests: int = 1  # sequences that have one persona
+    persona: int = 0  # tokens that those begin with
+    together: int = 0  # requests of a forward behind the persona, each recomputed in backward; 0: all, kept
 
     @property
     def segments(self) -> list[Segment]:
         """What the factual pass computes, without ids."""
-        return self._divided(self.batch, self.tokens)
+        if self.requests == 1:
+            return self._divided(self.batch, self.tokens)
+        ids, found = np.zeros(self.tokens, dtype=np.int64), []
+        for first in range(0, self.batch, self.requests):
+            another = Segment(ids[self.persona :], ((first, self.persona),))
+            found += [Segment(ids), *[another] * (self.requests - 1)]
+        return found
+
+    @property
+    def personas(self) -> int:
+        """That are computed."""
+        return self.batch // self.requests
 
     @property
     def segments_cf(self) -> list[Segment]:
@@ -196,7 +218,7 @@ def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
             deeper = rehearse(cut(config, stack), setup, shape)
             added: dict[str, Phase] = tree_map(sub, deeper.phases, shallow.phases)
             if setup.memory.activation_offload:
-                prefix = shape.batch * added["forward"].start.alive
+                prefix = shape.personas * added["forward"].start.alive
                 offloaded += more * (added["head"].start.alive - prefix)
                 added |= {name: _offloaded(added[name], prefix) for name in OFFLOADED}
             phases = tree_map(lambda total, layer, layers=more: total + layers * layer, phases, added)
@@ -213,7 +235,7 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     """What one step of this model has alive in each of its phases."""
     live = Live()
     model = build(config, setup)
-    if shape.replies > 1:
+    if shape.replies > 1 or shape.requests > 1:
         teach_branches(unwrapped(model))
     try:
         # transformers looks for packed sequences in position ids. Where these have no values it expects some, and would
@@ -265,7 +287,8 @@ def _give_storage(model: nn.Module) -> Iterator[Tensor]:
 def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     """One forward and backward as PerceTrainer makes them, its phases marked."""
     base = unwrapped(model)
-    decoder, head = decoder_of(base), base.get_output_embeddings()
+    decoder: Any = decoder_of(base)
+    head = base.get_output_embeddings()
     layers = decoder_layers(base, base.config.get_text_config().num_hidden_layers)
     transform = logit_transforms(base.config)[0]
     rows = torch.zeros(shape.rows, dtype=torch.int64)
@@ -285,16 +308,30 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         return hidden(1, tokens, position_ids=positions, spans=spans, attention_mask=mask)
 
     def factual() -> Tensor:
-        if setup.memory.persona_grad == "full":
+        if not setup.memory.on_trunks:
             live.enter("forward")
-            shared = shape.replies > 1
+            shared = shape.replies > 1 or shape.requests > 1
             return (of_segments(shape.segments) if shared else hidden(shape.batch, shape.tokens))[rows]
-        rests = []
-        for _ in range(shape.batch):  # as hidden_after_prefix
+        rests, length = [], shape.tokens - shape.prefix
+
+        def behind(cache: PrefixCache, requests: int) -> Tensor:  # as hidden_on_trunks
+            if shape.requests == 1:
+                return hidden(1, length, **{CACHE_ARGUMENT: cache})
+            spans = Spans.behind(shape.prefix, [length] * requests)
+            positions = torch.zeros(1, requests * length, dtype=torch.int64)
+            of_spans = spans_arguments(spans, positions)
+            return hidden(1, requests * length, position_ids=positions, **of_spans, **{CACHE_ARGUMENT: cache})
+
+        run = functools.partial(checkpoint, behind, use_reentrant=False) if shape.together else behind
+        for _ in range(shape.personas):
             live.enter("persona")
-            cache = _prefix_cache(decoder, shape.prefix)
+            ids = torch.zeros(1, shape.prefix, dtype=torch.int64)
+            detached = shape.detached
+            cache = _prefix_cache(decoder, shape.prefix) if detached else prefill_with_gradient(decoder, ids)
             live.enter("forward")
-            rests.append(hidden(1, shape.tokens - shape.prefix, **{CACHE_ARGUMENT: cache}))
+            together = shape.together or shape.requests
+            for first in range(0, shape.requests, together):
+                rests.append(run(cache, min(together, shape.requests - first)))
         return torch.cat(rests)[rows]
 
     hidden_cf, signal = None, None
@@ -302,7 +339,7 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         live.enter("counterfactual")
         model.eval()
         with torch.no_grad(), autocast():
-            shared = shape.replies > 1
+            shared = shape.replies > 1 or shape.requests > 1
             sequences_cf = shape.sequences_cf or shape.batch
             states = (of_segments(shape.segments_cf) if shared else hidden(sequences_cf, shape.tokens_cf))[rows]
         hidden_cf = states.float() if setup.low_precision else states  # the wrapper's outputs are fp32

@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 from perce.config.commands import TRAIN, PlanOptions
-from perce.config.schema import MemoryConfig
 
 MLP_TILE = 1024
 NAMES = {"context": "max_length"}  # of a plan's options in train; the others have one name
@@ -19,11 +18,14 @@ def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions,
     step, memory, model = options.step, options.memory, options.model
     batch = step.per_device_train_batch_size
     sizes = {(1, 1), (step.replies, step.replies), (batch, step.replies)}  # sequences, and replies that share
+    if (requests := memory.share_persona) > 1:
+        sizes = {(requests, 1), (batch, 1)}
+    one_by_one = {memory.branches_per_forward} | ({0, 1} if requests > 1 and step.sharding == "none" else set())
     personas = {memory.persona_grad} if step.of_documents or step.sharding != "none" else {memory.persona_grad, "none"}
     can_quantise = model.lora_r and device == "cuda" and step.sharding == "none"
-    for (size, replies), tile, checkpointing, offload, persona, four in itertools.product(
+    for (size, replies), tile, checkpointing, offload, persona, four, branches in itertools.product(
         sorted(sizes), (0, memory.mlp_tile or MLP_TILE), (False, True), (False, True), sorted(personas),
-        sorted({model.load_in_4bit, bool(can_quantise)}),
+        sorted({model.load_in_4bit, bool(can_quantise)}), sorted(one_by_one),
     ):  # fmt: skip
         if offload and not (checkpointing and device == "cuda"):
             continue
@@ -33,7 +35,9 @@ def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions,
                 step, replies=replies, branches=step.branches and replies > 1, per_device_train_batch_size=size,
                 gradient_accumulation_steps=batch * step.forwards // size, activation_checkpointing=checkpointing,
             ),
-            MemoryConfig(persona, tile, offload),
+            replace(
+                memory, persona_grad=persona, mlp_tile=tile, activation_offload=offload, branches_per_forward=branches
+            ),
         )  # fmt: skip
         yield way, len(changes(options, way))
 
@@ -74,7 +78,8 @@ def fastest(
 def _frugality(way: PlanOptions) -> tuple[Any, ...]:
     step, memory = way.step, way.memory
     return (
-        -step.per_device_train_batch_size, step.activation_checkpointing, memory.activation_offload, memory.mlp_tile > 0
+        -step.per_device_train_batch_size, step.activation_checkpointing, memory.activation_offload,
+        memory.branches_per_forward > 0, memory.mlp_tile > 0,
     )  # fmt: skip
 
 

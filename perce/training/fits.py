@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from perce.config.commands import PlanOptions, TrainOptions
+from perce.config.schema import MemoryConfig
 from perce.config.step import StepConfig
 from perce.data.dataset import conversations, numbers, sequence_lengths
 from perce.data.sharing import Sharing, segmented
@@ -22,6 +23,7 @@ from perce.planning.plans import check_architecture, planned_variants, setup_of
 from perce.planning.tables import PHASE_NAMES
 from perce.training.parallel import shards_weights
 from perce.training.sampler import pieces
+from perce.training.shared import dealt_units
 
 # A share of the memory, above which the run stops; below DOUBTFUL nothing is said. On a GPU plans were within 0.4 % of
 # LoRA steps of one model, which is too little to be as strict by.
@@ -39,7 +41,7 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any, sharing:
         check_architecture(model_config, str(config.model.model))
         attention = model_config.get_text_config()._attn_implementation
         chosen = replace(config.model, attn_implementation=attention, backend=args.backend)
-        planned = PlanOptions(chosen, largest_step(config, args, pairs, sharing), config.memory)
+        planned = PlanOptions(chosen, *largest_step(config, args, pairs, sharing))
         setup = setup_of(planned, device)
         needed = peak_memory(model_config, setup, planned.step, count(model_config, setup), device)
     except Exception as error:  # a forecast: what keeps it from being made must not keep the run from being tried
@@ -55,15 +57,22 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any, sharing:
     raise UserError(f"{said} {_remedies(config, model_config, planned, device, room, documents)}")
 
 
-def largest_step(options: TrainOptions, args: Any, pairs: Any, sharing: Sharing = "none") -> StepConfig:
-    """The step of the longest sequences: what its forward holds at most. Where replies share, see _of_conversations.
+def largest_step(
+    options: TrainOptions, args: Any, pairs: Any, sharing: Sharing = "none"
+) -> tuple[StepConfig, MemoryConfig]:
+    """The step of the longest sequences: what its forward holds at most; and how it is computed. Where replies share,
+    see _of_conversations and _of_personas.
 
     Of sequences of 500, 400 and 300 tokens, the first with a persona of 350, and responses of at most 80, two a forward
     are planned as 500 tokens each: a persona of 350, a query of 70 and a response of 80.
     """
-    run, dataset = options.run, pairs.train
+    run, dataset, memory = options.run, pairs.train, options.memory
+    if memory.share_persona and (sharing == "branches" or (memory.on_trunks and sharing == "chains")):
+        planned, requests = _of_personas(options, args, dataset)
+        return _of_run(options, args, **planned), replace(memory, share_persona=requests)
+    memory = replace(memory, share_persona=0)
     if sharing != "none":
-        return _of_run(options, args, **_of_conversations(options, args, dataset, sharing))
+        return _of_run(options, args, **_of_conversations(options, args, dataset, sharing)), memory
     lengths = sequence_lengths(dataset)
     longest = max(lengths)
     sequences = run.tokens_per_batch // longest if run.tokens_per_batch else args.per_device_train_batch_size
@@ -78,10 +87,11 @@ def largest_step(options: TrainOptions, args: Any, pairs: Any, sharing: Sharing 
         without_persona = min(without_persona, context - 1)
     longest_response = int(numbers(dataset, "response_length").max())
     response = max(min(longest_response, without_persona - 1), 1)
-    return _of_run(
+    step = _of_run(
         options, args, context=context, query=max(without_persona - response, 1), response=response,
         per_device_train_batch_size=sequences,
     )  # fmt: skip
+    return step, memory
 
 
 def _of_run(options: TrainOptions, args: Any, **lengths: Any) -> StepConfig:
@@ -135,6 +145,33 @@ def _of_conversations(options: TrainOptions, args: Any, dataset: Any, sharing: S
         "replies": replies, "branches": len(sequences) < len(segments) and replies > 1,
         "per_device_train_batch_size": replies * len(sequences) * times,
     }  # fmt: skip
+
+
+def _of_personas(options: TrainOptions, args: Any, dataset: Any) -> tuple[dict[str, Any], int]:
+    """Lengths of the forward that computes the most tokens, of requests that share their personas as they are first
+    drawn; and how many of one do. Planned are as many requests and tokens in sum, each of the mean size."""
+    lengths, budget = sequence_lengths(dataset), options.run.tokens_per_batch
+    ends, responses = [end for _, end in dataset["persona_span"]], numbers(dataset, "response_length")
+    most = len(lengths) if budget else args.per_device_train_batch_size
+    sizes = []
+    for piece in pieces(dealt_units(dataset, options.memory), most):
+        behind = sum(lengths[index] - ends[index] for index in piece)
+        sizes.append((max(ends[index] for index in piece) + behind, piece))
+    chosen = max(sizes)[1] if budget else _largest(sizes, most)
+    count, personas = len(chosen), len({dataset[index]["persona"] for index in chosen})
+    times = max(min(budget // max(sizes)[0], len(lengths) // count), 1) if budget else 1
+
+    def mean(values: Sequence[int]) -> int:
+        return -(-sum(values) // count)
+
+    persona, rest = mean([ends[i] for i in chosen]), mean([lengths[i] - ends[i] for i in chosen])
+    response = mean([int(responses[i]) for i in chosen])
+    requests, response = -(-count // personas), max(min(response, rest - 1), 1)
+    step = {
+        "context": persona + rest, "query": rest - response, "response": response,
+        "per_device_train_batch_size": requests * personas * times,
+    }  # fmt: skip
+    return step, requests
 
 
 def _largest(sizes: Sequence[tuple[int, list[int]]], most: int) -> list[int]:

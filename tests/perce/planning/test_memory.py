@@ -1,5 +1,6 @@
 """Peak memory: exact counts, parts by phase, loss buffers."""
 
+import random
 from dataclasses import asdict, replace
 from itertools import accumulate
 
@@ -234,6 +235,49 @@ def test_a_conversation_is_planned_as_a_batch_arranges_it(step):
     assert shape.computed + starts[-1] == batch["tokens"][0]
 
 
+@pytest.mark.parametrize("memory", [{}, {"branches_per_forward": 2}, {"persona_grad": "none"}], ids=str)
+def test_requests_of_a_persona_are_planned_as_a_batch_arranges_them(memory):
+    options = MemoryConfig(share_persona=3, **memory)
+    step = StepConfig(context=60, query=6, response=5, per_device_train_batch_size=6)
+    shape, persona = shape_of(step, options), 60 - 6 - 5
+    rng = random.Random(0)
+    made = []
+    for number in range(6):
+        shown = random.Random(number // 3).choices(range(400), k=4 + persona)
+        ids = shown + rng.choices(range(400), k=60 - len(shown))
+        span = {"persona_span": (4, 4 + persona), "persona": number // 3, "conversation": number}
+        made.append(span | {"input_ids": ids, "response_length": 5, "personal": [False] * 5})
+    batch = collate(made, sharing="branches", unit="persona", **memory)
+    assert shape.rows == batch["target"].numel() and shape.personas == 2
+    assert abs(shape.computed - int((batch["uses"] > 0).sum())) <= 4 * 6, "of the template, before the persona"
+    assert sum(len(segment.ids) for segment in shape.segments_cf) == batch["input_ids_cf"].numel()
+    if memory:
+        assert [len(trunk.forwards) for trunk in batch["trunks"].trunks] == [
+            2 if "branches_per_forward" in memory else 1
+        ] * 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_requests_take_less_together_and_least_one_by_one(checkpointing):
+    config = tiny_model("qwen3").config
+    step = StepConfig(
+        context=900, query=16, response=16, per_device_train_batch_size=8, activation_checkpointing=checkpointing
+    )
+
+    def peak(requests=1, **memory):
+        options = MemoryConfig(share_persona=8, **memory) if requests == 8 else MemoryConfig(**memory)
+        of = replace(step, per_device_train_batch_size=requests) if requests == 1 else step
+        return step_cost(config, PlanOptions(ModelConfig(), of, options), "cpu")
+
+    one, batched = peak(), step_cost(config, PlanOptions(ModelConfig(), step, MemoryConfig()), "cpu")
+    together, one_by_one = peak(8), peak(8, branches_per_forward=1)
+    assert one_by_one.memory.peak < together.memory.peak < 0.5 * batched.memory.peak
+    assert one_by_one.memory.peak < 1.3 * one.memory.peak
+    assert together.flops.total < one_by_one.flops.total < 0.5 * batched.flops.total
+    detached = peak(8, persona_grad="none")
+    assert detached.flops.total < together.flops.total and detached.memory.peak < together.memory.peak
+
+
 def test_replies_that_share_take_less():
     config = tiny_model("qwen3").config
     step = replace(TALK, context=600)
@@ -252,10 +296,9 @@ def test_behind_a_persona_without_a_gradient_branches_are_sequences():
 
 
 def test_flash_attention_has_no_mask_for_branches():
-    """And so what a branch reads is as it is for all heads."""
     config = tiny_model("qwen3").config
     peaks = [
-        step_cost(config, PlanOptions(replace(LORA, attn_implementation=name), TREE), "cpu").memory.attention
+        step_cost(config, PlanOptions(replace(LORA, attn_implementation=name), TREE), "cpu").memory.phases["forward"]
         for name in ("flash_attention_2", "sdpa")
     ]
-    assert peaks[0] < peaks[1]
+    assert peaks[0]["working set"] < peaks[1]["working set"]

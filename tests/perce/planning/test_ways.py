@@ -126,10 +126,10 @@ def test_a_conversation_is_read_whole_or_reply_by_reply():
 def test_the_command_is_one_of_train():
     model = ModelConfig(model="a dir/m", lora_r=8, precision="bf16", load_in_4bit=True)
     step = replace(BIG, objective="lossce", activation_checkpointing=True, devices=2)
-    text = command(PlanOptions(model, step, MemoryConfig("none", 7)))
+    text = command(PlanOptions(model, step, MemoryConfig("none", mlp_tile=7)))
     run, *argv = shlex.split(text.replace("torchrun --nproc_per_node 2 -m perce.train", "train"))
     options = TRAIN.build(TRAIN.parse(argv).raw)
-    assert run == "train" and options.model == model and options.memory == MemoryConfig("none", 7)
+    assert run == "train" and options.model == model and options.memory == MemoryConfig("none", mlp_tile=7)
     assert (options.loss.objective, options.data.max_length, options.run.activation_checkpointing) == (
         "lossce",
         96,

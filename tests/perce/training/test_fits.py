@@ -19,7 +19,7 @@ from perce.train import main
 from perce.training import fits
 from perce.training.fits import check_fits, largest_step
 from tests.helpers import training
-from tests.helpers.replies import conversation
+from tests.helpers.replies import conversation, requests
 from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl
 
 pytestmark = pytest.mark.whole
@@ -51,7 +51,7 @@ def setting(tmp_path):
 def test_the_largest_step_is_that_of_the_longest_sequences(setting):
     config, args, _, _ = setting(per_device_train_batch_size=2)
     pairs = [pair(900, 12, 30)] * 2
-    plan = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)))
+    plan, _ = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)))
     batch, shape = collate(pairs), shape_of(plan)
     assert (shape.batch, shape.tokens) == tuple(batch["input_ids"].shape)
     assert (shape.sequences_cf, shape.tokens_cf) == tuple(batch["input_ids_cf"].shape)
@@ -61,7 +61,7 @@ def test_the_largest_step_is_that_of_the_longest_sequences(setting):
 def test_what_the_step_runs_is_planned(setting):
     def step(memory=None, **options):
         config, args, _, pairs = setting(**options)
-        return largest_step(replace(config, memory=memory or config.memory), args, pairs)
+        return largest_step(replace(config, memory=memory or config.memory), args, pairs)[0]
 
     assert step().computed.counterfactual and step().context == 942
     for loss in (LossConfig(objective="lossce"), LossConfig(estimate="frozen")):
@@ -73,7 +73,7 @@ def test_what_the_step_runs_is_planned(setting):
     assert unpadded.context == (942 + 80) // 2, "the two longest, one after the other"
     documents = Dataset.from_list([{"input_ids": [1] * 300, "windows": [[0, 300, 299]], "response_length": 299}])
     config, args, _, _ = setting(loss=LossConfig(objective="longce"))
-    plan = largest_step(config, args, SimpleNamespace(train=documents))
+    plan, _ = largest_step(config, args, SimpleNamespace(train=documents))
     assert (plan.objective, plan.context) == ("longce", 300)
 
 
@@ -82,14 +82,14 @@ def test_the_objective_of_the_run_is_planned(setting, name):
     for estimate, computed in (("online", name), ("frozen", "ce")):
         if estimate == "online" or OBJECTIVES[name].signal:
             config, args, model, pairs = setting(loss=LossConfig(name, estimate=estimate))
-            assert largest_step(config, args, pairs).computed is OBJECTIVES[computed]
+            assert largest_step(config, args, pairs)[0].computed is OBJECTIVES[computed]
             assert check_fits(config, args, model, pairs) is None
 
 
 def test_enough_close_and_too_little(setting, monkeypatch):
     monkeypatch.setattr(memory_there, "HELD_BY_LIBRARIES", 0)
     config, args, model, pairs = setting(per_device_train_batch_size=3)
-    peak = step_cost(model.config, PlanOptions(config.model, largest_step(config, args, pairs)), "cpu").memory.peak
+    peak = step_cost(model.config, PlanOptions(config.model, *largest_step(config, args, pairs)), "cpu").memory.peak
 
     def check(room, **run):
         monkeypatch.setattr(fits, "device_memory", lambda device: int(room))
@@ -158,7 +158,7 @@ def test_a_run_that_cannot_fit_stops_before_its_first_step(tmp_path, monkeypatch
 def test_planned_options_are_valid_for_any_pair(setting):
     config, args, _, _ = setting()
     for persona, query, response in [(0, 1, 30), (1, 1, 1), (5, 1, 200)]:
-        plan = largest_step(config, args, SimpleNamespace(train=Dataset.from_list([pair(persona, query, response)])))
+        plan, _ = largest_step(config, args, SimpleNamespace(train=Dataset.from_list([pair(persona, query, response)])))
         assert isinstance(plan, StepConfig)
 
 
@@ -182,7 +182,7 @@ def test_the_largest_step_of_conversations_is_what_a_batch_of_them_computes(sett
         talks = [conversation(n, number, thought, 60) for number, n in enumerate(replies)]
         talks.append(conversation(2, 9, thought, persona=5))
         pairs = [pair | {"example": 0} for talk in talks for pair in talk]
-        plan = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)), "branches")
+        plan, _ = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)), "branches")
         shape, batch = shape_of(plan), collate(pairs[first:last], sharing="branches")
         assert plan.branches == thought and plan.per_device_train_batch_size == 4
         assert len(shape.segments) == len(batch["spans"].spans)
@@ -198,15 +198,35 @@ def test_a_forward_of_many_short_talks_or_few_long_replies(setting):
     config, args, *_ = setting(per_device_train_batch_size=3)
     talk = conversation(3, 0, persona=60)
     alone = [pair(50, 20, 10) | {"conversation": number} for number in (7, 8, 9)]
-    plan = largest_step(
+    plan, _ = largest_step(
         config, args, SimpleNamespace(train=Dataset.from_list([p | {"example": 0} for p in talk + alone])), "branches"
     )
     assert (plan.context, plan.replies, plan.per_device_train_batch_size) == (80, 1, 3)
     budget = replace(config, run=RunConfig(tokens_per_batch=400))
     talks = [p | {"example": 0} for number in range(9) for p in conversation(3, number, persona=60)]
-    plan = largest_step(budget, args, SimpleNamespace(train=Dataset.from_list(talks)), "branches")
+    plan, _ = largest_step(budget, args, SimpleNamespace(train=Dataset.from_list(talks)), "branches")
     assert plan.replies == 3 and 250 < shape_of(plan).computed <= 400
-    assert largest_step(config, args, SimpleNamespace(train=Dataset.from_list(talks)), "none").replies == 1
+    assert largest_step(config, args, SimpleNamespace(train=Dataset.from_list(talks)), "none")[0].replies == 1
+
+
+@pytest.mark.parametrize("how", [{}, {"branches_per_forward": 1}, {"persona_grad": "none"}], ids=str)
+def test_the_largest_step_of_requests_is_what_a_batch_of_them_computes(setting, how):
+    memory = MemoryConfig(share_persona=4, **how)
+    config, args, *_ = setting(per_device_train_batch_size=8)
+    config = replace(config, memory=memory)
+    pairs = [
+        p for n, count in enumerate((8, 1, 3, 4)) for p in requests(count, persona=90 if count == 8 else 20, number=n)
+    ]
+    plan, planned = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)), "branches")
+    batch = collate(pairs[:8], sharing="branches", unit="persona", **how)  # the eight of one persona
+    shape = shape_of(plan, planned)
+    # They are drawn in two fours, which share what is the same where they meet.
+    assert (planned.share_persona, shape.personas, plan.per_device_train_batch_size) == (8, 1, 8)
+    assert shape.computed == pytest.approx(int((batch["uses"] > 0).sum()), rel=0.1)
+    assert abs(shape.rows - len(batch["target"])) < 8
+    for sharing in ("none", "chains"):
+        _, planned = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)), sharing)
+        assert planned.share_persona == (8 if sharing == "chains" and how else 0)
 
 
 def test_a_conversation_that_does_not_fit_is_told_in_replies(setting, monkeypatch):
