@@ -117,19 +117,22 @@ def step(model: Any, dealt: Sequence[Mapping[str, Any]]) -> float:
     return total
 
 
-def flops(config: Any, weights: int, pairs: Pairs, shared: bool) -> int:
-    """Floating-point operations of a step: of what is computed, and nothing for padding. weights: of the layers."""
-    from perce.data.dataset import conversations
+def flops(
+    config: Any, weights: int, pairs: Pairs, shared: bool, unit: Any = "conversation", detached: bool = False
+) -> int:  # fmt: skip
+    """Floating-point operations of a step: of what is computed, and nothing for padding. weights: of the layers;
+    detached: personas, which all begin at one place, have no backward."""
+    from perce.data.dataset import personas
     from perce.data.pairs import counterfactual_pieces
     from perce.data.sharing import segmented
     from perce.objectives import OBJECTIVES
     from perce.planning.flops import attention_flops
 
     units = [0] * len(pairs)
-    for number, indices in enumerate(conversations(pairs)):
-        for index in indices:
+    for number, of_unit in enumerate(personas(pairs, unit)):
+        for index in (index for indices in of_unit for index in indices):
             units[index] = number
-    total = 0
+    total, behind = 0, pairs[0]["persona_span"][1] if detached else 0
     for passes, sequences in (
         (3, [pair["input_ids"][:-1] for pair in pairs]),  # a forward, and a backward of twice that
         (1, [counterfactual_pieces(pair)[0][0][:-1] for pair in pairs]),
@@ -138,6 +141,8 @@ def flops(config: Any, weights: int, pairs: Pairs, shared: bool) -> int:
             before, length = segment.position, len(segment.ids)
             attention = attention_flops(config, before + length) - attention_flops(config, before)
             total += passes * (2 * weights * length + attention)
+            if passes == 3 and (without := max(behind - before, 0)):  # tokens of it that have a forward alone
+                total -= 2 * (2 * weights * without + attention_flops(config, behind) - attention_flops(config, before))
     rows = sum(pair["response_length"] for pair in pairs)
     products = 3 + OBJECTIVES["perce"].products
     return total + products * 2 * rows * config.hidden_size * config.vocab_size

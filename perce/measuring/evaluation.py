@@ -11,11 +11,11 @@ conversation (data.pairs.personal_word_spans: quoted facts; no paraphrase, no st
 """
 
 import contextlib
+import itertools
 import random
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,7 +109,7 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
             f"{without:,} examples without another's persona that fits: there is one user only, or it is too long"
         )
     size, tokens = options.model.batch_size, TOKENS_A_FORWARD[subject.device.type]
-    batches, number = [], count()
+    batches, number = [], itertools.count()
     for rows in batches_that_share([item.pair for item in items], subject.sharing, size, tokens):
         together = [items[row] for row in rows]
         groups = written_together(together, subject.sharing, size, tokens)
@@ -213,8 +213,13 @@ class Evaluator:
 
     @torch.no_grad()
     def replies(self, prompts: Sequence[list[int]], items: Sequence[Item]) -> list[str]:
-        """One reply a prompt, without its end-of-turn. Padding is on the left, but for what all prompts begin with, if
-        that is most of them: it is computed once."""
+        """One reply a prompt, without its end-of-turn."""
+        ends = {item.pair.input_ids[-1] for item in items} | {self.tokenizer.eos_token_id} - {None}
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in self.written(prompts, ends)]
+
+    def written(self, prompts: Sequence[list[int]], ends: Set[int]) -> list[list[int]]:
+        """Ids of one reply a prompt, up to the first of `ends`. Padding is on the left, but for what all prompts begin
+        with, if that is most of them: it is computed once."""
         width, common = max(map(len, prompts)), self._begins_all(prompts)
 
         def padded(prompt: list[int], padding: int) -> list[int]:
@@ -222,7 +227,6 @@ class Evaluator:
 
         ids = torch.tensor([padded(prompt, self._pad) for prompt in prompts], device=self.device)
         mask = torch.tensor([padded([1] * len(prompt), 0) for prompt in prompts], device=self.device)
-        ends = {item.pair.input_ids[-1] for item in items} | {self.tokenizer.eos_token_id} - {None}
         sampling: dict[str, Any] = {"do_sample": False}
         if self.options.temperature > 0:  # nothing but the temperature: no top-k, no top-p
             sampling = {"do_sample": True, "temperature": self.options.temperature, "top_k": 0, "top_p": 1.0}
@@ -236,12 +240,8 @@ class Evaluator:
             cache.filled = False  # each prompt goes on by itself
             cache.batch_repeat_interleave(len(prompts))
             given[CACHE_ARGUMENT] = cache
-        output = self.model.generate(**given)
-        written = []
-        for reply in output[:, width:].tolist():
-            end = next((place for place, token in enumerate(reply) if token in ends), len(reply))
-            written.append(self.tokenizer.decode(reply[:end], skip_special_tokens=True).strip())
-        return written
+        output = self.model.generate(**given)[:, width:].tolist()
+        return [list(itertools.takewhile(lambda token: token not in ends, reply)) for reply in output]
 
     def _begins_all(self, prompts: Sequence[list[int]]) -> int:
         """Tokens that all prompts begin with, where their keys and values are worth to be shared, else 0."""

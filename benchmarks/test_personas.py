@@ -1,0 +1,123 @@
+"""A persona once for all its requests: time against the ceiling of operations, memory, and replies that are written."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import personas, sharing
+from benchmarks.test_step import smollm2_135m
+from perce.config.schema import EvaluateConfig
+from perce.demo import default_model_path
+from perce.hub import load_tokenizer
+from perce.measuring.evaluation import Evaluator
+
+NEW_TOKENS = 32
+
+
+def ceiling(persona: int, detached: bool) -> float:
+    """How many times fewer operations a step of requests together has."""
+    model = smollm2_135m()
+    weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
+    pairs = personas.pairs_of(persona)
+    counts = [sharing.flops(model.config, weights, pairs, shared, "persona", detached) for shared in (False, True)]
+    return counts[0] / counts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("detached", [False, True], ids=["full", "none"])
+@pytest.mark.benchmark(group="eight requests of a persona of 2,048 tokens: a step")
+def test_requests_together_against_separately(benchmark, detached):
+    prefix, found = "none, " * detached, {}
+
+    def measure() -> None:
+        for name in ("one", "separate", "together", "one by one"):
+            found[name] = personas.measured_in_a_child(f"{prefix}{name}", 2048)
+
+    benchmark.pedantic(measure, rounds=1)
+    ratio, most = found["separate"]["seconds"] / found["together"]["seconds"], ceiling(2048, detached)
+    memory = {name: x["peak_extra_bytes"] / 2**20 for name, x in found.items()}
+    benchmark.extra_info |= {
+        "persona_grad": "none" if detached else "full", "ratio_to_separate": round(ratio, 2),
+        "flop_ceiling": round(most, 2), "share_of_ceiling": round(ratio / most, 3),
+        "seconds": {name: round(x["seconds"], 1) for name, x in found.items()},
+        "peak_extra_mib": {name: round(size) for name, size in memory.items()},
+    }  # fmt: skip
+    print(f"\n{dict(benchmark.extra_info)}")
+    for name in ("together", "one by one"):
+        assert found[name]["loss"] == pytest.approx(found["separate"]["loss"], rel=1e-4)
+    assert detached or ratio >= 0.85 * most
+    assert detached or memory["one by one"] <= 1.1 * memory["one"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["", "none, "], ids=["full", "none"])
+@pytest.mark.benchmark(group="eight requests of a persona of 8,192 tokens, checkpointed: a step")
+def test_a_long_persona(benchmark, way):
+    found = {}
+
+    def measure() -> None:
+        for name in ("one", "together", "one by one"):
+            found[name] = personas.measured_in_a_child(f"{way}{name}, checkpointing", 8192)
+
+    benchmark.pedantic(measure, rounds=1)
+    benchmark.extra_info |= {
+        "seconds": {name: round(x["seconds"], 1) for name, x in found.items()},
+        "peak_extra_mib": {name: round(x["peak_extra_bytes"] / 2**20) for name, x in found.items()},
+        "eight_separate_to_together": round(8 * found["one"]["seconds"] / found["together"]["seconds"], 2),
+        "flop_ceiling": round(ceiling(8192, bool(way)), 2),  # of steps without checkpointing
+    }  # fmt: skip
+    print(f"\n{dict(benchmark.extra_info)}")
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark(group="eight requests of a persona of 2,048 tokens: peak memory, checkpointed")
+def test_memory_is_no_higher_than_of_a_batch(benchmark):
+    """Checkpointed: a batch of eight whole sequences would else take more than 20 GB."""
+    found = {}
+
+    def measure() -> None:
+        for name in ("together", "batched"):
+            child = personas.measured_in_a_child(f"{name}, checkpointing", 2048)
+            found[name] = child["peak_extra_bytes"] / 2**20
+
+    benchmark.pedantic(measure, rounds=1)
+    benchmark.extra_info |= {"peak_extra_mib": {name: round(size) for name, size in found.items()}}
+    print(f"\n{dict(benchmark.extra_info)}")
+    assert found["together"] <= found["batched"]
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark(group="eight replies to a persona of 2,048 tokens: writing them")
+def test_replies_to_one_persona(benchmark):
+    """Greedy, of the default model; "batched" pads whole prompts to each other, as without sharing."""
+    model, tokenizer = smollm2_135m().eval(), load_tokenizer(str(default_model_path()))
+    pairs = personas.pairs_of(2048)
+    # Prompts of several lengths, so that there is padding.
+    prompts = [pair["input_ids"][: -personas.RESPONSE - 2 * place] for place, pair in enumerate(pairs)]
+    options = EvaluateConfig(temperature=0, max_new_tokens=NEW_TOKENS)
+    device, seconds, written = torch.device("cpu"), {}, {}
+    plain = Evaluator(model, tokenizer, device, options, {})
+    shared = Evaluator(model, tokenizer, device, options, {}, "branches")
+    calls = {
+        "separately": lambda: [plain.written([prompt], {0})[0] for prompt in prompts],
+        "batched": lambda: plain.written(prompts, {0}),
+        "shared": lambda: shared.written(prompts, {0}),
+    }
+
+    def measure() -> None:
+        for name, call in calls.items():
+            started = time.perf_counter()
+            written[name] = call()
+            seconds[name] = time.perf_counter() - started
+
+    shared.written(prompts[:2], {0})  # threads and primitives
+    benchmark.pedantic(measure, rounds=1)
+    benchmark.extra_info |= {
+        "new_tokens": NEW_TOKENS, "seconds": {name: round(x, 1) for name, x in seconds.items()},
+        "ratio_to_separate": round(seconds["separately"] / seconds["shared"], 2),
+        "ratio_to_batched": round(seconds["batched"] / seconds["shared"], 2),
+    }  # fmt: skip
+    print(f"\n{dict(benchmark.extra_info)}")
+    assert written["shared"] == written["separately"]
+    assert seconds["separately"] / seconds["shared"] >= 3
