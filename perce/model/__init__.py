@@ -2,6 +2,6 @@
 
 loading    precision, attention, LoRA, 4-bit bases   patch     the head and the model's own forward, taught PerCE
 passes     the two forward passes of a batch         head      what the head computes of them: a loss, or statistics
-prefill    the persona's keys and values, no grad    memory    MLPs in tiles, checkpointing, positions
+prefill    the persona by itself, requests behind    memory    MLPs in tiles, checkpointing, positions
 probe      running a model beside its training, on a few tokens
 """
