@@ -27,6 +27,7 @@ def ceiling(persona: int, detached: bool) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("detached", [False, True], ids=["full", "none"])
 @pytest.mark.benchmark(group="eight requests of a persona of 2,048 tokens: a step")
 def test_requests_together_against_separately(benchmark, detached):
@@ -59,6 +60,7 @@ def test_requests_together_against_separately(benchmark, detached):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("detached", [False, True], ids=["full", "none"])
 @pytest.mark.benchmark(group="eight requests of a persona of 2,048 tokens: peak memory")
 def test_memory_beside_one_request(benchmark, detached):
@@ -76,6 +78,7 @@ def test_memory_beside_one_request(benchmark, detached):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("way", ["", "none, "], ids=["full", "none"])
 @pytest.mark.benchmark(group="eight requests of a persona of 8,192 tokens, checkpointed: a step")
 def test_a_long_persona(benchmark, way):
@@ -96,6 +99,7 @@ def test_a_long_persona(benchmark, way):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.benchmark(group="eight requests of a persona of 2,048 tokens: peak memory, checkpointed")
 def test_memory_is_no_higher_than_of_a_batch(benchmark):
     """Checkpointed: a batch of eight whole sequences would else take more than 20 GB."""
@@ -113,6 +117,7 @@ def test_memory_is_no_higher_than_of_a_batch(benchmark):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.benchmark(group="eight replies to a persona of 2,048 tokens: writing them")
 def test_replies_to_one_persona(benchmark):
     """Greedy, of the default model; "batched" pads whole prompts to each other, as without sharing."""

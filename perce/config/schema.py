@@ -113,7 +113,8 @@ class DataConfig:
     )
     share: Literal["conversations", "none"] = _option(
         "conversations", "the replies of a conversation that are in one batch are computed together, what they have in "
-        "common once: the same numbers in a fraction of the time; none: each by itself",
+        "common once; in evaluate and score those of a persona: the same numbers in a fraction of the time; none: each "
+        "by itself",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -353,8 +354,8 @@ class InferenceConfig:
     )
     backend: Literal["auto", "triton", "torch", "reference"] = _option("auto", BACKEND)
     batch_size: int = _option(
-        8, "sequences per forward pass, at most; fewer where they are long; replies of a conversation that share what "
-        "they have in common (--share) are one",
+        8, "sequences per forward pass, at most; fewer where they are long; examples of a persona that share what they "
+        "have in common (--share) are one",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

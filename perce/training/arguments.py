@@ -396,7 +396,7 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
             return tokens >= replies * longest
         return tokens >= largest_batch(pairs, replies, sharing, config.memory)
 
-    at_least = config.memory.share_persona or 1
+    at_least = 1 if sharing == "none" else config.memory.share_persona or 1
     fitting = batch or max(next((replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies)), 1), at_least)
     if "per_device_eval_batch_size" not in config.extra:  # from what is saved: a resumed run evaluates as before
         args.per_device_eval_batch_size = fitting if run.tokens_per_batch else batch or fitting

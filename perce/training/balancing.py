@@ -38,7 +38,12 @@ class StepBalance:
 
 
 def check_balancing(args: PerceArguments) -> None:
-    """UserError for options under which the gradient of the load-balancing loss would be wrong."""
+    """UserError for options under which the gradient of the load-balancing loss would be wrong, or not known."""
+    if args.memory.branches_per_forward:
+        raise UserError(
+            "branches_per_forward: recomputes the forwards behind a persona, whose routers have been counted for the "
+            f"load-balancing loss, which the model's config or --router_aux_loss_coef asks for. Leave it out. {OFF}"
+        )
     if args.loss.normalize == "batch":
         raise UserError(
             "normalize=batch: scales the gradients at the end of a step, and those of the load-balancing loss, which "

@@ -224,8 +224,12 @@ def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, ma
     documents = "windows" in (getattr(dataset, "column_names", None) or ())
     if isinstance(dataset, PairStream):
         documents = isinstance(dataset.source.builder, DocumentBuilder)
-    if memory.on_trunks and documents:
-        option = "branches_per_forward" if memory.persona_grad == "full" else "persona_grad=none"
+    if (memory.on_trunks or memory.share_persona) and documents:
+        options = {
+            "persona_grad=none": memory.persona_grad == "none", "share_persona": memory.share_persona,
+            "branches_per_forward": memory.branches_per_forward,
+        }  # fmt: skip
+        option = next(name for name, given in options.items() if given)
         raise UserError(f"{name}: {option} needs rows with a persona, and these are documents. Leave it out.")
     longest = longest_sequence(dataset, max_length)
     limit = position_limit(config)

@@ -39,7 +39,7 @@ def shared_by(model: Any, args: Any, *datasets: Any) -> tuple[Sharing, str]:
     if args.neftune_noise_alpha:
         return "none", "the noise of neftune_noise_alpha follows the length of a row"
     if memory.on_trunks and router_of(model, args.loss.router_aux_loss_coef):
-        return "none", "behind a cached persona (persona_grad none) experts are balanced by each row's own tokens"
+        return "none", "behind a persona that is run by itself experts are balanced by each row's own tokens"
     chains_alone = {
         "FSDP and DeepSpeed place the weights later, so that branches cannot be tried": shards_weights(args),
         "packed, sequences are told apart by where they begin (packing)": args.packing,

@@ -220,6 +220,10 @@ def describe_sharing(trainer: PerceTrainer) -> None:
         else:
             who = "replies of a conversation"
         say(f"share  {who}, {how}{saved}")
+    if sharing == "none" and trainer.args.memory.share_persona > 1:
+        reason = (
+            reason or "no two prompts are the same through the persona's end, as where passages are picked for each"
+        )
     if reason:
         say(f"{'share  nothing' if sharing == 'none' else '       no more'}: {reason}")
 

@@ -140,6 +140,38 @@ def said(number, turns):
     return {"user_id": f"u{number}", "persona": ["I keep bees.", f"I am {number}."], "messages": messages}
 
 
+def test_a_persona_is_computed_once(train, tmp_path):
+    facts = [f"I keep {number} hives behind the old house, and sell honey on Saturdays." for number in range(9)]
+    rows = [
+        {"persona": [f"I am {user}.", *facts], "query": f"What did I do on day {day}?", "response": f"Number {day}."}
+        for user in range(6) for day in range(4)
+    ]  # fmt: skip
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = {"data": data, "max_steps": 2, "save_steps": 1, "share_persona": 4, "branches_per_forward": 1}
+    code, out, err = train(**options)
+    assert code == 0, err
+    assert "share  up to 4 requests of a persona, what they begin with: in " in out and " 0 of " in out
+    computed, needed = (
+        int(number.replace(",", ""))
+        for number in re.findall(r"([\d,]+) tokens (?:computed )?for ([\d,]+) tokens of examples", out)[-1]
+    )
+    assert computed < 0.5 * needed
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["step"] == "1 forward passes of 8 replies, personas shared"
+    again = {"model": None, "data": None, "precision": None, "max_steps": 3}
+    assert train("--resume", **again, branches_per_forward=2)[0] == 0, "it is the same step"
+    fails(train("--resume", **again, share_persona=2), "share_persona")
+    differing = [row | {"persona": [f"I am {number}."]} for number, row in enumerate(rows)]
+    other = {"data": write_jsonl(tmp_path / "differing.jsonl", differing), "output_dir": tmp_path / "other"}
+    code, out, err = train(**(options | other))
+    assert code == 0 and "share  nothing: no two prompts are the same through the persona's end" in out, err
+    documents = {
+        "data": write_jsonl(tmp_path / "documents.jsonl", [{"text": f"Bees {n}. " * 40} for n in range(9)]),
+        "objective": "ce",
+    }
+    fails(train(**documents, share_persona=2, output_dir=tmp_path / "text"), "share_persona needs rows with a persona")
+
+
 def test_conversations_are_computed_once(train, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", [said(number, 1 + number % 2) for number in range(10)])
     code, out, err = train(data=data, max_steps=2, save_steps=1, per_device_train_batch_size=6)

@@ -221,6 +221,10 @@ def test_a_step_that_was_given_up_is_forgotten():
 def test_what_cannot_be_right_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"normalize=batch: .*--router_aux_loss_coef 0"):
         one_step(tmp_path, model_for(architecture="mixtral"), loss={"normalize": "batch"})
+    memory = {"branches_per_forward": 1}
+    with pytest.raises(UserError, match=r"branches_per_forward: .*--router_aux_loss_coef 0"):
+        one_step(tmp_path, model_for(architecture="mixtral"), memory=memory)
+    one_step(tmp_path, model_for(architecture="mixtral"), memory=memory, loss={"router_aux_loss_coef": 0.0})
     off = {"normalize": "batch", "router_aux_loss_coef": 0.0}
     one_step(tmp_path, model_for(architecture="mixtral"), loss=off)
 
