@@ -247,8 +247,8 @@ class MemoryConfig:
         "full", "none: the prompt through the persona gives keys and values without a gradient, same loss"
     )
     share_persona: int = _option(
-        0, "up to so many requests of a user in one forward pass, which computes their persona once, where prompts are "
-        "the same through its end; 0: as --share has it",
+        0, "deal up to so many requests of a user together, in a forward pass that computes their persona once, where "
+        "prompts are the same through its end; 1: none; 0: as --share has it",
     )  # fmt: skip
     branches_per_forward: int = _option(
         0, "so many requests at a time behind the persona, which is computed by itself: the same gradient, in less "

@@ -112,12 +112,19 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
     batches, number = [], itertools.count()
     for rows in batches_that_share([item.pair for item in items], subject.sharing, size, tokens):
         together = [items[row] for row in rows]
-        groups = written_together(together, subject.sharing, size, tokens)
+        groups = written_together(together, continues(subject.model, subject.sharing), size, tokens)
         batches.append([Group(next(number), group) for group in groups])
     return Work(batches, notes)
 
 
-def written_together(items: Sequence[Item], sharing: Sharing, size: int, tokens: int) -> Iterator[list[Item]]:
+def continues(model: Any, sharing: Sharing) -> bool:
+    """Whether replies may be written on the keys and values of what their prompts begin with: a window would count the
+    padding behind it."""
+    kept = {type(layer) for layer in DynamicCache(config=unwrapped(model).config).layers}
+    return sharing == "branches" and kept == {DynamicLayer}
+
+
+def written_together(items: Sequence[Item], continued: bool, size: int, tokens: int) -> Iterator[list[Item]]:
     """Groups of at most `size`: those of a persona that is most of their prompts, whose keys and values they share, and
     what is left by length. Tokens whose keys and values alone are there count KEPT times less."""
     lengths = {item.index: item.pair.prompt_length for item in items}
@@ -127,7 +134,7 @@ def written_together(items: Sequence[Item], sharing: Sharing, size: int, tokens:
         of_persona.setdefault(item.pair.persona, []).append(item)
     for group in of_persona.values():
         longest = max(lengths[item.index] for item in group)
-        if sharing == "branches" and len(group) > 1 and 2 * group[0].pair.persona_span[1] >= longest:
+        if continued and len(group) > 1 and 2 * group[0].pair.persona_span[1] >= longest:
             yield from _by_length(group, lengths, size, KEPT * tokens)
         else:
             left += group
@@ -167,8 +174,7 @@ class Evaluator:
         # which are penalties of using the persona.
         model.generation_config = unwrapped(model).generation_config = GenerationConfig()
         self._pad = tokenizer.pad_token_id or 0
-        kept = {type(layer) for layer in DynamicCache(config=unwrapped(model).config).layers}
-        self._continues = sharing == "branches" and kept == {DynamicLayer}  # a window would count the padding
+        self._continues = continues(model, sharing)
 
     def evaluate(self, batch: Sequence[Group], done: Container[int]) -> Iterator[list[dict[str, Any]]]:
         """One record an item, of one group after the other, without those of the examples that are done."""

@@ -32,6 +32,7 @@ from perce.errors import UserError
 
 # The activations of a chunk and its mask (4 · PREFILL_CHUNK · T bytes) are the prefill's only memory beside the cache.
 PREFILL_CHUNK = 1024
+BY_ITSELF = "persona_grad=none, branches_per_forward"  # the options under which a persona runs by itself
 # What the models call their cache: transformers 5.24 renamed it.
 CACHE_ARGUMENT = (
     "cache" if "cache" in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -138,15 +139,15 @@ def _check_attention(model: Any, config: Any) -> None:
     kind = config._attn_implementation
     if kind not in ("sdpa", "eager", "flex_attention") and not kind.startswith("flash_attention"):
         raise UserError(
-            f"persona_grad=none with attn_implementation={kind}: it is not known whether that lines queries up with "
-            "the end of a longer row of keys. Use --attn_implementation sdpa or flash_attention_2."
+            f"{BY_ITSELF} with attn_implementation={kind}: it is not known whether that lines queries up with the "
+            "end of a longer row of keys. Use --attn_implementation sdpa or flash_attention_2."
         )
     layers = [type(layer) for layer in DynamicCache(config=model.config).layers]
     other = [layer.__name__ for layer in layers if layer not in (DynamicLayer, DynamicSlidingWindowLayer)]
     if other:
         raise UserError(
-            f"persona_grad=none: {config.model_type} has layers with a state of another kind than keys and values "
-            f"({other[0]}), which cannot be read without being changed. Use --persona_grad full."
+            f"{BY_ITSELF}: {config.model_type} has layers with a state of another kind than keys and values "
+            f"({other[0]}), which cannot be read without being changed. Leave them out."
         )
     if any(part.is_prompt_learning for part in getattr(model, "peft_config", {}).values()):
-        raise UserError("persona_grad=none: prefix tuning puts a cache of its own before the prompt. Use LoRA.")
+        raise UserError(f"{BY_ITSELF}: prefix tuning puts a cache of its own before it. Use LoRA.")

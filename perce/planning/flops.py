@@ -72,13 +72,13 @@ def count_flops(config: Any, setup: Setup, step: StepConfig, counts: Counts) -> 
     if shape.detached:  # the others have a backward; they attend to all
         kept, attention = behind, attention - of_personas
     backward = linear(kept, (1 + trains_all) * counts.linear + 2 * counts.adapter) + 2 * attention
+    in_one = shape.replies * shape.requests > 1 and not shape.together
+    row = kept if in_one else shape.tokens - shape.prefix
     # Of branches attention is, see model/branches.py.
     recomputation = again + _attention(config, [segment for segment in shape.segments if segment.path])
     if setup.checkpointing:
         recomputation += linear(kept, every - counts.not_recomputed) + attention
-    if (
-        0 < setup.memory.mlp_tile < (kept if shape.replies * shape.requests > 1 else shape.tokens - shape.prefix)
-    ):  # of a row
+    if 0 < setup.memory.mlp_tile < row:
         recomputation += linear(kept, counts.mlp - counts.not_recomputed)
     estimation = forward if shape.objective.over_step else 0  # its E-step has a factual pass too
     if shape.tokens_cf:

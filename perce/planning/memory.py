@@ -117,17 +117,18 @@ class PeakMemory:
 
 
 def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
-    """The last token of a sequence is a target only, in both passes. Behind a persona without a gradient conversations
-    are rows too, and branches sequences by themselves: planned as long as the longest."""
+    """The last token of a sequence is a target only, in both passes. Behind a persona that runs by itself a
+    conversation is planned as one sequence, of all its branches."""
     batch, accumulates = step.sequences, step.forwards > 1
     objective, tokens = step.computed, step.context - 1
     rows, prefix = step.per_device_train_batch_size * step.response, 0
     conversation: dict[str, int] = {}
+    copies = 0
     if options.share_persona > 1:
         persona = step.context - step.without_persona
         conversation = {"requests": options.share_persona, "persona": persona}
-    elif options.persona_grad == "none":
-        batch *= step.replies if step.branches else 1
+    elif options.on_trunks:
+        copies = (step.replies - 1) * (step.response - 1) * step.branches
     elif step.replies > 1:
         turn, branch = step.query + step.response, (step.response - 1) * step.branches
         conversation = {"replies": step.replies, "turn": turn, "branch": branch}
@@ -136,7 +137,7 @@ def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
         tokens_cf, sequences_cf = max(end - start for start, end, _ in windows) - 1, batch * len(windows)
         rows = batch * tokens
     else:
-        tokens_cf, sequences_cf = step.without_persona - 1, batch
+        tokens, tokens_cf, sequences_cf = tokens + copies, step.without_persona - 1 + copies, batch
         prefix = tokens - tokens_cf if options.on_trunks else 0
     return StepShape(
         batch, tokens, tokens_cf if objective.counterfactual else 0, rows, accumulates, sequences_cf, prefix,

@@ -348,7 +348,8 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
     if memory.share_persona > 1 and step.sharding == "none":
         one = int(not memory.branches_per_forward)
         yield changed(f"--branches_per_forward {one}", branches_per_forward=one)
-        yield changed("--share_persona 0", share_persona=0, branches_per_forward=0)
+        with_it = " --branches_per_forward 0" if memory.branches_per_forward else ""
+        yield changed(f"--share_persona 0{with_it}", share_persona=0, branches_per_forward=0)
     if step.replies > 1:  # of a batch of this many others, padded to the longest
         yield changed("--share none", replies=1, branches=False)
     if step.computed.products and not step.of_documents:  # a plan of cross-entropy is one of rows with a persona

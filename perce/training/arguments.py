@@ -123,10 +123,11 @@ class PerceArguments(TrainingArguments):
                 f"packing with {option}: behind a persona that is run by itself there is no padding, so there is "
                 "nothing to pack. Leave one of them out."
             )
-        if self.memory.share_persona and self.data.share == "none":
+        if self.memory.share_persona > 1 and (self.data.share == "none" or self.data.streaming):
+            why = "a stream is not dealt by persona" if self.data.streaming else "--share none lets none share"
             raise UserError(
-                f"share_persona: {self.memory.share_persona} requests that share their persona, and --share none lets "
-                "none share. Leave one of them out."
+                f"share_persona: {self.memory.share_persona} requests that share their persona, and {why}. Leave one "
+                "of them out."
             )
         if self.neftune_noise_alpha and self.loss.estimate == "online" and self.loss.entry.contrasts:
             raise UserError(

@@ -23,7 +23,7 @@ from perce.planning.plans import check_architecture, planned_variants, setup_of
 from perce.planning.tables import PHASE_NAMES
 from perce.training.parallel import shards_weights
 from perce.training.sampler import pieces
-from perce.training.shared import dealt_units
+from perce.training.shared import dealt_units, units
 
 # A share of the memory, above which the run stops; below DOUBTFUL nothing is said. On a GPU plans were within 0.4 % of
 # LoRA steps of one model, which is too little to be as strict by.
@@ -110,7 +110,7 @@ def _of_run(options: TrainOptions, args: Any, **lengths: Any) -> StepConfig:
 
 def _is_unpadded(options: TrainOptions) -> bool:
     """Whether sequences are not padded to the longest, though they share nothing."""
-    return options.run.packing or options.memory.persona_grad == "none"
+    return options.run.packing or options.memory.on_trunks
 
 
 def _of_conversations(options: TrainOptions, args: Any, dataset: Any, sharing: Sharing) -> dict[str, Any]:
@@ -153,18 +153,22 @@ def _of_personas(options: TrainOptions, args: Any, dataset: Any) -> tuple[dict[s
     lengths, budget = sequence_lengths(dataset), options.run.tokens_per_batch
     ends, responses = [end for _, end in dataset["persona_span"]], numbers(dataset, "response_length")
     most = len(lengths) if budget else args.per_device_train_batch_size
-    sizes = []
-    for piece in pieces(dealt_units(dataset, options.memory), most):
-        behind = sum(lengths[index] - ends[index] for index in piece)
-        sizes.append((max(ends[index] for index in piece) + behind, piece))
-    chosen = max(sizes)[1] if budget else _largest(sizes, most)
-    count, personas = len(chosen), len({dataset[index]["persona"] for index in chosen})
-    times = max(min(budget // max(sizes)[0], len(lengths) // count), 1) if budget else 1
+    if budget:
+        computed, chosen = max(
+            (unit.tokens, unit.indices) for unit in units(dataset, budget, "branches", options.memory)
+        )
+        times = max(min(budget // computed, len(lengths) // len(chosen)), 1)
+    else:
+        dealt = pieces(dealt_units(dataset, options.memory), most)
+        sizes = [(max(ends[i] for i in piece) + sum(lengths[i] - ends[i] for i in piece), piece) for piece in dealt]
+        chosen, times = _largest(sizes, most), 1
+    of_personas = {dataset[index]["persona"]: ends[index] for index in chosen}
+    count, personas = len(chosen), len(of_personas)
 
     def mean(values: Sequence[int]) -> int:
         return -(-sum(values) // count)
 
-    persona, rest = mean([ends[i] for i in chosen]), mean([lengths[i] - ends[i] for i in chosen])
+    persona, rest = -(-sum(of_personas.values()) // personas), mean([lengths[i] - ends[i] for i in chosen])
     response = mean([int(responses[i]) for i in chosen])
     requests, response = -(-count // personas), max(min(response, rest - 1), 1)
     step = {
@@ -214,7 +218,7 @@ def _remedies(
 ) -> str:
     """The options that would do, each alone, and that this run could take."""
     other = ["--objective", "--precision"]
-    if config.run.tokens_per_batch:
+    if config.run.tokens_per_batch or config.memory.share_persona:
         other.append("--per_device_train_batch_size")
     if config.run.packing or documents:
         other.append("--persona_grad")

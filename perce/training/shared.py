@@ -46,10 +46,17 @@ def shared_by(model: Any, args: Any, *datasets: Any) -> tuple[Sharing, str]:
         "branches would be compiled anew for each batch (torch_compile)": args.torch_compile,
     }
     if reason := next((why for why, so in chains_alone.items() if so), ""):
-        return "chains", reason
+        return _of_persona("chains", reason, memory)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):  # flash attention takes no fp32
         found = sharing_of(model)
-    return found_by_first(lambda: found)
+    return found_by_first(lambda: _of_persona(*found, memory))
+
+
+def _of_persona(sharing: Sharing, reason: str, memory: MemoryConfig) -> tuple[Sharing, str]:
+    """Requests of a persona are no chains: these share it where it runs by itself alone."""
+    if sharing == "chains" and memory.share_persona and not memory.on_trunks:
+        return "none", f"{reason}; without --share_persona, replies of a conversation share what they can"
+    return sharing, reason
 
 
 def has_shared(dataset: Any, memory: MemoryConfig) -> bool:
@@ -91,6 +98,8 @@ def units(dataset: Any, budget: int, sharing: Sharing, memory: MemoryConfig = WH
                pieces of as many as it holds, at least one
     """
     inputs, found = _inputs(dataset), []
+    if memory.on_trunks and sharing == "chains":  # persona and requests, one after the other
+        sharing = "branches"
     for indices in dealt_units(dataset, memory, seed):
         if sharing == "chains":
             segments, paths = _segmented(inputs, indices, sharing)
@@ -116,7 +125,9 @@ def _within(budget: int, indices: list[int], tokens_of: Callable[[list[int]], in
 
 def largest_batch(dataset: Any, replies: int, sharing: Sharing, memory: MemoryConfig = WHOLE) -> int:
     """Factual tokens, padding included, that a batch of so many examples has at most: of ReplyBatches where they share,
-    from what pieces of as many replies have at most; of a persona's requests, as they are drawn once."""
+    from what pieces of as many replies have at most. Of a persona's requests it is no bound: of one draw of them."""
+    if memory.on_trunks and sharing == "chains":
+        sharing = "branches"
     if sharing == "none":
         return replies * max(sequence_lengths(dataset))
     inputs, longest = _inputs(dataset), 0

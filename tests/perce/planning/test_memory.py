@@ -287,11 +287,13 @@ def test_replies_that_share_take_less():
     assert 1.3 * tree.memory.peak < separate.memory.peak, "a branch holds the keys and values that it reads"
 
 
-def test_behind_a_persona_without_a_gradient_branches_are_sequences():
-    for step, sequences in ((TALK, 2), (TREE, 6)):
+def test_behind_a_persona_without_a_gradient_a_conversation_is_one_sequence():
+    """Of all its branches: two replies but for their last token stand beside their copies."""
+    for step, copies in ((TALK, 0), (TREE, 2 * (16 - 1))):
         shape = shape_of(step, NONE)
-        assert (shape.batch, shape.sequences_cf, shape.replies) == (sequences, sequences, 1)
-        assert shape.tokens - shape.prefix == shape.tokens_cf == 3 * 24 - 1
+        assert (shape.batch, shape.sequences_cf, shape.replies) == (2, 2, 1)
+        assert shape.tokens - shape.prefix == shape.tokens_cf == 3 * 24 - 1 + copies
+        assert shape.prefix == 96 - 3 * 24
     assert planned(tiny_model("llama").config, NONE, **asdict(TALK)).memory.peak > 0
 
 
