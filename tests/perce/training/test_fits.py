@@ -229,6 +229,26 @@ def test_the_largest_step_of_requests_is_what_a_batch_of_them_computes(setting, 
         assert planned.share_persona == (8 if sharing == "chains" and how else 0)
 
 
+@pytest.mark.parametrize("long_ones", ["many requests", "one request"])
+def test_personas_of_very_different_length_are_planned_as_they_are(setting, long_ones):
+    """One user of 900 tokens with eight requests beside eight users of 30 with one, and the other way round."""
+    config, args, *_ = setting(per_device_train_batch_size=16)
+    config = replace(config, memory=MemoryConfig(share_persona=8))
+    many, one = (900, 30) if long_ones == "many requests" else (30, 900)
+    pairs = [*requests(8, persona=many), *(p for n in range(1, 9) for p in requests(1, persona=one, number=n))]
+    step, memory = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)), "branches")
+    computed = int((collate(pairs, sharing="branches", unit="persona")["uses"] > 0).sum())
+    assert shape_of(step, memory).computed == pytest.approx(computed, rel=0.15)
+
+
+def test_a_budget_cuts_requests_as_a_run_does(setting, budget=260):
+    config, args, *_ = setting()
+    config = replace(config, memory=MemoryConfig(share_persona=8), run=RunConfig(tokens_per_batch=budget))
+    pairs = Dataset.from_list([pair for number in range(4) for pair in requests(8, persona=90, number=number)])
+    step, memory = largest_step(config, args, SimpleNamespace(train=pairs), "branches")
+    assert memory.share_persona > 1 and 0.7 * budget < shape_of(step, memory).computed <= 1.1 * budget
+
+
 def test_a_conversation_that_does_not_fit_is_told_in_replies(setting, monkeypatch):
     monkeypatch.setattr(fits, "device_memory", lambda device: memory_there.HELD_BY_LIBRARIES + 2**20)
     config, args, model, _ = setting(per_device_train_batch_size=8)

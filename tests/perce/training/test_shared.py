@@ -56,6 +56,8 @@ def test_units_of_a_persona_are_computed_within_a_budget(budget=150):
         assert len({pairs[index]["persona"] for index in unit.indices}) == 1 and len(unit.indices) <= 3
         batch = collate([pairs[index] for index in unit.indices], sharing="branches", unit="persona")
         assert batch["input_ids"].numel() == unit.tokens <= budget
+    detached = MemoryConfig("none", share_persona=3)
+    assert units(pairs, budget, "chains", detached, seed=1) == found, "a persona and its requests, without branches too"
     for replies in (4, 8):
         bound = largest_batch(pairs, replies, "branches", MemoryConfig(share_persona=4))
         assert bound < 0.7 * largest_batch(pairs, replies, "none")
@@ -114,6 +116,10 @@ def test_whether_replies_are_shared():
     for memory, expected in ((MemoryConfig(share_persona=2), "branches"), (MemoryConfig(), "none")):
         assert shared_by(model, asked(memory=memory), users) == (expected, "")
     assert shared_by(model, asked(memory=MemoryConfig(share_persona=1)), several) == ("none", "")
+    sharing, why = shared_by(model, asked(memory=MemoryConfig(share_persona=2), torch_compile=True), users)
+    assert sharing == "none" and "torch_compile" in why and "without --share_persona" in why
+    one_by_one = MemoryConfig(share_persona=2, branches_per_forward=1)
+    assert shared_by(model, asked(memory=one_by_one, torch_compile=True), users)[0] == "chains"
     several_ways = shared_by(prepare_model(tiny_model("mixtral")), asked(memory=MemoryConfig(share_persona=2)), users)
     assert several_ways == ("branches", "")
     for options, reason in (

@@ -142,6 +142,7 @@ def test_options_of_the_trainers_loader_are_refused_where_conversations_are_deal
     [
         ({"per_device_train_batch_size": 4}, "share_persona: 8 requests .* has 4.*--per_device_train_batch_size of 8"),
         ({"data": ALONE}, "share_persona: 8 requests .*--share none"),
+        ({"data": DataConfig(streaming=True)}, "share_persona: 8 requests .*a stream"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last: "),
     ],
 )
