@@ -127,13 +127,13 @@ def continues(model: Any, sharing: Sharing) -> bool:
 def written_together(items: Sequence[Item], continued: bool, size: int, tokens: int) -> Iterator[list[Item]]:
     """Groups of at most `size`: those of a persona that is most of their prompts, whose keys and values they share, and
     what is left by length. Tokens whose keys and values alone are there count KEPT times less."""
-    lengths = {item.index: item.pair.prompt_length for item in items}
+    lengths = {item.index: len(item.pair.input_ids) for item in items}
     left: list[Item] = []
     of_persona: dict[int, list[Item]] = {}
     for item in items:
         of_persona.setdefault(item.pair.persona, []).append(item)
     for group in of_persona.values():
-        longest = max(lengths[item.index] for item in group)
+        longest = max(item.pair.prompt_length for item in group)
         if continued and len(group) > 1 and 2 * group[0].pair.persona_span[1] >= longest:
             yield from _by_length(group, lengths, size, KEPT * tokens)
         else:

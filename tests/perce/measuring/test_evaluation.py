@@ -47,7 +47,7 @@ def test_left_padding_does_not_change_a_reply():
 def test_a_persona_that_is_read_once_does_not_change_a_reply(architecture, monkeypatch):
     """Gemma's windows would count the padding behind the persona: it is read with each request there."""
     model, tokenizer = prepare_model(tiny_model(architecture)), tiny_tokenizer()
-    persona = ("I keep bees in three old hives behind the house.", "I sell honey on Saturdays, in small jars.")
+    persona = tuple(f"I keep bees in {number} old hives, and sell honey on Saturdays." for number in range(9))
     examples = [
         replace(example, persona=persona if index < 4 else example.persona, source=f"row {index}")
         for index, example in enumerate(demo_examples(6))

@@ -83,15 +83,15 @@ def test_requests_that_would_share_the_wrong_persona(tmp_path, monkeypatch, memo
     owner, name = patched
     own = getattr(owner, name)
 
-    def one_token_less(first, second, **kwargs):
+    def one_token_off(first, second, **kwargs):
         if name != "_seen":
-            return own(first, second[:, 1:], **kwargs)
+            return own(first, second.roll(1, 1), **kwargs)
         seen = own(first, second)
         return [(seen[0][0], seen[0][1] - 1), *seen[1:]] if len(seen) > 1 and torch.is_grad_enabled() else seen
 
     args = arguments(tmp_path, max_steps=1, memory=MemoryConfig(share_persona=2, **memory))
     assert trainer_for(tiny_model(), args, requests(4)).sharing == "branches"
-    monkeypatch.setattr(owner, name, one_token_less)
+    monkeypatch.setattr(owner, name, one_token_off)
     with pytest.raises(UserError, match=rf"with {option}, .*Without, a.*: leave {option} out"):
         trainer_for(tiny_model(), args, requests(4))
 

@@ -24,7 +24,7 @@ PAIRS = [
     )
 ]
 REQUESTS = [
-    pair | {"example": index}
+    pair | {"example": index, "personal": [False, True] + [False] * (pair["response_length"] - 2)}
     for index, pair in enumerate(pair for n, count in enumerate((8, 3, 7, 1, 5)) for pair in requests(count, number=n))
 ]
 ALONE = DataConfig(share="none")
@@ -203,11 +203,18 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
         close(found, by_ranks(tmp_path / "one", name, 1))
 
 
-def by_ranks(directory, estimate, ranks):
+OF_RANKS = {
+    "online": {"pairs": PAIRS[:-1]},
+    "epoch": {"pairs": PAIRS[:-1], "of_loss": {"estimate": "epoch"}},
+    "persona": {"pairs": REQUESTS, "memory": MemoryConfig(share_persona=4, branches_per_forward=2)},
+}
+
+
+def by_ranks(directory, way, ranks):
     """Weights after two epochs of steps of two batches, and numbers of an evaluation."""
     made = trainer(
-        directory, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2 // ranks, pairs=PAIRS[:-1],
-        of_loss={"estimate": estimate}, per_device_eval_batch_size=4,
+        directory, max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=2 // ranks,
+        per_device_eval_batch_size=4, **OF_RANKS[way],
     )  # fmt: skip
     assert made.sharing == "branches"
     found = steps(made)[1]
@@ -218,7 +225,7 @@ def by_ranks(directory, estimate, ranks):
 
 if __name__ == "__main__":  # one rank
     torch.set_num_threads(1)
-    results = {estimate: by_ranks(Path(sys.argv[1]) / "two", estimate, 2) for estimate in ("online", "epoch")}
+    results = {way: by_ranks(Path(sys.argv[1]) / "two", way, 2) for way in OF_RANKS}
     if torch.distributed.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]) / "result.pt")
     end_rank()
