@@ -32,7 +32,7 @@ from perce.data.sharing import (
     Spans,
     Trunk,
     Trunks,
-    Unit,
+    UnitKind,
     places,
     segmented,
     segmented_on_trunks,
@@ -44,7 +44,7 @@ Batch = dict[str, Any]
 
 def collate(
     pairs: Sequence[Mapping[str, Any]], pad_id: int = 0, packing: bool = False, sharing: Sharing = "none",
-    unit: Unit = "conversation", persona_grad: str = "full", branches_per_forward: int = 0,
+    unit: UnitKind = "conversation", persona_grad: str = "full", branches_per_forward: int = 0,
 ) -> Batch:  # fmt: skip
     """Columns of Pair → tensors.
 

@@ -27,7 +27,7 @@ from perce.data.documents import DocumentBuilder
 from perce.data.pairing import PERCE, Builder, PairSource, make_builder
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Document, Examples, Record
-from perce.data.sharing import Unit
+from perce.data.sharing import UnitKind
 from perce.data.sources import Source
 from perce.data.workers import tables
 from perce.errors import UserError, in_one_line
@@ -166,7 +166,7 @@ def conversations(dataset: Any) -> list[list[int]]:
     return [indices for persona in personas(dataset, "conversation") for indices in persona]
 
 
-def personas(dataset: Any, unit: Unit = "persona") -> list[list[list[int]]]:
+def personas(dataset: Any, unit: UnitKind = "persona") -> list[list[list[int]]]:
     """Of each persona its conversations, as indices of their pairs; of unit "conversation" each by itself."""
     together: dict[Any, dict[Any, list[int]]] = {}
     for index, keys in enumerate(zip(*(_keys(dataset, name) for name in (unit, "conversation")), strict=True)):

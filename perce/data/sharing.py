@@ -31,7 +31,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 Sharing = Literal["none", "chains", "branches"]
-Unit = Literal["conversation", "persona"]
+UnitKind = Literal["conversation", "persona"]
 """Whose sequences share: columns of the pairs."""
 Path = tuple[tuple[int, int], ...]
 """Segments, and how many of the first tokens of each."""

@@ -43,7 +43,7 @@ from perce.model.probe import decoder_of, unwrapped
 from perce.objectives import OBJECTIVES
 
 PERCE = OBJECTIVES["perce"].weighting()
-KEPT = 4  # tokens of keys and values for one that is computed, of which much more is alive
+KEPT = 4  # tokens of which only keys and values are held count as one that is computed, which holds far more
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,11 @@ def continues(model: Any, sharing: Sharing) -> bool:
 
 
 def written_together(items: Sequence[Item], continued: bool, size: int, tokens: int) -> Iterator[list[Item]]:
-    """Groups of at most `size`: those of a persona that is most of their prompts, whose keys and values they share, and
-    what is left by length. Tokens whose keys and values alone are there count KEPT times less."""
+    """Groups of at most `size` items and, of whole sequences, `tokens`.
+
+    Items of one persona are a group where it is at least half of each prompt and replies are `continued` on its keys
+    and values: these may have KEPT × tokens. The others are grouped by length.
+    """
     lengths = {item.index: len(item.pair.input_ids) for item in items}
     left: list[Item] = []
     of_persona: dict[int, list[Item]] = {}

@@ -103,14 +103,15 @@ def _segment_by_segment(own: Attention, name: str) -> Attention:
             )
             return own(module, queries, keys, values, mask, *args, **kwargs)[0]
 
-        # Each branch would keep its own copy of its path's keys and values for backward, of some of all heads.
+        # Not recomputed, each branch would keep a copy of its path's keys and values for backward, and sdpa under a
+        # mask one for every query head. Tensors are arguments: what a closure holds, a checkpoint keeps alive.
         recomputed = functools.partial(checkpoint, of_segment, use_reentrant=False, preserve_rng_state=False)
         for span in spans.spans:
             seen = [(start - lost, end - lost) for start, end in _seen(span, window)]
             queries = query[:, :, span.start - spans.before : span.end - spans.before]
             mask = _mask(spans, name, queries, sum(end - start for start, end in seen), window)
             run = recomputed if len(seen) > 1 and torch.is_grad_enabled() else of_segment
-            outputs.append(run(queries, key, value, seen, mask))  # what a closure held, no checkpoint would let go
+            outputs.append(run(queries, key, value, seen, mask))
         return torch.cat(outputs, dim=1), None
 
     attention.perce = True  # type: ignore[attr-defined]

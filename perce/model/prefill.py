@@ -55,8 +55,8 @@ class PrefixCache(DynamicCache):
 
 
 class Recorder(DynamicCache):
-    """Keeps the keys and values of a forward over a whole trunk, and is empty for it: a layer that is recomputed finds
-    it as it was."""
+    """Records the keys and values of a forward over a whole trunk. To that forward it is an empty cache, so that a
+    layer which is recomputed in backward computes the same again."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from perce.data.batch import Batch
-from perce.data.sharing import Unit
+from perce.data.sharing import UnitKind
 from perce.errors import UserError, in_one_line
 from perce.model import prefill
 from perce.model.memory import checkpointed, tiles_of
@@ -54,7 +54,7 @@ class Manner:
     tiles: bool = False
     of_batches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By the options in use that decide how a batch is made, what to collate with that leaves one out."""
-    unit: Unit | None = None  # whose tokens are shared
+    unit: UnitKind | None = None  # whose tokens are shared
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:
@@ -127,7 +127,7 @@ def _with(options: Mapping[str, Any]) -> str:
     return f", with {', '.join(options)}" if options else ""
 
 
-def made_up_pairs(model: Any, unit: Unit | None) -> list[dict[str, Any]]:
+def made_up_pairs(model: Any, unit: UnitKind | None) -> list[dict[str, Any]]:
     """Pairs, as data.pairs makes them, of token ids from all over the vocabulary: two of different lengths; where those
     of a unit share, two more that are a chain and a branch of the first; of a persona, another request too."""
     vocabulary = vocabulary_of(model)

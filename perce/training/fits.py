@@ -50,7 +50,7 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any, sharing:
     room = available - held_by_libraries(device, setup.low_precision)
     if needed.peak <= DOUBTFUL * room:
         return None
-    said = _said(planned.step, needed, available, available - room)
+    said = _said(planned, needed, available, available - room)
     if needed.peak <= IMPOSSIBLE[device] * room:
         return f"{said} That is close."
     documents = "persona_span" not in pairs.train.column_names
@@ -201,11 +201,13 @@ def _is_planned(config: TrainOptions, args: Any, model_config: Any) -> bool:
     )
 
 
-def _said(step: StepConfig, needed: PeakMemory, available: int, held: int) -> str:
+def _said(planned: PlanOptions, needed: PeakMemory, available: int, held: int) -> str:
+    step, memory = planned.step, planned.memory
     libraries = f", of which libraries take {held / GIB:,.1f}" if held else ""
     tokens = f"{step.per_device_train_batch_size} × {step.context:,} tokens"
-    if step.replies > 1:
-        tokens = f"{step.per_device_train_batch_size} replies in {shape_of(step).computed:,} tokens"
+    if step.replies > 1 or memory.share_persona > 1:
+        what = "requests" if memory.share_persona > 1 else "replies"
+        tokens = f"{step.per_device_train_batch_size} {what} in {shape_of(step, memory).computed:,} tokens"
     return (
         f"The largest step, {tokens} per forward pass, takes about "
         f"{needed.peak / GIB:,.1f} GiB (in the {PHASE_NAMES[needed.peak_phase][1]}), and {available / GIB:,.1f} GiB "

@@ -241,6 +241,15 @@ def test_personas_of_very_different_length_are_planned_as_they_are(setting, long
     assert shape_of(step, memory).computed == pytest.approx(computed, rel=0.15)
 
 
+def test_requests_that_do_not_fit_are_told_as_such(setting, monkeypatch):
+    monkeypatch.setattr(fits, "device_memory", lambda device: memory_there.HELD_BY_LIBRARIES + 2**20)
+    config, args, model, _ = setting(per_device_train_batch_size=8)
+    config = replace(config, memory=MemoryConfig(share_persona=8))
+    pairs = SimpleNamespace(train=Dataset.from_list(requests(8, persona=90)))
+    with pytest.raises(UserError, match=r"The largest step, 8 requests in \d+ tokens per forward pass, takes"):
+        check_fits(config, args, model, pairs, "branches")
+
+
 def test_a_budget_cuts_requests_as_a_run_does(setting, budget=260):
     config, args, *_ = setting()
     config = replace(config, memory=MemoryConfig(share_persona=8), run=RunConfig(tokens_per_batch=budget))
