@@ -1,9 +1,12 @@
 """A few rehearsed layers tell what all take; what is alive when."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from perce.config.schema import MemoryConfig
 from perce.model.prefill import prefill
 from perce.planning import rehearsal
 from perce.planning.live import Rehearsed
@@ -49,6 +52,24 @@ def test_a_few_layers_tell_what_branches_take(checkpointing):
     shape = StepShape(2, 70, 50, 12, accumulates=False, replies=3, turn=12, branch=4)
     setup = Setup(LORA, False, checkpointing)
     assert rehearse(config, setup, shape) == rehearse_depth(config, setup, shape)
+
+
+@pytest.mark.parametrize(
+    ("options", "checkpointing", "accumulates"), [(LORA, False, False), (LORA, True, False), (FULL, True, True)]
+)
+@pytest.mark.parametrize(
+    "memory", [MemoryConfig(branches_per_forward=1), replace(NONE, branches_per_forward=1)], ids=["full", "none"]
+)
+def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, checkpointing, accumulates):
+    """Whose backward ends before that of the persona begins, with the persona's keys, values and their gradients."""
+    config = tiny_model("llama", num_hidden_layers=8).config
+    shape = StepShape(
+        3, 230, 30, 9, accumulates, prefix=200, detached=memory.persona_grad == "none", requests=3, persona=200,
+        together=1,
+    )  # fmt: skip
+    setup = Setup(options, False, checkpointing, memory)
+    few, every = (_bytes(found(config, setup, shape)) for found in (rehearse_depth, rehearse))
+    assert few == pytest.approx(every, rel=0.01)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
