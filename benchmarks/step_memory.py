@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
 
 STEPS = 2
+HEADER = 4  # tokens of a prompt before its persona
 
 Spec = dict[str, Any]
 """The options of `python -m perce.plan`; "model" has a config's fields, its model_type among them."""
@@ -57,7 +58,7 @@ def train(spec: Spec) -> tuple[int, float]:
             directory, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=STEPS,
             bf16=spec["precision"] == "bf16", per_device_train_batch_size=batch, dataloader_pin_memory=False,
             gradient_accumulation_steps=accumulation, loss=LossConfig(objective=spec["objective"]),
-            memory=MemoryConfig(persona_grad=spec["persona_grad"], mlp_tile=spec["mlp_tile"]),
+            memory=MemoryConfig(**{name: spec[name] for name in MemoryConfig.__dataclass_fields__ if name in spec}),
             **(how if spec["activation_checkpointing"] else {}),
         )  # fmt: skip
         trainer = PerceTrainer(
@@ -87,19 +88,22 @@ def make_model(spec: Spec) -> Any:
 
 def pairs(spec: Spec, count: int) -> list[dict[str, Any]]:
     """Token pairs, of several replies those of whole conversations: the persona is what queries and responses leave of
-    the context. With branches a reply that is the last one has ids of its own."""
+    the context. With branches a reply that is the last one has ids of its own; under share_persona so have requests."""
     response, replies, vocabulary = spec["response"], spec["replies"], spec["model"]["vocab_size"]
-    turn = response + spec["query"]
+    turn, sharing = response + spec["query"], spec.get("share_persona") or 1
     persona = spec["context"] - replies * turn
 
     def pair(row: int) -> dict[str, Any]:
         conversation, reply = divmod(row, replies)
-        ids = [(7 * i + conversation) % vocabulary for i in range(persona + turn * (reply + 1))]
+        ids = [(7 * i + conversation // sharing) % vocabulary for i in range(persona + turn * (reply + 1))]
+        if sharing > 1:
+            ids[HEADER + persona :] = [(i + 1 + row) % vocabulary for i in ids[HEADER + persona :]]
         if spec["branches"]:
             ids[-response:] = [(i + 1) % vocabulary for i in ids[-response:]]
         return {
-            "input_ids": ids, "persona_span": [4, 4 + persona], "response_length": response,
+            "input_ids": ids, "persona_span": [HEADER, HEADER + persona], "response_length": response,
             "personal": [False] * response, "passages": [], "example": row, "conversation": conversation,
+            "persona": conversation // sharing,
         }  # fmt: skip
 
     return [pair(row) for row in range(count)]

@@ -28,6 +28,7 @@ GEMMA3 = {
 }  # fmt: skip
 MIB = 2**20
 
+PERSONA = {"query": 32, "response": 96, "share_persona": 8, "per_device_train_batch_size": 8}
 CONVERSATION = {"query": 32, "response": 32, "replies": 8, "per_device_train_batch_size": 8}
 
 
@@ -67,6 +68,20 @@ SPECS = {
     "qwen3-lora-fp32-1024-8-branches": spec(QWEN3, 1024, 16, "fp32", False, **CONVERSATION, branches=True),
     "qwen3-lora-bf16-1024-checkpointed-8-branches": spec(QWEN3, 1024, 16, "bf16", True, **CONVERSATION, branches=True),
     "gemma3-lora-fp32-1024-8-branches": spec(GEMMA3, 1024, 16, "fp32", False, **CONVERSATION, branches=True),
+} | {
+    f"{name}-8-requests{name_of}": spec(*given, **PERSONA, **how)
+    for name, given in (
+        ("smollm2-lora-fp32-2048", (LLAMA, 2048, 16, "fp32", False)),
+        ("smollm2-full-fp32-4096-checkpointed", (LLAMA, 4096, 0, "fp32", True)),
+        ("qwen3-lora-bf16-4096-checkpointed", (QWEN3, 4096, 16, "bf16", True)),
+        ("qwen3-full-fp32-2048-accumulated", (QWEN3, 2048, 0, "fp32", False)),
+    )
+    for name_of, how in (
+        ("", {}),
+        ("-one-by-one", {"branches_per_forward": 1}),
+        ("-none", {"persona_grad": "none"}),
+        ("-none-one-by-one", {"persona_grad": "none", "branches_per_forward": 1}),
+    )
 }
 
 QUICK = ("smollm2-full-fp32-1024", "qwen3-lora-bf16-2048-checkpointed", "gemma3-lora-bf16-1024")

@@ -251,8 +251,8 @@ class MemoryConfig:
         "prompts are the same through its end; 1: none; 0: as --share has it",
     )  # fmt: skip
     branches_per_forward: int = _option(
-        0, "so many requests at a time behind the persona, which is computed by itself: the same gradient, in less "
-        "memory; 0: all together",
+        0, "so many requests at a time behind the persona, which is computed by itself: the same gradient, without "
+        "activation_checkpointing in less memory; 0: all together",
     )  # fmt: skip
     mlp_tile: int = _option(0, "run each MLP on so many tokens at a time, recomputed in backward; 0: on all at once")
     activation_offload: bool = _option(

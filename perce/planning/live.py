@@ -39,11 +39,23 @@ class Rehearsed:
     """What a rehearsal found, in bytes."""
 
     phases: dict[str, Phase] = field(default_factory=dict)
-    """By name, in the order in which they began."""
+    """By name, in the order in which they began; a name may have a part of its own after a "/"."""
     parts: dict[str, int] = field(default_factory=dict)
     """What the attention or MLP of one layer, in the forward, has alive at most beyond its input; by module name."""
     offloaded: int = 0
     """Checkpoints in host memory."""
+    cached: int = 0
+    """Keys and values of one persona that runs by itself."""
+
+    @property
+    def largest(self) -> dict[str, Phase]:
+        """Of phases that have one name before a "/" the one with the highest peak, by that name."""
+        found: dict[str, Phase] = {}
+        for name, phase in self.phases.items():
+            known = found.setdefault(name.partition("/")[0], phase)
+            if phase.peak.alive > known.peak.alive:
+                found[name.partition("/")[0]] = phase
+        return found
 
 
 class Live(TorchDispatchMode):
@@ -53,7 +65,7 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.found = Rehearsed()
         self._bytes = self._peak = self._gradients = 0
-        self._phase = ""
+        self.phase = ""
         self._alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,8 +83,8 @@ class Live(TorchDispatchMode):
         weakref.finalize(storage, self._release, key)
         self._bytes += storage.nbytes()
         self._peak = max(self._peak, self._bytes)
-        if self._phase and self._bytes > self.found.phases[self._phase].peak.alive:
-            self.found.phases[self._phase] = self.found.phases[self._phase]._replace(peak=self._now)
+        if self.phase and self._bytes > self.found.phases[self.phase].peak.alive:
+            self.found.phases[self.phase] = self.found.phases[self.phase]._replace(peak=self._now)
 
     def _release(self, key: int) -> None:
         self._bytes -= self._alive.pop(key)
@@ -88,15 +100,18 @@ class Live(TorchDispatchMode):
 
     def enter(self, phase: str) -> None:
         """Begin a phase: what is alive now is its start. Called again, as a recomputation does, it goes on."""
-        self._phase = phase
+        self.phase = phase
         self.found.phases.setdefault(phase, Phase(self._now, self._now))
+
+    def has_been(self, phase: str) -> bool:
+        return phase in self.found.phases
 
     def forget(self) -> None:
         """Begin anew, with what is alive now."""
         self.found = Rehearsed()
 
     def leave(self) -> None:
-        self._phase = ""
+        self.phase = ""
 
     def count_gradient(self, parameter: Tensor) -> None:
         self._gradients += parameter.numel() * parameter.itemsize

@@ -159,7 +159,7 @@ def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, dev
             "working set": phase.working_set,
             "loss buffers": loss_buffers(config, setup, shape, counts, device) if name == "head" else 0,
         }
-        for name, phase in rehearsed.phases.items()
+        for name, phase in rehearsed.largest.items()
     }
     trained_bytes = 4 * counts.trained
     nothing = {"activations": 0, "working set": 0, "loss buffers": 0}

@@ -4,12 +4,13 @@
     rehearse         both passes, the loss and the backward on fake tensors; allocations and releases are counted
     rehearse_depth   the same for a few layers only, carried on to the model's depth
 
-A step is a sequence of phases: "counterfactual", "persona" (the prefill of persona_grad="none"), "forward", "head",
-"last layer" (the first whose backward runs) and "first layer". The bytes at the start and at the peak of each are
-affine in the number of layers of each kind: what one more layer adds is the difference of two rehearsals. Backward is
-the exception (activations fall while gradients grow, and their sum is largest at an end), so its last and its first
-layer are phases of their own. Fake tensors show what operators return, not what they allocate inside: memory.py adds
-the buffers of the loss.
+A step is a sequence of phases: "counterfactual", "persona" (that runs by itself), "forward", "head", "last layer" (the
+first whose backward runs) and "first layer". The bytes at the start and at the peak of each are affine in the number of
+layers of each kind: what one more layer adds is the difference of two rehearsals. Where two moments with unlike slopes
+compete, they are phases of their own, such as "last layer/recomputed first": activations fall in backward while
+gradients grow, and their sum is largest at an end; requests that are recomputed after others find these others'
+gradients; the backward of a persona that runs by itself comes after theirs. Fake tensors show what operators return,
+not what they allocate inside: memory.py adds the buffers of the loss.
 """
 
 import copy
@@ -51,7 +52,9 @@ from perce.objectives import OBJECTIVES, HeadCall, Objective
 from perce.planning.four_bit import quantised
 from perce.planning.live import Live, Moment, Phase, Rehearsed
 
-OFFLOADED = ("forward", "head", "last layer", "first layer")
+RECOMPUTED = ("last layer/recomputed first", "last layer/recomputed then")
+PERSONAS_BACKWARD = ("persona's backward/last layer", "persona's backward/first layer")
+OFFLOADED = {"forward", "head", "last layer", *RECOMPUTED, "first layer", *PERSONAS_BACKWARD}
 """In which the inputs of checkpointed layers are in host memory, under activation_offload."""
 
 
@@ -203,31 +206,35 @@ def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     """`rehearse` of all layers, from stacks that hold each kind of layer once, and once more for what it adds. A peak
     in the middle is taken as if all layers of a kind came before it: a few checkpoints too high.
 
-    With activation_offload a layer adds its gradients and its part of the prefix cache, and its input is in host
-    memory. What is on its way there is as much as the shallow stack has. Not measured.
+    With activation_offload a layer's input is in host memory, and what it adds are gradients, and the keys and values
+    of personas that run by themselves; in backward also the gradient of one persona's. What is on its way there is as
+    much as the shallow stack has. Not measured.
     """
     kinds = layer_kinds(config)
     between = [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in (kinds[0], kinds[-1])]
     base = [0, *between, len(kinds) - 1] if len(kinds) > 1 else [0]
     shallow = rehearse(cut(config, base), setup, shape)
-    phases, offloaded = dict(shallow.phases), 0
+    phases, offloaded, cached = dict(shallow.phases), 0, shallow.cached
     present = Counter(kinds[index] for index in base)
     for kind, count in Counter(kinds).items():
         if more := count - present[kind]:
             stack = [0, kinds.index(kind), *base[1:]]
             deeper = rehearse(cut(config, stack), setup, shape)
             added: dict[str, Phase] = tree_map(sub, deeper.phases, shallow.phases)
+            keys_and_values = deeper.cached - shallow.cached
+            cached += more * keys_and_values
             if setup.memory.activation_offload:
-                prefix = shape.personas * added["forward"].start.alive
-                offloaded += more * (added["head"].start.alive - prefix)
-                added |= {name: _offloaded(added[name], prefix) for name in OFFLOADED}
+                offloaded += more * (added["head"].start.alive - shape.personas * keys_and_values)
+                for name in OFFLOADED & added.keys():
+                    gradient = not shape.detached and name not in ("forward", "head")
+                    added[name] = _offloaded(added[name], (shape.personas + gradient) * keys_and_values)
             phases = tree_map(lambda total, layer, layers=more: total + layers * layer, phases, added)
-    return Rehearsed(phases, shallow.parts, offloaded)
+    return Rehearsed(phases, shallow.parts, offloaded, cached)
 
 
-def _offloaded(added: Phase, prefix: int) -> Phase:
-    """What a layer adds to a phase when its input is elsewhere: gradients, and its part of the prefix cache."""
-    moments = (Moment(prefix + moment.gradients, moment.gradients) for moment in (added.start, added.peak))
+def _offloaded(added: Phase, keys_and_values: int) -> Phase:
+    """What a layer adds to a phase when its input is elsewhere."""
+    moments = (Moment(keys_and_values + moment.gradients, moment.gradients) for moment in (added.start, added.peak))
     return Phase(*moments)
 
 
@@ -315,6 +322,8 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         rests, length = [], shape.tokens - shape.prefix
 
         def behind(cache: PrefixCache, requests: int) -> Tensor:  # as hidden_on_trunks
+            again = live.has_been("last layer")
+            live.enter(RECOMPUTED[live.has_been(RECOMPUTED[0])] if again else "forward")
             if shape.requests == 1:
                 return hidden(1, length, **{CACHE_ARGUMENT: cache})
             spans = Spans.behind(shape.prefix, [length] * requests)
@@ -326,9 +335,13 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         for _ in range(shape.personas):
             live.enter("persona")
             ids = torch.zeros(1, shape.prefix, dtype=torch.int64)
-            detached = shape.detached
-            cache = _prefix_cache(decoder, shape.prefix) if detached else prefill_with_gradient(decoder, ids)
-            live.enter("forward")
+            if shape.detached:
+                cache = _prefix_cache(decoder, shape.prefix)
+            else:
+                cache = prefill_with_gradient(decoder, ids)
+                last: Any = cache.layers[-1]  # its keys have their gradient once all that is behind them is through
+                last.keys.register_hook(lambda _: live.enter(PERSONAS_BACKWARD[0]))
+            live.found.cached = _held(cache)
             together = shape.together or shape.requests
             for first in range(0, shape.requests, together):
                 rests.append(run(cache, min(together, shape.requests - first)))
@@ -360,6 +373,13 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     live.leave()
     for handle in handles:
         handle.remove()
+
+
+def _held(cache: PrefixCache) -> int:
+    """Bytes of its keys and values."""
+    layers: list[Any] = cache.layers
+    storages = (held.untyped_storage() for layer in layers for held in (layer.keys, layer.values))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 @torch.no_grad()
@@ -403,18 +423,19 @@ def _watch_parts(layer: nn.Module, live: Live) -> Iterator[Any]:
 def _watch_backward(layers: nn.ModuleList, live: Live) -> Iterator[Any]:
     """Marks the end of the last layer's backward and the start of the first one's."""
 
-    def when_its_gradient_is_there(mark: Callable[[], None]) -> Callable[..., None]:
+    def when_its_gradient_is_there(mark: Callable[[str], None]) -> Callable[..., None]:
         def on_output(_module: nn.Module, _args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
             if states.requires_grad:
-                states.register_hook(lambda _: mark())
+                phase = PERSONAS_BACKWARD[1] if live.phase == "persona" else "first layer"
+                states.register_hook(lambda _: mark(phase))
 
         return on_output
 
     if len(layers) > 2:
-        yield layers[-2].register_forward_hook(when_its_gradient_is_there(live.leave))
+        yield layers[-2].register_forward_hook(when_its_gradient_is_there(lambda _: live.leave()))
     if len(layers) > 1:
-        yield layers[0].register_forward_hook(when_its_gradient_is_there(lambda: live.enter("first layer")))
+        yield layers[0].register_forward_hook(when_its_gradient_is_there(live.enter))
 
 
 def _watch_gradients(model: nn.Module, live: Live) -> Iterator[Any]:

@@ -69,7 +69,7 @@ def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, 
     )  # fmt: skip
     setup = Setup(options, False, checkpointing, memory)
     few, every = (_bytes(found(config, setup, shape)) for found in (rehearse_depth, rehearse))
-    assert few == pytest.approx(every, rel=0.01)
+    assert few == pytest.approx(every, rel=0.02)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
