@@ -7,7 +7,6 @@ is the loss by its formula on the logits of all tokens.
 
 import ctypes
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -72,12 +71,6 @@ def measure(way: str, persona: int) -> dict[str, float]:
     loss = step(persona)
     seconds = time.perf_counter() - started
     return {"peak_extra_bytes": status_bytes("VmHWM") - before, "seconds": seconds, "loss": loss}
-
-
-def measured_in_a_child(way: str, persona: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.context", way, str(persona)]
-    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
-    return json.loads(child.stdout.splitlines()[-1])
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 M_MMAP_THRESHOLD = -3
 
@@ -18,6 +19,13 @@ def status_bytes(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux only")
+
+
+def in_a_child(module: str, *arguments: object) -> Any:
+    """What `python -m module` prints last, as JSON: measured in a process of its own."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def measure(implementation: str, n: int, d: int, v: int, dtype: str) -> int:
@@ -41,9 +49,7 @@ def measure(implementation: str, n: int, d: int, v: int, dtype: str) -> int:
 
 def peak_extra_bytes(implementation: str, n: int, d: int, v: int, dtype: str) -> int:
     """Bytes, measured in a child process."""
-    command = [sys.executable, "-m", "benchmarks.memory", implementation, str(n), str(d), str(v), dtype]
-    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
-    return json.loads(child.stdout)["peak_extra_bytes"]
+    return in_a_child("benchmarks.memory", implementation, n, d, v, dtype)["peak_extra_bytes"]
 
 
 def main() -> None:

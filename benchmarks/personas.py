@@ -13,7 +13,6 @@ fp32. Memory is over what the process holds before the step, gradients included;
 import ctypes
 import json
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -85,12 +84,6 @@ def measure(way: str, persona: int) -> dict[str, float]:
     loss = sharing.step(model, dealt)
     seconds = time.perf_counter() - started
     return {"peak_extra_bytes": status_bytes("VmHWM") - before, "seconds": seconds, "loss": loss}
-
-
-def measured_in_a_child(way: str, persona: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.personas", way, str(persona)]
-    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
-    return json.loads(child.stdout.splitlines()[-1])
 
 
 def main() -> None:

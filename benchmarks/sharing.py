@@ -11,7 +11,6 @@ SmolLM2-135M's shape and random weights, all of which train.
 import ctypes
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -163,12 +162,6 @@ def measure(way: str) -> dict[str, float]:
     before = status_bytes("VmRSS")
     loss = step(model, dealt)
     return {"peak_extra_bytes": status_bytes("VmHWM") - before, "loss": loss}
-
-
-def measured_in_a_child(way: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.sharing", way]
-    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
-    return json.loads(child.stdout.splitlines()[-1])
 
 
 def main() -> None:

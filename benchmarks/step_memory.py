@@ -10,13 +10,11 @@ threshold).
 import ctypes
 import gc
 import json
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
+from benchmarks.memory import M_MMAP_THRESHOLD, in_a_child, status_bytes
 
 STEPS = 2
 HEADER = 4  # tokens of a prompt before its persona
@@ -111,9 +109,7 @@ def pairs(spec: Spec, count: int) -> list[dict[str, Any]]:
 
 def measured(spec: Spec) -> dict[str, float]:
     """`measure`, in a child process."""
-    command = [sys.executable, "-m", "benchmarks.step_memory", json.dumps(spec)]
-    child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
-    return json.loads(child.stdout.splitlines()[-1])
+    return in_a_child("benchmarks.step_memory", json.dumps(spec))
 
 
 def main() -> None:

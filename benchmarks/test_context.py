@@ -1,11 +1,12 @@
 """Long personas: peak extra memory of a training step, by what is traded for it. One step each, in its own process."""
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 from transformers import LlamaConfig
 
-from benchmarks.context import QUERY, RESPONSE, WAYS, measured_in_a_child
+from benchmarks.context import QUERY, RESPONSE, WAYS
+from benchmarks.memory import in_a_child
 from benchmarks.test_step import SMOLLM2_135M
 from perce import MemoryConfig
 from perce.config.commands import PlanOptions
@@ -21,7 +22,7 @@ PERSONAS = {  # and the ways that are measured there: at the long ones a step ta
 }
 MIB = 2**20
 
-measured = cache(measured_in_a_child)
+measured = cache(partial(in_a_child, "benchmarks.context"))
 
 
 def planned(persona: int, way: str) -> int:

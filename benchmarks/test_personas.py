@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import personas, sharing
+from benchmarks.memory import in_a_child
 from benchmarks.test_step import smollm2_135m
 from perce.config.schema import EvaluateConfig
 from perce.demo import default_model_path
@@ -68,7 +69,7 @@ def test_memory_beside_one_request(benchmark, detached):
 
     def measure() -> None:
         for name in ("one", "together", "one by one"):
-            child = personas.measured_in_a_child("none, " * detached + name, 2048)
+            child = in_a_child("benchmarks.personas", "none, " * detached + name, 2048)
             found[name] = child["peak_extra_bytes"] / 2**20
 
     benchmark.pedantic(measure, rounds=1)
@@ -86,7 +87,7 @@ def test_a_long_persona(benchmark, way):
 
     def measure() -> None:
         for name in ("one", "together", "one by one"):
-            found[name] = personas.measured_in_a_child(f"{way}{name}, checkpointing", 8192)
+            found[name] = in_a_child("benchmarks.personas", f"{way}{name}, checkpointing", 8192)
 
     benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info |= {
@@ -107,7 +108,7 @@ def test_memory_is_no_higher_than_of_a_batch(benchmark):
 
     def measure() -> None:
         for name in ("together", "batched"):
-            child = personas.measured_in_a_child(f"{name}, checkpointing", 2048)
+            child = in_a_child("benchmarks.personas", f"{name}, checkpointing", 2048)
             found[name] = child["peak_extra_bytes"] / 2**20
 
     benchmark.pedantic(measure, rounds=1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import sharing
+from benchmarks.memory import in_a_child
 from benchmarks.test_step import smollm2_135m
 from perce import load_examples
 from perce.config.commands import EvaluateOptions
@@ -87,7 +88,7 @@ def test_memory_is_no_higher(benchmark):
     found: dict[str, float] = {}
 
     def measure() -> None:
-        found.update({way: sharing.measured_in_a_child(way)["peak_extra_bytes"] / 2**20 for way in sharing.WAYS})
+        found.update({way: in_a_child("benchmarks.sharing", way)["peak_extra_bytes"] / 2**20 for way in sharing.WAYS})
 
     benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info |= {"peak_extra_mib": {way: round(size) for way, size in found.items()}}
