@@ -11,7 +11,7 @@ from perce.model.prefill import prefill
 from perce.planning import rehearsal
 from perce.planning.live import Rehearsed
 from perce.planning.memory import count
-from perce.planning.rehearsal import Setup, StepShape, cut, rehearse, rehearse_depth
+from perce.planning.rehearsal import RECOMPUTED, Setup, StepShape, cut, rehearse, rehearse_depth
 from tests.helpers.plans import FULL, LORA, NONE, TILED
 from tests.helpers.tiny import LAYERS, tiny_model
 
@@ -55,7 +55,8 @@ def test_a_few_layers_tell_what_branches_take(checkpointing):
 
 
 @pytest.mark.parametrize(
-    ("options", "checkpointing", "accumulates"), [(LORA, False, False), (LORA, True, False), (FULL, True, True)]
+    ("options", "checkpointing", "accumulates"),
+    [pytest.param(LORA, False, False, marks=pytest.mark.slow), (LORA, True, False), (FULL, True, True)],
 )
 @pytest.mark.parametrize(
     "memory", [MemoryConfig(branches_per_forward=1), replace(NONE, branches_per_forward=1)], ids=["full", "none"]
@@ -69,7 +70,28 @@ def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, 
     )  # fmt: skip
     setup = Setup(options, False, checkpointing, memory)
     few, every = (_bytes(found(config, setup, shape)) for found in (rehearse_depth, rehearse))
-    assert few == pytest.approx(every, rel=0.02)
+    assert few == pytest.approx(every, rel=0.02)  # in the first layer's backward two moments compete
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), NONE, MemoryConfig(branches_per_forward=1)])
+def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
+    """Neither sums of gradients, nor keys and values of a persona and their gradient. Those of two layers stay."""
+    config = tiny_model("llama", num_hidden_layers=6).config
+    by_itself = memory.branches_per_forward > 0
+    shape = StepShape(
+        3, 130, 30, 9, accumulates=True, prefix=100 * memory.on_trunks, detached=not by_itself,
+        requests=3 if by_itself else 1, persona=100, together=memory.branches_per_forward,
+    )  # fmt: skip
+    kept = rehearse(config, Setup(FULL, False, True, memory), shape)
+    freed = rehearse_depth(config, Setup(FULL, False, True, replace(memory, activation_offload=True)), shape)
+    tokens = 100 if by_itself else 3 * (30 if memory.on_trunks else 130)
+    inputs = 4 * tokens * config.hidden_size * 4
+    assert freed.offloaded == inputs
+    saved = {name: phase.peak.alive - freed.phases[name].peak.alive for name, phase in kept.phases.items()}
+    holding = {"forward", "head", "last layer"}
+    if by_itself:  # the persona's, until its backward
+        holding |= {"first layer", "persona's backward/last layer", *RECOMPUTED}
+    assert saved == {name: inputs if name in holding else 0 for name in kept.phases}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
