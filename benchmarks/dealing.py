@@ -2,13 +2,14 @@
 
     runs       SmolLM2-135M-Instruct, LoRA, --share_persona 1, 2 and 8, three seeds: equal steps of 8 examples
     results    benchmarks/results/dealing.json: the logs of each run; what is in there is not run again
-    table      printed: validation losses along a run, the gradient's size, and both against N = 1 of the same seed
+    table      printed: validation losses along a run, its squared gradients (mean and noise), both against N = 1 of a seed
     picture    docs/images/dealing.png
 
 Every run of a seed is evaluated on the same examples. A persona has about 8 replies there, mostly of one conversation.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ def trained(data: Path, together: int, seed: int) -> Run:
     output = ROOT / "runs" / "dealing" / f"{together}-{seed}"
     options = OPTIONS | {"data": data, "share_persona": together, "seed": seed, "output_dir": output}
     flags = [f"--{name}={value}" for name, value in options.items()]
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
     subprocess.run([sys.executable, "-m", "perce.train", *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     kept = ("step", "loss", "ce", "grad_norm", *LOSSES.values(), "train_runtime")

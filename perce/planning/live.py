@@ -21,6 +21,9 @@ class Moment(NamedTuple):
     def others(self) -> int:
         return self.alive - self.gradients
 
+    def less(self, others: int) -> "Moment":
+        return self._replace(alive=self.alive - others)
+
 
 class Phase(NamedTuple):
     """Of one phase of a step, or what a layer adds to it."""

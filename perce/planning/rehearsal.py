@@ -50,12 +50,10 @@ from perce.model.probe import decoder_of, unwrapped
 from perce.model.reach import freeze_beside_text
 from perce.objectives import OBJECTIVES, HeadCall, Objective
 from perce.planning.four_bit import quantised
-from perce.planning.live import Live, Moment, Phase, Rehearsed
+from perce.planning.live import Live, Phase, Rehearsed
 
 RECOMPUTED = ("last layer/recomputed first", "last layer/recomputed then")
 PERSONAS_BACKWARD = ("persona's backward/last layer", "persona's backward/first layer")
-OFFLOADED = {"forward", "head", "last layer", *RECOMPUTED, "first layer", *PERSONAS_BACKWARD}
-"""In which the inputs of checkpointed layers are in host memory, under activation_offload."""
 
 
 @dataclass(frozen=True)
@@ -206,9 +204,8 @@ def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     """`rehearse` of all layers, from stacks that hold each kind of layer once, and once more for what it adds. A peak
     in the middle is taken as if all layers of a kind came before it: a few checkpoints too high.
 
-    With activation_offload a layer's input is in host memory, and what it adds are gradients, and the keys and values
-    of personas that run by themselves; in backward also the gradient of one persona's. What is on its way there is as
-    much as the shallow stack has. Not measured.
+    With activation_offload a layer's input is in host memory; what is on its way there is as much as the shallow stack
+    has. Not measured.
     """
     kinds = layer_kinds(config)
     between = [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in (kinds[0], kinds[-1])]
@@ -224,18 +221,23 @@ def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
             keys_and_values = deeper.cached - shallow.cached
             cached += more * keys_and_values
             if setup.memory.activation_offload:
-                offloaded += more * (added["head"].start.alive - shape.personas * keys_and_values)
-                for name in OFFLOADED & added.keys():
-                    gradient = not shape.detached and name not in ("forward", "head")
-                    added[name] = _offloaded(added[name], (shape.personas + gradient) * keys_and_values)
+                inputs = added["head"].start.others - shape.personas * keys_and_values
+                offloaded += more * inputs
+                added = {name: _offloaded(name, phase, inputs, shape) for name, phase in added.items()}
             phases = tree_map(lambda total, layer, layers=more: total + layers * layer, phases, added)
     return Rehearsed(phases, shallow.parts, offloaded, cached)
 
 
-def _offloaded(added: Phase, keys_and_values: int) -> Phase:
-    """What a layer adds to a phase when its input is elsewhere."""
-    moments = (Moment(keys_and_values + moment.gradients, moment.gradients) for moment in (added.start, added.peak))
-    return Phase(*moments)
+def _offloaded(name: str, added: Phase, inputs: int, shape: StepShape) -> Phase:
+    """What a layer adds to a phase when its inputs, of the whole forward, are elsewhere."""
+    if name in ("head", "last layer"):
+        return Phase(*(moment.less(inputs) for moment in added))
+    if name == "forward":  # at its end
+        return added._replace(peak=added.peak.less(inputs))
+    if shape.prefix and not shape.detached and name in (*RECOMPUTED, "first layer", PERSONAS_BACKWARD[0]):
+        # Those of the persona whose turn it is, at least; of personas to come they are counted as if they were here.
+        return Phase(*(moment.less(inputs // shape.personas) for moment in added))
+    return added
 
 
 def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:

@@ -79,11 +79,13 @@ def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
     config = tiny_model("llama", num_hidden_layers=6).config
     by_itself = memory.branches_per_forward > 0
     shape = StepShape(
-        3, 130, 30, 9, accumulates=True, prefix=100 * memory.on_trunks, detached=not by_itself,
+        3, 130, 30, 9, accumulates=True, prefix=100 * memory.on_trunks, detached=memory == NONE,
         requests=3 if by_itself else 1, persona=100, together=memory.branches_per_forward,
     )  # fmt: skip
-    kept = rehearse(config, Setup(FULL, False, True, memory), shape)
-    freed = rehearse_depth(config, Setup(FULL, False, True, replace(memory, activation_offload=True)), shape)
+    kept, freed = (
+        rehearse_depth(config, Setup(FULL, False, True, replace(memory, activation_offload=offload)), shape)
+        for offload in (False, True)
+    )
     tokens = 100 if by_itself else 3 * (30 if memory.on_trunks else 130)
     inputs = 4 * tokens * config.hidden_size * 4
     assert freed.offloaded == inputs
