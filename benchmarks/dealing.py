@@ -2,7 +2,7 @@
 
     runs       SmolLM2-135M-Instruct, LoRA, --share_persona 1, 2 and 8, three seeds: equal steps of 8 examples
     results    benchmarks/results/dealing.json: the logs of each run; what is in there is not run again
-    table      printed: validation losses along a run, its squared gradients (mean and noise), both against N = 1 of a seed
+    table      printed: validation losses along a run, squared gradients (mean and noise), both against N = 1
     picture    docs/images/dealing.png
 
 Every run of a seed is evaluated on the same examples. A persona has about 8 replies there, mostly of one conversation.
