@@ -70,8 +70,8 @@ def table(runs: Mapping[str, Run]) -> Iterator[str]:
                 f"{name} " + " ".join(f"{evaluations(a, name)[-1] - evaluations(b, name)[-1]:+.3f}" for a, b in both)
                 for name in LOSSES
             )
-            noise = " ".join(f"{squared_norm(a) / squared_norm(b):.2f}" for a, b in both)
-            yield f"\nN = {together} minus N = 1 at the end, by seed: {'; '.join(changes)}; squared norm × {noise}."
+            sizes = " ".join(f"{squared_norm(a) / squared_norm(b):.2f}" for a, b in both)
+            yield f"\nN = {together} minus N = 1 at the end, by seed: {'; '.join(changes)}; squared norm × {sizes}."
 
 
 def draw(runs: Mapping[str, Run]) -> None:

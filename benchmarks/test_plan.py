@@ -69,12 +69,12 @@ SPECS = {
     "qwen3-lora-bf16-1024-checkpointed-8-branches": spec(QWEN3, 1024, 16, "bf16", True, **CONVERSATION, branches=True),
     "gemma3-lora-fp32-1024-8-branches": spec(GEMMA3, 1024, 16, "fp32", False, **CONVERSATION, branches=True),
 } | {
-    f"{name}-8-requests{name_of}": spec(*given, **PERSONA, **how)
-    for name, given in (
-        ("smollm2-lora-fp32-2048", (LLAMA, 2048, 16, "fp32", False)),
-        ("smollm2-full-fp32-4096-checkpointed", (LLAMA, 4096, 0, "fp32", True)),
-        ("qwen3-lora-bf16-4096-checkpointed", (QWEN3, 4096, 16, "bf16", True)),
-        ("qwen3-full-fp32-2048-accumulated", (QWEN3, 2048, 0, "fp32", False)),
+    f"{name}-8-requests{name_of}": spec(*given, **PERSONA, **how, gradient_accumulation_steps=forwards)
+    for name, given, forwards in (
+        ("smollm2-lora-fp32-2048", (LLAMA, 2048, 16, "fp32", False), 1),
+        ("smollm2-full-fp32-4096-checkpointed", (LLAMA, 4096, 0, "fp32", True), 1),
+        ("qwen3-lora-bf16-4096-checkpointed", (QWEN3, 4096, 16, "bf16", True), 1),
+        ("qwen3-full-fp32-2048-accumulated", (QWEN3, 2048, 0, "fp32", False), 2),
     )
     for name_of, how in (
         ("", {}),

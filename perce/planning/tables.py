@@ -18,7 +18,7 @@ PHASE_NAMES = {  # as columns, and in words
     "head": ("head", "head and loss"),
     "last layer": ("last\nlayer", "backward of the last layer"),
     "first layer": ("first\nlayer", "backward of the first layer"),
-    "persona's backward": ("persona,\nagain", "persona's backward"),
+    "persona's backward": ("persona\nbackward", "persona's backward"),
     UPDATE: ("update", "optimiser update"),
 }
 
