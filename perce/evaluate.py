@@ -34,7 +34,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     wanted = options.evaluate
     other = read_result(Path(wanted.compare_with).expanduser()) if wanted.compare_with else None
     scorers = reply_scorers() if wanted.generate else {}
-    subject = load_subject(options, "evaluate")
+    subject = load_subject(options, "evaluate", unanswered=wanted.generate)
     examples: list = list(subject.examples)
     facts = subject.facts | {"examples": len(examples), "texts": texts_key(examples)}
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}

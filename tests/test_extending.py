@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from perce import LossConfig, UserError, evaluate, load_examples, objectives
-from perce.data import formats
+from perce.data import formats, parsers
 from perce.measuring import evaluation_report, metrics
 from perce_kernels import backends, token_logprobs
 from tests.helpers import ROOT
@@ -24,7 +24,7 @@ BLOCKS = dict(
 
 
 def test_every_example_is_run_here():
-    assert list(BLOCKS) == ["objective", "formula", "format", "backend", "table", "metric"]
+    assert list(BLOCKS) == ["objective", "formula", "parser", "format", "backend", "table", "metric"]
 
 
 def test_an_objective(tmp_path, monkeypatch):
@@ -43,9 +43,9 @@ def test_an_objective(tmp_path, monkeypatch):
 
 
 def test_a_format(tmp_path, monkeypatch):
-    monkeypatch.setitem(formats.FORMATS, "forum", ())  # and so taken out again
-    monkeypatch.setitem(formats.PARSERS, "forum", None)
-    monkeypatch.setattr(formats, "_parse_forum", None, raising=False)
+    monkeypatch.setitem(formats.FORMATS, "forum", None)  # and so taken out again
+    monkeypatch.setattr(parsers, "parse_forum", None, raising=False)
+    exec(BLOCKS["parser"], vars(parsers))
     exec(BLOCKS["format"], vars(formats))
     row = {"about": "I keep bees.", "post": "Who?", "reply": "A keeper."}
     examples = load_examples(write_jsonl(tmp_path / "rows.jsonl", [row]), "train")

@@ -28,6 +28,8 @@ FLOORS = (
     ("perce.environment", "perce.launcher", "perce.lock", "perce.data.readers"),
     ("perce.data.csv_file", "perce.data.literals"),
     ("perce.data.sources",),
+    ("perce.data.fields",),
+    ("perce.data.beside", "perce.data.parsers"),
     ("perce.data.formats",),
     ("perce.data.prompt",),
     ("perce.config",),
@@ -115,6 +117,7 @@ ABOUT_SEVERAL = {
 }
 # Modules whose behaviour is seen through others alone: in runs of the commands, and of the op.
 SEEN_THROUGH_OTHERS = {
+    "data.fields", "data.parsers",
     "errors", "integrity", "launcher", "config.commands", "config.schema", "config.step", "model.head", "model.passes",
     "planning.live", "planning.tables", "measuring.records", "measuring.scores", "measuring.score_report",
     "measuring.identification", "report.terminal", "training.normalizer",

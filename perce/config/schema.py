@@ -11,7 +11,8 @@ from typing import Any, Literal
 from perce.config.options import option as _option
 from perce.config.options import read_yaml
 from perce.config.options import require as _require
-from perce.data.formats import FORMATS, show
+from perce.data.fields import show
+from perce.data.formats import FORMATS
 from perce.data.prompt import PromptStyle
 from perce.data.readers import parse_json
 from perce.errors import UserError
@@ -85,6 +86,10 @@ class DataConfig:
     )
     format: str = _option("auto", "row format; auto: detected from the fields", "|".join(FORMAT_NAMES))
     columns: str | None = _option(None, "rename fields, such as persona=profile,response=output", "OURS=THEIRS,…")
+    persona_markers: str | None = _option(
+        None, "what stands before and behind the persona in a system message, of rows without the field persona, such "
+        "as '<persona>...</persona>'; nothing behind the dots: up to its end", "START...END",
+    )  # fmt: skip
     skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
     streaming: bool = _option(
         False, "read rows while they are used instead of before; training needs --max_steps and a validation split"
@@ -94,8 +99,8 @@ class DataConfig:
     )
     retriever: Literal["bm25", "dense", "recency", "none"] = _option(
         "bm25",
-        "which passages of a user's history (LongLaMP, LaMP) the prompt shows: those with the request's words, with a "
-        "similar embedding, the latest; none: all, the latest first",
+        "which passages of a user's history the prompt shows: those with the request's words, with a similar "
+        "embedding, the latest; none: all, the latest first; a conversation is shown whole where it fits",
     )
     retriever_model: str | None = _option(
         None, "directory or Hub id of a mean-pooled encoder, for dense; default: facebook/contriever", MODEL
@@ -124,6 +129,7 @@ class DataConfig:
         dense = self.retriever == "dense" or self.retriever_model is None
         _require(dense, "retriever_model", "--retriever dense beside it", f"--retriever {self.retriever}")
         self.column_names()
+        self.markers()
         self.template_kwargs()
         self.prompt_style()
 
@@ -145,6 +151,15 @@ class DataConfig:
         if twice:
             raise UserError(f"columns: expected each of our names once, got {both}.")
         return {name.strip(): source.strip() for name, _, source in pairs}
+
+    def markers(self) -> tuple[str, str] | None:
+        """What stands before and behind the persona in a system message."""
+        if self.persona_markers is None:
+            return None
+        start, dots, end = self.persona_markers.partition("...")
+        expected = "START...END, or START... where it goes on to the end"
+        _require(bool(start and dots), "persona_markers", expected, self.persona_markers)
+        return start, end
 
     def template_kwargs(self) -> dict[str, Any]:
         try:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import product, takewhile
 from typing import Any
 
-from perce.data.formats import Turn
+from perce.data.fields import Turn
 from perce.data.prompt import CONVERSATION_START, PERSONA_FOOTERS, PLAIN_CHAT_TEMPLATE, PromptStyle, system_text
 from perce.data.template import ChatTemplate
 from perce.data.tokens import Encoded, Line, Piece, Tokens

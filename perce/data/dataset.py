@@ -26,14 +26,14 @@ from perce.config.schema import DataConfig, LossConfig
 from perce.data.documents import DocumentBuilder
 from perce.data.pairing import PERCE, Builder, PairSource, make_builder
 from perce.data.pairs import PairBuilder
-from perce.data.rows import Document, Examples, Record
+from perce.data.rows import Document, Examples, Reading, Record
 from perce.data.sharing import UnitKind
 from perce.data.sources import Source
 from perce.data.workers import tables
 from perce.errors import UserError, in_one_line
 from perce.integrity import difference, facts_of
 
-PAIRS_VERSION = 5
+PAIRS_VERSION = 6
 """Of the code that makes pairs of examples; a test fails when the pairs change and this does not."""
 
 PAIRS = "pairs.arrow"
@@ -43,6 +43,7 @@ _COMMON = {
     "input_ids": ListOf(Value("int32")),
     "response_length": Value("int32"),
     "personal": ListOf(Value("bool")),
+    "weight": Value("float64"),
     "example": Value("int32"),
 }
 _PERSONA = {
@@ -100,7 +101,7 @@ def rows_dataset_pairs(
 ) -> Dataset:  # fmt: skip
     """Pairs of a `datasets.Dataset` (or a list) of raw rows in any supported format."""
     source = Source(name, name, lambda: ((f" row {number}", row) for number, row in enumerate(dataset, start=1)))
-    examples = Examples(source, config.format, config.column_names() or {}, config.skip_bad_rows, None)
+    examples = Examples(source, Reading.of(config))
     read = examples.all  # the format is known from here on
     return pair_dataset(
         read, make_builder(tokenizer, config, examples.format, loss), skip_bad_rows=config.skip_bad_rows
@@ -131,9 +132,12 @@ def _fingerprint(examples: Sequence[Record], builder: Builder, skip_bad_rows: bo
 
 def _values(example: Record) -> tuple[Any, ...]:
     if isinstance(example, Document):
-        return example.text, example.user_id, example.source
+        return example.text, example.user_id, example.source, example.weight
     turns = tuple([(turn.role, turn.content) for turn in example.turns])
-    return example.persona, turns, example.response, example.user_id, example.personal_spans, example.source
+    return (
+        example.persona, turns, example.response, example.user_id, example.personal_spans, example.source,
+        example.weight,
+    )  # fmt: skip
 
 
 def pairs_digest(dataset: Any) -> str | None:

@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from perce.data.formats import FORMATS, OPTIONAL
+from perce.data.formats import FORMATS, OPTIONAL, system_message
 from perce.data.readers import BadRow
-from perce.visible import listed, shortened
+from perce.visible import listed
 
 # What others call it, for the hint at a row of no format.
 ALSO_CALLED = {
@@ -18,12 +18,13 @@ ALSO_CALLED = {
         "profile", "user_profile", "personality", "bio", "about", "facts", "preferences", "traits", "description"
     ),
     "query": ("question", "prompt", "instruction", "input", "user", "request", "message", "subject", "user_message"),
+    "conversations": ("conversation", "dialogue", "dialog", "chat", "turns"),
     "response": ("answer", "output", "reply", "completion", "assistant", "target", "body", "text", "assistant_message"),
 }  # fmt: skip
 
 
 def missing_fields(format: str, row: Mapping[str, Any]) -> list[str]:
-    return [need for need in FORMATS[format] if not any(name in row for name in need.split("|"))]
+    return [need for need in FORMATS[format].needs if not any(name in row for name in need.split("|"))]
 
 
 def did_you_mean(wanted: Iterable[str], present: Iterable[str]) -> str:
@@ -44,28 +45,30 @@ class UnknownShape(BadRow):
 
     def __init__(self, row: Mapping[str, Any]):
         super().__init__(None, "the fields of a format", f"the fields {listed(row)}" if row else "no field")
-        talks = next((name for name, value in row.items() if _is_sharegpt(value)), None)
-        row = {"messages" if name == talks else name: value for name, value in row.items()}
         nearest, lacking = _nearest(row)
-        missing = [need.replace("|", " or ") for need in missing_fields(nearest, row)] + ["messages"] * bool(talks)
+        missing = [need.replace("|", " or ") for need in missing_fields(nearest, row)]
         line = ",".join(f"{ours}={theirs or 'FIELD'}" for ours, theirs in lacking.items())
-        ways = [f"Rename fields: --columns {shlex.quote(line)}"] if line else []
+        way = f"Rename fields: --columns {shlex.quote(line)}"
         if None in lacking.values():
-            ways[0] += " (FIELD: one of yours; what no field has must be added first)"
-        ways += [f"`{shortened(talks)}` has from and value where `messages` has role and content"] if talks else []
+            way += " (FIELD: one of yours; what no field has must be added first)"
+        if any(need.startswith("persona") for need in missing) and system_message(row) is not None:
+            way += ". A persona within the system message: --persona_markers START...END"
         self.remedy = ""
         self.lines = (
             f"Nearest is {nearest}; missing: {', '.join(missing)}.",
-            "; ".join(ways) + "." * bool(talks),
+            way,
             "docs/DATA.md has every format with a row to compare, and how other shapes become one of them.",
         )
 
 
 def _nearest(row: Mapping[str, Any]) -> tuple[str, dict[str, str | None]]:
     """The format that a row lacks the least of, and what might be renamed for it."""
-    formats = [name for name in FORMATS if name != "text" and ("profile" in row or "profile" not in FORMATS[name])]
+    formats = [
+        name for name in FORMATS if name != "text" and ("profile" in row or "profile" not in FORMATS[name].needs)
+    ]
     lacking = {name: _renames(name, row) for name in formats}
-    cost = {name: sum(0.1 if its else 1 for its in lacking[name].values()) / len(FORMATS[name]) for name in formats}
+    told = {name: sum(need not in OPTIONAL for need in FORMATS[name].needs) for name in formats}  # a user is in many
+    cost = {name: sum(0.1 if its else 1 for its in lacking[name].values()) / told[name] for name in formats}
     nearest = min(formats, key=cost.__getitem__)
     return nearest, lacking[nearest]
 
@@ -81,22 +84,16 @@ def _renames(format: str, row: Mapping[str, Any]) -> dict[str, str | None]:
     return found
 
 
-def _is_sharegpt(value: object) -> bool:
-    return (
-        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and {"from", "value"} <= value[0].keys()
-    )
-
-
 def detect_format(row: Mapping[str, Any]) -> str:
     fits = [name for name in FORMATS if not missing_fields(name, row)]
-    if "longlamp" in fits:
-        fits.remove("lamp")  # a LongLaMP row has all of LaMP's fields
+    needs = {name: {*FORMATS[name].needs} for name in fits}
+    fits = [name for name in fits if not any(needs[name] < needs[other] for other in fits)]
     if len(fits) > 1 and "text" in fits:
         fits.remove("text")
     if not fits:
         raise UnknownShape(row)
     if len(fits) > 1:
-        known = "; ".join(f"{name} ({', '.join(FORMATS[name])})" for name in fits)
+        known = "; ".join(f"{name} ({', '.join(FORMATS[name].needs)})" for name in fits)
         raise BadRow(
             None, f"the fields of one format (choose with --format: {known})", f"fields of several: {listed(row)}"
         )

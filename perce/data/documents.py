@@ -30,6 +30,8 @@ class DocumentPair:
     """T - 1."""
     personal: list[bool]
     """(T - 1,), all False."""
+    weight: float
+    """As of a Pair."""
 
 
 def short_windows(length: int, short_context: int, stride: int) -> list[tuple[int, int, int]]:
@@ -68,9 +70,10 @@ class DocumentBuilder:
             raise UserError(f"{document.source}: the text is one token long, and the first is never predicted. Leave "
                             "such rows out with --skip_bad_rows.")  # fmt: skip
         return [
-            self._pair(ids[start : start + self.max_length]) for start in range(0, len(ids) - 1, self.max_length - 1)
+            self._pair(ids[start : start + self.max_length], document.weight)
+            for start in range(0, len(ids) - 1, self.max_length - 1)
         ]
 
-    def _pair(self, ids: list[int]) -> DocumentPair:
+    def _pair(self, ids: list[int], weight: float = 1.0) -> DocumentPair:
         windows = short_windows(len(ids), self.short_context, self.short_stride)
-        return DocumentPair(ids, windows, len(ids) - 1, [False] * (len(ids) - 1))
+        return DocumentPair(ids, windows, len(ids) - 1, [False] * (len(ids) - 1), weight)

@@ -6,13 +6,13 @@ from typing import Any
 
 from perce.config.schema import DataConfig, LossConfig
 from perce.data.documents import DocumentBuilder
+from perce.data.formats import FORMATS
 from perce.data.pairs import PairBuilder
 from perce.data.retrieval import make_retriever
 from perce.data.rows import Examples, Record
 from perce.errors import UserError
 from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS
 
-RETRIEVED_FORMATS = ("longlamp", "lamp")  # their persona is a history of passages, of which a retriever picks
 PERCE = LossConfig()
 Builder = PairBuilder | DocumentBuilder
 
@@ -32,10 +32,12 @@ def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConf
         return DocumentBuilder(
             tokenizer, max_length=config.max_length, short_context=loss.short_context, short_stride=loss.short_stride
         )
+    history = FORMATS[format].history
     return PairBuilder(
         tokenizer,
         max_length=config.max_length,
-        retriever=make_retriever(config) if format in RETRIEVED_FORMATS else None,
+        retriever=make_retriever(config) if history != "none" else None,
+        whole_if_it_fits=history == "conversation",
         chat_template_kwargs=config.template_kwargs(),
         prompt=config.prompt_style(),
         special_tokens_in_text=config.special_tokens_in_text,
@@ -58,7 +60,8 @@ def picked_by(builder: Builder) -> list[str]:
 
 
 def skipped_rows(rows: Examples) -> list[str]:
-    return [f"{rows.skipped:,} rows skipped; the first: {rows.reasons[0]}"] if rows.skipped else []
+    notes = [f"{rows.skipped:,} rows skipped; the first: {rows.reasons[0]}"] if rows.skipped else []
+    return notes + [f"{rows.weightless:,} replies of weight 0 left out"] * bool(rows.weightless)
 
 
 @dataclass

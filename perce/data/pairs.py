@@ -19,13 +19,14 @@ from typing import Any
 import xxhash
 
 from perce.data.chat import CUT, THOUGHT, Chat, ChatFormat, refuse_marks
-from perce.data.formats import parse_persona, parse_turns
+from perce.data.fields import parse_persona, parse_turns
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, system_text
 from perce.data.readers import BadRow
 from perce.data.retrieval import Retriever
 from perce.data.rows import Example
 from perce.errors import UserError
 
+MOST_CHARACTERS = 16  # a token: a history with more a token than any text has is not tokenised to be measured
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)?")
 # Words too common to be anybody's own, for the automatic label of personal tokens.
@@ -61,6 +62,8 @@ class Pair:
     """The same for the examples that one row gives to one persona: they may share tokens; see sharing.py."""
     persona: int
     """The same where input_ids are, through the persona's end: a persona's examples may share them too."""
+    weight: float
+    """What the data multiplies the weights of the response's tokens by."""
 
     @property
     def prompt_length(self) -> int:
@@ -181,6 +184,7 @@ class PairBuilder:
         tokenizer: a fast Hugging Face tokenizer.
         max_length: longest factual sequence, in tokens; persona entries are dropped from the end until it fits.
         retriever: chooses which entries of a persona to show, best first, or None for all.
+        whole_if_it_fits: a persona is a conversation, the latest first; one that fits is shown whole, as it was held.
         chat_template_kwargs: extra variables of the chat template, such as {"enable_thinking": False}.
         prompt: how the persona is told, by keys of prompt.PromptStyle; default: as saved with the tokenizer.
         special_tokens_in_text: what becomes of strings in the data that spell control tokens: "text", or "allow".
@@ -192,6 +196,7 @@ class PairBuilder:
         *,
         max_length: int,
         retriever: Retriever | None = None,
+        whole_if_it_fits: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
         prompt: Mapping[str, str] | None = None,
         special_tokens_in_text: str = "text",
@@ -199,6 +204,7 @@ class PairBuilder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.retriever = retriever
+        self.whole_if_it_fits = whole_if_it_fits
         self.chat_format = ChatFormat(
             tokenizer, chat_template_kwargs or {}, style=PromptStyle.of(prompt) if prompt else None,
             allow_control=special_tokens_in_text == "allow",
@@ -209,16 +215,21 @@ class PairBuilder:
         """What the pairs depend on besides tokenizer and text."""
         picked = (self.retriever.identity, self.retriever.k) if self.retriever else None
         chat = self.chat_format
-        return self.max_length, picked, sorted(chat.template_kwargs.items()), chat.style, chat.control is None
+        return (
+            self.max_length,
+            picked,
+            self.whole_if_it_fits,
+            sorted(chat.template_kwargs.items()),
+            chat.style,
+            chat.control is None,
+        )
 
     def pairs(self, example: Example) -> list[Pair]:
         return [self.build(example)]
 
     def build(self, example: Example) -> Pair:
-        chosen = list(self.retriever(example) if self.retriever else range(len(example.persona)))
-        persona = [example.persona[i] for i in chosen]
         try:
-            kept, chat, span = self._fitting(example, persona)
+            chosen, kept, (chat, span) = self._whole(example) or self._chosen(example)
         except UserError as error:
             raise UserError(f"{example.source}: {error}") from None
         ids, prompt = chat.encoded.ids, chat.prompt_length
@@ -226,14 +237,30 @@ class PairBuilder:
             input_ids=ids,
             persona_span=span,
             response_length=len(ids) - prompt,
-            personal=self._personal(example, persona[:kept], chat),
+            personal=self._personal(example, [example.persona[i] for i in chosen[:kept]], chat),
             passages=chosen[:kept],
-            dropped_passages=len(persona) - kept,
+            dropped_passages=len(chosen) - kept,
             conversation=_digest(repr(example.conversation).encode()),
             persona=_digest(array("q", ids[: span[1]]).tobytes()),
+            weight=example.weight,
         )
         pair.counterfactual_ids()
         return pair
+
+    def _whole(self, example: Example) -> tuple[list[int], int, tuple[Chat, tuple[int, int]]] | None:
+        """As _chosen, of a conversation that is shown whole, from its beginning; None where it does not fit."""
+        count, characters = len(example.persona), sum(map(len, example.persona))
+        if not self.whole_if_it_fits or characters > MOST_CHARACTERS * self.max_length:
+            return None
+        told = self.chat_format.pair(example.turns, example.persona[::-1], example.response)
+        fits = len(told[0].encoded.ids) <= self.max_length
+        return ([*range(count)][::-1], count, told) if fits else None
+
+    def _chosen(self, example: Example) -> tuple[list[int], int, tuple[Chat, tuple[int, int]]]:
+        """Which entries the prompt is to show, how many of them fit, and the conversation with these."""
+        chosen = list(self.retriever(example) if self.retriever else range(len(example.persona)))
+        kept, chat, span = self._fitting(example, [example.persona[i] for i in chosen])
+        return chosen, kept, (chat, span)
 
     def _fitting(self, example: Example, persona: Sequence[str]) -> tuple[int, Chat, tuple[int, int]]:
         """How many entries of the persona fit max_length, and the conversation with them."""

@@ -12,6 +12,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -202,30 +203,73 @@ class _Array:
 
 def json_array(path: Path) -> Placed:
     """Row by row. A byte that is not UTF-8 is carried along as a surrogate, which is reported in the field it is in."""
-    check_is_text(path)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        array, number = _Array(path, file), 0
-        array.next()
-        array.at += 1
-        while (mark := array.next()) != "]":
-            if number:
-                if mark != ",":
-                    raise array.wrong("expected ',' or ']'", array.at)
-                array.at += 1
-                array.next()
-            number += 1
-            try:
-                row = array.value()
-            except json.JSONDecodeError as error:
-                raise array.wrong(error.msg, error.pos) from None
-            except (BadRow, RecursionError, ValueError) as error:
-                bad = error if isinstance(error, BadRow) else _unholdable(error)
-                raise UserError(f"{path} row {number}: {bad}. Correct the file: the rows behind it cannot be "
-                                "found.") from None  # fmt: skip
+    with _opened(path) as array:
+        for number, row in _elements(array, " row"):
             yield f" row {number}", row
-        array.at += 1
         if array.next():
             raise array.wrong("more behind the array", array.at)
+
+
+_SPLIT = re.compile(r'\s*\{\s*"(train|valid|validation|val|dev|test)"\s*:\s*\[')
+
+
+def has_splits(path: Path) -> bool:
+    """Whether a .json file is an object of splits, {"train": [rows], "valid": [rows]}, by its beginning."""
+    try:
+        with path.open("rb") as file:
+            return bool(_SPLIT.match(file.read(4096).removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="replace")))
+    except OSError:  # told where it is read
+        return False
+
+
+def json_splits(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """(split, place, row) of such a file, of all splits."""
+    with _opened(path) as array:
+        separator = "{"
+        while array.next() == separator:
+            array.at += 1
+            array.next()
+            split = array.value()
+            for mark in ":[":
+                if array.next() != mark:
+                    raise array.wrong(f"expected {mark!r}, as of a split's rows", array.at)
+                array.at += mark == ":"
+            for number, row in _elements(array, f" {split} row"):
+                yield split, f" {split} row {number}", row
+            separator = ","
+        if array.next() != "}":
+            raise array.wrong("expected ',' or '}'", array.at)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Array]:
+    check_is_text(path)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        yield _Array(path, file)
+
+
+def _elements(array: _Array, place: str) -> Iterator[tuple[int, Any]]:
+    """The rows of an array that begins here, with their numbers; afterwards it stands behind the array."""
+    number = 0
+    array.next()
+    array.at += 1
+    while (mark := array.next()) != "]":
+        if number:
+            if mark != ",":
+                raise array.wrong("expected ',' or ']'", array.at)
+            array.at += 1
+            array.next()
+        number += 1
+        try:
+            row = array.value()
+        except json.JSONDecodeError as error:
+            raise array.wrong(error.msg, error.pos) from None
+        except (BadRow, RecursionError, ValueError) as error:
+            bad = error if isinstance(error, BadRow) else _unholdable(error)
+            raise UserError(f"{array.path}{place} {number}: {bad}. Correct the file: the rows behind it cannot be "
+                            "found.") from None  # fmt: skip
+        yield number, row
+    array.at += 1
 
 
 def whole_json(path: Path) -> Any:

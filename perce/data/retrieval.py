@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perce.config.schema import DataConfig
-from perce.data.formats import PASSAGES
+from perce.data.fields import PASSAGES
 from perce.data.rows import Example
 
 DECIMALS = 5  # scores that agree so far are equal: sums in another order or another batch differ in the seventh digit
@@ -45,7 +45,7 @@ QUERIES: dict[str, str] = {
 }
 _QUERIES = [re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in QUERIES.values()]
 
-# Of the fields that a passage shows (formats.PASSAGES), these say nothing about its subject and are not searched.
+# Of the fields that a passage shows (fields.PASSAGES), these say nothing about its subject and are not searched.
 UNINDEXED = ("Category", "Rating", "Tag")
 _UNINDEXED_LINE = re.compile(rf"\A(?:{'|'.join(UNINDEXED)}): .*\n")
 _LABEL = re.compile(rf"^(?:{'|'.join(sorted({label for _, parts in PASSAGES for label, _ in parts}))}): ", re.MULTILINE)

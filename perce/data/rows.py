@@ -3,7 +3,9 @@
     sources.py   where the rows are (file, directory, save_to_disk, Hub)  ->  a reader
     readers.py   files of each kind, and tables                           ->  (place, row)
     detection.py which format it is of, by its fields
-    formats.py   what a row means                                         ->  (persona, turns, response), ...
+    formats.py   what a row means                                         ->  Reply(persona, turns, response), ...
+    fields.py    what its fields may hold
+    beside.py    what stands in other rows or files                       ->  the row with it
     rows.py      both together, and what happens to a bad row             ->  Example, Document, Examples, load_examples
 
 A row that cannot be used stops the run with file, line and field: a row silently dropped or half understood would
@@ -12,15 +14,20 @@ train the model on something nobody has looked at.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from perce.config.schema import DataConfig
 from perce.data import formats
+from perce.data.beside import Beside
 from perce.data.detection import detect_format, did_you_mean, missing_fields, nearest_name
-from perce.data.formats import FORMATS, Turn, show
+from perce.data.fields import Turn, encodable, parse_spans, show, weight_of
+from perce.data.formats import FORMATS
 from perce.data.literals import parse_list
 from perce.data.readers import BadRow
 from perce.data.sources import SPLITS, Source, open_data
@@ -29,6 +36,7 @@ from perce.errors import UserError
 from perce.visible import listed
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
+_MAY_BE_MESSAGES = ("prompt", "completion", "chosen")
 SURE = 1000  # rows of a stream
 KEPT_REASONS = 5  # skipped rows are all counted; the first few are quoted, which is enough to see the pattern
 
@@ -39,10 +47,11 @@ class Example:
 
     persona: tuple[str, ...]  # facts or passages, best first (profiles: the newest first); trimming drops from the end
     turns: tuple[Turn, ...]  # up to the response: alternating, the last is "user" (the first may be "assistant")
-    response: str
+    response: str  # "" where the row has none
     user_id: str | None
     personal_spans: tuple[tuple[int, int], ...] | None  # character offsets in response, where the data marks them
     source: str  # "train.jsonl:17"; shared by all examples of a row, so it groups a dialogue when user_id is None
+    weight: float = 1.0  # what the data multiplies its tokens' weights by, > 0
 
     @property
     def conversation(self) -> tuple[str, tuple[str, ...]]:
@@ -57,6 +66,7 @@ class Document:
     text: str
     user_id: str | None
     source: str  # as of an Example
+    weight: float = 1.0
 
 
 Record = Example | Document  # the rows of a split are all of one kind
@@ -95,11 +105,36 @@ def _instead(ours: str, theirs: str, row: Iterable[str]) -> str:
 def _nested(row: dict[str, object]) -> dict[str, object]:
     """The row with lists that came as texts, as in a CSV."""
     lists = {name: parse_list(text, name) for name in formats.LISTS if isinstance(text := row.get(name), str)}
-    for name in ("prompt", "completion"):
+    for name in _MAY_BE_MESSAGES:
         text = row.get(name)
         if isinstance(text, str) and _MESSAGES_AS_TEXT.match(text):
             raise BadRow(name, "a text, or messages as a list", f"messages written as a text: {show(text)}")
     return row | lists if lists else row
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read.
+
+    format: one of FORMATS, or "auto": from the fields of the first good row.
+    columns: our field names -> the data's, e.g. {"persona": "profile", "response": "output"}.
+    persona_markers: what stands before and behind the persona in a system message, of rows without the field.
+    skip_bad_rows: leave bad rows out and count them (`Examples.skipped`, `Examples.reasons`) instead of stopping.
+    unanswered: whether rows without a response are examples too, to write one.
+    """
+
+    format: str = "auto"
+    columns: Mapping[str, str] | None = None
+    persona_markers: tuple[str, str] | None = None
+    skip_bad_rows: bool = False
+    unanswered: bool = False
+
+    @classmethod
+    def of(cls, config: DataConfig, unanswered: bool = False) -> Reading:
+        return cls(config.format, config.column_names(), config.markers(), config.skip_bad_rows, unanswered)
+
+
+AS_IT_IS = Reading()
 
 
 class Examples:
@@ -109,15 +144,18 @@ class Examples:
     With `streaming=True` each `iter()` is a fresh pass over the data, and a bad row is met where it stands.
 
     format: the format's name; "auto" until the first row has been read.
+    rows: how many were read in the latest pass, those included that were left out.
     skipped, reasons: rows left out by skip_bad_rows in the latest pass, and the first few reasons ("FILE:LINE: ...").
+    weightless: replies left out because their weight is 0.
     """
 
-    def __init__(self, source: Source, format: str, columns: Mapping[str, str], skip_bad_rows: bool, limit: int | None):
-        self.format, self.skipped = format, 0
+    def __init__(self, source: Source, reading: Reading = AS_IT_IS, limit: int | None = None):
+        self.format, self.rows, self.skipped, self.weightless = reading.format, 0, 0, 0
         self.reasons: list[str] = []
         self._first: dict[str, object] = {}
         self._unseen: set[str] = set()
-        self._source, self._columns, self._skip, self._limit = source, columns, skip_bad_rows, limit
+        self._source, self._reading, self._limit = source, reading, limit
+        self._beside = Beside(source.path, self._named_rows)
         self._examples: list[Record] | None = None
 
     @property
@@ -135,39 +173,59 @@ class Examples:
 
     def _read(self, sure: int | None = None) -> Iterator[Record]:
         """sure: after so many rows, not only at the end, a field that --columns names and none has had is misspelt."""
-        self.skipped, self.reasons, count = 0, [], 0
+        self.rows, self.skipped, self.weightless, self.reasons, count = 0, 0, 0, [], 0
         self._unseen, self._first = set(self._columns.values()), {}
+        lines: tuple[str, ...] = ()
         if self._source.read is None:
             return
-        for number, (place, value) in enumerate(self._source.rows(), 1):
+        for place, value in self._source.rows():
+            self.rows += 1
             try:
                 examples = self._parse(value, self._source.name + place)
             except (BadRow, RecursionError) as error:
                 bad = error if isinstance(error, BadRow) else BadRow(None, "values nested less deeply", "deeper ones")
                 reason = f"{self._source.origin}{place}: {bad}"
-                if not self._skip:
+                if not self._reading.skip_bad_rows:
                     raise UserError(f"{reason}.{bad.remedy}", *bad.lines) from None
-                self.skipped += 1
+                self.skipped, lines = self.skipped + 1, lines or bad.lines
                 self.reasons += [reason] if len(self.reasons) < KEPT_REASONS else []
                 continue
-            if number == sure:
-                self._check_columns(number)
+            if self.rows == sure:
+                self._check_columns()
             for example in examples:
                 yield example
                 count += 1
                 if count == self._limit:
                     return
         if not count:
-            why = f"all {self.skipped} rows were skipped, {self.reasons[0]}" if self.skipped else "it has no rows"
-            raise UserError(f"No example could be read from {self._source.origin}: {why}.")
-        self._check_columns(number)
+            why = "it has no rows"
+            if self.skipped:
+                why = f"all {self.skipped} rows were skipped, {self.reasons[0]}"
+            if self.weightless:
+                why = f"{self.skipped:,} of {self.rows:,} rows were skipped, and all other replies have weight 0"
+            raise UserError(f"No example could be read from {self._source.origin}: {why}.", *lines)
+        self._check_columns()
 
-    def _check_columns(self, rows: int) -> None:
+    @property
+    def _columns(self) -> Mapping[str, str]:
+        return self._reading.columns or {}
+
+    def _named_rows(self) -> Iterator[tuple[str, Mapping[str, object]]]:
+        """All rows of the source with their places, without those that cannot be used by any other."""
+        for place, value in self._source.rows():
+            if isinstance(value, dict):
+                with contextlib.suppress(BadRow):
+                    yield (
+                        place,
+                        _rename({name: cell for name, cell in value.items() if cell is not None}, self._columns),
+                    )
+
+    def _check_columns(self) -> None:
         """UserError for a name after --columns that no row has: one of a field that may be missing, which then is."""
         for ours, theirs in self._columns.items():
             if theirs in self._unseen:
                 raise UserError(
-                    f"--columns {ours}={theirs}: none of {rows:,} rows of {self._source.origin} has a field "
+                    f"--columns {ours}={theirs}: none of {self.rows:,} rows of {self._source.origin} has a field "
                     f"{theirs!r}; the first has {listed(self._first)}{_instead(ours, theirs, self._first)}. Correct "
                     "it, or leave it out."
                 )
@@ -188,30 +246,55 @@ class Examples:
                 if isinstance(cell, BadRow) and name in formats.FIELDS:
                     raise cell
         row = _nested(given)
+        if self._reading.persona_markers and "persona" not in row:
+            row = formats.with_marked_persona(row, *self._reading.persona_markers)
         if self.format == "auto":
             self.format = detect_format(row)  # decides for all rows: errors can then name the field
+        entry = FORMATS[self.format]
         if missing := missing_fields(self.format, row):
             wanted = missing[0].replace("|", "' or '")
             hint = did_you_mean(missing[0].split("|"), row)
             raise BadRow(wanted, f"it in a row of format {self.format}", f"only {listed(row) or 'nothing'}{hint}")
         if "personal_spans" in row and (self.format != "perce" or "response" not in row):
             raise BadRow("personal_spans", "it only beside a 'response' (format perce)", f"format {self.format}")
-        users = [row[name] for name in formats.USER_FIELDS.get(self.format, ("user_id",)) if name in row]
-        if users and not isinstance(users[0], str | int):
-            raise BadRow("user_id", "a string or an integer", show(users[0]))
-        user_id = formats.encodable(str(users[0]), "user_id") if users else None
-        if self.format == "text":
-            return [Document(formats.parse_document(row), user_id, source)]
-        marked = row.get("personal_spans")
-        examples = [
-            Example(
-                persona, turns, said, user_id, None if marked is None else formats.parse_spans(marked, said), source
-            )
-            for persona, turns, said in formats.PARSERS[self.format](row)
-        ]
-        if not examples:
+        user_id = self._user_of(row)
+        weight, marked = weight_of(row.get("weight"), "weight"), row.get("personal_spans")
+        replies = [*entry.parse(entry.joined(self._beside, row) if entry.joined else row)]
+        if not replies:
             raise BadRow(None, "at least one response that answers a turn", "an opening line only")
-        return examples
+        if not self._reading.unanswered and not all(reply.response for reply in replies):
+            raise _Unanswered(self.format)
+        replies = [reply._replace(weight=weight * reply.weight) for reply in replies]
+        self.weightless += sum(reply.weight == 0 for reply in replies)
+        if self.format == "text":
+            return [Document(text, user_id, source, by) for _, _, text, by in replies if by]
+        return [
+            Example(persona, turns, said, user_id, None if marked is None else parse_spans(marked, said), source, by)
+            for persona, turns, said, by in replies if by
+        ]  # fmt: skip
+
+    def _user_of(self, row: Mapping[str, object]) -> str | None:
+        for path in FORMATS[self.format].users:
+            user: Any = row
+            for name in path.split("."):
+                user = user.get(name) if isinstance(user, dict) else None
+            if user is not None:
+                if not isinstance(user, str | int):
+                    raise BadRow(path, "a string or an integer", show(user))
+                return encodable(str(user), path)
+        return None
+
+
+class _Unanswered(BadRow):
+    """A row that asks for a response and has none."""
+
+    remedy = (
+        " perce.evaluate writes replies to such rows. To train on answers that you have, or to score them, name their "
+        "field: --columns response=FIELD."
+    )
+
+    def __init__(self, format: str) -> None:
+        super().__init__("response", "a response", f"a row of format {format}, whose data has none of its own")
 
 
 def load_examples(
@@ -220,16 +303,16 @@ def load_examples(
     *,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
+    persona_markers: tuple[str, str] | None = None,
     skip_bad_rows: bool = False,
+    unanswered: bool = False,
     streaming: bool = False,
     limit: int | None = None,
 ) -> Examples:
     """The examples of one split ("train", "validation" or "test") of `data`.
 
     data: a file, a directory of split files, a `save_to_disk` directory, or a Hub id; see the module's docstring.
-    format: one of FORMATS, or "auto": from the fields of the first good row.
-    columns: our field names -> the data's, e.g. {"persona": "profile", "response": "output"}.
-    skip_bad_rows: leave bad rows out and count them (`Examples.skipped`, `Examples.reasons`) instead of stopping.
+    format, columns, persona_markers, skip_bad_rows, unanswered: see Reading.
     streaming: read lazily, each time the result is iterated over; otherwise everything is read and checked here.
     limit: stop after this many examples; rows beyond are neither read nor checked.
 
@@ -252,7 +335,8 @@ def load_examples(
     sources = open_data(str(data), streaming)
     if split not in sources:
         raise UserError(f"{data} has no {split} split; it has {', '.join(sources) or 'none of ' + ', '.join(SPLITS)}.")
-    rows = Examples(sources[split], format, columns or {}, skip_bad_rows, limit)
+    reading = Reading(format, columns, persona_markers, skip_bad_rows, unanswered)
+    rows = Examples(sources[split], reading, limit)
     if not streaming:
         _ = rows.all  # read and check everything now
     return rows

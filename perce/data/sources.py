@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from perce.data.readers import (
     BadRow,
     Placed,
     arrow_rows,
+    has_splits,
     json_file,
     json_lines,
+    json_splits,
     parquet_rows,
     whole_json,
 )  # fmt: skip
@@ -35,7 +37,7 @@ SUFFIXES = tuple(READERS)
 # What else people have, and how rows come out of it.
 OTHER_FILES = {
     ".tsv": "its cells are divided by tabs. Write it with commas, as .csv",
-    ".txt": "a text has no rows. Write one JSON object a line, as .jsonl",
+    ".txt": "a text has no rows. Call it .jsonl if it has a JSON object a line, as that of Multi-Session Chat",
     ".gz": "it is compressed. Unpack it (gunzip)",
     ".zst": "it is compressed. Unpack it (unzstd)",
     ".bz2": "it is compressed. Unpack it (bunzip2)",
@@ -52,6 +54,7 @@ class Source:
     origin: str  # for error messages: a path as the user wrote it, or "HUB_ID[split]"
     name: str  # for Example.source: the file's name alone
     read: Callable[[], Placed] | None  # None: the split does not exist, and need not (the data is one file)
+    path: Path | None = None  # of the file that has the rows; None: they are of a data set of the datasets library
 
     def rows(self) -> Placed:
         """Places and rows, or BadRows; UserError where they cannot be read further."""
@@ -66,7 +69,7 @@ def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
     check_path("--data", data)
     path = Path(data).expanduser()
     if path.is_file():
-        return _only_train(_file(path))
+        return _splits(path) if path.suffix.lower() == ".json" and has_splits(path) else _only_train(_file(path))
     if path.is_dir():
         saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
         return _saved(path, streaming) if saved else _directory(path) or _hub(data, streaming)
@@ -100,7 +103,25 @@ def _file(path: Path) -> Source:
         other = OTHER_FILES.get(path.suffix.lower())
         what = f"cannot be read: {other}" if other else "cannot tell what kind of file this is"
         raise UserError(f"{path}: {what}; expected a name ending in {', '.join(SUFFIXES)}.")
-    return Source(str(path), path.name, partial(reader, path))
+    return Source(str(path), path.name, partial(reader, path), path)
+
+
+def _splits(path: Path) -> dict[str, Source]:
+    """Of a file that has them all, as Hugging Face's of Persona-Chat."""
+    state = path.stat()
+    names = _split_names(path, state.st_mtime_ns, state.st_size)
+
+    def rows(name: str) -> Placed:
+        return ((place, row) for split, place, row in json_splits(path) if split == name)
+
+    found = _in_order(dict.fromkeys(names, ""))
+    return {ours: Source(str(path), path.name, partial(rows, name), path) for ours, name in found.items()}
+
+
+@lru_cache(8)
+def _split_names(path: Path, changed: int, size: int) -> tuple[str, ...]:
+    """Those with rows; to know them the file is read once."""
+    return tuple(dict.fromkeys(split for split, _, _ in json_splits(path)))
 
 
 def _directory(path: Path) -> dict[str, Source]:
@@ -119,7 +140,9 @@ def _directory(path: Path) -> dict[str, Source]:
         for questions in pairs:
             outputs = questions.with_name(questions.name.replace("_questions", "_outputs"))
             if outputs.is_file():  # LaMP publishes its test questions without outputs: no split to learn or score
-                found[split] = Source(str(questions), questions.name, partial(_lamp_pair, questions, outputs))
+                found[split] = Source(
+                    str(questions), questions.name, partial(_lamp_pair, questions, outputs), questions
+                )
     return found
 
 

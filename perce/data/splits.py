@@ -15,7 +15,7 @@ from perce.config.options import read_yaml
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig, SplitConfig
 from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
 from perce.data.pairing import PairSource, make_builder, picked_by, skipped_rows
-from perce.data.rows import Document, Examples, Record, available_splits, load_examples, text_key, texts_key
+from perce.data.rows import Document, Examples, Reading, Record, available_splits, load_examples, text_key, texts_key
 from perce.data.stream import PairStream
 from perce.demo import DATA_DIR
 from perce.errors import UserError, in_one_line
@@ -158,9 +158,7 @@ class Splits:
 def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
     """Examples of config.data (default: the built-in examples); eval_examples (0: all) are drawn to evaluate on."""
     data = config.data or str(DATA_DIR)
-    options: dict[str, Any] = {
-        "format": config.format, "columns": config.column_names(), "skip_bad_rows": config.skip_bad_rows,
-    }  # fmt: skip
+    options = vars(Reading.of(config))
     train = load_examples(data, "train", streaming=config.streaming, **options)
     who: HeldOut | None = None
     present = available_splits(data)
@@ -222,10 +220,12 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
     return notes
 
 
-def load_split(data: DataConfig, chosen: SplitConfig, run: Path | None = None) -> tuple[Examples, str, str]:
+def load_split(
+    data: DataConfig, chosen: SplitConfig, run: Path | None = None, *, unanswered: bool = False
+) -> tuple[Examples, str, str]:  # fmt: skip
     """(examples, their split, the same in words): read and checked now, or while iterated over with --streaming.
 
-    run: the directory of the model's, where it is of one.
+    run: the directory of the model's, where it is of one. unanswered: rows without a response are examples too.
     """
     where = data.data or str(DATA_DIR)
     present = available_splits(where)
@@ -239,8 +239,8 @@ def load_split(data: DataConfig, chosen: SplitConfig, run: Path | None = None) -
         needs = "--split held_out" if held_out else "--sample"
         raise UserError(f"{needs}: all rows must be known to choose from them. Leave out --streaming.")
     rows = load_examples(
-        where, "train" if held_out else split, format=data.format, columns=data.column_names(),
-        skip_bad_rows=data.skip_bad_rows, streaming=data.streaming, limit=None if held_out else chosen.limit,
+        where, "train" if held_out else split, **vars(Reading.of(data, unanswered)), streaming=data.streaming,
+        limit=None if held_out else chosen.limit,
     )  # fmt: skip
     told = split
     if held_out:

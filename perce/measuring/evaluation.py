@@ -6,6 +6,8 @@
                                                  drawn by the seed, one for all examples of a persona
     generated        the user's persona          ROUGE, METEOR, and whether the reply uses a word of the persona
 
+An example without a response has a generated reply alone, and whether it uses the persona.
+
 Personal tokens are those of marked spans where the data has them, else words that occur in the persona but not in the
 conversation (data.pairs.personal_word_spans: quoted facts; no paraphrase, no style).
 """
@@ -194,7 +196,7 @@ class Evaluator:
 
     @torch.no_grad()
     def losses(self, items: Sequence[Item]) -> list[dict[str, Any]]:
-        """Sums of −log p over each example's tokens, under the three prompts, and their counts."""
+        """Sums of −log p over each example's tokens, under the three prompts, and their counts; None without any."""
         batch = collated([item.pair for item in items], self.sharing, self._pad, self.device)
         statistics = token_statistics(self.model, batch, PERCE)
         swapped = iter(self._swapped_losses([item.swapped for item in items if item.swapped is not None]))
@@ -204,13 +206,16 @@ class Evaluator:
             records.append(
                 {
                     "example": item.index, "source": item.example.source, "user_id": item.example.user_id,
-                    "key": item.key, "tokens": len(tokens.logp), "personal_tokens": int(personal.sum()),
+                    "key": item.key, "turn": sum(turn.role == "user" for turn in item.example.turns),
+                    "tokens": len(tokens.logp), "personal_tokens": int(personal.sum()),
                     "loss": -tokens.logp.sum().item(), "loss_without": -tokens.logp_cf.sum().item(),
                     "loss_personal": -tokens.logp[personal].sum().item(),
                     "loss_other": -tokens.logp[~personal].sum().item(),
                     "loss_swapped": None if item.swapped is None else next(swapped),
                 }
             )  # fmt: skip
+            if not item.example.response:
+                records[-1] |= {name: None for name in records[-1] if name.startswith("loss")}
         return records
 
     def _swapped_losses(self, pairs: Sequence[Pair]) -> list[float]:
@@ -263,9 +268,9 @@ class Evaluator:
         example = item.example
         persona = [example.persona[i] for i in item.pair.passages]
         conversation = " ".join(turn.content for turn in example.turns)
-        uses = [bool(personal_word_spans(text, persona, conversation)) for text in (reply, example.response)]
-        return {
-            "reply": reply, "reference": example.response, "uses_persona": float(uses[0]),
-            "reference_uses_persona": float(uses[1]),
-            **{name: score(reply, example.response) for name, score in self.scorers.items()},
-        }  # fmt: skip
+        uses = [float(bool(personal_word_spans(text, persona, conversation))) for text in (reply, example.response)]
+        found: dict[str, Any] = {"reference_uses_persona": uses[1]}
+        found |= {name: score(reply, example.response) for name, score in self.scorers.items()}
+        if not example.response:
+            found = dict.fromkeys(found)
+        return {"reply": reply, "reference": example.response, "uses_persona": uses[0], **found}

@@ -1,6 +1,6 @@
 """Records of evaluated examples → metrics with intervals, comparison of two models, JSON and tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ METRICS: dict[str, tuple[str, str, str]] = {
 BETTER = dict.fromkeys(("loss_personal_tokens", "loss_other_tokens", "loss_with_persona"), "↓")
 BETTER |= dict.fromkeys(("loss_without_persona", "loss_swapped_persona", "reference_uses_persona"), "–")
 """Whether less is better, or neither; of the others more is."""
+BY_TURN = ("loss_with_persona", "loss_without_persona", "uses_persona", "reference_uses_persona")
+TURNS = 10  # of a conversation, that are told
 RESULT = "perce.evaluate"
 
 
@@ -57,11 +59,7 @@ def summarise(records: Records, notes: list[str], run: Mapping[str, Any], meteor
     """The result as JSON: each metric with its 95 % interval over users."""
     from importlib.metadata import version
 
-    metrics: dict[str, Any] = {}
-    for name in METRICS:
-        interval = clustered_mean(*_columns(records, name), _clusters(records, name)) if records else None
-        if interval is not None:
-            metrics[name] = interval.to_dict()
+    metrics = _means(records, METRICS)
     if "loss_swapped_persona" in metrics:
         having = [record for record in records if record["loss_swapped"] is not None]
         gain = clustered_mean(
@@ -74,8 +72,22 @@ def summarise(records: Records, notes: list[str], run: Mapping[str, Any], meteor
     records_kept = [dict(record) for record in sorted(records, key=lambda record: record["example"])]
     return {
         "kind": RESULT, "run": dict(run), "packages": packages, "about": about, "notes": notes, "metrics": metrics,
-        "records": records_kept,
+        "by_turn": _by_turn(records), "records": records_kept,
     }  # fmt: skip
+
+
+def _means(records: Records, metrics: Iterable[str]) -> dict[str, Any]:
+    """Those metrics that any record has."""
+    found = ((name, clustered_mean(*_columns(records, name), _clusters(records, name))) for name in metrics)
+    return {name: interval.to_dict() for name, interval in found if interval is not None}
+
+
+def _by_turn(records: Records) -> dict[int, dict[str, Any]]:
+    """The same of the first replies of conversations, of the second, …; {} where none has a second."""
+    turns: dict[int, list[Mapping[str, Any]]] = {}
+    for record in records:
+        turns.setdefault(record["turn"], []).append(record)
+    return {turn: _means(turns[turn], BY_TURN) for turn in sorted(turns)[:TURNS]} if len(turns) > 1 else {}
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -162,13 +174,28 @@ def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None
             f"not only the model differs: {fact} is {mine!r} here and {its!r} there"
             for fact, (mine, its) in comparison["settings"].items()
         ]
-    tables: list[Any] = [rows, "", differences, "", legend, tested] if comparison else [rows, "", legend]
+    tables: list[Any] = [rows, "", *_table_by_turn(result["by_turn"])]
+    tables += [differences, "", legend, tested] if comparison else [legend]
     show(*tables, *(plain(note, "dim") for note in notes), *(plain(note, "bold") for note in bold))
+
+
+def _table_by_turn(by_turn: Mapping[int, Mapping[str, Any]]) -> list[Any]:
+    """Losses, what the persona gains and whether it is used, a line a turn."""
+    if not by_turn:
+        return []
+    found = table("turn", "with persona", "without", "gain", "replies use it", "examples", numbers=True)
+    for turn, metrics in by_turn.items():
+        with_it, without, uses, _ = (metrics[name]["value"] if name in metrics else None for name in BY_TURN)
+        gain = without - with_it if with_it is not None and without is not None else None
+        counts = max((metric["n"] for metric in metrics.values()), default=0)
+        cells = ("" if value is None else f"{value:.4f}" for value in (with_it, without, gain, uses))
+        found.add_row(str(turn), *cells, f"{counts:,}")
+    return [found, ""]
 
 
 def _few(records: Records, unit: str, compared: bool) -> list[str]:
     """That there are too few users for an interval, and for a small p; nothing where there are enough."""
-    count = len(set(_clusters(records, "loss_with_persona")))
+    count = len({record["user_id"] or record["source"] for record in records})
     if not 0 < count < FEW:
         return []
     least = f", and p is {2.0 ** (1 - count):.2g} at least" if compared else ""

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from perce.data.chat import ChatFormat
-from perce.data.formats import Turn
+from perce.data.fields import Turn
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SLOT, STYLE, PromptStyle
 from perce.data.stream import PairStream
 from perce.errors import UserError, first_line

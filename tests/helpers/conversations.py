@@ -2,7 +2,7 @@
 
 import random
 
-from perce.data.formats import Turn
+from perce.data.fields import Turn
 from perce.data.rows import Example
 
 # What texts are put together from. Invisible characters are escaped.

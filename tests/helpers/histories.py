@@ -1,7 +1,7 @@
 """What the tests of retrieval share: a user's history, a request, and what is picked and shown of it."""
 
 from perce import DataConfig
-from perce.data.formats import Turn
+from perce.data.fields import Turn
 from perce.data.retrieval import make_retriever
 from perce.data.rows import Example
 from tests.helpers.tiny import tiny_tokenizer

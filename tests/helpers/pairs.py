@@ -1,6 +1,6 @@
 """What the tests of pairs share."""
 
-from perce.data.formats import Turn
+from perce.data.fields import Turn
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Example
 from tests.helpers.tiny import TEMPLATES, tiny_tokenizer

@@ -1,12 +1,14 @@
 """A row of each format, and how the tests of rows read them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from perce import UserError, load_examples
 from perce.data.rows import Example
+from tests.helpers import ROOT
 
 GOOD = {"persona": ["I bake.", "I have a dog."], "query": "Any plans?", "response": "Walking my dog."}
 TALK = [
@@ -33,6 +35,29 @@ ABSTRACT = {
     "output": "We prove it.",
     "profile": [{"id": "1", "title": "T1", "abstract": "A1", "year": 2001}, {"title": "T2", "abstract": "A2"}],
 }
+
+FILES = {"personamem": "questions_32k.jsonl", "personamem_v2": "benchmark.jsonl", "prism": "conversations.jsonl"}
+"""Those that are read beside others, and what they are called in docs/DATA.md."""
+ROWS = [
+    "perce", "perce", "prompt_completion", "preference", "sharegpt", "alpaca", "longlamp", "lamp", "lamp_qa", "amazon",
+    "amazon", "convai2", "personachat", "personachat", "spc", "msc", "prefeval", "aloe", "text",
+]  # fmt: skip
+PAGE = (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8")
+
+
+def documented(format: str) -> list[dict]:
+    """The rows of a format that docs/DATA.md shows."""
+    name = FILES.get(format, "")
+    lines = PAGE.partition(f"```json{f' {name}' if name else ''}\n")[2].partition("```")[0].splitlines()
+    return [json.loads(line) for line, of in zip(lines, [format] if name else ROWS, strict=True) if of == format]
+
+
+def documented_files(folder: Path, format: str, *rows: dict) -> Path:
+    """A file of these rows, by default of those that the page shows, and what stands beside them there."""
+    for name, text in re.findall(r"```json (\S+)\n(.*?)```", PAGE, re.DOTALL):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return jsonl(folder / FILES.get(format, "rows.jsonl"), *(rows or documented(format)))
 
 
 def jsonl(path: Path, *rows: object) -> Path:

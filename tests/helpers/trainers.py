@@ -81,16 +81,20 @@ def pir(logp, logp_cf, entropy):
 
 def plain_loss(model, pairs, loss, formula=pir, step=0):
     """−Σ w·logp / n with w = clip(formula(logp, logp_cf, entropy)) over the tokens of a step; formula "1": plain
-    cross-entropy; a pair: and then what (signals, seed of the step) become."""
+    cross-entropy; a pair: and then what (signals, seed of the step) become. All times the weight of the data."""
     logp, logp_cf, entropy = map(torch.cat, zip(*(plain_statistics(model, pair) for pair in pairs), strict=True))
+    data = torch.cat([torch.full((pair["response_length"],), pair.get("weight", 1.0)) for pair in pairs])
     if formula == "1":
-        return -logp.mean()
+        return -(data * logp).mean()
     formula, *rearrange = formula if isinstance(formula, tuple) else (formula,)
     signal = formula(logp.detach(), logp_cf, entropy)
     for over_step in rearrange:
         signal = over_step(signal, 42 * 1_000_003 + step)  # of the run's seed, and the step
     weight = signal.clamp(loss.weighting.clip_min, loss.weighting.clip_max)
-    return -(weight * logp).sum() / (weight.sum() if loss.normalize == "batch" else len(logp))
+    if loss.normalize == "sequence":
+        parts = weight.split([pair["response_length"] for pair in pairs])
+        weight = torch.cat([part / part.mean() for part in parts])
+    return -(data * weight * logp).sum() / (weight.sum() if loss.normalize == "batch" else len(logp))
 
 
 def plain_loop(model, batches, losses, learning_rate=1e-2, warmup=2, formula=pir):

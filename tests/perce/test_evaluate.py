@@ -17,6 +17,7 @@ from perce.data.splits import load_splits
 from perce.demo import DATA_DIR
 from perce.lock import locked
 from perce.measuring.evaluation import Evaluator, other_users
+from tests.helpers.raw_rows import documented, documented_files
 from tests.helpers.tiny import demo_examples, save_tiny_model, tiny_tokenizer, write_jsonl
 from tests.helpers.training import ROWS, printed_by
 
@@ -368,3 +369,25 @@ def test_one_user_has_nobody_to_swap_with_and_long_rows_are_skipped(run, tmp_pat
 def test_errors_are_one_paragraph(run, argv, fragment):
     err = run(*argv, code=2).err
     assert fragment in err and "Traceback" not in err
+
+
+def test_rows_without_a_response_have_replies_alone(model, tmp_path, capsys):
+    data = documented_files(tmp_path, "lamp_qa")
+    run = printed_by(evaluate.main, capsys, "--model", model, "--data", data, *FAST)
+    run("--output", tmp_path / "e.json")
+    content = result(tmp_path / "e.json")
+    assert [*content["metrics"]] == ["uses_persona"]
+    (record,) = content["records"]
+    assert record["reply"] and record["reference"] == "" and record["loss"] is None and record["rougeL"] is None
+    assert "field 'response': expected a response" in run("--generate", "false", code=2).err
+
+
+def test_a_conversation_is_told_turn_by_turn(model, tmp_path, capsys):
+    (row,) = documented("aloe")
+    data = documented_files(tmp_path, "aloe", {**row, "conversations": row["conversations"] * 3})
+    run = printed_by(evaluate.main, capsys, "--model", model, "--data", data, *FAST)
+    printed = run("--output", tmp_path / "e.json").out
+    assert "turn" in printed and "replies use it" in printed
+    content = result(tmp_path / "e.json")
+    assert [*content["by_turn"]] == ["1", "2", "3"]
+    assert all(turn["uses_persona"]["n"] == turn["loss_with_persona"]["n"] == 1 for turn in content["by_turn"].values())

@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 
 import perce.model.head
 from perce import DataConfig, LossConfig, MemoryConfig, UserError
@@ -100,6 +101,24 @@ def test_signals_are_their_formulas_over_all_probabilities(name):
     expected = formula(logp, logp_cf, entropy)
     torch.testing.assert_close(signal, expected, atol=1e-6, rtol=1e-5)
     assert signal.dtype == torch.float32 and signal.shape == (1000,) and len(signal.unique()) > 1
+
+
+@ALL
+@pytest.mark.parametrize("normalize", ["none", "batch", "sequence"])
+def test_weights_of_the_data_multiply_those_of_the_tokens(tmp_path, name, normalize):
+    """After the normalisation, and without a change of what the loss is divided by."""
+    loss = loss_of(name, normalize=normalize)
+    made = run(name, tmp_path, sequences=4, gradient_accumulation_steps=2, loss=loss)
+    weights = [1.0, 0.25, 3.0, 1.0, 2.0]
+    pairs = [{**pair, "weight": weights[i % 5]} for i, pair in enumerate(made.train_dataset)]
+    made.train_dataset = Dataset.from_list(pairs)
+    reference, batches, collator = copy.deepcopy(made.model).train(), [], made.data_collator
+    made.data_collator = lambda pairs: (batches.append(pairs), collator(pairs))[1]
+    made.train()
+    steps = [[pair for batch in batches[i : i + 2] for pair in batch] for i in (0, 2, 4)]  # five of 4 are an epoch
+    expected = plain_loop(reference, steps, [loss] * 3, formula=FORMULAS[name])
+    found = torch.tensor(logged(made, "loss", "grad_norm"))
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
 @ALL

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, normalizers
 
 from perce import UserError, prompt_ids
-from perce.data.formats import Turn
+from perce.data.fields import Turn
 from perce.data.pairs import PairBuilder
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE
 from tests.helpers.conversations import conversations

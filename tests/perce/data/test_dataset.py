@@ -15,7 +15,7 @@ from perce import DataConfig, LossConfig, UserError
 from perce.config.commands import TrainOptions
 from perce.data import dataset
 from perce.data.dataset import pair_dataset
-from perce.data.formats import Turn
+from perce.data.fields import Turn
 from perce.data.pairing import make_builder
 from perce.data.pairs import PairBuilder
 from perce.data.retrieval import Retriever, recency_scores
@@ -60,6 +60,7 @@ GOLDEN = {
     3: "ac781f2abbb1a4c9",
     4: "c0d2a5d8814a33d0",
     5: "362b5d7ae8b1deff",
+    6: "d9c9f10a8b6a68c6",
 }
 """PAIRS_VERSION → digest of the pairs below. A new digest needs a new version: old pairs may be on disks."""
 
@@ -91,7 +92,7 @@ def test_other_pairs_have_another_version():
         "output": "Many bees.",
         "profile": profile,
     }
-    histories = Examples(Source("h", "h", lambda: iter([(":1", row)])), "auto", {}, False, None).all
+    histories = Examples(Source("h", "h", lambda: iter([(":1", row)]))).all
     tokenizers = [tokenizer, *map(byte_tokenizer, (None, GEMMA, QWEN3)), byte_tokenizer(prepends_space=True)]
     made = [builder_of(each, "perce").build(example) for each in tokenizers for example in examples]
     made.append(
@@ -125,7 +126,7 @@ def test_no_copy_of_all_texts_or_ids_is_made(of):
     columns = {
         "input_ids": [[1000 + i for i in range(2000)]], "response_length": [9], "personal": [[True] * 9],
         "example": [0], "persona_span": [[1, 2]], "passages": [[0]], "dropped_passages": [0],
-        "conversation": [0], "persona": [0],
+        "conversation": [0], "persona": [0], "weight": [1.0],
     }  # fmt: skip
     columns = {name: values * 200 for name, values in columns.items()}
     pairs = datasets.Dataset.from_dict(columns, features=dataset.FEATURES[PairBuilder])

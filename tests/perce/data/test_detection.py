@@ -18,8 +18,8 @@ ALL = "persona, query or messages, response or messages"
     [
         ({"from": "a", "to": "c", "subject": "s", "body": "b"}, "perce", ALL,
          "persona=FIELD,query=subject,response=body"),
-        ({"instruction": "Do", "input": "it", "output": "Done"}, "perce", ALL,
-         "persona=FIELD,query=instruction,response=output"),
+        ({"instruction": "Do", "input": "it", "output": "Done"}, "alpaca", "persona or profile", "persona=FIELD"),
+        ({"persona": "p", "dialogue": []}, "sharegpt", "conversations", "conversations=dialogue"),
         ({"UserProfile": "p", "Question": "q", "Answer": "a"}, "perce", ALL,
          "persona=UserProfile,query=Question,response=Answer"),
         ({"bio": "p", "query": "q", "response": "r"}, "perce", "persona", "persona=bio"),
@@ -43,20 +43,13 @@ def test_the_line_to_copy_works(tmp_path):
     assert load(tmp_path, row, columns=columns)[0].persona == ("I keep bees.",)
 
 
-def test_sharegpt_is_recognised(tmp_path):
+def test_sharegpt_without_a_persona(tmp_path):
     text = error(tmp_path, {"id": "1", "conversations": SHAREGPT})
     assert (
-        "\nNearest is perce; missing: persona, messages.\nRename fields: --columns persona=FIELD (FIELD: one of yours"
-        in text
+        "\nNearest is sharegpt; missing: persona.\nRename fields: --columns persona=FIELD (FIELD: one of yours" in text
     )
-    assert "`conversations` has from and value where `messages` has role and content" in text
-
-
-def test_sharegpt_with_a_persona(tmp_path):
-    """The shape that docs/DATA.md has a program for."""
-    _, second, third, _ = error(tmp_path, {"persona": "p", "conversations": SHAREGPT}).splitlines()
-    assert second == "Nearest is perce; missing: messages."
-    assert third == "`conversations` has from and value where `messages` has role and content."
+    (only,) = load(tmp_path, {"bio": "p", "conversations": SHAREGPT}, columns={"persona": "bio"})
+    assert only.persona == ("p",)
 
 
 def test_the_line_to_copy_works_in_a_shell(tmp_path):
@@ -115,17 +108,13 @@ def test_the_page_turns_other_shapes_into_rows(tmp_path, monkeypatch):
     """docs/DATA.md, as the error for a row of no format says."""
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8")
-    mails, talks, table = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    mails, table = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     jsonl(
         tmp_path / "mails.jsonl", *[{"from": "ana", "to": "b", "subject": f"s{i}", "body": f"body {i}"} for i in "ab"]
     )
     exec(mails, {})
     first, _ = load_examples("rows.jsonl", "train").all
     assert (first.persona, first.response, first.user_id) == (("Title: sb\nText: body b",), "body a", "ana")
-    jsonl(tmp_path / "sharegpt.jsonl", {"id": 1, "persona": "I bake.", "conversations": SHAREGPT})
-    exec(talks, {})
-    (only,) = load_examples("rows.jsonl", "train").all
-    assert (only.persona, only.turns[0].content, only.response) == (("I bake.",), "Hi", "Hello")
     (tmp_path / "export.csv").write_bytes("persona;query;response\nIch backe.;Hallo?;Grü\u00dfe, du\n".encode("cp1252"))
     exec(table, {})
     assert load_examples("rows.csv", "train").all[0].response == "Grüße, du"

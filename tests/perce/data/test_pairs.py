@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from perce import UserError, prompt_ids
 from perce.data import prompt
-from perce.data.formats import Turn
+from perce.data.fields import Turn
 from perce.data.pairs import WORD, PairBuilder, counterfactual_ids, personal_word_spans, words_of
 from tests.helpers.pairs import EXAMPLE, TOKENIZERS, builder, example
 from tests.helpers.tiny import TEMPLATES, tiny_tokenizer

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from perce import DataConfig, LossConfig, PerceArguments, PerceTrainer
 from perce.data.dataset import rows_dataset_pairs
-from perce.data.formats import PASSAGES, passage_text
+from perce.data.fields import PASSAGES, passage_text
 from perce.data.retrieval import QUERIES, Retriever, bm25_scores, indexed_text, query_of
 from perce.data.splits import load_pairs
 from perce.train import main
@@ -73,7 +73,7 @@ def test_an_unknown_wording_is_the_query_as_a_whole():
 @pytest.mark.parametrize("parts", [parts for _, parts in PASSAGES], ids=[kind for kind, _ in PASSAGES])
 def test_labels_ratings_tags_and_categories_are_not_searched(parts):
     entry = {field: f"{field} Review: x\nof two lines" for _, field in parts}
-    left_out = {"overall", "score", "tag", "category"}
+    left_out = {"overall", "rating", "score", "tag", "category"}
     entry |= {field: "5.0" for field in left_out & entry.keys()}
     expected = "\n".join(entry[field] for _, field in parts if field not in left_out)
     passage = passage_text(entry, "profile[0]")

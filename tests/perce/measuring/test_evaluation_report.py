@@ -7,7 +7,7 @@ from perce.measuring.evaluation_report import METRICS, compare, print_result, su
 METEOR = "meteor_exact_stem"
 
 
-def records(users=12, shift=0.0, named=True):
+def records(users=12, shift=0.0, named=True, turns=1):
     """Two examples a user, with every metric."""
     made = []
     for number in range(2 * users):
@@ -15,6 +15,7 @@ def records(users=12, shift=0.0, named=True):
         losses = {"loss": 30.0, "loss_without": 36.0, "loss_swapped": 33.0, "loss_personal": 9.0, "loss_other": 21.0}
         made.append(
             {"example": number, "key": str(number), "source": f"rows.jsonl:{number // 2}", "tokens": 10,
+             "turn": 1 + number % turns,
              "personal_tokens": 3, "user_id": f"u{number // 2}" if named else None}
             | {name: value + shift + number / 7 for name, value in losses.items()} | scores
         )  # fmt: skip
@@ -69,3 +70,25 @@ def test_rows_are_not_called_users(printed):
     out = printed(records(3, named=False), records(3, shift=1.0, named=False))
     assert "3 rows only" in out and "by row" in out and "user" not in out
     assert "one row" in printed(records(1, named=False))
+
+
+def test_conversations_are_told_turn_by_turn(printed):
+    ours = records(turns=2)
+    for record in ours:
+        record |= {"loss": 10.0 * record["turn"], "loss_without": 25.0, "uses_persona": float(record["turn"] == 2)}
+    lines = [line.split() for line in printed(ours).splitlines()]
+    at = lines.index("turn with persona without gain replies use it examples".split())
+    assert lines[at + 1 : at + 3] == [["1", "1.0000", "2.5000", "1.5000", "0.0000", "12"],
+                                      ["2", "2.0000", "2.5000", "0.5000", "1.0000", "12"]]  # fmt: skip
+    result = summarise(ours, [], {}, METEOR)
+    assert [*result["by_turn"]] == [1, 2] and result["by_turn"][2]["loss_with_persona"]["clusters"] == 12
+    assert summarise(records(), [], {}, METEOR)["by_turn"] == {} and "turn" not in printed(records())
+
+
+def test_replies_to_rows_without_a_response(printed):
+    ours = [record | {"uses_persona": 1.0} for record in records()]
+    for record in ours[:4]:
+        record |= {name: None for name in record if name.startswith(("loss", "reference", "rouge", "meteor"))}
+    metrics = summarise(ours, [], {}, METEOR)["metrics"]
+    assert metrics["uses_persona"]["n"] == 24 and metrics["loss_with_persona"]["n"] == metrics["rougeL"]["n"] == 20
+    assert printed(ours) and "12 users only" not in printed(ours)

@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perce.config.schema import ModelConfig
 from perce.data.batch import collate, token_inputs
-from perce.data.formats import Turn
+from perce.data.fields import Turn
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Example
 from perce.data.sharing import Spans

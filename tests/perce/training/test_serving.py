@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from perce import DataConfig, LossConfig, PerceTrainer, UserError, prompt_text
 from perce.data.chat import ChatFormat
 from perce.data.dataset import pair_dataset
-from perce.data.formats import Turn
+from perce.data.fields import Turn
 from perce.data.pairing import PairSource
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE, PromptStyle
 from perce.data.stream import PairStream

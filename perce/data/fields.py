@@ -1,0 +1,199 @@
+"""Values of a row's fields, checked: texts, personas, passages of a history, turns. A `BadRow` names the field."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from perce.data.readers import BadRow, not_utf8
+from perce.visible import listed, shortened
+
+# How a profile entry becomes a passage: (the field that tells its kind, ((label, field), ..., the text)); first match
+# wins. A passage of one field is that text alone (LaMP-7's tweets). Fields not named here (ids, dates) are left out.
+PASSAGES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "reviewText",
+        (("Rating", "overall"), ("Product", "description"), ("Summary", "summary"), ("Review", "reviewText")),
+    ),
+    ("content", (("Summary", "summary"), ("Content", "content"))),  # LongLaMP topic writing
+    ("abstract", (("Title", "title"), ("Abstract", "abstract"))),  # LongLaMP abstracts, LaMP-1, LaMP-5
+    ("rating", (("Rating", "rating"), ("Title", "title"), ("Review", "text"))),  # Amazon Reviews 2023
+    ("tag", (("Tag", "tag"), ("Description", "description"))),  # LaMP-2, films
+    ("score", (("Rating", "score"), ("Review", "text"))),  # LaMP-3
+    ("text", (("Category", "category"), ("Title", "title"), ("Text", "text"))),  # LaMP-2N, -4, -6, -7
+)
+# Fields that are the target in some LaMP or LongLaMP task: an entry that holds this row's target there gives it away.
+TARGET_FIELDS = ("abstract", "content", "reviewText", "text", "title")
+HEAVIEST = 1e6  # weight of a row: far from where fp32 overflows
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    role: str  # "user" | "assistant", and at the beginning "system"
+    content: str
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def show(value: object) -> str:
+    """What a value is, in a few words, however large it is and however deep."""
+    text = _SHORT.repr(value[:80] if isinstance(value, str) else value)
+    return f"{type(value).__name__} {shortened(text)}"
+
+
+def text_of(value: object, field: str) -> str:
+    """A string with something in it, which a tokenizer can encode."""
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(field, "a non-empty string", show(value))
+    return value if value.isascii() else encodable(value, field)
+
+
+def encodable(value: str, field: str) -> str:
+    """The text; BadRow where it is none of Unicode's: "\\ud83d" alone in JSON, a byte of a file that is not UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        wrong, place = ord(value[error.start]), f"at character {error.start}"
+        got = not_utf8(wrong - 0xDC00, place) if 0xDC80 <= wrong <= 0xDCFF else f"{value[error.start]!r} {place}"
+        raise BadRow(field, "UTF-8 text", got) from None
+    return value
+
+
+def list_of(value: object, field: str, of: str) -> list[Any]:
+    """A non-empty list; `datasets` may hand out a list of structs as one struct of lists, which is turned back."""
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        if len({len(column) for column in value.values()}) > 1:
+            raise BadRow(field, "columns of one length", show({key: len(column) for key, column in value.items()}))
+        value = [dict(zip(value, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
+    if not isinstance(value, list) or not value:
+        raise BadRow(field, f"a non-empty list of {of}", show(value))
+    return value
+
+
+def passage_text(entry: object, field: str) -> str:
+    """A profile entry as readable text (table `PASSAGES`); "" for an entry without text, which says nothing."""
+    if isinstance(entry, str):
+        return text_of(entry, field) if entry.strip() else ""
+    if not isinstance(entry, dict):
+        raise BadRow(field, "a string or an object", show(entry))
+    for kind, parts in PASSAGES:
+        if kind in entry:
+            main = parts[-1][1]
+            if entry.get(main) is None or not str(entry[main]).strip():
+                return ""
+            shown = [(label, str(entry[name])) for label, name in parts if entry.get(name) not in (None, "")]
+            return text_of("\n".join(f"{a}: {b}" for a, b in shown) if len(shown) > 1 else shown[0][1], field)
+    raise BadRow(field, f"an entry with one of {', '.join(kind for kind, _ in PASSAGES)}", f"fields {listed(entry)}")
+
+
+def parse_persona(value: object, field: str) -> tuple[str, ...]:
+    """A string is one passage; a list keeps its order, without blank entries."""
+    if isinstance(value, str):
+        return (text_of(value, field),)
+    entries = list_of(value, field, "strings")
+    passages = tuple(filter(None, (passage_text(entry, f"{field}[{i}]") for i, entry in enumerate(entries))))
+    if not passages:
+        raise BadRow(field, "at least one entry with text", show(value))
+    return passages
+
+
+ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("user", "assistant", "system")}
+_TOOLS = ("tool", "function", "observation", "function_call")
+
+
+def parse_messages(value: object, field: str) -> tuple[tuple[Turn, ...], tuple[float, ...]]:
+    """Alternating turns of user and assistant, perhaps behind a system message, and the weight of each.
+
+    A message is {"role", "content"}, or ShareGPT's {"from", "value"}; an assistant's may have a "weight".
+    """
+    turns: list[Turn] = []
+    weights = []
+    for i, message in enumerate(list_of(value, field, "{'role', 'content'} objects")):
+        here = f"{field}[{i}]"
+        if not isinstance(message, dict):
+            raise BadRow(here, "an object with 'role' and 'content'", show(message))
+        who, what = ("from", "value") if "from" in message else ("role", "content")
+        said = message.get(who)
+        if said in _TOOLS or message.get("tool_calls") or message.get("function_call"):
+            expected = "a conversation without tools, whose calls and results are not trained on"
+            raise BadRow(here, expected, show(message))
+        role = ROLES.get(said) if isinstance(said, str) else None
+        if role is None:
+            raise BadRow(f"{here}.{who}", "'user' or 'assistant', or 'system' at the beginning", show(said))
+        if role == "system" and turns:
+            raise BadRow(f"{here}.{who}", "a system message only at the beginning", f"one after {len(turns)} messages")
+        if turns and turns[-1].role == role:
+            raise BadRow(f"{here}.{who}", "alternating user and assistant turns", f"a second {role} turn in a row")
+        turns.append(Turn(role, text_of(message.get(what), f"{here}.{what}")))
+        weights.append(weight_of(message.get("weight"), f"{here}.weight") if role == "assistant" else 1.0)
+    if turns[-1].role == "system":
+        raise BadRow(field, "a turn after the system message", "none")
+    return tuple(turns), tuple(weights)
+
+
+def parse_turns(value: object, field: str) -> tuple[Turn, ...]:
+    return parse_messages(value, field)[0]
+
+
+def exchanges(said: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Passages of a conversation of (role, text), the latest first: what a user said with the answer to it, or a system
+    message. Equal ones are one string, for the rows of a user have the same history."""
+    passages: list[str] = []
+    before = ""
+    for role, text in said:
+        label = f"{role.capitalize()}: "
+        line = text if role == "system" or text.startswith(label) else label + text
+        if role == "assistant" and before == "user":
+            line = f"{passages.pop()}\n{line}"
+        passages.append(line)
+        before = role
+    return tuple(dict.fromkeys(sys.intern(passage) for passage in reversed(passages)))
+
+
+def history_of(value: object, field: str) -> tuple[str, ...]:
+    """The passages of {"role", "content"} messages in any order of roles."""
+    said = []
+    for i, message in enumerate(list_of(value, field, "{'role', 'content'} objects")):
+        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system"):
+            raise BadRow(f"{field}[{i}]", "an object with 'role' and 'content'", show(message))
+        said.append((message["role"], text_of(message.get("content"), f"{field}[{i}].content")))
+    return exchanges(said)
+
+
+def weight_of(value: object, field: str) -> float:
+    """What the weights of a reply's tokens are multiplied by; 1 where nothing is said. A CSV has it as a text."""
+    try:
+        weight = 1.0 if value is None else float(value) if isinstance(value, str | int | float) else -1.0
+    except (ValueError, OverflowError):
+        weight = -1.0
+    if isinstance(value, bool) or not 0 <= weight <= HEAVIEST:
+        raise BadRow(field, f"a number from 0 to {HEAVIEST:g}", show(value))
+    return weight
+
+
+def parse_spans(value: object, response: str) -> tuple[tuple[int, int], ...]:
+    expected = f"a list of [start, end] character offsets with 0 <= start < end <= {len(response)}"
+    spans = []
+    for span in value if isinstance(value, list) else [value]:
+        if not isinstance(span, list | tuple) or len(span) != 2 or any(type(offset) is not int for offset in span):
+            raise BadRow("personal_spans", expected, show(span))
+        if not 0 <= span[0] < span[1] <= len(response):
+            raise BadRow("personal_spans", expected, show(list(span)))
+        spans.append((span[0], span[1]))
+    return tuple(spans)
+
+
+def same_words(one: str, other: str) -> bool:
+    """Equal but for case, space and punctuation (LaMP-7 has the target again as "- TARGET"); ends at the first word
+    that differs, so it is cheap for long texts."""
+    return all(
+        a and b and a[0].casefold() == b[0].casefold()
+        for a, b in zip_longest(re.finditer(r"\w+", one), re.finditer(r"\w+", other))
+    )

@@ -1,0 +1,340 @@
+"""The parsers of rows: row -> a `Reply` for each example. A `BadRow` names the field.
+
+formats.py says which format has which; fields.py checks the values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+from perce.data.fields import (
+    TARGET_FIELDS,
+    Turn,
+    exchanges,
+    history_of,
+    list_of,
+    parse_messages,
+    parse_persona,
+    parse_turns,
+    passage_text,
+    same_words,
+    show,
+    text_of,
+)  # fmt: skip
+from perce.data.literals import parse_list
+from perce.data.readers import BadRow
+
+Row = Mapping[str, Any]
+SILENCE = "__ SILENCE __"  # Persona-Chat's placeholder where nobody has said anything yet
+SPEAKERS = ("Speaker 1", "Speaker 2")  # of MSC
+UNSAID = ("", "EMPTY STRING", "Prefer not to say")  # answers of PRISM's survey that say nothing
+SURVEYED = (  # what they say, and its fields
+    ("", "self_description"), ("Wants of an assistant: ", "system_string"), ("Age: ", "age"), ("Gender: ", "gender"),
+    ("Education: ", "education"), ("Employment: ", "employment_status"), ("Lives in: ", "reside_country"),
+)  # fmt: skip
+
+
+class Reply(NamedTuple):
+    """What a row gives for each example."""
+
+    persona: tuple[str, ...]  # best first; a history: the latest first
+    turns: tuple[Turn, ...]
+    response: str  # "" where the row has none, and asks for one
+    weight: float = 1.0
+
+
+def _replies(
+    persona: tuple[str, ...], turns: tuple[Turn, ...], weights: Iterable[float] | None = None
+) -> Iterator[Reply]:  # fmt: skip
+    """Each assistant turn but an opening one, which answers nothing."""
+    opening = 1 if turns[0].role == "system" else 0
+    for i, (turn, weight) in enumerate(zip(turns, weights or [1.0] * len(turns), strict=True)):
+        if turn.role == "assistant" and i > opening:
+            yield Reply(persona, turns[:i], turn.content, weight)
+
+
+def _system(row: Row) -> tuple[Turn, ...]:
+    """The system message, where it is a field."""
+    return (Turn("system", text_of(row["system"], "system")),) if row.get("system") else ()
+
+
+def parse_perce(row: Row) -> Iterator[Reply]:
+    persona = parse_persona(row["persona"], "persona")
+    if "query" in row and "messages" in row:
+        raise BadRow("query", "either 'query' or 'messages'", "both")
+    if "query" in row:
+        yield Reply(persona, (Turn("user", text_of(row["query"], "query")),), text_of(row["response"], "response"))
+        return
+    turns, weights = parse_messages(row["messages"], "messages")
+    if ("response" in row) != (turns[-1].role == "user"):
+        expected = "'messages' that end with a user turn and a 'response', or an assistant turn and none"
+        raise BadRow(
+            "messages", expected, f"a last {turns[-1].role} turn {'and' if 'response' in row else 'without'} a response"
+        )
+    if "response" in row:
+        yield Reply(persona, turns, text_of(row["response"], "response"))
+    else:
+        yield from _replies(persona, turns, weights)
+
+
+def parse_sharegpt(row: Row) -> Iterator[Reply]:
+    persona, system = parse_persona(row["persona"], "persona"), _system(row)
+    turns, weights = parse_messages(row["conversations"], "conversations")
+    if system and turns[0].role == "system":
+        raise BadRow("system", "either 'system' or a system message in 'conversations'", "both")
+    yield from _replies(persona, (*system, *turns), (*(1.0 for _ in system), *weights))
+
+
+def parse_alpaca(row: Row) -> Iterator[Reply]:
+    turns = [*_system(row)]
+    for i, pair in enumerate(row.get("history") or ()):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadRow(f"history[{i}]", "a list of an instruction and its response", show(pair))
+        said = (text_of(text, f"history[{i}][{j}]") for j, text in enumerate(pair))
+        turns += [Turn(role, text) for role, text in zip(("user", "assistant"), said, strict=True)]
+    request, given = text_of(row["instruction"], "instruction"), row.get("input")
+    if given not in (None, ""):
+        request += "\n" + text_of(given, "input")
+    known = "persona" if "persona" in row else "profile"
+    persona = parse_persona(row[known], known)
+    yield Reply(persona, (*turns, Turn("user", request)), text_of(row["output"], "output"))
+
+
+def _from_history(entries: Any, field: str, request: str, response: str) -> Reply:
+    """Of the newest entry first, so that it is kept longest; the files have the oldest first."""
+    passages = []
+    for i, entry in reversed(list(enumerate(list_of(entries, field, "objects")))):
+        texts = [entry.get(name) for name in TARGET_FIELDS] if isinstance(entry, dict) else [entry]
+        if response and any(isinstance(text, str) and same_words(text, response) for text in texts):
+            continue  # the target itself: with it in the prompt the model would only learn to copy
+        if passage := passage_text(entry, f"{field}[{i}]"):
+            passages.append(passage)
+    if not passages:
+        raise BadRow(field, "at least one entry with text other than the row's own output", show(entries))
+    return Reply(tuple(passages), (Turn("user", request),), response)
+
+
+def parse_lamp(row: Row) -> Iterator[Reply]:
+    """LongLaMP and LaMP."""
+    yield _from_history(row["profile"], "profile", text_of(row["input"], "input"), text_of(row["output"], "output"))
+
+
+def parse_lamp_qa(row: Row) -> Iterator[Reply]:
+    """The rubric and the narrative are for judges of an answer, and not shown."""
+    yield _from_history(row["profile"], "profile", text_of(row["question"], "question"), _given(row))
+
+
+def _given(row: Row, *fields: str) -> str:
+    """The response, where there is one: these data sets have none, or not in all their files."""
+    return next((text_of(row[name], name) for name in ("response", *fields) if name in row), "")
+
+
+def parse_amazon(row: Row) -> Iterator[Reply]:
+    """One review, and the user's others as their history."""
+    rating, title, text = row["rating"], text_of(row["title"], "title"), text_of(row["text"], "text")
+    if isinstance(rating, bool) or not re.fullmatch(r"\d+(\.\d+)?", str(rating)):
+        raise BadRow("rating", "a number", show(rating))
+    yield _from_history(
+        row["history"], "user_id", f'Write a review with the rating {rating} and the title "{title}".', text
+    )
+
+
+def parse_convai2(row: Row) -> Iterator[Reply]:
+    turns = []
+    for i, pair in enumerate(list_of(row["dialogue"], "dialogue", "{'partner', 'self'} objects")):
+        if not isinstance(pair, dict):
+            raise BadRow(f"dialogue[{i}]", "an object with 'partner' and 'self'", show(pair))
+        for role, name in (("user", "partner"), ("assistant", "self")):
+            turns.append(Turn(role, text_of(pair.get(name), f"dialogue[{i}].{name}")))
+    yield from _replies(parse_persona(row["personality"], "personality"), tuple(turns))
+
+
+def parse_personachat(row: Row) -> Iterator[Reply]:
+    """Of each utterance the last candidate is what the person with the persona said."""
+    persona = parse_persona(row["personality"], "personality")
+    utterances = [("", row)]
+    if "utterances" in row:
+        listed = list_of(row["utterances"], "utterances", "{'history', 'candidates'} objects")
+        utterances = [(f"utterances[{i}]", utterance) for i, utterance in enumerate(listed)]
+    for where, utterance in utterances:
+        if not isinstance(utterance, Mapping):
+            raise BadRow(where, "an object with 'history' and 'candidates'", show(utterance))
+        history, candidates = (f"{where}.{name}".lstrip(".") for name in ("history", "candidates"))
+        lines = list_of(utterance.get("history"), history, "texts")
+        said = [text_of(line, f"{history}[{i}]") for i, line in enumerate(lines) if line != SILENCE]
+        gold = text_of(list_of(utterance.get("candidates"), candidates, "texts")[-1], f"{candidates}[-1]")
+        roles = ["assistant" if (len(said) - i) % 2 == 0 else "user" for i in range(len(said))]
+        if said:
+            yield Reply(persona, tuple(map(Turn, roles, said)), gold)
+
+
+def _utterances(value: object, field: str) -> Iterator[tuple[str, str]]:
+    """(speaker "1" or "2", text) of a conversation: {speaker, text} objects, or SPC's "User 1: ..." lines."""
+    if isinstance(value, str):  # a line without a speaker goes on with the utterance before it
+        parts = re.split(r"^[ \t]*user ([12])[ \t]*:", value, flags=re.IGNORECASE | re.MULTILINE)
+        if parts[0].strip() or len(parts) < 3:
+            raise BadRow(field, "lines that start with 'User 1:' or 'User 2:'", show(value))
+        yield from ((who, " ".join(said.split())) for who, said in zip(parts[1::2], parts[2::2], strict=True))
+        return
+    for i, said in enumerate(list_of(value, field, "{'speaker', 'text'} objects")):
+        if not isinstance(said, dict):
+            raise BadRow(f"{field}[{i}]", "an object with 'speaker' and 'text'", show(said))
+        speaker = " ".join(str(said.get("speaker")).split()).casefold()
+        if speaker not in ("user 1", "user 2"):
+            raise BadRow(f"{field}[{i}].speaker", "'User 1' or 'User 2'", show(said.get("speaker")))
+        yield speaker[-1], text_of(said.get("text"), f"{field}[{i}].text")
+
+
+def _from_each_side(personas: Mapping[str, tuple[str, ...]], said: Iterable[tuple[str, str]]) -> Iterator[Reply]:
+    """Each utterance that answers one, from its speaker's view: the speaker is the assistant and has the persona."""
+    merged: list[tuple[str, str]] = []
+    for who, text in said:
+        merged.append((who, f"{merged.pop()[1]} {text}" if merged and merged[-1][0] == who else text))
+    views = {me: tuple(Turn("assistant" if who == me else "user", text) for who, text in merged) for me in personas}
+    for i, (who, text) in enumerate(merged[1:], 1):
+        yield Reply(personas[who], views[who][:i], text)
+
+
+def parse_spc(row: Row) -> Iterator[Reply]:
+    personas = {}
+    for who in "12":
+        facts = row[f"user {who} personas"]  # the original CSV has one string with a fact a line
+        personas[who] = parse_persona(facts.splitlines() if isinstance(facts, str) else facts, f"user {who} personas")
+    field = "conversation" if "conversation" in row else "Best Generated Conversation"
+    yield from _from_each_side(personas, ((who, text_of(text, field)) for who, text in _utterances(row[field], field)))
+
+
+def parse_document(row: Row) -> Iterator[Reply]:
+    """A text by itself: no persona, no turns."""
+    yield Reply((), (), text_of(row["text"], "text"))
+
+
+def _of_trl(answer: str) -> Callable[[Row], Iterator[Reply]]:
+    """The parser of TRL's rows of a prompt and, in this field, the reply to it: strings, or messages."""
+
+    def parse(row: Row) -> Iterator[Reply]:
+        prompt, said, weight = row["prompt"], row[answer], 1.0
+        turns = (Turn("user", text_of(prompt, "prompt")),) if isinstance(prompt, str) else parse_turns(prompt, "prompt")
+        if turns[-1].role != "user":
+            raise BadRow("prompt", "a user turn at the end", "an assistant turn")
+        if isinstance(said, str):
+            # In TRL's string form the completion is glued to the prompt: its leading space belongs to neither text.
+            response = text_of(said, answer).lstrip()
+        else:
+            (only, *more), (weight, *_) = parse_messages(said, answer)
+            if more or only.role != "assistant":
+                raise BadRow(answer, "a string or one assistant message", show(said))
+            response = only.content
+        yield Reply(parse_persona(row["persona"], "persona"), turns, response, weight)
+
+    return parse
+
+
+parse_prompt_completion, parse_preference = _of_trl("completion"), _of_trl("chosen")
+
+
+def _msc_dialog(value: object, field: str) -> Iterator[tuple[str, str]]:
+    """(role of the speaker as a number, text); earlier sessions may leave out who speaks, and the first begins."""
+    for i, said in enumerate(list_of(value, field, "{'text', 'id'} objects")):
+        if not isinstance(said, dict):
+            raise BadRow(f"{field}[{i}]", "an object with 'text' and 'id'", show(said))
+        speaker = said.get("id", SPEAKERS[i % 2]) if field != "dialog" else said.get("id")
+        if speaker not in SPEAKERS:
+            raise BadRow(f"{field}[{i}].id", "'Speaker 1' or 'Speaker 2'", show(speaker))
+        yield speaker[-1], text_of(said.get("text"), f"{field}[{i}].text")
+
+
+def parse_msc(row: Row) -> Iterator[Reply]:
+    """From each side: what is known of the speaker by now, then the sessions before this one."""
+    facts = list_of(row["personas"], "personas", "two lists of facts")
+    if len(facts) != 2:
+        raise BadRow("personas", "two lists of facts, one a speaker", show(facts))
+    sessions = row["previous_dialogs"] and list_of(row["previous_dialogs"], "previous_dialogs", "{'dialog'} objects")
+    dialogs = [session.get("dialog") if isinstance(session, dict) else session for session in sessions]
+    earlier = [[*_msc_dialog(said, f"previous_dialogs[{i}].dialog")] for i, said in enumerate(dialogs)]
+    personas = {}
+    for me, known in zip("12", facts, strict=True):
+        views = ([("assistant" if who == me else "user", text) for who, text in said] for said in reversed(earlier))
+        personas[me] = (*parse_persona(known, f"personas[{int(me) - 1}]"), *chain.from_iterable(map(exchanges, views)))
+    yield from _from_each_side(personas, _msc_dialog(row["dialog"], "dialog"))
+
+
+def parse_personamem(row: Row) -> Iterator[Reply]:
+    """A question after the first messages of a context; the answer is the option whose label is the correct one."""
+    end, context = row["end_index_in_shared_context"], list_of(row["context"], "shared_context_id", "messages")
+    if not str(end).isdecimal() or not 0 < int(end) <= len(context):
+        raise BadRow("end_index_in_shared_context", f"a number from 1 to {len(context)}", show(end))
+    options = [text_of(x, "all_options") for x in list_of(row["all_options"], "all_options", "texts")]
+    label = text_of(row["correct_answer"], "correct_answer").strip()
+    texts = [option.strip().removeprefix(label).strip() for option in options if option.strip().startswith(label)]
+    if len(texts) != 1:
+        raise BadRow("correct_answer", "the label of one of all_options, such as (a)", show(label))
+    request = text_of(row["user_question_or_message"], "user_question_or_message")
+    yield Reply(
+        history_of(context[: int(end)], "shared_context_id"), (Turn("user", request),), text_of(texts[0], "all_options")
+    )
+
+
+def parse_personamem_v2(row: Row) -> Iterator[Reply]:
+    query = row["user_query"]
+    if isinstance(query, str) and query.lstrip().startswith("{"):  # a message as Python prints it
+        printed = parse_list(f"[{query.strip()}]", "user_query")
+        query = printed[0] if isinstance(printed, list) else query
+    said = query.get("content") if isinstance(query, dict) else query
+    context = history_of(row["context"], "chat_history_32k_link")
+    request, response = text_of(said, "user_query"), text_of(row["correct_answer"], "correct_answer")
+    yield Reply(context, (Turn("user", request),), response)
+
+
+def parse_prefeval(row: Row) -> Iterator[Reply]:
+    """The preference is the persona; only the files for fine-tuning have an answer to the question."""
+    persona = parse_persona(row["preference"], "preference")
+    yield Reply(persona, (Turn("user", text_of(row["question"], "question")),), _given(row, "response_to_q").lstrip())
+
+
+def parse_aloe(row: Row) -> Iterator[Reply]:
+    """The preferred reply of each turn, after the replies that the conversation went on with."""
+    known = [(row[name], name) for name in ("profile", "personality") if name in row]
+    told = [(entry.strip().strip('"') if isinstance(entry, str) else entry, name) for entry, name in known]
+    persona = tuple(chain.from_iterable(parse_persona(entry, name) for entry, name in told))
+    turns: list[Turn] = []
+    went_on: tuple[object, str] | None = None  # the reply that the conversation went on with, and its field
+    for i, turn in enumerate(list_of(row["conversations"], "conversations", "{'user', 'assistant', 'chosen'} objects")):
+        here = f"conversations[{i}]"
+        replies = turn.get("assistant") if isinstance(turn, dict) else None
+        if not isinstance(replies, dict):
+            raise BadRow(here, "an object with 'user' and 'assistant': {'preferred', 'rejected'}", show(turn))
+        turns += [Turn("assistant", text_of(*went_on))] if went_on else []
+        turns.append(Turn("user", text_of(turn.get("user"), f"{here}.user")))
+        preferred = text_of(replies.get("preferred"), f"{here}.assistant.preferred")
+        yield Reply(persona, tuple(turns), preferred)
+        if (chosen := turn.get("chosen", "preferred")) not in ("preferred", "rejected"):
+            raise BadRow(f"{here}.chosen", "'preferred' or 'rejected'", show(chosen))
+        said = replies.get(chosen)
+        went_on = said[0] if isinstance(said, list) and said else said, f"{here}.assistant.{chosen}"
+
+
+def parse_prism(row: Row) -> Iterator[Reply]:
+    """The chosen reply of each turn; the persona is what the user has said of themselves in the survey."""
+    survey = row["survey"]
+    survey = {**survey, **location} if isinstance(location := survey.get("location"), dict) else survey
+    said = ((label, survey.get(name)) for label, name in SURVEYED)
+    persona = [label + text.strip() for label, text in said if isinstance(text, str) and text.strip() not in UNSAID]
+    if not persona:
+        raise BadRow("user_id", "a user who has said something of themselves in the survey", show(row["user_id"]))
+    messages: list[dict[str, Any]] = []
+    for i, said_now in enumerate(
+        list_of(row["conversation_history"], "conversation_history", "{'role', 'content'} objects")
+    ):
+        here = f"conversation_history[{i}]"
+        if not isinstance(said_now, dict) or said_now.get("role") not in ("user", "model"):
+            raise BadRow(here, "an object with 'role' ('user' or 'model') and 'content'", show(said_now))
+        text_of(said_now.get("content"), f"{here}.content")
+        if said_now["role"] == "user":
+            messages.append({"role": "user", "content": said_now["content"]})
+        elif said_now.get("if_chosen") and messages and messages[-1]["role"] == "user":  # of equal ones the first
+            messages.append({"role": "assistant", "content": said_now["content"]})
+    yield from _replies(tuple(persona), parse_turns(messages, "conversation_history"))

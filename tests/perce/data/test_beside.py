@@ -1,0 +1,88 @@
+"""What rows are read with that does not stand in them."""
+
+import json
+
+import pytest
+
+from perce import UserError, load_examples
+from tests.helpers.raw_rows import FILES, documented, documented_files, jsonl
+
+
+@pytest.mark.parametrize(
+    ("format", "missing", "field"),
+    [
+        ("personamem", "shared_contexts_32k.jsonl", "shared_context_id"),
+        ("personamem_v2", "data/chat_history_32k/p100.json", "chat_history_32k_link"),
+        ("prism", "survey.jsonl", "user_id"),
+    ],
+)
+def test_a_second_file_that_is_missing(tmp_path, format, missing, field):
+    path = documented_files(tmp_path, format)
+    (tmp_path / missing).unlink()
+    with pytest.raises(UserError) as caught:
+        load_examples(path, "train")
+    expected = (
+        f"{path}:1: field '{field}': expected the file {missing} beside the data, got none in {tmp_path}. Download"
+    )
+    assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize("format", FILES)
+def test_rows_of_the_library_have_no_second_file(tmp_path, format):
+    from datasets import Dataset
+
+    Dataset.from_list(documented(format)).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(
+        UserError, match="rows of the datasets library, which has no files beside them. Download it too"
+    ):
+        load_examples(tmp_path / "saved", "train")
+
+
+def test_the_linked_file_is_looked_for_above(tmp_path):
+    """PersonaMem v2's rows are in benchmark/text/, and name files from the data set's own directory."""
+    documented_files(tmp_path, "personamem_v2")
+    (tmp_path / "benchmark" / "text").mkdir(parents=True)
+    path = (tmp_path / "benchmark.jsonl").rename(tmp_path / "benchmark" / "text" / "benchmark.jsonl")
+    assert load_examples(path, "train").all[0].persona[-1] == "You talk to a beekeeper."
+    (tmp_path / "data/chat_history_32k/p100.json").write_text("[]")
+    with pytest.raises(UserError, match="field 'chat_history_32k_link': expected a non-empty list"):
+        load_examples(path, "train")
+
+
+def test_the_long_history_by_name(tmp_path):
+    row = documented("personamem_v2")[0]
+    path = documented_files(tmp_path, "personamem_v2", {**row, "chat_history_128k_link": "data/long.json"})
+    (tmp_path / "data" / "long.json").write_text(json.dumps([{"role": "user", "content": "Long ago."}]))
+    columns = {"chat_history_32k_link": "chat_history_128k_link"}
+    assert load_examples(path, "train", columns=columns).all[0].persona == ("User: Long ago.",)
+    assert len(load_examples(path, "train").all[0].persona) == 2
+
+
+def test_system_messages_that_come_again_are_one_passage(tmp_path):
+    said = [{"role": "system", "content": "P"}, {"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    path = documented_files(tmp_path, "personamem_v2")
+    (tmp_path / "data/chat_history_32k/p100.json").write_text(json.dumps([*said, {"role": "system", "content": "P"}]))
+    assert load_examples(path, "train").all[0].persona == ("P", "User: b", "User: a")
+
+
+def test_a_second_file_with_a_bad_line(tmp_path):
+    path = documented_files(tmp_path, "personamem")
+    (tmp_path / "shared_contexts_32k.jsonl").write_text('{"c1": []}\n[1]\n')
+    with pytest.raises(UserError, match=r"shared_contexts_32k\.jsonl:2: expected an object, got list"):
+        load_examples(path, "train")
+
+
+def test_reviews_are_renamed_before_they_are_joined(tmp_path):
+    rows = [{("stars" if name == "rating" else name): value for name, value in row.items()} for row in
+            documented("amazon")]  # fmt: skip
+    rows = load_examples(
+        jsonl(tmp_path / "d.jsonl", *rows, [1]), "train", columns={"rating": "stars"}, skip_bad_rows=True
+    )
+    assert [len(example.persona) for example in rows] == [1, 1] and rows.skipped == 1
+
+
+def test_the_history_of_reviews_has_the_latest_first(tmp_path):
+    first, second = documented("amazon")
+    third = {**first, "title": "Old hat", "text": "It is old.", "timestamp": 5}
+    examples = load_examples(jsonl(tmp_path / "d.jsonl", first, second, third), "train").all
+    assert [entry.splitlines()[1] for entry in examples[0].persona] == ["Title: Thin gloves", "Title: Old hat"]
