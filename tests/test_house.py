@@ -13,7 +13,7 @@ import perce
 from tests.helpers import ROOT
 
 # From the ground up; a room imports only rooms below it, and those beside it in its own folder without a circle.
-COMMANDS = ("train", "score", "evaluate", "plan")
+COMMANDS = ("train", "score", "evaluate", "plan", "preview")
 FLOORS = (
     ("perce_kernels.reference", "perce_kernels.vocab_parallel"),
     ("perce_kernels.contract",),
@@ -29,7 +29,8 @@ FLOORS = (
     ("perce.data.csv_file", "perce.data.literals"),
     ("perce.data.sources",),
     ("perce.data.fields",),
-    ("perce.data.beside", "perce.data.parsers"),
+    ("perce.data.beside",),
+    ("perce.data.parsers",),
     ("perce.data.formats",),
     ("perce.data.prompt",),
     ("perce.config",),

@@ -100,6 +100,22 @@ class PlanOptions:
         return {"--json": self.step.json}
 
 
+@dataclass(frozen=True)
+class PreviewOptions:
+    """Of `python -m perce.preview`."""
+
+    preview: schema.PreviewConfig
+    data: schema.DataConfig
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        return {"--model": self.preview.model, **self.data.inputs}
+
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        return {}
+
+
 def is_secret(name: str) -> bool:
     """Whether an option's value is one: hub_token. transformers masks the fields that end so."""
     return name.endswith("_token")
@@ -166,7 +182,15 @@ PLAN: Command[PlanOptions] = Command(
     renames={"max_length": "context"},
     commands=lambda: COMMANDS,
 )
-COMMANDS: tuple[Command[Any], ...] = (TRAIN, SCORE, EVALUATE, PLAN)
+PREVIEW: Command[PreviewOptions] = Command(
+    "python -m perce.preview",
+    "What training would make of a data set: its format, counts, lengths, what is trimmed, shared and refused, and the "
+    "exact text of both prompts. Reads the model's tokenizer only.",
+    PreviewOptions,
+    passes_over=is_training_option,
+    commands=lambda: COMMANDS,
+)
+COMMANDS: tuple[Command[Any], ...] = (TRAIN, SCORE, EVALUATE, PLAN, PREVIEW)
 
 
 def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainOptions, bool]:

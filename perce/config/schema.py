@@ -408,6 +408,23 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
+class PreviewConfig:
+    """What is shown of the data."""
+
+    model: str | None = _option(
+        None, "directory or Hub id of the model whose tokenizer reads it; default: SmolLM2-135M-Instruct", MODEL
+    )
+    split: Literal["train", "validation", "test"] = _option("train", "the split that examples are taken from")
+    rows: int = _option(3, "examples shown as the text of both prompts, of a conversation each")
+    sample: int = _option(500, "examples, of conversations drawn at random, whose lengths are taken")
+    seed: int = _option(42, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        _require(self.rows >= 0, "rows", ">= 0", self.rows)
+        _require(self.sample >= 1, "sample", ">= 1", self.sample)
+
+
+@dataclass(frozen=True)
 class ScoreConfig(WeightingConfig):
     """What is computed and where it is written."""
 

@@ -15,13 +15,16 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from perce.data.fields import show
-from perce.data.readers import BadRow, Placed, json_file, whole_json
+from perce.data.fields import show, text_of
+from perce.data.readers import BadRow, json_file, whole_json
 from perce.errors import UserError
 
+Row = Mapping[str, Any]
 Made = TypeVar("Made")
 KEPT = 64  # files that rows name: the latest are held
 ABOVE = 4  # directories above the rows' own in which a file that a row names is looked for
+LINKS = ("chat_history_32k_link", "chat_history_128k_link")  # of PersonaMem v2
+REVIEW = ("rating", "title", "text", "timestamp")
 
 
 class Beside:
@@ -29,10 +32,10 @@ class Beside:
 
     Args:
         path: their file; None where they are of a data set of the datasets library, which has no files beside it.
-        rows: reads all of them, with their places.
+        rows: reads all of them.
     """
 
-    def __init__(self, path: Path | None, rows: Callable[[], Iterator[tuple[str, Mapping[str, Any]]]]):
+    def __init__(self, path: Path | None, rows: Callable[[], Iterator[Row]]):
         self.path, self.rows = path, rows
         self._made: dict[Hashable, Any] = {}
 
@@ -55,67 +58,57 @@ class Beside:
         bad.remedy = " Download it too, and give --data the file of the rows."
         raise bad
 
-
-def shared_contexts(beside: Beside, row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """PersonaMem: the conversation that a question is asked after."""
-    name = beside.path.name if beside.path else "questions_32k.csv"
-    path = beside.file(
-        Path(name.replace("questions", "shared_contexts")).with_suffix(".jsonl").name, "shared_context_id"
-    )
-    contexts = beside.once(path, lambda: _merged(path, json_file(path)))
-    key = row["shared_context_id"]
-    if not isinstance(key, str) or key not in contexts:
-        raise BadRow("shared_context_id", f"an id of {path.name}", show(key))
-    return {**row, "context": contexts[key]}
+    def entry(self, row: Row, field: str, name: str, make: Callable[[Iterator[Row]], dict[str, Any]]) -> Any:
+        """What `make` has under a row's field, of the objects of the file of this name; BadRow where it has nothing."""
+        path = self.file(name, field)
+        found = self.once(path, lambda: make(_objects(path)))
+        if str(row[field]) not in found:
+            raise BadRow(field, f"one of {path.name}", show(row[field]))
+        return found[str(row[field])]
 
 
-def _merged(path: Path, rows: Placed) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for place, row in rows:
+def _objects(path: Path) -> Iterator[Row]:
+    for place, row in json_file(path):
         if not isinstance(row, dict):
-            raise UserError(
-                f"{path}{place}: {row if isinstance(row, BadRow) else f'expected an object, got {show(row)}'}."
-            )
-        found |= row
-    return found
+            got = row if isinstance(row, BadRow) else f"expected an object, got {show(row)}"
+            raise UserError(f"{path}{place}: {got}. Correct the file.")
+        yield row
 
 
-LINKS = ("chat_history_32k_link", "chat_history_128k_link")
+def _merged(rows: Iterator[Row]) -> dict[str, Any]:
+    return {key: value for row in rows for key, value in row.items()}
 
 
-def linked_history(beside: Beside, row: Mapping[str, Any]) -> Mapping[str, Any]:
+def shared_contexts(beside: Beside, row: Row) -> Row:
+    """PersonaMem: the conversation that a question is asked after."""
+    name = (beside.path.stem if beside.path else "questions_32k").replace("questions", "shared_contexts") + ".jsonl"
+    return {**row, "context": beside.entry(row, "shared_context_id", name, _merged)}
+
+
+def linked_history(beside: Beside, row: Row) -> Row:
     """PersonaMem v2: the conversation of the file that a row names, from the data set's own directory."""
     field = next(name for name in LINKS if name in row)
-    if not isinstance(row[field], str) or not row[field].strip():
-        raise BadRow(field, "a path", show(row[field]))
-    path = beside.file(row[field], field, ABOVE)
+    path = beside.file(text_of(row[field], field), field, ABOVE)
     history = beside.once(path, lambda: whole_json(path))
     return {**row, "context": history.get("chat_history") if isinstance(history, dict) else history}
 
 
-def survey_of_user(beside: Beside, row: Mapping[str, Any]) -> Mapping[str, Any]:
+def survey_of_user(beside: Beside, row: Row) -> Row:
     """PRISM: what the user has answered before the conversations."""
-    path = beside.file("survey.jsonl", "user_id")
-    users = beside.once(
-        path,
-        lambda: {
-            str(said["user_id"]): said for _, said in json_file(path) if isinstance(said, dict) and "user_id" in said
-        },
-    )
-    if str(row["user_id"]) not in users:
-        raise BadRow("user_id", f"a user_id of {path.name}", show(row["user_id"]))
-    return {**row, "survey": users[str(row["user_id"])]}
+
+    def by_user(rows: Iterator[Row]) -> dict[str, Row]:
+        return {str(answers.get("user_id")): answers for answers in rows}
+
+    return {**row, "survey": beside.entry(row, "user_id", "survey.jsonl", by_user)}
 
 
-def reviews_of_user(beside: Beside, row: Mapping[str, Any]) -> Mapping[str, Any]:
+def reviews_of_user(beside: Beside, row: Row) -> Row:
     """Amazon: all reviews of the user, the oldest first."""
 
-    def by_user() -> dict[Any, list[dict[str, Any]]]:
-        found: dict[Any, list[dict[str, Any]]] = defaultdict(list)
-        for _, review in beside.rows():
-            found[str(review.get("user_id"))].append(
-                {name: review.get(name) for name in ("rating", "title", "text", "timestamp")}
-            )
+    def by_user() -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = defaultdict(list)
+        for review in beside.rows():
+            found[str(review.get("user_id"))].append({name: review.get(name) for name in REVIEW})
         return found
 
     reviews = beside.once("reviews", by_user)[str(row["user_id"])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -157,14 +157,18 @@ def exchanges(said: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(sys.intern(passage) for passage in reversed(passages)))
 
 
-def history_of(value: object, field: str) -> tuple[str, ...]:
-    """The passages of {"role", "content"} messages in any order of roles."""
-    said = []
-    for i, message in enumerate(list_of(value, field, "{'role', 'content'} objects")):
-        if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "system"):
-            raise BadRow(f"{field}[{i}]", "an object with 'role' and 'content'", show(message))
-        said.append((message["role"], text_of(message.get("content"), f"{field}[{i}].content")))
-    return exchanges(said)
+def said_in(
+    value: object, field: str, who: str, what: str, roles: Mapping[str, str]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(role, text, object) of each of a list of objects that name a speaker, one of `roles`, and the text."""
+    known = {name.casefold(): role for name, role in roles.items()}
+    for i, said in enumerate(list_of(value, field, f"{{{who!r}, {what!r}}} objects")):
+        if not isinstance(said, dict):
+            raise BadRow(f"{field}[{i}]", f"an object with {who!r} and {what!r}", show(said))
+        role = known.get(" ".join(str(said.get(who)).split()).casefold())
+        if role is None:
+            raise BadRow(f"{field}[{i}].{who}", " or ".join(map(repr, roles)), show(said.get(who)))
+        yield role, text_of(said.get(what), f"{field}[{i}].{what}"), said
 
 
 def weight_of(value: object, field: str) -> float:

@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
+from perce.data.beside import Row
 from perce.data.fields import (
     TARGET_FIELDS,
     Turn,
     exchanges,
-    history_of,
     list_of,
     parse_messages,
     parse_persona,
-    parse_turns,
     passage_text,
+    said_in,
     same_words,
     show,
     text_of,
@@ -27,9 +27,10 @@ from perce.data.fields import (
 from perce.data.literals import parse_list
 from perce.data.readers import BadRow
 
-Row = Mapping[str, Any]
 SILENCE = "__ SILENCE __"  # Persona-Chat's placeholder where nobody has said anything yet
-SPEAKERS = ("Speaker 1", "Speaker 2")  # of MSC
+SPEAKERS = {"Speaker 1": "1", "Speaker 2": "2"}  # of MSC
+PARTS = {"user": "user", "assistant": "assistant", "system": "system"}
+USERS = {"User 1": "1", "User 2": "2"}  # of Synthetic-Persona-Chat
 UNSAID = ("", "EMPTY STRING", "Prefer not to say")  # answers of PRISM's survey that say nothing
 SURVEYED = (  # what they say, and its fields
     ("", "self_description"), ("Wants of an assistant: ", "system_string"), ("Age: ", "age"), ("Gender: ", "gender"),
@@ -61,19 +62,22 @@ def _system(row: Row) -> tuple[Turn, ...]:
     return (Turn("system", text_of(row["system"], "system")),) if row.get("system") else ()
 
 
+def _user(row: Row, field: str) -> tuple[Turn, ...]:
+    return (Turn("user", text_of(row[field], field)),)
+
+
 def parse_perce(row: Row) -> Iterator[Reply]:
     persona = parse_persona(row["persona"], "persona")
     if "query" in row and "messages" in row:
         raise BadRow("query", "either 'query' or 'messages'", "both")
     if "query" in row:
-        yield Reply(persona, (Turn("user", text_of(row["query"], "query")),), text_of(row["response"], "response"))
+        yield Reply(persona, _user(row, "query"), text_of(row["response"], "response"))
         return
     turns, weights = parse_messages(row["messages"], "messages")
     if ("response" in row) != (turns[-1].role == "user"):
         expected = "'messages' that end with a user turn and a 'response', or an assistant turn and none"
-        raise BadRow(
-            "messages", expected, f"a last {turns[-1].role} turn {'and' if 'response' in row else 'without'} a response"
-        )
+        got = f"a last {turns[-1].role} turn {'and' if 'response' in row else 'without'} a response"
+        raise BadRow("messages", expected, got)
     if "response" in row:
         yield Reply(persona, turns, text_of(row["response"], "response"))
     else:
@@ -89,21 +93,20 @@ def parse_sharegpt(row: Row) -> Iterator[Reply]:
 
 
 def parse_alpaca(row: Row) -> Iterator[Reply]:
-    turns = [*_system(row)]
+    known = "persona" if "persona" in row else "profile"
+    turns, persona = [*_system(row)], parse_persona(row[known], known)
     for i, pair in enumerate(row.get("history") or ()):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow(f"history[{i}]", "a list of an instruction and its response", show(pair))
-        said = (text_of(text, f"history[{i}][{j}]") for j, text in enumerate(pair))
-        turns += [Turn(role, text) for role, text in zip(("user", "assistant"), said, strict=True)]
-    request, given = text_of(row["instruction"], "instruction"), row.get("input")
-    if given not in (None, ""):
-        request += "\n" + text_of(given, "input")
-    known = "persona" if "persona" in row else "profile"
-    persona = parse_persona(row[known], known)
+        for j, role in enumerate(("user", "assistant")):
+            turns.append(Turn(role, text_of(pair[j], f"history[{i}][{j}]")))
+    request = text_of(row["instruction"], "instruction")
+    if row.get("input", "") != "":
+        request += "\n" + text_of(row["input"], "input")
     yield Reply(persona, (*turns, Turn("user", request)), text_of(row["output"], "output"))
 
 
-def _from_history(entries: Any, field: str, request: str, response: str) -> Reply:
+def _from_history(entries: Any, field: str, request: tuple[Turn, ...], response: str) -> Reply:
     """Of the newest entry first, so that it is kept longest; the files have the oldest first."""
     passages = []
     for i, entry in reversed(list(enumerate(list_of(entries, field, "objects")))):
@@ -114,17 +117,12 @@ def _from_history(entries: Any, field: str, request: str, response: str) -> Repl
             passages.append(passage)
     if not passages:
         raise BadRow(field, "at least one entry with text other than the row's own output", show(entries))
-    return Reply(tuple(passages), (Turn("user", request),), response)
+    return Reply(tuple(passages), request, response)
 
 
 def parse_lamp(row: Row) -> Iterator[Reply]:
     """LongLaMP and LaMP."""
-    yield _from_history(row["profile"], "profile", text_of(row["input"], "input"), text_of(row["output"], "output"))
-
-
-def parse_lamp_qa(row: Row) -> Iterator[Reply]:
-    """The rubric and the narrative are for judges of an answer, and not shown."""
-    yield _from_history(row["profile"], "profile", text_of(row["question"], "question"), _given(row))
+    yield _from_history(row["profile"], "profile", _user(row, "input"), text_of(row["output"], "output"))
 
 
 def _given(row: Row, *fields: str) -> str:
@@ -132,14 +130,18 @@ def _given(row: Row, *fields: str) -> str:
     return next((text_of(row[name], name) for name in ("response", *fields) if name in row), "")
 
 
+def parse_lamp_qa(row: Row) -> Iterator[Reply]:
+    """The rubric and the narrative are for judges of an answer, and not shown."""
+    yield _from_history(row["profile"], "profile", _user(row, "question"), _given(row))
+
+
 def parse_amazon(row: Row) -> Iterator[Reply]:
     """One review, and the user's others as their history."""
-    rating, title, text = row["rating"], text_of(row["title"], "title"), text_of(row["text"], "text")
+    rating, title = row["rating"], text_of(row["title"], "title")
     if isinstance(rating, bool) or not re.fullmatch(r"\d+(\.\d+)?", str(rating)):
         raise BadRow("rating", "a number", show(rating))
-    yield _from_history(
-        row["history"], "user_id", f'Write a review with the rating {rating} and the title "{title}".', text
-    )
+    request = Turn("user", f'Write a review with the rating {rating} and the title "{title}".')
+    yield _from_history(row["history"], "user_id", (request,), text_of(row["text"], "text"))
 
 
 def parse_convai2(row: Row) -> Iterator[Reply]:
@@ -178,14 +180,8 @@ def _utterances(value: object, field: str) -> Iterator[tuple[str, str]]:
         if parts[0].strip() or len(parts) < 3:
             raise BadRow(field, "lines that start with 'User 1:' or 'User 2:'", show(value))
         yield from ((who, " ".join(said.split())) for who, said in zip(parts[1::2], parts[2::2], strict=True))
-        return
-    for i, said in enumerate(list_of(value, field, "{'speaker', 'text'} objects")):
-        if not isinstance(said, dict):
-            raise BadRow(f"{field}[{i}]", "an object with 'speaker' and 'text'", show(said))
-        speaker = " ".join(str(said.get("speaker")).split()).casefold()
-        if speaker not in ("user 1", "user 2"):
-            raise BadRow(f"{field}[{i}].speaker", "'User 1' or 'User 2'", show(said.get("speaker")))
-        yield speaker[-1], text_of(said.get("text"), f"{field}[{i}].text")
+    else:
+        yield from ((who, text) for who, text, _ in said_in(value, field, "speaker", "text", USERS))
 
 
 def _from_each_side(personas: Mapping[str, tuple[str, ...]], said: Iterable[tuple[str, str]]) -> Iterator[Reply]:
@@ -216,8 +212,8 @@ def _of_trl(answer: str) -> Callable[[Row], Iterator[Reply]]:
     """The parser of TRL's rows of a prompt and, in this field, the reply to it: strings, or messages."""
 
     def parse(row: Row) -> Iterator[Reply]:
-        prompt, said, weight = row["prompt"], row[answer], 1.0
-        turns = (Turn("user", text_of(prompt, "prompt")),) if isinstance(prompt, str) else parse_turns(prompt, "prompt")
+        said, weight = row[answer], 1.0
+        turns = _user(row, "prompt") if isinstance(row["prompt"], str) else parse_messages(row["prompt"], "prompt")[0]
         if turns[-1].role != "user":
             raise BadRow("prompt", "a user turn at the end", "an assistant turn")
         if isinstance(said, str):
@@ -236,30 +232,28 @@ def _of_trl(answer: str) -> Callable[[Row], Iterator[Reply]]:
 parse_prompt_completion, parse_preference = _of_trl("completion"), _of_trl("chosen")
 
 
-def _msc_dialog(value: object, field: str) -> Iterator[tuple[str, str]]:
-    """(role of the speaker as a number, text); earlier sessions may leave out who speaks, and the first begins."""
-    for i, said in enumerate(list_of(value, field, "{'text', 'id'} objects")):
-        if not isinstance(said, dict):
-            raise BadRow(f"{field}[{i}]", "an object with 'text' and 'id'", show(said))
-        speaker = said.get("id", SPEAKERS[i % 2]) if field != "dialog" else said.get("id")
-        if speaker not in SPEAKERS:
-            raise BadRow(f"{field}[{i}].id", "'Speaker 1' or 'Speaker 2'", show(speaker))
-        yield speaker[-1], text_of(said.get("text"), f"{field}[{i}].text")
-
-
 def parse_msc(row: Row) -> Iterator[Reply]:
-    """From each side: what is known of the speaker by now, then the sessions before this one."""
+    """From each side: what is known of the speaker by now, then the sessions before this one, where the first speaker
+    begins and the entries may not say who it is."""
     facts = list_of(row["personas"], "personas", "two lists of facts")
     if len(facts) != 2:
         raise BadRow("personas", "two lists of facts, one a speaker", show(facts))
-    sessions = row["previous_dialogs"] and list_of(row["previous_dialogs"], "previous_dialogs", "{'dialog'} objects")
-    dialogs = [session.get("dialog") if isinstance(session, dict) else session for session in sessions]
-    earlier = [[*_msc_dialog(said, f"previous_dialogs[{i}].dialog")] for i, said in enumerate(dialogs)]
+    earlier = []
+    for i, session in enumerate(row["previous_dialogs"] and list_of(row["previous_dialogs"], "previous_dialogs", "{}")):
+        said, names = session.get("dialog") if isinstance(session, dict) else session, [*SPEAKERS]
+        if isinstance(said, list):
+            said = [{"id": names[j % 2], **one} if isinstance(one, dict) else one for j, one in enumerate(said)]
+        earlier.append([*said_in(said, f"previous_dialogs[{i}].dialog", "id", "text", SPEAKERS)])
     personas = {}
     for me, known in zip("12", facts, strict=True):
-        views = ([("assistant" if who == me else "user", text) for who, text in said] for said in reversed(earlier))
+        views = ([("assistant" if who == me else "user", text) for who, text, _ in said] for said in reversed(earlier))
         personas[me] = (*parse_persona(known, f"personas[{int(me) - 1}]"), *chain.from_iterable(map(exchanges, views)))
-    yield from _from_each_side(personas, _msc_dialog(row["dialog"], "dialog"))
+    said_now = said_in(row["dialog"], "dialog", "id", "text", SPEAKERS)
+    yield from _from_each_side(personas, ((who, text) for who, text, _ in said_now))
+
+
+def _history(messages: object, field: str) -> tuple[str, ...]:
+    return exchanges((role, text) for role, text, _ in said_in(messages, field, "role", "content", PARTS))
 
 
 def parse_personamem(row: Row) -> Iterator[Reply]:
@@ -267,15 +261,13 @@ def parse_personamem(row: Row) -> Iterator[Reply]:
     end, context = row["end_index_in_shared_context"], list_of(row["context"], "shared_context_id", "messages")
     if not str(end).isdecimal() or not 0 < int(end) <= len(context):
         raise BadRow("end_index_in_shared_context", f"a number from 1 to {len(context)}", show(end))
-    options = [text_of(x, "all_options") for x in list_of(row["all_options"], "all_options", "texts")]
+    options = [text_of(x, "all_options").strip() for x in list_of(row["all_options"], "all_options", "texts")]
     label = text_of(row["correct_answer"], "correct_answer").strip()
-    texts = [option.strip().removeprefix(label).strip() for option in options if option.strip().startswith(label)]
+    texts = [option.removeprefix(label).strip() for option in options if option.startswith(label)]
     if len(texts) != 1:
         raise BadRow("correct_answer", "the label of one of all_options, such as (a)", show(label))
-    request = text_of(row["user_question_or_message"], "user_question_or_message")
-    yield Reply(
-        history_of(context[: int(end)], "shared_context_id"), (Turn("user", request),), text_of(texts[0], "all_options")
-    )
+    request, response = _user(row, "user_question_or_message"), text_of(texts[0], "all_options")
+    yield Reply(_history(context[: int(end)], "shared_context_id"), request, response)
 
 
 def parse_personamem_v2(row: Row) -> Iterator[Reply]:
@@ -283,16 +275,15 @@ def parse_personamem_v2(row: Row) -> Iterator[Reply]:
     if isinstance(query, str) and query.lstrip().startswith("{"):  # a message as Python prints it
         printed = parse_list(f"[{query.strip()}]", "user_query")
         query = printed[0] if isinstance(printed, list) else query
-    said = query.get("content") if isinstance(query, dict) else query
-    context = history_of(row["context"], "chat_history_32k_link")
-    request, response = text_of(said, "user_query"), text_of(row["correct_answer"], "correct_answer")
-    yield Reply(context, (Turn("user", request),), response)
+    said = {"user_query": query.get("content") if isinstance(query, dict) else query}
+    response = text_of(row["correct_answer"], "correct_answer")
+    yield Reply(_history(row["context"], "chat_history_32k_link"), _user(said, "user_query"), response)
 
 
 def parse_prefeval(row: Row) -> Iterator[Reply]:
     """The preference is the persona; only the files for fine-tuning have an answer to the question."""
     persona = parse_persona(row["preference"], "preference")
-    yield Reply(persona, (Turn("user", text_of(row["question"], "question")),), _given(row, "response_to_q").lstrip())
+    yield Reply(persona, _user(row, "question"), _given(row, "response_to_q").lstrip())
 
 
 def parse_aloe(row: Row) -> Iterator[Reply]:
@@ -319,22 +310,16 @@ def parse_aloe(row: Row) -> Iterator[Reply]:
 
 def parse_prism(row: Row) -> Iterator[Reply]:
     """The chosen reply of each turn; the persona is what the user has said of themselves in the survey."""
-    survey = row["survey"]
-    survey = {**survey, **location} if isinstance(location := survey.get("location"), dict) else survey
-    said = ((label, survey.get(name)) for label, name in SURVEYED)
-    persona = [label + text.strip() for label, text in said if isinstance(text, str) and text.strip() not in UNSAID]
+    survey, place = row["survey"], row["survey"].get("location")
+    survey = {**survey, **place} if isinstance(place, dict) else survey
+    answers = ((label, survey.get(name)) for label, name in SURVEYED)
+    persona = [label + text.strip() for label, text in answers if isinstance(text, str) and text.strip() not in UNSAID]
     if not persona:
         raise BadRow("user_id", "a user who has said something of themselves in the survey", show(row["user_id"]))
-    messages: list[dict[str, Any]] = []
-    for i, said_now in enumerate(
-        list_of(row["conversation_history"], "conversation_history", "{'role', 'content'} objects")
-    ):
-        here = f"conversation_history[{i}]"
-        if not isinstance(said_now, dict) or said_now.get("role") not in ("user", "model"):
-            raise BadRow(here, "an object with 'role' ('user' or 'model') and 'content'", show(said_now))
-        text_of(said_now.get("content"), f"{here}.content")
-        if said_now["role"] == "user":
-            messages.append({"role": "user", "content": said_now["content"]})
-        elif said_now.get("if_chosen") and messages and messages[-1]["role"] == "user":  # of equal ones the first
-            messages.append({"role": "assistant", "content": said_now["content"]})
-    yield from _replies(tuple(persona), parse_turns(messages, "conversation_history"))
+    messages: list[dict[str, str]] = []
+    names = {"user": "user", "model": "assistant"}
+    for role, text, said in said_in(row["conversation_history"], "conversation_history", "role", "content", names):
+        answered = not messages or messages[-1]["role"] == "assistant"  # by the first of equal replies
+        if role == "user" or (said.get("if_chosen") and not answered):
+            messages.append({"role": role, "content": text})
+    yield from _replies(tuple(persona), parse_messages(messages, "conversation_history")[0])

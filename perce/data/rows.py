@@ -198,9 +198,7 @@ class Examples:
                 if count == self._limit:
                     return
         if not count:
-            why = "it has no rows"
-            if self.skipped:
-                why = f"all {self.skipped} rows were skipped, {self.reasons[0]}"
+            why = f"all {self.skipped} rows were skipped, {self.reasons[0]}" if self.skipped else "it has no rows"
             if self.weightless:
                 why = f"{self.skipped:,} of {self.rows:,} rows were skipped, and all other replies have weight 0"
             raise UserError(f"No example could be read from {self._source.origin}: {why}.", *lines)
@@ -210,15 +208,11 @@ class Examples:
     def _columns(self) -> Mapping[str, str]:
         return self._reading.columns or {}
 
-    def _named_rows(self) -> Iterator[tuple[str, Mapping[str, object]]]:
-        """All rows of the source with their places, without those that cannot be used by any other."""
-        for place, value in self._source.rows():
-            if isinstance(value, dict):
-                with contextlib.suppress(BadRow):
-                    yield (
-                        place,
-                        _rename({name: cell for name, cell in value.items() if cell is not None}, self._columns),
-                    )
+    def _named_rows(self) -> Iterator[Mapping[str, object]]:
+        """All rows of the source but those of which nothing can be used."""
+        for row in (value for _, value in self._source.rows() if isinstance(value, dict)):
+            with contextlib.suppress(BadRow):
+                yield _rename({name: cell for name, cell in row.items() if cell is not None}, self._columns)
 
     def _check_columns(self) -> None:
         """UserError for a name after --columns that no row has: one of a field that may be missing, which then is."""
@@ -301,31 +295,28 @@ def load_examples(
     data: str | Path,
     split: str,
     *,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    persona_markers: tuple[str, str] | None = None,
-    skip_bad_rows: bool = False,
-    unanswered: bool = False,
     streaming: bool = False,
     limit: int | None = None,
+    **how: Any,
 ) -> Examples:
     """The examples of one split ("train", "validation" or "test") of `data`.
 
     data: a file, a directory of split files, a `save_to_disk` directory, or a Hub id; see the module's docstring.
-    format, columns, persona_markers, skip_bad_rows, unanswered: see Reading.
     streaming: read lazily, each time the result is iterated over; otherwise everything is read and checked here.
     limit: stop after this many examples; rows beyond are neither read nor checked.
+    how: fields of Reading, such as skip_bad_rows.
 
     A single file is the train split; its other splits are empty. UserError, naming the remedy: no such data, no such
     split (the ones there are listed), a row that cannot be used, a split without a single example.
     """
-    for option, value, known in (("split", split, SPLITS), ("format", format, ("auto", *FORMATS))):
+    reading = Reading(**how)
+    for option, value, known in (("split", split, SPLITS), ("format", reading.format, ("auto", *FORMATS))):
         if value not in known:
             hint = did_you_mean(known, [value])
             raise UserError(f"{option}: expected one of {', '.join(known)}, got {value!r}{hint}")
     if limit is not None and limit < 1:
         raise UserError(f"limit: expected at least 1 example, or None for all, got {limit}")
-    for ours, theirs in (columns or {}).items():
+    for ours, theirs in (reading.columns or {}).items():
         if ours not in formats.FIELDS:
             turned = f"; did you mean {theirs}={ours}" if theirs in formats.FIELDS else ""
             close = nearest_name(ours, formats.FIELDS)
@@ -335,7 +326,6 @@ def load_examples(
     sources = open_data(str(data), streaming)
     if split not in sources:
         raise UserError(f"{data} has no {split} split; it has {', '.join(sources) or 'none of ' + ', '.join(SPLITS)}.")
-    reading = Reading(format, columns, persona_markers, skip_bad_rows, unanswered)
     rows = Examples(sources[split], reading, limit)
     if not streaming:
         _ = rows.all  # read and check everything now

@@ -11,10 +11,12 @@ been met before. Of other tokenizers a text is one piece.
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
+
+from tokenizers.decoders import DecodeStream
 
 # Between printable characters of ASCII, of which a tokenizer's idea of a space, a letter or a digit is everybody's.
 # GPT-4o's goes on with a "/" behind a line end.
@@ -195,3 +197,9 @@ def _cuts_words(step: dict[str, Any]) -> bool:
 def _is_passive(step: dict[str, Any]) -> bool:
     """Whether what is done to a character does not depend on those around it."""
     return step["type"] == "Digits" or (step["type"] == "ByteLevel" and not step["add_prefix_space"])
+
+
+def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The text of each token; a character of several tokens stands at its last one."""
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]

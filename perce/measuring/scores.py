@@ -6,12 +6,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
 from perce.config.commands import ScoreOptions
 from perce.data.pairs import Pair
 from perce.data.rows import Example
+from perce.data.tokens import token_texts
 from perce.errors import UserError
 from perce.measuring.inference import TOKENS_A_FORWARD, Subject, batches_that_share, collated
 from perce.model.passes import TokenStatistics, token_statistics
@@ -94,12 +94,6 @@ def record(index: int, example: Example, pair: Pair, tokens: TokenStatistics, to
         "logp": tokens.logp.tolist(), "logp_cf": tokens.logp_cf.tolist(), "pir": tokens.pir.tolist(),
         "signal": tokens.signal.tolist(), "weight": tokens.token_weight.tolist(), "personal": pair.personal,
     }  # fmt: skip
-
-
-def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """The text of each token; a character of several tokens stands at its last one."""
-    stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
 
 
 def scored_tokens(statistics: TokenStatistics, tokenizer: Any) -> list[ScoredToken]:

@@ -33,7 +33,7 @@ def test_rows_of_the_library_have_no_second_file(tmp_path, format):
 
     Dataset.from_list(documented(format)).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(
-        UserError, match="rows of the datasets library, which has no files beside them. Download it too"
+        UserError, match=r"rows of the datasets library, which has no files beside them. Download it too"
     ):
         load_examples(tmp_path / "saved", "train")
 

@@ -301,7 +301,7 @@ WITHIN = [
     ("aloe", "conversations", [{**ALOE, "chosen": "both"}], "conversations[0].chosen"),
     ("aloe", "conversations", [{**ALOE, "assistant": {"preferred": "Yo"}}] * 2, "conversations[0].assistant.rejected"),
     ("prism", "user_id", "user1", "user_id"),
-    ("prism", "conversation_history", [{"role": "judge", "content": "x"}], "conversation_history[0]"),
+    ("prism", "conversation_history", [{"role": "judge", "content": "x"}], "conversation_history[0].role"),
     ("prism", "conversation_history", [{"role": "user", "content": ""}], "conversation_history[0].content"),
 ]
 

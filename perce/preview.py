@@ -1,0 +1,25 @@
+"""python -m perce.preview: what training would make of a data set, before it does.
+
+rows of all splits → format and counts → a sample of pairs → lengths, what is trimmed, shared, refused → both prompts
+"""
+
+import sys
+
+from perce.config.commands import PREVIEW, PreviewOptions
+from perce.environment import prepare
+
+
+def run(options: PreviewOptions) -> None:
+    """Read, pair a sample, and print."""
+    prepare()
+    from perce.data.preview import print_preview
+    from perce.demo import default_model_path
+    from perce.hub import load_tokenizer
+
+    print_preview(options, load_tokenizer(options.preview.model or str(default_model_path())))
+
+
+main = PREVIEW.main(run)
+
+if __name__ == "__main__":
+    sys.exit(main())

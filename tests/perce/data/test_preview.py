@@ -1,0 +1,90 @@
+"""What a preview counts, and shows of a pair: against the pairs themselves."""
+
+import pytest
+
+from perce import UserError
+from perce.config.commands import PREVIEW
+from perce.data.preview import print_preview
+from tests.helpers.raw_rows import GOOD, PAGE, TALK, documented, documented_files, jsonl
+from tests.helpers.tiny import tiny_tokenizer
+
+
+@pytest.fixture
+def previewed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def of(data, *arguments):
+        options = PREVIEW.build(PREVIEW.parse(["--data", str(data), *map(str, arguments)]).raw)
+        print_preview(options, tiny_tokenizer())
+        return capsys.readouterr().out
+
+    return of
+
+
+def cells(printed, first):
+    return next(line.split() for line in printed.splitlines() if line.split()[:1] == [first])
+
+
+def test_counts_of_every_split(previewed, tmp_path):
+    talk = {"user_id": "a", "persona": "P", "messages": [*TALK[:3], {**TALK[3], "weight": 0}]}
+    jsonl(tmp_path / "train.jsonl", GOOD, talk, {**GOOD, "response": ""}, GOOD)
+    jsonl(tmp_path / "validation.jsonl", GOOD)
+    printed = previewed(tmp_path)
+    # split, format, rows, examples, users, personas, refused, weight 0
+    assert cells(printed, "train") == ["train", "perce", "4", "3", "1", "2", "1", "1"]
+    assert cells(printed, "validation") == ["validation", "perce", "1", "1", "0", "1", "0", "0"]
+    assert f"refused: {tmp_path / 'train.jsonl'}:3: field 'response': expected a non-empty string" in printed
+    assert "perce: your own rows; chat logs, known by its fields persona, query or messages" in printed
+
+
+def test_both_prompts_are_the_text_with_marks(previewed, tmp_path):
+    row = {**GOOD, "query": "Any plans?\nTell me.", "response": "Walking \x1b[1m my dog."}
+    printed = previewed(jsonl(tmp_path / "rows.jsonl", row))
+    block = "⟦persona: About the user:\n- I bake.\n- I have a dog.\n\n⟧"
+    rest = "<|im_start|>user\nAny plans?\nTell me.<|im_end|>\n<|im_start|>assistant\n"
+    reply = "⟦response: Walking \\x1b[1m my dog.<|im_end|>⟧\n"
+    with_it, without = printed.partition("without the persona, ")[::2]
+    assert f"<|im_start|>system\n{block}" in with_it and f"{rest}{reply}" in with_it
+    assert "persona:" not in without and f"{rest}{reply}" in without and "<|im_start|>system\n" in without
+
+
+def test_what_is_trimmed_refused_shared_and_unanswered(previewed, tmp_path):
+    talk = {"persona": ["I bake."], "messages": TALK}
+    long = {**GOOD, "persona": ["I bake.", "very " * 60], "query": "Plans?"}
+    refused = {**GOOD, "query": "very " * 100}
+    path = jsonl(tmp_path / "rows.jsonl", talk, long, refused)
+    printed = previewed(path, "--max_length", 90, "--rows", 9)
+    assert "trimmed" in printed and "1 examples lose 1 persona entries to fit --max_length 90" in printed
+    assert f"1 examples; the first: {path.name}:3: query and response take" in " ".join(printed.split())
+    assert cells(printed, "shared")[2:5] == ["of", "the", "tokens,"]
+    assert printed.count("without the persona") == 2  # the first of each row that fits
+    printed = previewed(documented_files(tmp_path, "lamp_qa"))
+    assert "1 examples have no response: perce.evaluate writes replies to them" in printed
+    assert "4 passages of each history, by bm25" in printed
+
+
+def test_documents_are_pieces_without_a_persona(previewed, tmp_path):
+    printed = previewed(jsonl(tmp_path / "rows.jsonl", {"text": "bees " * 50}), "--max_length", 20)
+    assert "1 documents are cut into pieces to fit --max_length 20" in printed
+    assert "a piece, 20 tokens\nbees bees" in printed and "persona" not in printed.partition("tokens")[2]
+
+
+def test_long_parts_are_shortened_in_the_middle(previewed, tmp_path):
+    row = {**GOOD, "persona": "begin " + "word " * 900 + "end"}
+    printed = previewed(jsonl(tmp_path / "rows.jsonl", row))
+    assert "begin word" in printed and "word end" in printed and "characters …" in printed and len(printed) < 7000
+
+
+@pytest.mark.parametrize("format", ["msc", "personamem", "prism", "aloe"])
+def test_every_format_has_a_preview(previewed, tmp_path, format):
+    printed = previewed(documented_files(tmp_path, format))
+    assert f"{format}: " in printed and "⟦persona: " in printed and "⟦response: " in printed
+
+
+def test_rows_of_no_format_get_their_lines(previewed, tmp_path):
+    with pytest.raises(UserError) as caught:
+        previewed(jsonl(tmp_path / "rows.jsonl", {"bio": "p", "query": "q", "response": "r"}))
+    assert "all 1 rows were skipped" in caught.value.args[0] and "--columns persona=bio" in caught.value.args[2]
+    with pytest.raises(UserError, match=r"--split test: .* has no such split; it has train"):
+        previewed(jsonl(tmp_path / "rows.jsonl", GOOD), "--split", "test")
+    assert len(documented("text")) == 1 and "perce.preview" in PAGE
