@@ -1,6 +1,7 @@
 """What rows are read with that does not stand in them: other files in their directory, and the other rows.
 
-    personamem      questions_32k.csv       shared_contexts_32k.jsonl, {context id: messages} a line
+    personamem      questions_32k.csv       shared_contexts_32k.jsonl, {context id: messages} a line; beside a file of
+                                            another name shared_contexts.jsonl
     personamem_v2   benchmark.csv           the file of messages that a row names
     prism           conversations.jsonl     survey.jsonl, a row a user
     amazon          reviews.jsonl           all reviews of a user
@@ -81,7 +82,8 @@ def _merged(rows: Iterator[Row]) -> dict[str, Any]:
 
 def shared_contexts(beside: Beside, row: Row) -> Row:
     """PersonaMem: the conversation that a question is asked after."""
-    name = (beside.path.stem if beside.path else "questions_32k").replace("questions", "shared_contexts") + ".jsonl"
+    size = (beside.path.stem if beside.path else "questions_32k").partition("questions")[2]
+    name = f"shared_contexts{size}.jsonl"
     return {**row, "context": beside.entry(row, "shared_context_id", name, _merged)}
 
 

@@ -14,12 +14,14 @@ from datasets import Dataset, DatasetDict
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from perce import prompt_ids
+from perce import preview, prompt_ids, score
 from perce.config.commands import parse_args
+from perce.data.formats import FORMATS
 from perce.train import main
 from perce.training.arguments import fit_batch
 from tests.helpers import ROOT
-from tests.helpers.tiny import write_jsonl
+from tests.helpers.raw_rows import documented, documented_files
+from tests.helpers.tiny import read_jsonl, save_tiny_model, write_jsonl
 from tests.helpers.training import ROWS, fails
 
 # ---- runs
@@ -53,6 +55,32 @@ def test_a_whole_run_and_its_directory(train, tmp_path):
     page = (run / "report.html").read_text()
     assert "before training" in page and "after training" in page and "bees" in page
     assert (run / "adapter_config.json").exists()
+
+
+NAMED_ROWS = {"personamem": ("shared_contexts_32k.jsonl", "shared_contexts.jsonl")}  # file beside rows of another name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", [name for name in FORMATS if name != "text"])
+def test_two_steps_on_every_format_and_its_scores(format, tmp_path, capsys):
+    """By its fields alone."""
+    data, model = tmp_path / "data", save_tiny_model(tmp_path / "model")
+    data.mkdir()
+    rows = [row | ({"response": "Tea, and the bees."} if format == "lamp_qa" else {}) for row in documented(format)]
+    documented_files(data, format, *rows).rename(data / "train.jsonl")
+    (data / "validation.jsonl").write_bytes((data / "train.jsonl").read_bytes())
+    if format in NAMED_ROWS:
+        (data / NAMED_ROWS[format][0]).rename(data / NAMED_ROWS[format][1])
+    run = ("--data", str(data), "--model", str(model))
+    steps = ("--max_steps", "2", "--lora_r", "4", "--report_to", "none", "--output_dir", str(tmp_path / "run"))
+    assert main([*run, *steps]) == 0
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert history[-1]["step"] == 2 and any("pir_mean" in entry for entry in history)
+    scored = tmp_path / "scored.jsonl"
+    assert score.main(["--model", str(tmp_path / "run"), "--jsonl", str(scored)]) == 0
+    records = read_jsonl(scored)
+    assert records and all(len(record["pir"]) == len(record["response_ids"]) > 0 for record in records)
+    assert preview.main(list(run)) == 0 and "lengths of" in capsys.readouterr().out
 
 
 def test_a_full_run_is_loaded_by_transformers(train, tmp_path):

@@ -65,6 +65,14 @@ def test_system_messages_that_come_again_are_one_passage(tmp_path):
     assert load_examples(path, "train").all[0].persona == ("P", "User: b", "User: a")
 
 
+def test_questions_in_a_file_of_another_name(tmp_path):
+    documented_files(tmp_path, "personamem").rename(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match=r"expected the file shared_contexts\.jsonl beside the data"):
+        load_examples(tmp_path, "train")
+    (tmp_path / "shared_contexts_32k.jsonl").rename(tmp_path / "shared_contexts.jsonl")
+    assert len(load_examples(tmp_path, "train").all) == 1
+
+
 def test_a_second_file_with_a_bad_line(tmp_path):
     path = documented_files(tmp_path, "personamem")
     (tmp_path / "shared_contexts_32k.jsonl").write_text('{"c1": []}\n[1]\n')

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perce import UserError, prompt_ids
+from perce import DataConfig, UserError, prompt_ids
 from perce.data import prompt
 from perce.data.fields import Turn
 from perce.data.pairs import WORD, PairBuilder, counterfactual_ids, personal_word_spans, words_of
+from perce.data.retrieval import make_retriever
 from tests.helpers.pairs import EXAMPLE, TOKENIZERS, builder, example
 from tests.helpers.tiny import TEMPLATES, tiny_tokenizer
 
@@ -151,6 +152,24 @@ def test_the_retriever_decides_which_entries_are_shown_and_in_which_order():
     assert pair.passages == [2, 0] and pair.dropped_passages == 0, "what retrieval does not pick is not trimming"
     trimmed = builder(retriever=lambda example: [2, 0], max_length=len(pair.input_ids) - 1).build(EXAMPLE)
     assert trimmed.passages == [2] and trimmed.dropped_passages == 1
+
+
+def test_a_conversation_is_shown_whole_from_its_beginning_where_it_fits():
+    """Otherwise the retriever chooses, or without one the latest stay."""
+    said = tuple(f"User: {word} and more" for word in ("latest", "bees", "third", "oldest"))
+    asked = example(persona=said, turns=(Turn("user", "What of the bees?"),))
+    whole = builder(whole_if_it_fits=True, retriever=make_retriever(DataConfig(retrieve_k=2))).build(asked)
+    assert whole.passages == [3, 2, 1, 0] and whole.dropped_passages == 0
+    prompt = TOKENIZERS["chatml"].decode(whole.input_ids)
+    assert prompt.index("oldest") < prompt.index("third") < prompt.index("bees and") < prompt.index("latest")
+    short = {"whole_if_it_fits": True, "max_length": len(whole.input_ids) - 1}
+    picked = builder(**short, retriever=make_retriever(DataConfig(retrieve_k=2))).build(asked)
+    assert picked.passages == [1, 0] and picked.dropped_passages == 0
+    latest = builder(**short).build(asked)
+    assert latest.passages == [0, 1, 2] and latest.dropped_passages == 1
+    assert builder(**short).settings != builder(max_length=short["max_length"]).settings
+    exactly = builder(whole_if_it_fits=True, max_length=len(whole.input_ids)).build(asked)
+    assert exactly.passages == whole.passages
 
 
 def test_response_longer_than_max_length_names_the_row_and_the_remedy():

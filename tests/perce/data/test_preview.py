@@ -50,11 +50,11 @@ def test_both_prompts_are_the_text_with_marks(previewed, tmp_path):
 
 def test_what_is_trimmed_refused_shared_and_unanswered(previewed, tmp_path):
     talk = {"persona": ["I bake."], "messages": TALK}
-    long = {**GOOD, "persona": ["I bake.", "very " * 60], "query": "Plans?"}
-    refused = {**GOOD, "query": "very " * 100}
+    long = {**GOOD, "persona": ["I bake.", "very " * 150], "query": "Plans?"}
+    refused = {**GOOD, "query": "very " * 300}
     path = jsonl(tmp_path / "rows.jsonl", talk, long, refused)
-    printed = previewed(path, "--max_length", 90, "--rows", 9)
-    assert "trimmed" in printed and "1 examples lose 1 persona entries to fit --max_length 90" in printed
+    printed = previewed(path, "--max_length", 160, "--rows", 9)
+    assert "trimmed" in printed and "1 examples lose 1 persona entries to fit --max_length 160" in printed
     assert f"1 examples; the first: {path.name}:3: query and response take" in " ".join(printed.split())
     assert cells(printed, "shared")[2:5] == ["of", "the", "tokens,"]
     assert printed.count("without the persona") == 2  # the first of each row that fits

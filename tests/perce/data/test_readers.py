@@ -13,6 +13,7 @@ import pytest
 
 from perce import UserError, load_examples
 from perce.data import readers
+from perce.data.rows import available_splits
 from tests.helpers.raw_rows import GOOD, jsonl
 from tests.perce.data.test_csv_file import HEADER, csv_file, replies
 
@@ -123,6 +124,29 @@ def test_a_json_array_is_read_in_pieces(tmp_path, monkeypatch):
     path.write_text(f"[{json.dumps(GOOD)},\n{json.dumps(GOOD)} ?]")
     with pytest.raises(UserError, match=r"d\.json:2: not JSON"):
         load_examples(path, "train", skip_bad_rows=True)
+
+
+def test_a_json_file_of_splits_is_read_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("perce.data.readers.PIECE", 64)
+    rows = [{**GOOD, "response": f"Number {i}."} for i in range(40)]
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"train": rows[:30], "valid": rows[30:], "test": []}, indent=1))
+    train, valid = (load_examples(path, split).all for split in ("train", "validation"))
+    assert [e.response for e in [*train, *valid]] == [row["response"] for row in rows]
+    assert train[1].source == "d.json train row 2" and valid[0].source == "d.json valid row 1"
+    assert available_splits(path) == ["train", "validation"]
+    rows[31] = {**GOOD, "response": 7}
+    path.write_text(json.dumps({"train": rows[:30], "valid": rows[30:]}))
+    with pytest.raises(UserError, match=r"d\.json valid row 2: field 'response'"):
+        load_examples(path, "validation")
+    for broken, words in (
+        ('{"train": [{}] "valid": []}', "expected ',' or '}'"), ('{"train": [{}], "valid": 3}', "expected '\\['"),
+        ('{"train": [{} {}]}', "expected ',' or '\\]'"), ('{"train": [{}, {"a": 1', "not JSON"),
+        ('{"train": [{}], "valid" []}', "expected ':'"),
+    ):  # fmt: skip
+        path.write_text(broken)
+        with pytest.raises(UserError, match=rf"d\.json:1: not JSON: .*{words}|{words}"):
+            available_splits(path)
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
