@@ -3,6 +3,7 @@
 import csv
 import re
 
+import pandas as pd
 import pytest
 
 from perce import UserError, load_examples
@@ -374,6 +375,27 @@ def test_alpaca_with_a_history_and_without_input(tmp_path):
 def test_messages_may_have_sharegpts_names(tmp_path):
     (only,) = load(tmp_path, {"persona": "P", "messages": SAID})
     assert only.turns == (Turn("user", "Hi"),) and only.response == "Yo"
+
+
+@pytest.mark.parametrize("lost", ["user_id", "title"])
+def test_a_review_is_no_document(tmp_path, lost):
+    row = {name: value for name, value in documented("amazon")[0].items() if name != lost}
+    assert f"Nearest is amazon; missing: {lost}." in error(tmp_path, row)
+    assert load(tmp_path, row, format="text")[0].text == "No bee got in."
+
+
+@pytest.mark.parametrize("format", ["personamem", "personamem_v2", "personachat"])
+def test_the_files_that_are_csv(tmp_path, format):
+    """As pandas writes them."""
+    read = load_examples(documented_files(tmp_path, format), "train").all
+    frame = pd.DataFrame(documented(format)[:1])
+    path = tmp_path / FILES.get(format, "rows.jsonl").replace(".jsonl", ".csv")
+    frame.to_csv(path, index=False)
+    rows = load_examples(path, "train")
+    assert rows.format == format
+    assert [(e.persona, e.turns, e.response, e.user_id) for e in rows] == [
+        (e.persona, e.turns, e.response, e.user_id) for e in read[:1]
+    ]
 
 
 def test_a_user_with_one_review(tmp_path):
