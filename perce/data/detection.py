@@ -90,7 +90,7 @@ def detect_format(row: Mapping[str, Any]) -> str:
     fits = [name for name in fits if not any(needs[name] < needs[other] for other in fits)]
     if len(fits) > 1 and "text" in fits:
         fits.remove("text")
-    if not fits:
+    if not fits or (fits == ["text"] and "rating" in row):  # a review that lacks something is no document
         raise UnknownShape(row)
     if len(fits) > 1:
         known = "; ".join(f"{name} ({', '.join(FORMATS[name].needs)})" for name in fits)
