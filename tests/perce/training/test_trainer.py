@@ -63,12 +63,14 @@ SPLITS = {
 
 def train_split(directory, batch, accumulation, kind, options):
     torch.manual_seed(0)
-    loss = {name: value for name, value in options.items() if name != "memory"}
+    loss = {name: value for name, value in options.items() if name not in ("memory", "weights")}
+    weights = options.get("weights", [1.0])
+    pairs = [{**pair, "weight": weights[i % len(weights)]} for i, pair in enumerate(PAIRS[:16])]
     args = arguments(
         directory, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=3,
         loss=LossConfig(clip_min=0.05, **loss), memory=MemoryConfig(**options.get("memory", {})),
     )  # fmt: skip
-    trainer = trainer_for(model_for(kind), args, pairs=PAIRS[:16], eval_dataset=Dataset.from_list(PAIRS[:7]))
+    trainer = trainer_for(model_for(kind), args, pairs=pairs, eval_dataset=Dataset.from_list(PAIRS[:7]))
     trainer.train()
     metrics = trainer.evaluate()
     history = logged(trainer, "loss", "grad_norm")
@@ -90,6 +92,7 @@ RUNS = {
     "sequence": ("full", {"normalize": "sequence"}), "random": ("full", {"objective": "random"}),
     "batch": ("full", {"normalize": "batch", "clip_schedule": "rising"}),
     "detached": ("lora", {"memory": {"persona_grad": "none"}}),
+    "weighted": ("full", {"normalize": "batch", "weights": [1.0, 0.25, 3.0]}),
 }  # fmt: skip
 
 
@@ -105,8 +108,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("split", "key"),
     [(name, "full") for name in list(SPLITS)[1:]]
-    + [("2x4", key) for key in ("lora", "ce", "detached", "batch", "random")]
-    + [("2x2x2", "sequence"), ("2x2x2", "batch")]
+    + [("2x4", key) for key in ("lora", "ce", "detached", "batch", "random", "weighted")]
+    + [("2x2x2", "sequence"), ("2x2x2", "batch"), ("2x2x2", "weighted")]
     + [pytest.param("2x2x2", key, marks=pytest.mark.slow) for key in ("lora", "ce", "random", "detached")],
 )
 def test_every_split_of_a_batch_trains_the_same(tmp_path, whole, split, key):
