@@ -59,10 +59,10 @@ def test_the_long_history_by_name(tmp_path):
 
 
 def test_system_messages_that_come_again_are_one_passage(tmp_path):
-    said = [{"role": "system", "content": "P"}, {"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    said = [{"role": "system", "content": "P"}, *({"role": "user", "content": text} for text in "aba")]
     path = documented_files(tmp_path, "personamem_v2")
     (tmp_path / "data/chat_history_32k/p100.json").write_text(json.dumps([*said, {"role": "system", "content": "P"}]))
-    assert load_examples(path, "train").all[0].persona == ("P", "User: b", "User: a")
+    assert load_examples(path, "train").all[0].persona == ("User: a", "User: b", "User: a", "P")
 
 
 def test_questions_in_a_file_of_another_name(tmp_path):

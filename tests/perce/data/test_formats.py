@@ -372,6 +372,14 @@ def test_alpaca_with_a_history_and_without_input(tmp_path):
     assert chosen.persona == ("P",) and chosen.turns[0].content == "Go on.\nthis"
 
 
+def test_messages_of_a_table_have_all_names(tmp_path):
+    """Which are null in most of them."""
+    said = [{"from": None, "value": None, **message} for message in TALK[:2]]
+    marked = [{"role": "system", "content": "<p>I bake.</p>", "from": None, "value": None}, *said]
+    (only,) = load(tmp_path, {"messages": marked}, persona_markers=("<p>", "</p>"))
+    assert only.persona == ("I bake.",) and only.response == "Hello!"
+
+
 def test_messages_may_have_sharegpts_names(tmp_path):
     (only,) = load(tmp_path, {"persona": "P", "messages": SAID})
     assert only.turns == (Turn("user", "Hi"),) and only.response == "Yo"
