@@ -119,7 +119,7 @@ def parse_messages(value: object, field: str) -> tuple[tuple[Turn, ...], tuple[f
         here = f"{field}[{i}]"
         if not isinstance(message, dict):
             raise BadRow(here, "an object with 'role' and 'content'", show(message))
-        who, what = ("from", "value") if "from" in message else ("role", "content")
+        who, what = names_in(message)
         said = message.get(who)
         if said in _TOOLS or message.get("tool_calls") or message.get("function_call"):
             expected = "a conversation without tools, whose calls and results are not trained on"
@@ -138,23 +138,31 @@ def parse_messages(value: object, field: str) -> tuple[tuple[Turn, ...], tuple[f
     return tuple(turns), tuple(weights)
 
 
+def names_in(message: Mapping[str, Any]) -> tuple[str, str]:
+    """What a message calls its speaker and its text; a table has both names, of which two are null."""
+    return ("role", "content") if message.get("from") is None else ("from", "value")
+
+
 def parse_turns(value: object, field: str) -> tuple[Turn, ...]:
     return parse_messages(value, field)[0]
 
 
 def exchanges(said: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     """Passages of a conversation of (role, text), the latest first: what a user said with the answer to it, or a system
-    message. Equal ones are one string, for the rows of a user have the same history."""
+    message, which may come again with each session, and is kept once. Equal ones are one string, for the rows of a user
+    have the same history."""
     passages: list[str] = []
     before = ""
     for role, text in said:
+        if role == "system" and text in passages:
+            continue
         label = f"{role.capitalize()}: "
         line = text if role == "system" or text.startswith(label) else label + text
         if role == "assistant" and before == "user":
             line = f"{passages.pop()}\n{line}"
         passages.append(line)
         before = role
-    return tuple(dict.fromkeys(sys.intern(passage) for passage in reversed(passages)))
+    return tuple(sys.intern(passage) for passage in reversed(passages))
 
 
 def said_in(

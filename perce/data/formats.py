@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from perce.data import beside, parsers
 from perce.data.beside import Beside
-from perce.data.fields import show
+from perce.data.fields import names_in, show
 from perce.data.parsers import Reply, Row
 from perce.data.readers import BadRow
 
@@ -140,7 +140,7 @@ def system_message(row: Row) -> tuple[str, object] | None:
         messages = row.get(field)
         first = messages[0] if isinstance(messages, list) and messages else None
         if isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):
-            return field, first.get("value" if "from" in first else "content")
+            return field, first.get(names_in(first)[1])
     return None
 
 
@@ -161,5 +161,5 @@ def with_marked_persona(row: dict[str, Any], start: str, end: str) -> dict[str, 
     if field == "system":
         return {**row, "system": rest}
     first, *others = row[field]
-    kept = [{**first, "value" if "from" in first else "content": rest}] if rest else []
+    kept = [{**first, names_in(first)[1]: rest}] if rest else []
     return {**row, field: [*kept, *others]}
