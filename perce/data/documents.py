@@ -30,7 +30,7 @@ class DocumentPair:
     """T - 1."""
     personal: list[bool]
     """(T - 1,), all False."""
-    weight: float
+    weight: float = 1.0
     """As of a Pair."""
 
 
