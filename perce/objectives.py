@@ -101,7 +101,7 @@ class HeadCall:
     normalize: str = "none"  # this and below as fused_perce_loss has it
     seq_id: Tensor | None = None
     num_items: Tensor | int | None = None
-    weight: Tensor | None = None  # (N,) of the data, times the weight of each token, normalised or not
+    data_weight: Tensor | None = None  # (N,), times the weight of each token, normalised or not
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ FLOORS = (
     ("perce.data.csv_file", "perce.data.literals"),
     ("perce.data.sources",),
     ("perce.data.fields",),
-    ("perce.data.beside",),
+    ("perce.data.joins",),
     ("perce.data.parsers",),
     ("perce.data.formats",),
     ("perce.data.prompt",),

@@ -64,7 +64,7 @@ def collate(
         lengths (B,): factual tokens of each pair.
         tokens (2,): inputs of both passes, that are computed, and that the sequences have.
         alone (): pairs that share no token of the factual pass with another.
-        weight (N,): what the data multiplies the tokens' weights by; left out where it is 1 for all.
+        data_weight (N,): what the data multiplies the tokens' weights by; left out where it is 1 for all.
         example (B,): index into the examples, -1 where the pairs have none.
     """
     units = [pair.get(unit) for pair in pairs]
@@ -106,9 +106,9 @@ def collate(
     batch["target"] = torch.tensor([token for ids, length in factual for token in ids[-length:]], dtype=torch.int64)
     batch["sequence"] = torch.repeat_interleave(torch.arange(len(pairs)), response_lengths)
     batch["personal"] = torch.tensor([flag for pair in pairs for flag in pair["personal"]], dtype=torch.bool)
-    weights = torch.tensor([pair.get("weight", 1.0) for pair in pairs], dtype=torch.float32)
+    weights = torch.tensor([pair.get("data_weight", 1.0) for pair in pairs], dtype=torch.float32)
     if (weights != 1).any():
-        batch["weight"] = weights.repeat_interleave(response_lengths)
+        batch["data_weight"] = weights.repeat_interleave(response_lengths)
     batch["example"] = torch.tensor([pair.get("example", -1) for pair in pairs])
     batch["lengths"] = torch.tensor([len(ids) for ids, _ in factual])
     return batch

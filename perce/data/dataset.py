@@ -43,7 +43,7 @@ _COMMON = {
     "input_ids": ListOf(Value("int32")),
     "response_length": Value("int32"),
     "personal": ListOf(Value("bool")),
-    "weight": Value("float64"),
+    "data_weight": Value("float64"),
     "example": Value("int32"),
 }
 _PERSONA = {
@@ -132,11 +132,11 @@ def _fingerprint(examples: Sequence[Record], builder: Builder, skip_bad_rows: bo
 
 def _values(example: Record) -> tuple[Any, ...]:
     if isinstance(example, Document):
-        return example.text, example.user_id, example.source, example.weight
+        return example.text, example.user_id, example.source, example.data_weight
     turns = tuple([(turn.role, turn.content) for turn in example.turns])
     return (
         example.persona, turns, example.response, example.user_id, example.personal_spans, example.source,
-        example.weight,
+        example.data_weight,
     )  # fmt: skip
 
 

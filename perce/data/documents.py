@@ -30,7 +30,7 @@ class DocumentPair:
     """T - 1."""
     personal: list[bool]
     """(T - 1,), all False."""
-    weight: float = 1.0
+    data_weight: float = 1.0
     """As of a Pair."""
 
 
@@ -70,7 +70,7 @@ class DocumentBuilder:
             raise UserError(f"{document.source}: the text is one token long, and the first is never predicted. Leave "
                             "such rows out with --skip_bad_rows.")  # fmt: skip
         return [
-            self._pair(ids[start : start + self.max_length], document.weight)
+            self._pair(ids[start : start + self.max_length], document.data_weight)
             for start in range(0, len(ids) - 1, self.max_length - 1)
         ]
 

@@ -104,10 +104,10 @@ class Encoder:
 def _conventions(path: str) -> tuple[bool, int]:
     """(cosine, longest text in tokens) as sentence-transformers files beside the model tell; (False, MAX_TOKENS)
     without them. UserError for another pooling than the mean."""
-    modules = _beside(path, "modules.json") or []
+    modules = _lookup(path, "modules.json") or []
     for module in modules:
         if module["type"].endswith("Pooling"):
-            pooling = _beside(path, f"{module['path']}/config.json") or {}
+            pooling = _lookup(path, f"{module['path']}/config.json") or {}
             modes = {name for name, on in pooling.items() if name.startswith("pooling_mode_") and on is True}
             modes |= {f"pooling_mode_{pooling['pooling_mode']}_tokens"} if "pooling_mode" in pooling else set()
             if modes != {"pooling_mode_mean_tokens"}:
@@ -115,12 +115,12 @@ def _conventions(path: str) -> tuple[bool, int]:
                     f"--retriever_model {path}: expected a model whose tokens are averaged, got one that pools them by "
                     f"{', '.join(sorted(modes)) or 'nothing known'}. Choose another, such as facebook/contriever."
                 )
-    settings = _beside(path, "sentence_bert_config.json") or {}
+    settings = _lookup(path, "sentence_bert_config.json") or {}
     cosine = any(module["type"].endswith("Normalize") for module in modules)
     return cosine, settings.get("max_seq_length") or MAX_TOKENS
 
 
-def _beside(path: str, name: str) -> Any:
+def _lookup(path: str, name: str) -> Any:
     """The JSON file `name` of a local or Hub model; None where there is none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from perce.data import beside, parsers
-from perce.data.beside import Beside
+from perce.data import joins, parsers
 from perce.data.fields import names_in, show
+from perce.data.joins import Lookup
 from perce.data.parsers import Reply, Row
 from perce.data.readers import BadRow
 
@@ -27,7 +27,7 @@ class Format:
     may_have: other fields that are read. lists: those that a CSV has as texts of lists. users: those that name the
         user, of which the first counts that is there; "a.b": within another.
     history: whether the persona is a history, from which passages are retrieved: always, or where it does not fit.
-    joined: completes a row by what stands beside it; see beside.py.
+    join: completes a row by what stands beside it; see joins.py.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Format:
     lists: tuple[str, ...] = ()
     users: tuple[str, ...] = ("user_id",)
     history: Literal["none", "passages", "conversation"] = "none"
-    joined: Callable[[Beside, Row], Row] | None = None
+    join: Callable[[Lookup, Row], Row] | None = None
 
 
 A_MESSAGE = "one an assistant message that answers one"
@@ -76,7 +76,7 @@ FORMATS: dict[str, Format] = {
     ),
     "amazon": Format(
         "Amazon Reviews 2023", ("rating", "title", "text", "user_id"), parsers.parse_amazon,
-        history="passages", joined=beside.reviews_of_user,
+        history="passages", join=joins.reviews_of_user,
     ),
     "convai2": Format(
         "ConvAI2, a dialogue a row", ("personality", "dialogue"), parsers.parse_convai2, "one a `self` line",
@@ -104,12 +104,12 @@ FORMATS: dict[str, Format] = {
             "end_index_in_shared_context",
         ),
         parsers.parse_personamem, lists=("all_options",), users=("user_id", "persona_id"),
-        history="conversation", joined=beside.shared_contexts,
+        history="conversation", join=joins.shared_contexts,
     ),
     "personamem_v2": Format(
-        "PersonaMem v2", ("persona_id", "user_query", "correct_answer", "|".join(beside.LINKS)),
+        "PersonaMem v2", ("persona_id", "user_query", "correct_answer", "|".join(joins.LINKS)),
         parsers.parse_personamem_v2, users=("user_id", "persona_id"),
-        history="conversation", joined=beside.linked_history,
+        history="conversation", join=joins.linked_history,
     ),
     "prefeval": Format(
         "PrefEval", ("preference", "question"), parsers.parse_prefeval, may_have=("response", "response_to_q")
@@ -120,7 +120,7 @@ FORMATS: dict[str, Format] = {
     ),
     "prism": Format(
         "PRISM", ("user_id", "conversation_history"), parsers.parse_prism, "one a turn: the chosen reply",
-        lists=("conversation_history",), joined=beside.survey_of_user,
+        lists=("conversation_history",), join=joins.survey_of_user,
     ),
     "text": Format("documents", ("text",), parsers.parse_document, "one document, without a persona"),
 }  # fmt: skip

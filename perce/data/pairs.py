@@ -62,7 +62,7 @@ class Pair:
     """The same for the examples that one row gives to one persona: they may share tokens; see sharing.py."""
     persona: int
     """The same where input_ids are, through the persona's end: a persona's examples may share them too."""
-    weight: float = 1.0
+    data_weight: float = 1.0
     """What the data multiplies the weights of the response's tokens by."""
 
     @property
@@ -242,7 +242,7 @@ class PairBuilder:
             dropped_passages=len(chosen) - kept,
             conversation=_digest(repr(example.conversation).encode()),
             persona=_digest(array("q", ids[: span[1]]).tobytes()),
-            weight=example.weight,
+            data_weight=example.data_weight,
         )
         pair.counterfactual_ids()
         return pair

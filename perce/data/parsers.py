@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
-from perce.data.beside import Row
 from perce.data.fields import (
     TARGET_FIELDS,
     Turn,
@@ -24,6 +23,7 @@ from perce.data.fields import (
     show,
     text_of,
 )  # fmt: skip
+from perce.data.joins import Row
 from perce.data.literals import parse_list
 from perce.data.readers import BadRow
 

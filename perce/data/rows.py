@@ -5,7 +5,7 @@
     detection.py which format it is of, by its fields
     formats.py   what a row means                                         ->  Reply(persona, turns, response), ...
     fields.py    what its fields may hold
-    beside.py    what stands in other rows or files                       ->  the row with it
+    joins.py     what stands in other rows or files                       ->  the row with it
     rows.py      both together, and what happens to a bad row             ->  Example, Document, Examples, load_examples
 
 A row that cannot be used stops the run with file, line and field: a row silently dropped or half understood would
@@ -24,10 +24,10 @@ from typing import Any
 
 from perce.config.schema import DataConfig
 from perce.data import formats
-from perce.data.beside import Beside
 from perce.data.detection import detect_format, did_you_mean, missing_fields, nearest_name
 from perce.data.fields import Turn, encodable, parse_spans, show, weight_of
 from perce.data.formats import FORMATS
+from perce.data.joins import Lookup
 from perce.data.literals import parse_list
 from perce.data.readers import BadRow
 from perce.data.sources import SPLITS, Source, open_data
@@ -51,7 +51,7 @@ class Example:
     user_id: str | None
     personal_spans: tuple[tuple[int, int], ...] | None  # character offsets in response, where the data marks them
     source: str  # "train.jsonl:17"; shared by all examples of a row, so it groups a dialogue when user_id is None
-    weight: float = 1.0  # what the data multiplies its tokens' weights by, > 0
+    data_weight: float = 1.0  # what the data multiplies its tokens' weights by, > 0
 
     @property
     def conversation(self) -> tuple[str, tuple[str, ...]]:
@@ -66,7 +66,7 @@ class Document:
     text: str
     user_id: str | None
     source: str  # as of an Example
-    weight: float = 1.0
+    data_weight: float = 1.0
 
 
 Record = Example | Document  # the rows of a split are all of one kind
@@ -155,7 +155,7 @@ class Examples:
         self._first: dict[str, object] = {}
         self._unseen: set[str] = set()
         self._source, self._reading, self._limit = source, reading, limit
-        self._beside = Beside(source.path, self._named_rows)
+        self._lookup = Lookup(source.path, self._named_rows)
         self._examples: list[Record] | None = None
 
     @property
@@ -253,7 +253,7 @@ class Examples:
             raise BadRow("personal_spans", "it only beside a 'response' (format perce)", f"format {self.format}")
         user_id = self._user_of(row)
         weight, marked = weight_of(row.get("weight"), "weight"), row.get("personal_spans")
-        replies = [*entry.parse(entry.joined(self._beside, row) if entry.joined else row)]
+        replies = [*entry.parse(entry.join(self._lookup, row) if entry.join else row)]
         if not replies:
             raise BadRow(None, "at least one response that answers a turn", "an opening line only")
         if not self._reading.unanswered and not all(reply.response for reply in replies):

@@ -76,12 +76,12 @@ def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
     options = {**head, **weights, "normalize": call.normalize, "seq_id": call.seq_id, "return_stats": True}
     loss: Tensor
     stats: Any
-    if call.weight is None:
+    if call.data_weight is None:
         loss, stats = fused_perce_loss(hidden, target=call.target, num_items=call.num_items, **options)
     else:  # loss by token, which costs the head's products once more than the loss of all
         losses, stats = fused_perce_loss(hidden, target=call.target, reduction="none", **options)
         items = call.target.numel() if call.num_items is None else call.num_items
-        loss = (losses * call.weight).sum() / torch.as_tensor(items, device=losses.device).clamp(min=1)
+        loss = (losses * call.data_weight).sum() / torch.as_tensor(items, device=losses.device).clamp(min=1)
     if signal is None:
         signal = weighting.signal_of(stats.logp, stats.logp_cf)
     logp_cf = stats.logp_cf if logp_cf is None else logp_cf

@@ -235,7 +235,7 @@ class PerceTrainer(ResumableTrainer):
             inputs["target"], loss.weighting, signal=known and known.signal, num_items=num_items_in_batch,
             hidden_cf=None if known else self._counterfactual(model, inputs),
             normalize="sequence" if per_sequence else "none", seq_id=inputs["sequence"] if per_sequence else None,
-            weight=inputs.get("weight"),
+            data_weight=inputs.get("data_weight"),
         )  # fmt: skip
         done = factual(model, inputs, call, top_k=self._balance.router.top_k if self._balance else 0)
         pir = (known or done).logp - (known or done).logp_cf

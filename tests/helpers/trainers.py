@@ -83,7 +83,7 @@ def plain_loss(model, pairs, loss, formula=pir, step=0):
     """−Σ w·logp / n with w = clip(formula(logp, logp_cf, entropy)) over the tokens of a step; formula "1": plain
     cross-entropy; a pair: and then what (signals, seed of the step) become. All times the weight of the data."""
     logp, logp_cf, entropy = map(torch.cat, zip(*(plain_statistics(model, pair) for pair in pairs), strict=True))
-    data = torch.cat([torch.full((pair["response_length"],), pair.get("weight", 1.0)) for pair in pairs])
+    data = torch.cat([torch.full((pair["response_length"],), pair.get("data_weight", 1.0)) for pair in pairs])
     if formula == "1":
         return -(data * logp).mean()
     formula, *rearrange = formula if isinstance(formula, tuple) else (formula,)

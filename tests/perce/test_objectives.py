@@ -110,7 +110,7 @@ def test_weights_of_the_data_multiply_those_of_the_tokens(tmp_path, name, normal
     loss = loss_of(name, normalize=normalize)
     made = run(name, tmp_path, sequences=4, gradient_accumulation_steps=2, loss=loss)
     weights = [1.0, 0.25, 3.0, 1.0, 2.0]
-    pairs = [{**pair, "weight": weights[i % 5]} for i, pair in enumerate(made.train_dataset)]
+    pairs = [{**pair, "data_weight": weights[i % 5]} for i, pair in enumerate(made.train_dataset)]
     made.train_dataset = Dataset.from_list(pairs)
     reference, batches, collator = copy.deepcopy(made.model).train(), [], made.data_collator
     made.data_collator = lambda pairs: (batches.append(pairs), collator(pairs))[1]

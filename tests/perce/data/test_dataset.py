@@ -126,7 +126,7 @@ def test_no_copy_of_all_texts_or_ids_is_made(of):
     columns = {
         "input_ids": [[1000 + i for i in range(2000)]], "response_length": [9], "personal": [[True] * 9],
         "example": [0], "persona_span": [[1, 2]], "passages": [[0]], "dropped_passages": [0],
-        "conversation": [0], "persona": [0], "weight": [1.0],
+        "conversation": [0], "persona": [0], "data_weight": [1.0],
     }  # fmt: skip
     columns = {name: values * 200 for name, values in columns.items()}
     pairs = datasets.Dataset.from_dict(columns, features=dataset.FEATURES[PairBuilder])

@@ -462,11 +462,11 @@ def test_weights_of_rows_and_messages_multiply(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", {"persona": "P", "messages": talk, "weight": 3}, {**GOOD, "weight": 0})
     rows = load_examples(path, "train")
     (only,) = rows.all
-    assert only.response == "A walk." and only.weight == 1.5 and len(only.turns) == 3
+    assert only.response == "A walk." and only.data_weight == 1.5 and len(only.turns) == 3
     assert (rows.weightless, rows.skipped, rows.rows) == (2, 0, 2)
     (plain,) = load(tmp_path, {**documented("preference")[0], "weight": 2,
                                "chosen": [{"role": "assistant", "content": "R", "weight": 0.25}]})  # fmt: skip
-    assert plain.weight == 0.5
+    assert plain.data_weight == 0.5
     for wrong in (-1, "heavy", True, [1], float("nan"), 10**7):
         text = error(tmp_path, {**GOOD, "weight": wrong})
         assert "data.jsonl:1: field 'weight': expected a number from 0 to 1e+06" in text
@@ -476,7 +476,7 @@ def test_weights_of_rows_and_messages_multiply(tmp_path):
 
 def test_weights_in_a_csv(tmp_path):
     (tmp_path / "d.csv").write_text("persona,query,response,weight\np,q,r,0.5\np,q,s,\n")
-    assert [example.weight for example in load_examples(tmp_path / "d.csv", "train").all] == [0.5, 1]
+    assert [example.data_weight for example in load_examples(tmp_path / "d.csv", "train").all] == [0.5, 1]
 
 
 @pytest.mark.parametrize("format", ["lamp_qa", "prefeval"])

@@ -65,7 +65,7 @@ def train_split(directory, batch, accumulation, kind, options):
     torch.manual_seed(0)
     loss = {name: value for name, value in options.items() if name not in ("memory", "weights")}
     weights = options.get("weights", [1.0])
-    pairs = [{**pair, "weight": weights[i % len(weights)]} for i, pair in enumerate(PAIRS[:16])]
+    pairs = [{**pair, "data_weight": weights[i % len(weights)]} for i, pair in enumerate(PAIRS[:16])]
     args = arguments(
         directory, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=3,
         loss=LossConfig(clip_min=0.05, **loss), memory=MemoryConfig(**options.get("memory", {})),

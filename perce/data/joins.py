@@ -28,7 +28,7 @@ LINKS = ("chat_history_32k_link", "chat_history_128k_link")  # of PersonaMem v2
 REVIEW = ("rating", "title", "text", "timestamp")
 
 
-class Beside:
+class Lookup:
     """What stands beside the rows of one source.
 
     Args:
@@ -80,14 +80,14 @@ def _merged(rows: Iterator[Row]) -> dict[str, Any]:
     return {key: value for row in rows for key, value in row.items()}
 
 
-def shared_contexts(beside: Beside, row: Row) -> Row:
+def shared_contexts(beside: Lookup, row: Row) -> Row:
     """PersonaMem: the conversation that a question is asked after."""
     size = (beside.path.stem if beside.path else "questions_32k").partition("questions")[2]
     name = f"shared_contexts{size}.jsonl"
     return {**row, "context": beside.entry(row, "shared_context_id", name, _merged)}
 
 
-def linked_history(beside: Beside, row: Row) -> Row:
+def linked_history(beside: Lookup, row: Row) -> Row:
     """PersonaMem v2: the conversation of the file that a row names, from the data set's own directory."""
     field = next(name for name in LINKS if name in row)
     path = beside.file(text_of(row[field], field), field, ABOVE)
@@ -95,7 +95,7 @@ def linked_history(beside: Beside, row: Row) -> Row:
     return {**row, "context": history.get("chat_history") if isinstance(history, dict) else history}
 
 
-def survey_of_user(beside: Beside, row: Row) -> Row:
+def survey_of_user(beside: Lookup, row: Row) -> Row:
     """PRISM: what the user has answered before the conversations."""
 
     def by_user(rows: Iterator[Row]) -> dict[str, Row]:
@@ -104,7 +104,7 @@ def survey_of_user(beside: Beside, row: Row) -> Row:
     return {**row, "survey": beside.entry(row, "user_id", "survey.jsonl", by_user)}
 
 
-def reviews_of_user(beside: Beside, row: Row) -> Row:
+def reviews_of_user(beside: Lookup, row: Row) -> Row:
     """Amazon: all reviews of the user, the oldest first."""
 
     def by_user() -> dict[str, list[Row]]:
