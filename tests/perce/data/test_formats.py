@@ -1,6 +1,7 @@
 """perce.data.formats: what a row of each format means."""
 
 import csv
+import json
 import re
 
 import pandas as pd
@@ -211,7 +212,7 @@ READ = {
     "convai2": (("i keep bees .",), ["hi"], "hello from the hives"),
     "personachat": (("i keep bees .",), ["hi"], "hello from the hives"),
     "spc": (("I bake.",), ["Hi"], "Hello"),
-    "msc": (("I bake.", "User: Hi\nAssistant: Hello"), ["Back again!"], "How are the bees?"),
+    "msc": (("User: Hi\nAssistant: Hello", "I bake."), ["Back again!"], "How are the bees?"),
     "personamem": (
         ("User: My bees swarmed.\nAssistant: Oh no.", "Current user persona: keeps bees."),
         ["Coming tonight?"],
@@ -230,7 +231,7 @@ READ = {
         "Hello from the hives!",
     ),
 }
-USERS = {"perce": "ana", "longlamp": "Ana", "lamp": "17", "lamp_qa": "q1", "amazon": "AE", "personachat": "3",
+USERS = {"perce": "ana", "longlamp": "Ana", "lamp": "17", "lamp_qa": "q1", "amazon": "AE", 
          "msc": "valid_0", "personamem": "4", "personamem_v2": "100", "prism": "user0"}  # fmt: skip
 
 
@@ -273,6 +274,27 @@ WITHIN = [
     ("sharegpt", "conversations", [SAID[0], {"from": "gpt", "value": ""}], "conversations[1].value"),
     ("sharegpt", "conversations", [{"from": "system", "value": "x"}, *SAID], "system"),  # the row has one already
     ("sharegpt", "system", 7, "system"),
+    ("sharegpt", "system", False, "system"),
+    ("alpaca", "history", True, "history"),
+    ("alpaca", "history", {}, "history"),
+    ("msc", "previous_dialogs", False, "previous_dialogs"),
+    ("msc", "previous_dialogs", "", "previous_dialogs"),
+    ("personamem", "end_index_in_shared_context", "9" * 5000, "end_index_in_shared_context"),
+    ("personamem_v2", "chat_history_32k_link", "x" * 5000, "chat_history_32k_link"),
+    ("personamem_v2", "chat_history_32k_link", "/etc/hostname", "chat_history_32k_link"),
+    ("personamem_v2", "chat_history_32k_link", "../../x.json", "chat_history_32k_link"),
+    (
+        "prism",
+        "conversation_history",
+        [{"role": "user", "content": "x"}, {"role": "model", "content": "y", "if_chosen": "False"}],
+        "conversation_history[1].if_chosen",
+    ),
+    (
+        "prism",
+        "conversation_history",
+        [{"role": "user", "content": "x"}, {"role": "model", "content": "y"}, {"role": "user", "content": "z"}],
+        "conversation_history[2].role",
+    ),
     ("sharegpt", "conversations", [SAID[0], {**SAID[1], "weight": -1}], "conversations[1].weight"),
     ("alpaca", "history", [["Hi"]], "history[0]"),
     ("alpaca", "history", [["Hi", " "]], "history[0][1]"),
@@ -343,6 +365,47 @@ def test_the_rejected_reply_may_be_what_the_conversation_went_on_with(tmp_path):
         assert second.persona == ("Keeps bees.",) and second.turns[1] == Turn("assistant", "No")
 
 
+def test_who_is_a_user_of_personachat(tmp_path):
+    """Nobody is named, and a persona is played in many conversations: whoever has it is one."""
+    row = documented("personachat")[0]
+    path = jsonl(tmp_path / "d.jsonl", row, {**row, "conv_id": 8}, {**row, "personality": ["i bake ."]})
+    first, second, third = (example.user_id for example in load_examples(path, "train"))
+    assert first == second != third
+    assert load(tmp_path, documented("personachat")[1])[0].user_id == first  # in the other form too
+
+
+def test_what_is_null_within_an_object_is_absent(tmp_path):
+    (msc,), (aloe,) = documented("msc"), documented("aloe")
+    msc["previous_dialogs"][0]["dialog"] = {"text": ["Hi", "Hello"], "id": [None, None]}  # a struct of lists
+    assert load(tmp_path, msc)[0].persona[0] == "User: Hi\nAssistant: Hello"
+    aloe["conversations"] = [{**ALOE, "chosen": None}] * 2
+    assert load(tmp_path, aloe)[1].turns[1].content == "Yo"
+    said = [{"role": "system", "content": "<p>I bake.</p>"}, *TALK[:2]]
+    struct = {"role": [x["role"] for x in said], "content": [x["content"] for x in said]}
+    assert load(tmp_path, {"messages": struct}, persona_markers=("<p>", "</p>"))[0].persona == ("I bake.",)
+
+
+def test_the_users_of_msc_in_a_csv(tmp_path):
+    pd.DataFrame(documented("msc")).to_csv(tmp_path / "d.csv", index=False)
+    assert load_examples(tmp_path / "d.csv", "train").all[0].user_id == "valid_0"
+
+
+def test_texts_within_texts(tmp_path):
+    (aloe,) = documented("aloe")
+    (only,) = load(tmp_path, {**aloe, "profile": json.dumps('Says "hi", and é.') + "\n"})
+    assert only.persona[0] == 'Says "hi", and é.'
+    row = {**documented("personamem_v2")[0], "user_query": "{hello} (hm)"}
+    assert (
+        load_examples(documented_files(tmp_path, "personamem_v2", row), "train").all[0].turns[0].content
+        == "{hello} (hm)"
+    )
+    row = {name.replace("32k", "128k"): value for name, value in documented("personamem_v2")[0].items()}
+    path = documented_files(tmp_path, "personamem_v2", row)
+    (tmp_path / "data/chat_history_32k/p100.json").write_text('[{"role": "user", "content": ""}]')
+    with pytest.raises(UserError, match=r"field 'chat_history_128k_link\[0\]\.content'"):
+        load_examples(path, "train")
+
+
 def test_personachat_utterances_and_silence(tmp_path):
     utterances = [{"history": ["__ SILENCE __"], "candidates": ["no", "hi"]},
                   {"history": ["__ SILENCE __", "hi", "hello"], "candidates": ["no", "i bake"]}]  # fmt: skip
@@ -352,11 +415,12 @@ def test_personachat_utterances_and_silence(tmp_path):
 
 def test_msc_is_seen_from_each_speaker(tmp_path):
     row = documented("msc")[0]
+    row["personas"][1] = ["I bake.", "I run."]
     row["dialog"] += [{"id": "Speaker 1", "text": "Well."}]
     row["previous_dialogs"] += [{"dialog": [{"id": "Speaker 2", "text": "Honey?"}, {"id": "Speaker 1", "text": "No."}]}]
     baker, keeper = load(tmp_path, row)
-    assert baker.persona == ("I bake.", "User: No.", "Assistant: Honey?", "User: Hi\nAssistant: Hello")
-    assert keeper.persona == ("I keep bees.", "User: Honey?\nAssistant: No.", "User: Hello", "Assistant: Hi")
+    assert baker.persona == ("User: No.", "Assistant: Honey?", "User: Hi\nAssistant: Hello", "I run.", "I bake.")
+    assert keeper.persona == ("User: Honey?\nAssistant: No.", "User: Hello", "Assistant: Hi", "I keep bees.")
     assert keeper.response == "Well." and keeper.user_id == "valid_0"
 
 
@@ -385,7 +449,7 @@ def test_messages_may_have_sharegpts_names(tmp_path):
     assert only.turns == (Turn("user", "Hi"),) and only.response == "Yo"
 
 
-@pytest.mark.parametrize("lost", ["user_id", "title"])
+@pytest.mark.parametrize("lost", ["user_id", "title", "rating"])
 def test_a_review_is_no_document(tmp_path, lost):
     row = {name: value for name, value in documented("amazon")[0].items() if name != lost}
     assert f"Nearest is amazon; missing: {lost}." in error(tmp_path, row)
@@ -404,6 +468,34 @@ def test_the_files_that_are_csv(tmp_path, format):
     assert [(e.persona, e.turns, e.response, e.user_id) for e in rows] == [
         (e.persona, e.turns, e.response, e.user_id) for e in read[:1]
     ]
+
+
+def test_what_lacks_a_persona_is_no_document(tmp_path):
+    row = {"instruction": "Plan.", "input": "", "output": "Done.", "text": "### Instruction: Plan. ### Response: Done."}
+    assert "Nearest is alpaca; missing: persona or profile." in error(tmp_path, row)
+    plain = {"text": "A page.", "title": "Bees", "author": "Ana", "url": "x", "id": 1}
+    assert load(tmp_path, plain)[0].text == "A page."
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "Hi", "response": "Yo"},
+        {"messages": TALK[:2]},
+        {"prompt": "Hi", "completion": "Yo"},
+        {"prompt": TALK[:1], "chosen": "Yo", "rejected": "No"},
+        {"conversations": SAID},
+        {"instruction": "Hi", "output": "Yo"},
+    ],
+)
+def test_a_system_message_that_is_a_field_is_never_lost(tmp_path, row):
+    (only,) = load(tmp_path, {**row, "persona": "P", "system": "Be brief."})
+    assert only.turns == (Turn("system", "Be brief."), Turn("user", "Hi"))
+    (marked,) = load(tmp_path, {**row, "system": "Be brief. <p>I bake.</p>"}, persona_markers=("<p>", "</p>"))
+    assert marked.persona == ("I bake.",) and marked.turns == only.turns
+    (empty,) = load(tmp_path, {**row, "persona": "P", "system": ""})
+    assert empty.turns == (Turn("user", "Hi"),)
+    assert "field 'system': expected a non-empty string" in error(tmp_path, {**row, "persona": "P", "system": 0})
 
 
 def test_a_user_with_one_review(tmp_path):

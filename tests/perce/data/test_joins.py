@@ -1,6 +1,7 @@
 """What rows are read with that does not stand in them."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,51 @@ def test_reviews_are_renamed_before_they_are_joined(tmp_path):
         jsonl(tmp_path / "d.jsonl", *rows, [1]), "train", columns={"rating": "stars"}, skip_bad_rows=True
     )
     assert [len(example.persona) for example in rows] == [1, 1] and rows.skipped == 1
+
+
+def test_what_cannot_be_used_of_a_review_is_in_no_history(tmp_path):
+    first, second = documented("amazon")
+    bad = [{**first, "text": ["a", "b"]}, {**first, "rating": [1], "text": "x"}, {**first, "text": ""},
+           {**first, "title": None, "text": "y"}]  # fmt: skip
+    rows = load_examples(jsonl(tmp_path / "d.jsonl", first, second, *bad), "train", skip_bad_rows=True)
+    assert rows.skipped == 4 and [len(example.persona) for example in rows] == [1, 1]
+
+
+def test_many_reviews_of_a_user_share_their_texts(tmp_path):
+    """And are written out once."""
+    row = documented("amazon")[0]
+    path = jsonl(tmp_path / "d.jsonl", *({**row, "text": f"Number {i}.", "timestamp": i} for i in range(60)))
+    first, second, *_ = load_examples(path, "train").all
+    assert len(first.persona) == 59 and first.persona[0] is second.persona[0]
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "line", "place"),
+    [
+        ("personamem", "shared_contexts_32k.jsonl", {"c26f": []}, "'c26f'"),
+        ("prism", "survey.jsonl", {"user_id": "user0"}, "'user0'"),
+    ],
+)
+def test_an_id_that_is_there_twice(tmp_path, format, name, line, place):
+    path = documented_files(tmp_path, format)
+    with (tmp_path / name).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=rf"{name}:2: {place} is there twice"):
+        load_examples(path, "train")
+
+
+def test_a_second_file_that_cannot_be_opened(tmp_path, monkeypatch):
+    path = documented_files(tmp_path, "prism")
+    opened = Path.open
+
+    def refused(self, *arguments, **options):
+        if self.name == "survey.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=r"survey\.jsonl: cannot be read \(Permission denied\)"):
+        load_examples(path, "train")
 
 
 def test_the_history_of_reviews_has_the_latest_first(tmp_path):

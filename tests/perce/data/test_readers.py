@@ -142,10 +142,13 @@ def test_a_json_file_of_splits_is_read_in_pieces(tmp_path, monkeypatch):
     for broken, words in (
         ('{"train": [{}] "valid": []}', "expected ',' or '}'"), ('{"train": [{}], "valid": 3}', "expected '\\['"),
         ('{"train": [{} {}]}', "expected ',' or '\\]'"), ('{"train": [{}, {"a": 1', "not JSON"),
+        ('{"train": [{}], valid: []}', "not JSON"), ('{"train": [{}],}', "not JSON"), ('{"train": [{}], {"a": 1}: []}', "name"),
+        ('{"train": [{}], [1]: []}', "name"), ('{"train": [{}], "train": []}', "twice"),
+        ('{"train": [{}]} more', "more behind"), ('{"train": [{}], "valid": [{}], "dev": [{}]}', "valid, dev"),
         ('{"train": [{}], "valid" []}', "expected ':'"),
     ):  # fmt: skip
         path.write_text(broken)
-        with pytest.raises(UserError, match=rf"d\.json:1: not JSON: .*{words}|{words}"):
+        with pytest.raises(UserError, match=words):
             available_splits(path)
 
 

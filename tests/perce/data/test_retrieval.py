@@ -23,6 +23,7 @@ from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl
 # ---- queries and indexed text
 
 REQUESTS = {
+    "Amazon reviews": ('Write a review with the rating 5.0 and the title "A "good" veil".', 'A "good" veil'),
     "LongLaMP abstracts": (
         'Generate an abstract for the title "On "Deep" Bees" using the following items: 1. hives 2. "honey"',
         '1. hives 2. "honey"',
