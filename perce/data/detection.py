@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from perce.data.formats import FORMATS, OPTIONAL, system_message
+from perce.data.formats import FORMATS, OPTIONAL, Format, system_message
 from perce.data.readers import BadRow
 from perce.visible import listed
 
@@ -84,13 +84,26 @@ def _renames(format: str, row: Mapping[str, Any]) -> dict[str, str | None]:
     return found
 
 
+OF_REVIEWS = {"rating", "asin", "parent_asin", "verified_purchase"}
+
+
+def _lacks_something(row: Mapping[str, Any]) -> bool:
+    """Whether a row with a text is no document, but a review, or half of another format's row."""
+
+    def told(entry: Format) -> int:
+        needs = (need.split("|") for need in entry.needs if need not in ("text", *OPTIONAL))
+        return sum(any(name in row for name in names) for names in needs)
+
+    return bool(OF_REVIEWS & row.keys()) or max(map(told, FORMATS.values())) > 1
+
+
 def detect_format(row: Mapping[str, Any]) -> str:
     fits = [name for name in FORMATS if not missing_fields(name, row)]
     needs = {name: {*FORMATS[name].needs} for name in fits}
     fits = [name for name in fits if not any(needs[name] < needs[other] for other in fits)]
     if len(fits) > 1 and "text" in fits:
         fits.remove("text")
-    if not fits or (fits == ["text"] and "rating" in row):  # a review that lacks something is no document
+    if not fits or (fits == ["text"] and _lacks_something(row)):
         raise UnknownShape(row)
     if len(fits) > 1:
         known = "; ".join(f"{name} ({', '.join(FORMATS[name].needs)})" for name in fits)

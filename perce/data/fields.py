@@ -179,6 +179,13 @@ def said_in(
         yield role, text_of(said.get(what), f"{field}[{i}].{what}"), said
 
 
+def rating_of(value: object) -> str:
+    """Of a review, a number, as it is written."""
+    if isinstance(value, bool) or not re.fullmatch(r"\d+(\.\d+)?", str(value)):
+        raise BadRow("rating", "a number", show(value))
+    return str(value)
+
+
 def weight_of(value: object, field: str) -> float:
     """What the weights of a reply's tokens are multiplied by; 1 where nothing is said. A CSV has it as a text."""
     try:

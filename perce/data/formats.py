@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from perce.data import joins, parsers
-from perce.data.fields import names_in, show
+from perce.data.fields import list_of, names_in, show
 from perce.data.joins import Lookup
 from perce.data.parsers import Reply, Row
 from perce.data.readers import BadRow
@@ -25,7 +25,7 @@ class Format:
     needs: fields that a row must have; "a|b": one of them. A row that fits two formats is of the one that needs more.
     parse: the examples of a row. gives: how many, in words.
     may_have: other fields that are read. lists: those that a CSV has as texts of lists. users: those that name the
-        user, of which the first counts that is there; "a.b": within another.
+        user, of which the first counts that is there; "a.b": within another. A list of texts is known by its digest.
     history: whether the persona is a history, from which passages are retrieved: always, or where it does not fit.
     join: completes a row by what stands beside it; see joins.py.
     """
@@ -46,14 +46,15 @@ EACH_SIDE = "one a turn but the first, from its speaker's side"
 FORMATS: dict[str, Format] = {
     "perce": Format(
         "your own rows; chat logs", ("persona", "query|messages", "response|messages"), parsers.parse_perce,
-        f"one, or {A_MESSAGE}", may_have=("personal_spans",), lists=("persona", "messages", "personal_spans"),
+        f"one, or {A_MESSAGE}", may_have=("system", "personal_spans"), lists=("persona", "messages", "personal_spans"),
     ),
     "prompt_completion": Format(
-        "TRL, prompt and completion", ("persona", "prompt", "completion"), parsers.parse_prompt_completion
+        "TRL, prompt and completion", ("persona", "prompt", "completion"), parsers.parse_prompt_completion,
+        may_have=("system",),
     ),
     "preference": Format(
         "TRL, preference pairs", ("persona", "prompt", "chosen", "rejected"), parsers.parse_preference,
-        "one: what was chosen",
+        "one: what was chosen", may_have=("system",),
     ),
     "sharegpt": Format(
         "ShareGPT", ("persona", "conversations"), parsers.parse_sharegpt, A_MESSAGE, may_have=("system",),
@@ -84,8 +85,8 @@ FORMATS: dict[str, Format] = {
     ),
     "personachat": Format(
         "Persona-Chat of Hugging Face", ("personality", "utterances|candidates"), parsers.parse_personachat,
-        "one an utterance: its last candidate", may_have=("history", "conv_id"), lists=("utterances", "candidates"),
-        users=("user_id", "conv_id"),
+        "one an utterance: its last candidate", may_have=("history",), lists=("utterances", "candidates"),
+        users=("user_id", "personality"),
     ),
     "spc": Format(
         "Synthetic-Persona-Chat",
@@ -134,13 +135,13 @@ LISTS = tuple(dict.fromkeys(name for entry in FORMATS.values() for name in entry
 
 def system_message(row: Row) -> tuple[str, object] | None:
     """(the field it is in, the text) of a row's system message; None where it has none."""
-    if "system" in row:
+    if row.get("system", "") != "":
         return "system", row["system"]
     for field in ("messages", "conversations", "prompt"):
-        messages = row.get(field)
-        first = messages[0] if isinstance(messages, list) and messages else None
-        if isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):
-            return field, first.get(names_in(first)[1])
+        if isinstance(messages := row.get(field), list | dict) and messages:
+            first = list_of(messages, field, "messages")[0]
+            if isinstance(first, dict) and first.get(names_in(first)[0]) == "system":
+                return field, first.get(names_in(first)[1])
     return None
 
 
@@ -150,16 +151,15 @@ def with_marked_persona(row: dict[str, Any], start: str, end: str) -> dict[str, 
     An empty `end` is the message's own end. A system message that has nothing else is left out.
     """
     expected = f"a system message with the persona between {start!r} and {end or 'its end'!r}"
-    field, text = system_message(row) or ("persona", None)
-    if not isinstance(text, str):
-        raise BadRow(field, f"it as a field, or {expected}", "no system message")
-    before, found, behind = text.partition(start)
+    if (found := system_message(row)) is None:
+        raise BadRow("persona", f"it as a field, or {expected}", "no system message")
+    field, text = found
+    before, opened, behind = str(text).partition(start)
     persona, closed, behind = behind.partition(end) if end else (behind, "-", "")
-    if not found or not closed:
+    if not opened or not closed:
         raise BadRow(field, expected, show(text))
     rest, row = f"{before.rstrip()}\n{behind.lstrip()}".strip(), {**row, "persona": persona.strip()}
     if field == "system":
         return {**row, "system": rest}
-    first, *others = row[field]
-    kept = [{**first, names_in(first)[1]: rest}] if rest else []
-    return {**row, field: [*kept, *others]}
+    first, *others = list_of(row[field], field, "messages")
+    return {**row, field: [*([{**first, names_in(first)[1]: rest}] if rest else []), *others]}

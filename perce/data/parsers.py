@@ -5,6 +5,7 @@ formats.py says which format has which; fields.py checks the values.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
@@ -18,14 +19,15 @@ from perce.data.fields import (
     parse_messages,
     parse_persona,
     passage_text,
+    rating_of,
     said_in,
     same_words,
     show,
     text_of,
 )  # fmt: skip
-from perce.data.joins import Row
+from perce.data.joins import LINKS, Row
 from perce.data.literals import parse_list
-from perce.data.readers import BadRow
+from perce.data.readers import BadRow, parse_json
 
 SILENCE = "__ SILENCE __"  # Persona-Chat's placeholder where nobody has said anything yet
 SPEAKERS = {"Speaker 1": "1", "Speaker 2": "2"}  # of MSC
@@ -57,11 +59,6 @@ def _replies(
             yield Reply(persona, turns[:i], turn.content, weight)
 
 
-def _system(row: Row) -> tuple[Turn, ...]:
-    """The system message, where it is a field."""
-    return (Turn("system", text_of(row["system"], "system")),) if row.get("system") else ()
-
-
 def _user(row: Row, field: str) -> tuple[Turn, ...]:
     return (Turn("user", text_of(row[field], field)),)
 
@@ -85,17 +82,20 @@ def parse_perce(row: Row) -> Iterator[Reply]:
 
 
 def parse_sharegpt(row: Row) -> Iterator[Reply]:
-    persona, system = parse_persona(row["persona"], "persona"), _system(row)
-    turns, weights = parse_messages(row["conversations"], "conversations")
-    if system and turns[0].role == "system":
-        raise BadRow("system", "either 'system' or a system message in 'conversations'", "both")
-    yield from _replies(persona, (*system, *turns), (*(1.0 for _ in system), *weights))
+    yield from _replies(
+        parse_persona(row["persona"], "persona"), *parse_messages(row["conversations"], "conversations")
+    )
+
+
+def _maybe(row: Row, field: str) -> list[Any]:
+    """A list that may be absent or empty."""
+    return [] if row.get(field) in (None, []) else list_of(row[field], field, "entries")
 
 
 def parse_alpaca(row: Row) -> Iterator[Reply]:
     known = "persona" if "persona" in row else "profile"
-    turns, persona = [*_system(row)], parse_persona(row[known], known)
-    for i, pair in enumerate(row.get("history") or ()):
+    turns, persona = list[Turn](), parse_persona(row[known], known)
+    for i, pair in enumerate(_maybe(row, "history")):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow(f"history[{i}]", "a list of an instruction and its response", show(pair))
         for j, role in enumerate(("user", "assistant")):
@@ -137,11 +137,12 @@ def parse_lamp_qa(row: Row) -> Iterator[Reply]:
 
 def parse_amazon(row: Row) -> Iterator[Reply]:
     """One review, and the user's others as their history."""
-    rating, title = row["rating"], text_of(row["title"], "title")
-    if isinstance(rating, bool) or not re.fullmatch(r"\d+(\.\d+)?", str(rating)):
-        raise BadRow("rating", "a number", show(rating))
-    request = Turn("user", f'Write a review with the rating {rating} and the title "{title}".')
-    yield _from_history(row["history"], "user_id", (request,), text_of(row["text"], "text"))
+    rating, title, said = rating_of(row["rating"]), text_of(row["title"], "title"), text_of(row["text"], "text")
+    history = tuple(passage for text, passage in row["history"] if not same_words(text, said))
+    if not history:
+        raise BadRow("user_id", "a user with another review", show(row["user_id"]))
+    request = f'Write a review with the rating {rating} and the title "{title}".'
+    yield Reply(history, (Turn("user", request),), said)
 
 
 def parse_convai2(row: Row) -> Iterator[Reply]:
@@ -233,21 +234,23 @@ parse_prompt_completion, parse_preference = _of_trl("completion"), _of_trl("chos
 
 
 def parse_msc(row: Row) -> Iterator[Reply]:
-    """From each side: what is known of the speaker by now, then the sessions before this one, where the first speaker
-    begins and the entries may not say who it is."""
+    """From each side: the sessions before this one, the latest first, then what is known of the speaker, which so
+    stands first where all is shown. In earlier sessions the first speaker begins, and entries may not name theirs."""
     facts = list_of(row["personas"], "personas", "two lists of facts")
     if len(facts) != 2:
         raise BadRow("personas", "two lists of facts, one a speaker", show(facts))
     earlier = []
-    for i, session in enumerate(row["previous_dialogs"] and list_of(row["previous_dialogs"], "previous_dialogs", "{}")):
-        said, names = session.get("dialog") if isinstance(session, dict) else session, [*SPEAKERS]
-        if isinstance(said, list):
-            said = [{"id": names[j % 2], **one} if isinstance(one, dict) else one for j, one in enumerate(said)]
-        earlier.append([*said_in(said, f"previous_dialogs[{i}].dialog", "id", "text", SPEAKERS)])
+    for i, session in enumerate(_maybe(row, "previous_dialogs")):
+        field = f"previous_dialogs[{i}].dialog"
+        said = list_of(session.get("dialog") if isinstance(session, dict) else session, field, "{'id', 'text'} objects")
+        known = [one | {"id": one.get("id") or [*SPEAKERS][j % 2]} if isinstance(one, dict) else one
+                 for j, one in enumerate(said)]  # fmt: skip
+        earlier.append([(who, text) for who, text, _ in said_in(known, field, "id", "text", SPEAKERS)])
     personas = {}
     for me, known in zip("12", facts, strict=True):
-        views = ([("assistant" if who == me else "user", text) for who, text, _ in said] for said in reversed(earlier))
-        personas[me] = (*parse_persona(known, f"personas[{int(me) - 1}]"), *chain.from_iterable(map(exchanges, views)))
+        views = ([("assistant" if who == me else "user", text) for who, text in said] for said in reversed(earlier))
+        told = parse_persona(known, f"personas[{int(me) - 1}]")
+        personas[me] = (*chain.from_iterable(map(exchanges, views)), *reversed(told))
     said_now = said_in(row["dialog"], "dialog", "id", "text", SPEAKERS)
     yield from _from_each_side(personas, ((who, text) for who, text, _ in said_now))
 
@@ -259,7 +262,7 @@ def _history(messages: object, field: str) -> tuple[str, ...]:
 def parse_personamem(row: Row) -> Iterator[Reply]:
     """A question after the first messages of a context; the answer is the option whose label is the correct one."""
     end, context = row["end_index_in_shared_context"], list_of(row["context"], "shared_context_id", "messages")
-    if not str(end).isdecimal() or not 0 < int(end) <= len(context):
+    if not re.fullmatch(r"\d{1,9}", str(end), re.ASCII) or not 0 < int(end) <= len(context):
         raise BadRow("end_index_in_shared_context", f"a number from 1 to {len(context)}", show(end))
     options = [text_of(x, "all_options").strip() for x in list_of(row["all_options"], "all_options", "texts")]
     label = text_of(row["correct_answer"], "correct_answer").strip()
@@ -272,12 +275,15 @@ def parse_personamem(row: Row) -> Iterator[Reply]:
 
 def parse_personamem_v2(row: Row) -> Iterator[Reply]:
     query = row["user_query"]
-    if isinstance(query, str) and query.lstrip().startswith("{"):  # a message as Python prints it
-        printed = parse_list(f"[{query.strip()}]", "user_query")
-        query = printed[0] if isinstance(printed, list) else query
+    if isinstance(query, str) and query.lstrip().startswith("{"):
+        with contextlib.suppress(BadRow):  # a message as Python prints it, or a text like any other
+            printed = parse_list(f"[{query.strip()}]", "user_query")
+            query = printed[0] if isinstance(printed, list) else query
     said = {"user_query": query.get("content") if isinstance(query, dict) else query}
     response = text_of(row["correct_answer"], "correct_answer")
-    yield Reply(_history(row["context"], "chat_history_32k_link"), _user(said, "user_query"), response)
+    yield Reply(
+        _history(row["context"], next(name for name in LINKS if name in row)), _user(said, "user_query"), response
+    )
 
 
 def parse_prefeval(row: Row) -> Iterator[Reply]:
@@ -286,11 +292,17 @@ def parse_prefeval(row: Row) -> Iterator[Reply]:
     yield Reply(persona, _user(row, "question"), _given(row, "response_to_q").lstrip())
 
 
+def _unquoted(text: object) -> object:
+    """A text that is written as JSON: the published rows hold whole lines of a file of such."""
+    with contextlib.suppress(ValueError):
+        return parse_json(text.strip()) if isinstance(text, str) and text.strip().startswith('"') else text
+    return text
+
+
 def parse_aloe(row: Row) -> Iterator[Reply]:
     """The preferred reply of each turn, after the replies that the conversation went on with."""
     known = [(row[name], name) for name in ("profile", "personality") if name in row]
-    told = [(entry.strip().strip('"') if isinstance(entry, str) else entry, name) for entry, name in known]
-    persona = tuple(chain.from_iterable(parse_persona(entry, name) for entry, name in told))
+    persona = tuple(chain.from_iterable(parse_persona(_unquoted(entry), name) for entry, name in known))
     turns: list[Turn] = []
     went_on: tuple[object, str] | None = None  # the reply that the conversation went on with, and its field
     for i, turn in enumerate(list_of(row["conversations"], "conversations", "{'user', 'assistant', 'chosen'} objects")):
@@ -302,7 +314,7 @@ def parse_aloe(row: Row) -> Iterator[Reply]:
         turns.append(Turn("user", text_of(turn.get("user"), f"{here}.user")))
         preferred = text_of(replies.get("preferred"), f"{here}.assistant.preferred")
         yield Reply(persona, tuple(turns), preferred)
-        if (chosen := turn.get("chosen", "preferred")) not in ("preferred", "rejected"):
+        if (chosen := turn.get("chosen") or "preferred") not in ("preferred", "rejected"):
             raise BadRow(f"{here}.chosen", "'preferred' or 'rejected'", show(chosen))
         said = replies.get(chosen)
         went_on = said[0] if isinstance(said, list) and said else said, f"{here}.assistant.{chosen}"
@@ -318,8 +330,13 @@ def parse_prism(row: Row) -> Iterator[Reply]:
         raise BadRow("user_id", "a user who has said something of themselves in the survey", show(row["user_id"]))
     messages: list[dict[str, str]] = []
     names = {"user": "user", "model": "assistant"}
-    for role, text, said in said_in(row["conversation_history"], "conversation_history", "role", "content", names):
-        answered = not messages or messages[-1]["role"] == "assistant"  # by the first of equal replies
-        if role == "user" or (said.get("if_chosen") and not answered):
+    entries = said_in(row["conversation_history"], "conversation_history", "role", "content", names)
+    for i, (role, text, said) in enumerate(entries):
+        before, here = messages[-1]["role"] if messages else "", f"conversation_history[{i}]"
+        if said.get("if_chosen") not in (None, False, True):
+            raise BadRow(f"{here}.if_chosen", "true or false", show(said["if_chosen"]))
+        if role == before == "user":
+            raise BadRow(f"{here}.role", "a chosen reply before it", "a second user message")
+        if role == "user" or (said.get("if_chosen") and before == "user"):  # of several that are chosen the first
             messages.append({"role": role, "content": text})
     yield from _replies(tuple(persona), parse_messages(messages, "conversation_history")[0])

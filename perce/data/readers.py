@@ -195,6 +195,18 @@ class _Array:
                 raise too_long()
             self.more()
 
+    def checked(self, what: str) -> Any:
+        """The next value; UserError where there is none."""
+        try:
+            return self.value()
+        except json.JSONDecodeError as error:
+            raise self.wrong(error.msg, error.pos) from None
+        except (BadRow, RecursionError, ValueError) as error:
+            bad = error if isinstance(error, BadRow) else _unholdable(error)
+            raise UserError(
+                f"{self.path} {what}: {bad}. Correct the file: the rows behind it cannot be found."
+            ) from None
+
     def wrong(self, what: str, at: int) -> UserError:
         line = self.lines + self.text.count("\n", 0, at) + 1
         column = at - self.text.rfind("\n", 0, at)
@@ -204,7 +216,7 @@ class _Array:
 def json_array(path: Path) -> Placed:
     """Row by row. A byte that is not UTF-8 is carried along as a surrogate, which is reported in the field it is in."""
     with _opened(path) as array:
-        for number, row in _elements(array, " row"):
+        for number, row in _elements(array, "row"):
             yield f" row {number}", row
         if array.next():
             raise array.wrong("more behind the array", array.at)
@@ -225,20 +237,26 @@ def has_splits(path: Path) -> bool:
 def json_splits(path: Path) -> Iterator[tuple[str, str, Any]]:
     """(split, place, row) of such a file, of all splits."""
     with _opened(path) as array:
-        separator = "{"
+        separator, seen = "{", set[str]()
         while array.next() == separator:
             array.at += 1
             array.next()
-            split = array.value()
+            at, split = array.at, array.checked("a split's name")
+            if not isinstance(split, str) or split in seen:
+                raise array.wrong(f"expected a split's name, not there twice, got {shortened(repr(split))}", at)
+            seen.add(split)
             for mark in ":[":
                 if array.next() != mark:
                     raise array.wrong(f"expected {mark!r}, as of a split's rows", array.at)
                 array.at += mark == ":"
-            for number, row in _elements(array, f" {split} row"):
+            for number, row in _elements(array, f"{split} row"):
                 yield split, f" {split} row {number}", row
             separator = ","
         if array.next() != "}":
             raise array.wrong("expected ',' or '}'", array.at)
+        array.at += 1
+        if array.next():
+            raise array.wrong("more behind the object", array.at)
 
 
 @contextmanager
@@ -248,7 +266,7 @@ def _opened(path: Path) -> Iterator[_Array]:
         yield _Array(path, file)
 
 
-def _elements(array: _Array, place: str) -> Iterator[tuple[int, Any]]:
+def _elements(array: _Array, what: str) -> Iterator[tuple[int, Any]]:
     """The rows of an array that begins here, with their numbers; afterwards it stands behind the array."""
     number = 0
     array.next()
@@ -260,15 +278,7 @@ def _elements(array: _Array, place: str) -> Iterator[tuple[int, Any]]:
             array.at += 1
             array.next()
         number += 1
-        try:
-            row = array.value()
-        except json.JSONDecodeError as error:
-            raise array.wrong(error.msg, error.pos) from None
-        except (BadRow, RecursionError, ValueError) as error:
-            bad = error if isinstance(error, BadRow) else _unholdable(error)
-            raise UserError(f"{array.path}{place} {number}: {bad}. Correct the file: the rows behind it cannot be "
-                            "found.") from None  # fmt: skip
-        yield number, row
+        yield number, array.checked(f"{what} {number}")
     array.at += 1
 
 

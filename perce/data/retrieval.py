@@ -34,6 +34,7 @@ QUERIES: dict[str, str] = {
         r'Generate the review text .*? product with description "(.*)"\. The summary of the review text is "(.*)"'
     ),
     "LongLaMP topics": r"Generate the content for a reddit post:? (.*)",
+    "Amazon reviews": r'Write a review with the rating .*? and the title "(.*)"\.',
     "LaMP-1": r'For an author who has written the paper .*?which reference is related\?.*?\[1\]: "(.*)" \[2\]: "(.*)"',
     "LaMP-2": r"Which tag does this movie relate to .*? description: (.*)",
     "LaMP-2N": r"Which category does this article relate to .*? article: (.*)",

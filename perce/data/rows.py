@@ -25,7 +25,7 @@ from typing import Any
 from perce.config.schema import DataConfig
 from perce.data import formats
 from perce.data.detection import detect_format, did_you_mean, missing_fields, nearest_name
-from perce.data.fields import Turn, encodable, parse_spans, show, weight_of
+from perce.data.fields import Turn, encodable, parse_persona, parse_spans, show, text_of, weight_of
 from perce.data.formats import FORMATS
 from perce.data.joins import Lookup
 from perce.data.literals import parse_list
@@ -35,7 +35,7 @@ from perce.environment import progress
 from perce.errors import UserError
 from perce.visible import listed
 
-_MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")
+_MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 _MAY_BE_MESSAGES = ("prompt", "completion", "chosen")
 SURE = 1000  # rows of a stream
 KEPT_REASONS = 5  # skipped rows are all counted; the first few are quoted, which is enough to see the pattern
@@ -254,25 +254,34 @@ class Examples:
         user_id = self._user_of(row)
         weight, marked = weight_of(row.get("weight"), "weight"), row.get("personal_spans")
         replies = [*entry.parse(entry.join(self._lookup, row) if entry.join else row)]
+        if "system" in entry.may_have and row.get("system", "") != "":  # an empty one says nothing
+            system = Turn("system", text_of(row["system"], "system"))
+            if any(reply.turns[0].role == "system" for reply in replies):
+                raise BadRow("system", "either 'system' or a system message among the others", "both")
+            replies = [reply._replace(turns=(system, *reply.turns)) for reply in replies]
         if not replies:
-            raise BadRow(None, "at least one response that answers a turn", "an opening line only")
+            raise BadRow(None, "at least one response that answers a turn", "an opening line only, or no reply")
         if not self._reading.unanswered and not all(reply.response for reply in replies):
             raise _Unanswered(self.format)
         replies = [reply._replace(weight=weight * reply.weight) for reply in replies]
         self.weightless += sum(reply.weight == 0 for reply in replies)
         if self.format == "text":
-            return [Document(text, user_id, source, by) for _, _, text, by in replies if by]
+            return [Document(reply.response, user_id, source, reply.weight) for reply in replies if reply.weight]
         return [
-            Example(persona, turns, said, user_id, None if marked is None else parse_spans(marked, said), source, by)
-            for persona, turns, said, by in replies if by
+            Example(persona, turns, said, user_id, None if marked is None else parse_spans(marked, said), source, data)
+            for persona, turns, said, data in replies if data
         ]  # fmt: skip
 
     def _user_of(self, row: Mapping[str, object]) -> str | None:
         for path in FORMATS[self.format].users:
             user: Any = row
             for name in path.split("."):
+                if isinstance(user, str) and isinstance(printed := parse_list(f"[{user}]", path), list):  # in a CSV
+                    user = printed[0]
                 user = user.get(name) if isinstance(user, dict) else None
             if user is not None:
+                if path == "personality":  # whoever plays it: one persona is played in many rows
+                    user = hashlib.sha256(repr(parse_persona(user, path)).encode()).hexdigest()[:12]
                 if not isinstance(user, str | int):
                     raise BadRow(path, "a string or an integer", show(user))
                 return encodable(str(user), path)

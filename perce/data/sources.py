@@ -114,6 +114,9 @@ def _splits(path: Path) -> dict[str, Source]:
     def rows(name: str) -> Placed:
         return ((place, row) for split, place, row in json_splits(path) if split == name)
 
+    for split, aliases in SPLITS.items():
+        if len(several := [name for name in names if name in aliases]) > 1:
+            raise UserError(f"{path}: {', '.join(several)} are all the {split} split; leave one of them.")
     found = _in_order(dict.fromkeys(names, ""))
     return {ours: Source(str(path), path.name, partial(rows, name), path) for ours, name in found.items()}
 

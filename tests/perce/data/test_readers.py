@@ -142,7 +142,8 @@ def test_a_json_file_of_splits_is_read_in_pieces(tmp_path, monkeypatch):
     for broken, words in (
         ('{"train": [{}] "valid": []}', "expected ',' or '}'"), ('{"train": [{}], "valid": 3}', "expected '\\['"),
         ('{"train": [{} {}]}', "expected ',' or '\\]'"), ('{"train": [{}, {"a": 1', "not JSON"),
-        ('{"train": [{}], valid: []}', "not JSON"), ('{"train": [{}],}', "not JSON"), ('{"train": [{}], {"a": 1}: []}', "name"),
+        ('{"train": [{}], valid: []}', "not JSON"), ('{"train": [{}],}', "not JSON"),
+        ('{"train": [{}], {"a": 1}: []}', "name"),
         ('{"train": [{}], [1]: []}', "name"), ('{"train": [{}], "train": []}', "twice"),
         ('{"train": [{}]} more', "more behind"), ('{"train": [{}], "valid": [{}], "dev": [{}]}', "valid, dev"),
         ('{"train": [{}], "valid" []}', "expected ':'"),
