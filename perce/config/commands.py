@@ -185,7 +185,7 @@ PLAN: Command[PlanOptions] = Command(
 PREVIEW: Command[PreviewOptions] = Command(
     "python -m perce.preview",
     "What training would make of a data set: its format, counts, lengths, what is trimmed, shared and refused, and the "
-    "exact text of both prompts. Reads the model's tokenizer only.",
+    "text of both prompts. Of the model only the tokenizer is read.",
     PreviewOptions,
     passes_over=is_training_option,
     commands=lambda: COMMANDS,

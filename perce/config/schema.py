@@ -415,8 +415,8 @@ class PreviewConfig:
         None, "directory or Hub id of the model whose tokenizer reads it; default: SmolLM2-135M-Instruct", MODEL
     )
     split: Literal["train", "validation", "test"] = _option("train", "the split that examples are taken from")
-    rows: int = _option(3, "examples shown as the text of both prompts, of a conversation each")
-    sample: int = _option(500, "examples, of conversations drawn at random, whose lengths are taken")
+    rows: int = _option(3, "rows of which an example is shown as the text of both prompts, long parts shortened")
+    sample: int = _option(500, "examples, of rows drawn at random, whose lengths are taken; with --streaming the first")
     seed: int = _option(42, "seed of the draw")
 
     def __post_init__(self) -> None:

@@ -30,8 +30,11 @@ def print_preview(options: PreviewOptions, tokenizer: Any) -> None:
     if asked.split not in present:
         raise UserError(f"--split {asked.split}: {where} has no such split; it has {', '.join(present)}.")
     reading = vars(Reading.of(options.data, unanswered=True)) | {"skip_bad_rows": True}
-    splits = {split: load_examples(where, split, **reading) for split in present}
-    _print_counts(where, splits)
+    few = asked.sample if options.data.streaming else None  # of a stream the first, for it may not be read whole
+    splits = {
+        split: load_examples(where, split, streaming=options.data.streaming, limit=few, **reading) for split in present
+    }
+    _print_counts(where, few, splits)
     rows = splits[asked.split]
     builder = make_builder(tokenizer, options.data, rows.format, ANY)
     sample = _sample(rows.all, asked.sample, asked.seed)
@@ -48,14 +51,14 @@ def print_preview(options: PreviewOptions, tokenizer: Any) -> None:
             show(*_both_prompts(example, pair, tokenizer))
 
 
-def _print_counts(where: str, splits: dict[str, Examples]) -> None:
+def _print_counts(where: str, few: int | None, splits: dict[str, Examples]) -> None:
     counts = table("split", "format", "rows", "examples", "users", "personas", "refused", "weight 0", numbers=True)
     for split, rows in splits.items():
         users = {example.user_id for example in rows.all} - {None}
         personas = {getattr(example, "persona", None) for example in rows.all} - {None}
         numbers = rows.rows, len(rows.all), len(users), len(personas), rows.skipped, rows.weightless
         counts.add_row(split, rows.format, *(f"{number:,}" for number in numbers))
-    show(where, counts, "")
+    show(f"{where}{f', the first {few:,} examples of each split' if few else ''}", counts, "")
     for name in dict.fromkeys(rows.format for rows in splits.values()):
         entry = FORMATS[name]
         fields = ", ".join(need.replace("|", " or ") for need in entry.needs)
@@ -92,24 +95,24 @@ def _told(
     source: PairSource, rows: Examples, sample: Sequence[Record], pairs: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, str]]:
     limit = f"--max_length {source.builder.max_length:,}"
-    yield "lengths of", f"{len(sample):,} of {len(rows.all):,} examples, of rows drawn at random"
+    yield "of", f"{len(sample):,} of {len(rows.all):,} examples, of rows drawn at random"
     if picked := picked_by(source.builder):
         yield "shown", picked[0].removeprefix("persona: ")
     if entries := sorted(len(example.persona) for example in sample if isinstance(example, Example)):
         yield "persona entries", f"{entries[len(entries) // 2]:,} (median), {entries[-1]:,} at most"
     if trimmed := sum(pair.get("dropped_passages", 0) > 0 for pair in pairs):
-        yield "trimmed", f"{trimmed:,} examples lose {source.dropped_passages:,} persona entries to fit {limit}"
+        yield "trimmed", f"{trimmed:,} of them, by {source.dropped_passages:,} persona entries, to fit {limit}"
     if source.cut_documents:
-        yield "cut", f"{source.cut_documents:,} documents are cut into pieces to fit {limit}"
+        yield "cut", f"{source.cut_documents:,} of the documents, into pieces that fit {limit}"
     if source.unfit:
-        yield "refused", f"{source.unfit:,} examples; the first: {source.reason}"
+        yield "refused", f"{source.unfit:,} of them; the first: {source.reason}"
     if "windows" not in pairs[0]:
         ids, units = [pair["input_ids"][:-1] for pair in pairs], [pair["conversation"] for pair in pairs]
         needed, computed = sum(map(len, ids)), sum(len(part.ids) for part in segmented(ids, units, "branches")[0])
         if computed < needed:
             yield "shared", f"{1 - computed / needed:.0%} of the tokens, where whole conversations are in a batch"
     if unanswered := sum(isinstance(example, Example) and not example.response for example in sample):
-        yield "unanswered", f"{unanswered:,} examples have no response: perce.evaluate writes replies to them"
+        yield "unanswered", f"{unanswered:,} of them have no response: perce.evaluate writes replies to them"
 
 
 def _both_prompts(example: Record, pair: dict[str, Any], tokenizer: Any) -> Iterator[Any]:

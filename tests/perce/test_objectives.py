@@ -121,6 +121,28 @@ def test_weights_of_the_data_multiply_those_of_the_tokens(tmp_path, name, normal
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimate": "epoch"}, {"estimate": "frozen"}, {"memory": MemoryConfig(share_persona=4)},
+        {"memory": MemoryConfig(branches_per_forward=1)}, {"name": "longce"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_weights_of_two_double_the_first_step(tmp_path, options):
+    """However the tokens' own weights are known and the persona is computed."""
+    name, found = options.get("name", "perce"), []
+    for weight in (1.0, 2.0):
+        made = run(
+            name, tmp_path / str(weight), steps=1, sequences=4, memory=options.get("memory", MemoryConfig()),
+            loss=loss_of(name, estimate=options.get("estimate", "online")), max_grad_norm=0.0,
+        )  # fmt: skip
+        made.train_dataset = Dataset.from_list([{**pair, "data_weight": weight} for pair in made.train_dataset])
+        made.train()
+        found.append(torch.tensor(logged(made, "loss", "grad_norm")))
+    torch.testing.assert_close(found[1], 2 * found[0], atol=1e-5, rtol=1e-5)
+
+
 @ALL
 @pytest.mark.parametrize(
     "options",

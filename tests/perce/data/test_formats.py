@@ -7,11 +7,12 @@ import re
 import pandas as pd
 import pytest
 
-from perce import UserError, load_examples
+from perce import DataConfig, UserError, load_examples
 from perce.data.detection import detect_format, missing_fields
 from perce.data.fields import Turn
 from perce.data.formats import FORMATS
 from perce.data.rows import Example
+from perce.data.splits import load_splits
 from tests.helpers.raw_rows import (
     ABSTRACT,
     CONVAI2,
@@ -182,7 +183,7 @@ SEEN = {
 
 
 def test_every_format_has_a_row_on_the_page_and_a_source():
-    assert list(SEEN) == list(FORMATS) and {*ROWS, *FILES} == FORMATS.keys()
+    assert list(SEEN) == list(FORMATS) == [*READ, "text"] and {*ROWS, *FILES} == FORMATS.keys()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -536,6 +537,17 @@ def test_a_persona_between_markers(tmp_path, row, field):
     assert "missing: persona" in told and "--persona_markers START...END" in told
     own = load(tmp_path, {**row, "persona": "P"}, persona_markers=("<p>", "</p>"))[0]  # a field goes before
     assert own.persona == ("P",) and own.turns[0].content == MARKED
+
+
+def test_the_option_of_the_markers(tmp_path):
+    said = [{"role": "system", "content": "About: I bake."}, *TALK[:2]]
+    path = jsonl(tmp_path / "data.jsonl", {"messages": said}, {"messages": [said[0], *TALK[2:]]})
+    splits = load_splits(DataConfig(data=str(path), persona_markers="About:..."), eval_examples=0, seed=1)
+    assert [example.persona for example in (*splits.train, *splits.validation)] == [("I bake.",)] * 2
+    assert DataConfig(persona_markers="<p>...</p>").markers() == ("<p>", "</p>")
+    for wrong in ("<p>", "...</p>", ""):
+        with pytest.raises(UserError, match=r"persona_markers: expected START\.\.\.END"):
+            DataConfig(persona_markers=wrong)
 
 
 def test_a_system_message_that_is_the_persona_alone(tmp_path):

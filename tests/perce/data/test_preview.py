@@ -5,7 +5,7 @@ import pytest
 from perce import UserError
 from perce.config.commands import PREVIEW
 from perce.data.preview import print_preview
-from tests.helpers.raw_rows import GOOD, PAGE, TALK, documented, documented_files, jsonl
+from tests.helpers.raw_rows import GOOD, TALK, documented_files, jsonl
 from tests.helpers.tiny import tiny_tokenizer
 
 
@@ -54,18 +54,18 @@ def test_what_is_trimmed_refused_shared_and_unanswered(previewed, tmp_path):
     refused = {**GOOD, "query": "very " * 300}
     path = jsonl(tmp_path / "rows.jsonl", talk, long, refused)
     printed = previewed(path, "--max_length", 160, "--rows", 9)
-    assert "trimmed" in printed and "1 examples lose 1 persona entries to fit --max_length 160" in printed
-    assert f"1 examples; the first: {path.name}:3: query and response take" in " ".join(printed.split())
+    assert cells(printed, "trimmed")[1:6] == ["1", "of", "them,", "by", "1"]
+    assert f"refused 1 of them; the first: {path.name}:3: query and response take" in " ".join(printed.split())
     assert cells(printed, "shared")[2:5] == ["of", "the", "tokens,"]
     assert printed.count("without the persona") == 2  # the first of each row that fits
     printed = previewed(documented_files(tmp_path, "lamp_qa"))
-    assert "1 examples have no response: perce.evaluate writes replies to them" in printed
+    assert "1 of them have no response: perce.evaluate writes replies to them" in printed
     assert "4 passages of each history, by bm25" in printed
 
 
 def test_documents_are_pieces_without_a_persona(previewed, tmp_path):
     printed = previewed(jsonl(tmp_path / "rows.jsonl", {"text": "bees " * 50}), "--max_length", 20)
-    assert "1 documents are cut into pieces to fit --max_length 20" in printed
+    assert "1 of the documents, into pieces that fit --max_length 20" in printed
     assert "a piece, 20 tokens\nbees bees" in printed and "persona" not in printed.partition("tokens")[2]
 
 
@@ -75,8 +75,20 @@ def test_long_parts_are_shortened_in_the_middle(previewed, tmp_path):
     assert "begin word" in printed and "word end" in printed and "characters …" in printed and len(printed) < 7000
 
 
+def test_the_sample_is_of_whole_rows_and_drawn_by_the_seed(previewed, tmp_path):
+    talks = [{"persona": "P", "messages": [*TALK[:3], {**TALK[3], "content": f"Walk {i}."}]} for i in range(9)]
+    path = jsonl(tmp_path / "rows.jsonl", *talks)
+    assert "\nof                4 of 18 examples" in previewed(path, "--sample", 3)
+    seeds = (previewed(path, "--sample", 1, "--rows", 1, "--seed", seed) for seed in (1, 1, 2))
+    drawn = [printed.partition("\nrows.jsonl:")[2] for printed in seeds]
+    assert drawn[0] == drawn[1] != drawn[2]
+    printed = previewed(path, "--sample", 3, "--streaming", "true", "--rows", 0)
+    assert "rows.jsonl, the first 3 examples of each split" in printed and cells(printed, "train")[2:4] == ["2", "3"]
+    assert "without the persona" not in printed
+
+
 @pytest.mark.parametrize("format", ["msc", "personamem", "prism", "aloe"])
-def test_every_format_has_a_preview(previewed, tmp_path, format):
+def test_formats_with_histories_and_second_files(previewed, tmp_path, format):
     printed = previewed(documented_files(tmp_path, format))
     assert f"{format}: " in printed and "⟦persona: " in printed and "⟦response: " in printed
 
@@ -87,4 +99,3 @@ def test_rows_of_no_format_get_their_lines(previewed, tmp_path):
     assert "all 1 rows were skipped" in caught.value.args[0] and "--columns persona=bio" in caught.value.args[2]
     with pytest.raises(UserError, match=r"--split test: .* has no such split; it has train"):
         previewed(jsonl(tmp_path / "rows.jsonl", GOOD), "--split", "test")
-    assert len(documented("text")) == 1 and "perce.preview" in PAGE
