@@ -215,14 +215,8 @@ class PairBuilder:
         """What the pairs depend on besides tokenizer and text."""
         picked = (self.retriever.identity, self.retriever.k) if self.retriever else None
         chat = self.chat_format
-        return (
-            self.max_length,
-            picked,
-            self.whole_if_it_fits,
-            sorted(chat.template_kwargs.items()),
-            chat.style,
-            chat.control is None,
-        )
+        shown = self.max_length, picked, self.whole_if_it_fits
+        return *shown, sorted(chat.template_kwargs.items()), chat.style, chat.control is None
 
     def pairs(self, example: Example) -> list[Pair]:
         return [self.build(example)]

@@ -280,10 +280,8 @@ def parse_personamem_v2(row: Row) -> Iterator[Reply]:
             printed = parse_list(f"[{query.strip()}]", "user_query")
             query = printed[0] if isinstance(printed, list) else query
     said = {"user_query": query.get("content") if isinstance(query, dict) else query}
-    response = text_of(row["correct_answer"], "correct_answer")
-    yield Reply(
-        _history(row["context"], next(name for name in LINKS if name in row)), _user(said, "user_query"), response
-    )
+    context = _history(row["context"], next(name for name in LINKS if name in row))
+    yield Reply(context, _user(said, "user_query"), text_of(row["correct_answer"], "correct_answer"))
 
 
 def parse_prefeval(row: Row) -> Iterator[Reply]:

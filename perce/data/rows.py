@@ -38,6 +38,10 @@ from perce.visible import listed
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 _MAY_BE_MESSAGES = ("prompt", "completion", "chosen")
 SURE = 1000  # rows of a stream
+UNANSWERED = (
+    " perce.evaluate writes replies to such rows. To train on answers that you have, or to score them, name them: "
+    "--columns response=FIELD."
+)
 KEPT_REASONS = 5  # skipped rows are all counted; the first few are quoted, which is enough to see the pattern
 
 
@@ -262,7 +266,9 @@ class Examples:
         if not replies:
             raise BadRow(None, "at least one response that answers a turn", "an opening line only, or no reply")
         if not self._reading.unanswered and not all(reply.response for reply in replies):
-            raise _Unanswered(self.format)
+            bad = BadRow("response", "a response", f"a row of format {self.format}, whose data has none of its own")
+            bad.remedy = UNANSWERED
+            raise bad
         replies = [reply._replace(weight=weight * reply.weight) for reply in replies]
         self.weightless += sum(reply.weight == 0 for reply in replies)
         if self.format == "text":
@@ -277,7 +283,7 @@ class Examples:
             user: Any = row
             for name in path.split("."):
                 if isinstance(user, str) and isinstance(printed := parse_list(f"[{user}]", path), list):  # in a CSV
-                    user = printed[0]
+                    user, *_ = [*printed, None]
                 user = user.get(name) if isinstance(user, dict) else None
             if user is not None:
                 if path == "personality":  # whoever plays it: one persona is played in many rows
@@ -288,25 +294,8 @@ class Examples:
         return None
 
 
-class _Unanswered(BadRow):
-    """A row that asks for a response and has none."""
-
-    remedy = (
-        " perce.evaluate writes replies to such rows. To train on answers that you have, or to score them, name their "
-        "field: --columns response=FIELD."
-    )
-
-    def __init__(self, format: str) -> None:
-        super().__init__("response", "a response", f"a row of format {format}, whose data has none of its own")
-
-
 def load_examples(
-    data: str | Path,
-    split: str,
-    *,
-    streaming: bool = False,
-    limit: int | None = None,
-    **how: Any,
+    data: str | Path, split: str, *, streaming: bool = False, limit: int | None = None, **how: Any
 ) -> Examples:
     """The examples of one split ("train", "validation" or "test") of `data`.
 

@@ -54,13 +54,12 @@ class Subject:
 
 
 def load_subject(options: InferenceOptions, command: str, *, unanswered: bool = False) -> Subject:
-    """unanswered: rows without a response are examples too.
+    """UserError for a model or data that cannot be read, and for documents, which have no persona.
 
-    UserError for a model or data that cannot be read, and for documents, which have no persona."""
+    unanswered: rows without a response are examples too.
+    """
     run = run_directory(options.model.model)
-    examples, split, in_words = load_split(
-        options.data, options.examples, run, unanswered=unanswered
-    )  # fmt: skip
+    examples, split, in_words = load_split(options.data, options.examples, run, unanswered=unanswered)
     say(f"examples  {options.data.data or 'built-in examples'}, {in_words}")
     next(iter(examples), None)  # a stream knows its format once its first row has been read
     model, tokenizer, device = load(options.model)

@@ -1,8 +1,10 @@
 """perce.data.formats: what a row of each format means."""
 
+import copy
 import csv
 import json
 import re
+from functools import reduce
 
 import pandas as pd
 import pytest
@@ -11,7 +13,8 @@ from perce import DataConfig, UserError, load_examples
 from perce.data.detection import detect_format, missing_fields
 from perce.data.fields import Turn
 from perce.data.formats import FORMATS
-from perce.data.rows import Example
+from perce.data.rows import Example, Examples, Reading
+from perce.data.sources import Source
 from perce.data.splits import load_splits
 from tests.helpers.raw_rows import (
     ABSTRACT,
@@ -340,6 +343,37 @@ def test_what_is_wrong_within_a_field_is_named(tmp_path, format, name, wrong, fi
     assert str(caught.value).startswith(f"{path}:2: field '{field}': expected "), str(caught.value)
 
 
+NASTY = [
+    None, 0, True, 1.5, float("nan"), "", " ", "9" * 5000, "{", "\ud83d", [], {}, [1], [[]], {"a": 1}, {"a": [1], "b": []},
+]  # fmt: skip
+
+
+def places(value, path=()):
+    """The path to every value within a value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield (*path, key)
+        yield from places(part, (*path, key))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_whatever_stands_in_a_field_it_is_read_or_refused_by_name(tmp_path, format):
+    path = documented_files(tmp_path, format)
+    for whole in documented(format):
+        for place in places(whole):
+            for nasty in NASTY:
+                row = copy.deepcopy(whole)
+                parent = reduce(lambda at, key: at[key], place[:-1], row)
+                parent[place[-1]] = nasty
+                source = Source(
+                    path.name, path.name, lambda rows=(whole, row): zip((":1", ":2"), rows, strict=True), path
+                )
+                try:
+                    assert len(Examples(source, Reading(unanswered=True)).all) >= 1
+                except UserError as error:
+                    assert str(error).startswith(f"{path.name}:"), error
+
+
 def test_a_conversation_of_several_turns_in_each_shape(tmp_path):
     talk = [("Hi", "Yo"), ("Plans?", "A walk.")]
     shapes = {
@@ -390,6 +424,8 @@ def test_what_is_null_within_an_object_is_absent(tmp_path):
 def test_the_users_of_msc_in_a_csv(tmp_path):
     pd.DataFrame(documented("msc")).to_csv(tmp_path / "d.csv", index=False)
     assert load_examples(tmp_path / "d.csv", "train").all[0].user_id == "valid_0"
+    for nobody in ("", "x", 3, [], {}):
+        assert load(tmp_path, {**documented("msc")[0], "metadata": nobody})[0].user_id is None
 
 
 def test_texts_within_texts(tmp_path):
