@@ -250,3 +250,12 @@ def test_a_full_disk_is_told_with_the_cache(cache, monkeypatch):
         pair_dataset(demo_examples(2), builder())
     monkeypatch.undo()
     assert len(pair_dataset(demo_examples(2), builder())) == 2
+
+
+def test_other_weights_of_the_data_are_other_training_data():
+    """A run is not resumed with them; pairs without any are what they were before there were weights."""
+    pairs = [vars(builder().build(example(data_weight=weight))) for weight in (1.0, 1.0)]
+    plain, heavy = ([{**pair, "data_weight": weight} for pair in pairs] for weight in (1.0, 2.0))
+    without = [{name: value for name, value in pair.items() if name != "data_weight"} for pair in pairs]
+    digests = [dataset.pairs_digest(datasets.Dataset.from_list(rows)) for rows in (plain, without, heavy)]
+    assert digests[0] == digests[1] != digests[2]

@@ -344,7 +344,8 @@ def test_what_is_wrong_within_a_field_is_named(tmp_path, format, name, wrong, fi
 
 
 NASTY = [
-    None, 0, True, 1.5, float("nan"), "", " ", "9" * 5000, "{", "\ud83d", [], {}, [1], [[]], {"a": 1}, {"a": [1], "b": []},
+    None, 0, True, 1.5, float("nan"), "", " ", "9" * 5000, "{", "\ud83d", [], {}, [1], [[]], {"a": 1},
+    {"a": [1], "b": []},
 ]  # fmt: skip
 
 
