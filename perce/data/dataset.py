@@ -148,6 +148,9 @@ def pairs_digest(dataset: Any) -> str | None:
     for column in pieces_of(dataset, "input_ids"):
         digest.update(repr(pyarrow.compute.list_value_length(column).to_pylist()).encode())
         digest.update(pyarrow.compute.list_flatten(column).to_numpy(zero_copy_only=False))
+    weights = numbers(dataset, "data_weight") if "data_weight" in dataset.column_names else np.ones(0)
+    if (weights != 1).any():
+        digest.update(weights.tobytes())
     return digest.hexdigest()
 
 
