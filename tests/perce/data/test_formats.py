@@ -475,6 +475,26 @@ def test_alpaca_with_a_history_and_without_input(tmp_path):
     assert chosen.persona == ("P",) and chosen.turns[0].content == "Go on.\nthis"
 
 
+def test_preference_pairs_with_conversations(tmp_path):
+    """LLaMA-Factory's: what was chosen answers the conversation, whose own replies are not trained on."""
+    said = [*SAID, {"from": "human", "value": "Plans?"}]
+    row = {"persona": "P", "conversations": said, "rejected": {"from": "gpt", "value": "None."}}
+    (only,) = load(tmp_path, {**row, "chosen": {"from": "gpt", "value": "A walk."}})
+    assert only.response == "A walk." and len(only.turns) == 3
+    for wrong in ({"from": "human", "value": "A walk."}, "A walk.", [], {"from": "gpt", "value": ""}):
+        assert "data.jsonl:1: field 'chosen" in error(tmp_path, {**row, "chosen": wrong})
+    assert "field 'conversations': expected a user turn at the end" in error(
+        tmp_path, {**row, "conversations": SAID, "chosen": {"from": "gpt", "value": "A walk."}}
+    )
+
+
+def test_sharegpt_beside_a_profile_is_told_of_its_name(tmp_path):
+    row = {"profile": "P", "conversations": SAID}
+    assert "field 'conversations[0]': expected" in error(tmp_path, row)
+    assert "ShareGPT's, beside a persona: --columns persona=profile" in error(tmp_path, row)
+    assert load(tmp_path, row, columns={"persona": "profile"})[0].persona == ("P",)
+
+
 def test_messages_of_a_table_have_all_names(tmp_path):
     """Which are null in most of them."""
     said = [{"from": None, "value": None, **message} for message in TALK[:2]]
