@@ -57,7 +57,7 @@ FORMATS: dict[str, Format] = {
         "one: what was chosen", may_have=("system",),
     ),
     "sharegpt": Format(
-        "ShareGPT", ("persona", "conversations"), parsers.parse_sharegpt, A_MESSAGE, may_have=("system",),
+        "ShareGPT", ("persona", "conversations"), parsers.parse_sharegpt, A_MESSAGE, may_have=("system", "chosen"),
         lists=("conversations",),
     ),
     "alpaca": Format(

@@ -82,9 +82,17 @@ def parse_perce(row: Row) -> Iterator[Reply]:
 
 
 def parse_sharegpt(row: Row) -> Iterator[Reply]:
-    yield from _replies(
-        parse_persona(row["persona"], "persona"), *parse_messages(row["conversations"], "conversations")
-    )
+    persona = parse_persona(row["persona"], "persona")
+    turns, weights = parse_messages(row["conversations"], "conversations")
+    if "chosen" not in row:
+        yield from _replies(persona, turns, weights)
+        return
+    (chosen, *_), (weight, *_) = parse_messages([row["chosen"]], "chosen")  # LLaMA-Factory's preference pairs
+    if chosen.role != "assistant":
+        raise BadRow("chosen", "an assistant message", show(row["chosen"]))
+    if turns[-1].role != "user":
+        raise BadRow("conversations", "a user turn at the end, which 'chosen' answers", "an assistant turn")
+    yield Reply(persona, turns, chosen.content, weight)
 
 
 def _maybe(row: Row, field: str) -> list[Any]:
@@ -307,7 +315,10 @@ def parse_aloe(row: Row) -> Iterator[Reply]:
         here = f"conversations[{i}]"
         replies = turn.get("assistant") if isinstance(turn, dict) else None
         if not isinstance(replies, dict):
-            raise BadRow(here, "an object with 'user' and 'assistant': {'preferred', 'rejected'}", show(turn))
+            expected = "an object with 'user' and 'assistant': {'preferred', 'rejected'}"
+            if isinstance(turn, dict) and "from" in turn:
+                expected += " (ShareGPT's, beside a persona: --columns persona=profile)"
+            raise BadRow(here, expected, show(turn))
         turns += [Turn("assistant", text_of(*went_on))] if went_on else []
         turns.append(Turn("user", text_of(turn.get("user"), f"{here}.user")))
         preferred = text_of(replies.get("preferred"), f"{here}.assistant.preferred")
