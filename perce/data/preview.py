@@ -95,7 +95,7 @@ def _told(
     source: PairSource, rows: Examples, sample: Sequence[Record], pairs: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, str]]:
     limit = f"--max_length {source.builder.max_length:,}"
-    yield "of", f"{len(sample):,} of {len(rows.all):,} examples, of rows drawn at random"
+    yield "sample", f"{len(sample):,} of {len(rows.all):,} examples, of rows drawn at random"
     if picked := picked_by(source.builder):
         yield "shown", picked[0].removeprefix("persona: ")
     if entries := sorted(len(example.persona) for example in sample if isinstance(example, Example)):

@@ -78,7 +78,7 @@ def test_long_parts_are_shortened_in_the_middle(previewed, tmp_path):
 def test_the_sample_is_of_whole_rows_and_drawn_by_the_seed(previewed, tmp_path):
     talks = [{"persona": "P", "messages": [*TALK[:3], {**TALK[3], "content": f"Walk {i}."}]} for i in range(9)]
     path = jsonl(tmp_path / "rows.jsonl", *talks)
-    assert "\nof                4 of 18 examples" in previewed(path, "--sample", 3)
+    assert "\nsample            4 of 18 examples" in previewed(path, "--sample", 3)
     seeds = (previewed(path, "--sample", 1, "--rows", 1, "--seed", seed) for seed in (1, 1, 2))
     drawn = [printed.partition("\nrows.jsonl:")[2] for printed in seeds]
     assert drawn[0] == drawn[1] != drawn[2]
