@@ -118,7 +118,7 @@ ABOUT_SEVERAL = {
 }
 # Modules whose behaviour is seen through others alone: in runs of the commands, and of the op.
 SEEN_THROUGH_OTHERS = {
-    "data.fields", "data.parsers",
+    "data.fields",
     "errors", "integrity", "launcher", "config.commands", "config.schema", "config.step", "model.head", "model.passes",
     "planning.live", "planning.tables", "measuring.records", "measuring.scores", "measuring.score_report",
     "measuring.identification", "report.terminal", "training.normalizer",

@@ -67,7 +67,9 @@ def _nearest(row: Mapping[str, Any]) -> tuple[str, dict[str, str | None]]:
         name for name in FORMATS if name != "text" and ("profile" in row or "profile" not in FORMATS[name].needs)
     ]
     lacking = {name: _renames(name, row) for name in formats}
-    told = {name: sum(need not in OPTIONAL for need in FORMATS[name].needs) for name in formats}  # a user is in many
+    told = {
+        name: sum(need not in OPTIONAL for need in FORMATS[name].needs) for name in formats
+    }  # user_id alone is no sign of a format
     cost = {name: sum(0.1 if its else 1 for its in lacking[name].values()) / told[name] for name in formats}
     nearest = min(formats, key=cost.__getitem__)
     return nearest, lacking[nearest]
@@ -88,7 +90,7 @@ OF_REVIEWS = {"rating", "asin", "parent_asin", "verified_purchase"}
 
 
 def _lacks_something(row: Mapping[str, Any]) -> bool:
-    """Whether a row with a text is no document, but a review, or half of another format's row."""
+    """Whether a row with a text is a review, or has two fields of another format, and so is no document."""
 
     def told(entry: Format) -> int:
         needs = (need.split("|") for need in entry.needs if need not in ("text", *OPTIONAL))

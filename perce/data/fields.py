@@ -149,8 +149,8 @@ def parse_turns(value: object, field: str) -> tuple[Turn, ...]:
 
 def exchanges(said: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     """Passages of a conversation of (role, text), the latest first: what a user said with the answer to it, or a system
-    message, which may come again with each session, and is kept once. Equal ones are one string, for the rows of a user
-    have the same history."""
+    message. A system message that is repeated is kept once. Equal passages are one string in memory, because the rows
+    of a user have the same history."""
     passages: list[str] = []
     before = ""
     for role, text in said:

@@ -107,7 +107,7 @@ def _file(path: Path) -> Source:
 
 
 def _splits(path: Path) -> dict[str, Source]:
-    """Of a file that has them all, as Hugging Face's of Persona-Chat."""
+    """The splits of a .json file that has several, such as Hugging Face's Persona-Chat."""
     state = path.stat()
     names = _split_names(path, state.st_mtime_ns, state.st_size)
 
@@ -123,7 +123,7 @@ def _splits(path: Path) -> dict[str, Source]:
 
 @lru_cache(8)
 def _split_names(path: Path, changed: int, size: int) -> tuple[str, ...]:
-    """Those with rows; to know them the file is read once."""
+    """The splits that have rows, which reading the whole file tells. changed, size: of the file, for the cache."""
     return tuple(dict.fromkeys(split for split, _, _ in json_splits(path)))
 
 

@@ -35,7 +35,7 @@ BETTER = dict.fromkeys(("loss_personal_tokens", "loss_other_tokens", "loss_with_
 BETTER |= dict.fromkeys(("loss_without_persona", "loss_swapped_persona", "reference_uses_persona"), "–")
 """Whether less is better, or neither; of the others more is."""
 BY_TURN = ("loss_with_persona", "loss_without_persona", "uses_persona", "reference_uses_persona")
-TURNS = 10  # of a conversation, that are told
+TURNS = 10  # of a conversation, in the table and the JSON
 RESULT = "perce.evaluate"
 
 

@@ -17,6 +17,7 @@ TALK = [
     {"role": "user", "content": "Plans?"},
     {"role": "assistant", "content": "A walk."},
 ]
+SAID = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]  # as ShareGPT has it
 CONVAI2 = {"personality": ["i bake ."], "dialogue": [{"partner": "hi", "self": "hello"}, {"partner": "a", "self": "b"}]}
 SPC = {
     "user 1 personas": ["I bake.", "I run."],
