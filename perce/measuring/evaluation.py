@@ -45,6 +45,7 @@ from perce.model.probe import decoder_of, unwrapped
 from perce.objectives import OBJECTIVES
 
 PERCE = OBJECTIVES["perce"].weighting()
+SUMS = ("tokens", "personal_tokens", "loss", "loss_without", "loss_personal", "loss_other", "loss_swapped")
 KEPT = 4  # tokens of which only keys and values are held count as one that is computed, which holds far more
 
 
@@ -196,27 +197,34 @@ class Evaluator:
 
     @torch.no_grad()
     def losses(self, items: Sequence[Item]) -> list[dict[str, Any]]:
-        """Sums of −log p over each example's tokens, under the three prompts, and their counts; None without any."""
+        """Records of sums of −log p over each example's tokens, under the three prompts, and their counts; None where
+        the example has no response."""
+        sums = self._sums([item for item in items if item.example.response])
+        nothing = dict.fromkeys(SUMS)
+        return [
+            {
+                "example": item.index, "source": item.example.source, "user_id": item.example.user_id, "key": item.key,
+                "turn": sum(turn.role == "user" for turn in item.example.turns), **sums.get(item.index, nothing),
+            }
+            for item in items
+        ]  # fmt: skip
+
+    def _sums(self, items: Sequence[Item]) -> dict[int, dict[str, Any]]:
+        if not items:
+            return {}
         batch = collated([item.pair for item in items], self.sharing, self._pad, self.device)
         statistics = token_statistics(self.model, batch, PERCE)
         swapped = iter(self._swapped_losses([item.swapped for item in items if item.swapped is not None]))
-        records = []
+        sums = {}
         for item, tokens in zip(items, statistics, strict=True):
-            personal = tokens.personal
-            records.append(
-                {
-                    "example": item.index, "source": item.example.source, "user_id": item.example.user_id,
-                    "key": item.key, "turn": sum(turn.role == "user" for turn in item.example.turns),
-                    "tokens": len(tokens.logp), "personal_tokens": int(personal.sum()),
-                    "loss": -tokens.logp.sum().item(), "loss_without": -tokens.logp_cf.sum().item(),
-                    "loss_personal": -tokens.logp[personal].sum().item(),
-                    "loss_other": -tokens.logp[~personal].sum().item(),
-                    "loss_swapped": None if item.swapped is None else next(swapped),
-                }
+            personal, loss = tokens.personal, -tokens.logp
+            values = (
+                len(loss), int(personal.sum()), loss.sum().item(), -tokens.logp_cf.sum().item(),
+                loss[personal].sum().item(), loss[~personal].sum().item(),
+                None if item.swapped is None else next(swapped),
             )  # fmt: skip
-            if not item.example.response:
-                records[-1] |= {name: None for name in records[-1] if name.startswith("loss")}
-        return records
+            sums[item.index] = dict(zip(SUMS, values, strict=True))
+        return sums
 
     def _swapped_losses(self, pairs: Sequence[Pair]) -> list[float]:
         if not pairs:
