@@ -31,6 +31,7 @@ class Measured(NamedTuple):
     entropy: Tensor | None = None  # of the prediction before the token, with the persona, in nats
     experts: Any = None  # (2, E) of all tokens, where a RouterCall asked for it: tokens sent, Σ probability
     loss: Any = None  # 0-d, where it was asked for
+    top1: Any = None  # (N,) bool, whether the token is the likeliest; where it was asked for
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class HeadCall:
     signal: Tensor | None = None  # (N,) known from an earlier pass: none is computed
     loss: bool = True  # False: measure only
     entropy: bool = False  # beside what the signal needs; where there is no loss
+    top1: bool = False  # and entropies: one product more
     normalize: str = "none"  # this and below as fused_perce_loss has it
     seq_id: Tensor | None = None
     num_items: Tensor | int | None = None

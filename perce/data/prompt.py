@@ -77,3 +77,19 @@ def system_text(style: PromptStyle, block: str, own: str | None = None) -> str:
     if style.place == "user":
         return text
     return text.replace(SLOT, block, 1) if SLOT in text else block + text
+
+
+def tell(messages: Sequence[Mapping[str, Any]], block: str, style: PromptStyle, has_system_role: bool) -> list[Any]:
+    """A conversation of {"role", "content", …} with a persona block, or without one (""): the system message leads it,
+    or the first user turn where the template has no role for it."""
+    own = messages[0]["content"] if messages[0]["role"] == "system" else None
+    told, system = [dict(message) for message in messages[own is not None :]], system_text(style, block, own)
+    first = next((message for message in told if message["role"] == "user"), None)
+    if first is None or not all(isinstance(content, str) for content in (first["content"], own or "")):
+        raise UserError(f"expected a user turn, and texts in it and in the system message, got {messages!r:.200}.")
+    if style.place == "user":
+        first["content"] = block + first["content"].lstrip()
+    if has_system_role:
+        return [{"role": "system", "content": system}, *told]
+    first["content"] = f"{system}\n\n{first['content']}"
+    return told

@@ -52,3 +52,15 @@ class ChatTemplate:
 
 def _said(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in messages]
+
+
+def has_system_role(tokenizer: Any, template: str | None = None) -> bool:
+    """Whether a chat template, by default the tokenizer's own, renders a system message."""
+    from jinja2 import TemplateError
+
+    try:
+        return "PERSONA" in tokenizer.apply_chat_template(
+            _said([("system", "PERSONA"), ("user", "u")]), tokenize=False, chat_template=template
+        )  # fmt: skip
+    except (TemplateError, ValueError):  # it refuses one, or there is no template
+        return False

@@ -22,7 +22,7 @@ from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
 from perce.training.best import settle_metric
-from perce.training.parallel import check_parallelism
+from perce.training.parallel import check_gradients_in_reach, check_parallelism
 from perce.training.shared import largest_batch
 
 # TrainingArguments fields that an option of ours decides.
@@ -109,6 +109,7 @@ class PerceArguments(TrainingArguments):
     """True where a step may leave a trained weight without a gradient, such as an expert that no token was sent to."""
 
     def __post_init__(self) -> None:
+        check_gradients_in_reach(self)
         check_parallelism(self)
         _check_values(self)
         if self.early_stopping:
@@ -151,6 +152,13 @@ class PerceArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs are visible to one process. Start one process a GPU (torchrun --nproc_per_node "
                 f"{self.n_gpu} -m perce.train …), or show it one (CUDA_VISIBLE_DEVICES=0)."
             )
+
+    @property
+    def device(self) -> torch.device:
+        """A CPU without the number that a process of several has: transformers before 5.18 reads the optimiser's state
+        to where it is, and torch knows no "cpu:0" there."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled, as training_args.bin beside each checkpoint is, and copied: not the token of the Hub."""

@@ -10,11 +10,11 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
-from perce.config.schema import MemoryConfig
+from perce.config.schema import LossConfig, MemoryConfig
 from perce.data.dataset import pieces_of, sequence_lengths
 from perce.data.documents import DocumentBuilder
 from perce.data.stream import PairStream
@@ -33,7 +33,9 @@ from perce.model.positions import (
 )
 from perce.model.reach import without_gradient
 from perce.model.trial import SHARED, Manner, check_step
+from perce.objectives import PERSONAS
 from perce.training.arguments import PerceArguments
+from perce.training.parallel import check_parallelism
 
 # A mask or scores of T × T up to here are slow and no more; beyond, they are what memory ends at.
 SQUARE_BYTES = 2**32
@@ -68,6 +70,27 @@ def check_hooks(kwargs: Mapping[str, Any]) -> None:
                 f"{name}: PerceTrainer computes its own loss and never holds logits, so this would not be called. Read "
                 "trainer.last_evaluation for per-token log-probabilities, or use python -m perce.evaluate."
             )
+
+
+def check_online(loss: LossConfig) -> None:
+    """UserError for token weights that take more than their own forward: what trainers of others have."""
+    if PERSONAS not in loss.entry.takes or loss.entry.over_step:
+        raise UserError(f"objective: expected one for personas, with weights of each forward, got {loss.objective}.")
+    for name, only in (("estimate", "online"), ("normalize", "none")):
+        if getattr(loss, name) != only:
+            raise UserError(f"{name}: expected {only}, got {getattr(loss, name)}. perce.PerceTrainer has the others.")
+
+
+def check_trainer(args: TrainingArguments, loss: LossConfig) -> None:
+    """UserError for arguments of a trainer of others that would replace the loss, or bias it."""
+    check_parallelism(args)
+    if args.label_smoothing_factor:
+        raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
+    if args.neftune_noise_alpha and loss.entry.contrasts:
+        raise UserError("neftune_noise_alpha: noise in the factual pass alone would bias every PIR. Leave it out.")
+    if args.use_liger_kernel:  # patched in when training begins, its own loss would replace the forward that holds ours
+        off = dict.fromkeys(("fused_linear_cross_entropy", "cross_entropy"), False)
+        args.liger_kernel_config = (args.liger_kernel_config or {}) | off
 
 
 def check_arguments(args: Any, model: Any, train_dataset: Any, peft_config: Any) -> None:

@@ -30,8 +30,8 @@ def found_by_first(find: Callable[[], Found]) -> Found:
     return found
 
 
-def check_parallelism(args: Any) -> None:
-    """UserError for FSDP without a GPU, sequences or layers that are cut over processes, and gradients out of reach."""
+def check_gradients_in_reach(args: Any) -> None:
+    """UserError for token weights of mean 1 over a step, by PerceArguments, where its gradients are out of reach."""
     if args.loss.normalize == "batch" and (args.deepspeed or _environment("ACCELERATE_USE_DEEPSPEED")):
         raise UserError(
             "normalize=batch: scales the gradients at the end of a step, and DeepSpeed keeps them to itself. Use "
@@ -42,6 +42,10 @@ def check_parallelism(args: Any) -> None:
             f"normalize=batch: scales the gradients at the end of a step, and the optimiser {args.optim} uses them "
             "before. Use --normalize sequence or none, or another --optim."
         )
+
+
+def check_parallelism(args: TrainingArguments) -> None:
+    """UserError for FSDP without a GPU, and for sequences or layers that are cut over processes."""
     if (args.fsdp or _environment("ACCELERATE_USE_FSDP")) and (args.use_cpu or not torch.accelerator.is_available()):
         raise UserError(
             "fsdp on a CPU: the Trainer would silently run plain data parallelism instead. Leave --fsdp out to have "

@@ -3,7 +3,7 @@
 import pytest
 
 from perce import UserError, prompt_text
-from perce.data.prompt import SYSTEM_MESSAGE, PromptStyle, system_text
+from perce.data.prompt import SYSTEM_MESSAGE, PromptStyle, system_text, tell
 
 
 def test_what_a_prompt_says_wrongly_is_named():
@@ -30,3 +30,21 @@ def test_the_persona_stands_where_the_style_says():
         assert system_text(PromptStyle.of(keys), "[P]", " Be brief.\n") == expected
     assert system_text(PromptStyle(), "[P]", "Know {persona}and {persona}.") == "Know [P]and {persona}."
     assert system_text(PromptStyle(), "") == SYSTEM_MESSAGE
+
+
+def test_a_conversation_is_told_with_a_persona():
+    user, own = {"role": "user", "content": " U"}, {"role": "system", "content": "S."}
+    reply = {"role": "assistant", "content": "A", "tool_calls": []}
+    for messages, style, has_role, expected in (
+        ([user, reply], {}, True, [("system", f"[P]{SYSTEM_MESSAGE}"), ("user", " U")]),
+        ([own, user, reply], {}, True, [("system", "[P]S."), ("user", " U")]),
+        ([own, user, reply], {"place": "user"}, True, [("system", "S."), ("user", "[P]U")]),
+        ([own, user, reply], {}, False, [("user", "[P]S.\n\n U")]),
+        ([own, user, reply], {"place": "user"}, False, [("user", "S.\n\n[P]U")]),
+    ):
+        told = tell(messages, "[P]", PromptStyle.of(style), has_role)
+        assert [(m["role"], m["content"]) for m in told[:-1]] == expected and told[-1] is not reply == told[-1]
+    assert user["content"] == " U", "what was given stays as it is"
+    for wrong in ([reply], [{"role": "user", "content": [{"type": "text", "text": "U"}]}]):
+        with pytest.raises(UserError, match="expected a user turn, and texts in it"):
+            tell(wrong, "[P]", PromptStyle(), True)

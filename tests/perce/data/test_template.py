@@ -6,8 +6,9 @@ import pickle
 import pytest
 
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE
-from perce.data.template import ChatTemplate
+from perce.data.template import ChatTemplate, has_system_role
 from tests.helpers.templates import CHAT_TEMPLATES
+from tests.helpers.tiny import GEMMA, LLAMA3, tiny_tokenizer
 from tests.helpers.tokenizers import tokenizer_like
 
 TALK = (
@@ -50,3 +51,11 @@ def test_most_are_called_directly_and_none_with_what_transformers_would_read():
     assert ChatTemplate(tokenizer, None, {"enable_thinking": False})._given is not None
     for variables in ({"tools": []}, {"tokenize": True}, {"continue_final_message": True}, {"x": object()}):
         assert ChatTemplate(tokenizer, None, variables)._given is None
+
+
+def test_whether_a_template_renders_a_system_message():
+    assert has_system_role(tiny_tokenizer(LLAMA3)) and not has_system_role(tiny_tokenizer(GEMMA))
+    assert has_system_role(tiny_tokenizer(GEMMA), LLAMA3) and not has_system_role(tiny_tokenizer(None))
+    assert not has_system_role(
+        tiny_tokenizer("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    )

@@ -1,0 +1,106 @@
+"""Rows whose labels tell both passes apart, for trainers of others: they can be cut, packed and cached unawares.
+
+    input_ids   prompt and replies, with the persona
+    labels      the ids to learn; IGNORED (-100) at others; PERSONA (-101) where the counterfactual pass lacks the token
+
+PersonaCollator makes a batch of them with the trainer's own collator, called twice.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from perce.config.schema import DataConfig
+from perce.data.batch import Batch
+from perce.data.dataset import rows_dataset_pairs
+from perce.errors import UserError
+
+IGNORED, PERSONA = -100, -101
+
+
+def labelled(rows: Any, tokenizer: Any, data: DataConfig | None = None) -> Dataset:
+    """Rows in any format of docs/DATA.md (a Dataset or a list) → `input_ids` and `labels`, of one reply a row.
+
+    UserError for a row that cannot be used, and for a `weight`, which labels cannot say.
+    """
+    pairs = rows_dataset_pairs(rows, "rows", tokenizer, data or DataConfig())
+    if any(weight != 1 for weight in pairs["data_weight"]):
+        raise UserError("rows: expected weights of 0 or 1, for labels say no others. PerceTrainer takes them.")
+    return pairs.map(row_of, remove_columns=pairs.column_names)
+
+
+def row_of(pair: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Of the columns of a data.pairs.Pair."""
+    ids, (start, end), n = pair["input_ids"], pair["persona_span"], pair["response_length"]
+    labels = [IGNORED] * (len(ids) - n) + list(ids[-n:])
+    labels[start:end] = [PERSONA] * (end - start)
+    return {"input_ids": ids, "labels": labels}
+
+
+def persona_span(ids: Sequence[int], ids_cf: Sequence[int]) -> tuple[int, int] | None:
+    """The half-open range of ids without which they are ids_cf; None where there is none."""
+    added = len(ids) - len(ids_cf)
+    start = next((i for i, (a, b) in enumerate(zip(ids, ids_cf, strict=False)) if a != b), len(ids_cf))
+    return (start, start + added) if added > 0 and ids[start + added :] == ids_cf[start:] else None
+
+
+class PersonaCollator:
+    """Rows → the batch of both passes; UserError for rows without PERSONA labels, and for padding on the left.
+
+    Args:
+        collator: of `input_ids` and `labels`; it pads on the right, or lays sequences end to end with their
+            position_ids (padding-free). A row of several sequences has `seq_lengths`.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Batch]):
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """The collator's batch, and what model/passes.py reads: rows, target, uses, input_ids_cf, rows_cf, …"""
+        with_persona, without = zip(*map(_both, rows), strict=True)
+        batch, batch_cf = dict(self.collator([*with_persona])), self.collator([*without])
+        (places, target), (places_cf, target_cf) = _predicted(batch), _predicted(batch_cf)
+        assert torch.equal(target, target_cf), "both passes must predict the same ids"
+        uses = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+        batch |= {"rows": places, "rows_cf": places_cf, "target": target, "uses": uses}
+        return batch | {f"{name}_cf": value for name, value in batch_cf.items()}
+
+
+def collate_pairs(pairs: Sequence[Mapping[str, Any]], collator: PersonaCollator) -> Batch:
+    """Columns of data.pairs.Pair → a batch of both passes."""
+    return collator([row_of(pair) for pair in pairs])
+
+
+def _both(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the collator is given of a row, with the persona and without."""
+    ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
+    lengths = list(row.get("seq_lengths") or [len(ids)])
+    kept, starts = labels != PERSONA, np.cumsum([0, *lengths])[:-1]
+    left = np.add.reduceat(kept, starts).tolist()
+    if any(some in (0, all_) for some, all_ in zip(left, lengths, strict=True)):
+        raise UserError(
+            f"labels: expected {PERSONA} at the persona's tokens, and others beside it, in every sequence; of "
+            f"{lengths} tokens {left} are others. perce.labelled makes such labels, and TRL's rows need a persona."
+        )
+    # Without the persona a sequence begins with another token, and nothing predicts what it begins with.
+    labels[[start + kept[start:].argmax() for start in starts]] = IGNORED
+    with_persona = {"input_ids": ids, "labels": np.where(kept, labels, IGNORED)}
+    without = {"input_ids": ids[kept], "labels": labels[kept]}
+    several = ({"seq_lengths": lengths}, {"seq_lengths": left}) if "seq_lengths" in row else ({}, {})
+    first, second = (
+        {name: column.tolist() for name, column in columns.items()} | more
+        for columns, more in zip((with_persona, without), several, strict=True)
+    )
+    return first, second
+
+
+def _predicted(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(N,) rows of the flattened hidden states that predict a token with a loss, and (N,) these tokens."""
+    if "attention_mask" in batch and not batch["attention_mask"][:, 0].all():
+        raise UserError("padding_side: expected padding on the right, got it on the left. Set it on the tokenizer.")
+    sequence, place = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+    return sequence * batch["labels"].shape[1] + place, batch["labels"][sequence, place + 1]

@@ -1,0 +1,93 @@
+"""PerCE in TRL: its SFTTrainer and SFTConfig, with a column `persona` (a text, or several) beside any of its formats.
+
+TRL prepares each row twice, with the persona and without. The labels say where the persona is (data/marked.py), so that
+cutting, packing and collating are TRL's own, and so are its loss's mean and its metrics: our op stands for its head.
+"""
+
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import ProcessorMixin
+from trl import SFTConfig, SFTTrainer
+from trl.data_utils import get_dataset_column_names, is_conversational_from_value, maybe_convert_to_chatml
+
+from perce.config.options import option
+from perce.config.schema import LossConfig
+from perce.data.marked import PersonaCollator
+from perce.data.prompt import STYLE, PromptStyle
+from perce.data.template import has_system_role
+from perce.data.twice import Twice
+from perce.errors import UserError
+from perce.integrations.trainer import PerceMixin
+
+
+@dataclass
+class PerceSFTConfig(SFTConfig):
+    """trl.SFTConfig, and options of perce.train. UserError for what would cut the persona off."""
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "prompt"]  # noqa: RUF012
+    objective: str = option("perce", "what tokens are weighted by: perce, ce, lossce, entce, dft, nextquill")
+    clip_min: float | None = option(None, "smallest weight of a token; default: the objective's own")
+    clip_max: float | None = option(None, "largest weight of a token; default: the objective's own")
+    contrast: str | None = option(None, "clip PIR (log) or exp(PIR) (ratio); default: the objective's own")
+    prompt: dict | str | None = option(None, "how the persona is told: keys of perce.train's --prompt")  # noqa: RUF009
+    backend: str = option("auto", "of fused_perce_loss: auto, triton, torch or reference")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, only, why in (
+            ("loss_type", "nll", "DFT is objective=dft"),
+            ("packing_strategy", "bfd", "others cut sequences into pieces, and only the first has the persona"),
+            ("truncation_mode", "keep_start", "the other cuts the persona off"),
+        ):
+            if getattr(self, name) != only:
+                raise UserError(f"{name}: expected {only}, got {getattr(self, name)}: {why}.")
+        names = ("objective", "clip_min", "clip_max", "contrast")
+        self.loss = LossConfig(**{name: getattr(self, name) for name in names})
+        self.style = PromptStyle.of(self.prompt or {})  # type: ignore[arg-type]
+
+
+class PerceSFTTrainer(PerceMixin, SFTTrainer):
+    """trl.SFTTrainer on rows with a persona; see PerceMixin for what it logs and refuses."""
+
+    _tag_names = ["trl", "sft", "perce"]  # noqa: RUF012
+    _paper = {"title": "Rethinking Personalization in Large Language Models at the Token Level", "id": "2603.06595"}  # noqa: RUF012
+    top1 = True
+
+    def __init__(self, model: Any, args: PerceSFTConfig, *, train_dataset: Any, **kwargs: Any):
+        if not isinstance(args, PerceSFTConfig):
+            raise UserError(f"args: expected a PerceSFTConfig, got {type(args).__name__}.")
+        if kwargs.get("formatting_func"):
+            raise UserError("formatting_func: knows of no persona. Give rows in one of TRL's formats.")
+        if images := {"image", "images"} & {*get_dataset_column_names(train_dataset)}:
+            raise UserError(f"train_dataset: expected texts alone, got a column {images.pop()}.")
+        super().__init__(model, args, train_dataset=train_dataset, loss=args.loss, backend=args.backend, **kwargs)
+        if args.prompt:
+            self._tokenizer.init_kwargs[STYLE] = args.prompt
+
+    def _collators_without(self) -> dict[str, PersonaCollator]:
+        collator = self.data_collator.collator
+        return {"padding_free": PersonaCollator(replace(collator, padding_free=False))} if self.padding_free else {}
+
+    def _prepare_dataset(
+        self, dataset: Any, tokenizer: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """As TRL's own, of rows that are told twice; what is tokenised already has the labels of data/marked.py."""
+        if isinstance(tokenizer, ProcessorMixin):
+            raise UserError("processing_class: expected a tokenizer, for texts alone, got a processor, for images too.")
+        columns = get_dataset_column_names(dataset)
+        if "input_ids" not in columns:
+            if "persona" not in columns:
+                raise UserError(f"{dataset_name} dataset: expected a column persona, got {', '.join(columns)}.")
+            if is_conversational_from_value(next(iter(dataset))):
+                dataset = dataset.map(maybe_convert_to_chatml, remove_columns=[*{"conversations"} & {*columns}])
+                columns = get_dataset_column_names(dataset)
+            role, whole = has_system_role(tokenizer, self.chat_template), copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False
+            twice = Twice(dataset_name, tokenizer, args.style, role, args.dataset_text_field, args.max_length)
+            prepare = super()._prepare_dataset
+            dataset = twice.prepared(
+                dataset, columns, lambda rows: prepare(rows, tokenizer, whole, False, None, dataset_name)
+            )
+        return super()._prepare_dataset(dataset, tokenizer, args, packing, None, dataset_name)

@@ -1,0 +1,175 @@
+"""Five steps of trainers of others, and of a plain loop on full logits that finds each row's tokens by itself."""
+
+import json
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
+
+from perce.data.prompt import SYSTEM_MESSAGE
+from perce.demo import DATA_DIR
+from tests.helpers.tiny import tiny_model, tiny_tokenizer
+from tests.helpers.trainers import LORA
+
+STEPS, BATCH, RATE = 5, 4, 0.5
+CLIP = 0.05, 5.0  # a random model's PIR is small: the paper's floor would hide it
+TEMPLATE = (  # marks what an assistant says, as assistant_only_loss wants it, and has a system prompt of its own
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOKENIZER = tiny_tokenizer(TEMPLATE)
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def rows_of(kind, count=STEPS * BATCH):
+    """Rows in one of TRL's formats, with a persona."""
+    rows = []
+    lines = (DATA_DIR / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in [row for row in map(json.loads, lines) if "query" in row][:count]:
+        said = [message("user", row["query"]), message("assistant", row["response"])]
+        if kind == "completion":
+            rows.append({"prompt": said[:1], "completion": said[1:]})
+        elif kind == "completion-text":
+            rows.append({"prompt": row["query"] + "\n", "completion": row["response"]})
+        elif kind == "text":
+            rows.append({"text": row["response"]})
+        elif kind == "conversations":
+            names = {"user": "human", "assistant": "gpt"}
+            rows.append({"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in said]})
+        else:  # a conversation, of several turns, with a system message of its own
+            again = [message("user", "And then?"), message("assistant", row["response"][::-1])]
+            rows.append({"messages": [message("system", "You are Ana."), *said, *again]})
+        rows[-1]["persona"] = row["persona"]
+    return rows
+
+
+KINDS = {
+    "conversation": {}, "assistant": {"assistant_only_loss": True}, "completion": {}, "completion-text": {}, "text": {},
+    "all of a completion": {"completion_only_loss": False},
+}  # fmt: skip
+"""What is told apart from rows of the same name; assistant: of conversations."""
+
+
+def block_of(persona):
+    return "About the user:\n" + "".join(f"- {entry}\n" for entry in persona) + "\n"
+
+
+def told(messages, block):
+    own = messages[0]["content"] if messages[0]["role"] == "system" else SYSTEM_MESSAGE
+    return [message("system", block + own), *[m for m in messages if m["role"] != "system"]]
+
+
+def ids_of(messages, **options):
+    return TOKENIZER.apply_chat_template(messages, return_dict=False, **options)
+
+
+def tokens_of(row, kind, block):
+    """(ids, places of the tokens with a loss) of a row told with this block."""
+    if kind == "text":
+        ids = TOKENIZER(block + row["text"] + "<|im_end|>")["input_ids"]
+        return ids, range(len(TOKENIZER(block)["input_ids"]) + 1, len(ids))
+    if kind == "completion-text":
+        before = TOKENIZER(block + row["prompt"])["input_ids"]
+        ids = TOKENIZER(block + row["prompt"] + row["completion"] + "<|im_end|>")["input_ids"]
+        return ids, range(len(before), len(ids))
+    if kind == "completion":
+        before, whole = told(row["prompt"], block), told(row["prompt"] + row["completion"], block)
+        ids = ids_of(whole)
+        return ids, range(len(ids_of(before, add_generation_prompt=True)), len(ids))
+    messages = told(row["prompt"] + row["completion"] if "prompt" in row else row["messages"], block)
+    ids = ids_of(messages)
+    if kind == "assistant":
+        places = []
+        for i, said in enumerate(messages):
+            if said["role"] == "assistant":
+                begin = len(ids_of(messages[:i], add_generation_prompt=True))
+                places += range(begin, len(ids_of(messages[: i + 1])))
+        return ids, places
+    start, persona = len(TOKENIZER("<|im_start|>system\n")["input_ids"]), len(TOKENIZER(block)["input_ids"])
+    return ids, [*range(1, start), *range(start + persona, len(ids))]
+
+
+def logp_of(model, ids, places):
+    logits = model(input_ids=torch.tensor([ids])).logits[0, [place - 1 for place in places]]
+    return logits.log_softmax(-1).gather(1, torch.tensor([[ids[place]] for place in places]))[:, 0]
+
+
+def plain_steps(model, rows, kind, objective="perce", steps=STEPS):
+    """[(loss, gradients by name)] of each step."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer, found = torch.optim.SGD(trained.values(), lr=RATE), []
+    per_step = len(rows) // steps
+    for step in range(steps):
+        factual, without = [], []
+        for row in rows[step * per_step : (step + 1) * per_step]:
+            (ids, places), (ids_cf, places_cf) = (
+                tokens_of(row, kind, block) for block in (block_of(row["persona"]), "")
+            )
+            assert [ids[i] for i in places] == [ids_cf[i] for i in places_cf] and len(ids) > len(ids_cf)
+            factual.append(logp_of(model, ids, places))
+            with torch.no_grad():
+                without.append(logp_of(model, ids_cf, places_cf))
+        logp, logp_cf = torch.cat(factual), torch.cat(without)
+        weight = (logp.detach() - logp_cf).clamp(*CLIP) if objective == "perce" else 1.0
+        loss = -(weight * logp).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        found.append((loss.item(), {name: p.grad.clone() for name, p in trained.items()}))
+        optimizer.step()
+    return found
+
+
+def model_for(architecture="llama", lora=False):
+    """A tiny model, or an adapter on it whose both halves have gradients."""
+    model = tiny_model(architecture)
+    if lora:
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(**LORA))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.found = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        named = ((name.removeprefix("module."), p) for name, p in model.named_parameters())
+        self.found.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+def options_for(directory, **options):
+    """TrainingArguments under which a step is a plain one of gradient descent on a CPU."""
+    fixed = {
+        "output_dir": str(directory), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
+        "logging_steps": 1, "save_strategy": "no", "max_steps": STEPS, "learning_rate": RATE, "optim": "sgd",
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "per_device_train_batch_size": BATCH,
+        "train_sampling_strategy": "sequential", "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return fixed | options
+
+
+def steps_of(trainer, **how):
+    """[(loss, gradients by name)] of a trainer's run."""
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train(**how)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-len(gradients.found) :]
+    return list(zip(losses, gradients.found, strict=True))
+
+
+def assert_same_steps(found, expected, tolerance=1e-5):
+    assert len(found) == len(expected)
+    for (loss, gradients), (own_loss, own) in zip(found, expected, strict=True):
+        assert abs(loss - own_loss) <= tolerance * abs(own_loss)
+        assert gradients.keys() == own.keys()
+        for name, gradient in own.items():
+            error = (gradients[name] - gradient).norm() / gradient.norm()
+            assert error <= tolerance, f"{name}: {error}"

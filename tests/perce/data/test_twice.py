@@ -1,0 +1,75 @@
+"""Rows told twice for a trainer that tokenises them itself, and put together again."""
+
+import pytest
+from datasets import Dataset
+
+from perce import UserError
+from perce.data.marked import IGNORED, PERSONA
+from perce.data.prompt import PromptStyle
+from perce.data.twice import Twice
+from tests.helpers.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+REPLY = "No, the bees need me tonight, and tomorrow as well."
+ROW = {"persona": ["I keep bees.", "Blue."], "prompt": "Tonight?\n", "completion": REPLY}
+ROWS = Dataset.from_list([ROW | {"note": str(i)} for i in range(3)])
+
+
+def twice(max_length=None, **style):
+    return Twice("train", TOKENIZER, PromptStyle(**style), True, "text", max_length)
+
+
+def tokenised(rows):
+    """As a trainer would: the completion is learnt."""
+
+    def one(row):
+        prompt, reply = (TOKENIZER(row[name])["input_ids"] for name in ("prompt", "completion"))
+        return {"input_ids": prompt + reply, "labels": [IGNORED] * len(prompt) + reply}
+
+    return rows.map(one)
+
+
+def test_a_row_becomes_two_and_one_again():
+    told = ROWS.map(twice(footer="\n").tell, batched=True, with_indices=True, remove_columns=ROWS.column_names)
+    assert len(told) == 6 and told[3]["prompt"] == "Tonight?\n" and told[3]["note"] == "1"
+    assert told[2]["prompt"] == "About the user:\n- I keep bees.\n- Blue.\n\nTonight?\n"
+    joined = twice().prepared(ROWS, ROWS.column_names, tokenised)
+    assert joined.column_names == ["input_ids", "labels"] and len(joined) == 3
+    (row, *_) = joined
+    kept = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != PERSONA]
+    assert TOKENIZER.decode(kept) == "Tonight?\n" + REPLY
+
+
+def test_the_footer_is_one_that_keeps_the_tokens():
+    """A trainer whose tokens swallow a line break before a word is given the footer behind which they do not."""
+
+    def swallowing(rows):
+        def one(row):
+            text = row["prompt"].replace("\n\nT", "\x00") + row["completion"]
+            ids = [ord(character) % 400 for character in text]
+            return {"input_ids": ids, "labels": [IGNORED] * (len(ids) - 3) + ids[-3:]}
+
+        return rows.map(one)
+
+    (row, *_) = twice().prepared(ROWS, ROWS.column_names, swallowing)
+    assert "\n\n T" in "".join(map(chr, row["input_ids"]))
+    with pytest.raises(UserError, match="train row 1: without its persona it has other tokens than with it"):
+        twice(footer="\n").prepared(ROWS, ROWS.column_names, swallowing)
+
+
+def test_labels_that_depend_on_the_persona_are_refused():
+    def more(rows):
+        return tokenised(rows).map(lambda row: {"labels": [*row["labels"][:-1], 7 + len(row["labels"]) % 2]})
+
+    with pytest.raises(UserError, match="train row 1: without its persona"):
+        twice().prepared(ROWS, ROWS.column_names, more)
+
+
+@pytest.mark.parametrize(("room", "entries"), [(0, 2), (1, 1), (20, 1)])
+def test_entries_are_left_out_from_the_last_on_and_one_stays(room, entries):
+    whole = len(twice().prepared(ROWS, ROWS.column_names, tokenised)[0]["input_ids"])
+    row = twice(whole - room).prepared(ROWS, ROWS.column_names, tokenised)[0]
+    text = TOKENIZER.decode(row["input_ids"])
+    assert ("Blue" in text) == (entries == 2) and "bees" in text
+    assert len(row["input_ids"]) <= whole - room == twice(whole - room).max_length
+    assert text.endswith(REPLY) == (room < 20)

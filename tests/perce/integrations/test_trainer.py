@@ -1,0 +1,171 @@
+"""PerCE in any transformers.Trainer: the loss and gradients of the formula, however a step is made."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
+
+from perce import LossConfig, UserError
+from perce.data.marked import PersonaCollator, labelled
+from perce.integrations.trainer import PerceMixin
+from tests.helpers.ranks import end_rank, run_ranks
+from tests.helpers.sft import (
+    BATCH,
+    CLIP,
+    STEPS,
+    TOKENIZER,
+    assert_same_steps,
+    block_of,
+    model_for,
+    options_for,
+    plain_steps,
+    rows_of,
+    steps_of,
+    tokens_of,
+)  # fmt: skip
+from tests.helpers.tiny import tiny_model
+
+LOSS = LossConfig(clip_min=CLIP[0], clip_max=CLIP[1])
+ROWS = rows_of("completion")
+LABELLED = labelled(
+    [{"persona": row["persona"], "query": row["prompt"][0]["content"], "response": row["completion"][0]["content"]}
+     for row in ROWS], TOKENIZER,
+)  # fmt: skip
+PADDED, FLAT = DataCollatorForSeq2Seq(TOKENIZER), DataCollatorWithFlattening()
+
+
+class OurTrainer(PerceMixin, Trainer):
+    pass
+
+
+def trainer_for(directory, model=None, collator=PADDED, rows=LABELLED, loss=LOSS, **options):
+    more = {name: options.pop(name) for name in ("eval_dataset", "compute_metrics") if name in options}
+    return OurTrainer(
+        model_for() if model is None else model, TrainingArguments(**options_for(directory, **options)), loss=loss,
+        train_dataset=rows, data_collator=collator, processing_class=TOKENIZER, **more,
+    )  # fmt: skip
+
+
+def test_rows_are_those_that_trl_makes():
+    for row, own in zip(LABELLED, ROWS, strict=True):
+        ids, places = tokens_of(own, "completion", block_of(own["persona"]))
+        assert row["input_ids"] == ids
+        assert [i for i, label in enumerate(row["labels"]) if label >= 0] == [*places]
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ({}, {}),
+        ({"lora": True}, {}),
+        ({"architecture": "llama-tied"}, {}),
+        ({}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        ({}, {"collator": FLAT}),
+        ({}, {"collator": PersonaCollator(PADDED), "gradient_checkpointing": True}),
+    ],
+    ids=["plain", "lora", "tied", "accumulated", "flattened", "checkpointing"],
+)
+def test_five_steps_are_those_of_the_formula(tmp_path, model, options):
+    trainer = trainer_for(tmp_path, model_for(**model), **options)
+    assert_same_steps(steps_of(trainer), plain_steps(model_for(**model), ROWS, "completion"))
+
+
+def train_a_rank(directory):
+    trainer = trainer_for(directory, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    found = steps_of(trainer)
+    if trainer.args.process_index == 0:
+        torch.save((found, trainer.state.log_history[0]), directory / "steps.pt")
+    end_rank()
+
+
+def test_five_steps_of_two_processes_are_those_of_the_formula(tmp_path):
+    run_ranks("tests.perce.integrations.test_trainer", str(tmp_path))
+    found, log = torch.load(tmp_path / "steps.pt")
+    assert_same_steps(found, plain_steps(model_for(), ROWS, "completion"))
+    alone = trainer_for(tmp_path / "alone", max_steps=1)
+    alone.train()
+    for name in ("ce", "pir_mean", "weight_mean", "frac_at_floor"):
+        assert log[name] == pytest.approx(alone.state.log_history[0][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_cross_entropy_is_the_trainers_own(tmp_path, architecture):
+    """Its load balancing included, of a step of one forward: over several the Trainer adds that up, and we average."""
+    options = options_for(tmp_path)
+    plain = [{"input_ids": row["input_ids"], "labels": [max(x, -100) for x in row["labels"]]} for row in LABELLED]
+    own = Trainer(
+        model_for(architecture), TrainingArguments(**options), train_dataset=Dataset.from_list(plain),
+        data_collator=PADDED,
+    )  # fmt: skip
+    ours = trainer_for(tmp_path, model_for(architecture), loss=LossConfig(objective="ce"))
+    assert_same_steps(steps_of(ours), steps_of(own))
+
+
+def test_the_load_balancing_loss_is_the_mean_over_the_forwards_of_a_step(tmp_path):
+    """Two forwards, on the same rows, are one."""
+    twice = Dataset.from_list([row for row in [*LABELLED][:STEPS] for _ in range(2)])
+    one, two = (
+        steps_of(trainer_for(tmp_path, model_for("mixtral"), rows=twice, learning_rate=0.0, **how))
+        for how in (
+            {"per_device_train_batch_size": 2},
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        )
+    )
+    assert_same_steps(two, one)
+
+
+def test_an_evaluation_is_of_cross_entropy_with_and_without_the_persona(tmp_path):
+    trainer = trainer_for(tmp_path, eval_dataset=LABELLED.select(range(6)), per_device_eval_batch_size=6)
+    found = trainer.evaluate()
+    (loss, _), *_ = plain_steps(model_for(), ROWS[:6], "completion", objective="ce", steps=1)
+    assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["eval_loss_without_persona"] - found["eval_pir_mean"] == pytest.approx(loss, rel=1e-5)
+    assert "loss_without_persona" not in trainer.state.log_history[0]
+    with pytest.raises(UserError, match="predict: would return logits"):
+        trainer.predict(LABELLED)
+
+
+def test_the_clip_moves_along_its_schedule(tmp_path):
+    rising = LossConfig(clip_min=CLIP[0], clip_max=CLIP[1], clip_schedule="rising")
+    trainer = trainer_for(tmp_path, loss=rising, learning_rate=0.0, rows=LABELLED.select(range(BATCH)), max_steps=3)
+    trainer.train()
+    first, _, last = (entry for entry in trainer.state.log_history if "ce" in entry)
+    assert first["loss"] == pytest.approx(first["ce"], rel=1e-5) and first["weight_mean"] == pytest.approx(1.0)
+    assert last["loss"] < 0.8 * first["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": LossConfig(objective="longce")}, "objective: expected one for personas"),
+        ({"loss": LossConfig(estimate="frozen")}, "estimate: expected online, got frozen"),
+        ({"loss": LossConfig(normalize="sequence")}, "normalize: expected none, got sequence"),
+        ({"compute_metrics": len}, "compute_metrics"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"neftune_noise_alpha": 1.0}, "neftune_noise_alpha"),
+        ({"collator": DataCollatorForSeq2Seq(TOKENIZER, padding=False)}, "a trial step of a few short sequences fails"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_name(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        trainer_for(tmp_path, **options)
+
+
+def test_a_model_with_dropout_is_refused_by_name(tmp_path):
+    noisy = tiny_model(attention_dropout=0.1)
+    with pytest.raises(UserError, match="attention_dropout"):
+        trainer_for(tmp_path, noisy)
+
+
+def test_a_batch_that_another_collator_made_is_refused_by_name(tmp_path):
+    trainer = trainer_for(tmp_path, max_steps=1)
+    trainer.data_collator = PADDED
+    with pytest.raises(UserError, match="data_collator: expected a PersonaCollator"):
+        trainer.train()
+
+
+if __name__ == "__main__":
+    train_a_rank(Path(sys.argv[1]))
