@@ -18,13 +18,14 @@ from perce.visible import say
 def run(options: ScoreOptions) -> None:
     """Score the examples, write what was asked for, and print a summary."""
     score = options.score
-    prepare(score.output, score.summary)
+    prepare(score.output, score.summary, str(score.exported or "") or None)
     with RecordFile(Path(score.jsonl).expanduser() if score.jsonl else None) as file:
         score_into(file, options)
 
 
 def score_into(file: RecordFile, options: ScoreOptions) -> None:
     """Score the examples that the file does not have yet, and tell of all."""
+    from perce.measuring.exports import write_export
     from perce.measuring.identification import identify
     from perce.measuring.inference import load_subject
     from perce.measuring.score_report import print_summary, print_tokens, write_report, write_summary
@@ -50,7 +51,9 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
         write_summary(Path(score.summary).expanduser(), records, found, options)
     if score.output:
         write_report(Path(score.output).expanduser(), records, shown, found, options, subject.split)
-    for path in filter(None, (score.output, score.jsonl, score.summary)):
+    if score.exported:
+        write_export(score.exported, records, subject.tokenizer)
+    for path in filter(None, (score.output, score.jsonl, score.summary, score.exported)):
         say(f"written  {path}")
 
 

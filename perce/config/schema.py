@@ -434,6 +434,9 @@ class ScoreConfig(WeightingConfig):
         None, "one JSON object per example: ids, log-probabilities, PIR, weights; resumable", "FILE"
     )
     summary: str | None = _option(None, "JSON of the whole: means, shares at the clip, token identification", "FILE")
+    export: Literal["swift"] | None = _option(
+        None, "beside --jsonl w.jsonl, w.swift.jsonl: rows of token ids and loss_scale for ms-swift"
+    )
     shown: int = _option(50, "examples in the HTML page")
     terminal: int = _option(3, "examples shown in the terminal")
 
@@ -441,6 +444,17 @@ class ScoreConfig(WeightingConfig):
         super().__post_init__()
         for name in ("shown", "terminal"):
             _require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+        if self.export:
+            _require(self.jsonl is not None, "export", "a --jsonl FILE too, beside which it is written", self.jsonl)
+            own = self.entry.signal is not None and not self.entry.over_step
+            _require(own, "export", "an --objective that weighs each token by itself", self.objective)
+
+    @property
+    def exported(self) -> Path | None:
+        """The rows for another trainer."""
+        return (
+            Path(self.jsonl).expanduser().with_suffix(f".{self.export}.jsonl") if self.export and self.jsonl else None
+        )
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ def record(index: int, example: Example, pair: Pair, tokens: TokenStatistics, to
         "response_ids": pair.input_ids[-n:], "response_tokens": token_texts(pair.input_ids[-n:], tokenizer),
         "logp": tokens.logp.tolist(), "logp_cf": tokens.logp_cf.tolist(), "pir": tokens.pir.tolist(),
         "signal": tokens.signal.tolist(), "weight": tokens.token_weight.tolist(), "personal": pair.personal,
+        "data_weight": pair.data_weight,
     }  # fmt: skip
 
 
