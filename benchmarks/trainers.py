@@ -4,6 +4,7 @@
     perce-liger    the same with Liger's kernels for norms, rotary embeddings and MLPs, on a GPU
     naive          transformers.Trainer, PerCE by its formula    naive-ce   the same, its own loss: logits of all tokens
     naive-kept     "naive" on the response's logits alone, by the model's own logits_to_keep
+    trl-perce      PerceSFTTrainer: TRL's SFTTrainer with PerCE   trl-perce-ce   the same, cross-entropy
     trl-ce         TRL's SFTTrainer with its fused head; it has no weights from a counterfactual pass. On a CPU its head
                    runs on the persona's tokens too (on a GPU it leaves them out), so its speed here says little
 
@@ -25,7 +26,7 @@ from typing import Any
 from benchmarks.memory import M_MMAP_THRESHOLD
 
 QUERY, RESPONSE, STEPS = 80, 128, 4
-WAYS = ("perce", "naive", "naive-kept", "perce-ce", "naive-ce", "trl-ce")
+WAYS = ("perce", "naive", "naive-kept", "trl-perce", "perce-ce", "naive-ce", "trl-ce", "trl-perce-ce")
 SHAPES: dict[str, dict[str, Any]] = {
     "deep": {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 256, "intermediate_size": 768,
@@ -168,9 +169,17 @@ def _naive(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str
 def _trl(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    data = rows.map(labelled, remove_columns=rows.column_names).remove_columns(["input_ids_cf", "labels_cf"])
-    options = SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-    return SFTTrainer(model, options, train_dataset=data, processing_class=_tokenizer(), peft_config=lora)
+    arguments = arguments | {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    if way == "trl-ce":
+        data = rows.map(labelled, remove_columns=rows.column_names).remove_columns(["input_ids_cf", "labels_cf"])
+        options = SFTConfig(**arguments)
+        return SFTTrainer(model, options, train_dataset=data, processing_class=_tokenizer(), peft_config=lora)
+    from perce.data.marked import row_of
+    from perce.integrations.trl import PerceSFTConfig, PerceSFTTrainer
+
+    data = rows.map(row_of, remove_columns=rows.column_names)
+    options = PerceSFTConfig(**arguments, objective="ce" if way == "trl-perce-ce" else "perce")
+    return PerceSFTTrainer(model, options, train_dataset=data, processing_class=_tokenizer(), peft_config=lora)
 
 
 def measured(way: str, persona: int, shape: str = "deep") -> dict[str, float] | None:

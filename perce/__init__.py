@@ -1,14 +1,18 @@
 """PerCE: fine-tuning of causal language models on the tokens that are personal.
 
 Commands are `python -m perce.train`, `score`, `evaluate` and `plan`. What is imported from here is loaded when it is
-first asked for (PEP 562): `import perce` itself imports neither torch nor transformers.
+first asked for (PEP 562): `import perce` itself imports neither torch nor transformers. Training needs what
+`pip install 'perce[train]'` installs.
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
+
+from perce.errors import what_to_install
 
 if TYPE_CHECKING:
     from perce.config.schema import DataConfig, LossConfig, MemoryConfig
+    from perce.data.marked import PersonaCollator, labelled
     from perce.data.pairs import prompt_ids, prompt_text
     from perce.data.rows import load_examples
     from perce.demo import default_model_path
@@ -18,21 +22,31 @@ if TYPE_CHECKING:
     from perce.training.trainer import PerceTrainer
 
 __all__ = [
-    "DataConfig", "LossConfig", "MemoryConfig", "PerceArguments", "PerceTrainer", "UserError", "default_model_path",
-    "disable_dropout", "load_examples", "prompt_ids", "prompt_text",
+    "DataConfig", "LossConfig", "MemoryConfig", "PerceArguments", "PerceTrainer", "PersonaCollator", "UserError",
+    "default_model_path", "disable_dropout", "labelled", "load_examples", "prompt_ids", "prompt_text",
 ]  # fmt: skip
 _HOMES = {
     **dict.fromkeys(("DataConfig", "LossConfig", "MemoryConfig"), "config.schema"), "UserError": "errors",
     **dict.fromkeys(("prompt_ids", "prompt_text"), "data.pairs"), "default_model_path": "demo",
+    **dict.fromkeys(("PersonaCollator", "labelled"), "data.marked"),
     "load_examples": "data.rows", "disable_dropout": "model.noise",
     "PerceArguments": "training.arguments", "PerceTrainer": "training.trainer",
 }  # fmt: skip
+_OF_THE_OP = ("DataConfig", "LossConfig", "MemoryConfig", "UserError")  # what torch alone is enough for
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'perce' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"perce.{_HOMES[name]}"), name)
+    try:
+        for library in () if name in _OF_THE_OP else ("transformers", "datasets"):  # which some import when they run
+            if importlib.util.find_spec(library) is None:
+                raise ModuleNotFoundError(name=library)
+        return getattr(importlib.import_module(f"perce.{_HOMES[name]}"), name)
+    except ImportError as error:
+        if (advice := what_to_install(error)) is None:
+            raise
+        raise ImportError(f"perce.{name}: {advice}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,14 @@
-"""The one exception for what a user can put right: commands print it as a paragraph and exit with code 2."""
+"""What a user can put right, which commands print as a paragraph and exit with code 2: the one exception for it, and
+what to install where a library is missing."""
+
+import sys
+
+# What perce imports of `pip install 'perce[train]'`: torch alone is there without it.
+OF_TRAINING = frozenset(
+    "accelerate bm25s datasets filelock gguf huggingface_hub jinja2 matplotlib numpy peft psutil pyarrow rich "
+    "safetensors tokenizers tqdm transformers xxhash yaml".split()
+)
+TRANSFORMERS = "5.16"  # the oldest; pip does not see to it where perce was installed without [train]
 
 
 class UserError(ValueError):
@@ -11,6 +21,19 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))
+
+
+def what_to_install(error: ImportError) -> str | None:
+    """The remedy for a library that is not there, or is too old; None where one that is there is broken."""
+    name = error.name or ""
+    advice = "pip install 'perce[train]' installs what training and the commands need."
+    if isinstance(error, ModuleNotFoundError) and name in OF_TRAINING:
+        return f"{name} is not installed. {advice}"
+    found = getattr(sys.modules.get("transformers"), "__version__", TRANSFORMERS)
+    numbers = [tuple(map(int, version.split(".")[:2])) for version in (found, TRANSFORMERS)]
+    if name.partition(".")[0] == "transformers" and numbers[0] < numbers[1]:
+        return f"transformers {found} is installed, and perce needs {TRANSFORMERS} or newer. {advice}"
+    return None
 
 
 def in_one_line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perce.config.commands import TrainOptions, is_secret, parse_args
-from perce.config.options import dump_yaml, guarded, read_yaml
+from perce.config.options import dump_yaml, guarded
 from perce.config.schema import HELD_OUT_NAME
 from perce.environment import check_outputs
 from perce.errors import UserError
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, or print the options; see guarded for the exit code."""
 
     def parse_and_run() -> None:
-        config, print_config = parse_args(sys.argv[1:] if argv is None else argv, read_yaml(str(DEMO_RECIPE)))
+        config, print_config = parse_args(sys.argv[1:] if argv is None else argv, str(DEMO_RECIPE))
         if not print_config:
             return run(resolve(config), None if config.run.output_dir else run_name(config))
         resolved = resolve(config)

@@ -39,6 +39,7 @@ FLOORS = (
     ("perce.model",),
     ("perce.planning", "perce.measuring"),
     ("perce.training",),
+    ("perce.integrations",),
     tuple(f"perce.{name}" for name in COMMANDS),
     ("perce",),
 )
@@ -101,7 +102,9 @@ def test_there_is_no_circle():
 # A test file is called after a module, or after it and a part of it; these are about several.
 ABOUT_SEVERAL = {
     "test_house.py": "all modules",
+    "test_distribution.py": "what is installed, and what is not",
     "test_extending.py": "the examples of docs/EXTENDING.md",
+    "test_examples.py": "examples/",
     "perce/data/test_fuzz.py": "files of every kind, mutated",
     "perce/data/test_long_names.py": "every message that quotes a row",
     "perce/demo/test_demo.py": "the built-in examples and their model",
@@ -199,4 +202,5 @@ def test_the_front_door_opens_to_everything_it_names():
 def test_pages_import_from_the_front_door(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     named = ", ".join(re.findall(r"^from perce import (.*)$", text, re.MULTILINE)).split(", ")
-    assert {*named} <= {"", *perce.__all__} and not re.search(r"^(from|import) perce\.", text, re.MULTILINE)
+    behind = re.search(r"^(from|import) perce\.(?!integrations\.)", text, re.MULTILINE)
+    assert {*named} <= {"", *perce.__all__} and not behind

@@ -64,7 +64,8 @@ class ScoreOptions(InferenceOptions):
     @property
     def outputs(self) -> dict[str, str | None]:
         score = self.score
-        return {"--output": score.output, "--summary": score.summary, **_records("--jsonl", score.jsonl)}
+        exported = {"--export": str(score.exported) if score.exported else None}
+        return {"--output": score.output, "--summary": score.summary, **exported, **_records("--jsonl", score.jsonl)}
 
 
 @dataclass(frozen=True)
@@ -193,11 +194,11 @@ PREVIEW: Command[PreviewOptions] = Command(
 COMMANDS: tuple[Command[Any], ...] = (TRAIN, SCORE, EVALUATE, PLAN, PREVIEW)
 
 
-def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainOptions, bool]:
-    """(options of train, whether --print_config was given). Flags win over the YAML file, which wins over `defaults`.
+def parse_args(argv: Sequence[str], recipe: str = "") -> tuple[TrainOptions, bool]:
+    """(options of train, whether --print_config was given). Flags win over the YAML file, which wins over `recipe`.
 
-    `defaults` are used where neither names a model nor data; see demo/recipe.yaml. With `--resume` what is left open is
-    as the run directory has it; where that holds no run yet it is begun, if it is said what of.
+    `recipe` is one more, used where neither names a model nor data; see demo/recipe.yaml. With `--resume` what is left
+    open is as the run directory has it; where that holds no run yet it is begun, if it is said what of.
     """
     parsed = TRAIN.parse(argv)
     raw = parsed.raw
@@ -212,5 +213,5 @@ def parse_args(argv: Sequence[str], defaults: Mapping[str, Any]) -> tuple[TrainO
                 "--config."
             )
     if raw.get("model") is None and raw.get("data") is None:
-        raw = dict(defaults) | raw
+        raw = (read_yaml(recipe) if recipe else {}) | raw
     return TRAIN.build(raw), parsed.print_config

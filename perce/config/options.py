@@ -28,7 +28,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from perce.config.elsewhere import ADVICE, NOTES, known_as
 from perce.environment import check_outputs, check_path, did_you_mean
-from perce.errors import UserError, in_one_line
+from perce.errors import UserError, in_one_line, what_to_install
 from perce.visible import ACTING, say
 
 
@@ -89,6 +89,11 @@ def guarded(run: Callable[[], object]) -> int:
         except UserError as error:
             message, *lines = error.args
             say(f"error: {message}", *lines, error=True)
+            code = 2
+        except ImportError as error:
+            if (advice := what_to_install(error)) is None:
+                raise
+            say(f"error: {advice}", error=True)
             code = 2
         finally:
             sys.stdout.flush()

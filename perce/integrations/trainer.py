@@ -69,6 +69,7 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         options, model = self.args, self.model
         check_trainer(options, self.perce_loss)
+        keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
         if isinstance(kwargs.get("model", args[0] if args else None), str):
             disable_dropout(model)
         prepare_model(model, check_backend(backend, options.device))
@@ -81,10 +82,6 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
             self.data_collator = PersonaCollator(self.data_collator)
         self._window = Window()
         found_by_first(self._try_step)
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
 
     def _collators_without(self) -> dict[str, PersonaCollator]:
         """By options that decide how a batch is made, the collator without: one may be why a trial step fails."""
@@ -124,7 +121,8 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         if router:  # its mean over forwards and processes, where the Trainer, which counts tokens, makes a sum
             aux = load_balance(done.experts[1], done.experts[0].detach(), router.top_k)
             forwards = self.current_gradient_accumulation_steps if training else 1
-            mean = mean + router.coefficient * aux / (forwards * self.accelerator.num_processes if counted else 1)
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            mean = mean + router.coefficient * aux / (forwards * processes if counted else 1)
         mask = torch.ones_like(inputs["target"], dtype=torch.bool)
         return TokenOutput(mean, -total[None], mask, done.entropy, done.top1, aux)
 

@@ -9,8 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import ProcessorMixin
-from trl import SFTConfig, SFTTrainer
-from trl.data_utils import get_dataset_column_names, is_conversational_from_value, maybe_convert_to_chatml
+
+try:
+    from trl import SFTConfig, SFTTrainer
+    from trl.data_utils import get_dataset_column_names, is_conversational_from_value, maybe_convert_to_chatml
+except ModuleNotFoundError as error:
+    raise ImportError("perce.integrations.trl needs TRL: pip install 'perce[trl]', on Python 3.11 or newer") from error
 
 from perce.config.options import option
 from perce.config.schema import LossConfig

@@ -63,13 +63,13 @@ def test_flags_that_exclude_each_other(train):
 def test_the_clip_of_one_objective_is_not_anothers(train, tmp_path, capsys):
     """A run's options, taken for another objective: what was left open stays open."""
     assert train()[0] == 0
-    config, _ = parse_args(["--config", str(tmp_path / "run" / "config.yaml"), "--objective", "longce"], {})
+    config, _ = parse_args(["--config", str(tmp_path / "run" / "config.yaml"), "--objective", "longce"])
     weighting = config.loss.weighting
     assert (weighting.signal.name, weighting.clip_min, weighting.clip_max) == ("exp(PIR)", 0.0, 5.0)
     for name, clip in (("dft", (0.0, 1.0)), ("ce", (0.8, 5.0))):
-        config, _ = parse_args(["--config", str(tmp_path / "run" / "config.yaml"), "--objective", name], {})
+        config, _ = parse_args(["--config", str(tmp_path / "run" / "config.yaml"), "--objective", name])
         assert (config.loss.weighting.clip_min, config.loss.weighting.clip_max) == clip
-    asked, _ = parse_args(["--config", str(tmp_path / "run" / "config.yaml"), "--clip_min", "0.3"], {})
+    asked, _ = parse_args(["--config", str(tmp_path / "run" / "config.yaml"), "--clip_min", "0.3"])
     assert (asked.loss.weighting.clip_min, asked.loss.weighting.clip_max) == (0.3, 5.0)
 
 
@@ -77,7 +77,7 @@ def test_yaml(train, tmp_path, model, data, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("learning_rate: 1e-5\nclip_min: 0.5\nload_in_4bit: false\nweight_decay: 1e-2\n")
     assert train("--config", str(path), "--clip_min", "0.7", "--print_config")[0] == 0
-    config, _ = parse_args(["--config", str(path), "--clip_min", "0.7"], {})
+    config, _ = parse_args(["--config", str(path), "--clip_min", "0.7"])
     assert (config.run.learning_rate, config.loss.clip_min, config.extra) == (1e-5, 0.7, {"weight_decay": 0.01})
     for content, fragments in {
         "learning_rte: 1e-5": ["learning_rte", "learning_rate"],
@@ -94,7 +94,7 @@ def test_print_config_names_every_option_and_can_be_read_back(train, tmp_path):
     code, out, _ = train("--print_config", lora_r=2)
     path = tmp_path / "printed.yaml"
     path.write_text(out)
-    config, _ = parse_args(["--config", str(path)], {})
+    config, _ = parse_args(["--config", str(path)])
     assert code == 0 and config.model.lora_r == 2 and config.to_dict() == yaml.safe_load(out)
     assert not (tmp_path / "run").exists()
 
