@@ -13,7 +13,7 @@ from benchmarks import trainers
 from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, Unable
 
-WAYS = ("perce", "perce-ce", "trl-ce", "naive-ce", "naive-kept", "naive", "perce-liger")
+WAYS = ("perce", "perce-ce", "trl-ce", "trl-perce", "naive-ce", "naive-kept", "naive", "perce-liger")
 """By importance; Liger's kernels last, for they are put into the module that models are made of."""
 STEPS = {"cuda": {8192: 3, 32768: 2}, "cpu": {300: 3}}
 """Device → tokens of a sequence → steps, of which the first is not timed."""

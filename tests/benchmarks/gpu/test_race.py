@@ -147,7 +147,7 @@ def test_each_peer_loads_or_says_why_not_and_is_right(name):
     loss = implementations.step(implementation.loss, inputs)
     errors = race.Reference.of(inputs).errors(implementation, loss, inputs)
     assert race.what_is_wrong(errors) is None
-    assert (errors["pir"] <= race.PIR_ERROR) == (name != "naive_bf16")
+    assert (errors["pir"] <= race.PIR_ERROR) == (name not in ("naive_bf16", "trl")), "logits in bf16 are too coarse"
 
 
 def test_a_library_on_the_path_is_composed(monkeypatch):
