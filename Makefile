@@ -23,7 +23,7 @@ help:
 	@echo "make setup    a virtual environment in $(VENV) with everything the tests need"
 	@echo "make train    train the default small model on the built-in examples (CPU or GPU, minutes)"
 	@echo "make test     run the tests"
-	@echo "make slow     run all slow tests and benchmarks, and write what came to benchmarks/results/slow.json (40 minutes)"
+	@echo "make slow     run all slow tests and benchmarks, and write what came to benchmarks/results/slow.json (an hour)"
 	@echo "make check    lint, formatting and types"
 	@echo "make format   apply the formatter and the safe lint fixes"
 	@echo "make aot      compile the GPU kernels without a GPU: registers, spills, shared memory"

@@ -72,7 +72,6 @@ def run(data: Path, directory: Path) -> dict[str, Any]:
     """{"seconds", "cpu_seconds": of each stage, "spans": when it ran, "pairs", "tokens"}. Call once in a process."""
     import perce.train
     from perce.config.commands import parse_args
-    from perce.config.options import read_yaml
     from perce.data.dataset import sequence_lengths
     from perce.training.resumable import ResumableTrainer
 
@@ -105,7 +104,7 @@ def run(data: Path, directory: Path) -> dict[str, Any]:
     ResumableTrainer.training_step = first_step  # type: ignore[method-assign]
     argv = ["--model", str(tiny_model(directory)), "--data", str(data), "--output_dir", str(directory / "run")]
     argv += ["--max_steps", "1", "--use_cpu", "true", "--eval_on_start", "false"]
-    options, _ = parse_args(argv, read_yaml(str(perce.train.DEMO_RECIPE)))
+    options, _ = parse_args(argv, str(perce.train.DEMO_RECIPE))
     with contextlib.suppress(FirstStep):
         perce.train.run(perce.train.resolve(options))
     lengths = found["lengths"]

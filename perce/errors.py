@@ -1,4 +1,4 @@
-"""What a user can put right, which commands print as a paragraph and exit with code 2: the one exception for it, and
+"""What a user can put right: the one exception for it, which commands print as a paragraph and exit with code 2; and
 what to install where a library is missing."""
 
 import sys

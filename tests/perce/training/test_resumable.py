@@ -88,7 +88,7 @@ def test_what_is_printed_of_the_options_has_no_token(train, tmp_path):
         code, out, err = train(*argv, "--print_config")
         assert code == 0 and TOKEN not in out + err and "hub_token" in err
         (tmp_path / "printed.yaml").write_text(out)
-        config, _ = parse_args(["--config", str(tmp_path / "printed.yaml")], {})
+        config, _ = parse_args(["--config", str(tmp_path / "printed.yaml")])
         assert config.extra == {"push_to_hub": True}
 
 

@@ -43,7 +43,7 @@ def test_output_directories(train, tmp_path, monkeypatch):
     monkeypatch.setattr("perce.hub.load_tokenizer", lambda *_: pytest.fail("found too late"))
     fails(train(output_dir=tmp_path / "file" / "run"), "--output_dir", "cannot be written")
     with pytest.raises(UserError, match="--output_dir"):
-        resolve(parse_args(["--resume"], {})[0])
+        resolve(parse_args(["--resume"])[0])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
