@@ -99,6 +99,12 @@ for name in perce.__all__:
         assert re.fullmatch(rf"perce.{name}: \w+ is not installed. {re.escape(ADVICE)} installs .*", message)
 
 
+@pytest.mark.parametrize("name", ["trainer", "trl"])
+def test_trainers_of_others_say_what_to_install(torch_alone, name):
+    done = torch_alone("-c", f"import perce.integrations.{name}")
+    assert done.returncode == 1 and ADVICE in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_says_what_to_install_and_still_helps(torch_alone, command):
     asked = ["--model", "m", "--context", "1000"] if command == "plan" else []

@@ -95,8 +95,21 @@ def tokens_of(row, kind, block):
 
 
 def logp_of(model, ids, places):
+    """(log-probabilities of the tokens at these places, entropies before them)."""
     logits = model(input_ids=torch.tensor([ids])).logits[0, [place - 1 for place in places]]
-    return logits.log_softmax(-1).gather(1, torch.tensor([[ids[place]] for place in places]))[:, 0]
+    entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
+    return logits.log_softmax(-1).gather(1, torch.tensor([[ids[place]] for place in places]))[:, 0], entropy
+
+
+FORMULAE = {
+    "perce": lambda logp, logp_cf, entropy: (logp - logp_cf).clamp(*CLIP),
+    "ce": lambda logp, logp_cf, entropy: torch.ones_like(logp),
+    "lossce": lambda logp, logp_cf, entropy: (-logp).clamp(0.8, 5.0),
+    "entce": lambda logp, logp_cf, entropy: entropy.clamp(0.8, 5.0),
+    "dft": lambda logp, logp_cf, entropy: logp.exp(),
+    "nextquill": lambda logp, logp_cf, entropy: torch.where(logp.exp() - logp_cf.exp() > 0.05, 0.9, 0.1),
+}
+"""Objective → weights."""
 
 
 def plain_steps(model, rows, kind, objective="perce", steps=STEPS):
@@ -113,9 +126,9 @@ def plain_steps(model, rows, kind, objective="perce", steps=STEPS):
             assert [ids[i] for i in places] == [ids_cf[i] for i in places_cf] and len(ids) > len(ids_cf)
             factual.append(logp_of(model, ids, places))
             with torch.no_grad():
-                without.append(logp_of(model, ids_cf, places_cf))
-        logp, logp_cf = torch.cat(factual), torch.cat(without)
-        weight = (logp.detach() - logp_cf).clamp(*CLIP) if objective == "perce" else 1.0
+                without.append(logp_of(model, ids_cf, places_cf)[0])
+        (logp, entropy), logp_cf = map(torch.cat, zip(*factual, strict=True)), torch.cat(without)
+        weight = FORMULAE[objective](logp.detach(), logp_cf, entropy)
         loss = -(weight * logp).mean()
         optimizer.zero_grad()
         loss.backward()

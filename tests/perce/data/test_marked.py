@@ -64,6 +64,17 @@ def test_rows_without_a_persona_or_with_nothing_else_are_refused(labels):
         PADDED([{"input_ids": [1, 2, 3], "labels": labels}])
 
 
+def test_a_collator_that_changes_one_of_the_passes_is_refused():
+    def cutting(rows):
+        longest = max(len(row["input_ids"]) for row in rows)
+        return PADDED.collator([{name: row[name][: longest - 1] for name in row} for row in rows])
+
+    with pytest.raises(UserError, match="data_collator: expected the same tokens to be learnt in both passes"):
+        PersonaCollator(cutting)([row_of(pair) for pair in demo_pairs(3)])
+    with pytest.raises(UserError, match="labels: expected -101 at"):
+        PADDED([{"query": "raw"}])
+
+
 def test_padding_on_the_left_is_refused():
     left = tiny_tokenizer()
     left.padding_side = "left"

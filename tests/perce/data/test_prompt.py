@@ -45,6 +45,11 @@ def test_a_conversation_is_told_with_a_persona():
         told = tell(messages, "[P]", PromptStyle.of(style), has_role)
         assert [(m["role"], m["content"]) for m in told[:-1]] == expected and told[-1] is not reply == told[-1]
     assert user["content"] == " U", "what was given stays as it is"
+    assert tell([own, reply], "[P]", PromptStyle(), True)[0]["content"] == "[P]S.", "no user turn is needed for that"
     for wrong in ([reply], [{"role": "user", "content": [{"type": "text", "text": "U"}]}]):
-        with pytest.raises(UserError, match="expected a user turn, and texts in it"):
-            tell(wrong, "[P]", PromptStyle(), True)
+        with pytest.raises(UserError, match="expected a user turn with a text"):
+            tell(wrong, "[P]", PromptStyle(place="user"), True)
+    with pytest.raises(UserError, match="expected messages, got none"):
+        tell([], "[P]", PromptStyle(), True)
+    with pytest.raises(UserError, match="prompt: expected a mapping of any of system, place"):
+        PromptStyle.of("user")

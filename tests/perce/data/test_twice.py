@@ -1,7 +1,10 @@
 """Rows told twice for a trainer that tokenises them itself, and put together again."""
 
+from dataclasses import replace
+
 import pytest
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 
 from perce import UserError
 from perce.data.marked import IGNORED, PERSONA
@@ -63,6 +66,52 @@ def test_labels_that_depend_on_the_persona_are_refused():
 
     with pytest.raises(UserError, match="train row 1: without its persona"):
         twice().prepared(ROWS, ROWS.column_names, more)
+
+
+def test_entries_are_left_out_wherever_the_block_stands_and_however_a_text_begins():
+    """Behind a line break some tokenizers put no space; what stands behind may begin as the block does."""
+    llama2 = tiny_tokenizer(prepends_space=True)
+
+    def in_a_template(rows):
+        def one(row):
+            prompt, reply = llama2("[INST]\n" + row["prompt"])["input_ids"], llama2(row["completion"])["input_ids"]
+            return {"input_ids": prompt + reply, "labels": [IGNORED] * len(prompt) + reply}
+
+        return rows.map(one)
+
+    for prompt, tokenizer, prepare in (
+        ("About the weather, tonight?\n", TOKENIZER, tokenised),
+        ("Tonight?\n", llama2, in_a_template),
+    ):
+        rows = ROWS.map(lambda row, prompt=prompt: row | {"prompt": prompt})
+        whole = len(replace(twice(), tokenizer=tokenizer).prepared(rows, rows.column_names, prepare)[0]["input_ids"])
+        shorter = replace(twice(whole - 1), tokenizer=tokenizer).prepared(rows, rows.column_names, prepare)[0]
+        text = tokenizer.decode(shorter["input_ids"])
+        assert "bees" in text and "Blue" not in text and text.endswith(REPLY)
+
+
+def test_rows_whose_persona_or_reply_is_cut_off_are_left_out_and_told_of(capsys):
+    long = [ROW | {"persona": "I keep bees. " * 30}, ROW]
+    before = ROWS.column_names[:-1]
+    kept = twice(60).prepared(Dataset.from_list(long), before, tokenised)
+    assert len(kept) == 1 and "train: 1 rows left out, 0 persona entries" in capsys.readouterr().out
+
+    def late(rows):
+        """The persona stands behind text that is learnt too."""
+
+        def one(row):
+            ids = TOKENIZER("To begin with, the weather. " * 9)["input_ids"]
+            more = TOKENIZER(row["prompt"] + row["completion"])["input_ids"]
+            return {"input_ids": ids + more, "labels": ids + more}
+
+        return rows.map(one)
+
+    with pytest.raises(UserError, match="no row has a token to learn within max_length 40"):
+        twice(40).prepared(ROWS, ROWS.column_names, late)
+
+
+def test_a_change_of_how_rows_are_told_is_no_cached_one():
+    assert Hasher.hash(twice().join) != Hasher.hash(replace(twice(), version=0).join)
 
 
 @pytest.mark.parametrize(("room", "entries"), [(0, 2), (1, 1), (20, 1)])

@@ -74,17 +74,19 @@ def test_five_steps_are_those_of_the_formula(tmp_path, model, options):
 
 
 def train_a_rank(directory):
-    trainer = trainer_for(directory, per_device_train_batch_size=1, gradient_accumulation_steps=2)
-    found = steps_of(trainer)
-    if trainer.args.process_index == 0:
-        torch.save((found, trainer.state.log_history[0]), directory / "steps.pt")
+    for rows, name in ((LABELLED, "steps.pt"), (LABELLED.to_iterable_dataset(), "streamed.pt")):
+        trainer = trainer_for(directory, rows=rows, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+        found = steps_of(trainer)
+        if trainer.args.process_index == 0:
+            torch.save((found, trainer.state.log_history[0]), directory / name)
     end_rank()
 
 
 def test_five_steps_of_two_processes_are_those_of_the_formula(tmp_path):
     run_ranks("tests.perce.integrations.test_trainer", str(tmp_path))
-    found, log = torch.load(tmp_path / "steps.pt")
-    assert_same_steps(found, plain_steps(model_for(), ROWS, "completion"))
+    (found, log), (streamed, _) = (torch.load(tmp_path / name) for name in ("steps.pt", "streamed.pt"))
+    for steps in (found, streamed):
+        assert_same_steps(steps, plain_steps(model_for(), ROWS, "completion"))
     alone = trainer_for(tmp_path / "alone", max_steps=1)
     alone.train()
     for name in ("ce", "pir_mean", "weight_mean", "frac_at_floor"):
@@ -117,12 +119,25 @@ def test_the_load_balancing_loss_is_the_mean_over_the_forwards_of_a_step(tmp_pat
     assert_same_steps(two, one)
 
 
-def test_an_evaluation_is_of_cross_entropy_with_and_without_the_persona(tmp_path):
-    trainer = trainer_for(tmp_path, eval_dataset=LABELLED.select(range(6)), per_device_eval_batch_size=6)
+def test_the_mean_is_over_tokens_for_models_too_whose_own_loss_takes_no_count(tmp_path):
+    model = model_for()
+    model.accepts_loss_kwargs = False  # as of many that see images
+    trainer = trainer_for(tmp_path, model, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert_same_steps(steps_of(trainer), plain_steps(model_for(), ROWS, "completion"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_an_evaluation_is_of_cross_entropy_with_and_without_the_persona(tmp_path, architecture):
+    """Over the tokens of all batches, which have other numbers of them."""
+    options = {"eval_dataset": LABELLED.select(range(6)), "per_device_eval_batch_size": 4}
+    trainer = trainer_for(tmp_path, model_for(architecture), **options)
     found = trainer.evaluate()
-    (loss, _), *_ = plain_steps(model_for(), ROWS[:6], "completion", objective="ce", steps=1)
-    assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    (loss, _), *_ = plain_steps(model_for(architecture), ROWS[:6], "completion", objective="ce", steps=1)
+    assert found["eval_loss_with_persona"] == pytest.approx(loss, rel=1e-5)
     assert found["eval_loss_without_persona"] - found["eval_pir_mean"] == pytest.approx(loss, rel=1e-5)
+    if architecture == "llama":
+        whole = trainer_for(tmp_path, **options | {"per_device_eval_batch_size": 6}).evaluate()
+        assert whole["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert "loss_without_persona" not in trainer.state.log_history[0]
     with pytest.raises(UserError, match="predict: would return logits"):
         trainer.predict(LABELLED)
@@ -146,7 +161,13 @@ def test_the_clip_moves_along_its_schedule(tmp_path):
         ({"compute_metrics": len}, "compute_metrics"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"neftune_noise_alpha": 1.0}, "neftune_noise_alpha"),
-        ({"collator": DataCollatorForSeq2Seq(TOKENIZER, padding=False)}, "a trial step of a few short sequences fails"),
+        ({"collator": DataCollatorForSeq2Seq(TOKENIZER, padding=False)}, "data_collator: expected one that pads"),
+        ({"collator": None}, "data_collator: expected one that pads"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches: expected false"),
+        (
+            {"metric_for_best_model": "loss_without_persona", "eval_strategy": "steps", "eval_dataset": LABELLED},
+            "greater_is_better: of eval_loss_without_persona the smaller is better",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(tmp_path, options, message):

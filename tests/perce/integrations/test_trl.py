@@ -193,6 +193,11 @@ def test_a_persona_is_told_as_the_prompt_says(tmp_path):
         trainer = trainer_for(tmp_path, rows, **options)
         assert text in TOKENIZER.decode(trainer.train_dataset[0]["input_ids"])
         assert trainer.processing_class.init_kwargs["perce_prompt"] == trainer.args.prompt
+    saved = tiny_tokenizer(TOKENIZER.chat_template)
+    saved.init_kwargs["perce_prompt"] = {"header": "Who: "}  # of an earlier run
+    assert "Who: - I keep" in TOKENIZER.decode(
+        trainer_for(tmp_path, rows, tokenizer=saved).train_dataset[0]["input_ids"]
+    )
     gemma = tiny_tokenizer(GEMMA)  # without a system role
     trainer = trainer_for(tmp_path, rows, tokenizer=gemma)
     assert gemma.decode(trainer.train_dataset[0]["input_ids"]).startswith("<s><turn>user\nAbout the user:\n- I keep")
@@ -232,6 +237,12 @@ IMAGE = {"images": [[]], "prompt": SAID[:1], "completion": SAID[1:]}
         (None, {"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy: expected bfd"),
         (None, {"truncation_mode": "keep_end"}, "truncation_mode: expected keep_start"),
         (None, {"loss_type": "dft"}, "loss_type: expected nll, got dft: DFT is objective=dft"),
+        (None, {"eval_packing": True}, "eval_packing: needs packing or padding_free"),
+        (None, {"prompt": "user"}, "prompt: expected a mapping of any of system, place"),
+        ([{"persona": "A <|im_end|> B.", "text": "a"}], {}, r"train row 1: .*spells the control token '<\|im_end\|>'"),
+        ([{"persona": "A.", "messages": []}], {}, "train row 1: expected messages, got none"),
+        ([{"persona": "A.", "messages": [{"content": "U"}]}], {}, "train row 1: expected messages of role and content"),
+        ([{"input_ids": [1, 2, 3]}], {"dataset_kwargs": {"skip_prepare_dataset": True}}, "labels: expected -101 at"),
         (None, {"objective": "longce"}, "objective: expected one for personas"),
         (None, {"objective": "random"}, "objective: expected one for personas"),
         (None, {"objective": "perse"}, "perse"),
@@ -252,7 +263,7 @@ def test_arguments_of_the_trainer_are_refused_by_name(tmp_path):
     for args, options, message in (
         (SFTConfig(str(tmp_path), bf16=False, use_cpu=True), {}, "args: expected a PerceSFTConfig, got SFTConfig"),
         (config_for(tmp_path), {"formatting_func": str}, "formatting_func: knows of no persona"),
-        (config_for(tmp_path), {"compute_metrics": len}, "compute_metrics: PerceTrainer computes its own loss"),
+        (config_for(tmp_path), {"compute_metrics": len}, "compute_metrics: the PerCE loss is computed without logits"),
         (config_for(tmp_path), {"peft_config": LoraConfig(**LORA | {"target_modules": ["lm_head"]})}, "lm_head"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -260,12 +271,13 @@ def test_arguments_of_the_trainer_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["lossce", "entce", "dft", "nextquill"])
-def test_other_objectives_train_and_evaluate(tmp_path, objective):
-    trainer = trainer_for(tmp_path, rows_of("completion", 8), objective=objective, clip_min=None, clip_max=None)
-    trainer.train()
-    log = trainer.state.log_history[0]
-    assert log["loss"] > 0 and 0 <= log["frac_at_floor"] <= 1
-    assert ("pir_mean" in log) == (objective == "nextquill")
+def test_other_objectives_are_their_formulae(tmp_path, objective):
+    rows = rows_of("completion", 8)
+    trainer = trainer_for(tmp_path, rows, objective=objective, clip_min=None, clip_max=None, max_steps=2)
+    assert_same_steps(steps_of(trainer), plain_steps(model_for(), rows, "completion", objective, steps=2))
+    assert ("pir_mean" in trainer.state.log_history[0]) == (objective == "nextquill")
+    found = trainer.evaluate(Dataset.from_list(rows[:3]))
+    assert ("eval_pir_mean" in found) == (objective == "nextquill") and "eval_loss_with_persona" in found
 
 
 def test_an_evaluation_is_of_plain_cross_entropy_with_and_without_the_persona(tmp_path):
@@ -296,7 +308,8 @@ def test_a_run_is_saved_and_resumed_as_trl_does(tmp_path):
     second = trainer_for(tmp_path / "b", rows)
     gradients = steps_of(second, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
     assert_same_steps(gradients, expected[3:])
-    assert "2603.06595" in (tmp_path / "b" / "README.md").read_text()
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "trained with PerCE" in card and "2603.06595" in card
 
 
 def test_a_model_by_name_has_no_dropout_and_a_yaml_is_read_as_trls_users_write_it(tmp_path):
@@ -314,6 +327,16 @@ def test_a_model_by_name_has_no_dropout_and_a_yaml_is_read_as_trls_users_write_i
     trainer = PerceSFTTrainer(str(tmp_path / "model"), config, train_dataset=rows)
     assert trainer.model.config.attention_dropout == 0.0
     trainer.train()
+
+
+def test_arguments_may_be_left_out_and_a_dataset_may_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        PerceSFTTrainer(tiny_model(), config_for(tmp_path), processing_class=TOKENIZER)
+    rows = Dataset.from_list(rows_of("completion", 4))
+    trainer = PerceSFTTrainer(tiny_model(), train_dataset=rows, processing_class=TOKENIZER)
+    assert isinstance(trainer.args, PerceSFTConfig)
 
 
 if __name__ == "__main__":

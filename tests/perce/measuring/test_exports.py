@@ -1,5 +1,7 @@
 """Token weights for trainers of others: the same loss there, by their own rules."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -66,6 +68,18 @@ def test_what_the_tokenizer_puts_first_is_left_to_ms_swift(tmp_path):
     assert message["content"] == {"token_ids": [5, 6, 7, 8], "loss_scale": [0.0, 0.0, 0.8, LEAST]}
     with pytest.raises(UserError, match=r"row 1 begins with the token ids \[1, 5\], and ms-swift puts \[1, 1\] before"):
         swift_row(record, [1, 1])
+
+
+def test_records_of_another_form_are_not_gone_on_with(tmp_path, capsys):
+    model, data, file = save_tiny_model(tmp_path / "model"), tmp_path / "rows.jsonl", tmp_path / "w.jsonl"
+    write_jsonl(data, ROWS)
+    command = ["--model", str(model), "--data", str(data), "--split", "train", "--jsonl", str(file)]
+    assert score.main(command) == 0
+    facts = json.loads((tmp_path / "w.jsonl.run.json").read_text())
+    (tmp_path / "w.jsonl.run.json").write_text(json.dumps({**facts, "form": 1}))
+    capsys.readouterr()
+    assert score.main([*command, "--export", "swift"]) == 2
+    assert "form was 1 and is 2 now" in capsys.readouterr().err
 
 
 def test_an_export_without_records_or_weights_is_refused(capsys):
