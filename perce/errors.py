@@ -2,6 +2,8 @@
 what to install where a library is missing."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # What perce imports of `pip install 'perce[train]'`: torch alone is there without it.
 OF_TRAINING = frozenset(
@@ -34,6 +36,21 @@ def what_to_install(error: ImportError) -> str | None:
     if name.partition(".")[0] == "transformers" and numbers[0] < numbers[1]:
         return f"transformers {found} is installed, and perce needs {TRANSFORMERS} or newer. {advice}"
     return None
+
+
+@contextmanager
+def installed(extra: str) -> Iterator[None]:
+    """Around imports of what `pip install 'perce[extra]'` brings: an ImportError that says so."""
+    try:
+        yield
+    except ImportError as error:
+        name = (error.name or "").partition(".")[0]
+        advice = (
+            what_to_install(error) or f"{in_one_line(error)}. pip install 'perce[{extra}]' installs what is needed."
+        )
+        if name not in OF_TRAINING | {extra}:
+            raise
+        raise ImportError(advice, name=error.name) from error
 
 
 def in_one_line(error: Exception) -> str:

@@ -29,13 +29,13 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     from perce.measuring.identification import identify
     from perce.measuring.inference import load_subject
     from perce.measuring.score_report import print_summary, print_tokens, write_report, write_summary
-    from perce.measuring.scores import scored
+    from perce.measuring.scores import FORM, scored
 
     subject, score = load_subject(options, "score"), options.score
     weighting = score.weighting.reported
     facts = {"labels": score.labels, "signal": weighting.signal_name, "sample": options.examples.sample}
     facts |= {"clip_min": weighting.clip_min, "clip_max": weighting.clip_max}
-    file.begin(subject.facts | facts)
+    file.begin(subject.facts | facts | {"form": FORM})
     shown: list[Any] = list(islice(subject.examples, max(score.shown, score.terminal, 1)))
     print_tokens(file.records[: score.terminal], options)
     for records in scored(subject, file.records[:], options):

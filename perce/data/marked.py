@@ -17,7 +17,7 @@ from torch import Tensor
 from perce.config.schema import DataConfig
 from perce.data.batch import Batch
 from perce.data.dataset import rows_dataset_pairs
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
 
 IGNORED, PERSONA = -100, -101
 
@@ -62,9 +62,21 @@ class PersonaCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """The collator's batch, and what model/passes.py reads: rows, target, uses, input_ids_cf, rows_cf, …"""
         with_persona, without = zip(*map(_both, rows), strict=True)
-        batch, batch_cf = dict(self.collator([*with_persona])), self.collator([*without])
-        (places, target), (places_cf, target_cf) = _predicted(batch), _predicted(batch_cf)
-        assert torch.equal(target, target_cf), "both passes must predict the same ids"
+        try:
+            batch, batch_cf = dict(self.collator([*with_persona])), self.collator([*without])
+            (places, target), (places_cf, target_cf) = _predicted(batch), _predicted(batch_cf)
+        except (ValueError, TypeError, KeyError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                "data_collator: expected one that pads input_ids and labels, such as DataCollatorForSeq2Seq; this one "
+                f"fails: {in_one_line(error)}"
+            ) from error
+        if not torch.equal(target, target_cf):
+            raise UserError(
+                f"data_collator: expected the same tokens to be learnt in both passes, got {len(target)} with the "
+                f"persona and {len(target_cf)} without, or others. One that cuts sequences cannot be used."
+            )
         uses = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
         batch |= {"rows": places, "rows_cf": places_cf, "target": target, "uses": uses}
         return batch | {f"{name}_cf": value for name, value in batch_cf.items()}
@@ -77,8 +89,10 @@ def collate_pairs(pairs: Sequence[Mapping[str, Any]], collator: PersonaCollator)
 
 def _both(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the collator is given of a row, with the persona and without."""
-    ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
+    ids, labels = (np.array(row.get(name, [])) for name in ("input_ids", "labels"))
     lengths = list(row.get("seq_lengths") or [len(ids)])
+    if not len(labels) or len(labels) != len(ids):
+        raise UserError(f"labels: expected {PERSONA} at the persona's tokens, of rows of ids and labels, got {[*row]}.")
     kept, starts = labels != PERSONA, np.cumsum([0, *lengths])[:-1]
     left = np.add.reduceat(kept, starts).tolist()
     if any(some in (0, all_) for some, all_ in zip(left, lengths, strict=True)):

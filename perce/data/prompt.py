@@ -55,8 +55,10 @@ class PromptStyle:
 
     @classmethod
     def of(cls, keys: Mapping[str, Any]) -> "PromptStyle":
+        known = ", ".join(cls.__dataclass_fields__)
+        if not isinstance(keys, Mapping):
+            raise UserError(f"prompt: expected a mapping of any of {known}, got {keys!r}.")
         if unknown := [name for name in keys if name not in cls.__dataclass_fields__]:
-            known = ", ".join(cls.__dataclass_fields__)
             raise UserError(f"prompt: expected any of {known}, got {', '.join(unknown)}.")
         return cls(**keys)
 
@@ -82,11 +84,17 @@ def system_text(style: PromptStyle, block: str, own: str | None = None) -> str:
 def tell(messages: Sequence[Mapping[str, Any]], block: str, style: PromptStyle, has_system_role: bool) -> list[Any]:
     """A conversation of {"role", "content", …} with a persona block, or without one (""): the system message leads it,
     or the first user turn where the template has no role for it."""
+    if not messages:
+        raise UserError("expected messages, got none.")
+    if not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in messages):
+        raise UserError(f"expected messages of role and content, got {messages!r:.200}.")
     own = messages[0]["content"] if messages[0]["role"] == "system" else None
-    told, system = [dict(message) for message in messages[own is not None :]], system_text(style, block, own)
-    first = next((message for message in told if message["role"] == "user"), None)
-    if first is None or not all(isinstance(content, str) for content in (first["content"], own or "")):
-        raise UserError(f"expected a user turn, and texts in it and in the system message, got {messages!r:.200}.")
+    told = [dict(message) for message in messages[own is not None :]]
+    first: dict[str, Any] = next((message for message in told if message["role"] == "user"), {"content": None})
+    in_user = style.place == "user" or not has_system_role
+    if not isinstance(own, str | None) or (in_user and not isinstance(first["content"], str)):
+        raise UserError(f"expected a user turn with a text, or a system message that is one, got {messages!r:.200}.")
+    system = system_text(style, block, own)
     if style.place == "user":
         first["content"] = block + first["content"].lstrip()
     if has_system_role:

@@ -4,6 +4,7 @@
 their `input_ids` and `labels`, by the trainer              →   join   →   one row, as data/marked.py has them
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from perce.data.chat import LIKE_CONTROL
 from perce.data.fields import parse_persona
 from perce.data.marked import IGNORED, PERSONA, persona_span
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, tell
@@ -32,12 +34,15 @@ class Twice:
     has_system_role: bool
     text_field: str
     max_length: int | None
+    version: int = 1
+    """Of this file: raise it when other rows come of the same ones, or `datasets` finds the old ones in its cache."""
 
     def prepared(self, dataset: Any, columns: Sequence[str], prepare: Callable[[Any], Any]) -> Any:
         """Rows with these columns → `input_ids` and `labels`. dataset: a Dataset or an IterableDataset; prepare: gives
         each row its ids and labels, in their order, and leaves other columns.
 
-        UserError for a row that cannot be used, and where no row has a token left to learn.
+        What max_length costs is told, of a Dataset. UserError for a row that cannot be used, and where no row of a
+        Dataset has a token left to learn.
         """
         footers = PERSONA_FOOTERS if self.style.footer is None else (self.style.footer,)
         ways = [replace(self, style=replace(self.style, footer=footer)) for footer in footers]
@@ -56,19 +61,17 @@ class Twice:
                 raise UserError(
                     f"{self.name} dataset: no row has a token to learn within max_length {self.max_length}."
                 )
-            entries, ends = sum(rows["left_out"]), sum(rows["is_cut"])
-            if entries or ends:
-                limit = f"to fit max_length {self.max_length}"
-                say(f"{self.name}: {entries:,} persona entries left out, and {ends:,} rows cut at their end, {limit}")
+            lost = len(dataset) - len(rows), sum(rows["left_out"]), sum(rows["is_cut"])
+            if any(lost) and os.environ.get("RANK", "0") == "0":
+                rows_lost, entries, ends = (f"{count:,}" for count in lost)
+                what = f"{rows_lost} rows left out, {entries} persona entries, and the end of {ends} rows"
+                say(f"{self.name}: {what}, to fit max_length {self.max_length}")
         return rows.remove_columns(["left_out", "is_cut"])
 
     def _joined(self, rows: Any, columns: Sequence[str], prepare: Callable[[Any], Any]) -> Any:
         both = prepare(rows.map(self.tell, batched=True, with_indices=True, remove_columns=[*columns]))
         names = [*next(iter(both))] if isinstance(both, IterableDataset) else both.column_names
         return both.map(self.join, batched=True, remove_columns=names)
-
-    def _block(self, entries: Sequence[str]) -> str:
-        return self.style.block(entries, self.style.footer or "")
 
     def tell(self, rows: Columns, numbers: Sequence[int]) -> dict[str, list[Any]]:
         """Two rows of each; `persona` is a list of entries, `number` the row's. UserError for one without a persona."""
@@ -80,18 +83,19 @@ class Twice:
                 if place is None:
                     raise UserError(f"expected prompt, messages or {self.text_field}, got {', '.join(row)}.")
                 entries = parse_persona(row["persona"], "persona")
+                self._refuse_control(entries)
                 for block in (self._block(entries), ""):
                     prompt = row[place]
                     is_text = isinstance(prompt, str)
                     told_one = block + prompt if is_text else tell(prompt, block, self.style, self.has_system_role)
                     told.append(row | {place: told_one, "persona": entries, "number": number})
-            except (BadRow, UserError, TypeError, KeyError, IndexError) as error:
+            except (BadRow, UserError, TypeError) as error:
                 raise UserError(f"{self.name} row {number + 1}: {error}") from None
         return {name: [row[name] for row in told] for name in told[0]}
 
     def join(self, rows: Columns) -> dict[str, list[Any]]:
         """`input_ids` and `labels` of each two rows; beside them how many entries were left out, and whether the end of
-        the row is cut off to fit max_length. Rows of which no token is left to learn are left out."""
+        the row is cut off to fit max_length. Rows without a token to learn behind their persona are left out."""
         joined = []
         for i in range(0, len(rows["input_ids"]), 2):
             (ids, ids_cf), (labels, labels_cf) = (list(rows[name][i : i + 2]) for name in ("input_ids", "labels"))
@@ -102,25 +106,51 @@ class Twice:
                     "so that the two passes could not be aligned. Give it a prompt that begins with a word, or the "
                     "tokenizer another chat template."
                 )
-            ids, left_out = self._fitting(ids, ids_cf, span, rows["persona"][i])
-            end = len(ids) - len(ids_cf) + span[0]
-            marked = (labels_cf[: span[0]] + [PERSONA] * (end - span[0]) + labels_cf[span[0] :])[: self.max_length]
-            if any(label not in (IGNORED, PERSONA) for label in marked):
+            ids, start, left_out = self._fitting(ids, ids_cf, span, rows["persona"][i])
+            end = len(ids) - len(ids_cf) + start
+            marked = (labels_cf[:start] + [PERSONA] * (end - start) + labels_cf[start:])[: self.max_length]
+            if any(label != IGNORED for label in marked[end:]):
                 row = {"input_ids": ids[: self.max_length], "labels": marked, "left_out": left_out}
                 joined.append(row | {"is_cut": len(ids) > len(marked)})
         return {name: [row[name] for row in joined] for name in ("input_ids", "labels", "left_out", "is_cut")}
 
     def _fitting(
         self, ids: list[int], ids_cf: list[int], span: tuple[int, int], entries: Sequence[str]
-    ) -> tuple[list[int], int]:
-        """The ids with as many entries as fit max_length, but one at least, and how many entries they lack; all, where
-        this tokenizer gives a persona by itself other ids than within its prompt."""
+    ) -> tuple[list[int], int, int]:
+        """The ids with as many entries as fit max_length, but one at least; where the persona begins; and how many
+        entries they lack. All of them, where this tokenizer gives a persona other ids by itself than in its prompt."""
+        (start, end), excess = span, len(ids) - (self.max_length or len(ids))
+        for before in ("", "\n") if excess > 0 else ():
+            whole = self._ids(entries, before)
+            if len(whole) != end - start:
+                continue
+            # The span may begin earlier, where what stands behind the persona begins as the persona does.
+            for place in range(start, max(start - len(whole), -1), -1):
+                if ids[place : place + len(whole)] == whole:
+                    room = len(whole) - excess
+                    counts = range(1, len(entries) + 1)
+                    kept = max(1, bisect_right(counts, room, key=lambda count: len(self._ids(entries[:count], before))))
+                    return (
+                        ids_cf[:place] + self._ids(entries[:kept], before) + ids_cf[place:],
+                        place,
+                        len(entries) - kept,
+                    )
+        return ids, start, 0
 
-        def block(count: int) -> list[int]:
-            return self.tokenizer(self._block(entries[:count]), add_special_tokens=False)["input_ids"]
+    def _ids(self, entries: Sequence[str], before: str) -> list[int]:
+        """Of a persona behind this text: some tokenizers begin a text with a space, and go on without."""
+        ids, first = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (before + self._block(entries), before)
+        )
+        return ids[len(first) :]
 
-        if self.max_length is None or len(ids) <= self.max_length or block(len(entries)) != ids[slice(*span)]:
-            return ids, 0
-        room = self.max_length - len(ids_cf)
-        kept = max(1, bisect_right(range(1, len(entries) + 1), room, key=lambda count: len(block(count))))
-        return ids_cf[: span[0]] + block(kept) + ids_cf[span[0] :], len(entries) - kept
+    def _block(self, entries: Sequence[str]) -> str:
+        return self.style.block(entries, self.style.footer or "")
+
+    def _refuse_control(self, entries: Sequence[str]) -> None:
+        """UserError for a persona that spells a control token, which it would become."""
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        control = filter(LIKE_CONTROL.fullmatch, added)
+        if found := next((text for text in control for entry in entries if text in entry), None):
+            raise UserError(f"field 'persona' spells the control token {found!r}, and would become it. Replace it.")

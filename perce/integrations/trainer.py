@@ -14,18 +14,16 @@ from transformers.utils import ModelOutput
 
 from perce.config.schema import LossConfig
 from perce.data.batch import Batch
-from perce.data.marked import PersonaCollator, collate_pairs
+from perce.data.marked import PersonaCollator
 from perce.errors import UserError
 from perce.model.auxiliary import check_own_loss, load_balance, router_of
 from perce.model.loading import check_adapter, check_backend
-from perce.model.memory import CHECKPOINTING
 from perce.model.noise import disable_dropout
 from perce.model.passes import counterfactual_hidden, factual
 from perce.model.patch import prepare_model
-from perce.model.trial import Manner, check_step
 from perce.objectives import HeadCall
-from perce.training.checks import check_hooks, check_online, check_trainer, is_in_place, warn_of_dropout
-from perce.training.meters import Window
+from perce.training.checks import check_hooks, check_online, check_trainer, try_collated, warn_of_dropout
+from perce.training.meters import Window, evaluation
 from perce.training.parallel import found_by_first, keep_outputs_exact
 
 
@@ -45,8 +43,8 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     """Stands before a transformers.Trainer among the bases of a class, and makes its loss PerCE's.
 
     The loss is the mean over the tokens of a step, of all its forwards and processes. Logs have `ce`, `pir_mean`,
-    `weight_mean` and the shares at the clip besides. Evaluations are of cross-entropy, with `pir_mean` and
-    `loss_without_persona`.
+    `weight_mean` and the shares at the clip besides. Evaluations are of cross-entropy; `loss_with_persona`,
+    `loss_without_persona` and `pir_mean` are means over all tokens, `loss` is as the Trainer makes it.
 
     Args:
         args, kwargs: the Trainer's own. Its data_collator becomes a PersonaCollator, and the model is patched in place.
@@ -68,37 +66,26 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         check_hooks(kwargs)
         super().__init__(*args, **kwargs)
         options, model = self.args, self.model
-        check_trainer(options, self.perce_loss)
+        check_trainer(self, self.perce_loss)
+        self.model_accepts_loss_kwargs = True  # the tokens of a step, by which the mean is made
         keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
         if isinstance(kwargs.get("model", args[0] if args else None), str):
             disable_dropout(model)
         prepare_model(model, check_backend(backend, options.device))
         if hasattr(model, "peft_config"):
             check_adapter(model)
-            warn_of_dropout(model)
+            if self.perce_loss.entry.contrasts:
+                warn_of_dropout(model)
         check_own_loss(model)
         self._router = router_of(model, self.perce_loss.router_aux_loss_coef)
         if not isinstance(self.data_collator, PersonaCollator):
             self.data_collator = PersonaCollator(self.data_collator)
         self._window = Window()
-        found_by_first(self._try_step)
+        found_by_first(partial(try_collated, self, self._collators_without()))
 
     def _collators_without(self) -> dict[str, PersonaCollator]:
         """By options that decide how a batch is made, the collator without: one may be why a trial step fails."""
         return {}
-
-    def _try_step(self) -> None:
-        """UserError for a model that would train wrong as this run makes its steps, where that can be tried."""
-        options, model = self.args, self.model
-        if is_in_place(model, options.device):
-            own = {"use_reentrant": False} | (getattr(options, f"{CHECKPOINTING}_kwargs") or {})
-            without = {name: {"collator": collator} for name, collator in self._collators_without().items()}
-            manner = Manner(
-                partial(collate_pairs, collator=self.data_collator), own if getattr(options, CHECKPOINTING) else None,
-                of_batches=without,
-            )  # fmt: skip
-            with torch.autocast(options.device.type, torch.bfloat16, enabled=options.bf16):
-                check_step(model, manner)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         self._window.start()
@@ -136,10 +123,8 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         window, self._window = self._window, Window()
         window.pause()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        found, self._window = self._summary(), window
-        if "pir_mean" in found:
-            found = {"loss_without_persona": found["ce"] + found["pir_mean"], "pir_mean": found["pir_mean"]}
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        found, self._window = evaluation(self._summary()), window
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
     def _summary(self) -> dict[str, float]:

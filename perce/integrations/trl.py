@@ -4,17 +4,11 @@ TRL prepares each row twice, with the persona and without. The labels say where 
 cutting, packing and collating are TRL's own, and so are its loss's mean and its metrics: our op stands for its head.
 """
 
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import ProcessorMixin
-
-try:
-    from trl import SFTConfig, SFTTrainer
-    from trl.data_utils import get_dataset_column_names, is_conversational_from_value, maybe_convert_to_chatml
-except ModuleNotFoundError as error:
-    raise ImportError("perce.integrations.trl needs TRL: pip install 'perce[trl]', on Python 3.11 or newer") from error
 
 from perce.config.options import option
 from perce.config.schema import LossConfig
@@ -22,8 +16,13 @@ from perce.data.marked import PersonaCollator
 from perce.data.prompt import STYLE, PromptStyle
 from perce.data.template import has_system_role
 from perce.data.twice import Twice
-from perce.errors import UserError
+from perce.errors import UserError, installed
 from perce.integrations.trainer import PerceMixin
+
+with installed("trl"):
+    from trl import SFTConfig, SFTTrainer
+    from trl.data_utils import get_dataset_column_names, is_conversational_from_value, maybe_convert_to_chatml
+    from trl.trainer.utils import FusedCausalLMOutput  # noqa: F401  of 1.16, whose compute_loss reads one
 
 
 @dataclass
@@ -47,28 +46,33 @@ class PerceSFTConfig(SFTConfig):
         ):
             if getattr(self, name) != only:
                 raise UserError(f"{name}: expected {only}, got {getattr(self, name)}: {why}.")
+        if self.eval_packing and not (self.packing or self.padding_free):
+            raise UserError("eval_packing: needs packing or padding_free, whose batches keep packed sequences apart.")
         names = ("objective", "clip_min", "clip_max", "contrast")
         self.loss = LossConfig(**{name: getattr(self, name) for name in names})
-        self.style = PromptStyle.of(self.prompt or {})  # type: ignore[arg-type]
+        self.style = PromptStyle.of(self.prompt) if self.prompt else None  # type: ignore[arg-type]
 
 
 class PerceSFTTrainer(PerceMixin, SFTTrainer):
     """trl.SFTTrainer on rows with a persona; see PerceMixin for what it logs and refuses."""
 
-    _tag_names = ["trl", "sft", "perce"]  # noqa: RUF012
+    _name, _tag_names = "PerCE", ["trl", "sft", "perce"]
     _paper = {"title": "Rethinking Personalization in Large Language Models at the Token Level", "id": "2603.06595"}  # noqa: RUF012
     top1 = True
 
-    def __init__(self, model: Any, args: PerceSFTConfig, *, train_dataset: Any, **kwargs: Any):
+    def __init__(self, model: Any, args: PerceSFTConfig | None = None, *, train_dataset: Any = None, **kwargs: Any):
+        args = PerceSFTConfig() if args is None else args
         if not isinstance(args, PerceSFTConfig):
             raise UserError(f"args: expected a PerceSFTConfig, got {type(args).__name__}.")
         if kwargs.get("formatting_func"):
             raise UserError("formatting_func: knows of no persona. Give rows in one of TRL's formats.")
-        if images := {"image", "images"} & {*get_dataset_column_names(train_dataset)}:
+        if images := {"image", "images"} & {*(get_dataset_column_names(train_dataset) if train_dataset else [])}:
             raise UserError(f"train_dataset: expected texts alone, got a column {images.pop()}.")
         super().__init__(model, args, train_dataset=train_dataset, loss=args.loss, backend=args.backend, **kwargs)
-        if args.prompt:
-            self._tokenizer.init_kwargs[STYLE] = args.prompt
+        if args.prompt:  # of what is saved; the caller's tokenizer stays as it is
+            served: Any = deepcopy(self.processing_class)
+            served.init_kwargs[STYLE] = args.prompt
+            self.processing_class = served
 
     def _collators_without(self) -> dict[str, PersonaCollator]:
         collator = self.data_collator.collator
@@ -89,7 +93,8 @@ class PerceSFTTrainer(PerceMixin, SFTTrainer):
                 columns = get_dataset_column_names(dataset)
             role, whole = has_system_role(tokenizer, self.chat_template), copy(args)
             whole.max_length, whole.shuffle_dataset = None, False
-            twice = Twice(dataset_name, tokenizer, args.style, role, args.dataset_text_field, args.max_length)
+            style = args.style or PromptStyle.saved_with(tokenizer)
+            twice = Twice(dataset_name, tokenizer, style, role, args.dataset_text_field, args.max_length)
             prepare = super()._prepare_dataset
             dataset = twice.prepared(
                 dataset, columns, lambda rows: prepare(rows, tokenizer, whole, False, None, dataset_name)

@@ -18,6 +18,7 @@ from perce.model.passes import TokenStatistics, token_statistics
 from perce.model.positions import settle_lengths
 from perce.report.heatmap import ScoredToken
 
+FORM = 2  # of records: raise it with their fields
 WINDOW = 64  # examples that are sorted by length together: records stay in order, and little is padded
 
 

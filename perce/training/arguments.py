@@ -22,7 +22,7 @@ from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
 from perce.training.best import settle_metric
-from perce.training.parallel import check_gradients_in_reach, check_parallelism
+from perce.training.parallel import check_gradients_in_reach, check_one_gpu, check_parallelism
 from perce.training.shared import largest_batch
 
 # TrainingArguments fields that an option of ours decides.
@@ -147,11 +147,7 @@ class PerceArguments(TrainingArguments):
         require(self.deepspeed != {}, "deepspeed", "a configuration of DeepSpeed", self.deepspeed)
         settle_device(self, self.memory)
         self.backend = check_backend(self.backend, self.device)
-        if self.n_gpu > 1:
-            raise UserError(
-                f"{self.n_gpu} GPUs are visible to one process. Start one process a GPU (torchrun --nproc_per_node "
-                f"{self.n_gpu} -m perce.train …), or show it one (CUDA_VISIBLE_DEVICES=0)."
-            )
+        check_one_gpu(self)
 
     @property
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow.compute
@@ -10,13 +11,14 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
 from perce.config.schema import LossConfig, MemoryConfig
 from perce.data.dataset import pieces_of, sequence_lengths
 from perce.data.documents import DocumentBuilder
+from perce.data.marked import PersonaCollator, collate_pairs
 from perce.data.stream import PairStream
 from perce.errors import UserError
 from perce.hub import stated
@@ -35,7 +37,8 @@ from perce.model.reach import without_gradient
 from perce.model.trial import SHARED, Manner, check_step
 from perce.objectives import PERSONAS
 from perce.training.arguments import PerceArguments
-from perce.training.parallel import check_parallelism
+from perce.training.best import METRICS, evaluated_name
+from perce.training.parallel import check_one_gpu, check_parallelism
 
 # A mask or scores of T × T up to here are slow and no more; beyond, they are what memory ends at.
 SQUARE_BYTES = 2**32
@@ -67,8 +70,8 @@ def check_hooks(kwargs: Mapping[str, Any]) -> None:
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise UserError(
-                f"{name}: PerceTrainer computes its own loss and never holds logits, so this would not be called. Read "
-                "trainer.last_evaluation for per-token log-probabilities, or use python -m perce.evaluate."
+                f"{name}: the PerCE loss is computed without logits, so this would not be called. Use python -m "
+                "perce.evaluate; PerceTrainer.last_evaluation has per-token log-probabilities."
             )
 
 
@@ -81,9 +84,19 @@ def check_online(loss: LossConfig) -> None:
             raise UserError(f"{name}: expected {only}, got {getattr(loss, name)}. perce.PerceTrainer has the others.")
 
 
-def check_trainer(args: TrainingArguments, loss: LossConfig) -> None:
-    """UserError for arguments of a trainer of others that would replace the loss, or bias it."""
+def check_trainer(trainer: Trainer, loss: LossConfig) -> None:
+    """UserError for arguments of a trainer of others under which the loss would be another, or biased; what would
+    replace it is switched off."""
+    args, loaders = trainer.args, trainer.accelerator.dataloader_config
     check_parallelism(args)
+    check_one_gpu(args)
+    if loaders.dispatch_batches:
+        raise UserError("dispatch_batches: expected false. Batches that are cut and sent around lose their tokens.")
+    loaders.dispatch_batches = False  # which is what None means for a stream
+    metric = next((metric for metric in METRICS if evaluated_name(args).endswith(f"_{metric}")), None)
+    if metric and args.metric_for_best_model and args.greater_is_better != METRICS[metric]:
+        better = "greater" if METRICS[metric] else "smaller"
+        raise UserError(f"greater_is_better: of {evaluated_name(args)} the {better} is better. Say {METRICS[metric]}.")
     if args.label_smoothing_factor:
         raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
     if args.neftune_noise_alpha and loss.entry.contrasts:
@@ -222,6 +235,21 @@ def try_step(trainer: Any, collate: Callable[..., Any]) -> None:
     unit = memory.unit if shares else None
     manner = Manner(collate, checkpointing, bool(memory.mlp_tile), of_batches, unit)
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # the Trainer's is in what it wraps later
+        check_step(model, manner)
+
+
+def try_collated(trainer: Any, without: Mapping[str, PersonaCollator]) -> None:
+    """As try_step, of a trainer of others, through its own collator. without: by options that decide how a batch is
+    made, the collator without, to name the one that is at fault."""
+    model, args = trainer.model, trainer.args
+    if not is_in_place(model, args.device):
+        return
+    options = {"use_reentrant": False} | (getattr(args, f"{CHECKPOINTING}_kwargs") or {})
+    manner = Manner(
+        partial(collate_pairs, collator=trainer.data_collator), options if getattr(args, CHECKPOINTING) else None,
+        of_batches={name: {"collator": collator} for name, collator in without.items()},
+    )  # fmt: skip
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         check_step(model, manner)
 
 

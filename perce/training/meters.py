@@ -117,6 +117,14 @@ class Window:
         return means | {"tokens_per_second": tokens / max(self.seconds, 1e-9)}
 
 
+def evaluation(means: Mapping[str, float]) -> dict[str, float]:
+    """Of a window's summary, what an evaluation tells, by the names of PerceTrainer's."""
+    found = {"loss_with_persona": means["ce"]} if "ce" in means else {}
+    if "pir_mean" in means:
+        found |= {"loss_without_persona": means["ce"] + means["pir_mean"], "pir_mean": means["pir_mean"]}
+    return found
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """Peak CUDA allocation, or the process's peak resident set, in MiB."""
     if device.type == "cuda":

@@ -44,6 +44,15 @@ def check_gradients_in_reach(args: Any) -> None:
         )
 
 
+def check_one_gpu(args: TrainingArguments) -> None:
+    """UserError where the Trainer would cut each batch up for several GPUs of one process."""
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process. Start one process a GPU (torchrun --nproc_per_node "
+            f"{args.n_gpu} -m perce.train …), or show it one (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
 def check_parallelism(args: TrainingArguments) -> None:
     """UserError for FSDP without a GPU, and for sequences or layers that are cut over processes."""
     if (args.fsdp or _environment("ACCELERATE_USE_FSDP")) and (args.use_cpu or not torch.accelerator.is_available()):

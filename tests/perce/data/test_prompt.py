@@ -47,7 +47,7 @@ def test_a_conversation_is_told_with_a_persona():
     assert user["content"] == " U", "what was given stays as it is"
     assert tell([own, reply], "[P]", PromptStyle(), True)[0]["content"] == "[P]S.", "no user turn is needed for that"
     for wrong in ([reply], [{"role": "user", "content": [{"type": "text", "text": "U"}]}]):
-        with pytest.raises(UserError, match="expected a user turn with a text"):
+        with pytest.raises(UserError, match="expected a user turn with a text, or a system message"):
             tell(wrong, "[P]", PromptStyle(place="user"), True)
     with pytest.raises(UserError, match="expected messages, got none"):
         tell([], "[P]", PromptStyle(), True)

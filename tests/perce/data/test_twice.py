@@ -91,10 +91,11 @@ def test_entries_are_left_out_wherever_the_block_stands_and_however_a_text_begin
 
 
 def test_rows_whose_persona_or_reply_is_cut_off_are_left_out_and_told_of(capsys):
-    long = [ROW | {"persona": "I keep bees. " * 30}, ROW]
+    long = [ROW | {"persona": ["I keep bees. " * 30]}, ROW]
     before = ROWS.column_names[:-1]
     kept = twice(60).prepared(Dataset.from_list(long), before, tokenised)
-    assert len(kept) == 1 and "train: 1 rows left out, 0 persona entries" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert len(kept) == 1 and "train: 1 rows left out, 0 persona entries, and the end of 0 rows, to fit" in told
 
     def late(rows):
         """The persona stands behind text that is learnt too."""

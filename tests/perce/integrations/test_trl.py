@@ -193,6 +193,7 @@ def test_a_persona_is_told_as_the_prompt_says(tmp_path):
         trainer = trainer_for(tmp_path, rows, **options)
         assert text in TOKENIZER.decode(trainer.train_dataset[0]["input_ids"])
         assert trainer.processing_class.init_kwargs["perce_prompt"] == trainer.args.prompt
+        assert "perce_prompt" not in TOKENIZER.init_kwargs
     saved = tiny_tokenizer(TOKENIZER.chat_template)
     saved.init_kwargs["perce_prompt"] = {"header": "Who: "}  # of an earlier run
     assert "Who: - I keep" in TOKENIZER.decode(
@@ -212,7 +213,7 @@ def test_what_is_longer_than_max_length_loses_entries_of_its_persona_then_its_en
     length = len(trainer_for(tmp_path, [whole]).train_dataset[0]["input_ids"])
     trainer = trainer_for(tmp_path, [whole, whole | {"completion": "No." * 99}, whole | {"prompt": "Tonight? " * 99}],
                           max_length=length - 1)  # fmt: skip
-    assert "train: 3 persona entries left out, and 1 rows cut at their end" in capsys.readouterr().out
+    assert "train: 1 rows left out, 3 persona entries, and the end of 1 rows, to fit" in capsys.readouterr().out
     (shorter, cut) = trainer.train_dataset  # of the third nothing would be left to learn
     assert parts_of(shorter) == [[BLOCK], ["No.<|im_end|>"]]
     assert len(cut["input_ids"]) == length - 1 and parts_of(cut)[0] == ["About the user:\n- I keep bees.\n\n"]
@@ -230,7 +231,7 @@ IMAGE = {"images": [[]], "prompt": SAID[:1], "completion": SAID[1:]}
         ([{"persona": [], "text": "a"}], {}, r"train row 1: field 'persona': expected a non-empty list of strings"),
         ([{"persona": "A.", "text": "a"}, {"persona": " ", "text": "a"}], {}, r"train row 2: field 'persona'"),
         ([{"persona": "A.", "story": "a"}], {}, "train row 1: expected prompt, messages or text, got persona, story"),
-        ([{"persona": "A.", "messages": SAID[1:]}], {}, "train row 1: expected a user turn"),
+        ([{"persona": "A.", "messages": SAID[1:]}], {"prompt": {"place": "user"}}, "train row 1: expected a user turn"),
         ([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}], {"max_steps": 1}, "labels: expected -101 at the persona"),
         ([{"persona": "A."} | IMAGE], {}, "train_dataset: expected texts alone, got a column images"),
         (None, {"packing": True, "packing_strategy": "wrapped"}, "packing_strategy: expected bfd, got wrapped"),
@@ -331,12 +332,18 @@ def test_a_model_by_name_has_no_dropout_and_a_yaml_is_read_as_trls_users_write_i
 
 def test_arguments_may_be_left_out_and_a_dataset_may_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(ValueError, match="`train_dataset` is required"):
         PerceSFTTrainer(tiny_model(), config_for(tmp_path), processing_class=TOKENIZER)
     rows = Dataset.from_list(rows_of("completion", 4))
+    own = PerceSFTConfig.__post_init__
+
+    def on_a_cpu(config):
+        config.use_cpu, config.bf16 = True, False
+        own(config)
+
+    monkeypatch.setattr(PerceSFTConfig, "__post_init__", on_a_cpu)
     trainer = PerceSFTTrainer(tiny_model(), train_dataset=rows, processing_class=TOKENIZER)
-    assert isinstance(trainer.args, PerceSFTConfig)
+    assert isinstance(trainer.args, PerceSFTConfig) and trainer.args.output_dir == "trainer_output"
 
 
 if __name__ == "__main__":
