@@ -103,7 +103,7 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         pir, tokens = done.logp - done.logp_cf, inputs["uses"].sum()
         self._window.add(self.perce_loss, done.logp, pir, done.signal, done.token_weight, tokens=tokens)
         total, counted = done.loss if training else -done.logp.sum(), num_items_in_batch is not None
-        mean = total / (num_items_in_batch if counted else max(len(done.logp), 1))
+        mean = total / torch.as_tensor(num_items_in_batch if counted else len(done.logp)).clamp(min=1)
         aux = None
         if router:  # its mean over forwards and processes, where the Trainer, which counts tokens, makes a sum
             aux = load_balance(done.experts[1], done.experts[0].detach(), router.top_k)

@@ -33,6 +33,7 @@ from perce.model.positions import (
     position_limit,
     switch_length,
 )
+from perce.model.probe import check_sequences_apart
 from perce.model.reach import without_gradient
 from perce.model.trial import SHARED, Manner, check_step
 from perce.objectives import PERSONAS
@@ -251,6 +252,8 @@ def try_collated(trainer: Any, without: Mapping[str, PersonaCollator]) -> None:
     )  # fmt: skip
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         check_step(model, manner)
+        if "padding_free" in without:  # by the run's own attention too, which a trial step replaces
+            check_sequences_apart(model)
 
 
 def check_gradients(trainer: Trainer) -> None:

@@ -143,6 +143,14 @@ def test_an_evaluation_is_of_cross_entropy_with_and_without_the_persona(tmp_path
         trainer.predict(LABELLED)
 
 
+def test_a_step_without_a_token_to_learn_is_no_nan(tmp_path):
+    """Of a row of which a reply was cut off, say."""
+    rows = [{**row, "labels": [min(label, -100) for label in row["labels"]]} for row in LABELLED.select(range(BATCH))]
+    trainer = trainer_for(tmp_path, rows=Dataset.from_list(rows), max_steps=1)
+    ((loss, gradients),) = steps_of(trainer)
+    assert loss == 0.0 and all((gradient == 0).all() for gradient in gradients.values())
+
+
 def test_the_clip_moves_along_its_schedule(tmp_path):
     rising = LossConfig(clip_min=CLIP[0], clip_max=CLIP[1], clip_schedule="rising")
     trainer = trainer_for(tmp_path, loss=rising, learning_rate=0.0, rows=LABELLED.select(range(BATCH)), max_steps=3)
