@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from accelerate import FullyShardedDataParallelPlugin
-from transformers import Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
@@ -37,6 +37,14 @@ def test_offload_needs_a_gpu_and_checkpointing(tmp_path):
     setattr(args, CHECKPOINTING, True)
     settle_device(args, MemoryConfig(activation_offload=True))
     assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False, "offload": True}
+
+
+def test_parsers_of_others_change_no_type():
+    """transformers' own writes the types that it reads back into the fields, for all classes and for good."""
+    HfArgumentParser((TrainingArguments,))
+    config = resolve(parse_args(["--include_num_input_tokens_seen", "nope"])[0])
+    with pytest.raises(UserError, match=r"include_num_input_tokens_seen: .*non_padding"):
+        training_arguments(config)
 
 
 def test_ligers_kernels_are_refused_on_a_cpu(tmp_path):
