@@ -316,16 +316,17 @@ def settle_device(args: Any, memory: MemoryConfig) -> None:
 def training_arguments(config: TrainOptions) -> PerceArguments:
     """PerceArguments from our options and the TrainingArguments fields in config.extra."""
     prepare()
-    fields = {field.name: field for field in dataclasses.fields(PerceArguments) if field.init}
+    hints = typing.get_type_hints(PerceArguments)  # transformers' parser of arguments overwrites those of the fields
+    fields = [field.name for field in dataclasses.fields(PerceArguments) if field.init]
     extra: dict[str, Any] = {}
     for name, value in config.extra.items():
         if name in OURS:
             raise UserError(f"{name}: use --{OURS[name]} instead.")
         if name not in fields:
-            raise TRAIN.unknown(name, list(fields))
+            raise TRAIN.unknown(name, fields)
         _refuse_idle([name], NOT_READ, but=())
         handed_on = f"{CHECKPOINTING}_kwargs" if name == "gradient_checkpointing_kwargs" else name
-        extra[handed_on] = _converted(name, fields[name].type, value)
+        extra[handed_on] = _converted(name, hints[name], value)
     run = config.run
     use_cpu = bool(extra.get("use_cpu", not torch.cuda.is_available()))
     precision = resolve_precision(config.model.precision, "cpu" if use_cpu else "cuda")
