@@ -15,7 +15,7 @@ import pytest
 
 import perce
 from perce.config.options import guarded
-from perce.errors import OF_TRAINING, TRANSFORMERS, what_to_install
+from perce.errors import OF_TRAINING, TRANSFORMERS, installed, what_to_install
 from tests.helpers import ROOT
 
 COMMANDS = ("train", "score", "evaluate", "plan", "preview")
@@ -146,6 +146,13 @@ def test_what_is_broken_stays_as_it_is(error, monkeypatch):
     with pytest.raises(ImportError) as raised:
         _ = perce.PerceTrainer
     assert raised.value is error
+
+
+def test_an_extra_that_is_too_old_is_named_and_what_is_broken_stays_as_it_is():
+    with pytest.raises(ImportError, match=r"cannot import name 'new'. pip install 'perce\[trl\]'"), installed("trl"):
+        raise ImportError("cannot import name 'new'", name="trl.trainer")
+    with pytest.raises(ImportError, match=r"^libfoo.so$"), installed("trl"):
+        raise ImportError("libfoo.so", name="flash_attn")
 
 
 def test_every_library_has_its_advice():

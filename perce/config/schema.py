@@ -435,7 +435,7 @@ class ScoreConfig(WeightingConfig):
     )
     summary: str | None = _option(None, "JSON of the whole: means, shares at the clip, token identification", "FILE")
     export: Literal["swift"] | None = _option(
-        None, "beside --jsonl w.jsonl, w.swift.jsonl: rows of token ids and loss_scale for ms-swift"
+        None, "write w.swift.jsonl beside --jsonl w.jsonl: rows of token ids and loss_scale for ms-swift"
     )
     shown: int = _option(50, "examples in the HTML page")
     terminal: int = _option(3, "examples shown in the terminal")

@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'perce[trl]' (Python 3.11 and newer)")
 
 from peft import LoraConfig
+from transformers import ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
 from perce import UserError
@@ -328,6 +329,12 @@ def test_a_model_by_name_has_no_dropout_and_a_yaml_is_read_as_trls_users_write_i
     trainer = PerceSFTTrainer(str(tmp_path / "model"), config, train_dataset=rows)
     assert trainer.model.config.attention_dropout == 0.0
     trainer.train()
+
+
+def test_a_processor_of_images_is_refused_by_name(tmp_path):
+    trainer, processor = trainer_for(tmp_path, rows_of("text", 4)), object.__new__(ProcessorMixin)
+    with pytest.raises(UserError, match="processing_class: expected a tokenizer"):
+        trainer._prepare_dataset(Dataset.from_list(rows_of("text", 4)), processor, trainer.args, False, None, "eval")
 
 
 def test_arguments_may_be_left_out_and_a_dataset_may_not(tmp_path, monkeypatch):
