@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import os
 import shutil
 import socket
@@ -126,6 +127,14 @@ def let_umask_decide(directory: Path) -> None:
     for file in directory.glob("*.safetensors"):
         with contextlib.suppress(OSError):  # a file system without modes
             file.chmod(0o666 & ~umask)
+
+
+def version() -> str:
+    """The installed version of perce."""
+    try:
+        return importlib.metadata.version("perce")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed, run from its source)"
 
 
 def prepare(*outputs: str | None) -> None:

@@ -60,11 +60,23 @@ def resolve_backend(backend: str, device: torch.device, group: Any = None) -> st
     return backend
 
 
+def chosen(backend: str, device: torch.device) -> tuple[str, str]:
+    """The backend that computes on tensors of this device, and why: "auto" is Triton on a GPU that the kernels are
+    built for, else plain PyTorch. `backend` as resolve_backend returns it."""
+    if backend != "auto":
+        return backend, "it was asked for"
+    if device.type != "cuda":
+        return "torch", "the Triton kernels need a CUDA or ROCm GPU"
+    if not TRITON_FOUND:
+        return "torch", "the triton package is not installed"
+    if not _has_tiles(device):
+        return "torch", "the Triton kernels need compute capability 8.0 or newer"
+    return "triton", "the Triton kernels are built for this GPU"
+
+
 def implementation(backend: str, device: torch.device) -> ModuleType:
-    """The module that computes. "auto" is Triton on a GPU that the kernels are built for, else plain PyTorch."""
-    if backend == "auto":
-        backend = "triton" if device.type == "cuda" and TRITON_FOUND and _has_tiles(device) else "torch"
-    return importlib.import_module(BACKENDS[backend].module)
+    """The module that computes."""
+    return importlib.import_module(BACKENDS[chosen(backend, device)[0]].module)
 
 
 def _has_tiles(device: torch.device) -> bool:

