@@ -345,7 +345,7 @@ def test_the_table_of_objectives_has_its_row(name):
     clip = f"{objective.clip[0]:g}, {objective.clip[1]:g}" if objective.signal else ""
     data = "both" if len(objective.takes) > 1 else {PERSONAS: "personas", DOCUMENTS: "documents"}[objective.takes[0]]
     passes = 1 + objective.counterfactual + (objective.over_step is not None)
-    table = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = (ROOT / "docs/reference/objectives.md").read_text(encoding="utf-8")
     row = next((line for line in table.splitlines() if line.startswith(f"| `{name}` |")), "")
     assert [cell.strip() for cell in row.split("|")][3:-1] == [clip, data, str(passes), str(objective.products)]
 
