@@ -1,11 +1,13 @@
 """Every option that is a path, of every command: what no path can be is one paragraph, before anything is loaded."""
 
+from functools import partial
+
 import pytest
 
-from perce import evaluate, plan, score, train
-from perce.config.commands import EVALUATE, PLAN, SCORE, TRAIN
+from perce.__main__ import main as perce
+from perce.config.commands import COMMANDS as WITH_OPTIONS
 
-COMMANDS = {train.main: TRAIN, score.main: SCORE, evaluate.main: EVALUATE, plan.main: PLAN}
+COMMANDS = {partial(lambda name, argv: perce([name, *argv]), command.name): command for command in WITH_OPTIONS}
 PATHS = [
     (main, name)
     for main, command in COMMANDS.items()
