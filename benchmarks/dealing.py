@@ -3,7 +3,7 @@
     runs       SmolLM2-135M-Instruct, LoRA, --share_persona 1, 2 and 8, three seeds: equal steps of 8 examples
     results    benchmarks/results/dealing.json: the logs of each run; what is in there is not run again
     table      printed: validation losses along a run, squared gradients (mean and noise), both against N = 1
-    picture    docs/images/dealing.png
+    picture    docs/images/dealing.png and dealing_dark.png
 
 Every run of a seed is evaluated on the same examples. A persona has about 8 replies there, mostly of one conversation.
 """
@@ -12,14 +12,18 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.study_report import save
+from benchmarks.pictures import MARKERS, Theme, label_at_the_right, title, write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results" / "dealing.json"
 TOGETHER, SEEDS = (1, 2, 8), (0, 1, 2)
 OPTIONS = {
@@ -74,30 +78,38 @@ def table(runs: Mapping[str, Run]) -> Iterator[str]:
             yield f"\nN = {together} minus N = 1 at the end, by seed: {'; '.join(changes)}; squared norm × {sizes}."
 
 
-def draw(runs: Mapping[str, Run]) -> None:
-    """Means over the seeds, and each seed."""
+def draw(runs: Mapping[str, Run], theme: Theme) -> "Figure":
+    """The end of each run: a line per seed through N = 1, 2 and 8, and the means over the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.8, 3.2), dpi=150, facecolor="white", layout="constrained")
-    panels = {
-        f"validation, {name}: nats per token": LOSSES[name] for name in ("with persona", "personal tokens")
-    } | {"norm of a step's gradient": "grad_norm"}  # fmt: skip
-    for ax, (title, key) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for together, colour in zip(TOGETHER, ("#2d69e1", "#d9822b", "#2f8f63"), strict=True):
-            curves = [
-                [(entry["step"], entry[key]) for entry in run["log"] if key in entry]
-                for run in runs.values() if run["together"] == together
-            ]  # fmt: skip
-            steps = [step for step, _ in curves[0]]
-            values = [[value for _, value in curve] for curve in curves]
-            for of_seed in values:
-                ax.plot(steps, of_seed, color=colour, alpha=0.3, linewidth=0.8)
-            ax.plot(steps, [mean(at) for at in zip(*values, strict=True)], color=colour, label=f"N = {together}")
-        ax.set_title(title, loc="left", fontsize=9)
-        ax.set_xlabel("step of 8 examples")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8)
-    save(figure, "dealing")
+    at_end = f"at step {OPTIONS['max_steps']}, nats per token"
+    over_run = f"mean over {OPTIONS['max_steps']} steps, no unit"
+    panels: tuple[tuple[str, str, str, Callable[[Run], float]], ...] = (
+        ("Validation loss", "all tokens, with persona; lower is better", at_end,
+         lambda run: evaluations(run, "with persona")[-1]),
+        ("Validation loss", "personal tokens; lower is better", at_end,
+         lambda run: evaluations(run, "personal tokens")[-1]),
+        ("Squared gradient norm", "of the mean gradient and its noise", over_run, squared_norm),
+    )  # fmt: skip
+    figure = Figure(figsize=(10.2, 4), layout="constrained")
+    places = range(len(TOGETHER))
+    for ax, (first, second, unit, value) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        lines = {f"seed {seed}": [value(runs[f"{together}-{seed}"]) for together in TOGETHER] for seed in SEEDS}
+        for values, colour, marker in zip(lines.values(), theme.colours, MARKERS, strict=False):
+            ax.plot(places, values, linewidth=1, markersize=7, color=colour, marker=marker)
+        lines["mean"] = [mean(at) for at in zip(*lines.values(), strict=True)]
+        ax.plot(places, lines["mean"], linewidth=2.4, color=theme.ink, zorder=1)
+        ax.set_xticks(places, [str(together) for together in TOGETHER])
+        ax.set_xlabel("N, requests dealt together")
+        ax.set_ylabel(unit)
+        label_at_the_right(ax, [(name, places[-1], values[-1]) for name, values in lines.items()], theme, 0.065)
+        title(ax, first, second, theme)
+    figure.supxlabel(
+        f"personachat-convai2, {OPTIONS['eval_examples']} validation replies per seed; "
+        f"learning rate {OPTIONS['learning_rate']}; steps of {OPTIONS['per_device_train_batch_size']} examples",
+        fontsize=9, color=theme.faint,
+    )  # fmt: skip
+    return figure
 
 
 def main() -> None:
@@ -117,7 +129,7 @@ def main() -> None:
                 RESULTS.write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
                 print(name, flush=True)
     print("\n".join(table(found["runs"])))
-    draw(found["runs"])
+    write(lambda theme: draw(found["runs"], theme), DOCS / "images" / "dealing.png")
 
 
 if __name__ == "__main__":
