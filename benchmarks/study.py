@@ -4,7 +4,7 @@
     stages    base → rates (one seed, the tuned objectives) → main (all seeds at each one's best rate) → the rates
               that were not the best, whose losses show how much the rate matters → variants (one seed)
     results   benchmarks/results/study_NAME.json: every cell that ran, with its evaluation example by example
-    report    `python -m benchmarks.study_report` writes docs/RESULTS.md from that file
+    report    `python -m benchmarks.study_report` writes docs/reference/study.md and its pictures from that file
 
 What is in the results is not run again; a training that was interrupted begins anew. Nothing is chosen by a test set:
 a learning rate is picked by the validation loss with persona at the end of the rate stage's runs, which are not

@@ -70,7 +70,8 @@ def _seeds(results: Results, data: str, objective: str) -> dict[int, Point]:
 def _cross(results: Results, data: str, objective: str) -> list[tuple[Point, Point]]:
     """Two lines through the mean over seeds, as long as the intervals of the differences from CE."""
     seeds = _seeds(results, data, objective)
-    differences = [difference(results, data, objective, column) for column in (OTHER, PERSONAL)]
+    mine, ce = results.main(data, objective), results.main(data, "ce")
+    differences = [difference(mine, ce, data, column) for column in (OTHER, PERSONAL)]
     if objective == "ce" or not seeds or not all(x and x[0].low is not None for x in differences):
         return []
     x, y = (mean(at) for at in zip(*seeds.values(), strict=True))

@@ -27,7 +27,7 @@ from perce.measuring.metrics import clustered_mean
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-NOT_RUN = "Not run yet."
+NOT_RUN, NOT_MEASURED = "Not run yet.", "not measured"
 HEAD = """# Tables of the studies
 
 All numbers behind [Results](../RESULTS.md), which says what they mean. `python -m benchmarks.study_report` wrote this
@@ -42,7 +42,7 @@ def cell_text(cells: Sequence[Cell], data: str, column: str) -> str:
     gathered = columns(cells, data, value, weight) if cells else None
     interval = clustered_mean(*gathered) if gathered else None
     if interval is None:
-        return "not measured"
+        return NOT_MEASURED
     interval = interval.scaled(factor)
     text = f"{interval.value:.{digits}f} ({interval.span(f'.{digits}f')})"
     of_seed = [clustered_mean(*gathered) for c in cells if (gathered := columns([c], data, value, weight))]
@@ -97,19 +97,25 @@ def evaluated_on(results: Results, data: str) -> Iterator[str]:
 
 def differences(results: Results, data: str) -> Iterator[list[str]]:
     """Each objective against CE on the same examples."""
+    ce = results.main(data, "ce")
     for objective in results.objectives:
-        texts = [difference_text(results, data, objective, column) for column in COLUMNS]
-        if objective not in ("base", "ce") and {*texts} != {"not measured"}:
+        texts = difference_texts(results.main(data, objective), ce, data, list(COLUMNS))
+        if objective not in ("base", "ce") and {*texts} != {NOT_MEASURED}:
             yield [f"{NAMES[objective]} minus CE", *texts]
 
 
-def difference_text(results: Results, data: str, objective: str, column: str) -> str:
-    found, digits = difference(results, data, objective, column), COLUMNS[column][2]
-    if found is None:
-        return "not measured"
-    interval, p = found
-    chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-    return f"{interval.value:+.{digits}f} ({interval.span(f'+.{digits}f')}; {chance})"
+def difference_texts(mine: Sequence[Cell], ce: Sequence[Cell], data: str, shown: Sequence[str]) -> list[str]:
+    """The difference from CE in each column, with its interval and p-value."""
+    texts = []
+    for column in shown:
+        found, digits = difference(mine, ce, data, column), COLUMNS[column][2]
+        if found is None:
+            texts.append(NOT_MEASURED)
+            continue
+        interval, p = found
+        chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+        texts.append(f"{interval.value:+.{digits}f} ({interval.span(f'+.{digits}f')}; {chance})")
+    return texts
 
 
 def trade(results: Results) -> Iterator[str]:
@@ -125,27 +131,41 @@ def transfer(results: Results) -> Iterator[str]:
     """Trained on one set, tested on the others: losses only."""
     sets = list(results.config["data"])
     shown = list(COLUMNS)[:3]
-    rows = []
+    rows, against = [], []
     for trained in sets:
         for tested in sets:
-            for objective in results.objectives[1:]:
-                cells = [cell for cell in results.main(trained, objective) if tested in cell["evaluations"]]
-                if trained != tested and cells:
-                    texts = (cell_text(cells, tested, column) for column in shown)
+            tried = {
+                objective: [cell for cell in results.main(trained, objective) if tested in cell["evaluations"]]
+                for objective in results.objectives[1:]
+            }
+            for objective, cells in tried.items() if trained != tested else ():
+                if cells:
+                    texts = [cell_text(cells, tested, column) for column in shown]
                     rows.append([trained, tested, f"{NAMES[objective]} × {len(cells)}", *texts])
+                if cells and objective != "ce":
+                    texts = difference_texts(cells, tried["ce"], tested, shown)
+                    against.append([trained, tested, f"{NAMES[objective]} minus CE", *texts])
     yield from table(["trained on", "tested on", "objective × seeds", *shown], rows)
+    if against:
+        yield ""
+        yield from table(["trained on", "tested on", "paired over users", *shown], against)
 
 
 def rates(results: Results) -> Iterator[str]:
-    rows = []
-    for cell in results.cells:
-        if cell["stage"] == "rates":
-            texts = (cell_text([cell], cell["data"], column) for column in list(COLUMNS)[:2])
-            validation = f"{cell['validation']['eval_loss_with_persona']:.3f}"
-            rows.append([cell["data"], NAMES[cell["objective"]], f"{cell['learning_rate']:g}", validation, *texts])
-    yield from table(
-        ["data", "objective", "learning rate", "validation loss with persona", *list(COLUMNS)[:2]], sorted(rows)
-    )
+    shown = list(COLUMNS)[:2]
+    rows, against = [], []
+    tried = {(c["data"], c["objective"], c["learning_rate"]): c for c in results.cells if c["stage"] == "rates"}
+    for (data, objective, rate), cell in tried.items():
+        texts = [cell_text([cell], data, column) for column in shown]
+        validation = f"{cell['validation']['eval_loss_with_persona']:.3f}"
+        rows.append([data, NAMES[objective], f"{rate:g}", validation, *texts])
+        if objective != "ce" and (data, "ce", rate) in tried:
+            texts = difference_texts([cell], [tried[data, "ce", rate]], data, shown)
+            against.append([data, f"{NAMES[objective]} minus CE", f"{rate:g}", *texts])
+    yield from table(["data", "objective", "learning rate", "validation loss with persona", *shown], sorted(rows))
+    if against:
+        yield ""
+        yield from table(["data", "paired over users", "learning rate", *shown], sorted(against))
 
 
 def variants(results: Results) -> Iterator[str]:
@@ -167,7 +187,7 @@ def variants(results: Results) -> Iterator[str]:
 
 def share_text(share: float | None, digits: str) -> str:
     if share is None:
-        return "not measured"
+        return NOT_MEASURED
     text = f"{share:{digits}}"
     return text if float(text) else text.lstrip("-")
 

@@ -91,13 +91,12 @@ class Results:
         return ["base", *self.config["tuned"], *self.config["untuned"]]
 
 
-def difference(results: Results, data: str, objective: str, column: str) -> tuple[Interval, float] | None:
-    """(objective minus CE on the same examples, with its interval; p-value), None where one was not measured."""
+def difference(
+    mine: Sequence[Cell], others: Sequence[Cell], data: str, column: str
+) -> tuple[Interval, float] | None:  # fmt: skip
+    """(mine minus others on the same examples, with its interval; p-value), None if one was not measured."""
     value, weight, _, factor = COLUMNS[column]
-    ours, theirs = (
-        columns(cells, data, value, weight) if cells else None
-        for cells in (results.main(data, objective), results.main(data, "ce"))
-    )
+    ours, theirs = (columns(cells, data, value, weight) if cells else None for cells in (mine, others))
     if not ours or not theirs or len(ours[0]) != len(theirs[0]):
         return None
     found = paired_difference(ours[0], theirs[0], ours[1], ours[2])
