@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 class _Panel(NamedTuple):
     title: str
-    """With the unit of what is drawn."""
+    unit: str
+    """Of the vertical axis."""
     series: tuple[tuple[str, str, str], ...]
     """(key in the log, label, colour)"""
     scale: float = 1
@@ -26,25 +27,29 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#2d69e1", "#d9822b", "#2f8f63", "#7a808c"
 
 
 def _panels(documents: bool) -> tuple[_Panel, ...]:
-    """What can be compared shares a scale: the weighted loss with no cross-entropy."""
-    other, contrast = ("short context", "log-ratio") if documents else ("no persona", "PIR")
+    """Curves that can be compared share a panel: the weighted loss is in none with a cross-entropy."""
+    other, contrast = ("short context", "Log-ratio") if documents else ("no persona", "PIR")
     return (
         _Panel(
-            "Cross-entropy, nats per token",
+            "Cross-entropy of the responses", "nats per token",
             (("ce", "training", _BLUE), ("eval_loss_with_persona", "validation", _ORANGE),
              ("eval_loss_without_persona", f"validation, {other}", _GREY),
              ("eval_loss_personal_tokens", "validation, personal tokens", _GREEN)),
         ),
-        _Panel("Loss that is minimised, weighted nats per token", (("loss", "training", _BLUE),)),
+        _Panel("Training loss: weighted cross-entropy", "weighted nats per token", (("loss", "training", _BLUE),)),
         _Panel(
-            f"{contrast[0].upper()}{contrast[1:]} in nats, and weight, means per token",
+            f"{contrast} and weight, means over tokens", f"{contrast} in nats; weight",
             (("pir_mean", f"{contrast}, training", _BLUE), ("eval_pir_mean", f"{contrast}, validation", _ORANGE),
              ("weight_mean", "weight, training", _GREY)),
         ),
         _Panel(
-            "Tokens at the clip, %", (("frac_at_floor", "floor", _GREY), ("frac_at_ceiling", "ceiling", _BLUE)), 100
+            "Tokens at the bounds of the clip", "% of the response tokens",
+            (("frac_at_floor", "floor", _GREY), ("frac_at_ceiling", "ceiling", _BLUE)), 100,
         ),
-        _Panel("Router, experts a token where balanced", (("router_aux_loss", "load-balancing loss", _BLUE),)),
+        _Panel(
+            "Load-balancing loss of the experts", "experts per token",
+            (("router_aux_loss", "training; equals the experts per token at equal load", _BLUE),),
+        ),
     )  # fmt: skip
 
 
@@ -97,7 +102,8 @@ def _draw(ax: Axes, panel: _Panel, log_history: Sequence[Mapping[str, Any]]) -> 
     ax.set_title(
         panel.title, loc="left", fontsize=10, fontweight="bold", color="#1b1d22", pad=36 if two_rows else 22
     )  # fmt: skip
-    ax.set_xlabel("step", fontsize=8.5, color=_GREY)
+    ax.set_xlabel("training step", fontsize=8.5, color=_GREY)
+    ax.set_ylabel(panel.unit, fontsize=8.5, color=_GREY)
     ax.tick_params(labelsize=8.5, colors=_GREY, length=0)
     ax.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True))
     ax.set_xlim(left=0)

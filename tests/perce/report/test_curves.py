@@ -53,16 +53,21 @@ def test_training_and_validation_are_drawn_on_one_scale():
     assert set(curves(third)) == {"PIR, training", "PIR, validation", "weight, training"}
 
 
-def test_every_panel_says_its_unit():
+def test_every_axis_says_its_unit():
     figure = draw_curves([HISTORY[0] | {"router_aux_loss": 2.1}])
-    titles = [axes.get_title(loc="left") for axes in figure.axes if axes.axison]
-    units = ("nats per token", "weighted nats per token", "PIR in nats", "%", "experts")
-    assert len(titles) == len(units) and all(unit in title for unit, title in zip(units, titles, strict=True))
+    shown = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_ylabel() for axes in shown] == [
+        "nats per token", "weighted nats per token", "PIR in nats; weight", "% of the response tokens",
+        "experts per token",
+    ]  # fmt: skip
+    assert {axes.get_xlabel() for axes in shown} == {"training step"}
+    assert len({axes.get_title(loc="left") for axes in shown}) == len(shown)
 
 
 def test_of_documents_the_short_context_is_named():
     figure = draw_curves(HISTORY, documents=True)
-    words = " ".join([*curves(figure.axes[0]), *curves(figure.axes[2]), figure.axes[2].get_title(loc="left")])
+    third = figure.axes[2]
+    words = " ".join([*curves(figure.axes[0]), *curves(third), third.get_title(loc="left"), third.get_ylabel()])
     assert "validation, short context" in words and "persona" not in words and "PIR" not in words
 
 

@@ -1,0 +1,63 @@
+"""The page of tables that is committed, and the pictures of the committed results."""
+
+import pytest
+
+from benchmarks import study_pictures, study_report, study_results
+from benchmarks.pictures import THEMES
+from tests.helpers import ROOT
+
+COMMITTED = ROOT / "benchmarks" / "results" / "study_cpu.json"
+
+
+@pytest.fixture(scope="module")
+def results():
+    return study_results.Results(COMMITTED)
+
+
+def test_the_committed_page_is_what_its_command_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_report, "DOCS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["study_report", str(COMMITTED)])
+    study_report.main()
+    written = (tmp_path / "reference" / "study.md").read_text(encoding="utf-8")
+    assert written == (ROOT / "docs" / "reference" / "study.md").read_text(encoding="utf-8")
+
+
+def words(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+@pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.suffix or "light")
+def test_the_trade_names_units_methods_seeds_and_sizes(results, theme):
+    figure = study_pictures.draw_trade(results, theme)
+    assert len(figure.axes) == 2
+    for axes, data, size in zip(figure.axes, results.config["data"], ("47 replies, 9 users", "69 replies, 69 users"),
+                                strict=True):  # fmt: skip
+        assert axes.get_xlabel() == "loss on other tokens, nats per token"
+        assert axes.get_ylabel() == "loss on personal tokens, nats per token"
+        assert {data, "better", "CE", "PerCE", "LossCE", "EntCE"} <= {*words(axes)}
+        assert words(axes).count("0") == words(axes).count("1") == 4
+        assert size in axes.get_title(loc="left") and "learning rate 0.0004" in axes.get_title(loc="left")
+        assert len({tuple(map(tuple, dots.get_paths()[0].vertices)) for dots in axes.collections}) == 4, "markers"
+
+
+def test_a_cross_spans_the_interval_of_the_difference_from_ce(results):
+    data = next(iter(results.config["data"]))
+    across, up = study_pictures._cross(results, data, "perce")
+    found = study_results.difference(
+        results.main(data, "perce"), results.main(data, "ce"), data, study_pictures.PERSONAL
+    )
+    assert found and up[1][1] - up[0][1] == pytest.approx(found[0].high - found[0].low)
+    assert across[0][1] == across[1][1] == pytest.approx(1.853, abs=1e-3), "PerCE's mean over seeds"
+    assert study_pictures._cross(results, data, "ce") == []
+
+
+def test_the_variants_are_named_in_the_order_of_their_points(results):
+    found = study_results.searched(results)
+    figure = study_pictures.draw_variants(found, THEMES[0])
+    for axes, data in zip(figure.axes, results.config["data"], strict=True):
+        kept = {x.name: x.kept for x in found if x.data == data and x.cell["stage"] == "variants"}
+        labels = [text for text in axes.texts if text.get_text() in kept]
+        heights = {text.get_text(): text.xyann[1] for text in labels}
+        assert sorted(kept, key=kept.get) == sorted(heights, key=heights.get) and len(kept) == 10
+        assert {"PerCE", "CE", "better", data} <= {*words(axes)}
+    assert figure.axes[-1].get_xlabel() == study_results.COST and figure.get_supylabel() == study_results.KEPT
