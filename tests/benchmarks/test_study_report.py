@@ -1,5 +1,7 @@
 """The page of tables that is committed, and the pictures of the committed results."""
 
+import re
+
 import pytest
 
 from benchmarks import study_pictures, study_report, study_results
@@ -20,6 +22,14 @@ def test_the_committed_page_is_what_its_command_writes(tmp_path, monkeypatch):
     study_report.main()
     written = (tmp_path / "reference" / "study.md").read_text(encoding="utf-8")
     assert written == (ROOT / "docs" / "reference" / "study.md").read_text(encoding="utf-8")
+
+
+def test_the_numbers_of_the_results_page_are_those_of_the_tables():
+    page = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    page = page[page.index("## Does PerCE learn") : page.index("## What others found")]
+    told = set(re.findall(r"\b\d\.\d{3}\b", page))
+    tables = set(re.findall(r"\b\d\.\d{3}\b", (ROOT / "docs/reference/study.md").read_text(encoding="utf-8")))
+    assert len(told) > 50 and told <= tables, told - tables
 
 
 def words(axes):
