@@ -1,5 +1,5 @@
-"""Options: the dataclasses of all commands, and the command lines, YAML files and --help made of them.
+"""Options: the dataclasses of all commands, and the command lines, YAML files and --help that are made from them.
 
-schema     sections of options, each a frozen dataclass       commands   which sections a command has, and its words
+schema     sections of options, each a frozen dataclass       commands   the sections and the description of a command
 options    flags and YAML → a dataclass of sections
 """

@@ -1,4 +1,4 @@
-"""The options of each command: which sections of the schema it has, and what --help says of it.
+"""The options of each command: which sections of the schema it has, and its description in --help.
 
 Neither torch nor transformers is imported here, so that `--help` answers at once. Any other TrainingArguments field can
 be given to train by its Hugging Face name (`--weight_decay 0.1`); those are checked once transformers is loaded.
@@ -18,7 +18,7 @@ from perce.errors import UserError
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Of `python -m perce.train`; `extra` are TrainingArguments fields by their Hugging Face names."""
+    """The options of `python -m perce.train`; `extra` holds TrainingArguments fields by their Hugging Face names."""
 
     model: schema.ModelConfig = field(default_factory=schema.ModelConfig)
     data: schema.DataConfig = field(default_factory=schema.DataConfig)
@@ -28,7 +28,7 @@ class TrainOptions:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat, as in a YAML file, without secrets: what is printed and kept of them."""
+        """The options as they are printed and saved: flat, as in a YAML file, and without secrets."""
         return flat(self) | {name: value for name, value in self.extra.items() if not is_secret(name)}
 
     @property
@@ -43,7 +43,7 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """A model and the examples that it is asked about: what score and evaluate share."""
+    """The model and the examples that it is run on: the options that score and evaluate share."""
 
     model: schema.InferenceConfig
     data: schema.DataConfig
@@ -57,7 +57,7 @@ class InferenceOptions:
 
 @dataclass(frozen=True)
 class ScoreOptions(InferenceOptions):
-    """Of `python -m perce.score`."""
+    """The options of `python -m perce.score`."""
 
     score: schema.ScoreConfig
 
@@ -70,7 +70,7 @@ class ScoreOptions(InferenceOptions):
 
 @dataclass(frozen=True)
 class EvaluateOptions(InferenceOptions):
-    """Of `python -m perce.evaluate`."""
+    """The options of `python -m perce.evaluate`."""
 
     evaluate: schema.EvaluateConfig
 
@@ -86,7 +86,7 @@ class EvaluateOptions(InferenceOptions):
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Of `python -m perce.plan`."""
+    """The options of `python -m perce.plan`."""
 
     model: schema.ModelConfig
     step: StepConfig
@@ -103,7 +103,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class PreviewOptions:
-    """Of `python -m perce.preview`."""
+    """The options of `python -m perce.preview`."""
 
     preview: schema.PreviewConfig
     data: schema.DataConfig
@@ -118,13 +118,13 @@ class PreviewOptions:
 
 
 def is_secret(name: str) -> bool:
-    """Whether an option's value is one: hub_token. transformers masks the fields that end so."""
+    """Whether an option's value is a secret, as hub_token's is. transformers masks fields with this ending too."""
     return name.endswith("_token")
 
 
 def _records(option: str, path: str | None) -> dict[str, str | None]:
-    """A file of records, and what measuring/records.py puts beside it."""
-    return {option: path, f"what is beside {option}": path and f"{path}.run.json"}
+    """A file of records, and the file that measuring/records.py writes next to it."""
+    return {option: path, f"the file next to {option}": path and f"{path}.run.json"}
 
 
 TRAIN: Command[TrainOptions] = Command(
@@ -138,7 +138,7 @@ TRAIN: Command[TrainOptions] = Command(
 
 
 def is_training_option(name: str) -> bool:
-    """Whether `python -m perce.train` knows it: its recipes may be given to the other commands too."""
+    """Whether `python -m perce.train` has this option: the other commands read its recipes too."""
     if name in TRAIN.fields:
         return True
     from transformers import TrainingArguments
@@ -147,19 +147,19 @@ def is_training_option(name: str) -> bool:
 
 
 def of_the_run(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """Where no data is given, that of the run in --model, and how it is read."""
+    """If no data is given: the data options of the run in --model, and a sentence that says so."""
     run = None if "data" in raw else schema.run_directory(raw.get("model"))
     if run is None:
         return {}, ""
     saved = read_yaml(str(run / schema.CONFIG_NAME), "--model")
     own = {option.name: saved[option.name] for option in fields(schema.DataConfig) if option.name in saved}
-    return own, f"--model {raw['model']}: asked about its own data, with the options in {run / schema.CONFIG_NAME}"
+    return own, f"--model {raw['model']}: run on its own data, with the data options in {run / schema.CONFIG_NAME}"
 
 
 SCORE: Command[ScoreOptions] = Command(
     "score",
-    "Score every token of the replies with PerContrast, its log-probability with the persona and without it, and with "
-    "the weight it has. Without arguments: the default model on the built-in test examples, in the terminal.",
+    "Score every token of the replies: PerContrast (its log-probability with the persona minus that without it), and "
+    "its weight. Without arguments: the default model on the built-in test examples, shown in the terminal.",
     ScoreOptions,
     passes_over=is_training_option,
     completes=of_the_run,
@@ -167,8 +167,8 @@ SCORE: Command[ScoreOptions] = Command(
 )
 EVALUATE: Command[EvaluateOptions] = Command(
     "evaluate",
-    "Evaluate a model on a split: losses with, without and with a wrong persona, on personal and other tokens; ROUGE, "
-    "METEOR and persona use of generated replies; bootstrap intervals; comparison of two models.",
+    "Evaluate a model on a split: losses with the persona, without it and with another user's, on personal and other "
+    "tokens; ROUGE, METEOR and persona use of generated replies; bootstrap intervals; comparison of two models.",
     EvaluateOptions,
     passes_over=is_training_option,
     completes=of_the_run,
@@ -176,8 +176,8 @@ EVALUATE: Command[EvaluateOptions] = Command(
 )
 PLAN: Command[PlanOptions] = Command(
     "plan",
-    "Peak memory and least time of a training step, the largest context that fits, and what each option buys. Reads "
-    "the model's config.json only.",
+    "Plan a training step: its peak memory and least time, the largest context that fits, and what each option saves "
+    "or costs. Only the model's config.json is read.",
     PlanOptions,
     passes_over=is_training_option,
     renames={"max_length": "context"},
@@ -185,8 +185,8 @@ PLAN: Command[PlanOptions] = Command(
 )
 PREVIEW: Command[PreviewOptions] = Command(
     "preview",
-    "What training would make of a data set: its format, counts, lengths, what is trimmed, shared and refused, and the "
-    "text of both prompts. Of the model only the tokenizer is read.",
+    "Show how training would read a dataset: its format, counts and lengths, what would be trimmed, shared and "
+    "refused, and the text of both prompts. Only the model's tokenizer is read.",
     PreviewOptions,
     passes_over=is_training_option,
     commands=lambda: COMMANDS,
@@ -197,8 +197,9 @@ COMMANDS: tuple[Command[Any], ...] = (TRAIN, SCORE, EVALUATE, PLAN, PREVIEW)
 def parse_args(argv: Sequence[str], recipe: str = "") -> tuple[TrainOptions, bool]:
     """(options of train, whether --print_config was given). Flags win over the YAML file, which wins over `recipe`.
 
-    `recipe` is one more, used where neither names a model nor data; see demo/recipe.yaml. With `--resume` what is left
-    open is as the run directory has it; where that holds no run yet it is begun, if it is said what of.
+    `recipe` is another YAML file, used if neither flags nor file name a model or data; see demo/recipe.yaml. With
+    `--resume`, options that are not given come from the run directory; if that holds no run yet, one is begun there,
+    provided that a model, data or a file is given.
     """
     parsed = TRAIN.parse(argv)
     raw = parsed.raw
@@ -209,8 +210,7 @@ def parse_args(argv: Sequence[str], recipe: str = "") -> tuple[TrainOptions, boo
         elif not (parsed.config_file or raw.get("model") or raw.get("data")):
             raise UserError(
                 f"--resume: {raw['output_dir']} holds no run ({schema.CONFIG_NAME} is missing). Was --output_dir "
-                f"mistyped?{did_you_mean(raw['output_dir'])} To begin a run there, say what of: --model, --data or "
-                "--config."
+                f"mistyped?{did_you_mean(raw['output_dir'])} To begin a run there, give --model, --data or --config."
             )
     if raw.get("model") is None and raw.get("data") is None:
         raw = (read_yaml(recipe) if recipe else {}) | raw

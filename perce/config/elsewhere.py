@@ -1,4 +1,4 @@
-"""What other programs call the options of these: which is meant by a name that is not known here."""
+"""Names that other programs have for the options of these commands, to say which option an unknown name stands for."""
 
 NAMES = (
     ("model", "model_name_or_path model_name model_path model_id base_model pretrained_model_name_or_path"),
@@ -49,22 +49,22 @@ NAMES = (
     ("split_seed", "seed random_seed"),
     ("seed", "random_seed"),
 )
-"""(an option of a command of these, or a TrainingArguments field; what others call it)"""
+"""(an option of one of these commands, or a TrainingArguments field; its names in other programs)"""
 
 NOTES = {
     "data": "a file, or a directory with train.jsonl, validation.jsonl and test.jsonl",
     "warmup_steps": "below 1 it is a share of all steps",
     "precision": "auto, fp32 or bf16",
-    "lora_r": "the rank of LoRA, which is on; 0 trains all weights",
-    "load_in_4bit": "of a quantised base there are 4 bits alone",
-    "use_cpu": "true or false; a GPU is used where there is one",
+    "lora_r": "the rank of LoRA, which is on by default; 0 trains all weights",
+    "load_in_4bit": "a base is quantised to 4 bits, to no other width",
+    "use_cpu": "true or false; a GPU is used if there is one",
 }
-"""What is to be known of some of them beside the name."""
+"""What to say about some of them besides the name."""
 
-ADVICE = {"device": "A GPU is used where there is one; CUDA_VISIBLE_DEVICES= hides it."}
-"""Of what is no option of a command, though it may be another's."""
+ADVICE = {"device": "A GPU is used if there is one; CUDA_VISIBLE_DEVICES= hides it."}
+"""What to say about a name that is no option of a command, though it may be one of another command."""
 
 
 def known_as(name: str) -> list[str]:
-    """What may be meant by the name, in all commands together."""
+    """The options, of all commands together, that the name may stand for."""
     return [right for right, names in NAMES if name in names.split()]

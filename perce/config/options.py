@@ -1,6 +1,6 @@
-"""Command lines and YAML files out of dataclasses: every command's options are fields, and --help is their docs.
+"""Command lines and YAML files from dataclasses: the options of a command are fields, and --help is made of their help.
 
-    sections   frozen dataclasses whose fields carry `option(default, help)`; a dataclass of sections is a command's
+    sections   frozen dataclasses whose fields carry `option(default, help)`; a command has a dataclass of sections
     flags      --name value, --name=value, --with-dashes, a bare --flag for booleans
     --config   a flat YAML file of the same names; flags win over it
 
@@ -33,7 +33,7 @@ from perce.visible import ACTING, say
 
 
 class Files(Protocol):
-    """Paths by option: what a command reads, and what it writes."""
+    """The paths that a command reads and those that it writes, each by the option that names it."""
 
     @property
     def inputs(self) -> dict[str, str | None]: ...
@@ -51,21 +51,21 @@ def option(default: Any, help: str, metavar: str | None = None) -> Any:
 
 
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
-    """UserError unless an option's value is what was expected."""
+    """UserError unless the condition on an option's value holds."""
     if not condition:
         shown = repr(got)
         raise UserError(f"{name}: expected {expected}, got {shown if len(shown) <= 200 else shown[:197] + '...'}.")
 
 
-PATHS = ("DATA", "DIR", "FILE", "DIR|HUB_ID")  # what options that are paths show in --help as their value
-BROKEN_PIPE = 13  # SIGPIPE, which Windows has not
-LARGEST = 3.4028234663852886e38  # of fp32
+PATHS = ("DATA", "DIR", "FILE", "DIR|HUB_ID")  # values that --help shows for options that are paths
+BROKEN_PIPE = 13  # SIGPIPE, which Windows does not have
+LARGEST = 3.4028234663852886e38  # the largest number in fp32
 
 
 def require_finite(name: str, value: Any, given: Any = None) -> None:
-    """UserError for a number that no tensor could hold: nan, inf, what overflows fp32 or, whole, 64 bits.
+    """UserError for a number that no tensor could hold: nan, inf, a float beyond fp32, an integer beyond 64 bits.
 
-    given: as it was written.
+    given: the value as the user wrote it, for the message.
     """
     given = value if given is None else given
     if isinstance(value, float):
@@ -75,12 +75,12 @@ def require_finite(name: str, value: Any, given: Any = None) -> None:
 
 
 def guarded(run: Callable[[], object]) -> int:
-    """The exit code of a command that `run` is: 0; 2 after one paragraph on stderr when the user can put something
-    right; 130 after Ctrl-C, 141 when stdout's reader has gone (`| head`)."""
+    """Run a command and return its exit code: 0; 2 after one paragraph on stderr about a mistake that the user can
+    correct; 130 after Ctrl-C; 141 when the reader of stdout has closed it (`| head`)."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell, `>&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # whose encoding may not know an arrow
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters, such as an arrow
         sys.stdout.reconfigure(errors="replace")
     code = 0
     try:
@@ -112,7 +112,7 @@ def guarded(run: Callable[[], object]) -> int:
 
 
 def _failure_of_stdout() -> OSError | None:
-    """Why nothing can be printed any more, if so; what is still buffered then goes nowhere when Python ends."""
+    """The error if stdout can no longer be written to, else None. What is still buffered then is discarded."""
     try:
         print(flush=True)
     except OSError as error:
@@ -129,26 +129,26 @@ def as_called(name: str) -> str:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a command line and its YAML file say: raw values by option, and what concerns the command itself."""
+    """A parsed command line with its YAML file: raw values by option, and the flags of the command itself."""
 
     raw: dict[str, Any]
     config_file: str | None
     print_config: bool
     passed_over: list[str]
-    """Options of the file that are another command's."""
+    """Options of the file that belong to another command and are not used."""
     completed: str
-    """Where options come from that were not given, in words."""
+    """A sentence that says where options that were not given come from."""
 
 
 @dataclass(frozen=True)
 class Command(Generic[Chosen]):
-    """A command's name, and the dataclass that its options become.
+    """A command: its name, and the dataclass that its options become.
 
-    options: a dataclass whose fields are sections, each the name of a group in --help. extra: what other options,
-    passed on by name into its field `extra`, are called in --help and in errors ("" where every option must be a
-    field). passes_over: whether a name in a file is an option of another command, whose files are read here too.
-    renames: what that command's names are called here. completes: values, by those that were given, of options that
-    were not, and where they come from. commands: all there are, one of which may have an option that this one has not.
+    options: a dataclass whose fields are sections; the name of each is a group in --help. extra: the word in --help and
+    in errors for other options, which are passed on by name in the field `extra` ("": every option must be a field).
+    passes_over: says whether a name in a file is an option of the other command whose files are read here too.
+    renames: names of that command → names here. completes: from the given values, the values of options that were not
+    given, and a sentence that says where they come from. commands: all commands, to name the one that has an option.
     """
 
     name: str
@@ -178,7 +178,7 @@ class Command(Generic[Chosen]):
         return {name: hint for cls in self.sections.values() for name, hint in typing.get_type_hints(cls).items()}
 
     def parse(self, argv: Sequence[str]) -> Parsed:
-        """Flags over the file of --config; UserError for what is neither."""
+        """The values of the flags and of the --config file; flags win. UserError for unknown options."""
         namespace, rest = self._parser().parse_known_args([_underscored(argument) for argument in argv])
         flags = {name: value for name, value in vars(namespace).items() if value is not None}
         config_file, print_config = flags.pop("config", None), flags.pop("print_config", False)
@@ -189,7 +189,7 @@ class Command(Generic[Chosen]):
         if self.passes_over:
             hints = self.types
             file = {self.renames.get(name, name): value for name, value in file.items()}
-            # What that command leaves open ("null: by length") is decided by the default here.
+            # For an option that the other command may leave open (null) and this one may not, the default here holds.
             file = {k: v for k, v in file.items() if v is not None or k not in hints or _is_optional(hints[k])}
         unused = [name for name in file if name not in self.fields and self.passes_over and self.passes_over(name)]
         raw = {name: value for name, value in file.items() if name not in unused} | flags
@@ -222,7 +222,7 @@ class Command(Generic[Chosen]):
             parsed = self.parse(sys.argv[1:] if argv is None else argv)
             options = self.build(parsed.raw)
             if parsed.passed_over:
-                say(f"{parsed.config_file}: not used here: {', '.join(parsed.passed_over)}", error=True)
+                say(f"{parsed.config_file}: options not used here: {', '.join(parsed.passed_over)}", error=True)
             if parsed.completed:
                 say(parsed.completed, error=True)
             if parsed.print_config:
@@ -234,24 +234,24 @@ class Command(Generic[Chosen]):
         return lambda argv=None: guarded(lambda: parse_and_run(argv))
 
     def unknown(self, name: str, known: Sequence[str] = (), where: str = "") -> UserError:
-        """The error for an option that this command has not: what is meant, which command has it, or what is near.
+        """The error for an option that this command does not have, with the option or command that may be meant.
 
-        known: names beside the fields. where: what stands before the name."""
+        known: names besides the fields. where: the text before the name."""
         if meant := self._meant(name, "--" if where in ("", "--") else ""):
             return UserError(f"{where}{name}: unknown option.{meant}")
         near = difflib.get_close_matches(name, dict.fromkeys([*self.fields, *known]), n=2)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        others = f" ours; any {self.extra} works too" if self.extra else " all"
+        others = f" the options; any {self.extra} works too" if self.extra else " the options"
         return UserError(f"{where}{name}: unknown option.{hint} `--help` lists{others}.")
 
     def _here(self, name: str) -> str | None:
-        """The option of this command that others call so."""
+        """The option of this command that other programs call by this name."""
         of_all = {option for command in self.commands() for option in command.fields}
         meant = known_as(name)
         return next((x for x in meant if x in self.fields or (self.extra and x not in of_all)), None)
 
     def _meant(self, name: str, dashes: str) -> str:
-        """In words: the option of this command that is meant by a name, or that of another; "" where there is none."""
+        """A sentence: which option, of this command or of another, a name stands for; "" if none is known."""
         if right := self._here(name):
             note = f": {NOTES[right]}." if right in NOTES else "."
             return f" It is {dashes}{right} here{note}"
@@ -264,7 +264,7 @@ class Command(Generic[Chosen]):
         return next((f" It is {dashes}{right} of {other.prog}." for other, right in rights if right), "")
 
     def _extra_flags(self, rest: Sequence[str]) -> dict[str, Any]:
-        """`--name value`, `--name=value` and bare `--name` that the parser does not know."""
+        """The values of `--name value`, `--name=value` and bare `--name` flags that the parser does not know."""
         extra: dict[str, Any] = {}
         arguments = list(rest)
         while arguments:
@@ -278,7 +278,7 @@ class Command(Generic[Chosen]):
         return extra
 
     def _without_dashes(self, argument: str) -> UserError:
-        """The error for `-name`, `name=value`, both of which are meant as options, and for a value without one."""
+        """The error for an argument without --: `-name` and `name=value`, meant as options, or a lone value."""
         written, equals, _ = argument.partition("=")  # the value may be a secret
         name = written.lstrip("-–—")
         if written == name and not equals:
@@ -319,9 +319,9 @@ def flat(options: Any) -> dict[str, Any]:
 
 
 def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict[str, Any]:
-    """A flat YAML mapping; `1e-5` is a number here, as people expect and YAML 1.1 does not.
+    """A flat YAML mapping. `1e-5` becomes a number, as people expect; to YAML 1.1 it is a text.
 
-    option: that names the file. numbers: whether texts that look like numbers become them.
+    option: the option that names the file. numbers: whether texts that look like numbers become numbers.
     """
     import yaml
 
@@ -340,7 +340,7 @@ def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict
 
 @functools.cache
 def _yaml_loader() -> Any:
-    """PyYAML's, but an error for a key that is there twice, of which it takes the last."""
+    """PyYAML's loader, except that a repeated key is an error; PyYAML itself takes the last of them."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -355,7 +355,7 @@ def _yaml_loader() -> Any:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML with letters of all alphabets as they are, or all escaped where a character among them acts."""
+    """YAML with the letters of all alphabets as they are; all are escaped if any character acts (see visible.py)."""
     import yaml
 
     text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
@@ -367,14 +367,14 @@ class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are UserErrors."""
 
     def print_help(self, file: Any = None) -> None:
-        say(*self.format_help().splitlines())  # argparse passes over a stdout that is broken
+        say(*self.format_help().splitlines())  # argparse itself ignores a broken stdout
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}. `--help` lists the options.")
 
 
 class _LineByLine(argparse.HelpFormatter):
-    """Help of several lines stays so; what does not fit on one goes on indented."""
+    """Keeps the lines of a help text apart; the rest of a line that is too long is indented."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         lines, indent = text.splitlines(), "  " if "\n" in text else ""
@@ -382,7 +382,7 @@ class _LineByLine(argparse.HelpFormatter):
 
 
 def _written(value: Any) -> str:
-    """As on a command line and in YAML."""
+    """The value as it is written on a command line and in YAML."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -401,7 +401,7 @@ def _underscored(argument: str) -> str:
 
 
 def number(value: Any) -> Any:
-    """Strings that are numbers or booleans, as YAML and TrainingArguments want them."""
+    """The number or boolean that a string spells, as YAML and TrainingArguments expect; other values unchanged."""
     if not isinstance(value, str):
         return value
     if value.lower() in ("true", "false"):
@@ -436,7 +436,7 @@ def convert(name: str, hint: Any, value: Any) -> Any:
     if plain is str:
         return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else str(value)
     converted = number(value)
-    if isinstance(converted, int) and abs(converted) > LARGEST:  # more than a float can hold, perhaps
+    if isinstance(converted, int) and abs(converted) > LARGEST:  # perhaps more than a float can hold
         converted = math.inf
     fits = {
         bool: isinstance(converted, bool),

@@ -19,21 +19,25 @@ from perce.errors import UserError
 from perce.objectives import OBJECTIVES, Objective, TokenWeighting
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
-FACTS_NAME = "run.json"  # what they do not say of the run, written before them
-HELD_OUT_NAME = "held_out.json"  # who is evaluated on, in that of a run on data without a validation split
-MERGED = "merged"  # directory of a run: the model that --merge_adapter saves
+FACTS_NAME = "run.json"  # facts of the run that are not options; written before config.yaml
+HELD_OUT_NAME = "held_out.json"  # the held-out users, in the directory of a run on data without a validation split
+MERGED = "merged"  # in a run directory: the model that --merge_adapter saves
 MODEL = "DIR|HUB_ID"
 FORMAT_NAMES = ("auto", *FORMATS)
 BACKEND = (
-    "what computes losses and log-probabilities; reference: with all logits of the response in memory; auto: what "
-    "PERCE_BACKEND in the environment says, else triton on a GPU that it supports and torch elsewhere"
+    "implementation that computes losses and log-probabilities; reference: holds all logits of the response in memory; "
+    "auto: the one that the environment variable PERCE_BACKEND names, else triton on a GPU that it supports, else torch"
 )
 _LINES = (f"{x.name}: {x.help} [{x.weighting()}; {' or '.join(x.takes)}]" for x in OBJECTIVES.values())
-OBJECTIVE = _option("perce", "\n".join(["what tokens are weighted by, for which rows:", *_LINES]), "|".join(OBJECTIVES))
+OBJECTIVE = _option(
+    "perce",
+    "\n".join(["how tokens are weighted; in brackets: the weight, and for which rows", *_LINES]),
+    "|".join(OBJECTIVES),
+)
 
 
 def run_directory(model: str | None) -> Path | None:
-    """The run that a model is of: its directory itself, or that which has it as merged/ or checkpoint-N/; else None."""
+    """The run directory that holds a model: the model's own, or the one above merged/ or checkpoint-N/; else None."""
     if model is None:
         return None
     path = Path(model).expanduser().resolve()
@@ -53,21 +57,22 @@ def objective_of(name: str) -> Objective:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained."""
+    """The model that is trained."""
 
     model: str | None = _option(
         None, "directory or Hub id of a causal language model; default: SmolLM2-135M-Instruct", MODEL
     )
-    lora_r: int = _option(16, "LoRA rank; 0 trains all weights, as the run without arguments does")
-    lora_alpha: int = _option(32, "LoRA scale is lora_alpha / lora_r")
+    lora_r: int = _option(16, "LoRA rank; 0 trains all weights, as perce.train does without --model and --data")
+    lora_alpha: int = _option(32, "what the adapters add is scaled by lora_alpha / lora_r")
     lora_dropout: float = _option(0.0, "dropout inside the adapters, in [0, 1)")
     load_in_4bit: bool = _option(False, "quantise the frozen base to 4 bits with bitsandbytes")
     precision: Literal["auto", "fp32", "bf16"] = _option(
-        "auto", "arithmetic; auto: bf16 where the device has it natively"
+        "auto", "arithmetic; auto: bf16 if the device supports it natively, else fp32"
     )
     attn_implementation: str | None = _option(
         None,
-        "sdpa, flash_attention_2, eager, …; default: flash_attention_2 where it is installed, else the model's own",
+        "sdpa, flash_attention_2, eager, …; default: flash_attention_2 if it is installed and can run, else the "
+        "model's own",
     )
     backend: Literal["auto", "triton", "torch", "reference"] = _option("auto", BACKEND)
 
@@ -79,47 +84,57 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which rows, and how they become token pairs."""
+    """The rows, and how each becomes a pair of token sequences, with and without the persona."""
 
     data: str | None = _option(
-        None, "file, directory or Hub id; default: the built-in examples; of a run that is asked: its own", "DATA"
+        None,
+        "file, directory or Hub id; default: the built-in examples; in score and evaluate with the --model of a run: "
+        "the data of that run",
+        "DATA",
     )
     format: str = _option("auto", "row format; auto: detected from the fields", "|".join(FORMAT_NAMES))
-    columns: str | None = _option(None, "rename fields, such as persona=profile,response=output", "OURS=THEIRS,…")
+    columns: str | None = _option(
+        None, "names of the fields in your rows, such as persona=profile,response=output", "OURS=THEIRS,…"
+    )
     persona_markers: str | None = _option(
-        None, "what stands before and behind the persona in a system message, of rows without the field persona, such "
-        "as '<persona>...</persona>'; nothing behind the dots: up to its end", "START...END",
+        None, "the texts before and after the persona in the system message, for rows without a persona field, such as "
+        "'<persona>...</persona>'; 'START...': the persona reaches to the end of the message", "START...END",
     )  # fmt: skip
-    skip_bad_rows: bool = _option(False, "count and report rows that cannot be used instead of stopping")
+    skip_bad_rows: bool = _option(False, "skip rows that cannot be used, and report their number, instead of stopping")
     streaming: bool = _option(
-        False, "read rows while they are used instead of before; training needs --max_steps and a validation split"
+        False, "read rows during the run instead of before it; training then needs --max_steps and a validation split"
     )
     max_length: int = _option(
-        5000, "longest sequence in tokens; persona entries are dropped from the end until it fits, documents are cut"
+        5000,
+        "maximum tokens per sequence; persona entries are dropped, the last first, until an example fits; longer "
+        "documents are cut into pieces",
     )
     retriever: Literal["bm25", "dense", "recency", "none"] = _option(
         "bm25",
-        "which passages of a user's history the prompt shows: those with the request's words, with a similar "
-        "embedding, the latest; none: all, the latest first; a conversation is shown whole where it fits",
+        "how to choose the passages of a user's history that the prompt shows; bm25: by words in common with the "
+        "request; dense: by similar embeddings; recency: the latest; none: all, the latest first; a history that is "
+        "a conversation is shown whole if it fits",
     )
     retriever_model: str | None = _option(
-        None, "directory or Hub id of a mean-pooled encoder, for dense; default: facebook/contriever", MODEL
+        None, "directory or Hub id of the mean-pooled encoder of --retriever dense; default: facebook/contriever", MODEL
     )
     retrieve_k: int = _option(4, "number of passages to show, best first")
     chat_template_kwargs: str | None = _option(
-        None, 'JSON for the chat template, such as {"enable_thinking": false}', "JSON"
+        None, 'arguments of the chat template as JSON, such as {"enable_thinking": false}', "JSON"
     )
     prompt: str | None = _option(
-        None, "YAML file (in a recipe also a mapping) of how the persona is told: any of system, place, header, item, "
-        "footer; see docs/SERVING.md", "FILE",
+        None, "YAML file (in a recipe also a mapping) that words the persona in the prompt, with any of the keys "
+        "system, place, header, item, footer; see docs/SERVING.md", "FILE",
     )  # fmt: skip
     special_tokens_in_text: Literal["text", "allow"] = _option(
-        "text", "what strings of the data that spell control tokens, such as <|im_end|>, become: text, or these tokens"
+        "text",
+        "how strings in the data that spell control tokens, such as <|im_end|>, are tokenized; text: as ordinary text; "
+        "allow: as these control tokens",
     )
     share: Literal["conversations", "none"] = _option(
-        "conversations", "the replies of a conversation that are in one batch are computed together, what they have in "
-        "common once; in evaluate and score those of a persona: the same numbers in a fraction of the time; none: each "
-        "by itself",
+        "conversations", "compute only once the tokens that replies of a conversation in one batch have in common (in "
+        "evaluate and score also those of examples with the same persona): the same numbers in a fraction of the time; "
+        "none: compute each reply separately",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -127,7 +142,7 @@ class DataConfig:
         _require(self.max_length >= 16, "max_length", ">= 16", self.max_length)
         _require(self.retrieve_k >= 1, "retrieve_k", ">= 1", self.retrieve_k)
         dense = self.retriever == "dense" or self.retriever_model is None
-        _require(dense, "retriever_model", "--retriever dense beside it", f"--retriever {self.retriever}")
+        _require(dense, "retriever_model", "--retriever dense with it", f"--retriever {self.retriever}")
         self.column_names()
         self.markers()
         self.template_kwargs()
@@ -135,7 +150,7 @@ class DataConfig:
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        """Paths by option."""
+        """The paths that are read, by the option that names them."""
         file = None if (self.prompt or "").lstrip().startswith("{") else self.prompt
         return {"--data": self.data, "--retriever_model": self.retriever_model, "--prompt": file}
 
@@ -149,15 +164,15 @@ class DataConfig:
         twice = next((name for name in ours if ours.count(name) > 1), None)
         both = " and ".join(item for item, name in zip(self.columns.split(","), ours, strict=True) if name == twice)
         if twice:
-            raise UserError(f"columns: expected each of our names once, got {both}.")
+            raise UserError(f"columns: expected each name before = once, got {both}.")
         return {name.strip(): source.strip() for name, _, source in pairs}
 
     def markers(self) -> tuple[str, str] | None:
-        """What stands before and behind the persona in a system message."""
+        """The texts before and after the persona in a system message."""
         if self.persona_markers is None:
             return None
         start, dots, end = self.persona_markers.partition("...")
-        expected = "START...END, or START... where it goes on to the end"
+        expected = "START...END, or START... for a persona that reaches to the end of the message"
         _require(bool(start and dots), "persona_markers", expected, self.persona_markers)
         return start, end
 
@@ -170,7 +185,7 @@ class DataConfig:
         return value
 
     def prompt_style(self) -> dict[str, str]:
-        """What --prompt says: keys of data.prompt.PromptStyle, checked."""
+        """The mapping that --prompt gives, checked; its keys are the fields of data.prompt.PromptStyle."""
         if not self.prompt:
             return {}
         _require(isinstance(self.prompt, str), "prompt", "a YAML file, or a mapping as JSON", self.prompt)
@@ -187,18 +202,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class WeightingConfig:
-    """How tokens are weighted: what train and score share. Left open, clip and contrast are the objective's own."""
+    """How tokens are weighted, in train and in score. The defaults of clip and contrast depend on the objective."""
 
     objective: str = OBJECTIVE
     clip_min: float | None = _option(None, "lower bound m of a token's weight; default: the objective's")
     clip_max: float | None = _option(None, "upper bound M of a token's weight; default: the objective's")
-    contrast: Literal["log", "ratio"] | None = _option(None, "clip PIR, or exp(PIR); default: log; longce: ratio")
+    contrast: Literal["log", "ratio"] | None = _option(
+        None, "what is clipped to give the weight; log: PIR; ratio: exp(PIR); default: log, for longce ratio"
+    )
 
     def __post_init__(self) -> None:
         own, low, high = self.entry.weighting(), self.weighting.clip_min, self.weighting.clip_max
         expected = f"finite numbers, 0 <= min <= max ({self.objective}'s own: {own.clip_min:g}, {own.clip_max:g})"
         _require(0 <= low <= high < float("inf"), "clip_min, clip_max", expected, (low, high))
-        expected = f"none with --objective {self.objective}, which contrasts nothing"
+        expected = f"no value with --objective {self.objective}, whose weight is neither PIR nor exp(PIR)"
         _require(not self.contrast or own.contrast is not None, "contrast", expected, self.contrast)
 
     @property
@@ -212,24 +229,29 @@ class WeightingConfig:
 
 @dataclass(frozen=True)
 class LossConfig(WeightingConfig):
-    """What is minimised."""
+    """The loss that is minimised."""
 
     estimate: Literal["online", "epoch", "frozen"] = _option(
-        "online", "when weights are estimated: each step, at each epoch's start, or once by the initial model"
+        "online",
+        "when weights are estimated; online: in each step; epoch: at the start of each epoch; frozen: once, by the "
+        "initial model",
     )
     clip_schedule: Literal["constant", "rising", "falling"] = _option(
         "constant",
-        "rising: both bounds of the clip begin at 1, which is cross-entropy, and reach clip_min and clip_max at the "
-        "last step; falling: the other way",
+        "rising: both bounds of the clip begin at 1, which is plain cross-entropy, and reach clip_min and clip_max at "
+        "the last step; falling: the reverse",
     )
     normalize: Literal["none", "batch", "sequence"] = _option(
-        "none", "rescale weights to mean 1 over each step's batch or each sequence"
+        "none", "rescale weights to a mean of 1 over the batch of each step or over each sequence"
     )
-    short_context: int = _option(4096, "longce: tokens of the short context (the authors' code: 4096)")
-    short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context (theirs: 1024)")
+    short_context: int = _option(4096, "longce: length of the short context in tokens (the authors' code: 4096)")
+    short_stride: int = _option(
+        1024, "longce: successive tokens whose short contexts begin at the same token (the authors' code: 1024)"
+    )
     router_aux_loss_coef: float | None = _option(
-        None, "mixtures of experts: times the router's load-balancing loss of each step, this is added; 0: nothing; "
-        "default: the router_aux_loss_coef of the model's config where that has output_router_logits true, else 0",
+        None, "mixtures of experts: the router's load-balancing loss is added to the loss of each step, times this; 0: "
+        "not added; default: the router_aux_loss_coef of the model's config if output_router_logits is true there, "
+        "else 0",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -239,13 +261,13 @@ class LossConfig(WeightingConfig):
         for name in ("short_context", "short_stride"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
         for name, default in (("estimate", "online"), ("clip_schedule", "constant")):
-            value, expected = getattr(self, name), f"{default} with --objective {self.objective}, which has no weights"
+            value, expected = getattr(self, name), f"{default} with --objective {self.objective}, whose weights are 1"
             _require(value == default or self.entry.signal is not None, name, expected, value)
 
     def at(self, progress: float) -> "LossConfig":
-        """What is minimised at this place of the run, from 0 (its first step) to 1 (its last).
+        """The loss at this point of the run, from 0 (its first step) to 1 (its last).
 
-        Both bounds move on straight lines between 1, where every weight is 1, and clip_min or clip_max.
+        Both bounds move linearly between 1, where every weight is 1, and clip_min or clip_max.
         """
         if self.clip_schedule == "constant":
             return self
@@ -256,22 +278,26 @@ class LossConfig(WeightingConfig):
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What long contexts trade for memory; see also activation_checkpointing."""
+    """Ways to save memory on long contexts; see also activation_checkpointing."""
 
     persona_grad: Literal["full", "none"] = _option(
-        "full", "none: the prompt through the persona gives keys and values without a gradient, same loss"
+        "full",
+        "none: the loss is the same, but no gradient flows through the keys and values of the prompt up to the end of "
+        "the persona",
     )
     share_persona: int = _option(
-        0, "deal up to so many requests of a user together, in a forward pass that computes their persona once, where "
-        "prompts are the same through its end; 1: none; 0: as --share has it",
+        0, "put up to this many requests of a user into one forward pass that computes their persona once, if their "
+        "prompts are the same up to its end; 1: share nothing; 0: share as --share says",
     )  # fmt: skip
     branches_per_forward: int = _option(
-        0, "so many requests at a time behind the persona, which is computed by itself: the same gradient, without "
-        "activation_checkpointing in less memory; 0: all together",
+        0, "run the persona in a forward pass of its own, and behind it this many requests at a time: the same "
+        "gradient, in less memory without activation_checkpointing; 0: all together",
     )  # fmt: skip
-    mlp_tile: int = _option(0, "run each MLP on so many tokens at a time, recomputed in backward; 0: on all at once")
+    mlp_tile: int = _option(
+        0, "run each MLP on this many tokens at a time, and again in the backward pass; 0: on all tokens at once"
+    )
     activation_offload: bool = _option(
-        False, "hold the inputs of checkpointed layers in host memory; GPU and activation_checkpointing only"
+        False, "keep the inputs of checkpointed layers in host memory; needs a GPU and activation_checkpointing"
     )
 
     def __post_init__(self) -> None:
@@ -280,40 +306,39 @@ class MemoryConfig:
 
     @property
     def on_trunks(self) -> bool:
-        """Whether personas run by themselves; see model/prefill.py."""
+        """Whether a persona is run in a forward pass of its own; see model/prefill.py."""
         return self.persona_grad == "none" or self.branches_per_forward > 0
 
     @property
     def unit(self) -> Literal["conversation", "persona"]:
-        """Whose examples share tokens."""
+        """Which examples share tokens: those of a conversation, or those of a persona."""
         return "persona" if self.share_persona else "conversation"
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How it is trained. Names that TrainingArguments has too mean the same."""
+    """The training run. Options that TrainingArguments has too mean the same there."""
 
-    output_dir: str | None = _option(None, "run directory; default: runs/NAME, numbered when taken", "DIR")
+    output_dir: str | None = _option(None, "run directory; default: runs/NAME, with a number if that is taken", "DIR")
     resume: bool = _option(
         False,
-        "continue from the newest whole checkpoint in output_dir, begin where there is none yet, do nothing where the "
-        "run is finished: the same command restarts a run at any moment",
+        "continue from the newest complete checkpoint in output_dir; begin if there is none yet; do nothing if the run "
+        "is finished: the same command can be given at any moment",
     )
     num_train_epochs: float = _option(3.0, "passes over the training examples (the paper: 3)")
     max_steps: int = _option(-1, "optimiser steps instead of epochs; -1: epochs")
-    learning_rate: float | None = _option(None, "peak; default: 2e-5 for all weights, 2e-4 for LoRA")
-    warmup_steps: float = _option(0.1, "linear warm-up, in steps, or below 1 as a share of all steps")
+    learning_rate: float | None = _option(None, "peak learning rate; default: 2e-5 for all weights, 2e-4 for LoRA")
+    warmup_steps: float = _option(0.1, "steps of linear warm-up; below 1: a share of all steps")
     per_device_train_batch_size: int | None = _option(
         None,
-        "replies per forward pass, at most, where those of a conversation share tokens; default: by length, see "
-        "accumulation",
+        "replies per forward pass, at most this many if replies share tokens; default: chosen by their lengths",
     )
     gradient_accumulation_steps: int | None = _option(
         None, "forward passes per optimiser step; default: as many as give 8 replies per device"
     )
     tokens_per_batch: int | None = _option(
-        None, "tokens that a forward pass computes, padding included, what replies share once; instead of a number of "
-        "replies; a step is then gradient_accumulation_steps (default: 1) such passes on each device",
+        None, "tokens per forward pass, padding included and shared tokens counted once, instead of a number of "
+        "replies; a step is then gradient_accumulation_steps (default: 1) such passes per device",
     )  # fmt: skip
     packing: bool = _option(
         False, "put the sequences of a forward pass into one row without padding; needs --attn_implementation "
@@ -322,15 +347,17 @@ class RunConfig:
     eval_examples: int | None = _option(
         None, "validation examples per evaluation; 0: all; default: 64, on a CPU fewer (at most 20,000 tokens)"
     )
-    eval_steps: float | None = _option(None, "evaluate every so many steps; default: each epoch's end")
-    save_steps: float = _option(500, "checkpoint every so many steps; 0: none but the final model")
+    eval_steps: float | None = _option(None, "steps between evaluations; default: evaluate at the end of each epoch")
+    save_steps: float = _option(500, "steps between checkpoints; 0: save the final model only")
     early_stopping: int = _option(
-        0, "stop after so many evaluations in a row without a better eval_loss (or --metric_for_best_model), and keep "
-        "the best weights; 0: never",
+        0, "stop after this many evaluations in a row without a better eval_loss (or --metric_for_best_model), and "
+        "keep the best weights; 0: never",
     )  # fmt: skip
-    logging_steps: float = _option(10, "log every so many steps")
+    logging_steps: float = _option(10, "steps between log entries")
     report_examples: int = _option(8, "validation responses shown token by token in report.html")
-    activation_checkpointing: bool = _option(False, "recompute activations in backward: less memory, about 30 % slower")
+    activation_checkpointing: bool = _option(
+        False, "recompute activations in the backward pass: less memory, about 30 % slower"
+    )
     merge_adapter: bool = _option(False, "LoRA: also save the whole model, merged in fp32, in output_dir/merged")
     seed: int = _option(42, "seed of data order, dropout and LoRA initialisation")
 
@@ -340,7 +367,7 @@ class RunConfig:
             _require(value is None or value >= 1, name, ">= 1", value)
         sequences, tokens = self.per_device_train_batch_size, self.tokens_per_batch
         one = "per_device_train_batch_size or tokens_per_batch"
-        _require(sequences is None or tokens is None, one, "one of them", (sequences, tokens))
+        _require(sequences is None or tokens is None, one, "only one of them", (sequences, tokens))
         for name in ("eval_examples", "report_examples", "save_steps", "early_stopping"):
             value = getattr(self, name)
             _require(value is None or value >= 0, name, ">= 0", value)
@@ -354,7 +381,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """The model that is asked."""
+    """The model that is scored or evaluated."""
 
     model: str | None = _option(
         None,
@@ -362,15 +389,15 @@ class InferenceConfig:
         MODEL,
     )
     precision: Literal["auto", "fp32", "bf16"] = _option(
-        "auto", "arithmetic; auto: bf16 on a GPU that has it natively, else fp32"
+        "auto", "arithmetic; auto: bf16 on a GPU that supports it natively, else fp32"
     )
     attn_implementation: str | None = _option(
         None, "sdpa, flash_attention_2, eager, …; default: the model's own choice"
     )
     backend: Literal["auto", "triton", "torch", "reference"] = _option("auto", BACKEND)
     batch_size: int = _option(
-        8, "sequences per forward pass, at most; fewer where they are long; examples of a persona that share what they "
-        "have in common (--share) are one",
+        8, "maximum sequences per forward pass, fewer if they are long; examples that share the tokens of a persona "
+        "(--share) count as one",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -379,19 +406,20 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Which examples."""
+    """The examples that are scored or evaluated."""
 
     split: Literal["train", "validation", "test", "held_out"] | None = _option(
         None,
-        "held_out: the tenth of the users that training without a validation split leaves out; default: the first of "
-        "test, validation and train that the data has, of a run's own data test or what the run did not train on",
+        "held_out: the tenth of the users that training leaves out if the data has no validation split; default: the "
+        "first of test, validation and train that the data has; for a run's own data, test, else what the run did not "
+        "train on",
     )
-    limit: int | None = _option(None, "the first so many examples; default: all")
-    sample: int | None = _option(None, "so many examples, drawn at random from the whole split")
+    limit: int | None = _option(None, "use the first N examples only; default: all")
+    sample: int | None = _option(None, "use N examples, drawn at random from the whole split")
     split_seed: int | None = _option(
         None,
-        "seed of sample, and of held_out the --seed of the training (default: 42); a run has recorded whom it held "
-        "out, and others are drawn only where this is given",
+        "seed of --sample and of held_out, for which it must equal the --seed of the training (default: 42); the "
+        "held-out users that a run has recorded are used unless this option is given",
     )
 
     def __post_init__(self) -> None:
@@ -399,25 +427,27 @@ class SplitConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, ">= 1", value)
         both = (self.limit, self.sample)
-        _require(None in both, "limit, sample", "one of them", both)
+        _require(None in both, "limit, sample", "only one of them", both)
 
     @property
     def seed(self) -> int:
-        """Follows no model: two that are compared are asked the same."""
+        """The same for every model, so that two models that are compared are given the same examples."""
         return RunConfig.seed if self.split_seed is None else self.split_seed
 
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """What is shown of the data."""
+    """Which part of the data is shown."""
 
     model: str | None = _option(
-        None, "directory or Hub id of the model whose tokenizer reads it; default: SmolLM2-135M-Instruct", MODEL
+        None, "directory or Hub id of the model whose tokenizer is used; default: SmolLM2-135M-Instruct", MODEL
     )
     split: Literal["train", "validation", "test"] = _option("train", "the split that examples are taken from")
-    rows: int = _option(3, "rows of which an example is shown as the text of both prompts, long parts shortened")
-    sample: int = _option(500, "examples, of rows drawn at random, whose lengths are taken; with --streaming the first")
-    seed: int = _option(42, "seed of the draw")
+    rows: int = _option(3, "number of rows from which one example is shown, the text of both prompts, long parts cut")
+    sample: int = _option(
+        500, "number of examples, from rows drawn at random, whose lengths are counted; with --streaming the first"
+    )
+    seed: int = _option(42, "seed of the random draw of rows")
 
     def __post_init__(self) -> None:
         _require(self.rows >= 0, "rows", ">= 0", self.rows)
@@ -426,16 +456,20 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig(WeightingConfig):
-    """What is computed and where it is written."""
+    """What is computed, and the files that it is written to."""
 
-    labels: bool = _option(False, "how well PIR finds personal tokens, beside word matching, loss and entropy")
-    output: str | None = _option(None, "HTML page: every token tinted by its weight", "FILE")
+    labels: bool = _option(
+        False, "measure how well PIR finds the marked personal tokens, compared with word matching, loss and entropy"
+    )
+    output: str | None = _option(None, "HTML page on which every token is tinted by its weight", "FILE")
     jsonl: str | None = _option(
         None, "one JSON object per example: ids, log-probabilities, PIR, weights; resumable", "FILE"
     )
-    summary: str | None = _option(None, "JSON of the whole: means, shares at the clip, token identification", "FILE")
+    summary: str | None = _option(
+        None, "JSON of the totals: means, shares at the bounds of the clip, token identification", "FILE"
+    )
     export: Literal["swift"] | None = _option(
-        None, "write w.swift.jsonl beside --jsonl w.jsonl: rows of token ids and loss_scale for ms-swift"
+        None, "write w.swift.jsonl next to --jsonl w.jsonl: rows of token ids and loss_scale for ms-swift"
     )
     shown: int = _option(50, "examples in the HTML page")
     terminal: int = _option(3, "examples shown in the terminal")
@@ -445,13 +479,13 @@ class ScoreConfig(WeightingConfig):
         for name in ("shown", "terminal"):
             _require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
         if self.export:
-            _require(self.jsonl is not None, "export", "a --jsonl FILE too, beside which it is written", self.jsonl)
+            _require(self.jsonl is not None, "export", "a --jsonl FILE too, next to which it is written", self.jsonl)
             own = self.entry.signal is not None and not self.entry.over_step
-            _require(own, "export", "an --objective that weighs each token by itself", self.objective)
+            _require(own, "export", "an --objective that computes a weight from each token alone", self.objective)
 
     @property
     def exported(self) -> Path | None:
-        """The rows for another trainer."""
+        """The file of rows for another trainer, if one is asked for."""
         return (
             Path(self.jsonl).expanduser().with_suffix(f".{self.export}.jsonl") if self.export and self.jsonl else None
         )
@@ -459,18 +493,21 @@ class ScoreConfig(WeightingConfig):
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured and where it is written."""
+    """What is measured, and the files that it is written to."""
 
-    generate: bool = _option(True, "write replies too, and score them; false: losses only")
+    generate: bool = _option(True, "also generate replies and score them; false: losses only")
     temperature: float = _option(0.4, "sampling temperature (the paper: 0.4); 0: greedy")
-    max_new_tokens: int = _option(512, "longest reply in tokens (the paper: 512)")
+    max_new_tokens: int = _option(512, "maximum tokens per generated reply (the paper: 512)")
     output: str | None = _option(
-        None, "JSON of the result, such as e.json; e.jsonl beside it has the examples, and is resumed", "FILE"
+        None,
+        "JSON of the result, such as e.json; e.jsonl next to it has the examples, and an interrupted run continues "
+        "from it",
+        "FILE",
     )
     compare_with: str | None = _option(
-        None, "result of another model on the same examples: differences, p-values", "FILE"
+        None, "JSON of another model's result on the same examples: adds differences and p-values", "FILE"
     )
-    seed: int = _option(42, "seed of sampling, and of whose persona is swapped in")
+    seed: int = _option(42, "seed of sampling, and of the choice of another user's persona")
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < float("inf"), "temperature", ">= 0", self.temperature)
@@ -480,5 +517,5 @@ class EvaluateConfig:
 
     @property
     def records(self) -> Path | None:
-        """The file of the examples, beside the result."""
+        """The file of the examples, next to the result."""
         return Path(self.output).expanduser().with_suffix(".jsonl") if self.output else None

@@ -14,54 +14,61 @@ MEMORY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40, "mb": 10**6, "gb": 10*
 
 @dataclass(frozen=True)
 class StepConfig:
-    """The step that is planned. Names that `python -m perce.train` has too mean the same."""
+    """The training step that is planned. Options that `python -m perce.train` has too mean the same there."""
 
     context: int = _option(
-        4096, "tokens of a factual sequence: persona, query and response, those of all --replies; longce: of a document"
+        4096,
+        "tokens of a whole sequence: persona, and query and response of all --replies; longce: tokens of a document",
     )
-    query: int = _option(128, "tokens of it that the counterfactual prompt keeps: chat template, query; of each reply")
-    response: int = _option(512, "tokens of it that are the response; of each reply")
+    query: int = _option(128, "tokens of chat template and query, which remain without the persona; for each reply")
+    response: int = _option(512, "tokens of the response; for each reply")
     replies: int = _option(
-        1, "replies of a conversation that a forward pass reads together, what they have in common once; --share of "
-        "perce.train",
+        1, "replies of a conversation that a forward pass computes together, the tokens that they have in common once, "
+        "as perce.train does with --share",
     )  # fmt: skip
     branches: bool = _option(
-        False, "the template shows earlier replies otherwise than the last one (Qwen3's: without a thought), so that "
-        "each is computed beside its copy",
+        False, "for chat templates that render the last reply in another way than earlier ones (Qwen3's adds an empty "
+        "thought): all replies but the last are computed in both ways",
     )  # fmt: skip
-    per_device_train_batch_size: int = _option(1, "replies per forward pass, at least those of a conversation")
+    per_device_train_batch_size: int = _option(1, "replies per forward pass, at least --replies")
     gradient_accumulation_steps: int | None = _option(
         None, "forward passes per optimiser step; default: as many as give 8 replies per device"
     )
     objective: str = OBJECTIVE
     estimate: Literal["online", "epoch", "frozen"] = _option(
-        "online", "when weights are estimated: under epoch and frozen before the steps, which then cost as under ce"
+        "online",
+        "when weights are estimated; epoch, frozen: before the steps, which then cost as much as with --objective ce",
     )
-    short_context: int = _option(4096, "longce: tokens of the short context")
-    short_stride: int = _option(1024, "longce: tokens that share the beginning of a short context")
-    activation_checkpointing: bool = _option(False, "recompute activations in backward")
+    short_context: int = _option(4096, "longce: length of the short context in tokens")
+    short_stride: int = _option(1024, "longce: successive tokens whose short contexts begin at the same token")
+    activation_checkpointing: bool = _option(False, "recompute activations in the backward pass")
     device: Literal["auto", "cpu", "cuda"] = _option(
-        "auto", "where it is to run; auto: cuda where there is one or --gpu_memory is given"
+        "auto", "device of the planned step; auto: cuda if this machine has it or --gpu_memory is given"
     )
-    devices: int = _option(1, "how many; each takes its own sequences")
+    devices: int = _option(1, "number of devices; each takes its own sequences")
     sharding: Literal["none", "full"] = _option(
-        "none", "full: weights, gradients and optimiser states divided over the devices (FSDP)"
+        "none", "full: divide weights, gradients and optimiser states over the devices (FSDP)"
     )
     gpu_memory: str | None = _option(
-        None, "memory of one device, such as 80GiB: what fits, and the largest context", "SIZE"
+        None,
+        "memory of one device, such as 80GiB; the plan then says whether the step fits, and the largest context that "
+        "does",
+        "SIZE",
     )
-    tflops: float | None = _option(None, "matmul rate of one device, 1e12 FLOP/s; default: measured here in a second")
-    json: str | None = _option(None, "the whole plan as JSON", "FILE")
+    tflops: float | None = _option(
+        None, "rate of matrix products on one device, in 1e12 FLOP/s; default: measured on this machine in a second"
+    )
+    json: str | None = _option(None, "also write the whole plan as JSON", "FILE")
 
     def __post_init__(self) -> None:
         for name in (
             "query", "response", "replies", "per_device_train_batch_size", "devices", "short_context", "short_stride",
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        _require(self.replies == 1 or not self.of_documents, "replies", "1 of documents", self.replies)
-        if self.per_device_train_batch_size == 1:  # not said, or too few
+        _require(self.replies == 1 or not self.of_documents, "replies", "1 for documents", self.replies)
+        if self.per_device_train_batch_size == 1:  # not given, or too few
             object.__setattr__(self, "per_device_train_batch_size", self.replies)
-        _require(self.replies > 1 or not self.branches, "branches", "--replies above 1 beside it", self.replies)
+        _require(self.replies > 1 or not self.branches, "branches", "--replies above 1 with it", self.replies)
         _require(
             self.per_device_train_batch_size % self.replies == 0, "per_device_train_batch_size",
             f"a multiple of the {self.replies} --replies", self.per_device_train_batch_size,
@@ -82,7 +89,7 @@ class StepConfig:
 
     @property
     def sequences(self) -> int:
-        """Conversations of a forward pass, or what stands by itself."""
+        """Conversations per forward pass; a reply or document that shares nothing counts as one."""
         return self.per_device_train_batch_size // self.replies
 
     @property
@@ -97,12 +104,12 @@ class StepConfig:
 
     @property
     def shortest(self) -> int:
-        """Tokens of the shortest context that there is."""
+        """Tokens of the shortest possible context."""
         return 2 if self.of_documents else self.without_persona + 1
 
     @property
     def computed(self) -> Objective:
-        """The objective of what a step computes: with weights that are known beforehand, cross-entropy."""
+        """The objective that a step costs as much as: cross-entropy if the weights are known before the step."""
         return objective_of(self.objective if self.estimate == "online" else "ce")
 
     def memory_bytes(self) -> int | None:

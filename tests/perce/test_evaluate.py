@@ -343,7 +343,7 @@ def test_a_sample_is_of_the_whole_split(model, tmp_path, capsys):
     assert len(one) == 9 and set(one) <= set(sources) and one != other
     assert all(not set(drawn) <= set(sources[:20]) for drawn in (one, other)), "of the whole, not of its beginning"
     assert evaluate.main(["--sample", "2", "--limit", "3"]) == 2
-    assert "limit, sample: expected one of them" in capsys.readouterr().err
+    assert "limit, sample: expected only one of them" in capsys.readouterr().err
 
 
 def test_one_user_has_nobody_to_swap_with_and_long_rows_are_skipped(run, tmp_path):

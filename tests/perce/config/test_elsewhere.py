@@ -64,7 +64,7 @@ def test_the_option_that_is_meant_is_named(command, flag, right, capsys, monkeyp
         ("plan", "jsonl", "It is an option of python -m perce.score."),
         ("score", "gpu_memory", "It is an option of python -m perce.plan."),
         ("score", "device", "CUDA_VISIBLE_DEVICES"), ("score", "clip_mim", "Did you mean clip_min"),
-        ("train", "learning_rat", "Did you mean learning_rate"), ("score", "zzz", "`--help` lists all"),
+        ("train", "learning_rat", "Did you mean learning_rate"), ("score", "zzz", "`--help` lists the options"),
     ],
 )  # fmt: skip
 def test_an_option_of_another_command_or_of_none(command, flag, expected, capsys):

@@ -147,7 +147,7 @@ def test_json_that_has_two_meanings_or_none(option, value):
 
 
 def test_a_column_that_is_renamed_twice():
-    with pytest.raises(UserError, match=r"columns: expected each of our names once, got persona=a and persona=b"):
+    with pytest.raises(UserError, match=r"columns: expected each name before = once, got persona=a and persona=b"):
         DataConfig(columns="persona=a,query=q,persona=b")
 
 

@@ -87,7 +87,7 @@ def test_an_export_without_records_or_weights_is_refused(capsys):
         (["--export", "swift"], "export: expected a --jsonl FILE too"),
         (
             ["--export", "swift", "--jsonl", "w.jsonl", "--objective", "ce"],
-            "export: expected an --objective that weighs",
+            "export: expected an --objective that computes a weight",
         ),
         (["--export", "swift", "--jsonl", "w.jsonl", "--objective", "random"], "export: expected an --objective"),
         (["--export", "axolotl", "--jsonl", "w.jsonl"], "swift"),

@@ -76,13 +76,13 @@ def test_documents_have_neither_query_nor_persona():
             "per_device_train_batch_size: expected a multiple of the 3 --re",
         ),
         ("--replies 0", "replies: expected >= 1"),
-        ("--branches", "branches: expected --replies above 1 beside it, got 1"),
-        ("--replies 2 --objective longce", "replies: expected 1 of documents, got 2"),
+        ("--branches", "branches: expected --replies above 1 with it, got 1"),
+        ("--replies 2 --objective longce", "replies: expected 1 for documents, got 2"),
         (
             "--replies 8 --per_device_train_batch_size 8 --context 100 --query 8 --response 8",
             "context: expected >= 129 (8 x (query + response) + a persona), got 100",
         ),
-        ("--objective ce --estimate epoch", "estimate: expected online with --objective ce, which has no weights"),
+        ("--objective ce --estimate epoch", "estimate: expected online with --objective ce, whose weights are 1"),
         ("--context 15 --query 4 --response 4", "context: expected >= 16"),
     ],
 )
