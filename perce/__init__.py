@@ -1,8 +1,8 @@
 """PerCE: fine-tuning of causal language models on the tokens that are personal.
 
-Commands are `python -m perce.train`, `score`, `evaluate` and `plan`. What is imported from here is loaded when it is
-first asked for (PEP 562): `import perce` itself imports neither torch nor transformers. Training needs what
-`pip install 'perce[train]'` installs.
+The commands are `python -m perce.train`, `score`, `evaluate`, `plan` and `preview`. Names of this module are loaded
+when they are first used (PEP 562): `import perce` itself imports neither torch nor transformers. Training needs the
+packages that `pip install 'perce[train]'` installs.
 """
 
 import importlib.util
@@ -32,14 +32,14 @@ _HOMES = {
     "load_examples": "data.rows", "disable_dropout": "model.noise",
     "PerceArguments": "training.arguments", "PerceTrainer": "training.trainer",
 }  # fmt: skip
-_OF_THE_OP = ("DataConfig", "LossConfig", "MemoryConfig", "UserError")  # what torch alone is enough for
+_OF_THE_OP = ("DataConfig", "LossConfig", "MemoryConfig", "UserError")  # names for which torch alone is enough
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'perce' has no attribute {name!r}")
     try:
-        for library in () if name in _OF_THE_OP else ("transformers", "datasets"):  # which some import when they run
+        for library in () if name in _OF_THE_OP else ("transformers", "datasets"):  # some import them late
             if importlib.util.find_spec(library) is None:
                 raise ModuleNotFoundError(name=library)
         return getattr(importlib.import_module(f"perce.{_HOMES[name]}"), name)

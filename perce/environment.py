@@ -1,4 +1,4 @@
-"""What a command does before anything expensive: output files are claimed, and libraries' chatter is turned down."""
+"""What a command does before anything expensive: it checks its input and output paths and silences its libraries."""
 
 import contextlib
 import functools
@@ -19,9 +19,9 @@ from typing import Any
 from perce.errors import UserError, first_line, in_one_line
 from perce.visible import shortened
 
-PATIENCE = 3.0  # seconds without a word
+PATIENCE = 3.0  # seconds before a progress bar appears
 
-# Names of files that a directory has of its own: that of data, and that of a model or run.
+# Names of files that belong to a directory of data, and to that of a model or run.
 OF_DATA = (
     "train.*", "valid*.*", "val.*", "dev.*", "test.*", "*_questions.json", "*_outputs.json", "dataset_*.json",
     "state.json",
@@ -37,9 +37,9 @@ HUB_SECONDS = 10
 
 
 def check_path(option: str, path: str, is_file: bool = False) -> None:
-    """UserError for what no path can be, or the system refuses to look at; whether there is anything is not asked.
+    """UserError for a text that cannot be a path, or a path that the system refuses to look at. It need not exist.
 
-    is_file: it is to name a file.
+    is_file: the path must name a file.
     """
     shown = shortened(path, 80)
     if not path.strip():
@@ -59,35 +59,35 @@ def check_path(option: str, path: str, is_file: bool = False) -> None:
 
 
 def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> None:
-    """UserError for an output that is an input too, or a file of an input that is a directory, or another output.
+    """UserError for an output that is also an input or another output, or a file that belongs to an input directory.
 
-    Both map options, as an error is to name them, to paths; None: not given. Nothing need exist.
+    Both map options, as an error is to name them, to paths; None: not given. The paths need not exist.
     """
     written, read = ({option: path for option, path in files.items() if path} for files in (outputs, inputs))
     for (one, path), (other, its) in combinations(written.items(), 2):
         if _same(path, its):
-            raise UserError(f"{one} {path}, {other} {its}: name the same file; change one of them.")
+            raise UserError(f"{one} {path}, {other} {its}: both name the same file. Change one of them.")
     for (option, path), (other, its) in product(written.items(), read.items()):
         if _same(path, its):
-            raise UserError(f"{option} {path}: is {other} {its} too, which would be written over. Choose another.")
+            raise UserError(f"{option} {path}: would overwrite {other} {its}. Choose another path.")
         names = OF_DATA if other == "--data" else OF_MODELS
         name = Path(path).name
         if _same(str(Path(path).parent), its) and any(fnmatch(name, pattern) for pattern in names):
             raise UserError(
-                f"{option} {path}: {other} {its} is a directory that has, or may have, a {name} of its own. Choose "
-                "another name, or another directory."
+                f"{option} {path}: is in the directory of {other} {its}, which has, or may have, a {name} of its own. "
+                "Choose another name, or another directory."
             )
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two paths are of one file, or will be."""
+    """Whether two paths name the same file, or will once it is written."""
     here, there = (os.path.realpath(os.path.expanduser(path)) for path in (one, other))
     return here == there or (os.path.exists(here) and os.path.exists(there) and os.path.samefile(here, there))
 
 
 def near_paths(path: str) -> list[str]:
-    """Up to two paths that there are and that one which is not may be meant for: beside it, or in a directory that has
-    almost the name of its own; of a name alone, in runs/ too."""
+    """Up to two existing paths that may be meant by one that does not exist: in the same directory, or in a directory
+    of almost the same name; for a name without a directory, in runs/ too."""
     wanted = Path(path).expanduser()
     if not wanted.name:
         return []
@@ -102,14 +102,14 @@ def near_paths(path: str) -> list[str]:
 
 
 def did_you_mean(path: str) -> str:
-    """A question that follows the sentence which says that a path is not there; "" where nothing is near."""
+    """A question to put behind a sentence that says that a path does not exist; "" if there is no similar path."""
     near = near_paths(path)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 @functools.cache
 def hub_failure() -> str | None:
-    """Why the Hub cannot be reached, asked once; None if it can. Its library tries each file for half a minute."""
+    """Why the Hub cannot be reached, tried once; None if it can. The Hub's own library tries half a minute per file."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -121,7 +121,7 @@ def hub_failure() -> str | None:
 
 
 def let_umask_decide(directory: Path) -> None:
-    """Who may read the weights in a directory: by safetensors their owner alone, whatever the umask."""
+    """Give the weights in a directory the permissions of the umask: safetensors lets only their owner read them."""
     umask = os.umask(0o077)
     os.umask(umask)
     for file in directory.glob("*.safetensors"):
@@ -138,7 +138,7 @@ def version() -> str:
 
 
 def prepare(*outputs: str | None) -> None:
-    """UserError for an output file that could not be written; directories on the way are made."""
+    """Silence libraries, and raise UserError for an output file that cannot be written; its directories are made."""
     import datasets
     import transformers
 
@@ -161,7 +161,7 @@ def prepare(*outputs: str | None) -> None:
 
 @contextlib.contextmanager
 def written(path: str | Path) -> Iterator[None]:
-    """Around what writes to this file: a full disk, or what else the system refuses, as one paragraph."""
+    """Put around code that writes this file: a UserError for a full disk, or whatever else the system refuses."""
     try:
         yield
     except OSError as error:
@@ -171,7 +171,7 @@ def written(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_one_move(path: Path) -> Iterator[Path]:
-    """Where to write what is to be in this file: it is as it was or as it is to be, never half of it."""
+    """A path to write the new content of this file to, which then replaces the file: it is never half written."""
     if _is_special(path):
         yield path
         return
@@ -188,25 +188,25 @@ def in_one_move(path: Path) -> Iterator[Path]:
 
 
 def _unfinished(path: Path) -> Path:
-    """A name of this process's own beside a file, however long the file's is; what killed processes left is deleted."""
+    """A path in the file's directory for this process only; files that killed processes left there are deleted."""
     import psutil
 
-    # Another machine that writes to the same disk has other processes.
+    # The process ids are only valid on this machine, and another one may write to the same disk.
     of_file = f"{zlib.crc32(f'{socket.gethostname()} {path.name}'.encode(errors='replace')):08x}"
     for left in path.parent.glob(f".*.unfinished-{of_file}-*"):
         if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
             left.unlink(missing_ok=True)
-    # All that may differ comes after the last dot: torch writes the name before it into the file.
+    # The parts that may differ come after the last dot, because torch writes the name before it into the file.
     return path.with_name(f".{path.name[:40]}.unfinished-{of_file}-{os.getpid()}")
 
 
 def _is_special(path: Path) -> bool:
-    """/dev/stdout, a pipe: what is written to as it is."""
+    """Whether the path is /dev/stdout, a pipe or the like, which is written to directly."""
     return path.exists() and not path.is_file()
 
 
 def progress(what: str, unit: str, over: Iterable[Any] | None = None, total: int | None = None) -> Any:
-    """tqdm's bar over things, or to be updated: on a terminal alone, and only of what takes longer than PATIENCE."""
+    """tqdm's bar, over an iterable or to be updated. It shows on terminals only, and after PATIENCE seconds."""
     from tqdm import tqdm
 
     return tqdm(over, desc=what, unit=unit, total=total, leave=False, delay=PATIENCE, disable=None)

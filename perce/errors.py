@@ -1,24 +1,24 @@
-"""What a user can put right: the one exception for it, which commands print as a paragraph and exit with code 2; and
-what to install where a library is missing."""
+"""UserError, the exception for mistakes that the user can correct: commands print it as a paragraph and exit with code
+2. Also the advice what to install if a library is missing."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What perce imports of `pip install 'perce[train]'`: torch alone is there without it.
+# The packages of `pip install 'perce[train]'` that perce imports; without it only torch is installed.
 OF_TRAINING = frozenset(
     "accelerate bm25s datasets filelock gguf huggingface_hub jinja2 matplotlib numpy peft psutil pyarrow rich "
     "safetensors tokenizers tqdm transformers xxhash yaml".split()
 )
-TRANSFORMERS = "5.16"  # the oldest; pip does not see to it where perce was installed without [train]
+TRANSFORMERS = "5.16"  # the oldest version that works; pip does not check it if perce is installed without [train]
 
 
 class UserError(ValueError):
-    """A mistake in the input, the command line or the environment; the message says what, where and the remedy.
+    """A mistake in the input, the command line or the environment; the message says what and where, and the remedy.
 
     Args:
-        message: a paragraph; a line break in it is of what it quotes.
-        lines: of their own, below it.
+        message: one paragraph; line breaks in it come from text that it quotes.
+        lines: further lines, printed below it.
     """
 
     def __str__(self) -> str:
@@ -26,7 +26,7 @@ class UserError(ValueError):
 
 
 def what_to_install(error: ImportError) -> str | None:
-    """The remedy for a library that is not there, or is too old; None where one that is there is broken."""
+    """The remedy for a library that is missing or too old; None if an installed library is broken."""
     name = error.name or ""
     advice = "pip install 'perce[train]' installs what training and the commands need."
     if isinstance(error, ModuleNotFoundError) and name in OF_TRAINING:
@@ -40,7 +40,7 @@ def what_to_install(error: ImportError) -> str | None:
 
 @contextmanager
 def installed(extra: str) -> Iterator[None]:
-    """Around imports of what `pip install 'perce[extra]'` brings: an ImportError that says so."""
+    """Put around imports of packages from `pip install 'perce[extra]'`: if one is missing, the ImportError says so."""
     try:
         yield
     except ImportError as error:
@@ -54,10 +54,10 @@ def installed(extra: str) -> Iterator[None]:
 
 
 def in_one_line(error: Exception) -> str:
-    """What an error of a library says, for the end of a sentence of ours."""
+    """The message of a library's error in one line, to end a sentence of ours with."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what it says, where the rest is advice for others."""
+    """The first line of the error's message, for libraries whose other lines are advice that does not fit here."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""python -m perce.evaluate: does a model use the persona, and at what cost? Losses and generated replies.
+"""python -m perce.evaluate: whether a model uses the persona, and at what cost, by losses and generated replies.
 
 examples → pairs → losses (with, without, and with another user's persona) → replies → records → intervals
 """
@@ -13,14 +13,14 @@ from perce.visible import say
 
 
 def run(options: EvaluateOptions) -> None:
-    """Evaluate, write, print; an interrupted run resumes after its last example."""
+    """Evaluate, write and print; an interrupted run is resumed after its last finished example."""
     prepare(options.evaluate.output)
     with RecordFile(options.evaluate.records) as file:
         evaluate_into(file, options)
 
 
 def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
-    """Evaluate the examples that the file does not have yet, and tell of all."""
+    """Evaluate the examples that are not in the file yet, and report on all."""
     from tqdm import tqdm
 
     from perce.data.rows import texts_key

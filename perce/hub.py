@@ -1,4 +1,4 @@
-"""Models, configs and tokenizers by path or Hub id, their many failures told as one paragraph."""
+"""Loads models, configs and tokenizers by path or Hub id. Their many kinds of failures become a UserError."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ def load_tokenizer(path: str) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> None:
-    """UserError for a tokenizer that does not tell which characters a token is of: one written in Python, that of
+    """UserError for a tokenizer that does not say which characters each token covers: one written in Python, that of
     mistral-common, or a processor."""
     if hasattr(tokenizer, "backend_tokenizer"):
         return
@@ -29,24 +29,24 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
     if hasattr(tokenizer, "image_processor") or hasattr(tokenizer, "feature_extractor"):
         remedy = "Give its tokenizer: processor.tokenizer."
     raise UserError(
-        f"{name}: expected a fast tokenizer, which tells where in a text each token stands, got "
+        f"{name}: expected a fast tokenizer, which reports the characters of each token, got "
         f"{type(tokenizer).__name__}. {remedy}"
     )
 
 
 def from_anywhere(path: str) -> str:
-    """A local path as it reads from any directory; a Hub id as it is."""
+    """The absolute path, if it exists on this machine; a Hub id unchanged."""
     local = Path(path).expanduser()
     return str(local.resolve()) if local.exists() else path
 
 
 BASE_NAME = "base.json"  # in the directory of a run that trains an adapter
-ENDS = 2**20  # bytes of a file's beginning and end that its fingerprint is made of
+ENDS = 2**20  # a fingerprint reads this many bytes at the beginning and at the end of a file
 
 
 def fingerprint(path: str) -> str:
-    """Which model a path or Hub id stands for now: the commit on the Hub ("unknown" where that cannot be asked), or a
-    digest of a directory's weights (of each file its size, beginning and end)."""
+    """Identifies the model that a path or Hub id now stands for: the commit on the Hub ("unknown" if it cannot be
+    reached), or a digest of a directory's config and weights (the size, beginning and end of each file)."""
     local = Path(path).expanduser()
     if not local.exists():
         with contextlib.suppress(UserError):
@@ -63,35 +63,35 @@ def fingerprint(path: str) -> str:
 
 
 def base_facts(path: str) -> str:
-    """What a run keeps, as BASE_NAME, of the base of its adapter."""
+    """The content of BASE_NAME, in which a run records the base model of its adapter."""
     return json.dumps({"base": from_anywhere(path), "fingerprint": fingerprint(path)}, indent=1) + "\n"
 
 
 def check_base(run: Path | None, base: str, option: str) -> None:
-    """UserError where an adapter's base is not the one that its run has kept, as far as that can be told."""
+    """UserError if an adapter's base is not the model that its run recorded, as far as that can be known."""
     if run is None or not (file := run / BASE_NAME).is_file():
         return
     trained, now = read_yaml(str(file), option, numbers=False).get("fingerprint"), fingerprint(base)
     if trained != now and "unknown" not in (trained, now):
         raise UserError(
-            f"{option}: its base {base} is not the model that it was trained on ({now}, and {file} has {trained}). Put "
-            f"that model back; if only files of no consequence have changed, delete {BASE_NAME}."
+            f"{option}: its base {base} is not the model that it was trained on (it is {now}, and {file} records "
+            f"{trained}). Restore that model; if only files without influence have changed, delete {BASE_NAME}."
         )
 
 
-# Dropout, layer drop, stochastic depth and the jitter of a router's inputs, as transformers' configs and modules call
-# them.
+# Names in transformers' configs and modules for dropout, layer drop, stochastic depth and the jitter of a router's
+# inputs.
 NOISE = re.compile(r"dropout|pdrop|layerdrop|drop_path|drop_prob|jitter")
 
 
 def noisy_fields(holder: Any) -> dict[str, float]:
-    """What makes a config's model, or a module, random in training mode, by name."""
+    """The fields, with their values, that make a config's model, or a module, random in training mode."""
     fields = {name: value for name, value in vars(holder).items() if NOISE.search(name)}
     return {name: value for name, value in fields.items() if type(value) in (int, float) and 0 < value <= 1}
 
 
 def read_config(path: str) -> Any:
-    """A model's config with dropout and other noise of training off, in the configs inside it too."""
+    """A model's config, in which dropout and other training noise is off, also in configs nested in it."""
     from transformers import AutoConfig, PreTrainedConfig
 
     def switch_off(part: PreTrainedConfig) -> None:
@@ -107,9 +107,9 @@ def read_config(path: str) -> Any:
 
 
 def stated(config: Any, name: str) -> Any:
-    """What a model's config says under a name; None where it has no such field, or one for each layer.
+    """The value of a field of a model's config; None if it has no such field, or one value per layer.
 
-    Recurrent models have no attention heads, and where layers differ transformers refuses to name one value for all."""
+    Recurrent models have no attention heads, and if layers differ, transformers refuses to give one value for all."""
     try:
         return getattr(config, name, None)
     except RuntimeError:
@@ -117,7 +117,7 @@ def stated(config: Any, name: str) -> Any:
 
 
 def load_pretrained(path: str, **kwargs: Any) -> Any:
-    """AutoModelForCausalLM.from_pretrained with dropout off, and with its failures told as one paragraph."""
+    """AutoModelForCausalLM.from_pretrained with dropout off; its failures become a UserError."""
     from transformers import AutoModelForCausalLM
 
     return from_pretrained(AutoModelForCausalLM, path, config=read_config(path), **kwargs)
@@ -126,19 +126,19 @@ def load_pretrained(path: str, **kwargs: Any) -> Any:
 def from_pretrained(
     auto_class: Any, path: str, *, option: str = "--model", kind: str = "a causal language model", **kwargs: Any
 ) -> Any:
-    """from_pretrained with its many failures told as one paragraph, which names the option that gave the path."""
+    """from_pretrained, whose failures become a UserError that names the option which gave the path."""
     local = Path(path).expanduser()
     if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
         raise UserError(
-            f"{option} {path}: the directory holds an adapter alone. Give the base model, or merge the adapter into it "
+            f"{option} {path}: the directory holds only an adapter. Give the base model, or merge the adapter into it "
             "first (AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload())."
         )
     if local.is_file():
-        raise UserError(f"{option} {path}: is a file. Give its directory: {local.parent}.")
+        raise UserError(f"{option} {path}: expected a directory, got a file. Give its directory: {local.parent}.")
     if local.exists() and not (local / "config.json").is_file():
-        raise UserError(f"{option} {path}: the directory holds no config.json, so it is no saved Hugging Face model.")
+        raise UserError(f"{option} {path}: the directory has no config.json, so it is not a saved Hugging Face model.")
     if not local.exists() and (path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1):
-        reason = f"no such directory, and not a Hub id (name or owner/name) either.{did_you_mean(path)}"
+        reason = f"no such directory, and it is not a Hub id (name or owner/name) either.{did_you_mean(path)}"
         raise UserError(f"{option} {path}: {reason}")
     return loaded(auto_class, path, option, kind, **kwargs)
 
@@ -151,12 +151,12 @@ def loaded(
     expected: str = "config.json, tokenizer and weights",
     **kwargs: Any,
 ) -> Any:
-    """What from_pretrained makes of a path that may be one; UserError for whatever is wrong there."""
+    """The result of from_pretrained for a path that may be valid; UserError for any failure."""
     local = Path(path).expanduser()
     missing = not local.exists()
     mistyped = missing and local.parent != Path(".") and local.parent.is_dir() and bool(near_paths(path))
     failure = hub_failure() if missing and not mistyped else None
-    if failure or mistyped:  # what has been fetched before is there
+    if failure or mistyped:  # it may be in the cache of this machine
         kwargs["local_files_only"] = True
     try:
         return auto_class.from_pretrained(path if missing else str(local), **kwargs)
@@ -164,15 +164,15 @@ def loaded(
         attention = kwargs.get("attn_implementation")
         remedy = f" Choose another --attn_implementation than {attention}." if attention else " Install it."
         raise UserError(f"{option} {path}: a package is missing: {in_one_line(error)}.{remedy}") from error
-    except Exception as error:  # a damaged file may raise anything, TypeError and the bare Exception of tokenizers too
+    except Exception as error:  # damaged files raise many types, such as TypeError and the bare Exception of tokenizers
         if failure or mistyped:
             reason = f", which cannot reach the Hub ({failure})" if failure else ""
             raise UserError(
-                f"{option} {path}: no such directory (looked in {Path.cwd()}), and as a Hub id it is not among what "
-                f"this machine has fetched{reason}.{did_you_mean(path)} Check the path, or fetch it where there is a "
-                "network (hf download)."
+                f"{option} {path}: no such directory (looked in {Path.cwd()}), and as a Hub id it is not in the cache "
+                f"of this machine{reason}.{did_you_mean(path)} Check the path, or fetch it on a machine with network "
+                "(hf download)."
             ) from error
-        here = f" Here is no such directory.{did_you_mean(path)}" if missing else ""
+        here = f" There is no such directory here.{did_you_mean(path)}" if missing else ""
         raise UserError(
             f"{option} {path}: could not be loaded as {kind} ({first_line(error)}). Expected a directory with "
             f"{expected}, or a Hub id that this machine can reach.{here}"

@@ -1,15 +1,15 @@
-"""Whether files are what was written: their sizes, and digests of their contents."""
+"""Checks that files are as they were written, by their sizes and digests of their contents."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-LIST = "complete.json"  # of the files of a checkpoint, or of a finished run's weights: what facts_of says of them
+LIST = "complete.json"  # the facts_of the files of a checkpoint, or of the weights of a finished run
 
 
 def digest(path: Path) -> str:
-    """Of a file's contents: finds damage, not malice, at the speed that memory is read."""
-    import xxhash  # late: --help answers without what training needs
+    """The digest of a file's contents, at the speed of reading memory. It finds damage, not malice."""
+    import xxhash  # imported here, so that --help works without the packages that training needs
 
     found = xxhash.xxh3_128()
     with path.open("rb") as file:
@@ -19,7 +19,7 @@ def digest(path: Path) -> str:
 
 
 def facts_of(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """What `difference` compares, by name in the directory; JSON values."""
+    """Size and digest of each file, by its name in the directory, for `difference`; JSON values."""
     return {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
         for path in sorted(files)
@@ -27,10 +27,11 @@ def facts_of(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]
 
 
 def difference(directory: Path, facts: Mapping[str, Mapping[str, Any]], contents: bool = True) -> str | None:
-    """Which file is not what was written, in words; None if all are. `contents`: read them, not their sizes alone.
+    """A sentence on the first file that is not as it was written; None if all are. `contents`: read them, instead of
+    comparing sizes only.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, OSError: `facts` is not such a mapping.
+        ValueError, TypeError, KeyError, AttributeError, OSError: `facts` is not a mapping that facts_of returned.
     """
     if not facts:
         raise ValueError("it lists no file")

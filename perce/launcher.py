@@ -1,4 +1,4 @@
-"""The process that started this one: torchrun, when there are several."""
+"""Ends this process if torchrun, which started it, is gone."""
 
 import os
 import signal
@@ -6,11 +6,11 @@ import threading
 import time
 
 LAST_STEP_SECONDS = 120.0
-"""What a process may take to end when its launcher is gone: a step and its checkpoint."""
+"""Time for a process to end once its launcher is gone: enough to finish the step and write its checkpoint."""
 
 
 def end_with_launcher() -> None:
-    """Stop when torchrun is gone: killed, it leaves its processes behind, training in a directory that they hold."""
+    """Stop when torchrun is gone: a killed torchrun leaves its processes training, in a directory that they lock."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.name == "nt":
         return
     launcher = os.getppid()
@@ -19,7 +19,7 @@ def end_with_launcher() -> None:
         while os.getppid() == launcher:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(LAST_STEP_SECONDS)  # unless another process has ended, and this one waits for it
+        time.sleep(LAST_STEP_SECONDS)  # a process that waits for one which has ended would never stop by itself
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""One process at a time: a lock that names its holder and that the system takes back when the holder ends."""
+"""A lock for one process at a time, which names its holder and which the system releases when the holder ends."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from perce.errors import UserError, in_one_line
 
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems on a network, as a rule
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems without locks, mostly on networks
 
 
 class InUse(UserError):
@@ -23,14 +23,14 @@ class InUse(UserError):
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock of this file, which is filelock's own; beside it FILE.holder names the process that has it.
+    """Hold filelock's lock on this file; FILE.holder next to it names the process that has the lock.
 
-    what: how the error begins.
+    what: the text that an error begins with.
 
     Raises:
-        InUse: another process has it; the message names the process, its machine and since when.
-        UserError: the file system, or the system, has no locks.
-        OSError: there can be no such file.
+        InUse: another process has the lock; the message names the process, its machine and the time it began.
+        UserError: the file system, or the operating system, has no locks.
+        OSError: the file cannot be created.
     """
     lock, holder = FileLock(path), path.with_name(f"{path.name}.holder")
     try:
@@ -54,7 +54,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, object]:
-    """What the holder says of itself; {} where it has not done so yet."""
+    """The content of the holder file; {} if the holder has not written it yet."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -63,7 +63,7 @@ def _read(path: Path) -> dict[str, object]:
 
 
 def _named(path: Path) -> str:
-    """The holder, in words."""
+    """A phrase that names the holder."""
     holder = _read(path)
     if not holder:
         time.sleep(0.2)  # it may be about to write

@@ -1,10 +1,10 @@
-"""Objectives: what a token's cross-entropy is multiplied by. Each has one entry in OBJECTIVES.
+"""Objectives: each says what the cross-entropy of a token is multiplied by, in one entry of OBJECTIVES.
 
     signal    a function of the token's log-probabilities with and without the persona, or of the entropy before it
     weight    clip(signal, clip_min, clip_max), a constant: no gradient flows through it
     loss      −(1/n) Σ weight · log p(token), over the n response tokens
 
-Whatever depends on the objective reads its entry: options and their help, datasets, the trainer, the head, meters,
+All code that depends on the objective reads its entry: options and their help, datasets, the trainer, the head, meters,
 estimates, reports, plans, the study. docs/EXTENDING.md adds one. torch is not imported here: `--help` answers at once.
 """
 
@@ -22,21 +22,21 @@ PERSONAS, DOCUMENTS = "rows with a persona", "documents"
 
 
 class Measured(NamedTuple):
-    """Of the response tokens under a model, each (N,) and detached, but for experts and loss."""
+    """Numbers of the response tokens under a model. Each is (N,) and detached, except experts and loss."""
 
     logp: Tensor  # log p(token), with the persona
-    logp_cf: Tensor  # without it; 0 where that pass was not made
-    signal: Tensor  # what is clipped to the weight; 1 where every weight is 1
-    token_weight: Any = None  # after the clip and the normalisation; None of estimates, which are clipped later
-    entropy: Tensor | None = None  # of the prediction before the token, with the persona, in nats
-    experts: Any = None  # (2, E) of all tokens, where a RouterCall asked for it: tokens sent, Σ probability
-    loss: Any = None  # 0-d, where it was asked for
-    top1: Any = None  # (N,) bool, whether the token is the likeliest; where it was asked for
+    logp_cf: Tensor  # log p(token) without the persona; 0 if that pass was not made
+    signal: Tensor  # clipped, it is the weight; 1 if every weight is 1
+    token_weight: Any = None  # after the clip and the normalisation; None in estimates, which are clipped later
+    entropy: Tensor | None = None  # of the prediction of the token, with the persona, in nats
+    experts: Any = None  # (2, E) over all tokens, if a RouterCall asked for it: tokens sent, Σ probability
+    loss: Any = None  # 0-d, if it was asked for
+    top1: Any = None  # (N,) bool, whether the token is the likeliest; if it was asked for
 
 
 @dataclass(frozen=True)
 class Signal:
-    """What the clip acts on: its name in reports, and a function of some of logp, logp_cf, entropy, by these names."""
+    """What the clip acts on. `of` computes it; its parameters are some of logp, logp_cf and entropy, by these names."""
 
     name: str
     of: Callable[..., Tensor]
@@ -45,12 +45,13 @@ class Signal:
 PIR = Signal("PIR", lambda logp, logp_cf: logp - logp_cf)
 RATIO = Signal("exp(PIR)", lambda logp, logp_cf: (logp - logp_cf).exp())
 CONTRASTS = {"log": PIR, "ratio": RATIO}
-"""Signals that the op computes itself, by its argument `contrast`, with one product less than computed before it."""
+"""Signals that the op computes itself, chosen by its argument `contrast`. A signal that is computed before the op
+takes one product more."""
 
 
 @dataclass(frozen=True)
 class TokenWeighting:
-    """A signal under a clip. Without a signal every weight is 1."""
+    """A signal and its clip. Without a signal every weight is 1."""
 
     signal: Signal | None
     clip_min: float
@@ -58,12 +59,12 @@ class TokenWeighting:
 
     @property
     def contrast(self) -> str | None:
-        """The op's own name of this signal; None where it has none."""
+        """The op's name for this signal; None if the op does not compute it."""
         return next((name for name, signal in CONTRASTS.items() if signal == self.signal), None)
 
     @property
     def needs(self) -> frozenset[str]:
-        """Which of (logp, logp_cf, entropy) the signal is computed from."""
+        """The ones of logp, logp_cf and entropy that the signal is computed from."""
         return frozenset(inspect.signature(self.signal.of).parameters if self.signal else ())
 
     def signal_of(self, logp: Tensor, logp_cf: Tensor, entropy: Tensor | None = None) -> Tensor:
@@ -73,12 +74,12 @@ class TokenWeighting:
         return self.signal.of(**{name: known[name] for name in self.needs})
 
     def weight(self, signal: Tensor) -> Tensor:
-        """(N,) weights; where there is no signal, 1 whatever the clip."""
+        """(N,) weights; without a signal they are 1, whatever the clip."""
         return signal if self.signal is None else signal.clamp(self.clip_min, self.clip_max)
 
     @property
     def reported(self) -> TokenWeighting:
-        """What reports tint tokens by: where every weight is 1, what PerCE would weigh by."""
+        """The weighting that reports tint tokens by: this one, or PIR under this clip if every weight is 1."""
         return self if self.signal else replace(self, signal=PIR)
 
     @property
@@ -91,33 +92,33 @@ class TokenWeighting:
 
 @dataclass(frozen=True)
 class HeadCall:
-    """What the head is asked to compute of the N response tokens, in one call from the objective to the op."""
+    """What the head is asked to compute for the N response tokens, in one call from the objective to the op."""
 
     target: Tensor  # (N,) token ids
     weighting: TokenWeighting
     hidden_cf: Tensor | None = None  # (N, D) hidden states without the persona
-    signal: Tensor | None = None  # (N,) known from an earlier pass: none is computed
+    signal: Tensor | None = None  # (N,) known from an earlier pass; None: computed here
     loss: bool = True  # False: measure only
-    entropy: bool = False  # beside what the signal needs; where there is no loss
-    top1: bool = False  # and entropies: one product more
-    normalize: str = "none"  # this and below as fused_perce_loss has it
+    entropy: bool = False  # measure entropies even if the signal does not need them; only without a loss
+    top1: bool = False  # measure top1 and entropies, for one product more
+    normalize: str = "none"  # this and the next three: arguments of fused_perce_loss
     seq_id: Tensor | None = None
     num_items: Tensor | int | None = None
-    data_weight: Tensor | None = None  # (N,), times the weight of each token, normalised or not
+    data_weight: Tensor | None = None  # (N,), multiplies the weight of each token, normalised or not
 
 
 @dataclass(frozen=True)
 class RouterCall:
-    """What is summed up of a mixture's routers in one pass; see expert_sums in model/auxiliary.py."""
+    """A request for sums over the routers of a mixture of experts in a pass; see expert_sums in model/auxiliary.py."""
 
-    top_k: int  # experts that a token is sent to
-    real: Tensor | None = None  # (B, T) bool: tokens that are no padding; None: all
+    top_k: int  # number of experts that a token is sent to
+    real: Tensor | None = None  # (B, T) bool: tokens that are not padding; None: all
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One objective. `over_step`, for weights that depend on other tokens, takes the signals of all tokens of an
-    optimiser step, (N,), and a seed of the step, and returns what is clipped in their place."""
+    """One objective. `over_step` is for weights that depend on other tokens: it takes the signals of all tokens of an
+    optimiser step, (N,), and the seed of the step, and returns the values that are clipped in their place."""
 
     name: str  # on the command line
     title: str  # in tables and pictures
@@ -129,40 +130,40 @@ class Objective:
 
     @property
     def counterfactual(self) -> bool:
-        """Whether a step has a pass without the persona."""
+        """Whether the signal needs a pass without the persona."""
         return "logp_cf" in self.weighting().needs
 
     @property
     def fused(self) -> bool:
-        """Whether the op contrasts both passes itself."""
+        """Whether the op computes the signal from both passes itself."""
         return self.weighting().contrast is not None and self.over_step is None
 
     @property
     def contrasts(self) -> bool:
-        """Whether a step's own forward, made in training mode, is compared with one without the persona."""
+        """Whether a step's own forward pass, in training mode, is compared with a pass without the persona."""
         return self.counterfactual and not self.over_step
 
     @property
     def products(self) -> int:
-        """Products of (N, D) and (D, V), 2·N·D·V operations each, that a step has more than one of cross-entropy."""
+        """Extra products of (N, D) and (D, V), of 2·N·D·V operations each, of a step compared with cross-entropy."""
         return self.counterfactual + (self.signal is not None and not self.fused)
 
     @property
     def cost(self) -> str:
-        """What takes a step longer than one of cross-entropy, in words."""
+        """The name of what makes a step take longer than with cross-entropy."""
         return "counterfactual pass" if self.counterfactual and not self.over_step else "token weights"
 
     def weighting(
         self, contrast: str | None = None, clip_min: float | None = None, clip_max: float | None = None
     ) -> TokenWeighting:
-        """With another contrast or clip than its own."""
+        """The weighting of this objective, with the given contrast and clip in place of its own."""
         low, high = self.clip
         low, high = low if clip_min is None else clip_min, high if clip_max is None else clip_max
         return TokenWeighting(CONTRASTS[contrast] if contrast else self.signal, low, high)
 
 
 def permuted(signal: Tensor, seed: int) -> Tensor:
-    """The same values dealt to other tokens at random."""
+    """The same values, assigned to the tokens in random order."""
     import torch
 
     return signal[torch.randperm(len(signal), generator=torch.Generator().manual_seed(seed))]
@@ -179,13 +180,13 @@ _ENTRIES = (
               signal=None, clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
     Objective("lossce", "LossCE", "tokens with a high loss count more; a baseline of the paper, after Rho-1",
               Signal("−log p", lambda logp: -logp), clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
-    Objective("entce", "EntCE", "tokens at uncertain places count more; a baseline of the paper",
+    Objective("entce", "EntCE", "tokens that are predicted with high entropy count more; a baseline of the paper",
               Signal("entropy", lambda entropy: entropy), clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
     Objective("longce", "LongCE", "a token counts by how much likelier the long context makes it (arXiv 2410.23771)",
               RATIO, clip=(0.0, 5.0), takes=(DOCUMENTS,)),
     Objective("dft", "DFT", "likely tokens count more, so that the model stays close to what it was (arXiv 2508.05629)",
               Signal("p", lambda logp: logp.exp()), clip=(0.0, 1.0), takes=(PERSONAS, DOCUMENTS)),
-    Objective("nextquill", "NextQuill", "0.9 where the persona raises p by more than 0.05, else 0.1 (arXiv 2506.02368)",
+    Objective("nextquill", "NextQuill", "0.9 if the persona raises p by more than 0.05, else 0.1 (arXiv 2506.02368)",
               Signal("preference (0.9 or 0.1)", _preferred), clip=(0.1, 0.9), takes=(PERSONAS,)),
     Objective("random", "random", "a control: PerCE's weights, permuted over the tokens of each step",
               PIR, clip=(0.8, 5.0), takes=(PERSONAS,), over_step=permuted),

@@ -1,7 +1,7 @@
-"""python -m perce.plan: what a training step takes, before a GPU is spent on it.
+"""python -m perce.plan: the memory and time of a training step, before a GPU is spent on it.
 
 config.json → the model without data → a rehearsed step (memory by phase) and its operations (time) → what fits, and
-what each option buys. No weights are read.
+what each option saves or costs. No weights are read.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""python -m perce.preview: what training would make of a data set, before it does.
+"""python -m perce.preview: how training would read a dataset, shown before any training.
 
 rows of all splits → format and counts → a sample of pairs → lengths, what is trimmed, shared, refused → both prompts
 """
@@ -10,7 +10,7 @@ from perce.environment import prepare
 
 
 def run(options: PreviewOptions) -> None:
-    """Read, pair a sample, and print."""
+    """Read the rows, make pairs of a sample, and print."""
     prepare()
     from perce.data.preview import print_preview
     from perce.demo import default_model_path

@@ -1,4 +1,4 @@
-"""python -m perce.score: which tokens of a reply are personal, by PerContrast, for any model and data.
+"""python -m perce.score: which tokens of a reply are personal according to PerContrast, for any model and data.
 
 examples → pairs → both passes → records (JSON lines) → heat maps, histogram, means, token identification
 """
@@ -24,7 +24,7 @@ def run(options: ScoreOptions) -> None:
 
 
 def score_into(file: RecordFile, options: ScoreOptions) -> None:
-    """Score the examples that the file does not have yet, and tell of all."""
+    """Score the examples that are not in the file yet, and report on all."""
     from perce.measuring.exports import write_export
     from perce.measuring.identification import identify
     from perce.measuring.inference import load_subject
@@ -44,7 +44,7 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     limit = options.examples.limit
     records = [record for record in file.records if limit is None or record["example"] < limit]
     if not records:
-        raise UserError("No example is left to score: all were skipped as longer than --max_length.")
+        raise UserError("No example is left to score: all are longer than --max_length and were skipped.")
     found = identify(records) if score.labels else None
     print_summary(records, found, options)
     if score.summary:

@@ -3,10 +3,10 @@
 README.md            the model card                  merged/       with --merge_adapter, the whole model
 config.yaml          the resolved options            curves.png    loss, PIR and weights over the steps
 trainer_state.json   everything that was logged      report.html   validation responses token by token
-held_out.json        who is validated on and not trained on, where the data has no validation split
-base.json            which model an adapter was trained on: beside another one it is neither asked nor resumed
-model or adapter, tokenizer                          what from_pretrained reads
-run.json, checkpoint-*/, complete.json               what --resume reads
+held_out.json        the held-out users, if the data has no validation split
+base.json            the model that an adapter was trained on: on another one it is neither evaluated nor resumed
+model or adapter, tokenizer                          files that from_pretrained reads
+run.json, checkpoint-*/, complete.json               files that --resume reads
 """
 
 import os
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
 EVAL_EXAMPLES = 64
-EVAL_TOKENS_ON_CPU = 20_000  # under a minute of SmolLM2-135M on two cores; every run evaluates twice
+EVAL_TOKENS_ON_CPU = 20_000  # under a minute for SmolLM2-135M on two cores; every run evaluates twice
 DEMO_RECIPE = Path(__file__).parent / "demo" / "recipe.yaml"
 
 
@@ -47,34 +47,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.extra:
             from perce.training.arguments import training_arguments
 
-            training_arguments(resolved)  # finds what is misspelt
+            training_arguments(resolved)  # an error if an option is misspelt
             for name in filter(is_secret, config.extra):
-                say(f"{name}: given, and not printed here; neither is it kept in a run's config.yaml.", error=True)
+                say(f"{name}: given, but neither printed here nor saved in a run's config.yaml.", error=True)
         say(*dump_yaml(resolved.to_dict()).splitlines())
 
     return guarded(parse_and_run)
 
 
 def resolve(config: TrainOptions) -> TrainOptions:
-    """The config with every default that depends on others filled in."""
+    """The config, with every default filled in that depends on other options."""
     run, processes = config.run, int(os.environ.get("WORLD_SIZE", 1))
     rate = run.learning_rate or DEFAULT_LEARNING_RATE["lora" if config.model.lora_r else "full"]
     if run.resume and not run.output_dir:
-        raise UserError("--resume: name the run to continue with --output_dir.")
+        raise UserError("--resume: give the directory of the run to continue as --output_dir.")
     if processes > 1 and not run.output_dir:
         raise UserError(f"--output_dir: needed when {processes} processes share a run.")
     if run.merge_adapter and not config.model.lora_r:
-        raise UserError("--merge_adapter: there is no adapter to merge with --lora_r 0, which trains all weights.")
+        raise UserError("--merge_adapter: with --lora_r 0 all weights are trained, so there is no adapter to merge.")
     if config.data.streaming and run.max_steps < 1:
         raise UserError("--streaming: the number of rows is not known beforehand, so --max_steps is needed.")
     if config.data.streaming and run.tokens_per_batch:
         raise UserError(
-            "--streaming, --tokens_per_batch: rows are grouped by length, which a stream cannot tell beforehand. Use "
-            "--per_device_train_batch_size, or read the data whole."
+            "--streaming, --tokens_per_batch: rows are grouped by their lengths, which are not known beforehand in a "
+            "stream. Use --per_device_train_batch_size, or leave out --streaming to read the data whole."
         )
     output_dir = str(Path(run.output_dir).expanduser() if run.output_dir else free_directory(run_name(config)))
-    # The run directory stands for itself: its paths mean the same from anywhere, and what a file says of the prompt is
-    # among its options.
+    # The saved options must stand alone: their paths are valid from any directory, and the content of a --prompt file
+    # is saved among them.
     prompt = as_json(config.data.prompt_style()) if config.data.prompt else None
     rows, encoder, base = (
         path and from_anywhere(path) for path in (config.data.data, config.data.retriever_model, config.model.model)
@@ -88,19 +88,19 @@ def resolve(config: TrainOptions) -> TrainOptions:
 
 
 def run_name(config: TrainOptions) -> str:
-    """Of a run directory, where none is given."""
+    """The name of the run directory if none is given."""
     return Path(config.data.data).expanduser().resolve().stem.strip(". ") or "data" if config.data.data else "demo"
 
 
 def run(config: TrainOptions, name: str | None = None) -> None:
-    """One training run, from checks to the final table; a stopped one is continued, and a finished one left alone.
+    """One training run, from checks to the final table; a stopped run is continued, a finished one is left alone.
 
-    name: take the first directory of this name that is free, instead of config.run.output_dir.
+    name: use the first free directory of this name instead of config.run.output_dir.
     """
     end_with_launcher()
     from perce.training.arguments import training_arguments
 
-    args = training_arguments(config)  # finds options that are mistyped, before anything is written
+    args = training_arguments(config)  # an error if an option is mistyped, before anything is written
     with claimed(config, name) as claim:
         if claim.note and args.process_index == 0:
             say(claim.note)
@@ -110,7 +110,7 @@ def run(config: TrainOptions, name: str | None = None) -> None:
 
 
 def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
-    """The run of a directory that is claimed."""
+    """The training run in a directory that is claimed."""
     from transformers import set_seed
 
     from perce.data.dataset import pairs_digest
@@ -146,7 +146,7 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         check_base(output_dir, model_path, "--resume")
     set_seed(config.run.seed)  # before the adapters are drawn
     tokenizer = load_tokenizer(model_path)
-    if (style := tokenizer.init_kwargs.get(STYLE)) and not config.data.prompt:  # of the run that the model comes from
+    if (style := tokenizer.init_kwargs.get(STYLE)) and not config.data.prompt:  # saved by the run that made the model
         config = replace(config, data=replace(config.data, prompt=as_json(style)))
         args.data = config.data
     wanted, on_cpu = config.run.eval_examples, args.device.type == "cpu"
@@ -156,11 +156,11 @@ def train(config: TrainOptions, args: "PerceArguments", claim: "Claim") -> None:
         eval_tokens=EVAL_TOKENS_ON_CPU if wanted is None and on_cpu else None,
     )  # fmt: skip
     model = load_model(model_path, config.model, args.device.type)
-    sharing, _ = shared_by(model, args, pairs.train)  # as far as it can be known here
+    sharing, _ = shared_by(model, args, pairs.train)  # as far as that is known before the trainer exists
     config = fit_batch(config, args, pairs.train, sharing)
 
     main_process = args.process_index == 0
-    router = router_of(model, config.loss.router_aux_loss_coef)  # on every process: it runs the model
+    router = router_of(model, config.loss.router_aux_loss_coef)  # on every process, because it runs the model
     if main_process:
         describe_run(config, model, args, pairs, router, sharing)
     progress = Progress(output_dir, loss_labels(pairs.format))

@@ -1,8 +1,8 @@
-r"""Text that others wrote, as it may be printed and written: nothing in it acts on a terminal, a page or a file.
+r"""Makes text that others wrote safe to print and write: no character in it acts on a terminal, a page or a file.
 
-What acts are control characters (C0, DEL, C1), marks that turn the direction of the text behind them, Unicode's
-separators of lines and paragraphs, and halves of surrogate pairs, as in file names that are not UTF-8, which cannot be
-encoded. They are shown as Python writes them: \x1b, \u202e.
+The characters that act are control characters (C0, DEL, C1), marks that change the direction of the text after them,
+Unicode's separators of lines and paragraphs, and halves of surrogate pairs, which cannot be encoded and occur in file
+names that are not UTF-8. They are shown as Python writes them: \x1b, \u202e.
 """
 
 import json
@@ -17,31 +17,31 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
 def visible(text: str, keep: str = "") -> str:
-    """The text with every character that acts shown, but for those in `keep`."""
+    """The text with every character that acts, except those in `keep`, replaced by its escape sequence."""
     return ACTING.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """The text, or its beginning with dots behind it: at most so many characters."""
+    """The text, or its beginning followed by dots: at most `most` characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def listed(names: Iterable[Any], most: int = 12) -> str:
-    """Names, or the first of them, in a line that stays one; of a list that Python wrote, they may be no texts."""
+    """Names, or the first of them, in one short line. Those from a list that Python wrote need not be texts."""
     names = [*names]
     return ", ".join(shortened(str(name), 40) for name in names[:most]) + ", …" * (len(names) > most)
 
 
 def say(*lines: str, error: bool = False) -> None:
-    """Print lines, each of which stays one, whatever names and rows are quoted in it. error: on stderr.
+    """Print lines; each stays one line, whatever names and rows it quotes. error: print on stderr.
 
-    A token of the Hub that is quoted, as in an argument that stands where none should, is not printed."""
+    An access token of the Hub in a line, such as one quoted from a misplaced argument, is not printed."""
     for line in lines:
         print(TOKEN.sub("hf_…", visible(line)), file=sys.stderr if error else None, flush=error)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """JSON that people can read in a terminal: letters of all alphabets as they are, and what acts as \\uXXXX, which
-    every reader of JSON turns back."""
+    """JSON that people can read in a terminal: letters of all alphabets are kept, and characters that act become
+    \\uXXXX, which every reader of JSON decodes."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return ACTING.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)

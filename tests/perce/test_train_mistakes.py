@@ -55,7 +55,7 @@ def test_broken_weights_and_adapters_alone(train, tmp_path, model):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    fails(train(model=adapter, output_dir=tmp_path / "other"), "adapter alone", "base model")
+    fails(train(model=adapter, output_dir=tmp_path / "other"), "only an adapter", "base model")
 
 
 def test_a_token_outside_the_models_vocabulary(train, tmp_path, model):
