@@ -1,4 +1,4 @@
-"""PerCE in any transformers.Trainer, here one of your own: `python examples/any_trainer.py [MODEL]`.
+"""PerCE in any transformers.Trainer, here in one of your own: `python examples/any_trainer.py [MODEL]`.
 
 MODEL is a directory or Hub id; by default a small model that is downloaded once.
 """
@@ -13,7 +13,7 @@ import perce
 from perce.integrations.trainer import PerceMixin
 
 
-class MyTrainer(PerceMixin, Trainer):  # the mixin first: it stands between your trainer and its model
+class MyTrainer(PerceMixin, Trainer):  # the mixin comes first, so that its methods are found before your trainer's
     pass
 
 
@@ -31,7 +31,7 @@ trainer = MyTrainer(
         tempfile.mkdtemp(), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-4, logging_steps=2,
         save_strategy="no", report_to="none", disable_tqdm=True,
     ),
-    train_dataset=perce.labelled(rows, tokenizer),  # or rows of your own, with labels like these
+    train_dataset=perce.labelled(rows, tokenizer),  # or your own rows, with labels like those that this makes
     data_collator=DataCollatorForSeq2Seq(tokenizer),
     loss=perce.LossConfig(objective="perce", clip_min=0.8, clip_max=5.0),
 )  # fmt: skip

@@ -20,12 +20,12 @@ talk = [
 ]
 
 
-def padded(sequences):  # (B, T) token ids, on the right
+def padded(sequences):  # (B, T) token ids, padded on the right
     rows = [torch.tensor(ids) for ids, _ in sequences]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
 
 
-def is_reply(sequences, ids):  # (B, T) which of them are the response
+def is_reply(sequences, ids):  # (B, T), which tokens are the response
     places = torch.arange(ids.shape[1])
     return torch.stack([(places >= len(row) - length) & (places < len(row)) for row, length in sequences])
 
@@ -38,7 +38,7 @@ def prompt(query, system):
 with_persona, without = [], []
 for query, reply in talk:
     ids = tokenizer(reply, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    # Both prompts have the same system message; in one the persona stands before it.
+    # Both prompts have the same system message; in one of them the persona comes before it.
     with_persona.append((prompt(query, perce.prompt_text(persona)) + ids, len(ids)))
     without.append((prompt(query, "Write the next message exactly as this user would.") + ids, len(ids)))
 ids_with_persona, ids_without_persona = padded(with_persona), padded(without)

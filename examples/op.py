@@ -1,6 +1,6 @@
 """The loss alone, with torch and nothing else: `python examples/op.py`.
 
-A toy: hidden states of tokens, with the persona in the prompt and without it, and an output embedding that is trained.
+A toy: random hidden states of tokens, with the persona in the prompt and without it, and a trained output embedding.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""PerCE in TRL, as TRL's own scripts are written: `python examples/trl_sft.py --config examples/trl_sft.yaml`.
+"""PerCE in TRL, written like TRL's own scripts: `python examples/trl_sft.py --config examples/trl_sft.yaml`.
 
-Rows are in any of TRL's formats, with a `persona` beside: a text, or a list of them.
+Rows are in any of TRL's formats, with one more field, `persona`: a text, or a list of texts.
 """
 
 from datasets import load_dataset

@@ -1,4 +1,4 @@
-"""PerCE in trainers that people have: trainer, of any transformers.Trainer, and trl, of TRL's SFTTrainer."""
+"""PerCE in other trainers: `trainer` for any transformers.Trainer, `trl` for TRL's SFTTrainer."""
 
 from perce.errors import installed
 

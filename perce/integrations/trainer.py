@@ -1,6 +1,7 @@
-"""PerCE in any transformers.Trainer: `class MyTrainer(PerceMixin, Trainer)`, on rows as data/marked.py has them.
+"""PerCE in any transformers.Trainer: `class MyTrainer(PerceMixin, Trainer)`, on rows in the form of data/marked.py.
 
-The trainer's own compute_loss runs as it is. What it calls as its model makes both passes and answers with our loss.
+The trainer's own compute_loss runs unchanged. The function that it calls as its model runs both passes and returns our
+loss.
 """
 
 from dataclasses import dataclass
@@ -29,36 +30,37 @@ from perce.training.parallel import found_by_first, keep_outputs_exact
 
 @dataclass
 class TokenOutput(ModelOutput):
-    """What compute_loss, transformers' and TRL's, reads of a model's output."""
+    """The fields of a model's output that the compute_loss of transformers and that of TRL read."""
 
     loss: Tensor | None = None  # 0-d, the mean
-    log_probs: Tensor | None = None  # (1,): −Σ weight · cross-entropy, of which TRL makes the mean itself
-    label_mask: Tensor | None = None  # (N,), as entropy and is_top1
+    log_probs: Tensor | None = None  # (1,): −Σ weight · cross-entropy, from which TRL makes the mean itself
+    label_mask: Tensor | None = None  # (N,), like entropy and is_top1
     entropy: Tensor | None = None
     is_top1: Tensor | None = None
-    aux_loss: Tensor | None = None  # 0-d, load balancing of this forward
+    aux_loss: Tensor | None = None  # 0-d, the load-balancing loss of this forward pass
 
 
 class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
-    """Stands before a transformers.Trainer among the bases of a class, and makes its loss PerCE's.
+    """A base class to put before a transformers.Trainer, which makes the loss of the trainer PerCE's.
 
-    The loss is the mean over the tokens of a step, of all its forwards and processes. Logs have `ce`, `pir_mean`,
-    `weight_mean` and the shares at the clip besides. Evaluations are of cross-entropy; `loss_with_persona`,
-    `loss_without_persona` and `pir_mean` are means over all tokens, `loss` is as the Trainer makes it.
+    The loss is the mean over the tokens of a step, from all its forward passes and processes. Logs also have `ce`,
+    `pir_mean`, `weight_mean` and the shares at the bounds of the clip. Evaluations compute cross-entropy; their
+    `loss_with_persona`, `loss_without_persona` and `pir_mean` are means over all tokens, `loss` is the Trainer's own.
 
     Args:
-        args, kwargs: the Trainer's own. Its data_collator becomes a PersonaCollator, and the model is patched in place.
-        loss: a perce.LossConfig; weights are estimated online, and not normalised.
-        backend: of fused_perce_loss.
+        args, kwargs: those of the Trainer. The data_collator becomes a PersonaCollator; the model is patched in place.
+        loss: a perce.LossConfig; weights are estimated online and are not normalised.
+        backend: argument of fused_perce_loss.
 
     Raises:
-        UserError (a ValueError): what PerceTrainer refuses of a model, hooks that want logits, label smoothing, noise
-            in one of the passes, sequences that are cut over processes, a trial step unlike that of the model's logits.
+        UserError (a ValueError): a model that PerceTrainer refuses, hooks that need logits, label smoothing, noise in
+            only one of the passes, sequences that are divided over processes, or a trial step whose result differs
+            from that of the model's logits.
     """
 
     data_collator: Any
     top1 = False
-    """Whether each forward measures accuracy and entropy too, which costs a product more."""
+    """Whether each forward pass also measures accuracy and entropy, which costs one more matrix product."""
 
     def __init__(self, *args: Any, loss: LossConfig | None = None, backend: str = "auto", **kwargs: Any):
         self.perce_loss = loss or LossConfig()
@@ -67,7 +69,7 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         options, model = self.args, self.model
         check_trainer(self, self.perce_loss)
-        self.model_accepts_loss_kwargs = True  # the tokens of a step, by which the mean is made
+        self.model_accepts_loss_kwargs = True  # such as the number of tokens of a step, which the mean divides by
         keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
         if isinstance(kwargs.get("model", args[0] if args else None), str):
             disable_dropout(model)
@@ -84,7 +86,8 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         found_by_first(partial(try_collated, self, self._collators_without()))
 
     def _collators_without(self) -> dict[str, PersonaCollator]:
-        """By options that decide how a batch is made, the collator without: one may be why a trial step fails."""
+        """For each option that changes how batches are made, the collator without it: a trial step may fail because of
+        the option."""
         return {}
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
@@ -92,9 +95,9 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         return super().compute_loss(partial(self._both_passes, model), inputs, *args, **kwargs)
 
     def _both_passes(self, model: nn.Module, num_items_in_batch: Any = None, **inputs: Any) -> TokenOutput:
-        """In place of the model's own forward."""
+        """Called in place of the model's own forward."""
         if "rows_cf" not in inputs:
-            raise UserError("data_collator: expected a PersonaCollator, whose batches are of both passes.")
+            raise UserError("data_collator: expected a PersonaCollator, whose batches hold the rows of both passes.")
         state, training, router = self.state, self.model.training, self._router
         loss = self.perce_loss.at(min(state.global_step / max(state.max_steps - 1, 1), 1.0))
         hidden_cf = counterfactual_hidden(model, inputs) if loss.entry.counterfactual else None
@@ -105,7 +108,7 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         total, counted = done.loss if training else -done.logp.sum(), num_items_in_batch is not None
         mean = total / torch.as_tensor(num_items_in_batch if counted else len(done.logp)).clamp(min=1)
         aux = None
-        if router:  # its mean over forwards and processes, where the Trainer, which counts tokens, makes a sum
+        if router:  # the Trainer sums the losses of forwards and processes if it counts tokens; this makes a mean
             aux = load_balance(done.experts[1], done.experts[0].detach(), router.top_k)
             forwards = self.current_gradient_accumulation_steps if training else 1
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -132,4 +135,4 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         return {**self._window.summary(total, self.perce_loss)}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        raise UserError("predict: would return logits, which are never held. Use trainer.evaluate(dataset).")
+        raise UserError("predict: would return logits, which are never held whole. Use trainer.evaluate(dataset).")

@@ -1,7 +1,8 @@
-"""PerCE in TRL: its SFTTrainer and SFTConfig, with a column `persona` (a text, or several) beside any of its formats.
+"""PerCE in TRL: its SFTTrainer and SFTConfig, for rows in any of its formats with one more column, `persona` (a text or
+several).
 
-TRL prepares each row twice, with the persona and without. The labels say where the persona is (data/marked.py), so that
-cutting, packing and collating are TRL's own, and so are its loss's mean and its metrics: our op stands for its head.
+TRL prepares each row twice, with the persona and without it. The labels mark the persona (data/marked.py), so TRL's own
+code cuts, packs and collates. It also computes the mean of the loss and its metrics; our op replaces its head.
 """
 
 from copy import copy, deepcopy
@@ -27,27 +28,27 @@ with installed("trl"):
 
 @dataclass
 class PerceSFTConfig(SFTConfig):
-    """trl.SFTConfig, and options of perce.train. UserError for what would cut the persona off."""
+    """trl.SFTConfig with some options of perce.train. UserError for options that would cut the persona off."""
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "prompt"]  # noqa: RUF012
-    objective: str = option("perce", "what tokens are weighted by: perce, ce, lossce, entce, dft, nextquill")
+    objective: str = option("perce", "how tokens are weighted: perce, ce, lossce, entce, dft, nextquill")
     clip_min: float | None = option(None, "smallest weight of a token; default: the objective's own")
     clip_max: float | None = option(None, "largest weight of a token; default: the objective's own")
     contrast: str | None = option(None, "clip PIR (log) or exp(PIR) (ratio); default: the objective's own")
-    prompt: dict | str | None = option(None, "how the persona is told: keys of perce.train's --prompt")  # noqa: RUF009
-    backend: str = option("auto", "of fused_perce_loss: auto, triton, torch or reference")
+    prompt: dict | str | None = option(None, "wording of the persona: keys of perce.train's --prompt")  # noqa: RUF009
+    backend: str = option("auto", "backend of fused_perce_loss: auto, triton, torch or reference")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, only, why in (
-            ("loss_type", "nll", "DFT is objective=dft"),
-            ("packing_strategy", "bfd", "others cut sequences into pieces, and only the first has the persona"),
-            ("truncation_mode", "keep_start", "the other cuts the persona off"),
+            ("loss_type", "nll", "use objective=dft for DFT"),
+            ("packing_strategy", "bfd", "others cut sequences into pieces, of which only the first has the persona"),
+            ("truncation_mode", "keep_start", "the other mode cuts the persona off"),
         ):
             if getattr(self, name) != only:
                 raise UserError(f"{name}: expected {only}, got {getattr(self, name)}: {why}.")
         if self.eval_packing and not (self.packing or self.padding_free):
-            raise UserError("eval_packing: needs packing or padding_free, whose batches keep packed sequences apart.")
+            raise UserError("eval_packing: needs packing or padding_free, which keep the sequences of a row apart.")
         names = ("objective", "clip_min", "clip_max", "contrast")
         self.loss = LossConfig(**{name: getattr(self, name) for name in names})
         self.style = PromptStyle.of(self.prompt) if self.prompt else None  # type: ignore[arg-type]
@@ -65,11 +66,11 @@ class PerceSFTTrainer(PerceMixin, SFTTrainer):
         if not isinstance(args, PerceSFTConfig):
             raise UserError(f"args: expected a PerceSFTConfig, got {type(args).__name__}.")
         if kwargs.get("formatting_func"):
-            raise UserError("formatting_func: knows of no persona. Give rows in one of TRL's formats.")
+            raise UserError("formatting_func: would leave out the persona. Give rows in one of TRL's formats.")
         if images := {"image", "images"} & {*(get_dataset_column_names(train_dataset) if train_dataset else [])}:
-            raise UserError(f"train_dataset: expected texts alone, got a column {images.pop()}.")
+            raise UserError(f"train_dataset: expected texts only, got a column {images.pop()}.")
         super().__init__(model, args, train_dataset=train_dataset, loss=args.loss, backend=args.backend, **kwargs)
-        if args.prompt:  # of what is saved; the caller's tokenizer stays as it is
+        if args.prompt:  # saved with the model, in a copy: the caller's tokenizer stays as it is
             served: Any = deepcopy(self.processing_class)
             served.init_kwargs[STYLE] = args.prompt
             self.processing_class = served
@@ -81,9 +82,10 @@ class PerceSFTTrainer(PerceMixin, SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, tokenizer: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """As TRL's own, of rows that are told twice; what is tokenised already has the labels of data/marked.py."""
+        """TRL's own preparation, of each row with and without the persona; rows that are already tokenised must have
+        the labels of data/marked.py."""
         if isinstance(tokenizer, ProcessorMixin):
-            raise UserError("processing_class: expected a tokenizer, for texts alone, got a processor, for images too.")
+            raise UserError("processing_class: expected a tokenizer, got a processor, which is for images too.")
         columns = get_dataset_column_names(dataset)
         if "input_ids" not in columns:
             if "persona" not in columns:

@@ -234,11 +234,11 @@ IMAGE = {"images": [[]], "prompt": SAID[:1], "completion": SAID[1:]}
         ([{"persona": "A.", "story": "a"}], {}, "train row 1: expected prompt, messages or text, got persona, story"),
         ([{"persona": "A.", "messages": SAID[1:]}], {"prompt": {"place": "user"}}, "train row 1: expected a user turn"),
         ([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}], {"max_steps": 1}, "labels: expected -101 at the persona"),
-        ([{"persona": "A."} | IMAGE], {}, "train_dataset: expected texts alone, got a column images"),
+        ([{"persona": "A."} | IMAGE], {}, "train_dataset: expected texts only, got a column images"),
         (None, {"packing": True, "packing_strategy": "wrapped"}, "packing_strategy: expected bfd, got wrapped"),
         (None, {"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy: expected bfd"),
         (None, {"truncation_mode": "keep_end"}, "truncation_mode: expected keep_start"),
-        (None, {"loss_type": "dft"}, "loss_type: expected nll, got dft: DFT is objective=dft"),
+        (None, {"loss_type": "dft"}, "loss_type: expected nll, got dft: use objective=dft for DFT"),
         (None, {"eval_packing": True}, "eval_packing: needs packing or padding_free"),
         (None, {"prompt": "user"}, "prompt: expected a mapping of any of system, place"),
         ([{"persona": "A <|im_end|> B.", "text": "a"}], {}, r"train row 1: .*spells the control token '<\|im_end\|>'"),
@@ -264,7 +264,7 @@ def test_arguments_of_the_trainer_are_refused_by_name(tmp_path):
     rows = Dataset.from_list(rows_of("completion", 4))
     for args, options, message in (
         (SFTConfig(str(tmp_path), bf16=False, use_cpu=True), {}, "args: expected a PerceSFTConfig, got SFTConfig"),
-        (config_for(tmp_path), {"formatting_func": str}, "formatting_func: knows of no persona"),
+        (config_for(tmp_path), {"formatting_func": str}, "formatting_func: would leave out the persona"),
         (config_for(tmp_path), {"compute_metrics": len}, "compute_metrics: the PerCE loss is computed without logits"),
         (config_for(tmp_path), {"peft_config": LoraConfig(**LORA | {"target_modules": ["lm_head"]})}, "lm_head"),
     ):
