@@ -1,8 +1,8 @@
 # make setup | train | test | slow | check | format | aot | bench | gpu-a | gpu-b | wheels | clean
-# PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command; WORKERS=8 processes
-# for the tests.
-# make gpu-a and gpu-b install nothing: they run in .venv (VENV=...) where that is, else with PYTHON as it is; WHEELS="dir …"
-# holds what `make wheels` collected, RESULTS=dir takes what they found.
+# PYTHON=python3.12 picks the interpreter of a new .venv; ARGS="..." is passed on to the command; WORKERS=8 runs the tests
+# in eight processes.
+# make gpu-a and gpu-b install nothing: they run in .venv (VENV=...) if it exists, else with PYTHON as it is; WHEELS="dir …"
+# names the directories that `make wheels` filled, RESULTS=dir the directory for their results.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -23,19 +23,19 @@ help:
 	@echo "make setup    a virtual environment in $(VENV) with everything the tests need"
 	@echo "make train    train the default small model on the built-in examples (CPU or GPU, minutes)"
 	@echo "make test     run the tests"
-	@echo "make slow     run all slow tests and benchmarks, and write what came to benchmarks/results/slow.json (an hour)"
+	@echo "make slow     run all slow tests and benchmarks, and write the results to benchmarks/results/slow.json (an hour)"
 	@echo "make check    lint, formatting and types"
 	@echo "make format   apply the formatter and the safe lint fixes"
-	@echo "make aot      compile the GPU kernels without a GPU: registers, spills, shared memory"
+	@echo "make aot      compile the GPU kernels without a GPU, and print their registers, spills and shared memory"
 	@echo "make bench    run the benchmarks"
-	@echo "make gpu-a    on a machine with a CUDA GPU: does it run, which way is faster (4.5 minutes)"
-	@echo "make gpu-b    on the same: the op beside its peers, and its tests (9 minutes)"
-	@echo "make wheels   collect what a GPU machine without a network lacks into build/wheels/a, b, c1, …"
+	@echo "make gpu-a    on a machine with a CUDA GPU: test that perce runs there, and which way is faster (4.5 minutes)"
+	@echo "make gpu-b    on the same machine: compare the op with its peers, and run its tests (17 minutes)"
+	@echo "make wheels   collect the packages that a GPU machine without network lacks into build/wheels/a, b, c1, …"
 	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"
 
 setup: $(STAMP)
 
-# pip, not python, tells whether .venv is whole: an interrupted `venv` leaves an interpreter without pip.
+# Whether .venv is complete is tested by pip, not python: an interrupted `venv` leaves an interpreter without pip.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
@@ -45,11 +45,12 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)
 	$(BIN)/python -m perce.train $(ARGS)
 
-# A process a core, each with one thread, and a file's tests in one process: they share what is slow to make.
+# One process per core, each with one thread. The tests of a file run in one process: they share objects slow to make.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
 
-# Tests first, then benchmarks; failures end nothing, and the status is theirs. The file is rewritten after every test.
+# Tests first, then benchmarks. A failure does not stop the rest, and sets the exit status. The file is rewritten after
+# every test.
 slow: $(STAMP)
 	$(BIN)/python -m pytest tests benchmarks -m "slow and not gpu" --benchmark-enable -p benchmarks.slow_record \
 		--record benchmarks/results/slow.json --continue-on-collection-errors -rf $(ARGS)
