@@ -1,4 +1,4 @@
-"""Fused PerCE loss: token-level personalisation without ever materialising full-vocabulary logits."""
+"""Fused PerCE loss: token-level personalisation that never holds the logits of all tokens in memory."""
 
 from perce_kernels.loss import PerCEStats, fused_perce_loss, token_logprobs
 

@@ -1,4 +1,4 @@
-"""Which backend computes: a table, the argument `backend`, and PERCE_BACKEND where that is "auto"."""
+"""Chooses the backend that computes, by the argument `backend`, and by PERCE_BACKEND if that is "auto"."""
 
 import importlib
 import importlib.util
@@ -13,11 +13,11 @@ VARIABLE = "PERCE_BACKEND"
 """The environment variable that chooses the backend of calls with backend="auto"."""
 TRITON_FOUND = importlib.util.find_spec("triton") is not None
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's interpreter runs the kernels on CPU tensors. Triton itself reads the variable once, when it is imported."""
+"""Whether Triton's interpreter runs the kernels on CPU tensors. Triton reads the variable once, when it is imported."""
 
 
 def triton_lacks(device: torch.device) -> str | None:
-    """What backend "triton" lacks to run on tensors of this device; None if nothing."""
+    """What is missing for backend "triton" to run on tensors of this device; None if nothing is."""
     if not TRITON_FOUND:
         return "the triton package, which is not installed"
     if device.type == "cuda" or (device.type == "cpu" and TRITON_INTERPRETED):
@@ -26,12 +26,12 @@ def triton_lacks(device: torch.device) -> str | None:
 
 
 class Backend(NamedTuple):
-    """A module as contract.py describes it, imported when it is first used: Triton is no dependency of a CPU or macOS
-    install."""
+    """A module that contract.py describes. It is imported when it is first used, because installations on a CPU or on
+    macOS may lack Triton."""
 
     module: str
     lacks: Callable[[torch.device], str | None] = lambda device: None
-    """What is missing to run on tensors of this device; None if nothing."""
+    """What is missing for it to run on tensors of this device; None if nothing is."""
 
 
 BACKENDS = {
@@ -39,14 +39,15 @@ BACKENDS = {
     "torch": Backend("perce_kernels.chunked"),
 }
 NAMES = ("auto", *BACKENDS, "reference")
-"""What may be asked for; the reference is plain autograd over all logits, and not behind the registered ops."""
+"""Valid values of `backend`. The reference is plain autograd over all logits, and does not use the registered ops."""
 
 
 def resolve_backend(backend: str, device: torch.device, group: Any = None) -> str:
-    """`backend`, or where that is "auto", the one that PERCE_BACKEND names, if any.
+    """`backend`, or if that is "auto" and PERCE_BACKEND is set, the backend that it names.
 
     Raises:
-        ValueError: it is unknown, or cannot run on this device or with this group; names whichever of the two said it.
+        ValueError: the backend is unknown, or cannot run on this device or with this group. The message begins with
+            `backend` or PERCE_BACKEND, whichever named it.
     """
     name = "backend"
     if backend == "auto" and (chosen := os.environ.get(VARIABLE)):
@@ -61,8 +62,8 @@ def resolve_backend(backend: str, device: torch.device, group: Any = None) -> st
 
 
 def chosen(backend: str, device: torch.device) -> tuple[str, str]:
-    """The backend that computes on tensors of this device, and why: "auto" is Triton on a GPU that the kernels are
-    built for, else plain PyTorch. `backend` as resolve_backend returns it."""
+    """The backend that computes on tensors of this device, and why: "auto" is Triton on a GPU that the kernels
+    support, else plain PyTorch. `backend` as resolve_backend returns it."""
     if backend != "auto":
         return backend, "it was asked for"
     if device.type != "cuda":

@@ -1,14 +1,14 @@
 """Backend "torch": PerCE over chunks of tokens in plain PyTorch, on any device, without an (N, V) tensor.
 
-Once logp_cf is known the weights are constants, so one sweep yields the loss *and* its gradients; nothing is
+Once logp_cf is known, the weights are constants. So one sweep computes the loss *and* its gradients, and nothing is
 recomputed:
 
     per chunk of C tokens   z = h Wᵀ, z_cf = h_cf Wᵀ                       4·C·D·V FLOP
                             logp, logp_cf → pir → w                        row statistics, fp32
                             dz = w·scale·(softmax(z) − onehot), over z     expm1(logp) at the target
-                            dh = dz W          dW += dzᵀ h (fp32)          2·C·D·V each, only where needed
+                            dh = dz W          dW += dzᵀ h (fp32)          2·C·D·V each, only if needed
 
-The gradients are of the *sum* Σ w·(−logp); 1/n and batch normalisation are scalars and are applied by the caller.
+The gradients are those of the *sum* Σ w·(−logp). The caller applies 1/n and batch normalisation, which are scalars.
 """
 
 from collections.abc import Iterator
@@ -20,27 +20,27 @@ from torch import Tensor
 from perce_kernels.contract import Call, Needed, PerCEOutput, Rows, Weighting, statistics_dtype
 from perce_kernels.row_pass import Given, Head, row_loss, row_parts
 
-LOGITS_BYTES = 64 * 2**20  # all live logits buffers of one chunk; past 32 MiB the GEMMs here run at their full rate
+LOGITS_BYTES = 64 * 2**20  # for all logits buffers of one chunk; from 32 MiB on, CPU GEMMs run at their full rate
 
 
 def chunk_rows(vocab_size: int, dtype: torch.dtype, buffers: int) -> int:
-    """Tokens per chunk so that `buffers` logits blocks fit LOGITS_BYTES: never a function of free memory."""
+    """Tokens per chunk, such that `buffers` blocks of logits fit LOGITS_BYTES. It never depends on free memory."""
     return max(16, LOGITS_BYTES // (buffers * vocab_size * statistics_dtype(dtype).itemsize))
 
 
 @contextmanager
 def full_fp32_matmul() -> Iterator[None]:
-    """fp32 products in fp32 whatever the user's TF32 / "medium" setting, which is back in place afterwards.
+    """Compute fp32 products in fp32, whatever the user's TF32 / "medium" setting, which is restored afterwards.
 
-    torch has an older setting beside the newer ones, and refuses to read it, as TunableOp's products do, where they
-    disagree: so both are set.
+    torch has an older setting besides the newer ones. If they disagree, torch raises an error when the older one is
+    read, as TunableOp's products do: so both are set.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        older = torch.get_float32_matmul_precision()  # with these, it can be read
+        older = torch.get_float32_matmul_precision()  # can be read now that the newer settings are "ieee"
         try:
             torch.set_float32_matmul_precision("highest")
             yield
@@ -48,13 +48,13 @@ def full_fp32_matmul() -> Iterator[None]:
             torch.set_float32_matmul_precision(older)
     finally:
         for backend, precision in zip(backends, before, strict=True):
-            # Reading resolves what is inherited: written back as read, it would no longer follow the global setting.
+            # An inherited setting reads as its value. Writing that value back would detach it from the global setting.
             inherited = precision == torch.backends.fp32_precision  # type: ignore[attr-defined]
             backend.fp32_precision = "none" if inherited else precision
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b with fp32 accumulation *and* output. CPU GEMMs have no out_dtype: operands were upcast before."""
+    """a @ b with fp32 accumulation *and* output. CPU GEMMs have no out_dtype, so callers upcast the operands there."""
     if 0 in b.shape:  # an empty shard
         return out.zero_()
     if a.dtype == out.dtype == b.dtype:
@@ -63,7 +63,7 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _mm_accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in total's dtype: bf16 sums over chunks hurt convergence."""
+    """total += a @ b, accumulated in total's dtype, because bf16 sums over chunks hurt convergence."""
     if total.numel() == 0:
         return
     if a.dtype == total.dtype:
@@ -73,19 +73,19 @@ def _mm_accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _ChunkedRows(Rows):
-    """Rows that are read and written a chunk at a time, an ignored one as zeros."""
+    """Rows that are read and written one chunk at a time; ignored rows are read and written as zeros."""
 
     def __init__(self, call: Call):
         super().__init__(call)
-        # An ignored row's, and one outside the vocabulary on a device where nobody waits for the check, is some id.
+        # Targets of ignored rows, and invalid targets on devices where the check is asynchronous, become a valid id.
         self.target = torch.where((self.target >= 0) & (self.target < call.vocab_size), self.target, 0)
 
     def pick(self, x: Tensor, chunk: slice, dtype: torch.dtype) -> Tensor:
-        """This chunk's rows of x, an ignored row zeroed."""
+        """This chunk's rows of x, with ignored rows set to zero."""
         return self._zeroed((x[chunk] if self.index is None else x[self.index[chunk]]).to(dtype), chunk)
 
     def put(self, out: Tensor, chunk: slice, value: Tensor) -> None:
-        """Write this chunk's rows into out, whose other rows stay 0."""
+        """Write this chunk's rows into out; its other rows stay 0."""
         if self.index is None:
             out[chunk] = self._zeroed(value, chunk)
         else:
@@ -106,7 +106,7 @@ def _prepare_head(call: Call) -> Head:
 
 @torch.no_grad()
 def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
-    """One sweep over the tokens: loss sum, statistics and fp32 sum-scale gradients."""
+    """One sweep over the tokens: the summed loss, statistics, and fp32 gradients of the sum."""
     hidden, shard = call.hidden, call.shard
     hidden_cf, logp_cf, token_weight, contrasting = weighting
     dtype = statistics_dtype(hidden.dtype)
@@ -188,5 +188,5 @@ def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In one pass, without a second fp32 tensor of the head's size."""
+    """gradient · factor in one pass, without a second fp32 tensor of the head's size."""
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

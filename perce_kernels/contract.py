@@ -1,10 +1,10 @@
-"""What every backend is given and returns: a module with
+"""The interface of every backend. A backend is a module with
 
     sweep(call, weighting, needed) → PerCEOutput            loss, statistics and gradients, in one pass over the tokens
     logprobs(call, return_entropy) → (logp, entropy)        (N,) each, the second (0,) unless asked for
     scaled(gradient, factor, dtype) → Tensor                gradient · factor (), rounded once, to this dtype
 
-Arguments are valid by now. `Rows` says which rows of a call are computed.
+The caller has checked the arguments. `Rows` says which rows of a call are computed.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from perce_kernels.vocab_parallel import Shard
 
 
 class Call(NamedTuple):
-    """Tokens and output layer, of either op. With a shard, lm_head and bias are this rank's rows, and all else is that
-    of the whole vocabulary.
+    """The tokens and the output layer, for either op. With a shard, lm_head and bias are this rank's rows; everything
+    else refers to the whole vocabulary.
     """
 
     hidden: Tensor  # (N, D)
@@ -34,7 +34,7 @@ class Call(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
-        """Of the whole vocabulary."""
+        """The size of the whole vocabulary."""
         return self.lm_head.shape[0] if self.shard is None else self.shard.vocab_size
 
 
@@ -47,7 +47,7 @@ class Contrasting(NamedTuple):
 
 
 class Weighting(NamedTuple):
-    """Where the token weights come from: exactly one of the tensors is given."""
+    """The source of the token weights: exactly one of the tensors is given."""
 
     hidden_cf: Tensor | None  # (N, D)
     logp_cf: Tensor | None  # (N,)
@@ -64,7 +64,7 @@ class Needed(NamedTuple):
 
 
 class PerCEOutput(NamedTuple):
-    """What one sweep yields; gradients are fp32, of the sum, and have no elements where not needed."""
+    """The result of one sweep. Gradients are fp32, of the summed loss, and have no elements if they are not needed."""
 
     loss_sum: Tensor  # ()
     logp: Tensor  # (N,)
@@ -81,15 +81,15 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Rows:
-    """Which rows of a call are computed: those with a target (one host sync), or with compact=False all (none)."""
+    """The rows of a call that are computed: those with a target (one host sync), or all, if compact=False (no sync)."""
 
     def __init__(self, call: Call):
         target, ignore_index = call.target, call.ignore_index
         check_target(target, call.vocab_size, ignore_index)
         self.n = target.shape[0]
         self.target = target.contiguous()  # (n,) of the computed rows
-        self.index: Tensor | None = None  # (n,) their places, where some are left out
-        self.ignored: Tensor | None = None  # (N,) bool, where none are
+        self.index: Tensor | None = None  # (n,) the rows that are computed, if some are left out
+        self.ignored: Tensor | None = None  # (N,) bool: rows without a target, if all are computed
         if call.compact:
             index = (target != ignore_index).nonzero().squeeze(1)  # the one host sync
             if index.shape[0] != self.n:
@@ -103,20 +103,20 @@ class Rows:
 
 
 def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """ValueError for the first id outside the vocabulary that is not ignore_index; where nobody can wait for it, on a
-    GPU and in a traced graph, an assertion on the device."""
+    """ValueError for the first id outside the vocabulary that is not ignore_index. On a GPU and in a traced graph, the
+    host does not wait for the ids: there it is an assertion on the device."""
     functorch = torch._C._functorch
     if torch.compiler.is_compiling():
         if functorch.is_batchedtensor(target):  # torch has no rule for a batch of assertions
             raise RuntimeError("target: torch.vmap over it works outside torch.compile, or without fullgraph=True")
     else:
         while functorch.is_functorch_wrapped_tensor(target):
-            target = functorch.get_unwrapped(target)  # under torch.vmap, those of all calls at once
+            target = functorch.get_unwrapped(target)  # under torch.vmap: the targets of all calls at once
     outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
     if target.device.type != "cpu" or torch.compiler.is_compiling() or get_proxy_mode() is not None:
         torch._assert_async(~outside.any(), f"target: an id lies outside [0, {vocab_size}) and is not ignore_index")
     elif outside.any():
-        row = outside.nonzero()[0].tolist()  # [row], or under torch.vmap its place among all rows
+        row = outside.nonzero()[0].tolist()  # [row], or under torch.vmap the indices among all rows
         raise ValueError(
             f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {int(target[tuple(row)])} "
             f"at row {', '.join(map(str, row))}"

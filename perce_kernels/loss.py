@@ -1,4 +1,4 @@
-"""The public op: check the arguments, choose a backend, and apply what is a scalar outside the sweep."""
+"""The public op: checks the arguments, chooses a backend, and applies scalar factors after the sweep."""
 
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,11 +21,11 @@ class PerCEStats(NamedTuple):
     logp: Tensor
     """log P(y_i | persona, query, y_<i)."""
     logp_cf: Tensor
-    """log P(y_i | query, y_<i): without the persona. 0 when `token_weight` was given."""
+    """log P(y_i | query, y_<i): without the persona. 0 if `token_weight` was given."""
     pir: Tensor
-    """Personal Influence Ratio, logp − logp_cf. 0 when `token_weight` was given."""
+    """Personal Influence Ratio, logp − logp_cf. 0 if `token_weight` was given."""
     token_weight: Tensor
-    """The weight each token's cross-entropy was multiplied by, after clip and normalisation."""
+    """The weight that the cross-entropy of each token was multiplied by, after clip and normalisation."""
 
 
 def fused_perce_loss(
@@ -56,8 +56,8 @@ def fused_perce_loss(
 ) -> Tensor | tuple[Tensor, PerCEStats]:
     """The PerCE loss of arXiv 2603.06595, −(1/n) Σ_i clip(pir_i, m, M) · logp_i, with no (N, V) tensor in memory.
 
-    With pir_i = logp_i − logp_cf_i, how much the persona raised token i's log-probability. Exactly one of `hidden_cf`,
-    `logp_cf` and `token_weight` says where the weights come from; no gradient ever flows through them.
+    pir_i = logp_i − logp_cf_i is how much the persona raised the log-probability of token i. Exactly one of
+    `hidden_cf`, `logp_cf` and `token_weight` is given, as the source of the weights; no gradient flows through them.
 
     Args:
         hidden: (N, D) factual hidden states; row i predicts target[i]. Any float dtype; statistics and loss are fp32
@@ -66,26 +66,27 @@ def fused_perce_loss(
         target: (N,) int64 token ids. Rows equal to `ignore_index` contribute nothing.
         hidden_cf: (N, D) hidden states of the same tokens with the persona removed from the prompt.
         logp_cf: (N,) counterfactual log-probabilities from an earlier pass.
-        token_weight: (N,) weights taken as given, neither contrasted nor clipped; ones make this plain cross-entropy.
+        token_weight: (N,) weights that are used as given, without contrast or clip; ones give plain cross-entropy.
         bias: (V,) output bias.
         clip_min, clip_max: bounds m and M of the weight, 0 ≤ m ≤ M.
         contrast: "log" clips pir (PerCE); "ratio" clips exp(pir) (LongCE, arXiv 2410.23771).
-        normalize: "none" (the paper), or weights rescaled to mean 1 over the valid tokens of this call ("batch") or of
+        normalize: "none" (the paper), or rescale weights to mean 1 over the valid tokens of this call ("batch") or of
             each sequence ("sequence", which needs `seq_id`).
-        seq_id: (N,) integer sequence of each token.
+        seq_id: (N,) integers that say which sequence each token belongs to.
         reduction: "mean" divides the sum by `num_items`, or by the number of valid tokens; "sum"; "none" gives (N,).
-        num_items: denominator of "mean", such as the global token count of an accumulation window; int > 0, or a 0-d
-            tensor, clamped to ≥ 1.
+        num_items: denominator of "mean", such as the token count of an accumulation window over all processes; int > 0,
+            or a 0-d tensor, clamped to ≥ 1.
         softcap, logit_scale: logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap).
-        compact: drop ignored rows before the head, at one host sync on CUDA; False never syncs.
-        group, vocab_start, vocab_size: the rows of lm_head (and bias) are sharded over this process group; these are
-            rows [vocab_start, vocab_start + V) of the vocab_size there are, and the ranks' shards tile them. All else
-            is the same on every rank, upstream gradients and the choice of what trains included; so are the results.
-            hidden's gradient is complete on every rank, lm_head's and bias's are those of its own rows.
-        backend: "triton" (CUDA, ROCm), "torch" (chunked, any device), "reference" (materialises the logits; plain
-            autograd, to any order and under any transform), or "auto": the one that PERCE_BACKEND in the environment
-            names (torch.compile reads it when it traces), else Triton on a GPU it supports, else torch. One that is
-            named runs or raises.
+        compact: drop ignored rows before the head, which takes one host sync on CUDA; False never syncs.
+        group, vocab_start, vocab_size: the rows of lm_head (and bias) are sharded over this process group. This rank
+            has rows [vocab_start, vocab_start + V) of vocab_size, and the shards of all ranks tile these. All other
+            arguments must be the same on every rank, and so must upstream gradients and what requires a gradient; the
+            results are then the same too. hidden's gradient is complete on every rank; lm_head's and bias's are those
+            of the rank's own rows.
+        backend: "triton" (CUDA, ROCm), "torch" (chunked, any device), "reference" (holds all logits; plain autograd, to
+            any order and under any transform), or "auto": the one that the environment variable PERCE_BACKEND names
+            (torch.compile reads it when it traces), else Triton on a GPU that it supports, else torch. There is no
+            fallback from a backend that is named: it runs or raises.
         return_stats: also return PerCEStats.
 
     Returns:
@@ -93,8 +94,8 @@ def fused_perce_loss(
 
     Raises:
         ValueError: a wrong shape, dtype, device, option or out-of-range target, naming the argument.
-        RuntimeError: through the fused backends, second-order gradients; forward-mode AD; transforms of torch.func
-            (grad, vjp, jvp, vmap, …) that reach hidden, lm_head or bias. Of the other inputs torch.vmap is exact.
+        RuntimeError: with the fused backends, second-order gradients; forward-mode AD; transforms of torch.func (grad,
+            vjp, jvp, vmap, …) that reach hidden, lm_head or bias. torch.vmap over the other inputs is exact.
     """
     _check_options(contrast=contrast, normalize=normalize, reduction=reduction)
     backend = resolve_backend(backend, hidden.device, group)
@@ -113,7 +114,7 @@ def fused_perce_loss(
     }  # fmt: skip
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
-        with torch.autocast(hidden.device.type, enabled=False):  # its products would be rounded to the autocast dtype
+        with torch.autocast(hidden.device.type, enabled=False):  # autocast would round products to its dtype
             loss, logp, logp_cf, weight = reference.perce_loss(
                 hidden, lm_head, target, hidden_cf, logp_cf=logp_cf, token_weight=token_weight, normalize=normalize,
                 seq_id=seq_id, reduction="none", **head, **clip,
@@ -131,7 +132,7 @@ def fused_perce_loss(
             hidden, lm_head, target, hidden_cf, logp_cf, token_weight, bias, clip_min, clip_max, contrast,
             ignore_index, softcap, logit_scale, compact, *needed, backend, *shard,
         )  # fmt: skip
-        if normalize == "batch":  # one scalar for all tokens, so it commutes with the sum
+        if normalize == "batch":  # one factor for all tokens, so it can be applied after the sum
             weight = weight.detach()
             total, count = weight.sum(), (target != ignore_index).sum()
             scale = torch.where(total == 0, 0.0, count / total)
@@ -161,14 +162,14 @@ def token_logprobs(
     backend: str = "auto",
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """(N,) log-probabilities of `target` under softmax(logits), without materialising the logits.
+    """(N,) log-probabilities of `target` under softmax(logits), without holding all logits.
 
     Differentiable in hidden, lm_head and bias by recomputation (6·N·D·V FLOP backward). Arguments as in
     `fused_perce_loss`. With `return_entropy`, also the (N,) predictive entropies in nats, detached. Both are fp32 (fp64
     for fp64 inputs) and 0 where ignored.
 
     Raises:
-        ValueError, RuntimeError: as `fused_perce_loss`.
+        ValueError, RuntimeError: as in `fused_perce_loss`.
     """
     backend = resolve_backend(backend, hidden.device, group)
     _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
@@ -191,7 +192,7 @@ def token_logprobs(
 def _per_token_loss(
     hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, head, clip, execution
 ):
-    """(N,) losses by recomputation: what needs a weight per token that is only known after the whole sweep."""
+    """(N,) losses by recomputation, for weights or losses per token that are only known after the whole sweep."""
     options = {**head, **execution, "return_entropy": False}
     logp, _ = ops.logprobs_op(hidden, lm_head, target, **options)
     valid = target != head["ignore_index"]
@@ -209,7 +210,7 @@ def _per_token_loss(
 
 
 def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """Cast to the autocast dtype where autocast is on, as F.linear would be; fp64 is left alone, as there."""
+    """Cast to the autocast dtype if autocast is on, as for F.linear; fp64 is not cast, as there."""
     device = hidden.device.type
     tensors = (hidden, *others)
     if not torch.is_autocast_enabled(device):
@@ -221,8 +222,8 @@ def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 def _check_transforms(backend: str, **trainable: Tensor | None) -> None:
-    """RuntimeError where a fused op would lose a tangent, or the gradient of a batch, or fail inside torch. The other
-    inputs are constants to the op, or applied outside it: they may have been transformed."""
+    """RuntimeError if a fused op would lose a tangent, or the gradient of a batch, or fail inside torch. Other inputs
+    may be transformed, because they are constants in the op, or are applied outside it."""
     if backend == "reference" or (forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()):
         return
     for name, x in trainable.items():
@@ -231,7 +232,7 @@ def _check_transforms(backend: str, **trainable: Tensor | None) -> None:
 
 
 def _check_transform(name: str, x: Tensor) -> None:
-    if torch.compiler.is_compiling():  # a traced tensor does not tell; where the graph may break, this runs untraced
+    if torch.compiler.is_compiling():  # a traced tensor does not show it; after a graph break this runs untraced
         raise ops.unsupported("forward-mode AD, or a transform of torch.func, inside torch.compile is")
     if forward_ad.unpack_dual(x).tangent is not None:
         raise ops.unsupported(f"forward-mode AD (a tangent of {name}, as of torch.func.jvp or jacfwd) is")
@@ -280,7 +281,7 @@ def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group) -> N
 
 
 def _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id) -> None:
-    """Where the weights come from, their clip, and what they are normalised over."""
+    """ValueError for a wrong source of the weights, clip, or normalisation."""
     sources = {"hidden_cf": hidden_cf, "logp_cf": logp_cf, "token_weight": token_weight}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
@@ -291,7 +292,7 @@ def _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, c
         _check_like("hidden_cf", hidden_cf, hidden)
     else:
         _check_per_token(given[0], sources[given[0]], target, "float")
-    if not 0 <= clip_min <= clip_max < math.inf:  # comparisons, for math.isfinite breaks the graph of a dynamic compile
+    if not 0 <= clip_min <= clip_max < math.inf:  # math.isfinite would break the graph of a dynamic compile
         raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
     if (normalize == "sequence") != (seq_id is not None):
         raise ValueError(f'seq_id: expected with normalize="sequence" and only then, got normalize="{normalize}"')
@@ -318,7 +319,7 @@ def _check_per_token(name: str, value: Tensor, like: Tensor, kind: str) -> None:
 
 def _denominator(num_items: int | Tensor | None, reduction: str, target: Tensor, ignore_index: int) -> Tensor | int:
     if num_items is not None and reduction != "mean":
-        raise ValueError(f'num_items: it is the denominator of reduction="mean", got reduction="{reduction}"')
+        raise ValueError(f'num_items: expected with reduction="mean" only, got reduction="{reduction}"')
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise ValueError(f"num_items: expected an int or a 0-d tensor, got {_describe(num_items)}")

@@ -1,12 +1,13 @@
-"""torch.ops.perce.*: schema, shapes for tracing (fake), autograd. Values and errors are the backends' business.
+"""torch.ops.perce.*: schema, shapes for tracing (fake), autograd. The backends compute the values and raise the errors.
 
-`fused_perce_loss` returns fp32 gradients of the weighted *sum*; autograd only scales them by the upstream gradient, out
-of place and before the cast to the input's dtype, so that a second backward, or a loss scale in fp16, is exact.
+`fused_perce_loss` returns fp32 gradients of the weighted *sum*. Autograd only scales them by the upstream gradient, out
+of place and before the cast to the input's dtype, so that a second backward pass, or a loss scale in fp16, is exact.
 
-A process group passes through a schema by its name: `group`, with this rank's `vocab_start` and the whole `vocab_size`.
+A schema takes a process group by its name: `group`, with this rank's `vocab_start` and the whole `vocab_size`.
 
-torch.library takes no rule for forward-mode AD, nor for torch.func.grad: the ops drop tangents in silence. So loss.py
-refuses inputs, and the backward upstream gradients, that have any. Under torch.vmap an op is called once an element.
+torch.library has no rules for forward-mode AD and torch.func.grad: the ops would silently drop tangents. So loss.py
+refuses inputs that have tangents, and the backward pass refuses such upstream gradients. Under torch.vmap an op is
+called once per element.
 """
 
 from typing import Any
@@ -25,16 +26,16 @@ WAY_AROUND = (
 
 
 def _compute(function: str, backend: str, device: torch.device, *arguments: Any) -> Any:
-    """What the backend's function returns. Autocast, which stays on inside a custom op's body, is off in it; an error
-    of the Triton backend ends with WAY_AROUND."""
+    """The result of the backend's function. Autocast, which stays on inside the body of a custom op, is switched off
+    for it. An error of the Triton backend ends with WAY_AROUND."""
     module = None
     with torch.autocast(device.type, enabled=False):
         try:
             module = backends.implementation(backend, device)
             return getattr(module, function)(*arguments)
-        except (ValueError, torch.OutOfMemoryError):  # the caller's mistakes; and what torch has advice for
+        except (ValueError, torch.OutOfMemoryError):  # mistakes of the caller, and errors with advice from torch
             raise
-        except Exception as error:  # kernels fail to compile, to load or to launch, each with an exception of its own
+        except Exception as error:  # kernels that fail to compile, load or launch raise many types
             if module is not None and module.__name__ == backends.BACKENDS["torch"].module:
                 raise
             raise RuntimeError(f'backend "triton": {type(error).__name__}: {error}\n{WAY_AROUND}') from error
@@ -44,7 +45,7 @@ TRAINABLE = ("hidden", "lm_head", "bias")
 
 
 def unsupported(asked: str, otherwise: str = "") -> RuntimeError:
-    """For what the ops have no rule for."""
+    """The error for a use that the ops have no rule for."""
     return RuntimeError(
         f"perce_kernels: {asked} not supported by the fused op; use backend='reference' (which takes no group), "
         f"plain autograd{otherwise}"
@@ -52,14 +53,14 @@ def unsupported(asked: str, otherwise: str = "") -> RuntimeError:
 
 
 def _check_upstream(upstream: Tensor | None) -> None:
-    """RuntimeError where a backward is to be differentiated itself."""
+    """RuntimeError if a backward pass is itself to be differentiated."""
     if torch.is_grad_enabled():
         raise unsupported("higher-order gradients (create_graph=True) are")
     if upstream is None or forward_ad._current_level < 0:
         return
-    # A traced tensor does not tell; where the graph may break, this is run again untraced.
+    # A traced tensor does not show a tangent; after a graph break this runs again untraced.
     if torch.compiler.is_compiling() or forward_ad.unpack_dual(upstream).tangent is not None:
-        raise unsupported("forward-mode AD of a gradient (a tangent of what the loss is multiplied with) is")
+        raise unsupported("forward-mode AD of a gradient (a tangent of the upstream gradient) is")
 
 
 def _argument_names(op: Any) -> tuple[str, ...]:
@@ -124,7 +125,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 @torch.library.custom_op("perce::scaled", mutates_args=())
 def scaled_op(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """gradient · factor () in this dtype."""
+    """gradient · factor (), in the given dtype."""
     return _compute("scaled", backend, gradient.device, gradient, factor, dtype)
 
 
@@ -134,7 +135,7 @@ def _(gradient, factor, dtype, backend):
 
 
 def _backward(ctx, dloss, *_statistics):
-    """Statistics and stored gradients are constants by definition: only loss_sum is differentiated."""
+    """The gradients of loss_sum. The other outputs, statistics and stored gradients, are constants by definition."""
     _check_upstream(dloss)
     scaled = [
         scaled_op(gradient, dloss, dtype, ctx.backend) if needed and dloss is not None else None
@@ -189,11 +190,11 @@ def _setup_logprobs(ctx, inputs, output) -> None:
 
 
 def _backward_logprobs(ctx, dlogp, _dentropy):
-    """Recompute: d(Σ g·logp) is the fused loss's own gradient with the token weights −g."""
+    """Recompute: d(Σ g·logp) is the gradient of the fused loss with token weights −g."""
     _check_upstream(dlogp)
     *inputs, target = ctx.saved_tensors
     trainable = dict(zip(TRAINABLE, inputs, strict=True))
-    # torch leaves out the last ones that have their default value
+    # torch leaves out trailing arguments that have their default value
     wanted = dict(zip(LOGPROBS_ARGUMENTS, ctx.needs_input_grad, strict=False))
     needed = {name: dlogp is not None and wanted[name] for name in TRAINABLE}
     gradients: dict[str, Tensor] = {}

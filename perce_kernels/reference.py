@@ -1,4 +1,4 @@
-"""The definition of PerCE, with the logits materialised: the spec, and the oracle of every test.
+"""The definition of PerCE, computed from all logits. It is the specification, and every test compares with it.
 
     z      = softcap · tanh(scale · (h Wᵀ + b) / softcap)          logits (N, V)
     logp_i = log softmax(z_i)[y_i]                                 with the persona in the prompt
@@ -47,8 +47,9 @@ def normalize_weight(token_weight: Tensor, valid: Tensor, normalize: str, seq_id
     if normalize == "batch":
         total, count = total.sum(), count.sum()
     else:
-        # A sequence's slot is its first place in sorted order: no count of sequences is needed, so neither a sync nor a
-        # graph break. index_put in fp64 accumulates in a fixed order on CPU and CUDA alike; index_add_ would not.
+        # A sequence's slot is its first index in sorted order. So the number of sequences is not needed, which would
+        # take a sync or a graph break. index_put in fp64 accumulates in a fixed order on CPU and CUDA; index_add_ does
+        # not.
         assert seq_id is not None
         slot = torch.searchsorted(seq_id.sort().values, seq_id)
         total, count = (
@@ -63,7 +64,7 @@ def perce_loss(
     contrast="log", normalize="none", seq_id=None, reduction="mean", num_items=None, ignore_index=-100, softcap=None,
     logit_scale=1.0,
 ):  # fmt: skip
-    """(loss, logp, logp_cf, token_weight): the loss of `perce_kernels.fused_perce_loss`, the rest (N,) and detached."""
+    """(loss, logp, logp_cf, token_weight): the loss of `perce_kernels.fused_perce_loss`; the rest is (N,), detached."""
     valid = target != ignore_index
     head = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
     logp, _ = logprobs(hidden, lm_head, target, **head)

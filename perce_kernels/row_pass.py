@@ -1,12 +1,14 @@
-"""The row pass of backend "torch": a chunk's raw products in, its statistics out, and its gradient written over them.
+"""The row pass of backend "torch": from a chunk's raw products it computes statistics, and overwrites the products with
+their gradient.
 
     z      = softcap · tanh(scale · (h Wᵀ + b) / softcap)
     logp   = (z_y − max) − log Σ exp(z − max)                  logp_cf → pir → w
-    dz     = w·scale·(softmax(z) − onehot)·(1 − (z/softcap)²)  in place; expm1(logp) at the target: p − 1, formed by
-                                                               subtraction, would lose all its digits as p → 1
+    dz     = w·scale·(softmax(z) − onehot)·(1 − (z/softcap)²)  in place; expm1(logp) at the target, because computing
+                                                               p − 1 by subtraction loses all digits as p → 1
 
-Element-wise passes walk the logits in blocks of rows that stay in a core's cache: one visit yields statistics, weight
-and gradient. With a shard of the vocabulary the statistics are those of all ranks, and the gradient a second visit.
+Element-wise passes go through the logits in blocks of rows that stay in a core's cache: one visit computes statistics,
+weight and gradient. With a shard of the vocabulary, the statistics are those of all ranks, and the gradient takes a
+second visit.
 """
 
 from collections.abc import Iterator
@@ -32,9 +34,9 @@ class Head(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a caller says of R rows."""
+    """What the caller provides for R rows."""
 
-    valid: Tensor | None  # (R,) or None: all valid
+    valid: Tensor | None  # (R,); None: all are valid
     logp_cf: Tensor | None  # (R,)
     token_weight: Tensor | None  # (R,) weights instead of logp_cf
 
@@ -58,20 +60,21 @@ def _transform(z: Tensor, head: Head) -> None:
 def _exponentials(
     z: Tensor, target: Tensor, head: Head, dcap: Tensor | None = None, with_moment: bool = False
 ) -> RowParts:
-    """Raw products (R, V) → exp(z − max) in place, and what that tells of the rows. dcap takes 1 − (z/softcap)²."""
+    """Raw products (R, V) → exp(z − max), in place; returns the statistics. 1 − (z/softcap)² is written to dcap."""
     _transform(z, head)
     if dcap is not None and head.softcap is not None:
         torch.addcmul(z.new_ones(()), z, z, value=-1 / head.softcap**2, out=dcap)
     row_max = z.amax(1)
     z.sub_(lowest_finite(row_max)[:, None])
     z_target = z.gather(1, target[:, None]).squeeze(1)
-    exponent = z.clamp(min=-1e30) if with_moment else None  # a p of exactly 0 adds nothing, but 0 · −inf would be NaN
+    exponent = z.clamp(min=-1e30) if with_moment else None  # p = 0 must add nothing, but 0 · −inf is NaN
     total = z.exp_().sum(1)
     return RowParts(row_max, total, z_target, None if exponent is None else exponent.mul_(z).sum(1))
 
 
 def row_parts(z: Tensor, column: Tensor, head: Head, dcap: Tensor | None = None, with_moment: bool = False) -> RowParts:
-    """_exponentials of a whole chunk, of no columns too. A target elsewhere (column −1) has no z_target to speak of."""
+    """_exponentials of a whole chunk, which may have no columns. For a target in another shard (column −1), z_target is
+    meaningless."""
     if z.shape[1] == 0:
         none = z.new_zeros(z.shape[0])
         return RowParts(none - torch.inf, none, none, none if with_moment else None)
@@ -86,7 +89,7 @@ def row_parts(z: Tensor, column: Tensor, head: Head, dcap: Tensor | None = None,
 
 
 def weigh(logp: Tensor, given: Given, contrasting: Contrasting) -> tuple[Tensor, Tensor]:
-    """(R,) logp and weight, contrasted and clipped or as given; both 0 where not valid."""
+    """(R,) logp and weight; the weight is contrasted and clipped, or as given. Both are 0 if a row is not valid."""
     if given.token_weight is not None:
         weight = given.token_weight
     else:
@@ -94,12 +97,12 @@ def weigh(logp: Tensor, given: Given, contrasting: Contrasting) -> tuple[Tensor,
         weight = contrast_weight(logp, given.logp_cf, *contrasting)
     if given.valid is None:
         return logp, weight
-    # where, not a product: a −inf bias on token 0, an ignored row's stand-in, makes NaN · 0
+    # torch.where, not a product: ignored rows use token 0, and with a bias of −inf there the product would be NaN · 0
     return torch.where(given.valid, logp, 0), torch.where(given.valid, weight, 0)
 
 
 def _gradient(p: Tensor, column: Tensor, factor: Tensor, at_target: Tensor, dcap: Tensor | None) -> None:
-    """exp(z − max) (R, V) → dz in place: factor · p, but at_target in the target's column, unless that is −1."""
+    """exp(z − max) (R, V) → dz in place: factor · p, and at_target in the target's column unless that is −1."""
     p.mul_(factor[:, None])
     target = column.clamp(min=0)[:, None]
     p.scatter_(1, target, torch.where(column[:, None] >= 0, at_target[:, None], p.gather(1, target)))
@@ -108,10 +111,10 @@ def _gradient(p: Tensor, column: Tensor, factor: Tensor, at_target: Tensor, dcap
 
 
 def row_loss(
-    z: Tensor,  # (R, V) raw products; with need_dz it leaves as dz, else as scratch
+    z: Tensor,  # (R, V) raw products; overwritten with dz if need_dz, else with scratch values
     column: Tensor,  # (R,) the target's column; −1 if it is in another shard
     given: Given,
-    parts_cf: RowParts | None,  # of the same rows without the persona, instead of given.logp_cf
+    parts_cf: RowParts | None,  # statistics of the same rows without the persona, instead of given.logp_cf
     dcap: Tensor | None,  # (R, V) scratch for the softcap's derivative
     head: Head,
     contrasting: Contrasting,
@@ -136,7 +139,7 @@ def row_loss(
 
 
 def _sharded_row_loss(z, column, given, parts_cf, dcap, head, contrasting, need_dz, shard):
-    """row_loss with the statistics of all ranks: between the two visits of the logits, they exchange theirs."""
+    """row_loss with the statistics of all ranks, which exchange them between the two visits of the logits."""
     rows, here = z.shape[0], column >= 0
     parts = row_parts(z, column, head, dcap)
     if parts_cf is None:

@@ -1,24 +1,24 @@
-"""Rows of the head sharded over a process group: where a shard lies, and what its ranks tell one another.
+"""Rows of the head sharded over a process group: the place of a shard, and what the ranks exchange.
 
 Rank r holds the vocabulary [start_r, start_r + V_r): its rows of lm_head and its entries of bias. Hidden states,
-targets, weights, options and upstream gradients are the same on every rank. Shards may differ in size, and be empty.
+targets, weights, options and upstream gradients are the same on every rank. Shards may differ in size or be empty.
 
     per chunk   m_r, S_r = max z, Σ exp(z − m_r)       over its own columns; −∞ and 0 if it has none
                 m = max_r m_r                          one all-reduce (MAX)                      C numbers
                 S = Σ_r exp(m_r − m) · S_r             one all-reduce (SUM), together with       2 · C
                 z_y − m = Σ_r …                        the term of the one rank that holds y
-                                                       (of both passes at once, or, with backend "triton", of the
-                                                       counterfactual one for a block of chunks)
+                                                       (for both passes at once; with backend "triton", for a block
+                                                       of chunks of the counterfactual pass)
                 logp = (z_y − m) − log S               → weights: the same bits on every rank
                 dz over its own columns                → dW_r, db_r: local
     per call    dhidden = Σ_r dz_r W_r                 one all-reduce (SUM) of (N, D) fp32
 
-dhidden is summed once a call and not once a chunk: the whole of it is held anyway, so that summing it in pieces would
-save no memory and pay the latency of a collective for each.
+dhidden is summed once per call and not once per chunk: all of it is held anyway, so summing it in pieces would save no
+memory and would cost the latency of one collective per piece.
 
-Ranks stay in step because what they loop over depends on nothing of their own: the chunk size is a function of the
-whole vocabulary, and compact=True drops the same rows everywhere. That the shards tile the vocabulary is checked at
-each call, by 24 bytes a rank and without waiting for a GPU.
+Ranks stay in step because their loops are the same: the chunk size depends on the whole vocabulary only, and
+compact=True drops the same rows everywhere. Each call checks that the shards tile the vocabulary, with 24 bytes per
+rank and without waiting for a GPU.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,19 +34,19 @@ TILING = "vocab_start, vocab_size: expected the shards of the group to tile the 
 
 
 class RowParts(NamedTuple):
-    """What is known of R rows from some of their columns; from all of them, their statistics."""
+    """Partial statistics of R rows, from some of their columns; from all columns, the statistics."""
 
-    row_max: Tensor  # (R,) largest logit; of no columns −∞, or a number below any
+    row_max: Tensor  # (R,) largest logit; without columns −∞, or a number below any logit
     total: Tensor  # (R,) Σ exp(z − row_max)
-    z_target: Tensor  # (R,) the target's logit − row_max, where the target is among the columns
+    z_target: Tensor  # (R,) the target's logit − row_max, if the target is among the columns
     moment: Tensor | None = None  # (R,) Σ exp(z − row_max)·(z − row_max), for the entropy
 
     def logp(self) -> Tensor:
-        """(R,) log-probabilities: (z_y − max) − log Σ, for a log-sum-exp with a large offset would cancel digits."""
+        """(R,) log-probabilities, as (z_y − max) − log Σ: a log-sum-exp with a large offset would lose digits."""
         return self.z_target - self.total.log()
 
     def entropy(self) -> Tensor:
-        """(R,) in nats."""
+        """(R,) entropies in nats."""
         assert self.moment is not None
         return self.total.log() - self.moment / self.total
 
@@ -59,36 +59,36 @@ class Shard(NamedTuple):
     vocab_size: int
 
     def columns(self, target: Tensor, rows: int) -> Tensor:
-        """(R,) columns of the targets in this shard of `rows` rows; −1 for those of another."""
+        """(R,) columns of the targets in this shard of `rows` rows; −1 for targets in another shard."""
         column = target - self.start
         return torch.where((column >= 0) & (column < rows), column, -1)
 
     def combine(self, parts: RowParts, here: Tensor) -> RowParts:
-        """The parts of all ranks as those of whole rows; `here` (R,) says which targets are in this shard."""
+        """The statistics of whole rows, from the parts of all ranks. `here` (R,): which targets are in this shard."""
         row_max = parts.row_max.clone()
         dist.all_reduce(row_max, dist.ReduceOp.MAX, self.group)
         down = parts.row_max - lowest_finite(row_max)
         factor = down.exp()
         terms = [factor * parts.total, torch.where(here, parts.z_target + down, 0)]
-        if parts.moment is not None:  # exp(down)·down is 0 at −∞, not NaN
+        if parts.moment is not None:  # exp(down)·down must be 0 at −∞, not NaN
             terms.append(factor * parts.moment + torch.where(factor == 0, 0, factor * down) * parts.total)
         sums = torch.stack(terms)
         self.sum_(sums)
         return RowParts(row_max, *sums)
 
     def sum_(self, x: Tensor) -> None:
-        """x summed over the ranks, in place."""
+        """Sum x over the ranks, in place."""
         if x.numel() > 0:
             dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
 
 
 def lowest_finite(row_max: Tensor) -> Tensor:
-    """A maximum that can be subtracted: −∞ − (−∞) is NaN, but −∞ less the lowest number is −∞."""
+    """A maximum that can be subtracted: −∞ − (−∞) is NaN, but −∞ minus the lowest finite number is −∞."""
     return row_max.clamp(min=torch.finfo(row_max.dtype).min)
 
 
 def place(group: Any, vocab_start: Any, vocab_size: Any, lm_head: Tensor) -> tuple[str | None, int | None, int | None]:
-    """The arguments as the registered ops take them; ValueError unless they place lm_head inside the vocabulary."""
+    """The arguments in the form for the registered ops; ValueError unless they place lm_head inside the vocabulary."""
     given = {"group": group, "vocab_start": vocab_start, "vocab_size": vocab_size}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
@@ -111,7 +111,7 @@ def place(group: Any, vocab_start: Any, vocab_size: Any, lm_head: Tensor) -> tup
 
 
 def resolve(group: str | None, vocab_start: int | None, vocab_size: int | None, lm_head: Tensor) -> Shard | None:
-    """The shard that a registered op was called with: of a group by its name, and part of a tiling."""
+    """The shard that a registered op was called with; its group is found by name, and the tiling is checked."""
     if group is None:
         return None
     from torch.distributed.distributed_c10d import _resolve_process_group
@@ -123,15 +123,15 @@ def resolve(group: str | None, vocab_start: int | None, vocab_size: int | None, 
 
 
 def _check_tiling(shard: Shard, lm_head: Tensor) -> None:
-    """ValueError on every rank unless each id belongs to exactly one; on a GPU an asynchronous assertion."""
+    """ValueError on every rank unless each id belongs to exactly one shard; on a GPU an asynchronous assertion."""
     rows = lm_head.shape[0]
-    start = shard.start if rows else shard.vocab_size  # an empty shard may lie anywhere: at the end it disturbs nothing
+    start = shard.start if rows else shard.vocab_size  # an empty shard may be anywhere; at the end it has no effect
     mine = torch.full((1, 3), shard.vocab_size, dtype=torch.int64, device=lm_head.device)
-    mine[:, 0].fill_(start)  # fills: a tensor made of Python numbers would wait for the GPU
+    mine[:, 0].fill_(start)  # filled in place, because making a tensor from Python numbers would wait for the GPU
     mine[:, 1].fill_(start + rows)
     table = mine.new_empty((shard.group.size(), 3))
     dist.all_gather_into_tensor(table, mine, shard.group)
-    # c(v) = #{starts ≤ v} − #{ends ≤ v} shards hold id v: 1 throughout exactly if each end is the next one's start.
+    # c(v) = #{starts ≤ v} − #{ends ≤ v} shards hold id v. It is 1 everywhere exactly if each end is the next start.
     edges = torch.cat([table[:, 0].sort().values, mine[0, 2:]])
     ends = torch.cat([torch.zeros_like(mine[0, 2:]), table[:, 1].sort().values])
     fine = (edges == ends).all() & (table[:, 2] == shard.vocab_size).all()

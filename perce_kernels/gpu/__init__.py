@@ -1,15 +1,15 @@
-"""Backend "triton". Nothing here is imported before a call on a GPU (or Triton's interpreter) needs it:
+"""Backend "triton". Its modules are imported only when a call on a GPU (or in Triton's interpreter) needs them:
 
 driver.py      the chunked algorithm, with the signatures of perce_kernels.chunked
-steps.py       the ways from operands to log-probabilities and the gradient over logits: products and these kernels
+steps.py       the ways from operands to log-probabilities and the gradient of logits, by products and these kernels
 row_loss.py    one pass over a factual row's logits and back: statistics, weight, gradient
-row_halves.py  that pass in two halves, between which a row is put together from several parts
-blocked.py     log-probabilities by cuBLAS, some columns of many rows at a time
-lse_gemm.py    h Wᵀ whose epilogue keeps log-probabilities and writes no logits, or 16-bit ones
-combine.py     rows' statistics from those of tiles or blocks of columns
-stored_rows.py the gradient over 16-bit logits that the GEMM stored
+row_halves.py  that pass in two halves, between which the statistics of a row are combined from several parts
+blocked.py     log-probabilities by cuBLAS, for some columns of many rows at a time
+lse_gemm.py    h Wᵀ, with an epilogue that keeps log-probabilities and writes no logits, or 16-bit logits
+combine.py     statistics of rows from those of tiles or blocks of columns
+stored_rows.py the gradient, written over 16-bit logits that the GEMM stored
 scale.py       gradients times the upstream gradient, in the inputs' dtype
-cut.py         how many tokens at once
+cut.py         how many tokens are computed at once
 product.py     cuBLAS's products with fp32 results
 tiles.py       block sizes, warps and stages by architecture, dtype and D, and the way in use
 """

@@ -1,12 +1,12 @@
-"""Log-probabilities by cuBLAS, its logits in fp32 and in blocks of columns: statistics need no row as a whole.
+"""Log-probabilities by cuBLAS, with fp32 logits in blocks of columns: statistics do not need a whole row at once.
 
     per block of columns   x = h Wᵀ of these columns     (R, B) fp32
                            max, Σ exp, z_y               row_halves.row_parts
     at the end             combined over the blocks      combine.py
 
-A buffer holds R rows of B columns or fewer rows of all columns. The product reads W once for R rows and h once for B
-columns, so that the nearer a block is to a square, the less it reads: 4096 rows of 32k columns take W through memory
-half as often as 1024 rows of 128k do. The factual pass cannot have that, for its gradient follows its statistics.
+A buffer holds R rows of B columns, or fewer rows of all columns. The product reads W once per R rows and h once per B
+columns, so a block reads less the closer it is to a square: with 4096 rows of 32k columns, W is read a quarter as often
+as with 1024 rows of 128k columns. The factual pass cannot do this: its gradient needs the statistics of whole rows.
 """
 
 from torch import Tensor
@@ -28,7 +28,7 @@ def statistics(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Statistics:
-    """lse_gemm.statistics by way of `logits`, which leave as scratch. V may be 0; no entropy."""
+    """As lse_gemm.statistics, through the buffer `logits`, which is overwritten. V may be 0; there is no entropy."""
     n, v = hidden.shape[0], lm_head.shape[0]
     rows, columns = block_of(n, v, logits.numel())
     parts = TileStatistics.empty(v, columns, n, hidden.device)

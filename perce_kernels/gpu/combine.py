@@ -1,16 +1,17 @@
-"""From what tiles of columns tell of a row to the row's statistics: log-probability, and entropy on request.
+"""Combines the statistics of tiles of columns into those of a row: log-probability, and entropy on request.
 
     of tile t, per row      m_t = max z,   s_t = Σ exp(z − m_t),   u_t = Σ exp(z − m_t)·(z − m_t)
     of the row              m = max m_t,   S = Σ s_t exp(m_t − m)
-    logp    = (z_y − m) − log S            z_y by the one tile that holds column y
+    logp    = (z_y − m) − log S            z_y from the one tile that holds column y
     entropy = log S − U/S                  U = Σ exp(m_t − m) · (u_t + (m_t − m)·s_t) = Σ exp(z − m)·(z − m)
 
 Every exponent is relative to a maximum, so that a large offset common to the logits cancels before anything is rounded.
 
-    programs   one for BLOCK rows; it takes BLOCK_T tiles at once, each lane its own share of them, the next ones on
-               their way, and exchanges at the end: one by one it would wait for the memory a thousand times
+    programs   one per BLOCK rows. It takes BLOCK_T tiles at once and prefetches the next ones; each lane combines its
+               own share of them, and the lanes exchange results at the end. Tile by tile, a program would wait for the
+               memory a thousand times
     target     ignored: 0. Outside the vocabulary: z_y is the NaN that it was filled with
-    no tiles   m = LOWEST, S = 0, as of a shard without columns; what lies below LOWEST is nothing
+    no tiles   m = LOWEST, S = 0, as in a shard without columns; logits below LOWEST count as nothing
 """
 
 from typing import NamedTuple
@@ -27,30 +28,30 @@ WARPS, STAGES = 4, 3
 
 
 class Statistics(NamedTuple):
-    """What is known of n rows from all their logits, all fp32; entropy and moment on request."""
+    """Statistics of n rows from all their logits, in fp32; entropy and moment on request."""
 
     logp: Tensor  # (n,) 0 where ignored
     entropy: Tensor | None  # (n,) in nats, 0 where ignored
     row_max: Tensor  # (n,)
     total: Tensor  # (n,) Σ exp(z − row_max)
     moment: Tensor | None  # (n,) Σ exp(z − row_max)·(z − row_max)
-    z_target: Tensor  # (n,) the target's logit, NaN where no column is the target's
+    z_target: Tensor  # (n,) the target's logit, NaN if no column is the target's
     tile_max: Tensor  # (T, n)
-    columns: int  # of a tile; of the last one what is left
+    columns: int  # of a tile; the last tile has the rest
 
 
 class TileStatistics(NamedTuple):
-    """What each tile of columns tells of n rows, all fp32."""
+    """Statistics of n rows from each tile of columns, in fp32."""
 
     row_max: Tensor  # (T, n)
     total: Tensor  # (T, n)
-    moment: Tensor | None  # (T, n), where there is to be an entropy
+    moment: Tensor | None  # (T, n), if an entropy is wanted
     z_target: Tensor  # (n,)
-    columns: int  # of a tile; of the last one what is left
+    columns: int  # of a tile; the last tile has the rest
 
     @classmethod
     def empty(cls, v: int, columns: int, n: int, device: torch.device, with_moment: bool = False) -> "TileStatistics":
-        """Of tiles of so many columns of v, to be filled; z_target is NaN until then."""
+        """Uninitialised statistics for v columns in tiles of `columns`; z_target is NaN until it is written."""
         parts = [torch.empty(-(-v // columns), n, device=device) for _ in range(2 + with_moment)]
         z_target = torch.full((n,), float("nan"), device=device)
         return cls(parts[0], parts[1], parts[2] if with_moment else None, z_target, columns)
@@ -81,7 +82,7 @@ def combine_kernel(
         tile_max = tl.load(max_ptr + at, mask=here, other=float("-inf"))
         tile_sum = tl.load(sum_ptr + at, mask=here, other=0.0)
         new_max = tl.maximum(running_max, tile_max)
-        # What was gathered relative to an older maximum moves by `down`; of a tile of −∞ there is nothing to move.
+        # Sums relative to an older maximum are rescaled by `down`; in a tile of −∞ there is nothing to rescale.
         down = running_max - new_max
         tile_down = tl.where(tile_max == float("-inf"), 0.0, tile_max - new_max)
         if HAS_ENTROPY:

@@ -1,16 +1,17 @@
-"""How many tokens the logits buffer holds (a chunk), and how many dz (a block), under one budget of bytes; and how many
-columns of how many rows of counterfactual logits that buffer holds at once.
+"""How many tokens the logits buffer holds (a chunk) and how many the dz buffer holds (a block), under one budget of
+bytes; and how many columns of how many rows of counterfactual logits the logits buffer holds at once.
 
-A token's logits take 4 bytes an entry for the time of one kernel. Its dz takes 2, and waits for as many others as
-possible: each product dW += dzᵀ h reads and writes all of dW, 8 bytes an entry of it, where reading W for a product
-takes 2. So a block is several chunks. What a cut costs beyond its floor:
+A token's logits take 4 bytes per entry for the time of one kernel. Its dz takes 2 bytes per entry, and is kept until dz
+of as many tokens as possible is there: each product dW += dzᵀ h reads and writes all of dW, 8 bytes per entry, while
+reading W for a product takes 2. So a block has several chunks. The costs of a cut beyond the minimum:
 
-    bytes ÷ D·V    2 a chunk (W, for the factual logits), 2 + 2 + 8 a block (W, for the counterfactual ones and dh; dW)
-    FLOP           of dh = dz W, which has few tiles (K/128 · D/256): a K chosen by habit leaves most of the last wave
-                   of multiprocessors idle
+    bytes ÷ D·V    2 per chunk (W, for the factual logits), 2 + 2 + 8 per block (W, for the counterfactual logits and
+                   for dh; dW)
+    FLOP           of dh = dz W, which has few tiles (K/128 · D/256): with an unsuitable K, most multiprocessors are
+                   idle in the last wave
 
-A byte is taken to last as long as 256 FLOP (an H100: 247). Not in it: dh = dz W of many rows slows down on an H100, at
-D = 8192 from 760 TFLOP/s for 4096 rows to 563 for 16384.
+One byte is counted as 256 FLOP (an H100: 247). One effect is not counted: on an H100, dh = dz W is slower for many
+rows, at D = 8192 760 TFLOP/s for 4096 rows and 563 for 16384.
 """
 
 from collections.abc import Callable
@@ -21,37 +22,39 @@ from perce_kernels.gpu.product import PITCH, pitch
 from perce_kernels.gpu.tiles import STATISTICS_COLUMNS
 
 BUDGET = 2 * 2**30
-"""Bytes of a block's dz and a chunk's logits together."""
+"""Bytes for the dz of a block and the logits of a chunk together."""
 GEMM_TILE = (128, 256)
 """Rows and columns of the output tile that cuBLAS prefers for large 16-bit products."""
 FLOP_PER_BYTE = 256
 SEEN = 1 / 3
-"""Of bytes that pass while a product runs. Of idle multiprocessors too: cuBLAS may split the long sum over V."""
+"""The share of these costs that counts: bytes are moved while a product runs, and cuBLAS may split the long sum over V
+so that fewer multiprocessors are idle."""
 FEWEST, ENOUGH = 16, 512
-"""Tokens of a chunk, whatever the budget; and those from which on reading W takes less time than multiplying it."""
+"""The fewest tokens of a chunk, whatever the budget; and the number from which reading W takes less time than the
+product with it."""
 TRIED = 32
 COLUMNS = 4096
-"""Fewest columns of a block, if there are so many: a product of fewer is bound by reading h and by its launch."""
+"""Fewest columns of a block, if V has as many: a product of fewer is bound by reading h and by its launch."""
 
 
 class Cut(NamedTuple):
-    """Tokens at once."""
+    """Numbers of tokens that are computed at once."""
 
-    block: int  # of a dz buffer: rows of dh = dz W, and terms of dW += dzᵀ h
-    chunk: int  # of a logits buffer
+    block: int  # in the dz buffer: rows of dh = dz W, and terms of dW += dzᵀ h
+    chunk: int  # in the logits buffer
 
 
 @lru_cache(maxsize=256)
 def cut_of(n: int, d: int, v: int, itemsize: int, way: str, multiprocessors: int, budget: int | None = None) -> Cut:
-    """Of n tokens, in blocks of one size. A function of its arguments alone, never of free memory: the same call has
-    the same bits anywhere.
+    """The cut of n tokens, into blocks of one size. It depends on the arguments only, never on free memory, so that the
+    same call gives the same bits anywhere.
 
-    itemsize: bytes of an operand's element. v: of the whole vocabulary, also where there are shards of it.
+    itemsize: bytes of an operand's element. v: size of the whole vocabulary, even if it is sharded.
     """
     n, budget = max(n, 1), BUDGET if budget is None else budget
     rows = GEMM_TILE[0]
     of_dz, of_logits = pitch(v) * itemsize, 4 * pitch(v)
-    if way == "stored":  # logits lie where dz will; beside them are the statistics of tiles
+    if way == "stored":  # logits are stored where dz will be; there are also statistics of tiles
         of_dz, of_logits = of_dz + 8 * -(-v // STATISTICS_COLUMNS) + 16, 0
     one_chunk = budget // (of_dz + of_logits)  # tokens of a block that is one chunk
     if one_chunk < rows:
@@ -71,16 +74,16 @@ def cut_of(n: int, d: int, v: int, itemsize: int, way: str, multiprocessors: int
 
 
 def block_of(n: int, v: int, elements: int) -> tuple[int, int]:
-    """(rows, columns) of the blocks, of at most so many elements, that n rows of v logits are computed in."""
+    """(rows, columns) of the blocks, of at most `elements`, in which n rows of v logits are computed."""
     assert elements >= PITCH
     rows = max(1, min(n, elements // min(pitch(v), COLUMNS)))
     most = elements // rows // PITCH * PITCH
     blocks = -(-pitch(v) // most)
-    return rows, -(-pitch(v) // (blocks * PITCH)) * PITCH  # evenly: no narrow one at the end
+    return rows, -(-pitch(v) // (blocks * PITCH)) * PITCH  # equal widths: no narrow block at the end
 
 
 def _cost(n: int, cut: Cut, d: int, multiprocessors: int) -> float:
-    """In bytes ÷ D·V."""
+    """The cost of a cut, in bytes ÷ D·V."""
     rows, columns = GEMM_TILE
     whole, rest = divmod(n, cut.block)
 

@@ -1,4 +1,4 @@
-"""Backend "triton": the chunked algorithm of perce_kernels.chunked with cuBLAS products and our kernels around them.
+"""Backend "triton": the chunked algorithm of perce_kernels.chunked, with cuBLAS products and our kernels around them.
 
     per block of K tokens   counterfactual log-probabilities    logits of many rows, some columns at a time   2·K·D·V
       per chunk of C tokens z = h Wᵀ, fp32                                                                    2·C·D·V
@@ -6,34 +6,34 @@
                             dh = dz W                           only if hidden trains                         2·K·D·V
                             dW += dzᵀ h                         only if the head trains; fp32                 2·K·D·V
 
-How log-probabilities and dz come about is a way of several: steps.py. The first block writes dW and later ones add to
-it: it is never cleared, and for n ≤ K never read. A chunk's logits take 4 bytes and live for one kernel; dz takes 2 and
-is what dW must wait for: so there are few rows of the one and many of the other.
+There are several ways to compute log-probabilities and dz: see steps.py. The first block writes dW and later blocks add
+to it, so it is never cleared, and for n ≤ K never read. The logits of a chunk take 4 bytes per entry and live for one
+kernel. dz takes 2, and each block of it costs an update of all of dW. So there are few rows of logits and many of dz.
 
-Memory beside inputs and outputs, for n computed rows in blocks of K and chunks of C, P = V rounded up to a multiple of
-64, s = bytes of an operand's element, T = tiles of 128 columns (`extra_bytes`, held by tests):
+Memory besides inputs and outputs, for n computed rows in blocks of K and chunks of C, P = V rounded up to a multiple of
+64, s = bytes of an operand's element, T = tiles of 128 columns (`extra_bytes`, checked by tests):
 
-    logits       C · P · 4              not where our GEMM stores 16-bit logits: these lie where dz will
-    dz           K · P · s              where there is a gradient
-    statistics   K · (8 · B + 16)       of the counterfactual pass's B blocks of columns; of T tiles where our GEMM
-                                        makes them, and without that pass of C rows where it stores
-    operands     K · D · s              where rows are gathered or masked; else they are a slice of hidden
-    dh of block  K · D · 4              where rows are gathered; else the product writes to its place
-    ones         K · s                  where the bias trains
-    per token    n · 12                 where rows are gathered: statistics, scattered at the end
-                 and ≤ 48 bytes a token of indices, targets, masks and what passes between the kernels
+    logits       C · P · 4              not if our GEMM stores 16-bit logits, which take the place of dz
+    dz           K · P · s              if there is a gradient
+    statistics   K · (8 · B + 16)       of the counterfactual pass's B blocks of columns; of T tiles if our GEMM
+                                        computes them, and without that pass for C rows if it stores logits
+    operands     K · D · s              if rows are gathered or masked; else operands are slices of hidden
+    dh of block  K · D · 4              if rows are gathered; else the product writes to the output
+    ones         K · s                  if the bias trains
+    per token    n · 12                 if rows are gathered: statistics, which are scattered at the end
+                 and ≤ 48 bytes per token for indices, targets, masks and values passed between the kernels
 
-Operands that lack a unit stride are copied besides. Tiles that read by pointers what the copy engine cannot may have 64
-columns.
+Operands without a unit stride are copied as well. If the copy engine cannot read the operands, tiles are read by
+pointers and may have 64 columns.
 
-With a shard of the vocabulary V is the shard's, but blocks and chunks are those of the whole vocabulary, on every rank.
+With a shard of the vocabulary, V is the shard's, but on every rank blocks and chunks are those of the whole vocabulary.
 
-Host syncs: with compact=True one, which learns how many rows there are; with compact=False none, and nothing depends on
-values, so that a CUDA graph can capture the call. fp16 has few exponents: there dz is scaled by the power of two that
-brings the largest possible weight just below 2¹⁵, and the gradients are scaled back in fp32.
+Host syncs: with compact=True there is one, for the number of rows. With compact=False there is none, and nothing
+depends on values, so a CUDA graph can capture the call. fp16 has few exponents: there dz is scaled by the power of two
+that brings the largest possible weight just below 2¹⁵, and the gradients are scaled back in fp32.
 
-fp64 inputs go to the chunked PyTorch backend on whatever device they are: they serve for checking, for which neither
-tensor cores nor the row kernel's fp32 statistics are any good.
+fp64 inputs go to the chunked PyTorch backend, on any device: they are for checking, and neither tensor cores nor the
+fp32 statistics of the row kernel are precise enough for that.
 """
 
 import math
@@ -53,16 +53,16 @@ from perce_kernels.gpu.steps import Job, Step, choose
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
 LOGPROB_ROWS = 8192
-"""Tokens per chunk of token_logprobs, whose buffers are small: enough that reading W again costs nothing."""
+"""Tokens per chunk of token_logprobs, whose buffers are small: so many that reading W again costs nothing."""
 SHARDED_MULTIPROCESSORS = 132
-"""What a group of GPUs is taken to have each, so that two kinds of them still cut the same chunks."""
+"""The number assumed for each GPU of a group, so that GPUs of two kinds still cut the same chunks."""
 
 
 def extra_bytes(
     n: int, d: int, v: int, itemsize: int, *, cut: Cut, way: str, passes: int, gathered: bool, masked: bool,
     needed: tuple[bool, bool, bool],
 ) -> int:  # fmt: skip
-    """The docstring's formula without its last line: bytes beside inputs and outputs while n rows are computed.
+    """The formula of the module's docstring without its last line: bytes besides inputs and outputs for n rows.
 
     passes: 2 with hidden_cf. needed: dhidden, dlm_head, dbias.
     """
@@ -85,17 +85,17 @@ class _GpuRows(Rows):
 
     @property
     def copied(self) -> bool:
-        """Whether the computed rows are not simply those of the caller."""
+        """Whether the computed rows must be copied, because they are not simply those of the caller."""
         return self.index is not None or self.ignored is not None
 
     def computed(self, x: Tensor | None) -> Tensor | None:
-        """The computed rows of a (N,) tensor."""
+        """The computed rows of an (N,) tensor."""
         if x is None:
             return None
         return x.contiguous() if self.index is None else x[self.index]
 
     def copy(self, out: Tensor, x: Tensor, block: slice) -> Tensor:
-        """out, filled with the computed rows of x (N, D) in this block, an ignored one as 0: 0 · NaN would reach dW."""
+        """out, filled with this block's computed rows of x (N, D); ignored rows are 0, or 0 · NaN would reach dW."""
         if self.index is not None:
             return torch.index_select(x, 0, self.index[block], out=out)
         out.copy_(x[block])
@@ -103,16 +103,17 @@ class _GpuRows(Rows):
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """x with a unit stride, or a copy: else every product would make its own."""
+    """x if it has a unit stride, else a copy: otherwise every product would copy it."""
     return x if 1 in x.stride() else x.contiguous()
 
 
 def _dz_scale(
     rows: _GpuRows, dtype: torch.dtype, given_weight: Tensor | None, clip_max: float, logit_scale: float
 ) -> Tensor | None:
-    """() power of two that brings |w · scale| just below 2¹⁵ in fp16, whose numbers end at 65504; None elsewhere.
+    """() power of two that brings |w · scale| just below 2¹⁵ in fp16, whose largest number is 65504; else None.
 
-    Given weights may be anything: −(upstream gradient) in the backward of token_logprobs, loss scale included.
+    Given weights may have any size: in the backward pass of token_logprobs they are −(upstream gradient), loss scale
+    included.
     """
     if dtype != torch.float16 or rows.n == 0:
         return None
@@ -124,7 +125,7 @@ def _dz_scale(
 
 
 def _outputs(call: Call, rows: _GpuRows, needed: Needed) -> PerCEOutput:
-    """fp32 outputs: zero where rows of them are not written, else left as the allocator gives them."""
+    """fp32 outputs: zeroed if some of their rows are not written later, else uninitialised."""
     (total, d), v = call.hidden.shape, call.lm_head.shape[0]
 
     def fp32(*shape: int, written: bool = True) -> Tensor:
@@ -145,7 +146,7 @@ def _outputs(call: Call, rows: _GpuRows, needed: Needed) -> PerCEOutput:
 
 @torch.no_grad()
 def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
-    """chunked.sweep on a GPU: same arguments, same outputs."""
+    """chunked.sweep on a GPU, with the same arguments and outputs."""
     hidden, lm_head, bias, shard = call.hidden, call.lm_head, call.bias, call.shard
     if hidden.dtype == torch.float64:
         return chunked.sweep(call, weighting, needed)
@@ -190,11 +191,11 @@ def _sweep(
     per_token: list[Tensor],  # logp, logp_cf and weight, each (n,) fp32: filled
     out: PerCEOutput,  # its gradients are filled
 ) -> None:
-    """All blocks: log-probabilities, dz chunk by chunk, products with dz. Each buffer is allocated once."""
+    """Compute all blocks: log-probabilities, dz by chunks, products with dz. Each buffer is allocated once."""
     (_, d), v = hidden.shape, job.lm_head.shape[0]
     operands = hidden.new_empty((size, d)) if rows.copied else None
     dz_buffer = hidden.new_empty((size, pitch(v))) if job.need_dz else None
-    # A product, for PyTorch's sum over rows takes 333 MiB of its own for 128k columns.
+    # The bias's gradient is a product, because PyTorch's sum over rows takes 333 MiB of memory for 128k columns.
     ones = hidden.new_ones((1, size)) if job.needed.dbias else None
     dh_buffer = out.logp.new_empty((size, d)) if rows.index is not None and job.needed.dhidden else None
 
@@ -225,7 +226,7 @@ def _sweep(
 
 
 def _scatter(rows: _GpuRows, per_token: list[Tensor], out: PerCEOutput) -> None:
-    """The loss from the computed rows' statistics, and these to the places of their tokens."""
+    """Compute the loss from the statistics of the computed rows, and scatter these to their tokens."""
     logp, _, weight = per_token
     torch.sum(logp * weight, 0, out=out.loss_sum).neg_()
     if rows.index is not None:
@@ -235,7 +236,7 @@ def _scatter(rows: _GpuRows, per_token: list[Tensor], out: PerCEOutput) -> None:
 
 @torch.no_grad()
 def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
-    """chunked.logprobs on a GPU: same arguments, same outputs; no logits are written at all."""
+    """chunked.logprobs on a GPU, with the same arguments and outputs; no logits are written."""
     hidden, lm_head, shard = call.hidden, call.lm_head, call.shard
     if hidden.dtype == torch.float64:
         return chunked.logprobs(call, return_entropy)
@@ -269,7 +270,7 @@ def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
 def _sharded_logprobs(
     h, lm_head, y, bias, shard: Shard, ignore_index: int, head: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    """logp, and entropy if asked for, of rows whose statistics are those of all ranks; 0 where ignored."""
+    """logp, and entropy if asked for, from the statistics of all ranks; 0 for ignored rows."""
     column = shard.columns(y, lm_head.shape[0])
     own = lse_gemm.statistics(h, lm_head, column, bias, **head)
     parts = RowParts(own.row_max, own.total, own.z_target - lowest_finite(own.row_max), own.moment)
@@ -288,5 +289,5 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _on(device: torch.device) -> Any:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Makes the tensors' device the current one: Triton launches on the current device, which may be another."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,20 +1,20 @@
-"""The GEMM that keeps log-probabilities and writes no logits (token_logprobs, the E-step, scoring), or 16-bit ones.
+"""The GEMM that keeps log-probabilities and writes no logits (token_logprobs, the E-step, scoring), or 16-bit logits.
 
     x  = h Wᵀ                                  one (BLOCK_M, BLOCK_N) tile at a time, fp32 accumulators
     z  = cap · tanh(scale · (x + b) / cap)     as in row_loss.py
     of tile t, per row:                        m_t = max z,   s_t = Σ exp(z − m_t),   u_t = Σ exp(z − m_t)·(z − m_t)
 
-combine.py makes rows' statistics of them. The gradient is not here: it needs p_v of every column. Either the row kernel
-computes the products again, or, asked to, the epilogue stores s_v = z_v − m_t in the operands' dtype, for
-stored_rows.py to turn into it.
+combine.py combines them into the statistics of rows. The gradient is computed elsewhere, because it needs p_v of every
+column: either the row kernel computes the products again, or the epilogue, if asked to, stores s_v = z_v − m_t in the
+operands' dtype, which stored_rows.py overwrites with the gradient.
 
-    traffic    partials (T, n) with T = ⌈V/128⌉: 8 bytes (12 with entropy) for 128 logits of 4
-    order      tiles run down GROUP_M row tiles before the next column tile: these share W's tile in the L2 cache
+    traffic    partials (T, n) with T = ⌈V/128⌉: 8 bytes (12 with entropy) per 128 logits of 4 bytes
+    order      tiles go through GROUP_M row tiles before the next column tile: these share W's tile in the L2 cache
     operands   tensor descriptors (TMA) if the tile says so and base and pitch are multiples of 16 bytes, else pointers;
-               stored logits are written as the operands are read
-    epilogue   of 128 columns at most: a wider tile is reduced in halves, each a tile of statistics, for registers; and
-               only where a target lies is there a search for it
-    persistent one program a multiprocessor takes tile after tile: the next one's operands are on their way while the
+               stored logits are written in the same way
+    epilogue   of at most 128 columns: to save registers, a wider tile is reduced in halves, each a tile of statistics;
+               only tiles that hold a target search for it
+    persistent one program per multiprocessor takes tile after tile: the operands of the next tile are loaded while the
                epilogue runs
     padding    columns ≥ V become −inf after the cap; D is padded with zeros by either kind of load
     target     outside [0, V): no tile stores z_y, which stays the NaN that it was filled with
@@ -37,19 +37,19 @@ def tile_statistics(
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, STORE: tl.constexpr, USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue: what one tile of raw products tells of its rows."""
+    """The epilogue: the statistics of rows from one tile of raw products."""
     target_ptr, bias_ptr = inputs
     max_ptr, sum_ptr, moment_ptr, z_target_ptr, stored = outputs
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_v = tile_n * COLUMNS + tl.arange(0, COLUMNS)
-    mask_n = offs_m < tl.where(tile_n * COLUMNS < V, n, 0)  # a second half may begin past the end
+    mask_n = offs_m < tl.where(tile_n * COLUMNS < V, n, 0)  # the second half of a tile may begin after the end
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
     z = transform(acc, bias, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP)
     y = tl.load(target_ptr + offs_m, mask=mask_n, other=-1)
     here = (y >= tile_n * COLUMNS) & (y < min((tile_n + 1) * COLUMNS, V))
-    if tl.max(here.to(tl.int32), 0) > 0:  # a tile that holds no target looks for none
+    if tl.max(here.to(tl.int32), 0) > 0:  # a tile without a target does not search for one
         column = tl.where(here, y - tile_n * COLUMNS, -1).to(tl.int32)
         z_y = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == column[:, None], z, 0.0), 1)
         tl.store(z_target_ptr + offs_m, z_y, mask=mask_n & here)
@@ -58,7 +58,7 @@ def tile_statistics(
     tile_max = tl.max(z, 1)
     largest = tl.maximum(tile_max, LOWEST)
     reference = reference_of(largest)
-    if STORE:  # to the pitch: a multiple of 16, so that stores stay wide whatever V is
+    if STORE:  # up to the pitch, a multiple of 16, so that stores stay wide whatever V is
         s = z - largest[:, None]
         if USE_TMA:
             stored.store([tile_m * BLOCK_M, tile_n * COLUMNS], s.to(stored.dtype))
@@ -94,7 +94,7 @@ def one_tile(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if not USE_TMA:
-        # Rows past the end read the last one: their results are not stored, and loads stay unmasked in this axis.
+        # Rows after the end read the last row. Their results are not stored, and loads need no mask in this axis.
         offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_v = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         h_rows = h_src + tl.minimum(offs_m, n - 1).to(tl.int64)[:, None] * stride_hn
@@ -165,12 +165,12 @@ def lse_gemm_kernel(
 
 
 def by_pointers(tile: tiles.Tile) -> tiles.Tile:
-    """The tile where the copy engine cannot read the operands: addresses take the registers of half its columns."""
+    """The tile to use if the copy engine cannot read the operands: half as wide, as addresses take registers."""
     return tile._replace(block_n=tile.block_n // 2, use_tma=False, persistent=False) if tile.use_tma else tile
 
 
 def _describable(*operands: Tensor) -> bool:
-    """Whether the copy engine can read these: base and rows at multiples of 16 bytes, rows that do not overlap."""
+    """Whether the copy engine can read them: base and rows begin at multiples of 16 bytes, and rows do not overlap."""
     return all(
         x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 and x.stride(0) >= x.shape[1] for x in operands
     )
@@ -188,7 +188,7 @@ def statistics(
     return_entropy: bool = False,
     stored: Tensor | None = None,  # (n, pitch), out
 ) -> Statistics:
-    """Both launches; V may be 0. `stored` takes z − tile_max, and −∞ from V to its pitch."""
+    """Launch both kernels; V may be 0. `stored` is filled with z − tile_max, and with −∞ from V to its pitch."""
     (n, d), v = hidden.shape, lm_head.shape[0]
     tile = tiles.lookup("lse_gemm" if stored is None else "store_gemm", hidden, d)
     use_tma = tile.use_tma and _describable(hidden, lm_head, *(() if stored is None else (stored,)))

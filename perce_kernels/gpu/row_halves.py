@@ -1,15 +1,15 @@
-"""The row kernel in two halves, for rows whose statistics are not made of one row of logits alone.
+"""The row kernel in two halves, for rows whose statistics are combined from several parts.
 
     row_parts    m = max_v z_v,   S = Σ_v exp(z_v − m),   z_y            over some of the columns       read 4V bytes
-                 … the parts of a row are put together: those of blocks of columns (blocked.py), those of the ranks that
+                 … the parts of a row are combined: those of blocks of columns (blocked.py), or those of the ranks that
                    share a vocabulary (perce_kernels.vocab_parallel) …
-    row_gradient dx_v = w · scale · (p_v − 1[v = y]) · (1 − (z_v/cap)²)  p_v by the row's m and S
+    row_gradient dx_v = w · scale · (p_v − 1[v = y]) · (1 − (z_v/cap)²)  p_v from the m and S of the whole row
 
-x, z and dx, the target's expm1(logp) and the padding are those of row_loss.py, whose functions do the work.
+x, z and dx, the target's expm1(logp) and the padding are as in row_loss.py, whose functions do the work.
 
-    column   the target's column among these, counted from `start`; if it lies elsewhere, z_y is not written
+    column   the target's column among these, counted from `start`; if it is not among them, z_y is not written
     V = 0    an empty shard: m = LOWEST, S = 0, and no gradient
-    ignored  rows are computed as any other, from operands of 0; their weight of 0 makes dx 0
+    ignored  rows are computed like any other, from operands of 0; their weight of 0 makes dx 0
 """
 
 import torch
@@ -23,7 +23,7 @@ from perce_kernels.gpu.row_loss import max_and_sum, target_logit, write_gradient
 
 @triton.jit(
     do_not_specialize=["start", "softcap", "logit_scale"],
-    do_not_specialize_on_alignment=["target_ptr", "max_ptr", "sum_ptr", "z_target_ptr"],  # places in larger tensors
+    do_not_specialize_on_alignment=["target_ptr", "max_ptr", "sum_ptr", "z_target_ptr"],  # slices of larger tensors
 )
 def row_parts_kernel(
     # inputs
@@ -57,7 +57,7 @@ def row_gradient_kernel(
     # inputs
     z_ptr,  # (R, V) fp32 raw products
     column_ptr,  # (R,) int64
-    max_ptr, sum_ptr, logp_ptr, weight_ptr,  # (R,) fp32, of whole rows
+    max_ptr, sum_ptr, logp_ptr, weight_ptr,  # (R,) fp32, for whole rows
     bias_ptr,  # (V,)
     dz_scale_ptr,  # () fp32
     # outputs
@@ -88,14 +88,14 @@ def row_parts(
     bias: Tensor | None,  # (V,)
     row_max: Tensor,  # (R,) fp32 out
     total: Tensor,  # (R,) fp32 out
-    z_target: Tensor,  # (R,) fp32 out, where the target's column is among these
+    z_target: Tensor,  # (R,) fp32 out, written if the target's column is among these
     *,
     v: int,
     start: int = 0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> None:
-    """What columns [start, start + v) tell of each row."""
+    """The statistics of columns [start, start + v) of each row."""
     assert z.dtype is torch.float32 and z.stride(1) == 1 and z.stride(0) >= v
     tile = tiles.lookup("row_halves", z)
     row_parts_kernel[(z.shape[0],)](
@@ -111,7 +111,7 @@ def row_parts(
 
 def row_gradient(
     z: Tensor,  # (R, pitch) fp32 raw products
-    column: Tensor,  # (R,) int64, −1 where the target is not among the columns
+    column: Tensor,  # (R,) int64, −1 if the target is not among the columns
     row_max: Tensor,  # (R,) fp32
     total: Tensor,  # (R,) fp32
     logp: Tensor,  # (R,) fp32

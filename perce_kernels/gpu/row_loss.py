@@ -1,7 +1,7 @@
-"""The row kernel: a chunk's raw products in, its statistics and its gradient out. One program a row.
+"""The row kernel: from a chunk's raw products, its statistics and its gradient. There is one program per row.
 
-    x_v    = (h Wᵀ)_v                                 what the GEMM left, fp32
-    z_v    = cap · tanh(scale · (x_v + b_v) / cap)    the logits ("softcap"); z_v = scale · (x_v + b_v) without
+    x_v    = (h Wᵀ)_v                                 the raw products of the GEMM, fp32
+    z_v    = cap · tanh(scale · (x_v + b_v) / cap)    the logits; without a softcap z_v = scale · (x_v + b_v)
     logp   = (z_y − max_v z_v) − log Σ_v exp(z_v − max_v z_v)
     pir    = logp − logp_cf
     w      = clip(pir, m, M), or clip(exp(pir), m, M), or given
@@ -11,29 +11,30 @@ Gradient. w is a constant; ∂logp/∂z_v = 1[v = y] − p_v with p_v = exp(z_v 
 
     dx_v   = w · scale · (p_v − 1[v = y]) · (1 − (z_v/cap)²)
 
-Formed by subtraction, p_y − 1 would lose its digits as p_y → 1: at the target it is expm1(logp). dx is that of the sum
-Σ loss; what divides it (1/n, Σw) is a scalar that the caller applies.
+Computed by subtraction, p_y − 1 would lose its digits as p_y → 1, so at the target it is expm1(logp). dx is the
+gradient of the sum Σ loss; the caller applies the scalar that divides it (1/n, Σw).
 
     sweep 1   forwards: max and Σ exp of x; then logp, w                                read 4V bytes
     sweep 2   backwards: dx, in the dtype of the products that follow (if needed)       read 4V, write 2V or 4V
 
-What sweep 1 read last, sweep 2 reads first, and takes from the L2 cache what the rows in flight have left there. It
-marks what it reads and writes as the first to go, so that the cache is left to the ends of rows that wait for theirs.
+Sweep 2 first reads what sweep 1 read last, which the L2 cache may still hold, as far as the other rows in flight leave
+it there. Sweep 2 marks its reads and writes to be evicted first, which leaves the cache to the ends of rows that still
+wait for their sweep 2.
 
-Instructions are what may bound it, so the loops have few. Four neighbouring entries share a running maximum, which is
-their thread's own: no exchange, no barrier, and one rescaling of the sum for four entries. An exponential is one fused
-multiply-add and one exp2: with r = fl(max · log₂e) as the reference, z · log₂e − r is rounded once and after the
-subtraction, so that a large offset common to the logits cancels; what r is off by, `residual`, is put back once a row.
-Whole steps need no mask: what is left of a row is one masked step. No column is compared with the target's: its entry
-is written again at the end, behind a barrier. Sweep 1 copies its steps ahead through shared memory; sweep 2 loads twice
-as much at once instead, plainly, and has no barrier.
+The kernel may be bound by instructions, so its loops have few. Four neighbouring entries share a running maximum, which
+belongs to one thread: no exchange, no barrier, and one rescaling of the sum per four entries. An exponential is one
+fused multiply-add and one exp2: with r = fl(max · log₂e) as the reference, z · log₂e − r is rounded once, after the
+subtraction, so that a large offset common to the logits cancels. The rounding error of r, `residual`, is corrected once
+per row. Whole steps need no mask; the rest of a row is one masked step. No column is compared with the target's: its
+entry is written again at the end, after a barrier. Sweep 1 prefetches its steps through shared memory. Sweep 2 loads
+twice as much at once instead, without prefetching and without a barrier.
 
-    row       z_ptr + row · stride_z, and dz_ptr + row · stride_dz; what lies between V and the pitch is left alone
+    row       z_ptr + row · stride_z, and dz_ptr + row · stride_dz; columns from V to the pitch are not touched
     target    a row whose target is ignore_index has loss, statistics and dx of 0 and is not read, so a NaN in it is
-              harmless; one whose target lies outside [0, V) is poisoned with NaN
+              harmless; a row whose target is outside [0, V) is poisoned with NaN
     padding   columns ≥ V become −inf *after* the cap (tanh would bring them back to −cap)
-    masks     logits below −2³⁰, −∞ among them, are nothing; a row of nothing else, or of one above 2³¹, is NaN
-    offsets   64-bit: rows · V passes 2³¹
+    masks     logits below −2³⁰, −∞ included, count as nothing; a row of only such logits, or with one above 2³¹, is NaN
+    offsets   64-bit, because rows · V exceeds 2³¹
 """
 
 import torch
@@ -47,10 +48,11 @@ SOURCES = {"logp_cf": 0, "token_weight": 1}
 GIVEN_WEIGHT = tl.constexpr(1)
 LOG2E = tl.constexpr(1.4426950408889634)
 WIDTH = tl.constexpr(4)
-"""Neighbouring entries that share a maximum: what one thread loads at once."""
+"""Neighbouring entries that share a maximum: those that one thread loads at once."""
 LOWEST = tl.constexpr(-(2.0**30))
-"""Maximum of no entries, and of any that lie below: finite, for −∞ − (−∞) is NaN; a power of two, whose product with
-log₂e is exact; and so small that what a reference is off by, at most 64, is no exponent to overflow."""
+"""The maximum of no entries, and of entries below it. It is finite, because −∞ − (−∞) is NaN. It is a power of two,
+whose product with log₂e is exact, and so small in size that the error of a reference, at most 64, cannot overflow an
+exponent."""
 DONE_WITH = tl.constexpr("evict_first")
 
 
@@ -61,26 +63,26 @@ def transform(x, bias, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP
         x += bias
     x *= logit_scale
     if HAS_SOFTCAP:
-        # tanh(u) = 1 − 2/(1 + exp 2u), off by 1e-7: libdevice.tanh is no more accurate and the interpreter lacks it.
+        # tanh(u) = 1 − 2/(1 + exp 2u), with an error of 1e-7: libdevice.tanh is no better, the interpreter lacks it.
         x = softcap - 2 * softcap / (1 + tl.exp2(x * (2 * LOG2E / softcap)))
     return x
 
 
 @triton.jit
 def reference_of(largest):
-    """fl(largest · log₂e). Not a product, which compilers fuse with the difference that follows, unrounded."""
+    """fl(largest · log₂e), by fma: compilers would fuse a product with the following difference, unrounded."""
     return tl.fma(largest, LOG2E, 0.0)
 
 
 @triton.jit
 def exp_above(z, reference):
-    """exp(z)/2^reference, where the reference is that of the largest logit; see residual."""
+    """exp(z)/2^reference, with the reference of the largest logit; see residual."""
     return tl.exp2(tl.fma(z, LOG2E, -reference))
 
 
 @triton.jit
 def residual(row_max, reference):
-    """exp(row_max)/2^reference, which is 1 to a rounding of the reference."""
+    """exp(row_max)/2^reference, which is 1 up to the rounding of the reference."""
     return tl.exp2(tl.fma(row_max, LOG2E, -reference))
 
 
@@ -89,7 +91,7 @@ def load_logits(
     row_ptr, offs_v, V, bias_ptr, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """One step of a row as logits; with MASKED, −inf where the vocabulary has ended."""
+    """The logits of one step of a row; with MASKED, −inf after the end of the vocabulary."""
     bias = 0.0
     if MASKED:
         x = tl.load(row_ptr + offs_v, mask=offs_v < V, other=0.0, eviction_policy=EVICT)
@@ -107,7 +109,7 @@ def load_logits(
 
 @triton.jit
 def accumulate(z, running_max, total):
-    """(max, Σ exp relative to it) of groups (G,) with one step of logits (G, WIDTH) added."""
+    """(max, Σ exp relative to it) of groups (G,), after adding one step of logits (G, WIDTH)."""
     new_max = tl.maximum(running_max, tl.max(z, 1))
     reference = reference_of(new_max)
     total *= tl.exp2(reference_of(running_max) - reference)
@@ -147,7 +149,7 @@ def max_and_sum(
 
 @triton.jit
 def target_logit(row_ptr, y, bias_ptr, softcap, logit_scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """The logit of column y, which may be −1: then it is that of a product of 0."""
+    """The logit of column y; for y = −1 it is that of a raw product of 0."""
     x_y = tl.load(row_ptr + y, mask=y >= 0, other=0.0)
     bias_y = 0.0
     if HAS_BIAS:
@@ -169,7 +171,7 @@ def gradient_step(
     z_row, dz_row, offs_v, reference, elsewhere, V, bias_ptr, softcap, logit_scale,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dx of one step, as if none of its columns were the target's."""
+    """Write dx of one step, as if none of its columns were the target's."""
     z = load_logits(z_row, offs_v, V, bias_ptr, softcap, logit_scale, HAS_BIAS, HAS_SOFTCAP, MASKED, DONE_WITH)
     dz = elsewhere * exp_above(z, reference)
     if HAS_SOFTCAP:
@@ -186,7 +188,7 @@ def write_gradient(
     z_row, dz_row, y, row_max, total, logp, factor, V, bias_ptr, softcap, logit_scale,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dx of a row from its end to its beginning, with factor = w · scale; no column is the target's if y is −1."""
+    """Write dx of a row from its end to its beginning, with factor = w · scale; y = −1 if no column is the target's."""
     STEP: tl.constexpr = 2 * BLOCK_V
     reference = reference_of(row_max)
     elsewhere = factor / (total * residual(row_max, reference))
@@ -196,7 +198,7 @@ def write_gradient(
             z_row, dz_row, whole + tl.arange(0, STEP), reference, elsewhere, V, bias_ptr, softcap, logit_scale,
             HAS_BIAS, HAS_SOFTCAP, True,
         )  # fmt: skip
-    for done in tl.range(STEP, whole + 1, STEP, num_stages=1):  # asynchronous copies would not carry the marks
+    for done in tl.range(STEP, whole + 1, STEP, num_stages=1):  # asynchronous copies would lose the eviction marks
         gradient_step(
             z_row, dz_row, whole - done + tl.arange(0, STEP), reference, elsewhere, V, bias_ptr, softcap, logit_scale,
             HAS_BIAS, HAS_SOFTCAP, False,
@@ -214,7 +216,7 @@ def row_loss_kernel(
     # inputs
     z_ptr,  # (C, V) fp32 raw products
     target_ptr,  # (C,) int64
-    given_ptr,  # (C,) logp_cf or token_weight, by SOURCE
+    given_ptr,  # (C,) logp_cf or token_weight, as SOURCE says
     bias_ptr,  # (V,)
     dz_scale_ptr,  # () fp32 factor of dz alone
     # outputs
@@ -280,7 +282,7 @@ def row_loss(
     given: Tensor,  # (C,) logp_cf or token_weight
     bias: Tensor | None,  # (V,)
     dz_scale: Tensor | None,  # () fp32
-    dz: Tensor | None,  # (C, ≥ V) out, or None: statistics only
+    dz: Tensor | None,  # (C, ≥ V) out; None: statistics only
     logp: Tensor,  # (C,) fp32 out
     logp_cf: Tensor,  # (C,) fp32 out
     weight: Tensor,  # (C,) fp32 out

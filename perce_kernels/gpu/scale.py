@@ -1,6 +1,7 @@
-"""Gradients times the upstream gradient, in the inputs' dtype: the last pass over dW, 6 bytes an entry and no more.
+"""Gradients times the upstream gradient, in the inputs' dtype: the last pass over dW, which moves 6 bytes per entry.
 
-torch.mul with an `out` of another dtype casts entry by entry: an H100 took twice as long (docs/LOG.md, 2026-11-27).
+torch.mul with an `out` of another dtype casts entry by entry; on an H100 that took twice as long (docs/LOG.md,
+2026-11-27).
 """
 
 import torch

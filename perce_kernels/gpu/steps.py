@@ -1,16 +1,16 @@
-"""From operands to log-probabilities and dz: the ways there are (tiles.WAYS), each with the buffers that it needs.
+"""The ways from operands to log-probabilities and dz (tiles.WAYS), each with the buffers that it needs.
 
     way      counterfactual rows                        factual rows
     fused    blocked.py: cuBLAS, in blocks of columns   FusedRows: z = h Wᵀ in fp32 by cuBLAS, then row_loss.py, one
                                                         launch for statistics, weights and dz
     mixed    lse_gemm.py: no logits at all              FusedRows
-    stored   lse_gemm.py                                StoredLogits: the same GEMM leaves 16 bits of z where dz is to
-                                                        be, and stored_rows.py turns them into it
-    sharded  blocked.py, and an exchange of statistics  ShardedRows: cuBLAS's product with a shard of W, then
-                                                        row_halves.py, and between them the exchange
+    stored   lse_gemm.py                                StoredLogits: the same GEMM stores z in 16 bits in the place of
+                                                        dz, and stored_rows.py overwrites it with dz
+    sharded  blocked.py, then statistics are exchanged  ShardedRows: cuBLAS's product with a shard of W, then the halves
+                                                        of row_halves.py, and between them the exchange
 
-Counterfactual rows come first, a block of many at once: of them only log-probabilities are wanted. Factual rows follow
-in chunks, each with dz (C, pitch) to fill in the operands' dtype, or None where no gradient is needed.
+Counterfactual rows come first, a block of many at once, because only their log-probabilities are needed. Factual rows
+follow in chunks; each gets dz (C, pitch) to fill in the operands' dtype, or None if no gradient is needed.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -27,15 +27,15 @@ from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
 
 class Job(NamedTuple):
-    """What the chunks of a call have in common; n computed rows."""
+    """What all chunks of a call have in common. n is the number of computed rows."""
 
     way: str
     lm_head: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     target: Tensor  # (n,)
-    valid: Tensor | None  # (n,) or None: all valid
-    source: str  # "logp_cf" or "token_weight": what `given` is
-    given: Tensor  # (n,); with a counterfactual pass its log-probabilities, as they come
+    valid: Tensor | None  # (n,); None: all are valid
+    source: str  # "logp_cf" or "token_weight": the kind of `given`
+    given: Tensor  # (n,); with a counterfactual pass its log-probabilities, filled block by block
     dz_scale: Tensor | None  # () fp32 factor of dz alone
     contrasting: Contrasting
     ignore_index: int
@@ -58,13 +58,13 @@ class Job(NamedTuple):
 
 
 class Step(Protocol):
-    """One way."""
+    """The computation of one way."""
 
     def counterfactual(self, hidden: Tensor, rows: slice) -> Tensor:
-        """(R,) log-probabilities of these rows of the job, whose hidden states (R, D) these are; 0 where ignored."""
+        """(R,) log-probabilities of these rows of the job, from their hidden states (R, D); 0 for ignored rows."""
 
     def __call__(self, hidden: Tensor, rows: slice, dz: Tensor | None, statistics: list[Tensor]) -> None:
-        """One chunk: dz (C, pitch) up to V, and statistics = [logp, logp_cf, weight], each (C,) fp32, are written."""
+        """Compute one chunk: write dz (C, pitch) up to V, and statistics = [logp, logp_cf, weight], each (C,) fp32."""
 
 
 def _unit_stride(hidden: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class ShardedRows:
         self.job, self.shard, self.logits = job, shard, job.fp32_logits()
 
     def _whole(self, row_max: Tensor, total: Tensor, z_target: Tensor, column: Tensor) -> RowParts:
-        """The statistics of whole rows from those of this shard's columns."""
+        """The statistics of whole rows, from those of each rank's columns."""
         return self.shard.combine(RowParts(row_max, total, z_target - lowest_finite(row_max)), column >= 0)
 
     def counterfactual(self, hidden: Tensor, rows: slice) -> Tensor:
@@ -143,16 +143,16 @@ class ShardedRows:
 
 
 def choose(job: Job, shard: Shard | None) -> Step:
-    """The step of this call."""
+    """The step for this call."""
     if shard is not None:
         return ShardedRows(job, shard)
     return StoredLogits(job) if job.way == "stored" else FusedRows(job)
 
 
 def finish(logp: Tensor, job: Job, rows: slice, vocab_size: int, statistics: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(C,) logp and weight from the log-probabilities (C,) of a chunk, which also become its statistics.
+    """(C,) logp and weight from the log-probabilities (C,) of a chunk; they are also written to its statistics.
 
-    A target outside the vocabulary leaves NaN, as in the row kernel; nothing waits for the GPU to see it.
+    A target outside the vocabulary gives NaN, as in the row kernel, because the host does not wait for the GPU.
     """
     y, given = job.target[rows], job.given[rows].float()
     outside = (y < 0) | (y >= vocab_size)

@@ -1,22 +1,24 @@
-"""The gradient over logits that the GEMM stored in 16 bits, relative to the maximum of their tile. One program a row.
+"""The gradient, written over logits that the GEMM stored in 16 bits relative to the maximum of their tile. There is one
+program per row.
 
-    s_v   = z_v − m_t ≤ 0, rounded to bf16 or fp16            what lse_gemm.py stored, m_t exact in fp32
-    p_v   = exp(s_v + (m_t − max)) / Σ                        max, Σ and logp of fp32 logits
-    dx_v  = w · scale · (p_v − 1[v = y]) · (1 − (z_v/cap)²)   over s_v, in its dtype; z_v = s_v + m_t
+    s_v   = z_v − m_t ≤ 0, rounded to bf16 or fp16            as lse_gemm.py stored it, with m_t exact in fp32
+    p_v   = exp(s_v + (m_t − max)) / Σ                        max, Σ and logp from fp32 logits
+    dx_v  = w · scale · (p_v − 1[v = y]) · (1 − (z_v/cap)²)   written over s_v, in its dtype; z_v = s_v + m_t
 
-At the target it is expm1(logp), and z_y the fp32 logit, so that nothing of it was rounded: see row_loss.py.
+At the target, p_v − 1 is expm1(logp) and z_y is the fp32 logit, so that neither has been rounded: see row_loss.py.
 
-Error. Rounding moves s_v by at most u·|s_v| (u = 2⁻⁸ in bf16, 2⁻¹¹ in fp16) and p_v by a share of as much. What is far
-below its tile's maximum is moved most, and has no weight: with p_t the probability at that maximum,
+Error. Rounding changes s_v by at most u·|s_v| (u = 2⁻⁸ in bf16, 2⁻¹¹ in fp16), and p_v by the same relative amount.
+Logits far below the maximum of their tile change most, but have small probabilities: with p_t the probability at that
+maximum,
 
     |Δp_v| ≤ u · |s_v| · exp(−|s_v|) · p_t ≤ u/e · p_t        0.14 % of p_t in bf16, and nothing at the maximum itself
 
-to first order in u; the softcap's derivative adds at most 2/cap of that. A logit rounded to bf16, as a model in PyTorch
-has it, is moved by u·|z_v|, and p_v with it, also where p_v is large. Statistics and weights come from fp32 alone.
+to first order in u; the softcap's derivative adds at most 2/cap of that. A logit that is itself rounded to bf16, as in
+a PyTorch model, changes by u·|z_v|, and p_v with it, even if p_v is large. Statistics and weights are those of fp32.
 
-    padding   columns V to the pitch were stored as −∞ and become 0
+    padding   columns from V to the pitch were stored as −∞ and become 0
     in place  an element is written by the thread that read it, or after the barrier of an exchange of layouts
-    loop      as in row_loss.py: whole steps without a mask, no column compared with the target's
+    loop      as in row_loss.py: whole steps have no mask, and no column is compared with the target's
 """
 
 import triton
@@ -33,7 +35,7 @@ def gradient_step(
     stored_row, tile_max_ptr, start, row_max, elsewhere, V, pitch, stride_tile, softcap,
     HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """dz of BLOCK_T tiles over s, as if none of its columns were the target's."""
+    """Write dz of BLOCK_T tiles over s, as if none of the columns were the target's."""
     offs_t = start + tl.arange(0, BLOCK_T)
     offs_v = offs_t[:, None] * TILE + tl.arange(0, TILE)[None, :]
     tile_max_ptr += offs_t.to(tl.int64) * stride_tile
@@ -58,7 +60,7 @@ def gradient_step(
 @triton.jit(do_not_specialize=["softcap", "logit_scale"])
 def stored_gradient_kernel(
     # inputs
-    stored_ptr,  # (C, V) z − m_t, and output
+    stored_ptr,  # (C, V) z − m_t; also the output
     tile_max_ptr,  # (T, n) fp32, n ≥ C
     target_ptr,  # (C,) int64
     z_target_ptr, max_ptr, sum_ptr, logp_ptr, weight_ptr,  # (C,) fp32
@@ -101,8 +103,8 @@ def stored_gradient_kernel(
 
 
 def stored_gradient(
-    stored: Tensor,  # (C, pitch) z − m_t, which become dz
-    statistics: Statistics,  # of n ≥ C rows, of which these are the first
+    stored: Tensor,  # (C, pitch) z − m_t, overwritten with dz
+    statistics: Statistics,  # of n ≥ C rows, the first of which are these
     target: Tensor,  # (C,) int64
     logp: Tensor,  # (C,) fp32
     weight: Tensor,  # (C,) fp32

@@ -1,7 +1,7 @@
 """Block sizes of the kernels: one table, looked up by kernel, architecture, dtype and D. Nothing is tuned at import.
 
-The values are chosen by what the compiler reports (no spills, shared memory within the limit; test_aot.py holds both
-for every row), not by time. A row that a GPU has measured says so beside it.
+The values are chosen by the compiler's report (no spills, shared memory within the limit; test_aot.py checks both for
+every row), not by time. A comment marks each row that was measured on a GPU.
 """
 
 from typing import NamedTuple
@@ -12,38 +12,38 @@ from torch import Tensor
 INTERPRETER = "interpreter"
 
 SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-"""Bytes that one thread block may use."""
+"""Bytes of shared memory that one thread block may use."""
 
 
 STATISTICS_COLUMNS = 128
-"""Columns of which the GEMM keeps a maximum and a sum a row, at most."""
+"""The most columns for which the GEMM keeps one maximum and one sum per row."""
 
 
 class Tile(NamedTuple):
-    """How one kernel is launched; a size that a kernel does not have is 0."""
+    """How a kernel is launched; a size that a kernel does not have is 0."""
 
     block_m: int  # rows (tokens) of a program
     block_n: int  # vocabulary entries of one step
     block_k: int  # hidden units of one step
     num_warps: int
     num_stages: int
-    use_tma: bool = False  # tensor descriptors for the operands; pointers where a tensor is not aligned for them
-    group_m: int = 8  # row tiles that share a column tile of W in the L2 cache, in the GEMM
-    persistent: bool = False  # a program a multiprocessor takes tile after tile, in the GEMM
+    use_tma: bool = False  # tensor descriptors for the operands; pointers if a tensor is not aligned for them
+    group_m: int = 8  # in the GEMM, row tiles that share a column tile of W in the L2 cache
+    persistent: bool = False  # in the GEMM, one program per multiprocessor takes tile after tile
 
     @property
     def statistics_columns(self) -> int:
-        """Columns of a tile of statistics, of the GEMM: a wider tile is reduced in halves."""
+        """Columns of a tile of statistics in the GEMM, which reduces a wider tile in halves."""
         return min(self.block_n, STATISTICS_COLUMNS)
 
 
 class Row(NamedTuple):
-    """One line of the table: the first that fits is taken."""
+    """One line of the table; the first line that fits is used."""
 
     kernel: str
     arch: str
     dtypes: tuple[torch.dtype, ...]
-    d_max: int | None  # D up to this, or any
+    d_max: int | None  # largest D; None: any
     tile: Tile
 
 
@@ -55,16 +55,16 @@ WAYS = {
     "mixed": "no counterfactual logits by our GEMM, factual ones in fp32 by cuBLAS",
     "stored": "no counterfactual logits, factual ones in 16 bits, by our GEMM",
 }
-"""How a call of 16-bit operands comes to its log-probabilities and its dz; steps.py has them."""
+"""The ways in which a call with 16-bit operands computes log-probabilities and dz; steps.py has them."""
 WAY = dict.fromkeys((*SHARED_MEMORY_LIMIT, INTERPRETER), "fused") | {"sm_90": "stored"}
-"""The way in use, by architecture. On an H100 "stored" is the fastest, or within 2 % of it (docs/LOG.md, 2026-11-27);
-where nothing has been measured it is "fused", which needs the least of our own."""
+"""The way in use, by architecture. On an H100 "stored" is the fastest, or within 2 % of it (docs/LOG.md, 2026-11-27).
+Architectures that have not been measured use "fused", which needs the fewest kernels of our own."""
 
-# Rows: two programs of 16 warps a multiprocessor, by the shared memory of six stages, so that few rows are in flight
-# and the L2 cache still holds the end of one when its gradient begins there; 8192 entries a step spilled. The GEMM:
-# 128 × 256 with one program a multiprocessor reads least from shared memory, and on sm_90 the persistent form
-# loads the next tile's operands while the epilogue runs. fp32 products are IEEE, on the plain units: to be right, not
-# fast. No two ranges of D differ yet.
+# Row kernels: the shared memory of six stages leaves room for two programs of 16 warps per multiprocessor. So few rows
+# are in flight that the L2 cache still holds the end of a row when its gradient begins there. Steps of 8192 entries
+# spilled. The GEMM: 128 × 256 with one program per multiprocessor reads least from shared memory, and on sm_90 the
+# persistent form loads the next tile's operands while the epilogue runs. fp32 products are IEEE, on the ordinary units:
+# accurate, but slow. No entry depends on D yet.
 TABLE = (
     Row("row_loss", "sm_80", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
     Row("row_loss", "sm_86", HALF + FULL, None, Tile(1, 4096, 0, 16, 3)),
@@ -82,7 +82,7 @@ TABLE = (
     Row("lse_gemm", "sm_80", FULL, None, Tile(64, 64, 16, 8, 2)),
     Row("lse_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3)),
     Row("lse_gemm", "sm_86", FULL, None, Tile(64, 64, 16, 8, 2)),
-    # measured: 0.76 of the time of a program a tile with 4 stages
+    # measured: 0.76 of the time of one program per tile with 4 stages
     Row("lse_gemm", "sm_90", HALF, None, Tile(128, 256, 64, 8, 3, True, group_m=16, persistent=True)),
     Row("lse_gemm", "sm_90", FULL, None, Tile(64, 64, 16, 8, 2)),
     Row("lse_gemm", "sm_100", HALF, None, Tile(128, 256, 64, 8, 4, True)),
@@ -90,10 +90,10 @@ TABLE = (
     Row("lse_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2)),
     Row("lse_gemm", "gfx942", FULL, None, Tile(64, 64, 16, 8, 1)),
     Row("lse_gemm", INTERPRETER, HALF + FULL, None, Tile(32, 128, 32, 1, 1)),
-    # lse_gemm where it stores 16-bit logits, and the row kernel over them.
+    # lse_gemm when it stores 16-bit logits, and the row kernel over them.
     Row("store_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3)),
     Row("store_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3)),
-    # measured: 0.75 of the time of a program a tile
+    # measured: 0.75 of the time of one program per tile
     Row("store_gemm", "sm_90", HALF, None, Tile(128, 256, 64, 8, 3, True, group_m=16, persistent=True)),
     Row("store_gemm", "sm_100", HALF, None, Tile(128, 128, 64, 8, 3, True)),  # wider or persistent ones spilled
     Row("store_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2)),
@@ -108,7 +108,7 @@ TABLE = (
 
 
 def architecture(device: torch.device) -> str:
-    """The table's name for a device; a newer or lesser relative uses the row whose limits it keeps."""
+    """The table's name for a device; a related GPU that is not listed uses the rows whose limits it meets."""
     if device.type == "cpu":
         return INTERPRETER
     if torch.version.hip is not None:
@@ -118,7 +118,7 @@ def architecture(device: torch.device) -> str:
         return "sm_90"
     if major in (10, 11):
         return "sm_100"
-    # 8.6, 8.9 and 12.x have 99 KiB of shared memory a block, 8.0 and 8.7 have 163.
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory per block, 8.0 and 8.7 have 163.
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
@@ -136,12 +136,12 @@ def find(kernel: str, arch: str, dtype: torch.dtype, d: int) -> Tile:
 
 
 def way(like: Tensor) -> str:
-    """The way for operands like this one: fp32 products of ours are slow."""
+    """The way for operands like this one. For fp32 it is "fused", because our own fp32 products are slow."""
     return WAY[architecture(like.device)] if like.dtype in HALF else "fused"
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the device; of the interpreter one, so that a persistent program has all tiles to go through."""
+    """The device's number of multiprocessors; 1 in the interpreter, so that one persistent program takes all tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -151,5 +151,5 @@ def lookup(kernel: str, like: Tensor, d: int = 0) -> Tile:
 
 
 def is_supported(device: torch.device) -> bool:
-    """Whether the kernels are built for this GPU: bf16 matrix units and asynchronous copies came with sm_80."""
+    """Whether the kernels support this GPU; they need sm_80, for bf16 matrix units and asynchronous copies."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
