@@ -63,7 +63,7 @@ class ModelConfig:
         None, "directory or Hub id of a causal language model; default: SmolLM2-135M-Instruct", MODEL
     )
     lora_r: int = _option(16, "LoRA rank; 0 trains all weights, as perce.train does without --model and --data")
-    lora_alpha: int = _option(32, "what the adapters add is scaled by lora_alpha / lora_r")
+    lora_alpha: int = _option(32, "the output of the adapters is scaled by lora_alpha / lora_r")
     lora_dropout: float = _option(0.0, "dropout inside the adapters, in [0, 1)")
     load_in_4bit: bool = _option(False, "quantise the frozen base to 4 bits with bitsandbytes")
     precision: Literal["auto", "fp32", "bf16"] = _option(
@@ -208,7 +208,7 @@ class WeightingConfig:
     clip_min: float | None = _option(None, "lower bound m of a token's weight; default: the objective's")
     clip_max: float | None = _option(None, "upper bound M of a token's weight; default: the objective's")
     contrast: Literal["log", "ratio"] | None = _option(
-        None, "what is clipped to give the weight; log: PIR; ratio: exp(PIR); default: log, for longce ratio"
+        None, "the value that is clipped to give the weight; log: PIR; ratio: exp(PIR); default: log, for longce ratio"
     )
 
     def __post_init__(self) -> None:
@@ -443,7 +443,9 @@ class PreviewConfig:
         None, "directory or Hub id of the model whose tokenizer is used; default: SmolLM2-135M-Instruct", MODEL
     )
     split: Literal["train", "validation", "test"] = _option("train", "the split that examples are taken from")
-    rows: int = _option(3, "number of rows from which one example is shown, the text of both prompts, long parts cut")
+    rows: int = _option(
+        3, "number of rows to show, by one example each: the text of both prompts, long parts shortened"
+    )
     sample: int = _option(
         500, "number of examples, from rows drawn at random, whose lengths are counted; with --streaming the first"
     )
