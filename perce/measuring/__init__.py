@@ -1,6 +1,6 @@
-"""What a model does with the persona, by numbers.
+"""Measurements of how a model uses the persona.
 
-inference       a model and the examples it is asked about    records            JSON lines that a second run continues
+inference       a model and the examples to measure it on     records            JSON Lines files that can be resumed
 scores          PerContrast's statistics, token by token      score_report       what perce.score shows of them
 identification  does PIR find the personal tokens?            evaluation_report  metrics with intervals, comparisons
 evaluation      losses under three prompts, and replies       metrics            ROUGE, METEOR, bootstrap, AUC

@@ -2,13 +2,13 @@
 
     factual          the user's persona          loss with persona; on personal tokens, on the others
     counterfactual   no persona                  loss without persona
-    swapped          another user's persona      if it does no worse than the right one, the persona is not used;
-                                                 drawn by the seed, one for all examples of a persona
+    swapped          another user's persona      a loss no higher than with the right persona means that the model does
+                                                 not use it; drawn by the seed, one for all examples of a persona
     generated        the user's persona          ROUGE, METEOR, and whether the reply uses a word of the persona
 
-An example without a response has a generated reply alone, and whether it uses the persona.
+For an example without a response, only a reply is generated, and whether it uses the persona is recorded.
 
-Personal tokens are those of marked spans where the data has them, else words that occur in the persona but not in the
+Personal tokens are those of marked spans if the data has them, else words that occur in the persona but not in the
 conversation (data.pairs.personal_word_spans: quoted facts; no paraphrase, no style).
 """
 
@@ -46,23 +46,23 @@ from perce.objectives import OBJECTIVES
 
 PERCE = OBJECTIVES["perce"].weighting()
 SUMS = ("tokens", "personal_tokens", "loss", "loss_without", "loss_personal", "loss_other", "loss_swapped")
-KEPT = 4  # tokens of which only keys and values are held count as one that is computed, which holds far more
+KEPT = 4  # this many tokens with only keys and values count as one computed token, which takes far more memory
 
 
 @dataclass(frozen=True)
 class Item:
-    """One example to evaluate; `swapped` is its pair under another user's persona, None where there is nobody else."""
+    """One example to evaluate; `swapped` is its pair with another user's persona, None if none fits."""
 
     index: int
     key: str
-    """Of the texts, numbered where several examples have the same: what makes records of two models pairs."""
+    """Made from the example's texts, numbered if several examples have the same; matches the records of two models."""
     example: Example
     pair: Pair
     swapped: Pair | None
 
 
 class Group(NamedTuple):
-    """Items whose replies are written together, and their records; the number, of all groups, seeds the sampling."""
+    """Items whose replies are generated together; its number, counted over all groups, seeds the sampling."""
 
     number: int
     items: list[Item]
@@ -71,7 +71,7 @@ class Group(NamedTuple):
 @dataclass(frozen=True)
 class Work:
     batches: list[list[Group]]
-    """Of each batch the losses are computed together."""
+    """The losses of a batch are computed together."""
     notes: list[str]
 
     @property
@@ -83,8 +83,8 @@ class Work:
 
 
 def make_batches(examples: Sequence[Example], subject: Subject, options: EvaluateOptions) -> Work:
-    """Pairs in batches of similar length, whole conversations where these share tokens. The order depends on nothing
-    but the examples and what is shared: a second run has the same."""
+    """Pairs in batches of similar length; conversations that share tokens stay whole. The order depends only on the
+    examples and on what is shared, so a resumed run has the same order."""
     notes, items, builder = [], [], subject.builder
     seen: Counter[str] = Counter()
     partners = other_users(examples, options.evaluate.seed)
@@ -97,7 +97,7 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
             continue
         swapped = None
         if partner is not None:
-            with contextlib.suppress(UserError):  # a passage of the other's that does not fit
+            with contextlib.suppress(UserError):  # a passage of the other user is too long
                 swapped = builder.build(replace(example, persona=examples[partner].persona))
         text = text_key(example)
         items.append(Item(index, f"{text}-{seen[text]}", example, pair, swapped))
@@ -109,7 +109,7 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
     if any(item.swapped is None for item in items):
         without = sum(item.swapped is None for item in items)
         notes.append(
-            f"{without:,} examples without another's persona that fits: there is one user only, or it is too long"
+            f"{without:,} examples without another's persona that fits: there is only one user, or it is too long"
         )
     size, tokens = options.model.batch_size, TOKENS_A_FORWARD[subject.device.type]
     batches, number = [], itertools.count()
@@ -121,17 +121,17 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
 
 
 def continues(model: Any, sharing: Sharing) -> bool:
-    """Whether replies may be written on the keys and values of what their prompts begin with: a window would count the
-    padding behind it."""
+    """Whether replies can be generated from the keys and values of their prompts' common beginning. Sliding windows
+    cannot: they would count the padding after that beginning."""
     kept = {type(layer) for layer in DynamicCache(config=unwrapped(model).config).layers}
     return sharing == "branches" and kept == {DynamicLayer}
 
 
 def written_together(items: Sequence[Item], continued: bool, size: int, tokens: int) -> Iterator[list[Item]]:
-    """Groups of at most `size` items and, of whole sequences, `tokens`.
+    """Groups of at most `size` items and `tokens` tokens.
 
-    Items of one persona are a group where it is at least half of each prompt and replies are `continued` on its keys
-    and values: these may have KEPT × tokens. The others are grouped by length.
+    If replies can be `continued` from a persona's keys and values and it is at least half of each prompt, the items of
+    that persona are grouped, with up to KEPT × tokens. The other items are grouped by length.
     """
     lengths = {item.index: len(item.pair.input_ids) for item in items}
     left: list[Item] = []
@@ -153,10 +153,10 @@ def _by_length(items: Sequence[Item], lengths: Mapping[int, int], size: int, tok
 
 
 def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
-    """For each example one of another user (another persona where users are not named), or None; drawn by the seed, one
-    for all examples of a persona, which share that one's tokens too."""
+    """For each example, the index of one of another user (another persona if users are not named), or None; drawn by
+    the seed. All examples of a persona get the same one, whose tokens they then share too."""
     keys = [example.user_id or example.persona for example in examples]
-    first: dict[Any, int] = {}  # example of each persona
+    first: dict[Any, int] = {}  # the first example of each persona
     firsts = [first.setdefault((example.user_id, example.persona), index) for index, example in enumerate(examples)]
     order = list(first.values())
     random.Random(seed).shuffle(order)
@@ -176,20 +176,20 @@ class Evaluator:
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.device, self.options, self.scorers = model, tokenizer, device, options, scorers
         self.sharing: Sharing = sharing
-        # Whatever ours leaves unset, generate() would take from the model's: penalties of repeating the prompt, say,
-        # which are penalties of using the persona.
+        # generate() takes settings that ours leaves unset from the model's generation config, for example a penalty
+        # for repeating the prompt, which penalises using the persona.
         model.generation_config = unwrapped(model).generation_config = GenerationConfig()
         self._pad = tokenizer.pad_token_id or 0
         self._continues = continues(model, sharing)
 
     def evaluate(self, batch: Sequence[Group], done: Container[int]) -> Iterator[list[dict[str, Any]]]:
-        """One record an item, of one group after the other, without those of the examples that are done."""
+        """One record per item, one group after the other, without the examples that are done."""
         left = [group for group in batch if any(item.index not in done for item in group.items)]
         losses = self.losses([item for group in batch for item in group.items]) if left else []
         records = {record["example"]: record for record in losses}
         for number, items in left:
             if self.options.generate:
-                torch.manual_seed(self.options.seed * 1_000_003 + number)  # a group that is met again gets the same
+                torch.manual_seed(self.options.seed * 1_000_003 + number)  # the same for this group in a resumed run
                 replies = self.replies([item.pair.input_ids[: -item.pair.response_length] for item in items], items)
                 for item, reply in zip(items, replies, strict=True):
                     records[item.index] |= self.scores(item, reply)
@@ -197,8 +197,8 @@ class Evaluator:
 
     @torch.no_grad()
     def losses(self, items: Sequence[Item]) -> list[dict[str, Any]]:
-        """Records of sums of −log p over each example's tokens, under the three prompts, and their counts; None where
-        the example has no response."""
+        """Records with the sums of −log p over each example's tokens, under the three prompts, and the token counts;
+        None for an example without a response."""
         sums = self._sums([item for item in items if item.example.response])
         nothing = dict.fromkeys(SUMS)
         return [
@@ -235,13 +235,13 @@ class Evaluator:
 
     @torch.no_grad()
     def replies(self, prompts: Sequence[list[int]], items: Sequence[Item]) -> list[str]:
-        """One reply a prompt, without its end-of-turn."""
+        """One reply per prompt, without its end-of-turn."""
         ends = {item.pair.input_ids[-1] for item in items} | {self.tokenizer.eos_token_id} - {None}
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in self.written(prompts, ends)]
 
     def written(self, prompts: Sequence[list[int]], ends: Set[int]) -> list[list[int]]:
-        """Ids of one reply a prompt, up to the first of `ends`. Padding is on the left, but for what all prompts begin
-        with, if that is most of them: it is computed once."""
+        """Ids of one reply per prompt, up to the first of `ends`. Prompts are padded on the left. A common beginning of
+        all prompts that is at least half of the longest is computed once and stands before the padding."""
         width, common = max(map(len, prompts)), self._begins_all(prompts)
 
         def padded(prompt: list[int], padding: int) -> list[int]:
@@ -250,7 +250,7 @@ class Evaluator:
         ids = torch.tensor([padded(prompt, self._pad) for prompt in prompts], device=self.device)
         mask = torch.tensor([padded([1] * len(prompt), 0) for prompt in prompts], device=self.device)
         sampling: dict[str, Any] = {"do_sample": False}
-        if self.options.temperature > 0:  # nothing but the temperature: no top-k, no top-p
+        if self.options.temperature > 0:  # only the temperature: no top-k, no top-p
             sampling = {"do_sample": True, "temperature": self.options.temperature, "top_k": 0, "top_p": 1.0}
         config = GenerationConfig(
             max_new_tokens=self.options.max_new_tokens, eos_token_id=sorted(ends), pad_token_id=self._pad, **sampling
@@ -259,20 +259,20 @@ class Evaluator:
         if common:
             decoder: Any = decoder_of(unwrapped(self.model))
             cache = prefill(decoder, ids[:1, :common])
-            cache.filled = False  # each prompt goes on by itself
+            cache.filled = False  # each prompt continues with its own keys and values
             cache.batch_repeat_interleave(len(prompts))
             given[CACHE_ARGUMENT] = cache
         output = self.model.generate(**given)[:, width:].tolist()
         return [list(itertools.takewhile(lambda token: token not in ends, reply)) for reply in output]
 
     def _begins_all(self, prompts: Sequence[list[int]]) -> int:
-        """Tokens that all prompts begin with, where their keys and values are worth to be shared, else 0."""
+        """Tokens that all prompts begin with, if sharing their keys and values is worthwhile, else 0."""
         first, *others = (np.asarray(prompt[:-1]) for prompt in prompts)
         common = min((common_tokens(first, other) for other in others), default=0)
         return common if self._continues and 2 * common >= max(map(len, prompts)) else 0
 
     def scores(self, item: Item, reply: str) -> dict[str, Any]:
-        """Of a reply: overlap with what the user wrote, and whether either uses a word of the persona in the prompt."""
+        """A reply's overlap with the reference, and whether either uses a word of the persona in the prompt."""
         example = item.example
         persona = [example.persona[i] for i in item.pair.passages]
         conversation = " ".join(turn.content for turn in example.turns)

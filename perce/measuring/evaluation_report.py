@@ -1,4 +1,4 @@
-"""Records of evaluated examples → metrics with intervals, comparison of two models, JSON and tables."""
+"""Turns records of evaluated examples into metrics with intervals, a comparison of two models, JSON and tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from perce.visible import as_json
 
 Records = Sequence[Mapping[str, Any]]
 
-# metric: (label, what is summed, what it is divided by ("" for the number of examples))
+# metric: (label, field that is summed, field whose sum divides it ("" for the number of examples))
 METRICS: dict[str, tuple[str, str, str]] = {
     "loss_personal_tokens": ("loss on personal tokens", "loss_personal", "personal_tokens"),
     "loss_other_tokens": ("loss on other tokens", "loss_other", "other_tokens"),
@@ -33,9 +33,9 @@ METRICS: dict[str, tuple[str, str, str]] = {
 } | {name: (metric.label, name, "") for name, metric in REPLY_METRICS.items()}
 BETTER = dict.fromkeys(("loss_personal_tokens", "loss_other_tokens", "loss_with_persona"), "↓")
 BETTER |= dict.fromkeys(("loss_without_persona", "loss_swapped_persona", "reference_uses_persona"), "–")
-"""Whether less is better, or neither; of the others more is."""
+"""Metrics of which less is better (↓) or neither more nor less is (–); more is better for all others."""
 BY_TURN = ("loss_with_persona", "loss_without_persona", "uses_persona", "reference_uses_persona")
-TURNS = 10  # of a conversation, in the table and the JSON
+TURNS = 10  # turns of a conversation that the table and the JSON have
 RESULT = "perce.evaluate"
 
 
@@ -50,7 +50,7 @@ def _columns(records: Records, metric: str) -> tuple[list[float], list[float]]:
 
 
 def _clusters(records: Records, metric: str) -> list[str]:
-    """Users, or rows where users are not named: examples of one are not independent."""
+    """The user of each record, or its row if users are not named: examples of one user are not independent."""
     value = METRICS[metric][1]
     return [str(record["user_id"] or record["source"]) for record in records if record.get(value) is not None]
 
@@ -77,13 +77,13 @@ def summarise(records: Records, notes: list[str], run: Mapping[str, Any], meteor
 
 
 def _means(records: Records, metrics: Iterable[str]) -> dict[str, Any]:
-    """Those metrics that any record has."""
+    """The means of those metrics that any record has."""
     found = ((name, clustered_mean(*_columns(records, name), _clusters(records, name))) for name in metrics)
     return {name: interval.to_dict() for name, interval in found if interval is not None}
 
 
 def _by_turn(records: Records) -> dict[int, dict[str, Any]]:
-    """The same of the first replies of conversations, of the second, …; {} where none has a second."""
+    """Means of the first replies of conversations, of the second, …; {} if no conversation has a second reply."""
     turns: dict[int, list[Mapping[str, Any]]] = {}
     for record in records:
         turns.setdefault(record["turn"], []).append(record)
@@ -91,7 +91,7 @@ def _by_turn(records: Records) -> dict[int, dict[str, Any]]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """An earlier result, to compare with; UserError if it is none."""
+    """An earlier result to compare with. UserError if the file is not a result of perce.evaluate."""
     try:
         result = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -105,9 +105,9 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Differences (this model minus the other) over the same examples; UserError where they are not the same.
+    """Differences (this model minus the other) over the same examples. UserError if the examples differ.
 
-    `settings` in the result is what else differs: [of this run, of the other].
+    `settings` in the result has the facts of the runs that also differ, as [of this run, of the other].
     """
     theirs = {record["key"]: record for record in other["records"]}
     ours = {record["key"]: record for record in records}
@@ -131,7 +131,7 @@ def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], 
             _columns([side[key] for key in keys], metric) for side in (ours, theirs)
         )
         clusters = _clusters([ours[key] for key in keys], metric)
-        # Losses a token compare where the tokens are the same: not between tokenizers, nor other shown passages.
+        # Losses per token are comparable only for the same tokens: not if tokenizers or shown passages differ.
         if weights != their_weights or not mine or metric == "reference_uses_persona":
             continue
         if (result := paired_difference(mine, its, weights, clusters)) is not None:
@@ -146,7 +146,7 @@ def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str,
 
 
 def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
-    """Within 80 columns: the values, under them the differences, what the signs mean, and what else is to be known."""
+    """Prints, within 80 columns, the values, the differences, what the signs mean, and notes."""
     unit = "user" if any(record["user_id"] for record in result["records"]) else "row"
     labels = {name: label for name, (label, _, _) in METRICS.items()} | {"swap_cost": "cost of another's persona"}
     rows = table("", "value", "95 % interval", "examples", f"{unit}s", numbers=True)
@@ -180,7 +180,7 @@ def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None
 
 
 def _table_by_turn(by_turn: Mapping[int, Mapping[str, Any]]) -> list[Any]:
-    """Losses, what the persona gains and whether it is used, a line a turn."""
+    """One line per turn: losses, how much lower the persona makes them, and whether replies use it."""
     if not by_turn:
         return []
     found = table("turn", "with persona", "without", "gain", "replies use it", "examples", numbers=True)
@@ -194,9 +194,9 @@ def _table_by_turn(by_turn: Mapping[int, Mapping[str, Any]]) -> list[Any]:
 
 
 def _few(records: Records, unit: str, compared: bool) -> list[str]:
-    """That there are too few users for an interval, and for a small p; nothing where there are enough."""
+    """A note if there are too few users for good intervals and a small p; empty if there are enough."""
     count = len({record["user_id"] or record["source"] for record in records})
     if not 0 < count < FEW:
         return []
-    least = f", and p is {2.0 ** (1 - count):.2g} at least" if compared else ""
-    return [f"{count} {unit}{'s' * (count > 1)} only: intervals are rough{least}; {FEW} or more are wanted"]
+    least = f", and p cannot be below {2.0 ** (1 - count):.2g}" if compared else ""
+    return [f"only {count} {unit}{'s' * (count > 1)}: intervals are rough{least}; use at least {FEW}"]

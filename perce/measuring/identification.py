@@ -1,12 +1,13 @@
-"""Does PIR find the personal tokens? Against labelled tokens, beside what could be had without the contrast.
+"""How well PIR finds labelled personal tokens, compared with scores that need no counterfactual pass.
 
     PIR                log P(token | persona, …) − log P(token | …)
     persona word       the token belongs to a word that is in the persona but not in the conversation (1 or 0)
     token loss         −log P(token | persona, …)
     entropy            predictive entropy before the token, with the persona
 
-Labels are the spans marked in the data by hand; without such marks they *are* the persona words, which find quoted
-facts and no paraphrase or style: then that row is left out, and the numbers say how PIR relates to quoting.
+Labels are the spans marked by hand in the data. Without such marks, the persona words are the labels; they find quoted
+facts but no paraphrase or style. Then the row "persona word" is left out, and the numbers say only how well PIR finds
+quoted words.
 """
 
 from collections.abc import Sequence
@@ -27,11 +28,11 @@ class Identified:
     tokens: int
     labelled: int
     marked: bool
-    """Labels are marks in the data; else persona words."""
+    """Whether the labels are marks in the data; else they are persona words."""
 
 
 def identify(records: Sequence[dict[str, Any]]) -> Identified:
-    """UserError where no token, or every token, is labelled."""
+    """UserError if no token, or every token, is labelled."""
     columns: dict[str, list[float]] = {"PIR": [], PERSONA_WORD: [], "token loss": [], "entropy": []}
     labels: list[bool] = []
     for record in records:
@@ -43,7 +44,8 @@ def identify(records: Sequence[dict[str, Any]]) -> Identified:
     for name, column in columns.items():
         if len(column) != len(labels):
             raise UserError(
-                f"--labels: {len(labels)} labels for {len(column)} tokens of {name}; the records are damaged."
+                f"--labels: the records have {len(labels)} labels, but {len(column)} values of {name}; expected one of "
+                "each per token. They are damaged: delete them and score again."
             )
     marked = all(record["marked"] for record in records)
     if not marked:
@@ -52,6 +54,7 @@ def identify(records: Sequence[dict[str, Any]]) -> Identified:
         methods = {name: identification(column, labels) for name, column in columns.items()}
     except ValueError as error:
         raise UserError(
-            f"--labels: {error}. Data without marked spans is labelled by persona words that the reply uses."
+            f"--labels: {error}. In data without marked spans, the words of the persona that the reply uses are "
+            "labelled."
         ) from None
     return Identified(methods, len(labels), sum(labels), marked)

@@ -1,4 +1,4 @@
-"""What score and evaluate share: a model, the examples that it is asked about, and their order in batches."""
+"""What perce.score and perce.evaluate share: a model, the examples to measure it on, and how they are batched."""
 
 import json
 import re
@@ -30,15 +30,15 @@ from perce.model.loading import check_adapter, check_backend, resolve_precision
 from perce.model.patch import prepare_model
 from perce.visible import say
 
-TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences: nothing is kept for a backward
-ROOM = 1.5  # times its longest sequence is what a persona's pairs may compute at once, however long that is
-WEIGHTS = re.compile(r"model[^/]*\.(safetensors|bin)$")  # whole or in shards, of a model or an adapter
-SAMPLED_VALUES = 1024  # of each parameter, in the fingerprint of a model
+TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences; there is no backward to keep memory for
+ROOM = 1.5  # pairs of one persona may always compute this many times their longest sequence in one forward
+WEIGHTS = re.compile(r"model[^/]*\.(safetensors|bin)$")  # one file or shards, of a model or an adapter
+SAMPLED_VALUES = 1024  # per parameter, in the fingerprint of a model
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and the examples that it is asked about."""
+    """A model and the examples to measure it on."""
 
     model: Any
     """In eval mode, with PerCE installed."""
@@ -46,29 +46,29 @@ class Subject:
     device: torch.device
     builder: PairBuilder
     sharing: Sharing
-    """What the pairs of a persona have in common in a batch; see data/sharing.py."""
+    """Which tokens the pairs of a persona share in a batch; see data/sharing.py."""
     examples: Examples
     split: str
     facts: dict[str, Any]
-    """What its records depend on, whatever is asked."""
+    """What its records depend on, in every command."""
 
 
 def load_subject(options: InferenceOptions, command: str, *, unanswered: bool = False) -> Subject:
     """UserError for a model or data that cannot be read, and for documents, which have no persona.
 
-    unanswered: rows without a response are examples too.
+    unanswered: also take rows without a response as examples.
     """
     run = run_directory(options.model.model)
     examples, split, in_words = load_split(options.data, options.examples, run, unanswered=unanswered)
     say(f"examples  {options.data.data or 'built-in examples'}, {in_words}")
-    next(iter(examples), None)  # a stream knows its format once its first row has been read
+    next(iter(examples), None)  # the format of a stream is known only after its first row
     model, tokenizer, device = load(options.model)
     builder = make_persona_builder(tokenizer, options.data, examples.format)
     sharing = _sharing(options, model, examples)
     facts = {"command": command, **model_facts(options.model, model), "split": split}
     facts |= {"split_seed": options.examples.seed}
     facts |= asdict(options.data)
-    # Data, model and words are what they are, whatever directory, file or run they are named from.
+    # Records must not depend on the working directory, recipe or run from which data, model and prompt were named.
     for name in ("data", "retriever_model"):
         facts[name] = facts[name] and from_anywhere(facts[name])
     facts["prompt"] = asdict(builder.chat_format.style)
@@ -76,23 +76,23 @@ def load_subject(options: InferenceOptions, command: str, *, unanswered: bool = 
 
 
 def _sharing(options: InferenceOptions, model: Any, examples: Examples) -> Sharing:
-    """What is shared, if the data has several examples of a persona; tells where it is not all that could be."""
+    """What is shared, if the data has several examples of a persona. Prints a note if less is shared than possible."""
     rows: Any = () if options.data.streaming else examples.all
     several = options.data.streaming or len({example.persona for example in rows}) < len(rows)
     if options.data.share == "none" or not several:
         return "none"
     sharing, why = sharing_of(model)
     if why:
-        shared = {"none": "nothing", "chains": "only what one reply has from its beginning to its end"}[sharing]
-        say(f"of a persona's replies {shared} is computed once: {why}")
+        shared = {"none": "share no tokens", "chains": "share tokens only if one begins with all of the other"}[sharing]
+        say(f"replies for the same persona {shared}: {why}")
     return sharing
 
 
 def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
     """(model in eval mode with PerCE installed, tokenizer, device).
 
-    An adapter stays beside its base, as in training: merging into bf16 weights rounds, and lost half of what an adapter
-    had learnt in 20 steps (docs/LOG.md). UserError for what cannot be loaded.
+    An adapter is not merged into its base, as in training: merging into bf16 weights rounds, and lost half of what an
+    adapter had learnt in 20 steps (docs/LOG.md). UserError for a model that cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend = check_backend(config.backend, device)
@@ -113,7 +113,7 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
 
 
 def _check_weights(path: str) -> None:
-    """UserError where a run's or a checkpoint's weights are not those that were saved: other numbers would come out."""
+    """UserError if the weights of a run or checkpoint are not those that were saved: the numbers would be wrong."""
     local = Path(path).expanduser()
     if not (file := local / LIST).is_file():
         return
@@ -125,8 +125,8 @@ def _check_weights(path: str) -> None:
         reason = f"{file} cannot be read ({in_one_line(error)})"
     if reason:
         raise UserError(
-            f"--model {path}: {reason}. Restore it, or give a checkpoint that is whole; if you changed the weights "
-            f"yourself, delete {file}, which has what was saved."
+            f"--model {path}: {reason}. Restore it, or give an intact checkpoint. If you changed the weights "
+            f"yourself, delete {file}, which describes the files as they were saved."
         )
 
 
@@ -148,7 +148,7 @@ def _base_of_adapter(path: str) -> str | None:
     named = Path(base).expanduser()
     if named.is_absolute() and not named.exists():
         raise UserError(
-            f"--model {path}: its base model {base} is not there. Put it back, or correct base_model_name_or_path in "
+            f"--model {path}: its base model {base} does not exist. Restore it, or correct base_model_name_or_path in "
             f"{file}."
         )
     if not named.is_absolute() and named.exists():
@@ -157,7 +157,7 @@ def _base_of_adapter(path: str) -> str | None:
 
 
 def _tokenizer(path: str, base: str | None) -> Any:
-    """The model's own; of an adapter, what was saved beside it, chat template and all, else the base model's."""
+    """The model's tokenizer; for an adapter the one saved in its directory, chat template included, or its base's."""
     from transformers import AutoTokenizer
 
     local = Path(path).expanduser()
@@ -174,18 +174,18 @@ def _with_adapter(model: Any, path: str) -> Any:
     except Exception as error:  # a damaged file may raise anything
         raise UserError(
             f"--model {path}: the adapter is damaged or does not fit its base model ({first_line(error)}). Restore it, "
-            "or give another."
+            "or give another adapter."
         ) from error
     try:
         check_adapter(wrapped)
     except UserError as error:
-        remedy = "Merge it into its base in fp32 (merge_and_unload), save that, and give its directory."
+        remedy = "Merge it into its base in fp32 (merge_and_unload), save the result, and give its directory."
         raise UserError(f"--model {path}: {error} {remedy}") from error
     return wrapped
 
 
 def model_facts(config: InferenceConfig, model: Any) -> dict[str, Any]:
-    """What a model's numbers depend on, for records that another run may go on with."""
+    """What a model's numbers depend on; a run resumes records only if these facts are equal."""
     weight = model.get_output_embeddings().weight
     return {
         "model": config.model and from_anywhere(config.model), "weights": model_fingerprint(model),
@@ -196,7 +196,7 @@ def model_facts(config: InferenceConfig, model: Any) -> dict[str, Any]:
 
 
 def model_fingerprint(model: Any) -> str:
-    """Of a few values of each parameter: enough to tell one training run's model from another's."""
+    """A checksum of a few values of each parameter: enough to tell models of two training runs apart."""
     crc = 0
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()[:SAMPLED_VALUES].float().cpu().numpy().tobytes()
@@ -205,7 +205,7 @@ def model_fingerprint(model: Any) -> str:
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length: at most batch_size each, and longest × sequences within `tokens`."""
+    """Indices in batches of similar length: at most batch_size each, and longest × sequences at most `tokens`."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batches: list[list[int]] = []
     for index in order:
@@ -217,8 +217,8 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, tokens: int) -> l
 
 
 def batches_that_share(pairs: Sequence[Pair], sharing: Sharing, batch_size: int, tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length, as batches_by_length has them; pairs that share tokens are in one batch,
-    and count as one sequence of all tokens that they compute."""
+    """Indices in batches of similar length, like batches_by_length. Pairs that share tokens are in one batch; together
+    they count as one sequence of all tokens that they compute."""
     if sharing == "none":
         return batches_by_length([len(pair.input_ids) for pair in pairs], batch_size, tokens)
     of_persona = [[row for rows in persona for row in rows] for persona in personas([vars(pair) for pair in pairs])]
@@ -230,8 +230,8 @@ def batches_that_share(pairs: Sequence[Pair], sharing: Sharing, batch_size: int,
 def _families(
     rows: Sequence[int], pairs: Sequence[Pair], sharing: Sharing, tokens: int
 ) -> Iterator[tuple[Sequence[int], int]]:
-    """Of a persona's pairs those that share tokens, in order, and how many they compute; halves of those that
-    compute more than `tokens` and ROOM × their longest sequence."""
+    """Groups of a persona's pairs that share tokens, in order, and how many tokens each group computes. A group that
+    computes more than `tokens` and more than ROOM × its longest sequence is halved."""
     segments, paths = segmented([pairs[row].input_ids[:-1] for row in rows], [0] * len(rows), sharing)
     members: defaultdict[int, list[int]] = defaultdict(list)  # by the segment that they begin with
     for row, ((first, _), *_) in zip(rows, paths, strict=True):

@@ -1,8 +1,8 @@
-"""Scores of generated replies, and statistics over examples. Nothing here knows of models.
+"""Scores of generated replies, and statistics over examples. This module does not depend on models.
 
 REPLY_METRICS        scores of a reply, by name: rouge and Meteor, by the rouge-score and nltk packages, offline
 clustered_mean       token-weighted mean with a bootstrap interval over clusters (users)
-paired_difference    the same of two models on the same examples, with a p-value
+paired_difference    the same for the difference of two models on the same examples, with a p-value
 identification       how well a per-token score finds labelled tokens: AUC, best F1
 """
 
@@ -20,8 +20,8 @@ from perce.errors import UserError
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-FEW = 10  # clusters (users), below which one of them more or less is another result
-NORMAL_QUANTILE = 1.959964  # at (1 + CONFIDENCE) / 2, as are those of Student's t at 1, 2, … degrees of freedom
+FEW = 10  # with fewer clusters (users), one more or less changes the result
+NORMAL_QUANTILE = 1.959964  # at (1 + CONFIDENCE) / 2, as are those of Student's t for 1, 2, … degrees of freedom
 STUDENT_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 WORDNET_DIRECTORIES = ("/usr/share/wordnet",)  # Debian's wordnet-base
 ROUGE_NOTE = "rouge-score, F1, no stemmer"
@@ -44,8 +44,8 @@ def rouge(kind: str) -> "Scorer":
 class Meteor:
     """METEOR (Banerjee and Lavie 2005) as nltk computes it, in [0, 1], tokenised by nltk's word tokenizer.
 
-    `name` is "meteor" where WordNet is installed (nltk's corpus, or Debian's wordnet-base), else "meteor_exact_stem":
-    without synonyms the score is lower, and must not be taken for the other.
+    `name` is "meteor" if WordNet is installed (nltk's corpus, or Debian's wordnet-base), else "meteor_exact_stem":
+    without synonyms the score is lower, and must not be confused with METEOR.
     """
 
     def __init__(self) -> None:
@@ -79,8 +79,8 @@ def _find_wordnet() -> Any:
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
     class DebianWordNet(WordNetCorpusReader):
-        """Debian leaves out the names of the lexicographers' files; neither they nor the numbers of other releases'
-        synsets, which nltk reads beside them, matter to METEOR."""
+        """Debian leaves out the list of lexicographer files; METEOR needs neither it nor the synset numbers of other
+        releases, which nltk also reads."""
 
         def open(self, file: str) -> Any:
             names = "".join(f"{number} file{number} 0\n" for number in range(45))
@@ -96,21 +96,21 @@ def _find_wordnet() -> Any:
         pass
     for directory in WORDNET_DIRECTORIES:
         if (Path(directory) / "index.noun").is_file():
-            nltk.data.path.append(directory)  # nltk opens nothing outside its own paths
+            nltk.data.path.append(directory)  # nltk opens only files in its own paths
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that other languages are missing
+                warnings.simplefilter("ignore")  # it warns that other languages are missing
                 return DebianWordNet(directory, None)
     return None
 
 
 Scorer = Callable[[str, str], float]
-"""(reply, what the user wrote) → a number; more is better."""
+"""(generated reply, what the user wrote) → a number; more is better."""
 
 
 class ReplyMetric(NamedTuple):
     label: str
     scorer: Callable[[], Scorer | None]
-    """Called once an evaluation; None where another metric stands in for this one."""
+    """Called once per evaluation; None if another metric replaces this one."""
 
 
 REPLY_METRICS = {
@@ -122,15 +122,15 @@ REPLY_METRICS = {
 
 
 def reply_scorers() -> dict[str, Scorer]:
-    """Those that score here, by name. UserError for a package that is missing."""
+    """The metrics that can be computed here, by name. UserError for a package that is missing."""
     return {name: scorer for name, metric in REPLY_METRICS.items() if (scorer := metric.scorer())}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval over n observations (examples) of so many clusters (users).
+    """An estimate with its confidence interval over n observations (examples) in so many clusters (users).
 
-    Without an interval (None) where there is one cluster only: nothing is known of how clusters differ.
+    With only one cluster there is no interval (None), because it says nothing about how clusters differ.
     """
 
     value: float
@@ -143,7 +143,7 @@ class Interval:
         return asdict(self)
 
     def span(self, digits: str = ".4f", alone: str = "one user") -> str:
-        """The interval in words; `digits` as in an f-string, `alone` of what there is no interval over."""
+        """The interval in words; `digits` as in an f-string, `alone` is the text if there is no interval."""
         if self.low is None or self.high is None:
             return alone
         return f"{self.low:{digits}} to {self.high:{digits}}"
@@ -160,12 +160,13 @@ def _cluster_sums(values: Sequence[float], weights: Sequence[float], clusters: S
 
 
 def _interval(sums: np.ndarray, n: int, seed: int) -> Interval:
-    """Σ values / Σ weights with its percentile interval over resampled clusters, widened for few of them.
+    """Σ values / Σ weights with its percentile interval over resampled clusters, widened if they are few.
 
-    Resampling C clusters underestimates the variance by (C − 1) / C, and knows nothing of its own uncertainty: five
-    Gaussian clusters covered the truth in 80 % of trials. Student's t over the normal quantile makes it 95 %.
+    Resampling C clusters underestimates the variance by a factor of (C − 1) / C and ignores its own uncertainty: with
+    five Gaussian clusters, intervals covered the truth in 80 % of trials. Widening by the ratio of Student's t to the
+    normal quantile makes it 95 %.
     """
-    sums = sums[:, sums[1] > 0]  # a user without such tokens says nothing of how users differ
+    sums = sums[:, sums[1] > 0]  # a user without such tokens says nothing about how users differ
     total, weight = sums.sum(1)
     value, clusters = float(total / weight), sums.shape[1]
     if clusters < 2:
@@ -180,7 +181,7 @@ def _interval(sums: np.ndarray, n: int, seed: int) -> Interval:
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5; tabulated where that is off)."""
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5; from a table where that is inaccurate)."""
     if freedom <= len(STUDENT_QUANTILES):
         return STUDENT_QUANTILES[freedom - 1]
     z = NORMAL_QUANTILE
@@ -190,9 +191,9 @@ def _student(freedom: int) -> float:
 def clustered_mean(
     values: Sequence[float], weights: Sequence[float], clusters: Sequence[Any], seed: int = 0
 ) -> Interval | None:  # fmt: skip
-    """Σ values / Σ weights (a sum of losses over a count of tokens, say) with a 95 % bootstrap interval.
+    """Σ values / Σ weights (for example a sum of losses over a count of tokens) with a 95 % bootstrap interval.
 
-    Whole clusters are resampled: examples of one user are not independent. None where the weights are all 0.
+    Whole clusters are resampled, because examples of one user are not independent. None if the weights are all 0.
     """
     sums = _cluster_sums(values, weights, clusters)
     return _interval(sums, int(np.count_nonzero(weights)), seed) if sums[1].any() else None
@@ -203,8 +204,8 @@ def paired_difference(
 ) -> tuple[Interval, float] | None:
     """(mean of ours − theirs with its interval, two-sided p-value) on the same examples; None if the weights are all 0.
 
-    The p-value is that of a permutation test: under the null hypothesis the two models are exchangeable, cluster by
-    cluster, so that the sign of each cluster's difference is a coin toss.
+    The p-value is that of a permutation test: under the null hypothesis the two models are exchangeable within each
+    cluster, so the sign of each cluster's difference is random.
     """
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     sums = _cluster_sums(difference.tolist(), weights, clusters)
@@ -224,14 +225,14 @@ class Identification:
     auc: float
     """Probability that a labelled token scores above one that is not; ties count half."""
     f1: float
-    """Largest over all thresholds, with its precision and recall, "labelled" if score ≥ threshold."""
+    """Largest over all thresholds; precision and recall are at that threshold. Predicted if score ≥ threshold."""
     precision: float
     recall: float
     threshold: float
 
 
 def identification(scores: Sequence[float], labels: Sequence[bool]) -> Identification:
-    """AUC and best-threshold F1 of `scores` against `labels`; ValueError unless there are tokens of both kinds."""
+    """AUC and best-threshold F1 of `scores` against `labels`. ValueError unless there are tokens of both kinds."""
     score, label = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     positives, negatives = int(label.sum()), int((~label).sum())
     if not positives or not negatives:

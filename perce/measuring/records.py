@@ -1,8 +1,8 @@
-"""JSON lines that a second run goes on with: one finished example a line, and beside them what they are of.
+"""Resumable JSON Lines files: one finished example per line, and next to the file a description of its run.
 
-FILE             appended to, a batch at a time; a half-written last line is cut off when a run goes on
-FILE.run.json    the model, data and options; lines of another run are never mixed with these
-.FILE.lock       of the process that has it, which .FILE.lock.holder names
+FILE             appended to one batch at a time; when a run is resumed, a half-written last line is cut off
+FILE.run.json    the model, data and options; records of another run are never mixed with these
+.FILE.lock       the lock of the process that uses the file; .FILE.lock.holder names that process
 """
 
 import json
@@ -18,14 +18,14 @@ from perce.visible import as_json
 
 
 class RecordFile:
-    """The records of a run, those of an interrupted one first; while it is entered, no other process has it.
+    """The records of a run, beginning with those that an interrupted run left. While this context is entered, no other
+    process can use the file.
 
     Args:
-        path: the file, or None: nothing is kept, and nothing is there to go on with.
+        path: the file, or None: records are not saved, and none are resumed.
 
     Raises:
-        UserError: a file that cannot be written or read, that another process has, or that holds the records of another
-            run.
+        UserError: the file cannot be written or read, another process uses it, or it holds records of another run.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -41,11 +41,11 @@ class RecordFile:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        with written(self.path or ""):  # what a full disk has not taken is tried again
+        with written(self.path or ""):  # closing retries what could not be written to a full disk
             self._held.close()
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Read what is there. run: what the records depend on; JSON values."""
+        """Read the records of an interrupted run. run: what the records depend on; JSON values."""
         if self.path is None:
             return
         self._run_path = self.path.with_name(f"{self.path.name}.run.json")
@@ -60,7 +60,7 @@ class RecordFile:
             self._file = self._held.enter_context(self.path.open("a", encoding="utf-8"))
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Write them at once: what is interrupted leaves whole batches and at most one broken line."""
+        """Write a batch of records at once: an interruption leaves whole batches and at most one broken line."""
         new = list(records)
         self.records += new
         if self.path is not None:
@@ -70,7 +70,7 @@ class RecordFile:
 
     def _check_run(self, run: dict[str, Any]) -> None:
         if not self._run_path.is_file():
-            raise UserError(f"{self.path}: exists already, and is not of this command. Choose another file.")
+            raise UserError(f"{self.path}: exists already, and was not written by this command. Choose another file.")
         before = _object(self._run_path.read_bytes(), str(self._run_path), f"delete it and {self.path}")
         for name in dict.fromkeys([*run, *before]):
             if before.get(name) != run.get(name):
@@ -92,7 +92,7 @@ class RecordFile:
             records.append(_object(line, f"{self.path}:{number}", remedy))
             if "example" not in records[-1] or records[-1].keys() != records[0].keys():
                 raise UserError(
-                    f"{self.path}:{number}: expected a record with the fields of the others, got "
+                    f"{self.path}:{number}: expected a record with the same fields as line 1, got "
                     f"{', '.join(records[-1]) or 'none'}. To begin anew, {remedy}."
                 )
         return records

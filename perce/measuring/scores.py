@@ -18,8 +18,8 @@ from perce.model.passes import TokenStatistics, token_statistics
 from perce.model.positions import settle_lengths
 from perce.report.heatmap import ScoredToken
 
-FORM = 2  # of records: raise it with their fields
-WINDOW = 64  # examples that are sorted by length together: records stay in order, and little is padded
+FORM = 2  # version of the records: raise it when their fields change
+WINDOW = 64  # examples that are sorted by length together: records stay in order, with little padding
 
 
 def scored(
@@ -38,13 +38,13 @@ def scored(
             except UserError:
                 if not options.data.skip_bad_rows:
                     raise
-        # Records hold the examples that fit, in order: those of an earlier run are as many, and are not scored again.
+        # The file has one record per example that fits, in order. Examples with a record are not scored again.
         known = done[seen : seen + len(built)]
         for before, (_, example, pair) in zip(known, built, strict=False):
             if before["prompt_ids"] + before["response_ids"] != pair.input_ids:
                 raise UserError(
-                    f"--jsonl {options.score.jsonl}: {example.source} is not what was scored before; the data or the "
-                    "tokenizer has changed. Choose another file, or delete it."
+                    f"--jsonl {options.score.jsonl}: {example.source} is not the example that was scored before; the "
+                    "data or the tokenizer has changed. Choose another file, or delete it."
                 )
         fresh = built[len(known) :]
         seen += len(built)
@@ -53,13 +53,13 @@ def scored(
 
 
 def _longest(subject: Subject, options: ScoreOptions) -> int:
-    """Tokens of the longest example; of a stream, as many as one may have."""
+    """Tokens of the longest example; for a stream, the most that an example may have."""
     builder: Any = subject.builder
     longest = 0
     if options.data.streaming:
         return builder.max_length
     for example in subject.examples.all:
-        with contextlib.suppress(UserError):  # told where it is scored
+        with contextlib.suppress(UserError):  # the error is raised when the example is scored
             longest = max(longest, len(builder.build(example).input_ids))
     return longest
 
@@ -85,7 +85,7 @@ def score_window(
 
 
 def record(index: int, example: Example, pair: Pair, tokens: TokenStatistics, tokenizer: Any) -> dict[str, Any]:
-    """One line of the JSONL: prompts and response in ids, and the response's statistics token by token."""
+    """One line of the JSON Lines file: prompts and response as ids, and statistics per response token."""
     n = pair.response_length
     return {
         "example": index, "source": example.source, "user_id": example.user_id,

@@ -1,8 +1,8 @@
-"""What a training step takes, before a GPU is spent on it. No weights are read.
+"""Estimates of the memory and time of a training step, without loading weights or using a GPU.
 
-rehearsal   a step on tensors without data      live     the bytes that are alive in each of its phases
-memory      its peak, by phase and part         flops    its operations, and the least time they take
+rehearsal   a step on tensors without data      live     the bytes alive in each phase of a step
+memory      the peak memory, by phase and part  flops    the operations, and a lower bound on time
 plans       what fits, and what options change  tables   a plan in the terminal and as JSON
-ways        the fastest options that fit        device   how much memory there is
-four_bit    linear layers as bitsandbytes holds them
+ways        the fastest options that fit        device   how much memory a device has
+four_bit    linear layers as bitsandbytes stores them
 """

@@ -1,12 +1,12 @@
-"""Floating-point operations of an optimiser step, and the time below which it cannot take.
+"""Floating-point operations of an optimiser step, and a lower bound on the time it takes.
 
-With F factual and C counterfactual input tokens, those that several replies share counted once, P weights in the
-matrices of the layers and A in adapters, a forward of F tokens takes 2·(P + A)·F and attention; its backward twice
-that, of which LoRA saves the weights' half (not the adapters'); checkpointing adds a forward, but for each layer's last
-product, and tiled MLPs one of theirs. With persona_grad="none" backward and recomputation see the tokens behind the
-persona alone. N response tokens cost the head 2·N·D·V a product: logits, dh, dW where it trains, and those that the
-weights take (objectives.py). Norms, activation functions, the optimiser and memory traffic are left out: the bound is a
-lower one.
+F is the number of factual input tokens, C of counterfactual ones; tokens that several replies share count once. The
+layers' matrices have P weights, their adapters A. A forward pass of F tokens takes 2·(P + A)·F operations plus
+attention. Its backward takes twice that; LoRA saves the half that computes weight gradients, except the adapters'.
+Checkpointing adds one forward pass without each layer's last product; tiled MLPs add one forward pass of the MLPs.
+With persona_grad="none", backward and recomputation process only the tokens after the persona. For N response tokens,
+each product of the head costs 2·N·D·V: logits, dh, dW if the head trains, and those that the token weights need
+(objectives.py). Norms, activation functions, the optimiser and memory traffic are left out, so this is a lower bound.
 """
 
 import time
@@ -29,19 +29,19 @@ WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "moe", "mlp")  # of a 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one optimiser step on one device."""
+    """Operations of one optimiser step on one device."""
 
     forward: int
     backward: int
     recomputation: int
-    estimation: int  # what the weights take of the layers: a counterfactual forward
+    estimation: int  # of the layers, to compute the token weights: a counterfactual forward
     head: int
-    head_estimation: int  # and of the head
-    tokens: int  # factual ones that are computed
+    head_estimation: int  # of the head, to compute the token weights
+    tokens: int  # factual input tokens that are computed
 
     @property
     def cross_entropy(self) -> int:
-        """The same step with weights of 1."""
+        """The same step with all token weights 1."""
         return self.forward + self.backward + self.recomputation + self.head
 
     @property
@@ -50,7 +50,7 @@ class Flops:
 
     @property
     def overhead(self) -> float:
-        """Of the weights, as a share of a cross-entropy step."""
+        """What the token weights cost, as a share of a cross-entropy step."""
         return self.total / self.cross_entropy - 1
 
 
@@ -65,22 +65,22 @@ def count_flops(config: Any, setup: Setup, step: StepConfig, counts: Counts) -> 
     every = counts.linear + counts.adapter
     attention = _attention(config, shape.segments)
     forward = linear(shape.computed, every) + attention
-    behind = shape.computed - shape.personas * shape.prefix  # where personas run by themselves
+    behind = shape.computed - shape.personas * shape.prefix  # tokens after personas
     of_personas = shape.personas * attention_flops(config, shape.prefix)
     again = linear(behind, every) + attention - of_personas if shape.together else 0
     kept = shape.computed
-    if shape.detached:  # the others have a backward; they attend to all
+    if shape.detached:  # only the other tokens have a backward pass; they attend to all tokens
         kept, attention = behind, attention - of_personas
     backward = linear(kept, (1 + trains_all) * counts.linear + 2 * counts.adapter) + 2 * attention
     in_one = shape.replies * shape.requests > 1 and not shape.together
     row = kept if in_one else shape.tokens - shape.prefix
-    # Of branches attention is, see model/branches.py.
+    # The attention of branches is recomputed, see model/branches.py.
     recomputation = again + _attention(config, [segment for segment in shape.segments if segment.path])
     if setup.checkpointing:
         recomputation += linear(kept, every - counts.not_recomputed) + attention
     if 0 < setup.memory.mlp_tile < row:
         recomputation += linear(kept, counts.mlp - counts.not_recomputed)
-    estimation = forward if shape.objective.over_step else 0  # its E-step has a factual pass too
+    estimation = forward if shape.objective.over_step else 0  # such an objective's E-step has a factual pass too
     if shape.tokens_cf:
         computed_cf = sum(len(segment.ids) for segment in shape.segments_cf)
         estimation += linear(computed_cf, every) + _attention(config, shape.segments_cf)
@@ -96,7 +96,7 @@ def count_flops(config: Any, setup: Setup, step: StepConfig, counts: Counts) -> 
 
 
 def _attention(config: Any, segments: list[Segment]) -> int:
-    """Of a forward of segments, each of which sees its path too."""
+    """Attention of one forward pass over segments, each of which also attends to its path."""
     places = Counter((segment.position, len(segment.ids)) for segment in segments)
     return sum(
         times * (attention_flops(config, start + tokens) - attention_flops(config, start))
@@ -105,7 +105,7 @@ def _attention(config: Any, segments: list[Segment]) -> int:
 
 
 def attention_flops(config: Any, tokens: int) -> int:
-    """Of one whole sequence's forward: Q Kᵀ and P V over the positions that a token may see, in all layers."""
+    """Attention of one whole sequence's forward pass: Q Kᵀ and P V over the visible positions, in all layers."""
     text = config.get_text_config()
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
@@ -115,13 +115,13 @@ def attention_flops(config: Any, tokens: int) -> int:
 
 
 def _visible(tokens: int, window: int | None) -> int:
-    """Pairs of a token and one that it attends to."""
+    """How many pairs there are of a token and a token that it attends to."""
     seen = min(tokens, window or tokens)
     return seen * (seen + 1) // 2 + (tokens - seen) * seen
 
 
 def matmul_rate(device: str, low_precision: bool) -> float | None:
-    """FLOP/s of a square product on this machine, the best of a second of them; None where there is no such device."""
+    """FLOP/s of a square matrix product on this machine, the best within one second; None without such a device."""
     if device == "cuda" and not torch.cuda.is_available():
         return None
     side = GEMM_SIDE[device]

@@ -1,8 +1,8 @@
-"""Linear layers in 4 bits, as bitsandbytes holds and runs them, for counting and for rehearsals: no data, no GPU.
+"""Linear layers in 4 bits, as bitsandbytes stores and runs them, for counting and for rehearsals: no data, no GPU.
 
-    weight    n / 2 bytes, nf4 in blocks of 64; a scale a block in 8 bits, a scale of 256 scales in fp32, an offset and
-              two tables (double quantisation, arXiv 2305.14314): 4.127 bits a weight
-    product   the weight in 16 bits while it runs, in the forward and again in the backward; of the input nothing stays
+    weight    n / 2 bytes, nf4 in blocks of 64; per block a scale in 8 bits, per 256 scales another in fp32, an offset
+              and two tables (double quantisation, arXiv 2305.14314): 4.127 bits per weight
+    product   dequantises the weight to 16 bits while it runs, in forward and again in backward; keeps no input
     the rest  embeddings, norms and the head, in fp32, as peft.prepare_model_for_kbit_training leaves them
 
 Sizes are those of bitsandbytes 0.50.2, counted on a CPU; its kernels on a GPU have not been measured.
@@ -23,7 +23,7 @@ TABLES = 16 + 256 + 1  # fp32: the values of nf4 and of the 8-bit scales, and th
 
 
 class FourBitLinear(nn.Linear):
-    """In the place of a linear layer; its numbers mean nothing. `stored`: the type that weights are dequantised to."""
+    """Replaces a linear layer; its numbers mean nothing. `stored`: the type that weights are dequantised to."""
 
     def __init__(self, layer: nn.Linear, stored: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -42,7 +42,7 @@ class FourBitLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         size = self.out_features, self.in_features
         product: Any = _Product.apply(x.to(torch.bfloat16), self.weight, size, self.stored)
-        # In the type of the input, as bitsandbytes returns it; a copy, as PEFT makes one.
+        # bitsandbytes returns the input's type; PEFT makes a copy.
         return (product if self.bias is None else product + self.bias.to(product.dtype)).to(x.dtype).clone()
 
 
@@ -60,18 +60,18 @@ class _Product(torch.autograd.Function):
 def _dequantised(x: Tensor, size: tuple[int, int], stored: torch.dtype) -> Tensor:
     scales = x.new_empty(math.ceil(size[0] * size[1] / BLOCK), dtype=torch.float32)
     weight = x.new_empty(size, dtype=stored).to(x.dtype)
-    del scales  # there until the weight is
+    del scales  # freed once the weight exists
     return weight
 
 
 def quantised(model: Any, stored: torch.dtype) -> Any:
-    """The model with its linear layers but the head in 4 bits and everything else in fp32, as load_model makes it."""
+    """The model with all linear layers except the head in 4 bits and the rest in fp32, as load_model makes it."""
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             raise UserError(
-                f"--load_in_4bit: {type(model).__name__} has layers of transformers' own kind ({name}), which are not "
-                "planned in 4 bits. Plan with bf16 weights: an upper bound."
+                f"--load_in_4bit: {type(model).__name__} has layers of transformers' own class Conv1D ({name}), which "
+                "cannot be planned in 4 bits. Plan without --load_in_4bit: bf16 weights are an upper bound."
             )
         if isinstance(module, nn.Linear) and module is not head:
             model.set_submodule(name, FourBitLinear(module, stored))

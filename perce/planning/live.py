@@ -1,4 +1,4 @@
-"""Bytes alive while a step runs on fake tensors: at the start and at the peak of each of its phases."""
+"""Counts the bytes alive while a step runs on fake tensors, at the start and at the peak of each of its phases."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Moment(NamedTuple):
-    """Bytes that are alive beside the weights, and how many of them are gradients of parameters."""
+    """Bytes that are alive besides the weights, and how many of them are gradients of parameters."""
 
     alive: int
     gradients: int
@@ -26,33 +26,33 @@ class Moment(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """Of one phase of a step, or what a layer adds to it."""
+    """Bytes at the start and peak of one phase of a step, or what a layer adds to them."""
 
     start: Moment
     peak: Moment
 
     @property
     def working_set(self) -> int:
-        """What the peak adds to the start, gradients left out."""
+        """How much the peak is above the start, gradients left out."""
         return self.peak.others - self.start.others
 
 
 @dataclass
 class Rehearsed:
-    """What a rehearsal found, in bytes."""
+    """The result of a rehearsal, in bytes."""
 
     phases: dict[str, Phase] = field(default_factory=dict)
-    """By name, in the order in which they began; a name may have a part of its own after a "/"."""
+    """By name, in the order in which they began; a name may have a second part after a "/"."""
     parts: dict[str, int] = field(default_factory=dict)
-    """What the attention or MLP of one layer, in the forward, has alive at most beyond its input; by module name."""
+    """The most that one layer's attention or MLP holds in the forward pass besides its input; by module name."""
     offloaded: int = 0
-    """Checkpoints in host memory."""
+    """Checkpointed layer inputs in host memory."""
     cached: int = 0
-    """Keys and values of one persona that runs by itself."""
+    """Keys and values of one persona that has a forward of its own."""
 
     @property
     def largest(self) -> dict[str, Phase]:
-        """Of phases that have one name before a "/" the one with the highest peak, by that name."""
+        """For each name before a "/", the phase with the highest peak."""
         found: dict[str, Phase] = {}
         for name, phase in self.phases.items():
             known = found.setdefault(name.partition("/")[0], phase)
@@ -62,7 +62,7 @@ class Rehearsed:
 
 
 class Live(TorchDispatchMode):
-    """Counts all storages that operators have returned and somebody still holds."""
+    """Counts all storages that operators have returned and that are still referenced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,12 +97,12 @@ class Live(TorchDispatchMode):
         return Moment(self._bytes, self._gradients)
 
     def disregard(self, tensors: Iterator[Tensor]) -> None:
-        """Tensors that were there before: an operator that returns a view of one allocates nothing."""
+        """Do not count tensors that existed before: an operator that returns a view of one allocates nothing."""
         for tensor in tensors:
             self._alive[tensor.untyped_storage()._cdata] = 0
 
     def enter(self, phase: str) -> None:
-        """Begin a phase: what is alive now is its start. Called again, as a recomputation does, it goes on."""
+        """Begin a phase: the bytes alive now are its start. A phase that is entered again, to recompute, continues."""
         self.phase = phase
         self.found.phases.setdefault(phase, Phase(self._now, self._now))
 
@@ -110,7 +110,7 @@ class Live(TorchDispatchMode):
         return phase in self.found.phases
 
     def forget(self) -> None:
-        """Begin anew, with what is alive now."""
+        """Drop what was found so far; what is alive now stays counted."""
         self.found = Rehearsed()
 
     def leave(self) -> None:
@@ -120,7 +120,7 @@ class Live(TorchDispatchMode):
         self._gradients += parameter.numel() * parameter.itemsize
 
     def part(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Hooks before and after a module's forward, which note it as a part."""
+        """Hooks before and after a module's forward that record its memory as a part."""
         calls: list[tuple[int, int]] = []
 
         def before(*_: Any) -> None:

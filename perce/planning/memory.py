@@ -1,16 +1,17 @@
 """Peak memory of a training step on one device, by phase and by part.
 
     weights           parameters and buffers, counted on the real model
-    optimiser states  8 bytes a trained parameter (AdamW in fp32)
-    activations       what is alive when a phase begins, gradients left out: for the backward all that was kept, with
-                      checkpointing the layers' inputs alone
-    working set       what the phase adds at its peak: one layer's recomputation and gradients, say
+    optimiser states  8 bytes per trained parameter (AdamW in fp32)
+    activations       alive when a phase begins, gradients left out: for the backward all that was kept, with
+                      checkpointing only the layers' inputs
+    working set       what the phase adds at its peak, for example one layer's recomputation and gradients
     gradients         of parameters, as far as backward has come
     loss buffers      inside the op: a chunk of logits; on a CPU also an fp32 copy of a bf16 head. The logits of backend
-                      "reference" are rehearsed, and so are part of the working set
+                      "reference" are rehearsed and therefore part of the working set
 
-Activations, working sets and gradients are rehearsed (rehearsal.py), the others are formulae. A phase's sum is its
-peak, the largest of them the step's. On CPU what the process holds before the model is built comes on top.
+Activations, working sets and gradients are rehearsed (rehearsal.py); the others are formulae. The parts of a phase sum
+to its peak, and the largest phase is the step's peak. On a CPU, what the process holds before the model is built comes
+on top.
 """
 
 from dataclasses import dataclass, replace
@@ -30,22 +31,22 @@ from perce_kernels import chunked
 _DEFAULTS = MemoryConfig()
 UPDATE = "update"  # the phase of the optimiser, whose fused AdamW works in place
 ADAMW_BYTES = 8
-CUDA_RESERVE = 2**30  # context, kernels, cuBLAS workspaces, fragments; assumed
-MULTIPROCESSORS = 132  # of an H100 or H200: they decide how many tokens a chunk of the loss has
+CUDA_RESERVE = 2**30  # context, kernels, cuBLAS workspaces, fragmentation; assumed
+MULTIPROCESSORS = 132  # of an H100 or H200; their number decides how many tokens a chunk of the loss has
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Exact sizes of a model, from the modules themselves."""
+    """Exact sizes of a model, counted on its modules."""
 
-    parameters: int  # tied ones once
+    parameters: int  # tied ones count once
     trained: int
     weight_bytes: int
     embedding: int  # parameters outside the layers
     linear: int  # matrices of the layers, adapters left out
-    mlp: int  # of linear: the parts that --mlp_tile takes in tiles
+    mlp: int  # the part of linear that --mlp_tile computes in tiles
     adapter: int  # LoRA weights
-    not_recomputed: int  # of linear: recomputation stops before each layer's last product, whose result nothing keeps
+    not_recomputed: int  # the part of linear in each layer's last product, whose result backward does not need
     hidden: int
     vocabulary: int
     layers: int
@@ -54,7 +55,7 @@ class Counts:
 
 
 def count(config: Any, setup: Setup) -> Counts:
-    """UserError for a model whose layers are not alike."""
+    """The sizes of a config's model. UserError for a model whose layers differ in size."""
     plain = replace(setup, model=replace(setup.model, load_in_4bit=False))
     model = build(config, plain)
     held = build(config, setup) if setup.model.load_in_4bit else model
@@ -65,14 +66,14 @@ def count(config: Any, setup: Setup) -> Counts:
         size = sum(p.numel() for p in layer.parameters())
         if sizes.setdefault(kind, size) != size:
             raise UserError(
-                f"{type(unwrapped(model)).__name__}: layers of {sizes[kind]:,} and of {size:,} parameters. Only models "
-                "whose layers are alike are planned."
+                f"{type(unwrapped(model)).__name__}: it has layers of {sizes[kind]:,} and of {size:,} parameters. "
+                "perce.plan expects layers of equal size."
             )
     parameters = sum(p.numel() for p in model.parameters())
     matrices = {name: p.numel() for name, p in layers.named_parameters() if p.dim() > 1}
     adapter = sum(size for name, size in matrices.items() if "lora_" in name)
     mlp = sum(size for name, size in matrices.items() if "lora_" not in name and name.split(".")[1] == "mlp")
-    # Of an adapted matrix the adapter's own product is the last: too little to count.
+    # With an adapter, the layer's last product is the adapter's, which is too small to count.
     last = 0 if adapter else sum([p.numel() for p in layer.parameters() if p.dim() > 1][-1] for layer in layers)
     head = model.get_output_embeddings()
     return Counts(
@@ -94,13 +95,13 @@ def count(config: Any, setup: Setup) -> Counts:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes. phases: part by part, the same parts in each."""
+    """In bytes. Every phase has the same parts."""
 
     phases: dict[str, dict[str, int]]
-    attention: int  # working set of one layer's attention in the forward, and of its MLP
-    mlp: int
+    attention: int  # working set of one layer's attention in the forward pass
+    mlp: int  # and of its MLP
     hidden_rows: int  # hidden states of the response tokens, of both passes
-    offloaded: int  # checkpoints in host memory
+    offloaded: int  # checkpointed layer inputs in host memory
     logits_not_held: dict[str, int]
 
     @property
@@ -117,8 +118,8 @@ class PeakMemory:
 
 
 def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
-    """The last token of a sequence is a target only, in both passes. Behind a persona that runs by itself a
-    conversation is planned as one sequence, of all its branches."""
+    """The shape of one forward. The last token of a sequence is only a target, in both passes. If personas have a
+    forward of their own, a conversation is planned as one sequence of all its branches."""
     batch, accumulates = step.sequences, step.forwards > 1
     objective, tokens = step.computed, step.context - 1
     rows, prefix = step.per_device_train_batch_size * step.response, 0
@@ -146,7 +147,7 @@ def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
 
 
 def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, device: str) -> PeakMemory:
-    """The rehearsal and the formulae of the module's docstring put together."""
+    """The rehearsal and the formulae of the module's docstring combined."""
     shape = shape_of(step, setup.memory)
     rehearsed = rehearse_depth(config, setup, shape)
     resident = _resident(counts, setup, step, device)
@@ -175,14 +176,15 @@ def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, dev
         ),
         mlp=max((size for name, size in rehearsed.parts.items() if "mlp" in name or "feed" in name), default=0),
         offloaded=rehearsed.offloaded,
-        # Those of the counterfactual pass leave autocast's wrapper in fp32.
+        # Autocast's wrapper returns those of the counterfactual pass in fp32.
         hidden_rows=shape.rows * counts.hidden * ((2 if setup.low_precision else 4) + 4 * holds_cf),
         logits_not_held=not_held,
     )
 
 
 def _resident(counts: Counts, setup: Setup, step: StepConfig, device: str) -> dict[str, int]:
-    """What is there in every phase; sharded, one layer is gathered while the next one is fetched, beside embeddings."""
+    """The parts alive in every phase. With sharding, two layers (the current and the next) and the embeddings are
+    gathered."""
     weights, states = counts.weight_bytes, ADAMW_BYTES * counts.trained
     resident = {"weights": weights, "optimiser states": states}
     if step.sharding == "full":
@@ -197,9 +199,9 @@ def _resident(counts: Counts, setup: Setup, step: StepConfig, device: str) -> di
 
 
 def loss_buffers(config: Any, setup: Setup, shape: StepShape, counts: Counts, device: str) -> int:
-    """Bytes that fused_perce_loss allocates beside its inputs and outputs, as far as they are not rehearsed."""
+    """Bytes that fused_perce_loss allocates besides its inputs and outputs, as far as they are not rehearsed."""
     backend = setup.model.backend
-    if backend == "reference":  # its tensors are plain PyTorch's
+    if backend == "reference":  # plain PyTorch tensors, which the rehearsal counts
         return 0
     n, d, v = shape.rows, counts.hidden, counts.vocabulary
     softcap = logit_transforms(config)[0].softcap is not None
@@ -211,7 +213,7 @@ def loss_buffers(config: Any, setup: Setup, shape: StepShape, counts: Counts, de
     logits, dhidden = buffers * chunk * v * 4, chunk * d * 4
     if not setup.low_precision:
         return logits + dhidden
-    # CPU products have no out_dtype, so their operands are copied to fp32; on a GPU dz is, to 16 bits.
+    # CPU products have no out_dtype, so their operands are copied to fp32; on a GPU, dz is copied to 16 bits.
     return logits + dhidden + ((v + passes * chunk) * d * 4 if device == "cpu" else chunk * v * 2)
 
 
@@ -221,10 +223,10 @@ def _gpu_loss_buffers(n: int, d: int, v: int, itemsize: int, passes: int, counts
         from perce_kernels.gpu.cut import cut_of
     except ImportError as error:
         raise UserError(
-            f"--device cuda: its plan asks the Triton backend for its chunk sizes, and cannot import it ({error}). "
-            "Install triton, plan on the Linux machine that is to train, or plan with --backend torch."
+            f"--device cuda: the plan needs the chunk sizes of the Triton backend, which cannot be imported ({error}). "
+            "Install triton, plan on the Linux machine that will train, or plan with --backend torch."
         ) from error
-    # Without a GPU to ask, a Hopper is meant: the multiprocessors are its.
+    # Without a GPU to ask, a Hopper is assumed, as for MULTIPROCESSORS.
     arch = tiles.architecture(torch.device("cuda")) if torch.cuda.is_available() else "sm_90"
     way = tiles.WAY[arch] if itemsize == 2 else "fused"
     return driver.extra_bytes(

@@ -29,7 +29,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step takes in one configuration."""
+    """Sizes, memory and operations of a step in one configuration."""
 
     counts: Counts
     memory: PeakMemory
@@ -46,18 +46,18 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is shown."""
+    """Everything that perce.plan prints."""
 
     options: PlanOptions
     device: str
     precision: str
     cost: Cost
-    rate: float | None  # FLOP/s, where known
-    largest_context: int | None  # None without --gpu_memory; 0 where nothing fits
+    rate: float | None  # FLOP/s, if known
+    largest_context: int | None  # None without --gpu_memory; 0 if no context fits
     variants: list[Variant]
-    available: int | None  # bytes of the device that is planned for, what libraries hold left out; None: not known
-    command: str | None  # of train, with the fastest options that fit; None where none do, or that is not known
-    caveat: str  # what that changes of what is learned, and whether it fits closely; else empty
+    available: int | None  # bytes of the planned device, without what libraries hold; None: not known
+    command: str | None  # perce.train with the fastest options that fit; None if none do, or if that is not known
+    caveat: str  # how the command changes what is learned, and whether it fits only just; else empty
 
 
 def make_plan(options: PlanOptions) -> Plan:
@@ -66,7 +66,7 @@ def make_plan(options: PlanOptions) -> Plan:
     device, asked = resolve_device(options.step), options.model
     options = replace(options, model=with_backend(options.model, device))
     requests = options.memory.share_persona
-    if options.step.per_device_train_batch_size == 1 and requests:  # not said, or too few
+    if options.step.per_device_train_batch_size == 1 and requests:  # not given, or too few
         options = replace(options, step=replace(options.step, per_device_train_batch_size=requests))
     check_options(options, device)
     low, tflops = is_low_precision(options.model, device), options.step.tflops
@@ -83,7 +83,7 @@ def make_plan(options: PlanOptions) -> Plan:
 
 
 class _Costs:
-    """Each configuration is rehearsed once."""
+    """Costs of configurations, each of which is rehearsed once."""
 
     def __init__(self, model_config: Any, device: str) -> None:
         self.of = functools.cache(lambda options: step_cost(model_config, options, device))
@@ -93,11 +93,11 @@ class _Costs:
     def peak(self, options: PlanOptions) -> int:
         try:
             return self.of(options).memory.peak
-        except UserError:  # what this architecture cannot do
+        except UserError:  # this architecture does not support these options
             return sys.maxsize
 
     def work(self, options: PlanOptions) -> int:
-        """Operations, without a rehearsal."""
+        """Operations of a step, counted without a rehearsal."""
         setup = setup_of(options, self._device)
         model = replace(setup.model, load_in_4bit=False)
         plain = Setup(model, setup.low_precision, checkpointing=False)
@@ -105,7 +105,7 @@ class _Costs:
 
 
 def available(options: PlanOptions, device: str) -> int | None:
-    """Bytes that a step may take: --gpu_memory, or what this machine has."""
+    """Bytes that a step may take: --gpu_memory, or this machine's memory without what libraries hold."""
     there = options.step.memory_bytes()
     if there is None and (there := device_memory(torch.device(device))) is not None:
         there -= held_by_libraries(device, is_low_precision(options.model, device))
@@ -115,8 +115,8 @@ def available(options: PlanOptions, device: str) -> int | None:
 def _command(
     options: PlanOptions, device: str, there: int | None, costs: _Costs, backend: Any
 ) -> tuple[str | None, str]:
-    """(command, caveat). Close to all of the memory comes only where nothing else fits, and what was asked for first.
-    Sharding has a recipe of its own, which no flags stand for."""
+    """(command, caveat). Options that take nearly all of the memory are proposed only if nothing else fits, those that
+    the user gave first. Sharded runs get no command: sharding is configured by a recipe, not by flags."""
     if there is None or options.step.sharding != "none":
         return None, ""
     doubtful = int(DOUBTFUL * there)
@@ -126,7 +126,7 @@ def _command(
     way = way or fastest(options, device, there, costs.peak, costs.work)
     if way is None:
         return None, ""
-    said = [f"what is learned changes: {', '.join(changed)}"] if (changed := changes(options, way)) else []
+    said = [f"this changes what is learned: {', '.join(changed)}"] if (changed := changes(options, way)) else []
     if (peak := costs.peak(way)) > doubtful:
         said.append(f"it takes {peak / GIB:,.2f} of {there / GIB:,.2f} GiB, which is close")
     return command(replace(way, model=replace(way.model, backend=backend))), "; ".join(said)
@@ -135,7 +135,7 @@ def _command(
 def planned_variants(
     model_config: Any, options: PlanOptions, device: str, cost_of: Callable[[PlanOptions], Cost] | None = None
 ) -> Iterator[Variant]:
-    """Those of `variants` that this architecture can do."""
+    """Those of `variants` that this architecture supports."""
     for flags, changed in variants(options, device):
         with contextlib.suppress(UserError):
             yield Variant(flags, cost_of(changed) if cost_of else step_cost(model_config, changed, device))
@@ -164,17 +164,17 @@ def resolve_device(step: StepConfig) -> str:
 
 
 def with_backend(model: ModelConfig, device: str) -> ModelConfig:
-    """With the backend that a run would take there. UserError for one that cannot run."""
+    """The options with the backend that a run would use on this device. UserError for one that cannot run there."""
     return replace(model, backend=check_backend(model.backend, torch.device(device)))  # type: ignore[arg-type]
 
 
 def is_low_precision(model: ModelConfig, device: str) -> bool:
-    """As perce.model.loading.resolve_precision, for a device that need not be here."""
+    """Like perce.model.loading.resolve_precision, but the device need not be in this machine."""
     return model.precision == "bf16" or (model.precision == "auto" and (device == "cuda" or bf16_is_sound("cpu")))
 
 
 def load_config(options: ModelConfig) -> Any:
-    """The model's config, its dropout off as in training. UserError for what is no decoder-only dense model."""
+    """The model's config, with dropout off as in training. UserError unless it is a dense decoder-only model."""
     from transformers import PretrainedConfig
 
     from perce.demo.model import default_model_path
@@ -186,13 +186,13 @@ def load_config(options: ModelConfig) -> Any:
     raw, _ = PretrainedConfig.get_config_dict(str(local) if local.exists() else path)
     if method := (raw.get("quantization_config") or {}).get("quant_method"):
         raise UserError(
-            f"--model {path}: its config.json has a quantization_config ({method}). Plan the model that it was made "
-            "of; --load_in_4bit plans that in 4 bits."
+            f"--model {path}: its config.json has a quantization_config ({method}). Plan the model before "
+            "quantisation; --load_in_4bit plans that in 4 bits."
         )
     text, names = config.get_text_config(), ("num_hidden_layers", "hidden_size", "vocab_size")
     written = raw.get("text_config", raw)
     missing = [name for name in names if stated(text, name) is None]
-    # A size left out of config.json has the architecture's default, which is that of another model.
+    # A size left out of config.json gets the architecture's default, which belongs to another model.
     missing += [
         name
         for name in ("hidden_size", "num_hidden_layers")
@@ -204,8 +204,8 @@ def load_config(options: ModelConfig) -> Any:
 
 
 def check_architecture(config: Any, path: str) -> None:
-    """UserError for encoders, for mixtures of experts (which of them run depends on the data), for models without
-    attention, whose kernels hold something else than their own code on a CPU, and for layers that differ in size."""
+    """UserError for models with an encoder, for mixtures of experts (which experts run depends on the data), for models
+    without attention (their GPU kernels hold other tensors than their CPU code), and for layers that differ in size."""
     if config.is_encoder_decoder:
         raise UserError(f"--model {path}: PerCE needs a decoder-only model, and {config.model_type} has an encoder.")
     text = config.get_text_config()
@@ -214,58 +214,59 @@ def check_architecture(config: Any, path: str) -> None:
         raise UserError(f"{said} has a mixture of experts. Only dense models are planned.")
     if differing := getattr(text, "per_layer_attributes", None):
         raise UserError(
-            f"{said} has layers that differ in {', '.join(sorted(differing))}. Only models whose layers are alike are "
-            "planned."
+            f"{said} has layers that differ in {', '.join(sorted(differing))}. perce.plan expects layers of equal size."
         )
     if not stated(text, "num_attention_heads"):
         raise UserError(f"{said} has no attention heads. Only models with attention are planned.")
 
 
 def check_positions(model_config: Any, options: PlanOptions) -> None:
-    """UserError for a context that the model has no positions for, and for replies that share nothing in it."""
+    """UserError for a context longer than the model's positions, and for --replies if replies cannot share tokens."""
     changing = is_dynamic(model_config) or switch_length(model_config) is not None
     if changing and options.step.replies > 1:
         raise UserError(
             f"--replies {options.step.replies}: the position encoding of {model_config.model_type} follows the length "
-            "of a forward, so that each reply is computed by itself. Use --replies 1."
+            "of a forward, so each reply needs a forward of its own. Use --replies 1."
         )
     limit = position_limit(model_config)
     if limit is not None and options.step.context > limit:
         raise UserError(
             f"--context {options.step.context}: the model has positions for {limit} tokens (max_position_embeddings in "
-            f"its config.json). Expected at most {limit}, or a config.json that stretches them (rope_scaling)."
+            f"its config.json). Expected at most {limit}, or a config.json that extends them (rope_scaling)."
         )
 
 
 def check_options(options: PlanOptions, device: str) -> None:
-    """UserError for options that a training run would refuse together."""
+    """UserError for combinations of options that a training run would refuse."""
     step, memory, model = options.step, options.memory, options.model
-    LossConfig(step.objective, estimate=step.estimate)  # checks them together
+    LossConfig(step.objective, estimate=step.estimate)  # raises if they do not go together
     require(step.context >= 16, "context", ">= 16, as --max_length of perce.train", step.context)
     if model.load_in_4bit and device == "cpu":
-        raise UserError("--load_in_4bit: bitsandbytes quantises on a GPU. Expected --device cuda beside it.")
+        raise UserError("--load_in_4bit: bitsandbytes quantises on a GPU. Expected --device cuda as well.")
     if model.load_in_4bit and not model.lora_r:
-        raise UserError("--load_in_4bit: a 4-bit base cannot be trained itself: add --lora_r 16.")
+        raise UserError("--load_in_4bit: the weights of a 4-bit base cannot be trained. Add --lora_r 16.")
     if model.load_in_4bit and step.sharding == "full":
-        raise UserError("--load_in_4bit, --sharding full: are not planned together. Use --sharding none.")
+        raise UserError("--load_in_4bit, --sharding full: cannot be planned together. Use --sharding none.")
     by_itself = "--persona_grad none" if memory.persona_grad == "none" else "--branches_per_forward"
     if (memory.on_trunks or memory.share_persona) and step.of_documents:
         option = by_itself if memory.on_trunks else "--share_persona"
-        raise UserError(f"{option}: needs a persona, and --objective {step.objective} has documents. Leave it out.")
+        raise UserError(
+            f"{option}: needs a persona, but --objective {step.objective} trains on documents. Leave it out."
+        )
     if memory.on_trunks and step.sharding == "full":
         raise UserError(f"{by_itself}, --sharding full: do not work together. Use --sharding none.")
     requests = memory.share_persona or 1
     if requests > 1 and step.replies > 1:
-        raise UserError(f"--share_persona {requests}, --replies {step.replies}: are not planned together. Use one.")
+        raise UserError(f"--share_persona {requests}, --replies {step.replies}: cannot be planned together. Use one.")
     if step.per_device_train_batch_size % requests:
         raise UserError(
-            f"--per_device_train_batch_size: expected a multiple of the {requests} requests of --share_persona, got "
+            f"--per_device_train_batch_size: expected a multiple of --share_persona, which is {requests}, got "
             f"{step.per_device_train_batch_size}."
         )
     if memory.activation_offload and (device == "cpu" or not step.activation_checkpointing):
         raise UserError(
             "--activation_offload: moves the inputs of checkpointed layers from a GPU to host memory. Expected "
-            "--activation_checkpointing and --device cuda beside it."
+            "--activation_checkpointing and --device cuda as well."
         )
 
 
@@ -286,9 +287,10 @@ def largest_context(model_config: Any, options: PlanOptions, device: str) -> int
 
 
 def largest(peak: Callable[[int], int], low: int, high: int, budget: int) -> int:
-    """The largest integer in [low, high] whose peak is within the budget; 0 if not even low's is. peak must not fall.
+    """The largest integer in [low, high] whose peak is within the budget; 0 if not even low's is. peak must not
+    decrease.
 
-    Bisection, every other guess by the chord between the ends: peaks are straight lines over long stretches.
+    Every other guess bisects; the rest interpolate linearly, because peaks are linear over long ranges.
     """
     if (at_high := peak(high)) <= budget:
         return high
@@ -307,7 +309,7 @@ def largest(peak: Callable[[int], int], low: int, high: int, budget: int) -> int
 
 
 def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptions]]:
-    """(flags, options) with one option changed, where that is a change."""
+    """(flags, options) for each single option whose change makes a difference here."""
     step, model, memory = options.step, options.model, options.memory
 
     def changed(flags: str, **changes: Any) -> tuple[str, PlanOptions]:
@@ -350,9 +352,9 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
         yield changed(f"--branches_per_forward {one}", branches_per_forward=one)
         with_it = " --branches_per_forward 0" if memory.branches_per_forward else ""
         yield changed(f"--share_persona 0{with_it}", share_persona=0, branches_per_forward=0)
-    if step.replies > 1:  # of a batch of this many others, padded to the longest
+    if step.replies > 1:  # a batch of as many separate rows, padded to the longest
         yield changed("--share none", replies=1, branches=False)
-    if step.computed.products and not step.of_documents:  # a plan of cross-entropy is one of rows with a persona
+    if step.computed.products and not step.of_documents:  # a cross-entropy plan has rows with a persona
         yield changed("--objective ce", objective="ce")
     if model.attn_implementation == "eager":
         yield changed("--attn_implementation sdpa", attn_implementation="sdpa")

@@ -1,16 +1,17 @@
-"""A training step rehearsed on tensors without data: what is alive when, counted from the model's own code.
+"""A training step rehearsed on tensors without data: the model's own code runs, and the bytes alive are counted.
 
     build            the model of a config, LoRA included, on the meta device: parameter counts are exact
     rehearse         both passes, the loss and the backward on fake tensors; allocations and releases are counted
-    rehearse_depth   the same for a few layers only, carried on to the model's depth
+    rehearse_depth   the same for a few layers only, extrapolated to the model's depth
 
-A step is a sequence of phases: "counterfactual", "persona" (that runs by itself), "forward", "head", "last layer" (the
-first whose backward runs) and "first layer". The bytes at the start and at the peak of each are affine in the number of
-layers of each kind: what one more layer adds is the difference of two rehearsals. Where two moments with unlike slopes
-compete, they are phases of their own, such as "last layer/recomputed first": activations fall in backward while
-gradients grow, and their sum is largest at an end; requests that are recomputed after others find these others'
-gradients; the backward of a persona that runs by itself comes after theirs. Fake tensors show what operators return,
-not what they allocate inside: memory.py adds the buffers of the loss.
+A step is a sequence of phases: "counterfactual", "persona" (if it has a forward of its own), "forward", "head", "last
+layer" (the first whose backward runs) and "first layer". The bytes at the start and at the peak of each phase grow
+linearly with the number of layers of each kind, so the difference of two rehearsals is what one more layer adds. If
+either of two moments in a phase may be its peak and they grow at different rates, each is a phase of its own, such as
+"last layer/recomputed first". In backward, activations shrink while gradients grow, so their sum is largest at one end.
+Requests that are recomputed after others find the gradients of those already alive. The backward of a persona with its
+own forward comes last. Fake tensors show what operators return, not what they allocate inside: memory.py adds the
+buffers of the loss.
 """
 
 import copy
@@ -58,7 +59,7 @@ PERSONAS_BACKWARD = ("persona's backward/last layer", "persona's backward/first 
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides how a model is built and run, beside its config."""
+    """Everything besides its config that decides how a model is built and run."""
 
     model: ModelConfig
     low_precision: bool  # bf16 autocast, and bf16 weights under LoRA
@@ -68,27 +69,27 @@ class Setup:
 
 @dataclass(frozen=True)
 class StepShape:
-    """One forward and backward of B sequences: a row each, or, where each has several replies, segments of one row."""
+    """One forward and backward of B sequences: one row each, or segments of one row if they share tokens."""
 
     batch: int
-    tokens: int  # T, input tokens of a sequence
-    tokens_cf: int  # those of a counterfactual one; 0: no counterfactual pass
+    tokens: int  # T, input tokens per sequence
+    tokens_cf: int  # input tokens per counterfactual sequence; 0: no counterfactual pass
     rows: int  # N, response tokens of all sequences
-    accumulates: bool  # gradients of an earlier forward are there already
+    accumulates: bool  # gradients of an earlier forward are alive already
     sequences_cf: int = 0  # 0: B
-    prefix: int = 0  # tokens of each factual sequence, its persona, that run by themselves
-    detached: bool = True  # without a gradient
+    prefix: int = 0  # tokens of each factual sequence, its persona, that have a forward of their own
+    detached: bool = True  # whether the prefix gets no gradient
     objective: Objective = OBJECTIVES["perce"]
-    replies: int = 1  # of a sequence, which ends with the last one
-    turn: int = 0  # tokens from the end of one reply to that of the next
-    branch: int = 0  # tokens of an earlier reply that stand beside its copy in the sequence; 0: it is where it ends
-    requests: int = 1  # sequences that have one persona
-    persona: int = 0  # tokens that those begin with
-    together: int = 0  # requests of a forward behind the persona, each recomputed in backward; 0: all, kept
+    replies: int = 1  # per sequence, which ends with the last reply
+    turn: int = 0  # tokens from the end of one reply to the end of the next
+    branch: int = 0  # tokens of an earlier reply's branch next to its copy in the sequence; 0: it has no branch
+    requests: int = 1  # sequences per persona
+    persona: int = 0  # tokens of the persona that these sequences begin with
+    together: int = 0  # requests per forward after the persona, each recomputed in backward; 0: all, not recomputed
 
     @property
     def segments(self) -> list[Segment]:
-        """What the factual pass computes, without ids."""
+        """The segments that the factual pass computes, with placeholder ids."""
         if self.requests == 1:
             return self._divided(self.batch, self.tokens)
         ids, found = np.zeros(self.tokens, dtype=np.int64), []
@@ -99,7 +100,7 @@ class StepShape:
 
     @property
     def personas(self) -> int:
-        """That are computed."""
+        """The number of personas that are computed."""
         return self.batch // self.requests
 
     @property
@@ -115,9 +116,9 @@ class StepShape:
         return _divided(sequences, tokens, self.replies, self.turn, self.branch)
 
 
-@functools.lru_cache(maxsize=32)  # of a long context it takes a moment
+@functools.lru_cache(maxsize=32)  # slow for a long context
 def _divided(sequences: int, tokens: int, replies: int, turn: int, branch: int) -> list[Segment]:
-    """Sequences like a conversation's, divided as those of a batch are."""
+    """Sequences shaped like those of a conversation, divided into segments as a batch is."""
     path: Any = np.arange(1, tokens + 1)
     earlier = [path[: tokens - before * turn] for before in range(1, replies)]
     if branch:
@@ -129,7 +130,7 @@ def _divided(sequences: int, tokens: int, replies: int, turn: int, branch: int) 
 
 
 def build(config: Any, setup: Setup) -> Any:
-    """The model of a config as load_model would make it, on the meta device. UserError if there is none."""
+    """The model of a config as load_model would make it, on the meta device. UserError if none can be built."""
     from transformers import AutoModelForCausalLM
 
     options = setup.model
@@ -151,7 +152,7 @@ def build(config: Any, setup: Setup) -> Any:
         raise
     except (ValueError, ImportError, AttributeError, TypeError, KeyError, AssertionError) as error:
         raise UserError(
-            f"--model {options.model}: no model can be built from its config.json: {in_one_line(error)}"
+            f"--model {options.model}: transformers cannot build a model from its config.json: {in_one_line(error)}"
         ) from error
     base = unwrapped(model)
     if setup.checkpointing:
@@ -163,8 +164,8 @@ def build(config: Any, setup: Setup) -> Any:
 
 
 def _flash_attention() -> str:
-    """The name of sdpa without any mask: what flash attention holds, which needs none for prefixes, windows and
-    branches."""
+    """The name under which sdpa without any mask is registered. It holds the same tensors as flash attention, which
+    needs no mask for prefixes, windows and branches."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -178,11 +179,11 @@ def decoder_layers(model: Any, count: int) -> nn.ModuleList:
     for module in decoder_of(unwrapped(model)).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise UserError(f"{type(unwrapped(model)).__name__}: expected a list of {count} layers, and it has none.")
+    raise UserError(f"{type(unwrapped(model)).__name__}: expected a ModuleList of {count} layers, found none.")
 
 
 def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
-    """What a config says of each layer (full or sliding attention, …): layers of the same kind are alike."""
+    """The kind of each layer (full or sliding attention, …) by the config: layers of one kind are alike."""
     text = config.get_text_config()
     lists = [text.layer_types] if getattr(text, "layer_types", None) else []
     return list(zip(*lists, strict=True)) if lists else [()] * text.num_hidden_layers
@@ -201,11 +202,12 @@ def cut(config: Any, stack: Sequence[int]) -> Any:
 
 
 def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
-    """`rehearse` of all layers, from stacks that hold each kind of layer once, and once more for what it adds. A peak
-    in the middle is taken as if all layers of a kind came before it: a few checkpoints too high.
+    """`rehearse` for the full depth, extrapolated from a stack with each kind of layer once and, for each kind, a stack
+    with one more such layer. For a peak in the middle, all layers of a kind count as if they came before it: the
+    estimate is a few checkpoints too high.
 
-    With activation_offload a layer's input is in host memory; what is on its way there is as much as the shallow stack
-    has. Not measured.
+    With activation_offload, a layer's input is in host memory; inputs in transfer are assumed to take as much as in the
+    shallow stack. Not measured.
     """
     kinds = layer_kinds(config)
     between = [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in (kinds[0], kinds[-1])]
@@ -229,31 +231,31 @@ def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
 
 
 def _offloaded(name: str, added: Phase, inputs: int, shape: StepShape) -> Phase:
-    """What a layer adds to a phase when its inputs, of the whole forward, are elsewhere."""
+    """What a layer adds to a phase when its inputs, in bytes for the whole forward, are in host memory."""
     if name in ("head", "last layer"):
         return Phase(*(moment.less(inputs) for moment in added))
-    if name == "forward":  # at its end
+    if name == "forward":  # its peak is at its end
         return added._replace(peak=added.peak.less(inputs))
     if shape.prefix and not shape.detached and name in (*RECOMPUTED, "first layer", PERSONAS_BACKWARD[0]):
-        # Those of the persona whose turn it is, at least; of personas to come they are counted as if they were here.
+        # At least the inputs of the current persona are offloaded; those of later personas are counted as on the GPU.
         return Phase(*(moment.less(inputs // shape.personas) for moment in added))
     return added
 
 
 def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
-    """What one step of this model has alive in each of its phases."""
+    """The bytes that one step of this model has alive in each of its phases."""
     live = Live()
     model = build(config, setup)
     if shape.replies > 1 or shape.requests > 1:
         teach_branches(unwrapped(model))
     try:
-        # transformers looks for packed sequences in position ids. Where these have no values it expects some, and would
-        # build a T × T mask that a real step of ours never has. The reference looks at targets, without values too.
+        # transformers looks for packed sequences in position ids. If these have no values, it assumes packing and
+        # builds a T × T mask, which a real step never has. The reference checks target values, which are missing too.
         packed, targets = (masking_utils, "find_packed_sequence_indices"), (perce_kernels.loss, "check_target")
         with FakeTensorMode(), _switched_off(*packed), _switched_off(*targets):
             live.disregard(_give_storage(model))
             with live:
-                for _ in range(1 + shape.accumulates):  # of two forwards the second counts
+                for _ in range(1 + shape.accumulates):  # if there are two forwards, the second counts
                     live.forget()
                     _step(model, setup, shape, live)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
@@ -266,7 +268,7 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
 
 @contextmanager
 def _switched_off(module: Any, name: str) -> Iterator[None]:
-    """A function that returns None meanwhile."""
+    """Replaces the function by one that returns None while the context is open."""
     own = getattr(module, name)
     setattr(module, name, lambda *_, **__: None)
     try:
@@ -276,7 +278,7 @@ def _switched_off(module: Any, name: str) -> Iterator[None]:
 
 
 def _give_storage(model: nn.Module) -> Iterator[Tensor]:
-    """Fake tensors in the place of those on the meta device, tied ones once; called under a FakeTensorMode."""
+    """Replaces tensors on the meta device by fake ones, tied ones once; to be called under a FakeTensorMode."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -294,7 +296,7 @@ def _give_storage(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
-    """One forward and backward as PerceTrainer makes them, its phases marked."""
+    """One forward and backward as PerceTrainer runs them; marks the phases."""
     base = unwrapped(model)
     decoder: Any = decoder_of(base)
     head = base.get_output_embeddings()
@@ -302,14 +304,14 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     transform = logit_transforms(base.config)[0]
     rows = torch.zeros(shape.rows, dtype=torch.int64)
 
-    def autocast() -> Any:  # one a pass, as Accelerate's wrapper: its casts of the weights live as long
+    def autocast() -> Any:  # one per pass, like Accelerate's wrapper: casts of the weights live as long as it
         return torch.autocast("cpu", torch.bfloat16, enabled=setup.low_precision)
 
     def hidden(sequences: int, tokens: int, **kwargs: Any) -> Tensor:
         ids = torch.zeros(sequences, tokens, dtype=torch.int64)
         return decoder(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
 
-    def of_segments(segments: list[Segment]) -> Tensor:  # as collate arranges them, and the patched forward passes on
+    def of_segments(segments: list[Segment]) -> Tensor:  # arranged like collate's, passed on as by the patched forward
         *starts, tokens = [0, *accumulate(len(segment.ids) for segment in segments)]
         positions = torch.zeros(1, tokens, dtype=torch.int64)
         mask = positions.new_ones(1, 1, 1, 1)
@@ -323,7 +325,7 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
             return (of_segments(shape.segments) if shared else hidden(shape.batch, shape.tokens))[rows]
         rests, length = [], shape.tokens - shape.prefix
 
-        def behind(cache: PrefixCache, requests: int) -> Tensor:  # as hidden_on_trunks
+        def behind(cache: PrefixCache, requests: int) -> Tensor:  # like hidden_on_trunks
             again = live.has_been("last layer")
             live.enter(RECOMPUTED[live.has_been(RECOMPUTED[0])] if again else "forward")
             if shape.requests == 1:
@@ -341,7 +343,7 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
                 cache = _prefix_cache(decoder, shape.prefix)
             else:
                 cache = prefill_with_gradient(decoder, ids)
-                last: Any = cache.layers[-1]  # its keys have their gradient once all that is behind them is through
+                last: Any = cache.layers[-1]  # its keys get their gradient after the backward of all that follows
                 last.keys.register_hook(lambda _: live.enter(PERSONAS_BACKWARD[0]))
             live.found.cached = _held(cache)
             together = shape.together or shape.requests
@@ -357,10 +359,10 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
             shared = shape.replies > 1 or shape.requests > 1
             sequences_cf = shape.sequences_cf or shape.batch
             states = (of_segments(shape.segments_cf) if shared else hidden(sequences_cf, shape.tokens_cf))[rows]
-        hidden_cf = states.float() if setup.low_precision else states  # the wrapper's outputs are fp32
+        hidden_cf = states.float() if setup.low_precision else states  # the wrapper returns fp32
         model.train()
-    if shape.objective.over_step:  # its E-step has two forwards, the other with less alive than with a backward, and
-        hidden_cf, signal = None, torch.ones(shape.rows)  # is over when the step's own begins
+    if shape.objective.over_step:  # the E-step's two forwards end before the step's own begins; its factual forward
+        hidden_cf, signal = None, torch.ones(shape.rows)  # has less alive than one with a backward
     live.leave()
     handles = [*_watch_parts(layers[-1], live), *_watch_backward(layers, live), *_watch_gradients(model, live)]
     with autocast():
@@ -378,7 +380,7 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
 
 
 def _held(cache: PrefixCache) -> int:
-    """Bytes of its keys and values."""
+    """Bytes of the cache's keys and values."""
     layers: list[Any] = cache.layers
     storages = (held.untyped_storage() for layer in layers for held in (layer.keys, layer.values))
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
@@ -386,8 +388,8 @@ def _held(cache: PrefixCache) -> int:
 
 @torch.no_grad()
 def _prefix_cache(decoder: Any, tokens: int) -> PrefixCache:
-    """As prefill would leave it. Of a long prefix the first chunk and the last two are run: those between only lengthen
-    the keys and values, which are put there at their length."""
+    """The cache as prefill leaves it. For a long prefix only the first chunk and the last two run: the chunks between
+    would only lengthen the keys and values, which are allocated at that length instead."""
     cache = PrefixCache(config=decoder.config)
     first, *rest = torch.zeros(1, tokens, dtype=torch.int64).split(PREFILL_CHUNK, dim=1)
     between, last = rest[:-2], rest[-2:]
@@ -401,8 +403,8 @@ def _prefix_cache(decoder: Any, tokens: int) -> PrefixCache:
 
 
 def _lengthen(layer: Any, tokens: int) -> None:
-    """Keys and values of so many more tokens; a sliding layer holds the last of them, as views of what the last chunk
-    was appended to."""
+    """Lengthens keys and values by so many tokens. A sliding layer keeps only the last of them, as views of the tensor
+    to which the last chunk was appended."""
     length = layer.keys.shape[2] + tokens
     window = getattr(layer, "sliding_window", None)
     if window:
@@ -423,7 +425,7 @@ def _watch_parts(layer: nn.Module, live: Live) -> Iterator[Any]:
 
 
 def _watch_backward(layers: nn.ModuleList, live: Live) -> Iterator[Any]:
-    """Marks the end of the last layer's backward and the start of the first one's."""
+    """Marks the end of the last layer's backward and the start of the first layer's."""
 
     def when_its_gradient_is_there(mark: Callable[[str], None]) -> Callable[..., None]:
         def on_output(_module: nn.Module, _args: Any, output: Any) -> None:

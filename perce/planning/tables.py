@@ -11,7 +11,7 @@ from perce.planning.memory import UPDATE
 from perce.planning.plans import Cost, Plan
 from perce.report.terminal import facts, show, table
 
-PHASE_NAMES = {  # as columns, and in words
+PHASE_NAMES = {  # (column title, words in a sentence)
     "counterfactual": ("no\npersona", "counterfactual pass"),
     "persona": ("persona", "persona's keys and values"),
     "forward": ("forward", "factual forward"),
@@ -40,11 +40,11 @@ def print_plan(plan: Plan) -> None:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    """Whether the step fits, by how much, and a command that does it."""
+    """Whether the step fits, by how much, and a command that trains with such steps."""
     peak, there = plan.cost.memory.peak, plan.available
     if there is None:
-        return [f"takes   {_gib(peak)} GiB; give the device's memory with --gpu_memory to know whether that fits"]
-    whose = "--gpu_memory" if plan.options.step.gpu_memory else f"this {plan.device}, libraries left out"
+        return [f"takes   {_gib(peak)} GiB; give the device's memory with --gpu_memory to learn whether that fits"]
+    whose = "--gpu_memory" if plan.options.step.gpu_memory else f"this {plan.device}, without what libraries take"
     if peak <= there:
         close = ", which is close" if peak > DOUBTFUL * there else ""
         said = f"fits    {_gib(peak)} of {_gib(there)} GiB ({whose}): {_gib(there - peak)} are left{close}"
@@ -54,10 +54,10 @@ def _verdict(plan: Plan) -> list[str]:
         return [said, f"run     {plan.command}", *([f"but     {plan.caveat}"] if plan.caveat else [])]
     remedy = "a shorter --context, a smaller model, or more memory"
     if plan.options.step.sharding == "none":
-        return [said, f"run     nothing that is planned here fits: use {remedy}"]
+        return [said, f"run     no combination of options tried here fits: use {remedy}"]
     if peak <= there:
         return [said, "run     sharded, with a recipe such as recipes/several_gpus_fsdp2.yaml"]
-    return [said, f"run     not as it is: try what an option changes, below, or use {remedy}"]
+    return [said, f"run     not with these options: see below what each option changes, or use {remedy}"]
 
 
 def _header(plan: Plan) -> list[str]:
@@ -70,7 +70,7 @@ def _header(plan: Plan) -> list[str]:
     if step.replies > 1:
         computed = plan.cost.flops.tokens // step.forwards
         batch = f"{step.per_device_train_batch_size} replies in {batch}"
-        beside = ", earlier ones beside their copies" if step.branches else ""
+        beside = ", earlier ones also as branches next to their copies" if step.branches else ""
         tokens = f"{persona:,} persona, {step.replies} replies of {turn}{beside}: {computed:,} are computed"
     if step.of_documents:
         tokens = f"documents; short contexts of {step.short_context:,} tokens"
@@ -89,7 +89,7 @@ def _header(plan: Plan) -> list[str]:
 
 
 def _phases(plan: Plan) -> Table:
-    """A column a phase, a row a part."""
+    """One column per phase, one row per part."""
     memory = plan.cost.memory
     rows = table("GiB", *(PHASE_NAMES[name][0] for name in memory.phases), numbers=True)
     for part in memory.parts:
@@ -106,27 +106,27 @@ def _details(plan: Plan) -> Table:
     if budget is not None:
         rows.append(("device memory", f"{_gib(budget)} GiB: {'enough' if memory.peak <= budget else 'too little'}"))
         longest = (
-            f"{plan.largest_context:,} tokens" if plan.largest_context else "none: a persona of one token is too long"
+            f"{plan.largest_context:,} tokens" if plan.largest_context else "none: not even a persona of one token fits"
         )
         rows.append(("largest context that fits", longest))
     if plan.device == "cpu":
-        rows.append(("beside it", "what Python and its libraries hold before there is a model"))
+        rows.append(("in addition", "what Python and its libraries hold before the model is loaded"))
     rows += [
-        ("a layer's attention, forward", f"{_gib(memory.attention)} GiB"),
-        ("a layer's MLP, forward", f"{_gib(memory.mlp)} GiB"),
+        ("one layer's attention, forward", f"{_gib(memory.attention)} GiB"),
+        ("one layer's MLP, forward", f"{_gib(memory.mlp)} GiB"),
         ("hidden rows of the response", f"{_gib(memory.hidden_rows)} GiB"),
     ]
     if memory.offloaded:
-        rows.append(("in host memory", f"{_gib(memory.offloaded)} GiB of checkpoints"))
+        rows.append(("in host memory", f"{_gib(memory.offloaded)} GiB of checkpointed layer inputs"))
     rows += [
-        (f"not there: logits {which}", f"{_gib(size)} GiB in fp32") for which, size in memory.logits_not_held.items()
+        (f"never held: logits {which}", f"{_gib(size)} GiB in fp32") for which, size in memory.logits_not_held.items()
     ]
     return facts(rows)
 
 
 def _times(plan: Plan) -> Table:
     flops, rate = plan.cost.flops, plan.rate
-    rows = [("optimiser step", f"{flops.total / 1e12:,.2f} TFLOP a device")]
+    rows = [("optimiser step", f"{flops.total / 1e12:,.2f} TFLOP per device")]
     if rate:
         seconds = flops.total / rate
         tokens = flops.tokens * plan.options.step.devices / seconds
@@ -134,7 +134,7 @@ def _times(plan: Plan) -> Table:
             ("takes at least", f"{seconds:,.2f} s at {rate / 1e12:,.2f} TFLOP/s; at most {tokens:,.0f} tokens/s")
         )
     else:
-        rows.append(("takes at least", "give the device's rate with --tflops: there is none here to measure"))
+        rows.append(("takes at least", "unknown: no such device here to measure; give its rate with --tflops"))
     if (computed := plan.options.step.computed).products:
         rows.append((computed.cost, f"{flops.overhead:.1%} on top of a cross-entropy step"))
     return facts(rows)

@@ -1,4 +1,4 @@
-"""Which options make a step fit, the fastest first, and the command of train that has them."""
+"""Which options make a step fit, the fastest first, and the perce.train command with those options."""
 
 import itertools
 import shlex
@@ -9,12 +9,12 @@ from typing import Any
 from perce.config.commands import TRAIN, PlanOptions
 
 MLP_TILE = 1024
-NAMES = {"context": "max_length"}  # of a plan's options in train; the others have one name
-ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # train would choose them by length
+NAMES = {"context": "max_length"}  # options that perce.train calls by another name
+ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # else train would choose them by length
 
 
 def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions, int]]:
-    """Ways to do this step, each with how many options of it change what is learned."""
+    """Ways to run this step, each with the number of its options that change what is learned."""
     step, memory, model = options.step, options.memory, options.model
     batch = step.per_device_train_batch_size
     sizes = {(1, 1), (step.replies, step.replies), (batch, step.replies)}  # sequences, and replies that share
@@ -43,7 +43,7 @@ def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions,
 
 
 def changes(options: PlanOptions, way: PlanOptions) -> list[str]:
-    """What a way changes of what is learned, in words."""
+    """How a way changes what is learned, in words."""
     changed = {
         "no gradient flows through the persona (--persona_grad none)":
             way.memory.persona_grad != options.memory.persona_grad,
@@ -55,17 +55,17 @@ def changes(options: PlanOptions, way: PlanOptions) -> list[str]:
 def fastest(
     options: PlanOptions, device: str, room: int, peak: Callable[[PlanOptions], int], work: Callable[[PlanOptions], int]
 ) -> PlanOptions | None:  # fmt: skip
-    """The way with the least work whose peak is within the room; None where none is.
+    """The way with the least work whose peak is within the room (bytes); None if none is.
 
-    What is learned is changed only where nothing else fits. Of equal work the way without transfers to host memory
-    comes first, then the one that is nearest to what was asked for. Work is operations: transfers and dequantisation
-    take time that is not planned. `peak`, which is slow, is asked of few.
+    Ways that change what is learned are tried only if nothing else fits. Among ways with equal work, one without
+    transfers to host memory comes first, then the one with the fewest changed options. Work counts operations:
+    transfers and dequantisation take time that is not planned. `peak` is slow and is computed for few ways.
     """
     groups: dict[tuple[int, str, bool], list[PlanOptions]] = {}
     for way, changed in candidates(options, device):
         groups.setdefault((changed, way.memory.persona_grad, way.model.load_in_4bit), []).append(way)
     for _, ways in sorted(groups.items(), key=lambda group: (group[0][0], min(map(work, group[1])))):
-        # Of each batch size: one sequence a forward may take more, for gradients that accumulate are there meanwhile.
+        # One per batch size: a forward of one sequence may take more, because accumulated gradients are alive then.
         frugal = {way.step.per_device_train_batch_size: way for way in sorted(ways, key=_frugality)}
         if all(peak(way) > room for way in [*frugal.values(), options]):
             continue
@@ -84,13 +84,13 @@ def _frugality(way: PlanOptions) -> tuple[Any, ...]:
 
 
 def _changed(options: PlanOptions, way: PlanOptions) -> int:
-    """How many options differ."""
+    """The number of options that differ."""
     pairs = ((getattr(options, part.name), getattr(way, part.name)) for part in fields(options))
     return sum(getattr(one, f.name) != getattr(other, f.name) for one, other in pairs for f in fields(one))
 
 
 def command(options: PlanOptions) -> str:
-    """The command of train that makes such steps; DATA stands for the data, NAME for the run's."""
+    """The perce.train command for such steps; DATA stands for the data, NAME for the run's name."""
     step = options.step
     flags = []
     for section in (options.model, step, options.memory):
@@ -102,7 +102,7 @@ def command(options: PlanOptions) -> str:
             if known is None or (value == known.default and option.name not in ALWAYS):
                 continue
             flags += [f"--{name}"] if value is True else [f"--{name}", shlex.quote(str(value))]
-    if step.devices > 1:  # processes that share a run cannot each take the first directory that is free
+    if step.devices > 1:  # the processes of one run cannot each choose the first free directory
         flags.append("--output_dir runs/NAME")
     launcher = f"torchrun --nproc_per_node {step.devices}" if step.devices > 1 else "python"
     return " ".join([launcher, "-m perce.train --data DATA", *flags])

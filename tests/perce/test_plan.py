@@ -56,7 +56,7 @@ def test_table_and_json(run, tmp_path, monkeypatch):
     assert first.startswith("fits    ") and "GiB" in first and content["command"] in out.splitlines()[1]
     phases = out[out.index("GiB  ") : out.index("what an option")].splitlines()
     assert max(map(len, phases)) <= 80 and "…" not in out
-    for text in ("working set", "peak memory", "takes at least", "not there: logits", *content["variants"]):
+    for text in ("working set", "peak memory", "takes at least", "never held: logits", *content["variants"]):
         assert text in out
 
 
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_said_first(run, monkeypatch):
     monkeypatch.setattr(plans, "largest_context", lambda *_: 0)
     out = run("--gpu_memory", "1GiB").out
     assert out.startswith("too much  ") and "more than the 1.00 GiB (--gpu_memory)" in out
-    assert "python -m perce.train" not in out and "nothing that is planned here" in out
+    assert "python -m perce.train" not in out and "no combination of options tried here" in out
 
 
 @pytest.fixture
@@ -119,10 +119,10 @@ def test_a_command_that_changes_what_is_learned_is_told_in_words(said):
     peaks = {"none": 80, "full": 95}
     first, command, but = said(lambda options: peaks[options.memory.persona_grad])
     assert first.startswith("fits ") and "--persona_grad none" in command
-    assert but == "but     what is learned changes: no gradient flows through the persona (--persona_grad none)"
+    assert but == "but     this changes what is learned: no gradient flows through the persona (--persona_grad none)"
     *_, command, but = said(lambda options: 92 if options.model.load_in_4bit else 200, "cuda")
     assert "--load_in_4bit" in command and "persona_grad" not in but
-    assert but.endswith("changes: weights are rounded to 4 bits (--load_in_4bit); it takes 92.00 of 100.00 GiB, which "
+    assert but.endswith("is learned: weights are rounded to 4 bits (--load_in_4bit); it takes 92.00 of 100.00 GiB, which "
                         "is close")  # fmt: skip
     assert len(said(lambda options: peaks[options.memory.persona_grad], "cpu", "--persona_grad", "none")) == 2
     assert len(said(lambda options: 80)) == 2, "nothing to be said"
@@ -132,7 +132,7 @@ def test_sharded_steps_that_do_not_fit_are_not_sent_to_run(said):
     flags = "cpu", "--devices", 2, "--sharding", "full"
     assert "recipes/several_gpus_fsdp2.yaml" in said(lambda options: 80, *flags)[1]
     first, second = said(lambda options: 120, *flags)
-    assert first.startswith("too much") and "recipes" not in second and "nothing" not in second
+    assert first.startswith("too much") and "recipes" not in second and "no combination" not in second
 
 
 def test_device_memory_decides_on_cuda(run, monkeypatch):

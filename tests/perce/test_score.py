@@ -105,7 +105,7 @@ def test_records_of_another_run_are_not_mixed_in(scored, tmp_path):
         (tmp_path / "s.jsonl.run.json").write_text(content)
         assert f"{path}.run.json: expected a JSON object" in scored("--jsonl", path, code=2).err
     (tmp_path / "s.jsonl.run.json").unlink()
-    assert "exists already, and is not of this command" in scored("--jsonl", path, code=2).err
+    assert "exists already, and was not written by this command" in scored("--jsonl", path, code=2).err
 
 
 def test_changed_data_is_not_mixed_with_what_was_scored(scored, tmp_path):
@@ -115,7 +115,7 @@ def test_changed_data_is_not_mixed_with_what_was_scored(scored, tmp_path):
     scored("--data", data, "--jsonl", path)
     data.write_text("\n".join([rows[1], rows[0], *rows[2:]]) + "\n", encoding="utf-8")
     err = scored("--data", data, "--jsonl", path, code=2).err
-    assert "rows.jsonl:1 is not what was scored before" in err
+    assert "rows.jsonl:1 is not the example that was scored before" in err
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
     out = scored("--data", data, "--jsonl", path, "--limit", 2, "--shown", 0, "--terminal", 0).out
     assert re.search(r"examples +2\b", out), "of a longer file the first are summarised"

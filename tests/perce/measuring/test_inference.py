@@ -110,7 +110,7 @@ def test_a_base_by_a_relative_path_is_told_and_a_missing_one_too(scored, tmp_pat
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace("./base", str(tmp_path / "gone")))
     err = scored("--model", "adapter", code=2).err
-    assert f"--model adapter: its base model {tmp_path / 'gone'} is not there" in err and "adapter_config.json" in err
+    assert f"--model adapter: its base model {tmp_path / 'gone'} does not exist" in err and "adapter_config.json" in err
 
 
 def flip(path, places):
