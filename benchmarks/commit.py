@@ -1,4 +1,4 @@
-"""The commit that was measured."""
+"""The commit that a benchmark measures."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ COMMIT = "PERCE_COMMIT"  # environment variable: names the commit of files that 
 def commit(root: Path = ROOT) -> str | None:
     """The first 12 digits, and "-dirty" if tracked files were changed (those in benchmarks/results do not count).
 
-    $PERCE_COMMIT goes before: where a tree was copied, its repository may be of another time. None without either.
+    $PERCE_COMMIT takes precedence, because the repository of a copied tree may be outdated. None if there is neither.
     """
     if os.environ.get(COMMIT) or not (root / ".git").exists():
         return os.environ.get(COMMIT) or None

@@ -6,12 +6,12 @@ import torch
 
 @pytest.fixture(autouse=True)
 def reported_machine(benchmark):
-    """Numbers without the hardware mean nothing."""
+    """Records torch's version and the threads: numbers mean nothing without them."""
     benchmark.extra_info["torch"] = torch.__version__
     benchmark.extra_info["threads"] = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """One compiled graph a size, never a dynamic one from the size before."""
+    """Compiles one graph per size instead of reusing a dynamic graph of an earlier size."""
     torch.compiler.reset()

@@ -1,8 +1,8 @@
 """Peak extra memory and time of one long-context step: `python -m benchmarks.context WAY PERSONA` prints it as JSON.
 
-SmolLM2-135M's shape with random weights, LoRA of rank 16 and fp32, on one sequence of 80 + 128 tokens and its persona.
-"Extra" is over what the process holds before the step, adapters' gradients included; see benchmarks/memory.py. "naive"
-is the loss by its formula on the logits of all tokens.
+SmolLM2-135M's shape with random weights, LoRA of rank 16 and fp32, on one sequence of a persona and 80 + 128 tokens.
+"Extra" is what exceeds the memory that the process holds before the step, which includes the adapters' gradients; see
+benchmarks/memory.py. "naive" computes the loss by its formula on the logits of all tokens.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def measure(way: str, persona: int) -> dict[str, float]:
-    """In this process: call once in a fresh one."""
+    """Measured in this process; to be called once in a fresh one."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
     import torch

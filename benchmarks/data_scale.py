@@ -1,8 +1,8 @@
 """Seconds and memory from rows on disk to a first step, as JSON: `python -m benchmarks.data_scale ROWS [ROWS_A_USER]`.
 
-`perce.train` is run, for one step, on made-up rows and a tiny model with the default model's tokenizer: a persona of
-about 100 tokens, a query of 20 and a response of 30, no two texts alike. A process of its own runs it, and what it and
-its children hold (proportional set size: memory that several share is counted once) is sampled from outside.
+`perce.train` runs up to its first step on made-up rows and a tiny model with the default model's tokenizer: a persona
+of about 100 tokens, a query of 20 and a response of 30, no two texts alike. It runs in a process of its own; the memory
+of that process and its children (proportional set size: shared memory is counted once) is sampled from outside.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import psutil
 
 from perce.demo import DATA_DIR
 
-# What is timed, by name; a stage may be several calls, and lies within another one where that is so named.
+# The functions that are timed, by stage. A stage may have several calls and may lie within another stage.
 STAGES = {
     "reading": [("perce.data.splits", "load_examples")],
     "dividing": [("perce.data.splits.HeldOut", "drawn"), ("perce.data.splits.HeldOut", "divide")],
@@ -40,7 +40,7 @@ SAMPLED_EVERY = 1.0  # seconds
 
 
 def rows(count: int, rows_a_user: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Sentences of the words of the built-in examples, and of names and numbers that are met for the first time."""
+    """Rows of sentences made of words of the built-in examples and of random names and numbers."""
     rng = random.Random(seed)
     corpus = (DATA_DIR / "train.jsonl").read_text(encoding="utf-8").split()
     words = [word.strip('"[]{},') for word in corpus]
@@ -65,11 +65,11 @@ def rows(count: int, rows_a_user: int, seed: int = 0) -> Iterator[dict[str, Any]
 
 
 class FirstStep(BaseException):
-    """Ends a run where its first step begins."""
+    """Ends a run when its first step begins."""
 
 
 def run(data: Path, directory: Path) -> dict[str, Any]:
-    """{"seconds", "cpu_seconds": of each stage, "spans": when it ran, "pairs", "tokens"}. Call once in a process."""
+    """{"seconds", "cpu_seconds": per stage, "spans": when it ran, "pairs", "tokens"}. To be called once per process."""
     import perce.train
     from perce.config.commands import parse_args
     from perce.data.dataset import sequence_lengths
@@ -140,7 +140,8 @@ def memory_of(process: psutil.Process) -> int:
 
 
 def measure(count: int, rows_a_user: int = 1, starts: int = 2) -> dict[str, Any]:
-    """Of a first start and of later ones, which find the pairs in the cache: {"seconds", "bytes_a_row"} by stage."""
+    """Runs a first start and later ones, which find the pairs in the cache; "starts" has what `run` returns for each,
+    and "peak_bytes" per stage."""
     with tempfile.TemporaryDirectory(prefix="perce-scale-") as temporary:
         directory = Path(temporary)
         data = directory / "train.jsonl"

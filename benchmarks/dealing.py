@@ -1,11 +1,13 @@
-"""What requests dealt together do to training: `python -m benchmarks.dealing DIR`, the directory personachat-convai2.
+"""How --share_persona N affects training: `python -m benchmarks.dealing DIR`, the directory personachat-convai2.
 
-    runs       SmolLM2-135M-Instruct, LoRA, --share_persona 1, 2 and 8, three seeds: equal steps of 8 examples
-    results    benchmarks/results/dealing.json: the logs of each run; what is in there is not run again
-    table      printed: validation losses along a run, squared gradients (mean and noise), both against N = 1
+    runs       SmolLM2-135M-Instruct, LoRA, N = 1, 2 and 8 requests of a persona per batch, three seeds: equally many
+               steps of 8 examples
+    results    benchmarks/results/dealing.json: the logs of each run; runs that it has are not repeated
+    table      printed: validation losses along a run, squared gradients (mean and noise), both compared with N = 1
     picture    docs/images/dealing.png and dealing_dark.png
 
-Every run of a seed is evaluated on the same examples. A persona has about 8 replies there, mostly of one conversation.
+All runs with one seed are evaluated on the same examples. There, a persona has about 8 replies, mostly in one
+conversation.
 """
 
 import json
@@ -42,7 +44,7 @@ def trained(data: Path, together: int, seed: int) -> Run:
     output = ROOT / "runs" / "dealing" / f"{together}-{seed}"
     options = OPTIONS | {"data": data, "share_persona": together, "seed": seed, "output_dir": output}
     flags = [f"--{name}={value}" for name, value in options.items()]
-    shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
+    shutil.rmtree(output, ignore_errors=True)  # what an interrupted run left
     subprocess.run([sys.executable, "-m", "perce.train", *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     kept = ("step", "loss", "ce", "grad_norm", *LOSSES.values(), "train_runtime")
@@ -55,7 +57,7 @@ def evaluations(run: Run, name: str) -> list[float]:
 
 
 def squared_norm(run: Run) -> float:
-    """Mean over the steps: the square of the mean gradient, and the noise of a step."""
+    """Mean over the steps of the gradient's squared norm: the square of the mean gradient plus the noise per step."""
     return mean(entry["grad_norm"] ** 2 for entry in run["log"] if "grad_norm" in entry)
 
 
@@ -120,7 +122,7 @@ def main() -> None:
     if RESULTS.is_file():
         found = json.loads(RESULTS.read_text(encoding="utf-8"))
         if found["options"] != OPTIONS:
-            sys.exit(f"{RESULTS}: its runs had {found['options']}; delete it to run with {OPTIONS}.")
+            sys.exit(f"{RESULTS}: its runs had the options {found['options']}. Delete it to run with {OPTIONS}.")
     for seed in SEEDS:
         for together in TOGETHER:
             name = f"{together}-{seed}"

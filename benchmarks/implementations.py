@@ -1,7 +1,7 @@
-"""The PerCE loss as a user could have it in PyTorch today, beside ours: same inputs, same loss, fp32 statistics.
+"""Our PerCE loss and implementations in plain PyTorch: same inputs, same loss, fp32 statistics.
 
 Every implementation maps (hidden, lm_head, target, hidden_cf) to the scalar loss. bf16 inputs are upcast where PyTorch
-would compute bf16 logits: those cost up to 14 % of a token's weight, so an implementation with them is no rival.
+would compute bf16 logits: those change a token's weight by up to 14 %, which would make the comparison unfair.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Loss = Callable[..., Tensor]
 
 
 def perce(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> Tensor:
-    """Ours."""
+    """The fused loss of perce_kernels."""
     return fused_perce_loss(hidden, lm_head, target, hidden_cf)
 
 
@@ -29,7 +29,7 @@ def weighted(nll_cf: Tensor, nll: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def naive_with_pir(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits materialised; each set of them freed as soon as PyTorch can."""
+    """The loss on materialised logits; each set of logits is freed as soon as PyTorch can."""
     lm_head = lm_head.float()
     with torch.no_grad():
         nll_cf = F.cross_entropy(hidden_cf.float() @ lm_head.T, target, reduction="none")
@@ -44,7 +44,7 @@ def naive(*inputs: Tensor) -> Tensor:
 def linear_cross_entropy_with_pir(
     hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """torch 2.13's chunked F.linear_cross_entropy, composed: no logits in memory, but one more pass over them."""
+    """The loss composed of torch 2.13's chunked F.linear_cross_entropy: no logits in memory, but computed once more."""
     options = {"reduction": "none", "options": torch.nn.LinearCrossEntropyOptions()}
     lm_head = lm_head.float()
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Peak extra memory of one forward and backward: `python -m benchmarks.memory IMPL N D V DTYPE` prints it as JSON.
 
-Peak resident memory over what the inputs hold, gradients included, in a process of its own. glibc keeps freed blocks
-unless M_MMAP_THRESHOLD is fixed (it grows by itself otherwise): RSS would then measure the allocator.
+The peak of resident memory, gradients included, minus the memory held with the inputs, in a process of its own. By
+itself glibc raises M_MMAP_THRESHOLD and keeps freed blocks, and RSS would measure the allocator: it is fixed here.
 """
 
 import ctypes
@@ -22,14 +22,14 @@ def status_bytes(field: str) -> int:
 
 
 def in_a_child(module: str, *arguments: object) -> Any:
-    """What `python -m module` prints last, as JSON: measured in a process of its own."""
+    """The last line that `python -m module` prints in a process of its own, read as JSON."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     child = subprocess.run(command, cwd=Path(__file__).parent.parent, check=True, capture_output=True, text=True)
     return json.loads(child.stdout.splitlines()[-1])
 
 
 def measure(implementation: str, n: int, d: int, v: int, dtype: str) -> int:
-    """Bytes, in this process. Call once in a fresh process."""
+    """Bytes, measured in this process; to be called once in a fresh one."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
     import torch
@@ -37,7 +37,7 @@ def measure(implementation: str, n: int, d: int, v: int, dtype: str) -> int:
     from benchmarks.implementations import IMPLEMENTATIONS, make_inputs, step
 
     loss = IMPLEMENTATIONS[implementation]
-    # Thread pools, GEMM primitives and compiled code are no part of the loss.
+    # Thread pools, GEMM primitives and compiled code do not belong to the loss.
     warm_up = (n, d, v) if implementation == "compiled" else (32, d, 512)
     step(loss, make_inputs(*warm_up, getattr(torch, dtype)))
     inputs = make_inputs(n, d, v, getattr(torch, dtype))

@@ -1,13 +1,13 @@
-"""Eight requests of one persona in a step, shared or separate: `python -m benchmarks.personas WAY PERSONA` as JSON.
+"""A step on eight requests for one persona: `python -m benchmarks.personas WAY PERSONA` prints time and memory as JSON.
 
-    separate      each request with its persona by itself, one after the other
-    batched       all of them in one forward, each with its persona
-    together      the persona once, all requests in its forward: --share_persona 8
-    one by one    the persona once, requests one at a time behind it: --branches_per_forward 1
+    separate      one request after the other, each with its own copy of the persona
+    batched       all requests in one forward, each with its own copy of the persona
+    together      the persona once, in one forward with all requests: --share_persona 8
+    one by one    the persona once, then one request at a time: --branches_per_forward 1
 
-Each also with --persona_grad none ("none, …") and with activation checkpointing ("…, checkpointing"); "one" is a single
-request by itself. A request has 64 tokens and a reply of 64. SmolLM2-135M's shape, random weights, all of which train,
-fp32. Memory is over what the process holds before the step, gradients included; see benchmarks/memory.py.
+Each also with --persona_grad none ("none, …") and with activation checkpointing ("…, checkpointing"); "one" is a step
+on a single request. A request has 64 tokens and a reply of 64. SmolLM2-135M's shape, random weights, all of which
+train, fp32. Memory is what exceeds the memory held before the step, which includes gradients; see benchmarks/memory.py.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ Pairs = list[dict[str, Any]]
 
 
 def pairs_of(persona: int) -> Pairs:
-    """Of chance ids."""
+    """Pairs of random ids."""
     rng = random.Random(0)
 
     def tokens(count: int) -> list[int]:
@@ -62,7 +62,7 @@ def batches(name: str, pairs: Pairs, detached: bool) -> list[dict[str, Any]]:
 
 
 def measure(way: str, persona: int) -> dict[str, float]:
-    """In this process: call once in a fresh one."""
+    """Measured in this process; to be called once in a fresh one."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
     from benchmarks import sharing

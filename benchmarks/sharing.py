@@ -1,10 +1,11 @@
-"""Peak memory of eight replies of one conversation, shared or separate: `python -m benchmarks.sharing WAY` as JSON.
+"""Peak memory of a step on eight replies of one conversation: `python -m benchmarks.sharing WAY` prints it as JSON.
 
-    shared       up to 32 replies of whole conversations, what they share once
-    sequences    eight sequences a batch, padded to the longest, in an order drawn by chance
-    tokens       sequences of lengths within a tenth, as a token budget deals them of many: hardly any padding
+    shared       up to 32 replies of whole conversations; tokens that they share are computed once
+    sequences    eight sequences per batch, padded to the longest, in random order
+    tokens       sequences whose lengths differ by a tenth at most, as a token budget batches them if there are many:
+                 hardly any padding
 
-Conversations are of real data, or of chance ids in the lengths of personachat-convai2. The model has
+Conversations are of real data, or of random ids with the lengths of personachat-convai2. The model has
 SmolLM2-135M's shape and random weights, all of which train.
 """
 
@@ -19,8 +20,8 @@ from typing import Any
 from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
 
 WAYS = ("shared", "sequences", "tokens")
-REPLIES, BUDGET = 8, 4096  # of a batch: the defaults of a run on a CPU
-REPLIES_TOGETHER = 32  # of a batch of whole conversations, which compute no more tokens
+REPLIES, BUDGET = 8, 4096  # replies and tokens per batch: the defaults of a run on a CPU
+REPLIES_TOGETHER = 32  # per batch of whole conversations, which do not compute more tokens
 LENGTHS = {"persona": 60, "query": 16, "reply": 14}  # about the means of personachat-convai2
 QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -31,7 +32,7 @@ Pairs = list[dict[str, Any]]
 
 
 def conversation(replies: int = REPLIES) -> Pairs:
-    """Of chance ids, a chain."""
+    """Pairs of random ids; each continues the one before."""
     rng, shown, pairs = random.Random(0), [], []
 
     def tokens(count: int) -> list[int]:
@@ -50,7 +51,7 @@ def conversation(replies: int = REPLIES) -> Pairs:
 
 
 def pairs_of(directory: Path, template: str | None, at_least: int) -> Pairs:
-    """Of the first conversations of a test split, whole, until there are so many replies."""
+    """The pairs of the first whole conversations of a test split, until there are `at_least` replies."""
     from perce import load_examples
     from perce.data.dataset import conversations
     from perce.data.pairs import PairBuilder
@@ -70,7 +71,7 @@ def pairs_of(directory: Path, template: str | None, at_least: int) -> Pairs:
 
 
 def batches(way: str, pairs: Pairs) -> list[dict[str, Any]]:
-    """What a step's forwards take."""
+    """The batches of a step's forwards."""
     from perce.data.batch import collate
     from perce.data.dataset import personas
     from perce.training.sampler import ReplyBatches
@@ -86,7 +87,8 @@ def batches(way: str, pairs: Pairs) -> list[dict[str, Any]]:
 
 
 def _of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Few sequences leave buckets half full: TokenBatches would pad these to each other, and of many it would not."""
+    """Batches of sequences of similar length. TokenBatches would pad these few sequences, which leave its buckets half
+    full; with many it would not."""
     from perce.training.sampler import BUCKET_RATIO
 
     dealt: list[list[int]] = []
@@ -119,8 +121,8 @@ def step(model: Any, dealt: Sequence[Mapping[str, Any]]) -> float:
 def flops(
     config: Any, weights: int, pairs: Pairs, shared: bool, unit: Any = "conversation", detached: bool = False
 ) -> int:  # fmt: skip
-    """Floating-point operations of a step: of what is computed, and nothing for padding. weights: of the layers;
-    detached: personas, which all begin at one place, have no backward."""
+    """Floating-point operations of a step, without padding. weights: the number of weights in the layers; detached:
+    personas, which all begin at the same position, have no backward."""
     from perce.data.dataset import personas
     from perce.data.pairs import counterfactual_pieces
     from perce.data.sharing import segmented
@@ -140,7 +142,7 @@ def flops(
             before, length = segment.position, len(segment.ids)
             attention = attention_flops(config, before + length) - attention_flops(config, before)
             total += passes * (2 * weights * length + attention)
-            if passes == 3 and (without := max(behind - before, 0)):  # tokens of it that have a forward alone
+            if passes == 3 and (without := max(behind - before, 0)):  # tokens of it that have only a forward
                 total -= 2 * (2 * weights * without + attention_flops(config, behind) - attention_flops(config, before))
     rows = sum(pair["response_length"] for pair in pairs)
     products = 3 + OBJECTIVES["perce"].products
@@ -148,7 +150,7 @@ def flops(
 
 
 def measure(way: str) -> dict[str, float]:
-    """In this process: call once in a fresh one."""
+    """Measured in this process; to be called once in a fresh one."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
     from benchmarks.test_step import smollm2_135m

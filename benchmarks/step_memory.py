@@ -1,10 +1,9 @@
 """Peak memory of real training steps: `python -m benchmarks.step_memory JSON` prints it as JSON.
 
-A PerceTrainer takes two steps of a model with random weights, in a process of its own. The peak resident set of the
-second, which finds its optimiser states in place, is given over what the process holds after a run of the same model
-with a single layer has come and gone: Python, the libraries and their scratch space are no part of a plan. glibc gives
-every block of 64 KiB back at once (otherwise it hoards freed activations, which in small models are below its usual
-threshold).
+A PerceTrainer takes two steps on a model with random weights, in a process of its own. The result is the peak resident
+set of the second step, when optimiser states exist, minus what the process held after a run of the same model with a
+single layer: plans do not count Python, the libraries and their scratch space. glibc is set to return every freed block
+of 64 KiB or more at once; otherwise it keeps freed activations, which in small models are below its usual threshold.
 """
 
 import ctypes
@@ -20,11 +19,11 @@ STEPS = 2
 HEADER = 4  # tokens of a prompt before its persona
 
 Spec = dict[str, Any]
-"""The options of `python -m perce.plan`; "model" has a config's fields, its model_type among them."""
+"""The options of `python -m perce.plan`; "model" has a config's fields, including its model_type."""
 
 
 def measure(spec: Spec) -> dict[str, float]:
-    """{"peak_bytes", "step_seconds"}, in this process. Call once in a fresh one."""
+    """{"peak_bytes", "step_seconds", "libraries_bytes"} of this process; to be called once in a fresh one."""
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 2**16)
     train(spec | {"model": spec["model"] | {"num_hidden_layers": 1}})
@@ -68,7 +67,7 @@ def train(spec: Spec) -> tuple[int, float]:
 
 
 def make_model(spec: Spec) -> Any:
-    """Random weights, in the dtypes that load_model gives a checkpoint."""
+    """A model with random weights, in the dtypes that load_model gives a checkpoint."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -85,8 +84,9 @@ def make_model(spec: Spec) -> Any:
 
 
 def pairs(spec: Spec, count: int) -> list[dict[str, Any]]:
-    """Token pairs, of several replies those of whole conversations: the persona is what queries and responses leave of
-    the context. With branches a reply that is the last one has ids of its own; under share_persona so have requests."""
+    """Token pairs; with several replies, those of whole conversations. The persona fills what queries and responses
+    leave of the context. With branches, a reply at the end of its sequence has ids of its own; with share_persona, so
+    does each request."""
     response, replies, vocabulary = spec["response"], spec["replies"], spec["model"]["vocab_size"]
     turn, sharing = response + spec["query"], spec.get("share_persona") or 1
     persona = spec["context"] - replies * turn

@@ -1,4 +1,4 @@
-"""Peak memory and time of training steps, of any transformers.Trainer."""
+"""Measures peak memory and time of the training steps of any transformers.Trainer."""
 
 import time
 from pathlib import Path
@@ -15,7 +15,7 @@ class StepMeter(TrainerCallback):
 
     def __init__(self) -> None:
         self.before = self.peak = 0
-        """Bytes at the start of the last step, and at most during it."""
+        """Bytes at the start of the last step, and at its peak."""
         self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,14 +1,14 @@
-"""The paper's comparison as one resumable run: `python -m benchmarks.study --config FILE --data_root DIR`.
+"""Runs the paper's comparison, resumably: `python -m benchmarks.study --config FILE --data_root DIR`.
 
     cells     objective × learning rate × seed × data set, each trained and evaluated in child processes
-    stages    base → rates (one seed, the tuned objectives) → main (all seeds at each one's best rate) → the rates
-              that were not the best, whose losses show how much the rate matters → variants (one seed)
+    stages    base → rates (one seed, the tuned objectives) → main (all seeds at each objective's best rate) → the
+              other rates, whose losses show how much the rate matters → variants (one seed)
     results   benchmarks/results/study_NAME.json: every cell that ran, with its evaluation example by example
     report    `python -m benchmarks.study_report` writes docs/reference/study.md and its pictures from that file
 
-What is in the results is not run again; a training that was interrupted begins anew. Nothing is chosen by a test set:
-a learning rate is picked by the validation loss with persona at the end of the rate stage's runs, which are not
-evaluated before the picking.
+Cells in the results are not run again; a training run that was interrupted begins anew. No test set influences a
+choice: a learning rate is chosen by the validation loss with persona at the end of the runs of stage "rates", which are
+not evaluated on test data before.
 """
 
 import argparse
@@ -31,12 +31,12 @@ KEPT = (
     "key", "user_id", "source", "tokens", "personal_tokens", "loss", "loss_without", "loss_personal", "loss_other",
     "loss_swapped", "rouge1", "rougeL", "meteor", "meteor_exact_stem", "uses_persona", "reference_uses_persona",
 )  # fmt: skip
-"""Of an evaluated example: everything but the texts, which belong to the data."""
+"""The fields of an evaluated example that are kept: all but the texts, which belong to the data."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run; `objective` "base" is the model as it was."""
+    """One training run; `objective` "base" is the untrained model."""
 
     stage: str
     data: str
@@ -44,7 +44,7 @@ class Cell:
     learning_rate: float | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further options of perce.train: a clip, a normalisation."""
+    """Further options of perce.train, such as a clip or a normalisation."""
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class Cell:
 
 
 class Study:
-    """A config, its results file, and the children that fill it."""
+    """A config, its results file, and the child processes that produce the results."""
 
     def __init__(self, config: Mapping[str, Any], data_root: Path, jobs: int) -> None:
         self.config, self.data_root, self.jobs = config, data_root, jobs
@@ -67,7 +67,10 @@ class Study:
                 k for k in ("model", "data", "train", "evaluate") if self.results["config"].get(k) != config.get(k)
             ]
             if changed:
-                sys.exit(f"{self.path}: its cells ran with another {', '.join(changed)}. Give the study another name.")
+                sys.exit(
+                    f"{self.path}: its cells ran with different settings of {', '.join(changed)}. "
+                    "Give the study another name."
+                )
             self.results["config"] = dict(config)
 
     def run(self) -> None:
@@ -103,13 +106,14 @@ class Study:
                 yield Cell("variants", data, "perce", rate, self.config["seeds"][0], options)
 
     def other_rate_cells(self) -> Iterator[Cell]:
-        """Those of the rate stage that were not the best: "stability over learning rates"."""
+        """The cells at learning rates that were not the best: "stability over learning rates"."""
         for cell in self.rate_cells():
             if cell.learning_rate != self.best_rate(cell.data, cell.objective):
                 yield replace(cell, stage="other rates")
 
     def best_rate(self, data: str, objective: str) -> float:
-        """By validation loss with persona; objectives that are not tuned take PerCE's, whose weights are as large."""
+        """The rate with the lowest validation loss with persona. Objectives that are not tuned take PerCE's, because
+        their weights are as large."""
         tuned = objective if objective in self.config["tuned"] else "perce"
         cells = [cell for cell in self.rate_cells() if (cell.data, cell.objective) == (data, tuned)]
         best = min(cells, key=lambda cell: self.results["cells"][cell.name]["validation"]["eval_loss_with_persona"])
@@ -117,14 +121,14 @@ class Study:
         return best.learning_rate
 
     def _evaluated(self, cell: Cell) -> dict[str, bool]:
-        """Data sets that a cell is evaluated on, and whether replies are generated there."""
+        """Datasets that a cell is evaluated on, and whether replies are generated there."""
         if cell.stage == "rates":
             return {}
         if cell.stage not in ("base", "main"):
             return {cell.data: False}
         if (
             cell.stage == "main" and cell.seed != self.config["seeds"][0]
-        ):  # losses: replies and transfer would cost as much again
+        ):  # losses only: replies and the other datasets would cost as much again
             return {cell.data: False}
         return {data: data == cell.data for data in self.config["data"]}
 
@@ -152,7 +156,7 @@ class Study:
 
     def _train(self, cell: Cell, directory: Path) -> dict[str, Any]:
         state = directory / "trainer_state.json"
-        if not state.is_file():  # else an evaluation was interrupted: the training stands
+        if not state.is_file():  # else only an evaluation was interrupted, and the trained model is kept
             subprocess.run(["rm", "-rf", str(directory)], check=True)
             self._child("perce.train", {
                 "data": str(self.data_root / cell.data), "output_dir": str(directory), "objective": cell.objective,
@@ -195,7 +199,7 @@ class Study:
             raise RuntimeError(f"{module} failed with code {child.returncode}; see {log}")
 
     def _save(self) -> None:
-        """Whole or not at all: the results of hours."""
+        """Replaces the file in one step, so that an interruption cannot lose results of hours."""
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.results, separators=(",", ":")) + "\n", encoding="utf-8")
         partial.replace(self.path)
@@ -205,13 +209,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="YAML, such as benchmarks/studies/cpu.yaml")
     parser.add_argument("--data_root", required=True, type=Path, help="directory that holds the data sets by name")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; each gets its share of the cores")
-    parser.add_argument("--dry_run", action="store_true", help="list the cells that are known and not yet run")
+    parser.add_argument("--jobs", type=int, default=1, help="cells that run at the same time, sharing the cores")
+    parser.add_argument("--dry_run", action="store_true", help="list the base and rate cells and which are done")
     arguments = parser.parse_args()
     config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     missing = [name for name in config["data"] if not (arguments.data_root / name).is_dir()]
     if missing:
-        sys.exit(f"--data_root {arguments.data_root}: expected directories {', '.join(missing)} there.")
+        sys.exit(f"--data_root {arguments.data_root}: expected a directory with {', '.join(missing)}, which it lacks.")
     study = Study(config, arguments.data_root.resolve(), arguments.jobs)
     if arguments.dry_run:
         for cell in (*study.base_cells(), *study.rate_cells()):

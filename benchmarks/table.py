@@ -1,7 +1,7 @@
-"""`python -m benchmarks.table RESULTS.json …`: the README's tables, from what `--benchmark-json` or `make slow` wrote.
+"""`python -m benchmarks.table RESULTS.json …` prints the README's tables from the results of benchmarks.
 
-Or from what `make gpu-a` and `make gpu-b` wrote on a GPU, both files at once; without them, the GPU's tables say "not
-measured". On a CPU, benchmarks that were not run, or failed before they had their numbers, have no row.
+On a CPU these are written by `--benchmark-json` or `make slow`; benchmarks without numbers have no row. On a GPU they
+are written by `make gpu-a` and `make gpu-b`, both files at once; tables of a missing file say "not measured".
 """
 
 import json
@@ -18,7 +18,7 @@ NOT_MEASURED = "not measured"
 
 
 def times(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """Loss, forward and backward: median seconds, and the ratio to the naive loss timed in turn with it."""
+    """Loss, forward and backward: median seconds, and the ratio to the naive loss, timed alternately."""
     yield "| loss, forward and backward | N × D × V, dtype | seconds | ÷ naive |\n| --- | --- | --- | --- |"
     for entry in entries:
         if match := re.fullmatch(r"test_(perce|rival)_against_naive\[(?:(\w+)-)?(\d+x\d+x\d+)-(\w+)]", entry["name"]):
@@ -29,7 +29,7 @@ def times(entries: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def memory(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """Peak extra memory of the same, each in a process of its own."""
+    """Peak extra memory of the same implementations, each in a process of its own."""
     yield "| peak extra memory | MiB | ÷ naive |\n| --- | --- | --- |"
     for entry in entries:
         extra = entry["extra_info"]
@@ -59,7 +59,7 @@ def over_personas(what: str, columns: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def contexts(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """Peak extra memory of one step over the persona's length, by what is traded for it."""
+    """Peak extra memory of one step for several persona lengths, by memory option."""
     columns = [e["extra_info"] for e in entries if e["name"].startswith("test_memory_of_a_step")]
     if columns:
         yield from over_personas("MiB of a step", columns)
@@ -68,7 +68,7 @@ def contexts(entries: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def trainers(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """Steps of whole trainers over the persona's length: peak extra memory, and factual tokens a second."""
+    """Steps of whole trainers for several persona lengths: peak extra memory, and factual tokens per second."""
     columns = [e["extra_info"] for e in entries if e["name"].startswith("test_a_step_by_trainer")]
     if columns:
         yield from over_personas("MiB (tokens/s) of a step", columns)
@@ -85,7 +85,7 @@ def trainers(entries: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def overheads(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """Of the counterfactual pass on top of the rest of a step: measured / the line / as planned."""
+    """Time of the counterfactual pass as a share of the rest of a step: measured / expected line / planned."""
     rows = [e for e in entries if e["name"].startswith("test_overhead")]
     if rows:
         personas = list(rows[0]["extra_info"]["line"])
@@ -98,7 +98,7 @@ def overheads(entries: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def plans(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """What plans predict against real steps of random models; time against the bound."""
+    """Predictions of plans compared with real steps of random models; time compared with the lower bound."""
     yield "| step | planned, MiB | measured, MiB | difference | time ÷ bound |\n| --- | --- | --- | --- | --- |"
     for entry in entries:
         if match := re.fullmatch(r"test_plan_against_real_steps\[(.+)]", entry["name"]):
@@ -108,8 +108,8 @@ def plans(entries: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def scale(entries: list[dict[str, Any]]) -> Iterator[str]:
-    """From rows on disk to the first step, by stage, of a first start and of one that finds the pairs in the cache."""
-    yield "| rows to first step | stage | µs a row | of a core | bytes a row | cached, µs |\n" + "| --- " * 6 + "|"
+    """From rows on disk to the first step, by stage, for a first start and one that finds the pairs in the cache."""
+    yield "| rows to first step | stage | µs per row | CPU µs | bytes per row | cached, µs |\n" + "| --- " * 6 + "|"
     for entry in entries:
         if entry["name"].startswith("test_from_rows_to_the_first_step"):
             extra = entry["extra_info"]
@@ -119,7 +119,7 @@ def scale(entries: list[dict[str, Any]]) -> Iterator[str]:
                     for x in (seconds, extra["first_cpu_seconds"][stage], extra["cached_seconds"][stage])
                 )
                 yield (
-                    f"| {extra['rows']:,}, {extra['rows_a_user']} a user | {stage} | {one:.0f} | {cpu:.0f} | "
+                    f"| {extra['rows']:,}, {extra['rows_a_user']} per user | {stage} | {one:.0f} | {cpu:.0f} | "
                     f"{extra['first_bytes_a_row'][stage]:,} | {again:.0f} |"
                 )
 
@@ -146,7 +146,7 @@ def main() -> None:
     results = files[0]
     entries = measured(results)
     if not entries:
-        sys.exit(f"benchmarks.table: expected benchmarks in {sys.argv[1]}, found none with numbers")
+        sys.exit(f"{sys.argv[1]}: expected results of benchmarks, found none with numbers")
     if "tests" in results:
         cpu, date = results["cpu"], results["date"]
     else:

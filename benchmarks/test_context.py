@@ -1,4 +1,4 @@
-"""Long personas: peak extra memory of a training step, by what is traded for it. One step each, in its own process."""
+"""Long personas: peak extra memory of a training step, by memory option. One step each, in its own process."""
 
 from functools import cache, partial
 
@@ -14,7 +14,7 @@ from perce.config.schema import ModelConfig
 from perce.config.step import StepConfig
 from perce.planning.plans import step_cost
 
-PERSONAS = {  # and the ways that are measured there: at the long ones a step takes 1 to 4 minutes
+PERSONAS = {  # tokens: the ways that are measured; with long personas a step takes 1 to 4 minutes
     512: tuple(WAYS),
     2048: tuple(WAYS),
     4096: ("checkpointing", "checkpointing + mlp_tile", "persona_grad none + checkpointing"),
@@ -49,7 +49,7 @@ def test_memory_of_a_step(benchmark, persona):
         return {way: measured(way, persona) for way in ways}
 
     results = benchmark.pedantic(measure, rounds=1)
-    # Correctness first: every way is the same function of the same weights.
+    # Correctness first: every way computes the same function of the same weights.
     for way, result in results.items():
         assert result["loss"] == pytest.approx(results["checkpointing"]["loss"], rel=1e-5), way
     extra = {way: round(result["peak_extra_bytes"] / MIB) for way, result in results.items()}
@@ -70,7 +70,7 @@ def test_memory_of_a_step(benchmark, persona):
 @pytest.mark.timeout(3600)
 @pytest.mark.benchmark(group="memory: long personas")
 def test_memory_grows_with_the_persona_as_planned(benchmark):
-    """Between the shortest and the longest persona, by the checkpoints and one layer's working set."""
+    """Memory per token between the shortest and the longest persona: the checkpoints and one layer's working set."""
     short, long, way = min(PERSONAS), max(PERSONAS), "checkpointing"
 
     def grown() -> float:

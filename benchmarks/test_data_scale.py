@@ -1,6 +1,6 @@
-"""From rows on disk to the first step, by stage: seconds, and bytes a row of the process and its children.
+"""From rows on disk to the first step, by stage: seconds, and bytes per row of the process and its children.
 
-20,000 rows here; `python -m benchmarks.data_scale 1000000` is for a machine with nothing else to do.
+Here with 20,000 rows; `python -m benchmarks.data_scale 1000000` needs a machine without other work.
 """
 
 import pytest

@@ -1,6 +1,6 @@
-"""The op against what PyTorch offers: time in turn with its rivals, peak extra memory, memory over N.
+"""The op compared with plain PyTorch: time, measured alternately, peak extra memory, and memory over N.
 
-pytest-benchmark's columns are the op's; ratios and memory are in `extra_info`, and printed with -s.
+pytest-benchmark's columns show the op; ratios and memory are in `extra_info` and printed with -s.
 """
 
 import shutil
@@ -32,9 +32,9 @@ def _skip_unless_available(rival: str) -> None:
 
 
 def _race(benchmark, challenger: str, inputs, rounds: int) -> None:
-    """Time `challenger` as pytest-benchmark's rounds, naive once before each: a busy machine disturbs both alike.
+    """Time `challenger` in pytest-benchmark's rounds, with naive before each, so that a busy machine slows both.
 
-    The first step of each is the correctness check and, with rounds > 1, an untimed warm-up. No ratio without it.
+    The first step of each is the correctness check, which must pass, and with rounds > 1 an untimed warm-up.
     """
     times: dict[str, list[float]] = {challenger: [], "naive": []}
     first_outcome: dict[str, list[torch.Tensor]] = {}
@@ -72,9 +72,9 @@ def test_perce_against_naive(benchmark, size, dtype):
 @pytest.mark.parametrize("rival", ["linear_cross_entropy", "compiled"])
 @pytest.mark.benchmark(group="time: rivals against the naive loss")
 def test_rival_against_naive(benchmark, rival, size, dtype):
-    """The naive loss is the common measure: compare `ratio_to_naive`."""
+    """Rivals are compared by their `ratio_to_naive`."""
     _skip_unless_available(rival)
-    # One round of F.linear_cross_entropy, some 10 s, is enough for a factor of 3 to 10.
+    # One round of F.linear_cross_entropy takes some 10 s and is precise enough for a factor of 3 to 10.
     _race(benchmark, rival, make_inputs(*size, getattr(torch, dtype)), 1 if rival == "linear_cross_entropy" else 3)
 
 

@@ -1,13 +1,13 @@
-"""What the counterfactual pass adds to a step, over the persona's length, and the line that it should lie on.
+"""How much time the counterfactual pass adds to a step, for several persona lengths, and the expected line.
 
-With L_f factual and L_cf counterfactual tokens, a forward counts as one, a backward as two (one with frozen weights)
-and recomputed activations as one more: the pass adds L_cf / (k · L_f) of a cross-entropy step, with k = 3 (all
-weights), 2 (LoRA), 4 and 3 (with activation checkpointing). Attention and head are left out of that line; perce.plan
-counts them.
+There are L_f factual and L_cf counterfactual tokens. A forward counts as one, a backward as two (one with frozen
+weights), and recomputed activations as one more. So the pass adds L_cf / (k · L_f) of a cross-entropy step, with k = 3
+(all weights), 2 (LoRA), 4 and 3 (the same with activation checkpointing). Attention and head are left out of that line;
+perce.plan counts them.
 
-Measured inside PerCE steps: the seconds of the pass over those of the rest of the step (the head's product for it is in
-the rest). The fastest of three rounds counts, of the pass and of the rest alike: other programs on the machine only add
-time, and an interruption distorts the short pass most. SmolLM2-135M's shape.
+Measured inside PerCE steps: the seconds of the pass divided by those of the rest of the step, which includes the head's
+product for the pass. The fastest of three rounds counts, separately for the pass and for the rest: other programs on
+the machine only add time, and an interruption distorts the short pass most. SmolLM2-135M's shape.
 """
 
 import tempfile
@@ -48,7 +48,7 @@ def test_overhead_of_the_counterfactual_pass(benchmark, way):
     items = torch.tensor(RESPONSE)
 
     def step(persona: int) -> tuple[float, float]:
-        """Seconds of the pass, and of all else."""
+        """Seconds of the pass, and of the rest of the step."""
         batch = collate([pair(persona, QUERY, RESPONSE)])
         counterfactual = trainer.estimation_clock.seconds()
         started = time.perf_counter()
@@ -79,6 +79,6 @@ def test_overhead_of_the_counterfactual_pass(benchmark, way):
         "planned": {persona: round(planned(persona), 4) for persona in PERSONAS},
     }
     print(f"\n{way}: {dict(benchmark.extra_info)}")
-    # Attention and the head only add to the rest of a step, and small batches run slower: the line bounds the order.
+    # Attention and the head add time to the rest of a step, and small batches run slower, so the bounds are wide.
     for persona, share in measured.items():
         assert line[persona] / 3 < share < 2 * line[persona], persona

@@ -1,4 +1,4 @@
-"""A persona once for all its requests: time against the ceiling of operations, memory, and replies that are written."""
+"""A persona computed once for all its requests: speed-up compared with that in operations, memory, and generation."""
 
 import time
 
@@ -19,7 +19,7 @@ NEW_TOKENS = 32
 
 
 def ceiling(persona: int, detached: bool) -> float:
-    """How many times fewer operations a step of requests together has."""
+    """The most that sharing can speed up a step: its operations without sharing over those with it."""
     model = smollm2_135m()
     weights = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
     pairs = personas.pairs_of(persona)
@@ -32,7 +32,7 @@ def ceiling(persona: int, detached: bool) -> float:
 @pytest.mark.parametrize("detached", [False, True], ids=["full", "none"])
 @pytest.mark.benchmark(group="eight requests of a persona of 2,048 tokens: a step")
 def test_requests_together_against_separately(benchmark, detached):
-    """In one process, in turn; memory is measured apart, for its allocator is slow."""
+    """All ways in turn in one process; memory is measured separately, because its allocator settings are slow."""
     model, pairs = smollm2_135m().train(), personas.pairs_of(2048)
     teach_branches(model)
     prepare_prefill(model)
@@ -103,7 +103,7 @@ def test_a_long_persona(benchmark, way):
 @pytest.mark.timeout(3600)
 @pytest.mark.benchmark(group="eight requests of a persona of 2,048 tokens: peak memory, checkpointed")
 def test_memory_is_no_higher_than_of_a_batch(benchmark):
-    """Checkpointed: a batch of eight whole sequences would else take more than 20 GB."""
+    """With checkpointing, because a batch of eight whole sequences would otherwise take more than 20 GB."""
     found = {}
 
     def measure() -> None:
@@ -121,10 +121,10 @@ def test_memory_is_no_higher_than_of_a_batch(benchmark):
 @pytest.mark.timeout(3600)
 @pytest.mark.benchmark(group="eight replies to a persona of 2,048 tokens: writing them")
 def test_replies_to_one_persona(benchmark):
-    """Greedy, of the default model; "batched" pads whole prompts to each other, as without sharing."""
+    """Greedy replies of a model of SmolLM2-135M's shape; "batched" pads whole prompts, as without sharing."""
     model, tokenizer = smollm2_135m().eval(), load_tokenizer(str(default_model_path()))
     pairs = personas.pairs_of(2048)
-    # Prompts of several lengths, so that there is padding.
+    # Prompts have several lengths, so that there is padding.
     prompts = [pair["input_ids"][: -personas.RESPONSE - 2 * place] for place, pair in enumerate(pairs)]
     options = EvaluateConfig(temperature=0, max_new_tokens=NEW_TOKENS)
     device, seconds, written = torch.device("cpu"), {}, {}

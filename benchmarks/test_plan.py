@@ -1,4 +1,4 @@
-"""What `python -m perce.plan` predicts against real steps: peak memory within 15 %, and the bound beside the time.
+"""Predictions of `python -m perce.plan` compared with real steps: peak memory within 15 %, and the bound on time.
 
 Models have the shapes of SmolLM2-135M, Qwen3 and Gemma-3 with fewer and narrower layers, and random weights.
 """
@@ -85,11 +85,11 @@ SPECS = {
 }
 
 QUICK = ("smollm2-full-fp32-1024", "qwen3-lora-bf16-2048-checkpointed", "gemma3-lora-bf16-1024")
-"""What a run of all benchmarks has time for; -m slow runs the others."""
+"""The steps that a run of all benchmarks measures; -m slow runs the others."""
 
 
 def planned(spec: Spec) -> Cost:
-    """What the plan says of what `measured` runs."""
+    """The plan of the step that `measured` runs."""
     options = PLAN.build({name: value for name, value in spec.items() if name != "model"})
     return step_cost(AutoConfig.for_model(**spec["model"]), options, "cpu")
 

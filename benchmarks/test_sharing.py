@@ -1,4 +1,4 @@
-"""Replies of a conversation computed together, against each by itself in the better of two ways to batch them."""
+"""Replies of a conversation that share tokens, compared with separate replies in the better of two ways to batch."""
 
 import os
 import time
@@ -22,7 +22,7 @@ from perce.measuring.evaluation import Evaluator, make_batches
 from perce.measuring.inference import Subject
 from perce.model.branches import sharing_of, teach_branches
 
-CASES = {  # directory, chat template, replies at least, what the ratio has to be: a share of the ceiling, or itself
+CASES = {  # directory, chat template, least replies, least speed-up: a share of the ceiling, or the factor
     "chance ids": (None, None, 8, "85 %"),
     "personachat-convai2": ("personachat-convai2", None, 16, "85 %"),
     "synthetic-persona-chat": ("synthetic-persona-chat", None, 8, "85 %"),
@@ -66,7 +66,7 @@ def test_together_against_separately(benchmark, case):
         step("sequences")
         step("tokens")
 
-    step("shared")  # what is first has threads and primitives to make
+    step("shared")  # the first step also creates threads and primitives
     seconds["shared"].clear()
     benchmark.pedantic(step, args=("shared",), setup=separately, rounds=ROUNDS)
     torch.testing.assert_close(losses["shared"], losses["sequences"], rtol=1e-4, atol=0.0)
@@ -99,7 +99,7 @@ def test_memory_is_no_higher(benchmark):
 @pytest.mark.slow
 @pytest.mark.benchmark(group="replies of a conversation: losses of an evaluation")
 def test_an_evaluation_together_against_separately(benchmark):
-    """Losses with, without and with another's persona, in the batches of perce.evaluate, of the first 50 replies."""
+    """Losses of the first 50 replies with, without and with another's persona, in the batches of perce.evaluate."""
     directory = data_directory("personachat-convai2")
     examples = load_examples(directory, "test", limit=50)
     model, tokenizer = smollm2_135m().eval(), load_tokenizer(str(default_model_path()))

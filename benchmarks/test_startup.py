@@ -1,7 +1,7 @@
-"""What trying a model before training takes, by check, with a model of SmolLM2-135M's shape and two pairs, of which one
-way makes a conversation.
+"""Seconds that the checks before training take, by check, with a model of SmolLM2-135M's shape and two pairs (in one
+way a conversation).
 
-The fastest of three rounds counts: other programs on the machine only add time.
+The fastest of three rounds counts, because other programs on the machine only add time.
 """
 
 import functools
@@ -21,7 +21,7 @@ from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import CHECKPOINTING
 from tests.helpers.tiny import tiny_tokenizer
 
-ALLOWED = 5.0  # seconds, of all checks together
+ALLOWED = 5.0  # seconds for all checks together
 CHECKS = [
     (perce.model.patch, "install_perce"), (perce.model.loading, "unused_layers"),
     *((perce.training.trainer, name) for name in ("check_own_loss", "router_of", "shared_by")),

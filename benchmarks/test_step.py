@@ -1,7 +1,6 @@
-"""What the counterfactual pass costs: a PerCE step against a cross-entropy step, at three persona lengths.
+"""The cost of the counterfactual pass: a PerCE step compared with a cross-entropy step, at three persona lengths.
 
-The model has SmolLM2-135M's shape and random weights: nothing to download, and the cost of a step does not depend on
-them.
+The model has SmolLM2-135M's shape and random weights, which need no download and do not change the cost of a step.
 """
 
 import tempfile
@@ -41,7 +40,7 @@ def trainers():
 
 
 def make_trainers(model: Any, directory: str) -> dict[str, PerceTrainer]:
-    """One trainer an objective, on the same model."""
+    """One trainer per objective, all with the same model."""
     from tokenizers import Tokenizer, models
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
@@ -56,7 +55,7 @@ def make_trainers(model: Any, directory: str) -> dict[str, PerceTrainer]:
 
 
 def pair(persona: int, query: int = QUERY, response: int = RESPONSE, seed: int = 0) -> dict[str, Any]:
-    """Random ids with a persona of so many tokens."""
+    """A pair of random ids with a persona of so many tokens."""
     generator = torch.Generator().manual_seed(seed)
     return {
         "input_ids": torch.randint(49152, (persona + query + response,), generator=generator).tolist(),
@@ -92,7 +91,7 @@ def test_perce_step_against_ce_step(benchmark, trainers, persona):
         optimizer.zero_grad()
         times[objective].append(time.perf_counter() - started)
 
-    # Correctness first: with every weight held at 1 PerCE is cross-entropy.
+    # Correctness first: with every weight clipped to 1, PerCE is cross-entropy.
     trainers["perce"].args.loss = LossConfig(clip_min=1.0, clip_max=1.0)
     losses = [trainers[name].compute_loss(model, dict(inputs), num_items_in_batch=items) for name in ("ce", "perce")]
     trainers["perce"].args.loss = LossConfig()

@@ -1,4 +1,4 @@
-"""Memory and speed of whole training steps over the persona's length, beside a Trainer with full logits and TRL's."""
+"""Memory and speed of training steps for several persona lengths, compared with a Trainer with full logits and TRL."""
 
 import importlib.util
 
@@ -22,7 +22,7 @@ def test_a_step_by_trainer(benchmark, persona):
 
     results = benchmark.pedantic(measure, rounds=1)
     fitting = {way: result for way, result in results.items() if result}
-    # Correctness first: each loss is the same function of the same weights, whoever computes it.
+    # Correctness first: every trainer computes the same function of the same weights.
     assert abs(fitting["perce"]["loss"] / fitting["perce-ce"]["loss"] - 0.8) > 1e-3, "not all weights at the floor"
     for way, result in fitting.items():
         reference = fitting["perce-ce" if way.endswith("-ce") else "perce"]

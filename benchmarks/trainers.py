@@ -1,17 +1,17 @@
-"""One training step by trainer, ours and those people have: `python -m benchmarks.trainers WAY PERSONA [SHAPE]`.
+"""Training steps of perce's trainer and of others: `python -m benchmarks.trainers WAY PERSONA [SHAPE]`.
 
     perce          PerceTrainer, PerCE                           perce-ce   the same, cross-entropy
     perce-liger    the same with Liger's kernels for norms, rotary embeddings and MLPs, on a GPU
     naive          transformers.Trainer, PerCE by its formula    naive-ce   the same, its own loss: logits of all tokens
-    naive-kept     "naive" on the response's logits alone, by the model's own logits_to_keep
+    naive-kept     "naive" with only the response's logits, by the model's own logits_to_keep
     trl-perce      PerceSFTTrainer: TRL's SFTTrainer with PerCE   trl-perce-ce   the same, cross-entropy
     trl-ce         TRL's SFTTrainer with its fused head; it has no weights from a counterfactual pass. On a CPU its head
-                   runs on the persona's tokens too (on a GPU it leaves them out), so its speed here says little
+                   runs on the persona's tokens too (on a GPU it leaves them out), so its speed on a CPU says little
 
-All with activation checkpointing, on one sequence of its persona and 80 + 128 tokens. SHAPE is "deep" (fp32, all
-weights; what two cores can do), "qwen3-8b" (bf16, LoRA; for a GPU) or its "tiny" double, with random weights. Printed
-as JSON: the first step's loss; the last one's peak memory, and what of it was not held before, gradients included;
-seconds and factual tokens a second by the median of all steps but the first.
+All with activation checkpointing, on one sequence of a persona and 80 + 128 tokens. SHAPE is "deep" (fp32, all weights;
+small enough for two cores), "qwen3-8b" (bf16, LoRA; for a GPU) or "tiny" (the same at a small size), with random
+weights. Printed as JSON: the first step's loss; the last step's peak memory, and how much of it was not held before the
+step, gradients included; seconds and factual tokens per second as the median of all steps but the first.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deep": {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 256, "intermediate_size": 768,
         "num_hidden_layers": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
-        "max_position_embeddings": 2**20, "initializer_range": 0.1,  # so that PIRs are large enough to pass the clip
+        "max_position_embeddings": 2**20, "initializer_range": 0.1,  # so that PIRs exceed the clip's floor
     },
     "qwen3-8b": {
         "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
@@ -47,13 +47,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def measure(way: str, persona: int, shape: str = "deep") -> dict[str, float]:
-    """In this process: call once in a fresh one."""
+    """Measured in this process; to be called once in a fresh one."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
     return train(make_model(shape), way, persona, shape)
 
 
 def make_model(shape: str) -> Any:
-    """With random weights, the same every time, on the GPU if there is one."""
+    """A model with random weights, the same every time, on the GPU if there is one."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -64,7 +64,7 @@ def make_model(shape: str) -> Any:
 
 
 def train(model: Any, way: str, persona: int, shape: str, steps: int = STEPS) -> dict[str, float]:
-    """So many steps of one trainer; what it puts around the model stays there."""
+    """So many steps of one trainer. Adapters and other changes that it makes to the model stay."""
     from datasets import Dataset
 
     from benchmarks.step_meter import StepMeter
@@ -122,7 +122,7 @@ def _ours(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str)
 
 
 def naive_perce(model: Any, inputs: Any, num_items: Any, kept: int = 0) -> Any:
-    """The loss as its formula reads, on logits of all tokens or of the `kept` last. inputs: of `labelled`, (1, T)."""
+    """The loss by its formula, on logits of all tokens or of the last `kept`. inputs: from `labelled`, (1, T)."""
     import torch
 
     def logp(suffix: str) -> torch.Tensor:
@@ -140,7 +140,7 @@ def naive_perce(model: Any, inputs: Any, num_items: Any, kept: int = 0) -> Any:
 
 
 def labelled(row: dict[str, Any]) -> dict[str, Any]:
-    """What a trainer without personas takes: the ids, their copy without the persona, and the response as labels."""
+    """Columns for a trainer without personas: ids, ids without the persona, and labels, which are the response."""
     ids, (start, end), length = row["input_ids"], row["persona_span"], row["response_length"]
     without = ids[:start] + ids[end:]
     return {
@@ -183,7 +183,7 @@ def _trl(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) 
 
 
 def measured(way: str, persona: int, shape: str = "deep") -> dict[str, float] | None:
-    """`measure`, in a child process; None where the machine has too little memory for it."""
+    """`measure`, in a child process; None if the machine has too little memory for it."""
     command = [sys.executable, "-m", "benchmarks.trainers", way, str(persona), shape]
     child = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     if child.returncode == -9 or "OutOfMemoryError" in child.stderr:

@@ -1,12 +1,12 @@
-"""A measuring process, as run by supervise.py: what it is asked, and what it says, one JSON a line on standard output.
+"""A measuring process, as run by supervise.py. It reads a request and prints messages, one JSON object per line:
 
     {"machine": {…}}            once
     {"begin": KEY}              before anything that may crash or hang
-    {"line": KEY, …}            what was measured, or the reason why not; "partial": a later one takes its place
+    {"line": KEY, …}            what was measured, or the reason why not; "partial": a later line replaces it
     {"done": true}              at the end
 
-`measured` does all of that for one key: it leaves out what an earlier process finished or was lost with, and what there
-is no time for.
+`measured` does all of that for one key. It skips keys that an earlier process finished or that ended one, and keys that
+there is no time for.
 """
 
 import ctypes
@@ -44,25 +44,25 @@ class Unable(Exception):
 
 
 class Dead(Exception):
-    """The device answers no more: this process is of no use."""
+    """The device no longer responds, so this process cannot measure anything."""
 
 
 @dataclass
 class Request:
-    """What a process is to measure."""
+    """What a process should measure."""
 
     stage: str
     seconds: float
-    """Time for all of it; what would begin later is left out."""
+    """Time for the whole request; measurements that would begin later are left out."""
     device: str = "cuda"
     tell_machine: bool = True
-    """Whether hardware and versions are not known yet."""
+    """Whether to report hardware and versions, because they are not known yet."""
     finished: list[str] = field(default_factory=list)
-    """Keys of an earlier process of this stage, which crashed or hung on another one."""
+    """Keys that an earlier process of this stage finished before it crashed or hung on another key."""
     lost: dict[str, str] = field(default_factory=dict)
     """Keys that ended a process, and how."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the stage."""
+    """Options of the stage."""
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -102,7 +102,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's driver, as its own tool says it."""
+    """The version of NVIDIA's driver, by nvidia-smi."""
     try:
         command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
@@ -111,7 +111,7 @@ def driver_version() -> str | None:
 
 
 class Child:
-    """This process, while it measures."""
+    """The state of this process while it measures."""
 
     def __init__(self, request: Request, say: Callable[[dict[str, Any]], object]):
         self.request, self.say = request, say
@@ -129,7 +129,7 @@ class Child:
         self.say({"begin": key})
 
     def wants(self, key: str) -> bool:
-        """Whether this is still to be measured, and can be."""
+        """Whether this key still has to be measured, and there is time for it."""
         if key in self.request.finished or key in self.request.lost:
             return False
         if self.out_of_time:
@@ -137,7 +137,7 @@ class Child:
         return not self.out_of_time
 
     def prepared(self, key: str, make: Callable[[], T]) -> T | None:
-        """What `make` returns, which several lines share; None, and a reason said, where it fails or failed before."""
+        """What `make` returns, which several lines share. None if it fails, with the reason, or failed before."""
         if key in self.request.finished or key in self.request.lost or self.out_of_time:
             return None
         self.begin(key)
@@ -149,7 +149,7 @@ class Child:
         return None
 
     def measured(self, key: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """The line that `run` returns, said; None, and a reason said, where there is none."""
+        """The line that `run` returns, printed. None if `run` fails; then the reason is printed."""
         if not self.wants(key):
             return None
         self.begin(key)
@@ -158,14 +158,14 @@ class Child:
         return None if "reason" in outcome else outcome
 
     def attempt(self, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `run` returns, or the reason; Dead if the device did not survive."""
+        """What `run` returns, or the reason why it failed. Raises Dead if the device did not survive."""
         try:
             return run()
         except Unable as error:
             return {"reason": str(error)}
         except torch.OutOfMemoryError:
             reason = "out of memory"
-        except Exception as error:  # a library's own, of any kind: recorded by name
+        except Exception as error:  # libraries raise errors of any kind: recorded by name
             traceback.print_exc()
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         self.clock.free()
@@ -175,25 +175,25 @@ class Child:
 
 
 def is_asked() -> bool:
-    """Whether this process is one of a stage: its arguments are "-" and the device."""
+    """Whether this process belongs to a stage: its arguments are "-" and the device."""
     return sys.argv[1:2] == ["-"]
 
 
 def die_with_parent() -> None:
-    """No process outlives the one that started it, and so none a command that was killed."""
+    """Ends this process when its parent ends, so that no process outlives a command that was killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def warm_up(device: str) -> None:
-    """The first seconds of a process on a GPU: its context, and cuBLAS."""
+    """Creates the GPU context and loads cuBLAS, which takes the first seconds of a process."""
     if device == "cuda":
         x = torch.zeros(64, 64, device=device, dtype=torch.bfloat16)
         torch.mm(x, x).sum().item()
 
 
 def main(stage: Callable[[Child], object], doc: str | None, prepare: Callable[[], object] = lambda: None) -> None:
-    """A stage's command: reads a Request as JSON from standard input, once `prepare` is done."""
+    """The command of a stage: after `prepare`, it reads a Request as JSON from standard input and runs the stage."""
     if not is_asked():
         sys.exit(doc)
     die_with_parent()

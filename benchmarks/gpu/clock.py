@@ -1,4 +1,4 @@
-"""Time and memory of a call: by CUDA events and the allocator, or on a CPU, where the harness is tested, by a clock."""
+"""Time and memory of a call: by CUDA events and the allocator; on a CPU, which only tests the harness, by a clock."""
 
 import gc
 import time
@@ -11,7 +11,7 @@ Run = Callable[[], object]
 
 
 class HostClock:
-    """Seconds of a call on the CPU; memory is not measured there (benchmarks/memory.py does)."""
+    """Seconds of a call on the CPU. Memory is not measured here (benchmarks/memory.py does that)."""
 
     def seconds(self, run: Run, setup: Run | None = None) -> float:
         if setup is not None:
@@ -28,16 +28,16 @@ class HostClock:
         gc.collect()
 
     def is_alive(self) -> bool:
-        """Whether the device still answers: after an illegal access no CUDA call of the process works."""
+        """Whether the device still responds: after an illegal access no CUDA call of the process works."""
         return True
 
 
-LEAD = 2_000_000  # cycles, some 1 ms: what the host needs to queue a few launches
+LEAD = 2_000_000  # cycles, some 1 ms: enough for the host to queue a few launches
 
 
 class CudaClock(HostClock):
     """Seconds on the device between two events. The device is kept busy first, so that launches are queued before they
-    are due, as in a training step: of a small kernel, most of the time would else be the host's.
+    are due, as in a training step; otherwise, most of the time of a small kernel would be the host's.
     """
 
     def seconds(self, run: Run, setup: Run | None = None) -> float:
@@ -62,7 +62,7 @@ class CudaClock(HostClock):
 
     def free(self) -> None:
         gc.collect()
-        with suppress(RuntimeError):  # of a dead device; is_alive says so
+        with suppress(RuntimeError):  # the device is dead; is_alive reports that
             torch.cuda.empty_cache()
 
     def is_alive(self) -> bool:
@@ -75,7 +75,7 @@ class CudaClock(HostClock):
 
 
 def seconds_of_kernels(run: Run) -> dict[str, dict[str, float]]:
-    """What ran on the device, by the profiler: of each kernel, copy and fill how often, and seconds in all."""
+    """What ran on the device, by the profiler: how often each kernel, copy and fill ran, and its total seconds."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()

@@ -18,21 +18,21 @@ from benchmarks.gpu.supervise import ROOT, Stage, run
 
 RESULTS = ROOT / "benchmarks/results/gpu"
 SITE = ROOT / "build/site-packages"
-CPU_TIME = 4  # times as long, for the doubles on two slow cores
+CPU_TIME = 4  # stages get this many times as long with tiny sizes on two slow cores
 Stages = Callable[[str, tuple[str, ...]], list[list[Stage]]]
 
 
 def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) -> Results:
-    """All stages of one command, or those asked for; `doc` is its --help."""
+    """Runs all stages of one command, or those of --only; `doc` is its --help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results (default %(default)s)")
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny doubles, to try the harness"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, to test the harness"
     )
-    parser.add_argument("--fakes", nargs="*", default=(), metavar="PEER", help="doubles (tests/helpers/fake_peers.py)")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages alone, each with its own time")
-    parser.add_argument("--seconds", type=float, default=inf, help="no stage ends later (default: as planned)")
-    parser.add_argument("--wheels", nargs="+", type=Path, default=[], metavar="DIR", help="parts of `make wheels`")
+    parser.add_argument("--fakes", nargs="*", default=(), metavar="PEER", help="fakes of tests/helpers/fake_peers.py")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these stages, each with its own time")
+    parser.add_argument("--seconds", type=float, default=inf, help="end all stages by then (default: as planned)")
+    parser.add_argument("--wheels", nargs="+", type=Path, default=[], metavar="DIR", help="parts made by `make wheels`")
     options = parser.parse_args(arguments)
     if options.device == "cuda":
         import torch
@@ -43,7 +43,7 @@ def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) ->
     known = [stage.name for row in rows for stage in row]
     if options.only and (unknown := set(options.only) - set(known)):
         parser.error(f"--only: expected stages of {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # exit runs the clean-up that stops all processes
     results = Results(name, options.results, started=STARTED)
     if options.device == "cuda" and (missing := compiler_missing()):
         results.put("compiler", reason=missing)
@@ -61,7 +61,7 @@ def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) ->
 
 
 def in_turn(rows: list[list[Stage]], wanted: list[str]) -> list[list[Stage]]:
-    """The wanted stages, each row with the time that it has of its own, one after the other."""
+    """The wanted stages, one row after the other; each row keeps the time that it was planned with."""
     kept: list[list[Stage]] = []
     planned = end = 0.0
     for row in rows:
@@ -73,7 +73,7 @@ def in_turn(rows: list[list[Stage]], wanted: list[str]) -> list[list[Stage]]:
 
 
 def compiler_missing() -> str | None:
-    """What Triton lacks to build its launchers, if anything."""
+    """What Triton needs to build its launchers and does not find, if anything."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton builds its launchers with a C compiler: expected gcc, clang or $CC, found none"
@@ -81,8 +81,8 @@ def compiler_missing() -> str | None:
 
 
 def install(parts: list[Path], results: Results) -> None:
-    """What `make wheels` collected, for the processes that follow, with what an earlier command was given; a part that
-    is damaged is a line."""
+    """Installs the parts that `make wheels` made, for the processes that follow; those of an earlier command stay. A
+    damaged part is reported as a line."""
     if not parts and not SITE.exists():
         return
     for problem in wheels.unpack(SITE, parts):

@@ -1,13 +1,13 @@
-"""The second command on a GPU: others beside ours, the tests, what takes long. 17 minutes at most; in parts by --only.
+"""The second command on a GPU: other libraries, the tests, and long steps. At most 17 minutes; in parts with --only.
 
     trainers       steps of Qwen3-8B's shape by a plain Trainer, TRL's and ours, at 8k and 32k tokens
     peers          all that need no CuTe DSL, trainable head at all sizes, then frozen; each timed in turn with ours
-    tests          the GPU backend's, in twelve processes, interrupted at the end of the time; meanwhile `memcheck` and
+    tests          the GPU backend's, in twelve processes, interrupted when the time is over; meanwhile `memcheck` and
                    `racecheck`, all kernels under compute-sanitizer, and perce.train with its `options` and with `flash`
-    quack          at two sizes, in a process of its own: it patches CuTe's classes
-    liger_cutedsl  likewise; both compile for long, and may be silent for two minutes if the time allows
-    attention      steps at 32k tokens by PyTorch's attention and flash-attn-4's
-    long, longest  one step at 128k tokens, and at 256k (an H200's memory), its gradient whole
+    quack          at two sizes, in a process of its own, because it patches CuTe's classes
+    liger_cutedsl  likewise; both take long to compile, and may print nothing for two minutes if the time allows
+    attention      steps at 32k tokens with PyTorch's attention and with flash-attn-4
+    long, longest  one step at 128k tokens, and at 256k (an H200's memory), with a gradient through all of them
 
 Every line is in RESULTS/gpu_b.json before it is printed. `--device cpu`: see decide.py.
 """
@@ -23,13 +23,13 @@ from benchmarks.gpu.suite import TINY_FILES
 from benchmarks.gpu.supervise import Stage
 
 CUTE = {"quack": ["quack", "quack_exact"], "liger_cutedsl": ["liger_cutedsl"]}
-"""Stage → peers that need the CuTe DSL."""
+"""Stages of peers that need the CuTe DSL."""
 WORKERS = 12
 ROUNDS = 4
 
 
 def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
-    """Stages, with the second each of them ends at."""
+    """Stages, each with the second at which it ends."""
     tiny = device == "cpu"
     side = {"side": 16} if tiny else {}
     race = "benchmarks.gpu.race"

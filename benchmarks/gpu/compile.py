@@ -1,10 +1,10 @@
-"""Everything that the other stages launch, compiled in parallel processes into Triton's cache on the disk.
+"""Compiles all kernels that the other stages launch, in parallel processes, into Triton's cache on disk.
 
-Each kernel at each named tile, and the whole op by each way, on inputs so small that running them costs nothing, and of
-the divisibility that the real ones have, which is what Triton specialises by.
+These are each kernel at each named tile, and the whole op by each way. The inputs are so small that running them costs
+nothing. They have the same divisibility by 16 as the real ones, by which Triton specialises kernels.
 
 `python -m benchmarks.gpu.compile [--jobs N]` without a GPU compiles the same for sm_90 ahead of time, from an empty
-cache, and tells what each costs: the first minute on a GPU must be known before it begins.
+cache, and prints what each costs, to predict the time of this stage on a GPU.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.gpu.sizes import Size
 from benchmarks.gpu.tiles import FP32_ROWS, SUBJECTS, TABLED, candidates, named, shipping
 
 SHAPES = (Size(256, 256, 2064), Size(256, 256, 4096))
-"""The number of tiles of a row is no multiple of 16, as at 128256 and 151936 entries, or is one, as at 262144."""
+"""The number of tiles per row is not a multiple of 16, as with 128256 and 151936 entries, or is one, as with 262144."""
 TINY_SHAPES = (Size(12, 16, 61),)
 WORKERS = 12
 
@@ -39,7 +39,7 @@ def jobs(arch: str, shapes: tuple[Size, ...]) -> list[tuple[str, str, Size]]:
 
 
 def compile_one(job: tuple[str, str, Size], arch: str, device: str) -> float:
-    """Seconds, in this process."""
+    """Compiles one job in this process; the seconds that it took."""
     from benchmarks.implementations import make_inputs, step
     from perce_kernels import token_logprobs
 
@@ -63,7 +63,7 @@ def compile_one(job: tuple[str, str, Size], arch: str, device: str) -> float:
 
 
 def compile_all(child: Child) -> None:
-    """A line for each, as they come."""
+    """Prints a line for each job as soon as it is done."""
     from perce_kernels.gpu import tiles
 
     device = child.request.device
@@ -71,7 +71,7 @@ def compile_all(child: Child) -> None:
     on_gpu = device == "cuda"
     workers = min(WORKERS, os.cpu_count() or 1)
     pending = jobs(arch, SHAPES if on_gpu else TINY_SHAPES)
-    for _ in range(2):  # a compiler that crashes takes its pool with it: what was left has another
+    for _ in range(2):  # a compiler that crashes ends its pool: the remaining jobs get another one
         with ProcessPoolExecutor(workers, get_context("spawn"), _only_compile, (on_gpu,)) as pool:
             tasks = {pool.submit(compile_one, job, arch, device): job for job in pending}
             pending = []
@@ -84,7 +84,7 @@ def compile_all(child: Child) -> None:
 
 
 def _only_compile(on_gpu: bool) -> None:
-    """Launchers compile and do not launch: a kernel that faults would take its process with it."""
+    """Makes launchers compile without launching, because a kernel that faults would end its process."""
     die_with_parent()
     if on_gpu:
         from tests.helpers.aot import compile_only
@@ -93,7 +93,7 @@ def _only_compile(on_gpu: bool) -> None:
 
 
 def ahead(arch: str, workers: int) -> None:
-    """Compiled for a GPU that is not here."""
+    """Compiles all jobs for a GPU that this machine does not have."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         os.environ.pop("TRITON_INTERPRET", None)
@@ -106,7 +106,7 @@ def ahead(arch: str, workers: int) -> None:
                 name, tile, size = tasks[task]
                 try:
                     seconds = task.result()
-                except Exception as error:  # the compiler's
+                except Exception as error:  # raised by the compiler
                     failed += 1
                     print(
                         f"{name} {tile} {size}: {type(error).__name__}: {' '.join(str(error).split())[:200]}",

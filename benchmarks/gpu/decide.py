@@ -1,17 +1,17 @@
-"""The first command on a GPU: does it run, which way is the faster, where does the time go. At most 275 seconds.
+"""The first command on a GPU: does it run, which way is fastest, where does the time go? At most 275 seconds.
 
     train      python -m perce.train on a tiny model; meanwhile `compile`, all kernels and named tiles in parallel, and
-               `tests`, the first of the GPU backend's: what is wrong must be known before anything is tuned
-    check      every way against fp64: wrong kernels need no timing
-    parts      products and kernels by themselves, at all sizes, beside the roofline's predictions
-    ways       the whole loss each way, at all sizes: these lines decide
+               `tests`, the first of the GPU backend's, because errors must be known before anything is tuned
+    check      every way compared with fp64: wrong kernels need no timing
+    parts      single products and kernels, at all sizes, compared with the roofline's predictions
+    ways       the whole loss by each way, at all sizes; these lines decide which way is used
     profiles   where the time of a whole loss goes, kernel by kernel
     tiles      the named tiles of every kernel at two sizes
-    budgets    the loss by the bytes of a chunk's logits
+    budgets    the loss with different memory budgets for a chunk's logits
     steps      training steps of Qwen3-8B's shape, PerCE and cross-entropy, at 8k and 32k tokens, and at 128k
 
-Every line is in RESULTS/gpu_a.json before it is printed. `--device cpu` runs all of it on tiny doubles in Triton's
-interpreter, to try the harness: its numbers mean nothing.
+Every line is in RESULTS/gpu_a.json before it is printed. `--device cpu` runs all stages with tiny sizes in Triton's
+interpreter, to test the harness: its numbers mean nothing.
 """
 
 import sys
@@ -24,15 +24,15 @@ from benchmarks.gpu.suite import TINY_FILES
 from benchmarks.gpu.supervise import Stage
 
 KERNELS = ("row_loss", "store_gemm", "lse_gemm", "stored_rows")
-CHECKED_ROWS = 512  # of the ways, which `check` has compared already
-WORKERS = 8  # of the tests, beside the compilation
-ROUNDS = 4  # of the ways: two implementations of ours differ less than others'
+CHECKED_ROWS = 512  # in stage "ways"; stage "check" has compared the ways already
+WORKERS = 8  # for the tests, while the kernels compile
+ROUNDS = 4  # for the ways: our own implementations differ less than other libraries
 
 
 def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
-    """Stages, with the second each of them ends at; patience without an end where a process waits for its own.
+    """Stages, each with the second at which it ends. Patience is infinite if a process waits for its own children.
 
-    fakes: made-up peers, to try the harness.
+    fakes: made-up peers, to test the harness.
     """
     side = {} if device == "cuda" else {"side": 16}
     tests = {"workers": WORKERS} if device == "cuda" else {"files": TINY_FILES, "workers": 2}

@@ -1,9 +1,9 @@
-"""The parts of the op, each by itself, beside what roofline.py predicts of it; and where a whole call's time goes.
+"""The parts of the op, each timed separately and compared with roofline.py; and where the time of a whole call goes.
 
-check     every way on 512 rows against fp64: wrong kernels need no timing
-parts     every product and kernel of a chunk, at all sizes: seconds, and predicted ones by the ceilings of this GPU
-budgets   the whole loss by the bytes of a block's dz and a chunk's logits, each way
-profiles  the kernels of the whole loss each way, by name: how often, and seconds in all
+check     every way on 512 rows compared with fp64: wrong kernels need no timing
+parts     every product and kernel of a chunk, at all sizes: seconds, measured and predicted by this GPU's ceilings
+budgets   the whole loss by each way, with different budgets for a block's dz and a chunk's logits
+profiles  the kernels of the whole loss by each way, by name: how often they run, and total seconds
 """
 
 from collections.abc import Callable
@@ -34,10 +34,10 @@ from perce_kernels.gpu.tiles import STATISTICS_COLUMNS
 
 CHECKED_ROWS = 512
 BLOCKS = (2048, 4096, 8192, 16384)
-"""Tokens of the products with dz: the more, the less often dW is read and written."""
+"""Tokens of the products with dz; with more of them, dW is read and written less often."""
 REPETITIONS = 5
 BUDGETS = (1, 2, 4, 8)  # GiB
-BUDGETED = ("fused", "stored")  # the mixed way cuts as the first does
+BUDGETED = ("fused", "stored")  # "mixed" has the same blocks and chunks as "fused"
 
 
 class Timing(NamedTuple):
@@ -75,18 +75,18 @@ def check(child: Child) -> None:
 
 
 def gradients(rows: int, v: int, device: str) -> Tensor:
-    """(rows, V) gradients of logits as the driver's products read them: rows of its pitch."""
+    """(rows, V) gradients of logits, with the row pitch that the driver's products read."""
     return torch.randn((rows, pitch(v)), device=device, dtype=DTYPE)[:, :v]
 
 
 def timing_of(part: str, run: Callable[[], object], flop: float, moved: float, gpu: Gpu) -> Timing:
-    """Of one of cuBLAS's products."""
+    """The timing of one product by cuBLAS."""
     work = Work(flop, moved)
     return Timing(run, roofline.product_seconds(part, work, gpu), work=work)
 
 
 def of_a_block(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
-    """cuBLAS's products of one block, as the driver calls them; and logits in 16 bits for comparison."""
+    """The products of one block by cuBLAS, as the driver calls them; and logits in 16 bits for comparison."""
     _, d, v = size
     cut = roofline.cut_for(size, "fused", gpu)
     hidden, lm_head, _, _ = (x.detach() for x in make_inputs(cut.block, d, v, DTYPE, device))
@@ -116,7 +116,7 @@ def of_a_block(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
 
 
 def of_dz(size: Size, device: str, gpu: Gpu, rows: int) -> dict[str, Timing]:
-    """Products with dz of so many tokens: dh; dW, the first time and added to what is there."""
+    """Products with dz of so many tokens: dh; dW, written for the first time, and added to earlier blocks' dW."""
     _, d, v = size
     rows = rows if device == "cuda" else min(rows, size.n)
     dz, hidden = gradients(rows, v, device), torch.randn((rows, d), device=device).to(DTYPE)
@@ -135,7 +135,7 @@ def of_dz(size: Size, device: str, gpu: Gpu, rows: int) -> dict[str, Timing]:
 
 
 def of_kernels(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
-    """Our own, on one chunk or block."""
+    """Our own kernels, on one chunk or block."""
     _, d, v = size
     predicted: dict[str, float] = {}
     for way, passes, name in (("fused", 1, "row_loss"), ("stored", 1, "stored_rows")):
@@ -156,7 +156,7 @@ def of_kernels(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
 
 
 def of_the_rest(size: Size, device: str, gpu: Gpu) -> dict[str, Timing]:
-    """What tiles' statistics take to become rows', and the gradients to be scaled."""
+    """Combining the statistics of tiles into those of rows, and scaling gradients."""
     (_, d, v), rows = size, roofline.cut_for(size, "stored", gpu).block
     parts = TileStatistics.empty(v, STATISTICS_COLUMNS, rows, torch.device(device))
     parts.row_max.normal_(), parts.total.uniform_(1, 2)
@@ -189,7 +189,7 @@ Groups = dict[str, Callable[[], dict[str, Timing]]]
 
 
 def groups_of(size: Size, device: str, gpu: Gpu) -> Groups:
-    """Parts by the operands that they share."""
+    """Parts, grouped by the operands that they share."""
     return {
         "products": partial(of_a_block, size, device, gpu),
         **{f"dz of {rows}": partial(of_dz, size, device, gpu, rows) for rows in BLOCKS},
@@ -217,7 +217,7 @@ def parts(child: Child) -> None:
 
 
 def a_group(child: Child, place: str, group: str, make: Callable[[], dict[str, Timing]]) -> None:
-    """Parts that share their operands."""
+    """Measures the parts of one group, which share their operands."""
     operands = f"{place}/operands of {group}"
     timings = child.prepared(operands, make)
     if timings is not None:
@@ -228,7 +228,7 @@ def a_group(child: Child, place: str, group: str, make: Callable[[], dict[str, T
 
 @torch.no_grad()
 def logprobs(child: Child, size: Size) -> dict[str, Any]:
-    """token_logprobs forward against the cuBLAS products that it replaces, logits written in the inputs' dtype."""
+    """token_logprobs forward, and the cuBLAS products that it replaces, with logits written in the inputs' dtype."""
     device = child.request.device
     hidden, lm_head, target, _ = make_inputs(*size, DTYPE, device)
     rows = max(16, 2**31 // (lm_head.shape[0] * hidden.itemsize) // 128 * 128)
@@ -251,10 +251,10 @@ def logprobs(child: Child, size: Size) -> dict[str, Any]:
 
 
 def budgets(child: Child) -> None:
-    """The loss and its backward by the budget of dz and logits, which the driver turns into numbers of tokens."""
+    """The loss and its backward with different budgets for dz and logits, which the driver turns into token counts."""
     device, stage = child.request.device, child.request.stage
     first, second, *others = child.request.sizes
-    for size in (second, first, *others):  # the largest vocabulary asks most for large chunks
+    for size in (second, first, *others):  # the largest vocabulary needs large chunks most
         operands = f"{stage}/{size}/operands"
         inputs = child.prepared(operands, lambda size=size: make_inputs(*size, DTYPE, device))
         if inputs is None:
@@ -272,7 +272,7 @@ def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> d
     run, shipped, wanted = WAY_PEERS[way].load().loss, cut.BUDGET, gib * 2**30
     gpu = Gpu(multiprocessors=tiles.multiprocessors(inputs[0].device))
     cut.BUDGET = wanted
-    cut.cut_of.cache_clear()  # which does not know of the budget
+    cut.cut_of.cache_clear()  # its cache key does not contain the budget
     try:
         seconds = [child.clock.seconds(lambda: step(run, inputs)) for _ in range(3)][1:]
     finally:
@@ -283,7 +283,7 @@ def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> d
 
 
 def profiles(child: Child) -> None:
-    """Kernels of one step, after one that warms up."""
+    """Kernels of one step, after a warm-up step."""
     device, stage = child.request.device, child.request.stage
     for size in child.request.sizes:
         inputs = child.prepared(f"{stage}/{size}/operands", lambda size=size: make_inputs(*size, DTYPE, device))

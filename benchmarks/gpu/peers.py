@@ -1,13 +1,13 @@
-"""Libraries that a user could build PerCE from, each composed as well as it allows. What they share:
+"""Libraries from which a user could build PerCE, each used as well as it allows. All compute:
 
     nll_cf = nll(hidden_cf)   under no_grad
     nll    = nll(hidden)
     loss   = mean(clip(nll_cf − nll, 0.8, 5) · nll)          the weight detached
 
-A library fits if its per-token losses have right gradients under unequal upstream gradients, for that is what the
-weights are; one that returns a mean or a sum alone cannot weight tokens and is listed as unable. Whether statistics are
-accurate to fp32 or made from bf16 logits is the library's own; it is measured, not assumed. The signatures are those of
-liger-kernel 0.8.5, cut-cross-entropy 25.1.1, quack-kernels 0.6.5 and trl 1.16.0.
+A library is suitable if its per-token losses have correct gradients under unequal upstream gradients, because token
+weights are such gradients. One that returns only a mean or a sum cannot weight tokens and is listed with that reason.
+Whether a library's statistics are accurate to fp32 or made from bf16 logits is measured, not assumed. The signatures
+are those of liger-kernel 0.8.5, cut-cross-entropy 25.1.1, quack-kernels 0.6.5 and trl 1.16.0.
 """
 
 import importlib
@@ -32,26 +32,26 @@ Nll = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class Implementation:
-    """What a peer's `load` gives: functions of hidden, lm_head, target, hidden_cf."""
+    """What a peer's `load` returns: functions of hidden, lm_head, target, hidden_cf."""
 
     loss: Loss
     pir: Loss
-    """(N,) contrasts that the loss was weighted by."""
+    """(N,) contrasts that the loss is weighted by."""
 
 
 @dataclass
 class Peer:
-    """A name and how to get the implementation; importing it is part of `load`, and may fail."""
+    """A library's name, and how to load its implementation; `load` imports it and may fail."""
 
     name: str
     title: str
     load: Callable[[], Implementation]
     tf32: bool = False
-    """Whether fp32 products may be TF32: much faster, and exact for factors that are bf16 numbers (all but dz are)."""
+    """Whether fp32 products may use TF32: much faster, and exact for factors with bf16 values (all except dz)."""
 
 
 def composed(nll: Nll, nll_cf: Nll | None = None) -> Implementation:
-    """PerCE from per-token losses; nll_cf: those of the counterfactual pass, which needs no gradient."""
+    """PerCE from a function for per-token losses; nll_cf: one for the counterfactual pass, which needs no gradient."""
 
     def both(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -62,12 +62,12 @@ def composed(nll: Nll, nll_cf: Nll | None = None) -> Implementation:
 
 
 def of_both(both: Callable[..., tuple[Tensor, Tensor]]) -> Implementation:
-    """From a function that returns (loss, PIR)."""
+    """An implementation from a function that returns (loss, PIR)."""
     return Implementation(lambda *inputs: both(*inputs)[0], lambda *inputs: both(*inputs)[1])
 
 
 def imported(module: str, package: str) -> Any:
-    """The module, or Unable with the reason."""
+    """The module. Unable with the reason if it cannot be imported."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -75,7 +75,7 @@ def imported(module: str, package: str) -> Any:
 
 
 def load_perce() -> Implementation:
-    """Ours, by the kernels whatever the device: elsewhere than on a GPU they are interpreted."""
+    """Ours, by the Triton kernels on every device: without a GPU they are interpreted."""
 
     def pir(*inputs: Tensor) -> Tensor:
         return fused_perce_loss(*inputs, backend="triton", return_stats=True)[1].pir
@@ -84,7 +84,7 @@ def load_perce() -> Implementation:
 
 
 def load_perce_by(way: str) -> Implementation:
-    """Ours by one of tiles.WAYS: the GPU is to say which pays."""
+    """Ours by one of tiles.WAYS, to measure which is fastest on a GPU."""
     tiles = imported("perce_kernels.gpu.tiles", "triton")
     ours = load_perce()
 
@@ -103,7 +103,7 @@ def load_perce_by(way: str) -> Implementation:
 
 
 def load_naive_bf16() -> Implementation:
-    """What training code does: logits in the model's dtype, cross-entropy in fp32."""
+    """What training code usually does: logits in the model's dtype, cross-entropy in fp32."""
 
     def nll(hidden: Tensor, lm_head: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy((hidden @ lm_head.T).float(), target, reduction="none")
@@ -132,17 +132,17 @@ def load_liger(chunk_mem_const: int) -> Implementation:
 
 
 def load_liger_cutedsl() -> Implementation:
-    """CuTe DSL kernels for Hopper: per-token losses, no logits. Elsewhere the same call is plain PyTorch, no peer."""
+    """CuTe DSL kernels for Hopper: per-token losses without logits. On other GPUs the same call is plain PyTorch."""
     imported("cutlass", "nvidia-cutlass-dsl")
     module = imported("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel")
     if torch.cuda.get_device_capability() != (9, 0):
         raise Unable("its kernels are for compute capability 9.0")
-    os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"  # a host sync a call
+    os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"  # it would cost a host sync per call
     return composed(module.LigerFusedLinearScaledCrossEntropyFunction.apply)
 
 
 def load_cce(filter_eps: str | None) -> Implementation:
-    """Apple's; logits recomputed in the backward, gradients accumulated in the inputs' dtype."""
+    """Apple's; it recomputes logits in the backward and accumulates gradients in the inputs' dtype."""
     cce = imported("cut_cross_entropy", "cut-cross-entropy")
     return composed(
         lambda hidden, lm_head, target: cce.linear_cross_entropy(
@@ -152,8 +152,8 @@ def load_cce(filter_eps: str | None) -> Implementation:
 
 
 def quack_parts() -> tuple[Nll, Nll]:
-    """(with a gradient, without): its cross-entropy on bf16 logits of all tokens; its GEMM that stores no logits, whose
-    log-sum-exp and target logit come from the fp32 accumulators.
+    """(with a gradient, without one): its cross-entropy on bf16 logits of all tokens; and its GEMM that stores no
+    logits and takes log-sum-exp and target logit from the fp32 accumulators.
     """
     quack = imported("quack.linear_cross_entropy", "quack-kernels")
     epilogue = imported("quack.epilogue.library", "quack-kernels")
@@ -170,12 +170,12 @@ def quack_parts() -> tuple[Nll, Nll]:
 
 
 def load_quack() -> Implementation:
-    """Its chunked function, the fastest it has, gives a scalar, and so no token weights."""
+    """Without its chunked function, its fastest, which returns a scalar and so allows no token weights."""
     return composed(*quack_parts())
 
 
 def load_quack_exact() -> Implementation:
-    """Weights from the GEMM without logits for both passes, since bf16 logits are too coarse: one product more."""
+    """Weights of both passes from the GEMM without logits, because bf16 logits are too coarse: one more product."""
     with_gradient, without = quack_parts()
 
     def both(hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ def load_quack_exact() -> Implementation:
 
 
 class _HiddenStatesAsModel:
-    """What `add_fused_lm_head` needs of a causal language model, around hidden states that are there already."""
+    """The parts of a causal language model that `add_fused_lm_head` needs, with given hidden states."""
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(get_text_config=SimpleNamespace)
@@ -203,7 +203,7 @@ class _HiddenStatesAsModel:
 
 
 def load_trl() -> Implementation:
-    """The fused head of its trainers: tiles from cuBLAS in the model's dtype, gradients accumulated in fp32."""
+    """The fused head of TRL's trainers: tiles from cuBLAS in the model's dtype, gradients accumulated in fp32."""
     trainer = imported("trl.trainer.utils", "trl")
     if not hasattr(trainer, "add_fused_lm_head"):
         raise Unable("this trl has no add_fused_lm_head (1.16 has)")
@@ -225,7 +225,7 @@ def load_liger_cutedsl_flce() -> Implementation:
     raise Unable("the CuTe DSL fused linear cross-entropy returns a mean or a sum: no token weights")
 
 
-PEERS = {  # by importance and quickness to compile: where time runs out, the last are not measured
+PEERS = {  # by importance and compile time: if time runs out, the last are not measured
     peer.name: peer
     for peer in (
         Peer("perce", "**perce**", load_perce),
@@ -251,11 +251,11 @@ WAY_PEERS = {
     "mixed": Peer("perce_mixed", "**perce**, no counterfactual logits", lambda: load_perce_by("mixed")),
     "stored": Peer("perce_stored", "**perce**, 16-bit logits kept", lambda: load_perce_by("stored")),
 }
-"""Ours by each of tiles.WAYS; "perce" is by the one in use."""
+"""Ours by each of tiles.WAYS; "perce" in PEERS takes the way in use."""
 
 
 def find_peer(name: str) -> Peer:
-    """One of PEERS or WAY_PEERS, or of the made-up ones that try the harness."""
+    """One of PEERS or WAY_PEERS, or one of the fakes that test the harness."""
     for peer in (*PEERS.values(), *WAY_PEERS.values()):
         if peer.name == name:
             return peer

@@ -4,9 +4,9 @@ A race is one size with one head, trainable or frozen. The line STAGE/HEAD/SIZE/
 memory and the seconds of its first step. The line STAGE/HEAD/SIZE/race has the rounds: in each of them every peer and
 both ceilings (a large product, a copy) are timed once.
 
-A peer is *wrong*, and not timed, if its loss or a gradient is off by more than bf16 can explain: it computes something
-else. It is *correct* if besides every PIR is within 1e-3 of fp64: one that is not is timed, listed with its error and
-compared with nothing.
+A peer is *wrong*, and not timed, if its loss or a gradient is off by more than bf16 can explain, because then it
+computes something else. It is *correct* if moreover every PIR is within 1e-3 of fp64. A peer that is neither is timed
+and listed with its error, without a ratio to the floor.
 """
 
 import time
@@ -31,24 +31,24 @@ from benchmarks.gpu.sizes import Size
 from benchmarks.implementations import make_inputs, step
 
 PIR_ERROR = 1e-3
-"""Largest error of a correct peer's PIR, in nats. bf16 logits of standard deviation 3 cost some 1e-2."""
+"""Largest error of a correct peer's PIR, in nats. bf16 logits of standard deviation 3 cause an error of some 1e-2."""
 LOSS_ERROR, GRADIENT_ERROR = 0.01, 0.1
-"""Beyond these (relative; of a gradient, ‖error‖/‖gradient‖) a peer computes something else."""
+"""With larger relative errors (‖error‖/‖gradient‖ for a gradient), a peer computes something else."""
 SAMPLE = 1024  # rows of each gradient that are compared
 LONG_STEP = 0.2  # seconds; shorter ones are timed twice
 DTYPE = torch.bfloat16
-PROBES = 60  # products and copies in a row: some 0.1 s of an H100, so that its clock is that of work that goes on
+PROBES = 60  # products and copies in a row: some 0.1 s on an H100, so that its clock is that of sustained work
 ROUNDS = 7
-SIDE = 8192  # of the product that is the ceiling
-FP64_FLOPS = 40e12  # assumed of an H100's fp64 products, of which the reference is made; its data sheet says 67
-COLD = 8.0  # seconds more that the first race takes for itself and each peer: libraries load, kernels compile
+SIDE = 8192  # of the square matrices whose product is the ceiling
+FP64_FLOPS = 40e12  # assumed for the reference's fp64 products on an H100; its data sheet says 67
+COLD = 8.0  # more seconds that the first race needs for itself and per peer: libraries load, kernels compile
 PREPARATION = 0.7  # of a race's time; the rest is for rounds
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """fp32 products as TF32, for the peers whose factors lose nothing by it."""
+    """Computes fp32 products in TF32, for the peers whose factors lose nothing by it."""
     if not allowed:
         yield
         return
@@ -62,7 +62,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 @dataclass
 class Reference:
-    """The right answer, and which rows of the gradients it has."""
+    """The fp64 results, with a sample of the rows of the gradients."""
 
     loss: float
     pir: Tensor
@@ -86,7 +86,7 @@ class Reference:
         return cls(float(right.loss), right.stats.pir, rows, vocabulary, dhidden, dlm_head)
 
     def errors(self, implementation: Implementation, loss: Tensor, inputs: Inputs) -> dict[str, float]:
-        """Relative errors of loss and gradients, and the largest of a contrast."""
+        """Relative errors of loss and gradients, and the largest absolute error of a PIR."""
 
         def relative(actual: Tensor, expected: Tensor) -> float:
             return float((actual.double() - expected).norm() / expected.norm())
@@ -103,12 +103,12 @@ class Reference:
 
 @lru_cache(maxsize=8)
 def reference_of(size: Size, device: str) -> Reference:
-    """Of `make_inputs`, which are the same every time; kept for the other head."""
+    """The reference for `make_inputs`, which returns the same every time; cached for the race with the other head."""
     return Reference.of(make_inputs(*size, DTYPE, device))
 
 
 def what_is_wrong(errors: dict[str, float]) -> str | None:
-    """With loss or gradients, if anything; NaN is."""
+    """Which errors of loss and gradients are too large, if any; NaN counts as too large."""
     limits = {"loss": LOSS_ERROR, "dhidden": GRADIENT_ERROR, "dlm_head": GRADIENT_ERROR}
     wrong = [
         f"{name} off by {errors[name]:.2g}" for name in limits if name in errors and not errors[name] <= limits[name]
@@ -139,13 +139,14 @@ def probes(side: int, device: str) -> dict[str, Callable[[], None]]:
 
 
 def ceilings(rounds: list[dict[str, float]], side: int) -> dict[str, float]:
-    """FLOP/s and bytes/s of the probes, medians of their rounds."""
+    """FLOP/s and bytes/s of the probes, by the medians over rounds."""
     matmul, copy = (median(seconds[name] for seconds in rounds) for name in ("matmul", "copy"))
     return {"matmul_flops": PROBES * 2 * side**3 / matmul, "bandwidth": PROBES * 16 * side**2 / copy}
 
 
 def timed(clock: HostClock, run: Callable[[], object]) -> float:
-    """Seconds of a step; a short one's once more: the peer before may have had the memory, which is then taken anew."""
+    """Seconds of a step. A short step is timed again, because the first may have to allocate memory that the peer
+    before it had."""
     seconds = clock.seconds(run)
     return seconds if seconds > LONG_STEP else clock.seconds(run)
 
@@ -155,7 +156,7 @@ class Prepared(NamedTuple):
 
     inputs: Inputs
     checked: Inputs
-    """Those that a peer is compared with the reference on: the same, or fewer rows."""
+    """Inputs on which a peer is compared with the reference: the same, or fewer rows."""
     reference: Reference
     ceiling: dict[str, Callable[[], None]]
 
@@ -185,7 +186,7 @@ class Race:
         return Prepared(inputs, checked, reference, probes(self.side, self.device))
 
     def run(self, names: list[str]) -> None:
-        """Every peer prepared, then all timed in turn, round after round."""
+        """Prepares every peer, then times all of them in turn, round after round."""
         if not self.child.wants(self.key("race")):
             return
         prepared = self.child.prepared(self.key("reference"), self.make)
@@ -205,7 +206,7 @@ class Race:
         self.child.clock.free()
 
     def prepare(self, name: str, prepared: Prepared, prepared_by: float) -> None:
-        """Load, run, compare, measure memory; a peer that is right is then ready."""
+        """Loads, runs and compares a peer and measures its memory; if it is not wrong, it takes part in the rounds."""
         child, key = self.child, self.key(name)
         if key in child.request.lost:
             return
@@ -223,7 +224,7 @@ class Race:
         child.clock.free()
 
     def first_steps(self, peer: Peer, prepared: Prepared) -> dict[str, Any]:
-        """One that is compared, and one that tells memory and, should it not come to the rounds, time."""
+        """One step to compare results, and one for memory and, in case there are no rounds, time."""
         implementation = peer.load()
 
         def run() -> Tensor:
@@ -246,7 +247,8 @@ class Race:
         return {"correct": correct, "errors": errors, "peak_extra_bytes": peak, "seconds": seconds[0]}
 
     def round(self, prepared: Prepared) -> None:
-        """The ceilings and every peer that is ready, once. Another begins each time: a GPU that warms up slows down."""
+        """Times the ceilings and every ready peer once. Each round begins with another peer, because a GPU slows down
+        as it warms up."""
         clock = self.child.clock
         seconds = {name: clock.seconds(run) for name, run in prepared.ceiling.items()}
         first = len(self.rounds) % max(len(self.ready), 1)
@@ -267,7 +269,8 @@ class Race:
 
 
 def expected_seconds(head: str, size: Size, peers: int, checked_rows: int) -> float:
-    """Of a race, by which the stage's time is shared out: steps of peers that take twice our time; the reference."""
+    """Expected seconds of a race, by which the stage's time is divided: the reference, and steps of peers that take
+    twice our time."""
     reference = 8 * min(size.n, checked_rows) * size.d * size.v / FP64_FLOPS
     steps = (ROUNDS + 3) * 2 * peers * sum(predict(size, head=head).values())
     return steps + (reference if head == "trainable" else 0.0) + 2.0
@@ -292,7 +295,7 @@ def stage(child: Child) -> None:
 
 
 def prepare() -> None:
-    """Imports that take long. Not Liger, which imports the CuTe DSL: quack, in another process, patches it."""
+    """Slow imports. Liger is not among them: it imports the CuTe DSL, which quack, in another process, patches."""
     for module in ("trl.trainer.utils", "cut_cross_entropy"):
         with suppress(ImportError):
             import_module(module)

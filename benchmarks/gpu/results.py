@@ -1,9 +1,9 @@
-"""The file that a command's lines go to, written whole after each of them: what was measured is never lost.
+"""The results file of a command, which is rewritten after every line, so that no measurement is lost.
 
     {"schema": 2, "command": …, "machine": {…}, "lines": {KEY: {…}, …}}
 
-A line's key names it: stage, then what is measured, such as "peers/trainable/4096x4096x128256/liger". A line that comes
-again under its key, with more rounds, takes the place of the older one. A line with a "reason" says why there is no
+A line's key consists of the stage and what is measured, such as "peers/trainable/4096x4096x128256/liger". A later line
+with the same key, such as one with more rounds, replaces the earlier one. A line with a "reason" says why there is no
 measurement.
 """
 
@@ -20,16 +20,16 @@ Line = dict[str, Any]
 
 
 class Results:
-    """Lines by key, and their file in `directory`, of the command's name."""
+    """Lines by key, and their file in `directory`, named after the command."""
 
     def __init__(
         self, command: str, directory: Path, say: Callable[[str], object] | None = None, started: float | None = None
     ):
         self.path = directory / f"{command}.json"
         self.say = say or (lambda line: print(line, flush=True))
-        self.log = directory / f"{command}.log"  # what the processes say on standard error
+        self.log = directory / f"{command}.log"  # standard error of the processes
         self.started = time.monotonic() if started is None else started
-        self.lock = threading.Lock()  # stages may run at once
+        self.lock = threading.Lock()  # stages may run at the same time
         self.tree: dict[str, Any] = {"schema": SCHEMA, "command": command, "machine": {}, "lines": {}}
         directory.mkdir(parents=True, exist_ok=True)
         self.log.write_bytes(b"")
@@ -45,14 +45,14 @@ class Results:
             self._write()
 
     def put(self, key: str, **line: Any) -> None:
-        """Write first, print then: a line that was seen is in the file."""
+        """Writes a line and then prints it, so that every printed line is in the file."""
         with self.lock:
             self.lines[key] = line
             self._write()
             self.say(f"{time.monotonic() - self.started:6.1f} s  {key}: {short(line)}")
 
     def note(self, text: str) -> None:
-        """Keep what a process said on standard error."""
+        """Appends what a process wrote to standard error."""
         with self.lock, self.log.open("a", encoding="utf-8") as log:
             log.write(text)
 
@@ -63,7 +63,7 @@ class Results:
 
 
 def short(line: Line) -> str:
-    """A line as one sees it go by."""
+    """A line as it is printed."""
 
     def text(value: Any) -> str:
         if isinstance(value, float):

@@ -1,22 +1,23 @@
-"""What the op should cost on a GPU, by part: `python -m benchmarks.gpu.roofline [--tflops 740 --bandwidth 3.0e12 …]`.
+"""Predicts the op's cost on a GPU, by part: `python -m benchmarks.gpu.roofline [--tflops 740 --bandwidth 3.0e12 …]`.
 
-The operations and bytes of each part are counted (a test holds them to what the driver's products and kernels do), and
-turned into time by rates:
+The operations and bytes of each part are counted (a test compares them with the driver's products and kernels) and
+converted to time by these rates:
 
-    product     max(c, m) + o · min(c, m)    c = FLOP ÷ (rate · e), m = bytes ÷ bandwidth; o: what does not overlap
-    rows        bytes ÷ (bandwidth · .9)     the row kernels, and the tiles' statistics that become rows'; .78 on an
+    product     max(c, m) + o · min(c, m)    c = FLOP ÷ (rate · e), m = bytes ÷ bandwidth; o: share without overlap
+    rows        bytes ÷ (bandwidth · .9)     the row kernels, and combining tiles' statistics into rows'; .78 on an
                                              H200, where instructions are the bound (not measured)
-    scaling     bytes ÷ (bandwidth · .9)     the upstream gradient on the way to the inputs' dtype
-    own GEMM    FLOP ÷ (rate · gemm)         where logits are kept in 16 bits or not at all
+    scaling     bytes ÷ (bandwidth · .9)     multiplying by the upstream gradient and casting to the inputs' dtype
+    own GEMM    FLOP ÷ (rate · gemm)         for logits that are kept in 16 bits or not at all
 
-`rate` and `bandwidth` default to what an H100 keeps up: 60 bf16 products of 8192³ in a row, at which it draws all the
-power that it may and slows down (one alone runs at 800 TFLOP/s), and a device-to-device copy. e, o and the shares were
-chosen so that the whole loss, each way and with either head, comes within a tenth of what was measured. Floor: 8·N·D·V
-FLOP, 6 with a frozen head, at `rate`.
+`rate` and `bandwidth` default to what an H100 sustains: 60 bf16 products of 8192³ in a row, during which it reaches its
+power limit and slows down (a single one runs at 800 TFLOP/s), and a device-to-device copy. e, o and the shares were
+chosen so that the prediction of the whole loss, by each way and with either head, is within a tenth of the measured
+time. Floor: 8·N·D·V FLOP, 6·N·D·V with a frozen head, at `rate`.
 
-The row kernel reads a row twice, the second time from its end: what of the first time the L2 cache still holds does not
-come from memory. Of each row in flight (two programs a multiprocessor) that is taken to be its share of the cache; a
-cache in which the least recent goes first holds more (by a simulation in the tests). `--l2 0` leaves it out.
+The row kernel reads a row twice, the second time from its end, so what the L2 cache still holds from the first time
+does not come from memory. For each row in flight (two programs per multiprocessor), this is assumed to be the row's
+share of the cache; a cache that evicts the least recently used holds more (by a simulation in the tests). `--l2 0`
+leaves this effect out.
 """
 
 import argparse
@@ -34,11 +35,11 @@ FLOOR_FLOP = {"trainable": 8, "frozen": 6}  # · N·D·V
 OPERAND, FP32 = 2, 4  # bytes
 PARTS = ("counterfactual", "logits", "rows", "dh", "dW", "scaling")
 OURS = {"fused": (), "mixed": ("counterfactual",), "stored": ("counterfactual", "logits")}
-"""Products that our GEMM computes."""
+"""Products that our own GEMM computes, by way."""
 
 
 class Work(NamedTuple):
-    """What a part must do."""
+    """Operations and bytes of a part."""
 
     flop: float
     bytes: float
@@ -60,19 +61,19 @@ SCALING = 0.9  # of the bandwidth
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of one GPU: FLOP/s of a large bf16 product by cuBLAS, bytes/s of a copy, read and written ones counted."""
+    """Rates of one GPU: FLOP/s of a large bf16 product by cuBLAS, bytes/s of a copy, counting reads and writes."""
 
     flops: float = 740e12
     bandwidth: float = 2.99e12
     rows: float = 0.9
-    """Of the bandwidth, that the row kernel reaches."""
+    """Share of the bandwidth that the row kernel reaches."""
     gemm: float = 0.97
-    """Of the rate of cuBLAS, that our GEMM reaches."""
+    """Share of cuBLAS's rate that our GEMM reaches."""
     l2: float = 50e6
     """Bytes of the L2 cache."""
     multiprocessors: int = 132
     rows_in_flight: int = 2
-    """Programs of the row kernel a multiprocessor, by the shared memory of its tile."""
+    """Programs of the row kernel per multiprocessor, limited by the shared memory of its tile."""
 
     def kept(self, v: int) -> float:
         """Share of a row of so many fp32 logits that the cache holds until it is read again."""
@@ -81,16 +82,16 @@ class Gpu:
 
 H100 = Gpu()
 H200 = Gpu(bandwidth=4.3e12, rows=0.78)
-"""Not measured: an H100's rate is assumed, for the power is the same, and the bandwidth is that of a copy."""
+"""Not measured: an H100's rate is assumed, because the power is the same; the bandwidth is that of a copy."""
 
 
 def measured_gpu(matmul_flops: float, bandwidth: float, device: str = "") -> Gpu:
-    """The GPU of this name at the ceilings that were measured; what was not is guessed as for an H200 or an H100."""
+    """The GPU of this name with the measured ceilings; other rates are those assumed for an H200 or an H100."""
     return replace(H200 if "H200" in device else H100, flops=matmul_flops, bandwidth=bandwidth)
 
 
 def pieces(n: int, size: int) -> list[int]:
-    """n in pieces of so many."""
+    """n divided into pieces of at most `size`."""
     return [min(size, n - start) for start in range(0, n, size)]
 
 
@@ -101,20 +102,20 @@ def work(
     """FLOP and bytes of each part of the loss and its backward. kept: share of a row that is read once from memory.
 
     A product reads both factors and writes its result once; dW is written by the first block, and read and written by
-    every later one. The rows' bytes are those of logits and gradients; a token's own few numbers are not counted. Of
-    our own GEMM no bytes are counted: its rate has them.
+    every later one. The rows' bytes are those of logits and gradients; the few numbers per token are not counted. No
+    bytes are counted for our own GEMM, because its rate includes them.
     """
     n, d, v = size
     w, logits = d * v * OPERAND, n * v * FP32
     blocks = pieces(n, cut.block)
     chunks = sum(len(pieces(block, cut.chunk)) for block in blocks)
-    read = 0.0  # of both factors, block by block of the counterfactual logits
+    read = 0.0  # bytes of both factors for the counterfactual logits, over all blocks
     for block in blocks:
         high, wide = block_of(block, v, min(cut.chunk, n) * pitch(v))
         read += len(pieces(block, high)) * w + len(pieces(v, wide)) * block * d * OPERAND
     by_cublas = {"counterfactual": logits + read, "logits": logits + chunks * w + n * d * OPERAND}
     names = PARTS[2 - passes : 2]
-    tiles = n * -(-v // columns) * FP32  # of one of their two statistics
+    tiles = n * -(-v // columns) * FP32  # bytes of one of the two statistics of tiles
     row_bytes = 2 * tiles * len([name for name in names if name in OURS[way]])
     if way == "stored":
         row_bytes += n * v * 2 * OPERAND + tiles
@@ -134,14 +135,14 @@ def work(
 
 
 def product_seconds(part: str, work: Work, gpu: Gpu) -> float:
-    """Of one of cuBLAS's products, or of several."""
+    """Seconds of one or several products by cuBLAS."""
     efficiency = PRODUCTS[part]
     compute, memory = work.flop / (gpu.flops * efficiency.rate), work.bytes / gpu.bandwidth
     return max(compute, memory) + efficiency.overlap * min(compute, memory)
 
 
 def cut_for(size: Size, way: str, gpu: Gpu, budget: int | None = None) -> Cut:
-    """Blocks and chunks, as the driver cuts them; budget: bytes of them."""
+    """Tokens per block and chunk, as the driver chooses them; budget: bytes for both."""
     cut = cut_of(*size, OPERAND, way, gpu.multiprocessors, budget)
     return Cut(min(cut.block, size.n), min(cut.chunk, size.n))
 
@@ -165,7 +166,7 @@ def predict(
 
 
 def own_gemm_seconds(flop: float, gpu: Gpu) -> float:
-    """Of our GEMM."""
+    """Seconds of our GEMM."""
     return flop / (gpu.flops * gpu.gemm)
 
 
@@ -174,7 +175,7 @@ def floor_seconds(size: Size, head: str, gpu: Gpu) -> float:
 
 
 def break_even(size: Size, way: str, head: str, gpu: Gpu) -> float:
-    """FLOP/s of our GEMM from which a way that has it is faster than cuBLAS's."""
+    """FLOP/s that our GEMM must reach for a way that uses it to be faster than "fused", which uses cuBLAS."""
     fused, other = predict(size, "fused", head, gpu), predict(size, way, head, gpu)
     gemm = own_gemm_seconds(len(OURS[way]) * 2.0 * size.n * size.d * size.v, gpu)
     left = sum(fused.values()) - (sum(other.values()) - gemm)
@@ -183,7 +184,7 @@ def break_even(size: Size, way: str, head: str, gpu: Gpu) -> float:
 
 def table(gpu: Gpu, budget: int | None = None) -> Iterator[str]:
     """Milliseconds of each part, as Markdown."""
-    yield f"| N × D × V | head | way | tokens a block, chunk | {' | '.join(PARTS)} | total, ms | ÷ floor |"
+    yield f"| N × D × V | head | way | tokens per block, chunk | {' | '.join(PARTS)} | total, ms | ÷ floor |"
     yield "| --- " * (len(PARTS) + 6) + "|"
     for size in SIZES:
         for head in HEADS:
@@ -202,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--tflops", type=float, default=H100.flops / 1e12, help="of a large product (default %(default)s)"
+        "--tflops", type=float, default=H100.flops / 1e12, help="rate of a large product (default %(default)s)"
     )
     parser.add_argument("--bandwidth", type=float, default=H100.bandwidth, help="bytes/s (default %(default).1e)")
     parser.add_argument(
@@ -212,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--gemm", type=float, default=H100.gemm, help="our GEMM's rate ÷ cuBLAS's (default %(default)s)"
     )
     parser.add_argument("--l2", type=float, default=H100.l2, help="bytes of the L2 cache (default %(default).1e)")
-    parser.add_argument("--budget", type=float, help="GiB of a block's dz and a chunk's logits (default: 2)")
+    parser.add_argument("--budget", type=float, help="GiB for a block's dz and a chunk's logits (default: 2)")
     options = parser.parse_args(arguments)
     for name in ("tflops", "bandwidth", "rows", "gemm"):
         if not getattr(options, name) > 0:
@@ -223,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(*table(gpu, budget), *(f"\n{way}: {title}" for way, title in WAYS.items()), sep="\n")
     for way in ("mixed", "stored"):
         rates = ", ".join(f"{break_even(size, way, 'trainable', gpu) / 1e12:.0f}" for size in SIZES)
-        print(f"\n{way}: the faster way from a GEMM of {rates} TFLOP/s (trainable head, one number a size).")
+        print(f"\n{way}: faster than fused if our GEMM reaches {rates} TFLOP/s (trainable head, one number per size).")
 
 
 if __name__ == "__main__":

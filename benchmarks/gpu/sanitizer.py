@@ -1,8 +1,8 @@
 """Our kernels under NVIDIA's compute-sanitizer: memcheck (accesses out of bounds) and racecheck (shared memory).
 
-Every way of the loss and token_logprobs, forward and backward, and the gradient of a sharded vocabulary, at sizes that
-end inside a tile; without PyTorch's caching allocator, whose blocks are larger than what is asked for.
-`python -m benchmarks.gpu.sanitizer` runs the calls alone.
+It checks every way of the loss and token_logprobs, forward and backward, and the gradient of a sharded vocabulary, at
+sizes that end inside a tile. PyTorch's caching allocator is off, because its blocks are larger than requested.
+`python -m benchmarks.gpu.sanitizer` runs the calls without the sanitizer.
 """
 
 import os
@@ -21,15 +21,15 @@ from benchmarks.gpu.child import Child, Unable, die_with_parent
 from benchmarks.gpu.peers import WAY_PEERS
 
 TOOLS = {"memcheck": "ERROR SUMMARY: ", "racecheck": "RACECHECK SUMMARY: "}
-"""What a tool says at its end."""
+"""The beginning of the last line that a tool prints."""
 PROBLEM = r"^=+ (?:Error: )?(?:Invalid|Misaligned|Race reported|Uninitialized|Program hit).*$"
-CUBLAS = "nvjet"  # its split sums share memory in a way that racecheck takes for a race
+CUBLAS = "nvjet"  # cuBLAS kernels, whose use of shared memory for split sums racecheck reports as a race
 SIZES = {"cuda": (150, 72, 9000), "cpu": (5, 16, 150)}  # tokens, hidden size, vocabulary
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def calls(device: str) -> int:
-    """All of them; how many."""
+    """Runs all calls; returns their number."""
     from benchmarks.implementations import make_inputs, step
     from perce_kernels import fused_perce_loss, token_logprobs
     from perce_kernels.gpu import row_halves
@@ -62,7 +62,7 @@ def calls(device: str) -> int:
 
 
 def checked(tool: str, seconds: float) -> dict[str, Any]:
-    """What the tool says of `calls`."""
+    """What the tool reports for `calls`."""
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
         raise Unable("compute-sanitizer is not installed")
@@ -83,7 +83,7 @@ def checked(tool: str, seconds: float) -> dict[str, Any]:
 
 
 def problems(text: str) -> dict[str, Any]:
-    """How many there are, and the first, without those of cuBLAS's own kernels."""
+    """The number of problems and the first of them, without those in cuBLAS's kernels."""
     blocks = [re.split(r"^=+\s*$", text[found.start() :], maxsplit=1, flags=re.M)[0]
               for found in re.finditer(PROBLEM, text, re.M)]  # fmt: skip
     ours = [block for block in blocks if CUBLAS not in block]
@@ -91,7 +91,7 @@ def problems(text: str) -> dict[str, Any]:
 
 
 def stage(child: Child) -> None:
-    """Named after its tool."""
+    """Runs the tool that the stage is named after."""
     name = child.request.stage
     child.measured(f"{name}/all kernels", lambda: checked(name, child.until - time.monotonic()))
 

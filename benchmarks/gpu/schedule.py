@@ -1,9 +1,10 @@
 """Whether the two commands fit their time: `python -m benchmarks.gpu.schedule A.json B.json [--compile SECONDS]`.
 
-A.json and B.json are what both commands wrote on CPU doubles: how long a stage's processes took until they said their
-first line. To this are added START for a GPU's context, the seconds that the device should take by the roofline, and of
-the compilation what `python -m benchmarks.gpu.compile` took on one core ÷ 12. Every stage must fit between the end of
-the one before it and its own. What depends on others' code (peers that compile, the tests) is bounded by its end alone.
+A.json and B.json are the results of both commands with `--device cpu`. They say how long the processes of a stage took
+until their first line. Three times are added: START for a GPU's context, the seconds on the device by the roofline, and
+for the compilation what `python -m benchmarks.gpu.compile` took on one core ÷ 12. Every stage must fit between the end
+of the stage before and its own end. Stages that depend on other libraries (peers that compile, the tests) are limited
+only by their end.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from benchmarks.gpu.tiles import GEMM_TILES, ROW_TILES
 from perce_kernels.gpu.cut import Cut
 
 START = 3.0
-"""Seconds assumed for a process on a GPU to be ready, though it was started ahead of time."""
+"""Seconds, assumed, until a process on a GPU is ready, although it was started ahead of time."""
 STEP_FLOPS = 0.4 * H100.flops
-"""Assumed of whole training steps."""
+"""Assumed for whole training steps."""
 LIMITS = {"gpu_a": 275, "gpu_b": 1015}
 
 
@@ -58,10 +59,10 @@ def of_parts() -> float:
 
 
 def of_races(heads: tuple[str, ...], peers: float, rounds: int, checked_rows: int = 2**62) -> float:
-    """Of races between implementations that together take `peers` times as long as ours.
+    """Seconds of races between implementations that together take `peers` times as long as ours.
 
-    Each runs about two and a half times before the rounds. In a round a long step is run once, a short one twice. The
-    ceilings are timed once more than there are rounds; 1.3 is the product and the copy over the product alone.
+    Each runs about two and a half times before the rounds. In a round, a long step runs once, a short one twice. The
+    ceilings are timed once more than there are rounds; 1.3 is the time of product and copy over that of the product.
     """
     total = sum(reference_seconds(size._replace(n=min(size.n, checked_rows))) for size in SIZES)
     for head in heads:
@@ -90,13 +91,13 @@ def of_budgets() -> float:
 
 
 def of_profiles() -> float:
-    """Each way twice, and what the profiler adds."""
+    """Each way twice, plus the profiler's overhead."""
     return sum(3 * loss_seconds(size, way) for size in SIZES for way in WAYS)
 
 
 def of_steps(stage: str) -> float:
-    """LoRA with checkpointing: three forwards' worth of products, and attention over the lower triangle. Without a
-    gradient through the persona one.
+    """LoRA with checkpointing: products worth three forwards, and attention over the lower triangle. Without a gradient
+    through the persona, products worth one forward.
     """
     parameters, layers, width, total = 8.2e9, 36, 4096, 0.0
     cases = steps.CASES[stage]["cuda"]
@@ -113,21 +114,21 @@ DEVICE = {
     "ways": lambda: of_races(HEADS, 2.0, decide.ROUNDS, decide.CHECKED_ROWS),
 }  # fmt: skip
 BOUNDED = ("trainers", "peers", *compare.CUTE, "tests", "options", "flash", *compare.TOOLS)
-"""Stages whose end is the only bound; those beside them must fit all the same."""
+"""Stages that are limited only by their end; other stages of the same row must still fit."""
 
 
 class Row(NamedTuple):
-    """Stages that run at once."""
+    """Stages that run at the same time."""
 
     names: str
     processes: float
     device: float
     window: float
-    """Seconds between the end of the stages before and the time at which these begin nothing more."""
+    """Seconds between the end of the row before and the time after which these stages start no measurement."""
 
 
 def rows(name: str, lines: dict[str, dict], compilation: float) -> list[Row]:
-    """Of one command. Stages that are bounded by their end alone take all of their window."""
+    """The rows of one command. Stages that are limited only by their end take all of their window."""
     found: list[Row] = []
     before = 0.0
     for row in {"gpu_a": decide, "gpu_b": compare}[name].stages("cuda"):
@@ -147,7 +148,7 @@ def rows(name: str, lines: dict[str, dict], compilation: float) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs=2, help="results of both commands on CPU doubles")
+    parser.add_argument("files", type=Path, nargs=2, help="results of both commands with --device cpu")
     parser.add_argument("--compile", type=float, default=0.0, help="seconds of all compilations on one core")
     options = parser.parse_args(arguments)
     late = []

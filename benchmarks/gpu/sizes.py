@@ -1,4 +1,4 @@
-"""The sizes that everything on a GPU is measured at, and their tiny doubles for Triton's interpreter on a CPU."""
+"""The sizes of all measurements on a GPU, and tiny ones for Triton's interpreter on a CPU."""
 
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ class Size(NamedTuple):
 
 
 SIZES = (Size(4096, 4096, 128256), Size(8192, 2560, 151936), Size(16384, 2304, 262144), Size(32768, 8192, 128256))
-"""Llama-3-8B's head, Qwen3-4B's, Gemma-2's and Llama-3-70B's."""
+"""The heads of Llama-3-8B, Qwen3-4B, Gemma-2 and Llama-3-70B."""
 BY_IMPORTANCE = (SIZES[0], SIZES[2], SIZES[1], SIZES[3])
-"""The order of measurement: the smallest and the one furthest from the floor first."""
+"""The order of measurement: first the smallest and the one furthest from the floor."""
 TINY = (Size(12, 16, 61), Size(8, 24, 70))
-"""Takes the place of both tuples where there is no GPU."""
+"""Replaces both tuples if there is no GPU."""

@@ -1,12 +1,13 @@
-"""Whole training steps of a large model with random weights, LoRA, bf16: PerCE and cross-entropy over the context.
+"""Training steps of a large model with random weights, LoRA, bf16: PerCE and cross-entropy at several context lengths.
 
-Seconds of forward and backward of one sequence, tokens per second, and the peak of the allocator, beside the peak that
-perce.plan says. The plan is made in a process of its own meanwhile, and comes last. Steps at the shortest context are
-warmed up and repeated; of the others one is timed: it takes seconds, beside which a first step's costs are nothing.
+They measure seconds of forward and backward of one sequence, tokens per second, and the allocator's peak, to compare
+with the peak by perce.plan. Plans are made meanwhile in a process of their own, and come last. Steps at the shortest
+context are warmed up and repeated. At longer contexts a single step is timed: it takes seconds, so the extra cost of a
+first step does not matter.
 
 steps             PerCE and cross-entropy at 8k and 32k, without a gradient through the persona at 128k
-long, longest     one step at 128k, and at 256k, its gradient whole
-attention         PyTorch's, and flash-attn-4's
+long, longest     one step at 128k, and at 256k, with a gradient through all tokens
+attention         PyTorch's and flash-attn-4's
 """
 
 import tempfile
@@ -58,7 +59,7 @@ CASES = {
         "cpu": (Case("perce", 160), Case("perce", 160, attention="eager")),
     },
 }  # fmt: skip
-"""By stage and device. Options of memory stay switched on: a case without them comes before those with them."""
+"""By stage and device. Memory options cannot be switched off again, so cases without them come first."""
 SHORT = {"cuda": 8192, "cpu": 96}
 LARGEST = 30  # kernels of a step that are listed
 QUERY_AND_RESPONSE = {"cuda": (512, 1024), "cpu": (16, 32)}
@@ -69,7 +70,7 @@ TINY_SHAPE = {
 
 
 NOT_HELD = ("CUDA context", "optimiser states")
-"""Parts of a plan that are not in what is measured here."""
+"""Parts of a plan that are not measured here."""
 
 
 def shape(device: str) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def shape(device: str) -> dict[str, Any]:
 
 
 def plan(device: str, case: Case) -> dict[str, float]:
-    """What perce.plan says of such a step."""
+    """Memory and operations of such a step by perce.plan."""
     from transformers import AutoConfig
 
     from perce.config.commands import PlanOptions
@@ -97,7 +98,7 @@ def plan(device: str, case: Case) -> dict[str, float]:
     model = ModelConfig(lora_r=16, precision="bf16", attn_implementation=case.attention)
     config = PlanOptions(model, options, memory)
     planned = step_cost(AutoConfig.for_model(**shape(device)), config, device)
-    # The allocator knows nothing of the context, and no optimiser has made its states here.
+    # The allocator does not count the CUDA context, and there is no optimiser here.
     phases = [
         {name: size for name, size in phase.items() if name not in NOT_HELD}
         for name, phase in planned.memory.phases.items()
@@ -145,7 +146,7 @@ class Steps:
         self.memory: set[MemoryConfig] = set()
 
     def prepare(self, case: Case) -> None:
-        """Attention and memory options of a case, the latter once."""
+        """Sets the attention and memory options of a case; each memory option only once."""
         from perce.config.schema import MemoryConfig
         from perce.model.memory import prepare_memory
         from perce.model.probe import unwrapped
@@ -165,7 +166,7 @@ class Steps:
 
 
 def measured(child: Child, steps: Steps, case: Case, repetitions: int) -> dict[str, Any]:
-    """The median of the repetitions but the first, or the only one."""
+    """The median of all repetitions after the first, or the only repetition."""
     on_gpu = child.request.device == "cuda"
     steps.prepare(case)
     child.clock.free()
@@ -180,14 +181,14 @@ def measured(child: Child, steps: Steps, case: Case, repetitions: int) -> dict[s
 
 
 def kernels(steps: Steps, case: Case) -> dict[str, Any]:
-    """Where the time of a step goes: its largest kernels, and the sum of all."""
+    """The kernels of a step that take most time, and the sum of all kernels."""
     found = seconds_of_kernels(lambda: steps.run(case))
     largest = sorted(found.items(), key=lambda item: -item[1]["seconds"])[:LARGEST]
     return {"kernels": dict(largest), "sum": sum(kernel["seconds"] for kernel in found.values())}
 
 
 def stage(child: Child) -> None:
-    """Every case; where the time goes of the first; the plans."""
+    """Measures every case, then prints the plans and the kernels of the first case."""
     name, device = child.request.stage, child.request.device
     cases = CASES[name][device]
     with (
@@ -220,8 +221,8 @@ def stage(child: Child) -> None:
 
 
 def prepare() -> None:
-    """Imports that take long."""
-    with suppress(ImportError):  # which one is missing is said when it is needed
+    """Slow imports."""
+    with suppress(ImportError):  # a missing one is reported when it is needed
         import perce.training.trainer  # noqa: F401
 
 

@@ -1,6 +1,6 @@
-"""The tests of the GPU backend, in parallel processes, each outcome a line as it comes.
+"""The tests of the GPU backend, in parallel processes; each outcome is printed as a line at once.
 
-At the end of the time pytest is interrupted, not terminated: it still prints its summary.
+When the time is over, pytest is interrupted, not terminated, so that it still prints its summary.
 """
 
 import os
@@ -21,20 +21,20 @@ FILES = [
     for name in "gpu/test_device gpu/test_promises gpu/test_lse_gemm gpu/test_row_loss gpu/test_stored_rows "
     "gpu/test_combine gpu/test_scale gpu/test_steps gpu/test_driver test_loss test_ops".split()
 ]
-"""In this order, for the time may end before they do."""
+"""By importance, because there may not be time for all."""
 TINY_FILES = ["tests/perce_kernels/gpu/test_lse_gemm.py"]
-"""Where there is no GPU, to try the harness."""
+"""Used without a GPU, to test the harness."""
 OPTIONS = ("-p", "benchmarks.gpu.suite", "-m", "not slow", "-v", "--timeout", "60", "--timeout-method", "thread",
            "--tb", "short", "--disable-warnings", "-rf", "--maxfail", "60", "-o", "addopts=", "-o",
            "timeout_func_only=true", "-p", "no:cacheprovider")  # fmt: skip
-# A CUDA call that is blocked hears no signal: a thread ends such a test's process.
+# A blocked CUDA call does not react to signals, so a thread ends the process of such a test.
 WORDS = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL)"
 OUTCOME = re.compile(rf"\[gw\d+\] \[ *\d+%\] {WORDS} (tests/\S.*)|(tests/\S.*?) {WORDS}(?: .*)?")
-PATIENCE = 15.0  # seconds that pytest has for its summary
+PATIENCE = 15.0  # seconds that pytest gets for its summary
 
 
 def pytest_runtest_logreport(report) -> None:
-    """A plugin of pytest: why a test failed is said at once. pytest itself says it at the end, which may not come."""
+    """A pytest plugin that prints failures at once; pytest itself prints them at its end, which it may not reach."""
     if report.failed:
         print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
 
@@ -53,7 +53,7 @@ def outcome_of(line: str) -> tuple[str, str] | None:
 
 
 def _start() -> None:
-    """Before pytest: a shell's background jobs ignore interrupts, and would pass that on."""
+    """Runs before pytest: background jobs of a shell ignore interrupts, and children would inherit that."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -69,7 +69,7 @@ def stage(child: Child) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        # What torch's deterministic mode asks for; and several processes on the cores.
+        # The first is needed for torch's deterministic mode, the second because several processes share the cores.
         env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "2"},
         start_new_session=True,
         preexec_fn=_start,

@@ -1,11 +1,11 @@
-"""The stages of a command, one after the other, each in a process of its own under a time limit.
+"""Runs the stages of a command, one after the other, each in a process of its own under a time limit.
 
-The processes of the next stage are started, and import what they need, while this one runs: on a machine that is new,
-importing torch and transformers for each of them would take a fifth of the time.
+The processes of the next stage start, and import what they need, while the current one runs: on a new machine, the
+imports of torch and transformers in every stage would take a fifth of the time.
 
-A process that crashes, or lets nothing be heard for `patience` seconds, is recorded with the reason at the line that it
-had begun, and followed by another that leaves this line out. A stage ends at the latest `until` seconds after the
-command's start; time that it does not need is the next stage's. Stages of one row run at once.
+If a process crashes, or prints nothing for `patience` seconds, the line that it had begun gets the reason, and another
+process continues without that line. A stage ends at the latest `until` seconds after the command's start; the next
+stage gets the time that it does not need. Stages of one row run at the same time.
 """
 
 import json
@@ -26,17 +26,17 @@ from benchmarks.gpu.child import Request
 from benchmarks.gpu.results import NO_TIME, Line, Results
 
 ROOT = Path(__file__).parents[2]
-ATTEMPTS = 6  # processes a stage
-GRACE = 5.0  # seconds between the end of a stage's time, which its process looks at, and the end of the process
+ATTEMPTS = 6  # processes per stage
+GRACE = 5.0  # seconds between the time limit that a process is given and the time at which it is stopped
 
 
 @dataclass
 class Stage:
-    """One process, or several after each other, and its limits."""
+    """A stage's module, which runs in one process or several in sequence, and its limits."""
 
     name: str
     module: str
-    """What is run: `python -m MODULE - DEVICE`, with the request on standard input."""
+    """Run as `python -m MODULE - DEVICE`, with the request on standard input."""
     until: float
     """Seconds after the command's start."""
     patience: float = 30.0
@@ -45,19 +45,19 @@ class Stage:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Of the processes: the interpreter of Triton is for a CPU alone."""
+    """The environment of the processes; Triton's interpreter is on only for a CPU."""
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     return variables if device == "cuda" else variables | {"TRITON_INTERPRET": "1"}
 
 
 class Process:
-    """One process of a stage. It imports what it needs and waits for its request: it can be started ahead of time."""
+    """One process of a stage. It can be started early: it imports what it needs and waits for its request."""
 
     alive: ClassVar["set[Process]"] = set()
 
     def __init__(self, stage: Stage, device: str):
-        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the process
         self.popen = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", stage.module, "-", device], cwd=ROOT, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.stderr, text=True, encoding="utf-8", start_new_session=True,
@@ -75,12 +75,12 @@ class Process:
 
     def ask(self, request: Request) -> None:
         assert self.popen.stdin is not None
-        with suppress(BrokenPipeError):  # it ended already; what it said of that is heard
+        with suppress(BrokenPipeError):  # it ended already; run_once reads why
             self.popen.stdin.write(request.as_argument())
             self.popen.stdin.close()
 
     def said(self) -> str:
-        """All of its standard error."""
+        """All that it wrote to standard error."""
         self.stderr.seek(0)
         return self.stderr.read().decode(errors="replace")
 
@@ -89,7 +89,7 @@ class Process:
         return lines[-1][:300] if lines else "without a word"
 
     def stop(self) -> None:
-        """This process and those that it started."""
+        """Ends this process and those that it started."""
         try:
             os.killpg(self.popen.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -100,25 +100,25 @@ class Process:
 
 @dataclass
 class Ending:
-    """Of one process."""
+    """How one process ended."""
 
     begun: str | None = None
-    """The line that it had begun and not finished."""
+    """The key of the line that it had begun and not finished."""
     reason: str | None = None
-    """None if it came to its end."""
+    """Why it ended early; None if it completed."""
     first_line: float | None = None
-    """When it was heard."""
+    """When its first line arrived."""
 
 
 def says_less(line: Line, known: Line | None) -> bool:
-    """Whether a line would take away what an earlier process measured: it had no time, or fewer rounds."""
+    """Whether a line has less than what an earlier process measured: it had no time, or has fewer rounds."""
     if known is None or "reason" in known:
         return False
     return line.get("reason") == NO_TIME or len(line.get("rounds", [])) < len(known.get("rounds", []))
 
 
 def run_once(stage: Stage, process: Process, request: Request, results: Results, deadline: float) -> Ending:
-    """One process. Its lines go to the results, their keys to `request.finished`."""
+    """Reads one process to its end. Its lines go to the results, their keys to `request.finished`."""
     ending = Ending()
     process.ask(request)
     try:
@@ -135,7 +135,7 @@ def run_once(stage: Stage, process: Process, request: Request, results: Results,
                 return ending
             try:
                 event = json.loads(text)
-            except ValueError:  # a library that printed something while it was imported
+            except ValueError:  # printed by a library while it was imported
                 results.note(text)
                 continue
             if "done" in event:
@@ -159,7 +159,7 @@ def run_once(stage: Stage, process: Process, request: Request, results: Results,
 
 
 def run_stage(stage: Stage, process: Process, results: Results, device: str) -> None:
-    """A stage to its end, or to the end of its time, however many lines fail on the way."""
+    """Runs a stage until it is done or its time is over, even if lines fail, with at most ATTEMPTS processes."""
     deadline, began, heard = results.started + stage.until, time.monotonic(), None
     request = Request(stage.name, 0.0, device, not results.tree["machine"], options=stage.options)
     for attempt in range(ATTEMPTS):
@@ -173,15 +173,15 @@ def run_stage(stage: Stage, process: Process, results: Results, device: str) -> 
         if ending.reason is None:
             break
         key = ending.begun or f"{stage.name}/process"
-        if ending.reason == NO_TIME:  # what was measured under this key stands
+        if ending.reason == NO_TIME:  # an earlier measurement under this key is kept
             if key not in results.lines:
                 results.put(key, reason=NO_TIME)
             break
         results.put(key, reason=ending.reason)
         if ending.begun is None and not request.finished:
             if attempt:
-                break  # it does not even start
-            continue  # its first process was started early, when another one may have had the GPU's memory
+                break  # it fails at every start
+            continue  # its first process was started early, when another one may have held the GPU's memory
         request.lost[key] = ending.reason
     process.stop()
     spent = {"seconds": time.monotonic() - began} | ({"until_first_line": heard - began} if heard else {})
@@ -189,7 +189,7 @@ def run_stage(stage: Stage, process: Process, results: Results, device: str) -> 
 
 
 def run(rows: list[list[Stage]], results: Results, device: str = "cuda") -> None:
-    """All stages, row after row; those of a row at once. The processes of a row are started with the row before."""
+    """Runs all stages, row after row, those of a row at the same time. Processes start together with the row before."""
     waiting = [Process(stage, device) for stage in rows[0]] if rows else []
     try:
         for row, following in zip(rows, [*rows[1:], []], strict=True):

@@ -1,4 +1,4 @@
-"""The tables of README and docs from the results of the two commands; what no file has is "not measured"."""
+"""The tables of README and docs, made from the results of the two commands; missing values are "not measured"."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from benchmarks.gpu.steps import CASES
 NOT_MEASURED = "not measured"
 FAILED = "failed"
 RACES = ("ways", "peers", "quack", "liger_cutedsl")
-"""Stages of races; of a peer that is in several the last that has it counts, but for perce the first with rounds."""
+"""Stages of races. If a peer is in several, the last one counts; for perce, the first one with rounds."""
 Line = dict[str, Any]
 Lines = dict[str, Line]
 
 
 @dataclass
 class Entry:
-    """What is known of a peer at one size with one head."""
+    """The measurements of a peer at one size with one head."""
 
     line: Line
     seconds: float | None = None
     floor: float | None = None
     rounds: int = 0
-    """That the seconds are the median of; without any they are those of a single step."""
+    """How many rounds the median seconds are of; 0 if they are those of a single step."""
 
     @property
     def correct(self) -> bool:
@@ -43,13 +43,13 @@ Cell = Callable[[Entry], str | None]
 
 
 def sizes_of(lines: Lines) -> tuple[Size, ...]:
-    """Those that were raced, or those that are to be."""
+    """The sizes of the races in these lines, or all sizes if there are none."""
     found = {Size.parse(key.split("/")[2]) for key in lines if key.endswith("/race") and key.split("/")[0] in RACES}
     return tuple(sorted(found)) or SIZES
 
 
 def entry(lines: Lines, head: str, size: Size, peer: str) -> Entry | None:
-    """Of the stage that says most of it."""
+    """A peer's measurements, from the stage that RACES gives precedence; None if no stage has it."""
     found: Entry | None = None
     for stage in RACES:
         place = f"{stage}/{head}/{size}"
@@ -94,7 +94,7 @@ def _name(size: Size) -> str:
 
 
 def by_peer(lines: Lines, title: str, head: str, cell: Cell) -> Iterator[str]:
-    """One row a peer, one column a size; peers that failed everywhere are among the reasons below."""
+    """One row per peer, one column per size; peers that failed everywhere are among the reasons below."""
     sizes = sizes_of(lines)
     yield f"| {title} | {' | '.join(map(_name, sizes))} |"
     yield "| --- |" + " --- |" * len(sizes)
@@ -105,7 +105,7 @@ def by_peer(lines: Lines, title: str, head: str, cell: Cell) -> Iterator[str]:
 
 
 def ceilings(lines: Lines) -> Iterator[str]:
-    """What the machine can do, and the forward of token_logprobs beside the products alone."""
+    """The machine's ceilings, and the forward of token_logprobs compared with its products alone."""
     yield "| N × D × V | matmul, TFLOP/s | copy, TB/s | floor, ms, trainable / frozen | token_logprobs ÷ cuBLAS |"
     yield "| --- | --- | --- | --- | --- |"
     for size in sizes_of(lines):
@@ -127,7 +127,7 @@ def ceilings(lines: Lines) -> Iterator[str]:
 
 
 def ways(lines: Lines, device: str = "") -> Iterator[str]:
-    """The loss each way, measured beside predicted: by the ceilings of the same run where there is one."""
+    """The loss by each way, measured and predicted; predictions use the ceilings of the same run if it has them."""
     yield "| N × D × V, trainable head | way | measured, ms (÷ floor) | predicted, ms (÷ floor) |"
     yield "| --- | --- | --- | --- |"
     for size in sizes_of(lines):
@@ -140,7 +140,7 @@ def ways(lines: Lines, device: str = "") -> Iterator[str]:
 
 
 def _gpu(lines: Lines, device: str) -> Gpu:
-    """At the ceilings of these lines, else those that roofline.py begins with."""
+    """The GPU with the ceilings in these lines, else with roofline.py's defaults."""
     found = lines.get("parts/ceilings", {"reason": None})
     return H100 if "reason" in found else measured_gpu(found["matmul_flops"], found["bandwidth"], device)
 
@@ -162,8 +162,8 @@ def parts(lines: Lines) -> Iterator[str]:
 
 
 def budgets(lines: Lines) -> Iterator[str]:
-    """Our time by the budget."""
-    yield "| N × D × V | way | ms by tokens a block (and budget); the shipped one is bold |\n| --- | --- | --- |"
+    """Our time by memory budget."""
+    yield "| N × D × V | way | ms by tokens per block (and budget); the default is bold |\n| --- | --- | --- |"
     for size in sizes_of(lines):
         for way, title in WAYS.items():
             cells = []
@@ -176,7 +176,7 @@ def budgets(lines: Lines) -> Iterator[str]:
 
 
 def tiles(lines: Lines) -> Iterator[str]:
-    """Each kernel's named tiles, the fastest first."""
+    """The named tiles of each kernel, fastest first."""
     yield "| kernel | N × D × V | ratio to the shipped tile |\n| --- | --- | --- |"
     found: dict[tuple[str, str], dict[str, float]] = {}
     for key, line in lines.items():
@@ -212,7 +212,7 @@ def steps(lines: Lines, title: str, *stages: str) -> Iterator[str]:
 
 
 def suite(lines: Lines) -> Iterator[str]:
-    """Of the tests on the GPU."""
+    """The summary of the tests on the GPU, and those that failed."""
     summary = lines.get("tests/summary")
     if summary is None or "last_words" not in summary:
         yield f"GPU tests: {NOT_MEASURED}."
@@ -222,7 +222,7 @@ def suite(lines: Lines) -> Iterator[str]:
 
 
 def reasons(lines: Lines) -> Iterator[str]:
-    """Why there is no measurement: each reason once, with the lines that it holds for."""
+    """Why measurements are missing: each reason once, with the lines that it applies to."""
     found: dict[tuple[str, str], list[str]] = {}
     for key, line in lines.items():
         reason = line.get("reason")
@@ -245,7 +245,7 @@ def heading(tree: dict[str, Any]) -> str:
 
 
 def report(trees: list[dict[str, Any]]) -> str:
-    """Everything that the files say together, as Markdown."""
+    """All tables from these files together, as Markdown."""
     lines: Lines = {key: line for tree in trees for key, line in tree["lines"].items()}
     tables = (
         ways(lines, trees[0]["machine"].get("device", "") if trees else ""),

@@ -1,4 +1,4 @@
-"""`pytest benchmarks/ --benchmark-only` on a GPU: the op beside the installed peers; every line in extra_info."""
+"""`pytest benchmarks/ --benchmark-only` on a GPU: the op and the installed peers; every line is in extra_info."""
 
 import pytest
 import torch

@@ -1,13 +1,13 @@
-"""Named block sizes of each kernel on this GPU: `python -m benchmarks.gpu.tiles KERNEL N D V [--dtype bfloat16]`.
+"""Times block sizes of each kernel on this GPU: `python -m benchmarks.gpu.tiles KERNEL N D V [--dtype bfloat16]`.
 
-    row_loss, row_parts        the factual rows of the fused way, and a block of its counterfactual ones
-    lse_gemm                   log-probabilities without logits: token_logprobs, and the others' counterfactual rows
-    store_gemm, stored_rows    the factual rows of the way that keeps 16-bit logits
+    row_loss, row_parts        the factual rows of way "fused", and a block of its counterfactual ones
+    lse_gemm                   log-probabilities without logits: token_logprobs, and counterfactual rows of other ways
+    store_gemm, stored_rows    the factual rows of way "stored", which keeps 16-bit logits
 
-About ten tiles a kernel, by name, such as 128x256x64-w8-s3-g8-tma-p (rows × columns × depth, warps, stages, group_m, by
-descriptors, persistent). Each is compared with the shipped tile's result and then timed, the shipped tile in turn with
-it, on the rows of one chunk or block; the last line is a row for TABLE in perce_kernels/gpu/tiles.py. A tile that does
-not compile, or needs more shared memory than there is, is a line with the reason.
+Each kernel has about ten tiles with names such as 128x256x64-w8-s3-g8-tma-p (rows × columns × depth, warps, stages,
+group_m, by descriptors, persistent). Each tile's result is compared with that of the tile in use; then both are timed
+in turn, on the rows of one chunk or block. The last line is a row for TABLE in perce_kernels/gpu/tiles.py. For a tile
+that does not compile, or needs too much shared memory, a line gives the reason.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from perce_kernels.gpu.cut import Cut, block_of, cut_of
 from perce_kernels.gpu.product import pitch
 from perce_kernels.gpu.tiles import Row, Tile
 
-TOLERANCE = 1e-4  # of statistics; another order of the sums moves them by some 1e-6
-DZ_TOLERANCE = 2**-5  # of weights up to 5, in bf16: an ulp
+TOLERANCE = 1e-4  # for statistics; another order of summation changes them by some 1e-6
+DZ_TOLERANCE = 2**-5  # one ulp in bf16, for weights up to 5
 PROBABILITY_TOLERANCE = 2**-8
 
 
@@ -44,12 +44,12 @@ class Subject(NamedTuple):
     run: Callable[[], object]
     setup: Callable[[], object] | None  # before each run, untimed
     result: Callable[[], list[Tensor]]  # of the last run
-    tolerances: list[float]  # of each
+    tolerances: list[float]  # one per tensor of the result
 
 
 @contextmanager
 def shipping(kernel: str, arch: str, dtype: torch.dtype, tile: Tile) -> Iterator[None]:
-    """The table with this tile in the first place."""
+    """Puts this tile first in the table while the context is open."""
     before = tiles.TABLE
     tiles.TABLE = (Row(kernel, arch, (dtype,), None, tile), *before)
     try:
@@ -59,13 +59,13 @@ def shipping(kernel: str, arch: str, dtype: torch.dtype, tile: Tile) -> Iterator
 
 
 def cut_for(n: int, d: int, v: int, dtype: torch.dtype, device: str, way: str) -> Cut:
-    """Tokens of a block and a chunk, as the driver would take them of n."""
+    """Tokens per block and chunk, as the driver would choose them for n tokens."""
     cut = cut_of(n, d, v, dtype.itemsize, way, tiles.multiprocessors(torch.device(device)))
     return Cut(min(n, cut.block), min(n, cut.chunk))
 
 
 def random_logits(rows: int, v: int, device: str) -> tuple[Tensor, Tensor]:
-    """(rows, pitch) raw products and (rows,) targets."""
+    """Raw products (rows, pitch) and targets (rows,)."""
     g = torch.Generator(device).manual_seed(0)
     raw = torch.randn(rows, pitch(v), generator=g, device=device).mul_(3)
     return raw, torch.randint(0, v, (rows,), generator=g, device=device)
@@ -99,7 +99,7 @@ def row_parts_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -
 
 
 class Stored(NamedTuple):
-    """A block for the way that keeps 16-bit logits."""
+    """A block of tokens for way "stored", which keeps 16-bit logits."""
 
     hidden: Tensor  # (K, D)
     lm_head: Tensor  # (V, D)
@@ -127,7 +127,7 @@ def lse_gemm_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) ->
 
 
 def store_gemm_subject(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> Subject:
-    """Statistics, and the probabilities that the stored logits stand for: these depend on the width of a tile."""
+    """Compares statistics, and probabilities by the stored logits, whose offsets depend on a tile's width."""
     block, rows = Stored.of(n, d, v, dtype, device), []
 
     def result() -> list[Tensor]:
@@ -156,9 +156,9 @@ SUBJECTS = {
     "row_loss": row_loss_subject, "row_parts": row_parts_subject, "lse_gemm": lse_gemm_subject,
     "store_gemm": store_gemm_subject, "stored_rows": stored_rows_subject,
 }  # fmt: skip
-TABLED = {"row_parts": "row_halves"}  # where the table has another name
+TABLED = {"row_parts": "row_halves"}  # kernels that have another name in the table
 FP32_ROWS = ("row_loss", "row_parts")  # looked up by the dtype of their logits
-ROW_KERNELS = (*FP32_ROWS, "stored_rows")  # one program a row of logits, whatever D is
+ROW_KERNELS = (*FP32_ROWS, "stored_rows")  # one program per row of logits; they do not depend on D
 ROW_TILES = tuple(
     Tile(1, columns, 0, warps, stages)
     for columns, warps, stages in (
@@ -177,7 +177,7 @@ GEMM_TILES = tuple(
 )  # fmt: skip
 TINY_TILES = {True: (Tile(1, 64, 0, 1, 1), Tile(1, 128, 0, 1, 1)),
               False: (Tile(16, 32, 16, 1, 1), Tile(32, 32, 16, 1, 1, group_m=2, persistent=True))}  # fmt: skip
-"""Of the interpreter, by whether the kernel is one of rows."""
+"""Tiles for the interpreter, by whether the kernel is in ROW_KERNELS."""
 
 
 def named(tile: Tile) -> str:
@@ -188,7 +188,7 @@ def named(tile: Tile) -> str:
 
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """The named tiles of a kernel, operands as the shipped tile reads them; the shipped tile comes first."""
+    """The tiles of a kernel, which read operands as the tile in use does; that one comes first."""
     shipped = tiles.find(TABLED.get(kernel, kernel), arch, torch.float32 if kernel in FP32_ROWS else dtype, 1)
     if arch == tiles.INTERPRETER:
         found = TINY_TILES[kernel in ROW_KERNELS]
@@ -199,7 +199,7 @@ def candidates(kernel: str, arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
 
 
 class Contest:
-    """The tiles of one kernel at one size: each against the shipped one."""
+    """Compares tiles of one kernel at one size with the tile in use."""
 
     def __init__(self, kernel: str, size: Size, dtype: torch.dtype, device: str):
         self.kernel, self.size, self.dtype, self.clock = kernel, size, dtype, clock_of(device)
@@ -216,17 +216,17 @@ class Contest:
         return shipping(TABLED.get(self.kernel, self.kernel), self.arch, self.looked_up, tile)
 
     def difference(self, tile: Tile) -> float:
-        """Largest difference from the shipped tile's result, in tolerances; a NaN gives a NaN."""
+        """Largest difference from the result of the tile in use, divided by the tolerance; NaN if there is one."""
         with self.shipping(tile):
             self.seconds()
         results = zip(self.subject.result(), self.expected, self.subject.tolerances, strict=True)
         return float(torch.stack([(a - b).abs().max() / tolerance for a, b, tolerance in results]).max())
 
     def measure(self, tile: Tile, rounds: int = 7) -> dict[str, float]:
-        """Seconds, and the ratio to the shipped tile's, timed in turn with it. Unable if the result is another."""
+        """Seconds, and the ratio to the tile in use, timed in turn with it. Unable if the results differ."""
         difference = self.difference(tile)
         if not difference <= 1:
-            raise Unable(f"wrong, by {difference:.2g} times what is allowed")
+            raise Unable(f"wrong, by {difference:.2g} times the tolerance")
         times: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(rounds):
             times[True].append(self.seconds())
@@ -236,7 +236,7 @@ class Contest:
 
 
 def stage(child: Child) -> None:
-    """Every kernel at the first sizes. Options: kernels, sizes (how many)."""
+    """Measures all tiles of every kernel at the first sizes. Options: kernels, sizes (how many)."""
     options, device = child.request.options, child.request.device
     dtype = torch.bfloat16
     arch = tiles.architecture(torch.device(device))
@@ -256,7 +256,7 @@ def stage(child: Child) -> None:
 
 
 def row_of(kernel: str, arch: str, dtype: torch.dtype, size: Size, tile: Tile, found: dict[str, float]) -> str:
-    """A line of tiles.TABLE; of the kernel that knows D, for D up to this one."""
+    """A line of tiles.TABLE; for a kernel that depends on D, it applies up to this D."""
     dtypes = "HALF + FULL" if kernel in FP32_ROWS else "HALF"
     numbers = ", ".join(map(str, tile[:5])) + (", True" if tile.use_tma else "")
     group = "" if tile.group_m == Tile._field_defaults["group_m"] else f", group_m={tile.group_m}"
@@ -284,12 +284,12 @@ def main(arguments: list[str]) -> None:
     for tile in candidates(options.kernel, contest.arch, dtype):
         try:
             found[tile] = contest.measure(tile)
-        except Exception as error:  # the compiler's, of many kinds
+        except Exception as error:  # compilers raise errors of many kinds
             print(f"{named(tile)}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             if not contest.clock.is_alive():
                 sys.exit("the device is lost")
             continue
-        print(f"{named(tile)}: {1000 * found[tile]['seconds']:.3f} ms, {found[tile]['ratio']:.3f} of the shipped tile")
+        print(f"{named(tile)}: {1000 * found[tile]['seconds']:.3f} ms, {found[tile]['ratio']:.3f} of the tile in use")
     best = min(found, key=lambda tile: found[tile]["ratio"])
     print(row_of(options.kernel, contest.arch, dtype, size, best, found[best]))
 

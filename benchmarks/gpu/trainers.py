@@ -1,7 +1,7 @@
-"""Training steps of a large model by other people's trainers beside ours: see benchmarks/trainers.py for the ways.
+"""Training steps of a large model by our trainer and by others: see benchmarks/trainers.py for the ways.
 
-Each trainer takes a few steps of its own, LoRA and bf16, on sequences of the same tokens. The model is made anew for
-each kind of trainer, for some change its code; the ways of a kind share it, without the adapter of the one before.
+Each trainer takes a few steps, with LoRA and bf16, on sequences of the same tokens. The model is created again for each
+kind of trainer, because some change its code; the ways of one kind share it, and each adapter is removed afterwards.
 """
 
 from contextlib import suppress
@@ -14,9 +14,9 @@ from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, Unable
 
 WAYS = ("perce", "perce-ce", "trl-ce", "trl-perce", "naive-ce", "naive-kept", "naive", "perce-liger")
-"""By importance; Liger's kernels last, for they are put into the module that models are made of."""
+"""By importance; Liger's kernels come last, because they patch the module that all such models use."""
 STEPS = {"cuda": {8192: 3, 32768: 2}, "cpu": {300: 3}}
-"""Device → tokens of a sequence → steps, of which the first is not timed."""
+"""By device and tokens per sequence: the number of steps, of which the first is not timed."""
 SHAPE = {"cuda": "qwen3-8b", "cpu": "tiny"}
 
 
@@ -25,7 +25,7 @@ def kind(way: str) -> str:
 
 
 def measured(model: Any, way: str, tokens: int, device: str) -> dict[str, Any]:
-    """One line: some steps, and the model without an adapter again."""
+    """Runs a few steps for one line; afterwards the model has no adapter."""
     persona = tokens - trainers.QUERY - trainers.RESPONSE
     try:
         return trainers.train(model, way, persona, SHAPE[device], STEPS[device][tokens])
@@ -36,7 +36,7 @@ def measured(model: Any, way: str, tokens: int, device: str) -> dict[str, Any]:
 
 
 def remove_adapter(model: Any) -> None:
-    """PEFT's layers out of the model that they were put into."""
+    """Removes PEFT's layers from a model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(model.named_modules()):
@@ -47,7 +47,7 @@ def remove_adapter(model: Any) -> None:
 
 
 def stage(child: Child) -> None:
-    """Every way at every length."""
+    """Measures every way at every length."""
     name, device = child.request.stage, child.request.device
     for _, ways in groupby(WAYS, kind):
         keys = {f"{name}/{way}/{tokens}": (way, tokens) for way in ways for tokens in STEPS[device]}
@@ -64,9 +64,9 @@ def stage(child: Child) -> None:
 
 
 def prepare() -> None:
-    """Imports that take long."""
+    """Slow imports."""
     for module in ("perce.training.trainer", "trl.trainer.sft_trainer"):
-        with suppress(ImportError):  # which one is missing is said when it is needed
+        with suppress(ImportError):  # a missing one is reported when it is needed
             import_module(module)
 
 

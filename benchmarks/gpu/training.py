@@ -1,11 +1,12 @@
-"""`python -m perce.train` itself: does it run on this device, and as on a CPU? A tiny model, a few steps, and a score.
+"""`python -m perce.train` itself: does it run on this device, with the same results as on a CPU? A tiny model is
+trained for a few steps and scored.
 
 train    all weights and LoRA in bf16 on the device, all weights in fp32 on the CPU
 flash    sdpa, and flash-attn-4 with padded and with packed sequences
-options  what changes how a step is computed and not what: memory, packing, Liger's kernels, DDP; and other objectives
+options  options that must not change the first loss: memory, packing, Liger's kernels, DDP; and other objectives
 
-All runs of a stage at once, each a process. Their first loss and PIR are those of the same weights and rows: they may
-differ by what bf16 explains.
+All runs of a stage start together, each in a process of its own. Their first loss and PIR belong to the same weights
+and rows, so they may differ only by the error of bf16.
 """
 
 import json
@@ -48,11 +49,11 @@ ALIKE = {"train": {"as on a CPU": ("full", "cpu")},
          "options": {f"{name} as plain": (name, "plain") for name in OPTIONS if name != "plain"}
          | {f"{name} as on a CPU": (name, f"{name} on a CPU") for name in ("entce", "nextquill")}}  # fmt: skip
 LAUNCHER = {"ddp": ("torch.distributed.run", "--nproc_per_node", "1", "--master_port", "29555", "-m")}
-"""By run: what its command is given to. One process is a group too, by NCCL on a GPU."""
+"""By run: the launcher of its command. Even one process forms a process group, by NCCL on a GPU."""
 MODEL = "PERCE_TINY_MODEL"
-"""Environment variable: directory of the model that came with the wheels; without it one is made here."""
+"""Environment variable: directory of the model that came with the wheels; without it, one is made here."""
 LOSS_DIFFERENCE, PIR_DIFFERENCE = 0.005, 0.003
-"""Of the first step's: relative, and in nats. The model's mean PIR is 0.018: a contrast that was lost would show."""
+"""Allowed differences in the first step: relative, and in nats. The model's mean PIR is 0.018, so losing it shows."""
 
 
 class Run:
@@ -71,7 +72,7 @@ class Run:
         return self.popen.poll() is not None
 
     def check(self) -> float:
-        """Seconds that it took; Unable with its last words if it failed."""
+        """Seconds that it took. Unable with its last line of standard error if it failed."""
         if self.popen.wait():
             self.stderr.seek(0)
             text = self.stderr.read().decode(errors="replace")
@@ -82,7 +83,7 @@ class Run:
 
 
 def logged(directory: Path) -> dict[str, Any]:
-    """What a run logged of its first and last step."""
+    """What a run logged about its first and last step."""
     history = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     steps = [entry for entry in history if "loss" in entry]
     return {

@@ -1,18 +1,18 @@
-"""What a bare GPU machine without a network lacks, in parts small enough to travel: `python -m benchmarks.gpu.wheels`.
+"""Collects packages for a GPU machine without a network, in parts of limited size: `python -m benchmarks.gpu.wheels`.
 
-    a     what perce.train imports beside torch and transformers, and a tiny random model in a/model
+    a     what perce.train imports besides torch and transformers, and a tiny random model in a/model
     b     the peers that Triton compiles: Liger, cut-cross-entropy, TRL's head
     c     CuTe DSL for CUDA 13 and quack; with b, also Liger's CuTe kernels. Too large for one part: c1 and c2
     d     flash-attn-4, which needs c: --attn_implementation flash_attention_4
 
-The machine is one with Linux on x86-64, Python 3.12, torch 2.11 for CUDA 13, triton, transformers, accelerate, peft,
+The machine must have Linux on x86-64, Python 3.12, torch 2.11 for CUDA 13, triton, transformers, accelerate, peft,
 numpy, pandas, pyarrow 24, requests and xxhash. A part is a directory of wheels with MANIFEST.json: the size and SHA-256
-of every file. A wheel that no part can hold travels in pieces NAME.whl.000, NAME.whl.001.
+of every file. A wheel that is too large for a part is divided into pieces NAME.whl.000, NAME.whl.001.
 
     python -m benchmarks.gpu.wheels --unpack build/site-packages build/wheels/b build/wheels/c1 build/wheels/c2
 
-checks the files, joins the pieces and installs the wheels, without their dependencies. A file that is missing or
-damaged is named and left out; the others are installed.
+checks the files, joins the pieces and installs the wheels without their dependencies. Missing and damaged files are
+named and left out; the others are installed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PINS = {  # name: version, parts
     "cut-cross-entropy": ("25.1.1", "b"),
     "trl": ("1.16.0", "b"),
     "quack-kernels": ("0.6.5", "c"),
-    "nvidia-cutlass-dsl": ("4.7.1", "c"),  # the newest when quack 0.6.5 came out, which asks for 4.7 or later
+    "nvidia-cutlass-dsl": ("4.7.1", "c"),  # the newest when quack 0.6.5 was released, which requires 4.7 or later
     "nvidia-cutlass-dsl-libs-base": ("4.7.1", "c"),
     "nvidia-cutlass-dsl-libs-core": ("4.7.1", "c"),
     "nvidia-cutlass-dsl-libs-cu13": ("4.7.1", "c"),
@@ -52,16 +52,16 @@ PINS = {  # name: version, parts
     "flash-attn-4": ("4.0.0b36", "d"),
 }
 COMMANDS = {"a": ("a",), "b": ("b", "c", "d")}  # make gpu-a, make gpu-b
-# pip takes a wheel only for a platform that it is told by name.
+# pip accepts only wheels for platforms that are named.
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
-MODEL = {  # multiples of 64, as bf16 kernels on a GPU like them
+MODEL = {  # sizes are multiples of 64, which suit bf16 kernels on a GPU
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.02,
 }  # fmt: skip
 
 
 def collect(directory: Path, downloads: Path) -> dict[str, list[Path]]:
-    """Fetches the wheels, makes the model, fills `directory` with parts; what each letter's parts are."""
+    """Downloads the wheels, makes the model and fills `directory` with parts. Returns the parts of each letter."""
     found = {}
     for letter in sorted({letter for _, letters in PINS.values() for letter in letters}):
         pins = {name: version for name, (version, letters) in PINS.items() if letter in letters}
@@ -96,7 +96,7 @@ def save_model(directory: Path) -> Path:
 
 
 def fill(directory: Path, letter: str, wheels: Sequence[Path], limit: int = PART_LIMIT) -> list[Path]:
-    """Part `letter`, or parts letter1, letter2, … of about the same size where one would exceed the limit."""
+    """Part `letter`, or parts letter1, letter2, … of about the same size if one part would exceed the limit."""
     count = math.ceil(sum(wheel.stat().st_size for wheel in wheels) / limit)
     share = math.ceil(sum(wheel.stat().st_size for wheel in wheels) / count)
     parts: list[dict[str, bytes]] = [{}]
@@ -142,7 +142,7 @@ def size(part: Path) -> int:
 
 
 def advice(parts: dict[str, list[Path]]) -> Iterator[str]:
-    """Sizes, and which command carries and unpacks which part."""
+    """The parts' sizes, and which command carries and which unpacks each part."""
     yield f"{'part':20}{'MiB':>6}"
     for part in (part for letter in parts.values() for part in letter):
         yield f"{relative(part):20}{size(part) / MIB:6.1f}"
@@ -157,9 +157,9 @@ def advice(parts: dict[str, list[Path]]) -> Iterator[str]:
         yield f"    carries {', '.join(map(relative, own))}: {sum(map(size, own)) / MIB:.1f} MiB"
     if ahead:
         yield ""
-        yield f"The second command's parts have more than {PART_LIMIT // MIB} MiB together. The first carries"
-        yield f"{', '.join(map(relative, ahead))} for it without unpacking; on another machine than the first command's"
-        yield "another command has to bring it before."
+        yield f"The second command's parts have more than {PART_LIMIT // MIB} MiB together, so the first command also"
+        yield f"carries {', '.join(map(relative, ahead))}, without unpacking. If the second command runs on another"
+        yield "machine, bring these parts there with another command first."
 
 
 def relative(part: Path) -> str:
@@ -167,9 +167,9 @@ def relative(part: Path) -> str:
 
 
 def unpack(site: Path, parts: Iterable[Path]) -> list[str]:
-    """Installs the parts' wheels into `site`; what was wrong, one line a file."""
-    if site.name != "site-packages":  # quack takes functions in a directory of another name for the user's own
-        return [f"{site}: expected a directory called site-packages. quack's import fails in any other."]
+    """Installs the parts' wheels into `site`. Returns problems, one line per file."""
+    if site.name != "site-packages":  # quack treats functions outside site-packages as the user's own
+        return [f"{site}: expected a directory called site-packages. quack cannot be imported from any other."]
     wheels, pieces, problems = read_parts(parts)
     with tempfile.TemporaryDirectory() as work:
         for name, found in pieces.items():
@@ -182,7 +182,7 @@ def unpack(site: Path, parts: Iterable[Path]) -> list[str]:
 
 
 def read_parts(parts: Iterable[Path]) -> tuple[dict[str, Path], dict[str, list[Path | None]], list[str]]:
-    """Sound wheels and pieces by name, and what is not sound."""
+    """Undamaged wheels and pieces by name, and a list of problems."""
     wheels: dict[str, Path] = {}
     pieces: dict[str, list[Path | None]] = {}
     problems = []
@@ -210,7 +210,7 @@ def damage(path: Path, entry: dict[str, Any]) -> str | None:
         return "missing"
     if path.stat().st_size != entry["size"]:
         return f"damaged: expected {entry['size']:,} bytes, found {path.stat().st_size:,}"
-    return None if sha256(path) == entry["sha256"] else "damaged: its SHA-256 is another"
+    return None if sha256(path) == entry["sha256"] else "damaged: its SHA-256 differs"
 
 
 def join(whole: Path, pieces: Iterable[Path]) -> Path:
@@ -221,8 +221,8 @@ def join(whole: Path, pieces: Iterable[Path]) -> Path:
 
 
 def install(site: Path, wheels: list[Path]) -> list[str]:
-    """All in one call, for packages that share a directory would replace each other in several; one that pip cannot
-    take here, for another Python say, is left out."""
+    """Installs all wheels in one call, because in several calls packages that share a directory would replace each
+    other. A wheel that pip refuses here, for example one for another Python, is left out."""
     options = ["--no-index", "--no-deps", "--disable-pip-version-check", "--no-cache-dir"]
     problems = []
     for attempt in ("all", "those that pip takes"):
@@ -249,7 +249,7 @@ def run_pip(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["pip failed without a word"])[-1]
+    return (text.strip().splitlines() or ["pip failed without a message"])[-1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -73,7 +73,7 @@ def test_every_stage_runs_once_and_is_reported(run, tmp_path, monkeypatch, capsy
     again._save()
     _, commands = run()
     assert commands == ["perce.evaluate"] * 2, "only what is missing"
-    with pytest.raises(SystemExit, match="its cells ran with another train"):
+    with pytest.raises(SystemExit, match="its cells ran with different settings of train"):
         run(train={"max_steps": 3})
 
     results = study_results.Results(tmp_path / "results" / "study_tiny.json")

@@ -122,8 +122,8 @@ def test_a_command_that_changes_what_is_learned_is_told_in_words(said):
     assert but == "but     this changes what is learned: no gradient flows through the persona (--persona_grad none)"
     *_, command, but = said(lambda options: 92 if options.model.load_in_4bit else 200, "cuda")
     assert "--load_in_4bit" in command and "persona_grad" not in but
-    assert but.endswith("is learned: weights are rounded to 4 bits (--load_in_4bit); it takes 92.00 of 100.00 GiB, which "
-                        "is close")  # fmt: skip
+    assert but.endswith("is learned: weights are rounded to 4 bits (--load_in_4bit); it takes 92.00 of 100.00 GiB, "
+                        "which is close")  # fmt: skip
     assert len(said(lambda options: peaks[options.memory.persona_grad], "cpu", "--persona_grad", "none")) == 2
     assert len(said(lambda options: 80)) == 2, "nothing to be said"
 

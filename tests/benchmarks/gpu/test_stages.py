@@ -379,7 +379,7 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
 
 def test_wheels_are_unpacked_for_the_processes_that_follow(monkeypatch, tmp_path):
     monkeypatch.setattr(command, "SITE", tmp_path / "build/site-packages")
-    problems = ["part/x.whl: damaged: its SHA-256 is another"]
+    problems = ["part/x.whl: damaged: its SHA-256 differs"]
     monkeypatch.setattr(wheels, "unpack", lambda site, parts: site.mkdir(parents=True) or problems if parts else [])
     monkeypatch.setenv("PYTHONPATH", "before")
     monkeypatch.delenv(training.MODEL, raising=False)
@@ -391,7 +391,7 @@ def test_wheels_are_unpacked_for_the_processes_that_follow(monkeypatch, tmp_path
     site, _, before = os.environ["PYTHONPATH"].split(os.pathsep)
     assert site.endswith("build/site-packages") and before == "before"
     assert os.environ[training.MODEL] == str(tmp_path / "a/model")
-    assert results.lines["wheels/part/x.whl"] == {"reason": "damaged: its SHA-256 is another"}
+    assert results.lines["wheels/part/x.whl"] == {"reason": "damaged: its SHA-256 differs"}
     monkeypatch.setenv("PYTHONPATH", "before")
     command.install([], results)
     assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == site, "the next command has them without being told"

@@ -18,7 +18,7 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="times the interpr
 def test_the_command_prints_a_row_of_the_table(kernel, capsys):
     tile_search.main([kernel, "4", "16", "65"])
     *listed, row = capsys.readouterr().out.splitlines()
-    assert len(listed) in (2, 3) and all(" of the shipped tile" in line for line in listed)
+    assert len(listed) in (2, 3) and all(" of the tile in use" in line for line in listed)
     code, comment = row.split("#")
     found = eval(code.strip().rstrip(","), vars(tiles))
     assert (

@@ -60,15 +60,15 @@ def test_each_number_says_which_way_is_better(printed):
 
 
 def test_few_users_are_told_and_what_their_p_can_be(printed):
-    assert "3 users only" in printed(records(3)) and "p is" not in printed(records(3))
+    assert "only 3 users" in printed(records(3)) and "p cannot" not in printed(records(3))
     assert "p cannot be below 0.25" in printed(records(3), records(3, shift=1.0))
-    assert "users only" not in printed(records(10), records(10, shift=1.0))
+    assert "only 10 users" not in printed(records(10), records(10, shift=1.0))
     assert "only 1 user" in printed(records(1)) and "one user" in printed(records(1))
 
 
 def test_rows_are_not_called_users(printed):
     out = printed(records(3, named=False), records(3, shift=1.0, named=False))
-    assert "3 rows only" in out and "by row" in out and "user" not in out
+    assert "only 3 rows" in out and "by row" in out and "user" not in out
     assert "one row" in printed(records(1, named=False))
 
 
