@@ -1,1 +1,1 @@
-"""A package, so that a library which installs a `tests` of its own does not stand in for this one."""
+"""A package, so that a library that installs its own `tests` does not replace this one."""

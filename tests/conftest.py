@@ -1,4 +1,4 @@
-"""Fixtures of the op's tests, hypothesis profiles, and Triton's interpreter where there is no GPU."""
+"""Fixtures of the op's tests, hypothesis profiles, and Triton's interpreter if there is no GPU."""
 
 import os
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Before anything imports Triton, or perce_kernels, which both read it once. torch alone does not import Triton.
+# Set before anything imports Triton or perce_kernels, which both read it once. torch itself does not import Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.pop("PERCE_BACKEND", None)  # the developer's own choice is not what is tested
+os.environ.pop("PERCE_BACKEND", None)  # a developer's own setting must not change what is tested
 
 from perce_kernels import backends, chunked, reference, row_pass
 
@@ -22,31 +22,31 @@ ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_available
 
 
 def pytest_runtest_setup(item):
-    """A process whose device died can only fail, and fast: it would take all tests that are left."""
+    """Ends a process whose device died: it would take all remaining tests and fail them quickly."""
     if ONE_OF_SEVERAL:
         try:
             torch.cuda.synchronize()
         except RuntimeError:
-            os._exit(3)  # another takes its place
+            os._exit(3)  # another process replaces it
 
 
 @pytest.fixture(autouse=True)
 def room_on_the_gpu(request):
-    """With several processes on one GPU, the cases that fill it wait for each other."""
+    """With several processes on one GPU, makes cases that fill its memory wait for each other."""
     case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
     if not ONE_OF_SEVERAL or not hasattr(case, "is_tiny") or case.is_tiny:
         yield
         return
     from tests.helpers.device import room
 
-    head = 40 * case.v * case.d  # the fp64 gradient of the head, what it is compared with, and their difference
+    head = 40 * case.v * case.d  # the head's fp64 gradient, the gradient compared with it, and their difference
     with room(head, torch.cuda.get_device_properties(0).total_memory):
         yield
 
 
 @pytest.fixture(scope="module")
 def poisoned_memory():
-    """Make `empty` return NaN, so that memory which is read before it is written shows."""
+    """Make `empty` return NaN, so that reading memory before it is written shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -66,7 +66,7 @@ def small_chunks():
 
 @pytest.fixture(scope="module")
 def interpreter_rounds():
-    """Triton's interpreter truncates fp32 to bf16 and, before 3.9, rounds a multiply-add twice: make it as GPUs are."""
+    """Make Triton's interpreter round as GPUs do: it truncates fp32 to bf16 and, before 3.9, rounds fma twice."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return

@@ -1,4 +1,4 @@
-"""One distribution: the op needs torch alone, and the rest says what to install."""
+"""There is one distribution: the op needs only torch, and other parts say what to install."""
 
 import ast
 import importlib.util
@@ -65,7 +65,7 @@ torch.library.opcheck(
 
 @pytest.fixture
 def torch_alone(tmp_path):
-    """What runs Python as if torch alone were installed."""
+    """A function that runs Python as if only torch were installed."""
     (tmp_path / "sitecustomize.py").write_text(HIDING)
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
 
@@ -185,7 +185,7 @@ def test_torch_is_all_that_is_required():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """What runs the Python of a new virtual environment, in a copy of this checkout."""
+    """A function that runs the Python of a new virtual environment, in a copy of this checkout."""
     directory, venv = tmp_path / "checkout", tmp_path / "venv"
     ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "runs")
     shutil.copytree(ROOT, directory, ignore=ignored)

@@ -1,4 +1,4 @@
-"""Every file of examples/ runs as it stands, on a tiny model; README shows a part of one."""
+"""Every file in examples/ runs unchanged on a tiny model; README shows a part of one."""
 
 import re
 import runpy
@@ -39,7 +39,7 @@ def test_an_example_trains(name, tmp_path, monkeypatch, capsys):
     model = save_tiny_model(tmp_path / "model", chat_template=CHATML)
     losses = run(name, model, tmp_path / "run", monkeypatch, capsys)
     assert len(losses) >= 3
-    if name in ("op.py", "loop.py"):  # a step of the others is of other rows each
+    if name in ("op.py", "loop.py"):  # the steps of other examples have different rows
         assert losses[-1] < losses[0]
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file() == (name == "trl_sft.py")
 

@@ -1,4 +1,4 @@
-"""docs/EXTENDING.md: its examples run as they stand there."""
+"""The examples of docs/EXTENDING.md run unchanged."""
 
 import importlib
 import json
@@ -43,7 +43,7 @@ def test_an_objective(tmp_path, monkeypatch):
 
 
 def test_a_format(tmp_path, monkeypatch):
-    monkeypatch.setitem(formats.FORMATS, "forum", None)  # and so taken out again
+    monkeypatch.setitem(formats.FORMATS, "forum", None)  # so that monkeypatch removes it again
     monkeypatch.setattr(parsers, "parse_forum", None, raising=False)
     exec(BLOCKS["parser"], vars(parsers))
     exec(BLOCKS["format"], vars(formats))
@@ -78,7 +78,7 @@ def test_a_metric(tmp_path, monkeypatch, capsys):
     pytest.importorskip("nltk")
     for name, metric in eval(f"{{{BLOCKS['metric']}}}", vars(metrics)).items():
         monkeypatch.setitem(metrics.REPLY_METRICS, name, metric)
-    importlib.reload(evaluation_report)  # where the table is read when it is imported
+    importlib.reload(evaluation_report)  # it reads the table when it is imported
     model = save_tiny_model(tmp_path / "model")
     flags = ["--limit=2", "--max_new_tokens=4", f"--output={tmp_path / 'e.json'}"]
     try:

@@ -1,4 +1,4 @@
-"""How the house is built: imports go down only, every module has its test, and the front door is light."""
+"""The structure of the packages: imports go only to lower floors, every module has tests, `import perce` is light."""
 
 import ast
 import importlib.util
@@ -12,7 +12,7 @@ import pytest
 import perce
 from tests.helpers import ROOT
 
-# From the ground up; a room imports only rooms below it, and those beside it in its own folder without a circle.
+# From the lowest up. A room imports only rooms on lower floors, and others in its own folder without a circle.
 COMMANDS = ("train", "score", "evaluate", "plan", "preview", "doctor")
 FLOORS = (
     ("perce_kernels.reference", "perce_kernels.vocab_parallel"),
@@ -53,7 +53,7 @@ MODULES = {
 
 
 def imported(module: str) -> set[str]:
-    """The modules of ours that a module imports, anywhere in its text: what is imported late is imported too."""
+    """Our modules that a module imports anywhere in its text, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -67,7 +67,7 @@ def imported(module: str) -> set[str]:
 
 @pytest.mark.parametrize("folder", OURS)
 def test_what_is_imported_is_there(folder):
-    """Late imports too, and those whose failure is suppressed."""
+    """Imports inside functions too, and those whose failure is suppressed."""
     line = re.compile(rf"^ *(?:from|import) ((?:{'|'.join(OURS)})(?:\.\w+)*)", re.MULTILINE)
     for path in (ROOT / folder).rglob("*.py"):
         for name in line.findall(path.read_text(encoding="utf-8")):
@@ -100,7 +100,7 @@ def test_there_is_no_circle():
     assert not left, f"these import each other: {', '.join(left)}"
 
 
-# A test file is called after a module, or after it and a part of it; these are about several.
+# A test file is named after a module, or after a module and a part of it; these test several modules.
 ABOUT_SEVERAL = {
     "test_house.py": "all modules",
     "test_distribution.py": "what is installed, and what is not",
@@ -120,7 +120,7 @@ ABOUT_SEVERAL = {
     "perce_kernels/gpu/test_promises.py": "all kernels on a GPU: memory, syncs, graphs",
     "benchmarks/gpu/test_stages.py": "parts, steps, training and the suite",
 }
-# Modules whose behaviour is seen through others alone: in runs of the commands, and of the op.
+# Modules that are tested only through others: in runs of the commands and of the op.
 SEEN_THROUGH_OTHERS = {
     "data.fields",
     "errors", "integrity", "launcher", "config.commands", "config.schema", "config.step", "model.head", "model.passes",
@@ -156,7 +156,7 @@ def test_every_module_has_its_tests_and_every_test_file_its_module():
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("perce.")])
 def test_one_place_prints(module):
-    """What acts on a terminal is shown there: a name or a row that is printed past it would act."""
+    """perce.visible escapes control characters; a name or a row printed in another way could control the terminal."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     written = {id(node.func): bool(node.args) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     printed = [x for x in ast.walk(tree) if isinstance(x, ast.Name) and x.id == "print" and written.get(id(x), True)]

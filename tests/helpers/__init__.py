@@ -3,4 +3,4 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-"""Of the repository, where tests start processes."""
+"""The repository's root, in which tests start processes."""

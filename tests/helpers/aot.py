@@ -27,7 +27,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 USAGE = ("REG", "STACK", "LOCAL")
 INSTRUCTION = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)([^;]*);"
 SPIN = 10 * 16
-"""Bytes of machine code up to which a loop is a wait."""
+"""A loop of at most this many bytes of machine code only waits."""
 MACHINE = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS")
 INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "cp.async.bulk.tensor", "cp.async.cg", "bar.sync",
                 "ld.global.L1::evict_first")  # fmt: skip
@@ -172,7 +172,7 @@ def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
                 source = stored_gradient_source(row.tile, dtype, columns, cap=cap)
                 yield "stored_rows", row.tile, f"{NAMES[dtype]}, {'softcap' if cap else 'plain'}", source
             continue
-        if row.kernel == "store_gemm":  # lse_gemm with a store; bf16 and fp16 compile alike
+        if row.kernel == "store_gemm":  # lse_gemm with a store; bf16 and fp16 compile to the same code
             for dtype, name in ((torch.bfloat16, "softcap, bias"), (torch.float16, "plain")):
                 for tile in dict.fromkeys((row.tile, lse_gemm.by_pointers(row.tile))):
                     options = {"cap": name != "plain", "bias": name != "plain", "store": True}
@@ -196,7 +196,7 @@ def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
 
 
 def report(cubin: bytes, *options: str) -> str:
-    """What the disassembler that Triton ships tells of machine code."""
+    """The output of the disassembler that Triton ships, for this machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -205,17 +205,17 @@ def report(cubin: bytes, *options: str) -> str:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory a thread) of the machine code; a spill is local memory."""
+    """(registers, bytes of local memory) per thread of the machine code; a spill is local memory."""
     usage = report(cubin, "-res-usage")
     registers, stack, local = (max(int(x) for x in re.findall(rf"{name}:(\d+)", usage)) for name in USAGE)
     return registers, stack + local
 
 
 def loops(sass: str) -> list[tuple[int, int]]:
-    """(instructions, barriers) of each innermost loop of some work, in the order of the code.
+    """(instructions, barriers) of each innermost loop that does more than wait, in the order of the code.
 
-    A loop is what lies between a jump back and where it leads. A wait that spins on its own test is none, nor is code
-    that was moved behind the exit and jumps back to its place.
+    A loop is the code between a backward jump and its destination. A wait that spins on its own test does not count,
+    and neither does code that was moved after the exit and jumps back to its place.
     """
     code = [(int(m[1], 16), m[2], m[3]) for m in re.finditer(INSTRUCTION, sass)]
     exits = [address for address, name, _ in code if name == "EXIT"]
@@ -232,10 +232,11 @@ def loops(sass: str) -> list[tuple[int, int]]:
 
 
 def contracted(ptx: str) -> list[str]:
-    """Products with log₂e that were fused with a difference, so that what was to be rounded is not.
+    """Products with log₂e that the compiler fused with a difference, so that the product is not rounded.
 
-    A reference is to be a rounded product, which only fma(x, log₂e, 0) is: a multiplication may be fused with what
-    follows. What has such a reference may be multiplied again only to be held against this one (`residual`).
+    A reference must be a rounded product. Only fma(x, log₂e, 0) is sure to be one, because a multiplication may be
+    fused with what follows. A value with a reference may be multiplied again only to subtract that reference
+    (`residual`).
     """
     number = r"0f[3B][F8]B8AA3B"  # ± log₂e
     register = r"%\w+"
@@ -262,7 +263,7 @@ def compile_for(arch: str) -> Iterator[dict[str, Any]]:
         result: dict[str, Any] = {"arch": arch, "kernel": kernel, "tile": list(tile), "variant": variant}
         try:
             compiled = triton.compile(source, target=target, options=options)
-        except Exception as error:  # which of them fail is what the table tells
+        except Exception as error:  # the table shows which of them fail
             yield result | {"error": f"{type(error).__name__}: {error}"[:400]}
             continue
         result["shared"] = compiled.metadata.shared
@@ -282,7 +283,7 @@ def compile_for(arch: str) -> Iterator[dict[str, Any]]:
 
 
 class NoDevice:
-    """Triton's driver for a GPU that is not here, so that launchers can build what they would launch."""
+    """Triton's driver for a GPU that this machine lacks, so that launchers can compile what they would launch."""
 
     target: GPUTarget
 
@@ -297,9 +298,9 @@ class NoDevice:
 
 
 def without_device(arch: str, built: Callable[[str], object] = lambda _: None) -> None:
-    """From now on launchers run on CPU tensors as if on `arch`, up to each launch; what they pass is compiled.
+    """From now on, launchers run on CPU tensors as if on `arch`: they compile kernels without launching them.
 
-    Where nothing ran there may be NaN, which no product here minds.
+    Because no kernel runs, results may be NaN, which does not disturb the products here.
     """
     from triton.runtime import driver as active
 
@@ -310,9 +311,9 @@ def without_device(arch: str, built: Callable[[str], object] = lambda _: None) -
 
 
 def compile_only(built: Callable[[str], object] = lambda _: None, *, load: bool = False) -> None:
-    """From now on launchers compile what they would launch. `built` is told kernel and shared memory.
+    """From now on, launchers compile what they would launch. `built` is called with kernel and shared memory.
 
-    load: also onto the GPU that is here, for which Triton builds the launcher and looks whether the kernel fits.
+    load: also load it onto this machine's GPU: Triton builds the launcher and checks whether the kernel fits.
     """
     from triton.runtime.jit import JITFunction
 
@@ -336,7 +337,7 @@ def launchers() -> Iterator[str]:
     built: list[str] = []
     without_device("sm_90", built.append)
     tiles.WAY["sm_90"] = "fused"
-    for n, d, v in ((1, 8, 1), (37, 24, 211), (64, 64, 512)):  # 1 and multiples of 16 are compiled as such
+    for n, d, v in ((1, 8, 1), (37, 24, 211), (64, 64, 512)):  # Triton specialises for 1 and for multiples of 16
         hidden, hidden_cf, lm_head = (torch.randn(rows, d, dtype=torch.bfloat16) for rows in (n, n, v))
         target, given, bias = torch.randint(0, v, (n,)), torch.rand(n), torch.randn(v, dtype=torch.bfloat16)
         options = {"ignore_index": -100, "softcap": None, "logit_scale": 1.0, "compact": False}

@@ -24,7 +24,7 @@ SIZE_NAMES = {
     48: "intermediate_size ffn_dim n_inner ffn_hidden_size dff dim_ff feed_forward_size "
     "intermediate_size_mlp d_inner decoder_ffn_dim encoder_ffn_dim dense_intermediate_size "
     "shared_intermediate_size mlp_dim",
-    # With few heads an index's scores tie at 0, and which of these are in its top k depends on the padding.
+    # With few heads, an indexer's scores tie at 0, and the padding decides which of the tied ones are in the top k.
     32: "index_n_heads hidden_size d_model n_embd embed_dim emb_dim embedding_size embedding_dim hidden_size_global "
     "lru_width "
     "input_embedding_size output_embedding_size word_embed_proj_dim image_size ple_embed_dim "
@@ -59,7 +59,7 @@ SIZES = (
     {name: size for size, names in SIZE_NAMES.items() for name in names.split()}
     | dict.fromkeys(WINDOW_NAMES.split(), 16)
     | dict.fromkeys("initializer_range init_std embed_init_std embedding_initializer_range".split(), 0.2)
-    # A model that reads one of these wrongly would pass at the neutral value.
+    # With neutral values, a test would not notice that a model's option is ignored.
     | {"logits_scaling": 0.5, "logit_scale": 2.0, "lm_head_multiplier": 3.0, "logits_mup_width_multiplier": 0.5}
     | dict.fromkeys("final_logit_softcapping logits_soft_cap output_logit_soft_cap".split(), 5.0)
     | {"use_sliding_window": True, "is_decoder": True}
@@ -90,7 +90,7 @@ OVERRIDES: dict[str, dict] = {
     # Not causal by default.
     "xlm": {"causal": True},
     "xlnet": {"attn_type": "uni"},
-    # Layers of both kinds, where the defaults have one or say it in their own way.
+    # Layers of both kinds, if the defaults have one kind only or another field for it.
     "bamba": {"attn_layer_indices": [1]},
     "lfm2": CONV,
     "lfm2_moe": CONV,
@@ -142,7 +142,7 @@ OVERRIDES: dict[str, dict] = {
 
 
 def tiny_config(name: str) -> PreTrainedConfig:
-    overrides = copy.deepcopy(OVERRIDES.get(name, {}))  # a config may change what it is given
+    overrides = copy.deepcopy(OVERRIDES.get(name, {}))  # configs may modify their arguments
     return _small(CONFIGS[name], overrides)
 
 
@@ -150,14 +150,14 @@ def tiny(name: str) -> torch.nn.Module:
     config = tiny_config(name)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():  # what starts constant, or nearly so, would hide a mistake
+    for parameter in model.parameters():  # (nearly) constant initial values would hide mistakes
         if parameter.dim() == 1 or parameter.std(correction=0) < 0.03:
             torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
     return model.eval()
 
 
 def _small(config_class: type[PreTrainedConfig], overrides: dict) -> PreTrainedConfig:
-    """The config, and those inside it, with small sizes, nothing random and a layer of each kind."""
+    """The config, and the configs inside it, with small sizes, no dropout and a layer of each kind."""
     default = vars(config_class())
     given = {field: size for field, size in SIZES.items() if field in default}
     random = [field for field in default if any(word in field for word in ("dropout", "pdrop", "jitter"))]
@@ -180,6 +180,6 @@ def _layer_lists(default: dict) -> dict:
         kinds["layer_types"] = ["sliding_attention", "full_attention"]
     layers = max([2, *(len(values) for values in kinds.values() if isinstance(values[0], str))])
     if "sliding_window" in default and "layer_types" not in kinds:
-        layers = 4  # windows of 16 alone, which reach back over 60 tokens
+        layers = 4  # with windows of 16 only, four layers reach back over 60 tokens
     cut = {field: (values * layers)[:layers] for field, values in kinds.items()}
     return cut | ({"num_hidden_layers": layers} if "num_hidden_layers" in default else {})

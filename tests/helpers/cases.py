@@ -1,4 +1,4 @@
-"""Shapes of real models for the tests that need a GPU, each with a tiny double that Triton's interpreter can run."""
+"""Shapes of real models for the tests that need a GPU, each with a tiny version that Triton's interpreter can run."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from tests.helpers.numerics import IGNORE, Inputs
 
 N, D, V = 8, 24, 211
 CHUNK = 3
-CUT = (5, CHUNK)  # tokens of a block and of a chunk
+CUT = (5, CHUNK)  # tokens per block and per chunk
 LLAMA = (4096, 128256)  # D, V
 LLAMA_70B = (8192, 128256)
 QWEN = (2560, 151936)
@@ -26,7 +26,7 @@ class Case(NamedTuple):
     v: int
     dtype: torch.dtype = torch.bfloat16
     bias: bool = False
-    spread: float = 8.0  # standard deviation of the logits: 6σ, which some of 10⁸ reach, is 50
+    spread: float = 8.0  # standard deviation of the logits; the largest of 10⁸ are at 6σ, about 50
     ignored: float = 0.3  # share of the tokens
     options: tuple[tuple[str, Any], ...] = ()  # items of a dict
 
@@ -36,20 +36,20 @@ class Case(NamedTuple):
 
 
 def on_gpu(**cases: Case) -> list:
-    """The cases, for a GPU alone."""
+    """The cases, only for a GPU."""
     skip = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
     return [pytest.param(case, id=name, marks=[pytest.mark.gpu, skip]) for name, case in cases.items()]
 
 
 def both(**cases: Case) -> list:
-    """Each case for a GPU, and for anywhere its tiny double, unless another has the same."""
+    """Each case for a GPU, and its tiny version for any device, without duplicates."""
     tiny = {case._replace(n=min(case.n, N), d=D, v=V, spread=3.0): f"tiny {name}" for name, case in cases.items()}
     return [pytest.param(case, id=name) for case, name in tiny.items()] + on_gpu(**cases)
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random inputs made on the device. The two passes resemble each other and a third of the targets are the likeliest
-    token, so that weights lie at both bounds of the clip and between.
+    """Random inputs made on the device. The two passes are correlated and a third of the targets are the likeliest
+    token, so that weights lie at both bounds of the clip and between them.
     """
     g = torch.Generator(DEVICE).manual_seed(seed)
 
@@ -70,7 +70,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def options_of(case: Case) -> dict[str, Any]:
-    """The case's options with what they need made on the device."""
+    """The case's options, with the tensors that they need, made on the device."""
     options = dict(case.options)
     if options.get("normalize") != "sequence":
         return options
@@ -78,7 +78,7 @@ def options_of(case: Case) -> dict[str, Any]:
 
 
 def upstream_of(case: Case, seed: int = 1) -> Tensor:
-    """A random upstream gradient of the size that makes gradients those of a sum: errors are then well above 1e-5."""
+    """An upstream gradient that scales gradients of a mean to those of a sum, so that errors are well above 1e-5."""
     g = torch.Generator(DEVICE).manual_seed(seed)
     if ("reduction", "none") in case.options:
         return torch.randn(case.n, generator=g, device=DEVICE)

@@ -1,11 +1,12 @@
-"""Made-up conversations whose texts begin, end and break in all the ways that trouble tokenizers and templates."""
+"""Made-up conversations whose texts begin, end and break lines in all ways that cause trouble for tokenizers and
+templates."""
 
 import random
 
 from perce.data.fields import Turn
 from perce.data.rows import Example
 
-# What texts are put together from. Invisible characters are escaped.
+# Texts are combined from these. Invisible characters are escaped.
 WORDS = (
     *"I we you the my a cats dog Lisbon bread tomorrow never because with about play love seven evening".split(),
     *"antidisestablishmentarianism x über naïve Zürich STOP oK isn't I'm they've we'll WON'T O'Neill it’s".split(),

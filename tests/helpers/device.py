@@ -1,4 +1,4 @@
-"""What only a CUDA device can be asked, and the closest that a CPU has to it: the same tests run on either.
+"""Measurements on a CUDA device, and the closest that a CPU has to them, so that the same tests run on both.
 
 peak_bytes    CUDA: the allocator's own peak            CPU: live bytes of tensors, beneath the op
 host_syncs    CUDA: PyTorch's sync debug mode           CPU: calls of Tensor.nonzero, the one sync of compact=True
@@ -33,11 +33,11 @@ def free() -> None:
 
 
 WAITS = ("nonzero", "_local_scalar_dense", "equal", "is_nonzero", "masked_select", "unique")
-"""Operators that wait for the device, beneath the op."""
+"""Operators that wait for the device, as dispatch modes see them below the op."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Peak of the bytes of tensors that were made while it is on."""
+    """The peak number of bytes of tensors that are created while the mode is on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = func(*args, **kwargs or {})
-        # set_ is how the interpreter makes its own copies of a kernel's arguments: a GPU has none.
+        # The interpreter uses set_ for its own copies of a kernel's arguments, which a GPU does not make.
         for x in tree_leaves(result) if func.overloadpacket.__name__ != "set_" else ():
             if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in self.storages | known:
                 size = x.untyped_storage().nbytes()
@@ -63,13 +63,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Peak of what `run` holds beside what was there before; its outputs are included."""
+    """Peak of the bytes that `run` holds in addition to those before; its outputs are included."""
     free()
     if not ON_GPU:
         with LiveBytes() as live:
             run()
         return live.peak
-    run()  # cuBLAS's workspace and compiled kernels are no part of it
+    run()  # allocates cuBLAS's workspace and compiles kernels, which do not count
     free()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -80,7 +80,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Any wait for the device raises."""
+    """Raises an error for any wait for the device."""
     if not ON_GPU:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Tensor, "nonzero", lambda *_: pytest.fail("a host sync"))
@@ -114,7 +114,7 @@ def host_syncs(run: Callable[[], object]) -> int:
 
 
 def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-    """(outputs, replay): replay computes them again from what the inputs' memory holds by then."""
+    """(outputs, replay): replay computes them again from the current contents of the inputs' memory."""
     if not ON_GPU:
         outputs = run()
 
@@ -142,8 +142,8 @@ UNIT = 8 * 2**30  # bytes
 def room(needed: int, total: int, directory: Path | None = None) -> Iterator[int]:
     """Waits until the other processes in `directory` leave `needed` of `total` bytes; yields the units taken.
 
-    A unit is a file that one process locks. Only the holder of the first lock takes units, all that it needs: no two
-    processes wait for each other.
+    A unit is a file that one process locks. Only the holder of the first lock takes units, all that it needs, so that
+    processes cannot wait for each other.
     """
     directory = directory or Path(tempfile.gettempdir()) / "perce_gpu_tests"
     directory.mkdir(parents=True, exist_ok=True)

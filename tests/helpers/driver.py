@@ -1,4 +1,4 @@
-"""What the tests of the driver share: a cut into blocks and chunks, and what is counted beneath the op."""
+"""Shared by the tests of the driver: sizes of blocks and chunks, and counters of the operations inside the op."""
 
 import pytest
 
@@ -8,12 +8,12 @@ pytest.importorskip("triton")
 from perce_kernels.gpu import lse_gemm
 from perce_kernels.gpu.cut import Cut
 
-CUT = Cut(block=5, chunk=2)  # no multiple of each other, and none of N
+CUT = Cut(block=5, chunk=2)  # not multiples of each other, and not divisors of N
 
 
 @pytest.fixture(name="watch")
 def watching(monkeypatch):
-    """A Watch that also counts the GEMM kernel's products by its launcher; and no target check of the CPU's."""
+    """A Watch that also counts the GEMM kernel's products, by its launcher. The CPU's check of targets is off."""
     watch = Watch()
     launch = lse_gemm.statistics
 

@@ -1,4 +1,4 @@
-"""Made-up peers that fail in every way a library can, to try the harness of the GPU benchmarks."""
+"""Made-up peers that fail in every way a library can, to test the harness of the GPU benchmarks."""
 
 import os
 import sys
@@ -20,12 +20,12 @@ def exact_nll(hidden: Tensor, lm_head: Tensor, target: Tensor) -> Tensor:
 
 
 def inaccurate_nll(hidden: Tensor, lm_head: Tensor, target: Tensor) -> Tensor:
-    """From 16-bit logits: gradients are well enough, PIR is not."""
+    """From 16-bit logits: gradients are accurate enough, PIR is not."""
     return F.cross_entropy((hidden @ lm_head.T).bfloat16().float(), target, reduction="none")
 
 
 def scaled_by_the_first(hidden: Tensor, lm_head: Tensor, target: Tensor) -> Tensor:
-    """A known fault: the right losses, all gradients scaled by the first token's upstream gradient."""
+    """A fault of a real library: losses are right, but all gradients are scaled by the first upstream gradient."""
     nll = exact_nll(hidden, lm_head, target)
     return (nll.sum() - nll.sum().detach()) / len(nll) + nll.detach()
 

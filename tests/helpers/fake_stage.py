@@ -1,4 +1,4 @@
-"""A stage that speaks the language of benchmarks/gpu/child.py without torch, and fails as its options say."""
+"""A stage that prints the messages of benchmarks/gpu/child.py without torch, and fails as its options say."""
 
 import json
 import os

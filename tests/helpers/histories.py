@@ -1,4 +1,4 @@
-"""What the tests of retrieval share: a user's history, a request, and what is picked and shown of it."""
+"""Shared by the tests of retrieval: a user's history, a request, and which entries are picked and shown."""
 
 from perce import DataConfig
 from perce.data.fields import Turn
@@ -20,7 +20,7 @@ def picks(request, *passages, **options):
 
 
 def row(request, output, texts, **fields):
-    """LaMP-7's form; files hold the oldest entry first."""
+    """A row in LaMP-7's format; files hold the oldest entry first."""
     return {"id": "1", "input": request, "output": output, "profile": [{"text": text, "id": "1"} for text in texts]}
 
 

@@ -1,11 +1,11 @@
-"""A campaign of kills: runs that end by SIGKILL at chosen moments, and that one command restarts until they are done.
+"""Kills training runs by SIGKILL at chosen moments; each run is restarted by one command until it is done.
 
     python -m tests.helpers.kills DIRECTORY [--log FILE] [--only NAME …]
 
-Every attempt is a fork of this process, which has imported everything and computed nothing, so that it takes a second.
-Of each configuration three runs are stopped: one killed at every moment of MOMENTS, in their order, one by SIGTERM at
-those of SIGNALS, one killed at random times. All must end with the weights, the steps and the logged numbers of a run
-that nothing stopped, bit by bit.
+Every attempt is a fork of this process, which has imported everything and computed nothing, so it takes a second. Three
+runs of each configuration are stopped: one is killed at every moment of MOMENTS, in their order, one gets SIGTERM at
+those of SIGNALS, one is killed at random times. All must end with the weights, steps and logged numbers of a run that
+was not stopped, bit by bit.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from perce.training import checkpoints, run_directory, summary
 from tests.helpers.tiny import save_tiny_model, write_jsonl
 from tests.helpers.training import ROWS
 
-LAST = 5  # steps of a run, in the middle of its third epoch; a checkpoint after each second one, and after the last
+LAST = 5  # steps per run, which ends within its third epoch; checkpoints after every second step and after the last
 TIMEOUT = 120.0
 TIMED = ("tokens_per_second", "peak_memory_mib", "runtime", "per_second", "total_flos")
 
@@ -67,7 +67,7 @@ CONFIGURATIONS = [
         {"load_best_model_at_end": "true", "eval_steps": 1, "save_steps": 1, "save_total_limit": 1},
     ),
     Configuration(
-        "early stopping",  # the first evaluation is the best one, and LAST the fourth after it
+        "early stopping",  # the first evaluation is the best; the fourth after it is at LAST
         {"early_stopping": 4, "max_steps": 20, "eval_steps": 1, "save_steps": 1, "learning_rate": 0.3},
     ),
     Configuration("weights dealt at random, a clip that rises", {"objective": "random", "clip_schedule": "rising"}),
@@ -83,7 +83,7 @@ def die() -> None:
 
 
 def before(owner: Any, name: str, when: Callable[..., bool] = lambda *_, **__: True) -> None:
-    """Die instead of a call of owner.name, the first for which `when` holds."""
+    """Die instead of the first call of owner.name for which `when` holds."""
     own = getattr(owner, name)
 
     def dying(*args: Any, **kwargs: Any) -> Any:
@@ -95,7 +95,7 @@ def before(owner: Any, name: str, when: Callable[..., bool] = lambda *_, **__: T
 
 
 def in_step(number: int) -> None:
-    """Die when the first forward and backward pass of a step are done, and its update is not."""
+    """Die after the first forward and backward pass of a step, before its update."""
     own = PerceTrainer.training_step
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ def in_step(number: int) -> None:
 
 
 def half_a_file(number: int) -> None:
-    """Die when half of the optimiser's state is written."""
+    """Die after half of the optimiser's state is written."""
     save = torch.save
 
     def half(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
@@ -121,7 +121,7 @@ def half_a_file(number: int) -> None:
 
 
 def half_deleted() -> None:
-    """Die when a part of an older checkpoint is deleted; it must not be taken for whole."""
+    """Die after a part of an older checkpoint is deleted; the rest must not be taken for a complete checkpoint."""
 
     def dying(path: Path, **_: Any) -> None:
         for file in sorted(Path(path).iterdir())[:3]:
@@ -158,7 +158,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
 
 
 def signal_when(owner: Any, name: str, when: Callable[..., bool]) -> None:
-    """SIGTERM before a call of owner.name, the first for which `when` holds; the call is made."""
+    """Send SIGTERM before the first call of owner.name for which `when` holds; the call is still made."""
     own, done = getattr(owner, name), []
 
     def signalled(*args: Any, **kwargs: Any) -> Any:
@@ -190,7 +190,7 @@ SIGNALS: dict[str, Callable[[], None]] = {
 def attempt(
     call: Sequence[str], ranks: int, output: Path, moment: str | None = None, after: float | None = None
 ) -> int:
-    """One run of the command, killed at a moment or after so many seconds; its exit code, −9 where it was killed."""
+    """One run of the command, killed at a moment or after so many seconds; its exit code, −9 if it was killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -241,13 +241,13 @@ def child(call: Sequence[str], rank: int, ranks: int, port: str, output: Path, m
 
 
 def result(run: Path) -> dict[str, Any]:
-    """What two runs must have in common: weights, steps, and every number that was logged, but times and memory."""
+    """What must be equal in two runs: weights, steps, and every logged number except times and memory."""
     weights = sorted(path for path in run.glob("*.safetensors"))
     state = json.loads((run / "trainer_state.json").read_text())
     history = [
         {name: value for name, value in line.items() if not any(part in name for part in TIMED)}
         for line in state["log_history"]
-        if "train_loss" not in line  # of the last attempt alone
+        if "train_loss" not in line  # it is about the last attempt only
     ]
     return {
         "weights": {path.name: path.read_bytes().hex() for path in weights},
@@ -257,7 +257,7 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def campaign(configuration: Configuration, directory: Path, draw: random.Random) -> dict[str, Any]:
-    """The attempts of a configuration, and whether they came to the same."""
+    """The attempts of a configuration, and whether their results are equal."""
     place = directory / configuration.name.replace(" ", "-").replace(",", "")
     place.mkdir(parents=True)
     options = DEFAULTS | {"data": str(directory / "rows"), "model": str(directory / "model")} | configuration.options

@@ -14,7 +14,7 @@ from perce.training.sampler import TokenBatches
 from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(3)
-WEIGHTING = OBJECTIVES["perce"].weighting(clip_min=0.005)  # a random model hardly listens to the persona
+WEIGHTING = OBJECTIVES["perce"].weighting(clip_min=0.005)  # a random model hardly depends on the persona
 PACKED = demo_pairs(2, retriever=Retriever(recency_scores, 1, "", ""))
 PACKABLE = ("llama", "qwen3", "gemma3")
 TOKENIZER = tiny_tokenizer()
@@ -24,7 +24,7 @@ LENGTHS = [random.Random(0).randint(20, 400) for _ in range(500)] + [1200]
 
 
 def perce_forward(model, batch, **options):
-    """(loss, logp, logp_cf, signal, token_weight) of a batch, both passes made; `options`: of HeadCall."""
+    """(loss, logp, logp_cf, signal, token_weight) of a batch after both passes; `options`: of HeadCall."""
     call = HeadCall(batch["target"], **({"weighting": WEIGHTING} | options))
     done = factual(model, batch, replace(call, hidden_cf=counterfactual_hidden(model, batch)))
     return done.loss, *done[:4]
@@ -37,7 +37,7 @@ def model_with(architecture, attention):
 
 
 def documents(lengths):
-    """Pairs of documents of so many tokens, chance ids."""
+    """Pairs of documents of so many tokens, with random ids."""
     torch.manual_seed(2)
     builder = DocumentBuilder(TOKENIZER, max_length=1000, short_context=K, short_stride=S)
     return [{**vars(builder._pair(torch.randint(1, 400, (n,)).tolist())), "example": i} for i, n in enumerate(lengths)]

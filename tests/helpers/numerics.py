@@ -1,4 +1,4 @@
-"""What the op's tests share: inputs, the fp64 oracle, and the comparison "as accurate as eager PyTorch"."""
+"""Shared by the op's tests: inputs, the fp64 oracle, and the comparison "as accurate as eager PyTorch"."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ TRAINABLE = ("hidden", "lm_head", "bias")
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of one call; `None` is left out of it."""
+    """Tensors of one call; those that are None are not passed."""
 
     hidden: Tensor  # (N, D)
     lm_head: Tensor  # (V, D)
@@ -35,7 +35,7 @@ class Inputs:
 def beneath(
     inputs: Inputs, *, needed=(True, True, True), weights: dict[str, Tensor] | None = None, **options: Any
 ) -> tuple[Call, Weighting, Needed]:
-    """What a backend is given for `inputs`, where dispatch modes can see it: beneath the registered op."""
+    """The call that a backend gets for `inputs`, made below the registered op, where dispatch modes can see inside."""
     call = Call(inputs.hidden, inputs.lm_head, inputs.target, inputs.bias, **DEFAULTS | options)
     sources = {"hidden_cf": inputs.hidden_cf, "logp_cf": None, "token_weight": None} | (weights or {})
     return call, Weighting(**sources, contrasting=Contrasting("log", 0.8, 5.0)), Needed(*needed)
@@ -56,8 +56,8 @@ def make_inputs(
 ) -> Inputs:  # fmt: skip
     """Random inputs with logits of standard deviation `spread`; a share `ignored` of the targets is ignore_index.
 
-    V and N are multiples of nothing, a third of the targets are the likeliest token, so that p near 1 occurs, and the
-    contrast covers both bounds of the clip and its inside.
+    V and N are not multiples of a block size. A third of the targets are the likeliest token, so that p near 1 occurs,
+    and the contrast covers both bounds of the clip and its inside.
     """
     g = torch.Generator().manual_seed(seed)
     hidden, hidden_cf = (torch.randn(n, d, generator=g, dtype=torch.float64) for _ in range(2))
@@ -97,7 +97,7 @@ def _reference(hidden, lm_head, target, *, return_stats, **options):
 
 
 def eager(inputs: Inputs, *, upstream: Tensor | float = 1.0, **options: Any) -> Result:
-    """What a user would write in PyTorch, in the input dtype throughout: the accuracy to be compared with."""
+    """What a user would write in PyTorch, all in the input dtype: its accuracy is the one to compare with."""
     return call(inputs, upstream=upstream, op=_eager, **options)
 
 
@@ -161,7 +161,7 @@ def assert_matches(result: Result, expected: Result, dtype: torch.dtype, slack: 
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
-    """The same values with no unit stride: every second element of a transposed buffer."""
+    """The same values without a unit stride: every second element of a transposed buffer."""
     buffer = x.new_zeros([2 * s for s in reversed(x.shape)])
     view = buffer[tuple(slice(None, None, 2) for _ in x.shape)].permute(*reversed(range(x.dim())))
     view.copy_(x)

@@ -1,9 +1,9 @@
-"""The fp64 oracle at sizes whose logits fit nowhere: the reference's definition in blocks of rows, on any device.
+"""The fp64 oracle at sizes whose logits do not fit into memory: the reference in blocks of rows, on any device.
 
     first sweep    per block: logits in fp64 → logp, logp_cf        then, over all rows: weights, normalisation, loss
     second sweep   per block: logits again → dz → dhidden, dlm_head, dbias
 
-It shares nothing with the backends but `reference.logits` and the two functions of the weights.
+It shares only `reference.logits` and the two functions of the weights with the backends.
 """
 
 import torch
@@ -13,7 +13,7 @@ from perce_kernels import PerCEStats, reference
 from tests.helpers.numerics import IGNORE, Inputs, Result
 
 BLOCK_BYTES = 2**30
-"""Of one block's fp64 logits."""
+"""Bytes of one block's fp64 logits."""
 
 
 def _row_blocks(n: int, v: int) -> list[slice]:
@@ -32,7 +32,7 @@ def blockwise(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Result:
-    """numerics.oracle for inputs with hidden_cf; dlm_head has only `vocabulary_rows`, where these are given."""
+    """numerics.oracle for inputs with hidden_cf; dlm_head has only `vocabulary_rows`, if these are given."""
     assert inputs.hidden_cf is not None
     target, valid = inputs.target, inputs.target != IGNORE
     lm_head = inputs.lm_head.double()

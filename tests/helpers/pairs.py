@@ -1,4 +1,4 @@
-"""What the tests of pairs share."""
+"""Shared by the tests of pairs."""
 
 from perce.data.fields import Turn
 from perce.data.pairs import PairBuilder

@@ -13,7 +13,7 @@ from tests.helpers import ROOT
 
 
 def run_ranks(module: str, *argv: str, ranks: int = 2) -> list[str]:
-    """`python -m module argv…` once a rank, as torchrun starts it; stderr of each. Fails when a rank does."""
+    """Runs `python -m module argv…` once per rank, as torchrun does; stderr of each. Fails if a rank fails."""
     processes = start_ranks([sys.executable, "-m", module, *argv], ranks)
     errors = [process.communicate(timeout=240)[1] for process in processes]
     failed = [error[-3000:] for process, error in zip(processes, errors, strict=True) if process.returncode]
@@ -39,7 +39,7 @@ def start_ranks(call: Sequence[str], ranks: int = 2, **environment: str) -> list
 
 
 def result_of_ranks(module: str, ranks: int, directory: Path, *argv: str) -> Any:
-    """`python -m module directory argv…` in every rank; what rank 0 hands to `finish_rank`."""
+    """Runs `python -m module directory argv…` in every rank; what rank 0 passes to `finish_rank`."""
     run_ranks(module, str(directory), *argv, ranks=ranks)
     return json.loads((directory / "result.json").read_text())
 
@@ -52,7 +52,7 @@ def finish_rank(directory: Path, result: Any) -> None:
 
 
 def end_rank() -> NoReturn:
-    """All ranks end together, and without a teardown: gloo's threads now and then abort a process that is done."""
+    """Ends all ranks together and without a teardown, because gloo's threads sometimes abort a finished process."""
     import torch
 
     torch.distributed.barrier()

@@ -38,7 +38,7 @@ ABSTRACT = {
 }
 
 FILES = {"personamem": "questions_32k.jsonl", "personamem_v2": "benchmark.jsonl", "prism": "conversations.jsonl"}
-"""Those that are read beside others, and what they are called in docs/DATA.md."""
+"""Formats whose files are read together with others, and their names in docs/DATA.md."""
 ROWS = [
     "perce", "perce", "prompt_completion", "preference", "sharegpt", "alpaca", "longlamp", "lamp", "lamp_qa", "amazon",
     "amazon", "convai2", "personachat", "personachat", "spc", "msc", "prefeval", "aloe", "text",
@@ -54,7 +54,7 @@ def documented(format: str) -> list[dict]:
 
 
 def documented_files(folder: Path, format: str, *rows: dict) -> Path:
-    """A file of these rows, by default of those that the page shows, and what stands beside them there."""
+    """Writes a file of these rows, by default those that the page shows, and the files that it needs next to it."""
     for name, text in re.findall(r"```json (\S+)\n(.*?)```", PAGE, re.DOTALL):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
@@ -73,6 +73,6 @@ def load(path: Path, *rows: object, **options) -> list[Example]:
 def error(path: Path, *rows: object, **options) -> str:
     with pytest.raises(UserError) as caught:
         load(path, *rows, **options)
-    message, *lines = caught.value.args  # one paragraph, but for a row of no format
+    message, *lines = caught.value.args  # one paragraph, except for a row of no known format
     assert len(lines) == (3 if "expected the fields of a format," in message else 0)
     return str(caught.value)

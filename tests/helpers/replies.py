@@ -1,4 +1,4 @@
-"""Pairs of conversations, of chance ids, as ChatML or Qwen3 shows them; and arithmetic that stays in fp64."""
+"""Pairs of conversations with random ids, as templates like ChatML or Qwen3 arrange them; and arithmetic in fp64."""
 
 import contextlib
 import random
@@ -10,7 +10,7 @@ HEADER, THOUGHT, END = [3], [7, 8], [0]  # of the ids below, 10 … 399 are word
 
 
 def conversation(replies: int, number: int = 0, thought: bool = False, persona: int = 12) -> list[dict]:
-    """Pairs of one conversation; with `thought` the last reply of each begins with one that later ones do not show."""
+    """Pairs of one conversation; with `thought`, the last reply of each has one, which later pairs leave out."""
     rng = random.Random(number)
 
     def words(count: int) -> list[int]:
@@ -34,14 +34,14 @@ def conversation(replies: int, number: int = 0, thought: bool = False, persona: 
 
 
 def conversations(thought: bool = False) -> list[dict]:
-    """Of four, one and three replies, each pair with its number."""
+    """Pairs of three conversations with four, one and three replies; each pair has its conversation's number."""
     pairs = [pair for number, replies in enumerate((4, 1, 3)) for pair in conversation(replies, number, thought)]
     return [pair | {"example": index} for index, pair in enumerate(pairs)]
 
 
 def requests(count: int, persona: int = 40, number: int = 0) -> list[dict]:
-    """Pairs of one persona: the first two are a conversation whose template shows a thought before the last reply
-    alone, each other one is a conversation by itself."""
+    """Pairs of one persona. The first two are one conversation, whose template shows a thought only before the last
+    reply; each other pair is a conversation of its own."""
     rng = random.Random(number)
     before = [1, 5, 6]
     shown = before + [rng.randint(10, 399) for _ in range(persona)]
@@ -55,8 +55,8 @@ def requests(count: int, persona: int = 40, number: int = 0) -> list[dict]:
 
 
 class Exact(contextlib.ExitStack):
-    """Within, tensors of fp64 stay as they are where a model asks for fp32, as norms, rotations and softmax do. No mode
-    of torch, which would be off where a checkpoint recomputes."""
+    """While this context is open, fp64 tensors stay fp64 when a model asks for fp32, as norms, rotations and softmax
+    do. It is not a torch mode, because that would be off while a checkpoint recomputes."""
 
     def __enter__(self):
         for owner, name in ((torch.Tensor, "to"), (torch.Tensor, "float"), (torch.nn.functional, "softmax")):
@@ -66,7 +66,7 @@ class Exact(contextlib.ExitStack):
 
 def _exact(own):
     def called(tensor, *args, **kwargs):
-        if own.__name__ == "float" and tensor.dtype in (torch.float64, torch.int64):  # positions meet what stays fp64
+        if own.__name__ == "float" and tensor.dtype in (torch.float64, torch.int64):  # positions meet fp64 tensors
             return tensor.double()
         if tensor.dtype != torch.float64:
             return own(tensor, *args, **kwargs)

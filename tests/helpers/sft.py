@@ -1,4 +1,4 @@
-"""Five steps of trainers of others, and of a plain loop on full logits that finds each row's tokens by itself."""
+"""Five steps of other libraries' trainers, and of a plain loop on full logits with its own search for row tokens."""
 
 import json
 
@@ -12,8 +12,8 @@ from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.helpers.trainers import LORA
 
 STEPS, BATCH, RATE = 5, 4, 0.5
-CLIP = 0.05, 5.0  # a random model's PIR is small: the paper's floor would hide it
-TEMPLATE = (  # marks what an assistant says, as assistant_only_loss wants it, and has a system prompt of its own
+CLIP = 0.05, 5.0  # a random model's PIR is small, so the paper's floor would hide it
+TEMPLATE = (  # marks assistant text, as assistant_only_loss needs it, and has a system prompt of its own
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
     "{% endif %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>"
     "{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
@@ -41,7 +41,7 @@ def rows_of(kind, count=STEPS * BATCH):
         elif kind == "conversations":
             names = {"user": "human", "assistant": "gpt"}
             rows.append({"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in said]})
-        else:  # a conversation, of several turns, with a system message of its own
+        else:  # a conversation of several turns with its own system message
             again = [message("user", "And then?"), message("assistant", row["response"][::-1])]
             rows.append({"messages": [message("system", "You are Ana."), *said, *again]})
         rows[-1]["persona"] = row["persona"]
@@ -52,7 +52,7 @@ KINDS = {
     "conversation": {}, "assistant": {"assistant_only_loss": True}, "completion": {}, "completion-text": {}, "text": {},
     "all of a completion": {"completion_only_loss": False},
 }  # fmt: skip
-"""What is told apart from rows of the same name; assistant: of conversations."""
+"""Kinds of rows that need different handling, by name; assistant: conversations."""
 
 
 def block_of(persona):
@@ -69,7 +69,7 @@ def ids_of(messages, **options):
 
 
 def tokens_of(row, kind, block):
-    """(ids, places of the tokens with a loss) of a row told with this block."""
+    """(ids, positions of the tokens with a loss) of a row with this persona block."""
     if kind == "text":
         ids = TOKENIZER(block + row["text"] + "<|im_end|>")["input_ids"]
         return ids, range(len(TOKENIZER(block)["input_ids"]) + 1, len(ids))
@@ -95,7 +95,7 @@ def tokens_of(row, kind, block):
 
 
 def logp_of(model, ids, places):
-    """(log-probabilities of the tokens at these places, entropies before them)."""
+    """(log-probabilities of the tokens at these positions, entropies before them)."""
     logits = model(input_ids=torch.tensor([ids])).logits[0, [place - 1 for place in places]]
     entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
     return logits.log_softmax(-1).gather(1, torch.tensor([[ids[place]] for place in places]))[:, 0], entropy
@@ -109,7 +109,7 @@ FORMULAE = {
     "dft": lambda logp, logp_cf, entropy: logp.exp(),
     "nextquill": lambda logp, logp_cf, entropy: torch.where(logp.exp() - logp_cf.exp() > 0.05, 0.9, 0.1),
 }
-"""Objective → weights."""
+"""The formula of the weights, by objective."""
 
 
 def plain_steps(model, rows, kind, objective="perce", steps=STEPS):
@@ -138,7 +138,7 @@ def plain_steps(model, rows, kind, objective="perce", steps=STEPS):
 
 
 def model_for(architecture="llama", lora=False):
-    """A tiny model, or an adapter on it whose both halves have gradients."""
+    """A tiny model, or one with an adapter both halves of which have gradients."""
     model = tiny_model(architecture)
     if lora:
         torch.manual_seed(1)
@@ -159,7 +159,7 @@ class Gradients(TrainerCallback):
 
 
 def options_for(directory, **options):
-    """TrainingArguments under which a step is a plain one of gradient descent on a CPU."""
+    """TrainingArguments with which a step is plain gradient descent on a CPU."""
     fixed = {
         "output_dir": str(directory), "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True,
         "logging_steps": 1, "save_strategy": "no", "max_steps": STEPS, "learning_rate": RATE, "optim": "sgd",

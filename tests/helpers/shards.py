@@ -1,4 +1,4 @@
-"""What the tests of a sharded head share: layouts, and one rank's shard as a subject of the contract."""
+"""Shared by the tests of a sharded head: layouts, and one rank's shard as a subject of the contract tests."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,19 +39,19 @@ class Shards:
         return call(self.shard(inputs), **self.arguments, **options)
 
     def gathered(self, value: Any) -> list[Any]:
-        """Of every rank, in order."""
+        """The values of all ranks, in order."""
         parts: list[Any] = [None] * self.group.size()
         dist.all_gather_object(parts, value, self.group)
         return parts
 
     def assert_same(self, *tensors: torch.Tensor) -> None:
-        """On every rank, to the bit."""
+        """Asserts that tensors are equal on every rank, to the bit."""
         for theirs in self.gathered(tensors):
             for mine, other in zip(tensors, theirs, strict=True):
                 torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
 
     def whole(self, mine: Result) -> Result:
-        """Of all ranks' results."""
+        """The result for the whole head, from the results of all ranks."""
         self.assert_same(mine.loss, *mine.stats, mine.grads["hidden"])
         sharded = [name for name in mine.grads if name != "hidden"]
         parts = self.gathered({name: mine.grads[name] for name in sharded})
@@ -60,7 +60,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class Sharded(Subject):
-    """A backend whose head is sharded in some layout; its results are put together again."""
+    """A backend whose head is sharded in some layout; its results are combined again."""
 
     n: int = N
     d: int = D
@@ -68,7 +68,7 @@ class Sharded(Subject):
     layout: str = "three uneven"
 
     def inputs(self, n: int | None = None, d: int | None = None, v: int | None = None, **options: Any) -> Inputs:
-        """With a target on either side of every border, on the first and on the last token."""
+        """Inputs with a target on both sides of every border, and on the first and the last token."""
         inputs = super().inputs(n, d, **options)
         edges = sorted({min(max(b + step, 0), V - 1) for b in (0, *LAYOUTS[self.layout], V) for step in (-1, 0)})
         if inputs.target.shape[0] >= len(edges) and options.get("ignored", 0.3) < 1:
@@ -84,7 +84,7 @@ class Sharded(Subject):
 
 
 def assert_equal(sharded: Result, whole: Result) -> None:
-    """To fp32 rounding, with room for another order of summation."""
+    """Asserts equality up to fp32 rounding, with tolerance for another order of summation."""
     pairs = {"loss": (sharded.loss, whole.loss)}
     pairs |= {name: (getattr(sharded.stats, name), getattr(whole.stats, name)) for name in whole.stats._fields}
     pairs |= {f"d{name}": (sharded.grads[name], whole.grads[name]) for name in whole.grads}

@@ -1,10 +1,10 @@
-"""What a stage of the GPU commands says, in this process and on a CPU."""
+"""Runs a stage of the GPU commands in this process, on a CPU."""
 
 from benchmarks.gpu.child import Child, Request
 
 
 def lines_of(stage, name: str, *, seconds: float = 120.0, finished=(), lost=(), **options) -> dict[str, dict]:
-    """What a stage says in this process, by what follows its name."""
+    """The lines of a stage that runs in this process, by the part of their keys after the stage's name."""
     found: dict[str, dict] = {}
 
     def say(event):

@@ -1,8 +1,8 @@
-"""The backends, as the contract of the op is tried on each: what it is given, and how close it must come.
+"""The backends as subjects of the contract tests: their inputs, and how accurate they must be.
 
 reference, torch, torch fp64     on the CPU
-triton                           fp32, in Triton's interpreter where there is no GPU: a millisecond or two for each
-                                 step of a program's loop, so that inputs are small
+triton                           fp32, in Triton's interpreter if there is no GPU: a millisecond or two for each
+                                 step of a program's loop, so inputs are small
 fused, mixed, stored             Triton's ways from 16-bit operands to loss and gradients (tiles.WAYS)
 """
 
@@ -22,14 +22,14 @@ CPU = torch.device("cpu")
 WAYS = ("fused", "mixed", "stored")
 NEEDS_TRITON = pytest.mark.skipif(not TRITON_FOUND, reason="Triton is not installed")
 EACH = ["torch", "reference", pytest.param("triton", marks=NEEDS_TRITON)]
-"""Backends that can be asked for."""
+"""Backends that a call can name."""
 SOURCES = ("hidden_cf", "logp_cf", "token_weight")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A backend, and sizes that are multiples of nothing: several chunks, the last one partial. The vocabulary is more
-    than one step of the row kernel and than one tile of the GEMM, and ends inside one."""
+    """A backend, and sizes that are not multiples of blocks: several chunks, the last one partial. The vocabulary is
+    longer than one step of the row kernel and one tile of the GEMM, and ends inside one."""
 
     name: str
     backend: str
@@ -40,7 +40,7 @@ class Subject:
     device: torch.device = CPU
 
     def inputs(self, n: int | None = None, d: int | None = None, v: int | None = None, **options: Any) -> Inputs:
-        """numerics.make_inputs of these sizes, unless told otherwise, in this dtype and on this device."""
+        """numerics.make_inputs with this dtype and device and, by default, these sizes."""
         dtype = options.pop("dtype", self.dtype)
         sizes = (self.n if n is None else n, d or self.d, v or self.v)
         return self.of(numerics.make_inputs(*sizes, dtype=torch.float64, **options).to(dtype))
@@ -66,7 +66,8 @@ class Subject:
         return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=dtype).to(self.device)
 
     def assert_matches(self, result: Result, expected: Result) -> None:
-        """To the accuracy of the statistics; gradients of 16-bit inputs to their rounding, relative to the largest."""
+        """Compares with the oracle, with tolerances of the statistics' accuracy, and for gradients of 16-bit inputs of
+        their rounding, relative to the largest."""
         if self.dtype in (torch.float32, torch.float64):
             assert_matches(result, expected, self.dtype)
             return
@@ -78,7 +79,7 @@ class Subject:
 
 
 def assert_gradient(actual: Tensor, wanted: Tensor, dtype: torch.dtype, slack: float = 1.0) -> None:
-    """A gradient against the oracle's, to the accuracy of its dtype."""
+    """Compares a gradient with the oracle's, to the accuracy of its dtype."""
     rtol, atol = 2e-4, 1e-5
     if dtype not in (torch.float32, torch.float64):
         rtol, atol = 2**-8 * slack, 2**-8 * slack * float(wanted.abs().max()) + 1e-9
@@ -98,7 +99,7 @@ TRITON = SUBJECTS["triton"]
 def of_each(names: str, *cases: str | tuple):
     """Parametrises `subject` and the comma-separated `names` by cases (subject, value, …).
 
-    of_each("torch", "triton") has subjects and nothing else.
+    of_each("torch", "triton") has only subjects.
     """
     if names in SUBJECTS:
         names, cases = "", tuple((case,) for case in (names, *cases))

@@ -1,7 +1,7 @@
-"""Every causal language model that transformers knows, tiny, through PerceTrainer: right to 1e-4, or refused.
+"""Runs a tiny version of every causal language model in transformers through PerceTrainer: right to 1e-4, or refused.
 
-`python -m tests.helpers.sweep` writes docs/reference/architectures.md. What is right is a training step of a padded
-batch of two whose loss and gradients are those of PerCE's formula on the model's own logits, one sequence at a time.
+`python -m tests.helpers.sweep` writes docs/reference/architectures.md. A training step of a padded batch of two is
+right if its loss and gradients are those of PerCE's formula on the model's own logits, one sequence at a time.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from tests.helpers.replies import conversation
 from tests.helpers.trainers import LOSS, arguments, plain_loss, plain_statistics, trainer_for
 
 TABLE = ROOT / "docs" / "reference" / "architectures.md"
-RIGHT = 1e-4  # of a loss, and of a gradient in parts of its norm
-CLOSE = 0.1  # of a loss in bf16, with random weights; choices of experts and of keys may flip
-LEARNING_RATE = 0.0  # a step changes nothing: one model serves for all
+RIGHT = 1e-4  # tolerance of a loss, and of a gradient relative to its norm
+CLOSE = 0.1  # tolerance of a loss in bf16, with random weights; choices of experts and of keys may flip
+LEARNING_RATE = 0.0  # a step changes nothing, so all checks can use one model
 TILE = 16
 
 
@@ -54,8 +54,8 @@ MODES: dict[str, dict] = {
 
 
 def outcomes(name: str) -> dict[str, str]:
-    """For each column of the table what it says there, or the paragraph that refuses; AssertionError for whatever is
-    neither."""
+    """The cell of each column of the table, or the paragraph that refuses the model. AssertionError if a model is
+    neither right nor refused."""
     if name in CANNOT_BUILD:
         return {"step": CANNOT_BUILD[name]}
     model, found = tiny(name), {}
@@ -86,7 +86,7 @@ def _steps_right(model, directory, options) -> None:
 
 
 def _shared(model, directory) -> str:
-    """What replies of a conversation share, and why not all, where a step of them is right."""
+    """What replies of a conversation share, and why not everything, if a step on them is right."""
     trainer = trainer_for(model, arguments(directory, learning_rate=LEARNING_RATE), pairs=REPLIES)
     _is_right(trainer, REPLIES, {})
     return f"{trainer.sharing}: {trainer.not_all_shared}" if trainer.not_all_shared else trainer.sharing
@@ -121,7 +121,7 @@ def _gradients(model) -> dict[str, torch.Tensor]:
 
 
 def _detached_loss(model) -> torch.Tensor:
-    """plain_loss with the persona's keys and values cut off, by the model's own cache."""
+    """plain_loss with the persona's keys and values detached, using the model's own cache."""
     total, count = torch.zeros(()), 0
     for pair in PAIRS:
         ids, n, (_, end) = torch.tensor([pair["input_ids"]]), pair["response_length"], pair["persona_span"]
@@ -138,7 +138,7 @@ def _detached_loss(model) -> torch.Tensor:
 
 
 def _adapted(model):
-    """Under the default adapter, of which both halves are drawn: one begins at zero."""
+    """The model with the default adapter. Both halves are random, because one would otherwise begin at zero."""
     torch.manual_seed(1)
     model = add_adapter(prepare_model(copy.deepcopy(model)), lora_config(ModelConfig(lora_r=4)))
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
@@ -149,7 +149,7 @@ def _adapted(model):
 
 
 def _is_close_in_bf16(model, directory) -> None:
-    """A bf16 base under an adapter: the loss of a step is that of the model's own logits but for rounding."""
+    """With a bf16 base and an adapter, the loss of a step equals that of the model's own logits up to rounding."""
     model = _adapted(copy.deepcopy(model).bfloat16())
     args = arguments(directory, per_device_train_batch_size=2, learning_rate=LEARNING_RATE, bf16=True)
     trainer = trainer_for(model, args, pairs=PAIRS)
@@ -163,11 +163,11 @@ def _is_close_in_bf16(model, directory) -> None:
 
 
 def _comes_back(model, directory) -> None:
-    """Saved by the trainer and loaded again, it computes the same, and generates."""
+    """A model that the trainer saved computes the same after it is loaded again, and generates."""
     trainer = trainer_for(model, arguments(directory, learning_rate=LEARNING_RATE), pairs=PAIRS)
     trainer.save_model(directory)
     ids = torch.tensor([PAIRS[0]["input_ids"]])
-    again = type(model).from_pretrained(directory).eval()  # some text models of others are not in Auto's table
+    again = type(model).from_pretrained(directory).eval()  # the Auto classes lack some text models of larger ones
     with torch.no_grad():
         expected = trainer.model.eval()(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)

@@ -1,7 +1,7 @@
-"""Chat templates in the style of common models and of uncommon ones, one mechanism each as far as possible.
+"""Chat templates in the style of common and of uncommon models, each with one mechanism if possible.
 
-They are rendered as transformers does it: a newline right behind a block tag is dropped, and so are spaces that stand
-alone between a line's beginning and a block tag. The tokens are those of tests.helpers.tokenizers.
+They are rendered as by transformers: a newline directly after a block tag is dropped, and so are spaces between the
+beginning of a line and a block tag. The tokens are those of tests.helpers.tokenizers.
 """
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -31,7 +31,7 @@ CHAT_TEMPLATES: dict[str, str | dict[str, str]] = {
     "chatml": (  # nothing but headers and ends
         CHATML + CHATML_PROMPT
     ),
-    "chatml-default-system": (  # inserts a system prompt of its own when the first message is not one
+    "chatml-default-system": (  # inserts a system prompt of its own if the first message is not one
         "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
         + CHATML
         + CHATML_PROMPT
@@ -45,17 +45,17 @@ CHAT_TEMPLATES: dict[str, str | dict[str, str]] = {
     "chatml-no-prompt": (  # ignores add_generation_prompt
         CHATML
     ),
-    "chatml-always-prompt": (  # adds the generation prompt whether asked or not, behind a finished reply too
+    "chatml-always-prompt": (  # always adds the generation prompt, even after a finished reply
         CHATML + "<|im_start|>assistant{{ '\n' }}"  # a newline that ended the template would be dropped
     ),
     "chatml-open-end": (  # leaves the last message without an end, as if it were to be continued
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if not loop.last %}<|im_end|>\n{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<|im_end|>\n<|im_start|>assistant\n{% endif %}"
     ),
-    "chatml-newline-before-end": (  # a newline between a text and its end
+    "chatml-newline-before-end": (  # a newline between a text and its end token
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n<|im_end|>\n{% endfor %}" + CHATML_PROMPT
     ),
-    "chatml-end-before-turn": (  # each turn closes the one before it, the last is closed behind the loop
+    "chatml-end-before-turn": (  # each turn closes the one before it, the last is closed after the loop
         "{% for m in messages %}{% if not loop.first %}<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% endfor %}<|im_end|>\n" + CHATML_PROMPT
     ),
@@ -78,7 +78,7 @@ CHAT_TEMPLATES: dict[str, str | dict[str, str]] = {
         + "Cutting Knowledge Date: December 2023\nToday Date: {{ date_string | default('26 Jul 2024') }}\n\n"
         "{{ system | trim }}<|eot_id|>{% for m in rest %}" + LLAMA3_TURN + "{% endfor %}" + LLAMA3_PROMPT
     ),
-    "llama3-tools": (  # tools, where passed, stand in the first user turn
+    "llama3-tools": (  # tools, if passed, stand in the first user turn
         SYSTEM_FIRST
         + LLAMA3_SYSTEM
         + "{% if tools is not none %}Environment: ipython\n{% endif %}{{ system | trim }}<|eot_id|>"
@@ -98,7 +98,7 @@ CHAT_TEMPLATES: dict[str, str | dict[str, str]] = {
         "{{ m.role | replace('assistant', 'model') }}\n{% if loop.first and system %}{{ system }}\n\n{% endif %}"
         "{{ m.content | trim }}<end_of_turn>\n{% endfor %}" + GEMMA_PROMPT
     ),
-    "gemma-silent": (  # leaves out what is neither user nor assistant, and raises for nothing
+    "gemma-silent": (  # leaves out messages that are neither the user's nor the assistant's, and never raises
         "{{ bos_token }}{% for m in messages %}{% if m.role in ['user', 'assistant'] %}<start_of_turn>"
         "{{ m.role | replace('assistant', 'model') }}\n{{ m.content | trim }}<end_of_turn>\n{% endif %}"
         "{% endfor %}" + GEMMA_PROMPT
@@ -119,7 +119,7 @@ CHAT_TEMPLATES: dict[str, str | dict[str, str]] = {
         "{{ system ~ '\n\n' if loop.last and system else '' }}{{ m.content }}[/INST]"
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     ),
-    "mistral-last-user": (  # gives the system message to the last user turn, followed by a reply or not
+    "mistral-last-user": (  # gives the system message to the last user turn, even if a reply follows
         SYSTEM_FIRST + "{{ bos_token }}{% for m in rest %}{% if m.role == 'user' %}[INST] "
         "{{ system ~ '\n\n' if loop.revindex <= 2 and system else '' }}{{ m.content }}[/INST]"
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
@@ -190,7 +190,7 @@ CHAT_TEMPLATES: dict[str, str | dict[str, str]] = {
         "<|END_OF_TURN_TOKEN|>{% endfor %}"
         "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
     ),
-    "command-r7b": (  # the generation prompt leaves it to the reply to begin with a special token
+    "command-r7b": (  # the generation prompt lacks the special token that a reply begins with
         COMMAND + "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}"
     ),
     "command-a": (  # the generation prompt has all the special tokens that open a reply
@@ -232,17 +232,17 @@ CHAT_TEMPLATES: dict[str, str | dict[str, str]] = {
         "{% endfor %}"
         "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>{% endif %}"
     ),
-    "bare": (  # no roles: the texts, and a newline behind each
+    "bare": (  # no roles: the texts, with a newline after each
         "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     ),
-    # --- what else a template needs -----------------------------------------------------------------------------------
+    # --- other requirements of templates ------------------------------------------------------------------------------
     "needs-tools": (  # raises without tools
         "{% if not tools %}{{ raise_exception('This template needs tools') }}{% endif %}"
         + TOOLS
         + CHATML
         + CHATML_PROMPT
     ),
-    "loops-over-tools": (  # takes it for granted that tools are there: else a TypeError
+    "loops-over-tools": (  # assumes that there are tools, else raises a TypeError
         "<|im_start|>tools\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n"
         + CHATML
         + CHATML_PROMPT
@@ -255,13 +255,13 @@ CHAT_TEMPLATES: dict[str, str | dict[str, str]] = {
     "raises": (  # refuses everything
         "{{ raise_exception('No conversation is good enough') }}"
     ),
-    "content-parts": (  # takes a content that is a text and one that is a list of parts
+    "content-parts": (  # accepts a text and a list of parts as content
         "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
         "{% for part in content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
         "{% endmacro %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ text(m.content) }}<|im_end|>\n{% endfor %}"
         + CHATML_PROMPT
     ),
-    "parts-only": (  # takes lists of parts alone: of a text nothing remains, and nothing is raised
+    "parts-only": (  # accepts only lists of parts: a text is dropped without an error
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{{ part.text }}{% endfor %}"
         "<|im_end|>\n{% endfor %}" + CHATML_PROMPT
     ),
@@ -271,7 +271,7 @@ CHAT_TEMPLATES: dict[str, str | dict[str, str]] = {
         + REST
         + CHATML_PROMPT
     ),
-    # --- what else a template does to the messages --------------------------------------------------------------------
+    # --- other changes that templates make to messages ----------------------------------------------------------------
     "repeats-messages": (  # every message twice
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n\n{{ m.content }}<|im_end|>\n{% endfor %}"
         + CHATML_PROMPT
@@ -280,10 +280,10 @@ CHAT_TEMPLATES: dict[str, str | dict[str, str]] = {
         SYSTEM_FIRST + "{% for m in rest %}{% if m.role == 'user' and system %}<|im_start|>system\n{{ system }}"
         "<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + CHATML_PROMPT
     ),
-    "drops-system": (  # leaves the system message out and says nothing
+    "drops-system": (  # leaves the system message out without an error
         SYSTEM_FIRST + REST + CHATML_PROMPT
     ),
-    "drops-reply": (  # leaves out what the assistant says last
+    "drops-reply": (  # leaves out the assistant's last message
         "{% for m in messages %}{% if not (loop.last and m.role == 'assistant') %}<|im_start|>{{ m.role }}\n"
         "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}" + CHATML_PROMPT
     ),

@@ -1,4 +1,4 @@
-"""Random models and a tokenizer small enough for a test, and rows to feed them."""
+"""Random models and a tokenizer small enough for tests, and rows for them."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from perce.demo import DATA_DIR
 
 VOCAB = 400
 
-CHATML = (  # like Qwen2.5 and SmolLM2: adds a system prompt of its own when the first message is not one
+CHATML = (  # like Qwen2.5 and SmolLM2: adds a system prompt of its own if the first message is not one
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"
     "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -76,7 +76,7 @@ def tiny_tokenizer(chat_template: str | None = CHATML, *, prepends_space: bool =
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB,
         special_tokens=special,
-        # Stands in for the byte fallback of such tokenizers, which knows every character.
+        # Replaces the byte fallback of such tokenizers, which can encode every character.
         initial_alphabet=["\n", ANCHOR] if prepends_space else pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -94,7 +94,7 @@ SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0,
     "initializer_range": 0.2,
 }  # fmt: skip
-LAYERS = ["sliding_attention", "full_attention"]  # windows alone would not reach back to the persona
+LAYERS = ["sliding_attention", "full_attention"]  # sliding windows only would not reach back to the persona
 ARCHITECTURES = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
@@ -123,7 +123,7 @@ def tiny_model(architecture: str = "llama", **changes: object) -> torch.nn.Modul
     config = getattr(transformers, name)(**(SIZES | options | changes))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # biases and norms start at 0 and 1, where a mistake would not show
+    for parameter in model.parameters():  # with initial biases of 0 and norms of 1, a mistake would not show
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
     return model.eval()

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from perce.demo import DATA_DIR
 
 FAMILIES = ("gpt2", "qwen2", "llama3", "gemma", "llama2", "sentencepiece")
-VOCAB = 900  # added tokens, bytes and alphabet included; the merges fill the rest
+VOCAB = 900  # including added tokens, bytes and alphabet; merges fill the rest
 
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<|endoftext|>"
 SPECIAL = (
@@ -32,7 +32,7 @@ TRAINING_WORDS = rf"{SPACE}?\p{{L}}+|\p{{N}}|{SPACE}?[^\p{{L}}\p{{N}}{SPACE}]+|{
 NEWLINE_RUNS = tuple("\n" * n for n in range(1, 7))
 SPACE_RUNS = tuple(SPACE * n for n in range(1, 9))
 
-# What the built-in rows lack: line ends behind every punctuation mark, role names, digits, indentation, Markdown.
+# Texts that the built-in rows lack: line ends after every punctuation mark, role names, digits, indentation, Markdown.
 HEADINGS = ("system", "user", "assistant", "model", "About the user", "Who is it", "It's 2024, isn't it", "I said 17")
 LINE_ENDS = (".", ":", "?", "!", ")", "...", "")
 LAYOUT = "- one, two\n- three\n\n  * four\n    return 10 + 12\n\n\n# Six: (seven) 1234567890\n\n\n\n\t8 ünïts, 東京"
@@ -51,7 +51,7 @@ def _corpus() -> Iterator[str]:
 
 
 def _add_tokens(tokenizer: Tokenizer) -> None:
-    """Matched in the raw text, before any normaliser could put a space in front of them."""
+    """Adds tokens that are matched in the raw text, before a normaliser can put a space in front of them."""
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in NOT_SPECIAL])
 
@@ -62,7 +62,7 @@ def _begins_with_bos(tokenizer: Tokenizer) -> processors.PostProcessor:
 
 
 def _byte_level(family: str) -> Tokenizer:
-    """BPE over bytes: each byte is a letter of its alphabet, so that there is nothing it does not know."""
+    """BPE over bytes: each byte is a letter of its alphabet, so that it can encode every text."""
     tokenizer = Tokenizer(models.BPE())
     if family == "gpt2":
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -89,10 +89,10 @@ def _byte_level(family: str) -> Tokenizer:
 
 
 def _trained(runs: list[str], *, across_lines: bool) -> models.BPE:
-    """BPE over characters, which writes those it does not know as bytes, "<0xE2>".
+    """BPE over characters, which writes unknown ones as bytes, "<0xE2>".
 
-    SentencePiece cuts text into words and digits when it trains, and not at all when it encodes. It trains line by
-    line, so Llama 2 and Gemma have no token of a full stop and a newline; `across_lines` is for those that have.
+    SentencePiece splits text into words and digits when it trains, and not at all when it encodes. It trains line by
+    line, so Llama 2 and Gemma have no token of a full stop and a newline; `across_lines` is for tokenizers with one.
     """
     teacher = Tokenizer(models.BPE())
     teacher.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
@@ -106,7 +106,7 @@ def _trained(runs: list[str], *, across_lines: bool) -> models.BPE:
     texts = list(_corpus())
     teacher.train_from_iterator(texts if across_lines else [line for t in texts for line in t.splitlines()], trainer)
     learnt = json.loads(teacher.to_str())["model"]
-    # Runs of one character come before all words, as they do in the real ones, whichever two shorter runs make them.
+    # Runs of one character come before all words, as in the real ones, with merges from every two shorter runs.
     merges = [(run[:cut], run[cut:]) for run in runs for cut in range(1, len(run))]
     merges += [pair for pair in map(tuple, learnt["merges"]) if pair not in merges]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys([*first, *learnt["vocab"]]))}
@@ -121,7 +121,7 @@ def _byte_fallback(family: str) -> Tokenizer:
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if family == "gemma":
         tokenizer.normalizer = spaces
-        # Never cuts: no space is left. The real one has it all the same.
+        # Never splits, because no space is left. The real one also has it.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     elif family == "llama2":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])

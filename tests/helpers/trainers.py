@@ -13,7 +13,7 @@ from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
 
 PAIRS = demo_pairs(20)
 
-LOSS = LossConfig(clip_min=0.05, clip_max=5.0)  # a random model's PIR is small: the paper's floor would hide it
+LOSS = LossConfig(clip_min=0.05, clip_max=5.0)  # a random model's PIR is small, so the paper's floor would hide it
 
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
 
@@ -34,7 +34,7 @@ def model_for(kind="full", dropout=0.0, architecture="llama", **changes):
     torch.manual_seed(1)
     model = add_adapter(model, LoraConfig(**LORA, lora_dropout=dropout))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # starts at zero, where the adapters of A would have no gradient
+        if "lora_B" in name:  # starts at zero, with which A would have no gradient
             torch.nn.init.normal_(parameter, std=0.02)
     return model
 
@@ -46,7 +46,7 @@ def trainer_for(model, args, pairs=PAIRS, **options):
 
 
 def trained(tmp_path, model, checkpointing=False, **options):
-    """A trainer of the model, made and given a step."""
+    """A trainer of the model after one step."""
     trainer = trainer_for(model, arguments(tmp_path, max_steps=1, **{CHECKPOINTING: checkpointing}, **options))
     trainer.train()
     return trainer
@@ -58,7 +58,7 @@ def logged(trainer, *names):
 
 def plain_statistics(model, pair):
     """(logp, logp_cf, entropy) of one example's response, each (n,), from one unpadded sequence at a time, full logits;
-    of a document the counterfactual ones window by window."""
+    for a document, logp_cf is computed window by window."""
     ids, n = list(pair["input_ids"]), pair["response_length"]
     start, end = pair.get("persona_span", (0, 0))
     pieces = [(ids[a:b], count) for a, b, count in pair.get("windows", [])] or [(ids[:start] + ids[end:], n)]
@@ -80,8 +80,8 @@ def pir(logp, logp_cf, entropy):
 
 
 def plain_loss(model, pairs, loss, formula=pir, step=0):
-    """−Σ w·logp / n with w = clip(formula(logp, logp_cf, entropy)) over the tokens of a step; formula "1": plain
-    cross-entropy; a pair: and then what (signals, seed of the step) become. All times the weight of the data."""
+    """−Σ w·logp / n with w = clip(formula(logp, logp_cf, entropy)) over the tokens of a step. Formula "1" is plain
+    cross-entropy; the second of a pair is applied to (signals, seed of the step). Weights of the data multiply w."""
     logp, logp_cf, entropy = map(torch.cat, zip(*(plain_statistics(model, pair) for pair in pairs), strict=True))
     data = torch.cat([torch.full((pair["response_length"],), pair.get("data_weight", 1.0)) for pair in pairs])
     if formula == "1":
@@ -89,7 +89,7 @@ def plain_loss(model, pairs, loss, formula=pir, step=0):
     formula, *rearrange = formula if isinstance(formula, tuple) else (formula,)
     signal = formula(logp.detach(), logp_cf, entropy)
     for over_step in rearrange:
-        signal = over_step(signal, 42 * 1_000_003 + step)  # of the run's seed, and the step
+        signal = over_step(signal, 42 * 1_000_003 + step)  # computed from the run's seed and the step
     weight = signal.clamp(loss.weighting.clip_min, loss.weighting.clip_max)
     if loss.normalize == "sequence":
         parts = weight.split([pair["response_length"] for pair in pairs])

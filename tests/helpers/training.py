@@ -1,4 +1,4 @@
-"""What the tests of `python -m perce.train` share: rows, and a mistake told."""
+"""Shared by the tests of `python -m perce.train`: rows, and checks of error messages."""
 
 LIMIT = 9  # examples that are scored
 ROWS = [
@@ -11,7 +11,7 @@ ROWS = [
 
 
 def fails(result, *fragments):
-    """Exit code 2 and one paragraph that holds every fragment."""
+    """Asserts exit code 2 and an error message of one paragraph that has every fragment."""
     code, _, err = result
     assert code == 2, err
     message = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -21,7 +21,7 @@ def fails(result, *fragments):
 
 
 def printed_by(main, capsys, *fixed):
-    """Runs a command with these arguments and others, to this exit code; what it printed."""
+    """Runs a command with these and further arguments, expects this exit code, and returns what it printed."""
 
     def run(*argv, code=0):
         assert main([*map(str, (*fixed, *argv))]) == code

@@ -1,4 +1,4 @@
-"""What the op does beneath its registration, where a dispatch mode sees it; and what its products should cost."""
+"""Records what the op does below its registration, where dispatch modes see it; and what its products should cost."""
 
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ NEEDED_AND_COST = pytest.mark.parametrize(
      ((False, False, True), 4)],
     ids=["trainable", "frozen head", "frozen hidden", "statistics only", "bias only"],
 )  # fmt: skip
-"""Which gradients are asked for, and the floor: FLOP per token, hidden size and vocabulary entry."""
+"""Which gradients are needed, and the floor: FLOP per token, hidden size and vocabulary entry."""
 
 
 class Product(NamedTuple):
-    """One a @ b of (m, k) and (k, n); added: to what the result's place held."""
+    """One product a @ b of (m, k) and (k, n); added: whether it is added to the previous contents of the result."""
 
     m: int
     k: int
@@ -27,8 +27,8 @@ class Product(NamedTuple):
 
 
 class Watch(LiveBytes):
-    """Beneath the op: every product and its FLOP, operators that wait for the device, the peak of live bytes and the
-    largest storage."""
+    """Records inside the op every product and its FLOP, operators that wait for the device, the peak of live bytes and
+    the largest storage."""
 
     def __init__(self):
         super().__init__()

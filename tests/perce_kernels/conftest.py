@@ -1,4 +1,4 @@
-"""The subject of a test of the contract, and several blocks and chunks of a few rows."""
+"""The subject of a contract test, and block and chunk sizes of a few rows."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.helpers.subjects import SUBJECTS, WAYS
 
 @pytest.fixture(scope="module")
 def several_chunks():
-    """Of a few rows each: CUT."""
+    """Makes the driver use several blocks and chunks of a few rows each: CUT."""
     from perce_kernels.gpu import driver
     from tests.helpers.driver import CUT
 
@@ -19,7 +19,7 @@ def several_chunks():
 
 @pytest.fixture(scope="module")
 def subject(request):
-    """One of SUBJECTS, with the way in use that it is called after."""
+    """One of SUBJECTS; if it is named after a way, that way is in use."""
     chosen = SUBJECTS[request.param]
     if chosen.backend != "triton":
         request.getfixturevalue("small_chunks")

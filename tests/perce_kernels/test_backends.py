@@ -1,4 +1,4 @@
-"""Which backend computes: the argument, PERCE_BACKEND where that is "auto"; and what its failure tells."""
+"""Which backend computes: the argument, or PERCE_BACKEND if that is "auto"; and what its errors say."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def test_a_backend_that_is_named_does_not_ask_the_variable(monkeypatch, ran):
         monkeypatch.setenv("PERCE_BACKEND", value)
         call(make_inputs(), backend="torch", reduction="none")
     assert set(ran) == {"torch"}
-    for value in ("", "auto"):  # as if it were not set
+    for value in ("", "auto"):  # both mean the same as an unset variable
         monkeypatch.setenv("PERCE_BACKEND", value)
         assert resolve_backend("auto", torch.device("cpu")) == "auto"
 
@@ -101,7 +101,7 @@ def test_an_error_of_the_kernels_ends_with_the_way_around(monkeypatch, reduction
 
     monkeypatch.setattr(backends, "implementation", lambda backend, device: driver)  # as "auto" on a GPU
     leaves = {name: x.requires_grad_(name in TRAINABLE) for name, x in make_inputs().kwargs().items()}
-    if reduction == "none":  # in the backward, which computes again
+    if reduction == "none":  # the error comes in the backward, which recomputes
         loss = fused_perce_loss(**leaves, reduction="none").sum()
     monkeypatch.setattr(driver, "sweep", broken)
     with pytest.raises(RuntimeError) as raised:
@@ -114,7 +114,7 @@ def test_an_error_of_the_kernels_ends_with_the_way_around(monkeypatch, reduction
 
 @pytest.mark.parametrize("error", [ValueError("target"), torch.OutOfMemoryError("CUDA out of memory"), KeyError("k")])
 def test_errors_that_are_not_the_kernels_are_left_as_they_are(monkeypatch, error):
-    """A KeyError of the torch backend, and what another backend would not cure."""
+    """A KeyError of the torch backend, and errors that another backend would not avoid."""
     module = chunked if isinstance(error, KeyError) else torch  # some module that is not the torch backend
 
     def broken(*_):
@@ -170,10 +170,10 @@ def test_auto_is_triton_on_a_gpu_that_the_kernels_are_built_for(monkeypatch, fou
 @pytest.mark.parametrize("backend", ["auto", *EACH])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_backend_that_runs(ran, backend, reduction):
-    """Forward and recompute backward; "auto" is Triton on a GPU alone, interpreter or not."""
+    """Forward and recomputing backward; "auto" means Triton only on a GPU, even with the interpreter."""
     inputs = TRITON.of(make_inputs())
     leaves = {name: x.requires_grad_(name in TRAINABLE) for name, x in inputs.kwargs().items()}
     fused_perce_loss(**leaves, reduction=reduction, backend=backend).sum().backward()
     assert set(ran) == {("triton" if ON_GPU else "torch") if backend == "auto" else backend}
-    if backend != "reference":  # whose functions call each other
+    if backend != "reference":  # the functions of the reference call each other
         assert len(ran) == (3 if reduction == "none" else 1)

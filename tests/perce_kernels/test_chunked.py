@@ -1,4 +1,4 @@
-"""Backend "torch": what it holds and multiplies, fp32 statistics whatever comes, and weights that are zero."""
+"""Backend "torch": its memory and products, fp32 statistics for every input dtype, and weights of zero."""
 
 import importlib.util
 
@@ -89,7 +89,7 @@ def test_no_tensor_of_n_by_v_exists(monkeypatch, compact, softcap, dtype):
         chunked.sweep(*beneath(inputs, compact=compact, softcap=softcap))
         chunked.logprobs(beneath(inputs, compact=compact, softcap=softcap)[0], return_entropy=True)
     assert budget // 2 < watch.largest_bytes <= budget
-    assert n * v * 2 > 4 * budget, "(N, V) in bf16 would not have passed"
+    assert n * v * 2 > 4 * budget, "an (N, V) tensor in bf16 would exceed the limit"
 
 
 @NEEDED_AND_COST
@@ -106,7 +106,7 @@ def test_matrix_products_cost_the_floor_and_ignored_rows_nothing(compact, needed
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_what_a_gpu_waits_for(monkeypatch, compact):
-    """The check of the targets is the CPU's own; an id that it would have found is computed as some other."""
+    """Only a CPU checks targets; on a GPU, an id out of range is computed as some other id."""
     monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)
     inputs = make_inputs(bias=True)
     inputs.target[inputs.target == IGNORE] = V
@@ -148,7 +148,7 @@ def test_chunk_rows_is_a_pure_function_within_the_budget(monkeypatch):
 
 
 def test_shipped_logits_budget():
-    """≤ 128 MiB on CPU, read from the source because the fixture above replaces the attribute."""
+    """At most 128 MiB on a CPU; read from the source because the fixture above replaces the attribute."""
     spec = importlib.util.find_spec("perce_kernels.chunked")
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)

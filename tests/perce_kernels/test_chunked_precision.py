@@ -1,4 +1,4 @@
-"""The user's precision of fp32 products: ignored by the op, readable inside it, and left as it was."""
+"""The user's setting for the precision of fp32 products: the op ignores it, lets it be read, and restores it."""
 
 from contextlib import contextmanager
 
@@ -23,7 +23,7 @@ def matmul_precision(precision: str):
 
 @pytest.mark.parametrize("setting", ["none", "high", "medium", "allow_tf32", "fp32_precision"])
 def test_the_scoped_precision_can_be_read_inside_it(setting):
-    """torch refuses to read the older setting where the newer one says something else, in TunableOp's products too."""
+    """torch refuses to read the older setting if the newer one differs; TunableOp's products read it too."""
     matmul = torch.backends.cuda.matmul
     ways = matmul, torch.backends.mkldnn.matmul
 
@@ -43,7 +43,7 @@ def test_the_scoped_precision_can_be_read_inside_it(setting):
             assert matmul.allow_tf32 is False and torch.get_float32_matmul_precision() == "highest"
             assert newer() == ["ieee", "ieee"]
         assert newer() == before and (before == unset) == (setting == "none")
-        if setting == "fp32_precision":  # as it was: the older setting says something else
+        if setting == "fp32_precision":  # as before the call: the older setting differs
             with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
                 _ = matmul.allow_tf32
         else:

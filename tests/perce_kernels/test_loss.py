@@ -1,4 +1,4 @@
-"""The contract of the op on every backend: values, gradients and corners of the softmax, against the fp64 oracle."""
+"""The contract of the op on every backend: values, gradients and corner cases of the softmax against fp64."""
 
 import itertools
 
@@ -45,7 +45,7 @@ GIVEN = ("paper", "ratio", "none", "sequence", "softcap and scale")
 
 
 def options_of(name: str, subject) -> dict:
-    """With what is a tensor as long as the subject's inputs, and on its device."""
+    """The options, with tensors that have the length of the subject's inputs and are on its device."""
     options = dict(OPTIONS[name])
     if "seq_id" in options:
         options["seq_id"] = options["seq_id"][: subject.n].to(subject.device)
@@ -112,7 +112,7 @@ def test_pir_of_peaked_low_precision_logits(subject, dtype, softcap):
     for reduction in ("mean", "none"):  # with the row kernel, and with the GEMM that writes no logits
         assert max_error(subject.call(inputs, softcap=softcap, reduction=reduction).stats.pir, expected) <= 1e-3
     if softcap is None:
-        assert max_error(eager(inputs).stats.pir, expected) > 1e-2, "the input dtype alone would not do"
+        assert max_error(eager(inputs).stats.pir, expected) > 1e-2, "the input dtype is not accurate enough"
 
 
 @of_each(

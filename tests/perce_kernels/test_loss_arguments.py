@@ -145,7 +145,7 @@ def test_autocast_is_off_inside_the_op_forward_and_backward(monkeypatch, reducti
 
 
 def test_autocast_accepts_inputs_of_different_dtypes():
-    """What a bf16 model with an fp32 head sees: the cast comes before the check."""
+    """A bf16 model with an fp32 head has such inputs; the cast comes before the check."""
     inputs = make_inputs()
     mixed = inputs.kwargs() | {"hidden": inputs.hidden.bfloat16()}
     with pytest.raises(ValueError, match="lm_head"):

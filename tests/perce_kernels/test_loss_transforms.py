@@ -1,5 +1,5 @@
-"""Forward-mode AD and the transforms of torch.func: through a fused op exact or refused by name, and through the
-reference exact."""
+"""Forward-mode AD and the transforms of torch.func: exact or refused by name for a fused op, and exact for the
+reference."""
 
 import itertools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tests.helpers.subjects import SOURCES, of_each
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    # What torch says of an op that it calls once for each element of a batch.
+    # What torch warns about an op that it calls once for each element of a batch.
     pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
 FP64 = torch.float64
@@ -31,7 +31,7 @@ VARIANTS = {
 
 
 def through(inputs: Inputs, name: str, arguments: str = "hidden", backend: str = "reference", **options):
-    """A scalar function of these arguments of the op, the others being as in `inputs`."""
+    """The op as a scalar function of these arguments; the others are those of `inputs`."""
     options |= VARIANTS[name] | {"backend": backend}
     if options.get("normalize") == "sequence":
         options.setdefault("seq_id", torch.arange(inputs.target.shape[0], device=inputs.target.device) // 3)
@@ -48,7 +48,7 @@ def through(inputs: Inputs, name: str, arguments: str = "hidden", backend: str =
 
 
 def dual(run: Callable[[Tensor], Tensor], x: Tensor, tangent: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """What run gives and its tangent, where x has one."""
+    """The result of `run`, and its tangent if x has one."""
     with forward_ad.dual_level():
         return tuple(forward_ad.unpack_dual(run(forward_ad.make_dual(x, x if tangent is None else tangent))))
 
@@ -68,7 +68,7 @@ def gradient_of_a_batch(run, x):
     return torch.autograd.grad(torch.vmap(run)(leaf).sum(), leaf, allow_unused=True)
 
 
-# What is asked, what the error says of it, and how.
+# (the transform's name, how the error names it, a function that applies it)
 REFUSED = {
     "a tangent": ("forward-mode AD", dual),
     "a tangent beside a gradient": ("forward-mode AD", lambda run, x: dual(run, x.clone().requires_grad_())),
@@ -134,7 +134,7 @@ def test_the_variable_may_name_the_reference(monkeypatch, name):
 
 @of_each("name, source", *itertools.product((*FUSED, "reference"), ("mean", "none"), ("hidden_cf", "logp_cf")))
 def test_tangents_and_gradients_of_the_weights_stop(subject, name, source):
-    """As gradients do: token_weight's, hidden_cf's and logp_cf's."""
+    """Tangents of token_weight, hidden_cf and logp_cf do not pass, just as their gradients do not."""
     inputs, weights = subject.with_source(subject.inputs(), source)
     x = weights.get(source, inputs.hidden_cf)
     run = through(inputs, name, source, subject.backend)
@@ -161,7 +161,7 @@ def test_what_does_not_reach_the_op_is_left_alone(subject):
 
 
 def batch_of(inputs: Inputs, argument: str) -> Tensor:
-    """(3, …) values of one argument."""
+    """A batch (3, …) of values of one argument."""
     n, generator = inputs.target.shape[0], torch.Generator().manual_seed(1)
     values = {
         "target": torch.stack([inputs.target, inputs.target.roll(1), inputs.target.flip(0)]),
@@ -189,7 +189,7 @@ BATCHES = [
     *[("triton", *x) for x in BATCHES[:2]],
 )
 def test_a_batch_of_what_does_not_train_is_exact(subject, argument, name):
-    """Values, and the gradients of what is shared: torch calls a fused op once for each element."""
+    """Values, and gradients of the shared arguments: torch calls a fused op once for each element."""
     inputs, _ = subject.with_source(subject.inputs(n=7, d=4, v=11), argument if argument in SOURCES else "hidden_cf")
     leaf = inputs.hidden.requires_grad_()
     run, batch = through(inputs, name, argument, subject.backend), batch_of(inputs, argument)
@@ -227,7 +227,7 @@ def test_a_jacobian_by_a_batch_of_upstream_gradients_is_exact(subject, name):
 
 @of_each("name", *itertools.product(FUSED, VARIANTS))
 def test_a_tangent_of_the_upstream_gradient_is_refused(subject, name):
-    """Forward over reverse, where the gradient's tangent would be lost; in a compiled region that may break, too."""
+    """In forward-over-reverse mode the gradient's tangent would be lost; also in a compiled region that may break."""
     inputs = subject.inputs(n=5, d=4, v=11)
     leaf = inputs.hidden.requires_grad_()
     loss = through(inputs, name, backend=subject.backend)(leaf)
@@ -298,7 +298,7 @@ def test_the_reference_is_differentiable_twice(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_reference_maps_over_all_arguments_at_once(name):
-    """Values, gradients of each call, and of the whole batch; each argument with a batch dimension of its own."""
+    """Values, gradients of each call, and of the whole batch; every argument has its own batch dimension."""
     inputs = reference_inputs()
     varying = "hidden, lm_head, target" + {"logprobs": "", "sequence": ", hidden_cf, seq_id"}.get(name, ", hidden_cf")
     run, batches = through(inputs, name, varying), [batch_of(inputs, argument) for argument in varying.split(", ")]
@@ -361,7 +361,7 @@ def test_compiled_too(name, asked):
 
 
 def test_a_compiled_call_stays_one_graph():
-    """The dual level is guarded: the same graph serves again after a call that is refused."""
+    """The graph has a guard on the dual level, so it is used again after a call that was refused."""
     torch.compiler.reset()
     inputs, graphs = make_inputs(n=5, d=4, v=11), 0
 

@@ -1,4 +1,4 @@
-"""The registered op among others: torch.compile, opcheck, one tensor in two places."""
+"""The registered op in PyTorch: torch.compile, opcheck, one tensor as two arguments."""
 
 import itertools
 
@@ -48,7 +48,7 @@ def test_one_graph_for_any_number_of_tokens():
 
 
 def test_compiled_options_may_change_between_calls():
-    """Once they have changed, torch.compile traces floats and integers as symbols."""
+    """After their first change, torch.compile traces floats and integers as symbols."""
     torch.compiler.reset()
     compiled = torch.compile(fused_perce_loss, fullgraph=True, backend="eager")
     inputs = make_inputs()
@@ -111,7 +111,7 @@ def test_one_tensor_as_both_hidden_states():
 
 
 def test_tied_embedding_accumulates_both_gradients():
-    """lm_head is also the matrix hidden was made from, as with tied embeddings."""
+    """lm_head is also the matrix that hidden was computed from, as with tied embeddings."""
     inputs = make_inputs(d=8, v=61, ignored=0.0)
     grads = []
     for dtype, options in ((torch.float32, {}), (torch.float64, {"backend": "reference"})):

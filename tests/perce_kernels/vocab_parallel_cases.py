@@ -1,4 +1,4 @@
-"""What each rank of a sharded head runs, one case after the other: against the whole head, and the fp64 oracle.
+"""The cases that each rank of a sharded head runs, compared with the whole head and with the fp64 oracle.
 
 `python -m tests.perce_kernels.vocab_parallel_cases DIRECTORY [slow]`, with torchrun's variables, runs every case of
 CASES and writes what failed. A case runs in the group of all three ranks, or of the first two.
@@ -42,7 +42,7 @@ def case(name: str, *, slow: bool = False):
 
 
 def for_both(name: str, *, slow: tuple[str, ...] = ()):
-    """A case for each backend, which is the function's argument."""
+    """Makes a case for each backend, which the function gets as its argument."""
 
     def register(run: Callable[[str], None]):
         for backend in ("torch", "triton"):
@@ -52,17 +52,17 @@ def for_both(name: str, *, slow: tuple[str, ...] = ()):
     return register
 
 
-# --- The contract, as of an unsharded head ---------------------------------------------------------------------------
+# --- The contract of an unsharded head -------------------------------------------------------------------------------
 
 OPTIONS = (
     "paper", "ratio", "none", "sum", "num_items int", "batch", "sequence", "ignore_index", "softcap and scale",
     "negative logit_scale",
 )  # fmt: skip
-QUICK = ("paper", "none", "softcap and scale")  # in the interpreter
+QUICK = ("paper", "none", "softcap and scale")  # those that also run in the interpreter
 
 
 def of_the_contract(test: Callable[..., None], *arguments, layout="three uneven", dtype=FP32, slow=("triton",)) -> None:
-    """A test of test_loss.py, of a head that is sharded in this layout."""
+    """A case that runs a test of test_loss.py with the head sharded in this layout."""
     values = ", ".join(map(str, (dtype, *arguments)))
     name = f"{test.__name__.removeprefix('test_')}, {layout}: {values}"
     for backend in ("torch", "triton"):
@@ -103,7 +103,7 @@ def register_the_contract() -> None:
 register_the_contract()
 
 
-# --- What is a sharded head's own ------------------------------------------------------------------------------------
+# --- Properties of a sharded head only -------------------------------------------------------------------------------
 
 
 def inputs_for(layout: str, dtype: torch.dtype = FP32, **options) -> Inputs:
@@ -151,7 +151,7 @@ def what_trains(backend: str) -> None:
 
 @case("triton: memory")
 def memory() -> None:
-    """The formula of an unsharded vocabulary, at this rank's."""
+    """The memory formula of an unsharded vocabulary, with the size of this rank's shard."""
     from perce_kernels.gpu import driver
     from perce_kernels.gpu.cut import Cut
     from perce_kernels.vocab_parallel import Shard
@@ -172,7 +172,7 @@ def memory() -> None:
                 n, D, mine.lm_head.shape[0], 4, cut=cut, way="fused", passes=1 if weights else 2, gathered=False,
                 masked=False, needed=needed,
             )  # fmt: skip
-            slack = 600  # of what three ranks' table of shards is made of
+            slack = 600  # bytes of the table of three ranks' shards
             assert expected - 4 * V <= extra <= expected + 48 * n + slack, (n, cut, list(weights), extra - expected)
     driver.cut_of = cut_of
 
@@ -191,7 +191,7 @@ def faint_fp16_gradients(backend: str) -> None:
 
 @for_both("a shard masked by its bias")
 def a_shard_masked_by_its_bias(backend: str) -> None:
-    """As a vocabulary is padded to a multiple of the ranks: nothing but −inf on the last one."""
+    """A vocabulary that is padded to a multiple of the ranks may have only −inf on the last one."""
     shards, inputs = Shards("three uneven"), inputs_for("three uneven")
     inputs.target[inputs.target >= 130] = 7
     inputs.bias[130:] = -torch.inf
@@ -221,7 +221,7 @@ def a_large_common_offset(backend: str) -> None:
 
 @for_both("collectives")
 def collectives(backend: str) -> None:
-    """Two a chunk, with the kernels two a block besides, for the other pass; one for dhidden, if that trains."""
+    """Two per chunk; with the kernels also two per block, for the other pass; one for dhidden, if that trains."""
     run, shapes = dist.all_reduce, []
     dist.all_reduce = lambda x, *args, **kwargs: shapes.append(tuple(x.shape)) or run(x, *args, **kwargs)
     try:
@@ -241,7 +241,7 @@ def collectives(backend: str) -> None:
 
 @case("triton: a target that no check saw")
 def a_target_that_no_check_saw() -> None:
-    """On a GPU an id outside the vocabulary is seen by an assertion that nobody waits for: NaN, not a number."""
+    """On a GPU only an asynchronous assertion sees an id outside the vocabulary; the loss must be NaN, not a number."""
     check_target, contract.check_target = contract.check_target, lambda *_: None
     try:
         shards, inputs = Shards("three"), inputs_for("three", n=3, ignored=0.0)
@@ -271,7 +271,7 @@ def opcheck(backend: str) -> None:
 
 @for_both("forward-mode AD and transforms", slow=("triton",))
 def forward_mode_ad_and_transforms(backend: str) -> None:
-    """Refused on every rank before the ranks talk; a batch of targets is a loop, the same on all of them."""
+    """Refused on every rank before ranks communicate; a batch of targets is a loop, which is the same on all ranks."""
     shards, inputs = Shards("three uneven"), inputs_for("three uneven")
     mine = shards.shard(inputs).kwargs() | shards.arguments | {"backend": backend}
 
@@ -364,14 +364,14 @@ def arguments() -> None:
 
 
 def rank_main(directory: Path, slow: bool) -> None:
-    """One rank: every case, in the same order everywhere, to the first that fails: ranks may be out of step then."""
+    """Runs all cases on one rank, in the same order on all, up to the first failure, after which ranks may differ."""
     from perce_kernels.gpu import driver
     from perce_kernels.gpu.cut import Cut
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     GROUPS["three"], GROUPS["two"] = dist.group.WORLD, dist.new_group([0, 1])
-    # 16 rows a chunk by the whole vocabulary; by a shard's own size it would be more, and other on each rank.
+    # The whole vocabulary gives 16 rows per chunk; a shard's size would give more, and differ between ranks.
     chunked.LOGITS_BYTES, driver.cut_of = 16 * V * 4, lambda n, d, v, *_: Cut(16 * V // v, 7 * V // v)
     results = {}
     for name, run in CASES.items():

@@ -1,4 +1,4 @@
-"""Names that people bring from other programs lead to the option that is meant, in every command."""
+"""Option names of other programs lead to the option of ours that is meant, in every command."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Flags, YAML, --print_config, and what all commands do when something stops them."""
+"""Flags, YAML, --print_config, and what all commands do when they are stopped."""
 
 import io
 import os
@@ -47,7 +47,7 @@ from tests.helpers.training import fails
 )
 def test_flags_that_are_off(train, tmp_path, flag, fragments):
     fails(train(*flag.split(), max_steps=None if "max_steps" in flag or flag == "--streaming" else 1), *fragments)
-    assert not (tmp_path / "run" / "config.yaml").exists(), "it can be corrected and run again"
+    assert not (tmp_path / "run" / "config.yaml").exists(), "the corrected command can use the same directory"
 
 
 def test_a_mistyped_option_leaves_no_directory_behind(train, tmp_path):
@@ -61,7 +61,7 @@ def test_flags_that_exclude_each_other(train):
 
 
 def test_the_clip_of_one_objective_is_not_anothers(train, tmp_path, capsys):
-    """A run's options, taken for another objective: what was left open stays open."""
+    """A run's options used for another objective: options that the user did not set keep that objective's defaults."""
     assert train()[0] == 0
     config, _ = parse_args(["--config", str(tmp_path / "run" / "config.yaml"), "--objective", "longce"])
     weighting = config.loss.weighting
@@ -191,7 +191,7 @@ def test_characters_that_cannot_be_shown_are_replaced(monkeypatch):
 
 @pytest.mark.parametrize("command", ["train", "score", "evaluate", "plan"])
 def test_a_closed_stdout_is_no_traceback(command):
-    """As `| head -0`: nobody reads."""
+    """As with `| head -0`, which does not read."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(

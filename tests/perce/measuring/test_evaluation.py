@@ -1,5 +1,5 @@
-"""Generated replies do not depend on their batch, nor on what the model would generate with; losses not on what the
-replies of a conversation share."""
+"""Generated replies depend neither on their batch nor on the model's own generation config. Losses do not depend on
+whether replies of a conversation share tokens."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_left_padding_does_not_change_a_reply():
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
 def test_a_persona_that_is_read_once_does_not_change_a_reply(architecture, monkeypatch):
-    """Gemma's windows would count the padding behind the persona: it is read with each request there."""
+    """Gemma's windows would count the padding after the persona, so the persona is read with each request there."""
     model, tokenizer = prepare_model(tiny_model(architecture)), tiny_tokenizer()
     persona = tuple(f"I keep bees in {number} old hives, and sell honey on Saturdays." for number in range(9))
     examples = [
@@ -56,7 +56,7 @@ def test_a_persona_that_is_read_once_does_not_change_a_reply(architecture, monke
     items = [Item(i, str(i), example, builder.build(example), None) for i, example in enumerate(examples)]
     groups = list(written_together(items, evaluation.continues(model, "branches"), 3, 600))
     assert sorted(item.index for group in groups for item in group) == list(range(6))
-    if architecture == "gemma3":  # each is computed whole
+    if architecture == "gemma3":  # each prompt is computed whole
         assert all(len(group) * max(item.pair.prompt_length for item in group) <= 600 for group in groups)
     assert architecture == "gemma3" or any(
         len(group) == 3 and {item.pair.persona for item in group} == {items[0].pair.persona} for group in groups
@@ -87,11 +87,11 @@ def test_nothing_of_the_models_own_generation_config_is_used():
     evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, {})
     assert evaluator.replies(prompts, items) == expected
     changed = model.generate(torch.tensor(prompts[:1]), generation_config=hostile, max_new_tokens=12)
-    assert tokenizer.decode(changed[0, len(prompts[0]) :]).strip() != expected[0], "it would have mattered"
+    assert tokenizer.decode(changed[0, len(prompts[0]) :]).strip() != expected[0], "it would change the reply"
 
 
 def conversations_of(*replies):
-    """Rows of as many replies each, of a user each."""
+    """Conversations with these numbers of replies, each of another user."""
     return [
         {
             "user_id": f"u{row}", "personality": [f"i live in town {row} .", "i keep bees ."],
@@ -125,7 +125,7 @@ def evaluated(tmp_path_factory):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """Replies of each batch whose losses are computed, and tokens that are and that would be."""
+    """For each batch whose losses are computed: replies, tokens computed, and tokens without sharing."""
     seen = []
 
     def spied(pairs, *args, **kwargs):
@@ -143,7 +143,7 @@ def test_losses_are_the_same_where_replies_share_tokens(evaluated, forwards, tmp
     shared, _ = evaluated("a", "--generate", "false", template=template)
     computed, needed = (sum(column) for column in zip(*(found[1:] for found in forwards), strict=True))
     assert computed < 0.6 * needed
-    assert {size for size, *_ in forwards} == {3, 5, 7}, "two conversations a batch, whole"
+    assert {size for size, *_ in forwards} == {3, 5, 7}, "batches have whole conversations"
     forwards.clear()
     separate, _ = evaluated("b", "--generate", "false", "--share", "none", template=template)
     assert all(size <= 2 and computed == needed for size, computed, needed in forwards)
@@ -163,7 +163,7 @@ def test_models_that_are_asked_with_and_without_sharing_are_compared(evaluated, 
 
 
 def test_groups_of_a_batch_are_written_one_by_one_and_go_on_after_a_kill(evaluated, tmp_path, monkeypatch):
-    """Replies are written in groups of two at most, which are fewer than those whose losses are computed together."""
+    """Replies are generated in groups of at most two; losses are computed for more replies together."""
     monkeypatch.chdir(tmp_path)
     flags = ("--max_new_tokens", 4)
     whole, lines = evaluated("whole", *flags)

@@ -1,4 +1,4 @@
-"""The table of an evaluation: 80 columns, which way is better, which test, and how many users are behind it."""
+"""The table of an evaluation: 80 columns, whether more or less is better, which test, and the number of users."""
 
 import pytest
 
@@ -8,7 +8,7 @@ METEOR = "meteor_exact_stem"
 
 
 def records(users=12, shift=0.0, named=True, turns=1):
-    """Two examples a user, with every metric."""
+    """Two examples per user, with every metric."""
     made = []
     for number in range(2 * users):
         scores = dict.fromkeys(("uses_persona", "reference_uses_persona", "rouge1", "rougeL", METEOR), 0.1 + shift / 9)
@@ -24,7 +24,7 @@ def records(users=12, shift=0.0, named=True, turns=1):
 
 @pytest.fixture
 def printed(monkeypatch, capsys):
-    """What is printed of records, piped: rich then takes 80 columns."""
+    """What is printed for records if stdout is piped: rich then uses 80 columns."""
     monkeypatch.delenv("COLUMNS", raising=False)
 
     def of(ours, theirs=None):
@@ -91,4 +91,4 @@ def test_replies_to_rows_without_a_response(printed):
         record |= {name: None for name in record if name.startswith(("loss", "reference", "rouge", "meteor"))}
     metrics = summarise(ours, [], {}, METEOR)["metrics"]
     assert metrics["uses_persona"]["n"] == 24 and metrics["loss_with_persona"]["n"] == metrics["rougeL"]["n"] == 20
-    assert printed(ours) and "12 users only" not in printed(ours)
+    assert printed(ours) and "only 12 users" not in printed(ours)

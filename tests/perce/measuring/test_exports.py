@@ -1,4 +1,4 @@
-"""Token weights for trainers of others: the same loss there, by their own rules."""
+"""Token weights for other trainers give the same loss there, by their own rules."""
 
 import json
 
@@ -20,8 +20,8 @@ ROWS = [
 
 
 def loss_in_swift(model, rows, opening=()):
-    """As ms-swift 4.5.2 computes the loss of one step (swift/template/base.py, swift/trainers/seq2seq_trainer.py): a
-    token whose loss_scale is above 0 has a label, the first of a row never, and the sum is divided by their number."""
+    """The loss of one step as ms-swift 4.5.2 computes it (swift/template/base.py, swift/trainers/seq2seq_trainer.py):
+    tokens with a loss_scale above 0 have labels, a row's first token never, and the sum is divided by their number."""
     total, labelled = 0.0, 0
     for row in rows:
         (message,) = row["messages"]
@@ -56,7 +56,7 @@ def test_the_exported_loss_is_that_of_frozen_weights(objective, tmp_path, capsys
 
 
 def test_what_the_tokenizer_puts_first_is_left_to_ms_swift(tmp_path):
-    """A beginning of sequence, which ms-swift puts before token_ids too."""
+    """A beginning-of-sequence token, which ms-swift also puts before token_ids."""
     record = {
         "source": "row 1",
         "prompt_ids": [1, 5, 6],

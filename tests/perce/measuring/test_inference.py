@@ -1,4 +1,4 @@
-"""Models to ask: adapters beside their base, never rounded into it; and which examples are asked about together."""
+"""Loading models to measure: adapters are never merged into their base; and which examples are batched together."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_an_adapter_is_scored_as_its_merged_model(gemma, scored, tmp_path):
     torch.manual_seed(0)
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(gemma),
-        LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1),  # off, when it is scored
+        LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1),  # off while it is scored
     )
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -55,7 +55,7 @@ def test_adapters_that_would_be_misread_are_refused(scored, tmp_path, config, re
 
 
 def test_an_adapter_is_not_rounded_into_a_bf16_base(gemma, tmp_path, monkeypatch):
-    """Less than half a unit in the last place of a weight would be lost, and most of an adapter is."""
+    """A change below half a unit in the last place of a weight would be lost; most of an adapter is that small."""
     monkeypatch.setattr("perce.model.loading.bf16_is_sound", lambda device: True)
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(gemma), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
@@ -82,7 +82,7 @@ def test_an_adapter_beside_another_base_than_its_own_is_refused(train, scored, t
     run = trained_on(train, tmp_path, tmp_path / "base")
     for model in (run, run / "checkpoint-1"):
         scored("--model", model, "--split", "train")
-    tiny_model(initializer_range=0.1).save_pretrained(tmp_path / "base")  # as another training would leave it
+    tiny_model(initializer_range=0.1).save_pretrained(tmp_path / "base")  # like the result of another training run
     for model in (run, run / "checkpoint-1"):
         err = scored("--model", model, code=2).err
         assert f"--model {model}: its base {tmp_path / 'base'} is not the model" in err and "base.json" in err
@@ -145,7 +145,7 @@ def test_weights_that_have_changed_since_they_were_saved_are_refused(train, scor
     assert f"--model {model}: {weights.name} is not what was written" in err and "complete.json" in err
     flip(weights, [-2])
     scored("--model", model)
-    (model / "optimizer.pt").unlink(missing_ok=True)  # to save room: nothing is asked of it
+    (model / "optimizer.pt").unlink(missing_ok=True)  # saves space; the test does not need it
     scored("--model", model)
     (model / "complete.json").write_text("[]")
     assert f"{model}/complete.json cannot be read" in scored("--model", model, code=2).err
@@ -218,4 +218,4 @@ def test_batches_hold_whole_conversations_and_consecutive_pieces_of_long_ones(th
         assert rows == list(range(rows[0], rows[-1] + 1))
         longest = max(len(pairs[row].input_ids) for row in rows)
         assert computed([pairs[row] for row in rows]) <= max(60, 1.2 * longest)
-    assert (list(range(16)) in cut) != thought, "what one reply has computed from its beginning to its end is not cut"
+    assert (list(range(16)) in cut) != thought, "replies that continue each other are not divided"

@@ -1,4 +1,4 @@
-"""Scores against their reference packages, intervals and identification against brute force."""
+"""Scores compared with their reference packages; intervals and identification compared with brute force."""
 
 import random
 
@@ -11,7 +11,7 @@ from tests.helpers.tiny import demo_examples
 
 
 def text_pairs(count):
-    """Replies, and the same with words dropped, doubled and moved."""
+    """Pairs of a reply and the same reply with words dropped, doubled and moved."""
     rng = random.Random(0)
     pairs = []
     for example in demo_examples(count):
@@ -61,7 +61,7 @@ def test_clustered_mean_and_its_interval():
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 20, 300)
     users = np.repeat(np.arange(60), 5)
-    level = rng.normal(2.0, 0.5, 60)[users]  # examples of a user are alike
+    level = rng.normal(2.0, 0.5, 60)[users]  # examples of one user are similar
     sums = counts * (level + rng.normal(0, 0.1, 300))
     interval = clustered_mean(sums, counts, users)
     assert interval.value == pytest.approx(sums.sum() / counts.sum()) and interval.n == 300
@@ -90,7 +90,7 @@ def test_one_user_has_no_interval():
     assert (interval.value, interval.low, interval.high, interval.clusters) == (1.5, None, None, 1)
     assert interval.span() == "one user"
     alone = clustered_mean([8.0, *[0.0] * 9], [4, *[0] * 9], range(10))
-    assert (alone.value, alone.low, alone.clusters, alone.n) == (2.0, None, 1, 1), "the others have no such tokens"
+    assert (alone.value, alone.low, alone.clusters, alone.n) == (2.0, None, 1, 1), "the other users have no such tokens"
 
 
 def test_paired_difference_finds_what_is_there_and_nothing_else():

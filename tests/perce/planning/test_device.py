@@ -1,4 +1,4 @@
-"""How much memory there is."""
+"""How much memory a device has."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Operations are those that torch counts."""
+"""Counts of operations equal torch's."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from tests.helpers.tiny import tiny_model
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_operations_are_those_that_torch_counts(checkpointing):
-    """Products only: torch's counter does not know the CPU's attention, nor the inside of the loss."""
+    """Products only: torch's counter knows neither the CPU's attention nor the inside of the loss."""
     model = prepare_model(tiny_model("llama")).train()
     plan = replace(SHORT, objective="ce", activation_checkpointing=checkpointing)
     setup = Setup(FULL, False, checkpointing)
@@ -33,7 +33,7 @@ def test_operations_are_those_that_torch_counts(checkpointing):
     counter = FlopCounterMode(display=False)
     with counter:
         model.base_model(input_ids=ids, use_cache=False)[0].sum().backward()
-    # The rotation is a product (bmm) in transformers 5.16, of 4 operations a token and pair of channels.
+    # In transformers 5.16 the rotary embedding is a product (bmm) of 4 operations per token and pair of channels.
     products = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     counted = sum(n for op, n in products.items() if "attention" not in op and op != "aten.bmm")
     assert counted == ours.cross_entropy - ours.head - attention * (3 + checkpointing)
@@ -41,7 +41,7 @@ def test_operations_are_those_that_torch_counts(checkpointing):
 
 @pytest.mark.parametrize(("objective", "products"), [("ce", 0), ("perce", 1), ("lossce", 1), ("entce", 1)])
 def test_weights_cost_the_head_a_product_a_pass(objective, products):
-    """Weights from a token's own loss or entropy too: they are known before the loss that they weigh."""
+    """Also weights from a token's own loss or entropy, which must be known before the loss that they weight."""
     config = tiny_model("llama").config
     setup = Setup(FULL, False, False)
     counts = count(config, setup)
@@ -89,12 +89,12 @@ def test_operations_under_memory_options_are_those_that_torch_counts(memory, che
             hidden = base.base_model(input_ids=ids, use_cache=False)[0]
         hidden.sum().backward()
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    # The first layer's input needs no gradient, and what is not recomputed of an adapter is not told apart.
+    # The first layer's input needs no gradient, and the part of adapters that is not recomputed is not counted apart.
     assert counted == pytest.approx(ours.cross_entropy - ours.head, rel=0.06)
 
 
 def test_layers_without_attention_cost_none():
-    """A bound that counted them would be no lower one."""
+    """If they were counted, the bound would not be a lower bound."""
     config = tiny_model("llama").config
     config.num_hidden_layers, config.layer_types = 4, ["linear_attention", "full_attention", "conv", "full_attention"]
     hybrid = attention_flops(config, 64)
@@ -105,7 +105,7 @@ def test_layers_without_attention_cost_none():
 @pytest.mark.parametrize("branches", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_what_replies_share_is_counted_once(architecture, branches):
-    """Pairs of a token and one that it attends to, token by token along its path; gemma3 has a window in one layer."""
+    """Counts pairs of a token and a token that it attends to along its path; gemma3 has a window in one layer."""
     config = tiny_model(architecture).config
     setup = Setup(LORA, False, False)
     counts = count(config, setup)

@@ -1,4 +1,4 @@
-"""Linear layers in 4 bits, as bitsandbytes holds and runs them; on tensors without data."""
+"""Linear layers in 4 bits, as bitsandbytes stores and runs them; on tensors without data."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def held(module):
 
 
 def test_a_weight_takes_four_bits_and_its_scales():
-    """arXiv 2305.14314, section 3: 0.127 bits of scales a weight. The numbers are those of a layer of bitsandbytes
+    """arXiv 2305.14314, section 3: 0.127 bits of scales per weight. The numbers are those of a layer of bitsandbytes
     0.50.2 on a CPU: 49,152 scales in 8 bits, 192 and an offset in fp32, tables of 16 and 256."""
     layer = FourBitLinear(nn.Linear(1024, 3072, bias=False), torch.bfloat16)
     assert held(layer) == 1_572_864 + 49_152 + 4 * (192 + 1 + 16 + 256)
@@ -57,7 +57,7 @@ def test_counts_and_memory_of_a_model_in_four_bits():
     config = tiny_model("llama", hidden_size=128, intermediate_size=256).config
     four, sixteen = (count(config, Setup(model, True, False)) for model in (FOUR, replace(FOUR, load_in_4bit=False)))
     assert four.weight_bytes < sixteen.weight_bytes
-    assert replace(four, weight_bytes=0) == replace(sixteen, weight_bytes=0), "the same weights, held otherwise"
+    assert replace(four, weight_bytes=0) == replace(sixteen, weight_bytes=0), "the same weights, stored differently"
     assert four.weight_bytes == held(build(config, Setup(FOUR, True, False)))
     cost = step_cost(config, PlanOptions(FOUR, SHORT), "cuda")
     assert cost.memory.phases["forward"]["working set"] > 0

@@ -87,12 +87,12 @@ def test_the_torch_backend_on_a_gpu_holds_chunks_as_on_a_cpu():
     counts, chunk = count(config, setup), 64 * 2**20 // (49152 * 4)
     assert loss_buffers(config, setup, shape, counts, "cuda") == chunk * (49152 + 32) * 4
     low = loss_buffers(config, replace(setup, low_precision=True), shape, counts, "cuda")
-    assert low == chunk * (49152 + 32) * 4 + chunk * 49152 * 2, "dz in 16 bits beside the logits"
+    assert low == chunk * (49152 + 32) * 4 + chunk * 49152 * 2, "logits, and dz in 16 bits"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_reference_holds_logits_of_the_response(precision):
-    """The formula's own tensors: exp, products and log-probabilities of the response tokens, all at once."""
+    """The reference holds exp, products and log-probabilities of all response tokens at the same time."""
     config = tiny_model("llama", vocab_size=9000).config
     plan = StepConfig(context=300, query=20, response=200, gradient_accumulation_steps=1, device="cuda")
 
@@ -103,7 +103,7 @@ def test_the_reference_holds_logits_of_the_response(precision):
     logits = 200 * 9000 * 4
     (named, held), (_, chunks) = planned("reference"), planned("torch")
     assert 4 * logits < held.phases["head"]["working set"] < 4.6 * logits > chunks.peak
-    assert held.phases["last layer"]["activations"] > logits, "what its backward needs"
+    assert held.phases["last layer"]["activations"] > logits, "the backward needs the logits"
     assert held.phases["head"]["loss buffers"] == 0 < chunks.phases["head"]["loss buffers"]
     assert set(held.logits_not_held) == {"of all tokens"}
     assert "--backend torch" in dict(variants(named, "cuda"))
@@ -118,7 +118,7 @@ def test_the_reference_holds_logits_of_the_response(precision):
     ],
 )  # fmt: skip
 def test_real_steps_take_what_was_planned(name):
-    """Some of those that benchmarks/test_plan.py measures."""
+    """Some of the steps that benchmarks/test_plan.py measures."""
     from benchmarks.step_memory import measured
     from benchmarks.test_plan import SPECS, planned
 
@@ -126,7 +126,7 @@ def test_real_steps_take_what_was_planned(name):
 
 
 def test_other_names_for_the_same_sizes():
-    """GPT-2 calls its sizes and layers otherwise, and its matrices are no nn.Linear."""
+    """GPT-2 has other names for its sizes and layers, and its matrices are not nn.Linear."""
     config = GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=256)
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, name, 0.0)
@@ -140,8 +140,8 @@ def planned(config, memory, device="cpu", **changes):
 
 
 def test_what_grows_with_a_detached_persona_is_keys_and_values(monkeypatch):
-    """And, in one layer at a time, what sdpa makes of them and of a mask."""
-    monkeypatch.setattr("perce.model.prefill.PREFILL_CHUNK", 32)  # its mask would be most of a tiny model
+    """In one layer at a time there are also the tensors that sdpa makes from them and from a mask."""
+    monkeypatch.setattr("perce.model.prefill.PREFILL_CHUNK", 32)  # else the mask dominates
     monkeypatch.setattr(rehearsal, "PREFILL_CHUNK", 32)
     layers, heads_kv, head = 6, 2, 8
     config = tiny_model("llama", num_hidden_layers=layers).config
@@ -167,7 +167,7 @@ BY_ITSELF = MemoryConfig(branches_per_forward=1)
 
 
 @pytest.mark.parametrize(
-    ("memory", "tokens"),  # that are kept from the forward to the backward
+    ("memory", "tokens"),  # tokens that are kept from the forward to the backward
     [(MemoryConfig(), 3999), (NONE, 23), (BY_ITSELF, 3999 - 23)], ids=["full", "none", "by itself"],
 )  # fmt: skip
 def test_offloaded_checkpoints_are_in_host_memory(memory, tokens):
@@ -179,9 +179,9 @@ def test_offloaded_checkpoints_are_in_host_memory(memory, tokens):
         for offload in (False, True)
     )
     hidden = 32
-    offloaded = 10 * tokens * hidden * 4  # a layer's input each; two are on their way
+    offloaded = 10 * tokens * hidden * 4  # one input per layer; two are in transfer
     assert freed.memory.offloaded == offloaded and kept.memory.offloaded == 0
-    # In the first layer's backward those of the others are gone.
+    # In the first layer's backward, the inputs of the other layers are freed already.
     for phase in ("head", "persona's backward" if memory == BY_ITSELF else "last layer"):
         sizes = [sum(plan.memory.phases[phase].values()) for plan in (kept, freed)]
         assert sizes[0] - sizes[1] == offloaded
@@ -195,14 +195,14 @@ def test_flash_attention_has_no_mask_for_windows(memory):
         model = replace(LORA, attn_implementation=attention)
         peaks = [
             step_cost(config, PlanOptions(model, replace(SHORT, context=context), memory), "cpu").memory.peak
-            for context in (3096, 4120, 5144)  # whole chunks of the prefill apart
+            for context in (3096, 4120, 5144)  # they differ by whole chunks of the prefill
         ]
         return peaks[1] - peaks[0], peaks[2] - peaks[1]
 
     first, second = grown("flash_attention_2")
-    assert first == pytest.approx(second, rel=0.02), "a straight line"
+    assert first == pytest.approx(second, rel=0.02), "memory grows linearly"
     first, second = grown("sdpa")
-    assert (second > 1.1 * first) == (memory == MemoryConfig()), "T × T, where T tokens are queries"
+    assert (second > 1.1 * first) == (memory == MemoryConfig()), "T × T masks if all T tokens are queries"
 
 
 def test_documents_are_planned_with_their_windows():
@@ -228,7 +228,7 @@ TREE = replace(TALK, branches=True)
 
 @pytest.mark.parametrize("step", [TALK, TREE, replace(TREE, query=30, response=1), replace(TREE, query=4, response=26)])
 def test_a_conversation_is_planned_as_a_batch_arranges_it(step):
-    """Where a reply is longer than what is before it, it is computed by itself: the last of these, without persona."""
+    """A reply that is longer than the tokens before it shares none: here the last one, without its persona."""
     from benchmarks.step_memory import pairs
 
     spec = asdict(step) | {"model": {"vocab_size": 400}}
@@ -256,7 +256,7 @@ def test_requests_of_a_persona_are_planned_as_a_batch_arranges_them(memory):
         made.append(span | {"input_ids": ids, "response_length": 5, "personal": [False] * 5})
     batch = collate(made, sharing="branches", unit="persona", **memory)
     assert shape.rows == batch["target"].numel() and shape.personas == 2
-    assert abs(shape.computed - int((batch["uses"] > 0).sum())) <= 4 * 6, "of the template, before the persona"
+    assert abs(shape.computed - int((batch["uses"] > 0).sum())) <= 4 * 6, "the template's first tokens"
     assert sum(len(segment.ids) for segment in shape.segments_cf) == batch["input_ids_cf"].numel()
     if memory:
         assert [len(trunk.forwards) for trunk in batch["trunks"].trunks] == [
@@ -295,7 +295,7 @@ def test_replies_that_share_take_less():
 
 
 def test_behind_a_persona_without_a_gradient_a_conversation_is_one_sequence():
-    """Of all its branches: two replies but for their last token stand beside their copies."""
+    """It has all branches: two replies, except for their last tokens, stand next to their copies."""
     for step, copies in ((TALK, 0), (TREE, 2 * (16 - 1))):
         shape = shape_of(step, NONE)
         assert (shape.batch, shape.sequences_cf, shape.replies) == (2, 2, 1)

@@ -56,7 +56,7 @@ def test_replies_that_share_have_lines_of_their_own():
 
 
 def test_documents_have_neither_query_nor_persona():
-    """Of a document all tokens are the response; cross-entropy, planned as a row with a persona, is another step."""
+    """All tokens of a document are the response; cross-entropy is planned on a row with a persona, another step."""
     step = StepConfig(context=60, objective="longce", short_context=16, short_stride=4)
     flags = {flags for flags, _ in variants(PlanOptions(LORA, step), "cpu")}
     assert "--mlp_tile 1024" in flags and not {"--objective ce", "--persona_grad none"} & flags

@@ -1,4 +1,4 @@
-"""A few rehearsed layers tell what all take; what is alive when."""
+"""The memory of all layers follows from a few rehearsed ones; which tensors are alive when."""
 
 from dataclasses import replace
 
@@ -62,7 +62,7 @@ def test_a_few_layers_tell_what_branches_take(checkpointing):
     "memory", [MemoryConfig(branches_per_forward=1), replace(NONE, branches_per_forward=1)], ids=["full", "none"]
 )
 def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, checkpointing, accumulates):
-    """Whose backward ends before that of the persona begins, with the persona's keys, values and their gradients."""
+    """The requests' backward ends before the persona's begins; the persona's keys, values and gradients are alive."""
     config = tiny_model("llama", num_hidden_layers=8).config
     shape = StepShape(
         3, 230, 30, 9, accumulates, prefix=200, detached=memory.persona_grad == "none", requests=3, persona=200,
@@ -70,12 +70,12 @@ def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, 
     )  # fmt: skip
     setup = Setup(options, False, checkpointing, memory)
     few, every = (_bytes(found(config, setup, shape)) for found in (rehearse_depth, rehearse))
-    assert few == pytest.approx(every, rel=0.02)  # in the first layer's backward two moments compete
+    assert few == pytest.approx(every, rel=0.02)  # in the first layer's backward, either of two moments may be the peak
 
 
 @pytest.mark.parametrize("memory", [MemoryConfig(), NONE, MemoryConfig(branches_per_forward=1)])
 def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
-    """Neither sums of gradients, nor keys and values of a persona and their gradient. Those of two layers stay."""
+    """Sums of gradients, and keys and values of a persona with their gradient, stay; so do inputs of two layers."""
     config = tiny_model("llama", num_hidden_layers=6).config
     by_itself = memory.branches_per_forward > 0
     shape = StepShape(
@@ -99,7 +99,7 @@ def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("prefix", [30, 70, 128, 150])
 def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypatch):
-    """gemma3's window is 16 tokens, chunks here are 32."""
+    """gemma3's window has 16 tokens, chunks here have 32."""
     monkeypatch.setattr("perce.model.prefill.PREFILL_CHUNK", 32)
     monkeypatch.setattr(rehearsal, "PREFILL_CHUNK", 32)
     config = tiny_model(architecture).config
@@ -123,7 +123,7 @@ def test_a_few_layers_tell_what_all_take_under_memory_options(memory, checkpoint
     setup = Setup(LORA, False, checkpointing, memory)
     prefix = 50 if memory == NONE else 0
     shape = StepShape(batch=1, tokens=70, tokens_cf=20, rows=9, accumulates=False, prefix=prefix)
-    # What is largest in the one layer of full attention is carried on as if the others came before it.
+    # The peak is in the one layer of full attention, and is extrapolated as if the other layers came before it.
     few, every = (_bytes(found(config, setup, shape)) for found in (rehearse_depth, rehearse))
     assert few == pytest.approx(every, rel=0.05)
 

@@ -1,4 +1,4 @@
-"""The verdict of a plan, and the fastest options that fit, as a command of train."""
+"""The verdict of a plan, and the fastest options that fit, as a perce.train command."""
 
 import shlex
 from dataclasses import replace
@@ -18,7 +18,7 @@ BIG = replace(SHORT, per_device_train_batch_size=4, gradient_accumulation_steps=
 
 
 def peak(options):
-    """Made up: each option saves something."""
+    """A made-up peak, which each option reduces."""
     step, memory = options.step, options.memory
     size = 100 * step.per_device_train_batch_size // (4 if step.activation_checkpointing else 1)
     size -= 10 * bool(memory.mlp_tile) + 5 * memory.activation_offload
@@ -50,7 +50,7 @@ def found(room, options=None, device="cuda"):
     ],
 )  # fmt: skip
 def test_the_fastest_that_fits_is_found(room, expected):
-    """What is learned stays the same as long as that fits; then the faster is taken."""
+    """Options that change what is learned are taken only if nothing else fits; among the others the fastest is."""
     text = found(room)
     assert text is not None
     flags = text.split(" --lora_r 4 ")[-1] if "--lora_r" in text else text
@@ -68,7 +68,7 @@ def test_where_nothing_fits_there_is_no_command():
 
 
 def test_a_batch_of_one_may_take_more():
-    """Gradients that accumulate are there while the next forward runs: of all weights, that is a copy more."""
+    """Accumulated gradients are alive during the next forward: if all weights train, they take one copy of them."""
     whole = PlanOptions(FULL, replace(SHORT, per_device_train_batch_size=4, gradient_accumulation_steps=1))
     chosen = fastest(whole, "cpu", 70, lambda way: 95 if way.step.forwards > 1 else 60, work)
     assert chosen and chosen.step.per_device_train_batch_size == 4 and chosen.memory == MemoryConfig()
@@ -76,7 +76,7 @@ def test_a_batch_of_one_may_take_more():
 
 def test_what_a_run_would_refuse_is_not_proposed():
     full = [options for options, _ in ways.candidates(PlanOptions(FULL, SHORT), "cuda")]
-    assert not any(options.model.load_in_4bit for options in full), "needs adapters"
+    assert not any(options.model.load_in_4bit for options in full), "4-bit weights need adapters"
     cpu = [options for options, _ in ways.candidates(PlanOptions(LORA, SHORT), "cpu")]
     assert not any(options.model.load_in_4bit or options.memory.activation_offload for options in cpu)
     documents = StepConfig(context=60, objective="longce", short_context=16, short_stride=4)
@@ -98,7 +98,7 @@ def test_what_a_run_would_refuse_is_not_proposed():
     ],
 )  # fmt: skip
 def test_train_takes_every_command(options, monkeypatch, tmp_path):
-    """And begins such a run, in as many processes as it names: what a run resolves, it does not refuse."""
+    """perce.train accepts every proposed command and begins its run, in as many processes as the command names."""
     monkeypatch.chdir(tmp_path)
     for way, _ in ways.candidates(options, "cuda"):
         launcher, argv = command(way).split(" -m perce.train ")

@@ -18,7 +18,7 @@ GEMMS = ("lse_gemm", "store_gemm")
 
 
 def aot_module():
-    from tests.helpers import aot  # not at the top: it asks Triton for its compilers
+    from tests.helpers import aot  # not at the top, because it asks Triton for its compilers
 
     return aot
 
@@ -89,7 +89,7 @@ def test_the_machine_code_of_the_gemm_has_them_too(compiled):
 
 @pytest.mark.parametrize("arch", NVIDIA)
 def test_references_are_rounded_before_they_are_subtracted(compiled, arch):
-    """Compilers fuse a product with a difference, and two references of one maximum then differ: by 2⁻⁷ at 65536."""
+    """If a compiler fuses a product with a difference, two references of one maximum differ: by 2⁻⁷ at 65536."""
     plain = [r for r in compiled[arch] if r["kernel"] in GEMMS or r["variant"].startswith("parts")]
     for result in plain:
         assert result["contracted"] == [], result
@@ -119,10 +119,10 @@ LOOPS = {  # instructions and barriers of a thread for a step: 8 logits of sweep
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_the_loops_over_a_row_have_few_instructions(compiled, arch):
-    """By the disassembler; for 8 logits they were 166 and 145, with 3 barriers and 1, when all was masked."""
+    """Counted by the disassembler; with masks everywhere, 8 logits took 166 and 145, with 3 barriers and 1."""
     found = {(r["kernel"], r["variant"]): r["loops"] for r in compiled[arch]}
     for key, most in LOOPS.items():
-        loops = found[key][-len(most) :]  # before them, that of an ignored row
+        loops = found[key][-len(most) :]  # the loop of an ignored row comes before them
         assert [barriers for _, barriers in loops] == [barriers for _, barriers in most], (key, loops)
         assert all(count <= limit for (count, _), (limit, _) in zip(loops, most, strict=True)), (key, loops)
 
@@ -151,7 +151,7 @@ def test_the_gemm_in_fp32_keeps_ieee_products(compiled):
 
 @pytest.mark.parametrize("arch", NVIDIA)
 def test_the_row_kernels_copy_ahead_but_for_the_gradient(compiled, arch):
-    """Which marks what it reads as done with, as no asynchronous copy does; its target's entry waits for the others."""
+    """The gradient marks what it reads for eviction, which asynchronous copies cannot; its target's entry waits."""
     for result in (r for r in compiled[arch] if r["kernel"] in ROWS):
         gradient = result["variant"].startswith("gradient")
         assert ("cp.async.cg" in result["instructions"]) != gradient, result
@@ -172,7 +172,7 @@ def test_what_the_launchers_pass_compiles():
     """Specialised as Triton does it: sizes of 1, absent tensors, descriptors, a 64-bit ignore_index."""
     built = [line.split()[0] for line in aot("--launchers")]
     # Per shape: the loss by cuBLAS (one of three has a counterfactual pass), sharded, mixed, storing (each has one);
-    # and three calls of token_logprobs. A counterfactual pass, and what our GEMM computes, is combined.
+    # and three calls of token_logprobs. Counterfactual passes and results of our GEMM are combined.
     assert built.count("row_loss_kernel") == 3 * (3 + 1)
     assert built.count("row_parts_kernel") == 3 * (1 + 2) and built.count("row_gradient_kernel") == 3
     assert built.count("stored_gradient_kernel") == built.count("scale_kernel") == 3

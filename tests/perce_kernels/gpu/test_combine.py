@@ -1,4 +1,4 @@
-"""Rows' statistics from parts of their columns: of tiles, and of the blocks that cuBLAS computes."""
+"""Statistics of rows from parts of their columns: from tiles, and from the blocks that cuBLAS computes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ COLUMNS = 8
 
 
 def parts_of(z: torch.Tensor, target: torch.Tensor) -> combine.TileStatistics:
-    """What tiles of COLUMNS columns tell of logits (n, V), −∞ and 0 of a tile where nothing is finite."""
+    """Statistics of tiles of COLUMNS columns of logits (n, V); −∞ and 0 for a tile without a finite entry."""
     tiles = z.double().unflatten(1, (-1, COLUMNS))
     row_max = tiles.amax(2)
     relative = tiles - row_max.clamp(min=-1e300)[..., None]
@@ -33,7 +33,7 @@ def parts_of(z: torch.Tensor, target: torch.Tensor) -> combine.TileStatistics:
 def test_tiles_are_combined(tiles, n, offset):
     g = torch.Generator().manual_seed(tiles + n)
     z = torch.randint(-60, 60, (n, tiles * COLUMNS), generator=g) / 4
-    z[: n // 2, : tiles // 2 * COLUMNS] = -torch.inf  # in half of the rows half of the tiles, whole lanes among them
+    z[: n // 2, : tiles // 2 * COLUMNS] = -torch.inf  # half of the tiles in half of the rows, including whole lanes
     target = torch.randint(tiles // 2 * COLUMNS, tiles * COLUMNS, (n,), generator=g)
     target[n // 3] = IGNORE
     found = combine.combine(parts_of(z + offset, target), target.to(DEVICE), IGNORE)

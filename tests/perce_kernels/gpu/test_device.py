@@ -1,6 +1,6 @@
 """Backend "triton" at the sizes of real models: values and gradients against fp64, and sizes past 2³¹.
 
-Every test runs twice: on a GPU at those sizes (marked `gpu`; `make gpu-b`), and anywhere at tiny ones.
+Every test runs twice: on a GPU at those sizes (marked `gpu`; `make gpu-b`), and on any device at tiny ones.
 """
 
 import pytest
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
 
 @pytest.fixture
 def case(request, monkeypatch) -> Case:
-    """The case, with chunks so small that a tiny one has several."""
+    """The case, with chunks so small that a tiny case has several."""
     if request.param.is_tiny:
         monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(*cases.CUT))
         monkeypatch.setattr(driver, "LOGPROB_ROWS", cases.CHUNK)
@@ -35,11 +35,11 @@ def case(request, monkeypatch) -> Case:
 
 
 def assert_statistics(ours: Result, expected: Result) -> None:
-    """Every log-probability and PIR to 1e-3, of logits up to 50; weights and loss to what follows from that."""
+    """Asserts log-probabilities and PIR to 1e-3, for logits up to 50; weights and loss to what follows from that."""
     for name in ("logp", "logp_cf", "pir"):
         assert max_error(getattr(ours.stats, name), getattr(expected.stats, name)) <= 1e-3, name
     assert max_error(ours.stats.token_weight, expected.stats.token_weight) <= 2e-3
-    # |δ(w·logp)| ≤ w·δlogp + |logp|·δw; in a mean or sum the errors' signs are mixed.
+    # |δ(w·logp)| ≤ w·δlogp + |logp|·δw; in a mean or sum, errors of both signs cancel.
     rtol, atol = (1e-3, 0.06) if ours.loss.dim() else (2e-4, 0.0)
     torch.testing.assert_close(ours.loss.double(), expected.loss, rtol=rtol, atol=atol)
 
@@ -72,7 +72,7 @@ def test_statistics_and_gradients(case):
     for name, gradient in ours.grads.items():
         assert gradient.dtype == case.dtype
         wanted = expected.grads[name]
-        # The documented 1e-5 is for gradients of a mean; these are a sum's, so that it is a share of the largest.
+        # The documented 1e-5 is for gradients of a mean; for these gradients of a sum it is relative to the largest.
         floor = 1e-5 * max(1.0, float(wanted.abs().max()))
         assert_as_accurate_as_torch(f"d{name}", gradient, in_torch.grads[name], wanted, floor=floor)
 
@@ -87,7 +87,7 @@ def test_the_inputs_are_peaked_and_their_weights_everywhere(case):
 
 
 def row_errors(actual: Tensor, expected: Tensor) -> float:
-    """Largest error of a row, as a share of the largest row."""
+    """Largest error of each row, relative to the largest row."""
     error = (actual.double() - expected).norm(dim=1)
     return float(error.max() / expected.norm(dim=1).max())
 
@@ -101,7 +101,8 @@ PAST_INT32 = both(
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("case", PAST_INT32, indirect=True)
 def test_more_entries_than_int32_counts(case, reduction):
-    """Eager PyTorch does not fit here: bf16's rounding is the measure, targets and the vocabulary's end the sample."""
+    """Eager PyTorch does not fit here, so the tolerance is bf16's rounding; targets and the vocabulary's end are
+    compared."""
     case = case._replace(options=(("reduction", reduction),))
     inputs, upstream = cases.make_inputs(case), upstream_of(case)
     ours = TRITON.call(inputs, upstream=upstream, **dict(case.options))

@@ -1,4 +1,4 @@
-"""What backend "triton" costs in products, memory and host syncs, for each way."""
+"""The cost of backend "triton" in products, memory and host syncs, for each way."""
 
 import gc
 import itertools
@@ -27,7 +27,7 @@ def test_the_usual_inputs_take_several_blocks_and_chunks():
     valid = inputs.target != IGNORE
     assert CUT.block < int(valid.sum()) < N, "gathered rows, several blocks"
     for rows in (N, int(valid.sum()), CUT.block):
-        assert rows % CUT.chunk or rows % CUT.block, "the last is not full"
+        assert rows % CUT.chunk or rows % CUT.block, "the last block or chunk is not full"
 
 
 def test_fp64_is_the_chunked_backend():
@@ -58,7 +58,7 @@ def test_without_a_counterfactual_pass_the_floor_is_six(watch, source):
     inputs, weights = TRITON.with_source(TRITON.inputs(ignored=0.0), source)
     with watch:
         driver.sweep(*beneath(inputs, weights=weights))
-    assert watch.flop == 6 * N * D * V + 2 * N * V, "the last are dbias"
+    assert watch.flop == 6 * N * D * V + 2 * N * V, "the last term is dbias"
 
 
 @pytest.mark.parametrize("compact", [True, False])
@@ -73,7 +73,7 @@ def test_token_logprobs_cost_one_product(watch, compact):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("source", ["hidden_cf", "token_weight"])
 def test_host_syncs(watch, source, dtype):
-    """One with compact=True, none without; what the interpreter looks at does not pass through the dispatcher."""
+    """One with compact=True, none without; reads by the interpreter do not pass through the dispatcher."""
     inputs, weights = TRITON.with_source(TRITON.inputs(bias=True).to(dtype), source)
     with watch:
         driver.sweep(*beneath(inputs, compact=False, weights=weights))
@@ -102,19 +102,19 @@ def test_peak_bytes_follow_the_formula(watch, source, compact, ignored, needed):
     )  # fmt: skip
     extra = watch.peak - sum(x.untyped_storage().nbytes() for x in out)
     assert expected <= extra <= expected + 40 * n
-    assert n * v * 4 > 1.5 * extra, "an (N, V) tensor would not have passed"
+    assert n * v * 4 > 1.5 * extra, "an (N, V) tensor would exceed the limit"
 
 
 def test_the_head_gradient_is_read_and_written_half_as_often(monkeypatch, watch):
-    """16384 tokens of Gemma-2's vocabulary at 2 GiB, in its proportions, tokens by 128 and the vocabulary by 1024."""
+    """16384 tokens with Gemma-2's vocabulary at 2 GiB, scaled down: tokens by 128 and the vocabulary by 1024."""
     size = next(size for size in SIZES if size.v == 262144)
     whole = cut_of(*size, 2, "fused", 132)
-    assert whole.chunk >= 512, "reading W for fewer takes as long as multiplying it"
+    assert whole.chunk >= 512, "with fewer tokens, reading W takes as long as multiplying it"
     n = size.n // 128
     monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(whole.block // 128, whole.chunk // 128))
     inputs = TRITON.inputs(n, D, size.v // 1024, ignored=0.0)
     with watch:
         driver.sweep(*beneath(inputs, weights={}))
     read_or_written = sum(1 + product.added for product in watch.products if product.m == size.v // 1024)
-    before = 2 * (size.n // 1024) - 1  # chunks of 1024, each of which was added
+    before = 2 * (size.n // 1024) - 1  # with chunks of 1024, all but the first were added
     assert read_or_written <= 0.55 * before

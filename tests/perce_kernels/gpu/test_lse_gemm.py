@@ -1,4 +1,4 @@
-"""The GEMM that writes no logits, by itself, against fp64."""
+"""The GEMM that writes no logits, tested alone against fp64."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ FORMS = {
     "pointers": TILE,
     "descriptors": TILE._replace(use_tma=True),
     "persistent": TILE._replace(persistent=True),
-    "halves": TILE._replace(block_n=256, use_tma=True, persistent=True),  # of which the second may lie past the end
+    "halves": TILE._replace(block_n=256, use_tma=True, persistent=True),  # the second half may lie past the end
 }
 
 
@@ -100,7 +100,7 @@ def test_peaked_logits(tile, dtype):
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_columns_past_the_vocabulary_add_no_mass(tile, softcap):
-    """All logits near −50: a column counted as 0, or as −cap, would own the sum."""
+    """All logits are near −50: a column counted as 0, or as −cap, would dominate the sum."""
     inputs = TRITON.inputs(n=4, v=45, spread=0.1, bias=True, ignored=0.0)
     inputs.bias.fill_(-50.0)
     assert_accurate(inputs, softcap=softcap)
@@ -114,7 +114,7 @@ def test_large_common_offset_cancels(tile):
 
 
 def test_entries_of_logit_minus_infinity(tile):
-    """A whole tile of them, then all but one entry."""
+    """A whole tile of such entries, then all entries except one."""
     inputs = TRITON.inputs(n=4, bias=True, ignored=0.0)
     inputs.target.fill_(100)
     inputs.bias[:32] = -torch.inf
@@ -126,7 +126,7 @@ def test_entries_of_logit_minus_infinity(tile):
 
 @pytest.mark.parametrize("mask", [-5e9, -1e10, -1e30, float(torch.finfo(torch.float32).min)])
 def test_entries_masked_by_a_large_number(tile, mask):
-    """A whole tile, of any width here, and some more."""
+    """A whole tile of every width that is tested, and some more entries."""
     inputs = TRITON.inputs(n=4, v=600, bias=True, ignored=0.0)
     inputs.target.fill_(500)
     inputs.bias[:300] = mask
@@ -183,7 +183,7 @@ def test_no_rows(tile):
 
 
 def test_rows_that_lie_over_each_other_are_read_by_pointers(tile):
-    """A descriptor takes a stride of 0 for 1: one hidden state for every token, by expand."""
+    """A descriptor treats a stride of 0 as 1: here all tokens have one hidden state, by expand."""
     inputs = TRITON.inputs(n=9, d=16, ignored=0.0)
     expanded = inputs.hidden[:1].expand(9, 16)
     assert lse_gemm._describable(inputs.hidden) and not lse_gemm._describable(expanded)

@@ -1,6 +1,6 @@
-"""What backend "triton" promises besides its values, at the sizes of real models: bits, syncs, graphs, memory, casts.
+"""What backend "triton" guarantees besides values, at sizes of real models: equal bits, syncs, graphs, memory, casts.
 
-Every test runs twice: on a GPU at those sizes (marked `gpu`; `make gpu-b`), and anywhere at tiny ones.
+Every test runs twice: on a GPU at those sizes (marked `gpu`; `make gpu-b`), and on any device at tiny ones.
 """
 
 import os
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("interpreter_rounds")
 
 @pytest.fixture
 def case(request, monkeypatch) -> Case:
-    """The case, with chunks so small that a tiny one has several."""
+    """The case, with chunks so small that a tiny case has several."""
     if request.param.is_tiny:
         monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(*CUT))
         monkeypatch.setattr(driver, "LOGPROB_ROWS", CHUNK)
@@ -36,7 +36,7 @@ def case(request, monkeypatch) -> Case:
 
 
 def each(**cases: Case):
-    """All cases on a GPU; anywhere, the tiny double of the first."""
+    """All cases on a GPU; on any device, the tiny version of the first."""
     (name, first), *others = cases.items()
     return pytest.mark.parametrize("case", both(**{name: first}) + on_gpu(**dict(others)), indirect=True)
 
@@ -53,7 +53,7 @@ def step(leaves: dict[str, Tensor], backend="triton", **options) -> list[Tensor]
 
 
 def assert_same_to_rounding(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """The kernels are the same, but cuBLAS may choose another algorithm, and a compiler fuse what is around them."""
+    """The kernels are the same, but cuBLAS may choose another algorithm, and a compiler may fuse code around them."""
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=0)
     for a, b in zip(actual[1:], expected[1:], strict=True):
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6 * float(b.abs().max()))
@@ -76,7 +76,7 @@ def test_same_inputs_same_bits(case, options):
 @each(llama=Case(2000, *LLAMA, bias=True), qwen_fp16=Case(2000, *QWEN, torch.float16))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_without_compaction_nothing_waits_for_the_device(monkeypatch, case, reduction):
-    monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)  # the CPU's own check
+    monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)  # this check runs only on a CPU
     leaves = leaves_of(make_inputs(case))
     options = {"compact": False, "reduction": reduction}
     expected = step(leaves, **options)  # compiles the kernels
@@ -108,7 +108,7 @@ def test_a_captured_graph_follows_its_inputs(case, reduction):
     assert_same_to_rounding(outputs, step(leaves_of(other), **options))
 
 
-MEMORY = {  # (compact, ignored, what is needed, passes)
+MEMORY = {  # (compact, ignored, needed gradients, passes)
     "trainable": (True, 0.3, (True, True, True)),
     "frozen head": (True, 0.3, (True, False, False)),
     "no gather": (True, 0.0, (True, True, False)),
@@ -121,7 +121,7 @@ MEMORY = {  # (compact, ignored, what is needed, passes)
 def test_peak_memory_follows_the_formula(monkeypatch, case, name):
     compact, ignored, needed = MEMORY[name]
     monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)
-    # A CPU's products of bf16 make fp32 copies of their operands.
+    # On a CPU, bf16 products make fp32 copies of their operands.
     inputs = make_inputs(case._replace(ignored=ignored, dtype=torch.float32 if case.is_tiny else case.dtype))
 
     def run():
@@ -138,7 +138,7 @@ def test_peak_memory_follows_the_formula(monkeypatch, case, name):
     slack = 32 * 2**20 if ON_GPU else 0  # CUDA's allocator rounds large blocks up to 2 MiB
     extra = peak_bytes(run) - outputs
     assert expected <= extra <= expected + 40 * n + slack
-    assert not ON_GPU or case.is_tiny or n * v * 4 > 1.4 * extra, "an (N, V) tensor would not have passed"
+    assert not ON_GPU or case.is_tiny or n * v * 4 > 1.4 * extra, "an (N, V) tensor would exceed the limit"
 
 
 @each(qwen=Case(1000, *QWEN, bias=True))
@@ -220,7 +220,7 @@ BEYOND, NEGATIVE = (
 
 @pytest.mark.parametrize("case", both(beyond=BEYOND) + on_gpu(negative=NEGATIVE), indirect=True)
 def test_a_target_outside_the_vocabulary_stops_the_process(case):
-    """On a GPU by an asynchronous assertion, after which no CUDA call works: hence a process of its own."""
+    """On a GPU an asynchronous assertion does, after which no CUDA call works, so this has a process of its own."""
     reduction = dict(case.options)["reduction"]
     token = case.v if reduction == "mean" else -1
     arguments = [DEVICE.type, reduction, str(token), str(case.n), str(case.d), str(case.v)]

@@ -1,4 +1,4 @@
-"""The row kernel by itself: statistics and gradient from given raw products, against fp64."""
+"""The row kernel alone: statistics and gradient from given raw products, against fp64."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def run(
     dz_scale: float | None = None,
     **options,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """(dz, logp, logp_cf, weight); NaN in everything that the kernel should not depend on, and nothing else touched."""
+    """(dz, logp, logp_cf, weight). Memory that must not matter is NaN, and the kernel must write nothing else."""
     c, v = x.shape
     pitch = pitch or -(-v // 64) * 64
     z = torch.full((c, pitch), NAN, device=DEVICE)
@@ -42,8 +42,8 @@ def run(
     options = {"clip_min": 0.8, "clip_max": 5.0, "ignore_index": IGNORE} | options
     moved = [None if t is None else t.to(DEVICE) for t in (target, given, bias)]
     row_loss.row_loss(z, *moved, scale, dz, *statistics, v=v, source=source, **options)
-    assert z.view(torch.int32).equal(before.view(torch.int32)), "logits are read alone"
-    assert dz is None or dz[:, v:].isnan().all(), "nothing between a row's end and the next one's beginning"
+    assert z.view(torch.int32).equal(before.view(torch.int32)), "logits are only read"
+    assert dz is None or dz[:, v:].isnan().all(), "nothing is written between the end of a row and the next row"
     return None if dz is None else dz[:, :v].cpu(), *(t.cpu() for t in statistics)
 
 
@@ -134,7 +134,7 @@ def test_statistics_alone():
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_peaked_row_and_columns_past_the_vocabulary(softcap):
-    """Logits near −50 but for one: columns past V counted as 0, or as −cap, would own the whole sum."""
+    """All logits but one are near −50: columns past V counted as 0, or as −cap, would dominate the sum."""
     x = torch.full((2, 131), -50.0)
     x[:, 7] = torch.tensor([-20.0, -49.0])
     target = torch.tensor([7, 8])
@@ -145,7 +145,7 @@ def test_peaked_row_and_columns_past_the_vocabulary(softcap):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("margin", [8.0, 12.0, 14.0])
 def test_the_target_of_a_nearly_certain_row_keeps_its_digits(margin, dtype):
-    """p_y − 1 = −8e-5 at a margin of 14: a p_y rounded to bf16, on its way through memory say, leaves nothing of it."""
+    """p_y − 1 = −8e-5 at a margin of 14: if p_y is rounded to bf16, for example in memory, nothing of it is left."""
     x = torch.zeros(1, 101)
     x[0, 0] = margin
     target, one = torch.tensor([0]), torch.ones(1)
@@ -162,7 +162,7 @@ def expm1_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 def test_expm1_keeps_every_digit():
-    """exp(x) − 1 is 5 % wrong at −1e-6, and has no digit left below 6e-8."""
+    """exp(x) − 1 is 5 % off at −1e-6 and has no correct digit below 6e-8."""
     x = -torch.logspace(-12, 2, 1024, dtype=torch.float64).float().to(DEVICE)
     y = torch.full_like(x, NAN)
     expm1_kernel[(1,)](x, y, BLOCK=1024)
@@ -191,13 +191,14 @@ def test_an_entry_of_logit_minus_infinity(token):
 
 
 MASKS = (-5e9, -1e10, -1e20, -1e30, float(torch.finfo(torch.float32).min), -torch.inf)
-"""What programs add to logits that are not to be."""
+"""Numbers that programs add to logits to mask them."""
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("masked", [slice(0, 4), slice(0, 128), slice(64, 140), slice(250, 300)], ids=str)
 def test_masked_entries(mask, masked):
-    """A thread's four, a step's, some of two steps', and the last: their maximum is far from anything that is."""
+    """The masked entries are a thread's four, a step's, some of two steps', or the last ones; a maximum over masked
+    entries only is far from every real logit."""
     x, given, target, _ = products(3, 300)
     target[:] = 200
     x[:, masked] = mask

@@ -1,4 +1,4 @@
-"""The upstream gradient on the way to the inputs' dtype: the bits of torch.mul."""
+"""Multiplying by the upstream gradient and casting to the inputs' dtype gives the same bits as torch.mul."""
 
 import pytest
 import torch

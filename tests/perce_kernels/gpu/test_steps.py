@@ -1,6 +1,6 @@
-"""What each way from 16-bit operands to loss and gradients (tiles.WAYS) does by itself.
+"""Properties of single ways from 16-bit operands to loss and gradients (tiles.WAYS).
 
-What holds of all alike is in tests/perce_kernels/test_loss.py.
+What holds for all of them is tested in tests/perce_kernels/test_loss.py.
 """
 
 import gc
@@ -40,7 +40,7 @@ def way(request):
 
 
 def only(*ways: str):
-    """For a test of what the others do not have."""
+    """Restricts a test to ways with a property that the others lack."""
     return pytest.mark.parametrize("way", ways, indirect=True, scope="module")
 
 
@@ -65,7 +65,7 @@ def test_the_way_that_is_taken(monkeypatch, way, dtype):
     assert took == (expected[way] if dtype == torch.bfloat16 else cublas)
     took.clear()
     TRITON.call(Inputs(inputs.hidden, inputs.lm_head.T.contiguous().T, inputs.target, inputs.hidden_cf))
-    assert took == cublas, "a transposed head would have to be copied"
+    assert took == cublas, "cuBLAS runs if a transposed head would have to be copied"
 
 
 def test_the_softcap_bends_the_target_by_its_fp32_logit():
@@ -94,7 +94,7 @@ def test_a_large_common_offset_cancels():
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_vocabulary_masked_by_an_infinite_bias(compact):
-    """A whole tile, and an entry."""
+    """A whole tile, and a single entry."""
     inputs = TRITON.inputs(bias=True)
     inputs.target[(inputs.target >= 0) & (inputs.target < TILE_COLUMNS)] = V - 1
     inputs.bias[:TILE_COLUMNS] = -torch.inf
@@ -108,7 +108,7 @@ def test_vocabulary_masked_by_an_infinite_bias(compact):
 
 @pytest.mark.parametrize("mask", [-1e10, -1e30])
 def test_vocabulary_masked_by_a_large_number(mask):
-    """As padding of a vocabulary is: 128 entries and more."""
+    """As the padding of a vocabulary is masked: 128 entries and more."""
     inputs = TRITON.inputs(v=300, bias=True)
     inputs.target[inputs.target > 150] = 150
     inputs.bias[151:] = mask
@@ -130,10 +130,10 @@ def test_a_target_outside_the_vocabulary_poisons_its_row_alone(monkeypatch, sour
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_faint_fp16_gradients_survive(way, compact):
-    """p below 6e-8 would be 0 in an fp16 dz: it is scaled up, and the upstream 65536 then makes it a normal number.
+    """p below 6e-8 would be 0 in an fp16 dz. It is scaled up, and the upstream gradient 65536 makes it a normal number.
 
-    Of stored logits u · |s| of each term, with |s| ≤ 40, for faint is what lies far below the maximum; terms of several
-    rows cancel.
+    With stored logits, each term has an error of u · |s| with |s| ≤ 40, because faint entries are far below the
+    maximum; terms of several rows cancel.
     """
     inputs = TRITON.inputs(n=7, d=8, spread=8.0, bias=True).to(torch.float16)
     options = {"upstream": 65536.0, "num_items": 100}
@@ -153,7 +153,7 @@ def test_faint_fp16_gradients_survive(way, compact):
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("clip", [5.0, 1e5], ids=["weight from upstream", "weight from clip"])
 def test_fp16_weights_beyond_fp16(compact, clip):
-    """w·65536 in the backward of reduction="none", and a huge clip: past fp16's 65504 in dz, not in the gradients."""
+    """w·65536 in the backward of reduction="none", and a huge clip, exceed fp16's 65504 in dz, but gradients do not."""
     inputs = TRITON.inputs(n=7, d=8, spread=0.02)
     inputs.hidden.mul_(0.02)
     inputs = inputs.to(torch.float16)
@@ -168,14 +168,14 @@ def test_fp16_weights_beyond_fp16(compact, clip):
 
 @pytest.mark.parametrize("block, chunk", [(1, 1), (4, 4), (7, 3), (100, 100), (100, 3)])
 def test_blocks_and_chunks_of_any_size(monkeypatch, block, chunk):
-    """One token at a time, one chunk a block, more tokens than there are."""
+    """One token at a time, one chunk per block, and sizes above the number of tokens."""
     inputs = TRITON.inputs(bias=True).to(torch.bfloat16)
     monkeypatch.setattr(driver, "cut_of", lambda *_: Cut(block, chunk))
     assert_close(TRITON.call(inputs), oracle(inputs))
 
 
 def test_expanded_and_strided_inputs():
-    """Rows that lie over each other, which no descriptor can tell of; and every other column."""
+    """Rows that overlap in memory, which no descriptor can describe; and every other column."""
     inputs = TRITON.inputs(d=16, bias=True).to(torch.bfloat16)
     one_row = Inputs(inputs.hidden[:1].expand(N, 16), inputs.lm_head, inputs.target, inputs.hidden_cf[:1].expand(N, 16))
     assert not lse_gemm._describable(one_row.hidden) and lse_gemm._describable(inputs.hidden)
@@ -189,7 +189,7 @@ def test_expanded_and_strided_inputs():
 
 @pytest.fixture
 def quick_collections():
-    """What is there already is not looked at again: a collection takes a millisecond, not a third of a second."""
+    """Freezes existing objects, so that a garbage collection takes a millisecond, not a third of a second."""
     gc.collect()
     gc.freeze()
     yield
@@ -204,7 +204,7 @@ def quick_collections():
      ("token_weight", False, (True, False, False)), ("hidden_cf", True, (False, False, False))],
 )  # fmt: skip
 def test_peak_bytes_follow_the_formula(watch, monkeypatch, way, source, compact, needed):
-    """cuBLAS's products are left out: a CPU upcasts their operands, which no GPU does. What they write is zero then."""
+    """cuBLAS's products are replaced by zeros, because a CPU upcasts their operands, which no GPU does."""
     n, d, v = 11, 16, 509
     # The interpreter's launches leave their arguments in a reference cycle.
     for module, name in ((lse_gemm, "statistics"), (row_loss, "row_loss"), (blocked, "row_parts")):
@@ -226,4 +226,4 @@ def test_peak_bytes_follow_the_formula(watch, monkeypatch, way, source, compact,
     )  # fmt: skip
     extra = watch.peak - sum(x.untyped_storage().nbytes() for x in out)
     assert expected - v * 4 * needed[2] <= extra <= expected + 40 * n
-    assert extra < CUT.block * v * 4 + 3000 * (way != "stored"), "fp32 logits of a block would not have passed"
+    assert extra < CUT.block * v * 4 + 3000 * (way != "stored"), "fp32 logits of a block would exceed the limit"

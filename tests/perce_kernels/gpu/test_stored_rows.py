@@ -1,4 +1,4 @@
-"""The logits that the GEMM stores in 16 bits, and the gradient over them, by themselves and against fp64."""
+"""The logits that the GEMM stores in 16 bits, and the gradient from them, tested alone against fp64."""
 
 import math
 
@@ -26,7 +26,7 @@ FORMS = {"shipped": TILE, "halves by descriptors": tiles.Tile(16, 256, 32, 4, 1,
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("form", FORMS)
 def test_error_of_the_stored_logits_is_within_its_bound(monkeypatch, dtype, softcap, form):
-    """|Δp_v| ≤ u/e · p_t, as the docstring derives, and the rounding of dz itself; the capped ones 2/cap more."""
+    """|Δp_v| ≤ u/e · p_t, as the docstring derives, plus the rounding of dz itself; with a softcap 2/cap more."""
     row = tiles.Row("store_gemm", ARCHITECTURE, tiles.HALF, None, FORMS[form])
     monkeypatch.setattr(tiles, "TABLE", (row, *tiles.TABLE))
     inputs = TRITON.inputs(n=4, d=64, spread=9.0, ignored=0.0).to(dtype)
@@ -47,4 +47,4 @@ def test_error_of_the_stored_logits_is_within_its_bound(monkeypatch, dtype, soft
     error = (stored[:, :V].double() - wanted).abs()
     assert (error <= 1.01 * bound + ROUNDING[dtype] * wanted.abs() + 1e-6).all()
     away = torch.nn.functional.one_hot(y, V) == 0
-    assert (error > 2 * ROUNDING[dtype] * wanted.abs())[away & (p > 1e-4)].any(), "the bound is of something"
+    assert (error > 2 * ROUNDING[dtype] * wanted.abs())[away & (p > 1e-4)].any(), "the stored logits do cause an error"
