@@ -106,7 +106,7 @@ def _details(plan: Plan) -> Table:
     if budget is not None:
         rows.append(("device memory", f"{_gib(budget)} GiB: {'enough' if memory.peak <= budget else 'too little'}"))
         longest = (
-            f"{plan.largest_context:,} tokens" if plan.largest_context else "none: not even a persona of one token fits"
+            f"{plan.largest_context:,} tokens" if plan.largest_context else "none: not even the shortest context fits"
         )
         rows.append(("largest context that fits", longest))
     if plan.device == "cpu":
