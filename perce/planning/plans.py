@@ -214,7 +214,7 @@ def check_architecture(config: Any, path: str) -> None:
         raise UserError(f"{said} has a mixture of experts. Only dense models are planned.")
     if differing := getattr(text, "per_layer_attributes", None):
         raise UserError(
-            f"{said} has layers that differ in {', '.join(sorted(differing))}. perce.plan expects layers that are alike."
+            f"{said} has layers that differ in {', '.join(sorted(differing))}. perce.plan expects equal layers."
         )
     if not stated(text, "num_attention_heads"):
         raise UserError(f"{said} has no attention heads. Only models with attention are planned.")
