@@ -1,18 +1,19 @@
 """Pairs → one batch of tensors: two token matrices and, flattened over the batch, the N response tokens.
 
-Sequences stand in a row each, padded on the right, without an attention mask: under causal attention no real token can
-see a pad after it. A mask would make sdpa build a (T, T) matrix a sequence, and leave its fast path.
+Each sequence has a row of its own, padded on the right, without an attention mask: under causal attention no real token
+sees a padding token after it. With a mask, sdpa would build a (T, T) matrix per sequence and leave its fast path.
 
-Packed, they stand in a single row one after the other, without padding. Flex attention tells them apart by
-position_ids, which begin again at 0 with each, flash attention by where they begin: left to transformers, that would be
-computed again in every layer, and the longest length be a tensor, which flash-attn-4 refuses and others wait for.
+If packed, all sequences stand in a single row, without padding. Flex attention tells them apart by position_ids, which
+begin again at 0 with each sequence; flash attention by their first places. These are computed here once: transformers
+would compute them in every layer, and the longest length as a tensor, which flash-attn-4 refuses and for whose value
+other implementations wait.
 
-Replies of a conversation share the tokens that they begin with (sharing.py): what stands in a row is then a segment. As
-chains the segments are sequences like others. With branches all stand in a single row, and model/branches.py shows each
-the keys and values of its path.
+Replies of a conversation share the tokens with which they begin (sharing.py). The rows then consist of segments. With
+chains, segments are treated like sequences. With branches, all segments stand in a single row, and model/branches.py
+lets each see the keys and values of its path.
 
-A persona that runs by itself, without a gradient or with requests one at a time behind it, is a segment of such a row
-too, and the row is cut into forwards where it is run; see model/prefill.py.
+A persona with a forward pass of its own, without a gradient or with requests run one at a time after it, is a segment
+of such a row too. model/prefill.py divides the row into forward passes.
 """
 
 from collections import Counter
@@ -39,7 +40,7 @@ from perce.data.sharing import (
 )  # fmt: skip
 
 Batch = dict[str, Any]
-"""Tensors by name; packed, also the length of the longest sequence, a number; with branches, the Spans; Trunks."""
+"""Tensors by name. Also the length of the longest sequence, a number, if packed; the Spans if branched; the Trunks."""
 
 
 def collate(
@@ -49,23 +50,23 @@ def collate(
     """Columns of Pair → tensors.
 
     Args:
-        sharing: what the pairs of a `unit` compute once, see sharing.py.
-        persona_grad, branches_per_forward: as MemoryConfig has them.
+        sharing: how the pairs of a `unit` share tokens; see sharing.py.
+        persona_grad, branches_per_forward: the options in MemoryConfig.
 
     Returns:
-        input_ids (R, T), input_ids_cf (R_cf, T_cf): factual and counterfactual segments, the last token of a sequence
-            left off; packed or with branches (1, sum of lengths), with the arguments in PACKED or the Spans of both.
-        trunks: where personas run by themselves, the Trunks of the factual segments, which are a row then.
-        rows, rows_cf (N,): rows of the flattened hidden states that predict the response tokens; with trunks, of what
-            is run behind them.
+        input_ids (R, T), input_ids_cf (R_cf, T_cf): factual and counterfactual segments, without the last token of each
+            sequence; packed or with branches (1, sum of lengths), with the arguments in PACKED or the Spans of both.
+        trunks: the Trunks of the factual segments, which are a single row, if personas have a forward of their own.
+        rows, rows_cf (N,): rows of the flattened hidden states that predict the response tokens; with trunks, rows of
+            the hidden states after them.
         target (N,): those tokens, identical for both passes by construction.
-        uses (R, T): sequences that each factual input is a part of; 0: it is padding.
-        sequence (N,): which of the B pairs each belongs to. personal (N,): bool.
+        uses (R, T): the number of sequences that each factual input is a part of; 0 for padding.
+        sequence (N,): which of the B pairs each token belongs to. personal (N,): bool.
         lengths (B,): factual tokens of each pair.
-        tokens (2,): inputs of both passes, that are computed, and that the sequences have.
-        alone (): pairs that share no token of the factual pass with another.
-        data_weight (N,): what the data multiplies the tokens' weights by; left out where it is 1 for all.
-        example (B,): index into the examples, -1 where the pairs have none.
+        tokens (2,): the inputs of both passes: how many are computed, and how many the sequences have without sharing.
+        alone (): how many pairs share no token of the factual pass with another pair.
+        data_weight (N,): the data's factors for the weights of the tokens; left out if all are 1.
+        example (B,): index into the examples, -1 if the pairs have none.
     """
     units = [pair.get(unit) for pair in pairs]
     known = [key for key in units if key is not None]
@@ -118,13 +119,13 @@ PACKED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max
 
 
 def token_inputs(batch: Batch, suffix: str = "") -> Batch:
-    """What the model's forward takes of a batch, for the factual pass or ("_cf") the counterfactual one."""
+    """The model's inputs in a batch, for the factual pass or (suffix "_cf") the counterfactual pass."""
     names = ("input_ids", *PACKED, "spans")
     return {name: batch[name + suffix] for name in names if name + suffix in batch}
 
 
 def _padded(segments: Sequence[Segment], pad_id: int) -> tuple[Batch, Sequence[int]]:
-    """Inputs, and where each segment begins in them, flattened."""
+    """The inputs, and where each segment begins in the flattened inputs."""
     width = max(len(segment.ids) for segment in segments)
     matrix = np.full((len(segments), width), pad_id)
     for row, segment in zip(matrix, segments, strict=True):
@@ -154,19 +155,21 @@ def _positions(segments: Sequence[Segment]) -> Tensor:
 
 
 def _trunks(pairs: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Of each pair the tokens through its persona, but for the one that predicts the response's first."""
+    """For each pair the number of tokens up to its persona's end, without the one that predicts the first of the
+    response."""
     return [min(pair["persona_span"][1], len(pair["input_ids"]) - 1 - pair["response_length"]) for pair in pairs]
 
 
 def _on_trunks(
     segments: Sequence[Segment], together: int, detached: bool, recomputed: bool
 ) -> tuple[Batch, Sequence[int], np.ndarray]:
-    """Inputs; where each segment begins; and the places of all inputs in what is run behind trunks, laid end to end.
+    """The inputs; where each segment begins; and for every input its index among the inputs that run after trunks.
 
-    Behind a trunk, `together` segments are one forward, each with those that hang on it; without branches one is.
+    After a trunk, `together` segments, each with the segments that continue it, are run in one forward. 0: without
+    branches, one segment per forward.
     """
     branches, together = together > 0, max(together, 1)
-    hanging: dict[int, dict[int, list[int]]] = {}  # trunk → segment behind it → with those on its path
+    hanging: dict[int, dict[int, list[int]]] = {}  # trunk → segment right after it → that and those that continue it
     for number, segment in enumerate(segments):
         if not segment.path:
             hanging[number] = {}
@@ -194,7 +197,7 @@ def _on_trunks(
 def _forward(
     segments: Mapping[int, Segment], starts: Mapping[int, int], trunk: int, before: int, branches: bool
 ) -> Forward:  # fmt: skip
-    """Of segments that stand one after the other behind a trunk of so many tokens."""
+    """The forward of consecutive segments after a trunk of `before` tokens."""
     start = starts[next(iter(segments))]
     behind = {number: before + starts[number] - start for number in segments} | {trunk: 0}
     spans = Spans.of(segments, behind, before) if branches else None
@@ -202,8 +205,8 @@ def _forward(
 
 
 def packed(lengths: Sequence[int]) -> dict[str, Any]:
-    """What attention tells sequences of these lengths in one row apart by, under transformers' names (PACKED):
-    position_ids (1, T), cumulative lengths (B + 1,) int32 of queries and keys, and the longest of both."""
+    """The arguments by which attention tells apart sequences of these lengths in one row, under transformers' names
+    (PACKED): position_ids (1, T), cumulative lengths (B + 1,) int32 of queries and keys, and the longest of both."""
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     return dict(zip(PACKED, (positions, ends, ends, max(lengths), max(lengths)), strict=True))

@@ -1,16 +1,16 @@
-"""Persona and conversation → one text, as the chat template renders it, and its ids, as a chat server tokenises it.
+"""Persona and conversation → one text, rendered by the chat template, and its ids, tokenised as a chat server does.
 
     <|im_start|>system⏎[About the user:⏎- I keep bees.⏎⏎]Write the …<|im_end|>⏎ … assistant⏎ ¦ With the bees.<|im_end|>
                        persona block                                          prompt ends   reply, end of turn
 
-The template renders the whole conversation once, and its generation prompt, which a server would send: the trained
-prompt is that. The text is tokenised once and cut at characters, so a trained token is one that the tokenizer gives for
-the text as a whole; a token that lies across the end of the prompt or a border of the persona is an error. The persona
-stands at the beginning of the system message, and what follows it is in both prompts: a message that were empty or
-missing would make many chat templates insert a default system prompt of their own, and poison every contrast.
+The template renders the whole conversation, and the prompt that a server would send, up to the generation prompt: that
+prompt is the one trained with. The whole text is tokenised at once and then divided by characters, so that trained
+tokens are those of the whole text. A token across the end of the prompt or a border of the persona is an error. The
+persona stands at the beginning of the system message, and the text after it is in both prompts. If a system message
+were empty or missing, many chat templates would insert a default of their own, which would spoil every contrast.
 
-Texts of the data may spell control tokens, such as <|im_end|>. They are tokenised as text: such a string is cut in two
-before it is tokenised (CUT marks the place, in what the template renders too), so that no control token comes of it.
+Texts in the data may spell control tokens, such as <|im_end|>. They are tokenised as text: such a string is cut in two
+before it is tokenised, so that it does not become a control token. CUT marks the place, also in the rendered text.
 """
 
 import re
@@ -27,34 +27,34 @@ from perce.errors import UserError, first_line
 from perce.hub import check_tokenizer
 from perce.visible import shortened
 
-# Stand-ins for the persona and the reply, and marks in texts: private-use characters, which no template strips and no
-# real text contains.
+# Placeholders for the persona and the reply, and marks in texts. They are private-use characters, which no template
+# strips and no real text contains.
 _PERSONA, _REPLY = "\ue0f0persona\ue0f1", "\ue0f0reply\ue0f1"
 ANCHOR, CUT = "\ue0f2", "\ue0f3"
 MARKS = "\ue0f0\ue0f1\ue0f2\ue0f3"
 _CUT_MARK = Line((), (Piece((), (), len(CUT)),), len(CUT))
 
 LIKE_CONTROL = re.compile(r"<\S+>|\[\S+\]")
-"""Added tokens that are no words, whether they are marked as special or not: <think>, <tool_call>, <|fim_prefix|>."""
+"""Added tokens that are not words, whether they are marked as special or not: <think>, <tool_call>, <|fim_prefix|>."""
 THOUGHT = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
-"""What a reasoning model writes before its answer."""
+"""The thought that a reasoning model writes before its answer."""
 OPENED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
-"""At the end of a generation prompt: a thought that it begins, or an empty one."""
+"""A thought that a generation prompt opens at its end, or an empty one there."""
 EMPTY_THOUGHT = re.compile(r"\A<think>\s*</think>\s*(?=<think>)")
-"""Of the template's, before one of the reply's own."""
+"""An empty thought from the template before the reply's own thought."""
 
 
 @dataclass(frozen=True)
 class ChatText:
-    """A rendered conversation. Places are characters of `text`, CUT marks included."""
+    """A rendered conversation. Places count the characters of `text`, including CUT marks."""
 
     text: str
     prompt_end: int
-    """Where the generation prompt ends, and what the model is to write begins."""
+    """Where the generation prompt ends and the text that the model is to write begins."""
     answer: int
-    """Where the reply's own words stand, behind a thought or a space; of a reply that brings a thought, behind that."""
+    """Where the reply's own words begin, after a space or a thought, be it the template's or the reply's."""
     tail: int
-    """Where what the template puts after the reply begins."""
+    """Where the template's text after the reply begins."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,23 @@ class Chat:
 
     text: ChatText
     encoded: Encoded
-    """Up to and with the end of turn."""
+    """The tokens up to the end of turn, which is included."""
     prompt_length: int
-    """Tokens of the prompt."""
+    """The number of tokens of the prompt."""
 
 
 class ChatFormat:
-    """How one tokenizer and its chat template write a conversation down.
+    """Renders and tokenises conversations with one tokenizer and its chat template.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         template_kwargs: extra variables of the chat template, such as {"enable_thinking": False}.
-        style: how the persona is told; default: as saved with the tokenizer.
-        allow_control: strings of the data that spell control tokens become these.
+        style: how the prompt words the persona; default: as saved with the tokenizer.
+        allow_control: whether strings in the data that spell control tokens become these tokens.
 
     Raises:
         UserError: a tokenizer that is not fast, or has no end of turn; a template that does not render a plain
-            conversation, or whose generation prompt is not how its finished replies begin.
+            conversation, or whose finished replies do not begin with its generation prompt.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class ChatFormat:
         )  # fmt: skip
         if not tokenizer.chat_template and tokenizer.eos_token is None:
             raise UserError(
-                "The tokenizer has neither a chat template nor an end-of-sequence token, so a reply could not be "
-                "ended. Set tokenizer.eos_token, save the tokenizer, and pass that directory as --model."
+                "The tokenizer has neither a chat template nor an end-of-sequence token, so nothing would end a reply. "
+                "Set tokenizer.eos_token, save the tokenizer, and pass that directory as --model."
             )
         first = tokenizer.convert_ids_to_tokens([*self.tokens.whole("a").ids[:1]])
         self.prepends_space = any(token.startswith(("▁", "Ġ")) for token in first)
@@ -116,11 +116,11 @@ class ChatFormat:
     # ---- text
 
     def block(self, entries: Sequence[str]) -> str:
-        """The persona as the prompt has it."""
+        """The persona's text in the prompt."""
         return self.style.block(entries, self.footer)
 
     def messages(self, turns: Sequence[Turn], block: str, reply: str | None = None) -> list[tuple[str, str]]:
-        """(role, content) of what the template is given; turns may begin with a system message."""
+        """The (role, content) messages to give to the template. `turns` may begin with a system message."""
         system = system_text(self.style, block, turns[0].content if turns[0].role == "system" else None)
         rest = [(turn.role, turn.content) for turn in turns if turn.role != "system"]
         if rest[0][0] != "user" and not self.accepts_reply_first:
@@ -140,11 +140,12 @@ class ChatFormat:
         return rest if reply is None else [*rest, ("assistant", self._reply_as_text(reply))]
 
     def prompt(self, turns: Sequence[Turn], block: str) -> str:
-        """What a chat server sends, ended by the template's generation prompt."""
+        """The prompt that a chat server sends, which ends with the template's generation prompt."""
         return self._render(self.messages(turns, block), generation=True)
 
     def finished(self, turns: Sequence[Turn], block: str, reply: str, tail: str) -> ChatText:
-        """The conversation with its reply, which begins where the generation prompt ends; tail: as `_frame` has it."""
+        """The conversation with its reply, which begins where the generation prompt ends. tail: the text after it, from
+        `_frame`."""
         said = self.messages(turns, block, reply)
         whole, prompt = self._render(said), self._render(said[:-1], generation=True)
         opened = OPENED_THOUGHT.search(prompt)
@@ -153,19 +154,21 @@ class ChatFormat:
         thought = THOUGHT.match(marked)
         answer = marked[thought.end() :] if thought else marked
         if thought and whole.startswith(header) and whole.endswith(tail):
-            body = EMPTY_THOUGHT.sub("", whole[len(header) : len(whole) - len(tail)])  # of the template's own
+            body = EMPTY_THOUGHT.sub("", whole[len(header) : len(whole) - len(tail)])  # without the template's
             rendered = THOUGHT.match(body)
-            if not rendered or rendered[1].strip() != thought[1].strip():  # finished replies have no thoughts there
+            if not rendered or rendered[1].strip() != thought[1].strip():  # the template drops thoughts of replies
                 body = marked if not begun else begun + marked[len("<think>") :].lstrip()
             whole = header + body + tail
         elif begun and "</think>" in begun and not whole.startswith(prompt) and whole.startswith(header):
-            whole = prompt + whole[len(header) :]  # an empty thought, in the prompt alone
+            whole = prompt + whole[len(header) :]  # only the prompt has an empty thought
         if not whole.startswith(prompt):
             raise self._disagreement(prompt, whole)
         end = len(whole) - len(tail)
         place = whole.rfind(answer, len(prompt), end)
         if place < 0 or not whole.endswith(tail):
-            raise UserError(f"{self._who} changes the reply {_excerpt(reply)}, so it could not be found in the text.")
+            raise UserError(
+                f"{self._who} changes the reply {_excerpt(reply)}, so the reply cannot be found in the rendered text."
+            )
         return ChatText(whole, len(prompt), place, end)
 
     def _frame(self, turns: Sequence[Turn]) -> tuple[str, str, str]:
@@ -173,7 +176,7 @@ class ChatFormat:
         text = self._render(self.messages(turns, _PERSONA, _REPLY))
         if text.count(_PERSONA) != 1 or text.count(_REPLY) != 1:
             raise UserError(
-                f"{self._who} repeats or drops the system message or the reply, so the two passes could not be "
+                f"{self._who} repeats or drops the system message or the reply, so the two passes cannot be "
                 "aligned. Give the tokenizer another chat template."
             )
         prompt, tail = text.split(_REPLY)
@@ -187,10 +190,10 @@ class ChatFormat:
     def _disagreement(self, prompt: str, whole: str) -> UserError:
         same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
         return UserError(
-            f"{self._who} ends its generation prompt with {_excerpt(prompt[same:])}, and a finished reply begins with "
-            f"{_excerpt(whole[same:])} there: what a model is asked to go on with would not be what it was trained on. "
-            "Choose with --chat_template_kwargs how the template begins a reply ('{\"enable_thinking\": false}' as a "
-            "rule), give replies a <think> block if it opens one, or give the tokenizer another chat template."
+            f"{self._who} ends its generation prompt with {_excerpt(prompt[same:])}, but a finished reply begins with "
+            f"{_excerpt(whole[same:])} there: the model would be prompted in another way than it was trained. Choose "
+            "with --chat_template_kwargs how the template begins a reply (usually '{\"enable_thinking\": false}'), "
+            "give replies a <think> block if it opens one, or give the tokenizer another chat template."
         )
 
     def _render(self, messages: Sequence[tuple[str, str]], generation: bool = False) -> str:
@@ -201,12 +204,12 @@ class ChatFormat:
         except (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             roles = ", ".join(role for role, _ in messages)
             raise UserError(
-                f"{self._who} does not render a conversation of {roles} ({first_line(error)}). Give it what it asks "
-                "for with --chat_template_kwargs, or the tokenizer another chat template."
+                f"{self._who} does not render a conversation of {roles} ({first_line(error)}). Give it the variables "
+                "that it needs with --chat_template_kwargs, or give the tokenizer another chat template."
             ) from error
 
     def _accepts(self, messages: Sequence[tuple[str, str]]) -> bool:
-        """Whether the chat template renders all of these messages: some raise an error, others leave one out."""
+        """Whether the chat template renders all of these messages; some templates raise an error or omit one."""
         marked = [(role, f"{_PERSONA}{content}") for role, content in messages]
         try:
             text = self._render(marked)
@@ -217,18 +220,18 @@ class ChatFormat:
     # ---- control tokens in texts
 
     def as_text(self, text: str) -> str:
-        """The text with a CUT in every string that would become a control token."""
+        """The text with a CUT mark in every string that would become a control token."""
         if self.control is None:
             return text
         if found := next((character for character in self._uncuttable if character in text), None):
             raise UserError(
-                f"The text {_excerpt(text)} has {found!r}, which is a control token of the tokenizer's and cannot be "
-                "told from it. Replace it, or pass --special_tokens_in_text allow."
+                f"The text {_excerpt(text)} has {found!r}, a control token of a single character, which cannot be "
+                "tokenised as text. Replace it, or pass --special_tokens_in_text allow."
             )
         return self.control.sub(lambda found: found[0] + CUT, text)
 
     def _reply_as_text(self, reply: str) -> str:
-        """The same, but for the tags of a thought that the reply begins with, which templates look for."""
+        """Like as_text, but without marks in the tags of a thought that begins the reply: templates look for them."""
         thought = THOUGHT.match(reply)
         if thought is None:
             return self.as_text(reply)
@@ -237,8 +240,8 @@ class ChatFormat:
         return f"<think>{inner}{close}{self.as_text(reply[thought.end() :])}"
 
     def _control_tokens(self) -> re.Pattern | None:
-        """First characters of the special tokens, and of the added ones that look like them or that the template itself
-        writes. Words that were added to a vocabulary stay what they are."""
+        """Matches the first characters of special tokens, and of added tokens that look like them or that the template
+        writes, if the rest of the token follows. Words that were added to a vocabulary are not matched."""
         written = "".join(self._frame([Turn("user", "u")]))
         tokens = {
             token.content for token in self._added.values()
@@ -254,7 +257,7 @@ class ChatFormat:
     # ---- ids
 
     def encode(self, text: str) -> Encoded:
-        """Ids of a rendered text: of the pieces between CUT marks, as each continues the one before."""
+        """The ids of a rendered text: its pieces between CUT marks, each tokenised as a continuation of the last."""
         first, *others = text.split(CUT)
         lines = self.tokens.lines(first)
         for piece in others:
@@ -262,8 +265,8 @@ class ChatFormat:
         return Encoded.of(lines)
 
     def _continued(self, text: str) -> list[Line]:
-        """Of a text that continues another. Tokenizers like Llama 2's begin every text with a space of their own:
-        behind an anchor, whose ids are dropped again, a piece is tokenised as it is in the middle of a text."""
+        """The tokens of a text that continues another. Tokenizers like Llama 2's add a space before every text. So the
+        text is tokenised after an anchor, as in the middle of a text, and the anchor's ids are dropped."""
         if not self.prepends_space:
             return self.tokens.lines(text)
         (anchored,) = self.tokens.whole(ANCHOR + text).pieces
@@ -272,20 +275,20 @@ class ChatFormat:
         return [Line.of(Piece(tuple(token for token, _ in kept), spans, len(text)))]
 
     def chat(self, text: ChatText) -> Chat:
-        """The conversation in ids; UserError if a token lies across the end of the prompt, or the reply has no end."""
+        """The conversation in ids; UserError if a token lies across the prompt's end, or nothing ends the reply."""
         encoded = self.ended(text)
         prompt = self.encode(text.text[: text.prompt_end]).ids
         if encoded.ids[: len(prompt)] != prompt:
             around = text.text[max(text.prompt_end - 8, 0) : text.prompt_end + 8].replace(CUT, "")
             raise UserError(
-                f"{self._who} ends the prompt inside a token: in {around!r} the reply's beginning is tokenised "
-                "together with the end of the prompt, which a server would send by itself. Give the tokenizer a chat "
-                "template whose generation prompt does not end with a space."
+                f"{self._who} ends the prompt inside a token: in {around!r} the end of the prompt and the beginning of "
+                "the reply share a token, but a server tokenises the prompt alone. Give the tokenizer a chat template "
+                "whose generation prompt does not end with a space."
             )
         return Chat(text, encoded, len(prompt))
 
     def ended(self, text: ChatText) -> Encoded:
-        """Ids up to and with the end of turn: the first control token behind the reply, and those that follow it."""
+        """The ids through the end of turn: the first control token after the reply, and those directly after it."""
         whole = self.encode(text.text)
         length = whole.before(text.tail)
         ends = [token == self.tokenizer.eos_token_id or token in self._added for token in whole.ids[length:]]
@@ -295,14 +298,14 @@ class ChatFormat:
         if self.tokenizer.eos_token_id is None:
             raise UserError(
                 f"{self._who} ends a reply with {_excerpt(text.text[text.tail :])}, which has no control token, and "
-                "the tokenizer has no end-of-sequence token: a trained model would never stop. Set its eos_token."
+                "the tokenizer has no end-of-sequence token: a trained model would never stop. Set tokenizer.eos_token."
             )
         cut = self.encode(text.text[: text.tail])
         return Encoded.of([*cut.lines, Line.of(Piece((self.tokenizer.eos_token_id,), ((0, 0),), 0))])
 
     def pair(self, turns: Sequence[Turn], entries: Sequence[str], reply: str) -> tuple[Chat, tuple[int, int]]:
-        """The conversation with the persona, and which of its tokens are the persona: without them they are the ids of
-        the conversation without it. UserError where they are not."""
+        """The conversation with the persona, and the range of tokens that is the persona: without it the ids are those
+        of the conversation without persona. UserError if they are not."""
         refuse_marks([turn.content for turn in turns], entries, [reply])
         reply, block = reply.strip(), self.block(entries)
         before, _, tail = self._frame(turns)
@@ -310,7 +313,7 @@ class ChatFormat:
         place, block = len(before), self.as_text(block)
         if with_persona.text != without.text[:place] + block + without.text[place:]:
             raise UserError(
-                f"{self._who} changes the persona, or other text because of it, so the two passes could not be "
+                f"{self._who} changes the persona, or changes other text because of it, so the two passes cannot be "
                 "aligned. Give the tokenizer another chat template."
             )
         chat = self.chat(with_persona)
@@ -322,15 +325,15 @@ class ChatFormat:
             end = place + len(block)
             borders = [with_persona.text[max(at - 8, 0) : at + 8].replace(CUT, "") for at in (place, end)]
             raise UserError(
-                f"A token lies across a border of the persona, {borders[0]!r} or {borders[1]!r}, so that the passes "
-                "with and without it are not the same tokens. Begin the system message with a word, or give the "
-                "tokenizer another chat template."
+                f"A token lies across a border of the persona, {borders[0]!r} or {borders[1]!r}, so the text around "
+                "the persona has other tokens in the pass without it. Begin the system message with a word, or give "
+                "the tokenizer another chat template."
             )
         return chat, (start, start + added)
 
     def _check_control(self, chat: Chat) -> None:
-        """UserError if there are more control tokens than the template wrote: a tokenizer that changes characters, such
-        as full-width ones, may make them of strings that nobody would have cut."""
+        """UserError if there are more control tokens than the template wrote: a tokenizer that replaces characters,
+        such as full-width ones, may make control tokens of strings that as_text did not cut."""
         if self.control is None or self.tokenizer.backend_tokenizer.normalizer is None:
             return
         added = self._added
@@ -341,13 +344,13 @@ class ChatFormat:
         for token in dict.fromkeys(made):
             if made.count(token) > chat.text.text.count(token):
                 raise UserError(
-                    f"A text of this conversation becomes the control token {token!r}, for the tokenizer changes its "
-                    "characters. Correct the text, or pass --special_tokens_in_text allow."
+                    f"A text of this conversation becomes the control token {token!r}, because the tokenizer replaces "
+                    "its characters. Correct the text, or pass --special_tokens_in_text allow."
                 )
 
     def _choose_footer(self) -> str:
-        """The first footer after which a conversation's tokens are those without the block; of replies with a thought,
-        where the template wants one."""
+        """The first footer after which a conversation has the same tokens as without the persona block. Tried with a
+        plain reply first, and then with a thought in the reply, which some templates require."""
         failure: UserError | None = None
         footers = PERSONA_FOOTERS if self.style.footer is None else (self.style.footer,)
         for reply, self.footer in product(("A reply.", "<think>\nA thought.\n</think>\n\nA reply."), footers):
@@ -363,16 +366,16 @@ class ChatFormat:
 
 
 def refuse_marks(*texts: Sequence[str]) -> None:
-    """UserError for the characters that mark places in texts here."""
+    """UserError for texts with a character that this module uses as a mark."""
     for text in (text for several in texts for text in several):
         if found := next((mark for mark in MARKS if mark in text), None):
             raise UserError(
-                f"The text {text[:40]!r} has the private-use character {found!r}, which marks places here. Remove it."
+                f"The text {text[:40]!r} has the private-use character {found!r}, which perce uses itself. Remove it."
             )
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many of the first ids are the same."""
+    """The number of first ids that both sequences share."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

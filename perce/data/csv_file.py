@@ -1,7 +1,7 @@
-"""CSV by RFC 4180, strictly: commas, and quotes around a whole cell, doubled within it.
+"""Reads CSV strictly by RFC 4180: commas between cells, quotes only around a whole cell, and quotes within it doubled.
 
-csv reads a quote that is neither in one way or another, and may swallow all rows up to the next one. Here it is a
-BadRow of its own line, and the lines behind it are read as what they are.
+Python's csv accepts any other quote in some way, and may swallow all rows up to the next quote. Here such a quote makes
+its own line a BadRow, and the lines after it are read as usual.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from perce.errors import UserError
 from perce.visible import shortened
 
 _CELL = re.compile(r'(?:"[^"]*(?:""[^"]*)*"|(?![ \t]*")[^,\r\n]*(?<!"))(,|\r?\n?\Z)')
-_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
 class _Lines:
-    """Lines of a file with those of the record that is being read, which can be put back but for the first."""
+    """Lines of a file. Remembers the lines of the current record, and can put back all of them except the first."""
 
     def __init__(self, file: IO[str]):
         self._file, self._ahead, self.record = file, deque[str](), list[str]()
@@ -49,7 +49,7 @@ class _Lines:
 
 def csv_rows(path: Path) -> Placed:
     check_is_text(path)
-    csv.field_size_limit(readers.ROW_LIMIT)  # the default of 128 KiB a cell is less than a long profile
+    csv.field_size_limit(readers.ROW_LIMIT)  # a long profile exceeds the default of 128 KiB per cell
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines, line, header = _Lines(file), 1, list[str]()
         reader = csv.reader(lines, strict=True)
@@ -73,33 +73,33 @@ def csv_rows(path: Path) -> Placed:
                 raise UserError(f"{path}:{line}: the header: {row}. Correct the file.")
             if not header:
                 header = row
-            elif row:  # cells that are all empty are an empty line
+            elif row:  # a row whose cells are all empty counts as an empty line
                 yield f":{line}", row
             line += len(lines.record)
 
 
 def _header(path: Path, line: int, names: list[str]) -> list[str]:
-    """The names of the columns; UserError for another separator, and for what has two meanings."""
+    """The names of the columns; UserError for another separator, spaces around a name, or the same name twice."""
     (only, *others) = names
     if not others and (found := [mark for mark in _SEPARATORS if mark in only]):
         raise UserError(
-            f"{path}:{line}: expected commas between the cells, got {_SEPARATORS[found[0]]}, as spreadsheets write "
-            "them in some languages. Save the file with commas, or convert it by pandas: "
+            f"{path}:{line}: expected commas between the cells, got {_SEPARATORS[found[0]]}, which spreadsheets write "
+            "in some languages. Save the file with commas, or convert it with pandas: "
             f"pd.read_csv(OLD, sep={found[0]!r}{_encoding(path)}).to_csv(NEW, index=False)."
         )
     if not others and only.lstrip().startswith("{"):
         raise UserError(f"{path}: expected CSV, got JSON lines. Give the file a name that ends in .jsonl.")
     if spaced := [name for name in names if name != name.strip()]:
         raise UserError(
-            f"{path}:{line}: the name {shortened(spaced[0])!r} in the header has a space around it. Write the file "
-            "without spaces at its commas: a quote behind one quotes nothing."
+            f"{path}:{line}: expected no spaces around the names in the header, got {shortened(spaced[0])!r}. Write "
+            "the file without spaces next to its commas: a quote after such a space quotes nothing."
         )
     check_names(path, names, f"{path}:{line}")
     return names
 
 
 def _encoding(path: Path) -> str:
-    """What pandas must be told to read it: such files come of spreadsheets, which write Windows-1252 as a rule."""
+    """The argument that pandas needs for a file that is not UTF-8: spreadsheets usually write Windows-1252."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
             while file.read(readers.PIECE):
@@ -110,17 +110,17 @@ def _encoding(path: Path) -> str:
 
 
 def _cells(header: list[str], cells: list[str], record: str) -> dict[str, Any] | BadRow:
-    """A row; empty where all cells are."""
+    """A row as {name: cell}, empty if all its cells are empty; or a BadRow."""
     if '"' in record and _no_cell(record):
         return _stray_quote(header, record)
     if len(cells) != len(header):
         return BadRow(None, f"{len(header)} cells, as in the header", f"{len(cells)}")
-    row = {name: cell or None for name, cell in zip(header, cells, strict=True) if name}  # empty: absent
+    row = {name: cell or None for name, cell in zip(header, cells, strict=True) if name}  # an empty cell: no field
     return row if any(row.values()) else {}
 
 
 def _no_cell(record: str) -> tuple[int, int] | None:
-    """(number, place) of the first cell of a record that is none; None where all are."""
+    """(number, place) of the first cell of a record that is not well formed; None if all are."""
     at = number = 0
     while cell := _CELL.match(record, at):
         if cell[1] != ",":
@@ -134,6 +134,6 @@ def _stray_quote(header: list[str], record: str) -> BadRow:
     number, at = _no_cell(record) or (len(header), 0)
     got = repr(shortened(record[at:]))
     if '\\"' in record:
-        got += ", with a backslash before a quote, which does not escape it in CSV"
-    expected = 'a quote only around a whole cell, without a space before it, and doubled ("") within it'
+        got += ", with a backslash before a quote, which does not escape the quote in CSV"
+    expected = 'quotes only around a whole cell, without a space before them, and doubled ("") within the cell'
     return BadRow(header[number] if number < len(header) else None, expected, got)

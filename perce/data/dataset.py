@@ -1,7 +1,7 @@
 """Examples → `datasets` of token pairs: built once, cached on disk, the same on every machine.
 
 The cache's key is a fingerprint of everything that pairs depend on: texts, tokenizer, limits, retriever, and the
-version of the code that picks and pairs.
+version of the code that picks passages and builds pairs.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ from perce.errors import UserError, in_one_line
 from perce.integrity import difference, facts_of
 
 PAIRS_VERSION = 6
-"""Of the code that makes pairs of examples; a test fails when the pairs change and this does not."""
+"""The version of the code that makes pairs from examples; a test fails if the pairs change and this number does not."""
 
 PAIRS = "pairs.arrow"
-DIGESTS = "digests.json"  # beside cached pairs: of their file, written once they are built
+DIGESTS = "digests.json"  # next to cached pairs: the digest of their file, written when they are complete
 
 _COMMON = {
     "input_ids": ListOf(Value("int32")),
@@ -60,17 +60,18 @@ FEATURES = {
 
 
 def pair_dataset(examples: Sequence[Record], builder: Builder, *, skip_bad_rows: bool = False) -> Dataset:
-    """Pairs of all examples, in order; an example that cannot be built raises UserError, or is left out.
+    """Pairs of all examples, in order. An example that cannot be built raises UserError, or is left out if
+    skip_bad_rows.
 
     The column `example` is the index into `examples`, so that texts need not be stored again.
     """
     fingerprint = _fingerprint(examples, builder, skip_bad_rows)
     directory = Path(datasets.config.HF_DATASETS_CACHE) / "perce" / fingerprint
     try:
-        if (cached := _cached(directory)) is not None:  # no lock: the cache may be another's, to be read only
+        if (cached := _cached(directory)) is not None:  # no lock: the cache may be read-only for us
             return cached
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{directory}.lock"):  # of the processes of a run, one builds
+        with FileLock(f"{directory}.lock"):  # one process of a run builds
             if (cached := _cached(directory)) is not None:
                 return cached
             if directory.exists():
@@ -83,12 +84,12 @@ def pair_dataset(examples: Sequence[Record], builder: Builder, *, skip_bad_rows:
     except OSError as error:
         raise UserError(
             f"{datasets.config.HF_DATASETS_CACHE}: token pairs cannot be written to this cache ({in_one_line(error)}). "
-            "Make room or choose another directory, by HF_DATASETS_CACHE in the environment."
+            "Make room, or choose another directory with the environment variable HF_DATASETS_CACHE."
         ) from error
 
 
 def _cached(directory: Path) -> Dataset | None:
-    """Pairs that are on the disk as they were written; others would be trained on otherwise, or end in a traceback."""
+    """The cached pairs, if their file is unchanged: a damaged one would be trained on, or end in a traceback."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         written = json.loads((directory / DIGESTS).read_text(encoding="utf-8"))
         if difference(directory, written) is None:
@@ -116,7 +117,7 @@ def _write(file: Path, source: PairSource) -> None:
 
 
 def _fingerprint(examples: Sequence[Record], builder: Builder, skip_bad_rows: bool) -> str:
-    """Of the texts, the tokenizer, the limits, the retriever with its model, and the code that picks and pairs."""
+    """Digest of the texts, the tokenizer, the limits, the retriever with its model, and the version of the code."""
     tokenizer = builder.tokenizer
     parts = [
         PAIRS_VERSION, repr(FEATURES), skip_bad_rows, builder.settings,
@@ -125,7 +126,7 @@ def _fingerprint(examples: Sequence[Record], builder: Builder, skip_bad_rows: bo
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{part}\0".encode())
-    for example in examples:  # version 0 is of values alone: no references, no interned strings
+    for example in examples:  # version 0 depends on values only: no references, no interned strings
         digest.update(marshal.dumps(_values(example), 0))
     return digest.hexdigest()[:32]
 
@@ -141,7 +142,8 @@ def _values(example: Record) -> tuple[Any, ...]:
 
 
 def pairs_digest(dataset: Any) -> str | None:
-    """Of what is trained on, in order: the same on every machine. None of a stream, which is not known beforehand."""
+    """Digest of the training pairs in order, the same on every machine. None for a stream, whose pairs are not known
+    beforehand."""
     if not isinstance(dataset, Dataset):
         return None
     digest = xxhash.xxh3_128(repr(numbers(dataset, "response_length").tolist()).encode())
@@ -155,12 +157,12 @@ def pairs_digest(dataset: Any) -> str | None:
 
 
 def numbers(dataset: Dataset, name: str) -> np.ndarray:
-    """(pairs,) a column of one number each."""
+    """(pairs,) a column that has one number per pair."""
     return np.concatenate([piece.to_numpy(zero_copy_only=False) for piece in pieces_of(dataset, name)])
 
 
 def sequence_lengths(dataset: Any) -> list[int]:
-    """Tokens of each factual sequence of a dataset of pairs."""
+    """The length in tokens of each factual sequence in a dataset of pairs."""
     if not isinstance(dataset, Dataset):
         return [len(pair["input_ids"]) for pair in dataset]
     return [
@@ -169,12 +171,13 @@ def sequence_lengths(dataset: Any) -> list[int]:
 
 
 def conversations(dataset: Any) -> list[list[int]]:
-    """Indices of the pairs of each conversation, in their order; a pair that is of none is by itself."""
+    """For each conversation the indices of its pairs, in order. A pair without a conversation stands alone."""
     return [indices for persona in personas(dataset, "conversation") for indices in persona]
 
 
 def personas(dataset: Any, unit: UnitKind = "persona") -> list[list[list[int]]]:
-    """Of each persona its conversations, as indices of their pairs; of unit "conversation" each by itself."""
+    """For each persona its conversations, each as the indices of its pairs. With unit "conversation", each conversation
+    stands alone."""
     together: dict[Any, dict[Any, list[int]]] = {}
     for index, keys in enumerate(zip(*(_keys(dataset, name) for name in (unit, "conversation")), strict=True)):
         persona, conversation = (("alone", index) if key is None else key for key in keys)
@@ -189,6 +192,6 @@ def _keys(dataset: Any, name: str) -> list[int | None]:
 
 
 def pieces_of(dataset: Dataset, name: str) -> Iterator[Any]:
-    """A column, of the rows that are selected, in pieces: `dataset.data` has the rows that are not, too."""
+    """A column of the selected rows, in pieces. (`dataset.data` also has the rows that are not selected.)"""
     for table in dataset.select_columns(name).with_format("arrow").iter(batch_size=1000):
         yield table[name]

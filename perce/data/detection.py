@@ -1,4 +1,4 @@
-"""Which format a row is of, by the names of its fields alone; and of one that is of none, what it might become."""
+"""Recognises the format of a row by the names of its fields. For a row of no format, suggests what to rename."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perce.data.formats import FORMATS, OPTIONAL, Format, system_message
 from perce.data.readers import BadRow
 from perce.visible import listed
 
-# What others call it, for the hint at a row of no format.
+# Our field → names that other data sets give it, for the hints about a row of no format.
 ALSO_CALLED = {
     "persona": (
         "profile", "user_profile", "personality", "bio", "about", "facts", "preferences", "traits", "description"
@@ -28,59 +28,59 @@ def missing_fields(format: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def did_you_mean(wanted: Iterable[str], present: Iterable[str]) -> str:
-    """The names that are there and might be those that are wanted, whatever their case and underscores."""
+    """A hint that names present fields which resemble the wanted ones, ignoring case and underscores."""
     pairs = [(name, close) for name in wanted if (close := nearest_name(name, present))]
     return "".join(f"; did you mean {name!r} by {close!r}" for name, close in pairs)
 
 
 def nearest_name(name: str, present: Iterable[str]) -> str | None:
-    present = [other for other in present if len(other) <= 60]  # a name that is a text takes long to compare
+    present = [other for other in present if len(other) <= 60]  # a long text as a name takes long to compare
     plain = {re.sub(r"[\W_]", "", other.casefold()): other for other in sorted(present)}
     close = difflib.get_close_matches(re.sub(r"[\W_]", "", name.casefold()), plain, 1, 0.7)
     return plain[close[0]] if close else None
 
 
 class UnknownShape(BadRow):
-    """A row that is of no format: what to do, in four lines."""
+    """A row of no known format; the error says in four lines what to do."""
 
     def __init__(self, row: Mapping[str, Any]):
-        super().__init__(None, "the fields of a format", f"the fields {listed(row)}" if row else "no field")
+        super().__init__(None, "the fields of a known format", f"the fields {listed(row)}" if row else "no field")
         nearest, lacking = _nearest(row)
         missing = [need.replace("|", " or ") for need in missing_fields(nearest, row)]
         line = ",".join(f"{ours}={theirs or 'FIELD'}" for ours, theirs in lacking.items())
         way = f"Rename fields: --columns {shlex.quote(line)}"
         if None in lacking.values():
-            way += " (FIELD: one of yours; what no field has must be added first)"
+            way += " (FIELD: the name of your field; add a field that your rows do not have yet)"
         if any(need.startswith("persona") for need in missing) and system_message(row) is not None:
-            way += ". A persona within the system message: --persona_markers START...END"
+            way += ". If the persona is part of the system message: --persona_markers START...END"
         self.remedy = ""
         self.lines = (
-            f"Nearest is {nearest}; missing: {', '.join(missing)}.",
+            f"The nearest format is {nearest}; missing: {', '.join(missing)}.",
             way,
-            "docs/DATA.md has every format with a row to compare, and how other shapes become one of them.",
+            "docs/DATA.md shows an example row of every format, and how to convert other rows.",
         )
 
 
 def _nearest(row: Mapping[str, Any]) -> tuple[str, dict[str, str | None]]:
-    """The format that a row lacks the least of, and what might be renamed for it."""
+    """The format of which a row lacks the least, and which fields might be renamed for it."""
     formats = [
         name for name in FORMATS if name != "text" and ("profile" in row or "profile" not in FORMATS[name].needs)
     ]
     lacking = {name: _renames(name, row) for name in formats}
     told = {
         name: sum(need not in OPTIONAL for need in FORMATS[name].needs) for name in formats
-    }  # user_id alone is no sign of a format
+    }  # optional fields such as user_id do not tell formats apart
     cost = {name: sum(0.1 if its else 1 for its in lacking[name].values()) / told[name] for name in formats}
     nearest = min(formats, key=cost.__getitem__)
     return nearest, lacking[nearest]
 
 
 def _renames(format: str, row: Mapping[str, Any]) -> dict[str, str | None]:
-    """What a row lacks of a format -> the field that might be it."""
+    """Each field of the format that the row lacks -> the row's field that might be meant, or None."""
     found: dict[str, str | None] = {}
     for need in missing_fields(format, row):
         ours, taken = need.split("|"), {*OPTIONAL, *found.values()}
-        left = {name for name in row if not {",", "="} & {*name}} - taken  # at these --columns divides
+        left = {name for name in row if not {",", "="} & {*name}} - taken  # --columns splits its value at , and =
         names = (*ours, *ALSO_CALLED.get(ours[0], ()))
         found[ours[0]] = next((close for name in names if (close := nearest_name(name, left))), None)
     return found
@@ -90,7 +90,7 @@ OF_REVIEWS = {"rating", "asin", "parent_asin", "verified_purchase"}
 
 
 def _lacks_something(row: Mapping[str, Any]) -> bool:
-    """Whether a row with a text is a review, or has two fields of another format, and so is no document."""
+    """Whether a row with a `text` is no document: it is a review, or has two fields of another format."""
 
     def told(entry: Format) -> int:
         needs = (need.split("|") for need in entry.needs if need not in ("text", *OPTIONAL))
@@ -110,6 +110,6 @@ def detect_format(row: Mapping[str, Any]) -> str:
     if len(fits) > 1:
         known = "; ".join(f"{name} ({', '.join(FORMATS[name].needs)})" for name in fits)
         raise BadRow(
-            None, f"the fields of one format (choose with --format: {known})", f"fields of several: {listed(row)}"
+            None, f"the fields of one format (choose it with --format: {known})", f"fields of several: {listed(row)}"
         )
     return fits[0]

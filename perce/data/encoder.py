@@ -3,8 +3,8 @@
     e(text) = mean of the last hidden states over the text's own tokens      (D,)
     score   = e(query) · e(passage)
 
-The score is the dot product, as Contriever is trained, or the cosine where the model was trained for that, which
-sentence-transformers files beside it tell (a Normalize module in modules.json).
+The score is the dot product, with which Contriever is trained, or the cosine if the model was trained with that. The
+sentence-transformers files in the model's directory say so (a Normalize module in modules.json).
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor
 from perce.errors import UserError
 from perce.hub import from_pretrained
 
-MAX_TOKENS = 512  # of a text, the rest is not read; fewer where the model says so
+MAX_TOKENS = 512  # of a text are read, or fewer if the model says so; the rest is ignored
 BATCH = 32
 CACHED_TEXTS = 100_000  # embeddings kept, 300 MB at D = 768; the rows of one user share most of their passages
 
@@ -32,7 +32,7 @@ class Encoder:
         path: a directory or Hub id of a mean-pooled encoder, such as facebook/contriever.
         device: default "cuda" where available, else "cpu".
 
-    Raises UserError if it cannot be loaded or is no such model.
+    Raises UserError if the model cannot be loaded, or is not such an encoder.
     """
 
     def __init__(self, path: str, device: str | None = None):
@@ -42,7 +42,7 @@ class Encoder:
         try:
             load: dict[str, Any] = {"option": "--retriever_model", "kind": "an encoder"}
             self.tokenizer = from_pretrained(AutoTokenizer, path, **load)
-            # Weights that the checkpoint lacks (BERT's pooler, not used here) are drawn at random.
+            # transformers draws weights that the checkpoint lacks (BERT's pooler, which is not used) at random.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = from_pretrained(AutoModel, path, dtype=torch.float32, **load)
@@ -64,7 +64,7 @@ class Encoder:
             raise UserError(f"--retriever_model {path}: {expected}, whose fast tokenizer has a padding token.")
 
     def _identity(self) -> str:
-        """Of the weights, the tokenizer and the conventions: what makes embeddings differ."""
+        """Digest of the weights, the tokenizer and the conventions, on which the embeddings depend."""
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
         digest.update(repr((self.model.config.to_json_string(), self.cosine, self.max_tokens)).encode())
         for name, tensor in self.model.state_dict().items():
@@ -78,7 +78,7 @@ class Encoder:
         return (torch.stack(found) @ asked).numpy()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """(n, D) fp32 embeddings on the CPU, of unit length where the model compares by cosine."""
+        """(n, D) fp32 embeddings on the CPU, of unit length if the model compares by cosine."""
         new = list(dict.fromkeys(text for text in texts if text not in self._cache))
         ids = self.tokenizer(new, truncation=True, max_length=self.max_tokens)["input_ids"] if new else []
         by_length = sorted(range(len(new)), key=lambda i: len(ids[i]))
@@ -93,7 +93,7 @@ class Encoder:
 
     @torch.no_grad()
     def _embed(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """(B, D) from B token sequences: the mean over each one's own tokens."""
+        """(B, D) embeddings of B token sequences: the mean over each sequence's own tokens, without padding."""
         batch = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt").to(self.device)
         hidden = self.model(**batch)[0]  # (B, T, D)
         mask = batch["attention_mask"][..., None]  # (B, T, 1)
@@ -102,8 +102,8 @@ class Encoder:
 
 
 def _conventions(path: str) -> tuple[bool, int]:
-    """(cosine, longest text in tokens) as sentence-transformers files beside the model tell; (False, MAX_TOKENS)
-    without them. UserError for another pooling than the mean."""
+    """(cosine, longest text in tokens) by the sentence-transformers files in the model's directory; (False, MAX_TOKENS)
+    without them. UserError for any pooling except the mean."""
     modules = _lookup(path, "modules.json") or []
     for module in modules:
         if module["type"].endswith("Pooling"):
@@ -112,8 +112,8 @@ def _conventions(path: str) -> tuple[bool, int]:
             modes |= {f"pooling_mode_{pooling['pooling_mode']}_tokens"} if "pooling_mode" in pooling else set()
             if modes != {"pooling_mode_mean_tokens"}:
                 raise UserError(
-                    f"--retriever_model {path}: expected a model whose tokens are averaged, got one that pools them by "
-                    f"{', '.join(sorted(modes)) or 'nothing known'}. Choose another, such as facebook/contriever."
+                    f"--retriever_model {path}: expected a model that averages its tokens, got one that pools them by "
+                    f"{', '.join(sorted(modes)) or 'an unknown mode'}. Choose another, such as facebook/contriever."
                 )
     settings = _lookup(path, "sentence_bert_config.json") or {}
     cosine = any(module["type"].endswith("Normalize") for module in modules)
@@ -121,7 +121,7 @@ def _conventions(path: str) -> tuple[bool, int]:
 
 
 def _lookup(path: str, name: str) -> Any:
-    """The JSON file `name` of a local or Hub model; None where there is none."""
+    """The content of the JSON file `name` of a local or Hub model; None if there is no such file."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Values of a row's fields, checked: texts, personas, passages of a history, turns. A `BadRow` names the field."""
+"""Checks the values of a row's fields: texts, personas, passages of a history, turns. A `BadRow` names the field."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 from perce.data.readers import BadRow, not_utf8
 from perce.visible import listed, shortened
 
-# How a profile entry becomes a passage: (the field that tells its kind, ((label, field), ..., the text)); first match
-# wins. A passage of one field is that text alone (LaMP-7's tweets). Fields not named here (ids, dates) are left out.
+# How a profile entry becomes a passage: (the field that tells its kind, ((label, field), ..., the text)). The first
+# kind that matches is used. A passage of one field is that text alone (LaMP-7's tweets). Other fields (ids, dates) are
+# left out.
 PASSAGES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
         "reviewText",
@@ -27,9 +28,9 @@ PASSAGES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("score", (("Rating", "score"), ("Review", "text"))),  # LaMP-3
     ("text", (("Category", "category"), ("Title", "title"), ("Text", "text"))),  # LaMP-2N, -4, -6, -7
 )
-# Fields that are the target in some LaMP or LongLaMP task: an entry that holds this row's target there gives it away.
+# Fields that are the target in some LaMP or LongLaMP task: an entry with this row's target there would give it away.
 TARGET_FIELDS = ("abstract", "content", "reviewText", "text", "title")
-HEAVIEST = 1e6  # weight of a row: far from where fp32 overflows
+HEAVIEST = 1e6  # the largest weight of a row: far below where fp32 overflows
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +44,20 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def show(value: object) -> str:
-    """What a value is, in a few words, however large it is and however deep."""
+    """The type of a value and its shortened text, however large or deeply nested it is."""
     text = _SHORT.repr(value[:80] if isinstance(value, str) else value)
     return f"{type(value).__name__} {shortened(text)}"
 
 
 def text_of(value: object, field: str) -> str:
-    """A string with something in it, which a tokenizer can encode."""
+    """The value; BadRow unless it is a non-empty string that a tokenizer can encode."""
     if not isinstance(value, str) or not value.strip():
         raise BadRow(field, "a non-empty string", show(value))
     return value if value.isascii() else encodable(value, field)
 
 
 def encodable(value: str, field: str) -> str:
-    """The text; BadRow where it is none of Unicode's: "\\ud83d" alone in JSON, a byte of a file that is not UTF-8."""
+    """The text; BadRow if it is not valid Unicode: "\\ud83d" alone in JSON, or a byte of a file that is not UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -67,10 +68,10 @@ def encodable(value: str, field: str) -> str:
 
 
 def list_of(value: object, field: str, of: str) -> list[Any]:
-    """A non-empty list; `datasets` may hand out a list of structs as one struct of lists, which is turned back."""
+    """The value as a non-empty list. `datasets` may return a list of structs as one struct of lists: it is undone."""
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         if len({len(column) for column in value.values()}) > 1:
-            raise BadRow(field, "columns of one length", show({key: len(column) for key, column in value.items()}))
+            raise BadRow(field, "columns of equal length", show({key: len(column) for key, column in value.items()}))
         value = [dict(zip(value, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not value:
         raise BadRow(field, f"a non-empty list of {of}", show(value))
@@ -78,7 +79,7 @@ def list_of(value: object, field: str, of: str) -> list[Any]:
 
 
 def passage_text(entry: object, field: str) -> str:
-    """A profile entry as readable text (table `PASSAGES`); "" for an entry without text, which says nothing."""
+    """A profile entry as readable text (table `PASSAGES`); "" for an entry without text."""
     if isinstance(entry, str):
         return text_of(entry, field) if entry.strip() else ""
     if not isinstance(entry, dict):
@@ -94,7 +95,7 @@ def passage_text(entry: object, field: str) -> str:
 
 
 def parse_persona(value: object, field: str) -> tuple[str, ...]:
-    """A string is one passage; a list keeps its order, without blank entries."""
+    """The passages of a persona: a string is one passage; a list keeps its order and loses blank entries."""
     if isinstance(value, str):
         return (text_of(value, field),)
     entries = list_of(value, field, "strings")
@@ -109,7 +110,7 @@ _TOOLS = ("tool", "function", "observation", "function_call")
 
 
 def parse_messages(value: object, field: str) -> tuple[tuple[Turn, ...], tuple[float, ...]]:
-    """Alternating turns of user and assistant, perhaps behind a system message, and the weight of each.
+    """Alternating turns of user and assistant, perhaps after a system message, and the weight of each turn.
 
     A message is {"role", "content"}, or ShareGPT's {"from", "value"}; an assistant's may have a "weight".
     """
@@ -122,7 +123,7 @@ def parse_messages(value: object, field: str) -> tuple[tuple[Turn, ...], tuple[f
         who, what = names_in(message)
         said = message.get(who)
         if said in _TOOLS or message.get("tool_calls") or message.get("function_call"):
-            expected = "a conversation without tools, whose calls and results are not trained on"
+            expected = "a conversation without tool calls and tool results, which perce does not train on"
             raise BadRow(here, expected, show(message))
         role = ROLES.get(said) if isinstance(said, str) else None
         if role is None:
@@ -139,7 +140,7 @@ def parse_messages(value: object, field: str) -> tuple[tuple[Turn, ...], tuple[f
 
 
 def names_in(message: Mapping[str, Any]) -> tuple[str, str]:
-    """What a message calls its speaker and its text; a table has both names, of which two are null."""
+    """The names of a message's fields for its speaker and its text. Tables have both pairs; one of them is null."""
     return ("role", "content") if message.get("from") is None else ("from", "value")
 
 
@@ -148,8 +149,8 @@ def parse_turns(value: object, field: str) -> tuple[Turn, ...]:
 
 
 def exchanges(said: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """Passages of a conversation of (role, text), the latest first: what a user said with the answer to it, or a system
-    message. A system message that is repeated is kept once. Equal passages are one string in memory, because the rows
+    """Passages of a conversation of (role, text), the latest first. A passage is a user message with its answer, or a
+    system message. A repeated system message is kept once. Equal passages share one string in memory, because the rows
     of a user have the same history."""
     passages: list[str] = []
     before = ""
@@ -168,7 +169,7 @@ def exchanges(said: Iterable[tuple[str, str]]) -> tuple[str, ...]:
 def said_in(
     value: object, field: str, who: str, what: str, roles: Mapping[str, str]
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(role, text, object) of each of a list of objects that name a speaker, one of `roles`, and the text."""
+    """(role, text, object) for each object in a list. Its field `who` is a key of `roles`, its field `what` a text."""
     known = {name.casefold(): role for name, role in roles.items()}
     for i, said in enumerate(list_of(value, field, f"{{{who!r}, {what!r}}} objects")):
         if not isinstance(said, dict):
@@ -180,14 +181,14 @@ def said_in(
 
 
 def rating_of(value: object) -> str:
-    """Of a review, a number, as it is written."""
+    """The rating of a review: a number, as the row writes it."""
     if isinstance(value, bool) or not re.fullmatch(r"\d+(\.\d+)?", str(value)):
         raise BadRow("rating", "a number", show(value))
     return str(value)
 
 
 def weight_of(value: object, field: str) -> float:
-    """What the weights of a reply's tokens are multiplied by; 1 where nothing is said. A CSV has it as a text."""
+    """The factor that multiplies the weights of a reply's tokens; 1 if the row has none. In a CSV it is a text."""
     try:
         weight = 1.0 if value is None else float(value) if isinstance(value, str | int | float) else -1.0
     except (ValueError, OverflowError):
@@ -210,8 +211,8 @@ def parse_spans(value: object, response: str) -> tuple[tuple[int, int], ...]:
 
 
 def same_words(one: str, other: str) -> bool:
-    """Equal but for case, space and punctuation (LaMP-7 has the target again as "- TARGET"); ends at the first word
-    that differs, so it is cheap for long texts."""
+    """Whether two texts are equal apart from case, spaces and punctuation (LaMP-7 repeats the target as "- TARGET").
+    The comparison stops at the first word that differs, so it is cheap for long texts."""
     return all(
         a and b and a[0].casefold() == b[0].casefold()
         for a, b in zip_longest(re.finditer(r"\w+", one), re.finditer(r"\w+", other))

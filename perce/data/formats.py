@@ -23,11 +23,12 @@ class Format:
 
     title: whose rows these are.
     needs: fields that a row must have; "a|b": one of them. A row that fits two formats is of the one that needs more.
-    parse: the examples of a row. gives: how many, in words.
-    may_have: other fields that are read. lists: those that a CSV has as texts of lists. users: those that name the
-        user, of which the first counts that is there; "a.b": within another. A list of texts is known by its digest.
-    history: whether the persona is a history, from which passages are retrieved: always, or where it does not fit.
-    join: completes a row by what stands beside it; see joins.py.
+    parse: makes the examples of a row. gives: how many, in words.
+    may_have: other fields that are read. lists: fields that hold lists, which a CSV has as texts. users: fields that
+        name the user, the first that a row has counts; "a.b": b within a. A list of texts is replaced by its digest.
+    history: whether the persona is a history from which passages are retrieved: always ("passages"), or only if the
+        whole does not fit ("conversation").
+    join: adds to a row what other rows or files know of it; see joins.py.
     """
 
     title: str
@@ -41,8 +42,8 @@ class Format:
     join: Callable[[Lookup, Row], Row] | None = None
 
 
-A_MESSAGE = "one an assistant message that answers one"
-EACH_SIDE = "one a turn but the first, from its speaker's side"
+A_MESSAGE = "one per assistant message that answers another message"
+EACH_SIDE = "one per turn except the first, from its speaker's side"
 FORMATS: dict[str, Format] = {
     "perce": Format(
         "your own rows; chat logs", ("persona", "query|messages", "response|messages"), parsers.parse_perce,
@@ -54,7 +55,7 @@ FORMATS: dict[str, Format] = {
     ),
     "preference": Format(
         "TRL, preference pairs", ("persona", "prompt", "chosen", "rejected"), parsers.parse_preference,
-        "one: what was chosen", may_have=("system",),
+        "one: the chosen reply", may_have=("system",),
     ),
     "sharegpt": Format(
         "ShareGPT", ("persona", "conversations"), parsers.parse_sharegpt, A_MESSAGE, may_have=("system", "chosen"),
@@ -80,12 +81,12 @@ FORMATS: dict[str, Format] = {
         history="passages", join=joins.reviews_of_user,
     ),
     "convai2": Format(
-        "ConvAI2, a dialogue a row", ("personality", "dialogue"), parsers.parse_convai2, "one a `self` line",
+        "ConvAI2, one dialogue per row", ("personality", "dialogue"), parsers.parse_convai2, "one per `self` line",
         lists=("personality", "dialogue"),
     ),
     "personachat": Format(
         "Persona-Chat of Hugging Face", ("personality", "utterances|candidates"), parsers.parse_personachat,
-        "one an utterance: its last candidate", may_have=("history",), lists=("utterances", "candidates"),
+        "one per utterance: its last candidate", may_have=("history",), lists=("utterances", "candidates"),
         users=("user_id", "personality"),
     ),
     "spc": Format(
@@ -116,11 +117,11 @@ FORMATS: dict[str, Format] = {
         "PrefEval", ("preference", "question"), parsers.parse_prefeval, may_have=("response", "response_to_q")
     ),
     "aloe": Format(
-        "ALOE", ("profile", "conversations"), parsers.parse_aloe, "one a turn: the preferred reply",
+        "ALOE", ("profile", "conversations"), parsers.parse_aloe, "one per turn: the preferred reply",
         may_have=("personality",),
     ),
     "prism": Format(
-        "PRISM", ("user_id", "conversation_history"), parsers.parse_prism, "one a turn: the chosen reply",
+        "PRISM", ("user_id", "conversation_history"), parsers.parse_prism, "one per turn: the chosen reply",
         lists=("conversation_history",), join=joins.survey_of_user,
     ),
     "text": Format("documents", ("text",), parsers.parse_document, "one document, without a persona"),
@@ -129,12 +130,12 @@ NEEDED = frozenset(name for entry in FORMATS.values() for need in entry.needs fo
 _READ = {name.partition(".")[0] for entry in FORMATS.values() for name in (*entry.users, *entry.may_have)}
 OPTIONAL = ({"weight", *_READ} - NEEDED) | {"user_id", "id"}
 FIELDS = NEEDED | OPTIONAL
-# Fields that may be lists of texts, objects or numbers; a query or a response that begins with "[" stays a text.
+# Fields that may be lists of texts, objects or numbers. A query or a response that begins with "[" remains a text.
 LISTS = tuple(dict.fromkeys(name for entry in FORMATS.values() for name in entry.lists))
 
 
 def system_message(row: Row) -> tuple[str, object] | None:
-    """(the field it is in, the text) of a row's system message; None where it has none."""
+    """(name of its field, text) of a row's system message; None if the row has none."""
     if row.get("system", "") != "":
         return "system", row["system"]
     for field in ("messages", "conversations", "prompt"):
@@ -146,13 +147,13 @@ def system_message(row: Row) -> tuple[str, object] | None:
 
 
 def with_marked_persona(row: dict[str, Any], start: str, end: str) -> dict[str, Any]:
-    """The row with the field `persona`: what its system message has between two marks, and has no longer then.
+    """The row with a field `persona`: the text between two marks is moved there from the system message.
 
-    An empty `end` is the message's own end. A system message that has nothing else is left out.
+    An empty `end` means the end of the message. A system message that held nothing else is left out.
     """
     expected = f"a system message with the persona between {start!r} and {end or 'its end'!r}"
     if (found := system_message(row)) is None:
-        raise BadRow("persona", f"it as a field, or {expected}", "no system message")
+        raise BadRow("persona", f"this field, or {expected}", "no system message")
     field, text = found
     before, opened, behind = str(text).partition(start)
     persona, closed, behind = behind.partition(end) if end else (behind, "-", "")

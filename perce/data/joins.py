@@ -1,12 +1,13 @@
-"""What a row refers to: files in its directory, and the other rows of its user.
+"""Finds what a row refers to: files in its directory, and the other rows of its user.
 
-    personamem      questions_32k.csv       shared_contexts_32k.jsonl, {context id: messages} a line; beside a file of
-                                            another name shared_contexts.jsonl
+    format          file of the rows        what is looked up
+    personamem      questions_32k.csv       shared_contexts_32k.jsonl, one {context id: messages} per line; if the rows'
+                                            file has another name: shared_contexts.jsonl
     personamem_v2   benchmark.csv           the file of messages that a row names
-    prism           conversations.jsonl     survey.jsonl, a row a user
+    prism           conversations.jsonl     survey.jsonl, one row per user
     amazon          reviews.jsonl           all reviews of a user
 
-Each is read when its first row is met, and held in memory.
+A file is read when the first row needs it, and held in memory.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from perce.visible import shortened
 
 Row = Mapping[str, Any]
 Made = TypeVar("Made")
-KEPT = 64  # files that rows name: the latest are held
-ABOVE = 4  # directories above the rows' own in which a file that a row names is looked for
+KEPT = 64  # how many of the latest files that rows name are held in memory
+ABOVE = 4  # how many directories above the rows' own are searched for a file that a row names
 LINKS = ("chat_history_32k_link", "chat_history_128k_link")  # of PersonaMem v2
 
 
@@ -33,8 +34,8 @@ class Lookup:
     """Finds what the rows of one source refer to.
 
     Args:
-        path: their file; None where they are of a data set of the datasets library, which has no files beside it.
-        rows: reads all of them.
+        path: the rows' file; None if the rows come from the datasets library and have no other files next to them.
+        rows: reads all rows.
     """
 
     def __init__(self, path: Path | None, rows: Callable[[], Iterator[Row]]):
@@ -53,26 +54,26 @@ class Lookup:
         return self._made[key]
 
     def file(self, name: str, field: str, above: int = 0) -> Path:
-        """The file of this name in the rows' directory, or so many above it; BadRow, naming the field, if none is."""
+        """The file of this name in the rows' directory or one of `above` directories above; BadRow if none has it."""
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BadRow(field, "a path below the data's directory", show(name))
+            raise BadRow(field, "a path relative to the data's directory, without '..'", show(name))
         folders = [self.path.resolve().parent, *self.path.resolve().parents[1 : above + 1]] if self.path else []
         for folder in folders:
-            with contextlib.suppress(OSError):  # a name that the system refuses is none of a file
+            with contextlib.suppress(OSError):  # a name that the system refuses names no file
                 if (folder / name).is_file():
                     return folder / name
-        got = f"none in {folders[0]}" if folders else "rows of the datasets library, which has no files beside them"
-        bad = BadRow(field, f"the file {shortened(name)} beside the data", got)
-        bad.remedy = " Download it too, and give --data the file of the rows."
+        got = f"none in {folders[0]}" if folders else "rows of the datasets library, which have no file next to them"
+        bad = BadRow(field, f"the file {shortened(name)} in the data's directory", got)
+        bad.remedy = " Download that file too, and give --data the file of the rows."
         raise bad
 
     def entry(self, row: Row, field: str, name: str, items: Callable[[Row], Iterable[tuple[str, Any]]]) -> Any:
-        """What stands under a row's field in the file of this name, whose objects have these (id, value) items; BadRow
-        where nothing does."""
+        """The value whose id a row's field holds, from the file of this name; `items` gives the (id, value) pairs of an
+        object in that file. BadRow if the file has no such id."""
         path = self.file(name, field)
         found = self.once(path, lambda: _by_id(path, items))
         if str(row[field]) not in found:
-            raise BadRow(field, f"one of {path.name}", show(row[field]))
+            raise BadRow(field, f"an id that {path.name} has", show(row[field]))
         return found[str(row[field])]
 
 
@@ -81,23 +82,23 @@ def _by_id(path: Path, items: Callable[[Row], Iterable[tuple[str, Any]]]) -> dic
     for place, row in json_file(path):
         if not isinstance(row, dict):
             got = row if isinstance(row, BadRow) else f"expected an object, got {show(row)}"
-            raise UserError(f"{path}{place}: {got}. Correct the file.")
+            raise UserError(f"{path}{place}: {got}. Correct that file.")
         for key, value in items(row):
             if key in found:
-                raise UserError(f"{path}{place}: {shortened(key)!r} is there twice. Correct the file.")
+                raise UserError(f"{path}{place}: the id {shortened(key)!r} is there twice. Correct that file.")
             found[key] = value
     return found
 
 
 def shared_contexts(lookup: Lookup, row: Row) -> Row:
-    """PersonaMem: the conversation that a question is asked after."""
+    """PersonaMem: adds the conversation after which the question is asked."""
     size = (lookup.path.stem if lookup.path else "questions_32k").partition("questions")[2]
     context = lookup.entry(row, "shared_context_id", f"shared_contexts{size}.jsonl", lambda line: line.items())
     return {**row, "context": context}
 
 
 def linked_history(lookup: Lookup, row: Row) -> Row:
-    """PersonaMem v2: the conversation of the file that a row names, from the data set's own directory."""
+    """PersonaMem v2: adds the conversation from the file that the row names, in the data set's directory."""
     field = next(name for name in LINKS if name in row)
     path = lookup.file(text_of(row[field], field), field, ABOVE)
     history = lookup.once(path, lambda: whole_json(path))
@@ -105,7 +106,7 @@ def linked_history(lookup: Lookup, row: Row) -> Row:
 
 
 def survey_of_user(lookup: Lookup, row: Row) -> Row:
-    """PRISM: what the user has answered before the conversations."""
+    """PRISM: adds the user's answers to the survey, which were given before the conversations."""
     answers = lookup.entry(
         row, "user_id", "survey.jsonl", lambda line: [(str(line["user_id"]), line)] if "user_id" in line else []
     )
@@ -113,12 +114,12 @@ def survey_of_user(lookup: Lookup, row: Row) -> Row:
 
 
 def reviews_of_user(lookup: Lookup, row: Row) -> Row:
-    """Amazon: (text, passage) of each review of the user that can be used, the latest first."""
+    """Amazon: adds (text, passage) of each usable review of the user, the latest first."""
 
     def by_user() -> dict[str, list[tuple[str, str]]]:
         dated: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
         for review in lookup.rows():
-            with contextlib.suppress(BadRow):  # of which its own row is told
+            with contextlib.suppress(BadRow):  # a bad review is reported when its own row is read
                 text, _ = (text_of(review.get(name), name) for name in ("text", "title"))
                 rating_of(review.get("rating"))
                 date = str(review.get("timestamp")).zfill(20)

@@ -1,7 +1,7 @@
-"""Lists that came as a text, as in a CSV: JSON, what Python prints, and what numpy prints.
+"""Parses lists that are stored as text, for example in a CSV cell: as JSON, or as Python or numpy print them.
 
-pandas writes a list as `['a', 'b']`, and datasets, whose columns are numpy arrays there, `['a' 'b']`. Both are exact,
-and read here; of an array that numpy has shortened (`...`) the rest is lost.
+pandas writes a list as `['a', 'b']`; datasets writes `['a' 'b']`, because it exports numpy arrays. Both are complete
+and are read here. An array that numpy has shortened (`...`) has lost its other entries, and is a BadRow.
 """
 
 import ast
@@ -13,15 +13,15 @@ from typing import Any
 from perce.data.readers import BadRow, parse_json
 from perce.visible import shortened
 
-LONGEST = 2**22  # characters of a Python list: its syntax tree takes a hundred times as much
+LONGEST = 2**22  # characters of a Python list: its syntax tree takes a hundred times as much memory
 _BEGINS = re.compile(r"\[\s*(['\"\[{(]|[bru]+['\"]|None\b|nan\b|np\.|array\()|[({]\s*['\"]|array\(")
 _VALUES, _OPEN, _CLOSE = (tokenize.STRING, tokenize.NUMBER), tuple("[{("), tuple("]})")
 
 
 def parse_list(text: str, field: str) -> Any:
-    """The list that a text is; the text itself where it is none, such as "[laughs] Hi" or a JSON object.
+    """The list that a text spells; the text itself if it spells none, such as "[laughs] Hi" or a JSON object.
 
-    BadRow for what was a list when it was written, and cannot be read as one.
+    BadRow if the text was written as a list but cannot be read as one.
     """
     bare = text.strip()
     if bare.startswith("[") and bare.endswith("]"):
@@ -31,9 +31,9 @@ def parse_list(text: str, field: str) -> Any:
             pass
     if not (_BEGINS.match(bare) and bare.endswith(("]", ")", "}"))):
         return text
-    expected = "a list as JSON, Python or numpy writes it whole"
+    expected = "a complete list as JSON, Python or numpy writes it"
     if len(bare) > LONGEST:
-        raise BadRow(field, expected, "a Python list of more than 4 MiB, which is to be written as JSON")
+        raise BadRow(field, expected, "a Python list of more than 4 MiB, which must be written as JSON")
     if (written := _with_commas(bare)) is None:
         return text
     try:
@@ -44,12 +44,12 @@ def parse_list(text: str, field: str) -> Any:
             return list(value)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # TypeError: a list as a name or in a set
         pass
-    raise BadRow(field, expected, f"{shortened(bare)!r}; JSON lines or Parquet keep lists as they are")
+    raise BadRow(field, expected, f"{shortened(bare)!r}; JSON Lines or Parquet files keep lists as they are")
 
 
 def _with_commas(text: str) -> str | None:
-    """With a comma between two values that a space alone divides: Python would make one text of two. None for what is
-    no single expression in brackets, but a text that begins and ends like one."""
+    """The text with a comma between values that only a space separates, which Python would join into one text. None if
+    the text only begins and ends like an expression in brackets, and is not a single one."""
     written: list[str] = []
     depth, before = 0, None
     try:

@@ -1,9 +1,9 @@
-"""Rows whose labels tell both passes apart, for trainers of others: they can be cut, packed and cached unawares.
+"""Rows whose labels mark the persona, for trainers of other libraries, which cut, pack and cache them like any rows.
 
     input_ids   prompt and replies, with the persona
-    labels      the ids to learn; IGNORED (-100) at others; PERSONA (-101) where the counterfactual pass lacks the token
+    labels      the ids to learn; IGNORED (-100) at others; PERSONA (-101) at tokens that the counterfactual pass lacks
 
-PersonaCollator makes a batch of them with the trainer's own collator, called twice.
+PersonaCollator makes a batch of such rows: it calls the trainer's own collator twice.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,18 +23,18 @@ IGNORED, PERSONA = -100, -101
 
 
 def labelled(rows: Any, tokenizer: Any, data: DataConfig | None = None) -> Dataset:
-    """Rows in any format of docs/DATA.md (a Dataset or a list) → `input_ids` and `labels`, of one reply a row.
+    """Rows in any format of docs/DATA.md (a Dataset or a list) → `input_ids` and `labels`, one reply per row.
 
-    UserError for a row that cannot be used, and for a `weight`, which labels cannot say.
+    UserError for a row that cannot be used, and for a `weight` other than 0 or 1, which labels cannot express.
     """
     pairs = rows_dataset_pairs(rows, "rows", tokenizer, data or DataConfig())
     if any(weight != 1 for weight in pairs["data_weight"]):
-        raise UserError("rows: expected weights of 0 or 1, for labels say no others. PerceTrainer takes them.")
+        raise UserError("rows: expected weights of 0 or 1: labels cannot express others. PerceTrainer takes them.")
     return pairs.map(row_of, remove_columns=pairs.column_names)
 
 
 def row_of(pair: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Of the columns of a data.pairs.Pair."""
+    """The row of a pair, given as the columns of a data.pairs.Pair."""
     ids, (start, end), n = pair["input_ids"], pair["persona_span"], pair["response_length"]
     labels = [IGNORED] * (len(ids) - n) + list(ids[-n:])
     labels[start:end] = [PERSONA] * (end - start)
@@ -42,7 +42,7 @@ def row_of(pair: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def persona_span(ids: Sequence[int], ids_cf: Sequence[int]) -> tuple[int, int] | None:
-    """The half-open range of ids without which they are ids_cf; None where there is none."""
+    """The half-open range of `ids` whose removal gives `ids_cf`; None if there is no such range."""
     added = len(ids) - len(ids_cf)
     start = next((i for i, (a, b) in enumerate(zip(ids, ids_cf, strict=False)) if a != b), len(ids_cf))
     return (start, start + added) if added > 0 and ids[start + added :] == ids_cf[start:] else None
@@ -52,7 +52,7 @@ class PersonaCollator:
     """Rows → the batch of both passes; UserError for rows without PERSONA labels, and for padding on the left.
 
     Args:
-        collator: of `input_ids` and `labels`; it pads on the right, or lays sequences end to end with their
+        collator: collates `input_ids` and `labels`; it pads on the right, or concatenates sequences and adds their
             position_ids (padding-free). A row of several sequences has `seq_lengths`.
     """
 
@@ -60,7 +60,7 @@ class PersonaCollator:
         self.collator = collator
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """The collator's batch, and what model/passes.py reads: rows, target, uses, input_ids_cf, rows_cf, …"""
+        """The collator's batch, and what model/passes.py needs: rows, target, uses, input_ids_cf, rows_cf, …"""
         with_persona, without = zip(*map(_both, rows), strict=True)
         try:
             batch, batch_cf = dict(self.collator([*with_persona])), self.collator([*without])
@@ -74,8 +74,8 @@ class PersonaCollator:
             ) from error
         if not torch.equal(target, target_cf):
             raise UserError(
-                f"data_collator: expected the same tokens to be learnt in both passes, got {len(target)} with the "
-                f"persona and {len(target_cf)} without, or others. One that cuts sequences cannot be used."
+                f"data_collator: expected the same tokens to learn in both passes, got {len(target)} with the persona "
+                f"and {len(target_cf)} without, or different ones. A collator that cuts sequences cannot be used."
             )
         uses = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
         batch |= {"rows": places, "rows_cf": places_cf, "target": target, "uses": uses}
@@ -83,24 +83,28 @@ class PersonaCollator:
 
 
 def collate_pairs(pairs: Sequence[Mapping[str, Any]], collator: PersonaCollator) -> Batch:
-    """Columns of data.pairs.Pair → a batch of both passes."""
+    """Pairs, as columns of data.pairs.Pair → a batch of both passes."""
     return collator([row_of(pair) for pair in pairs])
 
 
 def _both(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the collator is given of a row, with the persona and without."""
+    """A row's inputs to the collator, with the persona and without."""
     ids, labels = (np.array(row.get(name, [])) for name in ("input_ids", "labels"))
     lengths = list(row.get("seq_lengths") or [len(ids)])
     if not len(labels) or len(labels) != len(ids):
-        raise UserError(f"labels: expected {PERSONA} at the persona's tokens, of rows of ids and labels, got {[*row]}.")
+        raise UserError(
+            f"labels: expected {PERSONA} at the persona's tokens, in rows of input_ids and labels of equal length, got "
+            f"a row of {[*row]}."
+        )
     kept, starts = labels != PERSONA, np.cumsum([0, *lengths])[:-1]
     left = np.add.reduceat(kept, starts).tolist()
     if any(some in (0, all_) for some, all_ in zip(left, lengths, strict=True)):
         raise UserError(
-            f"labels: expected {PERSONA} at the persona's tokens, and others beside it, in every sequence; of "
-            f"{lengths} tokens {left} are others. perce.labelled makes such labels, and TRL's rows need a persona."
+            f"labels: expected {PERSONA} at the persona's tokens and other labels elsewhere, in every sequence; got "
+            f"{left} other labels in sequences of {lengths} tokens. perce.labelled makes such labels; rows for TRL "
+            "need a field persona."
         )
-    # Without the persona a sequence begins with another token, and nothing predicts what it begins with.
+    # Without the persona a sequence may begin with another token, and a sequence's first token is not predicted.
     labels[[start + kept[start:].argmax() for start in starts]] = IGNORED
     with_persona = {"input_ids": ids, "labels": np.where(kept, labels, IGNORED)}
     without = {"input_ids": ids[kept], "labels": labels[kept]}
@@ -115,6 +119,6 @@ def _both(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _predicted(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(N,) rows of the flattened hidden states that predict a token with a loss, and (N,) these tokens."""
     if "attention_mask" in batch and not batch["attention_mask"][:, 0].all():
-        raise UserError("padding_side: expected padding on the right, got it on the left. Set it on the tokenizer.")
+        raise UserError("padding_side: expected padding on the right, got it on the left. Set tokenizer.padding_side.")
     sequence, place = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
     return sequence * batch["labels"].shape[1] + place, batch["labels"][sequence, place + 1]

@@ -1,4 +1,4 @@
-"""What pairs the rows of a format, and examples on their way through it, with counts of what was left out."""
+"""Chooses the builder of pairs for a format, and builds pairs while counting what is left out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ Builder = PairBuilder | DocumentBuilder
 
 
 def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConfig = PERCE) -> Builder:
-    """What pairs rows of this format; UserError if the objective needs another kind of rows."""
+    """The builder of pairs for rows of this format; UserError if the objective needs another kind of rows."""
     kind = DOCUMENTS if format == "text" else PERSONAS
     if kind not in loss.entry.takes:
         *most, last = (name for name, entry in OBJECTIVES.items() if kind in entry.takes)
         other = "rows with persona, query and response" if kind == DOCUMENTS else "documents, rows like {'text': …}"
         raise UserError(
             f"objective {loss.objective}: expected {loss.entry.takes[0]}, got {kind} (format "
-            f"{format}). Choose {', '.join(most)} or {last} as the --objective, or give {other} (--columns OURS=THEIRS "
+            f"{format}). Choose {', '.join(most)} or {last} as --objective, or give {other} (--columns OURS=THEIRS "
             "renames fields)."
         )
     if kind == DOCUMENTS:
@@ -45,16 +45,16 @@ def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConf
 
 
 def make_persona_builder(tokenizer: Any, config: DataConfig, format: str) -> PairBuilder:
-    """make_builder for what asks about personas; UserError for documents, which have none."""
+    """make_builder for commands that measure the effect of personas; UserError for documents, which have none."""
     if format == "text":
-        raise UserError("Expected rows with a persona, got documents (format text): there is no persona to leave out.")
+        raise UserError("Expected rows with a persona, got documents (format text), which have no persona to omit.")
     builder = make_builder(tokenizer, config, format)
     assert isinstance(builder, PairBuilder)
     return builder
 
 
 def picked_by(builder: Builder) -> list[str]:
-    """How passages are chosen, in words, where they are."""
+    """A note on how passages are retrieved; [] if none are."""
     retriever = builder.retriever if isinstance(builder, PairBuilder) else None
     return [f"persona: {retriever.description}"] if retriever else []
 
@@ -66,7 +66,7 @@ def skipped_rows(rows: Examples) -> list[str]:
 
 @dataclass
 class PairSource:
-    """Examples to pair, and counts of what the first pass left out."""
+    """Examples to pair, with their builder and counts of what was left out."""
 
     examples: Sequence[Record] | Examples
     builder: Builder
@@ -75,13 +75,13 @@ class PairSource:
     dropped_passages: int = 0
     cut_documents: int = 0
     reason: str = ""
-    """Why the first of the unfit ones was left out."""
+    """Why the first unfit example was left out."""
     _first_pass: tuple[list[str], list[str]] | None = None
 
     def build(self, index: int, example: Record) -> list[dict[str, Any]]:
-        """Columns of the example's pairs: none where it does not fit and may be skipped."""
+        """The columns of the example's pairs; [] if it cannot be built and may be skipped."""
         try:
-            pairs = self.builder.pairs(example)  # type: ignore[arg-type]  # of the kind that the builder is for
+            pairs = self.builder.pairs(example)  # type: ignore[arg-type]  # of the builder's kind
         except UserError as error:
             if not self.skip_bad_rows:
                 raise
@@ -97,15 +97,16 @@ class PairSource:
             self._first_pass = self._counted()
 
     def notes(self, of_share: str = "") -> list[str]:
-        """What was left out so far, in words; of a stream's later passes nothing is told again.
+        """What was left out so far, in words; from the end of a stream's first pass on, only what that pass left out.
 
-        `of_share` follows what is counted of built examples alone: rows are read, and counted, by every process.
+        `of_share` is appended to the counts of built examples, which are those of one process; every process counts
+        all rows.
         """
         rows, examples = self._first_pass or self._counted()
         return [*rows, *(note + of_share for note in examples)]
 
     def _counted(self) -> tuple[list[str], list[str]]:
-        """Notes of rows, and of the examples that were built."""
+        """(notes on rows, notes on the examples that were built)."""
         rows = skipped_rows(self.examples) if isinstance(self.examples, Examples) else []
         limit, notes = f"--max_length {self.builder.max_length}", []
         if self.dropped_passages:
@@ -117,4 +118,4 @@ class PairSource:
         return rows, notes
 
     def nothing_left(self) -> str:
-        return f"No example is left, none of them fits. The first: {self.reason}"
+        return f"No example is left: none can be used. The first: {self.reason}"

@@ -3,9 +3,9 @@
     factual         prefix  [ persona block ]  suffix  response  end-of-turn
     counterfactual  prefix                     suffix  response  end-of-turn
 
-The counterfactual sequence *is* the factual one with one contiguous span of ids deleted, and is not stored on its own;
-response token i is the same id at the same response offset in both passes. chat.py renders both texts and tokenises
-them, and refuses a pair where deleting the span does not give the other text's ids.
+The counterfactual sequence *is* the factual one with one contiguous span of ids deleted, so it is not stored itself.
+Response token i is the same id at the same response offset in both passes. chat.py renders and tokenises both texts,
+and refuses a pair if deleting the span does not give the ids of the text without persona.
 """
 
 import re
@@ -26,10 +26,10 @@ from perce.data.retrieval import Retriever
 from perce.data.rows import Example
 from perce.errors import UserError
 
-MOST_CHARACTERS = 16  # a token: a history with more a token than any text has is not tokenised to be measured
+MOST_CHARACTERS = 16  # per token, more than any text has: a longer history cannot fit, and is not tokenised
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
 ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)?")
-# Words too common to be anybody's own, for the automatic label of personal tokens.
+# Words too common to be personal, for the automatic label of personal tokens.
 COMMON_WORDS = frozenset(
     """a about after again all also always am an and another any are as at back be because been before being but by can
     come could day did do does doing done down each even ever every few find first for from get give go going good got
@@ -53,17 +53,17 @@ class Pair:
     response_length: int
     """How many of the last ids are the response."""
     personal: list[bool]
-    """(response_length,) whether a token belongs to a marked span, or else to a word taken from the persona."""
+    """(response_length,) whether a token is in a marked span or, without marked spans, in a word from the persona."""
     passages: list[int]
-    """Which entries of Example.persona the prompt shows, in its order."""
+    """Indices of the entries of Example.persona that the prompt shows, in the prompt's order."""
     dropped_passages: int
     """Persona entries left out, last-ranked first, so that the sequence fits max_length."""
     conversation: int
-    """The same for the examples that one row gives to one persona: they may share tokens; see sharing.py."""
+    """A key that is equal for the examples of one row and persona, which may share tokens; see sharing.py."""
     persona: int
-    """The same where input_ids are, through the persona's end: a persona's examples may share them too."""
+    """A key that is equal for examples with the same input_ids up to the persona's end, which they may share too."""
     data_weight: float = 1.0
-    """What the data multiplies the weights of the response's tokens by."""
+    """The row's factor for the weights of the response's tokens."""
 
     @property
     def prompt_length(self) -> int:
@@ -83,9 +83,9 @@ def counterfactual_ids(input_ids: Sequence[int], persona_span: Sequence[int], re
 
 
 def counterfactual_pieces(pair: Mapping[str, Any]) -> list[tuple[list[int], int]]:
-    """The sequences of the second pass from the columns of a pair, each with how many of its last ids it predicts.
+    """The counterfactual sequences of a pair, from its columns, each with how many of its last ids it predicts.
 
-    Of a Pair it is one; of a DocumentPair one a window. Asserts that together they predict the response, in order.
+    A Pair has one; a DocumentPair has one per window. Asserts that together they predict the response, in order.
     """
     ids, length = pair["input_ids"], pair["response_length"]
     if "windows" in pair:
@@ -106,21 +106,21 @@ def prompt_ids(
     prompt: Mapping[str, str] | None = None,
     special_tokens_in_text: str = "text",
 ) -> list[int]:
-    """Token ids of the prompt that training puts before a reply: what to call `model.generate` with.
+    """Token ids of the prompt that training puts before a reply; pass them to `model.generate`.
 
     Args:
         tokenizer: the trained model's.
-        persona: what is known of the user, best first. None of it is left out.
+        persona: what is known of the user, best first. No entry is left out.
         query: the message to reply to, or the conversation as {"role": …, "content": …} messages, "user" last; the
-            first may be of role "system", and stands in place of SYSTEM_MESSAGE.
+            first may have the role "system", and replaces SYSTEM_MESSAGE.
         chat_template_kwargs, special_tokens_in_text: as in training. prompt: as in training, keys of --prompt; default:
-            what was saved with the tokenizer.
+            the style that was saved with the tokenizer.
 
     Raises:
         UserError (a ValueError): an empty persona, a conversation that training would refuse or that ends with a reply.
     """
     messages = [{"role": "user", "content": query}] if isinstance(query, str) else [dict(message) for message in query]
-    try:  # as rows are read: what training would refuse was not trained on
+    try:  # checked like rows: the model was not trained on what training refuses
         known = parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
         turns = parse_turns(messages, "query")
     except BadRow as bad:
@@ -146,17 +146,18 @@ def prompt_text(
 ) -> str:
     """The system message to send to a server of a trained model, which renders and tokenises it as in training.
 
-    With place "user" it is what to put before the first user message instead, and the system message stays as it is.
+    If the style's `place` is "user", it is the text to put before the first user message instead, and the system
+    message stays as it is.
 
     Args:
         persona: what is known of the user, best first.
         system: the conversation's own system message; default: SYSTEM_MESSAGE, or that of `prompt`.
-        tokenizer: the trained model's; without it, one after which a newline is a token of its own.
-        prompt: as in training, keys of --prompt; default: what was saved with the tokenizer.
-        chat_template_kwargs: as in training, where the template needs them.
+        tokenizer: the trained model's; without it, the text is for tokenizers that the first of PERSONA_FOOTERS fits.
+        prompt: as in training, keys of --prompt; default: the style that was saved with the tokenizer.
+        chat_template_kwargs: as in training, if the template needs them.
 
     Raises:
-        UserError (a ValueError): an empty persona, or what is no text.
+        UserError (a ValueError): an empty persona, or an argument that is not a text.
     """
     try:
         entries = parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
@@ -183,11 +184,13 @@ class PairBuilder:
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         max_length: longest factual sequence, in tokens; persona entries are dropped from the end until it fits.
-        retriever: chooses which entries of a persona to show, best first, or None for all.
-        whole_if_it_fits: a persona is a conversation, the latest first; one that fits is shown whole, as it was held.
+        retriever: chooses which entries of a persona to show, best first; None shows all.
+        whole_if_it_fits: a persona is a conversation, the latest part first; if all of it fits, it is shown from its
+            beginning, without retrieval.
         chat_template_kwargs: extra variables of the chat template, such as {"enable_thinking": False}.
-        prompt: how the persona is told, by keys of prompt.PromptStyle; default: as saved with the tokenizer.
-        special_tokens_in_text: what becomes of strings in the data that spell control tokens: "text", or "allow".
+        prompt: how the prompt words the persona, by keys of prompt.PromptStyle; default: as saved with the tokenizer.
+        special_tokens_in_text: how strings in the data that spell control tokens are tokenised: as "text", or as these
+            tokens ("allow").
     """
 
     def __init__(
@@ -242,7 +245,7 @@ class PairBuilder:
         return pair
 
     def _whole(self, example: Example) -> tuple[list[int], int, tuple[Chat, tuple[int, int]]] | None:
-        """As _chosen, of a conversation that is shown whole, from its beginning; None where it does not fit."""
+        """As _chosen, for a conversation that is shown whole, from its beginning; None if it does not fit."""
         count, characters = len(example.persona), sum(map(len, example.persona))
         if not self.whole_if_it_fits or characters > MOST_CHARACTERS * self.max_length:
             return None
@@ -251,7 +254,7 @@ class PairBuilder:
         return ([*range(count)][::-1], count, told) if fits else None
 
     def _chosen(self, example: Example) -> tuple[list[int], int, tuple[Chat, tuple[int, int]]]:
-        """Which entries the prompt is to show, how many of them fit, and the conversation with these."""
+        """The indices of the chosen entries, how many of these fit, and the conversation with the ones that fit."""
         chosen = list(self.retriever(example) if self.retriever else range(len(example.persona)))
         kept, chat, span = self._fitting(example, [example.persona[i] for i in chosen])
         return chosen, kept, (chat, span)
@@ -279,12 +282,13 @@ class PairBuilder:
         raise UserError(
             f"query and response take {without} of max_length={self.max_length} tokens (the response "
             f"{len(chat.encoded.ids) - chat.prompt_length}), which leaves no room for even the first persona entry "
-            f"({span[1] - span[0]} tokens with what stands around it). Raise --max_length, or leave such rows out with "
+            f"({span[1] - span[0]} tokens with the words around it). Raise --max_length, or leave such rows out with "
             "--skip_bad_rows."
         )
 
     def _without(self, excess: int, persona: Sequence[str], chat: Chat, span: tuple[int, int]) -> int:
-        """About how many entries stay when the last ones with this many tokens go; at least one fewer."""
+        """About how many entries remain if the last ones, with `excess` tokens together, are dropped; at least one is
+        dropped."""
         style, as_text = self.chat_format.style, self.chat_format.as_text
         starts = [place for place, _ in chat.encoded.spans(span[0])[: span[1] - span[0]]]
         begin = chat.text.text.index(as_text(style.block(persona, "")))
@@ -295,7 +299,7 @@ class PairBuilder:
         return 0 if len(persona) == 1 else 1
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """The factual prompt of an example whose response is still to be written, with its whole persona."""
+        """The factual prompt of an example, with its whole persona and without its response."""
         chat_format = self.chat_format
         return chat_format.encode(chat_format.prompt(example.turns, chat_format.block(example.persona))).ids
 
@@ -309,7 +313,8 @@ class PairBuilder:
             return [False] * (len(chat.encoded.ids) - chat.prompt_length)
         reply = example.response.strip()
         thought = THOUGHT.match(reply)
-        # Characters of the response before its answer, and where in the text the answer's are: CUT marks stand between.
+        # `before` counts the response's characters before its answer. `places` says where the answer's characters are
+        # in the rendered text, which has CUT marks between them.
         before = len(example.response) - len(example.response.lstrip()) + (thought.end() if thought else 0)
         text, answer = chat.text, len(reply) - (thought.end() if thought else 0)
         places = [text.answer + i for i, x in enumerate(text.text[text.answer : text.tail]) if x != CUT][:answer]
@@ -330,8 +335,7 @@ def _digest(data: bytes) -> int:
 def personal_word_spans(response: str, persona: Sequence[str], conversation: str) -> list[tuple[int, int]]:
     """Character spans of a response's words that are in the persona but not in the conversation; never common words.
 
-    The automatic label of personal tokens for data without marked spans: it finds quoted facts, and misses paraphrase
-    and style.
+    This labels personal tokens in data without marked spans. It finds quoted facts, and misses paraphrases and style.
     """
     found = [(match.group().lower(), match.span()) for match in WORD.finditer(response)]
     own = {word for word, _ in found if len(word) > 2 or word.isdigit()} - COMMON_WORDS
@@ -342,6 +346,6 @@ def personal_word_spans(response: str, persona: Sequence[str], conversation: str
 @lru_cache(64)  # the rows of a user have the same persona
 def words_of(text: str) -> frozenset[str]:
     """The distinct words, in lower case."""
-    if text.isascii():  # one pass, and classes of few characters: a third of the time
+    if text.isascii():  # a simpler pattern, which takes a third of the time
         return frozenset(ASCII_WORD.findall(text.lower()))
     return frozenset([word.lower() for word in WORD.findall(text)])

@@ -1,6 +1,6 @@
 """The parsers of rows: row -> a `Reply` for each example. A `BadRow` names the field.
 
-formats.py says which format has which; fields.py checks the values.
+formats.py says which format has which parser; fields.py checks the values.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ SPEAKERS = {"Speaker 1": "1", "Speaker 2": "2"}  # of MSC
 PARTS = {"user": "user", "assistant": "assistant", "system": "system"}
 USERS = {"User 1": "1", "User 2": "2"}  # of Synthetic-Persona-Chat
 UNSAID = ("", "EMPTY STRING", "Prefer not to say")  # answers of PRISM's survey that say nothing
-SURVEYED = (  # what they say, and its fields
+SURVEYED = (  # (label in the persona, field of the survey)
     ("", "self_description"), ("Wants of an assistant: ", "system_string"), ("Age: ", "age"), ("Gender: ", "gender"),
     ("Education: ", "education"), ("Employment: ", "employment_status"), ("Lives in: ", "reside_country"),
 )  # fmt: skip
 
 
 class Reply(NamedTuple):
-    """What a row gives for each example."""
+    """The parts of a row that make one example."""
 
     persona: tuple[str, ...]  # best first; a history: the latest first
     turns: tuple[Turn, ...]
-    response: str  # "" where the row has none, and asks for one
+    response: str  # "" if the row asks for a response and has none
     weight: float = 1.0
 
 
 def _replies(
     persona: tuple[str, ...], turns: tuple[Turn, ...], weights: Iterable[float] | None = None
 ) -> Iterator[Reply]:  # fmt: skip
-    """Each assistant turn but an opening one, which answers nothing."""
+    """Each assistant turn except an opening one, which answers nothing."""
     opening = 1 if turns[0].role == "system" else 0
     for i, (turn, weight) in enumerate(zip(turns, weights or [1.0] * len(turns), strict=True)):
         if turn.role == "assistant" and i > opening:
@@ -72,8 +72,8 @@ def parse_perce(row: Row) -> Iterator[Reply]:
         return
     turns, weights = parse_messages(row["messages"], "messages")
     if ("response" in row) != (turns[-1].role == "user"):
-        expected = "'messages' that end with a user turn and a 'response', or an assistant turn and none"
-        got = f"a last {turns[-1].role} turn {'and' if 'response' in row else 'without'} a response"
+        expected = "'messages' that end with a user turn, and a 'response', or that end with an assistant turn"
+        got = f"a last {turns[-1].role} turn {'and' if 'response' in row else 'without'} a 'response'"
         raise BadRow("messages", expected, got)
     if "response" in row:
         yield Reply(persona, turns, text_of(row["response"], "response"))
@@ -96,7 +96,7 @@ def parse_sharegpt(row: Row) -> Iterator[Reply]:
 
 
 def _maybe(row: Row, field: str) -> list[Any]:
-    """A list that may be absent or empty."""
+    """The list in a field that may be absent or empty."""
     return [] if row.get(field) in (None, []) else list_of(row[field], field, "entries")
 
 
@@ -115,12 +115,13 @@ def parse_alpaca(row: Row) -> Iterator[Reply]:
 
 
 def _from_history(entries: Any, field: str, request: tuple[Turn, ...], response: str) -> Reply:
-    """Of the newest entry first, so that it is kept longest; the files have the oldest first."""
+    """A reply whose persona is the history, the newest entry first, because entries are dropped from the end; the files
+    have the oldest entry first."""
     passages = []
     for i, entry in reversed(list(enumerate(list_of(entries, field, "objects")))):
         texts = [entry.get(name) for name in TARGET_FIELDS] if isinstance(entry, dict) else [entry]
         if response and any(isinstance(text, str) and same_words(text, response) for text in texts):
-            continue  # the target itself: with it in the prompt the model would only learn to copy
+            continue  # this is the target: with it in the prompt the model would only learn to copy
         if passage := passage_text(entry, f"{field}[{i}]"):
             passages.append(passage)
     if not passages:
@@ -134,21 +135,21 @@ def parse_lamp(row: Row) -> Iterator[Reply]:
 
 
 def _given(row: Row, *fields: str) -> str:
-    """The response, where there is one: these data sets have none, or not in all their files."""
+    """The response, or "" if the row has none: these data sets have none, or only in some of their files."""
     return next((text_of(row[name], name) for name in ("response", *fields) if name in row), "")
 
 
 def parse_lamp_qa(row: Row) -> Iterator[Reply]:
-    """The rubric and the narrative are for judges of an answer, and not shown."""
+    """The rubric and the narrative are for judges of an answer, and are not shown to the model."""
     yield _from_history(row["profile"], "profile", _user(row, "question"), _given(row))
 
 
 def parse_amazon(row: Row) -> Iterator[Reply]:
-    """One review, and the user's others as their history."""
+    """One review as the response, with the user's other reviews as the persona."""
     rating, title, said = rating_of(row["rating"]), text_of(row["title"], "title"), text_of(row["text"], "text")
     history = tuple(passage for text, passage in row["history"] if not same_words(text, said))
     if not history:
-        raise BadRow("user_id", "a user with another review", show(row["user_id"]))
+        raise BadRow("user_id", "a user with at least one other review", show(row["user_id"]))
     request = f'Write a review with the rating {rating} and the title "{title}".'
     yield Reply(history, (Turn("user", request),), said)
 
@@ -164,7 +165,7 @@ def parse_convai2(row: Row) -> Iterator[Reply]:
 
 
 def parse_personachat(row: Row) -> Iterator[Reply]:
-    """Of each utterance the last candidate is what the person with the persona said."""
+    """The last candidate of each utterance is what the person with the persona said."""
     persona = parse_persona(row["personality"], "personality")
     utterances = [("", row)]
     if "utterances" in row:
@@ -184,7 +185,7 @@ def parse_personachat(row: Row) -> Iterator[Reply]:
 
 def _utterances(value: object, field: str) -> Iterator[tuple[str, str]]:
     """(speaker "1" or "2", text) of a conversation: {speaker, text} objects, or SPC's "User 1: ..." lines."""
-    if isinstance(value, str):  # a line without a speaker goes on with the utterance before it
+    if isinstance(value, str):  # a line without a speaker continues the utterance before it
         parts = re.split(r"^[ \t]*user ([12])[ \t]*:", value, flags=re.IGNORECASE | re.MULTILINE)
         if parts[0].strip() or len(parts) < 3:
             raise BadRow(field, "lines that start with 'User 1:' or 'User 2:'", show(value))
@@ -194,7 +195,7 @@ def _utterances(value: object, field: str) -> Iterator[tuple[str, str]]:
 
 
 def _from_each_side(personas: Mapping[str, tuple[str, ...]], said: Iterable[tuple[str, str]]) -> Iterator[Reply]:
-    """Each utterance that answers one, from its speaker's view: the speaker is the assistant and has the persona."""
+    """Each utterance that answers another, from its speaker's side: the speaker is the assistant with the persona."""
     merged: list[tuple[str, str]] = []
     for who, text in said:
         merged.append((who, f"{merged.pop()[1]} {text}" if merged and merged[-1][0] == who else text))
@@ -206,7 +207,7 @@ def _from_each_side(personas: Mapping[str, tuple[str, ...]], said: Iterable[tupl
 def parse_spc(row: Row) -> Iterator[Reply]:
     personas = {}
     for who in "12":
-        facts = row[f"user {who} personas"]  # the original CSV has one string with a fact a line
+        facts = row[f"user {who} personas"]  # the original CSV has one string with one fact per line
         personas[who] = parse_persona(facts.splitlines() if isinstance(facts, str) else facts, f"user {who} personas")
     field = "conversation" if "conversation" in row else "Best Generated Conversation"
     yield from _from_each_side(personas, ((who, text_of(text, field)) for who, text in _utterances(row[field], field)))
@@ -218,7 +219,7 @@ def parse_document(row: Row) -> Iterator[Reply]:
 
 
 def _of_trl(answer: str) -> Callable[[Row], Iterator[Reply]]:
-    """The parser of TRL's rows of a prompt and, in this field, the reply to it: strings, or messages."""
+    """The parser of TRL's rows, whose prompt and reply (in the field `answer`) are strings or messages."""
 
     def parse(row: Row) -> Iterator[Reply]:
         said, weight = row[answer], 1.0
@@ -226,7 +227,7 @@ def _of_trl(answer: str) -> Callable[[Row], Iterator[Reply]]:
         if turns[-1].role != "user":
             raise BadRow("prompt", "a user turn at the end", "an assistant turn")
         if isinstance(said, str):
-            # In TRL's string form the completion is glued to the prompt: its leading space belongs to neither text.
+            # TRL appends a string completion to the prompt as it is: its leading space belongs to neither text.
             response = text_of(said, answer).lstrip()
         else:
             (only, *more), (weight, *_) = parse_messages(said, answer)
@@ -242,11 +243,12 @@ parse_prompt_completion, parse_preference = _of_trl("completion"), _of_trl("chos
 
 
 def parse_msc(row: Row) -> Iterator[Reply]:
-    """From each side: the sessions before this one, the latest first, then what is known of the speaker, which so
-    stands first where all is shown. In earlier sessions the first speaker begins, and entries may not name theirs."""
+    """Each speaker's replies. The persona is the earlier sessions, the latest first, and then the facts about the
+    speaker, so that the facts stand first if the whole is shown, oldest first. An entry of an earlier session may not
+    name its speaker: Speaker 1 begins, and they alternate."""
     facts = list_of(row["personas"], "personas", "two lists of facts")
     if len(facts) != 2:
-        raise BadRow("personas", "two lists of facts, one a speaker", show(facts))
+        raise BadRow("personas", "two lists of facts, one per speaker", show(facts))
     earlier = []
     for i, session in enumerate(_maybe(row, "previous_dialogs")):
         field = f"previous_dialogs[{i}].dialog"
@@ -268,7 +270,7 @@ def _history(messages: object, field: str) -> tuple[str, ...]:
 
 
 def parse_personamem(row: Row) -> Iterator[Reply]:
-    """A question after the first messages of a context; the answer is the option whose label is the correct one."""
+    """A question after the first messages of a context. The response is the option that `correct_answer` labels."""
     end, context = row["end_index_in_shared_context"], list_of(row["context"], "shared_context_id", "messages")
     if not re.fullmatch(r"\d{1,9}", str(end), re.ASCII) or not 0 < int(end) <= len(context):
         raise BadRow("end_index_in_shared_context", f"a number from 1 to {len(context)}", show(end))
@@ -284,7 +286,7 @@ def parse_personamem(row: Row) -> Iterator[Reply]:
 def parse_personamem_v2(row: Row) -> Iterator[Reply]:
     query = row["user_query"]
     if isinstance(query, str) and query.lstrip().startswith("{"):
-        with contextlib.suppress(BadRow):  # a message as Python prints it, or a text like any other
+        with contextlib.suppress(BadRow):  # a message as Python prints it; or else a plain text
             printed = parse_list(f"[{query.strip()}]", "user_query")
             query = printed[0] if isinstance(printed, list) else query
     said = {"user_query": query.get("content") if isinstance(query, dict) else query}
@@ -293,31 +295,31 @@ def parse_personamem_v2(row: Row) -> Iterator[Reply]:
 
 
 def parse_prefeval(row: Row) -> Iterator[Reply]:
-    """The preference is the persona; only the files for fine-tuning have an answer to the question."""
+    """The preference is the persona. Only the files for fine-tuning have an answer to the question."""
     persona = parse_persona(row["preference"], "preference")
     yield Reply(persona, _user(row, "question"), _given(row, "response_to_q").lstrip())
 
 
 def _unquoted(text: object) -> object:
-    """A text that is written as JSON: the published rows hold whole lines of a file of such."""
+    """The value of a text that is a JSON string: the published rows hold such strings, copied from a file of them."""
     with contextlib.suppress(ValueError):
         return parse_json(text.strip()) if isinstance(text, str) and text.strip().startswith('"') else text
     return text
 
 
 def parse_aloe(row: Row) -> Iterator[Reply]:
-    """The preferred reply of each turn, after the replies that the conversation went on with."""
+    """The preferred reply of each turn, after the replies with which the conversation continued."""
     known = [(row[name], name) for name in ("profile", "personality") if name in row]
     persona = tuple(chain.from_iterable(parse_persona(_unquoted(entry), name) for entry, name in known))
     turns: list[Turn] = []
-    went_on: tuple[object, str] | None = None  # the reply that the conversation went on with, and its field
+    went_on: tuple[object, str] | None = None  # the reply with which the conversation continued, and its field
     for i, turn in enumerate(list_of(row["conversations"], "conversations", "{'user', 'assistant', 'chosen'} objects")):
         here = f"conversations[{i}]"
         replies = turn.get("assistant") if isinstance(turn, dict) else None
         if not isinstance(replies, dict):
             expected = "an object with 'user' and 'assistant': {'preferred', 'rejected'}"
             if isinstance(turn, dict) and "from" in turn:
-                expected += " (ShareGPT's, beside a persona: --columns persona=profile)"
+                expected += " (for ShareGPT's messages with a persona: --columns persona=profile)"
             raise BadRow(here, expected, show(turn))
         turns += [Turn("assistant", text_of(*went_on))] if went_on else []
         turns.append(Turn("user", text_of(turn.get("user"), f"{here}.user")))
@@ -330,13 +332,13 @@ def parse_aloe(row: Row) -> Iterator[Reply]:
 
 
 def parse_prism(row: Row) -> Iterator[Reply]:
-    """The chosen reply of each turn; the persona is what the user has said of themselves in the survey."""
+    """The chosen reply of each turn. The persona is what users said about themselves in the survey."""
     survey, place = row["survey"], row["survey"].get("location")
     survey = {**survey, **place} if isinstance(place, dict) else survey
     answers = ((label, survey.get(name)) for label, name in SURVEYED)
     persona = [label + text.strip() for label, text in answers if isinstance(text, str) and text.strip() not in UNSAID]
     if not persona:
-        raise BadRow("user_id", "a user who has said something of themselves in the survey", show(row["user_id"]))
+        raise BadRow("user_id", "a user who said something about themselves in the survey", show(row["user_id"]))
     messages: list[dict[str, str]] = []
     names = {"user": "user", "model": "assistant"}
     entries = said_in(row["conversation_history"], "conversation_history", "role", "content", names)
@@ -345,7 +347,7 @@ def parse_prism(row: Row) -> Iterator[Reply]:
         if said.get("if_chosen") not in (None, False, True):
             raise BadRow(f"{here}.if_chosen", "true or false", show(said["if_chosen"]))
         if role == before == "user":
-            raise BadRow(f"{here}.role", "a chosen reply before it", "a second user message")
-        if role == "user" or (said.get("if_chosen") and before == "user"):  # of several that are chosen the first
+            raise BadRow(f"{here}.role", "a chosen reply before this user message", "a second user message")
+        if role == "user" or (said.get("if_chosen") and before == "user"):  # the first if several are chosen
             messages.append({"role": role, "content": text})
     yield from _replies(tuple(persona), parse_messages(messages, "conversation_history")[0])

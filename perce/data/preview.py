@@ -1,4 +1,4 @@
-"""What `python -m perce.preview` prints: counts of all rows, and of a sample of examples what they are as pairs."""
+"""What `python -m perce.preview` prints: counts of all rows, and lengths and prompts of a sample of examples."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -19,18 +19,18 @@ from perce.errors import UserError
 from perce.report.terminal import facts, plain, show, table
 from perce.visible import visible
 
-SHOWN = 3000  # characters of a part of a prompt
+SHOWN = 3000  # characters shown of a part of a prompt
 ANY = LossConfig(objective="ce")  # takes rows of every kind
 
 
 def print_preview(options: PreviewOptions, tokenizer: Any) -> None:
-    """UserError where there is nothing to read, or the split is not there."""
+    """UserError if there is nothing to read, or the split does not exist."""
     asked, where = options.preview, options.data.data or str(DATA_DIR)
     present = available_splits(where)
     if asked.split not in present:
         raise UserError(f"--split {asked.split}: {where} has no such split; it has {', '.join(present)}.")
     reading = vars(Reading.of(options.data, unanswered=True)) | {"skip_bad_rows": True}
-    few = asked.sample if options.data.streaming else None  # of a stream the first, for it may not be read whole
+    few = asked.sample if options.data.streaming else None  # a stream is not read to its end
     splits = {
         split: load_examples(where, split, streaming=options.data.streaming, limit=few, **reading) for split in present
     }
@@ -62,13 +62,13 @@ def _print_counts(where: str, few: int | None, splits: dict[str, Examples]) -> N
     for name in dict.fromkeys(rows.format for rows in splits.values()):
         entry = FORMATS[name]
         fields = ", ".join(need.replace("|", " or ") for need in entry.needs)
-        show(f"{name}: {entry.title}, known by its fields {fields}; examples a row: {entry.gives}")
+        show(f"{name}: {entry.title}, known by its fields {fields}; examples per row: {entry.gives}")
     reasons = [reason for rows in splits.values() for reason in rows.reasons]
     show(*(f"refused: {reason}" for reason in reasons), "")
 
 
 def _sample(examples: Sequence[Record], count: int, seed: int) -> list[Record]:
-    """Whole rows, drawn at random, until there are so many examples."""
+    """The examples of whole rows, drawn at random, until there are at least `count`."""
     of_row: dict[str, list[Record]] = {}
     for example in examples:
         of_row.setdefault(example.source, []).append(example)
@@ -80,7 +80,7 @@ def _sample(examples: Sequence[Record], count: int, seed: int) -> list[Record]:
 
 
 def _lengths(pairs: Sequence[dict[str, Any]]) -> Any:
-    """Tokens of the parts of a sequence."""
+    """Table of the lengths of sequences and their parts, in tokens."""
     lengths = table("tokens", "median", "90 %", "longest", numbers=True)
     whole = np.array([len(pair["input_ids"]) for pair in pairs])
     response = np.array([pair["response_length"] for pair in pairs])
@@ -95,28 +95,28 @@ def _told(
     source: PairSource, rows: Examples, sample: Sequence[Record], pairs: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, str]]:
     limit = f"--max_length {source.builder.max_length:,}"
-    yield "sample", f"{len(sample):,} of {len(rows.all):,} examples, of rows drawn at random"
+    yield "sample", f"{len(sample):,} of {len(rows.all):,} examples, from rows drawn at random"
     if picked := picked_by(source.builder):
         yield "shown", picked[0].removeprefix("persona: ")
     if entries := sorted(len(example.persona) for example in sample if isinstance(example, Example)):
         yield "persona entries", f"{entries[len(entries) // 2]:,} (median), {entries[-1]:,} at most"
     if trimmed := sum(pair.get("dropped_passages", 0) > 0 for pair in pairs):
-        yield "trimmed", f"{trimmed:,} of them, by {source.dropped_passages:,} persona entries, to fit {limit}"
+        yield "trimmed", f"{trimmed:,} examples, by {source.dropped_passages:,} persona entries in all, to fit {limit}"
     if source.cut_documents:
-        yield "cut", f"{source.cut_documents:,} of the documents, into pieces that fit {limit}"
+        yield "cut", f"{source.cut_documents:,} documents, into pieces that fit {limit}"
     if source.unfit:
-        yield "refused", f"{source.unfit:,} of them; the first: {source.reason}"
+        yield "refused", f"{source.unfit:,} examples; the first: {source.reason}"
     if "windows" not in pairs[0]:
         ids, units = [pair["input_ids"][:-1] for pair in pairs], [pair["conversation"] for pair in pairs]
         needed, computed = sum(map(len, ids)), sum(len(part.ids) for part in segmented(ids, units, "branches")[0])
         if computed < needed:
-            yield "shared", f"{1 - computed / needed:.0%} of the tokens, where whole conversations are in a batch"
+            yield "shared", f"{1 - computed / needed:.0%} of the tokens, if batches hold whole conversations"
     if unanswered := sum(isinstance(example, Example) and not example.response for example in sample):
-        yield "unanswered", f"{unanswered:,} of them have no response: perce.evaluate writes replies to them"
+        yield "unanswered", f"{unanswered:,} examples have no response: perce.evaluate writes replies to them"
 
 
 def _both_prompts(example: Record, pair: dict[str, Any], tokenizer: Any) -> Iterator[Any]:
-    """The text of both sequences, exactly, with marks around the persona and the response."""
+    """The exact text of both sequences, with marks around the persona and the response."""
     texts = token_texts(pair["input_ids"], tokenizer)
     yield plain(f"{example.source}  {example.user_id or ''}".rstrip(), "bold")
     if "windows" in pair:
@@ -130,7 +130,7 @@ def _both_prompts(example: Record, pair: dict[str, Any], tokenizer: Any) -> Iter
 
 
 def _marked(title: str, parts: Sequence[tuple[list[str], str, str]]) -> Text:
-    """Of each part the texts of its tokens, its mark and its style."""
+    """The text of a sequence below its title. parts: of each, the texts of its tokens, its mark and its style."""
     tokens = sum(len(texts) for texts, _, _ in parts)
     whole = plain(f"{title}, {tokens:,} tokens", "dim").append("\n")
     for texts, mark, style in parts:

@@ -1,9 +1,8 @@
-"""Files of rows → (place, row) pairs: JSON lines, JSON arrays, tables of Arrow's such as Parquet; CSV: csv_file.py.
+"""Files of rows → (place, row) pairs: JSON Lines, JSON arrays, Arrow tables such as Parquet; for CSV see csv_file.py.
 
-A reader never stops at a row it cannot decode: it hands over a `BadRow` in its place, and one policy, in
-`rows.Examples`, decides between stopping and counting. UserError is for what is wrong with the file as a whole. Nothing
-larger than a few rows is held in memory, and a row has a bound: a file without line breaks is a mistake, not a row of
-all the memory there is.
+A reader does not stop at a row that it cannot decode: it yields a `BadRow` in its place, and `rows.Examples` alone
+decides whether to stop or to count it. UserError is for mistakes of the file as a whole. Only a few rows are in memory
+at a time, and the size of a row is limited, so that a file without line breaks is an error and cannot fill the memory.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from typing import IO, Any
 from perce.errors import UserError, in_one_line
 from perce.visible import shortened
 
-ROW_LIMIT = 64 * 2**20  # bytes, or characters: of a row, and of a cell of a CSV
+ROW_LIMIT = 64 * 2**20  # the most bytes or characters of a row, and of a CSV cell
 PIECE = 2**20  # characters of a JSON array that are read at a time
-BATCH = 256  # rows of a table that become Python objects together
+BATCH = 256  # rows of a table that are converted to Python objects at a time
 Placed = Iterator[tuple[str, Any]]  # the place of a row (":17" or " row 17") and the row, or a BadRow
 
 
 class BadRow(Exception):
-    """Why a row cannot be used, and what to do; `rows.Examples` adds where it is.
+    """Why a row cannot be used, and what to do; `rows.Examples` adds where the row is.
 
-    In place of a cell: why that cannot be read, where the field is one that is used.
+    It may also stand in place of a cell that cannot be read, and is raised only if the cell's field is used.
     """
 
     remedy = " Correct the row, or pass --skip_bad_rows to leave such rows out (they are counted)."
-    lines: tuple[str, ...] = ()  # below it
+    lines: tuple[str, ...] = ()  # further lines of the error message, below the first
 
     def __init__(self, field: str | None, expected: str, got: str):
         where = f"field '{shortened(field)}': " if field else ""
@@ -44,14 +43,14 @@ def too_long() -> BadRow:
 
 
 def not_utf8(byte: int, where: str) -> str:
-    """What is said of a byte that is no UTF-8; most such files come of Windows, many of Excel."""
+    """Describes a byte that is not UTF-8. Most such files come from Windows, many from Excel."""
     there = bytes([byte]).decode("cp1252", errors="replace")
     return f"the byte 0x{byte:02x} {where} (in WINDOWS-1252 it is {there!r}; convert: iconv -f WINDOWS-1252 -t UTF-8)"
 
 
-# --- what kind of file it is ------------------------------------------------------------------------------------------
+# --- kinds of files ---------------------------------------------------------------------------------------------------
 
-_KINDS = (  # by its first bytes
+_KINDS = (  # (first bytes of a file, what it is)
     (b"PK\x03\x04", "a spreadsheet or zip archive. Save it as CSV UTF-8, or unpack it"),
     (b"\xd0\xcf\x11\xe0", "an old spreadsheet. Save it as CSV UTF-8"),
     (b"\x1f\x8b", "a compressed file. Unpack it (gunzip)"),
@@ -61,7 +60,7 @@ _KINDS = (  # by its first bytes
 
 
 def check_is_text(path: Path) -> None:
-    """UserError for what is no UTF-8 text by its first bytes: UTF-16, archives, Parquet."""
+    """UserError for a file whose first bytes show that it is no UTF-8 text: UTF-16, archives, Parquet."""
     with path.open("rb") as file:
         head = file.read(64)
     for mark, kind in _KINDS:
@@ -76,12 +75,12 @@ def check_is_text(path: Path) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json itself would take the last of two fields of one name."""
+    """A JSON object; BadRow if it has a field twice, of which Python's json would silently take the last."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise BadRow(twice, "it once in an object", f"it {'twice' if names.count(twice) == 2 else 'more often'}")
+        raise BadRow(twice, "it once per object", f"it {'twice' if names.count(twice) == 2 else 'more than twice'}")
     return made
 
 
@@ -89,14 +88,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _unholdable(error: RecursionError | ValueError) -> BadRow:
-    """Of JSON that is well formed, and that Python does not take."""
+    """The error for JSON that is well formed but that Python cannot hold."""
     if isinstance(error, RecursionError):
-        return BadRow(None, "values nested less deeply", "more levels than can be read")
+        return BadRow(None, "values nested less deeply", "more levels than Python can read")
     return BadRow(None, "a number of at most 4,300 digits", "a longer one")
 
 
 def parse_json(text: str) -> Any:
-    """json.loads, but ValueError for whatever has two meanings, or cannot be held."""
+    """json.loads, with ValueError also for an object that has a field twice and for JSON that Python cannot hold."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError:
@@ -106,7 +105,7 @@ def parse_json(text: str) -> Any:
 
 
 def _decode(raw: bytes) -> Any:
-    """A line of JSON lines, or why it is none."""
+    """The row in a line of JSON Lines, or a BadRow that says why there is none."""
     try:
         row = _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -115,14 +114,14 @@ def _decode(raw: bytes) -> Any:
         text = error.doc.strip()
         got = f"{error.msg} at column {error.colno}: {shortened(text)}"
         if text in "[{":
-            got += " (an object over several lines, or a JSON array, whose file is to be called .json and begin with [)"
-        return BadRow(None, "one JSON object a line", got)
+            got += " (an object over several lines, or a JSON array, whose file must end in .json and begin with [)"
+        return BadRow(None, "one JSON object per line", got)
     except BadRow as bad:
         return bad
     except (RecursionError, ValueError) as error:
         return _unholdable(error)
     if isinstance(row, list) and any(isinstance(entry, dict) for entry in row):
-        return BadRow(None, "one JSON object a line", "a list: a file that is a JSON array is to be called .json")
+        return BadRow(None, "one JSON object per line", "a list: the name of a JSON array's file must end in .json")
     return row
 
 
@@ -144,7 +143,7 @@ def json_lines(path: Path) -> Placed:
 
 
 def json_file(path: Path) -> Placed:
-    """A .json file holds an array of rows, or is JSON lines by another name; its first character tells."""
+    """The rows of a .json file: an array of rows if its first character is "[", or else JSON Lines."""
     with path.open("rb") as file:
         is_array = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     return json_array(path) if is_array else json_lines(path)
@@ -154,14 +153,14 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class _Array:
-    """A text that is read in pieces: what has been read and is still of use, and where in it the next value stands."""
+    """A JSON text that is read in pieces. `text` is the part in memory, and `at` the place of the next value in it."""
 
     def __init__(self, path: Path, file: IO[str]):
         self.path, self.file, self.text, self.at, self.lines = path, file, "", 0, 0
         self.ended = False
 
     def more(self) -> None:
-        """Twice as much, so that a value over many pieces is not begun too often."""
+        """Reads on. The amount in memory doubles, so that a value of many pieces is not parsed again too often."""
         self.lines += self.text.count("\n", 0, self.at)
         self.text, self.at = self.text[self.at :], 0
         piece = self.file.read(max(PIECE, len(self.text)))
@@ -177,17 +176,17 @@ class _Array:
             self.more()
 
     def value(self) -> Any:
-        """The next value. JSONDecodeError, RecursionError, ValueError or BadRow where there is none."""
+        """The next value. JSONDecodeError, RecursionError, ValueError or BadRow if there is no usable one."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
                 if end - self.at > ROW_LIMIT:
                     raise too_long()
-                if end < len(self.text) or self.ended:  # else a number might go on
+                if end < len(self.text) or self.ended:  # otherwise a number might continue
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
-                # A text that goes on may be any number of characters long; of all else that is cut, the end is wrong.
+                # The error of a string that is cut off is at its beginning; that of any other cut value, near the end.
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 10
                 if self.ended or not cut:
                     raise
@@ -196,7 +195,7 @@ class _Array:
             self.more()
 
     def checked(self, what: str) -> Any:
-        """The next value; UserError where there is none."""
+        """The next value; UserError if there is no usable one."""
         try:
             return self.value()
         except json.JSONDecodeError as error:
@@ -204,7 +203,7 @@ class _Array:
         except (BadRow, RecursionError, ValueError) as error:
             bad = error if isinstance(error, BadRow) else _unholdable(error)
             raise UserError(
-                f"{self.path} {what}: {bad}. Correct the file: the rows behind it cannot be found."
+                f"{self.path} {what}: {bad}. Correct the file: the rows after it cannot be found."
             ) from None
 
     def wrong(self, what: str, at: int) -> UserError:
@@ -214,28 +213,28 @@ class _Array:
 
 
 def json_array(path: Path) -> Placed:
-    """Row by row. A byte that is not UTF-8 is carried along as a surrogate, which is reported in the field it is in."""
+    """Reads row by row. A byte that is not UTF-8 becomes a surrogate, which is reported if its field is used."""
     with _opened(path) as array:
         for number, row in _elements(array, "row"):
             yield f" row {number}", row
         if array.next():
-            raise array.wrong("more behind the array", array.at)
+            raise array.wrong("more text after the array", array.at)
 
 
 _SPLIT = re.compile(r'\s*\{\s*"(train|valid|validation|val|dev|test)"\s*:\s*\[')
 
 
 def has_splits(path: Path) -> bool:
-    """Whether a .json file is an object of splits, {"train": [rows], "valid": [rows]}, by its beginning."""
+    """Whether a .json file begins like an object of splits, {"train": [rows], "valid": [rows]}."""
     try:
         with path.open("rb") as file:
             return bool(_SPLIT.match(file.read(4096).removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="replace")))
-    except OSError:  # told where it is read
+    except OSError:  # reported when it is read
         return False
 
 
 def json_splits(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """(split, place, row) of such a file, of all splits."""
+    """(split, place, row) for all splits of such a file."""
     with _opened(path) as array:
         separator, seen = "{", set[str]()
         while array.next() == separator:
@@ -243,11 +242,11 @@ def json_splits(path: Path) -> Iterator[tuple[str, str, Any]]:
             array.next()
             at, split = array.at, array.checked("a split's name")
             if not isinstance(split, str) or split in seen:
-                raise array.wrong(f"expected a split's name, not there twice, got {shortened(repr(split))}", at)
+                raise array.wrong(f"expected the name of a split, and no split twice, got {shortened(repr(split))}", at)
             seen.add(split)
             for mark in ":[":
                 if array.next() != mark:
-                    raise array.wrong(f"expected {mark!r}, as of a split's rows", array.at)
+                    raise array.wrong(f"expected {mark!r} before the rows of a split", array.at)
                 array.at += mark == ":"
             for number, row in _elements(array, f"{split} row"):
                 yield split, f" {split} row {number}", row
@@ -256,7 +255,7 @@ def json_splits(path: Path) -> Iterator[tuple[str, str, Any]]:
             raise array.wrong("expected ',' or '}'", array.at)
         array.at += 1
         if array.next():
-            raise array.wrong("more behind the object", array.at)
+            raise array.wrong("more text after the object", array.at)
 
 
 @contextmanager
@@ -267,7 +266,7 @@ def _opened(path: Path) -> Iterator[_Array]:
 
 
 def _elements(array: _Array, what: str) -> Iterator[tuple[int, Any]]:
-    """The rows of an array that begins here, with their numbers; afterwards it stands behind the array."""
+    """The numbered rows of a JSON array that begins at the current place; moves to the place after it."""
     number = 0
     array.next()
     array.at += 1
@@ -283,7 +282,7 @@ def _elements(array: _Array, what: str) -> Iterator[tuple[int, Any]]:
 
 
 def whole_json(path: Path) -> Any:
-    """A file that is one value."""
+    """The value of a file that holds a single one."""
     check_is_text(path)
     try:
         return _DECODER.decode(path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8"))
@@ -303,7 +302,7 @@ def whole_json(path: Path) -> Any:
 
 
 def check_names(path: Path, names: list[str], where: str) -> None:
-    """UserError for a column that is there twice: one of the two would win."""
+    """UserError for two columns of the same name, one of which would be lost."""
     for name in names:
         if name and names.count(name) > 1:
             first, second = [number for number, other in enumerate(names, 1) if other == name][:2]
@@ -326,16 +325,16 @@ def parquet_rows(path: Path) -> Placed:
                     number += 1
                     yield f" row {number}", row
     except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno:  # the system's, not the file's
+        if isinstance(error, OSError) and error.errno:  # an error of the system, not of the file
             raise
         raise UserError(
-            f"{path}: damaged, or not a Parquet file, behind row {number}: {in_one_line(error)}. Write it again."
+            f"{path}: damaged, or not a Parquet file, after row {number}: {in_one_line(error)}. Write it again."
         ) from None
 
 
 def arrow_rows(table: Any) -> Iterator[Any]:
-    """Rows of a pyarrow Table or RecordBatch; a BadRow stands for a cell that Python cannot hold, such as a date beyond
-    the year 9999 or a text that is not UTF-8."""
+    """Rows of a pyarrow Table or RecordBatch. A BadRow replaces a cell that Python cannot hold, such as a date after
+    the year 9999 or a text that is not UTF-8, and a row that is too long."""
     if table.nbytes <= ROW_LIMIT:
         try:
             yield from table.to_pylist()

@@ -2,13 +2,13 @@
 
     Example  →  query (from the request)  and  indexed text of each passage  →  scores  →  the k best
 
-    bm25      words in common, the rare ones counting most; needs no model
-    dense     similarity of embeddings, as the paper retrieves with Contriever (encoder.py)
+    bm25      words in common, of which rare ones count most; needs no model
+    dense     similarity of embeddings; the paper retrieves so, with Contriever (encoder.py)
     recency   the most recent
     none      everything, most recent first
 
-Example.persona has the most recent passage first, and equal scores keep that order: a query that shares no word with
-the history gets its most recent passages, not its oldest.
+Example.persona has the most recent passage first, and equal scores keep that order: for a query that shares no word
+with the history, the most recent passages are picked, not the oldest.
 """
 
 import logging
@@ -23,11 +23,11 @@ from perce.config.schema import DataConfig
 from perce.data.fields import PASSAGES
 from perce.data.rows import Example
 
-DECIMALS = 5  # scores that agree so far are equal: sums in another order or another batch differ in the seventh digit
+DECIMALS = 5  # scores equal to this many decimals tie: another batch or order of sums changes the seventh digit
 DEFAULT_ENCODER = "facebook/contriever"
 
-# What a request is about, in the benchmarks' own wordings: the groups of the first pattern that fits, joined, are the
-# query. Any other wording is the query as a whole. For LaMP these are the parts that its authors search with.
+# Finds what a request is about in the benchmarks' own wordings: the groups of the first pattern that fits, joined, are
+# the query. A request in any other wording is itself the query. For LaMP its authors search with the same parts.
 QUERIES: dict[str, str] = {
     "LongLaMP abstracts": r'Generate an abstract for the title ".*" using the following items: ?(.*)',
     "LongLaMP reviews": (
@@ -46,12 +46,12 @@ QUERIES: dict[str, str] = {
 }
 _QUERIES = [re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in QUERIES.values()]
 
-# Of the fields that a passage shows (fields.PASSAGES), these say nothing about its subject and are not searched.
+# Fields that a passage shows (fields.PASSAGES) but that say nothing about its subject; they are not searched.
 UNINDEXED = ("Category", "Rating", "Tag")
 _UNINDEXED_LINE = re.compile(rf"\A(?:{'|'.join(UNINDEXED)}): .*\n")
 _LABEL = re.compile(rf"^(?:{'|'.join(sorted({label for _, parts in PASSAGES for label, _ in parts}))}): ", re.MULTILINE)
 
-# Chinese and Japanese put no spaces between words: there each character counts as one.
+# Chinese and Japanese have no spaces between words: each of their characters counts as a word.
 _UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+"
 
@@ -65,11 +65,11 @@ class Retriever:
     score: Score
     k: int
     name: str
-    """For people, "bm25"."""
+    """For users to read, such as "bm25"."""
     identity: str
-    """Everything but k and the code that the picks depend on; part of the fingerprint of cached pairs."""
+    """What the picks depend on, except k and the code; part of the fingerprint of cached pairs."""
     may_fork: bool = True
-    """Whether it scores in a process that was forked from this one."""
+    """Whether it works in a process that was forked from this one."""
 
     @property
     def description(self) -> str:
@@ -82,7 +82,7 @@ class Retriever:
 
 
 def make_retriever(config: DataConfig) -> Retriever | None:
-    """The retriever that the options ask for; None keeps every passage. UserError if its model cannot be loaded."""
+    """The retriever that the options choose, or None to keep every passage. UserError if its model cannot be loaded."""
     if config.retriever == "none":
         return None
     if config.retriever == "recency":
@@ -90,7 +90,7 @@ def make_retriever(config: DataConfig) -> Retriever | None:
     if config.retriever == "bm25":
         import bm25s
 
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it chooses DEBUG itself, and has a line for each index
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # bm25s sets DEBUG, and logs a line per index
         return Retriever(bm25_scores, config.retrieve_k, "bm25", f"bm25s {bm25s.__version__}")
     from perce.data.encoder import Encoder
 
@@ -99,7 +99,7 @@ def make_retriever(config: DataConfig) -> Retriever | None:
 
 
 def query_of(request: str) -> str:
-    """The part of a request that says what it is about (table `QUERIES`), else the whole of it."""
+    """The part of a request that says what it is about (table `QUERIES`), or else the whole request."""
     for pattern in _QUERIES:
         if found := pattern.match(request):
             return " ".join(found.groups())
@@ -107,7 +107,7 @@ def query_of(request: str) -> str:
 
 
 def indexed_text(passage: str) -> str:
-    """A passage without labels, and without the fields that are not searched."""
+    """A passage without its labels and without the fields that are not searched."""
     return _LABEL.sub("", _UNINDEXED_LINE.sub("", passage))
 
 
@@ -116,7 +116,7 @@ def recency_scores(query: str, passages: Sequence[str]) -> np.ndarray:
 
 
 def bm25_scores(query: str, passages: Sequence[str]) -> np.ndarray:
-    """BM25 (Lucene's variant, whose scores are never negative) of each passage among those of the one user."""
+    """The BM25 score of each passage among those of one user (Lucene's variant, whose scores are never negative)."""
     import bm25s
 
     asked, *words = _words([query, *passages])

@@ -1,15 +1,15 @@
-"""Rows of any supported data set -> `Example(persona, turns, response)`, or `Document(text)` where there is no persona.
+"""Rows of any supported data set -> `Example(persona, turns, response)`, or `Document(text)` if they have no persona.
 
     sources.py   where the rows are (file, directory, save_to_disk, Hub)  ->  a reader
     readers.py   files of each kind, and tables                           ->  (place, row)
-    detection.py which format it is of, by its fields
-    formats.py   what a row means                                         ->  Reply(persona, turns, response), ...
+    detection.py which format a row is of, by the names of its fields
+    formats.py   what a row of a format means                             ->  Reply(persona, turns, response), ...
     fields.py    what its fields may hold
-    joins.py     what stands in other rows or files                       ->  the row with it
-    rows.py      both together, and what happens to a bad row             ->  Example, Document, Examples, load_examples
+    joins.py     what a row needs from other rows or files                ->  the row with it
+    rows.py      all of these together, and what happens to a bad row     ->  Example, Document, Examples, load_examples
 
-A row that cannot be used stops the run with file, line and field: a row silently dropped or half understood would
-train the model on something nobody has looked at.
+A row that cannot be used stops the run with file, line and field: a row that was silently dropped or half understood
+would train the model on something that nobody has looked at.
 """
 
 from __future__ import annotations
@@ -37,39 +37,39 @@ from perce.visible import listed
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 _MAY_BE_MESSAGES = ("prompt", "completion", "chosen")
-SURE = 1000  # rows of a stream
+SURE = 1000  # rows of a stream after which a field of --columns that none of them has is called misspelt
 UNANSWERED = (
-    " perce.evaluate writes replies to such rows. To train on answers that you have, or to score them, name them: "
-    "--columns response=FIELD."
+    " perce.evaluate writes replies to such rows. To train on answers that you have, or to score them, name their "
+    "field: --columns response=FIELD."
 )
-KEPT_REASONS = 5  # skipped rows are all counted; the first few are quoted, which is enough to see the pattern
+KEPT_REASONS = 5  # all skipped rows are counted, and the first few are quoted, which is enough to see the pattern
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One response to learn, with all it is conditioned on. The texts are the data's, character for character."""
+    """One response to learn, with the persona and turns before it. The texts are copied from the data unchanged."""
 
     persona: tuple[str, ...]  # facts or passages, best first (profiles: the newest first); trimming drops from the end
     turns: tuple[Turn, ...]  # up to the response: alternating, the last is "user" (the first may be "assistant")
-    response: str  # "" where the row has none
+    response: str  # "" if the row has none
     user_id: str | None
-    personal_spans: tuple[tuple[int, int], ...] | None  # character offsets in response, where the data marks them
+    personal_spans: tuple[tuple[int, int], ...] | None  # character offsets in response; None if the data marks none
     source: str  # "train.jsonl:17"; shared by all examples of a row, so it groups a dialogue when user_id is None
-    data_weight: float = 1.0  # what the data multiplies its tokens' weights by, > 0
+    data_weight: float = 1.0  # the row's factor for the weights of the response tokens, > 0
 
     @property
     def conversation(self) -> tuple[str, tuple[str, ...]]:
-        """The same for the examples that one row gives to one persona: their prompts begin alike."""
+        """A key that is equal for the examples of one row and persona: their prompts begin with the same text."""
         return self.source, self.persona
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text to learn from beginning to end (format text): its own beginning is the context of its later tokens."""
+    """A text whose tokens are all learnt (format text): its earlier tokens are the context of the later ones."""
 
     text: str
     user_id: str | None
-    source: str  # as of an Example
+    source: str  # as in Example
     data_weight: float = 1.0
 
 
@@ -77,26 +77,27 @@ Record = Example | Document  # the rows of a split are all of one kind
 
 
 def text_key(example: Record) -> str:
-    """Digest of the texts."""
+    """Digest of an example's texts."""
     texts = example.text if isinstance(example, Document) else (example.persona, example.turns, example.response)
     return hashlib.sha256(repr(texts).encode()).hexdigest()[:12]
 
 
 def texts_key(examples: Sequence[Record]) -> str:
-    """Of all texts in order."""
+    """Digest of the texts of all examples, in order."""
     return hashlib.sha256("".join(map(text_key, examples)).encode()).hexdigest()[:12]
 
 
 def _rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
-    """`columns` says ours -> theirs; the data's own name goes, so that a renamed row fits one format only."""
+    """The row with the fields in `columns` (ours -> theirs) renamed. Their old names are removed, so that the row fits
+    one format only."""
     renamed = {name: value for name, value in row.items() if name not in columns.values()}
     for ours, theirs in columns.items():
         if theirs in row:
             renamed[ours] = row[theirs]
         elif ours not in formats.OPTIONAL:
             got = f"fields {listed(row)}{_instead(ours, theirs, row)}"
-            bad = BadRow(theirs, f"it, by --columns {ours}={theirs}", got)
-            bad.remedy = " Correct --columns; or the row, if others have the field (--skip_bad_rows leaves it out)."
+            bad = BadRow(theirs, f"this field, named by --columns {ours}={theirs}", got)
+            bad.remedy = " Correct --columns; or the row, if other rows have the field (--skip_bad_rows leaves it out)."
             raise bad
     return renamed
 
@@ -107,12 +108,12 @@ def _instead(ours: str, theirs: str, row: Iterable[str]) -> str:
 
 
 def _nested(row: dict[str, object]) -> dict[str, object]:
-    """The row with lists that came as texts, as in a CSV."""
+    """The row with its lists parsed if they are texts, as in a CSV."""
     lists = {name: parse_list(text, name) for name in formats.LISTS if isinstance(text := row.get(name), str)}
     for name in _MAY_BE_MESSAGES:
         text = row.get(name)
         if isinstance(text, str) and _MESSAGES_AS_TEXT.match(text):
-            raise BadRow(name, "a text, or messages as a list", f"messages written as a text: {show(text)}")
+            raise BadRow(name, "a text, or a list of messages", f"messages written as a text: {show(text)}")
     return row | lists if lists else row
 
 
@@ -120,11 +121,11 @@ def _nested(row: dict[str, object]) -> dict[str, object]:
 class Reading:
     """How rows are read.
 
-    format: one of FORMATS, or "auto": from the fields of the first good row.
+    format: one of FORMATS, or "auto": recognised by the fields of the first good row.
     columns: our field names -> the data's, e.g. {"persona": "profile", "response": "output"}.
-    persona_markers: what stands before and behind the persona in a system message, of rows without the field.
+    persona_markers: for rows without a field `persona`: the texts before and after the persona in a system message.
     skip_bad_rows: leave bad rows out and count them (`Examples.skipped`, `Examples.reasons`) instead of stopping.
-    unanswered: whether rows without a response are examples too, to write one.
+    unanswered: whether rows without a response are examples too, so that a reply can be written to them.
     """
 
     format: str = "auto"
@@ -142,13 +143,13 @@ AS_IT_IS = Reading()
 
 
 class Examples:
-    """The examples of one split; iterate over it, or take them `.all`.
+    """The examples of one split: iterate over them, or take the list `.all`.
 
-    Read eagerly (the default of `load_examples`), every row has been checked and `.all` is a list that is there.
-    With `streaming=True` each `iter()` is a fresh pass over the data, and a bad row is met where it stands.
+    By default `load_examples` has read and checked every row, and `.all` is in memory.
+    With `streaming=True` each `iter()` is a fresh pass over the data, and raises when it comes to a bad row.
 
     format: the format's name; "auto" until the first row has been read.
-    rows: how many were read in the latest pass, those included that were left out.
+    rows: how many rows the latest pass has read, including those that were left out.
     skipped, reasons: rows left out by skip_bad_rows in the latest pass, and the first few reasons ("FILE:LINE: ...").
     weightless: replies left out because their weight is 0.
     """
@@ -169,14 +170,15 @@ class Examples:
         return self._examples
 
     def keep(self, examples: list[Record]) -> None:
-        """Of what has been read, only these."""
+        """Replaces the examples that have been read by these, a selection of them."""
         self._examples = examples
 
     def __iter__(self) -> Iterator[Record]:
         return self._read(sure=SURE) if self._examples is None else iter(self._examples)
 
     def _read(self, sure: int | None = None) -> Iterator[Record]:
-        """sure: after so many rows, not only at the end, a field that --columns names and none has had is misspelt."""
+        """sure: the fields in --columns are checked after this many rows as well as at the end; one that no row has had
+        is an error."""
         self.rows, self.skipped, self.weightless, self.reasons, count = 0, 0, 0, [], 0
         self._unseen, self._first = set(self._columns.values()), {}
         lines: tuple[str, ...] = ()
@@ -202,7 +204,7 @@ class Examples:
                 if count == self._limit:
                     return
         if not count:
-            why = f"all {self.skipped} rows were skipped, {self.reasons[0]}" if self.skipped else "it has no rows"
+            why = f"all {self.skipped} rows were skipped, first {self.reasons[0]}" if self.skipped else "it has no rows"
             if self.weightless:
                 why = f"{self.skipped:,} of {self.rows:,} rows were skipped, and all other replies have weight 0"
             raise UserError(f"No example could be read from {self._source.origin}: {why}.", *lines)
@@ -213,27 +215,27 @@ class Examples:
         return self._reading.columns or {}
 
     def _named_rows(self) -> Iterator[Mapping[str, object]]:
-        """All rows of the source but those of which nothing can be used."""
+        """All rows of the source, renamed by --columns, except those that cannot be read or renamed."""
         for row in (value for _, value in self._source.rows() if isinstance(value, dict)):
             with contextlib.suppress(BadRow):
                 yield _rename({name: cell for name, cell in row.items() if cell is not None}, self._columns)
 
     def _check_columns(self) -> None:
-        """UserError for a name after --columns that no row has: one of a field that may be missing, which then is."""
+        """UserError for a name in --columns that no row has. Only optional fields get here; others fail at the row."""
         for ours, theirs in self._columns.items():
             if theirs in self._unseen:
                 raise UserError(
                     f"--columns {ours}={theirs}: none of {self.rows:,} rows of {self._source.origin} has a field "
                     f"{theirs!r}; the first has {listed(self._first)}{_instead(ours, theirs, self._first)}. Correct "
-                    "it, or leave it out."
+                    "the name, or leave it out of --columns."
                 )
 
     def _parse(self, value: object, source: str) -> Sequence[Record]:
-        if isinstance(value, BadRow):  # the reader could not even make a row of it
+        if isinstance(value, BadRow):  # the reader could not make a row of it
             raise value
         if not isinstance(value, dict):
             raise BadRow(None, "a JSON object", show(value))
-        # Tables hold null where a row lacks a field: absent and null are the same.
+        # A table holds null for a field that a row lacks, so null and a missing field mean the same.
         given = {name: cell for name, cell in value.items() if cell is not None}
         self._first = self._first or value
         if self._columns:
@@ -247,26 +249,26 @@ class Examples:
         if self._reading.persona_markers and "persona" not in row:
             row = formats.with_marked_persona(row, *self._reading.persona_markers)
         if self.format == "auto":
-            self.format = detect_format(row)  # decides for all rows: errors can then name the field
+            self.format = detect_format(row)  # the first row decides for all: errors can then name the field
         entry = FORMATS[self.format]
         if missing := missing_fields(self.format, row):
             wanted = missing[0].replace("|", "' or '")
             hint = did_you_mean(missing[0].split("|"), row)
-            raise BadRow(wanted, f"it in a row of format {self.format}", f"only {listed(row) or 'nothing'}{hint}")
+            raise BadRow(wanted, f"it in a row of format {self.format}", f"only {listed(row) or 'an empty row'}{hint}")
         if "personal_spans" in row and (self.format != "perce" or "response" not in row):
-            raise BadRow("personal_spans", "it only beside a 'response' (format perce)", f"format {self.format}")
+            raise BadRow("personal_spans", "it only with a field 'response' (format perce)", f"format {self.format}")
         user_id = self._user_of(row)
         weight, marked = weight_of(row.get("weight"), "weight"), row.get("personal_spans")
         replies = [*entry.parse(entry.join(self._lookup, row) if entry.join else row)]
-        if "system" in entry.may_have and row.get("system", "") != "":  # an empty one says nothing
+        if "system" in entry.may_have and row.get("system", "") != "":  # an empty one is ignored
             system = Turn("system", text_of(row["system"], "system"))
             if any(reply.turns[0].role == "system" for reply in replies):
-                raise BadRow("system", "either 'system' or a system message among the others", "both")
+                raise BadRow("system", "either the field 'system' or a system message among the messages", "both")
             replies = [reply._replace(turns=(system, *reply.turns)) for reply in replies]
         if not replies:
-            raise BadRow(None, "at least one response that answers a turn", "an opening line only, or no reply")
+            raise BadRow(None, "at least one reply that answers a turn", "only an opening line, or no reply")
         if not self._reading.unanswered and not all(reply.response for reply in replies):
-            bad = BadRow("response", "a response", f"a row of format {self.format}, whose data has none of its own")
+            bad = BadRow("response", "a response", f"a row of format {self.format} that has none")
             bad.remedy = UNANSWERED
             raise bad
         replies = [reply._replace(weight=weight * reply.weight) for reply in replies]
@@ -282,11 +284,11 @@ class Examples:
         for path in FORMATS[self.format].users:
             user: Any = row
             for name in path.split("."):
-                if isinstance(user, str) and isinstance(printed := parse_list(f"[{user}]", path), list):  # in a CSV
+                if isinstance(user, str) and isinstance(printed := parse_list(f"[{user}]", path), list):  # a CSV
                     user, *_ = [*printed, None]
                 user = user.get(name) if isinstance(user, dict) else None
             if user is not None:
-                if path == "personality":  # whoever plays it: one persona is played in many rows
+                if path == "personality":  # the user is who plays a persona: many rows have the same
                     user = hashlib.sha256(repr(parse_persona(user, path)).encode()).hexdigest()[:12]
                 if not isinstance(user, str | int):
                     raise BadRow(path, "a string or an integer", show(user))
@@ -299,13 +301,13 @@ def load_examples(
 ) -> Examples:
     """The examples of one split ("train", "validation" or "test") of `data`.
 
-    data: a file, a directory of split files, a `save_to_disk` directory, or a Hub id; see the module's docstring.
-    streaming: read lazily, each time the result is iterated over; otherwise everything is read and checked here.
-    limit: stop after this many examples; rows beyond are neither read nor checked.
+    data: a file, a directory of split files, a `save_to_disk` directory, or a Hub id; see sources.py.
+    streaming: read the rows anew each time the result is iterated over; otherwise all are read and checked here.
+    limit: stop after this many examples; later rows are neither read nor checked.
     how: fields of Reading, such as skip_bad_rows.
 
-    A single file is the train split; its other splits are empty. UserError, naming the remedy: no such data, no such
-    split (the ones there are listed), a row that cannot be used, a split without a single example.
+    A single file is the train split; its other splits are empty. UserError, with the remedy, if the data or the split
+    does not exist (the existing splits are listed), a row cannot be used, or the split has no example.
     """
     reading = Reading(**how)
     for option, value, known in (("split", split, SPLITS), ("format", reading.format, ("auto", *FORMATS))):
@@ -320,7 +322,7 @@ def load_examples(
             close = nearest_name(ours, formats.FIELDS)
             turned = f"; did you mean {close}={theirs}" if close else turned
             names = ", ".join(sorted(formats.FIELDS))
-            raise UserError(f"columns: expected OURS=THEIRS with our name one of {names}, got {ours!r}{turned}.")
+            raise UserError(f"columns: expected OURS=THEIRS with OURS one of {names}, got {ours!r}{turned}.")
     sources = open_data(str(data), streaming)
     if split not in sources:
         raise UserError(f"{data} has no {split} split; it has {', '.join(sources) or 'none of ' + ', '.join(SPLITS)}.")
@@ -331,5 +333,5 @@ def load_examples(
 
 
 def available_splits(data: str | Path) -> list[str]:
-    """The splits that `data` has, in the order train, validation, test; a single file has "train"."""
+    """The splits that `data` has, in the order train, validation, test; a single file has only "train"."""
     return [split for split, source in open_data(str(data)).items() if source.read is not None]

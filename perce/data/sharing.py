@@ -1,26 +1,25 @@
-"""Token sequences that begin with the same ids, divided into segments so that what they share is computed once.
+"""Divides token sequences that begin with the same ids into segments, so that shared tokens are computed once.
 
-    chain     a sequence that another one begins with is a part of it: one segment, two places to predict from
-    branches  a sequence that goes its own way after n ids shares these, and has a segment for the rest
+    chain     one sequence is the beginning of another: they are one segment, with two places to predict from
+    branches  a sequence that differs after n ids shares these n, and has a segment of its own for the rest
 
-Replies of a conversation under a template that keeps its turns as they were are a chain; under Qwen3's, which puts an
-empty thought before the last reply alone, each reply is a branch of the path that the later ones share:
+Replies of a conversation form a chain if the template always renders earlier turns alike. Qwen3's template puts an
+empty thought before the last reply only, so that each reply is a branch of the path that the later replies share:
 
     ids                                  segments                      path to the end of each sequence
     1 2 3 T 4                            0: 1 2 3 4 5 6 T 7            (0, 3) (1, 2)
     1 2 3 4 5 6 T 7                      1: T 4, behind 3 of 0         (0, 8)
 
-Requests of one persona are branches of it, or, where what follows the persona is to run apart from it, in a forward of
-its own, the persona is a segment by itself, the trunk of those behind it:
+Requests of one persona are branches of it. If the persona is to have a forward pass of its own, it is a segment by
+itself, the trunk of the segments after it:
 
     ids                                  segments                      path to the end of each sequence
     1 2 3 | 4 5                          0: 1 2 3                      (0, 3) (1, 2)
     1 2 3 | 6                            1: 4 5, behind 3 of 0         (0, 3) (2, 1)
                                          2: 6, behind 3 of 0
 
-A token attends to its own path alone and stands at its own position on it, so it computes what it would by itself: the
-mathematics is that of separate sequences, for causal models (Prefix Grouper, arXiv 2506.05433, has the case of one
-prompt with several replies).
+A token attends only to its own path and has its position on that path, so for causal models the result is the same as
+with separate sequences (Prefix Grouper, arXiv 2506.05433, treats the case of one prompt with several replies).
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,21 +31,21 @@ import numpy as np
 
 Sharing = Literal["none", "chains", "branches"]
 UnitKind = Literal["conversation", "persona"]
-"""Whose sequences share: columns of the pairs."""
+"""The column of the pairs that says which sequences may share tokens."""
 Path = tuple[tuple[int, int], ...]
-"""Segments, and how many of the first tokens of each."""
+"""(segment, number of its first tokens that are on the path), in order."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that follow each other, behind those on `path`, which is () for what begins a sequence."""
+    """Consecutive tokens that come after those on `path`, which is () at the beginning of a sequence."""
 
     ids: np.ndarray  # (n,)
     path: Path = ()
 
     @property
     def position(self) -> int:
-        """Of its first token."""
+        """Position of the first token."""
         return length_of(self.path)
 
 
@@ -59,16 +58,16 @@ def segmented(
 ) -> tuple[list[Segment], list[Path]]:
     """The segments of all sequences, and the path to the end of each.
 
-    units: of each sequence; those of one unit may share tokens, and None shares with none.
+    units: the unit of each sequence. Sequences of one unit may share tokens; with None a sequence shares none.
 
-    A branch is worth its own call of attention, and a mask, where it shares more than it adds: else, and always under
-    "chains", the sequence is a segment by itself.
+    A branch needs a call of attention of its own, and a mask, which pays if it shares more tokens than it adds.
+    Otherwise, and always with "chains", the sequence is a segment by itself.
     """
     segments: list[Segment] = []
     paths: list[Path | None] = [None] * len(sequences)
-    known: dict[int, list[tuple[np.ndarray, Path]]] = {}  # of each unit, the sequences that have segments
+    known: dict[int, list[tuple[np.ndarray, Path]]] = {}  # unit → its sequences that have segments of their own
     arrays = [np.asarray(ids, dtype=np.int64) for ids in sequences]
-    longest_first = sorted(range(len(arrays)), key=lambda i: -len(arrays[i]))  # what another begins with comes later
+    longest_first = sorted(range(len(arrays)), key=lambda i: -len(arrays[i]))  # a beginning comes after the whole
     for index in range(len(arrays)) if sharing == "none" else longest_first:
         ids, unit = arrays[index], None if sharing == "none" else units[index]
         others = [] if unit is None else known.setdefault(unit, [])
@@ -90,8 +89,8 @@ def segmented(
 def segmented_on_trunks(
     sequences: Sequence[Sequence[int]], units: Sequence[int | None], sharing: Sharing, trunks: Sequence[int]
 ) -> tuple[list[Segment], list[Path]]:
-    """As `segmented`, with the first tokens of each sequence, as many as `trunks` has, in a segment before the others:
-    one for all sequences of a unit that have the same."""
+    """Like `segmented`, but the first tokens of each sequence, `trunks` says how many, are a segment of their own. The
+    sequences of a unit that begin with the same tokens share it."""
     members: dict[Any, list[int]] = {}
     for index, (ids, unit, tokens) in enumerate(zip(sequences, units, trunks, strict=True)):
         alone = unit is None or sharing == "none"
@@ -113,14 +112,14 @@ def segmented_on_trunks(
 
 
 def common_tokens(one: np.ndarray, other: np.ndarray) -> int:
-    """How many of the first ids are the same."""
+    """The number of first ids that two sequences share."""
     length = min(len(one), len(other))
     differ = one[:length] != other[:length]
     return int(differ.argmax()) if differ.any() else length
 
 
 def _first(path: Path, tokens: int) -> Path:
-    """The part of a path with its first tokens."""
+    """The part of a path that holds its first `tokens` tokens."""
     cut = []
     for segment, length in path:
         if tokens > 0:
@@ -130,13 +129,13 @@ def _first(path: Path, tokens: int) -> Path:
 
 
 def places(path: Path, starts: Sequence[int]) -> np.ndarray:
-    """(T,) where the tokens of a path are, of segments that begin at `starts`."""
+    """(T,) the places of a path's tokens if the segments begin at `starts`."""
     return np.concatenate([np.arange(starts[segment], starts[segment] + tokens) for segment, tokens in path])
 
 
 class Span(NamedTuple):
-    """A segment in a row of several: tokens [start, end), behind those of the half-open ranges `path`, in order. Where
-    the row itself stands behind a trunk, all of them are counted from the trunk's first."""
+    """A segment in a row of several: tokens [start, end), which come after the tokens in the half-open ranges `path`,
+    in order. If the row comes after a trunk, all numbers count from the trunk's first token."""
 
     start: int
     end: int
@@ -145,16 +144,16 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """The segments of a row, for attention, and what masks it has made for them: those of a forward's layers are the
-    same."""
+    """The segments of a row, for attention, and the masks that attention has made for them, which all layers of a
+    forward share."""
 
     spans: tuple[Span, ...]
-    before: int = 0  # tokens of the trunk, whose keys and values come from a forward of its own
+    before: int = 0  # tokens of the trunk, which has a forward of its own
     masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, segments: Mapping[int, Segment], starts: Mapping[int, int], before: int = 0) -> "Spans":
-        """Segments by their number, and where each that is one or on a path begins."""
+        """From segments by number; `starts` says where they and the segments on their paths begin."""
         return cls(
             tuple(
                 Span(
@@ -168,13 +167,13 @@ class Spans:
 
     @classmethod
     def behind(cls, trunk: int, lengths: Sequence[int]) -> "Spans":
-        """Segments of such lengths, one after the other, each behind the same trunk."""
+        """Consecutive segments of these lengths, which all come after the same trunk."""
         ends = [*accumulate(lengths, initial=trunk)]
         return cls(tuple(Span(start, end, ((0, trunk),)) for start, end in pairwise(ends)), trunk)
 
 
 class Forward(NamedTuple):
-    """Tokens [start, end) of a row that are run together behind a trunk; without `spans` they are one segment."""
+    """Tokens [start, end) of a row that are run together after a trunk; without `spans` they are one segment."""
 
     start: int
     end: int
@@ -182,7 +181,7 @@ class Forward(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """Tokens [start, end) of a row, a persona, and the forwards behind them."""
+    """Tokens [start, end) of a row, which are a persona, and the forwards after them."""
 
     start: int
     end: int
@@ -191,7 +190,8 @@ class Trunk(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Trunks:
-    """Of a row, in order. detached: personas have no gradient; recomputed: a forward behind one is, in backward."""
+    """The trunks of a row, in order. detached: personas get no gradient. recomputed: backward repeats each forward that
+    comes after a trunk."""
 
     trunks: tuple[Trunk, ...]
     detached: bool

@@ -1,6 +1,6 @@
 """Where rows come from: a file, a directory, a `save_to_disk` directory or the Hub -> (place, row) pairs.
 
-readers.py knows the kinds of file, and rows.py what a row means.
+readers.py reads each kind of file, and rows.py says what a row means.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from perce.visible import shortened
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 READERS = {".jsonl": json_lines, ".json": json_file, ".parquet": parquet_rows, ".csv": csv_rows}
 SUFFIXES = tuple(READERS)
-# What else people have, and how rows come out of it.
+# Other kinds of file that users have, and how to get rows from them.
 OTHER_FILES = {
-    ".tsv": "its cells are divided by tabs. Write it with commas, as .csv",
-    ".txt": "a text has no rows. Call it .jsonl if it has a JSON object a line, as that of Multi-Session Chat",
+    ".tsv": "its cells are separated by tabs. Write it with commas, as .csv",
+    ".txt": "a text has no rows. If it has one JSON object per line, as Multi-Session Chat has, rename it to .jsonl",
     ".gz": "it is compressed. Unpack it (gunzip)",
     ".zst": "it is compressed. Unpack it (unzstd)",
     ".bz2": "it is compressed. Unpack it (bunzip2)",
@@ -53,11 +53,11 @@ class Source:
 
     origin: str  # for error messages: a path as the user wrote it, or "HUB_ID[split]"
     name: str  # for Example.source: the file's name alone
-    read: Callable[[], Placed] | None  # None: the split does not exist, and need not (the data is one file)
-    path: Path | None = None  # of the file that has the rows; None: they are of a data set of the datasets library
+    read: Callable[[], Placed] | None  # None: there is no such split, and need not be, because the data is one file
+    path: Path | None = None  # of the file that has the rows; None: the rows come from the datasets library
 
     def rows(self) -> Placed:
-        """Places and rows, or BadRows; UserError where they cannot be read further."""
+        """(place, row or BadRow) pairs; UserError if the data cannot be read any further."""
         try:
             yield from self.read() if self.read else ()
         except OSError as error:
@@ -65,7 +65,7 @@ class Source:
 
 
 def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
-    """The splits of `data`, in the order train, validation, test; UserError when there is nothing of the kind."""
+    """The splits of `data`, in the order train, validation, test; UserError if the data does not exist."""
     check_path("--data", data)
     path = Path(data).expanduser()
     if path.is_file():
@@ -76,7 +76,7 @@ def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
     # A mistyped path must not wait for the Hub's retries (23 s without a network). Hub ids are "name" or "owner/name".
     local = path.is_absolute() or data.startswith((".", "~")) or path.suffix in SUFFIXES or data.count("/") > 1
     if local or (path.parent != Path(".") and path.parent.exists()):
-        note = "" if local else f" (for a Hub id, run where there is no directory {path.parent})"
+        note = "" if local else f" (for a Hub id: run the command in a directory without a {path.parent} in it)"
         raise UserError(
             f"No such file or directory: {data} (looked in {Path.cwd()}).{did_you_mean(data)} Check the path after "
             f"--data{note}."
@@ -85,7 +85,7 @@ def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
 
 
 def _only_train(source: Source) -> dict[str, Source]:
-    """One file or one Dataset is training data; whoever needs a validation split holds some of it out."""
+    """The splits of a single file or Dataset: all of it is training data, of which callers may hold some out."""
     return {"train": source, **{split: Source(source.origin, source.name, None) for split in ("validation", "test")}}
 
 
@@ -116,14 +116,14 @@ def _splits(path: Path) -> dict[str, Source]:
 
     for split, aliases in SPLITS.items():
         if len(several := [name for name in names if name in aliases]) > 1:
-            raise UserError(f"{path}: {', '.join(several)} are all the {split} split; leave one of them.")
+            raise UserError(f"{path}: {', '.join(several)} are all names of the {split} split; keep one of them.")
     found = _in_order(dict.fromkeys(names, ""))
     return {ours: Source(str(path), path.name, partial(rows, name), path) for ours, name in found.items()}
 
 
 @lru_cache(8)
 def _split_names(path: Path, changed: int, size: int) -> tuple[str, ...]:
-    """The splits that have rows, which reading the whole file tells. changed, size: of the file, for the cache."""
+    """The names of the splits that have rows; reads the whole file. changed, size: the file's, as keys of the cache."""
     return tuple(dict.fromkeys(split for split, _, _ in json_splits(path)))
 
 
@@ -136,13 +136,13 @@ def _directory(path: Path) -> dict[str, Source]:
         if len(files) + len(pairs) > 1:
             names = ", ".join(file.name for file in files + pairs)
             raise UserError(
-                f"{path}: {names} are all the {split} split; leave one of them, or give that file to --data."
+                f"{path}: {names} are all files of the {split} split; keep one of them, or give --data that file."
             )
         for file in files:
             found[split] = _file(file)
         for questions in pairs:
             outputs = questions.with_name(questions.name.replace("_questions", "_outputs"))
-            if outputs.is_file():  # LaMP publishes its test questions without outputs: no split to learn or score
+            if outputs.is_file():  # LaMP's published test questions have none: they are no split
                 found[split] = Source(
                     str(questions), questions.name, partial(_lamp_pair, questions, outputs), questions
                 )
@@ -150,7 +150,7 @@ def _directory(path: Path) -> dict[str, Source]:
 
 
 def _lamp_pair(questions: Path, outputs: Path) -> Placed:
-    """LaMP's distribution: the gold outputs are joined to their questions by id."""
+    """The rows of LaMP's two files: each question with its gold output, joined by id."""
     golds = whole_json(outputs)
     golds = golds.get("golds") if isinstance(golds, dict) else golds
     if not isinstance(golds, list) or not all(
@@ -163,12 +163,12 @@ def _lamp_pair(questions: Path, outputs: Path) -> Placed:
     if len(by_id) < len(golds):
         twice = next(key for key, count in Counter(str(gold["id"]) for gold in golds).items() if count > 1)
         raise UserError(
-            f"{outputs}: the id {shortened(twice)!r} is there twice, with an output each. Correct the file."
+            f"{outputs}: the id {shortened(twice)!r} is there twice, each time with an output. Correct the file."
         )
     for place, row in json_file(questions):
         if isinstance(row, dict) and (key := str(row.get("id"))) not in by_id:
             row = BadRow(
-                "output", f"an output in {outputs.name} for this question's id", f"none for id {shortened(key)!r}"
+                "output", f"an output in {outputs.name} for the question's id", f"none for id {shortened(key)!r}"
             )
         yield place, {**row, "output": by_id[str(row.get("id"))]} if isinstance(row, dict) else row
 
@@ -182,7 +182,7 @@ def _saved(path: Path, streaming: bool) -> dict[str, Source]:
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever damage raises
+    except Exception as error:  # damaged files may raise any exception
         why = in_one_line(error)
         raise UserError(f"{path} looks like a directory written by save_to_disk but cannot be read: {why}.") from error
 
@@ -196,8 +196,8 @@ def _saved(path: Path, streaming: bool) -> dict[str, Source]:
 
 
 def _checked(dataset: Any) -> Any:
-    """A datasets.Dataset; ArrowInvalid where its file, which is mapped into memory as it is, points outside of itself:
-    to read it would end the process."""
+    """The datasets.Dataset; ArrowInvalid if offsets in its memory-mapped file point outside of the file, because
+    reading there would crash the process."""
     import pyarrow as pa
 
     for chunk in (chunk for column in dataset.data.table.columns for chunk in column.chunks):
@@ -206,12 +206,12 @@ def _checked(dataset: Any) -> Any:
         except pa.ArrowInvalid as error:
             if "UTF8" not in str(error) or not pa.types.is_string(chunk.type):
                 raise
-            chunk.view(pa.binary()).validate(full=True)  # a text that is not UTF-8 costs its row alone
+            chunk.view(pa.binary()).validate(full=True)  # a text that is not UTF-8 is a bad row only
     return dataset
 
 
 def _dataset_rows(origin: str, load: Callable[[], Any]) -> Placed:
-    """Rows of a datasets.Dataset or IterableDataset; what its files or the network raise is one paragraph."""
+    """Rows of a datasets.Dataset or IterableDataset. Any error of its files or the network becomes a UserError."""
     number = 0
     with _told() as told:
         try:
@@ -223,13 +223,13 @@ def _dataset_rows(origin: str, load: Callable[[], Any]) -> Placed:
             raise
         except Exception as error:
             raise UserError(
-                f"{origin}: cannot be read behind row {number}: {_cause(error, told)}. Correct the file."
+                f"{origin}: cannot be read after row {number}: {_cause(error, told)}. Correct the file."
             ) from error
 
 
 @contextmanager
 def _told() -> Iterator[list[str]]:
-    """What datasets logs as errors meanwhile: which file it was reading stands there alone."""
+    """Collects the errors that datasets logs meanwhile: only these name the file that it was reading."""
     told: list[str] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
@@ -242,7 +242,7 @@ def _told() -> Iterator[list[str]]:
 
 
 def _cause(error: Exception, told: list[str]) -> str:
-    """What went wrong, in one line: datasets wraps it, and often says of itself only that something did."""
+    """What went wrong, in one line. datasets wraps the cause in errors that often say only that something failed."""
     if told:
         return " ".join(told[0].split())
     while isinstance(error.__cause__, Exception):
@@ -259,7 +259,7 @@ def _load(failure: str | None, *args: Any, **options: Any) -> Any:
 
 @contextmanager
 def _cached_alone(wanted: bool) -> Iterator[None]:
-    """Whether only what has been fetched before is read: where the Hub is out of reach, its retries take 25 s."""
+    """If `wanted`, only what is already in the cache is read: the retries for a Hub that is out of reach take 25 s."""
     import datasets
     from huggingface_hub import constants
 
@@ -282,13 +282,13 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
     try:
         with _cached_alone(failure is not None):
             splits = _in_order(dict.fromkeys(datasets.get_dataset_split_names(name, config or None), ""))
-    except Exception as error:  # whatever the network, the Hub's client or a dataset's own files raise
+    except Exception as error:  # the network, the Hub's client or a dataset's files may raise anything
         what = "holds no train, validation or test file" if is_directory else "is not a file or directory here"
-        why = f"datasets.load_dataset could not get it either: {first_line(error)}"
+        why = f"datasets.load_dataset could not load it either: {first_line(error)}"
         raise UserError(
             f"{data} {what}, and {f'the Hub cannot be reached ({failure})' if failure else why}. Give --data a "
             f"file ({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be "
-            'reached from here ("owner/name", or "owner/name:config" where it has several configurations).'
+            'reached from here ("owner/name", or "owner/name:config" if it has several configurations).'
         ) from error
     found = {}
     for ours, theirs in splits.items():

@@ -1,4 +1,4 @@
-"""Which examples are trained on, evaluated on and asked about."""
+"""Chooses which examples are used for training, for validation, and by perce.score and perce.evaluate."""
 
 import itertools
 import json
@@ -22,38 +22,38 @@ from perce.errors import UserError, in_one_line
 from perce.hub import from_anywhere
 from perce.visible import as_json
 
-HELD_OUT = 0.1  # share of users, where the data has no validation split
+HELD_OUT = 0.1  # share of the users that is held out if the data has no validation split
 UNITS = ("users", "rows", "examples")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Who is evaluated on instead of trained on, whatever the order and number of the rows.
+    """The users (or rows) that are held out for validation, whatever the order and number of the rows.
 
-    A user is known by name, a row by its texts: a line has another number once the file has changed.
+    A user is known by their id, a row by its texts, because its line number changes when the file changes.
     """
 
     unit: str
     """One of UNITS."""
     keys: frozenset[str]
     file: Path | None = None
-    """Where a run has recorded them; None: just drawn."""
+    """The file in which a run has recorded them; None if they were just drawn."""
 
     @classmethod
     def drawn(cls, examples: Sequence[Record], seed: int) -> "HeldOut":
-        """A tenth of the users, so that none is in both; where there is one user only, of the rows or examples."""
+        """A tenth of the users, so that no user is on both sides; if there is only one, of the rows or examples."""
         for unit in UNITS if any(example.user_id for example in examples) else UNITS[1:]:
             keys = sorted(set(_keys(examples, unit)))
             if len(keys) > 1:
                 random.Random(seed).shuffle(keys)
                 return cls(unit, frozenset(keys[: max(1, round(HELD_OUT * len(keys)))]))
         raise UserError(
-            "The data has no validation split: at least two different examples are needed, to hold one out."
+            "The data has no validation split: at least two different examples are needed, so that one can be held out."
         )
 
     @classmethod
     def recorded(cls, run: Path) -> "HeldOut | None":
-        """Those of a run; None where it has recorded nobody. UserError for a file that is not as it was written."""
+        """The users that a run has held out; None if it has recorded none. UserError for a damaged file."""
         if not (file := run / HELD_OUT_NAME).exists():
             return None
         try:
@@ -61,15 +61,15 @@ class HeldOut:
             return cls(UNITS[UNITS.index(content["unit"])], frozenset(content["held_out"]), file)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file}: cannot be read ({in_one_line(error)}); expected who was held out of the training of this "
-                "run. Restore it, or draw others with --split_seed: the run may have been trained on them."
+                f"{file}: cannot be read ({in_one_line(error)}); expected the users or rows that this run held out of "
+                "its training. Restore it, or draw others with --split_seed: the run may have been trained on those."
             ) from error
 
     def to_json(self) -> str:
         return as_json({"unit": self.unit, "held_out": sorted(self.keys)}, indent=1) + "\n"
 
     def divide(self, examples: Sequence[Record], data: str) -> tuple[list[Record], list[Record], str]:
-        """(others, held out, how many in words); UserError where none of those that were recorded is among them."""
+        """(others, held out, their number in words); UserError if the data has none of the recorded users."""
         keys = _keys(examples, self.unit)
         others, held_out = ([x for key, x in zip(keys, examples, strict=True) if (key in self.keys) is out]
                             for out in (False, True))  # fmt: skip
@@ -82,7 +82,7 @@ class HeldOut:
 
 
 def _keys(examples: Sequence[Record], unit: str) -> list[str]:
-    """What each example is held out by; all that come from one row have one key, but as examples."""
+    """The key by which each example is held out. All examples of a row have the same, except with unit "examples"."""
     if unit == "examples":
         return [text_key(example) for example in examples]
     users = [example.user_id if unit == "users" else None for example in examples]
@@ -96,27 +96,27 @@ def _keys(examples: Sequence[Record], unit: str) -> list[str]:
 
 @dataclass(frozen=True)
 class RunPairs:
-    """Token pairs of a run."""
+    """The token pairs of a run."""
 
     train: Dataset | PairStream
     validation: Dataset
     examples: list[Record]
-    """Those that validation's column `example` points into."""
+    """The validation examples, which the column `example` of `validation` indexes."""
     format: str
     notes: list[str]
-    """What was held out, trimmed and skipped, in words."""
+    """Sentences on what was held out, trimmed and skipped."""
     source: PairSource | None
-    """Of a stream: counts what is left out while it is read."""
+    """For a stream: counts what is left out while it is read."""
     held_out: HeldOut | None
-    """None where the data has a validation split."""
+    """None if the data has a validation split."""
 
 
 def load_pairs(
     config: DataConfig, tokenizer: Any, *, loss: LossConfig, eval_examples: int, eval_tokens: int | None, seed: int
 ) -> RunPairs:  # fmt: skip
-    """Read, check and pair config.data; at most eval_examples (0: all) and eval_tokens are kept to evaluate on.
+    """Read, check and pair config.data. At most eval_examples (0: all) and eval_tokens are kept for validation.
 
-    Everything that is wrong with the data is found here, unless it is streamed.
+    Every mistake in the data is found here, unless it is streamed.
     """
     splits = load_splits(config, eval_examples=eval_examples, seed=seed)
     builder = make_builder(tokenizer, config, splits.format, loss)
@@ -135,8 +135,8 @@ def load_pairs(
     if eval_tokens is not None:
         fitting = sum(total <= eval_tokens for total in itertools.accumulate(lengths))
         lengths = lengths[: max(fitting, 1)]
-    # In order of length a batch holds little padding: a fifth less work for long, uneven examples. Replies of a
-    # conversation share what they have in common where they are in one batch.
+    # Sorted by length, batches have little padding: a fifth less work for long examples of uneven length. Replies of a
+    # conversation stay together, because they share tokens only within a batch.
     kept = range(len(lengths))
     together = conversations(validation.select(kept)) if config.share == "conversations" else [[i] for i in kept]
     together.sort(key=lambda indices: max(lengths[index] for index in indices))
@@ -146,7 +146,7 @@ def load_pairs(
 
 @dataclass(frozen=True)
 class Splits:
-    """What to train on (Examples only when streaming) and to evaluate on."""
+    """The examples for training (`Examples` only if streaming) and for validation."""
 
     train: Examples | list[Record]
     validation: list[Record]
@@ -156,7 +156,7 @@ class Splits:
 
 
 def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
-    """Examples of config.data (default: the built-in examples); eval_examples (0: all) are drawn to evaluate on."""
+    """Examples of config.data (default: the built-in ones). eval_examples (0: all) are drawn for validation."""
     data = config.data or str(DATA_DIR)
     options = vars(Reading.of(config))
     train = load_examples(data, "train", streaming=config.streaming, **options)
@@ -175,32 +175,33 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
         notes = [*skipped_rows(train), *skipped_rows(held_out)]
     elif config.streaming:
         raise UserError(
-            f"--data {data}: it has no validation split, and a stream cannot be divided. Add one, or read it whole."
+            f"--data {data}: expected a validation split, because none can be held out of a stream. Add one, or leave "
+            "out --streaming."
         )
     else:
         who = HeldOut.drawn(train.all, seed)
         kept, validation, counted = who.divide(train.all, data)
         notes = [f"{counted} held out for validation", *without_user(train.all, who), *skipped_rows(train)]
     if 0 < eval_examples < len(validation):
-        validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: any first few are a sample too
+        validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: its beginning is a sample too
     return Splits(kept, validation, held_out.format if config.streaming else train.format, notes, who)
 
 
 def without_user(examples: Sequence[Record], who: HeldOut) -> list[str]:
-    """A warning, where a user may be on both sides."""
+    """A warning if a user may be both trained and validated on."""
     nameless = sum(example.user_id is None for example in examples)
     if (who.unit == "users" and not nameless) or isinstance(examples[0], Document):
         return []
     which = f"{nameless:,} of {len(examples):,} examples have no user_id" if nameless else "all rows are of one user"
     held = "rows" if who.unit == "users" else who.unit
     return [
-        f"warning: {which}: {held} are held out, not users, and whoever has several may be trained and validated on. "
-        "--columns user_id=FIELD names the field that tells users apart"
+        f"warning: {which}: {held} are held out, not users, so a user with several of them may be both trained and "
+        "validated on. --columns user_id=FIELD names the field that tells users apart"
     ]
 
 
 def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> list[str]:
-    """What trimming and skipping took from a split, in words."""
+    """Notes on what was trimmed and skipped in a split."""
     notes = []
     if "windows" in dataset.column_names:
         pieces = Counter(numbers(dataset, "example").tolist())
@@ -223,9 +224,9 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
 def load_split(
     data: DataConfig, chosen: SplitConfig, run: Path | None = None, *, unanswered: bool = False
 ) -> tuple[Examples, str, str]:  # fmt: skip
-    """(examples, their split, the same in words): read and checked now, or while iterated over with --streaming.
+    """(examples, name of their split, its description). Rows are checked now or, with --streaming, when iterated over.
 
-    run: the directory of the model's, where it is of one. unanswered: rows without a response are examples too.
+    run: the directory of the run that trained the model, if any. unanswered: rows without a response are examples too.
     """
     where = data.data or str(DATA_DIR)
     present = available_splits(where)
@@ -237,7 +238,7 @@ def load_split(
         raise UserError(f"--split {split}: {where} has no such split; it has {', '.join(present)}.")
     if data.streaming and (held_out or chosen.sample):
         needs = "--split held_out" if held_out else "--sample"
-        raise UserError(f"{needs}: all rows must be known to choose from them. Leave out --streaming.")
+        raise UserError(f"{needs}: all rows must be read first to choose from them. Leave out --streaming.")
     rows = load_examples(
         where, "train" if held_out else split, **vars(Reading.of(data, unanswered)), streaming=data.streaming,
         limit=None if held_out else chosen.limit,
@@ -254,7 +255,7 @@ def load_split(
 
 
 def _unnamed_split(data: DataConfig, present: Sequence[str], run: Path | None) -> str:
-    """Which split is meant where none is named: of the data that a run was trained on, one that it was not."""
+    """The split to use if none is named. For the data of a run, it is one that the run was not trained on, if any."""
     first = next((x for x in ("test", "validation", "train") if x in present), "train")
     if run is None or first == "test":
         return first
@@ -263,16 +264,18 @@ def _unnamed_split(data: DataConfig, present: Sequence[str], run: Path | None) -
 
 
 def _recorded(chosen: SplitConfig, run: Path | None, where: str, present: Sequence[str]) -> HeldOut | None:
-    """Whom the run has held out; None where they are to be drawn. UserError where there is nobody to be asked about."""
+    """The users that the run has held out; None if they are to be drawn. UserError if no users can be held out."""
     if "validation" in present and not (run and (run / HELD_OUT_NAME).exists()):
-        raise UserError(f"--split held_out: {where} has a validation split, which training leaves out. Use that.")
+        raise UserError(
+            f"--split held_out: {where} has a validation split, which training leaves out. Use --split validation."
+        )
     if run is None or chosen.split_seed is not None:
         return None
     if (recorded := HeldOut.recorded(run)) is None:
         raise UserError(
-            f"{run} held nobody out of its training, as where the data has a validation split ({HELD_OUT_NAME} is "
-            "missing). Put that split back; or give --split train, or --split held_out with --split_seed to draw "
-            "users: the model may have been trained on either."
+            f"{run} has held out no users ({HELD_OUT_NAME} is missing), probably because its data had a validation "
+            "split. Put that split back; or give --split train, or --split held_out with --split_seed to draw users: "
+            "the model may have been trained on either."
         )
     return recorded
 
@@ -285,7 +288,7 @@ def _where_from(who: HeldOut, chosen: SplitConfig, run: Path | None) -> str:
 
 
 def training_rows_note(data: DataConfig, split: str) -> list[str]:
-    """What to know of numbers that were taken on rows that the model may have been trained on."""
+    """A caveat for numbers that were measured on rows that the model may have been trained on."""
     if split != "train" or data.data is None:
         return []
     return [

@@ -2,9 +2,9 @@
 
     pass 0, pass 1, …  →  blocks of BLOCK examples, each shuffled by (seed, pass, block)  →  example k to share k mod n
 
-The order depends on the seed alone, and a pass follows the other without an end that processes could reach at
-different times. So a resumed run meets the examples it would have met: the Trainer skips as many batches as were
-trained on. Every process reads and checks all rows, which is cheap, and tokenises its own share, which is not.
+The order depends on the seed alone. The passes follow each other without an end, which processes might reach at
+different times. So a resumed run gets the examples that it would have got: the Trainer skips as many batches as were
+trained on. Every process reads and checks all rows, which is cheap, and tokenises only its share, which is not.
 """
 
 import itertools
@@ -22,21 +22,21 @@ BLOCK = 1000  # examples that are read, shuffled and handed out together
 
 
 class PairStream(IterableDataset):
-    """Columns of pairs, without end; UserError where a row cannot be used, or when nothing fits.
+    """Columns of pairs, without end; UserError if a row cannot be used, or if no example of a pass fits.
 
     Args:
-        source: the examples, and what builds pairs of them.
+        source: the examples, and the builder of their pairs.
         seed: of the order.
-        share: (which, of how many): this process deals itself every n-th example. Loader workers divide it further.
+        share: (k, n): this process takes every n-th example from the k-th on. Loader workers divide these further.
     """
 
-    column_names = ("input_ids", "response_length")  # among others: what tells pairs from raw rows
+    column_names = ("input_ids", "response_length")  # a selection, by which pairs are told from raw rows
 
     def __init__(self, source: PairSource, seed: int, share: tuple[int, int] = (0, 1)):
         self.source, self.seed, self._share = source, seed, share
 
     def of_process(self, rank: int, ranks: int) -> "PairStream":
-        """The same stream, of which this process has its share."""
+        """The same stream, restricted to the share of one process."""
         return PairStream(self.source, self.seed, (rank, ranks))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -57,7 +57,7 @@ class PairStream(IterableDataset):
                 raise UserError(self.source.nothing_left())
 
     def _shuffled(self, number: int) -> Iterator[tuple[int, Record]]:
-        """The examples of a pass with their place in the data."""
+        """The examples of a pass, shuffled in blocks, each with its index in the data."""
         examples = iter(enumerate(self.source.examples))
         for block in itertools.count():
             drawn = list(itertools.islice(examples, BLOCK))

@@ -1,11 +1,11 @@
-"""Text → token ids, and which characters each token is of, by pieces of the text that are tokenised once and kept.
+"""Text → token ids, and the characters of each token. Texts are cut into pieces, which are tokenised once and cached.
 
     - I keep bees.⏎- I run.⏎   →   "-"  " I"  " keep"  " bees.⏎"  "-"  " I"  " run.⏎"
 
-Most tokenizers cut a text into words before they make tokens of these, and never let a word go on behind a character
-that is no space into " x", or from the single line end behind such a character into the next line. Where it is known of
-a tokenizer, a text is cut there before it is tokenised: the ids are the same, and most of a million rows' pieces have
-been met before. Of other tokenizers a text is one piece.
+Most tokenizers divide a text into words before they make tokens. Their words always end before a single space that
+stands between printable characters, and after a single line end there. For tokenizers that are known to do so, a text
+is cut at these borders first: the ids are the same, and among a million rows most pieces are in the cache already. For
+other tokenizers the whole text is one piece.
 """
 
 import json
@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
-# Between printable characters of ASCII, of which a tokenizer's idea of a space, a letter or a digit is everybody's.
-# GPT-4o's goes on with a "/" behind a line end.
+# Borders lie between printable ASCII characters, for which all tokenizers agree on what is a space, letter or digit.
+# GPT-4o's tokenizer continues a word with a "/" after a line end, so there is no border there.
 BORDER = r"(?<=[!-~])(?= [!-~])|(?<=[!-~]\n)(?=[!-.0-~])"
 LINE = re.compile(r"(?:.*\n)*?.*[!-~]\n(?=[!-.0-~])|[\s\S]+")
 PIECE = re.compile(rf" ?[!-~]+(?:\n(?=[!-.0-~])|(?= [!-~])|\Z)|[\s\S]+?(?:{BORDER}|\Z)")
-# The texts of one pair share most lines, and so do pairs of one user; most pieces are words that occur again.
+# Sizes of the caches. Both texts of a pair, and pairs of one user, share most lines; most pieces are frequent words.
 KEPT_LINES, KEPT_PIECES = 2**11, 2**16
-KEPT_LENGTH = 256  # characters
+KEPT_LENGTH = 256  # characters of the longest text that is cached
 
-# Regular expressions of pre-tokenizers: no match of theirs crosses a BORDER, or depends on what is behind it.
+# Regular expressions of pre-tokenizers. None of their matches crosses a BORDER, or depends on the text after one.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS, _REST = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -43,7 +43,7 @@ WORDS = frozenset(
 
 
 class Piece(NamedTuple):
-    """Part of a line in tokens; spans are of characters of the piece, and length is in characters."""
+    """Part of a line: its token ids, the characters of the piece that each token covers, and its characters."""
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
 
 class Line(NamedTuple):
-    """Part of a text; `ids` are those of its pieces."""
+    """Part of a text; `ids` are the ids of all its pieces."""
 
     ids: tuple[int, ...]
     pieces: tuple[Piece, ...]
@@ -69,17 +69,17 @@ class Encoded:
 
     ids: list[int]
     lines: list[Line]
-    """Of the whole text."""
+    """The lines of the whole text."""
 
     @classmethod
     def of(cls, lines: list[Line]) -> "Encoded":
         return cls([*chain.from_iterable([line.ids for line in lines])], lines)
 
     def spans(self, first: int = 0) -> list[tuple[int, int]]:
-        """Which characters of the text the tokens from `first` on are made of."""
+        """The half-open ranges of characters of the text that the tokens from `first` on cover."""
         token, end = sum([len(line.ids) for line in self.lines]), sum([line.length for line in self.lines])
         found: list[tuple[int, int]] = []
-        for piece in self._from_the_end():  # it is the last that are asked for
+        for piece in self._from_the_end():  # callers ask for the last tokens
             if token <= first:
                 break
             token, end = token - len(piece.ids), end - piece.length
@@ -87,7 +87,7 @@ class Encoded:
         return found[::-1][max(first - token, 0) : len(self.ids) - token]
 
     def before(self, place: int) -> int:
-        """How many tokens are left when the last ones go that begin at this character or behind it."""
+        """How many tokens remain without the last ones, those that begin at or after character `place`."""
         token, end = len(self.ids), sum([line.length for line in self.lines])
         for piece in self._from_the_end():
             end -= piece.length
@@ -102,7 +102,7 @@ class Encoded:
 
 
 class Tokens:
-    """What a tokenizer makes of texts, without special tokens of its own.
+    """The token ids of texts, without the special tokens that a tokenizer would add.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
@@ -110,7 +110,7 @@ class Tokens:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
-        tokenizer("a")  # settles how the backend truncates, pads and takes special tokens
+        tokenizer("a")  # sets the backend's truncation, padding and treatment of special tokens
         self.cuts = knows_borders(self.backend)
         self._pieces = _Kept(KEPT_PIECES, self._piece)
         self._lines = _Kept(KEPT_LINES, self._line)
@@ -129,14 +129,14 @@ class Tokens:
         return Line.of(*map(self._pieces.__getitem__, PIECE.findall(text)))
 
     def _piece(self, text: str) -> Piece:
-        if self.backend.truncation or self.backend.padding:  # the tokenizer was used for something else in between
+        if self.backend.truncation or self.backend.padding:  # another use of the tokenizer has set these
             self.tokenizer("a")
         encoded = self.backend.encode(text, add_special_tokens=False)
         return Piece(tuple(encoded.ids), tuple(encoded.offsets), len(text))
 
 
 class _Kept(dict):
-    """What was made of short texts, as far as room is; a full one begins anew."""
+    """A cache of what `make` returns for short texts; it is emptied when it is full."""
 
     def __init__(self, room: int, make: Callable[[str], Any]):
         super().__init__()
@@ -152,7 +152,7 @@ class _Kept(dict):
 
 
 def knows_borders(backend: Any) -> bool:
-    """Whether a `tokenizers.Tokenizer` is known to make no token across a BORDER, and the same ones on both sides."""
+    """Whether a `tokenizers.Tokenizer` is known to give the same tokens if a text is cut at every BORDER."""
     normalizer, steps = _rule(backend.normalizer), [*_steps(_rule(backend.pre_tokenizer))]
     ends = _steps(_rule(backend.post_processor))
     added = backend.get_added_tokens_decoder().values()
@@ -164,14 +164,14 @@ def knows_borders(backend: Any) -> bool:
         and all(_cuts_words(step) or _is_passive(step) for step in steps)
         and not any(
             end.get("trim_offsets") and end["add_prefix_space"] for end in ends
-        )  # spans of a text's first token
+        )  # these change the span of a text's first token
         and not getattr(backend.model, "dropout", None)
     )
 
 
 def _may_cross(token: str) -> bool:
-    """Whether an added token can lie across a BORDER, which depends on the characters around the token too."""
-    token = unicodedata.normalize("NFD", token)  # the form that has all borders of a text that NFC makes the token of
+    """Whether an added token can lie across a BORDER, which also depends on the characters around the token."""
+    token = unicodedata.normalize("NFD", token)  # NFC may make the token from this form, which has the most borders
     return any(1 < border.start() < 1 + len(token) for border in re.finditer(BORDER, f"!{token}!"))
 
 
@@ -180,14 +180,14 @@ def _rule(part: Any) -> dict[str, Any] | None:
 
 
 def _steps(rule: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
-    """The pre-tokenizers, or post-processors, of a sequence of them."""
+    """The single pre-tokenizers or post-processors in a rule, which may be a (nested) sequence of them."""
     if rule and rule["type"] == "Sequence":
         return chain.from_iterable(map(_steps, rule.get("pretokenizers") or rule.get("processors", ())))
     return [rule] if rule else []
 
 
 def _cuts_words(step: dict[str, Any]) -> bool:
-    """Whether a word ends at every BORDER."""
+    """Whether this pre-tokenizer ends a word at every BORDER."""
     if step["type"] == "ByteLevel":
         return step["use_regex"] and not step["add_prefix_space"]
     plain = step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]
@@ -195,11 +195,11 @@ def _cuts_words(step: dict[str, Any]) -> bool:
 
 
 def _is_passive(step: dict[str, Any]) -> bool:
-    """Whether what is done to a character does not depend on those around it."""
+    """Whether this pre-tokenizer treats every character independently of the characters around it."""
     return step["type"] == "Digits" or (step["type"] == "ByteLevel" and not step["add_prefix_space"])
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """The text of each token; a character of several tokens stands at its last one."""
+    """The text of each token; a character that several tokens make up is given to the last of them."""
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]

@@ -1,7 +1,8 @@
-"""Rows that a trainer of others tokenises: told twice, with the persona and without, and put together again.
+"""For trainers of other libraries, which tokenise rows themselves: each row is written twice, with its persona and
+without, and the two tokenised rows are joined.
 
 {"persona", "messages" | "prompt", "completion" | "text"}   →   tell   →   two such rows, the second without persona
-their `input_ids` and `labels`, by the trainer              →   join   →   one row, as data/marked.py has them
+their `input_ids` and `labels`, from the trainer            →   join   →   one row with the labels of data/marked.py
 """
 
 import os
@@ -25,23 +26,23 @@ Columns = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Twice:
-    """How rows are told, and how long they may be. Methods with columns are for Dataset.map(batched=True)."""
+    """How rows are written, and how long they may be. Methods that take columns are for Dataset.map(batched=True)."""
 
     name: str
-    """Of the dataset, in errors."""
+    """The dataset's name in error messages."""
     tokenizer: Any
     style: PromptStyle
     has_system_role: bool
     text_field: str
     max_length: int | None
     version: int = 1
-    """Of this file: raise it when other rows come of the same ones, or `datasets` finds the old ones in its cache."""
+    """The version of this file. Raise it if the same rows give other results, or `datasets` reuses its cached ones."""
 
     def prepared(self, dataset: Any, columns: Sequence[str], prepare: Callable[[Any], Any]) -> Any:
-        """Rows with these columns → `input_ids` and `labels`. dataset: a Dataset or an IterableDataset; prepare: gives
-        each row its ids and labels, in their order, and leaves other columns.
+        """Rows with these columns → `input_ids` and `labels`. dataset: a Dataset or an IterableDataset; prepare: adds
+        ids and labels to the rows, in order, and keeps the other columns.
 
-        What max_length costs is told, of a Dataset. UserError for a row that cannot be used, and where no row of a
+        For a Dataset, prints what is lost to max_length. UserError for a row that cannot be used, and if no row of a
         Dataset has a token left to learn.
         """
         footers = PERSONA_FOOTERS if self.style.footer is None else (self.style.footer,)
@@ -59,7 +60,7 @@ class Twice:
         if isinstance(rows, Dataset):
             if not len(rows):
                 raise UserError(
-                    f"{self.name} dataset: no row has a token to learn within max_length {self.max_length}."
+                    f"{self.name} dataset: no row has a token to learn within max_length {self.max_length}. Raise it."
                 )
             lost = len(dataset) - len(rows), sum(rows["left_out"]), sum(rows["is_cut"])
             if any(lost) and os.environ.get("RANK", "0") == "0":
@@ -74,7 +75,7 @@ class Twice:
         return both.map(self.join, batched=True, remove_columns=names)
 
     def tell(self, rows: Columns, numbers: Sequence[int]) -> dict[str, list[Any]]:
-        """Two rows of each; `persona` is a list of entries, `number` the row's. UserError for one without a persona."""
+        """Two rows for each row; `persona` is its list of entries, `number` its index. UserError if it has none."""
         told: list[dict[str, Any]] = []
         for i, number in enumerate(numbers):
             row = {name: column[i] for name, column in rows.items()}
@@ -94,17 +95,17 @@ class Twice:
         return {name: [row[name] for row in told] for name in told[0]}
 
     def join(self, rows: Columns) -> dict[str, list[Any]]:
-        """`input_ids` and `labels` of each two rows; beside them how many entries were left out, and whether the end of
-        the row is cut off to fit max_length. Rows without a token to learn behind their persona are left out."""
+        """One row with `input_ids` and `labels` for every two rows; also how many entries were left out and whether the
+        end of the row was cut off to fit max_length. Rows without a token to learn after their persona are left out."""
         joined = []
         for i in range(0, len(rows["input_ids"]), 2):
             (ids, ids_cf), (labels, labels_cf) = (list(rows[name][i : i + 2]) for name in ("input_ids", "labels"))
             span = persona_span(ids, ids_cf)
             if span is None or labels[: span[0]] + labels[span[1] :] != labels_cf:
                 raise UserError(
-                    f"{self.name} row {rows['number'][i] + 1}: without its persona it has other tokens than with it, "
-                    "so that the two passes could not be aligned. Give it a prompt that begins with a word, or the "
-                    "tokenizer another chat template."
+                    f"{self.name} row {rows['number'][i] + 1}: the text around the persona has other tokens or labels "
+                    "with the persona than without it, so the two passes cannot be aligned. Give the row a prompt that "
+                    "begins with a word, or the tokenizer another chat template."
                 )
             ids, start, left_out = self._fitting(ids, ids_cf, span, rows["persona"][i])
             end = len(ids) - len(ids_cf) + start
@@ -117,14 +118,14 @@ class Twice:
     def _fitting(
         self, ids: list[int], ids_cf: list[int], span: tuple[int, int], entries: Sequence[str]
     ) -> tuple[list[int], int, int]:
-        """The ids with as many entries as fit max_length, but one at least; where the persona begins; and how many
-        entries they lack. All of them, where this tokenizer gives a persona other ids by itself than in its prompt."""
+        """The ids with as many entries as fit max_length, at least one; where the persona begins; and how many entries
+        were left out. None is left out if the tokenizer gives the persona alone other ids than in its prompt."""
         (start, end), excess = span, len(ids) - (self.max_length or len(ids))
         for before in ("", "\n") if excess > 0 else ():
             whole = self._ids(entries, before)
             if len(whole) != end - start:
                 continue
-            # The span may begin earlier, where what stands behind the persona begins as the persona does.
+            # The persona may begin before `span` does, if the text after it begins with the same tokens.
             for place in range(start, max(start - len(whole), -1), -1):
                 if ids[place : place + len(whole)] == whole:
                     room = len(whole) - excess
@@ -138,7 +139,7 @@ class Twice:
         return ids, start, 0
 
     def _ids(self, entries: Sequence[str], before: str) -> list[int]:
-        """Of a persona behind this text: some tokenizers begin a text with a space, and go on without."""
+        """The ids of a persona after the text `before`: some tokenizers add a space, but only at a text's beginning."""
         ids, first = (
             self.tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (before + self._block(entries), before)
@@ -149,8 +150,10 @@ class Twice:
         return self.style.block(entries, self.style.footer or "")
 
     def _refuse_control(self, entries: Sequence[str]) -> None:
-        """UserError for a persona that spells a control token, which it would become."""
+        """UserError for a persona that spells a control token: the tokenizer would make that token of it."""
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         control = filter(LIKE_CONTROL.fullmatch, added)
         if found := next((text for text in control for entry in entries if text in entry), None):
-            raise UserError(f"field 'persona' spells the control token {found!r}, and would become it. Replace it.")
+            raise UserError(
+                f"field 'persona' spells the control token {found!r}, which the tokenizer would make of it. Replace it."
+            )

@@ -1,10 +1,11 @@
-"""Pairs of many examples as tables, in the order of the examples, by a process a core where there are enough of them.
+"""Pairs of many examples as tables, in the order of the examples. If there are enough examples, one process per core
+builds them.
 
     examples   0 …  499    500 …  999    1000 … 1499    …
     process         0             1              0          each sends its tables through a pipe of its own
 
-The processes are forks: they have the examples without a copy, and a full pipe makes them wait. What goes wrong with an
-example is raised where its table would have come, so that the first one is told, as by a single process.
+The processes are forks: they share the examples without a copy, and wait while their pipe is full. The error of an
+example is raised in place of its table, so that the first error is reported, as with a single process.
 """
 
 import gc
@@ -22,15 +23,15 @@ from perce.data.pairing import PairSource
 from perce.environment import progress
 from perce.errors import UserError
 
-CHUNK = 500  # examples a table
-WORTH_A_PROCESS = 4000  # examples that take longer than starting one
-MOST = 16  # processes: the one that writes takes a tenth of what one that builds does
+CHUNK = 500  # examples per table
+WORTH_A_PROCESS = 4000  # examples per process: fewer take less time than starting the process
+MOST = 16  # processes: writing tables takes a tenth of the time of building them
 
 
 def tables(source: PairSource, schema: pa.Schema) -> Iterator[pa.Table]:
-    """The columns of all pairs. UserError for the first example that cannot be built and may not be skipped, and where
-    none is left. Of what is left out, `source` gets to know why the first was."""
-    count, built = len(source.examples), 0  # type: ignore[arg-type]  # what is not streamed has a length
+    """The columns of all pairs. UserError for the first example that cannot be built and may not be skipped, or if no
+    pair is left. `source.reason` is set to the reason why the first skipped example was skipped."""
+    count, built = len(source.examples), 0  # type: ignore[arg-type]  # examples have a length unless they are streamed
     starts = range(0, count, CHUNK)
     processes = _processes(source, count)
     made = _from_processes(source, schema, starts, processes) if processes > 1 else _made(source, schema, starts)
@@ -45,7 +46,7 @@ def tables(source: PairSource, schema: pa.Schema) -> Iterator[pa.Table]:
 
 
 def _made(source: PairSource, schema: pa.Schema, starts: range) -> Iterator[tuple[pa.Table, str]]:
-    """Of each chunk its table, and why the first example was left out so far."""
+    """The table of each chunk, and why the first of the examples skipped so far was skipped."""
     examples: Any = source.examples
     for start in starts:
         chunk = range(start, min(start + CHUNK, len(examples)))
@@ -54,7 +55,7 @@ def _made(source: PairSource, schema: pa.Schema, starts: range) -> Iterator[tupl
 
 
 def _processes(source: PairSource, count: int) -> int:
-    """How many to build with; one where they cannot be forked: an encoder has threads, which do not survive that."""
+    """The number of processes; 1 if this one must not fork: an encoder has threads, which do not survive a fork."""
     retriever = getattr(source.builder, "retriever", None)
     forks = sys.platform == "linux" and not multiprocessing.current_process().daemon
     if not forks or (retriever and not retriever.may_fork):
@@ -69,7 +70,7 @@ def _from_processes(
     pipes: list[Any] = []
     workers, made = [], []
     told = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or each fork is warned of
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise tokenizers warns of each fork
     try:
         for number in range(count):
             share = starts[number::count]
@@ -78,7 +79,7 @@ def _from_processes(
                 inherited = [*pipes, ours]
                 worker = context.Process(target=_work, args=(source, schema, share, theirs, inherited), daemon=True)
                 worker.start()
-            except OSError:  # there may be no more processes, or no memory for one: its share is built by this one
+            except OSError:  # no process or memory is left for it: this process builds its share
                 made.append(_made(source, schema, share))
                 continue
             theirs.close()
@@ -103,8 +104,8 @@ def _received(pipe: Any) -> Iterator[tuple[pa.Table, str]]:
             found = pipe.recv()
         except (EOFError, OSError):  # OSError: in the middle of a table
             raise UserError(
-                "A process that built pairs was ended from outside, as where memory is short. Close other programs, or "
-                "stream the data (--streaming)."
+                "A process that built pairs was killed from outside, probably because memory ran out. Close other "
+                "programs, or stream the data (--streaming)."
             ) from None
         if isinstance(found, Exception):
             raise found
@@ -112,14 +113,12 @@ def _received(pipe: Any) -> Iterator[tuple[pa.Table, str]]:
 
 
 def _work(source: PairSource, schema: pa.Schema, starts: range, pipe: Any, inherited: list[Any]) -> None:
-    """Sends what is made of the chunks; ends where nobody reads it any more."""
-    for (
-        end
-    ) in inherited:  # its readers are all that have it open: a process that is killed would leave this one waiting
+    """Builds the chunks at `starts` and sends their tables; ends when nobody reads the pipe any more."""
+    for end in inherited:  # only the parent may hold the reading ends: if it is killed, a write must fail and not wait
         end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # told to the process that reads
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.freeze()  # a collection would write to every object, and so copy it
+    gc.freeze()  # a garbage collection would write to every object, and so copy its memory
     try:
         for found in _made(source, schema, starts):
             pipe.send(found)
@@ -127,5 +126,5 @@ def _work(source: PairSource, schema: pa.Schema, starts: range, pipe: Any, inher
         pass
     except UserError as error:
         pipe.send(error)
-    except BaseException:  # of any class, which a pipe may not take or give back; a panic of tokenizers is no Exception
+    except BaseException:  # a pipe may be unable to carry its class; a panic of tokenizers is no Exception
         pipe.send(RuntimeError(f"a process that built pairs failed:\n{traceback.format_exc()}"))

@@ -73,6 +73,6 @@ def load(path: Path, *rows: object, **options) -> list[Example]:
 def error(path: Path, *rows: object, **options) -> str:
     with pytest.raises(UserError) as caught:
         load(path, *rows, **options)
-    message, *lines = caught.value.args  # one paragraph, except for a row of no known format
-    assert len(lines) == (3 if "expected the fields of a format," in message else 0)
+    message, *lines = caught.value.args  # one paragraph, but for a row of no format
+    assert len(lines) == (3 if "expected the fields of a known format," in message else 0)
     return str(caught.value)

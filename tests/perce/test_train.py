@@ -279,7 +279,7 @@ def test_an_adapter_is_merged_on_request(train, tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "fragments"),
     [
-        ("{heder: x}", ("expected any of system, place", "heder")),
+        ("{heder: x}", ("expected keys among system, place", "heder")),
         ("{header: 2024-01-01, item: 3}", ("a text as item", "int 3")),
         ("[a]", ("cannot be read",)),
         ("'{not json'", ("a mapping as JSON", "{not json")),

@@ -58,7 +58,7 @@ def test_quotes_that_have_one_meaning_are_read(tmp_path):
     assert rows.all[0].turns[0].content == 'a 5" disk' and [e.source for e in rows] == ["d.csv:2", "d.csv:3", "d.csv:7"]
 
 
-@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "bars")])
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
 def test_other_separators_are_named(tmp_path, mark, name):
     path = csv_file(tmp_path / "d.csv", mark.join(["p", "q, or not", "r"]), header=HEADER.replace(",", mark))
     with pytest.raises(UserError, match=rf"d\.csv:1: expected commas .*, got {name}.*pandas"):

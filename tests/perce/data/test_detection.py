@@ -31,10 +31,11 @@ ALL = "persona, query or messages, response or messages"
 )  # fmt: skip
 def test_a_row_of_no_format_gets_four_lines(tmp_path, row, nearest, missing, columns):
     first, second, third, fourth = error(tmp_path, row).splitlines()
-    assert f"data.jsonl:1: expected the fields of a format, got the fields {', '.join(row)}." in first
-    assert second == f"Nearest is {nearest}; missing: {missing}."
+    assert f"data.jsonl:1: expected the fields of a known format, got the fields {', '.join(row)}." in first
+    assert second == f"The nearest format is {nearest}; missing: {missing}."
     assert third.startswith(f"Rename fields: --columns {columns}") and ("(FIELD:" in third) == ("FIELD" in columns)
-    assert fourth.startswith("docs/DATA.md has every format") and max(map(len, (second, third, fourth))) <= 150
+    assert fourth.startswith("docs/DATA.md shows an example row of every format")
+    assert max(map(len, (second, third, fourth))) <= 150
 
 
 def test_the_line_to_copy_works(tmp_path):
@@ -45,9 +46,8 @@ def test_the_line_to_copy_works(tmp_path):
 
 def test_sharegpt_without_a_persona(tmp_path):
     text = error(tmp_path, {"id": "1", "conversations": SHAREGPT})
-    assert (
-        "\nNearest is sharegpt; missing: persona.\nRename fields: --columns persona=FIELD (FIELD: one of yours" in text
-    )
+    assert "\nThe nearest format is sharegpt; missing: persona.\n" in text
+    assert "persona.\nRename fields: --columns persona=FIELD (FIELD: the name" in text
     (only,) = load(tmp_path, {"bio": "p", "conversations": SHAREGPT}, columns={"persona": "bio"})
     assert only.persona == ("p",)
 
@@ -97,7 +97,7 @@ def test_a_misspelt_field_in_a_stream(tmp_path, monkeypatch):
 def test_columns_the_wrong_way_round(tmp_path):
     row = {"bio": "p", "query": "q", "response": "r"}
     text = error(tmp_path, row, columns={"bio": "persona"})
-    assert "with our name one of" in text and "got 'bio'; did you mean persona=bio" in text
+    assert "with OURS one of" in text and "got 'bio'; did you mean persona=bio" in text
     assert "did you mean persona=bio" in error(tmp_path, row, columns={"persoan": "bio"})
 
 

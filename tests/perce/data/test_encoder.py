@@ -115,7 +115,7 @@ def test_loading_an_encoder_leaves_the_random_numbers_alone(dense_model):
 
 def test_another_pooling_and_another_kind_of_model_are_refused(tmp_path):
     cls = save_encoder(tmp_path / "cls", modules=[POOLING], **{"1_Pooling__config": {"pooling_mode_cls_token": True}})
-    with pytest.raises(UserError, match=r"--retriever_model .*averaged.*pooling_mode_cls_token"):
+    with pytest.raises(UserError, match=r"--retriever_model .*averages.*pooling_mode_cls_token"):
         Encoder(cls)
     broken = save_encoder(tmp_path / "broken")
     (tmp_path / "broken" / "modules.json").write_text("[", encoding="utf-8")

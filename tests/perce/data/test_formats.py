@@ -48,7 +48,7 @@ def test_columns(tmp_path):
     text = error(tmp_path, GOOD, columns={"persona": "persna"})
     assert "data.jsonl:1: field 'persna'" in text and "did you mean --columns persona=persona." in text
     assert "Correct --columns" in text
-    with pytest.raises(UserError, match=r"our name one of .*persona.*got 'person'; did you mean persona=profile\."):
+    with pytest.raises(UserError, match=r"OURS one of .*persona.*got 'person'; did you mean persona=profile\."):
         load(tmp_path, GOOD, columns={"person": "profile"})
 
 
@@ -174,7 +174,7 @@ def test_the_users_of_msc_in_a_csv(tmp_path):
 @pytest.mark.parametrize("lost", ["user_id", "title", "rating"])
 def test_a_review_is_no_document(tmp_path, lost):
     row = {name: value for name, value in documented("amazon")[0].items() if name != lost}
-    assert f"Nearest is amazon; missing: {lost}." in error(tmp_path, row)
+    assert f"The nearest format is amazon; missing: {lost}." in error(tmp_path, row)
     assert load(tmp_path, row, format="text")[0].text == "No bee got in."
 
 
@@ -194,7 +194,7 @@ def test_the_files_that_are_csv(tmp_path, format):
 
 def test_what_lacks_a_persona_is_no_document(tmp_path):
     row = {"instruction": "Plan.", "input": "", "output": "Done.", "text": "### Instruction: Plan. ### Response: Done."}
-    assert "Nearest is alpaca; missing: persona or profile." in error(tmp_path, row)
+    assert "The nearest format is alpaca; missing: persona or profile." in error(tmp_path, row)
     plain = {"text": "A page.", "title": "Bees", "author": "Ana", "url": "x", "id": 1}
     assert load(tmp_path, plain)[0].text == "A page."
 

@@ -23,7 +23,8 @@ def test_a_second_file_that_is_missing(tmp_path, format, missing, field):
     with pytest.raises(UserError) as caught:
         load_examples(path, "train")
     expected = (
-        f"{path}:1: field '{field}': expected the file {missing} beside the data, got none in {tmp_path}. Download"
+        f"{path}:1: field '{field}': expected the file {missing} in the data's directory, got none in {tmp_path}. "
+        "Download"
     )
     assert str(caught.value).startswith(expected)
 
@@ -34,7 +35,7 @@ def test_rows_of_the_library_have_no_second_file(tmp_path, format):
 
     Dataset.from_list(documented(format)).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(
-        UserError, match=r"rows of the datasets library, which has no files beside them. Download it too"
+        UserError, match=r"rows of the datasets library, which have no file next to them. Download that file too"
     ):
         load_examples(tmp_path / "saved", "train")
 
@@ -68,7 +69,7 @@ def test_system_messages_that_come_again_are_one_passage(tmp_path):
 
 def test_questions_in_a_file_of_another_name(tmp_path):
     documented_files(tmp_path, "personamem").rename(tmp_path / "train.jsonl")
-    with pytest.raises(UserError, match=r"expected the file shared_contexts\.jsonl beside the data"):
+    with pytest.raises(UserError, match=r"expected the file shared_contexts\.jsonl in the data's directory"):
         load_examples(tmp_path, "train")
     (tmp_path / "shared_contexts_32k.jsonl").rename(tmp_path / "shared_contexts.jsonl")
     assert len(load_examples(tmp_path, "train").all) == 1
@@ -117,7 +118,7 @@ def test_an_id_that_is_there_twice(tmp_path, format, name, line, place):
     path = documented_files(tmp_path, format)
     with (tmp_path / name).open("a") as file:
         file.write(json.dumps(line) + "\n")
-    with pytest.raises(UserError, match=rf"{name}:2: {place} is there twice"):
+    with pytest.raises(UserError, match=rf"{name}:2: the id {place} is there twice"):
         load_examples(path, "train")
 
 

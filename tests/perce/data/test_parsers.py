@@ -320,7 +320,7 @@ def test_alpaca_with_a_history_and_without_input(tmp_path):
         ("system", "Be brief."), ("user", "Begin."), ("assistant", "Begun."), ("user", "Go on."),
     ]  # fmt: skip
     row = {"profile": "P", "instruction": "Go on.", "input": "this", "output": "Done."}
-    assert "choose with --format" in error(tmp_path, row)  # or LaMP's, with an instruction that would be lost
+    assert "choose it with --format" in error(tmp_path, row)  # or LaMP's, with an instruction that would be lost
     (chosen,) = load(tmp_path, row, format="alpaca")
     assert chosen.persona == ("P",) and chosen.turns[0].content == "Go on.\nthis"
 
@@ -341,7 +341,7 @@ def test_preference_pairs_with_conversations(tmp_path):
 def test_sharegpt_beside_a_profile_is_told_of_its_name(tmp_path):
     row = {"profile": "P", "conversations": SAID}
     assert "field 'conversations[0]': expected" in error(tmp_path, row)
-    assert "ShareGPT's, beside a persona: --columns persona=profile" in error(tmp_path, row)
+    assert "for ShareGPT's messages with a persona: --columns persona=profile" in error(tmp_path, row)
     assert load(tmp_path, row, columns={"persona": "profile"})[0].persona == ("P",)
 
 

@@ -54,18 +54,18 @@ def test_what_is_trimmed_refused_shared_and_unanswered(previewed, tmp_path):
     refused = {**GOOD, "query": "very " * 300}
     path = jsonl(tmp_path / "rows.jsonl", talk, long, refused)
     printed = previewed(path, "--max_length", 160, "--rows", 9)
-    assert cells(printed, "trimmed")[1:6] == ["1", "of", "them,", "by", "1"]
-    assert f"refused 1 of them; the first: {path.name}:3: query and response take" in " ".join(printed.split())
+    assert cells(printed, "trimmed")[1:5] == ["1", "examples,", "by", "1"]
+    assert f"refused 1 examples; the first: {path.name}:3: query and response take" in " ".join(printed.split())
     assert cells(printed, "shared")[2:5] == ["of", "the", "tokens,"]
     assert printed.count("without the persona") == 2  # the first of each row that fits
     printed = previewed(documented_files(tmp_path, "lamp_qa"))
-    assert "1 of them have no response: perce.evaluate writes replies to them" in printed
+    assert "1 examples have no response: perce.evaluate writes replies to them" in printed
     assert "4 passages of each history, by bm25" in printed
 
 
 def test_documents_are_pieces_without_a_persona(previewed, tmp_path):
     printed = previewed(jsonl(tmp_path / "rows.jsonl", {"text": "bees " * 50}), "--max_length", 20)
-    assert "1 of the documents, into pieces that fit --max_length 20" in printed
+    assert "1 documents, into pieces that fit --max_length 20" in printed
     assert "a piece, 20 tokens\nbees bees" in printed and "persona" not in printed.partition("tokens")[2]
 
 

@@ -8,8 +8,8 @@ from perce.data.prompt import SYSTEM_MESSAGE, PromptStyle, system_text, tell
 
 def test_what_a_prompt_says_wrongly_is_named():
     for keys, message in (
-        ({"sytem": "x"}, "expected any of system, place"), ({"place": "top"}, "system or user"),
-        ({"item": "- "}, "one {} in item"), ({"system": "{persona}"}, "without the persona too"),
+        ({"sytem": "x"}, "expected keys among system, place"), ({"place": "top"}, "system or user"),
+        ({"item": "- "}, "one {} in item"), ({"system": "{persona}"}, "words besides the persona"),
         ({"header": 3}, "a text as header"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"prompt: .*{message}"):
@@ -47,9 +47,9 @@ def test_a_conversation_is_told_with_a_persona():
     assert user["content"] == " U", "what was given stays as it is"
     assert tell([own, reply], "[P]", PromptStyle(), True)[0]["content"] == "[P]S.", "no user turn is needed for that"
     for wrong in ([reply], [{"role": "user", "content": [{"type": "text", "text": "U"}]}]):
-        with pytest.raises(UserError, match="expected a user turn with a text, or a system message"):
+        with pytest.raises(UserError, match="expected texts as system message and as first user turn"):
             tell(wrong, "[P]", PromptStyle(place="user"), True)
     with pytest.raises(UserError, match="expected messages, got none"):
         tell([], "[P]", PromptStyle(), True)
-    with pytest.raises(UserError, match="prompt: expected a mapping of any of system, place"):
+    with pytest.raises(UserError, match="prompt: expected a mapping with keys among system, place"):
         PromptStyle.of("user")

@@ -145,7 +145,7 @@ def test_a_json_file_of_splits_is_read_in_pieces(tmp_path, monkeypatch):
         ('{"train": [{}], valid: []}', "not JSON"), ('{"train": [{}],}', "not JSON"),
         ('{"train": [{}], {"a": 1}: []}', "name"),
         ('{"train": [{}], [1]: []}', "name"), ('{"train": [{}], "train": []}', "twice"),
-        ('{"train": [{}]} more', "more behind"), ('{"train": [{}], "valid": [{}], "dev": [{}]}', "valid, dev"),
+        ('{"train": [{}]} more', "more text after"), ('{"train": [{}], "valid": [{}], "dev": [{}]}', "valid, dev"),
         ('{"train": [{}], "valid" []}', "expected ':'"),
     ):  # fmt: skip
         path.write_text(broken)
@@ -261,11 +261,11 @@ def test_a_column_that_is_there_twice(tmp_path):
     with pytest.raises(UserError, match=r"d\.parquet: .*'response'.*columns 3 and 4"):
         load_examples(tmp_path / "d.parquet", "train")
     double = json.dumps(GOOD)[:-1] + ', "response": "another"}'
-    with pytest.raises(UserError, match=r"d\.jsonl:2: field 'response': expected it once in an object, got it twice"):
+    with pytest.raises(UserError, match=r"d\.jsonl:2: field 'response': expected it once per object, got it twice"):
         load_examples(jsonl(tmp_path / "d.jsonl", GOOD, double), "train")
     assert load_examples(tmp_path / "d.jsonl", "train", skip_bad_rows=True).skipped == 1
     (tmp_path / "d.json").write_text(f"[{json.dumps(GOOD)}, {double}]")
-    with pytest.raises(UserError, match=r"d\.json row 2: field 'response': expected it once in an object"):
+    with pytest.raises(UserError, match=r"d\.json row 2: field 'response': expected it once per object"):
         load_examples(tmp_path / "d.json", "train")
     unnamed = csv_file(tmp_path / "u.csv", "0,p,q,r,,", header=f",{HEADER},,")  # an index, and empty columns at the end
     assert replies(unnamed) == [("2", "r")]

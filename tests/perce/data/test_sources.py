@@ -108,7 +108,7 @@ def test_directory(tmp_path, stem):
     with pytest.raises(UserError, match="has no test split; it has train, validation"):
         load_examples(tmp_path, "test")
     jsonl(tmp_path / "train.csv", GOOD)
-    with pytest.raises(UserError, match=r"train\.json, train\.csv are all the train split"):
+    with pytest.raises(UserError, match=r"train\.json, train\.csv are all files of the train split"):
         load_examples(tmp_path, "train")
 
 

@@ -56,7 +56,7 @@ def test_the_footer_is_one_that_keeps_the_tokens():
 
     (row, *_) = twice().prepared(ROWS, ROWS.column_names, swallowing)
     assert "\n\n T" in "".join(map(chr, row["input_ids"]))
-    with pytest.raises(UserError, match="train row 1: without its persona it has other tokens than with it"):
+    with pytest.raises(UserError, match="train row 1: the text around the persona has other tokens or labels with the"):
         twice(footer="\n").prepared(ROWS, ROWS.column_names, swallowing)
 
 
@@ -64,7 +64,7 @@ def test_labels_that_depend_on_the_persona_are_refused():
     def more(rows):
         return tokenised(rows).map(lambda row: {"labels": [*row["labels"][:-1], 7 + len(row["labels"]) % 2]})
 
-    with pytest.raises(UserError, match="train row 1: without its persona"):
+    with pytest.raises(UserError, match="train row 1: the text around the persona"):
         twice().prepared(ROWS, ROWS.column_names, more)
 
 

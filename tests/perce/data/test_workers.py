@@ -157,7 +157,7 @@ def test_a_process_that_is_killed_ends_the_pairing(processes, monkeypatch):
         return plain(self, this)
 
     monkeypatch.setattr(PairBuilder, "build", build)
-    with pytest.raises(UserError, match="ended from outside"):
+    with pytest.raises(UserError, match="killed from outside"):
         built(EXAMPLES, builder())
 
 
@@ -167,7 +167,7 @@ def test_a_process_that_is_killed_while_it_sends_ends_the_pairing_too():
     ours, theirs = multiprocessing.Pipe(duplex=False)
     os.write(theirs.fileno(), struct.pack("!i", 100) + b"half")
     theirs.close()
-    with pytest.raises(UserError, match="ended from outside"):
+    with pytest.raises(UserError, match="killed from outside"):
         next(workers._received(ours))
 
 
