@@ -257,7 +257,7 @@ class ChatFormat:
     # ---- ids
 
     def encode(self, text: str) -> Encoded:
-        """The ids of a rendered text: its pieces between CUT marks, each tokenised as a continuation of the last."""
+        """The ids of a rendered text: its pieces between CUT marks, each as a continuation of the one before."""
         first, *others = text.split(CUT)
         lines = self.tokens.lines(first)
         for piece in others:

@@ -88,7 +88,7 @@ def _header(path: Path, line: int, names: list[str]) -> list[str]:
             f"pd.read_csv(OLD, sep={found[0]!r}{_encoding(path)}).to_csv(NEW, index=False)."
         )
     if not others and only.lstrip().startswith("{"):
-        raise UserError(f"{path}: expected CSV, got JSON lines. Give the file a name that ends in .jsonl.")
+        raise UserError(f"{path}: expected CSV, got JSON Lines. Give the file a name that ends in .jsonl.")
     if spaced := [name for name in names if name != name.strip()]:
         raise UserError(
             f"{path}:{line}: expected no spaces around the names in the header, got {shortened(spaced[0])!r}. Write "

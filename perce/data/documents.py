@@ -49,7 +49,7 @@ class DocumentBuilder:
     Args:
         tokenizer: a fast Hugging Face tokenizer; its own special tokens are added, and the end-of-sequence token.
         max_length: longest piece in tokens. A longer document is cut into pieces; each begins with the last token of
-            the one before it, so that every token but the document's first is predicted once.
+            the one before it, so that every token except the document's first is predicted once.
         short_context, short_stride: K and S.
     """
 

@@ -68,7 +68,7 @@ def encodable(value: str, field: str) -> str:
 
 
 def list_of(value: object, field: str, of: str) -> list[Any]:
-    """The value as a non-empty list. `datasets` may return a list of structs as one struct of lists: it is undone."""
+    """The value as a non-empty list. `datasets` may return one struct of lists instead, which is converted back."""
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         if len({len(column) for column in value.values()}) > 1:
             raise BadRow(field, "columns of equal length", show({key: len(column) for key, column in value.items()}))
@@ -91,7 +91,9 @@ def passage_text(entry: object, field: str) -> str:
                 return ""
             shown = [(label, str(entry[name])) for label, name in parts if entry.get(name) not in (None, "")]
             return text_of("\n".join(f"{a}: {b}" for a, b in shown) if len(shown) > 1 else shown[0][1], field)
-    raise BadRow(field, f"an entry with one of {', '.join(kind for kind, _ in PASSAGES)}", f"fields {listed(entry)}")
+    raise BadRow(
+        field, f"an entry with one of the fields {', '.join(kind for kind, _ in PASSAGES)}", f"fields {listed(entry)}"
+    )
 
 
 def parse_persona(value: object, field: str) -> tuple[str, ...]:

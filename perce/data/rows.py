@@ -204,7 +204,7 @@ class Examples:
                 if count == self._limit:
                     return
         if not count:
-            why = f"all {self.skipped} rows were skipped, first {self.reasons[0]}" if self.skipped else "it has no rows"
+            why = f"all {self.skipped} rows skipped; the first: {self.reasons[0]}" if self.skipped else "it has no rows"
             if self.weightless:
                 why = f"{self.skipped:,} of {self.rows:,} rows were skipped, and all other replies have weight 0"
             raise UserError(f"No example could be read from {self._source.origin}: {why}.", *lines)

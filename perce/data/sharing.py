@@ -8,15 +8,15 @@ empty thought before the last reply only, so that each reply is a branch of the 
 
     ids                                  segments                      path to the end of each sequence
     1 2 3 T 4                            0: 1 2 3 4 5 6 T 7            (0, 3) (1, 2)
-    1 2 3 4 5 6 T 7                      1: T 4, behind 3 of 0         (0, 8)
+    1 2 3 4 5 6 T 7                      1: T 4, after 3 of 0          (0, 8)
 
 Requests of one persona are branches of it. If the persona is to have a forward pass of its own, it is a segment by
 itself, the trunk of the segments after it:
 
     ids                                  segments                      path to the end of each sequence
     1 2 3 | 4 5                          0: 1 2 3                      (0, 3) (1, 2)
-    1 2 3 | 6                            1: 4 5, behind 3 of 0         (0, 3) (2, 1)
-                                         2: 6, behind 3 of 0
+    1 2 3 | 6                            1: 4 5, after 3 of 0          (0, 3) (2, 1)
+                                         2: 6, after 3 of 0
 
 A token attends only to its own path and has its position on that path, so for causal models the result is the same as
 with separate sequences (Prefix Grouper, arXiv 2506.05433, treats the case of one prompt with several replies).

@@ -217,7 +217,9 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
             f"--max_length {max_length}"
         )
     if examples > len(dataset):
-        notes.append(f"{name}: {examples - len(dataset):,} examples skipped, longer than --max_length {max_length}")
+        notes.append(
+            f"{name}: {examples - len(dataset):,} examples skipped, longer than --max_length {max_length} or unusable"
+        )
     return notes
 
 
@@ -293,5 +295,5 @@ def training_rows_note(data: DataConfig, split: str) -> list[str]:
         return []
     return [
         "these are training rows: a model that was trained on this data has seen them. --split held_out takes the "
-        "tenth that training leaves out where there is no validation split"
+        "tenth that training leaves out if there is no validation split"
     ]

@@ -126,7 +126,7 @@ def test_mistakes(tmp_path, model, capsys):
         return code, *capsys.readouterr()
 
     fails(result([ROWS[0], {"text": None}]), "rows.jsonl:2", "'text'", "--skip_bad_rows")
-    fails(result(ROWS, "--objective=perce"), "objective perce", "documents (format text)", "longce", "the --objective")
+    fails(result(ROWS, "--objective=perce"), "objective perce", "documents (format text)", "longce", "as --objective")
     persona = [{"persona": "p", "query": "q", "response": str(i)} for i in range(3)]
     fails(result(persona), "objective longce", "format perce", "{'text': …}")
     write_jsonl(tmp_path / "both" / "train.jsonl", ROWS)

@@ -1,4 +1,4 @@
-"""Packed batches equal padded ones equal single sequences, where attention keeps packed sequences apart."""
+"""Packed batches, padded batches and single sequences give equal results if attention keeps packed sequences apart."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def loss_and_gradients(model, pairs, packing):
 
 @pytest.mark.parametrize("architecture", PACKABLE)
 def test_a_packed_row_equals_its_sequences_one_by_one(architecture):
-    """With eager attention, which tells packed sequences apart by the same position_ids, by a T × T mask."""
+    """With eager attention, which keeps packed sequences apart by a T × T mask that it makes from position_ids."""
     model = model_with(architecture, "eager")
     whole, gradients = loss_and_gradients(model, PACKED, packing=True)
     parts = [loss_and_gradients(model, [pair], packing=False) for pair in PACKED]

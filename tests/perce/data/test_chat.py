@@ -1,4 +1,4 @@
-"""The prompt: what the chat template renders and the tokenizer gives for it, with the persona as one span of it."""
+"""The prompt: its text from the chat template and its ids from the tokenizer, with the persona as one span of them."""
 
 import copy
 import random
@@ -29,7 +29,7 @@ def with_template(family, template):
 
 
 def builder(family, template, fim=False, **options):
-    """fim: with a control token that is not marked as one."""
+    """fim: adds a control token that is not marked as special."""
     tokenizer = with_template(family, CHAT_TEMPLATES.get(template, template))
     if fim:
         tokenizer.add_tokens([AddedToken("<|fim_prefix|>", special=False, normalized=False)])
@@ -37,7 +37,7 @@ def builder(family, template, fim=False, **options):
 
 
 def served(own, this, *, persona, reply):
-    """What transformers' own call makes of the conversation: its ids, or with no reply those of the prompt."""
+    """The ids of the conversation by transformers' own call; without a reply, the ids of the prompt."""
     block = own.chat_format.block(this.persona) if persona else ""
     messages = own.chat_format.messages(this.turns, block, reply)
     return own.tokenizer.apply_chat_template(
@@ -48,7 +48,7 @@ def served(own, this, *, persona, reply):
 
 
 def assert_served_as_trained(own, this, pair, ends=True):
-    """Both passes are what transformers gives for their own texts: whole, and what stands before the response."""
+    """Both passes have the ids that transformers gives for their texts: the whole, and the part before the response."""
     for trained, persona in ((pair.input_ids, True), (pair.counterfactual_ids(), False)):
         assert trained[: -pair.response_length] == served(own, this, persona=persona, reply=None)
         if ends:
@@ -74,18 +74,18 @@ def test_both_passes_are_what_the_tokenizer_gives_for_their_texts(family, templa
         else:
             assert_served_as_trained(own, this, pair)
             assert this.response.strip() in own.tokenizer.decode(pair.input_ids) or family in ("qwen2", "sentencepiece")
-    # Merged across lines, as no real tokenizer of its kind is: "\n-" is one token, and the prompt ends with "\n".
+    # This tokenizer merges across lines, unlike real ones: "\n-" is one token, and the prompt ends with "\n".
     assert refused <= (40 if (family, template) == ("sentencepiece", "chatml") else 0)
 
 
 def test_pieces_that_were_tokenised_apart_are_one_text():
-    """ "- X.⏎" and "⏎": two tokens apart, and for Qwen's pre-tokenizer one together."""
+    """The line breaks of "- X.⏎" and "⏎" are two tokens apart; together Qwen's pre-tokenizer makes one of them."""
     own = builder("qwen2", "chatml")
     assert ".ĊĊ" in own.tokenizer.convert_ids_to_tokens(own.build(EXAMPLE).input_ids)
 
 
 def outcome(own, this):
-    """The pair, or why there is none."""
+    """The pair, or the error message."""
     try:
         return vars(own.build(this))
     except UserError as error:
@@ -128,7 +128,7 @@ REFUSED = {
 }  # fmt: skip
 """Templates that cannot be trained with, and why."""
 BY_FAMILY = {
-    # One token of two newlines at the end of a text, and two of them before a word.
+    # Two newlines are one token at the end of a text, but two tokens before a word.
     "gpt2": dict.fromkeys(("llama3", "llama3-date", "llama3-tools", "qwen3-thinking", "think-prompt"), INSIDE),
     "qwen2": {"qwen3-thinking": INSIDE},
     "llama2": {},

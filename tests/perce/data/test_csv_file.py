@@ -1,4 +1,4 @@
-"""perce.data.csv_file: one meaning for every CSV, and a place for what has none."""
+"""perce.data.csv_file: every CSV has one meaning, or an error with the place of the mistake."""
 
 import csv
 from pathlib import Path
@@ -26,7 +26,7 @@ def replies(path, **options):
         (["p,q,r1", 'p,"q,r2', "p,q,r3"], 3, "query"),  # … or up to the end of the file
         (['p,"q" q,r1'], 2, "query"),
         (['p,q,"he said \\"hi\\" to me"'], 2, "response"),
-        (['p, "one, two",r1'], 2, "query"),  # a quote behind a space quotes nothing, and the comma cuts
+        (['p, "one, two",r1'], 2, "query"),  # a quote after a space quotes nothing, so the comma ends the cell
     ],
 )
 def test_a_stray_quote_is_named_and_costs_its_own_row_only(tmp_path, lines, line, field):
@@ -38,7 +38,7 @@ def test_a_stray_quote_is_named_and_costs_its_own_row_only(tmp_path, lines, line
 
 
 def test_no_row_is_made_of_what_is_in_a_cell(tmp_path):
-    """A record that is well quoted and has a cell too many is one bad row, whatever its lines look like."""
+    """A record with correct quotes and a cell too many is one bad row, even if its lines look like rows."""
     path = csv_file(tmp_path / "d.csv", 'p,"first', "x,y,z", 'last",r,one too many', "p,q,r")
     rows = load_examples(path, "train", skip_bad_rows=True)
     assert [(e.source, e.response) for e in rows] == [("d.csv:5", "r")] and rows.skipped == 1
@@ -79,7 +79,7 @@ def test_a_header_with_spaces_is_named(tmp_path):
 
 
 def test_a_csv_of_many_rows_is_written_and_read(tmp_path):
-    """What csv writes is what is read, whatever is in the cells."""
+    """Whatever is in the cells, what csv writes is read back unchanged."""
     texts = ['"', '""', "a,b", "a\nb", "a\r\nb", "a;b", "'", "\\", '\\"', " x ", "[a]", "a\u2028b", "é"]
     with (tmp_path / "d.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HEADER.split(","), *([one, other, one] for one in texts for other in texts)])

@@ -1,4 +1,4 @@
-"""Pairs on disk: cached under everything that they depend on, the version of the code included."""
+"""Pairs on disk: the cache's key contains everything that they depend on, including the version of the code."""
 
 import errno
 import hashlib
@@ -66,7 +66,7 @@ GOLDEN = {
 
 
 def byte_tokenizer(template=CHATML, prepends_space=False):
-    """One id a byte, so that nothing but our own code decides."""
+    """One id per byte, so that the pairs depend on nothing except our own code."""
     alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(alphabet, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prepends_space)
@@ -120,7 +120,7 @@ def test_the_version_is_part_of_the_caches_key(monkeypatch):
 
 @pytest.mark.parametrize("of", ["fingerprint", "longest", "digest"])
 def test_no_copy_of_all_texts_or_ids_is_made(of):
-    """Of 2 MB of texts, and of 400,000 ids, which are 14 MB as numbers of Python's."""
+    """For 2 MB of texts, and for 400,000 ids, which would take 14 MB as Python integers."""
     text = "bees " * 2000
     examples = [example(response=f"{text}{number}") for number in range(200)]
     columns = {
@@ -156,14 +156,14 @@ def test_the_cache_tells_apart_texts_that_are_cut_elsewhere():
 
 
 def test_the_key_of_equal_texts_is_equal():
-    """Whether Python holds them once or several times."""
+    """It does not matter whether Python holds equal texts once or several times."""
     one = example(persona=("".join(["ab", "cd"]), "abcd"), response="".join(["ab", "cd"]))
     other = example(persona=("abcd", "abcd"), response="abcd")
     assert dataset._fingerprint([one], builder(), False) == dataset._fingerprint([other], builder(), False)
 
 
 def test_the_digest_of_pairs_is_that_of_earlier_runs():
-    """A run that was stopped under an earlier version is resumed by it."""
+    """A run that was stopped under an earlier version is resumed only if the digest is the same."""
     digest = dataset.pairs_digest(pair_dataset(demo_examples(6), PairBuilder(byte_tokenizer(), max_length=2000)))
     assert digest == "e839a894aebf4cb4c299673a7545aa7e"
 
@@ -187,7 +187,7 @@ def flipped(content, place):
 def test_pairs_that_were_damaged_on_the_disk_are_built_again(cache, damage, pattern):
     pairs = pair_dataset(demo_examples(6), builder())[:]
     (file,) = cache.rglob(pattern)
-    for share in (0, 0.5, 1):  # wherever the bytes are
+    for share in (0, 0.5, 1):  # at the beginning, in the middle and at the end
         content = file.read_bytes()
         file.write_bytes(damage(content, round(share * (len(content) - 1))))
         assert pair_dataset(demo_examples(6), builder())[:] == pairs
@@ -209,7 +209,7 @@ def test_damaged_pairs_that_cannot_be_removed_are_not_used(cache, monkeypatch):
 
 
 def test_whole_pairs_that_others_own_are_read(cache, monkeypatch):
-    """No lock can be taken in their cache."""
+    """The cache of others may be read-only, so that no lock can be taken in it."""
     pairs = pair_dataset(demo_examples(6), builder())[:]
 
     def refuse(*_, **__):
@@ -222,7 +222,7 @@ def test_whole_pairs_that_others_own_are_read(cache, monkeypatch):
 
 
 def test_pairs_without_a_digest_are_built_again(cache, monkeypatch):
-    """What a process left that was stopped between the two."""
+    """A process that is stopped after writing the pairs and before writing their digest leaves such pairs."""
     pair_dataset(demo_examples(2), builder())
     (digests,) = cache.rglob(dataset.DIGESTS)
     digests.unlink()
@@ -253,7 +253,7 @@ def test_a_full_disk_is_told_with_the_cache(cache, monkeypatch):
 
 
 def test_other_weights_of_the_data_are_other_training_data():
-    """A run is not resumed with them; pairs without any are what they were before there were weights."""
+    """A run is not resumed with other weights. Pairs without weights have the same digest as if all weights were 1."""
     pairs = [vars(builder().build(example(data_weight=weight))) for weight in (1.0, 1.0)]
     plain, heavy = ([{**pair, "data_weight": weight} for pair in pairs] for weight in (1.0, 2.0))
     without = [{name: value for name, value in pair.items() if name != "data_weight"} for pair in pairs]

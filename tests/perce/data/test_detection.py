@@ -1,4 +1,4 @@
-"""Rows of no format, and the lines that lead to one."""
+"""Rows of no format, and the lines of their error that help to convert them."""
 
 import re
 import shlex
@@ -58,7 +58,7 @@ def test_the_line_to_copy_works_in_a_shell(tmp_path):
     (option, columns) = shlex.split(line)
     assert option == "--columns" and columns == "persona=my persona,query=Question,response=the 'answer'"
     text = error(tmp_path, {"persona, short": "p", "query": "q", "response": "r"})
-    assert "--columns persona=FIELD" in text  # a comma divides what it renames
+    assert "--columns persona=FIELD" in text  # a comma separates the fields to rename
     with pytest.raises(UserError, match="name=column"):
         DataConfig(columns="persona=persona, short")
 
@@ -71,17 +71,17 @@ def test_long_and_many_names_do_not_fill_the_screen(tmp_path):
 
 
 def test_a_misspelt_field_that_may_be_missing(tmp_path):
-    """Users would leak between the splits: nobody knows who they are."""
+    """Ignoring it would put a user into both splits, because no row would name its user."""
     rows = [{**GOOD, "userID": f"u{i}"} for i in range(3)]
     for theirs in ("UserID", "user_id"):
         text = error(tmp_path, *rows, columns={"user_id": theirs})
         assert f"--columns user_id={theirs}: none of 3 rows of {tmp_path / 'data.jsonl'} has a field '{theirs}'" in text
         assert "did you mean --columns user_id=userID." in text
-    assert load(tmp_path, GOOD, rows[0], columns={"user_id": "userID"})[1].user_id == "u0"  # one row is enough
-    nobody = load(tmp_path, GOOD, rows[0], columns={"user_id": "userID"}, limit=1)  # who knows what comes behind it
+    assert load(tmp_path, GOOD, rows[0], columns={"user_id": "userID"})[1].user_id == "u0"  # one row suffices
+    nobody = load(tmp_path, GOOD, rows[0], columns={"user_id": "userID"}, limit=1)  # a later row may have it
     assert nobody[0].user_id is None
     path = tmp_path / "d.csv"
-    path.write_text("persona,query,response,UserID\n" + "p,q,r,\n" * 3)  # it is there, and empty
+    path.write_text("persona,query,response,UserID\n" + "p,q,r,\n" * 3)  # the field exists, and is empty
     assert len(load_examples(path, "train", columns={"user_id": "UserID"}).all) == 3
 
 

@@ -1,4 +1,4 @@
-"""Pieces of documents, and the windows that are the short contexts of their tokens."""
+"""Pieces of documents, and windows, the short contexts of their tokens."""
 
 import pytest
 

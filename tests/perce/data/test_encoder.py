@@ -1,4 +1,4 @@
-"""Dense retrieval: embeddings as the encoder means them, the cache of pairs, and a real encoder on real data."""
+"""Dense retrieval: embeddings by the encoder's conventions, the cache of pairs, and a real encoder on real data."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.helpers.tiny import VOCAB, tiny_tokenizer
 
 
 def save_encoder(path, seed=0, **files):
-    """A random BERT, and files beside it as sentence-transformers writes them."""
+    """A random BERT, with the files that sentence-transformers writes into its directory."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
     config = BertConfig(num_hidden_layers=2, max_position_embeddings=64, initializer_range=0.5, **sizes)
@@ -54,7 +54,7 @@ def dense(dense_model):
 
 
 def own_mean(path, text):
-    """The definition, one text at a time and so without padding."""
+    """The embedding by its definition: one text at a time, and so without padding."""
     ids = AutoTokenizer.from_pretrained(path)(text, truncation=True, max_length=64, return_tensors="pt")
     with torch.no_grad():
         return BertModel.from_pretrained(path)(**ids)[0][0].mean(0)
@@ -185,7 +185,7 @@ def test_on_real_histories_the_best_match_says_more_of_the_response_than_the_lat
     assert all(query_of(example.turns[-1].content) != example.turns[-1].content for example in examples)
 
     def told(retriever):
-        """Mean share of a response's own words, not in the request, that the passage picked first has."""
+        """Of the response's words that are not in the request, the mean share that is in the first passage picked."""
         choose, shares = make_retriever(DataConfig(retriever=retriever, retrieve_k=1)), []
         for example in examples:
             own = content_words(example.response) - content_words(example.turns[-1].content)

@@ -1,4 +1,4 @@
-"""The formats: how rows are told apart, what each row of docs/DATA.md is read as, and what all formats have."""
+"""The formats: how rows are told apart, how each row of docs/DATA.md is read, and what all formats have in common."""
 
 import re
 
@@ -84,8 +84,8 @@ def test_every_format_has_a_row_on_the_page_and_a_source():
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_row_is_taken_for_another(tmp_path, format):
-    """By its fields alone; and of the formats that it could be forced into, one asks for what it has not, or for less
-    than it has."""
+    """A row is recognised by its fields alone. With --format, rows of longlamp could also be read as lamp, and rows of
+    amazon as text."""
     for row in documented(format):
         assert detect_format(row) == format
         others = [name for name in FORMATS if name != format and not missing_fields(name, row)]
@@ -142,10 +142,16 @@ def test_the_row_of_the_page_is_read(tmp_path, format):
     assert {turn.role for turn in first.turns} <= {"user", "system"}
 
 
-# Fields that are asked for to tell the format, and not read.
+# Fields by which a format is recognised, and which are not read.
 NOT_READ = {"preference": ("rejected",), "lamp_qa": ("id", "rubric_aspects", "narrative")}
-MAY_BE_EMPTY = ("id", "name", "persona_id", "previous_dialogs")  # names of users are any text
-WRONG = {"persona_id": [4], "user_id": [4], "name": [4], "end_index_in_shared_context": "-3", "rating": [5]}  # else 7
+MAY_BE_EMPTY = ("id", "name", "persona_id", "previous_dialogs")  # any text may name a user
+WRONG = {
+    "persona_id": [4],
+    "user_id": [4],
+    "name": [4],
+    "end_index_in_shared_context": "-3",
+    "rating": [5],
+}  # or 7
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -180,7 +186,7 @@ def test_a_review_is_no_document(tmp_path, lost):
 
 @pytest.mark.parametrize("format", ["personamem", "personamem_v2", "personachat"])
 def test_the_files_that_are_csv(tmp_path, format):
-    """As pandas writes them."""
+    """The files that are CSV in the original data sets, as pandas writes them."""
     read = load_examples(documented_files(tmp_path, format), "train").all
     frame = pd.DataFrame(documented(format)[:1])
     path = tmp_path / FILES.get(format, "rows.jsonl").replace(".jsonl", ".csv")
@@ -245,7 +251,7 @@ def test_a_persona_between_markers(tmp_path, row, field):
     assert f"data.jsonl:1: field '{field}': expected a system message with the persona between '<q>' and '</q>'" in text
     told = error(tmp_path, row)
     assert "missing: persona" in told and "--persona_markers START...END" in told
-    own = load(tmp_path, {**row, "persona": "P"}, persona_markers=("<p>", "</p>"))[0]  # a field goes before
+    own = load(tmp_path, {**row, "persona": "P"}, persona_markers=("<p>", "</p>"))[0]  # the field has precedence
     assert own.persona == ("P",) and own.turns[0].content == MARKED
 
 
@@ -310,7 +316,7 @@ def test_rows_without_a_response(tmp_path, format):
 
 
 def table_of_formats() -> str:
-    """As the page has it."""
+    """The table as docs/DATA.md has it."""
 
     def said(needs):
         return ", ".join(" or ".join(f"`{name}`" for name in need.split("|")) for need in needs)

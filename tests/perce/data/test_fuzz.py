@@ -1,6 +1,6 @@
-"""Mutated files of every kind and format: examples, skipped rows with their place, or one paragraph; never a traceback.
+"""Mutated files of every kind and format give examples, skipped rows with their place, or one paragraph, no traceback.
 
-The slow test reads 20,000 of them; the quick one a few, so that what it relies on stays true.
+The slow test reads 20,000 of them; the quick one reads a few, so that the slow one's helpers stay tested.
 """
 
 import csv
@@ -52,7 +52,7 @@ SEEDS = {
     "csv": [as_csv([row] * 3, written) for row in ROWS for written in (json.dumps, repr)],
     "parquet": [as_parquet([row] * 3) for row in ROWS],
 }
-# What has broken readers.
+# Texts that have broken readers.
 PIECES = [
     b'"', b"'", b",", b"\n", b"\r", b"\\", b'\\"', b"[", b"]", b"{", b"}", b":", b";", b"\t", b" ", b"\0", b"...",
     b"\xff", b"\xe9", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xff\xfe", "\u202e\u2028\x85".encode(), b"\x1b[31m", b"[/b]",

@@ -1,4 +1,4 @@
-"""What rows are read with that does not stand in them."""
+"""Rows that are completed from other files or from other rows."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_rows_of_the_library_have_no_second_file(tmp_path, format):
 
 
 def test_the_linked_file_is_looked_for_above(tmp_path):
-    """PersonaMem v2's rows are in benchmark/text/, and name files from the data set's own directory."""
+    """PersonaMem v2's rows are in benchmark/text/, and name files relative to the data set's directory."""
     documented_files(tmp_path, "personamem_v2")
     (tmp_path / "benchmark" / "text").mkdir(parents=True)
     path = (tmp_path / "benchmark.jsonl").rename(tmp_path / "benchmark" / "text" / "benchmark.jsonl")
@@ -100,7 +100,7 @@ def test_what_cannot_be_used_of_a_review_is_in_no_history(tmp_path):
 
 
 def test_many_reviews_of_a_user_share_their_texts(tmp_path):
-    """And are written out once."""
+    """The rows of the user share one copy of each text in memory."""
     row = documented("amazon")[0]
     path = jsonl(tmp_path / "d.jsonl", *({**row, "text": f"Number {i}.", "timestamp": i} for i in range(60)))
     first, second, *_ = load_examples(path, "train").all

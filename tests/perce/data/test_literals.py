@@ -1,4 +1,4 @@
-"""Lists that came as a text."""
+"""Lists that are stored as text."""
 
 import json
 
@@ -17,7 +17,7 @@ TALKS = [{"persona": FACTS, "messages": TALK}, {"persona": FACTS[1:], "messages"
 
 @pytest.mark.parametrize("rows", [ROWS, TALKS])
 def test_what_pandas_and_datasets_write_is_read_again(tmp_path, rows):
-    """They print lists, the one as Python does and the other as numpy does."""
+    """pandas prints lists as Python does, datasets as numpy does."""
     disable_progress_bars()
     expected = [(e.persona, e.turns, e.response) for e in load(tmp_path, *rows)]
     pd.DataFrame(rows).to_csv(tmp_path / "pandas.csv")

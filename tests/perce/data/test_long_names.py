@@ -1,4 +1,4 @@
-"""What is said of a row quotes names and values of any length, and stays a paragraph."""
+"""Errors about rows quote names and values of any length, and remain one short paragraph."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Labels that tell both passes apart, and batches of both."""
+"""Labels that mark the persona, and batches of both passes."""
 
 from itertools import chain
 
@@ -51,7 +51,7 @@ def test_rows_of_several_sequences_are_the_sequences():
 
 
 def test_what_a_sequence_begins_with_is_not_learnt():
-    """Without the persona nothing stands before it, and with it the persona does."""
+    """Without the persona no token precedes it that could predict it, so it is not learnt with the persona either."""
     rows = [{"input_ids": [7, 8, 5, 6], "labels": [PERSONA, PERSONA, 5, 6]}]
     batch = PADDED(rows)
     assert batch["target"].tolist() == [6] and batch["rows"].tolist() == [2] and batch["rows_cf"].tolist() == [0]
@@ -84,7 +84,7 @@ def test_padding_on_the_left_is_refused():
 
 def test_the_span_without_which_ids_are_others():
     assert persona_span([1, 2, 3, 4], [1, 4]) == (1, 3)
-    assert persona_span([1, 2, 1, 2, 4], [1, 2, 4]) == (2, 4)  # either of the two
+    assert persona_span([1, 2, 1, 2, 4], [1, 2, 4]) == (2, 4)  # either span is right
     for ids, other in (([1, 4], [1, 4]), ([1, 4], [1, 2, 4]), ([1, 2, 3, 4], [1, 5]), ([1, 2, 3], [2, 1])):
         assert persona_span(ids, other) is None
 

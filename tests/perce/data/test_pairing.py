@@ -1,4 +1,4 @@
-"""What pairs the rows of a format."""
+"""The builder of pairs for a format."""
 
 from perce import DataConfig
 from perce.data.pairing import make_builder

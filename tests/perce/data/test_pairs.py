@@ -1,4 +1,4 @@
-"""Pairs: the two passes must see the same response tokens, and differ by the persona alone."""
+"""Pairs: the two passes must have the same response tokens, and differ only by the persona."""
 
 import pytest
 from hypothesis import given
@@ -32,7 +32,7 @@ def test_counterfactual_is_factual_minus_one_contiguous_persona_span(template, t
     without = pair.counterfactual_ids()
     assert without == pair.input_ids[:start] + pair.input_ids[end:]
     entries = "".join(f"- {entry}\n" for entry in EXAMPLE.persona)
-    block = decode(template, pair.input_ids[start:end])  # a space of the template's may be in its first token
+    block = decode(template, pair.input_ids[start:end])  # its first token may contain a space of the template
     assert block.strip() == (prompt.PromptStyle().header + entries).strip()
     text = decode(template, without)
     assert prompt.SYSTEM_MESSAGE in text and "bees.\n" not in text and "Oslo" not in text
@@ -97,7 +97,7 @@ def test_response_is_tokenised_once_and_ends_with_the_end_of_turn(template):
 @pytest.mark.parametrize("prepends_space", [False, True])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_end_of_the_prompt_and_the_reply_are_tokenised_as_in_one_text(template, prepends_space):
-    """No space of the template's or the tokenizer's own may stand between them as a token that models never write."""
+    """No space that the template or tokenizer adds may be a token of its own between them: models never write one."""
     tokenizer = tiny_tokenizer(TEMPLATES[template], prepends_space=prepends_space)
     own = PairBuilder(tokenizer, max_length=2000)
     assert own.chat_format.prepends_space == prepends_space
@@ -155,7 +155,7 @@ def test_the_retriever_decides_which_entries_are_shown_and_in_which_order():
 
 
 def test_a_conversation_is_shown_whole_from_its_beginning_where_it_fits():
-    """Otherwise the retriever chooses, or without one the latest stay."""
+    """If it does not fit, the retriever chooses; without a retriever the latest passages remain."""
     said = tuple(f"User: {word} and more" for word in ("latest", "bees", "third", "oldest"))
     asked = example(persona=said, turns=(Turn("user", "What of the bees?"),))
     whole = builder(whole_if_it_fits=True, retriever=make_retriever(DataConfig(retrieve_k=2))).build(asked)
@@ -193,7 +193,7 @@ def test_personal_words_come_from_the_persona_and_not_from_the_conversation():
 
 
 def test_the_words_of_a_persona_are_those_of_its_letters():
-    """In capitals and small letters, with apostrophes of both kinds, and in other alphabets."""
+    """Upper or lower case, both kinds of apostrophes, and other alphabets give the same words."""
     for word in ("Juno's", "JUNO’S", "Zürich", "ΟΔΟΣ", "İzmir", "it's_Juno", "x2", "1987", "isn't''t"):
         found = {match.group().lower() for match in WORD.finditer(f"{word}, and Oslo-{word}.")}
         assert words_of(f"{word}, and Oslo-{word}.") == found

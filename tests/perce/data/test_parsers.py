@@ -1,4 +1,4 @@
-"""What a row of each format means, and what is said where it means nothing."""
+"""What a row of each format means, and the error if it means nothing."""
 
 import copy
 import csv
@@ -48,7 +48,7 @@ def test_perce_messages(tmp_path):
 
 
 def test_perce_messages_may_open_with_the_assistant(tmp_path):
-    (only,) = load(tmp_path, {"persona": "P", "messages": TALK[1:]})  # its opening line answers nothing: no example
+    (only,) = load(tmp_path, {"persona": "P", "messages": TALK[1:]})  # an opening line answers nothing
     assert [turn.role for turn in only.turns] == ["assistant", "user"] and only.response == "A walk."
 
 
@@ -134,7 +134,7 @@ WITHIN = [
     ("sharegpt", "conversations", [{"from": "bing", "value": "x"}], "conversations[0].from"),
     ("sharegpt", "conversations", [*SAID, {"from": "observation", "value": "x"}], "conversations[2]"),
     ("sharegpt", "conversations", [SAID[0], {"from": "gpt", "value": ""}], "conversations[1].value"),
-    ("sharegpt", "conversations", [{"from": "system", "value": "x"}, *SAID], "system"),  # the row has one already
+    ("sharegpt", "conversations", [{"from": "system", "value": "x"}, *SAID], "system"),  # the row already has one
     ("sharegpt", "system", 7, "system"),
     ("sharegpt", "system", False, "system"),
     ("alpaca", "history", True, "history"),
@@ -260,12 +260,12 @@ def test_the_rejected_reply_may_be_what_the_conversation_went_on_with(tmp_path):
 
 
 def test_who_is_a_user_of_personachat(tmp_path):
-    """Nobody is named, and a persona is played in many conversations: whoever has it is one."""
+    """Rows name no user, and a persona is played in many conversations: all with one persona are one user."""
     row = documented("personachat")[0]
     path = jsonl(tmp_path / "d.jsonl", row, {**row, "conv_id": 8}, {**row, "personality": ["i bake ."]})
     first, second, third = (example.user_id for example in load_examples(path, "train"))
     assert first == second != third
-    assert load(tmp_path, documented("personachat")[1])[0].user_id == first  # in the other form too
+    assert load(tmp_path, documented("personachat")[1])[0].user_id == first  # also in the other form
 
 
 def test_what_is_null_within_an_object_is_absent(tmp_path):
@@ -298,7 +298,7 @@ def test_texts_within_texts(tmp_path):
 def test_personachat_utterances_and_silence(tmp_path):
     utterances = [{"history": ["__ SILENCE __"], "candidates": ["no", "hi"]},
                   {"history": ["__ SILENCE __", "hi", "hello"], "candidates": ["no", "i bake"]}]  # fmt: skip
-    (only,) = load(tmp_path, {"personality": ["i bake ."], "utterances": utterances})  # an opening answers nothing
+    (only,) = load(tmp_path, {"personality": ["i bake ."], "utterances": utterances})  # an opening line answers nothing
     assert only.turns == (Turn("assistant", "hi"), Turn("user", "hello")) and only.response == "i bake"
 
 
@@ -320,13 +320,13 @@ def test_alpaca_with_a_history_and_without_input(tmp_path):
         ("system", "Be brief."), ("user", "Begin."), ("assistant", "Begun."), ("user", "Go on."),
     ]  # fmt: skip
     row = {"profile": "P", "instruction": "Go on.", "input": "this", "output": "Done."}
-    assert "choose it with --format" in error(tmp_path, row)  # or LaMP's, with an instruction that would be lost
+    assert "choose it with --format" in error(tmp_path, row)  # as LaMP's, the instruction would be lost
     (chosen,) = load(tmp_path, row, format="alpaca")
     assert chosen.persona == ("P",) and chosen.turns[0].content == "Go on.\nthis"
 
 
 def test_preference_pairs_with_conversations(tmp_path):
-    """LLaMA-Factory's: what was chosen answers the conversation, whose own replies are not trained on."""
+    """LLaMA-Factory's format: the chosen reply answers the conversation, whose earlier replies are not trained on."""
     said = [*SAID, {"from": "human", "value": "Plans?"}]
     row = {"persona": "P", "conversations": said, "rejected": {"from": "gpt", "value": "None."}}
     (only,) = load(tmp_path, {**row, "chosen": {"from": "gpt", "value": "A walk."}})
@@ -346,7 +346,7 @@ def test_sharegpt_beside_a_profile_is_told_of_its_name(tmp_path):
 
 
 def test_messages_of_a_table_have_all_names(tmp_path):
-    """Which are null in most of them."""
+    """In a table every message has the names of all messages, most of them null."""
     said = [{"from": None, "value": None, **message} for message in TALK[:2]]
     marked = [{"role": "system", "content": "<p>I bake.</p>", "from": None, "value": None}, *said]
     (only,) = load(tmp_path, {"messages": marked}, persona_markers=("<p>", "</p>"))

@@ -1,4 +1,4 @@
-"""What a preview counts, and shows of a pair: against the pairs themselves."""
+"""The counts and prompts that a preview prints, compared with the pairs themselves."""
 
 import pytest
 
@@ -96,6 +96,6 @@ def test_formats_with_histories_and_second_files(previewed, tmp_path, format):
 def test_rows_of_no_format_get_their_lines(previewed, tmp_path):
     with pytest.raises(UserError) as caught:
         previewed(jsonl(tmp_path / "rows.jsonl", {"bio": "p", "query": "q", "response": "r"}))
-    assert "all 1 rows were skipped" in caught.value.args[0] and "--columns persona=bio" in caught.value.args[2]
+    assert "all 1 rows skipped; the first: " in caught.value.args[0] and "--columns persona=bio" in caught.value.args[2]
     with pytest.raises(UserError, match=r"--split test: .* has no such split; it has train"):
         previewed(jsonl(tmp_path / "rows.jsonl", GOOD), "--split", "test")

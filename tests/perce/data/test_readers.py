@@ -1,4 +1,4 @@
-"""perce.data.readers: one meaning for every file, and a place for what has none."""
+"""perce.data.readers: every file has one meaning, or an error with the place of the mistake."""
 
 import gzip
 import json
@@ -74,7 +74,7 @@ def test_another_kind_of_file_is_named(tmp_path, name, content, words):
     [
         ("1" * 5000, "a number of at most 4,300 digits"),
         ("[" * 100_000 + "]" * 100_000, "nested"),
-        ('{"a": ' * 900 + "1" + "}" * 900, None),  # just readable, and nobody asks for it
+        ('{"a": ' * 900 + "1" + "}" * 900, None),  # deep, but still readable, in a field that is not used
     ],
 )
 def test_json_that_python_cannot_hold(tmp_path, value, words):
@@ -98,7 +98,7 @@ def test_what_is_nested_deeply_in_a_field_that_is_used(tmp_path):
 
 
 def test_a_json_array_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE", 7)  # characters: most rows lie across several
+    monkeypatch.setattr(readers, "PIECE", 7)  # characters per piece: most rows span several pieces
     texts = ["a", "ä\u2028]", '"quoted" {[,', "x" * 100, "12"]
     for separators in ((",", ":"), (" ,\n", " : ")):
         path = tmp_path / "d.json"
@@ -117,7 +117,7 @@ def test_a_json_array_is_read_in_pieces(tmp_path, monkeypatch):
         path.write_text(text.replace("GOOD", json.dumps(GOOD)))
         with pytest.raises(UserError, match=place):
             load_examples(path, "train")
-    monkeypatch.setattr(readers, "ROW_LIMIT", 1000)  # what is wrong is told, however much is behind it
+    monkeypatch.setattr(readers, "ROW_LIMIT", 1000)  # the error is found, however much text follows
     path.write_text(f"[{json.dumps(GOOD)},\n{{'persona': 1}},\n{json.dumps([GOOD] * 100)[1:]}")
     with pytest.raises(UserError, match=r"d\.json:2: not JSON: Expecting property name"):
         load_examples(path, "train")
@@ -158,14 +158,14 @@ def test_a_row_has_a_bound(tmp_path, monkeypatch, name):
     monkeypatch.setattr(readers, "ROW_LIMIT", 1000)
     big, row = {**GOOD, "response": "x" * 2000}, json.dumps(GOOD)
     if name == "d.jsonl":
-        jsonl(tmp_path / name, row + " " * (1000 - len(row)), big, GOOD)  # the first is as long as may be
+        jsonl(tmp_path / name, row + " " * (1000 - len(row)), big, GOOD)  # the first row has the largest size
     elif name == "d.json":
         (tmp_path / name).write_text(json.dumps([GOOD, big, GOOD]))
     else:
         csv_file(tmp_path / name, "p,q,r", f"p,q,{'x' * 2000}", "p,q,r")
     with pytest.raises(UserError, match=rf"{name}(:2|:3| row 2): expected a row of at most .*, got a longer one"):
         load_examples(tmp_path / name, "train")
-    if name != "d.json":  # of which nobody knows where the next row begins
+    if name != "d.json":  # in an array the beginning of the next row cannot be found
         rows = load_examples(tmp_path / name, "train", skip_bad_rows=True)
         assert len(rows.all) == 2 and rows.skipped == 1
 
@@ -173,7 +173,7 @@ def test_a_row_has_a_bound(tmp_path, monkeypatch, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
 def test_a_line_of_a_gigabyte_takes_no_gigabytes(tmp_path, name):
-    """8.7 GiB and an abort, before there was a bound."""
+    """Before rows had a limit, it took 8.7 GiB and ended in an abort."""
     with (tmp_path / name).open("wb") as file:
         file.write(
             b'[{"persona": "p", "query": "q", "response": "' if name != "d.csv" else b"persona,query,response\np,q,"
@@ -201,14 +201,14 @@ def parquet(path: Path, **columns: object) -> Path:
 
 
 def bad_text() -> pa.Array:
-    """The second of three texts is not UTF-8, which Arrow does not check."""
+    """Three texts of which the second is not UTF-8; Arrow does not check that."""
     return pa.Array.from_buffers(
         pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
     )
 
 
 def test_parquet_values_that_python_cannot_hold(tmp_path):
-    """They cost their row where they are used, and nothing where they are not."""
+    """Such a value makes its row a bad row only if its field is used."""
     year_10000 = int((datetime(9999, 12, 31) - datetime(1970, 1, 1) + timedelta(days=1)).total_seconds() * 1e6)
     times = pa.array([0, year_10000, 0], pa.timestamp("us"))
     whole = load_examples(parquet(tmp_path / "d.parquet", seen=times, note=bad_text()), "train").all

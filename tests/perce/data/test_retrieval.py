@@ -1,4 +1,4 @@
-"""Retrieval: the passages of a history that a request asks for, best first, and the latest where nothing tells."""
+"""Retrieval: the passages that fit a request, best first, and the latest if none fits better than others."""
 
 import os
 import subprocess
@@ -210,7 +210,7 @@ def test_a_stream_picks_as_the_cache_does(tmp_path):
     ]
     cached, streamed = (
         {pair["example"]: pair["passages"] for pair in islice(run.train, len(rows))} for run in runs
-    )  # a stream has no end
+    )  # a stream does not end
     assert cached == streamed and cached[3][0] == 5, "word3 is the sixth entry from the end"
     assert all("persona: 4 passages of each history, by bm25" in run.notes for run in runs)
 

@@ -1,4 +1,4 @@
-"""What is said of a bad row, streaming, limits, and real data sets."""
+"""Errors about bad rows, streaming, limits, and real data sets."""
 
 import os
 from collections import Counter
@@ -21,7 +21,7 @@ BAD = [
     ({**GOOD, "persona": []}, "field 'persona': expected a non-empty list"),
     ({**GOOD, "persona": ["", " "]}, "field 'persona': expected at least one entry with text"),
     ({**GOOD, "persona": ["a", 3]}, "field 'persona[1]': expected a string or an object, got int 3"),
-    ({**GOOD, "persona": [{"name": "a"}]}, "field 'persona[0]': expected an entry with one of reviewText, content"),
+    ({**GOOD, "persona": [{"name": "a"}]}, "field 'persona[0]': expected an entry with one of the fields reviewText"),
     ({**GOOD, "messages": TALK}, "either 'query' or 'messages', got both"),
     ({"persona": "p", "messages": TALK, "response": "r"}, "field 'messages': expected 'messages' that end with a user"),
     ({"persona": "p", "messages": TALK[:3]}, "got a last user turn without a 'response'"),
@@ -66,7 +66,7 @@ BAD = [
 
 @pytest.mark.parametrize(("row", "expected"), BAD, ids=[expected[:40] for _, expected in BAD])
 def test_a_bad_row_is_named_or_skipped(tmp_path, row, expected):
-    """Alone it decides the format itself; the same row is skipped between two good ones of any format."""
+    """A bad row alone is an error, with the format detected from it; between two good rows it can be skipped."""
     text = error(tmp_path, "", row)
     assert str(tmp_path / "data.jsonl:2: ") in text and expected in text
     assert "--skip_bad_rows" in text or "docs/DATA.md" in text
@@ -84,7 +84,7 @@ def test_skipped_rows_are_counted_and_the_first_reasons_kept(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", *["{"] * 7, GOOD)
     rows = load_examples(path, "train", skip_bad_rows=True)
     assert (rows.skipped, len(rows.reasons), rows.all[0].source) == (7, 5, "data.jsonl:8")
-    with pytest.raises(UserError, match="all 2 rows were skipped"):
+    with pytest.raises(UserError, match="all 2 rows skipped; the first: "):
         load(tmp_path, "{", "{", skip_bad_rows=True)
 
 
@@ -97,7 +97,7 @@ def test_streaming_reads_only_what_is_asked_for(tmp_path):
     with pytest.raises(UserError, match=r"data\.jsonl:3"):
         next(stream)
     rows = load_examples(path, "train", streaming=True, skip_bad_rows=True)
-    assert [len(list(rows)), rows.skipped] == [2, 1] == [len(list(rows)), rows.skipped]  # each pass starts anew
+    assert [len(list(rows)), rows.skipped] == [2, 1] == [len(list(rows)), rows.skipped]  # each pass counts from zero
 
 
 def test_limit(tmp_path):
@@ -107,8 +107,9 @@ def test_limit(tmp_path):
         load(tmp_path, CONVAI2, limit=0)
 
 
-# Examples a split, by their README tables: rows (one response a row), turns for Persona-Chat; for SPC utterances less
-# one a dialogue (24,478 - 882; 3,200 - 120; 20,473 - 749) less the repeats of a speaker that are merged (34, 0, 24).
+# Examples per split, by the data sets' README tables: rows (one response per row), and turns for Persona-Chat. For SPC
+# utterances minus one per dialogue (24,478 - 882; 3,200 - 120; 20,473 - 749), minus a speaker's merged repeats (34, 0,
+# 24).
 EXPECTED = {
     "amazon-user-reviews": ("longlamp", 469, 38, 71),
     "author-abstracts": ("longlamp", 960, 90, 75),

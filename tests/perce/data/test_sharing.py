@@ -1,4 +1,4 @@
-"""What sequences begin with is computed once, and every token keeps its place on its own path."""
+"""Shared beginnings of sequences are computed once, and every token keeps its position on its own path."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import pytest
 from perce.data.sharing import Segment, Spans, length_of, places, segmented
 
 CHAIN = [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7]]
-THOUGHT = [[1, 2, 3, 0, 4], [1, 2, 3, 4, 5, 6, 0, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]]  # as Qwen3 shows the last reply
+THOUGHT = [[1, 2, 3, 0, 4], [1, 2, 3, 4, 5, 6, 0, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]]  # as Qwen3 renders the last reply
 
 
 def rebuilt(sequences, units=None, sharing="branches"):
-    """(tokens that are computed, the sequences as their paths say)."""
+    """(number of tokens computed, the sequences put together from their paths)."""
     segments, paths = segmented(sequences, units or [0] * len(sequences), sharing)
     starts = np.cumsum([0, *(len(segment.ids) for segment in segments)])[:-1].tolist()
     row = np.concatenate([segment.ids for segment in segments])

@@ -1,4 +1,4 @@
-"""The places that rows come from."""
+"""The places where rows come from."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def test_json_files(tmp_path):
     with pytest.raises(UserError, match=r"d\.json row 2: field 'query'"):
         load_examples(path, "train")
     assert load_examples(path, "train", skip_bad_rows=True).all[0].source == "d.json row 1"
-    assert load_examples(jsonl(path, GOOD, GOOD), "train").all[1].source == "d.json:2"  # lines by another name
+    assert load_examples(jsonl(path, GOOD, GOOD), "train").all[1].source == "d.json:2"  # JSON Lines in a .json file
     path.write_text(f"[\n{json.dumps(GOOD)},\n]")
     with pytest.raises(UserError, match=r"d\.json:(2|3): not JSON"):
         load_examples(path, "train")
@@ -53,7 +53,7 @@ def test_json_files(tmp_path):
 def test_csv_files(tmp_path):
     with (tmp_path / "d.csv").open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.writer(file)
-        writer.writerow(["", "persona", "query", "response", "user_id"])  # pandas leaves its index without a name
+        writer.writerow(["", "persona", "query", "response", "user_id"])  # the index of pandas has no name
         writer.writerow([0, json.dumps(["a", "b"]), "[not JSON]", "x" * 200_000, ""])
         file.write("\n")
         writer.writerow([1, "[a] list?", "two\nlines", "r", "u"])
@@ -152,7 +152,7 @@ def test_save_to_disk(tmp_path):
 
 
 def test_shards_whose_columns_differ(tmp_path):
-    """datasets says of itself only that generating failed; which file, and what is wrong with it, is what helps."""
+    """datasets itself says only that generating failed; the error must name the file and the mistake in it."""
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     columns = {name: ["x"] for name in ("persona", "query", "response")}
@@ -176,7 +176,7 @@ def test_values_that_python_cannot_hold_in_a_saved_directory(tmp_path):
 
 
 def test_a_saved_directory_that_is_damaged(tmp_path):
-    """datasets maps the file into memory as it is: an offset that is wrong ended the process."""
+    """datasets maps the file into memory unchecked: a wrong offset crashed the process."""
     datasets = pytest.importorskip("datasets")
     columns = {name: ["abc", "def"] for name in ("persona", "query", "response")}
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "saved")
@@ -187,9 +187,9 @@ def test_a_saved_directory_that_is_damaged(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{tmp_path / 'saved'}.* cannot be read"):
             load_examples(tmp_path / "saved", "train")
-    file.write_bytes(whole.replace(b"abc", b"a\xffc"))  # of the text that is not UTF-8, its row alone
+    file.write_bytes(whole.replace(b"abc", b"a\xffc"))  # only the row of the text that is not UTF-8 is bad
     assert load_examples(tmp_path / "saved", "train", skip_bad_rows=True).skipped == 1
-    both = whole.replace(b"abc", b"a\xffc", 1)  # behind one that is not UTF-8, a wrong offset is found too
+    both = whole.replace(b"abc", b"a\xffc", 1)  # a wrong offset after a text that is not UTF-8 is found too
     at = both.rfind(offsets)
     file.write_bytes(both[:at] + offsets[:4] + b"\xff\xff\xff\x7f" + offsets[8:] + both[at + 12 :])
     for skip in (False, True):
@@ -248,7 +248,7 @@ def test_a_path_that_is_nearly_right(tmp_path, monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
-    """Its library tries for half a minute. What has been fetched before is still read."""
+    """The Hub's library retries for half a minute. What is in the cache is still read."""
     datasets = pytest.importorskip("datasets")
     from huggingface_hub import constants
 
@@ -288,6 +288,6 @@ def test_data_that_cannot_be_found(tmp_path, monkeypatch):
         "data/train",
         str(tmp_path / "x"),
         "a/b/c",
-    ):  # paths, so nobody asks the Hub
+    ):  # these are paths, so the Hub is not asked
         with pytest.raises(UserError, match=r"No such file or directory: .*Check the path after --data"):
             load_examples(path, "train")

@@ -1,4 +1,4 @@
-"""Which examples are held out and drawn."""
+"""The examples that are held out, and those that are drawn."""
 
 import json
 import random
@@ -103,7 +103,7 @@ def test_a_split_that_a_file_does_not_have_is_named(tmp_path, streaming):
 
 
 def test_rows_without_users_are_warned_of(tmp_path):
-    """Whoever has several rows may be on both sides."""
+    """A user with several rows may be on both sides."""
     assert not any("warning" in note for note in splits(tmp_path, USERS).notes)
     for rows, words in (
         (NAMELESS, "30 of 30 examples have no user_id: rows are held out, not users"),

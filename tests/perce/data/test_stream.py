@@ -1,4 +1,4 @@
-"""Streams: every example once a pass, dealt to the processes, and a stopped run that goes on where it was."""
+"""Streams: every example once per pass, dealt to the processes, and a stopped run that continues where it was."""
 
 import itertools
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def test_a_pass_holds_every_pair_once_and_the_next_is_in_another_order(path):
 
 @pytest.mark.parametrize("ranks", [2, 3, 23, 46])
 def test_processes_take_turns(path, ranks):
-    """Also where the data has fewer examples than there are processes."""
+    """Also if there are fewer examples than processes."""
     shares = [taken(pair_stream(path).of_process(rank, ranks), 3) for rank in range(ranks)]
     assert [index for turn in zip(*shares, strict=True) for index in turn] == taken(pair_stream(path), 3 * ranks)
 
@@ -100,7 +100,7 @@ def test_what_a_stream_left_out_is_told_as_far_as_it_is_known(tmp_path):
 
 
 def train_stream(directory, path, ranks=1, **options):
-    """8 steps of 4 sequences: into the second pass over 23."""
+    """8 steps of 4 sequences, which reach into the second pass over 23 examples."""
     torch.manual_seed(0)
     args = arguments(directory, per_device_train_batch_size=4 // ranks, max_steps=8)
     return run(args, path, "full", **options)
@@ -121,7 +121,7 @@ def run(args, path, kind, **options):
 
 def test_resume_in_the_second_pass_is_bitwise_equal(tmp_path, path):
     def arguments_of(name):
-        return arguments(tmp_path / name, max_steps=9, save_strategy="steps", save_steps=7)  # 23 / 4: 6 steps a pass
+        return arguments(tmp_path / name, max_steps=9, save_strategy="steps", save_steps=7)  # 23 / 4: 6 steps per pass
 
     straight = run(arguments_of("a"), path, "lora")
     resumed = run(arguments_of("b"), path, "lora", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-7"))

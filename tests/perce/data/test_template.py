@@ -20,7 +20,7 @@ TALK = (
 
 
 def rendered(call):
-    """The text, or what is raised instead."""
+    """The text, or the exception that is raised instead."""
     try:
         return call()
     except Exception as error:

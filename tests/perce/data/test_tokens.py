@@ -1,4 +1,4 @@
-"""Texts that are tokenised by pieces have the tokens of the whole, character by character."""
+"""Texts that are tokenised in pieces have the tokens of the whole text, at the same characters."""
 
 import itertools
 import pickle
@@ -20,7 +20,7 @@ CUT = ("gpt2", "qwen2", "llama3")
 
 
 def texts(count, seed):
-    """Made-up texts with control tokens between them, joined in all the ways that texts break."""
+    """Made-up texts with control tokens between them, joined by many kinds of spaces and line breaks."""
     chance = random.Random(seed)
     joints = ["<|im_end|>\n<|im_start|>user\n", "\n", "\n\n", " ", "", "\n- ", "\r\n", "<|im_end|>", "\n/", " \n", "'s"]
     said = [text for x in conversations(count, seed) for text in (*x.persona, x.response)]
@@ -148,7 +148,7 @@ def with_token(token, **changes):
 
 
 def cut_as_whole(backend, text):
-    """Whether the pieces of a text have its tokens, if it is cut at all borders."""
+    """Whether a text that is cut at all borders has the tokens of the whole text."""
     pieces = [backend.encode(piece) for line in LINE.findall(text) for piece in PIECE.findall(line)]
     return [name for piece in pieces for name in piece.tokens] == backend.encode(text).tokens
 

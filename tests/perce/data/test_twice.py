@@ -1,4 +1,4 @@
-"""Rows told twice for a trainer that tokenises them itself, and put together again."""
+"""Rows that are written twice for a trainer that tokenises them itself, and joined again."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def twice(max_length=None, **style):
 
 
 def tokenised(rows):
-    """As a trainer would: the completion is learnt."""
+    """Tokenises rows as a trainer would: the completion is learnt."""
 
     def one(row):
         prompt, reply = (TOKENIZER(row[name])["input_ids"] for name in ("prompt", "completion"))
@@ -44,7 +44,7 @@ def test_a_row_becomes_two_and_one_again():
 
 
 def test_the_footer_is_one_that_keeps_the_tokens():
-    """A trainer whose tokens swallow a line break before a word is given the footer behind which they do not."""
+    """If a trainer's tokens merge a line break with the next word, the footer after which they do not is chosen."""
 
     def swallowing(rows):
         def one(row):
@@ -69,7 +69,7 @@ def test_labels_that_depend_on_the_persona_are_refused():
 
 
 def test_entries_are_left_out_wherever_the_block_stands_and_however_a_text_begins():
-    """Behind a line break some tokenizers put no space; what stands behind may begin as the block does."""
+    """Some tokenizers add a space, but not after a line break. The text after the persona may begin as the persona."""
     llama2 = tiny_tokenizer(prepends_space=True)
 
     def in_a_template(rows):
@@ -98,7 +98,7 @@ def test_rows_whose_persona_or_reply_is_cut_off_are_left_out_and_told_of(capsys)
     assert len(kept) == 1 and "train: 1 rows left out, 0 persona entries, and the end of 0 rows, to fit" in told
 
     def late(rows):
-        """The persona stands behind text that is learnt too."""
+        """Tokenises rows so that the persona comes after text that is learnt too."""
 
         def one(row):
             ids = TOKENIZER("To begin with, the weather. " * 9)["input_ids"]

@@ -1,4 +1,4 @@
-"""Several processes build what one builds, in the same order, and tell the same first fault."""
+"""Several processes build the same pairs as one, in the same order, and report the same first error."""
 
 import errno
 import os
@@ -98,7 +98,7 @@ def test_a_mistake_of_ours_is_no_fault_of_the_data(processes, monkeypatch):
 
 
 class _TwoArguments(Exception):
-    """Is pickled, and cannot be unpickled."""
+    """An exception that can be pickled but not unpickled."""
 
     def __init__(self, one, two):
         super().__init__(one)
@@ -110,7 +110,7 @@ class _Unpicklable(Exception):
 
 
 class _Panic(BaseException):
-    """As pyo3's, of a tokenizer."""
+    """Like the exception that pyo3 raises when a tokenizer panics."""
 
 
 @pytest.mark.parametrize("error", [_TwoArguments("own words", 2), _Unpicklable("own words"), _Panic("own words")])
@@ -207,7 +207,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_no_process_is_left_when_the_one_that_reads_is_killed(tmp_path):
-    with (tmp_path / "out").open("w") as out:  # no pipe, which children that were left would keep open
+    with (tmp_path / "out").open("w") as out:  # not a pipe: children that are left would keep it open
         subprocess.run([sys.executable, "-c", KILLED], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
     children = [int(pid) for pid in (tmp_path / "out").read_text().split()]
     assert len(children) == 3
