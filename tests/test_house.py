@@ -104,6 +104,7 @@ def test_there_is_no_circle():
 ABOUT_SEVERAL = {
     "test_house.py": "all modules",
     "test_distribution.py": "what is installed, and what is not",
+    "test_docs.py": "the documentation: its links, and what it shows",
     "test_extending.py": "the examples of docs/EXTENDING.md",
     "test_examples.py": "examples/",
     "perce/data/test_fuzz.py": "files of every kind, mutated",

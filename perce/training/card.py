@@ -53,7 +53,7 @@ def write_card(
 
 # {_as_it_is(output_dir.resolve().name)}
 
-A language model that knows its user, trained with PerCE (arXiv 2603.06595). `config.yaml` has all options.
+A personalised language model, trained with PerCE (arXiv 2603.06595). `config.yaml` has all options.
 
 | | |
 | --- | --- |
