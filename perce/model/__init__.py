@@ -1,7 +1,7 @@
 """A causal language model that returns what PerCE needs.
 
-loading    precision, attention, LoRA, 4-bit bases   patch     the head and the model's own forward, taught PerCE
-passes     the two forward passes of a batch         head      what the head computes of them: a loss, or statistics
-prefill    the persona by itself, requests behind    memory    MLPs in tiles, checkpointing, positions
-probe      running a model beside its training, on a few tokens
+loading    precision, attention, LoRA, 4-bit bases   patch     adds PerCE to the model's own forward and its head
+passes     the two forward passes of a batch         head      the loss or statistics from the passes' hidden states
+prefill    the persona by itself, then its requests  memory    MLPs in tiles, activation checkpointing
+probe      running a model on a few tokens, outside its training steps
 """

@@ -1,10 +1,11 @@
 """Losses that a model's own forward adds to the cross-entropy.
 
-    load balancing   E · Σ_e f_e · P_e, of mixtures of experts: added here too, of a whole step (training/balancing.py)
-    any other        a z-loss, say: refused, for without that forward it would be dropped in silence
+    load balancing   E · Σ_e f_e · P_e of mixtures of experts: added here too, over a whole step (training/balancing.py)
+    any other        for example a z-loss: refused, because perce would silently leave it out
 
-Of all tokens that are no padding, in all layers with a router, f_e is how many have expert e among their top_k, and P_e
-the mean of its probability, both ÷ (tokens · layers): load_balancing_loss_func of transformers. f_e has no gradient.
+Over all tokens except padding, in all layers with a router, f_e counts the tokens that have expert e among their top_k,
+and P_e sums the probability of e. Both are divided by (tokens · layers), as in load_balancing_loss_func of
+transformers. f_e has no gradient.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ from perce.errors import UserError, in_one_line
 from perce.model.probe import PROBE_TOKENS, attention_of_any_device, evaluating, probe_ids, unwrapped
 from perce.objectives import RouterCall
 
-COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # of the load-balancing loss, as models call it
-# Largest difference from a model's own loss, in parts of it.
+COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # names that models give the load-balancing coefficient
+# Largest allowed difference from a model's own loss, relative to that loss.
 TOLERANCE = 1e-5
 TOLERANCE_LOW_PRECISION = 0.1
 OFF = "Use --router_aux_loss_coef 0 to train without it."
@@ -31,27 +32,28 @@ OFF = "Use --router_aux_loss_coef 0 to train without it."
 class Router:
     """How the load-balancing loss of a model is added."""
 
-    top_k: int  # experts that a token is sent to
+    top_k: int  # experts per token
     coefficient: float
 
 
 def router_of(model: Any, coefficient: float | None) -> Router | None:
-    """The router that is to be balanced, by this number or else as the model's config asks; None: none is.
+    """The router to balance, with this coefficient or, if it is None, as the model's config asks. None: no router.
 
     Raises:
-        UserError: a number for a model whose own forward has no load-balancing loss, or one of another formula.
+        UserError: a coefficient is given for a model whose own forward has no load-balancing loss, or the model's
+            load-balancing loss has another formula.
     """
     base = unwrapped(model)
     asks = [getattr(config, "output_router_logits", None) for config in (base.config, base.config.get_text_config())]
     if coefficient == 0 or (coefficient is None and not any(asks)):
         return None
-    top_k = _of(base, "num_experts_per_tok") or 1  # by whatever name else: another number shows
+    top_k = _of(base, "num_experts_per_tok") or 1  # if the model has another name for it, _is_balanced finds 1 wrong
     if asks == [None, None] or not _is_balanced(base, top_k):
-        if coefficient is None:  # nothing that its own forward would add
+        if coefficient is None:  # its own forward adds nothing either
             return None
         raise UserError(
-            f"router_aux_loss_coef: {type(base).__name__} ({base.config.model_type}) has no router whose load its own "
-            "forward in transformers would balance. Leave it out."
+            f"router_aux_loss_coef: {type(base).__name__} ({base.config.model_type}) has no router whose load its "
+            "forward in transformers balances. Leave the option out."
         )
     coefficient = _of(base, *COEFFICIENTS) if coefficient is None else coefficient
     return Router(top_k, coefficient) if coefficient else None
@@ -64,7 +66,7 @@ def _is_balanced(model: Any, top_k: int) -> bool:
     call = {"rows": torch.arange(PROBE_TOKENS, device=ids.device), "router": RouterCall(top_k)}
     with evaluating(model), attention_of_any_device(model):
         experts = model(input_ids=ids, perce=call)
-        with suppress(IndexError):  # of transformers, where all layers are dense
+        with suppress(IndexError):  # transformers raises it if all layers are dense
             own = getattr(model(input_ids=ids, output_router_logits=True, use_cache=False), "aux_loss", None)
     if not isinstance(own, Tensor):
         return False
@@ -73,26 +75,26 @@ def _is_balanced(model: Any, top_k: int) -> bool:
     if not abs(ours - own) <= tolerance * own:
         raise UserError(
             f"router_aux_loss_coef: {type(model).__name__} ({model.config.model_type}) has a load-balancing loss of "
-            f"another formula than is known here: {own.item():.6g} on a few tokens, not {ours.item():.6g}. {OFF}"
+            f"another formula than perce's: {own.item():.6g} on a few tokens, not {ours.item():.6g}. {OFF}"
         )
     return True
 
 
 def load_balance(probabilities: Tensor, counts: Tensor, top_k: int) -> Tensor:
-    """E · Σ_e f_e · P_e, or a pass's share of it.
+    """E · Σ_e f_e · P_e, or the share of it that one forward pass contributes.
 
-    probabilities: (E,) sums over the tokens and layers of the pass. counts: (E,) of the whole step. Two tokens in one
-    layer, both sent to the first of two experts with probabilities 0.9 and 0.7, make counts of (2, 0), probabilities of
-    (1.6, 0.4), and 2 · (1 · 0.8 + 0 · 0.2) = 1.6.
+    probabilities: (E,) sums over the tokens and layers of the pass. counts: (E,) of the whole step. For example, two
+    tokens in one layer, both sent to the first of two experts with probabilities 0.9 and 0.7, give counts (2, 0),
+    probabilities (1.6, 0.4), and 2 · (1 · 0.8 + 0 · 0.2) = 1.6.
     """
     rows = counts.sum() / top_k  # tokens · layers
     return len(counts) * (counts / rows * probabilities / rows).sum()
 
 
 def expert_sums(router_logits: Sequence[Tensor], call: RouterCall) -> Tensor:
-    """(2, E): of each expert the tokens that are sent to it, and the sum of its probability, over one forward.
+    """(2, E): for each expert, the number of tokens sent to it and the sum of its probability, over one forward pass.
 
-    router_logits: (rows, E) of each layer after the other; under --mlp_tile, of each layer's tiles from left to right.
+    router_logits: (rows, E) per layer, in order; with --mlp_tile, per tile of each layer, from left to right.
     """
     sums, place = [], 0
     dtype, device = torch.promote_types(router_logits[0].dtype, torch.float32), router_logits[0].device
@@ -111,7 +113,7 @@ def expert_sums(router_logits: Sequence[Tensor], call: RouterCall) -> Tensor:
 
 @contextmanager
 def recorded(decoder: nn.Module, call: RouterCall | None) -> Iterator[list[Tensor]]:
-    """The expert_sums of each forward of the decoder within, as they come; none without a call or a router."""
+    """Collects the expert_sums of each forward pass of the decoder; none without a call, or without a router."""
     sums: list[Tensor] = []
 
     def add(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -128,19 +130,21 @@ def recorded(decoder: nn.Module, call: RouterCall | None) -> Iterator[list[Tenso
 
 @torch.no_grad()
 def check_own_loss(model: Any) -> None:
-    """UserError for a model whose own loss has a part that would be dropped: a z-loss, or what shows on a few tokens.
+    """UserError for a model whose own loss has a part that perce would leave out: a z-loss, or a difference from the
+    cross-entropy on a few tokens.
 
-    Some models, decoders of encoders, leave it to their caller to shift the labels.
+    The cross-entropy is taken of shifted labels and of unshifted ones, because the decoders of some encoder-decoder
+    models leave the shift to their caller.
     """
     model, ids = unwrapped(model), probe_ids(model)
     target = ids % len(model.get_output_embeddings().weight)  # some embed more tokens than they predict
     with evaluating(model), attention_of_any_device(model):
         try:
             own = model(input_ids=ids, labels=target, use_cache=False)
-        except Exception as error:  # of any kind: the model's own code
+        except Exception as error:  # the model's own code may raise anything
             raise UserError(
-                f"{type(model).__name__} ({model.config.model_type}): its own loss of a few tokens, which may have "
-                f"parts beside the cross-entropy, fails: {in_one_line(error)}"
+                f"{type(model).__name__} ({model.config.model_type}): its own loss on a few tokens, which may have "
+                f"parts besides the cross-entropy, fails: {in_one_line(error)}"
             ) from error
     if getattr(own, "loss", None) is None:
         return
@@ -155,15 +159,15 @@ def check_own_loss(model: Any) -> None:
     if known and not z_losses:
         return
     raise UserError(
-        f"{type(model).__name__} ({model.config.model_type}): its own loss of a few tokens is {own.loss.item():.8g}, "
-        f"and their cross-entropy {plain[0].item():.8g}. Training here would drop what it adds: "
-        f"{', '.join(z_losses) or 'a term that is not known here'}. Set its coefficient to 0 in config.json, and load "
-        "the model again."
+        f"{type(model).__name__} ({model.config.model_type}): its own loss on a few tokens is {own.loss.item():.8g}, "
+        f"and their cross-entropy is {plain[0].item():.8g}. perce would leave out what the model adds: "
+        f"{', '.join(z_losses) or 'a term that perce does not know'}. Set its coefficient to 0 in config.json, and "
+        "load the model again."
     )
 
 
 def _of(model: Any, *names: str) -> Any:
-    """The first of these that the model has set itself, or else its config; None: none has."""
+    """The first of these attributes that the model itself has set, or else its config; None if neither has one."""
     holders = (model, model.config.get_text_config())
     found = (getattr(holder, name, None) for holder in holders for name in names)
     return next((value for value in found if value is not None), None)

@@ -1,12 +1,12 @@
-"""Attention of a row of segments, each of which sees its own path alone: what data/sharing.py has divided.
+"""Attention over a row of segments, each of which sees only its own path. data/sharing.py divides the row.
 
     segment   queries of its tokens     keys and values of its path, and of its own tokens
 
 Behind a trunk (prefill.py) the keys and values of the row follow those of the trunk.
 
-All else of a layer takes the row token by token, so that a linear layer is one product. Attention is one call a
-segment, of the model's own function; keys and values have their gradient from every segment that reads them. Masks are
-(segment × what it sees), only where an implementation needs one, and never T × T of the row.
+The other parts of a layer treat the row token by token, so a linear layer is one product. Attention is one call of the
+model's own function per segment; keys and values get gradient from every segment that reads them. Masks are (segment ×
+the tokens that it sees), are made only if an implementation needs one, and are never T × T of the row.
 """
 
 import functools
@@ -29,16 +29,16 @@ from perce.model.probe import attention_of_any_device, evaluating, short_windows
 from perce.model.trial import SHORT, made_up_pairs
 
 Attention = Callable[..., tuple[Tensor, Any]]
-EAGER = "eager_attention_forward"  # of each file of models in transformers
+EAGER = "eager_attention_forward"  # in each modeling file of transformers
 
-# Largest change of a hidden state, in parts of its norm. Of the default model in bf16 it is 0.007, with branches that
-# are off by one token in position, path or place 0.1, 0.3 and 0.5.
+# Largest allowed change of a hidden state, relative to its norm. The default model in bf16 shows 0.007; branches that
+# are off by one token in position, path or place show 0.1, 0.3 and 0.5.
 TOLERANCE, TOLERANCE_LOW_PRECISION = 1e-3, 0.05
 
 
 def sharing_of(model: Any) -> tuple[Sharing, str]:
-    """What a prepared model can share, and where that is not all, why: found out on a few tokens in eval mode. In the
-    manner of a run it is tried by trial.py."""
+    """What a prepared model can share and, if that is not everything, why. A few tokens in eval mode decide; trial.py
+    tries it again in the manner of a run."""
     base, config = unwrapped(model), unwrapped(model).config
     if reason := shares_nothing(config):
         return "none", reason
@@ -46,22 +46,23 @@ def sharing_of(model: Any) -> tuple[Sharing, str]:
     try:
         with evaluating(model), attention_of_any_device(base), short_windows(base, SHORT), torch.no_grad():
             change, low = _change_by_branches(model)
-    except Exception as error:  # of any kind: the model's own code
+    except Exception as error:  # the model's own code may raise anything
         return "chains", f"{config.model_type} fails on branches: {in_one_line(error)}"
     if not change <= (TOLERANCE_LOW_PRECISION if low else TOLERANCE):
-        return "chains", f"{config.model_type} computes other states on branches, by {change:.2g} of their norm"
+        return "chains", f"{config.model_type} computes different states on branches, by {change:.2g} of their norm"
     return "branches", ""
 
 
 def shares_nothing(config: Any) -> str:
-    """Why the tokens that sequences of a model begin with are not the same computation; "" where they are."""
+    """Why sequences of a model cannot share the tokens that they begin with; "" if they can."""
     if is_dynamic(config) or switch_length(config) is not None:
-        return f"the position encoding of {config.model_type} follows the length of a forward"
+        return f"the position encoding of {config.model_type} depends on the length of a forward pass"
     return ""
 
 
 def _change_by_branches(model: Any) -> tuple[float, bool]:
-    """Of the hidden states of a chain, a branch and a sequence by itself; and whether they are of 16 bits."""
+    """The largest change of hidden states when a chain, a branch and a sequence by itself are shared in one row, and
+    whether the states have 16 bits."""
     pairs, found = made_up_pairs(model, "conversation"), []
     for sharing in ("none", "branches"):
         batch = send_to_device(collate(pairs, sharing=sharing), model.device)
@@ -73,7 +74,7 @@ def _change_by_branches(model: Any) -> tuple[float, bool]:
 
 
 def teach_branches(model: nn.Module) -> None:
-    """Let attention take `spans`; without them it is what it was. Known by name to all models of this process."""
+    """Let attention take `spans`; without them it is unchanged. It is replaced for all models of this process."""
     for name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         if not hasattr(own := ALL_ATTENTION_FUNCTIONS[name], "perce"):
             ALL_ATTENTION_FUNCTIONS.register(name, _segment_by_segment(own, name))
@@ -93,7 +94,7 @@ def _segment_by_segment(own: Attention, name: str) -> Attention:
         kwargs = {option: given for option, given in kwargs.items() if option not in PACKED}
         window = kwargs.get("sliding_window")
         outputs = []
-        lost = spans.before - (key.shape[2] - query.shape[2])  # keys of the trunk beyond the window, if it slides
+        lost = spans.before - (key.shape[2] - query.shape[2])  # keys of the trunk that a sliding window has dropped
 
         def of_segment(
             queries: Tensor, key: Tensor, value: Tensor, seen: Sequence[tuple[int, int]], mask: Any
@@ -103,8 +104,8 @@ def _segment_by_segment(own: Attention, name: str) -> Attention:
             )
             return own(module, queries, keys, values, mask, *args, **kwargs)[0]
 
-        # Not recomputed, each branch would keep a copy of its path's keys and values for backward, and sdpa under a
-        # mask one for every query head. Tensors are arguments: what a closure holds, a checkpoint keeps alive.
+        # Without recomputation each branch would keep a copy of its path's keys and values for backward, and sdpa with
+        # a mask one per query head. Tensors are arguments because a checkpoint keeps alive what a closure holds.
         recomputed = functools.partial(checkpoint, of_segment, use_reentrant=False, preserve_rng_state=False)
         for span in spans.spans:
             seen = [(start - lost, end - lost) for start, end in _seen(span, window)]
@@ -119,7 +120,8 @@ def _segment_by_segment(own: Attention, name: str) -> Attention:
 
 
 def _seen(span: Span, window: int | None) -> list[tuple[int, int]]:
-    """Ranges of the row that a segment sees: its path, as far as a window reaches back from its first token, and it."""
+    """Ranges of the row that a segment sees: its path, as far as a window reaches back from its first token, and the
+    segment itself."""
     if window is None:
         return [*span.path, (span.start, span.end)]
     seen, reach = [(span.start, span.end)], window - 1
@@ -131,13 +133,13 @@ def _seen(span: Span, window: int | None) -> list[tuple[int, int]]:
 
 
 def _mask(spans: Spans, name: str, queries: Tensor, seen: int, window: int | None) -> Any:
-    """What an implementation needs to line the queries up with the end of the keys; None where it does so itself."""
+    """The mask with which an implementation aligns the queries with the end of the keys; None if it needs none."""
     n = queries.shape[2]
     if "flash" in name:
         return None
     reach = window or seen
     plain = name not in ("eager", "flex_attention")
-    if plain and seen <= reach and n in (1, seen):  # is_causal of sdpa: one token sees all
+    if plain and seen <= reach and n in (1, seen):  # one token sees all keys, and otherwise sdpa's is_causal is right
         return None
     kept = name, n, seen, reach, queries.dtype, queries.device
     if kept not in spans.masks:
@@ -154,5 +156,5 @@ def _made(name: str, n: int, seen: int, reach: int, dtype: torch.dtype, device: 
     if name == "flex_attention":
         return create_block_mask(sees, 1, None, n, seen, device=device, _compile=device.type == "cuda")
     mask = sees(None, None, torch.arange(n, device=device)[:, None], torch.arange(seen, device=device))[None, None]
-    # Numbers, not bools, of which sdpa would make numbers in each layer, to be kept for the backward.
+    # Numbers, not bools: sdpa would convert bools to numbers in each layer, and keep each result for backward.
     return torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill(~mask, torch.finfo(dtype).min)

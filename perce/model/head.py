@@ -1,8 +1,8 @@
-"""What the head computes of the response tokens, without logits: their loss under an objective, or statistics alone.
+"""What the head computes for the response tokens without storing logits: their loss under an objective, or statistics.
 
-the op contrasts (PIR, exp(PIR))       hidden, hidden_cf → fused_perce_loss
-any other signal                       token_logprobs of what it needs → signal → clip → fused_perce_loss
-known from an earlier pass, or none    clip → fused_perce_loss
+signal that the op computes (PIR, exp(PIR))   hidden, hidden_cf → fused_perce_loss
+any other signal                              token_logprobs of what it needs → signal → clip → fused_perce_loss
+signal known from an earlier pass, or none    clip → fused_perce_loss
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from perce.objectives import HeadCall, Measured
 from perce_kernels import fused_perce_loss, token_logprobs
 
-LOGITS_BYTES = 2**26  # of the logits that are held for metrics
+LOGITS_BYTES = 2**26  # of logits, at most, held at a time for metrics
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class LogitTransform:
     logit_scale: float
 
 
-# What configs call a scale of the logits, and whether they are multiplied by it (1) or divided (-1) as a rule:
-# HyperCLOVA X multiplies by what Granite divides by.
+# Names that configs give a scale of the logits, and whether models usually multiply by it (1) or divide (-1).
+# HyperCLOVA X multiplies by the one that Granite divides by.
 SCALES = {
     "logit_scale": 1,  # Cohere
     "logits_scaling": -1,  # Granite
@@ -39,8 +39,8 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  
 
 
 def logit_transforms(config: Any) -> list[LogitTransform]:
-    """What a config may mean, the likeliest first: scales and caps by their names, then scales the other way, and each
-    of them left unused, as in models that inherit a field."""
+    """The transforms that a config may mean, the likeliest first: scales and caps as their names say, then scales the
+    other way, and each of them unused, as in models that inherit a field."""
     text = config.get_text_config()
 
     def value(name: str) -> float | None:
@@ -56,7 +56,7 @@ def logit_transforms(config: Any) -> list[LogitTransform]:
 
 
 def answer(call: HeadCall, hidden: Tensor, **head: Any) -> Measured:
-    """What `call` asks of the (N, D) hidden states of the response tokens.
+    """What `call` asks for, from the (N, D) hidden states of the response tokens.
 
     head: lm_head, bias, softcap, logit_scale, backend, as the op takes them.
     """
@@ -82,7 +82,7 @@ def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
     stats: Any
     if call.data_weight is None:
         loss, stats = fused_perce_loss(hidden, target=call.target, num_items=call.num_items, **options)
-    else:  # loss by token, which costs the head's products once more than the loss of all
+    else:  # the loss per token, which costs the head's matrix products once more than their mean does
         losses, stats = fused_perce_loss(hidden, target=call.target, reduction="none", **options)
         items = call.target.numel() if call.num_items is None else call.num_items
         loss = (losses * call.data_weight).sum() / torch.as_tensor(items, device=losses.device).clamp(min=1)
@@ -108,7 +108,8 @@ def _predicted(
     hidden: Tensor, target: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float,
     **_: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """entropy, in nats, and top1 of Measured, from logits of a few rows at a time, rounded as the model's own are."""
+    """`entropy`, in nats, and `top1` of Measured. They come from the logits of a few rows at a time, which are rounded
+    as the model's own logits are."""
     rows, found = max(1, LOGITS_BYTES // (4 * len(lm_head))), []
     for h, tokens in zip(hidden.split(rows), target.split(rows), strict=True):
         logits = logit_scale * linear(h, lm_head, bias).float()

@@ -18,11 +18,11 @@ from perce.model.probe import unwrapped
 from perce.model.reach import freeze_beside_text, linear_layers, unused_layers
 from perce_kernels.backends import resolve_backend
 
-NAMED = 4  # of the layers that an error is about
+NAMED = 4  # layers that an error names
 
 
 def bf16_is_sound(device: str) -> bool:
-    """Whether bf16 arithmetic is native: elsewhere a CPU emulates it at a quarter of the speed of fp32."""
+    """Whether bf16 arithmetic is native. A CPU without it emulates bf16 at a quarter of the speed of fp32."""
     if device == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -38,7 +38,7 @@ def resolve_precision(precision: str, device: str) -> str:
 
 
 def default_attention(model_config: Any, precision: str, device: str) -> str | None:
-    """flash_attention_2 where it is installed and can run; None: the model's own choice, sdpa as a rule."""
+    """flash_attention_2 if it is installed and can run; None for the model's own choice, which is usually sdpa."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import is_flash_attn_2_available
 
@@ -50,8 +50,8 @@ def default_attention(model_config: Any, precision: str, device: str) -> str | N
 def load_model(path: str, config: ModelConfig, device: str) -> Any:
     """The model with PerCE installed, and a LoRA adapter if lora_r > 0.
 
-    Full fine-tuning keeps fp32 weights (a pure-bf16 weight of 1.0 does not move by 1e-3) and autocasts where bf16 is
-    sound; LoRA keeps the frozen base in bf16 there and the adapters in fp32.
+    Full fine-tuning keeps fp32 weights, because a bf16 weight of 1.0 does not move by 1e-3. In bf16 it autocasts, and
+    LoRA keeps the frozen base in bf16 and the adapters in fp32.
     """
     precision = resolve_precision(config.precision, device)
     kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if precision == "bf16" and config.lora_r else torch.float32}
@@ -78,7 +78,8 @@ def load_model(path: str, config: ModelConfig, device: str) -> Any:
 
 
 def lora_config(config: ModelConfig) -> Any:
-    """The adapter that --lora_r asks for, on every linear layer of the text but the output embedding and routers."""
+    """The adapter that --lora_r asks for, on every linear layer of the text decoder except output embedding and
+    routers."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -88,15 +89,15 @@ def lora_config(config: ModelConfig) -> Any:
 
 
 def add_adapter(model: Any, peft_config: Any) -> Any:
-    """The model under a PEFT adapter, whose "all-linear" are the layers of `linear_layers`; UserError for what PEFT
-    refuses, and for one that would wrap the output embedding, lengthen the sequence, or sit where no text passes."""
+    """The model with a PEFT adapter, for which "all-linear" means the layers of `linear_layers`. UserError if PEFT
+    refuses the adapter, or if it would wrap the output embedding, lengthen the sequence, or sit on an unused layer."""
     from peft import get_peft_model
     from peft.tuners import lora
 
     if hasattr(model, "peft_config"):
         raise UserError(
-            "peft_config: the model has an adapter already. Leave peft_config out to train it on, or take it off first "
-            "(model = model.merge_and_unload(), or unload())."
+            "peft_config: the model has an adapter already. Leave peft_config out to continue training that adapter, "
+            "or remove it first (model = model.merge_and_unload(), or unload())."
         )
     try:
         peft_config, unused = copy.deepcopy(peft_config), unused_layers(model)
@@ -110,17 +111,17 @@ def add_adapter(model: Any, peft_config: Any) -> Any:
         wrapped = get_peft_model(model, peft_config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(
-            f"peft_config: PEFT puts no such adapter on {type(model).__name__} ({in_one_line(error)}). Give a "
+            f"peft_config: PEFT cannot put this adapter on {type(model).__name__} ({in_one_line(error)}). Give a "
             'peft_config with other target_modules ("all-linear" means those that can be adapted), or train all '
             "weights (--lora_r 0)."
         ) from error
     check_adapter(wrapped)
     _check_used(wrapped, unused)
-    for config in wrapped.peft_config.values():  # saved with it: a relative path would mean another base elsewhere
+    for config in wrapped.peft_config.values():  # is saved: from another directory a relative path finds another base
         if config.base_model_name_or_path:
             config.base_model_name_or_path = from_anywhere(config.base_model_name_or_path)
     for layer in wrapped.modules():
-        # Dropout rounds otherwise in bf16, and what a variant such as DoRA does with its input is its own.
+        # Not for dropout, which rounds differently in bf16, nor for a variant that uses its input otherwise (DoRA).
         plain = isinstance(layer, lora.Linear) and not getattr(layer, "lora_variant", None)
         if plain and all(isinstance(dropout, torch.nn.Identity) for dropout in layer.lora_dropout.values()):
             layer._cast_input_dtype = partial(_cast_unless_autocast, layer)
@@ -128,7 +129,7 @@ def add_adapter(model: Any, peft_config: Any) -> Any:
 
 
 def _check_used(wrapped: Any, unused: set[str]) -> None:
-    """UserError for an adapter of a linear layer that a text does not run as one."""
+    """UserError for an adapter on a linear layer whose own forward no text uses."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {name for name, layer in unwrapped(wrapped).named_modules() if isinstance(layer, BaseTunerLayer)}
@@ -137,10 +138,11 @@ def _check_used(wrapped: Any, unused: set[str]) -> None:
 
 
 def adapters_unused(names: Sequence[str]) -> str:
-    """What is said of adapters that could not be trained."""
+    """The error message for adapters that could not be trained."""
     return (
-        f"peft_config: adapters on {in_short(names)} would not be trained: a text does not pass through these layers, "
-        'or something other than their own forward reads them. Leave them out of target_modules; "all-linear" does.'
+        f"peft_config: adapters on {in_short(names)} would not be trained: text does not pass through these layers, or "
+        "other code reads their weights without calling them. Leave them out of target_modules, or use "
+        '"all-linear", which leaves them out.'
     )
 
 
@@ -150,17 +152,19 @@ def in_short(names: Sequence[str]) -> str:
 
 
 def _cast_unless_autocast(layer: Any, x: Any, dtype: torch.dtype) -> Any:
-    """PEFT's cast of an adapter's input, to fp32, where autocast does not cast it to bf16 again: the same bits, without
-    a copy on the way in and one on the way back for every linear layer. A tenth of a step (docs/LOG.md, 2026-11-27)."""
+    """PEFT's cast of an adapter's input to fp32, left out if autocast would cast it to bf16 again. The bits are the
+    same, and every linear layer saves a copy in forward and one in backward: a tenth of a step (docs/LOG.md,
+    2026-11-27)."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return x
     return type(layer)._cast_input_dtype(layer, x, dtype)
 
 
 def merge_adapter(directory: Path, base: str) -> None:
-    """The adapter in `directory` and its base as one model, in directory/merged with tokenizer and generation config.
+    """Merge the adapter in `directory` into its base, and save model, tokenizer and generation config in
+    directory/merged.
 
-    In fp32: rounded to bf16, a merge lost up to half of what a short training had changed (docs/LOG.md)."""
+    It is saved in fp32: rounded to bf16, a merge lost up to half of what a short training had changed (docs/LOG.md)."""
     from peft import PeftModel
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -173,17 +177,17 @@ def merge_adapter(directory: Path, base: str) -> None:
 
 
 def check_adapter(model: Any) -> None:
-    """UserError for adapters under which the loss would be of other rows, of another head, or without a part."""
+    """UserError for adapters with which the loss would read wrong rows, ignore an adapted head, or lack a term."""
     for config in model.peft_config.values():
         if str(config.peft_type.value) == "ADALORA":
             raise UserError(
-                "peft_config: AdaLoRA adds a term to the model's own loss, which is not computed here, and wants to be "
+                "peft_config: AdaLoRA adds a term to the model's own loss, which perce does not compute, and has to be "
                 "called after each step. Use LoRA."
             )
         if getattr(config, "is_prompt_learning", False) and str(config.peft_type.value) != "PREFIX_TUNING":
             raise UserError(
-                f"peft_config: {config.peft_type.value} puts virtual tokens before the prompt, and the response would "
-                "be read at the wrong places. Use LoRA, another adapter, or prefix tuning."
+                f"peft_config: {config.peft_type.value} puts virtual tokens before the prompt, so the response would "
+                "be read at the wrong positions. Use LoRA, another adapter, or prefix tuning."
             )
     check_head_unwrapped(model)
 
@@ -206,7 +210,7 @@ def _four_bit(config: ModelConfig) -> Any:
 
 
 def check_backend(backend: str, device: torch.device) -> str:
-    """The backend that is meant, PERCE_BACKEND looked up; UserError for one that cannot run on this device."""
+    """The backend to use, after PERCE_BACKEND is looked up; UserError for one that cannot run on this device."""
     try:
         return resolve_backend(backend, device)
     except ValueError as error:

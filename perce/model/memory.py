@@ -1,4 +1,4 @@
-"""What makes long contexts fit, beside persona_grad (prefill.py): MLPs in tiles, checkpointing."""
+"""Ways to make long contexts fit, besides persona_grad (prefill.py): MLPs in tiles, activation checkpointing."""
 
 import contextlib
 import functools
@@ -19,11 +19,11 @@ from perce.model.patch import forward_of
 from perce.model.prefill import prepare_prefill
 from perce.model.probe import decoder_of, unwrapped
 
-# TrainingArguments' own names, which changed with transformers 5.23.
+# The field of TrainingArguments, which transformers 5.23 renamed.
 CHECKPOINTING = (
     "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
 )
-# Largest difference of an MLP on two tokens from the same on four, in parts of its largest output.
+# Largest allowed difference between an MLP's outputs for two tokens alone and among four, relative to its largest.
 MLP_TOLERANCE = 1e-4
 MLP_TOLERANCE_LOW_PRECISION = 5e-2
 
@@ -37,9 +37,9 @@ def prepare_memory(model: Any, memory: MemoryConfig) -> None:
 
 
 def enable_checkpointing(model: Any, options: Mapping[str, Any] | None = None) -> None:
-    """What the Trainer does under activation_checkpointing, with these arguments of it, for a model that trains without
-    one."""
-    # transformers 5.23 renamed it, and takes two of the arguments by themselves
+    """Turn activation checkpointing on as the Trainer would, with these arguments, for a model that is trained without
+    a Trainer."""
+    # transformers 5.23 renamed the method, and takes two of the arguments separately
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     of_checkpoint = {"use_reentrant": False} | dict(options or {})
     apart = {name: of_checkpoint.pop(name) for name in ("every_n_layers", "offload") if name in of_checkpoint}
@@ -48,7 +48,7 @@ def enable_checkpointing(model: Any, options: Mapping[str, Any] | None = None) -
 
 @contextlib.contextmanager
 def checkpointed(model: Any, options: Mapping[str, Any] | None) -> Iterator[None]:
-    """Activation checkpointing with these arguments meanwhile; None: none."""
+    """Activation checkpointing with these arguments inside the context; none if `options` is None."""
     if options is None:
         yield
         return
@@ -59,7 +59,7 @@ def checkpointed(model: Any, options: Mapping[str, Any] | None) -> Iterator[None
         yield
     finally:
         (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
-        for added in set(hooks) - before:  # by transformers, so that inputs require gradients
+        for added in set(hooks) - before:  # transformers adds them so that inputs require gradients
             del hooks[added]
 
 
@@ -71,7 +71,7 @@ def tile_mlps(model: Any, tile: int) -> None:
 
         mlp(h)  =  concatenation of mlp(h[:, i : i + tile])          h (B, T, D)
 
-    Of the (T, intermediate) activations only one tile's exist at a time. UserError unless every decoder layer has an
+    Only one tile of the (T, intermediate) activations exists at a time. UserError unless every decoder layer has an
     MLP that treats tokens one by one.
     """
     decoder = decoder_of(unwrapped(model))
@@ -80,7 +80,7 @@ def tile_mlps(model: Any, tile: int) -> None:
         _check_mlp(layer, model)
         _tile(layer.mlp, tile)
     if not layers:
-        raise UserError(f"mlp_tile: {type(model).__name__} has no decoder layers that are known here. Use 0.")
+        raise UserError(f"mlp_tile: {type(model).__name__} has no decoder layers that perce knows. Use --mlp_tile 0.")
 
 
 def _tile(mlp: Any, tile: int) -> None:
@@ -93,7 +93,7 @@ def _tile(mlp: Any, tile: int) -> None:
         run = functools.partial(whole, self)
         if torch.is_grad_enabled():
             run = functools.partial(checkpoint, run, use_reentrant=False)
-        # Contiguous, as a whole sequence is: of several sequences a part is not, and some MLPs take a view of it.
+        # Contiguous because some MLPs take a view of their input, and a part of several sequences is not contiguous.
         return torch.cat([run(part.contiguous()) for part in hidden.split(self.perce_tile, dim=1)], dim=1)
 
     mlp.perce_tile = tile
@@ -102,7 +102,7 @@ def _tile(mlp: Any, tile: int) -> None:
 
 @contextlib.contextmanager
 def tiles_of(model: nn.Module, tile: int) -> Iterator[None]:
-    """Tiles of so many tokens meanwhile, 0: none, in MLPs that are tiled."""
+    """Inside the context, MLPs that are tiled have tiles of this many tokens (0: no tiles)."""
     tiled: list[Any] = [module for module in model.modules() if hasattr(module, "perce_tile")]
     before = [module.perce_tile for module in tiled]
     try:
@@ -116,7 +116,7 @@ def tiles_of(model: nn.Module, tile: int) -> Iterator[None]:
 
 @torch.no_grad()
 def _check_mlp(layer: Any, model: Any) -> None:
-    """UserError unless layer.mlp maps (1, T, D) to (1, T, D) token by token; found out on four tokens, where the model
+    """UserError unless layer.mlp maps (1, T, D) to (1, T, D) token by token. It is tried on four tokens if the model
     has weights."""
     name = f"mlp_tile: {type(layer).__name__} of {model.config.model_type}"
     mlp = getattr(layer, "mlp", None)
@@ -136,6 +136,8 @@ def _check_mlp(layer: Any, model: Any) -> None:
     mlp.train(training)
     tolerance = MLP_TOLERANCE if weight.dtype == torch.float32 else MLP_TOLERANCE_LOW_PRECISION
     if not isinstance(whole, Tensor):
-        raise UserError(f"{name}: its mlp returns more than hidden states, which is not put together here. Use 0.")
+        raise UserError(f"{name}: its mlp returns more than hidden states, which tiles cannot join. Use --mlp_tile 0.")
     if whole.shape != hidden.shape or not (whole[:, 2:] - half).abs().max() <= tolerance * whole.abs().max():
-        raise UserError(f"{name}: its mlp does not treat tokens one by one, and tiles would change it. Use 0.")
+        raise UserError(
+            f"{name}: its mlp does not treat tokens one by one, so tiles would change its output. Use --mlp_tile 0."
+        )

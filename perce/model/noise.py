@@ -1,4 +1,4 @@
-"""Noise of training mode: in one of the two passes alone it would bias every PIR."""
+"""Noise of training mode, such as dropout: in only one of the two passes it would bias every PIR."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -13,8 +13,8 @@ from perce.model.probe import decoder_of
 
 
 def check_noise(model: nn.Module) -> None:
-    """UserError for a base model whose text decoder computes something else in training mode. Adapters may have
-    dropout: see training/checks.py; noise under names that are not known here is found by trial.py."""
+    """UserError for a base model whose text decoder has dropout or other noise in training mode. Adapters may have
+    dropout (see training/checks.py). trial.py finds noise whose name is unknown here."""
     decoder = decoder_of(model)
     for place, name, value in noise_of(decoder):
         raise UserError(
@@ -23,11 +23,11 @@ def check_noise(model: nn.Module) -> None:
         )
 
 
-REMEDY = "Call perce.disable_dropout(model) before, or give the model by its path, which does that."
+REMEDY = "Call perce.disable_dropout(model) first, or give the model's path: perce then loads it without dropout."
 
 
 def noise_of(model: nn.Module) -> Iterator[tuple[str, str, float]]:
-    """(module, attribute, value) of what is random in training mode, adapters aside."""
+    """(module, attribute, value) of everything that is random in training mode, except in adapters."""
     adapters = {id(part) for layer in model.modules() if hasattr(layer, "base_layer") for part in _beside_base(layer)}
     for place, module in model.named_modules():
         if id(module) not in adapters:
@@ -41,7 +41,7 @@ def _beside_base(layer: Any) -> set[nn.Module]:
 
 
 def adapter_noise(model: nn.Module) -> list[tuple[Any, Any, float]]:
-    """(module or mapping, attribute or key, value) of what is random in training mode in adapters."""
+    """(module or mapping, attribute or key, value) of everything in adapters that is random in training mode."""
     found: list[tuple[Any, Any, float]] = []
     for layer in model.modules():
         if hasattr(layer, "base_layer"):
@@ -68,7 +68,7 @@ def without_adapter_noise(model: nn.Module) -> Iterator[None]:
 
 
 def disable_dropout(model: nn.Module) -> nn.Module:
-    """Set dropout, layer drop and router jitter of a loaded model to 0, in place, in its config too; adapters keep
+    """Set dropout, layer drop and router jitter of a loaded model and its config to 0, in place; adapters keep
     theirs."""
     for place, name, _ in list(noise_of(model)):
         setattr(model.get_submodule(place), name, 0.0)

@@ -1,9 +1,9 @@
-"""Per-token statistics of a batch under a model: what training weights by, evaluation averages and score shows.
+"""Per-token statistics of a batch under a model: training weights by them, evaluation averages them, score shows them.
 
 counterfactual_hidden   pass 1: without the persona, no grad, eval mode
 factual                 pass 2: the loss, inside the forward of the head
-experts_used            pass 2 as far as the routers: what it sends to each expert, no grad, eval mode
-measured                both, no grad: log-probabilities and entropies
+experts_used            pass 2 without the head: tokens sent to each expert, no grad, eval mode
+measured                both passes, no grad: log-probabilities and entropies
 token_statistics        the same per example, on the CPU, with the weights of an objective
 """
 
@@ -20,16 +20,16 @@ from perce.objectives import HeadCall, Measured, RouterCall, TokenWeighting
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Per response token of one example, on the CPU, each (n,); and the index of the example."""
+    """Statistics of the response tokens of one example, each (n,) and on the CPU, and the index of the example."""
 
     target: Tensor
     logp: Tensor
     logp_cf: Tensor
-    signal: Tensor  # what the weight was clipped from
+    signal: Tensor  # clipped, it is the weight
     token_weight: Tensor
     personal: Tensor
     example: int
-    entropy: Tensor | None = None  # where it was asked for, or is the signal
+    entropy: Tensor | None = None  # if it was asked for, or is the signal
 
     @property
     def pir(self) -> Tensor:
@@ -45,14 +45,14 @@ def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
 
 
 def factual(model: nn.Module, inputs: Batch, call: HeadCall, *, top_k: int = 0) -> Measured:
-    """The factual pass and what `call` asks of the head; top_k: experts that a token is sent to, where their sums are
-    asked for too."""
+    """Run the factual pass, and compute in the head what `call` asks for. top_k: experts per token, if the sums per
+    expert are wanted too."""
     return Measured(*model(**token_inputs(inputs), perce=_factual_call(inputs, top_k) | {"head": call}))
 
 
 @torch.no_grad()
 def experts_used(model: nn.Module, inputs: Batch, top_k: int) -> Tensor:
-    """(E,) tokens of the factual pass that are sent to each expert, over all layers."""
+    """(E,) numbers of tokens of the factual pass that are sent to each expert, over all layers."""
     with evaluating(model):
         return model(**token_inputs(inputs), perce=_factual_call(inputs, top_k))[0]
 
@@ -68,7 +68,7 @@ def _factual_call(inputs: Batch, top_k: int) -> dict[str, Any]:
 def measured(
     model: nn.Module, inputs: Batch, weighting: TokenWeighting, *, counterfactual: bool = True, entropy: bool = False
 ) -> Measured:  # fmt: skip
-    """What the response tokens have under a model as it is; without the persona too if `counterfactual`."""
+    """Statistics of the response tokens under a model as it is; also without the persona if `counterfactual`."""
     hidden_cf = counterfactual_hidden(model, inputs) if counterfactual else None
     call = HeadCall(inputs["target"], weighting, hidden_cf, loss=False, entropy=entropy)
     return factual(model, inputs, call)
@@ -77,7 +77,7 @@ def measured(
 def token_statistics(
     model: nn.Module, inputs: Batch, weighting: TokenWeighting, *, entropy: bool = False
 ) -> list[TokenStatistics]:  # fmt: skip
-    """Statistics of one batch under a model in eval mode, whatever it is trained for."""
+    """Statistics of one batch under a model in eval mode, whatever objective it is trained with."""
     found = measured(model, inputs, weighting, entropy=entropy)
     columns = {name: inputs[name] for name in ("target", "personal")}
     columns |= {name: column for name, column in found._asdict().items() if column is not None}
@@ -89,6 +89,6 @@ def token_statistics(
 
 
 def per_example(inputs: Batch, *columns: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each (N,) column as one (n,) tensor an example, on the CPU."""
+    """Each (N,) column split into one (n,) tensor per example, on the CPU."""
     lengths = torch.bincount(inputs["sequence"]).tolist()
     return [column.cpu().split(lengths) for column in columns]

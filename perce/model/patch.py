@@ -1,15 +1,15 @@
-"""Load a causal language model and teach its own forward to return what PerCE needs.
+"""Extend a loaded causal language model's own forward so that it returns what PerCE needs.
 
 `install_perce` gives the model two extra ways to be called, always through whatever wraps it (DDP, FSDP, PEFT):
 
     model(input_ids, perce={"rows": rows})                   → hidden states (N, D) at those rows
-    model(input_ids, perce={"rows": rows, "head": call})     → what head.py measures of them, the loss included
+    model(input_ids, perce={"rows": rows, "head": call})     → what head.py computes from them, including the loss
 
-With "trunks" in perce personas are run by themselves; see prefill.py. With "router", a RouterCall, what is measured has
-`experts`, which without "head" are returned alone; see auxiliary.py.
+If perce has "trunks", personas are run by themselves; see prefill.py. If it has "router", a RouterCall, the result
+includes `experts`; without "head" it is `experts` alone. See auxiliary.py.
 
 The loss runs inside the forward of the output-embedding module. Reading the head's weight anywhere else would bypass
-the hooks that gather and reduce sharded parameters, and yield wrong gradients in silence.
+the hooks that gather and reduce sharded parameters, and silently yield wrong gradients.
 """
 
 import functools
@@ -31,16 +31,17 @@ from perce.model.probe import PROBE_TOKENS, attention_of_any_device, decoder_of,
 from perce.objectives import HeadCall
 from perce_kernels import reference
 
-# Largest difference of log-probabilities between the model's own logits and ours; fp32 shows 1e-5, bf16 logits 1e-2.
+# Largest allowed difference of log-probabilities between the model's logits and ours. fp32 shows 1e-5, bf16 1e-2.
 SELF_CHECK_TOLERANCE = 1e-3
 SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.25
-# Largest change of a hidden state, in parts of the largest one, by what follows it in another batch.
+# Largest allowed change of a hidden state, relative to the largest one, when other tokens follow it.
 CAUSALITY_TOLERANCE = 1e-3
 CAUSALITY_TOLERANCE_LOW_PRECISION = 0.1
 
 
 def install_perce(model: Any) -> Any:
-    """Patch model and head in place, before PEFT or any parallel wrapper; UserError if its logits are not ours."""
+    """Patch model and head in place, before PEFT or any parallel wrapper; UserError if perce cannot reproduce its
+    logits."""
     head = model.get_output_embeddings()
     _check_head(model, head)
     if getattr(model.config, "is_encoder_decoder", False):
@@ -56,12 +57,13 @@ def install_perce(model: Any) -> Any:
 
 
 def is_patched(module: Any) -> bool:
-    """Whether its forward is ours: a model that was pickled comes back with its own."""
+    """Whether the module's forward is perce's. A model that was pickled comes back with its own forward."""
     return hasattr(getattr(module, "forward", None), "perce")
 
 
 def patched_head(model: Any) -> Any:
-    """The output embedding, patched: after resize_token_embeddings or set_output_embeddings it is another module."""
+    """The output embedding, patched. resize_token_embeddings and set_output_embeddings replace it by a new module,
+    which is patched here."""
     head = model.get_output_embeddings()
     if not is_patched(head):
         _check_head(model, head)
@@ -80,7 +82,7 @@ def _check_head(model: Any, head: Any) -> None:
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
-    """The module's forward as a function of the module: a deep copy of a patched model must run its own weights."""
+    """The module's forward as a function of the module, so that a deep copy of a patched model runs its own weights."""
     own = module.forward
     return getattr(own, "__func__", lambda _, *args, **kwargs: own(*args, **kwargs))
 
@@ -93,7 +95,7 @@ def _patch_head(head: Any, transform: LogitTransform) -> None:
         if perce is None:
             return own_forward(self, hidden)
         own = {"lm_head": self.weight, "bias": self.bias, "backend": self.perce_backend}
-        if not torch.is_autocast_enabled(hidden.device.type):  # some models end in fp32, and cast for their head
+        if not torch.is_autocast_enabled(hidden.device.type):  # some models cast their fp32 hidden states for the head
             hidden_cf = None if perce.hidden_cf is None else perce.hidden_cf.to(self.weight.dtype)
             hidden, perce = hidden.to(self.weight.dtype), replace(perce, hidden_cf=hidden_cf)
         return answer(perce, hidden, **own, **vars(transform))
@@ -105,7 +107,7 @@ def _patch_head(head: Any, transform: LogitTransform) -> None:
 def _patch_model(model: Any) -> None:
     own_forward = forward_of(model)
     decoder = decoder_of(model)
-    # By its name, since a deep copy has a decoder of its own.
+    # By its name, because a deep copy has a decoder of its own.
     model.perce_decoder = next(name for name, module in model.named_modules() if module is decoder)
 
     @functools.wraps(own_forward)  # generate() reads the signature
@@ -136,8 +138,8 @@ def _patch_model(model: Any) -> None:
 
 @torch.no_grad()
 def _self_check(model: Any, head: Any) -> LogitTransform:
-    """How the model makes logits of hidden states and head, by its own logits of a few tokens; UserError where that is
-    not known, and where tokens see what comes after them."""
+    """How the model makes logits from hidden states and head, found from its own logits of a few tokens. UserError if
+    no known transform reproduces them, or if tokens see later ones."""
     ids = probe_ids(model).to(head.weight.device)
     rows = torch.arange(PROBE_TOKENS, device=ids.device)
     name = f"{type(model).__name__} ({model.config.model_type})"
@@ -145,17 +147,17 @@ def _self_check(model: Any, head: Any) -> LogitTransform:
         try:
             own = model(input_ids=ids, use_cache=False).logits[0].double()
             hidden = model(input_ids=ids, perce={"rows": rows})
-        except Exception as error:  # of any kind: the model's own code
+        except Exception as error:  # the model's own code may raise anything
             raise UserError(f"{name}: its forward fails on a few tokens: {in_one_line(error)}") from error
         if own.isnan().any():
             raise UserError(
-                f"{name}: its logits of a few tokens are not numbers. Expected weights that are whole, and a precision "
-                "that holds what they compute (--precision fp32)."
+                f"{name}: its logits on a few tokens are NaN. Expected undamaged weights, and a precision with enough "
+                "range for them (--precision fp32)."
             )
         _check_causal(model, name, ids, hidden)
     if own.shape[-1] != len(head.weight):
         raise UserError(
-            f"{name}: expected one logit a row of its output embedding, {len(head.weight)}, and it has {own.shape[-1]}."
+            f"{name}: expected one logit per row of its output embedding ({len(head.weight)}), got {own.shape[-1]}."
         )
     low = head.weight.dtype in (torch.bfloat16, torch.float16)
     exact = torch.float32 if low else torch.float64
@@ -166,23 +168,24 @@ def _self_check(model: Any, head: Any) -> LogitTransform:
         return (own.log_softmax(-1) - ours.log_softmax(-1)).abs().max().nan_to_num(torch.inf).item()
 
     readings = {transform: difference(transform) for transform in logit_transforms(model.config)}
-    # The likeliest that is about as close as any: rounding alone must not choose, as between a high cap and none.
+    # The likeliest of those that are about as close as the closest: rounding must not decide, as between a high cap
+    # and none.
     transform = next(reading for reading, found in readings.items() if found <= 2 * min(readings.values()))
     tolerance = SELF_CHECK_TOLERANCE
-    if low:  # the model's own logits are rounded to 8 bits: of large ones 2 ** -8 of their size is lost
+    if low:  # the model's own logits are rounded to 8 bits, so large ones are off by 2 ** -8 of their size
         tolerance = max(SELF_CHECK_TOLERANCE_LOW_PRECISION, own.abs().max().item() * 2**-6)
     if not (found := readings[transform]) <= tolerance:
         raise UserError(
             f"{name}: its log-probabilities differ from those computed from its hidden states and head by up to "
             f"{found:.3g} (allowed {tolerance:g}), with softcap={transform.softcap}, logit_scale="
-            f"{transform.logit_scale:g}. The architecture does something between the two that is not known here, so "
+            f"{transform.logit_scale:g}. The architecture does something between the two that perce does not know, so "
             "training it would be wrong."
         )
     return transform
 
 
 def _check_causal(model: Any, name: str, ids: Tensor, hidden: Tensor) -> None:
-    """UserError if a token's hidden states depend on a later one, of which a padding token is a case."""
+    """UserError if a token's hidden states depend on a later token, for example on padding."""
     seen = PROBE_TOKENS // 2
     pad = stated(model.config.get_text_config(), "pad_token_id")
     pad = pad if pad in range(len(model.get_input_embeddings().weight)) else 0  # some configs say −1
@@ -196,8 +199,8 @@ def _check_causal(model: Any, name: str, ids: Tensor, hidden: Tensor) -> None:
         if not change <= allowed:
             raise UserError(
                 f"{name}: hidden states of the first {seen} tokens change by {change:.2g} of the largest when {what} "
-                "follow them. PerCE needs a causal model, whose tokens see only those before them; of some that can be "
-                "one or the other the config says so (is_decoder)."
+                "follow them. PerCE needs a causal model, whose tokens see only earlier ones. Some architectures are "
+                "causal only if their config says so (is_decoder)."
             )
 
 
@@ -208,7 +211,7 @@ def check_head_unwrapped(model: Any) -> None:
         inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
         if wrapped and inner is not None and inner is _output_embeddings(model):
             raise UserError(
-                f"{name}: an adapter sits on the output embedding, and the fused loss reads the embedding alone. Leave "
+                f"{name}: an adapter is on the output embedding, and the fused loss reads only the embedding. Leave "
                 "lm_head (and, with tied embeddings, embed_tokens) out of target_modules and modules_to_save."
             )
 
@@ -221,7 +224,8 @@ def _output_embeddings(model: Any) -> nn.Module | None:
 
 
 def prepare_model(model: Any, backend: str = "auto") -> Any:
-    """install_perce, once, on a model or on the base inside a PEFT model; `backend`: of its losses from now on."""
+    """Call install_perce once, on a model or on the base inside a PEFT model. `backend` computes its losses from now
+    on."""
     base = unwrapped(model)
     if not (hasattr(base, "perce_logit_transform") and is_patched(base)):
         check_head_unwrapped(model)

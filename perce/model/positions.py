@@ -1,8 +1,8 @@
-"""Positions: how many a model has, and encodings whose frequencies follow the length of a forward.
+"""Positions: how many a model has, and encodings whose frequencies depend on the length of a forward pass.
 
-dynamic NTK   frequencies change with every length beyond max_position_embeddings: no longer sequences are taken
-longrope      one set of factors for forwards up to a length (the switch), another for longer ones: a run takes one of
-              them for all its forwards, or the passes of one example, and the batches it is in, would differ
+dynamic NTK   frequencies change with every length beyond max_position_embeddings, so longer sequences are refused
+longrope      one set of factors for forward passes up to a length (the switch), another for longer ones. A run uses one
+              set throughout; otherwise an example's encoding would differ between its two passes, and between batches
 """
 
 import functools
@@ -30,7 +30,8 @@ def is_dynamic(config: Any) -> bool:
 
 
 def position_limit(config: Any) -> int | None:
-    """Tokens that the model has positions for; None: not said. Rotary encodings may be stretched by a factor."""
+    """The number of tokens that the model has positions for; None if its config does not say. A factor may stretch
+    rotary encodings."""
     text = config.get_text_config()
     limit = stated(text, "max_position_embeddings")
     limit = limit if limit and limit > 0 else None  # XLNet says −1
@@ -41,7 +42,7 @@ def position_limit(config: Any) -> int | None:
 
 
 def switch_length(config: Any) -> int | None:
-    """Tokens beyond which a forward takes longrope's long factors; None where there is no such switch."""
+    """The number of tokens beyond which a forward pass uses longrope's long factors; None without such a switch."""
     text = config.get_text_config()
     lengths = [
         rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
@@ -51,27 +52,29 @@ def switch_length(config: Any) -> int | None:
 
 
 def needs_long_factors(config: Any, longest: int) -> bool:
-    """Whether a sequence of so many tokens is beyond the switch."""
+    """Whether a sequence of `longest` tokens is beyond the switch."""
     switch = switch_length(config)
     return switch is not None and longest > switch
 
 
 def settle_lengths(model: Any, longest: Callable[[], int]) -> None:
-    """For a model that is asked, not trained, about sequences of up to so many tokens, replies included: UserError
-    beyond what dynamic NTK has, and longrope's long factors where one needs these. Called for such models alone."""
+    """Prepare a model for inference on sequences of up to longest() tokens, replies included. UserError if they exceed
+    the limit of dynamic NTK; longrope uses its long factors if a sequence needs them. `longest` is called only for
+    models with such encodings."""
     config, limit = unwrapped(model).config, None
     if is_dynamic(config) and (limit := position_limit(config)) and (length := longest()) > limit:
         raise UserError(
-            f"sequences of up to {length} tokens, and beyond {limit} (max_position_embeddings) the position encoding "
-            f"of {config.model_type} (rope_type dynamic) follows the longest sequence of a batch. Use --max_length "
-            f"{limit} or less, together with what replies may take."
+            f"sequences have up to {length} tokens, and beyond {limit} (max_position_embeddings) the position encoding "
+            f"of {config.model_type} (rope_type dynamic) depends on the longest sequence of a batch. Use a "
+            f"--max_length that is at most {limit} together with the tokens of a reply."
         )
     if switch_length(config) is not None:
         choose_factors(model, long=needs_long_factors(config, longest()))
 
 
 def choose_factors(model: nn.Module, *, long: bool) -> None:
-    """Let every forward of the model, however short, have longrope's long factors, in place, or as its length asks."""
+    """Make every forward pass of the model, however short, use longrope's long factors, or let its length decide
+    (long=False). Changes the model in place."""
     for rotary in _switching(model):
         if not hasattr(rotary, "perce_long"):
             _see_beyond(rotary, cast(int, switch_length(rotary.config)))
@@ -79,7 +82,7 @@ def choose_factors(model: nn.Module, *, long: bool) -> None:
 
 
 def has_long(model: nn.Module) -> bool:
-    """Whether every forward has the long factors."""
+    """Whether every forward pass uses the long factors."""
     return any(getattr(rotary, "perce_long", False) for rotary in _switching(model))
 
 
@@ -92,8 +95,8 @@ def _switching(model: nn.Module) -> Iterator[Any]:
 
 
 def _see_beyond(rotary: Any, position: int) -> None:
-    """Show a rotary encoding, while perce_long, a position more in every forward, which is beyond the switch, and drop
-    what it makes of it: the factors are chosen by the largest position."""
+    """While perce_long is set, add a position beyond the switch to every call of a rotary encoding, and drop its
+    result: the largest position decides which factors are used."""
     own = forward_of(rotary)
 
     @functools.wraps(own)

@@ -1,16 +1,16 @@
-"""The persona in a forward of its own, and what follows it behind its keys and values: Trunks of data/sharing.py.
+"""The persona in a forward pass of its own, whose keys and values the later tokens read: Trunks of data/sharing.py.
 
-    trunk      input_ids[:persona_end]   → keys and values of every layer, of all requests that begin with it
+    trunk      input_ids[:persona_end]   → keys and values of every layer, for all requests that begin with it
     forwards   input_ids[persona_end:]   queries and responses, which attend to the trunk
 
 persona_grad="none": the trunk has no gradient, and is run PREFILL_CHUNK tokens at a time. The loss is the same
-function, so its value is that of persona_grad="full". The gradient is that of autograd with the trunk's keys and values
-detached: a truncation. How the weights encode the persona gets no gradient, how the response reads it does. In return
-no activation of the persona is kept: what grows with it is keys and values.
+function, so its value is that of persona_grad="full". The gradient is a truncation: it is that of autograd with the
+trunk's keys and values detached. How the weights encode the persona gets no gradient; how the response reads it does.
+In return no activation of the persona is kept, and only its keys and values grow with its length.
 
-branches_per_forward: of the forwards behind a trunk nothing is kept but what they end with. Backward goes through them
-one after the other, each recomputed when its turn comes, adds up their gradients of the trunk's keys and values, and
-then goes through the trunk, once: the exact gradient, in the memory of the trunk and of one forward.
+branches_per_forward: only the outputs of the forward passes behind a trunk are kept. Backward recomputes these passes
+one after the other, adds up their gradients of the trunk's keys and values, and then goes through the trunk once. The
+gradient is exact, and takes the memory of the trunk and of one forward pass.
 
 Attention masks are (chunk × keys) and (segment × keys), never T × T.
 """
@@ -30,18 +30,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from perce.data.sharing import Forward, Spans, Trunks
 from perce.errors import UserError
 
-# The activations of a chunk and its mask (4 · PREFILL_CHUNK · T bytes) are the prefill's only memory beside the cache.
+# Besides the cache, the prefill's only memory is a chunk's activations and its mask (4 · PREFILL_CHUNK · T bytes).
 PREFILL_CHUNK = 1024
 BY_ITSELF = "persona_grad=none, branches_per_forward"  # the options under which a persona runs by itself
-# What the models call their cache: transformers 5.24 renamed it.
+# The models' name for the cache argument, which transformers 5.24 renamed.
 CACHE_ARGUMENT = (
     "cache" if "cache" in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
 )
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of a prefix, read only once it is `filled`: a layer that is recomputed in backward finds what it
-    found in forward, where a DynamicCache would have its keys appended twice."""
+    """Keys and values of a prefix, which are not changed once the cache is `filled`. A layer that is recomputed in
+    backward finds the same cache as in forward; a DynamicCache would append its keys twice."""
 
     filled = False
 
@@ -55,8 +55,8 @@ class PrefixCache(DynamicCache):
 
 
 class Recorder(DynamicCache):
-    """Records the keys and values of a forward over a whole trunk. To that forward it is an empty cache, so that a
-    layer which is recomputed in backward computes the same again."""
+    """Records the keys and values of a forward pass over a whole trunk. For that pass it is an empty cache, so a layer
+    that is recomputed in backward computes the same again."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -80,13 +80,13 @@ def prefill(base_model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Pr
 
 
 def prefill_with_gradient(base_model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> PrefixCache:
-    """As `prefill`, in one forward; keys and values have their gradient."""
+    """Like `prefill`, but in one forward pass, and the keys and values have a gradient."""
     cache, recorder = PrefixCache(config=base_model.config), Recorder(config=base_model.config)
     base_model(input_ids=input_ids, use_cache=False, **{CACHE_ARGUMENT: recorder}, **kwargs)
     for index, (keys, values) in recorder.recorded.items():
         cache.update(keys, values, index)
         layer: Any = cache.layers[index]
-        if type(layer) is DynamicLayer:  # it has appended them to nothing: a copy
+        if type(layer) is DynamicLayer:  # update() has copied them
             layer.keys, layer.values = keys, values
     cache.filled = True
     return cache
@@ -94,13 +94,13 @@ def prefill_with_gradient(base_model: PreTrainedModel, input_ids: Tensor, **kwar
 
 def hidden_on_trunks(
     base_model: PreTrainedModel,
-    rows: Tensor,  # (N,) of the tokens behind trunks
+    rows: Tensor,  # (N,) indices of tokens behind trunks
     trunks: Trunks,
     input_ids: Tensor,  # (1, T)
     position_ids: Tensor,  # (1, T)
     **kwargs: Any,
 ) -> Tensor:
-    """(N, D) hidden states at `rows` of what is run behind the trunks, laid end to end."""
+    """(N, D) hidden states at `rows` of the forward passes behind the trunks, concatenated."""
 
     def behind(cache: PrefixCache, forward: Forward) -> Tensor:
         here, spans = slice(forward.start, forward.end), {}
@@ -120,14 +120,14 @@ def hidden_on_trunks(
 
 
 def spans_arguments(spans: Spans, like: Tensor) -> dict[str, Any]:
-    """What a decoder takes for a row of segments: a mask of four dimensions it takes as it is, and attention makes its
-    own; see branches.py."""
+    """A decoder's arguments for a row of segments. It passes on a mask of four dimensions unchanged, and attention
+    makes its own masks; see branches.py."""
     return {"spans": spans, "attention_mask": like.new_ones(1, 1, 1, 1)}
 
 
 def prepare_prefill(model: Any) -> None:
-    """Let checkpointed layers keep the read-only cache; UserError for a model that cannot go on from a prefix. Whether
-    it really does is found out by trial.py."""
+    """Let checkpointed layers keep the read-only cache; UserError for a model that cannot continue from a cached
+    prefix. trial.py checks that it continues correctly."""
     config = model.config.get_text_config()
     _check_attention(model, config)
     for module in model.modules():
@@ -139,15 +139,15 @@ def _check_attention(model: Any, config: Any) -> None:
     kind = config._attn_implementation
     if kind not in ("sdpa", "eager", "flex_attention") and not kind.startswith("flash_attention"):
         raise UserError(
-            f"{BY_ITSELF} with attn_implementation={kind}: it is not known whether that lines queries up with the "
-            "end of a longer row of keys. Use --attn_implementation sdpa or flash_attention_2."
+            f"{BY_ITSELF} with attn_implementation={kind}: it is not known whether this attention aligns queries with "
+            "the end of a longer row of keys. Use --attn_implementation sdpa or flash_attention_2."
         )
     layers = [type(layer) for layer in DynamicCache(config=model.config).layers]
     other = [layer.__name__ for layer in layers if layer not in (DynamicLayer, DynamicSlidingWindowLayer)]
     if other:
         raise UserError(
-            f"{BY_ITSELF}: {config.model_type} has layers with a state of another kind than keys and values "
-            f"({other[0]}), which cannot be read without being changed. Leave them out."
+            f"{BY_ITSELF}: {config.model_type} has layers whose state is not keys and values ({other[0]}), and cannot "
+            "be read without being changed. Leave these options out."
         )
     if any(part.is_prompt_learning for part in getattr(model, "peft_config", {}).values()):
-        raise UserError(f"{BY_ITSELF}: prefix tuning puts a cache of its own before it. Use LoRA.")
+        raise UserError(f"{BY_ITSELF}: prefix tuning puts a cache of its own before the persona. Use LoRA.")

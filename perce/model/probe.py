@@ -1,4 +1,4 @@
-"""What running a model beside its training takes: eval mode and back; a few tokens to check a loaded model on."""
+"""Running a model outside its training steps: eval mode and back, and a few tokens to check a loaded model with."""
 
 import contextlib
 import itertools
@@ -24,8 +24,8 @@ def unwrapped(model: Any) -> Any:
 def decoder_of(model: Any) -> nn.Module:
     """The text decoder inside a causal language model: the innermost model that holds the input embeddings.
 
-    Neither base_model nor get_decoder() always is: the first may be a vision-language model, which wants more than
-    tokens, or, where base_model_prefix names nothing, the whole model; so may be the second.
+    base_model is not always it: it may be a vision-language model, which needs more than tokens, or the whole model if
+    base_model_prefix names nothing. The same holds for get_decoder().
     """
     embeddings = model.get_input_embeddings()
     inner = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
@@ -34,7 +34,7 @@ def decoder_of(model: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within, and the mode before it afterwards."""
+    """Eval mode inside the context, and the earlier mode again afterwards."""
     training = model.training
     model.eval()
     try:
@@ -44,19 +44,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def vocabulary_of(model: Any) -> int:
-    """Token ids that a model both reads and predicts: Moshi has an embedding more than it has logits."""
+    """The number of token ids that a model both reads and predicts: Moshi has one more embedding than logits."""
     return min(len(model.get_input_embeddings().weight), len(model.get_output_embeddings().weight))
 
 
 def probe_ids(model: Any, length: int = PROBE_TOKENS) -> Tensor:
-    """(1, length) token ids from all over the vocabulary, where the embeddings are."""
+    """(1, length) token ids from all over the vocabulary, on the device of the embeddings."""
     device = model.get_input_embeddings().weight.device
     return torch.arange(1, length + 1, device=device)[None] * 97 % vocabulary_of(model)
 
 
 @contextlib.contextmanager
 def attention_of_any_device(model: Any) -> Iterator[None]:
-    """sdpa in place of flash kernels, which need a GPU and 16 bits; the model's own attention is back afterwards."""
+    """sdpa instead of flash kernels, which need a GPU and 16 bits; afterwards the model has its own attention again."""
     own = model.config.get_text_config()._attn_implementation
     if not str(own).startswith("flash"):
         yield
@@ -68,13 +68,13 @@ def attention_of_any_device(model: Any) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
-# Of attention, and tokens that an index lets through, as configs and modules call them.
+# Names, in configs and modules, of attention windows and of the number of tokens that an index selects.
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size", "index_topk")
 
 
 @contextlib.contextmanager
 def short_windows(model: nn.Module, tokens: int) -> Iterator[None]:
-    """Windows of so many tokens, so that short sequences reach beyond them, in modules, masks and caches alike."""
+    """Windows of `tokens` tokens in modules, masks and caches, so that short sequences reach beyond them."""
     found = (getattr(module, "config", None) for module in model.modules())
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
     before = [
@@ -91,7 +91,7 @@ def short_windows(model: nn.Module, tokens: int) -> Iterator[None]:
             setattr(holder, name, value)
 
 
-PACKING_TOLERANCE = 0.1  # of what seeing the sequence before does to hidden states; bf16 noise is far below
+PACKING_TOLERANCE = 0.1  # of the change of hidden states that see the sequence before; bf16 noise is far below
 
 
 def check_packing(model: Any, device: str) -> None:
@@ -108,7 +108,7 @@ def check_packing(model: Any, device: str) -> None:
 
 @torch.no_grad()
 def check_sequences_apart(model: Any) -> None:
-    """UserError if the second of two packed sequences sees the first: not every architecture hands position_ids on."""
+    """UserError if the second of two packed sequences sees the first: some architectures ignore position_ids."""
     ids = probe_ids(model, 2 * PROBE_TOKENS)
     lengths = send_to_device(packed([PROBE_TOKENS] * 2), ids.device)
     rows = torch.arange(PROBE_TOKENS, device=ids.device)
@@ -119,7 +119,7 @@ def check_sequences_apart(model: Any) -> None:
     error, leak = (apart - alone).float().norm().item(), (mixed - alone).float().norm().item()
     if not error <= PACKING_TOLERANCE * leak:
         raise UserError(
-            f"packing: a packed sequence of this {model.config.model_type} model is {error / leak:.0%} as far from the "
-            "same sequence alone as if it saw the one before it. Its attention does not keep them apart: leave "
-            "--packing out."
+            f"packing: the attention of this {model.config.model_type} model does not keep packed sequences apart: the "
+            f"hidden states of the second change by {error / leak:.0%} of the change that seeing the first causes. "
+            "Leave --packing out."
         )

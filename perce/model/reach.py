@@ -1,7 +1,7 @@
-"""What a text reaches of a model: which weights it trains, and which layers take an adapter.
+"""The parts of a model that a text reaches: which weights it trains, and which layers take an adapter.
 
-A vision tower is run for images alone. A router returns more than a tensor, and the weight of a layer may be read by
-others, around its own forward: an adapter there fails, or is never trained and stops the other processes of a run.
+A vision tower runs only for images. A router returns more than a tensor, and other code may read the weight of a layer
+without calling the layer: an adapter there fails, or is never trained and stops the other processes of a run.
 """
 
 import contextlib
@@ -15,18 +15,18 @@ from transformers.pytorch_utils import Conv1D
 
 from perce.model.probe import attention_of_any_device, decoder_of, probe_ids, unwrapped
 
-PROBE_LENGTH = 64  # tokens: layers that pool several of them have some to pool
-# What decides which expert a token goes to.
+PROBE_LENGTH = 64  # tokens; enough for layers that pool several tokens
+# Modules that decide which expert a token goes to.
 ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate|shared_expert_gate)(\.|$)")
-# Fused kernels of a GPU read these weights of a Mamba layer and call none of them; PEFT refuses some for that.
+# Fused GPU kernels read these weights of a Mamba layer without calling the modules; PEFT refuses some of them for that.
 READ_BY_KERNELS = ("x_proj", "dt_proj", "out_proj")
-# RWKV halves these again and again in eval mode, in place: an adapter beside them would weigh more there.
+# RWKV halves these weights repeatedly in eval mode, in place, so an adapter on them would weigh more there.
 RESCALED = re.compile(r"\.(attention\.output|feed_forward\.value)$")
 EXPERT = re.compile(r"(experts)\.\d+")
 
 
 def beside_text(model: Any) -> dict[str, int]:
-    """The parts of a model that no text reaches, such as a vision tower, by name; how many parameters each has."""
+    """The names of the parts of a model that no text reaches, such as a vision tower, and their parameter counts."""
     base = unwrapped(model)
     decoder, head = decoder_of(base), base.get_output_embeddings()
     of_text = {id(p) for part in (decoder, head) for p in part.parameters()}
@@ -43,15 +43,15 @@ def beside_text(model: Any) -> dict[str, int]:
 
 
 def freeze_beside_text(model: Any) -> None:
-    """No gradient is kept for what no text reaches; other processes would wait for it."""
+    """Freeze the parts that no text reaches: other processes would wait for their gradients."""
     base = unwrapped(model)
     for name in beside_text(base):
         base.get_submodule(name).requires_grad_(False)
 
 
 def linear_layers(model: Any, unused: set[str]) -> list[str]:
-    """What "all-linear" means here: the linear layers of the text decoder, but for the output embedding, routers, those
-    whose adapters would be ignored or go wrong, and what `unused_layers` found."""
+    """The layers that "all-linear" means here: the linear layers of the text decoder, except the output embedding,
+    routers, layers whose adapters would be ignored or go wrong, and those that `unused_layers` found."""
     inside = set(decoder_of(model).modules()) - {model.get_output_embeddings()}
     names = [name for name, layer in _linear(model) if layer in inside and not ROUTER.search(name)]
     names = [name for name in names if not _is_read_by_kernels(model, name)]
@@ -61,8 +61,8 @@ def linear_layers(model: Any, unused: set[str]) -> list[str]:
 
 
 def unused_layers(model: Any) -> set[str]:
-    """The linear layers whose own product, of the one tensor that they are called with, no hidden state of a text
-    depends on. Empty where the model has no weights to find that out with."""
+    """The linear layers that no hidden state of a text depends on through the layer's own product of the one tensor
+    that it is called with. Empty if the model has no weights to try it with."""
     if model.get_input_embeddings().weight.is_meta:
         return set()
     zeros: dict[str, list[Tensor]] = {}
@@ -94,8 +94,8 @@ def unused_layers(model: Any) -> set[str]:
 
 
 def without_gradient(model: Any) -> list[str]:
-    """The trained parameters that have no gradient after a short text, by name; of experts, those that have none in
-    any of them."""
+    """The names of the trained parameters that have no gradient after a short text. A parameter of an expert is among
+    them only if it has none in any expert."""
     head = set(unwrapped(model).get_output_embeddings().parameters())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in head}
     reached: set[str] = set()
@@ -103,7 +103,7 @@ def without_gradient(model: Any) -> list[str]:
     def watch(name: str, parameter: Tensor) -> Any:
         def note(_: Tensor) -> None:
             reached.add(_any_expert(name))
-            parameter.grad = None  # at once: those of a whole model need not be held together
+            parameter.grad = None  # freed at once, so that the gradients of a whole model are never held together
 
         return parameter.register_post_accumulate_grad_hook(note)
 
@@ -119,7 +119,8 @@ def without_gradient(model: Any) -> list[str]:
 
 @contextlib.contextmanager
 def trying(model: Any) -> Iterator[None]:
-    """Training mode, whose kernels may be others, on any device; no random numbers are drawn."""
+    """Training mode (whose kernels may differ from those of eval mode) on any device, with the random state restored
+    afterwards."""
     was_training, devices = model.training, {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.train()
     try:
@@ -134,7 +135,7 @@ def _linear(model: Any) -> list[tuple[str, Any]]:
 
 
 def _any_expert(name: str) -> str:
-    """The name with any expert in the place of one: which of them a text reaches is up to its tokens."""
+    """The name with * for the number of the expert, because a text's tokens decide which experts it reaches."""
     return EXPERT.sub(r"\1.*", name)
 
 

@@ -1,13 +1,13 @@
-"""One step of made-up examples, made as the run will make its own, against the model's own logits.
+"""One training step on made-up examples, made as the run will make its steps, is compared with the model's own logits.
 
     ours    training mode, all sequences in one batch, padded, packed or shared, with the run's checkpointing, tiles and
             persona_grad; windows of attention, tiles and chunks of the persona shorter than the sequences
     own     the model's own forward in eval mode, one sequence at a time, and PerCE's formula on its whole logits
 
-What is compared: log-probabilities with and without the persona, and the loss's gradient with respect to the embedding
-of each token id, which has come through every layer; ids differ but where sequences share them. With
-persona_grad="none" that of the tokens behind the persona, which is the same: by causality nothing they compute reaches
-the persona's keys and values.
+Compared are log-probabilities with and without the persona, and the loss's gradient with respect to the embedding of
+each token id, which has come through every layer. Ids differ except where sequences share tokens. With
+persona_grad="none" only the tokens behind the persona are compared. Their gradient is the same as without that option,
+because by causality nothing that they compute reaches the persona's keys and values.
 """
 
 import contextlib
@@ -30,19 +30,19 @@ from perce.model.passes import counterfactual_hidden, factual
 from perce.model.probe import attention_of_any_device, evaluating, short_windows, unwrapped, vocabulary_of
 from perce.objectives import OBJECTIVES, HeadCall
 
-# (tokens before the persona, of it, of the query, of the response): the longer one is padded to, or packed before.
+# (tokens before the persona, of it, of the query, of the response). The shorter one is padded, or packed second.
 SHAPES = ((4, 13, 6, 7), (3, 6, 5, 4))
-GOES_ON = 9, 5  # tokens of a second query and reply of the first one's conversation: the two are a chain
+GOES_ON = 9, 5  # tokens of a second query and reply in the first one's conversation: the two are a chain
 REQUEST = 3, 5  # tokens of another query and reply under the first persona
-THOUGHT = 3  # tokens before another reply to the second query, of which the last are the same: a branch
-SHORT = 8  # tokens of a window, a tile and a chunk of the persona meanwhile: less than a sequence, or its persona
-DRAWS_AMONG_TIES = ("phimoe",)  # SparseMixer: too seldom to be found on few tokens of few layers
+THOUGHT = 3  # tokens that precede the second reply when it is given once more: a branch
+SHORT = 8  # tokens of a window, a tile and a chunk of the persona in a trial: fewer than a sequence or its persona has
+DRAWS_AMONG_TIES = ("phimoe",)  # SparseMixer: draws too seldom to be noticed on few tokens of few layers
 SHARED = "share conversations"
 WEIGHTING = OBJECTIVES["perce"].weighting()
-# Largest difference of log-probabilities, as root mean square over the tokens, and of a gradient, in parts of its norm.
-# fp32 shows 1e-5, bf16 with 30 layers 0.03 of both; a persona that is lost is 1 of either.
+# Largest allowed difference of log-probabilities (root mean square over the tokens), and of a gradient (relative to its
+# norm). Both are 1e-5 in fp32, and 0.03 in bf16 with 30 layers; if a persona is lost, both are 1.
 TOLERANCE, TOLERANCE_LOW_PRECISION = (2e-3, 1e-2), (0.25, 0.25)
-AGREEMENT, AGREEMENT_LOW_PRECISION = 1e-4, 0.1  # of log-probabilities of the same forward, made twice
+AGREEMENT, AGREEMENT_LOW_PRECISION = 1e-4, 0.1  # of log-probabilities when the same forward pass is run twice
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class Manner:
     """How a run makes its steps."""
 
     collate: Callable[..., Batch]
-    checkpointing: Mapping[str, Any] | None = None  # the arguments of torch's checkpoint; None: there is none
+    checkpointing: Mapping[str, Any] | None = None  # the arguments of torch's checkpoint; None: no checkpointing
     tiles: bool = False
     of_batches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By the options in use that decide how a batch is made, what to collate with that leaves one out."""
-    unit: UnitKind | None = None  # whose tokens are shared
+    """Options in use that decide how a batch is made, each with the arguments of `collate` that leave it out."""
+    unit: UnitKind | None = None  # the unit whose tokens are shared; None: nothing is shared
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:
-        """Of those in use, by name, what leaves it out."""
+        """The names of the options in use, each with the changed fields that leave it out."""
         return (
             ({"activation_checkpointing": {"checkpointing": None}} if self.checkpointing is not None else {})
             | ({"mlp_tile": {"tiles": False}} if self.tiles else {})
@@ -68,7 +68,7 @@ class Manner:
 
 @dataclass(frozen=True)
 class Step:
-    """Log-probabilities of the response's tokens (N,), and gradients by the embedded token's id (D,)."""
+    """Log-probabilities of the response tokens (N,), and a gradient (D,) for each embedded token id."""
 
     logp: Tensor
     logp_cf: Tensor
@@ -76,13 +76,14 @@ class Step:
 
 
 def check_step(model: Any, manner: Manner) -> None:
-    """UserError unless a step made in this manner has the loss and the gradient of the model's own logits."""
+    """UserError unless a step made in this manner has the log-probabilities and the gradient that the model's own
+    logits give."""
     name = f"{type(unwrapped(model)).__name__} ({unwrapped(model).config.model_type})"
     pairs, low = made_up_pairs(model, manner.unit), _in_low_precision(model)
     if low and unwrapped(model).config.model_type in DRAWS_AMONG_TIES:
         raise UserError(
-            f"{name}: in training mode its routers draw among experts whose scores tie, and rounded to 16 bits scores "
-            "do tie: it would be noise in the factual pass alone. Use --precision fp32."
+            f"{name}: in training mode its routers draw among experts whose scores tie, and scores rounded to 16 bits "
+            "do tie. That would be noise in the factual pass only. Use --precision fp32."
         )
     with attention_of_any_device(model), short_windows(model, SHORT):
         try:
@@ -97,26 +98,26 @@ def check_step(model: Any, manner: Manner) -> None:
             )  # fmt: skip
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of any kind: the model's own code
+        except Exception as error:  # the model's own code may raise anything
             raise UserError(
                 f"{name}: a trial step of a few short sequences fails{_with(manner.options)}: {in_one_line(error)}"
             ) from error
     if noisy:
         raise UserError(
-            f"{name}: two forwards in training mode differ. What is random in it acts in the factual pass and not in "
-            f"the counterfactual one, and would bias every PIR. {REMEDY}"
+            f"{name}: two forward passes in training mode differ. Its randomness would act in the factual pass and not "
+            f"in the counterfactual one, and bias every PIR. {REMEDY}"
         )
     if alone:
         remedy = "use --share none" if alone == SHARED else f"leave {alone} out"
-        raise UserError(f"{name}: with {alone}, {difference}. Without, a trial step is right: {remedy}.")
+        raise UserError(f"{name}: with {alone}, {difference}. Without it, a trial step is right: {remedy}.")
     if difference:
         raise UserError(
-            f"{name}: {difference}{_with(manner.options)}. Its training would be wrong, in a way not known here."
+            f"{name}: {difference}{_with(manner.options)}. Its training would be wrong, for a reason unknown to perce."
         )
 
 
 def _in_low_precision(model: nn.Module) -> bool:
-    """Whether its products round to fewer bits than fp32: weights of 16 bits or quantised ones, autocast, TF32."""
+    """Whether its matrix products have fewer bits than fp32: 16-bit or quantised weights, autocast, TF32."""
     device = next(model.parameters()).device.type
     exact = all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
     tf32 = device == "cuda" and torch.backends.cuda.matmul.fp32_precision not in ("ieee", "none")
@@ -128,8 +129,9 @@ def _with(options: Mapping[str, Any]) -> str:
 
 
 def made_up_pairs(model: Any, unit: UnitKind | None) -> list[dict[str, Any]]:
-    """Pairs, as data.pairs makes them, of token ids from all over the vocabulary: two of different lengths; where those
-    of a unit share, two more that are a chain and a branch of the first; of a persona, another request too."""
+    """Pairs, as data.pairs makes them, of token ids from all over the vocabulary. Two have different lengths. If the
+    pairs of a unit share tokens, two more are a chain and a branch of the first; if the unit is a persona, one more is
+    another request under it."""
     vocabulary = vocabulary_of(model)
     drawn = (n * 97 % vocabulary for n in itertools.count(1))
 
@@ -189,7 +191,7 @@ def _step(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner) -> Ste
 
 
 def _by_id(loss: Tensor, embedded: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
-    """The gradient with respect to what each token id is embedded as, summed over the tokens that have it."""
+    """The gradient with respect to the embedding of each token id, summed over the tokens that have this id."""
     ids, outputs = zip(*embedded, strict=True)
     gradients = [gradient.flatten(0, -2) for gradient in torch.autograd.grad(loss, outputs)]
     known, place = torch.cat([x.flatten() for x in ids]).unique(return_inverse=True)
@@ -204,7 +206,7 @@ def _batch(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner) -> Ba
 
 
 def _difference(own: Step, ours: Step, low: bool) -> str | None:
-    """In words, where it is larger than rounding explains."""
+    """The difference in words, if it is larger than rounding explains."""
     allowed_logp, allowed_gradient = TOLERANCE_LOW_PRECISION if low else TOLERANCE
     for what, one, other in (("with", own.logp, ours.logp), ("without", own.logp_cf, ours.logp_cf)):
         if not (found := (one - other).square().mean().sqrt().item()) <= allowed_logp:
@@ -212,7 +214,7 @@ def _difference(own: Step, ours: Step, low: bool) -> str | None:
                 f"log-probabilities of a response {what} the persona are off by {found:.2g} (allowed {allowed_logp:g}) "
                 "from those of the model's own logits"
             )
-    both = sorted(own.gradients.keys() & ours.gradients)  # padding is of ours alone, a detached persona of its own
+    both = sorted(own.gradients.keys() & ours.gradients)  # only ours has padding, only own a detached persona
     one, other = (torch.stack([gradients[token] for token in both]) for gradients in (own.gradients, ours.gradients))
     found = ((one - other).float().norm() / one.float().norm()).item()
     if not found <= allowed_gradient:
@@ -234,7 +236,7 @@ def _is_noisy(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner, lo
 
 @contextlib.contextmanager
 def _as_in_training(model: nn.Module, manner: Manner) -> Iterator[None]:
-    """Training mode, but for the dropout of adapters, which is allowed."""
+    """Training mode, except that adapters, which may have dropout, have none."""
     was_training, chunk = model.training, prefill.PREFILL_CHUNK
     tiles = tiles_of(model, SHORT if manner.tiles else 0)
     try:
@@ -249,15 +251,15 @@ def _as_in_training(model: nn.Module, manner: Manner) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _embedded(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """What the input embeddings are given and return meanwhile, where gradients are on: token ids, and tensors to
-    differentiate with respect to."""
+    """The token ids that the input embeddings are given inside the context, and the tensors that they return, with
+    respect to which to differentiate. Calls without gradients are left out."""
     outputs: list[tuple[Tensor, Tensor]] = []
 
     def keep(_module: nn.Module, args: Any, output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return output
         outputs.append((args[0], output.detach().requires_grad_()))
-        return outputs[-1][1].clone()  # which the model may change in place
+        return outputs[-1][1].clone()  # the model may change the clone in place
 
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:

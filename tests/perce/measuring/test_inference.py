@@ -44,7 +44,7 @@ def test_an_adapter_is_scored_as_its_merged_model(gemma, scored, tmp_path):
     ("config", "reason"),
     [
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "puts virtual tokens before the prompt"),
-        (LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]), "sits on the output embedding"),
+        (LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]), "is on the output embedding"),
     ],
 )
 def test_adapters_that_would_be_misread_are_refused(scored, tmp_path, config, reason):

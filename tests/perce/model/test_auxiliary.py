@@ -101,7 +101,7 @@ def test_no_other_architecture_of_transformers_adds_to_its_loss(name):
     except UserError:  # refused for another reason: test_patch.py
         return
     if name == "git":  # whose labels want an image
-        with pytest.raises(UserError, match=r"GitForCausalLM \(git\): its own loss of a few tokens, .*, fails: "):
+        with pytest.raises(UserError, match=r"GitForCausalLM \(git\): its own loss on a few tokens, .*, fails: "):
             check_own_loss(model)
     else:
         check_own_loss(model)
@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_that_of_the_logits_is_refused():
     model = tiny_model()
     own = model.loss_function
     model.loss_function = lambda *args, **kwargs: own(*args, **kwargs) + 1e-3
-    with pytest.raises(UserError, match=r"LlamaForCausalLM \(llama\).*a term that is not known here"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM \(llama\).*a term that perce does not know"):
         check_own_loss(model)
 
 

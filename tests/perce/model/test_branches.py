@@ -292,12 +292,12 @@ def test_a_shift_by_one_token_is_found_when_a_model_is_loaded(what, dtype, monke
 
     monkeypatch.setattr(branches, "collate", wrong)
     sharing, reason = sharing_of(model)
-    assert sharing == "chains" and "computes other states on branches" in reason
+    assert sharing == "chains" and "computes different states on branches" in reason
 
 
 @pytest.mark.parametrize(
     ("rope", "why"),
-    [({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "follows the length of a forward")],
+    [({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "depends on the length of a forward pass")],
 )
 def test_encodings_that_follow_the_length_share_nothing(rope, why):
     sharing, reason = sharing_of(prepare_model(tiny_model(rope_parameters=rope)))

@@ -139,7 +139,7 @@ def test_flash_attention_is_chosen_where_it_is_installed_and_can_run(monkeypatch
     ],
 )
 def test_what_peft_refuses_is_one_paragraph(architecture, config, said):
-    with pytest.raises(UserError, match="peft_config: PEFT puts no such adapter on") as caught:
+    with pytest.raises(UserError, match="peft_config: PEFT cannot put this adapter on") as caught:
         add_adapter(tiny(architecture), LoraConfig(r=2, **config))
     assert said in str(caught.value) and "\n" not in str(caught.value) and "--lora_r 0" in str(caught.value)
 

@@ -39,7 +39,7 @@ def test_noise_under_a_name_that_nobody_knows(tmp_path):
     layer = model.model.layers[0]
     own = layer.mlp.forward
     layer.mlp.forward = lambda hidden: own(hidden) + 0.1 * torch.randn_like(hidden) * layer.training
-    with pytest.raises(UserError, match=r"two forwards in training mode differ"):
+    with pytest.raises(UserError, match=r"two forward passes in training mode differ"):
         trained(tmp_path, model)
 
 

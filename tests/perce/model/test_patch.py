@@ -167,7 +167,7 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path, architecture, 
     for name, value in change.items():
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match="needs a causal model, whose tokens see only those before them"):
+    with pytest.raises(UserError, match="needs a causal model, whose tokens see only earlier ones"):
         trainer_for(model, arguments(tmp_path))
 
 

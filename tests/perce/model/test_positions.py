@@ -140,7 +140,7 @@ def test_questions_beyond_what_dynamic_encodings_have(tmp_path, capsys, command)
     tiny_model(rope_parameters=rope, max_position_embeddings=SWITCH).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert command(["--model", str(tmp_path), "--limit", "8"]) == 2
-    assert "rope_type dynamic) follows the longest sequence of a batch" in capsys.readouterr().err
+    assert "rope_type dynamic) depends on the longest sequence of a batch" in capsys.readouterr().err
 
 
 def test_a_run_says_that_short_sequences_have_long_factors(saved, tmp_path, capsys):

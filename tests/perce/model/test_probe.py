@@ -32,7 +32,7 @@ def test_flex_attention_keeps_packed_sequences_apart(architecture):
 def test_an_attention_that_mixes_packed_sequences_is_refused():
     AttentionInterface.register("blind", sdpa_attention_forward)  # without a mask function: causal only
     model = model_with("llama", "blind")
-    with pytest.raises(UserError, match="does not keep them apart"):
+    with pytest.raises(UserError, match="does not keep packed sequences apart"):
         check_sequences_apart(model)
     check_sequences_apart(model_with("llama", "eager"))
 

@@ -65,7 +65,7 @@ def test_branches_that_are_wrong_in_training_mode_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(branches, "_seen", one_token_less)
     args = arguments(tmp_path, max_steps=1)
-    with pytest.raises(UserError, match=r"with share conversations, .*Without, a.*: use --share none"):
+    with pytest.raises(UserError, match=r"with share conversations, .*Without it, a.*: use --share none"):
         trainer_for(tiny_model(), args, conversations())
     trainer_for(tiny_model(), arguments(tmp_path, max_steps=1, data=DataConfig(share="none")), conversations())
 
@@ -92,7 +92,7 @@ def test_requests_that_would_share_the_wrong_persona(tmp_path, monkeypatch, memo
     args = arguments(tmp_path, max_steps=1, memory=MemoryConfig(share_persona=2, **memory))
     assert trainer_for(tiny_model(), args, requests(4)).sharing == "branches"
     monkeypatch.setattr(owner, name, one_token_off)
-    with pytest.raises(UserError, match=rf"with {option}, .*Without, a.*: leave {option} out"):
+    with pytest.raises(UserError, match=rf"with {option}, .*Without it, a.*: leave {option} out"):
         trainer_for(tiny_model(), args, requests(4))
 
 
@@ -156,7 +156,7 @@ def test_faint_noise_is_found_too(tmp_path, scale):
     layer = model.model.layers[0]
     own = layer.mlp.forward
     layer.mlp.forward = lambda hidden: own(hidden) + scale * torch.randn_like(hidden) * layer.training
-    with pytest.raises(UserError, match=r"two forwards in training mode differ"):
+    with pytest.raises(UserError, match=r"two forward passes in training mode differ"):
         trained(tmp_path, model)
 
 

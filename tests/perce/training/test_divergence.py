@@ -87,5 +87,5 @@ def test_a_model_that_is_broken_from_the_start(tmp_path):
         trainer.evaluate(trainer.train_dataset)
     broken = tiny_model()
     broken.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(UserError, match=r"its logits of a few tokens are not numbers.*weights"):
+    with pytest.raises(UserError, match=r"its logits on a few tokens are NaN.*weights"):
         trainer_for(broken, arguments(tmp_path))
