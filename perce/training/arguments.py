@@ -25,18 +25,18 @@ from perce.training.best import settle_metric
 from perce.training.parallel import check_gradients_in_reach, check_one_gpu, check_parallelism
 from perce.training.shared import largest_batch
 
-# TrainingArguments fields that an option of ours decides.
+# TrainingArguments fields that an option of perce's decides.
 OURS = {"bf16": "precision", "fp16": "precision", "gradient_checkpointing": "activation_checkpointing"}
 _EVALUATION = "an evaluation computes losses and keeps no logits; trainer.last_evaluation has each token's numbers"
 _COLUMNS = "the columns of token pairs are read by their names"
-_PRECISION = "evaluations have the arithmetic of training; use --precision"
-# TrainingArguments fields whose value would change nothing under PerceTrainer, or that it decides: what to do instead.
+_PRECISION = "evaluations have the precision of training; use --precision"
+# TrainingArguments fields that change nothing under PerceTrainer, or that it decides, and what to do instead.
 NOT_READ = {
     "do_train": "perce.train always trains; leave it out",
     "do_eval": "--eval_strategy no, steps or epoch says whether and when validation examples are evaluated",
     "do_predict": "python -m perce.evaluate writes and scores replies",
     "resume_from_checkpoint": "use --resume; in Python, trainer.train(resume_from_checkpoint=True)",
-    "local_rank": "torchrun says it in LOCAL_RANK",
+    "local_rank": "torchrun sets it in LOCAL_RANK",
     "fp16_full_eval": _PRECISION,
     "bf16_full_eval": _PRECISION,
     "prediction_loss_only": _EVALUATION,
@@ -47,14 +47,14 @@ NOT_READ = {
     "batch_eval_metrics": _EVALUATION,
     "remove_unused_columns": _COLUMNS,
     "label_names": _COLUMNS,
-    "length_column_name": "--train_sampling_strategy goes by the length of input_ids",
+    "length_column_name": "--train_sampling_strategy uses the length of input_ids",
     "average_tokens_across_devices": "the loss is always divided by the tokens of all processes",
     "enable_jit_checkpoint": "SIGTERM is handled already: it finishes the step and saves it",
     "auto_find_batch_size": (
-        "after a step that did not fit, it begins again with weights that are trained already; python -m perce.plan "
+        "after a step that did not fit, it begins again with weights that are already trained; python -m perce.plan "
         "finds a batch that fits, and a run checks that before its first step"
     ),
-    "hub_always_push": "every checkpoint is uploaded, and the next one waits for that",
+    "hub_always_push": "every checkpoint is uploaded, and the next one waits for the upload",
     "logging_nan_inf_filter": "it would hide a loss that diverges",
     "label_smoothing_factor": "the PerCE loss has no label smoothing. Leave it at 0",
 }
@@ -64,9 +64,10 @@ OF_THE_HUB = (
 OF_THE_TRAINERS_LOADER = ("dataloader_drop_last", "train_sampling_strategy")
 OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 OF_LOGGERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
-# In Python: what TrainingArguments set themselves, so that a copy of them has another value, and what callbacks read.
+# Allowed in Python: fields that TrainingArguments set themselves, so that a copy has another value, and fields that
+# callbacks read.
 LEFT_OPEN = ("do_eval", "fsdp_config", *OF_LOGGERS)
-# What TrainingArguments take without a word, to fail or to do something else later.
+# Limits that TrainingArguments do not check: beyond them something fails, or does something else, later.
 AT_LEAST = {
     0: ("weight_decay", "max_grad_norm", "eval_delay", "save_total_limit", "neftune_noise_alpha"),
     1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -79,34 +80,34 @@ ONE_OF = {
     "log_level_replica": ("passive", *log_levels),
 }
 REPLIES_A_STEP = 8
-# Longest sequence × sequences a forward, or what is computed of conversations, by default: activations of 135 M
-# parameters then take 2 GiB, and batches of long, uneven sequences are not padded to the longest of eight. How a step
-# is divided does not change its loss or gradient.
+# Default limit of a forward pass: of longest sequence × sequences, or of the tokens computed for conversations. With
+# it, activations of 135 M parameters take 2 GiB, and long, uneven sequences are not padded to the longest of eight. How
+# a step is divided does not change its loss or gradient.
 TOKENS_A_FORWARD = {"cpu": 4096, "cuda": 8192}
 KEPT_CHECKPOINTS = 2
 
 
 @dataclass
 class PerceArguments(TrainingArguments):
-    """TrainingArguments, the loss, and how raw rows become token pairs (its `data` path is not used here)."""
+    """TrainingArguments, the loss, and how raw rows become token pairs (the path in `data` is not used here)."""
 
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
     tokens_per_batch: int | None = None
-    """Tokens that a forward computes, instead of per_device_train_batch_size replies; see training/sampler.py."""
+    """Tokens per forward pass, instead of per_device_train_batch_size replies; see training/sampler.py."""
     packing: bool = False
     """Sequences one after the other in a single row, for flash or flex attention on a GPU."""
     backend: str = "auto"
-    """Of fused_perce_loss; "auto" becomes the one that PERCE_BACKEND names, if any."""
+    """The backend of fused_perce_loss; "auto" becomes the one that PERCE_BACKEND names, if any."""
     early_stopping: int = 0
-    """Evaluations in a row without a better metric_for_best_model after which training stops; 0: it never does."""
-    # Decided here, see NOT_READ.
+    """Training stops after so many evaluations in a row without a better metric_for_best_model; 0: it never does."""
+    # Decided here; see NOT_READ.
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     label_names: list[str] | None = dataclasses.field(default_factory=list)
     ddp_find_unused_parameters: bool | None = False
-    """True where a step may leave a trained weight without a gradient, such as an expert that no token was sent to."""
+    """True if a step may leave a trained weight without a gradient, such as an expert that no token was sent to."""
 
     def __post_init__(self) -> None:
         check_gradients_in_reach(self)
@@ -121,14 +122,14 @@ class PerceArguments(TrainingArguments):
         if self.packing and self.memory.on_trunks:
             option = "branches_per_forward" if self.memory.persona_grad == "full" else "persona_grad=none"
             raise UserError(
-                f"packing with {option}: behind a persona that is run by itself there is no padding, so there is "
-                "nothing to pack. Leave one of them out."
+                f"packing with {option}: if a persona is run by itself there is no padding, so there is nothing to "
+                "pack. Leave one of them out."
             )
         if self.memory.share_persona > 1 and (self.data.share == "none" or self.data.streaming):
-            why = "a stream is not dealt by persona" if self.data.streaming else "--share none lets none share"
+            why = "a stream is not batched by persona" if self.data.streaming else "--share none lets none share"
             raise UserError(
-                f"share_persona: {self.memory.share_persona} requests that share their persona, and {why}. Leave one "
-                "of them out."
+                f"share_persona: {self.memory.share_persona} requests are to share their persona, but {why}. Leave one "
+                "of the two options out."
             )
         if self.neftune_noise_alpha and self.loss.estimate == "online" and self.loss.entry.contrasts:
             raise UserError(
@@ -136,8 +137,8 @@ class PerceArguments(TrainingArguments):
                 "one, and would bias every PIR. Leave it out, or use --estimate epoch or frozen, whose weights are "
                 "estimated without noise."
             )
-        # Patched in when training begins, Liger's own loss would replace the forward that holds ours, and its MLPs our
-        # tiles; its other kernels are welcome.
+        # Liger is patched in when training begins. Its loss would replace the forward that holds ours, and its MLPs
+        # would replace our tiles; its other kernels are allowed.
         off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)
         self.liger_kernel_config = (self.liger_kernel_config or {}) | dict.fromkeys(off, False)
         super().__post_init__()
@@ -151,13 +152,13 @@ class PerceArguments(TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        """A CPU without the number that a process of several has: transformers before 5.18 reads the optimiser's state
-        to where it is, and torch knows no "cpu:0" there."""
+        """The device, without the index that a CPU has if there are several processes: transformers before 5.18 loads
+        the optimiser's state onto it, and torch accepts no "cpu:0" there."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled, as training_args.bin beside each checkpoint is, and copied: not the token of the Hub."""
+        """The fields that are copied, and pickled as each checkpoint's training_args.bin: without the Hub's token."""
         return vars(self) | {"hub_token": None}
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +167,7 @@ class PerceArguments(TrainingArguments):
 
 
 def _changed(args: PerceArguments) -> dict[str, Any]:
-    """The defaults of the fields that have another value."""
+    """The defaults of the fields that do not have their default value."""
     missing = dataclasses.MISSING
     defaults = {
         field.name: field.default if field.default_factory is missing else field.default_factory()
@@ -176,7 +177,7 @@ def _changed(args: PerceArguments) -> dict[str, Any]:
 
 
 def _refuse_idle(names: Iterable[str], idle: Mapping[str, str], but: Iterable[str] = LEFT_OPEN) -> None:
-    """UserError for a field that would have no effect; `idle` says of which that is so, and what to do instead."""
+    """UserError for a field that would have no effect. `idle` has these fields, and what to do instead."""
     for name in names:
         if name in idle and name not in but:
             raise UserError(f"{name}: has no effect here: {idle[name]}.")
@@ -207,19 +208,19 @@ def idle_beside(args: PerceArguments) -> dict[str, str]:
 
 
 def check_dealt(args: PerceArguments) -> None:
-    """UserError for options that do not go with dealing the replies of a conversation, or of a persona, together."""
+    """UserError for options that prevent putting the replies of a conversation, or of a persona, into one batch."""
     most, batch = args.memory.share_persona, args.per_device_train_batch_size
     if args.tokens_per_batch is None and most > batch:
         raise UserError(
-            f"share_persona: {most} requests in one forward pass, and it has {batch}. Expected a "
+            f"share_persona: {most} requests are to share a forward pass, and it has {batch}. Expected a "
             f"--per_device_train_batch_size of {most} or more; --branches_per_forward 1 runs them one at a time."
         )
-    why = "the replies of a conversation are dealt together. Leave it out, or give --share none"
+    why = "the replies of a conversation are put into one batch. Leave it out, or give --share none"
     _refuse_idle(_changed(args), dict.fromkeys(OF_THE_TRAINERS_LOADER, why))
 
 
 def _check_values(args: PerceArguments) -> None:
-    """UserError for numbers and names that would be found out late, or never."""
+    """UserError for wrong numbers and names that would otherwise be noticed late, or never."""
     for field in dataclasses.fields(args):
         require_finite(field.name, getattr(args, field.name))
     for least, names in AT_LEAST.items():
@@ -232,13 +233,13 @@ def _check_values(args: PerceArguments) -> None:
         value = getattr(args, name)
         as_json = isinstance(value, str) and value.startswith("{")
         require(value is None or as_json or isinstance(value, Mapping), name, "a mapping, or one as JSON", value)
-    require(args.hub_token != "<HUB_TOKEN>", "hub_token", "a token", "<HUB_TOKEN>, which stands for one")
+    require(args.hub_token != "<HUB_TOKEN>", "hub_token", "a token", "<HUB_TOKEN>, a placeholder")
     require("tpu_metrics_debug" not in str(args.debug), "debug", "no metrics of a TPU", args.debug)
 
 
 def _settle_checkpointing(args: PerceArguments) -> None:
-    """Without reentrant backward passes: under those what a layer tells beside its output has no gradient, and neither
-    has a layer whose inputs have none, as behind frozen embeddings."""
+    """Use checkpointing without reentrant backward passes. With them, what a layer returns besides its hidden states
+    has no gradient, and neither has a layer whose inputs have none, such as one behind frozen embeddings."""
     if not getattr(args, CHECKPOINTING):
         return
     options = {"use_reentrant": False} | dict(getattr(args, f"{CHECKPOINTING}_kwargs") or {})
@@ -249,21 +250,21 @@ def _settle_checkpointing(args: PerceArguments) -> None:
 
 
 def _settle_loaders(args: PerceArguments) -> None:
-    """Batches of ragged examples cannot be cut and sent around: every process reads its own from a stream."""
+    """Every process reads its own batches from a stream: batches of ragged examples cannot be divided and sent."""
     given: Any = args.accelerator_config
     if given.dispatch_batches or (given.gradient_accumulation_kwargs or {}).get("num_steps"):
         raise UserError(
-            "accelerator_config: expected neither dispatch_batches, for batches of ragged examples cannot be sent "
-            "around, nor num_steps, which is --gradient_accumulation_steps. Leave them out."
+            "accelerator_config: expected no dispatch_batches, because batches of ragged examples cannot be divided "
+            "and sent, and no num_steps, which is --gradient_accumulation_steps. Leave them out."
         )
     given.dispatch_batches = False
 
 
 def _check_optimizer(args: PerceArguments) -> None:
-    """UserError for options of an optimiser that the chosen one does not read.
+    """UserError for optimiser options that the chosen optimiser does not read.
 
-    A key of optim_args is read if a value that nobody can use makes a difference. Optimisers whose package is missing,
-    or that need the model, are not judged.
+    A key of optim_args counts as read if an unusable value makes a difference. Optimisers whose package is missing, or
+    that need the model, are not checked.
     """
     name = str(getattr(args.optim, "value", args.optim))
     items = [item.split("=") for item in (args.optim_args or "").replace(" ", "").split(",") if item]
@@ -295,7 +296,7 @@ def _check_optimizer(args: PerceArguments) -> None:
 
 
 def settle_device(args: Any, memory: MemoryConfig) -> None:
-    """Options that need a GPU: refused on a CPU, and handed to transformers elsewhere."""
+    """Refuse options that need a GPU if training is on a CPU; otherwise pass them to transformers."""
     if args.device.type == "cpu" and args.use_liger_kernel:
         raise UserError("use_liger_kernel: Liger's kernels are written in Triton and need a GPU. Leave it out here.")
     if not memory.activation_offload:
@@ -314,9 +315,9 @@ def settle_device(args: Any, memory: MemoryConfig) -> None:
 
 
 def training_arguments(config: TrainOptions) -> PerceArguments:
-    """PerceArguments from our options and the TrainingArguments fields in config.extra."""
+    """PerceArguments from perce's options and the TrainingArguments fields in config.extra."""
     prepare()
-    hints = typing.get_type_hints(PerceArguments)  # transformers' parser of arguments overwrites those of the fields
+    hints = typing.get_type_hints(PerceArguments)  # transformers' argument parser overwrites the types of the fields
     fields = [field.name for field in dataclasses.fields(PerceArguments) if field.init]
     extra: dict[str, Any] = {}
     for name, value in config.extra.items():
@@ -352,9 +353,9 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         "seed": run.seed,
         "data_seed": None if config.data.streaming else run.seed,
         "report_to": "none",
-        "disable_tqdm": False,  # by default they are off where transformers' log is, as here
+        "disable_tqdm": False,  # by default the bars are off when transformers' log is, as it is here
         "use_cpu": use_cpu,
-        # Also for LoRA's bf16 base: its fp32 adapters would keep an fp32 copy of every activation.
+        # Also for LoRA's bf16 base: without autocast its fp32 adapters would keep an fp32 copy of every activation.
         "bf16": precision == "bf16",
         "dataloader_pin_memory": not use_cpu,
         CHECKPOINTING: run.activation_checkpointing,
@@ -362,36 +363,36 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
     }
     values |= extra
     if run.early_stopping and not values.setdefault("load_best_model_at_end", True):
-        raise UserError("early_stopping: keeps the best weights. Leave --load_best_model_at_end out.")
+        raise UserError("early_stopping: always keeps the best weights. Leave --load_best_model_at_end out.")
     follows = "save_strategy" not in extra and run.save_steps == RunConfig.save_steps
-    if values.get("load_best_model_at_end") and follows:  # what is the best is known where it is evaluated
+    if values.get("load_best_model_at_end") and follows:  # only an evaluation shows whether weights are the best
         values["save_strategy"] = values["eval_strategy"]
         values["save_steps"] = values["eval_steps"] or values["logging_steps"]
     apart = values["save_strategy"] != values["eval_strategy"] or values["save_steps"] != values["eval_steps"]
     if run.early_stopping and apart and not follows:
         raise UserError(
-            "early_stopping: weights are saved where they are evaluated. Leave --save_steps out, or give --eval_steps "
-            "the same value."
+            "early_stopping: weights have to be saved at the steps that evaluate them. Leave --save_steps out, or give "
+            "--eval_steps the same value."
         )
     with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
         args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
         for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()  # finds that its package is missing
+            callback()  # fails if its package is missing
     _refuse_idle(config.extra, idle_beside(args), but=())
     return args
 
 
 def _converted(name: str, hint: Any, value: Any) -> Any:
-    """A flag's or file's value as the type of its field, where that is one type, or None too."""
+    """A flag's or file's value, converted to the type of its field if that is one type, or one type and None."""
     kinds = set(typing.get_args(hint) or (hint,)) - {type(None)}
-    if kinds == {str}:  # some take true, too
+    if kinds == {str}:  # some of these fields also take true
         return str(value) if type(value) in (int, float) else value
     return convert(name, hint, value) if kinds in ({bool}, {int}, {float}) else value
 
 
 def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: Sharing = "none") -> TrainOptions:
-    """The config with batch size and accumulation filled in, where they were not given; set in args too. The fewest
-    forwards a step whose largest batch is within the tokens of a forward."""
+    """The config with batch size and accumulation filled in if they were not given; they are set in args too. A step
+    gets the fewest forward passes whose largest batch is within the tokens of a forward pass."""
     run = config.run
     batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
     tokens = run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]
@@ -404,7 +405,7 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
 
     at_least = 1 if sharing == "none" else config.memory.share_persona or 1
     fitting = batch or max(next((replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies)), 1), at_least)
-    if "per_device_eval_batch_size" not in config.extra:  # from what is saved: a resumed run evaluates as before
+    if "per_device_eval_batch_size" not in config.extra:  # depends on saved options: a resumed run evaluates as before
         args.per_device_eval_batch_size = fitting if run.tokens_per_batch else batch or fitting
     if run.tokens_per_batch is not None:
         args.gradient_accumulation_steps = accumulation or 1
@@ -418,12 +419,12 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
 
 
 def step_of_run(args: PerceArguments, sharing: Sharing = "none") -> str:
-    """What an optimiser step is, of all processes together: it stays the same when a run is resumed."""
+    """What all processes together do in an optimiser step. It has to stay the same when a run is resumed."""
     forwards = args.gradient_accumulation_steps * args.world_size
     if args.tokens_per_batch is not None:
         shared = "" if sharing == "none" else f", {args.memory.unit}s shared ({sharing})"
         return f"{forwards} forward passes of {args.tokens_per_batch} tokens{shared}"
-    if sharing != "none" and not args.data.streaming:  # which replies meet depends on how many a forward has
+    if sharing != "none" and not args.data.streaming:  # a forward pass's size decides which replies are together in one
         shared = f"{args.memory.unit}s shared"
         return f"{forwards} forward passes of {args.per_device_train_batch_size} replies, {shared}"
     return f"{forwards * args.per_device_train_batch_size} sequences"
@@ -431,7 +432,8 @@ def step_of_run(args: PerceArguments, sharing: Sharing = "none") -> str:
 
 @contextlib.contextmanager
 def options_that_fail_late(faults: tuple[type[Exception], ...] = (ImportError, ValueError)) -> Iterator[None]:
-    """What arguments, Trainer and what it makes find out: bad combinations, optimisers whose package is missing."""
+    """UserError for what arguments, Trainer and what it makes raise: bad combinations, an optimiser without its
+    package."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""The best weights of a run: the number they are the best by, when a run without better ones stops, which are saved."""
+"""The best weights of a run: the metric that decides, when a run without better ones stops, which ones are saved."""
 
 import math
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ METRICS = {
 
 
 def evaluated_name(args: TrainingArguments) -> str:
-    """metric_for_best_model as the evaluation calls it."""
+    """The evaluation's name for metric_for_best_model."""
     return f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
 
 
 def settle_metric(args: Any) -> None:
-    """Set greater_is_better by the metric; UserError for one that no evaluation has, or that is turned round.
+    """Set greater_is_better from the metric; UserError for a metric that no evaluation has, or the wrong direction.
 
-    TrainingArguments would take every number for better when it is greater whose name does not end in "loss".
+    For TrainingArguments, greater values of every metric are better unless its name ends in "loss".
     """
     if args.load_best_model_at_end and args.eval_strategy == "no":
         raise UserError(
@@ -38,7 +38,7 @@ def settle_metric(args: Any) -> None:
         raise UserError(_not_there(args, [f"eval_{metric}" for metric in METRICS]))
     if args.greater_is_better not in (None, METRICS[metric]):
         better = "greater" if METRICS[metric] else "smaller"
-        raise UserError(f"greater_is_better: of {name} the {better} is better. Leave it out.")
+        raise UserError(f"greater_is_better: a {better} {name} is better. Leave it out.")
     if args.metric_for_best_model is not None:
         args.greater_is_better = METRICS[metric]
 
@@ -56,26 +56,26 @@ def _not_there(args: TrainingArguments, there: list[str]) -> str:
 
 
 def check_first_value(args: TrainingArguments, state: TrainerState, metrics: Mapping[str, float]) -> None:
-    """UserError where the metric is no number before any was the best: then none ever would be."""
+    """UserError if the metric is NaN before there is a best value: no later value would be better."""
     name = evaluated_name(args)
     if args.metric_for_best_model is None or state.best_metric is not None or not math.isnan(metrics.get(name, 0.0)):
         return
     personal = name.endswith("_loss_personal_tokens")
     raise UserError(
         f"metric_for_best_model: {name} is nan in the first evaluation"
-        f"{', for there is no personal token among its examples' if personal else ''}, so no weights would be the "
+        f"{', because its examples have no personal token' if personal else ''}, so no weights would be the "
         "best. Use another metric, such as eval_loss."
     )
 
 
 def is_evaluated(state: TrainerState) -> bool:
-    """Whether the numbers of an evaluation are logged for the step that has been reached."""
+    """Whether an evaluation is logged for the step that the run has reached."""
     of_step = [line for line in state.log_history if line["step"] == state.global_step]
     return any(name.startswith("eval_") for line in of_step for name in line)
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """As transformers'; and a run that has stopped early does not train on when it is resumed."""
+    """transformers' EarlyStoppingCallback; in addition, a run that has stopped early stays stopped when resumed."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,11 +91,11 @@ class EarlyStopping(EarlyStoppingCallback):
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
             if state.is_world_process_zero:
-                say(f"stopped early at step {state.global_step}, and is not trained on (--early_stopping)")
+                say(f"stopped early at step {state.global_step}, and is not trained further (--early_stopping)")
 
 
 def kept_step(trainer: Trainer) -> int | None:
-    """The step whose weights took the place of the last ones when training ended; None where none did."""
+    """The step whose weights replaced the last ones when training ended; None if the last ones stayed."""
     best = trainer.state.best_model_checkpoint
     if not trainer.args.load_best_model_at_end or best is None:
         return None

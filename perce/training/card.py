@@ -1,4 +1,4 @@
-"""README.md of a run, its model card: what it was trained from and how to ask it, with transformers alone."""
+"""README.md of a run, its model card: what it was trained from, and how to prompt it with transformers alone."""
 
 import re
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ def write_card(
     trained: str,
     findings: Sequence[str] = (),
 ) -> None:
-    """tokenizer: as it is saved; None for documents, which answer nobody. numbers: of the validation, by label: before
-    training where that was evaluated, and after. trained: for how long, and which weights these are. findings: what is
-    to be known of the numbers.
+    """tokenizer: as it is saved; None for documents, where nothing is prompted. numbers: the validation's numbers by
+    label, before training (if it was evaluated then) and after. trained: how long, and which weights these are.
+    findings: what a reader should know about the numbers.
 
-    Of paths it has the names alone: it is uploaded, and the Hub refuses a card whose base model is a path."""
+    The card has names instead of paths: it is uploaded, and the Hub refuses a card whose base model is a path."""
     base, adapter = _name(model_path), bool(config.model.lora_r)
     header: dict[str, Any] = {} if Path(model_path).expanduser().exists() else {"base_model": base}
     header |= {
@@ -43,7 +43,7 @@ def write_card(
         "data": _name(config.data.data) if config.data.data else "built-in examples",
         "objective": f"{config.loss.objective}, weights {config.loss.weighting}",
         "trained": f"{f'LoRA of rank {config.model.lora_r}' if adapter else 'all weights'}, {trained}",
-        "licence": "not set: that of the base model and of the data apply",
+        "licence": "not set: the licences of the base model and of the data apply",
         **{label: " → ".join(f"{value:.4f}" for value in values) for label, values in numbers.items()},
     }
     rows = "\n".join(f"| {name} | {_as_it_is(value)} |" for name, value in facts.items())
@@ -64,13 +64,13 @@ A personalised language model, trained with PerCE (arXiv 2603.06595). `config.ya
 
 
 def _name(path: str) -> str:
-    """Of a file or directory the name; a Hub id as it is."""
+    """The name of a file or directory; a Hub id is unchanged."""
     local = Path(path).expanduser()
     return local.resolve().name if local.exists() or local.is_absolute() else path
 
 
 def _as_it_is(text: str) -> str:
-    """In Markdown: neither its signs, nor HTML, nor line breaks; inside a word an underscore is none."""
+    """The text escaped for Markdown, HTML and line breaks. Markdown takes an underscore inside a word as it is."""
     return re.sub(r"[\\`*\[\]<>|#~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", visible(text))
 
 
@@ -89,13 +89,13 @@ The chat template also takes the persona as a list: `tokenizer.apply_chat_templa
 persona=["…", "…"], add_generation_prompt=True)`.
 """
     as_text = """
-A persona that spells control tokens, such as the end of a turn, is trained as text; a server would take them for what
-they spell.
+In training, control tokens that a persona spells, such as the end of a turn, were plain text; a server would read them
+as control tokens.
 """
     return f"""## How to ask it
 
-These are the words that the model was trained with, to the letter: replace the entries of the persona
-and the last message alone. Nothing is needed but transformers{" and peft" if adapter else ""}:
+The model was trained with exactly these words: replace only the entries of the persona and the last message.
+Nothing is needed besides transformers{" and peft" if adapter else ""}:
 
 ```python
 from {auto[0]} import {auto[1]}

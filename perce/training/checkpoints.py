@@ -1,10 +1,10 @@
-"""Checkpoints that are whole, or passed over: a run goes on from the newest whole one, however it was stopped.
+"""Checkpoints are either whole or skipped: a run continues from the newest whole one, however it was stopped.
 
 complete.json, written last and in one move, lists every file of a checkpoint with its size and a digest of its content.
 A directory without it, or with files that are not as listed, was being written or deleted when something stopped the
 process, or has been damaged since. Older checkpoints are deleted only after the list of the new one is there. All that
 this machine wrote is flushed to the disk before the list, and the list before anything is deleted, so that a power cut
-spares the one or the other.
+leaves the old checkpoint or the new one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from perce.visible import say
 if TYPE_CHECKING:
     from transformers import Trainer
 
-CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems on a network, for directories mostly
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # from network file systems, mostly for directories
 
 
 class SaveError(UserError):
@@ -34,7 +34,7 @@ class SaveError(UserError):
 
 
 def seal(directory: Path, files: Iterable[Path] | None = None) -> None:
-    """Declare a checkpoint whole, once every process has written its files; of another directory, these files."""
+    """Declare a checkpoint whole, once every process has written its files. `files`: list these files only."""
     listed = sorted(path for path in directory.rglob("*") if path.is_file()) if files is None else sorted(files)
     for path in (*listed, *(path for path in directory.rglob("*") if path.is_dir() and files is None)):
         _flush(path)
@@ -45,14 +45,14 @@ def seal(directory: Path, files: Iterable[Path] | None = None) -> None:
 
 
 def write_in_one_move(path: Path, text: str) -> None:
-    """On the disk, and as it was or as it is to be, never half of it."""
+    """Write a file to the disk such that it always has the old text or the new one, never a part."""
     with in_one_move(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
         _flush(unfinished)
 
 
 def _flush(path: Path) -> None:
-    """Onto the disk, directories too. Windows flushes only what is opened for writing, and no directory."""
+    """Flush a file or a directory to the disk. Windows flushes only files opened for writing, and no directories."""
     windows = os.name == "nt"
     if windows and path.is_dir():
         return
@@ -67,7 +67,7 @@ def _flush(path: Path) -> None:
 
 
 def damage(directory: Path, contents: bool = True) -> str | None:
-    """What is not as its list says; None if all is. `contents`: read every file, not its size alone."""
+    """What differs from the directory's list; None if nothing does. `contents`: read every file, not only its size."""
     try:
         return difference(directory, json.loads((directory / LIST).read_text(encoding="utf-8")), contents)
     except FileNotFoundError:
@@ -81,7 +81,7 @@ def flaw(checkpoint: Path) -> str | None:
     if reason := damage(checkpoint):
         return reason
     names = list(json.loads((checkpoint / LIST).read_text(encoding="utf-8")))
-    by_deepspeed = any(name.startswith("global_step") for name in names)  # with the optimiser and the schedule in it
+    by_deepspeed = any(name.startswith("global_step") for name in names)  # which includes optimiser and schedule
     parts = {
         "trainer_state.json": "trainer_state.json" in names,
         "optimizer.pt": any("optim" in name for name in names),
@@ -93,34 +93,34 @@ def flaw(checkpoint: Path) -> str | None:
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
-    """The Trainer's state as a checkpoint has it."""
+    """The Trainer's state that a checkpoint holds."""
     state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return state
 
 
 def step_of(checkpoint: Path) -> int:
-    """Steps that had been made when it was saved."""
+    """The number of steps that had been made when it was saved."""
     return int(state_of(checkpoint)["global_step"])
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Every checkpoint-N, whole or not, by N."""
+    """Every checkpoint-N, whole or not, sorted by N."""
     steps = {path: path.name.partition("-")[2] for path in output_dir.glob("checkpoint-*") if path.is_dir()}
     return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def newest_whole(output_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The last whole checkpoint; `tell` hears of each later one that is passed over, and why."""
+    """The newest whole checkpoint. `tell` is called with each later one that is skipped, and why."""
     for checkpoint in reversed(checkpoints(output_dir)):
         reason = flaw(checkpoint)
         if reason is None:
             return checkpoint
-        tell(f"{checkpoint} is not whole and passed over: {reason}.")
+        tell(f"{checkpoint} is not whole and is skipped: {reason}.")
     return None
 
 
 def resume_point(output_dir: Path) -> Path:
-    """The newest whole checkpoint, with those that are passed over named on stderr; UserError if there is none."""
+    """The newest whole checkpoint; those that are skipped are named on stderr. UserError if there is none."""
     found = newest_whole(output_dir, lambda line: say(line, error=True))
     if found is None:
         raise UserError(
@@ -133,17 +133,17 @@ def resume_point(output_dir: Path) -> Path:
 def check_whole(checkpoint: Path) -> None:
     """UserError for a checkpoint that a run cannot be resumed from."""
     if reason := flaw(checkpoint):
-        raise UserError(f"{checkpoint}: cannot be resumed from, for {reason}. Give another checkpoint.")
+        raise UserError(f"{checkpoint}: cannot be resumed from, because {reason}. Give another checkpoint.")
 
 
 def never_saved(output_dir: Path) -> bool:
-    """Whether no checkpoint has ever been finished there: its run can begin again, and nothing is lost."""
+    """Whether no checkpoint has ever been finished there, so that its run can begin again without losing anything."""
     return not any((checkpoint / LIST).exists() for checkpoint in checkpoints(output_dir))
 
 
 def save_whole(trainer: Trainer, checkpoint: Path, *saves: Callable[[], None]) -> None:
-    """Run `saves`, which write this process's files of a checkpoint, on all processes, where each begins when all are
-    done with the one before; then seal it, then rotate.
+    """Run `saves`, which write this process's files of a checkpoint, on all processes; each save begins when all
+    processes are done with the one before. Then seal the checkpoint, then delete old ones.
 
     Raises:
         SaveError: on every process when one could not write; the half-written directory is removed.
@@ -152,7 +152,7 @@ def save_whole(trainer: Trainer, checkpoint: Path, *saves: Callable[[], None]) -
     if args.should_save:
         shutil.rmtree(checkpoint, ignore_errors=True)  # what a stopped process left under this name
     trainer.accelerator.wait_for_everyone()
-    limit, args.save_total_limit = args.save_total_limit, None  # the Trainer would delete before the seal
+    limit, args.save_total_limit = args.save_total_limit, None  # the Trainer would delete old ones before the seal
     try:
         for save in saves:
             _together(trainer, checkpoint, save)
@@ -164,7 +164,8 @@ def save_whole(trainer: Trainer, checkpoint: Path, *saves: Callable[[], None]) -
 
 
 def _together(trainer: Trainer, checkpoint: Path, write: Callable[[], None]) -> None:
-    """`write`; if it fails on any process it fails on all, elsewhere and where the disk was at fault with SaveError."""
+    """Run `write`. If it fails on any process, it fails on all: with SaveError on the others and if the disk was at
+    fault, else with the process's own error."""
     import torch
 
     failure: Exception | None = None
@@ -182,7 +183,7 @@ def _together(trainer: Trainer, checkpoint: Path, write: Callable[[], None]) -> 
 
 
 def _rotate(newest: Path, limit: int, best: str | None) -> None:
-    """Delete what is not whole, then the oldest, until `limit` remain; never the newest or the best."""
+    """Delete checkpoints that are not whole, then the oldest, until `limit` remain; never the newest or the best."""
     kept = {newest} | ({Path(best)} if best else set())
     others = [path for path in checkpoints(newest.parent) if path not in kept]
     torn = [path for path in others if damage(path, contents=False)]
@@ -193,7 +194,7 @@ def _rotate(newest: Path, limit: int, best: str | None) -> None:
 
 @contextlib.contextmanager
 def disk_errors(output_dir: Path) -> Iterator[None]:
-    """A full or failing disk as one paragraph."""
+    """Turn the error of a full or failing disk into a UserError."""
     try:
         yield
     except UserError:
@@ -208,20 +209,20 @@ def _failed(path: Path, error: Exception | None) -> str:
     standing = newest_whole(path.parent if path.name.startswith("checkpoint-") else path)
     remedy = "No checkpoint was saved before. Make room, or choose another --output_dir."
     if standing is not None:
-        remedy = f"{standing.name} stands: make room, and --resume goes on from it."
+        remedy = f"{standing.name} is whole: make room, and --resume continues from it."
     return f"{path}: could not be written ({_reason(error)}). {remedy}"
 
 
 def _reason(error: Exception | None) -> str:
     if error is None:
         return "another process could not write"
-    if isinstance(error, RuntimeError):  # of positions in the file, not of what the system said
-        return "torch wrote a part of a file only; is the disk full?"
+    if isinstance(error, RuntimeError):  # it names positions in the file, not the system's error
+        return "torch wrote only a part of a file; is the disk full?"
     return in_one_line(error)
 
 
 def _is_write_failure(error: Exception) -> bool:
-    """What the system refuses comes in five shapes: Python's, safetensors', tokenizers' and two of torch's."""
+    """Whether the system refused a write, which Python, safetensors, tokenizers and torch (twice) raise differently."""
     from safetensors import SafetensorError
 
     of_torch = ("inline_container", "StreamWriter", "basic_ios")

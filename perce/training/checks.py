@@ -1,4 +1,4 @@
-"""What PerceTrainer refuses or warns of on construction: what would fail later, on a GPU, or in silence."""
+"""What PerceTrainer refuses or warns of on construction, because it would fail later, on a GPU, or silently."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ from perce.training.arguments import PerceArguments
 from perce.training.best import METRICS, evaluated_name
 from perce.training.parallel import check_one_gpu, check_parallelism
 
-# A mask or scores of T × T up to here are slow and no more; beyond, they are what memory ends at.
+# A T × T mask or T × T scores of up to this size are only slow; larger ones are what memory does not suffice for.
 SQUARE_BYTES = 2**32
 
 
@@ -51,13 +51,13 @@ def warn_of_dropout(model: nn.Module) -> None:
     if dropout > 0:
         warnings.warn(
             f"Dropout of {dropout} in the adapter acts in the factual pass and not in the counterfactual one: every "
-            "PIR is a little too low. Leave it at 0, or use --estimate epoch or frozen, which have none then.",
+            "PIR is a little too low. Leave it at 0, or use --estimate epoch or frozen, which estimate without it.",
             stacklevel=3,
         )
 
 
 def is_in_place(model: Any, device: torch.device) -> bool:
-    """Whether the model can be tried out before training: FSDP and DeepSpeed move it, and load or cut its weights,
+    """Whether the model can be tried before training. FSDP and DeepSpeed move it, and load or shard its weights,
     later."""
     weight = model.get_input_embeddings().weight
     elsewhere = weight.is_meta or weight.device.type != device.type
@@ -65,9 +65,9 @@ def is_in_place(model: Any, device: torch.device) -> bool:
 
 
 def check_hooks(kwargs: Mapping[str, Any]) -> None:
-    """UserError for what the Trainer would call with logits, or instead of the loss or of the model: none happens."""
+    """UserError for hooks that the Trainer would call with logits, or for a loss or a model: they would be ignored."""
     if kwargs.get("model_init") is not None:
-        raise UserError("model_init: PerceTrainer prepares one model, once. Give it as model, by name or as it is.")
+        raise UserError("model_init: PerceTrainer prepares one model, once. Give the model, or its name, as model.")
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise UserError(
@@ -77,38 +77,41 @@ def check_hooks(kwargs: Mapping[str, Any]) -> None:
 
 
 def check_online(loss: LossConfig) -> None:
-    """UserError for token weights that take more than their own forward: what trainers of others have."""
+    """UserError for token weights that need more than one forward pass, which is all that other trainers give."""
     if PERSONAS not in loss.entry.takes or loss.entry.over_step:
-        raise UserError(f"objective: expected one for personas, with weights of each forward, got {loss.objective}.")
+        raise UserError(
+            f"objective: expected one for personas whose weights come from a single forward pass, got {loss.objective}."
+        )
     for name, only in (("estimate", "online"), ("normalize", "none")):
         if getattr(loss, name) != only:
             raise UserError(f"{name}: expected {only}, got {getattr(loss, name)}. perce.PerceTrainer has the others.")
 
 
 def check_trainer(trainer: Trainer, loss: LossConfig) -> None:
-    """UserError for arguments of a trainer of others under which the loss would be another, or biased; what would
-    replace it is switched off."""
+    """UserError for arguments of another library's trainer that would change or bias the loss; options that would
+    replace the loss are switched off."""
     args, loaders = trainer.args, trainer.accelerator.dataloader_config
     check_parallelism(args)
     check_one_gpu(args)
     if loaders.dispatch_batches:
-        raise UserError("dispatch_batches: expected false. Batches that are cut and sent around lose their tokens.")
-    loaders.dispatch_batches = False  # which is what None means for a stream
+        raise UserError("dispatch_batches: expected false. Batches that are divided and sent lose their tokens.")
+    loaders.dispatch_batches = False  # None would dispatch the batches of a stream
     metric = next((metric for metric in METRICS if evaluated_name(args).endswith(f"_{metric}")), None)
     if metric and args.metric_for_best_model and args.greater_is_better != METRICS[metric]:
         better = "greater" if METRICS[metric] else "smaller"
-        raise UserError(f"greater_is_better: of {evaluated_name(args)} the {better} is better. Say {METRICS[metric]}.")
+        raise UserError(f"greater_is_better: a {better} {evaluated_name(args)} is better. Use {METRICS[metric]}.")
     if args.label_smoothing_factor:
         raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
     if args.neftune_noise_alpha and loss.entry.contrasts:
         raise UserError("neftune_noise_alpha: noise in the factual pass alone would bias every PIR. Leave it out.")
-    if args.use_liger_kernel:  # patched in when training begins, its own loss would replace the forward that holds ours
+    if args.use_liger_kernel:  # its loss, patched in when training begins, would replace the forward that holds ours
         off = dict.fromkeys(("fused_linear_cross_entropy", "cross_entropy"), False)
         args.liger_kernel_config = (args.liger_kernel_config or {}) | off
 
 
 def check_arguments(args: Any, model: Any, train_dataset: Any, peft_config: Any) -> None:
-    """UserError for arguments of another kind, and for a model that cannot be trained where something is to be."""
+    """UserError for arguments of the wrong type, and for a model without a trainable parameter if there is data to
+    train on."""
     if not isinstance(args, PerceArguments):
         raise UserError(f"args: expected PerceArguments, got {type(args).__name__}.")
     if not isinstance(model, str) and not hasattr(model, "config"):
@@ -132,7 +135,7 @@ def check_arguments(args: Any, model: Any, train_dataset: Any, peft_config: Any)
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """UserError for what is no dataset, or an empty one."""
+    """UserError if `dataset` is not a dataset, or is empty."""
     if not (isinstance(dataset, str | list | IterableDataset | PairStream) or hasattr(dataset, "__getitem__")):
         raise UserError(
             f"{name}: expected a Dataset or a list of rows or of token pairs, got {type(dataset).__name__}."
@@ -143,9 +146,9 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 @torch.random.fork_rng(devices=())
 def try_options(trainer: Trainer) -> tuple[int, int]:
-    """Make loaders, optimiser, schedule and compiler once as training will, for what they refuse.
+    """Make loaders, optimiser, schedule and compiler once as training will, so that they fail now if they fail.
 
-    Returns (steps an epoch, steps of the run).
+    Returns (steps per epoch, steps of the run).
 
     Raises:
         UserError: there are fewer examples than a batch, and incomplete ones are dropped.
@@ -171,7 +174,7 @@ def try_options(trainer: Trainer) -> tuple[int, int]:
     for rate in getattr(schedule, "lr_lambdas", ()):
         for step in (0, steps // 2, steps):
             rate(step)
-    if getattr(args, CHECKPOINTING):  # layers take whatever they are called with, an argument that none has too
+    if getattr(args, CHECKPOINTING):  # Identity refuses unknown arguments; layers would take any
         options = dict(getattr(args, f"{CHECKPOINTING}_kwargs"))
         for apart in ("every_n_layers", "offload"):
             options.pop(apart, None)
@@ -198,28 +201,28 @@ def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
 
 
 def check_sharding(trainer: Trainer, memory: MemoryConfig) -> None:
-    """UserError where personas that run by themselves would leave processes waiting for each other for ever."""
+    """UserError if personas that run by themselves would leave processes waiting for each other for ever."""
     if memory.on_trunks and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
         option = "branches_per_forward" if memory.persona_grad == "full" else "persona_grad=none"
         raise UserError(
-            f"{option} with sharded weights (FSDP, ZeRO-3): personas take different numbers of forwards, and each "
-            "forward waits for all processes. Use data parallelism (DDP), or --persona_grad full without "
+            f"{option} with sharded weights (FSDP, ZeRO-3): personas take different numbers of forward passes, and "
+            "each of these waits for all processes. Use data parallelism (DDP), or --persona_grad full without "
             "--branches_per_forward."
         )
 
 
 def check_trunks(batch: Mapping[str, Any], memory: MemoryConfig) -> None:
-    """UserError for a batch whose personas would run with the rest, where they are to run by themselves."""
+    """UserError for a batch whose personas would not run by themselves although the options ask for it."""
     if memory.on_trunks and "trunks" not in batch:
         raise UserError(
             f'data_collator: expected one that calls perce.data.batch.collate with persona_grad="{memory.persona_grad}"'
-            f" and branches_per_forward={memory.branches_per_forward}, and its batches have no trunks."
+            f" and branches_per_forward={memory.branches_per_forward}, got batches without trunks."
         )
 
 
 def try_step(trainer: Any, collate: Callable[..., Any]) -> None:
-    """UserError for a model that would train wrong in the manner of this run, where it can be tried; without training
-    data, for one that would be evaluated wrong behind a cached persona."""
+    """UserError for a model that would be trained wrongly in the manner of this run, if it can be tried; without
+    training data, for one that would be evaluated wrongly behind a cached persona."""
     model, args = trainer.model, trainer.args
     memory, trains, shares = args.memory, trainer.train_dataset is not None, trainer.sharing != "none"
     if not (memory.on_trunks or trains) or not is_in_place(model, args.device):
@@ -235,13 +238,13 @@ def try_step(trainer: Any, collate: Callable[..., Any]) -> None:
     )
     unit = memory.unit if shares else None
     manner = Manner(collate, checkpointing, bool(memory.mlp_tile), of_batches, unit)
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # the Trainer's is in what it wraps later
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # the Trainer adds it when it wraps later
         check_step(model, manner)
 
 
 def try_collated(trainer: Any, without: Mapping[str, PersonaCollator]) -> None:
-    """As try_step, of a trainer of others, through its own collator. without: by options that decide how a batch is
-    made, the collator without, to name the one that is at fault."""
+    """Like try_step, for another library's trainer, with its own collator. without: options that decide how a batch is
+    made, each with the collator that leaves it out, to name the option that is at fault."""
     model, args = trainer.model, trainer.args
     if not is_in_place(model, args.device):
         return
@@ -252,13 +255,13 @@ def try_collated(trainer: Any, without: Mapping[str, PersonaCollator]) -> None:
     )  # fmt: skip
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         check_step(model, manner)
-        if "padding_free" in without:  # by the run's own attention too, which a trial step replaces
+        if "padding_free" in without:  # with the run's own attention too, which a trial step replaces
             check_sequences_apart(model)
 
 
 def check_gradients(trainer: Trainer) -> None:
-    """UserError for an adapter that a text does not train, and for any weight of which that is so where processes wait
-    for its gradient; tried on a few tokens, where the model is now."""
+    """UserError for an adapter that a text does not train and, if processes wait for every gradient, for any other
+    such weight. It is tried on a few tokens, on the device where the model is now."""
     model, args = trainer.model, trainer.args
     adapted = hasattr(model, "peft_config")
     waiting = args.world_size > 1 and not args.ddp_find_unused_parameters
@@ -274,7 +277,7 @@ def check_gradients(trainer: Trainer) -> None:
 
 
 def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, max_length: int) -> None:
-    """UserError for sequences longer than the model has positions, or than its attention can take without T × T."""
+    """UserError for sequences that are too long for the model's positions, or for attention that builds T × T."""
     documents = "windows" in (getattr(dataset, "column_names", None) or ())
     if isinstance(dataset, PairStream):
         documents = isinstance(dataset.source.builder, DocumentBuilder)
@@ -288,9 +291,9 @@ def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, ma
     longest = longest_sequence(dataset, max_length)
     limit = position_limit(config)
     if limit is not None and longest > limit:
-        beyond = " and its encoding of longer sequences (rope_type dynamic) follows the longest of a batch"
+        beyond = " and its encoding of longer sequences (rope_type dynamic) depends on the longest of a batch"
         raise UserError(
-            f"{name}: sequences of up to {longest} tokens, and the model has {limit} positions "
+            f"{name}: sequences have up to {longest} tokens, and the model has {limit} positions "
             f"(max_position_embeddings){beyond if is_dynamic(config) else ''}. Use --max_length {limit} or less, which "
             "drops persona entries, or a model with a longer context."
         )
@@ -299,25 +302,26 @@ def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, ma
 
 
 def settle_factors(model: Any, datasets: Mapping[str, Any], max_length: int) -> bool:
-    """Let every forward have longrope's long factors if a sequence of these datasets needs them, else its short ones;
-    whether there was something to settle it by."""
+    """Make every forward pass use longrope's long factors if a sequence of these datasets needs them, else the short
+    ones. Returns whether the datasets have a known longest sequence, which decides it."""
     if longest := longest_sequence(datasets, max_length):
         choose_factors(model, long=needs_long_factors(model.config, longest))
     return bool(longest)
 
 
 def check_factors(model: Any, dataset: Any, name: str, max_length: int) -> None:
-    """UserError for sequences beyond the switch of longrope where forwards have been given short factors."""
+    """UserError for sequences beyond the switch of longrope if forward passes use the short factors."""
     if needs_long_factors(model.config, longest := longest_sequence(dataset, max_length)) and not has_long(model):
         raise UserError(
-            f"{name}: sequences of up to {longest} tokens, and beyond {switch_length(model.config)} the position "
+            f"{name}: sequences have up to {longest} tokens, and beyond {switch_length(model.config)} the position "
             f"encoding of {model.config.model_type} (rope_type longrope) has other factors than those that the "
-            "trainer's own datasets have settled. Give it to a trainer when that is made, or use shorter sequences."
+            "trainer's own datasets have settled. Give the trainer this dataset when it is made, or use shorter "
+            "sequences."
         )
 
 
 def longest_sequence(dataset: Any, max_length: int) -> int:
-    """Tokens of the longest sequence, of a stream as many as it may have; 0 where that is not known."""
+    """Tokens of the longest sequence; for a stream, as many as one may have; 0 if that is not known."""
     if isinstance(dataset, Mapping):
         return max((longest_sequence(part, max_length) for part in dataset.values()), default=0)
     if isinstance(dataset, Dataset | list):
@@ -326,7 +330,7 @@ def longest_sequence(dataset: Any, max_length: int) -> int:
 
 
 def _check_square(longest: int, name: str, config: Any) -> None:
-    """UserError where attention would build a mask or scores of more than SQUARE_BYTES."""
+    """UserError if attention would build a mask or scores of more than SQUARE_BYTES."""
     text = config.get_text_config()
     kind = text._attn_implementation
     heads, window = stated(text, "num_attention_heads") or 0, stated(text, "sliding_window") or 0
@@ -339,7 +343,7 @@ def _check_square(longest: int, name: str, config: Any) -> None:
         return
     if longest**2 * size > SQUARE_BYTES:
         raise UserError(
-            f"{name}: sequences of up to {longest} tokens with attn_implementation={kind}: {reason}, "
+            f"{name}: sequences have up to {longest} tokens, with attn_implementation={kind}: {reason}, "
             f"{longest} × {longest} × {size} bytes. Use --attn_implementation flash_attention_2, --persona_grad none, "
             "or a smaller --max_length."
         )

@@ -1,7 +1,7 @@
-"""What the numbers of a run say in words: few sentences, each with its number and what to do about it.
+"""What the numbers of a run mean: a few sentences, each with its number and what to do about it.
 
-Nothing is said of what is as it should be. All is read from what every process has alike, and a resumed run too: the
-log, the evaluations before and after, the token pairs.
+Numbers that are as they should be are not mentioned. Everything is read from what every process has, also in a resumed
+run: the log, the evaluations before and after, the token pairs.
 """
 
 import math
@@ -16,9 +16,9 @@ from perce.config.schema import LossConfig
 from perce.data.splits import RunPairs
 from perce.measuring.metrics import FEW
 
-AT_FLOOR = 0.995  # of the tokens: as good as all
-NOISE = 0.01  # of a loss: what two evaluations of models that are as good as each other may differ by
-DROPPED = 0.5  # of the persona entries
+AT_FLOOR = 0.995  # share of the tokens that counts as all of them
+NOISE = 0.01  # share of a loss by which evaluations of equally good models may differ
+DROPPED = 0.5  # share of the persona entries
 LOOK_AT_PERSONA = (
     "Is the persona in another column (--columns persona=NAME), was what matters dropped to fit --max_length, or is "
     "the model too small to use it (--model)? report.html shows it reply by reply."
@@ -33,11 +33,11 @@ class Facts:
     log: Sequence[Mapping[str, Any]]
     loss: LossConfig
     before: Mapping[str, float]
-    """Numbers of the evaluation before training by their names in the log; empty where there was none."""
+    """Numbers of the evaluation before training by their names in the log; empty if there was none."""
     after: Mapping[str, float]
     documents: bool
     unit: str
-    """What the validation's examples are of: "users", or "rows" where users are not named."""
+    """What the validation is counted in: "users", or "rows" if no users are named."""
     units: int
     keeps_best: bool
     """Whether the run itself saves its best weights."""
@@ -45,11 +45,11 @@ class Facts:
     """Steps in which the learning rate rises."""
     steps: int
     entries: int
-    """Persona entries in the training prompts, and those that were dropped to fit max_length; 0 of a stream."""
+    """Persona entries in the training prompts; `dropped`: those dropped to fit max_length. Both are 0 for a stream."""
     dropped: int
     max_length: int
     marked: bool = False
-    """Whether the data marks personal spans itself, of any of the validation's examples."""
+    """Whether the data itself marks personal spans in any of the validation's examples."""
 
 
 def facts_of_run(trainer: Any, pairs: RunPairs, before: Mapping[str, float], after: Mapping[str, float]) -> Facts:
@@ -76,7 +76,7 @@ def _warmup(trainer: Trainer) -> int:
 
 
 def diagnose(facts: Facts) -> list[str]:
-    """One sentence or a few for each thing that is off; empty where nothing is."""
+    """A few sentences about each number that is not as it should be; empty if all are."""
     found = (
         _persona(facts), _personal_tokens(facts), _validation(facts), _weighted_loss(facts), _dropped(facts),
         _short(facts), _few(facts),
@@ -85,7 +85,7 @@ def diagnose(facts: Facts) -> list[str]:
 
 
 def _persona(facts: Facts) -> str:
-    """Whether the persona, or of documents the long context, helps this model at all."""
+    """Whether the persona (for documents, the long context) helps this model at all."""
     said, weighting, amount = [], facts.loss.weighting, _at_floor(facts.loss)
     share = _thirds(facts.log, "frac_at_floor")[1]
     if amount and share >= AT_FLOOR and facts.loss.entry.counterfactual and weighting.clip_min < weighting.clip_max:
@@ -104,15 +104,15 @@ def _persona(facts: Facts) -> str:
 
 
 def _at_floor(loss: LossConfig) -> str:
-    """What the tokens weigh whose signals are all at most clip_min; "" where that may differ: the bounds of a schedule
-    lie between 1 and those of the clip."""
+    """What tokens weigh whose signals are all at most clip_min; "" if their weights may differ, because the bounds of a
+    schedule lie between 1 and those of the clip."""
     floor, schedule = loss.weighting.clip_min, loss.clip_schedule
     if schedule != "constant" and floor > 1:
         return ""
     if schedule == "constant" and floor == 0:
-        return "they weigh 0, and nothing is learned of them"
+        return "they weigh 0, and nothing is learned from them"
     if loss.normalize != "none":
-        return f"rescaled by --normalize {loss.normalize} all weigh 1, which is cross-entropy"
+        return f"rescaled by --normalize {loss.normalize}, all weigh 1, which is cross-entropy"
     bound = (
         f"{floor:g}"
         if schedule == "constant" or floor == 1
@@ -126,11 +126,11 @@ def _personal_tokens(facts: Facts) -> str:
     if math.isnan(new) and facts.marked:
         return (
             "No token of the validation's replies is personal: the data's own marks (personal_spans) cover none. Check "
-            "their places, in characters of the response, or leave them out: words of the persona are marked then."
+            "their places, in characters of the response, or leave them out: then words of the persona are marked."
         )
     if math.isnan(new) and not facts.documents:
         return (
-            "No token of the validation's replies is personal: no word of theirs is in the persona but not in the "
+            "No token of the validation's replies is personal: none of their words is in the persona but not in the "
             "conversation. Is the persona in another column (--columns persona=NAME)?"
         )
     if not old or not new > old * (1 + NOISE):
@@ -142,7 +142,7 @@ def _personal_tokens(facts: Facts) -> str:
 
 
 def best_evaluation(log: Sequence[Mapping[str, Any]]) -> tuple[int, float] | None:
-    """(step, loss) of the earliest evaluation with the lowest loss; None where nothing was evaluated."""
+    """(step, loss) of the earliest evaluation with the lowest loss; None if nothing was evaluated."""
     losses = [(line["eval_loss"], line["step"]) for line in log if math.isfinite(line.get("eval_loss", math.nan))]
     return min(losses)[::-1] if losses else None
 
@@ -166,8 +166,8 @@ def _validation(facts: Facts) -> str:
 
 
 def _weighted_loss(facts: Facts) -> str:
-    """Weights grow with what the model learns of the persona: the loss that is logged first is no measure of a run.
-    Rescaled to mean 1 they do not."""
+    """Weights grow as the model learns to use the persona, so the weighted training loss does not measure a run. If
+    weights are rescaled to mean 1, they do not grow."""
     (loss, loss_after), (ce, ce_after), (weight, weight_after) = (
         _thirds(facts.log, name) for name in ("loss", "ce", "weight_mean")
     )
@@ -181,8 +181,8 @@ def _weighted_loss(facts: Facts) -> str:
 
 
 def _thirds(log: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
-    """The mean of a logged number in the first third of the run and in the last; nan for the first where there are
-    fewer than three."""
+    """The means of a logged number in the first third of the run and in the last; nan for the first if there are fewer
+    than three values."""
     values = [line[name] for line in log if name in line]
     count = max(len(values) // 3, 1)
     first, last = values[:count], values[-count:]
@@ -213,6 +213,6 @@ def _few(facts: Facts) -> str:
         return ""
     unit = facts.unit if facts.units != 1 else facts.unit.removesuffix("s")
     return (
-        f"The validation has {facts.units} {unit} only: its numbers may be chance. Validate on {FEW} or more "
+        f"The validation has only {facts.units} {unit}: its numbers may be chance. Validate on {FEW} or more "
         "(--eval_examples 0 takes all that there are)."
     )

@@ -1,4 +1,4 @@
-"""A run whose numbers are no longer finite: found at each log and before each save, and stopped."""
+"""A run whose numbers are no longer finite is stopped: they are checked at each log and before each save."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,11 +16,12 @@ WATCHED = ("loss", "grad_norm", "ce", "eval_loss")
 
 
 class Diverged(UserError):
-    """What has been computed cannot be used, and is not saved; earlier checkpoints are untouched."""
+    """The results of the last steps are unusable and are not saved; earlier checkpoints are untouched."""
 
 
 def check_logged(trainer: Trainer, logs: Mapping[str, float], checkpoint: Path | None = None) -> None:
-    """Diverged where a loss or the norm of the gradient is not finite; a checkpoint of these weights is then none."""
+    """Diverged if a loss or the gradient norm is not finite. A checkpoint of these weights then no longer counts as
+    whole."""
     for name in WATCHED:
         if not math.isfinite(value := logs.get(name, 0.0)):
             if checkpoint is not None and trainer.args.should_save:
@@ -29,7 +30,7 @@ def check_logged(trainer: Trainer, logs: Mapping[str, float], checkpoint: Path |
 
 
 def check_finite(trainer: Trainer, everywhere: bool = True) -> None:
-    """Diverged where a trained weight or a state of the optimiser is not finite.
+    """Diverged if a trained weight or a state of the optimiser is not finite.
 
     everywhere: ask all processes, which must then all call this.
     """
@@ -48,7 +49,7 @@ def check_finite(trainer: Trainer, everywhere: bool = True) -> None:
 
 
 def _all_finite(tensors: Iterable[Any]) -> Tensor:
-    """A flag on the device; no copy of a tensor is made."""
+    """Whether all numbers are finite, as a flag on the device; no tensor is copied."""
     flags = []
     for tensor in tensors:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # this process's part
@@ -61,11 +62,11 @@ def _told(trainer: Trainer, what: str) -> str:
     args, step = trainer.args, trainer.state.global_step
     where = f"step {step}" if step else "before the first step"
     standing = newest_whole(Path(str(args.output_dir)))
-    kept = f"{standing.name} is the last good one and stays." if standing else "No checkpoint was saved before."
+    kept = f"{standing.name} is the last good one and is kept." if standing else "No checkpoint was saved before."
     if not step:
         return f"{where}: {what}. The model itself is at fault: look at its weights, or try --precision fp32."
     return (
         f"{where}: {what}. The run has diverged and was stopped. Likely causes: --learning_rate "
         f"{args.learning_rate:g} is too high (try a tenth of it, in a new run), --warmup_steps are too few, "
-        f"--max_grad_norm {args.max_grad_norm:g} lets too much pass, or that step's rows are no text. {kept}"
+        f"--max_grad_norm {args.max_grad_norm:g} is too high, or that step's rows are not text. {kept}"
     )

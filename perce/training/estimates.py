@@ -5,7 +5,7 @@
     frozen   all training examples once, by the model as it was before training
 
 Estimates are fp32, keyed by example and checked against the ids of its response, and are saved with every checkpoint:
-a resumed run goes on under the weights it had.
+a resumed run continues with the weights it had.
 """
 
 import json
@@ -31,17 +31,17 @@ TENSORS = ("example", "length", "response_crc", "logp", "logp_cf", "signal")
 
 @dataclass(frozen=True)
 class Estimates:
-    """E examples with N response tokens together, in the order of the dataset that was estimated."""
+    """E examples with N response tokens in all, in the order of the dataset that was estimated."""
 
     example: Tensor  # (E,) int64, the dataset's column
     length: Tensor  # (E,) int64 response tokens of each
     response_crc: Tensor  # (E,) int64 CRC-32 of the response ids
     logp: Tensor  # (N,) fp32
     logp_cf: Tensor  # (N,) fp32; 0 for objectives without a counterfactual pass
-    signal: Tensor  # (N,) fp32, what is clipped to the weight
+    signal: Tensor  # (N,) fp32; clipped, it is the weight
     epoch: int
     vocabulary: int
-    of_signal: str  # its name
+    of_signal: str  # the name of the signal
 
     def __post_init__(self) -> None:
         starts = torch.cat([self.length.new_zeros(1), self.length.cumsum(0)[:-1]])
@@ -49,7 +49,7 @@ class Estimates:
         object.__setattr__(self, "_places", dict(zip(self.example.tolist(), places, strict=True)))
 
     def of(self, examples: Tensor, device: torch.device) -> Measured:
-        """What is known of the response tokens of these (B,) examples, in their order."""
+        """The estimates of the response tokens of these (B,) examples, in their order."""
         places: dict[int, tuple[int, int]] = self._places  # type: ignore[attr-defined]
         rows = torch.cat([torch.arange(start, start + n) for start, n in map(places.__getitem__, examples.tolist())])
         return Measured(*(x[rows].to(device) for x in (self.logp, self.logp_cf, self.signal)))
@@ -64,7 +64,8 @@ class Estimates:
 
     @classmethod
     def load(cls, directory: Path, dataset: Any, vocabulary: int, of_signal: str) -> "Estimates":
-        """A checkpoint's; UserError unless they are of this dataset, signal, and a model of this vocabulary."""
+        """A checkpoint's estimates; UserError unless they belong to this dataset, this signal and a model with this
+        vocabulary."""
         from safetensors import safe_open
 
         path = directory / FILE
@@ -84,8 +85,8 @@ class Estimates:
             )
         if estimates.of_signal != of_signal:
             raise UserError(
-                f"{path}: its weights cannot be used, for they are {estimates.of_signal}, and this objective's weights "
-                f"come from {of_signal}. Resume with the --objective and --contrast of the run, or start a new one."
+                f"{path}: its weights come from {estimates.of_signal}, and those of this objective from {of_signal}. "
+                "Resume with the --objective and --contrast of the run, or start a new one."
             )
         now = response_keys(dataset)
         before = (estimates.example, estimates.length, estimates.response_crc)
@@ -94,14 +95,14 @@ class Estimates:
                 differing = (saved != present).nonzero() if saved.shape == present.shape else None
                 where = f"from example {int(differing[0])} on" if differing is not None else "in their number"
                 raise UserError(
-                    f"{path}: its weights are of other training examples than these, which differ {where} ({name}). "
+                    f"{path}: its weights belong to other training examples than these, which differ {where} ({name}). "
                     "The data, the tokenizer or --max_length has changed: put it back, or start a new run."
                 )
         return estimates
 
 
 def response_keys(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(example, length, CRC-32 of the response ids), each (E,) int64: what estimates are keyed and checked by."""
+    """(example, length, CRC-32 of the response ids), each (E,) int64, by which estimates are keyed and checked."""
     length, crcs = numbers(dataset, "response_length"), []
     of_row = iter(length.tolist())
     for column in pieces_of(dataset, "input_ids"):
@@ -113,7 +114,7 @@ def response_keys(dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_estimable(dataset: Any, estimate: str) -> None:
-    """UserError for a dataset whose examples cannot be told apart, or counted."""
+    """UserError for a dataset whose examples cannot be told apart, or are not known beforehand."""
     if not hasattr(dataset, "select_columns") or not hasattr(dataset, "__len__"):
         raise UserError(
             f"--estimate {estimate}: all examples are estimated before the steps that use them, and a stream is not "
@@ -121,7 +122,7 @@ def check_estimable(dataset: Any, estimate: str) -> None:
         )
     if "example" not in dataset.column_names or len(np.unique(numbers(dataset, "example"))) < len(dataset):
         raise UserError(
-            f"--estimate {estimate}: the training pairs need a column `example` with a number of its own for each. The "
+            f"--estimate {estimate}: the training pairs need a column `example` with a different number for each. The "
             "pieces of a document that is longer than --max_length share one: use --estimate online for those."
         )
 
@@ -139,9 +140,9 @@ def estimate(
     """One E-step over `dataset`.
 
     Args:
-        batches: rows of the dataset that this process is to estimate together.
-        statistics: rows → what is measured of their response tokens, the signal included.
-        gather: {row: its three tensors} of this process → that of all processes.
+        batches: rows of the dataset, batch by batch, that this process estimates.
+        statistics: rows → the measurements of their response tokens, including the signal.
+        gather: {row: its three tensors} of this process → the same of all processes.
     """
     example, length, crc = response_keys(dataset)
     of_row: dict[int, list[Tensor]] = {}
@@ -156,10 +157,10 @@ def estimate(
 def over_step(
     found: Sequence[Measured], rearrange: Callable[[Tensor], Tensor], gather: Callable[[list], list], rank: int
 ) -> list[Measured]:  # fmt: skip
-    """What was found of each of this process's forwards of a step, with other signals in place of its own.
+    """The measurements of each of this process's forward passes of a step, with their signals replaced.
 
-    `rearrange` sees the signals of all processes in the order of the examples, whatever batches they were cut into:
-    of two processes with two forwards each, the first forward of both, then the second.
+    `rearrange` gets the signals of all processes in the order of the examples, however they were divided into batches:
+    with two processes and two forward passes each, the first pass of both, then the second.
     """
     everybody = gather([[x.signal.cpu() for x in found]])
     in_order = [signal for forward in zip(*everybody, strict=True) for signal in forward]
@@ -169,7 +170,7 @@ def over_step(
 
 
 class EStep(TrainerCallback):
-    """Estimates at the start of each epoch, or of the run; what a checkpoint brought for this epoch stays."""
+    """Estimates at the start of each epoch, or of the run; estimates of this epoch from a checkpoint are kept."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

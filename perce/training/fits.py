@@ -1,8 +1,8 @@
-"""Whether the largest batch of a training run fits its device, found out before the first step: what a plan says of the
-run's own model, lengths and options, against the memory that is there.
+"""Whether the largest batch of a training run fits its device, checked before the first step: a plan for the run's own
+model, lengths and options is compared with the memory that is available.
 
-Said only of what plans know. Nothing of streams, whose rows are not known beforehand; FSDP and DeepSpeed; quantised
-bases; Liger's kernels; other optimisers than AdamW; and batch sizes that the Trainer is to find.
+Plans do not cover, and nothing is said about: streams, whose rows are not known beforehand; FSDP and DeepSpeed;
+quantised bases; Liger's kernels; optimisers other than AdamW; batch sizes that the Trainer is to find.
 """
 
 from collections import Counter
@@ -25,13 +25,13 @@ from perce.training.parallel import shards_weights
 from perce.training.sampler import pieces
 from perce.training.shared import dealt_units, units
 
-# A share of the memory, above which the run stops; below DOUBTFUL nothing is said. On a GPU plans were within 0.4 % of
-# LoRA steps of one model, which is too little to be as strict by.
+# The run stops above this share of the memory; below DOUBTFUL nothing is said. On a GPU plans were within 0.4 % of LoRA
+# steps of one model, which is too little evidence for a stricter limit.
 IMPOSSIBLE = {"cpu": 1.1, "cuda": 1.5}
 
 
 def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any, sharing: Sharing = "none") -> str | None:
-    """UserError for a step that cannot fit; a sentence for one that might not, or why that is not known; None else."""
+    """UserError for a step that cannot fit; a sentence if it might not fit, or if that cannot be planned; else None."""
     device = args.device.type
     available = device_memory(args.device)
     model_config = unwrapped(model).config
@@ -44,7 +44,7 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any, sharing:
         planned = PlanOptions(chosen, *largest_step(config, args, pairs, sharing))
         setup = setup_of(planned, device)
         needed = peak_memory(model_config, setup, planned.step, count(model_config, setup), device)
-    except Exception as error:  # a forecast: what keeps it from being made must not keep the run from being tried
+    except Exception as error:  # this is only a forecast: if it fails, the run is still tried
         name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return f"not planned: {name}{first_line(error)}"
     room = available - held_by_libraries(device, setup.low_precision)
@@ -60,11 +60,11 @@ def check_fits(config: TrainOptions, args: Any, model: Any, pairs: Any, sharing:
 def largest_step(
     options: TrainOptions, args: Any, pairs: Any, sharing: Sharing = "none"
 ) -> tuple[StepConfig, MemoryConfig]:
-    """The step of the longest sequences: what its forward holds at most; and how it is computed. Where replies share,
-    see _of_conversations and _of_personas.
+    """The step of the longest sequences, with the most that its forward pass can hold, and how it is computed. For
+    replies that share tokens, see _of_conversations and _of_personas.
 
-    Of sequences of 500, 400 and 300 tokens, the first with a persona of 350, and responses of at most 80, two a forward
-    are planned as 500 tokens each: a persona of 350, a query of 70 and a response of 80.
+    For example, sequences have 500, 400 and 300 tokens, the first has a persona of 350, responses have at most 80, and
+    a forward pass takes two. Both are planned with 500 tokens: a persona of 350, a query of 70, a response of 80.
     """
     run, dataset, memory = options.run, pairs.train, options.memory
     if memory.share_persona and (sharing == "branches" or (memory.on_trunks and sharing == "chains")):
@@ -109,17 +109,17 @@ def _of_run(options: TrainOptions, args: Any, **lengths: Any) -> StepConfig:
 
 
 def _is_unpadded(options: TrainOptions) -> bool:
-    """Whether sequences are not padded to the longest, though they share nothing."""
+    """Whether sequences are not padded to the longest, even if they share nothing."""
     return options.run.packing or options.memory.on_trunks
 
 
 def _of_conversations(options: TrainOptions, args: Any, dataset: Any, sharing: Sharing) -> dict[str, Any]:
-    """Lengths of the forward that computes the most tokens: B replies in whole conversations, or pieces of B of longer
-    ones; under a token budget as many of the largest conversation as it has room for.
+    """Lengths of the forward pass that computes the most tokens: B replies in whole conversations, or in pieces of B of
+    longer ones; under a token budget, as many of the largest conversation as fit.
 
-    Ids are compared in two candidates alone: the one of the longest sequences, which is the largest where replies share
-    all they can, and the one of most tokens, which is where they share nothing. Planned are as many sequences, branches
-    and response tokens in sum, each of the mean size.
+    Ids are compared in only two candidates: the one with the longest sequences, which is the largest if replies share
+    all they can, and the one with the most tokens, which is the largest if they share nothing. The plan has the same
+    numbers of sequences, branches and response tokens in total, each of the mean size.
     """
     lengths, budget = sequence_lengths(dataset), options.run.tokens_per_batch
     most = len(lengths) if budget else args.per_device_train_batch_size
@@ -148,8 +148,9 @@ def _of_conversations(options: TrainOptions, args: Any, dataset: Any, sharing: S
 
 
 def _of_personas(options: TrainOptions, args: Any, dataset: Any) -> tuple[dict[str, Any], int]:
-    """Lengths of the forward that computes the most tokens, of requests that share their personas as they are first
-    drawn; and how many of one do. Planned are as many requests and tokens in sum, each of the mean size."""
+    """Lengths of the forward pass that computes the most tokens, for requests that share their personas as they are
+    first drawn; and how many share one. The plan has the same numbers of requests and tokens in total, each of the
+    mean size."""
     lengths, budget = sequence_lengths(dataset), options.run.tokens_per_batch
     ends, responses = [end for _, end in dataset["persona_span"]], numbers(dataset, "response_length")
     most = len(lengths) if budget else args.per_device_train_batch_size
@@ -179,7 +180,7 @@ def _of_personas(options: TrainOptions, args: Any, dataset: Any) -> tuple[dict[s
 
 
 def _largest(sizes: Sequence[tuple[int, list[int]]], most: int) -> list[int]:
-    """Indices of the pieces of most tokens that have at most so many pairs together."""
+    """Indices of the pieces with the most tokens that together have at most `most` pairs."""
     best: list[tuple[int, list[int]]] = [(0, [])] * (most + 1)  # of at most 0, 1, … pairs
     tried = Counter[int]()
     for tokens, piece in sorted(sizes, reverse=True):
@@ -211,14 +212,14 @@ def _said(planned: PlanOptions, needed: PeakMemory, available: int, held: int) -
     return (
         f"The largest step, {tokens} per forward pass, takes about "
         f"{needed.peak / GIB:,.1f} GiB (in the {PHASE_NAMES[needed.peak_phase][1]}), and {available / GIB:,.1f} GiB "
-        f"are there{libraries}."
+        f"are available{libraries}."
     )
 
 
 def _remedies(
     config: TrainOptions, model_config: Any, planned: PlanOptions, device: str, room: int, documents: bool
 ) -> str:
-    """The options that would do, each alone, and that this run could take."""
+    """The options that would each suffice alone, and that this run could take."""
     other = ["--objective", "--precision"]
     if config.run.tokens_per_batch or config.memory.share_persona:
         other.append("--per_device_train_batch_size")
@@ -234,4 +235,4 @@ def _remedies(
         return (
             f"What would fit: {', '.join(f'{flags} ({peak / GIB:,.1f} GiB)' for peak, flags in fitting)}; or {shorter}."
         )
-    return f"No single option makes it fit: use {shorter}. `python -m perce.plan` tells what each option saves."
+    return f"No single option makes it fit: use {shorter}. `python -m perce.plan` shows what each option saves."

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM while training: the step under way is finished and saved, so that --resume goes on bitwise.
+"""Ctrl-C and SIGTERM while training: the step under way is finished and saved, so that --resume continues bitwise.
 
     first signal     the run stops at the end of the step (in an evaluation: of the batch), with a checkpoint
-    a later one      it stops at once; the newest whole checkpoint stands
+    a later one      it stops at once; the newest whole checkpoint is kept
 
 A signal to one of several processes stops all of them at the same step.
 """
@@ -38,7 +38,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption(TrainerCallback):
-    """Raises Interrupted where the state is that of a finished step: after a checkpoint, or between evaluated batches.
+    """Raises Interrupted when the state is that of a finished step: after a checkpoint, or between evaluated batches.
 
     At a step's end it asks for a checkpoint, which the Trainer writes after the log and evaluation that may be due.
     """
@@ -46,13 +46,14 @@ class Interruption(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.received: int | None = None
-        # Of the newest checkpoint with all that a resume needs, what was resumed from included; None: not begun yet.
+        # The step of the newest checkpoint that a run can be resumed from, or was; None: training has not begun.
         self.saved_step: int | None = None
         self._received_at = 0.0
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Signals are received here and do what they did before elsewhere; other threads than the first have none."""
+        """Inside the context signals are received here; afterwards they have their earlier handlers. Nothing is changed
+        in threads other than the main one, which receive none."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -70,7 +71,7 @@ class Interruption(TrainerCallback):
             raise KeyboardInterrupt
         self.received, self._received_at = number, time.monotonic()
         # Not print: a handler may run in the middle of another print.
-        os.write(2, b"\nStopping after this step, with a checkpoint. Once more stops at once, without.\n")
+        os.write(2, b"\nStopping after this step, with a checkpoint. A second signal stops at once, without one.\n")
 
     def _asked(self) -> int | None:
         """The signal that any process received."""
@@ -106,7 +107,7 @@ class Interruption(TrainerCallback):
 
 
 def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
-    """Train; what stops it midway leaves a checkpoint of the last finished step behind, or the newest one standing."""
+    """Train. If something stops it midway, a checkpoint of the last finished step is saved, or the newest one kept."""
     interruption = Interruption(trainer)
     trainer.add_callback(interruption)
     with interruption.caught():
@@ -114,8 +115,8 @@ def train_interruptibly(trainer: Trainer, checkpoint: Path | None) -> None:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             number = interruption._asked()
             if number is not None and interruption.saved_step == trainer.state.global_step:
-                raise Interrupted(number)  # in its last moments; what is left to write a resume does
-        except (UserError, KeyboardInterrupt, BrokenPipeError) as stopped:  # the last: `| head`, at a line of the log
+                raise Interrupted(number)  # in the run's last moments: a resume writes what is left to write
+        except (UserError, KeyboardInterrupt, BrokenPipeError) as stopped:  # BrokenPipeError: `| head` has ended
             say("", error=True)  # ends the line of the progress bar
             alone, step = trainer.accelerator.num_processes == 1, trainer.state.global_step
             by_itself = isinstance(stopped, UserError | BrokenPipeError)

@@ -1,6 +1,6 @@
-"""The DataLoaders that are ours: batches under a token budget, of conversations, and streams.
+"""perce's own DataLoaders: batches under a token budget, batches of conversations, and streams.
 
-All hold this process's share from the start, so accelerate must not divide them again; else the Trainer's own loader
+They hold only this process's share, so accelerate must not divide them again. In all other cases the Trainer's loader
 is used.
 """
 
@@ -21,8 +21,8 @@ from perce.training.shared import units, whole_units
 
 
 def own_train_loader(dataset: Any, collate: Any, args: PerceArguments, sharing: Sharing = "none") -> DataLoader | None:
-    """For a stream, under a token budget or where conversations are shared, a loader of this process's batches; None
-    where the Trainer's will do. A stream's batches share what happens to be in one."""
+    """A loader of this process's batches for a stream, a token budget or shared conversations; None if the Trainer's
+    loader will do. In a stream, only replies that happen to be in one batch share tokens."""
     if isinstance(dataset, PairStream):
         share = dataset.of_process(args.process_index, args.world_size)
         return undivided_loader(share, collate, args, batch_size=args.train_batch_size)
@@ -46,15 +46,14 @@ def own_train_loader(dataset: Any, collate: Any, args: PerceArguments, sharing: 
 
 
 def own_eval_loader(dataset: Any, collate: Any, args: PerceArguments) -> DataLoader:
-    """Conversation after conversation, or persona after persona, each in one batch as far as it fits; processes take
-    turns."""
+    """Conversation after conversation, or persona after persona, each in one batch if it fits; processes take turns."""
     together = whole_units(dataset, args.memory)
     batches = dealt(in_order(together, args.eval_batch_size), args.process_index, args.world_size)
     return undivided_loader(dataset, collate, args, batch_sampler=batches)
 
 
 def undivided_loader(dataset: Any, collate: Any, args: TrainingArguments, **how: Any) -> DataLoader:
-    """A DataLoader with the Trainer's options for what holds this process's share already: nothing divides it again.
+    """A DataLoader with the Trainer's options for what is already this process's share: nothing divides it again.
 
     `how`: batch_size or batch_sampler.
     """

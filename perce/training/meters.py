@@ -1,4 +1,4 @@
-"""What a training run measures of itself: seconds, token statistics between two logs, peak memory."""
+"""A training run's measurements of itself: seconds, token statistics between two logs, peak memory."""
 
 import contextlib
 import sys
@@ -14,8 +14,8 @@ MIB = 2**20
 
 
 class Clock:
-    """Seconds spent in stretches of work; one inside another counts once. On CUDA by events, read only when asked for:
-    no sync in a step."""
+    """Seconds spent in stretches of work; nested stretches count once. On CUDA, events measure them and are read only
+    when asked for, so a step has no sync."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -87,9 +87,9 @@ class Window:
         self, loss: LossConfig, logp: Tensor, pir: Tensor, signal: Tensor, token_weight: Tensor, *, tokens: Tensor,
         balance: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """One forward's (N,) statistics; `signal` is what the clip acted on, counted at the bounds of `loss`: with a
-        schedule not those of the step, or the shares would show the schedule. `balance`: its share of the step's
-        load-balancing loss."""
+        """Add one forward pass's (N,) statistics. `signal` is the number that was clipped. It is counted at the bounds
+        of `loss`, not at those that a schedule gives the step, or the shares would show the schedule. `balance`: the
+        pass's share of the step's load-balancing loss."""
         weighting = loss.weighting
         sums = torch.stack(
             [
@@ -102,8 +102,8 @@ class Window:
         self.total = self.total.to(sums.device, wide) + sums.to(wide)
 
     def summary(self, total: Tensor, loss: LossConfig, balanced: bool = False) -> Mapping[str, float]:
-        """Means over all ranks' tokens, without those that the objective does not have; of the load-balancing loss,
-        if there is one, over the steps."""
+        """Means over all ranks' tokens, without numbers that the objective does not have. The load-balancing loss, if
+        there is one, is a mean over the steps."""
         tokens, count, *sums, balance = total.tolist()
         if not count:
             return {}
@@ -118,7 +118,7 @@ class Window:
 
 
 def evaluation(means: Mapping[str, float]) -> dict[str, float]:
-    """Of a window's summary, what an evaluation tells, by the names of PerceTrainer's."""
+    """The numbers of an evaluation from a window's summary, by the names that PerceTrainer gives them."""
     found = {"loss_with_persona": means["ce"]} if "ce" in means else {}
     if "pir_mean" in means:
         found |= {"loss_without_persona": means["ce"] + means["pir_mean"], "pir_mean": means["pir_mean"]}

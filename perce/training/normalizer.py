@@ -1,7 +1,7 @@
-"""normalize="batch": token weights of mean 1 over a whole step, in whatever forward passes and processes it is divided.
+"""normalize="batch": token weights of mean 1 over a whole step, however it is divided into passes and processes.
 
-The mean is known once all of the step has been seen. It is one scalar, which the accumulated gradient takes as well as
-the loss would have; the loss that is logged is corrected in its last part.
+The mean is known once all of the step has been seen. It is one scalar, so the accumulated gradient is scaled instead of
+the loss; the loss that is logged is corrected in its last part.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class StepNormalizer:
-    """Sums over one step: begin, then add_weights and add_loss for each forward pass; finish in place of the last."""
+    """Sums over one step: begin, then add_weights and add_loss for each forward pass; finish replaces the last one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -23,12 +23,12 @@ class StepNormalizer:
         self.weight += token_weight.sum()
 
     def add_loss(self, loss: Tensor) -> Tensor:
-        """The loss of one forward pass, as it is."""
+        """Add the loss of one forward pass, and return it unchanged."""
         self._loss += loss
         return loss
 
     def finish(self, model: nn.Module, loss: Tensor, weight: Tensor, tokens: Tensor | int) -> Tensor:
-        """Scale the gradients by tokens ÷ weight, both of the whole step; the last loss, corrected for all of them."""
+        """Scale the gradients by tokens ÷ weight, both of the whole step. Returns the last loss, corrected for all."""
         scale = torch.where(weight == 0, 0.0, tokens / weight)
         for parameter in model.parameters():
             if parameter.grad is not None:

@@ -1,7 +1,7 @@
-"""ResumableTrainer: a transformers.Trainer whose runs do not go wrong in silence.
+"""ResumableTrainer: a transformers.Trainer whose runs do not go wrong silently.
 
-It resumes from what is whole and at the step that it was saved at, trains no step beyond the last, stops where numbers
-are not finite and saves none of those, and finds out that it cannot upload before it trains.
+It resumes only from whole checkpoints, at the step at which they were saved, and trains no step beyond the last. It
+stops if numbers are not finite, and saves none of those. It checks that it can upload before it trains.
 """
 
 from pathlib import Path
@@ -27,8 +27,8 @@ OF_THE_MODEL = (
     "adapter_model.bin", "pytorch_model*.bin", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
     "merges.txt", "chat_template.*", "additional_chat_templates/*",
 )  # fmt: skip
-"""What from_pretrained reads of a directory, and the card: all that is uploaded of it. Other files of a run hold rows
-of its data, names of users and paths."""
+"""The files of a directory that from_pretrained reads, and the card: only these are uploaded. Other files of a run hold
+rows of its data, names of users and paths."""
 
 
 def model_files(directory: Path) -> list[str]:
@@ -36,7 +36,7 @@ def model_files(directory: Path) -> list[str]:
 
 
 class ResumableTrainer(Trainer):
-    """What a subclass keeps beside a checkpoint it saves in `save_beside` and reads in `restore`."""
+    """A subclass saves what it adds to a checkpoint in `save_beside`, and reads it in `restore`."""
 
     _resumed: Path
     _resumed_state: dict[str, Any]
@@ -46,13 +46,13 @@ class ResumableTrainer(Trainer):
     """Whether a card has been written to output_dir that is to be uploaded as it is."""
 
     def restore(self, checkpoint: Path) -> None:
-        """Read what `save_beside` has written to a checkpoint that is whole; on every process."""
+        """Read what `save_beside` has written to a whole checkpoint; called on every process."""
 
     def save_beside(self, checkpoint: Path) -> None:
-        """Write more files of a checkpoint, before its others; on every process."""
+        """Write further files of a checkpoint, before its others; called on every process."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As transformers.Trainer.train, but no step beyond the last; True resumes from the newest whole checkpoint.
+        """Like transformers.Trainer.train, but no step beyond the last; True resumes from the newest whole checkpoint.
 
         Raises:
             UserError: a checkpoint that is damaged or lacks what a resume needs; numbers that are no longer finite.
@@ -77,7 +77,7 @@ class ResumableTrainer(Trainer):
         return Path(asked)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As transformers.Trainer's, which takes a checkpoint for a beginning if its files go while they are read."""
+        """Like transformers.Trainer's, which would silently start anew if the files disappear while they are read."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             if self.state.global_step != self._resumed_state["global_step"]:
@@ -85,25 +85,26 @@ class ResumableTrainer(Trainer):
             self._settle_state()
 
     def _settle_state(self) -> None:
-        """What was read is of then: intervals, where the best weights are. An evaluation may be still to be made."""
+        """Bring what the checkpoint holds up to date: intervals, and the place of the best weights. An evaluation may
+        still be missing."""
         state, saved = self.state, self._resumed_state
         state.compute_steps(self.args, state.max_steps)  # the intervals of the options, not those of the checkpoint
         if self.args.load_best_model_at_end and saved["best_model_checkpoint"]:
-            # Beside this one, wherever the run is now.
+            # In the same directory as this one, wherever the run is now.
             state.best_model_checkpoint = str(self._resumed.with_name(Path(saved["best_model_checkpoint"]).name))
         self.args.eval_on_start = self._evaluation_is_missing()
-        if not self.args.eval_on_start:  # or it may replace the best ones
+        if not self.args.eval_on_start:  # the missing evaluation may replace the best ones
             self._check_best()
 
     def _gone(self) -> UserError:
         return UserError(
-            f"{self._resumed}: files went while it was read, at step {self._resumed_state['global_step']}. Is another "
-            "process writing there? Resume again when it has ended."
+            f"{self._resumed}: files disappeared while it was read, at step {self._resumed_state['global_step']}. Is "
+            "another process writing there? Resume again when it has ended."
         )
 
     def _evaluation_is_missing(self) -> bool:
-        """Whether one was due at the step that is resumed from, and was not made: stopped by a signal, or an epoch's,
-        which comes after the checkpoint of its last step."""
+        """Whether an evaluation was due at the step that is resumed from and was not made: a signal stopped the run, or
+        it is an epoch's evaluation, which comes after the checkpoint of the epoch's last step."""
         args, state = self.args, self.state
         epoch, step, last = state.epoch or 0.0, state.global_step, state.global_step >= state.max_steps
         due = {
@@ -113,7 +114,7 @@ class ResumableTrainer(Trainer):
         return due and not is_evaluated(state)
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        """As transformers.Trainer's; one that is made up for after a resume counts like any other."""
+        """Like transformers.Trainer's, but a missing evaluation that a resume makes counts like any other."""
         made_up = skip_scheduler and self.state.global_step > 0
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not made_up)
         check_first_value(self.args, self.state, metrics)
@@ -128,18 +129,18 @@ class ResumableTrainer(Trainer):
         super()._load_best_model()
 
     def _check_best(self) -> None:
-        """UserError where the best weights are to be loaded at the end, and are not what was saved."""
+        """UserError if the best weights are to be loaded at the end, and are not as they were saved."""
         if not self.args.load_best_model_at_end or self.state.best_model_checkpoint is None:
             return
         best = Path(self.state.best_model_checkpoint)
         if reason := damage(best):
             raise UserError(
-                f"{best}: has the best weights of the run (by {evaluated_name(self.args)}), and {reason}. Put it back, "
+                f"{best}: has the best weights of the run (by {evaluated_name(self.args)}), but {reason}. Put it back, "
                 "or start a new run from the weights of another checkpoint (--model)."
             )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers.Trainer's, which would begin a step whatever the number of those that are made."""
+        """Like transformers.Trainer's, which would begin a step even if all have been made."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         if not self.control.should_training_stop:
@@ -150,11 +151,11 @@ class ResumableTrainer(Trainer):
         check_logged(self, logs, Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers.Trainer.save_model, but that it uploads nothing, as push_to_hub does; UserError instead of
-        weights that are not finite."""
+        """Like transformers.Trainer.save_model, but without uploading, which push_to_hub does. UserError if the weights
+        are not finite."""
         if _internal_call and self._saved == output_dir:
             return
-        if not _internal_call:  # a checkpoint has asked all processes
+        if not _internal_call:  # for a checkpoint, all processes have been asked already
             check_finite(self, everywhere=False)
         super().save_model(output_dir, _internal_call=True)
         self._saved = output_dir
@@ -167,15 +168,15 @@ class ResumableTrainer(Trainer):
             self.save_beside(checkpoint)
             self.save_model(str(checkpoint), _internal_call=True)
 
-        # Behind the weights the Trainer may wait for all processes, one of which may have failed there for good.
+        # A save of its own, because the Trainer may wait after the weights for a process that failed while saving them.
         self._saved = ""
-        self._finish_current_push()  # of a checkpoint that may be deleted now
+        self._finish_current_push()  # its checkpoint may be deleted now
         save_whole(self, checkpoint, save_weights, lambda: super(ResumableTrainer, self)._save_checkpoint(model, trial))
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():
             self._upload_checkpoint(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """As transformers.Trainer's; PEFT saves no generation config beside an adapter."""
+        """Like transformers.Trainer's, but with the generation config, which PEFT does not save with an adapter."""
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
@@ -187,10 +188,10 @@ class ResumableTrainer(Trainer):
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         try:
             super().init_hf_repo(*args, **kwargs)
-        except Exception as error:  # of huggingface_hub, of whichever network library it uses
+        except Exception as error:  # from huggingface_hub, or from the network library that it uses
             raise UserError(
                 f"--push_to_hub: the repository cannot be reached or made ({self._told(error)}). Log in (hf auth "
-                "login, or HF_TOKEN), see that HF_HUB_OFFLINE is not set, or leave --push_to_hub out."
+                "login, or HF_TOKEN), check that HF_HUB_OFFLINE is not set, or leave --push_to_hub out."
             ) from error
 
     def push_to_hub(
@@ -202,9 +203,9 @@ class ResumableTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers.Trainer's, of OF_THE_MODEL alone, and what is saved already is not saved again.
+        """Like transformers.Trainer's, but it uploads only OF_THE_MODEL, and saves nothing that is saved already.
 
-        An upload that fails does not end a run whose files are saved here."""
+        An upload that fails does not end the run, whose files are saved locally."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
@@ -223,11 +224,11 @@ class ResumableTrainer(Trainer):
         """Nothing: transformers.Trainer calls it before the checkpoint is whole, and would upload all of output_dir."""
 
     def _upload_checkpoint(self, checkpoint: Path) -> None:
-        """In the background, the model of a checkpoint, and where --hub_strategy asks for that the whole of it."""
+        """Upload in the background the model of a checkpoint and, if --hub_strategy asks for it, all of its files."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         options = {"token": self.args.hub_token, "revision": self.args.hub_revision, "run_as_future": True}
         message = f"Training in progress, step {self.state.global_step}"
-        files = [name for name in model_files(checkpoint) if name != "README.md"]  # which is PEFT's, with a path in it
+        files = [name for name in model_files(checkpoint) if name != "README.md"]  # PEFT's, which has a path in it
         jobs = [self._upload(checkpoint, message, allow_patterns=files, **options)]
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}
         if place := places.get(HubStrategy(self.args.hub_strategy)):
@@ -254,6 +255,6 @@ class ResumableTrainer(Trainer):
         say(f"--push_to_hub: {note}", error=True)
 
     def _told(self, error: Exception) -> str:
-        """The first line of what it says, without the token."""
+        """The first line of the error, without the token."""
         token = str(self.args.hub_token or "").strip()
         return first_line(error).replace(token, "…") if token else first_line(error)

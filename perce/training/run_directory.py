@@ -1,7 +1,7 @@
-"""The directory of a run: claimed by one process at a time, and resumed as the run that it is.
+"""The directory of a run: claimed by one process at a time, and resumed only as the run that it holds.
 
-.lock            of the process that writes here now, which .lock.holder names; ends with it
-run.json         what the options do not say of the run: a digest of its training pairs, what a step is
+.lock            held by the process that writes here now, until it ends; .lock.holder names it
+run.json         facts about the run besides its options: a digest of its training pairs, what a step is
 config.yaml      its options; a directory with it holds a run
 checkpoint-N/    see checkpoints.py
 complete.json    written last: the weights of a finished run as they were saved
@@ -38,31 +38,31 @@ LOCK = ".lock"
 MAY_CHANGE = frozenset(
     (
         "resume", "output_dir", "eval_steps", "save_steps", "logging_steps", "report_examples", "merge_adapter",
-        # How long: the schedule is from then on that of the new length.
+        # The length of training: from then on the schedule is that of the new length.
         "max_steps", "num_train_epochs",
-        # How a step is cut and computed, which is the same up to rounding; what it is, FACTS hold.
+        # How a step is divided and computed: the result is the same up to rounding. What a step is, is in FACTS.
         "per_device_train_batch_size", "gradient_accumulation_steps", "packing", "precision", "attn_implementation",
         "backend", "activation_checkpointing", "activation_offload", "mlp_tile", "share",
         "branches_per_forward",
     )
 )  # fmt: skip
-"""Options that may be others when a run is resumed: they leave what is trained, on what and in which order as it is."""
+"""Options that may change when a run is resumed: they do not change what is trained, on which data, in which order."""
 MAY_CHANGE_OF_TRAINER = (
     "log", "save_", "report_to", "run_name", "project", "trackio", "hub_", "push_to_hub", "disable_tqdm", "use_cpu",
     "eval_on_start", "dataloader_num_workers", "dataloader_p", "ddp_", "torch_compile", "tf32", "skip_memory_metrics",
 )  # fmt: skip
-"""Beginnings of the names of TrainingArguments fields of which the same is true."""
+"""Beginnings of the names of TrainingArguments fields that may change likewise."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A directory that is ours until the process ends, and what is to be done there."""
+    """A directory that is this process's until it ends, and what is to be done there."""
 
     output_dir: Path
     checkpoint: Path | None = None
-    """To resume from; None: from the beginning."""
+    """The checkpoint to resume from; None: training starts from the beginning."""
     note: str = ""
-    """What the user is told of it."""
+    """What the user is told about it."""
     finished: bool = False
 
 
@@ -73,18 +73,18 @@ def numbered(name: str) -> Iterator[Path]:
 
 
 def free_directory(name: str) -> Path:
-    """The first of them that holds no run."""
+    """The first of the numbered directories that holds no run."""
     return next(path for path in numbered(name) if not (path / CONFIG_NAME).exists())
 
 
 @contextlib.contextmanager
 def claimed(config: TrainOptions, name: str | None = None) -> Iterator[Claim]:
-    """The run directory, locked, writable and not another run's: found out before anything expensive happens.
+    """The run directory, locked, writable and not another run's; checked before anything expensive happens.
 
-    name: the first directory of this name that is free, instead of config.run.output_dir.
+    name: use the first free directory of this name instead of config.run.output_dir.
 
     Raises:
-        UserError: a directory that another process writes to, or that holds another run than is asked for.
+        UserError: another process writes to the directory, or it holds another run than the one asked for.
     """
     from perce.training.parallel import found_by_first  # imports torch
 
@@ -108,7 +108,7 @@ def _claim(config: TrainOptions, name: str | None, stack: contextlib.ExitStack) 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Where nothing was written to a directory that was made for it, there is none afterwards."""
+    """Make the directory if need be and lock it. A directory made here is removed afterwards if it stayed empty."""
     made = list(itertools.takewhile(lambda directory: not directory.exists(), (path, *path.parents)))
     with contextlib.ExitStack() as held:
         held.callback(_remove_empty, made)
@@ -121,27 +121,28 @@ def _lock(path: Path) -> Iterator[None]:
                 held.callback(_unlink_alone, path)
         except OSError as error:
             raise UserError(
-                f"--output_dir {path}: cannot be written to ({error.strerror or error}). Choose a directory you can "
-                "write to."
+                f"--output_dir {path}: cannot be written to ({error.strerror or error}). Choose a directory that you "
+                "can write to."
             ) from error
         yield
 
 
 def _unlink_alone(directory: Path) -> None:
-    """Remove the lock where there is nothing else, while it is held: nobody waits for it, who would hold none then."""
+    """Remove the lock file if nothing else is there. The lock is still held, and nobody waits for it, so nobody is left
+    with a lock on a removed file."""
     with contextlib.suppress(OSError):
         if all(file.name.startswith(LOCK) for file in directory.iterdir()):
             (directory / LOCK).unlink()
 
 
 def _remove_empty(directories: list[Path]) -> None:
-    with contextlib.suppress(OSError):  # the first that is not empty
+    with contextlib.suppress(OSError):  # ends at the first that is not empty
         for directory in directories:
             directory.rmdir()
 
 
 def _what_to_do(config: TrainOptions, path: Path) -> Claim:
-    """Of a directory that is locked: begin, begin again, resume, or nothing."""
+    """What is to be done in a locked directory: begin, begin again, resume, or nothing."""
     holds_run, saved = (path / CONFIG_NAME).exists(), checkpoints(path)
     if saved and not holds_run:
         raise UserError(
@@ -171,19 +172,19 @@ def _what_to_do(config: TrainOptions, path: Path) -> Claim:
 
 
 def _changes(path: Path, config: TrainOptions) -> dict[str, tuple[Any, Any]]:
-    """{option: (what it was when the run began, what it is now)}; UserError for what would make another run of it."""
+    """{option: (its value when the run began, its value now)}; UserError for a change that makes it another run."""
     try:
         saved = TRAIN.build(read_yaml(str(path / CONFIG_NAME))).to_dict()
     except UserError as error:
         raise UserError(f"{path / CONFIG_NAME}: the options of the run cannot be read: {error}") from error
     now = config.to_dict()
-    # Left open now, as in a recipe that leaves it to perce: as it was.
+    # An option that is None now, as in a recipe that leaves it to perce, keeps its old value.
     differing = [name for name in {**saved, **now} if now.get(name) not in (None, saved.get(name))]
     for name in differing:
         of_trainer = name in config.extra and name.startswith(MAY_CHANGE_OF_TRAINER)
         order = name == "dataloader_num_workers" and config.data.streaming
         if name == "num_train_epochs" and config.run.max_steps > 0:
-            raise UserError(f"--resume: num_train_epochs has no effect beside max_steps {config.run.max_steps}.")
+            raise UserError(f"--resume: num_train_epochs has no effect with max_steps {config.run.max_steps}.")
         if order or not (name in MAY_CHANGE or of_trainer):
             raise UserError(
                 f"--resume: {name} is {now[name]!r} now and was {saved.get(name, 'not given')!r} when the run began. "
@@ -194,7 +195,8 @@ def _changes(path: Path, config: TrainOptions) -> dict[str, tuple[Any, Any]]:
 
 
 def begin(claim: Claim, config: TrainOptions, facts: Mapping[str, Any], kept: Mapping[str, str | None]) -> None:
-    """Write what the run is, before its first step here; `kept`: what else it keeps, by file; None: no such file."""
+    """Write the run's options and facts before its first step here. `kept`: texts of other files by name; None: delete
+    this file."""
     for name, text in {LIST: None, FACTS: json.dumps(facts, indent=1) + "\n", **kept}.items():
         if text is None:
             (claim.output_dir / name).unlink(missing_ok=True)
@@ -205,7 +207,7 @@ def begin(claim: Claim, config: TrainOptions, facts: Mapping[str, Any], kept: Ma
 
 
 def check_facts(claim: Claim, facts: Mapping[str, Any], steps: int) -> None:
-    """UserError where a run that is resumed would be trained on other pairs, in other steps, or to an earlier end.
+    """UserError if a run that is resumed would be trained on other pairs, in other steps, or to an earlier end.
 
     steps: of the whole run.
     """
@@ -219,15 +221,18 @@ def check_facts(claim: Claim, facts: Mapping[str, Any], steps: int) -> None:
         raise UserError(f"--resume: {path} cannot be read ({error!r}). Put it back, or start a new run.") from error
     for name, (then, now) in differing.items():
         if name in ("step", "steps_an_epoch"):
-            was, what = f"{then} when the run began", "a step is" if name == "step" else "the steps an epoch are"
+            was, what = (
+                f"{then} when the run began",
+                "a step is" if name == "step" else "the number of steps per epoch is",
+            )
             raise UserError(
                 f"--resume: {what} {now} now, and was {was} (all processes together; {os.environ.get('WORLD_SIZE', 1)} "
                 "now). Set --gradient_accumulation_steps, --per_device_train_batch_size and --share so that it is the "
                 "same."
             )
         raise UserError(
-            f"--resume: the {name.replace('_', ' ')} are not those that the run began with: rows or tokenizer have "
-            "changed. Put them back, or start a new run."
+            f"--resume: the {name.replace('_', ' ')} are not those that the run began with: the rows or the tokenizer "
+            "have changed. Put them back, or start a new run."
         )
     if steps < (step := step_of(claim.checkpoint)):
         raise UserError(

@@ -1,24 +1,24 @@
-"""Which examples make a batch, and the order of the batches, which (seed, epoch) decides alone.
+"""Which examples make a batch, and the order of the batches, which depends only on (seed, epoch).
 
-TokenBatches: under a token budget, sequences of similar length together.
+TokenBatches: batches under a token budget, of sequences of similar length.
 
     sort by length → buckets whose longest sequence is at most a tenth longer than the shortest
     each epoch: shuffle every bucket, cut it into batches of budget // longest sequences, shuffle the batches
 
-What a bucket leaves over joins the next, longer one, so that a single batch of the epoch is not full.
+Sequences left over from a bucket join the next, longer one, so only one batch of the epoch is not full.
 
-ReplyBatches: a number of replies, those of a conversation together, or up to so many of a persona.
+ReplyBatches: batches of a number of replies, with those of a conversation, or several of a persona, together.
 
     cut conversations of more replies than a batch has → pack pieces into batches, by how many replies they have
     each epoch: shuffle the pieces of a size among the places of that size, shuffle the batches
 
-Of a persona the conversations follow each other in an order that each epoch draws, before they are cut.
+The conversations of a persona are first joined, in an order that each epoch draws, and then cut.
 
-A batch with room for more than a quarter of its replies, into which no whole piece fits, is filled with the beginning
-of one: a step would else hold far fewer replies than it was asked to.
+If more than a quarter of a batch is empty and no whole piece fits, the batch is filled with the beginning of a piece:
+otherwise a step would hold far fewer replies than it was asked to.
 
-How many batches there are follows from the lengths, or from the numbers of replies, alone: it is the same in every
-epoch, which the Trainer relies on.
+The number of batches depends only on the lengths, or on the numbers of replies, so it is the same in every epoch, which
+the Trainer relies on.
 """
 
 import itertools
@@ -30,18 +30,18 @@ from typing import NamedTuple
 
 from torch.utils.data import Sampler
 
-BUCKET_RATIO = 1.1  # longest ÷ shortest of a bucket: at most 9 % padding, but for what a shorter bucket left over
+BUCKET_RATIO = 1.1  # longest ÷ shortest of a bucket: at most 9 % padding, except for sequences left over from another
 Batches = list[list[int]]
 
 
 class SeededBatches(Sampler[list[int]]):
     """The batches of one process, lists of indices, whose order the seed and the epoch decide.
 
-    All processes draw the same batches and take turns: batches k·ranks … (k + 1)·ranks − 1 are the k-th of each. Where
-    they do not come out even, the first few of the epoch are dealt again, so that no process waits for another.
+    All processes draw the same batches and take turns: batches k·ranks … (k + 1)·ranks − 1 are the k-th of each. If
+    the number does not divide evenly, the first few of the epoch are used again, so that no process waits for another.
 
     Args:
-        seed: decides, with the epoch, the order; `set_epoch` is called by the Trainer, also after a resume.
+        seed: decides the order, together with the epoch. The Trainer calls `set_epoch`, also after a resume.
         rank, ranks: this process and how many there are.
     """
 
@@ -69,16 +69,16 @@ class SeededBatches(Sampler[list[int]]):
 
     @abstractmethod
     def _drawn(self, rng: random.Random) -> Batches:
-        """An epoch's batches, of all processes."""
+        """An epoch's batches for all processes."""
 
 
 class TokenBatches(SeededBatches):
-    """Batches whose number of units × longest is at most the budget; a longer unit is alone.
+    """Batches whose (number of units × longest unit) is at most the budget; a unit beyond the budget is alone.
 
     Args:
         lengths: tokens of each unit.
-        budget: tokens of a batch, padding included.
-        units: indices of the examples that are one row, or one tree, together; default: each by itself.
+        budget: tokens of a batch, including padding.
+        units: indices of the examples that form one row, or one tree; default: each example is a unit.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class Part(NamedTuple):
 
 
 class ReplyBatches(SeededBatches):
-    """Batches of at most `replies` examples: whole conversations, pieces of those that have more, and what fills up.
+    """Batches of at most `replies` examples: whole conversations, pieces of longer ones, and beginnings that fill up.
 
     Args:
-        units: of each persona its conversations, or conversations by themselves, which are lists of indices.
-        together: examples of a unit that are dealt together at most; default: as many as a batch has.
+        units: lists of conversations, which are lists of indices: all those of a persona, or one by itself.
+        together: at most so many examples of a unit are put together; default: as many as a batch has.
     """
 
     def __init__(
@@ -140,21 +140,21 @@ class ReplyBatches(SeededBatches):
 
 
 def pieces(conversations: Iterable[Sequence[int]], replies: int) -> Iterator[list[int]]:
-    """Conversations, of which those with more replies are cut into consecutive pieces of so many, and a rest."""
+    """The conversations; those with more than `replies` are cut into consecutive pieces of `replies`, and a rest."""
     for indices in conversations:
         yield from (list(indices[start : start + replies]) for start in range(0, len(indices), replies))
 
 
 def drawn_pieces(units: Iterable[Sequence[Sequence[int]]], replies: int, rng: random.Random) -> Iterator[list[int]]:
-    """Pieces of units, the conversations of each in an order that is drawn. How many have which size, it does not
-    change."""
+    """Pieces of units, with the conversations of each unit in a drawn order. The order does not change how many pieces
+    have which size."""
     drawn = (itertools.chain(*rng.sample(unit, len(unit))) for unit in units)
     yield from pieces(map(list, drawn), replies)
 
 
 def places(counts: Mapping[int, int], replies: int) -> list[list[Part]]:
-    """Batches of at most `replies`, of so many pieces of each size: the largest first, then whatever fits; where none
-    does and more than a quarter is empty, the beginning of a smallest one, whose rest is a piece by itself."""
+    """Batches of at most `replies`, from counts[size] pieces of each size: the largest first, then whatever fits. If
+    none fits and more than a quarter is empty, the beginning of a smallest one; its rest becomes a piece by itself."""
     left: list[list[Part]] = [[] for _ in range(replies + 1)]  # by how many replies they still have
     for size, count in counts.items():
         left[size] = [Part(size, number, 0, size) for number in range(count)]
@@ -173,7 +173,7 @@ def places(counts: Mapping[int, int], replies: int) -> list[list[Part]]:
 
 
 def in_order(conversations: Iterable[Sequence[int]], replies: int) -> Batches:
-    """Batches of at most so many examples without chance: conversation after conversation, each whole if it can be."""
+    """Batches of at most `replies` examples in a fixed order: conversation by conversation, each whole if it fits."""
     batches: Batches = []
     for piece in pieces(conversations, replies):
         if not batches or len(batches[-1]) + len(piece) > replies:
@@ -183,13 +183,13 @@ def in_order(conversations: Iterable[Sequence[int]], replies: int) -> Batches:
 
 
 def dealt(batches: Batches, rank: int, ranks: int) -> Batches:
-    """Those of one process, equally many for each: the first few are dealt again where they do not come out even."""
+    """The batches of one process. Each has the same number: if it does not divide evenly, the first are used again."""
     even = len(batches) + -len(batches) % ranks
     return list(itertools.islice(itertools.cycle(batches), rank, even, ranks))
 
 
 def _buckets(lengths: Sequence[int], budget: int) -> list[tuple[list[int], int]]:
-    """(indices, units a batch) from the shortest to the longest."""
+    """(indices, units per batch) from the shortest to the longest."""
     buckets: Batches = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         if not buckets or lengths[index] > BUCKET_RATIO * lengths[buckets[-1][0]]:

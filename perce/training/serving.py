@@ -1,4 +1,4 @@
-"""What a saved run brings along so that it can be asked without this package: chat template and end of turn."""
+"""What is saved with a run so that it can be prompted without perce: chat template and end of turn."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from perce.data.stream import PairStream
 from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
 
-# Before a chat template: where the variable `persona` is given, it is put into the messages as in training. Names in
-# capitals are replaced by texts, PLACED by what depends on where the persona stands.
+# Put before a chat template: if the variable `persona` is given, it is put into the messages as in training. Names in
+# capitals are replaced by texts, PLACED by the lines for the place of the persona.
 _PERSONA = """{%- if persona is defined and persona %}
 {%- set told = namespace(text=HEADER) %}
 {%- for entry in ([persona] if persona is string else persona) if entry is string and entry | trim %}
@@ -37,9 +37,9 @@ _WITHOUT_ROLE = """{%- set first = own ~ '\\n\\n' ~ others[0].content %}
 def serve_as_trained(model: Any, tokenizer: Any, dataset: Any, data: Any) -> None:
     """Complete what will be saved, from the dataset that is trained on and its options (DataConfig).
 
-    The token that ends a trained reply joins the generation config's: a base model whose own end of sequence is another
-    would else never stop. A tokenizer without a chat template is given the one that its prompts are rendered with, and
-    the template takes the persona as a variable.
+    The token that ends a trained reply is added to the generation config's ends: otherwise a base model with another
+    end of sequence would never stop. A tokenizer without a chat template is given the one that its prompts are rendered
+    with, and the template takes the persona as a variable.
     """
     config, end = getattr(unwrapped(model), "generation_config", None), end_of_reply(dataset)
     if config is None or end is None:
@@ -54,14 +54,14 @@ def serve_as_trained(model: Any, tokenizer: Any, dataset: Any, data: Any) -> Non
     keys = data.prompt_style()
     if keys:
         tokenizer.init_kwargs[STYLE] = keys
-    with suppress(UserError):  # pairs that were made elsewhere need no template that we can use
+    with suppress(UserError):  # pairs that were made elsewhere need no template that perce can use
         chat_format = ChatFormat(tokenizer, data.template_kwargs(), style=PromptStyle.of(keys) if keys else None)
         tokenizer.chat_template = with_persona(tokenizer, chat_format)
 
 
 def _check_generation(config: Any) -> None:
-    """A config that asks for sampling but is not set to (temperature beside do_sample=False) is; UserError for one that
-    transformers would refuse to save for another reason, when all is computed."""
+    """Turn sampling on if the config asks for it but has it off (a temperature with do_sample=False). UserError for a
+    config that transformers would refuse to save for another reason, after all is computed."""
     try:
         config.validate(strict=True)
     except ValueError:
@@ -75,7 +75,7 @@ def _check_generation(config: Any) -> None:
 
 
 def end_of_reply(dataset: Any) -> int | None:
-    """The last token of its replies; None of documents, and where that is not known beforehand."""
+    """The last token of the dataset's replies; None for documents, and if it is not known beforehand."""
     if isinstance(dataset, PairStream):
         chat_format = getattr(dataset.source.builder, "chat_format", None)
         return None if chat_format is None else chat_format.end_of_turn
@@ -90,11 +90,11 @@ def takes_persona(template: Any) -> bool:
 
 
 def with_persona(tokenizer: Any, chat_format: ChatFormat) -> Any:
-    """The tokenizer's chat template(s), which take the variable `persona`, a text or a list of them; as they are where
-    that would not render what is trained on, or where they have that variable already."""
+    """The tokenizer's chat template(s), extended by the variable `persona`, a text or a list of texts. They are
+    unchanged if that would not render what is trained on, or if they have that variable already."""
     named = tokenizer.chat_template
     template = named if isinstance(named, str) else named["default"]
-    if takes_persona(template):  # of the run that this one goes on from
+    if takes_persona(template):  # added by the run that this one continues
         template = template.partition(_PERSONA[-9:])[2]
     if re.search(r"\bpersona\b", template):
         return named

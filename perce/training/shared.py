@@ -1,5 +1,5 @@
-"""What the replies of a conversation, or the requests of a persona, share in a run: whether they can, and how many
-tokens are computed for it."""
+"""What the replies of a conversation, or the requests of a persona, share in a run: whether they can share, and how
+many tokens are computed."""
 
 import bisect
 import random
@@ -29,20 +29,20 @@ WHOLE = MemoryConfig()
 
 
 def shared_by(model: Any, args: Any, *datasets: Any) -> tuple[Sharing, str]:
-    """What the examples of these datasets share under a prepared model, the same on every process; and where that is
-    not all, why."""
+    """What the examples of these datasets share with a prepared model, the same on every process; and if that is not
+    everything, why."""
     memory = args.memory
     if args.data.share == "none" or not any(has_shared(dataset, memory) for dataset in datasets):
         return "none", ""
     if reason := shares_nothing(unwrapped(model).config):
         return "none", reason
     if args.neftune_noise_alpha:
-        return "none", "the noise of neftune_noise_alpha follows the length of a row"
+        return "none", "the noise of neftune_noise_alpha depends on the length of a row"
     if memory.on_trunks and router_of(model, args.loss.router_aux_loss_coef):
-        return "none", "behind a persona that is run by itself experts are balanced by each row's own tokens"
+        return "none", "if a persona is run by itself, experts are balanced over each row's own tokens"
     chains_alone = {
         "FSDP and DeepSpeed place the weights later, so that branches cannot be tried": shards_weights(args),
-        "packed, sequences are told apart by where they begin (packing)": args.packing,
+        "packed sequences are told apart by where they begin (packing)": args.packing,
         "branches would be compiled anew for each batch (torch_compile)": args.torch_compile,
     }
     if reason := next((why for why, so in chains_alone.items() if so), ""):
@@ -53,15 +53,15 @@ def shared_by(model: Any, args: Any, *datasets: Any) -> tuple[Sharing, str]:
 
 
 def _of_persona(sharing: Sharing, reason: str, memory: MemoryConfig) -> tuple[Sharing, str]:
-    """Requests of a persona are no chains: these share it where it runs by itself alone."""
+    """Requests of a persona are not chains: without branches they share the persona only if it runs by itself."""
     if sharing == "chains" and memory.share_persona and not memory.on_trunks:
         return "none", f"{reason}; without --share_persona, replies of a conversation share what they can"
     return sharing, reason
 
 
 def has_shared(dataset: Any, memory: MemoryConfig) -> bool:
-    """Whether a conversation, or a persona, has several examples there that may be dealt together; of a stream, whether
-    one may have."""
+    """Whether a conversation, or a persona, has several examples in this dataset that may be in one batch; for a
+    stream, whether it may have."""
     if memory.share_persona == 1:
         return False
     if isinstance(dataset, Mapping):
@@ -77,25 +77,25 @@ def whole_units(dataset: Any, memory: MemoryConfig) -> list[list[int]]:
 
 
 def dealt_units(dataset: Any, memory: MemoryConfig, seed: int = 0) -> list[list[int]]:
-    """Indices of the examples that are dealt together: of a conversation, or up to --share_persona of one persona, as
-    the seed draws them."""
+    """Indices of the examples that are put together: those of a conversation, or up to --share_persona of one persona,
+    as the seed draws them."""
     most = memory.share_persona or len(dataset)
     return list(drawn_pieces(personas(dataset, memory.unit), most, random.Random(seed)))
 
 
 class Unit(NamedTuple):
-    """Examples that are one row, or one tree, and the factual tokens that are computed for them."""
+    """Examples that form one row, or one tree, and the number of factual tokens that are computed for them."""
 
     indices: list[int]
     tokens: int
 
 
 def units(dataset: Any, budget: int, sharing: Sharing, memory: MemoryConfig = WHOLE, seed: int = 0) -> list[Unit]:
-    """What batches under a token budget are made of, of dealt_units.
+    """The units that make batches under a token budget, from dealt_units.
 
-    chains     the sequences of one row, which is as long as the longest of them: rows are padded to each other
-    branches   all of them, whose segments stand one after the other; where that is more than the budget, consecutive
-               pieces of as many as it holds, at least one
+    chains     the sequences of one row, which is as long as the longest of them; rows are padded to the same length
+    branches   all sequences, with their segments one after the other; if that exceeds the budget, consecutive pieces of
+               as many as fit, at least one
     """
     inputs, found = _inputs(dataset), []
     if memory.on_trunks and sharing == "chains":  # persona and requests, one after the other
@@ -124,14 +124,15 @@ def _within(budget: int, indices: list[int], tokens_of: Callable[[list[int]], in
 
 
 def largest_batch(dataset: Any, replies: int, sharing: Sharing, memory: MemoryConfig = WHOLE) -> int:
-    """Factual tokens, padding included, that a batch of so many examples has at most: of ReplyBatches where they share,
-    from what pieces of as many replies have at most. Of a persona's requests it is no bound: of one draw of them."""
+    """The most factual tokens, including padding, in a batch of so many examples. If examples share tokens, it is for
+    ReplyBatches, from the most that pieces of each size have. For requests of a persona it is not a bound, but the
+    number of one draw."""
     if memory.on_trunks and sharing == "chains":
         sharing = "branches"
     if sharing == "none":
         return replies * max(sequence_lengths(dataset))
     inputs, longest = _inputs(dataset), 0
-    most: dict[int, int] = defaultdict(int)  # of pieces by their replies: rows of chains, or tokens
+    most: dict[int, int] = defaultdict(int)  # rows of chains, or tokens, by the number of replies of a piece
     counts: Counter[int] = Counter()
     for piece in pieces(dealt_units(dataset, memory), replies):
         lengths = _lengths(inputs, piece, sharing)
@@ -154,25 +155,25 @@ def _inputs(dataset: Any) -> list[Any]:
 def _segmented(
     inputs: Sequence[Any], indices: Sequence[int], sharing: Sharing
 ) -> tuple[list[Segment], list[Path]]:  # fmt: skip
-    """Of examples that are one unit's."""
+    """The segments and paths of examples of one unit."""
     return segmented([inputs[index] for index in indices], [0] * len(indices), sharing)
 
 
 def _lengths(inputs: Sequence[Any], indices: Sequence[int], sharing: Sharing) -> list[int]:
-    """Of the segments."""
+    """The lengths of the segments of examples of one unit."""
     if len(indices) == 1:
         return [len(inputs[indices[0]])]
     return [len(segment.ids) for segment in _segmented(inputs, indices, sharing)[0]]
 
 
 def tokens_of(batch: Batch, counterfactual: bool) -> Tensor:
-    """(2,) inputs of the passes that an objective makes: those that are computed, and those that its examples have."""
+    """(2,) numbers of input tokens in the passes that an objective makes: computed ones, and those of its examples."""
     uses = batch["uses"]
     return batch["tokens"] if counterfactual else torch.stack([(uses > 0).sum(), uses.sum()])
 
 
 class Counted(NamedTuple):
-    """Tokens of some batches, and the replies in them that share none with another."""
+    """Tokens of some batches, the number of their replies, and how many of these share no tokens with another."""
 
     computed: int
     needed: int
@@ -186,7 +187,7 @@ class Counted(NamedTuple):
 def counted(
     batches: Iterable[Sequence[int]], dataset: Any, collate: Callable[..., Batch], counterfactual: bool
 ) -> Counted:  # fmt: skip
-    """What is computed of batches, which are made for that."""
+    """Count the tokens that are computed for batches, which are collated to find out."""
     computed, replies, alone = torch.zeros(2, dtype=torch.int64), 0, 0
     for batch in batches:
         made = collate([dataset[index] for index in batch])

@@ -1,4 +1,4 @@
-"""What a run tells: the lines at its start, the progress while it runs, the report and the table at its end."""
+"""The output of a run: the lines at its start, the progress while it runs, the report and the table at its end."""
 
 import itertools
 import zipfile
@@ -48,19 +48,19 @@ DOCUMENT_LOSSES = {
     "pir_mean": "mean log-ratio",
 }
 BAR = ("on_train_begin", "on_step_end", "on_prediction_step", "on_train_end")  # events of the progress bar alone
-COUNTED_BATCHES = 50  # of which the tokens are counted before training: a second or two
-SHOWN_TOKENS = 1500  # of a document in the report, at its end, where long and short context differ
+COUNTED_BATCHES = 50  # batches whose tokens are counted before training, in a second or two
+SHOWN_TOKENS = 1500  # tokens of a document that the report shows: its end, where long and short context differ
 
 
 def loss_labels(format: str) -> dict[str, str]:
-    """Names of the evaluation's numbers for rows of this format; of documents the long context is the "persona"."""
+    """Names of the evaluation's numbers for rows of this format; in documents the long context is the "persona"."""
     return DOCUMENT_LOSSES if format == "text" else LOSSES
 
 
 class Progress(ProgressCallback):
-    """The Trainer's progress bar with one readable line a log; keeps the first and the latest evaluation.
+    """The Trainer's progress bar with one readable line per log; keeps the first and the latest evaluation.
 
-    The first is kept on disk too: a resumed run shows the same "before".
+    The first is also kept on disk, so that a resumed run shows the same "before".
     """
 
     def __init__(self, output_dir: Path, labels: Mapping[str, str]) -> None:
@@ -73,7 +73,7 @@ class Progress(ProgressCallback):
         self._trainer: PerceTrainer | None = None
 
     def attach(self, trainer: PerceTrainer, resumed: bool) -> None:
-        """Take the place of the Trainer's own reporters; what a run that is resumed has evaluated is read now."""
+        """Replace the Trainer's own reporters; in a run that is resumed, read the first evaluation."""
         self._trainer = trainer
         if trainer.args.disable_tqdm:
             for event in BAR:
@@ -85,31 +85,31 @@ class Progress(ProgressCallback):
                 trainer.remove_callback(callback)
 
     def first_evaluation(self) -> tuple[dict[str, float], list[TokenStatistics]]:
-        """(metrics, statistics) before training; both empty where nothing was evaluated then (eval_on_start false)."""
+        """(metrics, statistics) before training; both empty if nothing was evaluated then (eval_on_start false)."""
         return self._before
 
     def _read(self) -> tuple[dict[str, float], list[TokenStatistics]]:
-        """What is kept; nothing, and a line on stderr, where it is damaged: the run does without."""
+        """The first evaluation from the disk. If the file is damaged, stderr says so, and the run continues without."""
         try:
             with zipfile.ZipFile(self._first) as archive:
-                if part := archive.testzip():  # by its checksum, which torch does not look at
+                if part := archive.testzip():  # torch does not look at the checksums
                     raise ValueError(f"{part} has changed")
             saved = torch.load(self._first, weights_only=True)
             return saved["metrics"], [TokenStatistics(**fields) for fields in saved["statistics"]]
         except Exception as error:  # whatever damage raises
-            say(f"{self._first}: damaged ({first_line(error)}); nothing is told of before training.", error=True)
+            say(f"{self._first}: damaged ({first_line(error)}); no numbers from before training are shown.", error=True)
             return {}, []
 
     def before_and_after(self) -> dict[str, list[float]]:
-        """The validation's numbers by label: before training where that was evaluated, and after."""
+        """The validation's numbers by label: before training if it was evaluated then, and after."""
         parts = [part for part in (self.first_evaluation()[0], self.after) if part]
         return {label: [part[f"eval_{name}"] for part in parts] for name, label in self.labels.items()}
 
     def evaluate_what_is_saved(self, trainer: PerceTrainer) -> None:
-        """The numbers of the weights as they are after training, where they are not known yet.
+        """Evaluate the weights as they are after training, if their numbers are not known yet.
 
-        Those of an earlier step, the best, are not logged: at the last step the log and the curves have the last ones.
-        Nor are those that the log of a run that was resumed has already.
+        If they are those of an earlier step, the best, their numbers are not logged: at the last step the log and the
+        curves have the last weights' numbers. Numbers that a resumed run's log already has are not logged again.
         """
         best = kept_step(trainer) is not None
         if best or (self.evaluated_at != trainer.state.global_step and is_evaluated(trainer.state)):
@@ -163,7 +163,7 @@ def describe_run(
     config: TrainOptions, model: nn.Module, args: TrainingArguments, pairs: RunPairs, router: Router | None,
     sharing: Sharing,
 ) -> None:  # fmt: skip
-    """What is about to be trained on what, and everything that was left out of the data."""
+    """Print what is about to be trained, on which data, and everything that was left out of the data."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     method = f"LoRA r {config.model.lora_r}" if config.model.lora_r else "all weights"
@@ -186,8 +186,8 @@ def describe_run(
     longest = longest_sequence({"train": pairs.train, "validation": pairs.validation}, config.data.max_length)
     if needs_long_factors(model.config, longest):
         say(
-            f"       sequences of up to {longest:,} tokens, beyond {switch_length(model.config):,}: the position "
-            "encoding (longrope) takes its long factors for all of them, the short ones too"
+            f"       sequences have up to {longest:,} tokens, beyond {switch_length(model.config):,}: the position "
+            "encoding (longrope) uses its long factors for all of them, also for short ones"
         )
     tokens = config.run.tokens_per_batch
     balance = f" + {router.coefficient:g} × the router's load-balancing loss" if router else ""
@@ -202,7 +202,7 @@ def describe_run(
 
 
 def describe_sharing(trainer: PerceTrainer) -> None:
-    """What the replies of a conversation share, and what that saves in the first batches."""
+    """Print what the replies of a conversation share, and what that saves in the first batches."""
     dataset, sharing, reason = trainer.train_dataset, trainer.sharing, trainer.not_all_shared
     saved = ""
     if sharing != "none" and isinstance(dataset, Dataset):
@@ -214,16 +214,14 @@ def describe_sharing(trainer: PerceTrainer) -> None:
         which = f"the first {len(first)} of {len(loader)} batches" if len(first) < len(loader) else "an epoch"
         saved = f": in {which} {tokens}; {tokens.alone:,} of {tokens.replies:,} replies share none"
     if sharing != "none":
-        how = {"chains": "where one begins with another", "branches": "what they begin with"}[sharing]
+        how = {"chains": "earlier ones that they begin with", "branches": "the tokens that they begin with"}[sharing]
         if (memory := trainer.args.memory).share_persona:
-            who, how = f"up to {memory.share_persona} requests of a persona", "what they begin with"
+            who, how = f"up to {memory.share_persona} requests of a persona", "the tokens that they begin with"
         else:
             who = "replies of a conversation"
-        say(f"share  {who}, {how}{saved}")
+        say(f"share  {who} share {how}{saved}")
     if sharing == "none" and trainer.args.memory.share_persona > 1:
-        reason = (
-            reason or "no two prompts are the same through the persona's end, as where passages are picked for each"
-        )
+        reason = reason or "no two prompts are the same up to the persona's end (passages may be picked for each)"
     if reason:
         say(f"{'share  nothing' if sharing == 'none' else '       no more'}: {reason}")
 
@@ -278,7 +276,7 @@ def write_run_report(
 
 
 def _marked(trainer: PerceTrainer) -> tuple[int, str] | None:
-    """The step that the curves mark: that of the weights which are saved, or of the best of several evaluations."""
+    """The step that the curves mark: that of the saved weights, or of the best of several evaluations."""
     if (kept := kept_step(trainer)) is not None:
         return kept, "saved"
     log = trainer.state.log_history
@@ -287,17 +285,17 @@ def _marked(trainer: PerceTrainer) -> tuple[int, str] | None:
 
 
 def evenly_spread(indices: Sequence[int], count: int) -> list[int]:
-    """`count` of the indices, or all: of eight, three are the first, the third and the sixth."""
+    """`count` of the indices, or all: three of eight are the first, the third and the sixth."""
     count = min(count, len(indices))
     return [indices[place * len(indices) // count] for place in range(count)]
 
 
 def left_out_of_stream(pairs: RunPairs, args: PerceArguments) -> list[str]:
-    """What a stream has left out, as far as this process has read it itself."""
+    """What a stream has left out, if this process has read it itself."""
     if pairs.source is None:
         return []
     if args.dataloader_num_workers:
-        return ["not counted: the stream was read by --dataloader_num_workers processes of their own"]
+        return ["not counted: other processes (--dataloader_num_workers) read the stream"]
     return pairs.source.notes(f" (in this process's share, one of {args.world_size})" if args.world_size > 1 else "")
 
 
@@ -305,7 +303,7 @@ def print_result(
     output_dir: Path, trainer: PerceTrainer, pairs: RunPairs, progress: Progress, findings: Sequence[str],
     computed: tuple[int, int], *, resumed: bool,
 ) -> None:  # fmt: skip
-    """The table at the end, and what its numbers say."""
+    """Print the table at the end, and what its numbers mean."""
     before, after = progress.first_evaluation()[0], progress.after
     losses = table("validation", "before", "after", "change")
     for name, label in progress.labels.items():

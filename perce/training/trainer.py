@@ -1,9 +1,10 @@
-"""PerceTrainer: a transformers.Trainer whose step is two forwards and one fused loss.
+"""PerceTrainer: a transformers.Trainer whose step is two forward passes and one fused loss.
 
     counterfactual hidden states (no grad, eval mode) → factual hidden states → fused_perce_loss, inside the head →
     backward
 
-Everything else (optimiser, schedule, accumulation, loggers, DDP) is the Trainer's; checkpoints, resume: resumable.py.
+Everything else (optimiser, schedule, accumulation, loggers, DDP) is the Trainer's. Checkpoints and resuming are in
+resumable.py.
 """
 
 import copy
@@ -67,20 +68,20 @@ from perce.training.shared import has_shared, shared_by, tokens_of, whole_units
 
 
 class PerceTrainer(ResumableTrainer):
-    """Fine-tunes a causal language model with PerCE, or another of perce/objectives.py, on token pairs.
+    """Fine-tunes a causal language model with PerCE, or another objective of perce/objectives.py, on token pairs.
 
     Args:
         model: a causal language model, or its directory or Hub id; prepared by model/patch.py if need be.
         args: PerceArguments.
         train_dataset, eval_dataset: `datasets` with the columns of a data.pairs.Pair or data.documents.DocumentPair,
-            or raw rows in any supported format; for training also a PairStream, for evaluation a dict of them.
+            or raw rows in any supported format. For training also a PairStream; for evaluation also a dict of datasets.
         processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
         peft_config: a PEFT config, to train an adapter on the frozen model.
 
     Raises:
         UserError (a ValueError): a model whose logits cannot be reproduced, an adapter on its output embedding, a bad
-            row, a token id that the model has no embedding for, a hook of the Trainer's that wants logits, a loss of
-            the model's own that would be dropped.
+            row, a token id that the model has no embedding for, a hook of the Trainer's that needs logits, a part of
+            the model's own loss that would be left out.
     """
 
     args: PerceArguments
@@ -100,19 +101,19 @@ class PerceTrainer(ResumableTrainer):
         check_metric(args, eval_dataset)
         name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
         tokenizer = processing_class or load_tokenizer(name)
-        if isinstance(model, str):  # not in the checkpoint's own type: weights that are trained in bf16 hardly move
+        if isinstance(model, str):  # not in the checkpoint's own dtype: weights that are trained in bf16 hardly move
             model = load_pretrained(model, dtype=torch.bfloat16 if args.bf16 and peft_config else torch.float32)
         prepared = prepare_model(model, args.backend)
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
-        elif train_dataset is not None and not hasattr(prepared, "peft_config"):  # an adapter there is a mistake
+        elif train_dataset is not None and not hasattr(prepared, "peft_config"):  # adapters no text reaches are refused
             freeze_beside_text(prepared)
         check_own_loss(prepared)
         if router := router_of(prepared, args.loss.router_aux_loss_coef):
             check_balancing(args)
         self._tokenizer = tokenizer
         self._options = args.data, args.loss
-        # As loaded: once DeepSpeed has partitioned the weights, they do not tell.
+        # Read now: once DeepSpeed has partitioned the weights, they no longer show it.
         self._vocabulary = vocabulary_of(prepared)
         self._check_context = partial(
             check_context, config=prepared.config, memory=args.memory, max_length=args.data.max_length
@@ -123,19 +124,19 @@ class PerceTrainer(ResumableTrainer):
         }
         self._factors_settled = settle_factors(prepared, datasets, args.data.max_length)
         pad_id: Any = getattr(tokenizer, "pad_token_id", None)
-        pad_id = pad_id if pad_id in range(self._vocabulary) else 0  # any will do, no token sees it
-        served = copy.deepcopy(tokenizer)  # what is saved; the caller's stays as it is
+        pad_id = pad_id if pad_id in range(self._vocabulary) else 0  # any id will do: no token sees it
+        served = copy.deepcopy(tokenizer)  # the copy is completed and saved; the caller's stays as it is
         super().__init__(model=prepared, args=args, processing_class=served, **datasets, **kwargs)
         serve_as_trained(prepared, served, self.train_dataset, args.data)
         check_sharding(self, args.memory)
         prepare_memory(self.model, args.memory)
         if args.packing:
-            # Where its weights are now: those that FSDP or DeepSpeed place later cannot be tried, and are refused. The
-            # Trainer autocasts in the forward that it wraps, which is later; flash attention takes no fp32.
+            # Tried where the weights are now; weights that FSDP or DeepSpeed place later cannot be tried, and are
+            # refused. The Trainer autocasts only in the forward that it wraps later; flash attention takes no fp32.
             device = next(prepared.parameters()).device.type
             with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                 check_packing(self.model, device)
-        # Where not all is shared that there is, why.
+        # not_all_shared: why not everything is shared that could be; "" if everything is.
         able, self.not_all_shared = shared_by(self.model, args, self.train_dataset, self.eval_dataset)
         asked = self.eval_dataset if self.train_dataset is None else self.train_dataset
         self.sharing: Sharing = able if has_shared(asked, args.memory) else "none"
@@ -152,7 +153,7 @@ class PerceTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
         self.estimation_clock = Clock(self.args.device)
         self.estimates: Estimates | None = None  # None: weights are estimated online
-        # Of the forwards to come of a step, for objectives that look at all of them.
+        # Measurements of the step's forward passes to come, for objectives that look at the whole step.
         self._over_step: list[Measured] = []
         if args.loss.estimate != "online":
             check_estimable(self.train_dataset, args.loss.estimate)
@@ -173,7 +174,8 @@ class PerceTrainer(ResumableTrainer):
         keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
 
     def _checked_pairs(self, dataset: Any, name: str) -> Any:
-        """Raw rows as token pairs, what is pairs already as it is; UserError for pairs that are not for this model."""
+        """The dataset as token pairs: raw rows are converted, pairs stay as they are. UserError for pairs that do not
+        fit this model."""
         if isinstance(dataset, Mapping) and dataset:
             return {key: self._checked_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
         if dataset is None:
@@ -186,7 +188,7 @@ class PerceTrainer(ResumableTrainer):
         return dataset
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As transformers.Trainer.evaluate; the dataset may hold raw rows."""
+        """Like transformers.Trainer.evaluate; the dataset may hold raw rows."""
         pairs, max_length = self._checked_pairs(eval_dataset, "eval_dataset"), self.args.data.max_length
         if self._factors_settled:
             check_factors(self.model, pairs, "eval_dataset", max_length)
@@ -199,8 +201,8 @@ class PerceTrainer(ResumableTrainer):
         return super().get_train_dataloader() if loader is None else loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As transformers.Trainer's, but that conversations are not divided where they are shared;
-        dataloader_drop_last is for training, an evaluation is of all its examples."""
+        """Like transformers.Trainer's, but conversations stay together if they can share tokens, and
+        dataloader_drop_last does not apply: all examples are evaluated."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = cast(Any, self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset
         if self.args.data.share != "none" and has_length(dataset) and has_shared(dataset, self.args.memory):
@@ -225,10 +227,10 @@ class PerceTrainer(ResumableTrainer):
         loss = self.args.loss.at(self._progress)
         per_sequence = loss.normalize == "sequence"  # "batch": see StepNormalizer
         assert self._over_step or not loss.entry.over_step, (
-            "weights that depend on a whole step are known in train() alone"
+            "weights that depend on a whole step are known only in train()"
         )
         known = self._over_step.pop(0) if self._over_step else self._known(inputs)
-        if self.sharing != "none" and "tokens" in inputs:  # a collator of the caller's own may not count
+        if self.sharing != "none" and "tokens" in inputs:  # the caller's own collator may not count them
             both = loss.entry.counterfactual and known is None
             self._computed = self._computed.to(self.args.device) + tokens_of(inputs, both)
         call = HeadCall(
@@ -259,18 +261,18 @@ class PerceTrainer(ResumableTrainer):
         return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
 
     def _known(self, inputs: Batch) -> Measured | None:
-        """What an E-step before this forward found of its tokens; None where there was none."""
+        """The estimates of an E-step before this forward pass; None without one."""
         return self.estimates.of(inputs["example"], inputs["target"].device) if self.estimates else None
 
     def _counterfactual(self, model: nn.Module, inputs: Batch) -> Tensor | None:
-        """The online E-step, of which the head does the rest: hidden states without the persona, where they matter."""
+        """The online E-step: hidden states without the persona, if the objective needs them. The head does the rest."""
         if not self.args.loss.entry.counterfactual:
             return None
         with self.estimation_clock.measure():
             return counterfactual_hidden(model, inputs)
 
     def _estimated(self, inputs: Batch) -> Measured:
-        """The E-step of one batch; in eval mode, and no random numbers are drawn."""
+        """The E-step of one batch, in eval mode and without drawing random numbers."""
         model: Any = self.model_wrapped if self.is_in_train else self.model
         with evaluating(model), self.estimation_clock.measure(), self.compute_loss_context_manager():
             return measured(
@@ -279,7 +281,7 @@ class PerceTrainer(ResumableTrainer):
             )  # fmt: skip
 
     def _counted(self, inputs: Batch) -> Tensor:
-        """The counting pass of one batch, (E,): a factual pass more, in eval mode, for the load-balancing loss."""
+        """The counting pass of one batch, (E,): one more factual pass, in eval mode, for the load-balancing loss."""
         model: Any = self.model_wrapped if self.is_in_train else self.model
         with self.compute_loss_context_manager():
             top_k = cast(StepBalance, self._balance).router.top_k
@@ -304,7 +306,7 @@ class PerceTrainer(ResumableTrainer):
             self.estimates.save(checkpoint)
 
     def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
-        """Response tokens of the whole accumulation window, over all ranks; called once, where a step begins."""
+        """Response tokens of the whole accumulation window, over all ranks; called once, when a step begins."""
         self._window.begin_step()
         if self._normalizer:
             self._normalizer.begin()
@@ -330,12 +332,12 @@ class PerceTrainer(ResumableTrainer):
 
     @property
     def tokens_seen(self) -> int:
-        """Factual tokens this process has trained on, padding left out."""
+        """Factual tokens that this process has trained on, without padding."""
         return self._logged_tokens + int(self._window.total[0])
 
     def tokens_computed(self) -> tuple[int, int]:
-        """Inputs of the steps that all processes have made since they were started: computed, and of the examples. To
-        be called on every process."""
+        """(computed, needed) input tokens of all processes' steps since they were started: those that were computed,
+        and those that the examples have. To be called on every process."""
         computed, needed = self.accelerator.reduce(self._computed.to(self.args.device), "sum").tolist()
         return computed, needed
 
@@ -346,7 +348,7 @@ class PerceTrainer(ResumableTrainer):
 
     @torch.no_grad()
     def estimate(self, epoch: int) -> None:
-        """The E-step over all training examples, shared out over the processes; draws no random numbers."""
+        """The E-step over all training examples, divided over the processes; draws no random numbers."""
         dataset = cast(Dataset, self.train_dataset)
         lengths = sequence_lengths(dataset)
         alone, memory = self.sharing == "none", self.args.memory
@@ -355,7 +357,7 @@ class PerceTrainer(ResumableTrainer):
         batches = in_order(together, self.args.per_device_eval_batch_size)
 
         self._window.start()
-        # The same number of forwards on every process, for those of sharded weights wait for each other.
+        # The same number of forward passes on every process: with sharded weights they wait for each other.
         share = dealt(batches, self.args.process_index, self.args.world_size)
         with self.estimation_clock.measure():
             self.estimates = estimate(
@@ -372,7 +374,8 @@ class PerceTrainer(ResumableTrainer):
         self._window.pause()
         model: Any = self.model_wrapped if self.is_in_train else self.model
         if not self.is_in_train and not self.accelerator._models:
-            # As the Trainer does: moves to the device and autocasts, so that numbers before and after training compare.
+            # As the Trainer does: moves to the device and autocasts, so that numbers from before and after training are
+            # comparable.
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.callback_handler.eval_dataloader = dataloader  # for the progress bar
         rows = []
@@ -390,11 +393,11 @@ class PerceTrainer(ResumableTrainer):
                 rows.append(torch.tensor(sums))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         dataset, batches = dataloader.dataset, dataloader.batch_sampler
-        if isinstance(batches, list):  # ours, see own_eval_loader
+        if isinstance(batches, list):  # made by own_eval_loader
             places = [place for batch in batches for place in batch]
             ordered = sorted(zip(places, self.last_evaluation, strict=True), key=lambda x: x[0])
             self.last_evaluation = [example for _, example in ordered]
-        # Processes take turns; the last examples are dealt again, so that each has as many batches.
+        # Processes take turns. Examples that are repeated to give each as many batches come last, and are cut off.
         turns = zip(*gather_object([rows]), strict=True)
         examples_seen = torch.cat([batch for turn in turns for batch in turn])
         examples_seen = examples_seen[: len(dataset) if has_length(dataset) else None]
@@ -414,7 +417,7 @@ class PerceTrainer(ResumableTrainer):
 
 
 def _is_raw(dataset: Any) -> bool:
-    """Whether a dataset holds rows still to be tokenised; a string names one that the Trainer has."""
+    """Whether a dataset holds rows that are not tokenised yet; a string names a dataset that the Trainer has."""
     if dataset is None or isinstance(dataset, str):
         return False
     columns = getattr(dataset, "column_names", None) or (dataset[0].keys() if isinstance(dataset, list) else ())

@@ -178,7 +178,7 @@ def test_a_persona_is_computed_once(train, tmp_path):
     options = {"data": data, "max_steps": 2, "save_steps": 1, "share_persona": 4, "branches_per_forward": 1}
     code, out, err = train(**options)
     assert code == 0, err
-    assert "share  up to 4 requests of a persona, what they begin with: in " in out and " 0 of " in out
+    assert "share  up to 4 requests of a persona share the tokens that they begin with: in " in out and " 0 of " in out
     computed, needed = (
         int(number.replace(",", ""))
         for number in re.findall(r"([\d,]+) tokens (?:computed )?for ([\d,]+) tokens of examples", out)[-1]
@@ -192,7 +192,7 @@ def test_a_persona_is_computed_once(train, tmp_path):
     differing = [row | {"persona": [f"I am {number}."]} for number, row in enumerate(rows)]
     other = {"data": write_jsonl(tmp_path / "differing.jsonl", differing), "output_dir": tmp_path / "other"}
     code, out, err = train(**(options | other))
-    assert code == 0 and "share  nothing: no two prompts are the same through the persona's end" in out, err
+    assert code == 0 and "share  nothing: no two prompts are the same up to the persona's end" in out, err
     documents = {
         "data": write_jsonl(tmp_path / "documents.jsonl", [{"text": f"Bees {n}. " * 40} for n in range(9)]),
         "objective": "ce",
@@ -204,7 +204,10 @@ def test_conversations_are_computed_once(train, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", [said(number, 1 + number % 2) for number in range(10)])
     code, out, err = train(data=data, max_steps=2, save_steps=1, per_device_train_batch_size=6)
     assert code == 0, err
-    assert "6 replies per forward pass" in out and "share  replies of a conversation, what they begin with: in " in out
+    assert (
+        "6 replies per forward pass" in out
+        and "share  replies of a conversation share the tokens that they begin with: in " in out
+    )
     first, last = re.findall(r"([\d,]+) tokens (?:computed )?for ([\d,]+) tokens of examples", out)
     for numbers in (first, last):
         computed, needed = (int(number.replace(",", "")) for number in numbers)

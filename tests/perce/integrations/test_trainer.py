@@ -174,7 +174,7 @@ def test_the_clip_moves_along_its_schedule(tmp_path):
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches: expected false"),
         (
             {"metric_for_best_model": "loss_without_persona", "eval_strategy": "steps", "eval_dataset": LABELLED},
-            "greater_is_better: of eval_loss_without_persona the smaller is better",
+            "greater_is_better: a smaller eval_loss_without_persona is better",
         ),
     ],
 )  # fmt: skip

@@ -13,12 +13,12 @@ A_FEW = ["llama4_text", "phimoe", "xlnet"]
 def test_a_few_are_right_or_refused(name):
     found = outcomes(name)
     assert found["step"] == found["saved"] == "right"
-    assert found["shared"].startswith("chains: ")  # their attention is not told of all that limits what a token sees
+    assert found["shared"].startswith("chains: ")  # their attention is not given every limit of what a token sees
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_right_or_refused_as_the_table_says(name):
     found, table = outcomes(name), TABLE.read_text(encoding="utf-8")
-    if transformers.__version__ in table:  # another version may know more, or less
+    if transformers.__version__ in table:  # another version may have other models
         assert row(name, found) in table

@@ -1,4 +1,4 @@
-"""Losses that a model's own forward has beside cross-entropy: the router's sums, and models that are refused."""
+"""Losses that a model's own forward has besides cross-entropy: the router's sums, and models that are refused."""
 
 import sys
 
@@ -39,7 +39,7 @@ def test_sums_of_tiles_leave_out_the_padding_of_each(tile):
 def test_each_token_counts_as_often_as_a_sequence_has_it(how):
     uses = collate(PAIRS, **how)["uses"]
     assert uses.sum() == sum(len(pair["input_ids"]) - 1 for pair in PAIRS)
-    assert (uses == 0).any() == ("packing" not in how), "of these, nothing is shared"
+    assert (uses == 0).any() == ("packing" not in how), "these examples share nothing"
 
 
 @pytest.mark.parametrize("architecture", MIXTURES)
@@ -72,7 +72,7 @@ def test_a_class_of_ones_own_is_asked_as_its_parent():
 
 
 def asking(model):
-    """The model, its config asking for the loss."""
+    """The model with a config that asks for the loss."""
     for config in (model.config, model.config.get_text_config()):
         config.output_router_logits = True
     return model
@@ -81,7 +81,7 @@ def asking(model):
 MODULES = {name: sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[config].__module__] for name, config in CONFIGS.items()}
 # Doge is dense by default; its mixture has product keys, and another formula.
 BALANCED = [name for name in NAMES if hasattr(MODULES[name], "load_balancing_loss_func") and name != "doge"]
-if transformers.__version__.startswith(("5.16.", "5.17.")):  # their own forward has none there, for its own fault
+if transformers.__version__.startswith(("5.16.", "5.17.")):  # a fault of theirs: their own forward has no such loss
     BALANCED = [name for name in BALANCED if not name.startswith(("dbrx", "granitemoe"))]
 
 
@@ -100,7 +100,7 @@ def test_no_other_architecture_of_transformers_adds_to_its_loss(name):
         model = install_perce(tiny(name).eval())
     except UserError:  # refused for another reason: test_patch.py
         return
-    if name == "git":  # whose labels want an image
+    if name == "git":  # its own loss needs an image
         with pytest.raises(UserError, match=r"GitForCausalLM \(git\): its own loss on a few tokens, .*, fails: "):
             check_own_loss(model)
     else:
@@ -133,7 +133,7 @@ def bamba(**changes):
 
 @pytest.mark.parametrize("coefficient", [1e-2, 1e-4, 1e-9])
 def test_a_z_loss_is_refused_by_name_where_it_would_be_trained(tmp_path, coefficient):
-    model = install_perce(bamba(z_loss_coefficient=coefficient))  # as perce.score does, which drops nothing
+    model = install_perce(bamba(z_loss_coefficient=coefficient))  # like perce.score, which leaves nothing out
     with pytest.raises(
         UserError, match=rf"BambaForCausalLM \(bamba\).*z_loss_coefficient={coefficient:g}\. Set .* to 0"
     ):

@@ -45,7 +45,7 @@ def prepared(architecture, attention="sdpa"):
 
 
 def step(model, pairs, sharing, **how):
-    """Loss, gradients and tokens of a step, in fp64; `how`: to collate."""
+    """Loss, gradients and tokens of a step, in fp64. `how`: arguments of collate."""
     batch = collate(pairs, sharing=sharing, **how)
     model.zero_grad()
     with Exact():
@@ -55,7 +55,7 @@ def step(model, pairs, sharing, **how):
 
 
 def largest_difference(one, other):
-    """Of losses and of gradients, in parts of their norms."""
+    """The differences of losses and of gradients, relative to their norms."""
     (loss, gradients, _), (other_loss, others, _) = one, other
     assert gradients.keys() == others.keys()
     of_gradients = [(gradients[n] - others[n]).norm() / others[n].norm() for n in gradients if others[n].any()]
@@ -107,7 +107,7 @@ def test_recomputed_and_adapted_layers_share_too(architecture, how):
     if how == "lora":
         model = add_adapter(model, lora_config(ModelConfig(lora_r=4))).double()
         for name, parameter in model.named_parameters():
-            if "lora_" in name:  # one half begins at zero
+            if "lora_" in name:  # one of the two matrices begins at zero
                 torch.nn.init.normal_(parameter, std=0.05)
     else:
         enable_checkpointing(model)
@@ -135,7 +135,7 @@ def separately(how):
 @pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.parametrize("architecture", TREES)
 def test_requests_of_a_persona_equal_separate_ones(architecture, count, how, monkeypatch):
-    """Those of two personas, one of which is shorter than a window; a prefill of several chunks."""
+    """Requests of two personas, one of which is shorter than a window; the prefill takes several chunks."""
     monkeypatch.setattr(prefill, "PREFILL_CHUNK", 16)
     model, pairs = prepared(architecture), requests(count) + requests(2, persona=9, number=1)
     assert sharing_of(model)[0] == "branches"
@@ -169,7 +169,7 @@ def test_requests_share_with_less_memory_too(architecture, options, how):
 
 @pytest.mark.parametrize("how", ["one by one", "detached"])
 def test_a_persona_is_shared_where_nothing_branches(how):
-    """Its keys and values are: each request is then a forward of its own."""
+    """The keys and values of the persona are shared: each request is then a forward pass of its own."""
     model, pairs = prepared("llama"), requests(4)
     prepare_prefill(model)
     shared = step(model, pairs, "chains", unit="persona", **HOW[how])
@@ -178,7 +178,7 @@ def test_a_persona_is_shared_where_nothing_branches(how):
 
 
 def test_personas_that_differ_share_nothing():
-    """As where passages are picked for each request."""
+    """For example if passages are picked for each request."""
     pairs = [pair for number in range(3) for pair in requests(1, number=number)]
     for how in HOW.values():
         batch = collate(pairs, sharing="branches", unit="persona", **how)
@@ -250,7 +250,7 @@ def test_flash_attention_is_given_no_mask(architecture, monkeypatch):
 
 @torch.no_grad()
 def test_flex_attention_has_a_block_mask_a_segment():
-    """On a CPU it has no backward."""
+    """Forward only, because flex attention has no backward on a CPU."""
     model, pairs = prepared("llama", "flex_attention").float(), conversations(thought=True)
     sharing_of(model)
     separate, shared = (perce_forward(model, collate(pairs, sharing=sharing))[1] for sharing in ("none", "branches"))
@@ -267,7 +267,7 @@ def test_a_mask_shows_what_is_on_the_path_and_in_the_window(n, seen, reach):
 
 
 def test_masks_are_never_of_the_whole_row():
-    """And there is none for what begins a sequence, nor for one token; the layers have the same."""
+    """No mask is made for what begins a sequence, or for a single token; all layers have the same mask."""
     model, pairs = prepared("llama"), conversations(thought=True)
     sharing_of(model)
     batch = collate(pairs, sharing="branches")

@@ -36,7 +36,7 @@ def test_loading_full_and_lora(tmp_path):
 
 
 def test_an_adapter_names_its_base_from_the_root(tmp_path, monkeypatch):
-    """PEFT keeps the path as it was given: from another directory that is another model, or none."""
+    """PEFT keeps a relative path, which names another model, or none, in another directory."""
     monkeypatch.chdir(tmp_path)
     save_tiny_model(tmp_path / "base")
     config = LoraConfig(r=4, target_modules="all-linear")
@@ -89,7 +89,7 @@ def test_under_autocast_an_adapters_input_is_not_copied_to_fp32_and_back(tmp_pat
         del layer._cast_input_dtype
     peft, many = gradients()
     assert all(torch.equal(a, b) for a, b in zip(ours, peft, strict=True)) and any(grad.any() for grad in ours)
-    assert many - few >= 2 * len(adapted), "one in each of the two passes, and one or more on the way back"
+    assert many - few >= 2 * len(adapted), "one in each of the two passes, and one or more in backward"
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=str)
@@ -103,7 +103,7 @@ def test_an_adapted_model_is_saved_whole_and_copied(tmp_path):
     torch.save(model, tmp_path / "m.pt")
     for other in (torch.load(tmp_path / "m.pt", weights_only=False), copy.deepcopy(model)):
         (layer, *_) = [layer for layer in other.modules() if "_cast_input_dtype" in vars(layer)]
-        assert layer._cast_input_dtype.args == (layer,), "its own, not that of the model before"
+        assert layer._cast_input_dtype.args == (layer,), "its own layer, not the original model's"
 
 
 def test_precision_is_refused_where_it_is_emulated(monkeypatch):
@@ -151,7 +151,7 @@ def test_a_second_adapter_is_refused():
 
 
 def test_a_peft_config_may_be_used_again():
-    """The layers of one model are not those of the next."""
+    """The layers that are found for one model are not used for the next."""
     config = LoraConfig(r=2, target_modules="all-linear")
     for model in (tiny_model(), tiny("gpt2")):
         assert add_adapter(model, config).peft_config["default"].target_modules

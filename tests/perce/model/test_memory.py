@@ -16,7 +16,7 @@ TILED = MemoryConfig(mlp_tile=TILE)
 
 
 def gradients(trainer):
-    """Of one training step, by name, and its loss."""
+    """Gradients of one training step by name, and its loss."""
     batch = trainer.data_collator(PAIRS[:3])
     loss = trainer.training_step(trainer.model, batch, torch.tensor(batch["target"].numel()))
     return loss, {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -60,7 +60,7 @@ def test_tiles_change_neither_loss_nor_gradients(tmp_path, architecture, kind, c
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt2", "qwen3_moe"])
 def test_tiles_of_several_sequences_are_as_contiguous_as_these(tmp_path, architecture):
-    """A part of two sequences is not, and MLPs that take a view of all tokens fail."""
+    """A part of two sequences is not contiguous, and MLPs that take a view of all tokens would fail."""
     plain = tiny(architecture)
     tiled = copy.deepcopy(plain)
     expected_loss, expected = gradients(trainer_for(plain, arguments(tmp_path)))
@@ -70,7 +70,7 @@ def test_tiles_of_several_sequences_are_as_contiguous_as_these(tmp_path, archite
 
 
 def test_a_recomputed_tile_has_the_dropout_of_its_forward():
-    """Else the gradient would not be that of the loss: compared with a difference quotient."""
+    """Otherwise the gradient would not be that of the loss. It is compared with a difference quotient."""
     model = model_for("lora", dropout=0.5)
     tile_mlps(model, TILE)
     mlp = model.get_base_model().model.layers[0].mlp.train()

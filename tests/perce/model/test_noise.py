@@ -1,4 +1,4 @@
-"""What is random in training mode alone is refused, or allowed and warned of."""
+"""Randomness of training mode is refused, or allowed with a warning."""
 
 import pytest
 import torch

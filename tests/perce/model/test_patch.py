@@ -94,7 +94,7 @@ def test_gradient_checkpointing_changes_nothing(dropout):
 
 def test_an_unknown_logit_transform_is_found_by_the_self_check():
     model = tiny_model("cohere")
-    model.logit_scale = 0.5  # which its config does not say
+    model.logit_scale = 0.5  # its config does not have this
     with pytest.raises(UserError, match=r"CohereForCausalLM.*differ.*logit_scale=0\.25"):
         install_perce(model)
 
@@ -122,7 +122,7 @@ def test_scales_and_caps_are_read_as_the_model_uses_them(architecture):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_rounding_does_not_choose_how_a_config_is_read(seed):
-    """In bf16 a high cap is as close to small logits as none; after training it would not be."""
+    """In bf16 a high cap fits small logits as well as none does; after training it would not."""
     torch.manual_seed(seed)
     config = tiny_model("gemma2", final_logit_softcapping=30.0, initializer_range=0.02).config
     model = AutoModelForCausalLM.from_config(config).bfloat16()
@@ -137,7 +137,7 @@ def test_a_scale_that_the_model_does_not_use_is_none(name):
 
 
 def test_every_name_for_a_scale_or_cap_of_logits_is_known():
-    """Of all configs of causal language models: a new one shows here, not in a user's run."""
+    """Over all configs of causal language models, so that a new name is noticed here, not in a user's run."""
     speaks_of_logits = re.compile(r"logit.*(scal|cap|mult)|lm_head_mult|output_mult")
     found = {
         field
@@ -240,7 +240,7 @@ def test_a_model_with_flash_attention_is_checked_by_attention_that_runs_anywhere
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
 def test_an_output_embedding_that_is_replaced_is_patched_too(architecture, adapted):
-    """Resizing makes another module: its own forward knows nothing of the loss."""
+    """Resizing makes a new module, whose forward does not compute the loss."""
     model = prepare_model(tiny_model(architecture), "reference")
     model = add_adapter(model, LoraConfig(r=2, target_modules="all-linear")) if adapted else model
     before = perce_forward(model, collate(PAIRS))[1]

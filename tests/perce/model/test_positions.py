@@ -1,4 +1,5 @@
-"""Encodings that follow the length of a forward: one set of factors for a run, or lengths that work are named."""
+"""Encodings that depend on a forward pass's length: a run has one set of factors, or an error names lengths that
+work."""
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_sequence_does_not_depend_on_the_others_of_its_batch(tmp_path, archite
 
 
 def test_both_passes_have_the_factors_of_the_longest_sequence_of_the_run(tmp_path):
-    """The persona's tokens alone may be what makes a sequence long: PIR would be that of an encoding."""
+    """A sequence may be long only because of its persona: PIR would then measure the change of encoding."""
     pair = PAIRS[-1]
     start, end = pair["persona_span"]
     assert len(pair["input_ids"]) - (end - start) < SWITCH
@@ -69,12 +70,12 @@ def test_short_runs_keep_the_short_factors(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(trainer.model(input_ids=ids).logits, own(input_ids=ids).logits)
     longer = [dict(PAIRS[-1]) | {"input_ids": [*PAIRS[-1]["input_ids"][:-1], 7, *PAIRS[-1]["input_ids"][-1:]]}]
-    with pytest.raises(UserError, match=rf"eval_dataset: sequences of up to {LENGTHS[-1] + 1} .*longrope.*settled"):
+    with pytest.raises(UserError, match=rf"eval_dataset: sequences have up to {LENGTHS[-1] + 1} .*longrope.*settled"):
         trainer.evaluate(longer)
 
 
 def test_a_cached_persona_has_the_same_factors(tmp_path):
-    """In chunks, of which the first are short."""
+    """The persona is run in chunks, and the first chunks are short."""
     args = arguments(tmp_path, memory=MemoryConfig(persona_grad="none"), max_steps=1)
     one = trainer_for(longrope(), args, pairs=PAIRS)
     two = trainer_for(longrope(), arguments(tmp_path, max_steps=1), pairs=PAIRS)
@@ -146,7 +147,7 @@ def test_questions_beyond_what_dynamic_encodings_have(tmp_path, capsys, command)
 def test_a_run_says_that_short_sequences_have_long_factors(saved, tmp_path, capsys):
     flags = ["--model", str(saved), "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--precision", "fp32"]
     assert train([*flags, "--eval_examples", "2", "--report_examples", "1"]) == 0
-    assert f"beyond {SWITCH}: the position encoding (longrope) takes its long factors" in capsys.readouterr().out
+    assert f"beyond {SWITCH}: the position encoding (longrope) uses its long factors" in capsys.readouterr().out
 
 
 def test_an_encoding_that_follows_every_length_has_no_longer_sequences(tmp_path):

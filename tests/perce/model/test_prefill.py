@@ -19,7 +19,7 @@ from tests.helpers.tiny import VOCAB, demo_pairs, tiny_model
 PAIRS = demo_pairs(3)
 WEIGHTING = OBJECTIVES["perce"].weighting(clip_min=0.005)  # a random model hardly listens to the persona
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gemma2"]
-WINDOW = 16  # of Gemma's sliding layers
+WINDOW = 16  # window of Gemma's sliding layers
 
 
 def prepared(architecture="llama", *, lora=False, checkpointing=False, **changes):
@@ -153,12 +153,12 @@ def test_nothing_of_two_sequence_lengths_or_of_sequence_times_vocabulary(archite
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_nor_with_the_personas_gradient(architecture, checkpointing):
-    """Sliding windows under sdpa have a T × T mask, and are refused once it is large: perce/memory.py."""
+    """Sliding windows under sdpa have a T × T mask, and are refused if it is large (training/checks.py)."""
     model, pair = prepared(architecture, checkpointing=checkpointing), long_pair(persona=600)
     with LargestTensors() as seen:
         step(model, [pair], "full")
     assert max(extents[1] for extents in seen.extents) > 600, "whole sequences are seen"
-    assert max(extents[0] for extents in seen.extents) <= 50, "beside heads' and layers' widths, the largest of them 48"
+    assert max(extents[0] for extents in seen.extents) <= 50, "besides the widths of heads and layers, at most 48"
 
 
 def saved_bytes(model, pair, persona_grad):
@@ -166,7 +166,10 @@ def saved_bytes(model, pair, persona_grad):
     seen = {}
 
     def pack(x):
-        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x  # x: so that no address comes twice
+        seen[x.untyped_storage().data_ptr()] = (
+            x.untyped_storage().nbytes(),
+            x,
+        )  # keeps x, or its address may recur
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -182,7 +185,7 @@ def test_what_backward_holds_of_the_persona_is_keys_values_and_a_mask():
         for persona_grad in ("none", "full")
     }
     layers, heads, head, queries = 2, 4, 8, 40 - 1
-    # sdpa repeats grouped keys for the query heads when it is given a mask, and makes it a float one
+    # with a mask, sdpa repeats grouped keys for the query heads and converts the mask to float
     assert grown["none"] <= 100 * (layers * (2 * heads * head + queries) * 4 + 8)  # 8: the token's id
     assert grown["full"] > 4 * grown["none"]
 

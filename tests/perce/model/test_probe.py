@@ -41,7 +41,7 @@ def by_lengths(
     module, query, key, value, attention_mask, *, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **_
 ):
     """Attention as flash-attn takes packed sequences: where they begin, and how long the longest is, as a number."""
-    assert type(max_length_q) is type(max_length_k) is int, "CuTe DSL takes no tensor for it, and FA 2 waits for it"
+    assert type(max_length_q) is type(max_length_k) is int, "CuTe DSL takes no tensor here, and FA 2 waits for one"
     assert cu_seq_lens_q.dtype == cu_seq_lens_k.dtype == torch.int32
     lengths = cu_seq_lens_q.diff().tolist()
     assert max(lengths) == max_length_q == max_length_k and cu_seq_lens_q.tolist() == cu_seq_lens_k.tolist()

@@ -1,4 +1,4 @@
-"""What a text reaches: which layers are adapted by default, which adapters are refused, and what is frozen."""
+"""What a text reaches: which layers have adapters by default, which adapters are refused, and what is frozen."""
 
 import types
 
@@ -56,13 +56,13 @@ def trained_by_a_text(model):
         ("bamba", {"model.layers.mamba.in_proj", "model.layers.self_attn.o_proj"}, ("out_proj",)),
         # Halved in eval mode, in place.
         ("rwkv", {"rwkv.blocks.attention.value"}, ("attention.output", "feed_forward.value")),
-        # Routers, whether they return logits or more, and what chooses the keys that are attended to.
+        # Routers, which return logits or more, and layers that choose the keys that are attended to.
         ("phimoe", {"model.layers.self_attn.q_proj"}, ("router",)),
         ("llama4_text", {"model.layers.feed_forward.shared_expert.up_proj"}, ("router",)),
         ("afmoe", {"model.layers.self_attn.q_proj"}, ("router",)),
         ("qwen2_moe", {"model.layers.mlp.shared_expert.up_proj"}, ("shared_expert_gate",)),
         ("deepseek_v32", {"model.layers.self_attn.o_proj"}, ("indexer",)),
-        # In training mode the weight of the second is read around its forward.
+        # In training mode, code reads the weight of the second without calling its forward.
         ("gemma3n_text", {"model.layers.altup.prediction_coefs"}, ("correction_coefs",)),
         ("gpt2", {"transformer.h.attn.c_attn", "transformer.h.mlp.c_proj"}, ("lm_head", "wte")),
     ],
@@ -124,7 +124,7 @@ def test_a_weight_that_is_read_around_its_layer_is_not_adapted():
 
 
 class Experts(nn.Module):
-    """Of its experts a token goes to the first, or to none."""
+    """A mixture whose tokens all go to the first expert, or to none."""
 
     def __init__(self, mlp):
         super().__init__()
@@ -147,7 +147,7 @@ def test_experts_that_no_token_went_to_are_adapted_like_the_others():
 
 
 def test_a_trainer_finds_adapters_that_have_no_gradient_where_it_trains(tmp_path):
-    """Kernels of a GPU may read what is called on a CPU."""
+    """GPU kernels may read weights of modules that a CPU calls."""
     model = add_adapter(prepare_model(tiny_model()), ALL)
     around(unwrapped(model).model.layers[0])
     pairs = Dataset.from_list(demo_pairs(2))

@@ -23,7 +23,7 @@ NONE = MemoryConfig(persona_grad="none")
 
 
 def test_a_model_that_drops_the_personas_cache_under_checkpointing(tmp_path):
-    """GPT-2 hands no cache on in training mode with checkpointing: the persona would vanish."""
+    """In training mode with checkpointing GPT-2 passes no cache on, so the persona would be lost."""
     with pytest.raises(UserError, match=r"GPT2LMHeadModel.*with activation_checkpointing.*leave activation_checkp"):
         trained(tmp_path, tiny("gpt2"), checkpointing=True, memory=NONE)
     trained(tmp_path, tiny("gpt2"), checkpointing=True)
@@ -98,7 +98,7 @@ def test_requests_that_would_share_the_wrong_persona(tmp_path, monkeypatch, memo
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text", "llama4_text"])
 def test_windows_are_crossed_and_come_back(tmp_path, architecture):
-    """A cache whose window is another than the mask's shows behind a window alone."""
+    """If cache and mask have different windows, it shows only in sequences longer than a window."""
     trainer = trained(tmp_path, tiny(architecture), memory=NONE)
     config = trainer.model.config
     assert 16 in (vars(config).get("sliding_window"), vars(config).get("attention_chunk_size"))
@@ -120,7 +120,7 @@ def test_a_window_that_the_cached_persona_does_not_have(tmp_path, monkeypatch):
 
 
 def test_a_trainer_without_training_data_is_tried_behind_a_cached_persona(tmp_path):
-    """GPT-2 is right there in eval mode; of OpenAI's first GPT the losses would be those without a persona."""
+    """In eval mode GPT-2 is right behind a cached persona; the first GPT's losses would be those without a persona."""
     args = arguments(tmp_path, memory=NONE, **{CHECKPOINTING: True})
     PerceTrainer(tiny("gpt2"), args, processing_class=tiny_tokenizer())
     with pytest.raises(UserError, match="with persona_grad none, log-probabilities"):
@@ -141,7 +141,7 @@ def test_a_bf16_base_is_tried_as_it_trains(tmp_path, architecture):
 
 
 def test_weights_of_two_precisions_are_judged_by_the_lower_one(tmp_path):
-    """As under 4 bits: products round to bf16, and embeddings and norms are fp32."""
+    """As with 4-bit weights: products round to bf16, and embeddings and norms are fp32."""
     model = prepare_model(tiny_model())
     for layer in model.model.layers:
         layer.mlp.bfloat16()
@@ -161,7 +161,7 @@ def test_faint_noise_is_found_too(tmp_path, scale):
 
 
 def test_embeddings_that_are_changed_in_place(tmp_path):
-    """CTRL's are; frozen, they would be leaves that need a gradient."""
+    """CTRL changes its embeddings in place; frozen, they would be leaves that need a gradient."""
     model = add_adapter(prepare_model(tiny("ctrl")), lora_config(ModelConfig(lora_r=4)))
     trained(tmp_path, model)
 
@@ -175,7 +175,7 @@ def test_a_collator_of_ones_own_may_want_more_than_a_made_up_pair_has(tmp_path):
 
 @pytest.mark.parametrize("pad", [-1, VOCAB])
 def test_a_padding_token_that_is_none(tmp_path, pad):
-    """Some configs say −1; a tokenizer may have a token more than the model."""
+    """Some configs have −1 as the id, and a tokenizer may have one token more than the model."""
     model = tiny_model(pad_token_id=None)
     model.config.pad_token_id = pad
     tokenizer = tiny_tokenizer()
@@ -187,7 +187,7 @@ def test_a_padding_token_that_is_none(tmp_path, pad):
 
 
 def with_one_more_embedding():
-    """Moshi has one, of a token that is read and never predicted: its head is a row shorter."""
+    """Like Moshi's, for a token that is read and never predicted: the head has one row fewer."""
     model = tiny_model(tie_word_embeddings=False)
     model.set_input_embeddings(torch.nn.Embedding(VOCAB + 1, model.config.hidden_size))
     return model

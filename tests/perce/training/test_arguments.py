@@ -1,4 +1,4 @@
-"""PerceArguments: what needs a GPU, what is always off, and what would have no effect."""
+"""PerceArguments: options that need a GPU, options that are always off, and options that would have no effect."""
 
 import ast
 import dataclasses
@@ -40,7 +40,7 @@ def test_offload_needs_a_gpu_and_checkpointing(tmp_path):
 
 
 def test_parsers_of_others_change_no_type():
-    """transformers' own writes the types that it reads back into the fields, for all classes and for good."""
+    """transformers' argument parser replaces the types of the fields in all classes, permanently."""
     HfArgumentParser((TrainingArguments,))
     config = resolve(parse_args(["--include_num_input_tokens_seen", "nope"])[0])
     with pytest.raises(UserError, match=r"include_num_input_tokens_seen: .*non_padding"):
@@ -54,7 +54,7 @@ def test_ligers_kernels_are_refused_on_a_cpu(tmp_path):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_ligers_kernels_leave_our_forwards_in_place(tmp_path, monkeypatch, lora):
-    """The Trainer patches them into the model when training begins, after ours."""
+    """The Trainer patches Liger's kernels into the model when training begins, after perce's patch."""
     pytest.importorskip("liger_kernel")
     for name in ("LlamaMLP", "LlamaRMSNorm", "apply_rotary_pos_emb"):  # Liger replaces them for the whole process
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
@@ -86,7 +86,7 @@ REACHED_BY_REPLACED_METHODS_ALONE = {"prediction_step", "predict", "get_test_dat
 
 
 def replaced_methods():
-    """Methods of the Trainer that PerceTrainer has its own of, and does not call."""
+    """Methods of the Trainer that PerceTrainer replaces without calling them."""
     for name, method in {**vars(ResumableTrainer), **vars(PerceTrainer)}.items():
         source = inspect.getsource(method) if inspect.isfunction(method) else ""
         if hasattr(Trainer, name) and source and "super()" not in source and "Trainer." not in source:
@@ -94,7 +94,7 @@ def replaced_methods():
 
 
 def read_in(path, replaced):
-    """Names that a module of transformers reads of TrainingArguments, without `replaced` and their setters."""
+    """Fields of TrainingArguments that a module of transformers reads, except in `replaced` and in their setters."""
     own, found = path.name == "training_args.py", set()
 
     def visit(node):
@@ -120,7 +120,7 @@ def test_every_field_is_read_or_refused():
     read = set().union(*(read_in(path, replaced) for path in modules if path.name not in left_out))
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert {"prediction_loss_only", "do_train"}.isdisjoint(read) and {"max_grad_norm", "run_name"} <= read
-    ours = {*NOT_READ, *OURS, "gradient_checkpointing_kwargs"}  # the last: handed on by its newer name
+    ours = {*NOT_READ, *OURS, "gradient_checkpointing_kwargs"}  # the last is passed on under its newer name
     assert fields - read - ours == set() and set(NOT_READ) <= fields
 
 
@@ -167,12 +167,12 @@ def test_fields_without_an_effect_are_refused_in_python_too(tmp_path):
         arguments(tmp_path, data=DataConfig(streaming=True), dataloader_drop_last=True)
     args = arguments(tmp_path, eval_strategy="steps", optim="sgd", optim_args="momentum=0.0,nesterov=no", eval_steps=1)
     assert args.logging_nan_inf_filter is False and args.label_names == []
-    again = dataclasses.replace(args, seed=3)  # what TrainingArguments have set themselves is no mistake
+    again = dataclasses.replace(args, seed=3)  # fields that TrainingArguments have set themselves are accepted
     assert again.seed == 3 and again.loss == args.loss
 
 
 def test_unused_parameters_are_looked_for_where_that_is_asked(tmp_path):
-    """Not by default: it walks the graph of every step."""
+    """It is not the default, because it walks the graph of every step."""
     flags = ["--output_dir", str(tmp_path), "--precision", "fp32"]
     for given, value in (([], False), (["--ddp_find_unused_parameters", "true"], True)):
         args = training_arguments(resolve(parse_args([*flags, *given])[0]))

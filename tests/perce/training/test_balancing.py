@@ -1,5 +1,5 @@
-"""The load-balancing loss of mixtures of experts: transformers' own, of one forward over the whole step, however the
-step is divided.
+"""The load-balancing loss of mixtures of experts is transformers' own for one forward pass over the whole step, however
+the step is divided.
 """
 
 import sys
@@ -19,19 +19,19 @@ from tests.helpers.ranks import end_rank, run_ranks
 from tests.helpers.tiny import MIXTURES
 from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
 
-COEFFICIENT = 0.3  # of the tiny models' configs
+COEFFICIENT = 0.3  # in the tiny models' configs
 STEP = PAIRS[:8]
 
 
 class Gradients(TrainerCallback):
-    """Those of the step, before the optimiser uses them."""
+    """The gradients of the step, before the optimiser uses them."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def one_step(directory, model, batch=8, accumulation=1, memory=None, loss=None, **options):
-    """(loss, what is logged of the router, gradients) of one step over all of STEP."""
+    """(loss, logged router loss, gradients) of one step over all of STEP."""
     args = arguments(
         directory, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1,
         max_grad_norm=0, memory=MemoryConfig(**(memory or {})), loss=LossConfig(**({"clip_min": 0.05} | (loss or {}))),
@@ -51,7 +51,7 @@ def padded(sequences):
 
 
 def own_step(model, pairs=STEP, coefficient=COEFFICIENT):
-    """(loss, load-balancing loss, gradients) of a step by the model's own forward: one, over the whole padded batch."""
+    """(loss, load-balancing loss, gradients) of a step, from one forward of the model's own over the padded batch."""
 
     def logp(sequences, **options):
         ids, mask = padded([sequence[:-1] for sequence in sequences])
@@ -86,7 +86,7 @@ def close(actual, expected):
 
 @pytest.fixture(scope="module")
 def own():
-    """What the model's own forward gives, by architecture and kind."""
+    """The results of the model's own forward, by architecture and kind."""
     return {
         (architecture, kind): own_step(model_for(kind, architecture=architecture))
         for architecture in MIXTURES
@@ -130,12 +130,12 @@ def test_two_processes_train_as_one(tmp_path, own, split):
 
 @pytest.mark.parametrize("division", [{}, {"batch": 2, "accumulation": 4}])
 def test_a_detached_persona_counts_without_a_gradient(tmp_path, own, division):
-    """The same value; each token of a persona has been routed, none of them is held for the backward."""
+    """The value is the same: every token of a persona is routed, and none is kept for the backward."""
     detached = one_step(tmp_path, model_for(architecture="mixtral"), memory={"persona_grad": "none"}, **division)
     expected = own["mixtral", "full"]
     assert detached[:2] == pytest.approx(expected[:2], abs=1e-5)
     name = "model.layers.0.mlp.gate.weight"
-    assert (detached[2][name] - expected[2][name]).abs().max() > 1e-4, "the gradient is another one"
+    assert (detached[2][name] - expected[2][name]).abs().max() > 1e-4, "the gradient differs"
 
 
 def test_a_detached_persona_has_one_gradient_however_the_step_is_divided(tmp_path):
@@ -194,7 +194,7 @@ def test_what_is_logged_is_a_mean_over_steps_and_cross_entropy_and_evaluations_a
 
 
 def test_a_loss_outside_a_step_counts_its_own_forward(tmp_path):
-    """Also after a step whose counts were of other forwards."""
+    """Also after a step that counted other forward passes."""
     trainer = trainer_for(
         model_for(architecture="mixtral"),
         arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2),
@@ -209,7 +209,7 @@ def test_a_loss_outside_a_step_counts_its_own_forward(tmp_path):
 
 
 def test_a_step_that_was_given_up_is_forgotten():
-    """Ten tokens of it on one expert say nothing of the next step, of one token."""
+    """Its ten tokens on one expert must not count in the next step, which has one token."""
     balance = StepBalance(Router(top_k=1, coefficient=0.3), lambda counts: counts)
     experts = torch.tensor([[0.0, 1.0], [0.2, 0.8]])
     balance.begin([torch.tensor([5.0, 0.0])] * 2)

@@ -1,4 +1,4 @@
-"""The best weights of a run: by which number, when it stops early, and that what is told is told of them."""
+"""The best weights of a run: by which metric, when the run stops early, and that its reports are about them."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from tests.helpers.tiny import tiny_tokenizer
 from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
 from tests.helpers.training import fails
 
-# Too large a step: the first one helps, the later ones do harm.
+# The learning rate is too large: the first step helps, the later ones do harm.
 WORSE = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0, "eval_steps": 1, "max_steps": 8}
 
 
@@ -66,7 +66,7 @@ def test_a_metric_that_is_no_number_is_found_at_the_first_evaluation(tmp_path):
         trainer.train()
     assert trainer.state.global_step == 0
     without = with_evaluation(tmp_path, Dataset.from_list(pairs))
-    assert math.isnan(without.evaluate()["eval_loss_personal_tokens"]), "which is no fault by itself"
+    assert math.isnan(without.evaluate()["eval_loss_personal_tokens"]), "which alone is not an error"
 
 
 def test_the_best_weights_are_kept_and_told_of(train, tmp_path):
@@ -78,7 +78,7 @@ def test_the_best_weights_are_kept_and_told_of(train, tmp_path):
     evaluations = {e["step"]: e for e in state["log_history"] if metric in e}
     best = min((step for step in evaluations if step), key=lambda step: evaluations[step][metric])
     assert 0 < best < state["global_step"] == 8 and len(evaluations) == 9
-    assert sum(metric in entry for entry in state["log_history"]) == 9, "one evaluation a step"
+    assert sum(metric in entry for entry in state["log_history"]) == 9, "one evaluation per step"
     saved, kept = (load_file(d / "adapter_model.safetensors") for d in (run, run / f"checkpoint-{best}"))
     assert all(saved[name].equal(kept[name]) for name in saved)
     told = f"weights of step {best}, the best by {metric}"
@@ -115,7 +115,7 @@ def test_early_stopping_keeps_the_best_weights(train, flag):
 
 
 def test_what_early_stopping_has_counted_is_resumed(tmp_path):
-    """A constant number is never better: the third evaluation is the second in a row that is not."""
+    """A constant number is never better: the third evaluation is the second in a row that is not better."""
 
     class Constant(PerceTrainer):
         def evaluate(self, *args, **kwargs):
@@ -159,7 +159,7 @@ def test_a_run_that_has_stopped_early_does_not_train_on(tmp_path):
 
 
 def test_the_patience_is_that_of_the_options(tmp_path):
-    """Not of the checkpoint; and a checkpoint of a run without early stopping can be gone on from with it."""
+    """The patience is not the checkpoint's, and a run without early stopping can be continued with it."""
     options = {"save_strategy": "steps", "save_steps": 1}
     with_evaluation(tmp_path, max_steps=1, **options).train()
     for patience, steps in ((3, 2), (4, 3)):
@@ -207,7 +207,7 @@ def test_a_signal_in_an_evaluation_changes_nothing_of_what_is_the_best(train, tm
 
 
 def test_best_weights_that_a_later_evaluation_has_replaced_may_be_gone(train, tmp_path, monkeypatch):
-    """A signal cut off the last evaluation; made up for, its weights are the best, and those before are deleted."""
+    """A signal cut off the last evaluation. Made later, it shows the best weights, and older ones are deleted."""
     flags = ("--load_best_model_at_end", "true", "--save_total_limit", "1", "--eval_steps", "1")
     options = {"lora_r": 0, "learning_rate": 1e-3, "max_steps": 3}
     own = PerceTrainer.save_model
@@ -234,7 +234,7 @@ def test_best_weights_that_a_later_evaluation_has_replaced_may_be_gone(train, tm
 
 @pytest.fixture
 def stopped_before_its_end(train, tmp_path, monkeypatch):
-    """A run whose best weights are of its first step, and were not loaded yet."""
+    """A run whose best weights are those of its first step, and have not been loaded yet."""
 
     def killed(self):
         raise RuntimeError("killed")

@@ -1,4 +1,4 @@
-"""The model card of a run: what it says, and that its code asks the model as it was trained."""
+"""The model card of a run: what it says, and that its code prompts the model as in training."""
 
 import copy
 import re
@@ -111,17 +111,17 @@ def test_the_card_says_what_the_run_was(tmp_path, monkeypatch):
 def test_the_card_promises_what_there_is(tmp_path):
     run, tokenizer, options = saved_run(tmp_path, "chatml", special_tokens_in_text="allow")
     text = (run / CARD).read_text(encoding="utf-8")
-    assert "as a list" in text and "trained as text" not in text
+    assert "as a list" in text and "were plain text" not in text
     tokenizer.chat_template = CHAT_TEMPLATES["chatml"]
     write_card(run, replace(options, data=DataConfig()), str(tmp_path / "base"), tokenizer, NUMBERS, "1 step")
     text = (run / CARD).read_text(encoding="utf-8")
-    assert "as a list" not in text and "trained as text" in text
+    assert "as a list" not in text and "were plain text" in text
     write_card(run, options, str(tmp_path / "base"), None, NUMBERS, "1 step")  # documents
     assert "How to ask" not in (run / CARD).read_text(encoding="utf-8")
 
 
 def test_a_card_can_be_uploaded(tmp_path, monkeypatch):
-    """The Hub refuses a card whose base model is a path; paths have names of people in them besides."""
+    """The Hub refuses a card whose base model is a path, and paths may contain names of people."""
     (tmp_path / "rows.jsonl").touch()
     run, _, options = saved_run(tmp_path, "chatml", data=str(tmp_path / "rows.jsonl"))
     text = (run / CARD).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What makes a checkpoint whole: every file as it was written, to the bit, and all that a resume needs."""
+"""A checkpoint is whole if every file is as it was written, to the bit, and nothing that a resume needs is missing."""
 
 import json
 
@@ -19,7 +19,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(trained):
-    """The newest checkpoint; what a test does to its files is undone."""
+    """The newest checkpoint; changes that a test makes to its files are undone."""
     path = trained / "checkpoint-2"
     before = {file: file.read_bytes() for file in path.iterdir()}
     yield path

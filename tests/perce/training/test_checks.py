@@ -139,7 +139,7 @@ def test_what_is_no_model_of_transformers_is_refused(tmp_path, model):
 
 @pytest.mark.parametrize("architecture", sorted({"mamba", "dots3_note_text"} & CONFIGS.keys()))
 def test_scores_of_all_pairs_are_looked_for_in_attention_alone(architecture):
-    """A recurrent model has no heads, and another has others in each layer."""
+    """A recurrent model has no heads, and another model has different numbers of them in its layers."""
     config = CONFIGS[architecture]()
     config._attn_implementation = "eager"
     check_context([{"input_ids": [1] * 40_000}], "train_dataset", config, MemoryConfig(), 2**20)

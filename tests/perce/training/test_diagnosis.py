@@ -1,4 +1,4 @@
-"""What is said of a run at its end, of histories that are made up."""
+"""What is said about a run at its end, tested on made-up histories."""
 
 import math
 from dataclasses import replace
@@ -55,14 +55,14 @@ def test_a_floor_is_said_by_the_signal_and_the_clip_of_the_run():
     at_floor = log(2.0, weight_mean=0.1, frac_at_floor=1.0)
     assert "preference (0.9 or 0.1) is at most 0.1" in said(log=at_floor, loss=LossConfig("nextquill"))
     assert "PIR is at most 2" in said(log=at_floor, loss=LossConfig(clip_min=2.0))
-    assert said(log=at_floor, loss=LossConfig(clip_min=1.0, clip_max=1.0)) == "", "weights that were asked to be equal"
-    assert said(log=at_floor, loss=LossConfig("lossce")) == "", "says nothing of a persona"
-    assert said(log=log(2.0, 1.9, 1.8), loss=LossConfig("ce")) == "", "has no weights"
+    assert said(log=at_floor, loss=LossConfig(clip_min=1.0, clip_max=1.0)) == "", "the options ask for equal weights"
+    assert said(log=at_floor, loss=LossConfig("lossce")) == "", "these weights say nothing about a persona"
+    assert said(log=log(2.0, 1.9, 1.8), loss=LossConfig("ce")) == "", "this objective has no weights"
     assert said(log=log(2.0, 2.0, 2.0, frac_at_floor=[1.0, 1.0, 0.9])) == ""
 
 
 def test_what_equal_weights_amount_to_follows_the_options():
-    """Rescaled they are 1; under a schedule the bound of a step is none of the clip's."""
+    """Rescaled weights are 1; with a schedule the bound of a step is not the clip's."""
     at_floor = log(2.0, 2.0, 2.0, loss=2.0, weight_mean=0.8, frac_at_floor=1.0)
 
     def amount(**options):
@@ -78,7 +78,7 @@ def test_what_equal_weights_amount_to_follows_the_options():
         assert "cross-entropy times a bound between 0.8 and 1" in text and f"--clip_schedule {schedule}" in text
         assert amount(clip_schedule=schedule, clip_min=2.0) == "", "a signal below 2 may be above the bound of its step"
     assert "weigh 0" in amount(clip_min=0.0) and "cross-entropy" not in amount(clip_min=0.0)
-    assert "weigh 0" in amount(clip_min=0.0, normalize="batch"), "what is 0 cannot be rescaled"
+    assert "weigh 0" in amount(clip_min=0.0, normalize="batch"), "weights of 0 cannot be rescaled"
     assert "between 0 and 1" in amount(clip_min=0.0, clip_schedule="falling")
 
 
@@ -146,10 +146,10 @@ def test_a_weighted_loss_may_rise_while_cross_entropy_falls():
         assert number in text
     assert "no reason to stop" in text
     assert said(log=log(*falling, loss=falling, weight_mean=weights)) == ""
-    for normalize in ("batch", "sequence"):  # their mean is 1 in the loss, whatever it was before
+    for normalize in ("batch", "sequence"):  # the weights' mean in the loss is 1, whatever it was before
         assert said(log=log(*falling, loss=rising, weight_mean=weights), loss=LossConfig(normalize=normalize)) == ""
     assert said(log=log(*rising, loss=rising, weight_mean=weights)) == ""
-    assert said(log=log(*falling, loss=rising, weight_mean=1.0)) == "", "another part of the loss, such as a router's"
+    assert said(log=log(*falling, loss=rising, weight_mean=1.0)) == "", "another part rose, such as a router's loss"
     assert (
         said(log=log(*falling, loss=rising)) == said(log=log(3.0, 2.9, loss=[1.0, 2.0], weight_mean=[1.0, 2.0])) == ""
     )
@@ -166,7 +166,7 @@ def test_personal_tokens_that_got_worse_or_are_none():
 
 
 def test_personal_tokens_of_data_that_marks_them_itself():
-    """No word of theirs may be looked for in a persona; marks are what is missing."""
+    """Then words are not looked for in the persona, and the message is about the marks."""
     train, none = Dataset.from_list([{"input_ids": [1]}]), {"eval_loss_personal_tokens": math.nan}
     marked = demo_examples(2)
     plain = [replace(example, personal_spans=None) for example in marked]
@@ -175,10 +175,10 @@ def test_personal_tokens_of_data_that_marks_them_itself():
         return "\n".join(diagnose(replace(run_of(train, examples), after=none, units=12, warmup=0)))
 
     assert all(example.personal_spans is not None for example in marked)
-    assert "no word of theirs is in the persona" in told(plain) and "personal_spans" not in told(plain)
+    assert "none of their words is in the persona" in told(plain) and "personal_spans" not in told(plain)
     for examples in (marked, [plain[0], marked[1]]):
         text = told(examples)
-        assert "No token" in text and "personal_spans" in text and "no word of theirs" not in text
+        assert "No token" in text and "personal_spans" in text and "none of their words" not in text
 
 
 def test_personas_that_were_mostly_dropped():
@@ -199,7 +199,7 @@ def test_all_at_once_is_a_few_lines():
 
 
 def run_of(train, examples, **changes):
-    """The facts of a run on these pairs, of which the first three are validated on."""
+    """The facts of a run on these pairs, the first three of which are its validation."""
     args = SimpleNamespace(
         loss=LossConfig(), data=DataConfig(max_length=99), load_best_model_at_end=False, lr_scheduler_type="linear",
         get_warmup_steps=lambda steps: steps // 2,
@@ -222,4 +222,4 @@ def test_the_facts_of_a_run():
     facts = run_of(Dataset.from_list([{"input_ids": [1], "windows": []}]), nameless, lr_scheduler_type="constant")
     assert (facts.entries, facts.dropped, facts.unit, facts.units, facts.warmup) == (0, 0, "rows", 2, 0)
     stream = SimpleNamespace(column_names=("input_ids", "response_length"))
-    assert (run_of(stream, named).entries, run_of(stream, named).dropped) == (0, 0), "not known of a stream"
+    assert (run_of(stream, named).entries, run_of(stream, named).dropped) == (0, 0), "not known for a stream"

@@ -1,4 +1,4 @@
-"""A run whose numbers are no longer finite stops, says where and why, and leaves what was good as it is."""
+"""A run whose numbers are no longer finite stops, says where and why, and leaves good checkpoints as they are."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(train, tmp_path):
 
 
 def test_a_checkpoint_whose_evaluation_diverges_is_not_called_good(train, tmp_path):
-    """Its weights were finite, and what they compute is not."""
+    """Its weights were finite, but the numbers that they compute are not."""
     options = {"lora_r": 0, "learning_rate": 1e30, "max_steps": 1, "warmup_steps": 0, "save_steps": 1}
     fails(train(**options), "step 1: eval_loss is", "No checkpoint was saved before")
     assert flaw(tmp_path / "run" / "checkpoint-1")

@@ -1,4 +1,5 @@
-"""--estimate epoch|frozen: the weights of the model of that moment, kept in checkpoints, and refused elsewhere."""
+"""--estimate epoch|frozen: the weights come from the model of that moment, are kept in checkpoints, and are refused for
+other data or options."""
 
 import copy
 
@@ -87,7 +88,7 @@ def test_changed_data_and_lost_estimates_are_refused(tmp_path):
 
     changed = copy.deepcopy(PAIRS)
     changed[3]["input_ids"][-2] ^= 1
-    with pytest.raises(UserError, match="of other training examples than these, which differ from example 3"):
+    with pytest.raises(UserError, match="belong to other training examples than these, which differ from example 3"):
         trainer_for(model_for("full"), args, changed).train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(UserError, match="differ in their number"):
         trainer_for(model_for("full"), args, PAIRS[:10]).train(resume_from_checkpoint=str(checkpoint))
@@ -95,13 +96,13 @@ def test_changed_data_and_lost_estimates_are_refused(tmp_path):
     with pytest.raises(UserError, match="a vocabulary of 400, and this one has 401"):
         Estimates.load(checkpoint, Dataset.from_list(PAIRS), 401, "PIR")
     other = arguments(tmp_path, max_steps=2, loss=LossConfig("dft", estimate="frozen"))
-    with pytest.raises(UserError, match="they are PIR, and this objective's weights come from p"):
+    with pytest.raises(UserError, match="its weights come from PIR, and those of this objective from p"):
         trainer_for(model_for("full"), other).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / FILE).write_bytes(b"half")
-    with pytest.raises(UserError, match=f"cannot be resumed from, for {FILE} has 4 of"):
+    with pytest.raises(UserError, match=f"cannot be resumed from, because {FILE} has 4 of"):
         trainer_for(model_for("full"), args).train(resume_from_checkpoint=str(checkpoint))
     (checkpoint / FILE).unlink()
-    seal(checkpoint)  # as of a run whose weights were not estimated beforehand
+    seal(checkpoint)  # like a checkpoint of a run whose weights were not estimated beforehand
     with pytest.raises(UserError, match="the token weights of this run cannot be read"):
         trainer_for(model_for("full"), args).train(resume_from_checkpoint=str(checkpoint))
 

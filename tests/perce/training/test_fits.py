@@ -68,7 +68,7 @@ def test_what_the_step_runs_is_planned(setting):
         assert not step(loss=loss).computed.counterfactual
     assert step(run={"tokens_per_batch": 2000}).per_device_train_batch_size == 2
     assert step(run={"activation_checkpointing": True}).activation_checkpointing
-    assert step(per_device_train_batch_size=8).per_device_train_batch_size == 3, "no more examples are there"
+    assert step(per_device_train_batch_size=8).per_device_train_batch_size == 3, "there are no more examples"
     unpadded = step(memory=MemoryConfig(persona_grad="none"), per_device_train_batch_size=2)
     assert unpadded.context == (942 + 80) // 2, "the two longest, one after the other"
     documents = Dataset.from_list([{"input_ids": [1] * 300, "windows": [[0, 300, 299]], "response_length": 299}])
@@ -135,7 +135,7 @@ def test_a_plan_that_cannot_be_made_does_not_keep_a_run_from_being_tried(setting
     monkeypatch.setattr(fits, "device_memory", lambda device: 1)
     said = check_fits(*setting())
     assert said and said.startswith("not planned: ") and said.endswith("layers that are not alike")
-    assert ("AttributeError" in said) == (error is AttributeError), "ours is a sentence, any other is named"
+    assert ("AttributeError" in said) == (error is AttributeError), "a UserError is a sentence, others are named"
 
 
 def test_a_mixture_of_experts_is_not_judged(setting, monkeypatch):
@@ -152,7 +152,7 @@ def test_a_run_that_cannot_fit_stops_before_its_first_step(tmp_path, monkeypatch
     flags = {"model": model, "data": data, "output_dir": tmp_path / "run", "max_steps": 2, "precision": "fp32"}
     assert main([word for name, value in flags.items() for word in (f"--{name}", str(value))]) == 2
     error = capsys.readouterr().err
-    assert "The largest step" in error and "GiB are there" in error and "--max_length" in error
+    assert "The largest step" in error and "GiB are available" in error and "--max_length" in error
 
 
 def test_planned_options_are_valid_for_any_pair(setting):
@@ -176,7 +176,7 @@ def test_the_backend_of_the_run_is_planned(setting, monkeypatch):
 
 @pytest.mark.parametrize("thought", [False, True])
 def test_the_largest_step_of_conversations_is_what_a_batch_of_them_computes(setting, thought):
-    """Of a whole one, of two that are alike, and of a piece of a longer one."""
+    """The largest step is one whole conversation, two that are alike, or a piece of a longer one."""
     config, args, *_ = setting(per_device_train_batch_size=4)
     for replies, first, last in (([4], 0, 4), ([2, 2], 0, 4), ([8], 4, 8)):
         talks = [conversation(n, number, thought, 60) for number, n in enumerate(replies)]
@@ -194,7 +194,7 @@ def test_the_largest_step_of_conversations_is_what_a_batch_of_them_computes(sett
 
 
 def test_a_forward_of_many_short_talks_or_few_long_replies(setting):
-    """A talk of three replies has more tokens than three pairs by themselves have, and computes fewer."""
+    """A conversation of three replies has more tokens than three separate pairs, but fewer are computed."""
     config, args, *_ = setting(per_device_train_batch_size=3)
     talk = conversation(3, 0, persona=60)
     alone = [pair(50, 20, 10) | {"conversation": number} for number in (7, 8, 9)]
@@ -220,7 +220,7 @@ def test_the_largest_step_of_requests_is_what_a_batch_of_them_computes(setting, 
     plan, planned = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)), "branches")
     batch = collate(pairs[:8], sharing="branches", unit="persona", **how)  # the eight of one persona
     shape = shape_of(plan, planned)
-    # They are drawn in two fours, which share what is the same where they meet.
+    # They are drawn in two groups of four, which share their common tokens if they are in one batch.
     assert (planned.share_persona, shape.personas, plan.per_device_train_batch_size) == (8, 1, 8)
     assert shape.computed == pytest.approx(int((batch["uses"] > 0).sum()), rel=0.1)
     assert abs(shape.rows - len(batch["target"])) < 8
@@ -231,7 +231,7 @@ def test_the_largest_step_of_requests_is_what_a_batch_of_them_computes(setting, 
 
 @pytest.mark.parametrize("long_ones", ["many requests", "one request"])
 def test_personas_of_very_different_length_are_planned_as_they_are(setting, long_ones):
-    """One user of 900 tokens with eight requests beside eight users of 30 with one, and the other way round."""
+    """One user of 900 tokens with eight requests and eight users of 30 tokens with one, and the other way round."""
     config, args, *_ = setting(per_device_train_batch_size=16)
     config = replace(config, memory=MemoryConfig(share_persona=8))
     many, one = (900, 30) if long_ones == "many requests" else (30, 900)

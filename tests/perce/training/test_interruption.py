@@ -1,4 +1,4 @@
-"""A run that is stopped in any way goes on from its newest whole checkpoint, to the same weights bit by bit."""
+"""A run that is stopped in any way continues from its newest whole checkpoint, to the same weights bit by bit."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ from tests.helpers.ranks import run_ranks, start_ranks
 from tests.helpers.tiny import save_tiny_model, write_jsonl
 from tests.helpers.training import ROWS
 
-STEPS, STOP = 6, 3  # three steps an epoch: the stop is at the first one's end
+STEPS, STOP = 6, 3  # three steps per epoch: the stop is at the end of the first epoch
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -81,7 +81,7 @@ def at_step(monkeypatch, number, action, method="training_step"):
 
 
 def test_ctrl_c_finishes_the_step_and_saves_it(flags, straight, run, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGINT)  # ignored, where the tests run in the background
+    before = signal.getsignal(signal.SIGINT)  # ignored if the tests run in the background
     with monkeypatch.context() as patch:
         at_step(patch, STOP, lambda _: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(SystemExit, match="130"):
@@ -104,7 +104,7 @@ def test_a_signal_in_an_evaluation_stops_it(flags, straight, run, monkeypatch):
     prepare = PerceTrainer._prepare_inputs
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
         patch.setattr("perce.training.trainer.PerceTrainer._prepare_inputs", kill)
-        patch.setattr("perce.training.arguments.REPLIES_A_STEP", 1)  # more than one batch an evaluation
+        patch.setattr("perce.training.arguments.REPLIES_A_STEP", 1)  # more than one batch per evaluation
         main([*flags, "--output_dir", str(run), "--save_steps", "0", "--eval_steps", str(STOP)])
     assert names(run) == ["checkpoint-3"] and evaluated.count(STOP) == 1
     assert resume(run) == 0 and (run / ADAPTER).read_bytes() == straight
@@ -156,7 +156,7 @@ def test_a_signal_after_the_last_step_leaves_the_rest_to_a_resume(flags, straigh
 
 
 def test_a_signal_after_the_last_step_without_a_checkpoint_lets_the_run_end(flags, straight, run, monkeypatch):
-    """Nothing would be left of it."""
+    """Nothing would be left of the run."""
     own = PerceTrainer._finalize_training
 
     def signalled(self, *args):
@@ -209,17 +209,17 @@ def test_kill_9_in_the_middle_of_a_save(flags, straight, run, capsys, mode):
     child.communicate(timeout=60)
     assert names(run) == ["checkpoint-2", "checkpoint-4"] and flaw(run / "checkpoint-4")
     assert resume(run) == 0
-    assert "checkpoint-4 is not whole and passed over: it has no complete.json" in capsys.readouterr().err
+    assert "checkpoint-4 is not whole and is skipped: it has no complete.json" in capsys.readouterr().err
     assert (run / ADAPTER).read_bytes() == straight
     assert names(run) == ["checkpoint-4", "checkpoint-6"] and flaw(run / "checkpoint-4") is None
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(flags, straight, run, capsys):
     assert main([*flags, "--output_dir", str(run)]) == 0
-    (run / LIST).unlink()  # finished, it would not be resumed
+    (run / LIST).unlink()  # a finished run would not be resumed
     (run / "checkpoint-6" / "optimizer.pt").unlink()  # half deleted
     assert resume(run) == 0
-    assert "checkpoint-6 is not whole and passed over: optimizer.pt is missing" in capsys.readouterr().err
+    assert "checkpoint-6 is not whole and is skipped: optimizer.pt is missing" in capsys.readouterr().err
     assert (run / ADAPTER).read_bytes() == straight
     for checkpoint in (4, 6):
         path = run / f"checkpoint-{checkpoint}" / ADAPTER
@@ -296,8 +296,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(flags, straig
         assert main([*flags, "--output_dir", str(run)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error == (
-        f"error: {run}/checkpoint-4: could not be written ([Errno 28] No space left on device). checkpoint-2 stands: "
-        "make room, and --resume goes on from it."
+        f"error: {run}/checkpoint-4: could not be written ([Errno 28] No space left on device). checkpoint-2 is whole: "
+        "make room, and --resume continues from it."
     )
     assert names(run) == ["checkpoint-2"]
     assert resume(run) == 0 and (run / ADAPTER).read_bytes() == straight
@@ -369,7 +369,7 @@ def test_rotation_keeps_whole_checkpoints_the_best_and_the_newest(run):
     best = checkpoint(run, 1, age=9)
     for step, age in ((2, 6), (3, 7), (4, 8)):  # copied in any order
         checkpoint(run, step, age=age)
-    checkpoint(run, 9, whole=False)  # of a process that was killed, newer than all
+    checkpoint(run, 9, whole=False)  # left by a process that was killed, newer than all others
     newest = checkpoint(run, 5)
     checkpoints._rotate(newest, 3, str(best))
     assert names(run) == ["checkpoint-1", "checkpoint-4", "checkpoint-5"]
@@ -394,7 +394,7 @@ def test_the_only_checkpoint_goes_when_its_successor_is_whole(flags, run, monkey
 
 
 def start(mode, flags, run):
-    """A run in a process of its own, once it has got to where `mode` stops it."""
+    """A run in its own process, when it has reached the point where `mode` stops it."""
     call = [sys.executable, "-m", "tests.perce.training.test_interruption", mode, *flags, "--output_dir", str(run)]
     child = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_line(child)

@@ -23,7 +23,7 @@ from tests.perce.data.test_stream import ROWS, train_stream
 
 PAIRS = demo_pairs(24)[:10] + demo_pairs(24, retriever=Retriever(recency_scores, 1, "", ""))[10:]
 
-BUDGET = 1000  # 11 batches of 1 to 3: an odd number, so that two processes do not come out even
+BUDGET = 1000  # 11 batches of 1 to 3: an odd number, which two processes cannot share evenly
 
 
 def test_lengths_of_datasets_and_lists():
@@ -73,7 +73,7 @@ def test_a_step_equals_its_sequences_one_by_one(one_process):
 
 
 def test_two_processes_train_as_one(tmp_path, one_process):
-    """Both a dataset under a token budget and a stream, in one go."""
+    """A dataset under a token budget and a stream, in one run of two processes."""
     streamed = train_stream(tmp_path / "one", write_jsonl(tmp_path / "rows.jsonl", ROWS))
     budget, stream = result_of_ranks("tests.perce.training.test_loader", 2, tmp_path)
     taken = one_process["batches"]

@@ -1,4 +1,4 @@
-"""What a run logs of its tokens."""
+"""The numbers that a run logs about its tokens."""
 
 import copy
 
@@ -34,7 +34,7 @@ def test_statistics_are_logged_and_right(tmp_path):
 
 def test_shares_at_the_clip_are_counted_at_its_own_bounds_under_a_schedule(tmp_path):
     shares = []
-    for schedule in ("constant", "rising"):  # at the first step of which both bounds are 1
+    for schedule in ("constant", "rising"):  # at its first step both bounds are 1
         loss = LossConfig(clip_min=0.05, clip_schedule=schedule)
         trainer = trainer_for(model_for("full"), arguments(tmp_path, loss=loss, logging_steps=1))
         trainer.train()

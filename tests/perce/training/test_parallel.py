@@ -1,6 +1,6 @@
 """FSDP2 by torch's own fully_shard on two ranks, against one process.
 
-The head's weight is a shard outside the forward of its unit: a loss that read it there would be wrong without an error.
+Outside its unit's forward the head's weight is a shard: a loss that read it there would be wrong without an error.
 """
 
 import sys
@@ -25,8 +25,8 @@ from tests.helpers.trainers import model_for
 
 RANKS, STEPS, BATCH = 2, 5, 4
 PAIRS = demo_pairs(8)
-# Which unit the head is part of: the root's, its own, or one with the final norm (and the embedding it is tied to), as
-# accelerate does it. A tied head cannot be a unit of its own.
+# The unit that the head is part of: the root's, its own, or one with the final norm (and the embedding it is tied to),
+# as in accelerate. A tied head cannot be a unit of its own.
 CASES = [
     ("llama", "full", "own"), ("llama", "full", "tail"), ("llama", "lora", "root"), ("llama-tied", "full", "root"),
     ("llama-tied", "full", "tail"), ("llama-tied", "lora", "root"), ("mixtral", "full", "tail"),
@@ -75,7 +75,7 @@ def train(model, rank=0, ranks=1, mixture=False):
     for step in range(STEPS):
         start = step * BATCH % len(PAIRS)
         loss = forwards(model, PAIRS[start : start + BATCH], rank, ranks, mixture).loss
-        (loss * ranks).backward()  # FSDP averages
+        (loss * ranks).backward()  # FSDP averages over ranks
         first = first or {name: whole(p.grad).clone() for name, p in parameters.items()}
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()

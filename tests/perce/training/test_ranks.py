@@ -1,4 +1,5 @@
-"""Two processes against one: checkpoints of either go on in the other, weights are estimated alike, failures shared."""
+"""Two processes and one: each continues the other's checkpoints and estimates the same weights, and failures are
+shared."""
 
 import os
 import sys
@@ -23,11 +24,11 @@ from tests.helpers.ranks import end_rank, run_ranks
 from tests.helpers.tiny import tiny_model
 from tests.helpers.trainers import LORA, PAIRS, arguments, logged, model_for, trainer_for
 
-BATCH, STEPS, SAVED = 8, 4, 3  # of 16 pairs: two steps an epoch, and the checkpoint in the middle of the second
+BATCH, STEPS, SAVED = 8, 4, 3  # of 16 pairs: two steps per epoch, and the checkpoint in the middle of the second epoch
 
 
 def train(directory, kind, ranks, resume_from=None, **options):
-    """(loss and gradient norm a step, trainable parameters) after STEPS steps; a checkpoint after SAVED."""
+    """(loss and gradient norm per step, trainable parameters) after STEPS steps, with a checkpoint after SAVED."""
     args = arguments(
         directory, per_device_train_batch_size=BATCH // ranks, max_steps=STEPS, save_strategy="steps", save_steps=SAVED,
         loss=LossConfig(clip_min=0.05, **options),
@@ -44,7 +45,7 @@ def train(directory, kind, ranks, resume_from=None, **options):
 
 
 class Idle(torch.nn.Module):
-    """An MLP beside a weight that nothing reads."""
+    """An MLP with an additional weight that nothing reads."""
 
     def __init__(self, mlp):
         super().__init__()
@@ -55,7 +56,7 @@ class Idle(torch.nn.Module):
 
 
 def model_of(what):
-    """Of a model that sees images, all weights or an adapter; of one with a weight that is never used, all."""
+    """All weights or an adapter of a model that sees images, or all weights of one with a weight that is never used."""
     if what == "idle":
         model = prepare_model(tiny_model())
         model.model.layers[0].mlp = Idle(model.model.layers[0].mlp)
@@ -68,7 +69,7 @@ def model_of(what):
 
 
 def steps(directory, what, ranks, **options):
-    """(loss and gradient norm a step, trainable parameters), without a checkpoint."""
+    """(loss and gradient norm per step, trainable parameters), without a checkpoint."""
     args = arguments(
         directory, per_device_train_batch_size=BATCH // ranks, max_steps=2, loss=LossConfig(clip_min=0.05), **options
     )
@@ -116,7 +117,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(runs, kind, way):
 
 @pytest.mark.parametrize("what", UNUSUAL)
 def test_models_with_weights_that_no_text_reaches(runs, what):
-    """Data parallelism waits for the gradient of all that is trained."""
+    """Data parallelism waits for the gradient of every trained weight."""
     results, _ = runs
     close(results[what, "two", "two"], results[what, "one", "one"])
     assert "vision_tower" not in "".join(results[what, "one", "one"][1])
@@ -144,7 +145,7 @@ def test_a_checkpoint_that_one_process_could_not_write_fails_on_all(runs):
 
 
 def test_weights_that_one_process_could_not_write_fail_on_all_beside_the_best_ones(runs):
-    """The Trainer has a barrier after the weights where there are best ones."""
+    """If best weights are kept, the Trainer has a barrier after saving the weights."""
     errors = runs[0]["best failure"]
     assert "No space left on device" in errors[0] and "another process could not write" in errors[1]
 
@@ -160,7 +161,7 @@ def test_fsdp_on_a_cpu_is_one_paragraph(tmp_path, capsys, monkeypatch):
 
 
 def test_sequences_cut_over_processes_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"parallelism_config: context.*What works: one process a GPU"):
+    with pytest.raises(UserError, match=r"parallelism_config: context.*What works: one process per GPU"):
         arguments(tmp_path, parallelism_config=ParallelismConfig(cp_size=2))
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     with pytest.raises(UserError, match="parallelism_config"):

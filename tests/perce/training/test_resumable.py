@@ -1,4 +1,4 @@
-"""Runs that are uploaded: what of them, when, and that nobody's token is printed or kept."""
+"""Uploads of runs: which files, when, and that no token is printed or kept."""
 
 import pickle
 from concurrent.futures import Future
@@ -23,7 +23,7 @@ PRIVATE = ("report.html", "before.pt", "held_out.json", "config.yaml", "run.json
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The uploads, each with the files that it is of, their card and the token it was made with."""
+    """The uploads, each with its files, their card and the token that it was made with."""
     uploads = []
 
     def upload_folder(self, *, folder_path, run_as_future=False, path_in_repo="", token=None, **options):
@@ -58,7 +58,7 @@ def test_the_model_its_tokenizer_and_card_are_uploaded_and_nothing_else(train, t
     assert [upload.token for upload in hub] == [TOKEN, TOKEN] and all((run / name).is_file() for name in PRIVATE)
     for upload in hub:
         assert upload.files - {CARD} == (model if lora_r else MODEL), "at the checkpoint, and at the end"
-    assert CARD not in hub[0].files, "PEFT's, which says nothing"
+    assert CARD not in hub[0].files, "PEFT's card says nothing"
     assert hub[-1].card == (run / CARD).read_text(encoding="utf-8") and "trained with PerCE" in hub[-1].card
     assert not kept_in(run, TOKEN) and TOKEN not in out + err
 
@@ -147,9 +147,9 @@ def test_in_python_a_push_saves_and_uploads_the_model_alone(tmp_path, hub):
     trainer = trainer_for(model_for("full"), arguments(tmp_path, push_to_hub=True))
     (tmp_path / "notes.html").write_text("private")
     trainer.save_model()
-    assert not hub, "to save is not to upload"
+    assert not hub, "saving does not upload"
     (tmp_path / "model.safetensors").unlink()
     trainer.push_to_hub()
-    assert "model.safetensors" not in hub[-1].files, "what was saved is not saved twice"
+    assert "model.safetensors" not in hub[-1].files, "saved weights are not saved again"
     trainer_for(model_for("full"), arguments(tmp_path, push_to_hub=True)).push_to_hub()
     assert {"model.safetensors", "config.json", CARD} <= hub[-1].files and "notes.html" not in hub[-1].files

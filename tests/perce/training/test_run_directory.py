@@ -1,4 +1,4 @@
-"""A run's directory: claimed by one process at a time, never another run's, and resumed as the run that it is."""
+"""A run's directory: claimed by one process at a time, never another run's, and resumed only as the run it holds."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from perce.training.run_directory import LOCK
 from tests.helpers.tiny import write_jsonl
 from tests.helpers.training import ROWS, fails
 
-SAVED = {"model": None, "data": None, "precision": None, "max_steps": None}  # left to what the run has saved
+SAVED = {"model": None, "data": None, "precision": None, "max_steps": None}  # not given: the run's saved options apply
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -76,7 +76,7 @@ def test_a_full_disk_where_a_run_is_claimed(train, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Path, "write_text", lambda self, *a, **k: full() if self.name == f"{LOCK}.holder" else write(self, *a, **k)
     )
-    assert train(max_steps=1)[0] == 0, "the lock is held, and only its holder's name cannot be told"
+    assert train(max_steps=1)[0] == 0, "the lock is held; only its holder's name is unknown"
 
 
 def test_two_runs_that_begin_at_once_have_two_directories(model, data, tmp_path, monkeypatch, capsys):
@@ -100,7 +100,7 @@ def test_two_runs_that_begin_at_once_have_two_directories(model, data, tmp_path,
 
 
 def test_what_another_attempt_left_is_not_taken_for_this_run_s(train, tmp_path):
-    """Killed before its options were written: its other files are of a run that nobody knows."""
+    """A run was killed before its options were written, so it is unknown which run the other files belong to."""
     run = tmp_path / "run"
     assert train(max_steps=1, save_steps=0)[0] == 0
     (run / "config.yaml").unlink()
@@ -118,7 +118,7 @@ def test_a_lock_is_given_back_after_a_mistake(train):
     assert train(max_steps=1)[0] == 0
 
 
-# ---- resumed as it is
+# ---- resumed as the same run
 
 
 OTHERS = {
@@ -182,7 +182,7 @@ def test_options_that_leave_the_run_what_it_is_are_applied_and_recorded(train, t
 
 
 def test_other_intervals_are_kept(train, tmp_path):
-    """A checkpoint's state has those that it was saved under."""
+    """A checkpoint's state has the intervals with which it was saved."""
     run = tmp_path / "run"
     assert train(max_steps=2, save_steps=1, logging_steps=1, save_total_limit=9)[0] == 0
     assert train("--resume", **SAVED | {"max_steps": 8, "save_steps": 3, "logging_steps": 4, "eval_steps": 3})[0] == 0
@@ -213,7 +213,7 @@ def test_a_step_that_is_cut_otherwise_must_leave_the_epochs_as_they_are(train, t
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "save_steps": 1, "max_steps": 3}
     assert train("--dataloader_drop_last", "true", **options)[0] == 0
     cut = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 5}
-    fails(train("--resume", **SAVED | cut), "steps an epoch", "2", "3")
+    fails(train("--resume", **SAVED | cut), "the number of steps per epoch", "2", "3")
 
 
 def test_other_validation_rows_are_refused(train, tmp_path):
@@ -278,7 +278,7 @@ def test_numbers_of_before_training_that_are_damaged_are_told_of_at_once_and_pas
     assert train(save_steps=1)[0] == 0
     path = tmp_path / "run" / "before.pt"
     content = bytearray(path.read_bytes())
-    place = content.index(b"storage") if damage == "one bit" else 0  # of a tensor, not of the archive's padding
+    place = content.index(b"storage") if damage == "one bit" else 0  # in a tensor, not in the archive's padding
     content[content.index(b"ZZ", place) + 70 if damage == "one bit" else 0] ^= 1
     others = {"half": content[: len(content) // 2], "zeros": bytes(len(content)), "text": b"[]"}
     path.write_bytes(others.get(damage, content))
@@ -360,7 +360,7 @@ def test_an_evaluation_that_was_due_after_the_checkpoint_is_made_when_the_run_is
 
 
 def test_the_last_evaluation_is_logged_once(train, tmp_path, monkeypatch):
-    """Where a run had come to it before it was stopped, its numbers are known, and those of single tokens are not."""
+    """If a run was stopped after it, its numbers are known, but not those of single tokens."""
     own = PerceTrainer.save_model
 
     def killed(self, *args, _internal_call=False):
@@ -398,7 +398,7 @@ def test_a_finished_run_whose_model_is_damaged_is_written_again(train, tmp_path)
 
 
 def test_the_same_command_begins_goes_on_and_ends_a_run(train, tmp_path, monkeypatch):
-    """What a supervisor repeats: nothing there yet, stopped before the first checkpoint, within the first one, done."""
+    """A supervisor repeats one command: first, after a stop before or in the first checkpoint, and when all is done."""
     run, options = tmp_path / "run", {"save_steps": 2, "max_steps": 4}
     assert train(**options, output_dir=tmp_path / "straight")[0] == 0
     for where in ("perce.train.load_nothing", "training_step", "save"):
@@ -438,7 +438,7 @@ def test_checkpoints_that_are_damaged_are_no_reason_to_begin_again(train, tmp_pa
 
 
 def test_checkpoints_of_the_model_alone(train, tmp_path, monkeypatch):
-    """A kill leaves nothing to resume from, and that is said; a stop by a signal saves all that a resume needs."""
+    """After a kill nothing is there to resume from, and an error says so; a signal's stop saves all that is needed."""
     flags = ["--save_only_model", "true", "--lr_scheduler_type", "constant"]
     options = {"save_steps": 1, "max_steps": 3}
     assert train(*flags, **options, output_dir=tmp_path / "straight")[0] == 0

@@ -16,7 +16,7 @@ def test_batches_respect_the_budget_and_hold_every_sequence_once():
     padded = [len(batch) * max(LENGTHS[index] for index in batch) for batch in batches]
     assert [cost for cost in padded if cost > 1000] == [1200] and [500] in batches, "an over-long sequence is alone"
     assert sum(padded) < 1.1 * sum(LENGTHS), "padding"
-    assert len(batches) < 1.25 * sum(LENGTHS) / 1000, "batches that are far from full"
+    assert len(batches) < 1.25 * sum(LENGTHS) / 1000, "too many batches are far from full"
 
 
 def test_the_order_depends_on_seed_and_epoch_and_their_number_on_the_lengths_alone():
@@ -53,16 +53,16 @@ def replies(epoch=0, conversations=CONVERSATIONS, most=8, **options):
 def test_every_reply_is_dealt_once_an_epoch_beside_those_of_its_conversation(epoch):
     batches = replies(epoch)
     assert sorted(reply for batch in batches for reply in batch) == list(range(ENDS[-1]))
-    assert max(map(len, batches)) == 8 and len(batches) < 1.05 * ENDS[-1] / 8, "full, as far as can be"
+    assert max(map(len, batches)) == 8 and len(batches) < 1.05 * ENDS[-1] / 8, "as full as possible"
     whole = 0
     for conversation in CONVERSATIONS:
         pieces = sorted(filter(None, ([reply for reply in batch if reply in conversation] for batch in batches)))
         whole += pieces == [part for part in (conversation[:8], conversation[8:]) if part]
-    assert whole >= 0.95 * len(CONVERSATIONS), "cut only where more than a quarter of a batch would be empty"
+    assert whole >= 0.95 * len(CONVERSATIONS), "cut only if more than a quarter of a batch would be empty"
 
 
 def test_a_batch_is_filled_where_whole_conversations_leave_much_of_it_empty():
-    """Of conversations of five replies, steps have seven or eight, and not five."""
+    """Steps of conversations of five replies have seven or eight replies, not five."""
     fives = [list(range(start, start + 5)) for start in range(0, 400, 5)]
     batches = replies(conversations=fives)
     assert sorted(map(len, batches))[1] >= 6 and len(batches) <= 60
@@ -114,7 +114,7 @@ def test_a_persona_meets_its_requests_in_another_order_each_epoch():
         assert sorted(index for batch in dealt[-1] for index in batch) == list(range(ends[-1]))
         assert len(dealt[-1]) == len(sampler) <= ends[-1] // 8 + 2
         together = [count for batch in dealt[-1] for count in Counter(map(persona_of.get, batch)).values()]
-        assert ends[-1] / len(together) > 3, "of at most four"
+        assert ends[-1] / len(together) > 3, "groups of at most four"
     met = [{frozenset(batch) for batch in batches} for batches in dealt]
     assert len(met[0] & met[1]) < 0.2 * len(met[0])
     assert dealt[0] == list(ReplyBatches(units, 8, 4, seed=0))

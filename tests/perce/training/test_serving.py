@@ -1,4 +1,4 @@
-"""A saved run can be asked by transformers alone, and its replies end."""
+"""A saved run can be prompted with transformers alone, and its replies end."""
 
 import copy
 
@@ -28,7 +28,7 @@ ROW = {"persona": ["I keep bees."], "query": "Why?", "response": "The bees."}
 
 
 def base_tokenizer(template):
-    """Of a base model: its end of sequence is not what ends a turn of the chat template."""
+    """The tokenizer of a base model, whose end of sequence does not end a turn of the chat template."""
     tokenizer = copy.deepcopy(tokenizer_like("qwen2"))
     tokenizer.chat_template = template and CHAT_TEMPLATES[template]
     return tokenizer
@@ -93,7 +93,7 @@ def test_the_saved_template_takes_the_persona_and_is_else_as_it_was(template, st
     try:
         chat_format = ChatFormat(tokenizer, {}, style=PromptStyle.of(style))
     except UserError:
-        return  # not trained with
+        return  # refused in training
     before = tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
     talk = [
         {"role": "user", "content": "Why?"},
@@ -155,7 +155,7 @@ def test_a_generation_config_that_could_not_be_saved_is_found_before_training(tm
         made = PerceTrainer(
             model, arguments(tmp_path), train_dataset=[ROW], processing_class=tokenizer, peft_config=lora
         )
-        assert tokenizer.chat_template == CHAT_TEMPLATES["chatml"], "the caller's own stays as it was"
+        assert tokenizer.chat_template == CHAT_TEMPLATES["chatml"], "the caller's tokenizer stays as it was"
         return made
 
     trainer(temperature=0.6, do_sample=False).save_model(tmp_path / kind)

@@ -1,4 +1,4 @@
-"""What conversations share in a run: whether, in which units, and how many tokens are computed for it."""
+"""What conversations share in a run: whether they can, in which units, and how many tokens are computed."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ KINDS = ("chains", "branches")
 
 
 def pairs_of(thought):
-    """Of 20 conversations of one to nine replies."""
+    """Pairs of 20 conversations of one to nine replies."""
     pairs = [pair for number in range(20) for pair in conversation(1 + number * 7 % 9, number, thought)]
     return [pair | {"example": index} for index, pair in enumerate(pairs)]
 
@@ -42,7 +42,7 @@ def test_units_are_computed_within_a_budget(sharing, thought, budget=110):
     indices, lengths = zip(*found, strict=True)
     for batch in TokenBatches(lengths, budget, indices, seed=0):
         _, tokens = rows_and_tokens([pairs[index] for index in batch], sharing)
-        assert tokens <= budget or batch in indices, "what is longer is alone"
+        assert tokens <= budget or batch in indices, "longer units are alone"
 
 
 def test_units_of_a_persona_are_computed_within_a_budget(budget=150):

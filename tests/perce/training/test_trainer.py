@@ -122,7 +122,7 @@ def test_every_split_of_a_batch_trains_the_same(tmp_path, whole, split, key):
 def test_a_detached_persona_changes_the_gradient_only(whole):
     lora, detached = (torch.tensor(whole[key]["steps"]) for key in ("lora", "detached"))
     torch.testing.assert_close(detached[0, 0], lora[0, 0], atol=1e-6, rtol=1e-6)  # the loss before any step
-    assert ((detached - lora)[:, 1] / lora[:, 1]).abs().min() > 1e-3, "the gradient's norm is another one"
+    assert ((detached - lora)[:, 1] / lora[:, 1]).abs().min() > 1e-3, "the gradient's norm differs"
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}])
@@ -203,7 +203,7 @@ def test_raw_rows_a_path_and_a_peft_config(tmp_path):
     assert trainer.evaluate()["eval_loss_with_persona"] > 0
     trainer.save_model()
     assert (tmp_path / "run" / "adapter_config.json").exists() and (tmp_path / "run" / "tokenizer.json").exists()
-    json.dumps(args.to_dict())  # what experiment loggers do
+    json.dumps(args.to_dict())  # experiment loggers do this
 
 
 def test_a_bad_raw_row_is_named(tmp_path):
@@ -242,7 +242,7 @@ def test_several_evaluation_sets_and_the_usual_metric_name(tmp_path):
 
 
 def test_numbers_before_and_after_training_are_of_the_same_precision(tmp_path):
-    """Under autocast too: a learning rate of next to nothing must change nothing in an evaluation."""
+    """With autocast too, a learning rate near zero must change nothing in an evaluation."""
     args = arguments(tmp_path, bf16=True, learning_rate=1e-30, max_steps=1)
     trainer = trainer_for(model_for("full"), args, eval_dataset=Dataset.from_list(PAIRS[:7]))
     before = trainer.evaluate()

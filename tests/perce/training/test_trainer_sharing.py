@@ -31,7 +31,7 @@ ALONE = DataConfig(share="none")
 
 
 def trainer(directory, kind="full", pairs=PAIRS, architecture="llama", **options):
-    """In fp64: what differs is a mistake."""
+    """In fp64, so that any difference is a mistake."""
     loss = LossConfig(clip_min=0.05, **options.pop("of_loss", {}))
     args = arguments(directory, loss=loss, **({"max_steps": 4} | options))
     made = trainer_for(model_for(kind, architecture=architecture), args, pairs, eval_dataset=Dataset.from_list(pairs))
@@ -40,7 +40,7 @@ def trainer(directory, kind="full", pairs=PAIRS, architecture="llama", **options
 
 
 def steps(made, resume_from=None):
-    """(loss and gradient norm a step, trained weights)."""
+    """(loss and gradient norm per step, trained weights)."""
     with Exact():
         made.train(resume_from_checkpoint=resume_from)
     return torch.tensor(logged(made, "loss", "grad_norm"), dtype=torch.float64), weights(made)
@@ -55,7 +55,7 @@ def close(one, other, most=1e-9):
 
 
 def alone(made):
-    """The same trainer on the same batches, of which nothing is shared."""
+    """The same trainer on the same batches, in which nothing is shared."""
     made.data_collator = partial(made.data_collator, sharing="none")
     return made
 
@@ -88,14 +88,14 @@ def test_steps_equal_those_of_separate_examples(tmp_path, way):
     assert shared.sharing == "branches"
     one, other = steps(shared), steps(separate)
     close(one[1], other[1])
-    close(one[0], other[0], 1e-6)  # the Trainer logs a loss of fp32
+    close(one[0], other[0], 1e-6)  # the Trainer logs the loss in fp32
     computed, needed = shared.tokens_computed()
     assert computed < (0.8 if "pairs" in way else 0.75) * needed
     assert separate.tokens_computed() == (needed, needed)
 
 
 def test_the_load_of_experts_counts_every_reply(tmp_path):
-    """In fp32: experts have no products of fp64."""
+    """In fp32, because experts have no fp64 products."""
     found, options = [], {"max_steps": 2, "architecture": "qwen3-moe"}
     for made in (trainer(tmp_path, **options), alone(trainer(tmp_path, **options))):
         made.model.float()
@@ -173,7 +173,7 @@ def test_a_collator_of_the_callers_stays(tmp_path):
 
 
 def test_only_what_is_trained_on_decides_how_batches_are_dealt(tmp_path):
-    """Validation conversations are shared, too, beside training examples that are no conversations."""
+    """Validation conversations share tokens even if the training examples are not conversations."""
     args = arguments(tmp_path, train_sampling_strategy="group_by_length")
     made = trainer_for(model_for(), args, conversation(1), eval_dataset=Dataset.from_list(PAIRS))
     assert made.sharing == "none"
