@@ -72,7 +72,7 @@ def test_what_equal_weights_amount_to_follows_the_options():
     for normalize in ("batch", "sequence"):
         for schedule in ("constant", "falling"):
             text = amount(normalize=normalize, clip_schedule=schedule)
-            assert text == f"rescaled by --normalize {normalize} all weigh 1, which is cross-entropy"
+            assert text == f"rescaled by --normalize {normalize}, all weigh 1, which is cross-entropy"
     for schedule in ("rising", "falling"):
         text = amount(clip_schedule=schedule)
         assert "cross-entropy times a bound between 0.8 and 1" in text and f"--clip_schedule {schedule}" in text
@@ -132,7 +132,7 @@ def test_the_best_evaluation_is_the_earliest_of_the_lowest():
 def test_few_users_are_counted():
     text = said(units=3)
     assert "3 users" in text and "10" in text and "--eval_examples" in text
-    assert "1 user " in said(units=1) and "9 rows" in said(units=9, unit="rows") and said(units=10) == ""
+    assert "1 user:" in said(units=1) and "9 rows" in said(units=9, unit="rows") and said(units=10) == ""
 
 
 def test_a_weighted_loss_may_rise_while_cross_entropy_falls():
