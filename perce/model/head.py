@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from perce.objectives import HeadCall, Measured
 from perce_kernels import fused_perce_loss, token_logprobs
 
-LOGITS_BYTES = 2**26  # of logits, at most, held at a time for metrics
+LOGITS_BYTES = 2**26  # the most bytes of logits that are held at a time, for metrics
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def short_windows(model: nn.Module, tokens: int) -> Iterator[None]:
             setattr(holder, name, value)
 
 
-PACKING_TOLERANCE = 0.1  # of the change of hidden states that see the sequence before; bf16 noise is far below
+PACKING_TOLERANCE = 0.1  # relative to the change if the sequence before is seen; bf16 noise is far below
 
 
 def check_packing(model: Any, device: str) -> None:

@@ -61,8 +61,8 @@ def linear_layers(model: Any, unused: set[str]) -> list[str]:
 
 
 def unused_layers(model: Any) -> set[str]:
-    """The linear layers that no hidden state of a text depends on through the layer's own product of the one tensor
-    that it is called with. Empty if the model has no weights to try it with."""
+    """The linear layers that a text does not use as such: no hidden state depends on the tensor that the layer's own
+    forward makes of its input. Empty if the model has no weights to try it with."""
     if model.get_input_embeddings().weight.is_meta:
         return set()
     zeros: dict[str, list[Tensor]] = {}

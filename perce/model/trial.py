@@ -42,7 +42,7 @@ WEIGHTING = OBJECTIVES["perce"].weighting()
 # Largest allowed difference of log-probabilities (root mean square over the tokens), and of a gradient (relative to its
 # norm). Both are 1e-5 in fp32, and 0.03 in bf16 with 30 layers; if a persona is lost, both are 1.
 TOLERANCE, TOLERANCE_LOW_PRECISION = (2e-3, 1e-2), (0.25, 0.25)
-AGREEMENT, AGREEMENT_LOW_PRECISION = 1e-4, 0.1  # of log-probabilities when the same forward pass is run twice
+AGREEMENT, AGREEMENT_LOW_PRECISION = 1e-4, 0.1  # between log-probabilities of the same forward pass, run twice
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class StepBalance:
     def __init__(self, router: Router, over_processes: Callable[[Tensor], Tensor]):
         self.router = router
         self._over_processes = over_processes
-        self._to_come: list[Tensor] = []  # the counts of the step, once per forward pass to come; empty: not counted
+        self._to_come: list[Tensor] = []  # the step's counts, once per forward pass to come; or empty: see share
 
     def begin(self, counts: list[Tensor]) -> None:
         """counts: (E,) of each forward pass of this process; empty if there is only one, which counts itself. Forgets a

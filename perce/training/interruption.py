@@ -46,7 +46,7 @@ class Interruption(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.received: int | None = None
-        # The step of the newest checkpoint that a run can be resumed from, or was; None: training has not begun.
+        # Step of the newest checkpoint with all that a resume needs, or of the one resumed from; None: not begun yet.
         self.saved_step: int | None = None
         self._received_at = 0.0
 

@@ -160,7 +160,7 @@ class PerceTrainer(ResumableTrainer):
             self.add_callback(EStep(self))
         if args.early_stopping:
             self.add_callback(EarlyStopping(args.early_stopping))
-        self.last_evaluation: list[TokenStatistics] = []  # of this process, in the order of the evaluated dataset
+        self.last_evaluation: list[TokenStatistics] = []  # this process's, in the order of the evaluated dataset
         self._window = Window()
         self._logged_tokens, self._logged_seconds = 0, 0.0
         self._computed = torch.zeros(2, dtype=torch.int64)

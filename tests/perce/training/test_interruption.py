@@ -328,7 +328,9 @@ def test_a_disk_that_fills_up(flags, straight, small_disk, monkeypatch, capsys, 
         at_step(patch, STOP, fill)
         assert main([*flags, "--output_dir", str(run)]) == 2
     error = capsys.readouterr().err
-    assert "checkpoint-4: could not be written" in error and "checkpoint-2 is whole" in error and "Traceback" not in error
+    assert (
+        "checkpoint-4: could not be written" in error and "checkpoint-2 is whole" in error and "Traceback" not in error
+    )
     filler.unlink()
     assert resume(run) == 0 and (run / ADAPTER).read_bytes() == straight
 
