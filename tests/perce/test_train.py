@@ -43,8 +43,8 @@ def test_a_whole_run_and_its_directory(train, tmp_path):
     ):
         assert words in out
     assert "1 of 4 users held out" in out
-    assert "The validation has 1 user only" in " ".join(out.split()), "what the numbers say"
-    assert "\n- The validation has 1 user only" in (run / "README.md").read_text()
+    assert "The validation has only 1 user" in " ".join(out.split()), "what the numbers say"
+    assert "\n- The validation has only 1 user" in (run / "README.md").read_text()
     assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 2e-4
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     evaluated = [entry["step"] for entry in history if "eval_loss_with_persona" in entry]
