@@ -40,10 +40,14 @@ class Signal:
 
     name: str
     of: Callable[..., Tensor]
+    meaning: str = ""
+    """For readers of a report, after the name and a colon. {full} and {short}: with and without the persona."""
 
 
-PIR = Signal("PIR", lambda logp, logp_cf: logp - logp_cf)
-RATIO = Signal("exp(PIR)", lambda logp, logp_cf: (logp - logp_cf).exp())
+PIR = Signal("PIR", lambda logp, logp_cf: logp - logp_cf,
+             "a token's log-probability {full} minus its log-probability {short}")  # fmt: skip
+RATIO = Signal("exp(PIR)", lambda logp, logp_cf: (logp - logp_cf).exp(),
+               "how many times as likely a token is {full} as {short}")  # fmt: skip
 CONTRASTS = {"log": PIR, "ratio": RATIO}
 """Signals that the op computes itself, chosen by its argument `contrast`. A signal that is computed before the op
 takes one product more."""
@@ -179,15 +183,21 @@ _ENTRIES = (
     Objective("ce", "CE", "plain cross-entropy, to compare with: every token counts the same",
               signal=None, clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
     Objective("lossce", "LossCE", "tokens with a high loss count more; a baseline of the paper, after Rho-1",
-              Signal("−log p", lambda logp: -logp), clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
+              Signal("−log p", lambda logp: -logp, "a token's own loss {full}, so that surprising tokens count more"),
+              clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
     Objective("entce", "EntCE", "tokens that are predicted with high entropy count more; a baseline of the paper",
-              Signal("entropy", lambda entropy: entropy), clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
+              Signal("entropy", lambda entropy: entropy,
+                     "the entropy of the model's prediction before a token, {full}, in nats"),
+              clip=(0.8, 5.0), takes=(PERSONAS, DOCUMENTS)),
     Objective("longce", "LongCE", "a token counts by how much likelier the long context makes it (arXiv 2410.23771)",
               RATIO, clip=(0.0, 5.0), takes=(DOCUMENTS,)),
     Objective("dft", "DFT", "likely tokens count more, so that the model stays close to what it was (arXiv 2508.05629)",
-              Signal("p", lambda logp: logp.exp()), clip=(0.0, 1.0), takes=(PERSONAS, DOCUMENTS)),
+              Signal("p", lambda logp: logp.exp(), "a token's probability {full}, so that likely tokens count more"),
+              clip=(0.0, 1.0), takes=(PERSONAS, DOCUMENTS)),
     Objective("nextquill", "NextQuill", "0.9 if the persona raises p by more than 0.05, else 0.1 (arXiv 2506.02368)",
-              Signal("preference (0.9 or 0.1)", _preferred), clip=(0.1, 0.9), takes=(PERSONAS,)),
+              Signal("preference (0.9 or 0.1)", _preferred,
+                     "0.9 for a token whose probability is more than 0.05 higher {full} than {short}, else 0.1"),
+              clip=(0.1, 0.9), takes=(PERSONAS,)),
     Objective("random", "random", "a control: PerCE's weights, permuted over the tokens of each step",
               PIR, clip=(0.8, 5.0), takes=(PERSONAS,), over_step=permuted),
 )  # fmt: skip

@@ -354,7 +354,7 @@ class RunConfig:
         "keep the best weights; 0: never",
     )  # fmt: skip
     logging_steps: float = _option(10, "steps between log entries")
-    report_examples: int = _option(8, "validation responses shown token by token in report.html")
+    report_examples: int = _option(64, "validation responses shown token by token in report.html")
     activation_checkpointing: bool = _option(
         False, "recompute activations in the backward pass: less memory, about 30 % slower"
     )
@@ -473,7 +473,7 @@ class ScoreConfig(WeightingConfig):
     export: Literal["swift"] | None = _option(
         None, "write w.swift.jsonl next to --jsonl w.jsonl: rows of token ids and loss_scale for ms-swift"
     )
-    shown: int = _option(50, "examples in the HTML page")
+    shown: int = _option(1000, "examples in the HTML page")
     terminal: int = _option(3, "examples shown in the terminal")
 
     def __post_init__(self) -> None:

@@ -12,7 +12,8 @@ from perce.config.commands import ScoreOptions
 from perce.data.rows import Example
 from perce.environment import in_one_move, written
 from perce.measuring.identification import Identified
-from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, terminal_text, write_html
+from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, terminal_text
+from perce.report.page import Weighed, write_page
 from perce.report.terminal import Console, facts, plain, show, table
 
 BINS = 21  # of the histogram, between the clip's ends: 0.2 nats each for PerCE's own
@@ -98,22 +99,25 @@ def write_report(
     options: ScoreOptions,
     split: str,
 ) -> None:
-    """The HTML page: means, histogram, most personal tokens, token identification, and the first responses."""
-    clip, found_means = _clip(options), means(records, options)
+    """The HTML page: means, histogram, most personal tokens, token identification, users, and the first responses."""
+    found_means = means(records, options)
     responses = [
         ScoredResponse(
             persona=tuple(examples[record["example"]].persona[i] for i in record["passages"]),
             turns=tuple((turn.role, turn.content) for turn in examples[record["example"]].turns),
             passes={"response": _tokens(record)},
             user_id=record["user_id"],
+            source=record["source"],
         )
         for record in records
         if record["example"] < min(len(examples), options.score.shown)
     ]
     weighting = options.score.weighting.reported
-    signal = weighting.signal_name
     title = "Which tokens are personal" if "logp_cf" in weighting.needs else "Which tokens count most"
-    panels: list[Histogram | Table] = [_histogram(records, clip, signal, found_means), _most_personal(records)]
+    panels: list[Histogram | Table] = [
+        _histogram(records, _clip(options), weighting.signal_name, found_means),
+        _most_personal(records),
+    ]
     if found:
         panels.append(_identification_table(found))
     summary = [
@@ -122,11 +126,14 @@ def write_report(
         *_lines(found_means),
     ]
     with written(path):
-        write_html(path, responses, title=title, summary=summary, clip=clip, signal=signal, panels=panels)
+        write_page(
+            path, responses, title=title, summary=summary, panels=panels, scored=len(records),
+            weighed=Weighed(options.score.entry, options.score.weighting),
+        )  # fmt: skip
 
 
 def _tokens(record: dict[str, Any]) -> list[ScoredToken]:
-    columns = (record[name] for name in ("response_tokens", "logp", "logp_cf", "weight"))
+    columns = (record[name] for name in ("response_tokens", "logp", "logp_cf", "signal", "weight"))
     return [ScoredToken(*values) for values in zip(*columns, strict=True)]
 
 

@@ -100,5 +100,5 @@ def record(index: int, example: Example, pair: Pair, tokens: TokenStatistics, to
 
 def scored_tokens(statistics: TokenStatistics, tokenizer: Any) -> list[ScoredToken]:
     texts = token_texts(statistics.target.tolist(), tokenizer)
-    columns = (statistics.logp, statistics.logp_cf, statistics.token_weight)
+    columns = (statistics.logp, statistics.logp_cf, statistics.signal, statistics.token_weight)
     return [ScoredToken(*row) for row in zip(texts, *(column.tolist() for column in columns), strict=True)]

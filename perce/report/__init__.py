@@ -1,4 +1,5 @@
 """Pictures. Nothing here knows of models or data.
 
-heatmap   tokens tinted by weight: HTML and terminal      curves   the log of a run as a PNG
+heatmap    scored responses; in the terminal     page       the HTML page of them, with page.html, .css and .js
+embedded   what a page holds of them             curves     the log of a run as a PNG
 """

@@ -23,7 +23,8 @@ from perce.model.passes import TokenStatistics
 from perce.model.positions import needs_long_factors, switch_length
 from perce.model.reach import beside_text
 from perce.report.curves import write_curves
-from perce.report.heatmap import ScoredResponse, write_html
+from perce.report.heatmap import ScoredResponse
+from perce.report.page import Weighed, write_page
 from perce.report.terminal import facts, show, table
 from perce.training.arguments import PerceArguments
 from perce.training.best import is_evaluated, kept_step, kept_weights
@@ -248,11 +249,11 @@ def write_run_report(
         passes = {name: scored_tokens(by[index], trainer.processing_class) for name, by in scored.items()}
         if isinstance(example, Document):
             ends = {name: tokens[-SHOWN_TOKENS:] for name, tokens in passes.items()}
-            responses.append(ScoredResponse(persona=(), turns=(), passes=ends, user_id=example.user_id))
+            responses.append(ScoredResponse((), (), ends, example.user_id, example.source))
             continue
         turns = tuple((turn.role, turn.content) for turn in example.turns)
         persona = tuple(example.persona[i] for i in passages[index])
-        responses.append(ScoredResponse(persona, turns, passes, example.user_id))
+        responses.append(ScoredResponse(persona, turns, passes, example.user_id, example.source))
     summary = [
         ("model", config.model.model or "SmolLM2-135M-Instruct"),
         ("data", config.data.data or "built-in examples"),
@@ -269,9 +270,9 @@ def write_run_report(
     if pairs.format == "text":
         title = title.replace("are personal", "need the long context")
         summary.append(("persona", f"here: all that stands more than about {config.loss.short_context} tokens back"))
-    write_html(
-        output_dir / "report.html", responses, title=title, summary=summary,
-        clip=(weighting.clip_min, weighting.clip_max), signal=weighting.signal_name,
+    write_page(
+        output_dir / "report.html", responses, title=title, summary=summary, scored=len(evaluated),
+        weighed=Weighed(config.loss.entry, config.loss.weighting, documents=pairs.format == "text"),
     )  # fmt: skip
 
 

@@ -16,12 +16,13 @@ from perce import DataConfig, LossConfig, MemoryConfig, UserError
 from perce import plan as plan_command
 from perce.config.commands import PlanOptions
 from perce.data.pairing import make_builder
-from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS, Signal, TokenWeighting, permuted
+from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS, PIR, Signal, TokenWeighting, permuted
 from perce.planning.plans import step_cost
 from perce.score import main as score
 from perce.train import main as train
 from tests.helpers import ROOT
 from tests.helpers.models import TOKENIZER, K, S, documents
+from tests.helpers.pages import Page
 from tests.helpers.plans import FULL, SHORT
 from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, write_jsonl
 from tests.helpers.trainers import PAIRS, arguments, logged, model_for, pir, plain_loop, plain_loss, trainer_for
@@ -275,9 +276,11 @@ def test_every_command_knows_it(tmp_path, model, name, capsys):
     assert ("weight_mean" in entry) == (objective.signal is not None)
     assert ("pir_mean" in entry) == objective.counterfactual
     weighting = objective.weighting().reported
-    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert f"Weights are {weighting.signal.name} clipped to this\nscale" in page
-    assert f"{weighting.clip_min:g} <i></i> {weighting.clip_max:g}" in page
+    page = Page(tmp_path / "run" / "report.html")
+    clip = f"{weighting.clip_min:g} … {weighting.clip_max:g}"
+    assert f"weight of a token is {weighting.signal.name}, clipped to {clip}" in page.text
+    assert (f"{objective.title} gives every token the same weight" in page.text) == (objective.signal is None)
+    assert ("after the long context" in page.text) == (PERSONAS not in objective.takes)
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
     assert (saved["objective"], saved["clip_min"], saved["clip_max"]) == (name, None, None)
     assert train([f"--output_dir={tmp_path / 'run'}", "--resume", "--max_steps=2"]) == 0
@@ -304,11 +307,17 @@ def test_score_records_what_the_clip_acted_on(tmp_path, model, name, capsys):
     formula = pir if formula == "1" else formula
     torch.testing.assert_close(signal, formula(logp, logp_cf, entropy), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(weight, signal.clamp(low, high))
-    summary, page = json.loads(paths["json"].read_text(encoding="utf-8")), paths["html"].read_text(encoding="utf-8")
+    summary, page = json.loads(paths["json"].read_text(encoding="utf-8")), Page(paths["html"])
     floor, ceiling = ((signal <= low).float().mean().item(), (signal >= high).float().mean().item())
     assert [summary["frac_at_floor"], summary["frac_at_ceiling"]] == pytest.approx([floor, ceiling], abs=1e-6)
-    assert f"{floor:.1%} lie at the floor" in page and f"{ceiling:.1%} at the ceiling" in page
-    assert re.search(f"at the floor +{floor:.1%}", out) and page.count('class="t top"') == (signal >= high).sum()
+    assert f"{floor:.1%} lie at the floor" in page.text and f"{ceiling:.1%} at the ceiling" in page.text
+    tokens = [token for place in range(len(records)) for token in page.tokens(place, "response")]
+    assert re.search(f"at the floor +{floor:.1%}", out) and sum(t["top"] for t in tokens) == (signal >= high).sum()
+    acted_on = [token["signal"] for token in tokens] if "signal" in tokens[0] else None
+    if OBJECTIVES[name].weighting().reported.signal is PIR:
+        assert acted_on is None, "it is the difference of what is embedded"
+    else:
+        assert acted_on == pytest.approx(signal.tolist(), abs=0.00501)
 
 
 @pytest.mark.parametrize("kind", [PERSONAS, DOCUMENTS])

@@ -14,6 +14,7 @@ from perce import UserError
 from perce.demo import DATA_DIR
 from perce.lock import locked
 from perce.measuring import inference, score_report, scores
+from tests.helpers.pages import Page
 from tests.helpers.tiny import read_jsonl, tiny_tokenizer, write_jsonl
 from tests.helpers.training import LIMIT
 
@@ -122,16 +123,24 @@ def test_changed_data_is_not_mixed_with_what_was_scored(scored, tmp_path):
 
 
 def test_labels_summary_page_and_terminal(scored, tmp_path):
-    out = scored("--labels", "--summary", tmp_path / "s.json", "--output", tmp_path / "s.html", "--shown", 2).out
+    files = ("--summary", tmp_path / "s.json", "--output", tmp_path / "s.html", "--jsonl", tmp_path / "s.jsonl")
+    out = scored("--labels", *files, "--shown", 2).out
     content = json.loads((tmp_path / "s.json").read_text())
     methods = content["identification"]["methods"]
     assert set(methods) == {"PIR", "persona word", "token loss", "entropy"} and content["identification"]["marked"]
     assert all(0 <= method["auc"] <= 1 for method in methods.values())
     assert methods["persona word"]["precision"] > 0.5, "quoted facts are personal"
     assert f"{methods['PIR']['auc']:.3f}" in out and "Slowly, slowly" in out
-    page = (tmp_path / "s.html").read_text(encoding="utf-8")
+    page = Page(tmp_path / "s.html")
     assert "marked by hand" in scored("--labels", "--shown", 0, "--terminal", 0).out
-    assert page.count("<article>") == 2 and "Token identification" in page and "Highest PIR" in page
+    assert len(page.data["responses"]) == 2 and f"This page shows 2 of {LIMIT} scored responses" in page.text
+    assert "Token identification" in page.text and "Highest PIR" in page.text
+    for place, record in enumerate(read_jsonl(tmp_path / "s.jsonl")[:2]):
+        found = page.tokens(place, "response")
+        assert [token["text"] for token in found] == record["response_tokens"]
+        for column, name in (("logp", "logp"), ("cf", "logp_cf"), ("weight", "weight")):
+            assert [token[column] for token in found] == pytest.approx(record[name], abs=0.00501), column
+        assert page.data["responses"][place]["source"] == record["source"]
 
 
 @pytest.mark.parametrize(("contrast", "clip"), [("log", (0.0, 0.004)), ("ratio", (0.999, 1.004))])
@@ -149,10 +158,13 @@ def test_page_terminal_and_summary_agree_on_the_shares_at_the_clip(scored, tmp_p
     assert ceiling == pytest.approx((acted_on >= clip[1]).float().mean().item(), abs=1e-6) and 0.1 < ceiling < 0.9
     for end, share in (("floor", floor), ("ceiling", ceiling)):
         assert re.search(rf"at the {end} +{share:.1%}", out)
-    page = paths["html"].read_text(encoding="utf-8")
-    assert f"{floor:.1%} lie at the floor" in page and f"{ceiling:.1%} at the ceiling" in page
+    page = Page(paths["html"])
+    assert f"{floor:.1%} lie at the floor" in page.text and f"{ceiling:.1%} at the ceiling" in page.text
+    tokens = [token for place in range(LIMIT) for token in page.tokens(place, "response")]
+    assert sum(token["top"] for token in tokens) == round(ceiling * len(tokens))
     name = {"log": "PIR", "ratio": "exp(PIR)"}[contrast]
-    assert f"Tokens by {name}," in page and f"Weights are {name} clipped to this\nscale" in page
+    words = f"weight of a token is {name}, clipped to {clip[0]:g} … {clip[1]:g}"
+    assert f"Tokens by {name}," in page.text and words in page.text and f"Token weight: {name}, clipped" in page.text
 
 
 def test_unmarked_data_is_labelled_by_persona_words_and_says_so(scored, tmp_path):

@@ -20,6 +20,7 @@ from perce.data.formats import FORMATS
 from perce.train import main
 from perce.training.arguments import fit_batch
 from tests.helpers import ROOT
+from tests.helpers.pages import Page
 from tests.helpers.raw_rows import documented, documented_files
 from tests.helpers.tiny import read_jsonl, save_tiny_model, write_jsonl
 from tests.helpers.training import ROWS, fails
@@ -52,8 +53,8 @@ def test_a_whole_run_and_its_directory(train, tmp_path):
     logged = next(entry for entry in history if "loss" in entry)
     assert {"ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling", "tokens_per_second"} <= set(logged)
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-    page = (run / "report.html").read_text()
-    assert "before training" in page and "after training" in page and "bees" in page
+    page = Page(run / "report.html")
+    assert page.data["passes"] == ["before training", "after training"] and "bees" in page.words()
     assert (run / "adapter_config.json").exists()
 
 
@@ -234,8 +235,7 @@ def test_conversations_are_computed_once(train, tmp_path):
 def test_without_an_evaluation_before_training_the_rest_is_reported(train, tmp_path):
     code, out, _ = train("--eval_on_start=false")
     assert code == 0 and "not evaluated" in out and "loss with persona" in out
-    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "after training" in page and "before training" not in page
+    assert Page(tmp_path / "run" / "report.html").data["passes"] == ["after training"]
 
 
 def test_the_progress_bar_can_be_left_out(train, tmp_path):
@@ -308,7 +308,8 @@ def test_options_reach_the_trainer(train, tmp_path):
     adapter = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert adapter["r"] == 2
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["weight_decay"] == 0.1
-    assert (tmp_path / "run" / "report.html").read_text().count("<article") == 1
+    page = Page(tmp_path / "run" / "report.html")
+    assert len(page.data["responses"]) == 1 and "This page shows 1 of " in page.text
 
 
 def test_memory_options_together(train, tmp_path):

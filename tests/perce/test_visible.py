@@ -12,6 +12,7 @@ from perce import evaluate, plan, score
 from perce import train as train_command
 from perce.config.options import dump_yaml
 from perce.visible import as_json, listed, shortened, visible
+from tests.helpers.pages import Page
 from tests.helpers.tiny import read_jsonl, write_jsonl
 from tests.helpers.training import ROWS
 
@@ -51,8 +52,9 @@ def check_printed(printed, told: str) -> None:
 
 
 def check_page(path) -> None:
-    page = path.read_bytes().decode()
-    assert not unseen(page, "\n\t") and "<b onclick" not in page and "FORGED" in page
+    page = Page(path)
+    assert not unseen(page.html, "\n\t") and "<b onclick" not in page.html and "FORGED" in page.text + page.json
+    assert not unseen(page.json, "") and not unseen(page.words(), "\n\t")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from perce.data.splits import load_pairs
 from perce.train import main
 from tests.helpers import ROOT
 from tests.helpers.histories import HISTORY, TOKENIZER, TWEET, history, picks, row, shown
+from tests.helpers.pages import Page
 from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl
 
 # ---- queries and indexed text
@@ -235,7 +236,7 @@ def test_a_run_retrieves_and_its_report_shows_what_was_picked(tmp_path, capsys):
     argv += ["--output_dir", str(run), "--max_steps", "1", "--precision", "fp32", "--retrieve-k", "1"]
     assert main(argv) == 0
     assert "persona: 1 passages of each history, by bm25" in capsys.readouterr().out
-    report = (run / "report.html").read_text(encoding="utf-8")
+    report = Page(run / "report.html").words()
     assert "Honey from the bees!" in report and "Rain again." not in report
     assert "retriever: bm25" in (run / "config.yaml").read_text(encoding="utf-8")
 

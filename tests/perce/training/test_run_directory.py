@@ -17,6 +17,7 @@ from perce.lock import locked
 from perce.train import main, resolve
 from perce.training.checkpoints import flaw
 from perce.training.run_directory import LOCK
+from tests.helpers.pages import Page
 from tests.helpers.tiny import write_jsonl
 from tests.helpers.training import ROWS, fails
 
@@ -375,7 +376,7 @@ def test_the_last_evaluation_is_logged_once(train, tmp_path, monkeypatch):
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     assert code == 0 and "loss with persona" in out
     assert [line["step"] for line in history if "eval_loss" in line] == [0, 3]
-    assert "after training" in (tmp_path / "run" / "report.html").read_text()
+    assert "after training" in Page(tmp_path / "run" / "report.html").data["passes"]
 
 
 def test_a_signal_in_the_last_step(train, tmp_path, monkeypatch):

@@ -1,0 +1,197 @@
+"""The HTML page without a browser: what it embeds, that nothing in the data acts on it, and what its words say."""
+
+import base64
+import hashlib
+import random
+import re
+from dataclasses import replace
+
+import pytest
+
+from perce.objectives import OBJECTIVES, RATIO
+from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table
+from perce.report.page import MOST_USERS, Weighed, users_table, write_page
+from tests.helpers.pages import Page
+
+TOKENS = (
+    ScoredToken("Take", -1.25, -1.50, 0.25, 0.8),
+    ScoredToken(" Juno", -0.50, -2.75, 2.25, 2.25),
+    ScoredToken(" out", -2.00, -1.00, -1.0, 0.8),
+    ScoredToken(".\n\n", -0.10, -0.10, 0.0, 0.8),
+    ScoredToken("عربي", -0.25, -7.00, 6.75, 5.0),
+)
+
+HOSTILE = "</script><script>alert(1)</script><!--\"'&\x1b[31m\x00\u202e"
+SHOWN = "</script><script>alert(1)</script><!--\"'&␛[31m␀\\u202e"
+
+
+def weighed(name="perce", documents=False, **changes) -> Weighed:
+    objective = OBJECTIVES[name]
+    return Weighed(objective, replace(objective.weighting(), **changes), documents)
+
+
+def response(tokens=TOKENS, persona=("I have a dog called Juno.",), user_id="user 7") -> ScoredResponse:
+    passes = {"before training": tokens[:2], "after training": tokens}
+    return ScoredResponse(persona, (("user", "What now?"),), passes, user_id, "rows.jsonl:3")
+
+
+def page_of(tmp_path, *responses, title="Report", summary=(("Loss", "2.41"),), of=None, **more) -> Page:
+    path = tmp_path / "sub" / "report.html"
+    write_page(path, responses, title=title, summary=summary, weighed=of or weighed(), **more)
+    return Page(path)
+
+
+def test_every_token_has_its_text_and_numbers(tmp_path):
+    page = page_of(tmp_path, response())
+    for name, tokens in (("before training", TOKENS[:2]), ("after training", TOKENS)):
+        found = page.tokens(0, name)
+        assert [t["text"] for t in found] == [t.text for t in tokens]
+        assert [t["logp"] for t in found] == pytest.approx([t.logp for t in tokens], abs=0.005)
+        assert [t["cf"] for t in found] == pytest.approx([t.logp_cf for t in tokens], abs=0.005)
+        assert [t["weight"] for t in found] == pytest.approx([t.token_weight for t in tokens], abs=0.005)
+        assert [t["text"] for t in found if t["top"]] == ["عربي"][: len(tokens) - 2]
+    assert page.data["passes"] == ["before training", "after training"] and page.data["users"] == ["user 7"]
+    assert page.data["strings"] == ["I have a dog called Juno.", "What now?"]
+    assert page.data["responses"][0]["source"] == "rows.jsonl:3" and page.data["responses"][0]["turns"] == [["user", 1]]
+    assert "Loss" in page.text and "2.41" in page.text
+
+
+def test_data_cannot_act_on_the_page(tmp_path):
+    hostile = ScoredResponse(
+        (HOSTILE,), ((HOSTILE, HOSTILE),),
+        {HOSTILE: [ScoredToken(HOSTILE, -1.0, -3.0, 2.0, 2.0), ScoredToken("\ud83d", -1.0, -1.0, 0.0, 0.8)]},
+        HOSTILE, HOSTILE,
+    )  # fmt: skip
+    panels = [Histogram(HOSTILE, [0.0, 1.0], [1], (0.5, 0.5)), Table(HOSTILE, [HOSTILE], [[HOSTILE]], HOSTILE)]
+    harmless_panels = [Histogram("h", [0.0, 1.0], [1], (0.5, 0.5)), Table("t", ["a"], [["b"]], "n")]
+    users = [hostile, replace(hostile, user_id="b")]
+    page = page_of(tmp_path, *users, title=HOSTILE, summary=[(HOSTILE, HOSTILE)], panels=panels)
+    other = [response(TOKENS[:1]), response(TOKENS[:1], user_id="b")]  # without a word that is an example
+    harmless = page_of(tmp_path, *other, panels=harmless_panels)
+    elements = [[(tag, *attrs) for tag, attrs in each.tags] for each in (page, harmless)]
+    assert elements[0] == elements[1], "the same elements, with the same attributes"
+    assert page.inside["script"] == harmless.inside["script"] and page.inside["style"] == harmless.inside["style"]
+    seen = 2 + 2 + 3 + 4 + 1  # title, summary, histogram, table, users
+    assert page.html.count("<script") == 2 and page.text.count(SHOWN) == seen
+    assert page.data["strings"] == [SHOWN] and page.data["users"] == [SHOWN, "b"]
+    assert page.tokens(0, SHOWN)[0]["text"] == SHOWN and page.tokens(0, SHOWN)[1]["text"] == "\\ud83d"
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", page.html + page.json)
+
+
+def test_the_policy_allows_this_style_and_this_script_alone(tmp_path):
+    page = page_of(tmp_path, response())
+    (policy,) = [a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv")]
+    digests = {kind: hashlib.sha256(page.inside[kind].encode()).digest() for kind in ("style", "script")}
+    hashes = {kind: base64.b64encode(digest).decode() for kind, digest in digests.items()}
+    assert policy.split("; ") == [
+        "default-src 'none'", f"style-src 'sha256-{hashes['style']}'", f"script-src 'sha256-{hashes['script']}'",
+        "base-uri 'none'", "form-action 'none'",
+    ]  # fmt: skip
+    assert page.html.index("http-equiv") < page.html.index("<style") < page.html.index("<script")
+    assert "unsafe" not in policy
+
+
+def test_the_file_needs_nothing_from_outside_and_is_the_same_each_time(tmp_path):
+    panels = [Histogram("h", [0.0, 1.0], [1], (0.5, 0.5))]
+    page = page_of(tmp_path, response(), response(user_id="b"), panels=panels)
+    attributes = {name for _, attrs in page.tags for name in attrs}
+    assert not attributes & {"src", "href", "srcset", "action", "style"} and not any(x[:2] == "on" for x in attributes)
+    rest = page.html.replace(page.inside["data"], "")
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|<link|<img|<iframe", rest)
+    acts = r"\b(fetch|XMLHttpRequest|WebSocket|import|eval|innerHTML|outerHTML|insertAdjacentHTML|write)\b"
+    assert not re.search(acts, page.inside["script"])
+    assert "prefers-color-scheme: dark" in page.inside["style"]
+    assert page.html == page_of(tmp_path, response(), response(user_id="b"), panels=panels).html
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_words_are_about_the_objectives_own_signal(tmp_path, name):
+    objective = OBJECTIVES[name]
+    of = weighed(name, documents=name == "longce")
+    page, reported = page_of(tmp_path, response(), of=of), of.weighting.reported
+    text = " ".join(page.text.split())
+    assert f"{reported.signal.name}, clipped" in text and page.data["signal"] == reported.signal.name
+    assert (
+        f"weight of a token is {reported.signal.name}, clipped to {reported.clip_min:g} … {reported.clip_max:g}" in text
+    )
+    assert f"{reported.clip_min:g} <i></i> {reported.clip_max:g}" in page.html
+    assert reported.signal.meaning and f" is {reported.signal.meaning[:12]}" in text, "each entry says what it means"
+    assert ("gives every token the same weight" in text) == (objective.signal is None)
+    assert ("to other tokens" in text) == (name == "random")
+    assert ("after the long context" in text) == (name == "longce") != ("with the persona" in text)
+    columns = page.data["responses"][0]["passes"][1]
+    assert ("signal" in columns) == (reported.signal.name != "PIR")
+
+
+def test_another_contrast_and_clip_are_those_of_the_words(tmp_path):
+    text = " ".join(page_of(tmp_path, response(), of=weighed(signal=RATIO, clip_min=0.25, clip_max=7.5)).text.split())
+    assert "weight of a token is exp(PIR), clipped to 0.25 … 7.5" in text and "how many times as likely" in text
+
+
+def test_an_example_of_the_page_is_worked_out(tmp_path):
+    text = " ".join(page_of(tmp_path, response()).text.split())
+    assert "Juno in response 1 has log-probability −0.50 with the persona and −2.75 without it: PIR is 2.25." in text
+    assert "within the clip, so its weight is 2.25" in text
+    low = [ScoredToken(" no", -1.0, -0.5, -0.5, 0.8)]
+    assert "PIR is −0.50. That is below the clip, which raises it to 0.80" in page_of(tmp_path, response(low)).text
+    for none in ([ScoredToken(" a", -1.0, -9.0, 8.0, 5.0)], [ScoredToken(" 1", -1.0, -2.0, 1.0, 1.0)], []):
+        assert "For example" not in page_of(tmp_path, response(none)).text
+
+
+@pytest.mark.parametrize("clip", [(5.0, 0.8), (0.8, float("nan")), (0.8, float("inf"))])
+def test_a_clip_that_is_no_scale_is_refused(tmp_path, clip):
+    with pytest.raises(ValueError, match="clip: expected finite clip_min <= clip_max"):
+        page_of(tmp_path, response(), of=weighed(clip_min=clip[0], clip_max=clip[1]))
+    assert not (tmp_path / "sub").exists()
+
+
+def test_what_is_left_out_is_told(tmp_path):
+    assert "This page shows 1 of 1,234 scored responses." in page_of(tmp_path, response(), scored=1234).text
+    assert "This page shows" not in page_of(tmp_path, response()).text
+    with pytest.raises(ValueError, match="scored: expected at least the 2 responses that are given, got 1"):
+        page_of(tmp_path, response(), response(), scored=1)
+
+
+def test_empty_inputs(tmp_path):
+    page = page_of(tmp_path, summary=())
+    assert "No responses were scored." in page.text and page.data["responses"] == []
+    page = page_of(tmp_path, ScoredResponse((), (), {"only": []}))
+    assert page.tokens(0, "only") == [] and page.data["responses"][0]["user"] is None
+    assert "allow scripts" in page.text and ("noscript", {}) in page.tags
+
+
+def test_panels_show_counts_and_clip_shares(tmp_path):
+    histogram = Histogram("Weights", [-1.0, 0.8, 2.0, 5.0, 6.0], [70, 20, 5, 5], (0.7, 0.05))
+    page = page_of(tmp_path, panels=[histogram, Table("T", ["a", "b"], [["1", "2"]] * 9), Table("U", ["a"], [["1"]])])
+    assert "70.0% lie at the floor (0.8 or less)" in page.text and "5.0% at the ceiling (5 or more)" in page.text
+    assert "Weights -1 to 0.8: 70 tokens, 70.0%" in page.text
+    heights = [float(attrs["height"]) for tag, attrs in page.tags if tag == "rect" and attrs["class"] == "base"]
+    assert (
+        heights[0] == 100 and heights == sorted(heights, reverse=True) and heights[1] == pytest.approx(53.45, abs=0.01)
+    )
+    assert ["open" in attrs for tag, attrs in page.tags if tag == "details"] == [False, False, True]
+
+
+def test_users_have_their_means(tmp_path):
+    found = users_table([response(user_id="b"), response(TOKENS[:1], user_id="a"), response(user_id="b")])
+    assert found.rows == [("b", "2", "10", "1.65", "0.82"), ("a", "1", "1", "0.25", "1.25")] and not found.note
+    assert users_table([response()]) is None and users_table([response(user_id=None)]) is None
+    many = users_table([response(user_id=str(number)) for number in range(MOST_USERS + 1)])
+    assert len(many.rows) == MOST_USERS and many.note == f"The {MOST_USERS} users with the most responses, of 51."
+
+
+def test_a_thousand_responses_take_less_than_five_megabytes(tmp_path):
+    """Of 100 tokens, scored twice, each with a persona of its own of 100 words."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
+    responses = []
+    for number in range(1000):
+        passes = {}
+        texts = [f" {rng.choice(words)}" for _ in range(100)]
+        for name in ("before training", "after training"):
+            numbers = ((-rng.expovariate(0.4), -rng.expovariate(0.3)) for _ in texts)
+            rows = zip(texts, numbers, strict=True)
+            passes[name] = [ScoredToken(t, a, b, a - b, min(max(a - b, 0.8), 5.0)) for t, (a, b) in rows]
+        persona = tuple(" ".join(rng.choices(words, k=20)) for _ in range(5))
+        responses.append(ScoredResponse(persona, (("user", " ".join(rng.choices(words, k=20))),), passes, str(number)))
+    assert len(page_of(tmp_path, *responses).html.encode()) < 5_000_000
