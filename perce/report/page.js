@@ -345,6 +345,13 @@ function choose(id, value) {
   id === "tint" ? redraw() : list();
 }
 
+function find(text) {
+  if ($("search").value !== text) $("search").value = text;
+  const query = text.trim().toLowerCase(), changed = query !== state.query;
+  state.query = query;
+  if (changed) list();
+}
+
 function choosePass(value) {
   state.pass = value;
   for (const input of $("passes").querySelectorAll("input")) input.checked = input.value === String(value);
@@ -377,10 +384,7 @@ function controls() {
     }
     $("passes").hidden = false;
   }
-  $("search").oninput = () => {
-    state.query = $("search").value.trim().toLowerCase();
-    list();
-  };
+  $("search").oninput = () => find($("search").value);
   $("direction").onclick = () => {
     state.down = !state.down;
     $("direction").textContent = state.down ? "↓" : "↑";
@@ -407,7 +411,8 @@ function onKey(event) {
   const { key, target } = event;
   if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
   if (target.matches("input[type=search], select")) {
-    if (key === "Escape") target.blur();
+    if (key === "Escape") find("");
+    if (key === "Escape" || key === "Enter") target.blur();
     return;
   }
   if (key.startsWith("Arrow") && target.classList.contains("t")) {
@@ -426,12 +431,11 @@ async function start() {
   $("bar").hidden = false;
   controls();
   list();
-  for (const event of ["mouseover", "click", "focusin"]) {
-    $("list").addEventListener(event, ({ target }) => {
-      const node = target.closest?.(".t");
-      if (node) tell(node);
-    });
-  }
+  const onTokens = (event, act) =>
+    $("list").addEventListener(event, ({ target }) => target.closest(".t") && act(target.closest(".t")));
+  onTokens("mouseover", tell);
+  onTokens("focusin", tell);
+  onTokens("click", focusToken);
   document.addEventListener("keydown", onKey);
   new ResizeObserver(() => {
     document.documentElement.style.setProperty("--bar", `${$("bar").offsetHeight + 8}px`);

@@ -1,0 +1,47 @@
+"""Chromium without a window, by playwright, which no extra of the package brings."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
+)  # fmt: skip
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser; the test is skipped where there is none."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium on the PATH: chromium, chromium-browser or google-chrome")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def opened(browser: Any, path: Path, **context: Any) -> Iterator[Any]:
+    """A tab with the page, whose first responses are there; nothing but the file may have been asked for by the end,
+    and nothing said on the console."""
+    tab = browser.new_context(viewport={"width": 1000, "height": 900}, **context).new_page()
+    said: list[str] = []
+    tab.on("request", lambda request: said.append(request.url) if request.url != path.as_uri() else None)
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.goto(path.as_uri())
+    tab.wait_for_selector(".t, #nothing:not([hidden])")
+    try:
+        yield tab
+    finally:
+        tab.context.close()
+    assert not said
