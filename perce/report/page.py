@@ -184,7 +184,7 @@ def _words(responses: Sequence[ScoredResponse]) -> Iterator[_Word]:
 def _example(responses: Sequence[ScoredResponse], weighed: Weighed) -> str:
     """A sentence on the word with the highest weight below the ceiling; empty where there is none."""
     low, high = scale((weighed.weighting.clip_min, weighed.weighting.clip_max))
-    words = [word for word in _words(responses) if word.token.token_weight < high]
+    words = [word for word in _words(responses) if round(word.token.token_weight, 2) < high]
     if not words:
         return ""
     number, token = max(words, key=lambda word: word.token.token_weight)

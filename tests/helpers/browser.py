@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
@@ -15,13 +13,20 @@ FLAGS = (
 )  # fmt: skip
 
 
+class NoBrowser(Exception):
+    """What to install."""
+
+
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser; the test is skipped where there is none."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    """A browser. Raises NoBrowser where there is none."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise NoBrowser("needs playwright: pip install playwright") from None
     if CHROMIUM is None:
-        pytest.skip("needs Chromium on the PATH: chromium, chromium-browser or google-chrome")
-    with api.sync_playwright() as playwright:
+        raise NoBrowser("needs Chromium on the PATH: chromium, chromium-browser or google-chrome")
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         try:
             yield browser
@@ -31,9 +36,9 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def opened(browser: Any, path: Path, **context: Any) -> Iterator[Any]:
-    """A tab with the page, whose first responses are there; nothing but the file may have been asked for by the end,
-    and nothing said on the console."""
-    tab = browser.new_context(viewport={"width": 1000, "height": 900}, **context).new_page()
+    """A tab with the page, whose first responses are there. AssertionError at the end if anything but the file was
+    asked for, or anything was said on the console, as of a script or a style that the policy does not allow."""
+    tab = browser.new_context(**{"viewport": {"width": 1000, "height": 900}} | context).new_page()
     said: list[str] = []
     tab.on("request", lambda request: said.append(request.url) if request.url != path.as_uri() else None)
     tab.on("console", lambda message: said.append(message.text))

@@ -7,7 +7,7 @@ import pytest
 from perce.objectives import OBJECTIVES
 from perce.report.heatmap import ScoredResponse, ScoredToken
 from perce.report.page import Weighed, write_page
-from tests.helpers.browser import chromium, opened
+from tests.helpers.browser import NoBrowser, chromium, opened
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +17,11 @@ BEFORE, AFTER = "before training", "after training"
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as found:
-        yield found
+    try:
+        with chromium() as found:
+            yield found
+    except NoBrowser as reason:
+        pytest.skip(str(reason))
 
 
 def response(number: int, tokens: int = 18) -> ScoredResponse:
