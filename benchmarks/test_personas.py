@@ -8,7 +8,7 @@ import torch
 from benchmarks import personas, sharing
 from benchmarks.memory import in_a_child
 from benchmarks.test_step import smollm2_135m
-from perce.config.schema import EvaluateConfig
+from perce.config.questions import EvaluateConfig
 from perce.demo import default_model_path
 from perce.hub import load_tokenizer
 from perce.measuring.evaluation import Evaluator

@@ -14,7 +14,8 @@ from benchmarks.memory import in_a_child
 from benchmarks.test_step import smollm2_135m
 from perce import load_examples
 from perce.config.commands import EvaluateOptions
-from perce.config.schema import DataConfig, EvaluateConfig, InferenceConfig, SplitConfig
+from perce.config.questions import EvaluateConfig, InferenceConfig, SplitConfig
+from perce.config.schema import DataConfig
 from perce.data.pairs import PairBuilder
 from perce.demo import default_model_path
 from perce.hub import load_tokenizer

@@ -124,7 +124,8 @@ ABOUT_SEVERAL = {
 # Modules that are tested only through others: in runs of the commands and of the op.
 SEEN_THROUGH_OTHERS = {
     "data.fields",
-    "errors", "integrity", "launcher", "config.commands", "config.schema", "config.step", "model.head", "model.passes",
+    "errors", "integrity", "launcher", "config.commands", "config.questions",
+    "config.schema", "config.step", "model.head", "model.passes",
     "planning.live", "planning.tables", "measuring.records", "measuring.scores", "measuring.score_report",
     "measuring.identification", "report.terminal", "training.normalizer",
     "training.summary", "contract", "reference", "row_pass", "gpu.blocked", "gpu.row_halves",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from perce.config import schema
+from perce.config import questions, schema
 from perce.config.options import Command, flat, number, read_yaml
 from perce.config.step import StepConfig
 from perce.environment import did_you_mean
@@ -45,9 +45,9 @@ class TrainOptions:
 class InferenceOptions:
     """The model and the examples that it is run on: the options that score and evaluate share."""
 
-    model: schema.InferenceConfig
+    model: questions.InferenceConfig
     data: schema.DataConfig
-    examples: schema.SplitConfig
+    examples: questions.SplitConfig
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -59,7 +59,7 @@ class InferenceOptions:
 class ScoreOptions(InferenceOptions):
     """The options of `python -m perce.score`."""
 
-    score: schema.ScoreConfig
+    score: questions.ScoreConfig
 
     @property
     def outputs(self) -> dict[str, str | None]:
@@ -72,7 +72,7 @@ class ScoreOptions(InferenceOptions):
 class EvaluateOptions(InferenceOptions):
     """The options of `python -m perce.evaluate`."""
 
-    evaluate: schema.EvaluateConfig
+    evaluate: questions.EvaluateConfig
 
     @property
     def inputs(self) -> dict[str, str | None]:
@@ -105,7 +105,7 @@ class PlanOptions:
 class PreviewOptions:
     """The options of `python -m perce.preview`."""
 
-    preview: schema.PreviewConfig
+    preview: questions.PreviewConfig
     data: schema.DataConfig
 
     @property

@@ -12,7 +12,8 @@ from typing import Any
 from datasets import Dataset
 
 from perce.config.options import read_yaml
-from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig, SplitConfig
+from perce.config.questions import SplitConfig
+from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
 from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
 from perce.data.pairing import PairSource, make_builder, picked_by, skipped_rows
 from perce.data.rows import Document, Examples, Reading, Record, available_splits, load_examples, text_key, texts_key

@@ -26,7 +26,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from perce.config.commands import EvaluateOptions
-from perce.config.schema import EvaluateConfig
+from perce.config.questions import EvaluateConfig
 from perce.data.pairs import Pair, personal_word_spans
 from perce.data.rows import Example, text_key
 from perce.data.sharing import Sharing, common_tokens

@@ -13,7 +13,8 @@ import torch
 from accelerate.utils import send_to_device
 
 from perce.config.commands import InferenceOptions
-from perce.config.schema import InferenceConfig, run_directory
+from perce.config.questions import InferenceConfig
+from perce.config.schema import run_directory
 from perce.data.batch import Batch, collate
 from perce.data.dataset import personas
 from perce.data.pairing import make_persona_builder

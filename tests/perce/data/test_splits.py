@@ -6,7 +6,7 @@ import random
 import pytest
 
 from perce import DataConfig, LossConfig, UserError
-from perce.config.schema import SplitConfig
+from perce.config.questions import SplitConfig
 from perce.data.dataset import conversations, sequence_lengths
 from perce.data.splits import load_pairs, load_split, load_splits
 from tests.helpers.tiny import tiny_tokenizer, write_jsonl

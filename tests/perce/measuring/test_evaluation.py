@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from perce import DataConfig, evaluate, load_examples
-from perce.config.schema import EvaluateConfig
+from perce.config.questions import EvaluateConfig
 from perce.data.batch import collate
 from perce.data.pairing import make_builder
 from perce.measuring import evaluation, inference

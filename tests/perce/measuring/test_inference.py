@@ -8,7 +8,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from perce import UserError
-from perce.config.schema import InferenceConfig
+from perce.config.questions import InferenceConfig
 from perce.data.pairs import Pair
 from perce.data.sharing import segmented
 from perce.integrity import LIST, facts_of
