@@ -130,8 +130,10 @@ function persona(card) {
   if (!entries.length) return data.documents ? [] : [make("p", { class: "label" }, "No persona")];
   const count = `Persona, ${entries.length} ${entries.length === 1 ? "entry" : "entries"}`;
   const items = entries.map((entry) => make("li", { dir: "auto" }, data.strings[entry]));
-  const node = make("details", { class: "persona", ".open": card.open }, make("summary", {}, count), make("ul", {}, ...items));
-  node.ontoggle = () => (card.open = node.open);
+  const found = state.query && entries.some((entry) => data.strings[entry].toLowerCase().includes(state.query));
+  const summary = make("summary", {}, count);
+  const node = make("details", { class: "persona", ".open": card.open || found }, summary, make("ul", {}, ...items));
+  summary.onclick = () => (card.open = !node.open); // what a search opens is closed after it
   return [node];
 }
 
@@ -252,6 +254,7 @@ function list() {
     return Number.isNaN(x) - Number.isNaN(y) || sign * (x - y) || a.place - b.place;
   });
   untell();
+  for (const card of shown) if (card.filled) fill(card);
   $("list").replaceChildren(...shown.map((card) => card.node));
   measure();
   $("nothing").hidden = shown.length > 0;

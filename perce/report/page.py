@@ -56,7 +56,7 @@ class Weighed:
         """A sentence on the signal; empty for one that does not say what it means."""
         signal = self.weighting.reported.signal
         meaning = signal.meaning.format(full=self.full, short=self.short) if signal else ""
-        return f"{self.signal} is {meaning}." if meaning else ""
+        return f"Here {self.signal} is {meaning}." if meaning else ""
 
 
 def write_page(
@@ -86,7 +86,7 @@ def write_page(
     style, script, frame = (
         Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js", "html")
     )
-    more = {"span": SPAN, "full": weighed.full, "short": weighed.short}
+    more = {"span": SPAN, "full": weighed.full, "short": weighed.short, "documents": weighed.documents}
     page = Template(frame).substitute(
         policy=_policy(style, script), style=style, script=script, title=_html(title), summary=_summary(summary),
         reading=_reading(responses, weighed), legend=_legend(weighed), shown=_shown(len(responses), scored),
@@ -188,13 +188,12 @@ def _example(responses: Sequence[ScoredResponse], weighed: Weighed) -> str:
     if not words:
         return ""
     number, token = max(words, key=lambda word: word.token.token_weight)
-    text, weight = _html(token.text.strip()), token.token_weight
     clipped = "below the clip, which raises it to" if token.signal < low else "within the clip, so its weight is"
-    signal = "" if weighed.signal == "PIR" else f" {_html(weighed.signal)} is {_number(token.signal)}."
+    logps = f"{_number(token.logp)} {weighed.full} and {_number(token.logp_cf)} {weighed.short}"
+    signal = "" if weighed.signal == "PIR" else f", and {weighed.signal} is {_number(token.signal)}"
     return (
-        f'For example, <b dir="auto">{text}</b> in response {number:,} has log-probability {_number(token.logp)} '
-        f"{_html(weighed.full)} and {_number(token.logp_cf)} {_html(weighed.short)}: PIR is {_number(token.pir)}."
-        f"{signal} That is {clipped} {_number(weight)}."
+        f'For example, <b dir="auto">{_html(token.text.strip())}</b> in response {number:,} has log-probability '
+        f"{_html(logps)}: PIR is {_number(token.pir)}{_html(signal)}. That is {clipped} {_number(token.token_weight)}."
     )
 
 
@@ -242,7 +241,7 @@ def _histogram(histogram: Histogram, clip: tuple[float, float]) -> str:
 <svg class="bars" viewBox="0 0 {10 * len(bars)} 100" preserveAspectRatio="none" role="img"
  aria-label="Histogram of the tokens by {title}">{"".join(bars)}</svg>
 <div class="ends"><span>{histogram.edges[0]:g}</span><span>{histogram.edges[-1]:g}</span></div>
-<p class="label">Tokens by {title}, tinted by weight; heights are square roots of counts.
+<p class="label">Tinted by weight; heights are square roots of counts.
 {floor:.1%} lie at the floor ({clip[0]:g} or less), {ceiling:.1%} at the ceiling ({clip[1]:g} or more).</p></section>"""
 
 

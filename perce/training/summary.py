@@ -270,6 +270,7 @@ def write_run_report(
     if pairs.format == "text":
         title = title.replace("are personal", "need the long context")
         summary.append(("persona", f"here: all that stands more than about {config.loss.short_context} tokens back"))
+        summary.append(("shown", f"the last {SHOWN_TOKENS:,} tokens of a document at most"))
     write_page(
         output_dir / "report.html", responses, title=title, summary=summary, scored=len(evaluated),
         weighed=Weighed(config.loss.entry, config.loss.weighting, documents=pairs.format == "text"),

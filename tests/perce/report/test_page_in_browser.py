@@ -79,7 +79,9 @@ def test_only_what_is_near_the_window_is_rendered_and_scrolling_renders_the_rest
     top = "() => document.querySelectorAll('article')[700].getBoundingClientRect().top"
     place = tab.evaluate(top)
     tab.mouse.wheel(0, -300)
-    tab.wait_for_function(f"({top})() > {place} + 200")
+    tab.wait_for_function(
+        "from => document.querySelectorAll('article')[700].getBoundingClientRect().top > from", arg=place + 200
+    )
     settled(tab)
     assert tab.evaluate(top) == pytest.approx(place + 300, abs=2), "what is rendered above moves nothing"
 
@@ -108,6 +110,20 @@ def test_search(tab, query, places):
     tab.keyboard.press("/")
     tab.keyboard.press("Escape")
     assert len(shown(tab)) == 1000 and tab.input_value("#search") == ""
+
+
+def test_a_long_persona_is_folded_but_where_the_search_has_found_something_in_it(browser, tmp_path):
+    long = ScoredResponse(("I keep bees. " * 200, "My goat is Minister."), (), response(0).passes)
+    with opened(browser, write(tmp_path / "p.html", [response(0), long])) as tab:
+        folded = lambda: tab.eval_on_selector_all(".persona", "all => all.map(x => !x.open)")  # noqa: E731
+        assert folded() == [False, True]
+        tab.fill("#search", "minister")
+        assert folded() == [False]
+        tab.fill("#search", "")
+        assert folded() == [False, True]
+        tab.click(".persona >> nth=1 >> summary")
+        tab.keyboard.press("b")
+        assert folded() == [False, False], "what a reader has opened stays open"
 
 
 def test_filter_by_user_in_the_list_and_on_a_card(tab):
@@ -277,3 +293,15 @@ def test_words_on_every_tint_can_be_read(browser, tmp_path, scheme):
 def test_a_page_without_responses_says_so(browser, tmp_path):
     with opened(browser, write(tmp_path / "p.html", [])) as tab:
         assert "No responses were scored." in tab.inner_text("body") and tab.is_hidden("#bar")
+
+
+def test_documents_have_no_persona_to_lack(browser, tmp_path):
+    entry, tokens = OBJECTIVES["longce"], [ScoredToken(" a", -1.0, -2.0, 2.7, 2.7)]
+    for documents in (True, False):
+        weighed, path = Weighed(entry, entry.weighting(), documents), tmp_path / f"{documents}.html"
+        write_page(path, [ScoredResponse((), (), {"after training": tokens})], title="t", summary=[], weighed=weighed)
+        with opened(browser, path) as tab:
+            assert ("No persona" in tab.inner_text("article")) == (not documents)
+            tab.hover(".t")
+            assert ("log p after the short context" in told(tab)) == documents
+            assert "exp(PIR)" in told(tab) and "2.70" in told(tab)
