@@ -314,7 +314,7 @@ function mark() {
     const end = (place) => parts.findLast(([start]) => start <= place);
     for (let at = text.indexOf(state.query); at >= 0; at = text.indexOf(state.query, at + state.query.length)) {
       const [from, first] = end(at), [to, last] = end(at + state.query.length - 1), range = new Range();
-      range.setStart(first, at - from);
+      range.setStart(first, Math.min(at - from, first.length)); // İ is longer in lower case
       range.setEnd(last, Math.min(at + state.query.length - to, last.length));
       ranges.push(range);
     }
@@ -342,8 +342,15 @@ function step(by) {
 
 // ---- controls
 
+function turn(down) {
+  state.down = down;
+  $("direction").textContent = down ? "↓" : "↑";
+  $("direction").setAttribute("aria-pressed", down);
+}
+
 function choose(id, value) {
   state[id] = value;
+  if (id === "sort") turn(["pir", "loss", "ceiling"].includes(value)); // what is looked for comes first
   $(id).value = value;
   id === "tint" ? redraw() : list();
 }
@@ -389,9 +396,7 @@ function controls() {
   }
   $("search").oninput = () => find($("search").value);
   $("direction").onclick = () => {
-    state.down = !state.down;
-    $("direction").textContent = state.down ? "↓" : "↑";
-    $("direction").setAttribute("aria-pressed", state.down);
+    turn(!state.down);
     list();
   };
   $("help").onclick = () => $("keys").showModal();

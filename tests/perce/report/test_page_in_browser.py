@@ -135,15 +135,15 @@ def test_filter_by_user_in_the_list_and_on_a_card(tab):
 
 
 @pytest.mark.parametrize(
-    ("key", "first"), [("order", 0), ("pir", 0), ("loss", 999), ("change", 999), ("ceiling", 0)]
-)  # fmt: skip
-def test_sorting_in_both_directions(tab, key, first):
+    ("key", "first", "backwards"),
+    [("order", 0, 999), ("pir", 999, 0), ("loss", 0, 999), ("change", 999, 0), ("ceiling", 250, 0)],
+)
+def test_sorting_in_both_directions(tab, key, first, backwards):
+    """Highest PIR, loss and share at the ceiling first, and what training has changed most for the better."""
     tab.select_option("#sort", key)
-    assert shown(tab)[0] == first
+    assert shown(tab)[0] == first, "ties are in the order of the data"
     tab.click("#direction")
-    backwards = shown(tab)
-    assert backwards[0] == (250 if key == "ceiling" else 999 - first), "ties are in the order of the data"
-    assert sorted(backwards) == [*range(1000)]
+    assert shown(tab)[0] == backwards and sorted(shown(tab)) == [*range(1000)]
 
 
 def test_passes_one_or_both_and_the_response_that_is_read_stays(tab):
@@ -305,3 +305,11 @@ def test_documents_have_no_persona_to_lack(browser, tmp_path):
             tab.hover(".t")
             assert ("log p after the short context" in told(tab)) == documents
             assert "exp(PIR)" in told(tab) and "2.70" in told(tab)
+
+
+def test_letters_that_are_longer_in_lower_case_are_searched_too(browser, tmp_path):
+    tokens = [ScoredToken(text, -1.0, -2.0, 1.0, 1.0) for text in ("İİİİ", " honey")]
+    with opened(browser, write(tmp_path / "p.html", [ScoredResponse((), (), {"response": tokens})])) as tab:
+        tab.fill("#search", "honey")
+        assert shown(tab) == [0]
+        settled(tab)
