@@ -8,7 +8,7 @@
 
     python -m benchmarks.pages --picture runs/demo/report.html --response 16 --output docs/images/reply
 
-draws one response with both passes, docs/images/reply_light.png and reply_dark.png. Needs playwright and Chromium.
+draws one response with both passes, docs/images/reply.png and reply_dark.png. Needs playwright and Chromium.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def photographed(browser: Any, path: Path, directory: Path) -> None:
 
 def picture(browser: Any, path: Path, response: int, output: str) -> None:
     """One response, before and after training, light and dark. SystemExit if the page has no such response."""
-    for scheme in ("light", "dark"):
+    for scheme, suffix in (("light", ""), ("dark", "_dark")):
         view = {"width": 800, "height": 1200}
         with opened(browser, path, color_scheme=scheme, viewport=view, device_scale_factor=2) as tab:
             card = tab.evaluate_handle(
@@ -135,9 +135,7 @@ def picture(browser: Any, path: Path, response: int, output: str) -> None:
                 sys.exit(f"{path}: has no response {response}.")
             shot = Image.open(BytesIO(card.screenshot()))
             # A fifth of the bytes; the tints are few.
-            shot.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(
-                f"{output}_{scheme}.png", optimize=True
-            )
+            shot.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(f"{output}{suffix}.png", optimize=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

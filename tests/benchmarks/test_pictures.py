@@ -84,7 +84,7 @@ def test_labels_lie_next_to_their_points_and_on_nothing():
 
 def test_every_picture_of_the_pages_is_there_in_both_themes():
     shown = set()
-    for page in (ROOT / "docs").rglob("*.md"):
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         text = page.read_text(encoding="utf-8")
         for name in re.findall(r'(?:srcset|src)="([^"]+)"|!\[[^]]*\]\(([^)]+)\)', text):
             path = page.parent / (name[0] or name[1])
