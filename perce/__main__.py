@@ -26,11 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in COMMANDS:
         code: int = importlib.import_module(f"perce.{name}").main(rest)
         return code
-    return guarded(lambda: _answer(name))
+    return guarded(lambda: _answer(name, rest))
 
 
-def _answer(name: str) -> None:
+def _answer(name: str, rest: Sequence[str]) -> None:
     """What `perce` prints when no subcommand runs; UserError for one that does not exist."""
+    if rest and name.startswith("-"):
+        raise UserError(f"{name}: expected nothing behind it, got {shortened(rest[0])!r}.")
     if name in ("--version", "-V", "version"):
         say(f"perce {version()}")
     elif name in ("--help", "-h", "help"):
@@ -43,7 +45,7 @@ def _answer(name: str) -> None:
     else:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UserError(f"{shortened(name)}: expected a command, one of {', '.join(COMMANDS)}.{hint}")
+        raise UserError(f"{shortened(name)!r}: expected a command, one of {', '.join(COMMANDS)}.{hint}")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from perce.config.options import Parser, as_called, guarded
 from perce.environment import version
-from perce.errors import UserError, first_line, what_to_install
+from perce.errors import OF_TRAINING, UserError, first_line, what_to_install
 from perce.visible import say
 
 # Package: (module, what needs it).
@@ -63,13 +62,23 @@ def run(arguments: Sequence[str]) -> None:
         ("environment", environment()),
     ):  # fmt: skip
         say("", title)
-        for name, text in rows:
+        for name, text in _whatever_happens(rows):
             say(f"  {name:<15}{text}")
             problems += text.startswith(PROBLEM)
+        if importlib.util.find_spec("torch") is None:
+            break
     say("")
     if problems:
         raise UserError(f"{problems} problem{'s' if problems > 1 else ''} found, marked above.")
     say("No problem found.")
+
+
+def _whatever_happens(rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows of a section, and what interrupted them: drivers and compilers raise anything."""
+    try:
+        yield from rows
+    except Exception as error:
+        yield "stopped here", f"{PROBLEM}{type(error).__name__}: {first_line(error)}"
 
 
 def packages() -> Iterator[Row]:
@@ -77,14 +86,29 @@ def packages() -> Iterator[Row]:
     torch is installed, and fails there."""
     for name, (module, purpose) in PACKAGES.items():
         if importlib.util.find_spec(module) is None:
-            yield name, f"not installed; needed for {purpose}"
+            yield name, f"{PROBLEM * (name == 'torch')}not installed; needed for {purpose}"
             continue
-        found = importlib.metadata.version(name)
         try:
-            importlib.import_module(module)
-            yield name, found
+            imported = importlib.import_module(module)
         except Exception as error:  # whatever a broken binary raises
-            yield name, f"{PROBLEM}{found}: importing it fails ({type(error).__name__}: {first_line(error)})"
+            yield name, f"{PROBLEM}importing it fails ({type(error).__name__}: {first_line(error)})"
+            continue
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # triton, as builds for ROCm bring it
+            yield name, str(getattr(imported, "__version__", "installed"))
+    missing = sorted(name for name in OF_TRAINING if importlib.util.find_spec(name) is None)
+    if "transformers" not in missing:  # else nobody means to train here
+        for lack in (*(ModuleNotFoundError(name=name) for name in missing), ImportError(name="transformers")):
+            if advice := what_to_install(lack):
+                yield "training", f"{PROBLEM}{advice}"
+
+
+def _gpus() -> int:
+    """GPUs that torch can use; a driver may list others."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def devices() -> Iterator[Row]:
@@ -93,11 +117,10 @@ def devices() -> Iterator[Row]:
 
     cores = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     yield "cpu", f"{_cpu_name()}, {cores}{_memory()}"
-    if not torch.cuda.is_available():
+    if not _gpus():
         built = torch.version.cuda or torch.version.hip
         yield "gpu", f"none found by torch{'' if built else ', whose build has no GPU support'}"
-        return
-    for index in range(torch.cuda.device_count()):
+    for index in range(_gpus()):
         free, total = torch.cuda.mem_get_info(index)
         facts = torch.cuda.get_device_properties(index)
         kind = getattr(facts, "gcnArchName", "") or f"compute capability {facts.major}.{facts.minor}"
@@ -123,22 +146,16 @@ def _memory() -> str:
 
 
 def op_checks() -> Iterator[Row]:
-    """On each device: the backend of `fused_perce_loss`, why, and how far it lies from the reference."""
+    """On each GPU, or the CPU if there is none: the backend of the op, why, and how far it is from the reference."""
     import torch
 
-    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    for name in names:
-        device = torch.device(name)
-        try:
-            backend, why = _backend(device)
-            dtypes = ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
-            errors = {dtype: _op_error(device, getattr(torch, dtype)) for dtype in dtypes}
-        except Exception as error:  # whatever a compiler or driver raises: this command is there to show it
-            yield name, f"{PROBLEM}{type(error).__name__}: {first_line(error)}"
-            continue
+    dtypes = ("float32", "bfloat16") if _gpus() else ("float32",)
+    for name in [f"cuda:{index}" for index in range(_gpus())] or ["cpu"]:
+        backend, why = _backend(torch.device(name))
+        errors = {dtype: _op_error(torch.device(name), getattr(torch, dtype)) for dtype in dtypes}
         measured = ", ".join(f"{error:.0e} in {dtype}" for dtype, error in errors.items())
-        wrong = any(error > TOLERANCE[dtype] for dtype, error in errors.items())
-        yield name, f"{PROBLEM * wrong}{backend}, because {why}; differs from the reference by {measured}"
+        right = all(error <= TOLERANCE[dtype] for dtype, error in errors.items())  # which nan is not
+        yield name, f"{PROBLEM * (not right)}{backend}, because {why}; differs from the reference by {measured}"
 
 
 def _backend(device: Any) -> Row:
@@ -153,7 +170,8 @@ def _backend(device: Any) -> Row:
 
 
 def _op_error(device: Any, dtype: Any) -> float:
-    """Largest error of the loss and both gradients, relative to the reference's largest value of each."""
+    """Largest error of the loss and both gradients, relative to the reference's largest value of each; nan if there is
+    one anywhere."""
     import torch
 
     from perce_kernels import fused_perce_loss
@@ -168,25 +186,24 @@ def _op_error(device: Any, dtype: Any) -> float:
         loss: Any = fused_perce_loss(hidden, lm_head, target, tensors["hidden_cf"], backend=backend)
         loss.backward()
         results.append([loss.detach().double(), *(x.grad.double() for x in (hidden, lm_head) if x.grad is not None)])
-    return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(*results, strict=True))
+    errors = [(one - other).abs().max() / other.abs().max() for one, other in zip(*results, strict=True)]
+    return float(torch.stack(errors).max())
 
 
 def choices() -> Iterator[Row]:
     """What `perce train` would take by default here."""
     try:
-        import torch
         from transformers import LlamaConfig
 
         from perce.demo.model import cache_dir, cached_model
         from perce.model.loading import bf16_is_sound, default_attention, resolve_precision
     except ImportError as error:
-        yield "nothing", f"the commands are not installed ({what_to_install(error) or first_line(error)})"
+        yield "nothing", f"the commands cannot start ({what_to_install(error) or first_line(error)})"
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    processes = max(torch.cuda.device_count(), 1)
+    device = "cuda" if _gpus() else "cpu"
     yield "device", "cpu, because torch finds no GPU" if device == "cpu" else "cuda, one process per GPU"
-    if processes > 1:
-        yield "launcher", f"torchrun --nproc_per_node {processes} -m perce.train; without it one GPU is used"
+    if _gpus() > 1:
+        yield "launcher", f"torchrun --nproc_per_node {_gpus()} -m perce.train; without it one GPU is used"
     precision = resolve_precision("auto", device)
     native = "has" if bf16_is_sound(device) else "has no"
     yield (
@@ -214,7 +231,6 @@ def _no_flash(device: str, precision: str) -> str:
     return "flash-attn is not installed" if precision == "bf16" else "flash-attn needs bf16"
 
 
-@cache
 def _meteor() -> str:
     from perce.measuring.metrics import Meteor
 

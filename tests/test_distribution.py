@@ -121,7 +121,7 @@ def test_the_doctor_needs_torch_alone(torch_alone):
     assert done.returncode == 0, done.stdout
     assert re.search(r"transformers +not installed; needed for training: pip install 'perce\[train\]'", done.stdout)
     assert re.search(r"cpu +torch, because .* differs from the reference by \de-\d\d in float32", done.stdout)
-    assert f"the commands are not installed (transformers is not installed. {ADVICE}" in done.stdout
+    assert f"the commands cannot start (transformers is not installed. {ADVICE}" in done.stdout
 
 
 def test_a_library_that_is_too_old_is_named(torch_alone, tmp_path):

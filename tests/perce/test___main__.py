@@ -41,8 +41,12 @@ def test_an_error_names_the_command_as_it_was_called(capsys, monkeypatch):
 
 def test_what_is_no_command_is_refused(capsys):
     assert main(["scroe"]) == 2
-    assert "scroe: expected a command, one of train, score, " in (error := capsys.readouterr().err)
+    assert "'scroe': expected a command, one of train, score, " in (error := capsys.readouterr().err)
     assert error.endswith("Did you mean score?\n")
+    assert main([""]) == 2
+    assert "'': expected a command" in capsys.readouterr().err
+    assert main(["--version", "extra"]) == 2
+    assert "--version: expected nothing behind it, got 'extra'" in capsys.readouterr().err
 
 
 def test_as_a_module():
