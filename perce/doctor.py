@@ -234,11 +234,12 @@ def _no_flash(device: str, precision: str) -> str:
 def _meteor() -> str:
     from perce.measuring.metrics import Meteor
 
-    try:
-        name = Meteor().name
-    except ImportError:
+    if importlib.util.find_spec("nltk") is None:
         return "no, because nltk is not installed"
-    return "with synonyms" if name == "meteor" else "without synonyms, because WordNet is not installed (wordnet-base)"
+    with_synonyms = Meteor().name == "meteor"
+    return (
+        f"with{'' if with_synonyms else 'out'} synonyms, because WordNet is {'' if with_synonyms else 'not '}installed"
+    )
 
 
 def environment() -> Iterator[Row]:

@@ -141,6 +141,12 @@ def test_choices_are_those_of_a_run(monkeypatch, tmp_path):
     assert told["packing"].startswith("no, ") and f"not in {tmp_path} yet" in told["default model"]
 
 
+def test_replies_cannot_be_scored_without_nltk(monkeypatch):
+    assert rows(doctor.choices())["METEOR"].startswith("with")
+    hide(monkeypatch, "nltk")
+    assert rows(doctor.choices())["METEOR"] == "no, because nltk is not installed"
+
+
 def test_it_takes_no_options(capsys):
     assert main(["--model", "x"]) == 2
     assert "error: Unrecognized arguments: --model x." in capsys.readouterr().err
