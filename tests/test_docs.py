@@ -1,7 +1,11 @@
 """The documentation: its links and names exist, and its commands and code run, offline and on tiny models."""
 
+import importlib.util
+import inspect
 import re
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +25,7 @@ from tests.helpers.markdown import (
     read,
     spans_of,
 )
-from tests.helpers.markdown_flaws import broken_links, flaw_of, flaw_of_option, missing_files
+from tests.helpers.markdown_flaws import broken_links, flaw_of, flaw_of_option, hidden_command, missing_files
 
 # Commands that contain one of these texts are not run. "perce NAME" also stands for `python -m perce.NAME`.
 NOT_RUN = {
@@ -42,13 +46,18 @@ SUBSTITUTES = {
     'PerceSFTConfig("runs/trl"': ('PerceSFTConfig("runs/trl", use_cpu=True, bf16=False', "TRL's defaults need a GPU"),
 }
 HUB_ID = re.compile(r"\b(?:Qwen|HuggingFaceTB)/[\w.-]*\w")
-# Blocks of Python that another test runs: their page, a part of their text ("": all blocks of the page), how many there
-# are, and the test. If there is one more, see that the test runs it too.
+# Blocks of Python that another test runs: their page, a part of their text ("": all blocks of the page), and the test.
 OF_CARDS = "tests/perce/training/test_card.py"
 RUN_ELSEWHERE = {
-    ("README.md", "fused_perce_loss("): (1, "tests/test_examples.py::test_the_loop_in_readme_is_the_one_that_runs"),
-    ("docs/EXTENDING.md", ""): (7, "tests/test_extending.py::test_every_example_is_run_here"),
-    ("docs/SERVING.md", ""): (2, f"{OF_CARDS}::test_the_code_of_the_documentation_asks_as_in_training"),
+    ("README.md", "fused_perce_loss("): "tests/test_examples.py::test_the_loop_in_readme_is_the_one_that_runs",
+    ("docs/EXTENDING.md", "Objective("): "tests/test_extending.py::test_an_objective",
+    ("docs/EXTENDING.md", '"surprise": lambda'): "tests/test_extending.py::test_an_objective",
+    ("docs/EXTENDING.md", "def parse_forum("): "tests/test_extending.py::test_a_format",
+    ("docs/EXTENDING.md", 'FORMATS["forum"]'): "tests/test_extending.py::test_a_format",
+    ("docs/EXTENDING.md", "def sweep("): "tests/test_extending.py::test_a_backend",
+    ("docs/EXTENDING.md", '"exact": Backend('): "tests/test_extending.py::test_a_backend",
+    ("docs/EXTENDING.md", "ReplyMetric("): "tests/test_extending.py::test_a_metric",
+    ("docs/SERVING.md", ""): f"{OF_CARDS}::test_the_code_of_the_documentation_asks_as_in_training",
 }
 # Code that runs before and after a block, in its language: what the block presupposes, and what it must have done.
 # Other blocks run as they stand.
@@ -111,8 +120,10 @@ def shown(page: str) -> list[Block]:
     return blocks_of(page) if page.endswith(".md") else header_blocks(page)
 
 
-def elsewhere(block: Block) -> bool:
-    return any(page == block.page and part in block.text for page, part in RUN_ELSEWHERE)
+def elsewhere(block: Block) -> str | None:
+    """The other test that runs a block of Python."""
+    tests = (test for (page, part), test in RUN_ELSEWHERE.items() if page == block.page and part in block.text)
+    return next(tests, None)
 
 
 def left_out(command: str) -> bool:
@@ -128,6 +139,7 @@ def to_run(page: str) -> list[Block]:
 
 
 RUNNING = [page for page in (*LIVING, *HEADERS) if to_run(page)]
+PYTHON = [block for page in (*LIVING, *HEADERS) for block in shown(page) if block.language == "python"]
 
 # ---- links and names
 
@@ -199,12 +211,45 @@ def test_options_in_backticks_are_real(page):
         "python -m perce.train --data x.jsonl --lora_rr 8", "perce train --objective perse", "perce evaluate --jsonl x",
         "torchrun --nproc_per_node 2 -m perce.train --no_such true", "perce retrain", "python -m benchmarks.tabel x",
         "python -m benchmarks.study --confg x", "python examples/no.py", "pytest benches/", "make tests",
-        'make test ARG="-x"', "pip install -e '.[trains]'", "prece train",
+        'make test ARG="-x"', "pip install -e '.[trains]'", "prece train", "perce doctor --no_such", "perce doctor x",
+        "python -m perce.doctor --no_such", "perce --no_such", "perce model --x", "python -m perce.hub",
+        "python -m perce model", "pytest tests/no", "pytest -k a tests/no.py::test_b", "python -m pytest tests/no",
+        "python scripts/no", "python -m pip install '.[trains]'", "python -m benchmarks.pages --pa x",
+        "python -m benchmarks.study_report --conf x", "python -m benchmarks.study_report --config x",
+        "python -m benchmarks.gpu.decide --second 1",
     ],
 )  # fmt: skip
 def test_a_command_that_is_wrong_is_found(wrong):
     assert flaw_of(wrong)
     assert flaw_of_option("--objective ce|lossce") is None and flaw_of_option("--objective ce|lossces")
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        "perce --version", "perce --help", "perce NAME --help", "perce doctor", "perce doctor --help",
+        "python -m perce train --lora_r 8", "pytest -m slow -k a benchmarks/ --benchmark-only", "python examples/op.py",
+        "pytest tests/test_docs.py::test_a_broken_link_or_name_is_found", "python -m benchmarks.pages --page x",
+        "python -m benchmarks.gpu.decide --seconds 1",
+    ],
+)  # fmt: skip
+def test_a_command_that_is_right_has_no_flaw(right):
+    assert flaw_of(right) is None
+
+
+@pytest.mark.parametrize("language", ["text", "html", "indented", "console"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "perce train", "$ X=1 perce plan --no_such", "python -m benchmarks.table", "torchrun -m perce.train",
+        "make test", "pip install perce", "pytest",
+    ],
+)  # fmt: skip
+def test_a_command_that_nothing_checks_is_found(wrong, language):
+    block = Block("page", 1, language, f"loss 1\n  {wrong}\n")
+    assert hidden_command(block) == wrong
+    assert hidden_command(Block("page", 1, "bash", f"{wrong}\n")) is None
+    assert hidden_command(Block("page", 1, "text", "perce 1.2.0, Python 3.12\nmakes, perce: a word\n")) is None
 
 
 def test_commands_are_told_from_other_blocks():
@@ -220,39 +265,65 @@ def test_commands_are_told_from_other_blocks():
 
 @pytest.mark.parametrize("page", LIVING)
 def test_blocks_say_what_they_are(page):
-    """So that no command is overlooked: fences have a known language, and indented blocks with options are commands."""
+    """So that no command is overlooked: fences have a known language, and commands are in blocks that are run."""
     for block in blocks_of(page):
         assert block.language in LANGUAGES, f"{page}:{block.line}: expected a fence of {', '.join(sorted(LANGUAGES))}"
-        if block.language == "indented" and not block.commands:
-            assert not re.search(r"^\S+ .*\s--\w", block.text, re.MULTILINE), (
-                f"{page}:{block.line}: if these are commands, add their program to PROGRAMS"
-            )
+        command = hidden_command(block)
+        assert command is None, (
+            f"{page}:{block.line}: {command}: use an indented or bash block for commands alone, of programs in PROGRAMS"
+        )
 
 
 def test_no_table_is_out_of_date():
     blocks = [block for page in (*LIVING, *HEADERS) for block in shown(page)]
     commands = [command for block in blocks for command in block.commands]
-    python = [block for block in blocks if block.language == "python"]
     prose = "\n".join(prose_of(page) for page in LIVING)
     for words in NOT_RUN:
         assert any(words in canonical(command) for command in commands), f"NOT_RUN: {words!r} occurs nowhere"
     for old in SUBSTITUTES:
-        assert any(old in text for text in (*commands, *(block.text for block in python))), (
+        assert any(old in text for text in (*commands, *(block.text for block in PYTHON))), (
             f"SUBSTITUTES: {old!r} occurs nowhere"
         )
-    for page, part in AROUND:
+    for page, part in (*AROUND, *RUN_ELSEWHERE):
         assert any(part in block.text for block in shown(page)), f"{page} has no block with {part!r}"
     for name in (*OTHERS_OPTIONS, *NOT_THERE):
         assert name in prose, f"{name} occurs nowhere"
 
 
-def test_every_block_of_python_that_is_not_run_here_is_run_elsewhere():
-    for (page, part), (count, test) in RUN_ELSEWHERE.items():
-        found = [block for block in shown(page) if block.language == "python" and part in block.text]
-        assert len(found) == count, f"{page}: expected {count} blocks of Python with {part!r}, got {len(found)}"
-        path, _, name = test.partition("::")
-        text = read(path)
-        assert f"def {name}(" in text and page in text, f"RUN_ELSEWHERE: {test} is not there, or does not read {page}"
+def notices(test: str, block: Block, request: pytest.FixtureRequest) -> bool:
+    """Whether a test fails if the page that it reads holds broken code in place of the block."""
+    path, _, name = test.partition("::")
+    text, true_read = read(block.page), Path.read_text
+    broken = text.replace(block.text, "1/0\n" + textwrap.indent(block.text, "# "))
+    assert broken != text
+
+    def read_text(self: Path, *args: str, **named: str) -> str:
+        return broken if self == ROOT / block.page else true_read(self, *args, **named)
+
+    spec = importlib.util.spec_from_file_location("fresh", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_text", read_text)
+        spec.loader.exec_module(module)
+        function = getattr(module, name)
+        fixtures = {fixture: request.getfixturevalue(fixture) for fixture in inspect.signature(function).parameters}
+        try:
+            function(**fixtures)
+        except (AssertionError, ZeroDivisionError):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in PYTHON if elsewhere(block)], ids=lambda block: f"{block.page}:{block.line}"
+)
+def test_a_block_that_is_not_run_here_is_run_elsewhere(block, request):
+    assert notices(elsewhere(block), block, request)
+
+
+def test_a_block_that_no_test_reads_is_found(request):
+    other = next(block for block in PYTHON if block.page == "README.md" and not elsewhere(block))
+    assert not notices(RUN_ELSEWHERE["README.md", "fused_perce_loss("], other, request)
 
 
 # ---- runs

@@ -52,8 +52,8 @@ def program_of(command: str) -> str:
 
 
 def canonical(command: str) -> str:
-    """`python -m perce.train …` as `perce train …`, and blanks as one."""
-    return re.sub(r"^((?:\w+=\S+ )*)python3? -m perce\.(\w+)", r"\1perce \2", " ".join(command.split()))
+    """`python -m perce.train …` and `python -m perce train …` as `perce train …`, and blanks as one."""
+    return re.sub(r"^((?:\w+=\S+ )*)python3? -m perce(?:[. ]|$)", r"\1perce ", " ".join(command.split()))
 
 
 def read(page: str) -> str:

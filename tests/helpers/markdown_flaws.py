@@ -1,17 +1,19 @@
 """Checks of a page that run nothing: its links, the files that it names, its commands and their options."""
 
+import ast
 import importlib.util
+import itertools
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from perce import UserError
+from perce.__main__ import COMMANDS as NAMES
 from perce.config.commands import COMMANDS
 from perce.config.options import convert
 from perce.config.schema import objective_of
 from tests.helpers import ROOT
-from tests.helpers.markdown import PROGRAMS, anchors_of, canonical, links_of, read, spans_of, words_of
+from tests.helpers.markdown import PROGRAMS, Block, anchors_of, canonical, links_of, read, spans_of, words_of
 
 
 def broken_links(page: str, prose: str) -> list[str]:
@@ -43,18 +45,35 @@ def training_arguments() -> set[str]:
     return set(TrainingArguments.__dataclass_fields__)
 
 
-def command_of(name: str) -> Any:
-    return next((x for x in COMMANDS if re.split(r"[ .]", x.prog)[-1] == name), None)
+_COMMAND = re.compile(
+    r"^\s*(?:\$ )?(?:\w+=\S+ +)*"
+    r"(?:(?:make|perce|pip|pytest|torchrun)(?= *$| +[^\s\d=])|python3? -m ).*",
+    re.MULTILINE,
+)
 
 
-def flaw_of_options(name: str, argv: list[str], whole: bool) -> str | None:
-    """whole: check the values as well as the names."""
-    command = command_of(name)
+def hidden_command(block: Block) -> str | None:
+    """A line that reads as a command, in a block that is not run: perce, a version and more is output of doctor."""
+    if block.commands or block.language == "python":
+        return None
+    indented = block.language == "indented" and re.search(r"^\S+ .*\s--\w.*", block.text, re.MULTILINE)
+    found = indented or _COMMAND.search(block.text)
+    return found[0].strip() if found else None
+
+
+def flaw_of_perce(argv: list[str], whole: bool) -> str | None:
+    """whole: check the values of options as well as their names."""
+    name, *given = argv or ["--help"]
+    given = [word for word in given if word not in ("--help", "-h")]
+    if name in ("--help", "--version") or name.isupper():  # in capitals: a placeholder
+        return None
+    if name not in NAMES:
+        return f"perce has no command {name}"
+    command = {x.name: x for x in COMMANDS}.get(name)
     if command is None:
-        found = name.isupper() or importlib.util.find_spec(f"perce.{name}")  # in capitals: a placeholder
-        return None if found else f"perce has no command {name}"
+        return f"perce {name} takes no options, got {given[0]}" if given else None
     try:
-        raw = command.parse([word for word in argv if word != "--help"]).raw
+        raw = command.parse(given).raw
         if whole:
             command.build(raw)
     except UserError as error:
@@ -63,15 +82,36 @@ def flaw_of_options(name: str, argv: list[str], whole: bool) -> str | None:
     return f"perce {name} has no option {', '.join(unknown)}" if unknown else None
 
 
+def options_of_source(path: Path) -> set[str]:
+    """The names that a module gives to add_argument; if it makes no parser, those of the modules it imports from."""
+    tree = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    calls = [x for x in tree if isinstance(x, ast.Call) and getattr(x.func, "attr", "") == "add_argument"]
+    if calls:
+        return {x.value for call in calls for x in call.args if isinstance(x, ast.Constant)}
+    modules = {x.module.replace(".", "/") for x in tree if isinstance(x, ast.ImportFrom) and x.module}
+    ours = [ROOT / f"{x}.py" for x in modules if x.startswith("benchmarks/")]
+    return set().union(*(options_of_source(x) for x in ours if x.is_file()))
+
+
 def flaw_of_module(name: str, argv: list[str]) -> str | None:
-    """For a module that parses its own options: each option has to occur in its source, or in its package's."""
+    """For a module of this repository that parses its own options."""
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
         return f"there is no module {name}"
-    path = Path(found.origin)
-    source = "".join(x.read_text(encoding="utf-8") for x in {path, *path.parent.glob("*.py")})
-    options = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    return next((f"{name} has no option {option}" for option in options if option not in source), None)
+    options = [word.partition("=")[0] for word in argv if word.startswith("-")]
+    known = options_of_source(Path(found.origin)) | {"--help"}
+    return next((f"{name} has no option {option}" for option in options if option not in known), None)
+
+
+def flaw_of_paths(program: str, argv: list[str]) -> str | None:
+    """Of the paths given to python or pytest: the script, any argument of pytest, and names that end in .py or /."""
+    if program == "pytest":
+        words = [x for before, x in itertools.pairwise(["", *argv]) if not re.fullmatch("-[ckmnopW]", before)]
+        paths = [x.partition("::")[0] for x in words if not x.startswith("-")]
+    else:
+        paths = [x for x in argv if re.search(r"\.py$|/$", x)]
+        paths += [x for x in argv[:1] if not x.startswith("-")]
+    return next((f"there is no {x}" for x in paths if not (ROOT / x).exists()), None)
 
 
 def flaw_of_make(argv: list[str]) -> str | None:
@@ -90,14 +130,15 @@ def flaw_of(command: str, whole: bool = True) -> str | None:
     argv = [word for word in argv if word != "…"]
     if program == "torchrun":
         module, *argv = argv[argv.index("-m") + 1 :]
-        name = argv.pop(0) if module == "perce" else module.removeprefix("perce.")
-        return flaw_of_options(name, argv, whole)
+        return flaw_of_perce(argv if module == "perce" else [module.removeprefix("perce."), *argv], whole)
     if program == "perce":
-        return flaw_of_options(argv[0], argv[1:], whole) if argv and not argv[0].startswith("-") else None
-    if program in ("python", "python3") and argv[0] == "-m":
-        return flaw_of_module(argv[1], argv[2:])
+        return flaw_of_perce(argv, whole)
+    if program in ("python", "python3") and argv[:1] == ["-m"]:
+        if argv[1] not in ("pip", "pytest"):
+            return flaw_of_module(argv[1], argv[2:])
+        program, *argv = argv[1:]
     if program in ("python", "python3", "pytest"):
-        return next((f"there is no {x}" for x in argv if re.search(r"\.py$|/$", x) and not (ROOT / x).exists()), None)
+        return flaw_of_paths(program, argv)
     if program == "make":
         return flaw_of_make(argv)
     if program == "pip" and argv[0] == "install":
