@@ -35,16 +35,16 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(browser: Any, path: Path, **context: Any) -> Iterator[Any]:
-    """A tab with the page, whose first responses are there. AssertionError at the end if anything but the file was
-    asked for, or anything was said on the console, as of a script or a style that the policy does not allow."""
+def opened(browser: Any, path: Path, wait: str = ".t, #nothing:not([hidden])", **context: Any) -> Iterator[Any]:
+    """A tab with the page, whose first responses are there (`wait`: a selector). AssertionError at the end if anything
+    but the file was asked for, or anything was said on the console, as of a script that the policy does not allow."""
     tab = browser.new_context(**{"viewport": {"width": 1000, "height": 900}} | context).new_page()
     said: list[str] = []
     tab.on("request", lambda request: said.append(request.url) if request.url != path.as_uri() else None)
     tab.on("console", lambda message: said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.goto(path.as_uri())
-    tab.wait_for_selector(".t, #nothing:not([hidden])")
+    tab.wait_for_selector(wait)
     try:
         yield tab
     finally:

@@ -55,5 +55,5 @@ class Page(HTMLParser):
             at += length
             whole = {name: own[name][place] for name in units if name in own}
             columns = {name: None if value is None else value * units[name] for name, value in whole.items()}
-            found.append({"text": piece, "top": place in own["top"], **columns})
+            found.append({"text": piece, "top": own["ends"][place] == "c", **columns})
         return found

@@ -1,6 +1,7 @@
 """perce.score: numbers against the model's own full logits, resume, labels, and errors."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -165,6 +166,13 @@ def test_page_terminal_and_summary_agree_on_the_shares_at_the_clip(scored, tmp_p
     name = {"log": "PIR", "ratio": "exp(PIR)"}[contrast]
     words = f"weight of a token is {name}, clipped to {clip[0]:g} … {clip[1]:g}"
     assert f"Tokens by {name}" in page.text and words in page.text and f"Token weight: {name}, clipped" in page.text
+
+
+@pytest.mark.parametrize("values", [[1.0, math.nan, 2.0], [-math.inf, 1.0, math.inf], [math.nan], [0.5]])
+def test_the_histogram_is_of_finite_signals(values):
+    found = score_report._histogram([{"signal": values}], (0.8, 5.0), "PIR", {"frac_at_floor": 0, "frac_at_ceiling": 1})
+    assert sum(found.counts) == sum(map(math.isfinite, values)) and found.clipped == (0, 1)
+    assert all(map(math.isfinite, found.edges)) and sorted(set(found.edges)) == found.edges
 
 
 def test_unmarked_data_is_labelled_by_persona_words_and_says_so(scored, tmp_path):

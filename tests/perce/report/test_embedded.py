@@ -38,15 +38,19 @@ def test_numbers_come_back_within_half_a_unit(clip):
         ("weight", unit, [t.token_weight for t in tokens]), ("signal", unit, [t.signal for t in tokens]),
     ):  # fmt: skip
         assert [x * one for x in found[name]] == pytest.approx(values, abs=0.5001 * one), name
-    assert found["top"] == [i for i, t in enumerate(tokens) if t.token_weight >= clip[1] > clip[0]]
+    low, high = clip
+    ends = [
+        "" if low == high else "c" if t.token_weight == high else "f" if t.token_weight == low else "" for t in tokens
+    ]
+    assert found["ends"] == "".join(end or "-" for end in ends)
     assert found["loss"] == pytest.approx(-sum(t.logp for t in tokens) / 300, abs=1e-4)
     assert found["pir"] == pytest.approx(sum(t.logp - t.logp_cf for t in tokens) / 300, abs=1e-4)
 
 
-def test_rounding_puts_no_token_at_the_ceiling():
-    tokens = [ScoredToken("a", -1.0, -6.0, w, w) for w in (4.9999, 5.0)]
+def test_rounding_puts_no_token_at_an_end():
+    tokens = [ScoredToken("a", -1.0, -6.0, w, w) for w in (4.9999, 5.0, 0.8001, 0.8, math.nan)]
     (found,) = decoded([ScoredResponse((), (), {"p": tokens})])["responses"][0]["passes"]
-    assert found["weight"] == [500, 500] and found["top"] == [1]
+    assert found["weight"] == [500, 500, 80, 80, None] and found["ends"] == "-c-f-"
 
 
 def test_texts_are_shared_and_cut_as_javascript_counts():

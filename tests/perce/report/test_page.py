@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 import random
 import re
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from perce.objectives import OBJECTIVES, RATIO
+from perce.report import page
 from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table
 from perce.report.page import MOST_USERS, Weighed, users_table, write_page
 from tests.helpers.pages import Page
@@ -116,7 +118,8 @@ def test_words_are_about_the_objectives_own_signal(tmp_path, name):
     )
     assert f"{reported.clip_min:g} <i></i> {reported.clip_max:g}" in page.html
     assert reported.signal.meaning and f" is {reported.signal.meaning[:12]}" in text, "each entry says what it means"
-    assert ("gives every token the same weight" in text) == (objective.signal is None)
+    twice = "A token with twice the weight of another counts twice as much in the loss."
+    assert ("gives every token the same weight" in text) == (objective.signal is None) == (twice not in text)
     assert ("to other tokens" in text) == (name == "random")
     assert ("after the long context" in text) == (name == "longce") != ("with the persona" in text)
     columns = page.data["responses"][0]["passes"][1]
@@ -152,6 +155,20 @@ def test_what_is_left_out_is_told(tmp_path):
         page_of(tmp_path, response(), response(), scored=1)
 
 
+def test_what_would_make_the_page_too_large_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "MOST_TOKENS", 20)  # of 7 per response: 2 before training, 5 after it
+    found = page_of(tmp_path, *[response(user_id=str(number)) for number in range(4)])
+    assert found.data["users"] == ["0", "1"] and "This page shows 2 of 4 scored responses." in found.text
+    assert "This page shows 2 of 9 scored" in page_of(tmp_path, *[response()] * 3, scored=9).text
+    assert len(page_of(tmp_path, response(TOKENS * 9), response()).data["responses"]) == 1, "the first is always shown"
+
+
+def test_a_page_that_shows_none_of_what_was_scored_says_so(tmp_path):
+    text = page_of(tmp_path, scored=200).text
+    assert "This page shows 0 of 200 scored responses." in text and "No responses were scored" not in text
+    assert "No responses are shown." in text
+
+
 def test_empty_inputs(tmp_path):
     page = page_of(tmp_path, summary=())
     assert "No responses were scored." in page.text and page.data["responses"] == []
@@ -176,22 +193,42 @@ def test_users_have_their_means(tmp_path):
     found = users_table([response(user_id="b"), response(TOKENS[:1], user_id="a"), response(user_id="b")])
     assert found.rows == [("b", "2", "10", "1.65", "0.82"), ("a", "1", "1", "0.25", "1.25")] and not found.note
     assert users_table([response()]) is None and users_table([response(user_id=None)]) is None
+    infinite = [ScoredToken("a", -math.inf, -1.0, -math.inf, 0.8)]
+    found = users_table([response([], user_id="a"), response(infinite, user_id="b"), response(user_id="c")])
+    assert [row[2:] for row in found.rows] == [("0", "–", "–"), ("1", "–", "–"), ("5", "1.65", "0.82")]
     many = users_table([response(user_id=str(number)) for number in range(MOST_USERS + 1)])
     assert len(many.rows) == MOST_USERS and many.note == f"The {MOST_USERS} users with the most responses, of 51."
 
 
+WORDS = ["".join(random.Random(seed).choices("etaoinshrdlu", k=2 + seed % 8)) for seed in range(5000)]
+
+
+def random_pass(rng, texts) -> list[ScoredToken]:
+    numbers = ((-rng.expovariate(0.4), -rng.expovariate(0.3)) for _ in texts)
+    rows = zip(texts, numbers, strict=True)
+    return [ScoredToken(t, a, b, a - b, min(max(a - b, 0.8), 5.0)) for t, (a, b) in rows]
+
+
 def test_a_thousand_responses_take_less_than_five_megabytes(tmp_path):
     """Of 100 tokens, scored twice, each with a persona of its own of 100 words."""
-    rng = random.Random(0)
-    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(5000)]
-    responses = []
+    rng, responses = random.Random(0), []
     for number in range(1000):
-        passes = {}
-        texts = [f" {rng.choice(words)}" for _ in range(100)]
-        for name in ("before training", "after training"):
-            numbers = ((-rng.expovariate(0.4), -rng.expovariate(0.3)) for _ in texts)
-            rows = zip(texts, numbers, strict=True)
-            passes[name] = [ScoredToken(t, a, b, a - b, min(max(a - b, 0.8), 5.0)) for t, (a, b) in rows]
-        persona = tuple(" ".join(rng.choices(words, k=20)) for _ in range(5))
-        responses.append(ScoredResponse(persona, (("user", " ".join(rng.choices(words, k=20))),), passes, str(number)))
-    assert len(page_of(tmp_path, *responses).html.encode()) < 5_000_000
+        texts = [f" {rng.choice(WORDS)}" for _ in range(100)]
+        passes = {name: random_pass(rng, texts) for name in ("before training", "after training")}
+        persona = tuple(" ".join(rng.choices(WORDS, k=20)) for _ in range(5))
+        responses.append(ScoredResponse(persona, (("user", " ".join(rng.choices(WORDS, k=20))),), passes, str(number)))
+    found = page_of(tmp_path, *responses)
+    assert len(found.data["responses"]) == 1000 and len(found.html.encode()) < 5_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["perce", "entce"])
+def test_so_do_as_many_tokens_as_a_page_shows(tmp_path, name):
+    """Scored once, which takes more per token than twice; another signal than PIR takes more again."""
+    rng = random.Random(0)
+    texts = [[f" {rng.choice(WORDS)}" for _ in range(1000)] for _ in range(page.MOST_TOKENS // 1000 + 5)]
+    found = page_of(
+        tmp_path, *[ScoredResponse((), (), {"p": random_pass(rng, each)}) for each in texts], of=weighed(name)
+    )
+    assert 3_000_000 < len(found.html.encode()) < 5_000_000
+    assert len(found.data["responses"]) == page.MOST_TOKENS // 1000

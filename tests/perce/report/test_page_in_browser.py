@@ -1,6 +1,9 @@
 """The page in Chromium: what is found, sorted, toggled and told, by mouse and by keys."""
 
 import math
+import re
+import struct
+from dataclasses import replace
 
 import pytest
 
@@ -307,9 +310,125 @@ def test_documents_have_no_persona_to_lack(browser, tmp_path):
             assert "exp(PIR)" in told(tab) and "2.70" in told(tab)
 
 
-def test_letters_that_are_longer_in_lower_case_are_searched_too(browser, tmp_path):
-    tokens = [ScoredToken(text, -1.0, -2.0, 1.0, 1.0) for text in ("İİİİ", " honey")]
-    with opened(browser, write(tmp_path / "p.html", [ScoredResponse((), (), {"response": tokens})])) as tab:
-        tab.fill("#search", "honey")
-        assert shown(tab) == [0]
-        settled(tab)
+def marked(tab) -> list[tuple[str, str]]:
+    """What the search has marked, each with the class or the name of the element that it begins in."""
+    settled(tab)
+    found = """() => [...CSS.highlights.get("found")].map((range) => {
+      const begins = range.startContainer.parentNode;
+      return [range.toString(), begins.className || begins.tagName];
+    })"""
+    return [tuple(each) for each in tab.evaluate(found)]
+
+
+def test_letters_that_are_longer_in_lower_case_are_searched_and_marked(browser, tmp_path):
+    tokens = [ScoredToken(text, -1.0, -2.0, 1.0, 1.0) for text in ("İİİİ", " honey", " jam")]
+    path = write(tmp_path / "p.html", [ScoredResponse(("İİİİ İstanbul honey",), (), {"response": tokens})])
+    with opened(browser, path) as tab:
+        for query, texts in (("honey", ["honey", "honey"]), ("JAM", ["jam"]), ("istanbul h", ["İstanbul h"])):
+            tab.fill("#search", query)
+            assert shown(tab) == [0] and [text for text, _ in marked(tab)] == texts
+        longer = "() => [...Array(0x10000).keys()].filter(x => lower(String.fromCharCode(x)).length !== 1)"
+        assert tab.evaluate(longer) == []
+
+
+def test_marks_lie_in_data_and_not_in_the_pages_own_words(browser, tmp_path):
+    tokens = [ScoredToken(text, -1.0, -2.0, 1.0, 1.0) for text in ("Her", " persona", " has", " no", " tokens")]
+    turns = (("user", "A persona, before training?"),)
+    all_of_it = ScoredResponse(("My persona",), turns, {BEFORE: tokens}, "persona 1", "persona.jsonl:1")
+    with opened(browser, write(tmp_path / "p.html", [all_of_it])) as tab:
+        for query, places in (
+            ("persona", ["source", "user", "LI", "text", "t"]), (BEFORE, ["text"]), ("tokens", ["t"]),
+        ):  # fmt: skip
+            tab.fill("#search", query)
+            assert [re.sub(" .*", "", place) for _, place in marked(tab)] == places, query
+
+
+def test_very_many_hits_are_marked_up_to_a_bound(browser, tmp_path):
+    long = ScoredResponse(("e bee " * 170_000,), (), response(0).passes)
+    with opened(browser, write(tmp_path / "p.html", [long, response(1)])) as tab:
+        tab.fill("#search", "bee")
+        texts = [text for text, _ in marked(tab)]
+        assert shown(tab) == [0, 1] and 100 < len(texts) < 10_000 and set(texts) == {"bee"}
+        assert texts.count("bee") > tab.evaluate("MOST_MARKS"), "the bound is per response"
+
+
+def fp32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+@pytest.mark.parametrize("low", [0.8, 0.9])
+def test_the_ends_of_the_clip_are_told_exactly(browser, tmp_path, low):
+    """Of rounded weights some would seem to lie at an end; the clip and the weights are in fp32."""
+    weights = [fp32(low), low + 0.004, 4.999, 5.0, math.nan]
+    tokens = [ScoredToken(" a", -1.0, -2.0, 1.0, weight) for weight in weights]
+    weighed = Weighed(OBJECTIVES["perce"], replace(OBJECTIVES["perce"].weighting(), clip_min=low))
+    write_page(tmp_path / "p.html", [ScoredResponse((), (), {"r": tokens})], title="t", summary=[], weighed=weighed)
+    with opened(browser, tmp_path / "p.html") as tab:
+        ends = []
+        for place in range(len(tokens)):
+            tab.hover(f".t >> nth={place}")
+            ends.append(re.findall(r"\((floor|ceiling)\)", told(tab)))
+        assert ends == [["floor"], [], [], ["ceiling"], []]
+
+
+def test_the_focus_stays_in_the_response_when_the_list_changes(tab):
+    reads = "() => document.activeElement.closest('article')?.card.place ?? null"
+    tab.focus("article .user >> nth=4")
+    tab.keyboard.press("Enter")
+    assert shown(tab) == [3, 4, 5] and tab.evaluate(reads) == 4
+    tab.focus("article .user >> nth=2")
+    tab.keyboard.press("b")
+    assert tab.evaluate(reads) == 5
+    tab.keyboard.press("j")
+    assert tab.evaluate(reads) == 5, "it is the last one"
+
+
+def test_the_numbers_close_without_a_keyboard(browser, thousand):
+    with opened(browser, thousand, has_touch=True) as tab:
+        for closes in ("#detail button", "article h2 >> nth=0", "h1"):
+            tab.tap("article .t >> nth=2")
+            assert "token 3 of response 1" in told(tab)
+            tab.tap("#detail b")
+            assert told(tab), "a tap in it keeps it"
+            tab.tap(closes)
+            assert not told(tab), closes
+        assert tab.get_attribute("#detail button", "aria-label") == "Close the numbers"
+
+
+def test_escape_closes_the_numbers_and_else_clears_the_search(tab):
+    tab.fill("#search", "number 77.")
+    tab.press("#search", "Enter")
+    tab.focus("article .t")
+    tab.keyboard.press("Escape")
+    assert not told(tab) and tab.input_value("#search") == "number 77."
+    tab.focus("#sort")
+    tab.keyboard.press("Escape")
+    assert tab.input_value("#search") == "number 77." and shown(tab) == [77], "a list of choices has its own Esc"
+    tab.keyboard.press("Escape")
+    assert tab.input_value("#search") == "" and len(shown(tab)) == 1000
+    assert "close the numbers, else clear the search" in tab.text_content("#keys")
+
+
+def test_what_has_no_pass_says_so(browser, tmp_path):
+    none = ScoredResponse((), (), {})
+    with opened(browser, write(tmp_path / "a.html", [none]), wait="article p.label") as tab:
+        assert "Not scored at all." in tab.inner_text("article")
+    with opened(browser, write(tmp_path / "b.html", [response(0), none])) as tab:
+        assert f"Not scored {AFTER}." in tab.inner_text("article >> nth=1")
+        tab.click("#passes label:has-text('both')")
+        assert "Not scored at all." in tab.inner_text("article >> nth=1")
+
+
+def test_colours_that_are_forced_leave_the_tints(browser, tmp_path):
+    with opened(browser, write(tmp_path / "p.html", [response(250)]), forced_colors="active") as tab:
+        ground = "node => getComputedStyle(node).backgroundColor"
+        assert tab.eval_on_selector(".t.top", ground) == "rgba(45, 105, 225, 0.46)"
+        assert "gradient" in tab.eval_on_selector(".scale i", "node => getComputedStyle(node).backgroundImage")
+
+
+def test_numbers_are_announced_on_focus_and_not_on_hover(tab):
+    live = lambda: tab.evaluate("() => document.querySelector('#detail b').closest('[aria-live]').ariaLive")  # noqa: E731
+    tab.hover("article .t >> nth=3")
+    assert live() == "off"
+    tab.focus("article .t")
+    assert live() == "polite"
