@@ -138,10 +138,11 @@ def _tokens(record: dict[str, Any]) -> list[ScoredToken]:
 
 
 def _histogram(records: Records, clip: tuple[float, float], name: str, found: Mapping[str, float]) -> Histogram:
-    """Of what the clip acted on, in bins that the clip's ends fall on the edges of."""
+    """Of what the clip acted on, if finite, in bins that the clip's ends fall on the edges of."""
     signal = _signal(records)
-    width = (min(clip[1], max(signal.max(), clip[0])) - clip[0]) / BINS or 0.2
-    below = min(int(np.ceil(max(clip[0] - signal.min(), 0) / width)), BINS_BELOW)
+    signal = signal[np.isfinite(signal)]
+    width = (min(clip[1], signal.max(initial=clip[0])) - clip[0]) / BINS or 0.2
+    below = min(int(np.ceil((clip[0] - signal.min(initial=clip[0])) / width)), BINS_BELOW)
     edges = clip[0] + width * np.arange(-below, BINS + BINS_ABOVE + 1)
     counts, _ = np.histogram(np.clip(signal, edges[0], edges[-1]), edges)
     shares = found["frac_at_floor"], found["frac_at_ceiling"]

@@ -4,10 +4,11 @@ signal, clip, unit   of the page: weights and signals are whole numbers of `unit
 passes, users        names, which responses refer to by their place
 strings              entries of personas and turns of conversations; what users' examples share is here once
 responses            {user, source, persona: [string], turns: [[role, string]], texts: [[text, lengths]], passes: [...]}
-  passes             one per name, or null: {text: its place in texts, logp, cf, weight, signal?, top, pir, loss}
+  passes             one per name, or null: {text: its place in texts, logp, cf, weight, signal?, ends, pir, loss}
 
-The texts of a pass's tokens are one text and the length of each token in UTF-16 units, as JavaScript counts. `top` are
-the places of the tokens at the ceiling: rounded weights cannot tell. There is no `signal` where it is PIR.
+The texts of a pass's tokens are one text and the length of each token in UTF-16 units, as JavaScript counts. `ends` has
+a letter per token: f at the floor, c at the ceiling, - elsewhere, because rounded weights cannot tell. There is no
+`signal` where it is PIR.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from perce.objectives import PIR
-from perce.report.heatmap import ScoredResponse, ScoredToken, at_ceiling, harmless
+from perce.report.heatmap import ScoredResponse, ScoredToken, at_ceiling, at_floor, harmless
 
 NATS = 0.01  # unit of log-probabilities
 
@@ -83,12 +84,16 @@ def _columns(tokens: Sequence[ScoredToken], signal: str, clip: tuple[float, floa
     columns: dict[str, Any] = {
         "logp": _whole((token.logp for token in tokens), NATS), "cf": _whole((token.logp_cf for token in tokens), NATS),
         "weight": _whole((token.token_weight for token in tokens), unit),
-        "top": [place for place, token in enumerate(tokens) if at_ceiling(token, clip)],
+        "ends": "".join(_end(token, clip) for token in tokens),
         "pir": _mean([token.pir for token in tokens]), "loss": _mean([-token.logp for token in tokens]),
     }  # fmt: skip
     if signal != PIR.name:
         columns["signal"] = _whole((token.signal for token in tokens), unit)
     return columns
+
+
+def _end(token: ScoredToken, clip: tuple[float, float]) -> str:
+    return "c" if at_ceiling(token, clip) else "f" if at_floor(token, clip) else "-"
 
 
 def _whole(values: Iterable[float], unit: float) -> list[int | None]:

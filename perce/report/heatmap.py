@@ -79,6 +79,10 @@ def intensity(token_weight: float, clip: tuple[float, float]) -> float:
     return min((token_weight - clip_min) / (clip_max - clip_min), 1.0) if clip_max > clip_min else 1.0
 
 
+def at_floor(token: ScoredToken, clip: tuple[float, float]) -> bool:
+    return token.token_weight <= clip[0] < clip[1]
+
+
 def at_ceiling(token: ScoredToken, clip: tuple[float, float]) -> bool:
     return token.token_weight >= clip[1] > clip[0]
 

@@ -3,6 +3,7 @@
 // The page of scored responses. perce/report/embedded.py says what the data are. Text from data becomes text nodes only.
 
 const MARGIN = 1200; // pixels above and below the window in which responses are rendered
+const MOST_MARKS = 500; // in one response: 5,000 take 0.2 s to draw, anew whenever a response comes into view
 const LONG_PERSONA = 1200; // characters; a longer one is folded, so that it does not push the response off the screen
 
 const $ = (id) => document.getElementById(id);
@@ -36,6 +37,7 @@ function number(value, digits = 2, signed = false) {
 
 const counted = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const minus = (a, b) => (a === null || b === null ? null : a - b);
+const lower = (text) => text.replaceAll("İ", "i").toLowerCase(); // as long as it was: only İ would become two letters
 const nats = (value) => (value === null ? null : value / 100);
 
 /** What one token of a pass has; log-probabilities in nats. */
@@ -43,13 +45,13 @@ function numbersOf(pass, at) {
   const logp = nats(pass.logp[at]), cf = nats(pass.cf[at]), pir = minus(pass.logp[at], pass.cf[at]);
   const inUnits = (column) => (column[at] === null ? null : column[at] * data.unit);
   const signal = pass.signal ? inUnits(pass.signal) : nats(pir);
-  return { logp, cf, pir: nats(pir), signal, weight: inUnits(pass.weight), top: pass.top.includes(at) };
+  return { logp, cf, pir: nats(pir), signal, weight: inUnits(pass.weight), end: pass.ends[at] };
 }
 
 /** [strength from −1 to 1, whether it is at an end] of a token under the tint that is chosen. */
 function tintOf(response, pass, at) {
   if (state.tint === "weight") {
-    const [low, high] = data.clip, weight = pass.weight[at] * data.unit, top = pass.top.includes(at);
+    const [low, high] = data.clip, weight = pass.weight[at] * data.unit, top = pass.ends[at] === "c";
     return [top ? 1 : Math.min(Math.max((weight - low) / (high - low) || 0, 0), 1), top];
   }
   const [first, last] = [response.passes[0], response.passes.at(-1)];
@@ -61,17 +63,19 @@ function tintOf(response, pass, at) {
 
 // ---- a response
 
+const atCeiling = (pass) => pass.ends.split("c").length - 1;
+
 /** A card per response: its place in the data, its article, and what it is sorted by. */
 function cardOf(response, place) {
   const passes = response.passes.filter(Boolean), last = passes.at(-1), first = passes[0];
   const lengths = response.texts.map(([, cuts]) => cuts.length);
   const keys = {
-    order: place, pir: last?.pir, loss: last?.loss, ceiling: last && last.top.length / (lengths[last.text] || 1),
+    order: place, pir: last?.pir, loss: last?.loss, ceiling: last && atCeiling(last) / (lengths[last.text] || 1),
     change: passes.length > 1 ? minus(last.loss, first.loss) : null,
   };
   const node = make("article", { tabindex: "-1", "aria-label": `Response ${place + 1}` });
   const size = response.persona.reduce((sum, entry) => sum + data.strings[entry].length, 0);
-  const card = { response, place, keys, node, size, filled: false, open: size <= LONG_PERSONA };
+  const card = { response, place, keys, node, filled: false, open: size <= LONG_PERSONA };
   node.card = card;
   return card;
 }
@@ -92,7 +96,7 @@ const passesShown = (response) =>
   (state.pass === "both" ? response.passes : [response.passes[state.pass]]).filter(Boolean);
 
 function fill(card) {
-  const { response, node } = card;
+  const { response, node } = card, held = node.contains(document.activeElement);
   node.replaceChildren(header(card), ...persona(card));
   for (const [role, text] of response.turns) {
     const words = make("p", { class: "text", dir: "auto" }, data.strings[text]);
@@ -101,7 +105,8 @@ function fill(card) {
   response.passes.forEach((pass, which) => {
     if (pass && (state.pass === "both" || state.pass === which)) node.append(passOf(card, pass, which));
   });
-  if (!passesShown(response).length) node.append(make("p", { class: "label" }, `Not scored ${data.passes[state.pass]}.`));
+  if (!passesShown(response).length) node.append(make("p", { class: "label" }, `Not scored ${data.passes[state.pass] ?? "at all"}.`));
+  if (held) node.focus({ preventScroll: true }); // what had the focus is gone
   card.filled = true;
   node.style.removeProperty("--height");
 }
@@ -115,7 +120,7 @@ function empty(card, height) {
 function header(card) {
   const { response, place } = card;
   const title = `Response ${(place + 1).toLocaleString("en")}`;
-  const node = make("header", {}, make("h2", {}, title, make("span", { class: "label" }, response.source && ` · ${response.source}`)));
+  const node = make("header", {}, make("h2", {}, title, response.source && " · ", make("span", { class: "source" }, response.source)));
   if (response.user !== null) {
     const user = make("button", { class: "user", type: "button", dir: "auto", title: "Show this user's responses" });
     user.append(data.users[response.user]);
@@ -130,7 +135,7 @@ function persona(card) {
   if (!entries.length) return data.documents ? [] : [make("p", { class: "label" }, "No persona")];
   const count = `Persona, ${entries.length} ${entries.length === 1 ? "entry" : "entries"}`;
   const items = entries.map((entry) => make("li", { dir: "auto" }, data.strings[entry]));
-  const found = state.query && entries.some((entry) => data.strings[entry].toLowerCase().includes(state.query));
+  const found = state.query && entries.some((entry) => lower(data.strings[entry]).includes(state.query));
   const summary = make("summary", {}, count);
   const node = make("details", { class: "persona", ".open": card.open || found }, summary, make("ul", {}, ...items));
   summary.onclick = () => (card.open = !node.open); // what a search opens is closed after it
@@ -143,14 +148,12 @@ function passOf(card, pass, which) {
   const was = pass === first || pass.loss === null ? "" : `, was ${number(first.loss)}`;
   const numbers = lengths.length
     ? `${counted(lengths.length, "token")} · mean PIR ${number(pass.pir)} · loss ${number(pass.loss)}${was} · ` +
-      `${pass.top.length.toLocaleString("en")} at the ceiling`
+      `${atCeiling(pass).toLocaleString("en")} at the ceiling`
     : "no tokens";
   const words = make("p", { class: "tokens", dir: "auto", role: "group", "aria-label": `${name}, tokens` });
   Object.assign(words, { card, which });
   let from = 0;
-  lengths.forEach((length, at) => {
-    words.append(token(response, pass, at, text.slice(from, (from += length))));
-  });
+  lengths.forEach((length, at) => words.append(token(response, pass, at, text.slice(from, (from += length)))));
   if (words.firstChild) words.firstChild.tabIndex = 0;
   const head = make("header", {}, make("h3", {}, name), make("span", { class: "label" }, numbers));
   return make("section", { class: "pass" }, head, words);
@@ -184,13 +187,13 @@ function tell(node) {
   const rows = passes.flatMap((pass, index) => (same(pass, index) ? [[data.passes[index], ...cells(numbersOf(pass, at), own)]] : []));
   const text = make("b", { dir: "auto" }, node.textContent.replaceAll("\n", "↵").replaceAll("\t", "⇥"));
   const where = `token ${at + 1} of response ${card.place + 1}`;
-  $("detail").replaceChildren(make("div", {}, make("div", { class: "what" }, text, where), make("div", { class: "wide" }, tableOf([names, ...rows]))));
+  $("told").ariaLive = node === document.activeElement ? "polite" : "off"; // not whatever the mouse passes over
+  $("told").replaceChildren(make("div", { class: "what" }, text, where), make("div", { class: "wide" }, tableOf([names, ...rows])));
   $("detail").hidden = false;
 }
 
 function cells(found, own) {
-  const [low] = data.clip, digits = Math.max(Math.round(-Math.log10(data.unit)), 2);
-  const end = found.top ? " (ceiling)" : found.weight <= low ? " (floor)" : "";
+  const digits = Math.max(Math.round(-Math.log10(data.unit)), 2), end = { c: " (ceiling)", f: " (floor)" }[found.end] ?? "";
   return [
     number(found.weight, digits) + end, ...own.map(() => number(found.signal, digits)), number(found.pir, 2, true),
     number(found.logp), number(found.cf), found.logp === null ? "–" : `${(100 * Math.exp(found.logp)).toPrecision(2)} %`,
@@ -234,7 +237,7 @@ function neighbour(node, key) {
 // ---- which responses are shown, and in which order
 
 function matches() {
-  const { query, user } = state, found = (text) => text.toLowerCase().includes(query);
+  const { query, user } = state, found = (text) => lower(text).includes(query);
   const strings = query ? data.strings.map(found) : [], users = query ? data.users.map(found) : [];
   return cards.filter(({ response }) => {
     if (user !== "" && response.user !== Number(user)) return false;
@@ -247,7 +250,7 @@ function matches() {
 
 /** Filter, sort, and begin at the top of the list. */
 function list() {
-  const sign = state.down ? -1 : 1;
+  const sign = state.down ? -1 : 1, read = document.activeElement.closest("article");
   const key = (card) => card.keys[state.sort] ?? NaN; // what has no number is last, whichever way
   shown = matches().sort((a, b) => {
     const [x, y] = [key(a), key(b)];
@@ -261,6 +264,7 @@ function list() {
   const all = counted(cards.length, "response");
   $("count").textContent = shown.length < cards.length ? `${shown.length.toLocaleString("en")} of ${all}` : all;
   if ($("bar").getBoundingClientRect().top <= 0) scrollTo(0, $("list").offsetTop - $("bar").offsetHeight);
+  read?.focus(); // which it lost when it left the page
   watch();
 }
 
@@ -305,21 +309,28 @@ function redraw() {
 /** Mark where the query occurs, in browsers that can without a change of the page. */
 function mark() {
   if (!CSS.highlights) return;
-  const ranges = [];
+  const found = new Highlight();
   for (const { node, filled } of state.query ? shown : []) {
-    if (!filled) continue;
-    const walker = document.createTreeWalker(node, NodeFilter.SHOW_TEXT), parts = [];
-    for (let length = 0; walker.nextNode(); length += walker.currentNode.length) parts.push([length, walker.currentNode]);
-    const text = node.textContent.toLowerCase();
-    const end = (place) => parts.findLast(([start]) => start <= place);
-    for (let at = text.indexOf(state.query); at >= 0; at = text.indexOf(state.query, at + state.query.length)) {
-      const [from, first] = end(at), [to, last] = end(at + state.query.length - 1), range = new Range();
-      range.setStart(first, Math.min(at - from, first.length)); // İ is longer in lower case
-      range.setEnd(last, Math.min(at + state.query.length - to, last.length));
-      ranges.push(range);
+    let left = filled ? MOST_MARKS : 0;
+    for (const words of node.querySelectorAll(".user, .source, .persona li, .text, .tokens")) {
+      for (const range of occurrences(words, state.query, left)) left -= 1, found.add(range);
     }
   }
-  CSS.highlights.set("found", new Highlight(...ranges));
+  CSS.highlights.set("found", found);
+}
+
+/** Ranges of a node's text that are the query in lower case, at most so many. */
+function occurrences(node, query, most) {
+  const walker = document.createTreeWalker(node, NodeFilter.SHOW_TEXT), parts = [], ranges = [];
+  for (let length = 0; walker.nextNode(); length += walker.currentNode.length) parts.push([length, walker.currentNode]);
+  const text = lower(node.textContent), partOf = (place) => parts.findLast(([start]) => start <= place);
+  for (let at = text.indexOf(query); at >= 0 && ranges.length < most; at = text.indexOf(query, at + query.length)) {
+    const [from, first] = partOf(at), [to, last] = partOf(at + query.length - 1), range = new Range();
+    range.setStart(first, at - from);
+    range.setEnd(last, at + query.length - to);
+    ranges.push(range);
+  }
+  return ranges;
 }
 
 /** The response that is read: with the focus, else the first below the bar. */
@@ -357,7 +368,7 @@ function choose(id, value) {
 
 function find(text) {
   if ($("search").value !== text) $("search").value = text;
-  const query = text.trim().toLowerCase(), changed = query !== state.query;
+  const query = lower(text.trim()), changed = query !== state.query;
   state.query = query;
   if (changed) list();
 }
@@ -395,10 +406,7 @@ function controls() {
     $("passes").hidden = false;
   }
   $("search").oninput = () => find($("search").value);
-  $("direction").onclick = () => {
-    turn(!state.down);
-    list();
-  };
+  $("direction").onclick = () => (turn(!state.down), list());
   $("help").onclick = () => $("keys").showModal();
 }
 
@@ -408,18 +416,15 @@ const KEYS = {
   j: () => step(1),
   k: () => step(-1),
   b: () => data.passes.length > 1 && choosePass(state.pass === 0 ? data.passes.length - 1 : 0),
-  t: () => {
-    const all = [...$("tint").options].map(({ value }) => value);
-    choose("tint", all[(all.indexOf(state.tint) + 1) % all.length]);
-  },
-  Escape: () => untell(),
+  t: () => choose("tint", $("tint").options[($("tint").selectedIndex + 1) % $("tint").length].value),
+  Escape: () => (active ? untell() : find("")),
 };
 
 function onKey(event) {
   const { key, target } = event;
   if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
   if (target.matches("input[type=search], select")) {
-    if (key === "Escape") find("");
+    if (key === "Escape" && target.id === "search") find("");
     if (key === "Escape" || key === "Enter") target.blur();
     return;
   }
@@ -444,6 +449,8 @@ async function start() {
   onTokens("mouseover", tell);
   onTokens("focusin", tell);
   onTokens("click", focusToken);
+  document.addEventListener("click", ({ target }) => target.closest(".t, #detail, #bar") || untell());
+  $("close").onclick = () => (active.card.node.focus({ preventScroll: true }), untell());
   document.addEventListener("keydown", onKey);
   new ResizeObserver(() => {
     document.documentElement.style.setProperty("--bar", `${$("bar").offsetHeight + 8}px`);

@@ -3,7 +3,8 @@
 page.html   the frame: $names are filled in here       page.css, page.js   its style and script, allowed by their hashes
 
 Text from data is escaped, or embedded in base64 and set as text by the script. Responses are rendered as they are
-scrolled into view: a page of 1,000 opens as fast as a page of ten.
+scrolled into view, and a page holds a bounded number of tokens, because all of them are unpacked when it is opened
+(0.4 s in Chromium for as many as there can be, 0.15 s for a page of ten responses; two cores of an AMD EPYC).
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -26,6 +29,7 @@ from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, 
 
 OPEN_ROWS = 8  # a longer table is folded: the responses are what people come for
 MOST_USERS = 50  # in the table of users
+MOST_TOKENS = 300_000  # of a page, over all passes: random ones then take less than 5 MB under any objective
 SPAN = 3  # nats at which the tints of PIR and of changes are full
 
 
@@ -69,7 +73,7 @@ def write_page(
     scored: int | None = None,
     panels: Sequence[Histogram | Table] = (),
 ) -> None:
-    """Write the page of `responses`.
+    """Write the page of `responses`: of the first ones whose passes have at most MOST_TOKENS tokens together.
 
     Args:
         summary: (label, value) pairs, shown at the top; `panels` follow.
@@ -81,6 +85,7 @@ def write_page(
     scored = len(responses) if scored is None else scored
     if scored < len(responses):
         raise ValueError(f"scored: expected at least the {len(responses)} responses that are given, got {scored}")
+    responses = _that_fit(responses)
     clip = scale((weighed.weighting.clip_min, weighed.weighting.clip_max))
     users = users_table(responses)
     style, script, frame = (
@@ -92,11 +97,17 @@ def write_page(
         reading=_reading(responses, weighed), legend=_legend(weighed), shown=_shown(len(responses), scored),
         panels="".join(_histogram(x, clip) if isinstance(x, Histogram) else _table(x) for x in panels)
         + (_table(users, folded=True) if users else ""),
-        nothing="No response matches." if responses else "No responses were scored.",
+        nothing="No response matches." if responses else f"No responses {'are shown' if scored else 'were scored'}.",
         data=embedded(responses, weighed.signal, clip, more),
     )  # fmt: skip
     with in_one_move(Path(path)) as unfinished:
         unfinished.write_text(page, encoding="utf-8", newline="\n")
+
+
+def _that_fit(responses: Sequence[ScoredResponse]) -> Sequence[ScoredResponse]:
+    """The first responses, one at least, with MOST_TOKENS tokens at most."""
+    totals = accumulate(sum(map(len, response.passes.values())) for response in responses)
+    return responses[: max(bisect_right([*totals], MOST_TOKENS), 1)]
 
 
 def _policy(style: str, script: str) -> str:
@@ -159,11 +170,12 @@ scored before and after training, they are sorted by the numbers after it. Press
 
 def _weights(weighed: Weighed) -> str:
     title, clip = weighed.objective.title, f"{weighed.weighting.clip_min:g} … {weighed.weighting.clip_max:g}"
-    is_clipped = f"is {weighed.signal}, clipped to {clip}. A token of weight 2 counts twice in the loss."
+    is_clipped = f"is {weighed.signal}, clipped to {clip}."
     if weighed.weighting.signal is None:
         return f"{title} gives every token the same weight. The tint compares: PerCE's weight of a token {is_clipped}"
     dealt = f" {title} then deals a step's weights to other tokens." if weighed.objective.over_step else ""
-    return f"The weight of a token {is_clipped}{dealt}"
+    twice = "A token with twice the weight of another counts twice as much in the loss."
+    return f"The weight of a token {is_clipped} {twice}{dealt}"
 
 
 class _Word(NamedTuple):
@@ -218,10 +230,14 @@ def users_table(responses: Sequence[ScoredResponse]) -> Table | None:
     note = f"The {MOST_USERS} users with the most responses, of {len(examples):,}." if len(most) < len(examples) else ""
     rows = []
     for user in most:
-        n = len(tokens[user]) or 1
-        means = (sum(x.pir for x in tokens[user]) / n, -sum(x.logp for x in tokens[user]) / n)
-        rows.append((user, f"{examples[user]:,}", f"{len(tokens[user]):,}", *(f"{mean:.2f}" for mean in means)))
+        pir, loss = _mean([x.pir for x in tokens[user]]), _mean([-x.logp for x in tokens[user]])
+        rows.append((user, f"{examples[user]:,}", f"{len(tokens[user]):,}", pir, loss))
     return Table("Users", ("user", "responses", "tokens", "mean PIR", "loss"), rows, note)
+
+
+def _mean(values: Sequence[float]) -> str:
+    mean = sum(values) / len(values) if values else math.nan
+    return f"{mean:.2f}" if math.isfinite(mean) else "–"
 
 
 def _histogram(histogram: Histogram, clip: tuple[float, float]) -> str:
