@@ -253,7 +253,19 @@ def test_a_phone_taps_and_nothing_is_wider_than_it(browser, thousand):
         assert "token 3 of response 1" in told(tab)
         assert tab.evaluate("() => document.documentElement.scrollWidth") == 390
         assert tab.evaluate("() => document.querySelector('#detail .wide').scrollWidth") <= 390
+        assert tab.eval_on_selector("#detail .wide", "wide => wide.scrollWidth <= wide.clientWidth"), "none is cut off"
         assert tab.evaluate("() => document.getElementById('bar').offsetHeight") < 140
+
+
+def test_a_token_that_is_tapped_is_not_behind_its_numbers(browser, thousand):
+    with opened(browser, thousand, has_touch=True, viewport={"width": 390, "height": 800}) as tab:
+        low = "node => scrollBy(0, node.getBoundingClientRect().bottom - innerHeight + 20)"
+        tab.eval_on_selector("article .t >> nth=2", low)
+        settled(tab)
+        tab.tap("article .t >> nth=2")
+        assert "token 3 of response 1" in told(tab)
+        top = tab.eval_on_selector("#detail", "node => node.getBoundingClientRect().top")
+        assert tab.eval_on_selector(".t.active", "node => node.getBoundingClientRect().bottom") <= top
 
 
 def test_what_is_printed_has_all_responses(browser, tmp_path):
