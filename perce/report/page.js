@@ -444,9 +444,9 @@ async function start() {
   $("bar").hidden = false;
   controls();
   list();
-  const onTokens = (event, act) =>
-    $("list").addEventListener(event, ({ target }) => target.closest(".t") && act(target.closest(".t")));
-  onTokens("mouseover", tell);
+  const onTokens = (name, act) =>
+    $("list").addEventListener(name, (event) => event.target.closest(".t") && act(event.target.closest(".t"), event));
+  onTokens("pointerover", (node, { pointerType }) => pointerType !== "touch" && tell(node));
   onTokens("focusin", tell);
   onTokens("click", focusToken);
   document.addEventListener("click", ({ target }) => target.closest(".t, #detail, #bar") || untell());
