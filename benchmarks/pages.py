@@ -8,7 +8,7 @@
 
     python -m benchmarks.pages --picture runs/demo/report.html --response 16 --output docs/images/reply
 
-draws one response with both passes, docs/images/reply.png and reply_dark.png. Needs playwright and Chromium.
+draws one response of the last pass, docs/images/reply.png and reply_dark.png. Needs playwright and Chromium.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def photographed(browser: Any, path: Path, directory: Path) -> None:
 
 
 def picture(browser: Any, path: Path, response: int, output: str) -> None:
-    """One response, before and after training, light and dark. SystemExit if the page has no such response."""
+    """One response, as it is after training, light and dark. SystemExit if the page has no such response."""
     for scheme, suffix in (("light", ""), ("dark", "_dark")):
         view = {"width": 800, "height": 1200}
         with opened(browser, path, color_scheme=scheme, viewport=view, device_scale_factor=2) as tab:
@@ -124,7 +124,7 @@ def picture(browser: Any, path: Path, response: int, output: str) -> None:
                 """place => {
                   const card = cards[place];
                   if (!card) return null;
-                  choosePass(data.passes.length > 1 ? "both" : 0);
+                  choosePass(data.passes.length - 1);
                   $("list").replaceChildren(card.node);
                   fill(card);
                   return card.node;

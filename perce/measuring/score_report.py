@@ -113,7 +113,6 @@ def write_report(
         if record["example"] < min(len(examples), options.score.shown)
     ]
     weighting = options.score.weighting.reported
-    title = "Which tokens are personal" if "logp_cf" in weighting.needs else "Which tokens count most"
     panels: list[Histogram | Table] = [
         _histogram(records, _clip(options), weighting.signal_name, found_means),
         _most_personal(records),
@@ -125,10 +124,10 @@ def write_report(
         ("data", f"{options.data.data or 'built-in examples'}, {split}"),
         *_lines(found_means),
     ]
+    weighed = Weighed(options.score.entry, options.score.weighting)
     with written(path):
         write_page(
-            path, responses, title=title, summary=summary, panels=panels, scored=len(records),
-            weighed=Weighed(options.score.entry, options.score.weighting),
+            path, responses, title=weighed.title, summary=summary, panels=panels, scored=len(records), weighed=weighed
         )  # fmt: skip
 
 

@@ -44,6 +44,12 @@ class Weighed:
     """Whether long and short context were compared, in place of prompts with and without a persona."""
 
     @property
+    def title(self) -> str:
+        if "logp_cf" not in self.weighting.reported.needs:
+            return "Which tokens count most"
+        return "Which tokens need the long context" if self.documents else "Which tokens are personal"
+
+    @property
     def full(self) -> str:
         return "after the long context" if self.documents else "with the persona"
 

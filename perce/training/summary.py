@@ -265,15 +265,13 @@ def write_run_report(
             for label, values in progress.before_and_after().items()
         ),
     ]
-    weighting = config.loss.weighting.reported
-    title = "Which tokens are personal" if "logp_cf" in weighting.needs else "Which tokens count most"
-    if pairs.format == "text":
-        title = title.replace("are personal", "need the long context")
+    weighed = Weighed(config.loss.entry, config.loss.weighting, documents=pairs.format == "text")
+    if weighed.documents:
         summary.append(("persona", f"here: all that stands more than about {config.loss.short_context} tokens back"))
         summary.append(("shown", f"the last {SHOWN_TOKENS:,} tokens of a document at most"))
     write_page(
-        output_dir / "report.html", responses, title=title, summary=summary, scored=len(evaluated),
-        weighed=Weighed(config.loss.entry, config.loss.weighting, documents=pairs.format == "text"),
+        output_dir / "report.html", responses, title=weighed.title, summary=summary, scored=len(evaluated),
+        weighed=weighed,
     )  # fmt: skip
 
 
