@@ -22,6 +22,7 @@ from benchmarks.study_results import (
     difference,
     options_text,
     searched,
+    user_of,
 )  # fmt: skip
 from perce.measuring.metrics import clustered_mean
 
@@ -88,7 +89,7 @@ def evaluated_on(results: Results, data: str) -> Iterator[str]:
     """The size of the test set, and how often its users themselves use their persona."""
     records = [cell["evaluations"][data]["records"] for cell in results.cells if data in cell["evaluations"]]
     if records:
-        users = len({str(record.get("user_id") or record["source"]) for record in records[0]})
+        users = len({user_of(record) for record in records[0]})
         tokens, personal = (sum(record[name] for record in records[0]) for name in ("tokens", "personal_tokens"))
         own = [x["reference_uses_persona"] for part in records for x in part if "reference_uses_persona" in x]
         yield f"{len(records[0])} replies of {users} users, {tokens:,} tokens of which {personal} are personal. The"

@@ -24,6 +24,11 @@ KEPT = "share of PerCE's gain on personal tokens, %"
 Cell = Mapping[str, Any]
 
 
+def user_of(record: Mapping[str, Any]) -> str:
+    """The user of an evaluated example, or its source if its data has no users."""
+    return str(record.get("user_id") or record["source"])
+
+
 def value_and_weight(record: Mapping[str, Any], value: str, weight: str) -> tuple[float, float] | None:
     """Of one evaluated example, or None where it has not been measured."""
     if value == "swap":
@@ -54,7 +59,7 @@ def columns(cells: Sequence[Cell], data: str, value: str, weight: str) -> tuple[
             pair = value_and_weight(record, value, weight)
             if pair is not None:
                 by_key.setdefault(record["key"], []).append(pair)
-                users[record["key"]] = str(record.get("user_id") or record["source"])
+                users[record["key"]] = user_of(record)
     whole = {key: pairs for key, pairs in by_key.items() if len(pairs) == len(cells)}
     if not whole:
         return None
