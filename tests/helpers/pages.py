@@ -1,4 +1,4 @@
-"""What a page of scored responses holds, read without a browser."""
+"""Tokens to show, and what a page of scored responses holds, read without a browser."""
 
 import base64
 import json
@@ -6,6 +6,16 @@ import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+
+from perce.report.heatmap import ScoredToken
+
+TOKENS = (
+    ScoredToken("Take", -1.25, -1.50, 0.25, 0.8),
+    ScoredToken(" Juno", -0.50, -2.75, 2.25, 2.25),
+    ScoredToken(" out", -2.00, -1.00, -1.0, 0.8),
+    ScoredToken(".\n\n", -0.10, -0.10, 0.0, 0.8),
+    ScoredToken("عربي", -0.25, -7.00, 6.75, 5.0),
+)
 
 
 class Page(HTMLParser):

@@ -3,16 +3,9 @@
 import pytest
 
 from perce.report.heatmap import ScoredToken, intensity, terminal_text
+from tests.helpers.pages import TOKENS
 
 CLIP = (0.8, 5.0)
-
-TOKENS = (
-    ScoredToken("Take", -1.25, -1.50, 0.25, 0.8),
-    ScoredToken(" Juno", -0.50, -2.75, 2.25, 2.25),
-    ScoredToken(" out", -2.00, -1.00, -1.0, 0.8),
-    ScoredToken(".\n\n", -0.10, -0.10, 0.0, 0.8),
-    ScoredToken("عربي", -0.25, -7.00, 6.75, 5.0),
-)
 
 HOSTILE = "<script>alert(1)</script>\"'&\x1b[31m\x00"
 

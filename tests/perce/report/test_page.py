@@ -13,15 +13,7 @@ from perce.objectives import OBJECTIVES, RATIO
 from perce.report import page
 from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table
 from perce.report.page import MOST_USERS, Weighed, users_table, write_page
-from tests.helpers.pages import Page
-
-TOKENS = (
-    ScoredToken("Take", -1.25, -1.50, 0.25, 0.8),
-    ScoredToken(" Juno", -0.50, -2.75, 2.25, 2.25),
-    ScoredToken(" out", -2.00, -1.00, -1.0, 0.8),
-    ScoredToken(".\n\n", -0.10, -0.10, 0.0, 0.8),
-    ScoredToken("عربي", -0.25, -7.00, 6.75, 5.0),
-)
+from tests.helpers.pages import TOKENS, Page
 
 HOSTILE = "</script><script>alert(1)</script><!--\"'&\x1b[31m\x00\u202e"
 SHOWN = "</script><script>alert(1)</script><!--\"'&␛[31m␀\\u202e"
