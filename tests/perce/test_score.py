@@ -168,6 +168,15 @@ def test_page_terminal_and_summary_agree_on_the_shares_at_the_clip(scored, tmp_p
     assert f"Tokens by {name}" in page.text and words in page.text and f"Token weight: {name}, clipped" in page.text
 
 
+def test_the_highest_pir_is_of_finite_ones():
+    record = {"pir": [1.0, math.nan, 3.0, math.inf, 2.0], "source": "rows:1", "response_tokens": list("abcde")}
+    assert [row[:2] for row in score_report._most_personal([record]).rows] == [
+        ("3.00", "c"),
+        ("2.00", "e"),
+        ("1.00", "a"),
+    ]
+
+
 @pytest.mark.parametrize("values", [[1.0, math.nan, 2.0], [-math.inf, 1.0, math.inf], [math.nan], [0.5]])
 def test_the_histogram_is_of_finite_signals(values):
     found = score_report._histogram([{"signal": values}], (0.8, 5.0), "PIR", {"frac_at_floor": 0, "frac_at_ceiling": 1})
