@@ -6,7 +6,7 @@
     --page   another page, such as a run's report.html
     --output DIR    screenshots of it: light, dark, both passes, tinted by PIR and by change, filtered, 390 pixels wide
 
-    python -m benchmarks.pages --picture runs/demo/report.html --response 16 --output docs/images/reply
+    python -m benchmarks.pages --picture runs/demo/report.html --response 1 --output docs/images/reply
 
 draws one response of the last pass, docs/images/reply.png and reply_dark.png. Needs playwright and Chromium.
 """

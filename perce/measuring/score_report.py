@@ -154,6 +154,7 @@ def _most_personal(records: Records) -> Table:
         (pir, record["source"], record["response_tokens"], place)
         for record in records
         for place, pir in enumerate(record["pir"])
+        if np.isfinite(pir)
     ]
     top = sorted(every, key=lambda entry: -entry[0])[:TOP_TOKENS]
     rows = [
