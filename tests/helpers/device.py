@@ -3,6 +3,7 @@
 peak_bytes    CUDA: the allocator's own peak            CPU: live bytes of tensors, beneath the op
 host_syncs    CUDA: PyTorch's sync debug mode           CPU: calls of Tensor.nonzero, the one sync of compact=True
 capture       CUDA: a CUDA graph and its replay         CPU: the call again, into the same outputs
+Waits         calls in Python that would wait for a CUDA device, on any device
 """
 
 import fcntl
@@ -14,10 +15,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from traceback import extract_stack
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -111,6 +114,36 @@ def host_syncs(run: Callable[[], object]) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum(SYNC in str(warning.message) for warning in caught)
+
+
+class Waits(TorchFunctionMode):
+    """The places of calls that wait for a CUDA device: the host reads a tensor, or makes one there of its own numbers.
+    Of what the op calls below its registration, only Tensor.nonzero is seen."""
+
+    READS = ("item", "tolist", "cpu", "numpy", "unique", "equal", "__bool__", "__int__", "__float__")
+    MAKES = ("tensor", "as_tensor", "new_tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+        self._patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        nonzero = Tensor.nonzero
+        self._patch.setattr(Tensor, "nonzero", lambda x: (self.places.append("nonzero"), nonzero(x))[1])
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._patch.undo()
+        return super().__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, data = getattr(func, "__name__", ""), args[func is Tensor.new_tensor :]
+        made = name == "new_tensor" or (name in self.MAKES and (kwargs or {}).get("device") is not None)
+        if name in self.READS or (made and not isinstance(data[0], Tensor) and data[0] != []):
+            caller = next(x for x in reversed(extract_stack()[:-1]) if "/torch/" not in x.filename)
+            self.places.append(f"{name} in {caller.name}, {Path(caller.filename).name}:{caller.lineno}")
+        return func(*args, **kwargs or {})
 
 
 def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:

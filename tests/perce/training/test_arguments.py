@@ -25,18 +25,29 @@ from tests.helpers.trainers import arguments, model_for, trainer_for
 from tests.helpers.training import fails
 
 
+def on_a_gpu(**options):
+    loaders = SimpleNamespace(non_blocking=False)
+    fields = {"dataloader_pin_memory": True, "use_liger_kernel": False, "accelerator_config": loaders}
+    return SimpleNamespace(**({"device": torch.device("cuda")} | fields | options))
+
+
 def test_offload_needs_a_gpu_and_checkpointing(tmp_path):
     with pytest.raises(UserError, match="on a CPU, whose activations are in host memory"):
         arguments(tmp_path, memory=MemoryConfig(activation_offload=True))
-    args = SimpleNamespace(
-        device=torch.device("cuda"), use_liger_kernel=False,
-        **{CHECKPOINTING: False, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
-    )  # fmt: skip
+    args = on_a_gpu(**{CHECKPOINTING: False, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}})
     with pytest.raises(UserError, match="Add --activation_checkpointing"):
         settle_device(args, MemoryConfig(activation_offload=True))
     setattr(args, CHECKPOINTING, True)
     settle_device(args, MemoryConfig(activation_offload=True))
     assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False, "offload": True}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_batches_in_pinned_memory_are_sent_to_a_gpu_without_waiting_for_it(device, pinned):
+    args = on_a_gpu(device=torch.device(device), dataloader_pin_memory=pinned)
+    settle_device(args, MemoryConfig())
+    assert args.accelerator_config.non_blocking is (pinned and device == "cuda")
 
 
 def test_parsers_of_others_change_no_type():

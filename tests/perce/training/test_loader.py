@@ -36,10 +36,16 @@ def test_lengths_of_datasets_and_lists():
 def test_set_epoch_reaches_the_batches_behind_skipped_ones():
     args = TrainingArguments("unused", use_cpu=True, report_to="none", dataloader_pin_memory=False)
     loader = undivided_loader(LENGTHS, list, args, batch_sampler=TokenBatches(LENGTHS, 1000, seed=7))
-    assert isinstance(loader, DataLoader)
+    assert isinstance(loader, DataLoader) and not loader._non_blocking
     skipped = skip_first_batches(loader, 3)
     skipped.set_epoch(2)
     assert list(skipped) == [[LENGTHS[index] for index in batch] for batch in drawn(epoch=2)[3:]]
+
+
+def test_batches_are_sent_to_the_device_as_the_arguments_say():
+    config = {"non_blocking": True}
+    args = TrainingArguments("unused", use_cpu=True, report_to="none", accelerator_config=config)
+    assert undivided_loader(LENGTHS, list, args, batch_size=2)._non_blocking
 
 
 def train(directory, ranks=1, **options):

@@ -11,10 +11,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from perce import DataConfig, LossConfig, MemoryConfig, PerceTrainer, UserError
+from perce.model.memory import CHECKPOINTING
 from perce.model.passes import counterfactual_hidden
+from tests.helpers.device import Waits
 from tests.helpers.ranks import finish_rank, result_of_ranks
 from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 from tests.helpers.trainers import LORA, PAIRS, arguments, logged, model_for, plain_loop, trainer_for
@@ -48,6 +50,35 @@ def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, kind, options):
     torch.testing.assert_close(
         torch.tensor(logged(trainer, "loss", "grad_norm")), torch.tensor(expected), atol=1e-5, rtol=1e-5
     )
+
+
+class Waiting(TrainerCallback):
+    """Records what would wait for a GPU, from the beginning of the second step to the end of the third."""
+
+    def __init__(self):
+        self.waits = Waits()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.waits.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.waits.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"per_device_train_batch_size": 1, CHECKPOINTING: True}, {"loss": LossConfig(objective="entce")},
+     {"memory": MemoryConfig(persona_grad="none")}, {"loss": LossConfig(normalize="batch")}],
+    ids=["plain", "one by one", "entce", "persona_grad none", "normalized"],
+)  # fmt: skip
+def test_no_step_between_two_logs_waits_for_the_device(tmp_path, options, kind="lora"):
+    args = arguments(tmp_path, max_steps=4, logging_steps=4, gradient_accumulation_steps=2, **options)
+    trainer, waiting = trainer_for(model_for(kind), args, pairs=PAIRS * 2), Waiting()
+    trainer.add_callback(waiting)
+    trainer.train()
+    assert set(waiting.waits.places) == set()
 
 
 SPLITS = {
