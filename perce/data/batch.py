@@ -107,9 +107,9 @@ def collate(
     batch["target"] = torch.tensor([token for ids, length in factual for token in ids[-length:]], dtype=torch.int64)
     batch["sequence"] = torch.repeat_interleave(torch.arange(len(pairs)), response_lengths)
     batch["personal"] = torch.tensor([flag for pair in pairs for flag in pair["personal"]], dtype=torch.bool)
-    weights = torch.tensor([pair.get("data_weight", 1.0) for pair in pairs], dtype=torch.float32)
-    if (weights != 1).any():
-        batch["data_weight"] = weights.repeat_interleave(response_lengths)
+    weights = [pair.get("data_weight", 1.0) for pair in pairs]
+    if any(weight != 1 for weight in weights):
+        batch["data_weight"] = torch.tensor(weights, dtype=torch.float32).repeat_interleave(response_lengths)
     batch["example"] = torch.tensor([pair.get("example", -1) for pair in pairs])
     batch["lengths"] = torch.tensor([len(ids) for ids, _ in factual])
     return batch

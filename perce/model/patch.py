@@ -12,14 +12,17 @@ The loss runs inside the forward of the output-embedding module. Reading the hea
 the hooks that gather and reduce sharded parameters, and silently yield wrong gradients.
 """
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
+from transformers import modeling_flash_attention_utils as flash
 
 from perce.errors import UserError, in_one_line
 from perce.hub import stated
@@ -119,7 +122,8 @@ def _patch_model(model: Any) -> None:
             kwargs |= spans_arguments(kwargs["spans"], kwargs["position_ids"])
         if router := perce.get("router"):
             kwargs |= {"output_router_logits": True, "return_dict": True}
-        with recorded(decoder, router) as sums:
+        is_packed = "cu_seq_lens_q" in kwargs
+        with recorded(decoder, router) as sums, contextlib.nullcontext() if is_packed else known_unpacked():
             if "trunks" in perce:
                 hidden = hidden_on_trunks(decoder, perce["rows"], perce["trunks"], *args, **kwargs)
             else:
@@ -134,6 +138,23 @@ def _patch_model(model: Any) -> None:
 
     forward.perce = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
+
+
+@contextlib.contextmanager
+def known_unpacked() -> Iterator[None]:
+    """Inside the context each row is one sequence, and transformers does not look at the position_ids to find that out.
+    Its masks look in each forward pass, its flash attention in each layer, and the host waits for what they see: it
+    could not launch a step while the GPU is at work on the one before."""
+    if torch.compiler.is_compiling():  # then it does not look
+        yield
+        return
+    of_masks, of_flash = masking_utils.find_packed_sequence_indices, flash._is_packed_sequence
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    flash._is_packed_sequence = lambda position_ids, batch_size: False
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices, flash._is_packed_sequence = of_masks, of_flash
 
 
 @torch.no_grad()

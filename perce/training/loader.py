@@ -62,6 +62,8 @@ def undivided_loader(dataset: Any, collate: Any, args: TrainingArguments, **how:
         persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor,
         multiprocessing_context=args.dataloader_multiprocessing_context, in_order=args.dataloader_in_order, **how,
     )  # fmt: skip
+    loaders: Any = args.accelerator_config
     return prepare_data_loader(
-        loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
-    )
+        loader, args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False,
+        non_blocking=loaders.non_blocking,
+    )  # fmt: skip

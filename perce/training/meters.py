@@ -93,7 +93,7 @@ class Window:
         weighting = loss.weighting
         sums = torch.stack(
             [
-                tokens.to(logp), logp.new_tensor(logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),
+                tokens.to(logp), logp.new_full((), logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),
                 (signal <= weighting.clip_min).sum().to(logp), (signal >= weighting.clip_max).sum().to(logp),
                 logp.new_zeros(()) if balance is None else balance.detach().to(logp),
             ]

@@ -291,7 +291,7 @@ class PerceTrainer(ResumableTrainer):
         self._window.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._normalizer and self.accelerator.sync_gradients:
-            tokens = num_items_in_batch or inputs["target"].numel()
+            tokens = inputs["target"].numel() if num_items_in_batch is None else num_items_in_batch
             return self._normalizer.finish(model, loss, self.accelerator.reduce(self._normalizer.weight, "sum"), tokens)
         return self._normalizer.add_loss(loss) if self._normalizer else loss
 
@@ -317,7 +317,8 @@ class PerceTrainer(ResumableTrainer):
             found = [self._known(batch) or self._estimated(batch) for batch in batch_samples]
             seed = self.args.seed * 1_000_003 + self.state.global_step
             self._over_step = over_step(found, lambda x: of_step(x, seed), gather_object, self.args.process_index)
-        count = torch.tensor(sum(batch["target"].numel() for batch in batch_samples), device=device)
+        # torch.tensor would wait until all earlier work on the device is done.
+        count = torch.full((), sum(batch["target"].numel() for batch in batch_samples), device=device)
         return self.accelerator.reduce(count, "sum")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
