@@ -1,6 +1,8 @@
 """Measures peak memory and time of the training steps of any transformers.Trainer."""
 
+import itertools
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,30 +11,66 @@ from transformers import TrainerCallback
 
 from benchmarks.memory import status_bytes
 
+SYNC = "called a synchronizing CUDA operation"  # PyTorch's warning in its sync debug mode
+
 
 class StepMeter(TrainerCallback):
-    """Watches the optimiser steps from the second on: resident memory on a CPU, allocated memory on a GPU."""
+    """Watches the optimiser steps from the second on: resident memory on a CPU, allocated memory on a GPU.
+
+    On a GPU a step lasts from the end of the step before to its own end, as the GPU sees them: as in a run, the host
+    may launch a step while the GPU is at work on the one before. So nothing may be logged between the first step and
+    the last.
+    """
 
     def __init__(self) -> None:
         self.before = self.peak = 0
         """Bytes at the start of the last step, and at its peak."""
         self.seconds: list[float] = []
+        self.waits: float | None = None
+        """On a GPU: how often the host waits for it in a step, on average."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 0:
-            if args.device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                self.before = torch.cuda.memory_allocated()
-            else:
-                Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-                self.before = status_bytes("VmRSS")
-            self._started = time.perf_counter()
+        if state.global_step == 0:
+            return
+        if args.device.type == "cuda":
+            if state.global_step == 1:
+                self._begin()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+            self.before = status_bytes("VmRSS")
+        self._started = time.perf_counter()
+
+    def _begin(self) -> None:
+        self._ends = [_recorded()]
+        self._catcher = warnings.catch_warnings(record=True)
+        self._caught = self._catcher.__enter__()
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_gpu = args.device.type == "cuda"
-        if state.global_step > 1:
-            if on_gpu:
-                torch.cuda.synchronize()
+        if state.global_step == 1:
+            return
+        if args.device.type == "cuda":
+            self._ends.append(_recorded())
+            self.peak = torch.cuda.max_memory_allocated()
+            if state.global_step == state.max_steps:
+                self._end()
+        else:
             self.seconds.append(time.perf_counter() - self._started)
-            self.peak = torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM")
+            self.peak = status_bytes("VmHWM")
+
+    def _end(self) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        found = sum(SYNC in str(warning.message) for warning in self._caught)
+        self._catcher.__exit__(None, None, None)
+        torch.cuda.synchronize()
+        self.seconds = [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(self._ends)]
+        self.waits = found / len(self.seconds)
+
+
+def _recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

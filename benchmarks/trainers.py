@@ -11,7 +11,8 @@
 All with activation checkpointing, on one sequence of a persona and 80 + 128 tokens. SHAPE is "deep" (fp32, all weights;
 small enough for two cores), "qwen3-8b" (bf16, LoRA; for a GPU) or "tiny" (the same at a small size), with random
 weights. Printed as JSON: the first step's loss; the last step's peak memory, and how much of it was not held before the
-step, gradients included; seconds and factual tokens per second as the median of all steps but the first.
+step, gradients included; seconds and factual tokens per second as the median of all steps but the first; on a GPU, how
+often the host waits for it in a step.
 """
 
 import ctypes
@@ -80,8 +81,8 @@ def train(model: Any, way: str, persona: int, shape: str, steps: int = STEPS) ->
         arguments = {
             "output_dir": directory, "use_cpu": model.device.type == "cpu", "report_to": "none",
             "save_strategy": "no", "disable_tqdm": True, "max_steps": steps, "per_device_train_batch_size": 1,
-            "learning_rate": 1e-6, "gradient_accumulation_steps": 1, "logging_steps": 1, "bf16": low,
-            "dataloader_pin_memory": False, **_checkpointing(),
+            "learning_rate": 1e-6, "gradient_accumulation_steps": 1, "logging_steps": steps, "bf16": low,
+            "logging_first_step": True, "dataloader_pin_memory": model.device.type != "cpu", **_checkpointing(),
         }  # fmt: skip
         trainer = make(model, rows, arguments, lora_config(ModelConfig()) if low else None, way)
         trainer.add_callback(meter)
@@ -91,7 +92,7 @@ def train(model: Any, way: str, persona: int, shape: str, steps: int = STEPS) ->
     return {
         "seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": meter.peak,
         "peak_extra_bytes": meter.peak - meter.before, "loss": losses[0],
-    }  # fmt: skip
+    } | ({} if meter.waits is None else {"waits": meter.waits})  # fmt: skip
 
 
 def _checkpointing() -> dict[str, Any]:
