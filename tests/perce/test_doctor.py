@@ -47,6 +47,19 @@ def test_a_package_without_metadata_has_its_own_version(monkeypatch):
     assert rows(doctor.packages())["triton"] == importlib.import_module("triton").__version__
 
 
+def test_the_build_of_torch_is_told(monkeypatch):
+    """PyPI's metadata have no build, and a build for CUDA on a machine whose driver is missing looks like one without."""
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0" if name == "torch" else real(name))
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert rows(doctor.packages())["torch"] == "2.11.0+cu130"
+    assert rows(doctor.devices())["gpu"] == "none found by torch, which is built for CUDA 13.0"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert rows(doctor.devices())["gpu"].endswith("whose build has no GPU support" if not torch.version.hip else "")
+
+
 def test_what_training_lacks_is_a_problem_unless_nobody_trains(monkeypatch):
     hide(monkeypatch, "rich")
     assert rows(doctor.packages())["training"].startswith(f"{doctor.PROBLEM}rich is not installed. pip install")

@@ -36,7 +36,7 @@ from tests.helpers.training import fails
         ("--streaming", ["max_steps"]),
         ("--tokens_per_batch=0", ["tokens_per_batch", ">= 1"]),
         ("--packing", ["packing", "flash_attention_2", "sdpa on cpu", "--tokens_per_batch"]),
-        ("--optim=adamw_bnb_8bit", ["cannot be used here"]),
+        ("--optim=lomo", ["cannot be used here"]),
         ("--seed=-1", ["seed"]),
         ("--mlp_tile=-1", ["mlp_tile", ">= 0"]),
         ("--persona_grad=half", ["persona_grad", "full, none"]),

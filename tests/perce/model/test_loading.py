@@ -1,6 +1,7 @@
 """Loading a model: precision, LoRA, 4 bits, attention."""
 
 import copy
+import importlib.util
 import json
 
 import pytest
@@ -114,7 +115,8 @@ def test_precision_is_refused_where_it_is_emulated(monkeypatch):
 
 
 def test_four_bit_is_refused_by_name_without_its_library(tmp_path):
-    pytest.importorskip("transformers")
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed here")
     with pytest.raises(UserError, match="bitsandbytes"):
         load_model(str(save_tiny_model(tmp_path / "m")), ModelConfig(load_in_4bit=True), "cpu")
 
