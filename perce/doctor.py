@@ -93,10 +93,8 @@ def packages() -> Iterator[Row]:
         except Exception as error:  # whatever a broken binary raises
             yield name, f"{PROBLEM}importing it fails ({type(error).__name__}: {first_line(error)})"
             continue
-        try:
-            yield name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # triton, as builds for ROCm bring it
-            yield name, str(getattr(imported, "__version__", "installed"))
+        # The package's own word first: torch's names its build, and triton of a build for ROCm has other metadata.
+        yield name, str(getattr(imported, "__version__", None) or importlib.metadata.version(name))
     missing = sorted(name for name in OF_TRAINING if importlib.util.find_spec(name) is None)
     if "transformers" not in missing:  # else nobody means to train here
         for lack in (*(ModuleNotFoundError(name=name) for name in missing), ImportError(name="transformers")):
@@ -118,8 +116,13 @@ def devices() -> Iterator[Row]:
     cores = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     yield "cpu", f"{_cpu_name()}, {cores}{_memory()}"
     if not _gpus():
-        built = torch.version.cuda or torch.version.hip
-        yield "gpu", f"none found by torch{'' if built else ', whose build has no GPU support'}"
+        built = next(
+            (f"{kind} {n}" for kind, n in (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)) if n), ""
+        )
+        yield (
+            "gpu",
+            f"none found by torch, {f'which is built for {built}' if built else 'whose build has no GPU support'}",
+        )
     for index in range(_gpus()):
         free, total = torch.cuda.mem_get_info(index)
         facts = torch.cuda.get_device_properties(index)
