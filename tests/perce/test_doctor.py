@@ -48,7 +48,7 @@ def test_a_package_without_metadata_has_its_own_version(monkeypatch):
 
 
 def test_the_build_of_torch_is_told(monkeypatch):
-    """PyPI's metadata have no build, and a build for CUDA on a machine whose driver is missing looks like one without."""
+    """PyPI's metadata have no build. A build for CUDA on a machine without a driver looks like one for CPUs."""
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0" if name == "torch" else real(name))
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
