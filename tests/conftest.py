@@ -1,5 +1,6 @@
 """Fixtures of the op's tests, hypothesis profiles, and Triton's interpreter if there is no GPU."""
 
+import gc
 import os
 
 import pytest
@@ -28,6 +29,18 @@ def pytest_runtest_setup(item):
             torch.cuda.synchronize()
         except RuntimeError:
             os._exit(3)  # another process replaces it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """What the file before has left, imported modules above all, is not searched for garbage again: accelerate collects
+    whenever a training begins, which otherwise takes longer than the training of a tiny model."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or extension modules complain of what is still there at exit
 
 
 @pytest.fixture(autouse=True)
