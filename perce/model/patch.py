@@ -122,8 +122,9 @@ def _patch_model(model: Any) -> None:
             kwargs |= spans_arguments(kwargs["spans"], kwargs["position_ids"])
         if router := perce.get("router"):
             kwargs |= {"output_router_logits": True, "return_dict": True}
-        is_packed = "cu_seq_lens_q" in kwargs
-        with recorded(decoder, router) as sums, contextlib.nullcontext() if is_packed else known_unpacked():
+        # With positions of its own a row may be packed; segments have theirs because they are parts of a sequence.
+        may_be_packed = "position_ids" in kwargs and not ("spans" in kwargs or "trunks" in perce)
+        with recorded(decoder, router) as sums, contextlib.nullcontext() if may_be_packed else known_unpacked():
             if "trunks" in perce:
                 hidden = hidden_on_trunks(decoder, perce["rows"], perce["trunks"], *args, **kwargs)
             else:
