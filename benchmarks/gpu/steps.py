@@ -1,13 +1,14 @@
 """Training steps of a large model with random weights, LoRA, bf16: PerCE and cross-entropy at several context lengths.
 
-They measure seconds of forward and backward of one sequence, tokens per second, and the allocator's peak, to compare
-with the peak by perce.plan. Plans are made meanwhile in a process of their own, and come last. Steps at the shortest
-context are warmed up and repeated. At longer contexts a single step is timed: it takes seconds, so the extra cost of a
-first step does not matter.
+They measure seconds of forward and backward of one batch, tokens of its examples per second, and the allocator's peak,
+to compare with the peak by perce.plan. Plans are made meanwhile in a process of their own, and come last. Steps at the
+shortest context are warmed up and repeated. At longer contexts a single step is timed: it takes seconds, so the extra
+cost of a first step does not matter.
 
 steps             PerCE and cross-entropy at 8k and 32k, without a gradient through the persona at 128k
 long, longest     one step at 128k, and at 256k, with a gradient through all tokens
 attention         PyTorch's and flash-attn-4's
+personas          eight requests for one persona of 8k: together, one by one, each with both persona_grads
 """
 
 import tempfile
@@ -15,16 +16,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, Unable, die_with_parent
 from benchmarks.gpu.clock import seconds_of_kernels
-
-if TYPE_CHECKING:
-    from perce.config.schema import MemoryConfig
+from perce.config.schema import MemoryConfig
 
 
 class Case(NamedTuple):
@@ -35,12 +34,30 @@ class Case(NamedTuple):
     persona_grad: Literal["full", "none"] = "full"
     mlp_tile: int = 0
     attention: str = "sdpa"
+    requests: int = 1
+    """How many share the persona in a forward pass; `context` is that of one of them."""
+    branches_per_forward: int = 0
+
+    @property
+    def memory(self) -> MemoryConfig:
+        shared = {"share_persona": self.requests, "branches_per_forward": self.branches_per_forward}
+        return MemoryConfig(self.persona_grad, mlp_tile=self.mlp_tile, **(shared if self.requests > 1 else {}))
 
     def __str__(self) -> str:
         none = ", persona_grad none" if self.persona_grad == "none" else ""
         tile = f", mlp_tile {self.mlp_tile}" if self.mlp_tile else ""
         attention = "" if self.attention == "sdpa" else f", {self.attention}"
-        return f"{self.objective}/{self.context}{none}{tile}{attention}"
+        requests = f", {self.requests} requests" if self.requests > 1 else ""
+        one_by_one = ", one by one" if self.branches_per_forward else ""
+        return f"{self.objective}/{self.context}{requests}{one_by_one}{none}{tile}{attention}"
+
+
+def of_persona(context: int, requests: int) -> tuple[Case, ...]:
+    """One request by itself, and several together and one by one, with and without a gradient through the persona."""
+    together = Case("perce", context, requests=requests)
+    one_by_one = together._replace(branches_per_forward=1)
+    detached = (case._replace(persona_grad="none") for case in (together, one_by_one))
+    return (Case("perce", context), together, one_by_one, *detached)
 
 
 FLASH = "flash_attention_4"
@@ -58,6 +75,7 @@ CASES = {
                  Case("perce", 32768, "none", attention=FLASH)),
         "cpu": (Case("perce", 160), Case("perce", 160, attention="eager")),
     },
+    "personas": {"cuda": of_persona(8192, 8), "cpu": of_persona(160, 3)},
 }  # fmt: skip
 """By stage and device. Memory options cannot be switched off again, so cases without them come first."""
 SHORT = {"cuda": 8192, "cpu": 96}
@@ -84,7 +102,7 @@ def plan(device: str, case: Case) -> dict[str, float]:
     from transformers import AutoConfig
 
     from perce.config.commands import PlanOptions
-    from perce.config.schema import MemoryConfig, ModelConfig
+    from perce.config.schema import ModelConfig
     from perce.config.step import StepConfig
     from perce.planning.memory import UPDATE
     from perce.planning.plans import step_cost
@@ -92,11 +110,10 @@ def plan(device: str, case: Case) -> dict[str, float]:
     query, response = QUERY_AND_RESPONSE[device]
     options = StepConfig(
         context=case.context, query=query, response=response, activation_checkpointing=True,
-        gradient_accumulation_steps=1, per_device_train_batch_size=1, objective=case.objective,
+        gradient_accumulation_steps=1, per_device_train_batch_size=case.requests, objective=case.objective,
     )  # fmt: skip
-    memory = MemoryConfig(case.persona_grad, mlp_tile=case.mlp_tile)
     model = ModelConfig(lora_r=16, precision="bf16", attn_implementation=case.attention)
-    config = PlanOptions(model, options, memory)
+    config = PlanOptions(model, options, case.memory)
     planned = step_cost(AutoConfig.for_model(**shape(device)), config, device)
     # The allocator does not count the CUDA context, and there is no optimiser here.
     phases = [
@@ -113,10 +130,9 @@ class Steps:
     def __init__(self, device: str, directory: str, cases: tuple[Case, ...]):
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from benchmarks.test_step import pair
         from benchmarks.trainers import _tokenizer
         from perce.config.schema import LossConfig, ModelConfig
-        from perce.data.batch import collate
+        from perce.model.branches import teach_branches
         from perce.model.loading import add_adapter, lora_config
         from perce.model.memory import enable_checkpointing
         from perce.model.patch import prepare_model
@@ -133,36 +149,42 @@ class Steps:
         arguments = PerceArguments(directory, use_cpu=device == "cpu", report_to="none", bf16=True)
         self.trainer = PerceTrainer(model, arguments, processing_class=_tokenizer())
         self.model = self.trainer.accelerator.prepare_model(model)  # autocast, as in training
-
-        query, response = QUERY_AND_RESPONSE[device]
-        vocabulary = shape(device)["vocab_size"]
-        self.batches = {}
-        for context in {case.context for case in cases}:
-            row = pair(context - query - response, query, response)
-            row["input_ids"] = [token % vocabulary for token in row["input_ids"]]
-            for persona_grad in ("full", "none"):
-                self.batches[context, persona_grad] = collate([row], persona_grad=persona_grad)
-        self.items = torch.tensor(response)
+        teach_branches(base)
+        self.batches = {case: batch(device, case) for case in cases}
         self.memory: set[MemoryConfig] = set()
 
     def prepare(self, case: Case) -> None:
         """Sets the attention and memory options of a case; each memory option only once."""
-        from perce.config.schema import MemoryConfig
         from perce.model.memory import prepare_memory
         from perce.model.probe import unwrapped
 
-        memory = MemoryConfig(case.persona_grad, mlp_tile=case.mlp_tile)
         unwrapped(self.trainer.model).set_attn_implementation(case.attention)
-        if memory not in self.memory:
-            prepare_memory(self.trainer.model, memory)
-            self.memory.add(memory)
+        if case.memory not in self.memory:
+            prepare_memory(self.trainer.model, case.memory)
+            self.memory.add(case.memory)
 
     def run(self, case: Case) -> None:
-        """Forward and backward of one sequence."""
-        self.trainer.args.loss = self.losses[case.objective]
-        batch = self.batches[case.context, case.persona_grad]
-        self.trainer.training_step(self.model, dict(batch), self.items)
+        """Forward and backward of one batch."""
+        self.trainer.args.loss, self.trainer.args.memory = self.losses[case.objective], case.memory
+        given = dict(self.batches[case])
+        self.trainer.training_step(self.model, given, torch.tensor(len(given["target"])))
         self.model.zero_grad(set_to_none=True)
+
+
+def batch(device: str, case: Case) -> dict[str, Any]:
+    """Random tokens: requests that share a persona, or one."""
+    from benchmarks.test_step import pair
+    from perce.data.batch import collate
+
+    query, response = QUERY_AND_RESPONSE[device]
+    vocabulary, pairs = shape(device)["vocab_size"], []
+    for number in range(case.requests):
+        row = pair(case.context - query - response, query, response) | {"conversation": number, "persona": 0}
+        own = [token + number for token in row["input_ids"][-query - response :]]
+        row["input_ids"] = [token % vocabulary for token in row["input_ids"][: -query - response] + own]
+        pairs.append(row)
+    shared: dict[str, Any] = {"sharing": "branches", "unit": "persona"} if case.requests > 1 else {}
+    return collate(pairs, persona_grad=case.persona_grad, branches_per_forward=case.branches_per_forward, **shared)
 
 
 def measured(child: Child, steps: Steps, case: Case, repetitions: int) -> dict[str, Any]:
@@ -175,7 +197,8 @@ def measured(child: Child, steps: Steps, case: Case, repetitions: int) -> dict[s
     times = [child.clock.seconds(lambda: steps.run(case)) for _ in range(repetitions)]
     seconds = median(times[1:] or times)
     return {
-        "seconds": seconds, "first_seconds": times[0], "tokens_per_second": case.context / seconds,
+        "seconds": seconds, "first_seconds": times[0],
+        "tokens_per_second": case.requests * case.context / seconds,
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }  # fmt: skip
 

@@ -1,9 +1,10 @@
 """`python -m perce.train` itself: does it run on this device, with the same results as on a CPU? A tiny model is
 trained for a few steps and scored.
 
-train    all weights and LoRA in bf16 on the device, all weights in fp32 on the CPU
+train    all weights and LoRA in bf16 on the device, all weights in fp32 on the CPU; perce doctor's findings
 flash    sdpa, and flash-attn-4 with padded and with packed sequences
-options  options that must not change the first loss: memory, packing, Liger's kernels, DDP; and other objectives
+options  options that must not change the first loss: memory, packing, Liger's kernels, DDP, requests one by one; and
+         other objectives
 
 All runs of a stage start together, each in a process of its own. Their first loss and PIR belong to the same weights
 and rows, so they may differ only by the error of bf16.
@@ -34,10 +35,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "mlp_tile": ("--mlp_tile", "32"), "packing": ("--packing", "true", "--attn_implementation", "flex_attention"),
     "torch": ("--backend", "torch"), "liger": ("--use_liger_kernel", "true"), "ddp": (),
 }  # fmt: skip
+REQUESTS = {
+    "shared persona": (), "one by one": ("--branches_per_forward", "1"), "detached": ("--persona_grad", "none"),
+}  # fmt: skip
+"""Options of runs whose batches are four requests of one persona."""
 RUNS = {
     "train": {"full": FULL, "lora": ("--lora_r", "8"), "cpu": (*FULL, *FP32)},
     "flash": {"sdpa": FULL, "flash": FLASH, "packed": (*FLASH, "--packing", "true")},
     "options": {name: (*FULL, *options) for name, options in OPTIONS.items()}
+    | {name: (*FULL, "--share_persona", "4", *options) for name, options in REQUESTS.items()}
     | {
         f"{objective}{where}": (*FULL, "--objective", objective, *options)
         for objective in ("entce", "nextquill")
@@ -47,6 +53,7 @@ RUNS = {
 ALIKE = {"train": {"as on a CPU": ("full", "cpu")},
          "flash": {"flash as sdpa": ("flash", "sdpa"), "packed as sdpa": ("packed", "sdpa")},
          "options": {f"{name} as plain": (name, "plain") for name in OPTIONS if name != "plain"}
+         | {f"{name} as shared persona": (name, "shared persona") for name in REQUESTS if name != "shared persona"}
          | {f"{name} as on a CPU": (name, f"{name} on a CPU") for name in ("entce", "nextquill")}}  # fmt: skip
 LAUNCHER = {"ddp": ("torch.distributed.run", "--nproc_per_node", "1", "--master_port", "29555", "-m")}
 """By run: the launcher of its command. Even one process forms a process group, by NCCL on a GPU."""
@@ -60,10 +67,12 @@ class Run:
     """`python -m MODULE ARGUMENTS`, in the background."""
 
     def __init__(self, module: str, *arguments: str):
-        self.started, self.stderr = time.monotonic(), tempfile.TemporaryFile()  # noqa: SIM115  as long as the process
+        self.started = time.monotonic()
+        kept = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115  as long as the process
+        self.stdout, self.stderr = kept
         command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
         self.popen = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.stderr,
+            command, stdin=subprocess.DEVNULL, stdout=self.stdout, stderr=self.stderr,
             preexec_fn=die_with_parent, env=os.environ | {"OMP_NUM_THREADS": "4"},  # several run at once
         )  # fmt: skip
 
@@ -74,12 +83,20 @@ class Run:
     def check(self) -> float:
         """Seconds that it took. Unable with its last line of standard error if it failed."""
         if self.popen.wait():
-            self.stderr.seek(0)
-            text = self.stderr.read().decode(errors="replace")
-            print(text, file=sys.stderr)
+            text = _text_of(self.stderr)
+            print(*self.said(), text, sep="\n", file=sys.stderr)
             words = [line for line in text.splitlines() if line.strip()]
             raise Unable(f"ended with {self.popen.returncode}: {words[-1][:300] if words else 'without a word'}")
         return round(time.monotonic() - self.started, 1)
+
+    def said(self) -> list[str]:
+        """The lines of its standard output."""
+        return _text_of(self.stdout).splitlines()
+
+
+def _text_of(file: Any) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def logged(directory: Path) -> dict[str, Any]:
@@ -107,6 +124,7 @@ def stage(child: Child) -> None:
         report = root / "tokens.jsonl"
         if name == "train":
             runs["score"] = Run("perce.score", "--model", model, "--limit", "8", "--jsonl", str(report))
+            runs["doctor"] = Run("perce", "doctor")
         found: dict[str, dict[str, Any]] = {}
         while runs:
             for run in [run for run, process in runs.items() if process.has_ended]:
@@ -114,6 +132,8 @@ def stage(child: Child) -> None:
 
                 def outcome(run: str = run, process: Run = process) -> dict[str, Any]:
                     seconds = process.check()
+                    if run == "doctor":
+                        return {"said": process.said(), "seconds": seconds}
                     if run == "score":
                         return {"records": len(report.read_text(encoding="utf-8").splitlines()), "seconds": seconds}
                     return logged(root / run) | {"seconds": seconds}
