@@ -1,4 +1,4 @@
-"""The second command on a GPU: other libraries, the tests, and long steps. At most 19 minutes; in parts with --only.
+"""The second command on a GPU: other libraries, the tests, and long steps. At most 21 minutes; in parts with --only.
 
     trainers       steps of Qwen3-8B's shape by a plain Trainer, TRL's and ours, at 8k and 32k tokens
     peers          all that need no CuTe DSL, trainable head at all sizes, then frozen; each timed in turn with ours
@@ -8,6 +8,7 @@
     liger_cutedsl  likewise; both take long to compile, and may print nothing for two minutes if the time allows
     attention      steps at 32k tokens with PyTorch's attention and with flash-attn-4
     personas       steps on eight requests for one persona of 8k tokens, together and one by one
+    flex           perce.train under flex attention
     long, longest  one step at 128k tokens, and at 256k (an H200's memory), with a gradient through all of them
 
 Every line is in RESULTS/gpu_b.json before it is printed. `--device cpu`: see decide.py.
@@ -53,8 +54,9 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
         *cute,
         [Stage("attention", "benchmarks.gpu.steps", 615, inf)],
         [Stage("personas", "benchmarks.gpu.steps", 695, inf)],
-        [Stage("long", "benchmarks.gpu.steps", 795, inf)],
-        [Stage("longest", "benchmarks.gpu.steps", 1115, inf)],
+        [Stage("flex", "benchmarks.gpu.training", 815, inf)],
+        [Stage("long", "benchmarks.gpu.steps", 915, inf)],
+        [Stage("longest", "benchmarks.gpu.steps", 1235, inf)],
     ]
 
 

@@ -3,7 +3,8 @@ trained for a few steps and scored.
 
 train    all weights and LoRA in bf16 on the device, all weights in fp32 on the CPU; perce doctor's findings
 flash    sdpa, and flash-attn-4 with padded and with packed sequences
-options  options that must not change the first loss: memory, packing, Liger's kernels, DDP, requests one by one; and
+flex     packed sequences, and requests of one persona, under flex attention; alone, because its compilation takes long
+options  options that must not change the first loss: memory, Liger's kernels, DDP, requests one by one; and
          other objectives
 
 All runs of a stage start together, each in a process of its own. Their first loss and PIR belong to the same weights
@@ -29,10 +30,12 @@ COMMON = ("--max_steps", str(STEPS), "--logging_steps", "1", "--per_device_train
 CPU = ("--use_cpu", "true")
 FULL = ("--lora_r", "0")
 FLASH = (*FULL, "--attn_implementation", "flash_attention_4")
+FLEX = (*FULL, "--attn_implementation", "flex_attention")
+SHARED = ("--share_persona", "4")
 FP32 = ("--precision", "fp32", *CPU)
 OPTIONS: dict[str, tuple[str, ...]] = {
     "plain": (), "checkpointing": ("--activation_checkpointing", "true"), "persona_grad": ("--persona_grad", "none"),
-    "mlp_tile": ("--mlp_tile", "32"), "packing": ("--packing", "true", "--attn_implementation", "flex_attention"),
+    "mlp_tile": ("--mlp_tile", "32"),
     "torch": ("--backend", "torch"), "liger": ("--use_liger_kernel", "true"), "ddp": (),
 }  # fmt: skip
 REQUESTS = {
@@ -42,8 +45,14 @@ REQUESTS = {
 RUNS = {
     "train": {"full": FULL, "lora": ("--lora_r", "8"), "cpu": (*FULL, *FP32)},
     "flash": {"sdpa": FULL, "flash": FLASH, "packed": (*FLASH, "--packing", "true")},
+    "flex": {
+        "sdpa": FULL,
+        "packed": (*FLEX, "--packing", "true"),
+        "shared": (*FULL, *SHARED),
+        "flex": (*FLEX, *SHARED),
+    },
     "options": {name: (*FULL, *options) for name, options in OPTIONS.items()}
-    | {name: (*FULL, "--share_persona", "4", *options) for name, options in REQUESTS.items()}
+    | {name: (*FULL, *SHARED, *options) for name, options in REQUESTS.items()}
     | {
         f"{objective}{where}": (*FULL, "--objective", objective, *options)
         for objective in ("entce", "nextquill")
@@ -52,6 +61,7 @@ RUNS = {
 }
 ALIKE = {"train": {"as on a CPU": ("full", "cpu")},
          "flash": {"flash as sdpa": ("flash", "sdpa"), "packed as sdpa": ("packed", "sdpa")},
+         "flex": {"packed as sdpa": ("packed", "sdpa"), "flex as shared": ("flex", "shared")},
          "options": {f"{name} as plain": (name, "plain") for name in OPTIONS if name != "plain"}
          | {f"{name} as shared persona": (name, "shared persona") for name in REQUESTS if name != "shared persona"}
          | {f"{name} as on a CPU": (name, f"{name} on a CPU") for name in ("entce", "nextquill")}}  # fmt: skip
