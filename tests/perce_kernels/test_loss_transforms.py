@@ -343,6 +343,11 @@ COMPILED = {
 }
 
 
+OURS, TORCHS = "not supported by the fused op; use backend='reference'", "does not support input tensors that carry a f"
+REFUSED_BY_TORCH = torch.__version__ >= torch.torch_version.TorchVersion("2.15")
+"""Whether torch.compile with fullgraph refuses every tangent, whoever would compute it."""
+
+
 @pytest.mark.parametrize("asked", COMPILED)
 @pytest.mark.parametrize("name", ["mean", "none", "logprobs"])
 def test_compiled_too(name, asked):
@@ -354,8 +359,11 @@ def test_compiled_too(name, asked):
             torch.compiler.reset()
             return torch.compile(run, fullgraph=fullgraph, backend="aot_eager")
 
-        with pytest.raises(RuntimeError, match="not supported by the fused op; use backend='reference'"):
+        by_torch = REFUSED_BY_TORCH and fullgraph and asked == "a tangent"
+        with pytest.raises(RuntimeError, match=TORCHS if by_torch else OURS):
             ask(through(inputs, name, backend="torch"), x, compiled)
+        if by_torch:
+            continue
         run = through(inputs, name)
         torch.testing.assert_close(ask(run, x, compiled), ask(run, x, lambda run: run))
 
@@ -373,7 +381,7 @@ def test_a_compiled_call_stays_one_graph():
     compiled = torch.compile(through(inputs, "mean", backend="torch"), fullgraph=True, backend=counting)
     for _ in range(2):
         assert compiled(inputs.hidden).isfinite()
-        with pytest.raises(RuntimeError, match="backend='reference'"):
+        with pytest.raises(RuntimeError, match=TORCHS if REFUSED_BY_TORCH else OURS):
             dual(compiled, inputs.hidden)
     assert graphs == 1
 
