@@ -81,6 +81,17 @@ def test_no_step_between_two_logs_waits_for_the_device(tmp_path, options, kind="
     assert set(waiting.waits.places) == {"nonzero"}  # the op, when all forward passes have been launched
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_compiled_steps_are_the_same(tmp_path, kind):
+    history = []
+    for compiled in (False, True):
+        trainer = trainer_for(model_for(kind), arguments(tmp_path, max_steps=2, torch_compile=compiled))
+        trainer.train()
+        history.append(logged(trainer, "loss", "grad_norm", "pir_mean"))
+    torch.testing.assert_close(*map(torch.tensor, history), atol=1e-5, rtol=1e-5)
+
+
 SPLITS = {
     "8x1": (8, 1, 1),
     "4x2": (4, 2, 1),
