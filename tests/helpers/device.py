@@ -3,7 +3,7 @@
 peak_bytes    CUDA: the allocator's own peak            CPU: live bytes of tensors, beneath the op
 host_syncs    CUDA: PyTorch's sync debug mode           CPU: calls of Tensor.nonzero, the one sync of compact=True
 capture       CUDA: a CUDA graph and its replay         CPU: the call again, into the same outputs
-Waits         calls in Python that would wait for a CUDA device, on any device
+Waits         where the host would wait for a CUDA device, on a CPU
 """
 
 import fcntl
@@ -116,34 +116,68 @@ def host_syncs(run: Callable[[], object]) -> int:
     return sum(SYNC in str(warning.message) for warning in caught)
 
 
-class Waits(TorchFunctionMode):
-    """The places of calls that wait for a CUDA device: the host reads a tensor, or makes one there of its own numbers.
-    Of what the op calls below its registration, only Tensor.nonzero is seen."""
+def caller() -> str:
+    """The nearest function outside torch and this file; "" for what is on the host: batches that are being made, and
+    the counts of torch's optimisers."""
+    frames = [frame for frame in extract_stack() if frame.filename != __file__]
+    if any("/torch/optim/" in frame.filename or frame.name == "collate" for frame in frames):
+        return ""
+    frame = next(frame for frame in reversed(frames) if "/torch/" not in frame.filename)
+    return f"{frame.name}, {Path(frame.filename).name}:{frame.lineno}"
 
-    READS = ("item", "tolist", "cpu", "numpy", "unique", "equal", "__bool__", "__int__", "__float__")
-    MAKES = ("tensor", "as_tensor", "new_tensor")
+
+class Reads(TorchDispatchMode):
+    """Operators whose result the host needs, in forward and in backward."""
+
+    NAMES = (*WAITS, "_unique2", "unique_dim", "bincount")
+
+    def __init__(self, places: list[str]) -> None:
+        super().__init__()
+        self.places = places
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        chosen = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(x is not None and x.dtype == torch.bool for x in chosen)
+        counted = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
+        if (name in self.NAMES or by_mask or counted) and (place := caller()):
+            self.places.append(f"{name} in {place}")
+        return func(*args, **kwargs or {})
+
+
+class Copies(TorchFunctionMode):
+    """Calls in Python that copy a tensor to the host, or numbers of the host to a device."""
+
+    def __init__(self, places: list[str]) -> None:
+        super().__init__()
+        self.places = places
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, given = getattr(func, "__name__", ""), kwargs or {}
+        made = name == "new_tensor" or (name in ("tensor", "as_tensor") and given.get("device") is not None)
+        data = given.get("data", args[-1] if args else None)
+        copied = made and not isinstance(data, Tensor) and data != []
+        if (copied or name in ("tolist", "cpu", "numpy")) and (place := caller()):
+            self.places.append(f"{name} in {place}")
+        return func(*args, **given)
+
+
+class Waits(ExitStack):
+    """Inside the context, `places` collects where the host would wait for a CUDA device. What it cannot see on a CPU is
+    a copy of a tensor from the host to the device."""
 
     def __init__(self) -> None:
         super().__init__()
         self.places: list[str] = []
-        self._patch = pytest.MonkeyPatch()
 
     def __enter__(self):
-        nonzero = Tensor.nonzero
-        self._patch.setattr(Tensor, "nonzero", lambda x: (self.places.append("nonzero"), nonzero(x))[1])
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self._patch.undo()
-        return super().__exit__(*error)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name, data = getattr(func, "__name__", ""), args[func is Tensor.new_tensor :]
-        made = name == "new_tensor" or (name in self.MAKES and (kwargs or {}).get("device") is not None)
-        if name in self.READS or (made and not isinstance(data[0], Tensor) and data[0] != []):
-            caller = next(x for x in reversed(extract_stack()[:-1]) if "/torch/" not in x.filename)
-            self.places.append(f"{name} in {caller.name}, {Path(caller.filename).name}:{caller.lineno}")
-        return func(*args, **kwargs or {})
+        patch = self.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr("perce_kernels.contract.check_target", lambda *_: None)  # it reads only on a CPU
+        nonzero = Tensor.nonzero  # of the op, below whose registration no mode sees anything
+        patch.setattr(Tensor, "nonzero", lambda x: (self.places.append("the op's rows"), nonzero(x))[1])
+        self.enter_context(Reads(self.places))
+        self.enter_context(Copies(self.places))
+        return self
 
 
 def capture(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AttentionInterface, AutoModelForCausalLM, TrainerCallback
+from transformers import modeling_flash_attention_utils as flash
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from perce import DataConfig, LossConfig, MemoryConfig, PerceTrainer, UserError
 from perce.model.memory import CHECKPOINTING
@@ -64,21 +66,37 @@ class Waiting(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
-            self.waits.__exit__(None, None, None)
+            self.waits.close()
+
+
+def attention_that_looks(module, query, key, value, mask, position_ids=None, **kwargs):
+    """Looks in each layer whether rows are packed, as flash attention does."""
+    assert not flash._is_packed_sequence(position_ids, query.shape[0])
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+ONE_SEQUENCE = {"per_device_train_batch_size": 1, CHECKPOINTING: True}
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"per_device_train_batch_size": 1, CHECKPOINTING: True}, {"loss": LossConfig(objective="entce")},
-     {"memory": MemoryConfig(persona_grad="none")}, {"loss": LossConfig(normalize="batch")}],
-    ids=["plain", "one by one", "entce", "persona_grad none", "normalized"],
+    ("attention", "options"),
+    [("sdpa", {}), ("sdpa", ONE_SEQUENCE), ("looks", ONE_SEQUENCE), ("sdpa", {"loss": LossConfig(objective="entce")}),
+     ("sdpa", {"memory": MemoryConfig(persona_grad="none")}), ("sdpa", {"loss": LossConfig(normalize="batch")})],
+    ids=["plain", "one by one", "flash", "entce", "persona_grad none", "normalized"],
 )  # fmt: skip
-def test_no_step_between_two_logs_waits_for_the_device(tmp_path, options, kind="lora"):
+def test_no_step_between_two_logs_waits_for_the_device(tmp_path, attention, options):
+    AttentionInterface.register("looks", attention_that_looks)
+    model, waiting = model_for("lora"), Waiting()
+    model.get_base_model().set_attn_implementation(attention)
     args = arguments(tmp_path, max_steps=4, logging_steps=4, gradient_accumulation_steps=2, **options)
-    trainer, waiting = trainer_for(model_for(kind), args, pairs=PAIRS * 2), Waiting()
+    trainer = trainer_for(model, args, pairs=PAIRS * 2)
     trainer.add_callback(waiting)
-    trainer.train()
-    assert set(waiting.waits.places) == {"nonzero"}  # the op, when all forward passes have been launched
+    try:
+        trainer.train()
+    finally:
+        waiting.waits.close()
+    products = 2 if options.get("loss", LossConfig()).objective == "entce" else 1  # calls of the op in a batch
+    assert waiting.waits.places == ["the op's rows"] * 2 * 2 * products
 
 
 @pytest.mark.slow
