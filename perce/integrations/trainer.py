@@ -82,7 +82,7 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         self._router = router_of(model, self.perce_loss.router_aux_loss_coef)
         if not isinstance(self.data_collator, PersonaCollator):
             self.data_collator = PersonaCollator(self.data_collator)
-        self._window = Window()
+        self._window = Window(self.args.device)
         found_by_first(partial(try_collated, self, self._collators_without()))
 
     def _collators_without(self) -> dict[str, PersonaCollator]:
@@ -119,11 +119,11 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs |= self._summary()
-            self._window = Window()
+            self._window = Window(self.args.device)
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        window, self._window = self._window, Window()
+        window, self._window = self._window, Window(self.args.device)
         window.pause()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found, self._window = evaluation(self._summary()), window
@@ -131,7 +131,7 @@ class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
         return output
 
     def _summary(self) -> dict[str, float]:
-        total = self.accelerator.reduce(self._window.total.to(self.args.device), "sum")
+        total = self.accelerator.reduce(self._window.total, "sum")
         return {**self._window.summary(total, self.perce_loss)}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,17 +12,14 @@ The loss runs inside the forward of the output-embedding module. Reading the hea
 the hooks that gather and reduce sharded parameters, and silently yield wrong gradients.
 """
 
-import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import masking_utils
-from transformers import modeling_flash_attention_utils as flash
 
 from perce.errors import UserError, in_one_line
 from perce.hub import stated
@@ -31,6 +28,7 @@ from perce.model.head import LogitTransform, answer, logit_transforms
 from perce.model.noise import check_noise
 from perce.model.prefill import hidden_on_trunks, spans_arguments
 from perce.model.probe import PROBE_TOKENS, attention_of_any_device, decoder_of, evaluating, probe_ids, unwrapped
+from perce.model.unpacked import known_unpacked
 from perce.objectives import HeadCall
 from perce_kernels import reference
 
@@ -122,9 +120,7 @@ def _patch_model(model: Any) -> None:
             kwargs |= spans_arguments(kwargs["spans"], kwargs["position_ids"])
         if router := perce.get("router"):
             kwargs |= {"output_router_logits": True, "return_dict": True}
-        # With positions of its own a row may be packed; segments have theirs because they are parts of a sequence.
-        may_be_packed = "position_ids" in kwargs and not ("spans" in kwargs or "trunks" in perce)
-        with recorded(decoder, router) as sums, contextlib.nullcontext() if may_be_packed else known_unpacked():
+        with recorded(decoder, router) as sums, known_unpacked(_is_unpacked(self, perce, args, kwargs)):
             if "trunks" in perce:
                 hidden = hidden_on_trunks(decoder, perce["rows"], perce["trunks"], *args, **kwargs)
             else:
@@ -141,21 +137,14 @@ def _patch_model(model: Any) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-@contextlib.contextmanager
-def known_unpacked() -> Iterator[None]:
-    """Inside the context each row is one sequence, and transformers does not look at the position_ids to find that out.
-    Its masks look in each forward pass, its flash attention in each layer, and the host waits for what they see: it
-    could not launch a step while the GPU is at work on the one before."""
-    if torch.compiler.is_compiling():  # then it does not look
-        yield
-        return
-    of_masks, of_flash = masking_utils.find_packed_sequence_indices, flash._is_packed_sequence
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    flash._is_packed_sequence = lambda position_ids, batch_size: False
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices, flash._is_packed_sequence = of_masks, of_flash
+def _is_unpacked(model: Any, perce: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether attention need not look for packed sequences. With positions of its own a row may be packed, but segments
+    have theirs because they are parts of a sequence, and flash attention is told where packed sequences begin."""
+    if "spans" in kwargs or "trunks" in perce:
+        return True
+    if "cu_seq_lens_q" in kwargs:
+        return str(model.config.get_text_config()._attn_implementation).startswith("flash")
+    return "position_ids" not in kwargs and len(args) < 3  # which may be the third argument
 
 
 @torch.no_grad()

@@ -61,8 +61,9 @@ class Window:
 
     NAMES = ("tokens", "count", "ce", "pir_mean", "weight_mean", "frac_at_floor", "frac_at_ceiling", "router_aux_loss")
 
-    def __init__(self) -> None:
-        self.total = torch.zeros(len(self.NAMES), dtype=torch.float64)
+    def __init__(self, device: torch.device) -> None:
+        wide = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        self.total = torch.zeros(len(self.NAMES), dtype=wide, device=device)
         self.steps = 0
         self._spent = 0.0
         self._running_since: float | None = None
@@ -98,8 +99,7 @@ class Window:
                 logp.new_zeros(()) if balance is None else balance.detach().to(logp),
             ]
         )  # fmt: skip
-        wide = torch.float32 if sums.device.type == "mps" else torch.float64  # mps has no float64
-        self.total = self.total.to(sums.device, wide) + sums.to(wide)
+        self.total += sums.to(self.total)
 
     def summary(self, total: Tensor, loss: LossConfig, balanced: bool = False) -> Mapping[str, float]:
         """Means over all ranks' tokens, without numbers that the objective does not have. The load-balancing loss, if

@@ -161,9 +161,9 @@ class PerceTrainer(ResumableTrainer):
         if args.early_stopping:
             self.add_callback(EarlyStopping(args.early_stopping))
         self.last_evaluation: list[TokenStatistics] = []  # this process's, in the order of the evaluated dataset
-        self._window = Window()
+        self._window = Window(self.args.device)
         self._logged_tokens, self._logged_seconds = 0, 0.0
-        self._computed = torch.zeros(2, dtype=torch.int64)
+        self._computed = torch.zeros(2, dtype=torch.int64, device=self.args.device)
         self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
         self._balance = StepBalance(router, partial(self.accelerator.reduce, reduction="sum")) if router else None
         if args.loss.estimate == "online" and args.loss.entry.contrasts:
@@ -232,7 +232,7 @@ class PerceTrainer(ResumableTrainer):
         known = self._over_step.pop(0) if self._over_step else self._known(inputs)
         if self.sharing != "none" and "tokens" in inputs:  # the caller's own collator may not count them
             both = loss.entry.counterfactual and known is None
-            self._computed = self._computed.to(self.args.device) + tokens_of(inputs, both)
+            self._computed += tokens_of(inputs, both)
         call = HeadCall(
             inputs["target"], loss.weighting, signal=known and known.signal, num_items=num_items_in_batch,
             hidden_cf=None if known else self._counterfactual(model, inputs),
@@ -324,11 +324,11 @@ class PerceTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self._logged_tokens, self._logged_seconds = self.tokens_seen, self.training_seconds
-            total = self.accelerator.reduce(self._window.total.to(self.args.device), "sum")
+            total = self.accelerator.reduce(self._window.total, "sum")
             logs |= self._window.summary(total, self.args.loss, balanced=self._balance is not None)
             logs["peak_memory_mib"] = peak_memory_mib(self.args.device)
             self.estimation_clock.seconds()  # collects the events of the window
-            self._window = Window()
+            self._window = Window(self.args.device)
         super().log(logs, start_time)
 
     @property
@@ -339,7 +339,7 @@ class PerceTrainer(ResumableTrainer):
     def tokens_computed(self) -> tuple[int, int]:
         """(computed, needed) input tokens of all processes' steps since they were started: those that were computed,
         and those that the examples have. To be called on every process."""
-        computed, needed = self.accelerator.reduce(self._computed.to(self.args.device), "sum").tolist()
+        computed, needed = self.accelerator.reduce(self._computed, "sum").tolist()
         return computed, needed
 
     @property
