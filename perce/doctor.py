@@ -94,7 +94,11 @@ def packages() -> Iterator[Row]:
             yield name, f"{PROBLEM}importing it fails ({type(error).__name__}: {first_line(error)})"
             continue
         # The package's own word first: torch's names its build, and triton of a build for ROCm has other metadata.
-        yield name, str(getattr(imported, "__version__", None) or importlib.metadata.version(name))
+        told = getattr(imported, "__version__", None)
+        try:
+            yield name, str(told or importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            yield name, "installed"
     missing = sorted(name for name in OF_TRAINING if importlib.util.find_spec(name) is None)
     if "transformers" not in missing:  # else nobody means to train here
         for lack in (*(ModuleNotFoundError(name=name) for name in missing), ImportError(name="transformers")):
@@ -116,13 +120,9 @@ def devices() -> Iterator[Row]:
     cores = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     yield "cpu", f"{_cpu_name()}, {cores}{_memory()}"
     if not _gpus():
-        built = next(
-            (f"{kind} {n}" for kind, n in (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip)) if n), ""
-        )
-        yield (
-            "gpu",
-            f"none found by torch, {f'which is built for {built}' if built else 'whose build has no GPU support'}",
-        )
+        cuda, rocm = torch.version.cuda, torch.version.hip
+        built = f"which is built for CUDA {cuda}" if cuda else f"which is built for ROCm {rocm}"
+        yield "gpu", f"none found by torch, {built if cuda or rocm else 'whose build has no GPU support'}"
     for index in range(_gpus()):
         free, total = torch.cuda.mem_get_info(index)
         facts = torch.cuda.get_device_properties(index)

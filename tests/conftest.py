@@ -34,7 +34,7 @@ def pytest_runtest_setup(item):
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections():
     """What the file before has left, imported modules above all, is not searched for garbage again: accelerate collects
-    whenever a training begins, which otherwise takes longer than the training of a tiny model."""
+    whenever a training begins, which otherwise takes longer than the training of a tiny model. Nor is it ever freed."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""The second command on a GPU: other libraries, the tests, and long steps. At most 21 minutes; in parts with --only.
+"""The second command on a GPU: other libraries, the tests, and long steps. At most 24 minutes; in parts with --only.
 
     trainers       steps of Qwen3-8B's shape by a plain Trainer, TRL's and ours, at 8k and 32k tokens
     peers          all that need no CuTe DSL, trainable head at all sizes, then frozen; each timed in turn with ours
@@ -40,23 +40,23 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
     both = {"heads": ["trainable"], "sizes": 2} | side
     cute = [
         [Stage(name, race, until, 120, options={"peers": ["perce", *peers]} | both)]
-        for (name, peers), until in zip(CUTE.items(), (495, 540), strict=True)
+        for (name, peers), until in zip(CUTE.items(), (555, 600), strict=True)
     ]
     peers = {"peers": [*others, *fakes], "heads": list(HEADS), "rounds": ROUNDS} | side
     return [
-        [Stage("trainers", "benchmarks.gpu.trainers", 120, inf)],
-        [Stage("peers", race, 280, 45, options=peers)],
+        [Stage("trainers", "benchmarks.gpu.trainers", 180, inf)],
+        [Stage("peers", race, 340, 45, options=peers)],
         [
-            Stage("tests", "benchmarks.gpu.suite", 440, 90, grace=18, options=tests),
-            *(Stage(tool, "benchmarks.gpu.sanitizer", 440, inf) for tool in TOOLS),
-            *(Stage(name, "benchmarks.gpu.training", 440, inf) for name in ("options", "flash")),
+            Stage("tests", "benchmarks.gpu.suite", 500, 90, grace=18, options=tests),
+            *(Stage(tool, "benchmarks.gpu.sanitizer", 500, inf) for tool in TOOLS),
+            *(Stage(name, "benchmarks.gpu.training", 500, inf) for name in ("options", "flash")),
         ],
         *cute,
-        [Stage("attention", "benchmarks.gpu.steps", 615, inf)],
-        [Stage("personas", "benchmarks.gpu.steps", 695, inf)],
-        [Stage("flex", "benchmarks.gpu.training", 815, inf)],
-        [Stage("long", "benchmarks.gpu.steps", 915, inf)],
-        [Stage("longest", "benchmarks.gpu.steps", 1235, inf)],
+        [Stage("attention", "benchmarks.gpu.steps", 675, inf)],
+        [Stage("personas", "benchmarks.gpu.steps", 755, inf)],
+        [Stage("flex", "benchmarks.gpu.training", 995, inf)],
+        [Stage("long", "benchmarks.gpu.steps", 1095, inf)],
+        [Stage("longest", "benchmarks.gpu.steps", 1415, inf)],
     ]
 
 

@@ -149,7 +149,8 @@ class Steps:
         arguments = PerceArguments(directory, use_cpu=device == "cpu", report_to="none", bf16=True)
         self.trainer = PerceTrainer(model, arguments, processing_class=_tokenizer())
         self.model = self.trainer.accelerator.prepare_model(model)  # autocast, as in training
-        teach_branches(base)
+        if any(case.requests > 1 for case in cases):
+            teach_branches(base)
         self.batches = {case: batch(device, case) for case in cases}
         self.memory: set[MemoryConfig] = set()
 

@@ -16,7 +16,7 @@ from benchmarks.gpu.child import Child, Unable
 WAYS = ("perce", "perce-ce", "trl-ce", "trl-perce", "naive-ce", "naive-kept", "naive", "perce-liger")
 """By importance; Liger's kernels come last, because they patch the module that all such models use."""
 STEPS = {"cuda": {8192: 6, 32768: 3}, "cpu": {300: 3}}
-"""By device and tokens per sequence: the number of steps. The first is not timed; before the second the GPU is idle."""
+"""By device and tokens per sequence: the number of steps. On a GPU the first two are not timed."""
 SHAPE = {"cuda": "qwen3-8b", "cpu": "tiny"}
 
 

@@ -343,7 +343,7 @@ COMPILED = {
 }
 
 
-OURS, TORCHS = "not supported by the fused op; use backend='reference'", "does not support input tensors that carry a f"
+OURS, TORCHS = "not supported by the fused op; use backend='reference'", "torch.compile does not support input tensors"
 REFUSED_BY_TORCH = torch.__version__ >= torch.torch_version.TorchVersion("2.15")
 """Whether torch.compile with fullgraph refuses every tangent, whoever would compute it."""
 

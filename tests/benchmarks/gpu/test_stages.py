@@ -356,7 +356,7 @@ def test_a_problem_ends_the_command_with_an_error(monkeypatch, tmp_path):
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("module", "limit"), [(decide, 275), (compare, 1235)], ids=["gpu-a", "gpu-b"])
+@pytest.mark.parametrize(("module", "limit"), [(decide, 275), (compare, 1415)], ids=["gpu-a", "gpu-b"])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_stages_end_in_turn_and_within_the_limit(module, limit, device):
     ends = [stage.until for row in module.stages(device, ("fake_right",)) for stage in row]
