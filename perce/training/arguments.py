@@ -298,7 +298,7 @@ def _check_optimizer(args: PerceArguments) -> None:
 def settle_device(args: Any, memory: MemoryConfig) -> None:
     """Refuse options that need a GPU if training is on a CPU; otherwise pass them to transformers."""
     # The host does not wait for the copies, and launches a step while the GPU is at work on the one before.
-    args.accelerator_config.non_blocking = args.dataloader_pin_memory and args.device.type == "cuda"
+    args.accelerator_config.non_blocking |= args.dataloader_pin_memory and args.device.type == "cuda"
     if args.device.type == "cpu" and args.use_liger_kernel:
         raise UserError("use_liger_kernel: Liger's kernels are written in Triton and need a GPU. Leave it out here.")
     if not memory.activation_offload:
