@@ -10,8 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.memory import status_bytes
-
-SYNC = "called a synchronizing CUDA operation"  # PyTorch's warning in its sync debug mode
+from tests.helpers.device import SYNC
 
 
 class StepMeter(TrainerCallback):

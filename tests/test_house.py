@@ -119,7 +119,7 @@ ABOUT_SEVERAL = {
     "perce_kernels/gpu/test_aot.py": "all kernels, compiled without a GPU",
     "perce_kernels/gpu/test_device.py": "all kernels on a GPU, at real sizes",
     "perce_kernels/gpu/test_promises.py": "all kernels on a GPU: memory, syncs, graphs",
-    "benchmarks/gpu/test_stages.py": "parts, steps, training and the suite",
+    "benchmarks/gpu/test_stages.py": "parts, the suite and the order of the stages",
 }
 # Modules that are tested only through others: in runs of the commands and of the op.
 SEEN_THROUGH_OTHERS = {

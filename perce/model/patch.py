@@ -28,7 +28,7 @@ from perce.model.head import LogitTransform, answer, logit_transforms
 from perce.model.noise import check_noise
 from perce.model.prefill import hidden_on_trunks, spans_arguments
 from perce.model.probe import PROBE_TOKENS, attention_of_any_device, decoder_of, evaluating, probe_ids, unwrapped
-from perce.model.unpacked import known_unpacked
+from perce.model.unpacked import answer_transformers, known_unpacked
 from perce.objectives import HeadCall
 from perce_kernels import reference
 
@@ -50,6 +50,7 @@ def install_perce(model: Any) -> Any:
             f"{model.config.model_type}: PerCE needs a decoder-only causal model, and this one has an encoder."
         )
     check_noise(model)
+    answer_transformers()
     _patch_model(model)
     model.perce_logit_transform = _self_check(model, head)
     model.perce_backend = "auto"

@@ -34,6 +34,15 @@ def known_unpacked(known: bool = True) -> Iterator[None]:
         _here.unpacked = before
 
 
+def answer_transformers() -> None:
+    """Let perce answer, for all models of this process; other forward passes are looked at as before."""
+    for module, name, answer in (
+        (masking_utils, "find_packed_sequence_indices", None), (flash, "_is_packed_sequence", False),
+    ):  # fmt: skip
+        if not hasattr(own := getattr(module, name), "perce"):
+            setattr(module, name, _answering(own, answer))
+
+
 def _answering(own: Any, answer: Any) -> Any:
     @functools.wraps(own)
     def asked(position_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -45,12 +54,3 @@ def _answering(own: Any, answer: Any) -> Any:
 
     asked.perce = True  # type: ignore[attr-defined]
     return asked
-
-
-def _answer_for(module: Any, name: str, answer: Any) -> None:
-    if not hasattr(own := getattr(module, name), "perce"):
-        setattr(module, name, _answering(own, answer))
-
-
-_answer_for(masking_utils, "find_packed_sequence_indices", None)
-_answer_for(flash, "_is_packed_sequence", False)

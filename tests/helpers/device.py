@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-SYNC = "called a synchronizing CUDA operation"
+SYNC = "called a synchronizing CUDA operation"  # PyTorch's warning in its sync debug mode
 
 
 def free() -> None:

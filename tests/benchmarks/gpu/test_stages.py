@@ -12,9 +12,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks.gpu import command, compare, decide, parts, sanitizer, steps, suite, training, wheels
+from benchmarks.gpu import command, compare, decide, parts, sanitizer, suite, training, wheels
 from benchmarks.gpu import compile as compilation
-from benchmarks.gpu.child import Request, Unable, machine
+from benchmarks.gpu.child import Request, machine
 from benchmarks.gpu.clock import seconds_of_kernels
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.sizes import SIZES, TINY
@@ -134,107 +134,6 @@ def test_what_is_compiled_is_what_is_launched():
 @pytest.mark.parametrize("job", [("perce_stored", "", TINY[0]), ("row_loss", "64-w1-s1", TINY[0])], ids=str)
 def test_a_job_of_the_compilation_runs(job):
     assert compilation.compile_one(job, tiles.INTERPRETER, "cpu") > 0
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_steps_of_a_model_with_random_weights():
-    found = lines_of(steps.stage, "steps")
-    for case in steps.CASES["steps"]["cpu"]:
-        line = found[str(case)]
-        assert line["seconds"] > 0 and line["tokens_per_second"] > 0 and line["peak_bytes"] is None
-        assert found[f"{case}/plan"]["planned_bytes"] > 0
-    assert found["perce/96/plan"]["planned_flop"] > found["ce/96/plan"]["planned_flop"]
-    assert found["perce/160/plan"]["planned_flop"] > found["perce/160, persona_grad none/plan"]["planned_flop"]
-    assert found["perce/96/kernels"] == {"kernels": {}, "sum": 0}, "no device, no kernel"
-
-
-@pytest.mark.slow
-def test_a_long_step():
-    for stage in ("long", "longest"):
-        (case,) = steps.CASES[stage]["cpu"]
-        found = lines_of(steps.stage, stage)
-        assert found.keys() == {str(case), f"{case}/plan"} and found[str(case)]["seconds"] > 0
-    assert str(case) == "perce/200, mlp_tile 32"
-
-
-@pytest.mark.slow
-def test_steps_by_attention():
-    found = lines_of(steps.stage, "attention")
-    assert found["perce/160"]["seconds"] > 0 and found["perce/160, eager"]["seconds"] > 0
-    assert found["perce/160, eager/plan"]["planned_bytes"] > found["perce/160/plan"]["planned_bytes"], "T × T"
-
-
-@pytest.mark.slow
-def test_steps_on_requests_for_one_persona():
-    found = lines_of(steps.stage, "personas")
-    cases = steps.CASES["personas"]["cpu"]
-    assert [str(case) for case in cases] == [
-        "perce/160", "perce/160, 3 requests", "perce/160, 3 requests, one by one",
-        "perce/160, 3 requests, persona_grad none", "perce/160, 3 requests, one by one, persona_grad none",
-    ]  # fmt: skip
-    assert all(found[str(case)]["seconds"] > 0 and found[f"{case}/plan"]["planned_bytes"] > 0 for case in cases)
-    work = [found[f"{case}/plan"]["planned_flop"] for case in cases]
-    assert work[0] < work[3] < work[1] < 3 * work[0], "the persona once"
-
-
-@pytest.mark.slow
-def test_steps_go_on_after_a_crash(monkeypatch):
-    monkeypatch.setattr(steps, "CASES", {"steps": {"cpu": (steps.Case("perce", 64), steps.Case("ce", 64))}})
-    found = lines_of(steps.stage, "steps", finished=["steps/perce/64/plan"], lost={"steps/perce/64": "it crashed"})
-    assert "perce/64" not in found and found["ce/64"]["seconds"] > 0
-
-
-def test_steps_without_the_training_layers_needs_say_which(monkeypatch):
-    def missing(*_):
-        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
-
-    monkeypatch.setattr(steps, "Steps", missing)
-    assert lines_of(steps.stage, "steps")["model"]["reason"].endswith("needs datasets, which is not installed")
-
-
-@pytest.mark.slow
-def test_training_runs_as_on_a_cpu():
-    found = lines_of(training.stage, "train", seconds=280.0)
-    for run in ("full", "lora", "cpu"):
-        assert found[run]["steps"] == training.STEPS and found[run]["loss"] > 0
-    assert found["as on a CPU"]["alike"] is True and found["score"]["records"] == 8
-    assert "devices" in found["doctor"]["said"] and found["doctor"]["said"][-1] == "No problem found."
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_options_change_how_and_not_what():
-    found = lines_of(training.stage, "options", seconds=580.0)
-    for name in ("checkpointing", "persona_grad", "mlp_tile", "torch", "ddp"):
-        assert found[f"{name} as plain"]["alike"] is True
-    assert found["one by one as shared persona"]["alike"] is found["detached as shared persona"]["alike"] is True
-    assert found["entce as on a CPU"]["alike"] is True and found["entce"]["loss"] != found["plain"]["loss"]
-    assert "need a GPU" in found["liger"]["reason"]
-
-
-@pytest.mark.slow
-def test_runs_under_flex_attention():
-    found = lines_of(training.stage, "flex", seconds=280.0)
-    assert found["sdpa"]["steps"] == found["shared"]["steps"] == training.STEPS
-    assert "got flex_attention on cpu" in found["packed"]["reason"]
-    assert "does not support backward on CPU" in found["flex"]["reason"]
-
-
-def test_a_run_that_differs_is_said_to():
-    cpu = {"loss": 2.0, "pir_mean": 0.3}
-    assert training.compared(cpu | {"loss": 2.008, "pir_mean": 0.302}, cpu)["alike"]
-    assert not training.compared(cpu | {"loss": 2.012}, cpu)["alike"]
-    assert not training.compared(cpu | {"pir_mean": 0.304}, cpu)["alike"]
-
-
-def test_a_run_that_fails_gives_its_last_words():
-    process = training.Run("tests.helpers.fake_stage")
-    with pytest.raises(Unable, match=r"ended with 1: .*JSONDecodeError"):
-        process.check()
-    assert process.has_ended
 
 
 # --- Tests -----------------------------------------------------------------------------------------------------------

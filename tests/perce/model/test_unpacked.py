@@ -7,11 +7,16 @@ import torch
 from transformers import masking_utils
 from transformers import modeling_flash_attention_utils as flash
 
-from perce.model.unpacked import known_unpacked
+from perce.model.unpacked import answer_transformers, known_unpacked
 from tests.helpers.models import model_with
 from tests.helpers.trainers import model_for
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1]])
+
+
+@pytest.fixture(autouse=True)
+def answering():
+    answer_transformers()
 
 
 def taken_for_packed(positions):

@@ -7,6 +7,7 @@ import torch
 
 from perce import LossConfig
 from perce.model.passes import token_statistics
+from perce.training.meters import Window
 from tests.helpers.trainers import LOSS, PAIRS, arguments, logged, model_for, trainer_for
 
 
@@ -30,6 +31,14 @@ def test_statistics_are_logged_and_right(tmp_path):
     assert entry["tokens_per_second"] > 0 and entry["peak_memory_mib"] > 0
     assert trainer.tokens_seen == sum(len(pair["input_ids"]) for pair in PAIRS)
     assert 0 < trainer.estimation_clock.seconds() < trainer.training_seconds
+
+
+def test_a_window_is_on_its_device_from_the_start():
+    """Or the first batch after each log would wait for a copy. Data on "meta" cannot be added to data on the host."""
+    column = torch.ones(5, device="meta")
+    window = Window(column.device)
+    window.add(LOSS, *[column] * 4, tokens=column.sum())
+    assert window.total.device == column.device
 
 
 def test_shares_at_the_clip_are_counted_at_its_own_bounds_under_a_schedule(tmp_path):
