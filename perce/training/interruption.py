@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM while training: the step under way is finished and saved, so that --resume continues bitwise.
 
-    first signal     the run stops at the end of the step (in an evaluation: of the batch), with a checkpoint
+    first signal     the run stops at the end of the step (in an evaluation: of the batch), with a checkpoint; with
+                     several processes at the end of the next step
     a later one      it stops at once; the newest whole checkpoint is kept
 
 A signal to one of several processes stops all of them at the same step.
@@ -37,6 +38,26 @@ class Interrupted(KeyboardInterrupt):
         self.signal = number
 
 
+class Received:
+    """How many processes have received each of SIGNALS, summed on the device. Reading it waits for this sum, and not
+    for what the device was given after it."""
+
+    def __init__(self, accelerator: Any, own: int | None) -> None:
+        # torch.tensor would wait until all earlier work on the device is done.
+        flags = [torch.full((), float(own == number), device=accelerator.device) for number in SIGNALS]
+        counts = accelerator.reduce(torch.stack(flags), "sum")
+        self._counts = counts.to("cpu", non_blocking=counts.is_cuda)
+        self._copied = torch.cuda.Event() if counts.is_cuda else None
+        if self._copied:
+            self._copied.record()
+
+    def signal(self) -> int | None:
+        """One that any process received."""
+        if self._copied:
+            self._copied.synchronize()
+        return next((number for number, count in zip(SIGNALS, self._counts.tolist(), strict=True) if count), None)
+
+
 class Interruption(TrainerCallback):
     """Raises Interrupted when the state is that of a finished step: after a checkpoint, or between evaluated batches.
 
@@ -49,6 +70,7 @@ class Interruption(TrainerCallback):
         # Step of the newest checkpoint with all that a resume needs, or of the one resumed from; None: not begun yet.
         self.saved_step: int | None = None
         self._received_at = 0.0
+        self._step_before: Received | None = None
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
@@ -70,17 +92,25 @@ class Interruption(TrainerCallback):
                 return
             raise KeyboardInterrupt
         self.received, self._received_at = number, time.monotonic()
+        step = "this step" if self.trainer.accelerator.num_processes == 1 else "the next step"
         # Not print: a handler may run in the middle of another print.
-        os.write(2, b"\nStopping after this step, with a checkpoint. A second signal stops at once, without one.\n")
+        os.write(
+            2, f"\nStopping after {step}, with a checkpoint. A second signal stops at once, without one.\n".encode()
+        )
 
     def _asked(self) -> int | None:
         """The signal that any process received."""
         accelerator = self.trainer.accelerator
+        return self.received if accelerator.num_processes == 1 else Received(accelerator, self.received).signal()
+
+    def _asked_at_step_end(self) -> int | None:
+        """Like _asked. Several processes learn a step later what the others had received, so that none waits for its
+        device after each step."""
+        accelerator = self.trainer.accelerator
         if accelerator.num_processes == 1:
             return self.received
-        own = torch.tensor([float(self.received == number) for number in SIGNALS], device=accelerator.device)
-        counts = accelerator.reduce(own, "sum").tolist()
-        return next((number for number, count in zip(SIGNALS, counts, strict=True) if count), None)
+        before, self._step_before = self._step_before, Received(accelerator, self.received)
+        return before.signal() if before else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -88,7 +118,7 @@ class Interruption(TrainerCallback):
         self.saved_step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._asked():
+        if self._asked_at_step_end():
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

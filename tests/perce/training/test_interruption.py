@@ -11,17 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerControl, TrainerState
 
 from perce import LossConfig, PerceTrainer
 from perce.train import main
 from perce.training import checkpoints
 from perce.training.checkpoints import LIST, damage, flaw, newest_whole, seal
-from perce.training.interruption import Interruption
+from perce.training.interruption import SIGNALS, Interrupted, Interruption
 from perce.training.summary import Progress
 from tests.helpers import ROOT
+from tests.helpers.device import DEVICE, no_host_sync
 from tests.helpers.ranks import run_ranks, start_ranks
 from tests.helpers.tiny import save_tiny_model, write_jsonl
 from tests.helpers.training import ROWS
@@ -179,24 +182,40 @@ def test_sigterm_to_a_process(flags, straight, run):
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(flags, run, tmp_path):
-    call = [
-        sys.executable,
-        "-m",
-        "tests.perce.training.test_interruption",
-        "waits on rank 1",
-        *flags,
-        "--output_dir",
-        str(run),
-    ]
+    module = "tests.perce.training.test_interruption"
+    call = [sys.executable, "-m", module, "waits on rank 1", *flags, "--save_steps", "0", "--output_dir", str(run)]
     processes = start_ranks(call)
     wait_for_line(processes[1])
     processes[1].send_signal(signal.SIGTERM)
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [143, 143], errors
-    assert flaw(run / "checkpoint-3") is None and (run / "checkpoint-3" / "rng_state_1.pth").exists()
+    assert names(run) == ["checkpoint-4"]  # the step after: no step waits for a device, so that they could agree sooner
+    assert flaw(run / "checkpoint-4") is None and (run / "checkpoint-4" / "rng_state_1.pth").exists()
     run_ranks("perce.train", "--resume", "--output_dir", str(run))
     run_ranks("perce.train", *flags, "--output_dir", str(tmp_path / "straight"))
     assert (run / ADAPTER).read_bytes() == (tmp_path / "straight" / ADAPTER).read_bytes()
+
+
+def test_several_processes_agree_a_step_later_without_a_wait():
+    """The other process receives SIGTERM in the second step."""
+    others = iter([0.0, 1.0, 1.0, 1.0])
+
+    def reduce(own, reduction):
+        assert reduction == "sum"
+        own[SIGNALS.index(signal.SIGTERM)].add_(next(others))
+        return own
+
+    accelerator = SimpleNamespace(num_processes=2, device=DEVICE, reduce=reduce)
+    interruption, control = Interruption(SimpleNamespace(accelerator=accelerator)), TrainerControl()
+    asked = []
+    with no_host_sync():
+        for step in (1, 2, 3):
+            interruption.on_step_end(None, TrainerState(global_step=step), control)
+            asked.append(control.should_save)
+    assert asked == [False, False, True]
+    with pytest.raises(Interrupted) as stopped:
+        interruption.on_save(SimpleNamespace(save_only_model=False), TrainerState(global_step=3), control)
+    assert stopped.value.signal == signal.SIGTERM and interruption.saved_step == 3
 
 
 # ---- killed while saving
