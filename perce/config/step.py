@@ -30,7 +30,9 @@ class StepConfig:
         False, "for chat templates that render the last reply in another way than earlier ones (Qwen3's adds an empty "
         "thought): all replies but the last are computed in both ways",
     )  # fmt: skip
-    per_device_train_batch_size: int = _option(1, "replies per forward pass, at least --replies")
+    per_device_train_batch_size: int | None = _option(
+        None, "replies per forward pass; default: as many as share tokens (--replies, --share_persona)"
+    )
     gradient_accumulation_steps: int | None = _option(
         None, "forward passes per optimiser step; default: as many as give 8 replies per device"
     )
@@ -62,19 +64,17 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "query", "response", "replies", "per_device_train_batch_size", "devices", "short_context", "short_stride",
+            "query", "response", "replies", "per_device_train_batch_size", "gradient_accumulation_steps", "devices",
+            "short_context", "short_stride",
         ):  # fmt: skip
-            _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, ">= 1", value)
         _require(self.replies == 1 or not self.of_documents, "replies", "1 for documents", self.replies)
-        if self.per_device_train_batch_size == 1:  # not given, or too few
-            object.__setattr__(self, "per_device_train_batch_size", self.replies)
         _require(self.replies > 1 or not self.branches, "branches", "--replies above 1 with it", self.replies)
         _require(
-            self.per_device_train_batch_size % self.replies == 0, "per_device_train_batch_size",
+            self.batch % self.replies == 0, "per_device_train_batch_size",
             f"a multiple of the {self.replies} --replies", self.per_device_train_batch_size,
         )  # fmt: skip
-        steps = self.gradient_accumulation_steps
-        _require(steps is None or steps >= 1, "gradient_accumulation_steps", ">= 1", steps)
         turns = f"{self.replies} x (query + response)" if self.replies > 1 else "query + response"
         expected = f">= {self.shortest}{'' if self.of_documents else f' ({turns} + a persona)'}"
         _require(self.context >= self.shortest, "context", expected, self.context)
@@ -83,14 +83,19 @@ class StepConfig:
         _require(self.memory_bytes() is None or self.device != "cpu", "gpu_memory", "--device cuda", "--device cpu")
 
     @property
+    def batch(self) -> int:
+        """Replies per forward pass."""
+        return self.per_device_train_batch_size or self.replies
+
+    @property
     def forwards(self) -> int:
         """Forward passes per optimiser step."""
-        return self.gradient_accumulation_steps or max(8 // self.per_device_train_batch_size, 1)
+        return self.gradient_accumulation_steps or max(8 // self.batch, 1)
 
     @property
     def sequences(self) -> int:
         """Conversations per forward pass; a reply or document that shares nothing counts as one."""
-        return self.per_device_train_batch_size // self.replies
+        return self.batch // self.replies
 
     @property
     def without_persona(self) -> int:

@@ -122,7 +122,7 @@ def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
     forward of their own, a conversation is planned as one sequence of all its branches."""
     batch, accumulates = step.sequences, step.forwards > 1
     objective, tokens = step.computed, step.context - 1
-    rows, prefix = step.per_device_train_batch_size * step.response, 0
+    rows, prefix = step.batch * step.response, 0
     conversation: dict[str, int] = {}
     copies = 0
     if options.share_persona > 1:

@@ -65,9 +65,9 @@ def make_plan(options: PlanOptions) -> Plan:
     check_positions(model_config, options)
     device, asked = resolve_device(options.step), options.model
     options = replace(options, model=with_backend(options.model, device))
-    requests = options.memory.share_persona
-    if options.step.per_device_train_batch_size == 1 and requests:  # not given, or too few
-        options = replace(options, step=replace(options.step, per_device_train_batch_size=requests))
+    if options.step.per_device_train_batch_size is None:
+        together = options.memory.share_persona or options.step.replies
+        options = replace(options, step=replace(options.step, per_device_train_batch_size=together))
     check_options(options, device)
     low, tflops = is_low_precision(options.model, device), options.step.tflops
     there = available(options, device)
@@ -258,10 +258,10 @@ def check_options(options: PlanOptions, device: str) -> None:
     requests = memory.share_persona or 1
     if requests > 1 and step.replies > 1:
         raise UserError(f"--share_persona {requests}, --replies {step.replies}: cannot be planned together. Use one.")
-    if step.per_device_train_batch_size % requests:
+    if step.batch % requests:
         raise UserError(
             f"--per_device_train_batch_size: expected a multiple of --share_persona, which is {requests}, got "
-            f"{step.per_device_train_batch_size}."
+            f"{step.batch}."
         )
     if memory.activation_offload and (device == "cpu" or not step.activation_checkpointing):
         raise UserError(
@@ -341,7 +341,7 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
         yield changed(f"--load_in_4bit {str(four).lower()}", load_in_4bit=four)
     precision = "fp32" if low else "bf16"
     yield changed(f"--precision {precision}", precision=precision)
-    batch, fewest = step.per_device_train_batch_size, max(step.replies, memory.share_persona)
+    batch, fewest = step.batch, max(step.replies, memory.share_persona)
     if batch > fewest:
         yield changed(
             f"--per_device_train_batch_size {fewest}", per_device_train_batch_size=fewest,

@@ -69,7 +69,7 @@ def _header(plan: Plan) -> list[str]:
     tokens = f"{persona:,} persona, {turn}"
     if step.replies > 1:
         computed = plan.cost.flops.tokens // step.forwards
-        batch = f"{step.per_device_train_batch_size} replies in {batch}"
+        batch = f"{step.batch} replies in {batch}"
         beside = ", earlier ones also as branches next to their copies" if step.branches else ""
         tokens = f"{persona:,} persona, {step.replies} replies of {turn}{beside}: {computed:,} are computed"
     if step.of_documents:

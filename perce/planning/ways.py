@@ -16,7 +16,7 @@ ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # else 
 def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions, int]]:
     """Ways to run this step, each with the number of its options that change what is learned."""
     step, memory, model = options.step, options.memory, options.model
-    batch = step.per_device_train_batch_size
+    batch = step.batch
     sizes = {(1, 1), (step.replies, step.replies), (batch, step.replies)}  # sequences, and replies that share
     if (requests := memory.share_persona) > 1:
         sizes = {(requests, 1), (batch, 1)}
@@ -66,7 +66,7 @@ def fastest(
         groups.setdefault((changed, way.memory.persona_grad, way.model.load_in_4bit), []).append(way)
     for _, ways in sorted(groups.items(), key=lambda group: (group[0][0], min(map(work, group[1])))):
         # One per batch size: a forward of one sequence may take more, because accumulated gradients are alive then.
-        frugal = {way.step.per_device_train_batch_size: way for way in sorted(ways, key=_frugality)}
+        frugal = {way.step.batch: way for way in sorted(ways, key=_frugality)}
         if all(peak(way) > room for way in [*frugal.values(), options]):
             continue
         for way in sorted(ways, key=lambda way: (work(way), way.memory.activation_offload, _changed(options, way))):
@@ -78,7 +78,7 @@ def fastest(
 def _frugality(way: PlanOptions) -> tuple[Any, ...]:
     step, memory = way.step, way.memory
     return (
-        -step.per_device_train_batch_size, step.activation_checkpointing, memory.activation_offload,
+        -step.batch, step.activation_checkpointing, memory.activation_offload,
         memory.branches_per_forward > 0, memory.mlp_tile > 0,
     )  # fmt: skip
 

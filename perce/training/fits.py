@@ -205,10 +205,10 @@ def _is_planned(config: TrainOptions, args: Any, model_config: Any) -> bool:
 def _said(planned: PlanOptions, needed: PeakMemory, available: int, held: int) -> str:
     step, memory = planned.step, planned.memory
     libraries = f", of which libraries take {held / GIB:,.1f}" if held else ""
-    tokens = f"{step.per_device_train_batch_size} × {step.context:,} tokens"
+    tokens = f"{step.batch} × {step.context:,} tokens"
     if step.replies > 1 or memory.share_persona > 1:
         what = "requests" if memory.share_persona > 1 else "replies"
-        tokens = f"{step.per_device_train_batch_size} {what} in {shape_of(step, memory).computed:,} tokens"
+        tokens = f"{step.batch} {what} in {shape_of(step, memory).computed:,} tokens"
     return (
         f"The largest step, {tokens} per forward pass, takes about "
         f"{needed.peak / GIB:,.1f} GiB (in the {PHASE_NAMES[needed.peak_phase][1]}), and {available / GIB:,.1f} GiB "

@@ -75,6 +75,9 @@ def test_documents_have_neither_query_nor_persona():
             "--replies 3 --per_device_train_batch_size 4",
             "per_device_train_batch_size: expected a multiple of the 3 --re",
         ),
+        ("--replies 3 --per_device_train_batch_size 1", "expected a multiple of the 3 --replies, got 1"),
+        ("--share_persona 4 --per_device_train_batch_size 1", "a multiple of --share_persona, which is 4, got 1"),
+        ("--gradient_accumulation_steps 0", "gradient_accumulation_steps: expected >= 1, got 0"),
         ("--replies 0", "replies: expected >= 1"),
         ("--branches", "branches: expected --replies above 1 with it, got 1"),
         ("--replies 2 --objective longce", "replies: expected 1 for documents, got 2"),
@@ -111,4 +114,4 @@ def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
 
 def test_a_conversation_is_planned_by_its_replies_alone():
     step = StepConfig(replies=8, query=16, response=16)
-    assert (step.per_device_train_batch_size, step.sequences, step.forwards) == (8, 1, 1)
+    assert (step.batch, step.sequences, step.forwards) == (8, 1, 1)
