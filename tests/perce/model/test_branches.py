@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perce.config.schema import ModelConfig
@@ -165,6 +167,35 @@ def test_requests_share_with_less_memory_too(architecture, options, how):
     model.train()
     shared = step(model, pairs, "branches", unit="persona", **HOW[how])
     assert largest_difference(shared, step(model, pairs, "none", **separately(HOW[how]))) < 1e-9
+
+
+def kept(function, *args, use_reentrant):
+    return function(*args)
+
+
+def as_on_a_gpu(function, *args, use_reentrant):
+    """torch's checkpoint, which keeps the random state of the devices of the tensors among its arguments, and of the
+    CPU in any case. Here the CPU is treated like any other device."""
+    given = any(isinstance(x, torch.Tensor) for x in tree_leaves(args))
+    return checkpoint(function, *args, use_reentrant=use_reentrant, preserve_rng_state=given)
+
+
+@pytest.mark.parametrize("how", ["one by one", "detached, one by one"])
+def test_dropout_of_an_adapter_is_the_same_when_requests_are_recomputed(how, monkeypatch):
+    model = add_adapter(prepared("llama"), lora_config(ModelConfig(lora_dropout=0.5))).double()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    pairs, found = requests(3), {}
+    sharing_of(model)
+    prepare_prefill(model)
+    model.train()
+    for run in (kept, as_on_a_gpu):
+        monkeypatch.setattr(prefill, "checkpoint", run)
+        torch.manual_seed(1)
+        found[run] = step(model, pairs, "branches", unit="persona", **HOW[how])
+    assert largest_difference(found[kept], found[as_on_a_gpu]) < 1e-9
 
 
 @pytest.mark.parametrize("how", ["one by one", "detached"])

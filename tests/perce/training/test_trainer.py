@@ -11,9 +11,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AttentionInterface, AutoModelForCausalLM, TrainerCallback
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, TrainerCallback
 from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from perce import DataConfig, LossConfig, MemoryConfig, PerceTrainer, UserError
 from perce.model.memory import CHECKPOINTING
@@ -76,20 +77,26 @@ def attention_that_looks(module, query, key, value, mask, position_ids=None, **k
 
 
 ONE_SEQUENCE = {"per_device_train_batch_size": 1, CHECKPOINTING: True}
+ONE_BY_ONE = {"memory": MemoryConfig(branches_per_forward=1)}
 
 
 @pytest.mark.parametrize(
     ("attention", "options"),
-    [("sdpa", {}), ("sdpa", ONE_SEQUENCE), ("looks", ONE_SEQUENCE), ("sdpa", {"loss": LossConfig(objective="entce")}),
+    [("sdpa", {}), ("sdpa", ONE_SEQUENCE), ("looks", ONE_SEQUENCE), ("looks", ONE_BY_ONE),
+     ("looks", ONE_BY_ONE | {CHECKPOINTING: True}), ("sdpa", {"loss": LossConfig(objective="entce")}),
      ("sdpa", {"memory": MemoryConfig(persona_grad="none")}), ("sdpa", {"loss": LossConfig(normalize="batch")})],
-    ids=["plain", "one by one", "flash", "entce", "persona_grad none", "normalized"],
+    ids=["plain", "checkpointing", "flash", "flash, requests", "flash, requests, checkpointing", "entce",
+         "persona_grad none", "normalized"],
 )  # fmt: skip
-def test_no_step_between_two_logs_waits_for_the_device(tmp_path, attention, options):
+def test_no_step_between_two_logs_waits_for_the_device(tmp_path, attention, options, monkeypatch):
     AttentionInterface.register("looks", attention_that_looks)
+    AttentionMaskInterface.register("looks", sdpa_mask)
+    monkeypatch.setattr("perce.model.prefill._check_attention", lambda *_: None)  # it knows flash attention by name
     model, waiting = model_for("lora"), Waiting()
     model.get_base_model().set_attn_implementation(attention)
     args = arguments(tmp_path, max_steps=4, logging_steps=4, gradient_accumulation_steps=2, **options)
-    trainer = trainer_for(model, args, pairs=PAIRS * 2)
+    pairs = [pair | {"conversation": number, "persona": number} for number, pair in enumerate(PAIRS * 2)]
+    trainer = trainer_for(model, args, pairs=pairs)
     trainer.add_callback(waiting)
     try:
         trainer.train()
