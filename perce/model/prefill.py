@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from perce.data.sharing import Forward, Spans, Trunks
 from perce.errors import UserError
+from perce.model.unpacked import known_unpacked
 
 # Besides the cache, the prefill's only memory is a chunk's activations and its mask (4 · PREFILL_CHUNK · T bytes).
 PREFILL_CHUNK = 1024
@@ -102,12 +103,14 @@ def hidden_on_trunks(
 ) -> Tensor:
     """(N, D) hidden states at `rows` of the forward passes behind the trunks, concatenated."""
 
-    def behind(cache: PrefixCache, forward: Forward) -> Tensor:
-        here, spans = slice(forward.start, forward.end), {}
+    def behind(ids: Tensor, cache: PrefixCache, forward: Forward) -> Tensor:
+        spans = {}
         if forward.spans is not None:
-            spans = {"position_ids": position_ids[:, here], **spans_arguments(forward.spans, position_ids)}
-        given = {"input_ids": input_ids[:, here], "use_cache": False, CACHE_ARGUMENT: cache}
-        return base_model(**(kwargs | given | spans))[0][0]
+            positions = position_ids[:, forward.start : forward.end]
+            spans = {"position_ids": positions, **spans_arguments(forward.spans, position_ids)}
+        given = {"input_ids": ids, "use_cache": False, CACHE_ARGUMENT: cache}
+        with known_unpacked():  # in backward too, in whose thread this is not known
+            return base_model(**(kwargs | given | spans))[0][0]
 
     has_gradient = torch.is_grad_enabled()
     fill = prefill if trunks.detached or not has_gradient else prefill_with_gradient
@@ -115,7 +118,8 @@ def hidden_on_trunks(
     outputs = []
     for trunk in trunks.trunks:
         cache = fill(base_model, input_ids[:, trunk.start : trunk.end], **kwargs)
-        outputs += [run(cache, forward) for forward in trunk.forwards]
+        # The ids are an argument because checkpoint keeps the random state of its arguments' devices only.
+        outputs += [run(input_ids[:, forward.start : forward.end], cache, forward) for forward in trunk.forwards]
     return torch.cat(outputs)[rows]
 
 
