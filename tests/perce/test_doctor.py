@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,21 @@ def test_a_gpu_that_does_not_answer_is_a_problem(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert f"stopped here   {doctor.PROBLEM}RuntimeError: CUDA driver initialization failed\n" in printed
     assert "\nenvironment\n" in printed, "the other sections follow"
+
+
+@pytest.mark.parametrize(
+    ("hip", "arch", "kind"),
+    [(None, "NVIDIA H200", "compute capability 9.0"), ("7.0", "gfx942:sramecc+", "gfx942:sramecc+")],
+)
+def test_what_kind_of_gpu_it_is(monkeypatch, hip, arch, kind):
+    """CUDA's builds of torch have gcnArchName too, and it is the name of the GPU there."""
+    facts = SimpleNamespace(name="NVIDIA H200", gcnArchName=arch, major=9, minor=0)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (130 * 2**30, 139 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    assert list(doctor.devices())[-1] == ("cuda:0", f"NVIDIA H200, 139.0 GiB (130.0 GiB free), {kind}")
 
 
 def test_a_package_that_cannot_be_imported_is_a_problem(capsys, monkeypatch):
