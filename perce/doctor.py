@@ -126,7 +126,8 @@ def devices() -> Iterator[Row]:
     for index in range(_gpus()):
         free, total = torch.cuda.mem_get_info(index)
         facts = torch.cuda.get_device_properties(index)
-        kind = getattr(facts, "gcnArchName", "") or f"compute capability {facts.major}.{facts.minor}"
+        # Builds for CUDA have gcnArchName too: the GPU's name.
+        kind = facts.gcnArchName if torch.version.hip else f"compute capability {facts.major}.{facts.minor}"
         yield f"cuda:{index}", f"{facts.name}, {total / 2**30:.1f} GiB ({free / 2**30:.1f} GiB free), {kind}"
 
 
