@@ -1,6 +1,8 @@
 """Training steps of perce's trainer and of others: `python -m benchmarks.trainers WAY PERSONA [SHAPE]`.
 
     perce          PerceTrainer, PerCE                           perce-ce   the same, cross-entropy
+    perce-waits    the same, but the host waits for the GPU as before 2026-11-29: batches from pageable memory, and a look
+                   in each forward pass whether rows are packed; on a GPU
     perce-liger    the same with Liger's kernels for norms, rotary embeddings and MLPs, on a GPU
     naive          transformers.Trainer, PerCE by its formula    naive-ce   the same, its own loss: logits of all tokens
     naive-kept     "naive" with only the response's logits, by the model's own logits_to_keep
@@ -21,9 +23,11 @@ import json
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.memory import M_MMAP_THRESHOLD
 
@@ -74,7 +78,7 @@ def train(model: Any, way: str, persona: int, shape: str, steps: int = STEPS) ->
     from perce.config.schema import ModelConfig
     from perce.model.loading import lora_config
 
-    low = shape != "deep"
+    low, waits = shape != "deep", way == "perce-waits"
     meter = StepMeter()
     rows = Dataset.from_list([pair(persona, QUERY, RESPONSE) | {"passages": [], "example": 0}] * steps)
     make = {"perce": _ours, "naive": _naive, "trl": _trl}[way.partition("-")[0]]
@@ -83,12 +87,13 @@ def train(model: Any, way: str, persona: int, shape: str, steps: int = STEPS) ->
             "output_dir": directory, "use_cpu": model.device.type == "cpu", "report_to": "none",
             "save_strategy": "no", "disable_tqdm": True, "max_steps": steps, "per_device_train_batch_size": 1,
             "learning_rate": 1e-6, "gradient_accumulation_steps": 1, "logging_steps": steps, "bf16": low,
-            "logging_first_step": True, "dataloader_pin_memory": model.device.type != "cpu", **_checkpointing(),
+            "logging_first_step": True, "dataloader_pin_memory": model.device.type != "cpu" and not waits, **_checkpointing(),
         }  # fmt: skip
         trainer = make(model, rows, arguments, lora_config(ModelConfig()) if low else None, way)
         trainer.add_callback(meter)
         try:
-            trainer.train()
+            with patch("perce.model.patch._is_unpacked", lambda *_: False) if waits else nullcontext():
+                trainer.train()
         finally:
             meter.close()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -199,7 +204,7 @@ def measured(way: str, persona: int, shape: str = "deep") -> dict[str, float] | 
 
 
 def main() -> None:
-    ways = (*WAYS, "perce-liger")
+    ways = (*WAYS, "perce-waits", "perce-liger")
     if len(sys.argv) not in (3, 4) or sys.argv[1] not in ways or (sys.argv[3:] or ["deep"])[0] not in SHAPES:
         sys.exit(f"{__doc__}\nWAY is one of: {', '.join(ways)}; SHAPE one of: {', '.join(SHAPES)}.")
     print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])))

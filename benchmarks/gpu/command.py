@@ -15,15 +15,19 @@ from pathlib import Path
 from benchmarks.gpu import STARTED, training, wheels
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.supervise import ROOT, Stage, run
+from benchmarks.gpu.tables import RACES, report
 
 RESULTS = ROOT / "benchmarks/results/gpu"
 SITE = ROOT / "build/site-packages"
+START_UP = 30.0
+"""Seconds that the first stage of a command has for imports, wheels and its own start; later stages start early."""
 CPU_TIME = 4  # stages get this many times as long with tiny sizes on two slow cores
 Stages = Callable[[str, tuple[str, ...]], list[list[Stage]]]
 
 
-def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) -> Results:
-    """Runs all stages of one command, or those of --only; `doc` is its --help."""
+def command(name: str, doc: str, stages: Stages, arguments: list[str] | None, *, at_least: str) -> Results:
+    """Runs all stages of one command, or those of --only; `doc` is its --help. Exits with an error if one of --only, or
+    without it the stage `at_least`, has measured nothing of perce."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the results (default %(default)s)")
     parser.add_argument(
@@ -53,23 +57,36 @@ def command(name: str, doc: str, stages: Stages, arguments: list[str] | None) ->
         rows = [[replace(stage, until=CPU_TIME * stage.until) for stage in row] for row in rows]
     rows = [[replace(stage, until=min(stage.until, options.seconds)) for stage in row] for row in rows]
     run(rows, results, options.device)
-    from benchmarks.gpu.tables import report
-
     print(report([results.tree]))
     print(f"\nwritten to {results.path}")
+    if missed := unmeasured(results, options.only or [at_least]):
+        sys.exit(f"{name}: perce was not measured in {', '.join(missed)}: see the reasons above")
     return results
 
 
 def in_turn(rows: list[list[Stage]], wanted: list[str]) -> list[list[Stage]]:
-    """The wanted stages, one row after the other; each row keeps the time that it was planned with."""
+    """The wanted stages, one row after the other. Each row keeps the time that it was planned with; a row that was not
+    planned as the first one, and now is, has START_UP in addition."""
     kept: list[list[Stage]] = []
     planned = end = 0.0
     for row in rows:
+        if not kept and planned:
+            end = START_UP
         own, planned = max(stage.until for stage in row) - planned, max(stage.until for stage in row)
         if row := [stage for stage in row if stage.name in wanted]:
             kept.append([replace(stage, until=stage.until + end + own - planned) for stage in row])
             end += own
     return kept
+
+
+def unmeasured(results: Results, wanted: list[str]) -> list[str]:
+    """The wanted stages in which nothing was measured, or in a race nothing of perce."""
+    measured = set()
+    for key, line in results.lines.items():
+        stage = key.split("/")[0]
+        if "reason" not in line and (stage not in RACES or ("/perce" in key and "seconds" in line)):
+            measured.add(stage)
+    return [stage for stage in wanted if stage not in measured]
 
 
 def compiler_missing() -> str | None:

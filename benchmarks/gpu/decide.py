@@ -60,10 +60,7 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    results = command("gpu_a", __doc__, stages, arguments)
-    if not any(key.startswith("ways/") and "/perce_" in key and "seconds" in line
-               for key, line in results.lines.items()):  # fmt: skip
-        sys.exit("gpu_a: perce itself was not measured: see the reasons above")
+    results = command("gpu_a", __doc__, stages, arguments, at_least="ways")
     if results.lines.get("tests/summary", {}).get("failures"):
         sys.exit("gpu_a: tests failed: see above")
 

@@ -204,6 +204,8 @@ def steps(lines: Lines, title: str, *stages: str) -> Iterator[str]:
             planned = lines.get(f"{key}/plan", {}).get("planned_bytes")
             peak = line["peak_bytes"]
             memory = [NOT_MEASURED if size is None else f"{size / 2**30:.1f}" for size in (peak, planned)]
+            if "waits" in line:
+                options.append(f"{line['waits']:g} waits per step")
             name = ", ".join([objective, f"{context} tokens", *options])
             speed = f"{line['seconds']:.2f} | {line['tokens_per_second']:.0f}"
             yield f"| {name} | {speed} | {' | '.join(memory)} |"

@@ -3,25 +3,29 @@ trained for a few steps and scored.
 
 train    all weights and LoRA in bf16 on the device, all weights in fp32 on the CPU; perce doctor's findings
 flash    sdpa, and flash-attn-4 with padded and with packed sequences
-flex     packed sequences, and requests of one persona, under flex attention; alone, because its compilation takes long
+flex     packed sequences, and requests of one persona, under flex attention; alone, because its compilation takes long.
+         Compilations that were repeated are counted
 options  options that must not change the first loss: memory, Liger's kernels, DDP, requests one by one; and
          other objectives
 
 All runs of a stage start together, each in a process of its own. Their first loss and PIR belong to the same weights
-and rows, so they may differ only by the error of bf16.
+and rows, so they may differ only by the error of bf16. A run that has not ended in time says where it was.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import child as children
 from benchmarks.gpu.child import Child, Unable, die_with_parent
+from benchmarks.gpu.results import NO_TIME
 from benchmarks.gpu.wheels import save_model
 
 STEPS = 6
@@ -69,6 +73,7 @@ LAUNCHER = {"ddp": ("torch.distributed.run", "--nproc_per_node", "1", "--master_
 """By run: the launcher of its command. Even one process forms a process group, by NCCL on a GPU."""
 MODEL = "PERCE_TINY_MODEL"
 """Environment variable: directory of the model that came with the wheels; without it, one is made here."""
+ABORTION = 2.0  # seconds that a run gets to print its stacks
 LOSS_DIFFERENCE, PIR_DIFFERENCE = 0.005, 0.003
 """Allowed differences in the first step: relative, and in nats. The model's mean PIR is 0.018, so losing it shows."""
 
@@ -80,10 +85,11 @@ class Run:
         self.started = time.monotonic()
         kept = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(2)]  # noqa: SIM115  as long as the process
         self.stdout, self.stderr = kept
-        command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+        command = [sys.executable, "-W", "ignore", "-X", "faulthandler", "-m", module, *arguments]
         self.popen = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self.stdout, stderr=self.stderr,
-            preexec_fn=die_with_parent, env=os.environ | {"OMP_NUM_THREADS": "4"},  # several run at once
+            preexec_fn=die_with_parent,
+            env=os.environ | {"OMP_NUM_THREADS": "4", "TORCH_LOGS": "recompiles"},  # several run at once
         )  # fmt: skip
 
     @property
@@ -98,6 +104,22 @@ class Run:
             words = [line for line in text.splitlines() if line.strip()]
             raise Unable(f"ended with {self.popen.returncode}: {words[-1][:300] if words else 'without a word'}")
         return round(time.monotonic() - self.started, 1)
+
+    def aborted(self) -> str:
+        """Where its main thread was when it was told to abort. The stacks of all threads go to standard error."""
+        with suppress(subprocess.TimeoutExpired):
+            self.popen.wait(ABORTION)
+        self.popen.kill()
+        text = _text_of(self.stderr)
+        print(*self.said(), text, sep="\n", file=sys.stderr)
+        *_, main = text.rpartition("(most recent call first):\n")
+        return main.split("\n", 1)[0].strip() or "before its first line of Python"
+
+    def compiled_again(self) -> dict[str, Any]:
+        """How often torch.compile has compiled a function again, and whether it gave one up; nothing if neither."""
+        text = _text_of(self.stderr)
+        again, given_up = text.count("Recompiling function"), "recompile_limit" in text
+        return {"recompilations": again, "gave_up": given_up} if again or given_up else {}
 
     def said(self) -> list[str]:
         """The lines of its standard output."""
@@ -136,7 +158,7 @@ def stage(child: Child) -> None:
             runs["score"] = Run("perce.score", "--model", model, "--limit", "8", "--jsonl", str(report))
             runs["doctor"] = Run("perce", "doctor")
         found: dict[str, dict[str, Any]] = {}
-        while runs:
+        while runs and not child.out_of_time:
             for run in [run for run, process in runs.items() if process.has_ended]:
                 process = runs.pop(run)
 
@@ -146,12 +168,16 @@ def stage(child: Child) -> None:
                         return {"said": process.said(), "seconds": seconds}
                     if run == "score":
                         return {"records": len(report.read_text(encoding="utf-8").splitlines()), "seconds": seconds}
-                    return logged(root / run) | {"seconds": seconds}
+                    return logged(root / run) | {"seconds": seconds} | process.compiled_again()
 
                 found[run] = child.measured(f"{name}/{run}", outcome) or {}
             time.sleep(0.1)
+        for process in runs.values():
+            process.popen.send_signal(signal.SIGABRT)
+        for run, process in runs.items():
+            child.line(f"{name}/{run}", reason=f"{NO_TIME}; it was at {process.aborted()}")
         for what, (ours, other) in ALIKE[name].items():
-            if found[ours] and found[other]:
+            if found.get(ours) and found.get(other):
                 child.measured(f"{name}/{what}", lambda ours=ours, other=other: compared(found[ours], found[other]))
 
 

@@ -269,7 +269,7 @@ def test_the_wanted_stages_follow_each_other_with_the_time_they_have():
     before, peers, tests = ([stage.until for stage in row] for row in rows[:3])
     kept = command.in_turn(rows, ["peers", "racecheck", "tests"])
     assert [[stage.name for stage in row] for row in kept] == [["peers"], ["tests", "racecheck"]]
-    assert [row[0].until for row in kept] == [peers[0] - before[0], tests[0] - before[0]]
+    assert [row[0].until - command.START_UP for row in kept] == [peers[0] - before[0], tests[0] - before[0]]
 
 
 def test_commands_without_a_gpu(monkeypatch, capsys, tmp_path):
@@ -285,9 +285,21 @@ def test_commands_without_a_gpu(monkeypatch, capsys, tmp_path):
 
 def test_the_command_ends_with_an_error_if_ours_was_not_measured(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(command, "run", lambda rows, results, device: results.put("ways/x/perce", reason="it crashed"))
-    with pytest.raises(SystemExit, match="perce itself was not measured"):
+    with pytest.raises(SystemExit, match="gpu_a: perce was not measured in ways"):
         decide.main(["--device", "cpu", "--results", str(tmp_path)])
     assert "it crashed" in capsys.readouterr().out
+
+
+def test_stages_by_name_need_only_be_measured_themselves(monkeypatch, tmp_path):
+    def run(rows, results, device):
+        results.put("personas/perce/160", seconds=1.0)
+        results.put("flex/process", reason="it crashed")
+        results.put(f"peers/trainable/{TINY[0]}/race", rounds=[])
+
+    monkeypatch.setattr(command, "run", run)
+    compare.main(["--device", "cpu", "--results", str(tmp_path), "--only", "personas"])
+    with pytest.raises(SystemExit, match="gpu_b: perce was not measured in flex, peers"):
+        compare.main(["--device", "cpu", "--results", str(tmp_path), "--only", "personas", "flex", "peers"])
 
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):

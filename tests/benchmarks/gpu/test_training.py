@@ -1,10 +1,13 @@
 """Runs of perce.train as the GPU commands start them, on a CPU."""
 
+import time
+
 import pytest
 
 pytest.importorskip("triton")
 from benchmarks.gpu import training
 from benchmarks.gpu.child import Unable
+from benchmarks.gpu.results import NO_TIME
 from tests.helpers.stages import lines_of
 
 
@@ -48,3 +51,30 @@ def test_a_run_that_fails_gives_its_last_words():
     with pytest.raises(Unable, match=r"ended with 1: .*JSONDecodeError"):
         process.check()
     assert process.has_ended
+
+
+def test_a_run_that_does_not_end_says_where_it_was(monkeypatch, capsys):
+    """As if compilation took all of the time."""
+    started = training.Run
+
+    def hangs(module, *arguments):
+        run = started("http.server", "0", "--bind", "127.0.0.1")
+        while not any("Serving" in line for line in run.said()) and not run.has_ended:
+            time.sleep(0.05)
+        return run
+
+    monkeypatch.setattr(training, "Run", hangs)
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    found = lines_of(training.stage, "flash", seconds=0.5)
+    assert found.keys() == set(training.RUNS["flash"]), "and nothing is compared"
+    for line in found.values():
+        assert line["reason"].startswith(f'{NO_TIME}; it was at File "') and "selectors.py" in line["reason"]
+    assert "(most recent call first)" in capsys.readouterr().err
+
+
+def test_compilations_that_were_repeated_are_counted(monkeypatch):
+    process = training.Run("tests.helpers.fake_stage")
+    process.popen.wait()
+    assert process.compiled_again() == {}
+    process.stderr.write("[0/1] Recompiling function f\n[0/2] Recompiling function f\nhit config.recompile_limit (8)\n")
+    assert process.compiled_again() == {"recompilations": 2, "gave_up": True}
