@@ -1,8 +1,8 @@
 """Training steps of perce's trainer and of others: `python -m benchmarks.trainers WAY PERSONA [SHAPE]`.
 
     perce          PerceTrainer, PerCE                           perce-ce   the same, cross-entropy
-    perce-waits    the same, but the host waits for the GPU as before 2026-11-29: batches from pageable memory, and a look
-                   in each forward pass whether rows are packed; on a GPU
+    perce-waits    the same, but the host waits for the GPU: for batches, which are in pageable memory, and for a look in
+                   each forward pass whether rows are packed
     perce-liger    the same with Liger's kernels for norms, rotary embeddings and MLPs, on a GPU
     naive          transformers.Trainer, PerCE by its formula    naive-ce   the same, its own loss: logits of all tokens
     naive-kept     "naive" with only the response's logits, by the model's own logits_to_keep
@@ -87,7 +87,8 @@ def train(model: Any, way: str, persona: int, shape: str, steps: int = STEPS) ->
             "output_dir": directory, "use_cpu": model.device.type == "cpu", "report_to": "none",
             "save_strategy": "no", "disable_tqdm": True, "max_steps": steps, "per_device_train_batch_size": 1,
             "learning_rate": 1e-6, "gradient_accumulation_steps": 1, "logging_steps": steps, "bf16": low,
-            "logging_first_step": True, "dataloader_pin_memory": model.device.type != "cpu" and not waits, **_checkpointing(),
+            "logging_first_step": True, "dataloader_pin_memory": model.device.type != "cpu" and not waits,
+            **_checkpointing(),
         }  # fmt: skip
         trainer = make(model, rows, arguments, lora_config(ModelConfig()) if low else None, way)
         trainer.add_callback(meter)
