@@ -6,11 +6,10 @@ loss.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.utils import ModelOutput
 
 from perce.config.schema import LossConfig
@@ -26,6 +25,7 @@ from perce.objectives import HeadCall
 from perce.training.checks import check_hooks, check_online, check_trainer, try_collated, warn_of_dropout
 from perce.training.meters import Window, evaluation
 from perce.training.parallel import found_by_first, keep_outputs_exact
+from perce.training.weights import WeightsOfCheckpoints
 
 
 @dataclass
@@ -40,7 +40,7 @@ class TokenOutput(ModelOutput):
     aux_loss: Tensor | None = None  # 0-d, the load-balancing loss of this forward pass
 
 
-class PerceMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+class PerceMixin(WeightsOfCheckpoints):
     """A base class to put before a transformers.Trainer, which makes the loss of the trainer PerCE's.
 
     The loss is the mean over the tokens of a step, from all its forward passes and processes. Logs also have `ce`,

@@ -20,6 +20,7 @@ from perce.training.best import check_first_value, evaluated_name, is_evaluated
 from perce.training.checkpoints import check_whole, damage, resume_point, save_whole, state_of
 from perce.training.divergence import check_finite, check_logged
 from perce.training.parallel import found_by_first
+from perce.training.weights import WeightsOfCheckpoints
 from perce.visible import say
 
 OF_THE_MODEL = (
@@ -35,7 +36,7 @@ def model_files(directory: Path) -> list[str]:
     return [path.relative_to(directory).as_posix() for name in OF_THE_MODEL for path in directory.glob(name)]
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(WeightsOfCheckpoints, Trainer):
     """A subclass saves what it adds to a checkpoint in `save_beside`, and reads it in `restore`."""
 
     _resumed: Path

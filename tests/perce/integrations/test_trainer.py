@@ -151,6 +151,19 @@ def test_a_step_without_a_token_to_learn_is_no_nan(tmp_path):
     assert loss == 0.0 and all((gradient == 0).all() for gradient in gradients.values())
 
 
+def test_a_mixture_is_resumed_with_its_experts(tmp_path):
+    """transformers' own Trainer would resume with those that the model was made with."""
+
+    def trainer():
+        return trainer_for(tmp_path, tiny_model("qwen3-moe"), max_steps=2, save_strategy="steps", save_steps=1)
+
+    straight, resumed = trainer(), trainer()
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for own, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
+
+
 def test_the_clip_moves_along_its_schedule(tmp_path):
     rising = LossConfig(clip_min=CLIP[0], clip_max=CLIP[1], clip_schedule="rising")
     trainer = trainer_for(tmp_path, loss=rising, learning_rate=0.0, rows=LABELLED.select(range(BATCH)), max_steps=3)

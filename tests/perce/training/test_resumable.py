@@ -1,4 +1,4 @@
-"""Weights are those of the checkpoint. Uploads: which files, when, and that no token is printed or kept."""
+"""Uploads of runs: which files, when, and that no token is printed or kept."""
 
 import pickle
 from concurrent.futures import Future
@@ -6,80 +6,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
-from transformers import TrainerCallback
 
 from perce.config.commands import parse_args
-from perce.errors import UserError
 from perce.training.card import CARD
-from tests.helpers.architectures import tiny
-from tests.helpers.tiny import tiny_model
-from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
+from tests.helpers.trainers import arguments, model_for, trainer_for
 from tests.helpers.training import fails
 
 TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ01234567"
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
          "chat_template.jinja"}  # fmt: skip
 PRIVATE = ("report.html", "before.pt", "held_out.json", "config.yaml", "run.json", "trainer_state.json")
-
-
-class WeightsOf(TrainerCallback):
-    """The weights at the end of one step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.step:
-            self.weights = weights_of(model)
-
-
-def weights_of(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def differing(one, other):
-    return [name for name in one if not torch.equal(one[name], other[name])]
-
-
-def architecture_of(name):
-    if name != "gemma3 with images":
-        return tiny_model(name)
-    model = tiny("gemma3")
-    model.config.text_config.final_logit_softcapping = None
-    return model
-
-
-@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3-moe", "gemma3 with images"])
-def test_weights_are_those_of_the_checkpoint_whatever_they_are_called_there(tmp_path, name):
-    """transformers writes experts one by one, and a language model with images under other names than it has."""
-
-    def trainer_of(steps):
-        args = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
-        return trainer_for(architecture_of(name), args, PAIRS[:8])
-
-    straight, resumed, second = trainer_of(3), trainer_of(3), WeightsOf(2)
-    straight.add_callback(second)
-    straight.train()
-    expected = weights_of(straight.model)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert differing(weights_of(resumed.model), expected) == []
-    assert len(differing(second.weights, expected)) > 5
-    resumed.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
-    resumed._load_best_model()
-    assert differing(weights_of(resumed.model), second.weights) == []
-
-
-def test_a_checkpoint_without_some_of_the_weights_is_not_resumed(tmp_path):
-    args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    trainer_for(tiny_model("llama"), args, PAIRS[:8]).train()
-    checkpoint = tmp_path / "checkpoint-1"
-    deeper = tiny_model("llama", num_hidden_layers=3)
-    with pytest.raises(UserError, match=r"checkpoint-1.*lacks .*model\.layers\.2"):
-        trainer_for(deeper, args, PAIRS[:8]).train(resume_from_checkpoint=str(checkpoint))
 
 
 @pytest.fixture
