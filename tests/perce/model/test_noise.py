@@ -5,7 +5,7 @@ import torch
 import transformers
 from peft import BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig
 
-from perce import LossConfig, UserError, disable_dropout
+from perce import LossConfig, MemoryConfig, UserError, disable_dropout
 from perce.model.loading import add_adapter
 from perce.model.patch import prepare_model
 from tests.helpers.architectures import tiny, tiny_config
@@ -55,6 +55,13 @@ def test_noisy_embeddings_are_for_weights_that_are_estimated_without(tmp_path, o
         arguments(tmp_path, loss=LossConfig(objective=objective), neftune_noise_alpha=5.0)
     for loss in (LossConfig(objective="ce"), LossConfig(estimate="epoch"), LossConfig(objective="random")):
         arguments(tmp_path, loss=loss, neftune_noise_alpha=5.0)
+
+
+@pytest.mark.parametrize("memory", [{"persona_grad": "none"}, {"branches_per_forward": 1}])
+def test_noisy_embeddings_are_not_for_personas_that_run_by_themselves(tmp_path, memory):
+    """The noise depends on the number of tokens of a row, and the parts of a sequence are rows of their own there."""
+    with pytest.raises(UserError, match=r"neftune_noise_alpha.*(persona_grad=none|branches_per_forward)"):
+        arguments(tmp_path, loss=LossConfig(objective="ce"), neftune_noise_alpha=5.0, memory=MemoryConfig(**memory))
 
 
 @pytest.mark.parametrize(

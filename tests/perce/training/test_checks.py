@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import TrainingArguments
 
-from perce import MemoryConfig, PerceTrainer, UserError
+from perce import LossConfig, MemoryConfig, PerceTrainer, UserError
 from perce.model.patch import prepare_model
 from perce.training.checks import check_context, check_sharding
 from tests.helpers.architectures import CONFIGS
@@ -143,3 +143,30 @@ def test_scores_of_all_pairs_are_looked_for_in_attention_alone(architecture):
     config = CONFIGS[architecture]()
     config._attn_implementation = "eager"
     check_context([{"input_ids": [1] * 40_000}], "train_dataset", config, MemoryConfig(), 2**20)
+
+
+DOCUMENT = {"input_ids": [5, 6, 7, 8], "response_length": 3, "personal": [False] * 3, "windows": [[0, 4, 3]]}
+
+
+@pytest.mark.parametrize("made", [list, Dataset.from_list], ids=["list", "dataset"])
+@pytest.mark.parametrize("memory", [DETACHED, MemoryConfig(branches_per_forward=1), MemoryConfig(share_persona=2)])
+def test_documents_have_no_persona_that_runs_by_itself(tmp_path, memory, made):
+    args = arguments(tmp_path, loss=LossConfig(objective="ce"), memory=memory)
+    with pytest.raises(UserError, match=r"train_dataset: .* needs rows with a persona, and these are documents"):
+        PerceTrainer(model_for("full"), args, made([DOCUMENT] * 4), processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("made", [list, Dataset.from_list], ids=["list", "dataset"])
+def test_documents_and_dialogues_are_not_mixed(tmp_path, made):
+    args = arguments(tmp_path, loss=LossConfig(objective="ce"))
+    with pytest.raises(UserError, match="train_dataset: has documents as well as examples with a persona"):
+        PerceTrainer(model_for("full"), args, made([PAIRS[0], DOCUMENT]), processing_class=tiny_tokenizer())
+
+
+def test_pairs_whose_columns_are_not_known_are_pairs(tmp_path):
+    stream = Dataset.from_list(PAIRS[:4]).to_iterable_dataset().map(lambda pair: pair)
+    assert stream.column_names is None
+    args = arguments(tmp_path, max_steps=1)
+    trainer = PerceTrainer(model_for("full"), args, stream, processing_class=tiny_tokenizer())
+    trainer.train()
+    assert trainer.state.global_step == 1

@@ -35,6 +35,17 @@ def test_estimates_are_of_the_epoch_and_their_seconds_are_counted(tmp_path):
     assert 0 < trainer.estimation_clock.seconds() < trainer.training_seconds and trainer.estimates.epoch == 2
 
 
+@pytest.mark.parametrize("estimate", ["epoch", "frozen"])
+def test_a_run_does_not_begin_with_the_estimates_of_an_earlier_one(tmp_path, estimate):
+    _, trainer = losses(tmp_path, estimate, steps=1, clip_schedule="constant")
+    first = trainer.estimates
+    trainer.estimate(0)
+    expected, trainer.estimates = trainer.estimates, first
+    trainer.train()
+    assert not torch.equal(first.signal, expected.signal)
+    assert torch.equal(trainer.estimates.signal, expected.signal)
+
+
 def test_a_schedule_moves_the_clip_of_estimates_too(tmp_path):
     epoch, online = (
         losses(tmp_path / estimate, estimate, clip_schedule="falling")[0] for estimate in ("epoch", "online")
