@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import pyarrow.compute
 import xxhash
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets import List as ListOf
 from datasets.arrow_writer import ArrowWriter
 from filelock import FileLock
@@ -154,6 +154,14 @@ def pairs_digest(dataset: Any) -> str | None:
     if (weights != 1).any():
         digest.update(weights.tobytes())
     return digest.hexdigest()
+
+
+def columns_of(dataset: Any) -> set[str]:
+    """The columns of a dataset or list of rows or of pairs; those of its first row if nothing else tells them."""
+    names = getattr(dataset, "column_names", None)
+    if names is None and isinstance(dataset, list | IterableDataset):
+        names = next(iter(dataset), None)
+    return {*(names or ())}
 
 
 def numbers(dataset: Dataset, name: str) -> np.ndarray:

@@ -137,6 +137,11 @@ class PerceArguments(TrainingArguments):
                 "one, and would bias every PIR. Leave it out, or use --estimate epoch or frozen, whose weights are "
                 "estimated without noise."
             )
+        if self.neftune_noise_alpha and self.memory.on_trunks:
+            raise UserError(
+                "neftune_noise_alpha: the noise depends on the length of a row, and with persona_grad=none or "
+                "branches_per_forward a sequence is run in parts. Leave one of them out."
+            )
         # Liger is patched in when training begins. Its loss would replace the forward that holds ours, and its MLPs
         # would replace our tiles; its other kernels are allowed.
         off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)

@@ -16,7 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
 from perce.config.schema import LossConfig, MemoryConfig
-from perce.data.dataset import pieces_of, sequence_lengths
+from perce.data.dataset import columns_of, pieces_of, sequence_lengths
 from perce.data.documents import DocumentBuilder
 from perce.data.marked import PersonaCollator, collate_pairs
 from perce.data.stream import PairStream
@@ -276,11 +276,22 @@ def check_gradients(trainer: Trainer) -> None:
         )
 
 
+def _some_have_a_persona(dataset: Any) -> bool:
+    """Whether some pairs have a persona and others have none. Of a stream it is not known."""
+    if isinstance(dataset, list):
+        return len({pair.get("persona_span") is None for pair in dataset}) > 1
+    if not isinstance(dataset, Dataset) or "persona_span" not in dataset.column_names:
+        return False
+    return any(column.null_count for column in pieces_of(dataset, "persona_span"))
+
+
 def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, max_length: int) -> None:
     """UserError for sequences that are too long for the model's positions, or for attention that builds T × T."""
-    documents = "windows" in (getattr(dataset, "column_names", None) or ())
+    documents = "windows" in columns_of(dataset)
     if isinstance(dataset, PairStream):
         documents = isinstance(dataset.source.builder, DocumentBuilder)
+    if _some_have_a_persona(dataset):
+        raise UserError(f"{name}: has documents as well as examples with a persona. Expected one of them.")
     if (memory.on_trunks or memory.share_persona) and documents:
         options = {
             "persona_grad=none": memory.persona_grad == "none", "share_persona": memory.share_persona,

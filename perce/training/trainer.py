@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from perce.data.batch import Batch, collate
-from perce.data.dataset import rows_dataset_pairs, sequence_lengths
+from perce.data.dataset import columns_of, rows_dataset_pairs, sequence_lengths
 from perce.data.sharing import Sharing
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
@@ -421,8 +421,7 @@ def _is_raw(dataset: Any) -> bool:
     """Whether a dataset holds rows that are not tokenised yet; a string names a dataset that the Trainer has."""
     if dataset is None or isinstance(dataset, str):
         return False
-    columns = getattr(dataset, "column_names", None) or (dataset[0].keys() if isinstance(dataset, list) else ())
-    return "response_length" not in columns
+    return "response_length" not in columns_of(dataset)
 
 
 def _gather_dicts(own: Mapping[int, Any]) -> Mapping[int, Any]:

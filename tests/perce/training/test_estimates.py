@@ -37,7 +37,11 @@ def test_estimates_are_of_the_epoch_and_their_seconds_are_counted(tmp_path):
 
 @pytest.mark.parametrize("estimate", ["epoch", "frozen"])
 def test_a_run_does_not_begin_with_the_estimates_of_an_earlier_one(tmp_path, estimate):
-    _, trainer = losses(tmp_path, estimate, steps=1, clip_schedule="constant")
+    args = arguments(
+        tmp_path, max_steps=1, warmup_steps=0, per_device_train_batch_size=STEP, loss=loss_config(estimate)
+    )
+    trainer = trainer_for(model_for("full"), args)
+    trainer.train()
     first = trainer.estimates
     trainer.estimate(0)
     expected, trainer.estimates = trainer.estimates, first
