@@ -1,8 +1,8 @@
 """Training steps of perce's trainer and of others: `python -m benchmarks.trainers WAY PERSONA [SHAPE]`.
 
     perce          PerceTrainer, PerCE                           perce-ce   the same, cross-entropy
-    perce-waits    the same, but the host waits for the GPU: for batches, which are in pageable memory, and for a look in
-                   each forward pass whether rows are packed
+    perce-waits    the same, but the host waits for the GPU: for batches, which are in pageable memory, and for a look
+                   in each forward pass whether rows are packed
     perce-liger    the same with Liger's kernels for norms, rotary embeddings and MLPs, on a GPU
     naive          transformers.Trainer, PerCE by its formula    naive-ce   the same, its own loss: logits of all tokens
     naive-kept     "naive" with only the response's logits, by the model's own logits_to_keep

@@ -1,4 +1,4 @@
-"""The second command on a GPU: other libraries, the tests, and long steps. At most 24 minutes; in parts with --only.
+"""The second command on a GPU: other libraries, the tests, and long steps. At most 27 minutes; in parts with --only.
 
     trainers       steps of Qwen3-8B's shape by a plain Trainer, TRL's and ours, at 8k and 32k tokens
     peers          all that need no CuTe DSL, trainable head at all sizes, then frozen; each timed in turn with ours
@@ -8,6 +8,7 @@
     liger_cutedsl  likewise; both take long to compile, and may print nothing for two minutes if the time allows
     attention      steps at 32k tokens with PyTorch's attention and with flash-attn-4
     personas       steps on eight requests for one persona of 8k tokens, together and one by one
+    lengths        what attention costs at lengths that it has not seen before, by itself and in steps
     flex           perce.train under flex attention
     long, longest  one step at 128k tokens, and at 256k (an H200's memory), with a gradient through all of them
 
@@ -26,6 +27,8 @@ from benchmarks.gpu.supervise import Stage
 
 CUTE = {"quack": ["quack", "quack_exact"], "liger_cutedsl": ["liger_cutedsl"]}
 """Stages of peers that need the CuTe DSL."""
+EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""For a step that needs nearly all of the memory, which fragments might not leave in one piece."""
 WORKERS = 12
 ROUNDS = 4
 
@@ -40,23 +43,24 @@ def stages(device: str, fakes: tuple[str, ...] = ()) -> list[list[Stage]]:
     both = {"heads": ["trainable"], "sizes": 2} | side
     cute = [
         [Stage(name, race, until, 120, options={"peers": ["perce", *peers]} | both)]
-        for (name, peers), until in zip(CUTE.items(), (555, 600), strict=True)
+        for (name, peers), until in zip(CUTE.items(), (615, 660), strict=True)
     ]
     peers = {"peers": [*others, *fakes], "heads": list(HEADS), "rounds": ROUNDS} | side
     return [
-        [Stage("trainers", "benchmarks.gpu.trainers", 180, inf)],
-        [Stage("peers", race, 340, 45, options=peers)],
+        [Stage("trainers", "benchmarks.gpu.trainers", 240, inf)],
+        [Stage("peers", race, 400, 45, options=peers)],
         [
-            Stage("tests", "benchmarks.gpu.suite", 500, 90, grace=18, options=tests),
-            *(Stage(tool, "benchmarks.gpu.sanitizer", 500, inf) for tool in TOOLS),
-            *(Stage(name, "benchmarks.gpu.training", 500, inf) for name in ("options", "flash")),
+            Stage("tests", "benchmarks.gpu.suite", 560, 90, grace=18, options=tests),
+            *(Stage(tool, "benchmarks.gpu.sanitizer", 560, inf) for tool in TOOLS),
+            *(Stage(name, "benchmarks.gpu.training", 560, inf) for name in ("options", "flash")),
         ],
         *cute,
-        [Stage("attention", "benchmarks.gpu.steps", 675, inf)],
-        [Stage("personas", "benchmarks.gpu.steps", 755, inf)],
-        [Stage("flex", "benchmarks.gpu.training", 995, inf)],
-        [Stage("long", "benchmarks.gpu.steps", 1095, inf)],
-        [Stage("longest", "benchmarks.gpu.steps", 1415, inf)],
+        [Stage("attention", "benchmarks.gpu.steps", 735, inf)],
+        [Stage("personas", "benchmarks.gpu.steps", 825, inf)],
+        [Stage("lengths", "benchmarks.gpu.lengths", 905, inf)],
+        [Stage("flex", "benchmarks.gpu.training", 1145, inf)],
+        [Stage("long", "benchmarks.gpu.steps", 1265, inf)],
+        [Stage("longest", "benchmarks.gpu.steps", 1585, inf, environment=EXPANDABLE)],
     ]
 
 

@@ -24,7 +24,7 @@ START = 3.0
 """Seconds, assumed, until a process on a GPU is ready, although it was started ahead of time."""
 STEP_FLOPS = 0.4 * H100.flops
 """Assumed for whole training steps."""
-LIMITS = {"gpu_a": 275, "gpu_b": 1015}
+LIMITS = {"gpu_a": 290, "gpu_b": 1585}
 
 
 def loss_seconds(size: Size, way: str = "fused", head: str = "trainable") -> float:
@@ -96,14 +96,19 @@ def of_profiles() -> float:
 
 
 def of_steps(stage: str) -> float:
-    """LoRA with checkpointing: products worth three forwards, and attention over the lower triangle. Without a gradient
-    through the persona, products worth one forward.
+    """LoRA with checkpointing: products worth three forwards, and attention over the lower triangle; for a persona
+    without a gradient, products worth one forward. Requests read the persona, which is computed once.
     """
     parameters, layers, width, total = 8.2e9, 36, 4096, 0.0
     cases = steps.CASES[stage]["cuda"]
+    request = sum(steps.QUERY_AND_RESPONSE["cuda"])
     for case in cases:
-        forwards, attention = (3, 3.5) if case.persona_grad == "full" else (1, 1)
-        flop = 2 * forwards * parameters * case.context + attention * 2 * layers * width * case.context**2
+        persona, behind = case.context - request, case.requests * request
+        of_persona = (3, 3.5) if case.persona_grad == "full" else (1, 1)
+        of_requests = (4, 4.5) if case.branches_per_forward else (3, 3.5)
+        tokens = of_persona[0] * persona + of_requests[0] * behind
+        pairs = of_persona[1] * persona**2 / 2 + of_requests[1] * behind * (persona + request / 2)
+        flop = 2 * parameters * tokens + 4 * layers * width * pairs
         total += (3 if case.context == steps.SHORT["cuda"] else 1) * flop / STEP_FLOPS
     return total
 
@@ -113,7 +118,7 @@ DEVICE = {
     **{name: partial(of_steps, name) for name in steps.CASES},
     "ways": lambda: of_races(HEADS, 2.0, decide.ROUNDS, decide.CHECKED_ROWS),
 }  # fmt: skip
-BOUNDED = ("trainers", "peers", *compare.CUTE, "tests", "options", "flash", *compare.TOOLS)
+BOUNDED = ("trainers", "peers", *compare.CUTE, "tests", "options", "flash", "lengths", "flex", *compare.TOOLS)
 """Stages that are limited only by their end; other stages of the same row must still fit."""
 
 

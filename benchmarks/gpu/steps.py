@@ -2,8 +2,8 @@
 
 They measure seconds of forward and backward of one batch, tokens of its examples per second, and the allocator's peak,
 to compare with the peak by perce.plan. Plans are made meanwhile in a process of their own, and come last. Steps at the
-shortest context are warmed up and repeated. At longer contexts a single step is timed: it takes seconds, so the extra
-cost of a first step does not matter.
+shortest context are warmed up and repeated. At longer contexts a single step is timed, because it takes seconds; what
+a first step costs in addition is in it (lengths.py measures the part of attention).
 
 steps             PerCE and cross-entropy at 8k and 32k, without a gradient through the persona at 128k
 long, longest     one step at 128k, and at 256k, with a gradient through all tokens
@@ -12,6 +12,7 @@ personas          eight requests for one persona of 8k: together, one by one, ea
 """
 
 import tempfile
+import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
@@ -212,7 +213,7 @@ def kernels(steps: Steps, case: Case) -> dict[str, Any]:
 
 
 def stage(child: Child) -> None:
-    """Measures every case, then prints the plans and the kernels of the first case."""
+    """Measures every case, then prints the kernels of the first case and the plans."""
     name, device = child.request.stage, child.request.device
     cases = CASES[name][device]
     with (
@@ -235,12 +236,13 @@ def stage(child: Child) -> None:
             child.measured(
                 f"{name}/{case}", lambda case=case, repetitions=repetitions: measured(child, steps, case, repetitions)
             )
+        if cases[0].context == SHORT[device]:
+            child.measured(f"{name}/{cases[0]}/kernels", lambda: kernels(steps, cases[0]))
         for case, future in plans.items():
             key = f"{name}/{case}/plan"
             if not child.out_of_time or future.done():
-                child.line(key, **child.attempt(lambda future=future: future.result()))
-        if cases[0].context == SHORT[device]:
-            child.measured(f"{name}/{cases[0]}/kernels", lambda: kernels(steps, cases[0]))
+                left = max(0.0, child.until - time.monotonic())
+                child.line(key, **child.attempt(lambda future=future, left=left: future.result(left)))
         pool.shutdown(wait=False, cancel_futures=True)
 
 

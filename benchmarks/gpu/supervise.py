@@ -42,6 +42,7 @@ class Stage:
     patience: float = 30.0
     grace: float = GRACE
     options: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def environment(device: str) -> dict[str, str]:
@@ -61,7 +62,7 @@ class Process:
         self.popen = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", stage.module, "-", device], cwd=ROOT, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.stderr, text=True, encoding="utf-8", start_new_session=True,
-            env=environment(device),
+            env=environment(device) | stage.environment,
         )  # fmt: skip
         self.heard: queue.Queue[str | None] = queue.Queue()
         self.alive.add(self)

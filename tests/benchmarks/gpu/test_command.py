@@ -134,7 +134,7 @@ def test_the_schedule_holds_every_stage_to_its_time(tmp_path, capsys):
         files[-1].write_text(json.dumps({"command": command, "lines": lines}))
     schedule.main([*map(str, files), "--compile", "24"])
     text = capsys.readouterr().out
-    assert "| train + compile | 4 | 2 | 65 |" in text and "**sum**, limit 275" in text
+    assert "| train + compile | 4 | 2 | 65 |" in text and "**sum**, limit 290" in text
     assert "| tests + memcheck + racecheck + options + flash | 0 | 142 | 142 |" in text, "bounded by its end"
     with pytest.raises(SystemExit, match=r"more time is needed than there is: gpu_a, train \+ compile"):
         schedule.main([*map(str, files), "--compile", "900"])

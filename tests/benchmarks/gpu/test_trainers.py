@@ -13,8 +13,12 @@ from tests.helpers.stages import lines_of
 @pytest.mark.slow
 def test_steps_by_other_trainers():
     found = lines_of(trainers.stage, "trainers")
-    assert found.keys() == {f"{way}/300" for way in trainers.WAYS}
-    lines = {way: found[f"{way}/300"] for way in ("perce", "perce-ce", "naive-ce", "naive-kept", "naive")}
+    again = {f"{way}/300, again" for way in ("perce", "perce-ce", "perce-waits")}
+    assert found.keys() == {f"{way}/300" for way in trainers.WAYS} | again
+    assert list(found)[:4] == ["perce/300", "perce-ce/300", "perce-waits/300", "perce/300, again"], "in turn"
+    lines = {
+        way: found[f"{way}/300"] for way in ("perce", "perce-ce", "perce-waits", "naive-ce", "naive-kept", "naive")
+    }
     for way, line in lines.items():
         assert line["seconds"] > 0 and line["peak_bytes"] >= line["peak_extra_bytes"]
         of_the_same_loss = lines["perce-ce" if way.endswith("-ce") else "perce"]

@@ -1,0 +1,23 @@
+"""What new lengths cost, on a tiny double of the model."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from benchmarks.gpu import lengths
+from tests.helpers.stages import lines_of
+
+
+def test_new_lengths_are_compared_with_one():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    found = lines_of(lengths.stage, "lengths")
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    kernels = ("all kernels", "without cuDNN")
+    assert found.keys() == {
+        *(f"attention/{kind}/{name}" for kind in ("causal", "mask") for name in kernels),
+        *(f"steps/{what}/{name}" for what in ("one length", "all lengths") for name in kernels),
+    }
+    for key, line in found.items():
+        assert line["seconds"] > 0
+        count = line["steps"] if key.startswith("steps") else len(line["each"])
+        assert count == len(lengths.LENGTHS["cpu"])
