@@ -1,5 +1,6 @@
 """Arguments of the op: errors that name them, and the user's autocast."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,6 +65,19 @@ BAD_ARGUMENTS = [
 def test_bad_argument_is_a_value_error_that_names_it(named, change):
     with pytest.raises(ValueError, match=f"{named}.*got|got {named}$"):
         fused_perce_loss(**make_inputs().kwargs() | change)
+
+
+@pytest.mark.parametrize("name", ["hidden", "lm_head", "target", "hidden_cf", "bias", "seq_id"])
+def test_what_is_no_tensor_is_named(name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected a tensor, got list"):
+        fused_perce_loss(**make_inputs().kwargs() | {name: [1.0]})
+    with pytest.raises(ValueError, match=r"^lm_head: expected a tensor, got Linear\. Pass its \.weight"):
+        fused_perce_loss(**make_inputs().kwargs() | {"lm_head": torch.nn.Linear(2, 3)})
+    if name in ("hidden", "lm_head", "target", "bias"):
+        inputs = make_inputs()
+        given = {"hidden": inputs.hidden, "lm_head": inputs.lm_head, "target": inputs.target}
+        with pytest.raises(ValueError, match=rf"^{name}: expected a tensor, got ndarray"):
+            token_logprobs(**given | {name: np.ones(3)})
 
 
 @pytest.mark.parametrize("backend", EACH)

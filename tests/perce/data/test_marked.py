@@ -2,6 +2,7 @@
 
 from itertools import chain
 
+import pandas
 import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
@@ -98,3 +99,11 @@ def test_rows_of_any_format_are_labelled():
         labelled([rows[0] | {"weight": 0.5}, rows[0]], TOKENIZER)
     with pytest.raises(UserError, match="row 1"):
         labelled([{"persona": "I keep bees."}], TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    "rows", ["rows.jsonl", None, {"persona": ["I keep bees."]}, pandas.DataFrame({"persona": ["B."]})]
+)
+def test_what_are_no_rows_is_named(rows):
+    with pytest.raises(UserError, match=f"rows: expected a Dataset or a list of rows, got {type(rows).__name__}"):
+        labelled(rows, TOKENIZER)

@@ -341,7 +341,9 @@ def test_arguments_may_be_left_out_and_a_dataset_may_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="`train_dataset` is required"):
         PerceSFTTrainer(tiny_model(), config_for(tmp_path), processing_class=TOKENIZER)
-    rows = Dataset.from_list(rows_of("completion", 4))
+    with pytest.raises(UserError, match="train_dataset: expected at least one row"):
+        PerceSFTTrainer(tiny_model(), config_for(tmp_path), train_dataset=[], processing_class=TOKENIZER)
+    rows = rows_of("completion", 4)  # a list, as it may be
     own = PerceSFTConfig.__post_init__
 
     def on_a_cpu(config):

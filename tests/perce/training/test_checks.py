@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -170,3 +171,9 @@ def test_pairs_whose_columns_are_not_known_are_pairs(tmp_path):
     trainer = PerceTrainer(model_for("full"), args, stream, processing_class=tiny_tokenizer())
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_a_table_of_another_library_is_no_dataset(tmp_path):
+    frame = pandas.DataFrame({"persona": ["I keep bees."], "query": ["Tonight?"], "response": ["No."]})
+    with pytest.raises(UserError, match=r"train_dataset: expected a Dataset or a list of rows, got DataFrame"):
+        PerceTrainer(model_for("full"), arguments(tmp_path), frame, processing_class=tiny_tokenizer())

@@ -125,6 +125,8 @@ def test_changed_data_and_lost_estimates_are_refused(tmp_path):
 def test_what_cannot_be_estimated_beforehand(tmp_path):
     with pytest.raises(UserError, match="online with --objective ce"):
         LossConfig(objective="ce", estimate="epoch")
+    with pytest.raises(UserError, match="normalize: expected none with --objective ce, whose weights are 1"):
+        LossConfig(objective="ce", normalize="batch")
     with pytest.raises(UserError, match="clip_schedule: expected constant with --objective ce, whose weights are 1"):
         LossConfig(objective="ce", clip_schedule="rising")
     args = arguments(tmp_path, loss=loss_config("epoch"))
