@@ -98,6 +98,10 @@ def fused_perce_loss(
             vjp, jvp, vmap, …) that reach hidden, lm_head or bias. torch.vmap over the other inputs is exact.
     """
     _check_options(contrast=contrast, normalize=normalize, reduction=reduction)
+    _check_tensors(
+        hidden=hidden, lm_head=lm_head, target=target, hidden_cf=hidden_cf, logp_cf=logp_cf, token_weight=token_weight,
+        bias=bias, seq_id=seq_id,
+    )  # fmt: skip
     backend = resolve_backend(backend, hidden.device, group)
     _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
     hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
@@ -171,6 +175,7 @@ def token_logprobs(
     Raises:
         ValueError, RuntimeError: as in `fused_perce_loss`.
     """
+    _check_tensors(hidden=hidden, lm_head=lm_head, target=target, bias=bias)
     backend = resolve_backend(backend, hidden.device, group)
     _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
     hidden, lm_head, _, bias = _autocast(hidden, lm_head, None, bias)
@@ -259,6 +264,13 @@ def _check_options(**options: str) -> None:
 
 def _quoted(choices: tuple[str, ...]) -> str:
     return ", ".join(f'"{choice}"' for choice in choices)
+
+
+def _check_tensors(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and (value is not None or name in ("hidden", "lm_head", "target")):
+            remedy = ". Pass its .weight" if isinstance(value, torch.nn.Module) else ""
+            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}{remedy}")
 
 
 def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group) -> None:

@@ -261,7 +261,7 @@ class LossConfig(WeightingConfig):
         _require(coefficient is None or 0 <= coefficient < float("inf"), "router_aux_loss_coef", ">= 0", coefficient)
         for name in ("short_context", "short_stride"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        for name, default in (("estimate", "online"), ("clip_schedule", "constant")):
+        for name, default in (("estimate", "online"), ("clip_schedule", "constant"), ("normalize", "none")):
             value, expected = getattr(self, name), f"{default} with --objective {self.objective}, whose weights are 1"
             _require(value == default or self.entry.signal is not None, name, expected, value)
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import marshal
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,13 @@ def _cached(directory: Path) -> Dataset | None:
 def rows_dataset_pairs(
     dataset: Any, name: str, tokenizer: Any, config: DataConfig, loss: LossConfig = PERCE
 ) -> Dataset:  # fmt: skip
-    """Pairs of a `datasets.Dataset` (or a list) of raw rows in any supported format."""
+    """Pairs of a `datasets.Dataset` (or a list) of raw rows in any supported format. UserError for what is neither."""
+    other = isinstance(dataset, str | Mapping) or hasattr(dataset, "columns")  # as tables of pandas and polars have
+    if other or not (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
+        raise UserError(
+            f"{name}: expected a Dataset or a list of rows, got {type(dataset).__name__}. datasets.load_dataset and "
+            "Dataset.from_pandas make one."
+        )
     source = Source(name, name, lambda: ((f" row {number}", row) for number, row in enumerate(dataset, start=1)))
     examples = Examples(source, Reading.of(config))
     read = examples.all  # the format is known from here on

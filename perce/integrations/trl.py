@@ -9,6 +9,7 @@ from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+from datasets import Dataset
 from transformers import ProcessorMixin
 
 from perce.config.options import option
@@ -67,6 +68,10 @@ class PerceSFTTrainer(PerceMixin, SFTTrainer):
             raise UserError(f"args: expected a PerceSFTConfig, got {type(args).__name__}.")
         if kwargs.get("formatting_func"):
             raise UserError("formatting_func: would leave out the persona. Give rows in one of TRL's formats.")
+        if isinstance(train_dataset, list):
+            train_dataset = Dataset.from_list(train_dataset)
+        if isinstance(train_dataset, Dataset) and not len(train_dataset):
+            raise UserError("train_dataset: expected at least one row, got none.")
         if images := {"image", "images"} & {*(get_dataset_column_names(train_dataset) if train_dataset else [])}:
             raise UserError(f"train_dataset: expected texts only, got a column {images.pop()}.")
         super().__init__(model, args, train_dataset=train_dataset, loss=args.loss, backend=args.backend, **kwargs)
