@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from perce import UserError
@@ -52,6 +53,18 @@ def test_adapters_that_would_be_misread_are_refused(scored, tmp_path, config, re
     get_peft_model(AutoModelForCausalLM.from_pretrained(path), config).save_pretrained(tmp_path / "adapter")
     err = scored("--model", tmp_path / "adapter", code=2).err
     assert reason in err and "Merge it into its base" in err and str(tmp_path / "adapter") in err
+
+
+def test_an_adapter_whose_weights_are_not_all_in_its_file_is_refused(gemma, scored, tmp_path):
+    """PEFT would leave them as it begins them: without an effect."""
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(gemma), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "layers.1." not in name}, file)
+    err = scored("--model", tmp_path, code=2).err
+    assert f"--model {tmp_path}: " in err and "missing adapter keys" in err and "model.layers.1." in err
 
 
 def test_an_adapter_is_not_rounded_into_a_bf16_base(gemma, tmp_path, monkeypatch):
