@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -171,7 +172,9 @@ def _with_adapter(model: Any, path: str) -> Any:
     from peft import PeftModel
 
     try:
-        wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")  # PEFT leaves these without an effect
+            wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
     except Exception as error:  # a damaged file may raise anything
         raise UserError(
             f"--model {path}: the adapter is damaged or does not fit its base model ({first_line(error)}). Restore it, "
