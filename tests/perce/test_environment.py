@@ -112,7 +112,7 @@ def test_what_perce_wrote_or_is_empty_is_replaced(scored, gemma, tmp_path, monke
         Path(name).touch()
     for _ in range(2):
         scored("--output", "s.html", "--summary", "s.json", "--jsonl", "s.jsonl", "--export", "swift")
-        flags = ("--model", gemma, "--tflops", 1, "--context", 50, "--json", "p.json")
+        flags = ("--model", gemma, "--tflops", 1, "--context", 1000, "--json", "p.json")
         printed_by(plan.main, capsys)(*flags)
         flags = ("--model", gemma, "--limit", 2, "--generate", "false", "--output", "e.json")
         printed_by(evaluate.main, capsys)(*flags)
@@ -199,7 +199,7 @@ def test_a_result_is_whole_or_as_it_was(base, tmp_path, monkeypatch, capsys, com
 
 
 def test_results_go_where_a_link_leads_with_the_mode_that_was_there(scored, tmp_path):
-    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "real.json").write_text("")
     (tmp_path / "real.json").chmod(0o600)
     (tmp_path / "link.json").symlink_to("real.json")
     scored("--summary", tmp_path / "link.json", "--output", "/dev/null", "--terminal", 0)
