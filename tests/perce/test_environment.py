@@ -307,6 +307,9 @@ def test_mistyped_files_are_told_with_what_is_near(tmp_path, monkeypatch, capsys
         assert evaluate.main(argv) == 2
         err = capsys.readouterr().err
         assert f"error: {' '.join(argv)}: cannot be read" in err and f"Did you mean {near}?" in err
+    Path("recipes").mkdir()
+    assert train.main(["--config", "recipes"]) == 2
+    assert capsys.readouterr().err == "error: --config recipes: cannot be read (Is a directory).\n"
     Path("runs/x1").mkdir(parents=True)
     assert train.main(["--resume", "--output_dir", "runs/x"]) == 2
     assert "mistyped? Did you mean runs/x1?" in capsys.readouterr().err

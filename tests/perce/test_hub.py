@@ -59,19 +59,44 @@ def no_hub(monkeypatch):
         ("models/you", ["no such directory", "Hub", "Name or service not known"]),
         ("models/me-2", ["no such directory", "looked in", "Did you mean models/me-1?", "hf download"]),
         ("./x", ["no such directory"]), ("owner/name", ["no such directory", "Hub", "Name or service not known"]),
-        ("runs/x1/model.safetensors", ["a file", "Give its directory: runs/x1"]),
+        ("runs/x1/model.safetensors", ["a file", "Give its directory: /", "/runs/x1."]),
     ],
 )  # fmt: skip
 def test_a_mistyped_model_is_a_directory_that_is_not_there(path, fragments, tmp_path, monkeypatch, no_hub):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/x1/checkpoint-8").mkdir(parents=True)
     (tmp_path / "models/me-1").mkdir(parents=True)
-    (tmp_path / "runs/x1/model.safetensors").touch()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "runs/x1" / name).touch()
     for load in (load_tokenizer, read_config):
         with pytest.raises(UserError) as caught:
             load(path)
         assert all(fragment in str(caught.value) for fragment in fragments) and "\n" not in str(caught.value)
         assert "could not be loaded" not in str(caught.value)
+
+
+def test_a_file_that_is_no_part_of_a_model_has_no_directory_to_give(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(UserError) as caught:
+        load_tokenizer("rows.jsonl")
+    assert str(caught.value) == "--model rows.jsonl: expected the directory of a model, got a file."
+
+
+@pytest.mark.parametrize("newest", [None, 4, 12])
+def test_a_run_that_is_not_finished_is_told_with_what_to_do(tmp_path, newest):
+    for name in ("config.yaml", "run.json"):
+        (tmp_path / name).touch()
+    for step in filter(None, (4, newest, 137)):
+        (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+        if newest and step != 137:  # the last one was being written
+            (tmp_path / f"checkpoint-{step}/complete.json").touch()
+    for load in (load_tokenizer, read_config):
+        with pytest.raises(UserError, match=f"--model {tmp_path}: this run is not finished") as caught:
+            load(str(tmp_path))
+        said = str(caught.value)
+        assert f"--resume --output_dir {tmp_path}" in said and "checkpoint-137" not in said
+        assert ("or give " in said, f"checkpoint-{newest}." in said) == (newest is not None,) * 2
 
 
 def test_runs_that_are_not_there_are_no_hub_ids(tmp_path, monkeypatch, no_hub):

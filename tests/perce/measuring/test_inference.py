@@ -105,6 +105,17 @@ def test_an_adapter_beside_another_base_than_its_own_is_refused(train, scored, t
     scored("--model", run, "--split", "train")
 
 
+def test_a_run_that_did_not_finish_is_told(train, scored, tmp_path):
+    run = trained_on(train, tmp_path, tmp_path / "base")
+    assert "not finished" not in scored("--model", run, "--split", "train").err
+    (run / "complete.json").unlink()  # as when it is resumed for more steps, and stopped
+    err = scored("--model", run, "--split", "train").err
+    assert f"--model {run}: this run is not finished" in err and "older than its checkpoints" in err
+    (run / "adapter_config.json").unlink()
+    err = scored("--model", run, code=2).err
+    assert "this run is not finished" in err and f"or give {run / 'checkpoint-1'}." in err
+
+
 def test_all_weights_need_no_base(train, scored, tmp_path):
     base = save_tiny_model(tmp_path / "base")
     assert train(model=base, lora_r=0, max_steps=1, save_steps=1)[0] == 0
