@@ -105,8 +105,8 @@ def near_paths(path: str) -> list[str]:
 
 
 def did_you_mean(path: str) -> str:
-    """A question to put behind a sentence that says that a path does not exist; "" if there is no similar path."""
-    near = near_paths(path)
+    """A question to put behind a sentence that says that a path cannot be read; "" if it exists, or none is similar."""
+    near = [] if os.path.exists(os.path.expanduser(path)) else near_paths(path)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -8,9 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from perce.config.options import read_yaml
+from perce.config.options import as_called, read_yaml
+from perce.config.schema import lacking
 from perce.environment import did_you_mean, hub_failure, near_paths
 from perce.errors import UserError, first_line, in_one_line
+from perce.integrity import LIST
 from perce.visible import in_short, say
 
 
@@ -136,7 +138,7 @@ def with_weights(auto_class: Any, path: str, *, option: str = "--model", unused:
     )
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     weights = {name for name in names if not (unused and unused in name)}
-    lost, others = sorted(weights & found["missing_keys"]), sorted(found["unexpected_keys"])
+    lost, others = sorted(weights.intersection(found["missing_keys"])), sorted(found["unexpected_keys"])
     if differing := sorted(found["mismatched_keys"]):
         name, *shapes = differing[0]
         there, expected = (" × ".join(map(str, shape)) for shape in shapes)
@@ -171,7 +173,16 @@ def from_pretrained(
             "first (AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload())."
         )
     if local.is_file():
-        raise UserError(f"{option} {path}: expected a directory, got a file. Give its directory: {local.parent}.")
+        of_a_model = any((local.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
+        remedy = f" Give its directory: {local.parent.resolve()}." if of_a_model else ""
+        raise UserError(f"{option} {path}: expected the directory of a model, got a file.{remedy}")
+    if lacking(local) is None and not (local / "config.json").is_file():
+        saved = [file.parent for file in local.glob(f"checkpoint-*/{LIST}")]
+        newest = max(saved, key=lambda checkpoint: (len(checkpoint.name), checkpoint.name), default=None)
+        raise UserError(
+            f"{option} {path}: this run is not finished, so its model is not there yet. Continue it with "
+            f"{as_called('train')} --resume --output_dir {path}" + (f", or give {newest}." if newest else ".")
+        )
     if local.exists() and not (local / "config.json").is_file():
         raise UserError(f"{option} {path}: the directory has no config.json, so it is not a saved Hugging Face model.")
     if not local.exists() and (path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1):

@@ -107,10 +107,13 @@ def test_an_adapter_beside_another_base_than_its_own_is_refused(train, scored, t
 
 def test_a_run_that_did_not_finish_is_told(train, scored, tmp_path):
     run = trained_on(train, tmp_path, tmp_path / "base")
-    assert "not finished" not in scored("--model", run, "--split", "train").err
+    assert "finished" not in scored("--model", run, "--split", "train").err
     (run / "complete.json").unlink()  # as when it is resumed for more steps, and stopped
     err = scored("--model", run, "--split", "train").err
-    assert f"--model {run}: this run is not finished" in err and "older than its checkpoints" in err
+    assert (
+        f"--model {run}: was not finished (complete.json is missing)" in err
+        and "older than the run's checkpoints" in err
+    )
     (run / "adapter_config.json").unlink()
     err = scored("--model", run, code=2).err
     assert "this run is not finished" in err and f"or give {run / 'checkpoint-1'}." in err
