@@ -119,7 +119,7 @@ def _check_weights(path: str) -> None:
     local = Path(path).expanduser()
     if not (file := local / LIST).is_file():
         of_a_run = run_directory(path) is not None and local.resolve().name != MERGED
-        if of_a_run and any(WEIGHTS.search(str(weights)) for weights in local.iterdir()):
+        if of_a_run and any(WEIGHTS.search(str(weights)) for weights in local.glob("*model*")):
             told = "its weights may be incomplete, or older than the run's checkpoints"
             say(f"--model {path}: was not finished ({LIST} is missing): {told}", error=True)
         return

@@ -114,6 +114,8 @@ def test_a_run_that_did_not_finish_is_told(train, scored, tmp_path):
         f"--model {run}: was not finished (complete.json is missing)" in err
         and "older than the run's checkpoints" in err
     )
+    err = scored("--model", run / "checkpoint-9", "--split", "train", code=2).err
+    assert "no such directory" in err and "finished" not in err
     (run / "adapter_config.json").unlink()
     err = scored("--model", run, code=2).err
     assert "this run is not finished" in err and f"or give {run / 'checkpoint-1'}." in err
