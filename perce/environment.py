@@ -32,6 +32,9 @@ OF_MODELS = (
     "run.json", "complete.json", "README.md", "report.html", "curves.png", "*.pt", "*.pth",
 )  # fmt: skip
 
+# Each is at the beginning of files of one kind that commands write, and may write again.
+OF_PERCE = (b'<meta name="generator" content="perce">', b'"kind": "perce.', b'"assistant", "content": {"token_ids":')
+BEGINNING = 300  # bytes in which it is
 
 HUB_SECONDS = 10
 
@@ -102,8 +105,8 @@ def near_paths(path: str) -> list[str]:
 
 
 def did_you_mean(path: str) -> str:
-    """A question to put behind a sentence that says that a path does not exist; "" if there is no similar path."""
-    near = near_paths(path)
+    """A question to put behind a sentence that says that a path cannot be read; "" if it exists, or none is similar."""
+    near = [] if os.path.exists(os.path.expanduser(path)) else near_paths(path)
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -138,7 +141,8 @@ def version() -> str:
 
 
 def prepare(*outputs: str | None) -> None:
-    """Silence libraries, and raise UserError for an output file that cannot be written; its directories are made."""
+    """Silence libraries, and raise UserError for an output file that cannot be written, or would replace a file that is
+    not perce's; its directories are made."""
     import datasets
     import transformers
 
@@ -153,10 +157,20 @@ def prepare(*outputs: str | None) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 file.open("a").close()
+            check_own(file)
             if not _is_special(file):
                 file = Path(os.path.realpath(file))
                 with tempfile.TemporaryDirectory(dir=file.parent) as directory:
                     Path(directory, file.name).touch()  # the name may be too long for this file system
+
+
+def check_own(path: Path) -> None:
+    """UserError for a file that has a content, and not that of a file of perce's."""
+    if path.is_file():
+        with path.open("rb") as file:
+            beginning = file.read(BEGINNING)
+        if beginning and not any(mark in beginning for mark in OF_PERCE):
+            raise UserError(f"{path}: exists already, and was not written by perce. Choose another file.")
 
 
 @contextlib.contextmanager

@@ -3,13 +3,17 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from perce.config.options import read_yaml
+from perce.config.options import as_called, read_yaml
+from perce.config.schema import lacking
 from perce.environment import did_you_mean, hub_failure, near_paths
 from perce.errors import UserError, first_line, in_one_line
+from perce.integrity import LIST
+from perce.visible import in_short, say
 
 
 def load_tokenizer(path: str) -> Any:
@@ -120,7 +124,42 @@ def load_pretrained(path: str, **kwargs: Any) -> Any:
     """AutoModelForCausalLM.from_pretrained with dropout off; its failures become a UserError."""
     from transformers import AutoModelForCausalLM
 
-    return from_pretrained(AutoModelForCausalLM, path, config=read_config(path), **kwargs)
+    return with_weights(AutoModelForCausalLM, path, config=read_config(path), **kwargs)
+
+
+def with_weights(auto_class: Any, path: str, *, option: str = "--model", unused: str = "", **kwargs: Any) -> Any:
+    """A model by from_pretrained. UserError for weights that its files lack or hold in another shape: transformers
+    draws these at random.
+
+    unused: a part of the names of weights that may be drawn at random.
+    """
+    model, found = from_pretrained(
+        auto_class, path, option=option, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    weights = {name for name in names if not (unused and unused in name)}
+    lost, others = sorted(weights.intersection(found["missing_keys"])), sorted(found["unexpected_keys"])
+    if differing := sorted(found["mismatched_keys"]):
+        name, *shapes = differing[0]
+        there, expected = (" × ".join(map(str, shape)) for shape in shapes)
+        more = f", and {len(differing) - 1} more differ" if differing[1:] else ""
+        raise UserError(
+            f"{option} {path}: {name} is {there} in its files and {expected} in the model that config.json describes"
+            f"{more}. Put back the config.json that these weights were saved with."
+        )
+    if lost:
+        held = f" Its files hold {len(others)} under other names ({in_short(others)})." if others else ""
+        wrappers = {name.partition(".")[0] for name in others if name.partition(".")[2] in weights}
+        remedy = "Expected all weights of the model that config.json describes: save it again, or correct config.json."
+        if wrappers:
+            remedy = f"Each name begins with {min(wrappers)}., a wrapper's: save the model that is inside the wrapper."
+        raise UserError(
+            f"{option} {path}: {len(lost)} of {len(weights)} weights of {type(model).__name__} are not in its files "
+            f"({in_short(lost)}).{held} {remedy}"
+        )
+    if others and os.environ.get("RANK", "0") == "0":
+        say(f"{option} {path}: {len(others)} tensors in its files are not used ({in_short(others)})", error=True)
+    return model
 
 
 def from_pretrained(
@@ -134,7 +173,16 @@ def from_pretrained(
             "first (AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload())."
         )
     if local.is_file():
-        raise UserError(f"{option} {path}: expected a directory, got a file. Give its directory: {local.parent}.")
+        of_a_model = any((local.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
+        remedy = f" Give its directory: {local.parent.resolve()}." if of_a_model else ""
+        raise UserError(f"{option} {path}: expected the directory of a model, got a file.{remedy}")
+    if lacking(local) is None and not (local / "config.json").is_file():
+        saved = [file.parent for file in local.glob(f"checkpoint-*/{LIST}")]
+        newest = max(saved, key=lambda checkpoint: (len(checkpoint.name), checkpoint.name), default=None)
+        raise UserError(
+            f"{option} {path}: this run is not finished, so its model is not there yet. Continue it with "
+            f"{as_called('train')} --resume --output_dir {path}" + (f", or give {newest}." if newest else ".")
+        )
     if local.exists() and not (local / "config.json").is_file():
         raise UserError(f"{option} {path}: the directory has no config.json, so it is not a saved Hugging Face model.")
     if not local.exists() and (path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1):
@@ -173,7 +221,10 @@ def loaded(
                 "(hf download)."
             ) from error
         here = f" There is no such directory here.{did_you_mean(path)}" if missing else ""
+        reason = first_line(error)
+        if "the above report" in reason:  # which is not shown; see core_model_loading.py of transformers
+            reason = "weights that are converted when they are read, such as experts, are missing or have another shape"
         raise UserError(
-            f"{option} {path}: could not be loaded as {kind} ({first_line(error)}). Expected a directory with "
+            f"{option} {path}: could not be loaded as {kind} ({reason}). Expected a directory with "
             f"{expected}, or a Hub id that this machine can reach.{here}"
         ) from error

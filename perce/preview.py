@@ -14,9 +14,10 @@ def run(options: PreviewOptions) -> None:
     prepare()
     from perce.data.preview import print_preview
     from perce.demo import default_model_path
-    from perce.hub import load_tokenizer
+    from perce.measuring.inference import base_of_adapter, tokenizer_of
 
-    print_preview(options, load_tokenizer(options.preview.model or str(default_model_path())))
+    model = options.preview.model or str(default_model_path())
+    print_preview(options, tokenizer_of(model, base_of_adapter(model)))
 
 
 main = PREVIEW.main(run)

@@ -8,10 +8,12 @@ names that are not UTF-8. They are shown as Python writes them: \x1b, \u202e.
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
+
+NAMED = 4  # weights or layers that a message names
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
@@ -30,6 +32,11 @@ def listed(names: Iterable[Any], most: int = 12) -> str:
     """Names, or the first of them, in one short line. Those from a list that Python wrote need not be texts."""
     names = [*names]
     return ", ".join(shortened(str(name), 40) for name in names[:most]) + ", …" * (len(names) > most)
+
+
+def in_short(names: Sequence[str]) -> str:
+    """The first few of many names of weights or layers."""
+    return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
 
 
 def say(*lines: str, error: bool = False) -> None:

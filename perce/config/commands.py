@@ -204,12 +204,13 @@ def parse_args(argv: Sequence[str], recipe: str = "") -> tuple[TrainOptions, boo
     parsed = TRAIN.parse(argv)
     raw = parsed.raw
     if number(raw.get("resume")) is True and raw.get("output_dir"):
-        saved = Path(raw["output_dir"]).expanduser() / schema.CONFIG_NAME
-        if saved.is_file():
-            raw = read_yaml(str(saved)) | {name: value for name, value in raw.items() if value is not None}
+        run = Path(raw["output_dir"]).expanduser()
+        if (missing := schema.lacking(run)) is None:
+            saved = read_yaml(str(run / schema.CONFIG_NAME))
+            raw = saved | {name: value for name, value in raw.items() if value is not None}
         elif not (parsed.config_file or raw.get("model") or raw.get("data")):
             raise UserError(
-                f"--resume: {raw['output_dir']} holds no run ({schema.CONFIG_NAME} is missing). Was --output_dir "
+                f"--resume: {raw['output_dir']} holds no run ({missing} is missing). Was --output_dir "
                 f"mistyped?{did_you_mean(raw['output_dir'])} To begin a run there, give --model, --data or --config."
             )
     if raw.get("model") is None and raw.get("data") is None:

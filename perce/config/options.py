@@ -334,7 +334,9 @@ def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict
     except (ValueError, RecursionError) as error:
         raise UserError(f"{option} {path}: cannot be read ({in_one_line(error)}).") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UserError(f"{option} {path}: expected `name: value` lines, got {type(content).__name__}.")
+        words = {type(None): "none", list: "a list", str: "a text", dict: "a name that is no text"}
+        got = words.get(type(content), type(content).__name__)
+        raise UserError(f"{option} {path}: expected `name: value` lines, got {got}.")
     return {name.replace("-", "_"): number(value) if numbers else value for name, value in content.items()}
 
 

@@ -42,8 +42,12 @@ def run_directory(model: str | None) -> Path | None:
     if model is None:
         return None
     path = Path(model).expanduser().resolve()
-    named = (FACTS_NAME, CONFIG_NAME)
-    return next((run for run in (path, holder_of(path)) if all((run / name).is_file() for name in named)), None)
+    return next((run for run in (path, holder_of(path)) if lacking(run) is None), None)
+
+
+def lacking(directory: Path) -> str | None:
+    """The first of the files without which a directory is not that of a run; None for one that is."""
+    return next((name for name in (CONFIG_NAME, FACTS_NAME) if not (directory / name).is_file()), None)
 
 
 def holder_of(path: Path) -> Path:

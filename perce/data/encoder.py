@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from perce.errors import UserError
-from perce.hub import from_pretrained
+from perce.hub import from_pretrained, with_weights
 
 MAX_TOKENS = 512  # of a text are read, or fewer if the model says so; the rest is ignored
 BATCH = 32
@@ -45,7 +45,7 @@ class Encoder:
             # transformers draws weights that the checkpoint lacks (BERT's pooler, which is not used) at random.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = from_pretrained(AutoModel, path, dtype=torch.float32, **load)
+                model = with_weights(AutoModel, path, unused="pooler", dtype=torch.float32, **load)
         except UserError as error:
             raise UserError(f"{error} --retriever bm25 needs no model.") from error
         self.model = model.eval().requires_grad_(False).to(self.device)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from accelerate.utils import send_to_device
 
 from perce.config.commands import InferenceOptions
 from perce.config.questions import InferenceConfig
-from perce.config.schema import run_directory
+from perce.config.schema import MERGED, run_directory
 from perce.data.batch import Batch, collate
 from perce.data.dataset import personas
 from perce.data.pairing import make_persona_builder
@@ -104,19 +105,23 @@ def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
         kwargs["attn_implementation"] = config.attn_implementation
     path = config.model or str(default_model_path())
     _check_weights(path)
-    base = _base_of_adapter(path)
+    base = base_of_adapter(path)
     if base is not None:
         check_base(run_directory(path), base, f"--model {path}")
     model = prepare_model(load_pretrained(base or path, **kwargs), backend)
     if base is not None:
         model = _with_adapter(model, path)
-    return model.to(device).eval(), _tokenizer(path, base), device
+    return model.to(device).eval(), tokenizer_of(path, base), device
 
 
 def _check_weights(path: str) -> None:
     """UserError if the weights of a run or checkpoint are not those that were saved: the numbers would be wrong."""
     local = Path(path).expanduser()
     if not (file := local / LIST).is_file():
+        of_a_run = run_directory(path) is not None and local.resolve().name != MERGED
+        if of_a_run and any(WEIGHTS.search(str(weights)) for weights in local.glob("*model*")):
+            told = "its weights may be incomplete, or older than the run's checkpoints"
+            say(f"--model {path}: was not finished ({LIST} is missing): {told}", error=True)
         return
     try:
         saved = json.loads(file.read_text(encoding="utf-8")).items()
@@ -131,7 +136,7 @@ def _check_weights(path: str) -> None:
         )
 
 
-def _base_of_adapter(path: str) -> str | None:
+def base_of_adapter(path: str) -> str | None:
     """The base model of a local adapter directory; None for a whole model."""
     local = Path(path).expanduser()
     file = local / "adapter_config.json"
@@ -157,7 +162,7 @@ def _base_of_adapter(path: str) -> str | None:
     return from_anywhere(base)
 
 
-def _tokenizer(path: str, base: str | None) -> Any:
+def tokenizer_of(path: str, base: str | None) -> Any:
     """The model's tokenizer; for an adapter the one saved in its directory, chat template included, or its base's."""
     from transformers import AutoTokenizer
 
@@ -171,7 +176,9 @@ def _with_adapter(model: Any, path: str) -> Any:
     from peft import PeftModel
 
     try:
-        wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")  # PEFT leaves these without an effect
+            wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
     except Exception as error:  # a damaged file may raise anything
         raise UserError(
             f"--model {path}: the adapter is damaged or does not fit its base model ({first_line(error)}). Restore it, "

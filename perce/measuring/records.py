@@ -35,7 +35,10 @@ class RecordFile:
 
     def __enter__(self) -> "RecordFile":
         if self.path is not None:
+            self._run_path = self.path.with_name(f"{self.path.name}.run.json")
             with written(self.path):
+                if self._has_content() and not self._run_path.is_file():
+                    raise UserError(f"{self.path}: exists already, and was not written by perce. Choose another file.")
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._held.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), str(self.path)))
         return self
@@ -48,10 +51,9 @@ class RecordFile:
         """Read the records of an interrupted run. run: what the records depend on; JSON values."""
         if self.path is None:
             return
-        self._run_path = self.path.with_name(f"{self.path.name}.run.json")
         facts: dict[str, Any] = json.loads(json.dumps(run))
         with written(self.path):
-            if self.path.exists() and self.path.stat().st_size:
+            if self._has_content():
                 self._check_run(facts)
                 self.records = self._read()
             else:
@@ -68,9 +70,10 @@ class RecordFile:
                 self._file.write("".join(as_json(record) + "\n" for record in new))
                 self._file.flush()
 
+    def _has_content(self) -> bool:
+        return self.path is not None and self.path.exists() and self.path.stat().st_size > 0
+
     def _check_run(self, run: dict[str, Any]) -> None:
-        if not self._run_path.is_file():
-            raise UserError(f"{self.path}: exists already, and was not written by this command. Choose another file.")
         before = _object(self._run_path.read_bytes(), str(self._run_path), f"delete it and {self.path}")
         for name in dict.fromkeys([*run, *before]):
             if before.get(name) != run.get(name):

@@ -80,7 +80,7 @@ def write_summary(path: Path, records: Records, found: Identified | None, option
     """JSON of the means and, with labels, of every method."""
     score, model = options.score, options.model
     content: dict[str, Any] = {
-        "model": model.model or "default", "data": options.data.data or "built-in",
+        "kind": "perce.score", "model": model.model or "default", "data": options.data.data or "built-in",
         "objective": score.objective, "signal": score.weighting.reported.signal_name, "clip": _clip(options),
         **means(records, options),
     }  # fmt: skip

@@ -16,9 +16,8 @@ from perce.hub import from_anywhere, load_pretrained, read_config
 from perce.model.patch import check_head_unwrapped, prepare_model
 from perce.model.probe import unwrapped
 from perce.model.reach import freeze_beside_text, linear_layers, unused_layers
+from perce.visible import in_short
 from perce_kernels.backends import resolve_backend
-
-NAMED = 4  # layers that an error names
 
 
 def bf16_is_sound(device: str) -> bool:
@@ -144,11 +143,6 @@ def adapters_unused(names: Sequence[str]) -> str:
         "other code reads their weights without calling them. Leave them out of target_modules, or use "
         '"all-linear", which leaves them out.'
     )
-
-
-def in_short(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:NAMED]) + f" and {len(names) - NAMED} more" * (len(names) > NAMED)
 
 
 def _cast_unless_autocast(layer: Any, x: Any, dtype: torch.dtype) -> Any:

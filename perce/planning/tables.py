@@ -158,6 +158,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     """Bytes, FLOP, FLOP/s, seconds, tokens."""
     options = plan.options
     return {
+        "kind": "perce.plan",
         "options": asdict(options.model) | asdict(options.memory) | asdict(options.step),
         "device": plan.device,
         "precision": plan.precision,

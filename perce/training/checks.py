@@ -22,7 +22,7 @@ from perce.data.marked import PersonaCollator, collate_pairs
 from perce.data.stream import PairStream
 from perce.errors import UserError
 from perce.hub import stated
-from perce.model.loading import adapters_unused, in_short
+from perce.model.loading import adapters_unused
 from perce.model.memory import CHECKPOINTING
 from perce.model.noise import adapter_noise
 from perce.model.positions import (
@@ -40,6 +40,7 @@ from perce.objectives import PERSONAS
 from perce.training.arguments import PerceArguments
 from perce.training.best import METRICS, evaluated_name
 from perce.training.parallel import check_one_gpu, check_parallelism
+from perce.visible import in_short
 
 # A T × T mask or T × T scores of up to this size are only slow; larger ones are what memory does not suffice for.
 SQUARE_BYTES = 2**32

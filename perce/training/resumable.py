@@ -20,20 +20,9 @@ from perce.training.best import check_first_value, evaluated_name, is_evaluated
 from perce.training.checkpoints import check_whole, damage, resume_point, save_whole, state_of
 from perce.training.divergence import check_finite, check_logged
 from perce.training.parallel import found_by_first
+from perce.training.run_directory import model_files
 from perce.training.weights import WeightsOfCheckpoints
 from perce.visible import say
-
-OF_THE_MODEL = (
-    "README.md", "config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.index.json",
-    "adapter_model.bin", "pytorch_model*.bin", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "chat_template.*", "additional_chat_templates/*",
-)  # fmt: skip
-"""The files of a directory that from_pretrained reads, and the card: only these are uploaded. Other files of a run hold
-rows of its data, names of users and paths."""
-
-
-def model_files(directory: Path) -> list[str]:
-    return [path.relative_to(directory).as_posix() for name in OF_THE_MODEL for path in directory.glob(name)]
 
 
 class ResumableTrainer(WeightsOfCheckpoints, Trainer):

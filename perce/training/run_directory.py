@@ -2,7 +2,7 @@
 
 .lock            held by the process that writes here now, until it ends; .lock.holder names it
 run.json         facts about the run besides its options: a digest of its training pairs, what a step is
-config.yaml      its options; a directory with it holds a run
+config.yaml      its options; a directory with it and run.json holds a run
 checkpoint-N/    see checkpoints.py
 complete.json    written last: the weights of a finished run as they were saved
 """
@@ -19,9 +19,10 @@ from typing import Any
 
 from perce.config.commands import TRAIN, TrainOptions
 from perce.config.options import dump_yaml, read_yaml
-from perce.config.schema import CONFIG_NAME
+from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, MERGED, lacking
 from perce.config.schema import FACTS_NAME as FACTS
 from perce.errors import UserError
+from perce.hub import BASE_NAME
 from perce.lock import InUse, locked
 from perce.training.checkpoints import (
     LIST,
@@ -33,6 +34,7 @@ from perce.training.checkpoints import (
     step_of,
     write_in_one_move,
 )
+from perce.visible import in_short
 
 LOCK = ".lock"
 MAY_CHANGE = frozenset(
@@ -53,6 +55,19 @@ MAY_CHANGE_OF_TRAINER = (
 )  # fmt: skip
 """Beginnings of the names of TrainingArguments fields that may change likewise."""
 
+OF_THE_MODEL = (
+    "README.md", "config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.index.json",
+    "adapter_model.bin", "pytorch_model*.bin", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+    "merges.txt", "chat_template.*", "additional_chat_templates/*",
+)  # fmt: skip
+"""The files of a directory that from_pretrained reads, and the card: only these are uploaded. Other files of a run hold
+rows of its data, names of users and paths."""
+WRITTEN = (
+    *OF_THE_MODEL, CONFIG_NAME, FACTS, HELD_OUT_NAME, BASE_NAME, LIST, "trainer_state.json", "training_args.bin",
+    "before.pt", "curves.png", "report.html", f"{MERGED}/*",
+)  # fmt: skip
+"""The files that a run writes, besides checkpoints."""
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -66,6 +81,18 @@ class Claim:
     finished: bool = False
 
 
+def model_files(directory: Path) -> list[str]:
+    return [path.relative_to(directory).as_posix() for name in OF_THE_MODEL for path in directory.glob(name)]
+
+
+def taken(path: Path) -> list[str]:
+    """Files in a directory that a run would replace. Those that a stopped attempt at a run left do not count."""
+    with contextlib.suppress(OSError):
+        if lacking(path) == CONFIG_NAME and b'"training_pairs"' in (path / FACTS).read_bytes():
+            return []
+    return sorted({str(file.relative_to(path)) for name in WRITTEN for file in path.glob(name) if file.is_file()})
+
+
 def numbered(name: str) -> Iterator[Path]:
     """runs/NAME, runs/NAME-2, …"""
     yield Path("runs") / name
@@ -73,8 +100,8 @@ def numbered(name: str) -> Iterator[Path]:
 
 
 def free_directory(name: str) -> Path:
-    """The first of the numbered directories that holds no run."""
-    return next(path for path in numbered(name) if not (path / CONFIG_NAME).exists())
+    """The first of the numbered directories that holds neither a run nor files that one would replace."""
+    return next(path for path in numbered(name) if not taken(path))
 
 
 @contextlib.contextmanager
@@ -100,7 +127,7 @@ def _claim(config: TrainOptions, name: str | None, stack: contextlib.ExitStack) 
     for path in numbered(name):
         with contextlib.suppress(InUse), contextlib.ExitStack() as attempt:
             attempt.enter_context(_lock(path))
-            if not (path / CONFIG_NAME).exists():
+            if not taken(path):
                 stack.enter_context(attempt.pop_all())
                 return _what_to_do(config, path)
     raise AssertionError("there is always a number left")
@@ -143,17 +170,22 @@ def _remove_empty(directories: list[Path]) -> None:
 
 def _what_to_do(config: TrainOptions, path: Path) -> Claim:
     """What is to be done in a locked directory: begin, begin again, resume, or nothing."""
-    holds_run, saved = (path / CONFIG_NAME).exists(), checkpoints(path)
-    if saved and not holds_run:
+    missing, saved = lacking(path), checkpoints(path)
+    if saved and missing:
         raise UserError(
-            f"--output_dir {path}: holds {saved[-1].name} of a run whose {CONFIG_NAME} is gone. Put that back to "
+            f"--output_dir {path}: holds {saved[-1].name} of a run whose {missing} is gone. Put that back to "
             "resume it, or choose another directory."
         )
-    if holds_run and not config.run.resume:
+    if missing and (others := taken(path)):
+        raise UserError(
+            f"--output_dir {path}: holds {in_short(others)}, which a run would replace, but no run of perce. Choose "
+            "another directory."
+        )
+    if not missing and not config.run.resume:
         raise UserError(
             f"--output_dir {path}: holds a run already. Continue it with --resume, or choose another directory."
         )
-    if not holds_run:
+    if missing:
         return Claim(path)
     changes = _changes(path, config)
     note = "".join(f"; {name} {now} ({before} when it began)" for name, (before, now) in changes.items())

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import subprocess
 import sys
@@ -89,6 +90,36 @@ def test_an_output_that_would_be_written_over_an_input_or_an_output_is_refused(h
     assert contents(here) == before, "nothing was written"
 
 
+@pytest.mark.parametrize(
+    ("command", "argv", "name"),
+    [
+        ("score", "--output mine", "mine"), ("score", "--summary mine.json", "mine.json"),
+        ("score", "--jsonl mine.jsonl", "mine.jsonl"), ("score", "--jsonl a.jsonl --export swift", "a.swift.jsonl"),
+        ("evaluate", "--output mine.json", "mine.json"), ("evaluate", "--output mine.json", "mine.jsonl"),
+        ("plan", "--json mine.json", "mine.json"),
+    ],
+)  # fmt: skip
+def test_a_file_that_perce_did_not_write_is_not_replaced(here, capsys, command, argv, name):
+    (here / name).write_text('{"mine": 1}\n')
+    err = printed_by(MAINS[command], capsys, "--model", "model")(*argv.split(), code=2).err
+    assert f"error: {name}: exists already, and was not written by" in err
+    assert (here / name).read_text() == '{"mine": 1}\n'
+
+
+def test_what_perce_wrote_or_is_empty_is_replaced(scored, gemma, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("s.html", "s.json", "s.swift.jsonl", "p.json", "e.json"):
+        Path(name).touch()
+    for _ in range(2):
+        scored("--output", "s.html", "--summary", "s.json", "--jsonl", "s.jsonl", "--export", "swift")
+        flags = ("--model", gemma, "--tflops", 1, "--context", 1000, "--json", "p.json")
+        printed_by(plan.main, capsys)(*flags)
+        flags = ("--model", gemma, "--limit", 2, "--generate", "false", "--output", "e.json")
+        printed_by(evaluate.main, capsys)(*flags)
+    for name in ("s.json", "p.json", "e.json"):
+        assert Path(name).read_text().startswith("{") and "perce." in json.loads(Path(name).read_text())["kind"]
+
+
 def test_results_beside_model_and_data_are_welcome(scored, gemma, tmp_path):
     write_jsonl(tmp_path / "dir" / "train.jsonl", ROWS)
     for _ in range(2):
@@ -168,7 +199,7 @@ def test_a_result_is_whole_or_as_it_was(base, tmp_path, monkeypatch, capsys, com
 
 
 def test_results_go_where_a_link_leads_with_the_mode_that_was_there(scored, tmp_path):
-    (tmp_path / "real.json").write_text("{}")
+    (tmp_path / "real.json").write_text("")
     (tmp_path / "real.json").chmod(0o600)
     (tmp_path / "link.json").symlink_to("real.json")
     scored("--summary", tmp_path / "link.json", "--output", "/dev/null", "--terminal", 0)
@@ -276,6 +307,9 @@ def test_mistyped_files_are_told_with_what_is_near(tmp_path, monkeypatch, capsys
         assert evaluate.main(argv) == 2
         err = capsys.readouterr().err
         assert f"error: {' '.join(argv)}: cannot be read" in err and f"Did you mean {near}?" in err
+    Path("recipes").mkdir()
+    assert train.main(["--config", "recipes"]) == 2
+    assert capsys.readouterr().err == "error: --config recipes: cannot be read (Is a directory).\n"
     Path("runs/x1").mkdir(parents=True)
     assert train.main(["--resume", "--output_dir", "runs/x"]) == 2
     assert "mistyped? Did you mean runs/x1?" in capsys.readouterr().err

@@ -1,17 +1,19 @@
 """What cannot be loaded is named, dropout is off, and what a config does not say is no error."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import ByT5Tokenizer
 
 from perce import UserError, hub, prompt_ids
 from perce.config.schema import ModelConfig
 from perce.data.pairs import PairBuilder
-from perce.hub import check_tokenizer, load_tokenizer, read_config, stated
+from perce.hub import check_tokenizer, load_pretrained, load_tokenizer, read_config, stated
 from perce.model.loading import load_model
-from tests.helpers.architectures import CONFIGS, tiny_config
-from tests.helpers.tiny import demo_examples, tiny_model, tiny_tokenizer
+from tests.helpers.architectures import CONFIGS, tiny, tiny_config
+from tests.helpers.tiny import demo_examples, save_tiny_model, tiny_model, tiny_tokenizer
 
 
 def test_dropout_of_a_saved_model_is_switched_off(tmp_path):
@@ -57,19 +59,44 @@ def no_hub(monkeypatch):
         ("models/you", ["no such directory", "Hub", "Name or service not known"]),
         ("models/me-2", ["no such directory", "looked in", "Did you mean models/me-1?", "hf download"]),
         ("./x", ["no such directory"]), ("owner/name", ["no such directory", "Hub", "Name or service not known"]),
-        ("runs/x1/model.safetensors", ["a file", "Give its directory: runs/x1"]),
+        ("runs/x1/model.safetensors", ["a file", "Give its directory: /", "/runs/x1."]),
     ],
 )  # fmt: skip
 def test_a_mistyped_model_is_a_directory_that_is_not_there(path, fragments, tmp_path, monkeypatch, no_hub):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/x1/checkpoint-8").mkdir(parents=True)
     (tmp_path / "models/me-1").mkdir(parents=True)
-    (tmp_path / "runs/x1/model.safetensors").touch()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "runs/x1" / name).touch()
     for load in (load_tokenizer, read_config):
         with pytest.raises(UserError) as caught:
             load(path)
         assert all(fragment in str(caught.value) for fragment in fragments) and "\n" not in str(caught.value)
         assert "could not be loaded" not in str(caught.value)
+
+
+def test_a_file_that_is_no_part_of_a_model_has_no_directory_to_give(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(UserError) as caught:
+        load_tokenizer("rows.jsonl")
+    assert str(caught.value) == "--model rows.jsonl: expected the directory of a model, got a file."
+
+
+@pytest.mark.parametrize("newest", [None, 4, 12])
+def test_a_run_that_is_not_finished_is_told_with_what_to_do(tmp_path, newest):
+    for name in ("config.yaml", "run.json"):
+        (tmp_path / name).touch()
+    for step in filter(None, (4, newest, 137)):
+        (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+        if newest and step != 137:  # the last one was being written
+            (tmp_path / f"checkpoint-{step}/complete.json").touch()
+    for load in (load_tokenizer, read_config):
+        with pytest.raises(UserError, match=f"--model {tmp_path}: this run is not finished") as caught:
+            load(str(tmp_path))
+        said = str(caught.value)
+        assert f"--resume --output_dir {tmp_path}" in said and "checkpoint-137" not in said
+        assert ("or give " in said, f"checkpoint-{newest}." in said) == (newest is not None,) * 2
 
 
 def test_runs_that_are_not_there_are_no_hub_ids(tmp_path, monkeypatch, no_hub):
@@ -152,3 +179,64 @@ def test_neither_pad_token_nor_chat_template_is_needed():
     tokenizer = tiny_tokenizer(None)
     tokenizer.pad_token = None
     assert PairBuilder(tokenizer, max_length=500).build(demo_examples(1)[0]).input_ids
+
+
+# ---- the weights in a model's files
+
+
+def resaved(directory, change, **config):
+    """The model in this directory after a change of its tensors (a function of their dict) and of its config.json."""
+    file, told = directory / "model.safetensors", directory / "config.json"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    told.write_text(json.dumps(json.loads(told.read_text()) | config))
+    return str(directory)
+
+
+def without(*parts):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if not any(p in name for p in parts)}
+
+
+def wrapped(tensors):
+    return {f"module.{name}": tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "config", "fragments"),
+    [
+        ("llama", without("lm_head"), {}, ["1 of 21 weights", "(lm_head.weight)", "LlamaForCausalLM"]),
+        ("llama", dict, {"num_hidden_layers": 3}, ["9 of 30 weights", "(model.layers.2.", " and 5 more)"]),
+        ("llama-tied", without("embed_tokens"), {}, ["not in its files", "model.embed_tokens.weight"]),
+        ("llama", wrapped, {}, ["21 of 21 weights", "21 under other names (module.lm", "begins with module."]),
+        ("llama", dict, {"vocab_size": 401}, ["lm_head.weight is 400 × 32 in its files and 401 × 32", "1 more"]),
+        ("mixtral", without("experts.1.w1"), {}, ["experts", "missing", "another shape"]),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_in_a_model_s_files_are_not_drawn_at_random(
+    tmp_path, architecture, change, config, fragments
+):
+    path = resaved(save_tiny_model(tmp_path, architecture), change, **config)
+    for load in (load_pretrained, lambda path: load_model(path, ModelConfig(precision="fp32"), "cpu")):
+        with pytest.raises(UserError) as caught:
+            load(path)
+        said = str(caught.value)
+        assert said.startswith(f"--model {path}: ") and "\n" not in said and "above" not in said
+        assert all(fragment in said for fragment in fragments), said
+
+
+def test_what_a_model_computes_or_ties_need_not_be_in_its_files(tmp_path, capsys):
+    tied = resaved(save_tiny_model(tmp_path / "tied", "llama-tied"), without("lm_head"))
+    tiny("gptj").save_pretrained(tmp_path / "computed")  # its table of positions is a buffer
+    computed = resaved(tmp_path / "computed", without("embed_positions"))
+    for path in (tied, computed):
+        load_pretrained(path)
+    assert "tensors" not in capsys.readouterr().err
+
+
+def test_tensors_that_a_model_does_not_have_are_told(tmp_path, capsys):
+    """As of a vision tower next to the text model that is loaded, or a layer that config.json does not count."""
+    path = resaved(save_tiny_model(tmp_path), dict, num_hidden_layers=1)
+    assert len(load_pretrained(path).model.layers) == 1
+    err = capsys.readouterr().err
+    assert (
+        f"--model {path}: 9 tensors in its files are not used" in err and "model.layers.1." in err and "5 more" in err
+    )

@@ -15,7 +15,7 @@ from tests.helpers.tiny import tiny_model
 from tests.helpers.training import printed_by
 
 SCHEMA = {
-    "options", "device", "precision", "counts", "memory", "flops", "least_seconds", "matmul_flops_per_second",
+    "kind", "options", "device", "precision", "counts", "memory", "flops", "least_seconds", "matmul_flops_per_second",
     "largest_context", "variants", "memory_available", "fits", "command",
 }  # fmt: skip
 

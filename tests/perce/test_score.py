@@ -107,7 +107,7 @@ def test_records_of_another_run_are_not_mixed_in(scored, tmp_path):
         (tmp_path / "s.jsonl.run.json").write_text(content)
         assert f"{path}.run.json: expected a JSON object" in scored("--jsonl", path, code=2).err
     (tmp_path / "s.jsonl.run.json").unlink()
-    assert "exists already, and was not written by this command" in scored("--jsonl", path, code=2).err
+    assert "exists already, and was not written by perce" in scored("--jsonl", path, code=2).err
 
 
 def test_changed_data_is_not_mixed_with_what_was_scored(scored, tmp_path):

@@ -282,3 +282,15 @@ def test_a_mistake_is_told_though_stdout_is_broken():
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, cwd=ROOT, env=BUFFERED)
     assert done.returncode == 2 and done.stderr.startswith(b"error: mine\n") and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [("", "got none"), ("# model: x\n", "got none"), ("- model: x\n", "got a list"), ("model x\n", "got a text"),
+     ("1: x\n", "got a name that is no text"), ("5\n", "got int")],
+)  # fmt: skip
+def test_what_is_no_recipe_is_told_in_words(tmp_path, content, got):
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(UserError, match=f"r.yaml: expected `name: value` lines, {got}") as caught:
+        read_yaml(str(tmp_path / "r.yaml"))
+    assert "NoneType" not in str(caught.value)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from perce import DataConfig, UserError, load_examples
@@ -103,6 +104,18 @@ def test_the_models_longest_text_is_kept_to(tmp_path):
     short = Encoder(save_encoder(tmp_path, sentence_bert_config={"max_seq_length": 5}), device="cpu")
     texts = ["honey from the bees", "honey from the bees and the hive and the garden"]
     torch.testing.assert_close(*short.encode([texts[0] * 4, texts[0] * 5]), atol=1e-6, rtol=1e-5)
+
+
+def test_weights_that_are_not_in_an_encoder_s_files_are_named_unless_they_are_not_used(tmp_path):
+    path = save_encoder(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    Encoder(path, device="cpu")
+    kept = {name: tensor for name, tensor in kept.items() if "layer.1." not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"--retriever_model .* not in its files \(encoder.layer.1."):
+        Encoder(path, device="cpu")
 
 
 def test_loading_an_encoder_leaves_the_random_numbers_alone(dense_model):

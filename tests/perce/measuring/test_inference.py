@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from perce import UserError
@@ -54,6 +55,18 @@ def test_adapters_that_would_be_misread_are_refused(scored, tmp_path, config, re
     assert reason in err and "Merge it into its base" in err and str(tmp_path / "adapter") in err
 
 
+def test_an_adapter_whose_weights_are_not_all_in_its_file_is_refused(gemma, scored, tmp_path):
+    """PEFT would leave them as it begins them: without an effect."""
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(gemma), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "layers.1." not in name}, file)
+    err = scored("--model", tmp_path, code=2).err
+    assert f"--model {tmp_path}: " in err and "missing adapter keys" in err and "model.layers.1." in err
+
+
 def test_an_adapter_is_not_rounded_into_a_bf16_base(gemma, tmp_path, monkeypatch):
     """A change below half a unit in the last place of a weight would be lost; most of an adapter is that small."""
     monkeypatch.setattr("perce.model.loading.bf16_is_sound", lambda device: True)
@@ -90,6 +103,22 @@ def test_an_adapter_beside_another_base_than_its_own_is_refused(train, scored, t
     fails(again, f"--resume: its base {tmp_path / 'base'} is not the model that it was trained on", "base.json")
     (run / "base.json").unlink()
     scored("--model", run, "--split", "train")
+
+
+def test_a_run_that_did_not_finish_is_told(train, scored, tmp_path):
+    run = trained_on(train, tmp_path, tmp_path / "base")
+    assert "finished" not in scored("--model", run, "--split", "train").err
+    (run / "complete.json").unlink()  # as when it is resumed for more steps, and stopped
+    err = scored("--model", run, "--split", "train").err
+    assert (
+        f"--model {run}: was not finished (complete.json is missing)" in err
+        and "older than the run's checkpoints" in err
+    )
+    err = scored("--model", run / "checkpoint-9", "--split", "train", code=2).err
+    assert "no such directory" in err and "finished" not in err
+    (run / "adapter_config.json").unlink()
+    err = scored("--model", run, code=2).err
+    assert "this run is not finished" in err and f"or give {run / 'checkpoint-1'}." in err
 
 
 def test_all_weights_need_no_base(train, scored, tmp_path):

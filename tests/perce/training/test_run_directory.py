@@ -16,7 +16,7 @@ from perce.config.commands import parse_args
 from perce.lock import locked
 from perce.train import main, resolve
 from perce.training.checkpoints import flaw
-from perce.training.run_directory import LOCK
+from perce.training.run_directory import LOCK, taken
 from tests.helpers.pages import Page
 from tests.helpers.tiny import write_jsonl
 from tests.helpers.training import ROWS, fails
@@ -45,6 +45,46 @@ def test_output_directories(train, tmp_path, monkeypatch):
     fails(train(output_dir=tmp_path / "file" / "run"), "--output_dir", "cannot be written")
     with pytest.raises(UserError, match="--output_dir"):
         resolve(parse_args(["--resume"])[0])
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+@pytest.mark.parametrize(
+    "names", [["README.md"], ["a.txt", "report.html"], ["config.json"], ["config.yaml"],
+              ["run.json"], ["tokenizer.json"], ["merged/config.json"]],
+)  # fmt: skip
+def test_files_of_others_are_not_replaced(train, tmp_path, monkeypatch, names, resume):
+    monkeypatch.setattr("perce.hub.load_tokenizer", lambda *_: pytest.fail("found too late"))
+    for name in names:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("mine: 1\n")
+    fails(train(*resume), f"--output_dir {tmp_path / 'run'}: holds {names[-1]}", "no run of perce")
+    assert all((tmp_path / "run" / name).read_text() == "mine: 1\n" for name in names)
+
+
+def test_every_file_of_a_run_is_known_beforehand(train, tmp_path):
+    run = tmp_path / "run"
+    for options in ({"lora_r": 4}, {"lora_r": 0}):
+        assert train(*["--merge_adapter"] * bool(options["lora_r"]), **options, save_steps=0, max_steps=1)[0] == 0
+        (run / "config.yaml").rename(run / "config.json.old")  # no longer a run
+        (run / "run.json").rename(run / "run.old")
+        files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+        assert files - set(taken(run)) == {"config.json.old", "run.old", LOCK}
+        shutil.rmtree(run)
+
+
+def test_a_run_begins_among_files_that_it_leaves_alone(train, tmp_path):
+    (tmp_path / "run" / "tokenizers").mkdir(parents=True)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "data.json").write_text("{}")
+    assert train(max_steps=1)[0] == 0
+
+
+def test_a_run_s_own_name_is_not_that_of_other_files(model, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/rows").mkdir(parents=True)
+    Path("runs/rows/README.md").write_text("mine")
+    assert main(["--model", model, "--data", data, "--max_steps", "1", "--precision", "fp32"]) == 0
+    assert Path("runs/rows/README.md").read_text() == "mine" and Path("runs/rows-2/config.yaml").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -270,6 +310,10 @@ def test_a_run_whose_options_are_gone_or_damaged_is_not_begun_again(train, tmp_p
     (run / "config.yaml").unlink()
     fails(train("--resume"), "config.yaml", "checkpoint-2")
     fails(train(), "checkpoint-2")
+    (run / "config.yaml").write_text("seed: 1\n")
+    (run / "run.json").unlink()
+    fails(train("--resume"), "run.json", "checkpoint-2")
+    fails(train("--resume", **SAVED), "holds no run", "run.json")
 
 
 @pytest.mark.parametrize("damage", ["half", "one bit", "zeros", "text"])
