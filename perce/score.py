@@ -32,7 +32,7 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     from perce.measuring.scores import FORM, scored
 
     subject, score = load_subject(options, "score"), options.score
-    weighting = score.weighting.reported
+    weighting = score.weighting
     facts = {"labels": score.labels, "signal": weighting.signal_name, "sample": options.examples.sample}
     facts |= {"clip_min": weighting.clip_min, "clip_max": weighting.clip_max}
     file.begin(subject.facts | facts | {"form": FORM})

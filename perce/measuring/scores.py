@@ -70,7 +70,7 @@ def score_window(
     """The records of (index, example, pair) triples, in their order."""
     model, builder, device = subject.model, subject.builder, subject.device
     score, pad_id = options.score, builder.tokenizer.pad_token_id or 0
-    weighting = score.weighting.reported
+    weighting = score.weighting
     pairs, sharing, most = [pair for _, _, pair in built], subject.sharing, TOKENS_A_FORWARD[device.type]
     records: dict[int, dict[str, Any]] = {}
     for rows in batches_that_share(pairs, sharing, options.model.batch_size, most):
