@@ -282,8 +282,7 @@ class PairBuilder:
         raise UserError(
             f"query and response take {without} of max_length={self.max_length} tokens (the response "
             f"{len(chat.encoded.ids) - chat.prompt_length}), which leaves no room for even the first persona entry "
-            f"({span[1] - span[0]} tokens with the words around it). Raise --max_length, or leave such rows out with "
-            "--skip_bad_rows."
+            f"({span[1] - span[0]} tokens with the words around it). Raise --max_length."
         )
 
     def _without(self, excess: int, persona: Sequence[str], chat: Chat, span: tuple[int, int]) -> int:

@@ -52,7 +52,7 @@ def print_preview(options: PreviewOptions, tokenizer: Any) -> None:
 
 
 def _print_counts(where: str, few: int | None, splits: dict[str, Examples]) -> None:
-    counts = table("split", "format", "rows", "examples", "users", "personas", "refused", "weight 0", numbers=True)
+    counts = table("split", "format", "rows", "examples", "users", "personas", "bad rows", "weight 0", numbers=True)
     for split, rows in splits.items():
         users = {example.user_id for example in rows.all} - {None}
         personas = {getattr(example, "persona", None) for example in rows.all} - {None}
@@ -64,7 +64,7 @@ def _print_counts(where: str, few: int | None, splits: dict[str, Examples]) -> N
         fields = ", ".join(need.replace("|", " or ") for need in entry.needs)
         show(f"{name}: {entry.title}, known by its fields {fields}; examples per row: {entry.gives}")
     reasons = [reason for rows in splits.values() for reason in rows.reasons]
-    show(*(f"refused: {reason}" for reason in reasons), "")
+    show(*(f"bad row: {reason}" for reason in reasons), "")
 
 
 def _sample(examples: Sequence[Record], count: int, seed: int) -> list[Record]:

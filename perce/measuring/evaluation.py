@@ -85,27 +85,22 @@ class Work:
 def make_batches(examples: Sequence[Example], subject: Subject, options: EvaluateOptions) -> Work:
     """Pairs in batches of similar length; conversations that share tokens stay whole. The order depends only on the
     examples and on what is shared, so a resumed run has the same order."""
-    notes, items, builder = [], [], subject.builder
+    items: list[Item] = []
     seen: Counter[str] = Counter()
     partners = other_users(examples, options.evaluate.seed)
     for index, (example, partner) in enumerate(zip(examples, partners, strict=True)):
-        try:
-            pair = builder.build(example)
-        except UserError:
-            if not options.data.skip_bad_rows:
-                raise
+        if not (pairs := subject.source.built(example)):
             continue
-        swapped = None
+        pair, swapped = pairs[0], None
         if partner is not None:
             with contextlib.suppress(UserError):  # a passage of the other user is too long
-                swapped = builder.build(replace(example, persona=examples[partner].persona))
+                swapped = subject.builder.build(replace(example, persona=examples[partner].persona))
         text = text_key(example)
         items.append(Item(index, f"{text}-{seen[text]}", example, pair, swapped))
         seen[text] += 1
     if not items:
-        raise UserError("No example is left to evaluate: all were skipped as longer than --max_length.")
-    if len(items) < len(examples):
-        notes.append(f"{len(examples) - len(items):,} examples skipped, longer than --max_length {builder.max_length}")
+        raise UserError(subject.source.nothing_left())
+    notes = subject.source.notes()
     if any(item.swapped is None for item in items):
         without = sum(item.swapped is None for item in items)
         notes.append(

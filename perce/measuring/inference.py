@@ -17,7 +17,7 @@ from perce.config.questions import InferenceConfig
 from perce.config.schema import run_directory
 from perce.data.batch import Batch, collate
 from perce.data.dataset import personas
-from perce.data.pairing import make_persona_builder
+from perce.data.pairing import PairSource, make_persona_builder
 from perce.data.pairs import Pair, PairBuilder
 from perce.data.rows import Examples
 from perce.data.sharing import Sharing, segmented
@@ -46,6 +46,8 @@ class Subject:
     tokenizer: Any
     device: torch.device
     builder: PairBuilder
+    source: PairSource
+    """Builds the pairs of examples, and counts what is left out."""
     sharing: Sharing
     """Which tokens the pairs of a persona share in a batch; see data/sharing.py."""
     examples: Examples
@@ -73,7 +75,8 @@ def load_subject(options: InferenceOptions, command: str, *, unanswered: bool = 
     for name in ("data", "retriever_model"):
         facts[name] = facts[name] and from_anywhere(facts[name])
     facts["prompt"] = asdict(builder.chat_format.style)
-    return Subject(model, tokenizer, device, builder, sharing, examples, split, facts)
+    source = PairSource(examples, builder, options.data.skip_bad_rows, of="")
+    return Subject(model, tokenizer, device, builder, source, sharing, examples, split, facts)
 
 
 def _sharing(options: InferenceOptions, model: Any, examples: Examples) -> Sharing:

@@ -55,7 +55,8 @@ def _clip(options: ScoreOptions) -> tuple[float, float]:
     return options.score.weighting.clip_min, options.score.weighting.clip_max
 
 
-def _lines(m: Mapping[str, float], options: ScoreOptions) -> list[tuple[str, str]]:
+def _lines(records: Records, options: ScoreOptions, left_out: Sequence[str]) -> list[tuple[str, str]]:
+    m = means(records, options)
     ends = [("tinted by", f"PerCE's weight, {options.score.weighting.reported}")]
     if options.score.weighting.signal:
         ends = [("at the floor", f"{m['frac_at_floor']:.1%}"), ("at the ceiling", f"{m['frac_at_ceiling']:.1%}")]
@@ -63,7 +64,7 @@ def _lines(m: Mapping[str, float], options: ScoreOptions) -> list[tuple[str, str
         ("examples", f"{m['examples']:,}"), ("response tokens", f"{m['tokens']:,}"),
         ("loss with persona", f"{m['loss_with_persona']:.4f}"),
         ("loss without persona", f"{m['loss_without_persona']:.4f}"), ("mean PIR", f"{m['pir_mean']:+.4f}"),
-        ("mean weight", f"{m['weight_mean']:.3f}"), *ends,
+        ("mean weight", f"{m['weight_mean']:.3f}"), *ends, *(("left out", note) for note in left_out),
     ]  # fmt: skip
 
 
@@ -76,8 +77,10 @@ def print_tokens(records: Records, options: ScoreOptions) -> None:
         console.print(text, "", sep="\n")
 
 
-def print_summary(records: Records, found: Identified | None, options: ScoreOptions) -> None:
-    show(facts(_lines(means(records, options), options)), "")
+def print_summary(
+    records: Records, found: Identified | None, options: ScoreOptions, left_out: Sequence[str]
+) -> None:  # fmt: skip
+    show(facts(_lines(records, options, left_out)), "")
     if found:
         identified = _identification_table(found)
         methods = table(*identified.header)
@@ -86,14 +89,16 @@ def print_summary(records: Records, found: Identified | None, options: ScoreOpti
         show(identified.note, methods, "")
 
 
-def write_summary(path: Path, records: Records, found: Identified | None, options: ScoreOptions) -> None:
+def write_summary(
+    path: Path, records: Records, found: Identified | None, options: ScoreOptions, left_out: Sequence[str]
+) -> None:  # fmt: skip
     """JSON of the means and, with labels, of every method."""
     score, model = options.score, options.model
     content: dict[str, Any] = {
         "model": model.model or "default", "data": options.data.data or "built-in",
         "objective": score.objective, "signal": score.weighting.signal_name,
         "clip": _clip(options) if score.weighting.signal else None,
-        **means(records, options),
+        **means(records, options), "left_out": left_out,
     }  # fmt: skip
     if found:
         methods = {name: asdict(result) for name, result in found.methods.items()}
@@ -109,6 +114,7 @@ def write_report(
     found: Identified | None,
     options: ScoreOptions,
     split: str,
+    left_out: Sequence[str],
 ) -> None:
     """The HTML page: means, histogram, most personal tokens, token identification, users, and the first responses."""
     responses = [
@@ -128,7 +134,7 @@ def write_report(
     summary = [
         ("model", options.model.model or "SmolLM2-135M-Instruct"),
         ("data", f"{options.data.data or 'built-in examples'}, {split}"),
-        *_lines(means(records, options), options),
+        *_lines(records, options, left_out),
     ]
     weighed = Weighed(options.score.entry, options.score.weighting)
     with written(path):

@@ -360,15 +360,15 @@ def test_one_user_has_nobody_to_swap_with_and_long_rows_are_skipped(run, tmp_pat
 
 def test_rows_that_are_left_out_are_counted_with_the_first_reason(run, tmp_path):
     rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:5]]
-    rows[1]["response"], rows[2]["weight"], rows[3]["query"] = "", 0, "Tell me? " * 4000
+    rows[2]["response"], rows[3]["weight"], rows[1]["query"] = "", 0, "Tell me? " * 4000
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     flags = ("--data", data, "--skip_bad_rows", "--generate", "false")
     out = " ".join(run(*flags, "--output", tmp_path / "e.json").out.split())
     notes = result(tmp_path / "e.json")["notes"]
-    for note in (f"1 rows skipped; the first: {data}:2: field 'response': expected", "1 replies of weight 0 left out",
-                 "1 examples skipped, the first: rows.jsonl:4: query and response take"):  # fmt: skip
+    for note in (f"1 rows skipped; the first: {data}:3: field 'response': expected", "1 replies of weight 0 left out",
+                 "1 examples skipped, the first: rows.jsonl:2: query and response take"):  # fmt: skip
         assert note in out and any(told.startswith(note) for told in notes)
-    write_jsonl(data, rows[3:4])
+    write_jsonl(data, rows[1:2])
     err = run(*flags, code=2).err
     assert "No example is left: none can be used. The first: rows.jsonl:1: query and response take" in err
     assert "--skip_bad_rows" not in err

@@ -236,17 +236,17 @@ def test_streaming_gives_the_same_and_long_examples_are_skipped(scored, tmp_path
 @pytest.mark.parametrize("streaming", ["true", "false"])
 def test_rows_that_are_left_out_are_counted_with_the_first_reason(scored, tmp_path, streaming):
     rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:5]]
-    rows[1]["response"], rows[2]["weight"], rows[3]["query"] = "", 0, "Tell me? " * 4000
+    rows[2]["response"], rows[3]["weight"], rows[1]["query"] = "", 0, "Tell me? " * 4000
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     paths = {name: tmp_path / f"s.{name}" for name in ("html", "json")}
     flags = ("--data", data, "--skip_bad_rows", "--terminal", 0, "--streaming", streaming)
     out = " ".join(scored(*flags, "--output", paths["html"], "--summary", paths["json"]).out.split())
     left_out, page = json.loads(paths["json"].read_text(encoding="utf-8"))["left_out"], Page(paths["html"])
-    for note in (f"1 rows skipped; the first: {data}:2: field", "1 replies of weight 0 left out",
-                 "1 examples skipped, the first: rows.jsonl:4: query and response take"):  # fmt: skip
+    for note in (f"1 rows skipped; the first: {data}:3: field", "1 replies of weight 0 left out",
+                 "1 examples skipped, the first: rows.jsonl:2: query and response take"):  # fmt: skip
         assert note in page.text and any(told.startswith(note) for told in left_out)
         assert note[:16] in out
-    write_jsonl(data, rows[3:4])
+    write_jsonl(data, rows[1:2])
     err = scored(*flags, code=2).err
     assert "No example is left: none can be used. The first: rows.jsonl:1: query and response take" in err
     assert "--skip_bad_rows" not in err

@@ -35,9 +35,9 @@ def test_who_skips_rows_is_not_told_to_skip_them(tmp_path, format, row):
 
 
 def test_what_is_left_out_is_of_what_is_asked(tmp_path):
-    rows = [{"persona": "I bake.", "query": "Hi?", "response": response} for response in ("Hello.", "No. " * 50, "")]
+    rows = [{"persona": "I bake.", "query": "Hi?", "response": response} for response in ("Hello.", "No. " * 200, "")]
     examples = load_examples(write_jsonl(tmp_path / "rows.jsonl", rows), "train", skip_bad_rows=True)
-    builder = make_builder(TOKENIZERS["chatml"], DataConfig(max_length=60), "perce")
+    builder = make_builder(TOKENIZERS["chatml"], DataConfig(max_length=150), "perce")
     for of in ("training: ", ""):
         source = PairSource(examples, builder, True, of)
         pairs = [pair for example in examples for pair in source.built(example)]
