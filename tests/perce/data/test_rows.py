@@ -8,7 +8,7 @@ import pytest
 
 from perce import UserError, load_examples
 from perce.data.rows import Examples, available_splits
-from tests.helpers.raw_rows import CONVAI2, GOOD, LAMP, SPC, TALK, error, jsonl, load
+from tests.helpers.raw_rows import CONVAI2, GOOD, LAMP, SPC, TALK, documented, error, jsonl, load
 
 BAD = [
     ('{"persona": ', "expected one JSON object per line"),
@@ -139,3 +139,24 @@ def test_real_data_sets(name):
                 assert not any(passage.endswith(e.response) for passage in e.persona)
         if split == "train" and name in USERS:
             assert len(Counter(e.user_id for e in rows.all)) == USERS[name]
+
+
+def test_an_empty_user_id_is_none(tmp_path):
+    named, empty = load(tmp_path, {**GOOD, "user_id": 0}, {**GOOD, "user_id": ""})
+    assert (named.user_id, empty.user_id) == ("0", None)
+    assert load(tmp_path, {**LAMP, "user_id": ""})[0].user_id == LAMP["id"]
+    reviews = [{**row, "user_id": ""} for row in documented("amazon")]
+    assert "missing: user_id" in error(tmp_path, *reviews), "reviews of nobody are no history"
+
+
+@pytest.mark.parametrize(("rows", "why"), [
+    ([{**GOOD, "weight": 0}] * 2, "all replies of its 2 rows have weight 0."),
+    ([{**GOOD, "response": ""}, {**GOOD, "weight": 0}],
+     "1 of 2 rows skipped, and all other replies have weight 0; the first: {path}:1: field 'response': expected a non"),
+    ([{**GOOD, "response": ""}], "all 1 rows skipped; the first: {path}:1: field 'response': expected a non-empty"),
+])  # fmt: skip
+def test_why_no_example_is_left(tmp_path, rows, why):
+    path = jsonl(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(UserError) as caught:
+        load_examples(path, "train", skip_bad_rows=True)
+    assert f"No example could be read from {path}: {why.format(path=path)}" in str(caught.value)
