@@ -45,7 +45,7 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     records = [record for record in file.records if limit is None or record["example"] < limit]
     if not records:
         raise UserError(subject.source.nothing_left())
-    found, left_out = identify(records) if score.labels else None, subject.source.notes()
+    found, left_out = identify(records) if score.labels else None, subject.left_out
     print_summary(records, found, options, left_out)
     if score.summary:
         write_summary(Path(score.summary).expanduser(), records, found, options, left_out)

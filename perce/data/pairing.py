@@ -10,8 +10,10 @@ from perce.data.formats import FORMATS
 from perce.data.pairs import PairBuilder
 from perce.data.retrieval import make_retriever
 from perce.data.rows import Examples, Record
+from perce.data.sources import SPLITS
 from perce.errors import UserError
 from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS
+from perce.visible import listed
 
 PERCE = LossConfig()
 Builder = PairBuilder | DocumentBuilder
@@ -57,6 +59,12 @@ def picked_by(builder: Builder) -> list[str]:
     """A note on how passages are retrieved; [] if none are."""
     retriever = builder.retriever if isinstance(builder, PairBuilder) else None
     return [f"persona: {retriever.description}"] if retriever else []
+
+
+def not_read(rows: Examples) -> list[str]:
+    """A note on files, or parts of a file, that look like data and are of no split."""
+    names = "; ".join(", ".join(aliases) for aliases in SPLITS.values())
+    return [f"not read: {listed(rows.beside)} (the names of splits are {names})"] if rows.beside else []
 
 
 def skipped_rows(rows: Examples) -> list[str]:

@@ -15,8 +15,18 @@ from perce.config.options import read_yaml
 from perce.config.questions import SplitConfig
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
 from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
-from perce.data.pairing import PairSource, make_builder, picked_by, skipped_rows
-from perce.data.rows import Document, Examples, Reading, Record, available_splits, load_examples, text_key, texts_key
+from perce.data.pairing import PairSource, make_builder, not_read, picked_by, skipped_rows
+from perce.data.rows import (
+    Document,
+    Examples,
+    Reading,
+    Record,
+    available_splits,
+    load_examples,
+    text_key,
+    texts_key,
+    texts_of,
+)
 from perce.data.stream import PairStream
 from perce.demo import DATA_DIR
 from perce.errors import UserError, in_one_line
@@ -173,7 +183,8 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
                 f"{train.format}, the validation rows of format {held_out.format}."
             )
         validation, kept = held_out.all, train if config.streaming else train.all
-        notes = [*skipped_rows(train), *skipped_rows(held_out)]
+        notes = [] if config.streaming else trained_on_too(train.all, validation)
+        notes += [*skipped_rows(train), *skipped_rows(held_out)]
     elif config.streaming:
         raise UserError(
             f"--data {data}: expected a validation split, because none can be held out of a stream. Add one, or leave "
@@ -185,7 +196,23 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
         notes = [f"{counted} held out for validation", *without_user(train.all, who), *skipped_rows(train)]
     if 0 < eval_examples < len(validation):
         validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: its beginning is a sample too
+    notes += not_read(train)
     return Splits(kept, validation, held_out.format if config.streaming else train.format, notes, who)
+
+
+def trained_on_too(train: Sequence[Record], validation: Sequence[Record]) -> list[str]:
+    """A warning if validation rows are trained on as well. Users in both splits may be intended, so they are noted."""
+    texts, users = {texts_of(example) for example in train}, {example.user_id for example in train}
+    same = [example for example in validation if texts_of(example) in texts]
+    own = {example.user_id for example in validation} - {None}
+    both = f"{len(own & users):,} of {len(own):,} users" if own & users else ""
+    if not same:
+        return [f"{both} of the validation split are also trained on"] if both else []
+    return [
+        f"warning: {len(same):,} of {len(validation):,} validation examples are also trained on (the first: "
+        f"{same[0].source}){f', and {both}' if both else ''}, which makes eval_loss lower than it is on new rows. "
+        "Remove them from one of the splits"
+    ]
 
 
 def without_user(examples: Sequence[Record], who: HeldOut) -> list[str]:

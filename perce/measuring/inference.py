@@ -17,7 +17,7 @@ from perce.config.questions import InferenceConfig
 from perce.config.schema import run_directory
 from perce.data.batch import Batch, collate
 from perce.data.dataset import personas
-from perce.data.pairing import PairSource, make_persona_builder
+from perce.data.pairing import PairSource, make_persona_builder, not_read
 from perce.data.pairs import Pair, PairBuilder
 from perce.data.rows import Examples
 from perce.data.sharing import Sharing, segmented
@@ -54,6 +54,11 @@ class Subject:
     split: str
     facts: dict[str, Any]
     """What its records depend on, in every command."""
+
+    @property
+    def left_out(self) -> list[str]:
+        """Notes on what is left out of the data. Of a stream, what is known when it has been read."""
+        return [*not_read(self.examples), *self.source.notes()]
 
 
 def load_subject(options: InferenceOptions, command: str, *, unanswered: bool = False) -> Subject:

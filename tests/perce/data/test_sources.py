@@ -119,7 +119,7 @@ def test_what_is_of_no_split_is_known(tmp_path):
     (tmp_path / "notes.txt").write_text("a\n")
     assert load_examples(tmp_path, "train").beside == ("eval.jsonl", "more.csv", "train_part2.jsonl")
     assert load_examples(tmp_path / "train.jsonl", "train").beside == ()
-    (tmp_path / "splits.json").write_text(json.dumps({"foo": [GOOD], "valid": [GOOD], "train": [GOOD]}))
+    (tmp_path / "splits.json").write_text(json.dumps({"train": [GOOD], "foo": [GOOD], "valid": [GOOD]}))
     assert load_examples(tmp_path / "splits.json", "validation").beside == ("foo",)
 
 
@@ -147,7 +147,7 @@ def test_save_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list([ABSTRACT, {**ABSTRACT, "name": "B"}])
     table.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": table, "val": table.select([1])}).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict({"train": table, "val": table.select([1]), "more": table}).save_to_disk(tmp_path / "two")
     expected = load(tmp_path, ABSTRACT)[0].persona
     for streaming in (False, True):
         rows = load_examples(tmp_path / "one", "train", streaming=streaming)
@@ -158,6 +158,7 @@ def test_save_to_disk(tmp_path):
         "validation",
     ]
     assert load_examples(tmp_path / "one", "test").all == []
+    assert load_examples(tmp_path / "two", "train").beside == ("more",)
     (tmp_path / "two/dataset_dict.json").write_text('{"splits": ["train", "gone"]}')
     with pytest.raises(UserError, match="written by save_to_disk but cannot be read"):
         load_examples(tmp_path / "two", "train")

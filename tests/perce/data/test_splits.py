@@ -150,5 +150,5 @@ def test_files_of_no_split_are_named_once(tmp_path):
     (note,) = [note for note in load_splits(DataConfig(data=str(tmp_path)), eval_examples=0, seed=0).notes
                if "not read" in note]  # fmt: skip
     assert note.startswith("not read: eval.jsonl, train_part2.jsonl (the names of splits are train; validation, valid,")
-    own = own_split(tmp_path, USERS, NAMELESS)
+    own = own_split(tmp_path, USERS, [row(None, 100 + i) for i in range(5)])
     assert own == [note]
