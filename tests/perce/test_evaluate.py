@@ -299,7 +299,7 @@ def test_records_under_other_words_of_the_prompt_are_another_runs(run, tmp_path)
     assert "holds the records of another run (prompt was" in err and "He says" in err
 
 
-def test_two_models_are_compared_on_the_same_examples(run, tmp_path):
+def test_two_models_are_compared_on_the_same_examples(run, tmp_path, monkeypatch):
     save_tiny_model(tmp_path / "other", "llama")
     run("--model", tmp_path / "other", "--output", tmp_path / "other.json")
     out = run("--output", tmp_path / "ours.json", "--compare_with", tmp_path / "other.json").out
@@ -310,8 +310,10 @@ def test_two_models_are_compared_on_the_same_examples(run, tmp_path):
         assert 0 < difference["p"] <= 1
     assert "this model minus" in out
     run("--output", tmp_path / "few.json", "--limit", 3)
-    err = run("--compare_with", tmp_path / "few.json", code=2).err
-    assert "11 of 14 examples are in one result only" in err
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *_: pytest.fail("found too late"))
+    err = run("--compare_with", tmp_path / "few.json", "--output", tmp_path / "new.json", code=2).err
+    assert f"--compare_with {tmp_path / 'few.json'}: 11 of 14 examples are in one result only" in err
+    assert not [*tmp_path.glob("new.json*")]
     (tmp_path / "bad.json").write_text("{}")
     assert "expected the JSON that perce.evaluate" in run("--compare_with", tmp_path / "bad.json", code=2).err
 
