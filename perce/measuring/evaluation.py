@@ -75,6 +75,10 @@ class Work:
     notes: list[str]
 
     @property
+    def keys(self) -> set[str]:
+        return {item.key for batch in self.batches for group in batch for item in group.items}
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         items = (item for batch in self.batches for group in batch for item in group.items)
