@@ -117,6 +117,8 @@ def test_the_held_out_of_a_run_are_those_that_it_recorded(run, train, tmp_path):
         assert users_of(run, tmp_path / f"{model.name}.json", *held_out, model) == set(recorded["held_out"])
     out = run(*held_out, where, "--generate", "false").out
     assert f"held_out: 3 of 42 users, those that {where / 'held_out.json'} names\n" in out
+    err = run("--data", data, "--split", "validation", "--model", where, code=2).err
+    assert f"has no such split; it has train. --split held_out takes the users that {where} held out." in err
     drawn = run(*held_out, where, "--generate", "false", "--split_seed", 1).out
     told = f"drawn by seed 1, not those that {where / 'held_out.json'} names; {where} may have been trained on them"
     assert f"held_out: 4 of 42 users, {told}\n" in drawn
