@@ -262,7 +262,10 @@ class Examples:
         if self._reading.persona_markers and "persona" not in row:
             row = formats.with_marked_persona(row, *self._reading.persona_markers)
         if self.format == "auto":
-            self.format = detect_format(row)  # the first row decides for all: errors can then name the field
+            has_header = self._source.name.lower().endswith(".csv")
+            self.format = detect_format(
+                row, has_header
+            )  # the first row decides for all: errors can then name the field
         entry = FORMATS[self.format]
         if missing := missing_fields(self.format, row):
             wanted = missing[0].replace("|", "' or '")

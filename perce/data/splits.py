@@ -265,7 +265,10 @@ def load_split(
     if held_out:
         who = _recorded(chosen, run, where, present)
     elif split not in present:
-        raise UserError(f"--split {split}: {where} has no such split; it has {', '.join(present)}.")
+        held = (
+            f" --split held_out takes the users that {run} held out." if run and (run / HELD_OUT_NAME).exists() else ""
+        )
+        raise UserError(f"--split {split}: {where} has no such split; it has {', '.join(present)}.{held}")
     if data.streaming and (held_out or chosen.sample):
         needs = "--split held_out" if held_out else "--sample"
         raise UserError(f"{needs}: all rows must be read first to choose from them. Leave out --streaming.")

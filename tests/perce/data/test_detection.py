@@ -49,7 +49,9 @@ def test_a_csv_without_a_header_is_asked_for_one(tmp_path, name, lines, asked):
     with pytest.raises(UserError) as caught:
         load_examples(tmp_path / name, "train")
     line = str(caught.value).splitlines()[2]
-    header = "If the first line is a row, the header is missing: add persona,query,response. Else rename fields: --columns"
+    header = (
+        "If the first line is a row, the header is missing: add persona,query,response. Else rename fields: --columns"
+    )
     assert line.startswith(header if asked else "Rename fields: --columns persona=")
 
 
