@@ -9,7 +9,7 @@ from perce.data.documents import DocumentBuilder
 from perce.data.formats import FORMATS
 from perce.data.pairs import PairBuilder
 from perce.data.retrieval import make_retriever
-from perce.data.rows import Examples, Record
+from perce.data.rows import OR_SKIP, Examples, Record
 from perce.data.sources import SPLITS
 from perce.errors import UserError
 from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS
@@ -99,9 +99,9 @@ class PairSource:
             pairs = self.builder.pairs(example)  # type: ignore[arg-type,assignment]  # of the builder's kind
         except UserError as error:
             if not self.skip_bad_rows:
-                raise UserError(f"{error} --skip_bad_rows leaves such rows out.") from None
+                raise
             self.unfit += 1
-            self.reason = self.reason or str(error)
+            self.reason = self.reason or str(error).removesuffix(OR_SKIP)
             return []
         self.dropped_passages += sum(getattr(pair, "dropped_passages", 0) for pair in pairs)
         self.cut_documents += len(pairs) > 1

@@ -42,6 +42,7 @@ UNANSWERED = (
     " perce.evaluate writes replies to such rows. To train on answers that you have, or to score them, name their "
     "field: --columns response=FIELD."
 )
+OR_SKIP = " --skip_bad_rows leaves such rows out."  # ends the message of an example that cannot be a pair
 KEPT_REASONS = 5  # all skipped rows are counted, and the first few are quoted, which is enough to see the pattern
 
 

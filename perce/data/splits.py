@@ -202,10 +202,11 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
 
 def trained_on_too(train: Sequence[Record], validation: Sequence[Record]) -> list[str]:
     """A warning if validation rows are trained on as well. Users in both splits may be intended, so they are noted."""
-    texts, users = {texts_of(example) for example in train}, {example.user_id for example in train}
+    texts = {texts_of(example) for example in validation}.intersection(map(texts_of, train))
     same = [example for example in validation if texts_of(example) in texts]
-    own = {example.user_id for example in validation} - {None}
-    both = f"{len(own & users):,} of {len(own):,} users" if own & users else ""
+    users = {example.user_id for example in validation} - {None}
+    shared = users.intersection(example.user_id for example in train)
+    both = f"{len(shared):,} of {len(users):,} users" if shared else ""
     if not same:
         return [f"{both} of the validation split are also trained on"] if both else []
     return [
