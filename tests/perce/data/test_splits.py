@@ -114,6 +114,7 @@ def test_rows_without_users_are_warned_of(tmp_path):
     ):
         (warning,) = (note for note in splits(tmp_path, rows).notes if note.startswith("warning"))
         assert words in warning and "--columns user_id=FIELD" in warning
+    assert splits(tmp_path, USERS + NAMELESS).notes[0] == "6 of 55 users and rows without one held out for validation"
 
 
 def test_the_seed_of_who_is_drawn_follows_no_model():
