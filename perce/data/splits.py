@@ -89,7 +89,9 @@ class HeldOut:
                 f"{self.file}: none of the {len(self.keys):,} {self.unit} that the run held out is in --data {data}. "
                 "Give the data that it was trained on; perce.score and perce.evaluate draw others with --split_seed."
             )
-        return others, held_out, f"{len(self.keys.intersection(keys)):,} of {len(set(keys)):,} {self.unit}"
+        nameless = self.unit == "users" and not all(example.user_id for example in examples)
+        units = f"{self.unit}{' and rows without one' if nameless else ''}"
+        return others, held_out, f"{len(self.keys.intersection(keys)):,} of {len(set(keys)):,} {units}"
 
 
 def _keys(examples: Sequence[Record], unit: str) -> list[str]:
