@@ -16,6 +16,7 @@ from perce import load_examples
 from perce.config.commands import EvaluateOptions
 from perce.config.questions import EvaluateConfig, InferenceConfig, SplitConfig
 from perce.config.schema import DataConfig
+from perce.data.pairing import PairSource
 from perce.data.pairs import PairBuilder
 from perce.demo import default_model_path
 from perce.hub import load_tokenizer
@@ -110,7 +111,8 @@ def test_an_evaluation_together_against_separately(benchmark):
     records: dict[str, list[dict]] = {}
 
     def evaluate(sharing: Any) -> None:
-        subject = Subject(model, tokenizer, torch.device("cpu"), builder, sharing, examples, "test", {})
+        source = PairSource(examples, builder, False)
+        subject = Subject(model, tokenizer, torch.device("cpu"), builder, source, sharing, examples, "test", {})
         evaluator = Evaluator(model, tokenizer, subject.device, options.evaluate, {}, sharing)
         batches = make_batches(examples.all, subject, options).batches
         started = time.perf_counter()

@@ -26,7 +26,14 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     from perce.data.rows import texts_key
     from perce.data.splits import training_rows_note
     from perce.measuring.evaluation import Evaluator, make_batches
-    from perce.measuring.evaluation_report import compare, print_result, read_result, summarise, write_result
+    from perce.measuring.evaluation_report import (
+        check_same,
+        compare,
+        print_result,
+        read_result,
+        summarise,
+        write_result,
+    )
     from perce.measuring.inference import load_subject
     from perce.measuring.metrics import reply_scorers
     from perce.model.positions import settle_lengths
@@ -38,8 +45,10 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     examples: list = list(subject.examples)
     facts = subject.facts | {"examples": len(examples), "texts": texts_key(examples)}
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
-    file.begin(facts)
     work = make_batches(examples, subject, options)
+    if other:
+        check_same(work.keys, other, str(wanted.compare_with))
+    file.begin(facts)
     reply = wanted.max_new_tokens if wanted.generate else 0
     settle_lengths(subject.model, lambda: work.longest + reply)
     evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, scorers, subject.sharing)

@@ -83,7 +83,8 @@ class TokenWeighting:
 
     @property
     def reported(self) -> TokenWeighting:
-        """The weighting that reports tint tokens by: this one, or PIR under this clip if every weight is 1."""
+        """The weighting that reports tint tokens by: this one, or PIR under this clip if every weight is 1. It is only
+        shown: what is trained on or written to a file has the weights of the objective itself."""
         return self if self.signal else replace(self, signal=PIR)
 
     @property

@@ -32,7 +32,7 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     from perce.measuring.scores import FORM, scored
 
     subject, score = load_subject(options, "score"), options.score
-    weighting = score.weighting.reported
+    weighting = score.weighting
     facts = {"labels": score.labels, "signal": weighting.signal_name, "sample": options.examples.sample}
     facts |= {"clip_min": weighting.clip_min, "clip_max": weighting.clip_max}
     file.begin(subject.facts | facts | {"form": FORM})
@@ -44,13 +44,13 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     limit = options.examples.limit
     records = [record for record in file.records if limit is None or record["example"] < limit]
     if not records:
-        raise UserError("No example is left to score: all are longer than --max_length and were skipped.")
-    found = identify(records) if score.labels else None
-    print_summary(records, found, options)
+        raise UserError(subject.source.nothing_left())
+    found, left_out = identify(records) if score.labels else None, subject.left_out
+    print_summary(records, found, options, left_out)
     if score.summary:
-        write_summary(Path(score.summary).expanduser(), records, found, options)
+        write_summary(Path(score.summary).expanduser(), records, found, options, left_out)
     if score.output:
-        write_report(Path(score.output).expanduser(), records, shown, found, options, subject.split)
+        write_report(Path(score.output).expanduser(), records, shown, found, options, subject.split, left_out)
     if score.exported:
         write_export(score.exported, records, subject.tokenizer)
     for path in filter(None, (score.output, score.jsonl, score.summary, score.exported)):

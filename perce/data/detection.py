@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from perce.data.formats import FORMATS, OPTIONAL, Format, system_message
+from perce.data.formats import FIELDS, FORMATS, OPTIONAL, Format, system_message
 from perce.data.readers import BadRow
 from perce.visible import listed
 
@@ -43,7 +43,7 @@ def nearest_name(name: str, present: Iterable[str]) -> str | None:
 class UnknownShape(BadRow):
     """A row of no known format; the error says in four lines what to do."""
 
-    def __init__(self, row: Mapping[str, Any]):
+    def __init__(self, row: Mapping[str, Any], has_header: bool):
         super().__init__(None, "the fields of a known format", f"the fields {listed(row)}" if row else "no field")
         nearest, lacking = _nearest(row)
         missing = [need.replace("|", " or ") for need in missing_fields(nearest, row)]
@@ -51,6 +51,9 @@ class UnknownShape(BadRow):
         way = f"Rename fields: --columns {shlex.quote(line)}"
         if None in lacking.values():
             way += " (FIELD: the name of your field; add a field that your rows do not have yet)"
+        if has_header and not any(lacking.values()) and not FIELDS & row.keys():
+            header = ",".join(lacking)
+            way = f"If the first line is a row, the header is missing: add {header}. Else r{way.removeprefix('R')}"
         if any(need.startswith("persona") for need in missing) and system_message(row) is not None:
             way += ". If the persona is part of the system message: --persona_markers START...END"
         self.remedy = ""
@@ -99,14 +102,15 @@ def _lacks_something(row: Mapping[str, Any]) -> bool:
     return bool(OF_REVIEWS & row.keys()) or max(map(told, FORMATS.values())) > 1
 
 
-def detect_format(row: Mapping[str, Any]) -> str:
+def detect_format(row: Mapping[str, Any], has_header: bool = False) -> str:
+    """has_header: the names come from the first line of a file, which may be a row."""
     fits = [name for name in FORMATS if not missing_fields(name, row)]
     needs = {name: {*FORMATS[name].needs} for name in fits}
     fits = [name for name in fits if not any(needs[name] < needs[other] for other in fits)]
     if len(fits) > 1 and "text" in fits:
         fits.remove("text")
     if not fits or (fits == ["text"] and _lacks_something(row)):
-        raise UnknownShape(row)
+        raise UnknownShape(row, has_header)
     if len(fits) > 1:
         known = "; ".join(f"{name} ({', '.join(FORMATS[name].needs)})" for name in fits)
         raise BadRow(

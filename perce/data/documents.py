@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from perce.data.rows import Document
+from perce.data.rows import OR_SKIP, Document
 from perce.errors import UserError
 
 
@@ -70,7 +70,7 @@ class DocumentBuilder:
             ids = [*ids, end]
         if len(ids) < 2:
             raise UserError(f"{document.source}: expected a text of at least two tokens, got one: a first token is not "
-                            "predicted. Leave such rows out with --skip_bad_rows.")  # fmt: skip
+                            f"predicted.{OR_SKIP}")  # fmt: skip
         return [
             self._pair(ids[start : start + self.max_length], document.data_weight)
             for start in range(0, len(ids) - 1, self.max_length - 1)

@@ -30,6 +30,7 @@ PASSAGES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 )
 # Fields that are the target in some LaMP or LongLaMP task: an entry with this row's target there would give it away.
 TARGET_FIELDS = ("abstract", "content", "reviewText", "text", "title")
+ENTRY = f"a text, or an object with one of the fields {', '.join(kind for kind, _ in PASSAGES)}"
 HEAVIEST = 1e6  # the largest weight of a row: far below where fp32 overflows
 
 
@@ -67,14 +68,15 @@ def encodable(value: str, field: str) -> str:
     return value
 
 
-def list_of(value: object, field: str, of: str) -> list[Any]:
-    """The value as a non-empty list. `datasets` may return one struct of lists instead, which is converted back."""
+def list_of(value: object, field: str, of: str, also: str = "") -> list[Any]:
+    """The value as a non-empty list; `also` is what else it may be, in the error. `datasets` may return one struct of
+    lists instead, which is converted back."""
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         if len({len(column) for column in value.values()}) > 1:
             raise BadRow(field, "columns of equal length", show({key: len(column) for key, column in value.items()}))
         value = [dict(zip(value, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not value:
-        raise BadRow(field, f"a non-empty list of {of}", show(value))
+        raise BadRow(field, f"{also}a non-empty list of {of}", show(value))
     return value
 
 
@@ -83,7 +85,7 @@ def passage_text(entry: object, field: str) -> str:
     if isinstance(entry, str):
         return text_of(entry, field) if entry.strip() else ""
     if not isinstance(entry, dict):
-        raise BadRow(field, "a string or an object", show(entry))
+        raise BadRow(field, ENTRY, show(entry))
     for kind, parts in PASSAGES:
         if kind in entry:
             main = parts[-1][1]
@@ -91,16 +93,14 @@ def passage_text(entry: object, field: str) -> str:
                 return ""
             shown = [(label, str(entry[name])) for label, name in parts if entry.get(name) not in (None, "")]
             return text_of("\n".join(f"{a}: {b}" for a, b in shown) if len(shown) > 1 else shown[0][1], field)
-    raise BadRow(
-        field, f"an entry with one of the fields {', '.join(kind for kind, _ in PASSAGES)}", f"fields {listed(entry)}"
-    )
+    raise BadRow(field, ENTRY, f"one with the fields {listed(entry)}")
 
 
 def parse_persona(value: object, field: str) -> tuple[str, ...]:
     """The passages of a persona: a string is one passage; a list keeps its order and loses blank entries."""
     if isinstance(value, str):
         return (text_of(value, field),)
-    entries = list_of(value, field, "strings")
+    entries = list_of(value, field, "texts", also="a text or ")
     passages = tuple(filter(None, (passage_text(entry, f"{field}[{i}]") for i, entry in enumerate(entries))))
     if not passages:
         raise BadRow(field, "at least one entry with text", show(value))

@@ -9,9 +9,11 @@ from perce.data.documents import DocumentBuilder
 from perce.data.formats import FORMATS
 from perce.data.pairs import PairBuilder
 from perce.data.retrieval import make_retriever
-from perce.data.rows import Examples, Record
+from perce.data.rows import OR_SKIP, Examples, Record
+from perce.data.sources import SPLITS
 from perce.errors import UserError
 from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS
+from perce.visible import listed
 
 PERCE = LossConfig()
 Builder = PairBuilder | DocumentBuilder
@@ -59,6 +61,12 @@ def picked_by(builder: Builder) -> list[str]:
     return [f"persona: {retriever.description}"] if retriever else []
 
 
+def not_read(rows: Examples) -> list[str]:
+    """A note on files, or parts of a file, that look like data and are of no split."""
+    names = "; ".join(", ".join(aliases) for aliases in SPLITS.values())
+    return [f"not read: {listed(rows.beside)} (the names of splits are {names})"] if rows.beside else []
+
+
 def skipped_rows(rows: Examples) -> list[str]:
     notes = [f"{rows.skipped:,} rows skipped; the first: {rows.reasons[0]}"] if rows.skipped else []
     return notes + [f"{rows.weightless:,} replies of weight 0 left out"] * bool(rows.weightless)
@@ -71,6 +79,8 @@ class PairSource:
     examples: Sequence[Record] | Examples
     builder: Builder
     skip_bad_rows: bool
+    of: str = "training: "
+    """What notes on examples begin with."""
     unfit: int = 0
     dropped_passages: int = 0
     cut_documents: int = 0
@@ -79,18 +89,23 @@ class PairSource:
     _first_pass: tuple[list[str], list[str]] | None = None
 
     def build(self, index: int, example: Record) -> list[dict[str, Any]]:
-        """The columns of the example's pairs; [] if it cannot be built and may be skipped."""
+        """The columns of the example's pairs."""
+        return [vars(pair) | {"example": index} for pair in self.built(example)]
+
+    def built(self, example: Record) -> list[Any]:
+        """The example's pairs; [] if it cannot be built and may be skipped."""
+        pairs: list[Any]
         try:
-            pairs = self.builder.pairs(example)  # type: ignore[arg-type]  # of the builder's kind
+            pairs = self.builder.pairs(example)  # type: ignore[arg-type,assignment]  # of the builder's kind
         except UserError as error:
             if not self.skip_bad_rows:
                 raise
             self.unfit += 1
-            self.reason = self.reason or str(error)
+            self.reason = self.reason or str(error).removesuffix(OR_SKIP)
             return []
         self.dropped_passages += sum(getattr(pair, "dropped_passages", 0) for pair in pairs)
         self.cut_documents += len(pairs) > 1
-        return [vars(pair) | {"example": index} for pair in pairs]
+        return pairs
 
     def end_of_pass(self) -> None:
         if self._first_pass is None:
@@ -110,11 +125,11 @@ class PairSource:
         rows = skipped_rows(self.examples) if isinstance(self.examples, Examples) else []
         limit, notes = f"--max_length {self.builder.max_length}", []
         if self.dropped_passages:
-            notes.append(f"training: {self.dropped_passages:,} persona entries dropped to fit {limit}")
+            notes.append(f"{self.of}{self.dropped_passages:,} persona entries dropped to fit {limit}")
         if self.cut_documents:
-            notes.append(f"training: {self.cut_documents:,} documents longer than {limit} cut into pieces")
+            notes.append(f"{self.of}{self.cut_documents:,} documents longer than {limit} cut into pieces")
         if self.unfit:
-            notes.append(f"training: {self.unfit:,} examples skipped, the first: {self.reason}")
+            notes.append(f"{self.of}{self.unfit:,} examples skipped, the first: {self.reason}")
         return rows, notes
 
     def nothing_left(self) -> str:

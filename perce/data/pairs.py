@@ -23,7 +23,7 @@ from perce.data.fields import parse_persona, parse_turns
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, system_text
 from perce.data.readers import BadRow
 from perce.data.retrieval import Retriever
-from perce.data.rows import Example
+from perce.data.rows import OR_SKIP, Example
 from perce.errors import UserError
 
 MOST_CHARACTERS = 16  # per token, more than any text has: a longer history cannot fit, and is not tokenised
@@ -282,8 +282,7 @@ class PairBuilder:
         raise UserError(
             f"query and response take {without} of max_length={self.max_length} tokens (the response "
             f"{len(chat.encoded.ids) - chat.prompt_length}), which leaves no room for even the first persona entry "
-            f"({span[1] - span[0]} tokens with the words around it). Raise --max_length, or leave such rows out with "
-            "--skip_bad_rows."
+            f"({span[1] - span[0]} tokens with the words around it). Raise --max_length.{OR_SKIP}"
         )
 
     def _without(self, excess: int, persona: Sequence[str], chat: Chat, span: tuple[int, int]) -> int:

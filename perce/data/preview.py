@@ -10,7 +10,7 @@ from rich.text import Text
 from perce.config.commands import PreviewOptions
 from perce.config.schema import LossConfig
 from perce.data.formats import FORMATS
-from perce.data.pairing import PairSource, make_builder, picked_by
+from perce.data.pairing import PairSource, make_builder, not_read, picked_by
 from perce.data.rows import Example, Examples, Reading, Record, available_splits, load_examples
 from perce.data.sharing import segmented
 from perce.data.tokens import token_texts
@@ -52,7 +52,7 @@ def print_preview(options: PreviewOptions, tokenizer: Any) -> None:
 
 
 def _print_counts(where: str, few: int | None, splits: dict[str, Examples]) -> None:
-    counts = table("split", "format", "rows", "examples", "users", "personas", "refused", "weight 0", numbers=True)
+    counts = table("split", "format", "rows", "examples", "users", "personas", "bad rows", "weight 0", numbers=True)
     for split, rows in splits.items():
         users = {example.user_id for example in rows.all} - {None}
         personas = {getattr(example, "persona", None) for example in rows.all} - {None}
@@ -64,7 +64,7 @@ def _print_counts(where: str, few: int | None, splits: dict[str, Examples]) -> N
         fields = ", ".join(need.replace("|", " or ") for need in entry.needs)
         show(f"{name}: {entry.title}, known by its fields {fields}; examples per row: {entry.gives}")
     reasons = [reason for rows in splits.values() for reason in rows.reasons]
-    show(*(f"refused: {reason}" for reason in reasons), "")
+    show(*(f"bad row: {reason}" for reason in reasons), *not_read(next(iter(splits.values()))), "")
 
 
 def _sample(examples: Sequence[Record], count: int, seed: int) -> list[Record]:

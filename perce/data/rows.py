@@ -42,6 +42,7 @@ UNANSWERED = (
     " perce.evaluate writes replies to such rows. To train on answers that you have, or to score them, name their "
     "field: --columns response=FIELD."
 )
+OR_SKIP = " --skip_bad_rows leaves such rows out."  # ends the message of an example that cannot be a pair
 KEPT_REASONS = 5  # all skipped rows are counted, and the first few are quoted, which is enough to see the pattern
 
 
@@ -76,10 +77,13 @@ class Document:
 Record = Example | Document  # the rows of a split are all of one kind
 
 
+def texts_of(example: Record) -> str | tuple[Any, ...]:
+    return example.text if isinstance(example, Document) else (example.persona, example.turns, example.response)
+
+
 def text_key(example: Record) -> str:
     """Digest of an example's texts."""
-    texts = example.text if isinstance(example, Document) else (example.persona, example.turns, example.response)
-    return hashlib.sha256(repr(texts).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr(texts_of(example)).encode()).hexdigest()[:12]
 
 
 def texts_key(examples: Sequence[Record]) -> str:
@@ -164,6 +168,11 @@ class Examples:
         self._examples: list[Record] | None = None
 
     @property
+    def beside(self) -> tuple[str, ...]:
+        """What the data has beside its splits."""
+        return self._source.beside
+
+    @property
     def all(self) -> list[Record]:
         if self._examples is None:
             self._examples = [*progress("reading", "example", self._read())]
@@ -204,9 +213,12 @@ class Examples:
                 if count == self._limit:
                     return
         if not count:
-            why = f"all {self.skipped} rows skipped; the first: {self.reasons[0]}" if self.skipped else "it has no rows"
+            why = f"all {self.skipped:,} rows skipped" if self.skipped else "it has no rows"
             if self.weightless:
-                why = f"{self.skipped:,} of {self.rows:,} rows were skipped, and all other replies have weight 0"
+                why = f"all replies of its {self.rows:,} rows have weight 0"
+            if self.weightless and self.skipped:
+                why = f"{self.skipped:,} of {self.rows:,} rows skipped, and all other replies have weight 0"
+            why += f"; the first: {self.reasons[0]}" if self.skipped else ""
             raise UserError(f"No example could be read from {self._source.origin}: {why}.", *lines)
         self._check_columns()
 
@@ -246,10 +258,15 @@ class Examples:
                 if isinstance(cell, BadRow) and name in formats.FIELDS:
                     raise cell
         row = _nested(given)
+        if row.get("user_id") == "":  # of nobody
+            del row["user_id"]
         if self._reading.persona_markers and "persona" not in row:
             row = formats.with_marked_persona(row, *self._reading.persona_markers)
         if self.format == "auto":
-            self.format = detect_format(row)  # the first row decides for all: errors can then name the field
+            has_header = self._source.name.lower().endswith(".csv")
+            self.format = detect_format(
+                row, has_header
+            )  # the first row decides for all: errors can then name the field
         entry = FORMATS[self.format]
         if missing := missing_fields(self.format, row):
             wanted = missing[0].replace("|", "' or '")
@@ -287,7 +304,7 @@ class Examples:
                 if isinstance(user, str) and isinstance(printed := parse_list(f"[{user}]", path), list):  # a CSV
                     user, *_ = [*printed, None]
                 user = user.get(name) if isinstance(user, dict) else None
-            if user is not None:
+            if user not in (None, ""):
                 if path == "personality":  # the user is who plays a persona: many rows have the same
                     user = hashlib.sha256(repr(parse_persona(user, path)).encode()).hexdigest()[:12]
                 if not isinstance(user, str | int):

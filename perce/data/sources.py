@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from perce.visible import shortened
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 READERS = {".jsonl": json_lines, ".json": json_file, ".parquet": parquet_rows, ".csv": csv_rows}
 SUFFIXES = tuple(READERS)
+REFERRED_TO = ("shared_contexts", "survey.")  # what the names of files that rows refer to begin with; see joins.py
 # Other kinds of file that users have, and how to get rows from them.
 OTHER_FILES = {
     ".tsv": "its cells are separated by tabs. Write it with commas, as .csv",
@@ -55,6 +56,7 @@ class Source:
     name: str  # for Example.source: the file's name alone
     read: Callable[[], Placed] | None  # None: there is no such split, and need not be, because the data is one file
     path: Path | None = None  # of the file that has the rows; None: the rows come from the datasets library
+    beside: tuple[str, ...] = ()  # names in the data, of files or parts, that are of no split, so they are not read
 
     def rows(self) -> Placed:
         """(place, row or BadRow) pairs; UserError if the data cannot be read any further."""
@@ -62,6 +64,10 @@ class Source:
             yield from self.read() if self.read else ()
         except OSError as error:
             raise UserError(f"{self.origin}: cannot be read ({error.strerror or in_one_line(error)}).") from error
+
+
+def _beside(names: Iterable[str], read: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({*names} - {*read}))
 
 
 def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
@@ -118,7 +124,8 @@ def _splits(path: Path) -> dict[str, Source]:
         if len(several := [name for name in names if name in aliases]) > 1:
             raise UserError(f"{path}: {', '.join(several)} are all names of the {split} split; keep one of them.")
     found = _in_order(dict.fromkeys(names, ""))
-    return {ours: Source(str(path), path.name, partial(rows, name), path) for ours, name in found.items()}
+    beside = _beside(names, found.values())
+    return {ours: Source(str(path), path.name, partial(rows, name), path, beside) for ours, name in found.items()}
 
 
 @lru_cache(8)
@@ -130,6 +137,7 @@ def _split_names(path: Path, changed: int, size: int) -> tuple[str, ...]:
 def _directory(path: Path) -> dict[str, Source]:
     """train/validation/test files, or LaMP's pairs of `*_questions.json` and `*_outputs.json`."""
     found: dict[str, Source] = {}
+    outputs_read: set[str] = set()
     for split, stems in SPLITS.items():
         files = [path / (stem + suffix) for stem in stems for suffix in SUFFIXES if (path / (stem + suffix)).is_file()]
         pairs = [path / f"{stem}_questions.json" for stem in stems if (path / f"{stem}_questions.json").is_file()]
@@ -143,10 +151,14 @@ def _directory(path: Path) -> dict[str, Source]:
         for questions in pairs:
             outputs = questions.with_name(questions.name.replace("_questions", "_outputs"))
             if outputs.is_file():  # LaMP's published test questions have none: they are no split
+                outputs_read.add(outputs.name)
                 found[split] = Source(
                     str(questions), questions.name, partial(_lamp_pair, questions, outputs), questions
                 )
-    return found
+    present = [file.name for file in path.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    present = [name for name in present if not name.startswith((".", *REFERRED_TO))]
+    beside = _beside(present, {source.name for source in found.values()} | outputs_read)
+    return {split: replace(source, beside=beside) for split, source in found.items()}
 
 
 def _lamp_pair(questions: Path, outputs: Path) -> Placed:
@@ -186,13 +198,15 @@ def _saved(path: Path, streaming: bool) -> dict[str, Source]:
         why = in_one_line(error)
         raise UserError(f"{path} looks like a directory written by save_to_disk but cannot be read: {why}.") from error
 
-    def source(dataset: Any, split: str) -> Source:
-        load = dataset.to_iterable_dataset if streaming else partial(_checked, dataset)
-        return Source(f"{path}{split}", f"{path.name}{split}", partial(_dataset_rows, f"{path}{split}", load))
+    def source(dataset: Any, split: str, beside: tuple[str, ...] = ()) -> Source:
+        load, origin = dataset.to_iterable_dataset if streaming else partial(_checked, dataset), f"{path}{split}"
+        return Source(origin, f"{path.name}{split}", partial(_dataset_rows, origin, load), beside=beside)
 
     if not isinstance(loaded, datasets.DatasetDict):
         return _only_train(source(loaded, ""))
-    return {split: source(loaded[name], f"[{name}]") for split, name in _in_order(dict.fromkeys(loaded, "")).items()}
+    found = _in_order(dict.fromkeys(loaded, ""))
+    beside = _beside(loaded, found.values())
+    return {split: source(loaded[name], f"[{name}]", beside) for split, name in found.items()}
 
 
 def _checked(dataset: Any) -> Any:
@@ -281,7 +295,8 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
     failure = None if is_directory else hub_failure()
     try:
         with _cached_alone(failure is not None):
-            splits = _in_order(dict.fromkeys(datasets.get_dataset_split_names(name, config or None), ""))
+            names = datasets.get_dataset_split_names(name, config or None)
+            splits = _in_order(dict.fromkeys(names, ""))
     except Exception as error:  # the network, the Hub's client or a dataset's files may raise anything
         what = "holds no train, validation or test file" if is_directory else "is not a file or directory here"
         why = f"datasets.load_dataset could not load it either: {first_line(error)}"
@@ -294,5 +309,6 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
     for ours, theirs in splits.items():
         load = partial(_load, failure, name, config or None, split=theirs, streaming=streaming)
         origin = f"{data}[{theirs}]"
-        found[ours] = Source(origin, origin, partial(_dataset_rows, origin, load))
+        beside = _beside(names, splits.values())
+        found[ours] = Source(origin, origin, partial(_dataset_rows, origin, load), beside=beside)
     return found

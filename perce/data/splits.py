@@ -15,8 +15,18 @@ from perce.config.options import read_yaml
 from perce.config.questions import SplitConfig
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
 from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
-from perce.data.pairing import PairSource, make_builder, picked_by, skipped_rows
-from perce.data.rows import Document, Examples, Reading, Record, available_splits, load_examples, text_key, texts_key
+from perce.data.pairing import PairSource, make_builder, not_read, picked_by, skipped_rows
+from perce.data.rows import (
+    Document,
+    Examples,
+    Reading,
+    Record,
+    available_splits,
+    load_examples,
+    text_key,
+    texts_key,
+    texts_of,
+)
 from perce.data.stream import PairStream
 from perce.demo import DATA_DIR
 from perce.errors import UserError, in_one_line
@@ -79,7 +89,9 @@ class HeldOut:
                 f"{self.file}: none of the {len(self.keys):,} {self.unit} that the run held out is in --data {data}. "
                 "Give the data that it was trained on; perce.score and perce.evaluate draw others with --split_seed."
             )
-        return others, held_out, f"{len(self.keys.intersection(keys)):,} of {len(set(keys)):,} {self.unit}"
+        nameless = self.unit == "users" and not all(example.user_id for example in examples)
+        units = f"{self.unit}{' and rows without one' if nameless else ''}"
+        return others, held_out, f"{len(self.keys.intersection(keys)):,} of {len(set(keys)):,} {units}"
 
 
 def _keys(examples: Sequence[Record], unit: str) -> list[str]:
@@ -173,7 +185,8 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
                 f"{train.format}, the validation rows of format {held_out.format}."
             )
         validation, kept = held_out.all, train if config.streaming else train.all
-        notes = [*skipped_rows(train), *skipped_rows(held_out)]
+        notes = [] if config.streaming else trained_on_too(train.all, validation)
+        notes += [*skipped_rows(train), *skipped_rows(held_out)]
     elif config.streaming:
         raise UserError(
             f"--data {data}: expected a validation split, because none can be held out of a stream. Add one, or leave "
@@ -185,7 +198,24 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
         notes = [f"{counted} held out for validation", *without_user(train.all, who), *skipped_rows(train)]
     if 0 < eval_examples < len(validation):
         validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: its beginning is a sample too
+    notes += not_read(train)
     return Splits(kept, validation, held_out.format if config.streaming else train.format, notes, who)
+
+
+def trained_on_too(train: Sequence[Record], validation: Sequence[Record]) -> list[str]:
+    """A warning if validation rows are trained on as well. Users in both splits may be intended, so they are noted."""
+    texts = {texts_of(example) for example in validation}.intersection(map(texts_of, train))
+    same = [example for example in validation if texts_of(example) in texts]
+    users = {example.user_id for example in validation} - {None}
+    shared = users.intersection(example.user_id for example in train)
+    both = f"{len(shared):,} of {len(users):,} users" if shared else ""
+    if not same:
+        return [f"{both} of the validation split are also trained on"] if both else []
+    return [
+        f"warning: {len(same):,} of {len(validation):,} validation examples are also trained on (the first: "
+        f"{same[0].source}){f', and {both}' if both else ''}, which makes eval_loss lower than it is on new rows. "
+        "Remove them from one of the splits"
+    ]
 
 
 def without_user(examples: Sequence[Record], who: HeldOut) -> list[str]:
@@ -238,7 +268,10 @@ def load_split(
     if held_out:
         who = _recorded(chosen, run, where, present)
     elif split not in present:
-        raise UserError(f"--split {split}: {where} has no such split; it has {', '.join(present)}.")
+        held = (
+            f" --split held_out takes the users that {run} held out." if run and (run / HELD_OUT_NAME).exists() else ""
+        )
+        raise UserError(f"--split {split}: {where} has no such split; it has {', '.join(present)}.{held}")
     if data.streaming and (held_out or chosen.sample):
         needs = "--split held_out" if held_out else "--sample"
         raise UserError(f"{needs}: all rows must be read first to choose from them. Leave out --streaming.")

@@ -75,6 +75,10 @@ class Work:
     notes: list[str]
 
     @property
+    def keys(self) -> set[str]:
+        return {item.key for batch in self.batches for group in batch for item in group.items}
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         items = (item for batch in self.batches for group in batch for item in group.items)
@@ -85,31 +89,28 @@ class Work:
 def make_batches(examples: Sequence[Example], subject: Subject, options: EvaluateOptions) -> Work:
     """Pairs in batches of similar length; conversations that share tokens stay whole. The order depends only on the
     examples and on what is shared, so a resumed run has the same order."""
-    notes, items, builder = [], [], subject.builder
+    items: list[Item] = []
     seen: Counter[str] = Counter()
     partners = other_users(examples, options.evaluate.seed)
     for index, (example, partner) in enumerate(zip(examples, partners, strict=True)):
-        try:
-            pair = builder.build(example)
-        except UserError:
-            if not options.data.skip_bad_rows:
-                raise
+        if not (pairs := subject.source.built(example)):
             continue
-        swapped = None
+        pair, swapped = pairs[0], None
         if partner is not None:
             with contextlib.suppress(UserError):  # a passage of the other user is too long
-                swapped = builder.build(replace(example, persona=examples[partner].persona))
+                other = subject.builder.build(replace(example, persona=examples[partner].persona))
+                swapped = None if other.input_ids == pair.input_ids else other  # the prompt shows the same of both
         text = text_key(example)
         items.append(Item(index, f"{text}-{seen[text]}", example, pair, swapped))
         seen[text] += 1
     if not items:
-        raise UserError("No example is left to evaluate: all were skipped as longer than --max_length.")
-    if len(items) < len(examples):
-        notes.append(f"{len(examples) - len(items):,} examples skipped, longer than --max_length {builder.max_length}")
+        raise UserError(subject.source.nothing_left())
+    notes = subject.left_out
     if any(item.swapped is None for item in items):
         without = sum(item.swapped is None for item in items)
         notes.append(
-            f"{without:,} examples without another's persona that fits: there is only one user, or it is too long"
+            f"{without:,} examples without another's persona that fits: there is only one user or one persona, or the "
+            "other's is too long"
         )
     size, tokens = options.model.batch_size, TOKENS_A_FORWARD[subject.device.type]
     batches, number = [], itertools.count()
@@ -153,9 +154,12 @@ def _by_length(items: Sequence[Item], lengths: Mapping[int, int], size: int, tok
 
 
 def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
-    """For each example, the index of one of another user (another persona if users are not named), or None; drawn by
-    the seed. All examples of a persona get the same one, whose tokens they then share too."""
-    keys = [example.user_id or example.persona for example in examples]
+    """For each example, the index of one of another user, if users are named, and of another persona, or None; drawn
+    by the seed. All examples of a persona get the same one, whose tokens they then share too."""
+
+    def differ(one: Example, other: Example) -> bool:
+        return one.persona != other.persona and (one.user_id or one.persona) != (other.user_id or other.persona)
+
     first: dict[Any, int] = {}  # the first example of each persona
     firsts = [first.setdefault((example.user_id, example.persona), index) for index, example in enumerate(examples)]
     order = list(first.values())
@@ -163,7 +167,7 @@ def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
     partners: dict[int, int | None] = {}
     for place, index in enumerate(order):
         following = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        partners[index] = next((other for other in following if keys[other] != keys[index]), None)
+        partners[index] = next((other for other in following if differ(examples[index], examples[other])), None)
     return [partners[index] for index in firsts]
 
 

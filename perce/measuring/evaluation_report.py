@@ -1,6 +1,6 @@
 """Turns records of evaluated examples into metrics with intervals, a comparison of two models, JSON and tables."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +104,23 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def check_same(ours: Set[str], other: Mapping[str, Any], name: str) -> None:
+    """UserError unless the other result has the examples with these keys."""
+    theirs = {record["key"] for record in other["records"]}
+    if missing := ours ^ theirs:
+        raise UserError(
+            f"--compare_with {name}: {len(missing)} of {len(ours | theirs)} examples are in one result only. Evaluate "
+            "both models on the same data, split and limit."
+        )
+
+
 def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Differences (this model minus the other) over the same examples. UserError if the examples differ.
+    """Differences (this model minus the other) over the same examples; see check_same.
 
     `settings` in the result has the facts of the runs that also differ, as [of this run, of the other].
     """
     theirs = {record["key"]: record for record in other["records"]}
     ours = {record["key"]: record for record in records}
-    missing = ours.keys() ^ theirs.keys()
-    if missing:
-        raise UserError(
-            f"--compare_with {name}: {len(missing)} of {len(ours.keys() | theirs.keys())} examples are in one result "
-            "only. Evaluate both models on the same data, split and limit."
-        )
     its_run = other["run"]
     settings = {
         fact: [run.get(fact), its_run.get(fact)]

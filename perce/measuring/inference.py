@@ -18,7 +18,7 @@ from perce.config.questions import InferenceConfig
 from perce.config.schema import MERGED, run_directory
 from perce.data.batch import Batch, collate
 from perce.data.dataset import personas
-from perce.data.pairing import make_persona_builder
+from perce.data.pairing import PairSource, make_persona_builder, not_read
 from perce.data.pairs import Pair, PairBuilder
 from perce.data.rows import Examples
 from perce.data.sharing import Sharing, segmented
@@ -47,12 +47,19 @@ class Subject:
     tokenizer: Any
     device: torch.device
     builder: PairBuilder
+    source: PairSource
+    """Builds the pairs of examples, and counts what is left out."""
     sharing: Sharing
     """Which tokens the pairs of a persona share in a batch; see data/sharing.py."""
     examples: Examples
     split: str
     facts: dict[str, Any]
     """What its records depend on, in every command."""
+
+    @property
+    def left_out(self) -> list[str]:
+        """Notes on what is left out of the data. Of a stream, what is known when it has been read."""
+        return [*not_read(self.examples), *self.source.notes()]
 
 
 def load_subject(options: InferenceOptions, command: str, *, unanswered: bool = False) -> Subject:
@@ -74,7 +81,8 @@ def load_subject(options: InferenceOptions, command: str, *, unanswered: bool = 
     for name in ("data", "retriever_model"):
         facts[name] = facts[name] and from_anywhere(facts[name])
     facts["prompt"] = asdict(builder.chat_format.style)
-    return Subject(model, tokenizer, device, builder, sharing, examples, split, facts)
+    source = PairSource(examples, builder, options.data.skip_bad_rows, of="")
+    return Subject(model, tokenizer, device, builder, source, sharing, examples, split, facts)
 
 
 def _sharing(options: InferenceOptions, model: Any, examples: Examples) -> Sharing:

@@ -29,31 +29,42 @@ def means(records: Records, options: ScoreOptions) -> dict[str, float]:
     logp, logp_cf, pir, weight = (
         np.concatenate([record[name] for record in records]) for name in ("logp", "logp_cf", "pir", "weight")
     )
-    signal, (low, high) = _signal(records), _clip(options)
-    return {
+    found = {
         "examples": len(records), "tokens": len(logp), "loss_with_persona": float(-logp.mean()),
         "loss_without_persona": float(-logp_cf.mean()), "pir_mean": float(pir.mean()),
-        "weight_mean": float(weight.mean()), "frac_at_floor": float((signal <= low).mean()),
-        "frac_at_ceiling": float((signal >= high).mean()),
+        "weight_mean": float(weight.mean()),
     }  # fmt: skip
+    if options.score.weighting.signal:
+        found["frac_at_floor"], found["frac_at_ceiling"] = _at_the_ends(records, options)
+    return found
 
 
-def _signal(records: Records) -> np.ndarray:
-    """What the clip acted on; in fp32, as it did."""
-    return np.concatenate([np.asarray(record["signal"], dtype=np.float32) for record in records])
+def _at_the_ends(records: Records, options: ScoreOptions) -> tuple[float, float]:
+    """Shares of the tokens at or below the clip's lower end, and at or above its upper one."""
+    tint, (low, high) = np.concatenate([_tint(record, options) for record in records]), _clip(options)
+    return float((tint <= low).mean()), float((tint >= high).mean())
+
+
+def _tint(record: Mapping[str, Any], options: ScoreOptions) -> np.ndarray:
+    """What the tints of a record's tokens are clipped from: the signal, or PIR if every weight is 1. In fp32, as the
+    weights were computed."""
+    return np.asarray(record["signal" if options.score.weighting.signal else "pir"], dtype=np.float32)
 
 
 def _clip(options: ScoreOptions) -> tuple[float, float]:
     return options.score.weighting.clip_min, options.score.weighting.clip_max
 
 
-def _lines(m: Mapping[str, float]) -> list[tuple[str, str]]:
+def _lines(records: Records, options: ScoreOptions, left_out: Sequence[str]) -> list[tuple[str, str]]:
+    m = means(records, options)
+    ends = [("tinted by", f"PerCE's weight, {options.score.weighting.reported}")]
+    if options.score.weighting.signal:
+        ends = [("at the floor", f"{m['frac_at_floor']:.1%}"), ("at the ceiling", f"{m['frac_at_ceiling']:.1%}")]
     return [
         ("examples", f"{m['examples']:,}"), ("response tokens", f"{m['tokens']:,}"),
         ("loss with persona", f"{m['loss_with_persona']:.4f}"),
         ("loss without persona", f"{m['loss_without_persona']:.4f}"), ("mean PIR", f"{m['pir_mean']:+.4f}"),
-        ("mean weight", f"{m['weight_mean']:.3f}"), ("at the floor", f"{m['frac_at_floor']:.1%}"),
-        ("at the ceiling", f"{m['frac_at_ceiling']:.1%}"),
+        ("mean weight", f"{m['weight_mean']:.3f}"), *ends, *(("left out", note) for note in left_out),
     ]  # fmt: skip
 
 
@@ -61,13 +72,15 @@ def print_tokens(records: Records, options: ScoreOptions) -> None:
     """Responses in colour, as soon as they are scored."""
     console = Console(highlight=False)
     for record in records:
-        text = terminal_text(_tokens(record), _clip(options))
+        text = terminal_text(_tokens(record, options), _clip(options))
         console.print(plain(f"{record['source']}  {record['user_id'] or ''}".rstrip(), "dim"))
         console.print(text, "", sep="\n")
 
 
-def print_summary(records: Records, found: Identified | None, options: ScoreOptions) -> None:
-    show(facts(_lines(means(records, options))), "")
+def print_summary(
+    records: Records, found: Identified | None, options: ScoreOptions, left_out: Sequence[str]
+) -> None:  # fmt: skip
+    show(facts(_lines(records, options, left_out)), "")
     if found:
         identified = _identification_table(found)
         methods = table(*identified.header)
@@ -76,13 +89,16 @@ def print_summary(records: Records, found: Identified | None, options: ScoreOpti
         show(identified.note, methods, "")
 
 
-def write_summary(path: Path, records: Records, found: Identified | None, options: ScoreOptions) -> None:
+def write_summary(
+    path: Path, records: Records, found: Identified | None, options: ScoreOptions, left_out: Sequence[str]
+) -> None:  # fmt: skip
     """JSON of the means and, with labels, of every method."""
     score, model = options.score, options.model
     content: dict[str, Any] = {
         "kind": "perce.score", "model": model.model or "default", "data": options.data.data or "built-in",
-        "objective": score.objective, "signal": score.weighting.reported.signal_name, "clip": _clip(options),
-        **means(records, options),
+        "objective": score.objective, "signal": score.weighting.signal_name,
+        "clip": _clip(options) if score.weighting.signal else None,
+        **means(records, options), "left_out": left_out,
     }  # fmt: skip
     if found:
         methods = {name: asdict(result) for name, result in found.methods.items()}
@@ -98,31 +114,27 @@ def write_report(
     found: Identified | None,
     options: ScoreOptions,
     split: str,
+    left_out: Sequence[str],
 ) -> None:
     """The HTML page: means, histogram, most personal tokens, token identification, users, and the first responses."""
-    found_means = means(records, options)
     responses = [
         ScoredResponse(
             persona=tuple(examples[record["example"]].persona[i] for i in record["passages"]),
             turns=tuple((turn.role, turn.content) for turn in examples[record["example"]].turns),
-            passes={"response": _tokens(record)},
+            passes={"response": _tokens(record, options)},
             user_id=record["user_id"],
             source=record["source"],
         )
         for record in records
         if record["example"] < min(len(examples), options.score.shown)
     ]
-    weighting = options.score.weighting.reported
-    panels: list[Histogram | Table] = [
-        _histogram(records, _clip(options), weighting.signal_name, found_means),
-        _most_personal(records),
-    ]
+    panels: list[Histogram | Table] = [_histogram(records, options), _most_personal(records)]
     if found:
         panels.append(_identification_table(found))
     summary = [
         ("model", options.model.model or "SmolLM2-135M-Instruct"),
         ("data", f"{options.data.data or 'built-in examples'}, {split}"),
-        *_lines(found_means),
+        *_lines(records, options, left_out),
     ]
     weighed = Weighed(options.score.entry, options.score.weighting)
     with written(path):
@@ -131,20 +143,22 @@ def write_report(
         )  # fmt: skip
 
 
-def _tokens(record: dict[str, Any]) -> list[ScoredToken]:
-    columns = (record[name] for name in ("response_tokens", "logp", "logp_cf", "signal", "weight"))
+def _tokens(record: dict[str, Any], options: ScoreOptions) -> list[ScoredToken]:
+    tint = _tint(record, options)
+    columns = [record[name] for name in ("response_tokens", "logp", "logp_cf")]
+    columns += [tint.tolist(), tint.clip(*_clip(options)).tolist()]
     return [ScoredToken(*values) for values in zip(*columns, strict=True)]
 
 
-def _histogram(records: Records, clip: tuple[float, float], name: str, found: Mapping[str, float]) -> Histogram:
-    """Of what the clip acted on, if finite, in bins that the clip's ends fall on the edges of."""
-    signal = _signal(records)
+def _histogram(records: Records, options: ScoreOptions) -> Histogram:
+    """Of what the tints are clipped from, if finite, in bins that the clip's ends fall on the edges of."""
+    signal, clip = np.concatenate([_tint(record, options) for record in records]), _clip(options)
     signal = signal[np.isfinite(signal)]
     width = (min(clip[1], signal.max(initial=clip[0])) - clip[0]) / BINS or 0.2
     below = min(int(np.ceil((clip[0] - signal.min(initial=clip[0])) / width)), BINS_BELOW)
     edges = clip[0] + width * np.arange(-below, BINS + BINS_ABOVE + 1)
     counts, _ = np.histogram(np.clip(signal, edges[0], edges[-1]), edges)
-    shares = found["frac_at_floor"], found["frac_at_ceiling"]
+    name, shares = options.score.weighting.reported.signal_name, _at_the_ends(records, options)
     return Histogram(name, [round(float(e), 6) for e in edges], counts.tolist(), shares)
 
 

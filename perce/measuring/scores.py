@@ -31,13 +31,9 @@ def scored(
     numbered = enumerate(tqdm(subject.examples, total=total, desc="scoring", unit="example", leave=False))
     seen = 0
     while window := list(islice(numbered, WINDOW)):
-        built = []
+        built: list[tuple[int, Any, Pair]] = []
         for index, example in window:
-            try:
-                built.append((index, example, subject.builder.build(example)))
-            except UserError:
-                if not options.data.skip_bad_rows:
-                    raise
+            built += [(index, example, pair) for pair in subject.source.built(example)]
         # The file has one record per example that fits, in order. Examples with a record are not scored again.
         known = done[seen : seen + len(built)]
         for before, (_, example, pair) in zip(known, built, strict=False):
@@ -70,7 +66,7 @@ def score_window(
     """The records of (index, example, pair) triples, in their order."""
     model, builder, device = subject.model, subject.builder, subject.device
     score, pad_id = options.score, builder.tokenizer.pad_token_id or 0
-    weighting = score.weighting.reported
+    weighting = score.weighting
     pairs, sharing, most = [pair for _, _, pair in built], subject.sharing, TOKENS_A_FORWARD[device.type]
     records: dict[int, dict[str, Any]] = {}
     for rows in batches_that_share(pairs, sharing, options.model.batch_size, most):

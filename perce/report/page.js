@@ -183,7 +183,7 @@ function tell(node) {
   const { card, which, at } = active, { passes } = card.response;
   const same = (pass, index) => pass && (index === which || pass.text === passes[which].text);
   const own = data.signal === "PIR" ? [] : [data.signal];
-  const names = ["", "weight", ...own, "PIR", `log p ${data.full}`, `log p ${data.short}`, `p ${data.full}`];
+  const names = ["", data.weight, ...own, "PIR", `log p ${data.full}`, `log p ${data.short}`, `p ${data.full}`];
   const rows = passes.flatMap((pass, index) => (same(pass, index) ? [[data.passes[index], ...cells(numbersOf(pass, at), own)]] : []));
   const text = make("b", { dir: "auto" }, node.textContent.replaceAll("\n", "↵").replaceAll("\t", "⇥"));
   const where = `token ${at + 1} of response ${card.place + 1}`;
@@ -392,7 +392,7 @@ function controls() {
   options("sort", [
     ["order", "order in the data"], ["pir", "mean PIR"], ["loss", "loss"], ...change, ["ceiling", "share at the ceiling"],
   ]);
-  options("tint", [["weight", "token weight"], ["pir", "PIR, signed"], ...(several ? [["change", "change of log p"]] : [])]);
+  options("tint", [["weight", data.weight.replace(/^weight/, "token weight")], ["pir", "PIR, signed"], ...(several ? [["change", "change of log p"]] : [])]);
   state.pass = data.passes.length - 1;
   if (several) {
     const first = data.passes.map((name) => name.split(" ")[0]);

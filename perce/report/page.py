@@ -62,6 +62,11 @@ class Weighed:
         return self.weighting.reported.signal_name
 
     @property
+    def weight(self) -> str:
+        """What the tint and the numbers of a token call its weight."""
+        return "weight" if self.weighting.signal else "PerCE's weight"
+
+    @property
     def meaning(self) -> str:
         """A sentence on the signal; empty for one that does not say what it means."""
         signal = self.weighting.reported.signal
@@ -98,10 +103,11 @@ def write_page(
         Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js", "html")
     )
     more = {"span": SPAN, "full": weighed.full, "short": weighed.short, "documents": weighed.documents}
+    more["weight"] = weighed.weight
     page = Template(frame).substitute(
         policy=_policy(style, script), style=style, script=script, title=_html(title), summary=_summary(summary),
         reading=_reading(responses, weighed), legend=_legend(weighed), shown=_shown(len(responses), scored),
-        panels="".join(_histogram(x, clip) if isinstance(x, Histogram) else _table(x) for x in panels)
+        panels="".join(_histogram(x, clip, weighed) if isinstance(x, Histogram) else _table(x) for x in panels)
         + (_table(users, folded=True) if users else ""),
         nothing="No response matches." if responses else f"No responses {'are shown' if scored else 'were scored'}.",
         data=embedded(responses, weighed.signal, clip, more),
@@ -206,7 +212,8 @@ def _example(responses: Sequence[ScoredResponse], weighed: Weighed) -> str:
     if not words:
         return ""
     number, token = max(words, key=lambda word: word.token.token_weight)
-    clipped = "below the clip, which raises it to" if token.signal < low else "within the clip, so its weight is"
+    its = weighed.weight if weighed.weighting.signal is None else f"its {weighed.weight}"
+    clipped = "below the clip, which raises it to" if token.signal < low else f"within the clip, so {its} is"
     logps = f"{_number(token.logp)} {weighed.full} and {_number(token.logp_cf)} {weighed.short}"
     signal = "" if weighed.signal == "PIR" else f", and {weighed.signal} is {_number(token.signal)}"
     return (
@@ -246,7 +253,7 @@ def _mean(values: Sequence[float]) -> str:
     return f"{mean:.2f}" if math.isfinite(mean) else "–"
 
 
-def _histogram(histogram: Histogram, clip: tuple[float, float]) -> str:
+def _histogram(histogram: Histogram, clip: tuple[float, float], weighed: Weighed) -> str:
     total, most = max(sum(histogram.counts), 1), max([*histogram.counts, 1])
     title, bars = _html(histogram.title), []
     for place, count in enumerate(histogram.counts):
@@ -263,7 +270,7 @@ def _histogram(histogram: Histogram, clip: tuple[float, float]) -> str:
 <svg class="bars" viewBox="0 0 {10 * len(bars)} 100" preserveAspectRatio="none" role="img"
  aria-label="Histogram of the tokens by {title}">{"".join(bars)}</svg>
 <div class="ends"><span>{histogram.edges[0]:g}</span><span>{histogram.edges[-1]:g}</span></div>
-<p class="label">Tinted by weight; heights are square roots of counts.
+<p class="label">Tinted by {weighed.weight}; heights are square roots of counts.
 {floor:.1%} lie at the floor ({clip[0]:g} or less), {ceiling:.1%} at the ceiling ({clip[1]:g} or more).</p></section>"""
 
 

@@ -117,6 +117,8 @@ def test_the_held_out_of_a_run_are_those_that_it_recorded(run, train, tmp_path):
         assert users_of(run, tmp_path / f"{model.name}.json", *held_out, model) == set(recorded["held_out"])
     out = run(*held_out, where, "--generate", "false").out
     assert f"held_out: 3 of 42 users, those that {where / 'held_out.json'} names\n" in out
+    err = run("--data", data, "--split", "validation", "--model", where, code=2).err
+    assert f"has no such split; it has train. --split held_out takes the users that {where} held out." in err
     drawn = run(*held_out, where, "--generate", "false", "--split_seed", 1).out
     told = f"drawn by seed 1, not those that {where / 'held_out.json'} names; {where} may have been trained on them"
     assert f"held_out: 4 of 42 users, {told}\n" in drawn
@@ -299,7 +301,7 @@ def test_records_under_other_words_of_the_prompt_are_another_runs(run, tmp_path)
     assert "holds the records of another run (prompt was" in err and "He says" in err
 
 
-def test_two_models_are_compared_on_the_same_examples(run, tmp_path):
+def test_two_models_are_compared_on_the_same_examples(run, tmp_path, monkeypatch):
     save_tiny_model(tmp_path / "other", "llama")
     run("--model", tmp_path / "other", "--output", tmp_path / "other.json")
     out = run("--output", tmp_path / "ours.json", "--compare_with", tmp_path / "other.json").out
@@ -310,8 +312,10 @@ def test_two_models_are_compared_on_the_same_examples(run, tmp_path):
         assert 0 < difference["p"] <= 1
     assert "this model minus" in out
     run("--output", tmp_path / "few.json", "--limit", 3)
-    err = run("--compare_with", tmp_path / "few.json", code=2).err
-    assert "11 of 14 examples are in one result only" in err
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *_: pytest.fail("found too late"))
+    err = run("--compare_with", tmp_path / "few.json", "--output", tmp_path / "new.json", code=2).err
+    assert f"--compare_with {tmp_path / 'few.json'}: 11 of 14 examples are in one result only" in err
+    assert not [*tmp_path.glob("new.json*")]
     (tmp_path / "bad.json").write_text("{}")
     assert "expected the JSON that perce.evaluate" in run("--compare_with", tmp_path / "bad.json", code=2).err
 
@@ -356,6 +360,22 @@ def test_one_user_has_nobody_to_swap_with_and_long_rows_are_skipped(run, tmp_pat
     data = write_jsonl(tmp_path / "b.jsonl", rows)
     assert "leaves no room" in run("--data", data, "--generate", "false", code=2).err
     assert "1 examples skipped" in run("--data", data, "--generate", "false", "--skip_bad_rows").out
+
+
+def test_rows_that_are_left_out_are_counted_with_the_first_reason(run, tmp_path):
+    rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:5]]
+    rows[2]["response"], rows[3]["weight"], rows[1]["query"] = "", 0, "Tell me? " * 4000
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = ("--data", data, "--skip_bad_rows", "--generate", "false")
+    out = " ".join(run(*flags, "--output", tmp_path / "e.json").out.split())
+    notes = result(tmp_path / "e.json")["notes"]
+    for note in (f"1 rows skipped; the first: {data}:3: field 'response': expected", "1 replies of weight 0 left out",
+                 "1 examples skipped, the first: rows.jsonl:2: query and response take"):  # fmt: skip
+        assert note in out and any(told.startswith(note) for told in notes)
+    write_jsonl(data, rows[1:2])
+    err = run(*flags, code=2).err
+    assert "No example is left: none can be used. The first: rows.jsonl:1: query and response take" in err
+    assert "--skip_bad_rows" not in err
 
 
 @pytest.mark.parametrize(

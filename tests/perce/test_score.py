@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from perce import UserError
+from perce.config.commands import SCORE
 from perce.demo import DATA_DIR
 from perce.lock import locked
 from perce.measuring import inference, score_report, scores
@@ -168,6 +169,25 @@ def test_page_terminal_and_summary_agree_on_the_shares_at_the_clip(scored, tmp_p
     assert f"Tokens by {name}" in page.text and words in page.text and f"Token weight: {name}, clipped" in page.text
 
 
+def test_weights_are_the_objectives_own_and_a_tint_that_is_not_is_called_perces(scored, tmp_path):
+    paths = {name: tmp_path / f"s.{name}" for name in ("html", "json", "jsonl")}
+    files = ("--output", paths["html"], "--summary", paths["json"], "--jsonl", paths["jsonl"])
+    out = scored("--objective", "ce", "--clip_min", 0.002, "--clip_max", 0.004, *files).out
+    records = read_jsonl(paths["jsonl"])
+    assert {x for record in records for x in record["weight"] + record["signal"]} == {1.0}
+    summary = json.loads(paths["json"].read_text(encoding="utf-8"))
+    assert (summary["weight_mean"], summary["signal"], summary["clip"]) == (1.0, "1", None)
+    assert re.search(r"mean weight +1\.000\b", out) and "at the floor" not in out
+    assert re.search(r"tinted by +PerCE's weight, PIR clipped to 0\.002 … 0\.004", out)
+    page = Page(paths["html"])
+    assert page.data["weight"] == "PerCE's weight" and "Tinted by PerCE's weight;" in page.text
+    found = [token["weight"] for place in range(LIMIT) for token in page.tokens(place, "response")]
+    pir = torch.tensor([x for record in records for x in record["pir"]])
+    assert found == pytest.approx(pir.clamp(0.002, 0.004).tolist(), abs=1e-5) and len(set(found)) > 1
+    scored("--output", paths["html"])
+    assert Page(paths["html"]).data["weight"] == "weight" and "Tinted by weight;" in Page(paths["html"]).text
+
+
 def test_the_highest_pir_is_of_finite_ones():
     record = {"pir": [1.0, math.nan, 3.0, math.inf, 2.0], "source": "rows:1", "response_tokens": list("abcde")}
     assert [row[:2] for row in score_report._most_personal([record]).rows] == [
@@ -179,8 +199,9 @@ def test_the_highest_pir_is_of_finite_ones():
 
 @pytest.mark.parametrize("values", [[1.0, math.nan, 2.0], [-math.inf, 1.0, math.inf], [math.nan], [0.5]])
 def test_the_histogram_is_of_finite_signals(values):
-    found = score_report._histogram([{"signal": values}], (0.8, 5.0), "PIR", {"frac_at_floor": 0, "frac_at_ceiling": 1})
-    assert sum(found.counts) == sum(map(math.isfinite, values)) and found.clipped == (0, 1)
+    found = score_report._histogram([{"signal": values}], SCORE.build(SCORE.parse([]).raw))
+    assert sum(found.counts) == sum(map(math.isfinite, values))
+    assert found.clipped == (sum(x <= 0.8 for x in values) / len(values), sum(x >= 5 for x in values) / len(values))
     assert all(map(math.isfinite, found.edges)) and sorted(set(found.edges)) == found.edges
 
 
@@ -210,6 +231,25 @@ def test_streaming_gives_the_same_and_long_examples_are_skipped(scored, tmp_path
     assert "leaves no room" in scored("--data", data, "--max_length", 2 * longest, code=2).err
     scored("--data", data, "--max_length", 2 * longest, "--skip_bad_rows", "--jsonl", tmp_path / "c.jsonl")
     assert [record["example"] for record in read_jsonl(tmp_path / "c.jsonl")] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_rows_that_are_left_out_are_counted_with_the_first_reason(scored, tmp_path, streaming):
+    rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:5]]
+    rows[2]["response"], rows[3]["weight"], rows[1]["query"] = "", 0, "Tell me? " * 4000
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    paths = {name: tmp_path / f"s.{name}" for name in ("html", "json")}
+    flags = ("--data", data, "--skip_bad_rows", "--terminal", 0, "--streaming", streaming)
+    out = " ".join(scored(*flags, "--output", paths["html"], "--summary", paths["json"]).out.split())
+    left_out, page = json.loads(paths["json"].read_text(encoding="utf-8"))["left_out"], Page(paths["html"])
+    for note in (f"1 rows skipped; the first: {data}:3: field", "1 replies of weight 0 left out",
+                 "1 examples skipped, the first: rows.jsonl:2: query and response take"):  # fmt: skip
+        assert note in page.text and any(told.startswith(note) for told in left_out)
+        assert note[:16] in out
+    write_jsonl(data, rows[1:2])
+    err = scored(*flags, code=2).err
+    assert "No example is left: none can be used. The first: rows.jsonl:1: query and response take" in err
+    assert "--skip_bad_rows" not in err
 
 
 @pytest.mark.parametrize("window", [64, 3])

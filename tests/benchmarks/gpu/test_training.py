@@ -34,6 +34,7 @@ def test_options_change_how_and_not_what():
 @pytest.mark.slow
 def test_runs_under_flex_attention():
     found = lines_of(training.stage, "flex", seconds=280.0)
+    assert [found[run].get("reason") for run in ("sdpa", "shared")] == [None, None]
     assert found["sdpa"]["steps"] == found["shared"]["steps"] == training.STEPS
     assert "got flex_attention on cpu" in found["packed"]["reason"]
     assert "does not support backward on CPU" in found["flex"]["reason"]

@@ -38,6 +38,23 @@ def test_a_row_of_no_format_gets_four_lines(tmp_path, row, nearest, missing, col
     assert max(map(len, (second, third, fourth))) <= 150
 
 
+@pytest.mark.parametrize(("name", "lines", "asked"), [
+    ("rows.csv", "ana,I keep bees,Hi?,Bees\nbob,I keep cats,Hi?,Cats\n", True),
+    ("rows.csv", "user_id,who,ask,say\nana,I keep bees,Hi?,Bees\n", False),
+    ("rows.csv", "bio,ask,say\nI keep bees,Hi?,Bees\n", False),
+    ("rows.jsonl", '{"ana": "I keep bees"}\n', False),
+])  # fmt: skip
+def test_a_csv_without_a_header_is_asked_for_one(tmp_path, name, lines, asked):
+    (tmp_path / name).write_text(lines)
+    with pytest.raises(UserError) as caught:
+        load_examples(tmp_path / name, "train")
+    line = str(caught.value).splitlines()[2]
+    header = (
+        "If the first line is a row, the header is missing: add persona,query,response. Else rename fields: --columns"
+    )
+    assert line.startswith(header if asked else "Rename fields: --columns persona=")
+
+
 def test_the_line_to_copy_works(tmp_path):
     row = {"bio": "I keep bees.", "Question": "Coming?", "Answer": "No."}
     columns = dict(pair.split("=") for pair in error(tmp_path, row).splitlines()[2].split()[-1].split(","))

@@ -291,7 +291,7 @@ def test_weights_of_rows_and_messages_multiply(tmp_path):
     for wrong in (-1, "heavy", True, [1], float("nan"), 10**7):
         text = error(tmp_path, {**GOOD, "weight": wrong})
         assert "data.jsonl:1: field 'weight': expected a number from 0 to 1e+06" in text
-    with pytest.raises(UserError, match="0 of 1 rows were skipped, and all other replies have weight 0"):
+    with pytest.raises(UserError, match="all replies of its 1 rows have weight 0"):
         load(tmp_path, {**GOOD, "weight": 0})
 
 

@@ -173,7 +173,7 @@ def test_a_conversation_is_shown_whole_from_its_beginning_where_it_fits():
 
 
 def test_response_longer_than_max_length_names_the_row_and_the_remedy():
-    with pytest.raises(UserError, match=r"train\.jsonl:3: .*max_length=60.*--max_length.*--skip_bad_rows"):
+    with pytest.raises(UserError, match=r"train\.jsonl:3: .*max_length=60.*Raise --max_length\. --skip_bad_rows "):
         builder(max_length=60).build(example(response="word " * 100))
 
 

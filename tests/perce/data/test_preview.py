@@ -30,10 +30,13 @@ def test_counts_of_every_split(previewed, tmp_path):
     jsonl(tmp_path / "train.jsonl", GOOD, talk, {**GOOD, "response": ""}, GOOD)
     jsonl(tmp_path / "validation.jsonl", GOOD)
     printed = previewed(tmp_path)
-    # split, format, rows, examples, users, personas, refused, weight 0
+    # split, format, rows, examples, users, personas, bad rows, weight 0
     assert cells(printed, "train") == ["train", "perce", "4", "3", "1", "2", "1", "1"]
     assert cells(printed, "validation") == ["validation", "perce", "1", "1", "0", "1", "0", "0"]
-    assert f"refused: {tmp_path / 'train.jsonl'}:3: field 'response': expected a non-empty string" in printed
+    assert f"bad row: {tmp_path / 'train.jsonl'}:3: field 'response': expected a non-empty string" in printed
+    assert "bad rows" in printed and "refused" not in printed and "not read" not in printed
+    jsonl(tmp_path / "eval.jsonl", GOOD)
+    assert previewed(tmp_path).count("not read: eval.jsonl") == 1
     assert "perce: your own rows; chat logs, known by its fields persona, query or messages" in printed
 
 

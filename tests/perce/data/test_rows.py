@@ -8,7 +8,7 @@ import pytest
 
 from perce import UserError, load_examples
 from perce.data.rows import Examples, available_splits
-from tests.helpers.raw_rows import CONVAI2, GOOD, LAMP, SPC, TALK, error, jsonl, load
+from tests.helpers.raw_rows import CONVAI2, GOOD, LAMP, SPC, TALK, documented, error, jsonl, load
 
 BAD = [
     ('{"persona": ', "expected one JSON object per line"),
@@ -18,10 +18,13 @@ BAD = [
     ({**GOOD, "response": 7}, "field 'response': expected a non-empty string, got int 7"),
     ({**GOOD, "response": "a\ud83d"}, "field 'response': expected UTF-8 text"),
     ({"query": "q", "response": "r", "persoan": "p"}, "--columns persona=persoan\n"),
-    ({**GOOD, "persona": []}, "field 'persona': expected a non-empty list"),
+    ({**GOOD, "persona": []}, "field 'persona': expected a text or a non-empty list of texts, got list []"),
+    ({**GOOD, "persona": 42}, "field 'persona': expected a text or a non-empty list of texts, got int 42"),
+    ({**GOOD, "persona": {"job": "baker"}}, "field 'persona': expected a text or a non-empty list of texts, got dict"),
+    ({**GOOD, "persona": [["a"]]}, "field 'persona[0]': expected a text, or an object with one of the fields reviewT"),
     ({**GOOD, "persona": ["", " "]}, "field 'persona': expected at least one entry with text"),
-    ({**GOOD, "persona": ["a", 3]}, "field 'persona[1]': expected a string or an object, got int 3"),
-    ({**GOOD, "persona": [{"name": "a"}]}, "field 'persona[0]': expected an entry with one of the fields reviewText"),
+    ({**GOOD, "persona": ["a", 3]}, "field 'persona[1]': expected a text, or an object with one of the fields"),
+    ({**GOOD, "persona": [{"name": "a"}]}, "field 'persona[0]': expected a text, or an object with one of the fields"),
     ({**GOOD, "messages": TALK}, "either 'query' or 'messages', got both"),
     ({"persona": "p", "messages": TALK, "response": "r"}, "field 'messages': expected 'messages' that end with a user"),
     ({"persona": "p", "messages": TALK[:3]}, "got a last user turn without a 'response'"),
@@ -139,3 +142,24 @@ def test_real_data_sets(name):
                 assert not any(passage.endswith(e.response) for passage in e.persona)
         if split == "train" and name in USERS:
             assert len(Counter(e.user_id for e in rows.all)) == USERS[name]
+
+
+def test_an_empty_user_id_is_none(tmp_path):
+    named, empty = load(tmp_path, {**GOOD, "user_id": 0}, {**GOOD, "user_id": ""})
+    assert (named.user_id, empty.user_id) == ("0", None)
+    assert load(tmp_path, {**LAMP, "user_id": ""})[0].user_id == "7"
+    reviews = [{**row, "user_id": ""} for row in documented("amazon")]
+    assert "missing: user_id" in error(tmp_path, *reviews), "reviews of nobody are no history"
+
+
+@pytest.mark.parametrize(("rows", "why"), [
+    ([{**GOOD, "weight": 0}] * 2, "all replies of its 2 rows have weight 0."),
+    ([{**GOOD, "response": ""}, {**GOOD, "weight": 0}],
+     "1 of 2 rows skipped, and all other replies have weight 0; the first: {path}:1: field 'response': expected a non"),
+    ([{**GOOD, "response": ""}], "all 1 rows skipped; the first: {path}:1: field 'response': expected a non-empty"),
+])  # fmt: skip
+def test_why_no_example_is_left(tmp_path, rows, why):
+    path = jsonl(tmp_path / "rows.jsonl", *rows)
+    with pytest.raises(UserError) as caught:
+        load_examples(path, "train", skip_bad_rows=True)
+    assert f"No example could be read from {path}: {why.format(path=path)}" in str(caught.value)

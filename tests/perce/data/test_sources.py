@@ -112,6 +112,17 @@ def test_directory(tmp_path, stem):
         load_examples(tmp_path, "train")
 
 
+def test_what_is_of_no_split_is_known(tmp_path):
+    for name in ("train", "eval", "train_part2", "survey", "shared_contexts_32k", ".hidden"):
+        jsonl(tmp_path / f"{name}.jsonl", GOOD)
+    (tmp_path / "more.csv").write_text("a\n")
+    (tmp_path / "notes.txt").write_text("a\n")
+    assert load_examples(tmp_path, "train").beside == ("eval.jsonl", "more.csv", "train_part2.jsonl")
+    assert load_examples(tmp_path / "train.jsonl", "train").beside == ()
+    (tmp_path / "splits.json").write_text(json.dumps({"train": [GOOD], "foo": [GOOD], "valid": [GOOD]}))
+    assert load_examples(tmp_path / "splits.json", "validation").beside == ("foo",)
+
+
 def test_lamp_questions_and_outputs(tmp_path):
     question = {name: LAMP[name] for name in ("id", "input", "profile")}
     for name in ("train_questions", "dev_questions", "test_questions"):
@@ -122,6 +133,7 @@ def test_lamp_questions_and_outputs(tmp_path):
     assert available_splits(tmp_path) == ["train", "validation"]  # LaMP publishes no test outputs
     examples = load_examples(tmp_path, "train").all
     assert [e.response for e in examples] == ["gold", "eight"] and examples[0].persona == ("new ", "old")
+    assert load_examples(tmp_path, "train").beside == ("test_questions.json",)
     with pytest.raises(
         UserError, match=r"dev_questions\.json row 1: field 'output': .*dev_outputs\.json.*none for id '7'"
     ):
@@ -135,7 +147,7 @@ def test_save_to_disk(tmp_path):
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list([ABSTRACT, {**ABSTRACT, "name": "B"}])
     table.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": table, "val": table.select([1])}).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict({"train": table, "val": table.select([1]), "more": table}).save_to_disk(tmp_path / "two")
     expected = load(tmp_path, ABSTRACT)[0].persona
     for streaming in (False, True):
         rows = load_examples(tmp_path / "one", "train", streaming=streaming)
@@ -146,6 +158,7 @@ def test_save_to_disk(tmp_path):
         "validation",
     ]
     assert load_examples(tmp_path / "one", "test").all == []
+    assert load_examples(tmp_path / "two", "train").beside == ("more",)
     (tmp_path / "two/dataset_dict.json").write_text('{"splits": ["train", "gone"]}')
     with pytest.raises(UserError, match="written by save_to_disk but cannot be read"):
         load_examples(tmp_path / "two", "train")

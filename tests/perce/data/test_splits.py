@@ -108,10 +108,13 @@ def test_rows_without_users_are_warned_of(tmp_path):
     for rows, words in (
         (NAMELESS, "30 of 30 examples have no user_id: rows are held out, not users"),
         (USERS + NAMELESS, "30 of 90 examples have no user_id: rows are held out, not users"),
+        (USERS + [row("", i) for i in range(30)], "30 of 90 examples have no user_id: rows are held out, not users"),
+        ([row("", i) for i in range(30)], "30 of 30 examples have no user_id: rows are held out, not users"),
         ([row("ana", i) for i in range(30)], "all rows are of one user: rows are held out, not users"),
     ):
         (warning,) = (note for note in splits(tmp_path, rows).notes if note.startswith("warning"))
         assert words in warning and "--columns user_id=FIELD" in warning
+    assert splits(tmp_path, USERS + NAMELESS).notes[0] == "6 of 55 users and rows without one held out for validation"
 
 
 def test_the_seed_of_who_is_drawn_follows_no_model():
@@ -120,3 +123,33 @@ def test_the_seed_of_who_is_drawn_follows_no_model():
 
 def test_what_a_run_has_held_out_is_whom_alone(tmp_path):
     assert set(json.loads(splits(tmp_path, USERS).held_out.to_json())) == {"unit", "held_out"}
+
+
+def own_split(path, train, validation):
+    write_jsonl(path / "train.jsonl", train)
+    write_jsonl(path / "validation.jsonl", validation)
+    return load_splits(DataConfig(data=str(path)), eval_examples=0, seed=0).notes
+
+
+def test_validation_rows_that_are_trained_on_are_warned_of(tmp_path):
+    new, said = [row(f"new{i}", 100 + i) for i in range(5)], "validation examples are also trained on"
+    assert own_split(tmp_path, USERS, new) == []
+    (warning,) = own_split(tmp_path, USERS, [*new, *USERS[:20], {**USERS[40], "user_id": "other"}])
+    assert warning.startswith(f"warning: 21 of 26 {said} (the first: validation.jsonl:6), and 20 of 26 users")
+    (warning,) = own_split(tmp_path, DIALOGUES, DIALOGUES[:2])
+    assert warning.startswith(f"warning: 6 of 6 {said} (the first: validation.jsonl:1), which")
+    (warning,) = own_split(tmp_path, [{"text": "One two."}, {"text": "Three."}], [{"text": "Three."}])
+    assert warning.startswith(f"warning: 1 of 1 {said} ")
+    later = [{**USERS[i], "query": "And later?"} for i in range(3)]
+    assert own_split(tmp_path, USERS, later) == ["3 of 3 users of the validation split are also trained on"]
+
+
+def test_files_of_no_split_are_named_once(tmp_path):
+    for name in ("eval", "train_part2"):
+        write_jsonl(tmp_path / f"{name}.jsonl", USERS[:2])
+    write_jsonl(tmp_path / "train.jsonl", USERS)
+    (note,) = [note for note in load_splits(DataConfig(data=str(tmp_path)), eval_examples=0, seed=0).notes
+               if "not read" in note]  # fmt: skip
+    assert note.startswith("not read: eval.jsonl, train_part2.jsonl (the names of splits are train; validation, valid,")
+    own = own_split(tmp_path, USERS, [row(None, 100 + i) for i in range(5)])
+    assert own == [note]

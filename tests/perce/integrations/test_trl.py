@@ -229,7 +229,7 @@ IMAGE = {"images": [[]], "prompt": SAID[:1], "completion": SAID[1:]}
     ("rows", "options", "message"),
     [
         ([{"prompt": "a", "completion": "b"}], {}, "train dataset: expected a column persona, got prompt, completion"),
-        ([{"persona": [], "text": "a"}], {}, r"train row 1: field 'persona': expected a non-empty list of strings"),
+        ([{"persona": [], "text": "a"}], {}, r"train row 1: field 'persona': expected a text or a non-empty list of t"),
         ([{"persona": "A.", "text": "a"}, {"persona": " ", "text": "a"}], {}, r"train row 2: field 'persona'"),
         ([{"persona": "A.", "story": "a"}], {}, "train row 1: expected prompt, messages or text, got persona, story"),
         ([{"persona": "A.", "messages": SAID[1:]}], {"prompt": {"place": "user"}}, "train row 1: expected texts as"),

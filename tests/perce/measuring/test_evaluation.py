@@ -11,7 +11,9 @@ from transformers import GenerationConfig
 from perce import DataConfig, evaluate, load_examples
 from perce.config.questions import EvaluateConfig
 from perce.data.batch import collate
+from perce.data.fields import Turn
 from perce.data.pairing import make_builder
+from perce.data.rows import Example
 from perce.measuring import evaluation, inference
 from perce.measuring.evaluation import Evaluator, Item, other_users, written_together
 from perce.model.patch import prepare_model
@@ -196,3 +198,32 @@ def test_a_conversation_has_one_partner_of_another_user(tmp_path):
         assert other_users(examples, seed) == partners
         drawn.add(tuple(partners))
     assert len(drawn) > 1
+
+
+def users_of(*rows):
+    """An example of each (user, persona)."""
+    turns = (Turn("user", "Hi"),)
+    return [
+        Example((persona,), turns, "Hello.", user, None, f"rows.jsonl:{n}") for n, (user, persona) in enumerate(rows)
+    ]
+
+
+def test_another_users_persona_is_another_text():
+    rows = [(f"u{i}", f"I live in town {i % 2}.") for i in range(24)] + [("u0", "I have two."), ("", "Nobody.")]
+    examples = users_of(*rows)
+    for seed in range(5):
+        for example, partner in zip(examples, other_users(examples, seed), strict=True):
+            assert examples[partner].persona != example.persona and examples[partner].user_id != example.user_id
+    assert other_users(users_of(("a", "I bake."), ("b", "I bake."), ("c", "I bake.")), 0) == [None] * 3
+    assert other_users(users_of(("a", "I bake."), ("a", "I ski.")), 0) == [None] * 2, "one user"
+    assert None not in other_users(users_of((None, "I bake."), (None, "I ski.")), 0), "of nobody"
+
+
+def test_a_persona_of_which_the_prompt_shows_the_same_is_none_of_another(evaluated, tmp_path, monkeypatch):
+    """The second entries do not fit."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"user_id": f"u{i}", "persona": ["I bake.", f"{i} " * 200], "query": "Hi", "response": "No."} for i in "ab"]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    records, _ = evaluated("a", "--generate", "false", "--data", data, "--max_length", 100)
+    assert [record["loss_swapped"] for record in records] == [None, None]
+    assert "2 examples without another's persona that fits" in (tmp_path / "a.json").read_text(encoding="utf-8")

@@ -112,6 +112,10 @@ def test_words_are_about_the_objectives_own_signal(tmp_path, name):
     assert reported.signal.meaning and f" is {reported.signal.meaning[:12]}" in text, "each entry says what it means"
     twice = "A token with twice the weight of another counts twice as much in the loss."
     assert ("gives every token the same weight" in text) == (objective.signal is None) == (twice not in text)
+    own = "PerCE's weight" if objective.signal is None else "weight"
+    assert page.data["weight"] == own
+    if name in ("perce", "ce"):
+        assert f"within the clip, so {'' if name == 'ce' else 'its '}{own} is" in text
     assert ("to other tokens" in text) == (name == "random")
     assert ("after the long context" in text) == (name == "longce") != ("with the persona" in text)
     columns = page.data["responses"][0]["passes"][1]
