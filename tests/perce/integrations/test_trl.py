@@ -337,6 +337,17 @@ def test_a_processor_of_images_is_refused_by_name(tmp_path):
         trainer._prepare_dataset(Dataset.from_list(rows_of("text", 4)), processor, trainer.args, False, None, "eval")
 
 
+def test_rows_may_be_a_list_and_lose_no_field(tmp_path):
+    rows = rows_of("completion", 4)
+    rows[1] = rows[1] | {"note": "kept"}
+    trainer = PerceSFTTrainer(
+        model_for(), config_for(tmp_path, remove_unused_columns=False), train_dataset=rows, eval_dataset=rows[:2],
+        processing_class=TOKENIZER,
+    )  # fmt: skip
+    assert len(trainer.train_dataset) == 4 and len(trainer.eval_dataset) == 2
+    assert trainer.train_dataset["note"] == [None, "kept", None, None]
+
+
 def test_arguments_may_be_left_out_and_a_dataset_may_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="`train_dataset` is required"):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from perce.errors import UserError
+from perce.training.weights import WeightsOfCheckpoints
 from tests.helpers.architectures import tiny
 from tests.helpers.tiny import tiny_model
 from tests.helpers.trainers import PAIRS, arguments, trainer_for
@@ -64,3 +65,55 @@ def test_a_checkpoint_without_some_of_the_weights_is_not_resumed(tmp_path):
     deeper = tiny_model("llama", num_hidden_layers=3)
     with pytest.raises(UserError, match=r"checkpoint-1.*lacks .*model\.layers\.2"):
         trainer_for(deeper, args, PAIRS[:8]).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_with_weights_that_the_model_lacks_is_not_resumed(tmp_path):
+    tiny_model("llama", num_hidden_layers=3).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}: has 9 weights that the model .* lacks, such as model\.layers\.2"
+    ):
+        load_into(tiny_model("llama"), tmp_path)
+
+
+class Plain(WeightsOfCheckpoints, Trainer):
+    pass
+
+
+class Scaled(LlamaForCausalLM):
+    """Cannot be made by from_pretrained."""
+
+    def __init__(self, config, scale):
+        super().__init__(config)
+        self.scale = scale
+
+
+def load_into(model, checkpoint):
+    Plain(model, TrainingArguments(str(checkpoint), use_cpu=True))._load_from_checkpoint(str(checkpoint))
+
+
+def with_a_module():
+    model = tiny_model("mixtral")
+    model.extra = torch.nn.Linear(3, 3)
+    return model
+
+
+def with_a_buffer():
+    model = tiny_model("mixtral")
+    model.register_buffer("seen", torch.rand(3))
+    return model
+
+
+def of_a_class_of_its_own():
+    return Scaled(tiny_model("llama").config, scale=2.0)
+
+
+@pytest.mark.parametrize("make", [with_a_module, with_a_buffer, of_a_class_of_its_own])
+def test_what_a_user_adds_to_a_model_is_loaded_too(tmp_path, make):
+    saved, model = make(), make()
+    with torch.no_grad():
+        for tensor in saved.state_dict().values():
+            tensor.mul_(2.0)
+    saved.save_pretrained(tmp_path)
+    load_into(model, tmp_path)
+    loaded = model.state_dict()
+    assert [name for name, tensor in saved.state_dict().items() if not torch.equal(tensor, loaded[name])] == []
