@@ -28,7 +28,7 @@ help:
 	@echo "make format   apply the formatter and the safe lint fixes"
 	@echo "make aot      compile the GPU kernels without a GPU, and print their registers, spills and shared memory"
 	@echo "make bench    run the benchmarks"
-	@echo "make gpu-a    on a machine with a CUDA GPU: test that perce runs there, and which way is faster (4.5 minutes)"
+	@echo "make gpu-a    on a machine with a CUDA GPU: test that perce runs there, and which way is faster (5 minutes)"
 	@echo "make gpu-b    on the same machine: compare the op with its peers, and run its tests (27 minutes)"
 	@echo "make wheels   collect the packages that a GPU machine without network lacks into build/wheels/a, b, c1, …"
 	@echo "make clean    remove .venv, caches and build outputs (runs/ stays)"

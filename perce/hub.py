@@ -157,6 +157,8 @@ def with_weights(auto_class: Any, path: str, *, option: str = "--model", unused:
             f"{option} {path}: {len(lost)} of {len(weights)} weights of {type(model).__name__} are not in its files "
             f"({in_short(lost)}).{held} {remedy}"
         )
+    if buffers := sorted({name for name, _ in model.named_buffers()}.intersection(found["missing_keys"])):
+        say(f"{option} {path}: {len(buffers)} buffers are not in its files ({in_short(buffers)})", error=True)
     if others and os.environ.get("RANK", "0") == "0":
         say(f"{option} {path}: {len(others)} tensors in its files are not used ({in_short(others)})", error=True)
     return model

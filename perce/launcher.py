@@ -5,8 +5,8 @@ import signal
 import threading
 import time
 
-LAST_STEP_SECONDS = 120.0
-"""Time for a process to end once its launcher is gone: enough to finish the step and write its checkpoint."""
+LAST_STEP_SECONDS = 240.0
+"""Time for a process to end once its launcher is gone: enough for the step, the next one, and a checkpoint."""
 
 
 def end_with_launcher() -> None:

@@ -5,7 +5,7 @@ without cuDNN's:
 
     attention   PyTorch's own by itself, forward and backward, causal or with a mask: the first and the second call at
                 each length
-    steps       a training step at each length, and as many at one of them: seconds of all, after a step at each end
+    steps       a training step at each length, and the same steps again: seconds of all
 """
 
 import tempfile
@@ -55,10 +55,9 @@ def attention(child: Child, masked: bool) -> dict[str, Any]:
 
 
 def of_steps(child: Child, steps: Steps, cases: list[Case]) -> dict[str, Any]:
-    """Seconds of steps one after the other, the shortest and the longest of which has been made before."""
-    for case in (cases[0], cases[-1]):
-        steps.run(case)
-    return {"seconds": child.clock.seconds(lambda: [steps.run(case) for case in cases]), "steps": len(cases)}
+    """Seconds of steps one after the other, and of the same steps once more."""
+    first, second = (child.clock.seconds(lambda: [steps.run(case) for case in cases]) for _ in range(2))
+    return {"first_seconds": first, "seconds": second, "steps": len(cases)}
 
 
 def stage(child: Child) -> None:
@@ -74,13 +73,10 @@ def stage(child: Child) -> None:
         if steps is None:
             return
         steps.prepare(cases[0])
-        # First without cuDNN's: a plan that it has made is kept.
+        # First without cuDNN's: what else a first step costs is in these.
         for kernels, allowed in reversed(KERNELS.items()):
-            for what, several in (("one length", cases[:1] * len(cases)), ("all lengths", cases)):
-                with cudnn_allowed(allowed):
-                    child.measured(
-                        f"{name}/steps/{what}/{kernels}", lambda cases=several: of_steps(child, steps, cases)
-                    )
+            with cudnn_allowed(allowed):
+                child.measured(f"{name}/steps/{kernels}", lambda: of_steps(child, steps, cases))
 
 
 def prepare() -> None:

@@ -213,6 +213,27 @@ def steps(lines: Lines, title: str, *stages: str) -> Iterator[str]:
         yield f"| every objective and context | {' | '.join([NOT_MEASURED] * 4)} |"
 
 
+def new_lengths(lines: Lines) -> Iterator[str]:
+    """What a length costs that attention has not seen before."""
+    yield "| of each length, s | the first time | once more |"
+    yield "| --- | --- | --- |"
+    found = {key: line for key, line in lines.items() if key.startswith("lengths/") and "seconds" in line}
+    for key, line in found.items():
+        count = line.get("steps", 1)
+        cells = (f"{line[name] / count:.4f}" for name in ("first_seconds", "seconds"))
+        yield f"| {', '.join(key.split('/')[1:])} | {' | '.join(cells)} |"
+    if not found:
+        yield f"| every kind | {NOT_MEASURED} | {NOT_MEASURED} |"
+
+
+def compiled_again(lines: Lines) -> Iterator[str]:
+    """Which runs compiled functions again, and how often."""
+    for key, line in lines.items():
+        if "recompilations" in line:
+            gave_up = ", and gave a function up" if line["gave_up"] else ""
+            yield f"- {key}: torch.compile compiled functions again {line['recompilations']} times{gave_up}"
+
+
 def suite(lines: Lines) -> Iterator[str]:
     """The summary of the tests on the GPU, and those that failed."""
     summary = lines.get("tests/summary")
@@ -262,6 +283,8 @@ def report(trees: list[dict[str, Any]]) -> str:
         tiles(lines),
         steps(lines, "Qwen3-8B's shape, LoRA, bf16, one sequence", *CASES),
         steps(lines, "the same by trainer", "trainers"),
+        new_lengths(lines),
+        compiled_again(lines),
         suite(lines),
         reasons(lines),
     )

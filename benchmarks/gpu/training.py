@@ -14,6 +14,7 @@ and rows, so they may differ only by the error of bf16. A run that has not ended
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ LAUNCHER = {"ddp": ("torch.distributed.run", "--nproc_per_node", "1", "--master_
 """By run: the launcher of its command. Even one process forms a process group, by NCCL on a GPU."""
 MODEL = "PERCE_TINY_MODEL"
 """Environment variable: directory of the model that came with the wheels; without it, one is made here."""
-ABORTION = 2.0  # seconds that a run gets to print its stacks
+ABORTION = 2.0  # seconds that runs get to print their stacks
 LOSS_DIFFERENCE, PIR_DIFFERENCE = 0.005, 0.003
 """Allowed differences in the first step: relative, and in nats. The model's mean PIR is 0.018, so losing it shows."""
 
@@ -88,7 +89,7 @@ class Run:
         command = [sys.executable, "-W", "ignore", "-X", "faulthandler", "-m", module, *arguments]
         self.popen = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self.stdout, stderr=self.stderr,
-            preexec_fn=die_with_parent,
+            preexec_fn=_begin,
             env=os.environ | {"OMP_NUM_THREADS": "4", "TORCH_LOGS": "recompiles"},  # several run at once
         )  # fmt: skip
 
@@ -105,15 +106,16 @@ class Run:
             raise Unable(f"ended with {self.popen.returncode}: {words[-1][:300] if words else 'without a word'}")
         return round(time.monotonic() - self.started, 1)
 
-    def aborted(self) -> str:
-        """Where its main thread was when it was told to abort. The stacks of all threads go to standard error."""
+    def aborted(self, until: float) -> str:
+        """Where its main thread was when it was told to abort, if it says so until then. The stacks of all threads go
+        to standard error."""
         with suppress(subprocess.TimeoutExpired):
-            self.popen.wait(ABORTION)
+            self.popen.wait(max(0.1, until - time.monotonic()))
         self.popen.kill()
         text = _text_of(self.stderr)
         print(*self.said(), text, sep="\n", file=sys.stderr)
-        *_, main = text.rpartition("(most recent call first):\n")
-        return main.split("\n", 1)[0].strip() or "before its first line of Python"
+        _, stack, main = text.rpartition("(most recent call first):\n")
+        return main.split("\n", 1)[0].strip() if stack else "a place that it did not tell"
 
     def compiled_again(self) -> dict[str, Any]:
         """How often torch.compile has compiled a function again, and whether it gave one up; nothing if neither."""
@@ -124,6 +126,11 @@ class Run:
     def said(self) -> list[str]:
         """The lines of its standard output."""
         return _text_of(self.stdout).splitlines()
+
+
+def _begin() -> None:
+    die_with_parent()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a process that is aborted
 
 
 def _text_of(file: Any) -> str:
@@ -174,8 +181,9 @@ def stage(child: Child) -> None:
             time.sleep(0.1)
         for process in runs.values():
             process.popen.send_signal(signal.SIGABRT)
+        until = time.monotonic() + ABORTION
         for run, process in runs.items():
-            child.line(f"{name}/{run}", reason=f"{NO_TIME}; it was at {process.aborted()}")
+            child.line(f"{name}/{run}", reason=f"{NO_TIME}; it was at {process.aborted(until)}")
         for what, (ours, other) in ALIKE[name].items():
             if found.get(ours) and found.get(other):
                 child.measured(f"{name}/{what}", lambda ours=ours, other=other: compared(found[ours], found[other]))

@@ -68,10 +68,11 @@ class PerceSFTTrainer(PerceMixin, SFTTrainer):
             raise UserError(f"args: expected a PerceSFTConfig, got {type(args).__name__}.")
         if kwargs.get("formatting_func"):
             raise UserError("formatting_func: would leave out the persona. Give rows in one of TRL's formats.")
-        if isinstance(train_dataset, list):
-            train_dataset = Dataset.from_list(train_dataset)
+        train_dataset = _as_dataset(train_dataset)
         if isinstance(train_dataset, Dataset) and not len(train_dataset):
             raise UserError("train_dataset: expected at least one row, got none.")
+        if "eval_dataset" in kwargs:
+            kwargs["eval_dataset"] = _as_dataset(kwargs["eval_dataset"])
         if images := {"image", "images"} & {*(get_dataset_column_names(train_dataset) if train_dataset else [])}:
             raise UserError(f"train_dataset: expected texts only, got a column {images.pop()}.")
         super().__init__(model, args, train_dataset=train_dataset, loss=args.loss, backend=args.backend, **kwargs)
@@ -107,3 +108,11 @@ class PerceSFTTrainer(PerceMixin, SFTTrainer):
                 dataset, columns, lambda rows: prepare(rows, tokenizer, whole, False, None, dataset_name)
             )
         return super()._prepare_dataset(dataset, tokenizer, args, packing, None, dataset_name)
+
+
+def _as_dataset(rows: Any) -> Any:
+    """A list of rows as a dataset; a field that some rows lack is None there."""
+    if not isinstance(rows, list):
+        return rows
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 from benchmarks.gpu import lengths
+from benchmarks.gpu.tables import new_lengths
 from tests.helpers.stages import lines_of
 
 
@@ -15,9 +16,12 @@ def test_new_lengths_are_compared_with_one():
     kernels = ("all kernels", "without cuDNN")
     assert found.keys() == {
         *(f"attention/{kind}/{name}" for kind in ("causal", "mask") for name in kernels),
-        *(f"steps/{what}/{name}" for what in ("one length", "all lengths") for name in kernels),
+        *(f"steps/{name}" for name in kernels),
     }
     for key, line in found.items():
-        assert line["seconds"] > 0
+        assert line["seconds"] > 0 and line["first_seconds"] > 0
         count = line["steps"] if key.startswith("steps") else len(line["each"])
         assert count == len(lengths.LENGTHS["cpu"])
+    table = list(new_lengths({f"lengths/{key}": line for key, line in found.items()}))
+    assert len(table) == 2 + len(found) and table[2].startswith("| attention, causal, all kernels | 0.")
+    assert list(new_lengths({}))[2] == "| every kind | not measured | not measured |"

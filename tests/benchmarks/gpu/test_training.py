@@ -79,3 +79,11 @@ def test_compilations_that_were_repeated_are_counted(monkeypatch):
     assert process.compiled_again() == {}
     process.stderr.write("[0/1] Recompiling function f\n[0/2] Recompiling function f\nhit config.recompile_limit (8)\n")
     assert process.compiled_again() == {"recompilations": 2, "gave_up": True}
+
+
+def test_a_run_that_says_nothing_has_no_place(tmp_path):
+    process = training.Run("tests.helpers.fake_stage")
+    process.popen.wait()
+    process.stderr.seek(0)
+    process.stderr.truncate()
+    assert process.aborted(0.0) == "a place that it did not tell"

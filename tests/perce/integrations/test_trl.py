@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from perce import UserError
 from perce.data.marked import IGNORED, PERSONA
+from perce.integrations import trl
 from perce.integrations.trl import PerceSFTConfig, PerceSFTTrainer
 from tests.helpers.ranks import end_rank, run_ranks
 from tests.helpers.sft import (
@@ -341,11 +342,10 @@ def test_rows_may_be_a_list_and_lose_no_field(tmp_path):
     rows = rows_of("completion", 4)
     rows[1] = rows[1] | {"note": "kept"}
     trainer = PerceSFTTrainer(
-        model_for(), config_for(tmp_path, remove_unused_columns=False), train_dataset=rows, eval_dataset=rows[:2],
-        processing_class=TOKENIZER,
-    )  # fmt: skip
+        model_for(), config_for(tmp_path), train_dataset=rows, eval_dataset=rows[:2], processing_class=TOKENIZER
+    )
     assert len(trainer.train_dataset) == 4 and len(trainer.eval_dataset) == 2
-    assert trainer.train_dataset["note"] == [None, "kept", None, None]
+    assert trl._as_dataset(rows)["note"] == [None, "kept", None, None]
 
 
 def test_arguments_may_be_left_out_and_a_dataset_may_not(tmp_path, monkeypatch):

@@ -196,8 +196,8 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(flags, run,
     assert (run / ADAPTER).read_bytes() == (tmp_path / "straight" / ADAPTER).read_bytes()
 
 
-def test_several_processes_agree_a_step_later_without_a_wait():
-    """The other process receives SIGTERM in the second step."""
+def test_several_processes_agree_a_step_later():
+    """The other process receives SIGTERM in the second step. On a GPU, no step waits for it."""
     others = iter([0.0, 1.0, 1.0, 1.0])
 
     def reduce(own, reduction):

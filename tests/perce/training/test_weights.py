@@ -63,15 +63,13 @@ def test_a_checkpoint_without_some_of_the_weights_is_not_resumed(tmp_path):
     trainer_for(tiny_model("llama"), args, PAIRS[:8]).train()
     checkpoint = tmp_path / "checkpoint-1"
     deeper = tiny_model("llama", num_hidden_layers=3)
-    with pytest.raises(UserError, match=r"checkpoint-1.*lacks .*model\.layers\.2"):
+    with pytest.raises(UserError, match=r"checkpoint-1: .*lacks 9 of its weights: model\.layers\.2"):
         trainer_for(deeper, args, PAIRS[:8]).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_a_checkpoint_with_weights_that_the_model_lacks_is_not_resumed(tmp_path):
     tiny_model("llama", num_hidden_layers=3).save_pretrained(tmp_path)
-    with pytest.raises(
-        UserError, match=rf"{tmp_path}: has 9 weights that the model .* lacks, such as model\.layers\.2"
-    ):
+    with pytest.raises(UserError, match=r"not of the model that is trained \(has 9 that it lacks: model\.layers\.2"):
         load_into(tiny_model("llama"), tmp_path)
 
 
