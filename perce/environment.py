@@ -33,7 +33,11 @@ OF_MODELS = (
 )  # fmt: skip
 
 # Each is at the beginning of files of one kind that commands write, and may write again.
-OF_PERCE = (b'<meta name="generator" content="perce">', b'"kind": "perce.', b'"assistant", "content": {"token_ids":')
+MARKS_OF_PERCE = (
+    b'<meta name="generator" content="perce">',
+    b'"kind": "perce.',
+    b'"assistant", "content": {"token_ids":',
+)
 BEGINNING = 300  # bytes in which it is
 
 HUB_SECONDS = 10
@@ -169,7 +173,7 @@ def check_own(path: Path) -> None:
     if path.is_file():
         with path.open("rb") as file:
             beginning = file.read(BEGINNING)
-        if beginning and not any(mark in beginning for mark in OF_PERCE):
+        if beginning and not any(mark in beginning for mark in MARKS_OF_PERCE):
             raise UserError(f"{path}: exists already, and was not written by perce. Choose another file.")
 
 

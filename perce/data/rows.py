@@ -168,9 +168,9 @@ class Examples:
         self._examples: list[Record] | None = None
 
     @property
-    def beside(self) -> tuple[str, ...]:
-        """What the data has beside its splits."""
-        return self._source.beside
+    def unread(self) -> tuple[str, ...]:
+        """Names in the data of files, or parts of a file, that are of no split."""
+        return self._source.unread
 
     @property
     def all(self) -> list[Record]:

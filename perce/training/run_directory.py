@@ -85,7 +85,7 @@ def model_files(directory: Path) -> list[str]:
     return [path.relative_to(directory).as_posix() for name in OF_THE_MODEL for path in directory.glob(name)]
 
 
-def taken(path: Path) -> list[str]:
+def would_replace(path: Path) -> list[str]:
     """Files in a directory that a run would replace. Those that a stopped attempt at a run left do not count."""
     with contextlib.suppress(OSError):
         if lacking(path) == CONFIG_NAME and b'"training_pairs"' in (path / FACTS).read_bytes():
@@ -101,7 +101,7 @@ def numbered(name: str) -> Iterator[Path]:
 
 def free_directory(name: str) -> Path:
     """The first of the numbered directories that holds neither a run nor files that one would replace."""
-    return next(path for path in numbered(name) if not taken(path))
+    return next(path for path in numbered(name) if not would_replace(path))
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def _claim(config: TrainOptions, name: str | None, stack: contextlib.ExitStack) 
     for path in numbered(name):
         with contextlib.suppress(InUse), contextlib.ExitStack() as attempt:
             attempt.enter_context(_lock(path))
-            if not taken(path):
+            if not would_replace(path):
                 stack.enter_context(attempt.pop_all())
                 return _what_to_do(config, path)
     raise AssertionError("there is always a number left")
@@ -176,7 +176,7 @@ def _what_to_do(config: TrainOptions, path: Path) -> Claim:
             f"--output_dir {path}: holds {saved[-1].name} of a run whose {missing} is gone. Put that back to "
             "resume it, or choose another directory."
         )
-    if missing and (others := taken(path)):
+    if missing and (others := would_replace(path)):
         raise UserError(
             f"--output_dir {path}: holds {in_short(others)}, which a run would replace, but no run of perce. Choose "
             "another directory."

@@ -16,7 +16,7 @@ from perce.config.commands import parse_args
 from perce.lock import locked
 from perce.train import main, resolve
 from perce.training.checkpoints import flaw
-from perce.training.run_directory import LOCK, taken
+from perce.training.run_directory import LOCK, would_replace
 from tests.helpers.pages import Page
 from tests.helpers.tiny import write_jsonl
 from tests.helpers.training import ROWS, fails
@@ -68,7 +68,7 @@ def test_every_file_of_a_run_is_known_beforehand(train, tmp_path):
         (run / "config.yaml").rename(run / "config.json.old")  # no longer a run
         (run / "run.json").rename(run / "run.old")
         files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
-        assert files - set(taken(run)) == {"config.json.old", "run.old", LOCK}
+        assert files - set(would_replace(run)) == {"config.json.old", "run.old", LOCK}
         shutil.rmtree(run)
 
 
