@@ -113,8 +113,10 @@ def test_directory(tmp_path, stem):
 
 
 def test_what_is_of_no_split_is_known(tmp_path):
-    for name in ("train", "eval", "train_part2", "survey", "shared_contexts_32k", ".hidden"):
+    for name in ("train", "eval", "train_part2", "survey", "shared_contexts_32k", ".hidden", "metadata"):
         jsonl(tmp_path / f"{name}.jsonl", GOOD)
+    for name in ("dataset_info", "dataset_infos"):
+        (tmp_path / f"{name}.json").write_text("{}")
     (tmp_path / "more.csv").write_text("a\n")
     (tmp_path / "notes.txt").write_text("a\n")
     assert load_examples(tmp_path, "train").unread == ("eval.jsonl", "more.csv", "train_part2.jsonl")
@@ -133,7 +135,10 @@ def test_lamp_questions_and_outputs(tmp_path):
     assert available_splits(tmp_path) == ["train", "validation"]  # LaMP publishes no test outputs
     examples = load_examples(tmp_path, "train").all
     assert [e.response for e in examples] == ["gold", "eight"] and examples[0].persona == ("new ", "old")
-    assert load_examples(tmp_path, "train").unread == ("test_questions.json",)
+    assert load_examples(tmp_path, "train").unread == ()
+    for name in ("more_questions", "more_outputs"):
+        (tmp_path / f"{name}.json").write_text("[]")
+    assert load_examples(tmp_path, "train").unread == ("more_outputs.json", "more_questions.json")
     with pytest.raises(
         UserError, match=r"dev_questions\.json row 1: field 'output': .*dev_outputs\.json.*none for id '7'"
     ):
