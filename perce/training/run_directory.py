@@ -62,9 +62,17 @@ OF_THE_MODEL = (
 )  # fmt: skip
 """The files of a directory that from_pretrained reads, and the card: only these are uploaded. Other files of a run hold
 rows of its data, names of users and paths."""
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
+SAVED = (
+    *WEIGHTS, "model.safetensors.index.json", "README.md", "config.json", "generation_config.json",
+    "adapter_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""The files that a model, an adapter and a tokenizer are saved as, and the card."""
 WRITTEN = (
-    *OF_THE_MODEL, CONFIG_NAME, FACTS, HELD_OUT_NAME, BASE_NAME, LIST, "trainer_state.json", "training_args.bin",
-    "before.pt", "curves.png", "report.html", f"{MERGED}/*",
+    *SAVED, *(f"{MERGED}/{name}" for name in SAVED), CONFIG_NAME, FACTS, HELD_OUT_NAME, BASE_NAME, LIST,
+    "trainer_state.json", "training_args.bin", "before.pt", "curves.png", "report.html",
 )  # fmt: skip
 """The files that a run writes, besides checkpoints."""
 
@@ -274,4 +282,5 @@ def check_facts(claim: Claim, facts: Mapping[str, Any], steps: int) -> None:
 
 def finish(output_dir: Path) -> None:
     """Declare the run finished: everything has been written."""
-    seal(output_dir, [*output_dir.glob("*.safetensors"), *output_dir.glob("*.bin"), output_dir / "trainer_state.json"])
+    weights = [file for name in (*WEIGHTS, "*.bin") for file in output_dir.glob(name)]
+    seal(output_dir, [*weights, output_dir / "trainer_state.json"])
