@@ -37,6 +37,8 @@ MARKS_OF_PERCE = (
     b'<meta name="generator" content="perce">',
     b'"kind": "perce.',
     b'"assistant", "content": {"token_ids":',
+    b'{\n  "command": "score",',
+    b'{\n  "command": "evaluate",',
 )
 BEGINNING = 300  # bytes in which it is
 
@@ -112,6 +114,11 @@ def did_you_mean(path: str) -> str:
     """A question to put behind a sentence that says that a path cannot be read; "" if it exists, or none is similar."""
     near = [] if os.path.exists(os.path.expanduser(path)) else near_paths(path)
     return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of those that were launched together, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @functools.cache
