@@ -35,6 +35,7 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev
 READERS = {".jsonl": json_lines, ".json": json_file, ".parquet": parquet_rows, ".csv": csv_rows}
 SUFFIXES = tuple(READERS)
 REFERRED_TO = ("shared_contexts", "survey.")  # what the names of files that rows refer to begin with; see joins.py
+ABOUT = ("dataset_info", "metadata.")  # likewise, of files that describe the data
 # Other kinds of file that users have, and how to get rows from them.
 OTHER_FILES = {
     ".tsv": "its cells are separated by tabs. Write it with commas, as .csv",
@@ -149,16 +150,22 @@ def _directory(path: Path) -> dict[str, Source]:
         for file in files:
             found[split] = _file(file)
         for questions in pairs:
-            outputs = questions.with_name(questions.name.replace("_questions", "_outputs"))
-            if outputs.is_file():  # LaMP's published test questions have none: they are no split
+            outputs = questions.with_name(_outputs(questions.name))
+            if outputs.is_file():  # otherwise they are no split
                 outputs_read.add(outputs.name)
                 found[split] = Source(
                     str(questions), questions.name, partial(_lamp_pair, questions, outputs), questions
                 )
     present = [file.name for file in path.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-    present = [name for name in present if not name.startswith((".", *REFERRED_TO))]
-    unread = _unread(present, {source.name for source in found.values()} | outputs_read)
+    present = [name for name in present if not name.startswith((".", *REFERRED_TO, *ABOUT))]
+    # LaMP's published test questions lack the file of their outputs, and not the name of a split.
+    unanswered = {name for name in present if name.endswith("_questions.json") and _outputs(name) not in present}
+    unread = _unread(present, {source.name for source in found.values()} | outputs_read | unanswered)
     return {split: replace(source, unread=unread) for split, source in found.items()}
+
+
+def _outputs(questions: str) -> str:
+    return questions.replace("_questions", "_outputs")
 
 
 def _lamp_pair(questions: Path, outputs: Path) -> Placed:
