@@ -33,7 +33,13 @@ OF_MODELS = (
 )  # fmt: skip
 
 # Each is at the beginning of files of one kind that commands write, and may write again.
-OF_PERCE = (b'<meta name="generator" content="perce">', b'"kind": "perce.', b'"assistant", "content": {"token_ids":')
+MARKS_OF_PERCE = (
+    b'<meta name="generator" content="perce">',
+    b'"kind": "perce.',
+    b'"assistant", "content": {"token_ids":',
+    b'{\n  "command": "score",',
+    b'{\n  "command": "evaluate",',
+)
 BEGINNING = 300  # bytes in which it is
 
 HUB_SECONDS = 10
@@ -110,6 +116,11 @@ def did_you_mean(path: str) -> str:
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first of those that were launched together, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @functools.cache
 def hub_failure() -> str | None:
     """Why the Hub cannot be reached, tried once; None if it can. The Hub's own library tries half a minute per file."""
@@ -169,7 +180,7 @@ def check_own(path: Path) -> None:
     if path.is_file():
         with path.open("rb") as file:
             beginning = file.read(BEGINNING)
-        if beginning and not any(mark in beginning for mark in OF_PERCE):
+        if beginning and not any(mark in beginning for mark in MARKS_OF_PERCE):
             raise UserError(f"{path}: exists already, and was not written by perce. Choose another file.")
 
 

@@ -3,14 +3,13 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from perce.config.options import as_called, read_yaml
 from perce.config.schema import lacking
-from perce.environment import did_you_mean, hub_failure, near_paths
+from perce.environment import did_you_mean, hub_failure, is_first_process, near_paths
 from perce.errors import UserError, first_line, in_one_line
 from perce.integrity import LIST
 from perce.visible import in_short, say
@@ -149,19 +148,26 @@ def with_weights(auto_class: Any, path: str, *, option: str = "--model", unused:
         )
     if lost:
         held = f" Its files hold {len(others)} under other names ({in_short(others)})." if others else ""
-        wrappers = {name.partition(".")[0] for name in others if name.partition(".")[2] in weights}
+        untied = {name for name, _ in model.named_parameters()}.intersection(lost)
         remedy = "Expected all weights of the model that config.json describes: save it again, or correct config.json."
-        if wrappers:
-            remedy = f"Each name begins with {min(wrappers)}., a wrapper's: save the model that is inside the wrapper."
+        for wrapper in {name.partition(".")[0] for name in others}:
+            if untied and untied <= {name.removeprefix(f"{wrapper}.") for name in others}:
+                remedy = f"A wrapper has put {wrapper}. before their names: save the model that is inside it."
         raise UserError(
             f"{option} {path}: {len(lost)} of {len(weights)} weights of {type(model).__name__} are not in its files "
             f"({in_short(lost)}).{held} {remedy}"
         )
-    if buffers := sorted({name for name, _ in model.named_buffers()}.intersection(found["missing_keys"])):
-        say(f"{option} {path}: {len(buffers)} buffers are not in its files ({in_short(buffers)})", error=True)
-    if others and os.environ.get("RANK", "0") == "0":
+    buffers = sorted({name for name, _ in model.named_buffers()}.intersection(found["missing_keys"]))
+    if buffers and is_first_process():
+        made = "are not in its files and stay as the model makes them"
+        say(f"{option} {path}: {len(buffers)} buffers {made} ({in_short(buffers)})", error=True)
+    if others and is_first_process():
         say(f"{option} {path}: {len(others)} tensors in its files are not used ({in_short(others)})", error=True)
     return model
+
+
+def _holds_model(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def from_pretrained(
@@ -175,15 +181,14 @@ def from_pretrained(
             "first (AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload())."
         )
     if local.is_file():
-        of_a_model = any((local.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
-        remedy = f" Give its directory: {local.parent.resolve()}." if of_a_model else ""
+        remedy = f" Give its directory: {local.parent.resolve()}." if _holds_model(local.parent) else ""
         raise UserError(f"{option} {path}: expected the directory of a model, got a file.{remedy}")
     if lacking(local) is None and not (local / "config.json").is_file():
-        saved = [file.parent for file in local.glob(f"checkpoint-*/{LIST}")]
+        saved = [file.parent for file in local.glob(f"checkpoint-*/{LIST}") if _holds_model(file.parent)]
         newest = max(saved, key=lambda checkpoint: (len(checkpoint.name), checkpoint.name), default=None)
         raise UserError(
-            f"{option} {path}: this run is not finished, so its model is not there yet. Continue it with "
-            f"{as_called('train')} --resume --output_dir {path}" + (f", or give {newest}." if newest else ".")
+            f"{option} {path}: this run is not finished, or still running, so its model is not there yet. Continue it "
+            f"with {as_called('train')} --resume --output_dir {path}" + (f", or give {newest}." if newest else ".")
         )
     if local.exists() and not (local / "config.json").is_file():
         raise UserError(f"{option} {path}: the directory has no config.json, so it is not a saved Hugging Face model.")

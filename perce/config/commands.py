@@ -14,6 +14,7 @@ from perce.config.options import Command, flat, number, read_yaml
 from perce.config.step import StepConfig
 from perce.environment import did_you_mean
 from perce.errors import UserError
+from perce.integrity import LIST
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,16 @@ def parse_args(argv: Sequence[str], recipe: str = "") -> tuple[TrainOptions, boo
             saved = read_yaml(str(run / schema.CONFIG_NAME))
             raw = saved | {name: value for name, value in raw.items() if value is not None}
         elif not (parsed.config_file or raw.get("model") or raw.get("data")):
+            if any(run.glob(f"checkpoint-*/{LIST}")):
+                raise UserError(
+                    f"--resume: {raw['output_dir']} holds checkpoints of a run whose {missing} is gone. Put that back "
+                    "to resume it, or choose another directory."
+                )
+            if missing == schema.FACTS_NAME:
+                raise UserError(
+                    f"--resume: {raw['output_dir']} holds {schema.CONFIG_NAME}, which a run would replace, but no run "
+                    "of perce. Choose another directory."
+                )
             raise UserError(
                 f"--resume: {raw['output_dir']} holds no run ({missing} is missing). Was --output_dir "
                 f"mistyped?{did_you_mean(raw['output_dir'])} To begin a run there, give --model, --data or --config."

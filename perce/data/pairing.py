@@ -64,7 +64,7 @@ def picked_by(builder: Builder) -> list[str]:
 def not_read(rows: Examples) -> list[str]:
     """A note on files, or parts of a file, that look like data and are of no split."""
     names = "; ".join(", ".join(aliases) for aliases in SPLITS.values())
-    return [f"not read: {listed(rows.beside)} (the names of splits are {names})"] if rows.beside else []
+    return [f"not read: {listed(rows.unread)} (the names of splits are {names})"] if rows.unread else []
 
 
 def skipped_rows(rows: Examples) -> list[str]:
@@ -79,7 +79,7 @@ class PairSource:
     examples: Sequence[Record] | Examples
     builder: Builder
     skip_bad_rows: bool
-    of: str = "training: "
+    prefix: str = "training: "
     """What notes on examples begin with."""
     unfit: int = 0
     dropped_passages: int = 0
@@ -125,11 +125,11 @@ class PairSource:
         rows = skipped_rows(self.examples) if isinstance(self.examples, Examples) else []
         limit, notes = f"--max_length {self.builder.max_length}", []
         if self.dropped_passages:
-            notes.append(f"{self.of}{self.dropped_passages:,} persona entries dropped to fit {limit}")
+            notes.append(f"{self.prefix}{self.dropped_passages:,} persona entries dropped to fit {limit}")
         if self.cut_documents:
-            notes.append(f"{self.of}{self.cut_documents:,} documents longer than {limit} cut into pieces")
+            notes.append(f"{self.prefix}{self.cut_documents:,} documents longer than {limit} cut into pieces")
         if self.unfit:
-            notes.append(f"{self.of}{self.unfit:,} examples skipped, the first: {self.reason}")
+            notes.append(f"{self.prefix}{self.unfit:,} examples skipped, the first: {self.reason}")
         return rows, notes
 
     def nothing_left(self) -> str:

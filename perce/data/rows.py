@@ -168,9 +168,9 @@ class Examples:
         self._examples: list[Record] | None = None
 
     @property
-    def beside(self) -> tuple[str, ...]:
-        """What the data has beside its splits."""
-        return self._source.beside
+    def unread(self) -> tuple[str, ...]:
+        """Names in the data of files, or parts of a file, that are of no split."""
+        return self._source.unread
 
     @property
     def all(self) -> list[Record]:
@@ -258,15 +258,14 @@ class Examples:
                 if isinstance(cell, BadRow) and name in formats.FIELDS:
                     raise cell
         row = _nested(given)
-        if row.get("user_id") == "":  # of nobody
+        if "user_id" in row and not str(row["user_id"]).strip():  # of nobody
             del row["user_id"]
         if self._reading.persona_markers and "persona" not in row:
             row = formats.with_marked_persona(row, *self._reading.persona_markers)
         if self.format == "auto":
             has_header = self._source.name.lower().endswith(".csv")
-            self.format = detect_format(
-                row, has_header
-            )  # the first row decides for all: errors can then name the field
+            # The first row decides for all: errors can then name the field.
+            self.format = detect_format(row, has_header)
         entry = FORMATS[self.format]
         if missing := missing_fields(self.format, row):
             wanted = missing[0].replace("|", "' or '")
@@ -304,7 +303,7 @@ class Examples:
                 if isinstance(user, str) and isinstance(printed := parse_list(f"[{user}]", path), list):  # a CSV
                     user, *_ = [*printed, None]
                 user = user.get(name) if isinstance(user, dict) else None
-            if user not in (None, ""):
+            if user is not None and str(user).strip():
                 if path == "personality":  # the user is who plays a persona: many rows have the same
                     user = hashlib.sha256(repr(parse_persona(user, path)).encode()).hexdigest()[:12]
                 if not isinstance(user, str | int):

@@ -35,6 +35,7 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev
 READERS = {".jsonl": json_lines, ".json": json_file, ".parquet": parquet_rows, ".csv": csv_rows}
 SUFFIXES = tuple(READERS)
 REFERRED_TO = ("shared_contexts", "survey.")  # what the names of files that rows refer to begin with; see joins.py
+ABOUT = ("dataset_info", "metadata.")  # likewise, of files that describe the data
 # Other kinds of file that users have, and how to get rows from them.
 OTHER_FILES = {
     ".tsv": "its cells are separated by tabs. Write it with commas, as .csv",
@@ -56,7 +57,7 @@ class Source:
     name: str  # for Example.source: the file's name alone
     read: Callable[[], Placed] | None  # None: there is no such split, and need not be, because the data is one file
     path: Path | None = None  # of the file that has the rows; None: the rows come from the datasets library
-    beside: tuple[str, ...] = ()  # names in the data, of files or parts, that are of no split, so they are not read
+    unread: tuple[str, ...] = ()  # names in the data, of files or parts, that are of no split, so they are not read
 
     def rows(self) -> Placed:
         """(place, row or BadRow) pairs; UserError if the data cannot be read any further."""
@@ -66,7 +67,7 @@ class Source:
             raise UserError(f"{self.origin}: cannot be read ({error.strerror or in_one_line(error)}).") from error
 
 
-def _beside(names: Iterable[str], read: Iterable[str]) -> tuple[str, ...]:
+def _unread(names: Iterable[str], read: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({*names} - {*read}))
 
 
@@ -124,8 +125,8 @@ def _splits(path: Path) -> dict[str, Source]:
         if len(several := [name for name in names if name in aliases]) > 1:
             raise UserError(f"{path}: {', '.join(several)} are all names of the {split} split; keep one of them.")
     found = _in_order(dict.fromkeys(names, ""))
-    beside = _beside(names, found.values())
-    return {ours: Source(str(path), path.name, partial(rows, name), path, beside) for ours, name in found.items()}
+    unread = _unread(names, found.values())
+    return {ours: Source(str(path), path.name, partial(rows, name), path, unread) for ours, name in found.items()}
 
 
 @lru_cache(8)
@@ -149,16 +150,22 @@ def _directory(path: Path) -> dict[str, Source]:
         for file in files:
             found[split] = _file(file)
         for questions in pairs:
-            outputs = questions.with_name(questions.name.replace("_questions", "_outputs"))
-            if outputs.is_file():  # LaMP's published test questions have none: they are no split
+            outputs = questions.with_name(_outputs(questions.name))
+            if outputs.is_file():  # otherwise they are no split
                 outputs_read.add(outputs.name)
                 found[split] = Source(
                     str(questions), questions.name, partial(_lamp_pair, questions, outputs), questions
                 )
     present = [file.name for file in path.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-    present = [name for name in present if not name.startswith((".", *REFERRED_TO))]
-    beside = _beside(present, {source.name for source in found.values()} | outputs_read)
-    return {split: replace(source, beside=beside) for split, source in found.items()}
+    present = [name for name in present if not name.startswith((".", *REFERRED_TO, *ABOUT))]
+    # LaMP's published test questions lack the file of their outputs, and not the name of a split.
+    unanswered = {name for name in present if name.endswith("_questions.json") and _outputs(name) not in present}
+    unread = _unread(present, {source.name for source in found.values()} | outputs_read | unanswered)
+    return {split: replace(source, unread=unread) for split, source in found.items()}
+
+
+def _outputs(questions: str) -> str:
+    return questions.replace("_questions", "_outputs")
 
 
 def _lamp_pair(questions: Path, outputs: Path) -> Placed:
@@ -198,15 +205,15 @@ def _saved(path: Path, streaming: bool) -> dict[str, Source]:
         why = in_one_line(error)
         raise UserError(f"{path} looks like a directory written by save_to_disk but cannot be read: {why}.") from error
 
-    def source(dataset: Any, split: str, beside: tuple[str, ...] = ()) -> Source:
+    def source(dataset: Any, split: str, unread: tuple[str, ...] = ()) -> Source:
         load, origin = dataset.to_iterable_dataset if streaming else partial(_checked, dataset), f"{path}{split}"
-        return Source(origin, f"{path.name}{split}", partial(_dataset_rows, origin, load), beside=beside)
+        return Source(origin, f"{path.name}{split}", partial(_dataset_rows, origin, load), unread=unread)
 
     if not isinstance(loaded, datasets.DatasetDict):
         return _only_train(source(loaded, ""))
     found = _in_order(dict.fromkeys(loaded, ""))
-    beside = _beside(loaded, found.values())
-    return {split: source(loaded[name], f"[{name}]", beside) for split, name in found.items()}
+    unread = _unread(loaded, found.values())
+    return {split: source(loaded[name], f"[{name}]", unread) for split, name in found.items()}
 
 
 def _checked(dataset: Any) -> Any:
@@ -309,6 +316,6 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
     for ours, theirs in splits.items():
         load = partial(_load, failure, name, config or None, split=theirs, streaming=streaming)
         origin = f"{data}[{theirs}]"
-        beside = _beside(names, splits.values())
-        found[ours] = Source(origin, origin, partial(_dataset_rows, origin, load), beside=beside)
+        unread = _unread(names, splits.values())
+        found[ours] = Source(origin, origin, partial(_dataset_rows, origin, load), unread=unread)
     return found

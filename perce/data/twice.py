@@ -5,7 +5,6 @@ without, and the two tokenised rows are joined.
 their `input_ids` and `labels`, from the trainer            →   join   →   one row with the labels of data/marked.py
 """
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from perce.data.fields import parse_persona
 from perce.data.marked import IGNORED, PERSONA, persona_span
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, tell
 from perce.data.readers import BadRow
+from perce.environment import is_first_process
 from perce.errors import UserError
 from perce.visible import say
 
@@ -63,7 +63,7 @@ class Twice:
                     f"{self.name} dataset: no row has a token to learn within max_length {self.max_length}. Raise it."
                 )
             lost = len(dataset) - len(rows), sum(rows["left_out"]), sum(rows["is_cut"])
-            if any(lost) and os.environ.get("RANK", "0") == "0":
+            if any(lost) and is_first_process():
                 rows_lost, entries, ends = (f"{count:,}" for count in lost)
                 what = f"{rows_lost} rows left out, {entries} persona entries, and the end of {ends} rows"
                 say(f"{self.name}: {what}, to fit max_length {self.max_length}")

@@ -156,19 +156,32 @@ def _by_length(items: Sequence[Item], lengths: Mapping[int, int], size: int, tok
 def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
     """For each example, the index of one of another user, if users are named, and of another persona, or None; drawn
     by the seed. All examples of a persona get the same one, whose tokens they then share too."""
-
-    def differ(one: Example, other: Example) -> bool:
-        return one.persona != other.persona and (one.user_id or one.persona) != (other.user_id or other.persona)
-
     first: dict[Any, int] = {}  # the first example of each persona
     firsts = [first.setdefault((example.user_id, example.persona), index) for index, example in enumerate(examples)]
     order = list(first.values())
     random.Random(seed).shuffle(order)
+    personas = [examples[index].persona for index in order]
+    users = [examples[index].user_id or examples[index].persona for index in order]
+    past_persona, past_user = _steps_to_another(personas), _steps_to_another(users)
     partners: dict[int, int | None] = {}
     for place, index in enumerate(order):
-        following = (order[(place + step) % len(order)] for step in range(1, len(order)))
-        partners[index] = next((other for other in following if differ(examples[index], examples[other])), None)
+        step, other = 0, place
+        while step < len(order) and (personas[other] == personas[place] or users[other] == users[place]):
+            step += past_persona[other] if personas[other] == personas[place] else past_user[other]
+            other = (place + step) % len(order)
+        partners[index] = order[other] if step < len(order) else None
     return [partners[index] for index in firsts]
+
+
+def _steps_to_another(values: Sequence[Any]) -> list[int]:
+    """For each place, how many steps further the next other value is; after the last place comes the first again.
+    Where there is no other value, as many steps as there are places."""
+    count = len(values)
+    steps = [count] * count
+    for place in [*reversed(range(count))] * 2:  # twice, because steps may lead past the end
+        after = (place + 1) % count
+        steps[place] = min(steps[after] + 1, count) if values[after] == values[place] else 1
+    return steps
 
 
 class Evaluator:

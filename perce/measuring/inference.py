@@ -81,7 +81,7 @@ def load_subject(options: InferenceOptions, command: str, *, unanswered: bool = 
     for name in ("data", "retriever_model"):
         facts[name] = facts[name] and from_anywhere(facts[name])
     facts["prompt"] = asdict(builder.chat_format.style)
-    source = PairSource(examples, builder, options.data.skip_bad_rows, of="")
+    source = PairSource(examples, builder, options.data.skip_bad_rows, prefix="")
     return Subject(model, tokenizer, device, builder, source, sharing, examples, split, facts)
 
 

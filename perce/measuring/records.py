@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from perce.environment import in_one_move, written
+from perce.environment import check_own, in_one_move, written
 from perce.errors import UserError, in_one_line
 from perce.lock import locked
 from perce.visible import as_json
@@ -39,6 +39,8 @@ class RecordFile:
             with written(self.path):
                 if self._has_content() and not self._run_path.is_file():
                     raise UserError(f"{self.path}: exists already, and was not written by perce. Choose another file.")
+                if not self._has_content():  # otherwise it is compared with this run
+                    check_own(self._run_path)
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._held.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), str(self.path)))
         return self

@@ -62,9 +62,17 @@ OF_THE_MODEL = (
 )  # fmt: skip
 """The files of a directory that from_pretrained reads, and the card: only these are uploaded. Other files of a run hold
 rows of its data, names of users and paths."""
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
+SAVED = (
+    *WEIGHTS, "model.safetensors.index.json", "README.md", "config.json", "generation_config.json",
+    "adapter_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""The files that a model, an adapter and a tokenizer are saved as, and the card."""
 WRITTEN = (
-    *OF_THE_MODEL, CONFIG_NAME, FACTS, HELD_OUT_NAME, BASE_NAME, LIST, "trainer_state.json", "training_args.bin",
-    "before.pt", "curves.png", "report.html", f"{MERGED}/*",
+    *SAVED, *(f"{MERGED}/{name}" for name in SAVED), CONFIG_NAME, FACTS, HELD_OUT_NAME, BASE_NAME, LIST,
+    "trainer_state.json", "training_args.bin", "before.pt", "curves.png", "report.html",
 )  # fmt: skip
 """The files that a run writes, besides checkpoints."""
 
@@ -85,7 +93,7 @@ def model_files(directory: Path) -> list[str]:
     return [path.relative_to(directory).as_posix() for name in OF_THE_MODEL for path in directory.glob(name)]
 
 
-def taken(path: Path) -> list[str]:
+def would_replace(path: Path) -> list[str]:
     """Files in a directory that a run would replace. Those that a stopped attempt at a run left do not count."""
     with contextlib.suppress(OSError):
         if lacking(path) == CONFIG_NAME and b'"training_pairs"' in (path / FACTS).read_bytes():
@@ -101,7 +109,7 @@ def numbered(name: str) -> Iterator[Path]:
 
 def free_directory(name: str) -> Path:
     """The first of the numbered directories that holds neither a run nor files that one would replace."""
-    return next(path for path in numbered(name) if not taken(path))
+    return next(path for path in numbered(name) if not would_replace(path))
 
 
 @contextlib.contextmanager
@@ -127,7 +135,7 @@ def _claim(config: TrainOptions, name: str | None, stack: contextlib.ExitStack) 
     for path in numbered(name):
         with contextlib.suppress(InUse), contextlib.ExitStack() as attempt:
             attempt.enter_context(_lock(path))
-            if not taken(path):
+            if not would_replace(path):
                 stack.enter_context(attempt.pop_all())
                 return _what_to_do(config, path)
     raise AssertionError("there is always a number left")
@@ -176,7 +184,7 @@ def _what_to_do(config: TrainOptions, path: Path) -> Claim:
             f"--output_dir {path}: holds {saved[-1].name} of a run whose {missing} is gone. Put that back to "
             "resume it, or choose another directory."
         )
-    if missing and (others := taken(path)):
+    if missing and (others := would_replace(path)):
         raise UserError(
             f"--output_dir {path}: holds {in_short(others)}, which a run would replace, but no run of perce. Choose "
             "another directory."
@@ -274,4 +282,5 @@ def check_facts(claim: Claim, facts: Mapping[str, Any], steps: int) -> None:
 
 def finish(output_dir: Path) -> None:
     """Declare the run finished: everything has been written."""
-    seal(output_dir, [*output_dir.glob("*.safetensors"), *output_dir.glob("*.bin"), output_dir / "trainer_state.json"])
+    weights = [file for name in (*WEIGHTS, "*.bin") for file in output_dir.glob(name)]
+    seal(output_dir, [*weights, output_dir / "trainer_state.json"])

@@ -91,11 +91,16 @@ def test_a_run_that_is_not_finished_is_told_with_what_to_do(tmp_path, newest):
         (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
         if newest and step != 137:  # the last one was being written
             (tmp_path / f"checkpoint-{step}/complete.json").touch()
+            (tmp_path / f"checkpoint-{step}" / ("config.json" if step == 4 else "adapter_config.json")).touch()
+    (tmp_path / "checkpoint-99").mkdir()
+    (tmp_path / "checkpoint-99/complete.json").touch()  # has shards only
     for load in (load_tokenizer, read_config):
-        with pytest.raises(UserError, match=f"--model {tmp_path}: this run is not finished") as caught:
+        with pytest.raises(
+            UserError, match=f"--model {tmp_path}: this run is not finished, or still running"
+        ) as caught:
             load(str(tmp_path))
         said = str(caught.value)
-        assert f"--resume --output_dir {tmp_path}" in said and "checkpoint-137" not in said
+        assert f"--resume --output_dir {tmp_path}" in said
         assert ("or give " in said, f"checkpoint-{newest}." in said) == (newest is not None,) * 2
 
 
@@ -200,13 +205,19 @@ def wrapped(tensors):
     return {f"module.{name}": tensor for name, tensor in tensors.items()}
 
 
+def partly_wrapped(tensors):
+    return {name.replace("lm_head", "module.lm_head"): tensor for name, tensor in without("layers.1.")(tensors).items()}
+
+
 @pytest.mark.parametrize(
     ("architecture", "change", "config", "fragments"),
     [
         ("llama", without("lm_head"), {}, ["1 of 21 weights", "(lm_head.weight)", "LlamaForCausalLM"]),
         ("llama", dict, {"num_hidden_layers": 3}, ["9 of 30 weights", "(model.layers.2.", " and 5 more)"]),
         ("llama-tied", without("embed_tokens"), {}, ["not in its files", "model.embed_tokens.weight"]),
-        ("llama", wrapped, {}, ["21 of 21 weights", "21 under other names (module.lm", "begins with module."]),
+        ("llama", wrapped, {}, ["21 of 21 weights", "21 under other names (module.lm", "module. before"]),
+        ("llama-tied", wrapped, {}, ["21 of 21 weights", "20 under other names (module.", "module. before"]),
+        ("llama", partly_wrapped, {}, ["10 of 21 weights", "1 under other names (module.lm", "Expected all weights"]),
         ("llama", dict, {"vocab_size": 401}, ["lm_head.weight is 400 × 32 in its files and 401 × 32", "1 more"]),
         ("mixtral", without("experts.1.w1"), {}, ["experts", "missing", "another shape"]),
     ],
@@ -234,7 +245,7 @@ def test_buffers_that_are_not_in_a_model_s_files_are_told(tmp_path, capsys):
     load_pretrained(str(tmp_path))
     assert "in its files" not in capsys.readouterr().err
     load_pretrained(resaved(tmp_path, without("e_score_correction_bias")))
-    told = "1 buffers are not in its files (model.layers.1.mlp.gate.e_score_correction_bias)"
+    told = "1 buffers are not in its files and stay as the model makes them (model.layers.1.mlp.gate.e_score"
     assert told in capsys.readouterr().err
 
 

@@ -38,9 +38,9 @@ def test_what_is_left_out_is_of_what_is_asked(tmp_path):
     rows = [{"persona": "I bake.", "query": "Hi?", "response": response} for response in ("Hello.", "No. " * 200, "")]
     examples = load_examples(write_jsonl(tmp_path / "rows.jsonl", rows), "train", skip_bad_rows=True)
     builder = make_builder(TOKENIZERS["chatml"], DataConfig(max_length=150), "perce")
-    for of in ("training: ", ""):
-        source = PairSource(examples, builder, True, of)
+    for prefix in ("training: ", ""):
+        source = PairSource(examples, builder, True, prefix)
         pairs = [pair for example in examples for pair in source.built(example)]
         bad, unfit = source.notes()
         assert len(pairs) == 1 and bad.startswith("1 rows skipped; the first: ") and "rows.jsonl:3: field" in bad
-        assert unfit.startswith(f"{of}1 examples skipped, the first: rows.jsonl:2: query and response take")
+        assert unfit.startswith(f"{prefix}1 examples skipped, the first: rows.jsonl:2: query and response take")

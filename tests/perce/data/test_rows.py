@@ -147,6 +147,8 @@ def test_real_data_sets(name):
 def test_an_empty_user_id_is_none(tmp_path):
     named, empty = load(tmp_path, {**GOOD, "user_id": 0}, {**GOOD, "user_id": ""})
     assert (named.user_id, empty.user_id) == ("0", None)
+    assert load(tmp_path, {**GOOD, "user_id": "  "})[0].user_id is None
+    assert load(tmp_path, {**LAMP, "user_id": " "})[0].user_id == "7"
     assert load(tmp_path, {**LAMP, "user_id": ""})[0].user_id == "7"
     reviews = [{**row, "user_id": ""} for row in documented("amazon")]
     assert "missing: user_id" in error(tmp_path, *reviews), "reviews of nobody are no history"

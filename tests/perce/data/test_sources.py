@@ -113,14 +113,16 @@ def test_directory(tmp_path, stem):
 
 
 def test_what_is_of_no_split_is_known(tmp_path):
-    for name in ("train", "eval", "train_part2", "survey", "shared_contexts_32k", ".hidden"):
+    for name in ("train", "eval", "train_part2", "survey", "shared_contexts_32k", ".hidden", "metadata"):
         jsonl(tmp_path / f"{name}.jsonl", GOOD)
+    for name in ("dataset_info", "dataset_infos"):
+        (tmp_path / f"{name}.json").write_text("{}")
     (tmp_path / "more.csv").write_text("a\n")
     (tmp_path / "notes.txt").write_text("a\n")
-    assert load_examples(tmp_path, "train").beside == ("eval.jsonl", "more.csv", "train_part2.jsonl")
-    assert load_examples(tmp_path / "train.jsonl", "train").beside == ()
+    assert load_examples(tmp_path, "train").unread == ("eval.jsonl", "more.csv", "train_part2.jsonl")
+    assert load_examples(tmp_path / "train.jsonl", "train").unread == ()
     (tmp_path / "splits.json").write_text(json.dumps({"train": [GOOD], "foo": [GOOD], "valid": [GOOD]}))
-    assert load_examples(tmp_path / "splits.json", "validation").beside == ("foo",)
+    assert load_examples(tmp_path / "splits.json", "validation").unread == ("foo",)
 
 
 def test_lamp_questions_and_outputs(tmp_path):
@@ -133,7 +135,10 @@ def test_lamp_questions_and_outputs(tmp_path):
     assert available_splits(tmp_path) == ["train", "validation"]  # LaMP publishes no test outputs
     examples = load_examples(tmp_path, "train").all
     assert [e.response for e in examples] == ["gold", "eight"] and examples[0].persona == ("new ", "old")
-    assert load_examples(tmp_path, "train").beside == ("test_questions.json",)
+    assert load_examples(tmp_path, "train").unread == ()
+    for name in ("more_questions", "more_outputs"):
+        (tmp_path / f"{name}.json").write_text("[]")
+    assert load_examples(tmp_path, "train").unread == ("more_outputs.json", "more_questions.json")
     with pytest.raises(
         UserError, match=r"dev_questions\.json row 1: field 'output': .*dev_outputs\.json.*none for id '7'"
     ):
@@ -158,7 +163,7 @@ def test_save_to_disk(tmp_path):
         "validation",
     ]
     assert load_examples(tmp_path / "one", "test").all == []
-    assert load_examples(tmp_path / "two", "train").beside == ("more",)
+    assert load_examples(tmp_path / "two", "train").unread == ("more",)
     (tmp_path / "two/dataset_dict.json").write_text('{"splits": ["train", "gone"]}')
     with pytest.raises(UserError, match="written by save_to_disk but cannot be read"):
         load_examples(tmp_path / "two", "train")

@@ -1,6 +1,7 @@
 """Generated replies depend neither on their batch nor on the model's own generation config. Losses do not depend on
 whether replies of a conversation share tokens."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,6 +218,16 @@ def test_another_users_persona_is_another_text():
     assert other_users(users_of(("a", "I bake."), ("b", "I bake."), ("c", "I bake.")), 0) == [None] * 3
     assert other_users(users_of(("a", "I bake."), ("a", "I ski.")), 0) == [None] * 2, "one user"
     assert None not in other_users(users_of((None, "I bake."), (None, "I ski.")), 0), "of nobody"
+
+
+@pytest.mark.parametrize("same", ["personas", "users"])
+def test_other_users_are_found_where_nearly_all_are_the_same(same):
+    rows = [(f"u{i}", "I bake.") if same == "personas" else ("u", f"I own {i} hens.") for i in range(20_000)]
+    for others in ([], [("other", "I ski.")]):
+        examples, start = users_of(*rows, *others), time.process_time()
+        partners = other_users(examples, 0)
+        assert time.process_time() - start < 2, "a search through all others for each takes a minute"
+        assert set(partners[:-1]) == {20_000 if others else None}
 
 
 def test_a_persona_of_which_the_prompt_shows_the_same_is_none_of_another(evaluated, tmp_path, monkeypatch):

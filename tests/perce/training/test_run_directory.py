@@ -16,7 +16,7 @@ from perce.config.commands import parse_args
 from perce.lock import locked
 from perce.train import main, resolve
 from perce.training.checkpoints import flaw
-from perce.training.run_directory import LOCK, taken
+from perce.training.run_directory import LOCK, would_replace
 from tests.helpers.pages import Page
 from tests.helpers.tiny import write_jsonl
 from tests.helpers.training import ROWS, fails
@@ -68,15 +68,22 @@ def test_every_file_of_a_run_is_known_beforehand(train, tmp_path):
         (run / "config.yaml").rename(run / "config.json.old")  # no longer a run
         (run / "run.json").rename(run / "run.old")
         files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
-        assert files - set(taken(run)) == {"config.json.old", "run.old", LOCK}
+        assert files - set(would_replace(run)) == {"config.json.old", "run.old", LOCK}
         shutil.rmtree(run)
 
 
 def test_a_run_begins_among_files_that_it_leaves_alone(train, tmp_path):
-    (tmp_path / "run" / "tokenizers").mkdir(parents=True)
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    (tmp_path / "run" / "data.json").write_text("{}")
-    assert train(max_steps=1)[0] == 0
+    mine = [
+        "notes.txt", "data.json", "vocab.csv", "tokenizer_notes.md", "tokenizer.py", "train.index.json",
+        "features.safetensors", "merged/notes.txt", "tokenizers/a",
+    ]  # fmt: skip
+    for name in mine:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("mine")
+    assert train("--merge_adapter", max_steps=1)[0] == 0
+    assert all((tmp_path / "run" / name).read_text() == "mine" for name in mine)
+    (tmp_path / "run" / "features.safetensors").unlink()
+    assert "is finished" in train("--resume", **SAVED)[1], "it is no part of the run"
 
 
 def test_a_run_s_own_name_is_not_that_of_other_files(model, data, tmp_path, monkeypatch, capsys):
@@ -313,7 +320,14 @@ def test_a_run_whose_options_are_gone_or_damaged_is_not_begun_again(train, tmp_p
     (run / "config.yaml").write_text("seed: 1\n")
     (run / "run.json").unlink()
     fails(train("--resume"), "run.json", "checkpoint-2")
-    fails(train("--resume", **SAVED), "holds no run", "run.json")
+    fails(train("--resume", **SAVED), "holds checkpoints of a run whose run.json is gone", "Put that back")
+    (run / "config.yaml").rename(run / "run.json")
+    fails(train("--resume", **SAVED), "holds checkpoints of a run whose config.yaml is gone", "Put that back")
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    fails(train("--resume", **SAVED), "holds no run", "config.yaml", "To begin a run there")
+    (run / "run.json").rename(run / "config.yaml")
+    fails(train("--resume", **SAVED), "holds config.yaml, which a run would replace", "Choose")
 
 
 @pytest.mark.parametrize("damage", ["half", "one bit", "zeros", "text"])
