@@ -143,13 +143,17 @@ def test_arguments_are_pickled_without_their_token(tmp_path):
     assert args.hub_token == TOKEN and pickle.loads(pickle.dumps(args)).hub_token is None
 
 
+OWN_FILES = {"notes.html", "vocab.csv", "tokenizer_notes.md", "features.safetensors"}
+
+
 def test_in_python_a_push_saves_and_uploads_the_model_alone(tmp_path, hub):
     trainer = trainer_for(model_for("full"), arguments(tmp_path, push_to_hub=True))
-    (tmp_path / "notes.html").write_text("private")
+    for name in OWN_FILES:
+        (tmp_path / name).write_text("private")
     trainer.save_model()
     assert not hub, "saving does not upload"
     (tmp_path / "model.safetensors").unlink()
     trainer.push_to_hub()
     assert "model.safetensors" not in hub[-1].files, "saved weights are not saved again"
     trainer_for(model_for("full"), arguments(tmp_path, push_to_hub=True)).push_to_hub()
-    assert {"model.safetensors", "config.json", CARD} <= hub[-1].files and "notes.html" not in hub[-1].files
+    assert {"model.safetensors", "config.json", CARD} <= hub[-1].files and not hub[-1].files & OWN_FILES
