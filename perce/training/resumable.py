@@ -193,7 +193,8 @@ class ResumableTrainer(WeightsOfCheckpoints, Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Like transformers.Trainer's, but it uploads only OF_THE_MODEL, and saves nothing that is saved already.
+        """Like transformers.Trainer's, but it uploads only the files that a model is saved as (SAVED in
+        run_directory.py), and saves nothing that is saved already.
 
         An upload that fails does not end the run, whose files are saved locally."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)

@@ -55,13 +55,6 @@ MAY_CHANGE_OF_TRAINER = (
 )  # fmt: skip
 """Beginnings of the names of TrainingArguments fields that may change likewise."""
 
-OF_THE_MODEL = (
-    "README.md", "config.json", "generation_config.json", "adapter_config.json", "*.safetensors", "*.index.json",
-    "adapter_model.bin", "pytorch_model*.bin", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "chat_template.*", "additional_chat_templates/*",
-)  # fmt: skip
-"""The files of a directory that from_pretrained reads, and the card: only these are uploaded. Other files of a run hold
-rows of its data, names of users and paths."""
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
 SAVED = (
     *WEIGHTS, "model.safetensors.index.json", "README.md", "config.json", "generation_config.json",
@@ -69,7 +62,8 @@ SAVED = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
-"""The files that a model, an adapter and a tokenizer are saved as, and the card."""
+"""The files that a model, an adapter and a tokenizer are saved as, and the card: only these are uploaded. Other files of
+a run hold rows of its data, names of users and paths."""
 WRITTEN = (
     *SAVED, *(f"{MERGED}/{name}" for name in SAVED), CONFIG_NAME, FACTS, HELD_OUT_NAME, BASE_NAME, LIST,
     "trainer_state.json", "training_args.bin", "before.pt", "curves.png", "report.html",
@@ -90,7 +84,7 @@ class Claim:
 
 
 def model_files(directory: Path) -> list[str]:
-    return [path.relative_to(directory).as_posix() for name in OF_THE_MODEL for path in directory.glob(name)]
+    return [path.relative_to(directory).as_posix() for name in SAVED for path in directory.glob(name)]
 
 
 def would_replace(path: Path) -> list[str]:
