@@ -62,8 +62,8 @@ SAVED = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
-"""The files that a model, an adapter and a tokenizer are saved as, and the card: only these are uploaded. Other files of
-a run hold rows of its data, names of users and paths."""
+"""The files that a model, an adapter and a tokenizer are saved as, and the card: only these are uploaded. Other files
+of a run hold rows of its data, names of users and paths."""
 WRITTEN = (
     *SAVED, *(f"{MERGED}/{name}" for name in SAVED), CONFIG_NAME, FACTS, HELD_OUT_NAME, BASE_NAME, LIST,
     "trainer_state.json", "training_args.bin", "before.pt", "curves.png", "report.html",
