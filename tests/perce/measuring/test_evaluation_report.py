@@ -66,6 +66,37 @@ def test_few_users_are_told_and_what_their_p_can_be(printed):
     assert "only 1 user" in printed(records(1)) and "one user" in printed(records(1))
 
 
+def test_users_are_few_where_a_metric_has_few(printed):
+    """Of twelve users three have personal tokens."""
+    ours, theirs = records(), records(shift=1.0)
+    for record in [*ours[6:], *theirs[6:]]:
+        record |= {"personal_tokens": 0, "loss_personal": 0.0}
+    assert "only 3 users (loss on personal tokens)" in printed(ours)
+    assert "only 3 users (loss on personal tokens): intervals are rough, and p cannot be below 0.25" in " ".join(
+        printed(ours, theirs).split()
+    )
+
+
+def test_intervals_stay_within_what_a_metric_can_be(printed):
+    ours, theirs = records(2), records(2)
+    for place, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
+        mine |= {"uses_persona": float(place > 0), "rougeL": place / 3, "loss": 9.0 * (place > 1)}
+        its |= {"uses_persona": 0.0, "rougeL": 0.0, "loss": 20.0 * (place > 1)}
+    metrics = summarise(ours, [], {}, METEOR)["metrics"]
+    assert (metrics["uses_persona"]["low"], metrics["uses_persona"]["high"]) == (0, 1)
+    assert metrics["rougeL"]["low"] == 0 and metrics["loss_with_persona"]["low"] == 0
+    differences = compare(ours, {}, {"records": theirs, "run": {}}, "theirs.json")["differences"]
+    assert differences["uses_persona"]["high"] == 1 and differences["loss_with_persona"]["low"] < -1
+
+
+def test_examples_that_one_side_lacks_are_in_no_comparison():
+    ours, theirs = records(), records(shift=0.5)
+    ours[0] |= {"loss_swapped": None}
+    theirs[1] |= {"loss_swapped": None}  # of as many tokens
+    found = compare(ours, {}, {"records": theirs, "run": {}}, "theirs.json")["differences"]["loss_swapped_persona"]
+    assert found["n"] == 22 and found["value"] == pytest.approx(-0.05)
+
+
 def test_rows_are_not_called_users(printed):
     out = printed(records(3, named=False), records(3, shift=1.0, named=False))
     assert "only 3 rows" in out and "by row" in out and "user" not in out

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -44,7 +44,8 @@ def test_an_adapter_is_scored_as_its_merged_model(gemma, scored, tmp_path):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "puts virtual tokens before the prompt"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING learns a prompt"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PREFIX_TUNING learns a prompt"),
         (LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]), "is on the output embedding"),
     ],
 )
@@ -52,7 +53,7 @@ def test_adapters_that_would_be_misread_are_refused(scored, tmp_path, config, re
     path = save_tiny_model(tmp_path / "model", "llama")
     get_peft_model(AutoModelForCausalLM.from_pretrained(path), config).save_pretrained(tmp_path / "adapter")
     err = scored("--model", tmp_path / "adapter", code=2).err
-    assert reason in err and "Merge it into its base" in err and str(tmp_path / "adapter") in err
+    assert reason in err and "merged into its base" in err and str(tmp_path / "adapter") in err
 
 
 def test_an_adapter_whose_weights_are_not_all_in_its_file_is_refused(gemma, scored, tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig
+from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -22,9 +22,10 @@ from tests.helpers.models import PAIRS, perce_forward
 from tests.helpers.tiny import save_tiny_model, tiny_model
 
 
-def test_virtual_tokens_are_refused():
-    with pytest.raises(UserError, match="PROMPT_TUNING"):
-        add_adapter(prepare_model(tiny_model()), PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+@pytest.mark.parametrize("learned", [PromptTuningConfig, PrefixTuningConfig])
+def test_learned_prompts_are_refused(learned):
+    with pytest.raises(UserError, match=f"{learned.__name__[:6].upper()}_TUNING learns a prompt"):
+        add_adapter(prepare_model(tiny_model()), learned(num_virtual_tokens=5, task_type="CAUSAL_LM"))
 
 
 def test_loading_full_and_lora(tmp_path):

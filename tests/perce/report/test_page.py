@@ -185,6 +185,12 @@ def test_panels_show_counts_and_clip_shares(tmp_path):
     assert ["open" in attrs for tag, attrs in page.tags if tag == "details"] == [False, False, True]
 
 
+def test_users_of_a_page_that_shows_some_responses_are_those_of_these(tmp_path):
+    two = response(), response(user_id="b")
+    assert "Of the responses shown." in page_of(tmp_path, *two, scored=9).text
+    assert "Of the responses shown." not in page_of(tmp_path, *two).text
+
+
 def test_users_have_their_means(tmp_path):
     found = users_table([response(user_id="b"), response(TOKENS[:1], user_id="a"), response(user_id="b")])
     assert found.rows == [("b", "2", "10", "1.65", "0.82"), ("a", "1", "1", "0.25", "1.25")] and not found.note
