@@ -195,7 +195,9 @@ def _with_adapter(model: Any, path: str) -> Any:
     try:
         check_adapter(wrapped)
     except UserError as error:
-        remedy = "Merge it into its base in fp32 (merge_and_unload), save the result, and give its directory."
+        remedy = (
+            "An adapter that can be merged into its base (merge_and_unload, in fp32) can be given as a whole model."
+        )
         raise UserError(f"--model {path}: {error} {remedy}") from error
     return wrapped
 

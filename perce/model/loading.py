@@ -171,17 +171,18 @@ def merge_adapter(directory: Path, base: str) -> None:
 
 
 def check_adapter(model: Any) -> None:
-    """UserError for adapters with which the loss would read wrong rows, ignore an adapted head, or lack a term."""
+    """UserError for adapters with which the loss would read wrong rows, ignore an adapted head, or lack a term, and for
+    those that generation leaves out."""
     for config in model.peft_config.values():
         if str(config.peft_type.value) == "ADALORA":
             raise UserError(
                 "peft_config: AdaLoRA adds a term to the model's own loss, which perce does not compute, and has to be "
                 "called after each step. Use LoRA."
             )
-        if getattr(config, "is_prompt_learning", False) and str(config.peft_type.value) != "PREFIX_TUNING":
+        if getattr(config, "is_prompt_learning", False):
             raise UserError(
-                f"peft_config: {config.peft_type.value} puts virtual tokens before the prompt, so the response would "
-                "be read at the wrong positions. Use LoRA, another adapter, or prefix tuning."
+                f"peft_config: {config.peft_type.value} learns a prompt: virtual tokens would shift the response, and "
+                "generation would leave out a learned cache. Use LoRA, or another adapter on the weights."
             )
     check_head_unwrapped(model)
 
