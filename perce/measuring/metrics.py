@@ -7,6 +7,8 @@ identification       how well a per-token score finds labelled tokens: AUC, best
 """
 
 import io
+import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from perce.data.retrieval import UNSPACED
 from perce.errors import UserError
 
 RESAMPLES = 2000
@@ -25,10 +28,26 @@ NORMAL_QUANTILE = 1.959964  # at (1 + CONFIDENCE) / 2, as are those of Student's
 STUDENT_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 WORDNET_DIRECTORIES = ("/usr/share/wordnet",)  # Debian's wordnet-base
 ROUGE_NOTE = "rouge-score, F1, no stemmer"
+# Scripts without spaces between words: each of their characters counts as a word. Thai to Khmer, rare ideographs.
+_UNSPACED = re.compile(rf"([{UNSPACED}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff])")
 
 
 def _needs(package: str) -> UserError:
     return UserError(f"Scoring replies needs {package}: pip install 'perce[metrics]', or pass --generate false.")
+
+
+def _apart(text: str) -> str:
+    """The text with spaces around the characters of scripts that have none."""
+    return _UNSPACED.sub(r" \1 ", unicodedata.normalize("NFC", text))
+
+
+class _Words:
+    """A tokenizer for rouge-score: words of letters, digits and the marks on them. Its own reads only a-z and 0-9, of
+    which these are the same words."""
+
+    def tokenize(self, text: str) -> list[str]:
+        kept = (x if x.isalnum() or unicodedata.category(x)[0] == "M" else " " for x in _apart(text.lower()))
+        return "".join(kept).split()
 
 
 def rouge(kind: str) -> "Scorer":
@@ -37,7 +56,7 @@ def rouge(kind: str) -> "Scorer":
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise _needs("rouge-score") from error
-    scorer = RougeScorer([kind], use_stemmer=False)
+    scorer = RougeScorer([kind], tokenizer=_Words())
     return lambda reply, reference: scorer.score(reference, reply)[kind].fmeasure
 
 
@@ -63,7 +82,7 @@ class Meteor:
         return self if self.name == name else None
 
     def __call__(self, prediction: str, reference: str) -> float:
-        words = self._tokenize(reference), self._tokenize(prediction)
+        words = self._tokenize(_apart(reference)), self._tokenize(_apart(prediction))
         return float(self._score(*words, wordnet=self._wordnet)) if all(words) else 0.0
 
 
