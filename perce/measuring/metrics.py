@@ -191,10 +191,8 @@ def _interval(sums: np.ndarray, n: int, seed: int) -> Interval:
     if clusters < 2:
         return Interval(value, None, None, n, clusters)
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, clusters, (RESAMPLES, clusters))
-    values, weights = sums[:, drawn].sum(-1)
-    ratios = values[weights > 0] / weights[weights > 0]
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    values, weights = np.stack([sums[:, rng.integers(0, clusters, clusters)].sum(1) for _ in range(RESAMPLES)], axis=1)
+    low, high = np.quantile(values / weights, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     wider = np.sqrt(clusters / (clusters - 1)) * _student(clusters - 1) / NORMAL_QUANTILE
     return Interval(value, float(value - wider * (value - low)), float(value + wider * (high - value)), n, clusters)
 
@@ -232,8 +230,8 @@ def paired_difference(
     if not weight:
         return None
     rng = np.random.default_rng(seed)
-    flipped = np.abs((rng.choice([-1.0, 1.0], (RESAMPLES, sums.shape[1])) * sums[0]).sum(1))
-    p = (1 + np.count_nonzero(flipped >= abs(total) * (1 - 1e-12))) / (1 + RESAMPLES)
+    flipped = (abs((rng.choice([-1.0, 1.0], sums.shape[1]) * sums[0]).sum()) for _ in range(RESAMPLES))
+    p = (1 + sum(each >= abs(total) * (1 - 1e-12) for each in flipped)) / (1 + RESAMPLES)
     return _interval(sums, int(np.count_nonzero(weights)), seed), float(p)
 
 
