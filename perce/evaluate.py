@@ -35,7 +35,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
         write_result,
     )
     from perce.measuring.inference import load_subject
-    from perce.measuring.metrics import reply_scorers
+    from perce.measuring.metrics import ROUGE_NOTE, reply_scorers
     from perce.model.positions import settle_lengths
 
     wanted = options.evaluate
@@ -57,8 +57,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
         for records in evaluator.evaluate(batch, done):
             file.append(records)
     notes = [f"examples: {subject.split}", *training_rows_note(options.data, subject.split), *work.notes]
-    meteor = next((name for name in scorers if name.startswith("meteor")), None)
-    result = summarise(file.records, notes, facts, meteor)
+    result = summarise(file.records, [*notes, ROUGE_NOTE] if scorers else notes, facts)
     comparison = compare(file.records, facts, other, str(wanted.compare_with)) if other else None
     if wanted.output:
         write_result(Path(wanted.output).expanduser(), result, comparison)

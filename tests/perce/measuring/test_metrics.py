@@ -2,12 +2,13 @@
 
 import random
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from perce.measuring import metrics
-from perce.measuring.metrics import Meteor, clustered_mean, identification, paired_difference, rouge
+from perce.measuring.metrics import clustered_mean, identification, paired_difference, rouge
 from tests.helpers.tiny import demo_examples
 
 
@@ -65,9 +66,9 @@ def test_meteor_is_nltks_on_fifty_pairs(monkeypatch, installed):
         pytest.skip("WordNet is not installed (apt-get install wordnet-base)")
     if not installed:
         monkeypatch.setattr(metrics, "_find_wordnet", lambda: None)
-        wordnet = metrics._NoSynonyms()
-    meteor = Meteor()
-    assert meteor.name == ("meteor" if installed else "meteor_exact_stem")
+        wordnet = SimpleNamespace(synsets=lambda word: [])
+    assert metrics.meteor(not installed) is None
+    meteor = metrics.meteor(installed)
     tokenize = nltk.tokenize.NLTKWordTokenizer().tokenize
     for prediction, reference in text_pairs(50):
         expected = single_meteor_score(tokenize(reference), tokenize(prediction), wordnet=wordnet)
@@ -80,7 +81,7 @@ def test_meteor_is_nltks_on_fifty_pairs(monkeypatch, installed):
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nltk.translate.meteor_score", None)
     with pytest.raises(ValueError, match=r"needs nltk: pip install 'perce\[metrics\]'"):
-        Meteor()
+        metrics.meteor(True)
 
 
 def test_clustered_mean_and_its_interval():
