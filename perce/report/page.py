@@ -98,7 +98,7 @@ def write_page(
         raise ValueError(f"scored: expected at least the {len(responses)} responses that are given, got {scored}")
     responses = _that_fit(responses)
     clip = scale((weighed.weighting.clip_min, weighed.weighting.clip_max))
-    users = users_table(responses)
+    users = users_table(responses, of="Of the responses shown." if len(responses) < scored else "")
     style, script, frame = (
         Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js", "html")
     )
@@ -229,8 +229,9 @@ def _number(value: float) -> str:
 # ---- panels
 
 
-def users_table(responses: Sequence[ScoredResponse]) -> Table | None:
-    """Examples, mean PIR and loss per user, in each response's last pass; None of fewer than two users."""
+def users_table(responses: Sequence[ScoredResponse], of: str = "") -> Table | None:
+    """Examples, mean PIR and loss per user, in each response's last pass; None of fewer than two users. of: a sentence
+    on which responses these are."""
     tokens: dict[str, list[ScoredToken]] = defaultdict(list)
     examples: dict[str, int] = defaultdict(int)
     for response in responses:
@@ -240,12 +241,12 @@ def users_table(responses: Sequence[ScoredResponse]) -> Table | None:
     if len(examples) < 2:
         return None
     most = sorted(examples, key=lambda user: -examples[user])[:MOST_USERS]
-    note = f"The {MOST_USERS} users with the most responses, of {len(examples):,}." if len(most) < len(examples) else ""
+    most_of = f"The {MOST_USERS} users with the most responses, of {len(examples):,}." * (len(most) < len(examples))
     rows = []
     for user in most:
         pir, loss = _mean([x.pir for x in tokens[user]]), _mean([-x.logp for x in tokens[user]])
         rows.append((user, f"{examples[user]:,}", f"{len(tokens[user]):,}", pir, loss))
-    return Table("Users", ("user", "responses", "tokens", "mean PIR", "loss"), rows, note)
+    return Table("Users", ("user", "responses", "tokens", "mean PIR", "loss"), rows, f"{of} {most_of}".strip())
 
 
 def _mean(values: Sequence[float]) -> str:
