@@ -183,6 +183,9 @@ def _identification_table(found: Identified) -> Table:
         (name, f"{x.auc:.3f}", f"{x.f1:.3f}", f"{x.precision:.3f}", f"{x.recall:.3f}", f"{x.threshold:.2f}")
         for name, x in found.methods.items()
     ]
-    labels = "marked by hand" if found.marked else "words that occur in the persona but not in the conversation"
+    labels = "marked by hand"
+    if found.marked < found.examples:
+        marked = f"{labels} in {found.marked:,} of {found.examples:,} examples, elsewhere " if found.marked else ""
+        labels = f"{marked}words that occur in the persona but not in the conversation"
     note = f"{found.labelled:,} of {found.tokens:,} tokens are personal: {labels}. F1 at the best threshold."
     return Table("Token identification", ("method", "AUC", "F1", "precision", "recall", "threshold"), rows, note)
