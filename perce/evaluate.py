@@ -27,6 +27,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     from perce.data.splits import training_rows_note
     from perce.measuring.evaluation import Evaluator, make_batches
     from perce.measuring.evaluation_report import (
+        FORM,
         check_same,
         compare,
         print_result,
@@ -43,7 +44,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     scorers = reply_scorers() if wanted.generate else {}
     subject = load_subject(options, "evaluate", unanswered=wanted.generate)
     examples: list = list(subject.examples)
-    facts = subject.facts | {"examples": len(examples), "texts": texts_key(examples)}
+    facts = subject.facts | {"form": FORM, "examples": len(examples), "texts": texts_key(examples)}
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
     work = make_batches(examples, subject, options)
     if other:

@@ -50,7 +50,7 @@ _BUILT_IN = {
 }
 BY_TURN = ("loss_with_persona", "loss_without_persona", "uses_persona", "reference_uses_persona")
 TURNS = 10  # turns of a conversation that the table and the JSON have
-RESULT = "perce.evaluate"
+RESULT, FORM = "perce.evaluate", 2  # kind and version of a result and its records: raise FORM when fields change
 
 
 def all_metrics() -> dict[str, Metric]:
@@ -108,7 +108,7 @@ def _by_turn(records: Records) -> dict[int, dict[str, Any]]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """An earlier result to compare with. UserError if the file is not a result of perce.evaluate."""
+    """An earlier result to compare with. UserError if the file is not a result of this version of perce.evaluate."""
     try:
         result = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -116,8 +116,10 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--compare_with {path}: cannot be read as a result of perce.evaluate ({error}).{near}"
         ) from error
-    if not isinstance(result, dict) or result.get("kind") != RESULT:
+    if not (isinstance(result, dict) and result.get("kind") == RESULT and {"run", "records"} <= {*result}):
         raise UserError(f"--compare_with {path}: expected the JSON that perce.evaluate --output writes.")
+    if result["run"].get("form") != FORM:
+        raise UserError(f"--compare_with {path}: was written by another version of perce. Evaluate that model again.")
     return result
 
 
