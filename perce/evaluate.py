@@ -48,10 +48,10 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
     work = make_batches(examples, subject, options)
     if other:
-        check_same(work.keys, other, str(wanted.compare_with))
+        check_same({item.key for item in work.items}, other, str(wanted.compare_with))
     file.begin(facts)
     reply = wanted.max_new_tokens if wanted.generate else 0
-    settle_lengths(subject.model, lambda: work.longest + reply)
+    settle_lengths(subject.model, lambda: work.longest(reply))
     evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, scorers, subject.sharing)
     done = {record["example"] for record in file.records}
     for batch in tqdm(work.batches, desc="evaluating", unit="batch", leave=False):
