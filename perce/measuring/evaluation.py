@@ -86,13 +86,14 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
     seen: Counter[str] = Counter()
     partners = other_users(examples, options.evaluate.seed)
     for index, (example, partner) in enumerate(zip(examples, partners, strict=True)):
-        if not (pairs := subject.source.built(example)):
+        if not (pairs := subject.built(example)):
             continue
         pair, swapped = pairs[0], None
         if partner is not None:
             with contextlib.suppress(UserError):  # a passage of the other user is too long
                 other = subject.builder.build(replace(example, persona=examples[partner].persona))
                 swapped = None if other.input_ids == pair.input_ids else other  # the prompt shows the same of both
+            swapped = swapped and subject.checked(swapped, examples[partner])
         text = text_key(example)
         items.append(Item(index, f"{text}-{seen[text]}", example, pair, swapped))
         seen[text] += 1

@@ -30,6 +30,7 @@ from perce.integrity import LIST, difference
 from perce.model.branches import sharing_of
 from perce.model.loading import check_adapter, check_backend, resolve_precision
 from perce.model.patch import prepare_model
+from perce.model.probe import check_ids, vocabulary_of
 from perce.visible import say
 
 TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences; there is no backward to keep memory for
@@ -55,6 +56,15 @@ class Subject:
     split: str
     facts: dict[str, Any]
     """What its records depend on, in every command."""
+
+    def built(self, example: Any) -> list[Pair]:
+        """The example's pairs, none if it may be left out."""
+        return [self.checked(pair, example) for pair in self.source.built(example)]
+
+    def checked(self, pair: Pair, example: Any) -> Pair:
+        """The pair, with text of the example. UserError for a token that the model lacks."""
+        check_ids(max(pair.input_ids), vocabulary_of(self.model), example.source)
+        return pair
 
     @property
     def left_out(self) -> list[str]:
