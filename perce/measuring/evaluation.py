@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import random
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,28 +152,20 @@ def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
     firsts = [first.setdefault((example.user_id, example.persona), index) for index, example in enumerate(examples)]
     order = list(first.values())
     random.Random(seed).shuffle(order)
-    personas = [examples[index].persona for index in order]
-    users = [examples[index].user_id or examples[index].persona for index in order]
-    past_persona, past_user = _steps_to_another(personas), _steps_to_another(users)
+    personas = _numbered(examples[index].persona for index in order)
+    users = _numbered(examples[index].user_id or examples[index].persona for index in order)
     partners: dict[int, int | None] = {}
     for place, index in enumerate(order):
-        step, other = 0, place
-        while step < len(order) and (personas[other] == personas[place] or users[other] == users[place]):
-            step += past_persona[other] if personas[other] == personas[place] else past_user[other]
-            other = (place + step) % len(order)
-        partners[index] = order[other] if step < len(order) else None
+        fits = np.flatnonzero((personas != personas[place]) & (users != users[place]))
+        # the next one that fits; after the last place comes the first again
+        partners[index] = order[fits[np.searchsorted(fits, place) % len(fits)]] if len(fits) else None
     return [partners[index] for index in firsts]
 
 
-def _steps_to_another(values: Sequence[Any]) -> list[int]:
-    """For each place, how many steps further the next other value is; after the last place comes the first again.
-    Where there is no other value, as many steps as there are places."""
-    count = len(values)
-    steps = [count] * count
-    for place in [*reversed(range(count))] * 2:  # twice, because steps may lead past the end
-        after = (place + 1) % count
-        steps[place] = min(steps[after] + 1, count) if values[after] == values[place] else 1
-    return steps
+def _numbered(values: Iterable[Any]) -> np.ndarray:
+    """A number for each value, the same for equal ones."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values])
 
 
 class Evaluator:
