@@ -289,7 +289,7 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
 
 
 def test_a_second_process_on_the_same_output_is_refused(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("perce.measuring.inference.load", lambda *_: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.measuring.inference.load_to_measure", lambda *_: pytest.fail("found too late"))
     with locked(tmp_path / ".e.jsonl.lock", ""):
         err = run("--output", tmp_path / "e.json", code=2).err
     assert f"error: {tmp_path / 'e.jsonl'}: in use by process" in err

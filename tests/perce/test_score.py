@@ -67,7 +67,7 @@ def test_a_second_process_on_the_same_records_is_refused(scored, tmp_path, monke
     original = scores.score_window
 
     def beside_another(built, *rest):
-        monkeypatch.setattr("perce.measuring.inference.load", lambda *_: pytest.fail("found too late"))
+        monkeypatch.setattr("perce.measuring.inference.load_to_measure", lambda *_: pytest.fail("found too late"))
         refused.append(scored("--jsonl", tmp_path / "." / "s.jsonl", code=2).err)
         return original(built, *rest)
 
@@ -117,7 +117,7 @@ def test_a_description_that_perce_did_not_write_is_not_replaced(scored, tmp_path
     path.touch() if empty else None
     told.write_text('{"command": "mine"}\n')
     with monkeypatch.context() as patch:
-        patch.setattr("perce.measuring.inference.load", lambda *_: pytest.fail("found too late"))
+        patch.setattr("perce.measuring.inference.load_to_measure", lambda *_: pytest.fail("found too late"))
         assert f"error: {told}: exists already, and was not written by" in scored("--jsonl", path, code=2).err
     assert told.read_text() == '{"command": "mine"}\n'
     told.unlink()
