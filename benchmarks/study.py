@@ -180,7 +180,7 @@ class Study:
         }, output.with_suffix(""))  # fmt: skip
         result = json.loads(output.read_text(encoding="utf-8"))
         records = [{name: record[name] for name in KEPT if name in record} for record in result["records"]]
-        return {"metrics": result["metrics"], "about": result["about"], "notes": result["notes"], "records": records}
+        return {"metrics": result["metrics"], "notes": result["notes"], "records": records}
 
     def _model(self) -> dict[str, Any]:
         return {"model": self.config["model"]} if self.config.get("model") else {}

@@ -5,7 +5,8 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from benchmarks.pictures import MARKERS, Point, Theme, better, label_at_the_right, label_nearby, title
-from benchmarks.study_results import COST, KEPT, NAMES, Results, Variant, difference, trade, user_of
+from benchmarks.study_results import COST, KEPT, NAMES, Results, Variant, difference, trade
+from perce.measuring.evaluation_report import unit_of
 from perce.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def size_of(results: Results, data: str) -> str:
     """What stands behind a panel."""
     rates = sorted({rate for x in results.objectives[1:] if (rate := results.best_rate(data, x))})
     records = next((cell["evaluations"][data]["records"] for cell in results.cells if data in cell["evaluations"]), [])
-    users = {user_of(record) for record in records}
+    users = {unit_of(record) for record in records}
     personal = sum(record["personal_tokens"] for record in records)
     trained = ", ".join(f"{rate:g}" for rate in rates)
     return f"{len(records)} replies, {len(users)} users, {personal} personal tokens; learning rate {trained}"

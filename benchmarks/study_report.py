@@ -21,9 +21,10 @@ from benchmarks.study_results import (
     columns,
     difference,
     options_text,
+    scaled,
     searched,
-    user_of,
 )  # fmt: skip
+from perce.measuring.evaluation_report import unit_of
 from perce.measuring.metrics import clustered_mean
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def cell_text(cells: Sequence[Cell], data: str, column: str) -> str:
     interval = clustered_mean(*gathered) if gathered else None
     if interval is None:
         return NOT_MEASURED
-    interval = interval.scaled(factor)
+    interval = scaled(interval, factor)
     text = f"{interval.value:.{digits}f} ({interval.span(f'.{digits}f')})"
     of_seed = [clustered_mean(*gathered) for c in cells if (gathered := columns([c], data, value, weight))]
     seeds = [x.value * factor for x in of_seed if x]
@@ -89,7 +90,7 @@ def evaluated_on(results: Results, data: str) -> Iterator[str]:
     """The size of the test set, and how often its users themselves use their persona."""
     records = [cell["evaluations"][data]["records"] for cell in results.cells if data in cell["evaluations"]]
     if records:
-        users = len({user_of(record) for record in records[0]})
+        users = len({unit_of(record) for record in records[0]})
         tokens, personal = (sum(record[name] for record in records[0]) for name in ("tokens", "personal_tokens"))
         own = [x["reference_uses_persona"] for part in records for x in part if "reference_uses_persona" in x]
         yield f"{len(records[0])} replies of {users} users, {tokens:,} tokens of which {personal} are personal. The"

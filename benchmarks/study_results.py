@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+from perce.measuring.evaluation_report import field_of, unit_of
 from perce.measuring.metrics import Interval, paired_difference
 from perce.objectives import OBJECTIVES
 
@@ -14,7 +15,7 @@ NAMES = {"base": "base model"} | {name: entry.title for name, entry in OBJECTIVE
 COLUMNS = {
     "loss on personal tokens": ("loss_personal", "personal_tokens", 3, 1),
     "loss on other tokens": ("loss_other", "other_tokens", 3, 1),
-    "rise with another user's persona": ("swap", "tokens", 3, 1),
+    "rise with another user's persona": ("swap_cost", "tokens", 3, 1),
     "replies that use the persona, %": ("uses_persona", "", 1, 100),
     "ROUGE-L": ("rougeL", "", 3, 1),
     "METEOR": ("meteor", "", 3, 1),
@@ -24,24 +25,12 @@ KEPT = "share of PerCE's gain on personal tokens, %"
 Cell = Mapping[str, Any]
 
 
-def user_of(record: Mapping[str, Any]) -> str:
-    """The user of an evaluated example, or its source if its data has no users."""
-    return str(record.get("user_id") or record["source"])
-
-
 def value_and_weight(record: Mapping[str, Any], value: str, weight: str) -> tuple[float, float] | None:
     """Of one evaluated example, or None where it has not been measured."""
-    if value == "swap":
-        if record.get("loss_swapped") is None:
-            return None
-        return record["loss_swapped"] - record["loss"], record["tokens"]
     if value == "meteor" and "meteor" not in record:
         value = "meteor_exact_stem"
-    if record.get(value) is None:
-        return None
-    if weight == "other_tokens":
-        return record[value], record["tokens"] - record["personal_tokens"]
-    return record[value], record[weight] if weight else 1.0
+    found = field_of(record, value)
+    return None if found is None else (found, field_of(record, weight) if weight else 1.0)
 
 
 def has(evaluation: Mapping[str, Any], value: str) -> bool:
@@ -59,7 +48,7 @@ def columns(cells: Sequence[Cell], data: str, value: str, weight: str) -> tuple[
             pair = value_and_weight(record, value, weight)
             if pair is not None:
                 by_key.setdefault(record["key"], []).append(pair)
-                users[record["key"]] = user_of(record)
+                users[record["key"]] = unit_of(record)
     whole = {key: pairs for key, pairs in by_key.items() if len(pairs) == len(cells)}
     if not whole:
         return None
@@ -105,7 +94,12 @@ def difference(
     if not ours or not theirs or len(ours[0]) != len(theirs[0]):
         return None
     found = paired_difference(ours[0], theirs[0], ours[1], ours[2])
-    return found and (found[0].scaled(factor), found[1])
+    return found and (scaled(found[0], factor), found[1])
+
+
+def scaled(interval: Interval, factor: float) -> Interval:
+    low, high = (None if x is None else x * factor for x in (interval.low, interval.high))
+    return interval._replace(value=interval.value * factor, low=low, high=high)
 
 
 def trade(cell: Cell, data: str) -> tuple[float, float] | None:

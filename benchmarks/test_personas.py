@@ -131,9 +131,9 @@ def test_replies_to_one_persona(benchmark):
     plain = Evaluator(model, tokenizer, device, options, {})
     shared = Evaluator(model, tokenizer, device, options, {}, "branches")
     calls = {
-        "separately": lambda: [plain.written([prompt], {0})[0] for prompt in prompts],
-        "batched": lambda: plain.written(prompts, {0}),
-        "shared": lambda: shared.written(prompts, {0}),
+        "separately": lambda: [plain.generated([prompt], {0})[0] for prompt in prompts],
+        "batched": lambda: plain.generated(prompts, {0}),
+        "shared": lambda: shared.generated(prompts, {0}),
     }
 
     def measure() -> None:
@@ -142,7 +142,7 @@ def test_replies_to_one_persona(benchmark):
             written[name] = call()
             seconds[name] = time.perf_counter() - started
 
-    shared.written(prompts[:2], {0})  # threads and primitives
+    shared.generated(prompts[:2], {0})  # threads and primitives
     benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info |= {
         "new_tokens": NEW_TOKENS, "seconds": {name: round(x, 1) for name, x in seconds.items()},

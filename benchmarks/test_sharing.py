@@ -116,7 +116,7 @@ def test_an_evaluation_together_against_separately(benchmark):
         evaluator = Evaluator(model, tokenizer, subject.device, options.evaluate, {}, sharing)
         batches = make_batches(examples.all, subject, options).batches
         started = time.perf_counter()
-        losses = [evaluator.losses([item for group in batch for item in group.items]) for batch in batches]
+        losses = [evaluator.losses([item for group in batch for item in group]) for batch in batches]
         seconds[sharing] = time.perf_counter() - started
         records[sharing] = sorted((record for batch in losses for record in batch), key=lambda x: x["example"])
 

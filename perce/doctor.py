@@ -236,14 +236,13 @@ def _no_flash(device: str, precision: str) -> str:
 
 
 def _meteor() -> str:
-    from perce.measuring.metrics import Meteor
+    from perce.measuring.metrics import meteor
 
     if importlib.util.find_spec("nltk") is None:
         return "no, because nltk is not installed"
-    with_synonyms = Meteor().name == "meteor"
-    return (
-        f"with{'' if with_synonyms else 'out'} synonyms, because WordNet is {'' if with_synonyms else 'not '}installed"
-    )
+    if meteor(synonyms=True):
+        return "with synonyms, because WordNet is installed"
+    return "without synonyms, because WordNet is not installed"
 
 
 def environment() -> Iterator[Row]:

@@ -27,6 +27,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     from perce.data.splits import training_rows_note
     from perce.measuring.evaluation import Evaluator, make_batches
     from perce.measuring.evaluation_report import (
+        FORM,
         check_same,
         compare,
         print_result,
@@ -35,7 +36,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
         write_result,
     )
     from perce.measuring.inference import load_subject
-    from perce.measuring.metrics import reply_scorers
+    from perce.measuring.metrics import ROUGE_NOTE, reply_scorers
     from perce.model.positions import settle_lengths
 
     wanted = options.evaluate
@@ -43,22 +44,21 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     scorers = reply_scorers() if wanted.generate else {}
     subject = load_subject(options, "evaluate", unanswered=wanted.generate)
     examples: list = list(subject.examples)
-    facts = subject.facts | {"examples": len(examples), "texts": texts_key(examples)}
+    facts = subject.facts | {"form": FORM, "examples": len(examples), "texts": texts_key(examples)}
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
     work = make_batches(examples, subject, options)
     if other:
-        check_same(work.keys, other, str(wanted.compare_with))
+        check_same({item.key for item in work.items}, other, str(wanted.compare_with))
     file.begin(facts)
     reply = wanted.max_new_tokens if wanted.generate else 0
-    settle_lengths(subject.model, lambda: work.longest + reply)
+    settle_lengths(subject.model, lambda: work.longest(reply))
     evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, scorers, subject.sharing)
     done = {record["example"] for record in file.records}
     for batch in tqdm(work.batches, desc="evaluating", unit="batch", leave=False):
         for records in evaluator.evaluate(batch, done):
             file.append(records)
     notes = [f"examples: {subject.split}", *training_rows_note(options.data, subject.split), *work.notes]
-    meteor = next((name for name in scorers if name.startswith("meteor")), None)
-    result = summarise(file.records, notes, facts, meteor)
+    result = summarise(file.records, [*notes, ROUGE_NOTE] if scorers else notes, facts)
     comparison = compare(file.records, facts, other, str(wanted.compare_with)) if other else None
     if wanted.output:
         write_result(Path(wanted.output).expanduser(), result, comparison)

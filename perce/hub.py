@@ -23,6 +23,16 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
+def tokenizer_of(path: str, base: str | None) -> Any:
+    """The model's tokenizer; for an adapter the one saved in its directory, chat template included, or its base's."""
+    from transformers import AutoTokenizer
+
+    local = Path(path).expanduser()
+    if base is not None and (local / "tokenizer.json").is_file():
+        return loaded(AutoTokenizer, path, "--model", "an adapter's tokenizer", "adapter and tokenizer")
+    return load_tokenizer(base or path)
+
+
 def check_tokenizer(tokenizer: Any, name: str) -> None:
     """UserError for a tokenizer that does not say which characters each token covers: one written in Python, that of
     mistral-common, or a processor."""
@@ -41,6 +51,36 @@ def from_anywhere(path: str) -> str:
     """The absolute path, if it exists on this machine; a Hub id unchanged."""
     local = Path(path).expanduser()
     return str(local.resolve()) if local.exists() else path
+
+
+def is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()
+
+
+def base_of_adapter(path: str) -> str | None:
+    """The base model of a local adapter directory; None for a whole model."""
+    local = Path(path).expanduser()
+    file = local / "adapter_config.json"
+    if not is_adapter(local):
+        return None
+    try:
+        base = dict(json.loads(file.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--model {path}: {file} cannot be read ({in_one_line(error)}). Restore it.") from error
+    if not base or not isinstance(base, str):
+        raise UserError(
+            f"--model {path}: {file} does not name the adapter's base model. Add base_model_name_or_path, the "
+            "directory or Hub id that it was trained on."
+        )
+    named = Path(base).expanduser()
+    if named.is_absolute() and not named.exists():
+        raise UserError(
+            f"--model {path}: its base model {base} does not exist. Restore it, or correct base_model_name_or_path in "
+            f"{file}."
+        )
+    if not named.is_absolute() and named.exists():
+        say(f"{file} says {base!r}, a relative path; read as {named.resolve()}", error=True)
+    return from_anywhere(base)
 
 
 BASE_NAME = "base.json"  # in the directory of a run that trains an adapter
@@ -175,7 +215,7 @@ def from_pretrained(
 ) -> Any:
     """from_pretrained, whose failures become a UserError that names the option which gave the path."""
     local = Path(path).expanduser()
-    if (local / "adapter_config.json").is_file() and not (local / "config.json").is_file():
+    if is_adapter(local):
         raise UserError(
             f"{option} {path}: the directory holds only an adapter. Give the base model, or merge the adapter into it "
             "first (AutoPeftModelForCausalLM.from_pretrained(…).merge_and_unload())."

@@ -14,7 +14,7 @@ def run(options: PreviewOptions) -> None:
     prepare()
     from perce.data.preview import print_preview
     from perce.demo import default_model_path
-    from perce.measuring.inference import base_of_adapter, tokenizer_of
+    from perce.hub import base_of_adapter, tokenizer_of
 
     model = options.preview.model or str(default_model_path())
     print_preview(options, tokenizer_of(model, base_of_adapter(model)))

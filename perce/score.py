@@ -36,7 +36,7 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     facts = {"labels": score.labels, "signal": weighting.signal_name, "sample": options.examples.sample}
     facts |= {"clip_min": weighting.clip_min, "clip_max": weighting.clip_max}
     file.begin(subject.facts | facts | {"form": FORM})
-    shown: list[Any] = list(islice(subject.examples, max(score.shown, score.terminal, 1)))
+    shown: list[Any] = list(islice(subject.examples, score.shown))
     print_tokens(file.records[: score.terminal], options)
     for records in scored(subject, file.records[:], options):
         print_tokens(records[: max(score.terminal - len(file.records), 0)], options)

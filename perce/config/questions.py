@@ -9,6 +9,11 @@ from perce.config.options import require as _require
 from perce.config.schema import BACKEND, MODEL, RunConfig, WeightingConfig
 
 
+def _beside(path: str, ending: str, other: str) -> Path:
+    """The path with another ending than this one. What follows another dot belongs to the name: qwen-0.6."""
+    return Path(path.removesuffix(ending) + other).expanduser()
+
+
 @dataclass(frozen=True)
 class InferenceConfig:
     """The model that is scored or evaluated."""
@@ -118,9 +123,7 @@ class ScoreConfig(WeightingConfig):
     @property
     def exported(self) -> Path | None:
         """The file of rows for another trainer, if one is asked for."""
-        return (
-            Path(self.jsonl).expanduser().with_suffix(f".{self.export}.jsonl") if self.export and self.jsonl else None
-        )
+        return _beside(self.jsonl, ".jsonl", f".{self.export}.jsonl") if self.export and self.jsonl else None
 
 
 @dataclass(frozen=True)
@@ -150,4 +153,4 @@ class EvaluateConfig:
     @property
     def records(self) -> Path | None:
         """The file of the examples, next to the result."""
-        return Path(self.output).expanduser().with_suffix(".jsonl") if self.output else None
+        return _beside(self.output, ".json", ".jsonl") if self.output else None

@@ -52,8 +52,8 @@ _UNINDEXED_LINE = re.compile(rf"\A(?:{'|'.join(UNINDEXED)}): .*\n")
 _LABEL = re.compile(rf"^(?:{'|'.join(sorted({label for _, parts in PASSAGES for label, _ in parts}))}): ", re.MULTILINE)
 
 # Chinese and Japanese have no spaces between words: each of their characters counts as a word.
-_UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD = rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+"
+UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = rf"[{UNSPACED}]|[^\W{UNSPACED}]+"
 
 Score = Callable[[str, Sequence[str]], np.ndarray]  # (query, n texts) → (n,), higher is better
 

@@ -16,9 +16,9 @@ import contextlib
 import itertools
 import random
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,29 +61,22 @@ class Item:
     swapped: Pair | None
 
 
-class Group(NamedTuple):
-    """Items whose replies are generated together; its number, counted over all groups, seeds the sampling."""
-
-    number: int
-    items: list[Item]
+Group = list[Item]
+"""Items whose replies are generated together."""
 
 
 @dataclass(frozen=True)
 class Work:
+    items: list[Item]
     batches: list[list[Group]]
     """The losses of a batch are computed together."""
     notes: list[str]
 
-    @property
-    def keys(self) -> set[str]:
-        return {item.key for batch in self.batches for group in batch for item in group.items}
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        items = (item for batch in self.batches for group in batch for item in group.items)
-        pairs = (pair for item in items for pair in (item.pair, item.swapped))
-        return max(len(pair.input_ids) for pair in pairs if pair is not None)
+    def longest(self, reply: int) -> int:
+        """Tokens of the longest sequence: a pair, or a prompt and a reply of so many tokens."""
+        pairs = [pair for item in self.items for pair in (item.pair, item.swapped) if pair is not None]
+        prompts = (item.pair.prompt_length + reply for item in self.items)
+        return max(*prompts, *(len(pair.input_ids) for pair in pairs))
 
 
 def make_batches(examples: Sequence[Example], subject: Subject, options: EvaluateOptions) -> Work:
@@ -93,13 +86,14 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
     seen: Counter[str] = Counter()
     partners = other_users(examples, options.evaluate.seed)
     for index, (example, partner) in enumerate(zip(examples, partners, strict=True)):
-        if not (pairs := subject.source.built(example)):
+        if not (pairs := subject.built(example)):
             continue
         pair, swapped = pairs[0], None
         if partner is not None:
             with contextlib.suppress(UserError):  # a passage of the other user is too long
                 other = subject.builder.build(replace(example, persona=examples[partner].persona))
                 swapped = None if other.input_ids == pair.input_ids else other  # the prompt shows the same of both
+            swapped = swapped and subject.checked(swapped, examples[partner])
         text = text_key(example)
         items.append(Item(index, f"{text}-{seen[text]}", example, pair, swapped))
         seen[text] += 1
@@ -113,12 +107,11 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
             "other's is too long"
         )
     size, tokens = options.model.batch_size, TOKENS_A_FORWARD[subject.device.type]
-    batches, number = [], itertools.count()
+    batches = []
     for rows in batches_that_share([item.pair for item in items], subject.sharing, size, tokens):
         together = [items[row] for row in rows]
-        groups = written_together(together, continues(subject.model, subject.sharing), size, tokens)
-        batches.append([Group(next(number), group) for group in groups])
-    return Work(batches, notes)
+        batches.append([*written_together(together, continues(subject.model, subject.sharing), size, tokens)])
+    return Work(items, batches, notes)
 
 
 def continues(model: Any, sharing: Sharing) -> bool:
@@ -128,13 +121,12 @@ def continues(model: Any, sharing: Sharing) -> bool:
     return sharing == "branches" and kept == {DynamicLayer}
 
 
-def written_together(items: Sequence[Item], continued: bool, size: int, tokens: int) -> Iterator[list[Item]]:
+def written_together(items: Sequence[Item], continued: bool, size: int, tokens: int) -> Iterator[Group]:
     """Groups of at most `size` items and `tokens` tokens.
 
     If replies can be `continued` from a persona's keys and values and it is at least half of each prompt, the items of
     that persona are grouped, with up to KEPT × tokens. The other items are grouped by length.
     """
-    lengths = {item.index: len(item.pair.input_ids) for item in items}
     left: list[Item] = []
     of_persona: dict[int, list[Item]] = {}
     for item in items:
@@ -142,14 +134,14 @@ def written_together(items: Sequence[Item], continued: bool, size: int, tokens: 
     for group in of_persona.values():
         longest = max(item.pair.prompt_length for item in group)
         if continued and len(group) > 1 and 2 * group[0].pair.persona_span[1] >= longest:
-            yield from _by_length(group, lengths, size, KEPT * tokens)
+            yield from _by_length(group, size, KEPT * tokens)
         else:
             left += group
-    yield from _by_length(left, lengths, size, tokens)
+    yield from _by_length(left, size, tokens)
 
 
-def _by_length(items: Sequence[Item], lengths: Mapping[int, int], size: int, tokens: int) -> Iterator[list[Item]]:
-    for group in batches_by_length([lengths[item.index] for item in items], size, tokens):
+def _by_length(items: Sequence[Item], size: int, tokens: int) -> Iterator[Group]:
+    for group in batches_by_length([len(item.pair.input_ids) for item in items], size, tokens):
         yield [items[place] for place in group]
 
 
@@ -160,28 +152,20 @@ def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
     firsts = [first.setdefault((example.user_id, example.persona), index) for index, example in enumerate(examples)]
     order = list(first.values())
     random.Random(seed).shuffle(order)
-    personas = [examples[index].persona for index in order]
-    users = [examples[index].user_id or examples[index].persona for index in order]
-    past_persona, past_user = _steps_to_another(personas), _steps_to_another(users)
+    personas = _numbered(examples[index].persona for index in order)
+    users = _numbered(examples[index].user_id or examples[index].persona for index in order)
     partners: dict[int, int | None] = {}
     for place, index in enumerate(order):
-        step, other = 0, place
-        while step < len(order) and (personas[other] == personas[place] or users[other] == users[place]):
-            step += past_persona[other] if personas[other] == personas[place] else past_user[other]
-            other = (place + step) % len(order)
-        partners[index] = order[other] if step < len(order) else None
+        fits = np.flatnonzero((personas != personas[place]) & (users != users[place]))
+        # the next one that fits; after the last place comes the first again
+        partners[index] = order[fits[np.searchsorted(fits, place) % len(fits)]] if len(fits) else None
     return [partners[index] for index in firsts]
 
 
-def _steps_to_another(values: Sequence[Any]) -> list[int]:
-    """For each place, how many steps further the next other value is; after the last place comes the first again.
-    Where there is no other value, as many steps as there are places."""
-    count = len(values)
-    steps = [count] * count
-    for place in [*reversed(range(count))] * 2:  # twice, because steps may lead past the end
-        after = (place + 1) % count
-        steps[place] = min(steps[after] + 1, count) if values[after] == values[place] else 1
-    return steps
+def _numbered(values: Iterable[Any]) -> np.ndarray:
+    """A number for each value, the same for equal ones."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values])
 
 
 class Evaluator:
@@ -201,14 +185,14 @@ class Evaluator:
 
     def evaluate(self, batch: Sequence[Group], done: Container[int]) -> Iterator[list[dict[str, Any]]]:
         """One record per item, one group after the other, without the examples that are done."""
-        left = [group for group in batch if any(item.index not in done for item in group.items)]
-        losses = self.losses([item for group in batch for item in group.items]) if left else []
+        left = [group for group in batch if any(item.index not in done for item in group)]
+        losses = self.losses([item for group in batch for item in group]) if left else []
         records = {record["example"]: record for record in losses}
-        for number, items in left:
+        for items in left:
             if self.options.generate:
-                torch.manual_seed(self.options.seed * 1_000_003 + number)  # the same for this group in a resumed run
-                replies = self.replies([item.pair.input_ids[: -item.pair.response_length] for item in items], items)
-                for item, reply in zip(items, replies, strict=True):
+                # the same for this group in a resumed run
+                torch.manual_seed(self.options.seed * 1_000_003 + items[0].index)
+                for item, reply in zip(items, self.replies(items), strict=True):
                     records[item.index] |= self.scores(item, reply)
             yield [records[item.index] for item in items if item.index not in done]
 
@@ -251,12 +235,13 @@ class Evaluator:
         return [-x.sum().item() for x in per_example(batch, logp)[0]]
 
     @torch.no_grad()
-    def replies(self, prompts: Sequence[list[int]], items: Sequence[Item]) -> list[str]:
-        """One reply per prompt, without its end-of-turn."""
+    def replies(self, items: Sequence[Item]) -> list[str]:
+        """One reply per item, without its end-of-turn."""
+        prompts = [item.pair.input_ids[: item.pair.prompt_length] for item in items]
         ends = {item.pair.input_ids[-1] for item in items} | {self.tokenizer.eos_token_id} - {None}
-        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in self.written(prompts, ends)]
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in self.generated(prompts, ends)]
 
-    def written(self, prompts: Sequence[list[int]], ends: Set[int]) -> list[list[int]]:
+    def generated(self, prompts: Sequence[list[int]], ends: Set[int]) -> list[list[int]]:
         """Ids of one reply per prompt, up to the first of `ends`. Prompts are padded on the left. A common beginning of
         all prompts that is at least half of the longest is computed once and stands before the padding."""
         width, common = max(map(len, prompts)), self._begins_all(prompts)

@@ -1,8 +1,9 @@
 """Turns records of evaluated examples into metrics with intervals, a comparison of two models, JSON and tables."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+import math
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from perce.data.readers import parse_json
 from perce.environment import did_you_mean, in_one_move, written
@@ -11,7 +12,8 @@ from perce.measuring.metrics import (
     FEW,
     REPLY_METRICS,
     RESAMPLES,
-    ROUGE_NOTE,
+    SHARE,
+    UNBOUNDED,
     Interval,
     clustered_mean,
     paired_difference,
@@ -21,65 +23,79 @@ from perce.visible import as_json
 
 Records = Sequence[Mapping[str, Any]]
 
-# metric: (label, field that is summed, field whose sum divides it ("" for the number of examples))
-METRICS: dict[str, tuple[str, str, str]] = {
-    "loss_personal_tokens": ("loss on personal tokens", "loss_personal", "personal_tokens"),
-    "loss_other_tokens": ("loss on other tokens", "loss_other", "other_tokens"),
-    "loss_with_persona": ("loss with persona", "loss", "tokens"),
-    "loss_without_persona": ("loss without persona", "loss_without", "tokens"),
-    "loss_swapped_persona": ("loss with another's persona", "loss_swapped", "tokens"),
-    "uses_persona": ("replies that use the persona", "uses_persona", ""),
-    "reference_uses_persona": ("references that use the persona", "reference_uses_persona", ""),
-} | {name: (metric.label, name, "") for name, metric in REPLY_METRICS.items()}
-BETTER = dict.fromkeys(("loss_personal_tokens", "loss_other_tokens", "loss_with_persona"), "↓")
-BETTER |= dict.fromkeys(("loss_without_persona", "loss_swapped_persona", "reference_uses_persona"), "–")
-"""Metrics of which less is better (↓) or neither more nor less is (–); more is better for all others."""
+
+class Metric(NamedTuple):
+    label: str
+    value: str
+    """The field that is summed; see `field_of`."""
+    weight: str = ""
+    """The field whose sum divides it; "" for the number of examples."""
+    better: str = "↑"
+    """Whether more (↑), less (↓) or neither (–) is better."""
+    bounds: tuple[float, float] = UNBOUNDED
+
+
+_LOSS = (0, math.inf)
+_BUILT_IN = {
+    "loss_personal_tokens": Metric("loss on personal tokens", "loss_personal", "personal_tokens", "↓", _LOSS),
+    "loss_other_tokens": Metric("loss on other tokens", "loss_other", "other_tokens", "↓", _LOSS),
+    "loss_with_persona": Metric("loss with persona", "loss", "tokens", "↓", _LOSS),
+    "loss_without_persona": Metric("loss without persona", "loss_without", "tokens", "–", _LOSS),
+    "loss_swapped_persona": Metric("loss with another's persona", "loss_swapped", "tokens", "–", _LOSS),
+    "swap_cost": Metric("cost of another's persona", "swap_cost", "tokens"),
+    "uses_persona": Metric("replies that use the persona", "uses_persona", bounds=SHARE),
+    "reference_uses_persona": Metric(
+        "references that use the persona", "reference_uses_persona", better="–", bounds=SHARE
+    ),
+}
 BY_TURN = ("loss_with_persona", "loss_without_persona", "uses_persona", "reference_uses_persona")
 TURNS = 10  # turns of a conversation that the table and the JSON have
-RESULT = "perce.evaluate"
+RESULT, FORM = "perce.evaluate", 2  # kind and version of a result and its records: raise FORM when fields change
 
 
-def _columns(records: Records, metric: str) -> tuple[list[float], list[float]]:
-    """(values, weights) of the records that have this metric."""
-    _, value, weight = METRICS[metric]
-    having = [record for record in records if record.get(value) is not None]
-    values = [float(record[value]) for record in having]
-    if weight == "other_tokens":
-        return values, [record["tokens"] - record["personal_tokens"] for record in having]
-    return values, [float(record[weight]) if weight else 1.0 for record in having]
+def all_metrics() -> dict[str, Metric]:
+    of_replies = {name: Metric(each.label, name, bounds=each.bounds) for name, each in REPLY_METRICS.items()}
+    return _BUILT_IN | of_replies
 
 
-def _clusters(records: Records, metric: str) -> list[str]:
-    """The user of each record, or its row if users are not named: examples of one user are not independent."""
-    value = METRICS[metric][1]
-    return [str(record["user_id"] or record["source"]) for record in records if record.get(value) is not None]
+def field_of(record: Mapping[str, Any], name: str) -> Any:
+    """A field of a record, or what is computed from its fields; None if it was not measured."""
+    if name == "other_tokens":
+        return record["tokens"] - record["personal_tokens"]
+    if name == "swap_cost":
+        return None if record.get("loss_swapped") is None else record["loss_swapped"] - record["loss"]
+    return record.get(name)
 
 
-def summarise(records: Records, notes: list[str], run: Mapping[str, Any], meteor: str | None) -> dict[str, Any]:
+def unit_of(record: Mapping[str, Any]) -> str:
+    """The user of a record, or its row if users are not named: examples of one user are not independent."""
+    return str(record["user_id"] or record["source"])
+
+
+def _columns(records: Records, metric: Metric) -> tuple[list[float], list[float], list[str]]:
+    """(values, weights, users) of the records that have this metric."""
+    having = [record for record in records if field_of(record, metric.value) is not None]
+    values = [float(field_of(record, metric.value)) for record in having]
+    weights = [float(field_of(record, metric.weight)) if metric.weight else 1.0 for record in having]
+    return values, weights, [unit_of(record) for record in having]
+
+
+def summarise(records: Records, notes: list[str], run: Mapping[str, Any]) -> dict[str, Any]:
     """The result as JSON: each metric with its 95 % interval over users."""
     from importlib.metadata import version
 
-    metrics = _means(records, METRICS)
-    if "loss_swapped_persona" in metrics:
-        having = [record for record in records if record["loss_swapped"] is not None]
-        gain = clustered_mean(
-            [record["loss_swapped"] - record["loss"] for record in having], [record["tokens"] for record in having],
-            _clusters(having, "loss_swapped_persona"),
-        )  # fmt: skip
-        metrics["swap_cost"] = gain.to_dict() if gain else None
-    about = {"rouge": ROUGE_NOTE, "meteor": meteor} if meteor else {}
     packages = {name: version(name) for name in ("torch", "transformers")}
     records_kept = [dict(record) for record in sorted(records, key=lambda record: record["example"])]
     return {
-        "kind": RESULT, "run": dict(run), "packages": packages, "about": about, "notes": notes, "metrics": metrics,
-        "by_turn": _by_turn(records), "records": records_kept,
+        "kind": RESULT, "run": dict(run), "packages": packages, "notes": notes,
+        "metrics": _means(records, all_metrics()), "by_turn": _by_turn(records), "records": records_kept,
     }  # fmt: skip
 
 
-def _means(records: Records, metrics: Iterable[str]) -> dict[str, Any]:
+def _means(records: Records, metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """The means of those metrics that any record has."""
-    found = ((name, clustered_mean(*_columns(records, name), _clusters(records, name))) for name in metrics)
-    return {name: interval.to_dict() for name, interval in found if interval is not None}
+    found = ((name, clustered_mean(*_columns(records, each), bounds=each.bounds)) for name, each in metrics.items())
+    return {name: interval._asdict() for name, interval in found if interval is not None}
 
 
 def _by_turn(records: Records) -> dict[int, dict[str, Any]]:
@@ -87,11 +103,12 @@ def _by_turn(records: Records) -> dict[int, dict[str, Any]]:
     turns: dict[int, list[Mapping[str, Any]]] = {}
     for record in records:
         turns.setdefault(record["turn"], []).append(record)
-    return {turn: _means(turns[turn], BY_TURN) for turn in sorted(turns)[:TURNS]} if len(turns) > 1 else {}
+    metrics = {name: _BUILT_IN[name] for name in BY_TURN}
+    return {turn: _means(turns[turn], metrics) for turn in sorted(turns)[:TURNS]} if len(turns) > 1 else {}
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """An earlier result to compare with. UserError if the file is not a result of perce.evaluate."""
+    """An earlier result to compare with. UserError if the file is not a result of this version of perce.evaluate."""
     try:
         result = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -99,8 +116,10 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--compare_with {path}: cannot be read as a result of perce.evaluate ({error}).{near}"
         ) from error
-    if not isinstance(result, dict) or result.get("kind") != RESULT:
+    if not (isinstance(result, dict) and result.get("kind") == RESULT and {"run", "records"} <= {*result}):
         raise UserError(f"--compare_with {path}: expected the JSON that perce.evaluate --output writes.")
+    if result["run"].get("form") != FORM:
+        raise UserError(f"--compare_with {path}: was written by another version of perce. Evaluate that model again.")
     return result
 
 
@@ -114,7 +133,7 @@ def check_same(ours: Set[str], other: Mapping[str, Any], name: str) -> None:
         )
 
 
-def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], name: str) -> dict[str, Any]:
+def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Differences (this model minus the other) over the same examples; see check_same.
 
     `settings` in the result has the facts of the runs that also differ, as [of this run, of the other].
@@ -130,17 +149,17 @@ def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], 
     keys = sorted(ours)
     differences: dict[str, Any] = {}
     assert len(ours) == len(records), "keys are unique"
-    for metric in METRICS:
-        (mine, weights), (its, their_weights) = (
-            _columns([side[key] for key in keys], metric) for side in (ours, theirs)
+    for name, metric in all_metrics().items():
+        both = [key for key in keys if all(field_of(side[key], metric.value) is not None for side in (ours, theirs))]
+        (mine, weights, users), (its, their_weights, _) = (
+            _columns([side[key] for key in both], metric) for side in (ours, theirs)
         )
-        clusters = _clusters([ours[key] for key in keys], metric)
         # Losses per token are comparable only for the same tokens: not if tokenizers or shown passages differ.
-        if weights != their_weights or not mine or metric == "reference_uses_persona":
+        if weights != their_weights or name == "reference_uses_persona":
             continue
-        if (result := paired_difference(mine, its, weights, clusters)) is not None:
-            differences[metric] = result[0].to_dict() | {"p": result[1]}
-    return {"with": name, "model": other["run"].get("model"), "differences": differences, "settings": settings}
+        if (result := paired_difference(mine, its, weights, users, bounds=metric.bounds)) is not None:
+            differences[name] = result[0]._asdict() | {"p": result[1]}
+    return {"with": path, "model": other["run"].get("model"), "differences": differences, "settings": settings}
 
 
 def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
@@ -152,25 +171,20 @@ def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str,
 def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
     """Prints, within 80 columns, the values, the differences, what the signs mean, and notes."""
     unit = "user" if any(record["user_id"] for record in result["records"]) else "row"
-    labels = {name: label for name, (label, _, _) in METRICS.items()} | {"swap_cost": "cost of another's persona"}
+    labels = {name: f"{metric.better} {metric.label}" for name, metric in all_metrics().items()}
     rows = table("", "value", "95 % interval", "examples", f"{unit}s", numbers=True)
     for name, metric in result["metrics"].items():
-        if metric is not None:
-            interval = Interval(**metric)
-            counts = f"{interval.n:,}", f"{interval.clusters:,}"
-            span = interval.span(alone=f"one {unit}")
-            rows.add_row(f"{BETTER.get(name, '↑')} {labels[name]}", f"{interval.value:.4f}", span, *counts)
+        interval = Interval(**metric)
+        counts = f"{interval.n:,}", f"{interval.clusters:,}"
+        rows.add_row(labels[name], f"{interval.value:.4f}", interval.span(alone=f"one {unit}"), *counts)
     differences = table("difference", "value", "95 % interval", "p", numbers=True)
     for name, found in comparison["differences"].items() if comparison else ():
         interval = Interval(**{key: value for key, value in found.items() if key != "p"})
         span = interval.span("+.4f", f"one {unit}")
-        differences.add_row(
-            f"{BETTER.get(name, '↑')} {labels[name]}", f"{interval.value:+.4f}", span, f"{found['p']:.4f}"
-        )
+        differences.add_row(labels[name], f"{interval.value:+.4f}", span, f"{found['p']:.4f}")
     legend = f"↓ lower is better, ↑ higher, – neither; 95 %: bootstrap by {unit}"
     tested = f"p: sign-flip permutation test by {unit}, two-sided, {RESAMPLES:,} draws"
-    about = (f"{name}: {text}" for name, text in result["about"].items())
-    notes = [*_few(result["records"], unit, bool(comparison)), *result["notes"], *about]
+    notes = [*_few(result["metrics"], comparison, unit), *result["notes"]]
     bold = []
     if comparison:
         notes.append(f"differences: this model minus {comparison['model'] or comparison['with']}")
@@ -197,10 +211,14 @@ def _table_by_turn(by_turn: Mapping[int, Mapping[str, Any]]) -> list[Any]:
     return [found, ""]
 
 
-def _few(records: Records, unit: str, compared: bool) -> list[str]:
-    """A note if there are too few users for good intervals and a small p; empty if there are enough."""
-    count = len({record["user_id"] or record["source"] for record in records})
-    if not 0 < count < FEW:
+def _few(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, unit: str) -> list[str]:
+    """A note on the metric with the fewest users if they are too few for good intervals and a small p."""
+    counts = {name: found["clusters"] for name, found in metrics.items()}
+    if comparison:
+        counts |= {name: found["clusters"] for name, found in comparison["differences"].items()}
+    name = min(counts, key=counts.__getitem__, default="")
+    if not name or counts[name] >= FEW:
         return []
-    least = f", and p cannot be below {2.0 ** (1 - count):.2g}" if compared else ""
-    return [f"only {count} {unit}{'s' * (count > 1)}: intervals are rough{least}; use at least {FEW}"]
+    count, of = counts[name], f" ({all_metrics()[name].label})" if counts[name] < max(counts.values()) else ""
+    least = f", and p cannot be below {2.0 ** (1 - count):.2g}" if comparison else ""
+    return [f"only {count} {unit}{'s' * (count > 1)}{of}: intervals are rough{least}; use at least {FEW}"]

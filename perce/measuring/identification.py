@@ -5,9 +5,9 @@
     token loss         −log P(token | persona, …)
     entropy            predictive entropy before the token, with the persona
 
-Labels are the spans marked by hand in the data. Without such marks, the persona words are the labels; they find quoted
-facts but no paraphrase or style. Then the row "persona word" is left out, and the numbers say only how well PIR finds
-quoted words.
+Labels are the spans marked by hand in the data. In examples without such marks, the persona words are the labels; they
+find quoted facts but no paraphrase or style. Then the row "persona word" is left out, and of these examples the numbers
+say only how well PIR finds quoted words.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,9 @@ class Identified:
     methods: dict[str, Identification]
     tokens: int
     labelled: int
-    marked: bool
-    """Whether the labels are marks in the data; else they are persona words."""
+    examples: int
+    marked: int
+    """Examples whose labels are marks in the data; those of the others are persona words."""
 
 
 def identify(records: Sequence[dict[str, Any]]) -> Identified:
@@ -41,14 +42,8 @@ def identify(records: Sequence[dict[str, Any]]) -> Identified:
         columns[PERSONA_WORD] += [float(flag) for flag in record["persona_word"]]
         columns["token loss"] += [-x for x in record["logp"]]
         columns["entropy"] += record["entropy"]
-    for name, column in columns.items():
-        if len(column) != len(labels):
-            raise UserError(
-                f"--labels: the records have {len(labels)} labels, but {len(column)} values of {name}; expected one of "
-                "each per token. They are damaged: delete them and score again."
-            )
-    marked = all(record["marked"] for record in records)
-    if not marked:
+    marked = sum(record["marked"] for record in records)
+    if marked < len(records):
         del columns[PERSONA_WORD]
     try:
         methods = {name: identification(column, labels) for name, column in columns.items()}
@@ -57,4 +52,4 @@ def identify(records: Sequence[dict[str, Any]]) -> Identified:
             f"--labels: {error}. In data without marked spans, the words of the persona that the reply uses are "
             "labelled."
         ) from None
-    return Identified(methods, len(labels), sum(labels), marked)
+    return Identified(methods, len(labels), sum(labels), len(records), marked)

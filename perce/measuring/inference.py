@@ -1,13 +1,9 @@
 """What perce.score and perce.evaluate share: a model, the examples to measure it on, and how they are batched."""
 
-import json
-import re
-import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +11,7 @@ from accelerate.utils import send_to_device
 
 from perce.config.commands import InferenceOptions
 from perce.config.questions import InferenceConfig
-from perce.config.schema import MERGED, run_directory
+from perce.config.schema import run_directory
 from perce.data.batch import Batch, collate
 from perce.data.dataset import personas
 from perce.data.pairing import PairSource, make_persona_builder, not_read
@@ -23,18 +19,14 @@ from perce.data.pairs import Pair, PairBuilder
 from perce.data.rows import Examples
 from perce.data.sharing import Sharing, segmented
 from perce.data.splits import load_split
-from perce.demo import default_model_path
-from perce.errors import UserError, first_line, in_one_line
-from perce.hub import check_base, from_anywhere, load_pretrained, load_tokenizer, loaded
-from perce.integrity import LIST, difference
+from perce.hub import from_anywhere
 from perce.model.branches import sharing_of
-from perce.model.loading import check_adapter, check_backend, resolve_precision
-from perce.model.patch import prepare_model
+from perce.model.loading import load_to_measure
+from perce.model.probe import check_ids, vocabulary_of
 from perce.visible import say
 
 TOKENS_A_FORWARD = {"cpu": 8192, "cuda": 65536}  # longest sequence × sequences; there is no backward to keep memory for
 ROOM = 1.5  # pairs of one persona may always compute this many times their longest sequence in one forward
-WEIGHTS = re.compile(r"model[^/]*\.(safetensors|bin)$")  # one file or shards, of a model or an adapter
 SAMPLED_VALUES = 1024  # per parameter, in the fingerprint of a model
 
 
@@ -56,6 +48,15 @@ class Subject:
     facts: dict[str, Any]
     """What its records depend on, in every command."""
 
+    def built(self, example: Any) -> list[Pair]:
+        """The example's pairs, none if it may be left out."""
+        return [self.checked(pair, example) for pair in self.source.built(example)]
+
+    def checked(self, pair: Pair, example: Any) -> Pair:
+        """The pair, with text of the example. UserError for a token that the model lacks."""
+        check_ids(max(pair.input_ids), vocabulary_of(self.model), example.source)
+        return pair
+
     @property
     def left_out(self) -> list[str]:
         """Notes on what is left out of the data. Of a stream, what is known when it has been read."""
@@ -71,7 +72,7 @@ def load_subject(options: InferenceOptions, command: str, *, unanswered: bool = 
     examples, split, in_words = load_split(options.data, options.examples, run, unanswered=unanswered)
     say(f"examples  {options.data.data or 'built-in examples'}, {in_words}")
     next(iter(examples), None)  # the format of a stream is known only after its first row
-    model, tokenizer, device = load(options.model)
+    model, tokenizer, device = load_to_measure(options.model)
     builder = make_persona_builder(tokenizer, options.data, examples.format)
     sharing = _sharing(options, model, examples)
     facts = {"command": command, **model_facts(options.model, model), "split": split}
@@ -96,108 +97,6 @@ def _sharing(options: InferenceOptions, model: Any, examples: Examples) -> Shari
         shared = {"none": "share no tokens", "chains": "share tokens only if one begins with all of the other"}[sharing]
         say(f"replies for the same persona {shared}: {why}")
     return sharing
-
-
-def load(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
-    """(model in eval mode with PerCE installed, tokenizer, device).
-
-    An adapter is not merged into its base, as in training: merging into bf16 weights rounds, and lost half of what an
-    adapter had learnt in 20 steps (docs/LOG.md). UserError for a model that cannot be loaded.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backend = check_backend(config.backend, device)
-    wanted = "fp32" if config.precision == "auto" and device.type == "cpu" else config.precision
-    low = resolve_precision(wanted, device.type) == "bf16"
-    kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
-    if config.attn_implementation:
-        kwargs["attn_implementation"] = config.attn_implementation
-    path = config.model or str(default_model_path())
-    _check_weights(path)
-    base = base_of_adapter(path)
-    if base is not None:
-        check_base(run_directory(path), base, f"--model {path}")
-    model = prepare_model(load_pretrained(base or path, **kwargs), backend)
-    if base is not None:
-        model = _with_adapter(model, path)
-    return model.to(device).eval(), tokenizer_of(path, base), device
-
-
-def _check_weights(path: str) -> None:
-    """UserError if the weights of a run or checkpoint are not those that were saved: the numbers would be wrong."""
-    local = Path(path).expanduser()
-    if not (file := local / LIST).is_file():
-        of_a_run = run_directory(path) is not None and local.resolve().name != MERGED
-        if of_a_run and any(WEIGHTS.search(str(weights)) for weights in local.glob("*model*")):
-            told = "its weights may be incomplete, or older than the run's checkpoints"
-            say(f"--model {path}: was not finished ({LIST} is missing): {told}", error=True)
-        return
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8")).items()
-        weights = {name: fact for name, fact in saved if WEIGHTS.search(name)}
-        reason = difference(local, weights) if weights else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"{file} cannot be read ({in_one_line(error)})"
-    if reason:
-        raise UserError(
-            f"--model {path}: {reason}. Restore it, or give an intact checkpoint. If you changed the weights "
-            f"yourself, delete {file}, which describes the files as they were saved."
-        )
-
-
-def base_of_adapter(path: str) -> str | None:
-    """The base model of a local adapter directory; None for a whole model."""
-    local = Path(path).expanduser()
-    file = local / "adapter_config.json"
-    if not file.is_file() or (local / "config.json").is_file():
-        return None
-    try:
-        base = dict(json.loads(file.read_text(encoding="utf-8"))).get("base_model_name_or_path")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--model {path}: {file} cannot be read ({in_one_line(error)}). Restore it.") from error
-    if not base or not isinstance(base, str):
-        raise UserError(
-            f"--model {path}: {file} does not name the adapter's base model. Add base_model_name_or_path, the "
-            "directory or Hub id that it was trained on."
-        )
-    named = Path(base).expanduser()
-    if named.is_absolute() and not named.exists():
-        raise UserError(
-            f"--model {path}: its base model {base} does not exist. Restore it, or correct base_model_name_or_path in "
-            f"{file}."
-        )
-    if not named.is_absolute() and named.exists():
-        say(f"{file} says {base!r}, a relative path; read as {named.resolve()}", error=True)
-    return from_anywhere(base)
-
-
-def tokenizer_of(path: str, base: str | None) -> Any:
-    """The model's tokenizer; for an adapter the one saved in its directory, chat template included, or its base's."""
-    from transformers import AutoTokenizer
-
-    local = Path(path).expanduser()
-    if base is not None and (local / "tokenizer.json").is_file():
-        return loaded(AutoTokenizer, path, "--model", "an adapter's tokenizer", "adapter and tokenizer")
-    return load_tokenizer(base or path)
-
-
-def _with_adapter(model: Any, path: str) -> Any:
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*missing adapter keys")  # PEFT leaves these without an effect
-            wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
-    except Exception as error:  # a damaged file may raise anything
-        raise UserError(
-            f"--model {path}: the adapter is damaged or does not fit its base model ({first_line(error)}). Restore it, "
-            "or give another adapter."
-        ) from error
-    try:
-        check_adapter(wrapped)
-    except UserError as error:
-        remedy = "Merge it into its base in fp32 (merge_and_unload), save the result, and give its directory."
-        raise UserError(f"--model {path}: {error} {remedy}") from error
-    return wrapped
 
 
 def model_facts(config: InferenceConfig, model: Any) -> dict[str, Any]:

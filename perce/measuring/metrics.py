@@ -1,21 +1,26 @@
 """Scores of generated replies, and statistics over examples. This module does not depend on models.
 
-REPLY_METRICS        scores of a reply, by name: rouge and Meteor, by the rouge-score and nltk packages, offline
+REPLY_METRICS        scores of a reply, by name: rouge and meteor, by the rouge-score and nltk packages, offline
 clustered_mean       token-weighted mean with a bootstrap interval over clusters (users)
 paired_difference    the same for the difference of two models on the same examples, with a p-value
 identification       how well a per-token score finds labelled tokens: AUC, best F1
 """
 
 import io
+import math
+import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from perce.data.retrieval import UNSPACED
 from perce.errors import UserError
 
 RESAMPLES = 2000
@@ -24,11 +29,28 @@ FEW = 10  # with fewer clusters (users), one more or less changes the result
 NORMAL_QUANTILE = 1.959964  # at (1 + CONFIDENCE) / 2, as are those of Student's t for 1, 2, … degrees of freedom
 STUDENT_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 WORDNET_DIRECTORIES = ("/usr/share/wordnet",)  # Debian's wordnet-base
-ROUGE_NOTE = "rouge-score, F1, no stemmer"
+ROUGE_NOTE = "ROUGE: rouge-score, F1, no stemmer"
+UNBOUNDED, SHARE = (-math.inf, math.inf), (0.0, 1.0)  # bounds of a metric
+# Scripts without spaces between words: each of their characters counts as a word. Thai to Khmer, rare ideographs.
+_UNSPACED = re.compile(rf"([{UNSPACED}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff])")
 
 
 def _needs(package: str) -> UserError:
     return UserError(f"Scoring replies needs {package}: pip install 'perce[metrics]', or pass --generate false.")
+
+
+def _apart(text: str) -> str:
+    """The text with spaces around the characters of scripts that have none."""
+    return _UNSPACED.sub(r" \1 ", unicodedata.normalize("NFC", text))
+
+
+class _Words:
+    """A tokenizer for rouge-score: words of letters, digits and the marks on them. Its own reads only a-z and 0-9, of
+    which these are the same words."""
+
+    def tokenize(self, text: str) -> list[str]:
+        kept = (x if x.isalnum() or unicodedata.category(x)[0] == "M" else " " for x in _apart(text.lower()))
+        return "".join(kept).split()
 
 
 def rouge(kind: str) -> "Scorer":
@@ -37,39 +59,29 @@ def rouge(kind: str) -> "Scorer":
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise _needs("rouge-score") from error
-    scorer = RougeScorer([kind], use_stemmer=False)
+    scorer = RougeScorer([kind], tokenizer=_Words())
     return lambda reply, reference: scorer.score(reference, reply)[kind].fmeasure
 
 
-class Meteor:
-    """METEOR (Banerjee and Lavie 2005) as nltk computes it, in [0, 1], tokenised by nltk's word tokenizer.
+def meteor(synonyms: bool) -> "Scorer | None":
+    """METEOR (Banerjee and Lavie 2005) as nltk computes it, in [0, 1], tokenised by nltk's word tokenizer; None if its
+    other form is computed here: that with synonyms if WordNet is installed (nltk's corpus, or Debian's wordnet-base).
+    Without synonyms the score is lower, and must not be confused with METEOR."""
+    try:
+        from nltk.tokenize import NLTKWordTokenizer
+        from nltk.translate.meteor_score import single_meteor_score
+    except ImportError as error:
+        raise _needs("nltk") from error
+    wordnet, tokenize = _find_wordnet(), NLTKWordTokenizer().tokenize
+    if (wordnet is not None) != synonyms:
+        return None
+    known = wordnet if synonyms else SimpleNamespace(synsets=lambda word: [])
 
-    `name` is "meteor" if WordNet is installed (nltk's corpus, or Debian's wordnet-base), else "meteor_exact_stem":
-    without synonyms the score is lower, and must not be confused with METEOR.
-    """
+    def score(reply: str, reference: str) -> float:
+        words = tokenize(_apart(reference)), tokenize(_apart(reply))
+        return float(single_meteor_score(*words, wordnet=known)) if all(words) else 0.0
 
-    def __init__(self) -> None:
-        try:
-            from nltk.tokenize import NLTKWordTokenizer
-            from nltk.translate.meteor_score import single_meteor_score
-        except ImportError as error:
-            raise _needs("nltk") from error
-        self._score, self._tokenize = single_meteor_score, NLTKWordTokenizer().tokenize
-        wordnet = _find_wordnet()
-        self.name = "meteor_exact_stem" if wordnet is None else "meteor"
-        self._wordnet = _NoSynonyms() if wordnet is None else wordnet
-
-    def named(self, name: str) -> "Meteor | None":
-        return self if self.name == name else None
-
-    def __call__(self, prediction: str, reference: str) -> float:
-        words = self._tokenize(reference), self._tokenize(prediction)
-        return float(self._score(*words, wordnet=self._wordnet)) if all(words) else 0.0
-
-
-class _NoSynonyms:
-    def synsets(self, word: str) -> list[Any]:
-        return []
+    return score
 
 
 @cache
@@ -111,13 +123,14 @@ class ReplyMetric(NamedTuple):
     label: str
     scorer: Callable[[], Scorer | None]
     """Called once per evaluation; None if another metric replaces this one."""
+    bounds: tuple[float, float] = UNBOUNDED
 
 
 REPLY_METRICS = {
-    "rouge1": ReplyMetric("ROUGE-1", lambda: rouge("rouge1")),
-    "rougeL": ReplyMetric("ROUGE-L", lambda: rouge("rougeL")),
-    "meteor": ReplyMetric("METEOR", lambda: Meteor().named("meteor")),
-    "meteor_exact_stem": ReplyMetric("METEOR, exact and stem only", lambda: Meteor().named("meteor_exact_stem")),
+    "rouge1": ReplyMetric("ROUGE-1", lambda: rouge("rouge1"), SHARE),
+    "rougeL": ReplyMetric("ROUGE-L", lambda: rouge("rougeL"), SHARE),
+    "meteor": ReplyMetric("METEOR", lambda: meteor(True), SHARE),
+    "meteor_exact_stem": ReplyMetric("METEOR, exact and stem only", lambda: meteor(False), SHARE),
 }
 
 
@@ -126,8 +139,7 @@ def reply_scorers() -> dict[str, Scorer]:
     return {name: scorer for name, metric in REPLY_METRICS.items() if (scorer := metric.scorer())}
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """An estimate with its confidence interval over n observations (examples) in so many clusters (users).
 
     With only one cluster there is no interval (None), because it says nothing about how clusters differ.
@@ -139,18 +151,11 @@ class Interval:
     n: int
     clusters: int
 
-    def to_dict(self) -> dict[str, float | None]:
-        return asdict(self)
-
     def span(self, digits: str = ".4f", alone: str = "one user") -> str:
         """The interval in words; `digits` as in an f-string, `alone` is the text if there is no interval."""
         if self.low is None or self.high is None:
             return alone
         return f"{self.low:{digits}} to {self.high:{digits}}"
-
-    def scaled(self, factor: float) -> "Interval":
-        low, high = (None if x is None else x * factor for x in (self.low, self.high))
-        return Interval(self.value * factor, low, high, self.n, self.clusters)
 
 
 def _cluster_sums(values: Sequence[float], weights: Sequence[float], clusters: Sequence[Any]) -> np.ndarray:
@@ -159,12 +164,12 @@ def _cluster_sums(values: Sequence[float], weights: Sequence[float], clusters: S
     return np.stack([np.bincount(of, np.asarray(x, dtype=float)) for x in (values, weights)])
 
 
-def _interval(sums: np.ndarray, n: int, seed: int) -> Interval:
+def _interval(sums: np.ndarray, n: int, seed: int, bounds: tuple[float, float]) -> Interval:
     """Σ values / Σ weights with its percentile interval over resampled clusters, widened if they are few.
 
     Resampling C clusters underestimates the variance by a factor of (C − 1) / C and ignores its own uncertainty: with
     five Gaussian clusters, intervals covered the truth in 80 % of trials. Widening by the ratio of Student's t to the
-    normal quantile makes it 95 %.
+    normal quantile makes it 95 %. It ends at the bounds of what the value can be.
     """
     sums = sums[:, sums[1] > 0]  # a user without such tokens says nothing about how users differ
     total, weight = sums.sum(1)
@@ -172,12 +177,11 @@ def _interval(sums: np.ndarray, n: int, seed: int) -> Interval:
     if clusters < 2:
         return Interval(value, None, None, n, clusters)
     rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, clusters, (RESAMPLES, clusters))
-    values, weights = sums[:, drawn].sum(-1)
-    ratios = values[weights > 0] / weights[weights > 0]
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    values, weights = np.stack([sums[:, rng.integers(0, clusters, clusters)].sum(1) for _ in range(RESAMPLES)], axis=1)
+    low, high = np.quantile(values / weights, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     wider = np.sqrt(clusters / (clusters - 1)) * _student(clusters - 1) / NORMAL_QUANTILE
-    return Interval(value, float(value - wider * (value - low)), float(value + wider * (high - value)), n, clusters)
+    low, high = max(value - wider * (value - low), bounds[0]), min(value + wider * (high - value), bounds[1])
+    return Interval(value, float(low), float(high), n, clusters)
 
 
 def _student(freedom: int) -> float:
@@ -189,23 +193,26 @@ def _student(freedom: int) -> float:
 
 
 def clustered_mean(
-    values: Sequence[float], weights: Sequence[float], clusters: Sequence[Any], seed: int = 0
+    values: Sequence[float], weights: Sequence[float], clusters: Sequence[Any], seed: int = 0,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> Interval | None:  # fmt: skip
-    """Σ values / Σ weights (for example a sum of losses over a count of tokens) with a 95 % bootstrap interval.
+    """Σ values / Σ weights (for example a sum of losses over a count of tokens) with a 95 % bootstrap interval within
+    the bounds.
 
     Whole clusters are resampled, because examples of one user are not independent. None if the weights are all 0.
     """
     sums = _cluster_sums(values, weights, clusters)
-    return _interval(sums, int(np.count_nonzero(weights)), seed) if sums[1].any() else None
+    return _interval(sums, int(np.count_nonzero(weights)), seed, bounds) if sums[1].any() else None
 
 
 def paired_difference(
-    ours: Sequence[float], theirs: Sequence[float], weights: Sequence[float], clusters: Sequence[Any], seed: int = 0
-) -> tuple[Interval, float] | None:
+    ours: Sequence[float], theirs: Sequence[float], weights: Sequence[float], clusters: Sequence[Any], seed: int = 0,
+    bounds: tuple[float, float] = UNBOUNDED,
+) -> tuple[Interval, float] | None:  # fmt: skip
     """(mean of ours − theirs with its interval, two-sided p-value) on the same examples; None if the weights are all 0.
 
-    The p-value is that of a permutation test: under the null hypothesis the two models are exchangeable within each
-    cluster, so the sign of each cluster's difference is random.
+    bounds: of what is compared. The p-value is that of a permutation test: under the null hypothesis the two models are
+    exchangeable within each cluster, so the sign of each cluster's difference is random.
     """
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     sums = _cluster_sums(difference.tolist(), weights, clusters)
@@ -213,9 +220,10 @@ def paired_difference(
     if not weight:
         return None
     rng = np.random.default_rng(seed)
-    flipped = np.abs((rng.choice([-1.0, 1.0], (RESAMPLES, sums.shape[1])) * sums[0]).sum(1))
-    p = (1 + np.count_nonzero(flipped >= abs(total) * (1 - 1e-12))) / (1 + RESAMPLES)
-    return _interval(sums, int(np.count_nonzero(weights)), seed), float(p)
+    flipped = (abs((rng.choice([-1.0, 1.0], sums.shape[1]) * sums[0]).sum()) for _ in range(RESAMPLES))
+    p = (1 + sum(each >= abs(total) * (1 - 1e-12) for each in flipped)) / (1 + RESAMPLES)
+    least, most = bounds
+    return _interval(sums, int(np.count_nonzero(weights)), seed, (least - most, most - least)), float(p)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from perce.config.commands import ScoreOptions
 from perce.data.rows import Example
 from perce.environment import in_one_move, written
 from perce.measuring.identification import Identified
-from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, terminal_text
+from perce.report.heatmap import Cells, Histogram, ScoredResponse, ScoredToken, terminal_text
 from perce.report.page import Weighed, write_page
 from perce.report.terminal import Console, facts, plain, show, table
 
@@ -126,9 +126,9 @@ def write_report(
             source=record["source"],
         )
         for record in records
-        if record["example"] < min(len(examples), options.score.shown)
+        if record["example"] < len(examples)
     ]
-    panels: list[Histogram | Table] = [_histogram(records, options), _most_personal(records)]
+    panels: list[Histogram | Cells] = [_histogram(records, options), _most_personal(records)]
     if found:
         panels.append(_identification_table(found))
     summary = [
@@ -162,7 +162,7 @@ def _histogram(records: Records, options: ScoreOptions) -> Histogram:
     return Histogram(name, [round(float(e), 6) for e in edges], counts.tolist(), shares)
 
 
-def _most_personal(records: Records) -> Table:
+def _most_personal(records: Records) -> Cells:
     """The tokens with the highest PIR, each with the words before it: where to look for what PIR gets wrong."""
     every = [
         (pir, record["source"], record["response_tokens"], place)
@@ -175,14 +175,17 @@ def _most_personal(records: Records) -> Table:
         (f"{pir:.2f}", tokens[at].strip() or "␣", "".join(tokens[max(at - CONTEXT_TOKENS, 0) : at]).strip(), source)
         for pir, source, tokens, at in top
     ]
-    return Table("Highest PIR", ("PIR", "token", "after", "row"), rows)
+    return Cells("Highest PIR", ("PIR", "token", "after", "row"), rows)
 
 
-def _identification_table(found: Identified) -> Table:
+def _identification_table(found: Identified) -> Cells:
     rows = [
         (name, f"{x.auc:.3f}", f"{x.f1:.3f}", f"{x.precision:.3f}", f"{x.recall:.3f}", f"{x.threshold:.2f}")
         for name, x in found.methods.items()
     ]
-    labels = "marked by hand" if found.marked else "words that occur in the persona but not in the conversation"
+    labels = "marked by hand"
+    if found.marked < found.examples:
+        marked = f"{labels} in {found.marked:,} of {found.examples:,} examples, elsewhere " if found.marked else ""
+        labels = f"{marked}words that occur in the persona but not in the conversation"
     note = f"{found.labelled:,} of {found.tokens:,} tokens are personal: {labels}. F1 at the best threshold."
-    return Table("Token identification", ("method", "AUC", "F1", "precision", "recall", "threshold"), rows, note)
+    return Cells("Token identification", ("method", "AUC", "F1", "precision", "recall", "threshold"), rows, note)

@@ -33,7 +33,7 @@ def scored(
     while window := list(islice(numbered, WINDOW)):
         built: list[tuple[int, Any, Pair]] = []
         for index, example in window:
-            built += [(index, example, pair) for pair in subject.source.built(example)]
+            built += [(index, example, pair) for pair in subject.built(example)]
         # The file has one record per example that fits, in order. Examples with a record are not scored again.
         known = done[seen : seen + len(built)]
         for before, (_, example, pair) in zip(known, built, strict=False):

@@ -1,7 +1,10 @@
-"""A model ready to be trained: precision, attention, LoRA, 4-bit bases, and PerCE installed."""
+"""A model ready to be trained or measured: precision, attention, LoRA, 4-bit bases, and PerCE installed."""
 
 import copy
+import json
 import os
+import re
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -9,15 +12,20 @@ from typing import Any
 
 import torch
 
-from perce.config.schema import MERGED, ModelConfig
+from perce.config.questions import InferenceConfig
+from perce.config.schema import MERGED, ModelConfig, run_directory
+from perce.demo import default_model_path
 from perce.environment import let_umask_decide
-from perce.errors import UserError, in_one_line
-from perce.hub import from_anywhere, load_pretrained, read_config
+from perce.errors import UserError, first_line, in_one_line
+from perce.hub import base_of_adapter, check_base, from_anywhere, load_pretrained, read_config, tokenizer_of
+from perce.integrity import LIST, difference
 from perce.model.patch import check_head_unwrapped, prepare_model
 from perce.model.probe import unwrapped
 from perce.model.reach import freeze_beside_text, linear_layers, unused_layers
-from perce.visible import in_short
+from perce.visible import in_short, say
 from perce_kernels.backends import resolve_backend
+
+WEIGHTS = re.compile(r"model[^/]*\.(safetensors|bin)$")  # one file or shards, of a model or an adapter
 
 
 def bf16_is_sound(device: str) -> bool:
@@ -74,6 +82,74 @@ def load_model(path: str, config: ModelConfig, device: str) -> Any:
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return add_adapter(model, lora_config(config))
+
+
+def load_to_measure(config: InferenceConfig) -> tuple[Any, Any, torch.device]:
+    """(model in eval mode with PerCE installed, tokenizer, device).
+
+    An adapter is not merged into its base, as in training: merging into bf16 weights rounds, and lost half of what an
+    adapter had learnt in 20 steps (docs/LOG.md). UserError for a model that cannot be loaded.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = check_backend(config.backend, device)
+    wanted = "fp32" if config.precision == "auto" and device.type == "cpu" else config.precision
+    low = resolve_precision(wanted, device.type) == "bf16"
+    kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if low else torch.float32}
+    if config.attn_implementation:
+        kwargs["attn_implementation"] = config.attn_implementation
+    path = config.model or str(default_model_path())
+    _check_weights(path)
+    base = base_of_adapter(path)
+    if base is not None:
+        check_base(run_directory(path), base, f"--model {path}")
+    model = prepare_model(load_pretrained(base or path, **kwargs), backend)
+    if base is not None:
+        model = _with_adapter(model, path)
+    return model.to(device).eval(), tokenizer_of(path, base), device
+
+
+def _check_weights(path: str) -> None:
+    """UserError if the weights of a run or checkpoint are not those that were saved: the numbers would be wrong."""
+    local = Path(path).expanduser()
+    if not (file := local / LIST).is_file():
+        of_a_run = run_directory(path) is not None and local.resolve().name != MERGED
+        if of_a_run and any(WEIGHTS.search(str(weights)) for weights in local.glob("*model*")):
+            told = "its weights may be incomplete, or older than the run's checkpoints"
+            say(f"--model {path}: was not finished ({LIST} is missing): {told}", error=True)
+        return
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8")).items()
+        weights = {name: fact for name, fact in saved if WEIGHTS.search(name)}
+        reason = difference(local, weights) if weights else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{file} cannot be read ({in_one_line(error)})"
+    if reason:
+        raise UserError(
+            f"--model {path}: {reason}. Restore it, or give an intact checkpoint. If you changed the weights "
+            f"yourself, delete {file}, which describes the files as they were saved."
+        )
+
+
+def _with_adapter(model: Any, path: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*missing adapter keys")  # PEFT leaves these without an effect
+            wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
+    except Exception as error:  # a damaged file may raise anything
+        raise UserError(
+            f"--model {path}: the adapter is damaged or does not fit its base model ({first_line(error)}). Restore it, "
+            "or give another adapter."
+        ) from error
+    try:
+        check_adapter(wrapped)
+    except UserError as error:
+        remedy = (
+            "An adapter that can be merged into its base (merge_and_unload, in fp32) can be given as a whole model."
+        )
+        raise UserError(f"--model {path}: {error} {remedy}") from error
+    return wrapped
 
 
 def lora_config(config: ModelConfig) -> Any:
@@ -171,17 +247,18 @@ def merge_adapter(directory: Path, base: str) -> None:
 
 
 def check_adapter(model: Any) -> None:
-    """UserError for adapters with which the loss would read wrong rows, ignore an adapted head, or lack a term."""
+    """UserError for adapters with which the loss would read wrong rows, ignore an adapted head, or lack a term, and for
+    those that generation leaves out."""
     for config in model.peft_config.values():
         if str(config.peft_type.value) == "ADALORA":
             raise UserError(
                 "peft_config: AdaLoRA adds a term to the model's own loss, which perce does not compute, and has to be "
                 "called after each step. Use LoRA."
             )
-        if getattr(config, "is_prompt_learning", False) and str(config.peft_type.value) != "PREFIX_TUNING":
+        if getattr(config, "is_prompt_learning", False):
             raise UserError(
-                f"peft_config: {config.peft_type.value} puts virtual tokens before the prompt, so the response would "
-                "be read at the wrong positions. Use LoRA, another adapter, or prefix tuning."
+                f"peft_config: {config.peft_type.value} learns a prompt: virtual tokens would shift the response, and "
+                "generation would leave out a learned cache. Use LoRA, or another adapter on the weights."
             )
     check_head_unwrapped(model)
 

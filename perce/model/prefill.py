@@ -153,5 +153,3 @@ def _check_attention(model: Any, config: Any) -> None:
             f"{BY_ITSELF}: {config.model_type} has layers whose state is not keys and values ({other[0]}), and cannot "
             "be read without being changed. Leave these options out."
         )
-    if any(part.is_prompt_learning for part in getattr(model, "peft_config", {}).values()):
-        raise UserError(f"{BY_ITSELF}: prefix tuning puts a cache of its own before the persona. Use LoRA.")

@@ -48,6 +48,16 @@ def vocabulary_of(model: Any) -> int:
     return min(len(model.get_input_embeddings().weight), len(model.get_output_embeddings().weight))
 
 
+def check_ids(largest: int, vocabulary: int, name: str) -> None:
+    """UserError for a token id without an embedding or a logit: on a GPU it would end the process with a device-side
+    assert."""
+    if largest >= vocabulary:
+        raise UserError(
+            f"{name}: token id {largest} is outside the model's vocabulary of {vocabulary}. Expected the model's own "
+            "tokenizer; after adding tokens, call model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
 def probe_ids(model: Any, length: int = PROBE_TOKENS) -> Tensor:
     """(1, length) token ids from all over the vocabulary, on the device of the embeddings."""
     device = model.get_input_embeddings().weight.device

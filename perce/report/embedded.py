@@ -85,7 +85,7 @@ def _columns(tokens: Sequence[ScoredToken], signal: str, clip: tuple[float, floa
         "logp": _whole((token.logp for token in tokens), NATS), "cf": _whole((token.logp_cf for token in tokens), NATS),
         "weight": _whole((token.token_weight for token in tokens), unit),
         "ends": "".join(_end(token, clip) for token in tokens),
-        "pir": _mean([token.pir for token in tokens]), "loss": _mean([-token.logp for token in tokens]),
+        "pir": mean([token.pir for token in tokens]), "loss": mean([-token.logp for token in tokens]),
     }  # fmt: skip
     if signal != PIR.name:
         columns["signal"] = _whole((token.signal for token in tokens), unit)
@@ -101,6 +101,7 @@ def _whole(values: Iterable[float], unit: float) -> list[int | None]:
     return [round(value / unit) if math.isfinite(value) else None for value in values]
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    mean = sum(values) / len(values) if values else math.nan
-    return round(mean, 4) if math.isfinite(mean) else None
+def mean(values: Sequence[float]) -> float | None:
+    """To four decimals; None if it is not finite."""
+    found = sum(values) / len(values) if values else math.nan
+    return round(found, 4) if math.isfinite(found) else None

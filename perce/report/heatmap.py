@@ -7,7 +7,6 @@ or a user wrote.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from perce.visible import visible
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-_CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (0x09, 0x0A)} | {0x7F: 0x2421}
 
 
 class ScoredToken(NamedTuple):
@@ -62,7 +59,7 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Table:
+class Cells:
     """Cells as text, below a header; `note` says what they are."""
 
     title: str
@@ -88,14 +85,12 @@ def at_ceiling(token: ScoredToken, clip: tuple[float, float]) -> bool:
 
 
 def harmless(text: str) -> str:
-    """The text with what acts shown, but tab and newline: control characters by their symbols (ESC -> ␛)."""
-    return visible(text.translate(_CONTROL_PICTURES), keep="\t\n")
+    """The text with what acts shown, but tab and newline."""
+    return visible(text, keep="\t\n")
 
 
 def scale(clip: tuple[float, float]) -> tuple[float, float]:
-    """The clip in fp32, as the weights that it is compared with; ValueError unless it is a scale."""
-    if not (all(map(math.isfinite, clip)) and clip[0] <= clip[1]):
-        raise ValueError(f"clip: expected finite clip_min <= clip_max, got {clip}")
+    """The clip in fp32, as the weights that it is compared with."""
     low, high = struct.unpack("2f", struct.pack("2f", *clip))
     return low, high
 
@@ -106,11 +101,7 @@ _TERMINAL_HIGH = (37, 99, 235)
 
 
 def terminal_text(tokens: Iterable[ScoredToken], clip: tuple[float, float]) -> Text:
-    """The tokens as coloured rich text. Its plain text is theirs, with what acts shown, but tab and newline.
-
-    Raises:
-        ValueError: a clip that is no scale.
-    """
+    """The tokens as coloured rich text. Its plain text is theirs, with what acts shown, but tab and newline."""
     from rich.text import Text
 
     clip = scale(clip)

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 from perce.environment import in_one_move
 from perce.objectives import Objective, TokenWeighting
-from perce.report.embedded import embedded
-from perce.report.heatmap import Histogram, ScoredResponse, ScoredToken, Table, harmless, intensity, scale
+from perce.report.embedded import embedded, mean
+from perce.report.heatmap import Cells, Histogram, ScoredResponse, ScoredToken, harmless, intensity, scale
 
 OPEN_ROWS = 8  # a longer table is folded: the responses are what people come for
 MOST_USERS = 50  # in the table of users
@@ -82,23 +82,19 @@ def write_page(
     summary: Sequence[tuple[str, str]],
     weighed: Weighed,
     scored: int | None = None,
-    panels: Sequence[Histogram | Table] = (),
+    panels: Sequence[Histogram | Cells] = (),
 ) -> None:
     """Write the page of `responses`: of the first ones whose passes have at most MOST_TOKENS tokens together.
 
     Args:
         summary: (label, value) pairs, shown at the top; `panels` follow.
         scored: how many responses there are, if the page shows only some; default: those given.
-
-    Raises:
-        ValueError: the ends of the clip are no scale, or fewer were scored than are given.
     """
     scored = len(responses) if scored is None else scored
-    if scored < len(responses):
-        raise ValueError(f"scored: expected at least the {len(responses)} responses that are given, got {scored}")
+    assert scored >= len(responses)
     responses = _that_fit(responses)
     clip = scale((weighed.weighting.clip_min, weighed.weighting.clip_max))
-    users = users_table(responses)
+    users = users_table(responses, of="Of the responses shown." if len(responses) < scored else "")
     style, script, frame = (
         Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js", "html")
     )
@@ -229,8 +225,9 @@ def _number(value: float) -> str:
 # ---- panels
 
 
-def users_table(responses: Sequence[ScoredResponse]) -> Table | None:
-    """Examples, mean PIR and loss per user, in each response's last pass; None of fewer than two users."""
+def users_table(responses: Sequence[ScoredResponse], of: str = "") -> Cells | None:
+    """Examples, mean PIR and loss per user, in each response's last pass; None of fewer than two users. of: a sentence
+    on which responses these are."""
     tokens: dict[str, list[ScoredToken]] = defaultdict(list)
     examples: dict[str, int] = defaultdict(int)
     for response in responses:
@@ -240,17 +237,13 @@ def users_table(responses: Sequence[ScoredResponse]) -> Table | None:
     if len(examples) < 2:
         return None
     most = sorted(examples, key=lambda user: -examples[user])[:MOST_USERS]
-    note = f"The {MOST_USERS} users with the most responses, of {len(examples):,}." if len(most) < len(examples) else ""
+    most_of = f"The {MOST_USERS} users with the most responses, of {len(examples):,}." * (len(most) < len(examples))
     rows = []
     for user in most:
-        pir, loss = _mean([x.pir for x in tokens[user]]), _mean([-x.logp for x in tokens[user]])
-        rows.append((user, f"{examples[user]:,}", f"{len(tokens[user]):,}", pir, loss))
-    return Table("Users", ("user", "responses", "tokens", "mean PIR", "loss"), rows, note)
-
-
-def _mean(values: Sequence[float]) -> str:
-    mean = sum(values) / len(values) if values else math.nan
-    return f"{mean:.2f}" if math.isfinite(mean) else "–"
+        means = mean([x.pir for x in tokens[user]]), mean([-x.logp for x in tokens[user]])
+        cells = ("–" if each is None else f"{each:.2f}" for each in means)
+        rows.append((user, f"{examples[user]:,}", f"{len(tokens[user]):,}", *cells))
+    return Cells("Users", ("user", "responses", "tokens", "mean PIR", "loss"), rows, f"{of} {most_of}".strip())
 
 
 def _histogram(histogram: Histogram, clip: tuple[float, float], weighed: Weighed) -> str:
@@ -274,7 +267,7 @@ def _histogram(histogram: Histogram, clip: tuple[float, float], weighed: Weighed
 {floor:.1%} lie at the floor ({clip[0]:g} or less), {ceiling:.1%} at the ceiling ({clip[1]:g} or more).</p></section>"""
 
 
-def _table(table: Table, folded: bool = False) -> str:
+def _table(table: Cells, folded: bool = False) -> str:
     head = "".join(f'<th scope="col">{_html(cell)}</th>' for cell in table.header)
     bodies = ("".join(f'<td dir="auto">{_html(cell)}</td>' for cell in row) for row in table.rows)
     rows = "".join(f"<tr>{body}</tr>" for body in bodies)

@@ -33,7 +33,7 @@ from perce.model.positions import (
     position_limit,
     switch_length,
 )
-from perce.model.probe import check_sequences_apart
+from perce.model.probe import check_ids, check_sequences_apart
 from perce.model.reach import without_gradient
 from perce.model.trial import SHARED, Manner, check_step
 from perce.objectives import PERSONAS
@@ -186,19 +186,14 @@ def try_options(trainer: Trainer) -> tuple[int, int]:
 
 
 def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
-    """UserError for a token id without an embedding or a logit: on a GPU it would end the process with a device-side
-    assert."""
+    """UserError for a dataset with a token id that the model lacks."""
     largest = -1
     if isinstance(dataset, Dataset):
         for column in pieces_of(dataset, "input_ids"):
             largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py())
     elif isinstance(dataset, list):
         largest = max((max(pair["input_ids"]) for pair in dataset), default=-1)
-    if largest >= vocabulary:
-        raise UserError(
-            f"{name}: token id {largest} is outside the model's vocabulary of {vocabulary}. Expected the model's own "
-            "tokenizer; after adding tokens, call model.resize_token_embeddings(len(tokenizer))."
-        )
+    check_ids(largest, vocabulary, name)
 
 
 def check_sharding(trainer: Trainer, memory: MemoryConfig) -> None:

@@ -26,7 +26,7 @@ from perce.data.sharing import Sharing
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
 from perce.model.auxiliary import check_own_loss, router_of
-from perce.model.loading import add_adapter
+from perce.model.loading import add_adapter, check_adapter
 from perce.model.memory import prepare_memory
 from perce.model.passes import (
     TokenStatistics,
@@ -106,7 +106,9 @@ class PerceTrainer(ResumableTrainer):
         prepared = prepare_model(model, args.backend)
         if peft_config is not None:
             prepared = add_adapter(prepared, peft_config)
-        elif train_dataset is not None and not hasattr(prepared, "peft_config"):  # adapters no text reaches are refused
+        elif hasattr(prepared, "peft_config"):  # the trial step refuses adapters that no text reaches
+            check_adapter(prepared)
+        elif train_dataset is not None:
             freeze_beside_text(prepared)
         check_own_loss(prepared)
         if router := router_of(prepared, args.loss.router_aux_loss_coef):

@@ -28,7 +28,7 @@ def base(tmp_path_factory):
 def here(tmp_path, base, monkeypatch):
     """A directory with everything that the commands read, by short names."""
     monkeypatch.chdir(tmp_path)
-    for command in ("perce.measuring.inference.load", "perce.planning.plans.make_plan"):
+    for command in ("perce.measuring.inference.load_to_measure", "perce.planning.plans.make_plan"):
         monkeypatch.setattr(command, lambda *_: pytest.fail("found too late"))
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     write_jsonl(tmp_path / "dir" / "train.jsonl", ROWS)

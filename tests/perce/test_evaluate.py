@@ -1,6 +1,7 @@
 """perce.evaluate: losses against full logits, generation, resume, comparison, and errors."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from perce import DataConfig, evaluate, score
+from perce.config.questions import EvaluateConfig
 from perce.config.schema import run_directory
 from perce.data.pairing import make_builder
 from perce.data.pairs import personal_word_spans
@@ -287,7 +289,7 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
 
 
 def test_a_second_process_on_the_same_output_is_refused(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("perce.measuring.inference.load", lambda *_: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.measuring.inference.load_to_measure", lambda *_: pytest.fail("found too late"))
     with locked(tmp_path / ".e.jsonl.lock", ""):
         err = run("--output", tmp_path / "e.json", code=2).err
     assert f"error: {tmp_path / 'e.jsonl'}: in use by process" in err
@@ -318,6 +320,21 @@ def test_two_models_are_compared_on_the_same_examples(run, tmp_path, monkeypatch
     assert not [*tmp_path.glob("new.json*")]
     (tmp_path / "bad.json").write_text("{}")
     assert "expected the JSON that perce.evaluate" in run("--compare_with", tmp_path / "bad.json", code=2).err
+
+
+def test_results_of_another_version_are_refused(run, tmp_path):
+    run("--generate", "false", "--output", tmp_path / "a.json")
+    old = result(tmp_path / "a.json")
+    del old["run"]["form"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    err = run("--generate", "false", "--compare_with", tmp_path / "old.json", code=2).err
+    assert f"--compare_with {tmp_path / 'old.json'}: was written by another version of perce" in err
+    (tmp_path / "bare.json").write_text('{"kind": "perce.evaluate"}')
+    assert "expected the JSON that perce.evaluate" in run("--compare_with", tmp_path / "bare.json", code=2).err
+    facts = json.loads((tmp_path / "a.jsonl.run.json").read_text())
+    (tmp_path / "a.jsonl.run.json").write_text(json.dumps(facts | {"form": 0}))
+    err = run("--generate", "false", "--output", tmp_path / "a.json", code=2).err
+    assert "holds the records of another run (form was 0 and is" in err
 
 
 def test_examples_with_the_same_texts_are_compared_one_by_one(run, tmp_path):
@@ -376,6 +393,17 @@ def test_rows_that_are_left_out_are_counted_with_the_first_reason(run, tmp_path)
     err = run(*flags, code=2).err
     assert "No example is left: none can be used. The first: rows.jsonl:1: query and response take" in err
     assert "--skip_bad_rows" not in err
+
+
+def test_tokens_that_the_model_lacks_are_refused_by_name(run, tmp_path):
+    save_tiny_model(tmp_path / "model", vocab_size=60)
+    err = run("--model", tmp_path / "model", code=2).err
+    assert re.search(r"error: test\.jsonl:1: token id \d+ is outside the model's vocabulary of 60\.", err)
+
+
+@pytest.mark.parametrize(("output", "records"), [("e.json", "e.jsonl"), ("a/qwen-0.6", "a/qwen-0.6.jsonl")])
+def test_the_records_have_the_whole_name_of_the_result(output, records):
+    assert str(EvaluateConfig(output=output).records) == records
 
 
 @pytest.mark.parametrize(

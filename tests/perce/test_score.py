@@ -17,7 +17,7 @@ from perce.demo import DATA_DIR
 from perce.lock import locked
 from perce.measuring import inference, score_report, scores
 from tests.helpers.pages import Page
-from tests.helpers.tiny import read_jsonl, tiny_tokenizer, write_jsonl
+from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_tokenizer, write_jsonl
 from tests.helpers.training import LIMIT
 
 
@@ -67,7 +67,7 @@ def test_a_second_process_on_the_same_records_is_refused(scored, tmp_path, monke
     original = scores.score_window
 
     def beside_another(built, *rest):
-        monkeypatch.setattr("perce.measuring.inference.load", lambda *_: pytest.fail("found too late"))
+        monkeypatch.setattr("perce.measuring.inference.load_to_measure", lambda *_: pytest.fail("found too late"))
         refused.append(scored("--jsonl", tmp_path / "." / "s.jsonl", code=2).err)
         return original(built, *rest)
 
@@ -117,7 +117,7 @@ def test_a_description_that_perce_did_not_write_is_not_replaced(scored, tmp_path
     path.touch() if empty else None
     told.write_text('{"command": "mine"}\n')
     with monkeypatch.context() as patch:
-        patch.setattr("perce.measuring.inference.load", lambda *_: pytest.fail("found too late"))
+        patch.setattr("perce.measuring.inference.load_to_measure", lambda *_: pytest.fail("found too late"))
         assert f"error: {told}: exists already, and was not written by" in scored("--jsonl", path, code=2).err
     assert told.read_text() == '{"command": "mine"}\n'
     told.unlink()
@@ -233,6 +233,23 @@ def test_unmarked_data_is_labelled_by_persona_words_and_says_so(scored, tmp_path
     assert "--labels: labels: expected tokens of both kinds, got 0 labelled" in err
 
 
+def test_data_that_is_marked_in_part_says_how_much(scored, tmp_path):
+    rows = [json.loads(line) for line in (DATA_DIR / "test.jsonl").read_text(encoding="utf-8").splitlines()[:LIMIT]]
+    for row in rows[2:]:
+        del row["personal_spans"]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    out = " ".join(scored("--data", data, "--labels", "--terminal", 0, "--summary", tmp_path / "s.json").out.split())
+    assert f"personal: marked by hand in 2 of {LIMIT} examples, elsewhere words that occur in the persona" in out
+    content = json.loads((tmp_path / "s.json").read_text())["identification"]
+    assert content["marked"] == 2 and "persona word" not in content["methods"]
+
+
+def test_tokens_that_the_model_lacks_are_refused_by_name(scored, tmp_path):
+    save_tiny_model(tmp_path / "model", vocab_size=60)
+    err = scored("--model", tmp_path / "model", code=2).err
+    assert re.search(r"error: test\.jsonl:1: token id \d+ is outside the model's vocabulary of 60\.", err)
+
+
 def test_streaming_gives_the_same_and_long_examples_are_skipped(scored, tmp_path):
     scored("--jsonl", tmp_path / "a.jsonl")
     scored("--jsonl", tmp_path / "b.jsonl", "--streaming")
@@ -265,6 +282,13 @@ def test_rows_that_are_left_out_are_counted_with_the_first_reason(scored, tmp_pa
     err = scored(*flags, code=2).err
     assert "No example is left: none can be used. The first: rows.jsonl:1: query and response take" in err
     assert "--skip_bad_rows" not in err
+
+
+def test_files_next_to_records_keep_the_whole_name():
+    asked = SCORE.build(SCORE.parse(["--jsonl", "runs/qwen-0.6", "--export", "swift"]).raw).score
+    assert str(asked.exported) == "runs/qwen-0.6.swift.jsonl"
+    asked = SCORE.build(SCORE.parse(["--jsonl", "w.jsonl", "--export", "swift"]).raw).score
+    assert str(asked.exported) == "w.swift.jsonl"
 
 
 @pytest.mark.parametrize("window", [64, 3])

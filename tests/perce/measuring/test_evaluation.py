@@ -38,8 +38,8 @@ def test_left_padding_does_not_change_a_reply():
     assert len(set(map(len, prompts))) > 1
     options = EvaluateConfig(temperature=0, max_new_tokens=12)
     evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, {})
-    together = evaluator.replies(prompts, items)
-    assert together == [evaluator.replies([p], [item])[0] for p, item in zip(prompts, items, strict=True)]
+    together = evaluator.replies(items)
+    assert together == [evaluator.replies([item])[0] for item in items]
     stock = model.generate(torch.tensor([prompts[0]]), max_new_tokens=12, do_sample=False, eos_token_id=0)
     new = stock[0, len(prompts[0]) :].tolist()
     new = new[: new.index(0)] if 0 in new else new
@@ -70,10 +70,7 @@ def test_a_persona_that_is_read_once_does_not_change_a_reply(architecture, monke
     calls, own = [], evaluation.prefill
     monkeypatch.setattr(evaluation, "prefill", lambda *args: calls.append(args) or own(*args))
     for group in groups:
-        prompts = [item.pair.input_ids[: item.pair.prompt_length] for item in group]
-        assert shared.replies(prompts, group) == [
-            alone.replies([p], [i])[0] for p, i in zip(prompts, group, strict=True)
-        ]
+        assert shared.replies(group) == [alone.replies([item])[0] for item in group]
     assert bool(calls) == (architecture != "gemma3")
 
 
@@ -84,11 +81,11 @@ def test_nothing_of_the_models_own_generation_config_is_used():
     items = [Item(i, str(i), example, builder.build(example), None) for i, example in enumerate(demo_examples(3))]
     prompts = [item.pair.input_ids[: -item.pair.response_length] for item in items]
     options = EvaluateConfig(temperature=0, max_new_tokens=12)
-    expected = Evaluator(model, tokenizer, torch.device("cpu"), options, {}).replies(prompts, items)
+    expected = Evaluator(model, tokenizer, torch.device("cpu"), options, {}).replies(items)
     hostile = GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=12, num_beams=3)
     model.generation_config = hostile
     evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, {})
-    assert evaluator.replies(prompts, items) == expected
+    assert evaluator.replies(items) == expected
     changed = model.generate(torch.tensor(prompts[:1]), generation_config=hostile, max_new_tokens=12)
     assert tokenizer.decode(changed[0, len(prompts[0]) :]).strip() != expected[0], "it would change the reply"
 
@@ -172,11 +169,11 @@ def test_groups_of_a_batch_are_written_one_by_one_and_go_on_after_a_kill(evaluat
     whole, lines = evaluated("whole", *flags)
     calls, own = [], Evaluator.replies
 
-    def interrupted(self, prompts, items):
+    def interrupted(self, items):
         calls.append([item.index for item in items])
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return own(self, prompts, items)
+        return own(self, items)
 
     monkeypatch.setattr(Evaluator, "replies", interrupted)
     _, written = evaluated("half", *flags, code=130)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from perce.measuring.evaluation_report import METRICS, compare, print_result, summarise
+from perce.measuring.evaluation_report import all_metrics, compare, print_result, summarise
 
 METEOR = "meteor_exact_stem"
 
@@ -31,7 +31,7 @@ def printed(monkeypatch, capsys):
         facts = {"model": "ours"}
         other = {"records": theirs, "run": {"model": "theirs"}} if theirs else None
         comparison = compare(ours, facts, other, "theirs.json") if other else None
-        print_result(summarise(ours, [], facts, METEOR), comparison)
+        print_result(summarise(ours, [], facts), comparison)
         return capsys.readouterr().out
 
     return of
@@ -41,7 +41,7 @@ def printed(monkeypatch, capsys):
 def test_it_fits_80_columns_a_metric_a_line(printed, compared):
     lines = printed(records(), records(shift=0.5) if compared else None).splitlines()
     assert max(map(len, lines)) <= 80
-    for label, _, _ in METRICS.values():
+    for label in (metric.label for metric in all_metrics().values()):
         if label != "METEOR":
             tables = 1 + (compared and not label.startswith("references"))
             assert sum(label in line for line in lines) == tables, label
@@ -66,6 +66,37 @@ def test_few_users_are_told_and_what_their_p_can_be(printed):
     assert "only 1 user" in printed(records(1)) and "one user" in printed(records(1))
 
 
+def test_users_are_few_where_a_metric_has_few(printed):
+    """Of twelve users three have personal tokens."""
+    ours, theirs = records(), records(shift=1.0)
+    for record in [*ours[6:], *theirs[6:]]:
+        record |= {"personal_tokens": 0, "loss_personal": 0.0}
+    assert "only 3 users (loss on personal tokens)" in printed(ours)
+    assert "only 3 users (loss on personal tokens): intervals are rough, and p cannot be below 0.25" in " ".join(
+        printed(ours, theirs).split()
+    )
+
+
+def test_intervals_stay_within_what_a_metric_can_be(printed):
+    ours, theirs = records(2), records(2)
+    for place, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
+        mine |= {"uses_persona": float(place > 0), "rougeL": place / 3, "loss": 9.0 * (place > 1)}
+        its |= {"uses_persona": 0.0, "rougeL": 0.0, "loss": 20.0 * (place > 1)}
+    metrics = summarise(ours, [], {})["metrics"]
+    assert (metrics["uses_persona"]["low"], metrics["uses_persona"]["high"]) == (0, 1)
+    assert metrics["rougeL"]["low"] == 0 and metrics["loss_with_persona"]["low"] == 0
+    differences = compare(ours, {}, {"records": theirs, "run": {}}, "theirs.json")["differences"]
+    assert differences["uses_persona"]["high"] == 1 and differences["loss_with_persona"]["low"] < -1
+
+
+def test_examples_that_one_side_lacks_are_in_no_comparison():
+    ours, theirs = records(), records(shift=0.5)
+    ours[0] |= {"loss_swapped": None}
+    theirs[1] |= {"loss_swapped": None}  # of as many tokens
+    found = compare(ours, {}, {"records": theirs, "run": {}}, "theirs.json")["differences"]["loss_swapped_persona"]
+    assert found["n"] == 22 and found["value"] == pytest.approx(-0.05)
+
+
 def test_rows_are_not_called_users(printed):
     out = printed(records(3, named=False), records(3, shift=1.0, named=False))
     assert "only 3 rows" in out and "by row" in out and "user" not in out
@@ -80,15 +111,15 @@ def test_conversations_are_told_turn_by_turn(printed):
     at = lines.index("turn with persona without gain replies use it examples".split())
     assert lines[at + 1 : at + 3] == [["1", "1.0000", "2.5000", "1.5000", "0.0000", "12"],
                                       ["2", "2.0000", "2.5000", "0.5000", "1.0000", "12"]]  # fmt: skip
-    result = summarise(ours, [], {}, METEOR)
+    result = summarise(ours, [], {})
     assert [*result["by_turn"]] == [1, 2] and result["by_turn"][2]["loss_with_persona"]["clusters"] == 12
-    assert summarise(records(), [], {}, METEOR)["by_turn"] == {} and "turn" not in printed(records())
+    assert summarise(records(), [], {})["by_turn"] == {} and "turn" not in printed(records())
 
 
 def test_replies_to_rows_without_a_response(printed):
     ours = [record | {"uses_persona": 1.0} for record in records()]
     for record in ours[:4]:
         record |= {name: None for name in record if name.startswith(("loss", "reference", "rouge", "meteor"))}
-    metrics = summarise(ours, [], {}, METEOR)["metrics"]
+    metrics = summarise(ours, [], {})["metrics"]
     assert metrics["uses_persona"]["n"] == 24 and metrics["loss_with_persona"]["n"] == metrics["rougeL"]["n"] == 20
     assert printed(ours) and "only 12 users" not in printed(ours)

@@ -1,12 +1,14 @@
 """Scores compared with their reference packages; intervals and identification compared with brute force."""
 
 import random
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from perce.measuring import metrics
-from perce.measuring.metrics import Meteor, clustered_mean, identification, paired_difference, rouge
+from perce.measuring.metrics import clustered_mean, identification, paired_difference, rouge
 from tests.helpers.tiny import demo_examples
 
 
@@ -29,6 +31,31 @@ def test_rouge_is_the_packages_on_fifty_pairs():
             assert rouge(name)(prediction, reference) == expected[name].fmeasure
 
 
+LETTERS = (  # (a reply, another, ROUGE-1 of the two)
+    ("Я держу пчёл", "Мы держим пчёл", 1 / 3),
+    ("größe", "gräße", 0.0),
+    ("caf\u00e9", "cafe\u0301", 1.0),
+    ("मैं हिन्दी बोलता हूँ", "मैं उर्दू बोलता हूँ", 3 / 4),
+    ("我养蜜蜂。", "我养鸡。", 2 * 2 / (4 + 3)),
+    ("蜂を飼う", "蜂と飼う", 3 / 4),
+)
+
+
+@pytest.mark.parametrize(("reply", "other", "expected"), LETTERS)
+def test_letters_of_all_scripts_are_read(reply, other, expected):
+    """Those of scripts without spaces between words, one by one."""
+    pytest.importorskip("rouge_score")
+    assert rouge("rouge1")(reply, other) == pytest.approx(expected)
+    assert rouge("rougeL")(reply, reply) == 1.0
+
+
+def test_meteor_reads_scripts_without_spaces_by_character():
+    pytest.importorskip("nltk")
+    (meteor,) = [scorer for name, scorer in metrics.reply_scorers().items() if name.startswith("meteor")]
+    assert meteor("我养了很多蜜蜂", "我养了很多蜜蜂") > 0.99
+    assert 0.3 < meteor("我养了很多蜜蜂", "我养了很多鸡") < 0.95
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_meteor_is_nltks_on_fifty_pairs(monkeypatch, installed):
     nltk = pytest.importorskip("nltk")
@@ -39,9 +66,9 @@ def test_meteor_is_nltks_on_fifty_pairs(monkeypatch, installed):
         pytest.skip("WordNet is not installed (apt-get install wordnet-base)")
     if not installed:
         monkeypatch.setattr(metrics, "_find_wordnet", lambda: None)
-        wordnet = metrics._NoSynonyms()
-    meteor = Meteor()
-    assert meteor.name == ("meteor" if installed else "meteor_exact_stem")
+        wordnet = SimpleNamespace(synsets=lambda word: [])
+    assert metrics.meteor(not installed) is None
+    meteor = metrics.meteor(installed)
     tokenize = nltk.tokenize.NLTKWordTokenizer().tokenize
     for prediction, reference in text_pairs(50):
         expected = single_meteor_score(tokenize(reference), tokenize(prediction), wordnet=wordnet)
@@ -54,7 +81,7 @@ def test_meteor_is_nltks_on_fifty_pairs(monkeypatch, installed):
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nltk.translate.meteor_score", None)
     with pytest.raises(ValueError, match=r"needs nltk: pip install 'perce\[metrics\]'"):
-        Meteor()
+        metrics.meteor(True)
 
 
 def test_clustered_mean_and_its_interval():
@@ -83,6 +110,17 @@ def test_intervals_over_few_users_cover_as_often_as_they_say(monkeypatch, cluste
         covered += interval.low <= 2.0 <= interval.high
     assert 0.88 <= covered / 200 <= 0.98
     assert metrics._student(11) == pytest.approx(2.2010, abs=3e-3) and metrics._student(400) < 1.9665
+
+
+def test_intervals_of_many_users_take_little_memory():
+    """All resamples at once took 50 KB per user."""
+    values = np.random.default_rng(0).normal(2.0, 0.5, 4000)
+    tracemalloc.start()
+    clustered_mean(values, np.ones(4000), range(4000))
+    paired_difference(values, values + 0.1, np.ones(4000), range(4000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10e6
 
 
 def test_one_user_has_no_interval():

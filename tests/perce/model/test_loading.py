@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig
+from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -19,12 +19,29 @@ from perce.model.loading import add_adapter, default_attention, load_model, reso
 from perce.model.patch import prepare_model
 from tests.helpers.architectures import tiny
 from tests.helpers.models import PAIRS, perce_forward
-from tests.helpers.tiny import save_tiny_model, tiny_model
+from tests.helpers.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 
-def test_virtual_tokens_are_refused():
-    with pytest.raises(UserError, match="PROMPT_TUNING"):
-        add_adapter(prepare_model(tiny_model()), PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+@pytest.mark.parametrize("learned", [PromptTuningConfig, PrefixTuningConfig])
+def test_learned_prompts_are_refused(learned):
+    with pytest.raises(UserError, match=f"{learned.__name__[:6].upper()}_TUNING learns a prompt"):
+        add_adapter(prepare_model(tiny_model()), learned(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+        AdaLoraConfig(total_step=9, target_modules="all-linear"),
+    ],
+)
+def test_adapters_that_a_model_has_already_are_checked_too(tmp_path, config):
+    with pytest.raises(UserError, match=r"peft_config: (PREFIX_TUNING|AdaLoRA)"):
+        PerceTrainer(
+            get_peft_model(tiny_model(), config),
+            PerceArguments(tmp_path, use_cpu=True),
+            processing_class=tiny_tokenizer(),
+        )
 
 
 def test_loading_full_and_lora(tmp_path):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from perce import MemoryConfig, PerceTrainer, UserError, disable_dropout
+from perce import DataConfig, MemoryConfig, PerceTrainer, UserError, disable_dropout, load_examples
 from perce.data.batch import collate
+from perce.data.pairing import make_builder
 from perce.evaluate import main as evaluate
 from perce.model.patch import prepare_model
 from perce.model.positions import position_limit
@@ -14,7 +15,7 @@ from perce.score import main as score
 from perce.train import main as train
 from tests.helpers.architectures import tiny_config
 from tests.helpers.models import perce_forward
-from tests.helpers.tiny import demo_pairs, read_jsonl, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import demo_pairs, read_jsonl, tiny_model, tiny_tokenizer, write_jsonl
 from tests.helpers.trainers import arguments, trainer_for
 
 PAIRS = sorted(demo_pairs(8), key=lambda pair: len(pair["input_ids"]))
@@ -142,6 +143,19 @@ def test_questions_beyond_what_dynamic_encodings_have(tmp_path, capsys, command)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert command(["--model", str(tmp_path), "--limit", "8"]) == 2
     assert "rope_type dynamic) depends on the longest sequence of a batch" in capsys.readouterr().err
+
+
+def test_a_long_reference_leaves_a_reply_its_room(tmp_path):
+    """A reply follows the prompt, not the response in the data."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    row = {"persona": ["I ski."], "query": "Hi", "response": "Hello you. " * 30}
+    data = write_jsonl(tmp_path / "rows.jsonl", [row])
+    pair = make_builder(tiny_tokenizer(), DataConfig(), "perce").build(load_examples(data, "train").all[0])
+    length, reply = len(pair.input_ids), pair.response_length
+    tiny_model(rope_parameters=rope, max_position_embeddings=length).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    flags = ["--model", str(tmp_path), "--data", str(data), "--max_new_tokens"]
+    assert [evaluate([*flags, str(most)]) for most in (reply, reply + 1)] == [0, 2]
 
 
 def test_a_run_says_that_short_sequences_have_long_factors(saved, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
@@ -195,6 +195,3 @@ def test_a_model_that_cannot_go_on_from_a_prefix_is_refused():
     model.config._attn_implementation = "paged|sdpa"
     with pytest.raises(UserError, match=r"attn_implementation=paged\|sdpa"):
         prepare_prefill(model)
-    config = PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    with pytest.raises(UserError, match="prefix tuning"):
-        prepare_prefill(get_peft_model(prepare_model(tiny_model()), config))

@@ -60,7 +60,7 @@ def test_texts_are_shared_and_cut_as_javascript_counts():
          ScoredResponse(("I ski.",), (("user", "Hi"),), {"b": []}, "u", "rows.jsonl:2")]
     )  # fmt: skip
     first, second = content["responses"]
-    assert first["texts"] == [["🐝é\n␛\\ud83d", [2, 0, 2, 1, 6]], ["🐝", [2]]]
+    assert first["texts"] == [["🐝é\n\\x1b\\ud83d", [2, 0, 2, 4, 6]], ["🐝", [2]]]
     assert [own["text"] for own in first["passes"]] == [0, 0, 1]
     assert second["passes"][0] is second["passes"][2] is None and second["passes"][1]["loss"] is None
     assert content["strings"] == ["I ski.", "Hi"] and content["users"] == ["u"]
