@@ -71,8 +71,11 @@ def has_shared(dataset: Any, memory: MemoryConfig) -> bool:
     return has_length(dataset) and any(len(indices) > 1 for indices in whole_units(dataset, memory))
 
 
-def whole_units(dataset: Any, memory: MemoryConfig) -> list[list[int]]:
-    """Indices of the examples of each conversation, or of each persona, conversation after conversation."""
+def whole_units(dataset: Any, memory: MemoryConfig, shares: bool = True) -> list[list[int]]:
+    """Indices of the examples of each conversation, or of each persona, conversation after conversation; each example
+    alone if none shares tokens with another."""
+    if not shares:
+        return [[index] for index in range(len(dataset))]
     return [[index for indices in unit for index in indices] for unit in personas(dataset, memory.unit)]
 
 

@@ -201,17 +201,15 @@ class PerceTrainer(ResumableTrainer):
         return super().get_train_dataloader() if loader is None else loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Like transformers.Trainer's, but conversations stay together if they can share tokens, and
-        dataloader_drop_last does not apply: all examples are evaluated."""
+        """Like transformers.Trainer's, but always of this dataset, all of its examples, in its order or conversation by
+        conversation."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = cast(Any, self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset
-        if self.args.data.share != "none" and has_length(dataset) and has_shared(dataset, self.args.memory):
+        if has_length(dataset):
             return own_eval_loader(dataset, self.data_collator, self.args)
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
+        # With workers that stay, the Trainer would take its last loader for any dataset.
+        vars(self).pop("_eval_dataloaders", None)
+        return super().get_eval_dataloader(eval_dataset)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise UserError("predict: would return logits, which PerceTrainer never holds. Use trainer.evaluate(dataset).")
@@ -352,8 +350,7 @@ class PerceTrainer(ResumableTrainer):
         """The E-step over all training examples, divided over the processes; draws no random numbers."""
         dataset = cast(Dataset, self.train_dataset)
         lengths = sequence_lengths(dataset)
-        alone, memory = self.sharing == "none", self.args.memory
-        together = [[index] for index in range(len(dataset))] if alone else whole_units(dataset, memory)
+        together = whole_units(dataset, self.args.memory, self.sharing != "none")
         together.sort(key=lambda indices: max(lengths[index] for index in indices))
         batches = in_order(together, self.args.per_device_eval_batch_size)
 
