@@ -156,6 +156,9 @@ def test_every_field_is_read_or_refused():
         ("--streaming --max_steps=2 --dataloader_drop_last", ["dataloader_drop_last", "--streaming"]),
         ("--auto_find_batch_size", ["auto_find_batch_size", "perce.plan"]),
         ("--lr_scheduler_type=constant --lr_scheduler_kwargs={}", ["lr_scheduler_kwargs", "constant"]),
+        ("--eval_steps=5 --eval_strategy=epoch", ["eval_steps", "--eval_strategy epoch"]),
+        ("--save_steps=5 --save_strategy=epoch", ["save_steps", "--save_strategy epoch"]),
+        ("--logging_steps=5 --logging_strategy=epoch", ["logging_steps", "--logging_strategy epoch"]),
         ("--run_name=x", ["run_name", "--report_to"]), ("--dataloader_in_order=false", ["dataloader_num_workers"]),
         ("--hub_model_id=me/x", ["hub_model_id", "--push_to_hub"]), ("--fsdp_config={}", ["fsdp_config", "--fsdp"]),
         ("--gradient_checkpointing_kwargs={}", ["checkpointing_kwargs", "--activation_checkpointing"]),
@@ -180,6 +183,17 @@ def test_fields_without_an_effect_are_refused_in_python_too(tmp_path):
     assert args.logging_nan_inf_filter is False and args.label_names == []
     again = dataclasses.replace(args, seed=3)  # fields that TrainingArguments have set themselves are accepted
     assert again.seed == 3 and again.loss == args.loss
+
+
+def test_uneven_batches_are_refused(tmp_path):
+    with pytest.raises(UserError, match="accelerator_config: .*even_batches"):
+        arguments(tmp_path, accelerator_config={"even_batches": False})
+
+
+def test_ligers_kernels_are_chosen_on_the_command_line_too(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--precision", "fp32", '--liger_kernel_config={"rope": false}']
+    config = training_arguments(resolve(parse_args(flags)[0])).liger_kernel_config
+    assert config == {"rope": False, "fused_linear_cross_entropy": False, "cross_entropy": False}
 
 
 def test_unused_parameters_are_looked_for_where_that_is_asked(tmp_path):

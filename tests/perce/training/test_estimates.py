@@ -108,6 +108,12 @@ def test_changed_data_and_lost_estimates_are_refused(tmp_path):
     with pytest.raises(UserError, match="differ in their number"):
         trainer_for(model_for("full"), args, PAIRS[:10]).train(resume_from_checkpoint=str(checkpoint))
 
+    start, _ = PAIRS[3]["persona_span"]
+    changed = copy.deepcopy(PAIRS)
+    changed[3]["input_ids"][start] ^= 1
+    with pytest.raises(UserError, match="its weights belong to other training"):
+        trainer_for(model_for("full"), args, changed).train(resume_from_checkpoint=str(checkpoint))
+
     with pytest.raises(UserError, match="a vocabulary of 400, and this one has 401"):
         Estimates.load(checkpoint, Dataset.from_list(PAIRS), 401, "PIR")
     other = arguments(tmp_path, max_steps=2, loss=LossConfig("dft", estimate="frozen"))
@@ -120,6 +126,15 @@ def test_changed_data_and_lost_estimates_are_refused(tmp_path):
     seal(checkpoint)  # like a checkpoint of a run whose weights were not estimated beforehand
     with pytest.raises(UserError, match="the token weights of this run cannot be read"):
         trainer_for(model_for("full"), args).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_list_of_pairs_is_estimated_like_a_dataset_of_them(tmp_path):
+    args = arguments(tmp_path, max_steps=1, loss=loss_config("epoch"))
+    trainers = [trainer_for(model_for("full"), args)]
+    trainers += [PerceTrainer(model_for("full"), args, train_dataset=PAIRS, processing_class=tiny_tokenizer())]
+    for trainer in trainers:
+        trainer.train()
+    assert torch.equal(*(trainer.estimates.signal for trainer in trainers))
 
 
 def test_what_cannot_be_estimated_beforehand(tmp_path):

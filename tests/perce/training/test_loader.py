@@ -151,6 +151,13 @@ def test_evaluations_are_of_all_examples_in_the_order_of_their_dataset(tmp_path,
     assert [x.example for x in trainer.last_evaluation] == list(range(12))
 
 
+def test_an_evaluation_of_nothing_is_refused(tmp_path):
+    trainer = trainer_for(model_for("full"), arguments(tmp_path))
+    nothing = Dataset.from_list(PAIRS).to_iterable_dataset().filter(lambda _: False)
+    with pytest.raises(UserError, match="eval_dataset: expected at least one example"):
+        trainer.evaluate(nothing)
+
+
 def evaluated(directory):
     """The loss of seven examples, and which of them this process has evaluated."""
     args = arguments(directory, per_device_eval_batch_size=2)
