@@ -296,7 +296,7 @@ class PerceTrainer(ResumableTrainer):
     def restore(self, checkpoint: Path) -> None:
         if self.args.loss.estimate != "online":
             signal = self.args.loss.weighting.signal_name
-            self.estimates = Estimates.load(checkpoint, self.train_dataset, self._vocabulary, signal)
+            self.estimates = Estimates.load(checkpoint, self.train_dataset, signal)
 
     def save_beside(self, checkpoint: Path) -> None:
         self._window.pause()
@@ -360,7 +360,7 @@ class PerceTrainer(ResumableTrainer):
         with self.estimation_clock.measure():
             self.estimates = estimate(
                 dataset, share, lambda rows: self._estimated(self.data_collator([dataset[row] for row in rows])),
-                _gather_dicts, epoch=epoch, vocabulary=self._vocabulary, of_signal=self.args.loss.weighting.signal_name,
+                _gather_dicts, epoch=epoch, of_signal=self.args.loss.weighting.signal_name,
             )  # fmt: skip
 
     @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times

@@ -186,7 +186,7 @@ def test_fields_without_an_effect_are_refused_in_python_too(tmp_path):
 
 
 def test_uneven_batches_are_refused(tmp_path):
-    with pytest.raises(UserError, match="accelerator_config: .*even_batches"):
+    with pytest.raises(UserError, match=r"accelerator_config: .*even_batches"):
         arguments(tmp_path, accelerator_config={"even_batches": False})
 
 
