@@ -192,8 +192,6 @@ def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
     if isinstance(dataset, Dataset):
         for column in pieces_of(dataset, "input_ids"):
             largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py())
-    elif isinstance(dataset, list):
-        largest = max((max(pair["input_ids"]) for pair in dataset), default=-1)
     if largest >= vocabulary:
         raise UserError(
             f"{name}: token id {largest} is outside the model's vocabulary of {vocabulary}. Expected the model's own "
@@ -279,8 +277,6 @@ def check_gradients(trainer: Trainer) -> None:
 
 def _some_have_a_persona(dataset: Any) -> bool:
     """Whether some pairs have a persona and others have none. Of a stream it is not known."""
-    if isinstance(dataset, list):
-        return len({pair.get("persona_span") is None for pair in dataset}) > 1
     if not isinstance(dataset, Dataset) or "persona_span" not in dataset.column_names:
         return False
     return any(column.null_count for column in pieces_of(dataset, "persona_span"))
@@ -336,7 +332,7 @@ def longest_sequence(dataset: Any, max_length: int) -> int:
     """Tokens of the longest sequence; for a stream, as many as one may have; 0 if that is not known."""
     if isinstance(dataset, Mapping):
         return max((longest_sequence(part, max_length) for part in dataset.values()), default=0)
-    if isinstance(dataset, Dataset | list):
+    if isinstance(dataset, Dataset):
         return max(sequence_lengths(dataset), default=0)
     return max_length if isinstance(dataset, IterableDataset | PairStream) else 0
 

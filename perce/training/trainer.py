@@ -183,6 +183,9 @@ class PerceTrainer(ResumableTrainer):
         check_dataset(dataset, name)
         if _is_raw(dataset):
             dataset = rows_dataset_pairs(dataset, name, self._tokenizer, *self._options)
+        elif isinstance(dataset, list):
+            every = dict.fromkeys(key for pair in dataset for key in pair) | {"data_weight": 1.0}
+            dataset = Dataset.from_list([every | pair for pair in dataset])  # has the columns of the first row
         check_vocabulary(dataset, name, self._vocabulary)
         self._check_context(dataset, name)
         return dataset
