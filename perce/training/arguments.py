@@ -262,6 +262,11 @@ def _settle_loaders(args: PerceArguments) -> None:
             "accelerator_config: expected no dispatch_batches, because batches of ragged examples cannot be divided "
             "and sent, and no num_steps, which is --gradient_accumulation_steps. Leave them out."
         )
+    if not given.even_batches:
+        raise UserError(
+            "accelerator_config: expected no even_batches: false. A process with fewer batches than the others would "
+            "leave them waiting. Leave it out."
+        )
     given.dispatch_batches = False
 
 
