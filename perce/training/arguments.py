@@ -91,6 +91,7 @@ KEPT_CHECKPOINTS = 2
 class PerceArguments(TrainingArguments):
     """TrainingArguments, the loss, and how raw rows become token pairs (the path in `data` is not used here)."""
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "liger_kernel_config"]  # noqa: RUF012  may be JSON
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
@@ -142,11 +143,11 @@ class PerceArguments(TrainingArguments):
                 "neftune_noise_alpha: the noise depends on the length of a row, and with persona_grad=none or "
                 "branches_per_forward a sequence is run in parts. Leave one of them out."
             )
+        super().__post_init__()
         # Liger is patched in when training begins. Its loss would replace the forward that holds ours, and its MLPs
         # would replace our tiles; its other kernels are allowed.
         off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)
         self.liger_kernel_config = (self.liger_kernel_config or {}) | dict.fromkeys(off, False)
-        super().__post_init__()
         _settle_checkpointing(self)
         _check_optimizer(self)
         _settle_loaders(self)
@@ -234,7 +235,7 @@ def _check_values(args: PerceArguments) -> None:
             require(value is None or value >= least, name, f">= {least}", value)
     for name, choices in ONE_OF.items():
         require(getattr(args, name) in choices, name, f"one of {', '.join(map(str, choices))}", getattr(args, name))
-    for name in (f"{CHECKPOINTING}_kwargs", "lr_scheduler_kwargs"):
+    for name in (f"{CHECKPOINTING}_kwargs", "lr_scheduler_kwargs", "liger_kernel_config"):
         value = getattr(args, name)
         as_json = isinstance(value, str) and value.startswith("{")
         require(value is None or as_json or isinstance(value, Mapping), name, "a mapping, or one as JSON", value)
