@@ -393,14 +393,16 @@ class PerceTrainer(ResumableTrainer):
                 ]
                 rows.append(torch.tensor(sums))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        dataset, batches = dataloader.dataset, dataloader.batch_sampler
-        if isinstance(batches, list):  # made by own_eval_loader
-            places = [place for batch in batches for place in batch]
+        dataset, sampler = dataloader.dataset, dataloader.batch_sampler
+        if isinstance(sampler, list):  # made by own_eval_loader
+            places = [place for batch in sampler for place in batch]
             ordered = sorted(zip(places, self.last_evaluation, strict=True), key=lambda x: x[0])
             self.last_evaluation = [example for _, example in ordered]
         # Processes take turns. Examples that are repeated to give each as many batches come last, and are cut off.
         turns = zip(*gather_object([rows]), strict=True)
-        examples_seen = torch.cat([batch for turn in turns for batch in turn])
+        if not (batches := [batch for turn in turns for batch in turn]):
+            raise UserError("eval_dataset: expected at least one example, got a stream of none.")
+        examples_seen = torch.cat(batches)
         examples_seen = examples_seen[: len(dataset) if has_length(dataset) else None]
         n, ce, ce_cf, n_personal, ce_personal = examples_seen.double().sum(0).tolist()
         metrics = {
