@@ -342,6 +342,14 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         handed_on = f"{CHECKPOINTING}_kwargs" if name == "gradient_checkpointing_kwargs" else name
         extra[handed_on] = _converted(name, hints[name], value)
     run = config.run
+    for kind in ("eval", "save", "logging"):
+        steps, default = f"{kind}_steps", getattr(RunConfig, f"{kind}_steps")
+        strategy = extra.get(f"{kind}_strategy")
+        if getattr(run, steps) not in (0, default) and strategy in ("epoch", "best"):
+            raise UserError(
+                f"{steps}: has no effect with --{kind}_strategy {strategy}. Leave one of them out; instead of a "
+                f"recipe's number give --{steps} {default}."
+            )
     use_cpu = bool(extra.get("use_cpu", not torch.cuda.is_available()))
     precision = resolve_precision(config.model.precision, "cpu" if use_cpu else "cuda")
     values: dict[str, Any] = {
