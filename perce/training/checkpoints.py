@@ -52,11 +52,8 @@ def write_in_one_move(path: Path, text: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file or a directory to the disk. Windows flushes only files opened for writing, and no directories."""
-    windows = os.name == "nt"
-    if windows and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    """Flush a file or a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:

@@ -1,6 +1,7 @@
 """A training run's measurements of itself: seconds, token statistics between two logs, peak memory."""
 
 import contextlib
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -129,7 +130,5 @@ def peak_memory_mib(device: torch.device) -> float:
     """Peak CUDA allocation, or the process's peak resident set, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
-    import resource  # not on Windows
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / MIB if sys.platform == "darwin" else peak / 1024
