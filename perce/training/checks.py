@@ -1,4 +1,4 @@
-"""What PerceTrainer refuses or warns of on construction, because it would fail later, on a GPU, or silently."""
+"""What trainers refuse or warn of before the first step, because it would fail later, on a GPU, or silently."""
 
 import warnings
 from collections.abc import Callable, Mapping
