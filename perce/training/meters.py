@@ -15,29 +15,16 @@ MIB = 2**20
 
 
 class Clock:
-    """Seconds spent in stretches of work; nested stretches count once. On CUDA, events measure them and are read only
-    when asked for, so a step has no sync."""
+    """Seconds spent in stretches of work. On CUDA, events measure them and are read only when asked for, so a step has
+    no sync."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._spent = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._running = False
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
-        if self._running:
-            yield
-            return
-        self._running = True
-        try:
-            with self._measured():
-                yield
-        finally:
-            self._running = False
-
-    @contextlib.contextmanager
-    def _measured(self) -> Iterator[None]:
         if self._cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

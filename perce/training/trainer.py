@@ -275,7 +275,7 @@ class PerceTrainer(ResumableTrainer):
     def _estimated(self, inputs: Batch) -> Measured:
         """The E-step of one batch, in eval mode and without drawing random numbers."""
         model: Any = self.model_wrapped if self.is_in_train else self.model
-        with evaluating(model), self.estimation_clock.measure(), self.compute_loss_context_manager():
+        with evaluating(model), self.compute_loss_context_manager():
             return measured(
                 model, self._prepare_inputs(inputs), self.args.loss.weighting,
                 counterfactual=self.args.loss.entry.counterfactual,
@@ -315,7 +315,8 @@ class PerceTrainer(ResumableTrainer):
             several = batch_samples if len(batch_samples) > 1 else ()
             self._balance.begin([self._counted(batch) for batch in several])
         if of_step := self.args.loss.entry.over_step:
-            found = [self._known(batch) or self._estimated(batch) for batch in batch_samples]
+            with self.estimation_clock.measure():
+                found = [self._known(batch) or self._estimated(batch) for batch in batch_samples]
             seed = self.args.seed * 1_000_003 + self.state.global_step
             self._over_step = over_step(found, lambda x: of_step(x, seed), gather_object, self.args.process_index)
         # torch.tensor would wait until all earlier work on the device is done.
