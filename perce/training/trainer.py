@@ -289,7 +289,6 @@ class PerceTrainer(ResumableTrainer):
             return experts_used(model, self._prepare_inputs(inputs), top_k)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        self._window.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._normalizer and self.accelerator.sync_gradients:
             tokens = inputs["target"].numel() if num_items_in_batch is None else num_items_in_batch
