@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 from perce.config.schema import LossConfig
 
@@ -103,6 +104,11 @@ class Window:
         if balanced:
             means["router_aux_loss"] = balance / max(self.steps, 1)
         return means | {"tokens_per_second": tokens / max(self.seconds, 1e-9)}
+
+
+def progress_of(state: TrainerState) -> float:
+    """From 0 at the first step of the run to 1 at the last."""
+    return min(state.global_step / max(state.max_steps - 1, 1), 1.0)
 
 
 def evaluation(means: Mapping[str, float]) -> dict[str, float]:

@@ -58,7 +58,7 @@ from perce.training.checks import (
 )  # fmt: skip
 from perce.training.estimates import EStep, Estimates, check_estimable, estimate, over_step
 from perce.training.loader import own_eval_loader, own_train_loader
-from perce.training.meters import Clock, Window, peak_memory_mib
+from perce.training.meters import Clock, Window, peak_memory_mib, progress_of
 from perce.training.normalizer import StepNormalizer
 from perce.training.parallel import found_by_first, keep_outputs_exact
 from perce.training.resumable import ResumableTrainer
@@ -225,7 +225,7 @@ class PerceTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         check_trunks(inputs, self.args.memory)
-        loss = self.args.loss.at(self._progress)
+        loss = self.args.loss.at(progress_of(self.state))
         per_sequence = loss.normalize == "sequence"  # "batch": see StepNormalizer
         assert self._over_step or not loss.entry.over_step, (
             "weights that depend on a whole step are known only in train()"
@@ -255,11 +255,6 @@ class PerceTrainer(ResumableTrainer):
         if self._normalizer:
             self._normalizer.add_weights(done.token_weight)
         return (value, done[:4]) if return_outputs else value
-
-    @property
-    def _progress(self) -> float:
-        """From 0 at the first step of the run to 1 at the last."""
-        return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
 
     def _known(self, inputs: Batch) -> Measured | None:
         """The estimates of an E-step before this forward pass; None without one."""
