@@ -38,7 +38,7 @@ from perce.model.reach import without_gradient
 from perce.model.trial import SHARED, Manner, check_step
 from perce.objectives import PERSONAS
 from perce.training.arguments import PerceArguments
-from perce.training.best import METRICS, evaluated_name
+from perce.training.best import check_direction, metric_of
 from perce.training.parallel import check_one_gpu, check_parallelism
 from perce.visible import in_short
 
@@ -97,10 +97,8 @@ def check_trainer(trainer: Trainer, loss: LossConfig) -> None:
     if loaders.dispatch_batches:
         raise UserError("dispatch_batches: expected false. Batches that are divided and sent lose their tokens.")
     loaders.dispatch_batches = False  # None would dispatch the batches of a stream
-    metric = next((metric for metric in METRICS if evaluated_name(args).endswith(f"_{metric}")), None)
-    if metric and args.metric_for_best_model and args.greater_is_better != METRICS[metric]:
-        better = "greater" if METRICS[metric] else "smaller"
-        raise UserError(f"greater_is_better: a {better} {evaluated_name(args)} is better. Use {METRICS[metric]}.")
+    if args.metric_for_best_model and (metric := metric_of(args)):
+        check_direction(args, metric)
     if args.label_smoothing_factor:
         raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
     if args.neftune_noise_alpha and loss.entry.contrasts:
