@@ -338,7 +338,6 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
             raise UserError(f"{name}: use --{OURS[name]} instead.")
         if name not in fields:
             raise TRAIN.unknown(name, fields)
-        _refuse_idle([name], NOT_READ, but=())
         handed_on = f"{CHECKPOINTING}_kwargs" if name == "gradient_checkpointing_kwargs" else name
         extra[handed_on] = _converted(name, hints[name], value)
     run = config.run
@@ -399,7 +398,7 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()  # fails if its package is missing
-    _refuse_idle(config.extra, idle_beside(args), but=())
+    _refuse_idle(config.extra, NOT_READ | idle_beside(args), but=())
     return args
 
 
@@ -415,7 +414,6 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
     """The config with batch size and accumulation filled in if they were not given; they are set in args too. A step
     gets the fewest forward passes whose largest batch is within the tokens of a forward pass."""
     run = config.run
-    batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
     tokens = run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]
 
     def fits(replies: int) -> bool:
@@ -425,18 +423,15 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
         return tokens >= largest_batch(pairs, replies, sharing, config.memory)
 
     at_least = 1 if sharing == "none" else config.memory.share_persona or 1
-    fitting = batch or max(next((replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies)), 1), at_least)
+    sizes = (replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies))
+    fitting = run.per_device_train_batch_size or max(next(sizes, 1), at_least)
     if "per_device_eval_batch_size" not in config.extra:  # depends on saved options: a resumed run evaluates as before
-        args.per_device_eval_batch_size = fitting if run.tokens_per_batch else batch or fitting
-    if run.tokens_per_batch is not None:
-        args.gradient_accumulation_steps = accumulation or 1
-        return replace(config, run=replace(run, gradient_accumulation_steps=accumulation or 1))
-    batch = batch or fitting
-    accumulation = accumulation or max(REPLIES_A_STEP // batch, 1)
-    args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, accumulation
-    return replace(
-        config, run=replace(run, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
-    )
+        args.per_device_eval_batch_size = fitting
+    chosen = {} if run.tokens_per_batch else {"per_device_train_batch_size": fitting}
+    passes = 1 if run.tokens_per_batch else max(REPLIES_A_STEP // fitting, 1)
+    chosen["gradient_accumulation_steps"] = run.gradient_accumulation_steps or passes
+    vars(args).update(chosen)
+    return replace(config, run=replace(run, **chosen))
 
 
 def step_of_run(args: PerceArguments, sharing: Sharing = "none") -> str:
