@@ -427,7 +427,7 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
     fitting = run.per_device_train_batch_size or max(next(sizes, 1), at_least)
     if "per_device_eval_batch_size" not in config.extra:  # depends on saved options: a resumed run evaluates as before
         args.per_device_eval_batch_size = fitting
-    chosen = {} if run.tokens_per_batch else {"per_device_train_batch_size": fitting}
+    chosen: dict[str, Any] = {} if run.tokens_per_batch else {"per_device_train_batch_size": fitting}
     passes = 1 if run.tokens_per_batch else max(REPLIES_A_STEP // fitting, 1)
     chosen["gradient_accumulation_steps"] = run.gradient_accumulation_steps or passes
     vars(args).update(chosen)

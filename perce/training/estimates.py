@@ -63,7 +63,7 @@ class Estimates:
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["perce"])
-                estimates = cls(*(file.get_tensor(name) for name in TENSORS), places_of(dataset), **facts)
+                estimates = cls(*(file.get_tensor(name) for name in TENSORS), places=places_of(dataset), **facts)
         except Exception as error:  # whatever a missing or damaged file raises
             raise UserError(
                 f"{path}: the token weights of this run cannot be read ({in_one_line(error)}). Resume from "

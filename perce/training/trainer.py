@@ -211,7 +211,7 @@ class PerceTrainer(ResumableTrainer):
         if has_length(dataset):
             return own_eval_loader(dataset, self.data_collator, self.args)
         # With workers that stay, the Trainer would take its last loader for any dataset.
-        vars(self).pop("_eval_dataloaders", None)
+        self._eval_dataloaders: dict[str, DataLoader] = {}
         return super().get_eval_dataloader(eval_dataset)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
