@@ -1,7 +1,7 @@
 """What the numbers of a run mean: a few sentences, each with its number and what to do about it.
 
-Numbers that are as they should be are not mentioned. Everything is read from what every process has, also in a resumed
-run: the log, the evaluations before and after, the token pairs.
+Numbers that are as they should be are not mentioned. Everything is read from what a resumed run has too: the log, the
+evaluations before and after, the token pairs.
 """
 
 import math
@@ -53,7 +53,7 @@ class Facts:
 
 
 def facts_of_run(trainer: Any, pairs: RunPairs, before: Mapping[str, float], after: Mapping[str, float]) -> Facts:
-    """The facts of a run of `python -m perce.train`, on any of its processes."""
+    """The facts of a run of `python -m perce.train`."""
     evaluated = [pairs.examples[index] for index in set(pairs.validation["example"])]
     named = any(example.user_id for example in evaluated)
     names, train = ["passages", "dropped_passages"], pairs.train
