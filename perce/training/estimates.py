@@ -63,7 +63,8 @@ class Estimates:
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["perce"])
-                estimates = cls(*(file.get_tensor(name) for name in TENSORS), places=places_of(dataset), **facts)
+                tensors = {name: file.get_tensor(name) for name in TENSORS}
+                estimates = cls(**tensors, **facts, places=places_of(dataset))
         except Exception as error:  # whatever a missing or damaged file raises
             raise UserError(
                 f"{path}: the token weights of this run cannot be read ({in_one_line(error)}). Resume from "
