@@ -152,7 +152,7 @@ class PerceArguments(TrainingArguments):
         _check_optimizer(self)
         _settle_loaders(self)
         require(self.deepspeed != {}, "deepspeed", "a configuration of DeepSpeed", self.deepspeed)
-        settle_device(self, self.memory)
+        settle_device(self)
         self.backend = check_backend(self.backend, self.device)
         check_one_gpu(self)
 
@@ -306,13 +306,13 @@ def _check_optimizer(args: PerceArguments) -> None:
             raise UserError(f"{field}: --optim {name} does not read it. Leave it out, or choose another --optim.")
 
 
-def settle_device(args: Any, memory: MemoryConfig) -> None:
+def settle_device(args: Any) -> None:
     """Refuse options that need a GPU if training is on a CPU; otherwise pass them to transformers."""
     # The host does not wait for the copies, and launches a step while the GPU is at work on the one before.
     args.accelerator_config.non_blocking |= args.dataloader_pin_memory and args.device.type == "cuda"
     if args.device.type == "cpu" and args.use_liger_kernel:
         raise UserError("use_liger_kernel: Liger's kernels are written in Triton and need a GPU. Leave it out here.")
-    if not memory.activation_offload:
+    if not args.memory.activation_offload:
         return
     if args.device.type == "cpu":
         raise UserError(

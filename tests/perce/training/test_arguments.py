@@ -27,18 +27,22 @@ from tests.helpers.training import fails
 
 def on_a_gpu(**options):
     loaders = SimpleNamespace(non_blocking=False)
-    fields = {"dataloader_pin_memory": True, "use_liger_kernel": False, "accelerator_config": loaders}
+    fields = {
+        "dataloader_pin_memory": True, "use_liger_kernel": False, "accelerator_config": loaders,
+        "memory": MemoryConfig(),
+    }  # fmt: skip
     return SimpleNamespace(**({"device": torch.device("cuda")} | fields | options))
 
 
 def test_offload_needs_a_gpu_and_checkpointing(tmp_path):
     with pytest.raises(UserError, match="on a CPU, whose activations are in host memory"):
         arguments(tmp_path, memory=MemoryConfig(activation_offload=True))
-    args = on_a_gpu(**{CHECKPOINTING: False, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}})
+    fields = {CHECKPOINTING: False, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+    args = on_a_gpu(memory=MemoryConfig(activation_offload=True), **fields)
     with pytest.raises(UserError, match="Add --activation_checkpointing"):
-        settle_device(args, MemoryConfig(activation_offload=True))
+        settle_device(args)
     setattr(args, CHECKPOINTING, True)
-    settle_device(args, MemoryConfig(activation_offload=True))
+    settle_device(args)
     assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False, "offload": True}
 
 
@@ -46,7 +50,7 @@ def test_offload_needs_a_gpu_and_checkpointing(tmp_path):
 @pytest.mark.parametrize("pinned", [True, False])
 def test_batches_in_pinned_memory_are_sent_to_a_gpu_without_waiting_for_it(device, pinned):
     args = on_a_gpu(device=torch.device(device), dataloader_pin_memory=pinned)
-    settle_device(args, MemoryConfig())
+    settle_device(args)
     assert args.accelerator_config.non_blocking is (pinned and device == "cuda")
 
 
