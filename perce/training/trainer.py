@@ -101,14 +101,7 @@ class PerceTrainer(ResumableTrainer):
         check_metric(args, eval_dataset)
         name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
         tokenizer = processing_class or load_tokenizer(name)
-        if isinstance(model, str):  # not in the checkpoint's own dtype: weights that are trained in bf16 hardly move
-            model = load_pretrained(model, dtype=torch.bfloat16 if args.bf16 and peft_config else torch.float32)
-        prepared = prepare_model(model, args.backend)
-        if peft_config is not None:
-            prepared = add_adapter(prepared, peft_config)
-        elif train_dataset is not None and not hasattr(prepared, "peft_config"):  # adapters no text reaches are refused
-            freeze_beside_text(prepared)
-        check_own_loss(prepared)
+        prepared = _prepared(model, args, peft_config, trains=train_dataset is not None)
         if router := router_of(prepared, args.loss.router_aux_loss_coef):
             check_balancing(args)
         self._tokenizer = tokenizer
@@ -136,14 +129,8 @@ class PerceTrainer(ResumableTrainer):
             device = next(prepared.parameters()).device.type
             with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                 check_packing(self.model, device)
-        # not_all_shared: why not everything is shared that could be; "" if everything is.
-        able, self.not_all_shared = shared_by(self.model, args, self.train_dataset, self.eval_dataset)
-        asked = self.eval_dataset if self.train_dataset is None else self.train_dataset
-        self.sharing: Sharing = able if has_shared(asked, args.memory) else "none"
-        if self.sharing != "none" and train_dataset is not None:
-            check_dealt(args)
         collator = partial(
-            collate, pad_id=pad_id, packing=args.packing, sharing=able, unit=args.memory.unit,
+            collate, pad_id=pad_id, packing=args.packing, sharing=self._settle_sharing(), unit=args.memory.unit,
             persona_grad=args.memory.persona_grad, branches_per_forward=args.memory.branches_per_forward,
         )  # fmt: skip
         if kwargs.get("data_collator") is None:
@@ -168,6 +155,17 @@ class PerceTrainer(ResumableTrainer):
         self._balance = StepBalance(router, partial(self.accelerator.reduce, reduction="sum")) if router else None
         if args.loss.estimate == "online" and args.loss.entry.contrasts:
             warn_of_dropout(prepared)
+
+    def _settle_sharing(self) -> Sharing:
+        """Find out what the examples of a batch can share, and what those share that the trainer is for."""
+        args = self.args
+        # not_all_shared: why not everything is shared that could be; "" if everything is.
+        able, self.not_all_shared = shared_by(self.model, args, self.train_dataset, self.eval_dataset)
+        asked = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        self.sharing: Sharing = able if has_shared(asked, args.memory) else "none"
+        if self.sharing != "none" and self.train_dataset is not None:
+            check_dealt(args)
+        return able
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -412,6 +410,19 @@ class PerceTrainer(ResumableTrainer):
             label_ids=None, num_samples=len(examples_seen),
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
         )  # fmt: skip
+
+
+def _prepared(model: Any, args: PerceArguments, peft_config: Any, trains: bool) -> Any:
+    """The model, loaded if this is its name, with the forward of model/patch.py and the adapter that is asked for."""
+    if isinstance(model, str):  # not in the checkpoint's own dtype: weights that are trained in bf16 hardly move
+        model = load_pretrained(model, dtype=torch.bfloat16 if args.bf16 and peft_config else torch.float32)
+    prepared = prepare_model(model, args.backend)
+    if peft_config is not None:
+        prepared = add_adapter(prepared, peft_config)
+    elif trains and not hasattr(prepared, "peft_config"):  # adapters no text reaches are refused
+        freeze_beside_text(prepared)
+    check_own_loss(prepared)
+    return prepared
 
 
 def _is_raw(dataset: Any) -> bool:
