@@ -327,9 +327,9 @@ def settle_device(args: Any) -> None:
     setattr(args, f"{CHECKPOINTING}_kwargs", {**given, "offload": True})
 
 
-def training_arguments(config: TrainOptions) -> PerceArguments:
-    """PerceArguments from perce's options and the TrainingArguments fields in config.extra."""
-    prepare()
+def _given_fields(config: TrainOptions) -> dict[str, Any]:
+    """The TrainingArguments fields in config.extra, converted. UserError for one that is unknown, that an option of
+    perce's decides, or that leaves an interval without an effect."""
     hints = typing.get_type_hints(PerceArguments)  # transformers' argument parser overwrites the types of the fields
     fields = [field.name for field in dataclasses.fields(PerceArguments) if field.init]
     extra: dict[str, Any] = {}
@@ -340,15 +340,21 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
             raise TRAIN.unknown(name, fields)
         handed_on = f"{CHECKPOINTING}_kwargs" if name == "gradient_checkpointing_kwargs" else name
         extra[handed_on] = _converted(name, hints[name], value)
-    run = config.run
     for kind in ("eval", "save", "logging"):
         steps, default = f"{kind}_steps", getattr(RunConfig, f"{kind}_steps")
         strategy = extra.get(f"{kind}_strategy")
-        if getattr(run, steps) not in (0, default) and strategy in ("epoch", "best"):
+        if getattr(config.run, steps) not in (0, default) and strategy in ("epoch", "best"):
             raise UserError(
                 f"{steps}: has no effect with --{kind}_strategy {strategy}. Leave one of them out; instead of a "
                 f"recipe's number give --{steps} {default}."
             )
+    return extra
+
+
+def training_arguments(config: TrainOptions) -> PerceArguments:
+    """PerceArguments from perce's options and the TrainingArguments fields in config.extra."""
+    prepare()
+    run, extra = config.run, _given_fields(config)
     use_cpu = bool(extra.get("use_cpu", not torch.cuda.is_available()))
     precision = resolve_precision(config.model.precision, "cpu" if use_cpu else "cuda")
     values: dict[str, Any] = {
@@ -382,9 +388,21 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if run.activation_checkpointing else None,
     }
     values |= extra
+    _settle_saving(run, values, "save_strategy" in extra)
+    with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
+        args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()  # fails if its package is missing
+    _refuse_idle(config.extra, NOT_READ | idle_beside(args), but=())
+    return args
+
+
+def _settle_saving(run: RunConfig, values: dict[str, Any], chosen: bool) -> None:
+    """Save at the evaluations if only the best weights are kept. UserError for options that contradict that. `chosen`:
+    whether a save_strategy is given."""
     if run.early_stopping and not values.setdefault("load_best_model_at_end", True):
         raise UserError("early_stopping: always keeps the best weights. Leave --load_best_model_at_end out.")
-    follows = "save_strategy" not in extra and run.save_steps == RunConfig.save_steps
+    follows = not chosen and run.save_steps == RunConfig.save_steps
     if values.get("load_best_model_at_end") and follows:  # only an evaluation shows whether weights are the best
         values["save_strategy"] = values["eval_strategy"]
         values["save_steps"] = values["eval_steps"] or values["logging_steps"]
@@ -394,12 +412,6 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
             "early_stopping: weights have to be saved at the steps that evaluate them. Leave --save_steps out, or give "
             "--eval_steps the same value."
         )
-    with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
-        args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()  # fails if its package is missing
-    _refuse_idle(config.extra, NOT_READ | idle_beside(args), but=())
-    return args
 
 
 def _converted(name: str, hint: Any, value: Any) -> Any:
