@@ -50,8 +50,8 @@ class Estimates:
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
-        facts = {"epoch": self.epoch, "pairs": self.pairs, "of_signal": self.of_signal}
-        save_file({name: getattr(self, name) for name in TENSORS}, directory / FILE, {"perce": json.dumps(facts)})
+        about = {"epoch": self.epoch, "pairs": self.pairs, "of_signal": self.of_signal}
+        save_file({name: getattr(self, name) for name in TENSORS}, directory / FILE, {"perce": json.dumps(about)})
         let_umask_decide(directory)
 
     @classmethod
@@ -62,9 +62,9 @@ class Estimates:
         path = directory / FILE
         try:
             with safe_open(path, "pt") as file:
-                facts = json.loads(file.metadata()["perce"])
+                about = json.loads(file.metadata()["perce"])
                 tensors = {name: file.get_tensor(name) for name in TENSORS}
-                estimates = cls(**tensors, **facts, places=places_of(dataset))
+                estimates = cls(**tensors, **about, places=places_of(dataset))
         except Exception as error:  # whatever a missing or damaged file raises
             raise UserError(
                 f"{path}: the token weights of this run cannot be read ({in_one_line(error)}). Resume from "
@@ -138,8 +138,8 @@ def over_step(
     with two processes and two forward passes each, the first pass of both, then the second.
     """
     everybody = gather([[x.signal.cpu() for x in found]])
-    in_order = [signal for forward in zip(*everybody, strict=True) for signal in forward]
-    given = rearrange(torch.cat(in_order)).split([len(signal) for signal in in_order])
+    signals = [signal for forward in zip(*everybody, strict=True) for signal in forward]
+    given = rearrange(torch.cat(signals)).split([len(signal) for signal in signals])
     own = zip(found, given[rank :: len(everybody)], strict=True)
     return [mine._replace(signal=signal.to(mine.logp.device)) for mine, signal in own]
 

@@ -18,7 +18,7 @@ from perce.training.best import kept_weights
 from perce.training.card import write_card
 from perce.training.checkpoints import disk_errors
 from perce.training.checks import try_options
-from perce.training.diagnosis import diagnose, facts_of_run
+from perce.training.diagnosis import diagnose, outcome_of
 from perce.training.fits import check_fits
 from perce.training.interruption import train_interruptibly
 from perce.training.run_directory import Claim, begin, check_facts, finish
@@ -124,7 +124,7 @@ def finish_run(prepared: Prepared, claim: Claim) -> None:
         trainer.save_model()
         trainer.save_state()
         if first_process:
-            findings = diagnose(facts_of_run(trainer, pairs, progress.first_evaluation()[0], progress.after))
+            findings = diagnose(outcome_of(trainer, pairs, progress.first_evaluation()[0], progress.after))
             write_run_report(output_dir, config, trainer, pairs, progress)
             served = None if pairs.format == "text" else trainer.processing_class
             trained = "; ".join(filter(None, (f"{trainer.state.global_step} steps", kept_weights(trainer))))

@@ -274,7 +274,7 @@ class PerceTrainer(ResumableTrainer):
                 counterfactual=self.args.loss.entry.counterfactual,
             )  # fmt: skip
 
-    def _counted(self, inputs: Batch) -> Tensor:
+    def _counting_pass(self, inputs: Batch) -> Tensor:
         """The counting pass of one batch, (E,): one more factual pass, in eval mode, for the load-balancing loss."""
         model: Any = self.model_wrapped if self.is_in_train else self.model
         with self.compute_loss_context_manager():
@@ -305,7 +305,7 @@ class PerceTrainer(ResumableTrainer):
             self._normalizer.begin()
         if self._balance:
             several = batch_samples if len(batch_samples) > 1 else ()
-            self._balance.begin([self._counted(batch) for batch in several])
+            self._balance.begin([self._counting_pass(batch) for batch in several])
         if of_step := self.args.loss.entry.over_step:
             with self.estimation_clock.measure():
                 found = [self._known(batch) or self._estimated(batch) for batch in batch_samples]

@@ -12,7 +12,7 @@ from perce import UserError
 from perce.config.questions import InferenceConfig
 from perce.data.pairs import Pair
 from perce.data.sharing import segmented
-from perce.integrity import LIST, facts_of
+from perce.integrity import LIST, sizes_and_digests
 from perce.measuring import inference
 from perce.measuring.inference import batches_that_share, load
 from tests.helpers.replies import conversation
@@ -153,7 +153,7 @@ def test_every_shard_is_looked_at(tmp_path):
     save_tiny_model(tmp_path)
     AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path, max_shard_size="30KB")
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / LIST).write_text(json.dumps(facts_of(tmp_path, tmp_path.glob("*.safetensors"))))
+    (tmp_path / LIST).write_text(json.dumps(sizes_and_digests(tmp_path, tmp_path.glob("*.safetensors"))))
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     load(InferenceConfig(model=str(tmp_path)))
     flip(shards[1], [-2])
