@@ -64,6 +64,7 @@ def resolve(config: TrainOptions) -> TrainOptions:
             "--streaming, --tokens_per_batch: rows are grouped by their lengths, which are not known beforehand in a "
             "stream. Use --per_device_train_batch_size, or leave out --streaming to read the data whole."
         )
+    # Without --output_dir this directory is only shown (--print_config) and checked: run() claims one by its name.
     output_dir = str(Path(run.output_dir).expanduser() if run.output_dir else free_directory(run_name(config)))
     # The saved options must stand alone: their paths are valid from any directory, and the content of a --prompt file
     # is saved among them.
