@@ -23,14 +23,7 @@ from perce.training.fits import check_fits
 from perce.training.interruption import train_interruptibly
 from perce.training.run_directory import Claim, begin, check_facts, finish
 from perce.training.shared import shared_by
-from perce.training.summary import (
-    Progress,
-    describe_run,
-    describe_sharing,
-    loss_labels,
-    print_result,
-    write_run_report,
-)
+from perce.training.summary import Progress, describe_run, describe_sharing, loss_labels, print_result, write_run_report
 from perce.training.trainer import PerceTrainer
 from perce.visible import as_json, say
 
