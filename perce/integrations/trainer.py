@@ -23,7 +23,7 @@ from perce.model.passes import counterfactual_hidden, factual
 from perce.model.patch import prepare_model
 from perce.objectives import HeadCall
 from perce.training.checks import check_hooks, check_online, check_trainer, try_collated, warn_of_dropout
-from perce.training.meters import Window, evaluation
+from perce.training.meters import Window, evaluation, progress_of
 from perce.training.parallel import found_by_first, keep_outputs_exact
 from perce.training.weights import WeightsOfCheckpoints
 
@@ -98,8 +98,8 @@ class PerceMixin(WeightsOfCheckpoints):
         """Called in place of the model's own forward."""
         if "rows_cf" not in inputs:
             raise UserError("data_collator: expected a PersonaCollator, whose batches hold the rows of both passes.")
-        state, training, router = self.state, self.model.training, self._router
-        loss = self.perce_loss.at(min(state.global_step / max(state.max_steps - 1, 1), 1.0))
+        training, router = self.model.training, self._router
+        loss = self.perce_loss.at(progress_of(self.state))
         hidden_cf = counterfactual_hidden(model, inputs) if loss.entry.counterfactual else None
         call = HeadCall(inputs["target"], loss.weighting, hidden_cf, loss=training, num_items=1, top1=self.top1)
         done = factual(model, inputs, call, top_k=router.top_k if router else 0)

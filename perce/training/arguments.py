@@ -91,6 +91,7 @@ KEPT_CHECKPOINTS = 2
 class PerceArguments(TrainingArguments):
     """TrainingArguments, the loss, and how raw rows become token pairs (the path in `data` is not used here)."""
 
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "liger_kernel_config"]  # noqa: RUF012  may be JSON
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
@@ -142,16 +143,16 @@ class PerceArguments(TrainingArguments):
                 "neftune_noise_alpha: the noise depends on the length of a row, and with persona_grad=none or "
                 "branches_per_forward a sequence is run in parts. Leave one of them out."
             )
+        super().__post_init__()
         # Liger is patched in when training begins. Its loss would replace the forward that holds ours, and its MLPs
         # would replace our tiles; its other kernels are allowed.
         off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)
         self.liger_kernel_config = (self.liger_kernel_config or {}) | dict.fromkeys(off, False)
-        super().__post_init__()
         _settle_checkpointing(self)
         _check_optimizer(self)
         _settle_loaders(self)
         require(self.deepspeed != {}, "deepspeed", "a configuration of DeepSpeed", self.deepspeed)
-        settle_device(self, self.memory)
+        settle_device(self)
         self.backend = check_backend(self.backend, self.device)
         check_one_gpu(self)
 
@@ -234,7 +235,7 @@ def _check_values(args: PerceArguments) -> None:
             require(value is None or value >= least, name, f">= {least}", value)
     for name, choices in ONE_OF.items():
         require(getattr(args, name) in choices, name, f"one of {', '.join(map(str, choices))}", getattr(args, name))
-    for name in (f"{CHECKPOINTING}_kwargs", "lr_scheduler_kwargs"):
+    for name in (f"{CHECKPOINTING}_kwargs", "lr_scheduler_kwargs", "liger_kernel_config"):
         value = getattr(args, name)
         as_json = isinstance(value, str) and value.startswith("{")
         require(value is None or as_json or isinstance(value, Mapping), name, "a mapping, or one as JSON", value)
@@ -261,6 +262,11 @@ def _settle_loaders(args: PerceArguments) -> None:
         raise UserError(
             "accelerator_config: expected no dispatch_batches, because batches of ragged examples cannot be divided "
             "and sent, and no num_steps, which is --gradient_accumulation_steps. Leave them out."
+        )
+    if not given.even_batches:
+        raise UserError(
+            "accelerator_config: expected no even_batches: false. A process with fewer batches than the others would "
+            "leave them waiting. Leave it out."
         )
     given.dispatch_batches = False
 
@@ -300,13 +306,13 @@ def _check_optimizer(args: PerceArguments) -> None:
             raise UserError(f"{field}: --optim {name} does not read it. Leave it out, or choose another --optim.")
 
 
-def settle_device(args: Any, memory: MemoryConfig) -> None:
+def settle_device(args: Any) -> None:
     """Refuse options that need a GPU if training is on a CPU; otherwise pass them to transformers."""
     # The host does not wait for the copies, and launches a step while the GPU is at work on the one before.
     args.accelerator_config.non_blocking |= args.dataloader_pin_memory and args.device.type == "cuda"
     if args.device.type == "cpu" and args.use_liger_kernel:
         raise UserError("use_liger_kernel: Liger's kernels are written in Triton and need a GPU. Leave it out here.")
-    if not memory.activation_offload:
+    if not args.memory.activation_offload:
         return
     if args.device.type == "cpu":
         raise UserError(
@@ -321,9 +327,9 @@ def settle_device(args: Any, memory: MemoryConfig) -> None:
     setattr(args, f"{CHECKPOINTING}_kwargs", {**given, "offload": True})
 
 
-def training_arguments(config: TrainOptions) -> PerceArguments:
-    """PerceArguments from perce's options and the TrainingArguments fields in config.extra."""
-    prepare()
+def _given_fields(config: TrainOptions) -> dict[str, Any]:
+    """The TrainingArguments fields in config.extra, converted. UserError for one that is unknown, that an option of
+    perce's decides, or that leaves an interval without an effect."""
     hints = typing.get_type_hints(PerceArguments)  # transformers' argument parser overwrites the types of the fields
     fields = [field.name for field in dataclasses.fields(PerceArguments) if field.init]
     extra: dict[str, Any] = {}
@@ -332,10 +338,23 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
             raise UserError(f"{name}: use --{OURS[name]} instead.")
         if name not in fields:
             raise TRAIN.unknown(name, fields)
-        _refuse_idle([name], NOT_READ, but=())
         handed_on = f"{CHECKPOINTING}_kwargs" if name == "gradient_checkpointing_kwargs" else name
         extra[handed_on] = _converted(name, hints[name], value)
-    run = config.run
+    for kind in ("eval", "save", "logging"):
+        steps, default = f"{kind}_steps", getattr(RunConfig, f"{kind}_steps")
+        strategy = extra.get(f"{kind}_strategy")
+        if getattr(config.run, steps) not in (0, default) and strategy in ("epoch", "best"):
+            raise UserError(
+                f"{steps}: has no effect with --{kind}_strategy {strategy}. Leave one of them out; instead of a "
+                f"recipe's number give --{steps} {default}."
+            )
+    return extra
+
+
+def training_arguments(config: TrainOptions) -> PerceArguments:
+    """PerceArguments from perce's options and the TrainingArguments fields in config.extra."""
+    prepare()
+    run, extra = config.run, _given_fields(config)
     use_cpu = bool(extra.get("use_cpu", not torch.cuda.is_available()))
     precision = resolve_precision(config.model.precision, "cpu" if use_cpu else "cuda")
     values: dict[str, Any] = {
@@ -369,9 +388,21 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if run.activation_checkpointing else None,
     }
     values |= extra
+    _settle_saving(run, values, "save_strategy" in extra)
+    with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
+        args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()  # fails if its package is missing
+    _refuse_idle(config.extra, NOT_READ | idle_beside(args), but=())
+    return args
+
+
+def _settle_saving(run: RunConfig, values: dict[str, Any], chosen: bool) -> None:
+    """Save at the evaluations if only the best weights are kept. UserError for options that contradict that. `chosen`:
+    whether a save_strategy is given."""
     if run.early_stopping and not values.setdefault("load_best_model_at_end", True):
         raise UserError("early_stopping: always keeps the best weights. Leave --load_best_model_at_end out.")
-    follows = "save_strategy" not in extra and run.save_steps == RunConfig.save_steps
+    follows = not chosen and run.save_steps == RunConfig.save_steps
     if values.get("load_best_model_at_end") and follows:  # only an evaluation shows whether weights are the best
         values["save_strategy"] = values["eval_strategy"]
         values["save_steps"] = values["eval_steps"] or values["logging_steps"]
@@ -381,12 +412,6 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
             "early_stopping: weights have to be saved at the steps that evaluate them. Leave --save_steps out, or give "
             "--eval_steps the same value."
         )
-    with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
-        args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()  # fails if its package is missing
-    _refuse_idle(config.extra, idle_beside(args), but=())
-    return args
 
 
 def _converted(name: str, hint: Any, value: Any) -> Any:
@@ -401,7 +426,6 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
     """The config with batch size and accumulation filled in if they were not given; they are set in args too. A step
     gets the fewest forward passes whose largest batch is within the tokens of a forward pass."""
     run = config.run
-    batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
     tokens = run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]
 
     def fits(replies: int) -> bool:
@@ -411,18 +435,15 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
         return tokens >= largest_batch(pairs, replies, sharing, config.memory)
 
     at_least = 1 if sharing == "none" else config.memory.share_persona or 1
-    fitting = batch or max(next((replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies)), 1), at_least)
+    sizes = (replies for replies in (REPLIES_A_STEP, 4, 2) if fits(replies))
+    fitting = run.per_device_train_batch_size or max(next(sizes, 1), at_least)
     if "per_device_eval_batch_size" not in config.extra:  # depends on saved options: a resumed run evaluates as before
-        args.per_device_eval_batch_size = fitting if run.tokens_per_batch else batch or fitting
-    if run.tokens_per_batch is not None:
-        args.gradient_accumulation_steps = accumulation or 1
-        return replace(config, run=replace(run, gradient_accumulation_steps=accumulation or 1))
-    batch = batch or fitting
-    accumulation = accumulation or max(REPLIES_A_STEP // batch, 1)
-    args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, accumulation
-    return replace(
-        config, run=replace(run, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
-    )
+        args.per_device_eval_batch_size = fitting
+    chosen: dict[str, Any] = {} if run.tokens_per_batch else {"per_device_train_batch_size": fitting}
+    passes = 1 if run.tokens_per_batch else max(REPLIES_A_STEP // fitting, 1)
+    chosen["gradient_accumulation_steps"] = run.gradient_accumulation_steps or passes
+    vars(args).update(chosen)
+    return replace(config, run=replace(run, **chosen))
 
 
 def step_of_run(args: PerceArguments, sharing: Sharing = "none") -> str:

@@ -22,6 +22,18 @@ def evaluated_name(args: TrainingArguments) -> str:
     return f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
 
 
+def metric_of(args: TrainingArguments) -> str | None:
+    """The number that metric_for_best_model is, of all examples or of a part; None if it is not one of METRICS."""
+    return next((metric for metric in METRICS if evaluated_name(args).endswith(f"_{metric}")), None)
+
+
+def check_direction(args: TrainingArguments, metric: str) -> None:
+    """UserError if greater_is_better is not what this metric needs."""
+    if args.greater_is_better not in (None, METRICS[metric]):
+        better = "greater" if METRICS[metric] else "smaller"
+        raise UserError(f"greater_is_better: a {better} {evaluated_name(args)} is better. Use {METRICS[metric]}.")
+
+
 def settle_metric(args: Any) -> None:
     """Set greater_is_better from the metric; UserError for a metric that no evaluation has, or the wrong direction.
 
@@ -32,13 +44,10 @@ def settle_metric(args: Any) -> None:
             "load_best_model_at_end: nothing is evaluated with --eval_strategy no, so no weights are known as the "
             "best. Use --eval_strategy epoch or steps."
         )
-    name = evaluated_name(args)
-    metric = next((metric for metric in METRICS if name.endswith(f"_{metric}")), None)
+    metric = metric_of(args)
     if metric is None:
         raise UserError(_not_there(args, [f"eval_{metric}" for metric in METRICS]))
-    if args.greater_is_better not in (None, METRICS[metric]):
-        better = "greater" if METRICS[metric] else "smaller"
-        raise UserError(f"greater_is_better: a {better} {name} is better. Leave it out.")
+    check_direction(args, metric)
     if args.metric_for_best_model is not None:
         args.greater_is_better = METRICS[metric]
 

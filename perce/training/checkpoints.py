@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from perce.environment import in_one_move
 from perce.errors import UserError, in_one_line
-from perce.integrity import LIST, difference, facts_of
+from perce.integrity import LIST, difference, sizes_and_digests
 from perce.visible import say
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def seal(directory: Path, files: Iterable[Path] | None = None) -> None:
     listed = sorted(path for path in directory.rglob("*") if path.is_file()) if files is None else sorted(files)
     for path in (*listed, *(path for path in directory.rglob("*") if path.is_dir() and files is None)):
         _flush(path)
-    facts = facts_of(directory, (path for path in listed if path.name != LIST))
-    write_in_one_move(directory / LIST, json.dumps(facts, indent=1))
+    found = sizes_and_digests(directory, (path for path in listed if path.name != LIST))
+    write_in_one_move(directory / LIST, json.dumps(found, indent=1))
     for flushed in (directory, directory.parent):
         _flush(flushed)
 
@@ -52,11 +52,8 @@ def write_in_one_move(path: Path, text: str) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file or a directory to the disk. Windows flushes only files opened for writing, and no directories."""
-    windows = os.name == "nt"
-    if windows and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    """Flush a file or a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What PerceTrainer refuses or warns of on construction, because it would fail later, on a GPU, or silently."""
+"""What trainers refuse or warn of before the first step, because it would fail later, on a GPU, or silently."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ from perce.model.reach import without_gradient
 from perce.model.trial import SHARED, Manner, check_step
 from perce.objectives import PERSONAS
 from perce.training.arguments import PerceArguments
-from perce.training.best import METRICS, evaluated_name
+from perce.training.best import check_direction, metric_of
 from perce.training.parallel import check_one_gpu, check_parallelism
 from perce.visible import in_short
 
@@ -97,10 +97,8 @@ def check_trainer(trainer: Trainer, loss: LossConfig) -> None:
     if loaders.dispatch_batches:
         raise UserError("dispatch_batches: expected false. Batches that are divided and sent lose their tokens.")
     loaders.dispatch_batches = False  # None would dispatch the batches of a stream
-    metric = next((metric for metric in METRICS if evaluated_name(args).endswith(f"_{metric}")), None)
-    if metric and args.metric_for_best_model and args.greater_is_better != METRICS[metric]:
-        better = "greater" if METRICS[metric] else "smaller"
-        raise UserError(f"greater_is_better: a {better} {evaluated_name(args)} is better. Use {METRICS[metric]}.")
+    if args.metric_for_best_model and (metric := metric_of(args)):
+        check_direction(args, metric)
     if args.label_smoothing_factor:
         raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
     if args.neftune_noise_alpha and loss.entry.contrasts:
@@ -191,8 +189,6 @@ def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
     if isinstance(dataset, Dataset):
         for column in pieces_of(dataset, "input_ids"):
             largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py())
-    elif isinstance(dataset, list):
-        largest = max((max(pair["input_ids"]) for pair in dataset), default=-1)
     check_ids(largest, vocabulary, name)
 
 
@@ -274,8 +270,6 @@ def check_gradients(trainer: Trainer) -> None:
 
 def _some_have_a_persona(dataset: Any) -> bool:
     """Whether some pairs have a persona and others have none. Of a stream it is not known."""
-    if isinstance(dataset, list):
-        return len({pair.get("persona_span") is None for pair in dataset}) > 1
     if not isinstance(dataset, Dataset) or "persona_span" not in dataset.column_names:
         return False
     return any(column.null_count for column in pieces_of(dataset, "persona_span"))
@@ -331,7 +325,7 @@ def longest_sequence(dataset: Any, max_length: int) -> int:
     """Tokens of the longest sequence; for a stream, as many as one may have; 0 if that is not known."""
     if isinstance(dataset, Mapping):
         return max((longest_sequence(part, max_length) for part in dataset.values()), default=0)
-    if isinstance(dataset, Dataset | list):
+    if isinstance(dataset, Dataset):
         return max(sequence_lengths(dataset), default=0)
     return max_length if isinstance(dataset, IterableDataset | PairStream) else 0
 

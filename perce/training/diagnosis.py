@@ -1,7 +1,7 @@
 """What the numbers of a run mean: a few sentences, each with its number and what to do about it.
 
-Numbers that are as they should be are not mentioned. Everything is read from what every process has, also in a resumed
-run: the log, the evaluations before and after, the token pairs.
+Numbers that are as they should be are not mentioned. Everything is read from what a resumed run has too: the log, the
+evaluations before and after, the token pairs.
 """
 
 import math
@@ -27,7 +27,7 @@ LOOK_AT_CONTEXT = "Are the documents longer than --short_context, and does the m
 
 
 @dataclass(frozen=True)
-class Facts:
+class Outcome:
     """What is known of a run at its end."""
 
     log: Sequence[Mapping[str, Any]]
@@ -52,20 +52,20 @@ class Facts:
     """Whether the data itself marks personal spans in any of the validation's examples."""
 
 
-def facts_of_run(trainer: Any, pairs: RunPairs, before: Mapping[str, float], after: Mapping[str, float]) -> Facts:
-    """The facts of a run of `python -m perce.train`, on any of its processes."""
+def outcome_of(trainer: Any, pairs: RunPairs, before: Mapping[str, float], after: Mapping[str, float]) -> Outcome:
+    """The outcome of a run of `python -m perce.train`."""
     evaluated = [pairs.examples[index] for index in set(pairs.validation["example"])]
     named = any(example.user_id for example in evaluated)
     names, train = ["passages", "dropped_passages"], pairs.train
-    counted = dict.fromkeys(names, ())
+    columns = dict.fromkeys(names, ())
     if isinstance(train, Dataset) and {*names} <= {*train.column_names}:
-        counted = train.select_columns(names)[:]
+        columns = train.select_columns(names)[:]
     args, state = trainer.args, trainer.state
-    return Facts(
+    return Outcome(
         state.log_history, args.loss, before, after, documents=pairs.format == "text",
         unit="users" if named else "rows", units=len({example.user_id or example.source for example in evaluated}),
         keeps_best=args.load_best_model_at_end, warmup=_warmup(trainer), steps=state.global_step,
-        entries=sum(map(len, counted["passages"])), dropped=sum(counted["dropped_passages"]),
+        entries=sum(map(len, columns["passages"])), dropped=sum(columns["dropped_passages"]),
         max_length=args.data.max_length,
         marked=any(getattr(example, "personal_spans", None) is not None for example in evaluated),
     )  # fmt: skip
@@ -75,32 +75,32 @@ def _warmup(trainer: Trainer) -> int:
     return 0 if trainer.args.lr_scheduler_type == "constant" else trainer.args.get_warmup_steps(trainer.state.max_steps)
 
 
-def diagnose(facts: Facts) -> list[str]:
+def diagnose(run: Outcome) -> list[str]:
     """A few sentences about each number that is not as it should be; empty if all are."""
     found = (
-        _persona(facts), _personal_tokens(facts), _validation(facts), _weighted_loss(facts), _dropped(facts),
-        _short(facts), _few(facts),
+        _persona(run), _personal_tokens(run), _validation(run), _weighted_loss(run), _dropped(run),
+        _short(run), _few(run),
     )  # fmt: skip
     return [text for text in found if text]
 
 
-def _persona(facts: Facts) -> str:
+def _persona(run: Outcome) -> str:
     """Whether the persona (for documents, the long context) helps this model at all."""
-    said, weighting, amount = [], facts.loss.weighting, _at_floor(facts.loss)
-    share = _thirds(facts.log, "frac_at_floor")[1]
-    if amount and share >= AT_FLOOR and facts.loss.entry.counterfactual and weighting.clip_min < weighting.clip_max:
+    said, weighting, amount = [], run.loss.weighting, _at_floor(run.loss)
+    share = _thirds(run.log, "frac_at_floor")[1]
+    if amount and share >= AT_FLOOR and run.loss.entry.counterfactual and weighting.clip_min < weighting.clip_max:
         said.append(
             f"{weighting.signal_name} is at most {weighting.clip_min:g} for {share:.1%} of the tokens at the end of "
             f"training: {amount}."
         )
-    pir, earlier = facts.after.get("eval_pir_mean", math.nan), facts.before.get("eval_pir_mean", math.nan)
+    pir, earlier = run.after.get("eval_pir_mean", math.nan), run.before.get("eval_pir_mean", math.nan)
     if pir <= 0:
         name, found = "Mean PIR", "with the persona the replies are no likelier than without"
-        if facts.documents:
+        if run.documents:
             name, found = "The mean log-ratio", "the long context makes the text no likelier"
         before = "" if math.isnan(earlier) else f" (before training {earlier:+.4f})"
         said.append(f"{name} of the validation is {pir:+.4f}{before}: {found}.")
-    return " ".join([*said, LOOK_AT_CONTEXT if facts.documents else LOOK_AT_PERSONA]) if said else ""
+    return " ".join([*said, LOOK_AT_CONTEXT if run.documents else LOOK_AT_PERSONA]) if said else ""
 
 
 def _at_floor(loss: LossConfig) -> str:
@@ -121,14 +121,14 @@ def _at_floor(loss: LossConfig) -> str:
     return f"all weigh the same, which is cross-entropy times {bound}"
 
 
-def _personal_tokens(facts: Facts) -> str:
-    old, new = (part.get("eval_loss_personal_tokens", 0.0) for part in (facts.before, facts.after))
-    if math.isnan(new) and facts.marked:
+def _personal_tokens(run: Outcome) -> str:
+    old, new = (part.get("eval_loss_personal_tokens", 0.0) for part in (run.before, run.after))
+    if math.isnan(new) and run.marked:
         return (
             "No token of the validation's replies is personal: the data's own marks (personal_spans) cover none. Check "
             "their places, in characters of the response, or leave them out: then words of the persona are marked."
         )
-    if math.isnan(new) and not facts.documents:
+    if math.isnan(new) and not run.documents:
         return (
             "No token of the validation's replies is personal: none of their words is in the persona but not in the "
             "conversation. Is the persona in another column (--columns persona=NAME)?"
@@ -147,9 +147,9 @@ def best_evaluation(log: Sequence[Mapping[str, Any]]) -> tuple[int, float] | Non
     return min(losses)[::-1] if losses else None
 
 
-def _validation(facts: Facts) -> str:
-    best, last = best_evaluation(facts.log), [line for line in facts.log if "eval_loss" in line][-1:]
-    if best is None or facts.keeps_best or not last[0]["eval_loss"] > best[1] * (1 + NOISE):
+def _validation(run: Outcome) -> str:
+    best, last = best_evaluation(run.log), [line for line in run.log if "eval_loss" in line][-1:]
+    if best is None or run.keeps_best or not last[0]["eval_loss"] > best[1] * (1 + NOISE):
         return ""
     (step, low), high = best, last[0]["eval_loss"]
     when = f"at step {step}" if step else "before training"
@@ -165,13 +165,13 @@ def _validation(facts: Facts) -> str:
     )
 
 
-def _weighted_loss(facts: Facts) -> str:
+def _weighted_loss(run: Outcome) -> str:
     """Weights grow as the model learns to use the persona, so the weighted training loss does not measure a run. If
     weights are rescaled to mean 1, they do not grow."""
     (loss, loss_after), (ce, ce_after), (weight, weight_after) = (
-        _thirds(facts.log, name) for name in ("loss", "ce", "weight_mean")
+        _thirds(run.log, name) for name in ("loss", "ce", "weight_mean")
     )
-    if facts.loss.normalize != "none" or not (loss_after > loss and ce_after < ce and weight_after > weight):
+    if run.loss.normalize != "none" or not (loss_after > loss and ce_after < ce and weight_after > weight):
         return ""
     return (
         f"The weighted training loss rose from {loss:.4f} to {loss_after:.4f} from the first third of the run to the "
@@ -189,30 +189,30 @@ def _thirds(log: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
     return sum(first) / count if len(values) > 2 else math.nan, sum(last) / count if values else math.nan
 
 
-def _dropped(facts: Facts) -> str:
-    every = facts.entries + facts.dropped
-    if not every or facts.dropped <= DROPPED * every:
+def _dropped(run: Outcome) -> str:
+    every = run.entries + run.dropped
+    if not every or run.dropped <= DROPPED * every:
         return ""
     return (
-        f"{facts.dropped / every:.0%} of the persona entries were dropped in training ({facts.dropped:,} of {every:,}) "
-        f"to fit --max_length {facts.max_length}: raise it."
+        f"{run.dropped / every:.0%} of the persona entries were dropped in training ({run.dropped:,} of {every:,}) "
+        f"to fit --max_length {run.max_length}: raise it."
     )
 
 
-def _short(facts: Facts) -> str:
-    if facts.warmup <= facts.steps / 2:
+def _short(run: Outcome) -> str:
+    if run.warmup <= run.steps / 2:
         return ""
     return (
-        f"The learning rate was still rising in {min(facts.warmup, facts.steps)} of {facts.steps} steps: train longer, "
+        f"The learning rate was still rising in {min(run.warmup, run.steps)} of {run.steps} steps: train longer, "
         "or with fewer --warmup_steps."
     )
 
 
-def _few(facts: Facts) -> str:
-    if facts.units >= FEW:
+def _few(run: Outcome) -> str:
+    if run.units >= FEW:
         return ""
-    unit = facts.unit if facts.units != 1 else facts.unit.removesuffix("s")
+    unit = run.unit if run.units != 1 else run.unit.removesuffix("s")
     return (
-        f"The validation has only {facts.units} {unit}: its numbers may be chance. Validate on {FEW} or more "
+        f"The validation has only {run.units} {unit}: its numbers may be chance. Validate on {FEW} or more "
         "(--eval_examples 0 takes all that there are)."
     )

@@ -2,7 +2,7 @@
 model, lengths and options is compared with the memory that is available.
 
 Plans do not cover, and nothing is said about: streams, whose rows are not known beforehand; FSDP and DeepSpeed;
-quantised bases; Liger's kernels; optimisers other than AdamW; batch sizes that the Trainer is to find.
+quantised bases; Liger's kernels; optimisers other than AdamW.
 """
 
 from collections import Counter

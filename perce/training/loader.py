@@ -1,4 +1,4 @@
-"""perce's own DataLoaders: batches under a token budget, batches of conversations, and streams.
+"""perce's own DataLoaders: batches under a token budget, batches of conversations, streams, and evaluations.
 
 They hold only this process's share, so accelerate must not divide them again. In all other cases the Trainer's loader
 is used.
@@ -46,8 +46,10 @@ def own_train_loader(dataset: Any, collate: Any, args: PerceArguments, sharing: 
 
 
 def own_eval_loader(dataset: Any, collate: Any, args: PerceArguments) -> DataLoader:
-    """Conversation after conversation, or persona after persona, each in one batch if it fits; processes take turns."""
-    together = whole_units(dataset, args.memory)
+    """Example after example or, if they may share tokens, conversation after conversation or persona after persona,
+    each in one batch if it fits; processes take turns."""
+    shares = args.data.share != "none" and args.memory.share_persona != 1
+    together = whole_units(dataset, args.memory, shares)
     batches = dealt(in_order(together, args.eval_batch_size), args.process_index, args.world_size)
     return undivided_loader(dataset, collate, args, batch_sampler=batches)
 

@@ -1,12 +1,14 @@
 """A training run's measurements of itself: seconds, token statistics between two logs, peak memory."""
 
 import contextlib
+import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 from perce.config.schema import LossConfig
 
@@ -14,29 +16,16 @@ MIB = 2**20
 
 
 class Clock:
-    """Seconds spent in stretches of work; nested stretches count once. On CUDA, events measure them and are read only
-    when asked for, so a step has no sync."""
+    """Seconds spent in stretches of work. On CUDA, events measure them and are read only when asked for, so a step has
+    no sync."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._spent = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._running = False
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
-        if self._running:
-            yield
-            return
-        self._running = True
-        try:
-            with self._measured():
-                yield
-        finally:
-            self._running = False
-
-    @contextlib.contextmanager
-    def _measured(self) -> Iterator[None]:
         if self._cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -117,6 +106,11 @@ class Window:
         return means | {"tokens_per_second": tokens / max(self.seconds, 1e-9)}
 
 
+def progress_of(state: TrainerState) -> float:
+    """From 0 at the first step of the run to 1 at the last."""
+    return min(state.global_step / max(state.max_steps - 1, 1), 1.0)
+
+
 def evaluation(means: Mapping[str, float]) -> dict[str, float]:
     """The numbers of an evaluation from a window's summary, by the names that PerceTrainer gives them."""
     found = {"loss_with_persona": means["ce"]} if "ce" in means else {}
@@ -129,7 +123,5 @@ def peak_memory_mib(device: torch.device) -> float:
     """Peak CUDA allocation, or the process's peak resident set, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
-    import resource  # not on Windows
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / MIB if sys.platform == "darwin" else peak / 1024

@@ -30,8 +30,8 @@ class ResumableTrainer(WeightsOfCheckpoints, Trainer):
 
     _resumed: Path
     _resumed_state: dict[str, Any]
-    _saved: str | None = ""
-    """Where the weights are written as they are now: a checkpoint, None for output_dir, or "" for nowhere."""
+    _saved: tuple[Path, int] | None = None
+    """Directory and step of the weights that were written last; None if there are none, or others were loaded since."""
     has_card: bool = False
     """Whether a card has been written to output_dir that is to be uploaded as it is."""
 
@@ -47,7 +47,7 @@ class ResumableTrainer(WeightsOfCheckpoints, Trainer):
         Raises:
             UserError: a checkpoint that is damaged or lacks what a resume needs; numbers that are no longer finite.
         """
-        self._saved = ""
+        self._saved = None
         if not (asked := resume_from_checkpoint):
             return super().train(None, *args, **kwargs)
         self._resumed = checkpoint = found_by_first(lambda: self._whole_checkpoint(asked))
@@ -116,6 +116,7 @@ class ResumableTrainer(WeightsOfCheckpoints, Trainer):
 
     def _load_best_model(self) -> None:
         self._check_best()
+        self._saved = None
         super()._load_best_model()
 
     def _check_best(self) -> None:
@@ -143,12 +144,13 @@ class ResumableTrainer(WeightsOfCheckpoints, Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Like transformers.Trainer.save_model, but without uploading, which push_to_hub does. UserError if the weights
         are not finite."""
-        if _internal_call and self._saved == output_dir:
+        saved = Path(output_dir or str(self.args.output_dir)), self.state.global_step
+        if _internal_call and self._saved == saved:
             return
         if not _internal_call:  # for a checkpoint, all processes have been asked already
             check_finite(self, everywhere=False)
         super().save_model(output_dir, _internal_call=True)
-        self._saved = output_dir
+        self._saved = saved
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         check_finite(self)
@@ -159,7 +161,7 @@ class ResumableTrainer(WeightsOfCheckpoints, Trainer):
             self.save_model(str(checkpoint), _internal_call=True)
 
         # A save of its own, because the Trainer may wait after the weights for a process that failed while saving them.
-        self._saved = ""
+        self._saved = None
         self._finish_current_push()  # its checkpoint may be deleted now
         save_whole(self, checkpoint, save_weights, lambda: super(ResumableTrainer, self)._save_checkpoint(model, trial))
         if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and self.is_world_process_zero():

@@ -63,7 +63,8 @@ SAVED = (
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
 """The files that a model, an adapter and a tokenizer are saved as, and the card: only these are uploaded. Other files
-of a run hold rows of its data, names of users and paths."""
+of a run hold rows of its data, names of users and paths. adapter_config.json may hold the path of the base model, and a
+checkpoint that is uploaded whole (--hub_strategy checkpoint) the paths of the run."""
 WRITTEN = (
     *SAVED, *(f"{MERGED}/{name}" for name in SAVED), CONFIG_NAME, FACTS, HELD_OUT_NAME, BASE_NAME, LIST,
     "trainer_state.json", "training_args.bin", "before.pt", "curves.png", "report.html",

@@ -14,7 +14,10 @@ from perce.model.probe import unwrapped
 
 # Put before a chat template: if the variable `persona` is given, it is put into the messages as in training. Names in
 # capitals are replaced by texts, PLACED by the lines for the place of the persona.
-_PERSONA = """{%- if persona is defined and persona %}
+_BEGINS, _ENDS = "{%- if persona is defined and persona %}", "{{- '' }}"
+_PERSONA = (
+    _BEGINS
+    + """
 {%- set told = namespace(text=HEADER) %}
 {%- for entry in ([persona] if persona is string else persona) if entry is string and entry | trim %}
 {%- set told.text = told.text ~ BEFORE ~ (entry | trim) ~ AFTER %}
@@ -26,7 +29,9 @@ _PERSONA = """{%- if persona is defined and persona %}
 {{- raise_exception('persona: expected texts as contents, and a user message first, behind the system message') }}
 {%- endif %}
 PLACED
-{%- endif %}{{- '' }}"""
+{%- endif %}"""
+    + _ENDS
+)
 _IN_SYSTEM = "{%- set own = (own | replace(SLOT, told, 1)) if SLOT in own else told ~ own %}"
 _BEFORE_USER = """{%- set others = [{'role': 'user', 'content': told ~ others[0].content.lstrip()}] + others[1:] %}"""
 _WITH_ROLE = "{%- set messages = [{'role': 'system', 'content': own}] + others %}"
@@ -86,7 +91,7 @@ def end_of_reply(dataset: Any) -> int | None:
 def takes_persona(template: Any) -> bool:
     """Whether the chat template(s) have what `with_persona` adds."""
     template = template.get("default") if isinstance(template, dict) else template
-    return bool(template) and template.startswith(_PERSONA[:30])
+    return bool(template) and template.startswith(_BEGINS)
 
 
 def with_persona(tokenizer: Any, chat_format: ChatFormat) -> Any:
@@ -95,7 +100,7 @@ def with_persona(tokenizer: Any, chat_format: ChatFormat) -> Any:
     named = tokenizer.chat_template
     template = named if isinstance(named, str) else named["default"]
     if takes_persona(template):  # added by the run that this one continues
-        template = template.partition(_PERSONA[-9:])[2]
+        template = template.partition(_ENDS)[2]
     if re.search(r"\bpersona\b", template):
         return named
     style = chat_format.style

@@ -25,7 +25,7 @@ from perce.model.probe import unwrapped
 from perce.training.parallel import found_by_first, shards_weights
 from perce.training.sampler import drawn_pieces, pieces, places
 
-WHOLE = MemoryConfig()
+DEFAULT_MEMORY = MemoryConfig()
 
 
 def shared_by(model: Any, args: Any, *datasets: Any) -> tuple[Sharing, str]:
@@ -71,8 +71,11 @@ def has_shared(dataset: Any, memory: MemoryConfig) -> bool:
     return has_length(dataset) and any(len(indices) > 1 for indices in whole_units(dataset, memory))
 
 
-def whole_units(dataset: Any, memory: MemoryConfig) -> list[list[int]]:
-    """Indices of the examples of each conversation, or of each persona, conversation after conversation."""
+def whole_units(dataset: Any, memory: MemoryConfig, shares: bool = True) -> list[list[int]]:
+    """Indices of the examples of each conversation, or of each persona, conversation after conversation; each example
+    alone if none shares tokens with another."""
+    if not shares:
+        return [[index] for index in range(len(dataset))]
     return [[index for indices in unit for index in indices] for unit in personas(dataset, memory.unit)]
 
 
@@ -90,7 +93,9 @@ class Unit(NamedTuple):
     tokens: int
 
 
-def units(dataset: Any, budget: int, sharing: Sharing, memory: MemoryConfig = WHOLE, seed: int = 0) -> list[Unit]:
+def units(
+    dataset: Any, budget: int, sharing: Sharing, memory: MemoryConfig = DEFAULT_MEMORY, seed: int = 0
+) -> list[Unit]:
     """The units that make batches under a token budget, from dealt_units.
 
     chains     the sequences of one row, which is as long as the longest of them; rows are padded to the same length
@@ -123,7 +128,7 @@ def _within(budget: int, indices: list[int], tokens_of: Callable[[list[int]], in
         indices = indices[count:]
 
 
-def largest_batch(dataset: Any, replies: int, sharing: Sharing, memory: MemoryConfig = WHOLE) -> int:
+def largest_batch(dataset: Any, replies: int, sharing: Sharing, memory: MemoryConfig = DEFAULT_MEMORY) -> int:
     """The most factual tokens, including padding, in a batch of so many examples. If examples share tokens, it is for
     ReplyBatches, from the most that pieces of each size have. For requests of a persona it is not a bound, but the
     number of one draw."""

@@ -58,7 +58,7 @@ from perce.training.checks import (
 )  # fmt: skip
 from perce.training.estimates import EStep, Estimates, check_estimable, estimate, over_step
 from perce.training.loader import own_eval_loader, own_train_loader
-from perce.training.meters import Clock, Window, peak_memory_mib
+from perce.training.meters import Clock, Window, peak_memory_mib, progress_of
 from perce.training.normalizer import StepNormalizer
 from perce.training.parallel import found_by_first, keep_outputs_exact
 from perce.training.resumable import ResumableTrainer
@@ -101,16 +101,7 @@ class PerceTrainer(ResumableTrainer):
         check_metric(args, eval_dataset)
         name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
         tokenizer = processing_class or load_tokenizer(name)
-        if isinstance(model, str):  # not in the checkpoint's own dtype: weights that are trained in bf16 hardly move
-            model = load_pretrained(model, dtype=torch.bfloat16 if args.bf16 and peft_config else torch.float32)
-        prepared = prepare_model(model, args.backend)
-        if peft_config is not None:
-            prepared = add_adapter(prepared, peft_config)
-        elif hasattr(prepared, "peft_config"):  # the trial step refuses adapters that no text reaches
-            check_adapter(prepared)
-        elif train_dataset is not None:
-            freeze_beside_text(prepared)
-        check_own_loss(prepared)
+        prepared = _prepared(model, args, peft_config, trains=train_dataset is not None)
         if router := router_of(prepared, args.loss.router_aux_loss_coef):
             check_balancing(args)
         self._tokenizer = tokenizer
@@ -138,14 +129,8 @@ class PerceTrainer(ResumableTrainer):
             device = next(prepared.parameters()).device.type
             with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
                 check_packing(self.model, device)
-        # not_all_shared: why not everything is shared that could be; "" if everything is.
-        able, self.not_all_shared = shared_by(self.model, args, self.train_dataset, self.eval_dataset)
-        asked = self.eval_dataset if self.train_dataset is None else self.train_dataset
-        self.sharing: Sharing = able if has_shared(asked, args.memory) else "none"
-        if self.sharing != "none" and train_dataset is not None:
-            check_dealt(args)
         collator = partial(
-            collate, pad_id=pad_id, packing=args.packing, sharing=able, unit=args.memory.unit,
+            collate, pad_id=pad_id, packing=args.packing, sharing=self._settle_sharing(), unit=args.memory.unit,
             persona_grad=args.memory.persona_grad, branches_per_forward=args.memory.branches_per_forward,
         )  # fmt: skip
         if kwargs.get("data_collator") is None:
@@ -171,6 +156,17 @@ class PerceTrainer(ResumableTrainer):
         if args.loss.estimate == "online" and args.loss.entry.contrasts:
             warn_of_dropout(prepared)
 
+    def _settle_sharing(self) -> Sharing:
+        """Find out what the examples of a batch can share, and what those share that the trainer is for."""
+        args = self.args
+        # not_all_shared: why not everything is shared that could be; "" if everything is.
+        able, self.not_all_shared = shared_by(self.model, args, self.train_dataset, self.eval_dataset)
+        asked = self.eval_dataset if self.train_dataset is None else self.train_dataset
+        self.sharing: Sharing = able if has_shared(asked, args.memory) else "none"
+        if self.sharing != "none" and self.train_dataset is not None:
+            check_dealt(args)
+        return able
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
@@ -185,6 +181,9 @@ class PerceTrainer(ResumableTrainer):
         check_dataset(dataset, name)
         if _is_raw(dataset):
             dataset = rows_dataset_pairs(dataset, name, self._tokenizer, *self._options)
+        elif isinstance(dataset, list):
+            every = dict.fromkeys(key for pair in dataset for key in pair) | {"data_weight": 1.0}
+            dataset = Dataset.from_list([every | pair for pair in dataset])  # has the columns of the first row
         check_vocabulary(dataset, name, self._vocabulary)
         self._check_context(dataset, name)
         return dataset
@@ -203,17 +202,15 @@ class PerceTrainer(ResumableTrainer):
         return super().get_train_dataloader() if loader is None else loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Like transformers.Trainer's, but conversations stay together if they can share tokens, and
-        dataloader_drop_last does not apply: all examples are evaluated."""
+        """Like transformers.Trainer's, but always of this dataset, all of its examples, in its order or conversation by
+        conversation."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = cast(Any, self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset
-        if self.args.data.share != "none" and has_length(dataset) and has_shared(dataset, self.args.memory):
+        if has_length(dataset):
             return own_eval_loader(dataset, self.data_collator, self.args)
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.args.dataloader_drop_last = drop_last
+        # With workers that stay, the Trainer would take its last loader for any dataset.
+        self._eval_dataloaders: dict[str, DataLoader] = {}
+        return super().get_eval_dataloader(eval_dataset)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise UserError("predict: would return logits, which PerceTrainer never holds. Use trainer.evaluate(dataset).")
@@ -226,7 +223,7 @@ class PerceTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         check_trunks(inputs, self.args.memory)
-        loss = self.args.loss.at(self._progress)
+        loss = self.args.loss.at(progress_of(self.state))
         per_sequence = loss.normalize == "sequence"  # "batch": see StepNormalizer
         assert self._over_step or not loss.entry.over_step, (
             "weights that depend on a whole step are known only in train()"
@@ -257,11 +254,6 @@ class PerceTrainer(ResumableTrainer):
             self._normalizer.add_weights(done.token_weight)
         return (value, done[:4]) if return_outputs else value
 
-    @property
-    def _progress(self) -> float:
-        """From 0 at the first step of the run to 1 at the last."""
-        return min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
-
     def _known(self, inputs: Batch) -> Measured | None:
         """The estimates of an E-step before this forward pass; None without one."""
         return self.estimates.of(inputs["example"], inputs["target"].device) if self.estimates else None
@@ -276,13 +268,13 @@ class PerceTrainer(ResumableTrainer):
     def _estimated(self, inputs: Batch) -> Measured:
         """The E-step of one batch, in eval mode and without drawing random numbers."""
         model: Any = self.model_wrapped if self.is_in_train else self.model
-        with evaluating(model), self.estimation_clock.measure(), self.compute_loss_context_manager():
+        with evaluating(model), self.compute_loss_context_manager():
             return measured(
                 model, self._prepare_inputs(inputs), self.args.loss.weighting,
                 counterfactual=self.args.loss.entry.counterfactual,
             )  # fmt: skip
 
-    def _counted(self, inputs: Batch) -> Tensor:
+    def _counting_pass(self, inputs: Batch) -> Tensor:
         """The counting pass of one batch, (E,): one more factual pass, in eval mode, for the load-balancing loss."""
         model: Any = self.model_wrapped if self.is_in_train else self.model
         with self.compute_loss_context_manager():
@@ -290,7 +282,6 @@ class PerceTrainer(ResumableTrainer):
             return experts_used(model, self._prepare_inputs(inputs), top_k)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        self._window.start()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._normalizer and self.accelerator.sync_gradients:
             tokens = inputs["target"].numel() if num_items_in_batch is None else num_items_in_batch
@@ -300,7 +291,7 @@ class PerceTrainer(ResumableTrainer):
     def restore(self, checkpoint: Path) -> None:
         if self.args.loss.estimate != "online":
             signal = self.args.loss.weighting.signal_name
-            self.estimates = Estimates.load(checkpoint, self.train_dataset, self._vocabulary, signal)
+            self.estimates = Estimates.load(checkpoint, self.train_dataset, signal)
 
     def save_beside(self, checkpoint: Path) -> None:
         self._window.pause()
@@ -314,9 +305,10 @@ class PerceTrainer(ResumableTrainer):
             self._normalizer.begin()
         if self._balance:
             several = batch_samples if len(batch_samples) > 1 else ()
-            self._balance.begin([self._counted(batch) for batch in several])
+            self._balance.begin([self._counting_pass(batch) for batch in several])
         if of_step := self.args.loss.entry.over_step:
-            found = [self._known(batch) or self._estimated(batch) for batch in batch_samples]
+            with self.estimation_clock.measure():
+                found = [self._known(batch) or self._estimated(batch) for batch in batch_samples]
             seed = self.args.seed * 1_000_003 + self.state.global_step
             self._over_step = over_step(found, lambda x: of_step(x, seed), gather_object, self.args.process_index)
         # torch.tensor would wait until all earlier work on the device is done.
@@ -354,8 +346,7 @@ class PerceTrainer(ResumableTrainer):
         """The E-step over all training examples, divided over the processes; draws no random numbers."""
         dataset = cast(Dataset, self.train_dataset)
         lengths = sequence_lengths(dataset)
-        alone, memory = self.sharing == "none", self.args.memory
-        together = [[index] for index in range(len(dataset))] if alone else whole_units(dataset, memory)
+        together = whole_units(dataset, self.args.memory, self.sharing != "none")
         together.sort(key=lambda indices: max(lengths[index] for index in indices))
         batches = in_order(together, self.args.per_device_eval_batch_size)
 
@@ -365,7 +356,7 @@ class PerceTrainer(ResumableTrainer):
         with self.estimation_clock.measure():
             self.estimates = estimate(
                 dataset, share, lambda rows: self._estimated(self.data_collator([dataset[row] for row in rows])),
-                _gather_dicts, epoch=epoch, vocabulary=self._vocabulary, of_signal=self.args.loss.weighting.signal_name,
+                _gather_dicts, epoch=epoch, of_signal=self.args.loss.weighting.signal_name,
             )  # fmt: skip
 
     @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times
@@ -395,14 +386,16 @@ class PerceTrainer(ResumableTrainer):
                 ]
                 rows.append(torch.tensor(sums))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        dataset, batches = dataloader.dataset, dataloader.batch_sampler
-        if isinstance(batches, list):  # made by own_eval_loader
-            places = [place for batch in batches for place in batch]
+        dataset, sampler = dataloader.dataset, dataloader.batch_sampler
+        if isinstance(sampler, list):  # made by own_eval_loader
+            places = [place for batch in sampler for place in batch]
             ordered = sorted(zip(places, self.last_evaluation, strict=True), key=lambda x: x[0])
             self.last_evaluation = [example for _, example in ordered]
         # Processes take turns. Examples that are repeated to give each as many batches come last, and are cut off.
         turns = zip(*gather_object([rows]), strict=True)
-        examples_seen = torch.cat([batch for turn in turns for batch in turn])
+        if not (batches := [batch for turn in turns for batch in turn]):
+            raise UserError("eval_dataset: expected at least one example, got a stream of none.")
+        examples_seen = torch.cat(batches)
         examples_seen = examples_seen[: len(dataset) if has_length(dataset) else None]
         n, ce, ce_cf, n_personal, ce_personal = examples_seen.double().sum(0).tolist()
         metrics = {
@@ -417,6 +410,21 @@ class PerceTrainer(ResumableTrainer):
             label_ids=None, num_samples=len(examples_seen),
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
         )  # fmt: skip
+
+
+def _prepared(model: Any, args: PerceArguments, peft_config: Any, trains: bool) -> Any:
+    """The model, loaded if this is its name, with the forward of model/patch.py and the adapter that is asked for."""
+    if isinstance(model, str):  # not in the checkpoint's own dtype: weights that are trained in bf16 hardly move
+        model = load_pretrained(model, dtype=torch.bfloat16 if args.bf16 and peft_config else torch.float32)
+    prepared = prepare_model(model, args.backend)
+    if peft_config is not None:
+        prepared = add_adapter(prepared, peft_config)
+    elif hasattr(prepared, "peft_config"):  # the trial step refuses adapters that no text reaches
+        check_adapter(prepared)
+    elif trains:
+        freeze_beside_text(prepared)
+    check_own_loss(prepared)
+    return prepared
 
 
 def _is_raw(dataset: Any) -> bool:

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 
 from perce.demo import DATA_DIR
 from perce.demo.model import NAME, RECEIPT
-from perce.integrity import facts_of
+from perce.integrity import sizes_and_digests
 from tests.helpers import ROOT
 from tests.helpers.templates import CHAT_TEMPLATES
 from tests.helpers.tiny import VOCAB, read_jsonl, save_tiny_model, tiny_tokenizer, write_jsonl
@@ -46,7 +46,7 @@ def save_models(shelf: Path, hub_ids: set[str]) -> None:
     tokenizer.model_max_length = 64
     tokenizer.save_pretrained(encoder)
     default = save_tiny_model(shelf / "cache" / NAME, "llama-tied")
-    receipt = {"files": facts_of(default, default.iterdir())}
+    receipt = {"files": sizes_and_digests(default, default.iterdir())}
     (default / RECEIPT).write_text(json.dumps(receipt), encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from perce import UserError
 from perce.config.questions import InferenceConfig
-from perce.integrity import LIST, facts_of
+from perce.integrity import LIST, sizes_and_digests
 from perce.model.loading import load_to_measure
 from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, tiny_tokenizer
 from tests.helpers.training import fails
@@ -150,7 +150,7 @@ def test_every_shard_is_looked_at(tmp_path):
     save_tiny_model(tmp_path)
     AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path, max_shard_size="30KB")
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / LIST).write_text(json.dumps(facts_of(tmp_path, tmp_path.glob("*.safetensors"))))
+    (tmp_path / LIST).write_text(json.dumps(sizes_and_digests(tmp_path, tmp_path.glob("*.safetensors"))))
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     load_to_measure(InferenceConfig(model=str(tmp_path)))
     flip(shards[1], [-2])

@@ -27,18 +27,22 @@ from tests.helpers.training import fails
 
 def on_a_gpu(**options):
     loaders = SimpleNamespace(non_blocking=False)
-    fields = {"dataloader_pin_memory": True, "use_liger_kernel": False, "accelerator_config": loaders}
+    fields = {
+        "dataloader_pin_memory": True, "use_liger_kernel": False, "accelerator_config": loaders,
+        "memory": MemoryConfig(),
+    }  # fmt: skip
     return SimpleNamespace(**({"device": torch.device("cuda")} | fields | options))
 
 
 def test_offload_needs_a_gpu_and_checkpointing(tmp_path):
     with pytest.raises(UserError, match="on a CPU, whose activations are in host memory"):
         arguments(tmp_path, memory=MemoryConfig(activation_offload=True))
-    args = on_a_gpu(**{CHECKPOINTING: False, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}})
+    fields = {CHECKPOINTING: False, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+    args = on_a_gpu(memory=MemoryConfig(activation_offload=True), **fields)
     with pytest.raises(UserError, match="Add --activation_checkpointing"):
-        settle_device(args, MemoryConfig(activation_offload=True))
+        settle_device(args)
     setattr(args, CHECKPOINTING, True)
-    settle_device(args, MemoryConfig(activation_offload=True))
+    settle_device(args)
     assert getattr(args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False, "offload": True}
 
 
@@ -46,7 +50,7 @@ def test_offload_needs_a_gpu_and_checkpointing(tmp_path):
 @pytest.mark.parametrize("pinned", [True, False])
 def test_batches_in_pinned_memory_are_sent_to_a_gpu_without_waiting_for_it(device, pinned):
     args = on_a_gpu(device=torch.device(device), dataloader_pin_memory=pinned)
-    settle_device(args, MemoryConfig())
+    settle_device(args)
     assert args.accelerator_config.non_blocking is (pinned and device == "cuda")
 
 
@@ -156,6 +160,9 @@ def test_every_field_is_read_or_refused():
         ("--streaming --max_steps=2 --dataloader_drop_last", ["dataloader_drop_last", "--streaming"]),
         ("--auto_find_batch_size", ["auto_find_batch_size", "perce.plan"]),
         ("--lr_scheduler_type=constant --lr_scheduler_kwargs={}", ["lr_scheduler_kwargs", "constant"]),
+        ("--eval_steps=5 --eval_strategy=epoch", ["eval_steps", "--eval_strategy epoch"]),
+        ("--save_steps=5 --save_strategy=epoch", ["save_steps", "--save_strategy epoch"]),
+        ("--logging_steps=5 --logging_strategy=epoch", ["logging_steps", "--logging_strategy epoch"]),
         ("--run_name=x", ["run_name", "--report_to"]), ("--dataloader_in_order=false", ["dataloader_num_workers"]),
         ("--hub_model_id=me/x", ["hub_model_id", "--push_to_hub"]), ("--fsdp_config={}", ["fsdp_config", "--fsdp"]),
         ("--gradient_checkpointing_kwargs={}", ["checkpointing_kwargs", "--activation_checkpointing"]),
@@ -180,6 +187,17 @@ def test_fields_without_an_effect_are_refused_in_python_too(tmp_path):
     assert args.logging_nan_inf_filter is False and args.label_names == []
     again = dataclasses.replace(args, seed=3)  # fields that TrainingArguments have set themselves are accepted
     assert again.seed == 3 and again.loss == args.loss
+
+
+def test_uneven_batches_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"accelerator_config: .*even_batches"):
+        arguments(tmp_path, accelerator_config={"even_batches": False})
+
+
+def test_ligers_kernels_are_chosen_on_the_command_line_too(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--precision", "fp32", '--liger_kernel_config={"rope": false}']
+    config = training_arguments(resolve(parse_args(flags)[0])).liger_kernel_config
+    assert config == {"rope": False, "fused_linear_cross_entropy": False, "cross_entropy": False}
 
 
 def test_unused_parameters_are_looked_for_where_that_is_asked(tmp_path):

@@ -40,7 +40,7 @@ def test_a_context_beyond_the_models_positions_is_found_before_training(tmp_path
 def test_attention_over_all_pairs_of_tokens_is_refused_by_name(architecture, attention, length, refused):
     config = tiny_model(architecture, max_position_embeddings=100_000).config
     config._attn_implementation = attention
-    pairs = [{"input_ids": [0] * length}]
+    pairs = Dataset.from_list([{"input_ids": [0] * length}])
     check_context(pairs, "train_dataset", config, DETACHED, 0)
     if refused:
         with pytest.raises(UserError, match=rf"{length} × {length}.*--persona_grad none"):
@@ -143,7 +143,7 @@ def test_scores_of_all_pairs_are_looked_for_in_attention_alone(architecture):
     """A recurrent model has no heads, and another model has different numbers of them in its layers."""
     config = CONFIGS[architecture]()
     config._attn_implementation = "eager"
-    check_context([{"input_ids": [1] * 40_000}], "train_dataset", config, MemoryConfig(), 2**20)
+    check_context(Dataset.from_list([{"input_ids": [1] * 40_000}]), "train_dataset", config, MemoryConfig(), 2**20)
 
 
 DOCUMENT = {"input_ids": [5, 6, 7, 8], "response_length": 3, "personal": [False] * 3, "windows": [[0, 4, 3]]}

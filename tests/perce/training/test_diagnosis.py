@@ -8,10 +8,10 @@ import pytest
 from datasets import Dataset
 
 from perce import DataConfig, LossConfig
-from perce.training.diagnosis import Facts, best_evaluation, diagnose, facts_of_run
+from perce.training.diagnosis import Outcome, best_evaluation, diagnose, outcome_of
 from tests.helpers.tiny import demo_examples
 
-WELL = Facts(
+WELL = Outcome(
     log=[
         *({"step": n, "loss": 4 - n, "ce": 4 - n, "weight_mean": 1.0, "frac_at_floor": 0.8} for n in range(1, 7)),
         {"step": 0, "eval_loss": 4.0}, {"step": 3, "eval_loss": 3.7}, {"step": 6, "eval_loss": 3.5},
@@ -209,10 +209,10 @@ def run_of(train, examples, **changes):
         train=train, validation=Dataset.from_dict({"example": [0, 0, 1]}), examples=examples, format="perce"
     )
     trainer = SimpleNamespace(args=SimpleNamespace(**(vars(args) | changes)), state=state)
-    return facts_of_run(trainer, pairs, {}, {})
+    return outcome_of(trainer, pairs, {}, {})
 
 
-def test_the_facts_of_a_run():
+def test_the_outcome_of_a_run():
     train = Dataset.from_list([{"input_ids": [1], "passages": [0, 1], "dropped_passages": 3}] * 2)
     named, nameless = demo_examples(3), [replace(example, user_id=None) for example in demo_examples(3)]
     facts = run_of(train, named)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from perce import LossConfig, PerceTrainer, UserError
 from perce.training.checkpoints import seal
-from perce.training.estimates import FILE, Estimates
+from perce.training.estimates import FILE
 from tests.helpers.tiny import tiny_tokenizer
 from tests.helpers.trainers import PAIRS, arguments, model_for, plain_loss, trainer_for
 
@@ -101,25 +101,36 @@ def test_changed_data_and_lost_estimates_are_refused(tmp_path):
     trainer_for(model_for("full"), args).train()
     checkpoint = tmp_path / "checkpoint-1"
 
-    changed = copy.deepcopy(PAIRS)
-    changed[3]["input_ids"][-2] ^= 1
-    with pytest.raises(UserError, match="belong to other training examples than these, which differ from example 3"):
-        trainer_for(model_for("full"), args, changed).train(resume_from_checkpoint=str(checkpoint))
-    with pytest.raises(UserError, match="differ in their number"):
-        trainer_for(model_for("full"), args, PAIRS[:10]).train(resume_from_checkpoint=str(checkpoint))
+    def resume(pairs, args=args):
+        trainer_for(model_for("full"), args, pairs).train(resume_from_checkpoint=str(checkpoint))
 
-    with pytest.raises(UserError, match="a vocabulary of 400, and this one has 401"):
-        Estimates.load(checkpoint, Dataset.from_list(PAIRS), 401, "PIR")
+    start, _ = PAIRS[3]["persona_span"]
+    for place in (start, -2):  # in the persona, and in the response
+        changed = copy.deepcopy(PAIRS)
+        changed[3]["input_ids"][place] ^= 1
+        with pytest.raises(UserError, match="its weights belong to other training pairs than these"):
+            resume(changed)
+    with pytest.raises(UserError, match="its weights belong to other training pairs than these"):
+        resume(PAIRS[:10])
     other = arguments(tmp_path, max_steps=2, loss=LossConfig("dft", estimate="frozen"))
     with pytest.raises(UserError, match="its weights come from PIR, and those of this objective from p"):
-        trainer_for(model_for("full"), other).train(resume_from_checkpoint=str(checkpoint))
+        resume(PAIRS, other)
     (checkpoint / FILE).write_bytes(b"half")
     with pytest.raises(UserError, match=f"cannot be resumed from, because {FILE} has 4 of"):
-        trainer_for(model_for("full"), args).train(resume_from_checkpoint=str(checkpoint))
+        resume(PAIRS)
     (checkpoint / FILE).unlink()
     seal(checkpoint)  # like a checkpoint of a run whose weights were not estimated beforehand
     with pytest.raises(UserError, match="the token weights of this run cannot be read"):
-        trainer_for(model_for("full"), args).train(resume_from_checkpoint=str(checkpoint))
+        resume(PAIRS)
+
+
+def test_a_list_of_pairs_is_estimated_like_a_dataset_of_them(tmp_path):
+    args = arguments(tmp_path, max_steps=1, loss=loss_config("epoch"))
+    trainers = [trainer_for(model_for("full"), args)]
+    trainers += [PerceTrainer(model_for("full"), args, train_dataset=PAIRS, processing_class=tiny_tokenizer())]
+    for trainer in trainers:
+        trainer.train()
+    assert torch.equal(*(trainer.estimates.signal for trainer in trainers))
 
 
 def test_what_cannot_be_estimated_beforehand(tmp_path):

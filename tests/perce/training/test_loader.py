@@ -79,14 +79,15 @@ def test_a_step_equals_its_sequences_one_by_one(one_process):
 
 
 def test_two_processes_train_as_one(tmp_path, one_process):
-    """A dataset under a token budget and a stream, in one run of two processes."""
+    """A dataset under a token budget, a stream and an evaluation, in one run of two processes."""
     streamed = train_stream(tmp_path / "one", write_jsonl(tmp_path / "rows.jsonl", ROWS))
-    budget, stream = result_of_ranks("tests.perce.training.test_loader", 2, tmp_path)
+    budget, stream, (loss, examples) = result_of_ranks("tests.perce.training.test_loader", 2, tmp_path)
     taken = one_process["batches"]
     even = len(taken) // 2 - len(taken) // 2 % 2
     assert budget["batches"][: even // 2] == taken[:even:2]
     steps = torch.tensor(budget["steps"])[: even // 2], torch.tensor(one_process["steps"])[: even // 2]
     torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-5)
+    assert loss == pytest.approx(evaluated(tmp_path / "one")[0], abs=1e-6) and examples == [0, 1, 4, 5]
     assert stream["examples"] == [batch[::2] for batch in streamed["examples"]]
     torch.testing.assert_close(torch.tensor(stream["steps"]), torch.tensor(streamed["steps"]), atol=1e-5, rtol=1e-5)
 
@@ -118,13 +119,6 @@ def test_a_budget_is_refused_where_it_cannot_be(tmp_path):
         trainer.train()
 
 
-if __name__ == "__main__":  # one rank
-    torch.set_num_threads(1)
-    directory = Path(sys.argv[1])
-    budget, stream = train(directory, ranks=2), train_stream(directory, directory / "rows.jsonl", ranks=2)
-    finish_rank(directory, [budget, stream])
-
-
 def test_a_loader_of_ours_has_the_trainers_options(tmp_path):
     options = {"dataloader_num_workers": 1, "dataloader_in_order": False, "dataloader_prefetch_factor": 3}
     args = arguments(
@@ -133,3 +127,46 @@ def test_a_loader_of_ours_has_the_trainers_options(tmp_path):
     loader = undivided_loader(PAIRS, list, args, batch_size=2)
     assert (loader.num_workers, loader.in_order, loader.prefetch_factor) == (1, False, 3)
     assert loader.multiprocessing_context.get_start_method() == "spawn" and loader.persistent_workers
+
+
+WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_another_dataset_is_evaluated_also_by_workers_that_stay(tmp_path, streamed):
+    sets = [Dataset.from_list(PAIRS[:6]), Dataset.from_list(PAIRS[10:13])]
+    sets = [x.to_iterable_dataset() for x in sets] if streamed else sets
+    found = []
+    for options in ({}, WORKERS):
+        trainer = trainer_for(model_for("full"), arguments(tmp_path, **options), eval_dataset=sets[0])
+        found.append([trainer.evaluate(x)["eval_loss"] for x in (None, sets[1])])
+    assert found[0] == found[1] and found[0][0] != found[0][1]
+
+
+@pytest.mark.parametrize("options", [{"train_sampling_strategy": "group_by_length"}, {"dataloader_drop_last": True}])
+def test_evaluations_are_of_all_examples_in_the_order_of_their_dataset(tmp_path, options):
+    args = arguments(tmp_path, per_device_eval_batch_size=5, **options)
+    trainer = trainer_for(model_for("full"), args, eval_dataset=Dataset.from_list(PAIRS[:12]))
+    trainer.evaluate()
+    assert [x.example for x in trainer.last_evaluation] == list(range(12))
+
+
+def test_an_evaluation_of_nothing_is_refused(tmp_path):
+    trainer = trainer_for(model_for("full"), arguments(tmp_path))
+    nothing = Dataset.from_list(PAIRS).to_iterable_dataset().filter(lambda _: False)
+    with pytest.raises(UserError, match="eval_dataset: expected at least one example"):
+        trainer.evaluate(nothing)
+
+
+def evaluated(directory):
+    """The loss of seven examples, and which of them this process has evaluated."""
+    args = arguments(directory, per_device_eval_batch_size=2)
+    trainer = trainer_for(model_for("full"), args, eval_dataset=Dataset.from_list(PAIRS[:7]))
+    return trainer.evaluate()["eval_loss"], [x.example for x in trainer.last_evaluation]
+
+
+if __name__ == "__main__":  # one rank
+    torch.set_num_threads(1)
+    directory = Path(sys.argv[1])
+    budget, stream = train(directory, ranks=2), train_stream(directory, directory / "rows.jsonl", ranks=2)
+    finish_rank(directory, [budget, stream, evaluated(directory)])

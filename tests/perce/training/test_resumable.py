@@ -1,4 +1,4 @@
-"""Uploads of runs: which files, when, and that no token is printed or kept."""
+"""Uploads of runs: which files, when, and that no token is printed or kept; what is saved when."""
 
 import pickle
 from concurrent.futures import Future
@@ -6,9 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
 
 from perce.config.commands import parse_args
 from perce.training.card import CARD
@@ -157,3 +160,25 @@ def test_in_python_a_push_saves_and_uploads_the_model_alone(tmp_path, hub):
     assert "model.safetensors" not in hub[-1].files, "saved weights are not saved again"
     trainer_for(model_for("full"), arguments(tmp_path, push_to_hub=True)).push_to_hub()
     assert {"model.safetensors", "config.json", CARD} <= hub[-1].files and not hub[-1].files & OWN_FILES
+
+
+def test_a_push_uploads_the_weights_as_they_are_now(tmp_path, hub):
+    class Saving(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                trainer.save_model()
+
+    trainer = trainer_for(model_for("full"), arguments(tmp_path, push_to_hub=True, max_steps=2), callbacks=[Saving()])
+    trainer.train()
+    trainer.push_to_hub()
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["x", "./x", "x/"])
+def test_the_weights_of_a_checkpoint_are_written_once(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    written, save = [], Trainer._save
+    monkeypatch.setattr(Trainer, "_save", lambda self, *args, **options: written.append(save(self, *args, **options)))
+    trainer_for(model_for("full"), arguments(name, max_steps=2, save_strategy="steps", save_steps=1)).train()
+    assert len(written) == 2
