@@ -293,6 +293,30 @@ def test_token_logprobs_match_the_oracle(subject, dtype, options, compact):
         torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
 
 
+@of_each(
+    "dtype, default",
+    *itertools.product(["triton"], [FP32], (BF16, FP64)),
+    *itertools.product(WAYS, (BF16, FP16), [BF16]),
+    ("stored", FP16, FP16),
+    ("stored", FP16, FP64),
+    ("torch", BF16, BF16),
+    ("reference", BF16, BF16),
+)
+def test_results_do_not_depend_on_the_default_dtype(subject, dtype, default):
+    """torch.set_default_dtype, which scripts for 16-bit models call."""
+    inputs, results = subject.inputs(bias=True, dtype=dtype), []
+    for default_dtype in (default, FP32):
+        torch.set_default_dtype(default_dtype)
+        try:
+            results += [subject.call(inputs), subject.call(inputs, reduction="none")]
+        finally:
+            torch.set_default_dtype(FP32)
+    for actual, expected in zip(results[:2], results[2:], strict=True):
+        assert torch.equal(actual.loss, expected.loss)
+        assert all(torch.equal(a, b) for a, b in zip(actual.stats, expected.stats, strict=True))
+        assert all(torch.equal(actual.grads[name], expected.grads[name]) for name in TRAINABLE)
+
+
 @of_each("compact", *itertools.product(("torch", "triton", *WAYS), EITHER))
 def test_same_inputs_same_bits(subject, compact):
     inputs = subject.inputs(bias=True, dtype=BF16)

@@ -98,6 +98,7 @@ def register_the_contract() -> None:
     for compact in (True, False):
         of_the_contract(test_loss.test_nan_in_ignored_rows_reaches_nothing, FP32, "hidden_cf", compact, {}, torch.nan)
         of_the_contract(test_loss.test_same_inputs_same_bits, compact, layout="three")
+    of_the_contract(test_loss.test_results_do_not_depend_on_the_default_dtype, BF16, BF16, layout="three", slow=())
 
 
 register_the_contract()
