@@ -119,7 +119,7 @@ def _dz_scale(
         return None
     if given_weight is None:
         exponent = math.frexp(clip_max * abs(logit_scale))[1]
-        return torch.full((), 2.0 ** min(15 - exponent, 100), device=rows.target.device)
+        return torch.full((), 2.0 ** min(15 - exponent, 100), dtype=torch.float32, device=rows.target.device)
     weight = given_weight if rows.ignored is None else given_weight.masked_fill(rows.ignored, 0)
     return (15 - (weight.float().abs().amax() * logit_scale).frexp().exponent).clamp(-100, 100).float().exp2()
 

@@ -132,7 +132,7 @@ class ShardedRows:
         z = self.logits[: hidden.shape[0]]
         product(hidden, job.lm_head.T, z[:, :v])
         column = self.shard.columns(job.target[rows], v)
-        row_max, total, z_target = (torch.full(column.shape, torch.nan, device=z.device) for _ in range(3))
+        row_max, total, z_target = (z.new_full(column.shape, torch.nan) for _ in range(3))
         row_halves.row_parts(z, column, job.bias, row_max, total, z_target, v=v, **job.head)
         whole = self._whole(row_max, total, z_target, column)
         logp, weight = finish(whole.logp(), job, rows, self.shard.vocab_size, statistics)
