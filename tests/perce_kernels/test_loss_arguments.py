@@ -55,6 +55,14 @@ BAD_ARGUMENTS = [
     ("num_items", {"num_items": True}),
     ("num_items", {"num_items": torch.ones(1)}),
     ("num_items", {"num_items": 5, "reduction": "sum"}),
+    ("num_items", {"num_items": "6"}),
+    ("clip_max", {"clip_max": None}),
+    ("clip_min", {"clip_min": torch.tensor(1.0)}),
+    ("softcap", {"softcap": "30"}),
+    ("softcap", {"softcap": torch.tensor(30.0)}),
+    ("logit_scale", {"logit_scale": None}),
+    ("ignore_index", {"ignore_index": None}),
+    ("ignore_index", {"ignore_index": -100.0}),
     ("softcap", {"softcap": 0.0}),
     ("softcap", {"softcap": float("inf")}),
     ("logit_scale", {"logit_scale": float("nan")}),
@@ -65,6 +73,36 @@ BAD_ARGUMENTS = [
 def test_bad_argument_is_a_value_error_that_names_it(named, change):
     with pytest.raises(ValueError, match=f"{named}.*got|got {named}$"):
         fused_perce_loss(**make_inputs().kwargs() | change)
+
+
+def test_a_scale_that_could_train_is_refused_with_what_trains_it():
+    """The fused backends would compute no gradient for it."""
+    inputs = make_inputs(bias=True)
+    scale = torch.nn.Parameter(torch.tensor(0.5))
+    refused = r"^logit_scale: expected a number, got a tensor\. To train it, multiply hidden, hidden_cf and bias by it"
+    for backend in ("auto", "torch", "reference"):
+        with pytest.raises(ValueError, match=refused):
+            fused_perce_loss(**inputs.kwargs(), logit_scale=scale, backend=backend)
+    with pytest.raises(ValueError, match=refused):
+        token_logprobs(inputs.hidden, inputs.lm_head, inputs.target, logit_scale=scale)
+    changed = {name: getattr(inputs, name) * scale for name in ("hidden", "hidden_cf", "bias")}
+    actual = fused_perce_loss(**inputs.kwargs() | changed)
+    torch.testing.assert_close(actual, fused_perce_loss(**inputs.kwargs(), logit_scale=0.5))
+    assert torch.autograd.grad(actual, scale)[0].isfinite()
+
+
+def test_numbers_of_numpy():
+    inputs = make_inputs()
+    expected = fused_perce_loss(**inputs.kwargs(), num_items=6, softcap=4.0)
+    assert torch.equal(fused_perce_loss(**inputs.kwargs(), num_items=np.int64(6), softcap=np.float32(4)), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_tensors_without_data(backend):
+    """Autocast knows nothing of the device "meta"."""
+    inputs = {name: x.to("meta") for name, x in make_inputs().kwargs().items()}
+    assert fused_perce_loss(**inputs, backend=backend).is_meta
+    assert token_logprobs(inputs["hidden"], inputs["lm_head"], inputs["target"], backend=backend).is_meta
 
 
 @pytest.mark.parametrize("name", ["hidden", "lm_head", "target", "hidden_cf", "bias", "seq_id"])
