@@ -44,14 +44,17 @@ class Cut(NamedTuple):
     chunk: int  # in the logits buffer
 
 
-@lru_cache(maxsize=256)
 def cut_of(n: int, d: int, v: int, itemsize: int, way: str, multiprocessors: int, budget: int | None = None) -> Cut:
     """The cut of n tokens, into blocks of one size. It depends on the arguments only, never on free memory, so that the
     same call gives the same bits anywhere.
 
     itemsize: bytes of an operand's element. v: size of the whole vocabulary, even if it is sharded.
     """
-    n, budget = max(n, 1), BUDGET if budget is None else budget
+    return _cut_of(max(n, 1), d, v, itemsize, way, multiprocessors, BUDGET if budget is None else budget)
+
+
+@lru_cache(maxsize=256)
+def _cut_of(n: int, d: int, v: int, itemsize: int, way: str, multiprocessors: int, budget: int) -> Cut:
     rows = GEMM_TILE[0]
     of_dz, of_logits = pitch(v) * itemsize, 4 * pitch(v)
     if way == "stored":  # logits are stored where dz will be; there are also statistics of tiles

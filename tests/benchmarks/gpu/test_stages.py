@@ -98,7 +98,7 @@ def test_what_runs_on_the_device_is_counted_and_summed(monkeypatch):
 @on_cpu
 def test_budgets_change_the_drivers_cut_and_are_put_back(monkeypatch):
     asked = []
-    largest = cut.cut_of.__wrapped__
+    largest = cut.cut_of
     monkeypatch.setattr(driver, "cut_of", lambda *args: asked.append(cut.BUDGET) or largest(*args))
     monkeypatch.setattr(Request, "sizes", TINY)
     monkeypatch.setattr(parts, "BUDGETS", (1, 2))
