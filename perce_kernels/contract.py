@@ -8,7 +8,8 @@ The caller has checked the arguments. `Rows` says which rows of a call are compu
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +79,12 @@ class PerCEOutput(NamedTuple):
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, or fp64 for fp64 inputs: the dtype of logits, statistics, loss and accumulated gradients."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off, which stays on inside the body of a custom op; a device such as "meta" has none."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class Rows:

@@ -1,6 +1,7 @@
 """The public op: checks the arguments, chooses a backend, and applies scalar factors after the sweep."""
 
 import math
+import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd import forward_ad
 
 from perce_kernels import ops, reference, vocab_parallel
 from perce_kernels.backends import resolve_backend
-from perce_kernels.contract import check_target
+from perce_kernels.contract import check_target, no_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -105,7 +106,7 @@ def fused_perce_loss(
     backend = resolve_backend(backend, hidden.device, group)
     _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
     hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
-    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
+    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group)
     _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id)
     shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
     denominator = _denominator(num_items, reduction, target, ignore_index)
@@ -118,7 +119,7 @@ def fused_perce_loss(
     }  # fmt: skip
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
-        with torch.autocast(hidden.device.type, enabled=False):  # autocast would round products to its dtype
+        with no_autocast(hidden.device):  # autocast would round products to its dtype
             loss, logp, logp_cf, weight = reference.perce_loss(
                 hidden, lm_head, target, hidden_cf, logp_cf=logp_cf, token_weight=token_weight, normalize=normalize,
                 seq_id=seq_id, reduction="none", **head, **clip,
@@ -179,11 +180,11 @@ def token_logprobs(
     backend = resolve_backend(backend, hidden.device, group)
     _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
     hidden, lm_head, _, bias = _autocast(hidden, lm_head, None, bias)
-    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
+    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group)
     shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device):
             logp, entropy = reference.logprobs(
                 hidden, lm_head, target, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
             )
@@ -218,7 +219,7 @@ def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Cast to the autocast dtype if autocast is on, as for F.linear; fp64 is not cast, as there."""
     device = hidden.device.type
     tensors = (hidden, *others)
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -273,7 +274,7 @@ def _check_tensors(**given: Any) -> None:
             raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}{remedy}")
 
 
-def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group) -> None:
+def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group) -> None:
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden: expected a floating-point (N, D) tensor, got {_describe(hidden)}")
     d = hidden.shape[1]
@@ -286,10 +287,20 @@ def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group) -> N
             raise ValueError(f"bias: expected a floating-point ({lm_head.shape[0]},) tensor, got {_describe(bias)}")
         if bias.device != hidden.device:
             raise ValueError(f"bias: expected device {hidden.device} as hidden, got {bias.device}")
+    _check_numbers(softcap=1 if softcap is None else softcap, logit_scale=logit_scale, ignore_index=ignore_index)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
     if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+
+
+def _check_numbers(**given: Any) -> None:
+    for name, value in given.items():
+        kind = numbers.Integral if name == "ignore_index" else numbers.Real
+        if not isinstance(value, kind | torch.SymInt | torch.SymFloat):
+            got = "a tensor" if isinstance(value, Tensor) else repr(value)
+            remedy = ". To train it, multiply hidden, hidden_cf and bias by it" if name == "logit_scale" else ""
+            raise ValueError(f"{name}: expected a number, got {got}{remedy}")
 
 
 def _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id) -> None:
@@ -304,6 +315,7 @@ def _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, c
         _check_like("hidden_cf", hidden_cf, hidden)
     else:
         _check_per_token(given[0], sources[given[0]], target, "float")
+    _check_numbers(clip_min=clip_min, clip_max=clip_max)
     if not 0 <= clip_min <= clip_max < math.inf:  # math.isfinite would break the graph of a dynamic compile
         raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
     if (normalize == "sequence") != (seq_id is not None):
@@ -335,9 +347,11 @@ def _denominator(num_items: int | Tensor | None, reduction: str, target: Tensor,
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise ValueError(f"num_items: expected an int or a 0-d tensor, got {_describe(num_items)}")
-        return num_items.to(target.device).clamp(min=1)
+        # A number on the CPU can divide a loss on a GPU as it is; copying it there would wait for the GPU.
+        return (num_items if num_items.device.type == "cpu" else num_items.to(target.device)).clamp(min=1)
     if num_items is not None:
-        if isinstance(num_items, bool) or not isinstance(num_items, int | torch.SymInt) or num_items <= 0:
+        whole = isinstance(num_items, numbers.Integral | torch.SymInt) and not isinstance(num_items, bool)
+        if not whole or num_items <= 0:
             raise ValueError(f"num_items: expected an int > 0 or a 0-d tensor, got {num_items!r}")
         return num_items
     return (target != ignore_index).sum().clamp(min=1)
