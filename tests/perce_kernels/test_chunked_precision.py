@@ -81,3 +81,17 @@ def test_reduced_matmul_precision_is_ignored_and_left_as_it_was():
         pytest.skip('this CPU computes the same product under "medium": nothing to ignore')
     assert torch.equal(result.loss, expected.loss)
     assert all(torch.equal(result.grads[name], expected.grads[name]) for name in TRAINABLE)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_products_of_fp16_are_accumulated_in_fp32(allowed):
+    """With fp16 accumulation allowed, cuBLAS refuses fp16 products with fp32 results."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_accumulation
+    matmul.allow_fp16_accumulation = allowed
+    try:
+        with chunked.full_fp32_matmul():
+            assert matmul.allow_fp16_accumulation is False
+        assert matmul.allow_fp16_accumulation is allowed
+    finally:
+        matmul.allow_fp16_accumulation = before
