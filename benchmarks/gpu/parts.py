@@ -28,9 +28,9 @@ from perce_kernels import token_logprobs
 from perce_kernels.gpu import cut, tiles
 from perce_kernels.gpu.combine import TileStatistics, combine
 from perce_kernels.gpu.cut import block_of
-from perce_kernels.gpu.product import pitch, product
 from perce_kernels.gpu.scale import scale
 from perce_kernels.gpu.tiles import STATISTICS_COLUMNS
+from perce_kernels.product import pitch, product
 
 CHECKED_ROWS = 512
 BLOCKS = (2048, 4096, 8192, 16384)

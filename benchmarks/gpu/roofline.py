@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 from benchmarks.gpu.sizes import SIZES, Size
 from perce_kernels.gpu.cut import Cut, block_of, cut_of
-from perce_kernels.gpu.product import pitch
 from perce_kernels.gpu.tiles import STATISTICS_COLUMNS, WAYS
+from perce_kernels.product import pitch
 
 HEADS = ("trainable", "frozen")
 FLOOR_FLOP = {"trainable": 8, "frozen": 6}  # · N·D·V

@@ -30,8 +30,8 @@ from perce_kernels import backends
 from perce_kernels.gpu import lse_gemm, row_halves, row_loss, stored_rows, tiles
 from perce_kernels.gpu.combine import Statistics
 from perce_kernels.gpu.cut import Cut, block_of, cut_of
-from perce_kernels.gpu.product import pitch
 from perce_kernels.gpu.tiles import Row, Tile
+from perce_kernels.product import pitch
 
 TOLERANCE = 1e-4  # for statistics; another order of summation changes them by some 1e-6
 DZ_TOLERANCE = 2**-5  # one ulp in bf16, for weights up to 5

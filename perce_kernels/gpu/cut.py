@@ -18,8 +18,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-from perce_kernels.gpu.product import PITCH, pitch
 from perce_kernels.gpu.tiles import STATISTICS_COLUMNS
+from perce_kernels.product import PITCH, pitch
 
 BUDGET = 2 * 2**30
 """Bytes for the dz of a block and the logits of a chunk together."""

@@ -47,9 +47,9 @@ from perce_kernels import chunked
 from perce_kernels.contract import Call, Needed, PerCEOutput, Rows, Weighting
 from perce_kernels.gpu import lse_gemm, tiles
 from perce_kernels.gpu.cut import Cut, block_of, cut_of
-from perce_kernels.gpu.product import pitch, product
 from perce_kernels.gpu.scale import scale
 from perce_kernels.gpu.steps import Job, Step, choose
+from perce_kernels.product import full_fp32_matmul, pitch, product, unit_stride
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
 LOGPROB_ROWS = 8192
@@ -150,7 +150,7 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
     hidden, lm_head, bias, shard = call.hidden, call.lm_head, call.bias, call.shard
     if hidden.dtype == torch.float64:
         return chunked.sweep(call, weighting, needed)
-    with _on(hidden.device), chunked.full_fp32_matmul():
+    with _on(hidden.device), full_fp32_matmul():
         rows = _GpuRows(call)
         out = _outputs(call, rows, needed)
         per_token = [out.logp, out.logp_cf, out.token_weight]
@@ -245,14 +245,14 @@ def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
         rows = _GpuRows(call)
         logp = hidden.new_zeros(total, dtype=torch.float32)
         entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
-        lm_head = lm_head if lm_head.stride(1) == 1 else lm_head.contiguous()
+        lm_head = unit_stride(lm_head)
         bias = None if call.bias is None else call.bias.contiguous()
         head: dict[str, Any] = {
             "softcap": call.softcap, "logit_scale": call.logit_scale, "return_entropy": return_entropy
         }  # fmt: skip
         for chunk in rows.chunks(LOGPROB_ROWS):
-            h, y = hidden[chunk] if rows.index is None else hidden[rows.index[chunk]], rows.target[chunk]
-            h = h if h.stride(1) == 1 else h.contiguous()
+            h = unit_stride(hidden[chunk] if rows.index is None else hidden[rows.index[chunk]])
+            y = rows.target[chunk]
             if shard is None:
                 part = lse_gemm.logprobs(h, lm_head, y, bias, ignore_index=call.ignore_index, **head)
             else:

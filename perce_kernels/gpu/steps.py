@@ -21,7 +21,7 @@ from torch import Tensor
 from perce_kernels.contract import Contrasting, Needed
 from perce_kernels.gpu import blocked, lse_gemm, row_halves, row_loss, stored_rows
 from perce_kernels.gpu.combine import Statistics
-from perce_kernels.gpu.product import pitch, product
+from perce_kernels.product import pitch, product, unit_stride
 from perce_kernels.row_pass import Given, weigh
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
@@ -67,13 +67,9 @@ class Step(Protocol):
         """Compute one chunk: write dz (C, pitch) up to V, and statistics = [logp, logp_cf, weight], each (C,) fp32."""
 
 
-def _unit_stride(hidden: Tensor) -> Tensor:
-    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
-
-
 def _by_our_gemm(job: Job, hidden: Tensor, rows: slice, stored: Tensor | None = None) -> Statistics:
     options: dict[str, Any] = {"ignore_index": job.ignore_index, "stored": stored, **job.head}
-    return lse_gemm.statistics(_unit_stride(hidden), job.lm_head, job.target[rows], job.bias, **options)
+    return lse_gemm.statistics(unit_stride(hidden), job.lm_head, job.target[rows], job.bias, **options)
 
 
 class FusedRows:
