@@ -26,9 +26,6 @@ BUDGET = 2 * 2**30
 GEMM_TILE = (128, 256)
 """Rows and columns of the output tile that cuBLAS prefers for large 16-bit products."""
 FLOP_PER_BYTE = 256
-SEEN = 1 / 3
-"""The share of these costs that counts: bytes are moved while a product runs, and cuBLAS may split the long sum over V
-so that fewer multiprocessors are idle."""
 FEWEST, ENOUGH = 16, 512
 """The fewest tokens of a chunk, whatever the budget; and the number from which reading W takes less time than the
 product with it."""
@@ -96,7 +93,7 @@ def _cost(n: int, cut: Cut, d: int, multiprocessors: int) -> float:
     chunks = of_blocks(lambda block: -(-block // cut.chunk))
     waves = of_blocks(lambda block: -(-(-(-block // rows) * -(-d // columns)) // multiprocessors))
     idle = waves * multiprocessors * rows * columns / d - n
-    return SEEN * (2 * chunks + 12 * (whole + (rest > 0)) + 2 * idle / FLOP_PER_BYTE)
+    return 2 * chunks + 12 * (whole + (rest > 0)) + 2 * idle / FLOP_PER_BYTE
 
 
 def _round_up(rows: int, multiple: int) -> int:
