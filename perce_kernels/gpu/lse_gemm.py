@@ -190,7 +190,7 @@ def statistics(
 ) -> Statistics:
     """Launch both kernels; V may be 0. `stored` is filled with z − tile_max, and with −∞ from V to its pitch."""
     (n, d), v = hidden.shape, lm_head.shape[0]
-    tile = tiles.lookup("lse_gemm" if stored is None else "store_gemm", hidden, d)
+    tile = tiles.lookup("lse_gemm" if stored is None else "store_gemm", hidden)
     use_tma = tile.use_tma and _describable(hidden, lm_head, *(() if stored is None else (stored,)))
     tile = tile if use_tma else by_pointers(tile)
     columns = tile.statistics_columns

@@ -29,7 +29,7 @@ def tile(request, monkeypatch):
     """A small tile, in every form of the kernel."""
     chosen = FORMS[request.param]
     monkeypatch.setattr(
-        tiles, "TABLE", [tiles.Row("lse_gemm", tiles.architecture(DEVICE), tiles.HALF + tiles.FULL, None, chosen)]
+        tiles, "TABLE", [tiles.Row("lse_gemm", tiles.architecture(DEVICE), tiles.HALF + tiles.FULL, chosen)]
     )
     return chosen
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "s
 
 ARCHITECTURE = tiles.architecture(DEVICE)
 
-TILE = tiles.find("store_gemm", ARCHITECTURE, torch.bfloat16, D)
+TILE = tiles.find("store_gemm", ARCHITECTURE, torch.bfloat16)
 
 TILE_COLUMNS = TILE.statistics_columns
 
