@@ -37,7 +37,6 @@ BLOCKS = (2048, 4096, 8192, 16384)
 """Tokens of the products with dz; with more of them, dW is read and written less often."""
 REPETITIONS = 5
 BUDGETS = (1, 2, 4, 8)  # GiB
-BUDGETED = ("fused", "stored")  # "mixed" has the same blocks and chunks as "fused"
 
 
 class Timing(NamedTuple):
@@ -259,13 +258,13 @@ def budgets(child: Child) -> None:
         inputs = child.prepared(operands, lambda size=size: make_inputs(*size, DTYPE, device))
         if inputs is None:
             continue
-        for way in BUDGETED:
+        for way in WAY_PEERS:
             for gib in BUDGETS[1::2] if [size] == others[-1:] else BUDGETS:  # the last size takes long
                 key = f"{stage}/{size}/{way}/{gib} GiB"
                 child.measured(key, partial(by_budget, child, size, inputs, way, gib))
                 clear(inputs)
                 child.clock.free()
-        child.line(operands, ways=len(BUDGETED))
+        child.line(operands, ways=len(WAY_PEERS))
 
 
 def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> dict[str, Any]:

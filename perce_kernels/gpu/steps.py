@@ -3,8 +3,7 @@
     way      counterfactual rows                        factual rows
     fused    blocked.py: cuBLAS, in blocks of columns   FusedRows: z = h Wᵀ in fp32 by cuBLAS, then row_loss.py, one
                                                         launch for statistics, weights and dz
-    mixed    lse_gemm.py: no logits at all              FusedRows
-    stored   lse_gemm.py                                StoredLogits: the same GEMM stores z in 16 bits in the place of
+    stored   lse_gemm.py: no logits at all              StoredLogits: the same GEMM stores z in 16 bits in the place of
                                                         dz, and stored_rows.py overwrites it with dz
     sharded  blocked.py, then statistics are exchanged  ShardedRows: cuBLAS's product with a shard of W, then the halves
                                                         of row_halves.py, and between them the exchange
@@ -77,11 +76,9 @@ class FusedRows:
         self.job, self.logits = job, job.fp32_logits()
 
     def counterfactual(self, hidden: Tensor, rows: slice) -> Tensor:
-        job, y = self.job, self.job.target[rows]
-        if job.way == "mixed":
-            return _by_our_gemm(job, hidden, rows).logp
+        job = self.job
         options: dict[str, Any] = {"ignore_index": job.ignore_index, **job.head}
-        return blocked.statistics(hidden, job.lm_head, y, job.bias, self.logits, **options).logp
+        return blocked.statistics(hidden, job.lm_head, job.target[rows], job.bias, self.logits, **options).logp
 
     def __call__(self, hidden: Tensor, rows: slice, dz: Tensor | None, statistics: list[Tensor]) -> None:
         job, v = self.job, self.job.lm_head.shape[0]

@@ -51,7 +51,6 @@ FULL = (torch.float32,)
 
 WAYS = {
     "fused": "fp32 logits of both passes by cuBLAS",
-    "mixed": "no counterfactual logits by our GEMM, factual ones in fp32 by cuBLAS",
     "stored": "no counterfactual logits, factual ones in 16 bits, by our GEMM",
 }
 """The ways in which a call with 16-bit operands computes log-probabilities and dz; steps.py has them."""
