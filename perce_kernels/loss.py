@@ -272,15 +272,34 @@ def _check_tensors(**given: Any) -> None:
         if not isinstance(value, Tensor) and (value is not None or name in ("hidden", "lm_head", "target")):
             remedy = ". Pass its .weight" if isinstance(value, torch.nn.Module) else ""
             raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}{remedy}")
+        if hasattr(value, "to_local"):  # of DTensor, whose module takes a while to import
+            raise ValueError(
+                f"{name}: expected a plain tensor, got a DTensor. Read a weight inside its module's own forward, where "
+                "FSDP2 has gathered it, or pass .to_local() of a head that is sharded over its rows, with group=, "
+                "vocab_start= and vocab_size="
+            )
 
 
 def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group) -> None:
     if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden: expected a floating-point (N, D) tensor, got {_describe(hidden)}")
+        remedy = ". Pass flatten(0, 1) of hidden and of target" if hidden.dim() == 3 else ""
+        raise ValueError(f"hidden: expected a floating-point (N, D) tensor, got {_describe(hidden)}{remedy}")
     d = hidden.shape[1]
     if lm_head.dim() != 2 or lm_head.shape[1] != d or (lm_head.shape[0] == 0 and group is None):
-        raise ValueError(f"lm_head: expected (V, {d}) with V >= 1 to match hidden (N, {d}), got {_describe(lm_head)}")
+        remedy = ""
+        if lm_head.dim() == 2 and lm_head.shape[0] == d:
+            remedy = ". Pass lm_head.T"
+        elif lm_head.numel() == 0:
+            remedy = ". If its parameters are partitioned (ZeRO-3), gather it first"
+        raise ValueError(
+            f"lm_head: expected (V, {d}) with V >= 1 to match hidden (N, {d}), got {_describe(lm_head)}{remedy}"
+        )
     _check_like("lm_head", lm_head, hidden, shape=False)
+    if hidden.shape[0] != target.shape[:1].numel() == lm_head.shape[0]:
+        raise ValueError(
+            f"hidden, lm_head: expected hidden with {lm_head.shape[0]} rows as target, got {_describe(hidden)}. Is the "
+            "head given first? hidden comes before lm_head"
+        )
     _check_per_token("target", target, hidden, "int64")
     if bias is not None:
         if bias.shape != lm_head.shape[:1] or not bias.is_floating_point():
@@ -328,7 +347,8 @@ def _check_like(name: str, value: Tensor, hidden: Tensor, shape: bool = True) ->
     same_shape = not shape or value.shape == hidden.shape
     if not same_shape or value.dtype != hidden.dtype or value.device != hidden.device:
         expected = _describe(hidden) if shape else f"{hidden.dtype} on {hidden.device}"
-        raise ValueError(f"{name}: expected {expected} as hidden, got {_describe(value)}")
+        remedy = "" if value.dtype == hidden.dtype else ". Cast one of them, or use torch.autocast"
+        raise ValueError(f"{name}: expected {expected} as hidden, got {_describe(value)}{remedy}")
 
 
 def _check_per_token(name: str, value: Tensor, like: Tensor, kind: str) -> None:
@@ -338,7 +358,8 @@ def _check_per_token(name: str, value: Tensor, like: Tensor, kind: str) -> None:
         "int64": value.dtype == torch.int64,
     }[kind]
     if value.shape != like.shape[:1] or not right_kind or value.device != like.device:
-        raise ValueError(f"{name}: expected {kind} ({like.shape[0]},) on {like.device}, got {_describe(value)}")
+        remedy = ". Pass target.long()" if kind == "int64" and value.dtype in (torch.int32, torch.int16) else ""
+        raise ValueError(f"{name}: expected {kind} ({like.shape[0]},) on {like.device}, got {_describe(value)}{remedy}")
 
 
 def _denominator(num_items: int | Tensor | None, reduction: str, target: Tensor, ignore_index: int) -> Tensor | int:

@@ -1,8 +1,14 @@
 """Arguments of the op: errors that name them, and the user's autocast."""
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from perce_kernels import chunked, fused_perce_loss, token_logprobs
 from tests.helpers.numerics import TRAINABLE, Inputs, call, make_inputs
@@ -116,6 +122,34 @@ def test_what_is_no_tensor_is_named(name):
         given = {"hidden": inputs.hidden, "lm_head": inputs.lm_head, "target": inputs.target}
         with pytest.raises(ValueError, match=rf"^{name}: expected a tensor, got ndarray"):
             token_logprobs(**given | {name: np.ones(3)})
+
+
+REMEDIES = [
+    ({"hidden": torch.zeros(2, N, D)}, "Pass flatten(0, 1) of hidden and of target"),
+    ({"target": LONG.int()}, "Pass target.long()"),
+    ({"lm_head": torch.zeros(V, D, dtype=torch.bfloat16)}, "Cast one of them, or use torch.autocast"),
+    ({"lm_head": torch.zeros(D, V)}, "Pass lm_head.T"),
+    ({"lm_head": torch.zeros(0)}, "If its parameters are partitioned (ZeRO-3), gather it first"),
+    ({"hidden": torch.zeros(V, D), "lm_head": torch.zeros(N, D)}, "hidden comes before lm_head"),
+    ({"group": SimpleNamespace(get_group=None), "vocab_start": 0, "vocab_size": V}, "Pass mesh.get_group()"),
+]
+
+
+@pytest.mark.parametrize(("change", "remedy"), REMEDIES, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_likely_mistake_is_told_what_puts_it_right(change, remedy):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}.*got.*{re.escape(remedy)}$"):
+        fused_perce_loss(**make_inputs().kwargs() | change)
+
+
+def test_a_distributed_tensor_is_named(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        inputs = make_inputs()
+        head = distribute_tensor(inputs.lm_head, init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ValueError, match=r"^lm_head: expected a plain tensor, got a DTensor.*\.to_local\(\)"):
+            fused_perce_loss(**inputs.kwargs() | {"lm_head": head})
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("backend", EACH)
