@@ -119,14 +119,16 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
 
 
 @torch.no_grad()
-def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
-    """(N,) log-probabilities of `target` and, on request, (N,) predictive entropies in nats ((0,) otherwise)."""
+def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) log-probabilities of `target`; on request (N,) predictive entropies in nats ((0,) otherwise); and (N,) bool,
+    whether no token is likelier."""
     hidden, shard = call.hidden, call.shard
     dtype = statistics_dtype(hidden.dtype)
     n, v = hidden.shape[0], call.lm_head.shape[0]
     head, rows = _prepare_head(call), _ChunkedRows(call)
     logp = hidden.new_zeros(n, dtype=dtype)
     entropy = hidden.new_zeros(n if return_entropy else 0, dtype=dtype)
+    top1 = hidden.new_zeros(n, dtype=torch.bool)
     size = min(chunk_rows(call.vocab_size, hidden.dtype, 1, hidden.device.type), max(rows.n, 1))
     z_buffer = hidden.new_empty((size, v), dtype=dtype)
     with full_fp32_matmul():
@@ -139,9 +141,10 @@ def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
             if shard is not None:
                 parts = shard.combine(parts, column >= 0)
             rows.put(logp, chunk, parts.logp())
+            rows.put(top1, chunk, parts.z_target >= 0)  # relative to the largest logit
             if return_entropy:
                 rows.put(entropy, chunk, parts.entropy())
-    return logp, entropy
+    return logp, entropy, top1
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """The interface of every backend. A backend is a module with
 
     sweep(call, weighting, needed) → PerCEOutput            loss, statistics and gradients, in one pass over the tokens
-    logprobs(call, return_entropy) → (logp, entropy)        (N,) each, the second (0,) unless asked for
+    logprobs(call, return_entropy) → (logp, entropy, top1)  (N,) each, the second (0,) unless asked for, the third bool:
+                                                            whether no token is likelier than the target
     scaled(gradient, factor, dtype) → Tensor                gradient · factor (), rounded once, to this dtype
 
 The caller has checked the arguments. `Rows` says which rows of a call are computed.

@@ -166,12 +166,14 @@ def token_logprobs(
     vocab_size: int | None = None,
     backend: str = "auto",
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_top1: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """(N,) log-probabilities of `target` under softmax(logits), without holding all logits.
 
     Differentiable in hidden, lm_head and bias by recomputation (6·N·D·V FLOP backward). Arguments as in
     `fused_perce_loss`. With `return_entropy`, also the (N,) predictive entropies in nats, detached. Both are fp32 (fp64
-    for fp64 inputs) and 0 where ignored.
+    for fp64 inputs) and 0 where ignored. With `return_top1`, also (N,) bool: whether no token is likelier; False where
+    ignored. The results are in this order.
 
     Raises:
         ValueError, RuntimeError: as in `fused_perce_loss`.
@@ -185,14 +187,15 @@ def token_logprobs(
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
         with no_autocast(hidden.device):
-            logp, entropy = reference.logprobs(
+            logp, entropy, top1 = reference.logprobs(
                 hidden, lm_head, target, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
             )
     else:
-        logp, entropy = ops.logprobs_op(
+        logp, entropy, top1 = ops.logprobs_op(
             hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend, *shard
         )
-    return (logp, entropy.detach()) if return_entropy else logp
+    asked = [entropy.detach()] * return_entropy + [top1] * return_top1
+    return (logp, *asked) if asked else logp
 
 
 def _per_token_loss(
@@ -200,12 +203,12 @@ def _per_token_loss(
 ):
     """(N,) losses by recomputation, for weights or losses per token that are only known after the whole sweep."""
     options = {**head, **execution, "return_entropy": False}
-    logp, _ = ops.logprobs_op(hidden, lm_head, target, **options)
+    logp, *_ = ops.logprobs_op(hidden, lm_head, target, **options)
     valid = target != head["ignore_index"]
     if token_weight is None:
         if hidden_cf is not None:
             with torch.no_grad():
-                logp_cf, _ = ops.logprobs_op(hidden_cf, lm_head, target, **options)
+                logp_cf, *_ = ops.logprobs_op(hidden_cf, lm_head, target, **options)
         logp_cf = torch.where(valid, logp_cf.to(logp.dtype), 0)
         token_weight = reference.contrast_weight(logp, logp_cf, **clip)
     else:

@@ -174,8 +174,8 @@ def logprobs_op(
     group: str | None = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """((N,) log-probabilities, (N,) entropies or (0,)); see contract.py."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """((N,) log-probabilities, (N,) entropies or (0,), (N,) bool); see contract.py."""
     shard = vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head)
     call = Call(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, shard)
     return _compute("logprobs", backend, hidden.device, call, return_entropy)
@@ -186,7 +186,8 @@ def _(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact
       group=None, vocab_start=None, vocab_size=None):  # fmt: skip
     dtype = statistics_dtype(hidden.dtype)
     n = hidden.shape[0]
-    return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if return_entropy else 0, dtype=dtype)
+    entropy = hidden.new_empty(n if return_entropy else 0, dtype=dtype)
+    return hidden.new_empty(n, dtype=dtype), entropy, hidden.new_empty(n, dtype=torch.bool)
 
 
 LOGPROBS_ARGUMENTS = _argument_names(torch.ops.perce.token_logprobs)
@@ -200,7 +201,7 @@ def _setup_logprobs(ctx, inputs, output) -> None:
     ctx.options = given
 
 
-def _backward_logprobs(ctx, dlogp, _dentropy):
+def _backward_logprobs(ctx, dlogp, *_statistics):
     """Recompute: d(Σ g·logp) is the gradient of the fused loss with token weights −g."""
     _check_upstream(dlogp)
     *inputs, target = ctx.saved_tensors

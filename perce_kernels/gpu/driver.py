@@ -235,7 +235,7 @@ def _scatter(rows: _GpuRows, per_token: list[Tensor], out: PerCEOutput) -> None:
 
 
 @torch.no_grad()
-def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
+def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """chunked.logprobs on a GPU, with the same arguments and outputs; no logits are written."""
     hidden, lm_head, shard = call.hidden, call.lm_head, call.shard
     if hidden.dtype == torch.float64:
@@ -245,6 +245,7 @@ def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
         rows = _GpuRows(call)
         logp = hidden.new_zeros(total, dtype=torch.float32)
         entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
+        top1 = hidden.new_zeros(total, dtype=torch.bool)
         lm_head = unit_stride(lm_head)
         bias = None if call.bias is None else call.bias.contiguous()
         head: dict[str, Any] = {
@@ -257,27 +258,30 @@ def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
                 part = lse_gemm.logprobs(h, lm_head, y, bias, ignore_index=call.ignore_index, **head)
             else:
                 part = _sharded_logprobs(h, lm_head, y, bias, shard, call.ignore_index, head)
-            for whole, value in zip((logp, entropy), part, strict=True):
+            for whole, value in zip((logp, entropy, top1), part, strict=True):
                 if value is None:
                     continue
                 if rows.index is None:
                     whole[chunk] = value
                 else:
                     whole.index_copy_(0, rows.index[chunk], value)
-    return logp, entropy
+        if rows.ignored is not None:
+            top1 &= ~rows.ignored
+    return logp, entropy, top1
 
 
 def _sharded_logprobs(
     h, lm_head, y, bias, shard: Shard, ignore_index: int, head: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """logp, and entropy if asked for, from the statistics of all ranks; 0 for ignored rows."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """lse_gemm.logprobs from the statistics of all ranks."""
     column = shard.columns(y, lm_head.shape[0])
     own = lse_gemm.statistics(h, lm_head, column, bias, **head)
     parts = RowParts(own.row_max, own.total, own.z_target - lowest_finite(own.row_max), own.moment)
     whole, ignored = shard.combine(parts, column >= 0), y == ignore_index
     outside = (y < 0) | (y >= shard.vocab_size)
     logp = whole.logp().masked_fill(outside, torch.nan).masked_fill(ignored, 0)
-    return logp, None if whole.moment is None else whole.entropy().masked_fill(ignored, 0)
+    entropy = None if whole.moment is None else whole.entropy().masked_fill(ignored, 0)
+    return logp, entropy, (whole.z_target >= 0) & ~outside
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -224,6 +224,7 @@ def statistics(
 
 def logprobs(
     hidden: Tensor, lm_head: Tensor, target: Tensor, bias: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """(n,) fp32 log-probabilities and, on request, predictive entropies in nats; 0 where ignored."""
-    return statistics(hidden, lm_head, target, bias, **options)[:2]
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(n,) fp32 log-probabilities; on request entropies in nats, both 0 where ignored; and whether z_y is largest."""
+    found = statistics(hidden, lm_head, target, bias, **options)
+    return found.logp, found.entropy, found.z_target >= found.row_max
