@@ -11,65 +11,22 @@ recomputed:
 The gradients are those of the *sum* Σ w·(−logp). The caller applies 1/n and batch normalisation, which are scalars.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
 from perce_kernels.contract import Call, Needed, PerCEOutput, Rows, Weighting, statistics_dtype
+from perce_kernels.product import can_widen, full_fp32_matmul, product
 from perce_kernels.row_pass import Given, Head, row_loss, row_parts
 
 LOGITS_BYTES = 64 * 2**20  # for all logits buffers of one chunk; from 32 MiB on, CPU GEMMs run at their full rate
+GPU_LOGITS_BYTES = 2**30  # each chunk reads W, and reads and writes dW: with few rows, a GPU waits for its memory
 
 
-def chunk_rows(vocab_size: int, dtype: torch.dtype, buffers: int) -> int:
-    """Tokens per chunk, such that `buffers` blocks of logits fit LOGITS_BYTES. It never depends on free memory."""
-    return max(16, LOGITS_BYTES // (buffers * vocab_size * statistics_dtype(dtype).itemsize))
-
-
-@contextmanager
-def full_fp32_matmul() -> Iterator[None]:
-    """Compute fp32 products in fp32, whatever the user's TF32 / "medium" setting, which is restored afterwards.
-
-    torch has an older setting besides the newer ones. If they disagree, torch raises an error when the older one is
-    read, as TunableOp's products do: so both are set.
-    """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        older = torch.get_float32_matmul_precision()  # can be read now that the newer settings are "ieee"
-        try:
-            torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(older)
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            # An inherited setting reads as its value. Writing that value back would detach it from the global setting.
-            inherited = precision == torch.backends.fp32_precision  # type: ignore[attr-defined]
-            backend.fp32_precision = "none" if inherited else precision
-
-
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b with fp32 accumulation *and* output. CPU GEMMs have no out_dtype, so callers upcast the operands there."""
-    if 0 in b.shape:  # an empty shard
-        return out.zero_()
-    if a.dtype == out.dtype == b.dtype:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a.to(b.dtype), b, out_dtype=out.dtype, out=out)
-
-
-def _mm_accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in total's dtype, because bf16 sums over chunks hurt convergence."""
-    if total.numel() == 0:
-        return
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+def chunk_rows(vocab_size: int, dtype: torch.dtype, buffers: int, device: str) -> int:
+    """Tokens per chunk, such that `buffers` blocks of logits fit the bytes that a device of this type has for them. It
+    never depends on free memory."""
+    available = LOGITS_BYTES if device == "cpu" else GPU_LOGITS_BYTES
+    return max(16, available // (buffers * vocab_size * statistics_dtype(dtype).itemsize))
 
 
 class _ChunkedRows(Rows):
@@ -100,7 +57,7 @@ class _ChunkedRows(Rows):
 
 def _prepare_head(call: Call) -> Head:
     dtype = statistics_dtype(call.lm_head.dtype)
-    weight = call.lm_head.to(dtype) if call.lm_head.device.type == "cpu" else call.lm_head
+    weight = call.lm_head if can_widen(call.lm_head) else call.lm_head.to(dtype)  # once, not in every product
     return Head(weight, None if call.bias is None else call.bias.to(dtype), call.softcap, call.logit_scale)
 
 
@@ -122,7 +79,7 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
         zeros(needed.dhidden, n, d), zeros(needed.dlm_head, v, d), zeros(needed.dbias, v),
     )  # fmt: skip
     buffers = 1 + (need_dz and head.softcap is not None)
-    size = min(chunk_rows(call.vocab_size, hidden.dtype, buffers), max(rows.n, 1))
+    size = min(chunk_rows(call.vocab_size, hidden.dtype, buffers, hidden.device.type), max(rows.n, 1))
     z_buffer, *dcap_buffer = (hidden.new_empty((size, v), dtype=dtype) for _ in range(buffers))
 
     with full_fp32_matmul():
@@ -137,10 +94,10 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
             )
             parts_cf = None
             if hidden_cf is not None:
-                _mm(rows.pick(hidden_cf, chunk, head.weight.dtype), head.weight.T, z)
+                product(rows.pick(hidden_cf, chunk, head.weight.dtype), head.weight.T, z)
                 parts_cf = row_parts(z, column, head)
             h = rows.pick(hidden, chunk, head.weight.dtype)
-            _mm(h, head.weight.T, z)
+            product(h, head.weight.T, z)
             dcap = dcap_buffer[0][: z.shape[0]] if dcap_buffer else None
             logp, chunk_logp_cf, weight = row_loss(z, column, given, parts_cf, dcap, head, contrasting, need_dz, shard)
 
@@ -151,9 +108,9 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
                 rows.put(out.logp_cf, chunk, chunk_logp_cf)
             dz = z.to(head.weight.dtype)
             if needed.dhidden:
-                rows.put(out.dhidden, chunk, _mm(dz, head.weight, z.new_empty((z.shape[0], d))))
+                rows.put(out.dhidden, chunk, product(dz, head.weight, z.new_empty((z.shape[0], d))))
             if needed.dlm_head:
-                _mm_accumulate(out.dlm_head, dz.T, h)
+                product(dz.T, h, out.dlm_head, add=True)
             if needed.dbias:
                 out.dbias.add_(z.sum(0))
     if shard is not None:
@@ -162,29 +119,32 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
 
 
 @torch.no_grad()
-def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
-    """(N,) log-probabilities of `target` and, on request, (N,) predictive entropies in nats ((0,) otherwise)."""
+def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) log-probabilities of `target`; on request (N,) predictive entropies in nats ((0,) otherwise); and (N,) bool,
+    whether no token is likelier."""
     hidden, shard = call.hidden, call.shard
     dtype = statistics_dtype(hidden.dtype)
     n, v = hidden.shape[0], call.lm_head.shape[0]
     head, rows = _prepare_head(call), _ChunkedRows(call)
     logp = hidden.new_zeros(n, dtype=dtype)
     entropy = hidden.new_zeros(n if return_entropy else 0, dtype=dtype)
-    size = min(chunk_rows(call.vocab_size, hidden.dtype, 1), max(rows.n, 1))
+    top1 = hidden.new_zeros(n, dtype=torch.bool)
+    size = min(chunk_rows(call.vocab_size, hidden.dtype, 1, hidden.device.type), max(rows.n, 1))
     z_buffer = hidden.new_empty((size, v), dtype=dtype)
     with full_fp32_matmul():
         for chunk in rows.chunks(size):
             y = rows.target[chunk]
             h = rows.pick(hidden, chunk, head.weight.dtype)
-            z = _mm(h, head.weight.T, z_buffer[: chunk.stop - chunk.start])
+            z = product(h, head.weight.T, z_buffer[: chunk.stop - chunk.start])
             column = y if shard is None else shard.columns(y, v)
             parts = row_parts(z, column, head, with_moment=return_entropy)
             if shard is not None:
                 parts = shard.combine(parts, column >= 0)
             rows.put(logp, chunk, parts.logp())
+            rows.put(top1, chunk, parts.z_target >= 0)  # relative to the largest logit
             if return_entropy:
                 rows.put(entropy, chunk, parts.entropy())
-    return logp, entropy
+    return logp, entropy, top1
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

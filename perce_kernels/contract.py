@@ -1,14 +1,16 @@
 """The interface of every backend. A backend is a module with
 
     sweep(call, weighting, needed) → PerCEOutput            loss, statistics and gradients, in one pass over the tokens
-    logprobs(call, return_entropy) → (logp, entropy)        (N,) each, the second (0,) unless asked for
+    logprobs(call, return_entropy) → (logp, entropy, top1)  (N,) each, the second (0,) unless asked for, the third bool:
+                                                            whether no token is likelier than the target
     scaled(gradient, factor, dtype) → Tensor                gradient · factor (), rounded once, to this dtype
 
 The caller has checked the arguments. `Rows` says which rows of a call are computed.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +82,12 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off, which stays on inside the body of a custom op; a device such as "meta" has none."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+
+
 class Rows:
     """The rows of a call that are computed: those with a target (one host sync), or all, if compact=False (no sync)."""
 
@@ -113,7 +121,8 @@ def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:
         while functorch.is_functorch_wrapped_tensor(target):
             target = functorch.get_unwrapped(target)  # under torch.vmap: the targets of all calls at once
     outside = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or get_proxy_mode() is not None:
+    on_device = target.device.type not in ("cpu", "mps")  # torch 2.10 has no such assertion for MPS
+    if on_device or torch.compiler.is_compiling() or get_proxy_mode() is not None:
         torch._assert_async(~outside.any(), f"target: an id lies outside [0, {vocab_size}) and is not ignore_index")
     elif outside.any():
         row = outside.nonzero()[0].tolist()  # [row], or under torch.vmap the indices among all rows

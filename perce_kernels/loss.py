@@ -1,6 +1,7 @@
 """The public op: checks the arguments, chooses a backend, and applies scalar factors after the sweep."""
 
 import math
+import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd import forward_ad
 
 from perce_kernels import ops, reference, vocab_parallel
 from perce_kernels.backends import resolve_backend
-from perce_kernels.contract import check_target
+from perce_kernels.contract import check_target, no_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -105,7 +106,7 @@ def fused_perce_loss(
     backend = resolve_backend(backend, hidden.device, group)
     _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
     hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
-    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
+    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group)
     _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id)
     shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
     denominator = _denominator(num_items, reduction, target, ignore_index)
@@ -118,7 +119,7 @@ def fused_perce_loss(
     }  # fmt: skip
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
-        with torch.autocast(hidden.device.type, enabled=False):  # autocast would round products to its dtype
+        with no_autocast(hidden.device):  # autocast would round products to its dtype
             loss, logp, logp_cf, weight = reference.perce_loss(
                 hidden, lm_head, target, hidden_cf, logp_cf=logp_cf, token_weight=token_weight, normalize=normalize,
                 seq_id=seq_id, reduction="none", **head, **clip,
@@ -165,12 +166,14 @@ def token_logprobs(
     vocab_size: int | None = None,
     backend: str = "auto",
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_top1: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """(N,) log-probabilities of `target` under softmax(logits), without holding all logits.
 
     Differentiable in hidden, lm_head and bias by recomputation (6·N·D·V FLOP backward). Arguments as in
     `fused_perce_loss`. With `return_entropy`, also the (N,) predictive entropies in nats, detached. Both are fp32 (fp64
-    for fp64 inputs) and 0 where ignored.
+    for fp64 inputs) and 0 where ignored. With `return_top1`, also (N,) bool: whether no token is likelier; False where
+    ignored. The results are in this order.
 
     Raises:
         ValueError, RuntimeError: as in `fused_perce_loss`.
@@ -179,19 +182,20 @@ def token_logprobs(
     backend = resolve_backend(backend, hidden.device, group)
     _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
     hidden, lm_head, _, bias = _autocast(hidden, lm_head, None, bias)
-    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group)
+    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group)
     shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
-        with torch.autocast(hidden.device.type, enabled=False):
-            logp, entropy = reference.logprobs(
+        with no_autocast(hidden.device):
+            logp, entropy, top1 = reference.logprobs(
                 hidden, lm_head, target, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index
             )
     else:
-        logp, entropy = ops.logprobs_op(
+        logp, entropy, top1 = ops.logprobs_op(
             hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, return_entropy, backend, *shard
         )
-    return (logp, entropy.detach()) if return_entropy else logp
+    asked = [entropy.detach()] * return_entropy + [top1] * return_top1
+    return (logp, *asked) if asked else logp
 
 
 def _per_token_loss(
@@ -199,12 +203,12 @@ def _per_token_loss(
 ):
     """(N,) losses by recomputation, for weights or losses per token that are only known after the whole sweep."""
     options = {**head, **execution, "return_entropy": False}
-    logp, _ = ops.logprobs_op(hidden, lm_head, target, **options)
+    logp, *_ = ops.logprobs_op(hidden, lm_head, target, **options)
     valid = target != head["ignore_index"]
     if token_weight is None:
         if hidden_cf is not None:
             with torch.no_grad():
-                logp_cf, _ = ops.logprobs_op(hidden_cf, lm_head, target, **options)
+                logp_cf, *_ = ops.logprobs_op(hidden_cf, lm_head, target, **options)
         logp_cf = torch.where(valid, logp_cf.to(logp.dtype), 0)
         token_weight = reference.contrast_weight(logp, logp_cf, **clip)
     else:
@@ -218,7 +222,7 @@ def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Cast to the autocast dtype if autocast is on, as for F.linear; fp64 is not cast, as there."""
     device = hidden.device.type
     tensors = (hidden, *others)
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -271,25 +275,54 @@ def _check_tensors(**given: Any) -> None:
         if not isinstance(value, Tensor) and (value is not None or name in ("hidden", "lm_head", "target")):
             remedy = ". Pass its .weight" if isinstance(value, torch.nn.Module) else ""
             raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}{remedy}")
+        if hasattr(value, "to_local"):  # of DTensor, whose module takes a while to import
+            raise ValueError(
+                f"{name}: expected a plain tensor, got a DTensor. Read a weight inside its module's own forward, where "
+                "FSDP2 has gathered it, or pass .to_local() of a head that is sharded over its rows, with group=, "
+                "vocab_start= and vocab_size="
+            )
 
 
-def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, group) -> None:
+def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group) -> None:
     if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden: expected a floating-point (N, D) tensor, got {_describe(hidden)}")
+        remedy = ". Pass flatten(0, 1) of hidden and of target" if hidden.dim() == 3 else ""
+        raise ValueError(f"hidden: expected a floating-point (N, D) tensor, got {_describe(hidden)}{remedy}")
     d = hidden.shape[1]
     if lm_head.dim() != 2 or lm_head.shape[1] != d or (lm_head.shape[0] == 0 and group is None):
-        raise ValueError(f"lm_head: expected (V, {d}) with V >= 1 to match hidden (N, {d}), got {_describe(lm_head)}")
+        remedy = ""
+        if lm_head.dim() == 2 and lm_head.shape[0] == d:
+            remedy = ". Pass lm_head.T"
+        elif lm_head.numel() == 0:
+            remedy = ". If its parameters are partitioned (ZeRO-3), gather it first"
+        raise ValueError(
+            f"lm_head: expected (V, {d}) with V >= 1 to match hidden (N, {d}), got {_describe(lm_head)}{remedy}"
+        )
     _check_like("lm_head", lm_head, hidden, shape=False)
+    if hidden.shape[0] != target.shape[:1].numel() == lm_head.shape[0]:
+        raise ValueError(
+            f"hidden, lm_head: expected hidden with {lm_head.shape[0]} rows as target, got {_describe(hidden)}. Is the "
+            "head given first? hidden comes before lm_head"
+        )
     _check_per_token("target", target, hidden, "int64")
     if bias is not None:
         if bias.shape != lm_head.shape[:1] or not bias.is_floating_point():
             raise ValueError(f"bias: expected a floating-point ({lm_head.shape[0]},) tensor, got {_describe(bias)}")
         if bias.device != hidden.device:
             raise ValueError(f"bias: expected device {hidden.device} as hidden, got {bias.device}")
+    _check_numbers(softcap=1 if softcap is None else softcap, logit_scale=logit_scale, ignore_index=ignore_index)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
     if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+
+
+def _check_numbers(**given: Any) -> None:
+    for name, value in given.items():
+        kind = numbers.Integral if name == "ignore_index" else numbers.Real
+        if not isinstance(value, kind | torch.SymInt | torch.SymFloat):
+            got = "a tensor" if isinstance(value, Tensor) else repr(value)
+            remedy = ". To train it, multiply hidden, hidden_cf and bias by it" if name == "logit_scale" else ""
+            raise ValueError(f"{name}: expected a number, got {got}{remedy}")
 
 
 def _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id) -> None:
@@ -304,6 +337,7 @@ def _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, c
         _check_like("hidden_cf", hidden_cf, hidden)
     else:
         _check_per_token(given[0], sources[given[0]], target, "float")
+    _check_numbers(clip_min=clip_min, clip_max=clip_max)
     if not 0 <= clip_min <= clip_max < math.inf:  # math.isfinite would break the graph of a dynamic compile
         raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
     if (normalize == "sequence") != (seq_id is not None):
@@ -316,7 +350,8 @@ def _check_like(name: str, value: Tensor, hidden: Tensor, shape: bool = True) ->
     same_shape = not shape or value.shape == hidden.shape
     if not same_shape or value.dtype != hidden.dtype or value.device != hidden.device:
         expected = _describe(hidden) if shape else f"{hidden.dtype} on {hidden.device}"
-        raise ValueError(f"{name}: expected {expected} as hidden, got {_describe(value)}")
+        remedy = "" if value.dtype == hidden.dtype else ". Cast one of them, or use torch.autocast"
+        raise ValueError(f"{name}: expected {expected} as hidden, got {_describe(value)}{remedy}")
 
 
 def _check_per_token(name: str, value: Tensor, like: Tensor, kind: str) -> None:
@@ -326,7 +361,8 @@ def _check_per_token(name: str, value: Tensor, like: Tensor, kind: str) -> None:
         "int64": value.dtype == torch.int64,
     }[kind]
     if value.shape != like.shape[:1] or not right_kind or value.device != like.device:
-        raise ValueError(f"{name}: expected {kind} ({like.shape[0]},) on {like.device}, got {_describe(value)}")
+        remedy = ". Pass target.long()" if kind == "int64" and value.dtype in (torch.int32, torch.int16) else ""
+        raise ValueError(f"{name}: expected {kind} ({like.shape[0]},) on {like.device}, got {_describe(value)}{remedy}")
 
 
 def _denominator(num_items: int | Tensor | None, reduction: str, target: Tensor, ignore_index: int) -> Tensor | int:
@@ -335,9 +371,11 @@ def _denominator(num_items: int | Tensor | None, reduction: str, target: Tensor,
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
             raise ValueError(f"num_items: expected an int or a 0-d tensor, got {_describe(num_items)}")
-        return num_items.to(target.device).clamp(min=1)
+        # A number on the CPU can divide a loss on a GPU as it is; copying it there would wait for the GPU.
+        return (num_items if num_items.device.type == "cpu" else num_items.to(target.device)).clamp(min=1)
     if num_items is not None:
-        if isinstance(num_items, bool) or not isinstance(num_items, int | torch.SymInt) or num_items <= 0:
+        whole = isinstance(num_items, numbers.Integral | torch.SymInt) and not isinstance(num_items, bool)
+        if not whole or num_items <= 0:
             raise ValueError(f"num_items: expected an int > 0 or a 0-d tensor, got {num_items!r}")
         return num_items
     return (target != ignore_index).sum().clamp(min=1)

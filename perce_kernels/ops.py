@@ -13,34 +13,45 @@ called once per element.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from perce_kernels import backends, vocab_parallel
-from perce_kernels.contract import Call, Contrasting, Needed, Weighting, statistics_dtype
+from perce_kernels.contract import Call, Contrasting, Needed, Weighting, no_autocast, statistics_dtype
 
 WAY_AROUND = (
     'Backend "torch" computes the same without the Triton kernels: --backend torch on a command line, '
     "PERCE_BACKEND=torch in the environment."
 )
 
+ASSERTED = (
+    "An earlier call failed on the device, often by a target outside [0, V). "
+    "Run again with CUDA_LAUNCH_BLOCKING=1 in the environment to see which."
+)
+NOT_OF_KERNELS = (ValueError, torch.OutOfMemoryError, *([dist.DistError] if dist.is_available() else []))
+"""Mistakes of the caller, and errors with advice from torch."""
+
 
 def _compute(function: str, backend: str, device: torch.device, *arguments: Any) -> Any:
-    """The result of the backend's function. Autocast, which stays on inside the body of a custom op, is switched off
-    for it. An error of the Triton backend ends with WAY_AROUND."""
+    """The result of the backend's function. An error of the Triton backend ends with advice."""
     module = None
-    with torch.autocast(device.type, enabled=False):
+    with no_autocast(device):
         try:
             module = backends.implementation(backend, device)
             return getattr(module, function)(*arguments)
-        except (ValueError, torch.OutOfMemoryError):  # mistakes of the caller, and errors with advice from torch
+        except NOT_OF_KERNELS:
             raise
         except Exception as error:  # kernels that fail to compile, load or launch raise many types
             if module is not None and module.__name__ == backends.BACKENDS["torch"].module:
                 raise
-            raise RuntimeError(f'backend "triton": {type(error).__name__}: {error}\n{WAY_AROUND}') from error
+            asserted = isinstance(error, torch.AcceleratorError) and "device-side assert" in str(error)
+            advice = ASSERTED if asserted else WAY_AROUND
+            raise RuntimeError(f'backend "triton": {type(error).__name__}: {error}\n{advice}') from error
 
 
+UNGRAPHED = (torch.Tag.cudagraph_unsafe,)
+"""Inductor's CUDA graphs leave the ops out: with compact=True their bodies wait for the number of rows."""
 TRAINABLE = ("hidden", "lm_head", "bias")
 
 
@@ -67,7 +78,7 @@ def _argument_names(op: Any) -> tuple[str, ...]:
     return tuple(argument.name for argument in op.default._schema.arguments)
 
 
-@torch.library.custom_op("perce::fused_perce_loss", mutates_args=())
+@torch.library.custom_op("perce::fused_perce_loss", mutates_args=(), tags=UNGRAPHED)
 def loss_op(
     hidden: Tensor,  # (N, D)
     lm_head: Tensor,  # (V, D)
@@ -148,7 +159,7 @@ def _backward(ctx, dloss, *_statistics):
 loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("perce::token_logprobs", mutates_args=())
+@torch.library.custom_op("perce::token_logprobs", mutates_args=(), tags=UNGRAPHED)
 def logprobs_op(
     hidden: Tensor,  # (N, D)
     lm_head: Tensor,  # (V, D)
@@ -163,8 +174,8 @@ def logprobs_op(
     group: str | None = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """((N,) log-probabilities, (N,) entropies or (0,)); see contract.py."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """((N,) log-probabilities, (N,) entropies or (0,), (N,) bool); see contract.py."""
     shard = vocab_parallel.resolve(group, vocab_start, vocab_size, lm_head)
     call = Call(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact, shard)
     return _compute("logprobs", backend, hidden.device, call, return_entropy)
@@ -175,7 +186,8 @@ def _(hidden, lm_head, target, bias, ignore_index, softcap, logit_scale, compact
       group=None, vocab_start=None, vocab_size=None):  # fmt: skip
     dtype = statistics_dtype(hidden.dtype)
     n = hidden.shape[0]
-    return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n if return_entropy else 0, dtype=dtype)
+    entropy = hidden.new_empty(n if return_entropy else 0, dtype=dtype)
+    return hidden.new_empty(n, dtype=dtype), entropy, hidden.new_empty(n, dtype=torch.bool)
 
 
 LOGPROBS_ARGUMENTS = _argument_names(torch.ops.perce.token_logprobs)
@@ -189,7 +201,7 @@ def _setup_logprobs(ctx, inputs, output) -> None:
     ctx.options = given
 
 
-def _backward_logprobs(ctx, dlogp, _dentropy):
+def _backward_logprobs(ctx, dlogp, *_statistics):
     """Recompute: d(Σ g·logp) is the gradient of the fused loss with token weights −g."""
     _check_upstream(dlogp)
     *inputs, target = ctx.saved_tensors

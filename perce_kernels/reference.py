@@ -22,13 +22,14 @@ def logits(hidden: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float 
 
 
 def logprobs(hidden, lm_head, target, *, bias=None, softcap=None, logit_scale=1.0, ignore_index=-100):
-    """(N,) log-probabilities of `target` and (N,) predictive entropies; 0 where ignored."""
+    """(N,) log-probabilities of `target`, (N,) predictive entropies, and (N,) whether no token is likelier; 0 where
+    ignored."""
     valid = target != ignore_index
     hidden = torch.where(valid[:, None], hidden, 0)
     logp_all = logits(hidden, lm_head, bias, softcap, logit_scale).log_softmax(-1)
     logp = logp_all.gather(1, torch.where(valid, target, 0)[:, None]).squeeze(1)
     entropy = -(logp_all.exp() * logp_all).nan_to_num(0.0, 0.0, 0.0).sum(-1).detach()
-    return torch.where(valid, logp, 0), torch.where(valid, entropy, 0)
+    return torch.where(valid, logp, 0), torch.where(valid, entropy, 0), valid & (logp >= logp_all.amax(-1))
 
 
 def contrast_weight(logp: Tensor, logp_cf: Tensor, contrast: str, clip_min: float, clip_max: float) -> Tensor:
@@ -67,12 +68,12 @@ def perce_loss(
     """(loss, logp, logp_cf, token_weight): the loss of `perce_kernels.fused_perce_loss`; the rest is (N,), detached."""
     valid = target != ignore_index
     head = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
-    logp, _ = logprobs(hidden, lm_head, target, **head)
+    logp, *_ = logprobs(hidden, lm_head, target, **head)
     if token_weight is not None:
         logp_cf = torch.zeros_like(logp)
     else:
         if hidden_cf is not None:
-            logp_cf, _ = logprobs(hidden_cf.detach(), lm_head.detach(), target, **head)
+            logp_cf, *_ = logprobs(hidden_cf.detach(), lm_head.detach(), target, **head)
         logp_cf = torch.where(valid, logp_cf.detach().to(logp.dtype), 0)
         token_weight = contrast_weight(logp, logp_cf, contrast, clip_min, clip_max)
     token_weight = torch.where(valid, token_weight.detach().to(logp.dtype), 0)

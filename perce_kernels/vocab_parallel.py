@@ -96,7 +96,10 @@ def place(group: Any, vocab_start: Any, vocab_size: Any, lm_head: Tensor) -> tup
     if missing:
         raise ValueError(f"{', '.join(missing)}: expected group, vocab_start and vocab_size together, got None")
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise ValueError(f"group: expected a torch.distributed.ProcessGroup that this rank belongs to, got {group!r}")
+        remedy = ". Pass mesh.get_group()" if hasattr(group, "get_group") else ""
+        raise ValueError(
+            f"group: expected a torch.distributed.ProcessGroup that this rank belongs to, got {group!r}{remedy}"
+        )
     for name in ("vocab_start", "vocab_size"):
         if isinstance(given[name], bool) or not isinstance(given[name], int | torch.SymInt):
             raise ValueError(f"{name}: expected an int, got {given[name]!r}")

@@ -15,7 +15,7 @@ from tests.helpers import ROOT
 # From the lowest up. A room imports only rooms on lower floors, and others in its own folder without a circle.
 COMMANDS = ("train", "score", "evaluate", "plan", "preview", "doctor")
 FLOORS = (
-    ("perce_kernels.reference", "perce_kernels.vocab_parallel"),
+    ("perce_kernels.product", "perce_kernels.reference", "perce_kernels.vocab_parallel"),
     ("perce_kernels.contract",),
     ("perce_kernels.row_pass",),
     ("perce_kernels.chunked",),

@@ -28,16 +28,15 @@ from perce_kernels import token_logprobs
 from perce_kernels.gpu import cut, tiles
 from perce_kernels.gpu.combine import TileStatistics, combine
 from perce_kernels.gpu.cut import block_of
-from perce_kernels.gpu.product import pitch, product
 from perce_kernels.gpu.scale import scale
 from perce_kernels.gpu.tiles import STATISTICS_COLUMNS
+from perce_kernels.product import pitch, product
 
 CHECKED_ROWS = 512
 BLOCKS = (2048, 4096, 8192, 16384)
 """Tokens of the products with dz; with more of them, dW is read and written less often."""
 REPETITIONS = 5
 BUDGETS = (1, 2, 4, 8)  # GiB
-BUDGETED = ("fused", "stored")  # "mixed" has the same blocks and chunks as "fused"
 
 
 class Timing(NamedTuple):
@@ -259,25 +258,23 @@ def budgets(child: Child) -> None:
         inputs = child.prepared(operands, lambda size=size: make_inputs(*size, DTYPE, device))
         if inputs is None:
             continue
-        for way in BUDGETED:
+        for way in WAY_PEERS:
             for gib in BUDGETS[1::2] if [size] == others[-1:] else BUDGETS:  # the last size takes long
                 key = f"{stage}/{size}/{way}/{gib} GiB"
                 child.measured(key, partial(by_budget, child, size, inputs, way, gib))
                 clear(inputs)
                 child.clock.free()
-        child.line(operands, ways=len(BUDGETED))
+        child.line(operands, ways=len(WAY_PEERS))
 
 
 def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> dict[str, Any]:
     run, shipped, wanted = WAY_PEERS[way].load().loss, cut.BUDGET, gib * 2**30
     gpu = Gpu(multiprocessors=tiles.multiprocessors(inputs[0].device))
     cut.BUDGET = wanted
-    cut.cut_of.cache_clear()  # its cache key does not contain the budget
     try:
         seconds = [child.clock.seconds(lambda: step(run, inputs)) for _ in range(3)][1:]
     finally:
         cut.BUDGET = shipped
-        cut.cut_of.cache_clear()
     block, chunk = roofline.cut_for(size, way, gpu, wanted)
     return {"seconds": min(seconds), "rows": block, "chunk": chunk, "shipped": wanted == shipped}
 

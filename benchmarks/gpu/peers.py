@@ -248,7 +248,6 @@ PEERS = {  # by importance and compile time: if time runs out, the last are not 
 
 WAY_PEERS = {
     "fused": Peer("perce_fused", "**perce**, fp32 logits", lambda: load_perce_by("fused")),
-    "mixed": Peer("perce_mixed", "**perce**, no counterfactual logits", lambda: load_perce_by("mixed")),
     "stored": Peer("perce_stored", "**perce**, 16-bit logits kept", lambda: load_perce_by("stored")),
 }
 """Ours by each of tiles.WAYS; "perce" in PEERS takes the way in use."""

@@ -27,14 +27,14 @@ from typing import NamedTuple
 
 from benchmarks.gpu.sizes import SIZES, Size
 from perce_kernels.gpu.cut import Cut, block_of, cut_of
-from perce_kernels.gpu.product import pitch
 from perce_kernels.gpu.tiles import STATISTICS_COLUMNS, WAYS
+from perce_kernels.product import pitch
 
 HEADS = ("trainable", "frozen")
 FLOOR_FLOP = {"trainable": 8, "frozen": 6}  # · N·D·V
 OPERAND, FP32 = 2, 4  # bytes
 PARTS = ("counterfactual", "logits", "rows", "dh", "dW", "scaling")
-OURS = {"fused": (), "mixed": ("counterfactual",), "stored": ("counterfactual", "logits")}
+OURS = {"fused": (), "stored": ("counterfactual", "logits")}
 """Products that our own GEMM computes, by way."""
 
 
@@ -120,7 +120,7 @@ def work(
     if way == "stored":
         row_bytes += n * v * 2 * OPERAND + tiles
     else:
-        row_bytes += n * v * (FP32 * (2 - kept + (way == "fused" and passes == 2)) + OPERAND)
+        row_bytes += n * v * (FP32 * (2 - kept + (passes == 2)) + OPERAND)
     trained = n + v if head == "trainable" else n
     product = 2 * n * d * v
     parts = {
@@ -222,9 +222,8 @@ def main(arguments: list[str] | None = None) -> None:
     budget = None if options.budget is None else int(options.budget * 2**30)
     print("Predicted, not measured: milliseconds of the loss and its backward, bf16.\n")
     print(*table(gpu, budget), *(f"\n{way}: {title}" for way, title in WAYS.items()), sep="\n")
-    for way in ("mixed", "stored"):
-        rates = ", ".join(f"{break_even(size, way, 'trainable', gpu) / 1e12:.0f}" for size in SIZES)
-        print(f"\n{way}: faster than fused if our GEMM reaches {rates} TFLOP/s (trainable head, one number per size).")
+    rates = ", ".join(f"{break_even(size, 'stored', 'trainable', gpu) / 1e12:.0f}" for size in SIZES)
+    print(f"\nstored: faster than fused if our GEMM reaches {rates} TFLOP/s (trainable head, one number per size).")
 
 
 if __name__ == "__main__":

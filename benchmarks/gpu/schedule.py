@@ -86,7 +86,7 @@ def of_budgets() -> float:
     return sum(
         3 * len(parts.BUDGETS) * loss_seconds(size, way) / (2 if size == SIZES[-1] else 1)
         for size in SIZES
-        for way in parts.BUDGETED
+        for way in WAYS
     )
 
 

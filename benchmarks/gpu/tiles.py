@@ -30,8 +30,8 @@ from perce_kernels import backends
 from perce_kernels.gpu import lse_gemm, row_halves, row_loss, stored_rows, tiles
 from perce_kernels.gpu.combine import Statistics
 from perce_kernels.gpu.cut import Cut, block_of, cut_of
-from perce_kernels.gpu.product import pitch
 from perce_kernels.gpu.tiles import Row, Tile
+from perce_kernels.product import pitch
 
 TOLERANCE = 1e-4  # for statistics; another order of summation changes them by some 1e-6
 DZ_TOLERANCE = 2**-5  # one ulp in bf16, for weights up to 5
@@ -51,7 +51,7 @@ class Subject(NamedTuple):
 def shipping(kernel: str, arch: str, dtype: torch.dtype, tile: Tile) -> Iterator[None]:
     """Puts this tile first in the table while the context is open."""
     before = tiles.TABLE
-    tiles.TABLE = (Row(kernel, arch, (dtype,), None, tile), *before)
+    tiles.TABLE = (Row(kernel, arch, (dtype,), tile), *before)
     try:
         yield
     finally:
@@ -156,7 +156,7 @@ SUBJECTS = {
     "row_loss": row_loss_subject, "row_parts": row_parts_subject, "lse_gemm": lse_gemm_subject,
     "store_gemm": store_gemm_subject, "stored_rows": stored_rows_subject,
 }  # fmt: skip
-TABLED = {"row_parts": "row_halves"}  # kernels that have another name in the table
+TABLED = {"row_loss": "rows", "row_parts": "rows"}  # kernels that have another name in the table
 FP32_ROWS = ("row_loss", "row_parts")  # looked up by the dtype of their logits
 ROW_KERNELS = (*FP32_ROWS, "stored_rows")  # one program per row of logits; they do not depend on D
 ROW_TILES = tuple(
@@ -189,7 +189,7 @@ def named(tile: Tile) -> str:
 
 def candidates(kernel: str, arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The tiles of a kernel, which read operands as the tile in use does; that one comes first."""
-    shipped = tiles.find(TABLED.get(kernel, kernel), arch, torch.float32 if kernel in FP32_ROWS else dtype, 1)
+    shipped = tiles.find(TABLED.get(kernel, kernel), arch, torch.float32 if kernel in FP32_ROWS else dtype)
     if arch == tiles.INTERPRETER:
         found = TINY_TILES[kernel in ROW_KERNELS]
     else:
@@ -256,14 +256,13 @@ def stage(child: Child) -> None:
 
 
 def row_of(kernel: str, arch: str, dtype: torch.dtype, size: Size, tile: Tile, found: dict[str, float]) -> str:
-    """A line of tiles.TABLE; for a kernel that depends on D, it applies up to this D."""
-    dtypes = "HALF + FULL" if kernel in FP32_ROWS else "HALF"
+    """A line of tiles.TABLE."""
+    dtypes = "FULL" if kernel in FP32_ROWS else "HALF"
     numbers = ", ".join(map(str, tile[:5])) + (", True" if tile.use_tma else "")
     group = "" if tile.group_m == Tile._field_defaults["group_m"] else f", group_m={tile.group_m}"
     group += ", persistent=True" if tile.persistent else ""
-    d_max = None if kernel in ROW_KERNELS else size.d
     return (
-        f'    Row("{TABLED.get(kernel, kernel)}", "{arch}", {dtypes}, {d_max}, Tile({numbers}{group})),'
+        f'    Row("{TABLED.get(kernel, kernel)}", "{arch}", {dtypes}, Tile({numbers}{group})),'
         f"  # {1000 * found['seconds']:.2f} ms at {size}, {1 / found['ratio']:.2f} × the speed before"
     )
 

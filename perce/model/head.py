@@ -10,12 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from perce.objectives import HeadCall, Measured
 from perce_kernels import fused_perce_loss, token_logprobs
-
-LOGITS_BYTES = 2**26  # the most bytes of logits that are held at a time, for metrics
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,11 @@ def answer(call: HeadCall, hidden: Tensor, **head: Any) -> Measured:
     head: lm_head, bias, softcap, logit_scale, backend, as the op takes them.
     """
     found = _loss(call, hidden, head) if call.loss else _measured(call, hidden, head)
-    return found._replace(**_predicted(hidden, call.target, **head)) if call.top1 else found
+    if not call.top1:
+        return found
+    with torch.no_grad():
+        _, entropy, top1 = token_logprobs(hidden, target=call.target, return_entropy=True, return_top1=True, **head)
+    return found._replace(entropy=entropy, top1=top1)
 
 
 def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
@@ -101,19 +102,3 @@ def _measured(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
     logp_cf: Any = torch.zeros_like(logp) if call.hidden_cf is None else token_logprobs(call.hidden_cf, **options)
     signal = call.weighting.signal_of(logp, logp_cf, entropy)
     return Measured(logp, logp_cf, signal, call.weighting.weight(signal), entropy)
-
-
-@torch.no_grad()
-def _predicted(
-    hidden: Tensor, target: Tensor, lm_head: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float,
-    **_: Any,
-) -> dict[str, Tensor]:  # fmt: skip
-    """`entropy`, in nats, and `top1` of Measured. They come from the logits of a few rows at a time, which are rounded
-    as the model's own logits are."""
-    rows, found = max(1, LOGITS_BYTES // (4 * len(lm_head))), []
-    for h, tokens in zip(hidden.split(rows), target.split(rows), strict=True):
-        logits = logit_scale * linear(h, lm_head, bias).float()
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        found.append((torch.special.entr(logits.softmax(-1)).sum(-1), logits.argmax(-1) == tokens))
-    entropy, top1 = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return {"entropy": entropy, "top1": top1}

@@ -209,7 +209,7 @@ def loss_buffers(config: Any, setup: Setup, shape: StepShape, counts: Counts, de
     if backend == "triton" or (backend == "auto" and device == "cuda"):
         return _gpu_loss_buffers(n, d, v, 2 if setup.low_precision else 4, passes, counts)
     buffers = 1 + softcap
-    chunk = min(chunked.chunk_rows(v, torch.float32, buffers), n)
+    chunk = min(chunked.chunk_rows(v, torch.float32, buffers, device), n)
     logits, dhidden = buffers * chunk * v * 4, chunk * d * 4
     if not setup.low_precision:
         return logits + dhidden

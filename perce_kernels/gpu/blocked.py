@@ -13,8 +13,8 @@ from torch import Tensor
 
 from perce_kernels.gpu.combine import Statistics, TileStatistics, combine
 from perce_kernels.gpu.cut import block_of
-from perce_kernels.gpu.product import product
 from perce_kernels.gpu.row_halves import row_parts
+from perce_kernels.product import product
 
 
 def statistics(

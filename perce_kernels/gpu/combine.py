@@ -14,7 +14,7 @@ Every exponent is relative to a maximum, so that a large offset common to the lo
     no tiles   m = LOWEST, S = 0, as in a shard without columns; logits below LOWEST count as nothing
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -52,8 +52,9 @@ class TileStatistics(NamedTuple):
     @classmethod
     def empty(cls, v: int, columns: int, n: int, device: torch.device, with_moment: bool = False) -> "TileStatistics":
         """Uninitialised statistics for v columns in tiles of `columns`; z_target is NaN until it is written."""
-        parts = [torch.empty(-(-v // columns), n, device=device) for _ in range(2 + with_moment)]
-        z_target = torch.full((n,), float("nan"), device=device)
+        fp32: Any = {"dtype": torch.float32, "device": device}  # whatever torch's default dtype is
+        parts = [torch.empty(-(-v // columns), n, **fp32) for _ in range(2 + with_moment)]
+        z_target = torch.full((n,), float("nan"), **fp32)
         return cls(parts[0], parts[1], parts[2] if with_moment else None, z_target, columns)
 
 

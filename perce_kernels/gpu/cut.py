@@ -18,17 +18,14 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-from perce_kernels.gpu.product import PITCH, pitch
 from perce_kernels.gpu.tiles import STATISTICS_COLUMNS
+from perce_kernels.product import PITCH, pitch
 
 BUDGET = 2 * 2**30
 """Bytes for the dz of a block and the logits of a chunk together."""
 GEMM_TILE = (128, 256)
 """Rows and columns of the output tile that cuBLAS prefers for large 16-bit products."""
 FLOP_PER_BYTE = 256
-SEEN = 1 / 3
-"""The share of these costs that counts: bytes are moved while a product runs, and cuBLAS may split the long sum over V
-so that fewer multiprocessors are idle."""
 FEWEST, ENOUGH = 16, 512
 """The fewest tokens of a chunk, whatever the budget; and the number from which reading W takes less time than the
 product with it."""
@@ -44,14 +41,17 @@ class Cut(NamedTuple):
     chunk: int  # in the logits buffer
 
 
-@lru_cache(maxsize=256)
 def cut_of(n: int, d: int, v: int, itemsize: int, way: str, multiprocessors: int, budget: int | None = None) -> Cut:
     """The cut of n tokens, into blocks of one size. It depends on the arguments only, never on free memory, so that the
     same call gives the same bits anywhere.
 
     itemsize: bytes of an operand's element. v: size of the whole vocabulary, even if it is sharded.
     """
-    n, budget = max(n, 1), BUDGET if budget is None else budget
+    return _cut_of(max(n, 1), d, v, itemsize, way, multiprocessors, BUDGET if budget is None else budget)
+
+
+@lru_cache(maxsize=256)
+def _cut_of(n: int, d: int, v: int, itemsize: int, way: str, multiprocessors: int, budget: int) -> Cut:
     rows = GEMM_TILE[0]
     of_dz, of_logits = pitch(v) * itemsize, 4 * pitch(v)
     if way == "stored":  # logits are stored where dz will be; there are also statistics of tiles
@@ -93,7 +93,7 @@ def _cost(n: int, cut: Cut, d: int, multiprocessors: int) -> float:
     chunks = of_blocks(lambda block: -(-block // cut.chunk))
     waves = of_blocks(lambda block: -(-(-(-block // rows) * -(-d // columns)) // multiprocessors))
     idle = waves * multiprocessors * rows * columns / d - n
-    return SEEN * (2 * chunks + 12 * (whole + (rest > 0)) + 2 * idle / FLOP_PER_BYTE)
+    return 2 * chunks + 12 * (whole + (rest > 0)) + 2 * idle / FLOP_PER_BYTE
 
 
 def _round_up(rows: int, multiple: int) -> int:

@@ -47,9 +47,9 @@ from perce_kernels import chunked
 from perce_kernels.contract import Call, Needed, PerCEOutput, Rows, Weighting
 from perce_kernels.gpu import lse_gemm, tiles
 from perce_kernels.gpu.cut import Cut, block_of, cut_of
-from perce_kernels.gpu.product import pitch, product
 from perce_kernels.gpu.scale import scale
 from perce_kernels.gpu.steps import Job, Step, choose
+from perce_kernels.product import full_fp32_matmul, pitch, product, unit_stride
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
 LOGPROB_ROWS = 8192
@@ -119,7 +119,7 @@ def _dz_scale(
         return None
     if given_weight is None:
         exponent = math.frexp(clip_max * abs(logit_scale))[1]
-        return torch.full((), 2.0 ** min(15 - exponent, 100), device=rows.target.device)
+        return torch.full((), 2.0 ** min(15 - exponent, 100), dtype=torch.float32, device=rows.target.device)
     weight = given_weight if rows.ignored is None else given_weight.masked_fill(rows.ignored, 0)
     return (15 - (weight.float().abs().amax() * logit_scale).frexp().exponent).clamp(-100, 100).float().exp2()
 
@@ -150,7 +150,7 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
     hidden, lm_head, bias, shard = call.hidden, call.lm_head, call.bias, call.shard
     if hidden.dtype == torch.float64:
         return chunked.sweep(call, weighting, needed)
-    with _on(hidden.device), chunked.full_fp32_matmul():
+    with _on(hidden.device), full_fp32_matmul():
         rows = _GpuRows(call)
         out = _outputs(call, rows, needed)
         per_token = [out.logp, out.logp_cf, out.token_weight]
@@ -235,7 +235,7 @@ def _scatter(rows: _GpuRows, per_token: list[Tensor], out: PerCEOutput) -> None:
 
 
 @torch.no_grad()
-def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
+def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """chunked.logprobs on a GPU, with the same arguments and outputs; no logits are written."""
     hidden, lm_head, shard = call.hidden, call.lm_head, call.shard
     if hidden.dtype == torch.float64:
@@ -245,39 +245,43 @@ def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor]:
         rows = _GpuRows(call)
         logp = hidden.new_zeros(total, dtype=torch.float32)
         entropy = hidden.new_zeros(total if return_entropy else 0, dtype=torch.float32)
-        lm_head = lm_head if lm_head.stride(1) == 1 else lm_head.contiguous()
+        top1 = hidden.new_zeros(total, dtype=torch.bool)
+        lm_head = unit_stride(lm_head)
         bias = None if call.bias is None else call.bias.contiguous()
         head: dict[str, Any] = {
             "softcap": call.softcap, "logit_scale": call.logit_scale, "return_entropy": return_entropy
         }  # fmt: skip
         for chunk in rows.chunks(LOGPROB_ROWS):
-            h, y = hidden[chunk] if rows.index is None else hidden[rows.index[chunk]], rows.target[chunk]
-            h = h if h.stride(1) == 1 else h.contiguous()
+            h = unit_stride(hidden[chunk] if rows.index is None else hidden[rows.index[chunk]])
+            y = rows.target[chunk]
             if shard is None:
                 part = lse_gemm.logprobs(h, lm_head, y, bias, ignore_index=call.ignore_index, **head)
             else:
                 part = _sharded_logprobs(h, lm_head, y, bias, shard, call.ignore_index, head)
-            for whole, value in zip((logp, entropy), part, strict=True):
+            for whole, value in zip((logp, entropy, top1), part, strict=True):
                 if value is None:
                     continue
                 if rows.index is None:
                     whole[chunk] = value
                 else:
                     whole.index_copy_(0, rows.index[chunk], value)
-    return logp, entropy
+        if rows.ignored is not None:
+            top1 &= ~rows.ignored
+    return logp, entropy, top1
 
 
 def _sharded_logprobs(
     h, lm_head, y, bias, shard: Shard, ignore_index: int, head: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """logp, and entropy if asked for, from the statistics of all ranks; 0 for ignored rows."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """lse_gemm.logprobs from the statistics of all ranks."""
     column = shard.columns(y, lm_head.shape[0])
     own = lse_gemm.statistics(h, lm_head, column, bias, **head)
     parts = RowParts(own.row_max, own.total, own.z_target - lowest_finite(own.row_max), own.moment)
     whole, ignored = shard.combine(parts, column >= 0), y == ignore_index
     outside = (y < 0) | (y >= shard.vocab_size)
     logp = whole.logp().masked_fill(outside, torch.nan).masked_fill(ignored, 0)
-    return logp, None if whole.moment is None else whole.entropy().masked_fill(ignored, 0)
+    entropy = None if whole.moment is None else whole.entropy().masked_fill(ignored, 0)
+    return logp, entropy, (whole.z_target >= 0) & ~outside
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -190,7 +190,7 @@ def statistics(
 ) -> Statistics:
     """Launch both kernels; V may be 0. `stored` is filled with z − tile_max, and with −∞ from V to its pitch."""
     (n, d), v = hidden.shape, lm_head.shape[0]
-    tile = tiles.lookup("lse_gemm" if stored is None else "store_gemm", hidden, d)
+    tile = tiles.lookup("lse_gemm" if stored is None else "store_gemm", hidden)
     use_tma = tile.use_tma and _describable(hidden, lm_head, *(() if stored is None else (stored,)))
     tile = tile if use_tma else by_pointers(tile)
     columns = tile.statistics_columns
@@ -224,6 +224,7 @@ def statistics(
 
 def logprobs(
     hidden: Tensor, lm_head: Tensor, target: Tensor, bias: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """(n,) fp32 log-probabilities and, on request, predictive entropies in nats; 0 where ignored."""
-    return statistics(hidden, lm_head, target, bias, **options)[:2]
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(n,) fp32 log-probabilities; on request entropies in nats, both 0 where ignored; and whether z_y is largest."""
+    found = statistics(hidden, lm_head, target, bias, **options)
+    return found.logp, found.entropy, found.z_target >= found.row_max

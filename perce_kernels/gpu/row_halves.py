@@ -97,7 +97,7 @@ def row_parts(
 ) -> None:
     """The statistics of columns [start, start + v) of each row."""
     assert z.dtype is torch.float32 and z.stride(1) == 1 and z.stride(0) >= v
-    tile = tiles.lookup("row_halves", z)
+    tile = tiles.lookup("rows", z)
     row_parts_kernel[(z.shape[0],)](
         z, target, bias,
         row_max, total, z_target,
@@ -127,7 +127,7 @@ def row_gradient(
     if dz.shape[1] == 0:
         return
     assert z.stride(1) == dz.stride(1) == 1
-    tile = tiles.lookup("row_halves", z)
+    tile = tiles.lookup("rows", z)
     row_gradient_kernel[(z.shape[0],)](
         z, column, row_max, total, logp, weight, bias, dz_scale,
         dz,

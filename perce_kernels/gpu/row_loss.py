@@ -302,7 +302,7 @@ def row_loss(
         return
     assert z.dtype == torch.float32 and z.stride(1) == 1 and z.stride(0) >= v
     assert dz is None or (dz.stride(1) == 1 and dz.shape[1] >= v)
-    tile = tiles.lookup("row_loss", z)
+    tile = tiles.lookup("rows", z)
     row_loss_kernel[(rows,)](
         z, target, given, bias, dz_scale,
         dz, logp, logp_cf, weight,

@@ -3,8 +3,7 @@
     way      counterfactual rows                        factual rows
     fused    blocked.py: cuBLAS, in blocks of columns   FusedRows: z = h Wᵀ in fp32 by cuBLAS, then row_loss.py, one
                                                         launch for statistics, weights and dz
-    mixed    lse_gemm.py: no logits at all              FusedRows
-    stored   lse_gemm.py                                StoredLogits: the same GEMM stores z in 16 bits in the place of
+    stored   lse_gemm.py: no logits at all              StoredLogits: the same GEMM stores z in 16 bits in the place of
                                                         dz, and stored_rows.py overwrites it with dz
     sharded  blocked.py, then statistics are exchanged  ShardedRows: cuBLAS's product with a shard of W, then the halves
                                                         of row_halves.py, and between them the exchange
@@ -21,7 +20,7 @@ from torch import Tensor
 from perce_kernels.contract import Contrasting, Needed
 from perce_kernels.gpu import blocked, lse_gemm, row_halves, row_loss, stored_rows
 from perce_kernels.gpu.combine import Statistics
-from perce_kernels.gpu.product import pitch, product
+from perce_kernels.product import pitch, product, unit_stride
 from perce_kernels.row_pass import Given, weigh
 from perce_kernels.vocab_parallel import RowParts, Shard, lowest_finite
 
@@ -67,13 +66,9 @@ class Step(Protocol):
         """Compute one chunk: write dz (C, pitch) up to V, and statistics = [logp, logp_cf, weight], each (C,) fp32."""
 
 
-def _unit_stride(hidden: Tensor) -> Tensor:
-    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
-
-
 def _by_our_gemm(job: Job, hidden: Tensor, rows: slice, stored: Tensor | None = None) -> Statistics:
     options: dict[str, Any] = {"ignore_index": job.ignore_index, "stored": stored, **job.head}
-    return lse_gemm.statistics(_unit_stride(hidden), job.lm_head, job.target[rows], job.bias, **options)
+    return lse_gemm.statistics(unit_stride(hidden), job.lm_head, job.target[rows], job.bias, **options)
 
 
 class FusedRows:
@@ -81,11 +76,9 @@ class FusedRows:
         self.job, self.logits = job, job.fp32_logits()
 
     def counterfactual(self, hidden: Tensor, rows: slice) -> Tensor:
-        job, y = self.job, self.job.target[rows]
-        if job.way == "mixed":
-            return _by_our_gemm(job, hidden, rows).logp
+        job = self.job
         options: dict[str, Any] = {"ignore_index": job.ignore_index, **job.head}
-        return blocked.statistics(hidden, job.lm_head, y, job.bias, self.logits, **options).logp
+        return blocked.statistics(hidden, job.lm_head, job.target[rows], job.bias, self.logits, **options).logp
 
     def __call__(self, hidden: Tensor, rows: slice, dz: Tensor | None, statistics: list[Tensor]) -> None:
         job, v = self.job, self.job.lm_head.shape[0]
@@ -132,7 +125,7 @@ class ShardedRows:
         z = self.logits[: hidden.shape[0]]
         product(hidden, job.lm_head.T, z[:, :v])
         column = self.shard.columns(job.target[rows], v)
-        row_max, total, z_target = (torch.full(column.shape, torch.nan, device=z.device) for _ in range(3))
+        row_max, total, z_target = (z.new_full(column.shape, torch.nan) for _ in range(3))
         row_halves.row_parts(z, column, job.bias, row_max, total, z_target, v=v, **job.head)
         whole = self._whole(row_max, total, z_target, column)
         logp, weight = finish(whole.logp(), job, rows, self.shard.vocab_size, statistics)

@@ -1,4 +1,4 @@
-"""Block sizes of the kernels: one table, looked up by kernel, architecture, dtype and D. Nothing is tuned at import.
+"""Block sizes of the kernels: one table, looked up by kernel, architecture and dtype. Nothing is tuned at import.
 
 The values are chosen by the compiler's report (no spills, shared memory within the limit; test_aot.py checks both for
 every row), not by time. A comment marks each row that was measured on a GPU.
@@ -43,7 +43,6 @@ class Row(NamedTuple):
     kernel: str
     arch: str
     dtypes: tuple[torch.dtype, ...]
-    d_max: int | None  # largest D; None: any
     tile: Tile
 
 
@@ -52,7 +51,6 @@ FULL = (torch.float32,)
 
 WAYS = {
     "fused": "fp32 logits of both passes by cuBLAS",
-    "mixed": "no counterfactual logits by our GEMM, factual ones in fp32 by cuBLAS",
     "stored": "no counterfactual logits, factual ones in 16 bits, by our GEMM",
 }
 """The ways in which a call with 16-bit operands computes log-probabilities and dz; steps.py has them."""
@@ -60,50 +58,44 @@ WAY = dict.fromkeys((*SHARED_MEMORY_LIMIT, INTERPRETER), "fused") | {"sm_90": "s
 """The way in use, by architecture. On an H100 "stored" is the fastest, or within 2 % of it (docs/LOG.md, 2026-11-27).
 Architectures that have not been measured use "fused", which needs the fewest kernels of our own."""
 
-# Row kernels: the shared memory of six stages leaves room for two programs of 16 warps per multiprocessor. So few rows
-# are in flight that the L2 cache still holds the end of a row when its gradient begins there. Steps of 8192 entries
-# spilled. The GEMM: 128 × 256 with one program per multiprocessor reads least from shared memory, and on sm_90 the
-# persistent form loads the next tile's operands while the epilogue runs. fp32 products are IEEE, on the ordinary units:
-# accurate, but slow. No entry depends on D yet.
+# "rows" is row_loss.py and row_halves.py, which read fp32 logits: the shared memory of six stages leaves room for two
+# programs of 16 warps per multiprocessor. So few rows are in flight that the L2 cache still holds the end of a row when
+# its gradient begins there. Steps of 8192 entries spilled. The GEMM: 128 × 256 with one program per multiprocessor
+# reads least from shared memory, and on sm_90 the persistent form loads the next tile's operands while the epilogue
+# runs. fp32 products are IEEE, on the ordinary units: accurate, but slow.
 TABLE = (
-    Row("row_loss", "sm_80", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
-    Row("row_loss", "sm_86", HALF + FULL, None, Tile(1, 4096, 0, 16, 3)),
-    Row("row_loss", "sm_90", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
-    Row("row_loss", "sm_100", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
-    Row("row_loss", "gfx942", HALF + FULL, None, Tile(1, 4096, 0, 8, 1)),
-    Row("row_loss", INTERPRETER, HALF + FULL, None, Tile(1, 128, 0, 1, 1)),
-    Row("row_halves", "sm_80", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
-    Row("row_halves", "sm_86", HALF + FULL, None, Tile(1, 4096, 0, 16, 3)),
-    Row("row_halves", "sm_90", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
-    Row("row_halves", "sm_100", HALF + FULL, None, Tile(1, 4096, 0, 16, 6)),
-    Row("row_halves", "gfx942", HALF + FULL, None, Tile(1, 4096, 0, 8, 1)),
-    Row("row_halves", INTERPRETER, HALF + FULL, None, Tile(1, 128, 0, 1, 1)),
-    Row("lse_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3)),
-    Row("lse_gemm", "sm_80", FULL, None, Tile(64, 64, 16, 8, 2)),
-    Row("lse_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3)),
-    Row("lse_gemm", "sm_86", FULL, None, Tile(64, 64, 16, 8, 2)),
+    Row("rows", "sm_80", FULL, Tile(1, 4096, 0, 16, 6)),
+    Row("rows", "sm_86", FULL, Tile(1, 4096, 0, 16, 3)),
+    Row("rows", "sm_90", FULL, Tile(1, 4096, 0, 16, 6)),
+    Row("rows", "sm_100", FULL, Tile(1, 4096, 0, 16, 6)),
+    Row("rows", "gfx942", FULL, Tile(1, 4096, 0, 8, 1)),
+    Row("rows", INTERPRETER, FULL, Tile(1, 128, 0, 1, 1)),
+    Row("lse_gemm", "sm_80", HALF, Tile(128, 128, 64, 8, 3)),
+    Row("lse_gemm", "sm_80", FULL, Tile(64, 64, 16, 8, 2)),
+    Row("lse_gemm", "sm_86", HALF, Tile(128, 128, 32, 8, 3)),
+    Row("lse_gemm", "sm_86", FULL, Tile(64, 64, 16, 8, 2)),
     # measured: 0.76 of the time of one program per tile with 4 stages
-    Row("lse_gemm", "sm_90", HALF, None, Tile(128, 256, 64, 8, 3, True, group_m=16, persistent=True)),
-    Row("lse_gemm", "sm_90", FULL, None, Tile(64, 64, 16, 8, 2)),
-    Row("lse_gemm", "sm_100", HALF, None, Tile(128, 256, 64, 8, 4, True)),
-    Row("lse_gemm", "sm_100", FULL, None, Tile(64, 64, 16, 8, 2)),
-    Row("lse_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2)),
-    Row("lse_gemm", "gfx942", FULL, None, Tile(64, 64, 16, 8, 1)),
-    Row("lse_gemm", INTERPRETER, HALF + FULL, None, Tile(32, 128, 32, 1, 1)),
+    Row("lse_gemm", "sm_90", HALF, Tile(128, 256, 64, 8, 3, True, group_m=16, persistent=True)),
+    Row("lse_gemm", "sm_90", FULL, Tile(64, 64, 16, 8, 2)),
+    Row("lse_gemm", "sm_100", HALF, Tile(128, 256, 64, 8, 4, True)),
+    Row("lse_gemm", "sm_100", FULL, Tile(64, 64, 16, 8, 2)),
+    Row("lse_gemm", "gfx942", HALF, Tile(128, 128, 64, 8, 2)),
+    Row("lse_gemm", "gfx942", FULL, Tile(64, 64, 16, 8, 1)),
+    Row("lse_gemm", INTERPRETER, HALF + FULL, Tile(32, 128, 32, 1, 1)),
     # lse_gemm when it stores 16-bit logits, and the row kernel over them.
-    Row("store_gemm", "sm_80", HALF, None, Tile(128, 128, 64, 8, 3)),
-    Row("store_gemm", "sm_86", HALF, None, Tile(128, 128, 32, 8, 3)),
+    Row("store_gemm", "sm_80", HALF, Tile(128, 128, 64, 8, 3)),
+    Row("store_gemm", "sm_86", HALF, Tile(128, 128, 32, 8, 3)),
     # measured: 0.75 of the time of one program per tile
-    Row("store_gemm", "sm_90", HALF, None, Tile(128, 256, 64, 8, 3, True, group_m=16, persistent=True)),
-    Row("store_gemm", "sm_100", HALF, None, Tile(128, 128, 64, 8, 3, True)),  # wider or persistent ones spilled
-    Row("store_gemm", "gfx942", HALF, None, Tile(128, 128, 64, 8, 2)),
-    Row("store_gemm", INTERPRETER, HALF, None, Tile(16, 128, 32, 1, 1, persistent=True)),
-    Row("stored_rows", "sm_80", HALF, None, Tile(1, 2048, 0, 8, 3)),
-    Row("stored_rows", "sm_86", HALF, None, Tile(1, 2048, 0, 8, 3)),
-    Row("stored_rows", "sm_90", HALF, None, Tile(1, 2048, 0, 8, 3)),
-    Row("stored_rows", "sm_100", HALF, None, Tile(1, 2048, 0, 8, 3)),
-    Row("stored_rows", "gfx942", HALF, None, Tile(1, 2048, 0, 8, 1)),
-    Row("stored_rows", INTERPRETER, HALF, None, Tile(1, 128, 0, 1, 1)),
+    Row("store_gemm", "sm_90", HALF, Tile(128, 256, 64, 8, 3, True, group_m=16, persistent=True)),
+    Row("store_gemm", "sm_100", HALF, Tile(128, 128, 64, 8, 3, True)),  # wider or persistent ones spilled
+    Row("store_gemm", "gfx942", HALF, Tile(128, 128, 64, 8, 2)),
+    Row("store_gemm", INTERPRETER, HALF, Tile(16, 128, 32, 1, 1, persistent=True)),
+    Row("stored_rows", "sm_80", HALF, Tile(1, 2048, 0, 8, 3)),
+    Row("stored_rows", "sm_86", HALF, Tile(1, 2048, 0, 8, 3)),
+    Row("stored_rows", "sm_90", HALF, Tile(1, 2048, 0, 8, 3)),
+    Row("stored_rows", "sm_100", HALF, Tile(1, 2048, 0, 8, 3)),
+    Row("stored_rows", "gfx942", HALF, Tile(1, 2048, 0, 8, 1)),
+    Row("stored_rows", INTERPRETER, HALF, Tile(1, 128, 0, 1, 1)),
 )
 
 
@@ -122,15 +114,10 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
-def _fits(row: Row, kernel: str, arch: str, dtype: torch.dtype, d: int) -> bool:
-    same = (row.kernel, row.arch) == (kernel, arch) and dtype in row.dtypes
-    return same and (row.d_max is None or d <= row.d_max)
-
-
-def find(kernel: str, arch: str, dtype: torch.dtype, d: int) -> Tile:
-    """The tile of `kernel` for operands of `dtype` with D = d."""
+def find(kernel: str, arch: str, dtype: torch.dtype) -> Tile:
+    """The tile of `kernel` for operands of `dtype`."""
     for row in TABLE:
-        if _fits(row, kernel, arch, dtype, d):
+        if (row.kernel, row.arch) == (kernel, arch) and dtype in row.dtypes:
             return row.tile
     raise ValueError(f"backend: the Triton kernels have no tile of {kernel} for {dtype} on {arch}")
 
@@ -145,9 +132,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def lookup(kernel: str, like: Tensor, d: int = 0) -> Tile:
+def lookup(kernel: str, like: Tensor) -> Tile:
     """The tile of `kernel` on the device and in the dtype of `like`."""
-    return find(kernel, architecture(like.device), like.dtype, d)
+    return find(kernel, architecture(like.device), like.dtype)
 
 
 def is_supported(device: torch.device) -> bool:

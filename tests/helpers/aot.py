@@ -152,13 +152,11 @@ def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
     for row in tiles.TABLE:
         if row.arch != arch:
             continue
-        if row.kernel == "row_loss":
+        if row.kernel == "rows":
             for name, variant in ROW_LOSS.items():
                 options = dict(variant)
                 for dtype in options.pop("dtypes"):
                     yield "row_loss", row.tile, f"{NAMES[dtype]}, {name}", row_loss_source(row.tile, dtype, **options)
-            continue
-        if row.kernel == "row_halves":
             for name, dtypes in ROW_HALVES.items():
                 options = {"cap": name != "plain", "bias": name != "plain"}
                 yield "row_halves", row.tile, f"parts, {name}", row_parts_source(row.tile, torch.bfloat16, **options)
@@ -167,7 +165,7 @@ def jobs(arch: str) -> Iterator[tuple[str, tiles.Tile, str, ASTSource]]:
                     yield "row_halves", row.tile, f"gradient, {NAMES[dtype]}, {name}", source
             continue
         if row.kernel == "stored_rows":
-            columns = tiles.find("store_gemm", arch, torch.bfloat16, 1).statistics_columns
+            columns = tiles.find("store_gemm", arch, torch.bfloat16).statistics_columns
             for dtype, cap in ((torch.bfloat16, False), (torch.float16, True)):
                 source = stored_gradient_source(row.tile, dtype, columns, cap=cap)
                 yield "stored_rows", row.tile, f"{NAMES[dtype]}, {'softcap' if cap else 'plain'}", source
@@ -354,9 +352,8 @@ def launchers() -> Iterator[str]:
         shard = Shard(dist.group.WORLD, 0, v)
         driver.sweep(capped._replace(compact=True, shard=shard), both, Needed(True, False, False))
         driver.logprobs(call._replace(bias=None, shard=shard), True)
-        for way in ("mixed", "stored"):
-            tiles.WAY["sm_90"] = way
-            driver.sweep(capped._replace(compact=True), both, Needed(True, True, True))
+        tiles.WAY["sm_90"] = "stored"
+        driver.sweep(capped._replace(compact=True), both, Needed(True, True, True))
         tiles.WAY["sm_90"] = "fused"
         driver.scaled(given, given[0], torch.bfloat16)
         yield from built

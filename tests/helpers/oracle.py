@@ -43,7 +43,7 @@ def blockwise(
     logp, logp_cf = (torch.zeros(target.shape, dtype=torch.float64, device=target.device) for _ in range(2))
     for rows in blocks:
         for out, hidden in ((logp, inputs.hidden), (logp_cf, inputs.hidden_cf)):
-            out[rows], _ = reference.logprobs(hidden[rows].double(), lm_head, target[rows], **head)
+            out[rows], *_ = reference.logprobs(hidden[rows].double(), lm_head, target[rows], **head)
     weight = torch.where(valid, reference.contrast_weight(logp, logp_cf, "log", 0.8, 5.0), 0)
     weight = reference.normalize_weight(weight, valid, normalize, seq_id)
     loss = -weight * logp

@@ -3,7 +3,7 @@
 reference, torch, torch fp64     on the CPU
 triton                           fp32, in Triton's interpreter if there is no GPU: a millisecond or two for each
                                  step of a program's loop, so inputs are small
-fused, mixed, stored             Triton's ways from 16-bit operands to loss and gradients (tiles.WAYS)
+fused, stored                    Triton's ways from 16-bit operands to loss and gradients (tiles.WAYS)
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from tests.helpers.device import DEVICE
 from tests.helpers.numerics import Inputs, Result, assert_matches
 
 CPU = torch.device("cpu")
-WAYS = ("fused", "mixed", "stored")
+WAYS = ("fused", "stored")
 NEEDS_TRITON = pytest.mark.skipif(not TRITON_FOUND, reason="Triton is not installed")
 EACH = ["torch", "reference", pytest.param("triton", marks=NEEDS_TRITON)]
 """Backends that a call can name."""

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.distributed import DistBackendError
 
 from perce_kernels import backends, chunked, fused_perce_loss, ops, token_logprobs
 from perce_kernels.backends import resolve_backend
@@ -112,7 +113,24 @@ def test_an_error_of_the_kernels_ends_with_the_way_around(monkeypatch, reduction
     assert str(raised.value.__cause__) == "Triton Error [CUDA]: invalid device function"
 
 
-@pytest.mark.parametrize("error", [ValueError("target"), torch.OutOfMemoryError("CUDA out of memory"), KeyError("k")])
+def test_an_assertion_on_the_device_names_its_likely_cause(monkeypatch):
+    """It comes at a later call, which did nothing wrong; another backend would not avoid it."""
+
+    def broken(backend, device):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(backends, "implementation", broken)
+    with pytest.raises(
+        RuntimeError, match=r"device-side assert.*\n.*target outside \[0, V\).*CUDA_LAUNCH_BLOCKING=1"
+    ) as e:
+        fused_perce_loss(**make_inputs().kwargs())
+    assert "--backend torch" not in str(e.value)
+
+
+ERRORS = ValueError("target"), torch.OutOfMemoryError("CUDA out of memory"), KeyError("k"), DistBackendError("NCCL")
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_errors_that_are_not_the_kernels_are_left_as_they_are(monkeypatch, error):
     """A KeyError of the torch backend, and errors that another backend would not avoid."""
     module = chunked if isinstance(error, KeyError) else torch  # some module that is not the torch backend

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "small_chunks")
 def test_the_usual_inputs_take_several_chunks():
     valid = int((make_inputs().target != IGNORE).sum())
     assert 16 < valid < N, "with and without compaction, the last one partial"
-    assert chunked.chunk_rows(V, torch.float32, 1) == 16
+    assert chunked.chunk_rows(V, torch.float32, 1, "cpu") == 16
 
 
 @pytest.mark.parametrize("normalize", ["none", "batch", "sequence"])
@@ -135,16 +135,17 @@ def test_only_the_needed_gradients_are_computed(monkeypatch, trainable, reductio
     assert asked == [(False, False, False)]
 
 
-def test_chunk_rows_is_a_pure_function_within_the_budget(monkeypatch):
+@pytest.mark.parametrize(("device", "name"), [("cpu", "LOGITS_BYTES"), ("cuda", "GPU_LOGITS_BYTES")])
+def test_chunk_rows_is_a_pure_function_within_the_budget(monkeypatch, device, name):
     for budget in (2**20, 64 * 2**20, 128 * 2**20):
-        monkeypatch.setattr(chunked, "LOGITS_BYTES", budget)
+        monkeypatch.setattr(chunked, name, budget)
         for vocab_size in (211, 49152, 262144):
             for dtype, itemsize in ((torch.bfloat16, 4), (torch.float32, 4), (torch.float64, 8)):
                 for buffers in (1, 2):
-                    rows = chunked.chunk_rows(vocab_size, dtype, buffers)
+                    rows = chunked.chunk_rows(vocab_size, dtype, buffers, device)
                     row_bytes = buffers * vocab_size * itemsize
                     assert rows == 16 or rows * row_bytes <= budget < (rows + 1) * row_bytes
-                    assert rows == chunked.chunk_rows(vocab_size, dtype, buffers)
+                    assert rows == chunked.chunk_rows(vocab_size, dtype, buffers, device)
 
 
 def test_shipped_logits_budget():

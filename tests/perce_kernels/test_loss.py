@@ -277,20 +277,50 @@ LOGPROBS = ({}, {"softcap": 4.0}, {"logit_scale": 0.25}, {"ignore_index": 5})
 def test_token_logprobs_match_the_oracle(subject, dtype, options, compact):
     inputs = subject.inputs(dtype=dtype, bias=True, ignore_index=options.get("ignore_index", IGNORE))
     upstream = torch.randn(subject.n, dtype=torch.promote_types(dtype, FP32), device=subject.device)
-    outcomes = []
+    outcomes, tops = [], []
     for op, args, extra in (
-        (token_logprobs, inputs, {"compact": compact, "return_entropy": True, "backend": subject.backend}),
+        (
+            token_logprobs,
+            inputs,
+            {"compact": compact, "return_entropy": True, "return_top1": True, "backend": subject.backend},
+        ),
         (reference.logprobs, inputs.to(FP64), {}),
     ):
         leaves = [x.clone().requires_grad_() for x in (args.hidden, args.lm_head, args.bias)]
-        logp, entropy = op(leaves[0], leaves[1], args.target, bias=leaves[2], **extra, **options)
+        logp, entropy, top1 = op(leaves[0], leaves[1], args.target, bias=leaves[2], **extra, **options)
+        tops.append(top1)
         assert not entropy.requires_grad
         (logp * upstream).sum().backward()
         outcomes.append([logp.detach(), entropy, *(x.grad for x in leaves)])
+    assert torch.equal(*tops) and 0 < tops[0].sum() < subject.n
     for i, (actual, expected) in enumerate(zip(*outcomes, strict=True)):
         kind = FP32 if i < 2 and dtype == BF16 else dtype  # log-probabilities and entropies are fp32
         rtol, atol = {FP64: (1e-9, 1e-11), FP32: (2e-4, 2e-5), BF16: (2e-2, 2e-2)}[kind]
         torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
+
+
+@of_each(
+    "dtype, default",
+    *itertools.product(["triton"], [FP32], (BF16, FP64)),
+    *itertools.product(WAYS, (BF16, FP16), [BF16]),
+    ("stored", FP16, FP16),
+    ("stored", FP16, FP64),
+    ("torch", BF16, BF16),
+    ("reference", BF16, BF16),
+)
+def test_results_do_not_depend_on_the_default_dtype(subject, dtype, default):
+    """torch.set_default_dtype, which scripts for 16-bit models call."""
+    inputs, results = subject.inputs(bias=True, dtype=dtype), []
+    for default_dtype in (default, FP32):
+        torch.set_default_dtype(default_dtype)
+        try:
+            results += [subject.call(inputs), subject.call(inputs, reduction="none")]
+        finally:
+            torch.set_default_dtype(FP32)
+    for actual, expected in zip(results[:2], results[2:], strict=True):
+        assert torch.equal(actual.loss, expected.loss)
+        assert all(torch.equal(a, b) for a, b in zip(actual.stats, expected.stats, strict=True))
+        assert all(torch.equal(actual.grads[name], expected.grads[name]) for name in TRAINABLE)
 
 
 @of_each("compact", *itertools.product(("torch", "triton", *WAYS), EITHER))

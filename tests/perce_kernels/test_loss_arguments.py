@@ -1,8 +1,14 @@
 """Arguments of the op: errors that name them, and the user's autocast."""
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from perce_kernels import chunked, fused_perce_loss, token_logprobs
 from tests.helpers.numerics import TRAINABLE, Inputs, call, make_inputs
@@ -55,6 +61,14 @@ BAD_ARGUMENTS = [
     ("num_items", {"num_items": True}),
     ("num_items", {"num_items": torch.ones(1)}),
     ("num_items", {"num_items": 5, "reduction": "sum"}),
+    ("num_items", {"num_items": "6"}),
+    ("clip_max", {"clip_max": None}),
+    ("clip_min", {"clip_min": torch.tensor(1.0)}),
+    ("softcap", {"softcap": "30"}),
+    ("softcap", {"softcap": torch.tensor(30.0)}),
+    ("logit_scale", {"logit_scale": None}),
+    ("ignore_index", {"ignore_index": None}),
+    ("ignore_index", {"ignore_index": -100.0}),
     ("softcap", {"softcap": 0.0}),
     ("softcap", {"softcap": float("inf")}),
     ("logit_scale", {"logit_scale": float("nan")}),
@@ -65,6 +79,36 @@ BAD_ARGUMENTS = [
 def test_bad_argument_is_a_value_error_that_names_it(named, change):
     with pytest.raises(ValueError, match=f"{named}.*got|got {named}$"):
         fused_perce_loss(**make_inputs().kwargs() | change)
+
+
+def test_a_scale_that_could_train_is_refused_with_what_trains_it():
+    """The fused backends would compute no gradient for it."""
+    inputs = make_inputs(bias=True)
+    scale = torch.nn.Parameter(torch.tensor(0.5))
+    refused = r"^logit_scale: expected a number, got a tensor\. To train it, multiply hidden, hidden_cf and bias by it"
+    for backend in ("auto", "torch", "reference"):
+        with pytest.raises(ValueError, match=refused):
+            fused_perce_loss(**inputs.kwargs(), logit_scale=scale, backend=backend)
+    with pytest.raises(ValueError, match=refused):
+        token_logprobs(inputs.hidden, inputs.lm_head, inputs.target, logit_scale=scale)
+    changed = {name: getattr(inputs, name) * scale for name in ("hidden", "hidden_cf", "bias")}
+    actual = fused_perce_loss(**inputs.kwargs() | changed)
+    torch.testing.assert_close(actual, fused_perce_loss(**inputs.kwargs(), logit_scale=0.5))
+    assert torch.autograd.grad(actual, scale)[0].isfinite()
+
+
+def test_numbers_of_numpy():
+    inputs = make_inputs()
+    expected = fused_perce_loss(**inputs.kwargs(), num_items=6, softcap=4.0)
+    assert torch.equal(fused_perce_loss(**inputs.kwargs(), num_items=np.int64(6), softcap=np.float32(4)), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_tensors_without_data(backend):
+    """Autocast knows nothing of the device "meta"."""
+    inputs = {name: x.to("meta") for name, x in make_inputs().kwargs().items()}
+    assert fused_perce_loss(**inputs, backend=backend).is_meta
+    assert token_logprobs(inputs["hidden"], inputs["lm_head"], inputs["target"], backend=backend).is_meta
 
 
 @pytest.mark.parametrize("name", ["hidden", "lm_head", "target", "hidden_cf", "bias", "seq_id"])
@@ -78,6 +122,34 @@ def test_what_is_no_tensor_is_named(name):
         given = {"hidden": inputs.hidden, "lm_head": inputs.lm_head, "target": inputs.target}
         with pytest.raises(ValueError, match=rf"^{name}: expected a tensor, got ndarray"):
             token_logprobs(**given | {name: np.ones(3)})
+
+
+REMEDIES = [
+    ({"hidden": torch.zeros(2, N, D)}, "Pass flatten(0, 1) of hidden and of target"),
+    ({"target": LONG.int()}, "Pass target.long()"),
+    ({"lm_head": torch.zeros(V, D, dtype=torch.bfloat16)}, "Cast one of them, or use torch.autocast"),
+    ({"lm_head": torch.zeros(D, V)}, "Pass lm_head.T"),
+    ({"lm_head": torch.zeros(0)}, "If its parameters are partitioned (ZeRO-3), gather it first"),
+    ({"hidden": torch.zeros(V, D), "lm_head": torch.zeros(N, D)}, "hidden comes before lm_head"),
+    ({"group": SimpleNamespace(get_group=None), "vocab_start": 0, "vocab_size": V}, "Pass mesh.get_group()"),
+]
+
+
+@pytest.mark.parametrize(("change", "remedy"), REMEDIES, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_likely_mistake_is_told_what_puts_it_right(change, remedy):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}.*got.*{re.escape(remedy)}$"):
+        fused_perce_loss(**make_inputs().kwargs() | change)
+
+
+def test_a_distributed_tensor_is_named(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        inputs = make_inputs()
+        head = distribute_tensor(inputs.lm_head, init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ValueError, match=r"^lm_head: expected a plain tensor, got a DTensor.*\.to_local\(\)"):
+            fused_perce_loss(**inputs.kwargs() | {"lm_head": head})
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("backend", EACH)

@@ -64,6 +64,12 @@ def test_compiled_options_may_change_between_calls():
         torch.testing.assert_close(actual, fused_perce_loss(**inputs.kwargs(), **options))
 
 
+@pytest.mark.parametrize("op", [torch.ops.perce.fused_perce_loss, torch.ops.perce.token_logprobs], ids=str)
+def test_cuda_graphs_of_a_compiler_leave_the_op_out(op):
+    """With compact=True its body reads from the device, which a CUDA graph cannot record."""
+    assert torch.Tag.cudagraph_unsafe in op.default.tags
+
+
 def test_token_logprobs_compile():
     torch.compiler.reset()
     inputs = make_inputs()

@@ -98,6 +98,7 @@ def register_the_contract() -> None:
     for compact in (True, False):
         of_the_contract(test_loss.test_nan_in_ignored_rows_reaches_nothing, FP32, "hidden_cf", compact, {}, torch.nan)
         of_the_contract(test_loss.test_same_inputs_same_bits, compact, layout="three")
+    of_the_contract(test_loss.test_results_do_not_depend_on_the_default_dtype, BF16, BF16, layout="three", slow=())
 
 
 register_the_contract()
@@ -118,17 +119,17 @@ def log_probabilities_and_entropy(backend: str) -> None:
         outcomes = []
         for mine, arguments in ((inputs, {}), (shards.shard(inputs), shards.arguments)):
             leaves = [x.clone().requires_grad_() for x in (mine.hidden, mine.lm_head, mine.bias)]
-            logp, entropy = token_logprobs(
-                leaves[0], leaves[1], mine.target, bias=leaves[2], softcap=6.0, return_entropy=True, backend=backend,
-                **arguments,
+            logp, entropy, top1 = token_logprobs(
+                leaves[0], leaves[1], mine.target, bias=leaves[2], softcap=6.0, return_entropy=True, return_top1=True,
+                backend=backend, **arguments,
             )  # fmt: skip
             (logp * torch.linspace(-1, 2, N)).sum().backward()
-            outcomes.append([logp.detach(), entropy, *(x.grad for x in leaves)])
+            outcomes.append([logp.detach(), entropy, top1, *(x.grad for x in leaves)])
         whole, actual = outcomes
-        whole = [*whole[:3], *(x[shards.rows] for x in whole[3:])]
+        whole = [*whole[:4], *(x[shards.rows] for x in whole[4:])]
         for a, b in zip(actual, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=3e-5, atol=5e-6)
-        shards.assert_same(*actual[:3])
+        shards.assert_same(*actual[:4])
 
 
 @for_both("what trains", slow=("triton",))

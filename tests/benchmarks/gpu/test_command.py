@@ -81,7 +81,7 @@ def test_the_first_command(tmp_path):
     for size in TINY:
         assert lines[f"check/{size}/fused"]["errors"]["pir"] < 1e-4
         assert lines[f"parts/{size}/row_loss"]["predicted"] > 0
-    assert_fakes_are_told_apart(lines, "ways", ("perce_fused", "perce_mixed", "perce_stored"))
+    assert_fakes_are_told_apart(lines, "ways", ("perce_fused", "perce_stored"))
     assert not any(line.get("reason") == NO_TIME for line in lines.values())
     assert "GPU tests: " in text and not lines["tests/summary"]["failures"]
 

@@ -32,9 +32,9 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpre
 @on_cpu
 def test_every_way_is_compared_with_fp64(monkeypatch):
     found = lines_of(parts.stage, "check", what="check")
-    assert {f"{size}/{way}" for size in TINY for way in ("fused", "mixed", "stored")} == set(found)
+    assert {f"{size}/{way}" for size in TINY for way in ("fused", "stored")} == set(found)
     assert all(line["errors"]["pir"] < 1e-4 and "reason" not in line for line in found.values())
-    # The ways are three: only one of them rounds logits.
+    # Only one of the ways rounds logits.
     assert found[f"{TINY[0]}/fused"]["errors"]["dhidden"] != found[f"{TINY[0]}/stored"]["errors"]["dhidden"]
     monkeypatch.setattr(parts, "what_is_wrong", lambda errors: "wrong result: loss off by 2")
     assert lines_of(parts.stage, "check", what="check")[f"{TINY[0]}/fused"]["reason"] == "wrong result: loss off by 2"
@@ -78,7 +78,7 @@ def test_every_way_is_profiled(monkeypatch):
     monkeypatch.setattr(Request, "sizes", TINY[:1])
     found = lines_of(parts.stage, "profiles", what="profiles")
     assert {key for key, line in found.items() if line == {"kernels": {}}} == {
-        f"{TINY[0]}/{way}" for way in ("fused", "mixed", "stored")
+        f"{TINY[0]}/{way}" for way in ("fused", "stored")
     }, "no device, no kernel"
 
 
@@ -98,7 +98,7 @@ def test_what_runs_on_the_device_is_counted_and_summed(monkeypatch):
 @on_cpu
 def test_budgets_change_the_drivers_cut_and_are_put_back(monkeypatch):
     asked = []
-    largest = cut.cut_of.__wrapped__
+    largest = cut.cut_of
     monkeypatch.setattr(driver, "cut_of", lambda *args: asked.append(cut.BUDGET) or largest(*args))
     monkeypatch.setattr(Request, "sizes", TINY)
     monkeypatch.setattr(parts, "BUDGETS", (1, 2))
@@ -234,7 +234,7 @@ def test_problems_of_our_kernels_are_told_from_those_of_cublas():
 
 @on_cpu
 def test_the_calls_that_are_checked_run():
-    assert sanitizer.calls("cpu") == 3 * 9
+    assert sanitizer.calls("cpu") == 3 * 7
 
 
 def test_a_sanitizer_that_is_not_there_is_named(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 from benchmarks.gpu.sizes import SIZES
-from perce_kernels.gpu import driver
+from perce_kernels.gpu import cut, driver
 from perce_kernels.gpu.cut import block_of, cut_of
 
 
@@ -34,6 +34,12 @@ def test_cuts_of_known_shapes():
     assert cuts == [(4096, 2048), (4096, 1408), (2816, 640), (4736, 1664)]
     assert cut_of(100, 4096, 2**30, 2, "fused", 132) == (16, 16)
     assert cut_of(0, 64, 128, 2, "fused", 132).chunk >= 1
+
+
+def test_the_budget_is_read_at_each_call(monkeypatch):
+    before = cut_of(4096, 64, 32000, 2, "fused", 132)
+    monkeypatch.setattr(cut, "BUDGET", cut.BUDGET // 64)
+    assert cut_of(4096, 64, 32000, 2, "fused", 132).block < before.block
 
 
 def test_blocks_are_as_square_as_the_buffer_allows():

@@ -6,6 +6,7 @@ Every test runs twice: on a GPU at those sizes (marked `gpu`; `make gpu-b`), and
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,9 @@ def test_same_inputs_same_bits(case, options):
 def test_without_compaction_nothing_waits_for_the_device(monkeypatch, case, reduction):
     monkeypatch.setattr("perce_kernels.contract.check_target", lambda *_: None)  # this check runs only on a CPU
     leaves = leaves_of(make_inputs(case))
-    options = {"compact": False, "reduction": reduction}
+    options: dict[str, Any] = {"compact": False, "reduction": reduction}
+    if reduction == "mean":
+        options["num_items"] = torch.tensor(7)  # of a CPU
     expected = step(leaves, **options)  # compiles the kernels
     with no_host_sync():
         actual = step(leaves, **options)
@@ -150,6 +153,19 @@ def test_compiles_without_a_graph_break(case, options):
     loss = compiled(**leaves, **options, backend="triton").sum()
     gradients = torch.autograd.grad(loss, [x for x in leaves.values() if x.requires_grad])
     assert_same_to_rounding([loss.detach(), *gradients], step(leaves, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
+def test_a_compiler_that_makes_cuda_graphs_leaves_the_op_out():
+    torch.compiler.reset()
+    leaves = leaves_of(make_inputs(Case(500, *QWEN)))
+    compiled = torch.compile(fused_perce_loss, mode="reduce-overhead")
+    for _ in range(3):  # a graph would be recorded in the second call, and replayed in the third
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(**leaves)
+        gradients = torch.autograd.grad(loss, [x for x in leaves.values() if x.requires_grad])
+        assert_same_to_rounding([loss.detach().clone(), *gradients], step(leaves))
 
 
 @each(llama=Case(1000, *LLAMA, torch.float32, bias=True))

@@ -16,7 +16,7 @@ D, V = TRITON.d, TRITON.v
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 ARCHITECTURE = tiles.architecture(DEVICE)
-TILE = tiles.find("store_gemm", ARCHITECTURE, torch.bfloat16, D)
+TILE = tiles.find("store_gemm", ARCHITECTURE, torch.bfloat16)
 TILE_COLUMNS = TILE.statistics_columns
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 FORMS = {"shipped": TILE, "halves by descriptors": tiles.Tile(16, 256, 32, 4, 1, use_tma=True, persistent=True)}
@@ -27,7 +27,7 @@ FORMS = {"shipped": TILE, "halves by descriptors": tiles.Tile(16, 256, 32, 4, 1,
 @pytest.mark.parametrize("form", FORMS)
 def test_error_of_the_stored_logits_is_within_its_bound(monkeypatch, dtype, softcap, form):
     """|Δp_v| ≤ u/e · p_t, as the docstring derives, plus the rounding of dz itself; with a softcap 2/cap more."""
-    row = tiles.Row("store_gemm", ARCHITECTURE, tiles.HALF, None, FORMS[form])
+    row = tiles.Row("store_gemm", ARCHITECTURE, tiles.HALF, FORMS[form])
     monkeypatch.setattr(tiles, "TABLE", (row, *tiles.TABLE))
     inputs = TRITON.inputs(n=4, d=64, spread=9.0, ignored=0.0).to(dtype)
     h, w, y = inputs.hidden, inputs.lm_head, inputs.target

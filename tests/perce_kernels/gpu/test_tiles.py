@@ -1,5 +1,7 @@
 """The table of tiles."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,21 +10,18 @@ from perce_kernels.gpu import tiles
 
 
 def test_every_kernel_has_a_tile_on_every_architecture():
-    for arch in (*tiles.SHARED_MEMORY_LIMIT, tiles.INTERPRETER):
-        for kernel in ("row_loss", "row_halves", "lse_gemm"):
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                for d in (1, 256, 257, 8192):
-                    tile = tiles.find(kernel, arch, dtype, d)
-                    assert tile.block_n & (tile.block_n - 1) == 0
+    dtypes = {
+        "rows": tiles.FULL,
+        "lse_gemm": tiles.HALF + tiles.FULL,
+        "store_gemm": tiles.HALF,
+        "stored_rows": tiles.HALF,
+    }
+    for arch, kernel in itertools.product((*tiles.SHARED_MEMORY_LIMIT, tiles.INTERPRETER), dtypes):
+        for dtype in dtypes[kernel]:
+            tile = tiles.find(kernel, arch, dtype)
+            assert tile.block_n & (tile.block_n - 1) == 0
     with pytest.raises(ValueError, match=r"backend.*float64"):
-        tiles.find("row_loss", "sm_90", torch.float64, 64)
-
-
-def test_a_row_of_the_table_may_be_for_a_range_of_d(monkeypatch):
-    small, large = tiles.Tile(64, 64, 64, 4, 2), tiles.Tile(128, 128, 64, 8, 3)
-    table = [tiles.Row("lse_gemm", "sm_90", tiles.HALF, d, tile) for d, tile in ((256, small), (None, large))]
-    monkeypatch.setattr(tiles, "TABLE", table)
-    assert [tiles.find("lse_gemm", "sm_90", torch.bfloat16, d) for d in (8, 256, 257)] == [small, small, large]
+        tiles.find("rows", "sm_90", torch.float64)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,31 @@
-"""The user's setting for the precision of fp32 products: the op ignores it, lets it be read, and restores it."""
+"""Products: where operands are copied first, the pitch of logits, and the user's settings for the precision, which the
+op ignores, lets be read, and restores."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from perce_kernels import chunked
+from perce_kernels.product import can_widen, full_fp32_matmul, pitch
 from tests.helpers.numerics import TRAINABLE, Inputs, call, make_inputs
 
 V = 211
+
+
+def test_pitch():
+    assert [pitch(v) for v in (0, 1, 64, 65, 128256, 50257)] == [64, 64, 64, 128, 128256, 50304]
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "can"),
+    [("cpu", None, torch.bfloat16, False), ("mps", None, torch.float16, False), ("cuda", (7, 5), torch.float16, True),
+     ("cuda", (7, 5), torch.bfloat16, False), ("cuda", (8, 0), torch.bfloat16, True)],
+)  # fmt: skip
+def test_where_16_bit_products_can_have_fp32_results(monkeypatch, device, capability, dtype, can):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    assert can_widen(SimpleNamespace(device=torch.device(device), dtype=dtype)) == can
 
 
 @contextmanager
@@ -39,7 +56,7 @@ def test_the_scoped_precision_can_be_read_inside_it(setting):
         elif setting != "none":
             torch.set_float32_matmul_precision(setting)
         before = newer()
-        with chunked.full_fp32_matmul():
+        with full_fp32_matmul():
             assert matmul.allow_tf32 is False and torch.get_float32_matmul_precision() == "highest"
             assert newer() == ["ieee", "ieee"]
         assert newer() == before and (before == unset) == (setting == "none")
@@ -81,3 +98,17 @@ def test_reduced_matmul_precision_is_ignored_and_left_as_it_was():
         pytest.skip('this CPU computes the same product under "medium": nothing to ignore')
     assert torch.equal(result.loss, expected.loss)
     assert all(torch.equal(result.grads[name], expected.grads[name]) for name in TRAINABLE)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_products_of_fp16_are_accumulated_in_fp32(allowed):
+    """With fp16 accumulation allowed, cuBLAS refuses fp16 products with fp32 results."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_accumulation
+    matmul.allow_fp16_accumulation = allowed
+    try:
+        with full_fp32_matmul():
+            assert matmul.allow_fp16_accumulation is False
+        assert matmul.allow_fp16_accumulation is allowed
+    finally:
+        matmul.allow_fp16_accumulation = before
