@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -197,6 +198,8 @@ class Command(Generic[Chosen]):
             if name not in self.fields and (not self.extra or self._here(name)):
                 raise self.unknown(name, where="--" if name in flags else f"{config_file}: ")
             kind = self.fields[name].metadata["metavar"] if name in self.fields else None
+            if kind in PATHS and type(value) in (int, float):
+                raw[name] = str(value)
             if kind in PATHS and isinstance(value, str) and not value.lstrip().startswith("{"):
                 check_path(f"--{name}", value, is_file=kind == "FILE")
         others, completed = self.completes(raw) if self.completes else ({}, "")
@@ -274,7 +277,7 @@ class Command(Generic[Chosen]):
             name, equals, value = flag[2:].partition("=")
             if not equals:
                 value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
-            extra[name] = number(value)
+            extra[name] = value
         return extra
 
     def _without_dashes(self, argument: str) -> UserError:
@@ -318,11 +321,8 @@ def flat(options: Any) -> dict[str, Any]:
     return {name: value for section in sections for name, value in vars(section).items()}
 
 
-def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict[str, Any]:
-    """A flat YAML mapping. `1e-5` becomes a number, as people expect; to YAML 1.1 it is a text.
-
-    option: the option that names the file. numbers: whether texts that look like numbers become numbers.
-    """
+def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
+    """A flat YAML mapping; `option` names the file. To YAML 1.1 `1e-5` is a text, which `convert` makes a number."""
     import yaml
 
     try:
@@ -337,7 +337,7 @@ def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict
         words = {type(None): "none", list: "a list", str: "a text", dict: "a name that is no text"}
         got = words.get(type(content), type(content).__name__)
         raise UserError(f"{option} {path}: expected `name: value` lines, got {got}.")
-    return {name.replace("-", "_"): number(value) if numbers else value for name, value in content.items()}
+    return {name.replace("-", "_"): value for name, value in content.items()}
 
 
 @functools.cache
@@ -396,15 +396,16 @@ def _metavar(hint: Any) -> str:
 
 
 def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
     flag, equals, value = argument.partition("=")
+    if not re.fullmatch(r"--[\w-]+", flag):
+        return argument
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
 def number(value: Any) -> Any:
-    """The number or boolean that a string spells, as YAML and TrainingArguments expect; other values unchanged."""
-    if not isinstance(value, str):
+    """The number or boolean that a string spells, as YAML and TrainingArguments expect; other values unchanged. So are
+    2024_11_25 and 007, which are names, though Python takes them for numbers."""
+    if not isinstance(value, str) or "_" in value or re.match(r"[-+]?0\d", value):
         return value
     if value.lower() in ("true", "false"):
         return value.lower() == "true"

@@ -200,7 +200,7 @@ class DataConfig:
             except ValueError as error:
                 raise UserError(f"prompt: expected a mapping as JSON, got {show(self.prompt)} ({error}).") from error
         else:
-            keys = read_yaml(self.prompt, "--prompt", numbers=False)
+            keys = read_yaml(self.prompt, "--prompt")
         PromptStyle.of(keys)
         return keys
 
