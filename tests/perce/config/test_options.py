@@ -177,6 +177,12 @@ def test_json_that_has_two_meanings_or_none(option, value):
     assert len(str(caught.value)) < 500
 
 
+def test_a_column_without_a_name():
+    for columns in ("persona= ,response=b", " =a"):
+        with pytest.raises(UserError, match="columns: expected name=column"):
+            DataConfig(columns=columns)
+
+
 def test_a_column_that_is_renamed_twice():
     with pytest.raises(UserError, match=r"columns: expected each name before = once, got persona=a and persona=b"):
         DataConfig(columns="persona=a,query=q,persona=b")

@@ -54,13 +54,14 @@ def test_the_prompt_to_write_from_is_the_one_that_was_trained_on(template, turns
 def test_a_prompt_needs_a_persona_and_something_to_reply_to():
     tokenizer = TOKENIZERS["chatml"]
     assert prompt_ids(tokenizer, "I keep bees.", "Hi") == prompt_ids(tokenizer, ["I keep bees.", " "], "Hi")
-    for persona in ([], "", [" "]):
+    for persona in ([], "", [" "], None, 3):
         with pytest.raises(UserError, match="persona"):
             prompt_ids(tokenizer, persona, "Coming tonight?")
     wrong = {
         "a non-empty list": [], "end with a user turn": [{"role": "assistant", "content": "Hi"}],
         "'user' or 'assistant'": [{"role": "user", "content": "Hi"}, {"role": "judge", "content": "No."}],
-        "alternating": [{"role": "user", "content": "Hi"}] * 2,
+        "alternating": [{"role": "user", "content": "Hi"}] * 2, "a text or a list of messages": None,
+        "an object with 'role' and 'content'": ["Hi"],
     }  # fmt: skip
     for message, query in wrong.items():
         with pytest.raises(UserError, match=f"query.*{message}"):
