@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 
 from perce.data.chat import CUT, THOUGHT, Chat, ChatFormat, refuse_marks
-from perce.data.fields import parse_persona, parse_turns
+from perce.data.fields import parse_messages, parse_persona
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, system_text
 from perce.data.readers import BadRow
 from perce.data.retrieval import Retriever
@@ -100,7 +100,7 @@ def counterfactual_pieces(pair: Mapping[str, Any]) -> list[tuple[list[int], int]
 def prompt_ids(
     tokenizer: Any,
     persona: str | Sequence[str],
-    query: str | Sequence[Mapping[str, str]],
+    query: str | Sequence[dict[str, str]],
     *,
     chat_template_kwargs: dict[str, Any] | None = None,
     prompt: Mapping[str, str] | None = None,
@@ -119,12 +119,13 @@ def prompt_ids(
     Raises:
         UserError (a ValueError): an empty persona, a conversation that training would refuse or that ends with a reply.
     """
-    messages = [{"role": "user", "content": query}] if isinstance(query, str) else [dict(message) for message in query]
+    known = _entries(persona)
     try:  # checked like rows: the model was not trained on what training refuses
-        known = parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
-        turns = parse_turns(messages, "query")
+        turns, _ = parse_messages([{"role": "user", "content": query}] if isinstance(query, str) else [*query], "query")
     except BadRow as bad:
         raise UserError(f"{bad}.") from None
+    except TypeError:
+        raise UserError(f"query: expected a text or a list of messages, got {query!r}.") from None
     if turns[-1].role != "user":
         raise UserError("query: expected the conversation to end with a user turn, got an assistant turn.")
     refuse_marks(known, [turn.content for turn in turns])
@@ -159,12 +160,7 @@ def prompt_text(
     Raises:
         UserError (a ValueError): an empty persona, or an argument that is not a text.
     """
-    try:
-        entries = parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
-    except BadRow as bad:
-        raise UserError(f"{bad}.") from None
-    except TypeError:
-        raise UserError(f"persona: expected a text or a list of texts, got {persona!r}.") from None
+    entries = _entries(persona)
     if not isinstance(system, str | None):
         raise UserError(f"system: expected a text, got {system!r}.")
     style = PromptStyle.of(prompt) if prompt else None
@@ -176,6 +172,15 @@ def prompt_text(
         style, footer = chat_format.style, chat_format.footer
     block = style.block(entries, footer)
     return block if style.place == "user" else system_text(style, block, system)
+
+
+def _entries(persona: str | Sequence[str]) -> tuple[str, ...]:
+    try:
+        return parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
+    except BadRow as bad:
+        raise UserError(f"{bad}.") from None
+    except TypeError:
+        raise UserError(f"persona: expected a text or a list of texts, got {persona!r}.") from None
 
 
 class PairBuilder:

@@ -194,6 +194,8 @@ class Examples:
         if self._source.read is None:
             return
         for place, value in self._source.rows():
+            if self.rows == sure:
+                self._check_columns()
             self.rows += 1
             try:
                 examples = self._parse(value, self._source.name + place)
@@ -205,8 +207,6 @@ class Examples:
                 self.skipped, lines = self.skipped + 1, lines or bad.lines
                 self.reasons += [reason] if len(self.reasons) < KEPT_REASONS else []
                 continue
-            if self.rows == sure:
-                self._check_columns()
             for example in examples:
                 yield example
                 count += 1
