@@ -15,8 +15,8 @@ from perce.data import dataset, encoder
 from perce.data.dataset import pair_dataset
 from perce.data.encoder import Encoder
 from perce.data.pairing import make_builder
-from perce.data.pairs import COMMON_WORDS, WORD
 from perce.data.retrieval import bm25_scores, make_retriever, query_of
+from perce.data.words import COMMON_WORDS, words_of
 from tests.helpers.histories import HISTORY, TOKENIZER, TWEET, history
 from tests.helpers.tiny import VOCAB, tiny_tokenizer
 
@@ -210,4 +210,4 @@ def test_on_real_histories_the_best_match_says_more_of_the_response_than_the_lat
 
 
 def content_words(text):
-    return {word for word in map(str.lower, WORD.findall(text)) if len(word) > 2 and word not in COMMON_WORDS}
+    return {word for word in words_of(text) if len(word) > 2 and word not in COMMON_WORDS}
