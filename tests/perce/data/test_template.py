@@ -2,8 +2,11 @@
 
 import copy
 import pickle
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
+from transformers.utils import chat_template_utils
 
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE
 from perce.data.template import ChatTemplate, has_system_role
@@ -51,6 +54,19 @@ def test_most_are_called_directly_and_none_with_what_transformers_would_read():
     assert ChatTemplate(tokenizer, None, {"enable_thinking": False})._given is not None
     for variables in ({"tools": []}, {"tokenize": True}, {"continue_final_message": True}, {"x": object()}):
         assert ChatTemplate(tokenizer, None, variables)._given is None
+
+
+@pytest.mark.parametrize("variables", [{}, {"x": 1, "tokenize": False}])
+def test_every_day_is_the_same(variables, monkeypatch):
+    tokenizer = copy.deepcopy(tokenizer_like("qwen2"))
+    tokenizer.chat_template = CHAT_TEMPLATES["date-now"]
+    texts = set()
+    for day in (1, 2):
+        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda day=day: datetime(2030, 5, day)))
+        assert "May 2030" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        texts.add(ChatTemplate(tokenizer, None, variables).render(TALK[1:2], True))
+    (text,) = texts
+    assert "Today is 01 January 2026." in text
 
 
 def test_whether_a_template_renders_a_system_message():
