@@ -11,6 +11,7 @@ from perce.data.pairs import PairBuilder
 from perce.data.retrieval import make_retriever
 from perce.data.rows import OR_SKIP, Examples, Record
 from perce.data.sources import SPLITS
+from perce.data.template import DAY
 from perce.errors import UserError
 from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS
 from perce.visible import listed
@@ -59,6 +60,12 @@ def picked_by(builder: Builder) -> list[str]:
     """A note on how passages are retrieved; [] if none are."""
     retriever = builder.retriever if isinstance(builder, PairBuilder) else None
     return [f"persona: {retriever.description}"] if retriever else []
+
+
+def dated(builder: Builder) -> list[str]:
+    """A note on a chat template that may write the date; [] for others."""
+    now = isinstance(builder, PairBuilder) and "strftime_now" in str(builder.tokenizer.chat_template)
+    return [f"a date that the chat template writes is {DAY:%d %B %Y} here, on every day"] if now else []
 
 
 def not_read(rows: Examples) -> list[str]:

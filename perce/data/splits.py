@@ -15,7 +15,7 @@ from perce.config.options import read_yaml
 from perce.config.questions import SplitConfig
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
 from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
-from perce.data.pairing import PairSource, make_builder, not_read, picked_by, skipped_rows
+from perce.data.pairing import PairSource, dated, make_builder, not_read, picked_by, skipped_rows
 from perce.data.rows import (
     Document,
     Examples,
@@ -134,7 +134,7 @@ def load_pairs(
     splits = load_splits(config, eval_examples=eval_examples, seed=seed)
     builder = make_builder(tokenizer, config, splits.format, loss)
     validation = pair_dataset(splits.validation, builder, skip_bad_rows=config.skip_bad_rows)
-    notes = [*splits.notes, *picked_by(builder)]
+    notes = [*splits.notes, *picked_by(builder), *dated(builder)]
     notes += left_out("validation", len(splits.validation), validation, config.max_length)
     source: PairSource | None = None
     train: Dataset | PairStream

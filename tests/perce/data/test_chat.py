@@ -11,6 +11,7 @@ from perce import UserError, prompt_ids
 from perce.data.fields import Turn
 from perce.data.pairs import PairBuilder
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE
+from perce.data.template import on_one_day
 from tests.helpers.conversations import conversations
 from tests.helpers.pairs import EXAMPLE, example
 from tests.helpers.templates import CHAT_TEMPLATES
@@ -47,6 +48,7 @@ def served(own, this, *, persona, reply):
     )  # fmt: skip
 
 
+@on_one_day()
 def assert_served_as_trained(own, this, pair, ends=True):
     """Both passes have the ids that transformers gives for their texts: the whole, and the part before the response."""
     for trained, persona in ((pair.input_ids, True), (pair.counterfactual_ids(), False)):
