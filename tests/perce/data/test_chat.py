@@ -10,7 +10,7 @@ from tokenizers import AddedToken, normalizers
 from perce import UserError, prompt_ids
 from perce.data.fields import Turn
 from perce.data.pairs import PairBuilder
-from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE
+from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE, tell
 from perce.data.template import on_one_day
 from tests.helpers.conversations import conversations
 from tests.helpers.pairs import EXAMPLE, example
@@ -46,6 +46,18 @@ def served(own, this, *, persona, reply):
         add_generation_prompt=reply is None, return_dict=False,
         chat_template=None if own.tokenizer.chat_template else PLAIN_CHAT_TEMPLATE, **own.chat_format.template_kwargs,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["system", "user"])
+@pytest.mark.parametrize("template", ["chatml", "gemma", "gemma-silent"])
+def test_a_conversation_that_begins_with_a_reply_is_told_as_other_trainers_are(template, place):
+    own = builder("qwen2", template, prompt={"place": place}).chat_format
+    for roles in (["assistant", "user"], ["system", "assistant", "user"]):
+        turns = [Turn(role, f" {role} ") for role in roles]
+        told = tell(
+            [{"role": turn.role, "content": turn.content} for turn in turns], "[P]", own.style, template == "chatml"
+        )
+        assert own.messages(turns, "[P]") == [(message["role"], message["content"]) for message in told]
 
 
 @on_one_day()
