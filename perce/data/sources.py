@@ -5,12 +5,15 @@ readers.py reads each kind of file, and rows.py says what a row means.
 
 from __future__ import annotations
 
+import codecs
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,6 @@ from perce.data.readers import (
     BadRow,
     Placed,
     arrow_rows,
-    has_splits,
     json_file,
     json_lines,
     json_splits,
@@ -32,6 +34,7 @@ from perce.errors import UserError, first_line, in_one_line
 from perce.visible import shortened
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_SPLIT = re.compile(rf'\s*\{{\s*"({"|".join(chain(*SPLITS.values()))})"\s*:\s*\[')
 READERS = {".jsonl": json_lines, ".json": json_file, ".parquet": parquet_rows, ".csv": csv_rows}
 SUFFIXES = tuple(READERS)
 REFERRED_TO = ("shared_contexts", "survey.")  # what the names of files that rows refer to begin with; see joins.py
@@ -76,7 +79,7 @@ def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
     check_path("--data", data)
     path = Path(data).expanduser()
     if path.is_file():
-        return _splits(path) if path.suffix.lower() == ".json" and has_splits(path) else _only_train(_file(path))
+        return _splits(path) if path.suffix.lower() == ".json" and _has_splits(path) else _only_train(_file(path))
     if path.is_dir():
         saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
         return _saved(path, streaming) if saved else _directory(path) or _hub(data, streaming)
@@ -89,6 +92,15 @@ def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
             f"--data{note}."
         )
     return _hub(data, streaming)
+
+
+def _has_splits(path: Path) -> bool:
+    """Whether a .json file begins like an object of splits, {"train": [rows], "valid": [rows]}."""
+    try:
+        with path.open("rb") as file:
+            return bool(_SPLIT.match(file.read(4096).removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="replace")))
+    except OSError:  # reported when it is read
+        return False
 
 
 def _only_train(source: Source) -> dict[str, Source]:
