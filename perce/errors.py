@@ -44,13 +44,10 @@ def installed(extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        name = (error.name or "").partition(".")[0]
-        advice = (
-            what_to_install(error) or f"{in_one_line(error)}. pip install 'perce[{extra}]' installs what is needed."
-        )
-        if name not in OF_TRAINING | {extra}:
+        if (error.name or "").partition(".")[0] not in OF_TRAINING | {extra}:
             raise
-        raise ImportError(advice, name=error.name) from error
+        advice = f"{in_one_line(error)}. pip install 'perce[{extra}]' installs what is needed."
+        raise ImportError(what_to_install(error) or advice, name=error.name) from error
 
 
 def in_one_line(error: Exception) -> str:

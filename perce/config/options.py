@@ -30,7 +30,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from perce.config.elsewhere import ADVICE, NOTES, known_as
 from perce.environment import check_outputs, check_path, did_you_mean
 from perce.errors import UserError, in_one_line, what_to_install
-from perce.visible import ACTING, say
+from perce.visible import ACTING, say, shortened
 
 
 class Files(Protocol):
@@ -54,8 +54,7 @@ def option(default: Any, help: str, metavar: str | None = None) -> Any:
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
     """UserError unless the condition on an option's value holds."""
     if not condition:
-        shown = repr(got)
-        raise UserError(f"{name}: expected {expected}, got {shown if len(shown) <= 200 else shown[:197] + '...'}.")
+        raise UserError(f"{name}: expected {expected}, got {shortened(repr(got), 200)}.")
 
 
 PATHS = ("DATA", "DIR", "FILE", "DIR|HUB_ID")  # values that --help shows for options that are paths

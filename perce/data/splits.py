@@ -69,7 +69,9 @@ class HeldOut:
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            return cls(UNITS[UNITS.index(content["unit"])], frozenset(content["held_out"]), file)
+            if content["unit"] not in UNITS:
+                raise ValueError(f"unit: {content['unit']!r}")
+            return cls(content["unit"], frozenset(content["held_out"]), file)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file}: cannot be read ({in_one_line(error)}); expected the users or rows that this run held out of "
@@ -118,8 +120,6 @@ class RunPairs:
     format: str
     notes: list[str]
     """Sentences on what was held out, trimmed and skipped."""
-    source: PairSource | None
-    """For a stream: counts what is left out while it is read."""
     held_out: HeldOut | None
     """None if the data has a validation split."""
 
@@ -136,11 +136,9 @@ def load_pairs(
     validation = pair_dataset(splits.validation, builder, skip_bad_rows=config.skip_bad_rows)
     notes = [*splits.notes, *picked_by(builder), *dated(builder)]
     notes += left_out("validation", len(splits.validation), validation, config.max_length)
-    source: PairSource | None = None
     train: Dataset | PairStream
     if isinstance(splits.train, Examples):
-        source = PairSource(splits.train, builder, config.skip_bad_rows)
-        train = PairStream(source, seed)
+        train = PairStream(PairSource(splits.train, builder, config.skip_bad_rows), seed)
     else:
         train = pair_dataset(splits.train, builder, skip_bad_rows=config.skip_bad_rows)
         notes += left_out("training", len(splits.train), train, config.max_length)
@@ -154,7 +152,7 @@ def load_pairs(
     together = conversations(validation.select(kept)) if config.share == "conversations" else [[i] for i in kept]
     together.sort(key=lambda indices: max(lengths[index] for index in indices))
     validation = validation.select([index for indices in together for index in indices])
-    return RunPairs(train, validation, splits.validation, splits.format, notes, source, splits.held_out)
+    return RunPairs(train, validation, splits.validation, splits.format, notes, splits.held_out)
 
 
 @dataclass(frozen=True)
