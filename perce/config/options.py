@@ -8,16 +8,12 @@ Neither torch nor transformers is imported here, so that `--help` answers at onc
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import functools
-import io
 import json
 import math
-import os
 import re
-import signal
 import sys
 import textwrap
 import types
@@ -29,7 +25,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from perce.config.elsewhere import ADVICE, NOTES, known_as
 from perce.environment import check_outputs, check_path, did_you_mean
-from perce.errors import UserError, in_one_line, what_to_install
+from perce.errors import UserError, guarded, in_one_line
 from perce.visible import ACTING, say, shortened
 
 
@@ -58,7 +54,6 @@ def require(condition: bool, name: str, expected: str, got: Any) -> None:
 
 
 PATHS = ("DATA", "DIR", "FILE", "DIR|HUB_ID")  # values that --help shows for options that are paths
-BROKEN_PIPE = 13  # SIGPIPE, which Windows does not have
 LARGEST = 3.4028234663852886e38  # the largest number in fp32
 
 
@@ -72,54 +67,6 @@ def require_finite(name: str, value: Any, given: Any = None) -> None:
         require(math.isfinite(value) and abs(value) <= LARGEST, name, "a finite number that fp32 can hold", given)
     elif isinstance(value, int):
         require(abs(value) < 2**63, name, "a whole number below 2 ** 63", given)
-
-
-def guarded(run: Callable[[], object]) -> int:
-    """Run a command and return its exit code: 0; 2 after one paragraph on stderr about a mistake that the user can
-    correct; 130 after Ctrl-C; 141 when the reader of stdout has closed it (`| head`)."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell, `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters, such as an arrow
-        sys.stdout.reconfigure(errors="replace")
-    code = 0
-    try:
-        try:
-            run()
-        except UserError as error:
-            message, *lines = error.args
-            say(f"error: {message}", *lines, error=True)
-            code = 2
-        except ImportError as error:
-            if (advice := what_to_install(error)) is None:
-                raise
-            say(f"error: {advice}", error=True)
-            code = 2
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        say("Interrupted.", error=True)
-        return 128 + signal.SIGINT
-    except OSError:
-        if (failure := _failure_of_stdout()) is None:
-            raise
-        if isinstance(failure, BrokenPipeError):
-            return code or 128 + BROKEN_PIPE
-        with contextlib.suppress(OSError):
-            say(f"error: stdout: cannot be written to ({failure.strerror}).", error=True)
-        return 2
-    return code
-
-
-def _failure_of_stdout() -> OSError | None:
-    """The error if stdout can no longer be written to, else None. What is still buffered then is discarded."""
-    try:
-        print(flush=True)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error
-    return None
 
 
 def as_called(name: str) -> str:

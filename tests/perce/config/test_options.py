@@ -11,7 +11,8 @@ import yaml
 from perce import DataConfig, UserError, evaluate, plan, score
 from perce import train as train_command
 from perce.config.commands import EVALUATE, PLAN, SCORE, parse_args
-from perce.config.options import guarded, read_yaml
+from perce.config.options import read_yaml
+from perce.errors import guarded
 from tests.helpers import ROOT
 from tests.helpers.training import fails
 
@@ -272,7 +273,7 @@ BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHON
 GUARDED = """
 import sys
 from perce import UserError
-from perce.config.options import guarded
+from perce.errors import guarded
 from perce.report import terminal
 def run():
     {}
