@@ -22,7 +22,7 @@ Builder = PairBuilder | DocumentBuilder
 
 def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConfig = PERCE) -> Builder:
     """The builder of pairs for rows of this format; UserError if the objective needs another kind of rows."""
-    kind = DOCUMENTS if format == "text" else PERSONAS
+    kind = DOCUMENTS if FORMATS[format].documents else PERSONAS
     if kind not in loss.entry.takes:
         *most, last = (name for name, entry in OBJECTIVES.items() if kind in entry.takes)
         other = "rows with persona, query and response" if kind == DOCUMENTS else "documents, rows like {'text': …}"
@@ -49,7 +49,7 @@ def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConf
 
 def make_persona_builder(tokenizer: Any, config: DataConfig, format: str) -> PairBuilder:
     """make_builder for commands that measure the effect of personas; UserError for documents, which have none."""
-    if format == "text":
+    if FORMATS[format].documents:
         raise UserError("Expected rows with a persona, got documents (format text), which have no persona to omit.")
     builder = make_builder(tokenizer, config, format)
     assert isinstance(builder, PairBuilder)

@@ -15,6 +15,7 @@ from perce.config.options import read_yaml
 from perce.config.questions import SplitConfig
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
 from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
+from perce.data.formats import FORMATS
 from perce.data.pairing import PairSource, dated, make_builder, not_read, picked_by, skipped_rows
 from perce.data.rows import (
     Document,
@@ -177,7 +178,7 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
         held_out = load_examples(data, "validation", **options)
         if config.streaming and train.format == "auto":
             train.format = held_out.format
-        if (train.format == "text") != (held_out.format == "text"):
+        if FORMATS[train.format].documents != FORMATS[held_out.format].documents:
             raise UserError(
                 f"--data {data}: documents and personas cannot be mixed; the training rows are of format "
                 f"{train.format}, the validation rows of format {held_out.format}."
