@@ -5,9 +5,8 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-from perce.config.options import guarded
 from perce.environment import version
-from perce.errors import UserError
+from perce.errors import UserError, guarded
 from perce.visible import say, shortened
 
 COMMANDS = {

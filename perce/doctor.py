@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from perce.config.options import Parser, as_called, guarded
+from perce.config.options import Parser, as_called
 from perce.environment import version
-from perce.errors import OF_TRAINING, UserError, first_line, what_to_install
+from perce.errors import OF_TRAINING, UserError, first_line, guarded, what_to_install
 from perce.visible import say
 
 # Package: (module, what needs it).

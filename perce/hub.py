@@ -114,7 +114,7 @@ def check_base(run: Path | None, base: str, option: str) -> None:
     """UserError if an adapter's base is not the model that its run recorded, as far as that can be known."""
     if run is None or not (file := run / BASE_NAME).is_file():
         return
-    trained, now = read_yaml(str(file), option, numbers=False).get("fingerprint"), fingerprint(base)
+    trained, now = read_yaml(str(file), option).get("fingerprint"), fingerprint(base)
     if trained != now and "unknown" not in (trained, now):
         raise UserError(
             f"{option}: its base {base} is not the model that it was trained on (it is {now}, and {file} records "

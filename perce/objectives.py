@@ -156,7 +156,7 @@ class Objective:
     @property
     def cost(self) -> str:
         """The name of what makes a step take longer than with cross-entropy."""
-        return "counterfactual pass" if self.counterfactual and not self.over_step else "token weights"
+        return "counterfactual pass" if self.contrasts else "token weights"
 
     def weighting(
         self, contrast: str | None = None, clip_min: float | None = None, clip_max: float | None = None

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from perce.config.commands import TrainOptions, is_secret, parse_args
-from perce.config.options import dump_yaml, guarded
+from perce.config.options import dump_yaml
 from perce.environment import check_outputs
-from perce.errors import UserError
+from perce.errors import UserError, guarded
 from perce.hub import from_anywhere
 from perce.launcher import end_with_launcher
 from perce.training.run_directory import claimed, free_directory

@@ -14,8 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import perce
-from perce.config.options import guarded
-from perce.errors import OF_TRAINING, TRANSFORMERS, installed, what_to_install
+from perce.errors import OF_TRAINING, TRANSFORMERS, guarded, installed, what_to_install
 from tests.helpers import ROOT
 
 COMMANDS = ("train", "score", "evaluate", "plan", "preview")

@@ -8,15 +8,12 @@ Neither torch nor transformers is imported here, so that `--help` answers at onc
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import functools
-import io
 import json
 import math
-import os
-import signal
+import re
 import sys
 import textwrap
 import types
@@ -28,8 +25,8 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from perce.config.elsewhere import ADVICE, NOTES, known_as
 from perce.environment import check_outputs, check_path, did_you_mean
-from perce.errors import UserError, in_one_line, what_to_install
-from perce.visible import ACTING, say
+from perce.errors import UserError, guarded, in_one_line
+from perce.visible import ACTING, say, shortened
 
 
 class Files(Protocol):
@@ -53,12 +50,10 @@ def option(default: Any, help: str, metavar: str | None = None) -> Any:
 def require(condition: bool, name: str, expected: str, got: Any) -> None:
     """UserError unless the condition on an option's value holds."""
     if not condition:
-        shown = repr(got)
-        raise UserError(f"{name}: expected {expected}, got {shown if len(shown) <= 200 else shown[:197] + '...'}.")
+        raise UserError(f"{name}: expected {expected}, got {shortened(repr(got), 200)}.")
 
 
 PATHS = ("DATA", "DIR", "FILE", "DIR|HUB_ID")  # values that --help shows for options that are paths
-BROKEN_PIPE = 13  # SIGPIPE, which Windows does not have
 LARGEST = 3.4028234663852886e38  # the largest number in fp32
 
 
@@ -72,54 +67,6 @@ def require_finite(name: str, value: Any, given: Any = None) -> None:
         require(math.isfinite(value) and abs(value) <= LARGEST, name, "a finite number that fp32 can hold", given)
     elif isinstance(value, int):
         require(abs(value) < 2**63, name, "a whole number below 2 ** 63", given)
-
-
-def guarded(run: Callable[[], object]) -> int:
-    """Run a command and return its exit code: 0; 2 after one paragraph on stderr about a mistake that the user can
-    correct; 130 after Ctrl-C; 141 when the reader of stdout has closed it (`| head`)."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the shell, `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters, such as an arrow
-        sys.stdout.reconfigure(errors="replace")
-    code = 0
-    try:
-        try:
-            run()
-        except UserError as error:
-            message, *lines = error.args
-            say(f"error: {message}", *lines, error=True)
-            code = 2
-        except ImportError as error:
-            if (advice := what_to_install(error)) is None:
-                raise
-            say(f"error: {advice}", error=True)
-            code = 2
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        say("Interrupted.", error=True)
-        return 128 + signal.SIGINT
-    except OSError:
-        if (failure := _failure_of_stdout()) is None:
-            raise
-        if isinstance(failure, BrokenPipeError):
-            return code or 128 + BROKEN_PIPE
-        with contextlib.suppress(OSError):
-            say(f"error: stdout: cannot be written to ({failure.strerror}).", error=True)
-        return 2
-    return code
-
-
-def _failure_of_stdout() -> OSError | None:
-    """The error if stdout can no longer be written to, else None. What is still buffered then is discarded."""
-    try:
-        print(flush=True)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error
-    return None
 
 
 def as_called(name: str) -> str:
@@ -197,6 +144,8 @@ class Command(Generic[Chosen]):
             if name not in self.fields and (not self.extra or self._here(name)):
                 raise self.unknown(name, where="--" if name in flags else f"{config_file}: ")
             kind = self.fields[name].metadata["metavar"] if name in self.fields else None
+            if kind in PATHS and type(value) in (int, float):
+                raw[name] = str(value)
             if kind in PATHS and isinstance(value, str) and not value.lstrip().startswith("{"):
                 check_path(f"--{name}", value, is_file=kind == "FILE")
         others, completed = self.completes(raw) if self.completes else ({}, "")
@@ -274,7 +223,7 @@ class Command(Generic[Chosen]):
             name, equals, value = flag[2:].partition("=")
             if not equals:
                 value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
-            extra[name] = number(value)
+            extra[name] = value
         return extra
 
     def _without_dashes(self, argument: str) -> UserError:
@@ -318,11 +267,8 @@ def flat(options: Any) -> dict[str, Any]:
     return {name: value for section in sections for name, value in vars(section).items()}
 
 
-def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict[str, Any]:
-    """A flat YAML mapping. `1e-5` becomes a number, as people expect; to YAML 1.1 it is a text.
-
-    option: the option that names the file. numbers: whether texts that look like numbers become numbers.
-    """
+def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
+    """A flat YAML mapping; `option` names the file. To YAML 1.1 `1e-5` is a text, which `convert` makes a number."""
     import yaml
 
     try:
@@ -337,7 +283,7 @@ def read_yaml(path: str, option: str = "--config", numbers: bool = True) -> dict
         words = {type(None): "none", list: "a list", str: "a text", dict: "a name that is no text"}
         got = words.get(type(content), type(content).__name__)
         raise UserError(f"{option} {path}: expected `name: value` lines, got {got}.")
-    return {name.replace("-", "_"): number(value) if numbers else value for name, value in content.items()}
+    return {name.replace("-", "_"): value for name, value in content.items()}
 
 
 @functools.cache
@@ -396,15 +342,16 @@ def _metavar(hint: Any) -> str:
 
 
 def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
     flag, equals, value = argument.partition("=")
+    if not re.fullmatch(r"--[\w-]+", flag):
+        return argument
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
 def number(value: Any) -> Any:
-    """The number or boolean that a string spells, as YAML and TrainingArguments expect; other values unchanged."""
-    if not isinstance(value, str):
+    """The number or boolean that a string spells, as YAML and TrainingArguments expect; other values unchanged. So are
+    2024_11_25 and 007, which are names, though Python takes them for numbers."""
+    if not isinstance(value, str) or "_" in value or re.match(r"[-+]?0\d", value):
         return value
     if value.lower() in ("true", "false"):
         return value.lower() == "true"

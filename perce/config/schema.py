@@ -162,15 +162,15 @@ class DataConfig:
     def column_names(self) -> dict[str, str] | None:
         if self.columns is None:
             return None
-        pairs = [item.partition("=") for item in self.columns.split(",")]
-        valid = all(name and source for name, _, source in pairs)
-        _require(valid, "columns", "name=column,name=column", self.columns)
-        ours = [name.strip() for name, _, _ in pairs]
+        parts = [item.partition("=") for item in self.columns.split(",")]
+        pairs = [(name.strip(), source.strip()) for name, _, source in parts]
+        _require(all(map(all, pairs)), "columns", "name=column,name=column", self.columns)
+        ours = [name for name, _ in pairs]
         twice = next((name for name in ours if ours.count(name) > 1), None)
         both = " and ".join(item for item, name in zip(self.columns.split(","), ours, strict=True) if name == twice)
         if twice:
             raise UserError(f"columns: expected each name before = once, got {both}.")
-        return {name.strip(): source.strip() for name, _, source in pairs}
+        return dict(pairs)
 
     def markers(self) -> tuple[str, str] | None:
         """The texts before and after the persona in a system message."""
@@ -200,7 +200,7 @@ class DataConfig:
             except ValueError as error:
                 raise UserError(f"prompt: expected a mapping as JSON, got {show(self.prompt)} ({error}).") from error
         else:
-            keys = read_yaml(self.prompt, "--prompt", numbers=False)
+            keys = read_yaml(self.prompt, "--prompt")
         PromptStyle.of(keys)
         return keys
 

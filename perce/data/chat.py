@@ -20,7 +20,7 @@ from itertools import product, takewhile
 from typing import Any
 
 from perce.data.fields import Turn
-from perce.data.prompt import CONVERSATION_START, PERSONA_FOOTERS, PLAIN_CHAT_TEMPLATE, PromptStyle, system_text
+from perce.data.prompt import CONVERSATION_START, PERSONA_FOOTERS, PLAIN_CHAT_TEMPLATE, PromptStyle, tell
 from perce.data.template import ChatTemplate
 from perce.data.tokens import Encoded, Line, Piece, Tokens
 from perce.errors import UserError, first_line
@@ -107,8 +107,8 @@ class ChatFormat:
         self.control: re.Pattern | None = None
         self._uncuttable: list[str] = []
         self.has_system_role = self._accepts([("system", "s"), ("user", "u"), ("assistant", "a")])
-        opening = [("system", "s")] if self.has_system_role else []
-        self.accepts_reply_first = self._accepts([*opening, ("assistant", "a"), ("user", "u"), ("assistant", "b")])
+        reply_first = [("system", "s"), ("assistant", "a"), ("user", "u"), ("assistant", "b")]
+        self.needs_user_first = self.has_system_role and not self._accepts(reply_first)
         if not allow_control:
             self.control = self._control_tokens()
         self.footer = self._choose_footer()
@@ -121,23 +121,14 @@ class ChatFormat:
 
     def messages(self, turns: Sequence[Turn], block: str, reply: str | None = None) -> list[tuple[str, str]]:
         """The (role, content) messages to give to the template. `turns` may begin with a system message."""
-        system = system_text(self.style, block, turns[0].content if turns[0].role == "system" else None)
-        rest = [(turn.role, turn.content) for turn in turns if turn.role != "system"]
-        if rest[0][0] != "user" and not self.accepts_reply_first:
-            rest.insert(0, ("user", CONVERSATION_START))
-        if self.style.place == "user":
-            first = next(i for i, (role, _) in enumerate(rest) if role == "user")
-            rest[first] = ("user", block + rest[first][1].lstrip())
-        as_text = {"user": self.as_text, "assistant": self._reply_as_text}
-        rest = [(role, as_text[role](content)) for role, content in rest]
-        system = self.as_text(system)
-        if self.has_system_role:
-            rest.insert(0, ("system", system))
-        elif rest[0][0] == "user":
-            rest[0] = ("user", f"{system}\n\n{rest[0][1]}")
-        else:
-            rest.insert(0, ("user", system))
-        return rest if reply is None else [*rest, ("assistant", self._reply_as_text(reply))]
+        said = [{"role": turn.role, "content": turn.content} for turn in turns]
+        opening = int(said[0]["role"] == "system")
+        if self.needs_user_first and said[opening]["role"] != "user":
+            said.insert(opening, {"role": "user", "content": CONVERSATION_START})
+        told = tell(said, block, self.style, self.has_system_role)
+        told += [] if reply is None else [{"role": "assistant", "content": reply}]
+        as_text = {"system": self.as_text, "user": self.as_text, "assistant": self._reply_as_text}
+        return [(message["role"], as_text[message["role"]](message["content"])) for message in told]
 
     def prompt(self, turns: Sequence[Turn], block: str) -> str:
         """The prompt that a chat server sends, which ends with the template's generation prompt."""

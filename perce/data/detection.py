@@ -27,7 +27,7 @@ def missing_fields(format: str, row: Mapping[str, Any]) -> list[str]:
     return [need for need in FORMATS[format].needs if not any(name in row for name in need.split("|"))]
 
 
-def did_you_mean(wanted: Iterable[str], present: Iterable[str]) -> str:
+def renaming_hint(wanted: Iterable[str], present: Iterable[str]) -> str:
     """A hint that names present fields which resemble the wanted ones, ignoring case and underscores."""
     pairs = [(name, close) for name in wanted if (close := nearest_name(name, present))]
     return "".join(f"; did you mean {name!r} by {close!r}" for name, close in pairs)

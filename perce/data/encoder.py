@@ -15,12 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
+from perce.environment import is_first_process
 from perce.errors import UserError
 from perce.hub import from_pretrained, with_weights
+from perce.visible import say
 
 MAX_TOKENS = 512  # of a text are read, or fewer if the model says so; the rest is ignored
+NONE_STATED = (False, MAX_TOKENS)
 BATCH = 32
 CACHED_TEXTS = 100_000  # embeddings kept, 300 MB at D = 768; the rows of one user share most of their passages
 
@@ -49,10 +54,20 @@ class Encoder:
         except UserError as error:
             raise UserError(f"{error} --retriever bm25 needs no model.") from error
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.cosine, max_tokens = _conventions(path)
+        try:
+            (self.cosine, max_tokens), assumed = _conventions(path), ""
+        except LocalEntryNotFoundError:
+            (self.cosine, max_tokens), assumed = NONE_STATED, ", assumed"
+            if is_first_process():
+                missing = "its sentence-transformers files are not in the cache of this machine"
+                say(
+                    f"--retriever_model {path}: {missing}, and the Hub cannot be asked: the mean of at most "
+                    f"{MAX_TOKENS} tokens and the dot product are assumed",
+                    error=True,
+                )
         self.max_tokens = min(MAX_TOKENS, max_tokens, self.tokenizer.model_max_length)
         self._check(path)
-        self.name = f"{path} ({'cosine' if self.cosine else 'dot product'})"
+        self.name = f"{path} ({'cosine' if self.cosine else 'dot product'}{assumed})"
         self.identity = self._identity()
         self._cache: dict[str, Tensor] = {}
 
@@ -102,8 +117,9 @@ class Encoder:
 
 
 def _conventions(path: str) -> tuple[bool, int]:
-    """(cosine, longest text in tokens) by the sentence-transformers files in the model's directory; (False, MAX_TOKENS)
-    without them. UserError for any pooling except the mean."""
+    """(cosine, longest text in tokens) by the sentence-transformers files in the model's directory; NONE_STATED without
+    them. UserError for any pooling except the mean; LocalEntryNotFoundError if it cannot be known which files there
+    are."""
     modules = _lookup(path, "modules.json") or []
     for module in modules:
         if module["type"].endswith("Pooling"):
@@ -122,13 +138,14 @@ def _conventions(path: str) -> tuple[bool, int]:
 
 def _lookup(path: str, name: str) -> Any:
     """The content of the JSON file `name` of a local or Hub model; None if there is no such file."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
     local = Path(path).expanduser()
     try:
         file = local / name if local.exists() else Path(hf_hub_download(path, name))
         return json.loads(file.read_text(encoding="utf-8"))
+    except LocalEntryNotFoundError:
+        if try_to_load_from_cache(path, name) is not _CACHED_NO_EXIST:
+            raise
+        return None
     except (FileNotFoundError, EntryNotFoundError):
         return None
     except ValueError as error:

@@ -146,10 +146,6 @@ def names_in(message: Mapping[str, Any]) -> tuple[str, str]:
     return ("role", "content") if message.get("from") is None else ("from", "value")
 
 
-def parse_turns(value: object, field: str) -> tuple[Turn, ...]:
-    return parse_messages(value, field)[0]
-
-
 def exchanges(said: Iterable[tuple[str, str]]) -> tuple[str, ...]:
     """Passages of a conversation of (role, text), the latest first. A passage is a user message with its answer, or a
     system message. A repeated system message is kept once. Equal passages share one string in memory, because the rows
@@ -214,7 +210,10 @@ def parse_spans(value: object, response: str) -> tuple[tuple[int, int], ...]:
 
 def same_words(one: str, other: str) -> bool:
     """Whether two texts are equal apart from case, spaces and punctuation (LaMP-7 repeats the target as "- TARGET").
-    The comparison stops at the first word that differs, so it is cheap for long texts."""
+    Texts without a word, such as emoji, are compared as they are. The comparison stops at the first word that differs,
+    so it is cheap for long texts."""
+    if not re.search(r"\w", one):
+        return one.strip() == other.strip()
     return all(
         a and b and a[0].casefold() == b[0].casefold()
         for a, b in zip_longest(re.finditer(r"\w+", one), re.finditer(r"\w+", other))

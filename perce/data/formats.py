@@ -28,6 +28,7 @@ class Format:
         name the user, the first that a row has counts; "a.b": b within a. A list of texts is replaced by its digest.
     history: whether the persona is a history from which passages are retrieved: always ("passages"), or only if the
         whole does not fit ("conversation").
+    documents: whether its examples are documents, which have no persona.
     join: adds to a row what other rows or files know of it; see joins.py.
     """
 
@@ -39,6 +40,7 @@ class Format:
     lists: tuple[str, ...] = ()
     users: tuple[str, ...] = ("user_id",)
     history: Literal["none", "passages", "conversation"] = "none"
+    documents: bool = False
     join: Callable[[Lookup, Row], Row] | None = None
 
 
@@ -124,7 +126,7 @@ FORMATS: dict[str, Format] = {
         "PRISM", ("user_id", "conversation_history"), parsers.parse_prism, "one per turn: the chosen reply",
         lists=("conversation_history",), join=joins.survey_of_user,
     ),
-    "text": Format("documents", ("text",), parsers.parse_document, "one document, without a persona"),
+    "text": Format("documents", ("text",), parsers.parse_document, "one document, without a persona", documents=True),
 }  # fmt: skip
 NEEDED = frozenset(name for entry in FORMATS.values() for need in entry.needs for name in need.split("|"))
 _READ = {name.partition(".")[0] for entry in FORMATS.values() for name in (*entry.users, *entry.may_have)}

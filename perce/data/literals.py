@@ -42,7 +42,10 @@ def parse_list(text: str, field: str) -> Any:
             return text
         if isinstance(value, list | tuple | set) and "..." not in written.split():
             return list(value)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # TypeError: a list as a name or in a set
+    except SyntaxError:
+        if "..." not in written.split():  # words between quoted words: neither Python nor numpy writes such a list
+            return text
+    except (ValueError, TypeError, RecursionError, MemoryError):  # TypeError: a list as a name or in a set
         pass
     raise BadRow(field, expected, f"{shortened(bare)!r}; JSON Lines or Parquet files keep lists as they are")
 

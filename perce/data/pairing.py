@@ -11,6 +11,7 @@ from perce.data.pairs import PairBuilder
 from perce.data.retrieval import make_retriever
 from perce.data.rows import OR_SKIP, Examples, Record
 from perce.data.sources import SPLITS
+from perce.data.template import DAY
 from perce.errors import UserError
 from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS
 from perce.visible import listed
@@ -21,7 +22,7 @@ Builder = PairBuilder | DocumentBuilder
 
 def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConfig = PERCE) -> Builder:
     """The builder of pairs for rows of this format; UserError if the objective needs another kind of rows."""
-    kind = DOCUMENTS if format == "text" else PERSONAS
+    kind = DOCUMENTS if FORMATS[format].documents else PERSONAS
     if kind not in loss.entry.takes:
         *most, last = (name for name, entry in OBJECTIVES.items() if kind in entry.takes)
         other = "rows with persona, query and response" if kind == DOCUMENTS else "documents, rows like {'text': …}"
@@ -48,7 +49,7 @@ def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConf
 
 def make_persona_builder(tokenizer: Any, config: DataConfig, format: str) -> PairBuilder:
     """make_builder for commands that measure the effect of personas; UserError for documents, which have none."""
-    if format == "text":
+    if FORMATS[format].documents:
         raise UserError("Expected rows with a persona, got documents (format text), which have no persona to omit.")
     builder = make_builder(tokenizer, config, format)
     assert isinstance(builder, PairBuilder)
@@ -59,6 +60,12 @@ def picked_by(builder: Builder) -> list[str]:
     """A note on how passages are retrieved; [] if none are."""
     retriever = builder.retriever if isinstance(builder, PairBuilder) else None
     return [f"persona: {retriever.description}"] if retriever else []
+
+
+def dated(builder: Builder) -> list[str]:
+    """A note on a chat template that may write the date; [] for others."""
+    now = isinstance(builder, PairBuilder) and "strftime_now" in str(builder.tokenizer.chat_template)
+    return [f"a date that the chat template writes is {DAY:%d %B %Y} here, on every day"] if now else []
 
 
 def not_read(rows: Examples) -> list[str]:

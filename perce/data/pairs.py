@@ -8,38 +8,24 @@ Response token i is the same id at the same response offset in both passes. chat
 and refuses a pair if deleting the span does not give the ids of the text without persona.
 """
 
-import re
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import xxhash
 
 from perce.data.chat import CUT, THOUGHT, Chat, ChatFormat, refuse_marks
-from perce.data.fields import parse_persona, parse_turns
+from perce.data.fields import parse_messages, parse_persona
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, system_text
 from perce.data.readers import BadRow
 from perce.data.retrieval import Retriever
 from perce.data.rows import OR_SKIP, Example
+from perce.data.words import personal_word_spans
 from perce.errors import UserError
 
 MOST_CHARACTERS = 16  # per token, more than any text has: a longer history cannot fit, and is not tokenised
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
-ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)?")
-# Words too common to be personal, for the automatic label of personal tokens.
-COMMON_WORDS = frozenset(
-    """a about after again all also always am an and another any are as at back be because been before being but by can
-    come could day did do does doing done down each even ever every few find first for from get give go going good got
-    great had has have having he her here him his how i i'm i've if in into is it it's its just keep know last least let
-    like little live long look lot love made make many maybe me more most much my need never new next nice no not now of
-    off old on once one only or other our out over own people really right same say see she should since so some
-    something still such take than thank thanks that that's the their them then there these they thing things think this
-    those though three time to today too two until up us use used very want was way we well were what when where which
-    while who why will with work would yeah year years yes you you're your""".split()
-)
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ def counterfactual_pieces(pair: Mapping[str, Any]) -> list[tuple[list[int], int]
 def prompt_ids(
     tokenizer: Any,
     persona: str | Sequence[str],
-    query: str | Sequence[Mapping[str, str]],
+    query: str | Sequence[dict[str, str]],
     *,
     chat_template_kwargs: dict[str, Any] | None = None,
     prompt: Mapping[str, str] | None = None,
@@ -119,12 +105,13 @@ def prompt_ids(
     Raises:
         UserError (a ValueError): an empty persona, a conversation that training would refuse or that ends with a reply.
     """
-    messages = [{"role": "user", "content": query}] if isinstance(query, str) else [dict(message) for message in query]
+    known = _entries(persona)
     try:  # checked like rows: the model was not trained on what training refuses
-        known = parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
-        turns = parse_turns(messages, "query")
+        turns, _ = parse_messages([{"role": "user", "content": query}] if isinstance(query, str) else [*query], "query")
     except BadRow as bad:
         raise UserError(f"{bad}.") from None
+    except TypeError:
+        raise UserError(f"query: expected a text or a list of messages, got {query!r}.") from None
     if turns[-1].role != "user":
         raise UserError("query: expected the conversation to end with a user turn, got an assistant turn.")
     refuse_marks(known, [turn.content for turn in turns])
@@ -159,12 +146,7 @@ def prompt_text(
     Raises:
         UserError (a ValueError): an empty persona, or an argument that is not a text.
     """
-    try:
-        entries = parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
-    except BadRow as bad:
-        raise UserError(f"{bad}.") from None
-    except TypeError:
-        raise UserError(f"persona: expected a text or a list of texts, got {persona!r}.") from None
+    entries = _entries(persona)
     if not isinstance(system, str | None):
         raise UserError(f"system: expected a text, got {system!r}.")
     style = PromptStyle.of(prompt) if prompt else None
@@ -176,6 +158,15 @@ def prompt_text(
         style, footer = chat_format.style, chat_format.footer
     block = style.block(entries, footer)
     return block if style.place == "user" else system_text(style, block, system)
+
+
+def _entries(persona: str | Sequence[str]) -> tuple[str, ...]:
+    try:
+        return parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
+    except BadRow as bad:
+        raise UserError(f"{bad}.") from None
+    except TypeError:
+        raise UserError(f"persona: expected a text or a list of texts, got {persona!r}.") from None
 
 
 class PairBuilder:
@@ -329,22 +320,3 @@ class PairBuilder:
 
 def _digest(data: bytes) -> int:
     return xxhash.xxh3_64_intdigest(data) >> 1  # of 63 bits
-
-
-def personal_word_spans(response: str, persona: Sequence[str], conversation: str) -> list[tuple[int, int]]:
-    """Character spans of a response's words that are in the persona but not in the conversation; never common words.
-
-    This labels personal tokens in data without marked spans. It finds quoted facts, and misses paraphrases and style.
-    """
-    found = [(match.group().lower(), match.span()) for match in WORD.finditer(response)]
-    own = {word for word, _ in found if len(word) > 2 or word.isdigit()} - COMMON_WORDS
-    own &= words_of("\n".join(persona)) - words_of(conversation)
-    return [span for word, span in found if word in own]
-
-
-@lru_cache(64)  # the rows of a user have the same persona
-def words_of(text: str) -> frozenset[str]:
-    """The distinct words, in lower case."""
-    if text.isascii():  # a simpler pattern, which takes a third of the time
-        return frozenset(ASCII_WORD.findall(text.lower()))
-    return frozenset([word.lower() for word in WORD.findall(text)])

@@ -10,7 +10,7 @@ from rich.text import Text
 from perce.config.commands import PreviewOptions
 from perce.config.schema import LossConfig
 from perce.data.formats import FORMATS
-from perce.data.pairing import PairSource, make_builder, not_read, picked_by
+from perce.data.pairing import PairSource, dated, make_builder, not_read, picked_by
 from perce.data.rows import Example, Examples, Reading, Record, available_splits, load_examples
 from perce.data.sharing import segmented
 from perce.data.tokens import token_texts
@@ -42,7 +42,7 @@ def print_preview(options: PreviewOptions, tokenizer: Any) -> None:
     pairs = [pair for index, example in enumerate(sample) for pair in source.build(index, example)]
     if not pairs:
         raise UserError(source.nothing_left())
-    show(_lengths(pairs), "", facts(_told(source, rows, sample, pairs)), "")
+    show(_lengths(pairs), "", facts(_told(source, rows, sample, pairs)), *dated(builder), "")
     shown: set[Any] = set()
     for pair in pairs:
         example = sample[pair["example"]]

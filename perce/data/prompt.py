@@ -83,7 +83,7 @@ def system_text(style: PromptStyle, block: str, own: str | None = None) -> str:
 
 def tell(messages: Sequence[Mapping[str, Any]], block: str, style: PromptStyle, has_system_role: bool) -> list[Any]:
     """A conversation of {"role", "content", …} with a persona block, or without one (""). The system message comes
-    first; it is part of the first user turn if the template has no system role."""
+    first; if the template has no system role, it is part of the user turn that opens the conversation, or is that."""
     if not messages:
         raise UserError("expected messages, got none.")
     if not all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in messages):
@@ -91,7 +91,8 @@ def tell(messages: Sequence[Mapping[str, Any]], block: str, style: PromptStyle, 
     own = messages[0]["content"] if messages[0]["role"] == "system" else None
     told = [dict(message) for message in messages[own is not None :]]
     first: dict[str, Any] = next((message for message in told if message["role"] == "user"), {"content": None})
-    in_user = style.place == "user" or not has_system_role
+    opens = told[:1] == [first]
+    in_user = style.place == "user" or (opens and not has_system_role)
     if not isinstance(own, str | None) or (in_user and not isinstance(first["content"], str)):
         raise UserError(f"expected texts as system message and as first user turn, got {messages!r:.200}.")
     system = system_text(style, block, own)
@@ -99,5 +100,7 @@ def tell(messages: Sequence[Mapping[str, Any]], block: str, style: PromptStyle, 
         first["content"] = block + first["content"].lstrip()
     if has_system_role:
         return [{"role": "system", "content": system}, *told]
+    if not opens:
+        return [{"role": "user", "content": system}, *told]
     first["content"] = f"{system}\n\n{first['content']}"
     return told

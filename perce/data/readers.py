@@ -221,18 +221,6 @@ def json_array(path: Path) -> Placed:
             raise array.wrong("more text after the array", array.at)
 
 
-_SPLIT = re.compile(r'\s*\{\s*"(train|valid|validation|val|dev|test)"\s*:\s*\[')
-
-
-def has_splits(path: Path) -> bool:
-    """Whether a .json file begins like an object of splits, {"train": [rows], "valid": [rows]}."""
-    try:
-        with path.open("rb") as file:
-            return bool(_SPLIT.match(file.read(4096).removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="replace")))
-    except OSError:  # reported when it is read
-        return False
-
-
 def json_splits(path: Path) -> Iterator[tuple[str, str, Any]]:
     """(split, place, row) for all splits of such a file."""
     with _opened(path) as array:

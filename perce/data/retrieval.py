@@ -22,6 +22,7 @@ import numpy as np
 from perce.config.schema import DataConfig
 from perce.data.fields import PASSAGES
 from perce.data.rows import Example
+from perce.data.words import IDEOGRAPHS, spaced
 
 DECIMALS = 5  # scores equal to this many decimals tie: another batch or order of sums changes the seventh digit
 DEFAULT_ENCODER = "facebook/contriever"
@@ -51,9 +52,7 @@ UNINDEXED = ("Category", "Rating", "Tag")
 _UNINDEXED_LINE = re.compile(rf"\A(?:{'|'.join(UNINDEXED)}): .*\n")
 _LABEL = re.compile(rf"^(?:{'|'.join(sorted({label for _, parts in PASSAGES for label, _ in parts}))}): ", re.MULTILINE)
 
-# Chinese and Japanese have no spaces between words: each of their characters counts as a word.
-UNSPACED = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD = rf"[{UNSPACED}]|[^\W{UNSPACED}]+"
+_WORD = rf"[{IDEOGRAPHS}]|{spaced(IDEOGRAPHS)}"  # each character of Chinese and Japanese counts as a word
 
 Score = Callable[[str, Sequence[str]], np.ndarray]  # (query, n texts) → (n,), higher is better
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from perce.config.schema import DataConfig
 from perce.data import formats
-from perce.data.detection import detect_format, did_you_mean, missing_fields, nearest_name
+from perce.data.detection import detect_format, missing_fields, nearest_name, renaming_hint
 from perce.data.fields import Turn, encodable, parse_persona, parse_spans, show, text_of, weight_of
 from perce.data.formats import FORMATS
 from perce.data.joins import Lookup
@@ -194,9 +194,11 @@ class Examples:
         if self._source.read is None:
             return
         for place, value in self._source.rows():
+            if self.rows == sure:
+                self._check_columns()
             self.rows += 1
             try:
-                examples = self._parse(value, self._source.name + place)
+                examples = self._examples_of(self._row_of(value), self._source.name + place)
             except (BadRow, RecursionError) as error:
                 bad = error if isinstance(error, BadRow) else BadRow(None, "values nested less deeply", "deeper ones")
                 reason = f"{self._source.origin}{place}: {bad}"
@@ -205,8 +207,6 @@ class Examples:
                 self.skipped, lines = self.skipped + 1, lines or bad.lines
                 self.reasons += [reason] if len(self.reasons) < KEPT_REASONS else []
                 continue
-            if self.rows == sure:
-                self._check_columns()
             for example in examples:
                 yield example
                 count += 1
@@ -242,7 +242,8 @@ class Examples:
                     "the name, or leave it out of --columns."
                 )
 
-    def _parse(self, value: object, source: str) -> Sequence[Record]:
+    def _row_of(self, value: object) -> dict[str, object]:
+        """The row by our names, with its lists and its persona as fields."""
         if isinstance(value, BadRow):  # the reader could not make a row of it
             raise value
         if not isinstance(value, dict):
@@ -262,6 +263,10 @@ class Examples:
             del row["user_id"]
         if self._reading.persona_markers and "persona" not in row:
             row = formats.with_marked_persona(row, *self._reading.persona_markers)
+        return row
+
+    def _examples_of(self, row: dict[str, object], source: str) -> Sequence[Record]:
+        """The examples of a row in our names."""
         if self.format == "auto":
             has_header = self._source.name.lower().endswith(".csv")
             # The first row decides for all: errors can then name the field.
@@ -269,7 +274,7 @@ class Examples:
         entry = FORMATS[self.format]
         if missing := missing_fields(self.format, row):
             wanted = missing[0].replace("|", "' or '")
-            hint = did_you_mean(missing[0].split("|"), row)
+            hint = renaming_hint(missing[0].split("|"), row)
             raise BadRow(wanted, f"it in a row of format {self.format}", f"only {listed(row) or 'an empty row'}{hint}")
         if "personal_spans" in row and (self.format != "perce" or "response" not in row):
             raise BadRow("personal_spans", "it only with a field 'response' (format perce)", f"format {self.format}")
@@ -289,7 +294,7 @@ class Examples:
             raise bad
         replies = [reply._replace(weight=weight * reply.weight) for reply in replies]
         self.weightless += sum(reply.weight == 0 for reply in replies)
-        if self.format == "text":
+        if entry.documents:
             return [Document(reply.response, user_id, source, reply.weight) for reply in replies if reply.weight]
         return [
             Example(persona, turns, said, user_id, None if marked is None else parse_spans(marked, said), source, data)
@@ -328,7 +333,7 @@ def load_examples(
     reading = Reading(**how)
     for option, value, known in (("split", split, SPLITS), ("format", reading.format, ("auto", *FORMATS))):
         if value not in known:
-            hint = did_you_mean(known, [value])
+            hint = renaming_hint(known, [value])
             raise UserError(f"{option}: expected one of {', '.join(known)}, got {value!r}{hint}")
     if limit is not None and limit < 1:
         raise UserError(f"limit: expected at least 1 example, or None for all, got {limit}")

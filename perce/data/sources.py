@@ -5,12 +5,15 @@ readers.py reads each kind of file, and rows.py says what a row means.
 
 from __future__ import annotations
 
+import codecs
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,6 @@ from perce.data.readers import (
     BadRow,
     Placed,
     arrow_rows,
-    has_splits,
     json_file,
     json_lines,
     json_splits,
@@ -32,6 +34,7 @@ from perce.errors import UserError, first_line, in_one_line
 from perce.visible import shortened
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+_SPLIT = re.compile(rf'\s*\{{\s*"({"|".join(chain(*SPLITS.values()))})"\s*:\s*\[')
 READERS = {".jsonl": json_lines, ".json": json_file, ".parquet": parquet_rows, ".csv": csv_rows}
 SUFFIXES = tuple(READERS)
 REFERRED_TO = ("shared_contexts", "survey.")  # what the names of files that rows refer to begin with; see joins.py
@@ -76,12 +79,12 @@ def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
     check_path("--data", data)
     path = Path(data).expanduser()
     if path.is_file():
-        return _splits(path) if path.suffix.lower() == ".json" and has_splits(path) else _only_train(_file(path))
+        return _splits(path) if path.suffix.lower() == ".json" and _has_splits(path) else _only_train(_file(path))
     if path.is_dir():
         saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
         return _saved(path, streaming) if saved else _directory(path) or _hub(data, streaming)
     # A mistyped path must not wait for the Hub's retries (23 s without a network). Hub ids are "name" or "owner/name".
-    local = path.is_absolute() or data.startswith((".", "~")) or path.suffix in SUFFIXES or data.count("/") > 1
+    local = path.is_absolute() or data.startswith((".", "~")) or path.suffix.lower() in SUFFIXES or data.count("/") > 1
     if local or (path.parent != Path(".") and path.parent.exists()):
         note = "" if local else f" (for a Hub id: run the command in a directory without a {path.parent} in it)"
         raise UserError(
@@ -91,14 +94,27 @@ def open_data(data: str, streaming: bool = False) -> dict[str, Source]:
     return _hub(data, streaming)
 
 
+def _has_splits(path: Path) -> bool:
+    """Whether a .json file begins like an object of splits, {"train": [rows], "valid": [rows]}."""
+    try:
+        with path.open("rb") as file:
+            return bool(_SPLIT.match(file.read(4096).removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="replace")))
+    except OSError:  # reported when it is read
+        return False
+
+
 def _only_train(source: Source) -> dict[str, Source]:
     """The splits of a single file or Dataset: all of it is training data, of which callers may hold some out."""
     return {"train": source, **{split: Source(source.origin, source.name, None) for split in ("validation", "test")}}
 
 
-def _in_order(found: Mapping[str, str]) -> dict[str, str]:
+def _in_order(origin: object, names: Iterable[str]) -> dict[str, str]:
     """{our split: its name in the data} from the names in the data, which vary ("val", "dev")."""
-    return {split: name for split, aliases in SPLITS.items() for name in found if name in aliases}
+    found = {split: [name for name in names if name in aliases] for split, aliases in SPLITS.items()}
+    for split, several in found.items():
+        if len(several) > 1:
+            raise UserError(f"{origin}: {', '.join(several)} are all names of the {split} split; keep one of them.")
+    return {split: name for split, one in found.items() for name in one}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -121,10 +137,7 @@ def _splits(path: Path) -> dict[str, Source]:
     def rows(name: str) -> Placed:
         return ((place, row) for split, place, row in json_splits(path) if split == name)
 
-    for split, aliases in SPLITS.items():
-        if len(several := [name for name in names if name in aliases]) > 1:
-            raise UserError(f"{path}: {', '.join(several)} are all names of the {split} split; keep one of them.")
-    found = _in_order(dict.fromkeys(names, ""))
+    found = _in_order(path, names)
     unread = _unread(names, found.values())
     return {ours: Source(str(path), path.name, partial(rows, name), path, unread) for ours, name in found.items()}
 
@@ -211,7 +224,7 @@ def _saved(path: Path, streaming: bool) -> dict[str, Source]:
 
     if not isinstance(loaded, datasets.DatasetDict):
         return _only_train(source(loaded, ""))
-    found = _in_order(dict.fromkeys(loaded, ""))
+    found = _in_order(path, loaded)
     unread = _unread(loaded, found.values())
     return {split: source(loaded[name], f"[{name}]", unread) for split, name in found.items()}
 
@@ -303,7 +316,6 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
     try:
         with _cached_alone(failure is not None):
             names = datasets.get_dataset_split_names(name, config or None)
-            splits = _in_order(dict.fromkeys(names, ""))
     except Exception as error:  # the network, the Hub's client or a dataset's files may raise anything
         what = "holds no train, validation or test file" if is_directory else "is not a file or directory here"
         why = f"datasets.load_dataset could not load it either: {first_line(error)}"
@@ -312,7 +324,7 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
             f"file ({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be "
             'reached from here ("owner/name", or "owner/name:config" if it has several configurations).'
         ) from error
-    found = {}
+    found, splits = {}, _in_order(data, names)
     for ours, theirs in splits.items():
         load = partial(_load, failure, name, config or None, split=theirs, streaming=streaming)
         origin = f"{data}[{theirs}]"

@@ -15,7 +15,8 @@ from perce.config.options import read_yaml
 from perce.config.questions import SplitConfig
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
 from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
-from perce.data.pairing import PairSource, make_builder, not_read, picked_by, skipped_rows
+from perce.data.formats import FORMATS
+from perce.data.pairing import PairSource, dated, make_builder, not_read, picked_by, skipped_rows
 from perce.data.rows import (
     Document,
     Examples,
@@ -69,7 +70,9 @@ class HeldOut:
             return None
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            return cls(UNITS[UNITS.index(content["unit"])], frozenset(content["held_out"]), file)
+            if content["unit"] not in UNITS:
+                raise ValueError(f"unit: {content['unit']!r}")
+            return cls(content["unit"], frozenset(content["held_out"]), file)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file}: cannot be read ({in_one_line(error)}); expected the users or rows that this run held out of "
@@ -118,8 +121,6 @@ class RunPairs:
     format: str
     notes: list[str]
     """Sentences on what was held out, trimmed and skipped."""
-    source: PairSource | None
-    """For a stream: counts what is left out while it is read."""
     held_out: HeldOut | None
     """None if the data has a validation split."""
 
@@ -134,13 +135,11 @@ def load_pairs(
     splits = load_splits(config, eval_examples=eval_examples, seed=seed)
     builder = make_builder(tokenizer, config, splits.format, loss)
     validation = pair_dataset(splits.validation, builder, skip_bad_rows=config.skip_bad_rows)
-    notes = [*splits.notes, *picked_by(builder)]
+    notes = [*splits.notes, *picked_by(builder), *dated(builder)]
     notes += left_out("validation", len(splits.validation), validation, config.max_length)
-    source: PairSource | None = None
     train: Dataset | PairStream
     if isinstance(splits.train, Examples):
-        source = PairSource(splits.train, builder, config.skip_bad_rows)
-        train = PairStream(source, seed)
+        train = PairStream(PairSource(splits.train, builder, config.skip_bad_rows), seed)
     else:
         train = pair_dataset(splits.train, builder, skip_bad_rows=config.skip_bad_rows)
         notes += left_out("training", len(splits.train), train, config.max_length)
@@ -154,7 +153,7 @@ def load_pairs(
     together = conversations(validation.select(kept)) if config.share == "conversations" else [[i] for i in kept]
     together.sort(key=lambda indices: max(lengths[index] for index in indices))
     validation = validation.select([index for indices in together for index in indices])
-    return RunPairs(train, validation, splits.validation, splits.format, notes, source, splits.held_out)
+    return RunPairs(train, validation, splits.validation, splits.format, notes, splits.held_out)
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
         held_out = load_examples(data, "validation", **options)
         if config.streaming and train.format == "auto":
             train.format = held_out.format
-        if (train.format == "text") != (held_out.format == "text"):
+        if FORMATS[train.format].documents != FORMATS[held_out.format].documents:
             raise UserError(
                 f"--data {data}: documents and personas cannot be mixed; the training rows are of format "
                 f"{train.format}, the validation rows of format {held_out.format}."

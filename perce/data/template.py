@@ -6,10 +6,28 @@ contents are texts, the template that transformers has compiled is called direct
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 PROBE = (("user", "u"), ("assistant", "a"))
+DAY = datetime(2026, 1, 1)
+
+
+@contextmanager
+def on_one_day() -> Iterator[None]:
+    """Templates that write today's date write DAY meanwhile: cached pairs, evaluations and resumed runs are of the same
+    prompts on every day. transformers has a function for the date in each template's globals, and replaces functions
+    that are given as variables."""
+    from transformers.utils import chat_template_utils as utils
+
+    clock, utils.datetime = utils.datetime, SimpleNamespace(now=lambda: DAY)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        utils.datetime = clock  # type: ignore[misc]
 
 
 class ChatTemplate:
@@ -21,6 +39,7 @@ class ChatTemplate:
         variables: variables of the template, besides those that transformers gives it.
     """
 
+    @on_one_day()
     def __init__(self, tokenizer: Any, template: str | None, variables: dict[str, Any]):
         self.tokenizer, self.template, self.variables = tokenizer, template, variables
         self._given: dict[str, Any] | None = None
@@ -34,6 +53,7 @@ class ChatTemplate:
         except Exception:  # a template may refuse PROBE, and transformers may move its private functions
             return
 
+    @on_one_day()
     def render(self, messages: Sequence[tuple[str, str]], generation: bool) -> str:
         """The text of the conversation. generation: append the generation prompt, after which a reply begins."""
         if self._given is not None:

@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -112,21 +113,21 @@ class Tokens:
         self.tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
         tokenizer("a")  # sets the backend's truncation, padding and treatment of special tokens
         self.cuts = knows_borders(self.backend)
-        self._pieces = _Kept(KEPT_PIECES, self._piece)
-        self._lines = _Kept(KEPT_LINES, self._line)
+        self._pieces = _kept(KEPT_PIECES, self._piece)
+        self._lines = _kept(KEPT_LINES, self._line)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokens, (self.tokenizer,)
 
     def lines(self, text: str) -> list[Line]:
-        return [*map(self._lines.__getitem__, LINE.findall(text))] if self.cuts else [self.whole(text)]
+        return [*map(self._lines, LINE.findall(text))] if self.cuts else [self.whole(text)]
 
     def whole(self, text: str) -> Line:
         """The text as one line of one piece."""
         return Line.of(self._piece(text))
 
     def _line(self, text: str) -> Line:
-        return Line.of(*map(self._pieces.__getitem__, PIECE.findall(text)))
+        return Line.of(*map(self._pieces, PIECE.findall(text)))
 
     def _piece(self, text: str) -> Piece:
         if self.backend.truncation or self.backend.padding:  # another use of the tokenizer has set these
@@ -135,20 +136,10 @@ class Tokens:
         return Piece(tuple(encoded.ids), tuple(encoded.offsets), len(text))
 
 
-class _Kept(dict):
-    """A cache of what `make` returns for short texts; it is emptied when it is full."""
-
-    def __init__(self, room: int, make: Callable[[str], Any]):
-        super().__init__()
-        self._room, self._make = room, make
-
-    def __missing__(self, text: str) -> Any:
-        made = self._make(text)
-        if len(text) <= KEPT_LENGTH:
-            if len(self) >= self._room:
-                self.clear()
-            self[text] = made
-        return made
+def _kept(room: int, make: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`make`, whose results for short texts are cached."""
+    cached = lru_cache(room)(make)
+    return lambda text: (cached if len(text) <= KEPT_LENGTH else make)(text)
 
 
 def knows_borders(backend: Any) -> bool:

@@ -9,7 +9,7 @@
 For an example without a response, only a reply is generated, and whether it uses the persona is recorded.
 
 Personal tokens are those of marked spans if the data has them, else words that occur in the persona but not in the
-conversation (data.pairs.personal_word_spans: quoted facts; no paraphrase, no style).
+conversation (data.words.personal_word_spans: quoted facts; no paraphrase, no style).
 """
 
 import contextlib
@@ -27,9 +27,10 @@ from transformers.cache_utils import DynamicLayer
 
 from perce.config.commands import EvaluateOptions
 from perce.config.questions import EvaluateConfig
-from perce.data.pairs import Pair, personal_word_spans
+from perce.data.pairs import Pair
 from perce.data.rows import Example, text_key
 from perce.data.sharing import Sharing, common_tokens
+from perce.data.words import personal_word_spans
 from perce.errors import UserError
 from perce.measuring.inference import (
     TOKENS_A_FORWARD,

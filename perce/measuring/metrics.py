@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from perce.data.retrieval import UNSPACED
+from perce.data.words import IDEOGRAPHS, LETTERS
 from perce.errors import UserError
 
 RESAMPLES = 2000
@@ -31,8 +31,8 @@ STUDENT_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.
 WORDNET_DIRECTORIES = ("/usr/share/wordnet",)  # Debian's wordnet-base
 ROUGE_NOTE = "ROUGE: rouge-score, F1, no stemmer"
 UNBOUNDED, SHARE = (-math.inf, math.inf), (0.0, 1.0)  # bounds of a metric
-# Scripts without spaces between words: each of their characters counts as a word. Thai to Khmer, rare ideographs.
-_UNSPACED = re.compile(rf"([{UNSPACED}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff])")
+# Scripts without spaces between words: each of their characters counts as a word. Rare ideographs too.
+_UNSPACED = re.compile(rf"([{IDEOGRAPHS}{LETTERS}\U00020000-\U0003ffff])")
 
 
 def _needs(package: str) -> UserError:

@@ -9,6 +9,7 @@ from perce.data.chat import ChatFormat
 from perce.data.fields import Turn
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SLOT, STYLE, PromptStyle
 from perce.data.stream import PairStream
+from perce.data.template import ChatTemplate
 from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
 
@@ -115,18 +116,12 @@ def with_persona(tokenizer: Any, chat_format: ChatFormat) -> Any:
     extended = prelude + template
     turns, persona = [Turn("system", "S."), Turn("user", "U?")], ["A fact.", "Another."]
 
-    def rendered(turns: list[Turn], **variables: Any) -> str:
-        return tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in turns], tokenize=False,
-            add_generation_prompt=True, chat_template=extended, **chat_format.template_kwargs, **variables,
-        )  # fmt: skip
+    def rendered(turns: list[Turn], template: str, **variables: Any) -> str:
+        of = ChatTemplate(tokenizer, template, {**chat_format.template_kwargs, **variables})
+        return of.render([(turn.role, turn.content) for turn in turns], generation=True)
 
     for asked in (turns[1:], turns) if chat_format.has_system_role else (turns[1:],):
-        plain = tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in asked], tokenize=False,
-            add_generation_prompt=True, **chat_format.template_kwargs,
-        )  # fmt: skip
-        same = rendered(asked, persona=persona) == chat_format.prompt(asked, chat_format.block(persona))
-        if not same or rendered(asked) != plain:
+        same = rendered(asked, extended, persona=persona) == chat_format.prompt(asked, chat_format.block(persona))
+        if not same or rendered(asked, extended) != rendered(asked, template):
             return named
     return extended if isinstance(named, str) else {**named, "default": extended}

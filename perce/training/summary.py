@@ -15,6 +15,7 @@ from perce.config.commands import TrainOptions
 from perce.data.rows import Document
 from perce.data.sharing import Sharing
 from perce.data.splits import RunPairs
+from perce.data.stream import PairStream
 from perce.environment import in_one_move
 from perce.errors import first_line
 from perce.measuring.scores import scored_tokens
@@ -292,11 +293,13 @@ def evenly_spread(indices: Sequence[int], count: int) -> list[int]:
 
 def left_out_of_stream(pairs: RunPairs, args: PerceArguments) -> list[str]:
     """What a stream has left out, if this process has read it itself."""
-    if pairs.source is None:
+    if not isinstance(pairs.train, PairStream):
         return []
     if args.dataloader_num_workers:
         return ["not counted: other processes (--dataloader_num_workers) read the stream"]
-    return pairs.source.notes(f" (in this process's share, one of {args.world_size})" if args.world_size > 1 else "")
+    return pairs.train.source.notes(
+        f" (in this process's share, one of {args.world_size})" if args.world_size > 1 else ""
+    )
 
 
 def print_result(

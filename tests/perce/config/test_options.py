@@ -11,7 +11,8 @@ import yaml
 from perce import DataConfig, UserError, evaluate, plan, score
 from perce import train as train_command
 from perce.config.commands import EVALUATE, PLAN, SCORE, parse_args
-from perce.config.options import guarded, read_yaml
+from perce.config.options import read_yaml
+from perce.errors import guarded
 from tests.helpers import ROOT
 from tests.helpers.training import fails
 
@@ -90,6 +91,37 @@ def test_yaml(train, tmp_path, model, data, capsys):
     fails(train("--config", str(tmp_path / "none.yaml")), "none.yaml", "cannot be read")
 
 
+@pytest.mark.parametrize("text", ["2024_11_25", "007", "0.50_", "1e3", "12"])
+def test_texts_that_look_like_numbers_stay_texts(text, tmp_path):
+    """YAML itself reads a text without quotation marks."""
+    (tmp_path / "c.yaml").write_text(f'model: "{text}"\noutput_dir: "{text}"\n')
+    for argv in (["--config", str(tmp_path / "c.yaml")], ["--model", text, "--output_dir", text]):
+        config, _ = parse_args(argv)
+        assert (config.model.model, config.run.output_dir) == (text, text)
+    for argv in (["--hub_model_id", text], ["--hub-model-id=" + text]):
+        assert parse_args(argv)[0].extra["hub_model_id"] == {"1e3": 1000.0, "12": 12}.get(text, text)
+
+
+def test_numbers_and_booleans_that_came_as_texts(tmp_path):
+    (tmp_path / "c.yaml").write_text('max_steps: "7"\nload_in_4bit: "false"\nweight_decay: "1e-5"\nwarmup_steps: .5\n')
+    config, _ = parse_args(["--config", str(tmp_path / "c.yaml"), "--learning_rate", "1.", "--max_grad_norm", ".5"])
+    assert (config.run.max_steps, config.model.load_in_4bit, config.run.learning_rate) == (7, False, 1.0)
+    assert config.extra == {"weight_decay": 1e-5, "max_grad_norm": 0.5}
+
+
+def test_a_directory_whose_name_yaml_reads_as_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("model: 12\noutput_dir: 2024\nresume: true\n")
+    config, _ = parse_args(["--config", "c.yaml"])
+    assert (config.model.model, config.run.output_dir) == ("12", "2024")
+    assert SCORE.build(SCORE.parse(["--config", "c.yaml"]).raw).model.model == "12"
+
+
+def test_a_value_that_begins_with_dashes_keeps_them():
+    config, _ = parse_args(["--persona-markers", "-- about-me --...", "--output-dir=a-b"])
+    assert (config.data.persona_markers, config.run.output_dir) == ("-- about-me --...", "a-b")
+
+
 def test_print_config_names_every_option_and_can_be_read_back(train, tmp_path):
     code, out, _ = train("--print_config", lora_r=2)
     path = tmp_path / "printed.yaml"
@@ -144,6 +176,12 @@ def test_json_that_has_two_meanings_or_none(option, value):
     with pytest.raises(UserError, match=option) as caught:
         DataConfig(**{option: value if value.startswith("{") else f'{{"header": {value}}}'})
     assert len(str(caught.value)) < 500
+
+
+def test_a_column_without_a_name():
+    for columns in ("persona= ,response=b", " =a"):
+        with pytest.raises(UserError, match="columns: expected name=column"):
+            DataConfig(columns=columns)
 
 
 def test_a_column_that_is_renamed_twice():
@@ -235,7 +273,7 @@ BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHON
 GUARDED = """
 import sys
 from perce import UserError
-from perce.config.options import guarded
+from perce.errors import guarded
 from perce.report import terminal
 def run():
     {}

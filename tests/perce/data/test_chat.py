@@ -10,7 +10,8 @@ from tokenizers import AddedToken, normalizers
 from perce import UserError, prompt_ids
 from perce.data.fields import Turn
 from perce.data.pairs import PairBuilder
-from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE
+from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE, tell
+from perce.data.template import on_one_day
 from tests.helpers.conversations import conversations
 from tests.helpers.pairs import EXAMPLE, example
 from tests.helpers.templates import CHAT_TEMPLATES
@@ -47,6 +48,19 @@ def served(own, this, *, persona, reply):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("place", ["system", "user"])
+@pytest.mark.parametrize("template", ["chatml", "gemma", "gemma-silent"])
+def test_a_conversation_that_begins_with_a_reply_is_told_as_other_trainers_are(template, place):
+    own = builder("qwen2", template, prompt={"place": place}).chat_format
+    for roles in (["assistant", "user"], ["system", "assistant", "user"]):
+        turns = [Turn(role, f" {role} ") for role in roles]
+        told = tell(
+            [{"role": turn.role, "content": turn.content} for turn in turns], "[P]", own.style, template == "chatml"
+        )
+        assert own.messages(turns, "[P]") == [(message["role"], message["content"]) for message in told]
+
+
+@on_one_day()
 def assert_served_as_trained(own, this, pair, ends=True):
     """Both passes have the ids that transformers gives for their texts: the whole, and the part before the response."""
     for trained, persona in ((pair.input_ids, True), (pair.counterfactual_ids(), False)):

@@ -106,9 +106,13 @@ def test_a_misspelt_field_in_a_stream(tmp_path, monkeypatch):
     monkeypatch.setattr("perce.data.rows.SURE", 3)
     path = jsonl(tmp_path / "data.jsonl", *[{**GOOD, "userID": f"u{i}"} for i in range(5)])
     stream = iter(load_examples(path, "train", columns={"user_id": "UserID"}, streaming=True))
-    assert [next(stream).source, next(stream).source] == ["data.jsonl:1", "data.jsonl:2"]
+    assert [next(stream).source for _ in range(3)] == ["data.jsonl:1", "data.jsonl:2", "data.jsonl:3"]
     with pytest.raises(UserError, match="none of 3 rows"):
         next(stream)
+    jsonl(path, GOOD, GOOD, {}, *[{**GOOD, "userID": f"u{i}"} for i in range(5)])
+    stream = load_examples(path, "train", columns={"user_id": "UserID"}, streaming=True, skip_bad_rows=True)
+    with pytest.raises(UserError, match="none of 3 rows"):
+        list(stream)
 
 
 def test_columns_the_wrong_way_round(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -15,8 +16,8 @@ from perce.data import dataset, encoder
 from perce.data.dataset import pair_dataset
 from perce.data.encoder import Encoder
 from perce.data.pairing import make_builder
-from perce.data.pairs import COMMON_WORDS, WORD
 from perce.data.retrieval import bm25_scores, make_retriever, query_of
+from perce.data.words import COMMON_WORDS, words_of
 from tests.helpers.histories import HISTORY, TOKENIZER, TWEET, history
 from tests.helpers.tiny import VOCAB, tiny_tokenizer
 
@@ -104,6 +105,25 @@ def test_the_models_longest_text_is_kept_to(tmp_path):
     short = Encoder(save_encoder(tmp_path, sentence_bert_config={"max_seq_length": 5}), device="cpu")
     texts = ["honey from the bees", "honey from the bees and the hive and the garden"]
     torch.testing.assert_close(*short.encode([texts[0] * 4, texts[0] * 5]), atol=1e-6, rtol=1e-5)
+
+
+def test_conventions_that_cannot_be_looked_up_are_assumed_and_told(tmp_path, monkeypatch, capsys):
+    """The cache of a machine without a network may lack files that the Hub has, or know that the Hub lacks them."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("perce.hub.hub_failure", lambda: "offline")
+    cached = tmp_path / "models--owner--bert"
+    save_encoder(cached / "snapshots" / "c0")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("c0")
+    assert "(dot product, assumed)" in Encoder("owner/bert", device="cpu").name
+    told = "its sentence-transformers files are not in the cache of this machine"
+    assert capsys.readouterr().err.count(f"--retriever_model owner/bert: {told}") == 1
+    for name in ("modules.json", "sentence_bert_config.json"):
+        (cached / ".no_exist" / "c0").mkdir(parents=True, exist_ok=True)
+        (cached / ".no_exist" / "c0" / name).touch()
+    assert Encoder("owner/bert", device="cpu").name == "owner/bert (dot product)"
+    assert told not in capsys.readouterr().err
 
 
 def test_weights_that_are_not_in_an_encoder_s_files_are_named_unless_they_are_not_used(tmp_path):
@@ -210,4 +230,4 @@ def test_on_real_histories_the_best_match_says_more_of_the_response_than_the_lat
 
 
 def content_words(text):
-    return {word for word in map(str.lower, WORD.findall(text)) if len(word) > 2 and word not in COMMON_WORDS}
+    return {word for word in words_of(text) if len(word) > 2 and word not in COMMON_WORDS}

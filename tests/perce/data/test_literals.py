@@ -30,6 +30,7 @@ def test_what_pandas_and_datasets_write_is_read_again(tmp_path, rows):
 TEXTS = [
     "[laughs] Hi", "[laughs]", "[a, b]", "['tis so", "I like ['a']", "['a'", "['tis the season] is my song [sic]",
     "['a'] and ['b']", "{'name': 'Ana'}", '{"name": "Ana"}', "(I bake.)", "('tis so)", "['a\nb']", "array of bees",
+    "('Bee' to friends)", '["Bee" to my friends, and "Ana" at work]', "['a' 'b' and more to come]",
 ]  # fmt: skip
 
 

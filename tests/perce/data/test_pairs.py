@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from perce import DataConfig, UserError, prompt_ids
 from perce.data import prompt
 from perce.data.fields import Turn
-from perce.data.pairs import WORD, PairBuilder, counterfactual_ids, personal_word_spans, words_of
+from perce.data.pairs import PairBuilder, counterfactual_ids
 from perce.data.retrieval import make_retriever
 from tests.helpers.pairs import EXAMPLE, TOKENIZERS, builder, example
 from tests.helpers.tiny import TEMPLATES, tiny_tokenizer
@@ -54,13 +54,14 @@ def test_the_prompt_to_write_from_is_the_one_that_was_trained_on(template, turns
 def test_a_prompt_needs_a_persona_and_something_to_reply_to():
     tokenizer = TOKENIZERS["chatml"]
     assert prompt_ids(tokenizer, "I keep bees.", "Hi") == prompt_ids(tokenizer, ["I keep bees.", " "], "Hi")
-    for persona in ([], "", [" "]):
+    for persona in ([], "", [" "], None, 3):
         with pytest.raises(UserError, match="persona"):
             prompt_ids(tokenizer, persona, "Coming tonight?")
     wrong = {
         "a non-empty list": [], "end with a user turn": [{"role": "assistant", "content": "Hi"}],
         "'user' or 'assistant'": [{"role": "user", "content": "Hi"}, {"role": "judge", "content": "No."}],
-        "alternating": [{"role": "user", "content": "Hi"}] * 2,
+        "alternating": [{"role": "user", "content": "Hi"}] * 2, "a text or a list of messages": None,
+        "an object with 'role' and 'content'": ["Hi"],
     }  # fmt: skip
     for message, query in wrong.items():
         with pytest.raises(UserError, match=f"query.*{message}"):
@@ -184,19 +185,6 @@ def test_personal_tokens_follow_marked_spans_even_after_leading_blanks():
     ids = pair.input_ids[-pair.response_length :]
     named = decode("chatml", [token for token, flag in zip(ids, pair.personal, strict=True) if flag])
     assert named.strip() == "Juno"
-
-
-def test_personal_words_come_from_the_persona_and_not_from_the_conversation():
-    response = "Tonight Juno and the bees, in 1987, I'm with them."
-    spans = personal_word_spans(response, ("I'm with Juno since 1987.", "bees tonight"), "tonight?")
-    assert [response[a:b] for a, b in spans] == ["Juno", "bees", "1987"]
-
-
-def test_the_words_of_a_persona_are_those_of_its_letters():
-    """Upper or lower case, both kinds of apostrophes, and other alphabets give the same words."""
-    for word in ("Juno's", "JUNO’S", "Zürich", "ΟΔΟΣ", "İzmir", "it's_Juno", "x2", "1987", "isn't''t"):
-        found = {match.group().lower() for match in WORD.finditer(f"{word}, and Oslo-{word}.")}
-        assert words_of(f"{word}, and Oslo-{word}.") == found
 
 
 def test_no_chat_template_and_no_end_token_is_refused():

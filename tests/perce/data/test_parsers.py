@@ -88,6 +88,8 @@ def test_the_target_is_never_in_its_own_profile(tmp_path):
     (example,) = load(tmp_path, {**ABSTRACT, "profile": leak})
     assert example.persona == ("old",)
     assert "other than the row's own output" in error(tmp_path, {**ABSTRACT, "profile": leak[1:]})
+    (example,) = load(tmp_path, {**LAMP, "output": "🎉🎉", "profile": ["😂😂😂", "!!!", "🎉🎉 ", "bees"]})
+    assert example.persona == ("bees", "!!!", "😂😂😂")
 
 
 def test_convai2(tmp_path):

@@ -6,16 +6,17 @@ from perce import UserError
 from perce.config.commands import PREVIEW
 from perce.data.preview import print_preview
 from tests.helpers.raw_rows import GOOD, TALK, documented_files, jsonl
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.templates import CHAT_TEMPLATES
+from tests.helpers.tiny import CHATML, tiny_tokenizer
 
 
 @pytest.fixture
 def previewed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
-    def of(data, *arguments):
+    def of(data, *arguments, template=CHATML):
         options = PREVIEW.build(PREVIEW.parse(["--data", str(data), *map(str, arguments)]).raw)
-        print_preview(options, tiny_tokenizer())
+        print_preview(options, tiny_tokenizer(template))
         return capsys.readouterr().out
 
     return of
@@ -47,6 +48,9 @@ def test_both_prompts_are_the_text_with_marks(previewed, tmp_path):
     rest = "<|im_start|>user\nAny plans?\nTell me.<|im_end|>\n<|im_start|>assistant\n"
     reply = "⟦response: Walking \\x1b[1m my dog.<|im_end|>⟧\n"
     with_it, without = printed.partition("without the persona, ")[::2]
+    assert "chat template writes" not in printed
+    dated = previewed(tmp_path / "rows.jsonl", template=CHAT_TEMPLATES["date-now"])
+    assert "Today is 01 January 2026.\n" in dated and "a date that the chat template writes is 01 January 2026" in dated
     assert f"<|im_start|>system\n{block}" in with_it and f"{rest}{reply}" in with_it
     assert "persona:" not in without and f"{rest}{reply}" in without and "<|im_start|>system\n" in without
 

@@ -44,6 +44,8 @@ def test_a_conversation_is_told_with_a_persona():
     ):
         told = tell(messages, "[P]", PromptStyle.of(style), has_role)
         assert [(m["role"], m["content"]) for m in told[:-1]] == expected and told[-1] is not reply == told[-1]
+    told = tell([own, reply, user], "[P]", PromptStyle(), False)
+    assert told == [{"role": "user", "content": "[P]S."}, reply, user], "the persona comes before the first reply"
     assert user["content"] == " U", "what was given stays as it is"
     assert tell([own, reply], "[P]", PromptStyle(), True)[0]["content"] == "[P]S.", "no user turn is needed for that"
     for wrong in ([reply], [{"role": "user", "content": [{"type": "text", "text": "U"}]}]):

@@ -142,6 +142,10 @@ def test_words_of_any_script_match(query, passage):
     assert bm25_scores(query, ["Rain.", passage])[1] > 0 == bm25_scores(query, ["Rain.", passage])[0]
 
 
+def test_vowel_signs_belong_to_their_word():
+    assert bm25_scores("मधु", ["मध", "मधु"])[1] > 0 == bm25_scores("मधु", ["मध", "मधु"])[0]
+
+
 def test_picks_do_not_depend_on_the_hash_seed():
     code = (
         "from perce.data.retrieval import bm25_scores; "

@@ -164,6 +164,9 @@ def test_save_to_disk(tmp_path):
     ]
     assert load_examples(tmp_path / "one", "test").all == []
     assert load_examples(tmp_path / "two", "train").unread == ("more",)
+    datasets.DatasetDict({"train": table, "val": table, "dev": table}).save_to_disk(tmp_path / "three")
+    with pytest.raises(UserError, match="three: val, dev are all names of the validation split; keep one of them"):
+        load_examples(tmp_path / "three", "train")
     (tmp_path / "two/dataset_dict.json").write_text('{"splits": ["train", "gone"]}')
     with pytest.raises(UserError, match="written by save_to_disk but cannot be read"):
         load_examples(tmp_path / "two", "train")
@@ -244,6 +247,9 @@ def test_hub(monkeypatch):
     assert asked == [("owner/name", "part", "val", True)] and example.source == "owner/name:part[val] row 1"
     with pytest.raises(UserError, match="owner/name has no train split; it has validation, test"):
         load_examples("owner/name", "train")
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "dev", "valid"])
+    with pytest.raises(UserError, match=r"^owner/name: dev, valid are all names of the validation split"):
+        load_examples("owner/name", "train")
 
 
 def test_paths_that_the_system_refuses(tmp_path):
@@ -260,6 +266,8 @@ def test_a_path_that_is_nearly_right(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     jsonl(tmp_path / "data" / "my_rows.jsonl", GOOD)
+    with pytest.raises(UserError, match=r"No such file or directory: rows\.JSONL "):
+        load_examples("rows.JSONL", "train")
     for path, near in (("data/my_row.jsonl", "data/my_rows.jsonl"), ("dtaa/my_rows.jsonl", "data/my_rows.jsonl")):
         with pytest.raises(UserError, match=rf"No such file or directory: {path} .*Did you mean {near}\?"):
             load_examples(path, "train")

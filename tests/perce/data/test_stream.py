@@ -85,7 +85,7 @@ def test_what_a_stream_left_out_is_told_as_far_as_it_is_known(tmp_path):
     bad = [{**ROWS[0], "response": "word " * 200}, {**ROWS[0], "response": ""}]
     stream = pair_stream(write_jsonl(tmp_path / "some.jsonl", [*ROWS, *bad]), skip=True)
     taken(stream, 24)
-    pairs = SimpleNamespace(source=stream.source)
+    pairs = SimpleNamespace(train=stream)
 
     def told(world_size=1, dataloader_num_workers=0):
         return left_out_of_stream(
@@ -96,7 +96,7 @@ def test_what_a_stream_left_out_is_told_as_far_as_it_is_known(tmp_path):
     assert rows.startswith("1 rows skipped") and examples.startswith("training: 1 examples skipped, the first: ")
     assert share == [rows, f"{examples} (in this process's share, one of 2)"], "every process reads all rows"
     assert workers.startswith("not counted")
-    assert left_out_of_stream(SimpleNamespace(source=None), None) == []
+    assert left_out_of_stream(SimpleNamespace(train=None), None) == []
 
 
 def train_stream(directory, path, ranks=1, **options):

@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
+from transformers.utils import chat_template_utils
 
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE
-from perce.data.template import ChatTemplate, has_system_role
+from perce.data.template import ChatTemplate, has_system_role, on_one_day
 from tests.helpers.templates import CHAT_TEMPLATES
 from tests.helpers.tiny import GEMMA, LLAMA3, tiny_tokenizer
 from tests.helpers.tokenizers import tokenizer_like
@@ -19,6 +22,7 @@ TALK = (
 )
 
 
+@on_one_day()
 def rendered(call):
     """The text, or the exception that is raised instead."""
     try:
@@ -51,6 +55,20 @@ def test_most_are_called_directly_and_none_with_what_transformers_would_read():
     assert ChatTemplate(tokenizer, None, {"enable_thinking": False})._given is not None
     for variables in ({"tools": []}, {"tokenize": True}, {"continue_final_message": True}, {"x": object()}):
         assert ChatTemplate(tokenizer, None, variables)._given is None
+
+
+@pytest.mark.parametrize("variables", [{}, {"tools": []}])
+def test_every_day_is_the_same(variables, monkeypatch):
+    tokenizer = copy.deepcopy(tokenizer_like("qwen2"))
+    tokenizer.chat_template = CHAT_TEMPLATES["date-now"]
+    texts = set()
+    for day in (1, 2):
+        now = datetime(2030, 5, day)
+        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda now=now: now))
+        assert "May 2030" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        texts.add(ChatTemplate(tokenizer, None, variables).render(TALK[1:2], True))
+    (text,) = texts
+    assert "Today is 01 January 2026." in text
 
 
 def test_whether_a_template_renders_a_system_message():

@@ -16,6 +16,7 @@ from perce.data.fields import Turn
 from perce.data.pairing import PairSource
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE, PromptStyle
 from perce.data.stream import PairStream
+from perce.data.template import on_one_day
 from perce.training.serving import end_of_reply, serve_as_trained, takes_persona, with_persona
 from tests.helpers.models import documents
 from tests.helpers.pairs import EXAMPLE, builder
@@ -88,6 +89,7 @@ LEFT_AS_THEY_ARE = ()
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 @pytest.mark.parametrize("template", [*CHAT_TEMPLATES, None])
+@on_one_day()
 def test_the_saved_template_takes_the_persona_and_is_else_as_it_was(template, style):
     tokenizer = base_tokenizer(template)
     try:
