@@ -16,8 +16,10 @@ from perce.config.schema import LossConfig, ModelConfig
 from perce.config.step import StepConfig
 from perce.errors import UserError
 from perce.hub import read_config, stated
+from perce.model.branches import shares_nothing
 from perce.model.loading import bf16_is_sound, check_backend
-from perce.model.positions import is_dynamic, position_limit, switch_length
+from perce.model.positions import position_limit
+from perce.model.prefill import other_states
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
 from perce.planning.flops import Flops, count_flops, matmul_rate
 from perce.planning.memory import Counts, PeakMemory, count, peak_memory
@@ -221,13 +223,16 @@ def check_architecture(config: Any, path: str) -> None:
 
 
 def check_positions(model_config: Any, options: PlanOptions) -> None:
-    """UserError for a context longer than the model's positions, and for --replies if replies cannot share tokens."""
-    changing = is_dynamic(model_config) or switch_length(model_config) is not None
-    if changing and options.step.replies > 1:
-        raise UserError(
-            f"--replies {options.step.replies}: the position encoding of {model_config.model_type} follows the length "
-            "of a forward, so each reply needs a forward of its own. Use --replies 1."
-        )
+    """UserError for a context longer than the model's positions, and for sequences that share tokens if a run computes
+    them one by one."""
+    step, requests = options.step, options.memory.share_persona
+    of_persona = f"--share_persona {requests}" if requests > 1 else ""
+    together = f"--replies {step.replies}" if step.replies > 1 else of_persona
+    if together and (reason := shares_nothing(model_config)):
+        raise UserError(f"{together}: {reason}, so each sequence needs a forward of its own. Leave it out.")
+    branching = "--branches" if step.branches else of_persona
+    if branching and (reason := other_states(model_config)):
+        raise UserError(f"{branching}: {reason}, which would see the tokens of other branches. Leave it out.")
     limit = position_limit(model_config)
     if limit is not None and options.step.context > limit:
         raise UserError(
