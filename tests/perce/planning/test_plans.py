@@ -7,7 +7,9 @@ import pytest
 from perce import MemoryConfig, UserError
 from perce import plan as command
 from perce.config.commands import PlanOptions
+from perce.config.schema import ModelConfig
 from perce.config.step import StepConfig
+from perce.model.loading import resolve_precision
 from perce.planning import plans
 from perce.planning.plans import largest, largest_context, step_cost, variants
 from tests.helpers.architectures import tiny
@@ -122,6 +124,15 @@ def test_branches_are_not_planned_on_layers_that_read_the_whole_row():
     ):
         with pytest.raises(UserError, match=f"{option}: qwen3_5_text has layers whose state is not keys and values"):
             plans.check_positions(config, PlanOptions(LORA, step, memory))
+
+
+@pytest.mark.parametrize(("there", "native", "low"), [(True, True, True), (True, False, False), (False, False, True)])
+def test_precision_is_that_of_a_run_on_this_gpu(there, native, low, monkeypatch):
+    """Volta and Turing have no native bf16. Where no GPU is, a recent one is meant."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native)
+    assert plans.is_low_precision(ModelConfig(), "cuda") == low
+    assert not there or (resolve_precision("auto", "cuda") == "bf16") == low
 
 
 def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
