@@ -171,8 +171,9 @@ def with_backend(model: ModelConfig, device: str) -> ModelConfig:
 
 
 def is_low_precision(model: ModelConfig, device: str) -> bool:
-    """Like perce.model.loading.resolve_precision, but the device need not be in this machine."""
-    return model.precision == "bf16" or (model.precision == "auto" and (device == "cuda" or bf16_is_sound("cpu")))
+    """Like perce.model.loading.resolve_precision. A GPU that is not in this machine is taken to be a recent one."""
+    elsewhere = device == "cuda" and not torch.cuda.is_available()
+    return model.precision == "bf16" or (model.precision == "auto" and (elsewhere or bf16_is_sound(device)))
 
 
 def load_config(options: ModelConfig) -> Any:
