@@ -14,7 +14,7 @@ from perce.planning import plans
 from perce.planning.plans import largest, largest_context, step_cost, variants
 from tests.helpers.architectures import tiny
 from tests.helpers.plans import FULL, LORA, SHORT
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import LAYERS, tiny_model
 
 
 @pytest.mark.parametrize("peak", [lambda x: 7 * x, lambda x: max(100 * x, x * x), lambda x: 10_000 + x // 3])
@@ -112,6 +112,16 @@ def test_nothing_is_shared_where_positions_follow_the_length(rope, shared, tmp_p
     tiny_model("llama", rope_parameters=rope).config.save_pretrained(tmp_path)
     assert command.main(["--model", str(tmp_path), *shared.split()]) == 2
     assert f"{shared}: the position encoding of llama depends on the length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"), [("llama", DYNAMIC), ("gemma3", dict.fromkeys(LAYERS, DYNAMIC))], ids=["one", "by layer"]
+)
+def test_dynamic_encodings_are_planned_as_those_of_fixed_frequencies(architecture, rope):
+    """Within the positions that the model has, beyond which neither a run nor a plan goes, they are the same."""
+    options = PlanOptions(FULL, SHORT)
+    dynamic, fixed = tiny_model(architecture, rope_parameters=rope), tiny_model(architecture)
+    assert step_cost(dynamic.config, options, "cpu") == step_cost(fixed.config, options, "cpu")
 
 
 def test_branches_are_not_planned_on_layers_that_read_the_whole_row():
