@@ -40,6 +40,7 @@ from perce.model.branches import teach_branches
 from perce.model.head import answer, logit_transforms
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
+from perce.model.positions import is_dynamic
 from perce.model.prefill import (
     CACHE_ARGUMENT,
     PREFILL_CHUNK,
@@ -248,6 +249,8 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     model = build(config, setup)
     if shape.replies > 1 or shape.requests > 1:
         teach_branches(unwrapped(model))
+    if is_dynamic(config):
+        _fix_frequencies(model)
     try:
         # transformers looks for packed sequences in position ids. If these have no values, it assumes packing and
         # builds a T × T mask, which a real step never has. The reference checks target values, which are missing too.
@@ -264,6 +267,14 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
             f"{name}: a step of this architecture cannot be rehearsed without data ({first_line(error)})."
         ) from error
     return live.found
+
+
+def _fix_frequencies(model: Any) -> None:
+    """Dynamic NTK compares the values of positions, which are missing, to find those beyond the model's limit, which no
+    step has."""
+    for module in model.modules():
+        if kinds := getattr(module, "rope_type", None):
+            module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 
 
 @contextmanager
