@@ -98,8 +98,6 @@ class PeakMemory:
     """In bytes. Every phase has the same parts."""
 
     phases: dict[str, dict[str, int]]
-    attention: int  # working set of one layer's attention in the forward pass
-    mlp: int  # and of its MLP
     hidden_rows: int  # hidden states of the response tokens, of both passes
     offloaded: int  # checkpointed layer inputs in host memory
     logits_not_held: dict[str, int]
@@ -171,10 +169,6 @@ def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, dev
         not_held = {"of the response tokens": shape.rows * counts.vocabulary * 4} | not_held
     return PeakMemory(
         phases,
-        attention=max(
-            (size for name, size in rehearsed.parts.items() if "attn" in name or "attention" in name), default=0
-        ),
-        mlp=max((size for name, size in rehearsed.parts.items() if "mlp" in name or "feed" in name), default=0),
         offloaded=rehearsed.offloaded,
         # Autocast's wrapper returns those of the counterfactual pass in fp32.
         hidden_rows=shape.rows * counts.hidden * ((2 if setup.low_precision else 4) + 4 * holds_cf),

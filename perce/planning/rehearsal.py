@@ -214,21 +214,20 @@ def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     between = [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in (kinds[0], kinds[-1])]
     base = [0, *between, len(kinds) - 1] if len(kinds) > 1 else [0]
     shallow = rehearse(cut(config, base), setup, shape)
-    phases, offloaded, cached = dict(shallow.phases), 0, shallow.cached
+    phases, offloaded = dict(shallow.phases), 0
     present = Counter(kinds[index] for index in base)
     for kind, count in Counter(kinds).items():
         if more := count - present[kind]:
             stack = [0, kinds.index(kind), *base[1:]]
             deeper = rehearse(cut(config, stack), setup, shape)
             added: dict[str, Phase] = tree_map(sub, deeper.phases, shallow.phases)
-            keys_and_values = deeper.cached - shallow.cached
-            cached += more * keys_and_values
             if setup.memory.activation_offload:
+                keys_and_values = deeper.cached - shallow.cached
                 inputs = added["head"].start.others - shape.personas * keys_and_values
                 offloaded += more * inputs
                 added = {name: _offloaded(name, phase, inputs, shape) for name, phase in added.items()}
             phases = tree_map(lambda total, layer, layers=more: total + layers * layer, phases, added)
-    return Rehearsed(phases, shallow.parts, offloaded, cached)
+    return Rehearsed(phases, offloaded)
 
 
 def _offloaded(name: str, added: Phase, inputs: int, shape: StepShape) -> Phase:
@@ -375,7 +374,7 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     if shape.objective.over_step:  # the E-step's two forwards end before the step's own begins; its factual forward
         hidden_cf, signal = None, torch.ones(shape.rows)  # has less alive than one with a backward
     live.leave()
-    handles = [*_watch_parts(layers[-1], live), *_watch_backward(layers, live), *_watch_gradients(model, live)]
+    handles = [*_watch_backward(layers, live), *_watch_gradients(model, live)]
     with autocast():
         states = factual()
         live.enter("head")
@@ -425,14 +424,6 @@ def _lengthen(layer: Any, tokens: int) -> None:
         held = getattr(layer, name)
         longer = held.new_empty(*held.shape[:2], length, held.shape[3])
         setattr(layer, name, longer[:, :, -window + 1 :] if window else longer)
-
-
-def _watch_parts(layer: nn.Module, live: Live) -> Iterator[Any]:
-    for name, child in layer.named_children():
-        if any(parameter.dim() > 1 for parameter in child.parameters()):
-            before, after = live.part(name)
-            yield child.register_forward_pre_hook(before)
-            yield child.register_forward_hook(after)
 
 
 def _watch_backward(layers: nn.ModuleList, live: Live) -> Iterator[Any]:

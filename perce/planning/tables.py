@@ -115,11 +115,7 @@ def _details(plan: Plan) -> Table:
         rows.append(("largest context that fits", longest))
     if plan.device == "cpu":
         rows.append(("in addition", "what Python and its libraries hold before the model is loaded"))
-    rows += [
-        ("one layer's attention, forward", f"{_gib(memory.attention)} GiB"),
-        ("one layer's MLP, forward", f"{_gib(memory.mlp)} GiB"),
-        ("hidden rows of the response", f"{_gib(memory.hidden_rows)} GiB"),
-    ]
+    rows.append(("hidden rows of the response", f"{_gib(memory.hidden_rows)} GiB"))
     if memory.offloaded:
         rows.append(("in host memory", f"{_gib(memory.offloaded)} GiB of checkpointed layer inputs"))
     rows += [
