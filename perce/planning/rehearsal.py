@@ -100,6 +100,11 @@ class StepShape:
         return found
 
     @property
+    def shares(self) -> bool:
+        """Whether sequences share tokens, as segments of one row."""
+        return self.replies > 1 or self.requests > 1
+
+    @property
     def personas(self) -> int:
         """The number of personas that are computed."""
         return self.batch // self.requests
@@ -183,11 +188,10 @@ def decoder_layers(model: Any, count: int) -> nn.ModuleList:
     raise UserError(f"{type(unwrapped(model)).__name__}: expected a ModuleList of {count} layers, found none.")
 
 
-def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
+def layer_kinds(config: Any) -> list[str]:
     """The kind of each layer (full or sliding attention, …) by the config: layers of one kind are alike."""
     text = config.get_text_config()
-    lists = [text.layer_types] if getattr(text, "layer_types", None) else []
-    return list(zip(*lists, strict=True)) if lists else [()] * text.num_hidden_layers
+    return list(getattr(text, "layer_types", None) or [""] * text.num_hidden_layers)
 
 
 def cut(config: Any, stack: Sequence[int]) -> Any:
@@ -246,7 +250,7 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     """The bytes that one step of this model has alive in each of its phases."""
     live = Live()
     model = build(config, setup)
-    if shape.replies > 1 or shape.requests > 1:
+    if shape.shares:
         teach_branches(unwrapped(model))
     if is_dynamic(config):
         _fix_frequencies(model)
@@ -324,15 +328,13 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     def of_segments(segments: list[Segment]) -> Tensor:  # arranged like collate's, passed on as by the patched forward
         *starts, tokens = [0, *accumulate(len(segment.ids) for segment in segments)]
         positions = torch.zeros(1, tokens, dtype=torch.int64)
-        mask = positions.new_ones(1, 1, 1, 1)
         spans = Spans.of(dict(enumerate(segments)), dict(enumerate(starts)))
-        return hidden(1, tokens, position_ids=positions, spans=spans, attention_mask=mask)
+        return hidden(1, tokens, position_ids=positions, **spans_arguments(spans, positions))
 
     def factual() -> Tensor:
         if not setup.memory.on_trunks:
             live.enter("forward")
-            shared = shape.replies > 1 or shape.requests > 1
-            return (of_segments(shape.segments) if shared else hidden(shape.batch, shape.tokens))[rows]
+            return (of_segments(shape.segments) if shape.shares else hidden(shape.batch, shape.tokens))[rows]
         rests, length = [], shape.tokens - shape.prefix
 
         def behind(cache: PrefixCache, requests: int) -> Tensor:  # like hidden_on_trunks
@@ -366,9 +368,8 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
         live.enter("counterfactual")
         model.eval()
         with torch.no_grad(), autocast():
-            shared = shape.replies > 1 or shape.requests > 1
-            sequences_cf = shape.sequences_cf or shape.batch
-            states = (of_segments(shape.segments_cf) if shared else hidden(sequences_cf, shape.tokens_cf))[rows]
+            segments_cf = shape.segments_cf
+            states = (of_segments(segments_cf) if shape.shares else hidden(len(segments_cf), shape.tokens_cf))[rows]
         hidden_cf = states.float() if setup.low_precision else states  # the wrapper returns fp32
         model.train()
     if shape.objective.over_step:  # the E-step's two forwards end before the step's own begins; its factual forward
