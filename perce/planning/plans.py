@@ -79,7 +79,7 @@ def make_plan(options: PlanOptions) -> Plan:
         options, device, precision="bf16" if low else "fp32", cost=costs.of(options),
         rate=tflops * 1e12 if tflops else matmul_rate(device, low),
         largest_context=largest_context(model_config, options, device),
-        variants=list(planned_variants(model_config, options, device, costs.of)),
+        variants=list(planned_variants(options, device, costs.of)),
         available=there, command=proposed, caveat=caveat,
     )  # fmt: skip
 
@@ -134,13 +134,11 @@ def _command(
     return command(replace(way, model=replace(way.model, backend=backend))), "; ".join(said)
 
 
-def planned_variants(
-    model_config: Any, options: PlanOptions, device: str, cost_of: Callable[[PlanOptions], Cost] | None = None
-) -> Iterator[Variant]:
-    """Those of `variants` that this architecture supports."""
+def planned_variants(options: PlanOptions, device: str, cost_of: Callable[[PlanOptions], Cost]) -> Iterator[Variant]:
+    """Those of `variants` that the architecture supports."""
     for flags, changed in variants(options, device):
         with contextlib.suppress(UserError):
-            yield Variant(flags, cost_of(changed) if cost_of else step_cost(model_config, changed, device))
+            yield Variant(flags, cost_of(changed))
 
 
 def step_cost(model_config: Any, options: PlanOptions, device: str) -> Cost:
@@ -192,17 +190,12 @@ def load_config(options: ModelConfig) -> Any:
             f"--model {path}: its config.json has a quantization_config ({method}). Plan the model before "
             "quantisation; --load_in_4bit plans that in 4 bits."
         )
-    text, names = config.get_text_config(), ("num_hidden_layers", "hidden_size", "vocab_size")
-    written = raw.get("text_config", raw)
-    missing = [name for name in names if stated(text, name) is None]
-    # A size left out of config.json gets the architecture's default, which belongs to another model.
-    missing += [
-        name
-        for name in ("hidden_size", "num_hidden_layers")
-        if written.keys().isdisjoint({name, text.attribute_map.get(name)})
-    ]
-    if missing:
-        raise UserError(f"--model {path}: {missing[0]} is missing from its config.json, and a plan needs it.")
+    text, written = config.get_text_config(), raw.get("text_config", raw)
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        # A size left out of config.json gets the architecture's default, which belongs to another model.
+        left_out = name != "vocab_size" and written.keys().isdisjoint({name, text.attribute_map.get(name)})
+        if left_out or stated(text, name) is None:
+            raise UserError(f"--model {path}: {name} is missing from its config.json, and a plan needs it.")
     return config
 
 

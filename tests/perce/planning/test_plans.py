@@ -152,7 +152,11 @@ def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
         raise UserError("not this one")
 
     monkeypatch.setattr("perce.planning.rehearsal.prepare_memory", refuse)
-    assert list(plans.planned_variants(config, PlanOptions(LORA, SHORT), "cpu")) == []
+
+    def cost_of(options):
+        return step_cost(config, options, "cpu")
+
+    assert list(plans.planned_variants(PlanOptions(LORA, SHORT), "cpu", cost_of)) == []
 
 
 def test_a_conversation_is_planned_by_its_replies_alone():
