@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from perce.config.commands import TRAIN, PlanOptions
+from perce.config.commands import PLAN, TRAIN, PlanOptions
 
 MLP_TILE = 1024
-NAMES = {"context": "max_length"}  # options that perce.train calls by another name
+NAMES = {here: there for there, here in PLAN.renames.items()}  # options that perce.train calls by another name
 ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # else train would choose them by length
 
 
