@@ -28,7 +28,7 @@ from perce.model import prefill
 from perce.model.memory import checkpointed, tiles_of
 from perce.model.noise import REMEDY, without_adapter_noise
 from perce.model.passes import counterfactual_hidden, factual
-from perce.model.probe import attention_of_any_device, evaluating, short_windows, unwrapped, vocabulary_of
+from perce.model.probe import attention_of_any_device, evaluating, unwrapped, vocabulary_of, windows_of
 from perce.objectives import OBJECTIVES, HeadCall
 
 # (tokens before the persona, of it, of the query, of the response). The shorter one is padded, or packed second.
@@ -86,7 +86,7 @@ def check_step(model: Any, manner: Manner) -> None:
             f"{name}: in training mode its routers draw among experts whose scores tie, and scores rounded to 16 bits "
             "do tie. That would be noise in the factual pass only. Use --precision fp32."
         )
-    with attention_of_any_device(model), short_windows(model, SHORT):
+    with attention_of_any_device(model), windows_of(model, SHORT):
         try:
             own = _own_step(model, pairs)
             difference = _difference(own, _step(model, pairs, manner), low)
