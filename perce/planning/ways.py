@@ -69,7 +69,7 @@ def fastest(
         frugal = {way.step.batch: way for way in sorted(ways, key=_frugality)}
         if all(peak(way) > room for way in [*frugal.values(), options]):
             continue
-        for way in sorted(ways, key=lambda way: (work(way), way.memory.activation_offload, _changed(options, way))):
+        for way in sorted(ways, key=lambda way: (work(way), way.memory.activation_offload, _differing(options, way))):
             if peak(way) <= room:
                 return way
     return None
@@ -83,7 +83,7 @@ def _frugality(way: PlanOptions) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _changed(options: PlanOptions, way: PlanOptions) -> int:
+def _differing(options: PlanOptions, way: PlanOptions) -> int:
     """The number of options that differ."""
     pairs = ((getattr(options, part.name), getattr(way, part.name)) for part in fields(options))
     return sum(getattr(one, f.name) != getattr(other, f.name) for one, other in pairs for f in fields(one))
