@@ -321,55 +321,16 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     def autocast() -> Any:  # one per pass, like Accelerate's wrapper: casts of the weights live as long as it
         return torch.autocast("cpu", torch.bfloat16, enabled=setup.low_precision)
 
-    def hidden(sequences: int, tokens: int, **kwargs: Any) -> Tensor:
-        ids = torch.zeros(sequences, tokens, dtype=torch.int64)
-        return decoder(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
-
-    def of_segments(segments: list[Segment]) -> Tensor:  # arranged like collate's, passed on as by the patched forward
-        *starts, tokens = [0, *accumulate(len(segment.ids) for segment in segments)]
-        positions = torch.zeros(1, tokens, dtype=torch.int64)
-        spans = Spans.of(dict(enumerate(segments)), dict(enumerate(starts)))
-        return hidden(1, tokens, position_ids=positions, **spans_arguments(spans, positions))
-
-    def factual() -> Tensor:
-        if not setup.memory.on_trunks:
-            live.enter("forward")
-            return (of_segments(shape.segments) if shape.shares else hidden(shape.batch, shape.tokens))[rows]
-        rests, length = [], shape.tokens - shape.prefix
-
-        def behind(cache: PrefixCache, requests: int) -> Tensor:  # like hidden_on_trunks
-            again = live.has_been("last layer")
-            live.enter(RECOMPUTED[live.has_been(RECOMPUTED[0])] if again else "forward")
-            if shape.requests == 1:
-                return hidden(1, length, **{CACHE_ARGUMENT: cache})
-            spans = Spans.behind(shape.prefix, [length] * requests)
-            positions = torch.zeros(1, requests * length, dtype=torch.int64)
-            of_spans = spans_arguments(spans, positions)
-            return hidden(1, requests * length, position_ids=positions, **of_spans, **{CACHE_ARGUMENT: cache})
-
-        run = functools.partial(checkpoint, behind, use_reentrant=False) if shape.together else behind
-        for _ in range(shape.personas):
-            live.enter("persona")
-            ids = torch.zeros(1, shape.prefix, dtype=torch.int64)
-            if shape.detached:
-                cache = _prefix_cache(decoder, shape.prefix)
-            else:
-                cache = prefill_with_gradient(decoder, ids)
-                last: Any = cache.layers[-1]  # its keys get their gradient after the backward of all that follows
-                last.keys.register_hook(lambda _: live.enter(PERSONAS_BACKWARD[0]))
-            live.found.cached = _held(cache)
-            together = shape.together or shape.requests
-            for first in range(0, shape.requests, together):
-                rests.append(run(cache, min(together, shape.requests - first)))
-        return torch.cat(rests)[rows]
+    def at_rows(segments: list[Segment], tokens: int) -> Tensor:
+        found = _of_segments(decoder, segments) if shape.shares else _hidden(decoder, len(segments), tokens)
+        return found[rows]
 
     hidden_cf, signal = None, None
     if shape.tokens_cf:
         live.enter("counterfactual")
         model.eval()
         with torch.no_grad(), autocast():
-            segments_cf = shape.segments_cf
-            states = (of_segments(segments_cf) if shape.shares else hidden(len(segments_cf), shape.tokens_cf))[rows]
+            states = at_rows(shape.segments_cf, shape.tokens_cf)
         hidden_cf = states.float() if setup.low_precision else states  # the wrapper returns fp32
         model.train()
     if shape.objective.over_step:  # the E-step's two forwards end before the step's own begins; its factual forward
@@ -377,7 +338,11 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     live.leave()
     handles = [*_watch_backward(layers, live), *_watch_gradients(model, live)]
     with autocast():
-        states = factual()
+        if setup.memory.on_trunks:
+            states = _behind_personas(decoder, shape, rows, live)
+        else:
+            live.enter("forward")
+            states = at_rows(shape.segments, shape.tokens)
         live.enter("head")
         backend = "reference" if setup.model.backend == "reference" else "torch"
         call = HeadCall(rows, shape.objective.weighting(), hidden_cf, signal, num_items=1)
@@ -388,6 +353,50 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     live.leave()
     for handle in handles:
         handle.remove()
+
+
+def _hidden(decoder: Any, sequences: int, tokens: int, **kwargs: Any) -> Tensor:
+    ids = torch.zeros(sequences, tokens, dtype=torch.int64)
+    return decoder(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
+
+
+def _of_segments(decoder: Any, segments: list[Segment]) -> Tensor:
+    """Hidden states of a row, arranged like collate's and passed on as by the patched forward."""
+    *starts, tokens = [0, *accumulate(len(segment.ids) for segment in segments)]
+    spans = Spans.of(dict(enumerate(segments)), dict(enumerate(starts)))
+    return _of_spans(decoder, spans, tokens)
+
+
+def _of_spans(decoder: Any, spans: Spans, tokens: int, **kwargs: Any) -> Tensor:
+    positions = torch.zeros(1, tokens, dtype=torch.int64)
+    return _hidden(decoder, 1, tokens, position_ids=positions, **spans_arguments(spans, positions), **kwargs)
+
+
+def _behind_personas(decoder: Any, shape: StepShape, rows: Tensor, live: Live) -> Tensor:
+    """Hidden states of the requests at these rows, as hidden_on_trunks computes them; marks the phases of a persona."""
+    rests, length, together = [], shape.tokens - shape.prefix, shape.together or shape.requests
+
+    def behind(cache: PrefixCache, requests: int) -> Tensor:
+        again = live.has_been("last layer")
+        live.enter(RECOMPUTED[live.has_been(RECOMPUTED[0])] if again else "forward")
+        if shape.requests == 1:
+            return _hidden(decoder, 1, length, **{CACHE_ARGUMENT: cache})
+        spans = Spans.behind(shape.prefix, [length] * requests)
+        return _of_spans(decoder, spans, requests * length, **{CACHE_ARGUMENT: cache})
+
+    run = functools.partial(checkpoint, behind, use_reentrant=False) if shape.together else behind
+    for _ in range(shape.personas):
+        live.enter("persona")
+        if shape.detached:
+            cache = _prefix_cache(decoder, shape.prefix)
+        else:
+            cache = prefill_with_gradient(decoder, torch.zeros(1, shape.prefix, dtype=torch.int64))
+            last: Any = cache.layers[-1]  # its keys get their gradient after the backward of all that follows
+            last.keys.register_hook(lambda _: live.enter(PERSONAS_BACKWARD[0]))
+        live.found.cached = _held(cache)
+        for first in range(0, shape.requests, together):
+            rests.append(run(cache, min(together, shape.requests - first)))
+    return torch.cat(rests)[rows]
 
 
 def _held(cache: PrefixCache) -> int:
