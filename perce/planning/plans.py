@@ -206,7 +206,7 @@ def check_architecture(config: Any, path: str) -> None:
         raise UserError(f"--model {path}: PerCE needs a decoder-only model, and {config.model_type} has an encoder.")
     text = config.get_text_config()
     said = f"--model {path}: {text.model_type}"
-    if any(stated(text, name) for name in EXPERTS):
+    if any(stated(part, name) for part in (text, stated(text, "ffn_config")) for name in EXPERTS):  # the latter: DBRX
         raise UserError(f"{said} has a mixture of experts. Only dense models are planned.")
     if differing := getattr(text, "per_layer_attributes", None):
         raise UserError(
