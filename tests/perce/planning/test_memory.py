@@ -90,6 +90,16 @@ def test_the_torch_backend_on_a_gpu_holds_chunks_as_on_a_cpu():
     assert low == chunk * (49152 + 32) * 4 + chunk * 49152 * 2, "logits, and dz in 16 bits"
 
 
+def test_a_gpu_that_the_kernels_do_not_support_takes_the_torch_backend(monkeypatch):
+    """Turing, or a machine without triton: there a run takes it too."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("perce_kernels.backends._has_tiles", lambda device: False)
+    config, shape = tiny_model("llama").config, StepShape(1, 50, 20, 16, False)
+    chosen, named = (Setup(replace(FULL, backend=backend), False, False) for backend in ("auto", "torch"))
+    counts = count(config, chosen)
+    assert loss_buffers(config, chosen, shape, counts, "cuda") == loss_buffers(config, named, shape, counts, "cuda")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_reference_holds_logits_of_the_response(precision):
     """The reference holds exp, products and log-probabilities of all response tokens at the same time."""
