@@ -27,6 +27,7 @@ from perce.model.head import logit_transforms
 from perce.model.probe import unwrapped
 from perce.planning.rehearsal import Setup, StepShape, build, decoder_layers, layer_kinds, rehearse_depth
 from perce_kernels import chunked
+from perce_kernels.backends import chosen
 
 _DEFAULTS = MemoryConfig()
 UPDATE = "update"  # the phase of the optimiser, whose fused AdamW works in place
@@ -194,13 +195,15 @@ def _resident(counts: Counts, setup: Setup, step: StepConfig, device: str) -> di
 
 def loss_buffers(config: Any, setup: Setup, shape: StepShape, counts: Counts, device: str) -> int:
     """Bytes that fused_perce_loss allocates besides its inputs and outputs, as far as they are not rehearsed."""
-    backend = setup.model.backend
+    backend: str = setup.model.backend
     if backend == "reference":  # plain PyTorch tensors, which the rehearsal counts
         return 0
     n, d, v = shape.rows, counts.hidden, counts.vocabulary
     softcap = logit_transforms(config)[0].softcap is not None
     passes = 1 + shape.objective.fused
-    if backend == "triton" or (backend == "auto" and device == "cuda"):
+    if device == "cuda" and torch.cuda.is_available():
+        backend, _ = chosen(backend, torch.device(device))
+    if backend == "triton" or (backend == "auto" and device == "cuda"):  # of a GPU elsewhere, kernels are assumed
         return _gpu_loss_buffers(n, d, v, 2 if setup.low_precision else 4, passes, counts)
     buffers = 1 + softcap
     chunk = min(chunked.chunk_rows(v, torch.float32, buffers), n)
