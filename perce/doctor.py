@@ -165,12 +165,10 @@ def op_checks() -> Iterator[Row]:
 def _backend(device: Any) -> Row:
     from perce_kernels import backends
 
-    named = os.environ.get(backends.VARIABLE)
     backend, why = backends.resolve_backend("auto", device), ""
-    if backend == "reference":
-        return backend, f"{backends.VARIABLE} says so"
-    backend, why = backends.chosen(backend, device)
-    return backend, f"{backends.VARIABLE} says so" if named and named != "auto" else why
+    if backend != "reference":
+        backend, why = backends.chosen(backend, device)
+    return backend, why if os.environ.get(backends.VARIABLE, "auto") in ("", "auto") else f"{backends.VARIABLE} says so"
 
 
 def _op_error(device: Any, dtype: Any) -> float:

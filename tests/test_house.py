@@ -127,7 +127,7 @@ SEEN_THROUGH_OTHERS = {
     "data.fields",
     "errors", "integrity", "launcher", "config.commands", "config.questions",
     "config.schema", "config.step", "model.head", "model.passes",
-    "planning.live", "planning.tables", "measuring.records", "measuring.scores", "measuring.score_report",
+    "planning.live", "measuring.records", "measuring.scores", "measuring.score_report",
     "measuring.identification", "report.terminal", "training.normalizer",
     "training.summary", "contract", "reference", "row_pass", "gpu.blocked", "gpu.row_halves",
 }  # fmt: skip

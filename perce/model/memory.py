@@ -17,7 +17,7 @@ from perce.config.schema import MemoryConfig
 from perce.errors import UserError
 from perce.model.patch import forward_of
 from perce.model.prefill import prepare_prefill
-from perce.model.probe import decoder_of, unwrapped
+from perce.model.probe import decoder_of, evaluating, unwrapped
 
 # The field of TrainingArguments, which transformers 5.23 renamed.
 CHECKPOINTING = (
@@ -130,10 +130,8 @@ def _check_mlp(layer: Any, model: Any) -> None:
         return
     hidden = torch.linspace(-1, 1, 4 * model.config.get_text_config().hidden_size).view(1, 4, -1)
     hidden = hidden.to(weight.device, weight.dtype)
-    training = mlp.training
-    mlp.eval()
-    whole, half = mlp(hidden), mlp(hidden[:, 2:])
-    mlp.train(training)
+    with evaluating(mlp):
+        whole, half = mlp(hidden), mlp(hidden[:, 2:])
     tolerance = MLP_TOLERANCE if weight.dtype == torch.float32 else MLP_TOLERANCE_LOW_PRECISION
     if not isinstance(whole, Tensor):
         raise UserError(f"{name}: its mlp returns more than hidden states, which tiles cannot join. Use --mlp_tile 0.")

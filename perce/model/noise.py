@@ -58,7 +58,10 @@ def without_adapter_noise(model: nn.Module) -> Iterator[None]:
 
     def put(values: Iterable[float]) -> None:
         for (holder, name, _), value in zip(found, values, strict=True):
-            holder.__setitem__(name, value) if isinstance(holder, dict) else setattr(holder, name, value)
+            if isinstance(holder, dict):
+                holder[name] = value
+            else:
+                setattr(holder, name, value)
 
     put([0.0] * len(found))
     try:

@@ -218,21 +218,12 @@ def _check_causal(model: Any, name: str, ids: Tensor, hidden: Tensor) -> None:
 
 def check_head_unwrapped(model: Any) -> None:
     """UserError when PEFT put an adapter on the output embedding: the loss would ignore it."""
-    for name, module in model.named_modules():
-        wrapped = hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
-        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
-        if wrapped and inner is not None and inner is _output_embeddings(model):
-            raise UserError(
-                f"{name}: an adapter is on the output embedding, and the fused loss reads only the embedding. Leave "
-                "lm_head (and, with tied embeddings, embed_tokens) out of target_modules and modules_to_save."
-            )
-
-
-def _output_embeddings(model: Any) -> nn.Module | None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for attribute in ("base_layer", "original_module"):
-        head = getattr(head, attribute, head)
-    return head
+    head = unwrapped(model).get_output_embeddings()
+    if hasattr(head, "base_layer") or hasattr(head, "original_module"):  # the latter of modules_to_save, for example
+        raise UserError(
+            "peft_config: an adapter is on the output embedding, and the fused loss reads only the embedding. Leave "
+            "lm_head (and, with tied embeddings, embed_tokens) out of target_modules and modules_to_save."
+        )
 
 
 def prepare_model(model: Any, backend: str = "auto") -> Any:

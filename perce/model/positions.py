@@ -61,15 +61,17 @@ def settle_lengths(model: Any, longest: Callable[[], int]) -> None:
     """Prepare a model for inference on sequences of up to longest() tokens, replies included. UserError if they exceed
     the limit of dynamic NTK; longrope uses its long factors if a sequence needs them. `longest` is called only for
     models with such encodings."""
-    config, limit = unwrapped(model).config, None
-    if is_dynamic(config) and (limit := position_limit(config)) and (length := longest()) > limit:
+    config = unwrapped(model).config
+    if not is_dynamic(config) and switch_length(config) is None:
+        return
+    length, limit = longest(), position_limit(config)
+    if is_dynamic(config) and limit and length > limit:
         raise UserError(
             f"sequences have up to {length} tokens, and beyond {limit} (max_position_embeddings) the position encoding "
             f"of {config.model_type} (rope_type dynamic) depends on the longest sequence of a batch. Use a "
             f"--max_length that is at most {limit} together with the tokens of a reply."
         )
-    if switch_length(config) is not None:
-        choose_factors(model, long=needs_long_factors(config, longest()))
+    choose_factors(model, long=needs_long_factors(config, length))
 
 
 def choose_factors(model: nn.Module, *, long: bool) -> None:

@@ -146,10 +146,14 @@ def _check_attention(model: Any, config: Any) -> None:
             f"{BY_ITSELF} with attn_implementation={kind}: it is not known whether this attention aligns queries with "
             "the end of a longer row of keys. Use --attn_implementation sdpa or flash_attention_2."
         )
-    layers = [type(layer) for layer in DynamicCache(config=model.config).layers]
-    other = [layer.__name__ for layer in layers if layer not in (DynamicLayer, DynamicSlidingWindowLayer)]
-    if other:
-        raise UserError(
-            f"{BY_ITSELF}: {config.model_type} has layers whose state is not keys and values ({other[0]}), and cannot "
-            "be read without being changed. Leave these options out."
-        )
+    if reason := other_states(model.config):
+        raise UserError(f"{BY_ITSELF}: {reason}, and cannot be read without being changed. Leave these options out.")
+
+
+def other_states(config: Any) -> str:
+    """What a model has instead of a cache of keys and values alone; "" if it has nothing else. Such layers mix all
+    tokens of a row."""
+    kinds = [type(layer) for layer in DynamicCache(config=config).layers]
+    other = [kind.__name__ for kind in kinds if kind not in (DynamicLayer, DynamicSlidingWindowLayer)]
+    name = config.get_text_config().model_type
+    return f"{name} has layers whose state is not keys and values ({other[0]})" if other else ""

@@ -83,7 +83,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "s
 
 
 @contextlib.contextmanager
-def short_windows(model: nn.Module, tokens: int) -> Iterator[None]:
+def windows_of(model: nn.Module, tokens: int) -> Iterator[None]:
     """Windows of `tokens` tokens in modules, masks and caches, so that short sequences reach beyond them."""
     found = (getattr(module, "config", None) for module in model.modules())
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}

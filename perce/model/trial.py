@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from perce.data.batch import Batch
@@ -27,7 +28,7 @@ from perce.model import prefill
 from perce.model.memory import checkpointed, tiles_of
 from perce.model.noise import REMEDY, without_adapter_noise
 from perce.model.passes import counterfactual_hidden, factual
-from perce.model.probe import attention_of_any_device, evaluating, short_windows, unwrapped, vocabulary_of
+from perce.model.probe import attention_of_any_device, evaluating, unwrapped, vocabulary_of, windows_of
 from perce.objectives import OBJECTIVES, HeadCall
 
 # (tokens before the persona, of it, of the query, of the response). The shorter one is padded, or packed second.
@@ -85,7 +86,7 @@ def check_step(model: Any, manner: Manner) -> None:
             f"{name}: in training mode its routers draw among experts whose scores tie, and scores rounded to 16 bits "
             "do tie. That would be noise in the factual pass only. Use --precision fp32."
         )
-    with attention_of_any_device(model), short_windows(model, SHORT):
+    with attention_of_any_device(model), windows_of(model, SHORT):
         try:
             own = _own_step(model, pairs)
             difference = _difference(own, _step(model, pairs, manner), low)
@@ -181,7 +182,7 @@ def _own_step(model: Any, pairs: Sequence[Mapping[str, Any]]) -> Step:
 
 def _step(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner) -> Step:
     with _as_in_training(model, manner):
-        batch = _batch(model, pairs, manner)
+        batch = send_to_device(manner.collate(pairs), model.get_input_embeddings().weight.device)
         hidden_cf = counterfactual_hidden(model, batch)
         with _embedded(model) as embedded:
             call = HeadCall(batch["target"], WEIGHTING, hidden_cf)
@@ -197,12 +198,6 @@ def _by_id(loss: Tensor, embedded: Sequence[tuple[Tensor, Tensor]]) -> dict[int,
     known, place = torch.cat([x.flatten() for x in ids]).unique(return_inverse=True)
     summed = torch.zeros(len(known), gradients[0].shape[-1], dtype=gradients[0].dtype, device=place.device)
     return dict(zip(known.tolist(), summed.index_add(0, place, torch.cat(gradients)), strict=True))
-
-
-def _batch(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner) -> Batch:
-    device = model.get_input_embeddings().weight.device
-    batch = manner.collate(pairs)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _difference(own: Step, ours: Step, low: bool) -> str | None:
@@ -228,7 +223,7 @@ def _difference(own: Step, ours: Step, low: bool) -> str | None:
 @torch.no_grad()
 def _is_noisy(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner, low: bool) -> bool:
     with _as_in_training(model, manner):
-        batch = _batch(model, pairs, manner)
+        batch = send_to_device(manner.collate(pairs), model.get_input_embeddings().weight.device)
         call = HeadCall(batch["target"], OBJECTIVES["ce"].weighting(), loss=False)
         one, other = (factual(model, batch, call).logp for _ in range(2))
     return bool((one - other).abs().max() > (AGREEMENT_LOW_PRECISION if low else AGREEMENT))

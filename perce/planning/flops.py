@@ -107,11 +107,14 @@ def _attention(config: Any, segments: list[Segment]) -> int:
 def attention_flops(config: Any, tokens: int) -> int:
     """Attention of one whole sequence's forward pass: Q Kᵀ and P V over the visible positions, in all layers."""
     text = config.get_text_config()
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # In latent attention, head_dim is only the part of queries and keys that has positions.
+    widths = (getattr(text, "qk_head_dim", None) or width) + (getattr(text, "v_head_dim", None) or width)
+    per_pair = 2 * text.num_attention_heads * widths
     window = getattr(text, "sliding_window", None)
-    attending = [kind for kind in kinds if kind not in WITHOUT_ATTENTION]
-    return sum(4 * width * _visible(tokens, window if kind == "sliding_attention" else None) for kind in attending)
+    alike = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
+    attending = [kind for kind in getattr(text, "layer_types", None) or alike if kind not in WITHOUT_ATTENTION]
+    return sum(per_pair * _visible(tokens, window if kind == "sliding_attention" else None) for kind in attending)
 
 
 def _visible(tokens: int, window: int | None) -> int:

@@ -1,7 +1,7 @@
 """Counts the bytes alive while a step runs on fake tensors, at the start and at the peak of each of its phases."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,8 +43,6 @@ class Rehearsed:
 
     phases: dict[str, Phase] = field(default_factory=dict)
     """By name, in the order in which they began; a name may have a second part after a "/"."""
-    parts: dict[str, int] = field(default_factory=dict)
-    """The most that one layer's attention or MLP holds in the forward pass besides its input; by module name."""
     offloaded: int = 0
     """Checkpointed layer inputs in host memory."""
     cached: int = 0
@@ -67,7 +65,7 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found = Rehearsed()
-        self._bytes = self._peak = self._gradients = 0
+        self._bytes = self._gradients = 0
         self.phase = ""
         self._alive: dict[int, int] = {}
 
@@ -85,7 +83,6 @@ class Live(TorchDispatchMode):
         self._alive[key] = storage.nbytes()
         weakref.finalize(storage, self._release, key)
         self._bytes += storage.nbytes()
-        self._peak = max(self._peak, self._bytes)
         if self.phase and self._bytes > self.found.phases[self.phase].peak.alive:
             self.found.phases[self.phase] = self.found.phases[self.phase]._replace(peak=self._now)
 
@@ -118,18 +115,3 @@ class Live(TorchDispatchMode):
 
     def count_gradient(self, parameter: Tensor) -> None:
         self._gradients += parameter.numel() * parameter.itemsize
-
-    def part(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Hooks before and after a module's forward that record its memory as a part."""
-        calls: list[tuple[int, int]] = []
-
-        def before(*_: Any) -> None:
-            calls.append((self._bytes, self._peak))
-            self._peak = self._bytes
-
-        def after(*_: Any) -> None:
-            start, outer_peak = calls.pop()
-            self.found.parts[name] = max(self.found.parts.get(name, 0), self._peak - start)
-            self._peak = max(self._peak, outer_peak)
-
-        return before, after

@@ -27,6 +27,7 @@ from perce.model.head import logit_transforms
 from perce.model.probe import unwrapped
 from perce.planning.rehearsal import Setup, StepShape, build, decoder_layers, layer_kinds, rehearse_depth
 from perce_kernels import chunked
+from perce_kernels.backends import chosen
 
 _DEFAULTS = MemoryConfig()
 UPDATE = "update"  # the phase of the optimiser, whose fused AdamW works in place
@@ -98,8 +99,6 @@ class PeakMemory:
     """In bytes. Every phase has the same parts."""
 
     phases: dict[str, dict[str, int]]
-    attention: int  # working set of one layer's attention in the forward pass
-    mlp: int  # and of its MLP
     hidden_rows: int  # hidden states of the response tokens, of both passes
     offloaded: int  # checkpointed layer inputs in host memory
     logits_not_held: dict[str, int]
@@ -171,10 +170,6 @@ def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, dev
         not_held = {"of the response tokens": shape.rows * counts.vocabulary * 4} | not_held
     return PeakMemory(
         phases,
-        attention=max(
-            (size for name, size in rehearsed.parts.items() if "attn" in name or "attention" in name), default=0
-        ),
-        mlp=max((size for name, size in rehearsed.parts.items() if "mlp" in name or "feed" in name), default=0),
         offloaded=rehearsed.offloaded,
         # Autocast's wrapper returns those of the counterfactual pass in fp32.
         hidden_rows=shape.rows * counts.hidden * ((2 if setup.low_precision else 4) + 4 * holds_cf),
@@ -200,13 +195,15 @@ def _resident(counts: Counts, setup: Setup, step: StepConfig, device: str) -> di
 
 def loss_buffers(config: Any, setup: Setup, shape: StepShape, counts: Counts, device: str) -> int:
     """Bytes that fused_perce_loss allocates besides its inputs and outputs, as far as they are not rehearsed."""
-    backend = setup.model.backend
+    backend: str = setup.model.backend
     if backend == "reference":  # plain PyTorch tensors, which the rehearsal counts
         return 0
     n, d, v = shape.rows, counts.hidden, counts.vocabulary
     softcap = logit_transforms(config)[0].softcap is not None
     passes = 1 + shape.objective.fused
-    if backend == "triton" or (backend == "auto" and device == "cuda"):
+    if device == "cuda" and torch.cuda.is_available():
+        backend, _ = chosen(backend, torch.device(device))
+    if backend == "triton" or (backend == "auto" and device == "cuda"):  # of a GPU elsewhere, kernels are assumed
         return _gpu_loss_buffers(n, d, v, 2 if setup.low_precision else 4, passes, counts)
     buffers = 1 + softcap
     chunk = min(chunked.chunk_rows(v, torch.float32, buffers, device), n)

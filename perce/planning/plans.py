@@ -16,8 +16,10 @@ from perce.config.schema import LossConfig, ModelConfig
 from perce.config.step import StepConfig
 from perce.errors import UserError
 from perce.hub import read_config, stated
+from perce.model.branches import shares_nothing
 from perce.model.loading import bf16_is_sound, check_backend
-from perce.model.positions import is_dynamic, position_limit, switch_length
+from perce.model.positions import position_limit
+from perce.model.prefill import other_states
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
 from perce.planning.flops import Flops, count_flops, matmul_rate
 from perce.planning.memory import Counts, PeakMemory, count, peak_memory
@@ -77,7 +79,7 @@ def make_plan(options: PlanOptions) -> Plan:
         options, device, precision="bf16" if low else "fp32", cost=costs.of(options),
         rate=tflops * 1e12 if tflops else matmul_rate(device, low),
         largest_context=largest_context(model_config, options, device),
-        variants=list(planned_variants(model_config, options, device, costs.of)),
+        variants=list(planned_variants(options, device, costs.of)),
         available=there, command=proposed, caveat=caveat,
     )  # fmt: skip
 
@@ -132,13 +134,11 @@ def _command(
     return command(replace(way, model=replace(way.model, backend=backend))), "; ".join(said)
 
 
-def planned_variants(
-    model_config: Any, options: PlanOptions, device: str, cost_of: Callable[[PlanOptions], Cost] | None = None
-) -> Iterator[Variant]:
-    """Those of `variants` that this architecture supports."""
+def planned_variants(options: PlanOptions, device: str, cost_of: Callable[[PlanOptions], Cost]) -> Iterator[Variant]:
+    """Those of `variants` that the architecture supports."""
     for flags, changed in variants(options, device):
         with contextlib.suppress(UserError):
-            yield Variant(flags, cost_of(changed) if cost_of else step_cost(model_config, changed, device))
+            yield Variant(flags, cost_of(changed))
 
 
 def step_cost(model_config: Any, options: PlanOptions, device: str) -> Cost:
@@ -169,8 +169,9 @@ def with_backend(model: ModelConfig, device: str) -> ModelConfig:
 
 
 def is_low_precision(model: ModelConfig, device: str) -> bool:
-    """Like perce.model.loading.resolve_precision, but the device need not be in this machine."""
-    return model.precision == "bf16" or (model.precision == "auto" and (device == "cuda" or bf16_is_sound("cpu")))
+    """Like perce.model.loading.resolve_precision. A GPU that is not in this machine is taken to be a recent one."""
+    elsewhere = device == "cuda" and not torch.cuda.is_available()
+    return model.precision == "bf16" or (model.precision == "auto" and (elsewhere or bf16_is_sound(device)))
 
 
 def load_config(options: ModelConfig) -> Any:
@@ -189,17 +190,12 @@ def load_config(options: ModelConfig) -> Any:
             f"--model {path}: its config.json has a quantization_config ({method}). Plan the model before "
             "quantisation; --load_in_4bit plans that in 4 bits."
         )
-    text, names = config.get_text_config(), ("num_hidden_layers", "hidden_size", "vocab_size")
-    written = raw.get("text_config", raw)
-    missing = [name for name in names if stated(text, name) is None]
-    # A size left out of config.json gets the architecture's default, which belongs to another model.
-    missing += [
-        name
-        for name in ("hidden_size", "num_hidden_layers")
-        if written.keys().isdisjoint({name, text.attribute_map.get(name)})
-    ]
-    if missing:
-        raise UserError(f"--model {path}: {missing[0]} is missing from its config.json, and a plan needs it.")
+    text, written = config.get_text_config(), raw.get("text_config", raw)
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        # A size left out of config.json gets the architecture's default, which belongs to another model.
+        left_out = name != "vocab_size" and written.keys().isdisjoint({name, text.attribute_map.get(name)})
+        if left_out or stated(text, name) is None:
+            raise UserError(f"--model {path}: {name} is missing from its config.json, and a plan needs it.")
     return config
 
 
@@ -210,7 +206,7 @@ def check_architecture(config: Any, path: str) -> None:
         raise UserError(f"--model {path}: PerCE needs a decoder-only model, and {config.model_type} has an encoder.")
     text = config.get_text_config()
     said = f"--model {path}: {text.model_type}"
-    if any(stated(text, name) for name in EXPERTS):
+    if any(stated(part, name) for part in (text, stated(text, "ffn_config")) for name in EXPERTS):  # the latter: DBRX
         raise UserError(f"{said} has a mixture of experts. Only dense models are planned.")
     if differing := getattr(text, "per_layer_attributes", None):
         raise UserError(
@@ -221,13 +217,16 @@ def check_architecture(config: Any, path: str) -> None:
 
 
 def check_positions(model_config: Any, options: PlanOptions) -> None:
-    """UserError for a context longer than the model's positions, and for --replies if replies cannot share tokens."""
-    changing = is_dynamic(model_config) or switch_length(model_config) is not None
-    if changing and options.step.replies > 1:
-        raise UserError(
-            f"--replies {options.step.replies}: the position encoding of {model_config.model_type} follows the length "
-            "of a forward, so each reply needs a forward of its own. Use --replies 1."
-        )
+    """UserError for a context longer than the model's positions, and for sequences that share tokens if a run computes
+    them one by one."""
+    step, requests = options.step, options.memory.share_persona
+    of_persona = f"--share_persona {requests}" if requests > 1 else ""
+    together = f"--replies {step.replies}" if step.replies > 1 else of_persona
+    if together and (reason := shares_nothing(model_config)):
+        raise UserError(f"{together}: {reason}, so each sequence needs a forward of its own. Leave it out.")
+    branching = "--branches" if step.branches else of_persona
+    if branching and (reason := other_states(model_config)):
+        raise UserError(f"{branching}: {reason}, which would see the tokens of other branches. Leave it out.")
     limit = position_limit(model_config)
     if limit is not None and options.step.context > limit:
         raise UserError(

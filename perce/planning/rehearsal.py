@@ -40,6 +40,7 @@ from perce.model.branches import teach_branches
 from perce.model.head import answer, logit_transforms
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
+from perce.model.positions import is_dynamic
 from perce.model.prefill import (
     CACHE_ARGUMENT,
     PREFILL_CHUNK,
@@ -97,6 +98,11 @@ class StepShape:
             another = Segment(ids[self.persona :], ((first, self.persona),))
             found += [Segment(ids), *[another] * (self.requests - 1)]
         return found
+
+    @property
+    def shares(self) -> bool:
+        """Whether sequences share tokens, as segments of one row."""
+        return self.replies > 1 or self.requests > 1
 
     @property
     def personas(self) -> int:
@@ -182,11 +188,10 @@ def decoder_layers(model: Any, count: int) -> nn.ModuleList:
     raise UserError(f"{type(unwrapped(model)).__name__}: expected a ModuleList of {count} layers, found none.")
 
 
-def layer_kinds(config: Any) -> list[tuple[Any, ...]]:
+def layer_kinds(config: Any) -> list[str]:
     """The kind of each layer (full or sliding attention, …) by the config: layers of one kind are alike."""
     text = config.get_text_config()
-    lists = [text.layer_types] if getattr(text, "layer_types", None) else []
-    return list(zip(*lists, strict=True)) if lists else [()] * text.num_hidden_layers
+    return list(getattr(text, "layer_types", None) or [""] * text.num_hidden_layers)
 
 
 def cut(config: Any, stack: Sequence[int]) -> Any:
@@ -213,21 +218,20 @@ def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     between = [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in (kinds[0], kinds[-1])]
     base = [0, *between, len(kinds) - 1] if len(kinds) > 1 else [0]
     shallow = rehearse(cut(config, base), setup, shape)
-    phases, offloaded, cached = dict(shallow.phases), 0, shallow.cached
+    phases, offloaded = dict(shallow.phases), 0
     present = Counter(kinds[index] for index in base)
     for kind, count in Counter(kinds).items():
         if more := count - present[kind]:
             stack = [0, kinds.index(kind), *base[1:]]
             deeper = rehearse(cut(config, stack), setup, shape)
             added: dict[str, Phase] = tree_map(sub, deeper.phases, shallow.phases)
-            keys_and_values = deeper.cached - shallow.cached
-            cached += more * keys_and_values
             if setup.memory.activation_offload:
+                keys_and_values = deeper.cached - shallow.cached
                 inputs = added["head"].start.others - shape.personas * keys_and_values
                 offloaded += more * inputs
                 added = {name: _offloaded(name, phase, inputs, shape) for name, phase in added.items()}
             phases = tree_map(lambda total, layer, layers=more: total + layers * layer, phases, added)
-    return Rehearsed(phases, shallow.parts, offloaded, cached)
+    return Rehearsed(phases, offloaded)
 
 
 def _offloaded(name: str, added: Phase, inputs: int, shape: StepShape) -> Phase:
@@ -246,8 +250,10 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
     """The bytes that one step of this model has alive in each of its phases."""
     live = Live()
     model = build(config, setup)
-    if shape.replies > 1 or shape.requests > 1:
+    if shape.shares:
         teach_branches(unwrapped(model))
+    if is_dynamic(config):
+        _fix_frequencies(model)
     try:
         # transformers looks for packed sequences in position ids. If these have no values, it assumes packing and
         # builds a T × T mask, which a real step never has. The reference checks target values, which are missing too.
@@ -264,6 +270,14 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
             f"{name}: a step of this architecture cannot be rehearsed without data ({first_line(error)})."
         ) from error
     return live.found
+
+
+def _fix_frequencies(model: Any) -> None:
+    """Dynamic NTK compares the values of positions, which are missing, to find those beyond the model's limit, which no
+    step has."""
+    for module in model.modules():
+        if kinds := getattr(module, "rope_type", None):
+            module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 
 
 @contextmanager
@@ -307,66 +321,28 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     def autocast() -> Any:  # one per pass, like Accelerate's wrapper: casts of the weights live as long as it
         return torch.autocast("cpu", torch.bfloat16, enabled=setup.low_precision)
 
-    def hidden(sequences: int, tokens: int, **kwargs: Any) -> Tensor:
-        ids = torch.zeros(sequences, tokens, dtype=torch.int64)
-        return decoder(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
-
-    def of_segments(segments: list[Segment]) -> Tensor:  # arranged like collate's, passed on as by the patched forward
-        *starts, tokens = [0, *accumulate(len(segment.ids) for segment in segments)]
-        positions = torch.zeros(1, tokens, dtype=torch.int64)
-        mask = positions.new_ones(1, 1, 1, 1)
-        spans = Spans.of(dict(enumerate(segments)), dict(enumerate(starts)))
-        return hidden(1, tokens, position_ids=positions, spans=spans, attention_mask=mask)
-
-    def factual() -> Tensor:
-        if not setup.memory.on_trunks:
-            live.enter("forward")
-            shared = shape.replies > 1 or shape.requests > 1
-            return (of_segments(shape.segments) if shared else hidden(shape.batch, shape.tokens))[rows]
-        rests, length = [], shape.tokens - shape.prefix
-
-        def behind(cache: PrefixCache, requests: int) -> Tensor:  # like hidden_on_trunks
-            again = live.has_been("last layer")
-            live.enter(RECOMPUTED[live.has_been(RECOMPUTED[0])] if again else "forward")
-            if shape.requests == 1:
-                return hidden(1, length, **{CACHE_ARGUMENT: cache})
-            spans = Spans.behind(shape.prefix, [length] * requests)
-            positions = torch.zeros(1, requests * length, dtype=torch.int64)
-            of_spans = spans_arguments(spans, positions)
-            return hidden(1, requests * length, position_ids=positions, **of_spans, **{CACHE_ARGUMENT: cache})
-
-        run = functools.partial(checkpoint, behind, use_reentrant=False) if shape.together else behind
-        for _ in range(shape.personas):
-            live.enter("persona")
-            ids = torch.zeros(1, shape.prefix, dtype=torch.int64)
-            if shape.detached:
-                cache = _prefix_cache(decoder, shape.prefix)
-            else:
-                cache = prefill_with_gradient(decoder, ids)
-                last: Any = cache.layers[-1]  # its keys get their gradient after the backward of all that follows
-                last.keys.register_hook(lambda _: live.enter(PERSONAS_BACKWARD[0]))
-            live.found.cached = _held(cache)
-            together = shape.together or shape.requests
-            for first in range(0, shape.requests, together):
-                rests.append(run(cache, min(together, shape.requests - first)))
-        return torch.cat(rests)[rows]
+    def at_rows(segments: list[Segment], tokens: int) -> Tensor:
+        found = _of_segments(decoder, segments) if shape.shares else _hidden(decoder, len(segments), tokens)
+        return found[rows]
 
     hidden_cf, signal = None, None
     if shape.tokens_cf:
         live.enter("counterfactual")
         model.eval()
         with torch.no_grad(), autocast():
-            shared = shape.replies > 1 or shape.requests > 1
-            sequences_cf = shape.sequences_cf or shape.batch
-            states = (of_segments(shape.segments_cf) if shared else hidden(sequences_cf, shape.tokens_cf))[rows]
+            states = at_rows(shape.segments_cf, shape.tokens_cf)
         hidden_cf = states.float() if setup.low_precision else states  # the wrapper returns fp32
         model.train()
     if shape.objective.over_step:  # the E-step's two forwards end before the step's own begins; its factual forward
         hidden_cf, signal = None, torch.ones(shape.rows)  # has less alive than one with a backward
     live.leave()
-    handles = [*_watch_parts(layers[-1], live), *_watch_backward(layers, live), *_watch_gradients(model, live)]
+    handles = [*_watch_backward(layers, live), *_watch_gradients(model, live)]
     with autocast():
-        states = factual()
+        if setup.memory.on_trunks:
+            states = _behind_personas(decoder, shape, rows, live)
+        else:
+            live.enter("forward")
+            states = at_rows(shape.segments, shape.tokens)
         live.enter("head")
         backend = "reference" if setup.model.backend == "reference" else "torch"
         call = HeadCall(rows, shape.objective.weighting(), hidden_cf, signal, num_items=1)
@@ -377,6 +353,50 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
     live.leave()
     for handle in handles:
         handle.remove()
+
+
+def _hidden(decoder: Any, sequences: int, tokens: int, **kwargs: Any) -> Tensor:
+    ids = torch.zeros(sequences, tokens, dtype=torch.int64)
+    return decoder(input_ids=ids, use_cache=False, **kwargs)[0].flatten(0, 1)
+
+
+def _of_segments(decoder: Any, segments: list[Segment]) -> Tensor:
+    """Hidden states of a row, arranged like collate's and passed on as by the patched forward."""
+    *starts, tokens = [0, *accumulate(len(segment.ids) for segment in segments)]
+    spans = Spans.of(dict(enumerate(segments)), dict(enumerate(starts)))
+    return _of_spans(decoder, spans, tokens)
+
+
+def _of_spans(decoder: Any, spans: Spans, tokens: int, **kwargs: Any) -> Tensor:
+    positions = torch.zeros(1, tokens, dtype=torch.int64)
+    return _hidden(decoder, 1, tokens, position_ids=positions, **spans_arguments(spans, positions), **kwargs)
+
+
+def _behind_personas(decoder: Any, shape: StepShape, rows: Tensor, live: Live) -> Tensor:
+    """Hidden states of the requests at these rows, as hidden_on_trunks computes them; marks the phases of a persona."""
+    rests, length, together = [], shape.tokens - shape.prefix, shape.together or shape.requests
+
+    def behind(cache: PrefixCache, requests: int) -> Tensor:
+        again = live.has_been("last layer")
+        live.enter(RECOMPUTED[live.has_been(RECOMPUTED[0])] if again else "forward")
+        if shape.requests == 1:
+            return _hidden(decoder, 1, length, **{CACHE_ARGUMENT: cache})
+        spans = Spans.behind(shape.prefix, [length] * requests)
+        return _of_spans(decoder, spans, requests * length, **{CACHE_ARGUMENT: cache})
+
+    run = functools.partial(checkpoint, behind, use_reentrant=False) if shape.together else behind
+    for _ in range(shape.personas):
+        live.enter("persona")
+        if shape.detached:
+            cache = _prefix_cache(decoder, shape.prefix)
+        else:
+            cache = prefill_with_gradient(decoder, torch.zeros(1, shape.prefix, dtype=torch.int64))
+            last: Any = cache.layers[-1]  # its keys get their gradient after the backward of all that follows
+            last.keys.register_hook(lambda _: live.enter(PERSONAS_BACKWARD[0]))
+        live.found.cached = _held(cache)
+        for first in range(0, shape.requests, together):
+            rests.append(run(cache, min(together, shape.requests - first)))
+    return torch.cat(rests)[rows]
 
 
 def _held(cache: PrefixCache) -> int:
@@ -414,14 +434,6 @@ def _lengthen(layer: Any, tokens: int) -> None:
         held = getattr(layer, name)
         longer = held.new_empty(*held.shape[:2], length, held.shape[3])
         setattr(layer, name, longer[:, :, -window + 1 :] if window else longer)
-
-
-def _watch_parts(layer: nn.Module, live: Live) -> Iterator[Any]:
-    for name, child in layer.named_children():
-        if any(parameter.dim() > 1 for parameter in child.parameters()):
-            before, after = live.part(name)
-            yield child.register_forward_pre_hook(before)
-            yield child.register_forward_hook(after)
 
 
 def _watch_backward(layers: nn.ModuleList, live: Live) -> Iterator[Any]:

@@ -18,8 +18,8 @@ PHASE_NAMES = {  # (column title, words in a sentence)
     "head": ("head", "head and loss"),
     "last layer": ("last\nlayer", "backward of the last layer"),
     "first layer": ("first\nlayer", "backward of the first layer"),
-    "persona's backward": ("persona\nbackward", "persona's backward"),
-    UPDATE: ("update", "optimiser update"),
+    "persona's backward": ("persona\nback", "persona's backward"),
+    UPDATE: ("AdamW", "optimiser update"),
 }
 
 
@@ -89,14 +89,18 @@ def _header(plan: Plan) -> list[str]:
 
 
 def _phases(plan: Plan) -> Table:
-    """One column per phase, one row per part."""
+    """One column per phase, one row per part. Sizes of at most five characters let eight phases fit into 80 columns."""
+
+    def short(size: int) -> str:
+        return f"{size / GIB:.1f}" if 100 * GIB <= size < 1000 * GIB else _gib(size)
+
     memory = plan.cost.memory
     rows = table("GiB", *(PHASE_NAMES[name][0] for name in memory.phases), numbers=True)
     for part in memory.parts:
         sizes = [phase[part] for phase in memory.phases.values()]
         if any(sizes):
-            rows.add_row(part, *(_gib(size) for size in sizes))
-    rows.add_row("sum", *(_gib(sum(phase.values())) for phase in memory.phases.values()))
+            rows.add_row(part, *(short(size) for size in sizes))
+    rows.add_row("sum", *(short(sum(phase.values())) for phase in memory.phases.values()))
     return rows
 
 
@@ -111,11 +115,7 @@ def _details(plan: Plan) -> Table:
         rows.append(("largest context that fits", longest))
     if plan.device == "cpu":
         rows.append(("in addition", "what Python and its libraries hold before the model is loaded"))
-    rows += [
-        ("one layer's attention, forward", f"{_gib(memory.attention)} GiB"),
-        ("one layer's MLP, forward", f"{_gib(memory.mlp)} GiB"),
-        ("hidden rows of the response", f"{_gib(memory.hidden_rows)} GiB"),
-    ]
+    rows.append(("hidden rows of the response", f"{_gib(memory.hidden_rows)} GiB"))
     if memory.offloaded:
         rows.append(("in host memory", f"{_gib(memory.offloaded)} GiB of checkpointed layer inputs"))
     rows += [

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from perce.config.commands import TRAIN, PlanOptions
+from perce.config.commands import PLAN, TRAIN, PlanOptions
 
 MLP_TILE = 1024
-NAMES = {"context": "max_length"}  # options that perce.train calls by another name
+NAMES = {here: there for there, here in PLAN.renames.items()}  # options that perce.train calls by another name
 ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # else train would choose them by length
 
 
@@ -69,7 +69,7 @@ def fastest(
         frugal = {way.step.batch: way for way in sorted(ways, key=_frugality)}
         if all(peak(way) > room for way in [*frugal.values(), options]):
             continue
-        for way in sorted(ways, key=lambda way: (work(way), way.memory.activation_offload, _changed(options, way))):
+        for way in sorted(ways, key=lambda way: (work(way), way.memory.activation_offload, _differing(options, way))):
             if peak(way) <= room:
                 return way
     return None
@@ -83,7 +83,7 @@ def _frugality(way: PlanOptions) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _changed(options: PlanOptions, way: PlanOptions) -> int:
+def _differing(options: PlanOptions, way: PlanOptions) -> int:
     """The number of options that differ."""
     pairs = ((getattr(options, part.name), getattr(way, part.name)) for part in fields(options))
     return sum(getattr(one, f.name) != getattr(other, f.name) for one, other in pairs for f in fields(one))

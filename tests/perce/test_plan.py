@@ -205,7 +205,11 @@ def test_models_that_cannot_be_planned_are_named(run, tmp_path, config, message)
 
 @pytest.mark.parametrize(
     ("architecture", "said"),
-    [("mamba", "mamba has no attention heads"), ("gemma4_text", "gemma4_text has layers that differ in head_dim")],
+    [
+        ("mamba", "mamba has no attention heads"),
+        ("gemma4_text", "gemma4_text has layers that differ in head_dim"),
+        ("dbrx", "dbrx has a mixture of experts"),  # in a config of its own
+    ],
 )
 def test_what_cannot_be_planned_is_one_line(tmp_path, run, architecture, said):
     """transformers raises where one value is asked for and layers have several."""

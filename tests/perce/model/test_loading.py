@@ -188,3 +188,18 @@ def test_a_decoder_that_fails_where_it_is_tried_is_one_paragraph():
     model.model.layers[0].mlp.bfloat16()
     with pytest.raises(UserError, match="its decoder fails in training mode on a few tokens: "):
         add_adapter(model, LoraConfig(target_modules="all-linear"))
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"), [(KeyError("stage"), UserError), (torch.OutOfMemoryError("CUDA"), torch.OutOfMemoryError)]
+)
+def test_a_decoder_may_raise_anything(raised, told, monkeypatch):
+    """Memory that ran out is no fault of the decoder."""
+
+    def fail(*_args, **_kwargs):
+        raise raised
+
+    model = prepare_model(tiny_model())
+    monkeypatch.setattr(model.model.layers[0].mlp, "forward", fail)
+    with pytest.raises(told):
+        add_adapter(model, LoraConfig(target_modules="all-linear"))

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MistralConfig, Qwen2Config
 
 from perce import MemoryConfig
 from perce.data.sharing import Forward, Trunk, Trunks
@@ -15,6 +16,7 @@ from perce.model.prefill import hidden_on_trunks
 from perce.planning.flops import attention_flops, count_flops
 from perce.planning.memory import count, shape_of
 from perce.planning.rehearsal import Setup
+from tests.helpers.architectures import tiny
 from tests.helpers.plans import FULL, LORA, NONE, SHORT, TILED
 from tests.helpers.tiny import tiny_model
 
@@ -100,6 +102,23 @@ def test_layers_without_attention_cost_none():
     hybrid = attention_flops(config, 64)
     config.num_hidden_layers, config.layer_types = 2, ["full_attention"] * 2
     assert hybrid == attention_flops(config, 64) > 0
+
+
+def test_a_window_without_layer_types_is_that_of_all_layers():
+    """As Mistral, Phi-3 and Starcoder2 apply it."""
+    text = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "sliding_window": 16}
+    assert attention_flops(MistralConfig(**text, head_dim=8), 64) == 2 * 4 * 4 * 8 * (16 * 17 // 2 + (64 - 16) * 16)
+    assert attention_flops(Qwen2Config(**text), 64) == 2 * 4 * 4 * 8 * 64 * 65 // 2, "use_sliding_window is off"
+
+
+def test_latent_attention_has_two_widths():
+    """Counted by torch on eager attention, which scores all pairs of tokens."""
+    model = tiny("minicpm3").eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.base_model(torch.ones(1, 64, dtype=torch.int64))
+    products = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    assert attention_flops(model.config, 64) / (64 * 65 / 2) == products["aten.bmm"] / 64**2
 
 
 @pytest.mark.parametrize("branches", [False, True])

@@ -90,6 +90,16 @@ def test_the_torch_backend_on_a_gpu_holds_larger_chunks():
     assert low == chunk * (49152 + 32) * 4 + chunk * 49152 * 2, "logits, and dz in 16 bits"
 
 
+def test_a_gpu_that_the_kernels_do_not_support_takes_the_torch_backend(monkeypatch):
+    """Turing, or a machine without triton: there a run takes it too."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("perce_kernels.backends._has_tiles", lambda device: False)
+    config, shape = tiny_model("llama").config, StepShape(1, 50, 20, 16, False)
+    chosen, named = (Setup(replace(FULL, backend=backend), False, False) for backend in ("auto", "torch"))
+    counts = count(config, chosen)
+    assert loss_buffers(config, chosen, shape, counts, "cuda") == loss_buffers(config, named, shape, counts, "cuda")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_reference_holds_logits_of_the_response(precision):
     """The reference holds exp, products and log-probabilities of all response tokens at the same time."""
@@ -132,7 +142,7 @@ def test_other_names_for_the_same_sizes():
         setattr(config, name, 0.0)
     plan = step_cost(config, PlanOptions(FULL, SHORT), "cpu")
     assert plan.counts.linear == 3 * 12 * 32 * 32
-    assert plan.memory.attention > 0 and plan.memory.mlp > 0
+    assert plan.memory.parts["working set"] > 0
 
 
 def planned(config, memory, device="cpu", **changes):
@@ -159,8 +169,7 @@ def test_tiles_hold_less_of_an_mlp():
     config = tiny_model("llama", intermediate_size=1024).config
     options = MemoryConfig(), MemoryConfig(mlp_tile=256)
     whole, tiled = (planned(config, memory, context=2000).memory for memory in options)
-    assert tiled.peak < whole.peak / 2 and tiled.mlp < whole.mlp / 2
-    assert tiled.attention == whole.attention
+    assert tiled.peak < whole.peak / 2
 
 
 BY_ITSELF = MemoryConfig(branches_per_forward=1)

@@ -7,11 +7,14 @@ import pytest
 from perce import MemoryConfig, UserError
 from perce import plan as command
 from perce.config.commands import PlanOptions
+from perce.config.schema import ModelConfig
 from perce.config.step import StepConfig
+from perce.model.loading import resolve_precision
 from perce.planning import plans
 from perce.planning.plans import largest, largest_context, step_cost, variants
+from tests.helpers.architectures import tiny
 from tests.helpers.plans import FULL, LORA, SHORT
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import LAYERS, tiny_model
 
 
 @pytest.mark.parametrize("peak", [lambda x: 7 * x, lambda x: max(100 * x, x * x), lambda x: 10_000 + x // 3])
@@ -95,11 +98,51 @@ def test_options_that_do_not_go_together(flags, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_replies_share_nothing_where_positions_follow_the_length(tmp_path, capsys):
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 1024,
+    "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, LONGROPE], ids=["dynamic", "longrope"])
+@pytest.mark.parametrize("shared", ["--replies 4", "--share_persona 4"])
+def test_nothing_is_shared_where_positions_follow_the_length(rope, shared, tmp_path, capsys):
+    """A run computes such sequences one by one: a plan that shares their tokens would be a third of its peak."""
     tiny_model("llama", rope_parameters=rope).config.save_pretrained(tmp_path)
-    assert command.main(["--model", str(tmp_path), *"--replies 4 --per_device_train_batch_size 4".split()]) == 2
-    assert "--replies 4: the position encoding of llama follows the length" in capsys.readouterr().err
+    assert command.main(["--model", str(tmp_path), *shared.split()]) == 2
+    assert f"{shared}: the position encoding of llama depends on the length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rope"), [("llama", DYNAMIC), ("gemma3", dict.fromkeys(LAYERS, DYNAMIC))], ids=["one", "by layer"]
+)
+def test_dynamic_encodings_are_planned_as_those_of_fixed_frequencies(architecture, rope):
+    """Within the positions that the model has, beyond which neither a run nor a plan goes, they are the same."""
+    options = PlanOptions(FULL, SHORT)
+    dynamic, fixed = tiny_model(architecture, rope_parameters=rope), tiny_model(architecture)
+    assert step_cost(dynamic.config, options, "cpu") == step_cost(fixed.config, options, "cpu")
+
+
+def test_branches_are_not_planned_on_layers_that_read_the_whole_row():
+    """A run finds that such layers compute other states on branches; replies alone can share as chains."""
+    config = tiny("qwen3_5_text").config
+    plans.check_positions(config, PlanOptions(LORA, replace(SHORT, replies=2)))
+    for step, memory, option in (
+        (replace(SHORT, replies=2, branches=True), MemoryConfig(), "--branches"),
+        (SHORT, MemoryConfig(share_persona=4), "--share_persona 4"),
+    ):
+        with pytest.raises(UserError, match=f"{option}: qwen3_5_text has layers whose state is not keys and values"):
+            plans.check_positions(config, PlanOptions(LORA, step, memory))
+
+
+@pytest.mark.parametrize(("there", "native", "low"), [(True, True, True), (True, False, False), (False, False, True)])
+def test_precision_is_that_of_a_run_on_this_gpu(there, native, low, monkeypatch):
+    """Volta and Turing have no native bf16. Where no GPU is, a recent one is meant."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native)
+    assert plans.is_low_precision(ModelConfig(), "cuda") == low
+    assert not there or (resolve_precision("auto", "cuda") == "bf16") == low
 
 
 def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
@@ -109,7 +152,11 @@ def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
         raise UserError("not this one")
 
     monkeypatch.setattr("perce.planning.rehearsal.prepare_memory", refuse)
-    assert list(plans.planned_variants(config, PlanOptions(LORA, SHORT), "cpu")) == []
+
+    def cost_of(options):
+        return step_cost(config, options, "cpu")
+
+    assert list(plans.planned_variants(PlanOptions(LORA, SHORT), "cpu", cost_of)) == []
 
 
 def test_a_conversation_is_planned_by_its_replies_alone():

@@ -131,4 +131,4 @@ def test_a_few_layers_tell_what_all_take_under_memory_options(memory, checkpoint
 def _bytes(found: Rehearsed) -> dict[str, int]:
     moments = {f"{name} {at}": getattr(phase, at) for name, phase in found.phases.items() for at in ("start", "peak")}
     sizes = {f"{name} {what}": size for name, moment in moments.items() for what, size in moment._asdict().items()}
-    return sizes | found.parts | {"offloaded": found.offloaded}
+    return sizes | {"offloaded": found.offloaded}
