@@ -113,11 +113,12 @@ def test_an_error_of_the_kernels_ends_with_the_way_around(monkeypatch, reduction
     assert str(raised.value.__cause__) == "Triton Error [CUDA]: invalid device function"
 
 
-def test_an_assertion_on_the_device_names_its_likely_cause(monkeypatch):
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])  # as torch and Triton raise it
+def test_an_assertion_on_the_device_names_its_likely_cause(monkeypatch, error):
     """It comes at a later call, which did nothing wrong; another backend would not avoid it."""
 
     def broken(backend, device):
-        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        raise error("CUDA error: device-side assert triggered")
 
     monkeypatch.setattr(backends, "implementation", broken)
     with pytest.raises(

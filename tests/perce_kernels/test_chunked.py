@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from perce_kernels import chunked, fused_perce_loss, row_pass, token_logprobs
+from perce_kernels.contract import Call
 from tests.helpers.numerics import IGNORE, TRAINABLE, assert_matches, beneath, call, make_inputs, oracle
 from tests.helpers.watch import NEEDED_AND_COST, Watch
 
@@ -90,6 +91,16 @@ def test_no_tensor_of_n_by_v_exists(monkeypatch, compact, softcap, dtype):
         chunked.logprobs(beneath(inputs, compact=compact, softcap=softcap)[0], return_entropy=True)
     assert budget // 2 < watch.largest_bytes <= budget
     assert n * v * 2 > 4 * budget, "an (N, V) tensor in bf16 would exceed the limit"
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_logits_of_a_gpu_keep_to_their_budget(entropy):
+    """Its rows are reduced all at once, for which an entropy takes a second buffer. The device "meta" has no data."""
+    n, d, v = 5000, 8, 128_256
+    hidden, lm_head, target = (x.to("meta") for x in (torch.zeros(n, d), torch.zeros(v, d), torch.zeros(n).long()))
+    with Watch() as watch:
+        chunked.logprobs(Call(hidden, lm_head, target, None, IGNORE, None, 1.0, compact=False), return_entropy=entropy)
+    assert 0.98 < watch.peak / chunked.GPU_LOGITS_BYTES < 1.01
 
 
 @NEEDED_AND_COST

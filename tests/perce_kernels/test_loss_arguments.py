@@ -69,6 +69,8 @@ BAD_ARGUMENTS = [
     ("logit_scale", {"logit_scale": None}),
     ("ignore_index", {"ignore_index": None}),
     ("ignore_index", {"ignore_index": -100.0}),
+    ("softcap", {"softcap": True}),
+    ("ignore_index", {"ignore_index": False}),
     ("softcap", {"softcap": 0.0}),
     ("softcap", {"softcap": float("inf")}),
     ("logit_scale", {"logit_scale": float("nan")}),
@@ -131,6 +133,8 @@ REMEDIES = [
     ({"lm_head": torch.zeros(D, V)}, "Pass lm_head.T"),
     ({"lm_head": torch.zeros(0)}, "If its parameters are partitioned (ZeRO-3), gather it first"),
     ({"hidden": torch.zeros(V, D), "lm_head": torch.zeros(N, D)}, "hidden comes before lm_head"),
+    ({"target": LONG.to(torch.uint8)}, "Pass target.long()"),
+    ({"target": LONG[1:].int()}, f"got torch.int32 ({N - 1},) on cpu"),  # another type would not help
     ({"group": SimpleNamespace(get_group=None), "vocab_start": 0, "vocab_size": V}, "Pass mesh.get_group()"),
 ]
 
@@ -146,8 +150,12 @@ def test_a_distributed_tensor_is_named(tmp_path):
     try:
         inputs = make_inputs()
         head = distribute_tensor(inputs.lm_head, init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(ValueError, match=r"^lm_head: expected a plain tensor, got a DTensor.*\.to_local\(\)"):
+        with pytest.raises(ValueError, match=r"^lm_head: expected a plain tensor, got a DTensor.*vocab_start="):
             fused_perce_loss(**inputs.kwargs() | {"lm_head": head})
+        with pytest.raises(
+            ValueError, match=r"^hidden: expected a plain tensor, got a DTensor\. Pass \.full_tensor\(\)$"
+        ):
+            fused_perce_loss(**inputs.kwargs() | {"hidden": head})
     finally:
         dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._dynamo import trace_rules
 
 from perce_kernels import fused_perce_loss, ops, token_logprobs
 from tests.helpers.numerics import IGNORE, TRAINABLE, make_inputs, oracle, strided
@@ -29,6 +30,21 @@ def test_compiles_without_a_graph_break(subject, name):
     inputs, options = subject.inputs(bias=True), COMPILED[name]
     compiled = torch.compile(fused_perce_loss, fullgraph=True, backend="aot_eager")
     subject.assert_matches(subject.call(inputs, op=compiled, **options), oracle(inputs, **options))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_compiles_with_what_older_torch_can_trace(monkeypatch, backend):
+    """torch.compile before 2.13 has no rule for is_autocast_available."""
+    torch.compiler.reset()
+    monkeypatch.delitem(trace_rules.torch_c_binding_in_graph_functions, "torch._C._is_autocast_available")
+    trace_rules.get_torch_obj_rule_map.cache_clear()
+    try:
+        inputs = make_inputs()
+        loss = torch.compile(fused_perce_loss, fullgraph=True, backend="eager")(**inputs.kwargs(), backend=backend)
+        torch.testing.assert_close(loss, fused_perce_loss(**inputs.kwargs()))
+    finally:
+        monkeypatch.undo()
+        trace_rules.get_torch_obj_rule_map.cache_clear()
 
 
 def test_one_graph_for_any_number_of_tokens():

@@ -143,6 +143,9 @@ def test_precision_is_that_of_a_run_on_this_gpu(there, native, low, monkeypatch)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native)
     assert plans.is_low_precision(ModelConfig(), "cuda") == low
     assert not there or (resolve_precision("auto", "cuda") == "bf16") == low
+    lines = {x: dict(variants(PlanOptions(replace(LORA, precision=x), SHORT), "cuda")) for x in ("auto", "fp32")}
+    assert ("--precision fp32" in lines["auto"]) == ("--precision bf16" in lines["fp32"]) == low
+    assert "--precision bf16" not in lines["auto"]
 
 
 def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
