@@ -129,7 +129,8 @@ def logprobs(call: Call, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     logp = hidden.new_zeros(n, dtype=dtype)
     entropy = hidden.new_zeros(n if return_entropy else 0, dtype=dtype)
     top1 = hidden.new_zeros(n, dtype=torch.bool)
-    size = min(chunk_rows(call.vocab_size, hidden.dtype, 1, hidden.device.type), max(rows.n, 1))
+    buffers = 1 + (return_entropy and hidden.device.type != "cpu")  # see row_pass._row_blocks
+    size = min(chunk_rows(call.vocab_size, hidden.dtype, buffers, hidden.device.type), max(rows.n, 1))
     z_buffer = hidden.new_empty((size, v), dtype=dtype)
     with full_fp32_matmul():
         for chunk in rows.chunks(size):

@@ -76,7 +76,7 @@ def fused_perce_loss(
         seq_id: (N,) integers that say which sequence each token belongs to.
         reduction: "mean" divides the sum by `num_items`, or by the number of valid tokens; "sum"; "none" gives (N,).
         num_items: denominator of "mean", such as the token count of an accumulation window over all processes; int > 0,
-            or a 0-d tensor, clamped to ≥ 1.
+            or a 0-d tensor, clamped to ≥ 1. One on the CPU is a constant in a CUDA graph.
         softcap, logit_scale: logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap).
         compact: drop ignored rows before the head, which takes one host sync on CUDA; False never syncs.
         group, vocab_start, vocab_size: the rows of lm_head (and bias) are sharded over this process group. This rank
@@ -222,7 +222,7 @@ def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Cast to the autocast dtype if autocast is on, as for F.linear; fp64 is not cast, as there."""
     device = hidden.device.type
     tensors = (hidden, *others)
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # "meta" has no autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -276,11 +276,13 @@ def _check_tensors(**given: Any) -> None:
             remedy = ". Pass its .weight" if isinstance(value, torch.nn.Module) else ""
             raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}{remedy}")
         if hasattr(value, "to_local"):  # of DTensor, whose module takes a while to import
-            raise ValueError(
-                f"{name}: expected a plain tensor, got a DTensor. Read a weight inside its module's own forward, where "
-                "FSDP2 has gathered it, or pass .to_local() of a head that is sharded over its rows, with group=, "
-                "vocab_start= and vocab_size="
-            )
+            remedy = "Pass .full_tensor()"
+            if name in ("lm_head", "bias"):
+                remedy = (
+                    "Read it inside its module's own forward, where FSDP2 has gathered it, or pass .to_local() of a "
+                    "head that is sharded over its rows, with group=, vocab_start= and vocab_size="
+                )
+            raise ValueError(f"{name}: expected a plain tensor, got a DTensor. {remedy}")
 
 
 def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group) -> None:
@@ -319,7 +321,7 @@ def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_inde
 def _check_numbers(**given: Any) -> None:
     for name, value in given.items():
         kind = numbers.Integral if name == "ignore_index" else numbers.Real
-        if not isinstance(value, kind | torch.SymInt | torch.SymFloat):
+        if isinstance(value, bool) or not isinstance(value, kind | torch.SymInt | torch.SymFloat):
             got = "a tensor" if isinstance(value, Tensor) else repr(value)
             remedy = ". To train it, multiply hidden, hidden_cf and bias by it" if name == "logit_scale" else ""
             raise ValueError(f"{name}: expected a number, got {got}{remedy}")
@@ -361,7 +363,8 @@ def _check_per_token(name: str, value: Tensor, like: Tensor, kind: str) -> None:
         "int64": value.dtype == torch.int64,
     }[kind]
     if value.shape != like.shape[:1] or not right_kind or value.device != like.device:
-        remedy = ". Pass target.long()" if kind == "int64" and value.dtype in (torch.int32, torch.int16) else ""
+        other = not (right_kind or value.is_floating_point()) and value.shape == like.shape[:1]
+        remedy = f". Pass {name}.long()" if kind == "int64" and other else ""
         raise ValueError(f"{name}: expected {kind} ({like.shape[0]},) on {like.device}, got {_describe(value)}{remedy}")
 
 

@@ -45,8 +45,7 @@ def _compute(function: str, backend: str, device: torch.device, *arguments: Any)
         except Exception as error:  # kernels that fail to compile, load or launch raise many types
             if module is not None and module.__name__ == backends.BACKENDS["torch"].module:
                 raise
-            asserted = isinstance(error, torch.AcceleratorError) and "device-side assert" in str(error)
-            advice = ASSERTED if asserted else WAY_AROUND
+            advice = ASSERTED if "device-side assert" in str(error) else WAY_AROUND
             raise RuntimeError(f'backend "triton": {type(error).__name__}: {error}\n{advice}') from error
 
 

@@ -27,7 +27,7 @@ ROW_BLOCK_BYTES = 2**20
 class Head(NamedTuple):
     """The output layer: logits = softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)."""
 
-    weight: Tensor  # (V, D), already in the statistics dtype on CPU
+    weight: Tensor  # (V, D), in the statistics dtype where products cannot widen
     bias: Tensor | None  # (V,)
     softcap: float | None
     logit_scale: float

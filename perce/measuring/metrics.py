@@ -164,6 +164,12 @@ def _cluster_sums(values: Sequence[float], weights: Sequence[float], clusters: S
     return np.stack([np.bincount(of, np.asarray(x, dtype=float)) for x in (values, weights)])
 
 
+def _resamples(clusters: int) -> list[int]:
+    """RESAMPLES, divided such that about 100,000 numbers are drawn at a time."""
+    most = max(1, 2**17 // clusters)
+    return [min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most)]
+
+
 def _interval(sums: np.ndarray, n: int, seed: int, bounds: tuple[float, float]) -> Interval:
     """Σ values / Σ weights with its percentile interval over resampled clusters, widened if they are few.
 
@@ -177,7 +183,8 @@ def _interval(sums: np.ndarray, n: int, seed: int, bounds: tuple[float, float]) 
     if clusters < 2:
         return Interval(value, None, None, n, clusters)
     rng = np.random.default_rng(seed)
-    values, weights = np.stack([sums[:, rng.integers(0, clusters, clusters)].sum(1) for _ in range(RESAMPLES)], axis=1)
+    drawn = [sums[:, rng.integers(0, clusters, (rows, clusters))].sum(-1) for rows in _resamples(clusters)]
+    values, weights = np.concatenate(drawn, axis=1)
     low, high = np.quantile(values / weights, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     wider = np.sqrt(clusters / (clusters - 1)) * _student(clusters - 1) / NORMAL_QUANTILE
     low, high = max(value - wider * (value - low), bounds[0]), min(value + wider * (high - value), bounds[1])
@@ -220,8 +227,9 @@ def paired_difference(
     if not weight:
         return None
     rng = np.random.default_rng(seed)
-    flipped = (abs((rng.choice([-1.0, 1.0], sums.shape[1]) * sums[0]).sum()) for _ in range(RESAMPLES))
-    p = (1 + sum(each >= abs(total) * (1 - 1e-12) for each in flipped)) / (1 + RESAMPLES)
+    count = sums.shape[1]
+    flipped = [abs((rng.choice([-1.0, 1.0], (rows, count)) * sums[0]).sum(1)) for rows in _resamples(count)]
+    p = (1 + np.count_nonzero(np.concatenate(flipped) >= abs(total) * (1 - 1e-12))) / (1 + RESAMPLES)
     least, most = bounds
     return _interval(sums, int(np.count_nonzero(weights)), seed, (least - most, most - least)), float(p)
 

@@ -60,8 +60,13 @@ def answer(call: HeadCall, hidden: Tensor, **head: Any) -> Measured:
     found = _loss(call, hidden, head) if call.loss else _measured(call, hidden, head)
     if not call.top1:
         return found
+    asked: dict[str, Any] = {
+        "return_entropy": True,
+        "return_top1": True,
+        "compact": False,
+    }  # all rows have a target: nothing to wait for
     with torch.no_grad():
-        _, entropy, top1 = token_logprobs(hidden, target=call.target, return_entropy=True, return_top1=True, **head)
+        _, entropy, top1 = token_logprobs(hidden, target=call.target, **asked, **head)
     return found._replace(entropy=entropy, top1=top1)
 
 
@@ -86,7 +91,7 @@ def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
     else:  # the loss per token, which costs the head's matrix products once more than their mean does
         losses, stats = fused_perce_loss(hidden, target=call.target, reduction="none", **options)
         items = call.target.numel() if call.num_items is None else call.num_items
-        loss = (losses * call.data_weight).sum() / torch.as_tensor(items, device=losses.device).clamp(min=1)
+        loss = (losses * call.data_weight).sum() / torch.as_tensor(items).clamp(min=1)
     if signal is None:
         signal = weighting.signal_of(stats.logp, stats.logp_cf)
     logp_cf = stats.logp_cf if logp_cf is None else logp_cf

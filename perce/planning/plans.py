@@ -338,8 +338,9 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
     if model.lora_r and device == "cuda" and step.sharding == "none":
         four = not model.load_in_4bit
         yield changed(f"--load_in_4bit {str(four).lower()}", load_in_4bit=four)
-    precision = "fp32" if low else "bf16"
-    yield changed(f"--precision {precision}", precision=precision)
+    if low or is_low_precision(replace(model, precision="auto"), device):  # a run refuses bf16 that is not native
+        precision = "fp32" if low else "bf16"
+        yield changed(f"--precision {precision}", precision=precision)
     batch, fewest = step.batch, max(step.replies, memory.share_persona)
     if batch > fewest:
         yield changed(

@@ -134,7 +134,7 @@ REMEDIES = [
     ({"lm_head": torch.zeros(0)}, "If its parameters are partitioned (ZeRO-3), gather it first"),
     ({"hidden": torch.zeros(V, D), "lm_head": torch.zeros(N, D)}, "hidden comes before lm_head"),
     ({"target": LONG.to(torch.uint8)}, "Pass target.long()"),
-    ({"target": LONG[1:].int()}, f"got torch.int32 ({N - 1},) on cpu"),  # another type would not help
+    ({"target": LONG[1:].int()}, f"torch.int32 ({N - 1},) on cpu"),  # another type would not help
     ({"group": SimpleNamespace(get_group=None), "vocab_start": 0, "vocab_size": V}, "Pass mesh.get_group()"),
 ]
 
