@@ -60,11 +60,8 @@ def answer(call: HeadCall, hidden: Tensor, **head: Any) -> Measured:
     found = _loss(call, hidden, head) if call.loss else _measured(call, hidden, head)
     if not call.top1:
         return found
-    asked: dict[str, Any] = {
-        "return_entropy": True,
-        "return_top1": True,
-        "compact": False,
-    }  # all rows have a target: nothing to wait for
+    # All rows have a target, so there is nothing to leave out, or to wait for.
+    asked: dict[str, Any] = {"return_entropy": True, "return_top1": True, "compact": False}
     with torch.no_grad():
         _, entropy, top1 = token_logprobs(hidden, target=call.target, **asked, **head)
     return found._replace(entropy=entropy, top1=top1)

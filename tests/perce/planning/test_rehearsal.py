@@ -54,12 +54,19 @@ def test_a_few_layers_tell_what_branches_take(checkpointing):
     assert rehearse(config, setup, shape) == rehearse_depth(config, setup, shape)
 
 
+BY_ITSELF, DETACHED = MemoryConfig(branches_per_forward=1), replace(NONE, branches_per_forward=1)
+
+
 @pytest.mark.parametrize(
-    ("options", "checkpointing", "accumulates"),
-    [pytest.param(LORA, False, False, marks=pytest.mark.slow), (LORA, True, False), (FULL, True, True)],
-)
-@pytest.mark.parametrize(
-    "memory", [MemoryConfig(branches_per_forward=1), replace(NONE, branches_per_forward=1)], ids=["full", "none"]
+    ("memory", "options", "checkpointing", "accumulates"),
+    [
+        (BY_ITSELF, LORA, True, False),
+        (DETACHED, FULL, True, True),
+        pytest.param(BY_ITSELF, FULL, True, True, marks=pytest.mark.slow),
+        pytest.param(BY_ITSELF, LORA, False, False, marks=pytest.mark.slow),
+        pytest.param(DETACHED, LORA, True, False, marks=pytest.mark.slow),
+        pytest.param(DETACHED, LORA, False, False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, checkpointing, accumulates):
     """The requests' backward ends before the persona's begins; the persona's keys, values and gradients are alive."""
@@ -96,8 +103,11 @@ def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
     assert saved == {name: inputs if name in holding else 0 for name in kept.phases}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-@pytest.mark.parametrize("prefix", [30, 70, 128, 150])
+@pytest.mark.parametrize(
+    ("architecture", "prefix"),
+    [("llama", 70), ("gemma3", 30), ("gemma3", 128), ("gemma3", 150)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", 30), ("llama", 128), ("gemma3", 70))],
+)
 def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypatch):
     """gemma3's window has 16 tokens, chunks here have 32."""
     monkeypatch.setattr("perce.model.prefill.PREFILL_CHUNK", 32)

@@ -117,19 +117,11 @@ def test_compiled_steps_are_the_same(tmp_path, kind):
     torch.testing.assert_close(*map(torch.tensor, history), atol=1e-5, rtol=1e-5)
 
 
-SPLITS = {
-    "8x1": (8, 1, 1),
-    "4x2": (4, 2, 1),
-    "2x4": (2, 4, 1),
-    "1x8": (1, 8, 1),
-    "4x1x2": (4, 1, 2),
-    "2x2x2": (2, 2, 2),
-    "1x4x2": (1, 4, 2),
-}
-
-
-def train_split(directory, batch, accumulation, kind, options):
+def train_split(directory, split, key):
+    """A run of RUNS, its batch divided by accumulation, and over the processes of this group."""
     torch.manual_seed(0)
+    batch, accumulation = (int(size) for size in split.split("x")[:2])
+    kind, options = RUNS[key]
     loss = {name: value for name, value in options.items() if name not in ("memory", "weights")}
     weights = options.get("weights", [1.0])
     pairs = [{**pair, "data_weight": weights[i % len(weights)]} for i, pair in enumerate(PAIRS[:16])]
@@ -145,15 +137,6 @@ def train_split(directory, batch, accumulation, kind, options):
     return {"steps": history, "eval": [metrics[name] for name in names]}
 
 
-def run_split(tmp_path, name, kind, **options):
-    batch, accumulation, ranks = SPLITS[name]
-    if ranks == 1:
-        return train_split(tmp_path, batch, accumulation, kind, options)
-    return result_of_ranks(
-        "tests.perce.training.test_trainer", ranks, tmp_path, str(batch), str(accumulation), kind, json.dumps(options)
-    )
-
-
 RUNS = {
     "full": ("full", {}), "lora": ("lora", {}), "ce": ("full", {"objective": "ce"}),
     "sequence": ("full", {"normalize": "sequence"}), "random": ("full", {"objective": "random"}),
@@ -166,22 +149,24 @@ RUNS = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The undivided batch of 8, for each kind of run that is compared with it."""
-    return {
-        key: run_split(tmp_path_factory.mktemp("whole"), "8x1", kind, **options)
-        for key, (kind, options) in RUNS.items()
-    }
+    return {key: train_split(tmp_path_factory.mktemp("whole"), "8x1", key) for key in RUNS}
 
 
-@pytest.mark.parametrize(
-    ("split", "key"),
-    [(name, "full") for name in list(SPLITS)[1:]]
-    + [("2x4", key) for key in ("lora", "ce", "detached", "batch", "random", "weighted")]
-    + [("2x2x2", "sequence"), ("2x2x2", "batch"), ("2x2x2", "weighted")]
-    + [pytest.param("2x2x2", key, marks=pytest.mark.slow) for key in ("lora", "ce", "random", "detached")],
-)
-def test_every_split_of_a_batch_trains_the_same(tmp_path, whole, split, key):
-    kind, options = RUNS[key]
-    result = run_split(tmp_path, split, kind, **options)
+OF_ONE = [("4x2", "full"), ("2x4", "full"), ("1x8", "full")]
+OF_ONE += [("2x4", key) for key in ("lora", "ce", "detached", "batch", "random", "weighted")]
+OF_TWO = [("4x1x2", "full"), ("1x4x2", "full"), *(("2x2x2", key) for key in RUNS)]
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """All cases of OF_TWO, one after the other in the same two processes."""
+    return result_of_ranks("tests.perce.training.test_trainer", 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize(("split", "key"), [*OF_ONE, *OF_TWO])
+def test_every_split_of_a_batch_trains_the_same(request, tmp_path, whole, split, key):
+    of_two = (split, key) in OF_TWO
+    result = request.getfixturevalue("by_two")[f"{split}-{key}"] if of_two else train_split(tmp_path, split, key)
     torch.testing.assert_close(torch.tensor(result["steps"]), torch.tensor(whole[key]["steps"]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.tensor(result["eval"]), torch.tensor(whole[key]["eval"]), atol=1e-5, rtol=1e-5)
 
@@ -320,8 +305,7 @@ def test_numbers_before_and_after_training_are_of_the_same_precision(tmp_path):
     assert before["eval_loss"] != exact["eval_loss"], "bf16 was not in use"
 
 
-if __name__ == "__main__":  # one rank of run_split
-    directory, batch, accumulation, kind, options = sys.argv[1:]
+if __name__ == "__main__":  # one rank of by_two
+    directory = Path(sys.argv[1])
     torch.set_num_threads(1)
-    result = train_split(Path(directory), int(batch), int(accumulation), kind, json.loads(options))
-    finish_rank(Path(directory), result)
+    finish_rank(directory, {"-".join(case): train_split(directory / "-".join(case), *case) for case in OF_TWO})
