@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from perce.environment import version
-from perce.errors import UserError, guarded
+from perce.errors import UserError
+from perce.process import guarded
 from perce.visible import say, shortened
 
 COMMANDS = {

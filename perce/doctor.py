@@ -16,7 +16,8 @@ from typing import Any
 
 from perce.config.options import Parser, as_called
 from perce.environment import version
-from perce.errors import OF_TRAINING, UserError, first_line, guarded, what_to_install
+from perce.errors import OF_TRAINING, UserError, first_line, what_to_install
+from perce.process import guarded
 from perce.visible import say
 
 # Package: (module, what needs it).

@@ -18,9 +18,9 @@ from pathlib import Path
 from perce.config.commands import TrainOptions, is_secret, parse_args
 from perce.config.options import dump_yaml
 from perce.environment import check_outputs
-from perce.errors import UserError, guarded
+from perce.errors import UserError
 from perce.hub import from_anywhere
-from perce.launcher import end_with_launcher
+from perce.process import end_with_launcher, guarded
 from perce.training.run_directory import claimed, free_directory
 from perce.visible import as_json, say
 

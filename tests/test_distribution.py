@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 import perce
-from perce.errors import OF_TRAINING, TRANSFORMERS, guarded, installed, what_to_install
+from perce.errors import OF_TRAINING, TRANSFORMERS, installed, what_to_install
+from perce.process import guarded
 from tests.helpers import ROOT
 
 COMMANDS = ("train", "score", "evaluate", "plan", "preview")

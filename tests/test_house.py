@@ -26,7 +26,7 @@ FLOORS = (
     ("perce_kernels",),
     ("perce.visible",),
     ("perce.errors", "perce.integrity", "perce.objectives"),
-    ("perce.environment", "perce.launcher", "perce.lock", "perce.data.readers"),
+    ("perce.environment", "perce.process", "perce.lock", "perce.data.readers"),
     ("perce.data.csv_file", "perce.data.literals"),
     ("perce.data.sources",),
     ("perce.data.fields",),
@@ -125,7 +125,7 @@ ABOUT_SEVERAL = {
 # Modules that are tested only through others: in runs of the commands and of the op.
 SEEN_THROUGH_OTHERS = {
     "data.fields",
-    "errors", "integrity", "launcher", "config.commands", "config.questions",
+    "errors", "integrity", "process", "config.commands", "config.questions",
     "config.schema", "config.step", "model.head", "model.passes",
     "planning.live", "measuring.records", "measuring.scores", "measuring.score_report",
     "measuring.identification", "report.terminal", "training.normalizer",

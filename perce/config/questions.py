@@ -1,5 +1,6 @@
 """Sections of the options of score, evaluate and preview, as in schema.py."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,9 +10,9 @@ from perce.config.options import require as _require
 from perce.config.schema import BACKEND, MODEL, RunConfig, WeightingConfig
 
 
-def _beside(path: str, ending: str, other: str) -> Path:
-    """The path with another ending than this one. What follows another dot belongs to the name: qwen-0.6."""
-    return Path(path.removesuffix(ending) + other).expanduser()
+def _beside(path: str, ending: str) -> Path:
+    """The path with this ending instead of .json or .jsonl. What follows another dot belongs to the name: qwen-0.6."""
+    return Path(re.sub(r"\.jsonl?$", "", path, flags=re.IGNORECASE) + ending).expanduser()
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class ScoreConfig(WeightingConfig):
     @property
     def exported(self) -> Path | None:
         """The file of rows for another trainer, if one is asked for."""
-        return _beside(self.jsonl, ".jsonl", f".{self.export}.jsonl") if self.export and self.jsonl else None
+        return _beside(self.jsonl, f".{self.export}.jsonl") if self.export and self.jsonl else None
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,12 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < float("inf"), "temperature", ">= 0", self.temperature)
-        _require(not (self.output or "").endswith(".jsonl"), "output", "a name for JSON, such as e.json", self.output)
+        lines = (self.output or "").lower().endswith(".jsonl")
+        _require(not lines, "output", "a name for JSON, such as e.json", self.output)
         _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
         _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
 
     @property
     def records(self) -> Path | None:
         """The file of the examples, next to the result."""
-        return _beside(self.output, ".json", ".jsonl") if self.output else None
+        return _beside(self.output, ".jsonl") if self.output else None

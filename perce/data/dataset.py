@@ -10,6 +10,7 @@ import json
 import marshal
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,14 @@ def pairs_digest(dataset: Any) -> str | None:
     if (weights != 1).any():
         digest.update(weights.tobytes())
     return digest.hexdigest()
+
+
+def listed(pairs: Sequence[Mapping[str, Any]]) -> Dataset:
+    """A list of pairs as a dataset. Of fields that pairs do not have, nothing is kept: nothing reads them, and their
+    values may have several types, which a column cannot."""
+    known = dict.fromkeys(chain.from_iterable(FEATURES.values()))
+    given = {name: None for name in known if any(name in pair for pair in pairs)} | {"data_weight": 1.0, "example": -1}
+    return Dataset.from_list([{name: pair.get(name, other) for name, other in given.items()} for pair in pairs])
 
 
 def columns_of(dataset: Any) -> set[str]:

@@ -212,13 +212,15 @@ def _table_by_turn(by_turn: Mapping[int, Mapping[str, Any]]) -> list[Any]:
 
 
 def _few(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, unit: str) -> list[str]:
-    """A note on the metric with the fewest users if they are too few for good intervals and a small p."""
-    counts = {name: found["clusters"] for name, found in metrics.items()}
-    if comparison:
-        counts |= {name: found["clusters"] for name, found in comparison["differences"].items()}
+    """A note on the metric with the fewest users if they are too few for good intervals and, in a comparison, for a
+    small p."""
+    differences = comparison["differences"] if comparison else {}
+    compared = {name: found["clusters"] for name, found in differences.items()}
+    counts = {name: found["clusters"] for name, found in metrics.items()} | compared
     name = min(counts, key=counts.__getitem__, default="")
     if not name or counts[name] >= FEW:
         return []
     count, of = counts[name], f" ({all_metrics()[name].label})" if counts[name] < max(counts.values()) else ""
-    least = f", and p cannot be below {2.0 ** (1 - count):.2g}" if comparison else ""
+    tested = min(compared.values(), default=FEW)
+    least = f", and p cannot be below {2.0 ** (1 - tested):.2g}" if tested < FEW else ""
     return [f"only {count} {unit}{'s' * (count > 1)}{of}: intervals are rough{least}; use at least {FEW}"]

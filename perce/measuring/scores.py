@@ -19,6 +19,11 @@ from perce.model.positions import settle_lengths
 from perce.report.heatmap import ScoredToken
 
 FORM = 2  # version of the records: raise it when their fields change
+OF_TOKENS = (
+    "response_ids", "response_tokens", "logp", "logp_cf", "pir", "signal", "weight", "personal", "entropy",
+    "persona_word",
+)  # fmt: skip
+"""The fields of a record that have a value for each response token; the last two are there with --labels."""
 WINDOW = 64  # examples that are sorted by length together: records stay in order, with little padding
 
 
@@ -42,6 +47,12 @@ def scored(
                     f"--jsonl {options.score.jsonl}: {example.source} is not the example that was scored before; the "
                     "data or the tokenizer has changed. Choose another file, or delete it."
                 )
+            for name in OF_TOKENS:
+                if name in before and len(before[name]) != pair.response_length:
+                    raise UserError(
+                        f"--jsonl {options.score.jsonl}: {example.source} has {pair.response_length} response tokens, "
+                        f"and {len(before[name])} values of {name}. The file is damaged: delete it, and score again."
+                    )
         fresh = built[len(known) :]
         seen += len(built)
         if fresh:

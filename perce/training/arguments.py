@@ -328,11 +328,12 @@ def settle_device(args: Any) -> None:
 
 
 def _given_fields(config: TrainOptions) -> dict[str, Any]:
-    """The TrainingArguments fields in config.extra, converted. UserError for one that is unknown, that an option of
-    perce's decides, or that leaves an interval without an effect."""
+    """The TrainingArguments fields in config.extra, converted. UserError for one that is unknown, that nothing reads,
+    that an option of perce's decides, or that leaves an interval without an effect."""
     hints = typing.get_type_hints(PerceArguments)  # transformers' argument parser overwrites the types of the fields
     fields = [field.name for field in dataclasses.fields(PerceArguments) if field.init]
     extra: dict[str, Any] = {}
+    _refuse_idle(config.extra, NOT_READ, but=())
     for name, value in config.extra.items():
         if name in OURS:
             raise UserError(f"{name}: use --{OURS[name]} instead.")
@@ -391,9 +392,9 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
     _settle_saving(run, values, "save_strategy" in extra)
     with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
         args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
+        _refuse_idle(config.extra, idle_beside(args), but=())
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()  # fails if its package is missing
-    _refuse_idle(config.extra, NOT_READ | idle_beside(args), but=())
     return args
 
 

@@ -27,6 +27,7 @@ from perce.objectives import Measured
 
 FILE = "estimates.safetensors"
 TENSORS = ("logp", "logp_cf", "signal")
+ABOUT = ("epoch", "pairs", "of_signal")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Estimates:
         from safetensors.torch import save_file
 
         directory.mkdir(parents=True, exist_ok=True)
-        about = {"epoch": self.epoch, "pairs": self.pairs, "of_signal": self.of_signal}
+        about = {name: getattr(self, name) for name in ABOUT}
         save_file({name: getattr(self, name) for name in TENSORS}, directory / FILE, {"perce": json.dumps(about)})
         let_umask_decide(directory)
 
@@ -64,12 +65,14 @@ class Estimates:
             with safe_open(path, "pt") as file:
                 about = json.loads(file.metadata()["perce"])
                 tensors = {name: file.get_tensor(name) for name in TENSORS}
-                estimates = cls(**tensors, **about, places=places_of(dataset))
         except Exception as error:  # whatever a missing or damaged file raises
             raise UserError(
                 f"{path}: the token weights of this run cannot be read ({in_one_line(error)}). Resume from "
                 "another checkpoint, or start a new run."
             ) from error
+        if {*about} != {*ABOUT}:
+            raise UserError(f"{path}: was written by another version of perce. Start a new run.")
+        estimates = cls(**tensors, **about, places=places_of(dataset))
         if estimates.of_signal != of_signal:
             raise UserError(
                 f"{path}: its weights come from {estimates.of_signal}, and those of this objective from {of_signal}. "

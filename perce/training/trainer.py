@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from perce.data.batch import Batch, collate
-from perce.data.dataset import columns_of, rows_dataset_pairs, sequence_lengths
+from perce.data.dataset import columns_of, listed, rows_dataset_pairs, sequence_lengths
 from perce.data.sharing import Sharing
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
@@ -182,8 +182,7 @@ class PerceTrainer(ResumableTrainer):
         if _is_raw(dataset):
             dataset = rows_dataset_pairs(dataset, name, self._tokenizer, *self._options)
         elif isinstance(dataset, list):
-            every = dict.fromkeys(key for pair in dataset for key in pair) | {"data_weight": 1.0}
-            dataset = Dataset.from_list([every | pair for pair in dataset])  # has the columns of the first row
+            dataset = listed(dataset)
         check_vocabulary(dataset, name, self._vocabulary)
         self._check_context(dataset, name)
         return dataset

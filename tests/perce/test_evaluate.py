@@ -401,7 +401,10 @@ def test_tokens_that_the_model_lacks_are_refused_by_name(run, tmp_path):
     assert re.search(r"error: test\.jsonl:1: token id \d+ is outside the model's vocabulary of 60\.", err)
 
 
-@pytest.mark.parametrize(("output", "records"), [("e.json", "e.jsonl"), ("a/qwen-0.6", "a/qwen-0.6.jsonl")])
+@pytest.mark.parametrize(
+    ("output", "records"),
+    [("e.json", "e.jsonl"), ("a/qwen-0.6", "a/qwen-0.6.jsonl"), ("e.JSON", "e.jsonl"), ("e.Json", "e.jsonl")],
+)
 def test_the_records_have_the_whole_name_of_the_result(output, records):
     assert str(EvaluateConfig(output=output).records) == records
 
@@ -411,6 +414,7 @@ def test_the_records_have_the_whole_name_of_the_result(output, records):
     [
         (["--temperature", "-1"], "temperature: expected >= 0"),
         (["--output", "/proc/e.json"], "cannot be written to"),
+        (["--output", "e.JSONL"], "output: expected a name for JSON"),
         (["--compare_with", "none.json"], "--compare_with none.json: cannot be read"),
         (["--objective", "ce"], "objective: unknown option"),
     ],

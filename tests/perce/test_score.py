@@ -111,6 +111,19 @@ def test_records_of_another_run_are_not_mixed_in(scored, tmp_path):
     assert "exists already, and was not written by perce" in scored("--jsonl", path, code=2).err
 
 
+@pytest.mark.parametrize("column", ["pir", "entropy", "personal", "weight"])
+def test_a_record_that_lacks_a_tokens_value_is_refused(scored, tmp_path, column):
+    path = tmp_path / "s.jsonl"
+    scored("--labels", "--jsonl", path)
+    first, *rest = read_jsonl(path)
+    del first[column][0]
+    write_jsonl(path, [first, *rest])
+    err = scored("--labels", "--jsonl", path, code=2).err
+    tokens = len(first["response_ids"])
+    assert f"{path}: test.jsonl:1 has {tokens} response tokens, and {tokens - 1} values of {column}" in err
+    assert "delete it" in err
+
+
 @pytest.mark.parametrize("empty", [True, False])
 def test_a_description_that_perce_did_not_write_is_not_replaced(scored, tmp_path, monkeypatch, empty):
     path, told = tmp_path / "s.jsonl", tmp_path / "s.jsonl.run.json"
@@ -284,11 +297,13 @@ def test_rows_that_are_left_out_are_counted_with_the_first_reason(scored, tmp_pa
     assert "--skip_bad_rows" not in err
 
 
-def test_files_next_to_records_keep_the_whole_name():
-    asked = SCORE.build(SCORE.parse(["--jsonl", "runs/qwen-0.6", "--export", "swift"]).raw).score
-    assert str(asked.exported) == "runs/qwen-0.6.swift.jsonl"
-    asked = SCORE.build(SCORE.parse(["--jsonl", "w.jsonl", "--export", "swift"]).raw).score
-    assert str(asked.exported) == "w.swift.jsonl"
+@pytest.mark.parametrize(
+    ("jsonl", "exported"),
+    [("runs/qwen-0.6", "runs/qwen-0.6"), ("w.jsonl", "w"), ("w.JSONL", "w"), ("w.json", "w"), ("w.a.jsonl", "w.a")],
+)
+def test_files_next_to_records_keep_the_whole_name(jsonl, exported):
+    asked = SCORE.build(SCORE.parse(["--jsonl", jsonl, "--export", "swift"]).raw).score
+    assert str(asked.exported) == f"{exported}.swift.jsonl"
 
 
 @pytest.mark.parametrize("window", [64, 3])

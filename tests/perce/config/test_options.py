@@ -12,7 +12,7 @@ from perce import DataConfig, UserError, evaluate, plan, score
 from perce import train as train_command
 from perce.config.commands import EVALUATE, PLAN, SCORE, parse_args
 from perce.config.options import read_yaml
-from perce.errors import guarded
+from perce.process import guarded
 from tests.helpers import ROOT
 from tests.helpers.training import fails
 
@@ -273,7 +273,7 @@ BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHON
 GUARDED = """
 import sys
 from perce import UserError
-from perce.errors import guarded
+from perce.process import guarded
 from perce.report import terminal
 def run():
     {}

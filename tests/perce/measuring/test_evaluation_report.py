@@ -77,6 +77,20 @@ def test_users_are_few_where_a_metric_has_few(printed):
     )
 
 
+def test_the_bound_of_p_is_that_of_the_differences(printed):
+    """Of twelve users three have a loss with another's persona, and the other result has none."""
+    ours, theirs = records(), records(shift=1.0)
+    for record in [*ours[6:], *theirs]:
+        record |= {"loss_swapped": None}
+    out = printed(ours, theirs)
+    assert "only 3 users (loss with another's persona): intervals are rough;" in " ".join(out.split())
+    for record in theirs[8:]:
+        record |= {"personal_tokens": 0, "loss_personal": 0.0}
+    for record in ours[8:]:
+        record |= {"personal_tokens": 0, "loss_personal": 0.0}
+    assert "are rough, and p cannot be below 0.12;" in " ".join(printed(ours, theirs).split())
+
+
 def test_intervals_stay_within_what_a_metric_can_be(printed):
     ours, theirs = records(2), records(2)
     for place, (mine, its) in enumerate(zip(ours, theirs, strict=True)):

@@ -173,6 +173,13 @@ def test_a_field_without_an_effect_is_refused_with_the_remedy(train, tmp_path, f
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("other", ["--weight_decay=-1", "--report_to=nobody"])
+def test_a_field_that_nothing_reads_is_told_before_other_mistakes(tmp_path, other):
+    config = resolve(parse_args(["--output_dir", str(tmp_path), other, "--bf16_full_eval=false"])[0])
+    with pytest.raises(UserError, match=r"^bf16_full_eval: has no effect here"):
+        training_arguments(config)
+
+
 def test_fields_without_an_effect_are_refused_in_python_too(tmp_path):
     for name, value in {
         "do_train": True, "label_names": ["x"], "remove_unused_columns": True,

@@ -164,6 +164,22 @@ def test_documents_and_dialogues_are_not_mixed(tmp_path, made):
         PerceTrainer(model_for("full"), args, made([PAIRS[0], DOCUMENT]), processing_class=tiny_tokenizer())
 
 
+def test_a_list_of_pairs_is_trained_on_by_its_own_columns(tmp_path):
+    """Some pairs lack what a pair need not have, and some have more, of several types."""
+    pairs: list = [dict(pair) for pair in PAIRS[:8]]
+    for place, pair in enumerate(pairs):
+        pair["note"] = [3, "x", object()][place % 3]
+        for name in ("example", "data_weight", "conversation", "persona") if place % 2 else ():
+            pair.pop(name, None)
+    trainers = [
+        PerceTrainer(model_for("full"), arguments(tmp_path, max_steps=2), made, processing_class=tiny_tokenizer())
+        for made in (pairs, Dataset.from_list(PAIRS[:8]))
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert len({trainer.state.log_history[1]["loss"] for trainer in trainers}) == 1
+
+
 def test_pairs_whose_columns_are_not_known_are_pairs(tmp_path):
     stream = Dataset.from_list(PAIRS[:4]).to_iterable_dataset().map(lambda pair: pair)
     assert stream.column_names is None

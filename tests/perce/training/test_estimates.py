@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from perce import LossConfig, PerceTrainer, UserError
 from perce.training.checkpoints import seal
@@ -115,6 +115,10 @@ def test_changed_data_and_lost_estimates_are_refused(tmp_path):
     other = arguments(tmp_path, max_steps=2, loss=LossConfig("dft", estimate="frozen"))
     with pytest.raises(UserError, match="its weights come from PIR, and those of this objective from p"):
         resume(PAIRS, other)
+    save_file(load_file(checkpoint / FILE), checkpoint / FILE, {"perce": '{"epoch": 0, "vocabulary": 400}'})
+    seal(checkpoint)
+    with pytest.raises(UserError, match=f"{FILE}: was written by another version of perce. Start a new run"):
+        resume(PAIRS)
     (checkpoint / FILE).write_bytes(b"half")
     with pytest.raises(UserError, match=f"cannot be resumed from, because {FILE} has 4 of"):
         resume(PAIRS)
