@@ -21,7 +21,7 @@ from typing import Any
 
 from perce.data.fields import Turn
 from perce.data.prompt import CONVERSATION_START, PERSONA_FOOTERS, PLAIN_CHAT_TEMPLATE, PromptStyle, tell
-from perce.data.template import ChatTemplate
+from perce.data.template import DAY, ChatTemplate
 from perce.data.tokens import Encoded, Line, Piece, Tokens
 from perce.errors import UserError, first_line
 from perce.hub import check_tokenizer
@@ -133,6 +133,11 @@ class ChatFormat:
     def prompt(self, turns: Sequence[Turn], block: str) -> str:
         """The prompt that a chat server sends, which ends with the template's generation prompt."""
         return self._render(self.messages(turns, block), generation=True)
+
+    def writes_the_date(self) -> bool:
+        """Whether a prompt is another on another day."""
+        said = self.messages((Turn("user", "u"),), "")
+        return self._template.render(said, True) != self._template.render(said, True, DAY.replace(2027, 2, 3))
 
     def finished(self, turns: Sequence[Turn], block: str, reply: str, tail: str) -> ChatText:
         """The conversation with its reply, which begins where the generation prompt ends. tail: the text after it, from

@@ -63,8 +63,8 @@ def picked_by(builder: Builder) -> list[str]:
 
 
 def dated(builder: Builder) -> list[str]:
-    """A note on a chat template that may write the date; [] for others."""
-    now = isinstance(builder, PairBuilder) and "strftime_now" in str(builder.tokenizer.chat_template)
+    """A note on a chat template that writes the date; [] for others."""
+    now = isinstance(builder, PairBuilder) and builder.chat_format.writes_the_date()
     return [f"a date that the chat template writes is {DAY:%d %B %Y} here, on every day"] if now else []
 
 
