@@ -123,7 +123,7 @@ def test_conventions_that_cannot_be_looked_up_are_assumed_and_told(cached, capsy
     """The cache of a machine without a network may lack files that the Hub has, or know that the Hub lacks them."""
     save_encoder(cached / "snapshots" / "c0")
     assert "(dot product, assumed)" in Encoder("owner/bert", device="cpu").name
-    told = "its modules.json, sentence_bert_config.json are not in the cache of this machine"
+    told = "the cache of this machine lacks modules.json, sentence_bert_config.json"
     assert capsys.readouterr().err.count(f"--retriever_model owner/bert: {told}") == 1
     for name in ("modules.json", "sentence_bert_config.json"):
         (cached / ".no_exist" / "c0").mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def test_conventions_that_cannot_be_looked_up_are_assumed_and_told(cached, capsy
 def test_what_is_in_the_cache_is_kept_to_though_other_files_are_missing(cached, capsys):
     save_encoder(cached / "snapshots" / "c0", modules=[POOLING, NORMALIZE], **{"1_Pooling__config": MEAN})
     assert Encoder("owner/bert", device="cpu").name == "owner/bert (cosine)"
-    assert "its sentence_bert_config.json is not in the cache of this machine" in capsys.readouterr().err
+    assert "the cache of this machine lacks sentence_bert_config.json, and" in capsys.readouterr().err
     (cached / "snapshots" / "c0" / "1_Pooling" / "config.json").unlink()
     with pytest.raises(UserError, match="expected a model that averages its tokens"):
         Encoder("owner/bert", device="cpu")
