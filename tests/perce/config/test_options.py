@@ -80,7 +80,7 @@ def test_yaml(train, tmp_path, model, data, capsys):
     path.write_text("learning_rate: 1e-5\nclip_min: 0.5\nload_in_4bit: false\nweight_decay: 1e-2\n")
     assert train("--config", str(path), "--clip_min", "0.7", "--print_config")[0] == 0
     config, _ = parse_args(["--config", str(path), "--clip_min", "0.7"])
-    assert (config.run.learning_rate, config.loss.clip_min, config.extra) == (1e-5, 0.7, {"weight_decay": 0.01})
+    assert (config.run.learning_rate, config.loss.clip_min, config.extra) == (1e-5, 0.7, {"weight_decay": "1e-2"})
     for content, fragments in {
         "learning_rte: 1e-5": ["learning_rte", "learning_rate"],
         "learning_rate: [1": ["c.yaml", "YAML"],
