@@ -71,7 +71,11 @@ def dated(builder: Builder) -> list[str]:
 def not_read(rows: Examples) -> list[str]:
     """A note on files, or parts of a file, that look like data and are of no split."""
     names = "; ".join(", ".join(aliases) for aliases in SPLITS.values())
-    return [f"not read: {listed(rows.unread)} (the names of splits are {names})"] if rows.unread else []
+    return (
+        [f"not read: {listed(rows.unread)} (the names of splits are {names}; one of each is read)"]
+        if rows.unread
+        else []
+    )
 
 
 def skipped_rows(rows: Examples) -> list[str]:

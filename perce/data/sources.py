@@ -9,7 +9,7 @@ import codecs
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -108,7 +108,7 @@ def _only_train(source: Source) -> dict[str, Source]:
     return {"train": source, **{split: Source(source.origin, source.name, None) for split in ("validation", "test")}}
 
 
-def _in_order(origin: object, names: Iterable[str], first: bool = False) -> dict[str, str]:
+def _in_order(origin: object, names: Collection[str], first: bool = False) -> dict[str, str]:
     """{our split: its name in the data} from the names in the data, which vary ("val", "dev"). UserError for several
     names of a split, unless the first counts."""
     found = {split: [alias for alias in aliases if alias in names] for split, aliases in SPLITS.items()}
