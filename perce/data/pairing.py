@@ -69,7 +69,7 @@ def dated(builder: Builder) -> list[str]:
 
 
 def not_read(rows: Examples) -> list[str]:
-    """A note on files, or parts of a file, that look like data and are of no split."""
+    """A note on files, or parts of a file, that look like data and are read for no split."""
     names = "; ".join(", ".join(aliases) for aliases in SPLITS.values())
     return (
         [f"not read: {listed(rows.unread)} (the names of splits are {names}; one of each is read)"]
