@@ -155,7 +155,8 @@ class Command(Generic[Chosen]):
     def build(self, raw: Mapping[str, Any]) -> Chosen:
         """The options from raw values, converted and checked."""
         fields, hints = self.fields, self.types
-        extra = {name: number(value) for name, value in raw.items() if name not in fields}
+        # A text that a number does not give back may be a name, such as 1.10 or 1e5.
+        extra = {k: number(v) if _written(number(v)) == v else v for k, v in raw.items() if k not in fields}
         if extra and not self.extra:
             raise self.unknown(next(iter(extra)))
         values = {name: convert(name, hints[name], value) for name, value in raw.items() if name in fields}
@@ -350,9 +351,8 @@ def _underscored(argument: str) -> str:
 
 
 def number(value: Any) -> Any:
-    """The number or boolean that a string spells, as YAML and TrainingArguments expect; other values unchanged. So are
-    2024_11_25 and 007, which are names, though Python takes them for numbers."""
-    if not isinstance(value, str) or "_" in value or re.match(r"[-+]?0\d", value):
+    """The number or boolean that a string spells; other values unchanged."""
+    if not isinstance(value, str):
         return value
     if value.lower() in ("true", "false"):
         return value.lower() == "true"

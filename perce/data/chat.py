@@ -16,12 +16,13 @@ before it is tokenised, so that it does not become a control token. CUT marks th
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import product, takewhile
 from typing import Any
 
 from perce.data.fields import Turn
 from perce.data.prompt import CONVERSATION_START, PERSONA_FOOTERS, PLAIN_CHAT_TEMPLATE, PromptStyle, tell
-from perce.data.template import ChatTemplate
+from perce.data.template import DAY, ChatTemplate
 from perce.data.tokens import Encoded, Line, Piece, Tokens
 from perce.errors import UserError, first_line
 from perce.hub import check_tokenizer
@@ -134,6 +135,11 @@ class ChatFormat:
         """The prompt that a chat server sends, which ends with the template's generation prompt."""
         return self._render(self.messages(turns, block), generation=True)
 
+    def writes_the_date(self) -> bool:
+        """Whether a prompt is another on another day."""
+        said = self.messages((Turn("user", "u"),), "")
+        return self._render(said, True) != self._render(said, True, DAY.replace(2027, 2, 3))
+
     def finished(self, turns: Sequence[Turn], block: str, reply: str, tail: str) -> ChatText:
         """The conversation with its reply, which begins where the generation prompt ends. tail: the text after it, from
         `_frame`."""
@@ -187,11 +193,11 @@ class ChatFormat:
             "give replies a <think> block if it opens one, or give the tokenizer another chat template."
         )
 
-    def _render(self, messages: Sequence[tuple[str, str]], generation: bool = False) -> str:
+    def _render(self, messages: Sequence[tuple[str, str]], generation: bool = False, day: datetime = DAY) -> str:
         from jinja2.exceptions import TemplateError
 
         try:
-            return self._template.render(messages, generation)
+            return self._template.render(messages, generation, day)
         except (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             roles = ", ".join(role for role, _ in messages)
             raise UserError(

@@ -25,7 +25,7 @@ from perce.hub import from_pretrained, with_weights
 from perce.visible import say
 
 MAX_TOKENS = 512  # of a text are read, or fewer if the model says so; the rest is ignored
-NONE_STATED = (False, MAX_TOKENS)
+MODULES = "modules.json"
 BATCH = 32
 CACHED_TEXTS = 100_000  # embeddings kept, 300 MB at D = 768; the rows of one user share most of their passages
 
@@ -54,17 +54,14 @@ class Encoder:
         except UserError as error:
             raise UserError(f"{error} --retriever bm25 needs no model.") from error
         self.model = model.eval().requires_grad_(False).to(self.device)
-        try:
-            (self.cosine, max_tokens), assumed = _conventions(path), ""
-        except LocalEntryNotFoundError:
-            (self.cosine, max_tokens), assumed = NONE_STATED, ", assumed"
-            if is_first_process():
-                missing = "its sentence-transformers files are not in the cache of this machine"
-                say(
-                    f"--retriever_model {path}: {missing}, and the Hub cannot be asked: the mean of at most "
-                    f"{MAX_TOKENS} tokens and the dot product are assumed",
-                    error=True,
-                )
+        self.cosine, max_tokens, missing = _conventions(path)
+        assumed = ", assumed" if MODULES in missing else ""
+        if missing and is_first_process():
+            say(
+                f"--retriever_model {path}: the cache of this machine lacks {', '.join(missing)}, and the Hub cannot "
+                f"be asked; assumed: at most {MAX_TOKENS} tokens{', their mean, the dot product' if assumed else ''}",
+                error=True,
+            )
         self.max_tokens = min(MAX_TOKENS, max_tokens, self.tokenizer.model_max_length)
         self._check(path)
         self.name = f"{path} ({'cosine' if self.cosine else 'dot product'}{assumed})"
@@ -116,14 +113,14 @@ class Encoder:
         return (torch.nn.functional.normalize(mean, dim=-1) if self.cosine else mean).cpu()
 
 
-def _conventions(path: str) -> tuple[bool, int]:
-    """(cosine, longest text in tokens) by the sentence-transformers files in the model's directory; NONE_STATED without
-    them. UserError for any pooling except the mean; LocalEntryNotFoundError if it cannot be known which files there
-    are."""
-    modules = _lookup(path, "modules.json") or []
+def _conventions(path: str) -> tuple[bool, int, list[str]]:
+    """(cosine, longest text in tokens) by the sentence-transformers files in the model's directory, and which of these
+    the cache lacks while the Hub cannot be asked. UserError for any pooling except the mean."""
+    missing: list[str] = []
+    modules = _lookup(path, MODULES, missing) or []
     for module in modules:
         if module["type"].endswith("Pooling"):
-            pooling = _lookup(path, f"{module['path']}/config.json") or {}
+            pooling = _lookup(path, f"{module['path']}/config.json", missing) or {}
             modes = {name for name, on in pooling.items() if name.startswith("pooling_mode_") and on is True}
             modes |= {f"pooling_mode_{pooling['pooling_mode']}_tokens"} if "pooling_mode" in pooling else set()
             if modes != {"pooling_mode_mean_tokens"}:
@@ -131,20 +128,21 @@ def _conventions(path: str) -> tuple[bool, int]:
                     f"--retriever_model {path}: expected a model that averages its tokens, got one that pools them by "
                     f"{', '.join(sorted(modes)) or 'an unknown mode'}. Choose another, such as facebook/contriever."
                 )
-    settings = _lookup(path, "sentence_bert_config.json") or {}
+    settings = _lookup(path, "sentence_bert_config.json", missing) or {}
     cosine = any(module["type"].endswith("Normalize") for module in modules)
-    return cosine, settings.get("max_seq_length") or MAX_TOKENS
+    return cosine, settings.get("max_seq_length") or MAX_TOKENS, missing
 
 
-def _lookup(path: str, name: str) -> Any:
-    """The content of the JSON file `name` of a local or Hub model; None if there is no such file."""
+def _lookup(path: str, name: str, missing: list[str]) -> Any:
+    """The content of the JSON file `name` of a local or Hub model; None if there is no such file. A name of which that
+    cannot be known is added to `missing`."""
     local = Path(path).expanduser()
     try:
         file = local / name if local.exists() else Path(hf_hub_download(path, name))
         return json.loads(file.read_text(encoding="utf-8"))
     except LocalEntryNotFoundError:
         if try_to_load_from_cache(path, name) is not _CACHED_NO_EXIST:
-            raise
+            missing.append(name)
         return None
     except (FileNotFoundError, EntryNotFoundError):
         return None

@@ -15,6 +15,7 @@ from perce.visible import shortened
 
 LONGEST = 2**22  # characters of a Python list: its syntax tree takes a hundred times as much memory
 _BEGINS = re.compile(r"\[\s*(['\"\[{(]|[bru]+['\"]|None\b|nan\b|np\.|array\()|[({]\s*['\"]|array\(")
+_SEPARATED = re.compile(r"['\"]\s*,")  # a quoted text that ends as an entry of a list does
 _VALUES, _OPEN, _CLOSE = (tokenize.STRING, tokenize.NUMBER), tuple("[{("), tuple("]})")
 
 
@@ -43,7 +44,7 @@ def parse_list(text: str, field: str) -> Any:
         if isinstance(value, list | tuple | set) and "..." not in written.split():
             return list(value)
     except SyntaxError:
-        if "..." not in written.split():  # words between quoted words: neither Python nor numpy writes such a list
+        if "..." not in written.split() and (bare.startswith("(") or not _SEPARATED.search(bare)):  # ["Bee" to friends]
             return text
     except (ValueError, TypeError, RecursionError, MemoryError):  # TypeError: a list as a name or in a set
         pass

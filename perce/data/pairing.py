@@ -63,15 +63,19 @@ def picked_by(builder: Builder) -> list[str]:
 
 
 def dated(builder: Builder) -> list[str]:
-    """A note on a chat template that may write the date; [] for others."""
-    now = isinstance(builder, PairBuilder) and "strftime_now" in str(builder.tokenizer.chat_template)
+    """A note on a chat template that writes the date; [] for others."""
+    now = isinstance(builder, PairBuilder) and builder.chat_format.writes_the_date()
     return [f"a date that the chat template writes is {DAY:%d %B %Y} here, on every day"] if now else []
 
 
 def not_read(rows: Examples) -> list[str]:
-    """A note on files, or parts of a file, that look like data and are of no split."""
+    """A note on files, or parts of a file, that look like data and are read for no split."""
     names = "; ".join(", ".join(aliases) for aliases in SPLITS.values())
-    return [f"not read: {listed(rows.unread)} (the names of splits are {names})"] if rows.unread else []
+    return (
+        [f"not read: {listed(rows.unread)} (the names of splits are {names}; one of each is read)"]
+        if rows.unread
+        else []
+    )
 
 
 def skipped_rows(rows: Examples) -> list[str]:

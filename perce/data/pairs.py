@@ -10,7 +10,7 @@ and refuses a pair if deleting the span does not give the ids of the text withou
 
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def counterfactual_pieces(pair: Mapping[str, Any]) -> list[tuple[list[int], int]
 def prompt_ids(
     tokenizer: Any,
     persona: str | Sequence[str],
-    query: str | Sequence[dict[str, str]],
+    query: str | Iterable[Mapping[str, str]],
     *,
     chat_template_kwargs: dict[str, Any] | None = None,
     prompt: Mapping[str, str] | None = None,
@@ -106,12 +106,13 @@ def prompt_ids(
         UserError (a ValueError): an empty persona, a conversation that training would refuse or that ends with a reply.
     """
     known = _entries(persona)
+    said = [{"role": "user", "content": query}] if isinstance(query, str) else query
+    if isinstance(said, Mapping) or not isinstance(said, Iterable):
+        raise UserError(f"query: expected a text or a list of messages, got {query!r}.")
     try:  # checked like rows: the model was not trained on what training refuses
-        turns, _ = parse_messages([{"role": "user", "content": query}] if isinstance(query, str) else [*query], "query")
+        turns, _ = parse_messages([dict(x) if isinstance(x, Mapping) else x for x in said], "query")
     except BadRow as bad:
         raise UserError(f"{bad}.") from None
-    except TypeError:
-        raise UserError(f"query: expected a text or a list of messages, got {query!r}.") from None
     if turns[-1].role != "user":
         raise UserError("query: expected the conversation to end with a user turn, got an assistant turn.")
     refuse_marks(known, [turn.content for turn in turns])

@@ -22,7 +22,7 @@ import numpy as np
 from perce.config.schema import DataConfig
 from perce.data.fields import PASSAGES
 from perce.data.rows import Example
-from perce.data.words import IDEOGRAPHS, spaced
+from perce.data.words import IDEOGRAPHS, LETTERS, spaced
 
 DECIMALS = 5  # scores equal to this many decimals tie: another batch or order of sums changes the seventh digit
 DEFAULT_ENCODER = "facebook/contriever"
@@ -52,7 +52,9 @@ UNINDEXED = ("Category", "Rating", "Tag")
 _UNINDEXED_LINE = re.compile(rf"\A(?:{'|'.join(UNINDEXED)}): .*\n")
 _LABEL = re.compile(rf"^(?:{'|'.join(sorted({label for _, parts in PASSAGES for label, _ in parts}))}): ", re.MULTILINE)
 
-_WORD = rf"[{IDEOGRAPHS}]|{spaced(IDEOGRAPHS)}"  # each character of Chinese and Japanese counts as a word
+# As a word counts each character of Chinese and Japanese, and every four neighbours of scripts such as Thai.
+_WORD = rf"[{IDEOGRAPHS}]|[{LETTERS}]+|{spaced(IDEOGRAPHS + LETTERS)}"
+_UNSPACED = re.compile(rf"[{LETTERS}]{{5,}}")
 
 Score = Callable[[str, Sequence[str]], np.ndarray]  # (query, n texts) → (n,), higher is better
 
@@ -129,7 +131,12 @@ def bm25_scores(query: str, passages: Sequence[str]) -> np.ndarray:
 def _words(texts: Sequence[str]) -> list[list[str]]:
     import bm25s
 
-    plain = [unicodedata.normalize("NFKC", text).casefold() for text in texts]
+    plain = [_UNSPACED.sub(_in_fours, unicodedata.normalize("NFKC", text).casefold()) for text in texts]
     return bm25s.tokenize(
         plain, lower=False, token_pattern=_WORD, stopwords="en", return_ids=False, show_progress=False
     )  # fmt: skip
+
+
+def _in_fours(run: re.Match) -> str:
+    """A run of letters as overlapping parts of four, with spaces between them."""
+    return " ".join(run[0][i : i + 4] for i in range(len(run[0]) - 3))

@@ -9,7 +9,7 @@ import codecs
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -108,13 +108,14 @@ def _only_train(source: Source) -> dict[str, Source]:
     return {"train": source, **{split: Source(source.origin, source.name, None) for split in ("validation", "test")}}
 
 
-def _in_order(origin: object, names: Iterable[str]) -> dict[str, str]:
-    """{our split: its name in the data} from the names in the data, which vary ("val", "dev")."""
-    found = {split: [name for name in names if name in aliases] for split, aliases in SPLITS.items()}
+def _in_order(origin: object, names: Collection[str], first: bool = False) -> dict[str, str]:
+    """{our split: its name in the data} from the names in the data, which vary ("val", "dev"). UserError for several
+    names of a split, unless the first counts."""
+    found = {split: [alias for alias in aliases if alias in names] for split, aliases in SPLITS.items()}
     for split, several in found.items():
-        if len(several) > 1:
+        if len(several) > 1 and not first:
             raise UserError(f"{origin}: {', '.join(several)} are all names of the {split} split; keep one of them.")
-    return {split: name for split, one in found.items() for name in one}
+    return {split: several[0] for split, several in found.items() if several}
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
             f"file ({', '.join(SUFFIXES)}), a directory of train/validation/test files, or a Hub id that can be "
             'reached from here ("owner/name", or "owner/name:config" if it has several configurations).'
         ) from error
-    found, splits = {}, _in_order(data, names)
+    found, splits = {}, _in_order(data, names, first=not is_directory)  # who reads from the Hub cannot rename a split
     for ours, theirs in splits.items():
         load = partial(_load, failure, name, config or None, split=theirs, streaming=streaming)
         origin = f"{data}[{theirs}]"

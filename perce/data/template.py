@@ -6,6 +6,7 @@ contents are texts, the template that transformers has compiled is called direct
 
 import inspect
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,20 +15,21 @@ from typing import Any
 
 PROBE = (("user", "u"), ("assistant", "a"))
 DAY = datetime(2026, 1, 1)
+_CLOCK = threading.RLock()
 
 
 @contextmanager
-def on_one_day() -> Iterator[None]:
-    """Templates that write today's date write DAY meanwhile: cached pairs, evaluations and resumed runs are of the same
-    prompts on every day. transformers has a function for the date in each template's globals, and replaces functions
-    that are given as variables."""
+def on_one_day(day: datetime = DAY) -> Iterator[None]:
+    """Templates that write today's date write this day meanwhile: cached pairs, evaluations and resumed runs are of the
+    same prompts on every day. transformers' own call gives templates its clock, which one thread at a time replaces."""
     from transformers.utils import chat_template_utils as utils
 
-    clock, utils.datetime = utils.datetime, SimpleNamespace(now=lambda: DAY)  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        utils.datetime = clock  # type: ignore[misc]
+    with _CLOCK:
+        clock, utils.datetime = utils.datetime, SimpleNamespace(now=lambda: day)  # type: ignore[assignment, misc]
+        try:
+            yield
+        finally:
+            utils.datetime = clock  # type: ignore[misc]
 
 
 class ChatTemplate:
@@ -39,7 +41,6 @@ class ChatTemplate:
         variables: variables of the template, besides those that transformers gives it.
     """
 
-    @on_one_day()
     def __init__(self, tokenizer: Any, template: str | None, variables: dict[str, Any]):
         self.tokenizer, self.template, self.variables = tokenizer, template, variables
         self._given: dict[str, Any] | None = None
@@ -48,26 +49,31 @@ class ChatTemplate:
         try:
             asked = inspect.signature(tokenizer.apply_chat_template).parameters.keys() & variables.keys()
             plain = json.loads(json.dumps(variables)) == variables
-            if plain and not asked and self._called(PROBE, True, given) == self.render(PROBE, True):
+            if plain and not asked and self._called(PROBE, True, DAY, given) == self.render(PROBE, True):
                 self._given = given
         except Exception:  # a template may refuse PROBE, and transformers may move its private functions
             return
 
-    @on_one_day()
-    def render(self, messages: Sequence[tuple[str, str]], generation: bool) -> str:
-        """The text of the conversation. generation: append the generation prompt, after which a reply begins."""
+    def render(self, messages: Sequence[tuple[str, str]], generation: bool, day: datetime = DAY) -> str:
+        """The text of the conversation on this day. generation: append the generation prompt, after which a reply
+        begins."""
         if self._given is not None:
-            return self._called(messages, generation, self._given)
-        return self.tokenizer.apply_chat_template(
-            _said(messages), tokenize=False, add_generation_prompt=generation, chat_template=self.template,
-            **self.variables,
-        )  # fmt: skip
+            return self._called(messages, generation, day, self._given)
+        with on_one_day(day):
+            return self.tokenizer.apply_chat_template(
+                _said(messages), tokenize=False, add_generation_prompt=generation, chat_template=self.template,
+                **self.variables,
+            )  # fmt: skip
 
-    def _called(self, messages: Sequence[tuple[str, str]], generation: bool, given: dict[str, Any]) -> str:
+    def _called(
+        self, messages: Sequence[tuple[str, str]], generation: bool, day: datetime, given: dict[str, Any]
+    ) -> str:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         compiled = _compile_jinja_template(self.tokenizer.get_chat_template(self.template))  # it caches each template
-        return compiled.render(messages=_said(messages), add_generation_prompt=generation, **given)
+        # A variable has precedence over the function of this name that transformers gives to templates.
+        said = {"messages": _said(messages), "add_generation_prompt": generation}
+        return compiled.render(**said, strftime_now=day.strftime, **given)
 
 
 def _said(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

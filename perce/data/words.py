@@ -25,16 +25,18 @@ _SPACED = spaced(f"_{IDEOGRAPHS}{LETTERS}")
 WORD = re.compile(rf"{_SPACED}(?:['’]{_SPACED})?|(?=({_PAIRED}{{2}})).|(?=([{LETTERS}]{{4}})).")
 ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)?")
 _OF_SEVERAL = re.compile(rf"{_PAIRED}|[{LETTERS}]")
+_CONTRACTED = re.compile("(?:n't|'(?:d|ll|m|re|ve))$")  # isn't, I'll; not 's, which names have too
 # Words too common to be personal.
 COMMON_WORDS = frozenset(
     """a about after again ain't all also always am an and another any are as at back be because been before being but
     by can can't come could day did do does doing done down each even ever every few find first for from get give go
-    going good got great had has have having he her here him his how i if in into is it its just keep know last least
-    let like little live long look lot love made make many maybe me more most much my need never new next nice no not
-    now of off old on once one only or other our out over own people really right same say see she should since so some
-    something still such take than thank thanks that the their them then there these they thing things think this those
-    though three time to today too two until up us use used very want was way we well were what when where which while
-    who why will with won't work would yeah year years yes you your ความ เป็น""".split()
+    going good got great had has have having he he's her here here's him his how how's i if in into is it it's its just
+    keep know last least let let's like little live long look lot love made make many maybe me more most much my need
+    never new next nice no not now of off old on once one only or other our out over own people really right same say
+    see she she's should since so some something still such take than thank thanks that that's the their them then there
+    there's these they thing things think this those though three time to today too two until up us use used very want
+    was way we well were what what's when where where's which while who who's why will with won't work would yeah year
+    years yes you your ความ เป็น""".split()
 )
 COMMON_CHARACTERS = frozenset(
     "我你您他她它们們这這那哪的地得了着著过過是不没沒在有和与與也都就很还還再又要会會能可以想说說去来來到把被给給对對跟让讓从從"
@@ -70,5 +72,5 @@ def _is_common(word: str) -> bool:
     """Whether a word is too common to be personal, or too short."""
     if _OF_SEVERAL.match(word):
         return word in COMMON_WORDS or not COMMON_CHARACTERS.isdisjoint(word)
-    stem = re.split("n't|'", word)[0]  # of a contraction: isn't, I'll
+    stem = _CONTRACTED.sub("", word)
     return word in COMMON_WORDS or stem in COMMON_WORDS or (len(word) < 3 and not word.isdigit())

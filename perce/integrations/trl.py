@@ -16,7 +16,7 @@ from perce.config.options import option
 from perce.config.schema import LossConfig
 from perce.data.marked import PersonaCollator
 from perce.data.prompt import STYLE, PromptStyle
-from perce.data.template import has_system_role
+from perce.data.template import has_system_role, on_one_day
 from perce.data.twice import Twice
 from perce.errors import UserError, installed
 from perce.integrations.trainer import PerceMixin
@@ -85,6 +85,7 @@ class PerceSFTTrainer(PerceMixin, SFTTrainer):
         collator = self.data_collator.collator
         return {"padding_free": PersonaCollator(replace(collator, padding_free=False))} if self.padding_free else {}
 
+    @on_one_day()
     def _prepare_dataset(
         self, dataset: Any, tokenizer: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.commands import TRAIN, TrainOptions
-from perce.config.options import dump_yaml, read_yaml
+from perce.config.options import dump_yaml, number, read_yaml
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, MERGED, lacking
 from perce.config.schema import FACTS_NAME as FACTS
 from perce.errors import UserError
@@ -214,7 +214,7 @@ def _changes(path: Path, config: TrainOptions) -> dict[str, tuple[Any, Any]]:
         raise UserError(f"{path / CONFIG_NAME}: the options of the run cannot be read: {error}") from error
     now = config.to_dict()
     # An option that is None now, as in a recipe that leaves it to perce, keeps its old value.
-    differing = [name for name in {**saved, **now} if now.get(name) not in (None, saved.get(name))]
+    differing = [name for name in {**saved, **now} if number(now.get(name)) not in (None, number(saved.get(name)))]
     for name in differing:
         of_trainer = name in config.extra and name.startswith(MAY_CHANGE_OF_TRAINER)
         order = name == "dataloader_num_workers" and config.data.streaming

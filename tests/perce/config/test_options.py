@@ -13,6 +13,7 @@ from perce import train as train_command
 from perce.config.commands import EVALUATE, PLAN, SCORE, parse_args
 from perce.config.options import read_yaml
 from perce.process import guarded
+from perce.training.arguments import training_arguments
 from tests.helpers import ROOT
 from tests.helpers.training import fails
 
@@ -79,7 +80,7 @@ def test_yaml(train, tmp_path, model, data, capsys):
     path.write_text("learning_rate: 1e-5\nclip_min: 0.5\nload_in_4bit: false\nweight_decay: 1e-2\n")
     assert train("--config", str(path), "--clip_min", "0.7", "--print_config")[0] == 0
     config, _ = parse_args(["--config", str(path), "--clip_min", "0.7"])
-    assert (config.run.learning_rate, config.loss.clip_min, config.extra) == (1e-5, 0.7, {"weight_decay": 0.01})
+    assert (config.run.learning_rate, config.loss.clip_min, config.extra) == (1e-5, 0.7, {"weight_decay": "1e-2"})
     for content, fragments in {
         "learning_rte: 1e-5": ["learning_rte", "learning_rate"],
         "learning_rate: [1": ["c.yaml", "YAML"],
@@ -91,7 +92,7 @@ def test_yaml(train, tmp_path, model, data, capsys):
     fails(train("--config", str(tmp_path / "none.yaml")), "none.yaml", "cannot be read")
 
 
-@pytest.mark.parametrize("text", ["2024_11_25", "007", "0.50_", "1e3", "12"])
+@pytest.mark.parametrize("text", ["2024_11_25", "007", "0.50_", "1e3", "1.10", "12e4567", "inf", "12"])
 def test_texts_that_look_like_numbers_stay_texts(text, tmp_path):
     """YAML itself reads a text without quotation marks."""
     (tmp_path / "c.yaml").write_text(f'model: "{text}"\noutput_dir: "{text}"\n')
@@ -99,14 +100,20 @@ def test_texts_that_look_like_numbers_stay_texts(text, tmp_path):
         config, _ = parse_args(argv)
         assert (config.model.model, config.run.output_dir) == (text, text)
     for argv in (["--hub_model_id", text], ["--hub-model-id=" + text]):
-        assert parse_args(argv)[0].extra["hub_model_id"] == {"1e3": 1000.0, "12": 12}.get(text, text)
+        assert str(parse_args(argv)[0].extra["hub_model_id"]) == text
+
+
+def test_numbers_may_be_written_as_python_reads_them():
+    config, _ = parse_args(["--max_length", "131_072", "--max_steps", "1_000"])
+    assert (config.data.max_length, config.run.max_steps) == (131072, 1000)
 
 
 def test_numbers_and_booleans_that_came_as_texts(tmp_path):
     (tmp_path / "c.yaml").write_text('max_steps: "7"\nload_in_4bit: "false"\nweight_decay: "1e-5"\nwarmup_steps: .5\n')
     config, _ = parse_args(["--config", str(tmp_path / "c.yaml"), "--learning_rate", "1.", "--max_grad_norm", ".5"])
     assert (config.run.max_steps, config.model.load_in_4bit, config.run.learning_rate) == (7, False, 1.0)
-    assert config.extra == {"weight_decay": 1e-5, "max_grad_norm": 0.5}
+    args = training_arguments(config)
+    assert (args.weight_decay, args.max_grad_norm) == (1e-5, 0.5)
 
 
 def test_a_directory_whose_name_yaml_reads_as_a_number(tmp_path, monkeypatch):

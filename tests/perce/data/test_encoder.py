@@ -107,23 +107,38 @@ def test_the_models_longest_text_is_kept_to(tmp_path):
     torch.testing.assert_close(*short.encode([texts[0] * 4, texts[0] * 5]), atol=1e-6, rtol=1e-5)
 
 
-def test_conventions_that_cannot_be_looked_up_are_assumed_and_told(tmp_path, monkeypatch, capsys):
-    """The cache of a machine without a network may lack files that the Hub has, or know that the Hub lacks them."""
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """The cache of the model owner/bert on a machine without a network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("perce.hub.hub_failure", lambda: "offline")
-    cached = tmp_path / "models--owner--bert"
+    path = tmp_path / "models--owner--bert"
+    (path / "refs").mkdir(parents=True)
+    (path / "refs" / "main").write_text("c0")
+    return path
+
+
+def test_conventions_that_cannot_be_looked_up_are_assumed_and_told(cached, capsys):
+    """The cache of a machine without a network may lack files that the Hub has, or know that the Hub lacks them."""
     save_encoder(cached / "snapshots" / "c0")
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("c0")
     assert "(dot product, assumed)" in Encoder("owner/bert", device="cpu").name
-    told = "its sentence-transformers files are not in the cache of this machine"
+    told = "the cache of this machine lacks modules.json, sentence_bert_config.json"
     assert capsys.readouterr().err.count(f"--retriever_model owner/bert: {told}") == 1
     for name in ("modules.json", "sentence_bert_config.json"):
         (cached / ".no_exist" / "c0").mkdir(parents=True, exist_ok=True)
         (cached / ".no_exist" / "c0" / name).touch()
     assert Encoder("owner/bert", device="cpu").name == "owner/bert (dot product)"
     assert told not in capsys.readouterr().err
+
+
+def test_what_is_in_the_cache_is_kept_to_though_other_files_are_missing(cached, capsys):
+    save_encoder(cached / "snapshots" / "c0", modules=[POOLING, NORMALIZE], **{"1_Pooling__config": MEAN})
+    assert Encoder("owner/bert", device="cpu").name == "owner/bert (cosine)"
+    assert "the cache of this machine lacks sentence_bert_config.json, and" in capsys.readouterr().err
+    (cached / "snapshots" / "c0" / "1_Pooling" / "config.json").unlink()
+    with pytest.raises(UserError, match="expected a model that averages its tokens"):
+        Encoder("owner/bert", device="cpu")
 
 
 def test_weights_that_are_not_in_an_encoder_s_files_are_named_unless_they_are_not_used(tmp_path):

@@ -53,6 +53,12 @@ def test_a_text_stays_a_text(tmp_path, facts):
         "[array(['a'])]",
         "array(['a'], dtype=object)",
         "[np.str_('I bake'), np.str_('I run')]",
+        "['I like tea', I ski]",
+        "['He said 'hi'.', 'b']",
+        "['tea', 'ski' 'chess', 5 cats]",
+        "['a', 'b'; 'c']",
+        "['a','b'.]",
+        "['tea', 'music' (jazz)]",
     ],
 )
 def test_what_was_a_list_and_is_none_any_more(tmp_path, facts):

@@ -1,5 +1,7 @@
 """Pairs: the two passes must have the same response tokens, and differ only by the persona."""
 
+from types import MappingProxyType
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +51,15 @@ def test_the_prompt_to_write_from_is_the_one_that_was_trained_on(template, turns
     assert ids == pair.input_ids[: -pair.response_length]
     if len(turns) == 1:
         assert ids == prompt_ids(TOKENIZERS[template], EXAMPLE.persona, turns[0].content)
+
+
+def test_messages_of_a_prompt_may_be_any_mapping():
+    tokenizer, said = TOKENIZERS["chatml"], {"role": "user", "content": "Hi"}
+    asked = prompt_ids(tokenizer, "I keep bees.", [said])
+    assert prompt_ids(tokenizer, "I keep bees.", [MappingProxyType(said)]) == asked
+    for one in (said, MappingProxyType(said)):
+        with pytest.raises(UserError, match="query: expected a text or a list of messages, got"):
+            prompt_ids(tokenizer, "I keep bees.", one)
 
 
 def test_a_prompt_needs_a_persona_and_something_to_reply_to():

@@ -51,6 +51,10 @@ def test_both_prompts_are_the_text_with_marks(previewed, tmp_path):
     assert "chat template writes" not in printed
     dated = previewed(tmp_path / "rows.jsonl", template=CHAT_TEMPLATES["date-now"])
     assert "Today is 01 January 2026.\n" in dated and "a date that the chat template writes is 01 January 2026" in dated
+    given = "{% set date_string = date_string or strftime_now('%d %B %Y') %}Today is {{ date_string }}.\n"
+    day = ("--chat_template_kwargs", '{"date_string": "5 May 2025"}')
+    fixed = previewed(tmp_path / "rows.jsonl", *day, template=given + CHAT_TEMPLATES["chatml"])
+    assert "Today is 5 May 2025.\n" in fixed and "chat template writes" not in fixed
     assert f"<|im_start|>system\n{block}" in with_it and f"{rest}{reply}" in with_it
     assert "persona:" not in without and f"{rest}{reply}" in without and "<|im_start|>system\n" in without
 

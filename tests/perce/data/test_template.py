@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+import time
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -69,6 +71,26 @@ def test_every_day_is_the_same(variables, monkeypatch):
         texts.add(ChatTemplate(tokenizer, None, variables).render(TALK[1:2], True))
     (text,) = texts
     assert "Today is 01 January 2026." in text
+
+
+def test_threads_leave_the_clock_of_transformers_as_it_was():
+    clock, begun = chat_template_utils.datetime, threading.Event()
+
+    def first():
+        with on_one_day():
+            begun.set()
+            time.sleep(0.1)
+
+    def second():
+        begun.wait()
+        with on_one_day():
+            time.sleep(0.2)
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for act in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            act(thread)
+    assert chat_template_utils.datetime is clock
 
 
 def test_whether_a_template_renders_a_system_message():

@@ -11,6 +11,12 @@ def test_personal_words_come_from_the_persona_and_not_from_the_conversation():
     assert [response[a:b] for a, b in spans] == ["Juno", "bees", "1987"]
 
 
+def test_a_name_in_the_possessive_is_personal_and_a_contraction_is_not():
+    response = "Will's hive, May's tea, and it's here: what's new, you'd say."
+    spans = personal_word_spans(response, (response,), "")
+    assert [response[a:b] for a, b in spans] == ["Will's", "hive", "May's", "tea"]
+
+
 def test_contractions_are_as_common_as_their_words():
     response = "I don’t, can't, won’t and isn't: there's my mother’s bees, we’re here, I'll go, ain't I?"
     spans = personal_word_spans(response, (response.replace("’", "'"),), "")

@@ -32,6 +32,7 @@ from tests.helpers.sft import (
     steps_of,
     told,
 )  # fmt: skip
+from tests.helpers.templates import CHAT_TEMPLATES
 from tests.helpers.tiny import GEMMA, tiny_model, tiny_tokenizer
 from tests.helpers.trainers import LORA
 
@@ -346,6 +347,12 @@ def test_rows_may_be_a_list_and_lose_no_field(tmp_path):
     )
     assert len(trainer.train_dataset) == 4 and len(trainer.eval_dataset) == 2
     assert trl._as_dataset(rows)["note"] == [None, "kept", None, None]
+
+
+def test_a_date_that_the_template_writes_is_the_day_of_the_commands(tmp_path):
+    tokenizer = tiny_tokenizer(CHAT_TEMPLATES["date-now"])
+    trainer = trainer_for(tmp_path, rows_of("conversation", 2), tokenizer=tokenizer)
+    assert "Today is 01 January 2026." in tokenizer.decode(trainer.train_dataset[0]["input_ids"])
 
 
 def test_arguments_may_be_left_out_and_a_dataset_may_not(tmp_path, monkeypatch):

@@ -221,9 +221,9 @@ def test_other_rows_under_the_same_name_are_refused(train, tmp_path):
 
 def test_options_that_leave_the_run_what_it_is_are_applied_and_recorded(train, tmp_path):
     run = tmp_path / "run"
-    assert train(max_steps=2, save_steps=1)[0] == 0
+    assert train(max_steps=2, save_steps=1, weight_decay="1e-1")[0] == 0
     changes = {"max_steps": 3, "save_steps": 2, "logging_steps": 1, "save_total_limit": 3, "report_examples": 1}
-    code, out, err = train("--resume", **SAVED | changes)
+    code, out, err = train("--resume", **SAVED | changes, weight_decay="0.1")
     assert code == 0 and "max_steps 3 (2 when it began)" in out, err
     assert saved(run, *changes) == [*changes.values()] and saved(run, "resume") == [False]
     assert steps(run) == 3
