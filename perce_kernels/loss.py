@@ -15,6 +15,9 @@ from perce_kernels.contract import check_target, no_autocast
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+WHOLE = (int, torch.SymInt, numbers.Integral)  # the last for NumPy's
+REAL = (*WHOLE, float, torch.SymFloat, numbers.Real)
+
 
 class PerCEStats(NamedTuple):
     """Per-token statistics, each (N,), fp32 (fp64 for fp64 inputs), detached, and 0 where the target is ignored."""
@@ -320,8 +323,7 @@ def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_inde
 
 def _check_numbers(**given: Any) -> None:
     for name, value in given.items():
-        kind = numbers.Integral if name == "ignore_index" else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, kind | torch.SymInt | torch.SymFloat):
+        if isinstance(value, bool) or not isinstance(value, WHOLE if name == "ignore_index" else REAL):
             got = "a tensor" if isinstance(value, Tensor) else repr(value)
             remedy = ". To train it, multiply hidden, hidden_cf and bias by it" if name == "logit_scale" else ""
             raise ValueError(f"{name}: expected a number, got {got}{remedy}")
@@ -377,8 +379,7 @@ def _denominator(num_items: int | Tensor | None, reduction: str, target: Tensor,
         # A number on the CPU can divide a loss on a GPU as it is; copying it there would wait for the GPU.
         return (num_items if num_items.device.type == "cpu" else num_items.to(target.device)).clamp(min=1)
     if num_items is not None:
-        whole = isinstance(num_items, numbers.Integral | torch.SymInt) and not isinstance(num_items, bool)
-        if not whole or num_items <= 0:
+        if isinstance(num_items, bool) or not isinstance(num_items, WHOLE) or num_items <= 0:
             raise ValueError(f"num_items: expected an int > 0 or a 0-d tensor, got {num_items!r}")
         return num_items
     return (target != ignore_index).sum().clamp(min=1)
