@@ -106,7 +106,10 @@ def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
 @pytest.mark.parametrize(
     ("architecture", "prefix"),
     [("llama", 70), ("gemma3", 30), ("gemma3", 128), ("gemma3", 150)]
-    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", 30), ("llama", 128), ("gemma3", 70))],
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("llama", 30), ("llama", 128), ("llama", 150), ("gemma3", 70))
+    ],
 )
 def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypatch):
     """gemma3's window has 16 tokens, chunks here have 32."""
