@@ -11,7 +11,7 @@ from perce.config.options import as_called, read_yaml
 from perce.config.schema import lacking
 from perce.environment import did_you_mean, hub_failure, is_first_process, near_paths
 from perce.errors import UserError, first_line, in_one_line
-from perce.integrity import LIST
+from perce.files.integrity import LIST
 from perce.visible import in_short, say
 
 

@@ -14,7 +14,7 @@ from perce.config.options import Command, flat, number, read_yaml
 from perce.config.step import StepConfig
 from perce.environment import did_you_mean
 from perce.errors import UserError
-from perce.integrity import LIST
+from perce.files.integrity import LIST
 
 
 @dataclass(frozen=True)

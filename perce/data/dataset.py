@@ -32,7 +32,7 @@ from perce.data.sharing import UnitKind
 from perce.data.sources import Source
 from perce.data.workers import tables
 from perce.errors import UserError, in_one_line
-from perce.integrity import difference, sizes_and_digests
+from perce.files.integrity import difference, sizes_and_digests
 
 PAIRS_VERSION = 8
 """The version of the code that makes pairs from examples; a test fails if the pairs change and this number does not."""

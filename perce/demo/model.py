@@ -22,7 +22,7 @@ from pathlib import Path
 
 from perce.environment import let_umask_decide
 from perce.errors import UserError
-from perce.integrity import difference, sizes_and_digests
+from perce.files.integrity import difference, sizes_and_digests
 from perce.visible import say
 
 NAME = "smollm2-135m-instruct"

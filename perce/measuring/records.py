@@ -13,7 +13,7 @@ from typing import Any
 
 from perce.environment import check_own, in_one_move, written
 from perce.errors import UserError, in_one_line
-from perce.lock import locked
+from perce.files.lock import locked
 from perce.visible import as_json
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from perce.environment import in_one_move
 from perce.errors import UserError, in_one_line
-from perce.integrity import LIST, difference, sizes_and_digests
+from perce.files.integrity import LIST, difference, sizes_and_digests
 from perce.visible import say
 
 if TYPE_CHECKING:

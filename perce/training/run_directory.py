@@ -22,8 +22,8 @@ from perce.config.options import dump_yaml, number, read_yaml
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, MERGED, lacking
 from perce.config.schema import FACTS_NAME as FACTS
 from perce.errors import UserError
+from perce.files.lock import InUse, locked
 from perce.hub import BASE_NAME
-from perce.lock import InUse, locked
 from perce.training.checkpoints import (
     LIST,
     checkpoints,

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 
 from perce.demo import DATA_DIR
 from perce.demo.model import NAME, RECEIPT
-from perce.integrity import sizes_and_digests
+from perce.files.integrity import sizes_and_digests
 from tests.helpers import ROOT
 from tests.helpers.templates import CHAT_TEMPLATES
 from tests.helpers.tiny import VOCAB, read_jsonl, save_tiny_model, tiny_tokenizer, write_jsonl

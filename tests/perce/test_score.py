@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from perce import UserError
 from perce.config.commands import SCORE
 from perce.demo import DATA_DIR
-from perce.lock import locked
+from perce.files.lock import locked
 from perce.measuring import inference, score_report, scores
 from tests.helpers.pages import Page
 from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_tokenizer, write_jsonl

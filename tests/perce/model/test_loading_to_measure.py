@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from perce import UserError
 from perce.config.questions import InferenceConfig
-from perce.integrity import LIST, sizes_and_digests
+from perce.files.integrity import LIST, sizes_and_digests
 from perce.model.loading import load_to_measure
 from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, tiny_tokenizer
 from tests.helpers.training import fails

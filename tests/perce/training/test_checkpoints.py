@@ -61,7 +61,7 @@ def test_whole_is_all_that_a_resume_needs(checkpoint, name):
 
 
 def test_older_checkpoints_are_not_read_again_at_every_save(checkpoint, monkeypatch):
-    monkeypatch.setattr("perce.integrity.digest", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("perce.files.integrity.digest", lambda path: pytest.fail(f"{path} was read"))
     checkpoints._rotate(checkpoint, 5, None)
     assert len(json.loads((checkpoint / LIST).read_text())) > len(FILES)
 

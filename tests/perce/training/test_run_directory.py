@@ -13,7 +13,7 @@ import yaml
 
 from perce import PerceTrainer, UserError, hub
 from perce.config.commands import parse_args
-from perce.lock import locked
+from perce.files.lock import locked
 from perce.train import main, resolve
 from perce.training.checkpoints import flaw
 from perce.training.run_directory import LOCK, would_replace

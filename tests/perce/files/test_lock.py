@@ -11,13 +11,13 @@ import filelock
 import pytest
 
 from perce import UserError
-from perce.lock import InUse, locked
+from perce.files.lock import InUse, locked
 from tests.helpers import ROOT
 
 HOLDS = """
 import errno, fcntl, sys, time
 from pathlib import Path
-from perce.lock import locked
+from perce.files.lock import locked
 def missing(*_):
     raise OSError(errno.ENOSYS, "Function not implemented")
 if sys.argv[2] == "missing":
