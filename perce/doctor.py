@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.options import Parser, as_called
-from perce.environment import version
 from perce.errors import OF_TRAINING, UserError, first_line, what_to_install
+from perce.files.outputs import version
 from perce.process import guarded
 from perce.visible import say
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from perce.config.commands import EVALUATE, EvaluateOptions
-from perce.environment import prepare
+from perce.files.outputs import prepare
 from perce.measuring.records import RecordFile
 from perce.visible import say
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from perce.config.options import as_called, read_yaml
 from perce.config.schema import lacking
-from perce.environment import did_you_mean, hub_failure, is_first_process, near_paths
 from perce.errors import UserError, first_line, in_one_line
 from perce.files.integrity import LIST
+from perce.files.outputs import did_you_mean, hub_failure, is_first_process, near_paths
 from perce.visible import in_short, say
 
 

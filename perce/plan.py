@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from perce.config.commands import PLAN, PlanOptions
-from perce.environment import in_one_move, prepare, written
+from perce.files.outputs import in_one_move, prepare, written
 from perce.visible import say
 
 

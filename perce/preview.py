@@ -6,7 +6,7 @@ rows of all splits → format and counts → a sample of pairs → lengths, what
 import sys
 
 from perce.config.commands import PREVIEW, PreviewOptions
-from perce.environment import prepare
+from perce.files.outputs import prepare
 
 
 def run(options: PreviewOptions) -> None:

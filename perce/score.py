@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.commands import SCORE, ScoreOptions
-from perce.environment import prepare
 from perce.errors import UserError
+from perce.files.outputs import prepare
 from perce.measuring.records import RecordFile
 from perce.visible import say
 

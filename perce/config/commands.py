@@ -12,9 +12,9 @@ from typing import Any
 from perce.config import questions, schema
 from perce.config.options import Command, flat, number, read_yaml
 from perce.config.step import StepConfig
-from perce.environment import did_you_mean
 from perce.errors import UserError
 from perce.files.integrity import LIST
+from perce.files.outputs import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from perce.config.elsewhere import ADVICE, NOTES, known_as
-from perce.environment import check_outputs, check_path, did_you_mean
 from perce.errors import UserError, in_one_line
+from perce.files.outputs import check_outputs, check_path, did_you_mean
 from perce.process import guarded
 from perce.visible import ACTING, say, shortened
 

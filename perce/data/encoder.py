@@ -19,8 +19,8 @@ from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
-from perce.environment import is_first_process
 from perce.errors import UserError
+from perce.files.outputs import is_first_process
 from perce.hub import from_pretrained, with_weights
 from perce.visible import say
 

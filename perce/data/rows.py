@@ -31,8 +31,8 @@ from perce.data.joins import Lookup
 from perce.data.literals import parse_list
 from perce.data.readers import BadRow
 from perce.data.sources import SPLITS, Source, open_data
-from perce.environment import progress
 from perce.errors import UserError
+from perce.files.outputs import progress
 from perce.visible import listed
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")

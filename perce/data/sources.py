@@ -29,8 +29,8 @@ from perce.data.readers import (
     parquet_rows,
     whole_json,
 )  # fmt: skip
-from perce.environment import check_path, did_you_mean, hub_failure
 from perce.errors import UserError, first_line, in_one_line
+from perce.files.outputs import check_path, did_you_mean, hub_failure
 from perce.visible import shortened
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}

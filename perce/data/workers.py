@@ -20,8 +20,8 @@ from typing import Any
 import pyarrow as pa
 
 from perce.data.pairing import PairSource
-from perce.environment import progress
 from perce.errors import UserError
+from perce.files.outputs import progress
 
 CHUNK = 500  # examples per table
 WORTH_A_PROCESS = 4000  # examples per process: fewer take less time than starting the process

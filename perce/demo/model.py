@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from perce.environment import let_umask_decide
 from perce.errors import UserError
 from perce.files.integrity import difference, sizes_and_digests
+from perce.files.outputs import let_umask_decide
 from perce.visible import say
 
 NAME = "smollm2-135m-instruct"

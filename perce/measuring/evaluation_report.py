@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from perce.data.readers import parse_json
-from perce.environment import did_you_mean, in_one_move, written
 from perce.errors import UserError
+from perce.files.outputs import did_you_mean, in_one_move, written
 from perce.measuring.metrics import (
     FEW,
     REPLY_METRICS,

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from perce.environment import in_one_move, written
 from perce.errors import UserError
+from perce.files.outputs import in_one_move, written
 from perce.visible import as_json
 
 LEAST = 1e-12  # the smallest weight of a token: it still counts in the divisor and adds nothing to the loss

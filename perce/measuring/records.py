@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from perce.environment import check_own, in_one_move, written
 from perce.errors import UserError, in_one_line
 from perce.files.lock import locked
+from perce.files.outputs import check_own, in_one_move, written
 from perce.visible import as_json
 
 

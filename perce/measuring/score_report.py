@@ -10,7 +10,7 @@ import numpy as np
 
 from perce.config.commands import ScoreOptions
 from perce.data.rows import Example
-from perce.environment import in_one_move, written
+from perce.files.outputs import in_one_move, written
 from perce.measuring.identification import Identified
 from perce.report.heatmap import Cells, Histogram, ScoredResponse, ScoredToken, terminal_text
 from perce.report.page import Weighed, write_page

@@ -15,9 +15,9 @@ import torch
 from perce.config.questions import InferenceConfig
 from perce.config.schema import MERGED, ModelConfig, run_directory
 from perce.demo import default_model_path
-from perce.environment import let_umask_decide
 from perce.errors import UserError, first_line, in_one_line
 from perce.files.integrity import LIST, difference
+from perce.files.outputs import let_umask_decide
 from perce.hub import base_of_adapter, check_base, from_anywhere, load_pretrained, read_config, tokenizer_of
 from perce.model.patch import check_head_unwrapped, prepare_model
 from perce.model.probe import unwrapped

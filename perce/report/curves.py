@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from perce.environment import in_one_move
+from perce.files.outputs import in_one_move
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from perce.environment import in_one_move
+from perce.files.outputs import in_one_move
 from perce.objectives import Objective, TokenWeighting
 from perce.report.embedded import embedded, mean
 from perce.report.heatmap import Cells, Histogram, ScoredResponse, ScoredToken, harmless, intensity, scale

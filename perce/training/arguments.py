@@ -17,8 +17,8 @@ from perce.config.commands import TRAIN, TrainOptions
 from perce.config.options import convert, require, require_finite
 from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig
 from perce.data.sharing import Sharing
-from perce.environment import prepare
 from perce.errors import UserError, in_one_line
+from perce.files.outputs import prepare
 from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
 from perce.training.best import settle_metric

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perce.environment import in_one_move
 from perce.errors import UserError, in_one_line
 from perce.files.integrity import LIST, difference, sizes_and_digests
+from perce.files.outputs import in_one_move
 from perce.visible import say
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from perce.data.dataset import numbers, pairs_digest
-from perce.environment import let_umask_decide
 from perce.errors import UserError, in_one_line
+from perce.files.outputs import let_umask_decide
 from perce.objectives import Measured
 
 FILE = "estimates.safetensors"

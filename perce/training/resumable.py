@@ -13,8 +13,8 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
-from perce.environment import let_umask_decide
 from perce.errors import UserError, first_line
+from perce.files.outputs import let_umask_decide
 from perce.model.probe import unwrapped
 from perce.training.best import check_first_value, evaluated_name, is_evaluated
 from perce.training.checkpoints import check_whole, damage, resume_point, save_whole, state_of

@@ -16,8 +16,8 @@ from perce.data.rows import Document
 from perce.data.sharing import Sharing
 from perce.data.splits import RunPairs
 from perce.data.stream import PairStream
-from perce.environment import in_one_move
 from perce.errors import first_line
+from perce.files.outputs import in_one_move
 from perce.measuring.scores import scored_tokens
 from perce.model.auxiliary import Router
 from perce.model.passes import TokenStatistics

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from perce import environment, evaluate, plan, score, train
-from perce.environment import did_you_mean, near_paths
+from perce import evaluate, plan, score, train
+from perce.files import outputs
+from perce.files.outputs import did_you_mean, near_paths
 from tests.helpers import ROOT
 from tests.helpers.tiny import save_tiny_model, write_jsonl
 from tests.helpers.training import ROWS, fails, printed_by
@@ -259,21 +260,21 @@ def test_a_name_is_as_long_as_the_file_system_has_it_or_is_refused_before(scored
 
 def test_two_processes_do_not_write_the_same_unfinished_file(tmp_path, monkeypatch):
     target = tmp_path / "out.json"
-    with environment.in_one_move(target) as mine:
+    with outputs.in_one_move(target) as mine:
         mine.write_text("mine")
         monkeypatch.setattr(os, "getpid", lambda: 1)  # which runs, wherever this does
-        with environment.in_one_move(target) as other:
+        with outputs.in_one_move(target) as other:
             other.write_text("other")
         assert mine.read_text() == "mine" and target.read_text() == "other"
     assert target.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_what_a_killed_process_left_unfinished_is_swept_up(tmp_path):
-    code = "from perce.environment import in_one_move; import os, pathlib, sys\nfor name in sys.argv[1:]:\n"
+    code = "from perce.files.outputs import in_one_move; import os, pathlib, sys\nfor name in sys.argv[1:]:\n"
     code += "    with in_one_move(pathlib.Path(name)) as file:\n        file.write_text('half')\n        "
     for name in ("[a].json", "[a].json", "b.json"):
         subprocess.run([sys.executable, "-c", code + "os.kill(os.getpid(), 9)", str(tmp_path / name)], cwd=ROOT)
-    with environment.in_one_move(tmp_path / "[a].json") as file:
+    with outputs.in_one_move(tmp_path / "[a].json") as file:
         file.write_text("whole")
     left = sorted(path.name for path in tmp_path.iterdir())
     assert len(left) == 2 and left[0].startswith(".b.json") and left[1] == "[a].json"
@@ -326,9 +327,9 @@ class Terminal(io.StringIO):
 def test_progress_is_shown_on_a_terminal_where_it_takes_long(monkeypatch, terminal, patience, shown):
     out = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", out)
-    monkeypatch.setattr(environment, "PATIENCE", patience)
-    assert [*environment.progress("reading", "example", range(3))] == [0, 1, 2]
-    with environment.progress("pairing", "example", total=3) as bar:
+    monkeypatch.setattr(outputs, "PATIENCE", patience)
+    assert [*outputs.progress("reading", "example", range(3))] == [0, 1, 2]
+    with outputs.progress("pairing", "example", total=3) as bar:
         bar.update(3)
     assert [what in out.getvalue() for what in ("reading", "pairing")] == [shown, shown]
 
@@ -340,7 +341,7 @@ def test_reading_and_pairing_show_progress(monkeypatch, tmp_path):
 
     out = Terminal()
     monkeypatch.setattr(sys, "stderr", out)
-    monkeypatch.setattr(environment, "PATIENCE", 0.0)
+    monkeypatch.setattr(outputs, "PATIENCE", 0.0)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = load_examples(write_jsonl(tmp_path / "rows.jsonl", ROWS), "train")
     pair_dataset(rows.all, builder())
