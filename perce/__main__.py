@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from perce.doctor import version
 from perce.errors import UserError
-from perce.files.outputs import version
 from perce.process import guarded
 from perce.visible import say, shortened
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from perce.config.options import Parser, as_called
 from perce.errors import OF_TRAINING, UserError, first_line, what_to_install
-from perce.files.outputs import version
 from perce.process import guarded
 from perce.visible import say
 
@@ -72,6 +71,14 @@ def run(arguments: Sequence[str]) -> None:
     if problems:
         raise UserError(f"{problems} problem{'s' if problems > 1 else ''} found, marked above.")
     say("No problem found.")
+
+
+def version() -> str:
+    """The installed version of perce."""
+    try:
+        return importlib.metadata.version("perce")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed, run from its source)"
 
 
 def _whatever_happens(rows: Iterator[Row]) -> Iterator[Row]:

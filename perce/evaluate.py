@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 from perce.config.commands import EVALUATE, EvaluateOptions
-from perce.files.outputs import prepare
+from perce.files.outputs import check_writable
 from perce.measuring.records import RecordFile
 from perce.visible import say
 
 
 def run(options: EvaluateOptions) -> None:
     """Evaluate, write and print; an interrupted run is resumed after its last finished example."""
-    prepare(options.evaluate.output)
+    check_writable(options.evaluate.output)
     with RecordFile(options.evaluate.records) as file:
         evaluate_into(file, options)
 

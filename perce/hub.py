@@ -11,7 +11,9 @@ from perce.config.options import as_called, read_yaml
 from perce.config.schema import lacking
 from perce.errors import UserError, first_line, in_one_line
 from perce.files.integrity import LIST
-from perce.files.outputs import did_you_mean, hub_failure, is_first_process, near_paths
+from perce.files.paths import did_you_mean, near_paths
+from perce.network import hub_failure
+from perce.process import is_first_process
 from perce.visible import in_short, say
 
 

@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 from perce.config.commands import PLAN, PlanOptions
-from perce.files.outputs import in_one_move, prepare, written
+from perce.files.outputs import check_writable, in_one_move, written
 from perce.visible import say
 
 
 def run(options: PlanOptions) -> None:
     """Plan, print, and write the JSON."""
-    prepare(options.step.json)
+    check_writable(options.step.json)
     from perce.planning.plans import make_plan
     from perce.planning.tables import print_plan, to_json
 

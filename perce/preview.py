@@ -6,12 +6,10 @@ rows of all splits → format and counts → a sample of pairs → lengths, what
 import sys
 
 from perce.config.commands import PREVIEW, PreviewOptions
-from perce.files.outputs import prepare
 
 
 def run(options: PreviewOptions) -> None:
     """Read the rows, make pairs of a sample, and print."""
-    prepare()
     from perce.data.preview import print_preview
     from perce.demo import default_model_path
     from perce.hub import base_of_adapter, tokenizer_of

@@ -1,5 +1,5 @@
-"""How the process of a command ends: its exit code, a closed stdout, and its end if torchrun, which started it, is
-gone."""
+"""The process of a command: libraries silenced when it begins, whether it is the first of several, and how it ends: its
+exit code, a closed stdout, and its end if torchrun, which started it, is gone."""
 
 import io
 import os
@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -63,6 +64,23 @@ def _failure_of_stdout() -> OSError | None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error
     return None
+
+
+def silence_libraries() -> None:
+    """Keep logs, progress bars and a warning of libraries out of what a command prints."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    # PEFT still asks transformers 5.23 for an attribute under its old name.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the first of those that were launched together, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def end_with_launcher() -> None:

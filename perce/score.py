@@ -10,7 +10,7 @@ from typing import Any
 
 from perce.config.commands import SCORE, ScoreOptions
 from perce.errors import UserError
-from perce.files.outputs import prepare
+from perce.files.outputs import check_writable
 from perce.measuring.records import RecordFile
 from perce.visible import say
 
@@ -18,7 +18,7 @@ from perce.visible import say
 def run(options: ScoreOptions) -> None:
     """Score the examples, write what was asked for, and print a summary."""
     score = options.score
-    prepare(score.output, score.summary, str(score.exported or "") or None)
+    check_writable(score.output, score.summary, str(score.exported or "") or None)
     with RecordFile(Path(score.jsonl).expanduser() if score.jsonl else None) as file:
         score_into(file, options)
 

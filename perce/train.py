@@ -18,7 +18,7 @@ from pathlib import Path
 from perce.config.commands import TrainOptions, is_secret, parse_args
 from perce.config.options import dump_yaml
 from perce.errors import UserError
-from perce.files.outputs import check_outputs
+from perce.files.paths import check_outputs
 from perce.hub import from_anywhere
 from perce.process import end_with_launcher, guarded
 from perce.training.run_directory import claimed, free_directory

@@ -3,6 +3,8 @@ r"""Makes text that others wrote safe to print and write: no character in it act
 The characters that act are control characters (C0, DEL, C1), marks that change the direction of the text after them,
 Unicode's separators of lines and paragraphs, and halves of surrogate pairs, which cannot be encoded and occur in file
 names that are not UTF-8. They are shown as Python writes them: \x1b, \u202e.
+
+`say` is what prints, and `progress` shows how far long work is.
 """
 
 import json
@@ -16,6 +18,8 @@ ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\
 NAMED = 4  # weights or layers that a message names
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+
+PATIENCE = 3.0  # seconds before a progress bar appears
 
 
 def visible(text: str, keep: str = "") -> str:
@@ -45,6 +49,13 @@ def say(*lines: str, error: bool = False) -> None:
     An access token of the Hub in a line, such as one quoted from a misplaced argument, is not printed."""
     for line in lines:
         print(TOKEN.sub("hf_…", visible(line)), file=sys.stderr if error else None, flush=error)
+
+
+def progress(what: str, unit: str, over: Iterable[Any] | None = None, total: int | None = None) -> Any:
+    """tqdm's bar, over an iterable or to be updated. It shows on terminals only, and after PATIENCE seconds."""
+    from tqdm import tqdm
+
+    return tqdm(over, desc=what, unit=unit, total=total, leave=False, delay=PATIENCE, disable=None)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

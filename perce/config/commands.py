@@ -14,7 +14,7 @@ from perce.config.options import Command, flat, number, read_yaml
 from perce.config.step import StepConfig
 from perce.errors import UserError
 from perce.files.integrity import LIST
-from perce.files.outputs import did_you_mean
+from perce.files.paths import did_you_mean
 
 
 @dataclass(frozen=True)

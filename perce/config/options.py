@@ -25,8 +25,8 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from perce.config.elsewhere import ADVICE, NOTES, known_as
 from perce.errors import UserError, in_one_line
-from perce.files.outputs import check_outputs, check_path, did_you_mean
-from perce.process import guarded
+from perce.files.paths import check_outputs, check_path, did_you_mean
+from perce.process import guarded, silence_libraries
 from perce.visible import ACTING, say, shortened
 
 
@@ -180,6 +180,7 @@ class Command(Generic[Chosen]):
                 say(*dump_yaml(flat(options)).splitlines())
             else:
                 check_outputs(options.outputs, options.inputs | {"--config": parsed.config_file})
+                silence_libraries()
                 run(options)
 
         return lambda argv=None: guarded(lambda: parse_and_run(argv))

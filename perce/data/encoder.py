@@ -20,8 +20,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from perce.errors import UserError
-from perce.files.outputs import is_first_process
 from perce.hub import from_pretrained, with_weights
+from perce.process import is_first_process
 from perce.visible import say
 
 MAX_TOKENS = 512  # of a text are read, or fewer if the model says so; the rest is ignored

@@ -32,8 +32,7 @@ from perce.data.literals import parse_list
 from perce.data.readers import BadRow
 from perce.data.sources import SPLITS, Source, open_data
 from perce.errors import UserError
-from perce.files.outputs import progress
-from perce.visible import listed
+from perce.visible import listed, progress
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 _MAY_BE_MESSAGES = ("prompt", "completion", "chosen")

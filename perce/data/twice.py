@@ -18,7 +18,7 @@ from perce.data.marked import IGNORED, PERSONA, persona_span
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, tell
 from perce.data.readers import BadRow
 from perce.errors import UserError
-from perce.files.outputs import is_first_process
+from perce.process import is_first_process
 from perce.visible import say
 
 Columns = Mapping[str, Sequence[Any]]

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from perce.data.pairing import PairSource
 from perce.errors import UserError
-from perce.files.outputs import progress
+from perce.visible import progress
 
 CHUNK = 500  # examples per table
 WORTH_A_PROCESS = 4000  # examples per process: fewer take less time than starting the process

@@ -1,6 +1,5 @@
 """Files, for all commands.
 
-outputs    paths that users give, and files written in one move
-lock       one process at a time
-integrity  whether a file is as it was written
+paths      paths that users give, and outputs that are also inputs     lock       one process at a time
+outputs    files written in one move, never over those of others       integrity  whether a file is as it was written
 """

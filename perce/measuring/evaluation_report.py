@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from perce.data.readers import parse_json
 from perce.errors import UserError
-from perce.files.outputs import did_you_mean, in_one_move, written
+from perce.files.outputs import in_one_move, written
+from perce.files.paths import did_you_mean
 from perce.measuring.metrics import (
     FEW,
     REPLY_METRICS,
@@ -112,10 +113,8 @@ def read_result(path: Path) -> dict[str, Any]:
     try:
         result = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        near = "" if path.exists() else did_you_mean(str(path))
-        raise UserError(
-            f"--compare_with {path}: cannot be read as a result of perce.evaluate ({error}).{near}"
-        ) from error
+        what = f"--compare_with {path}: cannot be read as a result of perce.evaluate ({error})."
+        raise UserError(f"{what}{did_you_mean(str(path))}") from error
     if not (isinstance(result, dict) and result.get("kind") == RESULT and {"run", "records"} <= {*result}):
         raise UserError(f"--compare_with {path}: expected the JSON that perce.evaluate --output writes.")
     if result["run"].get("form") != FORM:

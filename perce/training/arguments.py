@@ -18,9 +18,9 @@ from perce.config.options import convert, require, require_finite
 from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig
 from perce.data.sharing import Sharing
 from perce.errors import UserError, in_one_line
-from perce.files.outputs import prepare
 from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
+from perce.process import silence_libraries
 from perce.training.best import settle_metric
 from perce.training.parallel import check_gradients_in_reach, check_one_gpu, check_parallelism
 from perce.training.shared import largest_batch
@@ -354,7 +354,7 @@ def _given_fields(config: TrainOptions) -> dict[str, Any]:
 
 def training_arguments(config: TrainOptions) -> PerceArguments:
     """PerceArguments from perce's options and the TrainingArguments fields in config.extra."""
-    prepare()
+    silence_libraries()
     run, extra = config.run, _given_fields(config)
     use_cpu = bool(extra.get("use_cpu", not torch.cuda.is_available()))
     precision = resolve_precision(config.model.precision, "cpu" if use_cpu else "cuda")

@@ -139,24 +139,6 @@ def test_what_the_hub_does_not_have_may_be_a_directory_that_is_not_there(path, n
     assert "no such directory" in str(caught.value) and near in str(caught.value)
 
 
-def test_whether_the_hub_can_be_reached_is_asked_once_and_in_seconds(monkeypatch):
-    asked = []
-
-    def head(self, url, timeout=None, **_):
-        asked.append((url, timeout))
-        raise OSError("no route to host\nadvice")
-
-    from huggingface_hub.utils import get_session
-
-    monkeypatch.setattr(type(get_session()), "head", head)
-    hub.hub_failure.cache_clear()
-    assert hub.hub_failure() == hub.hub_failure() == "no route to host" and len(asked) == 1 and asked[0][1] <= 10
-    hub.hub_failure.cache_clear()
-    monkeypatch.setattr(type(get_session()), "head", lambda *_, **__: None)
-    assert hub.hub_failure() is None
-    hub.hub_failure.cache_clear()
-
-
 def test_what_a_config_does_not_say_is_none():
     """Recurrent models have no heads, GPT-2 names them in its own way, and a model may have others in each layer."""
     assert stated(tiny_config("mamba"), "num_attention_heads") is None

@@ -1,18 +1,23 @@
-"""Nothing that data, names or errors hold acts on a terminal, a page or a file that a command writes."""
+"""Nothing that data, names or errors hold acts on a terminal, a page or a file that a command writes; and progress
+bars."""
 
+import io
 import json
 import os
 import re
 import shutil
+import sys
 
 import pytest
 import yaml
 
-from perce import evaluate, plan, score
+from perce import evaluate, load_examples, plan, score
 from perce import train as train_command
 from perce.config.options import dump_yaml
-from perce.visible import as_json, listed, shortened, visible
+from perce.data.dataset import pair_dataset
+from perce.visible import as_json, listed, progress, shortened, visible
 from tests.helpers.pages import Page
+from tests.helpers.pairs import builder
 from tests.helpers.tiny import read_jsonl, write_jsonl
 from tests.helpers.training import ROWS
 
@@ -183,3 +188,31 @@ def test_what_is_long_is_shortened():
     assert shortened("a" * 60) == "a" * 60 and shortened("a" * 61) == "a" * 57 + "..."
     assert listed(["a", "b" * 41]) == "a, " + "b" * 37 + "..."
     assert listed(map(str, range(13))) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …" and listed([]) == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("terminal", "patience", "shown"), [(True, 0.0, True), (True, 60.0, False), (False, 0.0, False)]
+)
+def test_progress_is_shown_on_a_terminal_where_it_takes_long(monkeypatch, terminal, patience, shown):
+    out = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr("perce.visible.PATIENCE", patience)
+    assert [*progress("reading", "example", range(3))] == [0, 1, 2]
+    with progress("pairing", "example", total=3) as bar:
+        bar.update(3)
+    assert [what in out.getvalue() for what in ("reading", "pairing")] == [shown, shown]
+
+
+def test_reading_and_pairing_show_progress(monkeypatch, tmp_path):
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr("perce.visible.PATIENCE", 0.0)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = load_examples(write_jsonl(tmp_path / "rows.jsonl", ROWS), "train")
+    pair_dataset(rows.all, builder())
+    assert "reading" in out.getvalue() and "pairing:" in out.getvalue()

@@ -47,7 +47,7 @@ def said(name, argv, capsys):
     ],
 )  # fmt: skip
 def test_the_option_that_is_meant_is_named(command, flag, right, capsys, monkeypatch):
-    monkeypatch.setattr("perce.training.arguments.prepare", lambda: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.training.arguments.silence_libraries", lambda: pytest.fail("found too late"))
     expected = f"error: --{flag.replace('-', '_')}: unknown option. It is --{right} here"
     assert said(command, [f"--{flag}", "1"], capsys).startswith(expected)
     assert said(command, [f"--{flag}=1"], capsys).startswith(expected)
