@@ -1,6 +1,7 @@
 """Random models and a tokenizer small enough for tests, and rows for them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -141,9 +142,11 @@ def demo_examples(count: int, split: str = "train") -> list[Example]:
     return load_examples(DATA_DIR, split, limit=count).all
 
 
-def demo_pairs(count: int, **options: object) -> list[dict]:
+def demo_pairs(count: int, facts: int | None = None, **options: object) -> list[dict]:
+    """facts: how many of each user are in the prompt; None: all, which makes a pair three times as long as with one."""
     builder = PairBuilder(tiny_tokenizer(), **({"max_length": 2000} | options))
-    return [{**vars(builder.build(example)), "example": i} for i, example in enumerate(demo_examples(count))]
+    short = [replace(example, persona=example.persona[:facts]) for example in demo_examples(count)]
+    return [{**vars(builder.build(example)), "example": i} for i, example in enumerate(short)]
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

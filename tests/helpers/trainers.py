@@ -11,7 +11,7 @@ from perce.model.memory import CHECKPOINTING
 from perce.model.patch import prepare_model
 from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
 
-PAIRS = demo_pairs(20)
+PAIRS = demo_pairs(20, facts=1)
 
 LOSS = LossConfig(clip_min=0.05, clip_max=5.0)  # a random model's PIR is small, so the paper's floor would hide it
 

@@ -107,7 +107,11 @@ def test_signals_are_their_formulas_over_all_probabilities(name):
 
 @pytest.mark.parametrize(
     ("name", "normalize"),
-    [(name, "none") for name in OBJECTIVES] + [(name, how) for how in ("batch", "sequence") for name in WITH_WEIGHTS],
+    [
+        pytest.param(name, how, marks=[pytest.mark.slow] * (how != "none" and name != "perce"))
+        for name in OBJECTIVES
+        for how in (("none", "batch", "sequence") if name in WITH_WEIGHTS else ("none",))
+    ],
 )
 def test_weights_of_the_data_multiply_those_of_the_tokens(tmp_path, name, normalize):
     """After the normalisation, and without a change of what the loss is divided by."""

@@ -177,8 +177,12 @@ BY_ITSELF = MemoryConfig(branches_per_forward=1)
 
 @pytest.mark.parametrize(
     ("memory", "tokens"),  # tokens that are kept from the forward to the backward
-    [(MemoryConfig(), 3999), (NONE, 23), (BY_ITSELF, 3999 - 23)], ids=["full", "none", "by itself"],
-)  # fmt: skip
+    [
+        pytest.param(MemoryConfig(), 3999, id="full"),
+        pytest.param(NONE, 23, id="none", marks=pytest.mark.slow),
+        pytest.param(BY_ITSELF, 3999 - 23, id="by itself"),
+    ],
+)
 def test_offloaded_checkpoints_are_in_host_memory(memory, tokens):
     config = tiny_model("llama", num_hidden_layers=12).config
     kept, freed = (
@@ -196,7 +200,9 @@ def test_offloaded_checkpoints_are_in_host_memory(memory, tokens):
         assert sizes[0] - sizes[1] == offloaded
 
 
-@pytest.mark.parametrize("memory", [MemoryConfig(), NONE], ids=["full", "none"])
+@pytest.mark.parametrize(
+    "memory", [pytest.param(MemoryConfig(), id="full"), pytest.param(NONE, id="none", marks=pytest.mark.slow)]
+)
 def test_flash_attention_has_no_mask_for_windows(memory):
     config = tiny_model("gemma3").config  # a window of 16 tokens
 
@@ -273,7 +279,7 @@ def test_requests_of_a_persona_are_planned_as_a_batch_arranges_them(memory):
         ] * 2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_requests_take_less_together_and_least_one_by_one(checkpointing):
     config = tiny_model("qwen3").config
     step = StepConfig(

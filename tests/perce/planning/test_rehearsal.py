@@ -46,7 +46,7 @@ def test_per_layer_lists_are_cut():
     assert config.num_hidden_layers == 3 and config.no_rope_layers == list("acd")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_few_layers_tell_what_branches_take(checkpointing):
     config = tiny_model("llama", num_hidden_layers=4).config
     shape = StepShape(2, 70, 50, 12, accumulates=False, replies=3, turn=12, branch=4)
@@ -61,7 +61,7 @@ BY_ITSELF, DETACHED = MemoryConfig(branches_per_forward=1), replace(NONE, branch
     ("memory", "options", "checkpointing", "accumulates"),
     [
         (BY_ITSELF, LORA, True, False),
-        (DETACHED, FULL, True, True),
+        pytest.param(DETACHED, FULL, True, True, marks=pytest.mark.slow),
         pytest.param(BY_ITSELF, FULL, True, True, marks=pytest.mark.slow),
         pytest.param(BY_ITSELF, LORA, False, False, marks=pytest.mark.slow),
         pytest.param(DETACHED, LORA, True, False, marks=pytest.mark.slow),
@@ -80,7 +80,7 @@ def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, 
     assert few == pytest.approx(every, rel=0.02)  # in the first layer's backward, either of two moments may be the peak
 
 
-@pytest.mark.parametrize("memory", [MemoryConfig(), NONE, MemoryConfig(branches_per_forward=1)])
+@pytest.mark.parametrize("memory", [MemoryConfig(), pytest.param(NONE, marks=pytest.mark.slow), BY_ITSELF])
 def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
     """Sums of gradients, and keys and values of a persona with their gradient, stay; so do inputs of two layers."""
     config = tiny_model("llama", num_hidden_layers=6).config
@@ -105,10 +105,11 @@ def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
 
 @pytest.mark.parametrize(
     ("architecture", "prefix"),
-    [("llama", 70), ("gemma3", 30), ("gemma3", 128), ("gemma3", 150)]
+    [("llama", 70), ("gemma3", 150)]
     + [
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in (("llama", 30), ("llama", 128), ("llama", 150), ("gemma3", 70))
+        pytest.param(architecture, prefix, marks=pytest.mark.slow)
+        for architecture, prefixes in (("llama", (30, 128, 150)), ("gemma3", (30, 70, 128)))
+        for prefix in prefixes
     ],
 )
 def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypatch):
@@ -129,7 +130,7 @@ def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypa
 @pytest.mark.parametrize(
     "memory", [pytest.param(NONE, id="none"), pytest.param(TILED, id="tiled", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_few_layers_tell_what_all_take_under_memory_options(memory, checkpointing):
     kinds = [LAYERS[0]] * 2 + [LAYERS[1]] + [LAYERS[0]] * 2
     config = tiny_model("gemma3", num_hidden_layers=5, layer_types=kinds).config

@@ -258,6 +258,7 @@ def test_a_budget_cuts_requests_as_a_run_does(setting, budget=260):
     assert memory.share_persona > 1 and 0.7 * budget < shape_of(step, memory).computed <= 1.1 * budget
 
 
+@pytest.mark.slow
 def test_a_conversation_that_does_not_fit_is_told_in_replies(setting, monkeypatch):
     monkeypatch.setattr(fits, "device_memory", lambda device: memory_there.HELD_BY_LIBRARIES + 2**20)
     config, args, model, _ = setting(per_device_train_batch_size=8)

@@ -12,7 +12,8 @@ from tests.helpers import ROOT
 pytest.importorskip("triton")
 from perce_kernels.gpu import tiles
 
-NVIDIA = ("sm_80", "sm_86", "sm_90", "sm_100")
+QUICK = ("sm_80", "sm_90", "sm_100", "gfx942")
+NVIDIA = ("sm_80", pytest.param("sm_86", marks=pytest.mark.slow), "sm_90", "sm_100")
 ROWS = ("row_loss", "row_halves", "stored_rows")
 COMPILED = {"rows": ("row_loss", "row_halves")}  # kernels of one group of the table
 GEMMS = ("lse_gemm", "store_gemm")
@@ -24,35 +25,45 @@ def aot_module():
     return aot
 
 
-def aot(option: str) -> list[str]:
+def aot(*arguments: str) -> list[str]:
     """The lines that tests.helpers.aot prints. The interpreter must be off there, and this process has it on."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.helpers.aot", option], cwd=ROOT, env=environment,
+        [sys.executable, "-W", "ignore", "-m", "tests.helpers.aot", *arguments], cwd=ROOT, env=environment,
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout.splitlines()
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, list[dict]]:
+class Compiled(dict[str, list[dict]]):
     """What the compilers report, by architecture."""
-    results: dict[str, list[dict]] = {}
-    for line in aot("--json"):
-        result = json.loads(line)
-        results.setdefault(result["arch"], []).append(result)
-    return results
+
+    def add(self, *archs: str) -> None:
+        for line in aot("--json", *archs):
+            result = json.loads(line)
+            self.setdefault(result["arch"], []).append(result)
+
+    def __missing__(self, arch: str) -> list[dict]:
+        self.add(arch)
+        return self[arch]
 
 
-def test_every_tile_of_the_table_was_compiled(compiled):
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    found = Compiled()
+    found.add(*QUICK)
+    return found
+
+
+@pytest.mark.parametrize("arch", [*NVIDIA, "gfx942"])
+def test_every_tile_of_the_table_was_compiled(compiled, arch):
     for row in tiles.TABLE:
-        if row.arch != tiles.INTERPRETER:
+        if row.arch == arch:
             for kernel in COMPILED.get(row.kernel, [row.kernel]):
-                built = [r for r in compiled[row.arch] if (r["kernel"], tiles.Tile(*r["tile"])) == (kernel, row.tile)]
+                built = [r for r in compiled[arch] if (r["kernel"], tiles.Tile(*r["tile"])) == (kernel, row.tile)]
                 assert len(built) >= 2, row
-    for arch, results in compiled.items():
-        assert {r["kernel"] for r in results} == {*ROWS, *GEMMS, "combine", "scale"}, arch
+    assert {r["kernel"] for r in compiled[arch]} == {*ROWS, *GEMMS, "combine", "scale"}
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
@@ -69,7 +80,12 @@ def test_no_spills_and_shared_memory_within_the_limit(compiled, arch):
 
 @pytest.mark.parametrize(
     ("arch", "matrix"),
-    [("sm_80", "mma.sync"), ("sm_86", "mma.sync"), ("sm_90", "wgmma.mma_async"), ("sm_100", "tcgen05.mma")],
+    [
+        ("sm_80", "mma.sync"),
+        pytest.param("sm_86", "mma.sync", marks=pytest.mark.slow),
+        ("sm_90", "wgmma.mma_async"),
+        ("sm_100", "tcgen05.mma"),
+    ],
 )
 def test_the_gemm_uses_the_matrix_units_and_the_copy_engine(compiled, arch, matrix):
     gemms = [r for r in compiled[arch] if r["kernel"] in GEMMS and not r["variant"].startswith("fp32")]
@@ -144,11 +160,11 @@ def test_a_loop_is_not_a_wait_nor_code_that_was_moved_away():
     assert aot_module().loops(body(0, 16) + inner + wait + outer + moved) == [(21, 1)]
 
 
-def test_the_gemm_in_fp32_keeps_ieee_products(compiled):
-    for arch in NVIDIA:
-        for result in compiled[arch]:
-            if result["kernel"] == "lse_gemm" and result["variant"].startswith("fp32"):
-                assert not {"mma.sync", "wgmma.mma_async", "tcgen05.mma"} & set(result["instructions"]), result
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_the_gemm_in_fp32_keeps_ieee_products(compiled, arch):
+    for result in compiled[arch]:
+        if result["kernel"] == "lse_gemm" and result["variant"].startswith("fp32"):
+            assert not {"mma.sync", "wgmma.mma_async", "tcgen05.mma"} & set(result["instructions"]), result
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
