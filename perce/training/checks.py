@@ -39,6 +39,7 @@ from perce.model.trial import SHARED, Manner, check_step
 from perce.objectives import PERSONAS
 from perce.training.arguments import PerceArguments
 from perce.training.best import check_direction, metric_of
+from perce.training.idle import OF_THE_TRAINERS_LOADER, changed, refuse_idle
 from perce.training.parallel import check_one_gpu, check_parallelism
 from perce.visible import in_short
 
@@ -133,6 +134,18 @@ def check_arguments(args: Any, model: Any, train_dataset: Any, peft_config: Any)
         )
 
 
+def check_dealt(args: PerceArguments) -> None:
+    """UserError for options that prevent putting the replies of a conversation, or of a persona, into one batch."""
+    most, batch = args.memory.share_persona, args.per_device_train_batch_size
+    if args.tokens_per_batch is None and most > batch:
+        raise UserError(
+            f"share_persona: {most} requests are to share a forward pass, and it has {batch}. Expected a "
+            f"--per_device_train_batch_size of {most} or more; --branches_per_forward 1 runs them one at a time."
+        )
+    why = "the replies of a conversation are put into one batch. Leave it out, or give --share none"
+    refuse_idle(changed(args), dict.fromkeys(OF_THE_TRAINERS_LOADER, why))
+
+
 def check_dataset(dataset: Any, name: str) -> None:
     """UserError if `dataset` is not a dataset, or is empty."""
     if not (isinstance(dataset, str | list | IterableDataset | PairStream) or hasattr(dataset, "__getitem__")):
@@ -195,11 +208,10 @@ def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
 def check_sharding(trainer: Trainer, memory: MemoryConfig) -> None:
     """UserError if personas that run by themselves would leave processes waiting for each other for ever."""
     if memory.on_trunks and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-        option = "branches_per_forward" if memory.persona_grad == "full" else "persona_grad=none"
         raise UserError(
-            f"{option} with sharded weights (FSDP, ZeRO-3): personas take different numbers of forward passes, and "
-            "each of these waits for all processes. Use data parallelism (DDP), or --persona_grad full without "
-            "--branches_per_forward."
+            f"{memory.by_itself} with sharded weights (FSDP, ZeRO-3): personas take different numbers of forward "
+            "passes, and each of these waits for all processes. Use data parallelism (DDP), or --persona_grad full "
+            "without --branches_per_forward."
         )
 
 
@@ -283,11 +295,7 @@ def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, ma
     if _some_have_a_persona(dataset):
         raise UserError(f"{name}: has documents as well as examples with a persona. Expected one of them.")
     if (memory.on_trunks or memory.share_persona) and documents:
-        options = {
-            "persona_grad=none": memory.persona_grad == "none", "share_persona": memory.share_persona,
-            "branches_per_forward": memory.branches_per_forward,
-        }  # fmt: skip
-        option = next(name for name, given in options.items() if given)
+        option = memory.by_itself if memory.on_trunks else "share_persona"
         raise UserError(f"{name}: {option} needs rows with a persona, and these are documents. Leave it out.")
     longest = longest_sequence(dataset, max_length)
     limit = position_limit(config)

@@ -40,13 +40,14 @@ from perce.model.patch import prepare_model
 from perce.model.probe import check_packing, evaluating, vocabulary_of
 from perce.model.reach import freeze_beside_text
 from perce.objectives import HeadCall, Measured
-from perce.training.arguments import PerceArguments, check_dealt
+from perce.training.arguments import PerceArguments
 from perce.training.balancing import StepBalance, check_balancing
 from perce.training.best import EarlyStopping, check_metric
 from perce.training.checks import (
     check_arguments,
     check_context,
     check_dataset,
+    check_dealt,
     check_factors,
     check_hooks,
     check_sharding,
