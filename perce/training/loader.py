@@ -21,7 +21,7 @@ from perce.training.sampler import ReplyBatches, TokenBatches, dealt, in_order
 from perce.training.shared import units, whole_units
 
 
-def own_train_loader(dataset: Any, collate: Any, args: PerceArguments, sharing: Sharing = "none") -> DataLoader | None:
+def own_train_loader(dataset: Any, collate: Any, args: PerceArguments, sharing: Sharing) -> DataLoader | None:
     """A loader of this process's batches for a stream, a token budget or shared conversations; None if the Trainer's
     loader will do. In a stream, only replies that happen to be in one batch share tokens."""
     if isinstance(dataset, PairStream):
