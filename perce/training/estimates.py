@@ -108,13 +108,9 @@ def check_estimable(dataset: Any, estimate: str) -> None:
 
 
 def estimate(
-    dataset: Any,
-    batches: Sequence[Sequence[int]],
-    measure: Callable[[Sequence[int]], Measured],
-    *,
-    epoch: int,
+    dataset: Any, batches: Sequence[Sequence[int]], measure: Callable[[Sequence[int]], Measured], *, epoch: int,
     of_signal: str,
-) -> Estimates:
+) -> Estimates:  # fmt: skip
     """One E-step over `dataset`; to be called on every process.
 
     Args:
