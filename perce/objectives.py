@@ -106,9 +106,8 @@ class HeadCall:
     loss: bool = True  # False: measure only
     entropy: bool = False  # measure entropies even if the signal does not need them; only without a loss
     top1: bool = False  # measure top1 and entropies, for one product more
-    normalize: str = "none"  # this and the next three: arguments of fused_perce_loss
-    seq_id: Tensor | None = None
-    num_items: Tensor | int | None = None
+    seq_id: Tensor | None = None  # (N,) sequence of each token, if the weights are to have mean 1 over each sequence
+    num_items: Tensor | int | None = None  # argument of fused_perce_loss
     data_weight: Tensor | None = None  # (N,), multiplies the weight of each token, normalised or not
 
 

@@ -315,6 +315,11 @@ class MemoryConfig:
         return self.persona_grad == "none" or self.branches_per_forward > 0
 
     @property
+    def by_itself(self) -> str:
+        """The option because of which `on_trunks` is true."""
+        return "persona_grad=none" if self.persona_grad == "none" else "branches_per_forward"
+
+    @property
     def unit(self) -> Literal["conversation", "persona"]:
         """Which examples share tokens: those of a conversation, or those of a persona."""
         return "persona" if self.share_persona else "conversation"

@@ -103,8 +103,7 @@ class PerceMixin(WeightsOfCheckpoints):
         hidden_cf = counterfactual_hidden(model, inputs) if loss.entry.counterfactual else None
         call = HeadCall(inputs["target"], loss.weighting, hidden_cf, loss=training, num_items=1, top1=self.top1)
         done = factual(model, inputs, call, top_k=router.top_k if router else 0)
-        pir, tokens = done.logp - done.logp_cf, inputs["uses"].sum()
-        self._window.add(self.perce_loss, done.logp, pir, done.signal, done.token_weight, tokens=tokens)
+        self._window.add(self.perce_loss, done, done.logp - done.logp_cf, inputs["uses"].sum())
         total, counted = done.loss if training else -done.logp.sum(), num_items_in_batch is not None
         mean = total / torch.as_tensor(num_items_in_batch if counted else len(done.logp)).clamp(min=1)
         aux = None

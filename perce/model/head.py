@@ -80,7 +80,8 @@ def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
         elif signal is None:
             _, logp_cf, signal, *_ = _measured(call, hidden, head)
         weights = {"token_weight": weighting.weight(signal)}
-    options = {**head, **weights, "normalize": call.normalize, "seq_id": call.seq_id, "return_stats": True}
+    normalize = "none" if call.seq_id is None else "sequence"
+    options = {**head, **weights, "normalize": normalize, "seq_id": call.seq_id, "return_stats": True}
     loss: Tensor
     stats: Any
     if call.data_weight is None:

@@ -19,8 +19,9 @@ import torch
 
 from perce.config.step import StepConfig
 from perce.data.sharing import Segment
-from perce.planning.memory import Counts, shape_of
-from perce.planning.rehearsal import Setup
+from perce.planning.building import Setup
+from perce.planning.memory import Counts
+from perce.planning.shapes import shape_of
 
 GEMM_SIDE = {"cpu": 1024, "cuda": 8192}
 GEMM_SECONDS = 1.0

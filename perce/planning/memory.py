@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 
-from perce.config.schema import MemoryConfig
 from perce.config.step import StepConfig
-from perce.data.documents import short_windows
 from perce.errors import UserError
 from perce.model.head import logit_transforms
 from perce.model.probe import unwrapped
-from perce.planning.rehearsal import Setup, StepShape, build, decoder_layers, layer_kinds, rehearse_depth
+from perce.planning.building import Setup, build, decoder_layers, layer_kinds
+from perce.planning.rehearsal import rehearse_depth
+from perce.planning.shapes import StepShape, shape_of
 from perce_kernels import chunked
 from perce_kernels.backends import chosen
 
-_DEFAULTS = MemoryConfig()
 UPDATE = "update"  # the phase of the optimiser, whose fused AdamW works in place
 ADAMW_BYTES = 8
 CUDA_RESERVE = 2**30  # context, kernels, cuBLAS workspaces, fragmentation; assumed
@@ -114,35 +113,6 @@ class PeakMemory:
     @property
     def peak(self) -> int:
         return sum(self.parts.values())
-
-
-def shape_of(step: StepConfig, options: MemoryConfig = _DEFAULTS) -> StepShape:
-    """The shape of one forward. The last token of a sequence is only a target, in both passes. If personas have a
-    forward of their own, a conversation is planned as one sequence of all its branches."""
-    batch, accumulates = step.sequences, step.forwards > 1
-    objective, tokens = step.computed, step.context - 1
-    rows, prefix = step.batch * step.response, 0
-    conversation: dict[str, int] = {}
-    copies = 0
-    if options.share_persona > 1:
-        persona = step.context - step.without_persona
-        conversation = {"requests": options.share_persona, "persona": persona}
-    elif options.on_trunks:
-        copies = (step.replies - 1) * (step.response - 1) * step.branches
-    elif step.replies > 1:
-        turn, branch = step.query + step.response, (step.response - 1) * step.branches
-        conversation = {"replies": step.replies, "turn": turn, "branch": branch}
-    if step.of_documents:
-        windows = short_windows(step.context, step.short_context, step.short_stride)
-        tokens_cf, sequences_cf = max(end - start for start, end, _ in windows) - 1, batch * len(windows)
-        rows = batch * tokens
-    else:
-        tokens, tokens_cf, sequences_cf = tokens + copies, step.without_persona - 1 + copies, batch
-        prefix = tokens - tokens_cf if options.on_trunks else 0
-    return StepShape(
-        batch, tokens, tokens_cf if objective.counterfactual else 0, rows, accumulates, sequences_cf, prefix,
-        options.persona_grad == "none", objective, together=options.branches_per_forward, **conversation,
-    )  # fmt: skip
 
 
 def peak_memory(config: Any, setup: Setup, step: StepConfig, counts: Counts, device: str) -> PeakMemory:

@@ -20,10 +20,10 @@ from perce.model.branches import shares_nothing
 from perce.model.loading import bf16_is_sound, check_backend
 from perce.model.positions import position_limit
 from perce.model.prefill import other_states
+from perce.planning.building import Setup
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
 from perce.planning.flops import Flops, count_flops, matmul_rate
 from perce.planning.memory import Counts, PeakMemory, count, peak_memory
-from perce.planning.rehearsal import Setup
 from perce.planning.ways import MLP_TILE, changes, command, fastest
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

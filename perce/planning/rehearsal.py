@@ -1,6 +1,5 @@
 """A training step rehearsed on tensors without data: the model's own code runs, and the bytes alive are counted.
 
-    build            the model of a config, LoRA included, on the meta device: parameter counts are exact
     rehearse         both passes, the loss and the backward on fake tensors; allocations and releases are counted
     rehearse_depth   the same for a few layers only, extrapolated to the model's depth
 
@@ -14,17 +13,14 @@ own forward comes last. Fake tensors show what operators return, not what they a
 buffers of the loss.
 """
 
-import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import sub
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,13 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
 import perce_kernels.loss
-from perce.config.schema import MemoryConfig, ModelConfig
-from perce.data.sharing import Segment, Spans, segmented
-from perce.errors import UserError, first_line, in_one_line
+from perce.data.sharing import Segment, Spans
+from perce.errors import UserError, first_line
 from perce.model.branches import teach_branches
 from perce.model.head import answer, logit_transforms
-from perce.model.loading import add_adapter, lora_config
-from perce.model.memory import enable_checkpointing, prepare_memory
 from perce.model.positions import is_dynamic
 from perce.model.prefill import (
     CACHE_ARGUMENT,
@@ -49,161 +42,13 @@ from perce.model.prefill import (
     spans_arguments,
 )  # fmt: skip
 from perce.model.probe import decoder_of, unwrapped
-from perce.model.reach import freeze_beside_text
-from perce.objectives import OBJECTIVES, HeadCall, Objective
-from perce.planning.four_bit import quantised
+from perce.objectives import HeadCall
+from perce.planning.building import Setup, build, cut, decoder_layers, layer_kinds
 from perce.planning.live import Live, Phase, Rehearsed
+from perce.planning.shapes import StepShape
 
 RECOMPUTED = ("last layer/recomputed first", "last layer/recomputed then")
 PERSONAS_BACKWARD = ("persona's backward/last layer", "persona's backward/first layer")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Everything besides its config that decides how a model is built and run."""
-
-    model: ModelConfig
-    low_precision: bool  # bf16 autocast, and bf16 weights under LoRA
-    checkpointing: bool
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """One forward and backward of B sequences: one row each, or segments of one row if they share tokens."""
-
-    batch: int
-    tokens: int  # T, input tokens per sequence
-    tokens_cf: int  # input tokens per counterfactual sequence; 0: no counterfactual pass
-    rows: int  # N, response tokens of all sequences
-    accumulates: bool  # gradients of an earlier forward are alive already
-    sequences_cf: int = 0  # 0: B
-    prefix: int = 0  # tokens of each factual sequence, its persona, that have a forward of their own
-    detached: bool = True  # whether the prefix gets no gradient
-    objective: Objective = OBJECTIVES["perce"]
-    replies: int = 1  # per sequence, which ends with the last reply
-    turn: int = 0  # tokens from the end of one reply to the end of the next
-    branch: int = 0  # tokens of an earlier reply's branch next to its copy in the sequence; 0: it has no branch
-    requests: int = 1  # sequences per persona
-    persona: int = 0  # tokens of the persona that these sequences begin with
-    together: int = 0  # requests per forward after the persona, each recomputed in backward; 0: all, not recomputed
-
-    @property
-    def segments(self) -> list[Segment]:
-        """The segments that the factual pass computes, with placeholder ids."""
-        if self.requests == 1:
-            return self._divided(self.batch, self.tokens)
-        ids, found = np.zeros(self.tokens, dtype=np.int64), []
-        for first in range(0, self.batch, self.requests):
-            another = Segment(ids[self.persona :], ((first, self.persona),))
-            found += [Segment(ids), *[another] * (self.requests - 1)]
-        return found
-
-    @property
-    def shares(self) -> bool:
-        """Whether sequences share tokens, as segments of one row."""
-        return self.replies > 1 or self.requests > 1
-
-    @property
-    def personas(self) -> int:
-        """The number of personas that are computed."""
-        return self.batch // self.requests
-
-    @property
-    def segments_cf(self) -> list[Segment]:
-        return self._divided((self.sequences_cf or self.batch) if self.tokens_cf else 0, self.tokens_cf)
-
-    @property
-    def computed(self) -> int:
-        """Input tokens of the factual pass."""
-        return sum(len(segment.ids) for segment in self.segments)
-
-    def _divided(self, sequences: int, tokens: int) -> list[Segment]:
-        return _divided(sequences, tokens, self.replies, self.turn, self.branch)
-
-
-@functools.lru_cache(maxsize=32)  # slow for a long context
-def _divided(sequences: int, tokens: int, replies: int, turn: int, branch: int) -> list[Segment]:
-    """Sequences shaped like those of a conversation, divided into segments as a batch is."""
-    path: Any = np.arange(1, tokens + 1)
-    earlier = [path[: tokens - before * turn] for before in range(1, replies)]
-    if branch:
-        own = np.zeros(branch, dtype=path.dtype)  # ids that are no part of the path
-        earlier = [np.concatenate([ids[:-branch], own]) for ids in earlier]
-    conversation = [path, *earlier]
-    units = [number for number in range(sequences) for _ in conversation]
-    return segmented(conversation * sequences, units, "branches")[0]
-
-
-def build(config: Any, setup: Setup) -> Any:
-    """The model of a config as load_model would make it, on the meta device. UserError if none can be built."""
-    from transformers import AutoModelForCausalLM
-
-    options = setup.model
-    dtype = torch.bfloat16 if setup.low_precision and options.lora_r else torch.float32
-    kwargs = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
-    flash = "flash" in (options.attn_implementation or "")
-    if flash:
-        kwargs["attn_implementation"] = "sdpa"  # needs no package and no GPU here
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **kwargs)
-            if options.load_in_4bit:
-                model = quantised(model, dtype)
-            if options.lora_r:
-                model = add_adapter(model, lora_config(options))
-            else:
-                freeze_beside_text(model)
-    except UserError:
-        raise
-    except (ValueError, ImportError, AttributeError, TypeError, KeyError, AssertionError) as error:
-        raise UserError(
-            f"--model {options.model}: transformers cannot build a model from its config.json: {in_one_line(error)}"
-        ) from error
-    base = unwrapped(model)
-    if setup.checkpointing:
-        enable_checkpointing(base)
-    prepare_memory(base, setup.memory)
-    if flash:
-        base.config.get_text_config()._attn_implementation = _flash_attention()
-    return model.train()
-
-
-def _flash_attention() -> str:
-    """The name under which sdpa without any mask is registered. It holds the same tensors as flash attention, which
-    needs no mask for prefixes, windows and branches."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register("perce_flash", sdpa_attention_forward)
-    AttentionMaskInterface.register("perce_flash", lambda *args, **kwargs: None)
-    return "perce_flash"
-
-
-def decoder_layers(model: Any, count: int) -> nn.ModuleList:
-    """The list of the language model's layers."""
-    for module in decoder_of(unwrapped(model)).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UserError(f"{type(unwrapped(model)).__name__}: expected a ModuleList of {count} layers, found none.")
-
-
-def layer_kinds(config: Any) -> list[str]:
-    """The kind of each layer (full or sliding attention, …) by the config: layers of one kind are alike."""
-    text = config.get_text_config()
-    return list(getattr(text, "layer_types", None) or [""] * text.num_hidden_layers)
-
-
-def cut(config: Any, stack: Sequence[int]) -> Any:
-    """The config of a model that has only the layers `stack` of this one."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    depth = text.num_hidden_layers
-    for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == depth:
-            setattr(text, name, [value[index] for index in stack])
-    text.num_hidden_layers = len(stack)
-    return config
 
 
 def rehearse_depth(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:

@@ -1,15 +1,14 @@
 """PerceArguments, and how the options of a run become it."""
 
 import contextlib
-import copy
 import dataclasses
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils.logging import log_levels
 
@@ -22,56 +21,15 @@ from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
 from perce.process import silence_libraries
 from perce.training.best import settle_metric
+from perce.training.idle import NOT_READ, OURS, changed, check_optimizer, idle_beside, refuse_idle
 from perce.training.parallel import check_gradients_in_reach, check_one_gpu, check_parallelism
 from perce.training.shared import largest_batch
 
-# TrainingArguments fields that an option of perce's decides.
-OURS = {"bf16": "precision", "fp16": "precision", "gradient_checkpointing": "activation_checkpointing"}
-_EVALUATION = "an evaluation computes losses and keeps no logits; trainer.last_evaluation has each token's numbers"
-_COLUMNS = "the columns of token pairs are read by their names"
-_PRECISION = "evaluations have the precision of training; use --precision"
-# TrainingArguments fields that change nothing under PerceTrainer, or that it decides, and what to do instead.
-NOT_READ = {
-    "do_train": "perce.train always trains; leave it out",
-    "do_eval": "--eval_strategy no, steps or epoch says whether and when validation examples are evaluated",
-    "do_predict": "python -m perce.evaluate writes and scores replies",
-    "resume_from_checkpoint": "use --resume; in Python, trainer.train(resume_from_checkpoint=True)",
-    "local_rank": "torchrun sets it in LOCAL_RANK",
-    "fp16_full_eval": _PRECISION,
-    "bf16_full_eval": _PRECISION,
-    "prediction_loss_only": _EVALUATION,
-    "eval_accumulation_steps": _EVALUATION,
-    "eval_do_concat_batches": _EVALUATION,
-    "eval_use_gather_object": _EVALUATION,
-    "include_for_metrics": _EVALUATION,
-    "batch_eval_metrics": _EVALUATION,
-    "remove_unused_columns": _COLUMNS,
-    "label_names": _COLUMNS,
-    "length_column_name": "--train_sampling_strategy uses the length of input_ids",
-    "average_tokens_across_devices": "the loss is always divided by the tokens of all processes",
-    "enable_jit_checkpoint": "SIGTERM is handled already: it finishes the step and saves it",
-    "auto_find_batch_size": (
-        "after a step that did not fit, it begins again with weights that are already trained; python -m perce.plan "
-        "finds a batch that fits, and a run checks that before its first step"
-    ),
-    "hub_always_push": "every checkpoint is uploaded, and the next one waits for the upload",
-    "logging_nan_inf_filter": "it would hide a loss that diverges",
-    "label_smoothing_factor": "the PerCE loss has no label smoothing. Leave it at 0",
-}
-OF_THE_HUB = (
-    "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy", "hub_revision",
-)  # fmt: skip
-OF_THE_TRAINERS_LOADER = ("dataloader_drop_last", "train_sampling_strategy")
-OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-OF_LOGGERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
-# Allowed in Python: fields that TrainingArguments set themselves, so that a copy has another value, and fields that
-# callbacks read.
-LEFT_OPEN = ("do_eval", "fsdp_config", *OF_LOGGERS)
-# Limits that TrainingArguments do not check: beyond them something fails, or does something else, later.
+# Limits that nothing else checks: beyond them something fails, or does something else, later.
 AT_LEAST = {
     0: ("weight_decay", "max_grad_norm", "eval_delay", "save_total_limit", "neftune_noise_alpha"),
     1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-        "dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb"),
+        "dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb", "tokens_per_batch"),
 }  # fmt: skip
 ONE_OF = {
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
@@ -117,39 +75,15 @@ class PerceArguments(TrainingArguments):
         if self.early_stopping:
             self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
         settle_metric(self)
-        _refuse_idle(_changed(self), NOT_READ | idle_beside(self))
-        if self.tokens_per_batch is not None and self.tokens_per_batch < 1:
-            raise UserError(f"tokens_per_batch: expected >= 1, or None, got {self.tokens_per_batch}.")
-        if self.packing and self.memory.on_trunks:
-            option = "branches_per_forward" if self.memory.persona_grad == "full" else "persona_grad=none"
-            raise UserError(
-                f"packing with {option}: if a persona is run by itself there is no padding, so there is nothing to "
-                "pack. Leave one of them out."
-            )
-        if self.memory.share_persona > 1 and (self.data.share == "none" or self.data.streaming):
-            why = "a stream is not batched by persona" if self.data.streaming else "--share none lets none share"
-            raise UserError(
-                f"share_persona: {self.memory.share_persona} requests are to share their persona, but {why}. Leave one "
-                "of the two options out."
-            )
-        if self.neftune_noise_alpha and self.loss.estimate == "online" and self.loss.entry.contrasts:
-            raise UserError(
-                "neftune_noise_alpha: noise in the embeddings acts in the factual pass and not in the counterfactual "
-                "one, and would bias every PIR. Leave it out, or use --estimate epoch or frozen, whose weights are "
-                "estimated without noise."
-            )
-        if self.neftune_noise_alpha and self.memory.on_trunks:
-            raise UserError(
-                "neftune_noise_alpha: the noise depends on the length of a row, and with persona_grad=none or "
-                "branches_per_forward a sequence is run in parts. Leave one of them out."
-            )
+        refuse_idle(changed(self), NOT_READ | idle_beside(self))
+        _check_together(self)
         super().__post_init__()
         # Liger is patched in when training begins. Its loss would replace the forward that holds ours, and its MLPs
         # would replace our tiles; its other kernels are allowed.
         off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)
         self.liger_kernel_config = (self.liger_kernel_config or {}) | dict.fromkeys(off, False)
         _settle_checkpointing(self)
-        _check_optimizer(self)
+        check_optimizer(self)
         _settle_loaders(self)
         require(self.deepspeed != {}, "deepspeed", "a configuration of DeepSpeed", self.deepspeed)
         settle_device(self)
@@ -172,59 +106,6 @@ class PerceArguments(TrainingArguments):
         return super().to_dict() | ours
 
 
-def _changed(args: PerceArguments) -> dict[str, Any]:
-    """The defaults of the fields that do not have their default value."""
-    missing = dataclasses.MISSING
-    defaults = {
-        field.name: field.default if field.default_factory is missing else field.default_factory()
-        for field in dataclasses.fields(args)
-    }
-    return {name: default for name, default in defaults.items() if getattr(args, name) != default}
-
-
-def _refuse_idle(names: Iterable[str], idle: Mapping[str, str], but: Iterable[str] = LEFT_OPEN) -> None:
-    """UserError for a field that would have no effect. `idle` has these fields, and what to do instead."""
-    for name in names:
-        if name in idle and name not in but:
-            raise UserError(f"{name}: has no effect here: {idle[name]}.")
-
-
-def idle_beside(args: PerceArguments) -> dict[str, str]:
-    """Fields that other options leave without an effect, and why."""
-    idle: dict[str, str] = {}
-    if args.tokens_per_batch is not None or args.data.streaming:
-        loader = "--streaming" if args.data.streaming else "--tokens_per_batch"
-        idle |= dict.fromkeys(OF_THE_TRAINERS_LOADER, f"{loader} forms the batches in its own way")
-    if args.data.streaming:
-        idle["data_seed"] = "a stream's order follows --seed"
-    if args.lr_scheduler_type in ("constant", "constant_with_warmup"):
-        idle["lr_scheduler_kwargs"] = "a constant --lr_scheduler_type takes none"
-    if not args.push_to_hub:
-        idle |= dict.fromkeys(OF_THE_HUB, "nothing is uploaded without --push_to_hub true")
-    if args.report_to in (None, "none", [], ["none"]):
-        idle |= dict.fromkeys(OF_LOGGERS, "nothing is reported without --report_to")
-    if not args.dataloader_num_workers:
-        idle["dataloader_in_order"] = "batches come in order without --dataloader_num_workers"
-    if not args.fsdp:
-        idle["fsdp_config"] = "weights are not sharded without --fsdp true"
-    if not getattr(args, CHECKPOINTING):
-        why = "nothing is recomputed without --activation_checkpointing"
-        idle |= {"gradient_checkpointing_kwargs": why, "activation_checkpointing_kwargs": why}
-    return idle
-
-
-def check_dealt(args: PerceArguments) -> None:
-    """UserError for options that prevent putting the replies of a conversation, or of a persona, into one batch."""
-    most, batch = args.memory.share_persona, args.per_device_train_batch_size
-    if args.tokens_per_batch is None and most > batch:
-        raise UserError(
-            f"share_persona: {most} requests are to share a forward pass, and it has {batch}. Expected a "
-            f"--per_device_train_batch_size of {most} or more; --branches_per_forward 1 runs them one at a time."
-        )
-    why = "the replies of a conversation are put into one batch. Leave it out, or give --share none"
-    _refuse_idle(_changed(args), dict.fromkeys(OF_THE_TRAINERS_LOADER, why))
-
-
 def _check_values(args: PerceArguments) -> None:
     """UserError for wrong numbers and names that would otherwise be noticed late, or never."""
     for field in dataclasses.fields(args):
@@ -241,6 +122,33 @@ def _check_values(args: PerceArguments) -> None:
         require(value is None or as_json or isinstance(value, Mapping), name, "a mapping, or one as JSON", value)
     require(args.hub_token != "<HUB_TOKEN>", "hub_token", "a token", "<HUB_TOKEN>, a placeholder")
     require("tpu_metrics_debug" not in str(args.debug), "debug", "no metrics of a TPU", args.debug)
+
+
+def _check_together(args: PerceArguments) -> None:
+    """UserError for options that do not go together."""
+    memory, streaming = args.memory, args.data.streaming
+    if args.packing and memory.on_trunks:
+        raise UserError(
+            f"packing with {memory.by_itself}: if a persona is run by itself there is no padding, so there is "
+            "nothing to pack. Leave one of them out."
+        )
+    if memory.share_persona > 1 and (args.data.share == "none" or streaming):
+        why = "a stream is not batched by persona" if streaming else "--share none lets none share"
+        raise UserError(
+            f"share_persona: {memory.share_persona} requests are to share their persona, but {why}. Leave one "
+            "of the two options out."
+        )
+    if args.neftune_noise_alpha and args.loss.estimate == "online" and args.loss.entry.contrasts:
+        raise UserError(
+            "neftune_noise_alpha: noise in the embeddings acts in the factual pass and not in the counterfactual "
+            "one, and would bias every PIR. Leave it out, or use --estimate epoch or frozen, whose weights are "
+            "estimated without noise."
+        )
+    if args.neftune_noise_alpha and memory.on_trunks:
+        raise UserError(
+            "neftune_noise_alpha: the noise depends on the length of a row, and with persona_grad=none or "
+            "branches_per_forward a sequence is run in parts. Leave one of them out."
+        )
 
 
 def _settle_checkpointing(args: PerceArguments) -> None:
@@ -271,41 +179,6 @@ def _settle_loaders(args: PerceArguments) -> None:
     given.dispatch_batches = False
 
 
-def _check_optimizer(args: PerceArguments) -> None:
-    """UserError for optimiser options that the chosen optimiser does not read.
-
-    A key of optim_args counts as read if an unusable value makes a difference. Optimisers whose package is missing, or
-    that need the model, are not checked.
-    """
-    name = str(getattr(args.optim, "value", args.optim))
-    items = [item.split("=") for item in (args.optim_args or "").replace(" ", "").split(",") if item]
-    if any(len(item) != 2 for item in items):
-        raise UserError(f"optim_args: expected name=value,name=value, got {args.optim_args!r}.")
-
-    def made_with(changes: Mapping[str, Any]) -> Any:
-        other = copy.copy(args)
-        vars(other).update(changes)
-        return Trainer.get_optimizer_cls_and_kwargs(other)
-
-    def makes_a_difference(changes: Mapping[str, Any], plain: Any) -> bool:
-        try:
-            return made_with(changes) != plain
-        except Exception:
-            return True
-
-    try:
-        plain = made_with({"optim_args": None})
-    except Exception:
-        return
-    for key, _ in items:
-        if not makes_a_difference({"optim_args": f"{key}=?"}, plain):
-            raise UserError(f"optim_args: --optim {name} does not read {key}. Was it mistyped?")
-    for field, default in _changed(args).items():
-        asked = field in (*OF_ADAM, "optim_target_modules")
-        if asked and not makes_a_difference({"optim_args": None, field: default}, plain):
-            raise UserError(f"{field}: --optim {name} does not read it. Leave it out, or choose another --optim.")
-
-
 def settle_device(args: Any) -> None:
     """Refuse options that need a GPU if training is on a CPU; otherwise pass them to transformers."""
     # The host does not wait for the copies, and launches a step while the GPU is at work on the one before.
@@ -323,8 +196,7 @@ def settle_device(args: Any) -> None:
             "activation_offload: holds the inputs of checkpointed layers in host memory, and nothing is checkpointed. "
             "Add --activation_checkpointing."
         )
-    given = getattr(args, f"{CHECKPOINTING}_kwargs") or {"use_reentrant": False}
-    setattr(args, f"{CHECKPOINTING}_kwargs", {**given, "offload": True})
+    getattr(args, f"{CHECKPOINTING}_kwargs")["offload"] = True
 
 
 def _given_fields(config: TrainOptions) -> dict[str, Any]:
@@ -333,7 +205,7 @@ def _given_fields(config: TrainOptions) -> dict[str, Any]:
     hints = typing.get_type_hints(PerceArguments)  # transformers' argument parser overwrites the types of the fields
     fields = [field.name for field in dataclasses.fields(PerceArguments) if field.init]
     extra: dict[str, Any] = {}
-    _refuse_idle(config.extra, NOT_READ, but=())
+    refuse_idle(config.extra, NOT_READ, but=())
     for name, value in config.extra.items():
         if name in OURS:
             raise UserError(f"{name}: use --{OURS[name]} instead.")
@@ -367,7 +239,6 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         "tokens_per_batch": run.tokens_per_batch,
         "packing": run.packing,
         "backend": config.model.backend,
-        "per_device_eval_batch_size": run.per_device_train_batch_size or REPLIES_A_STEP,
         "eval_on_start": True,
         "eval_strategy": "steps" if run.eval_steps else "epoch",
         "eval_steps": run.eval_steps,
@@ -386,13 +257,12 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
         "bf16": precision == "bf16",
         "dataloader_pin_memory": not use_cpu,
         CHECKPOINTING: run.activation_checkpointing,
-        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if run.activation_checkpointing else None,
     }
     values |= extra
     _settle_saving(run, values, "save_strategy" in extra)
     with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
         args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
-        _refuse_idle(config.extra, idle_beside(args), but=())
+        refuse_idle(config.extra, idle_beside(args), but=())
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()  # fails if its package is missing
     return args

@@ -5,45 +5,29 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import pyarrow.compute
 import torch
-from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
 from perce.config.schema import LossConfig, MemoryConfig
-from perce.data.dataset import columns_of, pieces_of, sequence_lengths
-from perce.data.documents import DocumentBuilder
 from perce.data.marked import PersonaCollator, collate_pairs
-from perce.data.stream import PairStream
 from perce.errors import UserError
-from perce.hub import stated
 from perce.model.loading import adapters_unused
 from perce.model.memory import CHECKPOINTING
 from perce.model.noise import adapter_noise
-from perce.model.positions import (
-    choose_factors,
-    has_long,
-    is_dynamic,
-    needs_long_factors,
-    position_limit,
-    switch_length,
-)
-from perce.model.probe import check_ids, check_sequences_apart
+from perce.model.probe import check_packing, check_sequences_apart
 from perce.model.reach import without_gradient
 from perce.model.trial import SHARED, Manner, check_step
 from perce.objectives import PERSONAS
 from perce.training.arguments import PerceArguments
 from perce.training.best import check_direction, metric_of
+from perce.training.idle import OF_THE_TRAINERS_LOADER, changed, refuse_idle
 from perce.training.parallel import check_one_gpu, check_parallelism
 from perce.visible import in_short
-
-# A T × T mask or T × T scores of up to this size are only slow; larger ones are what memory does not suffice for.
-SQUARE_BYTES = 2**32
 
 
 def warn_of_dropout(model: nn.Module) -> None:
@@ -133,14 +117,16 @@ def check_arguments(args: Any, model: Any, train_dataset: Any, peft_config: Any)
         )
 
 
-def check_dataset(dataset: Any, name: str) -> None:
-    """UserError if `dataset` is not a dataset, or is empty."""
-    if not (isinstance(dataset, str | list | IterableDataset | PairStream) or hasattr(dataset, "__getitem__")):
+def check_dealt(args: PerceArguments) -> None:
+    """UserError for options that prevent putting the replies of a conversation, or of a persona, into one batch."""
+    most, batch = args.memory.share_persona, args.per_device_train_batch_size
+    if args.tokens_per_batch is None and most > batch:
         raise UserError(
-            f"{name}: expected a Dataset or a list of rows or of token pairs, got {type(dataset).__name__}."
+            f"share_persona: {most} requests are to share a forward pass, and it has {batch}. Expected a "
+            f"--per_device_train_batch_size of {most} or more; --branches_per_forward 1 runs them one at a time."
         )
-    if has_length(dataset) and not len(dataset):
-        raise UserError(f"{name}: expected at least one example, got an empty {type(dataset).__name__}.")
+    why = "the replies of a conversation are put into one batch. Leave it out, or give --share none"
+    refuse_idle(changed(args), dict.fromkeys(OF_THE_TRAINERS_LOADER, why))
 
 
 @torch.random.fork_rng(devices=())
@@ -183,23 +169,13 @@ def try_options(trainer: Trainer) -> tuple[int, int]:
     return steps_an_epoch, steps
 
 
-def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
-    """UserError for a dataset with a token id that the model lacks."""
-    largest = -1
-    if isinstance(dataset, Dataset):
-        for column in pieces_of(dataset, "input_ids"):
-            largest = max(largest, pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py())
-    check_ids(largest, vocabulary, name)
-
-
 def check_sharding(trainer: Trainer, memory: MemoryConfig) -> None:
     """UserError if personas that run by themselves would leave processes waiting for each other for ever."""
     if memory.on_trunks and (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-        option = "branches_per_forward" if memory.persona_grad == "full" else "persona_grad=none"
         raise UserError(
-            f"{option} with sharded weights (FSDP, ZeRO-3): personas take different numbers of forward passes, and "
-            "each of these waits for all processes. Use data parallelism (DDP), or --persona_grad full without "
-            "--branches_per_forward."
+            f"{memory.by_itself} with sharded weights (FSDP, ZeRO-3): personas take different numbers of forward "
+            "passes, and each of these waits for all processes. Use data parallelism (DDP), or --persona_grad full "
+            "without --branches_per_forward."
         )
 
 
@@ -210,6 +186,15 @@ def check_trunks(batch: Mapping[str, Any], memory: MemoryConfig) -> None:
             f'data_collator: expected one that calls perce.data.batch.collate with persona_grad="{memory.persona_grad}"'
             f" and branches_per_forward={memory.branches_per_forward}, got batches without trunks."
         )
+
+
+def try_packing(model: Any, args: TrainingArguments) -> None:
+    """UserError unless the model keeps packed sequences apart, on the device where it is now: weights that FSDP or
+    DeepSpeed place later cannot be tried, and are refused."""
+    device = next(model.parameters()).device.type
+    # The Trainer autocasts only in the forward that it wraps later; flash attention takes no fp32.
+    with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+        check_packing(model, device)
 
 
 def try_step(trainer: Any, collate: Callable[..., Any]) -> None:
@@ -265,86 +250,4 @@ def check_gradients(trainer: Trainer) -> None:
         raise UserError(
             f"model: {in_short(names)} have no gradient after a text, and data parallelism would wait for it. Freeze "
             "them (requires_grad_(False)), or use --ddp_find_unused_parameters true."
-        )
-
-
-def _some_have_a_persona(dataset: Any) -> bool:
-    """Whether some pairs have a persona and others have none. Of a stream it is not known."""
-    if not isinstance(dataset, Dataset) or "persona_span" not in dataset.column_names:
-        return False
-    return any(column.null_count for column in pieces_of(dataset, "persona_span"))
-
-
-def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, max_length: int) -> None:
-    """UserError for sequences that are too long for the model's positions, or for attention that builds T × T."""
-    documents = "windows" in columns_of(dataset)
-    if isinstance(dataset, PairStream):
-        documents = isinstance(dataset.source.builder, DocumentBuilder)
-    if _some_have_a_persona(dataset):
-        raise UserError(f"{name}: has documents as well as examples with a persona. Expected one of them.")
-    if (memory.on_trunks or memory.share_persona) and documents:
-        options = {
-            "persona_grad=none": memory.persona_grad == "none", "share_persona": memory.share_persona,
-            "branches_per_forward": memory.branches_per_forward,
-        }  # fmt: skip
-        option = next(name for name, given in options.items() if given)
-        raise UserError(f"{name}: {option} needs rows with a persona, and these are documents. Leave it out.")
-    longest = longest_sequence(dataset, max_length)
-    limit = position_limit(config)
-    if limit is not None and longest > limit:
-        beyond = " and its encoding of longer sequences (rope_type dynamic) depends on the longest of a batch"
-        raise UserError(
-            f"{name}: sequences have up to {longest} tokens, and the model has {limit} positions "
-            f"(max_position_embeddings){beyond if is_dynamic(config) else ''}. Use --max_length {limit} or less, which "
-            "drops persona entries, or a model with a longer context."
-        )
-    if memory.persona_grad == "full":
-        _check_square(longest, name, config)
-
-
-def settle_factors(model: Any, datasets: Mapping[str, Any], max_length: int) -> bool:
-    """Make every forward pass use longrope's long factors if a sequence of these datasets needs them, else the short
-    ones. Returns whether the datasets have a known longest sequence, which decides it."""
-    if longest := longest_sequence(datasets, max_length):
-        choose_factors(model, long=needs_long_factors(model.config, longest))
-    return bool(longest)
-
-
-def check_factors(model: Any, dataset: Any, name: str, max_length: int) -> None:
-    """UserError for sequences beyond the switch of longrope if forward passes use the short factors."""
-    if needs_long_factors(model.config, longest := longest_sequence(dataset, max_length)) and not has_long(model):
-        raise UserError(
-            f"{name}: sequences have up to {longest} tokens, and beyond {switch_length(model.config)} the position "
-            f"encoding of {model.config.model_type} (rope_type longrope) has other factors than those that the "
-            "trainer's own datasets have settled. Give the trainer this dataset when it is made, or use shorter "
-            "sequences."
-        )
-
-
-def longest_sequence(dataset: Any, max_length: int) -> int:
-    """Tokens of the longest sequence; for a stream, as many as one may have; 0 if that is not known."""
-    if isinstance(dataset, Mapping):
-        return max((longest_sequence(part, max_length) for part in dataset.values()), default=0)
-    if isinstance(dataset, Dataset):
-        return max(sequence_lengths(dataset), default=0)
-    return max_length if isinstance(dataset, IterableDataset | PairStream) else 0
-
-
-def _check_square(longest: int, name: str, config: Any) -> None:
-    """UserError if attention would build a mask or scores of more than SQUARE_BYTES."""
-    text = config.get_text_config()
-    kind = text._attn_implementation
-    heads, window = stated(text, "num_attention_heads") or 0, stated(text, "sliding_window") or 0
-    windowed = window and "sliding_attention" in (stated(text, "layer_types") or ["sliding_attention"])
-    if kind == "eager":
-        reason, size = "eager attention scores every pair of tokens", 4 * heads
-    elif kind == "sdpa" and windowed and longest >= window:
-        reason, size = "sdpa needs a mask for sliding windows", 5  # a boolean and its copy as numbers
-    else:
-        return
-    if longest**2 * size > SQUARE_BYTES:
-        raise UserError(
-            f"{name}: sequences have up to {longest} tokens, with attn_implementation={kind}: {reason}, "
-            f"{longest} × {longest} × {size} bytes. Use --attn_implementation flash_attention_2, --persona_grad none, "
-            "or a smaller --max_length."
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -107,40 +108,32 @@ def check_estimable(dataset: Any, estimate: str) -> None:
 
 
 def estimate(
-    dataset: Any,
-    batches: Sequence[Sequence[int]],
-    statistics: Callable[[Sequence[int]], Measured],
-    gather: Callable[[Mapping[int, list[Tensor]]], Mapping[int, list[Tensor]]],
-    *,
-    epoch: int,
+    dataset: Any, batches: Sequence[Sequence[int]], measure: Callable[[Sequence[int]], Measured], *, epoch: int,
     of_signal: str,
-) -> Estimates:
-    """One E-step over `dataset`.
+) -> Estimates:  # fmt: skip
+    """One E-step over `dataset`; to be called on every process.
 
     Args:
         batches: rows of the dataset, batch by batch, that this process estimates.
-        statistics: rows → the measurements of their response tokens, including the signal.
-        gather: {row: its three tensors} of this process → the same of all processes.
+        measure: rows → the measurements of their response tokens, including the signal.
     """
     length = numbers(dataset, "response_length")
-    of_row: dict[int, list[Tensor]] = {}
+    own: dict[int, tuple[Tensor, ...]] = {}
     for rows in batches:
-        columns = [x.float().cpu().split(length[list(rows)].tolist()) for x in statistics(rows)[:3]]
-        of_row.update({row: list(tensors) for row, tensors in zip(rows, zip(*columns, strict=True), strict=True)})
-    of_row = dict(gather(of_row))
+        columns = [x.float().cpu().split(length[list(rows)].tolist()) for x in measure(rows)[:3]]
+        own |= zip(rows, zip(*columns, strict=True), strict=True)
+    of_row = {row: tensors for part in gather_object([own]) for row, tensors in part.items()}
     logp, logp_cf, signal = (torch.cat([of_row[row][i] for row in range(len(dataset))]) for i in range(3))
     return Estimates(logp, logp_cf, signal, places_of(dataset), epoch, str(pairs_digest(dataset)), of_signal)
 
 
-def over_step(
-    found: Sequence[Measured], rearrange: Callable[[Tensor], Tensor], gather: Callable[[list], list], rank: int
-) -> list[Measured]:  # fmt: skip
+def over_step(found: Sequence[Measured], rearrange: Callable[[Tensor], Tensor], rank: int) -> list[Measured]:
     """The measurements of each of this process's forward passes of a step, with their signals replaced.
 
     `rearrange` gets the signals of all processes in the order of the examples, however they were divided into batches:
     with two processes and two forward passes each, the first pass of both, then the second.
     """
-    everybody = gather([[x.signal.cpu() for x in found]])
+    everybody = gather_object([[x.signal.cpu() for x in found]])
     signals = [signal for forward in zip(*everybody, strict=True) for signal in forward]
     given = rearrange(torch.cat(signals)).split([len(signal) for signal in signals])
     own = zip(found, given[rank :: len(everybody)], strict=True)

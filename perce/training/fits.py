@@ -18,8 +18,9 @@ from perce.data.sharing import Sharing, segmented
 from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
-from perce.planning.memory import PeakMemory, count, peak_memory, shape_of
+from perce.planning.memory import PeakMemory, count, peak_memory
 from perce.planning.plans import check_architecture, planned_variants, setup_of, step_cost
+from perce.planning.shapes import shape_of
 from perce.planning.tables import PHASE_NAMES
 from perce.training.parallel import shards_weights
 from perce.training.sampler import pieces

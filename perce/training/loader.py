@@ -1,9 +1,10 @@
-"""perce's own DataLoaders: batches under a token budget, batches of conversations, streams, and evaluations.
+"""perce's own DataLoaders: batches under a token budget, batches of conversations, streams, evaluations and E-steps.
 
 They hold only this process's share, so accelerate must not divide them again. In all other cases the Trainer's loader
 is used.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate.data_loader import prepare_data_loader
@@ -20,7 +21,7 @@ from perce.training.sampler import ReplyBatches, TokenBatches, dealt, in_order
 from perce.training.shared import units, whole_units
 
 
-def own_train_loader(dataset: Any, collate: Any, args: PerceArguments, sharing: Sharing = "none") -> DataLoader | None:
+def own_train_loader(dataset: Any, collate: Any, args: PerceArguments, sharing: Sharing) -> DataLoader | None:
     """A loader of this process's batches for a stream, a token budget or shared conversations; None if the Trainer's
     loader will do. In a stream, only replies that happen to be in one batch share tokens."""
     if isinstance(dataset, PairStream):
@@ -49,9 +50,20 @@ def own_eval_loader(dataset: Any, collate: Any, args: PerceArguments) -> DataLoa
     """Example after example or, if they may share tokens, conversation after conversation or persona after persona,
     each in one batch if it fits; processes take turns."""
     shares = args.data.share != "none" and args.memory.share_persona != 1
-    together = whole_units(dataset, args.memory, shares)
-    batches = dealt(in_order(together, args.eval_batch_size), args.process_index, args.world_size)
+    batches = _in_turn(whole_units(dataset, args.memory, shares), args)
     return undivided_loader(dataset, collate, args, batch_sampler=batches)
+
+
+def estimation_batches(dataset: Any, args: PerceArguments, shares: bool) -> list[list[int]]:
+    """Rows of the dataset, batch by batch, that this process estimates: from short sequences to long ones. Every
+    process has as many, because with sharded weights they wait for each other."""
+    lengths = sequence_lengths(dataset)
+    together = whole_units(dataset, args.memory, shares)
+    return _in_turn(sorted(together, key=lambda indices: max(lengths[index] for index in indices)), args)
+
+
+def _in_turn(together: Sequence[Sequence[int]], args: PerceArguments) -> list[list[int]]:
+    return dealt(in_order(together, args.eval_batch_size), args.process_index, args.world_size)
 
 
 def undivided_loader(dataset: Any, collate: Any, args: TrainingArguments, **how: Any) -> DataLoader:

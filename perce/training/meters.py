@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerState
 
 from perce.config.schema import LossConfig
+from perce.objectives import Measured
 
 MIB = 2**20
 
@@ -74,16 +75,16 @@ class Window:
         return self._spent + running
 
     def add(
-        self, loss: LossConfig, logp: Tensor, pir: Tensor, signal: Tensor, token_weight: Tensor, *, tokens: Tensor,
-        balance: Tensor | None = None,
+        self, loss: LossConfig, done: Measured, pir: Tensor, tokens: Tensor, balance: Tensor | None = None
     ) -> None:  # fmt: skip
-        """Add one forward pass's (N,) statistics. `signal` is the number that was clipped. It is counted at the bounds
-        of `loss`, not at those that a schedule gives the step, or the shares would show the schedule. `balance`: the
-        pass's share of the step's load-balancing loss."""
-        weighting = loss.weighting
+        """Add what one forward pass has measured: of its N response tokens, whose (N,) PIR is of the model that their
+        weights come from, among its input tokens, 0-d. The signal is counted at the bounds of `loss`, not at those that
+        a schedule gives the step, or the shares would show the schedule. `balance`: the pass's share of the step's
+        load-balancing loss."""
+        logp, signal, weighting = done.logp, done.signal, loss.weighting
         sums = torch.stack(
             [
-                tokens.to(logp), logp.new_full((), logp.numel()), -logp.sum(), pir.sum(), token_weight.sum(),
+                tokens.to(logp), logp.new_full((), logp.numel()), -logp.sum(), pir.sum(), done.token_weight.sum(),
                 (signal <= weighting.clip_min).sum().to(logp), (signal >= weighting.clip_max).sum().to(logp),
                 logp.new_zeros(()) if balance is None else balance.detach().to(logp),
             ]

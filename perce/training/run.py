@@ -117,7 +117,7 @@ def finish_run(prepared: Prepared, claim: Claim) -> None:
         trainer.save_model()
         trainer.save_state()
         if first_process:
-            findings = diagnose(outcome_of(trainer, pairs, progress.first_evaluation()[0], progress.after))
+            findings = diagnose(outcome_of(trainer, pairs, progress.before, progress.after))
             write_run_report(output_dir, config, trainer, pairs, progress)
             served = None if pairs.format == "text" else trainer.processing_class
             trained = "; ".join(filter(None, (f"{trainer.state.global_step} steps", kept_weights(trainer))))

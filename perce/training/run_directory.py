@@ -256,14 +256,11 @@ def check_facts(claim: Claim, facts: Mapping[str, Any], steps: int) -> None:
         raise UserError(f"--resume: {path} cannot be read ({error!r}). Put it back, or start a new run.") from error
     for name, (then, now) in differing.items():
         if name in ("step", "steps_an_epoch"):
-            was, what = (
-                f"{then} when the run began",
-                "a step is" if name == "step" else "the number of steps per epoch is",
-            )
+            what = "a step" if name == "step" else "the number of steps per epoch"
             raise UserError(
-                f"--resume: {what} {now} now, and was {was} (all processes together; {os.environ.get('WORLD_SIZE', 1)} "
-                "now). Set --gradient_accumulation_steps, --per_device_train_batch_size and --share so that it is the "
-                "same."
+                f"--resume: {what} is {now} now, and was {then} when the run began (all processes together; "
+                f"{os.environ.get('WORLD_SIZE', 1)} now). Set --gradient_accumulation_steps, "
+                "--per_device_train_batch_size and --share so that it is the same."
             )
         raise UserError(
             f"--resume: the {name.replace('_', ' ')} are not those that the run began with: the rows or the tokenizer "

@@ -30,7 +30,7 @@ from perce.report.terminal import facts, show, table
 from perce.training.arguments import PerceArguments
 from perce.training.best import is_evaluated, kept_step, kept_weights
 from perce.training.checkpoints import disk_errors
-from perce.training.checks import longest_sequence
+from perce.training.datasets import longest_sequence
 from perce.training.diagnosis import best_evaluation
 from perce.training.divergence import check_logged
 from perce.training.meters import peak_memory_mib
@@ -71,7 +71,9 @@ class Progress(ProgressCallback):
         self.evaluated_at = -1
         self.after: dict[str, float] = {}
         self._first = output_dir / "before.pt"
-        self._before: tuple[dict[str, float], list[TokenStatistics]] = {}, []
+        # Of the evaluation before training; empty if there was none (eval_on_start false).
+        self.before: dict[str, float] = {}
+        self.before_by_token: list[TokenStatistics] = []
         self._trainer: PerceTrainer | None = None
 
     def attach(self, trainer: PerceTrainer, resumed: bool) -> None:
@@ -81,30 +83,26 @@ class Progress(ProgressCallback):
             for event in BAR:
                 setattr(self, event, lambda *_, **__: None)
         if resumed and trainer.is_world_process_zero() and self._first.is_file():
-            self._before = self._read()
+            self._read_first()
         for default in (ProgressCallback, PrinterCallback):
             for callback in [x for x in trainer.callback_handler.callbacks if type(x) is default]:
                 trainer.remove_callback(callback)
 
-    def first_evaluation(self) -> tuple[dict[str, float], list[TokenStatistics]]:
-        """(metrics, statistics) before training; both empty if nothing was evaluated then (eval_on_start false)."""
-        return self._before
-
-    def _read(self) -> tuple[dict[str, float], list[TokenStatistics]]:
+    def _read_first(self) -> None:
         """The first evaluation from the disk. If the file is damaged, stderr says so, and the run continues without."""
         try:
             with zipfile.ZipFile(self._first) as archive:
                 if part := archive.testzip():  # torch does not look at the checksums
                     raise ValueError(f"{part} has changed")
             saved = torch.load(self._first, weights_only=True)
-            return saved["metrics"], [TokenStatistics(**fields) for fields in saved["statistics"]]
+            statistics = [TokenStatistics(**fields) for fields in saved["statistics"]]
+            self.before, self.before_by_token = saved["metrics"], statistics
         except Exception as error:  # whatever damage raises
             say(f"{self._first}: damaged ({first_line(error)}); no numbers from before training are shown.", error=True)
-            return {}, []
 
     def before_and_after(self) -> dict[str, list[float]]:
         """The validation's numbers by label: before training if it was evaluated then, and after."""
-        parts = [part for part in (self.first_evaluation()[0], self.after) if part]
+        parts = [part for part in (self.before, self.after) if part]
         return {label: [part[f"eval_{name}"] for part in parts] for name, label in self.labels.items()}
 
     def evaluate_what_is_saved(self, trainer: PerceTrainer) -> None:
@@ -125,8 +123,8 @@ class Progress(ProgressCallback):
         super().on_evaluate(args, state, control, **kwargs)
         self.after, self.evaluated_at = kwargs["metrics"], state.global_step
         if state.global_step == 0 and state.is_world_process_zero and self._trainer:
-            self._before = self.after, self._trainer.last_evaluation
-            statistics = [vars(example) for example in self._trainer.last_evaluation]
+            self.before, self.before_by_token = self.after, self._trainer.last_evaluation
+            statistics = [vars(example) for example in self.before_by_token]
             with disk_errors(self._first.parent), in_one_move(self._first) as unfinished:
                 torch.save({"metrics": self.after, "statistics": statistics}, unfinished)
 
@@ -234,12 +232,8 @@ def write_run_report(
     """curves.png and report.html."""
     log = trainer.state.log_history
     write_curves(output_dir / "curves.png", log, documents=pairs.format == "text", marked=_marked(trainer))
-    _, first = progress.first_evaluation()
-    scored = {
-        name: {x.example: x for x in statistics}
-        for name, statistics in (("before training", first), ("after training", trainer.last_evaluation))
-        if statistics
-    }
+    statistics = {"before training": progress.before_by_token, "after training": trainer.last_evaluation}
+    scored = {name: {x.example: x for x in examples} for name, examples in statistics.items() if examples}
     evaluated = sorted(set.intersection(*(set(by_example) for by_example in scored.values())))
     shown = evenly_spread(evaluated, config.run.report_examples)
     has_passages = "passages" in pairs.validation.column_names  # documents have none
@@ -307,11 +301,9 @@ def print_result(
     computed: tuple[int, int], *, resumed: bool,
 ) -> None:  # fmt: skip
     """Print the table at the end, and what its numbers mean."""
-    before, after = progress.first_evaluation()[0], progress.after
     losses = table("validation", "before", "after", "change")
     for name, label in progress.labels.items():
-        new = after[f"eval_{name}"]
-        old = before.get(f"eval_{name}")
+        old, new = progress.before.get(f"eval_{name}"), progress.after[f"eval_{name}"]
         earlier = ("not evaluated", "") if old is None else (f"{old:.4f}", f"{new - old:+.4f}")
         losses.add_row(label, earlier[0], f"{new:.4f}", earlier[1])
     kept, seconds, loss = kept_weights(trainer), trainer.training_seconds, trainer.args.loss

@@ -8,20 +8,17 @@ resumable.py.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from perce.data.batch import Batch, collate
-from perce.data.dataset import columns_of, listed, rows_dataset_pairs, sequence_lengths
 from perce.data.sharing import Sharing
 from perce.errors import UserError
 from perce.hub import load_pretrained, load_tokenizer
@@ -37,34 +34,32 @@ from perce.model.passes import (
     token_statistics,
 )  # fmt: skip
 from perce.model.patch import prepare_model
-from perce.model.probe import check_packing, evaluating, vocabulary_of
+from perce.model.probe import evaluating, vocabulary_of
 from perce.model.reach import freeze_beside_text
 from perce.objectives import HeadCall, Measured
-from perce.training.arguments import PerceArguments, check_dealt
+from perce.training.arguments import PerceArguments
 from perce.training.balancing import StepBalance, check_balancing
 from perce.training.best import EarlyStopping, check_metric
 from perce.training.checks import (
     check_arguments,
-    check_context,
-    check_dataset,
-    check_factors,
+    check_dealt,
     check_hooks,
     check_sharding,
     check_trunks,
-    check_vocabulary,
-    settle_factors,
+    try_packing,
     try_step,
     warn_of_dropout,
 )  # fmt: skip
+from perce.training.datasets import check_factors, checked_pairs, settle_factors
 from perce.training.estimates import EStep, Estimates, check_estimable, estimate, over_step
-from perce.training.loader import own_eval_loader, own_train_loader
+from perce.training.evaluating import in_order_of_dataset, metrics_of, sums_of
+from perce.training.loader import estimation_batches, own_eval_loader, own_train_loader
 from perce.training.meters import Clock, Window, peak_memory_mib, progress_of
 from perce.training.normalizer import StepNormalizer
 from perce.training.parallel import found_by_first, keep_outputs_exact
 from perce.training.resumable import ResumableTrainer
-from perce.training.sampler import dealt, in_order
 from perce.training.serving import serve_as_trained
-from perce.training.shared import has_shared, shared_by, tokens_of, whole_units
+from perce.training.shared import has_shared, shared_by, tokens_of
 
 
 class PerceTrainer(ResumableTrainer):
@@ -87,15 +82,9 @@ class PerceTrainer(ResumableTrainer):
     args: PerceArguments
 
     def __init__(
-        self,
-        model: nn.Module | str,
-        args: PerceArguments,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        peft_config: Any = None,
-        **kwargs: Any,
-    ):
+        self, model: nn.Module | str, args: PerceArguments, train_dataset: Any = None, eval_dataset: Any = None,
+        processing_class: Any = None, peft_config: Any = None, **kwargs: Any,
+    ):  # fmt: skip
         check_arguments(args, model, train_dataset, peft_config)
         check_hooks(kwargs)
         check_metric(args, eval_dataset)
@@ -104,35 +93,25 @@ class PerceTrainer(ResumableTrainer):
         prepared = _prepared(model, args, peft_config, trains=train_dataset is not None)
         if router := router_of(prepared, args.loss.router_aux_loss_coef):
             check_balancing(args)
-        self._tokenizer = tokenizer
-        self._options = args.data, args.loss
         # Read now: once DeepSpeed has partitioned the weights, they no longer show it.
-        self._vocabulary = vocabulary_of(prepared)
-        self._check_context = partial(
-            check_context, config=prepared.config, memory=args.memory, max_length=args.data.max_length
+        vocabulary = vocabulary_of(prepared)
+        self._checked_pairs = partial(
+            checked_pairs, tokenizer=tokenizer, args=args, config=prepared.config, vocabulary=vocabulary
         )
         datasets = {
             "train_dataset": self._checked_pairs(train_dataset, "train_dataset"),
             "eval_dataset": self._checked_pairs(eval_dataset, "eval_dataset"),
         }
         self._factors_settled = settle_factors(prepared, datasets, args.data.max_length)
-        pad_id: Any = getattr(tokenizer, "pad_token_id", None)
-        pad_id = pad_id if pad_id in range(self._vocabulary) else 0  # any id will do: no token sees it
         served = copy.deepcopy(tokenizer)  # the copy is completed and saved; the caller's stays as it is
         super().__init__(model=prepared, args=args, processing_class=served, **datasets, **kwargs)
         serve_as_trained(prepared, served, self.train_dataset, args.data)
         check_sharding(self, args.memory)
         prepare_memory(self.model, args.memory)
         if args.packing:
-            # Tried where the weights are now; weights that FSDP or DeepSpeed place later cannot be tried, and are
-            # refused. The Trainer autocasts only in the forward that it wraps later; flash attention takes no fp32.
-            device = next(prepared.parameters()).device.type
-            with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-                check_packing(self.model, device)
-        collator = partial(
-            collate, pad_id=pad_id, packing=args.packing, sharing=self._settle_sharing(), unit=args.memory.unit,
-            persona_grad=args.memory.persona_grad, branches_per_forward=args.memory.branches_per_forward,
-        )  # fmt: skip
+            try_packing(self.model, args)
+        pad_id: Any = getattr(tokenizer, "pad_token_id", None)
+        collator = self._own_collator(pad_id if pad_id in range(vocabulary) else 0)  # any id will do: no token sees it
         if kwargs.get("data_collator") is None:
             self.data_collator = collator
         found_by_first(partial(try_step, self, collator))
@@ -145,56 +124,36 @@ class PerceTrainer(ResumableTrainer):
         if args.loss.estimate != "online":
             check_estimable(self.train_dataset, args.loss.estimate)
             self.add_callback(EStep(self))
+        elif args.loss.entry.contrasts:
+            warn_of_dropout(prepared)
         if args.early_stopping:
             self.add_callback(EarlyStopping(args.early_stopping))
         self.last_evaluation: list[TokenStatistics] = []  # this process's, in the order of the evaluated dataset
-        self._window = Window(self.args.device)
+        self._window = Window(self.args.device)  # since the last log
         self._logged_tokens, self._logged_seconds = 0, 0.0
         self._computed = torch.zeros(2, dtype=torch.int64, device=self.args.device)
         self._normalizer = StepNormalizer(self.args.device) if args.loss.normalize == "batch" else None
         self._balance = StepBalance(router, partial(self.accelerator.reduce, reduction="sum")) if router else None
-        if args.loss.estimate == "online" and args.loss.entry.contrasts:
-            warn_of_dropout(prepared)
+        self._top_k = router.top_k if router else 0
 
-    def _settle_sharing(self) -> Sharing:
-        """Find out what the examples of a batch can share, and what those share that the trainer is for."""
-        args = self.args
+    def _own_collator(self, pad_id: int) -> Callable[..., Batch]:
+        """Find out what the examples of a batch can share, and what those share that the trainer is for; and the
+        collator that lets them."""
+        args, memory = self.args, self.args.memory
         # not_all_shared: why not everything is shared that could be; "" if everything is.
         able, self.not_all_shared = shared_by(self.model, args, self.train_dataset, self.eval_dataset)
         asked = self.eval_dataset if self.train_dataset is None else self.train_dataset
-        self.sharing: Sharing = able if has_shared(asked, args.memory) else "none"
+        self.sharing: Sharing = able if has_shared(asked, memory) else "none"
         if self.sharing != "none" and self.train_dataset is not None:
             check_dealt(args)
-        return able
+        return partial(
+            collate, pad_id=pad_id, packing=args.packing, sharing=able, unit=memory.unit,
+            persona_grad=memory.persona_grad, branches_per_forward=memory.branches_per_forward,
+        )  # fmt: skip
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
-
-    def _checked_pairs(self, dataset: Any, name: str) -> Any:
-        """The dataset as token pairs: raw rows are converted, pairs stay as they are. UserError for pairs that do not
-        fit this model."""
-        if isinstance(dataset, Mapping) and dataset:
-            return {key: self._checked_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
-        if dataset is None:
-            return None
-        check_dataset(dataset, name)
-        if _is_raw(dataset):
-            dataset = rows_dataset_pairs(dataset, name, self._tokenizer, *self._options)
-        elif isinstance(dataset, list):
-            dataset = listed(dataset)
-        check_vocabulary(dataset, name, self._vocabulary)
-        self._check_context(dataset, name)
-        return dataset
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Like transformers.Trainer.evaluate; the dataset may hold raw rows."""
-        pairs, max_length = self._checked_pairs(eval_dataset, "eval_dataset"), self.args.data.max_length
-        if self._factors_settled:
-            check_factors(self.model, pairs, "eval_dataset", max_length)
-        else:
-            self._factors_settled = settle_factors(self.model, {"eval_dataset": pairs}, max_length)
-        return super().evaluate(pairs, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = own_train_loader(self.train_dataset, self.data_collator, self.args, self.sharing)
@@ -211,50 +170,73 @@ class PerceTrainer(ResumableTrainer):
         self._eval_dataloaders: dict[str, DataLoader] = {}
         return super().get_eval_dataloader(eval_dataset)
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        raise UserError("predict: would return logits, which PerceTrainer never holds. Use trainer.evaluate(dataset).")
+    # ---- a step
+
+    def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
+        """Begin a step: find out what its forward passes have to know of each other. Returns its response tokens, over
+        all ranks."""
+        self._window.begin_step()
+        if self._normalizer:
+            self._normalizer.begin()
+        if self._balance:
+            several = batch_samples if len(batch_samples) > 1 else ()
+            self._balance.begin([self._counting_pass(batch) for batch in several])
+        if of_step := self.args.loss.entry.over_step:
+            with self.estimation_clock.measure():
+                found = [self._estimates_of(batch) or self._estimated(batch) for batch in batch_samples]
+            seed = self.args.seed * 1_000_003 + self.state.global_step
+            self._over_step = over_step(found, lambda x: of_step(x, seed), self.args.process_index)
+        # torch.tensor would wait until all earlier work on the device is done.
+        count = torch.full((), sum(batch["target"].numel() for batch in batch_samples), device=device)
+        return self.accelerator.reduce(count, "sum")
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self._normalizer:
+            return loss
+        if not self.accelerator.sync_gradients:
+            return self._normalizer.add_loss(loss)
+        tokens = inputs["target"].numel() if num_items_in_batch is None else num_items_in_batch
+        return self._normalizer.finish(model, loss, self.accelerator.reduce(self._normalizer.weight, "sum"), tokens)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        return_outputs: bool = False,
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
+        """One forward pass of a step. Returns its share of the step's loss, 0-d, times the number of processes; with
+        return_outputs also the first four numbers of Measured."""
         check_trunks(inputs, self.args.memory)
         loss = self.args.loss.at(progress_of(self.state))
-        per_sequence = loss.normalize == "sequence"  # "batch": see StepNormalizer
-        assert self._over_step or not loss.entry.over_step, (
-            "weights that depend on a whole step are known only in train()"
-        )
-        known = self._over_step.pop(0) if self._over_step else self._known(inputs)
-        if self.sharing != "none" and "tokens" in inputs:  # the caller's own collator may not count them
-            both = loss.entry.counterfactual and known is None
-            self._computed += tokens_of(inputs, both)
+        known = self._known(inputs)
+        hidden_cf = None if known else self._counterfactual(model, inputs)
         call = HeadCall(
-            inputs["target"], loss.weighting, signal=known and known.signal, num_items=num_items_in_batch,
-            hidden_cf=None if known else self._counterfactual(model, inputs),
-            normalize="sequence" if per_sequence else "none", seq_id=inputs["sequence"] if per_sequence else None,
+            inputs["target"], loss.weighting, hidden_cf, known and known.signal, num_items=num_items_in_batch,
+            seq_id=inputs["sequence"] if loss.normalize == "sequence" else None,  # "batch": see StepNormalizer
             data_weight=inputs.get("data_weight"),
         )  # fmt: skip
-        done = factual(model, inputs, call, top_k=self._balance.router.top_k if self._balance else 0)
-        pir = (known or done).logp - (known or done).logp_cf
+        done = factual(model, inputs, call, top_k=self._top_k)
         total, balance = done.loss, None
         if self._balance:
             balance = self._balance.share(done.experts)
             total = total + self._balance.router.coefficient * balance
-        self._window.add(
-            self.args.loss, done.logp, pir, done.signal, done.token_weight, tokens=inputs["lengths"].sum(),
-            balance=balance,
-        )  # fmt: skip
-        # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
-        value = total * self.accelerator.num_processes
         if self._normalizer:
             self._normalizer.add_weights(done.token_weight)
+        pir = (known or done).logp - (known or done).logp_cf
+        self._window.add(self.args.loss, done, pir, inputs["lengths"].sum(), balance)
+        if self.sharing != "none" and "tokens" in inputs:  # the caller's own collator may not count them
+            self._computed += tokens_of(inputs, counterfactual=hidden_cf is not None)
+        # num_items counts all ranks' tokens and DDP averages the gradients, so each rank's share is multiplied back.
+        value = total * self.accelerator.num_processes
         return (value, done[:4]) if return_outputs else value
 
     def _known(self, inputs: Batch) -> Measured | None:
-        """The estimates of an E-step before this forward pass; None without one."""
+        """What was measured before this forward pass to compute its weights; None if the weights are computed in it."""
+        if not self.args.loss.entry.over_step:
+            return self._estimates_of(inputs)
+        assert self._over_step, "weights that depend on a whole step are known only in train()"
+        return self._over_step.pop(0)
+
+    def _estimates_of(self, inputs: Batch) -> Measured | None:
         return self.estimates.of(inputs["example"], inputs["target"].device) if self.estimates else None
 
     def _counterfactual(self, model: nn.Module, inputs: Batch) -> Tensor | None:
@@ -264,28 +246,36 @@ class PerceTrainer(ResumableTrainer):
         with self.estimation_clock.measure():
             return counterfactual_hidden(model, inputs)
 
-    def _estimated(self, inputs: Batch) -> Measured:
-        """The E-step of one batch, in eval mode and without drawing random numbers."""
-        model: Any = self.model_wrapped if self.is_in_train else self.model
-        with evaluating(model), self.compute_loss_context_manager():
-            return measured(
-                model, self._prepare_inputs(inputs), self.args.loss.weighting,
-                counterfactual=self.args.loss.entry.counterfactual,
-            )  # fmt: skip
-
     def _counting_pass(self, inputs: Batch) -> Tensor:
         """The counting pass of one batch, (E,): one more factual pass, in eval mode, for the load-balancing loss."""
-        model: Any = self.model_wrapped if self.is_in_train else self.model
         with self.compute_loss_context_manager():
-            top_k = cast(StepBalance, self._balance).router.top_k
-            return experts_used(model, self._prepare_inputs(inputs), top_k)
+            return experts_used(self._model_now, self._prepare_inputs(inputs), self._top_k)
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._normalizer and self.accelerator.sync_gradients:
-            tokens = inputs["target"].numel() if num_items_in_batch is None else num_items_in_batch
-            return self._normalizer.finish(model, loss, self.accelerator.reduce(self._normalizer.weight, "sum"), tokens)
-        return self._normalizer.add_loss(loss) if self._normalizer else loss
+    # ---- weights that are estimated before the steps that use them
+
+    @torch.no_grad()
+    def estimate(self, epoch: int) -> None:
+        """The E-step over all training examples, divided over the processes; draws no random numbers."""
+        dataset: Any = self.train_dataset
+        batches = estimation_batches(dataset, self.args, self.sharing != "none")
+        self._window.start()
+        with self.estimation_clock.measure():
+            self.estimates = estimate(
+                dataset, batches, lambda rows: self._estimated(self.data_collator([dataset[row] for row in rows])),
+                epoch=epoch, of_signal=self.args.loss.weighting.signal_name,
+            )  # fmt: skip
+
+    def _estimated(self, inputs: Batch) -> Measured:
+        """The E-step of one batch, in eval mode and without drawing random numbers."""
+        loss = self.args.loss
+        with evaluating(self._model_now), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(inputs)
+            return measured(self._model_now, inputs, loss.weighting, counterfactual=loss.entry.counterfactual)
+
+    @property
+    def _model_now(self) -> Any:
+        """The model, wrapped for several processes while it trains."""
+        return self.model_wrapped if self.is_in_train else self.model
 
     def restore(self, checkpoint: Path) -> None:
         if self.args.loss.estimate != "online":
@@ -297,22 +287,46 @@ class PerceTrainer(ResumableTrainer):
         if self.estimates is not None and self.args.should_save:
             self.estimates.save(checkpoint)
 
-    def _get_num_items_in_batch(self, batch_samples: Sequence[Batch], device: torch.device) -> Tensor:
-        """Response tokens of the whole accumulation window, over all ranks; called once, when a step begins."""
-        self._window.begin_step()
-        if self._normalizer:
-            self._normalizer.begin()
-        if self._balance:
-            several = batch_samples if len(batch_samples) > 1 else ()
-            self._balance.begin([self._counting_pass(batch) for batch in several])
-        if of_step := self.args.loss.entry.over_step:
-            with self.estimation_clock.measure():
-                found = [self._known(batch) or self._estimated(batch) for batch in batch_samples]
-            seed = self.args.seed * 1_000_003 + self.state.global_step
-            self._over_step = over_step(found, lambda x: of_step(x, seed), gather_object, self.args.process_index)
-        # torch.tensor would wait until all earlier work on the device is done.
-        count = torch.full((), sum(batch["target"].numel() for batch in batch_samples), device=device)
-        return self.accelerator.reduce(count, "sum")
+    # ---- evaluations
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Like transformers.Trainer.evaluate; the dataset may hold raw rows."""
+        pairs, max_length = self._checked_pairs(eval_dataset, "eval_dataset"), self.args.data.max_length
+        if not self._factors_settled:
+            self._factors_settled = settle_factors(self.model, pairs, max_length)
+        check_factors(self.model, pairs, max_length)
+        return super().evaluate(pairs, *args, **kwargs)
+
+    @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:  # fmt: skip
+        """The numbers of metrics_of, over all processes; keeps the statistics of this process's examples."""
+        self._window.pause()
+        model = self._model_now
+        if not self.is_in_train and not self.accelerator._models:
+            # As the Trainer does: moves to the device and autocasts, so that numbers from before and after training are
+            # comparable.
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.callback_handler.eval_dataloader = dataloader  # for the progress bar
+        self.last_evaluation, batches = [], []
+        with evaluating(model):
+            for inputs in dataloader:
+                with self.compute_loss_context_manager():
+                    weighting = self.args.loss.weighting.reported
+                    batches.append(token_statistics(model, self._prepare_inputs(inputs), weighting))
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.last_evaluation = in_order_of_dataset(batches, dataloader)
+        sums = sums_of(batches, dataloader.dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics_of(sums).items()}
+        nothing: Any = None  # no logits are kept
+        return EvalLoopOutput(predictions=nothing, label_ids=nothing, metrics=metrics, num_samples=len(sums))
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise UserError("predict: would return logits, which PerceTrainer never holds. Use trainer.evaluate(dataset).")
+
+    # ---- what a run says of itself
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -340,76 +354,6 @@ class PerceTrainer(ResumableTrainer):
         """Wall clock of this process's training steps, without evaluations and checkpoints."""
         return self._logged_seconds + self._window.seconds
 
-    @torch.no_grad()
-    def estimate(self, epoch: int) -> None:
-        """The E-step over all training examples, divided over the processes; draws no random numbers."""
-        dataset = cast(Dataset, self.train_dataset)
-        lengths = sequence_lengths(dataset)
-        together = whole_units(dataset, self.args.memory, self.sharing != "none")
-        together.sort(key=lambda indices: max(lengths[index] for index in indices))
-        batches = in_order(together, self.args.per_device_eval_batch_size)
-
-        self._window.start()
-        # The same number of forward passes on every process: with sharded weights they wait for each other.
-        share = dealt(batches, self.args.process_index, self.args.world_size)
-        with self.estimation_clock.measure():
-            self.estimates = estimate(
-                dataset, share, lambda rows: self._estimated(self.data_collator([dataset[row] for row in rows])),
-                _gather_dicts, epoch=epoch, of_signal=self.args.loss.weighting.signal_name,
-            )  # fmt: skip
-
-    @torch.random.fork_rng(devices=())  # a loader draws a seed, and a resumed run evaluates at other times
-    def evaluation_loop(
-        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:  # fmt: skip
-        """Mean loss per response token with and without the persona and of personal tokens, and mean PIR."""
-        self._window.pause()
-        model: Any = self.model_wrapped if self.is_in_train else self.model
-        if not self.is_in_train and not self.accelerator._models:
-            # As the Trainer does: moves to the device and autocasts, so that numbers from before and after training are
-            # comparable.
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        self.callback_handler.eval_dataloader = dataloader  # for the progress bar
-        rows = []
-        self.last_evaluation = []
-        with evaluating(model):
-            for inputs in dataloader:
-                inputs = self._prepare_inputs(inputs)
-                with self.compute_loss_context_manager():
-                    examples = token_statistics(model, inputs, self.args.loss.weighting.reported)
-                self.last_evaluation += examples
-                sums = [
-                    [len(x.logp), -x.logp.sum(), -x.logp_cf.sum(), x.personal.sum(), -x.logp[x.personal].sum()]
-                    for x in examples
-                ]
-                rows.append(torch.tensor(sums))
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        dataset, sampler = dataloader.dataset, dataloader.batch_sampler
-        if isinstance(sampler, list):  # made by own_eval_loader
-            places = [place for batch in sampler for place in batch]
-            ordered = sorted(zip(places, self.last_evaluation, strict=True), key=lambda x: x[0])
-            self.last_evaluation = [example for _, example in ordered]
-        # Processes take turns. Examples that are repeated to give each as many batches come last, and are cut off.
-        turns = zip(*gather_object([rows]), strict=True)
-        if not (batches := [batch for turn in turns for batch in turn]):
-            raise UserError("eval_dataset: expected at least one example, got a stream of none.")
-        examples_seen = torch.cat(batches)
-        examples_seen = examples_seen[: len(dataset) if has_length(dataset) else None]
-        n, ce, ce_cf, n_personal, ce_personal = examples_seen.double().sum(0).tolist()
-        metrics = {
-            "loss": ce / n,  # the name that load_best_model_at_end and schedulers look for
-            "loss_with_persona": ce / n,
-            "loss_without_persona": ce_cf / n,
-            "loss_personal_tokens": ce_personal / n_personal if n_personal else float("nan"),
-            "pir_mean": (ce_cf - ce) / n,
-        }
-        return EvalLoopOutput(
-            predictions=None,  # type: ignore[arg-type]
-            label_ids=None, num_samples=len(examples_seen),
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-        )  # fmt: skip
-
 
 def _prepared(model: Any, args: PerceArguments, peft_config: Any, trains: bool) -> Any:
     """The model, loaded if this is its name, with the forward of model/patch.py and the adapter that is asked for."""
@@ -424,15 +368,3 @@ def _prepared(model: Any, args: PerceArguments, peft_config: Any, trains: bool) 
         freeze_beside_text(prepared)
     check_own_loss(prepared)
     return prepared
-
-
-def _is_raw(dataset: Any) -> bool:
-    """Whether a dataset holds rows that are not tokenised yet; a string names a dataset that the Trainer has."""
-    if dataset is None or isinstance(dataset, str):
-        return False
-    return "response_length" not in columns_of(dataset)
-
-
-def _gather_dicts(own: Mapping[int, Any]) -> Mapping[int, Any]:
-    """The union over all processes."""
-    return {key: value for part in gather_object([own]) for key, value in part.items()}

@@ -9,7 +9,7 @@ from perce import evaluate, plan, score
 from perce import train as train_command
 from perce.config.commands import EVALUATE, PLAN, SCORE, TRAIN
 from perce.config.elsewhere import ADVICE, NAMES, NOTES, known_as
-from perce.training.arguments import OURS
+from perce.training.idle import OURS
 from tests.helpers.training import fails
 
 COMMANDS = {"train": train_command, "score": score, "evaluate": evaluate, "plan": plan}

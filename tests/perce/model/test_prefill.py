@@ -153,7 +153,7 @@ def test_nothing_of_two_sequence_lengths_or_of_sequence_times_vocabulary(archite
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_nor_with_the_personas_gradient(architecture, checkpointing):
-    """Sliding windows under sdpa have a T × T mask, and are refused if it is large (training/checks.py)."""
+    """Sliding windows under sdpa have a T × T mask, and are refused if it is large (training/datasets.py)."""
     model, pair = prepared(architecture, checkpointing=checkpointing), long_pair(persona=600)
     with LargestTensors() as seen:
         step(model, [pair], "full")

@@ -13,9 +13,10 @@ from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
 from perce.model.patch import prepare_model
 from perce.model.prefill import hidden_on_trunks
+from perce.planning.building import Setup
 from perce.planning.flops import attention_flops, count_flops
-from perce.planning.memory import count, shape_of
-from perce.planning.rehearsal import Setup
+from perce.planning.memory import count
+from perce.planning.shapes import shape_of
 from tests.helpers.architectures import tiny
 from tests.helpers.plans import FULL, LORA, NONE, SHORT, TILED
 from tests.helpers.tiny import tiny_model
@@ -28,10 +29,10 @@ def test_operations_are_those_that_torch_counts(checkpointing):
     plan = replace(SHORT, objective="ce", activation_checkpointing=checkpointing)
     setup = Setup(FULL, False, checkpointing)
     ours = count_flops(model.config, setup, plan, count(model.config, setup))
-    attention = ours.forward - 2 * shape_of(plan).tokens * count(model.config, setup).linear
+    attention = ours.forward - 2 * shape_of(plan, MemoryConfig()).tokens * count(model.config, setup).linear
     if checkpointing:
         enable_checkpointing(model)
-    ids = torch.zeros(1, shape_of(plan).tokens, dtype=torch.int64)
+    ids = torch.zeros(1, shape_of(plan, MemoryConfig()).tokens, dtype=torch.int64)
     counter = FlopCounterMode(display=False)
     with counter:
         model.base_model(input_ids=ids, use_cache=False)[0].sum().backward()

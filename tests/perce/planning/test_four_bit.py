@@ -9,10 +9,10 @@ from torch import nn
 from perce import UserError
 from perce.config.commands import PlanOptions
 from perce.config.schema import ModelConfig
+from perce.planning.building import Setup, build
 from perce.planning.four_bit import FourBitLinear, quantised
 from perce.planning.memory import count
 from perce.planning.plans import check_options, step_cost, variants
-from perce.planning.rehearsal import Setup, build
 from tests.helpers.plans import LORA, SHORT
 from tests.helpers.tiny import tiny_model
 

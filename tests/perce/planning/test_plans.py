@@ -154,7 +154,7 @@ def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
     def refuse(*_):
         raise UserError("not this one")
 
-    monkeypatch.setattr("perce.planning.rehearsal.prepare_memory", refuse)
+    monkeypatch.setattr("perce.planning.building.prepare_memory", refuse)
 
     def cost_of(options):
         return step_cost(config, options, "cpu")

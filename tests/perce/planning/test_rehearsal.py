@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from perce.config.schema import MemoryConfig
 from perce.model.prefill import prefill
 from perce.planning import rehearsal
+from perce.planning.building import Setup
 from perce.planning.live import Rehearsed
 from perce.planning.memory import count
-from perce.planning.rehearsal import RECOMPUTED, Setup, StepShape, cut, rehearse, rehearse_depth
+from perce.planning.rehearsal import RECOMPUTED, rehearse, rehearse_depth
+from perce.planning.shapes import StepShape
 from tests.helpers.plans import FULL, LORA, NONE, TILED
 from tests.helpers.tiny import LAYERS, tiny_model
 
@@ -39,11 +40,6 @@ def test_gradients_of_earlier_forwards_stay():
         phases = rehearse(config, Setup(FULL, False, False), StepShape(1, 40, 10, 5, accumulates)).phases
         assert phases["forward"].peak.gradients == trained * accumulates
         assert phases["counterfactual"].start.gradients == trained * accumulates
-
-
-def test_per_layer_lists_are_cut():
-    config = cut(LlamaConfig(num_hidden_layers=4, no_rope_layers=list("abcd")), [0, 2, 3])
-    assert config.num_hidden_layers == 3 and config.no_rope_layers == list("acd")
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])

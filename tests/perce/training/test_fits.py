@@ -13,8 +13,8 @@ from perce.config.step import StepConfig
 from perce.data.batch import collate
 from perce.objectives import OBJECTIVES
 from perce.planning import device as memory_there
-from perce.planning.memory import shape_of
 from perce.planning.plans import step_cost
+from perce.planning.shapes import shape_of
 from perce.train import main
 from perce.training import fits
 from perce.training.fits import check_fits, largest_step
@@ -52,7 +52,7 @@ def test_the_largest_step_is_that_of_the_longest_sequences(setting):
     config, args, _, _ = setting(per_device_train_batch_size=2)
     pairs = [pair(900, 12, 30)] * 2
     plan, _ = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)))
-    batch, shape = collate(pairs), shape_of(plan)
+    batch, shape = collate(pairs), shape_of(plan, MemoryConfig())
     assert (shape.batch, shape.tokens) == tuple(batch["input_ids"].shape)
     assert (shape.sequences_cf, shape.tokens_cf) == tuple(batch["input_ids_cf"].shape)
     assert shape.rows == batch["target"].numel()
@@ -183,7 +183,7 @@ def test_the_largest_step_of_conversations_is_what_a_batch_of_them_computes(sett
         talks.append(conversation(2, 9, thought, persona=5))
         pairs = [pair | {"example": 0} for talk in talks for pair in talk]
         plan, _ = largest_step(config, args, SimpleNamespace(train=Dataset.from_list(pairs)), "branches")
-        shape, batch = shape_of(plan), collate(pairs[first:last], sharing="branches")
+        shape, batch = shape_of(plan, MemoryConfig()), collate(pairs[first:last], sharing="branches")
         assert plan.branches == thought and plan.per_device_train_batch_size == 4
         assert len(shape.segments) == len(batch["spans"].spans)
         computed_cf = sum(len(segment.ids) for segment in shape.segments_cf)
@@ -205,7 +205,7 @@ def test_a_forward_of_many_short_talks_or_few_long_replies(setting):
     budget = replace(config, run=RunConfig(tokens_per_batch=400))
     talks = [p | {"example": 0} for number in range(9) for p in conversation(3, number, persona=60)]
     plan, _ = largest_step(budget, args, SimpleNamespace(train=Dataset.from_list(talks)), "branches")
-    assert plan.replies == 3 and 250 < shape_of(plan).computed <= 400
+    assert plan.replies == 3 and 250 < shape_of(plan, MemoryConfig()).computed <= 400
     assert largest_step(config, args, SimpleNamespace(train=Dataset.from_list(talks)), "none")[0].replies == 1
 
 

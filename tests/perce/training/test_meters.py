@@ -7,6 +7,7 @@ import torch
 
 from perce import LossConfig
 from perce.model.passes import token_statistics
+from perce.objectives import Measured
 from perce.training.meters import Window
 from tests.helpers.trainers import LOSS, PAIRS, arguments, logged, model_for, trainer_for
 
@@ -37,7 +38,7 @@ def test_a_window_is_on_its_device_from_the_start():
     """Or the first batch after each log would wait for a copy. Data on "meta" cannot be added to data on the host."""
     column = torch.ones(5, device="meta")
     window = Window(column.device)
-    window.add(LOSS, *[column] * 4, tokens=column.sum())
+    window.add(LOSS, Measured(*[column] * 4), pir=column, tokens=column.sum())
     assert window.total.device == column.device
 
 
