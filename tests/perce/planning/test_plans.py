@@ -58,6 +58,11 @@ def test_replies_that_share_have_lines_of_their_own():
     assert (fewer.replies, fewer.per_device_train_batch_size, fewer.gradient_accumulation_steps) == (3, 3, 2)
 
 
+def test_training_all_weights_is_another_option_whatever_the_adapter():
+    model = ModelConfig(lora_alpha=8, lora_dropout=0.1)
+    assert "--lora_r 0" in {flags for flags, _ in variants(PlanOptions(model, StepConfig()), "cpu")}
+
+
 def test_documents_have_neither_query_nor_persona():
     """All tokens of a document are the response; cross-entropy is planned on a row with a persona, another step."""
     step = StepConfig(context=60, objective="longce", short_context=16, short_stride=4)
@@ -90,6 +95,10 @@ def test_documents_have_neither_query_nor_persona():
         ),
         ("--objective ce --estimate epoch", "estimate: expected online with --objective ce, whose weights are 1"),
         ("--context 15 --query 4 --response 4", "context: expected >= 16"),
+        ("--objective longce --query 9", "query: expected 128 for documents, got 9"),
+        ("--objective longce --response 9", "response: expected 512 for documents, got 9"),
+        ("--short_stride 8", "short_stride: expected 1024 for rows with a persona, got 8"),
+        ("--objective ce --short_context 8", "short_context: expected 4096 for rows with a persona, got 8"),
     ],
 )
 def test_options_that_do_not_go_together(flags, message, tmp_path, capsys):
