@@ -90,7 +90,7 @@ class ChatTemplate:
             hint = f"Did you mean {' or '.join(near)}?" if near else f"It reads {in_short(others) or 'none'}."
             raise UserError(
                 f"chat_template_kwargs: the chat template of {self.tokenizer.name_or_path!r} does not read "
-                f"{', '.join(unread)}. {hint} Leave it out; instead of a recipe's value give '{{}}'."
+                f"{', '.join(unread)}. {hint} Leave it out; instead of a recipe's value give none."
             )
 
     def _called(

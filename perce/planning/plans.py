@@ -12,14 +12,16 @@ import torch
 
 from perce.config.commands import PlanOptions
 from perce.config.options import require
-from perce.config.schema import LossConfig, ModelConfig
+from perce.config.schema import LossConfig, ModelConfig, refuse_idle
 from perce.config.step import StepConfig
+from perce.data.pairing import OF_DOCUMENTS
 from perce.errors import UserError
 from perce.hub import read_config, stated
 from perce.model.branches import shares_nothing
 from perce.model.loading import bf16_is_sound, check_backend
 from perce.model.positions import position_limit
 from perce.model.prefill import other_states
+from perce.objectives import DOCUMENTS, PERSONAS
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
 from perce.planning.flops import Flops, count_flops, matmul_rate
 from perce.planning.memory import Counts, PeakMemory, count, peak_memory
@@ -239,6 +241,8 @@ def check_options(options: PlanOptions, device: str) -> None:
     """UserError for combinations of options that a training run would refuse."""
     step, memory, model = options.step, options.memory, options.model
     LossConfig(step.objective, estimate=step.estimate)  # raises if they do not go together
+    names, kind = (("query", "response"), DOCUMENTS) if step.of_documents else (OF_DOCUMENTS, PERSONAS)
+    refuse_idle(step, names, f"for {kind}")
     require(step.context >= 16, "context", ">= 16, as --max_length of perce.train", step.context)
     if model.load_in_4bit and device == "cpu":
         raise UserError("--load_in_4bit: bitsandbytes quantises on a GPU. Expected --device cuda as well.")
@@ -334,7 +338,8 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
     tile = 0 if memory.mlp_tile else MLP_TILE
     yield changed(f"--mlp_tile {tile}", mlp_tile=tile)
     rank = 0 if model.lora_r else 16
-    yield changed(f"--lora_r {rank}", lora_r=rank, load_in_4bit=model.load_in_4bit and rank > 0)
+    none = {} if rank else {"load_in_4bit": False, "lora_alpha": ModelConfig.lora_alpha, "lora_dropout": 0.0}
+    yield changed(f"--lora_r {rank}", lora_r=rank, **none)
     if model.lora_r and device == "cuda" and step.sharding == "none":
         four = not model.load_in_4bit
         yield changed(f"--load_in_4bit {str(four).lower()}", load_in_4bit=four)

@@ -79,6 +79,13 @@ ONE_OF = {
     "log_level": ("passive", *log_levels),
     "log_level_replica": ("passive", *log_levels),
 }
+# Options of perce's, each with a TrainingArguments field and the values of it that leave the option without an effect.
+IDLE_WITH = {
+    "eval_steps": ("eval_strategy", "no", "epoch"),
+    "save_steps": ("save_strategy", "no", "epoch", "best"),
+    "logging_steps": ("logging_strategy", "no", "epoch"),
+    "warmup_steps": ("lr_scheduler_type", "constant"),
+}
 REPLIES_A_STEP = 8
 # Default limit of a forward pass: of longest sequence × sequences, or of the tokens computed for conversations. With
 # it, activations of 135 M parameters take 2 GiB, and long, uneven sequences are not padded to the longest of eight. How
@@ -329,7 +336,7 @@ def settle_device(args: Any) -> None:
 
 def _given_fields(config: TrainOptions) -> dict[str, Any]:
     """The TrainingArguments fields in config.extra, converted. UserError for one that is unknown, that nothing reads,
-    that an option of perce's decides, or that leaves an interval without an effect."""
+    that an option of perce's decides, or that leaves one of them without an effect."""
     hints = typing.get_type_hints(PerceArguments)  # transformers' argument parser overwrites the types of the fields
     fields = [field.name for field in dataclasses.fields(PerceArguments) if field.init]
     extra: dict[str, Any] = {}
@@ -341,13 +348,12 @@ def _given_fields(config: TrainOptions) -> dict[str, Any]:
             raise TRAIN.unknown(name, fields)
         handed_on = f"{CHECKPOINTING}_kwargs" if name == "gradient_checkpointing_kwargs" else name
         extra[handed_on] = _converted(name, hints[name], value)
-    for kind in ("eval", "save", "logging"):
-        steps, default = f"{kind}_steps", getattr(RunConfig, f"{kind}_steps")
-        strategy = extra.get(f"{kind}_strategy")
-        if getattr(config.run, steps) not in (0, default) and strategy in ("epoch", "best"):
+    for option, (field, *values) in IDLE_WITH.items():
+        default, value = getattr(RunConfig, option), extra.get(field)
+        if getattr(config.run, option) not in (0, default) and value in values:
             raise UserError(
-                f"{steps}: has no effect with --{kind}_strategy {strategy}. Leave one of them out; instead of a "
-                f"recipe's number give --{steps} {default}."
+                f"{option}: has no effect with --{field} {value}. Leave one of them out; instead of a recipe's number "
+                f"give --{option} {default}."
             )
     return extra
 
