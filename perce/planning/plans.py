@@ -15,17 +15,18 @@ from perce.config.options import require
 from perce.config.schema import LossConfig, ModelConfig, refuse_idle
 from perce.config.step import StepConfig
 from perce.data.pairing import OF_DOCUMENTS
+from perce.data.sharing import Sharing
 from perce.errors import UserError
 from perce.hub import read_config, stated
-from perce.model.branches import shares_nothing
+from perce.model.branches import sharing_of
 from perce.model.loading import bf16_is_sound, check_backend
+from perce.model.patch import prepare_model
 from perce.model.positions import position_limit
-from perce.model.prefill import other_states
 from perce.objectives import DOCUMENTS, PERSONAS
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
 from perce.planning.flops import Flops, count_flops, matmul_rate
 from perce.planning.memory import Counts, PeakMemory, count, peak_memory
-from perce.planning.rehearsal import Setup
+from perce.planning.rehearsal import Setup, cut, layer_kinds
 from perce.planning.ways import MLP_TILE, changes, command, fastest
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -218,17 +219,36 @@ def check_architecture(config: Any, path: str) -> None:
         raise UserError(f"{said} has no attention heads. Only models with attention are planned.")
 
 
+def _sharing(model_config: Any) -> tuple[Sharing, str]:
+    """What a run would share on this architecture, and why not everything: asked as by a run, of a model with each kind
+    of layer once and few ids, whose weights are random. A model that cannot be made so is taken to share everything."""
+    from transformers import AutoModelForCausalLM
+
+    kinds = layer_kinds(model_config)
+    small = cut(model_config, [kinds.index(kind) for kind in dict.fromkeys(kinds)])
+    text = small.get_text_config()
+    text.pad_token_id = 0
+    for name, most in (("vocab_size", 512), ("intermediate_size", 256)):
+        if type(size := stated(text, name)) is int:
+            setattr(text, name, min(size, most))
+    try:
+        return sharing_of(prepare_model(AutoModelForCausalLM.from_config(small, dtype=torch.float32)))
+    except Exception:  # the model's own code may raise anything
+        return "branches", ""
+
+
 def check_positions(model_config: Any, options: PlanOptions) -> None:
     """UserError for a context longer than the model's positions, and for sequences that share tokens if a run computes
     them one by one."""
     step, requests = options.step, options.memory.share_persona
     of_persona = f"--share_persona {requests}" if requests > 1 else ""
     together = f"--replies {step.replies}" if step.replies > 1 else of_persona
-    if together and (reason := shares_nothing(model_config)):
+    sharing, reason = _sharing(model_config) if together else ("branches", "")
+    if sharing == "none":
         raise UserError(f"{together}: {reason}, so each sequence needs a forward of its own. Leave it out.")
     branching = "--branches" if step.branches else of_persona
-    if branching and (reason := other_states(model_config)):
-        raise UserError(f"{branching}: {reason}, which would see the tokens of other branches. Leave it out.")
+    if sharing == "chains" and branching and not options.memory.on_trunks:
+        raise UserError(f"{branching}: {reason}. Leave it out.")
     limit = position_limit(model_config)
     if limit is not None and options.step.context > limit:
         raise UserError(
