@@ -133,6 +133,14 @@ def check_arguments(args: Any, model: Any, train_dataset: Any, peft_config: Any)
         )
 
 
+def read_whole(dataset: Any, name: str) -> Any:
+    """A list of the examples if it is a stream: processes that take turns would evaluate some of a stream twice.
+    UserError for one without an end."""
+    if isinstance(dataset, PairStream):
+        raise UserError(f"{name}: a PairStream never ends. Give a Dataset, or a list of rows or of token pairs.")
+    return [*dataset] if isinstance(dataset, IterableDataset | torch.utils.data.IterableDataset) else dataset
+
+
 def check_dataset(dataset: Any, name: str) -> None:
     """UserError if `dataset` is not a dataset, or is empty."""
     if not (isinstance(dataset, str | list | IterableDataset | PairStream) or hasattr(dataset, "__getitem__")):

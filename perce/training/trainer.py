@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput
 
 from perce.data.batch import Batch, collate
 from perce.data.dataset import columns_of, listed, rows_dataset_pairs, sequence_lengths
@@ -52,6 +52,7 @@ from perce.training.checks import (
     check_sharding,
     check_trunks,
     check_vocabulary,
+    read_whole,
     settle_factors,
     try_step,
     warn_of_dropout,
@@ -74,7 +75,8 @@ class PerceTrainer(ResumableTrainer):
         model: a causal language model, or its directory or Hub id; prepared by model/patch.py if need be.
         args: PerceArguments.
         train_dataset, eval_dataset: `datasets` with the columns of a data.pairs.Pair or data.documents.DocumentPair,
-            or raw rows in any supported format. For training also a PairStream; for evaluation also a dict of datasets.
+            or raw rows in any supported format. For training also a PairStream; for evaluation also a dict of datasets,
+            and a stream, which is read whole.
         processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
         peft_config: a PEFT config, to train an adapter on the frozen model.
 
@@ -178,6 +180,7 @@ class PerceTrainer(ResumableTrainer):
             return {key: self._checked_pairs(part, f"{name}[{key!r}]") for key, part in dataset.items()}
         if dataset is None:
             return None
+        dataset = dataset if name == "train_dataset" else read_whole(dataset, name)
         check_dataset(dataset, name)
         if _is_raw(dataset):
             dataset = rows_dataset_pairs(dataset, name, self._tokenizer, *self._options)
@@ -205,11 +208,7 @@ class PerceTrainer(ResumableTrainer):
         conversation."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = cast(Any, self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset
-        if has_length(dataset):
-            return own_eval_loader(dataset, self.data_collator, self.args)
-        # With workers that stay, the Trainer would take its last loader for any dataset.
-        self._eval_dataloaders: dict[str, DataLoader] = {}
-        return super().get_eval_dataloader(eval_dataset)
+        return own_eval_loader(dataset, self.data_collator, self.args)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         raise UserError("predict: would return logits, which PerceTrainer never holds. Use trainer.evaluate(dataset).")
@@ -385,17 +384,12 @@ class PerceTrainer(ResumableTrainer):
                 ]
                 rows.append(torch.tensor(sums))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        dataset, sampler = dataloader.dataset, dataloader.batch_sampler
-        if isinstance(sampler, list):  # made by own_eval_loader
-            places = [place for batch in sampler for place in batch]
-            ordered = sorted(zip(places, self.last_evaluation, strict=True), key=lambda x: x[0])
-            self.last_evaluation = [example for _, example in ordered]
+        places = [place for batch in dataloader.batch_sampler for place in batch]
+        ordered = sorted(zip(places, self.last_evaluation, strict=True), key=lambda x: x[0])
+        self.last_evaluation = [example for _, example in ordered]
         # Processes take turns. Examples that are repeated to give each as many batches come last, and are cut off.
         turns = zip(*gather_object([rows]), strict=True)
-        if not (batches := [batch for turn in turns for batch in turn]):
-            raise UserError("eval_dataset: expected at least one example, got a stream of none.")
-        examples_seen = torch.cat(batches)
-        examples_seen = examples_seen[: len(dataset) if has_length(dataset) else None]
+        examples_seen = torch.cat([batch for turn in turns for batch in turn])[: len(dataloader.dataset)]
         n, ce, ce_cf, n_personal, ce_personal = examples_seen.double().sum(0).tolist()
         metrics = {
             "loss": ce / n,  # the name that load_best_model_at_end and schedulers look for
