@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,13 @@ def with_weights(auto_class: Any, path: str, *, option: str = "--model", unused:
     return model
 
 
+def _not_converted(error: Exception) -> list[str]:
+    """The weights that could not be made of those in the files; transformers names them only in the report."""
+    frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
+    found = next((local["loading_info"] for local in frames if "loading_info" in local), None)
+    return sorted(getattr(found, "conversion_errors", ()))
+
+
 def _holds_model(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("config.json", "adapter_config.json"))
 
@@ -273,6 +281,7 @@ def loaded(
         reason = first_line(error)
         if "the above report" in reason:  # which is not shown; see core_model_loading.py of transformers
             reason = "weights that are converted when they are read, such as experts, are missing or have another shape"
+            reason += f" ({in_short(names)})" if (names := _not_converted(error)) else ""
         raise UserError(
             f"{option} {path}: could not be loaded as {kind} ({reason}). Expected a directory with "
             f"{expected}, or a Hub id that this machine can reach.{here}"

@@ -7,7 +7,7 @@ from typing import Literal
 
 from perce.config.options import option as _option
 from perce.config.options import require as _require
-from perce.config.schema import BACKEND, MODEL, RunConfig, WeightingConfig
+from perce.config.schema import BACKEND, MODEL, RunConfig, WeightingConfig, refuse_idle
 
 
 def _beside(path: str, ending: str) -> Path:
@@ -64,6 +64,8 @@ class SplitConfig:
             _require(value is None or value >= 1, name, ">= 1", value)
         both = (self.limit, self.sample)
         _require(None in both, "limit, sample", "only one of them", both)
+        if self.split not in (None, "held_out") and self.sample is None:
+            refuse_idle(self, ("split_seed",), f"with --split {self.split} and without --sample")
 
     @property
     def seed(self) -> int:
@@ -116,6 +118,8 @@ class ScoreConfig(WeightingConfig):
         super().__post_init__()
         for name in ("shown", "terminal"):
             _require(getattr(self, name) >= 0, name, ">= 0", getattr(self, name))
+        if self.output is None:
+            refuse_idle(self, ("shown",), "without --output")
         if self.export:
             _require(self.jsonl is not None, "export", "a --jsonl FILE too, next to which it is written", self.jsonl)
             own = self.entry.signal is not None and not self.entry.over_step
@@ -151,6 +155,8 @@ class EvaluateConfig:
         _require(not lines, "output", "a name for JSON, such as e.json", self.output)
         _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
         _require(0 <= self.seed < 2**32, "seed", "in [0, 2 ** 32)", self.seed)
+        if not self.generate:
+            refuse_idle(self, ("temperature", "max_new_tokens"), "with --generate false")
 
     @property
     def records(self) -> Path | None:

@@ -5,6 +5,7 @@ Neither torch nor transformers is imported here, so that `--help` answers at onc
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,14 @@ def objective_of(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
+def refuse_idle(section: Any, names: Sequence[str], beside: str) -> None:
+    """UserError for an option of the section that has no effect and another value than its default. beside: what leaves
+    it without an effect, in words."""
+    for name in names:
+        value, default = getattr(section, name), type(section).__dataclass_fields__[name].default
+        _require(value == default, name, f"{'none' if default is None else default} {beside}", value)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model that is trained."""
@@ -85,6 +94,8 @@ class ModelConfig:
         _require(self.lora_r >= 0, "lora_r", ">= 0", self.lora_r)
         _require(self.lora_alpha >= 1, "lora_alpha", ">= 1", self.lora_alpha)
         _require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
+        if not self.lora_r:
+            refuse_idle(self, ("lora_alpha", "lora_dropout"), "with --lora_r 0, which trains all weights")
 
 
 @dataclass(frozen=True)
@@ -148,6 +159,8 @@ class DataConfig:
         _require(self.retrieve_k >= 1, "retrieve_k", ">= 1", self.retrieve_k)
         dense = self.retriever == "dense" or self.retriever_model is None
         _require(dense, "retriever_model", "--retriever dense with it", f"--retriever {self.retriever}")
+        if self.retriever == "none":
+            refuse_idle(self, ("retrieve_k",), "with --retriever none, which shows all passages")
         self.column_names()
         self.markers()
         self.template_kwargs()
@@ -265,9 +278,9 @@ class LossConfig(WeightingConfig):
         _require(coefficient is None or 0 <= coefficient < float("inf"), "router_aux_loss_coef", ">= 0", coefficient)
         for name in ("short_context", "short_stride"):
             _require(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
-        for name, default in (("estimate", "online"), ("clip_schedule", "constant"), ("normalize", "none")):
-            value, expected = getattr(self, name), f"{default} with --objective {self.objective}, whose weights are 1"
-            _require(value == default or self.entry.signal is not None, name, expected, value)
+        if self.entry.signal is None:
+            beside = f"with --objective {self.objective}, whose weights are 1"
+            refuse_idle(self, ("estimate", "clip_schedule", "normalize"), beside)
 
     def at(self, progress: float) -> "LossConfig":
         """The loss at this point of the run, from 0 (its first step) to 1 (its last).

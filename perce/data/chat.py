@@ -79,8 +79,9 @@ class ChatFormat:
         allow_control: whether strings in the data that spell control tokens become these tokens.
 
     Raises:
-        UserError: a tokenizer that is not fast, or has no end of turn; a template that does not render a plain
-            conversation, or whose finished replies do not begin with its generation prompt.
+        UserError: a tokenizer that is not fast, or has no end of turn; a variable that the template does not read; a
+            template that does not render a plain conversation, or whose finished replies do not begin with its
+            generation prompt.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class ChatFormat:
         self._template = ChatTemplate(
             tokenizer, None if tokenizer.chat_template else PLAIN_CHAT_TEMPLATE, template_kwargs
         )  # fmt: skip
+        self._template.check_variables()
         if not tokenizer.chat_template and tokenizer.eos_token is None:
             raise UserError(
                 "The tokenizer has neither a chat template nor an end-of-sequence token, so nothing would end a reply. "

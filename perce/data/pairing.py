@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perce.config.schema import DataConfig, LossConfig
+from perce.config.schema import DataConfig, LossConfig, refuse_idle
 from perce.data.documents import DocumentBuilder
 from perce.data.formats import FORMATS
 from perce.data.pairs import PairBuilder
@@ -17,11 +17,16 @@ from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS
 from perce.visible import listed
 
 PERCE = LossConfig()
+# Options that have no effect on rows of the other kind.
+OF_PERSONAS = (
+    "persona_markers", "retriever", "retriever_model", "retrieve_k", "chat_template_kwargs", "prompt", "share",
+)  # fmt: skip
+OF_DOCUMENTS = ("short_context", "short_stride")
 Builder = PairBuilder | DocumentBuilder
 
 
 def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConfig = PERCE) -> Builder:
-    """The builder of pairs for rows of this format; UserError if the objective needs another kind of rows."""
+    """The builder of pairs for rows of this format; UserError if the objective or an option needs another kind."""
     kind = DOCUMENTS if FORMATS[format].documents else PERSONAS
     if kind not in loss.entry.takes:
         *most, last = (name for name, entry in OBJECTIVES.items() if kind in entry.takes)
@@ -32,9 +37,11 @@ def make_builder(tokenizer: Any, config: DataConfig, format: str, loss: LossConf
             "renames fields)."
         )
     if kind == DOCUMENTS:
+        refuse_idle(config, OF_PERSONAS, f"for {kind}")
         return DocumentBuilder(
             tokenizer, max_length=config.max_length, short_context=loss.short_context, short_stride=loss.short_stride
         )
+    refuse_idle(loss, OF_DOCUMENTS, f"for {kind}")
     history = FORMATS[format].history
     return PairBuilder(
         tokenizer,

@@ -4,6 +4,7 @@ transformers' apply_chat_template converts many kinds of input and takes twice a
 contents are texts, the template that transformers has compiled is called directly, with the same variables.
 """
 
+import difflib
 import inspect
 import json
 import threading
@@ -12,6 +13,9 @@ from contextlib import contextmanager
 from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
+
+from perce.errors import UserError
+from perce.visible import in_short
 
 PROBE = (("user", "u"), ("assistant", "a"))
 DAY = datetime(2026, 1, 1)
@@ -64,6 +68,30 @@ class ChatTemplate:
                 _said(messages), tokenize=False, add_generation_prompt=generation, chat_template=self.template,
                 **self.variables,
             )  # fmt: skip
+
+    def check_variables(self) -> None:
+        """UserError for a variable that the template does not read, if that can be known."""
+        from jinja2 import meta
+        from transformers import PreTrainedTokenizerBase
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        own = type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+        if own or not self.variables:
+            return
+        try:
+            source = self.tokenizer.get_chat_template(self.template, self.variables.get("tools"))
+            read = meta.find_undeclared_variables(_compile_jinja_template(source).environment.parse(source))
+        except Exception:  # what does not compile fails where it is rendered
+            return
+        if unread := [name for name in self.variables if name not in read]:
+            given = {"messages", "tools", "documents", "add_generation_prompt", *self.tokenizer.special_tokens_map}
+            others = sorted(read - given)
+            near = difflib.get_close_matches(unread[0], others, n=2)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"It reads {in_short(others) or 'none'}."
+            raise UserError(
+                f"chat_template_kwargs: the chat template of {self.tokenizer.name_or_path!r} does not read "
+                f"{', '.join(unread)}. {hint} Leave it out; instead of a recipe's value give none."
+            )
 
     def _called(
         self, messages: Sequence[tuple[str, str]], generation: bool, day: datetime, given: dict[str, Any]

@@ -155,18 +155,37 @@ def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
     random.Random(seed).shuffle(order)
     personas = _numbered(examples[index].persona for index in order)
     users = _numbered(examples[index].user_id or examples[index].persona for index in order)
+    another_user, another_persona = _until_another(users), _until_another(personas)
     partners: dict[int, int | None] = {}
     for place, index in enumerate(order):
-        fits = np.flatnonzero((personas != personas[place]) & (users != users[place]))
-        # the next one that fits; after the last place comes the first again
-        partners[index] = order[fits[np.searchsorted(fits, place) % len(fits)]] if len(fits) else None
+        at, around = place, place + len(order)  # after the last place comes the first again
+        while at < around:
+            here = at % len(order)
+            if users[here] == users[place]:
+                at += another_user[here]
+            elif personas[here] == personas[place]:
+                at += another_persona[here]
+            else:
+                break
+        partners[index] = order[at % len(order)] if at < around else None
     return [partners[index] for index in firsts]
 
 
-def _numbered(values: Iterable[Any]) -> np.ndarray:
+def _numbered(values: Iterable[Any]) -> list[int]:
     """A number for each value, the same for equal ones."""
     numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(value, len(numbers)) for value in values])
+    return [numbers.setdefault(value, len(numbers)) for value in values]
+
+
+def _until_another(values: Sequence[int]) -> list[int]:
+    """How many places after each the next other value stands, around the end; at least the number of values if none
+    does."""
+    count = len(values)
+    steps = [count] * count
+    for place in reversed(range(2 * count)):
+        here, after = place % count, (place + 1) % count
+        steps[here] = 1 if values[here] != values[after] else steps[after] + 1
+    return steps
 
 
 class Evaluator:

@@ -12,15 +12,18 @@ import torch
 
 from perce.config.commands import PlanOptions
 from perce.config.options import require
-from perce.config.schema import LossConfig, ModelConfig
+from perce.config.schema import LossConfig, ModelConfig, refuse_idle
 from perce.config.step import StepConfig
+from perce.data.pairing import OF_DOCUMENTS
+from perce.data.sharing import Sharing
 from perce.errors import UserError
 from perce.hub import read_config, stated
-from perce.model.branches import shares_nothing
+from perce.model.branches import sharing_of
 from perce.model.loading import bf16_is_sound, check_backend
+from perce.model.patch import prepare_model
 from perce.model.positions import position_limit
-from perce.model.prefill import other_states
-from perce.planning.building import Setup
+from perce.objectives import DOCUMENTS, PERSONAS
+from perce.planning.building import Setup, cut, layer_kinds
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
 from perce.planning.flops import Flops, count_flops, matmul_rate
 from perce.planning.memory import Counts, PeakMemory, count, peak_memory
@@ -216,17 +219,36 @@ def check_architecture(config: Any, path: str) -> None:
         raise UserError(f"{said} has no attention heads. Only models with attention are planned.")
 
 
+def _sharing(model_config: Any) -> tuple[Sharing, str]:
+    """What a run would share on this architecture, and why not everything: asked as by a run, of a model with each kind
+    of layer once and few ids, whose weights are random. A model that cannot be made so is taken to share everything."""
+    from transformers import AutoModelForCausalLM
+
+    kinds = layer_kinds(model_config)
+    small = cut(model_config, [kinds.index(kind) for kind in dict.fromkeys(kinds)])
+    text = small.get_text_config()
+    text.pad_token_id = 0
+    for name, most in (("vocab_size", 512), ("intermediate_size", 256)):
+        if type(size := stated(text, name)) is int:
+            setattr(text, name, min(size, most))
+    try:
+        return sharing_of(prepare_model(AutoModelForCausalLM.from_config(small, dtype=torch.float32)))
+    except Exception:  # the model's own code may raise anything
+        return "branches", ""
+
+
 def check_positions(model_config: Any, options: PlanOptions) -> None:
     """UserError for a context longer than the model's positions, and for sequences that share tokens if a run computes
     them one by one."""
     step, requests = options.step, options.memory.share_persona
     of_persona = f"--share_persona {requests}" if requests > 1 else ""
     together = f"--replies {step.replies}" if step.replies > 1 else of_persona
-    if together and (reason := shares_nothing(model_config)):
+    sharing, reason = _sharing(model_config) if together else ("branches", "")
+    if sharing == "none":
         raise UserError(f"{together}: {reason}, so each sequence needs a forward of its own. Leave it out.")
     branching = "--branches" if step.branches else of_persona
-    if branching and (reason := other_states(model_config)):
-        raise UserError(f"{branching}: {reason}, which would see the tokens of other branches. Leave it out.")
+    if sharing == "chains" and branching and not options.memory.on_trunks:
+        raise UserError(f"{branching}: {reason}. Leave it out.")
     limit = position_limit(model_config)
     if limit is not None and options.step.context > limit:
         raise UserError(
@@ -239,6 +261,8 @@ def check_options(options: PlanOptions, device: str) -> None:
     """UserError for combinations of options that a training run would refuse."""
     step, memory, model = options.step, options.memory, options.model
     LossConfig(step.objective, estimate=step.estimate)  # raises if they do not go together
+    names, kind = (("query", "response"), DOCUMENTS) if step.of_documents else (OF_DOCUMENTS, PERSONAS)
+    refuse_idle(step, names, f"for {kind}")
     require(step.context >= 16, "context", ">= 16, as --max_length of perce.train", step.context)
     if model.load_in_4bit and device == "cpu":
         raise UserError("--load_in_4bit: bitsandbytes quantises on a GPU. Expected --device cuda as well.")
@@ -334,7 +358,8 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
     tile = 0 if memory.mlp_tile else MLP_TILE
     yield changed(f"--mlp_tile {tile}", mlp_tile=tile)
     rank = 0 if model.lora_r else 16
-    yield changed(f"--lora_r {rank}", lora_r=rank, load_in_4bit=model.load_in_4bit and rank > 0)
+    none = {} if rank else {"load_in_4bit": False, "lora_alpha": ModelConfig.lora_alpha, "lora_dropout": 0.0}
+    yield changed(f"--lora_r {rank}", lora_r=rank, **none)
     if model.lora_r and device == "cuda" and step.sharding == "none":
         four = not model.load_in_4bit
         yield changed(f"--load_in_4bit {str(four).lower()}", load_in_4bit=four)

@@ -21,7 +21,7 @@ from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
 from perce.process import silence_libraries
 from perce.training.best import settle_metric
-from perce.training.idle import NOT_READ, OURS, changed, check_optimizer, idle_beside, refuse_idle
+from perce.training.idle import NOT_READ, OURS, changed, check_optimizer, check_run, idle_beside, refuse_fields
 from perce.training.parallel import check_gradients_in_reach, check_one_gpu, check_parallelism
 from perce.training.shared import largest_batch
 
@@ -75,7 +75,7 @@ class PerceArguments(TrainingArguments):
         if self.early_stopping:
             self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
         settle_metric(self)
-        refuse_idle(changed(self), NOT_READ | idle_beside(self))
+        refuse_fields(changed(self), NOT_READ | idle_beside(self))
         _check_together(self)
         super().__post_init__()
         # Liger is patched in when training begins. Its loss would replace the forward that holds ours, and its MLPs
@@ -201,11 +201,11 @@ def settle_device(args: Any) -> None:
 
 def _given_fields(config: TrainOptions) -> dict[str, Any]:
     """The TrainingArguments fields in config.extra, converted. UserError for one that is unknown, that nothing reads,
-    that an option of perce's decides, or that leaves an interval without an effect."""
+    that an option of perce's decides, or that leaves one of them without an effect."""
     hints = typing.get_type_hints(PerceArguments)  # transformers' argument parser overwrites the types of the fields
     fields = [field.name for field in dataclasses.fields(PerceArguments) if field.init]
     extra: dict[str, Any] = {}
-    refuse_idle(config.extra, NOT_READ, but=())
+    refuse_fields(config.extra, NOT_READ, but=())
     for name, value in config.extra.items():
         if name in OURS:
             raise UserError(f"{name}: use --{OURS[name]} instead.")
@@ -213,14 +213,7 @@ def _given_fields(config: TrainOptions) -> dict[str, Any]:
             raise TRAIN.unknown(name, fields)
         handed_on = f"{CHECKPOINTING}_kwargs" if name == "gradient_checkpointing_kwargs" else name
         extra[handed_on] = _converted(name, hints[name], value)
-    for kind in ("eval", "save", "logging"):
-        steps, default = f"{kind}_steps", getattr(RunConfig, f"{kind}_steps")
-        strategy = extra.get(f"{kind}_strategy")
-        if getattr(config.run, steps) not in (0, default) and strategy in ("epoch", "best"):
-            raise UserError(
-                f"{steps}: has no effect with --{kind}_strategy {strategy}. Leave one of them out; instead of a "
-                f"recipe's number give --{steps} {default}."
-            )
+    check_run(config.run, extra)
     return extra
 
 
@@ -262,7 +255,7 @@ def training_arguments(config: TrainOptions) -> PerceArguments:
     _settle_saving(run, values, "save_strategy" in extra)
     with options_that_fail_late((ImportError, ValueError, TypeError, AttributeError, OSError, RuntimeError)):
         args = PerceArguments(loss=config.loss, data=config.data, memory=config.memory, **values)
-        refuse_idle(config.extra, idle_beside(args), but=())
+        refuse_fields(config.extra, idle_beside(args), but=())
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()  # fails if its package is missing
     return args

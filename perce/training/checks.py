@@ -25,7 +25,7 @@ from perce.model.trial import SHARED, Manner, check_step
 from perce.objectives import PERSONAS
 from perce.training.arguments import PerceArguments
 from perce.training.best import check_direction, metric_of
-from perce.training.idle import OF_THE_TRAINERS_LOADER, changed, refuse_idle
+from perce.training.idle import OF_THE_TRAINERS_LOADER, changed, refuse_fields
 from perce.training.parallel import check_one_gpu, check_parallelism
 from perce.visible import in_short
 
@@ -126,7 +126,7 @@ def check_dealt(args: PerceArguments) -> None:
             f"--per_device_train_batch_size of {most} or more; --branches_per_forward 1 runs them one at a time."
         )
     why = "the replies of a conversation are put into one batch. Leave it out, or give --share none"
-    refuse_idle(changed(args), dict.fromkeys(OF_THE_TRAINERS_LOADER, why))
+    refuse_fields(changed(args), dict.fromkeys(OF_THE_TRAINERS_LOADER, why))
 
 
 @torch.random.fork_rng(devices=())

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.compute
+import torch
 from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
@@ -36,6 +37,7 @@ def checked_pairs(dataset: Any, name: str, tokenizer: Any, args: PerceArguments,
     if isinstance(dataset, Mapping) and dataset:
         given = tokenizer, args, config, vocabulary
         return {key: checked_pairs(part, f"{name}[{key!r}]", *given) for key, part in dataset.items()}
+    dataset = dataset if name == "train_dataset" else read_whole(dataset, name)
     check_dataset(dataset, name)
     if "response_length" not in columns_of(dataset):
         dataset = rows_dataset_pairs(dataset, name, tokenizer, args.data, args.loss)
@@ -44,6 +46,14 @@ def checked_pairs(dataset: Any, name: str, tokenizer: Any, args: PerceArguments,
     check_vocabulary(dataset, name, vocabulary)
     check_context(dataset, name, config, args.memory, args.data.max_length)
     return dataset
+
+
+def read_whole(dataset: Any, name: str) -> Any:
+    """A list of the examples if it is a stream: processes that take turns would evaluate some of a stream twice.
+    UserError for one without an end."""
+    if isinstance(dataset, PairStream):
+        raise UserError(f"{name}: a PairStream never ends. Give a Dataset, or a list of rows or of token pairs.")
+    return [*dataset] if isinstance(dataset, IterableDataset | torch.utils.data.IterableDataset) else dataset
 
 
 def check_dataset(dataset: Any, name: str) -> None:

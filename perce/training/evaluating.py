@@ -7,21 +7,16 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers.trainer_utils import has_length
 
-from perce.errors import UserError
 from perce.model.passes import TokenStatistics
 
 Batches = Sequence[Sequence[TokenStatistics]]
 
 
 def in_order_of_dataset(batches: Batches, loader: Any) -> list[TokenStatistics]:
-    """This process's examples in the order of the dataset; those of a stream as they came."""
-    examples = list(chain.from_iterable(batches))
-    if not isinstance(loader.batch_sampler, list):  # not made by own_eval_loader
-        return examples
-    places = chain.from_iterable(loader.batch_sampler)
-    return [example for _, example in sorted(zip(places, examples, strict=True), key=lambda x: x[0])]
+    """This process's examples in the order of the dataset; `loader` is one of own_eval_loader."""
+    examples = zip(chain.from_iterable(loader.batch_sampler), chain.from_iterable(batches), strict=True)
+    return [example for _, example in sorted(examples, key=lambda x: x[0])]
 
 
 def sums_of(batches: Batches, dataset: Any) -> Tensor:
@@ -29,9 +24,7 @@ def sums_of(batches: Batches, dataset: Any) -> Tensor:
     own = [torch.tensor([_sums(example) for example in batch]) for batch in batches]
     # Processes take turns. Examples that are repeated to give each as many batches come last, and are cut off.
     turns = zip(*gather_object([own]), strict=True)
-    if not (everybody := list(chain.from_iterable(turns))):
-        raise UserError("eval_dataset: expected at least one example, got a stream of none.")
-    return torch.cat(everybody)[: len(dataset) if has_length(dataset) else None]
+    return torch.cat([*chain.from_iterable(turns)])[: len(dataset)]
 
 
 def _sums(example: TokenStatistics) -> list[Tensor | int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from perce.config.schema import RunConfig
 from perce.errors import UserError
 from perce.model.memory import CHECKPOINTING
 
@@ -51,6 +52,13 @@ OF_LOGGERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "t
 # Allowed in Python: fields that TrainingArguments set themselves, so that a copy has another value, and fields that
 # callbacks read.
 LEFT_OPEN = ("do_eval", "fsdp_config", *OF_LOGGERS)
+# Options of perce's, each with a TrainingArguments field and the values of it that leave the option without an effect.
+IDLE_WITH = {
+    "eval_steps": ("eval_strategy", "no", "epoch"),
+    "save_steps": ("save_strategy", "no", "epoch", "best"),
+    "logging_steps": ("logging_strategy", "no", "epoch"),
+    "warmup_steps": ("lr_scheduler_type", "constant"),
+}
 
 
 def changed(args: TrainingArguments) -> dict[str, Any]:
@@ -63,7 +71,7 @@ def changed(args: TrainingArguments) -> dict[str, Any]:
     return {name: default for name, default in defaults.items() if getattr(args, name) != default}
 
 
-def refuse_idle(names: Iterable[str], idle: Mapping[str, str], but: Iterable[str] = LEFT_OPEN) -> None:
+def refuse_fields(names: Iterable[str], idle: Mapping[str, str], but: Iterable[str] = LEFT_OPEN) -> None:
     """UserError for a field that would have no effect. `idle` has these fields, and what to do instead."""
     for name in names:
         if name in idle and name not in but:
@@ -92,6 +100,17 @@ def idle_beside(args: Any) -> dict[str, str]:
         why = "nothing is recomputed without --activation_checkpointing"
         idle |= {"gradient_checkpointing_kwargs": why, "activation_checkpointing_kwargs": why}
     return idle
+
+
+def check_run(run: RunConfig, fields: Mapping[str, Any]) -> None:
+    """UserError for an option of perce's that one of these TrainingArguments fields leaves without an effect."""
+    for option, (field, *values) in IDLE_WITH.items():
+        default, value = getattr(RunConfig, option), fields.get(field)
+        if getattr(run, option) not in (0, default) and value in values:
+            raise UserError(
+                f"{option}: has no effect with --{field} {value}. Leave one of them out; instead of a recipe's number "
+                f"give --{option} {default}."
+            )
 
 
 def check_optimizer(args: TrainingArguments) -> None:

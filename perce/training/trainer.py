@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput
 
 from perce.data.batch import Batch, collate
 from perce.data.sharing import Sharing
@@ -69,7 +69,8 @@ class PerceTrainer(ResumableTrainer):
         model: a causal language model, or its directory or Hub id; prepared by model/patch.py if need be.
         args: PerceArguments.
         train_dataset, eval_dataset: `datasets` with the columns of a data.pairs.Pair or data.documents.DocumentPair,
-            or raw rows in any supported format. For training also a PairStream; for evaluation also a dict of datasets.
+            or raw rows in any supported format. For training also a PairStream; for evaluation also a dict of datasets,
+            and a stream, which is read whole.
         processing_class: the tokenizer; default: the model's own. Saved with every checkpoint.
         peft_config: a PEFT config, to train an adapter on the frozen model.
 
@@ -164,11 +165,7 @@ class PerceTrainer(ResumableTrainer):
         conversation."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = cast(Any, self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset
-        if has_length(dataset):
-            return own_eval_loader(dataset, self.data_collator, self.args)
-        # With workers that stay, the Trainer would take its last loader for any dataset.
-        self._eval_dataloaders: dict[str, DataLoader] = {}
-        return super().get_eval_dataloader(eval_dataset)
+        return own_eval_loader(dataset, self.data_collator, self.args)
 
     # ---- a step
 

@@ -25,7 +25,11 @@ from tests.helpers.training import ROWS, printed_by
 
 LIMIT = 14  # of three users
 
-FAST = ("--max_new_tokens", "6", "--batch_size", "4")
+
+def fast(argv):
+    """perce.evaluate with few sequences at a time and, unless losses alone are asked for, short replies."""
+    replies = () if "--generate" in argv else ("--max_new_tokens", "6")
+    return evaluate.main(["--batch_size", "4", *replies, *argv])
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def run(model, capsys):
-    return printed_by(evaluate.main, capsys, "--model", model, "--limit", LIMIT, *FAST)
+    return printed_by(fast, capsys, "--model", model, "--limit", LIMIT)
 
 
 def result(path):
@@ -427,7 +431,7 @@ def test_errors_are_one_paragraph(run, argv, fragment):
 def test_rows_without_a_response_have_replies_alone(model, tmp_path, capsys, monkeypatch):
     data = documented_files(tmp_path, "lamp_qa")
     monkeypatch.setattr("perce.measuring.evaluation.token_statistics", None)  # no loss is computed
-    run = printed_by(evaluate.main, capsys, "--model", model, "--data", data, *FAST)
+    run = printed_by(fast, capsys, "--model", model, "--data", data)
     run("--output", tmp_path / "e.json")
     content = result(tmp_path / "e.json")
     assert [*content["metrics"]] == ["uses_persona"]
@@ -439,7 +443,7 @@ def test_rows_without_a_response_have_replies_alone(model, tmp_path, capsys, mon
 def test_a_conversation_is_told_turn_by_turn(model, tmp_path, capsys):
     (row,) = documented("aloe")
     data = documented_files(tmp_path, "aloe", {**row, "conversations": row["conversations"] * 3})
-    run = printed_by(evaluate.main, capsys, "--model", model, "--data", data, *FAST)
+    run = printed_by(fast, capsys, "--model", model, "--data", data)
     printed = run("--output", tmp_path / "e.json").out
     assert "turn" in printed and "replies use it" in printed
     content = result(tmp_path / "e.json")

@@ -273,7 +273,8 @@ def test_every_command_knows_it(tmp_path, model, name, capsys):
     objective = OBJECTIVES[name]
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS if PERSONAS in objective.takes else TEXTS)
     flags = [f"--model={model}", f"--objective={name}", "--precision=fp32"]
-    training = [*flags, f"--data={data}", f"--output_dir={tmp_path / 'run'}", "--short_context=16", "--short_stride=8"]
+    short = [] if PERSONAS in objective.takes else ["--short_context=16", "--short_stride=8"]
+    training = [*flags, *short, f"--data={data}", f"--output_dir={tmp_path / 'run'}"]
     assert train([*training, "--max_steps=1", "--eval_examples=2"]) == 0
     out = capsys.readouterr().out
     assert f"{name} objective" in out
@@ -292,7 +293,8 @@ def test_every_command_knows_it(tmp_path, model, name, capsys):
     assert (saved["objective"], saved["clip_min"], saved["clip_max"]) == (name, None, None)
     assert train([f"--output_dir={tmp_path / 'run'}", "--resume", "--max_steps=2"]) == 0
 
-    plan = [*flags, "--context=96", "--query=8", "--response=16", "--tflops=1", "--device=cpu"]
+    lengths = ["--query=8", "--response=16"] if PERSONAS in objective.takes else []
+    plan = [*flags, *lengths, "--context=96", "--tflops=1", "--device=cpu"]
     assert plan_command.main(plan) == 0
     assert f"{name} objective" in capsys.readouterr().out
 

@@ -148,7 +148,7 @@ def test_changed_data_is_not_mixed_with_what_was_scored(scored, tmp_path):
     err = scored("--data", data, "--jsonl", path, code=2).err
     assert "rows.jsonl:1 is not the example that was scored before" in err
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    out = scored("--data", data, "--jsonl", path, "--limit", 2, "--shown", 0, "--terminal", 0).out
+    out = scored("--data", data, "--jsonl", path, "--limit", 2, "--terminal", 0).out
     assert re.search(r"examples +2\b", out), "of a longer file the first are summarised"
 
 
@@ -162,7 +162,7 @@ def test_labels_summary_page_and_terminal(scored, tmp_path):
     assert methods["persona word"]["precision"] > 0.5, "quoted facts are personal"
     assert f"{methods['PIR']['auc']:.3f}" in out and "Slowly, slowly" in out
     page = Page(tmp_path / "s.html")
-    assert "marked by hand" in scored("--labels", "--shown", 0, "--terminal", 0).out
+    assert "marked by hand" in scored("--labels", "--terminal", 0).out
     assert len(page.data["responses"]) == 2 and f"This page shows 2 of {LIMIT} scored responses" in page.text
     assert "Token identification" in page.text and "Highest PIR" in page.text
     for place, record in enumerate(read_jsonl(tmp_path / "s.jsonl")[:2]):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import yaml
 
 from perce import DataConfig, UserError, evaluate, plan, score
 from perce import train as train_command
-from perce.config.commands import EVALUATE, PLAN, SCORE, parse_args
+from perce.config.commands import EVALUATE, PLAN, SCORE, TRAIN, parse_args
 from perce.config.options import read_yaml
 from perce.process import guarded
 from perce.training.arguments import training_arguments
@@ -194,6 +195,36 @@ def test_a_column_without_a_name():
 def test_a_column_that_is_renamed_twice():
     with pytest.raises(UserError, match=r"columns: expected each name before = once, got persona=a and persona=b"):
         DataConfig(columns="persona=a,query=q,persona=b")
+
+
+ALL_WEIGHTS, NO_REPLIES = "with --lora_r 0, which trains all weights", "with --generate false"
+
+
+@pytest.mark.parametrize(
+    ("command", "beside", "idle", "default", "why"),
+    [
+        (TRAIN, "--lora_r=0", "--lora_alpha=8", "32", ALL_WEIGHTS),
+        (TRAIN, "--lora_r=0", "--lora_dropout=0.1", "0.0", ALL_WEIGHTS),
+        (PLAN, "--lora_r=0", "--lora_alpha=8", "32", ALL_WEIGHTS),
+        (TRAIN, "--retriever=none", "--retrieve_k=2", "4", "with --retriever none, which shows all passages"),
+        (TRAIN, "--objective=ce", "--clip_schedule=rising", "constant", "with --objective ce, whose weights are 1"),
+        (EVALUATE, "--generate=false", "--temperature=0.9", "0.4", NO_REPLIES),
+        (EVALUATE, "--generate=false", "--max_new_tokens=9", "512", NO_REPLIES),
+        (EVALUATE, "--split=test", "--split_seed=1", "none", "with --split test and without --sample"),
+        (SCORE, "--terminal=1", "--shown=9", "1000", "without --output"),
+    ],
+)
+def test_an_option_beside_which_another_has_no_effect(command, beside, idle, default, why):
+    name, value = idle[2:].split("=")
+    with pytest.raises(UserError, match=rf"^{name}: expected {default} {re.escape(why)}, got '?{value}'?\.$"):
+        command.build(command.parse([beside, idle]).raw)
+    command.build(command.parse([beside, f"--{name}={default}"]).raw)  # as in the options that a run has saved
+
+
+def test_options_that_have_an_effect_together():
+    for flags in ("--split=test --sample=2 --split_seed=1", "--split=held_out --split_seed=1", "--split_seed=1"):
+        EVALUATE.build(EVALUATE.parse(flags.split()).raw)
+    assert SCORE.build(SCORE.parse(["--shown=9", "--output=s.html"]).raw).score.shown == 9
 
 
 def test_numbers_in_a_yaml_file_are_finite_too(train, tmp_path):

@@ -100,8 +100,8 @@ def test_other_pairs_have_another_version():
     made.append(
         builder_of(tokenizer, "perce", max_length=len(made[0].input_ids) - 1).build(examples[0])
     )  # one entry less
-    for retriever in ("bm25", "recency", "none"):
-        made += builder_of(tokenizer, "longlamp", retriever=retriever, retrieve_k=1).pairs(histories[0])
+    for retriever, k in (("bm25", 1), ("recency", 1), ("none", 4)):
+        made += builder_of(tokenizer, "longlamp", retriever=retriever, retrieve_k=k).pairs(histories[0])
     made += builder_of(tokenizer, "text", max_length=24).pairs(
         Document("Bees are few, and bees are many.", None, "t:1")
     )
@@ -110,7 +110,8 @@ def test_other_pairs_have_another_version():
 
 
 def builder_of(tokenizer, format, **options):
-    loss = LossConfig(objective="ce", short_context=8, short_stride=4)
+    short = {"short_context": 8, "short_stride": 4} if format == "text" else {}
+    loss = LossConfig(objective="ce", **short)
     return make_builder(tokenizer, DataConfig(**options), format, loss)
 
 

@@ -16,6 +16,26 @@ def test_only_histories_are_cut_to_retrieve_k():
     assert make_builder(tokenizer, config, "convai2").retriever is None
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("persona_markers", "<p>...</p>"), ("retriever", "recency"), ("retrieve_k", 2), ("share", "none"),
+        ("chat_template_kwargs", '{"x": 1}'), ("prompt", '{"header": "Facts:"}'),
+    ],
+)  # fmt: skip
+def test_documents_have_no_persona_that_options_could_change(name, value):
+    for objective in ("longce", "ce"):
+        with pytest.raises(UserError, match=f"^{name}: expected .* for documents, got "):
+            make_builder(TOKENIZERS["chatml"], DataConfig(**{name: value}), "text", LossConfig(objective))
+
+
+@pytest.mark.parametrize("name", ["short_context", "short_stride"])
+def test_personas_have_no_short_context(name):
+    for objective in ("perce", "ce"):
+        with pytest.raises(UserError, match=f"^{name}: expected .* for rows with a persona, got 8"):
+            make_builder(TOKENIZERS["chatml"], DataConfig(), "perce", LossConfig(objective, **{name: 8}))
+
+
 @pytest.mark.parametrize(("format", "row"), [
     ("perce", {"persona": "I keep bees.", "query": "Tonight? " * 50, "response": "No."}), ("text", {"text": "a"}),
 ])  # fmt: skip

@@ -193,7 +193,7 @@ def test_trimming_drops_the_worst_ranked():
 
 
 def test_none_keeps_everything_the_latest_first():
-    pairs = rows_dataset_pairs([ROW], "rows", TOKENIZER, DataConfig(retriever="none", retrieve_k=1))
+    pairs = rows_dataset_pairs([ROW], "rows", TOKENIZER, DataConfig(retriever="none"))
     assert pairs["passages"] == [list(range(8))] and shown(pairs).index("Rain") < shown(pairs).index("Honey")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import threading
 import time
 from datetime import datetime
@@ -10,6 +11,9 @@ from types import SimpleNamespace
 import pytest
 from transformers.utils import chat_template_utils
 
+from perce import UserError
+from perce.data.chat import ChatFormat
+from perce.data.fields import Turn
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE
 from perce.data.template import ChatTemplate, has_system_role, on_one_day
 from tests.helpers.templates import CHAT_TEMPLATES
@@ -99,3 +103,58 @@ def test_whether_a_template_renders_a_system_message():
     assert not has_system_role(
         tiny_tokenizer("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
     )
+
+
+# ---- variables that the template does not read
+
+
+def with_variables(template, variables):
+    tokenizer = copy.deepcopy(tokenizer_like("qwen2"))
+    tokenizer.chat_template = CHAT_TEMPLATES.get(template, template)
+    return ChatFormat(tokenizer, variables)
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "said"),
+    [
+        ("qwen3-switch", {"enable_thinkin": False}, "does not read enable_thinkin. Did you mean enable_thinking?"),
+        ("qwen3-switch", {"x": 1, "enable_thinking": False, "y": 1}, "does not read x, y. It reads enable_thinking."),
+        ("chatml", {"enable_thinking": False}, "does not read enable_thinking. It reads none."),
+        (None, {"enable_thinking": False}, "does not read enable_thinking. It reads none."),
+        ("named", {"documents": []}, "does not read documents. It reads none."),
+    ],
+)
+def test_a_variable_that_the_template_does_not_read_is_refused(template, variables, said):
+    with pytest.raises(UserError, match=f"^chat_template_kwargs: .*{re.escape(said)}"):
+        with_variables(template, variables)
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        "{{ x }}",
+        "{% macro written() %}{{ x }}{% endmacro %}{{ written() }}",
+        "{% set x = x | default('') %}{{ x }}",
+        "{% if x is not defined %}{% set x = '' %}{% endif %}{{ x }}",
+        "{% set kept = namespace(x=x) %}{{ kept.x }}",
+        "{% generation %}{{ x }}{% endgeneration %}",
+    ],
+)
+def test_a_variable_that_the_template_reads_is_not(reads):
+    assert with_variables(reads + CHAT_TEMPLATES["chatml"], {"x": "Hi."}).prompt([Turn("user", "u")], "")[:3] == "Hi."
+
+
+def test_the_template_for_tools_is_the_one_that_is_asked():
+    with_variables("named", {"tools": []})
+
+
+def test_variables_are_not_judged_where_it_is_not_known_what_is_read():
+    """A tokenizer may render in its own way, and a template that does not compile fails where it is rendered."""
+    own = copy.deepcopy(tokenizer_like("qwen2"))
+    own.chat_template = CHAT_TEMPLATES["chatml"]
+    renders = {"apply_chat_template": lambda self, *args, **kwargs: type(own).apply_chat_template(own, *args, **kwargs)}
+    other = copy.deepcopy(own)
+    other.__class__ = type("Own", (type(own),), renders)
+    ChatFormat(other, {"x": 1})
+    with pytest.raises(UserError, match="does not render"):
+        with_variables("{% if %}", {"x": 1})

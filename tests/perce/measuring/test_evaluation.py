@@ -1,9 +1,11 @@
 """Generated replies depend neither on their batch nor on the model's own generation config. Losses do not depend on
 whether replies of a conversation share tokens."""
 
+import random
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,14 +219,40 @@ def test_another_users_persona_is_another_text():
     assert None not in other_users(users_of((None, "I bake."), (None, "I ski.")), 0), "of nobody"
 
 
-@pytest.mark.parametrize("same", ["personas", "users"])
-def test_other_users_are_found_where_nearly_all_are_the_same(same):
-    rows = [(f"u{i}", "I bake.") if same == "personas" else ("u", f"I own {i} hens.") for i in range(20_000)]
+HENS = [f"I own {i} hens." for i in range(40_000)]
+SIMILAR = {
+    "nothing": [(f"u{i}", hens) for i, hens in enumerate(HENS)],
+    "personas": [(f"u{i}", "I bake.") for i in range(40_000)],
+    "users": [("u", hens) for hens in HENS],
+    "either": [("u", hens) for hens in HENS[:20_000]] + [(f"u{i}", HENS[0]) for i in range(20_000)],
+}
+
+
+@pytest.mark.parametrize("same", SIMILAR)
+def test_other_users_are_found_in_a_time_that_grows_with_their_number(same):
     for others in ([], [("other", "I ski.")]):
-        examples, start = users_of(*rows, *others), time.process_time()
+        rows = [*SIMILAR[same], *others]
+        examples = [SimpleNamespace(user_id=user, persona=(persona,)) for user, persona in rows]
+        start = time.process_time()
         partners = other_users(examples, 0)
-        assert time.process_time() - start < 2, "a search through all others for each takes a minute"
-        assert set(partners[:-1]) == {20_000 if others else None}
+        assert time.process_time() - start < 1, "a search through all others for each takes two seconds and more"
+        if same in ("personas", "users"):
+            assert set(partners[:-1]) == {40_000 if others else None}
+        else:
+            assert None not in partners[1:]
+
+
+def test_the_next_one_that_fits_is_taken():
+    for seed in range(30):
+        draw = random.Random(seed)
+        examples = users_of(*((f"u{draw.randrange(4)}", f"P{draw.randrange(4)}.") for _ in range(12)))
+        who = [(example.user_id, example.persona) for example in examples]
+        order = sorted(map(who.index, {*who}))
+        random.Random(seed).shuffle(order)
+        for (user, persona), partner in zip(who, other_users(examples, seed), strict=True):
+            place = order.index(who.index((user, persona)))
+            turned = order[place:] + order[:place]
+            assert partner == next((i for i in turned if who[i][0] != user and who[i][1] != persona), None)
 
 
 def test_a_persona_of_which_the_prompt_shows_the_same_is_none_of_another(evaluated, tmp_path, monkeypatch):

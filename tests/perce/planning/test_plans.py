@@ -9,7 +9,9 @@ from perce import plan as command
 from perce.config.commands import PlanOptions
 from perce.config.schema import ModelConfig
 from perce.config.step import StepConfig
+from perce.model.branches import sharing_of
 from perce.model.loading import resolve_precision
+from perce.model.patch import prepare_model
 from perce.planning import plans
 from perce.planning.plans import largest, largest_context, step_cost, variants
 from tests.helpers.architectures import tiny
@@ -58,6 +60,11 @@ def test_replies_that_share_have_lines_of_their_own():
     assert (fewer.replies, fewer.per_device_train_batch_size, fewer.gradient_accumulation_steps) == (3, 3, 2)
 
 
+def test_training_all_weights_is_another_option_whatever_the_adapter():
+    model = ModelConfig(lora_alpha=8, lora_dropout=0.1)
+    assert "--lora_r 0" in {flags for flags, _ in variants(PlanOptions(model, StepConfig()), "cpu")}
+
+
 def test_documents_have_neither_query_nor_persona():
     """All tokens of a document are the response; cross-entropy is planned on a row with a persona, another step."""
     step = StepConfig(context=60, objective="longce", short_context=16, short_stride=4)
@@ -90,6 +97,10 @@ def test_documents_have_neither_query_nor_persona():
         ),
         ("--objective ce --estimate epoch", "estimate: expected online with --objective ce, whose weights are 1"),
         ("--context 15 --query 4 --response 4", "context: expected >= 16"),
+        ("--objective longce --query 9", "query: expected 128 for documents, got 9"),
+        ("--objective longce --response 9", "response: expected 512 for documents, got 9"),
+        ("--short_stride 8", "short_stride: expected 1024 for rows with a persona, got 8"),
+        ("--objective ce --short_context 8", "short_context: expected 4096 for rows with a persona, got 8"),
     ],
 )
 def test_options_that_do_not_go_together(flags, message, tmp_path, capsys):
@@ -124,16 +135,37 @@ def test_dynamic_encodings_are_planned_as_those_of_fixed_frequencies(architectur
     assert step_cost(dynamic.config, options, "cpu") == step_cost(fixed.config, options, "cpu")
 
 
-def test_branches_are_not_planned_on_layers_that_read_the_whole_row():
-    """A run finds that such layers compute other states on branches; replies alone can share as chains."""
-    config = tiny("qwen3_5_text").config
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "gpt_neo", "mpt", "bart", "falcon"])
+def test_branches_are_not_planned_where_a_run_has_none(architecture):
+    """Layers that read the whole row, or that count positions in their own way. Replies alone can share as chains."""
+    config = tiny(architecture).config
+    reason = sharing_of(prepare_model(tiny(architecture)))[1].partition(":")[0].partition(",")[0]
+    assert "on branches" in reason
     plans.check_positions(config, PlanOptions(LORA, replace(SHORT, replies=2)))
     for step, memory, option in (
         (replace(SHORT, replies=2, branches=True), MemoryConfig(), "--branches"),
         (SHORT, MemoryConfig(share_persona=4), "--share_persona 4"),
     ):
-        with pytest.raises(UserError, match=f"{option}: qwen3_5_text has layers whose state is not keys and values"):
+        with pytest.raises(UserError, match=f"^{option}: {reason}"):
             plans.check_positions(config, PlanOptions(LORA, step, memory))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "phi3", "deepseek_v2"])
+def test_branches_are_planned_where_a_run_has_them(architecture):
+    config, branching = tiny(architecture).config, replace(SHORT, replies=2, branches=True)
+    assert sharing_of(prepare_model(tiny(architecture))) == ("branches", "")
+    plans.check_positions(config, PlanOptions(LORA, branching))
+
+
+def test_what_is_shared_is_asked_of_few_weights(monkeypatch):
+    """As many as a large model has would take gigabytes."""
+    config, asked = tiny("llama").config, []
+    config.vocab_size, config.intermediate_size, config.num_hidden_layers = 10**8, 10**8, 10**4
+    monkeypatch.setattr(plans, "sharing_of", lambda model: asked.append(model) or ("branches", ""))
+    plans.check_positions(config, PlanOptions(LORA, SHORT))
+    assert not asked, "nothing is to be shared"
+    plans.check_positions(config, PlanOptions(LORA, replace(SHORT, replies=2)))
+    assert sum(weight.numel() for weight in asked[0].parameters()) < 10**5
 
 
 @pytest.mark.parametrize(("there", "native", "low"), [(True, True, True), (True, False, False), (False, False, True)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -79,6 +79,13 @@ def steps(directory, what, ranks, **options):
     return logged(trainer, "loss", "grad_norm"), weights
 
 
+def streamed(directory):
+    """The metrics of a stream of five examples."""
+    trainer = trainer_for(model_for(), arguments(directory, per_device_eval_batch_size=2))
+    metrics = trainer.evaluate(IterableDataset.from_generator(lambda: iter(PAIRS[:5])))
+    return {name: value for name, value in metrics.items() if "loss" in name or "pir" in name}
+
+
 UNUSUAL = {"gemma3 full": {}, "gemma3 lora": {}, "idle": {"ddp_find_unused_parameters": True}}
 
 
@@ -134,6 +141,11 @@ def test_weights_estimated_by_two_processes_are_those_of_one(runs):
     one, two = (load_file(directory / f"{name} epoch" / f"checkpoint-{SAVED}" / FILE) for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
     assert one["signal"].std() > 1e-3
+
+
+def test_no_example_of_a_stream_is_evaluated_twice(runs):
+    """Two processes with batches of two take eight examples: the last three would be the first ones again."""
+    assert runs[0]["streamed"] == pytest.approx(streamed(runs[1] / "streamed"), rel=1e-6)
 
 
 def test_a_checkpoint_that_one_process_could_not_write_fails_on_all(runs):
@@ -209,6 +221,7 @@ def main(directory):
     results["epoch", "two", "two"] = train(directory / "two epoch", "full", 2, estimate="epoch")
     for what, options in UNUSUAL.items():
         results[what, "two", "two"] = steps(directory / f"two {what}", what, 2, **options)
+    results["streamed"] = streamed(directory / "streamed")
     with pytest.raises(UserError) as raised:
         steps(directory / "idle", "idle", 2)
     results["idle"] = str(raised.value)

@@ -186,7 +186,7 @@ def begun(model, data, tmp_path_factory):
     flags = [x for name, value in argv.items() for x in (f"--{name}", str(value))]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         at_step_end(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        main([*flags, "--lr_scheduler_type", "constant"])
+        main([*flags, "--lr_scheduler_type", "constant_with_warmup"])
     return directory
 
 

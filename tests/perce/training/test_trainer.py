@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, TrainerCallback
 from transformers import modeling_flash_attention_utils as flash
@@ -17,6 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from perce import DataConfig, LossConfig, MemoryConfig, PerceTrainer, UserError
+from perce.data.pairing import PairSource
+from perce.data.stream import PairStream
 from perce.model.memory import CHECKPOINTING
 from perce.model.passes import counterfactual_hidden
 from tests.helpers.device import Waits
@@ -303,6 +305,29 @@ def test_numbers_before_and_after_training_are_of_the_same_precision(tmp_path):
     assert before["eval_pir_mean"] == after["eval_pir_mean"] and before["eval_loss"] == after["eval_loss"]
     exact = trainer_for(model_for("full"), arguments(tmp_path), eval_dataset=Dataset.from_list(PAIRS[:7])).evaluate()
     assert before["eval_loss"] != exact["eval_loss"], "bf16 was not in use"
+
+
+def test_a_stream_is_read_whole_to_be_evaluated(tmp_path):
+    """By datasets or by torch, and of one example after the other: what is known of a list is known of it."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(PAIRS[:7])
+
+    trainer = trainer_for(model_for("full"), arguments(tmp_path), eval_dataset=Stream())
+    expected = trainer.evaluate(Dataset.from_list(PAIRS[:7]))
+    for stream in (None, Stream(), IterableDataset.from_generator(lambda: iter(PAIRS[:7]))):
+        assert trainer.evaluate(stream)["eval_loss"] == expected["eval_loss"] and len(trainer.last_evaluation) == 7
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"),
+    [(IterableDataset.from_generator(lambda: iter(())), "at least one example"),
+     (PairStream(PairSource([], None, False), 0), "never ends")],
+)  # fmt: skip
+def test_a_stream_of_nothing_or_without_an_end_is_not_evaluated(tmp_path, stream, said):
+    with pytest.raises(UserError, match=f"^eval_dataset: .*{said}"):
+        trainer_for(model_for("full"), arguments(tmp_path), eval_dataset=stream)
 
 
 if __name__ == "__main__":  # one rank of by_two
