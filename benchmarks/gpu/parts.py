@@ -36,7 +36,8 @@ CHECKED_ROWS = 512
 BLOCKS = (2048, 4096, 8192, 16384)
 """Tokens of the products with dz; with more of them, dW is read and written less often."""
 REPETITIONS = 5
-BUDGETS = (1, 2, 4, 8)  # GiB
+BUDGETS: dict[str, tuple[float, ...]] = {"trainable": (1, 2, 4, 8), "frozen": (0.5, 2)}
+"""GiB by head: without dW, which is read and written once per block, less should do."""
 
 
 class Timing(NamedTuple):
@@ -258,17 +259,20 @@ def budgets(child: Child) -> None:
         inputs = child.prepared(operands, lambda size=size: make_inputs(*size, DTYPE, device))
         if inputs is None:
             continue
-        for way in WAY_PEERS:
-            for gib in BUDGETS[1::2] if [size] == others[-1:] else BUDGETS:  # the last size takes long
-                key = f"{stage}/{size}/{way}/{gib} GiB"
-                child.measured(key, partial(by_budget, child, size, inputs, way, gib))
-                clear(inputs)
-                child.clock.free()
+        cases = [(way, head, gib) for way in WAY_PEERS for head, several in BUDGETS.items() for gib in several]
+        for way, head, gib in cases:
+            if [size] == others[-1:] and gib in (1, 4):
+                continue  # it takes long
+            inputs[1].requires_grad_(head == "trainable")
+            key = f"{stage}/{size}/{way}/{gib} GiB" + ", frozen head" * (head == "frozen")
+            child.measured(key, partial(by_budget, child, size, inputs, way, gib))
+            clear(inputs)
+            child.clock.free()
         child.line(operands, ways=len(WAY_PEERS))
 
 
-def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: int) -> dict[str, Any]:
-    run, shipped, wanted = WAY_PEERS[way].load().loss, cut.BUDGET, gib * 2**30
+def by_budget(child: Child, size: Size, inputs: Inputs, way: str, gib: float) -> dict[str, Any]:
+    run, shipped, wanted = WAY_PEERS[way].load().loss, cut.BUDGET, int(gib * 2**30)
     gpu = Gpu(multiprocessors=tiles.multiprocessors(inputs[0].device))
     cut.BUDGET = wanted
     try:

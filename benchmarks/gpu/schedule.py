@@ -84,9 +84,10 @@ def of_tiles() -> float:
 
 def of_budgets() -> float:
     return sum(
-        3 * len(parts.BUDGETS) * loss_seconds(size, way) / (2 if size == SIZES[-1] else 1)
+        3 * len(budgets) * loss_seconds(size, way, head) / (2 if (size, head) == (SIZES[-1], "trainable") else 1)
         for size in SIZES
         for way in WAYS
+        for head, budgets in parts.BUDGETS.items()
     )
 
 

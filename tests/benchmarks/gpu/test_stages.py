@@ -101,12 +101,13 @@ def test_budgets_change_the_drivers_cut_and_are_put_back(monkeypatch):
     largest = cut.cut_of
     monkeypatch.setattr(driver, "cut_of", lambda *args: asked.append(cut.BUDGET) or largest(*args))
     monkeypatch.setattr(Request, "sizes", TINY)
-    monkeypatch.setattr(parts, "BUDGETS", (1, 2))
+    monkeypatch.setattr(parts, "BUDGETS", {"trainable": (1, 2), "frozen": (0.5,)})
     shipped = cut.BUDGET
     found = lines_of(parts.stage, "budgets", what="budgets")
-    assert {2**30, 2**31} == set(asked) and shipped == cut.BUDGET
+    assert {2**29, 2**30, 2**31} == set(asked) and shipped == cut.BUDGET
     assert next(iter(found)).startswith(str(TINY[1])), "the second size first: it has the largest vocabulary"
     assert found[f"{TINY[0]}/stored/2 GiB"]["shipped"] and not found[f"{TINY[0]}/stored/1 GiB"]["shipped"]
+    assert "seconds" in found[f"{TINY[0]}/stored/0.5 GiB, frozen head"]
 
 
 @on_cpu
