@@ -321,7 +321,8 @@ def compile_only(built: Callable[[str], object] = lambda _: None, *, load: bool 
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if load:
             kernel._init_handles()
-        built(f"{self.fn.__name__} {kernel.metadata.shared}")
+        products = "fused" if kernel.metadata.enable_fp_fusion else "rounded"
+        built(f"{self.fn.__name__} {kernel.metadata.shared} {products}")
 
     JITFunction.run = build
 

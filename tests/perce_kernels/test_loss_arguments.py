@@ -126,8 +126,17 @@ def test_what_is_no_tensor_is_named(name):
             token_logprobs(**given | {name: np.ones(3)})
 
 
+class Adapted(torch.nn.Module):
+    """Like a layer of PEFT's, whose `weight` is that of the layer beneath."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.weight = layer, layer.weight
+
+
 REMEDIES = [
-    ({"hidden": torch.zeros(2, N, D)}, "Pass flatten(0, 1) of hidden and of target"),
+    ({"hidden": torch.zeros(2, N, D)}, "Select the response's rows of each pass: hidden[mask], hidden_cf[mask_cf], target[mask]"),
+    ({"lm_head": Adapted(torch.nn.Linear(D, V))}, "Merge its adapter, or leave the adapter off the head"),
     ({"target": LONG.int()}, "Pass target.long()"),
     ({"lm_head": torch.zeros(V, D, dtype=torch.bfloat16)}, "Cast one of them, or use torch.autocast"),
     ({"lm_head": torch.zeros(D, V)}, "Pass lm_head.T"),

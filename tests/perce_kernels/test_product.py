@@ -1,6 +1,7 @@
 """Products: where operands are copied first, the pitch of logits, and the user's settings for the precision, which the
 op ignores, lets be read, and restores."""
 
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -98,6 +99,28 @@ def test_reduced_matmul_precision_is_ignored_and_left_as_it_was():
         pytest.skip('this CPU computes the same product under "medium": nothing to ignore')
     assert torch.equal(result.loss, expected.loss)
     assert all(torch.equal(result.grads[name], expected.grads[name]) for name in TRAINABLE)
+
+
+def test_threads_share_the_precision_and_the_last_one_restores_it():
+    """If each saved and restored it alone, the second would save the first one's setting, and restore that for good."""
+    entered, leave = threading.Barrier(3), [threading.Event(), threading.Event()]
+
+    def inside(number):
+        with full_fp32_matmul():
+            entered.wait(20)
+            leave[number].wait(20)
+
+    with matmul_precision("high"):
+        threads = [threading.Thread(target=inside, args=(number,)) for number in range(2)]
+        for thread in threads:
+            thread.start()
+        entered.wait(20)
+        leave[0].set()
+        threads[0].join(20)
+        assert torch.get_float32_matmul_precision() == "highest", "the other one is inside"
+        leave[1].set()
+        threads[1].join(20)
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize("allowed", [True, False])

@@ -28,6 +28,7 @@ def aot_module():
 def aot(*arguments: str) -> list[str]:
     """The lines that tests.helpers.aot prints. The interpreter must be off there, and this process has it on."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # as from Triton 3.10 on
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.helpers.aot", *arguments], cwd=ROOT, env=environment,
         capture_output=True, text=True, timeout=280,
@@ -188,7 +189,9 @@ def test_amd(compiled):
 
 def test_what_the_launchers_pass_compiles():
     """Specialised as Triton does it: sizes of 1, absent tensors, descriptors, a 64-bit ignore_index."""
-    built = [line.split()[0] for line in aot("--launchers")]
+    lines = [line.split() for line in aot("--launchers")]
+    assert {fused for _, _, fused in lines} == {"fused"}, "whatever Triton's default is"
+    built = [name for name, *_ in lines]
     # Per shape: the loss by cuBLAS (one of three has a counterfactual pass), sharded, storing (each has one); and three
     # calls of token_logprobs. Counterfactual passes and results of our GEMM are combined.
     assert built.count("row_loss_kernel") == 3 * 3
