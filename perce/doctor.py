@@ -193,7 +193,7 @@ def _op_error(device: Any, dtype: Any) -> float:
     results = []
     for backend in ("auto", "reference"):
         hidden, lm_head = (tensors[name].clone().requires_grad_() for name in ("hidden", "lm_head"))
-        loss: Any = fused_perce_loss(hidden, lm_head, target, tensors["hidden_cf"], backend=backend)
+        loss = fused_perce_loss(hidden, lm_head, target, tensors["hidden_cf"], backend=backend)
         loss.backward()
         results.append([loss.detach().double(), *(x.grad.double() for x in (hidden, lm_head) if x.grad is not None)])
     errors = [(one - other).abs().max() / other.abs().max() for one, other in zip(*results, strict=True)]

@@ -1,22 +1,54 @@
 """The public op: checks the arguments, chooses a backend, and applies scalar factors after the sweep."""
 
-import math
-import numbers
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from perce_kernels import ops, reference, vocab_parallel
 from perce_kernels.backends import resolve_backend
+from perce_kernels.checks import (
+    WHOLE,
+    check_head,
+    check_options,
+    check_tensors,
+    check_transforms,
+    check_weights,
+    describe,
+)
 from perce_kernels.contract import check_target, no_autocast
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
-WHOLE = (int, torch.SymInt, numbers.Integral)  # the last for NumPy's
-REAL = (*WHOLE, float, torch.SymFloat, numbers.Real)
+
+class HeadOptions(TypedDict, total=False):
+    """Options of both ops, for type checkers: what an op returns depends on other options."""
+
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    compact: bool
+    group: "ProcessGroup | None"
+    vocab_start: int | None
+    vocab_size: int | None
+    backend: str
+
+
+class LossOptions(HeadOptions, total=False):
+    """Options of fused_perce_loss."""
+
+    logp_cf: Tensor | None
+    token_weight: Tensor | None
+    clip_min: float
+    clip_max: float
+    contrast: str
+    normalize: str
+    seq_id: Tensor | None
+    reduction: str
+    num_items: int | Tensor | None
 
 
 class PerCEStats(NamedTuple):
@@ -32,6 +64,16 @@ class PerCEStats(NamedTuple):
     """The weight that the cross-entropy of each token was multiplied by, after clip and normalisation."""
 
 
+@overload
+def fused_perce_loss(
+    hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor | None = None, *,
+    return_stats: Literal[False] = False, **options: "Unpack[LossOptions]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def fused_perce_loss(
+    hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor | None = None, *,
+    return_stats: Literal[True], **options: "Unpack[LossOptions]",
+) -> tuple[Tensor, PerCEStats]: ...  # fmt: skip
 def fused_perce_loss(
     hidden: Tensor,  # (N, D)
     lm_head: Tensor,  # (V, D)
@@ -101,16 +143,16 @@ def fused_perce_loss(
         RuntimeError: with the fused backends, second-order gradients; forward-mode AD; transforms of torch.func (grad,
             vjp, jvp, vmap, …) that reach hidden, lm_head or bias. torch.vmap over the other inputs is exact.
     """
-    _check_options(contrast=contrast, normalize=normalize, reduction=reduction)
-    _check_tensors(
+    check_options(contrast=contrast, normalize=normalize, reduction=reduction)
+    check_tensors(
         hidden=hidden, lm_head=lm_head, target=target, hidden_cf=hidden_cf, logp_cf=logp_cf, token_weight=token_weight,
         bias=bias, seq_id=seq_id,
     )  # fmt: skip
     backend = resolve_backend(backend, hidden.device, group)
-    _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
+    check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
     hidden, lm_head, hidden_cf, bias = _autocast(hidden, lm_head, hidden_cf, bias)
-    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group)
-    _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id)
+    check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group)
+    check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id)
     shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
     denominator = _denominator(num_items, reduction, target, ignore_index)
 
@@ -154,6 +196,21 @@ def fused_perce_loss(
     return loss, PerCEStats(logp, logp_cf, pir, weight)
 
 
+@overload
+def token_logprobs(
+    hidden: Tensor, lm_head: Tensor, target: Tensor, *, return_entropy: Literal[False] = False,
+    return_top1: Literal[False] = False, **options: "Unpack[HeadOptions]",
+) -> Tensor: ...  # fmt: skip
+@overload
+def token_logprobs(
+    hidden: Tensor, lm_head: Tensor, target: Tensor, *, return_entropy: Literal[True],
+    return_top1: bool = False, **options: "Unpack[HeadOptions]",
+) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def token_logprobs(
+    hidden: Tensor, lm_head: Tensor, target: Tensor, *, return_entropy: bool = False,
+    return_top1: Literal[True], **options: "Unpack[HeadOptions]",
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 def token_logprobs(
     hidden: Tensor,  # (N, D)
     lm_head: Tensor,  # (V, D)
@@ -181,11 +238,11 @@ def token_logprobs(
     Raises:
         ValueError, RuntimeError: as in `fused_perce_loss`.
     """
-    _check_tensors(hidden=hidden, lm_head=lm_head, target=target, bias=bias)
+    check_tensors(hidden=hidden, lm_head=lm_head, target=target, bias=bias)
     backend = resolve_backend(backend, hidden.device, group)
-    _check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
+    check_transforms(backend, hidden=hidden, lm_head=lm_head, bias=bias)
     hidden, lm_head, _, bias = _autocast(hidden, lm_head, None, bias)
-    _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group)
+    check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group)
     shard = vocab_parallel.place(group, vocab_start, vocab_size, lm_head)
     if backend == "reference":
         check_target(target, lm_head.shape[0], ignore_index)
@@ -233,149 +290,12 @@ def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def _check_transforms(backend: str, **trainable: Tensor | None) -> None:
-    """RuntimeError if a fused op would lose a tangent, or the gradient of a batch, or fail inside torch. Other inputs
-    may be transformed, because they are constants in the op, or are applied outside it."""
-    if backend == "reference" or (forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()):
-        return
-    for name, x in trainable.items():
-        if x is not None:
-            _check_transform(name, x)
-
-
-def _check_transform(name: str, x: Tensor) -> None:
-    if torch.compiler.is_compiling():  # a traced tensor does not show it; after a graph break this runs untraced
-        raise ops.unsupported("forward-mode AD, or a transform of torch.func, inside torch.compile is")
-    if forward_ad.unpack_dual(x).tangent is not None:
-        raise ops.unsupported(f"forward-mode AD (a tangent of {name}, as of torch.func.jvp or jacfwd) is")
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            raise ops.unsupported(f"torch.vmap over {name} is", ", or one call on the rows of the whole batch")
-        if functorch.is_gradtrackingtensor(x):
-            asked = f"torch.func.grad, vjp, jacrev or hessian (what reaches {name}) is"
-            raise ops.unsupported(asked, ", or torch.autograd.grad for first-order gradients")
-        x = functorch.get_unwrapped(x)  # torch.func.functionalize
-
-
-def _check_options(**options: str) -> None:
-    allowed = {
-        "contrast": ("log", "ratio"),
-        "normalize": ("none", "batch", "sequence"),
-        "reduction": ("mean", "sum", "none"),
-    }
-    for name, value in options.items():
-        if value not in allowed[name]:
-            raise ValueError(f"{name}: expected one of {_quoted(allowed[name])}, got {value!r}")
-
-
-def _quoted(choices: tuple[str, ...]) -> str:
-    return ", ".join(f'"{choice}"' for choice in choices)
-
-
-def _check_tensors(**given: Any) -> None:
-    for name, value in given.items():
-        if not isinstance(value, Tensor) and (value is not None or name in ("hidden", "lm_head", "target")):
-            remedy = ". Pass its .weight" if isinstance(value, torch.nn.Module) else ""
-            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}{remedy}")
-        if hasattr(value, "to_local"):  # of DTensor, whose module takes a while to import
-            remedy = "Pass .full_tensor()"
-            if name in ("lm_head", "bias"):
-                remedy = (
-                    "Read it inside its module's own forward, where FSDP2 has gathered it, or pass .to_local() of a "
-                    "head that is sharded over its rows, with group=, vocab_start= and vocab_size="
-                )
-            raise ValueError(f"{name}: expected a plain tensor, got a DTensor. {remedy}")
-
-
-def _check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group) -> None:
-    if hidden.dim() != 2 or not hidden.is_floating_point():
-        remedy = ". Pass flatten(0, 1) of hidden and of target" if hidden.dim() == 3 else ""
-        raise ValueError(f"hidden: expected a floating-point (N, D) tensor, got {_describe(hidden)}{remedy}")
-    d = hidden.shape[1]
-    if lm_head.dim() != 2 or lm_head.shape[1] != d or (lm_head.shape[0] == 0 and group is None):
-        remedy = ""
-        if lm_head.dim() == 2 and lm_head.shape[0] == d:
-            remedy = ". Pass lm_head.T"
-        elif lm_head.numel() == 0:
-            remedy = ". If its parameters are partitioned (ZeRO-3), gather it first"
-        raise ValueError(
-            f"lm_head: expected (V, {d}) with V >= 1 to match hidden (N, {d}), got {_describe(lm_head)}{remedy}"
-        )
-    _check_like("lm_head", lm_head, hidden, shape=False)
-    if hidden.shape[0] != target.shape[:1].numel() == lm_head.shape[0]:
-        raise ValueError(
-            f"hidden, lm_head: expected hidden with {lm_head.shape[0]} rows as target, got {_describe(hidden)}. Is the "
-            "head given first? hidden comes before lm_head"
-        )
-    _check_per_token("target", target, hidden, "int64")
-    if bias is not None:
-        if bias.shape != lm_head.shape[:1] or not bias.is_floating_point():
-            raise ValueError(f"bias: expected a floating-point ({lm_head.shape[0]},) tensor, got {_describe(bias)}")
-        if bias.device != hidden.device:
-            raise ValueError(f"bias: expected device {hidden.device} as hidden, got {bias.device}")
-    _check_numbers(softcap=1 if softcap is None else softcap, logit_scale=logit_scale, ignore_index=ignore_index)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
-    if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
-
-
-def _check_numbers(**given: Any) -> None:
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, WHOLE if name == "ignore_index" else REAL):
-            got = "a tensor" if isinstance(value, Tensor) else repr(value)
-            remedy = ". To train it, multiply hidden, hidden_cf and bias by it" if name == "logit_scale" else ""
-            raise ValueError(f"{name}: expected a number, got {got}{remedy}")
-
-
-def _check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, clip_max, normalize, seq_id) -> None:
-    """ValueError for a wrong source of the weights, clip, or normalisation."""
-    sources = {"hidden_cf": hidden_cf, "logp_cf": logp_cf, "token_weight": token_weight}
-    given = [name for name, value in sources.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(
-            f"expected exactly one of hidden_cf, logp_cf, token_weight, got {' and '.join(given) or 'none'}"
-        )
-    if hidden_cf is not None:
-        _check_like("hidden_cf", hidden_cf, hidden)
-    else:
-        _check_per_token(given[0], sources[given[0]], target, "float")
-    _check_numbers(clip_min=clip_min, clip_max=clip_max)
-    if not 0 <= clip_min <= clip_max < math.inf:  # math.isfinite would break the graph of a dynamic compile
-        raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
-    if (normalize == "sequence") != (seq_id is not None):
-        raise ValueError(f'seq_id: expected with normalize="sequence" and only then, got normalize="{normalize}"')
-    if seq_id is not None:
-        _check_per_token("seq_id", seq_id, target, "integer")
-
-
-def _check_like(name: str, value: Tensor, hidden: Tensor, shape: bool = True) -> None:
-    same_shape = not shape or value.shape == hidden.shape
-    if not same_shape or value.dtype != hidden.dtype or value.device != hidden.device:
-        expected = _describe(hidden) if shape else f"{hidden.dtype} on {hidden.device}"
-        remedy = "" if value.dtype == hidden.dtype else ". Cast one of them, or use torch.autocast"
-        raise ValueError(f"{name}: expected {expected} as hidden, got {_describe(value)}{remedy}")
-
-
-def _check_per_token(name: str, value: Tensor, like: Tensor, kind: str) -> None:
-    right_kind = {
-        "float": value.is_floating_point(),
-        "integer": not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool),
-        "int64": value.dtype == torch.int64,
-    }[kind]
-    if value.shape != like.shape[:1] or not right_kind or value.device != like.device:
-        other = not (right_kind or value.is_floating_point()) and value.shape == like.shape[:1]
-        remedy = f". Pass {name}.long()" if kind == "int64" and other else ""
-        raise ValueError(f"{name}: expected {kind} ({like.shape[0]},) on {like.device}, got {_describe(value)}{remedy}")
-
-
 def _denominator(num_items: int | Tensor | None, reduction: str, target: Tensor, ignore_index: int) -> Tensor | int:
     if num_items is not None and reduction != "mean":
         raise ValueError(f'num_items: expected with reduction="mean" only, got reduction="{reduction}"')
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
-            raise ValueError(f"num_items: expected an int or a 0-d tensor, got {_describe(num_items)}")
+            raise ValueError(f"num_items: expected an int or a 0-d tensor, got {describe(num_items)}")
         # A number on the CPU can divide a loss on a GPU as it is; copying it there would wait for the GPU.
         return (num_items if num_items.device.type == "cpu" else num_items.to(target.device)).clamp(min=1)
     if num_items is not None:
@@ -383,7 +303,3 @@ def _denominator(num_items: int | Tensor | None, reduction: str, target: Tensor,
             raise ValueError(f"num_items: expected an int > 0 or a 0-d tensor, got {num_items!r}")
         return num_items
     return (target != ignore_index).sum().clamp(min=1)
-
-
-def _describe(x: Tensor) -> str:
-    return f"{x.dtype} {tuple(x.shape)} on {x.device}"

@@ -1,6 +1,7 @@
 """Products with fp32 results, and the distance between rows of logits."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,10 +47,32 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     return torch.mm(a, b, out=out, **mixed)
 
 
+_LOCK = threading.Lock()
+_inside = 0  # calls in full_fp32_matmul, of all threads
+_restore: Callable[[], None]
+
+
 @contextmanager
 def full_fp32_matmul() -> Iterator[None]:
     """Compute fp32 products in fp32, and accumulate fp16 ones in fp32, whatever the user's settings, which are restored
-    afterwards.
+    afterwards. The settings are the process's: of several threads the first one saves them, and the last one restores
+    them."""
+    global _inside, _restore
+    with _LOCK:
+        if not _inside:
+            _restore = _set_full()
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _inside -= 1
+            if not _inside:
+                _restore()
+
+
+def _set_full() -> Callable[[], None]:
+    """Set full precision. Returns what restores the settings.
 
     torch has an older setting besides the newer ones. If they disagree, torch raises an error when the older one is
     read, as TunableOp's products do: so both are set.
@@ -57,19 +80,18 @@ def full_fp32_matmul() -> Iterator[None]:
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     fp16_accumulation = backends[0].allow_fp16_accumulation
-    try:
-        backends[0].allow_fp16_accumulation = False
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        older = torch.get_float32_matmul_precision()  # can be read now that the newer settings are "ieee"
-        try:
-            torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(older)
-    finally:
+    backends[0].allow_fp16_accumulation = False
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    older = torch.get_float32_matmul_precision()  # can be read now that the newer settings are "ieee"
+    torch.set_float32_matmul_precision("highest")
+
+    def restore() -> None:
+        torch.set_float32_matmul_precision(older)
         backends[0].allow_fp16_accumulation = fp16_accumulation
         for backend, precision in zip(backends, before, strict=True):
             # An inherited setting reads as its value. Writing that value back would detach it from the global setting.
             inherited = precision == torch.backends.fp32_precision  # type: ignore[attr-defined]
             backend.fp32_precision = "none" if inherited else precision
+
+    return restore

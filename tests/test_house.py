@@ -22,6 +22,7 @@ FLOORS = (
     ("perce_kernels.gpu",),
     ("perce_kernels.backends",),
     ("perce_kernels.ops",),
+    ("perce_kernels.checks",),
     ("perce_kernels.loss",),
     ("perce_kernels",),
     ("perce.visible",),

@@ -81,13 +81,11 @@ def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
             _, logp_cf, signal, *_ = _measured(call, hidden, head)
         weights = {"token_weight": weighting.weight(signal)}
     normalize = "none" if call.seq_id is None else "sequence"
-    options = {**head, **weights, "normalize": normalize, "seq_id": call.seq_id, "return_stats": True}
-    loss: Tensor
-    stats: Any
+    options = {**head, **weights, "target": call.target, "normalize": normalize, "seq_id": call.seq_id}
     if call.data_weight is None:
-        loss, stats = fused_perce_loss(hidden, target=call.target, num_items=call.num_items, **options)
+        loss, stats = fused_perce_loss(hidden, num_items=call.num_items, return_stats=True, **options)
     else:  # the loss per token, which costs the head's matrix products once more than their mean does
-        losses, stats = fused_perce_loss(hidden, target=call.target, reduction="none", **options)
+        losses, stats = fused_perce_loss(hidden, reduction="none", return_stats=True, **options)
         items = call.target.numel() if call.num_items is None else call.num_items
         loss = (losses * call.data_weight).sum() / torch.as_tensor(items).clamp(min=1)
     if signal is None:
@@ -102,6 +100,6 @@ def _measured(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
     wants_entropy = call.entropy or "entropy" in call.weighting.needs
     found: Any = token_logprobs(hidden, return_entropy=wants_entropy, **options)
     logp, entropy = found if wants_entropy else (found, None)
-    logp_cf: Any = torch.zeros_like(logp) if call.hidden_cf is None else token_logprobs(call.hidden_cf, **options)
+    logp_cf = torch.zeros_like(logp) if call.hidden_cf is None else token_logprobs(call.hidden_cf, **options)
     signal = call.weighting.signal_of(logp, logp_cf, entropy)
     return Measured(logp, logp_cf, signal, call.weighting.weight(signal), entropy)

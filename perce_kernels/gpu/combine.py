@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perce_kernels.gpu.row_loss import LOWEST
+from perce_kernels.gpu.tiles import FP_FUSION
 
 BLOCK, BLOCK_T = 16, 64
 WARPS, STAGES = 4, 3
@@ -120,5 +121,6 @@ def combine(tiles: TileStatistics, target: Tensor, ignore_index: int) -> Statist
             tiles.row_max, tiles.total, tiles.moment, tiles.z_target, target, logp, row_max, total, entropy, moment,
             n, count, ignore_index,
             HAS_ENTROPY=moment is not None, BLOCK=BLOCK, BLOCK_T=BLOCK_T, STAGES=STAGES, num_warps=WARPS,
+            enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return Statistics(logp, entropy, row_max, total, moment, tiles.z_target, tiles.row_max, tiles.columns)

@@ -217,7 +217,7 @@ def statistics(
             STORE=stored is not None, USE_TMA=tile.use_tma, PERSISTENT=tile.persistent,
             UPCAST=tiles.architecture(hidden.device) == tiles.INTERPRETER, GROUP_M=tile.group_m,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, COLUMNS=columns,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, enable_fp_fusion=tiles.FP_FUSION, num_stages=tile.num_stages,
         )  # fmt: skip
     return combine(parts, target, ignore_index)
 

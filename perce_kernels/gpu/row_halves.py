@@ -105,7 +105,7 @@ def row_parts(
         z.stride(0),
         1.0 if softcap is None else softcap, logit_scale,
         HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, BLOCK_V=tile.block_n, STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
+        num_warps=tile.num_warps, enable_fp_fusion=tiles.FP_FUSION,
     )  # fmt: skip
 
 
@@ -135,5 +135,5 @@ def row_gradient(
         z.stride(0), dz.stride(0),
         1.0 if softcap is None else softcap, logit_scale,
         HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None, HAS_DZ_SCALE=dz_scale is not None,
-        BLOCK_V=tile.block_n, num_warps=tile.num_warps,
+        BLOCK_V=tile.block_n, num_warps=tile.num_warps, enable_fp_fusion=tiles.FP_FUSION,
     )  # fmt: skip

@@ -311,5 +311,5 @@ def row_loss(
         clip_min, clip_max, 1.0 if softcap is None else softcap, logit_scale,
         SOURCE=SOURCES[source], RATIO=contrast == "ratio", HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
         HAS_DZ_SCALE=dz_scale is not None, NEED_DZ=dz is not None, BLOCK_V=tile.block_n, STAGES=tile.num_stages,
-        num_warps=tile.num_warps,
+        num_warps=tile.num_warps, enable_fp_fusion=tiles.FP_FUSION,
     )  # fmt: skip

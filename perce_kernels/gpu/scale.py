@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from perce_kernels.gpu.tiles import FP_FUSION
+
 BLOCK, WARPS = 4096, 8
 
 
@@ -31,5 +33,7 @@ def scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     assert x.is_contiguous() and x.dtype == factor.dtype == torch.float32
     out = torch.empty_like(x, dtype=dtype)
     if x.numel() > 0:
-        scale_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        scale_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=FP_FUSION
+        )
     return out

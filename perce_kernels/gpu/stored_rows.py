@@ -126,4 +126,5 @@ def stored_gradient(
         1.0 if softcap is None else softcap, logit_scale,
         HAS_SOFTCAP=softcap is not None, HAS_DZ_SCALE=dz_scale is not None, TILE=columns,
         BLOCK_T=max(tile.block_n // columns, 1), STAGES=tile.num_stages, num_warps=tile.num_warps,
+        enable_fp_fusion=tiles.FP_FUSION,
     )  # fmt: skip

@@ -18,6 +18,10 @@ SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_10
 STATISTICS_COLUMNS = 128
 """The most columns for which the GEMM keeps one maximum and one sum per row."""
 
+FP_FUSION = True
+"""Launch option of every kernel: a product and its sum may be rounded once. From Triton 3.10 on the default is that
+they are not. Then the GEMM spills with softcap and bias, and with both the row kernels have a fifth more instructions."""
+
 
 class Tile(NamedTuple):
     """How a kernel is launched; a size that a kernel does not have is 0."""

@@ -255,7 +255,7 @@ def compile_for(arch: str) -> Iterator[dict[str, Any]]:
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
     for kernel, tile, variant, source in jobs(arch):
-        options = {"num_warps": tile.num_warps}
+        options = {"num_warps": tile.num_warps, "enable_fp_fusion": tiles.FP_FUSION}
         if kernel.endswith("_gemm"):
             options["num_stages"] = tile.num_stages
         result: dict[str, Any] = {"arch": arch, "kernel": kernel, "tile": list(tile), "variant": variant}

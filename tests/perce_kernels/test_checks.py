@@ -1,5 +1,6 @@
 """Arguments of the op: errors that name them, and the user's autocast."""
 
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from perce_kernels import chunked, fused_perce_loss, token_logprobs
+from perce_kernels.loss import HeadOptions, LossOptions
 from tests.helpers.numerics import TRAINABLE, Inputs, call, make_inputs
 from tests.helpers.subjects import EACH, TRITON
 
@@ -135,7 +137,10 @@ class Adapted(torch.nn.Module):
 
 
 REMEDIES = [
-    ({"hidden": torch.zeros(2, N, D)}, "Select the response's rows of each pass: hidden[mask], hidden_cf[mask_cf], target[mask]"),
+    (
+        {"hidden": torch.zeros(2, N, D)},
+        "Select the response's rows of each pass: hidden[mask], hidden_cf[mask_cf], target[mask]",
+    ),
     ({"lm_head": Adapted(torch.nn.Linear(D, V))}, "Merge its adapter, or leave the adapter off the head"),
     ({"target": LONG.int()}, "Pass target.long()"),
     ({"lm_head": torch.zeros(V, D, dtype=torch.bfloat16)}, "Cast one of them, or use torch.autocast"),
@@ -255,3 +260,9 @@ def test_autocast_accepts_inputs_of_different_dtypes():
         fused_perce_loss(**mixed)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fused_perce_loss(**mixed), fused_perce_loss(**inputs.to(torch.bfloat16).kwargs()))
+
+
+def test_type_checkers_know_every_option():
+    for op, options in ((fused_perce_loss, LossOptions), (token_logprobs, HeadOptions)):
+        named = [name for name, given in inspect.signature(op).parameters.items() if given.kind is given.KEYWORD_ONLY]
+        assert options.__optional_keys__ == {name for name in named if not name.startswith("return_")}
