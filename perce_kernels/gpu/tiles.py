@@ -20,7 +20,7 @@ STATISTICS_COLUMNS = 128
 
 FP_FUSION = True
 """Launch option of every kernel: a product and its sum may be rounded once. From Triton 3.10 on the default is that
-they are not. Then the GEMM spills with softcap and bias, and with both the row kernels have a fifth more instructions."""
+they are not. With softcap and bias, the GEMM then spills, and the row kernels have a fifth more instructions."""
 
 
 class Tile(NamedTuple):
