@@ -93,6 +93,15 @@ def test_five_steps_of_two_processes_are_those_of_the_formula(tmp_path):
         assert log[name] == pytest.approx(alone.state.log_history[0][name], rel=1e-5)
 
 
+def test_a_loss_that_is_not_ours_is_noticed(tmp_path, monkeypatch):
+    """A subclass may compute its own, of the logits, and nothing of it would be PerCE."""
+    trainer = trainer_for(tmp_path)
+    own = lambda model, inputs, **_: model(input_ids=inputs["input_ids"]).logits.mean()  # noqa: E731
+    monkeypatch.setattr(trainer, "compute_loss", own)
+    with pytest.raises(UserError, match=r"^compute_loss: .*PerceMixin"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
 def test_cross_entropy_is_the_trainers_own(tmp_path, architecture):
     """Its load balancing included, of a step of one forward: over several the Trainer adds that up, and we average."""

@@ -121,6 +121,16 @@ def test_cross_entropy_is_trls_own(tmp_path, kind, architecture):
     assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-4)
 
 
+def test_options_may_be_changed_until_the_trainer_is_made(tmp_path):
+    """As sweeps do; what the options say afterwards is what was trained."""
+    args = PerceSFTConfig(**options_for(tmp_path))
+    args.objective, args.prompt = "ce", {"place": "user"}
+    assert args.loss.objective == "ce" and args.style.place == "user"
+    args.clip_min = -1.0
+    with pytest.raises(UserError, match="clip_min"):
+        _ = args.loss
+
+
 @pytest.mark.parametrize("kind", ["conversation", "completion"])
 def test_packed_rows_are_kept_apart_in_both_passes(tmp_path, kind):
     """One step over all rows, in whatever order they are packed."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from perce_kernels import backends
 from perce_kernels.gpu import tiles
 
 
@@ -36,3 +37,14 @@ def test_architecture(monkeypatch, capability, arch):
     assert tiles.is_supported(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert not tiles.is_supported(torch.device("cuda"))
+
+
+def test_an_amd_gpu_runs_the_kernels_only_if_they_are_named(monkeypatch):
+    """None has run them yet."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not tiles.is_supported(torch.device("cuda")) and tiles.architecture(torch.device("cuda")) == "gfx942"
+    monkeypatch.setattr(backends, "TRITON_FOUND", True)
+    assert backends.chosen("auto", torch.device("cuda")) == (
+        "torch", 'the Triton kernels have run on no AMD GPU yet; backend "triton" tries them'
+    )  # fmt: skip
+    assert backends.chosen("triton", torch.device("cuda"))[0] == "triton"
