@@ -46,18 +46,32 @@ is_response = is_reply(with_persona, ids_with_persona)
 is_response_without_persona = is_reply(without, ids_without_persona)
 
 
-def response_states(ids, is_response):  # (B, T) token ids, padded on the right, and which of them are the response
-    hidden = model.model(ids).last_hidden_state[:, :-1]
-    return hidden[is_response[:, 1:]], ids[:, 1:][is_response[:, 1:]]  # (N, D), (N,): row i predicts target[i]
+class PerceLoss(torch.nn.Module):
+    """Both passes and the loss in one forward: under DistributedDataParallel, wrap this module, not the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def response_states(
+        self, ids, is_response
+    ):  # (B, T) token ids, padded on the right, which of them are the response
+        hidden = self.model.model(ids).last_hidden_state[:, :-1]
+        return hidden[is_response[:, 1:]], ids[:, 1:][is_response[:, 1:]]  # (N, D), (N,): row i predicts target[i]
+
+    def forward(self, with_persona, without):
+        with torch.no_grad():
+            hidden_cf, _ = self.response_states(*without)
+        hidden, target = self.response_states(*with_persona)
+        loss, stats = fused_perce_loss(hidden, self.model.lm_head.weight, target, hidden_cf, return_stats=True)
+        return loss, stats, target  # stats.logp, .logp_cf, .pir, .token_weight: (N,), detached
 
 
+step_of = PerceLoss(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 for step in range(5):
-    with torch.no_grad():
-        hidden_cf, _ = response_states(ids_without_persona, is_response_without_persona)
-    hidden, target = response_states(ids_with_persona, is_response)
-    loss, stats = fused_perce_loss(hidden, model.lm_head.weight, target, hidden_cf, return_stats=True)
-    loss.backward()  # stats.logp, .logp_cf, .pir, .token_weight: (N,), detached
+    loss, stats, target = step_of((ids_with_persona, is_response), (ids_without_persona, is_response_without_persona))
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     print(f"step {step}  loss {loss.item():.4f}  PIR {stats.pir.mean():.3f}")

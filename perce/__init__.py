@@ -5,6 +5,7 @@ on. Names of this module are loaded when they are first used (PEP 562): `import 
 transformers. Training needs the packages that `pip install 'perce[train]'` installs.
 """
 
+import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ _OF_THE_OP = ("DataConfig", "LossConfig", "MemoryConfig", "UserError")  # names 
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("perce")
     if name not in _HOMES:
         raise AttributeError(f"module 'perce' has no attribute {name!r}")
     try:

@@ -67,9 +67,11 @@ def chosen(backend: str, device: torch.device) -> tuple[str, str]:
     if backend != "auto":
         return backend, "it was asked for"
     if device.type != "cuda":
-        return "torch", "the Triton kernels need a CUDA or ROCm GPU"
+        return "torch", "the Triton kernels need an NVIDIA GPU"
     if not TRITON_FOUND:
         return "torch", "the triton package is not installed"
+    if torch.version.hip is not None:
+        return "torch", 'the Triton kernels have run on no AMD GPU yet; backend "triton" tries them'
     if not _has_tiles(device):
         return "torch", "the Triton kernels need compute capability 8.0 or newer"
     return "triton", "the Triton kernels are built for this GPU"

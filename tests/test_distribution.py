@@ -1,6 +1,7 @@
 """There is one distribution: the op needs only torch, and other parts say what to install."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -81,6 +82,10 @@ def torch_alone(tmp_path):
 def test_the_op_trains_with_torch_alone(torch_alone):
     done = torch_alone("-c", TOY)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert perce.__version__ == importlib.metadata.version("perce")
 
 
 def test_the_front_door_says_what_to_install(torch_alone):

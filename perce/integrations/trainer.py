@@ -131,6 +131,11 @@ class PerceMixin(WeightsOfCheckpoints):
 
     def _summary(self) -> dict[str, float]:
         total = self.accelerator.reduce(self._window.total, "sum")
+        if not total[0]:
+            raise UserError(
+                "compute_loss: no forward pass computed PerceMixin's loss. A class before it replaces compute_loss, or "
+                "calls the model in another way. Put PerceMixin first, and call super().compute_loss."
+            )
         return {**self._window.summary(total, self.perce_loss)}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:

@@ -50,9 +50,17 @@ class PerceSFTConfig(SFTConfig):
                 raise UserError(f"{name}: expected {only}, got {getattr(self, name)}: {why}.")
         if self.eval_packing and not (self.packing or self.padding_free):
             raise UserError("eval_packing: needs packing or padding_free, which keep the sequences of a row apart.")
-        names = ("objective", "clip_min", "clip_max", "contrast")
-        self.loss = LossConfig(**{name: getattr(self, name) for name in names})
-        self.style = PromptStyle.of(self.prompt) if self.prompt else None  # type: ignore[arg-type]
+        _ = self.loss, self.style  # raise for wrong options
+
+    @property
+    def loss(self) -> LossConfig:
+        """The loss of these options, as they are now."""
+        return LossConfig(self.objective, clip_min=self.clip_min, clip_max=self.clip_max, contrast=self.contrast)
+
+    @property
+    def style(self) -> PromptStyle | None:
+        """The wording of these options, as they are now; None: the tokenizer's."""
+        return PromptStyle.of(self.prompt) if self.prompt else None  # type: ignore[arg-type]
 
 
 class PerceSFTTrainer(PerceMixin, SFTTrainer):

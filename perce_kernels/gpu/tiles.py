@@ -142,5 +142,5 @@ def lookup(kernel: str, like: Tensor) -> Tile:
 
 
 def is_supported(device: torch.device) -> bool:
-    """Whether the kernels support this GPU; they need sm_80, for bf16 matrix units and asynchronous copies."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether the kernels support this CUDA GPU; they need sm_80, for bf16 matrix units and asynchronous copies."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -131,7 +131,7 @@ def test_the_backend_is_the_one_that_runs(monkeypatch):
     monkeypatch.setattr(backends.importlib, "import_module", lambda name: ran.append(name) or real(name))
     monkeypatch.delenv("PERCE_BACKEND", raising=False)
     told = rows(doctor.op_checks())["cpu"]
-    assert told.startswith("torch, because the Triton kernels need a CUDA or ROCm GPU; differs from the reference by ")
+    assert told.startswith("torch, because the Triton kernels need an NVIDIA GPU; differs from the reference by ")
     assert backends.BACKENDS["torch"].module in ran
     monkeypatch.setenv("PERCE_BACKEND", "torch")
     assert rows(doctor.op_checks())["cpu"].startswith("torch, because PERCE_BACKEND says so; ")

@@ -182,7 +182,7 @@ def test_auto_is_triton_on_a_gpu_that_the_kernels_are_built_for(monkeypatch, fou
     assert backends.implementation("auto", torch.device("cpu")) == backends.BACKENDS["torch"].module
     reason = "not installed" if not found else "are built for" if tiles else "capability 8.0"
     assert reason in backends.chosen("auto", torch.device("cuda"))[1]
-    assert backends.chosen("auto", torch.device("cpu")) == ("torch", "the Triton kernels need a CUDA or ROCm GPU")
+    assert backends.chosen("auto", torch.device("cpu")) == ("torch", "the Triton kernels need an NVIDIA GPU")
     assert backends.chosen("torch", torch.device("cuda")) == ("torch", "it was asked for")
 
 
