@@ -55,7 +55,8 @@ class PerceSFTConfig(SFTConfig):
     @property
     def loss(self) -> LossConfig:
         """The loss of these options, as they are now."""
-        return LossConfig(self.objective, clip_min=self.clip_min, clip_max=self.clip_max, contrast=self.contrast)
+        names = ("objective", "clip_min", "clip_max", "contrast")
+        return LossConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def style(self) -> PromptStyle | None:
