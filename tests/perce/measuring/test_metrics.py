@@ -59,6 +59,7 @@ def test_meteor_reads_scripts_without_spaces_by_character():
 @pytest.mark.parametrize("installed", [True, False])
 def test_meteor_is_nltks_on_fifty_pairs(monkeypatch, installed):
     nltk = pytest.importorskip("nltk")
+    from nltk.tokenize.punkt import PunktSentenceTokenizer
     from nltk.translate.meteor_score import single_meteor_score
 
     wordnet = metrics._find_wordnet()
@@ -69,11 +70,14 @@ def test_meteor_is_nltks_on_fifty_pairs(monkeypatch, installed):
         wordnet = SimpleNamespace(synsets=lambda word: [])
     assert metrics.meteor(not installed) is None
     meteor = metrics.meteor(installed)
-    tokenize = nltk.tokenize.NLTKWordTokenizer().tokenize
+    # word_tokenize, without the abbreviations of English that it would have to download
+    monkeypatch.setattr(nltk.tokenize, "sent_tokenize", lambda text, _: PunktSentenceTokenizer().tokenize(text))
+    tokenize = nltk.tokenize.word_tokenize
     for prediction, reference in text_pairs(50):
         expected = single_meteor_score(tokenize(reference), tokenize(prediction), wordnet=wordnet)
         assert meteor(prediction, reference) == pytest.approx(expected)
     assert meteor("", "a reply") == 0.0
+    assert meteor("Honey. Bees.", "bees and honey") > 0, "a full stop within a text is no part of a word"
     synonym = meteor("a sick child", "an ill child")  # words that are their own stems: nltk looks up stems
     assert synonym > (0.6 if installed else 0) and (synonym < 0.4) == (not installed)
 
