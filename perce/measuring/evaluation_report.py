@@ -51,7 +51,7 @@ _BUILT_IN = {
 }
 BY_TURN = ("loss_with_persona", "loss_without_persona", "uses_persona", "reference_uses_persona")
 TURNS = 10  # turns of a conversation that the table and the JSON have
-RESULT, FORM = "perce.evaluate", 2  # kind and version of a result and its records: raise FORM when fields change
+RESULT, FORM = "perce.evaluate", 3  # kind and version of a result: raise FORM when a field or a metric changes
 
 
 def all_metrics() -> dict[str, Metric]:

@@ -64,22 +64,26 @@ def rouge(kind: str) -> "Scorer":
 
 
 def meteor(synonyms: bool) -> "Scorer | None":
-    """METEOR (Banerjee and Lavie 2005) as nltk computes it, in [0, 1], tokenised by nltk's word tokenizer; None if its
-    other form is computed here: that with synonyms if WordNet is installed (nltk's corpus, or Debian's wordnet-base).
-    Without synonyms the score is lower, and must not be confused with METEOR."""
+    """METEOR (Banerjee and Lavie 2005) as nltk computes it, in [0, 1], tokenised sentence by sentence as nltk's
+    word_tokenize does, without its downloaded list of abbreviations; None if its other form is computed here: that with
+    synonyms if WordNet is installed (nltk's corpus, or Debian's wordnet-base). Without synonyms the score is lower, and
+    must not be confused with METEOR."""
     try:
-        from nltk.tokenize import NLTKWordTokenizer
+        from nltk.tokenize import NLTKWordTokenizer, PunktSentenceTokenizer
         from nltk.translate.meteor_score import single_meteor_score
     except ImportError as error:
         raise _needs("nltk") from error
-    wordnet, tokenize = _find_wordnet(), NLTKWordTokenizer().tokenize
+    wordnet, sentences, tokenizer = _find_wordnet(), PunktSentenceTokenizer(), NLTKWordTokenizer()
     if (wordnet is not None) != synonyms:
         return None
     known = wordnet if synonyms else SimpleNamespace(synsets=lambda word: [])
 
+    def words(text: str) -> list[str]:
+        return [word for sentence in sentences.tokenize(_apart(text)) for word in tokenizer.tokenize(sentence)]
+
     def score(reply: str, reference: str) -> float:
-        words = tokenize(_apart(reference)), tokenize(_apart(reply))
-        return float(single_meteor_score(*words, wordnet=known)) if all(words) else 0.0
+        both = words(reference), words(reply)
+        return float(single_meteor_score(*both, wordnet=known)) if all(both) else 0.0
 
     return score
 
