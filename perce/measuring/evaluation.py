@@ -13,6 +13,7 @@ conversation (data.words.personal_word_spans: quoted facts; no paraphrase, no st
 """
 
 import contextlib
+import hashlib
 import itertools
 import random
 from collections import Counter
@@ -46,7 +47,9 @@ from perce.model.probe import decoder_of, unwrapped
 from perce.objectives import OBJECTIVES
 
 PERCE = OBJECTIVES["perce"].weighting()
-SUMS = ("tokens", "personal_tokens", "loss", "loss_without", "loss_personal", "loss_other", "loss_swapped")
+SUMS = (
+    "tokens", "personal_tokens", "personal_mask", "loss", "loss_without", "loss_personal", "loss_other", "loss_swapped",
+)  # fmt: skip
 KEPT = 4  # this many tokens with only keys and values count as one computed token, which takes far more memory
 
 
@@ -218,8 +221,8 @@ class Evaluator:
 
     @torch.no_grad()
     def losses(self, items: Sequence[Item]) -> list[dict[str, Any]]:
-        """Records with the sums of −log p over each example's tokens, under the three prompts, and the token counts;
-        None for an example without a response."""
+        """Records with the sums of −log p over each example's tokens, under the three prompts, the token counts, and a
+        digest of which tokens are personal; None for an example without a response."""
         sums = self._sums([item for item in items if item.example.response])
         nothing = dict.fromkeys(SUMS)
         return [
@@ -240,7 +243,8 @@ class Evaluator:
         for item, tokens in zip(items, statistics, strict=True):
             personal, loss = tokens.personal, -tokens.logp
             values = (
-                len(loss), int(personal.sum()), loss.sum().item(), -tokens.logp_cf.sum().item(),
+                len(loss), int(personal.sum()), hashlib.sha256(bytes(personal.tolist())).hexdigest()[:12],
+                loss.sum().item(), -tokens.logp_cf.sum().item(),
                 loss[personal].sum().item(), loss[~personal].sum().item(),
                 None if item.swapped is None else next(swapped),
             )  # fmt: skip
