@@ -116,6 +116,32 @@ def test_intervals_over_few_users_cover_as_often_as_they_say(monkeypatch, cluste
     assert metrics._student(11) == pytest.approx(2.2010, abs=3e-3) and metrics._student(400) < 1.9665
 
 
+@pytest.mark.parametrize("alike", [False, True], ids=["replies", "users"])
+@pytest.mark.parametrize(("share", "users"), [(0.02, 20), (0.1, 5), (0.5, 20)])
+def test_intervals_of_shares_cover_as_often_as_they_say(alike, share, users):
+    """Resampling 20 users covered a share of 0.02 in a third of trials, because often no user's reply counts."""
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        of = np.repeat(np.arange(users), rng.integers(1, 6, users))
+        replies = (rng.random(users)[of] if alike else rng.random(len(of))) < share
+        interval = clustered_mean(replies, np.ones(len(of)), of, bounds=metrics.SHARE)
+        covered += interval.low <= share <= interval.high
+    assert covered / 200 >= 0.9
+
+
+def test_a_share_of_nothing_or_all_has_an_interval():
+    of = np.repeat(np.arange(24), 2)
+    none, every = (clustered_mean([value] * 48, np.ones(48), of, bounds=metrics.SHARE) for value in (0.0, 1.0))
+    t = metrics._student(23)
+    assert (none.value, none.low) == (0, 0) and none.high == pytest.approx(t**2 / (24 + t**2)), "of 24 users"
+    assert (every.value, every.high) == (1, 1) and every.low == pytest.approx(1 - none.high)
+    independent = clustered_mean([1, 0] * 50, np.ones(100), range(100), bounds=metrics.SHARE)
+    doubled = clustered_mean([1, 1, 0, 0] * 50, np.ones(200), np.repeat(range(100), 2), bounds=metrics.SHARE)
+    assert doubled == independent._replace(n=200), "what a user repeats is no evidence"
+    assert clustered_mean([0.0, 0.0], [1, 1], ["ana", "ana"], bounds=metrics.SHARE).low is None
+
+
 def test_intervals_of_many_users_take_little_memory():
     """All resamples at once took 50 KB per user."""
     values = np.random.default_rng(0).normal(2.0, 0.5, 4000)
