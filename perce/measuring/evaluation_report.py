@@ -61,7 +61,7 @@ RESULT, FORM = "perce.evaluate", 3  # kind and version of a result: raise FORM w
 
 
 def all_metrics() -> dict[str, Metric]:
-    of_replies = {name: Metric(each.label, name, bounds=each.bounds) for name, each in REPLY_METRICS.items()}
+    of_replies = {name: Metric(x.label, name, "", x.better, x.bounds) for name, x in REPLY_METRICS.items()}
     return _BUILT_IN | of_replies
 
 

@@ -120,7 +120,7 @@ def _find_wordnet() -> Any:
 
 
 Scorer = Callable[[str, str], float]
-"""(generated reply, what the user wrote) → a number; more is better."""
+"""(generated reply, what the user wrote) → a number."""
 
 
 class ReplyMetric(NamedTuple):
@@ -128,6 +128,8 @@ class ReplyMetric(NamedTuple):
     scorer: Callable[[], Scorer | None]
     """Called once per evaluation; None if another metric replaces this one."""
     bounds: tuple[float, float] = UNBOUNDED
+    better: str = "↑"
+    """Whether more (↑), less (↓) or neither (–) is better."""
 
 
 REPLY_METRICS = {
