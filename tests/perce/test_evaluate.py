@@ -339,6 +339,14 @@ def test_losses_on_other_personal_tokens_are_not_compared(run, tmp_path):
     assert "not compared: loss on personal tokens, because 1 of 1 examples have other personal tokens" in out
 
 
+def test_the_most_frequent_personal_words_are_told_and_kept(run, tmp_path):
+    row = {"persona": "Ich mag Bienen nicht.", "query": "Und?", "response": "Nicht Bienen, nicht mag!"}
+    write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "personal_spans": [[6, 12]]}])
+    told = "personal words: bienen (2), nicht (2), mag (1)"
+    out = run("--generate", "false", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "a.json").out
+    assert told in out and told in result(tmp_path / "a.json")["notes"]
+
+
 def test_results_of_another_version_are_refused(run, tmp_path):
     run("--generate", "false", "--output", tmp_path / "a.json")
     old = result(tmp_path / "a.json")
