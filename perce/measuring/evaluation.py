@@ -31,6 +31,7 @@ from perce.config.questions import EvaluateConfig
 from perce.data.pairs import Pair
 from perce.data.rows import Example, text_key
 from perce.data.sharing import Sharing, common_tokens
+from perce.data.tokens import personal_words
 from perce.data.words import personal_word_spans
 from perce.errors import UserError
 from perce.measuring.inference import (
@@ -110,6 +111,8 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
             f"{without:,} examples without another's persona that fits: there is only one user or one persona, or the "
             "other's is too long"
         )
+    if words := personal_words((vars(item.pair) for item in items), subject.tokenizer):
+        notes.append(f"personal words: {words}")
     size, tokens = options.model.batch_size, TOKENS_A_FORWARD[subject.device.type]
     batches = []
     for rows in batches_that_share([item.pair for item in items], subject.sharing, size, tokens):

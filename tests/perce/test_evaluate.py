@@ -342,7 +342,7 @@ def test_losses_on_other_personal_tokens_are_not_compared(run, tmp_path):
 def test_the_most_frequent_personal_words_are_told_and_kept(run, tmp_path):
     row = {"persona": "Ich mag Bienen nicht.", "query": "Und?", "response": "Nicht Bienen, nicht mag!"}
     write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "personal_spans": [[6, 12]]}])
-    told = "personal words: bienen (2), nicht (2), mag (1)"
+    told = "personal words: nicht (2), bienen (2), mag (1)"
     out = run("--generate", "false", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "a.json").out
     assert told in out and told in result(tmp_path / "a.json")["notes"]
 
