@@ -34,7 +34,8 @@ HEAD = """# Tables of the studies
 
 All numbers behind [Results](../RESULTS.md), which says what they mean. `python -m benchmarks.study_report` wrote this
 page: do not edit it. Losses and their differences are nats per token. In brackets are 95 % intervals over users;
-p-values are those of a paired permutation test over users.
+p-values are those of a paired permutation test over users. METEOR in study "cpu" was measured before texts were split
+into sentences for it, and is lower on average: full stops within a text stayed parts of words.
 """
 
 

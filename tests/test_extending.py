@@ -80,7 +80,7 @@ def test_a_metric(tmp_path, monkeypatch, capsys):
     model = save_tiny_model(tmp_path / "model")
     flags = ["--limit=2", "--max_new_tokens=4", f"--output={tmp_path / 'e.json'}"]
     assert evaluate.main([f"--model={model}", *flags]) == 0
-    assert "length, of the user's own" in capsys.readouterr().out
+    assert "– length, of the user's own" in capsys.readouterr().out
     result = json.loads((tmp_path / "e.json").read_text(encoding="utf-8"))
     lengths = [len(record["reply"]) / len(record["reference"]) for record in result["records"]]
     assert result["metrics"]["length"]["value"] == pytest.approx(sum(lengths) / 2)

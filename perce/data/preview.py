@@ -13,7 +13,7 @@ from perce.data.formats import FORMATS
 from perce.data.pairing import PairSource, dated, make_builder, not_read, picked_by
 from perce.data.rows import Example, Examples, Reading, Record, available_splits, load_examples
 from perce.data.sharing import segmented
-from perce.data.tokens import token_texts
+from perce.data.tokens import personal_words, token_texts
 from perce.demo import DATA_DIR
 from perce.errors import UserError
 from perce.report.terminal import facts, plain, show, table
@@ -42,7 +42,7 @@ def print_preview(options: PreviewOptions, tokenizer: Any) -> None:
     pairs = [pair for index, example in enumerate(sample) for pair in source.build(index, example)]
     if not pairs:
         raise UserError(source.nothing_left())
-    show(_lengths(pairs), "", facts(_told(source, rows, sample, pairs)), *dated(builder), "")
+    show(_lengths(pairs), "", facts(_told(source, rows, sample, pairs, tokenizer)), *dated(builder), "")
     shown: set[Any] = set()
     for pair in pairs:
         example = sample[pair["example"]]
@@ -92,7 +92,7 @@ def _lengths(pairs: Sequence[dict[str, Any]]) -> Any:
 
 
 def _told(
-    source: PairSource, rows: Examples, sample: Sequence[Record], pairs: Sequence[dict[str, Any]]
+    source: PairSource, rows: Examples, sample: Sequence[Record], pairs: Sequence[dict[str, Any]], tokenizer: Any
 ) -> Iterator[tuple[str, str]]:
     limit = f"--max_length {source.builder.max_length:,}"
     yield "sample", f"{len(sample):,} of {len(rows.all):,} examples, from rows drawn at random"
@@ -111,6 +111,8 @@ def _told(
         needed, computed = sum(map(len, ids)), sum(len(part.ids) for part in segmented(ids, units, "branches")[0])
         if computed < needed:
             yield "shared", f"{1 - computed / needed:.0%} of the tokens, if batches hold whole conversations"
+        if words := personal_words(pairs, tokenizer):
+            yield "personal words", words
     if unanswered := sum(isinstance(example, Example) and not example.response for example in sample):
         yield "unanswered", f"{unanswered:,} examples have no response: perce.evaluate writes replies to them"
 

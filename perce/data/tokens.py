@@ -11,7 +11,8 @@ other tokenizers the whole text is one piece.
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -27,6 +28,8 @@ PIECE = re.compile(rf" ?[!-~]+(?:\n(?=[!-.0-~])|(?= [!-~])|\Z)|[\s\S]+?(?:{BORDE
 # Sizes of the caches. Both texts of a pair, and pairs of one user, share most lines; most pieces are frequent words.
 KEPT_LINES, KEPT_PIECES = 2**11, 2**16
 KEPT_LENGTH = 256  # characters of the longest text that is cached
+
+SHOWN_WORDS = 10  # of the most frequent personal words
 
 # Regular expressions of pre-tokenizers. None of their matches crosses a BORDER, or depends on the text after one.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -194,3 +197,15 @@ def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """The text of each token; a character that several tokens make up is given to the last of them."""
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
+
+
+def personal_words(pairs: Iterable[Mapping[str, Any]], tokenizer: Any) -> str:
+    """The most frequent words that the personal tokens of pairs make, with their counts: "nicht (31), ich (24)"."""
+    counts: Counter[str] = Counter()
+    for pair in pairs:
+        if any(pair["personal"]):
+            texts = token_texts(pair["input_ids"][-pair["response_length"] :], tokenizer)
+            own = (text if personal else " " for text, personal in zip(texts, pair["personal"], strict=True))
+            counts.update("".join(own).lower().split())
+    shown = [f"{word} ({count:,})" for word, count in counts.most_common(SHOWN_WORDS)]
+    return ", ".join([*shown, *["…"] * (len(counts) > SHOWN_WORDS)])

@@ -13,6 +13,7 @@ conversation (data.words.personal_word_spans: quoted facts; no paraphrase, no st
 """
 
 import contextlib
+import hashlib
 import itertools
 import random
 from collections import Counter
@@ -30,6 +31,7 @@ from perce.config.questions import EvaluateConfig
 from perce.data.pairs import Pair
 from perce.data.rows import Example, text_key
 from perce.data.sharing import Sharing, common_tokens
+from perce.data.tokens import personal_words
 from perce.data.words import personal_word_spans
 from perce.errors import UserError
 from perce.measuring.inference import (
@@ -46,7 +48,9 @@ from perce.model.probe import decoder_of, unwrapped
 from perce.objectives import OBJECTIVES
 
 PERCE = OBJECTIVES["perce"].weighting()
-SUMS = ("tokens", "personal_tokens", "loss", "loss_without", "loss_personal", "loss_other", "loss_swapped")
+SUMS = (
+    "tokens", "personal_tokens", "personal_mask", "loss", "loss_without", "loss_personal", "loss_other", "loss_swapped",
+)  # fmt: skip
 KEPT = 4  # this many tokens with only keys and values count as one computed token, which takes far more memory
 
 
@@ -107,6 +111,8 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
             f"{without:,} examples without another's persona that fits: there is only one user or one persona, or the "
             "other's is too long"
         )
+    if words := personal_words((vars(item.pair) for item in items), subject.tokenizer):
+        notes.append(f"personal words: {words}")
     size, tokens = options.model.batch_size, TOKENS_A_FORWARD[subject.device.type]
     batches = []
     for rows in batches_that_share([item.pair for item in items], subject.sharing, size, tokens):
@@ -218,8 +224,8 @@ class Evaluator:
 
     @torch.no_grad()
     def losses(self, items: Sequence[Item]) -> list[dict[str, Any]]:
-        """Records with the sums of −log p over each example's tokens, under the three prompts, and the token counts;
-        None for an example without a response."""
+        """Records with the sums of −log p over each example's tokens, under the three prompts, the token counts, and a
+        digest of which tokens are personal; None for an example without a response."""
         sums = self._sums([item for item in items if item.example.response])
         nothing = dict.fromkeys(SUMS)
         return [
@@ -240,7 +246,8 @@ class Evaluator:
         for item, tokens in zip(items, statistics, strict=True):
             personal, loss = tokens.personal, -tokens.logp
             values = (
-                len(loss), int(personal.sum()), loss.sum().item(), -tokens.logp_cf.sum().item(),
+                len(loss), int(personal.sum()), hashlib.sha256(bytes(personal.tolist())).hexdigest()[:12],
+                loss.sum().item(), -tokens.logp_cf.sum().item(),
                 loss[personal].sum().item(), loss[~personal].sum().item(),
                 None if item.swapped is None else next(swapped),
             )  # fmt: skip

@@ -49,13 +49,19 @@ _BUILT_IN = {
         "references that use the persona", "reference_uses_persona", better="–", bounds=SHARE
     ),
 }
+_OF_PERSONAL = "personal_mask", "other personal tokens"
+COMPARABLE = {
+    "personal_tokens": _OF_PERSONAL, "other_tokens": _OF_PERSONAL,
+    "tokens": ("tokens", "another number of tokens"),  # of another tokenizer
+}  # fmt: skip
+"""By a metric's weight: the field that an example must have alike in two results, and what it has otherwise."""
 BY_TURN = ("loss_with_persona", "loss_without_persona", "uses_persona", "reference_uses_persona")
 TURNS = 10  # turns of a conversation that the table and the JSON have
-RESULT, FORM = "perce.evaluate", 2  # kind and version of a result and its records: raise FORM when fields change
+RESULT, FORM = "perce.evaluate", 3  # kind and version of a result: raise FORM when a field or a metric changes
 
 
 def all_metrics() -> dict[str, Metric]:
-    of_replies = {name: Metric(each.label, name, bounds=each.bounds) for name, each in REPLY_METRICS.items()}
+    of_replies = {name: Metric(x.label, name, "", x.better, x.bounds) for name, x in REPLY_METRICS.items()}
     return _BUILT_IN | of_replies
 
 
@@ -135,7 +141,8 @@ def check_same(ours: Set[str], other: Mapping[str, Any], name: str) -> None:
 def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Differences (this model minus the other) over the same examples; see check_same.
 
-    `settings` in the result has the facts of the runs that also differ, as [of this run, of the other].
+    `settings` in the result has the facts of the runs that also differ, as [of this run, of the other]; `left_out` has
+    why metrics are not compared.
     """
     theirs = {record["key"]: record for record in other["records"]}
     ours = {record["key"]: record for record in records}
@@ -147,18 +154,29 @@ def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], 
     }
     keys = sorted(ours)
     differences: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     assert len(ours) == len(records), "keys are unique"
     for name, metric in all_metrics().items():
-        both = [key for key in keys if all(field_of(side[key], metric.value) is not None for side in (ours, theirs))]
-        (mine, weights, users), (its, their_weights, _) = (
-            _columns([side[key] for key in both], metric) for side in (ours, theirs)
-        )
-        # Losses per token are comparable only for the same tokens: not if tokenizers or shown passages differ.
-        if weights != their_weights or name == "reference_uses_persona":
+        measured = [{key for key in keys if field_of(side[key], metric.value) is not None} for side in (ours, theirs)]
+        both = sorted(set.intersection(*measured))
+        field, otherwise = COMPARABLE.get(metric.weight, ("", ""))
+        differing = sum(ours[key].get(field) != theirs[key].get(field) for key in both)
+        if name == "reference_uses_persona" or not any(measured):
             continue
-        if (result := paired_difference(mine, its, weights, users, bounds=metric.bounds)) is not None:
-            differences[name] = result[0]._asdict() | {"p": result[1]}
-    return {"with": path, "model": other["run"].get("model"), "differences": differences, "settings": settings}
+        if not both:
+            left_out[name] = "no example has it in both results"
+        elif differing:
+            left_out[name] = f"{differing:,} of {len(both):,} examples have {otherwise} in the other result"
+        else:
+            (mine, weights, users), (its, _, _) = (
+                _columns([side[key] for key in both], metric) for side in (ours, theirs)
+            )
+            if (result := paired_difference(mine, its, weights, users, bounds=metric.bounds)) is not None:
+                differences[name] = result[0]._asdict() | {"p": result[1]}
+    return {
+        "with": path, "model": its_run.get("model"), "differences": differences, "left_out": left_out,
+        "settings": settings,
+    }  # fmt: skip
 
 
 def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
@@ -181,13 +199,16 @@ def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None
         interval = Interval(**{key: value for key, value in found.items() if key != "p"})
         span = interval.span("+.4f", f"one {unit}")
         differences.add_row(labels[name], f"{interval.value:+.4f}", span, f"{found['p']:.4f}")
-    legend = f"↓ lower is better, ↑ higher, – neither; 95 %: bootstrap by {unit}"
+    legend = f"↓ lower is better, ↑ higher, – neither; 95 %: bootstrap by {unit}, shares: Wilson"
     tested = f"p: sign-flip permutation test by {unit}, two-sided, {RESAMPLES:,} draws"
     notes = [*_few(result["metrics"], comparison, unit), *result["notes"]]
     bold = []
     if comparison:
         notes.append(f"differences: this model minus {comparison['model'] or comparison['with']}")
         bold = [
+            f"not compared: {all_metrics()[name].label}, because {why}" for name, why in comparison["left_out"].items()
+        ]
+        bold += [
             f"not only the model differs: {fact} is {mine!r} here and {its!r} there"
             for fact, (mine, its) in comparison["settings"].items()
         ]

@@ -1,7 +1,7 @@
 """Scores of generated replies, and statistics over examples. This module does not depend on models.
 
 REPLY_METRICS        scores of a reply, by name: rouge and meteor, by the rouge-score and nltk packages, offline
-clustered_mean       token-weighted mean with a bootstrap interval over clusters (users)
+clustered_mean       token-weighted mean with a bootstrap interval over clusters (users), Wilson's if it is a share
 paired_difference    the same for the difference of two models on the same examples, with a p-value
 identification       how well a per-token score finds labelled tokens: AUC, best F1
 """
@@ -64,22 +64,26 @@ def rouge(kind: str) -> "Scorer":
 
 
 def meteor(synonyms: bool) -> "Scorer | None":
-    """METEOR (Banerjee and Lavie 2005) as nltk computes it, in [0, 1], tokenised by nltk's word tokenizer; None if its
-    other form is computed here: that with synonyms if WordNet is installed (nltk's corpus, or Debian's wordnet-base).
-    Without synonyms the score is lower, and must not be confused with METEOR."""
+    """METEOR (Banerjee and Lavie 2005) as nltk computes it, in [0, 1], tokenised sentence by sentence as nltk's
+    word_tokenize does, without its downloaded list of abbreviations; None if its other form is computed here: that with
+    synonyms if WordNet is installed (nltk's corpus, or Debian's wordnet-base). Without synonyms the score is lower, and
+    must not be confused with METEOR."""
     try:
-        from nltk.tokenize import NLTKWordTokenizer
+        from nltk.tokenize import NLTKWordTokenizer, PunktSentenceTokenizer
         from nltk.translate.meteor_score import single_meteor_score
     except ImportError as error:
         raise _needs("nltk") from error
-    wordnet, tokenize = _find_wordnet(), NLTKWordTokenizer().tokenize
+    wordnet, sentences, tokenizer = _find_wordnet(), PunktSentenceTokenizer(), NLTKWordTokenizer()
     if (wordnet is not None) != synonyms:
         return None
     known = wordnet if synonyms else SimpleNamespace(synsets=lambda word: [])
 
+    def words(text: str) -> list[str]:
+        return [word for sentence in sentences.tokenize(_apart(text)) for word in tokenizer.tokenize(sentence)]
+
     def score(reply: str, reference: str) -> float:
-        words = tokenize(_apart(reference)), tokenize(_apart(reply))
-        return float(single_meteor_score(*words, wordnet=known)) if all(words) else 0.0
+        both = words(reference), words(reply)
+        return float(single_meteor_score(*both, wordnet=known)) if all(both) else 0.0
 
     return score
 
@@ -116,7 +120,7 @@ def _find_wordnet() -> Any:
 
 
 Scorer = Callable[[str, str], float]
-"""(generated reply, what the user wrote) → a number; more is better."""
+"""(generated reply, what the user wrote) → a number."""
 
 
 class ReplyMetric(NamedTuple):
@@ -124,6 +128,8 @@ class ReplyMetric(NamedTuple):
     scorer: Callable[[], Scorer | None]
     """Called once per evaluation; None if another metric replaces this one."""
     bounds: tuple[float, float] = UNBOUNDED
+    better: str = "↑"
+    """Whether more (↑), less (↓) or neither (–) is better."""
 
 
 REPLY_METRICS = {
@@ -170,18 +176,22 @@ def _resamples(clusters: int) -> list[int]:
     return [min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most)]
 
 
-def _interval(sums: np.ndarray, n: int, seed: int, bounds: tuple[float, float]) -> Interval:
+def _interval(
+    sums: np.ndarray, n: int, seed: int, bounds: tuple[float, float], *, of_shares: bool = False
+) -> Interval:  # fmt: skip
     """Σ values / Σ weights with its percentile interval over resampled clusters, widened if they are few.
 
     Resampling C clusters underestimates the variance by a factor of (C − 1) / C and ignores its own uncertainty: with
     five Gaussian clusters, intervals covered the truth in 80 % of trials. Widening by the ratio of Student's t to the
-    normal quantile makes it 95 %. It ends at the bounds of what the value can be.
+    normal quantile makes it 95 %. It ends at the bounds of what the value can be. A share has Wilson's interval.
     """
     sums = sums[:, sums[1] > 0]  # a user without such tokens says nothing about how users differ
     total, weight = sums.sum(1)
     value, clusters = float(total / weight), sums.shape[1]
     if clusters < 2:
         return Interval(value, None, None, n, clusters)
+    if of_shares:
+        return Interval(value, *_wilson(value, sums), n, clusters)
     rng = np.random.default_rng(seed)
     drawn = [sums[:, rng.integers(0, clusters, (rows, clusters))].sum(-1) for rows in _resamples(clusters)]
     values, weights = np.concatenate(drawn, axis=1)
@@ -189,6 +199,24 @@ def _interval(sums: np.ndarray, n: int, seed: int, bounds: tuple[float, float]) 
     wider = np.sqrt(clusters / (clusters - 1)) * _student(clusters - 1) / NORMAL_QUANTILE
     low, high = max(value - wider * (value - low), bounds[0]), min(value + wider * (high - value), bounds[1])
     return Interval(value, float(low), float(high), n, clusters)
+
+
+def _wilson(share: float, sums: np.ndarray) -> tuple[float, float]:
+    """Wilson's interval of a share with Student's t. The bootstrap's has no width if no reply counts, and covered a
+    share of 0.02 of 20 users in 38 to 71 % of trials; this one in 94 to 96 %.
+
+    It is that of as many independent replies as would have the variance between clusters, at most of those that there
+    are (Korn and Graubard 1998); of one reply a cluster if the share is 0 or 1, which says nothing of that variance.
+    """
+    count, clusters, spread = sums[1].sum(), sums.shape[1], share * (1 - share)
+    if spread:
+        between = ((sums[0] - share * sums[1]) ** 2).sum() * clusters / (clusters - 1)
+        independent = count / max(1.0, between / (count * spread))
+    else:
+        independent = clusters
+    rest = _student(clusters - 1) ** 2 / independent
+    middle, half = share + rest / 2, math.sqrt(rest * (spread + rest / 4))
+    return max(0.0, float((middle - half) / (1 + rest))), min(1.0, float((middle + half) / (1 + rest)))
 
 
 def _student(freedom: int) -> float:
@@ -204,12 +232,15 @@ def clustered_mean(
     bounds: tuple[float, float] = UNBOUNDED,
 ) -> Interval | None:  # fmt: skip
     """Σ values / Σ weights (for example a sum of losses over a count of tokens) with a 95 % bootstrap interval within
-    the bounds.
+    the bounds; Wilson's if each value is an end of a SHARE, 0 or 1.
 
     Whole clusters are resampled, because examples of one user are not independent. None if the weights are all 0.
     """
     sums = _cluster_sums(values, weights, clusters)
-    return _interval(sums, int(np.count_nonzero(weights)), seed, bounds) if sums[1].any() else None
+    if not sums[1].any():
+        return None
+    of_shares = bounds == SHARE and set(values) <= {*SHARE}
+    return _interval(sums, int(np.count_nonzero(weights)), seed, bounds, of_shares=of_shares)
 
 
 def paired_difference(

@@ -326,6 +326,27 @@ def test_two_models_are_compared_on_the_same_examples(run, tmp_path, monkeypatch
     assert "expected the JSON that perce.evaluate" in run("--compare_with", tmp_path / "bad.json", code=2).err
 
 
+def test_losses_on_other_personal_tokens_are_not_compared(run, tmp_path):
+    """As many tokens are personal, and others."""
+    row = {"persona": "I keep bees and hens.", "query": "What about bees?", "response": "My hens or hens are old."}
+    flags = ("--generate", "false", "--data", tmp_path / "rows.jsonl", "--output")
+    for name, spans, more in (("a", [3, 7], ()), ("b", [11, 15], ("--compare_with", tmp_path / "a.json"))):
+        write_jsonl(tmp_path / "rows.jsonl", [row | {"personal_spans": [spans]}])
+        out = run(*flags, tmp_path / f"{name}.json", *more).out
+    ours, other = (result(tmp_path / f"{name}.json") for name in "ba")
+    assert ours["records"][0]["personal_tokens"] == other["records"][0]["personal_tokens"] > 0
+    assert {*ours["comparison"]["left_out"]} == {"loss_personal_tokens", "loss_other_tokens"}
+    assert "not compared: loss on personal tokens, because 1 of 1 examples have other personal tokens" in out
+
+
+def test_the_most_frequent_personal_words_are_told_and_kept(run, tmp_path):
+    row = {"persona": "Ich mag Bienen nicht.", "query": "Und?", "response": "Nicht Bienen, nicht mag!"}
+    write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "personal_spans": [[6, 12]]}])
+    told = "personal words: nicht (2), bienen (2), mag (1)"
+    out = run("--generate", "false", "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "a.json").out
+    assert told in out and told in result(tmp_path / "a.json")["notes"]
+
+
 def test_results_of_another_version_are_refused(run, tmp_path):
     run("--generate", "false", "--output", tmp_path / "a.json")
     old = result(tmp_path / "a.json")

@@ -74,6 +74,17 @@ def test_what_is_trimmed_refused_shared_and_unanswered(previewed, tmp_path):
     assert "4 passages of each history, by bm25" in printed
 
 
+def test_the_most_frequent_personal_words_are_told(previewed, tmp_path):
+    """Of other languages than English no word is known to be common."""
+    row = {"persona": "Ich mag den Garten nicht.", "query": "Und?", "response": "Nein, nicht den\nGarten! Nicht!"}
+    printed = previewed(jsonl(tmp_path / "rows.jsonl", row, {**row, "response": "Nicht."}, {**row, "response": "Ja."}))
+    assert " ".join(cells(printed, "personal")) == "personal words nicht (3), den (1), garten (1)"
+    words = [f"wort{n:02}" for n in range(11)]
+    printed = previewed(jsonl(tmp_path / "rows.jsonl", {"persona": words, "query": "?", "response": " ".join(words)}))
+    assert printed.count("(1)") == 10 and "wort09 (1), …" in printed
+    assert "personal words" not in previewed(jsonl(tmp_path / "rows.jsonl", {**row, "response": "Ja."}))
+
+
 def test_documents_are_pieces_without_a_persona(previewed, tmp_path):
     printed = previewed(jsonl(tmp_path / "rows.jsonl", {"text": "bees " * 50}), "--max_length", 20)
     assert "1 documents, into pieces that fit --max_length 20" in printed

@@ -16,7 +16,7 @@ def records(users=12, shift=0.0, named=True, turns=1):
         made.append(
             {"example": number, "key": str(number), "source": f"rows.jsonl:{number // 2}", "tokens": 10,
              "turn": 1 + number % turns,
-             "personal_tokens": 3, "user_id": f"u{number // 2}" if named else None}
+             "personal_tokens": 3, "personal_mask": "own", "user_id": f"u{number // 2}" if named else None}
             | {name: value + shift + number / 7 for name, value in losses.items()} | scores
         )  # fmt: skip
     return made
@@ -97,7 +97,7 @@ def test_intervals_stay_within_what_a_metric_can_be(printed):
         mine |= {"uses_persona": float(place > 0), "rougeL": place / 3, "loss": 9.0 * (place > 1)}
         its |= {"uses_persona": 0.0, "rougeL": 0.0, "loss": 20.0 * (place > 1)}
     metrics = summarise(ours, [], {})["metrics"]
-    assert (metrics["uses_persona"]["low"], metrics["uses_persona"]["high"]) == (0, 1)
+    assert 0 < metrics["uses_persona"]["low"] < 0.02 and 0.98 < metrics["uses_persona"]["high"] < 1
     assert metrics["rougeL"]["low"] == 0 and metrics["loss_with_persona"]["low"] == 0
     differences = compare(ours, {}, {"records": theirs, "run": {}}, "theirs.json")["differences"]
     assert differences["uses_persona"]["high"] == 1 and differences["loss_with_persona"]["low"] < -1
@@ -109,6 +109,25 @@ def test_examples_that_one_side_lacks_are_in_no_comparison():
     theirs[1] |= {"loss_swapped": None}  # of as many tokens
     found = compare(ours, {}, {"records": theirs, "run": {}}, "theirs.json")["differences"]["loss_swapped_persona"]
     assert found["n"] == 22 and found["value"] == pytest.approx(-0.05)
+
+
+def test_metrics_of_other_tokens_are_not_compared_and_named(printed):
+    ours, theirs = (records() for _ in range(2))
+    for record in theirs[:5]:
+        record |= {"personal_mask": "another", METEOR: None}
+    for record in theirs:
+        record |= {"rougeL": None}
+    comparison = compare(ours, {}, {"records": theirs, "run": {}}, "theirs.json")
+    other = "5 of 24 examples have other personal tokens in the other result"
+    alone = "no example has it in both results"
+    assert comparison["left_out"] == {"loss_personal_tokens": other, "loss_other_tokens": other, "rougeL": alone}
+    assert not comparison["left_out"].keys() & comparison["differences"].keys()
+    assert comparison["differences"].keys() >= {"loss_with_persona", METEOR}
+    out = printed(ours, theirs)
+    assert f"not compared: loss on personal tokens, because {other}\n" in out and "not compared: ROUGE-L" in out
+    theirs[0]["tokens"] += 1
+    left_out = compare(ours, {}, {"records": theirs, "run": {}}, "theirs.json")["left_out"]
+    assert left_out["swap_cost"] == "1 of 24 examples have another number of tokens in the other result"
 
 
 def test_rows_are_not_called_users(printed):

@@ -59,6 +59,7 @@ def test_meteor_reads_scripts_without_spaces_by_character():
 @pytest.mark.parametrize("installed", [True, False])
 def test_meteor_is_nltks_on_fifty_pairs(monkeypatch, installed):
     nltk = pytest.importorskip("nltk")
+    from nltk.tokenize.punkt import PunktSentenceTokenizer
     from nltk.translate.meteor_score import single_meteor_score
 
     wordnet = metrics._find_wordnet()
@@ -69,11 +70,14 @@ def test_meteor_is_nltks_on_fifty_pairs(monkeypatch, installed):
         wordnet = SimpleNamespace(synsets=lambda word: [])
     assert metrics.meteor(not installed) is None
     meteor = metrics.meteor(installed)
-    tokenize = nltk.tokenize.NLTKWordTokenizer().tokenize
+    # word_tokenize, without the abbreviations of English that it would have to download
+    monkeypatch.setattr(nltk.tokenize, "sent_tokenize", lambda text, _: PunktSentenceTokenizer().tokenize(text))
+    tokenize = nltk.tokenize.word_tokenize
     for prediction, reference in text_pairs(50):
         expected = single_meteor_score(tokenize(reference), tokenize(prediction), wordnet=wordnet)
         assert meteor(prediction, reference) == pytest.approx(expected)
     assert meteor("", "a reply") == 0.0
+    assert meteor("Honey. Bees.", "bees and honey") > 0, "a full stop within a text is no part of a word"
     synonym = meteor("a sick child", "an ill child")  # words that are their own stems: nltk looks up stems
     assert synonym > (0.6 if installed else 0) and (synonym < 0.4) == (not installed)
 
@@ -110,6 +114,32 @@ def test_intervals_over_few_users_cover_as_often_as_they_say(monkeypatch, cluste
         covered += interval.low <= 2.0 <= interval.high
     assert 0.88 <= covered / 200 <= 0.98
     assert metrics._student(11) == pytest.approx(2.2010, abs=3e-3) and metrics._student(400) < 1.9665
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["replies", "users"])
+@pytest.mark.parametrize(("share", "users"), [(0.02, 20), (0.1, 5), (0.5, 20)])
+def test_intervals_of_shares_cover_as_often_as_they_say(alike, share, users):
+    """Resampling 20 users covered a share of 0.02 in 38 to 71 % of trials, because often no reply counts."""
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        of = np.repeat(np.arange(users), rng.integers(1, 6, users))
+        replies = (rng.random(users)[of] if alike else rng.random(len(of))) < share
+        interval = clustered_mean(replies, np.ones(len(of)), of, bounds=metrics.SHARE)
+        covered += interval.low <= share <= interval.high
+    assert covered / 200 >= 0.9
+
+
+def test_a_share_of_nothing_or_all_has_an_interval():
+    of = np.repeat(np.arange(24), 2)
+    none, every = (clustered_mean([value] * 48, np.ones(48), of, bounds=metrics.SHARE) for value in (0.0, 1.0))
+    t = metrics._student(23)
+    assert (none.value, none.low) == (0, 0) and none.high == pytest.approx(t**2 / (24 + t**2)), "of 24 users"
+    assert (every.value, every.low, every.high) == pytest.approx((1, 1 - none.high, 1))
+    independent = clustered_mean([1, 0] * 50, np.ones(100), range(100), bounds=metrics.SHARE)
+    doubled = clustered_mean([1, 1, 0, 0] * 50, np.ones(200), np.repeat(range(100), 2), bounds=metrics.SHARE)
+    assert doubled == independent._replace(n=200), "what a user repeats is no evidence"
+    assert clustered_mean([0.0, 0.0], [1, 1], ["ana", "ana"], bounds=metrics.SHARE).low is None
 
 
 def test_intervals_of_many_users_take_little_memory():
