@@ -80,11 +80,19 @@ def test_eval_examples_draws_the_same_sample_each_time():
     assert len(load_splits(config, eval_examples=0, seed=3).validation) == 42
 
 
+@pytest.mark.parametrize(("few", "tokens", "uncut"), [(0, None, None), (2, None, 42), (42, None, None), (0, 9, 42)])
+def test_validation_examples_that_are_left_out_are_counted(few, tokens, uncut):
+    pairs = load_pairs(
+        DataConfig(), tiny_tokenizer(), loss=LossConfig(), eval_examples=few, eval_tokens=tokens, seed=0, split_seed=0
+    )  # fmt: skip
+    assert pairs.uncut == uncut and len(pairs.validation) == (1 if tokens else few or 42)
+
+
 @pytest.mark.parametrize("share", ["conversations", "none"])
 def test_validation_replies_stand_by_length_and_beside_those_of_their_conversation(tmp_path, share):
     data = DataConfig(data=str(write_jsonl(tmp_path / "rows.jsonl", [*DIALOGUES, *NAMELESS])), share=share)
     loss, tokenizer = LossConfig(), tiny_tokenizer()
-    pairs = load_pairs(data, tokenizer, loss=loss, eval_examples=0, eval_tokens=None, seed=0).validation
+    pairs = load_pairs(data, tokenizer, loss=loss, eval_examples=0, eval_tokens=None, seed=0, split_seed=0).validation
     lengths, together = sequence_lengths(pairs), conversations(pairs)
     assert max(map(len, together)) == 3
     if share == "none":

@@ -131,7 +131,8 @@ def test_the_best_evaluation_is_the_earliest_of_the_lowest():
 
 def test_few_users_are_counted():
     text = said(units=3)
-    assert "3 users" in text and "10" in text and "--eval_examples" in text
+    assert "3 users" in text and "10" in text and "validation file" in text and "--eval_examples" not in text
+    assert "--eval_examples 0 takes all" in said(units=3, cut=True)
     assert "1 user:" in said(units=1) and "9 rows" in said(units=9, unit="rows") and said(units=10) == ""
 
 
