@@ -207,7 +207,7 @@ def run_of(train, examples, **changes):
     )  # fmt: skip
     state = SimpleNamespace(log_history=[], global_step=7, max_steps=8)
     pairs = SimpleNamespace(
-        train=train, validation=Dataset.from_dict({"example": [0, 0, 1]}), examples=examples, format="perce"
+        train=train, validation=Dataset.from_dict({"example": [0, 0, 1]}), examples=examples, format="perce", uncut=9
     )
     trainer = SimpleNamespace(args=SimpleNamespace(**(vars(args) | changes)), state=state)
     return outcome_of(trainer, pairs, {}, {})
@@ -219,7 +219,7 @@ def test_the_outcome_of_a_run():
     facts = run_of(train, named)
     assert (facts.entries, facts.dropped, facts.max_length) == (4, 6, 99)
     assert (facts.unit, facts.units) == ("users", len({named[0].user_id, named[1].user_id}))
-    assert (facts.warmup, facts.steps, facts.keeps_best) == (4, 7, False)
+    assert (facts.warmup, facts.steps, facts.keeps_best, facts.cut) == (4, 7, False, True)
     facts = run_of(Dataset.from_list([{"input_ids": [1], "windows": []}]), nameless, lr_scheduler_type="constant")
     assert (facts.entries, facts.dropped, facts.unit, facts.units, facts.warmup) == (0, 0, "rows", 2, 0)
     stream = SimpleNamespace(column_names=("input_ids", "response_length"))
