@@ -418,6 +418,12 @@ def test_rows_that_are_left_out_are_counted_with_the_first_reason(run, tmp_path)
     assert "--skip_bad_rows" not in err
 
 
+def test_replies_that_the_prompt_shows_are_counted(run, tmp_path):
+    rows = [{**row, "persona": [row["response"]]} for row in ROWS[:2]] + ROWS[2:4]
+    out = run("--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--generate", "false").out
+    assert "2 of 4 replies stand word for word in their persona" in " ".join(out.split())
+
+
 def test_tokens_that_the_model_lacks_are_refused_by_name(run, tmp_path):
     save_tiny_model(tmp_path / "model", vocab_size=60)
     err = run("--model", tmp_path / "model", code=2).err
