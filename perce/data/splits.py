@@ -16,7 +16,7 @@ from perce.config.questions import SplitConfig
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
 from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
 from perce.data.formats import FORMATS
-from perce.data.pairing import PairSource, dated, make_builder, not_read, picked_by, skipped_rows
+from perce.data.pairing import PairSource, copied_replies, dated, make_builder, not_read, picked_by, skipped_rows
 from perce.data.rows import (
     Document,
     Examples,
@@ -255,6 +255,7 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
             f"{name}: {entries:,} persona entries dropped from {int((dropped > 0).sum()):,} examples to fit "
             f"--max_length {max_length}"
         )
+    notes += [f"warning: {name}: {x}" for x in copied_replies(int(numbers(dataset, "copied").sum()), len(dataset))]
     if examples > len(dataset):
         notes.append(
             f"{name}: {examples - len(dataset):,} examples skipped, longer than --max_length {max_length} or unusable"
