@@ -40,7 +40,7 @@ class Signal:
 
     name: str
     of: Callable[..., Tensor]
-    meaning: str = ""
+    meaning: str
     """For readers of a report, after the name and a colon. {full} and {short}: with and without the persona."""
 
 
