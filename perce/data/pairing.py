@@ -91,9 +91,9 @@ def skipped_rows(rows: Examples) -> list[str]:
 
 
 def copied_replies(copied: int, replies: int) -> list[str]:
-    """A warning if so many of these replies stand in what their prompts show of the persona."""
+    """A note if so many of these replies stand in what their prompts show of the persona."""
     few = f"{copied:,} of {replies:,} replies stand word for word in their persona: they are copied, not predicted"
-    return [f"{few}. Take a row's own reply out of its persona"] * bool(copied)
+    return [f"{few}. If it is the row's own text that stands there, take it out"] * bool(copied)
 
 
 @dataclass

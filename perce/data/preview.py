@@ -106,8 +106,8 @@ def _told(
         yield "cut", f"{source.cut_documents:,} documents, into pieces that fit {limit}"
     if source.unfit:
         yield "refused", f"{source.unfit:,} examples; the first: {source.reason}"
-    for warning in copied_replies(sum(pair.get("copied", False) for pair in pairs), len(pairs)):
-        yield "warning", warning
+    for note in copied_replies(sum(pair.get("copied", False) for pair in pairs), len(pairs)):
+        yield "copied", note
     if "windows" not in pairs[0]:
         ids, units = [pair["input_ids"][:-1] for pair in pairs], [pair["conversation"] for pair in pairs]
         needed, computed = sum(map(len, ids)), sum(len(part.ids) for part in segmented(ids, units, "branches")[0])

@@ -255,7 +255,7 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
             f"{name}: {entries:,} persona entries dropped from {int((dropped > 0).sum()):,} examples to fit "
             f"--max_length {max_length}"
         )
-    notes += [f"warning: {name}: {x}" for x in copied_replies(int(numbers(dataset, "copied").sum()), len(dataset))]
+    notes += [f"{name}: {x}" for x in copied_replies(int(numbers(dataset, "copied").sum()), len(dataset))]
     if examples > len(dataset):
         notes.append(
             f"{name}: {examples - len(dataset):,} examples skipped, longer than --max_length {max_length} or unusable"

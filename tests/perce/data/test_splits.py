@@ -152,15 +152,15 @@ def test_validation_rows_that_are_trained_on_are_warned_of(tmp_path):
     assert own_split(tmp_path, USERS, later) == ["3 of 3 users of the validation split are also trained on"]
 
 
-def test_replies_that_the_prompt_shows_are_warned_of(tmp_path):
+def test_replies_that_the_prompt_shows_are_counted(tmp_path):
     rows = [{**row(f"u{i}", i), "response": f"Here, at the old mill, since {i}."} for i in range(20)]
     rows[:19] = [{**x, "persona": [*x["persona"], x["response"]]} for x in rows[:19]]
     data = DataConfig(data=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     arguments = {"loss": LossConfig(), "eval_examples": 0, "eval_tokens": None, "seed": 0, "split_seed": 0}
     warnings = [note for note in load_pairs(data, tiny_tokenizer(), **arguments).notes if "word for word" in note]
     (held_out, trained) = warnings
-    assert held_out.startswith("warning: validation: 2 of 2 replies stand word for word in their persona: they are")
-    assert trained.startswith("warning: training: 17 of 18 replies")
+    assert held_out.startswith("validation: 2 of 2 replies stand word for word in their persona: they are")
+    assert trained.startswith("training: 17 of 18 replies")
 
 
 def test_files_of_no_split_are_named_once(tmp_path):
