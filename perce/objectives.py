@@ -40,7 +40,7 @@ class Signal:
 
     name: str
     of: Callable[..., Tensor]
-    meaning: str = ""
+    meaning: str
     """For readers of a report, after the name and a colon. {full} and {short}: with and without the persona."""
 
 
@@ -194,7 +194,8 @@ _ENTRIES = (
     Objective("dft", "DFT", "likely tokens count more, so that the model stays close to what it was (arXiv 2508.05629)",
               Signal("p", lambda logp: logp.exp(), "a token's probability {full}, so that likely tokens count more"),
               clip=(0.0, 1.0), takes=(PERSONAS, DOCUMENTS)),
-    Objective("nextquill", "NextQuill", "0.9 if the persona raises p by more than 0.05, else 0.1 (arXiv 2506.02368)",
+    Objective("nextquill", "NextQuill's weights",
+              "0.9 if the persona raises p by more than 0.05, else 0.1 (arXiv 2506.02368)",
               Signal("preference (0.9 or 0.1)", _preferred,
                      "0.9 for a token whose probability is more than 0.05 higher {full} than {short}, else 0.1"),
               clip=(0.1, 0.9), takes=(PERSONAS,)),

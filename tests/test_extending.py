@@ -11,6 +11,7 @@ import torch
 from perce import LossConfig, UserError, evaluate, load_examples, objectives
 from perce.data import formats, parsers
 from perce.measuring import metrics
+from perce.report.page import Weighed
 from perce_kernels import backends, token_logprobs
 from tests.helpers import ROOT
 from tests.helpers.numerics import assert_matches, call, make_inputs, oracle
@@ -29,6 +30,8 @@ def test_every_example_is_run_here():
 def test_an_objective(tmp_path, monkeypatch):
     entry = eval(BLOCKS["objective"], vars(objectives))
     monkeypatch.setitem(objectives.OBJECTIVES, entry.name, entry)
+    said = "Here 1 − p is one minus a token's probability with the persona, so that unlikely tokens count more."
+    assert Weighed(entry, entry.weighting()).meaning == said
     formulas = eval(f"{{{BLOCKS['formula']}}}", {"torch": torch})
     model, batches = model_for("full"), []
     loop_model = model_for("full").train()

@@ -147,14 +147,33 @@ def is_training_option(name: str) -> bool:
     return name in TrainingArguments.__dataclass_fields__
 
 
+OF_A_PROMPT = (
+    "max_length", "retriever", "retriever_model", "retrieve_k", "chat_template_kwargs", "special_tokens_in_text",
+)  # fmt: skip
+"""What prompts are made with, whatever the rows are. Their wording is saved with the tokenizer."""
+
+
 def of_the_run(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """If no data is given: the data options of the run in --model, and a sentence that says so."""
-    run = None if "data" in raw else schema.run_directory(raw.get("model"))
-    if run is None:
+    """The options of the run in --model that hold where none is given, and a sentence that says so: what its tokens
+    were weighted by; and of its data, all if no data is given, else what its prompts were made with."""
+    if (run := schema.run_directory(raw.get("model"))) is None:
         return {}, ""
-    saved = read_yaml(str(run / schema.CONFIG_NAME), "--model")
+    file = run / schema.CONFIG_NAME
+    saved = read_yaml(str(file), "--model")
     own = {option.name: saved[option.name] for option in fields(schema.DataConfig) if option.name in saved}
-    return own, f"--model {raw['model']}: run on its own data, with the data options in {run / schema.CONFIG_NAME}"
+    told = f"--model {raw['model']}: run on its own data, with the data options in {file}"
+    if raw.get("retriever", "dense") != "dense":
+        own.pop("retriever_model", None)
+    if raw.get("retriever") == "none":
+        own.pop("retrieve_k", None)
+    if "data" in raw:
+        own = {name: own[name] for name in OF_A_PROMPT if name in own and name not in raw}
+        usual = schema.DataConfig()
+        unusual = ", ".join(f"{name} {value}" for name, value in own.items() if value != getattr(usual, name))
+        told = unusual and f"--model {raw['model']}: prompts are made as in {file}: {unusual}"
+    if "objective" not in raw:
+        own |= {option.name: saved[option.name] for option in fields(schema.WeightingConfig) if option.name in saved}
+    return own, told
 
 
 SCORE: Command[ScoreOptions] = Command(

@@ -95,8 +95,9 @@ class Command(Generic[Chosen]):
     options: a dataclass whose fields are sections; the name of each is a group in --help. extra: the word in --help and
     in errors for other options, which are passed on by name in the field `extra` ("": every option must be a field).
     passes_over: says whether a name in a file is an option of the other command whose files are read here too.
-    renames: names of that command → names here. completes: from the given values, the values of options that were not
-    given, and a sentence that says where they come from. commands: all commands, to name the one that has an option.
+    renames: names of that command → names here. completes: from the given values, values for options that are not
+    given (those of other commands are left out), and a sentence that says where they come from. commands: all commands,
+    to name the one that has an option.
     """
 
     name: str
@@ -150,7 +151,8 @@ class Command(Generic[Chosen]):
             if kind in PATHS and isinstance(value, str) and not value.lstrip().startswith("{"):
                 check_path(f"--{name}", value, is_file=kind == "FILE")
         others, completed = self.completes(raw) if self.completes else ({}, "")
-        return Parsed({**others, **raw}, config_file, print_config, unused, completed)
+        others = {name: value for name, value in others.items() if name in self.fields}
+        return Parsed(others | raw, config_file, print_config, unused, completed)
 
     def build(self, raw: Mapping[str, Any]) -> Chosen:
         """The options from raw values, converted and checked."""

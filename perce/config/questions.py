@@ -7,7 +7,9 @@ from typing import Literal
 
 from perce.config.options import option as _option
 from perce.config.options import require as _require
-from perce.config.schema import BACKEND, MODEL, RunConfig, WeightingConfig, refuse_idle
+from perce.config.schema import BACKEND, MODEL, WeightingConfig, refuse_idle
+
+SPLIT_SEED = 42  # of train, score and evaluate alike
 
 
 def _beside(path: str, ending: str) -> Path:
@@ -54,8 +56,8 @@ class SplitConfig:
     sample: int | None = _option(None, "use N examples, drawn at random from the whole split")
     split_seed: int | None = _option(
         None,
-        "seed of --sample and of held_out, for which it must equal the --seed of the training (default: 42); the "
-        "held-out users that a run has recorded are used unless this option is given",
+        "seed of --sample and of held_out, as in training (default: 42); the held-out users that a run has recorded "
+        "are used unless this option is given",
     )
 
     def __post_init__(self) -> None:
@@ -70,7 +72,7 @@ class SplitConfig:
     @property
     def seed(self) -> int:
         """The same for every model, so that two models that are compared are given the same examples."""
-        return RunConfig.seed if self.split_seed is None else self.split_seed
+        return SPLIT_SEED if self.split_seed is None else self.split_seed
 
 
 @dataclass(frozen=True)

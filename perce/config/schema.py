@@ -353,8 +353,7 @@ class RunConfig:
     learning_rate: float | None = _option(None, "peak learning rate; default: 2e-5 for all weights, 2e-4 for LoRA")
     warmup_steps: float = _option(0.1, "steps of linear warm-up; below 1: a share of all steps")
     per_device_train_batch_size: int | None = _option(
-        None,
-        "replies per forward pass, at most this many if replies share tokens; default: chosen by their lengths",
+        None, "replies per forward pass, at most this many if replies share tokens; default: chosen by their lengths"
     )
     gradient_accumulation_steps: int | None = _option(
         None, "forward passes per optimiser step; default: as many as give 8 replies per device"
@@ -383,6 +382,9 @@ class RunConfig:
     )
     merge_adapter: bool = _option(False, "LoRA: also save the whole model, merged in fp32, in output_dir/merged")
     seed: int = _option(42, "seed of data order, dropout and LoRA initialisation")
+    split_seed: int | None = _option(
+        None, "seed of who is held out, and of the draw of --eval_examples; default: 42, whatever --seed is"
+    )
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_batch"):

@@ -34,7 +34,7 @@ from perce.data.workers import tables
 from perce.errors import UserError, in_one_line
 from perce.files.integrity import difference, sizes_and_digests
 
-PAIRS_VERSION = 8
+PAIRS_VERSION = 9
 """The version of the code that makes pairs from examples; a test fails if the pairs change and this number does not."""
 
 PAIRS = "pairs.arrow"
@@ -53,6 +53,7 @@ _PERSONA = {
     "dropped_passages": Value("int32"),
     "conversation": Value("int64"),
     "persona": Value("int64"),
+    "copied": Value("bool"),
 }
 FEATURES = {
     PairBuilder: Features(_COMMON | _PERSONA),

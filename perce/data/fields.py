@@ -28,8 +28,9 @@ PASSAGES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("score", (("Rating", "score"), ("Review", "text"))),  # LaMP-3
     ("text", (("Category", "category"), ("Title", "title"), ("Text", "text"))),  # LaMP-2N, -4, -6, -7
 )
-# Fields that are the target in some LaMP or LongLaMP task: an entry with this row's target there would give it away.
-TARGET_FIELDS = ("abstract", "content", "reviewText", "text", "title")
+LABELS = ("Category", "Rating", "Tag")  # what says nothing about an entry's subject, and what many entries have alike
+# The texts of entries: any may be a task's target, and an entry with this row's target there would give it away.
+TEXT_FIELDS = {name for _, parts in PASSAGES for label, name in parts if label not in LABELS}
 ENTRY = f"a text, or an object with one of the fields {', '.join(kind for kind, _ in PASSAGES)}"
 HEAVIEST = 1e6  # the largest weight of a row: far below where fp32 overflows
 

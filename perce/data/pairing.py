@@ -90,6 +90,12 @@ def skipped_rows(rows: Examples) -> list[str]:
     return notes + [f"{rows.weightless:,} replies of weight 0 left out"] * bool(rows.weightless)
 
 
+def copied_replies(copied: int, replies: int) -> list[str]:
+    """A note if so many of these replies stand in what their prompts show of the persona."""
+    few = f"{copied:,} of {replies:,} replies stand word for word in their persona: they are copied, not predicted"
+    return [f"{few}. If it is the row's own text that stands there, take it out"] * bool(copied)
+
+
 @dataclass
 class PairSource:
     """Examples to pair, with their builder and counts of what was left out."""

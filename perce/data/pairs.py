@@ -22,7 +22,7 @@ from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, system_text
 from perce.data.readers import BadRow
 from perce.data.retrieval import Retriever
 from perce.data.rows import OR_SKIP, Example
-from perce.data.words import personal_word_spans
+from perce.data.words import personal_word_spans, stands_in
 from perce.errors import UserError
 
 MOST_CHARACTERS = 16  # per token, more than any text has: a longer history cannot fit, and is not tokenised
@@ -50,6 +50,8 @@ class Pair:
     """A key that is equal for examples with the same input_ids up to the persona's end, which they may share too."""
     data_weight: float = 1.0
     """The row's factor for the weights of the response's tokens."""
+    copied: bool = False
+    """Whether the response stands word for word in a passage that the prompt shows."""
 
     @property
     def prompt_length(self) -> int:
@@ -221,17 +223,18 @@ class PairBuilder:
             chosen, kept, (chat, span) = self._whole(example) or self._chosen(example)
         except UserError as error:
             raise UserError(f"{example.source}: {error}") from None
-        ids, prompt = chat.encoded.ids, chat.prompt_length
+        ids, prompt, shown = chat.encoded.ids, chat.prompt_length, [example.persona[i] for i in chosen[:kept]]
         pair = Pair(
             input_ids=ids,
             persona_span=span,
             response_length=len(ids) - prompt,
-            personal=self._personal(example, [example.persona[i] for i in chosen[:kept]], chat),
+            personal=self._personal(example, shown, chat),
             passages=chosen[:kept],
             dropped_passages=len(chosen) - kept,
             conversation=_digest(repr(example.conversation).encode()),
             persona=_digest(array("q", ids[: span[1]]).tobytes()),
             data_weight=example.data_weight,
+            copied=stands_in(example.response, shown),
         )
         pair.counterfactual_ids()
         return pair

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from perce.data.fields import (
-    TARGET_FIELDS,
+    TEXT_FIELDS,
     Turn,
     exchanges,
     list_of,
@@ -119,7 +119,7 @@ def _from_history(entries: Any, field: str, request: tuple[Turn, ...], response:
     have the oldest entry first."""
     passages = []
     for i, entry in reversed(list(enumerate(list_of(entries, field, "objects")))):
-        texts = [entry.get(name) for name in TARGET_FIELDS] if isinstance(entry, dict) else [entry]
+        texts = [entry.get(name) for name in TEXT_FIELDS] if isinstance(entry, dict) else [entry]
         if response and any(isinstance(text, str) and same_words(text, response) for text in texts):
             continue  # this is the target: with it in the prompt the model would only learn to copy
         if passage := passage_text(entry, f"{field}[{i}]"):

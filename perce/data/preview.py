@@ -10,7 +10,7 @@ from rich.text import Text
 from perce.config.commands import PreviewOptions
 from perce.config.schema import LossConfig
 from perce.data.formats import FORMATS
-from perce.data.pairing import PairSource, dated, make_builder, not_read, picked_by
+from perce.data.pairing import PairSource, copied_replies, dated, make_builder, not_read, picked_by
 from perce.data.rows import Example, Examples, Reading, Record, available_splits, load_examples
 from perce.data.sharing import segmented
 from perce.data.tokens import personal_words, token_texts
@@ -106,6 +106,8 @@ def _told(
         yield "cut", f"{source.cut_documents:,} documents, into pieces that fit {limit}"
     if source.unfit:
         yield "refused", f"{source.unfit:,} examples; the first: {source.reason}"
+    for note in copied_replies(sum(pair.get("copied", False) for pair in pairs), len(pairs)):
+        yield "copied", note
     if "windows" not in pairs[0]:
         ids, units = [pair["input_ids"][:-1] for pair in pairs], [pair["conversation"] for pair in pairs]
         needed, computed = sum(map(len, ids)), sum(len(part.ids) for part in segmented(ids, units, "branches")[0])

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perce.config.schema import DataConfig
-from perce.data.fields import PASSAGES
+from perce.data.fields import LABELS, PASSAGES
 from perce.data.rows import Example
 from perce.data.words import IDEOGRAPHS, LETTERS, spaced
 
@@ -47,9 +47,7 @@ QUERIES: dict[str, str] = {
 }
 _QUERIES = [re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in QUERIES.values()]
 
-# Fields that a passage shows (fields.PASSAGES) but that say nothing about its subject; they are not searched.
-UNINDEXED = ("Category", "Rating", "Tag")
-_UNINDEXED_LINE = re.compile(rf"\A(?:{'|'.join(UNINDEXED)}): .*\n")
+_UNINDEXED_LINE = re.compile(rf"\A(?:{'|'.join(LABELS)}): .*\n")
 _LABEL = re.compile(rf"^(?:{'|'.join(sorted({label for _, parts in PASSAGES for label, _ in parts}))}): ", re.MULTILINE)
 
 # As a word counts each character of Chinese and Japanese, and every four neighbours of scripts such as Thai.

@@ -16,7 +16,7 @@ from perce.config.questions import SplitConfig
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
 from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
 from perce.data.formats import FORMATS
-from perce.data.pairing import PairSource, dated, make_builder, not_read, picked_by, skipped_rows
+from perce.data.pairing import PairSource, copied_replies, dated, make_builder, not_read, picked_by, skipped_rows
 from perce.data.rows import (
     Document,
     Examples,
@@ -123,16 +123,20 @@ class RunPairs:
     """Sentences on what was held out, trimmed and skipped."""
     held_out: HeldOut | None
     """None if the data has a validation split."""
+    uncut: int | None
+    """How many validation examples there are; None if all of them are used."""
 
 
 def load_pairs(
-    config: DataConfig, tokenizer: Any, *, loss: LossConfig, eval_examples: int, eval_tokens: int | None, seed: int
+    config: DataConfig, tokenizer: Any, *, loss: LossConfig, eval_examples: int, eval_tokens: int | None, seed: int,
+    split_seed: int,
 ) -> RunPairs:  # fmt: skip
     """Read, check and pair config.data. At most eval_examples (0: all) and eval_tokens are kept for validation.
 
-    Every mistake in the data is found here, unless it is streamed.
+    seed: of the order of a stream. split_seed: of who is held out, and of the draw of eval_examples. Every mistake in
+    the data is found here, unless it is streamed.
     """
-    splits = load_splits(config, eval_examples=eval_examples, seed=seed)
+    splits = load_splits(config, eval_examples=eval_examples, seed=split_seed)
     builder = make_builder(tokenizer, config, splits.format, loss)
     validation = pair_dataset(splits.validation, builder, skip_bad_rows=config.skip_bad_rows)
     notes = [*splits.notes, *picked_by(builder), *dated(builder)]
@@ -147,13 +151,15 @@ def load_pairs(
     if eval_tokens is not None:
         fitting = sum(total <= eval_tokens for total in itertools.accumulate(lengths))
         lengths = lengths[: max(fitting, 1)]
+    cut = len(splits.validation) < splits.available or len(lengths) < len(validation)
     # Sorted by length, batches have little padding: a fifth less work for long examples of uneven length. Replies of a
     # conversation stay together, because they share tokens only within a batch.
     kept = range(len(lengths))
     together = conversations(validation.select(kept)) if config.share == "conversations" else [[i] for i in kept]
     together.sort(key=lambda indices: max(lengths[index] for index in indices))
     validation = validation.select([index for indices in together for index in indices])
-    return RunPairs(train, validation, splits.validation, splits.format, notes, splits.held_out)
+    return RunPairs(train, validation, splits.validation, splits.format, notes, splits.held_out,
+                    splits.available if cut else None)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,8 @@ class Splits:
     format: str
     notes: list[str]
     held_out: HeldOut | None
+    available: int
+    """Validation examples before eval_examples of them were drawn."""
 
 
 def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
@@ -195,10 +203,11 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
         who = HeldOut.drawn(train.all, seed)
         kept, validation, counted = who.divide(train.all, data)
         notes = [f"{counted} held out for validation", *without_user(train.all, who), *skipped_rows(train)]
-    if 0 < eval_examples < len(validation):
+    available = len(validation)
+    if 0 < eval_examples < available:
         validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: its beginning is a sample too
     notes += not_read(train)
-    return Splits(kept, validation, held_out.format if config.streaming else train.format, notes, who)
+    return Splits(kept, validation, held_out.format if config.streaming else train.format, notes, who, available)
 
 
 def trained_on_too(train: Sequence[Record], validation: Sequence[Record]) -> list[str]:
@@ -246,6 +255,7 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
             f"{name}: {entries:,} persona entries dropped from {int((dropped > 0).sum()):,} examples to fit "
             f"--max_length {max_length}"
         )
+    notes += [f"{name}: {x}" for x in copied_replies(int(numbers(dataset, "copied").sum()), len(dataset))]
     if examples > len(dataset):
         notes.append(
             f"{name}: {examples - len(dataset):,} examples skipped, longer than --max_length {max_length} or unusable"

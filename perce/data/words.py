@@ -26,6 +26,7 @@ WORD = re.compile(rf"{_SPACED}(?:['’]{_SPACED})?|(?=({_PAIRED}{{2}})).|(?=([{L
 ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)?")
 _OF_SEVERAL = re.compile(rf"{_PAIRED}|[{LETTERS}]")
 _CONTRACTED = re.compile("(?:n't|'(?:d|ll|m|re|ve))$")  # isn't, I'll; not 's, which names have too
+FEWEST_WORDS = 5  # of a reply that is called copied
 # Words too common to be personal.
 COMMON_WORDS = frozenset(
     """a about after again ain't all also always am an and another any are as at back be because been before being but
@@ -54,6 +55,13 @@ def personal_word_spans(response: str, persona: Sequence[str], conversation: str
     own = {word for word, _ in found if not _is_common(word)}
     own &= words_of("\n".join(persona)) - words_of(conversation)
     return [span for word, span in found if word in own]
+
+
+def stands_in(response: str, passages: Sequence[str]) -> bool:
+    """Whether a response of at least FEWEST_WORDS different words stands word for word in one of the passages. Shorter
+    ones, such as a rating or a greeting, may stand there by chance."""
+    text = response.strip()
+    return any(text in passage for passage in passages) and len(words_of(text)) >= FEWEST_WORDS
 
 
 @lru_cache(64)  # the rows of a user have the same persona

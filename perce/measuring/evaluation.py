@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from perce.config.commands import EvaluateOptions
 from perce.config.questions import EvaluateConfig
+from perce.data.pairing import copied_replies
 from perce.data.pairs import Pair
 from perce.data.rows import Example, text_key
 from perce.data.sharing import Sharing, common_tokens
@@ -104,7 +105,7 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
         seen[text] += 1
     if not items:
         raise UserError(subject.source.nothing_left())
-    notes = subject.left_out
+    notes = [*subject.left_out, *copied_replies(sum(item.pair.copied for item in items), len(items))]
     if any(item.swapped is None for item in items):
         without = sum(item.swapped is None for item in items)
         notes.append(

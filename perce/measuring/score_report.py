@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from perce.config.commands import ScoreOptions
+from perce.config.options import number, read_yaml
+from perce.config.schema import CONFIG_NAME, WeightingConfig, run_directory
 from perce.data.rows import Example
 from perce.files.outputs import in_one_move, written
 from perce.measuring.identification import Identified
@@ -61,11 +63,26 @@ def _lines(records: Records, options: ScoreOptions, left_out: Sequence[str]) -> 
     if options.score.weighting.signal:
         ends = [("at the floor", f"{m['frac_at_floor']:.1%}"), ("at the ceiling", f"{m['frac_at_ceiling']:.1%}")]
     return [
-        ("examples", f"{m['examples']:,}"), ("response tokens", f"{m['tokens']:,}"),
+        ("weights", _weights(options)), ("examples", f"{m['examples']:,}"), ("response tokens", f"{m['tokens']:,}"),
         ("loss with persona", f"{m['loss_with_persona']:.4f}"),
         ("loss without persona", f"{m['loss_without_persona']:.4f}"), ("mean PIR", f"{m['pir_mean']:+.4f}"),
         ("mean weight", f"{m['weight_mean']:.3f}"), *ends, *(("left out", note) for note in left_out),
     ]  # fmt: skip
+
+
+def _weights(options: ScoreOptions) -> str:
+    """What tokens are weighted by; of a model of a run, compared with what it trained with."""
+    score, run = options.score, run_directory(options.model.model)
+    if run is None:
+        return str(score.weighting)
+    saved = read_yaml(str(run / CONFIG_NAME), "--model")
+    own = WeightingConfig(**{x.name: number(saved[x.name]) for x in fields(WeightingConfig) if x.name in saved})
+    if (own.objective, own.weighting) != (score.objective, score.weighting):
+        return f"{score.weighting}; those of the run: {own.weighting}"
+    normalize, schedule = (saved.get(name) for name in ("normalize", "clip_schedule"))
+    later = [f"normalisation over each {normalize}"] * (normalize in ("batch", "sequence"))
+    later += [f"{schedule} clip"] * (schedule in ("rising", "falling")) + ["permutation"] * bool(score.entry.over_step)
+    return f"{score.weighting}, as in the run{' before its ' * bool(later)}{' and '.join(later)}"
 
 
 def print_tokens(records: Records, options: ScoreOptions) -> None:

@@ -23,7 +23,7 @@ from string import Template
 from typing import NamedTuple
 
 from perce.files.outputs import in_one_move
-from perce.objectives import Objective, TokenWeighting
+from perce.objectives import PIR, Objective, TokenWeighting
 from perce.report.embedded import embedded, mean
 from perce.report.heatmap import Cells, Histogram, ScoredResponse, ScoredToken, harmless, intensity, scale
 
@@ -68,10 +68,9 @@ class Weighed:
 
     @property
     def meaning(self) -> str:
-        """A sentence on the signal; empty for one that does not say what it means."""
-        signal = self.weighting.reported.signal
-        meaning = signal.meaning.format(full=self.full, short=self.short) if signal else ""
-        return f"Here {self.signal} is {meaning}." if meaning else ""
+        """A sentence on the signal."""
+        signal = self.weighting.signal or PIR
+        return f"Here {signal.name} is {signal.meaning.format(full=self.full, short=self.short)}."
 
 
 def write_page(

@@ -48,6 +48,8 @@ class Outcome:
     """Persona entries in the training prompts; `dropped`: those dropped to fit max_length. Both are 0 for a stream."""
     dropped: int
     max_length: int
+    cut: bool = False
+    """Whether the data has more validation examples."""
     marked: bool = False
     """Whether the data itself marks personal spans in any of the validation's examples."""
 
@@ -66,7 +68,7 @@ def outcome_of(trainer: Any, pairs: RunPairs, before: Mapping[str, float], after
         unit="users" if named else "rows", units=len({example.user_id or example.source for example in evaluated}),
         keeps_best=args.load_best_model_at_end, warmup=_warmup(trainer), steps=state.global_step,
         entries=sum(map(len, columns["passages"])), dropped=sum(columns["dropped_passages"]),
-        max_length=args.data.max_length,
+        max_length=args.data.max_length, cut=pairs.uncut is not None,
         marked=any(getattr(example, "personal_spans", None) is not None for example in evaluated),
     )  # fmt: skip
 
@@ -212,7 +214,5 @@ def _few(run: Outcome) -> str:
     if run.units >= FEW:
         return ""
     unit = run.unit if run.units != 1 else run.unit.removesuffix("s")
-    return (
-        f"The validation has only {run.units} {unit}: its numbers may be chance. Validate on {FEW} or more "
-        "(--eval_examples 0 takes all that there are)."
-    )
+    how = "--eval_examples 0 takes all that there are" if run.cut else "put them into a validation file"
+    return f"The validation has only {run.units} {unit}: its numbers may be chance. Validate on {FEW} or more ({how})."

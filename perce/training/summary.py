@@ -177,9 +177,11 @@ def describe_run(
         millions = sum(beside.values()) / 1e6
         say(f"       no text reaches {', '.join(beside)} ({millions:,.1f} M parameters): not trained")
     size = f"{len(pairs.train):,}" if isinstance(pairs.train, Dataset) else "a stream of"
+    used = len(set(pairs.validation["example"]))  # a long document is several pairs
+    validated = f"{used:,} of {pairs.uncut:,}" if pairs.uncut else f"{len(pairs.validation):,}"
     say(
         f"data   {config.data.data or 'built-in examples'} ({pairs.format}): {size} training and "
-        f"{len(pairs.validation):,} validation examples"
+        f"{validated} validation examples"
     )
     for note in pairs.notes:
         say(f"       {note}")

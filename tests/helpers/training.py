@@ -1,5 +1,9 @@
 """Shared by the tests of `python -m perce.train`: rows, and checks of error messages."""
 
+import yaml
+
+from perce.config.commands import TRAIN
+
 LIMIT = 9  # examples that are scored
 ROWS = [
     {
@@ -28,3 +32,11 @@ def printed_by(main, capsys, *fixed):
         return capsys.readouterr()
 
     return run
+
+
+def a_run(path, **options):
+    """The directory of a run of perce.train with these options, as far as other commands read it."""
+    path.mkdir()
+    (path / "config.yaml").write_text(yaml.safe_dump(TRAIN.build({"data": "own.jsonl", **options}).to_dict()))
+    (path / "run.json").write_text("{}")
+    return path

@@ -21,7 +21,7 @@ from perce.files.lock import locked
 from perce.measuring.evaluation import Evaluator, other_users
 from tests.helpers.raw_rows import documented, documented_files
 from tests.helpers.tiny import demo_examples, save_tiny_model, tiny_tokenizer, write_jsonl
-from tests.helpers.training import ROWS, printed_by
+from tests.helpers.training import ROWS, a_run, printed_by
 
 LIMIT = 14  # of three users
 
@@ -166,12 +166,31 @@ def test_without_data_a_run_is_asked_about_its_own(run, train, tmp_path, monkeyp
         options, _ = asked(capsys, main, "--model", "../run", "--max_length", 600, "--split", "train")
         assert (options["data"], options["max_length"], options["split"]) == (str(data), 600, "train")
         options, told = asked(capsys, main, "--model", "../run", "--data", data)
-        assert (options["columns"], options["max_length"], options["split"], told) == (None, 5000, None, "")
+        assert (options["columns"], options["max_length"], options["split"]) == (None, 700, None)
+        assert told == f"--model ../run: prompts are made as in {tmp_path / 'run' / 'config.yaml'}: max_length 700\n"
         options, _ = asked(capsys, main, "--model", "../run")
         assert (options["data"], options["split"]) == (str(data), None), "who is asked about is found with the data"
         (tmp_path / "c.yaml").write_text(f"data: {DATA_DIR}\n")
-        options, told = asked(capsys, main, "--model", "../run", "--config", tmp_path / "c.yaml")
-        assert (options["data"], options["columns"], options["split"], told) == (str(DATA_DIR), None, None, "")
+        options, _ = asked(capsys, main, "--model", "../run", "--config", tmp_path / "c.yaml")
+        assert (options["data"], options["columns"], options["split"]) == (str(DATA_DIR), None, None)
+
+
+def test_other_data_is_read_as_it_is_and_prompted_as_in_the_run(tmp_path, capsys):
+    made = {"retriever": "dense", "retriever_model": "org/encoder", "retrieve_k": 2, "max_length": 900,
+            "chat_template_kwargs": '{"a": 1}', "special_tokens_in_text": "allow"}  # fmt: skip
+    read = {"format": "alpaca", "columns": "persona=who", "persona_markers": "a...b", "skip_bad_rows": True}
+    run = a_run(tmp_path / "run", **made, **read)
+    for main in (score.main, evaluate.main):
+        options, told = asked(capsys, main, "--model", run, "--data", "other.jsonl")
+        assert {name: options[name] for name in made} == made and options["data"] == "other.jsonl"
+        assert options["format"] == "auto" and not any(options[name] for name in [*read][1:])
+        assert told.count("\n") == 1 and all(f"{name} {value}" in told for name, value in made.items())
+        other = ("--model", run, "--data", "other.jsonl", "--retriever")
+        options, _ = asked(capsys, main, *other, "recency", "--max_length", 800)
+        assert (options["max_length"], options["retrieve_k"], options["retriever_model"]) == (800, 2, None)
+        options, told = asked(capsys, main, *other, "none")
+        assert (options["retrieve_k"], options["retriever_model"]) == (4, None) and "retrieve" not in told
+    assert asked(capsys, main, "--model", a_run(tmp_path / "plain"), "--data", "other.jsonl")[1] == ""
 
 
 def test_data_is_the_same_by_a_relative_path(run, tmp_path, monkeypatch):
@@ -418,6 +437,12 @@ def test_rows_that_are_left_out_are_counted_with_the_first_reason(run, tmp_path)
     err = run(*flags, code=2).err
     assert "No example is left: none can be used. The first: rows.jsonl:1: query and response take" in err
     assert "--skip_bad_rows" not in err
+
+
+def test_replies_that_the_prompt_shows_are_counted(run, tmp_path):
+    rows = [{**row, "persona": [row["response"]]} for row in ROWS[:2]] + ROWS[2:4]
+    out = run("--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--generate", "false").out
+    assert "2 of 4 replies stand word for word in their persona" in " ".join(out.split())
 
 
 def test_tokens_that_the_model_lacks_are_refused_by_name(run, tmp_path):

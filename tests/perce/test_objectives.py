@@ -354,7 +354,7 @@ def test_dealing_out_keeps_the_values_and_depends_on_the_seed_alone():
 
 
 def test_what_a_signal_needs_is_what_its_function_takes():
-    assert TokenWeighting(Signal("", lambda entropy, logp: entropy), 0, 1).needs == {"entropy", "logp"}
+    assert TokenWeighting(Signal("", lambda entropy, logp: entropy, ""), 0, 1).needs == {"entropy", "logp"}
     assert [OBJECTIVES[name].counterfactual for name in ("perce", "nextquill", "dft", "ce")] == [
         True,
         True,

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from perce.files.lock import locked
 from perce.measuring import inference, score_report, scores
 from tests.helpers.pages import Page
 from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_tokenizer, write_jsonl
-from tests.helpers.training import LIMIT
+from tests.helpers.training import LIMIT, a_run
 
 
 def test_records_equal_the_models_own_logits(scored, gemma, tmp_path):
@@ -214,6 +215,20 @@ def test_weights_are_the_objectives_own_and_a_tint_that_is_not_is_called_perces(
     assert found == pytest.approx(pir.clamp(0.002, 0.004).tolist(), abs=1e-5) and len(set(found)) > 1
     scored("--output", paths["html"])
     assert Page(paths["html"]).data["weight"] == "weight" and "Tinted by weight;" in Page(paths["html"]).text
+
+
+def test_weights_are_those_of_the_run(scored, gemma, tmp_path):
+    run = a_run(tmp_path / "run", objective="lossce", clip_min=0.5, normalize="batch")
+    of_run = ("--model", shutil.copytree(gemma, run / "merged"), "--data", DATA_DIR, "--terminal", 0)
+    said = lambda *argv: " ".join(scored(*argv).out.split())  # noqa: E731  # lines are wrapped
+    told = "as in the run before its normalisation over each batch"
+    assert f"weights −log p clipped to 0.5 … 5, {told} examples" in said(*of_run, "--jsonl", tmp_path / "s.jsonl")
+    (record, *_) = read_jsonl(tmp_path / "s.jsonl")
+    assert record["signal"] == pytest.approx([-x for x in record["logp"]])
+    others = "those of the run: −log p clipped to 0.5 … 5 examples"
+    assert f"weights −log p clipped to 0.5 … 3; {others}" in said(*of_run, "--clip_max", 3)
+    assert f"weights p clipped to 0 … 1; {others}" in said(*of_run, "--objective", "dft")
+    assert "weights PIR clipped to 0.8 … 5 examples" in said("--terminal", 0)
 
 
 def test_the_highest_pir_is_of_finite_ones():

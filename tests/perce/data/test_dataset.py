@@ -63,6 +63,7 @@ GOLDEN = {
     6: "af2797484704d547",
     7: "1540645fa22c3f4b",
     8: "1540645fa22c3f4b",  # other scripts and possessives are not among these pairs
+    9: "814ce8141a20a93c",  # whether a reply is copied
 }
 """PAIRS_VERSION → digest of the pairs below. A new digest needs a new version: old pairs may be on disks."""
 
@@ -128,7 +129,7 @@ def test_no_copy_of_all_texts_or_ids_is_made(of):
     examples = [example(response=f"{text}{number}") for number in range(200)]
     columns = {
         "input_ids": [[1000 + i for i in range(2000)]], "response_length": [9], "personal": [[True] * 9],
-        "example": [0], "persona_span": [[1, 2]], "passages": [[0]], "dropped_passages": [0],
+        "example": [0], "persona_span": [[1, 2]], "passages": [[0]], "dropped_passages": [0], "copied": [False],
         "conversation": [0], "persona": [0], "data_weight": [1.0],
     }  # fmt: skip
     columns = {name: values * 200 for name, values in columns.items()}

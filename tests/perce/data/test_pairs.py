@@ -166,6 +166,17 @@ def test_the_retriever_decides_which_entries_are_shown_and_in_which_order():
     assert trimmed.passages == [2] and trimmed.dropped_passages == 1
 
 
+def test_a_reply_that_stands_in_what_is_shown_is_copied():
+    said = "I keep bees behind the house."
+
+    def copied(reply, **options):
+        return builder(**options).build(example(persona=("It rains.", f"- {said}"), response=reply)).copied
+
+    assert copied(said) and copied(f" {said}\n") and not copied(said.replace("house", "barn"))
+    assert not copied(said, retriever=lambda _: [0]), "that entry is not shown"
+    assert not copied("behind the house."), "a few words, such as a rating or a tag, stand there by chance"
+
+
 def test_a_conversation_is_shown_whole_from_its_beginning_where_it_fits():
     """If it does not fit, the retriever chooses; without a retriever the latest passages remain."""
     said = tuple(f"User: {word} and more" for word in ("latest", "bees", "third", "oldest"))

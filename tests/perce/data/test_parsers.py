@@ -8,7 +8,7 @@ from functools import reduce
 import pytest
 
 from perce import UserError, load_examples
-from perce.data.fields import Turn
+from perce.data.fields import PASSAGES, Turn
 from perce.data.formats import FORMATS
 from perce.data.rows import Example, Examples, Reading
 from perce.data.sources import Source
@@ -81,6 +81,14 @@ def test_lamp_passages(tmp_path, entry, passage):
         tmp_path, {**LAMP, "profile": [entry, {**entry, next(iter(entry)): "", "text": "", "abstract": ""}]}
     )
     assert example.persona[-1] == passage and example.user_id == "7"
+
+
+@pytest.mark.parametrize("parts", [parts for _, parts in PASSAGES], ids=[kind for kind, _ in PASSAGES])
+def test_a_text_of_an_entry_may_not_be_the_target_and_its_label_may(tmp_path, parts):
+    for label, field in parts:
+        entry = {name: "4" if name in ("overall", "rating", "score") else f"a {name}" for _, name in parts}
+        (example,) = load(tmp_path, {**LAMP, "output": entry[field], "profile": ["old", entry]})
+        assert len(example.persona) == 1 + (label in ("Category", "Rating", "Tag")), field
 
 
 def test_the_target_is_never_in_its_own_profile(tmp_path):

@@ -41,6 +41,13 @@ def test_counts_of_every_split(previewed, tmp_path):
     assert "perce: your own rows; chat logs, known by its fields persona, query or messages" in printed
 
 
+def test_replies_that_the_prompt_shows_are_counted(previewed, tmp_path):
+    row = {**GOOD, "response": "I bake bread, and sing to the bees."}
+    printed = previewed(jsonl(tmp_path / "rows.jsonl", GOOD, row, {**row, "persona": f"Says: {row['response']}"}))
+    assert "1 of 3 replies stand word for word in their persona" in " ".join(printed.split())
+    assert "word for word" not in previewed(jsonl(tmp_path / "rows.jsonl", GOOD, row))
+
+
 def test_both_prompts_are_the_text_with_marks(previewed, tmp_path):
     row = {**GOOD, "query": "Any plans?\nTell me.", "response": "Walking \x1b[1m my dog."}
     printed = previewed(jsonl(tmp_path / "rows.jsonl", row))

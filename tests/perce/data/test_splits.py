@@ -80,11 +80,19 @@ def test_eval_examples_draws_the_same_sample_each_time():
     assert len(load_splits(config, eval_examples=0, seed=3).validation) == 42
 
 
+@pytest.mark.parametrize(("few", "tokens", "uncut"), [(0, None, None), (2, None, 42), (42, None, None), (0, 9, 42)])
+def test_validation_examples_that_are_left_out_are_counted(few, tokens, uncut):
+    pairs = load_pairs(
+        DataConfig(), tiny_tokenizer(), loss=LossConfig(), eval_examples=few, eval_tokens=tokens, seed=0, split_seed=0
+    )  # fmt: skip
+    assert pairs.uncut == uncut and len(pairs.validation) == (1 if tokens else few or 42)
+
+
 @pytest.mark.parametrize("share", ["conversations", "none"])
 def test_validation_replies_stand_by_length_and_beside_those_of_their_conversation(tmp_path, share):
     data = DataConfig(data=str(write_jsonl(tmp_path / "rows.jsonl", [*DIALOGUES, *NAMELESS])), share=share)
     loss, tokenizer = LossConfig(), tiny_tokenizer()
-    pairs = load_pairs(data, tokenizer, loss=loss, eval_examples=0, eval_tokens=None, seed=0).validation
+    pairs = load_pairs(data, tokenizer, loss=loss, eval_examples=0, eval_tokens=None, seed=0, split_seed=0).validation
     lengths, together = sequence_lengths(pairs), conversations(pairs)
     assert max(map(len, together)) == 3
     if share == "none":
@@ -142,6 +150,17 @@ def test_validation_rows_that_are_trained_on_are_warned_of(tmp_path):
     assert warning.startswith(f"warning: 1 of 1 {said} ")
     later = [{**USERS[i], "query": "And later?"} for i in range(3)]
     assert own_split(tmp_path, USERS, later) == ["3 of 3 users of the validation split are also trained on"]
+
+
+def test_replies_that_the_prompt_shows_are_counted(tmp_path):
+    rows = [{**row(f"u{i}", i), "response": f"Here, at the old mill, since {i}."} for i in range(20)]
+    rows[:19] = [{**x, "persona": [*x["persona"], x["response"]]} for x in rows[:19]]
+    data = DataConfig(data=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    arguments = {"loss": LossConfig(), "eval_examples": 0, "eval_tokens": None, "seed": 0, "split_seed": 0}
+    warnings = [note for note in load_pairs(data, tiny_tokenizer(), **arguments).notes if "word for word" in note]
+    (held_out, trained) = warnings
+    assert held_out.startswith("validation: 2 of 2 replies stand word for word in their persona: they are")
+    assert trained.startswith("training: 17 of 18 replies")
 
 
 def test_files_of_no_split_are_named_once(tmp_path):

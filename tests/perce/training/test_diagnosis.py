@@ -131,7 +131,8 @@ def test_the_best_evaluation_is_the_earliest_of_the_lowest():
 
 def test_few_users_are_counted():
     text = said(units=3)
-    assert "3 users" in text and "10" in text and "--eval_examples" in text
+    assert "3 users" in text and "10" in text and "validation file" in text and "--eval_examples" not in text
+    assert "--eval_examples 0 takes all" in said(units=3, cut=True)
     assert "1 user:" in said(units=1) and "9 rows" in said(units=9, unit="rows") and said(units=10) == ""
 
 
@@ -206,7 +207,7 @@ def run_of(train, examples, **changes):
     )  # fmt: skip
     state = SimpleNamespace(log_history=[], global_step=7, max_steps=8)
     pairs = SimpleNamespace(
-        train=train, validation=Dataset.from_dict({"example": [0, 0, 1]}), examples=examples, format="perce"
+        train=train, validation=Dataset.from_dict({"example": [0, 0, 1]}), examples=examples, format="perce", uncut=9
     )
     trainer = SimpleNamespace(args=SimpleNamespace(**(vars(args) | changes)), state=state)
     return outcome_of(trainer, pairs, {}, {})
@@ -218,7 +219,7 @@ def test_the_outcome_of_a_run():
     facts = run_of(train, named)
     assert (facts.entries, facts.dropped, facts.max_length) == (4, 6, 99)
     assert (facts.unit, facts.units) == ("users", len({named[0].user_id, named[1].user_id}))
-    assert (facts.warmup, facts.steps, facts.keeps_best) == (4, 7, False)
+    assert (facts.warmup, facts.steps, facts.keeps_best, facts.cut) == (4, 7, False, True)
     facts = run_of(Dataset.from_list([{"input_ids": [1], "windows": []}]), nameless, lr_scheduler_type="constant")
     assert (facts.entries, facts.dropped, facts.unit, facts.units, facts.warmup) == (0, 0, "rows", 2, 0)
     stream = SimpleNamespace(column_names=("input_ids", "response_length"))
