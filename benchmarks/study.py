@@ -175,8 +175,8 @@ class Study:
         output = self.work / "evaluations" / f"{cell.name}-on-{data}.json"
         model = self._model() if cell.objective == "base" else {"model": str(directory)}
         options = {**self.config["evaluate"], **self.config["data"][data], "generate": generate}
-        if not generate:
-            options.pop("max_new_tokens", None)
+        for of_replies in () if generate else ("temperature", "max_new_tokens"):
+            options.pop(of_replies, None)
         self._child("perce.evaluate", {
             "data": str(self.data_root / data), "output": str(output), "split": "test", **model, **options,
         }, output.with_suffix(""))  # fmt: skip

@@ -96,8 +96,7 @@ class Command(Generic[Chosen]):
     in errors for other options, which are passed on by name in the field `extra` ("": every option must be a field).
     passes_over: says whether a name in a file is an option of the other command whose files are read here too.
     renames: names of that command → names here. completes: from the given values, values for options that are not
-    given (those of other commands are left out), and a sentence that says where they come from. commands: all commands,
-    to name the one that has an option.
+    given (those of other commands are left out), and a sentence on where they come from. commands: all commands.
     """
 
     name: str

@@ -84,10 +84,9 @@ class ModelConfig:
         "auto", "arithmetic; auto: bf16 if the device supports it natively, else fp32"
     )
     attn_implementation: str | None = _option(
-        None,
-        "sdpa, flash_attention_2, eager, …; default: flash_attention_2 if it is installed and can run, else the "
+        None, "sdpa, flash_attention_2, eager, …; default: flash_attention_2 if it is installed and can run, else the "
         "model's own",
-    )
+    )  # fmt: skip
     backend: Literal["auto", "triton", "torch", "reference"] = _option("auto", BACKEND)
 
     def __post_init__(self) -> None:
@@ -103,11 +102,9 @@ class DataConfig:
     """The rows, and how each becomes a pair of token sequences, with and without the persona."""
 
     data: str | None = _option(
-        None,
-        "file, directory or Hub id; default: the built-in examples; in score and evaluate with the --model of a run: "
-        "the data of that run",
-        "DATA",
-    )
+        None, "file, directory or Hub id; default: the built-in examples; in score and evaluate with the --model of a "
+        "run: the data of that run", "DATA",
+    )  # fmt: skip
     format: str = _option("auto", "row format; auto: detected from the fields", "|".join(FORMAT_NAMES))
     columns: str | None = _option(
         None, "names of the fields in your rows, such as persona=profile,response=output", "OURS=THEIRS,…"
@@ -250,10 +247,9 @@ class LossConfig(WeightingConfig):
     """The loss that is minimised."""
 
     estimate: Literal["online", "epoch", "frozen"] = _option(
-        "online",
-        "when weights are estimated; online: in each step; epoch: at the start of each epoch; frozen: once, by the "
-        "initial model",
-    )
+        "online", "when weights are estimated; online: in each step; epoch: at the start of each epoch; frozen: once, "
+        "by the initial model",
+    )  # fmt: skip
     clip_schedule: Literal["constant", "rising", "falling"] = _option(
         "constant",
         "rising: both bounds of the clip begin at 1, which is plain cross-entropy, and reach clip_min and clip_max at "
