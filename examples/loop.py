@@ -53,9 +53,8 @@ class PerceLoss(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def response_states(
-        self, ids, is_response
-    ):  # (B, T) token ids, padded on the right, which of them are the response
+    def response_states(self, ids, is_response):
+        """ids: (B, T), padded on the right; is_response: (B, T), which of them are the response."""
         hidden = self.model.model(ids).last_hidden_state[:, :-1]
         return hidden[is_response[:, 1:]], ids[:, 1:][is_response[:, 1:]]  # (N, D), (N,): row i predicts target[i]
 

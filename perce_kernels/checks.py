@@ -74,7 +74,10 @@ def check_tensors(**given: Any) -> None:
 
 def check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group) -> None:
     if hidden.dim() != 2 or not hidden.is_floating_point():
-        rows = ". Select the response's rows of each pass: hidden[mask], hidden_cf[mask_cf], target[mask]"
+        rows = (  # flattened, rows of the two passes would belong to other tokens where these are padded
+            ". Select the response's rows, of which row i predicts target[i]: hidden[:, :-1][mask[:, 1:]], "
+            "target[:, 1:][mask[:, 1:]]; likewise of the other pass"
+        )
         remedy = rows if hidden.dim() == 3 else ""
         raise ValueError(f"hidden: expected a floating-point (N, D) tensor, got {describe(hidden)}{remedy}")
     d = hidden.shape[1]

@@ -74,6 +74,11 @@ def fused_perce_loss(
     hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor | None = None, *,
     return_stats: Literal[True], **options: "Unpack[LossOptions]",
 ) -> tuple[Tensor, PerCEStats]: ...  # fmt: skip
+@overload
+def fused_perce_loss(
+    hidden: Tensor, lm_head: Tensor, target: Tensor, hidden_cf: Tensor | None = None, *, return_stats: bool,
+    **options: "Unpack[LossOptions]",
+) -> Tensor | tuple[Tensor, PerCEStats]: ...  # fmt: skip
 def fused_perce_loss(
     hidden: Tensor,  # (N, D)
     lm_head: Tensor,  # (V, D)
@@ -211,6 +216,11 @@ def token_logprobs(
     hidden: Tensor, lm_head: Tensor, target: Tensor, *, return_entropy: bool = False,
     return_top1: Literal[True], **options: "Unpack[HeadOptions]",
 ) -> tuple[Tensor, ...]: ...  # fmt: skip
+@overload
+def token_logprobs(
+    hidden: Tensor, lm_head: Tensor, target: Tensor, *, return_entropy: bool = False, return_top1: bool = False,
+    **options: "Unpack[HeadOptions]",
+) -> Tensor | tuple[Tensor, ...]: ...  # fmt: skip
 def token_logprobs(
     hidden: Tensor,  # (N, D)
     lm_head: Tensor,  # (V, D)

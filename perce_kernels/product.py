@@ -80,18 +80,26 @@ def _set_full() -> Callable[[], None]:
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     fp16_accumulation = backends[0].allow_fp16_accumulation
-    backends[0].allow_fp16_accumulation = False
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    older = torch.get_float32_matmul_precision()  # can be read now that the newer settings are "ieee"
-    torch.set_float32_matmul_precision("highest")
 
     def restore() -> None:
-        torch.set_float32_matmul_precision(older)
         backends[0].allow_fp16_accumulation = fp16_accumulation
         for backend, precision in zip(backends, before, strict=True):
             # An inherited setting reads as its value. Writing that value back would detach it from the global setting.
             inherited = precision == torch.backends.fp32_precision  # type: ignore[attr-defined]
             backend.fp32_precision = "none" if inherited else precision
 
-    return restore
+    try:
+        backends[0].allow_fp16_accumulation = False
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        older = torch.get_float32_matmul_precision()  # can be read now that the newer settings are "ieee"
+        torch.set_float32_matmul_precision("highest")
+    except BaseException:
+        restore()
+        raise
+
+    def restore_all() -> None:
+        torch.set_float32_matmul_precision(older)
+        restore()
+
+    return restore_all

@@ -4,6 +4,8 @@ The trainer's own compute_loss runs unchanged. The function that it calls as its
 loss.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -98,7 +100,7 @@ class PerceMixin(WeightsOfCheckpoints):
         """Called in place of the model's own forward."""
         if "rows_cf" not in inputs:
             raise UserError("data_collator: expected a PersonaCollator, whose batches hold the rows of both passes.")
-        training, router = self.model.training, self._router
+        training, router, self._computed = self.model.training, self._router, True
         loss = self.perce_loss.at(progress_of(self.state))
         hidden_cf = counterfactual_hidden(model, inputs) if loss.entry.counterfactual else None
         call = HeadCall(inputs["target"], loss.weighting, hidden_cf, loss=training, num_items=1, top1=self.top1)
@@ -115,6 +117,21 @@ class PerceMixin(WeightsOfCheckpoints):
         mask = torch.ones_like(inputs["target"], dtype=torch.bool)
         return TokenOutput(mean, -total[None], mask, done.entropy, done.top1, aux)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._our_loss():
+            return super().training_step(*args, **kwargs)
+
+    @contextmanager
+    def _our_loss(self) -> Iterator[None]:
+        """UserError if none of the forward passes in this context computed the loss of this class."""
+        self._computed = False
+        yield
+        if not self._computed:
+            raise UserError(
+                "compute_loss: no forward pass computed PerceMixin's loss. A class before it replaces compute_loss, or "
+                "calls the model in another way. Put PerceMixin first, and call super().compute_loss."
+            )
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs |= self._summary()
@@ -124,18 +141,14 @@ class PerceMixin(WeightsOfCheckpoints):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         window, self._window = self._window, Window(self.args.device)
         window.pause()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self._our_loss():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found, self._window = evaluation(self._summary()), window
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
     def _summary(self) -> dict[str, float]:
         total = self.accelerator.reduce(self._window.total, "sum")
-        if not total[0]:
-            raise UserError(
-                "compute_loss: no forward pass computed PerceMixin's loss. A class before it replaces compute_loss, or "
-                "calls the model in another way. Put PerceMixin first, and call super().compute_loss."
-            )
         return {**self._window.summary(total, self.perce_loss)}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:

@@ -30,10 +30,10 @@ SQUARE_BYTES = 2**32
 
 
 def checked_pairs(dataset: Any, name: str, tokenizer: Any, args: PerceArguments, config: Any, vocabulary: int) -> Any:
-    """The dataset as token pairs: raw rows are converted, pairs stay as they are, and so does the name of a dataset
-    that the Trainer has. UserError for pairs that do not fit a model of this config and vocabulary."""
-    if dataset is None or isinstance(dataset, str):
-        return dataset
+    """The dataset as token pairs: raw rows are converted, pairs stay as they are. UserError for pairs that do not fit a
+    model of this config and vocabulary."""
+    if dataset is None:
+        return None
     if isinstance(dataset, Mapping) and dataset:
         given = tokenizer, args, config, vocabulary
         return {key: checked_pairs(part, f"{name}[{key!r}]", *given) for key, part in dataset.items()}
@@ -58,7 +58,7 @@ def read_whole(dataset: Any, name: str) -> Any:
 
 def check_dataset(dataset: Any, name: str) -> None:
     """UserError if `dataset` is not a dataset, or is empty."""
-    if not (isinstance(dataset, IterableDataset) or hasattr(dataset, "__getitem__")):
+    if isinstance(dataset, str) or not (isinstance(dataset, IterableDataset) or hasattr(dataset, "__getitem__")):
         raise UserError(
             f"{name}: expected a Dataset or a list of rows or of token pairs, got {type(dataset).__name__}."
         )

@@ -14,9 +14,12 @@ Batches = Sequence[Sequence[TokenStatistics]]
 
 
 def in_order_of_dataset(batches: Batches, loader: Any) -> list[TokenStatistics]:
-    """This process's examples in the order of the dataset; `loader` is one of own_eval_loader."""
-    examples = zip(chain.from_iterable(loader.batch_sampler), chain.from_iterable(batches), strict=True)
-    return [example for _, example in sorted(examples, key=lambda x: x[0])]
+    """This process's examples in the order of the dataset; as they came if the loader is not one of own_eval_loader."""
+    examples = [*chain.from_iterable(batches)]
+    if not isinstance(loader.batch_sampler, list):
+        return examples
+    places = chain.from_iterable(loader.batch_sampler)
+    return [example for _, example in sorted(zip(places, examples, strict=True), key=lambda x: x[0])]
 
 
 def sums_of(batches: Batches, dataset: Any) -> Tensor:

@@ -77,10 +77,10 @@ class Window:
     def add(
         self, loss: LossConfig, done: Measured, pir: Tensor, tokens: Tensor, balance: Tensor | None = None
     ) -> None:  # fmt: skip
-        """Add what one forward pass has measured: of its N response tokens, whose (N,) PIR is of the model that their
-        weights come from, among its input tokens, 0-d. The signal is counted at the bounds of `loss`, not at those that
-        a schedule gives the step, or the shares would show the schedule. `balance`: the pass's share of the step's
-        load-balancing loss."""
+        """Add one forward pass: what it measured of its N response tokens; their (N,) PIR under the model that their
+        weights come from; the number of its input tokens, 0-d; its share of the step's load-balancing loss. The signal
+        is counted at the bounds of `loss`, not at those that a schedule gives the step, or the shares would show the
+        schedule."""
         logp, signal, weighting = done.logp, done.signal, loss.weighting
         sums = torch.stack(
             [

@@ -288,7 +288,8 @@ class PerceTrainer(ResumableTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Like transformers.Trainer.evaluate; the dataset may hold raw rows."""
-        pairs, max_length = self._checked_pairs(eval_dataset, "eval_dataset"), self.args.data.max_length
+        known, max_length = isinstance(eval_dataset, str), self.args.data.max_length  # the name of one that it has
+        pairs = eval_dataset if known else self._checked_pairs(eval_dataset, "eval_dataset")
         if not self._factors_settled:
             self._factors_settled = settle_factors(self.model, pairs, max_length)
         check_factors(self.model, pairs, max_length)

@@ -8,7 +8,9 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -16,6 +18,7 @@ from typing import Any, NoReturn
 from tests.helpers import ROOT
 
 IMPORTED_BY_MOST = ["perce.integrations.trl", "perce.training.trainer"]
+SECONDS = 240  # for all ranks; pytest ends a test after 300
 
 
 def run_ranks(module: str, *argv: str, ranks: int = 2) -> list[str]:
@@ -26,30 +29,47 @@ def run_ranks(module: str, *argv: str, ranks: int = 2) -> list[str]:
     with TemporaryDirectory() as directory:
         files = [Path(directory, str(rank)) for rank in range(ranks)]
         processes = [
-            _context().Process(target=_rank, args=(module, argv, variables, file), daemon=True)
+            _context().Process(target=_rank, args=(module, argv, {**os.environ, **variables}, file), daemon=True)
             for variables, file in zip(variables_of_ranks(ranks), files, strict=True)
         ]
         for process in processes:
             process.start()
+        end = time.monotonic() + SECONDS
         for process in processes:
-            process.join(240)
-        errors = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+            process.join(max(end - time.monotonic(), 0))
         codes = [process.exitcode for process in processes]
         for process in processes:
             process.kill()
+            process.join(10)
+        errors = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.exists()]
     assert codes == [0] * ranks, f"{codes}\n\n" + "\n\n".join(error[-3000:] for error in errors)
     return errors
 
 
 @functools.cache
 def _context() -> Any:
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload(IMPORTED_BY_MOST)
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    before, here = dict(os.environ), Path.cwd()
+    os.environ.update({"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # torch reads the second when it is imported
+    os.chdir(ROOT)  # from where, too, Python imports: it must be this checkout
+    try:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED_BY_MOST)
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
+        os.environ.clear()
+        os.environ.update(before)
     return context
 
 
-def _rank(module: str, argv: Sequence[str], variables: Mapping[str, str], stderr: Path) -> None:
-    os.environ.update(variables)
+def _rank(module: str, argv: Sequence[str], environment: Mapping[str, str], stderr: Path) -> None:
+    import perce
+
+    assert Path(perce.__file__).is_relative_to(ROOT), perce.__file__
+    os.environ.clear()
+    os.environ.update(environment)
     with stderr.open("w") as file:
         os.dup2(file.fileno(), 2)
     sys.argv = [module, *argv]

@@ -137,10 +137,7 @@ class Adapted(torch.nn.Module):
 
 
 REMEDIES = [
-    (
-        {"hidden": torch.zeros(2, N, D)},
-        "Select the response's rows of each pass: hidden[mask], hidden_cf[mask_cf], target[mask]",
-    ),
+    ({"hidden": torch.zeros(2, N, D)}, "target[:, 1:][mask[:, 1:]]; likewise of the other pass"),
     ({"lm_head": Adapted(torch.nn.Linear(D, V))}, "Merge its adapter, or leave the adapter off the head"),
     ({"target": LONG.int()}, "Pass target.long()"),
     ({"lm_head": torch.zeros(V, D, dtype=torch.bfloat16)}, "Cast one of them, or use torch.autocast"),

@@ -123,6 +123,21 @@ def test_threads_share_the_precision_and_the_last_one_restores_it():
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
 
 
+def test_settings_that_cannot_be_set_are_left_as_they_were(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision, matmul.allow_fp16_accumulation
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "get_float32_matmul_precision", interrupted)
+        with full_fp32_matmul():
+            pass
+    assert (matmul.fp32_precision, matmul.allow_fp16_accumulation) == before
+    with full_fp32_matmul():
+        assert matmul.fp32_precision == "ieee"
+
+
 @pytest.mark.parametrize("allowed", [True, False])
 def test_products_of_fp16_are_accumulated_in_fp32(allowed):
     """With fp16 accumulation allowed, cuBLAS refuses fp16 products with fp32 results."""

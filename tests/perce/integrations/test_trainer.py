@@ -95,7 +95,7 @@ def test_five_steps_of_two_processes_are_those_of_the_formula(tmp_path):
 
 def test_a_loss_that_is_not_ours_is_noticed(tmp_path, monkeypatch):
     """A subclass may compute its own, of the logits, and nothing of it would be PerCE."""
-    trainer = trainer_for(tmp_path)
+    trainer = trainer_for(tmp_path, logging_steps=500)
     own = lambda model, inputs, **_: model(input_ids=inputs["input_ids"]).logits.mean()  # noqa: E731
     monkeypatch.setattr(trainer, "compute_loss", own)
     with pytest.raises(UserError, match=r"^compute_loss: .*PerceMixin"):

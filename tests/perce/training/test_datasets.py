@@ -139,3 +139,10 @@ def test_a_table_of_another_library_is_no_dataset(tmp_path):
     frame = pandas.DataFrame({"persona": ["I keep bees."], "query": ["Tonight?"], "response": ["No."]})
     with pytest.raises(UserError, match=r"train_dataset: expected a Dataset or a list of rows, got DataFrame"):
         PerceTrainer(model_for("full"), arguments(tmp_path), frame, processing_class=tiny_tokenizer())
+
+
+def test_a_name_is_of_a_dataset_that_the_trainer_has(tmp_path):
+    with pytest.raises(UserError, match=r"^eval_dataset: expected a Dataset or a list .*, got str"):
+        trainer_for(model_for(), arguments(tmp_path), eval_dataset="rows.jsonl")
+    trainer = trainer_for(model_for(), arguments(tmp_path), eval_dataset={"short": PAIRS[:2], "other": PAIRS[2:4]})
+    assert trainer.evaluate("short")["eval_loss"] == trainer.evaluate(PAIRS[:2])["eval_loss"]

@@ -37,3 +37,5 @@ def test_an_example_that_is_evaluated_again_counts_once():
 def test_examples_are_in_the_order_of_the_dataset():
     loader = SimpleNamespace(batch_sampler=[[2], [0, 1]])
     assert [x.example for x in in_order_of_dataset(BATCHES, loader)] == [0, 1, 2]
+    anothers = SimpleNamespace(batch_sampler=iter([[0], [2, 1]]))
+    assert [x.example for x in in_order_of_dataset(BATCHES, anothers)] == [2, 0, 1], "as they came"
