@@ -166,6 +166,8 @@ def of_the_run(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         own.pop("retriever_model", None)
     if raw.get("retriever") == "none":
         own.pop("retrieve_k", None)
+    if "retrieve_k" in raw and own.get("retriever") == "none":
+        own.pop("retriever")
     if "data" in raw:
         own = {name: own[name] for name in OF_A_PROMPT if name in own and name not in raw}
         usual = schema.DataConfig()

@@ -9,7 +9,7 @@ from perce.config.options import option as _option
 from perce.config.options import require as _require
 from perce.config.schema import BACKEND, MODEL, WeightingConfig, refuse_idle
 
-SPLIT_SEED = 42  # of train, score and evaluate alike
+SPLIT_SEED = 42
 
 
 def _beside(path: str, ending: str) -> Path:

@@ -378,9 +378,7 @@ class RunConfig:
     )
     merge_adapter: bool = _option(False, "LoRA: also save the whole model, merged in fp32, in output_dir/merged")
     seed: int = _option(42, "seed of data order, dropout and LoRA initialisation")
-    split_seed: int | None = _option(
-        None, "seed of who is held out, and of the draw of --eval_examples; default: 42, whatever --seed is"
-    )
+    validation_seed: int = _option(42, "seed of who is held out, and of the draw of --eval_examples")
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "tokens_per_batch"):

@@ -129,14 +129,14 @@ class RunPairs:
 
 def load_pairs(
     config: DataConfig, tokenizer: Any, *, loss: LossConfig, eval_examples: int, eval_tokens: int | None, seed: int,
-    split_seed: int,
+    validation_seed: int,
 ) -> RunPairs:  # fmt: skip
     """Read, check and pair config.data. At most eval_examples (0: all) and eval_tokens are kept for validation.
 
-    seed: of the order of a stream. split_seed: of who is held out, and of the draw of eval_examples. Every mistake in
-    the data is found here, unless it is streamed.
+    seed: of the order of a stream. validation_seed: of who is held out, and of the draw of eval_examples. Every mistake
+    in the data is found here, unless it is streamed.
     """
-    splits = load_splits(config, eval_examples=eval_examples, seed=split_seed)
+    splits = load_splits(config, eval_examples=eval_examples, seed=validation_seed)
     builder = make_builder(tokenizer, config, splits.format, loss)
     validation = pair_dataset(splits.validation, builder, skip_bad_rows=config.skip_bad_rows)
     notes = [*splits.notes, *picked_by(builder), *dated(builder)]

@@ -34,6 +34,8 @@ class Metric(NamedTuple):
     better: str = "↑"
     """Whether more (↑), less (↓) or neither (–) is better."""
     bounds: tuple[float, float] = UNBOUNDED
+    share: bool = False
+    """Whether every value is 0 or 1."""
 
 
 _LOSS = (0, math.inf)
@@ -44,9 +46,9 @@ _BUILT_IN = {
     "loss_without_persona": Metric("loss without persona", "loss_without", "tokens", "–", _LOSS),
     "loss_swapped_persona": Metric("loss with another's persona", "loss_swapped", "tokens", "–", _LOSS),
     "swap_cost": Metric("cost of another's persona", "swap_cost", "tokens"),
-    "uses_persona": Metric("replies that use the persona", "uses_persona", bounds=SHARE),
+    "uses_persona": Metric("replies that use the persona", "uses_persona", bounds=SHARE, share=True),
     "reference_uses_persona": Metric(
-        "references that use the persona", "reference_uses_persona", better="–", bounds=SHARE
+        "references that use the persona", "reference_uses_persona", better="–", bounds=SHARE, share=True
     ),
 }
 _OF_PERSONAL = "personal_mask", "other personal tokens"
@@ -101,7 +103,10 @@ def summarise(records: Records, notes: list[str], run: Mapping[str, Any]) -> dic
 
 def _means(records: Records, metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """The means of those metrics that any record has."""
-    found = ((name, clustered_mean(*_columns(records, each), bounds=each.bounds)) for name, each in metrics.items())
+    found = (
+        (name, clustered_mean(*_columns(records, each), bounds=each.bounds, share=each.share))
+        for name, each in metrics.items()
+    )
     return {name: interval._asdict() for name, interval in found if interval is not None}
 
 
@@ -199,7 +204,7 @@ def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None
         interval = Interval(**{key: value for key, value in found.items() if key != "p"})
         span = interval.span("+.4f", f"one {unit}")
         differences.add_row(labels[name], f"{interval.value:+.4f}", span, f"{found['p']:.4f}")
-    legend = f"↓ lower is better, ↑ higher, – neither; 95 %: bootstrap by {unit}, shares: Wilson"
+    legend = f"↓ lower is better, ↑ higher, – neither; 95 %: bootstrap by {unit}; shares: or Wilson"
     tested = f"p: sign-flip permutation test by {unit}, two-sided, {RESAMPLES:,} draws"
     notes = [*_few(result["metrics"], comparison, unit), *result["notes"]]
     bold = []

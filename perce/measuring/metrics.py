@@ -1,7 +1,7 @@
 """Scores of generated replies, and statistics over examples. This module does not depend on models.
 
 REPLY_METRICS        scores of a reply, by name: rouge and meteor, by the rouge-score and nltk packages, offline
-clustered_mean       token-weighted mean with a bootstrap interval over clusters (users), Wilson's if it is a share
+clustered_mean       token-weighted mean with a bootstrap interval over clusters (users), or Wilson's for a share
 paired_difference    the same for the difference of two models on the same examples, with a p-value
 identification       how well a per-token score finds labelled tokens: AUC, best F1
 """
@@ -177,27 +177,29 @@ def _resamples(clusters: int) -> list[int]:
 
 
 def _interval(
-    sums: np.ndarray, n: int, seed: int, bounds: tuple[float, float], *, of_shares: bool = False
+    sums: np.ndarray, n: int, seed: int, bounds: tuple[float, float], *, share: bool = False
 ) -> Interval:  # fmt: skip
     """Σ values / Σ weights with its percentile interval over resampled clusters, widened if they are few.
 
     Resampling C clusters underestimates the variance by a factor of (C − 1) / C and ignores its own uncertainty: with
     five Gaussian clusters, intervals covered the truth in 80 % of trials. Widening by the ratio of Student's t to the
-    normal quantile makes it 95 %. It ends at the bounds of what the value can be. A share has Wilson's interval.
+    normal quantile makes it 95 %. It ends at the bounds of what the value can be, and that of a
+    share not before Wilson's.
     """
     sums = sums[:, sums[1] > 0]  # a user without such tokens says nothing about how users differ
     total, weight = sums.sum(1)
     value, clusters = float(total / weight), sums.shape[1]
     if clusters < 2:
         return Interval(value, None, None, n, clusters)
-    if of_shares:
-        return Interval(value, *_wilson(value, sums), n, clusters)
     rng = np.random.default_rng(seed)
     drawn = [sums[:, rng.integers(0, clusters, (rows, clusters))].sum(-1) for rows in _resamples(clusters)]
     values, weights = np.concatenate(drawn, axis=1)
     low, high = np.quantile(values / weights, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     wider = np.sqrt(clusters / (clusters - 1)) * _student(clusters - 1) / NORMAL_QUANTILE
     low, high = max(value - wider * (value - low), bounds[0]), min(value + wider * (high - value), bounds[1])
+    if share:
+        lowest, highest = _wilson(value, sums)
+        low, high = min(low, lowest), max(high, highest)
     return Interval(value, float(low), float(high), n, clusters)
 
 
@@ -229,18 +231,17 @@ def _student(freedom: int) -> float:
 
 def clustered_mean(
     values: Sequence[float], weights: Sequence[float], clusters: Sequence[Any], seed: int = 0,
-    bounds: tuple[float, float] = UNBOUNDED,
+    bounds: tuple[float, float] = UNBOUNDED, share: bool = False,
 ) -> Interval | None:  # fmt: skip
     """Σ values / Σ weights (for example a sum of losses over a count of tokens) with a 95 % bootstrap interval within
-    the bounds; Wilson's if each value is an end of a SHARE, 0 or 1.
+    the bounds. share: whether every value is 0 or 1; then the interval is at least as wide as Wilson's.
 
     Whole clusters are resampled, because examples of one user are not independent. None if the weights are all 0.
     """
     sums = _cluster_sums(values, weights, clusters)
     if not sums[1].any():
         return None
-    of_shares = bounds == SHARE and set(values) <= {*SHARE}
-    return _interval(sums, int(np.count_nonzero(weights)), seed, bounds, of_shares=of_shares)
+    return _interval(sums, int(np.count_nonzero(weights)), seed, SHARE if share else bounds, share=share)
 
 
 def paired_difference(

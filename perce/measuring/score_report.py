@@ -77,12 +77,14 @@ def _weights(options: ScoreOptions) -> str:
         return str(score.weighting)
     saved = read_yaml(str(run / CONFIG_NAME), "--model")
     own = WeightingConfig(**{x.name: number(saved[x.name]) for x in fields(WeightingConfig) if x.name in saved})
-    if (own.objective, own.weighting) != (score.objective, score.weighting):
+    if (own.objective, str(own.weighting)) != (score.objective, str(score.weighting)):
         return f"{score.weighting}; those of the run: {own.weighting}"
-    normalize, schedule = (saved.get(name) for name in ("normalize", "clip_schedule"))
+    normalize, schedule, estimate = (saved.get(name) for name in ("normalize", "clip_schedule", "estimate"))
     later = [f"normalisation over each {normalize}"] * (normalize in ("batch", "sequence"))
     later += [f"{schedule} clip"] * (schedule in ("rising", "falling")) + ["permutation"] * bool(score.entry.over_step)
-    return f"{score.weighting}, as in the run{' before its ' * bool(later)}{' and '.join(later)}"
+    when = {"epoch": "; it estimated them once per epoch", "frozen": "; it estimated them once, before training"}
+    found = f"{score.weighting}, as in the run{' before its ' * bool(later)}{' and '.join(later)}"
+    return found + when.get(str(estimate), "")
 
 
 def print_tokens(records: Records, options: ScoreOptions) -> None:

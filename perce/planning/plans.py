@@ -228,7 +228,7 @@ def _sharing(model_config: Any) -> tuple[Sharing, str]:
     small = cut(model_config, [kinds.index(kind) for kind in dict.fromkeys(kinds)])
     text = small.get_text_config()
     text.pad_token_id = 0
-    for name, most in (("vocab_size", 512), ("intermediate_size", 256)):
+    for name, most in (("vocab_size", 512), ("intermediate_size", 256), ("moe_intermediate_size", 64)):
         if type(size := stated(text, name)) is int:
             setattr(text, name, min(size, most))
     try:
@@ -358,8 +358,8 @@ def variants(options: PlanOptions, device: str) -> Iterator[tuple[str, PlanOptio
     tile = 0 if memory.mlp_tile else MLP_TILE
     yield changed(f"--mlp_tile {tile}", mlp_tile=tile)
     rank = 0 if model.lora_r else 16
-    none = {} if rank else {"load_in_4bit": False, "lora_alpha": ModelConfig.lora_alpha, "lora_dropout": 0.0}
-    yield changed(f"--lora_r {rank}", lora_r=rank, **none)
+    idle = {name: getattr(ModelConfig, name) for name in ("load_in_4bit", "lora_alpha", "lora_dropout")}
+    yield changed(f"--lora_r {rank}", lora_r=rank, **({} if rank else idle))
     if model.lora_r and device == "cuda" and step.sharding == "none":
         four = not model.load_in_4bit
         yield changed(f"--load_in_4bit {str(four).lower()}", load_in_4bit=four)

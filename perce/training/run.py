@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from transformers import set_seed
 
 from perce.config.commands import TrainOptions
-from perce.config.questions import SplitConfig
 from perce.config.schema import HELD_OUT_NAME
 from perce.data.dataset import pairs_digest
 from perce.data.prompt import STYLE
@@ -64,7 +63,7 @@ def prepare(config: TrainOptions, args: PerceArguments, claim: Claim) -> Prepare
     wanted, on_cpu = config.run.eval_examples, args.device.type == "cpu"
     pairs = load_pairs(
         config.data, tokenizer, loss=config.loss, seed=config.run.seed,
-        split_seed=SplitConfig(split_seed=config.run.split_seed).seed,
+        validation_seed=config.run.validation_seed,
         eval_examples=EVAL_EXAMPLES if wanted is None else wanted,
         eval_tokens=EVAL_TOKENS_ON_CPU if wanted is None and on_cpu else None,
     )  # fmt: skip

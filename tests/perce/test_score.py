@@ -218,10 +218,10 @@ def test_weights_are_the_objectives_own_and_a_tint_that_is_not_is_called_perces(
 
 
 def test_weights_are_those_of_the_run(scored, gemma, tmp_path):
-    run = a_run(tmp_path / "run", objective="lossce", clip_min=0.5, normalize="batch")
+    run = a_run(tmp_path / "run", objective="lossce", clip_min=0.5, normalize="batch", estimate="frozen")
     of_run = ("--model", shutil.copytree(gemma, run / "merged"), "--data", DATA_DIR, "--terminal", 0)
     said = lambda *argv: " ".join(scored(*argv).out.split())  # noqa: E731  # lines are wrapped
-    told = "as in the run before its normalisation over each batch"
+    told = "as in the run before its normalisation over each batch; it estimated them once, before training"
     assert f"weights −log p clipped to 0.5 … 5, {told} examples" in said(*of_run, "--jsonl", tmp_path / "s.jsonl")
     (record, *_) = read_jsonl(tmp_path / "s.jsonl")
     assert record["signal"] == pytest.approx([-x for x in record["logp"]])

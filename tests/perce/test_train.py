@@ -360,10 +360,10 @@ def test_a_new_directory_lies_in_runs_whatever_the_data_is_called(tmp_path, monk
     assert directory.resolve().parent == tmp_path / "runs" and directory.name.strip(".") == directory.name
 
 
-def test_the_split_seed_alone_decides_who_is_held_out(train, tmp_path):
+def test_the_validation_seed_alone_decides_who_is_held_out(train, tmp_path):
     rows = [row | {"user_id": f"u{i % 30}"} for i, row in enumerate(ROWS * 5)]
     data, drawn = write_jsonl(tmp_path / "rows.jsonl", rows), {}
-    for name, seeds in (("a", {}), ("b", {"seed": 1}), ("c", {"split_seed": 1})):
+    for name, seeds in (("a", {}), ("b", {"seed": 1}), ("c", {"validation_seed": 1})):
         assert train(data=data, max_steps=1, eval_examples=2, output_dir=tmp_path / name, **seeds)[0] == 0
         facts = json.loads((tmp_path / name / "run.json").read_text())
         drawn[name] = (tmp_path / name / "held_out.json").read_text(), facts["validation_pairs"]
@@ -371,7 +371,7 @@ def test_the_split_seed_alone_decides_who_is_held_out(train, tmp_path):
     assert drawn["a"][0] != drawn["c"][0] and drawn["a"][1] != drawn["c"][1]
     resumed = {"data": None, "model": None, "resume": "true", "max_steps": 1}
     assert train(**resumed, output_dir=tmp_path / "c")[0] == 0, "its own"
-    assert "split_seed is 2 now and was 1" in train(**resumed, split_seed=2, output_dir=tmp_path / "c")[2]
+    assert "validation_seed is 2 now and was 1" in train(**resumed, validation_seed=2, output_dir=tmp_path / "c")[2]
 
 
 def test_the_seed_decides_everything(train, tmp_path):

@@ -213,7 +213,7 @@ def test_a_stream_picks_as_the_cache_does(tmp_path):
             eval_examples=0,
             eval_tokens=None,
             seed=0,
-            split_seed=0,
+            validation_seed=0,
             loss=LossConfig(),
         )
         for streaming in (False, True)

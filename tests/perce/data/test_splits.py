@@ -82,9 +82,10 @@ def test_eval_examples_draws_the_same_sample_each_time():
 
 @pytest.mark.parametrize(("few", "tokens", "uncut"), [(0, None, None), (2, None, 42), (42, None, None), (0, 9, 42)])
 def test_validation_examples_that_are_left_out_are_counted(few, tokens, uncut):
+    seeds = {"seed": 0, "validation_seed": 0}
     pairs = load_pairs(
-        DataConfig(), tiny_tokenizer(), loss=LossConfig(), eval_examples=few, eval_tokens=tokens, seed=0, split_seed=0
-    )  # fmt: skip
+        DataConfig(), tiny_tokenizer(), loss=LossConfig(), eval_examples=few, eval_tokens=tokens, **seeds
+    )
     assert pairs.uncut == uncut and len(pairs.validation) == (1 if tokens else few or 42)
 
 
@@ -92,7 +93,9 @@ def test_validation_examples_that_are_left_out_are_counted(few, tokens, uncut):
 def test_validation_replies_stand_by_length_and_beside_those_of_their_conversation(tmp_path, share):
     data = DataConfig(data=str(write_jsonl(tmp_path / "rows.jsonl", [*DIALOGUES, *NAMELESS])), share=share)
     loss, tokenizer = LossConfig(), tiny_tokenizer()
-    pairs = load_pairs(data, tokenizer, loss=loss, eval_examples=0, eval_tokens=None, seed=0, split_seed=0).validation
+    pairs = load_pairs(
+        data, tokenizer, loss=loss, eval_examples=0, eval_tokens=None, seed=0, validation_seed=0
+    ).validation
     lengths, together = sequence_lengths(pairs), conversations(pairs)
     assert max(map(len, together)) == 3
     if share == "none":
@@ -156,7 +159,7 @@ def test_replies_that_the_prompt_shows_are_counted(tmp_path):
     rows = [{**row(f"u{i}", i), "response": f"Here, at the old mill, since {i}."} for i in range(20)]
     rows[:19] = [{**x, "persona": [*x["persona"], x["response"]]} for x in rows[:19]]
     data = DataConfig(data=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
-    arguments = {"loss": LossConfig(), "eval_examples": 0, "eval_tokens": None, "seed": 0, "split_seed": 0}
+    arguments = {"loss": LossConfig(), "eval_examples": 0, "eval_tokens": None, "seed": 0, "validation_seed": 0}
     warnings = [note for note in load_pairs(data, tiny_tokenizer(), **arguments).notes if "word for word" in note]
     (held_out, trained) = warnings
     assert held_out.startswith("validation: 2 of 2 replies stand word for word in their persona: they are")

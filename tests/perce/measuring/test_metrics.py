@@ -125,21 +125,24 @@ def test_intervals_of_shares_cover_as_often_as_they_say(alike, share, users):
         rng = np.random.default_rng(seed)
         of = np.repeat(np.arange(users), rng.integers(1, 6, users))
         replies = (rng.random(users)[of] if alike else rng.random(len(of))) < share
-        interval = clustered_mean(replies, np.ones(len(of)), of, bounds=metrics.SHARE)
+        interval = clustered_mean(replies, np.ones(len(of)), of, share=True)
         covered += interval.low <= share <= interval.high
     assert covered / 200 >= 0.9
 
 
 def test_a_share_of_nothing_or_all_has_an_interval():
     of = np.repeat(np.arange(24), 2)
-    none, every = (clustered_mean([value] * 48, np.ones(48), of, bounds=metrics.SHARE) for value in (0.0, 1.0))
+    none, every = (clustered_mean([value] * 48, np.ones(48), of, share=True) for value in (0.0, 1.0))
     t = metrics._student(23)
     assert (none.value, none.low) == (0, 0) and none.high == pytest.approx(t**2 / (24 + t**2)), "of 24 users"
     assert (every.value, every.low, every.high) == pytest.approx((1, 1 - none.high, 1))
-    independent = clustered_mean([1, 0] * 50, np.ones(100), range(100), bounds=metrics.SHARE)
-    doubled = clustered_mean([1, 1, 0, 0] * 50, np.ones(200), np.repeat(range(100), 2), bounds=metrics.SHARE)
+    independent = clustered_mean([1, 0] * 50, np.ones(100), range(100), share=True)
+    doubled = clustered_mean([1, 1, 0, 0] * 50, np.ones(200), np.repeat(range(100), 2), share=True)
     assert doubled == independent._replace(n=200), "what a user repeats is no evidence"
-    assert clustered_mean([0.0, 0.0], [1, 1], ["ana", "ana"], bounds=metrics.SHARE).low is None
+    of, replies = np.array([0] * 99 + [*range(1, 100)]), [1, 0] * 99  # half of all replies are of one user
+    wide, plain = clustered_mean(replies, np.ones(198), of, share=True), clustered_mean(replies, np.ones(198), of)
+    assert wide.low <= plain.low and plain.high <= wide.high, "Wilson's covers too little there"
+    assert clustered_mean([0.0, 0.0], [1, 1], ["ana", "ana"], share=True).low is None
 
 
 def test_intervals_of_many_users_take_little_memory():
