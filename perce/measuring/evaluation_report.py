@@ -204,7 +204,7 @@ def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None
         interval = Interval(**{key: value for key, value in found.items() if key != "p"})
         span = interval.span("+.4f", f"one {unit}")
         differences.add_row(labels[name], f"{interval.value:+.4f}", span, f"{found['p']:.4f}")
-    legend = f"↓ lower is better, ↑ higher, – neither; 95 %: bootstrap by {unit}; shares: or Wilson"
+    legend = f"↓ lower is better, ↑ higher, – neither; 95 %: bootstrap by {unit}, or Wilson"
     tested = f"p: sign-flip permutation test by {unit}, two-sided, {RESAMPLES:,} draws"
     notes = [*_few(result["metrics"], comparison, unit), *result["notes"]]
     bold = []
