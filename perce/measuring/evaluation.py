@@ -49,7 +49,7 @@ from perce.model.probe import decoder_of, unwrapped
 from perce.objectives import OBJECTIVES
 
 PERCE = OBJECTIVES["perce"].weighting()
-SUMS = (
+OF_TOKENS = (
     "tokens", "personal_tokens", "personal_mask", "loss", "loss_without", "loss_personal", "loss_other", "loss_swapped",
 )  # fmt: skip
 KEPT = 4  # this many tokens with only keys and values count as one computed token, which takes far more memory
@@ -228,7 +228,7 @@ class Evaluator:
         """Records with the sums of −log p over each example's tokens, under the three prompts, the token counts, and a
         digest of which tokens are personal; None for an example without a response."""
         sums = self._sums([item for item in items if item.example.response])
-        nothing = dict.fromkeys(SUMS)
+        nothing = dict.fromkeys(OF_TOKENS)
         return [
             {
                 "example": item.index, "source": item.example.source, "user_id": item.example.user_id, "key": item.key,
@@ -252,7 +252,7 @@ class Evaluator:
                 loss[personal].sum().item(), loss[~personal].sum().item(),
                 None if item.swapped is None else next(swapped),
             )  # fmt: skip
-            sums[item.index] = dict(zip(SUMS, values, strict=True))
+            sums[item.index] = dict(zip(OF_TOKENS, values, strict=True))
         return sums
 
     def _swapped_losses(self, pairs: Sequence[Pair]) -> list[float]:
