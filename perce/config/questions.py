@@ -56,8 +56,8 @@ class SplitConfig:
     sample: int | None = _option(None, "use N examples, drawn at random from the whole split")
     split_seed: int | None = _option(
         None,
-        "seed of --sample and of held_out, for which it must equal the --validation_seed of the training (default: 42); "
-        "the held-out users that a run has recorded are used unless this option is given",
+        "seed of --sample and of held_out, for which it must equal the training's --validation_seed (default: 42); the "
+        "held-out users that a run has recorded are used unless this option is given",
     )
 
     def __post_init__(self) -> None:
