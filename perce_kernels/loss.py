@@ -136,8 +136,8 @@ def fused_perce_loss(
             of the rank's own rows.
         backend: "triton" (CUDA, ROCm), "torch" (chunked, any device), "reference" (holds all logits; plain autograd, to
             any order and under any transform), or "auto": the one that the environment variable PERCE_BACKEND names
-            (torch.compile reads it when it traces), else Triton on a GPU that it supports, else torch. There is no
-            fallback from a backend that is named: it runs or raises.
+            (torch.compile reads it when it traces), else Triton on NVIDIA GPUs that it supports, else torch. There is
+            no fallback from a backend that is named: it runs or raises.
         return_stats: also return PerCEStats.
 
     Returns:

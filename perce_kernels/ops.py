@@ -5,7 +5,7 @@ of place and before the cast to the input's dtype, so that a second backward pas
 
 A schema takes a process group by its name: `group`, with this rank's `vocab_start` and the whole `vocab_size`.
 
-torch.library has no rules for forward-mode AD and torch.func.grad: the ops would silently drop tangents. So loss.py
+torch.library has no rules for forward-mode AD and torch.func.grad: the ops would silently drop tangents. So checks.py
 refuses inputs that have tangents, and the backward pass refuses such upstream gradients. Under torch.vmap an op is
 called once per element.
 """

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -72,34 +72,25 @@ def full_fp32_matmul() -> Iterator[None]:
 
 
 def _set_full() -> Callable[[], None]:
-    """Set full precision. Returns what restores the settings.
+    """Set full precision. Returns what restores the settings; if one cannot be set, the others are restored.
 
     torch has an older setting besides the newer ones. If they disagree, torch raises an error when the older one is
     read, as TunableOp's products do: so both are set.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    fp16_accumulation = backends[0].allow_fp16_accumulation
-
-    def restore() -> None:
-        backends[0].allow_fp16_accumulation = fp16_accumulation
-        for backend, precision in zip(backends, before, strict=True):
-            # An inherited setting reads as its value. Writing that value back would detach it from the global setting.
-            inherited = precision == torch.backends.fp32_precision  # type: ignore[attr-defined]
-            backend.fp32_precision = "none" if inherited else precision
-
-    try:
-        backends[0].allow_fp16_accumulation = False
-        for backend in backends:
+    cuda, mkldnn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with ExitStack() as undo:
+        undo.callback(setattr, cuda, "allow_fp16_accumulation", cuda.allow_fp16_accumulation)
+        cuda.allow_fp16_accumulation = False
+        for backend in (cuda, mkldnn):
+            undo.callback(_restore_precision, backend, backend.fp32_precision)
             backend.fp32_precision = "ieee"
-        older = torch.get_float32_matmul_precision()  # can be read now that the newer settings are "ieee"
+        # The older one can be read now that the newer settings are "ieee".
+        undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         torch.set_float32_matmul_precision("highest")
-    except BaseException:
-        restore()
-        raise
+        return undo.pop_all().close
 
-    def restore_all() -> None:
-        torch.set_float32_matmul_precision(older)
-        restore()
 
-    return restore_all
+def _restore_precision(backend: Any, precision: str) -> None:
+    # An inherited setting reads as its value. Writing that value back would detach it from the global setting.
+    inherited = precision == torch.backends.fp32_precision  # type: ignore[attr-defined]
+    backend.fp32_precision = "none" if inherited else precision

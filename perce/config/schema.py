@@ -28,7 +28,8 @@ MODEL = "DIR|HUB_ID"
 FORMAT_NAMES = ("auto", *FORMATS)
 BACKEND = (
     "implementation that computes losses and log-probabilities; reference: holds all logits of the response in memory; "
-    "auto: the one that the environment variable PERCE_BACKEND names, else triton on a GPU that it supports, else torch"
+    "auto: the one that the environment variable PERCE_BACKEND names, else triton on NVIDIA GPUs that it supports, "
+    "else torch"
 )
 _LINES = (f"{x.name}: {x.help} [{x.weighting()}; {' or '.join(x.takes)}]" for x in OBJECTIVES.values())
 OBJECTIVE = _option(
