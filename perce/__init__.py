@@ -5,7 +5,6 @@ on. Names of this module are loaded when they are first used (PEP 562): `import 
 transformers. Training needs the packages that `pip install 'perce[train]'` installs.
 """
 
-import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,9 @@ _OF_THE_OP = ("DataConfig", "LossConfig", "MemoryConfig", "UserError")  # names 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("perce")
+        from importlib.metadata import version  # takes longer to import than this module
+
+        return version("perce")
     if name not in _HOMES:
         raise AttributeError(f"module 'perce' has no attribute {name!r}")
     try:
