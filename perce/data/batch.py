@@ -155,9 +155,11 @@ def _positions(segments: Sequence[Segment]) -> Tensor:
 
 
 def _trunks(pairs: Sequence[Mapping[str, Any]]) -> list[int]:
-    """For each pair the number of tokens up to its persona's end, without the one that predicts the first of the
-    response."""
-    return [min(pair["persona_span"][1], len(pair["input_ids"]) - 1 - pair["response_length"]) for pair in pairs]
+    """For each pair the number of tokens up to its persona's end, at least one, and without the one that predicts the
+    first of the response."""
+    return [
+        min(max(pair["persona_span"][1], 1), len(pair["input_ids"]) - 1 - pair["response_length"]) for pair in pairs
+    ]
 
 
 def _on_trunks(

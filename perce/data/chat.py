@@ -119,7 +119,7 @@ class ChatFormat:
     # ---- text
 
     def block(self, entries: Sequence[str]) -> str:
-        """The persona's text in the prompt."""
+        """The persona's text in the prompt, "" if it has no entries."""
         return self.style.block(entries, self.footer)
 
     def messages(self, turns: Sequence[Turn], block: str, reply: str | None = None) -> list[tuple[str, str]]:
@@ -304,7 +304,7 @@ class ChatFormat:
 
     def pair(self, turns: Sequence[Turn], entries: Sequence[str], reply: str) -> tuple[Chat, tuple[int, int]]:
         """The conversation with the persona, and the range of tokens that is the persona: without it the ids are those
-        of the conversation without persona. UserError if they are not."""
+        of the conversation without persona. UserError if they are not. Without entries the range is empty."""
         refuse_marks([turn.content for turn in turns], entries, [reply])
         reply, block = reply.strip(), self.block(entries)
         before, _, tail = self._frame(turns)
@@ -317,6 +317,9 @@ class ChatFormat:
             )
         chat = self.chat(with_persona)
         self._check_control(chat)
+        if not block:
+            start = chat.encoded.before(place)
+            return chat, (start, start)
         ids, ids_cf = chat.encoded.ids, self.ended(without).ids
         added = len(ids) - len(ids_cf)
         start = _common(ids[: chat.prompt_length - added], ids_cf)

@@ -194,6 +194,13 @@ def sequence_lengths(dataset: Any) -> list[int]:
     ]
 
 
+def persona_lengths(dataset: Dataset) -> np.ndarray:
+    """(pairs,) the length in tokens of each persona, with the words around it; 0 without one."""
+    spans = [pyarrow.compute.list_flatten(column).to_numpy(zero_copy_only=False)
+             for column in pieces_of(dataset, "persona_span")]  # fmt: skip
+    return np.diff(np.concatenate(spans).reshape(-1, 2)).ravel()
+
+
 def conversations(dataset: Any) -> list[list[int]]:
     """For each conversation the indices of its pairs, in order. A pair without a conversation stands alone."""
     return [indices for persona in personas(dataset, "conversation") for indices in persona]

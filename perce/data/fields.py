@@ -98,10 +98,13 @@ def passage_text(entry: object, field: str) -> str:
 
 
 def parse_persona(value: object, field: str) -> tuple[str, ...]:
-    """The passages of a persona: a string is one passage; a list keeps its order and loses blank entries."""
+    """The passages of a persona: a string is one passage; a list keeps its order and loses blank entries. Only an empty
+    list says that there is no persona: a missing one, or one without text, may be a mistake."""
     if isinstance(value, str):
         return (text_of(value, field),)
-    entries = list_of(value, field, "texts", also="a text or ")
+    if value == []:
+        return ()
+    entries = list_of(value, field, "texts", also="a text, [] for no persona, or ")
     passages = tuple(filter(None, (passage_text(entry, f"{field}[{i}]") for i, entry in enumerate(entries))))
     if not passages:
         raise BadRow(field, "at least one entry with text", show(value))

@@ -1,7 +1,8 @@
 """Rows whose labels mark the persona, for trainers of other libraries, which cut, pack and cache them like any rows.
 
     input_ids   prompt and replies, with the persona
-    labels      the ids to learn; IGNORED (-100) at others; PERSONA (-101) at tokens that the counterfactual pass lacks
+    labels      the ids to learn; IGNORED (-100) at others; PERSONA (-101) at tokens that the counterfactual pass lacks;
+                NO_PERSONA (-102) at the first token of a sequence without a persona
 
 PersonaCollator makes a batch of such rows: it calls the trainer's own collator twice.
 """
@@ -19,7 +20,7 @@ from perce.data.batch import Batch
 from perce.data.dataset import rows_dataset_pairs
 from perce.errors import UserError, in_one_line
 
-IGNORED, PERSONA = -100, -101
+IGNORED, PERSONA, NO_PERSONA = -100, -101, -102
 
 
 def labelled(rows: Any, tokenizer: Any, data: DataConfig | None = None) -> Dataset:
@@ -38,6 +39,7 @@ def row_of(pair: Mapping[str, Any]) -> dict[str, list[int]]:
     ids, (start, end), n = pair["input_ids"], pair["persona_span"], pair["response_length"]
     labels = [IGNORED] * (len(ids) - n) + list(ids[-n:])
     labels[start:end] = [PERSONA] * (end - start)
+    labels[:1] = labels[:1] if end > start else [NO_PERSONA]
     return {"input_ids": ids, "labels": labels}
 
 
@@ -98,11 +100,12 @@ def _both(row: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     kept, starts = labels != PERSONA, np.cumsum([0, *lengths])[:-1]
     left = np.add.reduceat(kept, starts).tolist()
-    if any(some in (0, all_) for some, all_ in zip(left, lengths, strict=True)):
+    has_none = (labels[starts] == NO_PERSONA).tolist()
+    if any(some == 0 or (some == all_) != none for some, all_, none in zip(left, lengths, has_none, strict=True)):
         raise UserError(
-            f"labels: expected {PERSONA} at the persona's tokens and other labels elsewhere, in every sequence; got "
-            f"{left} other labels in sequences of {lengths} tokens. perce.labelled makes such labels; rows for TRL "
-            "need a field persona."
+            f"labels: expected {PERSONA} at the persona's tokens and other labels elsewhere, in every sequence, or "
+            f"{NO_PERSONA} at the first token of one without a persona; got {left} other labels in sequences of "
+            f"{lengths} tokens. perce.labelled makes such labels; rows for TRL need a field persona."
         )
     # Without the persona a sequence may begin with another token, and a sequence's first token is not predicted.
     labels[[start + kept[start:].argmax() for start in starts]] = IGNORED

@@ -7,7 +7,7 @@ from typing import Any
 from perce.config.schema import DataConfig, LossConfig, refuse_idle
 from perce.data.documents import DocumentBuilder
 from perce.data.formats import FORMATS
-from perce.data.pairs import PairBuilder
+from perce.data.pairs import Pair, PairBuilder
 from perce.data.retrieval import make_retriever
 from perce.data.rows import OR_SKIP, Examples, Record
 from perce.data.sources import SPLITS
@@ -96,6 +96,12 @@ def copied_replies(copied: int, replies: int) -> list[str]:
     return [f"{few}. If it is the row's own text that stands there, take it out"] * bool(copied)
 
 
+def without_persona(count: int, examples: int) -> list[str]:
+    """A note if so many of these examples have no persona."""
+    few = f"{count:,} of {examples:,} examples have no persona: both passes are the same, and PIR is 0"
+    return [few] * bool(count)
+
+
 @dataclass
 class PairSource:
     """Examples to pair, with their builder and counts of what was left out."""
@@ -105,8 +111,10 @@ class PairSource:
     skip_bad_rows: bool
     prefix: str = "training: "
     """What notes on examples begin with."""
+    paired: int = 0
     unfit: int = 0
     dropped_passages: int = 0
+    without_persona: int = 0
     cut_documents: int = 0
     reason: str = ""
     """Why the first unfit example was left out."""
@@ -128,6 +136,8 @@ class PairSource:
             self.reason = self.reason or str(error).removesuffix(OR_SKIP)
             return []
         self.dropped_passages += sum(getattr(pair, "dropped_passages", 0) for pair in pairs)
+        self.without_persona += sum(isinstance(pair, Pair) and not pair.passages for pair in pairs)
+        self.paired += 1
         self.cut_documents += len(pairs) > 1
         return pairs
 
@@ -150,6 +160,7 @@ class PairSource:
         limit, notes = f"--max_length {self.builder.max_length}", []
         if self.dropped_passages:
             notes.append(f"{self.prefix}{self.dropped_passages:,} persona entries dropped to fit {limit}")
+        notes += [self.prefix + note for note in without_persona(self.without_persona, self.paired)]
         if self.cut_documents:
             notes.append(f"{self.prefix}{self.cut_documents:,} documents longer than {limit} cut into pieces")
         if self.unfit:

@@ -35,7 +35,7 @@ class Pair:
     input_ids: list[int]
     """Factual prompt and response, end-of-turn included, (T,)."""
     persona_span: tuple[int, int]
-    """The half-open range of input_ids that the counterfactual sequence lacks."""
+    """The half-open range of input_ids that the counterfactual sequence lacks; empty without a persona."""
     response_length: int
     """How many of the last ids are the response."""
     personal: list[bool]
@@ -47,7 +47,8 @@ class Pair:
     conversation: int
     """A key that is equal for the examples of one row and persona, which may share tokens; see sharing.py."""
     persona: int
-    """A key that is equal for examples with the same input_ids up to the persona's end, which they may share too."""
+    """A key that is equal for examples with the same input_ids up to the persona's end, which they may share too.
+    Without a persona these are all its input_ids."""
     data_weight: float = 1.0
     """The row's factor for the weights of the response's tokens."""
     copied: bool = False
@@ -64,7 +65,7 @@ class Pair:
 def counterfactual_ids(input_ids: Sequence[int], persona_span: Sequence[int], response_length: int) -> list[int]:
     """input_ids without the persona span; asserts that both end in the identical response."""
     start, end = persona_span
-    assert 0 <= start < end <= len(input_ids) - response_length, "the persona span must lie inside the prompt"
+    assert 0 <= start <= end <= len(input_ids) - response_length, "the persona span must lie inside the prompt"
     ids = [*input_ids[:start], *input_ids[end:]]
     assert ids[-response_length:] == list(input_ids[-response_length:]), "both passes must end in the same response ids"
     return ids
@@ -98,14 +99,15 @@ def prompt_ids(
 
     Args:
         tokenizer: the trained model's.
-        persona: what is known of the user, best first. No entry is left out.
+        persona: what is known of the user, best first; [] for nothing. No entry is left out.
         query: the message to reply to, or the conversation as {"role": …, "content": …} messages, "user" last; the
             first may have the role "system", and replaces SYSTEM_MESSAGE.
         chat_template_kwargs, special_tokens_in_text: as in training. prompt: as in training, keys of --prompt; default:
             the style that was saved with the tokenizer.
 
     Raises:
-        UserError (a ValueError): an empty persona, a conversation that training would refuse or that ends with a reply.
+        UserError (a ValueError): a persona without text, a conversation that training would refuse or that ends with a
+            reply.
     """
     known = _entries(persona)
     said = [{"role": "user", "content": query}] if isinstance(query, str) else query
@@ -140,14 +142,14 @@ def prompt_text(
     message stays as it is.
 
     Args:
-        persona: what is known of the user, best first.
+        persona: what is known of the user, best first; [] for nothing.
         system: the conversation's own system message; default: SYSTEM_MESSAGE, or that of `prompt`.
         tokenizer: the trained model's; without it, the text is for tokenizers that the first of PERSONA_FOOTERS fits.
         prompt: as in training, keys of --prompt; default: the style that was saved with the tokenizer.
         chat_template_kwargs: as in training, if the template needs them.
 
     Raises:
-        UserError (a ValueError): an empty persona, or an argument that is not a text.
+        UserError (a ValueError): a persona without text, or an argument that is not a text.
     """
     entries = _entries(persona)
     if not isinstance(system, str | None):
@@ -232,7 +234,7 @@ class PairBuilder:
             passages=chosen[:kept],
             dropped_passages=len(chosen) - kept,
             conversation=_digest(repr(example.conversation).encode()),
-            persona=_digest(array("q", ids[: span[1]]).tobytes()),
+            persona=_digest(array("q", ids[: span[1]] if shown else ids).tobytes()),
             data_weight=example.data_weight,
             copied=stands_in(example.response, shown),
         )
@@ -250,7 +252,8 @@ class PairBuilder:
 
     def _chosen(self, example: Example) -> tuple[list[int], int, tuple[Chat, tuple[int, int]]]:
         """The indices of the chosen entries, how many of these fit, and the conversation with the ones that fit."""
-        chosen = list(self.retriever(example) if self.retriever else range(len(example.persona)))
+        retriever = self.retriever if example.persona else None
+        chosen = list(retriever(example) if retriever else range(len(example.persona)))
         kept, chat, span = self._fitting(example, [example.persona[i] for i in chosen])
         return chosen, kept, (chat, span)
 
@@ -258,6 +261,9 @@ class PairBuilder:
         """How many entries of the persona fit max_length, and the conversation with them."""
         kept, too_many = len(persona), len(persona) + 1
         fitting: tuple[int, Chat, tuple[int, int]] | None = None
+        if not persona:
+            chat, span = self.chat_format.pair(example.turns, (), example.response)
+            fitting = (0, chat, span) if len(chat.encoded.ids) <= self.max_length else None
         while kept:
             chat, span = self.chat_format.pair(example.turns, persona[:kept], example.response)
             excess = len(chat.encoded.ids) - self.max_length
@@ -273,11 +279,12 @@ class PairBuilder:
                 kept = self._without(excess, persona[:kept], chat, span)
         if fitting is not None:
             return fitting
-        without = len(chat.encoded.ids) - (span[1] - span[0])
+        of_first = span[1] - span[0]
+        no_room = f"no room for even the first persona entry ({of_first} tokens with the words around it)"
         raise UserError(
-            f"query and response take {without} of max_length={self.max_length} tokens (the response "
-            f"{len(chat.encoded.ids) - chat.prompt_length}), which leaves no room for even the first persona entry "
-            f"({span[1] - span[0]} tokens with the words around it). Raise --max_length.{OR_SKIP}"
+            f"query and response take {len(chat.encoded.ids) - of_first} of max_length={self.max_length} tokens (the "
+            f"response {len(chat.encoded.ids) - chat.prompt_length}){f', which leaves {no_room}' if persona else ''}. "
+            f"Raise --max_length.{OR_SKIP}"
         )
 
     def _without(self, excess: int, persona: Sequence[str], chat: Chat, span: tuple[int, int]) -> int:

@@ -116,7 +116,9 @@ def parse_alpaca(row: Row) -> Iterator[Reply]:
 
 def _from_history(entries: Any, field: str, request: tuple[Turn, ...], response: str) -> Reply:
     """A reply whose persona is the history, the newest entry first, because entries are dropped from the end; the files
-    have the oldest entry first."""
+    have the oldest entry first. An empty history is no persona."""
+    if entries == []:
+        return Reply((), request, response)
     passages = []
     for i, entry in reversed(list(enumerate(list_of(entries, field, "objects")))):
         texts = [entry.get(name) for name in TEXT_FIELDS] if isinstance(entry, dict) else [entry]
@@ -207,8 +209,10 @@ def _from_each_side(personas: Mapping[str, tuple[str, ...]], said: Iterable[tupl
 def parse_spc(row: Row) -> Iterator[Reply]:
     personas = {}
     for who in "12":
-        facts = row[f"user {who} personas"]  # the original CSV has one string with one fact per line
-        personas[who] = parse_persona(facts.splitlines() if isinstance(facts, str) else facts, f"user {who} personas")
+        facts, field = row[f"user {who} personas"], f"user {who} personas"
+        if isinstance(facts, str):  # the original CSV has one string with one fact per line
+            facts = facts.splitlines() or facts
+        personas[who] = parse_persona(facts, field)
     field = "conversation" if "conversation" in row else "Best Generated Conversation"
     yield from _from_each_side(personas, ((who, text_of(text, field)) for who, text in _utterances(row[field], field)))
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from perce.config.commands import PreviewOptions
 from perce.config.schema import LossConfig
 from perce.data.formats import FORMATS
-from perce.data.pairing import PairSource, copied_replies, dated, make_builder, not_read, picked_by
+from perce.data.pairing import PairSource, copied_replies, dated, make_builder, not_read, picked_by, without_persona
 from perce.data.rows import Example, Examples, Reading, Record, available_splits, load_examples
 from perce.data.sharing import segmented
 from perce.data.tokens import personal_words, token_texts
@@ -55,7 +55,7 @@ def _print_counts(where: str, few: int | None, splits: dict[str, Examples]) -> N
     counts = table("split", "format", "rows", "examples", "users", "personas", "bad rows", "weight 0", numbers=True)
     for split, rows in splits.items():
         users = {example.user_id for example in rows.all} - {None}
-        personas = {getattr(example, "persona", None) for example in rows.all} - {None}
+        personas = {getattr(example, "persona", ()) for example in rows.all} - {()}
         numbers = rows.rows, len(rows.all), len(users), len(personas), rows.skipped, rows.weightless
         counts.add_row(split, rows.format, *(f"{number:,}" for number in numbers))
     show(f"{where}{f', the first {few:,} examples of each split' if few else ''}", counts, "")
@@ -106,6 +106,8 @@ def _told(
         yield "cut", f"{source.cut_documents:,} documents, into pieces that fit {limit}"
     if source.unfit:
         yield "refused", f"{source.unfit:,} examples; the first: {source.reason}"
+    for note in without_persona(source.without_persona, source.paired):
+        yield "no persona", note
     for note in copied_replies(sum(pair.get("copied", False) for pair in pairs), len(pairs)):
         yield "copied", note
     if "windows" not in pairs[0]:
@@ -129,7 +131,8 @@ def _both_prompts(example: Record, pair: dict[str, Any], tokenizer: Any) -> Iter
     (start, end), n = pair["persona_span"], pair["response_length"]
     before, persona = (texts[:start], "", ""), (texts[start:end], "persona", "cyan")
     behind = [(texts[end:-n], "", ""), (texts[-n:], "response", "green")]
-    yield _marked("with the persona", [before, persona, *behind])
+    if end > start:
+        yield _marked("with the persona", [before, persona, *behind])
     yield _marked("without the persona", [before, *behind])
 
 

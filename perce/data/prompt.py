@@ -68,7 +68,9 @@ class PromptStyle:
         return cls.of(tokenizer.init_kwargs.get(STYLE, {}))
 
     def block(self, entries: Sequence[str], footer: str) -> str:
-        """The persona's text in the prompt."""
+        """The persona's text in the prompt, "" if it has no entries."""
+        if not entries:
+            return ""
         items = (self.item.replace("{}", entry.strip()) for entry in entries)
         return self.header + "".join(items) + footer
 

@@ -272,9 +272,10 @@ class Examples:
             self.format = detect_format(row, has_header)
         entry = FORMATS[self.format]
         if missing := missing_fields(self.format, row):
-            wanted = missing[0].replace("|", "' or '")
-            hint = renaming_hint(missing[0].split("|"), row)
-            raise BadRow(wanted, f"it in a row of format {self.format}", f"only {listed(row) or 'an empty row'}{hint}")
+            fields = missing[0].split("|")
+            none = ", [] if there is none" if "persona" in fields else ""
+            got = f"only {listed(row) or 'an empty row'}{renaming_hint(fields, row)}"
+            raise BadRow("' or '".join(fields), f"it in a row of format {self.format}{none}", got)
         if "personal_spans" in row and (self.format != "perce" or "response" not in row):
             raise BadRow("personal_spans", "it only with a field 'response' (format perce)", f"format {self.format}")
         user_id = self._user_of(row)
@@ -307,7 +308,7 @@ class Examples:
                 if isinstance(user, str) and isinstance(printed := parse_list(f"[{user}]", path), list):  # a CSV
                     user, *_ = [*printed, None]
                 user = user.get(name) if isinstance(user, dict) else None
-            if user is not None and str(user).strip():
+            if user is not None and user != [] and str(user).strip():
                 if path == "personality":  # the user is who plays a persona: many rows have the same
                     user = hashlib.sha256(repr(parse_persona(user, path)).encode()).hexdigest()[:12]
                 if not isinstance(user, str | int):

@@ -14,11 +14,21 @@ from datasets import Dataset
 from perce.config.options import read_yaml
 from perce.config.questions import SplitConfig
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
-from perce.data.dataset import conversations, numbers, pair_dataset, sequence_lengths
+from perce.data.dataset import conversations, numbers, pair_dataset, persona_lengths, sequence_lengths
 from perce.data.formats import FORMATS
-from perce.data.pairing import PairSource, copied_replies, dated, make_builder, not_read, picked_by, skipped_rows
+from perce.data.pairing import (
+    PairSource,
+    copied_replies,
+    dated,
+    make_builder,
+    not_read,
+    picked_by,
+    skipped_rows,
+    without_persona,
+)
 from perce.data.rows import (
     Document,
+    Example,
     Examples,
     Reading,
     Record,
@@ -53,7 +63,9 @@ class HeldOut:
 
     @classmethod
     def drawn(cls, examples: Sequence[Record], seed: int) -> "HeldOut":
-        """A tenth of the users, so that no user is on both sides; if there is only one, of the rows or examples."""
+        """A tenth of the users, so that no user is on both sides; if there is only one, of the rows or examples. Those
+        without a persona are not drawn: validation measures what personas do."""
+        examples = [example for example in examples if isinstance(example, Document) or example.persona] or examples
         for unit in UNITS if any(example.user_id for example in examples) else UNITS[1:]:
             keys = sorted(set(_keys(examples, unit)))
             if len(keys) > 1:
@@ -228,10 +240,11 @@ def trained_on_too(train: Sequence[Record], validation: Sequence[Record]) -> lis
 
 def without_user(examples: Sequence[Record], who: HeldOut) -> list[str]:
     """A warning if a user may be both trained and validated on."""
-    nameless = sum(example.user_id is None for example in examples)
-    if (who.unit == "users" and not nameless) or isinstance(examples[0], Document):
+    known = [example for example in examples if isinstance(example, Example) and example.persona]
+    nameless = sum(example.user_id is None for example in known)
+    if (who.unit == "users" and not nameless) or not known:
         return []
-    which = f"{nameless:,} of {len(examples):,} examples have no user_id" if nameless else "all rows are of one user"
+    which = f"{nameless:,} of {len(known):,} examples have no user_id" if nameless else "all rows are of one user"
     held = "rows" if who.unit == "users" else who.unit
     return [
         f"warning: {which}: {held} are held out, not users, so a user with several of them may be both trained and "
@@ -255,7 +268,9 @@ def left_out(name: str, examples: int, dataset: Dataset, max_length: int) -> lis
             f"{name}: {entries:,} persona entries dropped from {int((dropped > 0).sum()):,} examples to fit "
             f"--max_length {max_length}"
         )
-    notes += [f"{name}: {x}" for x in copied_replies(int(numbers(dataset, "copied").sum()), len(dataset))]
+    found = without_persona(int((persona_lengths(dataset) == 0).sum()), len(dataset))
+    found += copied_replies(int(numbers(dataset, "copied").sum()), len(dataset))
+    notes += [f"{name}: {note}" for note in found]
     if examples > len(dataset):
         notes.append(
             f"{name}: {examples - len(dataset):,} examples skipped, longer than --max_length {max_length} or unusable"

@@ -91,8 +91,8 @@ class Encoded:
         return found[::-1][max(first - token, 0) : len(self.ids) - token]
 
     def before(self, place: int) -> int:
-        """How many tokens remain without the last ones, those that begin at or after character `place`."""
-        token, end = len(self.ids), sum([line.length for line in self.lines])
+        """How many tokens of the whole text remain without those that begin at or after character `place`."""
+        token, end = sum([len(line.ids) for line in self.lines]), sum([line.length for line in self.lines])
         for piece in self._from_the_end():
             end -= piece.length
             for start, _ in reversed(piece.spans):

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 
 from perce.data.chat import LIKE_CONTROL
 from perce.data.fields import parse_persona
-from perce.data.marked import IGNORED, PERSONA, persona_span
+from perce.data.marked import IGNORED, NO_PERSONA, PERSONA, persona_span
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, tell
 from perce.data.readers import BadRow
 from perce.errors import UserError
@@ -35,22 +35,24 @@ class Twice:
     has_system_role: bool
     text_field: str
     max_length: int | None
-    version: int = 2
+    version: int = 3
     """The version of this file. Raise it if the same rows give other results, or `datasets` reuses its cached ones."""
 
     def prepared(self, dataset: Any, columns: Sequence[str], prepare: Callable[[Any], Any]) -> Any:
         """Rows with these columns → `input_ids` and `labels`. dataset: a Dataset or an IterableDataset; prepare: adds
         ids and labels to the rows, in order, and keeps the other columns.
 
-        For a Dataset, prints what is lost to max_length. UserError for a row that cannot be used, and if no row of a
-        Dataset has a token left to learn.
+        For a Dataset, prints how many rows have no persona, and what is lost to max_length. UserError for a row that
+        cannot be used, and if no row of a Dataset has a token left to learn.
         """
         footers = PERSONA_FOOTERS if self.style.footer is None else (self.style.footer,)
         ways = [replace(self, style=replace(self.style, footer=footer)) for footer in footers]
         failures: list[UserError] = []
+        number = next((number for number, row in enumerate(dataset) if row["persona"]), 0)
+        first = dataset.skip(number).take(1)
         for way in ways:
             try:
-                [*way._joined(dataset.take(1), columns, prepare)]
+                [*way._joined(first, columns, prepare)]
                 break
             except UserError as error:
                 failures.append(error)
@@ -63,10 +65,13 @@ class Twice:
                     f"{self.name} dataset: no row has a token to learn within max_length {self.max_length}. Raise it."
                 )
             lost = len(dataset) - len(rows), sum(rows["left_out"]), sum(rows["is_cut"])
+            none = sum(persona == [] for persona in dataset["persona"])
             if any(lost) and is_first_process():
                 rows_lost, entries, ends = (f"{count:,}" for count in lost)
                 what = f"{rows_lost} rows left out, {entries} persona entries, and the end of {ends} rows"
                 say(f"{self.name}: {what}, to fit max_length {self.max_length}")
+            if none and is_first_process():
+                say(f"{self.name}: {none:,} of {len(dataset):,} rows have no persona, so their PIR is 0")
         return rows.remove_columns(["left_out", "is_cut"])
 
     def _joined(self, rows: Any, columns: Sequence[str], prepare: Callable[[Any], Any]) -> Any:
@@ -75,7 +80,7 @@ class Twice:
         return both.map(self.join, batched=True, remove_columns=names)
 
     def tell(self, rows: Columns, numbers: Sequence[int]) -> dict[str, list[Any]]:
-        """Two rows for each row; `persona` is its list of entries, `number` its index. UserError if it has none."""
+        """Two rows for each row; `persona` is its list of entries, `number` its index. UserError if it lacks one."""
         told: list[dict[str, Any]] = []
         for i, number in enumerate(numbers):
             row = {name: column[i] for name, column in rows.items()}
@@ -100,7 +105,7 @@ class Twice:
         joined = []
         for i in range(0, len(rows["input_ids"]), 2):
             (ids, ids_cf), (labels, labels_cf) = (list(rows[name][i : i + 2]) for name in ("input_ids", "labels"))
-            span = persona_span(ids, ids_cf)
+            span = persona_span(ids, ids_cf) if rows["persona"][i] else (0, 0)
             if span is None or labels[: span[0]] + labels[span[1] :] != labels_cf:
                 raise UserError(
                     f"{self.name} row {rows['number'][i] + 1}: the text around the persona has other tokens or labels "
@@ -110,7 +115,8 @@ class Twice:
             ids, start, left_out = self._fitting(ids, ids_cf, span, rows["persona"][i])
             end = len(ids) - len(ids_cf) + start
             marked = (labels_cf[:start] + [PERSONA] * (end - start) + labels_cf[start:])[: self.max_length]
-            if any(label != IGNORED for label in marked[end:]):
+            marked[:1] = marked[:1] if rows["persona"][i] else [NO_PERSONA]
+            if any(label != IGNORED for label in marked[max(end, 1) :]):
                 row = {"input_ids": ids[: self.max_length], "labels": marked, "left_out": left_out}
                 joined.append(row | {"is_cut": len(ids) > len(marked)})
         return {name: [row[name] for row in joined] for name in ("input_ids", "labels", "left_out", "is_cut")}

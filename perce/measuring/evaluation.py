@@ -109,8 +109,8 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
     if any(item.swapped is None for item in items):
         without = sum(item.swapped is None for item in items)
         notes.append(
-            f"{without:,} examples without another's persona that fits: there is only one user or one persona, or the "
-            "other's is too long"
+            f"{without:,} examples without another's persona that fits: there is only one user or one persona, the "
+            "other's is too long, or they have none themselves"
         )
     if words := personal_words((vars(item.pair) for item in items), subject.tokenizer):
         notes.append(f"personal words: {words}")
@@ -155,10 +155,11 @@ def _by_length(items: Sequence[Item], size: int, tokens: int) -> Iterator[Group]
 
 def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
     """For each example, the index of one of another user, if users are named, and of another persona, or None; drawn
-    by the seed. All examples of a persona get the same one, whose tokens they then share too."""
+    by the seed. All examples of a persona get the same one, whose tokens they then share too. Examples without a
+    persona get none, and are none's."""
     first: dict[Any, int] = {}  # the first example of each persona
     firsts = [first.setdefault((example.user_id, example.persona), index) for index, example in enumerate(examples)]
-    order = list(first.values())
+    order = [index for index in first.values() if examples[index].persona]
     random.Random(seed).shuffle(order)
     personas = _numbered(examples[index].persona for index in order)
     users = _numbered(examples[index].user_id or examples[index].persona for index in order)
@@ -175,7 +176,7 @@ def other_users(examples: Sequence[Example], seed: int) -> list[int | None]:
             else:
                 break
         partners[index] = order[at % len(order)] if at < around else None
-    return [partners[index] for index in firsts]
+    return [partners.get(index) for index in firsts]
 
 
 def _numbered(values: Iterable[Any]) -> list[int]:
@@ -302,7 +303,8 @@ class Evaluator:
         return common if self._continues and 2 * common >= max(map(len, prompts)) else 0
 
     def scores(self, item: Item, reply: str) -> dict[str, Any]:
-        """A reply's overlap with the reference, and whether either uses a word of the persona in the prompt."""
+        """A reply's overlap with the reference, and whether either uses a word of the persona in the prompt, if there
+        is one."""
         example = item.example
         persona = [example.persona[i] for i in item.pair.passages]
         conversation = " ".join(turn.content for turn in example.turns)
@@ -311,4 +313,7 @@ class Evaluator:
         found |= {name: score(reply, example.response) for name, score in self.scorers.items()}
         if not example.response:
             found = dict.fromkeys(found)
-        return {"reply": reply, "reference": example.response, "uses_persona": uses[0], **found}
+        found |= {"uses_persona": uses[0]}
+        if not persona:
+            found |= dict.fromkeys(("uses_persona", "reference_uses_persona"))
+        return {"reply": reply, "reference": example.response, **found}

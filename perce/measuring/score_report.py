@@ -66,7 +66,7 @@ def _lines(records: Records, options: ScoreOptions, left_out: Sequence[str]) -> 
         ("weights", _weights(options)), ("examples", f"{m['examples']:,}"), ("response tokens", f"{m['tokens']:,}"),
         ("loss with persona", f"{m['loss_with_persona']:.4f}"),
         ("loss without persona", f"{m['loss_without_persona']:.4f}"), ("mean PIR", f"{m['pir_mean']:+.4f}"),
-        ("mean weight", f"{m['weight_mean']:.3f}"), *ends, *(("left out", note) for note in left_out),
+        ("mean weight", f"{m['weight_mean']:.3f}"), *ends, *(("data", note) for note in left_out),
     ]  # fmt: skip
 
 

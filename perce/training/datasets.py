@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
 from perce.config.schema import MemoryConfig
-from perce.data.dataset import columns_of, listed, pieces_of, rows_dataset_pairs, sequence_lengths
+from perce.data.dataset import columns_of, listed, persona_lengths, pieces_of, rows_dataset_pairs, sequence_lengths
 from perce.data.documents import DocumentBuilder
 from perce.data.stream import PairStream
 from perce.errors import UserError
@@ -45,6 +45,8 @@ def checked_pairs(dataset: Any, name: str, tokenizer: Any, args: PerceArguments,
         dataset = listed(dataset)
     check_vocabulary(dataset, name, vocabulary)
     check_context(dataset, name, config, args.memory, args.data.max_length)
+    if name == "train_dataset" and args.loss.entry.counterfactual:
+        check_personas(dataset)
     return dataset
 
 
@@ -66,6 +68,15 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise UserError(f"{name}: expected at least one example, got an empty {type(dataset).__name__}.")
 
 
+def check_personas(dataset: Any) -> None:
+    """UserError for training pairs that all lack a persona, so that nothing is contrasted."""
+    if isinstance(dataset, Dataset) and "persona_span" in dataset.column_names and not persona_lengths(dataset).any():
+        raise UserError(
+            "train_dataset: no example has a persona, so the PIR of every token is 0. Give rows with a persona, of "
+            "which some may have none; or train with --objective ce."
+        )
+
+
 def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:
     """UserError for a dataset with a token id that the model lacks."""
     if isinstance(dataset, Dataset):
@@ -78,7 +89,7 @@ def check_context(dataset: Any, name: str, config: Any, memory: MemoryConfig, ma
     documents = "windows" in columns_of(dataset)
     if isinstance(dataset, PairStream):
         documents = isinstance(dataset.source.builder, DocumentBuilder)
-    if _some_have_a_persona(dataset):
+    if _some_are_documents(dataset):
         raise UserError(f"{name}: has documents as well as examples with a persona. Expected one of them.")
     if (memory.on_trunks or memory.share_persona) and documents:
         option = memory.by_itself if memory.on_trunks else "share_persona"
@@ -124,8 +135,8 @@ def longest_sequence(dataset: Any, max_length: int) -> int:
     return max_length if isinstance(dataset, IterableDataset | PairStream) else 0
 
 
-def _some_have_a_persona(dataset: Any) -> bool:
-    """Whether some pairs have a persona and others have none. Of a stream it is not known."""
+def _some_are_documents(dataset: Any) -> bool:
+    """Whether some pairs are of documents and others are not. Of a stream it is not known."""
     if not isinstance(dataset, Dataset) or "persona_span" not in dataset.column_names:
         return False
     return any(column.null_count for column in pieces_of(dataset, "persona_span"))

@@ -13,17 +13,18 @@ from perce.data.template import ChatTemplate
 from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
 
-# Put before a chat template: if the variable `persona` is given, it is put into the messages as in training. Names in
-# capitals are replaced by texts, PLACED by the lines for the place of the persona.
-_BEGINS, _ENDS = "{%- if persona is defined and persona %}", "{{- '' }}"
+# Put before a chat template: if the variable `persona` is given, it is put into the messages as in training; without an
+# entry nothing is, but the system message is that of training. Names in capitals are replaced by texts, PLACED by the
+# lines for the place of the persona.
+_BEGINS, _ENDS = "{%- if persona is defined and persona is not none %}", "{{- '' }}"
 _PERSONA = (
     _BEGINS
     + """
-{%- set told = namespace(text=HEADER) %}
+{%- set told = namespace(text='') %}
 {%- for entry in ([persona] if persona is string else persona) if entry is string and entry | trim %}
 {%- set told.text = told.text ~ BEFORE ~ (entry | trim) ~ AFTER %}
 {%- endfor %}
-{%- set told = told.text ~ FOOTER %}
+{%- set told = HEADER ~ told.text ~ FOOTER if told.text else '' %}
 {%- set own = (messages[0].content | trim) if messages[0].role == 'system' else SYSTEM %}
 {%- set others = messages[1:] if messages[0].role == 'system' else messages %}
 {%- if others[0].role != 'user' or messages[0].content is not string %}
@@ -114,14 +115,17 @@ def with_persona(tokenizer: Any, chat_format: ChatFormat) -> Any:
     prelude = _PERSONA.replace("PLACED", placed + (_WITH_ROLE if chat_format.has_system_role else _WITHOUT_ROLE))
     prelude = re.sub(rf"\b({'|'.join(texts)})\b", lambda name: json.dumps(texts[name[0]], ensure_ascii=False), prelude)
     extended = prelude + template
-    turns, persona = [Turn("system", "S."), Turn("user", "U?")], ["A fact.", "Another."]
+    turns, facts = [Turn("system", "S."), Turn("user", "U?")], ["A fact.", "Another."]
 
     def rendered(turns: list[Turn], template: str, **variables: Any) -> str:
         of = ChatTemplate(tokenizer, template, {**chat_format.template_kwargs, **variables})
         return of.render([(turn.role, turn.content) for turn in turns], generation=True)
 
     for asked in (turns[1:], turns) if chat_format.has_system_role else (turns[1:],):
-        same = rendered(asked, extended, persona=persona) == chat_format.prompt(asked, chat_format.block(persona))
+        same = all(
+            rendered(asked, extended, persona=persona) == chat_format.prompt(asked, chat_format.block(persona))
+            for persona in (facts, [])
+        )
         if not same or rendered(asked, extended) != rendered(asked, template):
             return named
     return extended if isinstance(named, str) else {**named, "default": extended}

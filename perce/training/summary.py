@@ -318,7 +318,7 @@ def print_result(
     if trainer.sharing != "none":
         since = " since the run was resumed" if resumed else ""
         rows.append(("computed", f"{computed[0]:,} tokens for {computed[1]:,} tokens of examples{since}"))
-    rows += [("left out", note) for note in left_out_of_stream(pairs, trainer.args)]
+    rows += [("data", note) for note in left_out_of_stream(pairs, trainer.args)]
     rows.append(("peak memory", f"{peak_memory_mib(trainer.args.device) / 1024:.2f} GiB"))
     files = {
         "model": "", "report": "report.html", "curves": "curves.png", "options": "config.yaml",

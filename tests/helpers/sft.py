@@ -56,7 +56,7 @@ KINDS = {
 
 
 def block_of(persona):
-    return "About the user:\n" + "".join(f"- {entry}\n" for entry in persona) + "\n"
+    return "" if not persona else "About the user:\n" + "".join(f"- {entry}\n" for entry in persona) + "\n"
 
 
 def told(messages, block):
@@ -123,7 +123,8 @@ def plain_steps(model, rows, kind, objective="perce", steps=STEPS):
             (ids, places), (ids_cf, places_cf) = (
                 tokens_of(row, kind, block) for block in (block_of(row["persona"]), "")
             )
-            assert [ids[i] for i in places] == [ids_cf[i] for i in places_cf] and len(ids) > len(ids_cf)
+            assert [ids[i] for i in places] == [ids_cf[i] for i in places_cf]
+            assert (len(ids) > len(ids_cf)) == bool(row["persona"])
             factual.append(logp_of(model, ids, places))
             with torch.no_grad():
                 without.append(logp_of(model, ids_cf, places_cf)[0])

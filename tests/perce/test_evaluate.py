@@ -495,3 +495,18 @@ def test_a_conversation_is_told_turn_by_turn(model, tmp_path, capsys):
     content = result(tmp_path / "e.json")
     assert [*content["by_turn"]] == ["1", "2", "3"]
     assert all(turn["uses_persona"]["n"] == turn["loss_with_persona"]["n"] == 1 for turn in content["by_turn"].values())
+
+
+def test_rows_without_a_persona_have_losses_and_replies_and_use_none(run, tmp_path):
+    rows = [{**row, "persona": []} if i % 2 else row for i, row in enumerate(ROWS[:6])]
+    out = run("--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "e.json").out
+    assert "3 of 6 examples have no persona: both passes are the same, and PIR is 0" in " ".join(out.split())
+    for record in result(tmp_path / "e.json")["records"]:
+        has_one = record["example"] % 2 == 0
+        assert (record["loss_swapped"] is not None) == has_one == (record["uses_persona"] is not None)
+        assert (abs(record["loss"] - record["loss_without"]) > 1e-3) == has_one
+        assert record["rougeL"] is not None
+    for row in rows:
+        row["persona"] = []
+    out = run("--data", write_jsonl(tmp_path / "none.jsonl", rows)).out
+    assert "6 of 6 examples have no persona" in " ".join(out.split()) and "replies that use the persona" not in out

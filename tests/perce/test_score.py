@@ -19,7 +19,7 @@ from perce.files.lock import locked
 from perce.measuring import inference, score_report, scores
 from tests.helpers.pages import Page
 from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_tokenizer, write_jsonl
-from tests.helpers.training import LIMIT, a_run
+from tests.helpers.training import LIMIT, ROWS, a_run
 
 
 def test_records_equal_the_models_own_logits(scored, gemma, tmp_path):
@@ -369,3 +369,17 @@ def test_smoke_in_a_process_of_its_own(gemma, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=None)
     assert done.returncode == 0, done.stderr
     assert len(read_jsonl(tmp_path / "s.jsonl")) == 2 and "mean PIR" in done.stdout
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_rows_without_a_persona_are_counted_and_have_no_pir(scored, tmp_path, streaming):
+    rows = [{**row, "persona": []} if i else row for i, row in enumerate(ROWS[:3])]
+    data, records = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "r.jsonl"
+    flags = ("--data", data, "--streaming", streaming, "--jsonl", records, "--output", tmp_path / "s.html")
+    out = " ".join(scored(*flags, "--terminal", 1).out.split())
+    assert "2 of 3 examples have no persona: both passes are the same, and PIR is 0" in out
+    known, *others = read_jsonl(records)
+    assert known["passages"] and any(abs(pir) > 1e-3 for pir in known["pir"])
+    for record in others:
+        assert record["passages"] == [] and record["prompt_ids"] == record["prompt_cf_ids"]
+        assert max(map(abs, record["pir"])) < 1e-5 and {round(weight, 6) for weight in record["weight"]} == {0.8}

@@ -145,6 +145,7 @@ def test_the_row_of_the_page_is_read(tmp_path, format):
 # Fields by which a format is recognised, and which are not read.
 NOT_READ = {"preference": ("rejected",), "lamp_qa": ("id", "rubric_aspects", "narrative")}
 MAY_BE_EMPTY = ("id", "name", "persona_id", "previous_dialogs")  # any text may name a user
+MAY_BE_NONE = ("persona", "profile", "personality", "user 1 personas", "user 2 personas")  # as an empty list
 WRONG = {
     "persona_id": [4],
     "user_id": [4],
@@ -160,7 +161,8 @@ def test_what_is_wrong_with_a_row_is_named(tmp_path, format):
     row = documented(format)[0]
     for need in FORMATS[format].needs:
         name = next(name for name in need.split("|") if name in row)
-        wrongs = [None, WRONG.get(name, 7), [] if isinstance(row[name], list) else " "]
+        empty = [" "] if name in MAY_BE_NONE else [] if isinstance(row[name], list) else " "
+        wrongs = [None, WRONG.get(name, 7), empty]
         read = name not in NOT_READ.get(format, ())
         for wrong in wrongs[: 3 if read and name not in MAY_BE_EMPTY else 2 if read else 1]:
             path = documented_files(tmp_path, format, row, {**row, name: wrong}, *documented(format)[1:])
@@ -168,6 +170,18 @@ def test_what_is_wrong_with_a_row_is_named(tmp_path, format):
                 load_examples(path, "train", unanswered=True)
             place, field, _ = re.split(r": field '|': expected ", str(caught.value), maxsplit=2)
             assert place == f"{path}:2" and name in field.split("' or '"), (wrong, str(caught.value))
+
+
+LISTS_OF_A_PERSONA = {
+    "persona": ["perce", "prompt_completion", "preference", "sharegpt", "alpaca"],
+    "profile": ["longlamp", "lamp", "lamp_qa"], "personality": ["convai2", "personachat"], "user 2 personas": ["spc"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "format"), [(a, format) for a, of in LISTS_OF_A_PERSONA.items() for format in of])
+def test_an_empty_list_is_no_persona(tmp_path, name, format):
+    path = documented_files(tmp_path, format, {**documented(format)[0], name: []})
+    assert load_examples(path, "train", unanswered=True).all[0].persona == ()
 
 
 def test_the_users_of_msc_in_a_csv(tmp_path):

@@ -8,8 +8,9 @@ import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 from perce import UserError
+from perce.data import marked
 from perce.data.batch import collate
-from perce.data.marked import IGNORED, PERSONA, PersonaCollator, collate_pairs, labelled, persona_span, row_of
+from perce.data.marked import IGNORED, NO_PERSONA, PERSONA, PersonaCollator, collate_pairs, labelled, row_of
 from tests.helpers.tiny import demo_pairs, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -20,12 +21,15 @@ FLAT = PersonaCollator(DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 def test_a_row_says_what_a_pair_says():
     pair = {"input_ids": [5, 6, 7, 8, 9], "persona_span": (1, 3), "response_length": 1}
     assert row_of(pair) == {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, PERSONA, PERSONA, IGNORED, 9]}
+    none = row_of(pair | {"persona_span": (2, 2)})
+    assert none == {"input_ids": [5, 6, 7, 8, 9], "labels": [NO_PERSONA, *[IGNORED] * 3, 9]}
 
 
 @pytest.mark.parametrize("collator", [PADDED, FLAT])
 def test_a_batch_predicts_the_tokens_of_the_pairs_in_both_passes(collator):
     """Each row of hidden states belongs to the token before its target."""
-    pairs = demo_pairs(5)
+    of_nobody = {"input_ids": [5, 6, 7, 8], "persona_span": (1, 1), "response_length": 2, "personal": [False] * 2}
+    pairs = [*demo_pairs(4), of_nobody]
     batch, own = collate_pairs(pairs, collator), collate(pairs)
     assert torch.equal(batch["target"], own["target"])
     for suffix in ("", "_cf"):
@@ -33,7 +37,7 @@ def test_a_batch_predicts_the_tokens_of_the_pairs_in_both_passes(collator):
             before = inputs[f"input_ids{suffix}"].flatten()[rows[f"rows{suffix}"]]
             assert before.tolist() == own[f"input_ids{suffix}"].flatten()[own[f"rows{suffix}"]].tolist()
     assert batch["uses"].sum() == sum(len(pair["input_ids"]) for pair in pairs)
-    assert (batch["labels"] != PERSONA).all() and (batch["labels"][:, 1:] != IGNORED).sum() == len(batch["target"])
+    assert (batch["labels"] >= IGNORED).all() and (batch["labels"][:, 1:] != IGNORED).sum() == len(batch["target"])
 
 
 def test_rows_of_several_sequences_are_the_sequences():
@@ -59,7 +63,7 @@ def test_what_a_sequence_begins_with_is_not_learnt():
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, IGNORED, 6]]
 
 
-@pytest.mark.parametrize("labels", [[IGNORED, 2, 3], [PERSONA] * 3])
+@pytest.mark.parametrize("labels", [[IGNORED, 2, 3], [PERSONA] * 3, [NO_PERSONA, PERSONA, 3], [IGNORED, NO_PERSONA, 3]])
 def test_rows_without_a_persona_or_with_nothing_else_are_refused(labels):
     with pytest.raises(UserError, match=f"labels: expected {PERSONA} at the persona's tokens"):
         PADDED([{"input_ids": [1, 2, 3], "labels": labels}])
@@ -84,10 +88,10 @@ def test_padding_on_the_left_is_refused():
 
 
 def test_the_span_without_which_ids_are_others():
-    assert persona_span([1, 2, 3, 4], [1, 4]) == (1, 3)
-    assert persona_span([1, 2, 1, 2, 4], [1, 2, 4]) == (2, 4)  # either span is right
+    assert marked.persona_span([1, 2, 3, 4], [1, 4]) == (1, 3)
+    assert marked.persona_span([1, 2, 1, 2, 4], [1, 2, 4]) == (2, 4)  # either span is right
     for ids, other in (([1, 4], [1, 4]), ([1, 4], [1, 2, 4]), ([1, 2, 3, 4], [1, 5]), ([1, 2, 3], [2, 1])):
-        assert persona_span(ids, other) is None
+        assert marked.persona_span(ids, other) is None
 
 
 def test_rows_of_any_format_are_labelled():

@@ -65,7 +65,7 @@ def test_messages_of_a_prompt_may_be_any_mapping():
 def test_a_prompt_needs_a_persona_and_something_to_reply_to():
     tokenizer = TOKENIZERS["chatml"]
     assert prompt_ids(tokenizer, "I keep bees.", "Hi") == prompt_ids(tokenizer, ["I keep bees.", " "], "Hi")
-    for persona in ([], "", [" "], None, 3):
+    for persona in ("", [" "], None, 3):
         with pytest.raises(UserError, match="persona"):
             prompt_ids(tokenizer, persona, "Coming tonight?")
     wrong = {
@@ -230,3 +230,36 @@ def test_chat_template_kwargs_reach_the_template():
     ]
     assert decode("chatml", built[1].input_ids).startswith("!!!")
     assert not decode("chatml", built[0].input_ids).startswith("!!!")
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_without_a_persona_both_sequences_are_the_one_that_others_have_without_theirs(template, turns):
+    known, unknown = (builder(template).build(example(turns=turns, persona=who)) for who in (EXAMPLE.persona, ()))
+    assert unknown.input_ids == unknown.counterfactual_ids() == known.counterfactual_ids()
+    start, end = unknown.persona_span
+    assert start == end and known.persona_span[0] <= start < unknown.prompt_length
+    assert unknown.passages == [] and not any(unknown.personal) and not unknown.copied
+    assert unknown.persona != known.persona
+    said = [{"role": turn.role, "content": turn.content} for turn in turns]
+    of_prompt = prompt_ids(TOKENIZERS[template], [], said)
+    assert of_prompt == unknown.input_ids[: unknown.prompt_length]
+
+
+def test_without_a_persona_nothing_is_picked_or_cut():
+    def retriever(example):
+        raise AssertionError("there is nothing to pick from")
+
+    nobody = example(persona=())
+    whole = builder(retriever=retriever, whole_if_it_fits=True).build(nobody)
+    n = len(whole.input_ids)
+    assert builder(max_length=n).build(nobody).input_ids == whole.input_ids
+    too_long = rf"take {n} of max_length={n - 1} tokens \(the response {whole.response_length}\)\. Raise"
+    with pytest.raises(UserError, match=too_long):
+        builder(max_length=n - 1).build(nobody)
+
+
+def test_only_equal_examples_without_a_persona_may_share_its_pass():
+    one, other = (builder().build(example(persona=(), response=text)) for text in ("Yes, I am.", "No."))
+    assert one.persona != other.persona
+    assert one.persona == builder().build(example(persona=(), response="Yes, I am.", user_id="u2")).persona

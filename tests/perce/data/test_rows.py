@@ -18,9 +18,12 @@ BAD = [
     ({**GOOD, "response": 7}, "field 'response': expected a non-empty string, got int 7"),
     ({**GOOD, "response": "a\ud83d"}, "field 'response': expected UTF-8 text"),
     ({"query": "q", "response": "r", "persoan": "p"}, "--columns persona=persoan\n"),
-    ({**GOOD, "persona": []}, "field 'persona': expected a text or a non-empty list of texts, got list []"),
-    ({**GOOD, "persona": 42}, "field 'persona': expected a text or a non-empty list of texts, got int 42"),
-    ({**GOOD, "persona": {"job": "baker"}}, "field 'persona': expected a text or a non-empty list of texts, got dict"),
+    ({**GOOD, "persona": ""}, "field 'persona': expected a non-empty string, got str ''"),
+    (
+        {**GOOD, "persona": 42},
+        "field 'persona': expected a text, [] for no persona, or a non-empty list of texts, got",
+    ),
+    ({**GOOD, "persona": {"job": "baker"}}, "[] for no persona, or a non-empty list of texts, got dict"),
     ({**GOOD, "persona": [["a"]]}, "field 'persona[0]': expected a text, or an object with one of the fields reviewT"),
     ({**GOOD, "persona": ["", " "]}, "field 'persona': expected at least one entry with text"),
     ({**GOOD, "persona": ["a", 3]}, "field 'persona[1]': expected a text, or an object with one of the fields"),
@@ -76,6 +79,20 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, row, expected):
     rows = load_examples(jsonl(tmp_path / "data.jsonl", GOOD, row, GOOD), "train", skip_bad_rows=True)
     assert (len(rows.all), rows.skipped, len(rows.reasons)) == (2, 1, 1)
     assert rows.reasons[0].startswith(str(tmp_path / "data.jsonl:2: "))
+
+
+def test_only_an_empty_list_says_that_there_is_no_persona(tmp_path):
+    nobody = {**GOOD, "persona": []}
+    assert [example.persona for example in load(tmp_path, nobody, GOOD)] == [(), ("I bake.", "I have a dog.")]
+    (tmp_path / "data.csv").write_text("persona,query,response\nI bake.,Hi,Yo\n[],Hi,Yo\n")
+    assert [example.persona for example in load_examples(tmp_path / "data.csv", "train")] == [("I bake.",), ()]
+    (tmp_path / "data.csv").write_text('persona,query,response\nI bake.,Hi,Yo\n"",Hi,Yo\n')
+    with pytest.raises(UserError, match="field 'persona': expected"):
+        load_examples(tmp_path / "data.csv", "train")
+    for lost in ({**GOOD, "persona": None}, {name: GOOD[name] for name in ("query", "response")}):
+        text = error(tmp_path, GOOD, lost)
+        assert "field 'persona': expected it in a row of format perce, [] if there is none, got only query" in text
+    assert {x.user_id for x in load(tmp_path, {"personality": [], "history": ["Hi"], "candidates": ["Yo"]})} == {None}
 
 
 def test_once_the_format_is_known_the_missing_field_is_named(tmp_path):

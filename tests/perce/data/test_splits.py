@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 
@@ -175,3 +176,19 @@ def test_files_of_no_split_are_named_once(tmp_path):
     assert note.startswith("not read: eval.jsonl, train_part2.jsonl (the names of splits are train; validation, valid,")
     own = own_split(tmp_path, USERS, [row(None, 100 + i) for i in range(5)])
     assert own == [note]
+
+
+def test_examples_without_a_persona_are_counted_and_trained_on(tmp_path):
+    """They are of nobody, and validation measures what personas do. They may be in a validation split."""
+    rows = USERS + [{"persona": [], "query": f"Number {i}?", "response": "Yes."} for i in range(30)]
+    data = DataConfig(data=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    arguments = {"loss": LossConfig(), "eval_examples": 0, "eval_tokens": None, "seed": 0, "validation_seed": 0}
+    notes = load_pairs(data, tiny_tokenizer(), **arguments).notes
+    assert not any("warning" in note for note in notes)
+    assert notes[0] == "2 of 55 users and rows without one held out for validation"
+    said = "examples have no persona: both passes are the same, and PIR is 0"
+    assert any(re.fullmatch(rf"training: 30 of 8\d {said}", note) for note in notes)
+    own_split(tmp_path / "both", USERS, rows[-3:])
+    notes = load_pairs(DataConfig(data=str(tmp_path / "both")), tiny_tokenizer(), **arguments).notes
+    assert f"validation: 3 of 3 {said}" in notes
+    assert splits(tmp_path, rows[-3:]).validation, "if none has a persona, some of them"

@@ -7,7 +7,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from perce import UserError
-from perce.data.marked import IGNORED, PERSONA
+from perce.data.marked import IGNORED, NO_PERSONA, PERSONA
 from perce.data.prompt import PromptStyle
 from perce.data.twice import Twice
 from tests.helpers.tiny import tiny_tokenizer
@@ -123,3 +123,20 @@ def test_entries_are_left_out_from_the_last_on_and_one_stays(room, entries):
     assert ("Blue" in text) == (entries == 2) and "bees" in text
     assert len(row["input_ids"]) <= whole - room == twice(whole - room).max_length
     assert text.endswith(REPLY) == (room < 20)
+
+
+def test_rows_without_a_persona_are_marked_and_counted(capsys):
+    """The first row that has one decides on the footer."""
+    rows = Dataset.from_list([ROW | {"persona": []}, ROW, ROW | {"persona": [], "completion": ""}])
+    joined = twice().prepared(rows, rows.column_names, tokenised)
+    assert len(joined) == 2, "nothing is left to learn of the third"
+    ids, labels = joined[0]["input_ids"], joined[0]["labels"]
+    assert TOKENIZER.decode(ids) == "Tonight?\n" + REPLY and labels[0] == NO_PERSONA and PERSONA not in labels
+    reply = TOKENIZER(REPLY)["input_ids"]
+    assert labels[-len(reply) :] == reply and {*labels[1 : -len(reply)]} == {IGNORED}
+    assert PERSONA in joined[1]["labels"]
+    said = capsys.readouterr().out
+    assert "train: 2 of 3 rows have no persona, so their PIR is 0" in said
+    lost = Dataset.from_list([ROW | {"persona": None}, ROW])
+    with pytest.raises(UserError, match=r"train row 1: field 'persona': expected a text, \[\] for no persona"):
+        twice().prepared(lost, lost.column_names, tokenised)

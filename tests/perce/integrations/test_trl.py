@@ -80,6 +80,29 @@ def test_five_steps_are_those_of_the_formula_however_they_are_made(tmp_path, mod
     assert_same_steps(steps_of(trainer), plain_steps(model_for(**model), rows, "completion"))
 
 
+@pytest.mark.parametrize("kind", ["conversation", "assistant", "completion-text", "text"])
+def test_rows_without_a_persona_are_mixed_in(tmp_path, kind):
+    """Their PIR is 0. The first row is one of them."""
+    rows = rows_of(NAMES.get(kind, kind))
+    for row in rows[::2]:
+        row["persona"] = []
+    trainer = trainer_for(tmp_path, rows, **KINDS[kind])
+    assert_same_steps(steps_of(trainer), plain_steps(model_for(), rows, kind))
+
+
+@pytest.mark.parametrize("options", [{"packing": True, "max_length": 4000}, {"padding_free": True}])
+def test_packed_rows_without_a_persona(tmp_path, options):
+    rows = rows_of("completion")
+    for row in rows[::2]:
+        row["persona"] = []
+    found = [
+        trainer_for(tmp_path, rows, eval_packing=False, **more).evaluate(Dataset.from_list(rows))
+        for more in ({}, options)
+    ]
+    names = ("eval_loss_with_persona", "eval_loss_without_persona")
+    assert [found[1][name] for name in names] == pytest.approx([found[0][name] for name in names], rel=1e-5)
+
+
 def train_a_rank(directory):
     trainer = trainer_for(
         directory, rows_of("completion"), per_device_train_batch_size=1, gradient_accumulation_steps=2
@@ -241,7 +264,7 @@ IMAGE = {"images": [[]], "prompt": SAID[:1], "completion": SAID[1:]}
     ("rows", "options", "message"),
     [
         ([{"prompt": "a", "completion": "b"}], {}, "train dataset: expected a column persona, got prompt, completion"),
-        ([{"persona": [], "text": "a"}], {}, r"train row 1: field 'persona': expected a text or a non-empty list of t"),
+        ([{"persona": [""], "text": "a"}], {}, r"train row 1: field 'persona': expected at least one entry with text"),
         ([{"persona": "A.", "text": "a"}, {"persona": " ", "text": "a"}], {}, r"train row 2: field 'persona'"),
         ([{"persona": "A.", "story": "a"}], {}, "train row 1: expected prompt, messages or text, got persona, story"),
         ([{"persona": "A.", "messages": SAID[1:]}], {"prompt": {"place": "user"}}, "train row 1: expected texts as"),

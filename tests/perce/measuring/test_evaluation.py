@@ -219,6 +219,14 @@ def test_another_users_persona_is_another_text():
     assert None not in other_users(users_of((None, "I bake."), (None, "I ski.")), 0), "of nobody"
 
 
+def test_nobodys_persona_is_not_anothers():
+    """Examples without a persona have no other persona, and are not others'."""
+    nobody = [replace(example, persona=()) for example in users_of(("a", "-"), ("c", "-"), ("", "-"))]
+    known = users_of(("a", "I bake."), ("b", "I ski."))
+    assert other_users([*nobody[:2], *known, nobody[2]], 0) == [None, None, 3, 2, None]
+    assert other_users([*nobody, known[0]], 0) == [None] * 4
+
+
 HENS = [f"I own {i} hens." for i in range(40_000)]
 SIMILAR = {
     "nothing": [(f"u{i}", hens) for i, hens in enumerate(HENS)],

@@ -146,3 +146,12 @@ def test_a_name_is_of_a_dataset_that_the_trainer_has(tmp_path):
         trainer_for(model_for(), arguments(tmp_path), eval_dataset="rows.jsonl")
     trainer = trainer_for(model_for(), arguments(tmp_path), eval_dataset={"short": PAIRS[:2], "other": PAIRS[2:4]})
     assert trainer.evaluate("short")["eval_loss"] == trainer.evaluate(PAIRS[:2])["eval_loss"]
+
+
+def test_training_rows_that_all_lack_a_persona_are_refused(tmp_path):
+    none = [{**pair, "persona_span": (3, 3)} for pair in PAIRS[:3]]
+    with pytest.raises(UserError, match="train_dataset: no example has a persona, so the PIR of every token is 0"):
+        trainer_for(model_for("full"), arguments(tmp_path), pairs=none)
+    for pairs, loss in ((none, LossConfig(objective="ce")), ([PAIRS[3], *none], LossConfig())):
+        trainer = trainer_for(model_for("full"), arguments(tmp_path, loss=loss), pairs=pairs, eval_dataset=none)
+        assert trainer.evaluate()["eval_pir_mean"] == pytest.approx(0, abs=1e-5)

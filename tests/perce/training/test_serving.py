@@ -110,7 +110,7 @@ def test_the_saved_template_takes_the_persona_and_is_else_as_it_was(template, st
         assert template in LEFT_AS_THEY_ARE
         return
     assert with_persona(tokenizer, chat_format) == tokenizer.chat_template, "once"
-    for entries in (["I keep bees."], [" I keep bees. ", 'I\'m "Ana"\\ {x}.']):
+    for entries in (["I keep bees."], [" I keep bees. ", 'I\'m "Ana"\\ {x}.'], []):
         turns = tuple(Turn(turn["role"], turn["content"]) for turn in talk)
         trained = chat_format.prompt(turns, chat_format.block(entries))
         assert tokenizer.apply_chat_template(talk, persona=entries, **options) == trained
@@ -131,8 +131,10 @@ def test_what_the_persona_variable_cannot_stand_for_is_an_error_and_blanks_are_n
     trained = chat_format.prompt((Turn("user", "Why? "),), chat_format.block(["A."]))
     for persona in ("A.", ["A."], ["A.", " ", None, 3]):
         assert tokenizer.apply_chat_template(asked, persona=persona, **options) == trained
-    for persona in (None, [], ""):
-        assert "🐝" not in tokenizer.apply_chat_template(asked, persona=persona, **options)
+    trained = chat_format.prompt((Turn("user", "Why? "),), "")
+    for persona in ([], "", [" "]):
+        assert tokenizer.apply_chat_template(asked, persona=persona, **options) == trained
+    assert tokenizer.apply_chat_template(asked, persona=None, **options) != trained, "as without the variable"
     for wrong in ([{"role": "assistant", "content": "Hi"}, *asked], [{"role": "user", "content": [{"type": "text"}]}]):
         with pytest.raises(TemplateError, match="persona: expected"):
             tokenizer.apply_chat_template(wrong, persona=["A."], **options)

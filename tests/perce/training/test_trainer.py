@@ -57,6 +57,50 @@ def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, kind, options):
     )
 
 
+def without_personas(pairs):
+    """The pairs, every other one without its persona, as data/pairs.py makes them of rows that have none."""
+    changed = [
+        pair | {"input_ids": pair["input_ids"][:start] + pair["input_ids"][end:], "persona_span": (start, start)}
+        for pair in pairs for start, end in [pair["persona_span"]]
+    ]  # fmt: skip
+    return [changed[i] | {"persona": -i, "passages": []} if i % 2 else pair for i, pair in enumerate(pairs)]
+
+
+MIXED = {
+    "plain": {},
+    "tokens": {"tokens_per_batch": 3000},
+    "one by one": {"memory": MemoryConfig(branches_per_forward=1)},
+    "sequence": {"loss": LossConfig(clip_min=0.05, normalize="sequence")},
+}
+
+
+@pytest.mark.parametrize("way", MIXED)
+def test_rows_without_a_persona_are_trained_on_as_if_the_persona_changed_nothing(tmp_path, way):
+    """Their PIR is 0, so all of their tokens weigh clip_min."""
+    batches, args = [], arguments(tmp_path, max_steps=2, **MIXED[way])
+    model = model_for()
+    reference = copy.deepcopy(model).train()
+    trainer = trainer_for(model, args, without_personas(PAIRS))
+    collator = trainer.data_collator
+    trainer.data_collator = lambda pairs: (batches.append(pairs), collator(pairs))[1]
+    trainer.train()
+    assert {len(pair["passages"]) > 0 for batch in batches[:2] for pair in batch} == {True, False}
+    expected = plain_loop(reference, batches[:2], [args.loss] * 2)
+    torch.testing.assert_close(
+        torch.tensor(logged(trainer, "loss", "grad_norm")), torch.tensor(expected), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_rows_without_a_persona_have_the_same_loss_if_personas_are_detached(tmp_path):
+    losses = {}
+    for grad in ("full", "none"):
+        memory = MemoryConfig(persona_grad=grad)
+        trainer = trainer_for(model_for(), arguments(tmp_path, max_steps=1, memory=memory), without_personas(PAIRS))
+        trainer.train()
+        losses[grad] = logged(trainer, "loss")[0][0]
+    assert losses["full"] == pytest.approx(losses["none"], rel=1e-5)
+
+
 class Waiting(TrainerCallback):
     """Records what would wait for a GPU, from the beginning of the second step to the end of the third."""
 
