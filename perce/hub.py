@@ -12,8 +12,8 @@ from perce.config.options import as_called, read_yaml
 from perce.config.schema import lacking
 from perce.errors import UserError, first_line, in_one_line
 from perce.files.integrity import LIST
+from perce.files.network import hub_failure
 from perce.files.paths import did_you_mean, near_paths
-from perce.network import hub_failure
 from perce.process import is_first_process
 from perce.visible import in_short, say
 

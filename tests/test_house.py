@@ -27,7 +27,7 @@ FLOORS = (
     ("perce_kernels",),
     ("perce.visible",),
     ("perce.errors", "perce.objectives"),
-    ("perce.files", "perce.network", "perce.process", "perce.data.readers"),
+    ("perce.files", "perce.process", "perce.data.readers"),
     ("perce.data.csv_file", "perce.data.literals"),
     ("perce.data.sources",),
     ("perce.data.fields",),

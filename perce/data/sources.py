@@ -30,8 +30,8 @@ from perce.data.readers import (
     whole_json,
 )  # fmt: skip
 from perce.errors import UserError, first_line, in_one_line
+from perce.files.network import hub_failure
 from perce.files.paths import check_path, did_you_mean
-from perce.network import hub_failure
 from perce.visible import shortened
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}

@@ -2,7 +2,7 @@
 
 from huggingface_hub.utils import get_session
 
-from perce.network import hub_failure
+from perce.files.network import hub_failure
 
 
 def test_whether_the_hub_can_be_reached_is_asked_once_and_in_seconds(monkeypatch):
