@@ -4,7 +4,6 @@ examples → pairs → losses (with, without, and with another user's persona) �
 """
 
 import sys
-from pathlib import Path
 
 from perce.config.commands import EVALUATE, EvaluateOptions
 from perce.files.outputs import check_writable
@@ -25,22 +24,15 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
 
     from perce.data.rows import texts_key
     from perce.data.splits import training_rows_note
+    from perce.measuring.comparison import check_same, compare, keys_of, print_comparison, read_result
     from perce.measuring.evaluation import Evaluator, make_batches
-    from perce.measuring.evaluation_report import (
-        FORM,
-        check_same,
-        compare,
-        print_result,
-        read_result,
-        summarise,
-        write_result,
-    )
+    from perce.measuring.evaluation_report import FORM, print_result, summarise, write_result
     from perce.measuring.inference import load_subject
     from perce.measuring.metrics import ROUGE_NOTE, reply_scorers
     from perce.model.positions import settle_lengths
 
     wanted = options.evaluate
-    other = read_result(Path(wanted.compare_with).expanduser()) if wanted.compare_with else None
+    other = read_result("--compare_with", wanted.compare_with) if wanted.compare_with else None
     scorers = reply_scorers() if wanted.generate else {}
     subject = load_subject(options, "evaluate", unanswered=wanted.generate)
     examples: list = list(subject.examples)
@@ -48,7 +40,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
     work = make_batches(examples, subject, options)
     if other:
-        check_same({item.key for item in work.items}, other, str(wanted.compare_with))
+        check_same({item.key for item in work.items}, keys_of(other), f"--compare_with {wanted.compare_with}")
     file.begin(facts)
     reply = wanted.max_new_tokens if wanted.generate else 0
     settle_lengths(subject.model, lambda: work.longest(reply))
@@ -59,10 +51,13 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
             file.append(records)
     notes = [f"examples: {subject.split}", *training_rows_note(options.data, subject.split), *work.notes]
     result = summarise(file.records, [*notes, ROUGE_NOTE] if scorers else notes, facts)
-    comparison = compare(file.records, facts, other, str(wanted.compare_with)) if other else None
+    comparison = compare({"this result": result}, {str(wanted.compare_with): other}) if other else None
     if wanted.output:
-        write_result(Path(wanted.output).expanduser(), result, comparison)
-    print_result(result, comparison)
+        write_result(wanted.output, result | ({"comparison": comparison} if comparison else {}))
+    print_result(result)
+    if comparison:
+        say("")
+        print_comparison(comparison)
     if wanted.output:
         say(f"written  {wanted.output}, {wanted.records}")
 

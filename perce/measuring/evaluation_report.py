@@ -1,23 +1,18 @@
-"""Turns records of evaluated examples into metrics with intervals, a comparison of two models, JSON and tables."""
+"""Turns records of evaluated examples into metrics with intervals, JSON and tables. For comparisons: comparison.py."""
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from perce.data.readers import parse_json
-from perce.errors import UserError
 from perce.files.outputs import in_one_move, written
-from perce.files.paths import did_you_mean
 from perce.measuring.metrics import (
     FEW,
     REPLY_METRICS,
-    RESAMPLES,
     SHARE,
     UNBOUNDED,
     Interval,
     clustered_mean,
-    paired_difference,
 )  # fmt: skip
 from perce.report.terminal import plain, show, table
 from perce.visible import as_json
@@ -81,7 +76,7 @@ def unit_of(record: Mapping[str, Any]) -> str:
     return str(record["user_id"] or record["source"])
 
 
-def _columns(records: Records, metric: Metric) -> tuple[list[float], list[float], list[str]]:
+def columns(records: Records, metric: Metric) -> tuple[list[float], list[float], list[str]]:
     """(values, weights, users) of the records that have this metric."""
     having = [record for record in records if field_of(record, metric.value) is not None]
     values = [float(field_of(record, metric.value)) for record in having]
@@ -104,7 +99,7 @@ def summarise(records: Records, notes: list[str], run: Mapping[str, Any]) -> dic
 def _means(records: Records, metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """The means of those metrics that any record has."""
     found = (
-        (name, clustered_mean(*_columns(records, each), bounds=each.bounds, share=each.share))
+        (name, clustered_mean(*columns(records, each), bounds=each.bounds, share=each.share))
         for name, each in metrics.items()
     )
     return {name: interval._asdict() for name, interval in found if interval is not None}
@@ -119,107 +114,34 @@ def _by_turn(records: Records) -> dict[int, dict[str, Any]]:
     return {turn: _means(turns[turn], metrics) for turn in sorted(turns)[:TURNS]} if len(turns) > 1 else {}
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """An earlier result to compare with. UserError if the file is not a result of this version of perce.evaluate."""
-    try:
-        result = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        what = f"--compare_with {path}: cannot be read as a result of perce.evaluate ({error})."
-        raise UserError(f"{what}{did_you_mean(str(path))}") from error
-    if not (isinstance(result, dict) and result.get("kind") == RESULT and {"run", "records"} <= {*result}):
-        raise UserError(f"--compare_with {path}: expected the JSON that perce.evaluate --output writes.")
-    if result["run"].get("form") != FORM:
-        raise UserError(f"--compare_with {path}: was written by another version of perce. Evaluate that model again.")
-    return result
+def write_result(path: str, result: Mapping[str, Any]) -> None:
+    file = Path(path).expanduser()
+    with written(file), in_one_move(file) as unfinished:
+        unfinished.write_text(as_json(result, indent=1) + "\n", encoding="utf-8")
 
 
-def check_same(ours: Set[str], other: Mapping[str, Any], name: str) -> None:
-    """UserError unless the other result has the examples with these keys."""
-    theirs = {record["key"] for record in other["records"]}
-    if missing := ours ^ theirs:
-        raise UserError(
-            f"--compare_with {name}: {len(missing)} of {len(ours | theirs)} examples are in one result only. Evaluate "
-            "both models on the same data, split and limit."
-        )
+def unit_name(records: Records) -> str:
+    """What `unit_of` these records is: "user", or "row" if no users are named."""
+    return "user" if any(record["user_id"] for record in records) else "row"
 
 
-def compare(records: Records, run: Mapping[str, Any], other: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Differences (this model minus the other) over the same examples; see check_same.
-
-    `settings` in the result has the facts of the runs that also differ, as [of this run, of the other]; `left_out` has
-    why metrics are not compared.
-    """
-    theirs = {record["key"]: record for record in other["records"]}
-    ours = {record["key"]: record for record in records}
-    its_run = other["run"]
-    settings = {
-        fact: [run.get(fact), its_run.get(fact)]
-        for fact in dict.fromkeys([*run, *its_run])
-        if fact not in ("model", "weights", "batch_size", "share") and run.get(fact) != its_run.get(fact)
-    }
-    keys = sorted(ours)
-    differences: dict[str, Any] = {}
-    left_out: dict[str, str] = {}
-    assert len(ours) == len(records), "keys are unique"
-    for name, metric in all_metrics().items():
-        measured = [{key for key in keys if field_of(side[key], metric.value) is not None} for side in (ours, theirs)]
-        both = sorted(set.intersection(*measured))
-        field, otherwise = COMPARABLE.get(metric.weight, ("", ""))
-        differing = sum(ours[key].get(field) != theirs[key].get(field) for key in both)
-        if name == "reference_uses_persona" or not any(measured):
-            continue
-        if not both:
-            left_out[name] = "no example has it in both results"
-        elif differing:
-            left_out[name] = f"{differing:,} of {len(both):,} examples have {otherwise} in the other result"
-        else:
-            (mine, weights, users), (its, _, _) = (
-                _columns([side[key] for key in both], metric) for side in (ours, theirs)
-            )
-            if (result := paired_difference(mine, its, weights, users, bounds=metric.bounds)) is not None:
-                differences[name] = result[0]._asdict() | {"p": result[1]}
-    return {
-        "with": path, "model": its_run.get("model"), "differences": differences, "left_out": left_out,
-        "settings": settings,
-    }  # fmt: skip
+def label_of(name: str) -> str:
+    """How tables call a metric."""
+    metric = all_metrics()[name]
+    return f"{metric.better} {metric.label}"
 
 
-def write_result(path: Path, result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
-    content = dict(result) | ({"comparison": comparison} if comparison else {})
-    with written(path), in_one_move(path) as unfinished:
-        unfinished.write_text(as_json(content, indent=1) + "\n", encoding="utf-8")
-
-
-def print_result(result: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
-    """Prints, within 80 columns, the values, the differences, what the signs mean, and notes."""
-    unit = "user" if any(record["user_id"] for record in result["records"]) else "row"
-    labels = {name: f"{metric.better} {metric.label}" for name, metric in all_metrics().items()}
+def print_result(result: Mapping[str, Any]) -> None:
+    """Prints, within 80 columns, the values, what the signs mean, and notes."""
+    unit = unit_name(result["records"])
     rows = table("", "value", "95 % interval", "examples", f"{unit}s", numbers=True)
     for name, metric in result["metrics"].items():
         interval = Interval(**metric)
         counts = f"{interval.n:,}", f"{interval.clusters:,}"
-        rows.add_row(labels[name], f"{interval.value:.4f}", interval.span(alone=f"one {unit}"), *counts)
-    differences = table("difference", "value", "95 % interval", "p", numbers=True)
-    for name, found in comparison["differences"].items() if comparison else ():
-        interval = Interval(**{key: value for key, value in found.items() if key != "p"})
-        span = interval.span("+.4f", f"one {unit}")
-        differences.add_row(labels[name], f"{interval.value:+.4f}", span, f"{found['p']:.4f}")
+        rows.add_row(label_of(name), f"{interval.value:.4f}", interval.span(alone=f"one {unit}"), *counts)
     legend = f"↓ lower is better, ↑ higher, – neither; 95 %: bootstrap by {unit}, or Wilson"
-    tested = f"p: sign-flip permutation test by {unit}, two-sided, {RESAMPLES:,} draws"
-    notes = [*_few(result["metrics"], comparison, unit), *result["notes"]]
-    bold = []
-    if comparison:
-        notes.append(f"differences: this model minus {comparison['model'] or comparison['with']}")
-        bold = [
-            f"not compared: {all_metrics()[name].label}, because {why}" for name, why in comparison["left_out"].items()
-        ]
-        bold += [
-            f"not only the model differs: {fact} is {mine!r} here and {its!r} there"
-            for fact, (mine, its) in comparison["settings"].items()
-        ]
-    tables: list[Any] = [rows, "", *_table_by_turn(result["by_turn"])]
-    tables += [differences, "", legend, tested] if comparison else [legend]
-    show(*tables, *(plain(note, "dim") for note in notes), *(plain(note, "bold") for note in bold))
+    notes = [*few(result["metrics"], unit), *result["notes"]]
+    show(rows, "", *_table_by_turn(result["by_turn"]), legend, *(plain(note, "dim") for note in notes))
 
 
 def _table_by_turn(by_turn: Mapping[int, Mapping[str, Any]]) -> list[Any]:
@@ -236,16 +158,11 @@ def _table_by_turn(by_turn: Mapping[int, Mapping[str, Any]]) -> list[Any]:
     return [found, ""]
 
 
-def _few(metrics: Mapping[str, Any], comparison: Mapping[str, Any] | None, unit: str) -> list[str]:
-    """A note on the metric with the fewest users if they are too few for good intervals and, in a comparison, for a
-    small p."""
-    differences = comparison["differences"] if comparison else {}
-    compared = {name: found["clusters"] for name, found in differences.items()}
-    counts = {name: found["clusters"] for name, found in metrics.items()} | compared
+def few(found: Mapping[str, Mapping[str, Any]], unit: str, rough: str = "") -> list[str]:
+    """A note on the metric with the fewest users if they are too few for good intervals, which `rough` adds to."""
+    counts = {name: metric["clusters"] for name, metric in found.items()}
     name = min(counts, key=counts.__getitem__, default="")
     if not name or counts[name] >= FEW:
         return []
     count, of = counts[name], f" ({all_metrics()[name].label})" if counts[name] < max(counts.values()) else ""
-    tested = min(compared.values(), default=FEW)
-    least = f", and p cannot be below {2.0 ** (1 - tested):.2g}" if tested < FEW else ""
-    return [f"only {count} {unit}{'s' * (count > 1)}{of}: intervals are rough{least}; use at least {FEW}"]
+    return [f"only {count} {unit}{'s' * (count > 1)}{of}: intervals are rough{rough}; use at least {FEW}"]

@@ -335,7 +335,7 @@ def test_two_models_are_compared_on_the_same_examples(run, tmp_path, monkeypatch
         expected = ours["metrics"][name]["value"] - other["metrics"][name]["value"]
         assert difference["value"] == pytest.approx(expected, abs=1e-9), name
         assert 0 < difference["p"] <= 1
-    assert "this model minus" in out
+    assert "A: this result, of" in out and f"B: {tmp_path / 'other.json'}, of" in out and "A − B" in out
     run("--output", tmp_path / "few.json", "--limit", 3)
     monkeypatch.setattr(Evaluator, "evaluate", lambda *_: pytest.fail("found too late"))
     err = run("--compare_with", tmp_path / "few.json", "--output", tmp_path / "new.json", code=2).err
@@ -394,7 +394,10 @@ def test_examples_with_the_same_texts_are_compared_one_by_one(run, tmp_path):
 def test_a_comparison_tells_what_else_than_the_model_differs(run, tmp_path):
     run("--temperature", 0, "--output", tmp_path / "a.json")
     out = run("--max_new_tokens", 5, "--temperature", 0, "--compare_with", tmp_path / "a.json").out
-    assert "not only the model differs: max_new_tokens is 5 here and 6 there" in out and "temperature" not in out
+    assert (
+        f"not only the model differs: max_new_tokens is 5 in this result and 6 in {tmp_path / 'a.json'}" in out
+        and "temperature" not in out
+    )
 
 
 def test_a_sample_is_of_the_whole_split(model, tmp_path, capsys):
