@@ -1,8 +1,8 @@
 """PerCE: fine-tuning of causal language models on the tokens that are personal.
 
-The commands are `perce train`, `score`, `evaluate`, `plan`, `preview` and `doctor`, or `python -m perce.train` and so
-on. Names of this module are loaded when they are first used (PEP 562): `import perce` itself imports neither torch nor
-transformers. Training needs the packages that `pip install 'perce[train]'` installs.
+The commands are `perce train`, `score`, `evaluate`, `compare`, `plan`, `preview` and `doctor`, or `python -m
+perce.train` and so on. Names of this module are loaded when they are first used (PEP 562): `import perce` itself
+imports neither torch nor transformers. Training needs the packages that `pip install 'perce[train]'` installs.
 """
 
 import importlib.util

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "fine-tune a model with the PerCE loss",
     "score": "show which tokens of a reply are personal",
     "evaluate": "measure whether a model uses the persona, and compare two models",
+    "compare": "compare two methods by results of evaluate, over several training seeds",
     "plan": "predict the memory and time of a training step from a model's config.json",
     "preview": "show what training would make of a dataset",
     "doctor": "show what is installed on this machine, what perce would use, and why",

@@ -19,7 +19,7 @@ from perce.errors import OF_TRAINING, TRANSFORMERS, installed, what_to_install
 from perce.process import guarded
 from tests.helpers import ROOT
 
-COMMANDS = ("train", "score", "evaluate", "plan", "preview")
+COMMANDS = ("train", "score", "evaluate", "compare", "plan", "preview")
 ADVICE = "pip install 'perce[train]'"
 OF_THE_OP = {"torch", "triton", "perce_kernels", "typing_extensions"}  # torch needs the last
 BROUGHT_BY_TORCH = {"filelock", "jinja2"}
@@ -114,7 +114,8 @@ def test_trainers_of_others_say_what_to_install(torch_alone, name):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_says_what_to_install_and_still_helps(torch_alone, command):
-    asked = ["--model", "m", "--context", "1000"] if command == "plan" else []
+    needed = {"plan": ["--model", "m", "--context", "1000"], "compare": ["--results", "a", "--compare_with", "b"]}
+    asked = needed.get(command, [])
     done = torch_alone("-m", f"perce.{command}", *asked)
     assert done.returncode == 2 and not done.stdout
     assert re.fullmatch(rf"error: \w+ is not installed. {re.escape(ADVICE)} installs .*\n", done.stderr)

@@ -66,6 +66,12 @@ AROUND = {
         "perce train --objective ce --model Qwen/Qwen3-0.6B --data my_rows.jsonl --output_dir runs/ce\n",
         "",
     ),
+    ("docs/COMMANDS.md", "--results mine-s0.json"): (  # another seed's weights are another number
+        "for name in mine ce; do for seed in 0 1; do\n"
+        'sed "s/\\"weights\\": \\"/&$seed/" $name.json > $name-s$seed.json\n'
+        "done; done\n",
+        "",
+    ),
     ("README.md", "PerceSFTConfig("): (
         'rows = [{"persona": "I keep bees.", "prompt": "Coming tonight?", "completion": " No."}]\n'
         "from datasets import Dataset\nrows = Dataset.from_list(rows)\n",

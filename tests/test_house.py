@@ -13,7 +13,7 @@ import perce
 from tests.helpers import ROOT
 
 # From the lowest up. A room imports only rooms on lower floors, and others in its own folder without a circle.
-COMMANDS = ("train", "score", "evaluate", "plan", "preview", "doctor")
+COMMANDS = ("train", "score", "evaluate", "compare", "plan", "preview", "doctor")
 FLOORS = (
     ("perce_kernels.product", "perce_kernels.reference", "perce_kernels.vocab_parallel"),
     ("perce_kernels.contract",),

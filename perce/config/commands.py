@@ -86,6 +86,22 @@ class EvaluateOptions(InferenceOptions):
 
 
 @dataclass(frozen=True)
+class CompareOptions:
+    """The options of `python -m perce.compare`."""
+
+    compare: questions.CompareConfig
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        sides = self.compare.sides.items()
+        return {f"file {i} of {option}": path for option, paths in sides for i, path in enumerate(paths, 1)}
+
+    @property
+    def outputs(self) -> dict[str, str | None]:
+        return {"--output": self.compare.output}
+
+
+@dataclass(frozen=True)
 class PlanOptions:
     """The options of `python -m perce.plan`."""
 
@@ -196,6 +212,14 @@ EVALUATE: Command[EvaluateOptions] = Command(
     completes=of_the_run,
     commands=lambda: COMMANDS,
 )
+COMPARE: Command[CompareOptions] = Command(
+    "compare",
+    "Compare two methods by results of perce.evaluate, one or several of each: differences with intervals over users "
+    "and p-values, and whether they exceed the spread over training seeds. No model is loaded.",
+    CompareOptions,
+    commands=lambda: COMMANDS,
+    uses_models=False,
+)
 PLAN: Command[PlanOptions] = Command(
     "plan",
     "Plan a training step: its peak memory and least time, the largest context that fits, and what each option saves "
@@ -213,7 +237,7 @@ PREVIEW: Command[PreviewOptions] = Command(
     passes_over=is_training_option,
     commands=lambda: COMMANDS,
 )
-COMMANDS: tuple[Command[Any], ...] = (TRAIN, SCORE, EVALUATE, PLAN, PREVIEW)
+COMMANDS: tuple[Command[Any], ...] = (TRAIN, SCORE, EVALUATE, COMPARE, PLAN, PREVIEW)
 
 
 def parse_args(argv: Sequence[str], recipe: str = "") -> tuple[TrainOptions, bool]:

@@ -97,6 +97,7 @@ class Command(Generic[Chosen]):
     passes_over: says whether a name in a file is an option of the other command whose files are read here too.
     renames: names of that command → names here. completes: from the given values, values for options that are not
     given (those of other commands are left out), and a sentence on where they come from. commands: all commands.
+    uses_models: whether it needs transformers and datasets, which are then silenced.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Command(Generic[Chosen]):
     renames: Mapping[str, str] = field(default_factory=dict)
     completes: Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], str]] | None = None
     commands: Callable[[], Sequence["Command[Any]"]] = lambda: ()
+    uses_models: bool = True
 
     @property
     def prog(self) -> str:
@@ -181,7 +183,8 @@ class Command(Generic[Chosen]):
                 say(*dump_yaml(flat(options)).splitlines())
             else:
                 check_outputs(options.outputs, options.inputs | {"--config": parsed.config_file})
-                silence_libraries()
+                if self.uses_models:
+                    silence_libraries()
                 run(options)
 
         return lambda argv=None: guarded(lambda: parse_and_run(argv))

@@ -1,4 +1,4 @@
-"""Sections of the options of score, evaluate and preview, as in schema.py."""
+"""Sections of the options of score, evaluate, compare and preview, as in schema.py."""
 
 import re
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Literal
 from perce.config.options import option as _option
 from perce.config.options import require as _require
 from perce.config.schema import BACKEND, MODEL, WeightingConfig, refuse_idle
+from perce.files.paths import check_different, check_path
 
 SPLIT_SEED = 42
 
@@ -164,3 +165,31 @@ class EvaluateConfig:
     def records(self) -> Path | None:
         """The file of the examples, next to the result."""
         return _beside(self.output, ".jsonl") if self.output else None
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Two sides, A and B, and the file that their comparison is written to."""
+
+    results: str | None = _option(
+        None,
+        "A: files that evaluate --output wrote, comma-separated: one result of each model, such as those of one method "
+        "with several seeds",
+        "FILE,FILE",
+    )
+    compare_with: str | None = _option(None, "B: likewise of another method, on the same examples", "FILE,FILE")
+    output: str | None = _option(None, "JSON of the comparison", "FILE")
+
+    def __post_init__(self) -> None:
+        for name in ("results", "compare_with"):
+            _require(getattr(self, name) is not None, name, "files that perce evaluate --output wrote", None)
+        files = [(option, path) for option, paths in self.sides.items() for path in paths]
+        for option, path in files:
+            check_path(option, path, is_file=True)
+        check_different(files)
+
+    @property
+    def sides(self) -> dict[str, list[str]]:
+        """The files of A and of B, by option."""
+        both = {"--results": self.results, "--compare_with": self.compare_with}
+        return {option: [path.strip() for path in (paths or "").split(",")] for option, paths in both.items()}

@@ -3,7 +3,7 @@ mean."""
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from itertools import combinations, islice, product
@@ -46,15 +46,20 @@ def check_path(option: str, path: str, is_file: bool = False) -> None:
         raise UserError(f"{option} {shown}: expected the name of a file, got a directory.")
 
 
+def check_different(files: Iterable[tuple[str, str]]) -> None:
+    """UserError if two of these paths, each with the option that names it, are the same file."""
+    for (one, path), (other, its) in combinations(files, 2):
+        if _same(path, its):
+            raise UserError(f"{one} {path}, {other} {its}: both name the same file. Change one of them.")
+
+
 def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> None:
     """UserError for an output that is also an input or another output, or a file that belongs to an input directory.
 
     Both map options, as an error is to name them, to paths; None: not given. The paths need not exist.
     """
     written, read = ({option: path for option, path in files.items() if path} for files in (outputs, inputs))
-    for (one, path), (other, its) in combinations(written.items(), 2):
-        if _same(path, its):
-            raise UserError(f"{one} {path}, {other} {its}: both name the same file. Change one of them.")
+    check_different(written.items())
     for (option, path), (other, its) in product(written.items(), read.items()):
         if _same(path, its):
             raise UserError(f"{option} {path}: would overwrite {other} {its}. Choose another path.")

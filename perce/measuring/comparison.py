@@ -62,6 +62,21 @@ def check_same(ours: Set[str], theirs: Set[str], where: str) -> None:
         )
 
 
+def check_sides(sides: Mapping[str, Side]) -> None:
+    """UserError unless all results, by option and path, have the same examples, and those of a side other weights."""
+    named = [(f"{option} {path}", result) for option, side in sides.items() for path, result in side.items()]
+    (first, expected), *others = named
+    for where, result in others:
+        check_same(keys_of(expected), keys_of(result), f"{first}, {where}")
+    for option, side in sides.items():
+        known: dict[str, str] = {}
+        for path, result in side.items():
+            if (before := known.setdefault(result["run"].get("weights"), path)) != path:
+                raise UserError(
+                    f"{option} {before},{path}: are results of the same weights. Give one result of each trained model."
+                )
+
+
 def compare(a: Side, b: Side) -> dict[str, Any]:
     """Differences (A minus B) over the same examples; see check_same. An example's value is the mean over a side.
 
