@@ -84,11 +84,13 @@ def compare(a: Side, b: Side) -> dict[str, Any]:
     compared.
     """
     results = {**a, **b}
-    sides = [[{record["key"]: record for record in result["records"]} for result in side.values()] for side in (a, b)]
+    ours, theirs = (
+        [{record["key"]: record for record in result["records"]} for result in side.values()] for side in (a, b)
+    )
     differences: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for name, metric in all_metrics().items():
-        found = None if name == "reference_uses_persona" else _difference(*sides, metric)
+        found = None if name == "reference_uses_persona" else _difference(ours, theirs, metric)
         if isinstance(found, str):
             left_out[name] = found
         elif found is not None:
