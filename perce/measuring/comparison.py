@@ -138,10 +138,16 @@ def _alike(values: Iterable[Any]) -> bool:
 
 
 def print_means(comparison: Mapping[str, Any]) -> None:
-    """Prints, within 80 columns, the mean of each side and the range of its results."""
-    means = table("mean, over results", "A", "min", "max", "B", "min", "max", numbers=True)
+    """Prints, within 80 columns, the mean of each side and the range of its results, if they are several."""
+    header = ["mean, over results"]
+    for letter, side in zip("AB", comparison["sides"], strict=True):
+        header += [letter, "min", "max"] if len(side) > 1 else [letter]
+    means = table(*header, numbers=True)
+    means.padding = (0, 1, 0, 0)
     for name, found in comparison["differences"].items():
-        cells = (x for side in found["means"] for x in (sum(side) / len(side), min(side), max(side)))
+        cells: list[float] = []
+        for side in found["means"]:
+            cells += [sum(side) / len(side), min(side), max(side)] if len(side) > 1 else side
         means.add_row(label_of(name), *(f"{x:.4f}" for x in cells))
     show(means, "")
 

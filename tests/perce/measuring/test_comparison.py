@@ -83,10 +83,13 @@ def test_what_differs_by_rounding_alone_does_not_differ():
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_it_fits_80_columns_a_metric_a_line(printed, count):
-    a = side(**{f"a{i}": records(shift=i / 9) for i in range(count)})
-    b = side(**{f"b{i}": records(shift=0.5 + i / 9) for i in range(count)})
+    a = side(**{f"a{i}": records(shift=80 + i / 9) for i in range(count)})  # losses of 11
+    b = side(**{f"b{i}": records(shift=80.5 + i / 9) for i in range(count)})
+    for result in b.values():
+        for record in result["records"]:
+            record |= {"loss_swapped": record["loss"] - 1}  # a negative cost of another's persona
     lines = printed(a, b, means=True).splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
     for label in (metric.label for metric in all_metrics().values()):
         if label != "METEOR":
             assert sum(label in line for line in lines) == (0 if label.startswith("references") else 2), label
@@ -96,6 +99,8 @@ def test_the_means_of_each_side_are_shown_with_their_range(printed):
     (line,) = [x for x in printed(*three_runs(), means=True).splitlines() if "ROUGE-1" in x and "+" not in x]
     low, high = (0.1 + shift / 90 for shift in (1, 3))
     assert line.split()[2:5] == [f"{(low + high) / 2:.4f}", f"{low:.4f}", f"{high:.4f}"]
+    out = printed(side(ours=records()), three_runs()[1], means=True)
+    assert out.splitlines()[0].split() == "mean, over results A B min max".split()
 
 
 def test_whether_the_results_of_the_sides_are_apart(printed):
