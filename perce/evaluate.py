@@ -30,6 +30,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
         FORM,
         check_same,
         compare,
+        cut_replies,
         print_result,
         read_result,
         summarise,
@@ -58,7 +59,8 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
         for records in evaluator.evaluate(batch, done):
             file.append(records)
     notes = [f"examples: {subject.split}", *training_rows_note(options.data, subject.split), *work.notes]
-    result = summarise(file.records, [*notes, ROUGE_NOTE] if scorers else notes, facts)
+    notes += [*cut_replies(file.records, wanted.max_new_tokens), *([ROUGE_NOTE] if scorers else [])]
+    result = summarise(file.records, notes, facts)
     comparison = compare(file.records, facts, other, str(wanted.compare_with)) if other else None
     if wanted.output:
         write_result(Path(wanted.output).expanduser(), result, comparison)
