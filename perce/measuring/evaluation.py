@@ -146,7 +146,7 @@ def personal_by_chance(items: Sequence[Item]) -> list[str]:
     if not own:
         return []
     note = f"personal tokens: {own:,}; with another user's persona, {others:,} would count ({others / own:.0%})"
-    return [f"{note}: these are words of the subject rather than of the user" if others > CHANCE * own else note]
+    return [f"{note}: many are words of the subject, not of the user" if others > CHANCE * own else note]
 
 
 def continues(model: Any, sharing: Sharing) -> bool:
