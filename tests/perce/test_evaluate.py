@@ -526,7 +526,7 @@ def test_replies_that_are_cut_and_what_counts_by_chance_are_told(run, tmp_path):
     cut = sum(record["is_cut"] for record in records)
     assert cut and f"{cut} of 6 replies were cut at --max_new_tokens 3: scores are of their beginnings" in out
     found = re.search(
-        r"personal tokens: (\d+); with another user's persona, (\d+) would count \((\d+)%\): these are", out
+        r"personal tokens: (\d+); with another user's persona, (\d+) would count \((\d+)%\): many are", out
     )
     assert int(found[1]) == sum(record["personal_tokens"] for record in records) and 40 < int(found[3]) < 90
     assert {record["reference_words"] for record in records} == {6}
