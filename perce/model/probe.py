@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,14 +33,28 @@ def decoder_of(model: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the context, and the earlier mode again afterwards."""
-    training = model.training
-    model.eval()
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or eval mode inside the context, and the earlier mode again afterwards."""
+    before = model.training
+    model.train(training)
     try:
         yield
     finally:
-        model.train(training)
+        model.train(before)
+
+
+def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return in_mode(model, training=False)
+
+
+@contextlib.contextmanager
+def with_attributes(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """(object, attribute, value): the values inside the context, and the earlier ones again afterwards."""
+    with contextlib.ExitStack() as stack:
+        for holder, name, value in changes:
+            stack.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, value)
+        yield
 
 
 def vocabulary_of(model: Any) -> int:
@@ -82,23 +96,15 @@ def attention_of_any_device(model: Any) -> Iterator[None]:
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size", "index_topk")
 
 
-@contextlib.contextmanager
-def windows_of(model: nn.Module, tokens: int) -> Iterator[None]:
+def windows_of(model: nn.Module, tokens: int) -> contextlib.AbstractContextManager[None]:
     """Windows of `tokens` tokens in modules, masks and caches, so that short sequences reach beyond them."""
     found = (getattr(module, "config", None) for module in model.modules())
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
-    before = [
-        (holder, name, value)
+    return with_attributes(
+        (holder, name, tokens)
         for holder, name in itertools.product([*model.modules(), *configs.values()], WINDOWS)
         if type(value := vars(holder).get(name)) is int and value > tokens
-    ]
-    try:
-        for holder, name, _ in before:
-            setattr(holder, name, tokens)
-        yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)
+    )
 
 
 PACKING_TOLERANCE = 0.1  # relative to the change if the sequence before is seen; bf16 noise is far below
