@@ -14,7 +14,7 @@ from transformers.utils.logging import log_levels
 
 from perce.config.commands import TRAIN, TrainOptions
 from perce.config.options import convert, require, require_finite
-from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig
+from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig, require_at_least
 from perce.data.sharing import Sharing
 from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
@@ -111,9 +111,7 @@ def _check_values(args: PerceArguments) -> None:
     for field in dataclasses.fields(args):
         require_finite(field.name, getattr(args, field.name))
     for least, names in AT_LEAST.items():
-        for name in names:
-            value = getattr(args, name)
-            require(value is None or value >= least, name, f">= {least}", value)
+        require_at_least(args, least, *names)
     for name, choices in ONE_OF.items():
         require(getattr(args, name) in choices, name, f"one of {', '.join(map(str, choices))}", getattr(args, name))
     for name in (f"{CHECKPOINTING}_kwargs", "lr_scheduler_kwargs", "liger_kernel_config"):
