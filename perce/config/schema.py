@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perce.config.options import option, read_yaml, require
-from perce.data.fields import show
 from perce.data.formats import FORMATS
 from perce.data.prompt import PromptStyle
 from perce.data.readers import parse_json
@@ -73,6 +72,16 @@ def refuse_idle(section: Any, names: Sequence[str], beside: str) -> None:
     for name in names:
         value, default = getattr(section, name), type(section).__dataclass_fields__[name].default
         require(value == default, name, f"{'none' if default is None else default} {beside}", value)
+
+
+def _from_json(name: str, text: str) -> dict[str, Any]:
+    """The mapping that an option's value spells."""
+    try:
+        value, why = parse_json(text), ""
+    except ValueError as error:
+        value, why = None, f" ({error})"
+    require(isinstance(value, dict), name, f"a mapping as JSON{why}", text)
+    return value
 
 
 @dataclass(frozen=True)
@@ -198,25 +207,15 @@ class DataConfig:
         return start, end
 
     def template_kwargs(self) -> dict[str, Any]:
-        try:
-            value, why = parse_json(self.chat_template_kwargs or "{}"), ""
-        except ValueError as error:
-            value, why = None, f" ({error})"
-        require(isinstance(value, dict), "chat_template_kwargs", f"a JSON object{why}", self.chat_template_kwargs)
-        return value
+        return _from_json("chat_template_kwargs", self.chat_template_kwargs or "{}")
 
     def prompt_style(self) -> dict[str, str]:
         """The mapping that --prompt gives, checked; its keys are the fields of data.prompt.PromptStyle."""
         if not self.prompt:
             return {}
         require(isinstance(self.prompt, str), "prompt", "a YAML file, or a mapping as JSON", self.prompt)
-        if self.prompt.lstrip().startswith("{"):
-            try:
-                keys = parse_json(self.prompt)
-            except ValueError as error:
-                raise UserError(f"prompt: expected a mapping as JSON, got {show(self.prompt)} ({error}).") from error
-        else:
-            keys = read_yaml(self.prompt, "--prompt")
+        as_json = self.prompt.lstrip().startswith("{")
+        keys = _from_json("prompt", self.prompt) if as_json else read_yaml(self.prompt, "--prompt")
         PromptStyle.of(keys)
         return keys
 
