@@ -41,7 +41,7 @@ REPLIES_A_STEP = 8
 # Default limit of a forward pass: of longest sequence × sequences, or of the tokens computed for conversations. With
 # it, activations of 135 M parameters take 2 GiB, and long, uneven sequences are not padded to the longest of eight. How
 # a step is divided does not change its loss or gradient.
-TOKENS_A_FORWARD = {"cpu": 4096, "cuda": 8192}
+TOKENS_A_FORWARD = {"cpu": 4096, "gpu": 8192}
 KEPT_CHECKPOINTS = 2
 
 
@@ -288,7 +288,7 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
     """The config with batch size and accumulation filled in if they were not given; they are set in args too. A step
     gets the fewest forward passes whose largest batch is within the tokens of a forward pass."""
     run = config.run
-    tokens = run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]
+    tokens = run.tokens_per_batch or TOKENS_A_FORWARD["cpu" if args.device.type == "cpu" else "gpu"]
 
     def fits(replies: int) -> bool:
         longest = config.data.max_length
