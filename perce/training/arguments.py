@@ -118,6 +118,8 @@ def _check_values(args: PerceArguments) -> None:
         value = getattr(args, name)
         as_json = isinstance(value, str) and value.startswith("{")
         require(value is None or as_json or isinstance(value, Mapping), name, "a mapping, or one as JSON", value)
+    config: Any = args.accelerator_config
+    require(not isinstance(config, int), "accelerator_config", "a mapping, or a JSON file", config)
     require(args.hub_token != "<HUB_TOKEN>", "hub_token", "a token", "<HUB_TOKEN>, a placeholder")
     require("tpu_metrics_debug" not in str(args.debug), "debug", "no metrics of a TPU", args.debug)
 
