@@ -82,14 +82,11 @@ def probe_ids(model: Any, length: int = PROBE_TOKENS) -> Tensor:
 def attention_of_any_device(model: Any) -> Iterator[None]:
     """sdpa instead of flash kernels, which need a GPU and 16 bits; afterwards the model has its own attention again."""
     own = model.config.get_text_config()._attn_implementation
-    if not str(own).startswith("flash"):
+    with contextlib.ExitStack() as stack:
+        if str(own).startswith("flash"):
+            stack.callback(model.set_attn_implementation, own)
+            model.set_attn_implementation("sdpa")
         yield
-        return
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
 
 
 # Names, in configs and modules, of attention windows and of the number of tokens that an index selects.
