@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+import benchmarks.test_step
 import perce.model.loading
 import perce.training.checks
 import perce.training.trainer
@@ -22,8 +23,8 @@ from tests.helpers.tiny import tiny_tokenizer
 
 ALLOWED = 5.0  # seconds for all checks together
 CHECKS = [
-    (perce.model.loading, "unused_layers"),
-    *((perce.training.trainer, name) for name in ("prepare_model", "check_own_loss", "router_of", "shared_by")),
+    (benchmarks.test_step, "prepare_model"), (perce.model.loading, "unused_layers"),
+    *((perce.training.trainer, name) for name in ("check_own_loss", "router_of", "shared_by")),
     *((perce.training.checks, name) for name in ("check_gradients", "check_step")),
 ]  # fmt: skip
 WAYS = {
