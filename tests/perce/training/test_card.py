@@ -111,7 +111,7 @@ def test_the_card_says_what_the_run_was(tmp_path, monkeypatch):
 def test_the_card_promises_what_there_is(tmp_path):
     run, tokenizer, options = saved_run(tmp_path, "chatml", special_tokens_in_text="allow")
     text = (run / CARD).read_text(encoding="utf-8")
-    assert "as a list" in text and "were plain text" not in text
+    assert "as a list" in text and "were plain text" not in text and "pick_passages" not in text
     tokenizer.chat_template = CHAT_TEMPLATES["chatml"]
     write_card(run, replace(options, data=DataConfig()), str(tmp_path / "base"), tokenizer, NUMBERS, "1 step")
     text = (run / CARD).read_text(encoding="utf-8")
