@@ -74,7 +74,7 @@ def test_the_code_of_the_documentation_asks_as_in_training(tmp_path):
     page = (ROOT / "docs/SERVING.md").read_text(encoding="utf-8")
     names = {}
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        assert "perce" not in code
+        assert "perce" not in code or "pick_passages" in code, "it needs this package for histories alone"
         exec(code.replace("runs/demo", str(run)).replace("max_new_tokens=100", "max_new_tokens=4"), names)
     assert names["prompt"][0].tolist() == prompt_ids(tokenizer, ENTRIES, QUERY)
     assert names["system"] == prompt_text(ENTRIES)
