@@ -126,7 +126,7 @@ def _picking(config: TrainOptions) -> str:
     model = f", retriever_model={data.retriever_model!r}" if data.retriever_model else ""
     call = f"perce.pick_passages(history, request, retriever={data.retriever!r}, k={data.retrieve_k}{model})"
     return f"""
-The entries of a persona were the {data.retrieve_k} passages of the user's history that fit the request best, best first.
-`{call}`
+The entries of a persona were the {data.retrieve_k} passages of the user's history that fit the request best, best
+first. `{call}`
 picks them; a history has the oldest entry first.
 """
