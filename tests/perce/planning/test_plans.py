@@ -41,6 +41,17 @@ def test_largest_context_is_maximal():
     assert largest_context(config, PlanOptions(FULL, replace(SHORT, gpu_memory="100TB")), "cuda") == 8192
 
 
+def test_a_model_is_counted_once_for_all_its_steps(monkeypatch, tmp_path):
+    """It is built whole for that, which takes about as long as the rehearsal of a step."""
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    counted, count = [], plans.count
+    monkeypatch.setattr(plans, "count", lambda config, setup: counted.append(setup) or count(config, setup))
+    model, step = replace(LORA, model=str(tmp_path)), replace(SHORT, device="cuda", gpu_memory="2GiB", tflops=1)
+    made = plans.make_plan(PlanOptions(model, step))
+    assert made.largest_context and made.command and len(made.variants) > 5
+    assert len(counted) == len({(setup.model, setup.low_precision) for setup in counted})
+
+
 def test_every_option_has_a_line():
     config = PlanOptions(LORA, replace(SHORT, activation_checkpointing=True))
     on = {"--persona_grad none", "--mlp_tile 1024", "--activation_offload true", "--activation_checkpointing false"}
