@@ -12,7 +12,7 @@ from perce import MemoryConfig
 from perce.config.commands import PlanOptions
 from perce.config.schema import ModelConfig
 from perce.config.step import StepConfig
-from perce.planning.plans import step_cost
+from perce.planning.plans import Costs
 
 PERSONAS = {  # tokens: the ways that are measured; with long personas a step takes 1 to 4 minutes
     512: tuple(WAYS),
@@ -35,7 +35,7 @@ def planned(persona: int, way: str) -> int:
         gradient_accumulation_steps=1,
     )  # fmt: skip
     config = PlanOptions(ModelConfig(lora_r=16, precision="fp32"), plan, MemoryConfig(**options))
-    return step_cost(LlamaConfig(**SMOLLM2_135M), config, "cpu").memory.peak
+    return Costs(LlamaConfig(**SMOLLM2_135M), "cpu").of(config).memory.peak
 
 
 @pytest.mark.slow

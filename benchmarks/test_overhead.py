@@ -23,7 +23,7 @@ from perce.config.step import StepConfig
 from perce.data.batch import collate
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing
-from perce.planning.plans import step_cost
+from perce.planning.plans import Costs
 
 QUERY, RESPONSE = 80, 48
 WITHOUT_PERSONA = QUERY + RESPONSE
@@ -69,7 +69,7 @@ def test_overhead_of_the_counterfactual_pass(benchmark, way):
             context=context, query=QUERY, response=RESPONSE, activation_checkpointing=checkpointed,
             gradient_accumulation_steps=1,
         )  # fmt: skip
-        return step_cost(base.config, PlanOptions(options, plan), "cpu").flops.overhead
+        return Costs(base.config, "cpu").of(PlanOptions(options, plan)).flops.overhead
 
     measured = benchmark.pedantic(curve, rounds=1)
     line = {persona: WITHOUT_PERSONA / (LINE[way] * (persona + WITHOUT_PERSONA)) for persona in PERSONAS}

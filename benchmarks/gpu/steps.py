@@ -106,7 +106,7 @@ def plan(device: str, case: Case) -> dict[str, float]:
     from perce.config.schema import ModelConfig
     from perce.config.step import StepConfig
     from perce.planning.memory import UPDATE
-    from perce.planning.plans import step_cost
+    from perce.planning.plans import Costs
 
     query, response = QUERY_AND_RESPONSE[device]
     options = StepConfig(
@@ -115,7 +115,7 @@ def plan(device: str, case: Case) -> dict[str, float]:
     )  # fmt: skip
     model = ModelConfig(lora_r=16, precision="bf16", attn_implementation=case.attention)
     config = PlanOptions(model, options, case.memory)
-    planned = step_cost(AutoConfig.for_model(**shape(device)), config, device)
+    planned = Costs(AutoConfig.for_model(**shape(device)), device).of(config)
     # The allocator does not count the CUDA context, and there is no optimiser here.
     phases = [
         {name: size for name, size in phase.items() if name not in NOT_HELD}
