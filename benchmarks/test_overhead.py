@@ -78,7 +78,6 @@ def test_overhead_of_the_counterfactual_pass(benchmark, way):
         "line": {persona: round(share, 4) for persona, share in line.items()},
         "planned": {persona: round(planned(persona), 4) for persona in PERSONAS},
     }
-    print(f"\n{way}: {dict(benchmark.extra_info)}")
     # Attention and the head add time to the rest of a step, and small batches run slower, so the bounds are wide.
     for persona, share in measured.items():
         assert line[persona] / 3 < share < 2 * line[persona], persona

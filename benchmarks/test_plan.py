@@ -111,5 +111,4 @@ def test_plan_against_real_steps(benchmark, name):
         "least_seconds": round(bound, 2),
         "step_seconds": round(real["step_seconds"], 2),
     }
-    print(f"\n{name}: {dict(benchmark.extra_info)}")
     assert abs(plan.memory.peak / real["peak_bytes"] - 1) <= 0.15

@@ -72,6 +72,5 @@ def test_checks_before_training(benchmark, way, monkeypatch):
     benchmark.pedantic(start, rounds=3)
     fastest = min(rounds, key=lambda seconds: sum(seconds.values()))
     benchmark.extra_info["seconds"] = {name: round(seconds, 2) for name, seconds in fastest.items()}
-    print(way, benchmark.extra_info["seconds"], f"together {sum(fastest.values()):.2f} s")
     assert fastest.keys() >= {"prepare_model", "check_step"}
     assert sum(fastest.values()) <= ALLOWED
