@@ -1,7 +1,7 @@
 """The cells of a study's results file, and what is computed from their evaluated examples."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -57,6 +57,16 @@ def columns(cells: Sequence[Cell], data: str, value: str, weight: str) -> tuple[
     return values, weights, [users[key] for key in keys]
 
 
+def best_rate(config: Mapping[str, Any], cells: Iterable[Cell], data: str, objective: str) -> float | None:
+    """The rate with the lowest validation loss with persona; None before all rates have run. Objectives that are not
+    tuned take PerCE's, because their weights are as large."""
+    tuned = objective if objective in config["tuned"] else "perce"
+    tried = [c for c in cells if c["stage"] == "rates" and (c["data"], c["objective"]) == (data, tuned)]
+    if len(tried) < len(config["learning_rates"]):
+        return None
+    return min(tried, key=lambda cell: cell["validation"]["eval_loss_with_persona"])["learning_rate"]
+
+
 class Results:
     """The cells of one results file."""
 
@@ -66,11 +76,7 @@ class Results:
         self.cells: list[Cell] = list(content["cells"].values())
 
     def best_rate(self, data: str, objective: str) -> float | None:
-        tuned = objective if objective in self.config["tuned"] else "perce"
-        cells = [c for c in self.cells if c["stage"] == "rates" and (c["data"], c["objective"]) == (data, tuned)]
-        if len(cells) < len(self.config["learning_rates"]):
-            return None
-        return min(cells, key=lambda cell: cell["validation"]["eval_loss_with_persona"])["learning_rate"]
+        return best_rate(self.config, self.cells, data, objective)
 
     def main(self, data: str, objective: str) -> list[Cell]:
         """The plain cells of an objective at its rate, one a seed."""
