@@ -69,7 +69,8 @@ def make_plan(options: PlanOptions) -> Plan:
     model_config = load_config(options.model)
     check_positions(model_config, options)
     device, asked = resolve_device(options.step), options.model
-    options = replace(options, model=with_backend(options.model, device))
+    backend: Any = check_backend(asked.backend, torch.device(device))  # the one that a run would use on this device
+    options = replace(options, model=replace(asked, backend=backend))
     if options.step.per_device_train_batch_size is None:
         together = options.memory.share_persona or options.step.replies
         options = replace(options, step=replace(options.step, per_device_train_batch_size=together))
@@ -164,11 +165,6 @@ def resolve_device(step: StepConfig) -> str:
     if step.device != "auto":
         return step.device
     return "cuda" if step.gpu_memory or torch.cuda.is_available() else "cpu"
-
-
-def with_backend(model: ModelConfig, device: str) -> ModelConfig:
-    """The options with the backend that a run would use on this device. UserError for one that cannot run there."""
-    return replace(model, backend=check_backend(model.backend, torch.device(device)))  # type: ignore[arg-type]
 
 
 def is_low_precision(model: ModelConfig, device: str) -> bool:
