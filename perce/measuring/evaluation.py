@@ -107,7 +107,7 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
     for index, (example, partner) in enumerate(zip(examples, partners, strict=True)):
         if not (pairs := subject.built(example)):
             continue
-        pair, swapped, others = pairs[0], None, ()
+        pair, swapped, others = pairs[0], None, tuple[str, ...]()
         if partner is not None:
             with contextlib.suppress(UserError):  # a passage of the other user is too long
                 other = subject.builder.build(replace(example, persona=examples[partner].persona))
@@ -347,7 +347,7 @@ class Evaluator:
         of_reference: dict[str, Any] = {"reference_uses_persona": uses(example.response, persona)}
         of_reference |= {"reference_words": len(WORD.findall(example.response))}
         of_reference |= {name: score(said, example.response) for name, score in self.scorers.items()}
-        of_reply = {"is_cut": reply.is_cut, "reply_words": len(WORD.findall(said))}
+        of_reply: dict[str, Any] = {"is_cut": reply.is_cut, "reply_words": len(WORD.findall(said))}
         of_reply |= {"uses_persona": uses(said, persona), "uses_another": uses(said, item.others)}
         return {
             "reply": said, "reference": example.response, **of_reply,
