@@ -6,19 +6,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from perce.measuring.evaluation_report import field_of, unit_of
+from perce.measuring.evaluation_report import Metric, all_metrics, field_of, unit_of
 from perce.measuring.metrics import Interval, paired_difference
 from perce.objectives import OBJECTIVES
 
 NAMES = {"base": "base model"} | {name: entry.title for name, entry in OBJECTIVES.items()} | {"perce": "**PerCE**"}
-# column: (metric, its sum, its weight, digits, factor)
+# column: (metric of perce.evaluate, digits, factor)
 COLUMNS = {
-    "loss on personal tokens": ("loss_personal", "personal_tokens", 3, 1),
-    "loss on other tokens": ("loss_other", "other_tokens", 3, 1),
-    "rise with another user's persona": ("swap_cost", "tokens", 3, 1),
-    "replies that use the persona, %": ("uses_persona", "", 1, 100),
-    "ROUGE-L": ("rougeL", "", 3, 1),
-    "METEOR": ("meteor", "", 3, 1),
+    "loss on personal tokens": ("loss_personal_tokens", 3, 1),
+    "loss on other tokens": ("loss_other_tokens", 3, 1),
+    "rise with another user's persona": ("swap_cost", 3, 1),
+    "replies that use the persona, %": ("uses_persona", 1, 100),
+    "ROUGE-L": ("rougeL", 3, 1),
+    "METEOR": ("meteor", 3, 1),
 }
 COST = "rise of the loss on other tokens compared with CE, %"
 KEPT = "share of PerCE's gain on personal tokens, %"
@@ -38,8 +38,9 @@ def has(evaluation: Mapping[str, Any], value: str) -> bool:
     return any(value_and_weight(record, value, "") is not None for record in evaluation["records"])
 
 
-def columns(cells: Sequence[Cell], data: str, value: str, weight: str) -> tuple[list, list, list] | None:
+def columns(cells: Sequence[Cell], data: str, metric: Metric) -> tuple[list, list, list] | None:
     """(values, weights, users) of the examples of `data`, each averaged over the cells (seeds)."""
+    value, weight = metric.value, metric.weight
     by_key: dict[str, list[tuple[float, float]]] = {}
     users: dict[str, str] = {}
     cells = [cell for cell in cells if data in cell["evaluations"] and has(cell["evaluations"][data], value)]
@@ -95,12 +96,19 @@ def difference(
     mine: Sequence[Cell], others: Sequence[Cell], data: str, column: str
 ) -> tuple[Interval, float] | None:  # fmt: skip
     """(mine minus others on the same examples, with its interval; p-value), None if one was not measured."""
-    value, weight, _, factor = COLUMNS[column]
-    ours, theirs = (columns(cells, data, value, weight) if cells else None for cells in (mine, others))
+    name, _, factor = COLUMNS[column]
+    metric = all_metrics()[name]
+    ours, theirs = (columns(cells, data, metric) if cells else None for cells in (mine, others))
     if not ours or not theirs or len(ours[0]) != len(theirs[0]):
         return None
-    found = paired_difference(ours[0], theirs[0], ours[1], ours[2])
+    found = paired_difference(ours[0], theirs[0], ours[1], ours[2], bounds=metric.bounds)
     return found and (scaled(found[0], factor), found[1])
+
+
+def by_pairs_of_seeds(mine: Sequence[Cell], others: Sequence[Cell], data: str, column: str) -> list[float]:
+    """The difference of each of these cells and each of the others."""
+    found = (difference([one], [other], data, column) for one in mine for other in others)
+    return [interval.value for interval, _ in filter(None, found)]
 
 
 def scaled(interval: Interval, factor: float) -> Interval:
