@@ -1,7 +1,9 @@
-"""The commit that a benchmark measures."""
+"""The commit that a benchmark measures, and the versions of packages."""
 
+import importlib.metadata
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -25,3 +27,15 @@ def commit(root: Path = ROOT) -> str | None:
     except (OSError, subprocess.SubprocessError):  # no git, no commit yet, or another user's files
         return None
     return f"{head}-dirty" if changed else head
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """The installed version of each package; None if it is not installed."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {package: version(package) for package in packages}

@@ -5,14 +5,11 @@ SmolLM2-135M's shape with random weights, LoRA of rank 16 and fp32, on one seque
 benchmarks/memory.py. "naive" computes the loss by its formula on the logits of all tokens.
 """
 
-import ctypes
 import json
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
+from benchmarks.memory import measured_step, return_freed_blocks
 
 QUERY, RESPONSE = 80, 128
 TILE = 512
@@ -30,7 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def measure(way: str, persona: int) -> dict[str, float]:
     """Measured in this process; to be called once in a fresh one."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    return_freed_blocks()
 
     import torch
     from peft import LoraConfig
@@ -66,11 +63,7 @@ def measure(way: str, persona: int) -> dict[str, float]:
         return loss.item()
 
     step(16)  # thread pools, GEMM primitives, the adapters' gradients
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-    before, started = status_bytes("VmRSS"), time.perf_counter()
-    loss = step(persona)
-    seconds = time.perf_counter() - started
-    return {"peak_extra_bytes": status_bytes("VmHWM") - before, "seconds": seconds, "loss": loss}
+    return measured_step(lambda: step(persona))
 
 
 def main() -> None:

@@ -10,15 +10,12 @@ on a single request. A request has 64 tokens and a reply of 64. SmolLM2-135M's s
 train, fp32. Memory is what exceeds the memory held before the step, which includes gradients; see benchmarks/memory.py.
 """
 
-import ctypes
 import json
 import random
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
+from benchmarks.memory import measured_step, return_freed_blocks
 
 REQUESTS, BEFORE, QUERY, RESPONSE = 8, 8, 64, 64
 WAYS = ("one", "separate", "batched", "together", "one by one")
@@ -63,7 +60,7 @@ def batches(name: str, pairs: Pairs, detached: bool) -> list[dict[str, Any]]:
 
 def measure(way: str, persona: int) -> dict[str, float]:
     """Measured in this process; to be called once in a fresh one."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    return_freed_blocks()
 
     from benchmarks import sharing
     from benchmarks.test_step import smollm2_135m
@@ -79,11 +76,7 @@ def measure(way: str, persona: int) -> dict[str, float]:
         enable_checkpointing(model)
     sharing.step(model, batches(name, pairs_of(16), detached))  # thread pools, GEMM primitives, the gradients
     dealt = batches(name, pairs_of(persona), detached)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-    before, started = status_bytes("VmRSS"), time.perf_counter()
-    loss = sharing.step(model, dealt)
-    seconds = time.perf_counter() - started
-    return {"peak_extra_bytes": status_bytes("VmHWM") - before, "seconds": seconds, "loss": loss}
+    return measured_step(lambda: sharing.step(model, dealt))
 
 
 def main() -> None:

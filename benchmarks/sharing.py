@@ -9,7 +9,6 @@ Conversations are of real data, or of random ids with the lengths of personachat
 SmolLM2-135M's shape and random weights, all of which train.
 """
 
-import ctypes
 import json
 import random
 import sys
@@ -17,17 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import M_MMAP_THRESHOLD, status_bytes
+from benchmarks.memory import measured_step, return_freed_blocks
 
 WAYS = ("shared", "sequences", "tokens")
 REPLIES, BUDGET = 8, 4096  # replies and tokens per batch: the defaults of a run on a CPU
 REPLIES_TOGETHER = 32  # per batch of whole conversations, which do not compute more tokens
 LENGTHS = {"persona": 60, "query": 16, "reply": 14}  # about the means of personachat-convai2
-QWEN3 = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 Pairs = list[dict[str, Any]]
 
 
@@ -151,7 +145,7 @@ def flops(
 
 def measure(way: str) -> dict[str, float]:
     """Measured in this process; to be called once in a fresh one."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    return_freed_blocks()
 
     from benchmarks.test_step import smollm2_135m
     from perce.model.branches import teach_branches
@@ -160,10 +154,7 @@ def measure(way: str) -> dict[str, float]:
     teach_branches(model)
     step(model, batches(way, conversation(1)))  # thread pools, GEMM primitives, the gradients
     dealt = batches(way, conversation())
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-    before = status_bytes("VmRSS")
-    loss = step(model, dealt)
-    return {"peak_extra_bytes": status_bytes("VmHWM") - before, "loss": loss}
+    return measured_step(lambda: step(model, dealt))
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ The file is rewritten when a test begins and when it ends. After an interruption
 "running" names the one that had not.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.commit import commit
+from benchmarks.commit import commit, versions
+from perce.doctor import cpu_name
 
 PACKAGES = ("torch", "triton", "transformers")
 REASON = 2000  # characters of a reason that are kept: its last ones, because a traceback ends with the error
@@ -33,21 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def machine() -> dict[str, Any]:
     """Hardware and versions."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "packages": {package: version(package) for package in PACKAGES},
+        "packages": versions(PACKAGES),
     }
 
 

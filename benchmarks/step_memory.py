@@ -13,7 +13,7 @@ import sys
 import tempfile
 from typing import Any
 
-from benchmarks.memory import M_MMAP_THRESHOLD, in_a_child, status_bytes
+from benchmarks.memory import in_a_child, return_freed_blocks, status_bytes
 
 STEPS = 2
 HEADER = 4  # tokens of a prompt before its persona
@@ -24,11 +24,10 @@ Spec = dict[str, Any]
 
 def measure(spec: Spec) -> dict[str, float]:
     """{"peak_bytes", "step_seconds", "libraries_bytes"} of this process; to be called once in a fresh one."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    return_freed_blocks(2**16)
     train(spec | {"model": spec["model"] | {"num_hidden_layers": 1}})
     gc.collect()
-    libc.malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
     before = status_bytes("VmRSS")
     peak, seconds = train(spec)
     return {"peak_bytes": peak - before, "step_seconds": seconds, "libraries_bytes": before}
@@ -37,19 +36,17 @@ def measure(spec: Spec) -> dict[str, float]:
 def train(spec: Spec) -> tuple[int, float]:
     """(peak resident bytes, seconds) of the last step."""
     from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
 
     from benchmarks.step_meter import StepMeter
     from perce.config.schema import LossConfig, MemoryConfig
+    from perce.model.memory import CHECKPOINTING
     from perce.training.arguments import PerceArguments
     from perce.training.trainer import PerceTrainer
+    from tests.helpers.tiny import tiny_tokenizer
 
     meter = StepMeter()
-    fields = PerceArguments.__dataclass_fields__
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     batch, accumulation = spec["per_device_train_batch_size"], spec["gradient_accumulation_steps"]
-    how = {checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": False}}
+    how = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
     with tempfile.TemporaryDirectory() as directory:
         args = PerceArguments(
             directory, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=STEPS,
@@ -60,7 +57,7 @@ def train(spec: Spec) -> tuple[int, float]:
         )  # fmt: skip
         trainer = PerceTrainer(
             make_model(spec), args, train_dataset=Dataset.from_list(pairs(spec, STEPS * accumulation * batch)),
-            processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())), callbacks=[meter],
+            processing_class=tiny_tokenizer(), callbacks=[meter],
         )  # fmt: skip
         trainer.train()
     return meter.peak, meter.seconds[-1]

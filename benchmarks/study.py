@@ -14,6 +14,7 @@ not evaluated on test data before.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from benchmarks.study_results import best_rate
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -112,13 +115,9 @@ class Study:
                 yield replace(cell, stage="other rates")
 
     def best_rate(self, data: str, objective: str) -> float:
-        """The rate with the lowest validation loss with persona. Objectives that are not tuned take PerCE's, because
-        their weights are as large."""
-        tuned = objective if objective in self.config["tuned"] else "perce"
-        cells = [cell for cell in self.rate_cells() if (cell.data, cell.objective) == (data, tuned)]
-        best = min(cells, key=lambda cell: self.results["cells"][cell.name]["validation"]["eval_loss_with_persona"])
-        assert best.learning_rate is not None
-        return best.learning_rate
+        rate = best_rate(self.config, self.results["cells"].values(), data, objective)
+        assert rate is not None, "stage rates comes first"
+        return rate
 
     def _evaluated(self, cell: Cell) -> dict[str, bool]:
         """Datasets that a cell is evaluated on, and whether replies are generated there."""
@@ -157,7 +156,7 @@ class Study:
     def _train(self, cell: Cell, directory: Path) -> dict[str, Any]:
         state = directory / "trainer_state.json"
         if not state.is_file():  # else only an evaluation was interrupted, and the trained model is kept
-            subprocess.run(["rm", "-rf", str(directory)], check=True)
+            shutil.rmtree(directory, ignore_errors=True)
             self._child("perce.train", {
                 "data": str(self.data_root / cell.data), "output_dir": str(directory), "objective": cell.objective,
                 "learning_rate": cell.learning_rate, "seed": cell.seed, "save_steps": 0, "report_examples": 0,

@@ -18,14 +18,15 @@ from benchmarks.study_results import (
     NAMES,
     Cell,
     Results,
+    by_pairs_of_seeds,
     columns,
     difference,
     options_text,
     scaled,
     searched,
 )  # fmt: skip
-from perce.measuring.evaluation_report import unit_of
-from perce.measuring.metrics import clustered_mean
+from perce.measuring.evaluation_report import all_metrics, unit_of
+from perce.measuring.metrics import Interval, clustered_mean
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -34,22 +35,28 @@ HEAD = """# Tables of the studies
 
 All numbers behind [Results](../RESULTS.md), which says what they mean. `python -m benchmarks.study_report` wrote this
 page: do not edit it. Losses and their differences are nats per token. In brackets are 95 % intervals over users;
-p-values are those of a paired permutation test over users. METEOR in study "cpu" was measured before texts were split
-into sentences for it, and is lower on average: full stops within a text stayed parts of words.
+p-values are those of a paired permutation test over users. Both are of the models that were trained: the range over the
+seeds, or over the pairs of a seed of each method, says how other trainings differ. METEOR in study "cpu" was measured
+before texts were split into sentences for it, and is lower on average: full stops within a text stayed parts of words.
 """
 
 
 def cell_text(cells: Sequence[Cell], data: str, column: str) -> str:
     """Mean over seeds and examples, 95 % interval over users, and the range over seeds where there are several."""
-    value, weight, digits, factor = COLUMNS[column]
-    gathered = columns(cells, data, value, weight) if cells else None
-    interval = clustered_mean(*gathered) if gathered else None
-    if interval is None:
+    name, digits, factor = COLUMNS[column]
+    metric = all_metrics()[name]
+
+    def mean_of(cells: Sequence[Cell]) -> Interval | None:
+        gathered = columns(cells, data, metric) if cells else None
+        # Means over seeds are no longer 0 or 1.
+        share = metric.share and gathered is not None and {*gathered[0]} <= {0.0, 1.0}
+        return clustered_mean(*gathered, bounds=metric.bounds, share=share) if gathered else None
+
+    if (interval := mean_of(cells)) is None:
         return NOT_MEASURED
     interval = scaled(interval, factor)
     text = f"{interval.value:.{digits}f} ({interval.span(f'.{digits}f')})"
-    of_seed = [clustered_mean(*gathered) for c in cells if (gathered := columns([c], data, value, weight))]
-    seeds = [x.value * factor for x in of_seed if x]
+    seeds = [x.value * factor for x in map(mean_of, ([cell] for cell in cells)) if x]
     if len(seeds) > 1:
         text += f", seeds {min(seeds):.{digits}f}–{max(seeds):.{digits}f}"
     return text
@@ -108,16 +115,18 @@ def differences(results: Results, data: str) -> Iterator[list[str]]:
 
 
 def difference_texts(mine: Sequence[Cell], ce: Sequence[Cell], data: str, shown: Sequence[str]) -> list[str]:
-    """The difference from CE in each column, with its interval and p-value."""
+    """The difference from CE in each column, with its interval, its p-value and its range over pairs of seeds."""
     texts = []
     for column in shown:
-        found, digits = difference(mine, ce, data, column), COLUMNS[column][2]
+        found, digits = difference(mine, ce, data, column), COLUMNS[column][1]
         if found is None:
             texts.append(NOT_MEASURED)
             continue
         interval, p = found
         chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-        texts.append(f"{interval.value:+.{digits}f} ({interval.span(f'+.{digits}f')}; {chance})")
+        pairs = by_pairs_of_seeds(mine, ce, data, column)
+        seeds = f"; seeds {min(pairs):+.{digits}f} to {max(pairs):+.{digits}f}" if len(pairs) > 1 else ""
+        texts.append(f"{interval.value:+.{digits}f} ({interval.span(f'+.{digits}f')}; {chance}{seeds})")
     return texts
 
 

@@ -1,24 +1,24 @@
 """The cells of a study's results file, and what is computed from their evaluated examples."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from perce.measuring.evaluation_report import field_of, unit_of
+from perce.measuring.evaluation_report import Metric, all_metrics, field_of, unit_of
 from perce.measuring.metrics import Interval, paired_difference
 from perce.objectives import OBJECTIVES
 
 NAMES = {"base": "base model"} | {name: entry.title for name, entry in OBJECTIVES.items()} | {"perce": "**PerCE**"}
-# column: (metric, its sum, its weight, digits, factor)
+# column: (metric of perce.evaluate, digits, factor)
 COLUMNS = {
-    "loss on personal tokens": ("loss_personal", "personal_tokens", 3, 1),
-    "loss on other tokens": ("loss_other", "other_tokens", 3, 1),
-    "rise with another user's persona": ("swap_cost", "tokens", 3, 1),
-    "replies that use the persona, %": ("uses_persona", "", 1, 100),
-    "ROUGE-L": ("rougeL", "", 3, 1),
-    "METEOR": ("meteor", "", 3, 1),
+    "loss on personal tokens": ("loss_personal_tokens", 3, 1),
+    "loss on other tokens": ("loss_other_tokens", 3, 1),
+    "rise with another user's persona": ("swap_cost", 3, 1),
+    "replies that use the persona, %": ("uses_persona", 1, 100),
+    "ROUGE-L": ("rougeL", 3, 1),
+    "METEOR": ("meteor", 3, 1),
 }
 COST = "rise of the loss on other tokens compared with CE, %"
 KEPT = "share of PerCE's gain on personal tokens, %"
@@ -38,8 +38,9 @@ def has(evaluation: Mapping[str, Any], value: str) -> bool:
     return any(value_and_weight(record, value, "") is not None for record in evaluation["records"])
 
 
-def columns(cells: Sequence[Cell], data: str, value: str, weight: str) -> tuple[list, list, list] | None:
+def columns(cells: Sequence[Cell], data: str, metric: Metric) -> tuple[list, list, list] | None:
     """(values, weights, users) of the examples of `data`, each averaged over the cells (seeds)."""
+    value, weight = metric.value, metric.weight
     by_key: dict[str, list[tuple[float, float]]] = {}
     users: dict[str, str] = {}
     cells = [cell for cell in cells if data in cell["evaluations"] and has(cell["evaluations"][data], value)]
@@ -57,6 +58,16 @@ def columns(cells: Sequence[Cell], data: str, value: str, weight: str) -> tuple[
     return values, weights, [users[key] for key in keys]
 
 
+def best_rate(config: Mapping[str, Any], cells: Iterable[Cell], data: str, objective: str) -> float | None:
+    """The rate with the lowest validation loss with persona; None before all rates have run. Objectives that are not
+    tuned take PerCE's, because their weights are as large."""
+    tuned = objective if objective in config["tuned"] else "perce"
+    tried = [c for c in cells if c["stage"] == "rates" and (c["data"], c["objective"]) == (data, tuned)]
+    if len(tried) < len(config["learning_rates"]):
+        return None
+    return min(tried, key=lambda cell: cell["validation"]["eval_loss_with_persona"])["learning_rate"]
+
+
 class Results:
     """The cells of one results file."""
 
@@ -66,11 +77,7 @@ class Results:
         self.cells: list[Cell] = list(content["cells"].values())
 
     def best_rate(self, data: str, objective: str) -> float | None:
-        tuned = objective if objective in self.config["tuned"] else "perce"
-        cells = [c for c in self.cells if c["stage"] == "rates" and (c["data"], c["objective"]) == (data, tuned)]
-        if len(cells) < len(self.config["learning_rates"]):
-            return None
-        return min(cells, key=lambda cell: cell["validation"]["eval_loss_with_persona"])["learning_rate"]
+        return best_rate(self.config, self.cells, data, objective)
 
     def main(self, data: str, objective: str) -> list[Cell]:
         """The plain cells of an objective at its rate, one a seed."""
@@ -89,12 +96,19 @@ def difference(
     mine: Sequence[Cell], others: Sequence[Cell], data: str, column: str
 ) -> tuple[Interval, float] | None:  # fmt: skip
     """(mine minus others on the same examples, with its interval; p-value), None if one was not measured."""
-    value, weight, _, factor = COLUMNS[column]
-    ours, theirs = (columns(cells, data, value, weight) if cells else None for cells in (mine, others))
+    name, _, factor = COLUMNS[column]
+    metric = all_metrics()[name]
+    ours, theirs = (columns(cells, data, metric) if cells else None for cells in (mine, others))
     if not ours or not theirs or len(ours[0]) != len(theirs[0]):
         return None
-    found = paired_difference(ours[0], theirs[0], ours[1], ours[2])
+    found = paired_difference(ours[0], theirs[0], ours[1], ours[2], bounds=metric.bounds)
     return found and (scaled(found[0], factor), found[1])
+
+
+def by_pairs_of_seeds(mine: Sequence[Cell], others: Sequence[Cell], data: str, column: str) -> list[float]:
+    """The difference of each of these cells and each of the others."""
+    found = (difference([one], [other], data, column) for one in mine for other in others)
+    return [interval.value for interval, _ in filter(None, found)]
 
 
 def scaled(interval: Interval, factor: float) -> Interval:

@@ -12,7 +12,7 @@ from perce import MemoryConfig
 from perce.config.commands import PlanOptions
 from perce.config.schema import ModelConfig
 from perce.config.step import StepConfig
-from perce.planning.plans import step_cost
+from perce.planning.plans import Costs
 
 PERSONAS = {  # tokens: the ways that are measured; with long personas a step takes 1 to 4 minutes
     512: tuple(WAYS),
@@ -35,7 +35,7 @@ def planned(persona: int, way: str) -> int:
         gradient_accumulation_steps=1,
     )  # fmt: skip
     config = PlanOptions(ModelConfig(lora_r=16, precision="fp32"), plan, MemoryConfig(**options))
-    return step_cost(LlamaConfig(**SMOLLM2_135M), config, "cpu").memory.peak
+    return Costs(LlamaConfig(**SMOLLM2_135M), "cpu").of(config).memory.peak
 
 
 @pytest.mark.slow
@@ -59,7 +59,6 @@ def test_memory_of_a_step(benchmark, persona):
         way: round(planned(persona, way) / MIB) for way in ways if not way.startswith("naive")
     }
     benchmark.extra_info["seconds"] = {way: round(result["seconds"], 1) for way, result in results.items()}
-    print(f"\npersona {persona}: {dict(benchmark.extra_info)}")
     if ways == tuple(WAYS):
         assert extra["checkpointing"] < extra["naive + checkpointing"]
         for way in ("persona_grad none", "mlp_tile", "checkpointing"):
@@ -80,5 +79,4 @@ def test_memory_grows_with_the_persona_as_planned(benchmark):
     a_token = benchmark.pedantic(grown, rounds=1) / (long - short)
     expected = (planned(long, way) - planned(short, way)) / (long - short)
     benchmark.extra_info |= {"bytes_a_token": round(a_token), "planned_bytes_a_token": round(expected)}
-    print(f"\n{dict(benchmark.extra_info)}")
     assert expected / 1.3 <= a_token <= 1.3 * expected

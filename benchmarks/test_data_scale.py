@@ -23,5 +23,4 @@ def test_from_rows_to_the_first_step(benchmark, rows_a_user):
         benchmark.extra_info[f"{name}_bytes_a_row"] = {
             stage: round(size / ROWS) for stage, size in start["peak_bytes"].items()
         }
-    print(benchmark.extra_info)
     assert second["seconds"]["pairing"] < first["seconds"]["pairing"]

@@ -56,7 +56,6 @@ def _race(benchmark, challenger: str, inputs, rounds: int) -> None:
     benchmark.extra_info["ratio_to_naive"] = round(median(ours) / median(naive), 3)
     benchmark.extra_info["ratio_to_naive_fastest"] = round(min(ours) / min(naive), 3)
     benchmark.extra_info["naive_seconds"] = round(median(naive), 3)
-    print(f"\n{challenger}: {median(ours):.2f} s, {dict(benchmark.extra_info)}")
 
 
 @pytest.mark.parametrize(("size", "dtype"), CASES)
@@ -86,7 +85,6 @@ def test_peak_memory_is_a_quarter_of_naive(benchmark, dtype):
     benchmark.extra_info["peak_extra_mib"] = round(peak / MIB)
     benchmark.extra_info["naive_peak_extra_mib"] = round(naive / MIB)
     benchmark.extra_info["memory_ratio_to_naive"] = round(peak / naive, 3)
-    print(f"\n{dtype}: {dict(benchmark.extra_info)}")
     assert peak <= naive / 4
 
 
@@ -97,7 +95,6 @@ def test_peak_memory_of_rival(benchmark, rival):
     _skip_unless_available(rival)
     peak = benchmark.pedantic(peak_extra_bytes, args=(rival, *MIDDLE, "float32"), rounds=1)
     benchmark.extra_info["peak_extra_mib"] = round(peak / MIB)
-    print(f"\n{rival}: {dict(benchmark.extra_info)}")
 
 
 @pytest.mark.benchmark(group="memory: perce over N")
@@ -106,6 +103,5 @@ def test_peak_memory_is_flat_in_n(benchmark):
     sizes = (2048, 8192, 32768)
     peaks = benchmark.pedantic(lambda: [peak_extra_bytes("perce", n, d, v, "float32") for n in sizes], rounds=1)
     benchmark.extra_info["peak_extra_mib"] = {n: round(peak / MIB) for n, peak in zip(sizes, peaks, strict=True)}
-    print(f"\nD={d}, V={v}: {benchmark.extra_info['peak_extra_mib']} MiB")
     dhidden = (sizes[-1] - sizes[0]) * d * 4  # what must grow: the stored gradient and its scaled copy
     assert peaks[-1] - peaks[0] <= 2 * dhidden + 16 * MIB

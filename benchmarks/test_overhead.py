@@ -23,7 +23,7 @@ from perce.config.step import StepConfig
 from perce.data.batch import collate
 from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing
-from perce.planning.plans import step_cost
+from perce.planning.plans import Costs
 
 QUERY, RESPONSE = 80, 48
 WITHOUT_PERSONA = QUERY + RESPONSE
@@ -69,7 +69,7 @@ def test_overhead_of_the_counterfactual_pass(benchmark, way):
             context=context, query=QUERY, response=RESPONSE, activation_checkpointing=checkpointed,
             gradient_accumulation_steps=1,
         )  # fmt: skip
-        return step_cost(base.config, PlanOptions(options, plan), "cpu").flops.overhead
+        return Costs(base.config, "cpu").of(PlanOptions(options, plan)).flops.overhead
 
     measured = benchmark.pedantic(curve, rounds=1)
     line = {persona: WITHOUT_PERSONA / (LINE[way] * (persona + WITHOUT_PERSONA)) for persona in PERSONAS}
@@ -78,7 +78,6 @@ def test_overhead_of_the_counterfactual_pass(benchmark, way):
         "line": {persona: round(share, 4) for persona, share in line.items()},
         "planned": {persona: round(planned(persona), 4) for persona in PERSONAS},
     }
-    print(f"\n{way}: {dict(benchmark.extra_info)}")
     # Attention and the head add time to the rest of a step, and small batches run slower, so the bounds are wide.
     for persona, share in measured.items():
         assert line[persona] / 3 < share < 2 * line[persona], persona

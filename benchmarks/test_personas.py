@@ -54,7 +54,6 @@ def test_requests_together_against_separately(benchmark, detached):
         "flop_ceiling": round(most, 2), "share_of_ceiling": round(ratio / most, 3),
         "seconds": {name: round(x, 1) for name, x in seconds.items()},
     }  # fmt: skip
-    print(f"\n{dict(benchmark.extra_info)}")
     for name in ("together", "one by one"):
         assert losses[name] == pytest.approx(losses["separate"], rel=1e-4)
     assert detached or ratio >= 0.85 * most
@@ -74,7 +73,6 @@ def test_memory_beside_one_request(benchmark, detached):
 
     benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info |= {"peak_extra_mib": {name: round(size) for name, size in found.items()}}
-    print(f"\n{dict(benchmark.extra_info)}")
     assert detached or found["one by one"] <= 1.1 * found["one"]
 
 
@@ -96,7 +94,6 @@ def test_a_long_persona(benchmark, way):
         "eight_separate_to_together": round(8 * found["one"]["seconds"] / found["together"]["seconds"], 2),
         "flop_ceiling": round(ceiling(8192, bool(way)), 2),  # of steps without checkpointing
     }  # fmt: skip
-    print(f"\n{dict(benchmark.extra_info)}")
 
 
 @pytest.mark.slow
@@ -113,7 +110,6 @@ def test_memory_is_no_higher_than_of_a_batch(benchmark):
 
     benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info |= {"peak_extra_mib": {name: round(size) for name, size in found.items()}}
-    print(f"\n{dict(benchmark.extra_info)}")
     assert found["together"] <= found["batched"]
 
 
@@ -149,6 +145,5 @@ def test_replies_to_one_persona(benchmark):
         "ratio_to_separate": round(seconds["separately"] / seconds["shared"], 2),
         "ratio_to_batched": round(seconds["batched"] / seconds["shared"], 2),
     }  # fmt: skip
-    print(f"\n{dict(benchmark.extra_info)}")
     assert written["shared"] == written["separately"]
     assert seconds["separately"] / seconds["shared"] >= 3

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from benchmarks.step_memory import Spec, measured
 from perce.config.commands import PLAN
 from perce.planning.flops import matmul_rate
-from perce.planning.plans import Cost, step_cost
+from perce.planning.plans import Cost, Costs
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 16384, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6,
@@ -91,7 +91,7 @@ QUICK = ("smollm2-full-fp32-1024", "qwen3-lora-bf16-2048-checkpointed", "gemma3-
 def planned(spec: Spec) -> Cost:
     """The plan of the step that `measured` runs."""
     options = PLAN.build({name: value for name, value in spec.items() if name != "model"})
-    return step_cost(AutoConfig.for_model(**spec["model"]), options, "cpu")
+    return Costs(AutoConfig.for_model(**spec["model"]), "cpu").of(options)
 
 
 @pytest.mark.parametrize(
@@ -111,5 +111,4 @@ def test_plan_against_real_steps(benchmark, name):
         "least_seconds": round(bound, 2),
         "step_seconds": round(real["step_seconds"], 2),
     }
-    print(f"\n{name}: {dict(benchmark.extra_info)}")
     assert abs(plan.memory.peak / real["peak_bytes"] - 1) <= 0.15

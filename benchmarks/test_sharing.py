@@ -23,12 +23,13 @@ from perce.hub import load_tokenizer
 from perce.measuring.evaluation import Evaluator, make_batches
 from perce.measuring.inference import Subject
 from perce.model.branches import sharing_of, teach_branches
+from tests.helpers.tiny import QWEN3
 
 CASES = {  # directory, chat template, least replies, least speed-up: a share of the ceiling, or the factor
     "chance ids": (None, None, 8, "85 %"),
     "personachat-convai2": ("personachat-convai2", None, 16, "85 %"),
     "synthetic-persona-chat": ("synthetic-persona-chat", None, 8, "85 %"),
-    "personachat-convai2, Qwen3's template": ("personachat-convai2", sharing.QWEN3, 16, "2 ×"),
+    "personachat-convai2, Qwen3's template": ("personachat-convai2", QWEN3, 16, "2 ×"),
 }
 ROUNDS = 2
 
@@ -80,7 +81,6 @@ def test_together_against_separately(benchmark, case):
         "share_of_ceiling": round(ratio / ceiling, 3), "seconds": {way: round(x, 2) for way, x in medians.items()},
         "tokens": [sum(int(batch["tokens"][i]) for batch in dealt["shared"]) for i in (0, 1)],
     }  # fmt: skip
-    print(f"\n{case}: {dict(benchmark.extra_info)}")
     assert ratio >= (2 if wanted == "2 ×" else 0.85 * ceiling)
 
 
@@ -94,7 +94,6 @@ def test_memory_is_no_higher(benchmark):
 
     benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info |= {"peak_extra_mib": {way: round(size) for way, size in found.items()}}
-    print(f"\n{dict(benchmark.extra_info)}")
     assert found["shared"] <= min(found["sequences"], found["tokens"])
 
 
@@ -127,5 +126,4 @@ def test_an_evaluation_together_against_separately(benchmark):
             assert abs(shared[name] - separate[name]) <= 1e-4 * shared["tokens"]
     ratio = seconds["none"] / seconds["branches"]
     benchmark.extra_info |= {"replies": len(examples.all), "ratio_to_separate": round(ratio, 2)}
-    print(f"\n{dict(benchmark.extra_info)}")
     assert ratio >= 3.5

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from perce import LossConfig, PerceArguments, PerceTrainer
 from perce.data.batch import collate
 from perce.model.patch import prepare_model
+from tests.helpers.tiny import tiny_tokenizer
 
 QUERY, RESPONSE, BATCH = 80, 48, 2
 PERSONAS = {"half": 64, "four times": 512, "eight times": 1024}  # of query + response = 128 tokens
@@ -41,9 +42,7 @@ def trainers():
 
 def make_trainers(model: Any, directory: str) -> dict[str, PerceTrainer]:
     """One trainer per objective, all with the same model."""
-    from tokenizers import Tokenizer, models
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    tokenizer = tiny_tokenizer()
 
     def arguments(objective: str) -> PerceArguments:
         return PerceArguments(directory, use_cpu=True, report_to="none", loss=LossConfig(objective=objective))
@@ -102,4 +101,3 @@ def test_perce_step_against_ce_step(benchmark, trainers, persona):
     benchmark.extra_info["ratio_to_ce"] = round(perce / ce, 3)
     benchmark.extra_info["ce_seconds"] = round(ce, 3)
     benchmark.extra_info["persona_tokens"] = persona
-    print(f"\npersona {persona}: {dict(benchmark.extra_info)}")

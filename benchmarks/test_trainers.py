@@ -33,6 +33,5 @@ def test_a_step_by_trainer(benchmark, persona):
         "tokens_per_second": {way: round(result["tokens_per_second"]) for way, result in fitting.items()},
         "out_of_memory": [way for way in results if way not in fitting],
     }
-    print(f"\npersona {persona}: {dict(benchmark.extra_info)}")
     extra = benchmark.extra_info["peak_extra_mib"]
     assert "naive" not in extra or extra["perce"] < extra["naive"]

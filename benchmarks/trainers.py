@@ -18,7 +18,6 @@ first two); on a GPU, how often the host waits for it in a step. Batches are cop
 without waiting, by the others as transformers does by default.
 """
 
-import ctypes
 import json
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.memory import M_MMAP_THRESHOLD
+from benchmarks.memory import return_freed_blocks
 
 QUERY, RESPONSE, STEPS = 80, 128, 4
 WAYS = ("perce", "naive", "naive-kept", "trl-perce", "perce-ce", "naive-ce", "trl-ce", "trl-perce-ce")
@@ -54,7 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def measure(way: str, persona: int, shape: str = "deep") -> dict[str, float]:
     """Measured in this process; to be called once in a fresh one."""
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
+    return_freed_blocks()
     return train(make_model(shape), way, persona, shape)
 
 
@@ -77,6 +76,8 @@ def train(model: Any, way: str, persona: int, shape: str, steps: int = STEPS) ->
     from benchmarks.test_step import pair
     from perce.config.schema import ModelConfig
     from perce.model.loading import lora_config
+    from perce.model.memory import CHECKPOINTING
+    from tests.helpers.tiny import tiny_tokenizer
 
     low, waits = shape != "deep", way == "perce-waits"
     meter = StepMeter()
@@ -88,9 +89,9 @@ def train(model: Any, way: str, persona: int, shape: str, steps: int = STEPS) ->
             "save_strategy": "no", "disable_tqdm": True, "max_steps": steps, "per_device_train_batch_size": 1,
             "learning_rate": 1e-6, "gradient_accumulation_steps": 1, "logging_steps": steps, "bf16": low,
             "logging_first_step": True, "dataloader_pin_memory": model.device.type != "cpu" and not waits,
-            **_checkpointing(),
+            CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
         }  # fmt: skip
-        trainer = make(model, rows, arguments, lora_config(ModelConfig()) if low else None, way)
+        trainer = make(model, tiny_tokenizer(), rows, arguments, lora_config(ModelConfig()) if low else None, way)
         trainer.add_callback(meter)
         try:
             with patch("perce.model.patch._is_unpacked", lambda *_: False) if waits else nullcontext():
@@ -105,22 +106,7 @@ def train(model: Any, way: str, persona: int, shape: str, steps: int = STEPS) ->
     } | ({} if meter.waits is None else {"waits": meter.waits})  # fmt: skip
 
 
-def _checkpointing() -> dict[str, Any]:
-    from perce.model.memory import CHECKPOINTING
-
-    return {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<pad>": 0, "<eos>": 1}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-
-
-def _ours(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
+def _ours(model: Any, tokenizer: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
     from perce.config.schema import LossConfig
     from perce.training.arguments import PerceArguments
     from perce.training.trainer import PerceTrainer
@@ -128,7 +114,7 @@ def _ours(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str)
     loss = LossConfig(objective="ce" if way == "perce-ce" else "perce")
     return PerceTrainer(
         model, PerceArguments(**arguments, loss=loss, use_liger_kernel=way == "perce-liger"), train_dataset=rows,
-        processing_class=_tokenizer(), peft_config=lora,
+        processing_class=tokenizer, peft_config=lora,
     )  # fmt: skip
 
 
@@ -160,7 +146,7 @@ def labelled(row: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _naive(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
+def _naive(model: Any, tokenizer: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -173,24 +159,24 @@ def _naive(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str
         data = data.remove_columns(["input_ids_cf", "labels_cf"])
     return (Trainer if way == "naive-ce" else NaivePerce)(
         get_peft_model(model, lora) if lora else model, TrainingArguments(**arguments, remove_unused_columns=False),
-        train_dataset=data, processing_class=_tokenizer(), data_collator=default_data_collator,
+        train_dataset=data, processing_class=tokenizer, data_collator=default_data_collator,
     )  # fmt: skip
 
 
-def _trl(model: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
+def _trl(model: Any, tokenizer: Any, rows: Any, arguments: dict[str, Any], lora: Any, way: str) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     arguments = arguments | {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
     if way == "trl-ce":
         data = rows.map(labelled, remove_columns=rows.column_names).remove_columns(["input_ids_cf", "labels_cf"])
         options = SFTConfig(**arguments)
-        return SFTTrainer(model, options, train_dataset=data, processing_class=_tokenizer(), peft_config=lora)
+        return SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer, peft_config=lora)
     from perce.data.marked import row_of
     from perce.integrations.trl import PerceSFTConfig, PerceSFTTrainer
 
     data = rows.map(row_of, remove_columns=rows.column_names)
     options = PerceSFTConfig(**arguments, objective="ce" if way == "trl-perce-ce" else "perce")
-    return PerceSFTTrainer(model, options, train_dataset=data, processing_class=_tokenizer(), peft_config=lora)
+    return PerceSFTTrainer(model, options, train_dataset=data, processing_class=tokenizer, peft_config=lora)
 
 
 def measured(way: str, persona: int, shape: str = "deep") -> dict[str, float] | None:

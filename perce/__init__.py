@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from perce.config.schema import DataConfig, LossConfig, MemoryConfig
     from perce.data.marked import PersonaCollator, labelled
     from perce.data.pairs import prompt_ids, prompt_text
+    from perce.data.retrieval import pick_passages
     from perce.data.rows import load_examples
     from perce.demo import default_model_path
     from perce.errors import UserError
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DataConfig", "LossConfig", "MemoryConfig", "PerceArguments", "PerceTrainer", "PersonaCollator", "UserError",
-    "default_model_path", "disable_dropout", "labelled", "load_examples", "prompt_ids", "prompt_text",
+    "default_model_path", "disable_dropout", "labelled", "load_examples", "pick_passages", "prompt_ids", "prompt_text",
 ]  # fmt: skip
 _HOMES = {
     **dict.fromkeys(("DataConfig", "LossConfig", "MemoryConfig"), "config.schema"), "UserError": "errors",
     **dict.fromkeys(("prompt_ids", "prompt_text"), "data.pairs"), "default_model_path": "demo",
     **dict.fromkeys(("PersonaCollator", "labelled"), "data.marked"),
-    "load_examples": "data.rows", "disable_dropout": "model.noise",
+    "load_examples": "data.rows", "pick_passages": "data.retrieval", "disable_dropout": "model.noise",
     "PerceArguments": "training.arguments", "PerceTrainer": "training.trainer",
 }  # fmt: skip
 _OF_THE_OP = ("DataConfig", "LossConfig", "MemoryConfig", "UserError")  # names for which torch alone is enough

@@ -126,7 +126,7 @@ def devices() -> Iterator[Row]:
     import torch
 
     cores = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
-    yield "cpu", f"{_cpu_name()}, {cores}{_memory()}"
+    yield "cpu", f"{cpu_name()}, {cores}{_memory()}"
     if not _gpus():
         cuda, rocm = torch.version.cuda, torch.version.hip
         built = f"which is built for CUDA {cuda}" if cuda else f"which is built for ROCm {rocm}"
@@ -139,7 +139,8 @@ def devices() -> Iterator[Row]:
         yield f"cuda:{index}", f"{facts.name}, {total / 2**30:.1f} GiB ({free / 2**30:.1f} GiB free), {kind}"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The name of the CPU's model where the system tells it, else its architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -16,6 +16,7 @@ from typing import Any
 ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff]")
 
 NAMED = 4  # weights or layers that a message names
+LISTED = 12  # names of fields that a message lists
 
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
@@ -32,10 +33,10 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def listed(names: Iterable[Any], most: int = 12) -> str:
+def listed(names: Iterable[Any]) -> str:
     """Names, or the first of them, in one short line. Those from a list that Python wrote need not be texts."""
     names = [*names]
-    return ", ".join(shortened(str(name), 40) for name in names[:most]) + ", …" * (len(names) > most)
+    return ", ".join(shortened(str(name), 40) for name in names[:LISTED]) + ", …" * (len(names) > LISTED)
 
 
 def in_short(names: Sequence[str]) -> str:

@@ -72,7 +72,9 @@ def chosen(backend: str, device: torch.device) -> tuple[str, str]:
         return "torch", "the triton package is not installed"
     if torch.version.hip is not None:
         return "torch", 'the Triton kernels have run on no AMD GPU yet; backend "triton" tries them'
-    if not _has_tiles(device):
+    from perce_kernels.gpu import tiles
+
+    if not tiles.is_supported(device):
         return "torch", "the Triton kernels need compute capability 8.0 or newer"
     return "triton", "the Triton kernels are built for this GPU"
 
@@ -80,9 +82,3 @@ def chosen(backend: str, device: torch.device) -> tuple[str, str]:
 def implementation(backend: str, device: torch.device) -> ModuleType:
     """The module that computes."""
     return importlib.import_module(BACKENDS[chosen(backend, device)[0]].module)
-
-
-def _has_tiles(device: torch.device) -> bool:
-    from perce_kernels.gpu import tiles
-
-    return tiles.is_supported(device)

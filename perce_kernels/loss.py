@@ -193,7 +193,7 @@ def fused_perce_loss(
             scale = torch.where(total == 0, 0.0, count / total)
             loss, weight = loss * scale, weight * scale
     if reduction == "mean":
-        loss = loss / denominator
+        loss = (loss / denominator).to(loss.dtype)  # not that of a num_items in fp64
     if not return_stats:
         return loss
     logp, logp_cf, weight = logp.detach(), logp_cf.detach(), weight.detach()

@@ -10,7 +10,6 @@ there is no time for.
 """
 
 import ctypes
-import importlib.metadata
 import json
 import os
 import platform
@@ -25,7 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.commit import commit
+from benchmarks.commit import commit, versions
 from benchmarks.gpu.clock import HostClock, clock_of
 from benchmarks.gpu.results import NO_TIME
 from benchmarks.gpu.sizes import BY_IMPORTANCE, TINY, Size
@@ -74,13 +73,6 @@ class Request:
 
 def machine(device: str) -> dict[str, Any]:
     """Hardware and versions."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     found: dict[str, Any] = {
         "device": platform.processor() or platform.machine(), "driver": None, "cuda": torch.version.cuda,
     }  # fmt: skip
@@ -95,7 +87,7 @@ def machine(device: str) -> dict[str, Any]:
         }
     return found | {
         "python": platform.python_version(),
-        "packages": {package: version(package) for package in PACKAGES},
+        "packages": versions(PACKAGES),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

@@ -96,8 +96,7 @@ def pieces(n: int, size: int) -> list[int]:
 
 
 def work(
-    size: Size, way: str, head: str, cut: Cut, *, passes: int = 2, kept: float = 0.0,
-    columns: int = STATISTICS_COLUMNS,
+    size: Size, way: str, head: str, cut: Cut, *, passes: int = 2, kept: float = 0.0
 ) -> dict[str, Work]:  # fmt: skip
     """FLOP and bytes of each part of the loss and its backward. kept: share of a row that is read once from memory.
 
@@ -115,7 +114,7 @@ def work(
         read += len(pieces(block, high)) * w + len(pieces(v, wide)) * block * d * OPERAND
     by_cublas = {"counterfactual": logits + read, "logits": logits + chunks * w + n * d * OPERAND}
     names = PARTS[2 - passes : 2]
-    tiles = n * -(-v // columns) * FP32  # bytes of one of the two statistics of tiles
+    tiles = n * -(-v // STATISTICS_COLUMNS) * FP32  # bytes of one of the two statistics of tiles
     row_bytes = 2 * tiles * len([name for name in names if name in OURS[way]])
     if way == "stored":
         row_bytes += n * v * 2 * OPERAND + tiles

@@ -82,12 +82,6 @@ CASES = {
 SHORT = {"cuda": 8192, "cpu": 96}
 LARGEST = 30  # kernels of a step that are listed
 QUERY_AND_RESPONSE = {"cuda": (512, 1024), "cpu": (16, 32)}
-TINY_SHAPE = {
-    "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-}  # fmt: skip
-
-
 NOT_HELD = ("CUDA context", "optimiser states")
 """Parts of a plan that are not measured here."""
 
@@ -95,7 +89,7 @@ NOT_HELD = ("CUDA context", "optimiser states")
 def shape(device: str) -> dict[str, Any]:
     from benchmarks.trainers import SHAPES
 
-    return SHAPES["qwen3-8b"] if device == "cuda" else TINY_SHAPE
+    return SHAPES["qwen3-8b" if device == "cuda" else "tiny"]
 
 
 def plan(device: str, case: Case) -> dict[str, float]:
@@ -106,7 +100,7 @@ def plan(device: str, case: Case) -> dict[str, float]:
     from perce.config.schema import ModelConfig
     from perce.config.step import StepConfig
     from perce.planning.memory import UPDATE
-    from perce.planning.plans import step_cost
+    from perce.planning.plans import Costs
 
     query, response = QUERY_AND_RESPONSE[device]
     options = StepConfig(
@@ -115,7 +109,7 @@ def plan(device: str, case: Case) -> dict[str, float]:
     )  # fmt: skip
     model = ModelConfig(lora_r=16, precision="bf16", attn_implementation=case.attention)
     config = PlanOptions(model, options, case.memory)
-    planned = step_cost(AutoConfig.for_model(**shape(device)), config, device)
+    planned = Costs(AutoConfig.for_model(**shape(device)), device).of(config)
     # The allocator does not count the CUDA context, and there is no optimiser here.
     phases = [
         {name: size for name, size in phase.items() if name not in NOT_HELD}
@@ -131,7 +125,6 @@ class Steps:
     def __init__(self, device: str, directory: str, cases: tuple[Case, ...]):
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        from benchmarks.trainers import _tokenizer
         from perce.config.schema import LossConfig, ModelConfig
         from perce.model.branches import teach_branches
         from perce.model.loading import add_adapter, lora_config
@@ -139,6 +132,7 @@ class Steps:
         from perce.model.patch import prepare_model
         from perce.training.arguments import PerceArguments
         from perce.training.trainer import PerceTrainer
+        from tests.helpers.tiny import tiny_tokenizer
 
         torch.manual_seed(0)
         with torch.device(device):
@@ -148,7 +142,7 @@ class Steps:
         enable_checkpointing(base)
         self.losses = {name: LossConfig(objective=name) for name in ("perce", "ce")}
         arguments = PerceArguments(directory, use_cpu=device == "cpu", report_to="none", bf16=True)
-        self.trainer = PerceTrainer(model, arguments, processing_class=_tokenizer())
+        self.trainer = PerceTrainer(model, arguments, processing_class=tiny_tokenizer())
         self.model = self.trainer.accelerator.prepare_model(model)  # autocast, as in training
         if any(case.requests > 1 for case in cases):
             teach_branches(base)

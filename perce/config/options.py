@@ -26,7 +26,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from perce.config.elsewhere import ADVICE, NOTES, known_as
 from perce.errors import UserError, in_one_line
 from perce.files.paths import check_outputs, check_path, did_you_mean
-from perce.process import guarded, silence_libraries
+from perce.process import guarded, is_first_process, silence_libraries
 from perce.visible import ACTING, say, shortened
 
 
@@ -230,6 +230,7 @@ class Command(Generic[Chosen]):
             name, equals, value = flag[2:].partition("=")
             if not equals:
                 value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
+            _tell_of_two(name, extra.get(name), value)
             extra[name] = value
         return extra
 
@@ -264,7 +265,7 @@ class Command(Generic[Chosen]):
                 help = "\n".join([first + default, *rest]).replace("%", "%%")
                 kind = {"nargs": "?", "const": "true"} if hint is bool else {}
                 metavar = item.metadata.get("metavar") or _metavar(hint)
-                group.add_argument(f"--{item.name}", help=help, metavar=metavar, **kind)  # type: ignore[arg-type]
+                group.add_argument(f"--{item.name}", help=help, metavar=metavar, action=_LastOne, **kind)  # type: ignore[arg-type]
         return parser
 
 
@@ -326,6 +327,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}. `--help` lists the options.")
+
+
+class _LastOne(argparse.Action):
+    """Stores an option's value, the last if it is given several times."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        _tell_of_two(self.dest, getattr(namespace, self.dest), values)
+        setattr(namespace, self.dest, values)
+
+
+def _tell_of_two(name: str, first: str | None, second: str) -> None:
+    if first not in (None, second) and is_first_process():
+        told = (shortened(repr(value), 80) for value in (first, second))
+        say(f"--{name}: given twice, as {' and '.join(told)}; the last one is used", error=True)
 
 
 class _LineByLine(argparse.HelpFormatter):

@@ -16,13 +16,16 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from perce.config.schema import DataConfig
-from perce.data.fields import LABELS, PASSAGES
+from perce.data.fields import LABELS, PASSAGES, Turn, parse_persona
+from perce.data.readers import BadRow
 from perce.data.rows import Example
 from perce.data.words import IDEOGRAPHS, LETTERS, spaced
+from perce.errors import UserError
 
 DECIMALS = 5  # scores equal to this many decimals tie: another batch or order of sums changes the seventh digit
 DEFAULT_ENCODER = "facebook/contriever"
@@ -95,6 +98,31 @@ def make_retriever(config: DataConfig) -> Retriever | None:
 
     encoder = Encoder(config.retriever_model or DEFAULT_ENCODER)
     return Retriever(encoder.scores, config.retrieve_k, encoder.name, encoder.identity, may_fork=False)
+
+
+def pick_passages(
+    history: Sequence[Any], request: str, *, retriever: str = "bm25", k: int = 4, retriever_model: str | None = None
+) -> list[str]:
+    """What the prompt of a request shows of a user's history, best first: the persona for `prompt_text` or
+    `prompt_ids`. A server of a model that was trained on histories needs it.
+
+    Args:
+        history: texts, or entries of a profile as in LaMP and LongLaMP, the oldest first.
+        request: the message to reply to.
+        retriever, retriever_model: as in training. k: retrieve_k in training.
+
+    Raises:
+        UserError (a ValueError): an entry that training would refuse, no entry with text, an unknown retriever.
+    """
+    try:
+        passages = parse_persona([*history][::-1], "history")
+    except BadRow as bad:
+        raise UserError(f"{bad}.") from None
+    pick = make_retriever(DataConfig(retriever=retriever, retriever_model=retriever_model, retrieve_k=k))  # type: ignore[arg-type]
+    if pick is None or not passages:
+        return [*passages]
+    example = Example(passages, (Turn("user", request),), "", None, None, "pick_passages")
+    return [passages[index] for index in pick(example)]
 
 
 def query_of(request: str) -> str:

@@ -16,9 +16,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from perce.errors import UserError
 from perce.files.integrity import difference, sizes_and_digests
@@ -183,17 +183,13 @@ def _convert(gguf: Path, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-@contextmanager
-def _lock(file: Path) -> Iterator[None]:
+def _lock(file: Path) -> AbstractContextManager[Any]:
+    """filelock's lock on this file, acquired; to be put around what one process at a time may do."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         say("Another process is fetching the default model; waiting for it …", error=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()

@@ -16,6 +16,7 @@ from perce.files.paths import did_you_mean
 from perce.measuring.evaluation_report import (
     COMPARABLE,
     FORM,
+    OF_REFERENCES,
     RESULT,
     Metric,
     all_metrics,
@@ -90,7 +91,7 @@ def compare(a: Side, b: Side) -> dict[str, Any]:
     differences: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for name, metric in all_metrics().items():
-        found = None if name == "reference_uses_persona" else _difference(ours, theirs, metric)
+        found = None if name in OF_REFERENCES else _difference(ours, theirs, metric)
         if isinstance(found, str):
             left_out[name] = found
         elif found is not None:
@@ -148,7 +149,8 @@ def print_means(comparison: Mapping[str, Any]) -> None:
         cells: list[float] = []
         for side in found["means"]:
             cells += [sum(side) / len(side), min(side), max(side)] if len(side) > 1 else side
-        means.add_row(label_of(name), *(f"{x:.4f}" for x in cells))
+        digits = 4 if max(map(abs, cells)) < 100 else 2  # six of these columns fit if each has seven characters
+        means.add_row(label_of(name), *(f"{x:.{digits}f}" for x in cells))
     show(means, "")
 
 

@@ -4,7 +4,8 @@
     counterfactual   no persona                  loss without persona
     swapped          another user's persona      a loss no higher than with the right persona means that the model does
                                                  not use it; drawn by the seed, one for all examples of a persona
-    generated        the user's persona          ROUGE, METEOR, and whether the reply uses a word of the persona
+    generated        the user's persona          ROUGE, METEOR, and whether the reply uses a word of the persona, or, by
+                                                 chance, of another user's
 
 For an example without a response, only a reply is generated, and whether it uses the persona is recorded.
 
@@ -19,7 +20,7 @@ import random
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from perce.data.pairs import Pair
 from perce.data.rows import Example, text_key
 from perce.data.sharing import Sharing, common_tokens
 from perce.data.tokens import personal_words
-from perce.data.words import personal_word_spans
+from perce.data.words import WORD, personal_word_spans
 from perce.errors import UserError
 from perce.measuring.inference import (
     TOKENS_A_FORWARD,
@@ -52,12 +53,13 @@ PERCE = OBJECTIVES["perce"].weighting()
 OF_TOKENS = (
     "tokens", "personal_tokens", "personal_mask", "loss", "loss_without", "loss_personal", "loss_other", "loss_swapped",
 )  # fmt: skip
+CHANCE = 0.25  # share of the personal tokens from which on a note says what they are instead
 KEPT = 4  # this many tokens with only keys and values count as one computed token, which takes far more memory
 
 
 @dataclass(frozen=True)
 class Item:
-    """One example to evaluate; `swapped` is its pair with another user's persona, None if none fits."""
+    """One example to evaluate."""
 
     index: int
     key: str
@@ -65,6 +67,17 @@ class Item:
     example: Example
     pair: Pair
     swapped: Pair | None
+    """The pair with another user's persona; None if none fits."""
+    others: tuple[str, ...] = ()
+    """What that pair shows of the other user's persona."""
+
+
+class Written(NamedTuple):
+    """A generated reply, without its end of turn."""
+
+    text: str
+    is_cut: bool
+    """Whether it had not ended after max_new_tokens."""
 
 
 Group = list[Item]
@@ -94,14 +107,15 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
     for index, (example, partner) in enumerate(zip(examples, partners, strict=True)):
         if not (pairs := subject.built(example)):
             continue
-        pair, swapped = pairs[0], None
+        pair, swapped, others = pairs[0], None, tuple[str, ...]()
         if partner is not None:
             with contextlib.suppress(UserError):  # a passage of the other user is too long
                 other = subject.builder.build(replace(example, persona=examples[partner].persona))
                 swapped = None if other.input_ids == pair.input_ids else other  # the prompt shows the same of both
             swapped = swapped and subject.checked(swapped, examples[partner])
+            others = tuple(examples[partner].persona[i] for i in swapped.passages) if swapped else ()
         text = text_key(example)
-        items.append(Item(index, f"{text}-{seen[text]}", example, pair, swapped))
+        items.append(Item(index, f"{text}-{seen[text]}", example, pair, swapped, others))
         seen[text] += 1
     if not items:
         raise UserError(subject.source.nothing_left())
@@ -114,12 +128,25 @@ def make_batches(examples: Sequence[Example], subject: Subject, options: Evaluat
         )
     if words := personal_words((vars(item.pair) for item in items), subject.tokenizer):
         notes.append(f"personal words: {words}")
+    notes += personal_by_chance(items)
     size, tokens = options.model.batch_size, TOKENS_A_FORWARD[subject.device.type]
     batches = []
     for rows in batches_that_share([item.pair for item in items], subject.sharing, size, tokens):
         together = [items[row] for row in rows]
         batches.append([*written_together(together, continues(subject.model, subject.sharing), size, tokens)])
     return Work(items, batches, notes)
+
+
+def personal_by_chance(items: Sequence[Item]) -> list[str]:
+    """A note on how many tokens count as personal, and how many would with another user's persona. Histories of the
+    same kind share many words; spans that the data marks are not by chance."""
+    compared = [item for item in items if item.swapped and item.example.personal_spans is None]
+    own = sum(sum(item.pair.personal) for item in compared)
+    others = sum(sum(item.swapped.personal) for item in compared if item.swapped)
+    if not own:
+        return []
+    note = f"personal tokens: {own:,}; with another user's persona, {others:,} would count ({others / own:.0%})"
+    return [f"{note}: many are words of the subject, not of the user" if others > CHANCE * own else note]
 
 
 def continues(model: Any, sharing: Sharing) -> bool:
@@ -264,11 +291,16 @@ class Evaluator:
         return [-x.sum().item() for x in per_example(batch, logp)[0]]
 
     @torch.no_grad()
-    def replies(self, items: Sequence[Item]) -> list[str]:
-        """One reply per item, without its end-of-turn."""
+    def replies(self, items: Sequence[Item]) -> list[Written]:
+        """One reply per item."""
         prompts = [item.pair.input_ids[: item.pair.prompt_length] for item in items]
         ends = {item.pair.input_ids[-1] for item in items} | {self.tokenizer.eos_token_id} - {None}
-        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in self.generated(prompts, ends)]
+        return [
+            Written(
+                self.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) >= self.options.max_new_tokens
+            )
+            for ids in self.generated(prompts, ends)
+        ]
 
     def generated(self, prompts: Sequence[list[int]], ends: Set[int]) -> list[list[int]]:
         """Ids of one reply per prompt, up to the first of `ends`. Prompts are padded on the left. A common beginning of
@@ -302,18 +334,22 @@ class Evaluator:
         common = min((common_tokens(first, other) for other in others), default=0)
         return common if self._continues and 2 * common >= max(map(len, prompts)) else 0
 
-    def scores(self, item: Item, reply: str) -> dict[str, Any]:
-        """A reply's overlap with the reference, and whether either uses a word of the persona in the prompt, if there
-        is one."""
-        example = item.example
+    def scores(self, item: Item, reply: Written) -> dict[str, Any]:
+        """A reply's overlap with the reference, their lengths, and whether they use a word of the persona in the
+        prompt, if there is one, or of another user's."""
+        example, said = item.example, reply.text
         persona = [example.persona[i] for i in item.pair.passages]
         conversation = " ".join(turn.content for turn in example.turns)
-        uses = [float(bool(personal_word_spans(text, persona, conversation))) for text in (reply, example.response)]
-        found: dict[str, Any] = {"reference_uses_persona": uses[1]}
-        found |= {name: score(reply, example.response) for name, score in self.scorers.items()}
-        if not example.response:
-            found = dict.fromkeys(found)
-        found |= {"uses_persona": uses[0]}
-        if not persona:
-            found |= dict.fromkeys(("uses_persona", "reference_uses_persona"))
-        return {"reply": reply, "reference": example.response, **found}
+
+        def uses(text: str, entries: Sequence[str]) -> float | None:
+            return float(bool(personal_word_spans(text, entries, conversation))) if entries else None
+
+        of_reference: dict[str, Any] = {"reference_uses_persona": uses(example.response, persona)}
+        of_reference |= {"reference_words": len(WORD.findall(example.response))}
+        of_reference |= {name: score(said, example.response) for name, score in self.scorers.items()}
+        of_reply: dict[str, Any] = {"is_cut": reply.is_cut, "reply_words": len(WORD.findall(said))}
+        of_reply |= {"uses_persona": uses(said, persona), "uses_another": uses(said, item.others)}
+        return {
+            "reply": said, "reference": example.response, **of_reply,
+            **(of_reference if example.response else dict.fromkeys(of_reference)),
+        }  # fmt: skip

@@ -42,10 +42,14 @@ _BUILT_IN = {
     "loss_swapped_persona": Metric("loss with another's persona", "loss_swapped", "tokens", "–", _LOSS),
     "swap_cost": Metric("cost of another's persona", "swap_cost", "tokens"),
     "uses_persona": Metric("replies that use the persona", "uses_persona", bounds=SHARE, share=True),
+    "uses_another": Metric("replies that use another's", "uses_another", better="–", bounds=SHARE, share=True),
     "reference_uses_persona": Metric(
         "references that use the persona", "reference_uses_persona", better="–", bounds=SHARE, share=True
     ),
+    "reply_words": Metric("words per reply", "reply_words", better="–", bounds=(0, math.inf)),
+    "reference_words": Metric("words per reference", "reference_words", better="–", bounds=(0, math.inf)),
 }
+OF_REFERENCES = ("reference_uses_persona", "reference_words")  # alike for every model
 _OF_PERSONAL = "personal_mask", "other personal tokens"
 COMPARABLE = {
     "personal_tokens": _OF_PERSONAL, "other_tokens": _OF_PERSONAL,
@@ -54,7 +58,7 @@ COMPARABLE = {
 """By a metric's weight: the field that an example must have alike in two results, and what it has otherwise."""
 BY_TURN = ("loss_with_persona", "loss_without_persona", "uses_persona", "reference_uses_persona")
 TURNS = 10  # turns of a conversation that the table and the JSON have
-RESULT, FORM = "perce.evaluate", 3  # kind and version of a result: raise FORM when a field or a metric changes
+RESULT, FORM = "perce.evaluate", 4  # kind and version of a result: raise FORM when a field or a metric changes
 
 
 def all_metrics() -> dict[str, Metric]:
@@ -156,6 +160,13 @@ def _table_by_turn(by_turn: Mapping[int, Mapping[str, Any]]) -> list[Any]:
         cells = ("" if value is None else f"{value:.4f}" for value in (with_it, without, gain, uses))
         found.add_row(str(turn), *cells, f"{counts:,}")
     return [found, ""]
+
+
+def cut_replies(records: Records, max_new_tokens: int) -> list[str]:
+    """A note on replies that had not ended after so many tokens."""
+    ended = [not record["is_cut"] for record in records if "is_cut" in record]
+    cut = f"{ended.count(False):,} of {len(ended):,} replies were cut at --max_new_tokens {max_new_tokens}"
+    return [] if all(ended) else [f"{cut}: scores are of their beginnings"]
 
 
 def few(found: Mapping[str, Mapping[str, Any]], unit: str, rough: str = "") -> list[str]:

@@ -9,7 +9,7 @@ transformers. f_e has no gradient.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,12 +120,8 @@ def recorded(decoder: nn.Module, call: RouterCall | None) -> Iterator[list[Tenso
         if logits := getattr(output, "router_logits", None):
             sums.append(expert_sums(logits, call))  # type: ignore[arg-type]
 
-    handle = decoder.register_forward_hook(add) if call else None
-    try:
+    with decoder.register_forward_hook(add) if call else nullcontext():
         yield sums
-    finally:
-        if handle:
-            handle.remove()
 
 
 @torch.no_grad()

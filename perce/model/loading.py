@@ -267,11 +267,10 @@ def check_adapter(model: Any) -> None:
 
 
 def _four_bit(config: ModelConfig) -> Any:
-    import importlib.util
-
     from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
 
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not is_bitsandbytes_available():
         raise UserError("--load_in_4bit needs bitsandbytes: pip install 'perce[quant]' (a CUDA device is required).")
     if not config.lora_r:
         raise UserError("--load_in_4bit: a 4-bit base cannot be trained itself: add --lora_r 16.")

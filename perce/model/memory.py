@@ -17,7 +17,7 @@ from perce.config.schema import MemoryConfig
 from perce.errors import UserError
 from perce.model.patch import forward_of
 from perce.model.prefill import prepare_prefill
-from perce.model.probe import decoder_of, evaluating, unwrapped
+from perce.model.probe import decoder_of, evaluating, unwrapped, with_attributes
 
 # The field of TrainingArguments, which transformers 5.23 renamed.
 CHECKPOINTING = (
@@ -100,18 +100,9 @@ def _tile(mlp: Any, tile: int) -> None:
     mlp.forward = types.MethodType(forward, mlp)
 
 
-@contextlib.contextmanager
-def tiles_of(model: nn.Module, tile: int) -> Iterator[None]:
+def tiles_of(model: nn.Module, tile: int) -> contextlib.AbstractContextManager[None]:
     """Inside the context, MLPs that are tiled have tiles of this many tokens (0: no tiles)."""
-    tiled: list[Any] = [module for module in model.modules() if hasattr(module, "perce_tile")]
-    before = [module.perce_tile for module in tiled]
-    try:
-        for module in tiled:
-            module.perce_tile = tile
-        yield
-    finally:
-        for module, own in zip(tiled, before, strict=True):
-            module.perce_tile = own
+    return with_attributes((module, "perce_tile", tile) for module in model.modules() if hasattr(module, "perce_tile"))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Noise of training mode, such as dropout: in only one of the two passes it would bias every PIR."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -54,20 +54,12 @@ def adapter_noise(model: nn.Module) -> list[tuple[Any, Any, float]]:
 
 @contextlib.contextmanager
 def without_adapter_noise(model: nn.Module) -> Iterator[None]:
-    found = adapter_noise(model)
-
-    def put(values: Iterable[float]) -> None:
-        for (holder, name, _), value in zip(found, values, strict=True):
-            if isinstance(holder, dict):
-                holder[name] = value
-            else:
-                setattr(holder, name, value)
-
-    put([0.0] * len(found))
-    try:
+    with contextlib.ExitStack() as stack:
+        for holder, name, value in adapter_noise(model):
+            put = holder.__setitem__ if isinstance(holder, dict) else holder.__setattr__
+            stack.callback(put, name, value)
+            put(name, 0.0)
         yield
-    finally:
-        put(value for *_, value in found)
 
 
 def disable_dropout(model: nn.Module) -> nn.Module:

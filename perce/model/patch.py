@@ -1,6 +1,6 @@
 """Extend a loaded causal language model's own forward so that it returns what PerCE needs.
 
-`install_perce` gives the model two extra ways to be called, always through whatever wraps it (DDP, FSDP, PEFT):
+`prepare_model` gives the model two extra ways to be called, always through whatever wraps it (DDP, FSDP, PEFT):
 
     model(input_ids, perce={"rows": rows})                   → hidden states (N, D) at those rows
     model(input_ids, perce={"rows": rows, "head": call})     → what head.py computes from them, including the loss
@@ -40,21 +40,29 @@ CAUSALITY_TOLERANCE = 1e-3
 CAUSALITY_TOLERANCE_LOW_PRECISION = 0.1
 
 
-def install_perce(model: Any) -> Any:
-    """Patch model and head in place, before PEFT or any parallel wrapper; UserError if perce cannot reproduce its
-    logits."""
-    head = model.get_output_embeddings()
-    _check_head(model, head)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{model.config.model_type}: PerCE needs a decoder-only causal model, and this one has an encoder."
-        )
-    check_noise(model)
-    answer_transformers()
-    _patch_model(model)
-    model.perce_logit_transform = _self_check(model, head)
-    model.perce_backend = "auto"
-    patched_head(model)
+def prepare_model(model: Any, backend: str = "auto") -> Any:
+    """Patch a model (of a PEFT model the base) and its head in place, before any parallel wrapper, unless they are
+    patched already. `backend` computes its losses from now on.
+
+    Raises:
+        UserError: a model whose logits perce cannot reproduce, that has an encoder or noise in training mode, or with
+            an adapter on its output embedding.
+    """
+    base = unwrapped(model)
+    if not (hasattr(base, "perce_logit_transform") and is_patched(base)):
+        check_head_unwrapped(model)
+        head = base.get_output_embeddings()
+        _check_head(base, head)
+        if getattr(base.config, "is_encoder_decoder", False):
+            raise UserError(
+                f"{base.config.model_type}: PerCE needs a decoder-only causal model, and this one has an encoder."
+            )
+        check_noise(base)
+        answer_transformers()
+        _patch_model(base)
+        base.perce_logit_transform = _self_check(base, head)
+    base.perce_backend = backend
+    patched_head(base).perce_backend = backend
     return model
 
 
@@ -224,14 +232,3 @@ def check_head_unwrapped(model: Any) -> None:
             "peft_config: an adapter is on the output embedding, and the fused loss reads only the embedding. Leave "
             "lm_head (and, with tied embeddings, embed_tokens) out of target_modules and modules_to_save."
         )
-
-
-def prepare_model(model: Any, backend: str = "auto") -> Any:
-    """Call install_perce once, on a model or on the base inside a PEFT model. `backend` computes its losses from now
-    on."""
-    base = unwrapped(model)
-    if not (hasattr(base, "perce_logit_transform") and is_patched(base)):
-        check_head_unwrapped(model)
-        install_perce(base)
-    base.perce_backend = patched_head(base).perce_backend = backend
-    return model

@@ -132,28 +132,23 @@ def spans_arguments(spans: Spans, like: Tensor) -> dict[str, Any]:
 def prepare_prefill(model: Any) -> None:
     """Let checkpointed layers keep the read-only cache; UserError for a model that cannot continue from a cached
     prefix. trial.py checks that it continues correctly."""
-    config = model.config.get_text_config()
-    _check_attention(model, config)
+    _check_attention(model.config)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module._can_checkpoint_with_cache = True
 
 
-def _check_attention(model: Any, config: Any) -> None:
-    kind = config._attn_implementation
+def _check_attention(config: Any) -> None:
+    text = config.get_text_config()
+    kind = text._attn_implementation
     if kind not in ("sdpa", "eager", "flex_attention") and not kind.startswith("flash_attention"):
         raise UserError(
             f"{BY_ITSELF} with attn_implementation={kind}: it is not known whether this attention aligns queries with "
             "the end of a longer row of keys. Use --attn_implementation sdpa or flash_attention_2."
         )
-    if reason := other_states(model.config):
-        raise UserError(f"{BY_ITSELF}: {reason}, and cannot be read without being changed. Leave these options out.")
-
-
-def other_states(config: Any) -> str:
-    """What a model has instead of a cache of keys and values alone; "" if it has nothing else. Such layers mix all
-    tokens of a row."""
     kinds = [type(layer) for layer in DynamicCache(config=config).layers]
-    other = [kind.__name__ for kind in kinds if kind not in (DynamicLayer, DynamicSlidingWindowLayer)]
-    name = config.get_text_config().model_type
-    return f"{name} has layers whose state is not keys and values ({other[0]})" if other else ""
+    if other := [kind.__name__ for kind in kinds if kind not in (DynamicLayer, DynamicSlidingWindowLayer)]:
+        raise UserError(
+            f"{BY_ITSELF}: {text.model_type} has layers whose state is not keys and values ({other[0]}), and cannot be "
+            "read without being changed. Leave these options out."
+        )

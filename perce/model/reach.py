@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from perce.model.probe import attention_of_any_device, decoder_of, probe_ids, unwrapped
+from perce.model.probe import attention_of_any_device, decoder_of, in_mode, probe_ids, unwrapped
 
 PROBE_LENGTH = 64  # tokens; enough for layers that pool several tokens
 # Modules that decide which expert a token goes to.
@@ -121,13 +121,9 @@ def without_gradient(model: Any) -> list[str]:
 def trying(model: Any) -> Iterator[None]:
     """Training mode (whose kernels may differ from those of eval mode) on any device, with the random state restored
     afterwards."""
-    was_training, devices = model.training, {p.device for p in model.parameters() if p.device.type == "cuda"}
-    model.train()
-    try:
-        with torch.random.fork_rng(devices=list(devices)), attention_of_any_device(model):
-            yield
-    finally:
-        model.train(was_training)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with in_mode(model, training=True), torch.random.fork_rng(devices=devices), attention_of_any_device(model):
+        yield
 
 
 def _linear(model: Any) -> list[tuple[str, Any]]:

@@ -28,7 +28,15 @@ from perce.model import prefill
 from perce.model.memory import checkpointed, tiles_of
 from perce.model.noise import REMEDY, without_adapter_noise
 from perce.model.passes import counterfactual_hidden, factual
-from perce.model.probe import attention_of_any_device, evaluating, unwrapped, vocabulary_of, windows_of
+from perce.model.probe import (
+    attention_of_any_device,
+    evaluating,
+    in_mode,
+    unwrapped,
+    vocabulary_of,
+    windows_of,
+    with_attributes,
+)
 from perce.objectives import OBJECTIVES, HeadCall
 
 # (tokens before the persona, of it, of the query, of the response). The shorter one is padded, or packed second.
@@ -232,16 +240,14 @@ def _is_noisy(model: Any, pairs: Sequence[Mapping[str, Any]], manner: Manner, lo
 @contextlib.contextmanager
 def _as_in_training(model: nn.Module, manner: Manner) -> Iterator[None]:
     """Training mode, except that adapters, which may have dropout, have none."""
-    was_training, chunk = model.training, prefill.PREFILL_CHUNK
-    tiles = tiles_of(model, SHORT if manner.tiles else 0)
-    try:
-        with checkpointed(model, manner.checkpointing), tiles, without_adapter_noise(model):
-            prefill.PREFILL_CHUNK = SHORT
-            model.train()
-            yield
-    finally:
-        prefill.PREFILL_CHUNK = chunk
-        model.train(was_training)
+    with (
+        in_mode(model, training=True),
+        without_adapter_noise(model),
+        checkpointed(model, manner.checkpointing),
+        tiles_of(model, SHORT if manner.tiles else 0),
+        with_attributes([(prefill, "PREFILL_CHUNK", SHORT)]),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -256,9 +262,5 @@ def _embedded(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
         outputs.append((args[0], output.detach().requires_grad_()))
         return outputs[-1][1].clone()  # the model may change the clone in place
 
-    handle = model.get_input_embeddings().register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            yield outputs
-    finally:
-        handle.remove()
+    with model.get_input_embeddings().register_forward_hook(keep), torch.enable_grad():
+        yield outputs

@@ -9,9 +9,7 @@ each product of the head costs 2·N·D·V: logits, dh, dW if the head trains, an
 (objectives.py). Norms, activation functions, the optimiser and memory traffic are left out, so this is a lower bound.
 """
 
-import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,14 +126,9 @@ def matmul_rate(device: str, low_precision: bool) -> float | None:
     """FLOP/s of a square matrix product on this machine, the best within one second; None without such a device."""
     if device == "cuda" and not torch.cuda.is_available():
         return None
+    from torch.utils.benchmark import Timer  # takes a while to import
+
     side = GEMM_SIDE[device]
     a = torch.ones(side, side, device=device, dtype=torch.bfloat16 if low_precision else torch.float32)
-    wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    best, begun = float("inf"), time.perf_counter()
-    while time.perf_counter() - begun < GEMM_SECONDS:
-        wait()
-        started = time.perf_counter()
-        a @ a
-        wait()
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 / best
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * side**3 / min(timer.blocked_autorange(min_run_time=GEMM_SECONDS).times)

@@ -106,10 +106,6 @@ class Live(TorchDispatchMode):
     def has_been(self, phase: str) -> bool:
         return phase in self.found.phases
 
-    def forget(self) -> None:
-        """Drop what was found so far; what is alive now stays counted."""
-        self.found = Rehearsed()
-
     def leave(self) -> None:
         self.phase = ""
 

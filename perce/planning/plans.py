@@ -69,31 +69,45 @@ def make_plan(options: PlanOptions) -> Plan:
     model_config = load_config(options.model)
     check_positions(model_config, options)
     device, asked = resolve_device(options.step), options.model
-    options = replace(options, model=with_backend(options.model, device))
+    backend: Any = check_backend(asked.backend, torch.device(device))  # the one that a run would use on this device
+    options = replace(options, model=replace(asked, backend=backend))
     if options.step.per_device_train_batch_size is None:
         together = options.memory.share_persona or options.step.replies
         options = replace(options, step=replace(options.step, per_device_train_batch_size=together))
     check_options(options, device)
     low, tflops = is_low_precision(options.model, device), options.step.tflops
     there = available(options, device)
-    costs = _Costs(model_config, device)
+    costs = Costs(model_config, device)
     proposed, caveat = _command(options, device, there, costs, asked.backend)
     return Plan(
         options, device, precision="bf16" if low else "fp32", cost=costs.of(options),
         rate=tflops * 1e12 if tflops else matmul_rate(device, low),
-        largest_context=largest_context(model_config, options, device),
+        largest_context=largest_context(model_config, options, costs),
         variants=list(planned_variants(options, device, costs.of)),
         available=there, command=proposed, caveat=caveat,
     )  # fmt: skip
 
 
-class _Costs:
-    """Costs of configurations, each of which is rehearsed once."""
+class Costs:
+    """Costs of a model's steps on a device. Each configuration is rehearsed once; the model is counted once for each
+    way to load it, because it is built whole for that."""
 
     def __init__(self, model_config: Any, device: str) -> None:
-        self.of = functools.cache(lambda options: step_cost(model_config, options, device))
-        self._counts = functools.cache(lambda setup: count(model_config, setup))
         self._config, self._device = model_config, device
+        self._counts = functools.cache(functools.partial(count, model_config))
+        self.of = functools.cache(self._of)
+
+    def _of(self, options: PlanOptions) -> Cost:
+        """Memory and operations of one configuration. UserError for a model that cannot be planned."""
+        setup, counts = setup_of(options, self._device), self._counts_of(options)
+        return Cost(
+            counts,
+            peak_memory(self._config, setup, options.step, counts, self._device),
+            count_flops(self._config, setup, options.step, counts),
+        )
+
+    def _counts_of(self, options: PlanOptions) -> Counts:
+        return self._counts(Setup(options.model, is_low_precision(options.model, self._device), checkpointing=False))
 
     def peak(self, options: PlanOptions) -> int:
         try:
@@ -102,11 +116,9 @@ class _Costs:
             return sys.maxsize
 
     def work(self, options: PlanOptions) -> int:
-        """Operations of a step, counted without a rehearsal."""
-        setup = setup_of(options, self._device)
-        model = replace(setup.model, load_in_4bit=False)
-        plain = Setup(model, setup.low_precision, checkpointing=False)
-        return count_flops(self._config, setup, options.step, self._counts(plain)).total
+        """Operations of a step, counted without a rehearsal; weights in 4 bits take as many."""
+        plain = replace(options, model=replace(options.model, load_in_4bit=False))
+        return count_flops(self._config, setup_of(plain, self._device), options.step, self._counts_of(plain)).total
 
 
 def available(options: PlanOptions, device: str) -> int | None:
@@ -118,7 +130,7 @@ def available(options: PlanOptions, device: str) -> int | None:
 
 
 def _command(
-    options: PlanOptions, device: str, there: int | None, costs: _Costs, backend: Any
+    options: PlanOptions, device: str, there: int | None, costs: Costs, backend: Any
 ) -> tuple[str | None, str]:
     """(command, caveat). Options that take nearly all of the memory are proposed only if nothing else fits, those that
     the user gave first. Sharded runs get no command: sharding is configured by a recipe, not by flags."""
@@ -144,17 +156,6 @@ def planned_variants(options: PlanOptions, device: str, cost_of: Callable[[PlanO
             yield Variant(flags, cost_of(changed))
 
 
-def step_cost(model_config: Any, options: PlanOptions, device: str) -> Cost:
-    """Memory and operations of one configuration. UserError for a model that cannot be planned."""
-    setup = setup_of(options, device)
-    counts = count(model_config, setup)
-    return Cost(
-        counts,
-        peak_memory(model_config, setup, options.step, counts, device),
-        count_flops(model_config, setup, options.step, counts),
-    )
-
-
 def setup_of(options: PlanOptions, device: str) -> Setup:
     low = is_low_precision(options.model, device)
     return Setup(options.model, low, options.step.activation_checkpointing, options.memory)
@@ -164,11 +165,6 @@ def resolve_device(step: StepConfig) -> str:
     if step.device != "auto":
         return step.device
     return "cuda" if step.gpu_memory or torch.cuda.is_available() else "cpu"
-
-
-def with_backend(model: ModelConfig, device: str) -> ModelConfig:
-    """The options with the backend that a run would use on this device. UserError for one that cannot run there."""
-    return replace(model, backend=check_backend(model.backend, torch.device(device)))  # type: ignore[arg-type]
 
 
 def is_low_precision(model: ModelConfig, device: str) -> bool:
@@ -293,18 +289,16 @@ def check_options(options: PlanOptions, device: str) -> None:
         )
 
 
-def largest_context(model_config: Any, options: PlanOptions, device: str) -> int | None:
+def largest_context(model_config: Any, options: PlanOptions, costs: Costs) -> int | None:
     """Tokens of the longest context whose peak fits --gpu_memory, up to the model's own limit; 0 if none does."""
     budget = options.step.memory_bytes()
     if budget is None:
         return None
-    setup = setup_of(options, device)
-    counts = count(model_config, setup)
     shortest = options.step.shortest
     longest = max(position_limit(model_config) or 2**20, shortest)
 
     def peak(context: int) -> int:
-        return peak_memory(model_config, setup, replace(options.step, context=context), counts, device).peak
+        return costs.of(replace(options, step=replace(options.step, context=context))).memory.peak
 
     return largest(peak, shortest, longest, budget)
 

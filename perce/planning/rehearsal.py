@@ -106,9 +106,9 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
         with FakeTensorMode(), _switched_off(*packed), _switched_off(*targets):
             live.disregard(_give_storage(model))
             with live:
-                for _ in range(1 + shape.accumulates):  # if there are two forwards, the second counts
-                    live.forget()
-                    _step(model, setup, shape, live)
+                if shape.accumulates:
+                    _give_gradients(model, live)
+                _step(model, setup, shape, live)
     except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
         name = type(unwrapped(model)).__name__
         raise UserError(
@@ -152,6 +152,14 @@ def _give_storage(model: nn.Module) -> Iterator[Tensor]:
                     made[id(tensor)] = fake
                     yield fake
                 held[name] = made[id(tensor)]
+
+
+def _give_gradients(model: nn.Module, live: Live) -> None:
+    """Gradients as an earlier forward and its backward leave them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+            live.count_gradient(parameter)
 
 
 def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:

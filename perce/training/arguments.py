@@ -14,7 +14,7 @@ from transformers.utils.logging import log_levels
 
 from perce.config.commands import TRAIN, TrainOptions
 from perce.config.options import convert, require, require_finite
-from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig
+from perce.config.schema import DataConfig, LossConfig, MemoryConfig, RunConfig, require_at_least
 from perce.data.sharing import Sharing
 from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
@@ -41,7 +41,7 @@ REPLIES_A_STEP = 8
 # Default limit of a forward pass: of longest sequence × sequences, or of the tokens computed for conversations. With
 # it, activations of 135 M parameters take 2 GiB, and long, uneven sequences are not padded to the longest of eight. How
 # a step is divided does not change its loss or gradient.
-TOKENS_A_FORWARD = {"cpu": 4096, "cuda": 8192}
+TOKENS_A_FORWARD = {"cpu": 4096, "gpu": 8192}
 KEPT_CHECKPOINTS = 2
 
 
@@ -111,15 +111,15 @@ def _check_values(args: PerceArguments) -> None:
     for field in dataclasses.fields(args):
         require_finite(field.name, getattr(args, field.name))
     for least, names in AT_LEAST.items():
-        for name in names:
-            value = getattr(args, name)
-            require(value is None or value >= least, name, f">= {least}", value)
+        require_at_least(args, least, *names)
     for name, choices in ONE_OF.items():
         require(getattr(args, name) in choices, name, f"one of {', '.join(map(str, choices))}", getattr(args, name))
     for name in (f"{CHECKPOINTING}_kwargs", "lr_scheduler_kwargs", "liger_kernel_config"):
         value = getattr(args, name)
         as_json = isinstance(value, str) and value.startswith("{")
         require(value is None or as_json or isinstance(value, Mapping), name, "a mapping, or one as JSON", value)
+    config: Any = args.accelerator_config
+    require(not isinstance(config, int), "accelerator_config", "a mapping, or a JSON file", config)
     require(args.hub_token != "<HUB_TOKEN>", "hub_token", "a token", "<HUB_TOKEN>, a placeholder")
     require("tpu_metrics_debug" not in str(args.debug), "debug", "no metrics of a TPU", args.debug)
 
@@ -290,7 +290,7 @@ def fit_batch(config: TrainOptions, args: PerceArguments, pairs: Any, sharing: S
     """The config with batch size and accumulation filled in if they were not given; they are set in args too. A step
     gets the fewest forward passes whose largest batch is within the tokens of a forward pass."""
     run = config.run
-    tokens = run.tokens_per_batch or TOKENS_A_FORWARD[args.device.type]
+    tokens = run.tokens_per_batch or TOKENS_A_FORWARD["cpu" if args.device.type == "cpu" else "gpu"]
 
     def fits(replies: int) -> bool:
         longest = config.data.max_length

@@ -26,10 +26,12 @@ def write_card(
     numbers: dict[str, list[float]],
     trained: str,
     findings: Sequence[str] = (),
+    of_histories: bool = False,
 ) -> None:
     """tokenizer: as it is saved; None for documents, where nothing is prompted. numbers: the validation's numbers by
     label, before training (if it was evaluated then) and after. trained: how long, and which weights these are.
-    findings: what a reader should know about the numbers.
+    findings: what a reader should know about the numbers. of_histories: whether the personas were passages of
+    histories.
 
     The card has names instead of paths: it is uploaded, and the Hub refuses a card whose base model is a path."""
     base, adapter = _name(model_path), bool(config.model.lora_r)
@@ -59,7 +61,7 @@ A personalised language model, trained with PerCE (arXiv 2603.06595). `config.ya
 | --- | --- |
 {rows}
 
-{notes}{"" if tokenizer is None else _asking(tokenizer, config, adapter)}"""
+{notes}{"" if tokenizer is None else _asking(tokenizer, config, adapter, of_histories)}"""
     (output_dir / CARD).write_text(text, encoding="utf-8")
 
 
@@ -74,7 +76,7 @@ def _as_it_is(text: str) -> str:
     return re.sub(r"[\\`*\[\]<>|#~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", visible(text))
 
 
-def _asking(tokenizer: Any, config: TrainOptions, adapter: bool) -> str:
+def _asking(tokenizer: Any, config: TrainOptions, adapter: bool, of_histories: bool) -> str:
     chat_format = ChatFormat(tokenizer, config.data.template_kwargs())
     style, block = chat_format.style, chat_format.block(ENTRIES)
     system, query = system_text(style, block), block + QUERY if style.place == "user" else QUERY
@@ -88,6 +90,7 @@ def _asking(tokenizer: Any, config: TrainOptions, adapter: bool) -> str:
 The chat template also takes the persona as a list: `tokenizer.apply_chat_template([{"role": "user", "content": "…"}],
 persona=["…", "…"], add_generation_prompt=True)`.
 """
+    picking = "" if not of_histories or config.data.retriever == "none" else _picking(config)
     as_text = """
 In training, control tokens that a persona spells, such as the end of a turn, were plain text; a server would read them
 as control tokens.
@@ -113,6 +116,17 @@ prompt = tokenizer.apply_chat_template(
 reply = model.generate(prompt, generation_config=GenerationConfig.from_pretrained(run, max_new_tokens=200))
 print(tokenizer.decode(reply[0, prompt.shape[1] :], skip_special_tokens=True))
 ```
-{by_variable if takes_persona(tokenizer.chat_template) else ""}{
+{by_variable if takes_persona(tokenizer.chat_template) else ""}{picking}{
         as_text if config.data.special_tokens_in_text == "text" else ""
     }"""
+
+
+def _picking(config: TrainOptions) -> str:
+    data = config.data
+    model = f", retriever_model={data.retriever_model!r}" if data.retriever_model else ""
+    call = f"perce.pick_passages(history, request, retriever={data.retriever!r}, k={data.retrieve_k}{model})"
+    return f"""
+The entries of a persona were the {data.retrieve_k} passages of the user's history that fit the request best, best
+first. `{call}`
+picks them; a history has the oldest entry first.
+"""

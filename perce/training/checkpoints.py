@@ -194,8 +194,6 @@ def disk_errors(output_dir: Path) -> Iterator[None]:
     """Turn the error of a full or failing disk into a UserError."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
         if not _is_write_failure(error):
             raise

@@ -206,7 +206,6 @@ def try_step(trainer: Any, collate: Callable[..., Any]) -> None:
         return
     if trains:
         check_gradients(trainer)
-    checkpointing = getattr(args, f"{CHECKPOINTING}_kwargs") if trains and getattr(args, CHECKPOINTING) else None
     shared = "share_persona" if memory.share_persona else SHARED
     of_batches = (
         ({shared: {"sharing": "none"}} if shares else {})
@@ -214,9 +213,14 @@ def try_step(trainer: Any, collate: Callable[..., Any]) -> None:
         | ({"persona_grad none": {"persona_grad": "full"}} if memory.persona_grad == "none" else {})
     )
     unit = memory.unit if shares else None
-    manner = Manner(collate, checkpointing, bool(memory.mlp_tile), of_batches, unit)
+    manner = Manner(collate, _checkpointing(args) if trains else None, bool(memory.mlp_tile), of_batches, unit)
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):  # the Trainer adds it when it wraps later
         check_step(model, manner)
+
+
+def _checkpointing(args: TrainingArguments) -> Mapping[str, Any] | None:
+    """The arguments of activation checkpointing; None without it."""
+    return (getattr(args, f"{CHECKPOINTING}_kwargs") or {}) if getattr(args, CHECKPOINTING) else None
 
 
 def try_collated(trainer: Any, without: Mapping[str, PersonaCollator]) -> None:
@@ -225,11 +229,8 @@ def try_collated(trainer: Any, without: Mapping[str, PersonaCollator]) -> None:
     model, args = trainer.model, trainer.args
     if not is_in_place(model, args.device):
         return
-    options = {"use_reentrant": False} | (getattr(args, f"{CHECKPOINTING}_kwargs") or {})
-    manner = Manner(
-        partial(collate_pairs, collator=trainer.data_collator), options if getattr(args, CHECKPOINTING) else None,
-        of_batches={name: {"collator": collator} for name, collator in without.items()},
-    )  # fmt: skip
+    of_batches = {name: {"collator": collator} for name, collator in without.items()}
+    manner = Manner(partial(collate_pairs, collator=trainer.data_collator), _checkpointing(args), of_batches=of_batches)
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         check_step(model, manner)
         if "padding_free" in without:  # with the run's own attention too, which a trial step replaces

@@ -19,7 +19,7 @@ from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
 from perce.planning.device import DOUBTFUL, GIB, device_memory, held_by_libraries
 from perce.planning.memory import PeakMemory, count, peak_memory
-from perce.planning.plans import check_architecture, planned_variants, setup_of, step_cost
+from perce.planning.plans import Costs, check_architecture, planned_variants, setup_of
 from perce.planning.shapes import shape_of
 from perce.planning.tables import PHASE_NAMES
 from perce.training.parallel import shards_weights
@@ -228,7 +228,7 @@ def _remedies(
         other.append("--persona_grad")
     fitting = sorted(
         (variant.cost.memory.peak, variant.flags)
-        for variant in planned_variants(planned, device, lambda options: step_cost(model_config, options, device))
+        for variant in planned_variants(planned, device, Costs(model_config, device).of)
         if variant.cost.memory.peak <= DOUBTFUL * room and not variant.flags.startswith(tuple(other))
     )
     shorter = f"a smaller --max_length{' or --tokens_per_batch' * bool(config.run.tokens_per_batch)}"

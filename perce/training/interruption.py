@@ -76,15 +76,11 @@ class Interruption(TrainerCallback):
     def caught(self) -> Iterator[None]:
         """Inside the context signals are received here; afterwards they have their earlier handlers. Nothing is changed
         in threads other than the main one, which receive none."""
-        if threading.current_thread() is not threading.main_thread():
+        with contextlib.ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                for number in SIGNALS:
+                    stack.callback(signal.signal, number, signal.signal(number, self._receive))
             yield
-            return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

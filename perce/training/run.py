@@ -7,6 +7,7 @@ from transformers import set_seed
 from perce.config.commands import TrainOptions
 from perce.config.schema import HELD_OUT_NAME
 from perce.data.dataset import pairs_digest
+from perce.data.formats import FORMATS
 from perce.data.prompt import STYLE
 from perce.data.splits import RunPairs, load_pairs
 from perce.demo import default_model_path
@@ -122,7 +123,10 @@ def finish_run(prepared: Prepared, claim: Claim) -> None:
             write_run_report(output_dir, config, trainer, pairs, progress)
             served = None if pairs.format == "text" else trainer.processing_class
             trained = "; ".join(filter(None, (f"{trainer.state.global_step} steps", kept_weights(trainer))))
-            write_card(output_dir, config, prepared.model_path, served, progress.before_and_after(), trained, findings)
+            write_card(
+                output_dir, config, prepared.model_path, served, progress.before_and_after(), trained, findings,
+                of_histories=FORMATS[pairs.format].history == "passages",
+            )  # fmt: skip
             trainer.has_card = True
             if config.run.merge_adapter:
                 merge_adapter(output_dir, prepared.model_path)

@@ -12,11 +12,6 @@ ReplyBatches: batches of a number of replies, with those of a conversation, or s
     cut conversations of more replies than a batch has → pack pieces into batches, by how many replies they have
     each epoch: shuffle the pieces of a size among the places of that size, shuffle the batches
 
-The conversations of a persona are first joined, in an order that each epoch draws, and then cut.
-
-If more than a quarter of a batch is empty and no whole piece fits, the batch is filled with the beginning of a piece:
-otherwise a step would hold far fewer replies than it was asked to.
-
 The number of batches depends only on the lengths, or on the numbers of replies, so it is the same in every epoch, which
 the Trainer relies on.
 """
@@ -154,7 +149,8 @@ def drawn_pieces(units: Iterable[Sequence[Sequence[int]]], replies: int, rng: ra
 
 def places(counts: Mapping[int, int], replies: int) -> list[list[Part]]:
     """Batches of at most `replies`, from counts[size] pieces of each size: the largest first, then whatever fits. If
-    none fits and more than a quarter is empty, the beginning of a smallest one; its rest becomes a piece by itself."""
+    none fits and more than a quarter is empty, the beginning of a smallest one, because otherwise a step would hold far
+    fewer replies than it was asked to; its rest becomes a piece by itself."""
     left: list[list[Part]] = [[] for _ in range(replies + 1)]  # by how many replies they still have
     for size, count in counts.items():
         left[size] = [Part(size, number, 0, size) for number in range(count)]

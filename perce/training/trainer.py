@@ -205,7 +205,10 @@ class PerceTrainer(ResumableTrainer):
         check_trunks(inputs, self.args.memory)
         loss = self.args.loss.at(progress_of(self.state))
         known = self._known(inputs)
-        hidden_cf = None if known else self._counterfactual(model, inputs)
+        hidden_cf = None
+        if loss.entry.counterfactual and not known:  # the online E-step; the head does the rest
+            with self.estimation_clock.measure():
+                hidden_cf = counterfactual_hidden(model, inputs)
         call = HeadCall(
             inputs["target"], loss.weighting, hidden_cf, known and known.signal, num_items=num_items_in_batch,
             seq_id=inputs["sequence"] if loss.normalize == "sequence" else None,  # "batch": see StepNormalizer
@@ -235,13 +238,6 @@ class PerceTrainer(ResumableTrainer):
 
     def _estimates_of(self, inputs: Batch) -> Measured | None:
         return self.estimates.of(inputs["example"], inputs["target"].device) if self.estimates else None
-
-    def _counterfactual(self, model: nn.Module, inputs: Batch) -> Tensor | None:
-        """The online E-step: hidden states without the persona, if the objective needs them. The head does the rest."""
-        if not self.args.loss.entry.counterfactual:
-            return None
-        with self.estimation_clock.measure():
-            return counterfactual_hidden(model, inputs)
 
     def _counting_pass(self, inputs: Batch) -> Tensor:
         """The counting pass of one batch, (E,): one more factual pass, in eval mode, for the load-balancing loss."""

@@ -10,6 +10,5 @@ combine.py     statistics of rows from those of tiles or blocks of columns
 stored_rows.py the gradient, written over 16-bit logits that the GEMM stored
 scale.py       gradients times the upstream gradient, in the inputs' dtype
 cut.py         how many tokens are computed at once
-product.py     cuBLAS's products with fp32 results
 tiles.py       block sizes, warps and stages by architecture, dtype and D, and the way in use
 """

@@ -1,6 +1,7 @@
 """The study end to end on a tiny model and data set: every stage, its results file, resume, and the report."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -129,7 +130,7 @@ def test_the_rate_is_picked_by_validation_and_untuned_objectives_take_perces(tmp
     losses = {("ce", 1e-3): 2.0, ("ce", 1e-2): 3.0, ("perce", 1e-3): 2.5, ("perce", 1e-2): 2.4}
     for cell in running.rate_cells():
         loss = losses[cell.objective, cell.learning_rate]
-        running.results["cells"][cell.name] = {"validation": {"eval_loss_with_persona": loss}}
+        running.results["cells"][cell.name] = asdict(cell) | {"validation": {"eval_loss_with_persona": loss}}
     rates = [running.best_rate("one", objective) for objective in ("ce", "perce", "lossce")]
     assert rates == [1e-3, 1e-2, 1e-2]
     names = [cell.name for cell in running.main_cells()]

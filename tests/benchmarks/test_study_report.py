@@ -32,6 +32,26 @@ def test_the_numbers_of_the_results_page_are_those_of_the_tables():
     assert len(told) > 50 and told <= tables, told - tables
 
 
+def test_intervals_of_shares_end_where_shares_do(results):
+    """The base model's replies use the persona in 6 % of cases: a plain interval begins below 0."""
+    column = "replies that use the persona, %"
+    for data in results.config["data"]:
+        for objective in results.objectives:
+            text = study_report.cell_text(results.main(data, objective), data, column)
+            low, high = map(float, re.search(r"\((.*) to (.*)\)", text).groups())
+            assert 0 <= low < float(text.split()[0]) < high <= 100
+
+
+def test_differences_are_told_by_pairs_of_seeds(results):
+    data = next(iter(results.config["data"]))
+    mine, ce = results.main(data, "perce"), results.main(data, "ce")
+    pairs = study_results.by_pairs_of_seeds(mine, ce, data, study_pictures.PERSONAL)
+    (text,) = study_report.difference_texts(mine, ce, data, [study_pictures.PERSONAL])
+    assert len(pairs) == 4 and text.endswith(f"; seeds {min(pairs):+.3f} to {max(pairs):+.3f})")
+    (text,) = study_report.difference_texts(mine[:1], ce[:1], data, [study_pictures.PERSONAL])
+    assert "seeds" not in text
+
+
 def words(axes):
     return [text.get_text() for text in axes.texts]
 

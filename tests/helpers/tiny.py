@@ -130,6 +130,15 @@ def tiny_model(architecture: str = "llama", **changes: object) -> torch.nn.Modul
     return model.eval()
 
 
+def with_drawn_adapter(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
+    """The model, whose adapter changes something: PEFT begins one of its two matrices at zero, so the other has no
+    gradient."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
 def save_tiny_model(
     directory: Path, architecture: str = "llama", chat_template: str | None = CHATML, **changes: object
 ) -> Path:

@@ -9,7 +9,7 @@ from perce import LossConfig, PerceArguments, PerceTrainer
 from perce.model.loading import add_adapter
 from perce.model.memory import CHECKPOINTING
 from perce.model.patch import prepare_model
-from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import demo_pairs, tiny_model, tiny_tokenizer, with_drawn_adapter
 
 PAIRS = demo_pairs(20, facts=1)
 
@@ -32,11 +32,7 @@ def model_for(kind="full", dropout=0.0, architecture="llama", **changes):
     if kind == "full":
         return model
     torch.manual_seed(1)
-    model = add_adapter(model, LoraConfig(**LORA, lora_dropout=dropout))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # starts at zero, with which A would have no gradient
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
+    return with_drawn_adapter(add_adapter(model, LoraConfig(**LORA, lora_dropout=dropout)), std=0.02)
 
 
 def trainer_for(model, args, pairs=PAIRS, **options):

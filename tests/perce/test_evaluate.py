@@ -483,7 +483,7 @@ def test_rows_without_a_response_have_replies_alone(model, tmp_path, capsys, mon
     run = printed_by(fast, capsys, "--model", model, "--data", data)
     run("--output", tmp_path / "e.json")
     content = result(tmp_path / "e.json")
-    assert [*content["metrics"]] == ["uses_persona"]
+    assert [*content["metrics"]] == ["uses_persona", "reply_words"]
     (record,) = content["records"]
     assert record["reply"] and record["reference"] == "" and record["loss"] is None and record["rougeL"] is None
     assert "field 'response': expected a response" in run("--generate", "false", code=2).err
@@ -513,3 +513,24 @@ def test_rows_without_a_persona_have_losses_and_replies_and_use_none(run, tmp_pa
         row["persona"] = []
     out = run("--data", write_jsonl(tmp_path / "none.jsonl", rows)).out
     assert "6 of 6 examples have no persona" in " ".join(out.split()) and "replies that use the persona" not in out
+
+
+def test_replies_that_are_cut_and_what_counts_by_chance_are_told(run, tmp_path):
+    """Histories of one subject: with another user's, most of the personal words would be found too."""
+    subject = "The old mill by the river makes flour, bread and honey."
+    rows = [
+        {**row, "persona": [subject, f"My name is Ana{i}."], "response": f"Ana{i} and honey, flour and bread."}
+        for i, row in enumerate(ROWS[:6])
+    ]  # fmt: skip
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    out = " ".join(run("--data", data, "--max_new_tokens", 3, "--output", tmp_path / "e.json").out.split())
+    content = result(tmp_path / "e.json")
+    records = content["records"]
+    cut = sum(record["is_cut"] for record in records)
+    assert cut and f"{cut} of 6 replies were cut at --max_new_tokens 3: scores are of their beginnings" in out
+    found = re.search(
+        r"personal tokens: (\d+); with another user's persona, (\d+) would count \((\d+)%\): many are", out
+    )
+    assert int(found[1]) == sum(record["personal_tokens"] for record in records) and 40 < int(found[3]) < 90
+    assert {record["reference_words"] for record in records} == {6}
+    assert content["metrics"]["uses_another"]["n"] == 6

@@ -17,7 +17,7 @@ from perce import plan as plan_command
 from perce.config.commands import PlanOptions
 from perce.data.pairing import make_builder
 from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS, PIR, Signal, TokenWeighting, permuted
-from perce.planning.plans import step_cost
+from perce.planning.plans import Costs
 from perce.score import main as score
 from perce.train import main as train
 from tests.helpers import ROOT
@@ -249,7 +249,7 @@ def test_a_plan_counts_what_the_weights_take(name):
     step = replace(SHORT, objective=name, short_context=K, short_stride=S)
 
     def cost(step):
-        return step_cost(config, PlanOptions(FULL, step), "cpu")
+        return Costs(config, "cpu").of(PlanOptions(FULL, step))
 
     known = cost(replace(step, estimate="frozen"))
     assert step.computed is objective and replace(step, estimate="epoch").computed is OBJECTIVES["ce"]

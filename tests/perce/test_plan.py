@@ -37,6 +37,7 @@ def run(directory, capsys, monkeypatch):
 
 def test_table_and_json(run, tmp_path, monkeypatch):
     monkeypatch.undo()
+    monkeypatch.setattr(plans, "bf16_is_sound", lambda device: True)  # else there is no bf16 to plan with
     path = tmp_path / "plan.json"
     flags = "--lora_r 0 --per_device_train_batch_size 2 --device cpu --precision fp32 --gradient_accumulation_steps 1"
     out = run(*flags.split(), "--json", path).out
@@ -87,16 +88,16 @@ def said(run, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(plans, "variants", lambda options, device: [])
     monkeypatch.setattr(plans, "available", lambda *_: 100 * GIB)
-    monkeypatch.setattr(plans._Costs, "work", lambda *_: 1)
-    step_cost, costs = plans.step_cost, {}
+    monkeypatch.setattr(plans.Costs, "work", lambda *_: 1)
+    cost_of, costs = plans.Costs._of, {}
 
     def verdict(peak, device="cpu", *flags):
-        def cost(model_config, options, _):
-            found = costs["any"] = costs.get("any") or step_cost(model_config, options, "cpu")
+        def cost(self, options):
+            found = costs["any"] = costs.get("any") or cost_of(plans.Costs(self._config, "cpu"), options)
             part = replace(found.memory, phases={"forward": {"activations": int(peak(options) * GIB)}})
             return replace(found, memory=part)
 
-        monkeypatch.setattr(plans, "step_cost", cost)
+        monkeypatch.setattr(plans.Costs, "_of", cost)
         return run("--device", device, *flags).out.split("\n\n")[0].splitlines()
 
     return verdict

@@ -400,6 +400,12 @@ def test_a_step_is_eight_sequences_divided_by_length(longest, given, expected):
     assert args.per_device_eval_batch_size == run.per_device_train_batch_size
 
 
+@pytest.mark.parametrize(("device", "replies"), [("cpu", 2), ("cuda", 4), ("mps", 4), ("xpu", 4)])
+def test_a_gpu_of_any_kind_takes_more_tokens_at_a_time(device, replies):
+    args = SimpleNamespace(device=torch.device(device))
+    assert fit_batch(parse_args([])[0], args, [{"input_ids": [0] * 1500}]).run.per_device_train_batch_size == replies
+
+
 def test_a_step_is_eight_replies_of_conversations_by_what_is_computed_of_them():
     config, args = parse_args([])[0], SimpleNamespace(device=torch.device("cpu"))
     trunk = list(range(3000))

@@ -11,12 +11,8 @@ from tests.helpers.tiny import write_jsonl
 from tests.helpers.training import ROWS, fails
 
 
-def test_missing_data_file(train):
-    fails(train(data="nowhere/rows.jsonl"), "nowhere/rows.jsonl", "--data")
-
-
 def test_a_mistake_leaves_no_directory_behind(train, tmp_path):
-    fails(train(data="nowhere/rows.jsonl", output_dir=tmp_path / "made" / "run"), "nowhere/rows.jsonl")
+    fails(train(data="nowhere/rows.jsonl", output_dir=tmp_path / "made" / "run"), "nowhere/rows.jsonl", "--data")
     assert not (tmp_path / "made").exists()
     (tmp_path / "there").mkdir()
     fails(train(data="nowhere/rows.jsonl", output_dir=tmp_path / "there"), "nowhere/rows.jsonl")

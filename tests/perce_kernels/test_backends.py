@@ -175,7 +175,7 @@ def test_a_backend_that_is_named_is_never_replaced(monkeypatch):
 @pytest.mark.parametrize(("found", "tiles"), itertools.product((True, False), repeat=2))
 def test_auto_is_triton_on_a_gpu_that_the_kernels_are_built_for(monkeypatch, found, tiles):
     monkeypatch.setattr(backends, "TRITON_FOUND", found)
-    monkeypatch.setattr(backends, "_has_tiles", lambda device: tiles)
+    monkeypatch.setattr("perce_kernels.gpu.tiles.is_supported", lambda device: tiles)
     monkeypatch.setattr(backends.importlib, "import_module", lambda name: name)
     expected = backends.BACKENDS["triton" if found and tiles else "torch"].module
     assert backends.implementation("auto", torch.device("cuda")) == expected

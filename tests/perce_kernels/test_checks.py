@@ -105,6 +105,9 @@ def test_numbers_of_numpy():
     inputs = make_inputs()
     expected = fused_perce_loss(**inputs.kwargs(), num_items=6, softcap=4.0)
     assert torch.equal(fused_perce_loss(**inputs.kwargs(), num_items=np.int64(6), softcap=np.float32(4)), expected)
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):  # the loss keeps its own
+        counted = fused_perce_loss(**inputs.kwargs(), num_items=torch.tensor(6, dtype=dtype), softcap=4.0)
+        torch.testing.assert_close(counted, expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

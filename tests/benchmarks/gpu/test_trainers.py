@@ -12,7 +12,7 @@ from tests.helpers.stages import lines_of
 
 @pytest.mark.slow
 def test_steps_by_other_trainers():
-    found = lines_of(trainers.stage, "trainers")
+    found = lines_of(trainers.stage, "trainers", seconds=270)
     again = {f"{way}/300, again" for way in ("perce", "perce-ce", "perce-waits")}
     assert found.keys() == {f"{way}/300" for way in trainers.WAYS} | again
     assert list(found)[:4] == ["perce/300", "perce-ce/300", "perce-waits/300", "perce/300, again"], "in turn"

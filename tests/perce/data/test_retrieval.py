@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from perce import DataConfig, LossConfig, PerceArguments, PerceTrainer
+from perce import DataConfig, LossConfig, PerceArguments, PerceTrainer, UserError, pick_passages, prompt_ids
 from perce.data.dataset import rows_dataset_pairs
 from perce.data.fields import PASSAGES, passage_text
 from perce.data.retrieval import QUERIES, Retriever, bm25_scores, indexed_text, query_of
@@ -248,6 +248,8 @@ def test_a_run_retrieves_and_its_report_shows_what_was_picked(tmp_path, capsys):
     report = Page(run / "report.html").words()
     assert "Honey from the bees!" in report and "Rain again." not in report
     assert "retriever: bm25" in (run / "config.yaml").read_text(encoding="utf-8")
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert "`perce.pick_passages(history, request, retriever='bm25', k=1)`" in card
 
 
 @pytest.mark.parametrize(
@@ -282,3 +284,18 @@ def test_mistakes(flags, fragments, tmp_path, capsys, monkeypatch):
     assert error.startswith("error: ") and "Traceback" not in error
     for fragment in fragments:
         assert fragment in error, f"{fragment!r} not in {error!r}"
+
+
+@pytest.mark.parametrize(("retriever", "k"), [("bm25", 2), ("recency", 3), ("none", 4)])
+def test_what_a_server_shows_is_what_training_shows(retriever, k):
+    (pair,) = rows_dataset_pairs([ROW], "rows", TOKENIZER, DataConfig(retriever=retriever, retrieve_k=k))
+    told = pick_passages(ROW["profile"], ROW["input"], retriever=retriever, k=k)
+    assert prompt_ids(TOKENIZER, told, ROW["input"]) == pair["input_ids"][: -pair["response_length"]]
+
+
+def test_a_server_has_texts_or_nothing_to_pick_from():
+    assert pick_passages([], "Hi") == []
+    assert pick_passages(["I keep bees.", "I bake."], "bees?", k=1) == ["I keep bees."]
+    for wrong, message in (([{"a": 1}], r"history\[0\]"), ([" "], "history"), (["a"] * 3, "retriever")):
+        with pytest.raises(UserError, match=message):
+            pick_passages(wrong, "Hi", retriever="word2vec")

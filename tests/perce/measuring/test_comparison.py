@@ -88,11 +88,15 @@ def test_it_fits_80_columns_a_metric_a_line(printed, count):
     for result in b.values():
         for record in result["records"]:
             record |= {"loss_swapped": record["loss"] - 1}  # a negative cost of another's persona
+    for result in (*a.values(), *b.values()):
+        for record in result["records"]:
+            record |= {"reply_words": 1234 + record["loss"] / 3}
     lines = printed(a, b, means=True).splitlines()
     assert max(map(len, lines)) <= 80 and "…" not in "".join(lines)
+    assert next(line for line in lines if "words per reply" in line).split()[4].startswith("1271.")
     for label in (metric.label for metric in all_metrics().values()):
         if label != "METEOR":
-            assert sum(label in line for line in lines) == (0 if label.startswith("references") else 2), label
+            assert sum(label in line for line in lines) == (0 if "reference" in label else 2), label
 
 
 def test_the_means_of_each_side_are_shown_with_their_range(printed):

@@ -18,7 +18,7 @@ from perce.data.fields import Turn
 from perce.data.pairing import make_builder
 from perce.data.rows import Example
 from perce.measuring import evaluation, inference
-from perce.measuring.evaluation import Evaluator, Item, other_users, written_together
+from perce.measuring.evaluation import Evaluator, Item, Written, other_users, written_together
 from perce.model.patch import prepare_model
 from tests.helpers.tiny import (
     CHATML,
@@ -45,7 +45,7 @@ def test_left_padding_does_not_change_a_reply():
     stock = model.generate(torch.tensor([prompts[0]]), max_new_tokens=12, do_sample=False, eos_token_id=0)
     new = stock[0, len(prompts[0]) :].tolist()
     new = new[: new.index(0)] if 0 in new else new
-    assert together[0] == tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert together[0].text == tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
@@ -89,7 +89,7 @@ def test_nothing_of_the_models_own_generation_config_is_used():
     evaluator = Evaluator(model, tokenizer, torch.device("cpu"), options, {})
     assert evaluator.replies(items) == expected
     changed = model.generate(torch.tensor(prompts[:1]), generation_config=hostile, max_new_tokens=12)
-    assert tokenizer.decode(changed[0, len(prompts[0]) :]).strip() != expected[0], "it would change the reply"
+    assert tokenizer.decode(changed[0, len(prompts[0]) :]).strip() != expected[0].text, "it would change the reply"
 
 
 def conversations_of(*replies):
@@ -271,3 +271,23 @@ def test_a_persona_of_which_the_prompt_shows_the_same_is_none_of_another(evaluat
     records, _ = evaluated("a", "--generate", "false", "--data", data, "--max_length", 100)
     assert [record["loss_swapped"] for record in records] == [None, None]
     assert "2 examples without another's persona that fits" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_a_reply_uses_the_words_of_the_persona_or_of_anothers():
+    (example, *_) = demo_examples(1)
+    example = replace(example, persona=("I keep bees.",), response="The bees and the hens.")
+    item = Item(
+        0, "0", example, make_builder(tiny_tokenizer(), DataConfig(), "perce").build(example), None, ("I own hens.",)
+    )
+    evaluator = object.__new__(Evaluator)
+    evaluator.scorers = {}
+    for text, own, others in (("Bees!", 1, 0), ("Hens!", 0, 1), ("Bees, hens, you.", 1, 1), ("No.", 0, 0)):
+        scores = evaluator.scores(item, Written(text, False))
+        assert (scores["uses_persona"], scores["uses_another"]) == (own, others)
+        assert (scores["reply_words"], scores["reference_words"]) == (len(text.split()), 5)
+    nobody = replace(item, pair=replace(item.pair, passages=[]), others=())
+    scores = evaluator.scores(nobody, Written("Bees!", True))
+    assert (
+        scores["uses_persona"] is scores["uses_another"] is scores["reference_uses_persona"] is None
+        and scores["is_cut"]
+    )

@@ -11,7 +11,7 @@ from transformers.models.mixtral import modeling_mixtral
 from perce import UserError
 from perce.data.batch import collate
 from perce.model.auxiliary import check_own_loss, expert_sums, load_balance, router_of
-from perce.model.patch import install_perce
+from perce.model.patch import prepare_model
 from perce.objectives import RouterCall
 from tests.helpers.architectures import CANNOT_BUILD, CONFIGS, NAMES, tiny
 from tests.helpers.models import PAIRS
@@ -45,18 +45,18 @@ def test_each_token_counts_as_often_as_a_sequence_has_it(how):
 @pytest.mark.parametrize("architecture", MIXTURES)
 @pytest.mark.parametrize(("asks", "given", "coefficient"), [(True, None, 0.3), (True, 0.5, 0.5), (False, 0.5, 0.5)])
 def test_a_router_is_read_from_the_model(architecture, asks, given, coefficient):
-    model = install_perce(tiny_model(architecture, output_router_logits=asks))
+    model = prepare_model(tiny_model(architecture, output_router_logits=asks))
     assert vars(router_of(model, given)) == {"top_k": 2, "coefficient": coefficient}
 
 
 @pytest.mark.parametrize(("asks", "given"), [(False, None), (True, 0.0), (False, 0.0)])
 def test_no_term_where_nobody_asks(asks, given):
-    assert router_of(install_perce(tiny_model("mixtral", output_router_logits=asks)), given) is None
+    assert router_of(prepare_model(tiny_model("mixtral", output_router_logits=asks)), given) is None
 
 
 def test_a_model_without_a_router_has_none_by_its_config_and_is_refused_by_number():
     for changes in ({}, {"output_router_logits": True}):  # a stray entry, which its own forward does not read
-        model = install_perce(tiny_model(**changes))
+        model = prepare_model(tiny_model(**changes))
         assert router_of(model, None) is None and router_of(model, 0.0) is None
         with pytest.raises(UserError, match=r"router_aux_loss_coef: LlamaForCausalLM \(llama\).*no router"):
             router_of(model, 0.1)
@@ -68,7 +68,7 @@ def test_a_class_of_ones_own_is_asked_as_its_parent():
 
     model = tiny_model("mixtral")
     model.__class__ = Own
-    assert router_of(install_perce(model), None).coefficient == 0.3
+    assert router_of(prepare_model(model), None).coefficient == 0.3
 
 
 def asking(model):
@@ -87,7 +87,7 @@ if transformers.__version__.startswith(("5.16.", "5.17.")):  # a fault of theirs
 
 @pytest.mark.parametrize("name", BALANCED)
 def test_every_mixture_of_transformers_is_known(name):
-    model = asking(install_perce(tiny(name).eval()))
+    model = asking(prepare_model(tiny(name).eval()))
     router = router_of(model, None)
     assert router.top_k == 2 and router.coefficient > 0
     check_own_loss(model)
@@ -97,7 +97,7 @@ def test_every_mixture_of_transformers_is_known(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in CANNOT_BUILD])
 def test_no_other_architecture_of_transformers_adds_to_its_loss(name):
     try:
-        model = install_perce(tiny(name).eval())
+        model = prepare_model(tiny(name).eval())
     except UserError:  # refused for another reason: test_patch.py
         return
     if name == "git":  # its own loss needs an image
@@ -110,7 +110,7 @@ def test_no_other_architecture_of_transformers_adds_to_its_loss(name):
 def test_a_load_balancing_loss_of_another_formula_is_refused(monkeypatch):
     own = modeling_mixtral.load_balancing_loss_func
     monkeypatch.setattr(modeling_mixtral, "load_balancing_loss_func", lambda *args: 2 * own(*args))
-    model = install_perce(tiny_model("mixtral"))
+    model = prepare_model(tiny_model("mixtral"))
     with pytest.raises(UserError, match=r"MixtralForCausalLM \(mixtral\).*another formula.*--router_aux_loss_coef 0"):
         router_of(model, None)
     assert router_of(model, 0.0) is None
@@ -133,7 +133,7 @@ def bamba(**changes):
 
 @pytest.mark.parametrize("coefficient", [1e-2, 1e-4, 1e-9])
 def test_a_z_loss_is_refused_by_name_where_it_would_be_trained(tmp_path, coefficient):
-    model = install_perce(bamba(z_loss_coefficient=coefficient))  # like perce.score, which leaves nothing out
+    model = prepare_model(bamba(z_loss_coefficient=coefficient))  # like perce.score, which leaves nothing out
     with pytest.raises(
         UserError, match=rf"BambaForCausalLM \(bamba\).*z_loss_coefficient={coefficient:g}\. Set .* to 0"
     ):
@@ -150,7 +150,7 @@ def test_a_z_loss_of_zero_and_one_that_the_own_forward_does_not_add_are_fine():
     [("llama", torch.bfloat16), ("llama", torch.float64), ("mixtral", torch.bfloat16), ("mixtral", torch.float32)],
 )
 def test_a_plain_loss_is_known_in_every_precision(architecture, dtype):
-    model = install_perce(tiny_model(architecture).to(dtype))
+    model = prepare_model(tiny_model(architecture).to(dtype))
     check_own_loss(model)
     assert (router_of(model, None) is None) == (architecture == "llama")
 

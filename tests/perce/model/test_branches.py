@@ -23,7 +23,7 @@ from perce.model.patch import prepare_model
 from perce.model.prefill import prepare_prefill
 from tests.helpers.models import perce_forward
 from tests.helpers.replies import Exact, conversations, requests
-from tests.helpers.tiny import SIZES, TEMPLATES, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import SIZES, TEMPLATES, tiny_model, tiny_tokenizer, with_drawn_adapter
 
 TREES = ("llama", "qwen3", "gemma3", "gpt2")
 
@@ -107,10 +107,7 @@ def test_what_is_shared_equals_separate_sequences(architecture, attention, thoug
 def test_recomputed_and_adapted_layers_share_too(architecture, how):
     model, pairs = prepared(architecture), conversations(thought=architecture != "mamba")
     if how == "lora":
-        model = add_adapter(model, lora_config(ModelConfig(lora_r=4))).double()
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:  # one of the two matrices begins at zero
-                torch.nn.init.normal_(parameter, std=0.05)
+        model = with_drawn_adapter(add_adapter(model, lora_config(ModelConfig(lora_r=4)))).double()
     else:
         enable_checkpointing(model)
     model.train()
@@ -155,10 +152,7 @@ def test_requests_share_with_less_memory_too(architecture, options, how):
     model, pairs = prepared(architecture), requests(4) + requests(2, persona=9, number=1)
     sharing_of(model)
     if options == "lora":
-        model = add_adapter(model, lora_config(ModelConfig(lora_r=4))).double()
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
+        model = with_drawn_adapter(add_adapter(model, lora_config(ModelConfig(lora_r=4)))).double()
     if options != "lora":
         enable_checkpointing(model)
     if options == "tiles":
@@ -182,11 +176,7 @@ def as_on_a_gpu(function, *args, use_reentrant):
 
 @pytest.mark.parametrize("how", ["one by one", "detached, one by one"])
 def test_dropout_of_an_adapter_is_the_same_when_requests_are_recomputed(how, monkeypatch):
-    model = add_adapter(prepared("llama"), lora_config(ModelConfig(lora_dropout=0.5))).double()
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    model = with_drawn_adapter(add_adapter(prepared("llama"), lora_config(ModelConfig(lora_dropout=0.5)))).double()
     pairs, found = requests(3), {}
     sharing_of(model)
     prepare_prefill(model)

@@ -12,7 +12,7 @@ from perce import UserError
 from perce.config.questions import InferenceConfig
 from perce.files.integrity import LIST, sizes_and_digests
 from perce.model.loading import load_to_measure
-from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import read_jsonl, save_tiny_model, tiny_model, tiny_tokenizer, with_drawn_adapter
 from tests.helpers.training import fails
 
 
@@ -22,10 +22,7 @@ def test_an_adapter_is_scored_as_its_merged_model(gemma, scored, tmp_path):
         AutoModelForCausalLM.from_pretrained(gemma),
         LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1),  # off while it is scored
     )
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    adapted.save_pretrained(tmp_path / "adapter")
+    with_drawn_adapter(adapted).save_pretrained(tmp_path / "adapter")
     changed = tiny_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}")
     changed.save_pretrained(tmp_path / "adapter")  # its own chat template wins over the base model's
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
@@ -70,10 +67,7 @@ def test_an_adapter_is_not_rounded_into_a_bf16_base(gemma, tmp_path, monkeypatch
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(gemma), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=1e-4)
-    adapted.save_pretrained(tmp_path / "adapter")
+    with_drawn_adapter(adapted, std=1e-4).save_pretrained(tmp_path / "adapter")
     saved = {name: p for name, p in adapted.named_parameters() if "lora_" in name}
     model, _, _ = load_to_measure(InferenceConfig(model=str(tmp_path / "adapter"), precision="bf16"))
     loaded = dict(model.named_parameters())

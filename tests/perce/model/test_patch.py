@@ -12,7 +12,7 @@ from perce import UserError
 from perce.data.batch import collate
 from perce.model.head import CAPS, SCALES
 from perce.model.loading import add_adapter
-from perce.model.patch import install_perce, prepare_model
+from perce.model.patch import prepare_model
 from perce.model.probe import unwrapped
 from tests.helpers.architectures import CANNOT_BUILD, NAMES, tiny, tiny_config
 from tests.helpers.models import PAIRS, WEIGHTING, perce_forward
@@ -42,7 +42,7 @@ def test_loss_of_a_padded_batch_equals_the_models_own_logits_one_by_one(architec
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
 
-    loss, got_logp, got_logp_cf, signal, got_weight = perce_forward(install_perce(model), collate(PAIRS))
+    loss, got_logp, got_logp_cf, signal, got_weight = perce_forward(prepare_model(model), collate(PAIRS))
     loss.backward()
     torch.testing.assert_close(got_logp, logp.detach(), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(got_logp_cf, logp_cf, atol=2e-5, rtol=1e-5)
@@ -58,13 +58,13 @@ def test_the_models_own_forward_still_works():
     model = tiny_model()
     ids = torch.arange(12)[None]
     before = model(input_ids=ids, labels=ids)
-    after = install_perce(model)(input_ids=ids, labels=ids)
+    after = prepare_model(model)(input_ids=ids, labels=ids)
     assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > 12
 
 
 def test_a_deep_copy_runs_its_own_weights():
-    model = install_perce(tiny_model())
+    model = prepare_model(tiny_model())
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -96,7 +96,7 @@ def test_an_unknown_logit_transform_is_found_by_the_self_check():
     model = tiny_model("cohere")
     model.logit_scale = 0.5  # its config does not have this
     with pytest.raises(UserError, match=r"CohereForCausalLM.*differ.*logit_scale=0\.25"):
-        install_perce(model)
+        prepare_model(model)
 
 
 SCALED = {
@@ -202,12 +202,12 @@ def test_an_adapted_model_may_be_prepared_late():
 
 def test_attention_dropout_and_encoders_are_refused():
     with pytest.raises(UserError, match=r"attention_dropout=0\.1"):
-        install_perce(tiny_model(attention_dropout=0.1))
+        prepare_model(tiny_model(attention_dropout=0.1))
     with pytest.raises(UserError, match=r"p=0\.1 in .*resid_dropout"):
-        install_perce(tiny_model("phi", resid_pdrop=0.1))
+        prepare_model(tiny_model("phi", resid_pdrop=0.1))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8))
     with pytest.raises(UserError, match="encoder"):
-        install_perce(t5)
+        prepare_model(t5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
@@ -215,13 +215,13 @@ def test_the_self_check_knows_how_coarse_large_bf16_logits_are(scale):
     model = tiny_model().bfloat16()
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)
-    install_perce(model)
+    prepare_model(model)
 
 
 def test_generate_may_still_keep_the_last_logits_only():
     model = tiny_model()
     before = model._supports_logits_to_keep()
-    assert install_perce(model)._supports_logits_to_keep() == before
+    assert prepare_model(model)._supports_logits_to_keep() == before
 
 
 def test_a_model_with_flash_attention_is_checked_by_attention_that_runs_anywhere(monkeypatch):
@@ -233,7 +233,7 @@ def test_a_model_with_flash_attention_is_checked_by_attention_that_runs_anywhere
 
     model.config._attn_implementation = "flash_attention_2"  # loaded on a CPU, in fp32: its kernels could not run
     monkeypatch.setattr(model, "set_attn_implementation", set_attention)
-    install_perce(model)
+    prepare_model(model)
     assert set_to == ["sdpa", "flash_attention_2"]
 
 

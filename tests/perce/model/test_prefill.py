@@ -14,7 +14,7 @@ from perce.model.passes import counterfactual_hidden, factual
 from perce.model.patch import prepare_model
 from perce.model.prefill import CACHE_ARGUMENT, prepare_prefill
 from perce.objectives import OBJECTIVES, HeadCall
-from tests.helpers.tiny import VOCAB, demo_pairs, tiny_model
+from tests.helpers.tiny import VOCAB, demo_pairs, tiny_model, with_drawn_adapter
 
 PAIRS = demo_pairs(3)
 WEIGHTING = OBJECTIVES["perce"].weighting(clip_min=0.005)  # a random model hardly listens to the persona
@@ -26,10 +26,7 @@ def prepared(architecture="llama", *, lora=False, checkpointing=False, **changes
     model = prepare_model(tiny_model(architecture, **changes))
     if lora:
         torch.manual_seed(1)
-        model = add_adapter(model, LoraConfig(r=4, target_modules="all-linear"))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
+        model = with_drawn_adapter(add_adapter(model, LoraConfig(r=4, target_modules="all-linear")))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     prepare_prefill(model)

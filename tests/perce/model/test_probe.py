@@ -1,4 +1,4 @@
-"""Packed sequences are kept apart, or packing is refused."""
+"""Packed sequences are kept apart, or packing is refused; modes for a while."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from perce import UserError
 from perce.data.batch import collate, token_inputs
-from perce.model.probe import check_packing, check_sequences_apart
+from perce.model.probe import check_packing, check_sequences_apart, in_mode
 from tests.helpers.models import PACKABLE, PACKED, model_with
 from tests.helpers.tiny import tiny_model
 from tests.helpers.trainers import arguments, trainer_for
@@ -75,3 +75,14 @@ def test_packing_without_flash_or_flex_attention_or_on_a_cpu_is_refused(tmp_path
         trainer_for(tiny_model(), arguments(tmp_path, packing=True))
     with pytest.raises(UserError, match="got sdpa on cuda"):
         check_packing(model_with("llama", "sdpa"), "cuda")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mode_for_a_while_leaves_each_module_as_it_was(training):
+    """Also one that its owner keeps in another mode than the model, such as a frozen norm."""
+    model = tiny_model("llama").train(not training)
+    kept = model.get_submodule("model.norm").train(training)
+    with in_mode(model, training=training):
+        assert {module.training for module in model.modules()} == {training}
+    assert kept.training == training
+    assert {module.training for module in model.modules() if module is not kept} == {not training}

@@ -13,8 +13,9 @@ from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, prepare_memory
 from perce.model.patch import prepare_model
 from perce.model.prefill import hidden_on_trunks
+from perce.planning import flops
 from perce.planning.building import Setup
-from perce.planning.flops import attention_flops, count_flops
+from perce.planning.flops import attention_flops, count_flops, matmul_rate
 from perce.planning.memory import count
 from perce.planning.shapes import shape_of
 from tests.helpers.architectures import tiny
@@ -140,3 +141,11 @@ def test_what_replies_share_is_counted_once(architecture, branches):
     pairs = sum(min(place + 1, window) for place in places for window in windows)
     assert ours.forward == 2 * ours.tokens * (counts.linear + counts.adapter) + 4 * 4 * 8 * pairs
     assert ours.head == alone.head
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_the_rate_is_that_of_products_on_this_machine(monkeypatch, low_precision):
+    monkeypatch.setattr(flops, "GEMM_SECONDS", 0.01)
+    monkeypatch.setattr(flops, "GEMM_SIDE", {"cpu": 128})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert 10**7 < matmul_rate("cpu", low_precision) < 10**14 and matmul_rate("cuda", low_precision) is None

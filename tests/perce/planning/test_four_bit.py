@@ -12,7 +12,7 @@ from perce.config.schema import ModelConfig
 from perce.planning.building import Setup, build
 from perce.planning.four_bit import FourBitLinear, quantised
 from perce.planning.memory import count
-from perce.planning.plans import check_options, step_cost, variants
+from perce.planning.plans import Costs, check_options, variants
 from tests.helpers.plans import LORA, SHORT
 from tests.helpers.tiny import tiny_model
 
@@ -59,9 +59,9 @@ def test_counts_and_memory_of_a_model_in_four_bits():
     assert four.weight_bytes < sixteen.weight_bytes
     assert replace(four, weight_bytes=0) == replace(sixteen, weight_bytes=0), "the same weights, stored differently"
     assert four.weight_bytes == held(build(config, Setup(FOUR, True, False)))
-    cost = step_cost(config, PlanOptions(FOUR, SHORT), "cuda")
+    cost = Costs(config, "cuda").of(PlanOptions(FOUR, SHORT))
     assert cost.memory.phases["forward"]["working set"] > 0
-    assert cost.flops == step_cost(config, PlanOptions(replace(FOUR, load_in_4bit=False), SHORT), "cuda").flops
+    assert cost.flops == Costs(config, "cuda").of(PlanOptions(replace(FOUR, load_in_4bit=False), SHORT)).flops
 
 
 def test_it_has_a_line_where_it_can_be():

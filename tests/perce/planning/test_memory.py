@@ -13,7 +13,7 @@ from perce.model.loading import add_adapter, lora_config
 from perce.planning import rehearsal
 from perce.planning.building import Setup
 from perce.planning.memory import UPDATE, count, loss_buffers
-from perce.planning.plans import step_cost, variants
+from perce.planning.plans import Costs, variants
 from perce.planning.shapes import StepShape
 from tests.helpers.plans import FULL, LORA, NONE, SHORT, TALK, TREE
 from tests.helpers.tiny import ARCHITECTURES, tiny_model
@@ -37,7 +37,7 @@ def test_memory_is_linear_in_context_and_falls_with_checkpointing():
 
     def peak(context=1025, model=FULL, **changes):
         options = replace(SHORT, context=context, **changes)
-        return step_cost(config, PlanOptions(model, options), "cpu").memory.peak
+        return Costs(config, "cpu").of(PlanOptions(model, options)).memory.peak
 
     first, second, third = peak(), peak(2049), peak(4096)
     assert first < second < third
@@ -51,7 +51,7 @@ def test_objective_and_devices():
     config = tiny_model("llama").config
 
     def parts(**changes):
-        return step_cost(config, PlanOptions(FULL, replace(SHORT, **changes)), "cpu").memory.phases
+        return Costs(config, "cpu").of(PlanOptions(FULL, replace(SHORT, **changes))).memory.phases
 
     both, ce = parts(), parts(objective="ce")
     assert "counterfactual" in both and "counterfactual" not in ce
@@ -89,7 +89,7 @@ def test_the_torch_backend_on_a_gpu_holds_larger_chunks():
 def test_a_gpu_that_the_kernels_do_not_support_takes_the_torch_backend(monkeypatch):
     """Turing, or a machine without triton: there a run takes it too."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("perce_kernels.backends._has_tiles", lambda device: False)
+    monkeypatch.setattr("perce_kernels.gpu.tiles.is_supported", lambda device: False)
     config, shape = tiny_model("llama").config, StepShape(1, 50, 20, 16, False)
     chosen, named = (Setup(replace(FULL, backend=backend), False, False) for backend in ("auto", "torch"))
     counts = count(config, chosen)
@@ -104,7 +104,7 @@ def test_the_reference_holds_logits_of_the_response(precision):
 
     def planned(backend):
         model = replace(LORA, backend=backend, precision=precision)
-        return PlanOptions(model, plan), step_cost(config, PlanOptions(model, plan), "cpu").memory
+        return PlanOptions(model, plan), Costs(config, "cpu").of(PlanOptions(model, plan)).memory
 
     logits = 200 * 9000 * 4
     (named, held), (_, chunks) = planned("reference"), planned("torch")
@@ -136,13 +136,13 @@ def test_other_names_for_the_same_sizes():
     config = GPT2Config(vocab_size=400, n_embd=32, n_layer=3, n_head=4, n_positions=256)
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, name, 0.0)
-    plan = step_cost(config, PlanOptions(FULL, SHORT), "cpu")
+    plan = Costs(config, "cpu").of(PlanOptions(FULL, SHORT))
     assert plan.counts.linear == 3 * 12 * 32 * 32
     assert plan.memory.parts["working set"] > 0
 
 
 def planned(config, memory, device="cpu", **changes):
-    return step_cost(config, PlanOptions(LORA, replace(SHORT, **changes), memory), device)
+    return Costs(config, device).of(PlanOptions(LORA, replace(SHORT, **changes), memory))
 
 
 def test_what_grows_with_a_detached_persona_is_keys_and_values(monkeypatch):
@@ -205,7 +205,7 @@ def test_flash_attention_has_no_mask_for_windows(memory):
     def grown(attention):
         model = replace(LORA, attn_implementation=attention)
         peaks = [
-            step_cost(config, PlanOptions(model, replace(SHORT, context=context), memory), "cpu").memory.peak
+            Costs(config, "cpu").of(PlanOptions(model, replace(SHORT, context=context), memory)).memory.peak
             for context in (3096, 4120, 5144)  # they differ by whole chunks of the prefill
         ]
         return peaks[1] - peaks[0], peaks[2] - peaks[1]
@@ -231,9 +231,9 @@ def test_requests_take_less_together_and_least_one_by_one(checkpointing):
     def peak(requests=1, **memory):
         options = MemoryConfig(share_persona=8, **memory) if requests == 8 else MemoryConfig(**memory)
         of = replace(step, per_device_train_batch_size=requests) if requests == 1 else step
-        return step_cost(config, PlanOptions(ModelConfig(), of, options), "cpu")
+        return Costs(config, "cpu").of(PlanOptions(ModelConfig(), of, options))
 
-    one, batched = peak(), step_cost(config, PlanOptions(ModelConfig(), step, MemoryConfig()), "cpu")
+    one, batched = peak(), Costs(config, "cpu").of(PlanOptions(ModelConfig(), step, MemoryConfig()))
     together, one_by_one = peak(8), peak(8, branches_per_forward=1)
     assert one_by_one.memory.peak < together.memory.peak < 0.5 * batched.memory.peak
     assert one_by_one.memory.peak < 1.3 * one.memory.peak
@@ -258,7 +258,7 @@ def test_a_conversation_behind_a_persona_without_a_gradient_is_planned():
 def test_flash_attention_has_no_mask_for_branches():
     config = tiny_model("qwen3").config
     peaks = [
-        step_cost(config, PlanOptions(replace(LORA, attn_implementation=name), TREE), "cpu").memory.phases["forward"]
+        Costs(config, "cpu").of(PlanOptions(replace(LORA, attn_implementation=name), TREE)).memory.phases["forward"]
         for name in ("flash_attention_2", "sdpa")
     ]
     assert peaks[0]["working set"] < peaks[1]["working set"]

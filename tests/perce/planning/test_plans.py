@@ -13,7 +13,7 @@ from perce.model.branches import sharing_of
 from perce.model.loading import resolve_precision
 from perce.model.patch import prepare_model
 from perce.planning import plans
-from perce.planning.plans import largest, largest_context, step_cost, variants
+from perce.planning.plans import Costs, largest, largest_context, variants
 from tests.helpers.architectures import tiny
 from tests.helpers.plans import FULL, LORA, SHORT
 from tests.helpers.tiny import LAYERS, tiny_model
@@ -28,17 +28,31 @@ def test_largest_is_maximal(peak, budget):
 
 def test_largest_context_is_maximal():
     config = tiny_model("llama").config
-    options = PlanOptions(FULL, replace(SHORT, context=2000))
-    budget = step_cost(config, options, "cuda").memory.peak
-    found = largest_context(config, PlanOptions(FULL, replace(SHORT, gpu_memory=f"{budget / 2**20:.6f}MiB")), "cuda")
+    costs = Costs(config, "cuda")
+
+    def options(**changes):
+        return PlanOptions(FULL, replace(SHORT, **changes))
 
     def peak(context):
-        return step_cost(config, PlanOptions(FULL, replace(SHORT, context=context)), "cuda").memory.peak
+        return costs.peak(options(context=context))
 
+    budget = peak(2000)
+    found = largest_context(config, options(gpu_memory=f"{budget / 2**20:.6f}MiB"), costs)
     assert found is not None and abs(found - 2000) <= 1
     assert peak(found) <= budget + 1 and peak(found + 1) > budget - 1
-    assert largest_context(config, PlanOptions(FULL, replace(SHORT, gpu_memory="1MiB")), "cuda") == 0
-    assert largest_context(config, PlanOptions(FULL, replace(SHORT, gpu_memory="100TB")), "cuda") == 8192
+    assert largest_context(config, options(gpu_memory="1MiB"), costs) == 0
+    assert largest_context(config, options(gpu_memory="100TB"), costs) == 8192
+
+
+def test_a_model_is_counted_once_for_all_its_steps(monkeypatch, tmp_path):
+    """It is built whole for that, which takes about as long as the rehearsal of a step."""
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    counted, count = [], plans.count
+    monkeypatch.setattr(plans, "count", lambda config, setup: counted.append(setup) or count(config, setup))
+    model, step = replace(LORA, model=str(tmp_path)), replace(SHORT, device="cuda", gpu_memory="2GiB", tflops=1)
+    made = plans.make_plan(PlanOptions(model, step))
+    assert made.largest_context and made.command and len(made.variants) > 5
+    assert len(counted) == len({(setup.model, setup.low_precision) for setup in counted})
 
 
 def test_every_option_has_a_line():
@@ -132,7 +146,7 @@ def test_dynamic_encodings_are_planned_as_those_of_fixed_frequencies(architectur
     """Within the positions that the model has, beyond which neither a run nor a plan goes, they are the same."""
     options = PlanOptions(FULL, SHORT)
     dynamic, fixed = tiny_model(architecture, rope_parameters=rope), tiny_model(architecture)
-    assert step_cost(dynamic.config, options, "cpu") == step_cost(fixed.config, options, "cpu")
+    assert Costs(dynamic.config, "cpu").of(options) == Costs(fixed.config, "cpu").of(options)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_5_text", "gpt_neo", "mpt", "bart", "falcon"])
@@ -191,10 +205,7 @@ def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
 
     monkeypatch.setattr("perce.planning.building.prepare_memory", refuse)
 
-    def cost_of(options):
-        return step_cost(config, options, "cpu")
-
-    assert list(plans.planned_variants(PlanOptions(LORA, SHORT), "cpu", cost_of)) == []
+    assert list(plans.planned_variants(PlanOptions(LORA, SHORT), "cpu", Costs(config, "cpu").of)) == []
 
 
 def test_a_conversation_is_planned_by_its_replies_alone():

@@ -1,5 +1,6 @@
 """PerceArguments: options that need a GPU, and how options of a command line become it."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,14 @@ def test_recipes_are_options_that_the_trainer_takes(recipe, tmp_path, monkeypatc
 def test_uneven_batches_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"accelerator_config: .*even_batches"):
         arguments(tmp_path, accelerator_config={"even_batches": False})
+
+
+def test_a_number_is_no_accelerator_config(tmp_path):
+    """transformers would take it for an open file, and close it: 1 and true are stdout."""
+    handle = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(UserError, match=f"accelerator_config: expected a mapping.*, got {handle}"):
+        arguments(tmp_path, accelerator_config=handle)
+    os.close(handle)
 
 
 def test_ligers_kernels_are_chosen_on_the_command_line_too(tmp_path):

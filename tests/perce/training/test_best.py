@@ -149,15 +149,6 @@ def test_what_early_stopping_has_counted_is_resumed(tmp_path):
     assert counting.early_stopping_patience_counter == 2
 
 
-def test_a_run_that_has_stopped_early_does_not_train_on(tmp_path):
-    trainer = with_evaluation(tmp_path, save_strategy="steps", save_steps=1, early_stopping=2)
-    (counting,) = [x for x in trainer.callback_handler.callbacks if isinstance(x, EarlyStopping)]
-    for counted, stops in ((1, False), (2, True)):
-        counting.early_stopping_patience_counter, trainer.control.should_training_stop = counted, False
-        trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
-        assert trainer.control.should_training_stop is stops
-
-
 def test_the_patience_is_that_of_the_options(tmp_path):
     """The patience is not the checkpoint's, and a run without early stopping can be continued with it."""
     options = {"save_strategy": "steps", "save_steps": 1}

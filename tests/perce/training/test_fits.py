@@ -13,7 +13,7 @@ from perce.config.step import StepConfig
 from perce.data.batch import collate
 from perce.objectives import OBJECTIVES
 from perce.planning import device as memory_there
-from perce.planning.plans import step_cost
+from perce.planning.plans import Costs
 from perce.planning.shapes import shape_of
 from perce.train import main
 from perce.training import fits
@@ -89,7 +89,7 @@ def test_the_objective_of_the_run_is_planned(setting, name):
 def test_enough_close_and_too_little(setting, monkeypatch):
     monkeypatch.setattr(memory_there, "HELD_BY_LIBRARIES", 0)
     config, args, model, pairs = setting(per_device_train_batch_size=3)
-    peak = step_cost(model.config, PlanOptions(config.model, *largest_step(config, args, pairs)), "cpu").memory.peak
+    peak = Costs(model.config, "cpu").of(PlanOptions(config.model, *largest_step(config, args, pairs))).memory.peak
 
     def check(room, **run):
         monkeypatch.setattr(fits, "device_memory", lambda device: int(room))
