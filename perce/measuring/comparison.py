@@ -64,7 +64,7 @@ def check_same(ours: Set[str], theirs: Set[str], where: str) -> None:
 
 
 def check_sides(sides: Mapping[str, Side]) -> None:
-    """UserError unless all results, by option and path, have the same examples, and no two of a side the same weights."""
+    """UserError unless all results, by option and path, have the same examples, and each of a side its own weights."""
     named = [(f"{option} {path}", result) for option, side in sides.items() for path, result in side.items()]
     (first, expected), *others = named
     for where, result in others:
