@@ -11,6 +11,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Tra
 from perce import LossConfig, UserError
 from perce.data.marked import PersonaCollator, labelled
 from perce.integrations.trainer import PerceMixin
+from perce.model.memory import CHECKPOINTING
 from tests.helpers.ranks import end_rank, run_ranks
 from tests.helpers.sft import (
     BATCH,
@@ -191,6 +192,10 @@ def test_the_clip_moves_along_its_schedule(tmp_path):
         ({"compute_metrics": len}, "compute_metrics"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"neftune_noise_alpha": 1.0}, "neftune_noise_alpha"),
+        (
+            {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
+            f"{CHECKPOINTING}_kwargs: expected use_reentrant false",
+        ),
         ({"collator": DataCollatorForSeq2Seq(TOKENIZER, padding=False)}, "data_collator: expected one that pads"),
         ({"collator": None}, "data_collator: expected one that pads"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches: expected false"),
