@@ -87,6 +87,11 @@ def check_trainer(trainer: Trainer, loss: LossConfig) -> None:
         raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
     if args.neftune_noise_alpha and loss.entry.contrasts:
         raise UserError("neftune_noise_alpha: noise in the factual pass alone would bias every PIR. Leave it out.")
+    if (_checkpointing(args) or {}).get("use_reentrant"):
+        raise UserError(
+            f"{CHECKPOINTING}_kwargs: expected use_reentrant false, got true: layers behind frozen embeddings would "
+            "get no gradient, and no trial step can be made."
+        )
     if args.use_liger_kernel:  # its loss, patched in when training begins, would replace the forward that holds ours
         off = dict.fromkeys(("fused_linear_cross_entropy", "cross_entropy"), False)
         args.liger_kernel_config = (args.liger_kernel_config or {}) | off
