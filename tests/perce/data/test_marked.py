@@ -5,7 +5,7 @@ from itertools import chain
 import pandas
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 from perce import UserError
 from perce.data import marked
@@ -77,6 +77,29 @@ def test_a_collator_that_changes_one_of_the_passes_is_refused():
         PersonaCollator(cutting)([row_of(pair) for pair in demo_pairs(3)])
     with pytest.raises(UserError, match="labels: expected -101 at"):
         PADDED([{"query": "raw"}])
+
+
+def test_a_collator_that_makes_labels_of_its_own_is_refused():
+    """As transformers' for language modelling does, of rows of equal length: it learns the prompt too."""
+
+    def of_ids(rows):
+        return FLAT.collator([{"input_ids": row["input_ids"], "labels": [*row["input_ids"]]} for row in rows])
+
+    def reordered(rows):
+        return PADDED.collator(rows[::-1])
+
+    for collator in (of_ids, reordered):
+        with pytest.raises(UserError, match="data_collator: expected the labels of the rows, in their order"):
+            PersonaCollator(collator)([row_of(pair) for pair in demo_pairs(3)])
+    with pytest.raises(UserError, match="data_collator: DataCollatorForLanguageModeling replaces the labels"):
+        PersonaCollator(DataCollatorForLanguageModeling(TOKENIZER, mlm=False))
+
+
+@pytest.mark.parametrize("collator", [PADDED, FLAT])
+def test_a_batch_tells_of_which_row_a_token_is(collator):
+    pairs = demo_pairs(3)
+    expected = [i for i, pair in enumerate(pairs) for _ in range(pair["response_length"])]
+    assert collate_pairs(pairs, collator)["of_row"].tolist() == expected
 
 
 def test_padding_on_the_left_is_refused():

@@ -17,7 +17,7 @@ from perce.data.fields import Turn
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE
 from perce.data.template import ChatTemplate, has_system_role, on_one_day
 from tests.helpers.templates import CHAT_TEMPLATES
-from tests.helpers.tiny import GEMMA, LLAMA3, tiny_tokenizer
+from tests.helpers.tiny import GEMMA, LLAMA3, MISTRAL, MISTRAL_V3, tiny_tokenizer
 from tests.helpers.tokenizers import tokenizer_like
 
 TALK = (
@@ -99,6 +99,7 @@ def test_threads_leave_the_clock_of_transformers_as_it_was():
 
 def test_whether_a_template_renders_a_system_message():
     assert has_system_role(tiny_tokenizer(LLAMA3)) and not has_system_role(tiny_tokenizer(GEMMA))
+    assert has_system_role(tiny_tokenizer(MISTRAL)) and not has_system_role(tiny_tokenizer(MISTRAL_V3))
     assert has_system_role(tiny_tokenizer(GEMMA), LLAMA3) and not has_system_role(tiny_tokenizer(None))
     assert not has_system_role(
         tiny_tokenizer("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
+from datasets import Dataset, IterableDataset
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)  # fmt: skip
 
 from perce import LossConfig, UserError
 from perce.data.marked import PersonaCollator, labelled
-from perce.integrations.trainer import PerceMixin
+from perce.integrations.trainer import PerceMixin, TokenOutput
 from perce.model.memory import CHECKPOINTING
 from tests.helpers.ranks import end_rank, run_ranks
 from tests.helpers.sft import (
@@ -42,9 +50,25 @@ class OurTrainer(PerceMixin, Trainer):
     pass
 
 
-def trainer_for(directory, model=None, collator=PADDED, rows=LABELLED, loss=LOSS, **options):
-    more = {name: options.pop(name) for name in ("eval_dataset", "compute_metrics") if name in options}
-    return OurTrainer(
+class LossOfTheModel(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As many are written: the number of tokens is not handed on."""
+        out = model(**inputs)
+        return (out.loss, out) if return_outputs else out.loss
+
+
+class OverOldTrainer(PerceMixin, LossOfTheModel):
+    pass
+
+
+class OverMeans(PerceMixin, LossOfTheModel):
+    loss_is_scaled_for_ga = False  # so that the Trainer divides, as transformers advises for means over a batch
+
+
+def trainer_for(directory, model=None, collator=PADDED, rows=LABELLED, loss=LOSS, kind=OurTrainer, **options):
+    names = ("eval_dataset", "compute_metrics", "model_init")
+    more = {name: options.pop(name) for name in names if name in options}
+    return kind(
         model_for() if model is None else model, TrainingArguments(**options_for(directory, **options)), loss=loss,
         train_dataset=rows, data_collator=collator, processing_class=TOKENIZER, **more,
     )  # fmt: skip
@@ -74,20 +98,61 @@ def test_five_steps_are_those_of_the_formula(tmp_path, model, options):
     assert_same_steps(steps_of(trainer), plain_steps(model_for(**model), ROWS, "completion"))
 
 
+ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": BATCH}
+
+
+@pytest.mark.parametrize("kind", [OverOldTrainer, OverMeans])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_the_mean_is_over_the_tokens_of_a_step_if_a_compute_loss_hands_on_no_count(tmp_path, kind, architecture):
+    ours = steps_of(trainer_for(tmp_path, model_for(architecture), kind=kind, **ACCUMULATED))
+    assert_same_steps(ours, steps_of(trainer_for(tmp_path, model_for(architecture), **ACCUMULATED)))
+
+
+def test_a_training_step_that_hands_on_no_count_is_refused(tmp_path, monkeypatch):
+    trainer = trainer_for(tmp_path, kind=OverOldTrainer, **ACCUMULATED)
+    own = trainer.training_step
+    monkeypatch.setattr(trainer, "training_step", lambda model, inputs, *_: own(model, inputs))
+    with pytest.raises(UserError, match="training_step: expected num_items_in_batch"):
+        trainer.train()
+
+
+FIVE = LABELLED.select(range(5))
+MEANS = ("eval_loss_with_persona", "eval_loss_without_persona", "eval_pir_mean")
+
+
+def evaluated(directory, collator, size):
+    return trainer_for(directory, collator=collator, eval_dataset=FIVE, per_device_eval_batch_size=size).evaluate()
+
+
 def train_a_rank(directory):
-    for rows, name in ((LABELLED, "steps.pt"), (LABELLED.to_iterable_dataset(), "streamed.pt")):
-        trainer = trainer_for(directory, rows=rows, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    streamed = LABELLED.to_iterable_dataset()
+    for name, rows, kind in (
+        ("steps.pt", LABELLED, OurTrainer), ("streamed.pt", streamed, OurTrainer), ("old.pt", LABELLED, OverOldTrainer),
+    ):  # fmt: skip
+        options = ACCUMULATED | {"gradient_accumulation_steps": 2}
+        trainer = trainer_for(directory, rows=rows, kind=kind, **options)
         found = steps_of(trainer)
         if trainer.args.process_index == 0:
             torch.save((found, trainer.state.log_history[0]), directory / name)
+    means = [evaluated(directory, collator, size) for collator in (PADDED, FLAT) for size in (1, 2, 4)]
+    with pytest.warns(UserWarning, match="eval_dataset: a stream"):
+        trainer.evaluate(FIVE.to_iterable_dataset())
+    if trainer.args.process_index == 0:
+        torch.save([[found[name] for name in MEANS] for found in means], directory / "means.pt")
     end_rank()
 
 
 def test_five_steps_of_two_processes_are_those_of_the_formula(tmp_path):
+    """An evaluation counts a row once, though accelerate repeats rows so that each process has as many."""
     run_ranks("tests.perce.integrations.test_trainer", str(tmp_path))
-    (found, log), (streamed, _) = (torch.load(tmp_path / name) for name in ("steps.pt", "streamed.pt"))
-    for steps in (found, streamed):
+    (found, log), (streamed, _), (old, _) = (
+        torch.load(tmp_path / name) for name in ("steps.pt", "streamed.pt", "old.pt")
+    )
+    for steps in (found, streamed, old):
         assert_same_steps(steps, plain_steps(model_for(), ROWS, "completion"))
+    whole = evaluated(tmp_path, PADDED, 5)
+    for means in torch.load(tmp_path / "means.pt"):
+        assert means == pytest.approx([whole[name] for name in MEANS], rel=1e-5)
     alone = trainer_for(tmp_path / "alone", max_steps=1)
     alone.train()
     for name in ("ce", "pir_mean", "weight_mean", "frac_at_floor"):
@@ -101,6 +166,43 @@ def test_a_loss_that_is_not_ours_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "compute_loss", own)
     with pytest.raises(UserError, match=r"^compute_loss: .*PerceMixin"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    "read", [lambda out: out.logits, lambda out: out["logits"], lambda out: out.get("logits"), lambda out: out[1]]
+)
+def test_a_compute_loss_that_reads_logits_is_told_that_there_are_none(tmp_path, read):
+    class ReadsLogits(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return read(model(**inputs)).sum()
+
+    class OverLogits(PerceMixin, ReadsLogits):
+        pass
+
+    with pytest.raises(UserError, match=r"^logits: .* never held"):
+        trainer_for(tmp_path, kind=OverLogits).train()
+
+
+def test_an_output_has_no_logits_for_those_who_ask_whether_it_has():
+    out = TokenOutput(loss=torch.zeros(()))
+    assert getattr(out, "logits", None) is None and not hasattr(out, "logits") and out[0] is out["loss"] is out.loss
+
+
+@pytest.mark.parametrize("kind", [Trainer, Seq2SeqTrainer])
+def test_a_model_by_name_is_refused_if_the_trainer_loads_none(tmp_path, kind):
+    arguments = Seq2SeqTrainingArguments(**options_for(tmp_path))
+    with pytest.raises(
+        UserError, match=f"^model: expected a model, got its name 'x/y', which {kind.__name__} does not"
+    ):
+        type("Ours", (PerceMixin, kind), {})("x/y", arguments, train_dataset=LABELLED, data_collator=PADDED)
+
+
+def test_an_empty_evaluation_is_refused_by_name_and_an_empty_share_is_none(tmp_path):
+    trainer = trainer_for(tmp_path)
+    with pytest.raises(UserError, match=r"^eval_dataset: expected at least one row"):
+        trainer.evaluate(LABELLED.select([]))
+    stream = IterableDataset.from_generator(lambda: iter(()))
+    assert "eval_loss_with_persona" not in trainer.evaluate(stream)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
@@ -189,7 +291,8 @@ def test_the_clip_moves_along_its_schedule(tmp_path):
         ({"loss": LossConfig(objective="longce")}, "objective: expected one for personas"),
         ({"loss": LossConfig(estimate="frozen")}, "estimate: expected online, got frozen"),
         ({"loss": LossConfig(normalize="sequence")}, "normalize: expected none, got sequence"),
-        ({"compute_metrics": len}, "compute_metrics"),
+        ({"compute_metrics": len}, "compute_metrics: (?!.*PerceTrainer)"),
+        ({"model_init": model_for}, "model_init: (?!.*PerceTrainer)"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"neftune_noise_alpha": 1.0}, "neftune_noise_alpha"),
         (
@@ -198,6 +301,7 @@ def test_the_clip_moves_along_its_schedule(tmp_path):
         ),
         ({"collator": DataCollatorForSeq2Seq(TOKENIZER, padding=False)}, "data_collator: expected one that pads"),
         ({"collator": None}, "data_collator: expected one that pads"),
+        ({"collator": DataCollatorForLanguageModeling(TOKENIZER, mlm=False)}, "data_collator: DataCollatorForLang"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches: expected false"),
         (
             {"metric_for_best_model": "loss_without_persona", "eval_strategy": "steps", "eval_dataset": LABELLED},

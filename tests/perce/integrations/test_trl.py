@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 pytest.importorskip("trl", reason="TRL is not installed: pip install 'perce[trl]' (Python 3.11 and newer)")
 
 from peft import LoraConfig
-from transformers import ProcessorMixin
+from transformers import DataCollatorForLanguageModeling, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
 from perce import UserError
@@ -33,7 +33,7 @@ from tests.helpers.sft import (
     told,
 )  # fmt: skip
 from tests.helpers.templates import CHAT_TEMPLATES
-from tests.helpers.tiny import GEMMA, tiny_model, tiny_tokenizer
+from tests.helpers.tiny import GEMMA, MISTRAL_V3, tiny_model, tiny_tokenizer
 from tests.helpers.trainers import LORA
 
 
@@ -300,7 +300,16 @@ def test_arguments_of_the_trainer_are_refused_by_name(tmp_path):
     for args, options, message in (
         (SFTConfig(str(tmp_path), bf16=False, use_cpu=True), {}, "args: expected a PerceSFTConfig, got SFTConfig"),
         (config_for(tmp_path), {"formatting_func": str}, "formatting_func: would leave out the persona"),
-        (config_for(tmp_path), {"compute_metrics": len}, "compute_metrics: the PerCE loss is computed without logits"),
+        (
+            config_for(tmp_path),
+            {"compute_metrics": len},
+            "compute_metrics: (?!.*PerceTrainer)the PerCE loss is computed",
+        ),
+        (
+            config_for(tmp_path),
+            {"data_collator": DataCollatorForLanguageModeling(TOKENIZER, mlm=False)},
+            "data_collator: DataCollatorForLanguageModeling replaces the labels",
+        ),
         (config_for(tmp_path), {"peft_config": LoraConfig(**LORA | {"target_modules": ["lm_head"]})}, "lm_head"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -380,6 +389,58 @@ def test_rows_may_be_a_list_and_lose_no_field(tmp_path):
     )
     assert len(trainer.train_dataset) == 4 and len(trainer.eval_dataset) == 2
     assert trl._as_dataset(rows)["note"] == [None, "kept", None, None]
+
+
+def test_rows_to_evaluate_may_be_lists_and_several_by_name(tmp_path):
+    rows = rows_of("completion", 4)
+    rows[0] = rows[0] | {"persona": "A text, where others have several."}
+
+    def trainer(train=rows, **more):
+        return PerceSFTTrainer(
+            model_for(), config_for(tmp_path), train_dataset=train, processing_class=TOKENIZER, **more
+        )
+
+    ours = trainer(eval_dataset={"a": rows, "b": tuple(rows[:2])})
+    loss, found = ours.evaluate(Dataset.from_list(rows[1:]))["eval_loss_with_persona"], ours.evaluate()
+    assert ours.evaluate(rows[1:])["eval_loss_with_persona"] == loss
+    assert ours.evaluate({"x": rows[1:]})["eval_x_loss_with_persona"] == loss
+    assert found["eval_a_pir_mean"] == ours.evaluate("a")["eval_pir_mean"] == ours.evaluate(rows)["eval_pir_mean"]
+    assert found["eval_b_pir_mean"] == ours.evaluate(rows[:2])["eval_pir_mean"]
+    for wrong, message in (
+        ([], "eval_dataset: expected at least one row, got none"),
+        (Dataset.from_list(rows[1:]).select([]), "eval_dataset: expected at least one row, got none"),
+        ({"a": rows, "b": []}, r"eval_dataset\['b'\]: expected at least one row, got none"),
+        (["A text."], "eval_dataset: expected rows with fields, got str"),
+        ((row for row in rows), "eval_dataset: expected a Dataset or a list of rows, got generator"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ours.evaluate(wrong)
+        with pytest.raises(UserError, match=message):
+            trainer(rows, eval_dataset=wrong)
+    with pytest.raises(UserError, match=r"train_dataset: expected one dataset, got dict. Give .* train_dataset\['a'\]"):
+        trainer({"a": rows})
+
+
+@pytest.mark.parametrize("place", ["system", "user"])
+@pytest.mark.parametrize("kind", ["completion", "conversation", "several turns"])
+def test_a_template_that_drops_the_system_message_of_a_finished_conversation(tmp_path, kind, place):
+    """As Mistral's of v0.3, which gives it to the last user turn while no reply follows. What is learnt follows the
+    prompt that the template makes."""
+    tokenizer, block, system = tiny_tokenizer(MISTRAL_V3), BLOCK, "Be brief."
+    said = [{"role": "system", "content": system}, *SAID, *(THEN if kind == "several turns" else [])]
+    row = {"messages": said} if kind == "conversation" else {"prompt": said[:-1], "completion": said[-1:]}
+    trainer = trainer_for(tmp_path, [row | PERSONA_OF], tokenizer=tokenizer, prompt={"place": place})
+    (found,) = trainer.train_dataset
+    told = f"{block}{system}\n\n" if place == "system" else f"{system}\n\n{block}"
+    text = tokenizer.decode(found["input_ids"])
+    then = "" if kind != "several turns" else "[INST] Why?[/INST] Bees.<|im_end|>"
+    assert text == f"<s>[INST] {told}Tonight?[/INST] No.<|im_end|>{then}"
+    learnt = [token for token, label in zip(found["input_ids"], found["labels"], strict=True) if label >= 0]
+    reply = {"completion": " No.<|im_end|>", "several turns": " Bees.<|im_end|>"}.get(kind)
+    assert tokenizer.decode(learnt) == (reply or text.replace(block, "").removeprefix("<s>"))
+    if kind == "completion" and place == "system":
+        asked = [{"role": "system", "content": block + system}, *said[1:-1]]
+        assert text == tokenizer.apply_chat_template(asked, tokenize=False) + reply
 
 
 def test_a_date_that_the_template_writes_is_the_day_of_the_commands(tmp_path):
