@@ -109,12 +109,15 @@ def _said(messages: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def has_system_role(tokenizer: Any, template: str | None = None) -> bool:
-    """Whether a chat template, by default the tokenizer's own, renders a system message."""
+    """Whether a chat template, by default the tokenizer's own, renders a system message, also when the conversation
+    ends with a reply. Mistral's of v0.3 does so only in front of a user turn that ends the conversation."""
     from jinja2 import TemplateError
 
+    asked = [("system", "PERSONA"), ("user", "u")]
     try:
-        return "PERSONA" in tokenizer.apply_chat_template(
-            _said([("system", "PERSONA"), ("user", "u")]), tokenize=False, chat_template=template
-        )  # fmt: skip
+        return all(
+            "PERSONA" in tokenizer.apply_chat_template(_said(said), tokenize=False, chat_template=template)
+            for said in (asked, [*asked, ("assistant", "a")])
+        )
     except (TemplateError, ValueError):  # the template refuses it, or there is no template
         return False

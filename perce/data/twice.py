@@ -107,11 +107,15 @@ class Twice:
             (ids, ids_cf), (labels, labels_cf) = (list(rows[name][i : i + 2]) for name in ("input_ids", "labels"))
             span = persona_span(ids, ids_cf) if rows["persona"][i] else (0, 0)
             if span is None or labels[: span[0]] + labels[span[1] :] != labels_cf:
-                raise UserError(
-                    f"{self.name} row {rows['number'][i] + 1}: the text around the persona has other tokens or labels "
-                    "with the persona than without it, so the two passes cannot be aligned. Give the row a prompt that "
-                    "begins with a word, or the tokenizer another chat template."
+                problem = (
+                    "the chat template leaves out the message that tells the persona. Give the tokenizer another "
+                    'template, or put the persona into the first user turn with prompt={"place": "user"}.'
+                    if ids == ids_cf
+                    else "the text around the persona has other tokens or labels with the persona than without it, so "
+                    "the two passes cannot be aligned. Give the row a prompt that begins with a word, or the tokenizer "
+                    "another chat template."
                 )
+                raise UserError(f"{self.name} row {rows['number'][i] + 1}: {problem}")
             ids, start, left_out = self._fitting(ids, ids_cf, span, rows["persona"][i])
             end = len(ids) - len(ids_cf) + start
             marked = (labels_cf[:start] + [PERSONA] * (end - start) + labels_cf[start:])[: self.max_length]

@@ -60,6 +60,14 @@ def test_the_footer_is_one_that_keeps_the_tokens():
         twice(footer="\n").prepared(ROWS, ROWS.column_names, swallowing)
 
 
+def test_a_template_that_leaves_the_persona_out_is_named():
+    def without(rows):
+        return tokenised(rows.map(lambda row: {"prompt": row["prompt"][-9:]}))
+
+    with pytest.raises(UserError, match="train row 1: the chat template leaves out the message that tells the persona"):
+        twice().prepared(ROWS, ROWS.column_names, without)
+
+
 def test_labels_that_depend_on_the_persona_are_refused():
     def more(rows):
         return tokenised(rows).map(lambda row: {"labels": [*row["labels"][:-1], 7 + len(row["labels"]) % 2]})
