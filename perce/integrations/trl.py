@@ -5,11 +5,12 @@ TRL prepares each row twice, with the persona and without it. The labels mark th
 code cuts, packs and collates. It also computes the mean of the loss and its metrics; our op replaces its head.
 """
 
+from collections.abc import Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
 
 from perce.config.options import option
@@ -77,11 +78,12 @@ class PerceSFTTrainer(PerceMixin, SFTTrainer):
             raise UserError(f"args: expected a PerceSFTConfig, got {type(args).__name__}.")
         if kwargs.get("formatting_func"):
             raise UserError("formatting_func: would leave out the persona. Give rows in one of TRL's formats.")
-        train_dataset = _as_dataset(train_dataset)
-        if isinstance(train_dataset, Dataset) and not len(train_dataset):
-            raise UserError("train_dataset: expected at least one row, got none.")
+        if isinstance(train_dataset, Mapping):
+            kind, one = type(train_dataset).__name__, next(iter(train_dataset), "train")
+            raise UserError(f"train_dataset: expected one dataset, got {kind}. Give train_dataset[{one!r}], say.")
+        train_dataset = _as_dataset(train_dataset, "train_dataset")
         if "eval_dataset" in kwargs:
-            kwargs["eval_dataset"] = _as_dataset(kwargs["eval_dataset"])
+            kwargs["eval_dataset"] = _as_dataset(kwargs["eval_dataset"], "eval_dataset")
         if images := {"image", "images"} & {*(get_dataset_column_names(train_dataset) if train_dataset else [])}:
             raise UserError(f"train_dataset: expected texts only, got a column {images.pop()}.")
         super().__init__(model, args, train_dataset=train_dataset, loss=args.loss, backend=args.backend, **kwargs)
@@ -89,6 +91,12 @@ class PerceSFTTrainer(PerceMixin, SFTTrainer):
             served: Any = deepcopy(self.processing_class)
             served.init_kwargs[STYLE] = args.prompt
             self.processing_class = served
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Like trl.SFTTrainer.evaluate; rows may be lists."""
+        named = isinstance(eval_dataset, str)
+        rows = eval_dataset if named else _as_dataset(eval_dataset, "eval_dataset")
+        return super().evaluate(rows, *args, **kwargs)
 
     def _collators_without(self) -> dict[str, PersonaCollator]:
         collator = self.data_collator.collator
@@ -120,9 +128,19 @@ class PerceSFTTrainer(PerceMixin, SFTTrainer):
         return super()._prepare_dataset(dataset, tokenizer, args, packing, None, dataset_name)
 
 
-def _as_dataset(rows: Any) -> Any:
-    """A list of rows as a dataset; a field that some rows lack is None there."""
-    if not isinstance(rows, list):
-        return rows
-    names = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+def _as_dataset(rows: Any, name: str) -> Any:
+    """A list of rows as a dataset, also where several have names; a field that some rows lack is None there. What else
+    TRL takes stays as it is. UserError for what it does not take, and for no rows. name: the argument."""
+    if isinstance(rows, Mapping):
+        return {key: _as_dataset(value, f"{name}[{key!r}]") for key, value in rows.items()}
+    if isinstance(rows, list | tuple):
+        if wrong := [row for row in rows if not isinstance(row, Mapping)]:
+            raise UserError(f"{name}: expected rows with fields, got {type(wrong[0]).__name__}.")
+        told = [{**row} | ({"persona": [text]} if isinstance(text := row.get("persona"), str) else {}) for row in rows]
+        names = dict.fromkeys(field for row in told for field in row)
+        rows = Dataset.from_list([{field: row.get(field) for field in names} for row in told])
+    if not isinstance(rows, Dataset | IterableDataset | None):
+        raise UserError(f"{name}: expected a Dataset or a list of rows, got {type(rows).__name__}.")
+    if isinstance(rows, Dataset) and not len(rows):
+        raise UserError(f"{name}: expected at least one row, got none.")
+    return rows
