@@ -8,6 +8,7 @@ PersonaCollator makes a batch of such rows: it calls the trainer's own collator 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -59,10 +60,18 @@ class PersonaCollator:
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], Batch]):
+        from transformers import DataCollatorForLanguageModeling
+
+        if isinstance(collator, DataCollatorForLanguageModeling):
+            raise UserError(
+                f"data_collator: {type(collator).__name__} replaces the labels of the rows with their ids, and would "
+                "train on prompts and personas. Use DataCollatorForSeq2Seq(tokenizer)."
+            )
         self.collator = collator
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """The collator's batch, and what model/passes.py needs: rows, target, uses, input_ids_cf, rows_cf, …"""
+        """The collator's batch, and what model/passes.py needs: rows, target, uses, input_ids_cf, rows_cf, …; and
+        of_row, (N,): the number of each target's row in the batch."""
         with_persona, without = zip(*map(_both, rows), strict=True)
         try:
             batch, batch_cf = dict(self.collator([*with_persona])), self.collator([*without])
@@ -71,16 +80,20 @@ class PersonaCollator:
             if isinstance(error, UserError):
                 raise
             raise UserError(
-                "data_collator: expected one that pads input_ids and labels, such as DataCollatorForSeq2Seq; this one "
-                f"fails: {in_one_line(error)}"
+                "data_collator: expected one that pads input_ids and labels, such as DataCollatorForSeq2Seq; "
+                f"{type(self.collator).__name__} fails: {in_one_line(error)}"
             ) from error
-        if not torch.equal(target, target_cf):
+        learnt = [[label for label in row["labels"] if label != IGNORED] for row in without]
+        own = torch.tensor([*chain.from_iterable(learnt)], dtype=target.dtype)
+        if not (torch.equal(target, own) and torch.equal(target_cf, own)):
             raise UserError(
-                f"data_collator: expected the same tokens to learn in both passes, got {len(target)} with the persona "
-                f"and {len(target_cf)} without, or different ones. A collator that cuts sequences cannot be used."
+                "data_collator: expected the labels of the rows, in their order and the same in both passes, got "
+                f"{len(target)} tokens to learn with the persona and {len(target_cf)} without, of {len(own)}. "
+                f"{type(self.collator).__name__} replaces labels, reorders rows or cuts sequences, and cannot be used."
             )
+        of_row = torch.arange(len(rows)).repeat_interleave(torch.tensor([*map(len, learnt)]))
         uses = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
-        batch |= {"rows": places, "rows_cf": places_cf, "target": target, "uses": uses}
+        batch |= {"rows": places, "rows_cf": places_cf, "target": target, "uses": uses, "of_row": of_row}
         return batch | {f"{name}_cf": value for name, value in batch_cf.items()}
 
 

@@ -4,6 +4,7 @@ The trainer's own compute_loss runs unchanged. The function that it calls as its
 loss.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor, nn
+from transformers.trainer_utils import has_length
 from transformers.utils import ModelOutput
 
 from perce.config.schema import LossConfig
@@ -23,7 +26,7 @@ from perce.model.loading import check_adapter, check_backend
 from perce.model.noise import disable_dropout
 from perce.model.passes import counterfactual_hidden, factual
 from perce.model.patch import prepare_model
-from perce.objectives import HeadCall
+from perce.objectives import HeadCall, Measured
 from perce.training.checks import check_hooks, check_online, check_trainer, try_collated, warn_of_dropout
 from perce.training.meters import Window, evaluation, progress_of
 from perce.training.parallel import found_by_first, keep_outputs_exact
@@ -40,6 +43,22 @@ class TokenOutput(ModelOutput):
     entropy: Tensor | None = None
     is_top1: Tensor | None = None
     aux_loss: Tensor | None = None  # 0-d, the load-balancing loss of this forward pass
+
+    @property
+    def logits(self) -> Any:
+        raise NoLogits(
+            "logits: are never held, so a compute_loss cannot read them. The output's loss is that of PerCE."
+        )
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self.logits if key == "logits" else super().get(key, default)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.logits if key in ("logits", 1) else super().__getitem__(key)  # 1: where other outputs have them
+
+
+class NoLogits(UserError, AttributeError):
+    """An AttributeError too, so that hasattr and getattr with a default find none."""
 
 
 class PerceMixin(WeightsOfCheckpoints):
@@ -68,12 +87,21 @@ class PerceMixin(WeightsOfCheckpoints):
         self.perce_loss = loss or LossConfig()
         check_online(self.perce_loss)
         check_hooks(kwargs)
-        super().__init__(*args, **kwargs)
+        given = kwargs.get("model", args[0] if args else None)
+        try:
+            super().__init__(*args, **kwargs)
+        except AttributeError as error:
+            if not isinstance(given, str) or "'str' object" not in str(error):
+                raise
+            raise UserError(
+                f"model: expected a model, got the name {given!r}, and this trainer does not load models. Load "
+                "it with transformers' AutoModelForCausalLM.from_pretrained."
+            ) from error
         options, model = self.args, self.model
         check_trainer(self, self.perce_loss)
         self.model_accepts_loss_kwargs = True  # such as the number of tokens of a step, which the mean divides by
         keep_outputs_exact(getattr(self.accelerator.state, "fsdp_plugin", None))
-        if isinstance(kwargs.get("model", args[0] if args else None), str):
+        if isinstance(given, str):
             disable_dropout(model)
         prepare_model(model, check_backend(backend, options.device))
         if hasattr(model, "peft_config"):
@@ -85,6 +113,8 @@ class PerceMixin(WeightsOfCheckpoints):
         if not isinstance(self.data_collator, PersonaCollator):
             self.data_collator = PersonaCollator(self.data_collator)
         self._window = Window(self.args.device)
+        self._count: Any = None  # the tokens of the step that is being made
+        self._evaluated: Any = None  # the loader of the evaluation that is being made
         found_by_first(partial(try_collated, self, self._collators_without()))
 
     def _collators_without(self) -> dict[str, PersonaCollator]:
@@ -105,27 +135,54 @@ class PerceMixin(WeightsOfCheckpoints):
         hidden_cf = counterfactual_hidden(model, inputs) if loss.entry.counterfactual else None
         call = HeadCall(inputs["target"], loss.weighting, hidden_cf, loss=training, num_items=1, top1=self.top1)
         done = factual(model, inputs, call, top_k=router.top_k if router else 0)
-        self._window.add(self.perce_loss, done, done.logp - done.logp_cf, inputs["uses"].sum())
-        total, counted = done.loss if training else -done.logp.sum(), num_items_in_batch is not None
-        mean = total / torch.as_tensor(num_items_in_batch if counted else len(done.logp)).clamp(min=1)
+        once = self._without_repeats(done, inputs["of_row"])
+        self._window.add(self.perce_loss, once, once.logp - once.logp_cf, inputs["uses"].sum())
+        total, handed_on = done.loss if training else -done.logp.sum(), num_items_in_batch is not None
+        count = num_items_in_batch if handed_on else self._count
+        mean = total / torch.as_tensor(len(done.logp) if count is None else count).clamp(min=1)
+        forwards = self.current_gradient_accumulation_steps if training else 1
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         aux = None
         if router:  # the Trainer sums the losses of forwards and processes if it counts tokens; this makes a mean
             aux = load_balance(done.experts[1], done.experts[0].detach(), router.top_k)
-            forwards = self.current_gradient_accumulation_steps if training else 1
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            mean = mean + router.coefficient * aux / (forwards * processes if counted else 1)
+            mean = mean + router.coefficient * aux / (1 if count is None else forwards * processes)
+        if count is not None and not handed_on:
+            mean = mean * processes  # DDP takes their mean; a compute_loss that hands the count on does this itself
+        if self._count is not None and getattr(self, "loss_is_scaled_for_ga", None) is False:
+            mean, total = mean * forwards, total * forwards  # the Trainer takes their mean
         mask = torch.ones_like(inputs["target"], dtype=torch.bool)
         return TokenOutput(mean, -total[None], mask, done.entropy, done.top1, aux)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _without_repeats(self, done: Measured, of_row: Tensor) -> Measured:
+        """What was measured of rows that an evaluation has not had: accelerate repeats some to fill the last batches of
+        all processes."""
+        loader = self._evaluated
+        if not getattr(loader, "end_of_dataloader", False) or loader.remainder <= 0:
+            return done
+        first = self.accelerator.process_index * (loader.total_batch_size // self.accelerator.num_processes)
+        kept = of_row + first < loader.remainder
+        of_tokens = ("logp", "logp_cf", "signal", "token_weight")
+        return done._replace(**{name: getattr(done, name)[kept] for name in of_tokens})
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if num_items_in_batch is None:
+            raise UserError("training_step: expected num_items_in_batch, by which the loss is divided. Hand it on.")
+        with self._our_loss(num_items_in_batch):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         with self._our_loss():
-            return super().training_step(*args, **kwargs)
+            return super().prediction_step(*args, **kwargs)
 
     @contextmanager
-    def _our_loss(self) -> Iterator[None]:
-        """UserError if none of the forward passes in this context computed the loss of this class."""
-        self._computed = False
-        yield
+    def _our_loss(self, count: Any = None) -> Iterator[None]:
+        """UserError if none of the forward passes in this context computed the loss of this class. count: the tokens of
+        the step, for a compute_loss that does not hand them on."""
+        self._computed, self._count = False, count
+        try:
+            yield
+        finally:
+            self._count = None
         if not self._computed:
             raise UserError(
                 "compute_loss: no forward pass computed PerceMixin's loss. A class before it replaces compute_loss, or "
@@ -138,12 +195,25 @@ class PerceMixin(WeightsOfCheckpoints):
             self._window = Window(self.args.device)
         super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        dataset = getattr(dataloader, "dataset", None)
+        if has_length(dataset) and not len(dataset):
+            raise UserError("eval_dataset: expected at least one row, got none.")
+        shared = isinstance(dataset, IterableDatasetShard)
+        if shared:
+            warnings.warn(
+                "eval_dataset: a stream that several processes share has no known end, so rows that accelerate repeats "
+                "to fill the last batches count twice. Give a Dataset for exact numbers.",
+                stacklevel=2,
+            )
         window, self._window = self._window, Window(self.args.device)
         window.pause()
-        with self._our_loss():
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        found, self._window = evaluation(self._summary()), window
+        self._evaluated = None if shared else dataloader
+        try:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            found = evaluation(self._summary())
+        finally:
+            self._window, self._evaluated = window, None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 

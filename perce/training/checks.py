@@ -52,12 +52,12 @@ def is_in_place(model: Any, device: torch.device) -> bool:
 def check_hooks(kwargs: Mapping[str, Any]) -> None:
     """UserError for hooks that the Trainer would call with logits, or for a loss or a model: they would be ignored."""
     if kwargs.get("model_init") is not None:
-        raise UserError("model_init: PerceTrainer prepares one model, once. Give the model, or its name, as model.")
+        raise UserError("model_init: one model is prepared, once. Give the model itself as model.")
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise UserError(
-                f"{name}: the PerCE loss is computed without logits, so this would not be called. Use python -m "
-                "perce.evaluate; PerceTrainer.last_evaluation has per-token log-probabilities."
+                f"{name}: the PerCE loss is computed without logits, so this would not be called. Use "
+                "trainer.evaluate(dataset), or perce evaluate for generated replies."
             )
 
 

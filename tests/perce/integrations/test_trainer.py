@@ -191,9 +191,7 @@ def test_an_output_has_no_logits_for_those_who_ask_whether_it_has():
 @pytest.mark.parametrize("kind", [Trainer, Seq2SeqTrainer])
 def test_a_model_by_name_is_refused_if_the_trainer_loads_none(tmp_path, kind):
     arguments = Seq2SeqTrainingArguments(**options_for(tmp_path))
-    with pytest.raises(
-        UserError, match=f"^model: expected a model, got its name 'x/y', which {kind.__name__} does not"
-    ):
+    with pytest.raises(UserError, match=r"^model: expected a model, got the name 'x/y'"):
         type("Ours", (PerceMixin, kind), {})("x/y", arguments, train_dataset=LABELLED, data_collator=PADDED)
 
 

@@ -388,7 +388,7 @@ def test_rows_may_be_a_list_and_lose_no_field(tmp_path):
         model_for(), config_for(tmp_path), train_dataset=rows, eval_dataset=rows[:2], processing_class=TOKENIZER
     )
     assert len(trainer.train_dataset) == 4 and len(trainer.eval_dataset) == 2
-    assert trl._as_dataset(rows)["note"] == [None, "kept", None, None]
+    assert trl._as_dataset(rows, "train_dataset")["note"] == [None, "kept", None, None]
 
 
 def test_rows_to_evaluate_may_be_lists_and_several_by_name(tmp_path):
@@ -417,7 +417,7 @@ def test_rows_to_evaluate_may_be_lists_and_several_by_name(tmp_path):
             ours.evaluate(wrong)
         with pytest.raises(UserError, match=message):
             trainer(rows, eval_dataset=wrong)
-    with pytest.raises(UserError, match=r"train_dataset: expected one dataset, got dict. Give .* train_dataset\['a'\]"):
+    with pytest.raises(UserError, match=r"train_dataset: expected one dataset, got dict. Give train_dataset\['a'\]"):
         trainer({"a": rows})
 
 
@@ -426,7 +426,8 @@ def test_rows_to_evaluate_may_be_lists_and_several_by_name(tmp_path):
 def test_a_template_that_drops_the_system_message_of_a_finished_conversation(tmp_path, kind, place):
     """As Mistral's of v0.3, which gives it to the last user turn while no reply follows. What is learnt follows the
     prompt that the template makes."""
-    tokenizer, block, system = tiny_tokenizer(MISTRAL_V3), BLOCK, "Be brief."
+    tokenizer, system = tiny_tokenizer(MISTRAL_V3), "Be brief."
+    block = BLOCK + " " if place == "system" else BLOCK  # the footer after which the next word keeps its tokens
     said = [{"role": "system", "content": system}, *SAID, *(THEN if kind == "several turns" else [])]
     row = {"messages": said} if kind == "conversation" else {"prompt": said[:-1], "completion": said[-1:]}
     trainer = trainer_for(tmp_path, [row | PERSONA_OF], tokenizer=tokenizer, prompt={"place": place})
@@ -437,7 +438,7 @@ def test_a_template_that_drops_the_system_message_of_a_finished_conversation(tmp
     assert text == f"<s>[INST] {told}Tonight?[/INST] No.<|im_end|>{then}"
     learnt = [token for token, label in zip(found["input_ids"], found["labels"], strict=True) if label >= 0]
     reply = {"completion": " No.<|im_end|>", "several turns": " Bees.<|im_end|>"}.get(kind)
-    assert tokenizer.decode(learnt) == (reply or text.replace(block, "").removeprefix("<s>"))
+    assert tokenizer.decode(learnt) == (reply or text.replace(block, ""))
     if kind == "completion" and place == "system":
         asked = [{"role": "system", "content": block + system}, *said[1:-1]]
         assert text == tokenizer.apply_chat_template(asked, tokenize=False) + reply
