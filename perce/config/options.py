@@ -251,7 +251,7 @@ class Command(Generic[Chosen]):
         parser = Parser(self.prog, None, self.description, formatter_class=_LineByLine, allow_abbrev=False)
         if self.extra:
             parser.epilog = f"Any other {self.extra} can be given by its own name, such as --weight_decay 0.1."
-        parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
+        parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win", action=_LastOne)
         parser.add_argument(
             "--print_config", action="store_true", default=None, help="print the resolved options and stop"
         )
@@ -338,9 +338,9 @@ class _LastOne(argparse.Action):
 
 
 def _tell_of_two(name: str, first: str | None, second: str) -> None:
+    """The values are not shown: they may be secrets."""
     if first not in (None, second) and is_first_process():
-        told = (shortened(repr(value), 80) for value in (first, second))
-        say(f"--{name}: given twice, as {' and '.join(told)}; the last one is used", error=True)
+        say(f"--{name}: given twice; the last value is used", error=True)
 
 
 class _LineByLine(argparse.HelpFormatter):
@@ -404,6 +404,7 @@ def convert(name: str, hint: Any, value: Any) -> Any:
         require(value in typing.get_args(plain), name, "one of " + ", ".join(typing.get_args(plain)), value)
         return value
     if plain is str:
+        require(not isinstance(value, list), name, "one text", value)
         return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else str(value)
     converted = number(value)
     if isinstance(converted, int) and abs(converted) > LARGEST:  # perhaps more than a float can hold

@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from perce.data.readers import BadRow, not_utf8
+from perce.errors import UserError
 from perce.visible import listed, shortened
 
 # How a profile entry becomes a passage: (the field that tells its kind, ((label, field), ..., the text)). The first
@@ -109,6 +110,16 @@ def parse_persona(value: object, field: str) -> tuple[str, ...]:
     if not passages:
         raise BadRow(field, "at least one entry with text", show(value))
     return passages
+
+
+def given_persona(value: Any, name: str) -> tuple[str, ...]:
+    """A persona that a caller gives as argument `name`. UserError for what training would refuse."""
+    try:
+        return parse_persona(value if isinstance(value, str) else list(value), name)
+    except BadRow as bad:
+        raise UserError(f"{bad}.") from None
+    except TypeError:
+        raise UserError(f"{name}: expected a text or a list of texts, got {value!r}.") from None
 
 
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("user", "assistant", "system")}

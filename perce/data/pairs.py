@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from perce.data.chat import CUT, THOUGHT, Chat, ChatFormat, refuse_marks
-from perce.data.fields import parse_messages, parse_persona
+from perce.data.fields import given_persona, parse_messages
 from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, system_text
 from perce.data.readers import BadRow
 from perce.data.retrieval import Retriever
@@ -109,7 +109,7 @@ def prompt_ids(
         UserError (a ValueError): a persona without text, a conversation that training would refuse or that ends with a
             reply.
     """
-    known = _entries(persona)
+    known = given_persona(persona, "persona")
     said = [{"role": "user", "content": query}] if isinstance(query, str) else query
     if isinstance(said, Mapping) or not isinstance(said, Iterable):
         raise UserError(f"query: expected a text or a list of messages, got {query!r}.")
@@ -151,7 +151,7 @@ def prompt_text(
     Raises:
         UserError (a ValueError): a persona without text, or an argument that is not a text.
     """
-    entries = _entries(persona)
+    entries = given_persona(persona, "persona")
     if not isinstance(system, str | None):
         raise UserError(f"system: expected a text, got {system!r}.")
     style = PromptStyle.of(prompt) if prompt else None
@@ -163,15 +163,6 @@ def prompt_text(
         style, footer = chat_format.style, chat_format.footer
     block = style.block(entries, footer)
     return block if style.place == "user" else system_text(style, block, system)
-
-
-def _entries(persona: str | Sequence[str]) -> tuple[str, ...]:
-    try:
-        return parse_persona(persona if isinstance(persona, str) else list(persona), "persona")
-    except BadRow as bad:
-        raise UserError(f"{bad}.") from None
-    except TypeError:
-        raise UserError(f"persona: expected a text or a list of texts, got {persona!r}.") from None
 
 
 class PairBuilder:
@@ -306,7 +297,7 @@ class PairBuilder:
 
     def _personal(self, example: Example, persona: Sequence[str], chat: Chat) -> list[bool]:
         """Whether each token of the response overlaps a personal span."""
-        spans = example.personal_spans
+        spans = example.personal_spans if persona else ()
         if spans is None:
             conversation = " ".join(turn.content for turn in example.turns)
             spans = tuple(personal_word_spans(example.response, persona, conversation))

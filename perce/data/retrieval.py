@@ -16,13 +16,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from perce.config.schema import DataConfig
-from perce.data.fields import LABELS, PASSAGES, Turn, parse_persona
-from perce.data.readers import BadRow
+from perce.data.fields import LABELS, PASSAGES, Turn, given_persona
 from perce.data.rows import Example
 from perce.data.words import IDEOGRAPHS, LETTERS, spaced
 from perce.errors import UserError
@@ -94,6 +94,8 @@ def make_retriever(config: DataConfig) -> Retriever | None:
 
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # bm25s sets DEBUG, and logs a line per index
         return Retriever(bm25_scores, config.retrieve_k, "bm25", f"bm25s {bm25s.__version__}")
+    if config.retriever != "dense":
+        raise UserError(f"retriever: expected bm25, dense, recency or none, got {config.retriever!r}.")
     from perce.data.encoder import Encoder
 
     encoder = Encoder(config.retriever_model or DEFAULT_ENCODER)
@@ -113,16 +115,22 @@ def pick_passages(
 
     Raises:
         UserError (a ValueError): an entry that training would refuse, no entry with text, an unknown retriever.
+
+    An encoder is loaded at the first call.
     """
-    try:
-        passages = parse_persona([*history][::-1], "history")
-    except BadRow as bad:
-        raise UserError(f"{bad}.") from None
-    pick = make_retriever(DataConfig(retriever=retriever, retriever_model=retriever_model, retrieve_k=k))  # type: ignore[arg-type]
+    if not isinstance(request, str):
+        raise UserError(f"request: expected a text, got {request!r}.")
+    passages = given_persona(history, "history")[::-1]
+    pick = _retriever(retriever, retriever_model, k)
     if pick is None or not passages:
         return [*passages]
     example = Example(passages, (Turn("user", request),), "", None, None, "pick_passages")
     return [passages[index] for index in pick(example)]
+
+
+@lru_cache(1)
+def _retriever(name: Any, model: str | None, k: int) -> Retriever | None:
+    return make_retriever(DataConfig(retriever=name, retriever_model=model, retrieve_k=k))
 
 
 def query_of(request: str) -> str:

@@ -64,7 +64,7 @@ class HeldOut:
     @classmethod
     def drawn(cls, examples: Sequence[Record], seed: int) -> "HeldOut":
         """A tenth of the users, so that no user is on both sides; if there is only one, of the rows or examples. Those
-        without a persona are not drawn: validation measures what personas do."""
+        without a persona are not drawn by themselves: validation measures what personas do."""
         examples = [example for example in examples if isinstance(example, Document) or example.persona] or examples
         for unit in UNITS if any(example.user_id for example in examples) else UNITS[1:]:
             keys = sorted(set(_keys(examples, unit)))

@@ -182,9 +182,9 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
 def _legend(unit: str, counts: Sequence[int]) -> list[str]:
     """What the columns of differences tell, and what they do not, by the number of results of each side."""
     lines = [
-        f"p: sign-flip permutation test by {unit}, two-sided, {RESAMPLES:,} draws",
+        f"p: sign-flip permutation test by {unit}, two-sided; {RESAMPLES:,} draws, or all signs",
         f"interval and p hold for these models: they tell how {unit}s differ, not seeds",
-        "if only one of them says that there is a difference, trust the one that doubts",
+        "if only the interval or only p tells a difference, take it as not shown",
     ]
     if max(counts) == 1:
         return [*lines, "one model a side: what other seeds would give is unknown (see perce compare)"]

@@ -52,6 +52,7 @@ from perce.objectives import OBJECTIVES
 PERCE = OBJECTIVES["perce"].weighting()
 OF_TOKENS = (
     "tokens", "personal_tokens", "personal_mask", "loss", "loss_without", "loss_personal", "loss_other", "loss_swapped",
+    "loss_of_nobody",
 )  # fmt: skip
 CHANCE = 0.25  # share of the personal tokens from which on a note says what they are instead
 KEPT = 4  # this many tokens with only keys and values count as one computed token, which takes far more memory
@@ -254,7 +255,8 @@ class Evaluator:
     @torch.no_grad()
     def losses(self, items: Sequence[Item]) -> list[dict[str, Any]]:
         """Records with the sums of −log p over each example's tokens, under the three prompts, the token counts, and a
-        digest of which tokens are personal; None for an example without a response."""
+        digest of which tokens are personal; None for an example without a response. Of an example without a persona
+        there is one loss, which is kept apart."""
         sums = self._sums([item for item in items if item.example.response])
         nothing = dict.fromkeys(OF_TOKENS)
         return [
@@ -274,11 +276,14 @@ class Evaluator:
         sums = {}
         for item, tokens in zip(items, statistics, strict=True):
             personal, loss = tokens.personal, -tokens.logp
+            if not item.pair.passages:
+                sums[item.index] = dict.fromkeys(OF_TOKENS) | {"tokens": len(loss), "loss_of_nobody": loss.sum().item()}
+                continue
             values = (
                 len(loss), int(personal.sum()), hashlib.sha256(bytes(personal.tolist())).hexdigest()[:12],
                 loss.sum().item(), -tokens.logp_cf.sum().item(),
                 loss[personal].sum().item(), loss[~personal].sum().item(),
-                None if item.swapped is None else next(swapped),
+                None if item.swapped is None else next(swapped), None,
             )  # fmt: skip
             sums[item.index] = dict(zip(OF_TOKENS, values, strict=True))
         return sums

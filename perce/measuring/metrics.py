@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -251,7 +252,8 @@ def paired_difference(
     """(mean of ours − theirs with its interval, two-sided p-value) on the same examples; None if the weights are all 0.
 
     bounds: of what is compared. The p-value is that of a permutation test: under the null hypothesis the two models are
-    exchangeable within each cluster, so the sign of each cluster's difference is random.
+    exchangeable within each cluster, so the sign of each cluster's difference is random. Of few clusters all signs are
+    tried, of more RESAMPLES draws.
     """
     mine, its = (np.asarray(side, dtype=float) for side in (ours, theirs))
     difference = np.where(np.isclose(mine, its, 1e-12, 0), 0, mine - its)  # means over several results are rounded
@@ -259,10 +261,15 @@ def paired_difference(
     total, weight = sums.sum(1)
     if not weight:
         return None
-    rng = np.random.default_rng(seed)
     count = sums.shape[1]
-    flipped = [abs((rng.choice([-1.0, 1.0], (rows, count)) * sums[0]).sum(1)) for rows in _resamples(count)]
-    p = (1 + np.count_nonzero(np.concatenate(flipped) >= abs(total) * (1 - 1e-12))) / (1 + RESAMPLES)
+    if exact := 2**count <= RESAMPLES:
+        flipped = abs(np.array([*product([-1.0, 1.0], repeat=count)]) @ sums[0])
+    else:
+        rng = np.random.default_rng(seed)
+        drawn = [abs((rng.choice([-1.0, 1.0], (rows, count)) * sums[0]).sum(1)) for rows in _resamples(count)]
+        flipped = np.concatenate(drawn)
+    as_far = np.count_nonzero(flipped >= abs(total) * (1 - 1e-12))  # a draw does not contain the signs that were found
+    p = as_far / 2**count if exact else (1 + as_far) / (1 + RESAMPLES)
     least, most = bounds
     return _interval(sums, int(np.count_nonzero(weights)), seed, (least - most, most - least)), float(p)
 

@@ -504,11 +504,16 @@ def test_rows_without_a_persona_have_losses_and_replies_and_use_none(run, tmp_pa
     rows = [{**row, "persona": []} if i % 2 else row for i, row in enumerate(ROWS[:6])]
     out = run("--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "e.json").out
     assert "3 of 6 examples have no persona: both passes are the same, and PIR is 0" in " ".join(out.split())
-    for record in result(tmp_path / "e.json")["records"]:
+    content = result(tmp_path / "e.json")
+    of_personas = ("loss", "loss_without", "loss_personal", "loss_other", "loss_swapped", "uses_persona")
+    for record in content["records"]:
         has_one = record["example"] % 2 == 0
-        assert (record["loss_swapped"] is not None) == has_one == (record["uses_persona"] is not None)
-        assert (abs(record["loss"] - record["loss_without"]) > 1e-3) == has_one
-        assert record["rougeL"] is not None
+        assert {record[name] is not None for name in of_personas} == {has_one}
+        assert (record["loss_of_nobody"] is None) == has_one and record["rougeL"] is not None
+    found = {name: metric["n"] for name, metric in content["metrics"].items()}
+    names = ("loss_with_persona", "loss_swapped_persona", "loss_of_nobody", "uses_another")
+    assert {found[name] for name in names} == {3}
+    assert found["rougeL"] == 6
     for row in rows:
         row["persona"] = []
     out = run("--data", write_jsonl(tmp_path / "none.jsonl", rows)).out

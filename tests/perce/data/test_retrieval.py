@@ -296,6 +296,28 @@ def test_what_a_server_shows_is_what_training_shows(retriever, k):
 def test_a_server_has_texts_or_nothing_to_pick_from():
     assert pick_passages([], "Hi") == []
     assert pick_passages(["I keep bees.", "I bake."], "bees?", k=1) == ["I keep bees."]
-    for wrong, message in (([{"a": 1}], r"history\[0\]"), ([" "], "history"), (["a"] * 3, "retriever")):
+    assert pick_passages("I keep bees.", "Hi", k=1) == ["I keep bees."], "one passage, not its characters"
+    for wrong, request, message in (
+        (["a", "b", {"a": 1}], "Hi", r"history\[2\]"), ([" "], "Hi", "history': expected at least one entry"),
+        (None, "Hi", "history: expected a text or a list of texts"), (["a"], None, "request: expected a text"),
+    ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            pick_passages(wrong, "Hi", retriever="word2vec")
+            pick_passages(wrong, request)
+    for name in ("word2vec", "Bm25"):
+        with pytest.raises(UserError, match=f"retriever: expected bm25, dense, recency or none, got '{name}'"):
+            pick_passages(["a"] * 3, "Hi", retriever=name)
+
+
+def test_a_server_loads_an_encoder_once(monkeypatch):
+    loaded = []
+    monkeypatch.setattr("perce.data.encoder.Encoder", lambda name: loaded.append(name) or Stub())
+    for request in ("bees", "hives"):
+        assert pick_passages(["a", "b"], request, retriever="dense", k=1) == ["b"]
+    assert loaded == ["facebook/contriever"]
+
+
+class Stub:
+    name = identity = "stub"
+
+    def scores(self, query, passages):
+        return np.arange(len(passages))[::-1]

@@ -121,7 +121,7 @@ def test_whether_the_results_of_the_sides_are_apart(printed):
 def test_what_interval_and_p_are_of_is_told_and_what_is_unknown(printed):
     (a, b), out = three_runs(), printed(records(), records(shift=1.0))
     assert "they tell how users differ, not seeds" in out and "sign-flip permutation test" in out
-    assert "trust the one that doubts" in out
+    assert "take it as not shown" in out
     assert "one model a side: what other seeds would give is unknown" in out and "apart" not in out
     assert "apart" in printed(a, b) and "unknown" not in printed(a, b)
     out = printed(side(ours=records(4)), b)

@@ -192,3 +192,13 @@ def test_identification_against_brute_force():
     assert identification([1.0, 2.0, 3.0, 4.0], [False, False, True, True]).auc == 1.0
     with pytest.raises(ValueError, match="expected tokens of both kinds, got 2 labelled and 0 others"):
         identification([1.0, 2.0], [True, True])
+
+
+def test_of_few_clusters_all_signs_are_tried():
+    """Four of one sign: 2 of 16. Draws would give a number about it, which depends on the seed and may lie below."""
+    differences = [1.0, 2.0, 3.0, 4.0]
+    for seed in range(3):
+        found = metrics.paired_difference(differences, [0.0] * 4, [1.0] * 4, range(4), seed=seed)
+        assert found[1] == 2 / 16
+    mixed = metrics.paired_difference([3.0, -1.0, 1.0], [0.0] * 3, [1.0] * 3, range(3))
+    assert mixed[1] == 6 / 8, "5, 3, 3 and 1 in absolute value, twice each: six are at least 3"
