@@ -64,8 +64,8 @@ class HeldOut:
     @classmethod
     def drawn(cls, examples: Sequence[Record], seed: int) -> "HeldOut":
         """A tenth of the users, so that no user is on both sides; if there is only one, of the rows or examples. Those
-        without a persona are not drawn by themselves: validation measures what personas do."""
-        examples = [example for example in examples if isinstance(example, Document) or example.persona] or examples
+        without a persona are not drawn by themselves."""
+        examples = of_personas(examples)
         for unit in UNITS if any(example.user_id for example in examples) else UNITS[1:]:
             keys = sorted(set(_keys(examples, unit)))
             if len(keys) > 1:
@@ -215,11 +215,21 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
         who = HeldOut.drawn(train.all, seed)
         kept, validation, counted = who.divide(train.all, data)
         notes = [f"{counted} held out for validation", *without_user(train.all, who), *skipped_rows(train)]
+    of_nobody = len(validation) - len(of_personas(validation))
+    validation = of_personas(validation)
+    if of_nobody:
+        notes.append(f"validation: {of_nobody:,} examples without a persona left out")
     available = len(validation)
     if 0 < eval_examples < available:
         validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: its beginning is a sample too
     notes += not_read(train)
     return Splits(kept, validation, held_out.format if config.streaming else train.format, notes, who, available)
+
+
+def of_personas(examples: Sequence[Record]) -> list[Record]:
+    """The examples that have a persona, or are documents; all if none is. Validation measures what personas do."""
+    found = [example for example in examples if isinstance(example, Document) or example.persona]
+    return found or [*examples]
 
 
 def trained_on_too(train: Sequence[Record], validation: Sequence[Record]) -> list[str]:

@@ -179,7 +179,7 @@ def test_files_of_no_split_are_named_once(tmp_path):
 
 
 def test_examples_without_a_persona_are_counted_and_trained_on(tmp_path):
-    """They are of nobody, and validation measures what personas do. They may be in a validation split."""
+    """Validation measures what personas do: they are not drawn for it, and are left out of it."""
     rows = USERS + [{"persona": [], "query": f"Number {i}?", "response": "Yes."} for i in range(30)]
     data = DataConfig(data=str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     arguments = {"loss": LossConfig(), "eval_examples": 0, "eval_tokens": None, "seed": 0, "validation_seed": 0}
@@ -188,7 +188,11 @@ def test_examples_without_a_persona_are_counted_and_trained_on(tmp_path):
     assert notes[0] == "2 of 55 users and rows without one held out for validation"
     said = "examples have no persona: both passes are the same, and PIR is 0"
     assert any(re.fullmatch(rf"training: 30 of 8\d {said}", note) for note in notes)
-    own_split(tmp_path / "both", USERS, rows[-3:])
-    notes = load_pairs(DataConfig(data=str(tmp_path / "both")), tiny_tokenizer(), **arguments).notes
-    assert f"validation: 3 of 3 {said}" in notes
+    own_split(tmp_path / "both", USERS, rows[-3:] + USERS[:2])
+    found = load_pairs(DataConfig(data=str(tmp_path / "both")), tiny_tokenizer(), **arguments)
+    assert "validation: 3 examples without a persona left out" in found.notes and len(found.validation) == 2
     assert splits(tmp_path, rows[-3:]).validation, "if none has a persona, some of them"
+    named = USERS + [{**row, "user_id": "u3"} for row in rows[-3:]]
+    drawn = next(x for x in (splits(tmp_path, named, seed) for seed in range(99)) if "u3" in x.held_out.keys)
+    assert not any(x.user_id == "u3" for x in drawn.train), "they go with their user"
+    assert all(x.persona for x in drawn.validation)
