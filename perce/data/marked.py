@@ -22,6 +22,10 @@ from perce.data.dataset import rows_dataset_pairs
 from perce.errors import UserError, in_one_line
 
 IGNORED, PERSONA, NO_PERSONA = -100, -101, -102
+ALL_WITHOUT = (
+    "train_dataset: no example has a persona, so the PIR of every token is 0. Give rows with a persona, of which some "
+    "may have none; or train with objective ce."
+)
 
 
 def labelled(rows: Any, tokenizer: Any, data: DataConfig | None = None) -> Dataset:
@@ -42,6 +46,13 @@ def row_of(pair: Mapping[str, Any]) -> dict[str, list[int]]:
     labels[start:end] = [PERSONA] * (end - start)
     labels[:1] = labels[:1] if end > start else [NO_PERSONA]
     return {"input_ids": ids, "labels": labels}
+
+
+def check_marked(dataset: Any) -> None:
+    """UserError for a training set of rows that all say that they have no persona, so that nothing is contrasted."""
+    labels = dataset["labels"] if isinstance(dataset, Dataset) and "labels" in dataset.column_names else ()
+    if not any(PERSONA in row for row in labels) and any(NO_PERSONA in row for row in labels):
+        raise UserError(ALL_WITHOUT)
 
 
 def persona_span(ids: Sequence[int], ids_cf: Sequence[int]) -> tuple[int, int] | None:

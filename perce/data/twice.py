@@ -8,6 +8,7 @@ their `input_ids` and `labels`, from the trainer            →   join   →   o
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -22,6 +23,7 @@ from perce.process import is_first_process
 from perce.visible import say
 
 Columns = Mapping[str, Sequence[Any]]
+LOOKED_AT = 1000  # rows among which one with a persona is looked for
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Twice:
         footers = PERSONA_FOOTERS if self.style.footer is None else (self.style.footer,)
         ways = [replace(self, style=replace(self.style, footer=footer)) for footer in footers]
         failures: list[UserError] = []
-        number = next((number for number, row in enumerate(dataset) if row["persona"]), 0)
+        some = enumerate(islice(dataset, LOOKED_AT))  # a stream may have no end
+        number = next((number for number, row in some if row["persona"]), 0)
         first = dataset.skip(number).take(1)
         for way in ways:
             try:

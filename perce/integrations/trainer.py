@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from perce.config.schema import LossConfig
 from perce.data.batch import Batch
-from perce.data.marked import PersonaCollator
+from perce.data.marked import PersonaCollator, check_marked
 from perce.errors import UserError
 from perce.model.auxiliary import check_own_loss, load_balance, router_of
 from perce.model.loading import check_adapter, check_backend
@@ -110,6 +110,8 @@ class PerceMixin(WeightsOfCheckpoints):
                 warn_of_dropout(model)
         check_own_loss(model)
         self._router = router_of(model, self.perce_loss.router_aux_loss_coef)
+        if self.perce_loss.entry.counterfactual:
+            check_marked(self.train_dataset)
         if not isinstance(self.data_collator, PersonaCollator):
             self.data_collator = PersonaCollator(self.data_collator)
         self._window = Window(self.args.device)
@@ -124,6 +126,8 @@ class PerceMixin(WeightsOfCheckpoints):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         self._window.start()
+        if self._count is not None and len(args) < 2 and kwargs.get("num_items_in_batch") is None:
+            kwargs["num_items_in_batch"] = self._count  # a subclass did not hand it on
         return super().compute_loss(partial(self._both_passes, model), inputs, *args, **kwargs)
 
     def _both_passes(self, model: nn.Module, num_items_in_batch: Any = None, **inputs: Any) -> TokenOutput:
@@ -150,6 +154,7 @@ class PerceMixin(WeightsOfCheckpoints):
             mean = mean * processes  # DDP takes their mean; a compute_loss that hands the count on does this itself
         if self._count is not None and getattr(self, "loss_is_scaled_for_ga", None) is False:
             mean, total = mean * forwards, total * forwards  # the Trainer takes their mean
+            aux = None if aux is None else aux * forwards
         mask = torch.ones_like(inputs["target"], dtype=torch.bool)
         return TokenOutput(mean, -total[None], mask, done.entropy, done.top1, aux)
 

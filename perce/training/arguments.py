@@ -82,7 +82,7 @@ class PerceArguments(TrainingArguments):
         # would replace our tiles; its other kernels are allowed.
         off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)
         self.liger_kernel_config = (self.liger_kernel_config or {}) | dict.fromkeys(off, False)
-        _settle_checkpointing(self)
+        settle_checkpointing(self)
         check_optimizer(self)
         _settle_loaders(self)
         require(self.deepspeed != {}, "deepspeed", "a configuration of DeepSpeed", self.deepspeed)
@@ -151,7 +151,7 @@ def _check_together(args: PerceArguments) -> None:
         )
 
 
-def _settle_checkpointing(args: PerceArguments) -> None:
+def settle_checkpointing(args: Any) -> None:
     """Use checkpointing without reentrant backward passes. With them, what a layer returns besides its hidden states
     has no gradient, and neither has a layer whose inputs have none, such as one behind frozen embeddings."""
     if not getattr(args, CHECKPOINTING):

@@ -23,7 +23,7 @@ from perce.model.probe import check_packing, check_sequences_apart
 from perce.model.reach import without_gradient
 from perce.model.trial import SHARED, Manner, check_step
 from perce.objectives import PERSONAS
-from perce.training.arguments import PerceArguments
+from perce.training.arguments import PerceArguments, settle_checkpointing
 from perce.training.best import check_direction, metric_of
 from perce.training.idle import OF_THE_TRAINERS_LOADER, changed, refuse_fields
 from perce.training.parallel import check_one_gpu, check_parallelism
@@ -87,11 +87,7 @@ def check_trainer(trainer: Trainer, loss: LossConfig) -> None:
         raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
     if args.neftune_noise_alpha and loss.entry.contrasts:
         raise UserError("neftune_noise_alpha: noise in the factual pass alone would bias every PIR. Leave it out.")
-    if (_checkpointing(args) or {}).get("use_reentrant"):
-        raise UserError(
-            f"{CHECKPOINTING}_kwargs: expected use_reentrant false, got true: layers behind frozen embeddings would "
-            "get no gradient, and no trial step can be made."
-        )
+    settle_checkpointing(args)
     if args.use_liger_kernel:  # its loss, patched in when training begins, would replace the forward that holds ours
         off = dict.fromkeys(("fused_linear_cross_entropy", "cross_entropy"), False)
         args.liger_kernel_config = (args.liger_kernel_config or {}) | off

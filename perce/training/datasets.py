@@ -11,6 +11,7 @@ from transformers.trainer_utils import has_length
 from perce.config.schema import MemoryConfig
 from perce.data.dataset import columns_of, listed, persona_lengths, pieces_of, rows_dataset_pairs, sequence_lengths
 from perce.data.documents import DocumentBuilder
+from perce.data.marked import ALL_WITHOUT
 from perce.data.stream import PairStream
 from perce.errors import UserError
 from perce.hub import stated
@@ -71,10 +72,7 @@ def check_dataset(dataset: Any, name: str) -> None:
 def check_personas(dataset: Any) -> None:
     """UserError for training pairs that all lack a persona, so that nothing is contrasted."""
     if isinstance(dataset, Dataset) and "persona_span" in dataset.column_names and not persona_lengths(dataset).any():
-        raise UserError(
-            "train_dataset: no example has a persona, so the PIR of every token is 0. Give rows with a persona, of "
-            "which some may have none; or train with --objective ce."
-        )
+        raise UserError(ALL_WITHOUT)
 
 
 def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:

@@ -111,6 +111,20 @@ def test_the_mean_is_over_the_tokens_of_a_step_if_a_compute_loss_hands_on_no_cou
     assert_same_steps(ours, own)
 
 
+def test_checkpointing_is_not_reentrant_unless_it_is_asked_to_be_which_is_refused(tmp_path):
+    """torch's own default is True, with which the logits of routers would have no gradient."""
+    options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"preserve_rng_state": True}}
+    trainer = trainer_for(tmp_path, **options)
+    assert getattr(trainer.args, f"{CHECKPOINTING}_kwargs") == {"use_reentrant": False, "preserve_rng_state": True}
+
+
+def test_rows_that_all_lack_a_persona_are_refused(tmp_path):
+    none = labelled([{"persona": [], "query": f"Number {i}?", "response": "Yes."} for i in range(4)], TOKENIZER)
+    with pytest.raises(UserError, match="train_dataset: no example has a persona, so the PIR of every token is 0"):
+        trainer_for(tmp_path, rows=none)
+    trainer_for(tmp_path, rows=none, loss=LossConfig(objective="ce"))
+
+
 def test_a_training_step_that_hands_on_no_count_is_refused(tmp_path, monkeypatch):
     trainer = trainer_for(tmp_path, kind=OverOldTrainer, **ACCUMULATED)
     own = trainer.training_step
@@ -298,7 +312,7 @@ def test_the_clip_moves_along_its_schedule(tmp_path):
         ({"neftune_noise_alpha": 1.0}, "neftune_noise_alpha"),
         (
             {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}},
-            f"{CHECKPOINTING}_kwargs: expected use_reentrant false",
+            f"{CHECKPOINTING}_kwargs: expected use_reentrant: false",
         ),
         ({"collator": DataCollatorForSeq2Seq(TOKENIZER, padding=False)}, "data_collator: expected one that pads"),
         ({"collator": None}, "data_collator: expected one that pads"),

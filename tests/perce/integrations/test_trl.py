@@ -90,6 +90,40 @@ def test_rows_without_a_persona_are_mixed_in(tmp_path, kind):
     assert_same_steps(steps_of(trainer), plain_steps(model_for(), rows, kind))
 
 
+class HandsOnNothing(PerceSFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class OverMeans(PerceSFTTrainer):
+    loss_is_scaled_for_ga = False  # so that the Trainer divides
+
+
+@pytest.mark.parametrize("kind", [HandsOnNothing, OverMeans])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_the_mean_is_over_the_tokens_of_a_step_in_subclasses(tmp_path, architecture, kind):
+    rows, found = rows_of("completion"), []
+    for each in (PerceSFTTrainer, kind):
+        config = config_for(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=2)
+        given = {"train_dataset": Dataset.from_list(rows), "processing_class": TOKENIZER}
+        found.append(steps_of(each(model_for(architecture), config, **given)))
+    assert_same_steps(found[1], found[0])
+
+
+def test_rows_that_all_lack_a_persona_are_refused_and_a_stream_is_not_searched_for_one(tmp_path):
+    rows = [{"persona": [], "prompt": "Hi\n", "completion": "Yes."}] * 4
+    with pytest.raises(UserError, match="train_dataset: no example has a persona, so the PIR of every token is 0"):
+        trainer_for(tmp_path, rows)
+
+    def endless():
+        for number in range(10**9):
+            assert number < 5000, "more is read than is needed"
+            yield from rows
+
+    stream = IterableDataset.from_generator(endless)
+    trainer_for(tmp_path, stream, objective="ce", max_steps=1, per_device_train_batch_size=1).train()
+
+
 @pytest.mark.parametrize("options", [{"packing": True, "max_length": 4000}, {"padding_free": True}])
 def test_packed_rows_without_a_persona(tmp_path, options):
     rows = rows_of("completion")
