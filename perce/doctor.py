@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from perce.config.options import Parser, as_called
+from perce.config.options import as_called
+from perce.config.parser import Parser
 from perce.errors import OF_TRAINING, UserError, first_line, what_to_install
 from perce.process import guarded
 from perce.visible import say

@@ -15,7 +15,6 @@ import json
 import math
 import re
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +23,10 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from perce.config.elsewhere import ADVICE, NOTES, known_as
+from perce.config.parser import LastOne, LineByLine, Parser, tell_of_two
 from perce.errors import UserError, in_one_line
 from perce.files.paths import check_outputs, check_path, did_you_mean
-from perce.process import guarded, is_first_process, silence_libraries
+from perce.process import guarded, silence_libraries
 from perce.visible import ACTING, say, shortened
 
 
@@ -230,7 +230,7 @@ class Command(Generic[Chosen]):
             name, equals, value = flag[2:].partition("=")
             if not equals:
                 value = arguments.pop(0) if arguments and not arguments[0].startswith("--") else "true"
-            _tell_of_two(name, extra.get(name), value)
+            tell_of_two(name, extra.get(name), value)
             extra[name] = value
         return extra
 
@@ -248,10 +248,10 @@ class Command(Generic[Chosen]):
         return UserError(f"{written}: an option begins with two dashes{hint} `--help` lists the options.")
 
     def _parser(self) -> argparse.ArgumentParser:
-        parser = Parser(self.prog, None, self.description, formatter_class=_LineByLine, allow_abbrev=False)
+        parser = Parser(self.prog, None, self.description, formatter_class=LineByLine, allow_abbrev=False)
         if self.extra:
             parser.epilog = f"Any other {self.extra} can be given by its own name, such as --weight_decay 0.1."
-        parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win", action=_LastOne)
+        parser.add_argument("--config", metavar="FILE", help="YAML file of options; flags win", action=LastOne)
         parser.add_argument(
             "--print_config", action="store_true", default=None, help="print the resolved options and stop"
         )
@@ -265,7 +265,7 @@ class Command(Generic[Chosen]):
                 help = "\n".join([first + default, *rest]).replace("%", "%%")
                 kind = {"nargs": "?", "const": "true"} if hint is bool else {}
                 metavar = item.metadata.get("metavar") or _metavar(hint)
-                group.add_argument(f"--{item.name}", help=help, metavar=metavar, action=_LastOne, **kind)  # type: ignore[arg-type]
+                group.add_argument(f"--{item.name}", help=help, metavar=metavar, action=LastOne, **kind)  # type: ignore[arg-type]
         return parser
 
 
@@ -317,38 +317,6 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     text = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
     acts = ACTING.search(text.replace("\n", ""))
     return yaml.safe_dump(dict(values), sort_keys=False) if acts else text
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are UserErrors."""
-
-    def print_help(self, file: Any = None) -> None:
-        say(*self.format_help().splitlines())  # argparse itself ignores a broken stdout
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{message[0].upper()}{message[1:]}. `--help` lists the options.")
-
-
-class _LastOne(argparse.Action):
-    """Stores an option's value, the last if it is given several times."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        _tell_of_two(self.dest, getattr(namespace, self.dest), values)
-        setattr(namespace, self.dest, values)
-
-
-def _tell_of_two(name: str, first: str | None, second: str) -> None:
-    """The values are not shown: they may be secrets."""
-    if first not in (None, second) and is_first_process():
-        say(f"--{name}: given twice; the last value is used", error=True)
-
-
-class _LineByLine(argparse.HelpFormatter):
-    """Keeps the lines of a help text apart; the rest of a line that is too long is indented."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        lines, indent = text.splitlines(), "  " if "\n" in text else ""
-        return [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent=indent)]
 
 
 def _written(value: Any) -> str:

@@ -370,20 +370,3 @@ def test_what_is_no_recipe_is_told_in_words(tmp_path, content, got):
     with pytest.raises(UserError, match=f"r.yaml: expected `name: value` lines, {got}") as caught:
         read_yaml(str(tmp_path / "r.yaml"))
     assert "NoneType" not in str(caught.value)
-
-
-def test_of_an_option_that_is_given_twice_the_last_counts_and_it_is_told(capsys, monkeypatch, tmp_path):
-    seen = []
-    main = TRAIN.main(lambda options: seen.append((options.run.seed, options.run.resume, options.extra)))
-    argv = ["--seed", "1", "--weight_decay", "0.1", "--resume", "--seed=2", "--weight_decay=0.2", "--resume", "false"]
-    assert main(argv) == 0 and seen == [(2, False, {"weight_decay": 0.2})]
-    told = capsys.readouterr().err
-    for name in ("seed", "weight_decay", "resume"):
-        assert f"--{name}: given twice; the last value is used\n" in told
-    (tmp_path / "a.yaml").write_text("seed: 3\n")
-    (tmp_path / "b.yaml").write_text("seed: 4\n")
-    assert main(["--config", str(tmp_path / "a.yaml"), "--config", str(tmp_path / "b.yaml")]) == 0
-    assert seen.pop()[0] == 4 and "--config: given twice" in capsys.readouterr().err
-    assert main(["--seed", "1", "--seed", "1"]) == 0 and capsys.readouterr().err == ""
-    monkeypatch.setenv("RANK", "1")
-    assert main(argv) == 0 and capsys.readouterr().err == ""
