@@ -1,6 +1,7 @@
 """Objectives: each says what the cross-entropy of a token is multiplied by, in one entry of OBJECTIVES.
 
-    signal    a function of the token's log-probabilities with and without the persona, or of the entropy before it
+    signal    a function of the token's log-probabilities with and without the persona, of the entropy before it, or of
+              whether it is personal by its word
     weight    clip(signal, clip_min, clip_max), a constant: no gradient flows through it
     loss      −(1/n) Σ weight · log p(token), over the n response tokens
 
@@ -36,7 +37,8 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Signal:
-    """What the clip acts on. `of` computes it; its parameters are some of logp, logp_cf and entropy, by these names."""
+    """What the clip acts on. `of` computes it; its parameters are some of logp, logp_cf, entropy and personal, by these
+    names."""
 
     name: str
     of: Callable[..., Tensor]
@@ -68,13 +70,17 @@ class TokenWeighting:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The ones of logp, logp_cf and entropy that the signal is computed from."""
+        """The ones of logp, logp_cf, entropy and personal that the signal is computed from."""
         return frozenset(inspect.signature(self.signal.of).parameters if self.signal else ())
 
-    def signal_of(self, logp: Tensor, logp_cf: Tensor, entropy: Tensor | None = None) -> Tensor:
-        if self.signal is None:
-            return logp.new_ones(logp.shape)
-        known = {"logp": logp, "logp_cf": logp_cf, "entropy": entropy}
+    @property
+    def of_model(self) -> bool:
+        """Whether the signal depends on the model, and not on the words alone."""
+        return bool(self.needs - {"personal"})
+
+    def signal_of(self, **known: Tensor | None) -> Tensor:
+        """(N,) signals, from at least what they need, by the names of Signal.of."""
+        assert self.signal, "every weight is 1"
         return self.signal.of(**{name: known[name] for name in self.needs})
 
     def weight(self, signal: Tensor) -> Tensor:
@@ -102,6 +108,7 @@ class HeadCall:
     target: Tensor  # (N,) token ids
     weighting: TokenWeighting
     hidden_cf: Tensor | None = None  # (N, D) hidden states without the persona
+    personal: Tensor | None = None  # (N,) bool, whether its word is personal; if the weighting needs it
     signal: Tensor | None = None  # (N,) known from an earlier pass; None: computed here
     loss: bool = True  # False: measure only
     entropy: bool = False  # measure entropies even if the signal does not need them; only without a loss
@@ -150,7 +157,7 @@ class Objective:
     @property
     def products(self) -> int:
         """Extra products of (N, D) and (D, V), of 2·N·D·V operations each, of a step compared with cross-entropy."""
-        return self.counterfactual + (self.signal is not None and not self.fused)
+        return self.counterfactual + (self.weighting().of_model and not self.fused)
 
     @property
     def cost(self) -> str:
@@ -171,6 +178,12 @@ def permuted(signal: Tensor, seed: int) -> Tensor:
     import torch
 
     return signal[torch.randperm(len(signal), generator=torch.Generator().manual_seed(seed))]
+
+
+def _word_match(personal: Tensor) -> Tensor:
+    import torch
+
+    return torch.where(personal, 5.0, 0.8)
 
 
 def _preferred(logp: Tensor, logp_cf: Tensor) -> Tensor:
@@ -201,5 +214,9 @@ _ENTRIES = (
               clip=(0.1, 0.9), takes=(PERSONAS,)),
     Objective("random", "random", "a control: PerCE's weights, permuted over the tokens of each step",
               PIR, clip=(0.8, 5.0), takes=(PERSONAS,), over_step=permuted),
+    Objective("wordmatch", "WordMatch", "a control: 5 for words that the reply quotes from the persona, else 0.8",
+              Signal("word match (5 or 0.8)", _word_match,
+                     "5 for a token of a word that is marked, or is in the persona but not in the request, else 0.8"),
+              clip=(0.8, 5.0), takes=(PERSONAS,)),
 )  # fmt: skip
 OBJECTIVES = {objective.name: objective for objective in _ENTRIES}

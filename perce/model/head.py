@@ -1,8 +1,8 @@
 """What the head computes for the response tokens without storing logits: their loss under an objective, or statistics.
 
 signal that the op computes (PIR, exp(PIR))   hidden, hidden_cf → fused_perce_loss
-any other signal                              token_logprobs of what it needs → signal → clip → fused_perce_loss
-signal known from an earlier pass, or none    clip → fused_perce_loss
+any other signal of the model's predictions   token_logprobs of what it needs → signal → clip → fused_perce_loss
+signal known without them, or none            clip → fused_perce_loss
 """
 
 from dataclasses import dataclass
@@ -77,8 +77,10 @@ def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
     else:
         if weighting.signal is None:
             signal = torch.ones_like(call.target, dtype=torch.float32)
-        elif signal is None:
+        elif signal is None and weighting.of_model:
             _, logp_cf, signal, *_ = _measured(call, hidden, head)
+        elif signal is None:
+            signal = weighting.signal_of(personal=call.personal)
         weights = {"token_weight": weighting.weight(signal)}
     normalize = "none" if call.seq_id is None else "sequence"
     options = {**head, **weights, "target": call.target, "normalize": normalize, "seq_id": call.seq_id}
@@ -89,7 +91,7 @@ def _loss(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
         items = call.target.numel() if call.num_items is None else call.num_items
         loss = (losses * call.data_weight).sum() / torch.as_tensor(items).clamp(min=1)
     if signal is None:
-        signal = weighting.signal_of(stats.logp, stats.logp_cf)
+        signal = weighting.signal_of(logp=stats.logp, logp_cf=stats.logp_cf)
     logp_cf = stats.logp_cf if logp_cf is None else logp_cf
     return Measured(stats.logp, logp_cf, signal, stats.token_weight, loss=loss)
 
@@ -101,5 +103,8 @@ def _measured(call: HeadCall, hidden: Tensor, head: dict[str, Any]) -> Measured:
     found: Any = token_logprobs(hidden, return_entropy=wants_entropy, **options)
     logp, entropy = found if wants_entropy else (found, None)
     logp_cf = torch.zeros_like(logp) if call.hidden_cf is None else token_logprobs(call.hidden_cf, **options)
-    signal = call.weighting.signal_of(logp, logp_cf, entropy)
+    if call.weighting.signal is None:
+        signal = torch.ones_like(logp)
+    else:
+        signal = call.weighting.signal_of(logp=logp, logp_cf=logp_cf, entropy=entropy, personal=call.personal)
     return Measured(logp, logp_cf, signal, call.weighting.weight(signal), entropy)

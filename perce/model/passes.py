@@ -70,7 +70,7 @@ def measured(
 ) -> Measured:  # fmt: skip
     """Statistics of the response tokens under a model as it is; also without the persona if `counterfactual`."""
     hidden_cf = counterfactual_hidden(model, inputs) if counterfactual else None
-    call = HeadCall(inputs["target"], weighting, hidden_cf, loss=False, entropy=entropy)
+    call = HeadCall(inputs["target"], weighting, hidden_cf, inputs.get("personal"), loss=False, entropy=entropy)
     return factual(model, inputs, call)
 
 

@@ -63,9 +63,11 @@ def check_hooks(kwargs: Mapping[str, Any]) -> None:
 
 def check_online(loss: LossConfig) -> None:
     """UserError for token weights that need more than one forward pass, which is all that other trainers give."""
-    if PERSONAS not in loss.entry.takes or loss.entry.over_step:
+    entry = loss.entry
+    if PERSONAS not in entry.takes or entry.over_step or "personal" in entry.weighting().needs:
         raise UserError(
-            f"objective: expected one for personas whose weights come from a single forward pass, got {loss.objective}."
+            "objective: expected one for personas whose weights come from the predictions of a single forward pass, "
+            f"got {loss.objective}."
         )
     for name, only in (("estimate", "online"), ("normalize", "none")):
         if getattr(loss, name) != only:

@@ -210,7 +210,8 @@ class PerceTrainer(ResumableTrainer):
             with self.estimation_clock.measure():
                 hidden_cf = counterfactual_hidden(model, inputs)
         call = HeadCall(
-            inputs["target"], loss.weighting, hidden_cf, known and known.signal, num_items=num_items_in_batch,
+            inputs["target"], loss.weighting, hidden_cf, inputs.get("personal"), known and known.signal,
+            num_items=num_items_in_batch,
             seq_id=inputs["sequence"] if loss.normalize == "sequence" else None,  # "batch": see StepNormalizer
             data_weight=inputs.get("data_weight"),
         )  # fmt: skip

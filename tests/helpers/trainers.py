@@ -71,19 +71,21 @@ def plain_statistics(model, pair):
     return logp(factual, ids[-n:]), logp_cf, torch.distributions.Categorical(logits=factual.detach()).entropy()
 
 
-def pir(logp, logp_cf, entropy):
+def pir(logp, logp_cf, *_):
     return logp - logp_cf
 
 
 def plain_loss(model, pairs, loss, formula=pir, step=0):
-    """−Σ w·logp / n with w = clip(formula(logp, logp_cf, entropy)) over the tokens of a step. Formula "1" is plain
-    cross-entropy; the second of a pair is applied to (signals, seed of the step). Weights of the data multiply w."""
+    """−Σ w·logp / n with w = clip(formula(logp, logp_cf, entropy, personal)) over the tokens of a step. Formula "1" is
+    plain cross-entropy; the second of a pair is applied to (signals, seed of the step). Weights of the data multiply
+    w."""
     logp, logp_cf, entropy = map(torch.cat, zip(*(plain_statistics(model, pair) for pair in pairs), strict=True))
     data = torch.cat([torch.full((pair["response_length"],), pair.get("data_weight", 1.0)) for pair in pairs])
     if formula == "1":
         return -(data * logp).mean()
     formula, *rearrange = formula if isinstance(formula, tuple) else (formula,)
-    signal = formula(logp.detach(), logp_cf, entropy)
+    personal = torch.tensor([flag for pair in pairs for flag in pair["personal"]])
+    signal = formula(logp.detach(), logp_cf, entropy, personal)
     for over_step in rearrange:
         signal = over_step(signal, 42 * 1_000_003 + step)  # computed from the run's seed and the step
     weight = signal.clamp(loss.weighting.clip_min, loss.weighting.clip_max)
