@@ -13,7 +13,9 @@ if not torch.cuda.is_available():
 os.environ.pop("PERCE_BACKEND", None)  # a developer's own setting must not change what is tested
 
 from perce_kernels import backends, chunked, reference, row_pass
+from tests.helpers.interpreter import patch_the_language_once
 
+patch_the_language_once()
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

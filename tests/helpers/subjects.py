@@ -6,6 +6,7 @@ triton                           fp32, in Triton's interpreter if there is no GP
 fused, stored                    Triton's ways from 16-bit operands to loss and gradients (tiles.WAYS)
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -96,14 +97,16 @@ SUBJECTS = {
 TRITON = SUBJECTS["triton"]
 
 
-def of_each(names: str, *cases: str | tuple):
-    """Parametrises `subject` and the comma-separated `names` by cases (subject, value, …).
+def of_each(names: str, *cases: str | tuple, slow: Iterable[tuple] = ()):
+    """Parametrises `subject` and the comma-separated `names` by cases (subject, value, …), and by slow ones that differ
+    from the others only in their combination.
 
     of_each("torch", "triton") has only subjects.
     """
     if names in SUBJECTS:
         names, cases = "", tuple((case,) for case in (names, *cases))
-    named = [pytest.param(*case, id="-".join(map(_id, case))) for case in cases]
+    marked = [*((case, ()) for case in cases), *((case, pytest.mark.slow) for case in slow)]
+    named = [pytest.param(*case, id="-".join(map(_id, case)), marks=marks) for case, marks in marked]
     return pytest.mark.parametrize(["subject", *filter(None, names.split(", "))], named, indirect=["subject"])
 
 

@@ -348,8 +348,17 @@ REFUSED_BY_TORCH = torch.__version__ >= torch.torch_version.TorchVersion("2.15")
 """Whether torch.compile with fullgraph refuses every tangent, whoever would compute it."""
 
 
-@pytest.mark.parametrize("asked", COMPILED)
-@pytest.mark.parametrize("name", ["mean", "none", "logprobs"])
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("mean", "a tangent"), ("none", "jvp"), ("logprobs", "grad"), ("mean", "vmap"),
+        *(
+            pytest.param(name, asked, marks=pytest.mark.slow)
+            for name in ("mean", "none", "logprobs") for asked in COMPILED
+            if (name, asked) not in {("mean", "a tangent"), ("none", "jvp"), ("logprobs", "grad"), ("mean", "vmap")}
+        ),
+    ],
+)  # fmt: skip
 def test_compiled_too(name, asked):
     inputs = reference_inputs()
     ask, x = COMPILED[asked], inputs.hidden

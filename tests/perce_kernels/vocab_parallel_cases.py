@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from perce_kernels import chunked, contract, fused_perce_loss, ops, token_logprobs
 from tests.helpers.device import LiveBytes
+from tests.helpers.interpreter import patch_the_language_once
 from tests.helpers.numerics import IGNORE, TRAINABLE, Inputs, assert_matches, beneath, call, oracle
 from tests.helpers.ranks import end_rank
 from tests.helpers.shards import GROUPS, LAYOUTS, D, N, Sharded, Shards, V
@@ -84,16 +85,16 @@ def register_the_contract() -> None:
         test_loss.test_option_matches_the_oracle, "hidden_cf", "paper", True, layout="three, middle empty",
         dtype=torch.float64, slow=(),
     )  # fmt: skip
-    for dtype in (BF16, FP16):
-        of_the_contract(test_loss.test_gradients_are_as_accurate_as_torch, dtype, {}, 14.0, layout="three", slow=())
-    for dtype in (FP32, BF16):
+    for dtype, slow in ((BF16, ()), (FP16, ("triton",))):
+        of_the_contract(test_loss.test_gradients_are_as_accurate_as_torch, dtype, {}, 14.0, layout="three", slow=slow)
+    for dtype, slow in ((FP32, ("triton",)), (BF16, ())):
         of_the_contract(
-            test_loss.test_gradient_at_a_nearly_certain_target_keeps_its_digits, dtype, 14.0, layout="three", slow=()
+            test_loss.test_gradient_at_a_nearly_certain_target_keeps_its_digits, dtype, 14.0, layout="three", slow=slow
         )
     for options, compact, rows in (({}, True, 0), ({}, True, None), ({"reduction": "none"}, False, None)):
         of_the_contract(
             test_loss.test_nothing_to_learn_is_a_zero_loss_connected_to_every_input, FP32, options, compact, rows,
-            slow=(),
+            slow=("triton",) if compact and rows is None else (),
         )  # fmt: skip
     for compact in (True, False):
         of_the_contract(test_loss.test_nan_in_ignored_rows_reaches_nothing, FP32, "hidden_cf", compact, {}, torch.nan)
@@ -369,6 +370,7 @@ def rank_main(directory: Path, slow: bool) -> None:
     from perce_kernels.gpu import driver
     from perce_kernels.gpu.cut import Cut
 
+    patch_the_language_once()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     GROUPS["three"], GROUPS["two"] = dist.group.WORLD, dist.new_group([0, 1])

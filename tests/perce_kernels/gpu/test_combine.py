@@ -54,8 +54,13 @@ def test_no_tiles_are_an_empty_sum():
     assert combine.combine(combine.TileStatistics.empty(9, 4, 0, DEVICE), parts.z_target[:0], IGNORE).logp.shape == (0,)
 
 
-@pytest.mark.parametrize("columns", [64, 128])
-@pytest.mark.parametrize("elements", [256, 640, 2000, 13 * 256])
+@pytest.mark.parametrize(
+    ("columns", "elements"),
+    [
+        (64, 256), (128, 640), (64, 2000), (128, 13 * 256),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((128, 256), (64, 640), (128, 2000), (64, 13 * 256))),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "logit_scale": -1.7}], ids=["plain", "capped"])
 def test_blocks_of_columns(monkeypatch, columns, elements, options):
     """A buffer of one row, and one that holds everything."""

@@ -1,7 +1,6 @@
 """The cost of backend "triton" in products, memory and host syncs, for each way."""
 
 import gc
-import itertools
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from perce_kernels import chunked
 from perce_kernels.gpu import driver
 from perce_kernels.gpu.cut import Cut, cut_of
 from tests.helpers.driver import CUT, watching  # noqa: F401  fixtures
-from tests.helpers.subjects import TRITON, WAYS, of_each
+from tests.helpers.subjects import TRITON, of_each
 from tests.helpers.watch import NEEDED_AND_COST
 
 D, N, V = TRITON.d, TRITON.n, TRITON.v
@@ -41,7 +40,11 @@ on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's pro
 
 
 @NEEDED_AND_COST
-@of_each("compact", *itertools.product(("triton", *WAYS), (True, False)))
+@of_each(
+    "compact",
+    *(("triton", True), ("fused", False), ("stored", True)),
+    slow=[("triton", False), ("fused", True), ("stored", False)],
+)
 def test_products_cost_the_floor_and_ignored_rows_nothing(subject, watch, compact, needed, per_token):
     inputs = subject.inputs(bias=True)
     rows = int((inputs.target != IGNORE).sum()) if compact else subject.n
@@ -86,8 +89,15 @@ def test_host_syncs(watch, source, dtype):
 
 @on_cpu
 @pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
-@pytest.mark.parametrize("ignored", [0.0, 0.3])
-@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize(
+    ("compact", "ignored"),
+    [
+        (True, 0.3),
+        (False, 0.3),
+        pytest.param(True, 0.0, marks=pytest.mark.slow),
+        pytest.param(False, 0.0, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("source", ["hidden_cf", "token_weight"])
 def test_peak_bytes_follow_the_formula(watch, source, compact, ignored, needed):
     n, d, v = 24, 32, 253

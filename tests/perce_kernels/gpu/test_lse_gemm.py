@@ -1,5 +1,7 @@
 """The GEMM that writes no logits, tested alone against fp64."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -13,7 +15,8 @@ from perce_kernels.gpu import lse_gemm, tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
 TILE = tiles.Tile(16, 32, 16, 4, 1)  # several row tiles, column tiles and steps in D, none of them full
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])
 
 
 FORMS = {
@@ -52,14 +55,19 @@ def assert_accurate(inputs: Inputs, error=2e-5, **options):
         assert max_error(actual, wanted) <= error, name
 
 
-@DTYPES
+OPTIONS = {"plain": {}, "softcap": {"softcap": 4.0}, "scale": {"logit_scale": -0.5}}
+OPTIONS["both"] = {"softcap": 4.0, "logit_scale": 1.7}
+QUICK = [("plain", False, FP32), *((name, True, FP32) for name in OPTIONS), ("both", True, BF16), ("both", True, FP16)]
+ALL = itertools.product(OPTIONS, (False, True), (FP32, BF16, FP16))
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"softcap": 4.0}, {"logit_scale": -0.5}, {"softcap": 4.0, "logit_scale": 1.7}],
-    ids=["plain", "softcap", "scale", "both"],
-)  # fmt: skip
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_options(tile, bias, options, dtype):
-    assert_accurate(TRITON.inputs(n=19, bias=bias).to(dtype), **options)
+    ("name", "bias", "dtype"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)],
+    ids=str,
+)
+def test_options(tile, name, bias, dtype):
+    assert_accurate(TRITON.inputs(n=19, bias=bias).to(dtype), **OPTIONS[name])
 
 
 @pytest.mark.parametrize("n, d, v", [(1, 8, 1), (1, 8, 2), (16, 16, 32), (17, 24, 33), (3, 8, 129), (33, 40, 95)])

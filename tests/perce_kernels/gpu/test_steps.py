@@ -150,7 +150,7 @@ def test_faint_fp16_gradients_survive(way, compact):
         torch.testing.assert_close(result.grads[name].double(), wanted, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("compact", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("clip", [5.0, 1e5], ids=["weight from upstream", "weight from clip"])
 def test_fp16_weights_beyond_fp16(compact, clip):
     """w·65536 in the backward of reduction="none", and a huge clip, exceed fp16's 65504 in dz, but gradients do not."""
@@ -166,7 +166,10 @@ def test_fp16_weights_beyond_fp16(compact, clip):
         torch.testing.assert_close(result.grads[name].double(), wanted, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("block, chunk", [(1, 1), (4, 4), (7, 3), (100, 100), (100, 3)])
+@pytest.mark.parametrize(
+    "block, chunk",
+    [(1, 1), (100, 3), *(pytest.param(*cut, marks=pytest.mark.slow) for cut in ((4, 4), (7, 3), (100, 100)))],
+)
 def test_blocks_and_chunks_of_any_size(monkeypatch, block, chunk):
     """One token at a time, one chunk per block, and sizes above the number of tokens."""
     inputs = TRITON.inputs(bias=True).to(torch.bfloat16)
