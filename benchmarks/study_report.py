@@ -30,6 +30,7 @@ from perce.measuring.metrics import Interval, clustered_mean
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+CONTROLS = ("random", "wordmatch")
 NOT_RUN, NOT_MEASURED = "Not run yet.", "not measured"
 HEAD = """# Tables of the studies
 
@@ -106,25 +107,29 @@ def evaluated_on(results: Results, data: str) -> Iterator[str]:
 
 
 def differences(results: Results, data: str) -> Iterator[list[str]]:
-    """Each objective against CE on the same examples."""
+    """Each objective against CE, and PerCE against each control, on the same examples."""
     ce = results.main(data, "ce")
     for objective in results.objectives:
         texts = difference_texts(results.main(data, objective), ce, data, list(COLUMNS))
         if objective not in ("base", "ce") and {*texts} != {NOT_MEASURED}:
             yield [f"{NAMES[objective]} minus CE", *texts]
+    for control in CONTROLS:
+        texts = difference_texts(results.main(data, "perce"), results.main(data, control), data, list(COLUMNS))
+        if {*texts} != {NOT_MEASURED}:
+            yield [f"{NAMES['perce']} minus {NAMES[control]}", *texts]
 
 
-def difference_texts(mine: Sequence[Cell], ce: Sequence[Cell], data: str, shown: Sequence[str]) -> list[str]:
-    """The difference from CE in each column, with its interval, its p-value and its range over pairs of seeds."""
+def difference_texts(mine: Sequence[Cell], others: Sequence[Cell], data: str, shown: Sequence[str]) -> list[str]:
+    """The difference from others in each column, with its interval, its p-value and its range over pairs of seeds."""
     texts = []
     for column in shown:
-        found, digits = difference(mine, ce, data, column), COLUMNS[column][1]
+        found, digits = difference(mine, others, data, column), COLUMNS[column][1]
         if found is None:
             texts.append(NOT_MEASURED)
             continue
         interval, p = found
         chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-        pairs = by_pairs_of_seeds(mine, ce, data, column)
+        pairs = by_pairs_of_seeds(mine, others, data, column)
         seeds = f"; seeds {min(pairs):+.{digits}f} to {max(pairs):+.{digits}f}" if len(pairs) > 1 else ""
         texts.append(f"{interval.value:+.{digits}f} ({interval.span(f'+.{digits}f')}; {chance}{seeds})")
     return texts
@@ -163,7 +168,7 @@ def transfer(results: Results) -> Iterator[str]:
         yield from table(["trained on", "tested on", "paired over users", *shown], against)
 
 
-def rates(results: Results) -> Iterator[str]:
+def of_rates(results: Results) -> Iterator[str]:
     shown = list(COLUMNS)[:2]
     rows, against = [], []
     tried = {(c["data"], c["objective"], c["learning_rate"]): c for c in results.cells if c["stage"] == "rates"}
@@ -223,14 +228,19 @@ def report(results: Results) -> Iterator[str]:
     sets = "; ".join(f"{name} {options_text(options)}".strip() for name, options in config["data"].items())
     yield f'\n## Study "{config["name"]}": {config.get("model") or "SmolLM2-135M-Instruct"}\n'
     yield f"{len(results.cells)} training runs and base models. Training: {options_text(config['train'])}."
-    yield f"Evaluation: {sets}; {options_text(config['evaluate'])}. Learning rates are picked by"
-    yield f"validation loss with persona, on seed {config['seeds'][0]}, for CE and PerCE; {untuned} take PerCE's.\n"
+    yield f"Evaluation: {sets}; {options_text(config['evaluate'])}."
+    if len(rates := config["learning_rates"]) > 1:
+        yield "Learning rates are picked by validation loss with persona, on seed"
+        yield f"{config['seeds'][0]}, for CE and PerCE; {untuned} take PerCE's.\n"
+    else:
+        yield f"The learning rate is {rates[0]:g}.\n"
     yield f"    python -m benchmarks.study --config benchmarks/studies/{config['name']}.yaml --data_root DIR"
     yield f"    python -m benchmarks.study_report {results.path.relative_to(ROOT)}"
-    for title, part in (
-        ("Comparison", comparison), ("Personal against other tokens", trade), ("Transfer", transfer),
-        ("Learning rates", rates), ("Clips, normalisations, schedules", variants), ("Speed", speed),
-    ):  # fmt: skip
+    parts = {"Comparison": comparison, "Personal against other tokens": trade}
+    parts |= {"Transfer": transfer} if len(config["data"]) > 1 else {}
+    parts |= {"Learning rates": of_rates} if len(rates) > 1 else {}
+    parts |= {"Clips, normalisations, schedules": variants} if config.get("variants") else {}
+    for title, part in (parts | {"Speed": speed}).items():
         yield f"\n### {title}\n" if part is not comparison else ""
         yield from part(results)
 
