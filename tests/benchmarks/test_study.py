@@ -142,6 +142,6 @@ def test_a_failing_child_is_named_and_keeps_what_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(study, "ROOT", tmp_path)
     running = study.Study(CONFIG, tmp_path, 1)
-    with pytest.raises(RuntimeError, match=r"perce.evaluate failed with code \d+; see .*one-base-on-one"):
-        running._child("perce.evaluate", {"nonsense": 1}, tmp_path / "one-base-on-one")
-    assert (tmp_path / "one-base-on-one.evaluate.log").is_file()
+    with pytest.raises(RuntimeError, match=r"perce.compare failed with code \d+; see .*one-base-on-one"):
+        running._child("perce.compare", {"nonsense": 1}, tmp_path / "one-base-on-one")
+    assert (tmp_path / "one-base-on-one.compare.log").is_file()

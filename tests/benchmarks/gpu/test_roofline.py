@@ -46,8 +46,11 @@ def run(head: str) -> None:
 
 
 @on_cpu
-@pytest.mark.parametrize("head", roofline.HEADS)
-@pytest.mark.parametrize("way", tiles.WAYS)
+@pytest.mark.parametrize(
+    ("way", "head"),
+    [("fused", "trainable"), ("stored", "frozen")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("fused", "frozen"), ("stored", "trainable"))],
+)
 def test_products_are_those_beneath_the_op(monkeypatch, watch, use, way, head):
     """Factors are bf16 there; here they are upcast, so that bytes come from the counted shapes."""
     use(way)

@@ -17,7 +17,7 @@ from benchmarks.gpu import compile as compilation
 from benchmarks.gpu.child import Request, machine
 from benchmarks.gpu.clock import seconds_of_kernels
 from benchmarks.gpu.results import Results
-from benchmarks.gpu.sizes import SIZES, TINY
+from benchmarks.gpu.sizes import SIZES, TINY, Size
 from perce_kernels.gpu import cut, driver, tiles
 from tests.helpers import ROOT
 from tests.helpers.device import room
@@ -37,6 +37,7 @@ def test_every_way_is_compared_with_fp64(monkeypatch):
     # Only one of the ways rounds logits.
     assert found[f"{TINY[0]}/fused"]["errors"]["dhidden"] != found[f"{TINY[0]}/stored"]["errors"]["dhidden"]
     monkeypatch.setattr(parts, "what_is_wrong", lambda errors: "wrong result: loss off by 2")
+    monkeypatch.setattr(Request, "sizes", TINY[:1])
     assert lines_of(parts.stage, "check", what="check")[f"{TINY[0]}/fused"]["reason"] == "wrong result: loss off by 2"
 
 
@@ -100,14 +101,15 @@ def test_budgets_change_the_drivers_cut_and_are_put_back(monkeypatch):
     asked = []
     largest = cut.cut_of
     monkeypatch.setattr(driver, "cut_of", lambda *args: asked.append(cut.BUDGET) or largest(*args))
-    monkeypatch.setattr(Request, "sizes", TINY)
+    sizes = Size(2, 16, 40), Size(2, 16, 50)
+    monkeypatch.setattr(Request, "sizes", sizes)
     monkeypatch.setattr(parts, "BUDGETS", {"trainable": (1, 2), "frozen": (0.5,)})
     shipped = cut.BUDGET
     found = lines_of(parts.stage, "budgets", what="budgets")
     assert {2**29, 2**30, 2**31} == set(asked) and shipped == cut.BUDGET
-    assert next(iter(found)).startswith(str(TINY[1])), "the second size first: it has the largest vocabulary"
-    assert found[f"{TINY[0]}/stored/2 GiB"]["shipped"] and not found[f"{TINY[0]}/stored/1 GiB"]["shipped"]
-    assert "seconds" in found[f"{TINY[0]}/stored/0.5 GiB, frozen head"]
+    assert next(iter(found)).startswith(str(sizes[1])), "the second size first: it has the largest vocabulary"
+    assert found[f"{sizes[0]}/stored/2 GiB"]["shipped"] and not found[f"{sizes[0]}/stored/1 GiB"]["shipped"]
+    assert "seconds" in found[f"{sizes[0]}/stored/0.5 GiB, frozen head"]
 
 
 @on_cpu
@@ -158,7 +160,7 @@ import pytest
 
 @pytest.mark.parametrize("i", range(400))
 def test_sleeps(i):
-    time.sleep(0.3)
+    time.sleep(0.05 if i < 5 else 0.3)
     assert i != 1
 """
 
@@ -178,9 +180,11 @@ def test_tests_are_interrupted_and_still_sum_up(tmp_path, monkeypatch, capfd, wo
         pytest.skip("pytest-xdist is not installed")
     (tmp_path / "tests").mkdir()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which is its plugin's, elsewhere the directory it is run in
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # those of other packages take seconds to import
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p pytest_timeout" + " -p xdist.plugin" * bool(workers))
     (tmp_path / "tests/test_sleepy.py").write_text(SLEEPY)
     monkeypatch.setattr(suite, "ROOT", tmp_path)
-    for seconds in (5.0, 20.0, 60.0):  # pytest starts in one second here and in many on a busy machine
+    for seconds in (4.0, 8.0, 20.0, 60.0):  # pytest starts in one second here and in many on a busy machine
         found = lines_of(suite.stage, "tests", seconds=seconds, files=["tests/test_sleepy.py"], workers=workers)
         summary = found.pop("summary")
         if len(found) > 2:
