@@ -61,7 +61,9 @@ def test_table_and_json(run, tmp_path, monkeypatch):
         assert text in out
 
 
-def test_a_conversation_is_told(run, tmp_path):
+def test_a_conversation_is_told(run, tmp_path, monkeypatch):
+    own = plans.variants
+    monkeypatch.setattr(plans, "variants", lambda *given: [each for each in own(*given) if each[0] == "--share none"])
     flags = "--replies 3 --per_device_train_batch_size 6 --device cpu --precision fp32 --branches --json".split()
     out = run(*flags, tmp_path / "plan.json").out
     assert "1 forwards of 6 replies in 2 × 96 tokens (24 persona, 3 replies of 8 query, 16 response" in " ".join(

@@ -66,9 +66,9 @@ BY_ITSELF, DETACHED = MemoryConfig(branches_per_forward=1), replace(NONE, branch
 )
 def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, checkpointing, accumulates):
     """The requests' backward ends before the persona's begins; the persona's keys, values and gradients are alive."""
-    config = tiny_model("llama", num_hidden_layers=8).config
+    config = tiny_model("llama", num_hidden_layers=5).config
     shape = StepShape(
-        3, 230, 30, 9, accumulates, prefix=200, detached=memory.persona_grad == "none", requests=3, persona=200,
+        2, 230, 30, 9, accumulates, prefix=200, detached=memory.persona_grad == "none", requests=2, persona=200,
         together=1,
     )  # fmt: skip
     setup = Setup(options, False, checkpointing, memory)
@@ -82,14 +82,14 @@ def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
     config = tiny_model("llama", num_hidden_layers=6).config
     by_itself = memory.branches_per_forward > 0
     shape = StepShape(
-        3, 130, 30, 9, accumulates=True, prefix=100 * memory.on_trunks, detached=memory == NONE,
-        requests=3 if by_itself else 1, persona=100, together=memory.branches_per_forward,
+        2, 130, 30, 9, accumulates=True, prefix=100 * memory.on_trunks, detached=memory == NONE,
+        requests=2 if by_itself else 1, persona=100, together=memory.branches_per_forward,
     )  # fmt: skip
     kept, freed = (
         rehearse_depth(config, Setup(FULL, False, True, replace(memory, activation_offload=offload)), shape)
         for offload in (False, True)
     )
-    tokens = 100 if by_itself else 3 * (30 if memory.on_trunks else 130)
+    tokens = 100 if by_itself else 2 * (30 if memory.on_trunks else 130)
     inputs = 4 * tokens * config.hidden_size * 4
     assert freed.offloaded == inputs
     saved = {name: phase.peak.alive - freed.phases[name].peak.alive for name, phase in kept.phases.items()}
