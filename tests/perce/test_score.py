@@ -364,6 +364,7 @@ def test_errors_are_one_paragraph(scored, argv, fragment):
     assert fragment in err and "Traceback" not in err
 
 
+@pytest.mark.slow  # config/test_options.py has one without stdout and stderr
 def test_smoke_in_a_process_of_its_own(gemma, tmp_path):
     command = [sys.executable, "-m", "perce.score", "--model", str(gemma), "--limit", "2", "--jsonl", "s.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=None)

@@ -1,6 +1,7 @@
 """python -m perce.train on a tiny model: whole runs and their directories, and the command itself."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -432,7 +433,7 @@ def test_help_is_complete():
         assert flag in done.stdout
 
 
-def test_smoke_in_a_process_of_its_own(model, data, tmp_path):
+def test_smoke_in_a_process_of_its_own_whose_stdout_knows_ascii_alone(model, data, tmp_path):
     argv = [
         "--model",
         model,
@@ -445,6 +446,7 @@ def test_smoke_in_a_process_of_its_own(model, data, tmp_path):
         "--lora_r",
         "2",
     ]
-    done = subprocess.run([sys.executable, "-m", "perce.train", *argv], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "report.html").exists()
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "perce.train", *argv], capture_output=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert b"mean PIR" in done.stdout and (tmp_path / "run" / "report.html").exists()

@@ -277,14 +277,6 @@ def test_a_closed_stdout_is_no_traceback(command):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_a_run_told_to_a_stdout_that_knows_ascii_alone(model, data, tmp_path):
-    argv = ["--model", model, "--data", data, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-m", "perce.train", *argv], capture_output=True, cwd=ROOT, env=environment)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
-    assert b"mean PIR" in done.stdout
-
-
 def in_a_shell(command, redirected):
     return subprocess.run(["sh", "-c", f'"$0" {command} {redirected}', sys.executable], capture_output=True, cwd=ROOT)
 
