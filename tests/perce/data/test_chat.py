@@ -77,7 +77,7 @@ def test_both_passes_are_what_the_tokenizer_gives_for_their_texts(family, templa
     own = builder(family, NATURAL[family] if template == "natural" else template)
     refused, chance = 0, random.Random(0)
     systems = ["Be brief.", "(Be brief)", "1. Be brief.\n2. Be kind.", "- Be brief", "简短", "Sé breve:\n\n"]
-    for this in conversations(200):
+    for this in conversations(80):
         if chance.random() < 0.3:
             this = replace(this, turns=(Turn("system", chance.choice(systems)), *this.turns))
         try:
@@ -89,7 +89,7 @@ def test_both_passes_are_what_the_tokenizer_gives_for_their_texts(family, templa
             assert_served_as_trained(own, this, pair)
             assert this.response.strip() in own.tokenizer.decode(pair.input_ids) or family in ("qwen2", "sentencepiece")
     # This tokenizer merges across lines, unlike real ones: "\n-" is one token, and the prompt ends with "\n".
-    assert refused <= (40 if (family, template) == ("sentencepiece", "chatml") else 0)
+    assert refused <= (16 if (family, template) == ("sentencepiece", "chatml") else 0)
 
 
 def test_pieces_that_were_tokenised_apart_are_one_text():
@@ -337,10 +337,10 @@ def test_what_cannot_be_told_from_a_control_token_is_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prompt", [None, {"place": "user", "item": "{}", "header": "", "footer": "\n\n"}])
 def test_as_many_entries_stay_as_fit(family, prompt):
-    this = example(persona=tuple(f"Fact {i} of {'many ' * (i % 3)}bees." for i in range(8)))
+    this = example(persona=tuple(f"Fact {i} of {'many ' * (i % 3)}bees." for i in range(5)))
     template = NATURAL[family]
     whole = builder(family, template, prompt=prompt)
-    lengths = [len(whole.build(replace(this, persona=this.persona[:kept])).input_ids) for kept in range(1, 9)]
+    lengths = [len(whole.build(replace(this, persona=this.persona[:kept])).input_ids) for kept in range(1, 6)]
     for max_length in range(lengths[0], lengths[-1] + 2):
         pair = builder(family, template, prompt=prompt, max_length=max_length).build(this)
         fitting = max(kept for kept, length in enumerate(lengths, 1) if length <= max_length)

@@ -130,9 +130,15 @@ def separately(how):
     return {name: value for name, value in how.items() if name == "persona_grad"}
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("count", [2, 8])
-@pytest.mark.parametrize("architecture", TREES)
+@pytest.mark.parametrize(
+    ("architecture", "count", "how"),
+    [
+        pytest.param(architecture, count, how, marks=[pytest.mark.slow] * ((i + k) % 2 != j))
+        for i, architecture in enumerate(TREES)
+        for j, count in enumerate((2, 8))
+        for k, how in enumerate(HOW)
+    ],
+)
 def test_requests_of_a_persona_equal_separate_ones(architecture, count, how, monkeypatch):
     """Requests of two personas, one of which is shorter than a window; the prefill takes several chunks."""
     monkeypatch.setattr(prefill, "PREFILL_CHUNK", 16)
@@ -145,9 +151,15 @@ def test_requests_of_a_persona_equal_separate_ones(architecture, count, how, mon
     assert computed < (0.9 if count == 2 else 0.6) * needed
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("options", ["checkpointing", "lora", "tiles"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("architecture", "options", "how"),
+    [
+        pytest.param(architecture, options, how, marks=[pytest.mark.slow] * ((i + k) % 3 != j))
+        for i, architecture in enumerate(("llama", "gemma3"))
+        for j, options in enumerate(("checkpointing", "lora", "tiles"))
+        for k, how in enumerate(HOW)
+    ],
+)
 def test_requests_share_with_less_memory_too(architecture, options, how):
     model, pairs = prepared(architecture), requests(4) + requests(2, persona=9, number=1)
     sharing_of(model)
@@ -269,6 +281,7 @@ def test_flash_attention_is_given_no_mask(architecture, monkeypatch):
     assert largest_difference(step(model, pairs, "branches"), separate) < 1e-9
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_has_a_block_mask_a_segment():
     """Forward only, because flex attention has no backward on a CPU."""

@@ -1,5 +1,7 @@
 """persona_grad="none": the same loss, and the gradient of autograd with the persona's keys and values detached."""
 
+from itertools import product
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -84,9 +86,14 @@ def assert_same_gradients(actual, expected):
         torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "lora", "checkpointing"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * ((i + sum(case[1:])) % 2))
+        for i, architecture in enumerate(ARCHITECTURES)
+        for case in product([architecture], (False, True), (False, True))
+    ],
+)
 def test_loss_of_full_and_gradient_with_the_persona_detached(architecture, lora, checkpointing, monkeypatch):
     monkeypatch.setattr(prefill, "PREFILL_CHUNK", 64)
     model = prepared(architecture, lora=lora, checkpointing=checkpointing)

@@ -132,7 +132,9 @@ def in_bf16(architecture, lora=True):
     return add_adapter(model, lora_config(ModelConfig(lora_r=4))) if lora else model
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mamba", "falcon_mamba", "qwen3_moe", "gemma3"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "mamba", pytest.param("falcon_mamba", marks=pytest.mark.slow), "qwen3_moe", "gemma3"]
+)
 def test_a_bf16_base_is_tried_as_it_trains(tmp_path, architecture):
     """Mamba's hidden states are fp32 whatever its weights are, and its own forward casts them for its head."""
     trained(tmp_path, in_bf16(architecture), bf16=True)

@@ -102,8 +102,21 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("architecture", "kind"), [("mixtral", "full"), ("qwen3-moe", "full"), ("qwen3-moe", "lora")])
+QUICK = {
+    ("mixtral", "full"): ("whole", "accumulated", "checkpointed", "tiled"),
+    ("qwen3-moe", "full"): ("one by one", "tiled, checkpointed, accumulated"),
+    ("qwen3-moe", "lora"): ("whole", "tiled, checkpointed, accumulated"),
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "way"),
+    [
+        pytest.param(*of, way, marks=[pytest.mark.slow] * (way not in quick))
+        for of, quick in QUICK.items()
+        for way in WAYS
+    ],
+)
 def test_a_step_is_that_of_the_models_own_forward(tmp_path, own, architecture, kind, way):
     expected = own[architecture, kind]
     close(one_step(tmp_path, model_for(kind, architecture=architecture), **WAYS[way]), expected)

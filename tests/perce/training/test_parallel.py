@@ -24,7 +24,7 @@ from tests.helpers.tiny import demo_pairs
 from tests.helpers.trainers import model_for
 
 RANKS, STEPS, BATCH = 2, 5, 4
-PAIRS = demo_pairs(8)
+PAIRS = demo_pairs(8, facts=1)
 # The unit that the head is part of: the root's, its own, or one with the final norm (and the embedding it is tied to),
 # as in accelerate. A tied head cannot be a unit of its own.
 CASES = [

@@ -3,6 +3,7 @@ stop.
 """
 
 import copy
+import functools
 import json
 import sys
 from pathlib import Path
@@ -128,7 +129,8 @@ ONE_BY_ONE = {"memory": MemoryConfig(branches_per_forward=1)}
 
 @pytest.mark.parametrize(
     ("attention", "options"),
-    [("sdpa", {}), ("sdpa", ONE_SEQUENCE), ("looks", ONE_SEQUENCE), ("looks", ONE_BY_ONE),
+    [("sdpa", {}), ("sdpa", ONE_SEQUENCE), ("looks", ONE_SEQUENCE),
+     pytest.param("looks", ONE_BY_ONE, marks=pytest.mark.slow),
      ("looks", ONE_BY_ONE | {CHECKPOINTING: True}), ("sdpa", {"loss": LossConfig(objective="entce")}),
      ("sdpa", {"memory": MemoryConfig(persona_grad="none")}), ("sdpa", {"loss": LossConfig(normalize="batch")})],
     ids=["plain", "checkpointing", "flash", "flash, requests", "flash, requests, checkpointing", "entce",
@@ -195,30 +197,40 @@ RUNS = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The undivided batch of 8, for each kind of run that is compared with it."""
-    return {key: train_split(tmp_path_factory.mktemp("whole"), "8x1", key) for key in RUNS}
+    return functools.cache(lambda key: train_split(tmp_path_factory.mktemp("whole"), "8x1", key))
 
 
-OF_ONE = [("4x2", "full"), ("2x4", "full"), ("1x8", "full")]
-OF_ONE += [("2x4", key) for key in ("lora", "ce", "detached", "batch", "random", "weighted")]
-OF_TWO = [("4x1x2", "full"), ("1x4x2", "full"), *(("2x2x2", key) for key in RUNS)]
+# Every split and every kind of run once; with `make slow` each kind of run in one process and in two.
+OF_ONE = [("4x2", "full"), ("1x8", "full"), ("2x4", "ce"), ("2x4", "detached"), ("2x4", "random")]
+OF_TWO = [("4x1x2", "full"), ("1x4x2", "lora"), *(("2x2x2", key) for key in ("sequence", "batch", "weighted"))]
+MORE_OF_ONE = [("2x4", key) for key in ("full", "lora", "batch", "weighted")]
+MORE_OF_TWO = [("1x4x2", "full"), *(("2x2x2", key) for key in ("full", "lora", "ce", "random", "detached"))]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_OF_ONE + MORE_OF_TWO]
 
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory):
-    """All cases of OF_TWO, one after the other in the same two processes."""
-    return result_of_ranks("tests.perce.training.test_trainer", 2, tmp_path_factory.mktemp("two"))
+    """Results by a list of cases, which run one after the other in the same two processes."""
+
+    @functools.cache
+    def results(*cases):
+        return result_of_ranks("tests.perce.training.test_trainer", 2, tmp_path_factory.mktemp("two"), *cases)
+
+    return lambda cases: results(*map("-".join, cases))
 
 
-@pytest.mark.parametrize(("split", "key"), [*OF_ONE, *OF_TWO])
-def test_every_split_of_a_batch_trains_the_same(request, tmp_path, whole, split, key):
-    of_two = (split, key) in OF_TWO
-    result = request.getfixturevalue("by_two")[f"{split}-{key}"] if of_two else train_split(tmp_path, split, key)
-    torch.testing.assert_close(torch.tensor(result["steps"]), torch.tensor(whole[key]["steps"]), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(torch.tensor(result["eval"]), torch.tensor(whole[key]["eval"]), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize(("split", "key"), [*OF_ONE, *OF_TWO, *SLOW])
+def test_every_split_of_a_batch_trains_the_same(tmp_path, whole, by_two, split, key):
+    if split.count("x") == 2:
+        result = by_two(OF_TWO if (split, key) in OF_TWO else MORE_OF_TWO)[f"{split}-{key}"]
+    else:
+        result = train_split(tmp_path, split, key)
+    for name in ("steps", "eval"):
+        torch.testing.assert_close(torch.tensor(result[name]), torch.tensor(whole(key)[name]), atol=1e-5, rtol=1e-5)
 
 
 def test_a_detached_persona_changes_the_gradient_only(whole):
-    lora, detached = (torch.tensor(whole[key]["steps"]) for key in ("lora", "detached"))
+    lora, detached = (torch.tensor(whole(key)["steps"]) for key in ("lora", "detached"))
     torch.testing.assert_close(detached[0, 0], lora[0, 0], atol=1e-6, rtol=1e-6)  # the loss before any step
     assert ((detached - lora)[:, 1] / lora[:, 1]).abs().min() > 1e-3, "the gradient's norm differs"
 
@@ -377,4 +389,4 @@ def test_a_stream_of_nothing_or_without_an_end_is_not_evaluated(tmp_path, stream
 if __name__ == "__main__":  # one rank of by_two
     directory = Path(sys.argv[1])
     torch.set_num_threads(1)
-    finish_rank(directory, {"-".join(case): train_split(directory / "-".join(case), *case) for case in OF_TWO})
+    finish_rank(directory, {case: train_split(directory / case, *case.split("-")) for case in sys.argv[2:]})
