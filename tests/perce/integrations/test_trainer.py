@@ -101,8 +101,11 @@ def test_five_steps_are_those_of_the_formula(tmp_path, model, options):
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": BATCH}
 
 
-@pytest.mark.parametrize("kind", [OverOldTrainer, OverMeans])
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("llama", OverOldTrainer), ("mixtral", OverMeans)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", OverMeans), ("mixtral", OverOldTrainer))],
+)
 def test_the_mean_is_over_the_tokens_of_a_step_if_a_compute_loss_hands_on_no_count(tmp_path, kind, architecture):
     own, ours = (
         steps_of(trainer_for(tmp_path, model_for(architecture), kind=each, max_steps=2, **ACCUMULATED))

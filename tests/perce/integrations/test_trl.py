@@ -99,8 +99,11 @@ class OverMeans(PerceSFTTrainer):
     loss_is_scaled_for_ga = False  # so that the Trainer divides
 
 
-@pytest.mark.parametrize("kind", [HandsOnNothing, OverMeans])
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("llama", HandsOnNothing), ("mixtral", OverMeans)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", OverMeans), ("mixtral", HandsOnNothing))],
+)
 def test_the_mean_is_over_the_tokens_of_a_step_in_subclasses(tmp_path, architecture, kind):
     rows, found = rows_of("completion"), []
     for each in (PerceSFTTrainer, kind):
@@ -153,8 +156,14 @@ def test_five_steps_of_two_processes_are_those_of_the_formula(tmp_path):
     assert_same_steps(torch.load(tmp_path / "steps.pt"), plain_steps(model_for(), rows, "completion"))
 
 
-@pytest.mark.parametrize("kind", ["assistant", "completion"])
-@pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("llama", "assistant"), ("mixtral", "completion"), ("qwen3-moe", "assistant")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("llama", "completion"), ("mixtral", "assistant"), ("qwen3-moe", "completion"))
+    ],
+)
 def test_cross_entropy_is_trls_own(tmp_path, kind, architecture):
     """Its loss, gradients, load balancing and metrics, on rows whose prompts tell the persona already."""
     rows, name = rows_of(NAMES.get(kind, kind)), "messages" if kind == "assistant" else "prompt"
