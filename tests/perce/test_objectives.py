@@ -46,7 +46,7 @@ FORMULAS = {
     "random": (pir, dealt),
     "wordmatch": lambda logp, logp_cf, entropy, personal: 0.8 + 4.2 * personal,
 }
-FAST = ("perce", "ce", "longce")  # contrasted, not contrasted, of documents
+FAST = ("perce", "longce")  # of personas, of documents
 ALL = pytest.mark.parametrize("name", OBJECTIVES)
 MOST_SLOW = pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]

@@ -179,8 +179,17 @@ def stop_in_evaluation(patch, step):
     patch.setattr(PerceTrainer, "_prepare_inputs", stopping)
 
 
-@pytest.mark.parametrize("how", [{"eval_steps": 1}, {}, {"early_stopping": 1}], ids=["steps", "epochs", "stops early"])
-@pytest.mark.parametrize("step", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("step", "how"),
+    [
+        pytest.param(2, {"eval_steps": 1}, id="steps"),
+        pytest.param(2, {"early_stopping": 1}, id="stops early"),
+        pytest.param(2, {}, id="epochs", marks=pytest.mark.slow),
+        pytest.param(4, {"eval_steps": 1}, id="steps, later", marks=pytest.mark.slow),
+        pytest.param(4, {"early_stopping": 1}, id="stops early, later", marks=pytest.mark.slow),
+        pytest.param(4, {}, id="epochs, later", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_in_an_evaluation_changes_nothing_of_what_is_the_best(train, tmp_path, monkeypatch, how, step):
     flags = ["--load_best_model_at_end", "true"] if "early_stopping" not in how else []
     assert train(*flags, output_dir=tmp_path / "straight", **KEEPS | how)[0] == 0

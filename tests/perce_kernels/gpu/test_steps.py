@@ -190,17 +190,7 @@ def test_expanded_and_strided_inputs():
     assert_close(TRITON.call(everywhere), oracle(inputs))
 
 
-@pytest.fixture
-def quick_collections():
-    """Freezes existing objects, so that a garbage collection takes a millisecond, not a third of a second."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's products")
-@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize(
     ("source", "compact", "needed"),
     [("hidden_cf", True, (True, True, True)), ("hidden_cf", False, (False, True, False)),
