@@ -150,6 +150,7 @@ def train_a_rank(directory):
     end_rank()
 
 
+@pytest.mark.slow  # test_trainer.py has one of PerceMixin, which shares batches and counts
 def test_five_steps_of_two_processes_are_those_of_the_formula(tmp_path):
     run_ranks("tests.perce.integrations.test_trl", str(tmp_path))
     rows = rows_of("completion")
@@ -325,6 +326,7 @@ IMAGE = {"images": [[]], "prompt": SAID[:1], "completion": SAID[1:]}
         ([{"input_ids": [1, 2, 3]}], {"dataset_kwargs": {"skip_prepare_dataset": True}}, "labels: expected -101 at"),
         (None, {"objective": "longce"}, "objective: expected one for personas"),
         (None, {"objective": "random"}, "objective: expected one for personas"),
+        (None, {"objective": "wordmatch"}, "objective: expected one for personas"),
         (None, {"objective": "perse"}, "perse"),
         (None, {"clip_min": 3.0, "clip_max": 2.0}, "clip_min, clip_max"),
         (None, {"prompt": {"sytem": "x"}}, "prompt: expected keys among system"),
