@@ -24,11 +24,11 @@ class Theme(NamedTuple):
 
 THEMES = (
     Theme("", "#ffffff", "#1b1d21", "#5c636d",
-          ("#2458d3", "#5f6670", "#b3560b", "#1d7a52", "#7b46b0", "#b5322a", "#76592a", "#127a8a")),
+          ("#2458d3", "#5f6670", "#b3560b", "#1d7a52", "#7b46b0", "#b5322a", "#76592a", "#127a8a", "#8f2a6b")),
     Theme("_dark", "#0d1117", "#e6edf3", "#9aa4af",
-          ("#7aa7ff", "#b0b8c3", "#f0a35e", "#5fc796", "#c39bf0", "#f2877f", "#d0b27c", "#63c7d6")),
+          ("#7aa7ff", "#b0b8c3", "#f0a35e", "#5fc796", "#c39bf0", "#f2877f", "#d0b27c", "#63c7d6", "#e79ac9")),
 )  # fmt: skip
-MARKERS = ("D", "o", "s", "^", "p", "h", "8", "v")  # told apart without colours; as many as colours
+MARKERS = ("D", "o", "s", "^", "p", "h", "8", "v", "P")  # told apart without colours; as many as colours
 
 
 def write(draw: Callable[[Theme], "Figure"], path: Path) -> None:

@@ -230,8 +230,9 @@ def report(results: Results) -> Iterator[str]:
     yield f"{len(results.cells)} training runs and base models. Training: {options_text(config['train'])}."
     yield f"Evaluation: {sets}; {options_text(config['evaluate'])}."
     if len(rates := config["learning_rates"]) > 1:
-        yield "Learning rates are picked by validation loss with persona, on seed"
-        yield f"{config['seeds'][0]}, for CE and PerCE; {untuned} take PerCE's.\n"
+        first = config["seeds"][0]
+        yield f"Learning rates are picked by validation loss with persona, on seed {first}, for CE and"
+        yield f"PerCE; {untuned} take PerCE's.\n"
     else:
         yield f"The learning rate is {rates[0]:g}.\n"
     yield f"    python -m benchmarks.study --config benchmarks/studies/{config['name']}.yaml --data_root DIR"

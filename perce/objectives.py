@@ -183,7 +183,7 @@ def permuted(signal: Tensor, seed: int) -> Tensor:
 def _word_match(personal: Tensor) -> Tensor:
     import torch
 
-    return torch.where(personal, 5.0, 0.8)
+    return torch.full_like(personal, 0.8, dtype=torch.float32).masked_fill(personal, 5.0)
 
 
 def _preferred(logp: Tensor, logp_cf: Tensor) -> Tensor:
@@ -216,7 +216,8 @@ _ENTRIES = (
               PIR, clip=(0.8, 5.0), takes=(PERSONAS,), over_step=permuted),
     Objective("wordmatch", "WordMatch", "a control: 5 for words that the reply quotes from the persona, else 0.8",
               Signal("word match (5 or 0.8)", _word_match,
-                     "5 for a token of a word that is marked, or is in the persona but not in the request, else 0.8"),
+                     "5 for a token of a word that the data marks or, if it marks none, that is in the persona but not "
+                     "in the conversation; else 0.8"),
               clip=(0.8, 5.0), takes=(PERSONAS,)),
 )  # fmt: skip
 OBJECTIVES = {objective.name: objective for objective in _ENTRIES}

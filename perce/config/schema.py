@@ -281,6 +281,8 @@ class LossConfig(WeightingConfig):
         if self.entry.signal is None:
             beside = f"with --objective {self.objective}, whose weights are 1"
             refuse_idle(self, ("estimate", "clip_schedule", "normalize"), beside)
+        elif not self.weighting.of_model:
+            refuse_idle(self, ("estimate",), f"with --objective {self.objective}, whose weights ask no model")
 
     def at(self, progress: float) -> "LossConfig":
         """The loss at this point of the run, from 0 (its first step) to 1 (its last).

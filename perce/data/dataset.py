@@ -149,14 +149,16 @@ def _values(example: Record) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def pairs_digest(dataset: Any) -> str | None:
-    """Digest of the training pairs in order, the same on every machine. None for a stream, whose pairs are not known
-    beforehand."""
+def pairs_digest(dataset: Any, personal: bool = False) -> str | None:
+    """Digest of the training pairs in order, the same on every machine; of which tokens are personal, if weights depend
+    on it. None for a stream, whose pairs are not known beforehand."""
     if not isinstance(dataset, Dataset):
         return None
     digest = xxhash.xxh3_128(repr(numbers(dataset, "response_length").tolist()).encode())
     for column in pieces_of(dataset, "input_ids"):
         digest.update(repr(pyarrow.compute.list_value_length(column).to_pylist()).encode())
+        digest.update(pyarrow.compute.list_flatten(column).to_numpy(zero_copy_only=False))
+    for column in pieces_of(dataset, "personal") if personal else ():
         digest.update(pyarrow.compute.list_flatten(column).to_numpy(zero_copy_only=False))
     weights = numbers(dataset, "data_weight") if "data_weight" in dataset.column_names else np.ones(0)
     if (weights != 1).any():

@@ -198,7 +198,8 @@ def _step(model: Any, setup: Setup, shape: StepShape, live: Live) -> None:
             states = at_rows(shape.segments, shape.tokens)
         live.enter("head")
         backend = "reference" if setup.model.backend == "reference" else "torch"
-        call = HeadCall(rows, shape.objective.weighting(), hidden_cf, rows < 0, signal, num_items=1)
+        nothing = torch.zeros_like(rows, dtype=torch.bool)
+        call = HeadCall(rows, shape.objective.weighting(), hidden_cf, personal=nothing, signal=signal, num_items=1)
         loss = answer(call, states, lm_head=head.weight, bias=head.bias, backend=backend, **vars(transform)).loss
     del states, hidden_cf, call
     live.enter("last layer")

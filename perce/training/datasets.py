@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
-from perce.config.schema import MemoryConfig
+from perce.config.schema import LossConfig, MemoryConfig
 from perce.data.dataset import columns_of, listed, persona_lengths, pieces_of, rows_dataset_pairs, sequence_lengths
 from perce.data.documents import DocumentBuilder
 from perce.data.marked import ALL_WITHOUT
@@ -46,8 +46,8 @@ def checked_pairs(dataset: Any, name: str, tokenizer: Any, args: PerceArguments,
         dataset = listed(dataset)
     check_vocabulary(dataset, name, vocabulary)
     check_context(dataset, name, config, args.memory, args.data.max_length)
-    if name == "train_dataset" and args.loss.entry.counterfactual:
-        check_personas(dataset)
+    if name == "train_dataset":
+        check_personas(dataset, args.loss)
     return dataset
 
 
@@ -69,10 +69,18 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise UserError(f"{name}: expected at least one example, got an empty {type(dataset).__name__}.")
 
 
-def check_personas(dataset: Any) -> None:
-    """UserError for training pairs that all lack a persona, so that nothing is contrasted."""
-    if isinstance(dataset, Dataset) and "persona_span" in dataset.column_names and not persona_lengths(dataset).any():
+def check_personas(dataset: Any, loss: LossConfig) -> None:
+    """UserError for training pairs that all lack a persona or a personal token, if the weights come from it."""
+    columns = dataset.column_names if isinstance(dataset, Dataset) else ()
+    if loss.entry.counterfactual and "persona_span" in columns and not persona_lengths(dataset).any():
         raise UserError(ALL_WITHOUT)
+    if "personal" not in loss.weighting.needs or "personal" not in columns:
+        return
+    if not any(pyarrow.compute.any(pyarrow.compute.list_flatten(x)).as_py() for x in pieces_of(dataset, "personal")):
+        raise UserError(
+            f"train_dataset: no reply quotes its persona, so objective {loss.objective} weighs all tokens the same. "
+            "Give rows whose replies do, or mark their personal_spans; or train with objective ce."
+        )
 
 
 def check_vocabulary(dataset: Any, name: str, vocabulary: int) -> None:

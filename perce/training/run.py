@@ -91,7 +91,8 @@ def check_and_begin(prepared: Prepared, claim: Claim) -> None:
     with options_that_fail_late((Exception,)):
         steps_an_epoch, steps = try_options(trainer)
     facts = {
-        "training_pairs": pairs_digest(pairs.train), "validation_pairs": pairs_digest(pairs.validation),
+        "training_pairs": pairs_digest(pairs.train, personal="personal" in config.loss.weighting.needs),
+        "validation_pairs": pairs_digest(pairs.validation),
         "step": step_of_run(trainer.args, trainer.sharing),
         "steps_an_epoch": None if config.data.streaming else steps_an_epoch,
     }  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import study_pictures, study_report, study_results
 from benchmarks.pictures import THEMES
+from perce.objectives import OBJECTIVES
 from tests.helpers import ROOT
 
 COMMITTED = ROOT / "benchmarks" / "results" / "study_cpu.json"
@@ -68,6 +69,13 @@ def test_the_trade_names_units_methods_seeds_and_sizes(results, theme):
         assert words(axes).count("0") == words(axes).count("1") == 4
         assert size in axes.get_title(loc="left") and "learning rate 0.0004" in axes.get_title(loc="left")
         assert len({tuple(map(tuple, dots.get_paths()[0].vertices)) for dots in axes.collections}) == 4, "markers"
+
+
+@pytest.mark.parametrize("theme", THEMES, ids=lambda theme: theme.suffix or "light")
+def test_every_objective_has_a_look_of_its_own(theme):
+    looks = [study_pictures.look(name, theme) for name in OBJECTIVES]
+    for part in ("color", "marker"):
+        assert len({look[part] for look in looks}) == len(OBJECTIVES)
 
 
 def test_a_cross_spans_the_interval_of_the_difference_from_ce(results):

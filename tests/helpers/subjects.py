@@ -98,8 +98,8 @@ TRITON = SUBJECTS["triton"]
 
 
 def of_each(names: str, *cases: str | tuple, slow: Iterable[tuple] = ()):
-    """Parametrises `subject` and the comma-separated `names` by cases (subject, value, …), and by slow ones that differ
-    from the others only in their combination.
+    """Parametrises `subject` and the comma-separated `names` by cases (subject, value, …), and by slow ones whose
+    values are covered elsewhere.
 
     of_each("torch", "triton") has only subjects.
     """

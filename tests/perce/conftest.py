@@ -27,7 +27,7 @@ def quick_runs(request, kept, monkeypatch):
         return  # tests that never train need not import what trains
     from perce.planning.memory import peak_memory
 
-    picture, plans = kept
+    picture, plans = kept  # whichever test plans first decides for all: a test of a plan's numbers is `whole`
 
     def once(*args):
         if not plans:

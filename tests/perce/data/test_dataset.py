@@ -263,3 +263,11 @@ def test_other_weights_of_the_data_are_other_training_data():
     without = [{name: value for name, value in pair.items() if name != "data_weight"} for pair in pairs]
     digests = [dataset.pairs_digest(datasets.Dataset.from_list(rows)) for rows in (plain, without, heavy)]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_which_tokens_are_personal_is_training_data_if_weights_depend_on_it():
+    pair = vars(builder().build(example()))
+    rows = ([{**pair, "personal": [flag] * pair["response_length"]}] for flag in (False, True))
+    plain, other = map(datasets.Dataset.from_list, rows)
+    assert dataset.pairs_digest(plain) == dataset.pairs_digest(other)
+    assert dataset.pairs_digest(plain, personal=True) != dataset.pairs_digest(other, personal=True)

@@ -281,7 +281,7 @@ def test_flash_attention_is_given_no_mask(architecture, monkeypatch):
     assert largest_difference(step(model, pairs, "branches"), separate) < 1e-9
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # flex attention is compiled, which takes ten seconds; test_probe.py has it with packing
 @torch.no_grad()
 def test_flex_attention_has_a_block_mask_a_segment():
     """Forward only, because flex attention has no backward on a CPU."""

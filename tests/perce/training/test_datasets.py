@@ -155,3 +155,15 @@ def test_training_rows_that_all_lack_a_persona_are_refused(tmp_path):
     for pairs, loss in ((none, LossConfig(objective="ce")), ([PAIRS[3], *none], LossConfig())):
         trainer = trainer_for(model_for("full"), arguments(tmp_path, loss=loss), pairs=pairs, eval_dataset=none)
         assert trainer.evaluate()["eval_pir_mean"] == pytest.approx(0, abs=1e-5)
+
+
+def test_training_rows_of_which_none_quotes_its_persona_are_refused_if_weights_come_from_that(tmp_path):
+    plain = [{**pair, "personal": [False] * pair["response_length"]} for pair in PAIRS[:3]]
+    quoting = [*plain[:2], {**plain[2], "personal": [True] * plain[2]["response_length"]}]
+    loss = LossConfig(objective="wordmatch")
+    with pytest.raises(
+        UserError, match="no reply quotes its persona, so objective wordmatch weighs all tokens the same"
+    ):
+        trainer_for(model_for("full"), arguments(tmp_path, loss=loss), pairs=plain)
+    trainer_for(model_for("full"), arguments(tmp_path, loss=loss), pairs=quoting)
+    trainer_for(model_for("full"), arguments(tmp_path), pairs=plain)

@@ -80,7 +80,7 @@ def test_what_the_step_runs_is_planned(setting):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_objective_of_the_run_is_planned(setting, name):
     for estimate, computed in (("online", name), ("frozen", "ce")):
-        if estimate == "online" or OBJECTIVES[name].signal:
+        if estimate == "online" or OBJECTIVES[name].weighting().of_model:
             config, args, model, pairs = setting(loss=LossConfig(name, estimate=estimate))
             assert largest_step(config, args, pairs)[0].computed is OBJECTIVES[computed]
             assert check_fits(config, args, model, pairs) is None

@@ -201,28 +201,36 @@ def whole(tmp_path_factory):
 
 
 # Every split and every kind of run once; with `make slow` each kind of run in one process and in two.
-OF_ONE = [("4x2", "full"), ("1x8", "full"), ("2x4", "ce"), ("2x4", "detached"), ("2x4", "random")]
-OF_TWO = [("4x1x2", "full"), ("1x4x2", "lora"), *(("2x2x2", key) for key in ("sequence", "batch", "weighted"))]
-MORE_OF_ONE = [("2x4", key) for key in ("full", "lora", "batch", "weighted")]
-MORE_OF_TWO = [("1x4x2", "full"), *(("2x2x2", key) for key in ("full", "lora", "ce", "random", "detached"))]
+OF_ONE = [("4x2", "full"), ("1x8", "full"), ("2x4", "ce"), ("2x4", "detached")]
+OF_TWO = [
+    ("4x1x2", "full"),
+    ("1x4x2", "lora"),
+    *(("2x2x2", key) for key in ("sequence", "batch", "weighted", "random")),
+]
+MORE_OF_ONE = [("2x4", key) for key in ("full", "lora", "sequence", "batch", "weighted", "random")]
+MORE_OF_TWO = [("1x4x2", "full"), *(("2x2x2", key) for key in ("full", "lora", "ce", "detached"))]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_OF_ONE + MORE_OF_TWO]
 
 
+def by_two(directory, cases):
+    """Results of cases that run one after the other in the same two processes."""
+    return result_of_ranks("tests.perce.training.test_trainer", 2, directory, *map("-".join, cases))
+
+
 @pytest.fixture(scope="module")
-def by_two(tmp_path_factory):
-    """Results by a list of cases, which run one after the other in the same two processes."""
+def of_two(tmp_path_factory):
+    return by_two(tmp_path_factory.mktemp("two"), OF_TWO)
 
-    @functools.cache
-    def results(*cases):
-        return result_of_ranks("tests.perce.training.test_trainer", 2, tmp_path_factory.mktemp("two"), *cases)
 
-    return lambda cases: results(*map("-".join, cases))
+@pytest.fixture(scope="module")
+def more_of_two(tmp_path_factory):
+    return by_two(tmp_path_factory.mktemp("two"), MORE_OF_TWO)
 
 
 @pytest.mark.parametrize(("split", "key"), [*OF_ONE, *OF_TWO, *SLOW])
-def test_every_split_of_a_batch_trains_the_same(tmp_path, whole, by_two, split, key):
+def test_every_split_of_a_batch_trains_the_same(request, tmp_path, whole, split, key):
     if split.count("x") == 2:
-        result = by_two(OF_TWO if (split, key) in OF_TWO else MORE_OF_TWO)[f"{split}-{key}"]
+        result = request.getfixturevalue("of_two" if (split, key) in OF_TWO else "more_of_two")[f"{split}-{key}"]
     else:
         result = train_split(tmp_path, split, key)
     for name in ("steps", "eval"):
