@@ -514,9 +514,8 @@ def test_rows_without_a_persona_have_losses_and_replies_and_use_none(run, tmp_pa
     names = ("loss_with_persona", "loss_swapped_persona", "loss_of_nobody", "uses_another")
     assert {found[name] for name in names} == {3}
     assert found["rougeL"] == 6
-    for row in rows:
-        row["persona"] = []
-    out = run("--data", write_jsonl(tmp_path / "none.jsonl", rows)).out
+    nobody = [{**row, "persona": []} for row in rows]
+    out = run("--data", write_jsonl(tmp_path / "none.jsonl", nobody)).out
     assert "6 of 6 examples have no persona" in " ".join(out.split()) and "replies that use the persona" not in out
 
 
