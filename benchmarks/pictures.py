@@ -125,6 +125,7 @@ def label_nearby(
     for text, colour, points in labels:
         wide, high = 7.2 * len(text), 11.0
         sides = [(9 + wide / 2, 0), (-9 - wide / 2, 0), (0, 14), (0, -14), (wide / 2, 14), (wide / 2, -14)]
+        sides += [(x * (wide / 2 + 4), y) for x in (1, -1) for y in (13, -13)]  # between the lines of a cross
         candidates = []
         for point in points:
             for right, up in sides:

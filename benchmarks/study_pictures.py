@@ -54,7 +54,8 @@ def draw_trade(results: Results, theme: Theme) -> "Figure":
         better(ax, (0.17, 0.13), (0.03, 0.03), theme)
         drawn.append((ax, seeds, crosses))
     figure.supxlabel(
-        "A digit is a seed. Crosses: 95 % interval, over users, of the difference from CE (mean over seeds).",
+        f"A digit is a seed. Crosses: 95 % interval, over users,{chr(10) if len(sets) == 1 else ' '}"
+        "of the difference from CE (mean over seeds).",
         fontsize=9, color=theme.faint,
     )  # fmt: skip
     for ax, seeds, crosses in drawn:

@@ -241,7 +241,8 @@ def report(results: Results) -> Iterator[str]:
     parts |= {"Transfer": transfer} if len(config["data"]) > 1 else {}
     parts |= {"Learning rates": of_rates} if len(rates) > 1 else {}
     parts |= {"Clips, normalisations, schedules": variants} if config.get("variants") else {}
-    for title, part in (parts | {"Speed": speed}).items():
+    parts |= {"Speed": speed} if config.get("timed", True) else {}
+    for title, part in parts.items():
         yield f"\n### {title}\n" if part is not comparison else ""
         yield from part(results)
 

@@ -9,20 +9,30 @@ from benchmarks.pictures import THEMES
 from perce.objectives import OBJECTIVES
 from tests.helpers import ROOT
 
-COMMITTED = ROOT / "benchmarks" / "results" / "study_cpu.json"
+COMMITTED = [ROOT / "benchmarks" / "results" / f"study_{name}.json" for name in ("cpu", "control")]
 
 
 @pytest.fixture(scope="module")
 def results():
-    return study_results.Results(COMMITTED)
+    return study_results.Results(COMMITTED[0])
 
 
 def test_the_committed_page_is_what_its_command_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(study_report, "DOCS", tmp_path)
-    monkeypatch.setattr("sys.argv", ["study_report", str(COMMITTED)])
+    monkeypatch.setattr("sys.argv", ["study_report", *map(str, COMMITTED)])
     study_report.main()
     written = (tmp_path / "reference" / "study.md").read_text(encoding="utf-8")
     assert written == (ROOT / "docs" / "reference" / "study.md").read_text(encoding="utf-8")
+
+
+def test_a_study_has_the_parts_that_it_ran():
+    cpu, control = (
+        {line for line in study_report.report(study_results.Results(path)) if "###" in line} for path in COMMITTED
+    )
+    shared = {"\n### personachat-convai2\n", "\n### Personal against other tokens\n"}
+    assert control == shared and len(cpu - control) == 5
+    lines = "\n".join(study_report.report(study_results.Results(COMMITTED[1])))
+    assert "The learning rate is 0.0004." in lines and "| **PerCE** minus WordMatch |" in lines
 
 
 def test_the_numbers_of_the_results_page_are_those_of_the_tables():
