@@ -53,11 +53,8 @@ def draw_trade(results: Results, theme: Theme) -> "Figure":
         title(ax, data, size_of(results, data), theme)
         better(ax, (0.17, 0.13), (0.03, 0.03), theme)
         drawn.append((ax, seeds, crosses))
-    figure.supxlabel(
-        f"A digit is a seed. Crosses: 95 % interval, over users,{chr(10) if len(sets) == 1 else ' '}"
-        "of the difference from CE (mean over seeds).",
-        fontsize=9, color=theme.faint,
-    )  # fmt: skip
+    words = ("A digit is a seed. Crosses: 95 % interval, over users,", "of the difference from CE (mean over seeds).")
+    figure.supxlabel(("\n" if len(sets) == 1 else " ").join(words), fontsize=9, color=theme.faint)
     for ax, seeds, crosses in drawn:
         labels = [(NAMES[x].strip("*"), look(x, theme)["color"], list(seeds[x].values())) for x in seeds if seeds[x]]
         label_nearby(ax, labels, [line for lines in crosses.values() for line in lines])

@@ -341,24 +341,16 @@ COMPILED = {
     "grad": lambda run, x, compiled: compiled(func.grad(run))(x),
     "vmap": lambda run, x, compiled: compiled(torch.vmap(run))(torch.stack([x, x])),
 }
-
-
 OURS, TORCHS = "not supported by the fused op; use backend='reference'", "torch.compile does not support input tensors"
 REFUSED_BY_TORCH = torch.__version__ >= torch.torch_version.TorchVersion("2.15")
 """Whether torch.compile with fullgraph refuses every tangent, whoever would compute it."""
+QUICK = {("mean", "a tangent"), ("none", "jvp"), ("logprobs", "grad"), ("mean", "vmap")}
 
 
-@pytest.mark.parametrize(
-    ("name", "asked"),
-    [
-        ("mean", "a tangent"), ("none", "jvp"), ("logprobs", "grad"), ("mean", "vmap"),
-        *(
-            pytest.param(name, asked, marks=pytest.mark.slow)
-            for name in ("mean", "none", "logprobs") for asked in COMPILED
-            if (name, asked) not in {("mean", "a tangent"), ("none", "jvp"), ("logprobs", "grad"), ("mean", "vmap")}
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name, asked", [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(("mean", "none", "logprobs"), COMPILED)
+])  # fmt: skip
 def test_compiled_too(name, asked):
     inputs = reference_inputs()
     ask, x = COMPILED[asked], inputs.hidden
