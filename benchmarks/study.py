@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = (
     "key", "user_id", "source", "tokens", "personal_tokens", "loss", "loss_without", "loss_personal", "loss_other",
-    "loss_swapped", "rouge1", "rougeL", "meteor", "meteor_exact_stem", "uses_persona", "reference_uses_persona",
+    "loss_swapped", "loss_other_swapped", "rouge1", "rougeL", "meteor", "meteor_exact_stem", "uses_persona",
+    "reference_uses_persona",
 )  # fmt: skip
 """The fields of an evaluated example that are kept: all but the texts, which belong to the data."""
 

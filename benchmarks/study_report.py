@@ -21,6 +21,7 @@ from benchmarks.study_results import (
     by_pairs_of_seeds,
     columns,
     difference,
+    measured,
     options_text,
     scaled,
     searched,
@@ -77,7 +78,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
 def comparison(results: Results) -> Iterator[str]:
     for data in results.config["data"]:
         yield f"\n### {data}\n"
-        rows, missing = [], []
+        rows, missing, shown = [], [], measured(results, data)
         for objective in results.objectives:
             cells = results.main(data, objective)
             if not any(data in cell["evaluations"] for cell in cells):
@@ -86,13 +87,13 @@ def comparison(results: Results) -> Iterator[str]:
             rate = results.best_rate(data, objective)
             about = "" if objective == "base" else f", {rate:g}" if rate else ""
             runs = "" if objective == "base" else f" × {len(cells)}"
-            rows.append([NAMES[objective] + about + runs, *(cell_text(cells, data, column) for column in COLUMNS)])
+            rows.append([NAMES[objective] + about + runs, *(cell_text(cells, data, column) for column in shown)])
         yield from evaluated_on(results, data)
-        yield from table(["objective, learning rate × seeds", *COLUMNS], rows)
+        yield from table(["objective, learning rate × seeds", *shown], rows)
         if missing:
             yield f"\nNot run yet: {', '.join(missing)}."
         yield ""
-        yield from table(["paired over users", *COLUMNS], differences(results, data))
+        yield from table(["paired over users", *shown], differences(results, data, shown))
 
 
 def evaluated_on(results: Results, data: str) -> Iterator[str]:
@@ -106,15 +107,15 @@ def evaluated_on(results: Results, data: str) -> Iterator[str]:
         yield f"users' own replies use the persona in {100 * mean(own):.0f} %. Only the first seed generated replies.\n"
 
 
-def differences(results: Results, data: str) -> Iterator[list[str]]:
+def differences(results: Results, data: str, shown: Sequence[str]) -> Iterator[list[str]]:
     """Each objective against CE, and PerCE against each control, on the same examples."""
     ce = results.main(data, "ce")
     for objective in results.objectives:
-        texts = difference_texts(results.main(data, objective), ce, data, list(COLUMNS))
+        texts = difference_texts(results.main(data, objective), ce, data, shown)
         if objective not in ("base", "ce") and {*texts} != {NOT_MEASURED}:
             yield [f"{NAMES[objective]} minus CE", *texts]
     for control in CONTROLS:
-        texts = difference_texts(results.main(data, "perce"), results.main(data, control), data, list(COLUMNS))
+        texts = difference_texts(results.main(data, "perce"), results.main(data, control), data, shown)
         if {*texts} != {NOT_MEASURED}:
             yield [f"{NAMES['perce']} minus {NAMES[control]}", *texts]
 

@@ -16,6 +16,7 @@ COLUMNS = {
     "loss on personal tokens": ("loss_personal_tokens", 3, 1),
     "loss on other tokens": ("loss_other_tokens", 3, 1),
     "rise with another user's persona": ("swap_cost", 3, 1),
+    "the same, on other tokens": ("swap_cost_other", 3, 1),
     "replies that use the persona, %": ("uses_persona", 1, 100),
     "ROUGE-L": ("rougeL", 3, 1),
     "METEOR": ("meteor", 3, 1),
@@ -36,6 +37,12 @@ def value_and_weight(record: Mapping[str, Any], value: str, weight: str) -> tupl
 def has(evaluation: Mapping[str, Any], value: str) -> bool:
     """Whether it was measured: replies are written on the first seed only."""
     return any(value_and_weight(record, value, "") is not None for record in evaluation["records"])
+
+
+def measured(results: "Results", data: str) -> list[str]:
+    """The columns that any cell has a number for on this set."""
+    found = [cell["evaluations"][data] for cell in results.cells if data in cell["evaluations"]]
+    return [x for x, (name, *_) in COLUMNS.items() if any(has(each, all_metrics()[name].value) for each in found)]
 
 
 def columns(cells: Sequence[Cell], data: str, metric: Metric) -> tuple[list, list, list] | None:

@@ -52,7 +52,7 @@ from perce.objectives import OBJECTIVES
 PERCE = OBJECTIVES["perce"].weighting()
 OF_TOKENS = (
     "tokens", "personal_tokens", "personal_mask", "loss", "loss_without", "loss_personal", "loss_other", "loss_swapped",
-    "loss_of_nobody",
+    "loss_other_swapped", "loss_of_nobody",
 )  # fmt: skip
 CHANCE = 0.25  # share of the personal tokens from which on a note says what they are instead
 KEPT = 4  # this many tokens with only keys and values count as one computed token, which takes far more memory
@@ -279,21 +279,23 @@ class Evaluator:
             if not item.pair.passages:
                 sums[item.index] = dict.fromkeys(OF_TOKENS) | {"tokens": len(loss), "loss_of_nobody": loss.sum().item()}
                 continue
+            others = None if item.swapped is None else next(swapped)
             values = (
                 len(loss), int(personal.sum()), hashlib.sha256(bytes(personal.tolist())).hexdigest()[:12],
                 loss.sum().item(), -tokens.logp_cf.sum().item(),
                 loss[personal].sum().item(), loss[~personal].sum().item(),
-                None if item.swapped is None else next(swapped), None,
+                *((None, None) if others is None else (others.sum().item(), others[~personal].sum().item())), None,
             )  # fmt: skip
             sums[item.index] = dict(zip(OF_TOKENS, values, strict=True))
         return sums
 
-    def _swapped_losses(self, pairs: Sequence[Pair]) -> list[float]:
+    def _swapped_losses(self, pairs: Sequence[Pair]) -> list[torch.Tensor]:
+        """(n,) losses of each pair's response tokens."""
         if not pairs:
             return []
         batch = collated(pairs, self.sharing, self._pad, self.device)
         logp = measured(self.model, batch, OBJECTIVES["ce"].weighting(), counterfactual=False).logp
-        return [-x.sum().item() for x in per_example(batch, logp)[0]]
+        return [-x for x in per_example(batch, logp)[0]]
 
     @torch.no_grad()
     def replies(self, items: Sequence[Item]) -> list[Written]:

@@ -41,6 +41,7 @@ _BUILT_IN = {
     "loss_without_persona": Metric("loss without persona", "loss_without", "tokens", "–", _LOSS),
     "loss_swapped_persona": Metric("loss with another's persona", "loss_swapped", "tokens", "–", _LOSS),
     "swap_cost": Metric("cost of another's persona", "swap_cost", "tokens"),
+    "swap_cost_other": Metric("cost of another's, other tokens", "swap_cost_other", "other_tokens"),
     "loss_of_nobody": Metric("loss of rows without a persona", "loss_of_nobody", "tokens", "↓", _LOSS),
     "uses_persona": Metric("replies that use the persona", "uses_persona", bounds=SHARE, share=True),
     "uses_another": Metric("replies that use another's", "uses_another", better="–", bounds=SHARE, share=True),
@@ -50,6 +51,8 @@ _BUILT_IN = {
     "reply_words": Metric("words per reply", "reply_words", better="–", bounds=(0, math.inf)),
     "reference_words": Metric("words per reference", "reference_words", better="–", bounds=(0, math.inf)),
 }
+SWAPPED = {"swap_cost": ("loss_swapped", "loss"), "swap_cost_other": ("loss_other_swapped", "loss_other")}
+"""A computed field: the loss with another user's persona and the one with the own, which it is the difference of."""
 OF_REFERENCES = ("reference_uses_persona", "reference_words")  # alike for every model
 _OF_PERSONAL = "personal_mask", "other personal tokens"
 COMPARABLE = {
@@ -59,7 +62,7 @@ COMPARABLE = {
 """By a metric's weight: the field that an example must have alike in two results, and what it has otherwise."""
 BY_TURN = ("loss_with_persona", "loss_without_persona", "uses_persona", "reference_uses_persona")
 TURNS = 10  # turns of a conversation that the table and the JSON have
-RESULT, FORM = "perce.evaluate", 4  # kind and version of a result: raise FORM when a field or a metric changes
+RESULT, FORM = "perce.evaluate", 5  # kind and version of a result: raise FORM when a field or a metric changes
 
 
 def all_metrics() -> dict[str, Metric]:
@@ -71,8 +74,9 @@ def field_of(record: Mapping[str, Any], name: str) -> Any:
     """A field of a record, or what is computed from its fields; None if it was not measured."""
     if name == "other_tokens":
         return record["tokens"] - record["personal_tokens"]
-    if name == "swap_cost":
-        return None if record.get("loss_swapped") is None else record["loss_swapped"] - record["loss"]
+    if name in SWAPPED:
+        swapped, own = SWAPPED[name]
+        return None if record.get(swapped) is None else record[swapped] - record[own]
     return record.get(name)
 
 

@@ -10,7 +10,7 @@ def records(users=12, shift=0.0, named=True, turns=1):
         names = ("uses_persona", "uses_another", "reference_uses_persona", "reply_words", "reference_words")
         scores = dict.fromkeys((*names, "rouge1", "rougeL", METEOR), 0.1 + shift / 9)
         losses = {"loss": 30.0, "loss_without": 36.0, "loss_swapped": 33.0, "loss_personal": 9.0, "loss_other": 21.0}
-        losses |= {"loss_of_nobody": 30.0}
+        losses |= {"loss_of_nobody": 30.0, "loss_other_swapped": 22.0}
         made.append(
             {"example": number, "key": str(number), "source": f"rows.jsonl:{number // 2}", "tokens": 10,
              "turn": 1 + number % turns,

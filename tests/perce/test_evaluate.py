@@ -58,7 +58,8 @@ def test_losses_under_the_three_prompts_equal_full_logits(run, model, tmp_path):
         logits = stock(input_ids=torch.tensor([ids])).logits[0, -n - 1 : -1].log_softmax(-1)
         return logits.gather(1, torch.tensor(ids[-n:])[:, None])[:, 0].detach()
 
-    sums = dict.fromkeys(("loss", "loss_without", "loss_swapped", "loss_personal", "loss_other"), 0.0)
+    names = "loss", "loss_without", "loss_swapped", "loss_personal", "loss_other", "loss_other_swapped"
+    sums = dict.fromkeys(names, 0.0)
     counts = {"tokens": 0, "personal": 0}
     for example, partner in zip(examples, partners, strict=True):
         pair = builder.build(example)
@@ -72,7 +73,9 @@ def test_losses_under_the_three_prompts_equal_full_logits(run, model, tmp_path):
         sums["loss_personal"] -= ours[personal].sum()
         sums["loss_other"] -= ours[~personal].sum()
         sums["loss_without"] -= logp(pair.counterfactual_ids(), n).sum()
-        sums["loss_swapped"] -= logp(other.input_ids, n).sum()
+        theirs = logp(other.input_ids, n)
+        sums["loss_swapped"] -= theirs.sum()
+        sums["loss_other_swapped"] -= theirs[~personal].sum()
         counts["tokens"] += n
         counts["personal"] += int(personal.sum())
     others = counts["tokens"] - counts["personal"]
@@ -82,6 +85,7 @@ def test_losses_under_the_three_prompts_equal_full_logits(run, model, tmp_path):
         "loss_swapped_persona": sums["loss_swapped"] / counts["tokens"],
         "loss_personal_tokens": sums["loss_personal"] / counts["personal"],
         "swap_cost": (sums["loss_swapped"] - sums["loss"]) / counts["tokens"],
+        "swap_cost_other": (sums["loss_other_swapped"] - sums["loss_other"]) / others,
     }  # fmt: skip
     for name, value in expected.items():
         metric = content["metrics"][name]
