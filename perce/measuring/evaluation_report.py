@@ -41,7 +41,7 @@ _BUILT_IN = {
     "loss_without_persona": Metric("loss without persona", "loss_without", "tokens", "–", _LOSS),
     "loss_swapped_persona": Metric("loss with another's persona", "loss_swapped", "tokens", "–", _LOSS),
     "swap_cost": Metric("cost of another's persona", "swap_cost", "tokens"),
-    "swap_cost_other": Metric("cost of another's, other tokens", "swap_cost_other", "other_tokens"),
+    "swap_cost_other": Metric("another's cost, other tokens", "swap_cost_other", "other_tokens"),
     "loss_of_nobody": Metric("loss of rows without a persona", "loss_of_nobody", "tokens", "↓", _LOSS),
     "uses_persona": Metric("replies that use the persona", "uses_persona", bounds=SHARE, share=True),
     "uses_another": Metric("replies that use another's", "uses_another", better="–", bounds=SHARE, share=True),

@@ -31,7 +31,7 @@ def test_each_number_says_which_way_is_better(printed):
     words = (
         "↓ loss on personal tokens", "↓ loss on other tokens", "↓ loss with persona", "– loss without persona",
         "– loss with another's persona", "↑ replies that use", "– references that use", "↑ ROUGE-1",
-        "↑ METEOR, exact and stem only", "↑ cost of another's persona", "↑ cost of another's, other tokens",
+        "↑ METEOR, exact and stem only", "↑ cost of another's persona", "↑ another's cost, other tokens",
     )  # fmt: skip
     assert all(each in out for each in words)
     assert "↓ lower is better" in out and "↑ higher" in out and "bootstrap" in out and "permutation" not in out
