@@ -119,6 +119,7 @@ ABOUT_SEVERAL = {
     "perce/training/test_ranks.py": "several processes",
     "perce_kernels/gpu/test_aot.py": "all kernels, compiled without a GPU",
     "perce_kernels/gpu/test_device.py": "all kernels on a GPU, at real sizes",
+    "perce_kernels/gpu/test_memory.py": "all kernels in the interpreter: bounds and races",
     "perce_kernels/gpu/test_promises.py": "all kernels on a GPU: memory, syncs, graphs",
     "benchmarks/gpu/test_stages.py": "parts, the suite and the order of the stages",
 }

@@ -1,8 +1,23 @@
-"""The subject of a contract test, and block and chunk sizes of a few rows."""
+"""The subject of a contract test, block and chunk sizes of a few rows, and the check of what kernels access."""
+
+import os
 
 import pytest
 
+from perce_kernels.backends import TRITON_FOUND
+from tests.helpers.memory_check import checked_memory
 from tests.helpers.subjects import SUBJECTS, WAYS
+
+
+@pytest.fixture
+def memory_is_checked():
+    """No kernel that a test runs in Triton's interpreter accesses memory out of bounds or in a race."""
+    if not TRITON_FOUND or os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    with checked_memory() as check:
+        yield
+    assert not check.problems, check.problems[:3]
 
 
 @pytest.fixture(scope="module")

@@ -237,11 +237,6 @@ def test_problems_of_our_kernels_are_told_from_those_of_cublas():
     assert sanitizer.problems(f"27 calls\n{RULE}ERROR SUMMARY: 0 errors\n") == {"problems": 0, "first": None}
 
 
-@on_cpu
-def test_the_calls_that_are_checked_run():
-    assert sanitizer.calls("cpu") == 3 * 7
-
-
 def test_a_sanitizer_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(sanitizer.shutil, "which", lambda _: "/nowhere/compute-sanitizer")
     assert "not installed" in lines_of(sanitizer.stage, "memcheck")["all kernels"]["reason"]

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from perce_kernels import reference
 from perce_kernels.gpu import blocked, combine, cut
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "memory_is_checked")
 COLUMNS = 8
 
 

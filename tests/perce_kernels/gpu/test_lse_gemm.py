@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from perce_kernels import reference
 from perce_kernels.gpu import lse_gemm, tiles
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "memory_is_checked")
 TILE = tiles.Tile(16, 32, 16, 4, 1)  # several row tiles, column tiles and steps in D, none of them full
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=["fp32", "bf16", "fp16"])

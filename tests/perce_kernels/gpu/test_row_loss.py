@@ -13,7 +13,7 @@ import triton.language as tl
 from perce_kernels import reference
 from perce_kernels.gpu import row_loss
 
-pytestmark = pytest.mark.usefixtures("interpreter_rounds")
+pytestmark = pytest.mark.usefixtures("interpreter_rounds", "memory_is_checked")
 IGNORE = -100
 NAN = float("nan")
 

@@ -9,7 +9,7 @@ from perce_kernels.gpu import driver
 from perce_kernels.gpu.scale import BLOCK
 from tests.helpers.device import DEVICE
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "memory_is_checked")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -13,7 +13,7 @@ from perce_kernels import reference
 from perce_kernels.gpu import lse_gemm, stored_rows, tiles
 
 D, V = TRITON.d, TRITON.v
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter_rounds", "memory_is_checked")
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 ARCHITECTURE = tiles.architecture(DEVICE)
 TILE = tiles.find("store_gemm", ARCHITECTURE, torch.bfloat16)
