@@ -164,6 +164,7 @@ def test_every_command_takes_finite_numbers_alone(command, capsys):
     [
         ("seed: 1\nlearning_rate: 1e-4\nseed: 2\n", ["line 3", "'seed' is there twice"]),
         ("prompt:\n  header: a\n  header: b\n", ["line 3", "'header' is there twice"]),
+        ("learning-rate: 1e-4\nlearning_rate: 1e-5\n", ["learning_rate is there twice"]),
         ("seed: " + "1" * 5000, ["cannot be read"]),
         ("data: " + "[" * 5000, ["cannot be read"]),
         ("data: 2026-99-99", ["cannot be read"]),
