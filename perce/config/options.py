@@ -138,7 +138,7 @@ class Command(Generic[Chosen]):
         file = read_yaml(config_file) if config_file else {}
         if self.passes_over:
             hints = self.types
-            file = {self.renames.get(name, name): value for name, value in file.items()}
+            file = _by_new_names(file, lambda name: self.renames.get(name, name), str(config_file))
             # For an option that the other command may leave open (null) and this one may not, the default here holds.
             file = {k: v for k, v in file.items() if v is not None or k not in hints or _is_optional(hints[k])}
         unused = [name for name in file if name not in self.fields and self.passes_over and self.passes_over(name)]
@@ -291,7 +291,16 @@ def read_yaml(path: str, option: str = "--config") -> dict[str, Any]:
         words = {type(None): "none", list: "a list", str: "a text", dict: "a name that is no text"}
         got = words.get(type(content), type(content).__name__)
         raise UserError(f"{option} {path}: expected `name: value` lines, got {got}.")
-    return {name.replace("-", "_"): value for name, value in content.items()}
+    return _by_new_names(content, lambda name: name.replace("-", "_"), f"{option} {path}")
+
+
+def _by_new_names(values: Mapping[str, Any], new: Callable[[str], str], where: str) -> dict[str, Any]:
+    """The values by their names here. UserError for two of them with one name: the order would decide."""
+    renamed = {new(name): value for name, value in values.items()}
+    if len(renamed) < len(values):
+        names = [new(name) for name in values]
+        raise UserError(f"{where}: {next(x for x in names if names.count(x) > 1)} is there twice, in two spellings.")
+    return renamed
 
 
 @functools.cache

@@ -179,6 +179,12 @@ def test_yaml_that_has_two_meanings_or_none(tmp_path, content, fragments):
     assert len(str(caught.value)) < 500
 
 
+def test_a_recipe_that_names_an_option_of_plan_twice(tmp_path):
+    (tmp_path / "c.yaml").write_text("max_length: 6000\ncontext: 5000\n")
+    with pytest.raises(UserError, match=r"c\.yaml: context is there twice, in two spellings"):
+        PLAN.parse(["--config", str(tmp_path / "c.yaml")])
+
+
 @pytest.mark.parametrize("value", ["1" * 5000, '{"a": ' * 5000, '{"a": 1, "a": 2}'])
 @pytest.mark.parametrize("option", ["chat_template_kwargs", "prompt"])
 def test_json_that_has_two_meanings_or_none(option, value):
