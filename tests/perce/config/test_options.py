@@ -125,6 +125,22 @@ def test_a_directory_whose_name_yaml_reads_as_a_number(tmp_path, monkeypatch):
     assert SCORE.build(SCORE.parse(["--config", "c.yaml"]).raw).model.model == "12"
 
 
+@pytest.mark.parametrize(("value", "text"), [("true", "True"), ("2024-01-31", "2024-01-31"), ("{a: b}", '{"a": "b"}')])
+def test_a_path_that_yaml_reads_as_something_else_is_a_text(tmp_path, value, text):
+    (tmp_path / "c.yaml").write_text(f"model: {value}\noutput_dir: {value}\nresume: true\n")
+    config, _ = parse_args(["--config", str(tmp_path / "c.yaml")])
+    assert (config.model.model, config.run.output_dir) == (text, text)
+    assert SCORE.build(SCORE.parse(["--config", str(tmp_path / "c.yaml")]).raw).model.model == text
+
+
+@pytest.mark.parametrize("name", ["model", "output_dir"])
+def test_a_list_is_no_path(tmp_path, name):
+    (tmp_path / "c.yaml").write_text(f"{name}: [a, b]\nresume: true\n")
+    for parse in (parse_args, SCORE.parse)[: 1 + (name == "model")]:
+        with pytest.raises(UserError, match=rf"^{name}: expected one text"):
+            parse(["--config", str(tmp_path / "c.yaml")])
+
+
 def test_a_value_that_begins_with_dashes_keeps_them():
     config, _ = parse_args(["--persona-markers", "-- about-me --...", "--output-dir=a-b"])
     assert (config.data.persona_markers, config.run.output_dir) == ("-- about-me --...", "a-b")
