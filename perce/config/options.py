@@ -136,8 +136,8 @@ class Command(Generic[Chosen]):
         if config_file is not None:
             check_path("--config", config_file, is_file=True)
         file = read_yaml(config_file) if config_file else {}
+        hints = self.types
         if self.passes_over:
-            hints = self.types
             file = _by_new_names(file, lambda name: self.renames.get(name, name), str(config_file))
             # For an option that the other command may leave open (null) and this one may not, the default here holds.
             file = {k: v for k, v in file.items() if v is not None or k not in hints or _is_optional(hints[k])}
@@ -147,10 +147,10 @@ class Command(Generic[Chosen]):
             if name not in self.fields and (not self.extra or self._here(name)):
                 raise self.unknown(name, where="--" if name in flags else f"{config_file}: ")
             kind = self.fields[name].metadata["metavar"] if name in self.fields else None
-            if kind in PATHS and type(value) in (int, float):
-                raw[name] = str(value)
-            if kind in PATHS and isinstance(value, str) and not value.lstrip().startswith("{"):
-                check_path(f"--{name}", value, is_file=kind == "FILE")
+            if kind in PATHS:  # what is done before `build` reads paths as texts
+                raw[name] = path = convert(name, hints[name], value)
+                if path is not None and not path.lstrip().startswith("{"):
+                    check_path(f"--{name}", path, is_file=kind == "FILE")
         others, completed = self.completes(raw) if self.completes else ({}, "")
         others = {name: value for name, value in others.items() if name in self.fields}
         return Parsed(others | raw, config_file, print_config, unused, completed)
