@@ -117,6 +117,23 @@ def test_numbers_and_booleans_that_came_as_texts(tmp_path):
     assert (args.weight_decay, args.max_grad_norm) == (1e-5, 0.5)
 
 
+def test_truth_values_may_be_written_as_python_writes_them(tmp_path):
+    """A text is true for whatever reads a field that takes texts too, such as fsdp."""
+    (tmp_path / "c.yaml").write_text('fsdp: "False"\ninclude_num_input_tokens_seen: "True"\n')
+    for argv in (["--config", str(tmp_path / "c.yaml")], "--fsdp False --include_num_input_tokens_seen True".split()):
+        config, _ = parse_args(argv)
+        assert config.extra == {"fsdp": False, "include_num_input_tokens_seen": True}
+        assert training_arguments(config).include_num_input_tokens_seen == "all"
+
+
+def test_a_number_inside_a_mapping_of_a_yaml_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text('lr_scheduler_kwargs: {min_lr: 1e-6}\nprompt: {header: "1e-6"}\nchat_template_kwargs: {a: [1E5]}\n')
+    config, _ = parse_args(["--config", str(path)])
+    assert config.extra == {"lr_scheduler_kwargs": {"min_lr": 1e-6}}
+    assert config.data.prompt_style() == {"header": "1e-6"} and config.data.template_kwargs() == {"a": [1e5]}
+
+
 def test_a_directory_whose_name_yaml_reads_as_a_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("model: 12\noutput_dir: 2024\nresume: true\n")
