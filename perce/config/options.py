@@ -159,7 +159,8 @@ class Command(Generic[Chosen]):
         """The options from raw values, converted and checked."""
         fields, hints = self.fields, self.types
         # A text that a number does not give back may be a name, such as 1.10 or 1e5.
-        extra = {k: number(v) if _written(number(v)) == v else v for k, v in raw.items() if k not in fields}
+        names = {k for k, v in raw.items() if isinstance(v, str) and _written(number(v)) != v.lower()}
+        extra = {k: v if k in names else _numbers(v) for k, v in raw.items() if k not in fields}
         if extra and not self.extra:
             raise self.unknown(next(iter(extra)))
         values = {name: convert(name, hints[name], value) for name, value in raw.items() if name in fields}
@@ -359,6 +360,13 @@ def number(value: Any) -> Any:
         except ValueError:
             continue
     return value
+
+
+def _numbers(value: Any) -> Any:
+    """Like `number`, also of what a mapping or a list in it holds, where YAML takes 1e-6 for a text too."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(part) for name, part in value.items()}
+    return [_numbers(part) for part in value] if isinstance(value, list) else number(value)
 
 
 def _is_optional(hint: Any) -> bool:

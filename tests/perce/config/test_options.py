@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -123,15 +124,18 @@ def test_truth_values_may_be_written_as_python_writes_them(tmp_path):
     for argv in (["--config", str(tmp_path / "c.yaml")], "--fsdp False --include_num_input_tokens_seen True".split()):
         config, _ = parse_args(argv)
         assert config.extra == {"fsdp": False, "include_num_input_tokens_seen": True}
-        assert training_arguments(config).include_num_input_tokens_seen == "all"
+        args = training_arguments(replace(config, run=replace(config.run, learning_rate=1e-4)))
+        assert args.fsdp is False and args.include_num_input_tokens_seen == "all"
 
 
 def test_a_number_inside_a_mapping_of_a_yaml_file(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text('lr_scheduler_kwargs: {min_lr: 1e-6}\nprompt: {header: "1e-6"}\nchat_template_kwargs: {a: [1E5]}\n')
+    path.write_text(
+        "lr_scheduler_kwargs: {min_lr: 1e-6}\ndeepspeed: {a: {lr: auto, betas: [0.9, 1e-3]}}\nprompt: {header: 1e3}"
+    )
     config, _ = parse_args(["--config", str(path)])
-    assert config.extra == {"lr_scheduler_kwargs": {"min_lr": 1e-6}}
-    assert config.data.prompt_style() == {"header": "1e-6"} and config.data.template_kwargs() == {"a": [1e5]}
+    expected = {"lr_scheduler_kwargs": {"min_lr": 1e-6}, "deepspeed": {"a": {"lr": "auto", "betas": [0.9, 1e-3]}}}
+    assert config.extra == expected and '"1e3"' in config.data.prompt
 
 
 def test_a_directory_whose_name_yaml_reads_as_a_number(tmp_path, monkeypatch):
