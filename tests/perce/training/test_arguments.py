@@ -56,6 +56,22 @@ def test_parsers_of_others_change_no_type():
         training_arguments(config)
 
 
+def test_no_in_a_yaml_file_is_a_strategy(tmp_path):
+    """YAML takes it for false."""
+    (tmp_path / "c.yaml").write_text("eval_strategy: no\nsave_strategy: no\nlogging_strategy: no\n")
+    args = training_arguments(resolve(parse_args(["--config", str(tmp_path / "c.yaml")])[0]))
+    assert {args.eval_strategy, args.save_strategy, args.logging_strategy} == {"no"}
+    (tmp_path / "c.yaml").write_text("eval_strategy: no\neval_steps: 2\n")
+    with pytest.raises(UserError, match="eval_steps: has no effect with --eval_strategy no"):
+        training_arguments(resolve(parse_args(["--config", str(tmp_path / "c.yaml")])[0]))
+
+
+def test_optim_args_are_no_mapping(tmp_path):
+    (tmp_path / "c.yaml").write_text("optim_args: {eps: 1e-6}\n")
+    with pytest.raises(UserError, match=r"optim_args: expected name=value,name=value, got \{'eps': 1e-06\}"):
+        training_arguments(resolve(parse_args(["--config", str(tmp_path / "c.yaml")])[0]))
+
+
 def test_ligers_kernels_are_refused_on_a_cpu(tmp_path):
     with pytest.raises(UserError, match="use_liger_kernel"):
         arguments(tmp_path, use_liger_kernel=True)
