@@ -281,6 +281,8 @@ def _settle_saving(run: RunConfig, values: dict[str, Any], chosen: bool) -> None
 def _converted(name: str, hint: Any, value: Any) -> Any:
     """A flag's or file's value, converted to the type of its field if that is one type, or one type and None."""
     kinds = set(typing.get_args(hint) or (hint,)) - {type(None)}
+    if value is False and any("no" in getattr(kind, "__members__", {}).values() for kind in kinds):
+        return "no"  # of eval_strategy and others, in YAML
     if kinds == {str}:  # some of these fields also take true
         return str(value) if type(value) in (int, float) else value
     return convert(name, hint, value) if kinds in ({bool}, {int}, {float}) else value

@@ -120,7 +120,7 @@ def check_optimizer(args: TrainingArguments) -> None:
     that need the model, are not checked.
     """
     name = str(getattr(args.optim, "value", args.optim))
-    items = [item.split("=") for item in (args.optim_args or "").replace(" ", "").split(",") if item]
+    items = [item.split("=") for item in str(args.optim_args or "").replace(" ", "").split(",") if item]
     if any(len(item) != 2 for item in items):
         raise UserError(f"optim_args: expected name=value,name=value, got {args.optim_args!r}.")
 
