@@ -17,7 +17,8 @@ from tests.helpers.trainers import PAIRS, arguments, model_for, trainer_for
 from tests.helpers.training import fails
 
 # The learning rate is too large: the first step helps, the later ones do harm.
-WORSE = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0, "eval_steps": 1, "max_steps": 8}
+AWAY = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0}
+WORSE = {**AWAY, "eval_steps": 1, "max_steps": 8}
 
 
 def with_evaluation(directory, eval_dataset=None, **options):
@@ -149,6 +150,14 @@ def test_what_early_stopping_has_counted_is_resumed(tmp_path):
     assert counting.early_stopping_patience_counter == 2
 
 
+def test_a_trainer_that_has_stopped_early_can_train_again(tmp_path):
+    trainer = with_evaluation(tmp_path, max_steps=8, early_stopping=1, save_strategy="steps", save_steps=1, **AWAY)
+    trainer.train()
+    steps = trainer.state.global_step
+    trainer.train()
+    assert 0 < steps < 8 and trainer.state.global_step > 0
+
+
 def test_the_patience_is_that_of_the_options(tmp_path):
     """The patience is not the checkpoint's, and a run without early stopping can be continued with it."""
     options = {"save_strategy": "steps", "save_steps": 1}
@@ -163,7 +172,7 @@ def test_the_patience_is_that_of_the_options(tmp_path):
 # ---- resumed
 
 AGAIN = {"model": None, "data": None, "precision": None, "max_steps": None}
-KEEPS = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 8}
+KEEPS = {**AWAY, "max_steps": 8}
 ADAPTER = "adapter_model.safetensors"
 
 
