@@ -90,6 +90,8 @@ class EarlyStopping(EarlyStoppingCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        if state.global_step == 0:
+            self.early_stopping_patience_counter = 0  # not what an earlier train() has counted
         self.early_stopping_patience = args.early_stopping  # type: ignore[attr-defined]  # not the checkpoint's
         # A checkpoint of a run without early stopping has no entry, and saving expects one.
         cast(dict, state.stateful_callbacks).setdefault(type(self).__name__, self.state())
