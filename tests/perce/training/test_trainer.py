@@ -357,6 +357,11 @@ def test_several_evaluation_sets_and_the_usual_metric_name(tmp_path):
     trainer = trainer_for(model_for("full"), arguments(tmp_path, max_steps=1), eval_dataset=sets)
     metrics = trainer.evaluate()
     assert metrics["eval_short_loss"] == metrics["eval_short_loss_with_persona"] > 0 and metrics["eval_raw_loss"] > 0
+    assert trainer.evaluate("short")["eval_loss"] == metrics["eval_short_loss"]
+    without = trainer_for(model_for("full"), arguments(tmp_path))
+    for asked, name in ((trainer, "long"), (without, "long"), (without, None)):
+        with pytest.raises(UserError, match=f"^eval_dataset: expected a dataset, or the name of one .* got {name!r}"):
+            asked.evaluate(name)
 
 
 def test_numbers_before_and_after_training_are_of_the_same_precision(tmp_path):
