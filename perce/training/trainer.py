@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +163,14 @@ class PerceTrainer(ResumableTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Like transformers.Trainer's, but always of this dataset, all of its examples, in its order or conversation by
         conversation."""
-        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = cast(Any, self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset
+        own: Any = self.eval_dataset
+        dataset = own if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = own.get(dataset) if isinstance(own, dict) else None
+        if dataset is None:
+            raise UserError(
+                f"eval_dataset: expected a dataset, or the name of one that the trainer has, got {eval_dataset!r}."
+            )
         return own_eval_loader(dataset, self.data_collator, self.args)
 
     # ---- a step
