@@ -25,8 +25,6 @@ from perce.model.probe import unwrapped
 from perce.training.parallel import found_by_first, shards_weights
 from perce.training.sampler import drawn_pieces, pieces, places
 
-DEFAULT_MEMORY = MemoryConfig()
-
 
 def shared_by(model: Any, args: Any, *datasets: Any) -> tuple[Sharing, str]:
     """What the examples of these datasets share with a prepared model, the same on every process; and if that is not
@@ -93,9 +91,7 @@ class Unit(NamedTuple):
     tokens: int
 
 
-def units(
-    dataset: Any, budget: int, sharing: Sharing, memory: MemoryConfig = DEFAULT_MEMORY, seed: int = 0
-) -> list[Unit]:
+def units(dataset: Any, budget: int, sharing: Sharing, memory: MemoryConfig, seed: int = 0) -> list[Unit]:
     """The units that make batches under a token budget, from dealt_units.
 
     chains     the sequences of one row, which is as long as the longest of them; rows are padded to the same length
@@ -128,7 +124,7 @@ def _within(budget: int, indices: list[int], tokens_of: Callable[[list[int]], in
         indices = indices[count:]
 
 
-def largest_batch(dataset: Any, replies: int, sharing: Sharing, memory: MemoryConfig = DEFAULT_MEMORY) -> int:
+def largest_batch(dataset: Any, replies: int, sharing: Sharing, memory: MemoryConfig) -> int:
     """The most factual tokens, including padding, in a batch of so many examples. If examples share tokens, it is for
     ReplyBatches, from the most that pieces of each size have. For requests of a persona it is not a bound, but the
     number of one draw."""

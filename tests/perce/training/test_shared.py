@@ -31,14 +31,14 @@ def rows_and_tokens(pairs, sharing):
 @pytest.mark.parametrize("sharing", KINDS)
 def test_units_are_computed_within_a_budget(sharing, thought, budget=110):
     pairs = pairs_of(thought)
-    found = units(pairs, budget, sharing)
-    assert found == units(Dataset.from_list(pairs), budget, sharing)
+    found = units(pairs, budget, sharing, MemoryConfig())
+    assert found == units(Dataset.from_list(pairs), budget, sharing, MemoryConfig())
     assert sorted(index for unit in found for index in unit.indices) == list(range(len(pairs)))
     for unit in found:
         assert rows_and_tokens([pairs[index] for index in unit.indices], sharing) == (1, unit.tokens)
     if sharing == "branches":
         assert all(unit.tokens <= budget or len(unit.indices) == 1 for unit in found)
-        assert len(found) > len(units(pairs, 100_000, sharing)) == 20, "some are cut"
+        assert len(found) > len(units(pairs, 100_000, sharing, MemoryConfig())) == 20, "some are cut"
     indices, lengths = zip(*found, strict=True)
     for batch in TokenBatches(lengths, budget, indices, seed=0):
         _, tokens = rows_and_tokens([pairs[index] for index in batch], sharing)
@@ -60,7 +60,7 @@ def test_units_of_a_persona_are_computed_within_a_budget(budget=150):
     assert units(pairs, budget, "chains", detached, seed=1) == found, "a persona and its requests, without branches too"
     for replies in (4, 8):
         bound = largest_batch(pairs, replies, "branches", MemoryConfig(share_persona=4))
-        assert bound < 0.7 * largest_batch(pairs, replies, "none")
+        assert bound < 0.7 * largest_batch(pairs, replies, "none", MemoryConfig())
 
 
 @pytest.mark.parametrize("sharing", KINDS)
@@ -70,7 +70,7 @@ def test_no_batch_is_larger_than_the_largest(sharing):
     for index, pair in enumerate(pairs):
         conversations.setdefault(pair["conversation"], []).append(index)
     for replies in (2, 8):
-        bound = largest_batch(pairs, replies, sharing)
+        bound = largest_batch(pairs, replies, sharing, MemoryConfig())
         sampler = ReplyBatches([[indices] for indices in conversations.values()], replies, seed=0)
         largest = 0
         for epoch in range(20):
@@ -78,7 +78,7 @@ def test_no_batch_is_larger_than_the_largest(sharing):
             largest = max(rows_and_tokens([pairs[i] for i in b], sharing)[1] for b in sampler)
         assert largest <= bound < 2 * largest
     longest = max(len(pair["input_ids"]) for pair in pairs)
-    assert largest_batch(pairs, 8, "none") == 8 * longest > bound
+    assert largest_batch(pairs, 8, "none", MemoryConfig()) == 8 * longest > bound
 
 
 def test_what_is_counted_of_batches():
