@@ -13,8 +13,8 @@ NAMES = {here: there for there, here in PLAN.renames.items()}  # options that pe
 ALWAYS = ("per_device_train_batch_size", "gradient_accumulation_steps")  # else train would choose them by length
 
 
-def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions, int]]:
-    """Ways to run this step, each with the number of its options that change what is learned."""
+def candidates(options: PlanOptions, device: str) -> Iterator[PlanOptions]:
+    """Ways to run this step."""
     step, memory, model = options.step, options.memory, options.model
     batch = step.batch
     sizes = {(1, 1), (step.replies, step.replies), (batch, step.replies)}  # sequences, and replies that share
@@ -29,7 +29,7 @@ def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions,
     ):  # fmt: skip
         if offload and not (checkpointing and device == "cuda"):
             continue
-        way = PlanOptions(
+        yield PlanOptions(
             replace(model, load_in_4bit=four),
             replace(
                 step, replies=replies, branches=step.branches and replies > 1, per_device_train_batch_size=size,
@@ -39,7 +39,6 @@ def candidates(options: PlanOptions, device: str) -> Iterator[tuple[PlanOptions,
                 memory, persona_grad=persona, mlp_tile=tile, activation_offload=offload, branches_per_forward=branches
             ),
         )  # fmt: skip
-        yield way, len(changes(options, way))
 
 
 def changes(options: PlanOptions, way: PlanOptions) -> list[str]:
@@ -62,8 +61,8 @@ def fastest(
     transfers and dequantisation take time that is not planned. `peak` is slow and is computed for few ways.
     """
     groups: dict[tuple[int, str, bool], list[PlanOptions]] = {}
-    for way, changed in candidates(options, device):
-        groups.setdefault((changed, way.memory.persona_grad, way.model.load_in_4bit), []).append(way)
+    for way in candidates(options, device):
+        groups.setdefault((len(changes(options, way)), way.memory.persona_grad, way.model.load_in_4bit), []).append(way)
     for _, ways in sorted(groups.items(), key=lambda group: (group[0][0], min(map(work, group[1])))):
         # One per batch size: a forward of one sequence may take more, because accumulated gradients are alive then.
         frugal = {way.step.batch: way for way in sorted(ways, key=_frugality)}

@@ -75,12 +75,12 @@ def test_a_batch_of_one_may_take_more():
 
 
 def test_what_a_run_would_refuse_is_not_proposed():
-    full = [options for options, _ in ways.candidates(PlanOptions(FULL, SHORT), "cuda")]
+    full = list(ways.candidates(PlanOptions(FULL, SHORT), "cuda"))
     assert not any(options.model.load_in_4bit for options in full), "4-bit weights need adapters"
-    cpu = [options for options, _ in ways.candidates(PlanOptions(LORA, SHORT), "cpu")]
+    cpu = list(ways.candidates(PlanOptions(LORA, SHORT), "cpu"))
     assert not any(options.model.load_in_4bit or options.memory.activation_offload for options in cpu)
     documents = StepConfig(context=60, objective="longce", short_context=16, short_stride=4)
-    longce = [options for options, _ in ways.candidates(PlanOptions(LORA, documents), "cuda")]
+    longce = list(ways.candidates(PlanOptions(LORA, documents), "cuda"))
     assert not any(options.memory.persona_grad == "none" for options in longce)
 
 
@@ -100,7 +100,7 @@ def test_what_a_run_would_refuse_is_not_proposed():
 def test_train_takes_every_command(options, monkeypatch, tmp_path):
     """perce.train accepts every proposed command and begins its run, in as many processes as the command names."""
     monkeypatch.chdir(tmp_path)
-    for way, _ in ways.candidates(options, "cuda"):
+    for way in ways.candidates(options, "cuda"):
         launcher, argv = command(way).split(" -m perce.train ")
         monkeypatch.setenv("WORLD_SIZE", launcher.partition("torchrun --nproc_per_node ")[2] or "1")
         taken = resolve(TRAIN.build(TRAIN.parse(shlex.split(argv)).raw))
@@ -118,7 +118,7 @@ def test_a_conversation_is_read_whole_or_reply_by_reply():
     options = PlanOptions(LORA, replace(BIG, context=97, per_device_train_batch_size=8, replies=4, branches=True))
     steps = {
         (way.step.per_device_train_batch_size, way.step.replies, way.step.branches, way.step.forwards)
-        for way, _ in ways.candidates(options, "cpu")
+        for way in ways.candidates(options, "cpu")
     }
     assert steps == {(8, 4, True, 2), (4, 4, True, 4), (1, 1, False, 16)}
 
