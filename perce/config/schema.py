@@ -109,7 +109,8 @@ class ModelConfig:
         require_at_least(self, 1, "lora_alpha")
         require(0 <= self.lora_dropout < 1, "lora_dropout", "in [0, 1)", self.lora_dropout)
         if not self.lora_r:
-            refuse_idle(self, ("lora_alpha", "lora_dropout"), "with --lora_r 0, which trains all weights")
+            idle = ("lora_alpha", "lora_dropout", "load_in_4bit")
+            refuse_idle(self, idle, "with --lora_r 0, which trains all weights")
 
 
 @dataclass(frozen=True)

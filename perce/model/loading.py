@@ -65,7 +65,7 @@ def load_model(path: str, config: ModelConfig, device: str) -> Any:
     if attention := config.attn_implementation or default_attention(read_config(path), precision, device):
         kwargs["attn_implementation"] = attention
     if config.load_in_4bit:
-        kwargs["quantization_config"] = _four_bit(config)
+        kwargs["quantization_config"] = _four_bit()
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     model = load_pretrained(path, **kwargs)
     method = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
@@ -266,14 +266,12 @@ def check_adapter(model: Any) -> None:
     check_head_unwrapped(model)
 
 
-def _four_bit(config: ModelConfig) -> Any:
+def _four_bit() -> Any:
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
         raise UserError("--load_in_4bit needs bitsandbytes: pip install 'perce[quant]' (a CUDA device is required).")
-    if not config.lora_r:
-        raise UserError("--load_in_4bit: a 4-bit base cannot be trained itself: add --lora_r 16.")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

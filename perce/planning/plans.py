@@ -262,8 +262,6 @@ def check_options(options: PlanOptions, device: str) -> None:
     require(step.context >= 16, "context", ">= 16, as --max_length of perce.train", step.context)
     if model.load_in_4bit and device == "cpu":
         raise UserError("--load_in_4bit: bitsandbytes quantises on a GPU. Expected --device cuda as well.")
-    if model.load_in_4bit and not model.lora_r:
-        raise UserError("--load_in_4bit: the weights of a 4-bit base cannot be trained. Add --lora_r 16.")
     if model.load_in_4bit and step.sharding == "full":
         raise UserError("--load_in_4bit, --sharding full: cannot be planned together. Use --sharding none.")
     by_itself = "--persona_grad none" if memory.persona_grad == "none" else "--branches_per_forward"

@@ -250,6 +250,7 @@ ALL_WEIGHTS, NO_REPLIES = "with --lora_r 0, which trains all weights", "with --g
         (TRAIN, "--lora_r=0", "--lora_alpha=8", "32", ALL_WEIGHTS),
         (TRAIN, "--lora_r=0", "--lora_dropout=0.1", "0.0", ALL_WEIGHTS),
         (PLAN, "--lora_r=0", "--lora_alpha=8", "32", ALL_WEIGHTS),
+        (TRAIN, "--lora_r=0", "--load_in_4bit=True", "False", ALL_WEIGHTS),
         (TRAIN, "--retriever=none", "--retrieve_k=2", "4", "with --retriever none, which shows all passages"),
         (TRAIN, "--objective=ce", "--clip_schedule=rising", "constant", "with --objective ce, whose weights are 1"),
         (EVALUATE, "--generate=false", "--temperature=0.9", "0.4", NO_REPLIES),

@@ -76,7 +76,6 @@ def test_it_has_a_line_where_it_can_be():
     ("model", "step", "device", "message"),
     [
         (FOUR, SHORT, "cpu", "Expected --device cuda"),
-        (replace(FOUR, lora_r=0), SHORT, "cuda", "Add --lora_r 16"),
         (FOUR, replace(SHORT, devices=2, sharding="full"), "cuda", "Use --sharding none"),
     ],
 )
