@@ -13,7 +13,6 @@ from perce.config import questions, schema
 from perce.config.options import Command, flat, number, read_yaml
 from perce.config.step import StepConfig
 from perce.errors import UserError
-from perce.files.integrity import LIST
 from perce.files.paths import did_you_mean
 
 
@@ -255,19 +254,10 @@ def parse_args(argv: Sequence[str], recipe: str = "") -> tuple[TrainOptions, boo
             saved = read_yaml(str(run / schema.CONFIG_NAME))
             raw = saved | {name: value for name, value in raw.items() if value is not None}
         elif not (parsed.config_file or raw.get("model") or raw.get("data")):
-            if any(run.glob(f"checkpoint-*/{LIST}")):
-                raise UserError(
-                    f"--resume: {raw['output_dir']} holds checkpoints of a run whose {missing} is gone. Put that back "
-                    "to resume it, or choose another directory."
-                )
-            if missing == schema.FACTS_NAME:
-                raise UserError(
-                    f"--resume: {raw['output_dir']} holds {schema.CONFIG_NAME}, which a run would replace, but no run "
-                    "of perce. Choose another directory."
-                )
             raise UserError(
-                f"--resume: {raw['output_dir']} holds no run ({missing} is missing). Was --output_dir "
-                f"mistyped?{did_you_mean(raw['output_dir'])} To begin a run there, give --model, --data or --config."
+                f"--resume: {raw['output_dir']} holds no run ({missing} is missing). Put it back if it was there. Was "
+                f"--output_dir mistyped?{did_you_mean(raw['output_dir'])} To begin a run there, give --model, --data or "
+                "--config."
             )
     if raw.get("model") is None and raw.get("data") is None:
         raw = (read_yaml(recipe) if recipe else {}) | raw

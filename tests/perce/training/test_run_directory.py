@@ -320,14 +320,9 @@ def test_a_run_whose_options_are_gone_or_damaged_is_not_begun_again(train, tmp_p
     (run / "config.yaml").write_text("seed: 1\n")
     (run / "run.json").unlink()
     fails(train("--resume"), "run.json", "checkpoint-2")
-    fails(train("--resume", **SAVED), "holds checkpoints of a run whose run.json is gone", "Put that back")
+    fails(train("--resume", **SAVED), "holds no run (run.json is missing)", "Put it back")
     (run / "config.yaml").rename(run / "run.json")
-    fails(train("--resume", **SAVED), "holds checkpoints of a run whose config.yaml is gone", "Put that back")
-    for checkpoint in run.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    fails(train("--resume", **SAVED), "holds no run", "config.yaml", "To begin a run there")
-    (run / "run.json").rename(run / "config.yaml")
-    fails(train("--resume", **SAVED), "holds config.yaml, which a run would replace", "Choose")
+    fails(train("--resume", **SAVED), "holds no run (config.yaml is missing)", "Put it back", "To begin a run there")
 
 
 @pytest.mark.parametrize("damage", ["half", "one bit", "zeros", "text"])
