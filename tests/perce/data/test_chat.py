@@ -359,3 +359,10 @@ def test_marks_are_where_the_words_are(template, response):
     flagged = [place for place, flag in enumerate(pair.personal) if flag]
     assert own.tokenizer.decode([ids[place] for place in flagged]).strip() == "Juno"
     assert "Juno" not in own.tokenizer.decode(ids[flagged[-1] + 1 :])
+
+
+@pytest.mark.parametrize("template", ["qwen3", "chatml"])
+def test_marks_on_a_reply_that_is_only_a_thought_mark_nothing(template):
+    text = "<think>Juno</think>\n"
+    pair = builder("qwen2", template).build(example(response=text, personal_spans=((0, len(text)),)))
+    assert not any(pair.personal)
