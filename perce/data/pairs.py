@@ -310,10 +310,8 @@ class PairBuilder:
         before = len(example.response) - len(example.response.lstrip()) + (thought.end() if thought else 0)
         text, answer = chat.text, len(reply) - (thought.end() if thought else 0)
         places = [text.answer + i for i, x in enumerate(text.text[text.answer : text.tail]) if x != CUT][:answer]
-        marks = [
-            (places[max(start - before, 0)], places[min(end - before, answer) - 1] + 1)
-            for start, end in spans if start < before + answer and end > before
-        ]  # fmt: skip
+        inside = [(max(start - before, 0), min(end - before, answer)) for start, end in spans]
+        marks = [(places[start], places[end - 1] + 1) for start, end in inside if start < end]
         return [
             any(start < mark_end and mark_start < end for mark_start, mark_end in marks) and start < end
             for start, end in chat.encoded.spans(chat.prompt_length)
