@@ -234,9 +234,11 @@ def test_thoughts_of_any_words_are_all_learnt(template, blanks, thought):
 
 
 @pytest.mark.parametrize("template", ["qwen3", "think-stripped", "deepseek-r1", "deepseek-v3.1"])
-def test_thoughts_in_earlier_replies_are_what_the_template_makes_of_them(template):
+@pytest.mark.parametrize("blanks", ["", "\n", " "])
+def test_thoughts_in_earlier_replies_are_what_the_template_makes_of_them(template, blanks):
     own = builder("qwen2", template)
-    turns = (Turn("user", "Hi"), Turn("assistant", "<think>\nplan\n</think>\n\nHello."), Turn("user", "Coming?"))
+    said = f"{blanks}<think>\nplan\n</think>\n\nHello."
+    turns = (Turn("user", "Hi"), Turn("assistant", said), Turn("user", "Coming?"))
     this = example(turns=turns, response=THOUGHT)
     pair = own.build(this)
     assert pair.input_ids[: -pair.response_length] == served(own, this, persona=True, reply=None)
