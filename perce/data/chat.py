@@ -231,12 +231,11 @@ class ChatFormat:
 
     def _reply_as_text(self, reply: str) -> str:
         """Like as_text, but without marks in the tags of a thought that begins the reply: templates look for them."""
-        thought = THOUGHT.match(reply)
+        thought = THOUGHT.match(reply, len(reply) - len(reply.lstrip()))
         if thought is None:
             return self.as_text(reply)
-        inner, end = self.as_text(thought[1]), thought.end(1)
-        close = reply[end : thought.end()]
-        return f"<think>{inner}{close}{self.as_text(reply[thought.end() :])}"
+        (start, end), rest = thought.span(1), thought.end()
+        return f"{reply[:start]}{self.as_text(thought[1])}{reply[end:rest]}{self.as_text(reply[rest:])}"
 
     def _control_tokens(self) -> re.Pattern | None:
         """Matches the first characters of special tokens, and of added tokens that look like them or that the template

@@ -34,7 +34,7 @@ from perce.data.workers import tables
 from perce.errors import UserError, in_one_line
 from perce.files.integrity import difference, sizes_and_digests
 
-PAIRS_VERSION = 9
+PAIRS_VERSION = 10
 """The version of the code that makes pairs from examples; a test fails if the pairs change and this number does not."""
 
 PAIRS = "pairs.arrow"
