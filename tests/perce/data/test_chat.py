@@ -368,3 +368,10 @@ def test_marks_on_a_reply_that_is_only_a_thought_mark_nothing(template):
     text = "<think>Juno</think>\n"
     pair = builder("qwen2", template).build(example(response=text, personal_spans=((0, len(text)),)))
     assert not any(pair.personal)
+
+
+@pytest.mark.parametrize("style", [{"system": "Facts: {persona} Write."}, {}])
+def test_a_slot_for_the_persona_in_the_system_message_is_not_left_as_text(style):
+    said = () if style else (Turn("system", "Facts: {persona} Be brief."),)
+    with pytest.raises(UserError, match=r"prompt: expected either .* 'Facts: {persona} "):
+        builder("qwen2", "chatml", prompt={"place": "user", **style}).build(example(turns=(*said, *EXAMPLE.turns)))
