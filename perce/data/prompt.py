@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perce.errors import UserError
+from perce.visible import shortened
 
 SYSTEM_MESSAGE = "Write the next message exactly as this user would."
 PERSONA_FOOTERS = ("\n", "\n ")
@@ -76,8 +77,13 @@ class PromptStyle:
 
 
 def system_text(style: PromptStyle, block: str, own: str | None = None) -> str:
-    """The system message with a persona block, or without one (""). own: the conversation's own system message."""
+    """The system message with a persona block, or without one (""). own: the conversation's own system message.
+    UserError if it has a SLOT and the persona is to stand elsewhere."""
     text = (style.system if own is None else own).strip()
+    if style.place == "user" and SLOT in text:
+        raise UserError(
+            f"prompt: expected either {SLOT} in the system message or place user, got both: {shortened(text, 60)!r}."
+        )
     if style.place == "user":
         return text
     return text.replace(SLOT, block, 1) if SLOT in text else block + text
