@@ -10,6 +10,7 @@ from perce import DataConfig, UserError, prompt_ids
 from perce.data import prompt
 from perce.data.fields import Turn
 from perce.data.pairs import PairBuilder, counterfactual_ids
+from perce.data.prompt import PromptStyle
 from perce.data.retrieval import make_retriever
 from tests.helpers.pairs import EXAMPLE, TOKENIZERS, builder, example
 from tests.helpers.tiny import TEMPLATES, tiny_tokenizer
@@ -154,6 +155,16 @@ def test_trimming_drops_the_last_passages_only_and_counts_them():
     kept = decode("chatml", shorter.input_ids[start:end])
     assert shorter.dropped_passages == 1 and "bees" in kept and "Juno" in kept and "Oslo" not in kept
     assert shorter.counterfactual_ids() == whole.counterfactual_ids(), "query and response are never trimmed"
+
+
+def test_trimming_a_long_persona_tries_few_lengths(monkeypatch):
+    """1,000 entries of which 40 fit: the borders of a few are looked at, not of each one that is left out."""
+    made = []
+    monkeypatch.setattr(PromptStyle, "block", lambda *args, block=PromptStyle.block: made.append(1) or block(*args))
+    persona = tuple(f"On day {number} I did something else." for number in range(1000))
+    pair = builder(max_length=1000).build(example(persona=persona))
+    assert len(pair.passages) + pair.dropped_passages == 1000 and 900 < len(pair.input_ids) <= 1000
+    assert len(made) < 30
 
 
 def test_the_retriever_decides_which_entries_are_shown_and_in_which_order():
