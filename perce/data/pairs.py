@@ -10,6 +10,7 @@ and refuses a pair if deleting the span does not give the ids of the text withou
 
 import sys
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -284,11 +285,12 @@ class PairBuilder:
         style, as_text = self.chat_format.style, self.chat_format.as_text
         starts = [place for place, _ in chat.encoded.spans(span[0])[: span[1] - span[0]]]
         begin = chat.text.text.index(as_text(style.block(persona, "")))
-        for kept in range(len(persona) - 1, 0, -1):
-            border = begin + len(as_text(style.block(persona[:kept], "")))
-            if sum(place >= border for place in starts) >= excess:
-                return kept
-        return 0 if len(persona) == 1 else 1
+
+        def border(kept: int) -> int:
+            return begin + len(as_text(style.block(persona[:kept], "")))
+
+        last = starts[-min(excess, len(starts))]  # where the dropped tokens begin at the latest
+        return bisect_right(range(1, len(persona)), last, key=border) or min(len(persona) - 1, 1)
 
     def prompt_ids(self, example: Example) -> list[int]:
         """The factual prompt of an example, with its whole persona and without its response."""
