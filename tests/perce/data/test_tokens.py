@@ -183,15 +183,18 @@ def test_pieces_for_which_there_is_no_room_are_the_same(monkeypatch):
         assert_as_whole(tokenizer, own, text)
 
 
-def test_a_tokenizer_that_was_used_otherwise_in_between_is_used_as_before(monkeypatch):
+@pytest.mark.parametrize(
+    "other", [{"padding": True, "truncation": True, "max_length": 2}, {"split_special_tokens": True}]
+)
+def test_a_tokenizer_that_was_used_otherwise_in_between_is_used_as_before(monkeypatch, other):
     monkeypatch.setattr(tokens, "KEPT_LENGTH", 0)
     tokenizer = tiny_tokenizer()
     own = Tokens(tokenizer)
-    before = own.lines("Bees and Juno, tonight.")
-    tokenizer(["Bees", "Bees and Juno"], padding=True, truncation=True, max_length=2)
-    again = pickle.loads(pickle.dumps(own)).lines("Bees and Juno, tonight.")
-    tokenizer(["Bees", "Bees and Juno"], padding=True, truncation=True, max_length=2)
-    assert own.lines("Bees and Juno, tonight.") == before == again
+    before = own.lines("Bees and Juno, tonight.<|im_end|>")
+    tokenizer(["Bees", "Bees and Juno"], **other)
+    again = pickle.loads(pickle.dumps(own)).lines("Bees and Juno, tonight.<|im_end|>")
+    tokenizer(["Bees", "Bees and Juno"], **other)
+    assert own.lines("Bees and Juno, tonight.<|im_end|>") == before == again
 
 
 def test_a_tokenizer_without_pre_tokenizer_is_given_whole_texts():
