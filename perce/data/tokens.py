@@ -133,9 +133,11 @@ class Tokens:
         return Line.of(*map(self._pieces, PIECE.findall(text)))
 
     def _piece(self, text: str) -> Piece:
-        if self.backend.truncation or self.backend.padding:  # another use of the tokenizer has set these
+        backend = self.backend
+        splits = backend.encode_special_tokens != self.tokenizer.split_special_tokens
+        if splits or backend.truncation or backend.padding:  # another use of the tokenizer has set these
             self.tokenizer("a")
-        encoded = self.backend.encode(text, add_special_tokens=False)
+        encoded = backend.encode(text, add_special_tokens=False)
         return Piece(tuple(encoded.ids), tuple(encoded.offsets), len(text))
 
 
