@@ -123,6 +123,17 @@ def test_the_version_is_part_of_the_caches_key(monkeypatch):
     assert dataset._fingerprint(demo_examples(1), builder(), False) != before
 
 
+@pytest.mark.parametrize(("name", "value"), [("pad_token", "!"), ("split_special_tokens", True)])
+def test_what_else_ids_depend_on_is_part_of_the_caches_key(name, value):
+    tokenizer = byte_tokenizer("{{ pad_token }}" + CHATML)
+    tokenizer.pad_token = "?"
+    before = pair_dataset(demo_examples(1), PairBuilder(tokenizer, max_length=2000))
+    setattr(tokenizer, name, value)
+    own = PairBuilder(tokenizer, max_length=2000)
+    assert pair_dataset(demo_examples(1), own)["input_ids"][0] == own.build(demo_examples(1)[0]).input_ids
+    assert own.build(demo_examples(1)[0]).input_ids != before["input_ids"][0]
+
+
 @pytest.mark.parametrize("of", ["fingerprint", "longest", "digest"])
 def test_no_copy_of_all_texts_or_ids_is_made(of):
     """For 2 MB of texts, and for 400,000 ids, which would take 14 MB as Python integers."""
