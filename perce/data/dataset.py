@@ -129,7 +129,8 @@ def _fingerprint(examples: Sequence[Record], builder: Builder, skip_bad_rows: bo
     tokenizer = builder.tokenizer
     parts = [
         PAIRS_VERSION, repr(FEATURES), skip_bad_rows, builder.settings,
-        tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.split_special_tokens,
+        tokenizer.backend_tokenizer.to_str(),
     ]  # fmt: skip
     digest = hashlib.sha256()
     for part in parts:
