@@ -5,7 +5,8 @@ import random
 from dataclasses import replace
 
 import pytest
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from perce import UserError, prompt_ids
 from perce.data.fields import Turn
@@ -15,7 +16,7 @@ from perce.data.template import on_one_day
 from tests.helpers.conversations import conversations
 from tests.helpers.pairs import EXAMPLE, example
 from tests.helpers.templates import CHAT_TEMPLATES
-from tests.helpers.tokenizers import FAMILIES, tokenizer_like
+from tests.helpers.tokenizers import EOS, FAMILIES, UNK, tokenizer_like
 
 NATURAL = {  # the template that each kind of tokenizer comes with
     "gpt2": "chatml", "qwen2": "qwen3", "llama3": "llama3", "gemma": "gemma", "llama2": "llama2",
@@ -375,3 +376,23 @@ def test_a_slot_for_the_persona_in_the_system_message_is_not_left_as_text(style)
     said = () if style else (Turn("system", "Facts: {persona} Be brief."),)
     with pytest.raises(UserError, match=r"prompt: expected either .* 'Facts: {persona} "):
         builder("qwen2", "chatml", prompt={"place": "user", **style}).build(example(turns=(*said, *EXAMPLE.turns)))
+
+
+@pytest.mark.parametrize("edge", ["{persona}\n\nBe brief.", "Be brief.\n\n{persona}"])
+def test_a_persona_at_an_edge_that_the_template_trims_is_refused_with_what_helps(edge):
+    with pytest.raises(UserError, match=r"changes the persona.* Begin and end the system message with words"):
+        builder("qwen2", "llama3", prompt={"system": edge}).build(EXAMPLE)
+
+
+def test_a_prompt_may_have_characters_that_the_vocabulary_lacks_and_a_reply_may_not():
+    words = {UNK: 0, **{word: number for number, word in enumerate("abcdefghijklmnopqrstuvwxyz .:-", 1)}}
+    backend = Tokenizer(models.BPE(words, [], unk_token=UNK))
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens([UNK, EOS])
+    own = PairBuilder(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, unk_token=UNK), max_length=1000)
+    pair = own.build(example(persona=("i keep 🐝.",), response="the bees."))
+    assert words[UNK] in pair.input_ids[slice(*pair.persona_span)]
+    with pytest.raises(UserError, match=f"becomes the control token '{UNK}', because the tokenizer replaces or lacks"):
+        own.build(example(response="the 🐝."))
+    spelt = own.build(example(response=f"the {UNK}."))
+    assert spelt.response_length == len(f"the {UNK}.") + 1, "its name is text"
