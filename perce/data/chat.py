@@ -312,7 +312,7 @@ class ChatFormat:
         if with_persona.text != without.text[:place] + block + without.text[place:]:
             raise UserError(
                 f"{self._who} changes the persona, or changes other text because of it, so the two passes cannot be "
-                "aligned. Give the tokenizer another chat template."
+                "aligned. Begin and end the system message with words, or give the tokenizer another chat template."
             )
         chat = self.chat(with_persona)
         self._check_control(chat)
@@ -334,19 +334,22 @@ class ChatFormat:
 
     def _check_control(self, chat: Chat) -> None:
         """UserError if there are more control tokens than the template wrote: a tokenizer that replaces characters,
-        such as full-width ones, may make control tokens of strings that as_text did not cut."""
+        such as full-width ones, may make control tokens of strings that as_text did not cut. The prompt may have
+        characters that the vocabulary lacks; in the reply they would be learnt."""
         if self.control is None or self.tokenizer.backend_tokenizer.normalizer is None:
             return
         added = self._added
         made = [
-            added[index].content for index, (start, end) in zip(chat.encoded.ids, chat.encoded.spans(), strict=True)
+            added[index].content
+            for place, (index, (start, end)) in enumerate(zip(chat.encoded.ids, chat.encoded.spans(), strict=True))
             if start < end and index in added and added[index].special
+            and (place >= chat.prompt_length or index != self.tokenizer.unk_token_id)
         ]  # fmt: skip
         for token in dict.fromkeys(made):
             if made.count(token) > chat.text.text.count(token):
                 raise UserError(
                     f"A text of this conversation becomes the control token {token!r}, because the tokenizer replaces "
-                    "its characters. Correct the text, or pass --special_tokens_in_text allow."
+                    "or lacks its characters. Correct the text, or pass --special_tokens_in_text allow."
                 )
 
     def _choose_footer(self) -> str:
