@@ -187,7 +187,7 @@ class ChatFormat:
         return f"The chat template of {self.tokenizer.name_or_path!r}"
 
     def _disagreement(self, prompt: str, whole: str) -> UserError:
-        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+        same = _common(prompt, whole)
         return UserError(
             f"{self._who} ends its generation prompt with {_excerpt(prompt[same:])}, but a finished reply begins with "
             f"{_excerpt(whole[same:])} there: the model would be prompted in another way than it was trained. Choose "
@@ -378,8 +378,8 @@ def refuse_marks(*texts: Sequence[str]) -> None:
             )
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """The number of first ids that both sequences share."""
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """The number of first ids or characters that both share."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
