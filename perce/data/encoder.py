@@ -35,15 +35,14 @@ class Encoder:
 
     Args:
         path: a directory or Hub id of a mean-pooled encoder, such as facebook/contriever.
-        device: default "cuda" where available, else "cpu".
 
     Raises UserError if the model cannot be loaded, or is not such an encoder.
     """
 
-    def __init__(self, path: str, device: str | None = None):
+    def __init__(self, path: str):
         from transformers import AutoModel, AutoTokenizer
 
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             load: dict[str, Any] = {"option": "--retriever_model", "kind": "an encoder"}
             self.tokenizer = from_pretrained(AutoTokenizer, path, **load)

@@ -52,7 +52,7 @@ def dense_model(tmp_path_factory):
 
 @pytest.fixture
 def dense(dense_model):
-    return Encoder(dense_model, device="cpu")
+    return Encoder(dense_model)
 
 
 def own_mean(path, text):
@@ -74,7 +74,7 @@ def test_embeddings_do_not_depend_on_the_batch(dense, dense_model, monkeypatch):
     texts = [*HISTORY, *(f"{text} {text} {text}" for text in HISTORY)]
     monkeypatch.setattr(encoder, "BATCH", 3)
     in_threes = dense.encode(texts)
-    alone = torch.cat([Encoder(dense_model, device="cpu").encode([text]) for text in texts[:4]])
+    alone = torch.cat([Encoder(dense_model).encode([text]) for text in texts[:4]])
     torch.testing.assert_close(in_threes[:4], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_each_text_is_embedded_once_and_old_ones_are_forgotten(dense, monkeypatc
 
 
 def test_dense_ranks_by_dot_product_or_cosine_as_the_model_says(dense, dense_model, tmp_path):
-    cosine = Encoder(save_encoder(tmp_path, modules=[POOLING, NORMALIZE], **{"1_Pooling__config": MEAN}), device="cpu")
+    cosine = Encoder(save_encoder(tmp_path, modules=[POOLING, NORMALIZE], **{"1_Pooling__config": MEAN}))
     asked, *found = (own_mean(dense_model, text) for text in ("bees", *HISTORY))
     dots = torch.stack(found) @ asked
     np.testing.assert_allclose(dense.scores("bees", HISTORY), dots, rtol=1e-4)
@@ -102,7 +102,7 @@ def test_dense_ranks_by_dot_product_or_cosine_as_the_model_says(dense, dense_mod
 
 
 def test_the_models_longest_text_is_kept_to(tmp_path):
-    short = Encoder(save_encoder(tmp_path, sentence_bert_config={"max_seq_length": 5}), device="cpu")
+    short = Encoder(save_encoder(tmp_path, sentence_bert_config={"max_seq_length": 5}))
     texts = ["honey from the bees", "honey from the bees and the hive and the garden"]
     torch.testing.assert_close(*short.encode([texts[0] * 4, texts[0] * 5]), atol=1e-6, rtol=1e-5)
 
@@ -122,23 +122,23 @@ def cached(tmp_path, monkeypatch):
 def test_conventions_that_cannot_be_looked_up_are_assumed_and_told(cached, capsys):
     """The cache of a machine without a network may lack files that the Hub has, or know that the Hub lacks them."""
     save_encoder(cached / "snapshots" / "c0")
-    assert "(dot product, assumed)" in Encoder("owner/bert", device="cpu").name
+    assert "(dot product, assumed)" in Encoder("owner/bert").name
     told = "the cache of this machine lacks modules.json, sentence_bert_config.json"
     assert capsys.readouterr().err.count(f"--retriever_model owner/bert: {told}") == 1
     for name in ("modules.json", "sentence_bert_config.json"):
         (cached / ".no_exist" / "c0").mkdir(parents=True, exist_ok=True)
         (cached / ".no_exist" / "c0" / name).touch()
-    assert Encoder("owner/bert", device="cpu").name == "owner/bert (dot product)"
+    assert Encoder("owner/bert").name == "owner/bert (dot product)"
     assert told not in capsys.readouterr().err
 
 
 def test_what_is_in_the_cache_is_kept_to_though_other_files_are_missing(cached, capsys):
     save_encoder(cached / "snapshots" / "c0", modules=[POOLING, NORMALIZE], **{"1_Pooling__config": MEAN})
-    assert Encoder("owner/bert", device="cpu").name == "owner/bert (cosine)"
+    assert Encoder("owner/bert").name == "owner/bert (cosine)"
     assert "the cache of this machine lacks sentence_bert_config.json, and" in capsys.readouterr().err
     (cached / "snapshots" / "c0" / "1_Pooling" / "config.json").unlink()
     with pytest.raises(UserError, match="expected a model that averages its tokens"):
-        Encoder("owner/bert", device="cpu")
+        Encoder("owner/bert")
 
 
 def test_weights_that_are_not_in_an_encoder_s_files_are_named_unless_they_are_not_used(tmp_path):
@@ -146,18 +146,18 @@ def test_weights_that_are_not_in_an_encoder_s_files_are_named_unless_they_are_no
     tensors = load_file(tmp_path / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    Encoder(path, device="cpu")
+    Encoder(path)
     kept = {name: tensor for name, tensor in kept.items() if "layer.1." not in name}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"--retriever_model .* not in its files \(encoder.layer.1."):
-        Encoder(path, device="cpu")
+        Encoder(path)
 
 
 def test_loading_an_encoder_leaves_the_random_numbers_alone(dense_model):
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    Encoder(dense_model, device="cpu")
+    Encoder(dense_model)
     assert torch.equal(torch.rand(2), expected)
 
 
