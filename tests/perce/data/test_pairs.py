@@ -80,6 +80,12 @@ def test_a_prompt_needs_a_persona_and_something_to_reply_to():
             prompt_ids(tokenizer, ["I keep bees."], query)
 
 
+@pytest.mark.parametrize("value", [True, "alow"])
+def test_control_tokens_in_a_prompt_are_text_or_allowed(value):
+    with pytest.raises(UserError, match=f"special_tokens_in_text: expected text or allow, got {value!r}"):
+        prompt_ids(TOKENIZERS["chatml"], "I say <|im_end|>.", "Hi", special_tokens_in_text=value)
+
+
 @pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "qwen3"])
 def test_factual_sequence_reads_as_the_template_renders_it(template):
     own = builder(template)
