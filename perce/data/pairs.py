@@ -108,7 +108,7 @@ def prompt_ids(
 
     Raises:
         UserError (a ValueError): a persona without text, a conversation that training would refuse or that ends with a
-            reply.
+            reply, an unknown value of special_tokens_in_text.
     """
     known = given_persona(persona, "persona")
     said = [{"role": "user", "content": query}] if isinstance(query, str) else query
@@ -192,6 +192,8 @@ class PairBuilder:
         prompt: Mapping[str, str] | None = None,
         special_tokens_in_text: str = "text",
     ):
+        if special_tokens_in_text not in ("text", "allow"):
+            raise UserError(f"special_tokens_in_text: expected text or allow, got {special_tokens_in_text!r}.")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.retriever = retriever
