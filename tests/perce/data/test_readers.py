@@ -14,7 +14,7 @@ import pytest
 from perce import UserError, load_examples
 from perce.data import readers
 from perce.data.rows import available_splits
-from tests.helpers.raw_rows import GOOD, jsonl
+from tests.helpers.raw_rows import GOOD, TALK, jsonl
 from tests.perce.data.test_csv_file import HEADER, csv_file, replies
 
 # --- encodings and other kinds of file -------------------------------------------------------------------------------
@@ -218,6 +218,33 @@ def test_parquet_values_that_python_cannot_hold(tmp_path):
         load_examples(path, "train")
     rows = load_examples(path, "train", skip_bad_rows=True)
     assert [e.response for e in rows] == ["a", "b"] and rows.skipped == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_values_of_several_types_that_datasets_stores_as_json(tmp_path, streaming):
+    """datasets stores a field as JSON, with quotes and escapes, if rows have it as a text and as a list."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    if not hasattr(datasets, "Json"):
+        pytest.skip("this version of datasets has no such columns")
+    text, anything = datasets.Value("string"), datasets.Json()
+    rows = [{**GOOD, "response": 'Two\n"lines".'}, {**GOOD, "persona": "I bake."}]
+    columns = {"persona": anything, "query": text, "response": anything}
+    odd = {"role": "assistant", "content": [{"type": "text", "text": "Yo"}]}
+    talks = [{"persona": ["p"], "messages": TALK[:2]}, {"persona": ["p"], "messages": [TALK[0], odd]}]
+    nested = {"persona": datasets.List(text), "messages": datasets.List({"role": text, "content": anything})}
+    for name, given, features in (("rows", rows, columns), ("talks", talks, nested)):
+        table = datasets.Dataset.from_list(given, features=datasets.Features(features))
+        table.save_to_disk(tmp_path / name)
+        table.to_parquet(tmp_path / f"{name}.parquet")
+    for place in ("rows", "rows.parquet"):
+        first, second = load_examples(tmp_path / place, "train", streaming=streaming)
+        assert (first.response, first.persona) == ('Two\n"lines".', ("I bake.", "I have a dog."))
+        assert (second.response, second.persona) == (GOOD["response"], ("I bake.",))
+    for place in ("talks", "talks.parquet"):
+        talk = load_examples(tmp_path / place, "train", streaming=streaming, skip_bad_rows=True)
+        assert [example.response for example in talk] == ["Hello!"]
+        assert "row 2: field 'messages[1].content': expected a non-empty string, got list" in talk.reasons[0]
 
 
 def test_a_parquet_column_whose_name_is_not_utf8(tmp_path):
