@@ -323,6 +323,17 @@ def parquet_rows(path: Path) -> Placed:
 def arrow_rows(table: Any) -> Iterator[Any]:
     """Rows of a pyarrow Table or RecordBatch. A BadRow replaces a cell that Python cannot hold, such as a date after
     the year 9999 or a text that is not UTF-8, and a row that is too long."""
+    as_json = {field.name: field.type for field in table.schema if "arrow.json" in str(field.type)}
+    for row in _python_rows(table):
+        for name, kind in as_json.items() if isinstance(row, dict) else ():
+            try:
+                row[name] = _parsed(row[name], kind)
+            except ValueError as error:
+                row[name] = BadRow(name, "a value that can be read", in_one_line(error))
+        yield row
+
+
+def _python_rows(table: Any) -> Iterator[Any]:
     if table.nbytes <= ROW_LIMIT:
         try:
             yield from table.to_pylist()
@@ -336,6 +347,17 @@ def arrow_rows(table: Any) -> Iterator[Any]:
             if row.nbytes > ROW_LIMIT
             else {name: _cell(name, column) for name, column in zip(row.schema.names, row.columns, strict=True)}
         )
+
+
+def _parsed(value: Any, kind: Any) -> Any:
+    """A value of an Arrow type with the JSON in it parsed, as which `datasets` stores values of more than one type."""
+    if getattr(kind, "extension_name", "") == "arrow.json" and isinstance(value, str):
+        return parse_json(value)
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_parsed(entry, kind.value_type) for entry in value]
+    if isinstance(value, dict):
+        return {name: _parsed(entry, kind.field(name).type) for name, entry in value.items()}
+    return value
 
 
 def _cell(name: str, column: Any) -> Any:
