@@ -83,6 +83,25 @@ def test_lamp_passages(tmp_path, entry, passage):
     assert example.persona[-1] == passage and example.user_id == "7"
 
 
+@pytest.mark.parametrize(
+    ("entry", "passage"),
+    [
+        ({"text": "T"}, "T"),
+        ({"text": "T", "title": "H"}, "Title: H\nText: T"),
+        ({"text": "T", "score": "4"}, "Rating: 4\nReview: T"),
+        ({"abstract": "A", "title": "H"}, "Title: H\nAbstract: A"),
+        ({"description": "D", "tag": "comedy"}, "Tag: comedy\nDescription: D"),
+    ],
+)
+def test_an_entry_whose_other_fields_are_null_or_empty_has_the_same_passage(tmp_path, entry, passage):
+    """A table has all fields in all entries: a history of several kinds of entries lost all but one kind."""
+    names = {name for kind, parts in PASSAGES for name in (kind, *(name for _, name in parts))}
+    for nothing in (None, ""):
+        given = dict.fromkeys(sorted(names), nothing) | entry
+        (example,) = load(tmp_path, {**LAMP, "profile": [given, dict.fromkeys(names, nothing)]})
+        assert example.persona == (passage,)
+
+
 @pytest.mark.parametrize("parts", [parts for _, parts in PASSAGES], ids=[kind for kind, _ in PASSAGES])
 def test_a_text_of_an_entry_may_not_be_the_target_and_its_label_may(tmp_path, parts):
     for label, field in parts:
