@@ -15,8 +15,8 @@ from perce.errors import UserError
 from perce.visible import listed, shortened
 
 # How a profile entry becomes a passage: (the field that tells its kind, ((label, field), ..., the text)). The first
-# kind that matches is used. A passage of one field is that text alone (LaMP-7's tweets). Other fields (ids, dates) are
-# left out.
+# kind of which an entry has that field and the text is used. A passage of one field is that text alone (LaMP-7's
+# tweets). Other fields (ids, dates) are left out.
 PASSAGES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
         "reviewText",
@@ -30,6 +30,7 @@ PASSAGES: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("text", (("Category", "category"), ("Title", "title"), ("Text", "text"))),  # LaMP-2N, -4, -6, -7
 )
 LABELS = ("Category", "Rating", "Tag")  # what says nothing about an entry's subject, and what many entries have alike
+SHOWN = {name for _, parts in PASSAGES for _, name in parts}
 # The texts of entries: any may be a task's target, and an entry with this row's target there would give it away.
 TEXT_FIELDS = {name for _, parts in PASSAGES for label, name in parts if label not in LABELS}
 ENTRY = f"a text, or an object with one of the fields {', '.join(kind for kind, _ in PASSAGES)}"
@@ -88,13 +89,15 @@ def passage_text(entry: object, field: str) -> str:
         return text_of(entry, field) if entry.strip() else ""
     if not isinstance(entry, dict):
         raise BadRow(field, ENTRY, show(entry))
+    # Tables have all fields in all entries, so null and a missing field mean the same.
+    told = {name: str(entry[name]) for name in SHOWN & entry.keys() if entry[name] is not None}
+    given = {name: text for name, text in told.items() if text.strip()}
     for kind, parts in PASSAGES:
-        if kind in entry:
-            main = parts[-1][1]
-            if entry.get(main) is None or not str(entry[main]).strip():
-                return ""
-            shown = [(label, str(entry[name])) for label, name in parts if entry.get(name) not in (None, "")]
+        if kind in given and parts[-1][1] in given:
+            shown = [(label, given[name]) for label, name in parts if name in given]
             return text_of("\n".join(f"{a}: {b}" for a, b in shown) if len(shown) > 1 else shown[0][1], field)
+    if any(kind in entry for kind, _ in PASSAGES):
+        return ""
     raise BadRow(field, ENTRY, f"one with the fields {listed(entry)}")
 
 
