@@ -30,7 +30,7 @@ def test_what_pandas_and_datasets_write_is_read_again(tmp_path, rows):
 TEXTS = [
     "[laughs] Hi", "[laughs]", "[a, b]", "['tis so", "I like ['a']", "['a'", "['tis the season] is my song [sic]",
     "['a'] and ['b']", "{'name': 'Ana'}", '{"name": "Ana"}', "(I bake.)", "('tis so)", "['a\nb']", "array of bees",
-    "('Bee' to friends)", '["Bee" to my friends, and "Ana" at work]', "['a' 'b' and more to come]",
+    "('Bee' to friends)", "('I bake.')", '["Bee" to my friends, and "Ana" at work]', "['a' 'b' and more to come]",
 ]  # fmt: skip
 
 
@@ -86,6 +86,18 @@ def test_other_lists_of_python_are_read(tmp_path, facts):
         assert "field 'persona[0]'" in error(tmp_path, row)
     else:
         assert load(tmp_path, row)[0].persona in (("I bake.", "I run."), ("I bake.",))
+
+
+@pytest.mark.parametrize("entry", ["Well ... bees", "... and bees", "..."])
+def test_dots_in_a_text_are_no_part_that_is_missing(tmp_path, entry):
+    for written in (f"['{entry}', 'I run.']", f"['{entry}'\n 'I run.']"):
+        assert load(tmp_path, {**ROWS[0], "persona": written})[0].persona == (entry, "I run.")
+
+
+def test_a_set_is_read_in_the_order_in_which_it_is_written(tmp_path):
+    """A set of texts in Python has another order in every process."""
+    facts = [f"fact {i}" for i in range(30)]
+    assert load(tmp_path, {**ROWS[0], "persona": f"{{{repr(facts)[1:-1]}}}"})[0].persona == tuple(facts)
 
 
 def test_a_list_that_takes_too_much_to_read(tmp_path, monkeypatch):
