@@ -35,25 +35,28 @@ def parse_list(text: str, field: str) -> Any:
     expected = "a complete list as JSON, Python or numpy writes it"
     if len(bare) > LONGEST:
         raise BadRow(field, expected, "a Python list of more than 4 MiB, which must be written as JSON")
-    if (written := _with_commas(bare)) is None:
+    if (tokens := _with_commas(bare)) is None:
         return text
+    is_cut = "..." in tokens
     try:
-        value = ast.literal_eval(written)
-        if isinstance(value, dict):
+        value = ast.literal_eval(" ".join(tokens))
+        if isinstance(value, str | dict):
             return text
-        if isinstance(value, list | tuple | set) and "..." not in written.split():
+        if isinstance(value, set):  # as it is written: a set has another order in every process
+            value = ast.literal_eval(" ".join(["[", *tokens[1:-1], "]"]))
+        if isinstance(value, list | tuple) and not is_cut:
             return list(value)
     except SyntaxError:
-        if "..." not in written.split() and (bare.startswith("(") or not _SEPARATED.search(bare)):  # ["Bee" to friends]
+        if not is_cut and (bare.startswith("(") or not _SEPARATED.search(bare)):  # ["Bee" to friends]
             return text
     except (ValueError, TypeError, RecursionError, MemoryError):  # TypeError: a list as a name or in a set
         pass
     raise BadRow(field, expected, f"{shortened(bare)!r}; JSON Lines or Parquet files keep lists as they are")
 
 
-def _with_commas(text: str) -> str | None:
-    """The text with a comma between values that only a space separates, which Python would join into one text. None if
-    the text only begins and ends like an expression in brackets, and is not a single one."""
+def _with_commas(text: str) -> list[str] | None:
+    """The tokens of the text, with a comma between values that only a space separates, which Python would join into one
+    text. None if the text only begins and ends like an expression in brackets, and is not a single one."""
     written: list[str] = []
     depth, before = 0, None
     try:
@@ -70,4 +73,4 @@ def _with_commas(text: str) -> str | None:
             before = token
     except (tokenize.TokenError, SyntaxError):
         return None
-    return " ".join(written)
+    return written
