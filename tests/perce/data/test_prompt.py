@@ -14,7 +14,7 @@ def test_what_a_prompt_says_wrongly_is_named():
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"prompt: .*{message}"):
             PromptStyle.of(keys)
-    for wrong in ([" "], ["A", None], 3, None):
+    for wrong in ([" "], ["A", None], 3, None, {"job": "baker"}, {"A", "B"}, b"A"):
         with pytest.raises(UserError, match=r"persona.*expected"):
             prompt_text(wrong)
     with pytest.raises(UserError, match="system: expected a text, got 5"):
