@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -117,8 +117,8 @@ def parse_persona(value: object, field: str) -> tuple[str, ...]:
 
 def given_persona(value: Any, name: str) -> tuple[str, ...]:
     """A persona that a caller gives as argument `name`. UserError for what training would refuse."""
-    try:
-        return parse_persona(value if isinstance(value, str) else list(value), name)
+    try:  # list() would make the keys of a mapping a persona, and give a set another order in every process
+        return parse_persona(value if isinstance(value, str | Mapping | Set) else list(value), name)
     except BadRow as bad:
         raise UserError(f"{bad}.") from None
     except TypeError:
