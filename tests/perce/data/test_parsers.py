@@ -5,6 +5,7 @@ import csv
 import json
 from functools import reduce
 
+import numpy as np
 import pytest
 
 from perce import UserError, load_examples
@@ -231,7 +232,7 @@ def test_what_is_wrong_within_a_field_is_named(tmp_path, format, name, wrong, fi
 
 NASTY = [
     None, 0, True, 1.5, float("nan"), "", " ", "9" * 5000, "{", "\ud83d", [], {}, [1], [[]], {"a": 1},
-    {"a": [1], "b": []},
+    {"a": [1], "b": []}, {"a": []}, {1: "a"}, ("a", "b"), np.array(["a", "b"]), np.array([]), np.int64(3),
 ]  # fmt: skip
 
 
@@ -259,6 +260,29 @@ def test_whatever_stands_in_a_field_it_is_read_or_refused_by_name(tmp_path, form
                     assert len(Examples(source, Reading(unanswered=True)).all) >= 1
                 except UserError as error:
                     assert str(error).startswith(f"{path.name}:"), error
+
+
+def test_names_that_are_numbers(tmp_path):
+    """pandas numbers the columns of a file that is read without a header."""
+
+    def read(row, **how):
+        return Examples(Source("rows", "rows", lambda: iter([(" row 1", row)])), Reading(**how)).all
+
+    with pytest.raises(UserError, match="rows row 1: expected the fields of a known format, got the fields 0, 1, 2"):
+        read({0: "p", 1: "q", 2: "r"})
+    columns = {"persona": "0", "query": "1", "response": "2"}
+    assert read({0: "p", 1: "q", 2: "r"}, columns=columns) == read({"persona": "p", "query": "q", "response": "r"})
+
+
+def test_a_table_of_no_entries_is_an_empty_list(tmp_path):
+    """Older versions of datasets keep a list of objects as an object of lists."""
+    (example,) = load(tmp_path, {**LAMP, "profile": {"id": [], "text": []}})
+    assert example.persona == ()
+
+
+def test_an_utterance_before_which_nothing_was_said(tmp_path):
+    row = {"personality": ["p"], "utterances": [{"history": said, "candidates": ["Yo"]} for said in ([], ["Hi"])]}
+    assert [example.turns for example in load(tmp_path, row)] == [(Turn("user", "Hi"),)]
 
 
 def test_a_conversation_of_several_turns_in_each_shape(tmp_path):
