@@ -283,3 +283,17 @@ def test_which_tokens_are_personal_is_training_data_if_weights_depend_on_it():
     plain, other = map(datasets.Dataset.from_list, rows)
     assert dataset.pairs_digest(plain) == dataset.pairs_digest(other)
     assert dataset.pairs_digest(plain, personal=True) != dataset.pairs_digest(other, personal=True)
+
+
+def test_rows_with_arrays_are_read_as_rows_with_lists():
+    """pandas has an array for each list of a Parquet file, and so has a Dataset of another format."""
+    talk = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
+    rows = [{"persona": ["I keep bees.", "I run."], "messages": talk, "user_id": n, "weight": 0.5} for n in range(2)]
+
+    def pairs(given):
+        return dataset.rows_dataset_pairs(given, "rows", byte_tokenizer(), DataConfig())[:]
+
+    table, expected = datasets.Dataset.from_list(rows), pairs(rows)
+    for name in ("numpy", "torch", "pandas", "arrow"):
+        assert pairs(table.with_format(name)) == pairs(table.to_iterable_dataset().with_format(name)) == expected, name
+    assert pairs(table.to_pandas().to_dict("records")) == expected

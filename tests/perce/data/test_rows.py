@@ -21,9 +21,9 @@ BAD = [
     ({**GOOD, "persona": ""}, "field 'persona': expected a non-empty string, got str ''"),
     (
         {**GOOD, "persona": 42},
-        "field 'persona': expected a text, [] for no persona, or a non-empty list of texts, got",
+        "field 'persona': expected a text, [] for no persona, or a list of texts, got",
     ),
-    ({**GOOD, "persona": {"job": "baker"}}, "[] for no persona, or a non-empty list of texts, got dict"),
+    ({**GOOD, "persona": {"job": "baker"}}, "[] for no persona, or a list of texts, got dict"),
     ({**GOOD, "persona": [["a"]]}, "field 'persona[0]': expected a text, or an object with one of the fields reviewT"),
     ({**GOOD, "persona": ["", " "]}, "field 'persona': expected at least one entry with text"),
     ({**GOOD, "persona": ["a", 3]}, "field 'persona[1]': expected a text, or an object with one of the fields"),
