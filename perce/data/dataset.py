@@ -109,12 +109,23 @@ def rows_dataset_pairs(
             f"{name}: expected a Dataset or a list of rows, got {type(dataset).__name__}. datasets.load_dataset and "
             "Dataset.from_pandas make one."
         )
-    source = Source(name, name, lambda: ((f" row {number}", row) for number, row in enumerate(dataset, start=1)))
+    if isinstance(dataset, Dataset | IterableDataset):
+        dataset = dataset.with_format(None)
+    source = Source(name, name, lambda: ((f" row {number}", _plain(row)) for number, row in enumerate(dataset, 1)))
     examples = Examples(source, Reading.of(config))
     read = examples.all  # the format is known from here on
     return pair_dataset(
         read, make_builder(tokenizer, config, examples.format, loss), skip_bad_rows=config.skip_bad_rows
     )
+
+
+def _plain(value: Any) -> Any:
+    """A value with lists in place of arrays: pandas and datasets' formats have them, and == compares their elements."""
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _write(file: Path, source: PairSource) -> None:

@@ -71,15 +71,15 @@ def encodable(value: str, field: str) -> str:
     return value
 
 
-def list_of(value: object, field: str, of: str, also: str = "") -> list[Any]:
-    """The value as a non-empty list; `also` is what else it may be, in the error. `datasets` may return one struct of
-    lists instead, which is converted back."""
+def list_of(value: object, field: str, of: str, also: str = "", may_be_empty: bool = False) -> list[Any]:
+    """The value as a list, by default a non-empty one; `also` is what else it may be, in the error. `datasets` may
+    return one struct of lists instead, which is converted back."""
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         if len({len(column) for column in value.values()}) > 1:
             raise BadRow(field, "columns of equal length", show({key: len(column) for key, column in value.items()}))
         value = [dict(zip(value, entry, strict=True)) for entry in zip(*value.values(), strict=True)]
-    if not isinstance(value, list) or not value:
-        raise BadRow(field, f"{also}a non-empty list of {of}", show(value))
+    if not isinstance(value, list) or not (value or may_be_empty):
+        raise BadRow(field, f"{also}a{'' if may_be_empty else ' non-empty'} list of {of}", show(value))
     return value
 
 
@@ -106,9 +106,9 @@ def parse_persona(value: object, field: str) -> tuple[str, ...]:
     list says that there is no persona: a missing one, or one without text, may be a mistake."""
     if isinstance(value, str):
         return (text_of(value, field),)
-    if value == []:
+    entries = list_of(value, field, "texts", also="a text, [] for no persona, or ", may_be_empty=True)
+    if not entries:
         return ()
-    entries = list_of(value, field, "texts", also="a text, [] for no persona, or ")
     passages = tuple(filter(None, (passage_text(entry, f"{field}[{i}]") for i, entry in enumerate(entries))))
     if not passages:
         raise BadRow(field, "at least one entry with text", show(value))

@@ -97,7 +97,7 @@ def parse_sharegpt(row: Row) -> Iterator[Reply]:
 
 def _maybe(row: Row, field: str) -> list[Any]:
     """The list in a field that may be absent or empty."""
-    return [] if row.get(field) in (None, []) else list_of(row[field], field, "entries")
+    return list_of(row.get(field, []), field, "entries", may_be_empty=True)
 
 
 def parse_alpaca(row: Row) -> Iterator[Reply]:
@@ -114,13 +114,14 @@ def parse_alpaca(row: Row) -> Iterator[Reply]:
     yield Reply(persona, (*turns, Turn("user", request)), text_of(row["output"], "output"))
 
 
-def _from_history(entries: Any, field: str, request: tuple[Turn, ...], response: str) -> Reply:
+def _from_history(history: Any, field: str, request: tuple[Turn, ...], response: str) -> Reply:
     """A reply whose persona is the history, the newest entry first, because entries are dropped from the end; the files
     have the oldest entry first. An empty history is no persona."""
-    if entries == []:
+    entries = list_of(history, field, "objects", may_be_empty=True)
+    if not entries:
         return Reply((), request, response)
     passages = []
-    for i, entry in reversed(list(enumerate(list_of(entries, field, "objects")))):
+    for i, entry in reversed(list(enumerate(entries))):
         texts = [entry.get(name) for name in TEXT_FIELDS] if isinstance(entry, dict) else [entry]
         if response and any(isinstance(text, str) and same_words(text, response) for text in texts):
             continue  # this is the target: with it in the prompt the model would only learn to copy
@@ -177,7 +178,7 @@ def parse_personachat(row: Row) -> Iterator[Reply]:
         if not isinstance(utterance, Mapping):
             raise BadRow(where, "an object with 'history' and 'candidates'", show(utterance))
         history, candidates = (f"{where}.{name}".lstrip(".") for name in ("history", "candidates"))
-        lines = list_of(utterance.get("history"), history, "texts")
+        lines = list_of(utterance.get("history"), history, "texts", may_be_empty=True)
         said = [text_of(line, f"{history}[{i}]") for i, line in enumerate(lines) if line != SILENCE]
         gold = text_of(list_of(utterance.get("candidates"), candidates, "texts")[-1], f"{candidates}[-1]")
         roles = ["assistant" if (len(said) - i) % 2 == 0 else "user" for i in range(len(said))]

@@ -247,6 +247,7 @@ class Examples:
             raise value
         if not isinstance(value, dict):
             raise BadRow(None, "a JSON object", show(value))
+        value = {str(name): cell for name, cell in value.items()}  # pandas numbers columns that have no names
         # A table holds null for a field that a row lacks, so null and a missing field mean the same.
         given = {name: cell for name, cell in value.items() if cell is not None}
         self._first = self._first or value
@@ -308,7 +309,7 @@ class Examples:
                 if isinstance(user, str) and isinstance(printed := parse_list(f"[{user}]", path), list):  # a CSV
                     user, *_ = [*printed, None]
                 user = user.get(name) if isinstance(user, dict) else None
-            if user is not None and user != [] and str(user).strip():
+            if user is not None and str(user).strip() not in ("", "[]"):
                 if path == "personality":  # the user is who plays a persona: many rows have the same
                     user = hashlib.sha256(repr(parse_persona(user, path)).encode()).hexdigest()[:12]
                 if not isinstance(user, str | int):
