@@ -38,6 +38,8 @@ def test_a_row_becomes_two_and_one_again():
     assert told[2]["prompt"] == "About the user:\n- I keep bees.\n- Blue.\n\nTonight?\n"
     joined = twice().prepared(ROWS, ROWS.column_names, tokenised)
     assert joined.column_names == ["input_ids", "labels"] and len(joined) == 3
+    formatted = twice().prepared(ROWS.with_format("numpy"), ROWS.column_names, tokenised)
+    assert formatted[:] == joined[:], "a Dataset of another format is read like any"
     (row, *_) = joined
     kept = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != PERSONA]
     assert TOKENIZER.decode(kept) == "Tonight?\n" + REPLY
