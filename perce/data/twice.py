@@ -47,6 +47,7 @@ class Twice:
         For a Dataset, prints how many rows have no persona, and what is lost to max_length. UserError for a row that
         cannot be used, and if no row of a Dataset has a token left to learn.
         """
+        dataset = dataset.with_format(None)  # others have arrays, which are neither true nor false
         footers = PERSONA_FOOTERS if self.style.footer is None else (self.style.footer,)
         ways = [replace(self, style=replace(self.style, footer=footer)) for footer in footers]
         failures: list[UserError] = []
