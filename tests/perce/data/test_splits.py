@@ -133,6 +133,17 @@ def test_the_seed_of_who_is_drawn_follows_no_model():
     assert [SplitConfig(split_seed=seed).seed for seed in (None, 3, 0)] == [42, 3, 0]
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_splits_whose_prompts_are_made_in_other_ways_are_refused(tmp_path, swapped):
+    """Passages would be retrieved from personas, or histories be shown whole, because one builder makes both splits."""
+    histories = [{"input": "i", "output": f"o{n}", "profile": [{"text": "t"}] * 6} for n in range(3)]
+    for name, rows in zip(("train", "valid"), (USERS, histories)[:: -1 if swapped else 1], strict=True):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    given = f"training rows are of format {'lamp' if swapped else 'perce'}"
+    with pytest.raises(UserError, match=f"documents, personas and histories cannot be mixed; the {given}"):
+        load_splits(DataConfig(data=str(tmp_path)), eval_examples=0, seed=0)
+
+
 def test_what_a_run_has_held_out_is_whom_alone(tmp_path):
     assert set(json.loads(splits(tmp_path, USERS).held_out.to_json())) == {"unit", "held_out"}
 
