@@ -198,9 +198,10 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
         held_out = load_examples(data, "validation", **options)
         if config.streaming and train.format == "auto":
             train.format = held_out.format
-        if FORMATS[train.format].documents != FORMATS[held_out.format].documents:
+        ours, others = FORMATS[train.format], FORMATS[held_out.format]
+        if (ours.documents, ours.history) != (others.documents, others.history):  # one builder makes the pairs of both
             raise UserError(
-                f"--data {data}: documents and personas cannot be mixed; the training rows are of format "
+                f"--data {data}: documents, personas and histories cannot be mixed; the training rows are of format "
                 f"{train.format}, the validation rows of format {held_out.format}."
             )
         validation, kept = held_out.all, train if config.streaming else train.all
