@@ -187,6 +187,17 @@ def test_shards_whose_columns_differ(tmp_path):
         assert "column names don't match" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_directory_of_shards_has_one_name_wherever_it_is_read_from(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    (tmp_path / "shards").mkdir()
+    jsonl(tmp_path / "shards" / "train-00000-of-00001.jsonl", GOOD)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "shards", "./shards", "~/shards"):
+        assert load_examples(path, "train").all[0].source == "shards[train] row 1"
+
+
 def test_values_that_python_cannot_hold_in_a_saved_directory(tmp_path):
     datasets = pytest.importorskip("datasets")
     late = pa.array([0, 2**62], pa.timestamp("us"))
