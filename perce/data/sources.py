@@ -312,8 +312,9 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
     """A Hub id, "owner/name" or "owner/name:config"; also a local directory laid out like a Hub repository."""
     import datasets
 
-    is_directory = Path(data).expanduser().is_dir()
-    name, config = (data, "") if is_directory or ":" not in data else data.split(":", 1)
+    path = Path(data).expanduser()
+    is_directory = path.is_dir()
+    name, _, config = (str(path), "", "") if is_directory else data.partition(":")
     failure = None if is_directory else hub_failure()
     try:
         with _cached_alone(failure is not None):
@@ -330,6 +331,7 @@ def _hub(data: str, streaming: bool) -> dict[str, Source]:
     for ours, theirs in splits.items():
         load = partial(_load, failure, name, config or None, split=theirs, streaming=streaming)
         origin = f"{data}[{theirs}]"
+        label = f"{path.resolve().name if is_directory else data}[{theirs}]"
         unread = _unread(names, splits.values())
-        found[ours] = Source(origin, origin, partial(_dataset_rows, origin, load), unread=unread)
+        found[ours] = Source(origin, label, partial(_dataset_rows, origin, load), unread=unread)
     return found
