@@ -31,6 +31,7 @@ TEXTS = [
     "[laughs] Hi", "[laughs]", "[a, b]", "['tis so", "I like ['a']", "['a'", "['tis the season] is my song [sic]",
     "['a'] and ['b']", "{'name': 'Ana'}", '{"name": "Ana"}', "(I bake.)", "('tis so)", "['a\nb']", "array of bees",
     "('Bee' to friends)", "('I bake.')", '["Bee" to my friends, and "Ana" at work]', "['a' 'b' and more to come]",
+    "['tis so] [sic]", "['Hi', I'd say] (said he)",
 ]  # fmt: skip
 
 
@@ -57,6 +58,8 @@ def test_a_text_stays_a_text(tmp_path, facts):
         "['He said 'hi'.', 'b']",
         "['tea', 'ski' 'chess', 5 cats]",
         "['a', 'b'; 'c']",
+        "['I don't like tea', 'I ski']",
+        "['I ski', 'I don't like tea']",
         "['a','b'.]",
         "['tea', 'music' (jazz)]",
     ],
