@@ -35,23 +35,25 @@ def parse_list(text: str, field: str) -> Any:
     expected = "a complete list as JSON, Python or numpy writes it"
     if len(bare) > LONGEST:
         raise BadRow(field, expected, "a Python list of more than 4 MiB, which must be written as JSON")
+    lost = BadRow(field, expected, f"{shortened(bare)!r}; JSON Lines or Parquet files keep lists as they are")
     if (tokens := _with_commas(bare)) is None:
+        if _SEPARATED.search(bare) and bare.endswith(("']", '"]')):  # ['I don't ski', 'I run']
+            raise lost
         return text
-    is_cut = "..." in tokens
     try:
         value = ast.literal_eval(" ".join(tokens))
         if isinstance(value, str | dict):
             return text
         if isinstance(value, set):  # as it is written: a set has another order in every process
             value = ast.literal_eval(" ".join(["[", *tokens[1:-1], "]"]))
-        if isinstance(value, list | tuple) and not is_cut:
+        if isinstance(value, list | tuple) and "..." not in tokens:
             return list(value)
     except SyntaxError:
-        if not is_cut and (bare.startswith("(") or not _SEPARATED.search(bare)):  # ["Bee" to friends]
+        if "..." not in tokens and (bare.startswith("(") or not _SEPARATED.search(bare)):  # ["Bee" to friends]
             return text
     except (ValueError, TypeError, RecursionError, MemoryError):  # TypeError: a list as a name or in a set
         pass
-    raise BadRow(field, expected, f"{shortened(bare)!r}; JSON Lines or Parquet files keep lists as they are")
+    raise lost
 
 
 def _with_commas(text: str) -> list[str] | None:
