@@ -94,7 +94,7 @@ def _header(path: Path, line: int, names: list[str]) -> list[str]:
             f"{path}:{line}: expected no spaces around the names in the header, got {shortened(spaced[0])!r}. Write "
             "the file without spaces next to its commas: a quote after such a space quotes nothing."
         )
-    check_names(path, names, f"{path}:{line}")
+    check_names(names, f"{path}:{line}")
     return names
 
 

@@ -289,7 +289,7 @@ def whole_json(path: Path) -> Any:
 # --- Parquet and other tables -----------------------------------------------------------------------------------------
 
 
-def check_names(path: Path, names: list[str], where: str) -> None:
+def check_names(names: list[str], where: str) -> None:
     """UserError for two columns of the same name, one of which would be lost."""
     for name in names:
         if name and names.count(name) > 1:
@@ -307,7 +307,7 @@ def parquet_rows(path: Path) -> Placed:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            check_names(path, file.schema_arrow.names, str(path))
+            check_names(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=BATCH):
                 for row in arrow_rows(batch):
                     number += 1
