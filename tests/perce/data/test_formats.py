@@ -289,6 +289,14 @@ def test_a_system_message_that_is_the_persona_alone(tmp_path):
     assert "no system message" in error(tmp_path, {"messages": TALK}, persona_markers=("<p>", ""))
 
 
+def test_a_second_persona_between_the_markers_is_not_left_in_both_prompts(tmp_path):
+    said = [{"role": "system", "content": "<p>I bake.</p> Be brief. <p>I run.</p>"}, *TALK[:2]]
+    text = error(tmp_path, {"messages": said}, persona_markers=("<p>", "</p>"))
+    assert "field 'messages': expected a system message with the persona between '<p>' and '</p>' once" in text
+    (only,) = load(tmp_path, {"messages": said}, persona_markers=("<p>", ""))
+    assert only.persona == ("I bake.</p> Be brief. <p>I run.</p>",)
+
+
 # --- weights, and rows without a response ---------------------------------------------------------------------------
 
 
