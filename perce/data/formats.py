@@ -15,6 +15,7 @@ from perce.data.fields import list_of, names_in, show
 from perce.data.joins import Lookup
 from perce.data.parsers import Reply, Row
 from perce.data.readers import BadRow
+from perce.visible import shortened
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,8 @@ def with_marked_persona(row: dict[str, Any], start: str, end: str) -> dict[str, 
     persona, closed, behind = behind.partition(end) if end else (behind, "-", "")
     if not opened or not closed:
         raise BadRow(field, expected, show(text))
+    if start in behind:  # it would stay in both prompts
+        raise BadRow(field, f"{expected} once", f"a second {shortened(start)!r} behind it")
     rest, row = f"{before.rstrip()}\n{behind.lstrip()}".strip(), {**row, "persona": persona.strip()}
     if field == "system":
         return {**row, "system": rest}
