@@ -315,6 +315,16 @@ def test_an_interrupted_evaluation_goes_on(run, tmp_path, monkeypatch):
     assert "holds the records of another run (seed was 42 and is 1 now)" in err
 
 
+@pytest.mark.parametrize("field", [{"user_id": "ana"}, {"personal_spans": [[0, 2]]}])
+def test_records_of_other_users_or_labels_are_another_runs(run, tmp_path, field):
+    data, losses = tmp_path / "rows.jsonl", ("--data", tmp_path / "rows.jsonl", "--generate", "false")
+    write_jsonl(data, ROWS)
+    run(*losses, "--output", tmp_path / "e.json")
+    write_jsonl(data, [ROWS[0] | field, *ROWS[1:]])
+    err = run(*losses, "--output", tmp_path / "e.json", code=2).err
+    assert "e.jsonl: holds the records of another run (labels was" in err
+
+
 def test_a_second_process_on_the_same_output_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr("perce.measuring.inference.load_to_measure", lambda *_: pytest.fail("found too late"))
     with locked(tmp_path / ".e.jsonl.lock", ""):

@@ -153,6 +153,16 @@ def test_changed_data_is_not_mixed_with_what_was_scored(scored, tmp_path):
     assert re.search(r"examples +2\b", out), "of a longer file the first are summarised"
 
 
+@pytest.mark.parametrize("field", [{"weight": 2.0}, {"user_id": "ana"}, {"personal_spans": [[0, 2]]}])
+def test_changed_data_of_the_same_prompts_is_not_mixed_either(scored, tmp_path, field):
+    data, path = tmp_path / "rows.jsonl", tmp_path / "s.jsonl"
+    write_jsonl(data, ROWS[:3])
+    scored("--data", data, "--jsonl", path)
+    write_jsonl(data, [ROWS[0], ROWS[1] | field, ROWS[2]])
+    err = scored("--data", data, "--jsonl", path, code=2).err
+    assert "rows.jsonl:2 is not the example that was scored before" in err
+
+
 def test_labels_summary_page_and_terminal(scored, tmp_path):
     files = ("--summary", tmp_path / "s.json", "--output", tmp_path / "s.html", "--jsonl", tmp_path / "s.jsonl")
     out = scored("--labels", *files, "--shown", 2).out
