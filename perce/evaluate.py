@@ -22,7 +22,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     """Evaluate the examples that are not in the file yet, and report on all."""
     from tqdm import tqdm
 
-    from perce.data.rows import texts_key
+    from perce.data.rows import labels_key, texts_key
     from perce.data.splits import training_rows_note
     from perce.measuring.comparison import check_same, compare, keys_of, print_comparison, read_result
     from perce.measuring.evaluation import Evaluator, make_batches
@@ -41,7 +41,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     work = make_batches(examples, subject, options)
     if other:
         check_same({item.key for item in work.items}, keys_of(other), f"--compare_with {wanted.compare_with}")
-    file.begin(facts)
+    file.begin(facts | {"labels": labels_key(examples)})
     reply = wanted.max_new_tokens if wanted.generate else 0
     settle_lengths(subject.model, lambda: work.longest(reply))
     evaluator = Evaluator(subject.model, subject.tokenizer, subject.device, wanted, scorers, subject.sharing)

@@ -90,6 +90,12 @@ def texts_key(examples: Sequence[Record]) -> str:
     return hashlib.sha256("".join(map(text_key, examples)).encode()).hexdigest()[:12]
 
 
+def labels_key(examples: Iterable[Example]) -> str:
+    """Digest of whose the examples are, and of the spans that the data marks as personal."""
+    labels = [(example.source, example.user_id, example.personal_spans) for example in examples]
+    return hashlib.sha256(repr(labels).encode()).hexdigest()[:12]
+
+
 def _rename(row: dict[str, object], columns: Mapping[str, str]) -> dict[str, object]:
     """The row with the fields in `columns` (ours -> theirs) renamed. Their old names are removed, so that the row fits
     one format only."""

@@ -19,11 +19,8 @@ from perce.model.positions import settle_lengths
 from perce.report.heatmap import ScoredToken
 
 FORM = 2  # version of the records: raise it when their fields change
-OF_TOKENS = (
-    "response_ids", "response_tokens", "logp", "logp_cf", "pir", "signal", "weight", "personal", "entropy",
-    "persona_word",
-)  # fmt: skip
-"""The fields of a record that have a value for each response token; the last two are there with --labels."""
+OF_TOKENS = ("response_tokens", "logp", "logp_cf", "pir", "signal", "weight", "entropy", "persona_word")
+"""What is measured of each response token; the last two with --labels."""
 WINDOW = 64  # examples that are sorted by length together: records stay in order, with little padding
 
 
@@ -41,8 +38,8 @@ def scored(
             built += [(index, example, pair) for pair in subject.built(example)]
         # The file has one record per example that fits, in order. Examples with a record are not scored again.
         known = done[seen : seen + len(built)]
-        for before, (_, example, pair) in zip(known, built, strict=False):
-            if before["prompt_ids"] + before["response_ids"] != pair.input_ids:
+        for before, (index, example, pair) in zip(known, built, strict=False):
+            if any(before.get(name) != value for name, value in given(index, example, pair).items()):
                 raise UserError(
                     f"--jsonl {options.score.jsonl}: {example.source} is not the example that was scored before; the "
                     "data or the tokenizer has changed. Choose another file, or delete it."
@@ -91,17 +88,23 @@ def score_window(
     return [records[row] for row in range(len(built))]
 
 
-def record(index: int, example: Example, pair: Pair, tokens: TokenStatistics, tokenizer: Any) -> dict[str, Any]:
-    """One line of the JSON Lines file: prompts and response as ids, and statistics per response token."""
+def given(index: int, example: Example, pair: Pair) -> dict[str, Any]:
+    """What a record has from the data: prompts and response as ids, labels, and the row's weight."""
     n = pair.response_length
     return {
         "example": index, "source": example.source, "user_id": example.user_id,
         "passages": pair.passages, "marked": example.personal_spans is not None,
         "prompt_ids": pair.input_ids[:-n], "prompt_cf_ids": pair.counterfactual_ids()[:-n],
-        "response_ids": pair.input_ids[-n:], "response_tokens": token_texts(pair.input_ids[-n:], tokenizer),
+        "response_ids": pair.input_ids[-n:], "personal": pair.personal, "data_weight": pair.data_weight,
+    }  # fmt: skip
+
+
+def record(index: int, example: Example, pair: Pair, tokens: TokenStatistics, tokenizer: Any) -> dict[str, Any]:
+    """One line of the JSON Lines file: what is given, and statistics per response token."""
+    return given(index, example, pair) | {
+        "response_tokens": token_texts(pair.input_ids[-pair.response_length :], tokenizer),
         "logp": tokens.logp.tolist(), "logp_cf": tokens.logp_cf.tolist(), "pir": tokens.pir.tolist(),
-        "signal": tokens.signal.tolist(), "weight": tokens.token_weight.tolist(), "personal": pair.personal,
-        "data_weight": pair.data_weight,
+        "signal": tokens.signal.tolist(), "weight": tokens.token_weight.tolist(),
     }  # fmt: skip
 
 

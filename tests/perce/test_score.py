@@ -112,7 +112,7 @@ def test_records_of_another_run_are_not_mixed_in(scored, tmp_path):
     assert "exists already, and was not written by perce" in scored("--jsonl", path, code=2).err
 
 
-@pytest.mark.parametrize("column", ["pir", "entropy", "personal", "weight"])
+@pytest.mark.parametrize("column", ["pir", "entropy", "weight"])
 def test_a_record_that_lacks_a_tokens_value_is_refused(scored, tmp_path, column):
     path = tmp_path / "s.jsonl"
     scored("--labels", "--jsonl", path)
