@@ -1,6 +1,8 @@
 """The command line's own behaviour: help that keeps its lines, and options that are given twice."""
 
-from perce.config.commands import TRAIN
+import pytest
+
+from perce.config.commands import COMMANDS, TRAIN
 from perce.config.parser import LineByLine, Parser
 
 
@@ -27,3 +29,22 @@ def test_of_an_option_that_is_given_twice_the_last_counts_and_it_is_told(capsys,
     assert main(["--seed", "1", "--seed", "1"]) == 0 and capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "1")
     assert main(argv) == 0 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("option", ["--model", "--config", "--print_config", "--streaming", "--made-up"])
+def test_dashes_are_no_value(capsys, option):
+    for command in COMMANDS:
+        assert command.main(lambda options: pytest.fail("argparse takes them for no value"))([f"{option}=--"]) == 2
+        assert capsys.readouterr().err == f"error: {option}: expected a value, got '--'. `--help` lists the options.\n"
+
+
+@pytest.mark.parametrize("argv", [["--"], ["--", "--print_config"], ["--seed", "1", "--"]])
+def test_dashes_alone_are_no_option(capsys, argv):
+    assert TRAIN.main(lambda options: None)(argv) == 2
+    assert capsys.readouterr().err.startswith("error: --: expected an option")
+
+
+def test_an_empty_value_is_refused(capsys):
+    for argv in (["--attn_implementation="], ["--attn_implementation", " "], ["--chat_template_kwargs", ""]):
+        assert TRAIN.main(lambda options: None)(argv) == 2
+        assert "Is a variable of the shell empty?" in capsys.readouterr().err
