@@ -130,6 +130,8 @@ class Command(Generic[Chosen]):
     def parse(self, argv: Sequence[str]) -> Parsed:
         """The values of the flags and of the --config file; flags win. UserError for unknown options."""
         namespace, rest = self._parser().parse_known_args([_underscored(argument) for argument in argv])
+        if "--" in argv:
+            raise UserError("--: expected an option and its value, got dashes alone. `--help` lists the options.")
         flags = {name: value for name, value in vars(namespace).items() if value is not None}
         config_file, print_config = flags.pop("config", None), flags.pop("print_config", False)
         flags |= self._extra_flags(rest)
@@ -345,6 +347,8 @@ def _underscored(argument: str) -> str:
     flag, equals, value = argument.partition("=")
     if not re.fullmatch(r"--[\w-]+", flag):
         return argument
+    if value == "--":  # to argparse it is no value: an empty list, or true
+        raise UserError(f"{flag}: expected a value, got '--'. `--help` lists the options.")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
@@ -390,6 +394,8 @@ def convert(name: str, hint: Any, value: Any) -> Any:
         return value
     if plain is str:
         require(not isinstance(value, list), name, "one text", value)
+        if not str(value).strip():
+            raise UserError(f"{name}: expected a value, got {value!r}. Is a variable of the shell empty?")
         return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict) else str(value)
     converted = number(value)
     if isinstance(converted, int) and abs(converted) > LARGEST:  # perhaps more than a float can hold
