@@ -2,7 +2,7 @@
 
 import pytest
 
-from perce.config.commands import COMMANDS, TRAIN
+from perce.config.commands import COMMANDS, EVALUATE, TRAIN
 from perce.config.parser import LineByLine, Parser
 
 
@@ -48,3 +48,12 @@ def test_an_empty_value_is_refused(capsys):
     for argv in (["--attn_implementation="], ["--attn_implementation", " "], ["--chat_template_kwargs", ""]):
         assert TRAIN.main(lambda options: None)(argv) == 2
         assert "Is a variable of the shell empty?" in capsys.readouterr().err
+
+
+def test_several_processes_do_not_all_run_a_command_that_one_of_them_can(capsys, monkeypatch):
+    seen = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for processes, code in (("1", 0), ("2", 2)):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        assert EVALUATE.main(seen.append)([]) == code
+    assert len(seen) == 1 and "evaluate: 2 processes were started, and it runs in one" in capsys.readouterr().err
