@@ -83,6 +83,14 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def check_alone(command: str) -> None:
+    """UserError if torchrun started several processes of a command other than training: each would do all of the work,
+    and where they write records, the second ends them all."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if "TORCHELASTIC_RUN_ID" in os.environ and processes > 1:
+        raise UserError(f"{command}: {processes} processes were started, and it runs in one. Start it without torchrun.")
+
+
 def end_with_launcher() -> None:
     """Stop when torchrun is gone: a killed torchrun leaves its processes training, in a directory that they lock."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:

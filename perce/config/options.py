@@ -26,7 +26,7 @@ from perce.config.elsewhere import ADVICE, NOTES, known_as
 from perce.config.parser import LastOne, LineByLine, Parser, tell_of_two
 from perce.errors import UserError, in_one_line
 from perce.files.paths import check_outputs, check_path, did_you_mean
-from perce.process import guarded, silence_libraries
+from perce.process import check_alone, guarded, silence_libraries
 from perce.visible import ACTING, say, shortened
 
 
@@ -186,6 +186,7 @@ class Command(Generic[Chosen]):
                 say(*dump_yaml(flat(options)).splitlines())
             else:
                 check_outputs(options.outputs, options.inputs | {"--config": parsed.config_file})
+                check_alone(self.prog)
                 if self.uses_models:
                     silence_libraries()
                 run(options)
