@@ -151,6 +151,8 @@ def test_changed_data_is_not_mixed_with_what_was_scored(scored, tmp_path):
     data.write_text("\n".join(rows) + "\n", encoding="utf-8")
     out = scored("--data", data, "--jsonl", path, "--limit", 2, "--terminal", 0).out
     assert re.search(r"examples +2\b", out), "of a longer file the first are summarised"
+    out = scored("--data", data, "--jsonl", path, "--limit", 2).out
+    assert "rows.jsonl:2" in out and "rows.jsonl:3" not in out, "and no others shown"
 
 
 @pytest.mark.parametrize("field", [{"weight": 2.0}, {"user_id": "ana"}, {"personal_spans": [[0, 2]]}])
