@@ -37,12 +37,13 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     facts |= {"clip_min": weighting.clip_min, "clip_max": weighting.clip_max}
     file.begin(subject.facts | facts | {"form": FORM})
     shown: list[Any] = list(islice(subject.examples, score.shown))
-    print_tokens(file.records[: score.terminal], options)
-    for records in scored(subject, file.records[:], options):
-        print_tokens(records[: max(score.terminal - len(file.records), 0)], options)
-        file.append(records)
     limit = options.examples.limit
     records = [record for record in file.records if limit is None or record["example"] < limit]
+    print_tokens(records[: score.terminal], options)
+    for fresh in scored(subject, file.records[:], options):
+        print_tokens(fresh[: max(score.terminal - len(records), 0)], options)
+        file.append(fresh)
+        records += fresh
     if not records:
         raise UserError(subject.source.nothing_left())
     found, left_out = identify(records) if score.labels else None, subject.left_out
