@@ -153,6 +153,11 @@ def test_changed_data_is_not_mixed_with_what_was_scored(scored, tmp_path):
     assert re.search(r"examples +2\b", out), "of a longer file the first are summarised"
     out = scored("--data", data, "--jsonl", path, "--limit", 2).out
     assert "rows.jsonl:2" in out and "rows.jsonl:3" not in out, "and no others shown"
+    data.write_text("\n".join(rows[:2]) + "\n", encoding="utf-8")
+    for limit in (LIMIT, 3):
+        err = scored("--data", data, "--jsonl", path, "--limit", limit, code=2).err
+        assert f"{path}: has records of {min(limit, 4)} examples, and the data only 2" in err
+    scored("--data", data, "--jsonl", path, "--limit", 2)
 
 
 @pytest.mark.parametrize("field", [{"weight": 2.0}, {"user_id": "ana"}, {"personal_spans": [[0, 2]]}])
