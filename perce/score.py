@@ -40,7 +40,7 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     limit = options.examples.limit
     records = [record for record in file.records if limit is None or record["example"] < limit]
     print_tokens(records[: score.terminal], options)
-    for fresh in scored(subject, file.records[:], options):
+    for fresh in scored(subject, records[:], options):
         print_tokens(fresh[: max(score.terminal - len(records), 0)], options)
         file.append(fresh)
         records += fresh

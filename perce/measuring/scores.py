@@ -54,6 +54,11 @@ def scored(
         seen += len(built)
         if fresh:
             yield score_window(fresh, subject, options)
+    if len(done) > seen:
+        raise UserError(
+            f"--jsonl {options.score.jsonl}: has records of {len(done):,} examples, and the data only {seen:,}; it has "
+            "changed. Choose another file, or delete it."
+        )
 
 
 def _longest(subject: Subject, options: ScoreOptions) -> int:
