@@ -64,6 +64,7 @@ def test_two_single_results_and_other_settings(run):
         ("a0.json", "b0.jsn", "Did you mean b0.json"),
         ("a0.json", "few.json", "--results a0.json, --compare_with few.json: 20 of 24 examples are in one result only"),
         ("a0.json,few.json", "b0.json", "--results a0.json, --results few.json: 20 of 24 examples are in one"),
+        ("a0.json", "rows.json", "--results a0.json, --compare_with rows.json: 24 of 24 examples have another user"),
         ("a0.json", "old.json", "--compare_with old.json: was written by another version of perce"),
         ("a0.json", "plan.json", "--compare_with plan.json: expected the JSON that perce.evaluate --output writes"),
         ("a0.json", "./a0.json", "--results a0.json, --compare_with ./a0.json: both name the same file"),
@@ -76,6 +77,7 @@ def test_two_single_results_and_other_settings(run):
 )
 def test_errors_are_one_paragraph(run, tmp_path, results, others, fragment):
     written("few", records()[:4])
+    written("rows", records(named=False))
     written("old", records(), form=0)
     written("copy", records(), weights="a0")
     (tmp_path / "plan.json").write_text('{"kind": "perce.plan"}')
