@@ -24,7 +24,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
 
     from perce.data.rows import labels_key, texts_key
     from perce.data.splits import training_rows_note
-    from perce.measuring.comparison import check_same, compare, keys_of, print_comparison, read_result
+    from perce.measuring.comparison import check_same, compare, print_comparison, read_result, users_of
     from perce.measuring.evaluation import Evaluator, make_batches
     from perce.measuring.evaluation_report import FORM, cut_replies, print_result, summarise, write_result
     from perce.measuring.inference import load_subject
@@ -40,7 +40,8 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     facts |= {name: getattr(wanted, name) for name in ("generate", "temperature", "max_new_tokens", "seed")}
     work = make_batches(examples, subject, options)
     if other:
-        check_same({item.key for item in work.items}, keys_of(other), f"--compare_with {wanted.compare_with}")
+        ours = {item.key: item.example.user_id for item in work.items}
+        check_same(ours, users_of(other), f"--compare_with {wanted.compare_with}")
     file.begin(facts | {"labels": labels_key(examples)})
     reply = wanted.max_new_tokens if wanted.generate else 0
     settle_lengths(subject.model, lambda: work.longest(reply))

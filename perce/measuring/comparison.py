@@ -3,7 +3,7 @@
 A side of a comparison is one result, or several of one method, whose models were trained with different seeds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,23 @@ def read_result(option: str, path: str) -> dict[str, Any]:
     return result
 
 
-def keys_of(result: Mapping[str, Any]) -> set[str]:
-    return {record["key"] for record in result["records"]}
+def users_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The users of the examples, by their keys."""
+    return {record["key"]: record["user_id"] for record in result["records"]}
 
 
-def check_same(ours: Set[str], theirs: Set[str], where: str) -> None:
-    """UserError, which begins with `where`, unless two results have the same examples, given by their keys."""
-    if missing := ours ^ theirs:
+def check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
+    """UserError, which begins with `where`, unless two results have the same examples of the same users; see users_of.
+    Interval and p are over users, so they would depend on which result comes first."""
+    if missing := ours.keys() ^ theirs.keys():
         raise UserError(
             f"{where}: {len(missing)} of {len(ours | theirs)} examples are in one result only. Evaluate both models on "
             "the same data, split and limit."
+        )
+    if others := sum(theirs[key] != user for key, user in ours.items()):
+        raise UserError(
+            f"{where}: {others} of {len(ours)} examples have another user in the other result. Evaluate both models "
+            "on the same data."
         )
 
 
@@ -68,7 +75,7 @@ def check_sides(sides: Mapping[str, Side]) -> None:
     named = [(f"{option} {path}", result) for option, side in sides.items() for path, result in side.items()]
     (first, expected), *others = named
     for where, result in others:
-        check_same(keys_of(expected), keys_of(result), f"{first}, {where}")
+        check_same(users_of(expected), users_of(result), f"{first}, {where}")
     for option, side in sides.items():
         known: dict[str, str] = {}
         for path, result in side.items():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from perce.errors import UserError
-from perce.measuring.comparison import check_same, compare, keys_of, print_comparison, print_means, read_result
+from perce.measuring.comparison import check_same, compare, print_comparison, print_means, read_result, users_of
 from perce.measuring.evaluation_report import FORM, all_metrics
 from tests.helpers.evaluated import METEOR, records
 
@@ -206,9 +206,9 @@ def test_other_facts_that_differ_are_named_by_result(printed):
 
 def test_other_examples_are_refused():
     ours = {"records": records(2)}
-    check_same(keys_of(ours), keys_of(ours), "--x a.json")
+    check_same(users_of(ours), users_of(ours), "--x a.json")
     with pytest.raises(UserError, match=r"^--x a.json: 2 of 4 examples are in one result only"):
-        check_same(keys_of(ours), keys_of({"records": ours["records"][:2]}), "--x a.json")
+        check_same(users_of(ours), users_of({"records": ours["records"][:2]}), "--x a.json")
 
 
 @pytest.mark.parametrize(
