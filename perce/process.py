@@ -88,7 +88,7 @@ def check_alone(command: str) -> None:
     and where they write records, the second ends them all."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if "TORCHELASTIC_RUN_ID" in os.environ and processes > 1:
-        raise UserError(f"{command}: {processes} processes were started, and it runs in one. Start it without torchrun.")
+        raise UserError(f"{command}: {processes} processes were started, and it runs in one. Leave out torchrun.")
 
 
 def end_with_launcher() -> None:
