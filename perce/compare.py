@@ -6,14 +6,13 @@ results of perce.evaluate → means over the results of a side → differences o
 import sys
 
 from perce.config.commands import COMPARE, CompareOptions
-from perce.files.outputs import check_writable
+from perce.files.outputs import check_writable, write_json
 from perce.visible import say
 
 
 def run(options: CompareOptions) -> None:
     """Read, compare, write and print. Neither torch nor transformers is loaded."""
     from perce.measuring.comparison import check_sides, compare, print_comparison, print_means, read_result
-    from perce.measuring.evaluation_report import write_result
 
     output = options.compare.output
     check_writable(output)
@@ -23,7 +22,7 @@ def run(options: CompareOptions) -> None:
     check_sides(sides)
     comparison = compare(*sides.values())
     if output:
-        write_result(output, {"kind": "perce.compare", **comparison})
+        write_json(output, {"kind": "perce.compare", **comparison})
     print_means(comparison)
     print_comparison(comparison)
     if output:

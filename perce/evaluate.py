@@ -6,7 +6,7 @@ examples → pairs → losses (with, without, and with another user's persona) �
 import sys
 
 from perce.config.commands import EVALUATE, EvaluateOptions
-from perce.files.outputs import check_writable
+from perce.files.outputs import check_writable, write_json
 from perce.measuring.records import RecordFile
 from perce.visible import say
 
@@ -26,7 +26,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     from perce.data.splits import training_rows_note
     from perce.measuring.comparison import check_same, compare, print_comparison, read_result, users_of
     from perce.measuring.evaluation import Evaluator, make_batches
-    from perce.measuring.evaluation_report import FORM, cut_replies, print_result, summarise, write_result
+    from perce.measuring.evaluation_report import FORM, cut_replies, print_result, summarise
     from perce.measuring.inference import load_subject
     from perce.measuring.metrics import ROUGE_NOTE, reply_scorers
     from perce.model.positions import settle_lengths
@@ -55,7 +55,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     result = summarise(file.records, notes, facts)
     comparison = compare({"this result": result}, {str(wanted.compare_with): other}) if other else None
     if wanted.output:
-        write_result(wanted.output, result | ({"comparison": comparison} if comparison else {}))
+        write_json(wanted.output, result | ({"comparison": comparison} if comparison else {}))
     print_result(result)
     if comparison:
         say("")

@@ -4,12 +4,10 @@ config.json → the model without data → a rehearsed step (memory by phase) an
 what each option saves or costs. No weights are read.
 """
 
-import json
 import sys
-from pathlib import Path
 
 from perce.config.commands import PLAN, PlanOptions
-from perce.files.outputs import check_writable, in_one_move, written
+from perce.files.outputs import check_writable, write_json
 from perce.visible import say
 
 
@@ -22,8 +20,7 @@ def run(options: PlanOptions) -> None:
     plan = make_plan(options)
     print_plan(plan)
     if options.step.json:
-        with written(options.step.json), in_one_move(Path(options.step.json).expanduser()) as unfinished:
-            unfinished.write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
+        write_json(options.step.json, to_json(plan))
         say(f"written  {options.step.json}")
 
 

@@ -49,7 +49,7 @@ def score_into(file: RecordFile, options: ScoreOptions) -> None:
     found, left_out = identify(records) if score.labels else None, subject.left_out
     print_summary(records, found, options, left_out)
     if score.summary:
-        write_summary(Path(score.summary).expanduser(), records, found, options, left_out)
+        write_summary(score.summary, records, found, options, left_out)
     if score.output:
         write_report(Path(score.output).expanduser(), records, shown, found, options, subject.split, left_out)
     if score.exported:

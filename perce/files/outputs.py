@@ -7,10 +7,12 @@ import shutil
 import socket
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from perce.errors import UserError, in_one_line
+from perce.visible import as_json
 
 # Each is at the beginning of files of one kind that commands write, and may write again.
 MARKS_OF_PERCE = (
@@ -74,6 +76,13 @@ def in_one_move(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: str, content: Mapping[str, Any]) -> None:
+    """Write a result. UserError for a file that cannot be written."""
+    file = Path(path).expanduser()
+    with written(path), in_one_move(file) as unfinished:
+        unfinished.write_text(as_json(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _unfinished(path: Path) -> Path:

@@ -2,10 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from perce.files.outputs import in_one_move, written
 from perce.measuring.metrics import (
     FEW,
     REPLY_METRICS,
@@ -15,7 +13,6 @@ from perce.measuring.metrics import (
     clustered_mean,
 )  # fmt: skip
 from perce.report.terminal import plain, show, table
-from perce.visible import as_json
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -121,12 +118,6 @@ def _by_turn(records: Records) -> dict[int, dict[str, Any]]:
         turns.setdefault(record["turn"], []).append(record)
     metrics = {name: _BUILT_IN[name] for name in BY_TURN}
     return {turn: _means(turns[turn], metrics) for turn in sorted(turns)[:TURNS]} if len(turns) > 1 else {}
-
-
-def write_result(path: str, result: Mapping[str, Any]) -> None:
-    file = Path(path).expanduser()
-    with written(file), in_one_move(file) as unfinished:
-        unfinished.write_text(as_json(result, indent=1) + "\n", encoding="utf-8")
 
 
 def unit_name(records: Records) -> str:

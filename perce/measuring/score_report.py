@@ -1,6 +1,5 @@
 """What `python -m perce.score` shows of its records: terminal, HTML page, JSON summary."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from perce.config.commands import ScoreOptions
 from perce.config.options import number, read_yaml
 from perce.config.schema import CONFIG_NAME, WeightingConfig, run_directory
 from perce.data.rows import Example
-from perce.files.outputs import in_one_move, written
+from perce.files.outputs import write_json, written
 from perce.measuring.identification import Identified
 from perce.report.heatmap import Cells, Histogram, ScoredResponse, ScoredToken, terminal_text
 from perce.report.page import Weighed, write_page
@@ -109,7 +108,7 @@ def print_summary(
 
 
 def write_summary(
-    path: Path, records: Records, found: Identified | None, options: ScoreOptions, left_out: Sequence[str]
+    path: str, records: Records, found: Identified | None, options: ScoreOptions, left_out: Sequence[str]
 ) -> None:  # fmt: skip
     """JSON of the means and, with labels, of every method."""
     score, model = options.score, options.model
@@ -122,8 +121,7 @@ def write_summary(
     if found:
         methods = {name: asdict(result) for name, result in found.methods.items()}
         content["identification"] = {"labelled": found.labelled, "marked": found.marked, "methods": methods}
-    with written(path), in_one_move(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def write_report(

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from perce.compare import main
-from perce.files.outputs import MARKS_OF_PERCE
-from perce.measuring.evaluation_report import FORM, summarise, write_result
+from perce.files.outputs import MARKS_OF_PERCE, write_json
+from perce.measuring.evaluation_report import FORM, summarise
 from tests.helpers import ROOT
 from tests.helpers.evaluated import records
 from tests.helpers.training import printed_by
@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch, capsys):
 def written(name, examples, **facts):
     """A result of these examples, as perce.evaluate writes it."""
     facts = {"model": f"runs/{name}", "weights": name, "form": FORM, "temperature": 0.4} | facts
-    write_result(f"{name}.json", summarise(examples, [], facts))
+    write_json(f"{name}.json", summarise(examples, [], facts))
 
 
 def test_sides_are_compared_and_written(run, tmp_path):
