@@ -60,8 +60,8 @@ def check_same(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -
     Interval and p are over users, so they would depend on which result comes first."""
     if missing := ours.keys() ^ theirs.keys():
         raise UserError(
-            f"{where}: {len(missing)} of {len({**ours, **theirs})} examples are in one result only. Evaluate both models on "
-            "the same data, split and limit."
+            f"{where}: {len(missing)} of {len({**ours, **theirs})} examples are in one result only. Evaluate both "
+            "models on the same data, split and limit."
         )
     if others := sum(theirs[key] != user for key, user in ours.items()):
         raise UserError(
