@@ -256,8 +256,8 @@ def parse_args(argv: Sequence[str], recipe: str = "") -> tuple[TrainOptions, boo
         elif not (parsed.config_file or raw.get("model") or raw.get("data")):
             raise UserError(
                 f"--resume: {raw['output_dir']} holds no run ({missing} is missing). Put it back if it was there. Was "
-                f"--output_dir mistyped?{did_you_mean(raw['output_dir'])} To begin a run there, give --model, --data or "
-                "--config."
+                f"--output_dir mistyped?{did_you_mean(raw['output_dir'])} To begin a run there, give --model, --data "
+                "or --config."
             )
     if raw.get("model") is None and raw.get("data") is None:
         raw = (read_yaml(recipe) if recipe else {}) | raw
