@@ -238,5 +238,5 @@ def _keys(dataset: Any, name: str) -> list[int | None]:
 
 def pieces_of(dataset: Dataset, name: str) -> Iterator[Any]:
     """A column of the selected rows, in pieces. (`dataset.data` also has the rows that are not selected.)"""
-    for table in dataset.select_columns(name).with_format("arrow").iter(batch_size=1000):
+    for table in dataset.with_format("arrow", columns=[name]).iter(batch_size=1000):
         yield table[name]

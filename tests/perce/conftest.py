@@ -1,5 +1,6 @@
 """A tiny model, rows to train it on, and runs of the commands."""
 
+import os
 import sys
 
 import pytest
@@ -9,6 +10,14 @@ from perce.report.curves import write_curves
 from perce.train import main
 from tests.helpers.tiny import save_tiny_model, write_jsonl
 from tests.helpers.training import LIMIT, ROWS, printed_by
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """A save waits until the disk has each of its files, milliseconds every time. No test loses its power."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ BY_ITSELF, DETACHED = MemoryConfig(branches_per_forward=1), replace(NONE, branch
 )
 def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, checkpointing, accumulates):
     """The requests' backward ends before the persona's begins; the persona's keys, values and gradients are alive."""
-    config = tiny_model("llama", num_hidden_layers=5).config
+    config = tiny_model("llama", num_hidden_layers=4).config
     shape = StepShape(
         2, 230, 30, 9, accumulates, prefix=200, detached=memory.persona_grad == "none", requests=2, persona=200,
         together=1,
