@@ -1,6 +1,6 @@
 """Our kernels under NVIDIA's compute-sanitizer: memcheck (accesses out of bounds) and racecheck (shared memory).
 
-It checks every way of the loss and token_logprobs, forward and backward, and the gradient of a sharded vocabulary, at
+It checks every way of the loss and token_logprobs, forward and backward, and both kernels of a sharded vocabulary, at
 sizes that end inside a tile. PyTorch's caching allocator is off, because its blocks are larger than requested.
 `python -m benchmarks.gpu.sanitizer` runs the calls without the sanitizer.
 """
@@ -50,12 +50,13 @@ def calls(device: str) -> int:
         logp, entropy = token_logprobs(hidden, lm_head, target, return_entropy=True, **options)
         logp.sum().backward()
         z = hidden.detach().float() @ lm_head.detach().float().T
-        one = torch.ones_like(z[:, 0])
-        statistics = [z.amax(1), one, -one, one]
+        row_max, total, z_target = (torch.zeros_like(z[:, 0]) for _ in range(3))
+        row_halves.row_parts(z, target, bias.detach(), row_max, total, z_target, v=len(lm_head), softcap=20.0)
+        statistics = row_max, total, z_target - row_max - total.log(), torch.ones_like(total)
         dz = torch.empty_like(z, dtype=dtype)
         row_halves.row_gradient(z, target.clamp(min=-1), *statistics, bias.detach(), None, dz, softcap=20.0)
         assert entropy.isfinite().all() and dz.isfinite().all()
-        count += 3
+        count += 4
     if device == "cuda":
         torch.cuda.synchronize()
     return count

@@ -12,6 +12,7 @@ refused: what these order is not known here.
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ class MemoryCheck:
         from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
         self.problems: list[str] = []
-        self.accesses = self.launches = 0  # how many were checked
+        self.accesses = 0  # how many were checked
+        self.launches: Counter[str] = Counter()  # of each kernel
         self._handle = TensorHandle
         self._kernel, self._program, self._phase = "", -1, 0
         self._arenas: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by address: memory of the caller, and ours
@@ -70,7 +72,8 @@ class MemoryCheck:
         for memory, arena in self._arenas.values():
             memory.copy_(arena[GUARD : GUARD + len(memory)])
         self.problems += [f"{self._kernel}: {race}" for race in races(self._seen)]
-        self.accesses, self.launches = self.accesses + len(self._seen), self.launches + 1
+        self.accesses += len(self._seen)
+        self.launches[self._kernel] += 1
 
     def _moved(self, argument: Any) -> Any:
         """A tensor, or that of a descriptor, in memory between guards. Tensors that share memory do so there too."""
