@@ -176,7 +176,7 @@ BY_ITSELF = MemoryConfig(branches_per_forward=1)
     [
         pytest.param(MemoryConfig(), 3999, id="full"),
         pytest.param(NONE, 23, id="none", marks=pytest.mark.slow),
-        pytest.param(BY_ITSELF, 3999 - 23, id="by itself"),
+        pytest.param(BY_ITSELF, 3999 - 23, id="by itself", marks=pytest.mark.slow),
     ],
 )
 def test_offloaded_checkpoints_are_in_host_memory(memory, tokens):
