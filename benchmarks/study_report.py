@@ -248,13 +248,16 @@ def report(results: Results) -> Iterator[str]:
         yield from part(results)
 
 
+def page(reports: Iterable[Iterable[str]]) -> str:
+    lines = [line for lines in reports for line in lines]
+    return "\n".join([HEAD, *lines]).replace("\n\n\n", "\n\n") + "\n"
+
+
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    lines = [line for path in sys.argv[1:] for line in report(Results(Path(path).resolve()))]
-    page = DOCS / "reference" / "study.md"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join([HEAD, *lines]).replace("\n\n\n", "\n\n") + "\n", encoding="utf-8")
+    reports = [report(Results(Path(path).resolve())) for path in sys.argv[1:]]
+    (DOCS / "reference" / "study.md").write_text(page(reports), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ class Command(Generic[Chosen]):
                 raise self.unknown(name, where="--" if name in flags else f"{config_file}: ")
             kind = self.fields[name].metadata["metavar"] if name in self.fields else None
             if kind in PATHS:  # what is done before `build` reads paths as texts
-                raw[name] = path = convert(name, hints[name], value)
+                raw[name] = path = value if isinstance(value, str) else convert(name, hints[name], value)
                 if path is not None and not path.lstrip().startswith("{"):
                     check_path(f"--{name}", path, is_file=kind == "FILE")
         others, completed = self.completes(raw) if self.completes else ({}, "")

@@ -17,22 +17,34 @@ def results():
     return study_results.Results(COMMITTED[0])
 
 
-def test_the_committed_page_is_what_its_command_writes(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def reports():
+    """The lines of each committed study, without its pictures, which are tested below."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_report, "write", lambda *_: None)
+        return [[*study_report.report(study_results.Results(path))] for path in COMMITTED]
+
+
+def test_the_committed_page_is_what_its_command_writes(reports):
+    assert study_report.page(reports) == (ROOT / "docs" / "reference" / "study.md").read_text(encoding="utf-8")
+
+
+def test_the_command_writes_the_page_and_the_pictures(tmp_path, monkeypatch):
+    (tmp_path / "reference").mkdir()
     monkeypatch.setattr(study_report, "DOCS", tmp_path)
-    monkeypatch.setattr(study_report, "write", lambda *_: None)  # pictures take most of the time; see below
-    monkeypatch.setattr("sys.argv", ["study_report", *map(str, COMMITTED)])
+    monkeypatch.setattr(study_report, "ROOT", COMMITTED[1].parent)
+    monkeypatch.setattr(study_report, "comparison", lambda _: iter(()))  # its intervals take most of the time
+    monkeypatch.setattr("sys.argv", ["study_report", str(COMMITTED[1])])
     study_report.main()
-    written = (tmp_path / "reference" / "study.md").read_text(encoding="utf-8")
-    assert written == (ROOT / "docs" / "reference" / "study.md").read_text(encoding="utf-8")
+    assert "## Study" in (tmp_path / "reference" / "study.md").read_text(encoding="utf-8")
+    assert len([*(tmp_path / "images").iterdir()]) == 2
 
 
-def test_a_study_has_the_parts_that_it_ran():
-    cpu, control = (
-        {line for line in study_report.report(study_results.Results(path)) if "###" in line} for path in COMMITTED
-    )
+def test_a_study_has_the_parts_that_it_ran(reports):
+    cpu, control = ({line for line in lines if "###" in line} for lines in reports)
     shared = {"\n### personachat-convai2\n", "\n### Personal against other tokens\n"}
     assert control == shared and len(cpu - control) == 5
-    lines = "\n".join(study_report.report(study_results.Results(COMMITTED[1])))
+    lines = "\n".join(reports[1])
     assert "The learning rate is 0.0004." in lines and "| **PerCE** minus WordMatch |" in lines
 
 
