@@ -9,7 +9,7 @@ from benchmarks.pictures import THEMES
 from perce.objectives import OBJECTIVES
 from tests.helpers import ROOT
 
-COMMITTED = [ROOT / "benchmarks" / "results" / f"study_{name}.json" for name in ("cpu", "control")]
+COMMITTED = [ROOT / "benchmarks" / "results" / f"study_{name}.json" for name in ("cpu", "control", "control_tweets")]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,10 @@ def test_the_command_writes_the_page_and_the_pictures(tmp_path, monkeypatch):
 
 
 def test_a_study_has_the_parts_that_it_ran(reports):
-    cpu, control = ({line for line in lines if "###" in line} for lines in reports)
+    cpu, control, tweets = ({line for line in lines if "###" in line} for lines in reports)
     shared = {"\n### personachat-convai2\n", "\n### Personal against other tokens\n"}
     assert control == shared and len(cpu - control) == 5
+    assert tweets == {"\n### lamp7-tweets\n", "\n### Personal against other tokens\n"}
     lines = "\n".join(reports[1])
     assert "The learning rate is 0.0004." in lines and "| **PerCE** minus WordMatch |" in lines
 
