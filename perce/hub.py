@@ -8,8 +8,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from perce.config.options import as_called, read_yaml
+from perce.config.options import as_called
 from perce.config.schema import lacking
+from perce.config.yaml_file import read_yaml
 from perce.errors import UserError, first_line, in_one_line
 from perce.files.integrity import LIST
 from perce.files.network import hub_failure

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perce.config.commands import TrainOptions, is_secret, parse_args
-from perce.config.options import dump_yaml
+from perce.config.yaml_file import dump_yaml
 from perce.errors import UserError
 from perce.files.paths import check_outputs
 from perce.hub import from_anywhere

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from perce.config import questions, schema
-from perce.config.options import Command, flat, number, read_yaml
+from perce.config.options import Command, flat, number
 from perce.config.step import StepConfig
+from perce.config.yaml_file import read_yaml
 from perce.errors import UserError
 from perce.files.paths import did_you_mean
 

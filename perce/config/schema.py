@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from perce.config.options import option, read_yaml, require
+from perce.config.options import option, require
+from perce.config.yaml_file import read_yaml
 from perce.data.formats import FORMATS
 from perce.data.prompt import PromptStyle
 from perce.data.readers import parse_json

@@ -11,9 +11,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from perce.config.options import read_yaml
 from perce.config.questions import SplitConfig
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
+from perce.config.yaml_file import read_yaml
 from perce.data.dataset import conversations, numbers, pair_dataset, persona_lengths, sequence_lengths
 from perce.data.formats import FORMATS
 from perce.data.pairing import (

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from perce.config.commands import ScoreOptions
-from perce.config.options import number, read_yaml
+from perce.config.options import number
 from perce.config.schema import CONFIG_NAME, WeightingConfig, run_directory
+from perce.config.yaml_file import read_yaml
 from perce.data.rows import Example
 from perce.files.outputs import write_json, written
 from perce.measuring.identification import Identified

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.commands import TrainOptions
-from perce.config.options import dump_yaml
+from perce.config.yaml_file import dump_yaml
 from perce.data.chat import ChatFormat
 from perce.data.prompt import system_text
 from perce.hub import fingerprint

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.commands import TRAIN, TrainOptions
-from perce.config.options import dump_yaml, number, read_yaml
+from perce.config.options import number
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, MERGED, lacking
 from perce.config.schema import FACTS_NAME as FACTS
+from perce.config.yaml_file import dump_yaml, read_yaml
 from perce.errors import UserError
 from perce.files.lock import InUse, locked
 from perce.hub import BASE_NAME

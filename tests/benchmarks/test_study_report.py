@@ -32,7 +32,6 @@ def test_the_committed_page_is_what_its_command_writes(reports):
 def test_the_command_writes_the_page_and_the_pictures(tmp_path, monkeypatch):
     (tmp_path / "reference").mkdir()
     monkeypatch.setattr(study_report, "DOCS", tmp_path)
-    monkeypatch.setattr(study_report, "ROOT", COMMITTED[1].parent)
     monkeypatch.setattr(study_report, "comparison", lambda _: iter(()))  # its intervals take most of the time
     monkeypatch.setattr("sys.argv", ["study_report", str(COMMITTED[1])])
     study_report.main()

@@ -138,6 +138,8 @@ def checked_memory() -> Iterator[MemoryCheck]:
 
 def races(accesses: list[Access]) -> list[str]:
     """Pairs of accesses of one launch that a GPU may do in either order, one of them a store."""
+    if not accesses:  # an empty grid
+        return []
     program, phase, is_store = (np.array([access[i] for access in accesses]) for i in (1, 2, 0))
     owner = np.repeat(np.arange(len(accesses)), [len(access.grains) for access in accesses])
     grain = np.concatenate([access.grains for access in accesses])

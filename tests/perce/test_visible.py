@@ -13,7 +13,7 @@ import yaml
 
 from perce import evaluate, load_examples, plan, score
 from perce import train as train_command
-from perce.config.options import dump_yaml
+from perce.config.yaml_file import dump_yaml
 from perce.data.dataset import pair_dataset
 from perce.visible import as_json, listed, progress, shortened, visible
 from tests.helpers.pages import Page

@@ -13,7 +13,6 @@ import yaml
 from perce import DataConfig, UserError, evaluate, plan, score
 from perce import train as train_command
 from perce.config.commands import EVALUATE, PLAN, SCORE, TRAIN, parse_args
-from perce.config.options import read_yaml
 from perce.process import guarded
 from perce.training.arguments import training_arguments
 from tests.helpers import ROOT
@@ -196,26 +195,6 @@ def test_every_command_takes_finite_numbers_alone(command, capsys):
     assert option in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("content", "fragments"),
-    [
-        ("seed: 1\nlearning_rate: 1e-4\nseed: 2\n", ["line 3", "'seed' is there twice"]),
-        ("prompt:\n  header: a\n  header: b\n", ["line 3", "'header' is there twice"]),
-        ("learning-rate: 1e-4\nlearning_rate: 1e-5\n", ["learning_rate is there twice"]),
-        ("seed: " + "1" * 5000, ["cannot be read"]),
-        ("data: " + "[" * 5000, ["cannot be read"]),
-        ("data: 2026-99-99", ["cannot be read"]),
-        ("base: &a [1]\nx: {<<: *a}", ["not valid YAML"]),
-    ],
-)
-def test_yaml_that_has_two_meanings_or_none(tmp_path, content, fragments):
-    (tmp_path / "c.yaml").write_text(content)
-    with pytest.raises(UserError) as caught:
-        read_yaml(str(tmp_path / "c.yaml"))
-    assert all(fragment in str(caught.value) for fragment in [*fragments, "--config", "c.yaml"])
-    assert len(str(caught.value)) < 500
-
-
 def test_a_recipe_that_names_an_option_of_plan_twice(tmp_path):
     (tmp_path / "c.yaml").write_text("max_length: 6000\ncontext: 5000\n")
     with pytest.raises(UserError, match=r"c\.yaml: context is there twice, in two spellings"):
@@ -395,15 +374,3 @@ def test_a_mistake_is_told_though_stdout_is_broken():
     with open("/dev/full", "wb") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, cwd=ROOT, env=BUFFERED)
     assert done.returncode == 2 and done.stderr.startswith(b"error: mine\n") and b"Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("content", "got"),
-    [("", "got none"), ("# model: x\n", "got none"), ("- model: x\n", "got a list"), ("model x\n", "got a text"),
-     ("1: x\n", "got a name that is no text"), ("5\n", "got int")],
-)  # fmt: skip
-def test_what_is_no_recipe_is_told_in_words(tmp_path, content, got):
-    (tmp_path / "r.yaml").write_text(content)
-    with pytest.raises(UserError, match=f"r.yaml: expected `name: value` lines, {got}") as caught:
-        read_yaml(str(tmp_path / "r.yaml"))
-    assert "NoneType" not in str(caught.value)

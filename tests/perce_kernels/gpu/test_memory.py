@@ -43,6 +43,11 @@ def twice_kernel(out_ptr, BARRIER: tl.constexpr):
     tl.store(out_ptr + 3, 1.0)
 
 
+@triton.jit
+def atomic_kernel(out_ptr):
+    tl.atomic_add(out_ptr, 1.0)
+
+
 def problems(launch, *args, **constants):
     with checked_memory() as check:
         launch(*args, **constants)
@@ -86,6 +91,11 @@ def test_stores_of_a_program_need_a_barrier_between_them():
     assert problems(twice_kernel[(1,)], torch.zeros(8), BARRIER=True) == []
     (problem,) = problems(twice_kernel[(1,)], torch.zeros(8), BARRIER=False)
     assert problem == "twice_kernel: store by program 0 races with store by program 0"
+
+
+def test_kernels_with_atomics_are_refused():
+    with checked_memory(), pytest.raises(Exception, match="what atomics order is not known here"):
+        atomic_kernel[(2,)](torch.zeros(1))
 
 
 def test_no_kernel_accesses_memory_out_of_bounds_or_in_a_race():
