@@ -48,6 +48,7 @@ BAD_ARGUMENTS = [
     ("clip_min", {"clip_min": float("nan")}),
     ("clip_max", {"clip_max": float("inf")}),
     ("clip_max", {"clip_max": float("nan")}),
+    ("clip_max", {"clip_max": 1e39}),
     ("contrast", {"contrast": "difference"}),
     ("normalize", {"normalize": "mean"}),
     ("reduction", {"reduction": "avg"}),
@@ -57,6 +58,7 @@ BAD_ARGUMENTS = [
     ("seq_id", {"normalize": "sequence", "seq_id": LONG[1:]}),
     ("seq_id", {"normalize": "sequence", "seq_id": LONG.float()}),
     ("seq_id", {"normalize": "sequence", "seq_id": LONG.bool()}),
+    ("seq_id", {"normalize": "sequence", "seq_id": LONG.to(torch.uint16)}),
     ("num_items", {"num_items": 0}),
     ("num_items", {"num_items": -3}),
     ("num_items", {"num_items": 2.0}),
@@ -99,6 +101,14 @@ def test_a_scale_that_could_train_is_refused_with_what_trains_it():
     actual = fused_perce_loss(**inputs.kwargs() | changed)
     torch.testing.assert_close(actual, fused_perce_loss(**inputs.kwargs(), logit_scale=0.5))
     assert torch.autograd.grad(actual, scale)[0].isfinite()
+
+
+@pytest.mark.parametrize("backend", EACH)
+def test_eight_bits_are_too_few(backend):
+    """The kernels rounded the gradient of the logits to the dtype of the operands."""
+    inputs = TRITON.of(make_inputs()).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"^hidden: expected .* of 16 bits or more, got torch\.float8"):
+        fused_perce_loss(**inputs.kwargs(), backend=backend)
 
 
 def test_numbers_of_numpy():
