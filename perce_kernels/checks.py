@@ -13,6 +13,8 @@ from perce_kernels import ops
 
 WHOLE = (int, torch.SymInt, numbers.Integral)  # the last for NumPy's
 REAL = (*WHOLE, float, torch.SymFloat, numbers.Real)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # torch cannot sort the others
+LARGEST = torch.finfo(torch.float32).max
 
 
 def check_transforms(backend: str, **trainable: Tensor | None) -> None:
@@ -73,13 +75,13 @@ def check_tensors(**given: Any) -> None:
 
 
 def check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index, group) -> None:
-    if hidden.dim() != 2 or not hidden.is_floating_point():
+    if hidden.dim() != 2 or not hidden.is_floating_point() or hidden.itemsize < 2:
         rows = (  # flattened, rows of the two passes would belong to other tokens where these are padded
             ". Select the response's rows, of which row i predicts target[i]: hidden[:, :-1][mask[:, 1:]], "
             "target[:, 1:][mask[:, 1:]]; likewise of the other pass"
         )
         remedy = rows if hidden.dim() == 3 else ""
-        raise ValueError(f"hidden: expected a floating-point (N, D) tensor, got {describe(hidden)}{remedy}")
+        raise ValueError(f"hidden: expected a floating-point (N, D) tensor of 16 bits or more, got {describe(hidden)}{remedy}")
     d = hidden.shape[1]
     if lm_head.dim() != 2 or lm_head.shape[1] != d or (lm_head.shape[0] == 0 and group is None):
         remedy = ""
@@ -130,8 +132,10 @@ def check_weights(hidden, target, hidden_cf, logp_cf, token_weight, clip_min, cl
     else:
         _check_per_token(given[0], sources[given[0]], target, "float")
     _check_numbers(clip_min=clip_min, clip_max=clip_max)
-    if not 0 <= clip_min <= clip_max < math.inf:  # math.isfinite would break the graph of a dynamic compile
-        raise ValueError(f"clip_min, clip_max: expected finite 0 <= clip_min <= clip_max, got {clip_min}, {clip_max}")
+    if not 0 <= clip_min <= clip_max <= LARGEST:
+        raise ValueError(
+            f"clip_min, clip_max: expected 0 <= clip_min <= clip_max <= {LARGEST:g}, got {clip_min}, {clip_max}"
+        )
     if (normalize == "sequence") != (seq_id is not None):
         raise ValueError(f'seq_id: expected with normalize="sequence" and only then, got normalize="{normalize}"')
     if seq_id is not None:
@@ -149,7 +153,7 @@ def _check_like(name: str, value: Tensor, hidden: Tensor, shape: bool = True) ->
 def _check_per_token(name: str, value: Tensor, like: Tensor, kind: str) -> None:
     right_kind = {
         "float": value.is_floating_point(),
-        "integer": not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool),
+        "integer": value.dtype in INTEGERS,
         "int64": value.dtype == torch.int64,
     }[kind]
     if value.shape != like.shape[:1] or not right_kind or value.device != like.device:

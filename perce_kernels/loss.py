@@ -111,8 +111,9 @@ def fused_perce_loss(
     `hidden_cf`, `logp_cf` and `token_weight` is given, as the source of the weights; no gradient flows through them.
 
     Args:
-        hidden: (N, D) factual hidden states; row i predicts target[i]. Any float dtype; statistics and loss are fp32
-            (fp64 for fp64). Under autocast, hidden, hidden_cf, lm_head and bias are cast to the autocast dtype first.
+        hidden: (N, D) factual hidden states; row i predicts target[i]. Any float dtype from 16 bits on; statistics and
+            loss are fp32 (fp64 for fp64). Under autocast, hidden, hidden_cf, lm_head and bias are cast to the autocast
+            dtype first.
         lm_head: (V, D) output embedding, same dtype as hidden.
         target: (N,) int64 token ids. Rows equal to `ignore_index` contribute nothing.
         hidden_cf: (N, D) hidden states of the same tokens with the persona removed from the prompt.

@@ -105,7 +105,7 @@ def test_a_scale_that_could_train_is_refused_with_what_trains_it():
 
 @pytest.mark.parametrize("backend", EACH)
 def test_eight_bits_are_too_few(backend):
-    """The kernels rounded the gradient of the logits to the dtype of the operands."""
+    """torch promotes them to no other dtype, and the kernels round the gradient of the logits to theirs."""
     inputs = TRITON.of(make_inputs()).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"^hidden: expected .* of 16 bits or more, got torch\.float8"):
         fused_perce_loss(**inputs.kwargs(), backend=backend)
