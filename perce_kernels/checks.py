@@ -81,7 +81,9 @@ def check_head(hidden, lm_head, target, bias, softcap, logit_scale, ignore_index
             "target[:, 1:][mask[:, 1:]]; likewise of the other pass"
         )
         remedy = rows if hidden.dim() == 3 else ""
-        raise ValueError(f"hidden: expected a floating-point (N, D) tensor of 16 bits or more, got {describe(hidden)}{remedy}")
+        raise ValueError(
+            f"hidden: expected a floating-point (N, D) tensor of 16 bits or more, got {describe(hidden)}{remedy}"
+        )
     d = hidden.shape[1]
     if lm_head.dim() != 2 or lm_head.shape[1] != d or (lm_head.shape[0] == 0 and group is None):
         remedy = ""

@@ -1,5 +1,6 @@
 """The public op: checks the arguments, chooses a backend, and applies scalar factors after the sweep."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -168,19 +169,17 @@ def fused_perce_loss(
     execution = {
         "compact": compact, "backend": backend, "group": shard[0], "vocab_start": vocab_start, "vocab_size": vocab_size,
     }  # fmt: skip
-    if backend == "reference":
-        check_target(target, lm_head.shape[0], ignore_index)
+    if backend == "reference" or reduction == "none" or normalize == "sequence":
+        # What is known per token, or only after a whole sweep. Its gradient takes another sweep.
+        logprobs: Any = partial(ops.logprobs_op, return_entropy=False, **execution)
+        if backend == "reference":
+            check_target(target, lm_head.shape[0], ignore_index)
+            logprobs = reference.logprobs
         with no_autocast(hidden.device):  # autocast would round products to its dtype
             loss, logp, logp_cf, weight = reference.perce_loss(
                 hidden, lm_head, target, hidden_cf, logp_cf=logp_cf, token_weight=token_weight, normalize=normalize,
-                seq_id=seq_id, reduction="none", **head, **clip,
+                seq_id=seq_id, reduction="none", logprobs=logprobs, **head, **clip,
             )  # fmt: skip
-        loss = loss if reduction == "none" else loss.sum()
-    elif reduction == "none" or normalize == "sequence":
-        loss, logp, logp_cf, weight = _per_token_loss(
-            hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, head, clip,
-            execution,
-        )  # fmt: skip
         loss = loss if reduction == "none" else loss.sum()
     else:
         needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
@@ -267,26 +266,6 @@ def token_logprobs(
         )
     asked = [entropy.detach()] * return_entropy + [top1] * return_top1
     return (logp, *asked) if asked else logp
-
-
-def _per_token_loss(
-    hidden, lm_head, target, hidden_cf, logp_cf, token_weight, normalize, seq_id, head, clip, execution
-):
-    """(N,) losses by recomputation, for weights or losses per token that are only known after the whole sweep."""
-    options = {**head, **execution, "return_entropy": False}
-    logp, *_ = ops.logprobs_op(hidden, lm_head, target, **options)
-    valid = target != head["ignore_index"]
-    if token_weight is None:
-        if hidden_cf is not None:
-            with torch.no_grad():
-                logp_cf, *_ = ops.logprobs_op(hidden_cf, lm_head, target, **options)
-        logp_cf = torch.where(valid, logp_cf.to(logp.dtype), 0)
-        token_weight = reference.contrast_weight(logp, logp_cf, **clip)
-    else:
-        logp_cf = torch.zeros_like(logp)
-    weight = torch.where(valid, token_weight.to(logp.dtype), 0)
-    weight = reference.normalize_weight(weight, valid, normalize, seq_id)
-    return -weight * logp, logp, logp_cf, weight
 
 
 def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

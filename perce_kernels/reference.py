@@ -63,9 +63,10 @@ def normalize_weight(token_weight: Tensor, valid: Tensor, normalize: str, seq_id
 def perce_loss(
     hidden, lm_head, target, hidden_cf=None, *, logp_cf=None, token_weight=None, bias=None, clip_min=0.8, clip_max=5.0,
     contrast="log", normalize="none", seq_id=None, reduction="mean", num_items=None, ignore_index=-100, softcap=None,
-    logit_scale=1.0,
+    logit_scale=1.0, logprobs=logprobs,
 ):  # fmt: skip
-    """(loss, logp, logp_cf, token_weight): the loss of `perce_kernels.fused_perce_loss`; the rest is (N,), detached."""
+    """(loss, logp, logp_cf, token_weight): the loss of `perce_kernels.fused_perce_loss`; the rest is (N,), detached.
+    logprobs: what computes the log-probabilities of either pass."""
     valid = target != ignore_index
     head = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
     logp, *_ = logprobs(hidden, lm_head, target, **head)
@@ -73,7 +74,8 @@ def perce_loss(
         logp_cf = torch.zeros_like(logp)
     else:
         if hidden_cf is not None:
-            logp_cf, *_ = logprobs(hidden_cf.detach(), lm_head.detach(), target, **head)
+            with torch.no_grad():
+                logp_cf, *_ = logprobs(hidden_cf, lm_head, target, **head)
         logp_cf = torch.where(valid, logp_cf.detach().to(logp.dtype), 0)
         token_weight = contrast_weight(logp, logp_cf, contrast, clip_min, clip_max)
     token_weight = torch.where(valid, token_weight.detach().to(logp.dtype), 0)
