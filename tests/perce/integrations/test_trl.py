@@ -436,6 +436,14 @@ def test_rows_may_be_a_list_and_lose_no_field(tmp_path):
     assert trl._as_dataset(rows, "train_dataset")["note"] == [None, "kept", None, None]
 
 
+def test_labels_in_a_row_of_texts_are_not_those_of_its_tokens(tmp_path):
+    rows = rows_of("completion", 4)
+    plain, topics = (
+        trainer_for(tmp_path, [row | more for row in rows]).train_dataset[:] for more in ({}, {"labels": [3, 1]})
+    )
+    assert topics == plain
+
+
 def test_rows_to_evaluate_may_be_lists_and_several_by_name(tmp_path):
     rows = rows_of("completion", 4)
     rows[0] = rows[0] | {"persona": "A text, where others have several."}
