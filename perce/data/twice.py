@@ -37,7 +37,7 @@ class Twice:
     has_system_role: bool
     text_field: str
     max_length: int | None
-    version: int = 3
+    version: int = 4
     """The version of this file. Raise it if the same rows give other results, or `datasets` reuses its cached ones."""
 
     def prepared(self, dataset: Any, columns: Sequence[str], prepare: Callable[[Any], Any]) -> Any:
@@ -87,7 +87,7 @@ class Twice:
         """Two rows for each row; `persona` is its list of entries, `number` its index. UserError if it lacks one."""
         told: list[dict[str, Any]] = []
         for i, number in enumerate(numbers):
-            row = {name: column[i] for name, column in rows.items()}
+            row = {name: column[i] for name, column in rows.items() if name != "labels"}  # they are not of tokens
             place = next((name for name in ("prompt", "messages", self.text_field) if name in row), None)
             try:
                 if place is None:
