@@ -96,6 +96,15 @@ def test_a_later_run_of_the_same_model_has_its_own_factors(tmp_path):
         torch.testing.assert_close(logp(model.eval(), short), before)
 
 
+def test_a_model_that_was_pickled_is_settled_again(tmp_path):
+    """Its encodings come back with their own forward, and still say that they have the long factors."""
+    model = trainer_for(longrope(), arguments(tmp_path), pairs=PAIRS).model
+    torch.save(model, tmp_path / "model.pt")
+    other = torch.load(tmp_path / "model.pt", weights_only=False)
+    trainer_for(other, arguments(tmp_path), pairs=PAIRS)
+    torch.testing.assert_close(logp(other, PAIRS[:1]), logp(model, PAIRS[:1]))
+
+
 def test_a_trainer_without_datasets_settles_at_its_first_evaluation(tmp_path):
     trainer = PerceTrainer(longrope(), arguments(tmp_path), processing_class=tiny_tokenizer())
     expected = [trainer.evaluate(PAIRS)["eval_loss"] for _ in range(2)]
