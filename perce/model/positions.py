@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from perce.errors import UserError
 from perce.hub import stated
-from perce.model.patch import forward_of
+from perce.model.patch import forward_of, is_patched
 from perce.model.probe import unwrapped
 
 
@@ -78,14 +78,14 @@ def choose_factors(model: nn.Module, *, long: bool) -> None:
     """Make every forward pass of the model, however short, use longrope's long factors, or let its length decide
     (long=False). Changes the model in place."""
     for rotary in _switching(model):
-        if not hasattr(rotary, "perce_long"):
+        if not is_patched(rotary):
             _see_beyond(rotary, cast(int, switch_length(rotary.config)))
         rotary.perce_long = long
 
 
 def has_long(model: nn.Module) -> bool:
     """Whether every forward pass uses the long factors."""
-    return any(getattr(rotary, "perce_long", False) for rotary in _switching(model))
+    return any(is_patched(rotary) and rotary.perce_long for rotary in _switching(model))
 
 
 def _switching(model: nn.Module) -> Iterator[Any]:
@@ -109,4 +109,5 @@ def _see_beyond(rotary: Any, position: int) -> None:
         encoded = own(self, x, torch.cat([position_ids, beyond], dim=-1), *args, **kwargs)
         return tuple(part[..., :-1, :] for part in encoded)
 
+    forward.perce = True  # type: ignore[attr-defined]
     rotary.forward = types.MethodType(forward, rotary)
