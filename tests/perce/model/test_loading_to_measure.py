@@ -61,6 +61,16 @@ def test_an_adapter_whose_weights_are_not_all_in_its_file_is_refused(gemma, scor
     assert f"--model {tmp_path}: " in err and "missing adapter keys" in err and "model.layers.1." in err
 
 
+def test_an_adapter_of_a_deeper_model_is_refused(scored, tmp_path):
+    """PEFT would leave out what is for layers that the base model does not have."""
+    base = save_tiny_model(tmp_path / "base")
+    deeper = get_peft_model(tiny_model(num_hidden_layers=3), LoraConfig(task_type="CAUSAL_LM"))
+    deeper.peft_config["default"].base_model_name_or_path = str(base)
+    deeper.save_pretrained(tmp_path / "adapter")
+    err = scored("--model", tmp_path / "adapter", code=2).err
+    assert "the adapter is damaged or does not fit its base model" in err and "model.layers.2." in err
+
+
 def test_an_adapter_is_not_rounded_into_a_bf16_base(gemma, tmp_path, monkeypatch):
     """A change below half a unit in the last place of a weight would be lost; most of an adapter is that small."""
     monkeypatch.setattr("perce.model.loading.bf16_is_sound", lambda device: True)
