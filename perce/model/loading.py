@@ -133,10 +133,11 @@ def _check_weights(path: str) -> None:
 def _with_adapter(model: Any, path: str) -> Any:
     from peft import PeftModel
 
+    directory = str(Path(path).expanduser())
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*missing adapter keys")  # PEFT leaves these without an effect
-            wrapped = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
+            wrapped = PeftModel.from_pretrained(model, directory)
     except Exception as error:  # a damaged file may raise anything
         raise UserError(
             f"--model {path}: the adapter is damaged or does not fit its base model ({first_line(error)}). Restore it, "
@@ -149,6 +150,11 @@ def _with_adapter(model: Any, path: str) -> Any:
             "An adapter that can be merged into its base (merge_and_unload, in fp32) can be given as a whole model."
         )
         raise UserError(f"--model {path}: {error} {remedy}") from error
+    if others := wrapped.load_adapter(directory, "default").unexpected_keys:  # PEFT leaves these out
+        raise UserError(
+            f"--model {path}: the adapter does not fit its base model, which has no place for {in_short(others)}. "
+            "Expected the model that it was trained on."
+        )
     return wrapped
 
 
