@@ -183,6 +183,13 @@ def test_an_adapter_with_a_loss_of_its_own_is_refused():
         add_adapter(prepare_model(tiny_model()), config)
 
 
+def test_an_adapter_that_acts_behind_certain_tokens_is_refused():
+    """PEFT looks for them in the row of tokens that it is given; in one of segments it finds only the last."""
+    config = LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[2], task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match=r"activated LoRA \(alora_invocation_tokens\) acts"):
+        add_adapter(prepare_model(tiny_model()), config)
+
+
 def test_a_decoder_that_fails_where_it_is_tried_is_one_paragraph():
     model = prepare_model(tiny_model())
     model.model.layers[0].mlp.bfloat16()
