@@ -256,13 +256,18 @@ def merge_adapter(directory: Path, base: str) -> None:
 
 
 def check_adapter(model: Any) -> None:
-    """UserError for adapters with which the loss would read wrong rows, ignore an adapted head, or lack a term, and for
-    those that generation leaves out."""
+    """UserError for adapters with which the loss would read wrong rows, ignore an adapted head, or lack a term, for
+    those that would act on wrong tokens, and for those that generation leaves out."""
     for config in model.peft_config.values():
         if str(config.peft_type.value) == "ADALORA":
             raise UserError(
                 "peft_config: AdaLoRA adds a term to the model's own loss, which perce does not compute, and has to be "
                 "called after each step. Use LoRA."
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise UserError(
+                "peft_config: activated LoRA (alora_invocation_tokens) acts behind the last of these tokens in a row, "
+                "and examples that share tokens are one row. Use LoRA."
             )
         if getattr(config, "is_prompt_learning", False):
             raise UserError(
