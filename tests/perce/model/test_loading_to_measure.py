@@ -71,6 +71,22 @@ def test_an_adapter_of_a_deeper_model_is_refused(scored, tmp_path):
     assert "does not fit its base model, which has no place for base_model.model.model.layers.2." in err
 
 
+def test_what_lies_beside_an_adapter(gemma, scored, tmp_path):
+    """Some programs put the base model's config.json there. A model that an adapter was merged into would get it twice:
+    transformers adds an adapter that it finds."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(gemma), LoraConfig(task_type="CAUSAL_LM"))
+    with_drawn_adapter(adapted).save_pretrained(tmp_path)
+    scored("--model", tmp_path, "--jsonl", tmp_path / "a.jsonl")
+    adapted.config.save_pretrained(tmp_path)
+    scored("--model", tmp_path, "--jsonl", tmp_path / "b.jsonl")
+    assert read_jsonl(tmp_path / "a.jsonl")[0]["logp"] == read_jsonl(tmp_path / "b.jsonl")[0]["logp"]
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    err = scored("--model", tmp_path, code=2).err
+    assert f"--model {tmp_path}: has a model's weights and an adapter" in err and "adapter_config.json" in err
+
+
 def test_an_adapter_is_not_rounded_into_a_bf16_base(gemma, tmp_path, monkeypatch):
     """A change below half a unit in the last place of a weight would be lost; most of an adapter is that small."""
     monkeypatch.setattr("perce.model.loading.bf16_is_sound", lambda device: True)
