@@ -58,7 +58,10 @@ def from_anywhere(path: str) -> str:
 
 
 def is_adapter(directory: Path) -> bool:
-    return (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file()
+    """Whether it holds an adapter and no model; beside an adapter, some programs save its base model's config.json."""
+    weights = (*directory.glob("model*.safetensors"), *directory.glob("pytorch_model*.bin"))
+    has_model = bool(weights) and (directory / "config.json").is_file()
+    return (directory / "adapter_config.json").is_file() and not has_model
 
 
 def base_of_adapter(path: str) -> str | None:
@@ -179,6 +182,11 @@ def with_weights(auto_class: Any, path: str, *, option: str = "--model", unused:
     model, found = from_pretrained(
         auto_class, path, option=option, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            f"{option} {path}: has a model's weights and an adapter (adapter_config.json), which transformers adds to "
+            "them although they may hold it already. Move the files of one of the two to another directory."
+        )
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     weights = {name for name in names if not (unused and unused in name)}
     lost, others = sorted(weights.intersection(found["missing_keys"])), sorted(found["unexpected_keys"])
