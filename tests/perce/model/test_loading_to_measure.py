@@ -159,6 +159,17 @@ def test_a_base_by_a_relative_path_is_told_and_a_missing_one_too(scored, tmp_pat
     assert f"--model adapter: its base model {tmp_path / 'gone'} does not exist" in err and "adapter_config.json" in err
 
 
+def test_a_base_in_a_revision_of_its_own_is_refused_unless_it_lies_here(scored, tmp_path):
+    base = save_tiny_model(tmp_path / "base")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(revision="v2"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    scored("--model", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base), "owner/model"))
+    err = scored("--model", tmp_path / "adapter", code=2).err
+    assert f"{config} asks for revision v2 of its base model owner/model" in err and "hf download" in err
+
+
 def flip(path, places):
     content = bytearray(path.read_bytes())
     for place in places:
