@@ -71,9 +71,10 @@ def base_of_adapter(path: str) -> str | None:
     if not is_adapter(local):
         return None
     try:
-        base = dict(json.loads(file.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--model {path}: {file} cannot be read ({in_one_line(error)}). Restore it.") from error
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base or not isinstance(base, str):
         raise UserError(
             f"--model {path}: {file} does not name the adapter's base model. Add base_model_name_or_path, the "
@@ -84,6 +85,12 @@ def base_of_adapter(path: str) -> str | None:
         raise UserError(
             f"--model {path}: its base model {base} does not exist. Restore it, or correct base_model_name_or_path in "
             f"{file}."
+        )
+    if revision not in (None, "", "main") and not named.exists():
+        raise UserError(
+            f"--model {path}: {file} asks for revision {revision} of its base model {base}, and perce would load the "
+            f"newest. Fetch that one (hf download {base} --revision {revision} --local-dir DIR) and give its directory "
+            "as base_model_name_or_path, or set revision to null."
         )
     if not named.is_absolute() and named.exists():
         say(f"{file} says {base!r}, a relative path; read as {named.resolve()}", error=True)
