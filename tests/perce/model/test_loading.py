@@ -190,6 +190,16 @@ def test_an_adapter_that_acts_behind_certain_tokens_is_refused():
         add_adapter(prepare_model(tiny_model()), config)
 
 
+def test_layers_that_an_adapter_repeats_are_adapted_too():
+    """PEFT makes them after perce has found out which layers the model has."""
+    repeated = {"layer_replication": [[0, 2], [0, 2]], "task_type": "CAUSAL_LM"}
+    with pytest.raises(UserError, match="layer_replication.*by the last part of their names"):
+        add_adapter(prepare_model(tiny_model()), LoraConfig(target_modules="all-linear", **repeated))
+    model = add_adapter(prepare_model(tiny_model()), LoraConfig(target_modules=["q_proj"], **repeated))
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4
+    perce_forward(model, collate(PAIRS))[0].backward()
+
+
 def test_a_decoder_that_fails_where_it_is_tried_is_one_paragraph():
     model = prepare_model(tiny_model())
     model.model.layers[0].mlp.bfloat16()
