@@ -190,6 +190,11 @@ def add_adapter(model: Any, peft_config: Any) -> Any:
             f"{type(model).__name__}: its decoder fails in training mode on a few tokens: {in_one_line(error)}"
         ) from error
     if str(getattr(peft_config, "target_modules", None)).lower() == "all-linear":
+        if getattr(peft_config, "layer_replication", None):
+            raise UserError(
+                'peft_config: layer_replication with "all-linear" would leave the repeated layers without adapters, '
+                'because PEFT makes them later. Name target_modules by the last part of their names, such as "q_proj".'
+            )
         peft_config.target_modules = linear_layers(model, unused)
     try:
         wrapped = get_peft_model(model, peft_config)
