@@ -190,6 +190,13 @@ def test_an_adapter_that_acts_behind_certain_tokens_is_refused():
         add_adapter(prepare_model(tiny_model()), config)
 
 
+def test_an_adapter_that_takes_a_random_part_of_its_base_is_refused():
+    """PEFT takes another part when the adapter is loaded; "pissa" without a number takes the same."""
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_4", task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match=r'init_lora_weights=pissa_niter_4 .*"pissa"'):
+        add_adapter(prepare_model(tiny_model()), config)
+
+
 def test_layers_that_an_adapter_repeats_are_adapted_too():
     """PEFT makes them after perce has found out which layers the model has."""
     repeated = {"layer_replication": [[0, 2], [0, 2]], "task_type": "CAUSAL_LM"}
