@@ -262,7 +262,7 @@ def merge_adapter(directory: Path, base: str) -> None:
 
 def check_adapter(model: Any) -> None:
     """UserError for adapters with which the loss would read wrong rows, ignore an adapted head, or lack a term, for
-    those that would act on wrong tokens, and for those that generation leaves out."""
+    those that would act on wrong tokens or could not be loaded again, and for those that generation leaves out."""
     for config in model.peft_config.values():
         if str(config.peft_type.value) == "ADALORA":
             raise UserError(
@@ -273,6 +273,11 @@ def check_adapter(model: Any) -> None:
             raise UserError(
                 "peft_config: activated LoRA (alora_invocation_tokens) acts behind the last of these tokens in a row, "
                 "and examples that share tokens are one row. Use LoRA."
+            )
+        if str(initial := getattr(config, "init_lora_weights", None)).startswith("pissa_niter_"):
+            raise UserError(
+                f"peft_config: init_lora_weights={initial} moves a part of the base model's weights, found with random "
+                'numbers, into the adapter. PEFT finds another part whenever the adapter is loaded. Use "pissa".'
             )
         if getattr(config, "is_prompt_learning", False):
             raise UserError(
