@@ -200,7 +200,7 @@ def test_an_adapter_that_takes_a_random_part_of_its_base_is_refused():
 def test_layers_that_an_adapter_repeats_are_adapted_too():
     """PEFT makes them after perce has found out which layers the model has."""
     repeated = {"layer_replication": [[0, 2], [0, 2]], "task_type": "CAUSAL_LM"}
-    with pytest.raises(UserError, match="layer_replication.*by the last part of their names"):
+    with pytest.raises(UserError, match=r"layer_replication.*by the last part of their names"):
         add_adapter(prepare_model(tiny_model()), LoraConfig(target_modules="all-linear", **repeated))
     model = add_adapter(prepare_model(tiny_model()), LoraConfig(target_modules=["q_proj"], **repeated))
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 4
