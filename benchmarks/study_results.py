@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from perce.measuring.evaluation_report import Metric, all_metrics, field_of, unit_of
@@ -61,7 +61,7 @@ def columns(cells: Sequence[Cell], data: str, metric: Metric) -> tuple[list, lis
     if not whole:
         return None
     keys = sorted(whole)
-    values, weights = ([mean(pair[i] for pair in whole[key]) for key in keys] for i in (0, 1))
+    values, weights = ([fmean(pair[i] for pair in whole[key]) for key in keys] for i in (0, 1))
     return values, weights, [users[key] for key in keys]
 
 
