@@ -89,9 +89,15 @@ def test_replies_under_every_template_equal_separate_ones(template):
     assert shared[2][0] < shared[2][1]
 
 
-@pytest.mark.parametrize("thought", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", [*TREES, "mamba"])
+@pytest.mark.parametrize(
+    ("architecture", "attention", "thought"),
+    [
+        pytest.param(architecture, attention, thought, marks=[pytest.mark.slow] * ((attention == "eager") != thought))
+        for architecture in (*TREES, "mamba")
+        for attention in ("sdpa", "eager")
+        for thought in (False, True)
+    ],
+)
 def test_what_is_shared_equals_separate_sequences(architecture, attention, thought):
     model, pairs = prepared(architecture, attention), conversations(thought)
     sharing, _ = sharing_of(model)
@@ -133,7 +139,7 @@ def separately(how):
 @pytest.mark.parametrize(
     ("architecture", "count", "how"),
     [
-        pytest.param(architecture, count, how, marks=[pytest.mark.slow] * ((i + k) % 2 != j))
+        pytest.param(architecture, count, how, marks=[pytest.mark.slow] * ((i + k) % 4 != 2 * j))
         for i, architecture in enumerate(TREES)
         for j, count in enumerate((2, 8))
         for k, how in enumerate(HOW)
@@ -154,7 +160,7 @@ def test_requests_of_a_persona_equal_separate_ones(architecture, count, how, mon
 @pytest.mark.parametrize(
     ("architecture", "options", "how"),
     [
-        pytest.param(architecture, options, how, marks=[pytest.mark.slow] * ((i + k) % 3 != j))
+        pytest.param(architecture, options, how, marks=[pytest.mark.slow] * ((i, j) != (k % 2, (k % 2 + k) % 3)))
         for i, architecture in enumerate(("llama", "gemma3"))
         for j, options in enumerate(("checkpointing", "lora", "tiles"))
         for k, how in enumerate(HOW)
@@ -220,8 +226,14 @@ def test_personas_that_differ_share_nothing():
     assert shared["alone"] == 2
 
 
-@pytest.mark.parametrize("how", [name for name in HOW if name != "together"])
-@pytest.mark.parametrize("architecture", TREES)
+@pytest.mark.parametrize(
+    ("architecture", "how"),
+    [
+        pytest.param(architecture, how, marks=[pytest.mark.slow] * (i != k))
+        for i, architecture in enumerate(TREES)
+        for k, how in enumerate(name for name in HOW if name != "together")
+    ],
+)
 def test_a_trunk_off_by_one_token_shows(architecture, how, monkeypatch):
     model, pairs = prepared(architecture), requests(4)
     sharing_of(model)
@@ -251,8 +263,14 @@ def shifted(batch, what):
     return batch
 
 
-@pytest.mark.parametrize("what", ["position", "place", "path"])
-@pytest.mark.parametrize("architecture", TREES)
+@pytest.mark.parametrize(
+    ("architecture", "what"),
+    [
+        pytest.param(architecture, what, marks=[pytest.mark.slow] * (i % 3 != k))
+        for i, architecture in enumerate(TREES)
+        for k, what in enumerate(("position", "place", "path"))
+    ],
+)
 def test_a_shift_by_one_token_shows(architecture, what, monkeypatch):
     model, pairs = prepared(architecture), conversations(thought=True)
     sharing_of(model)
