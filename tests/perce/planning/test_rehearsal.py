@@ -56,9 +56,9 @@ BY_ITSELF, DETACHED = MemoryConfig(branches_per_forward=1), replace(NONE, branch
 @pytest.mark.parametrize(
     ("memory", "options", "checkpointing", "accumulates"),
     [
-        (BY_ITSELF, LORA, True, False),
+        (BY_ITSELF, FULL, True, True),
         pytest.param(DETACHED, FULL, True, True, marks=pytest.mark.slow),
-        pytest.param(BY_ITSELF, FULL, True, True, marks=pytest.mark.slow),
+        pytest.param(BY_ITSELF, LORA, True, False, marks=pytest.mark.slow),
         pytest.param(BY_ITSELF, LORA, False, False, marks=pytest.mark.slow),
         pytest.param(DETACHED, LORA, True, False, marks=pytest.mark.slow),
         pytest.param(DETACHED, LORA, False, False, marks=pytest.mark.slow),
@@ -76,7 +76,10 @@ def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, 
     assert few == pytest.approx(every, rel=0.02)  # in the first layer's backward, either of two moments may be the peak
 
 
-@pytest.mark.parametrize("memory", [MemoryConfig(), pytest.param(NONE, marks=pytest.mark.slow), BY_ITSELF])
+@pytest.mark.parametrize(
+    "memory",
+    [pytest.param(MemoryConfig(), marks=pytest.mark.slow), pytest.param(NONE, marks=pytest.mark.slow), BY_ITSELF],
+)
 def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
     """Sums of gradients, and keys and values of a persona with their gradient, stay; so do inputs of two layers."""
     config = tiny_model("llama", num_hidden_layers=6).config
