@@ -36,12 +36,13 @@ OPTIONS = {
     "softcap and scale": {"softcap": 4.0, "logit_scale": 1.7},
     "softcap and negative scale": {"softcap": 4.0, "logit_scale": -1.7},
 }
+# What the loss is divided by is applied outside of the kernels.
 IN_THE_INTERPRETER = (
-    "paper", "clip", "ratio", "sum", "none", "num_items tensor", "batch", "sequence", "ignore_index", "softcap",
-    "negative logit_scale", "softcap and scale",
+    "paper", "clip", "ratio", "none", "sequence", "ignore_index", "negative logit_scale", "softcap and scale",
 )  # fmt: skip
-OF_16_BITS = ("paper", "ratio", "none", "batch", "ignore_index", "softcap", "softcap and negative scale")
-GIVEN = ("paper", "ratio", "none", "sequence", "softcap and scale")
+OF_16_BITS = ("paper", "ratio", "none", "ignore_index", "softcap and negative scale")
+GIVEN = ("paper", "ratio", "none")
+MORE = ("sum", "num_items tensor", "batch", "softcap")
 
 
 def options_of(name: str, subject) -> dict:
@@ -62,16 +63,22 @@ def test_the_usual_inputs_exercise_what_they_should(subject):
 
 @of_each(
     "source, name, compact",
-    *itertools.product(("torch", "torch fp64"), SOURCES, OPTIONS, EITHER),
+    *itertools.product(["torch"], SOURCES, OPTIONS, EITHER),
+    *itertools.product(["torch fp64"], ["hidden_cf"], OPTIONS, [True]),
     *itertools.product(["reference"], ["hidden_cf"], OPTIONS, [True]),
     *itertools.product(["triton"], ["hidden_cf"], IN_THE_INTERPRETER, [True]),
     *itertools.product(["triton"], SOURCES[1:], GIVEN, [True]),
     *itertools.product(WAYS, ["hidden_cf"], OF_16_BITS, [True]),
     *itertools.product(["triton", *WAYS], SOURCES, ["paper"], [False]),
     slow=[
+        *itertools.product(["torch fp64"], SOURCES, OPTIONS, [False]),
+        *itertools.product(["torch fp64"], SOURCES[1:], OPTIONS, [True]),
         *itertools.product(["triton"], ["hidden_cf"], [x for x in IN_THE_INTERPRETER if x != "paper"], [False]),
+        *itertools.product(["triton"], ["hidden_cf"], MORE, EITHER),
         *itertools.product(["triton"], SOURCES[1:], [x for x in GIVEN if x != "paper"], [False]),
+        *itertools.product(["triton"], SOURCES[1:], ("sequence", "softcap and scale"), EITHER),
         *itertools.product(WAYS, ["hidden_cf"], [x for x in OF_16_BITS if x != "paper"], [False]),
+        *itertools.product(WAYS, ["hidden_cf"], ("batch", "softcap"), EITHER),
         *itertools.product(WAYS, SOURCES[1:], ["paper"], [True]),
     ],
 )
@@ -89,7 +96,8 @@ def test_option_matches_the_oracle(subject, source, name, compact):
     "n, d, v",
     *[("torch", *size) for size in ((1, 1, 1), (1, 3, 2), (16, 8, 7), (17, 8, 129), (33, 5, 1021))],
     *[("triton", *size) for size in ((1, 1, 1), (1, 3, 2), (6, 8, 129))],
-    *[(way, *size) for way in WAYS for size in ((1, 8, 1), (1, 3, 2), (3, 8, 64), (6, 8, 129), (11, 16, 300))],
+    *[(way, *size) for way in WAYS for size in ((1, 8, 1), (1, 3, 2), (6, 8, 129))],
+    slow=[(way, *size) for way in WAYS for size in ((3, 8, 64), (11, 16, 300))],
 )
 def test_sizes_that_are_multiples_of_nothing(subject, n, d, v):
     inputs = subject.inputs(n, d, v, bias=True, ignored=0.0)
@@ -130,9 +138,13 @@ def test_pir_of_peaked_low_precision_logits(subject, dtype, softcap):
     "dtype, options, spread",
     *itertools.product(["torch"], (FP32, BF16, FP16), ({}, CAPPED), (3.0, 14.0)),
     *itertools.product(["triton"], [FP32], ({}, CAPPED), (3.0, 14.0)),
-    *itertools.product(WAYS, [BF16], ({}, CAPPED), (3.0, 14.0)),
+    *itertools.product(WAYS, [BF16], ({}, CAPPED), [14.0]),
     *itertools.product(WAYS, [FP16], [{}], [14.0]),
-    slow=[*itertools.product(WAYS, [FP16], [{}], [3.0]), *itertools.product(WAYS, [FP16], [CAPPED], (3.0, 14.0))],
+    slow=[
+        *itertools.product(WAYS, [BF16], ({}, CAPPED), [3.0]),
+        *itertools.product(WAYS, [FP16], [{}], [3.0]),
+        *itertools.product(WAYS, [FP16], [CAPPED], (3.0, 14.0)),
+    ],
 )
 def test_gradients_are_as_accurate_as_torch(subject, dtype, options, spread):
     inputs = subject.inputs(d=64, spread=spread, bias=True, dtype=dtype)
@@ -172,7 +184,8 @@ def test_a_vocabulary_entry_masked_by_an_infinite_bias(subject, token, compact):
 @of_each(
     "reduction, normalize",
     *itertools.product(["torch"], ("mean", "sum", "none"), ("none", "batch")),
-    *itertools.product(("triton", *WAYS), ("mean", "none"), ["none"]),
+    *itertools.product(WAYS, ("mean", "none"), ["none"]),
+    slow=itertools.product(["triton"], ("mean", "none"), ["none"]),
 )
 def test_backward_twice_with_different_upstream_gradients(subject, reduction, normalize):
     inputs, options = subject.inputs(bias=True), {"reduction": reduction, "normalize": normalize}
@@ -210,10 +223,13 @@ NORMALIZED = [{"normalize": x, "reduction": y} for x in ("none", "batch", "seque
 @of_each(
     "dtype, options, compact, rows",
     *itertools.product(("torch", "reference"), [FP32], NORMALIZED, EITHER, (0, None)),
-    *itertools.product(
-        ["triton"], (FP32, FP16), ({}, {"normalize": "batch"}, {"reduction": "none"}), EITHER, (0, None)
-    ),
-    *itertools.product(WAYS, [FP16], [{}], EITHER, (0, None)),
+    *itertools.product(["triton"], [FP32], ({}, {"reduction": "none"}), EITHER, (0, None)),
+    *itertools.product(WAYS, [FP16], [{}], [False], (0, None)),
+    slow=[
+        *itertools.product(["triton"], [FP16], ({}, {"normalize": "batch"}, {"reduction": "none"}), EITHER, (0, None)),
+        *itertools.product(["triton"], [FP32], [{"normalize": "batch"}], EITHER, (0, None)),
+        *itertools.product(WAYS, [FP16], [{}], [True], (0, None)),
+    ],
 )
 def test_nothing_to_learn_is_a_zero_loss_connected_to_every_input(subject, dtype, options, compact, rows):
     inputs = subject.inputs(bias=True, ignored=1.1, dtype=dtype)
@@ -295,7 +311,12 @@ LOGPROBS = ({}, {"softcap": 4.0}, {"logit_scale": 0.25}, {"ignore_index": 5})
 @of_each(
     "dtype, options, compact",
     *itertools.product(["torch"], (FP32, FP64), LOGPROBS, EITHER),
-    *itertools.product(["triton"], (FP32, BF16), (LOGPROBS[0], LOGPROBS[1], LOGPROBS[3]), EITHER),
+    *itertools.product(["triton"], [FP32], LOGPROBS[1::2], EITHER),
+    *itertools.product(["triton"], [BF16], [{}], EITHER),
+    slow=[
+        *itertools.product(["triton"], [FP32], [{}], EITHER),
+        *itertools.product(["triton"], [BF16], LOGPROBS[1::2], EITHER),
+    ],
 )
 def test_token_logprobs_match_the_oracle(subject, dtype, options, compact):
     inputs = subject.inputs(dtype=dtype, bias=True, ignore_index=options.get("ignore_index", IGNORE))
