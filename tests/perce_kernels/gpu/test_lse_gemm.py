@@ -25,6 +25,13 @@ FORMS = {
     "persistent": TILE._replace(persistent=True),
     "halves": TILE._replace(block_n=256, use_tma=True, persistent=True),  # the second half may lie past the end
 }
+SOME = ("pointers", "halves")  # between them they have every part of every form
+
+
+def in_some_forms():
+    """Parametrises `tile` by those forms, and by the others in slow tests: what is tested is no matter of the form."""
+    forms = [pytest.param(form, marks=[pytest.mark.slow] * (form not in SOME)) for form in FORMS]
+    return pytest.mark.parametrize("tile", forms, indirect=True)
 
 
 @pytest.fixture(params=FORMS)
@@ -61,6 +68,7 @@ QUICK = [("plain", False, FP32), *((name, True, FP32) for name in OPTIONS), ("bo
 ALL = itertools.product(OPTIONS, (False, True), (FP32, BF16, FP16))
 
 
+@in_some_forms()
 @pytest.mark.parametrize(
     ("name", "bias", "dtype"),
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)],
@@ -91,6 +99,7 @@ def test_a_slice_with_an_unaligned_base(tile):
     assert_accurate(Inputs(wider[:, 1:], inputs.lm_head, inputs.target))
 
 
+@in_some_forms()
 @pytest.mark.parametrize("group", [1, 2, 8])
 def test_every_tile_is_visited_once_for_any_group(tile, monkeypatch, group):
     row = tiles.TABLE[0]
@@ -98,6 +107,7 @@ def test_every_tile_is_visited_once_for_any_group(tile, monkeypatch, group):
     assert_accurate(TRITON.inputs(n=50, v=70, ignored=0.0))
 
 
+@in_some_forms()
 @DTYPES
 def test_peaked_logits(tile, dtype):
     inputs = TRITON.inputs(n=9, d=64, spread=14.0, ignored=0.0).to(dtype)
@@ -121,6 +131,7 @@ def test_large_common_offset_cancels(tile):
     assert_accurate(inputs, error=2e-6)
 
 
+@in_some_forms()
 def test_entries_of_logit_minus_infinity(tile):
     """A whole tile of such entries, then all entries except one."""
     inputs = TRITON.inputs(n=4, bias=True, ignored=0.0)
@@ -132,7 +143,11 @@ def test_entries_of_logit_minus_infinity(tile):
     assert_accurate(inputs, error=0.0)
 
 
-@pytest.mark.parametrize("mask", [-5e9, -1e10, -1e30, float(torch.finfo(torch.float32).min)])
+@in_some_forms()
+@pytest.mark.parametrize("mask", [
+    -5e9, pytest.param(-1e10, marks=pytest.mark.slow), pytest.param(-1e30, marks=pytest.mark.slow),
+    float(torch.finfo(torch.float32).min),
+])  # fmt: skip
 def test_entries_masked_by_a_large_number(tile, mask):
     """A whole tile of every width that is tested, and some more entries."""
     inputs = TRITON.inputs(n=4, v=600, bias=True, ignored=0.0)
@@ -150,12 +165,14 @@ def test_entropy_where_probabilities_underflow(tile):
     torch.testing.assert_close(entropy.cpu(), torch.tensor([0.0, 101.0]).log().clamp(min=0))
 
 
+@in_some_forms()
 def test_without_entropy_the_log_probabilities_are_the_same(tile):
     inputs = TRITON.inputs()
     logp, entropy = run(inputs, return_entropy=False)
     assert entropy is None and torch.equal(logp, run(inputs)[0])
 
 
+@in_some_forms()
 def test_ignored_rows_are_zero_whatever_they_hold(tile):
     inputs = TRITON.inputs()
     ignored = inputs.target == IGNORE
