@@ -79,7 +79,10 @@ def register_the_contract() -> None:
         )
     for source, name, compact in itertools.product(SOURCES, OPTIONS, (True, False)):
         if (source, name, compact) != ("hidden_cf", "paper", True):
-            slow = () if name in QUICK and source == "hidden_cf" and compact else ("triton",)
+            if source == "hidden_cf" and compact:
+                slow = () if name in QUICK else ("triton",)
+            else:
+                slow = ("triton",) if name == "paper" else ("torch", "triton")
             of_the_contract(test_loss.test_option_matches_the_oracle, source, name, compact, slow=slow)
     of_the_contract(
         test_loss.test_option_matches_the_oracle, "hidden_cf", "paper", True, layout="three, middle empty",
@@ -94,7 +97,7 @@ def register_the_contract() -> None:
     for options, compact, rows in (({}, True, 0), ({}, True, None), ({"reduction": "none"}, False, None)):
         of_the_contract(
             test_loss.test_nothing_to_learn_is_a_zero_loss_connected_to_every_input, FP32, options, compact, rows,
-            slow=("triton",) if compact and rows is None else (),
+            slow=("triton",) if rows is None else (),
         )  # fmt: skip
     for compact in (True, False):
         of_the_contract(test_loss.test_nan_in_ignored_rows_reaches_nothing, FP32, "hidden_cf", compact, {}, torch.nan)
@@ -179,7 +182,7 @@ def memory() -> None:
     driver.cut_of = cut_of
 
 
-@for_both("faint fp16 gradients")
+@for_both("faint fp16 gradients", slow=("triton",))
 def faint_fp16_gradients(backend: str) -> None:
     shards, inputs = Shards("three"), inputs_for("three", dtype=torch.float16, spread=8.0)
     for options in ({"num_items": 100, "upstream": 4096.0}, {"reduction": "none", "upstream": 64.0}):
