@@ -112,7 +112,10 @@ run([[stage]], Results("gpu_x", Path(sys.argv[1])), "cpu")
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
+@pytest.mark.parametrize("how", [
+    pytest.param(signal.SIGINT, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    signal.SIGKILL,
+])  # fmt: skip
 def test_a_command_that_is_cut_off_loses_no_line_and_leaves_no_process(tmp_path, how):
     command = subprocess.Popen(
         [sys.executable, "-u", "-c", CUT_OFF, str(tmp_path)], cwd=ROOT, text=True, env=environment("cpu"),

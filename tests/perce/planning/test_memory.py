@@ -142,7 +142,7 @@ def test_other_names_for_the_same_sizes():
 
 
 def planned(config, memory, device="cpu", **changes):
-    return Costs(config, device).of(PlanOptions(LORA, replace(SHORT, **changes), memory))
+    return Costs(config, device).of(PlanOptions(FULL, replace(SHORT, **changes), memory))
 
 
 def test_what_grows_with_a_detached_persona_is_keys_and_values(monkeypatch):
@@ -153,8 +153,7 @@ def test_what_grows_with_a_detached_persona_is_keys_and_values(monkeypatch):
     config = tiny_model("llama", num_hidden_layers=layers).config
 
     def peak(context, memory):
-        step = replace(SHORT, context=context, activation_checkpointing=True)
-        return Costs(config, "cpu").of(PlanOptions(FULL, step, memory)).memory.peak
+        return planned(config, memory, context=context, activation_checkpointing=True).memory.peak
 
     grown = peak(2400, NONE) - peak(1400, NONE)
     cache = 1000 * layers * 2 * heads_kv * head * 4
@@ -204,7 +203,7 @@ def test_flash_attention_has_no_mask_for_windows(memory):
     config = tiny_model("gemma3").config  # a window of 16 tokens
 
     def grown(attention):
-        model = replace(LORA, attn_implementation=attention)
+        model = replace(FULL, attn_implementation=attention)
         peaks = [
             Costs(config, "cpu").of(PlanOptions(model, replace(SHORT, context=context), memory)).memory.peak
             for context in (3096, 4120, 5144)  # they differ by whole chunks of the prefill
@@ -259,7 +258,7 @@ def test_a_conversation_behind_a_persona_without_a_gradient_is_planned():
 def test_flash_attention_has_no_mask_for_branches():
     config = tiny_model("qwen3").config
     peaks = [
-        Costs(config, "cpu").of(PlanOptions(replace(LORA, attn_implementation=name), TREE)).memory.phases["forward"]
+        Costs(config, "cpu").of(PlanOptions(replace(FULL, attn_implementation=name), TREE)).memory.phases["forward"]
         for name in ("flash_attention_2", "sdpa")
     ]
     assert peaks[0]["working set"] < peaks[1]["working set"]

@@ -42,8 +42,8 @@ on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks at the CPU's pro
 @NEEDED_AND_COST
 @of_each(
     "compact",
-    *(("triton", True), ("fused", False), ("stored", True)),
-    slow=[("triton", False), ("fused", True), ("stored", False)],
+    *(("triton", True), ("stored", False)),
+    slow=[("triton", False), ("fused", True), ("fused", False), ("stored", True)],
 )
 def test_products_cost_the_floor_and_ignored_rows_nothing(subject, watch, compact, needed, per_token):
     inputs = subject.inputs(bias=True)
