@@ -27,7 +27,7 @@ def message(role, content):
 
 
 def rows_of(kind, count=STEPS * BATCH):
-    """Rows in one of TRL's formats, with a persona."""
+    """Rows in one of TRL's formats, with a persona of two entries."""
     rows = []
     lines = (DATA_DIR / "train.jsonl").read_text(encoding="utf-8").splitlines()
     for row in [row for row in map(json.loads, lines) if "query" in row][:count]:
@@ -42,9 +42,9 @@ def rows_of(kind, count=STEPS * BATCH):
             names = {"user": "human", "assistant": "gpt"}
             rows.append({"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in said]})
         else:  # a conversation of several turns with its own system message
-            again = [message("user", "And then?"), message("assistant", row["response"][::-1])]
+            again = [message("user", "And then?"), message("assistant", row["response"][:24][::-1])]
             rows.append({"messages": [message("system", "You are Ana."), *said, *again]})
-        rows[-1]["persona"] = row["persona"]
+        rows[-1]["persona"] = row["persona"][:2]
     return rows
 
 

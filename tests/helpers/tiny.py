@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -63,8 +64,9 @@ TEMPLATES = {
 }
 
 
-def tiny_tokenizer(chat_template: str | None = CHATML, *, prepends_space: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, or one that begins every text with a space, as Llama 2 does; pad is the end-of-turn token."""
+@cache
+def merges(prepends_space: bool) -> str:
+    """What the tokenizer learnt from the demo's rows, which takes longer than the rest of a tiny model."""
     tokenizer = Tokenizer(models.BPE())
     if prepends_space:  # newlines merge with nothing, as in Llama 2
         lines = pre_tokenizers.Split("\n", "isolated")
@@ -82,9 +84,14 @@ def tiny_tokenizer(chat_template: str | None = CHATML, *, prepends_space: bool =
         show_progress=False,
     )
     tokenizer.train_from_iterator((DATA_DIR / "validation.jsonl").read_text(encoding="utf-8").splitlines(), trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer(chat_template: str | None = CHATML, *, prepends_space: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, or one that begins every text with a space, as Llama 2 does; pad is the end-of-turn token."""
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<s>",
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=Tokenizer.from_str(merges(prepends_space)), eos_token="<|im_end|>", pad_token="<|im_end|>",
+        bos_token="<s>", clean_up_tokenization_spaces=False,
     )  # fmt: skip
     fast.chat_template = chat_template
     return fast
