@@ -2,7 +2,9 @@
 
 import os
 import sys
+from functools import cache, partial
 
+import jinja2
 import pytest
 
 from perce import score
@@ -20,12 +22,21 @@ def no_waiting_for_the_disk():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cards_are_compiled_once():
+    """PEFT and TRL write a card beside every save, and compile its template anew each time, which takes longer than to
+    save a tiny adapter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2, "Template", cache(jinja2.Template))
+        yield
+
+
 @pytest.fixture(scope="session")
 def kept(tmp_path_factory):
-    """Curves of nothing, and the first plan that was made."""
+    """Curves of nothing, and the first plan that was made, with the counts that it was made from."""
     path = tmp_path_factory.mktemp("picture") / "curves.png"
     write_curves(path, [])
-    return path.read_bytes(), []
+    return path.read_bytes(), {}
 
 
 @pytest.fixture(autouse=True)
@@ -34,16 +45,17 @@ def quick_runs(request, kept, monkeypatch):
     `whole` marks tests whose runs leave nothing out."""
     if "perce.training.fits" not in sys.modules or request.node.get_closest_marker("whole"):
         return  # tests that never train need not import what trains
-    from perce.planning.memory import peak_memory
+    from perce.planning.memory import count, peak_memory
 
     picture, plans = kept  # whichever test plans first decides for all: a test of a plan's numbers is `whole`
 
-    def once(*args):
-        if not plans:
-            plans.append(peak_memory(*args))
-        return plans[0]
+    def once(made, *args):
+        if made not in plans:
+            plans[made] = made(*args)
+        return plans[made]
 
-    monkeypatch.setattr("perce.training.fits.peak_memory", once)
+    for made in (count, peak_memory):
+        monkeypatch.setattr(f"perce.training.fits.{made.__name__}", partial(once, made))
     monkeypatch.setattr("perce.training.summary.write_curves", lambda path, *_, **__: path.write_bytes(picture))
 
 
