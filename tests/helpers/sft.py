@@ -1,4 +1,4 @@
-"""Five steps of other libraries' trainers, and of a plain loop on full logits with its own search for row tokens."""
+"""A few steps of other libraries' trainers, and of a plain loop on full logits with its own search for row tokens."""
 
 import json
 
@@ -11,7 +11,7 @@ from perce.demo import DATA_DIR
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.helpers.trainers import LORA
 
-STEPS, BATCH, RATE = 5, 4, 0.5
+STEPS, BATCH, RATE = 3, 4, 0.5
 CLIP = 0.05, 5.0  # a random model's PIR is small, so the paper's floor would hide it
 TEMPLATE = (  # marks assistant text, as assistant_only_loss needs it, and has a system prompt of its own
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n"

@@ -93,7 +93,7 @@ def test_rows_are_those_that_trl_makes():
     ],
     ids=["plain", "lora", "tied", "accumulated", "flattened", "checkpointing"],
 )
-def test_five_steps_are_those_of_the_formula(tmp_path, model, options):
+def test_steps_are_those_of_the_formula(tmp_path, model, options):
     trainer = trainer_for(tmp_path, model_for(**model), **options)
     assert_same_steps(steps_of(trainer), plain_steps(model_for(**model), ROWS, "completion"))
 
@@ -162,7 +162,7 @@ def train_a_rank(directory):
     end_rank()
 
 
-def test_five_steps_of_two_processes_are_those_of_the_formula(tmp_path):
+def test_steps_of_two_processes_are_those_of_the_formula(tmp_path):
     """An evaluation counts a row once, though accelerate repeats rows so that each process has as many."""
     run_ranks("tests.perce.integrations.test_trainer", str(tmp_path))
     (found, log), (streamed, _), (old, _) = (

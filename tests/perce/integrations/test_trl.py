@@ -55,7 +55,7 @@ NAMES = {"assistant": "conversation", "all of a completion": "completion"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_five_steps_are_those_of_the_formula(tmp_path, kind):
+def test_steps_are_those_of_the_formula(tmp_path, kind):
     rows = rows_of(NAMES.get(kind, kind))
     trainer = trainer_for(tmp_path, rows, **KINDS[kind])
     assert_same_steps(steps_of(trainer), plain_steps(model_for(), rows, kind))
@@ -74,7 +74,7 @@ def test_five_steps_are_those_of_the_formula(tmp_path, kind):
     ],
     ids=["lora", "tied", "softcap", "accumulated", "checkpointing", "padding free"],
 )
-def test_five_steps_are_those_of_the_formula_however_they_are_made(tmp_path, model, options):
+def test_steps_are_those_of_the_formula_however_they_are_made(tmp_path, model, options):
     rows = rows_of("completion")
     trainer = trainer_for(tmp_path, rows, model_for(**model), **options)
     assert_same_steps(steps_of(trainer), plain_steps(model_for(**model), rows, "completion"))
@@ -129,7 +129,7 @@ def test_rows_that_all_lack_a_persona_are_refused_and_a_stream_is_not_searched_f
 
 @pytest.mark.parametrize("options", [{"packing": True, "max_length": 4000}, {"padding_free": True}])
 def test_packed_rows_without_a_persona(tmp_path, options):
-    rows = rows_of("completion")
+    rows = rows_of("completion", 8)
     for row in rows[::2]:
         row["persona"] = []
     found = [
@@ -151,7 +151,7 @@ def train_a_rank(directory):
 
 
 @pytest.mark.slow  # test_trainer.py has one of PerceMixin, which shares batches and counts
-def test_five_steps_of_two_processes_are_those_of_the_formula(tmp_path):
+def test_steps_of_two_processes_are_those_of_the_formula(tmp_path):
     run_ranks("tests.perce.integrations.test_trl", str(tmp_path))
     rows = rows_of("completion")
     assert_same_steps(torch.load(tmp_path / "steps.pt"), plain_steps(model_for(), rows, "completion"))
@@ -159,10 +159,15 @@ def test_five_steps_of_two_processes_are_those_of_the_formula(tmp_path):
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [("llama", "assistant"), ("mixtral", "completion"), ("qwen3-moe", "assistant")]
+    [("llama", "assistant"), ("mixtral", "completion")]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
-        for case in (("llama", "completion"), ("mixtral", "assistant"), ("qwen3-moe", "completion"))
+        for case in (
+            ("llama", "completion"),
+            ("mixtral", "assistant"),
+            ("qwen3-moe", "completion"),
+            ("qwen3-moe", "assistant"),
+        )
     ],
 )
 def test_cross_entropy_is_trls_own(tmp_path, kind, architecture):
@@ -252,7 +257,7 @@ REPLY = "No.<|im_end|>"
 @pytest.mark.parametrize("streamed", [False, True])
 def test_each_format_is_told_and_learnt(tmp_path, row, options, learnt, streamed):
     rows = Dataset.from_list([row | PERSONA_OF] * 3)
-    trainer = trainer_for(tmp_path, rows.to_iterable_dataset() if streamed else rows, **options)
+    trainer = trainer_for(tmp_path, rows.to_iterable_dataset() if streamed else rows, max_steps=1, **options)
     first = next(iter(trainer.train_dataset))
     told, learns = parts_of(first)
     assert told == [BLOCK] and (learns == learnt or (learnt is EVERYTHING and len(learns) == 2))
@@ -394,11 +399,11 @@ def test_a_run_is_saved_and_resumed_as_trl_does(tmp_path):
     rows = rows_of("completion")
     whole = trainer_for(tmp_path / "a", rows)
     expected = steps_of(whole)
-    first = trainer_for(tmp_path / "b", rows, max_steps=3, save_strategy="steps", save_steps=3)
+    first = trainer_for(tmp_path / "b", rows, max_steps=2, save_strategy="steps", save_steps=2)
     first.train()
     second = trainer_for(tmp_path / "b", rows)
-    gradients = steps_of(second, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-3"))
-    assert_same_steps(gradients, expected[3:])
+    gradients = steps_of(second, resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    assert_same_steps(gradients, expected[2:])
     card = (tmp_path / "b" / "README.md").read_text()
     assert "trained with PerCE" in card and "2603.06595" in card
 
