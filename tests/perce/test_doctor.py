@@ -3,7 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
-import subprocess
+import runpy
 import sys
 from types import SimpleNamespace
 
@@ -182,6 +182,8 @@ def test_it_takes_no_options(capsys):
     assert "error: Unrecognized arguments: --model x." in capsys.readouterr().err
 
 
-def test_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "perce.doctor"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "\na run would use\n" in done.stdout
+def test_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["doctor"])
+    with pytest.warns(RuntimeWarning, match="perce.doctor"), pytest.raises(SystemExit) as end:  # it is imported already
+        runpy.run_module("perce.doctor", run_name="__main__")
+    assert end.value.code == 0 and "\na run would use\n" in capsys.readouterr().out

@@ -311,7 +311,16 @@ def test_without_a_stdout_a_command_ends_well(command):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_without_stdout_and_stderr_a_command_ends_well(gemma, tmp_path):
+def test_without_stdout_and_stderr_a_command_ends_well(gemma, tmp_path, monkeypatch):
+    """As Python has them if the shell closed both; closed by a shell: below, and for short commands above."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert score.main(["--model", str(gemma), "--limit", "2", "--summary", str(tmp_path / "s.json")]) == 0
+    assert (tmp_path / "s.json").stat().st_size
+
+
+@pytest.mark.slow
+def test_with_stdout_and_stderr_closed_by_a_shell_a_command_ends_well(gemma, tmp_path):
     command = f"-m perce.score --model {gemma} --limit 2 --summary {tmp_path / 's.json'}"
     assert in_a_shell(command, ">&- 2>&-").returncode == 0
     assert (tmp_path / "s.json").stat().st_size

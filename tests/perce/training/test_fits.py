@@ -83,7 +83,8 @@ def test_the_objective_of_the_run_is_planned(setting, name):
         if estimate == "online" or OBJECTIVES[name].weighting().of_model:
             config, args, model, pairs = setting(loss=LossConfig(name, estimate=estimate))
             assert largest_step(config, args, pairs)[0].computed is OBJECTIVES[computed]
-            assert check_fits(config, args, model, pairs) is None
+            if name in ("perce", "longce", "random"):  # what each takes is planned in perce/test_objectives.py
+                assert check_fits(config, args, model, pairs) is None
 
 
 def test_enough_close_and_too_little(setting, monkeypatch):
@@ -155,7 +156,13 @@ def test_a_mixture_of_experts_is_not_judged(setting, monkeypatch):
     assert "mixture of experts" in check_fits(config, args, model, pairs)
 
 
-def test_a_run_that_cannot_fit_stops_before_its_first_step(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def no_other_plans(monkeypatch):
+    """Leaves out the plans of what would fit instead, seconds for each run that does not."""
+    monkeypatch.setattr(fits, "planned_variants", lambda *_: iter(()))
+
+
+def test_a_run_that_cannot_fit_stops_before_its_first_step(tmp_path, monkeypatch, capsys, no_other_plans):
     monkeypatch.setattr(fits, "device_memory", lambda device: memory_there.HELD_BY_LIBRARIES + 2**20)
     monkeypatch.setattr("perce.training.trainer.PerceTrainer.train", lambda *_: pytest.fail("found too late"))
     model, data = save_tiny_model(tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", ROWS)
@@ -251,7 +258,10 @@ def test_personas_of_very_different_length_are_planned_as_they_are(setting, long
     assert shape_of(step, memory).computed == pytest.approx(computed, rel=0.15)
 
 
-def test_requests_that_do_not_fit_are_told_as_such(setting, monkeypatch):
+@pytest.mark.parametrize("with_remedies", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_requests_that_do_not_fit_are_told_as_such(setting, monkeypatch, request, with_remedies):
+    if not with_remedies:
+        request.getfixturevalue("no_other_plans")
     monkeypatch.setattr(fits, "device_memory", lambda device: memory_there.HELD_BY_LIBRARIES + 2**18)
     config, args, model, _ = setting(per_device_train_batch_size=3)
     config = replace(config, memory=MemoryConfig(share_persona=3))

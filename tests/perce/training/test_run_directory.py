@@ -325,7 +325,9 @@ def test_a_run_whose_options_are_gone_or_damaged_is_not_begun_again(train, tmp_p
     fails(train("--resume", **SAVED), "holds no run (config.yaml is missing)", "Put it back", "To begin a run there")
 
 
-@pytest.mark.parametrize("damage", ["half", "one bit", "zeros", "text"])
+@pytest.mark.parametrize(
+    "damage", ["half", "one bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zeros", "text"))]
+)
 def test_numbers_of_before_training_that_are_damaged_are_told_of_at_once_and_passed_over(
     train, tmp_path, monkeypatch, damage
 ):
@@ -507,7 +509,7 @@ def test_checkpoints_of_the_model_alone(train, tmp_path, monkeypatch):
     assert "saved without optimizer.pt, which a resume needs" in result[2]
 
 
-@pytest.mark.parametrize("gone", ["a file", "all", "between two looks"])
+@pytest.mark.parametrize("gone", ["a file", pytest.param("all", marks=pytest.mark.slow), "between two looks"])
 def test_a_checkpoint_that_goes_while_it_is_read_is_no_beginning(train, tmp_path, monkeypatch, gone):
     assert train(max_steps=2, save_steps=1)[0] == 0
     load = PerceTrainer._load_from_checkpoint
