@@ -76,10 +76,11 @@ def pairs_for_personas():
     model, pairs = peaked_model(), copy.deepcopy(PAIRS)
     for pair in pairs:
         pair["personal"] = [place % 3 == 0 for place in range(pair["response_length"])]
-        ids = pair["input_ids"]
+        ids, known, seen = pair["input_ids"], None, 0
         for place in range(len(ids) - pair["response_length"], len(ids) - 1, 2):
             with torch.no_grad():
-                ids[place] = model(input_ids=torch.tensor([ids[:place]])).logits[0, -1].argmax().item()
+                out = model(input_ids=torch.tensor([ids[seen:place]]), past_key_values=known, use_cache=True)
+            ids[place], known, seen = out.logits[0, -1].argmax().item(), out.past_key_values, place
     return pairs
 
 
@@ -153,11 +154,13 @@ def test_weights_of_two_double_the_first_step(tmp_path, options):
     torch.testing.assert_close(found[1], 2 * found[0], atol=1e-5, rtol=1e-5)
 
 
-@ALL
 @pytest.mark.parametrize(
-    "options",
-    [{}, pytest.param({"normalize": "batch", "clip_schedule": "rising"}, marks=pytest.mark.slow)],
-    ids=["plain", "options"],
+    ("name", "options"),
+    [
+        pytest.param(name, options, marks=[pytest.mark.slow] * (bool(options) or name not in (*FAST, "ce", "random")))
+        for name in OBJECTIVES
+        for options in ({}, {"normalize": "batch", "clip_schedule": "rising"})
+    ],
 )
 def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, name, options):
     if OBJECTIVES[name].signal is None:
@@ -203,15 +206,24 @@ def test_an_epoch_of_one_step_is_the_same_estimated_at_its_start_or_online(tmp_p
         pytest.skip("there are no weights to estimate")
     losses = {}
     for estimate in ("online", "epoch", "frozen"):
-        trainer = run(name, tmp_path / estimate, loss=loss_of(name, estimate=estimate))
+        trainer = run(name, tmp_path / estimate, steps=2, loss=loss_of(name, estimate=estimate))
         trainer.train()
         losses[estimate] = [loss for (loss,) in logged(trainer, "loss")]
     assert losses["epoch"] == pytest.approx(losses["online"], abs=1e-5, rel=1e-5)
     assert losses["frozen"][0] == pytest.approx(losses["online"][0], abs=1e-5, rel=1e-5)
 
 
-@MOST_SLOW
-@pytest.mark.parametrize("estimate", ["online", "frozen"])
+RESUMED = [("perce", "online"), ("perce", "frozen"), ("longce", "online")]
+
+
+@pytest.mark.parametrize(
+    ("name", "estimate"),
+    [
+        pytest.param(name, estimate, marks=[pytest.mark.slow] * ((name, estimate) not in RESUMED))
+        for name in OBJECTIVES
+        for estimate in ("online", "frozen")
+    ],
+)
 def test_resume_is_bitwise_equal(tmp_path, name, estimate):
     if estimate == "frozen" and not OBJECTIVES[name].weighting().of_model:
         pytest.skip("there are no weights to freeze")

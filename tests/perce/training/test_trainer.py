@@ -41,9 +41,16 @@ def scheduled(options, step, steps):
     return LossConfig(**rest, clip_min=1 - 0.95 * way, clip_max=1 + 4 * way)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
-def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, kind, options):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[pytest.mark.slow] * (kind == "lora" and name != "rising"))
+        for name in LOSSES
+        for kind in ("full", "lora")
+    ],
+)
+def test_five_steps_equal_a_plain_loop_on_full_logits(tmp_path, kind, name):
+    options = LOSSES[name]
     loss = LossConfig(clip_min=0.05, **options)
     model = model_for(kind)
     reference = copy.deepcopy(model).train()
@@ -129,7 +136,8 @@ ONE_BY_ONE = {"memory": MemoryConfig(branches_per_forward=1)}
 
 @pytest.mark.parametrize(
     ("attention", "options"),
-    [("sdpa", {}), ("sdpa", ONE_SEQUENCE), ("looks", ONE_SEQUENCE),
+    [("sdpa", {}), pytest.param("sdpa", ONE_SEQUENCE, marks=pytest.mark.slow),
+     pytest.param("looks", ONE_SEQUENCE, marks=pytest.mark.slow),
      pytest.param("looks", ONE_BY_ONE, marks=pytest.mark.slow),
      ("looks", ONE_BY_ONE | {CHECKPOINTING: True}), ("sdpa", {"loss": LossConfig(objective="entce")}),
      ("sdpa", {"memory": MemoryConfig(persona_grad="none")}), ("sdpa", {"loss": LossConfig(normalize="batch")})],
@@ -174,7 +182,7 @@ def train_split(directory, split, key):
     weights = options.get("weights", [1.0])
     pairs = [{**pair, "data_weight": weights[i % len(weights)]} for i, pair in enumerate(PAIRS[:16])]
     args = arguments(
-        directory, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=3,
+        directory, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=2,
         loss=LossConfig(clip_min=0.05, **loss), memory=MemoryConfig(**options.get("memory", {})),
     )  # fmt: skip
     trainer = trainer_for(model_for(kind), args, pairs=pairs, eval_dataset=Dataset.from_list(PAIRS[:7]))

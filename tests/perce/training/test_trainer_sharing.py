@@ -81,7 +81,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+SLOW = ("persona, pairs", "persona, tokens", "persona, epoch")  # the first word and the second have quick cases
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SLOW)) for way in WAYS])
 def test_steps_equal_those_of_separate_examples(tmp_path, way):
     options = {"max_steps": 2} | WAYS[way]
     shared, separate = trainer(tmp_path, **options), alone(trainer(tmp_path, **options))
