@@ -283,7 +283,7 @@ TEXTS = [{"text": f"The bees left on day {i}. Ana wrote it down, as she does. " 
 
 
 @MOST_SLOW
-def test_every_command_knows_it(tmp_path, model, name, capsys):
+def test_every_command_knows_it(tmp_path, model, name, capsys, monkeypatch):
     objective = OBJECTIVES[name]
     data = write_jsonl(tmp_path / "rows.jsonl", ROWS if PERSONAS in objective.takes else TEXTS)
     flags = [f"--model={model}", f"--objective={name}", "--precision=fp32"]
@@ -308,6 +308,7 @@ def test_every_command_knows_it(tmp_path, model, name, capsys):
     assert train([f"--output_dir={tmp_path / 'run'}", "--resume", "--max_steps=2"]) == 0
 
     lengths = ["--query=8", "--response=16"] if PERSONAS in objective.takes else []
+    monkeypatch.setattr("perce.planning.plans.planned_variants", lambda *_: ())  # each takes as long as the plan
     plan = [*flags, *lengths, "--context=96", "--tflops=1", "--device=cpu"]
     assert plan_command.main(plan) == 0
     assert f"{name} objective" in capsys.readouterr().out

@@ -131,7 +131,7 @@ def attention_that_looks(module, query, key, value, mask, position_ids=None, **k
 
 
 ONE_SEQUENCE = {"per_device_train_batch_size": 1, CHECKPOINTING: True}
-ONE_BY_ONE = {"memory": MemoryConfig(branches_per_forward=1)}
+ONE_BY_ONE = {"memory": MemoryConfig(branches_per_forward=1), "per_device_train_batch_size": 2}
 
 
 @pytest.mark.parametrize(
