@@ -31,6 +31,7 @@ def test_lengths_of_datasets_and_lists():
     dataset = Dataset.from_list(PAIRS)
     assert sequence_lengths(dataset) == sequence_lengths(PAIRS) == expected
     assert sequence_lengths(dataset.select([3, 1])) == [expected[3], expected[1]]
+    assert sequence_lengths(dataset.select([3, 1] * 700)) == [expected[3], expected[1]] * 700, "more than one piece"
 
 
 def test_set_epoch_reaches_the_batches_behind_skipped_ones():
