@@ -21,7 +21,6 @@ import xxhash
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import List as ListOf
 from datasets.arrow_writer import ArrowWriter
-from datasets.formatting import query_table
 from filelock import FileLock
 
 from perce.config.schema import DataConfig, LossConfig
@@ -239,6 +238,5 @@ def _keys(dataset: Any, name: str) -> list[int | None]:
 
 def pieces_of(dataset: Dataset, name: str) -> Iterator[Any]:
     """A column of the selected rows, in pieces. (`dataset.data` also has the rows that are not selected.)"""
-    column, count = dataset.data.select([name]), len(dataset)
-    for start in range(0, count, 1000):  # with_format copies the dataset's description and hashes it, for milliseconds
-        yield query_table(column, range(start, min(start + 1000, count)), indices=dataset._indices)[name]
+    for table in dataset.with_format("arrow", columns=[name]).iter(batch_size=1000):
+        yield table[name]
