@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,11 +93,16 @@ def _tile(mlp: Any, tile: int) -> None:
         run = functools.partial(whole, self)
         if torch.is_grad_enabled():
             run = functools.partial(checkpoint, run, use_reentrant=False)
-        # Contiguous because some MLPs take a view of their input, and a part of several sequences is not contiguous.
-        return torch.cat([run(part.contiguous()) for part in hidden.split(self.perce_tile, dim=1)], dim=1)
+        return run_tiles(run, hidden, self.perce_tile)
 
     mlp.perce_tile = tile
     mlp.forward = types.MethodType(forward, mlp)
+
+
+def run_tiles(run: Callable[[Tensor], Tensor], hidden: Tensor, tile: int) -> Tensor:
+    """run(hidden), (B, T, D), computed for `tile` tokens at a time."""
+    # Contiguous because some MLPs take a view of their input, and a part of several sequences is not contiguous.
+    return torch.cat([run(part.contiguous()) for part in hidden.split(tile, dim=1)], dim=1)
 
 
 def tiles_of(model: nn.Module, tile: int) -> contextlib.AbstractContextManager[None]:

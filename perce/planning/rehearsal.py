@@ -28,11 +28,13 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 
+import perce.model.memory
 import perce_kernels.loss
 from perce.data.sharing import Segment, Spans
 from perce.errors import UserError, first_line
 from perce.model.branches import teach_branches
 from perce.model.head import answer, logit_transforms
+from perce.model.memory import run_tiles
 from perce.model.positions import is_dynamic
 from perce.model.prefill import (
     CACHE_ARGUMENT,
@@ -103,7 +105,8 @@ def rehearse(config: Any, setup: Setup, shape: StepShape) -> Rehearsed:
         # transformers looks for packed sequences in position ids. If these have no values, it assumes packing and
         # builds a T × T mask, which a real step never has. The reference checks target values, which are missing too.
         packed, targets = (masking_utils, "find_packed_sequence_indices"), (perce_kernels.loss, "check_target")
-        with FakeTensorMode(), _switched_off(*packed), _switched_off(*targets):
+        tiles = (perce.model.memory, "run_tiles", _run_tiles_at_the_ends)
+        with FakeTensorMode(), _replaced(*packed), _replaced(*targets), _replaced(*tiles):
             live.disregard(_give_storage(model))
             with live:
                 if shape.accumulates:
@@ -126,14 +129,41 @@ def _fix_frequencies(model: Any) -> None:
 
 
 @contextmanager
-def _switched_off(module: Any, name: str) -> Iterator[None]:
-    """Replaces the function by one that returns None while the context is open."""
+def _replaced(module: Any, name: str, by: Callable[..., Any] = lambda *_, **__: None) -> Iterator[None]:
+    """Replaces the function by another one, or one that returns None, while the context is open."""
     own = getattr(module, name)
-    setattr(module, name, lambda *_, **__: None)
+    setattr(module, name, by)
     try:
         yield
     finally:
         setattr(module, name, own)
+
+
+def _run_tiles_at_the_ends(run: Callable[[Tensor], Tensor], hidden: Tensor, tile: int) -> Tensor:
+    """As run_tiles, with the same peaks: most is alive in the last whole tile of a forward pass, and in the backward of
+    one of the first two. Of the tiles between, what stays is their input, output and gradient, which are made at once.
+    """
+    last = hidden.shape[1] % tile or tile
+    between = hidden.shape[1] - 3 * tile - last
+    if between <= 0:
+        return run_tiles(run, hidden, tile)
+    *first, middle, one, another = hidden.split([tile, tile, between, tile, last], dim=1)
+    outputs = [run(part.contiguous()) for part in first]
+    outputs.append(_Between.apply(middle.contiguous(), outputs[0].dtype))
+    return torch.cat(outputs + [run(part.contiguous()) for part in (one, another)], dim=1)
+
+
+class _Between(torch.autograd.Function):
+    """Keeps its input, and returns an output and a gradient of its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(hidden)
+        return torch.empty_like(hidden, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return torch.empty_like(*ctx.saved_tensors), None
 
 
 def _give_storage(model: nn.Module) -> Iterator[Tensor]:

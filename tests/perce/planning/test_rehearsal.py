@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from perce.config.schema import MemoryConfig
+from perce.model.memory import run_tiles
 from perce.model.prefill import prefill
 from perce.planning import rehearsal
 from perce.planning.building import Setup
@@ -124,6 +125,33 @@ def test_a_long_prefix_is_rehearsed_from_its_ends(architecture, prefix, monkeypa
         lambda base, tokens: prefill(base, torch.zeros(1, tokens, dtype=torch.int64)),
     )  # fmt: skip
     assert short_cut == rehearse(config, setup, shape)
+
+
+@pytest.mark.parametrize(
+    ("options", "low", "checkpointing", "batch", "grad"),
+    [
+        (FULL, True, True, 2, "full"),
+        pytest.param(LORA, True, True, 1, "none", marks=pytest.mark.slow),
+        pytest.param(LORA, False, False, 2, "none", marks=pytest.mark.slow),
+        pytest.param(FULL, False, False, 1, "full", marks=pytest.mark.slow),
+    ],
+)
+def test_four_tiles_tell_what_all_take(options, low, checkpointing, batch, grad, monkeypatch):
+    """Of MLPs that take most of the memory, in tiles of 16 tokens with a shorter one at the end."""
+    config = tiny_model("llama", intermediate_size=2048).config
+    prefix = 60 if grad == "none" else 0
+    shape = StepShape(batch, 6 * 16 + 9 + prefix, 40, 9, accumulates=False, prefix=prefix)
+    setup = Setup(options, low, checkpointing, MemoryConfig(grad, mlp_tile=16))
+    few = rehearse(config, setup, shape)
+    tiles = []
+
+    def counted(run, hidden, tile):
+        tiles.append(-(-hidden.shape[1] // tile))
+        return run_tiles(run, hidden, tile)
+
+    monkeypatch.setattr(rehearsal, "_run_tiles_at_the_ends", counted)
+    assert few == rehearse(config, setup, shape)
+    assert max(tiles) > 5
 
 
 @pytest.mark.parametrize(
