@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import ModelOutput
 
@@ -152,11 +153,16 @@ class PerceMixin(WeightsOfCheckpoints):
             mean = mean + router.coefficient * aux / (1 if count is None else forwards * processes)
         if count is not None and not handed_on:
             mean = mean * processes  # DDP takes their mean; a compute_loss that hands the count on does this itself
-        if self._count is not None and getattr(self, "loss_is_scaled_for_ga", None) is False:
-            mean, total = mean * forwards, total * forwards  # the Trainer takes their mean
+        if self._count is not None and self._takes_mean_of_forwards():
+            mean, total = mean * forwards, total * forwards
             aux = None if aux is None else aux * forwards
         mask = torch.ones_like(inputs["target"], dtype=torch.bool)
         return TokenOutput(mean, -total[None], mask, done.entropy, done.top1, aux)
+
+    def _takes_mean_of_forwards(self) -> bool:
+        """Whether the Trainer divides the loss by the number of forward passes. A class may declare it; older versions
+        of transformers do not read the declaration."""
+        return hasattr(Trainer, "loss_is_scaled_for_ga") and self.loss_is_scaled_for_ga is False
 
     def _without_repeats(self, done: Measured, of_row: Tensor) -> Measured:
         """What was measured of rows that an evaluation has not had: accelerate repeats some to fill the last batches of
