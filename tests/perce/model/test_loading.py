@@ -6,7 +6,16 @@ import json
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    MontecloraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PveraConfig,
+    XLoraConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -195,6 +204,29 @@ def test_an_adapter_that_takes_a_random_part_of_its_base_is_refused():
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa_niter_4", task_type="CAUSAL_LM")
     with pytest.raises(UserError, match=r'init_lora_weights=pissa_niter_4 .*"pissa"'):
         add_adapter(prepare_model(tiny_model()), config)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (PveraConfig(r=4, target_modules=["q_proj"]), "PVeRA"),
+        (LoraConfig(r=4, target_modules=["q_proj"], monteclora_config=MontecloraConfig()), "MonteCLoRA"),
+    ],
+    ids=["pvera", "monteclora"],
+)
+def test_adapters_that_draw_random_numbers_are_refused(config, name):
+    """Their last matrix begins as 0, so that a first forward pass does not show it."""
+    with pytest.raises(UserError, match=f"peft_config: {name} draws"):
+        add_adapter(prepare_model(tiny_model()), config)
+
+
+def test_an_adapter_that_runs_the_model_for_its_shares_is_refused(tmp_path):
+    model = tiny_model()
+    model.config.use_cache = False
+    get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    config = XLoraConfig(hidden_size=model.config.hidden_size, adapters={"0": str(tmp_path)}, task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="peft_config: X-LoRA runs"):
+        add_adapter(prepare_model(model), config)
 
 
 def test_layers_that_an_adapter_repeats_are_adapted_too():
