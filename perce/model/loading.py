@@ -262,29 +262,51 @@ def merge_adapter(directory: Path, base: str) -> None:
 
 def check_adapter(model: Any) -> None:
     """UserError for adapters with which the loss would read wrong rows, ignore an adapted head, or lack a term, for
-    those that would act on wrong tokens or could not be loaded again, and for those that generation leaves out."""
+    those that would act on wrong tokens, at random or could not be loaded again, and for those that generation leaves
+    out."""
     for config in model.peft_config.values():
-        if str(config.peft_type.value) == "ADALORA":
-            raise UserError(
-                "peft_config: AdaLoRA adds a term to the model's own loss, which perce does not compute, and has to be "
-                "called after each step. Use LoRA."
-            )
-        if getattr(config, "alora_invocation_tokens", None):
-            raise UserError(
-                "peft_config: activated LoRA (alora_invocation_tokens) acts behind the last of these tokens in a row, "
-                "and examples that share tokens are one row. Use LoRA."
-            )
-        if str(initial := getattr(config, "init_lora_weights", None)).startswith("pissa_niter_"):
-            raise UserError(
-                f"peft_config: init_lora_weights={initial} moves a part of the base model's weights, found with random "
-                'numbers, into the adapter. PEFT finds another part whenever the adapter is loaded. Use "pissa".'
-            )
-        if getattr(config, "is_prompt_learning", False):
-            raise UserError(
-                f"peft_config: {config.peft_type.value} learns a prompt: virtual tokens would shift the response, and "
-                "generation would leave out a learned cache. Use LoRA, or another adapter on the weights."
-            )
+        if why := _unfit(config):
+            raise UserError(f"peft_config: {why}")
     check_head_unwrapped(model)
+
+
+AT_RANDOM = (
+    "draws random numbers in training mode, which would act in the factual pass and not in the counterfactual one, and "
+    "bias every PIR. Use LoRA."
+)
+
+
+def _unfit(config: Any) -> str | None:
+    kind = str(config.peft_type.value)
+    if kind == "ADALORA":
+        return (
+            "AdaLoRA adds a term to the model's own loss, which perce does not compute, and has to be called after "
+            "each step. Use LoRA."
+        )
+    if kind == "PVERA":
+        return f"PVeRA {AT_RANDOM}"
+    if getattr(config, "monteclora_config", None):
+        return f"MonteCLoRA {AT_RANDOM}"
+    if kind == "XLORA":
+        return (
+            "X-LoRA runs the whole model once more, with its logits, for each token's share of its adapters. Use LoRA."
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        return (
+            "activated LoRA (alora_invocation_tokens) acts behind the last of these tokens in a row, and examples that "
+            "share tokens are one row. Use LoRA."
+        )
+    if str(initial := getattr(config, "init_lora_weights", None)).startswith("pissa_niter_"):
+        return (
+            f"init_lora_weights={initial} moves a part of the base model's weights, found with random numbers, into "
+            'the adapter. PEFT finds another part whenever the adapter is loaded. Use "pissa".'
+        )
+    if getattr(config, "is_prompt_learning", False):
+        return (
+            f"{config.peft_type.value} learns a prompt: virtual tokens would shift the response, and generation would "
+            "leave out a learned cache. Use LoRA, or another adapter on the weights."
+        )
+    return None
 
 
 def _four_bit() -> Any:
