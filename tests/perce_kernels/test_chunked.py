@@ -61,6 +61,29 @@ def test_fp16_gradients_survive_a_loss_scale(reduction):
         torch.testing.assert_close(result.grads[name].double(), expected.grads[name], rtol=2e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_fp16_operands_do_not_overflow_under_a_loss_scale(monkeypatch, compact):
+    """As on CUDA, where products of fp16 have fp32 results, so that dz is rounded to fp16 before them."""
+    rounded = []
+
+    def wide(a, b, out, *, add=False):
+        rounded.append(a.dtype)
+        return out.copy_(a.float() @ b.float() + (out if add else 0))
+
+    monkeypatch.setattr(chunked, "can_widen", lambda x: True)
+    monkeypatch.setattr(chunked, "product", wide)
+    inputs = make_inputs(cf=False)
+    inputs.hidden.mul_(0.1)  # so that the gradients themselves are numbers of fp16
+    inputs.lm_head.mul_(0.1)
+    inputs = inputs.to(torch.float16)
+    options = {"reduction": "none", "upstream": 65536.0, "token_weight": torch.full((N,), 2.0), "compact": compact}
+    result, expected = call(inputs, **options), oracle(inputs, **options)
+    assert set(rounded) == {torch.float16}
+    for name in ("hidden", "lm_head"):
+        largest = expected.grads[name].abs().max().item()
+        torch.testing.assert_close(result.grads[name].double(), expected.grads[name], rtol=0, atol=1e-3 * largest)
+
+
 def test_token_logprobs_without_entropy_are_the_same():
     inputs = make_inputs()
     args = inputs.hidden, inputs.lm_head, inputs.target
