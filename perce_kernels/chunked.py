@@ -70,6 +70,7 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
     (n, d), v = hidden.shape, call.lm_head.shape[0]
     need_dz = any(needed)
     head, rows = _prepare_head(call), _ChunkedRows(call)
+    scale = rows.dz_scale(head.weight.dtype, weighting, call.logit_scale) if need_dz else None
 
     def zeros(wanted: bool, *shape: int) -> Tensor:
         return hidden.new_zeros(shape if wanted else (0,), dtype=dtype)
@@ -106,6 +107,8 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
             rows.put(out.token_weight, chunk, weight)
             if chunk_logp_cf is not None:
                 rows.put(out.logp_cf, chunk, chunk_logp_cf)
+            if scale is not None:
+                z.mul_(scale)
             dz = z.to(head.weight.dtype)
             if needed.dhidden:
                 rows.put(out.dhidden, chunk, product(dz, head.weight, z.new_empty((z.shape[0], d))))
@@ -113,6 +116,9 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
                 product(dz.T, h, out.dlm_head, add=True)
             if needed.dbias:
                 out.dbias.add_(z.sum(0))
+    if scale is not None:
+        for gradient in (out.dhidden, out.dlm_head, out.dbias):
+            gradient.div_(scale)
     if shard is not None:
         shard.sum_(out.dhidden)
     return out

@@ -8,6 +8,7 @@
 The caller has checked the arguments. `Rows` says which rows of a call are computed.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -107,6 +108,25 @@ class Rows:
     def chunks(self, size: int) -> Iterator[slice]:
         for start in range(0, self.n, max(size, 1)):
             yield slice(start, min(start + size, self.n))
+
+    def dz_scale(self, dtype: torch.dtype, weighting: Weighting, logit_scale: float) -> Tensor | None:
+        """() power of two that brings |w · logit_scale| just below 2¹⁵ in fp16, whose largest number is 65504; else
+        None.
+
+        Given weights may have any size: in the backward pass of token_logprobs they are −(upstream gradient), loss
+        scale included.
+        """
+        weight = weighting.token_weight
+        if dtype != torch.float16 or self.n == 0:
+            return None
+        if weight is None:
+            exponent = math.frexp(weighting.contrasting.clip_max * abs(logit_scale))[1]
+            return torch.full((), 2.0 ** min(15 - exponent, 100), dtype=torch.float32, device=self.target.device)
+        if self.ignored is not None:
+            weight = weight.masked_fill(self.ignored, 0)
+        elif self.index is not None:
+            weight = weight[self.index]
+        return (15 - (weight.float().abs().amax() * logit_scale).frexp().exponent).clamp(-100, 100).float().exp2()
 
 
 def check_target(target: Tensor, vocab_size: int, ignore_index: int) -> None:

@@ -36,7 +36,6 @@ fp64 inputs go to the chunked PyTorch backend, on any device: they are for check
 fp32 statistics of the row kernel are precise enough for that.
 """
 
-import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -107,23 +106,6 @@ def _matrix(x: Tensor) -> Tensor:
     return x if 1 in x.stride() else x.contiguous()
 
 
-def _dz_scale(
-    rows: _GpuRows, dtype: torch.dtype, given_weight: Tensor | None, clip_max: float, logit_scale: float
-) -> Tensor | None:
-    """() power of two that brings |w · scale| just below 2¹⁵ in fp16, whose largest number is 65504; else None.
-
-    Given weights may have any size: in the backward pass of token_logprobs they are −(upstream gradient), loss scale
-    included.
-    """
-    if dtype != torch.float16 or rows.n == 0:
-        return None
-    if given_weight is None:
-        exponent = math.frexp(clip_max * abs(logit_scale))[1]
-        return torch.full((), 2.0 ** min(15 - exponent, 100), dtype=torch.float32, device=rows.target.device)
-    weight = given_weight if rows.ignored is None else given_weight.masked_fill(rows.ignored, 0)
-    return (15 - (weight.float().abs().amax() * logit_scale).frexp().exponent).clamp(-100, 100).float().exp2()
-
-
 def _outputs(call: Call, rows: _GpuRows, needed: Needed) -> PerCEOutput:
     """fp32 outputs: zeroed if some of their rows are not written later, else uninitialised."""
     (total, d), v = call.hidden.shape, call.lm_head.shape[0]
@@ -166,7 +148,7 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
             valid=None if rows.ignored is None else ~rows.ignored,
             source="logp_cf" if given_weight is None else "token_weight",
             given=per_token[1] if given is None else given, contrasting=weighting.contrasting,
-            dz_scale=_dz_scale(rows, hidden.dtype, given_weight, weighting.contrasting.clip_max, call.logit_scale),
+            dz_scale=rows.dz_scale(hidden.dtype, weighting, call.logit_scale),
             ignore_index=call.ignore_index, softcap=call.softcap, logit_scale=call.logit_scale,
             chunk=min(cut.chunk, rows.n), needed=needed,
         )  # fmt: skip
