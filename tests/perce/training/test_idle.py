@@ -76,7 +76,7 @@ def test_every_field_is_read_or_refused():
         ("--optim=sgd --adam_beta1=0.5", ["adam_beta1", "sgd"]),
         ("--optim_target_modules=all-linear", ["optim_target_modules", "adamw_torch_fused"]),
         ("--streaming --max_steps=2 --data_seed=3", ["data_seed", "--seed"]),
-        ("--tokens_per_batch=700 --train_sampling_strategy=group_by_length", ["train_sampling_strategy"]),
+        ("--tokens_per_batch=700 --train_sampling_strategy=sequential", ["train_sampling_strategy"]),
         ("--tokens_per_batch=700 --dataloader_drop_last", ["dataloader_drop_last", "--tokens_per_batch"]),
         ("--streaming --max_steps=2 --dataloader_drop_last", ["dataloader_drop_last", "--streaming"]),
         ("--auto_find_batch_size", ["auto_find_batch_size", "perce.plan"]),

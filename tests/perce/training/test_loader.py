@@ -130,6 +130,21 @@ def test_a_loader_of_ours_has_the_trainers_options(tmp_path):
     assert loader.multiprocessing_context.get_start_method() == "spawn" and loader.persistent_workers
 
 
+BALANCED = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"][3:]  # not in 5.16
+
+
+def test_balanced_batches_follow_the_seed_or_are_refused_where_transformers_has_none(tmp_path):
+    def order(seed):
+        args = arguments(tmp_path, train_sampling_strategy="batch_rebalance", data_seed=seed)
+        return [batch["example"].tolist() for batch in trainer_for(model_for("full"), args).get_train_dataloader()]
+
+    if BALANCED:
+        assert order(3) == order(3) != order(4), "the seed decides the order of balanced batches"
+    else:
+        with pytest.raises(UserError, match=r"train_sampling_strategy: expected one of random, sequential, got batch"):
+            order(3)
+
+
 WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
 
 
@@ -144,7 +159,7 @@ def test_another_dataset_is_evaluated_also_by_workers_that_stay(tmp_path, stream
     assert found[0] == found[1] and found[0][0] != found[0][1]
 
 
-@pytest.mark.parametrize("options", [{"train_sampling_strategy": "group_by_length"}, {"dataloader_drop_last": True}])
+@pytest.mark.parametrize("options", [{"train_sampling_strategy": "sequential"}, {"dataloader_drop_last": True}])
 def test_evaluations_are_of_all_examples_in_the_order_of_their_dataset(tmp_path, options):
     args = arguments(tmp_path, per_device_eval_batch_size=5, **options)
     trainer = trainer_for(model_for("full"), args, eval_dataset=Dataset.from_list(PAIRS[:12]))

@@ -134,7 +134,7 @@ def test_resume_in_the_second_epoch_is_bitwise_equal(tmp_path, of):
 
 
 def test_options_of_the_trainers_loader_are_refused_where_conversations_are_dealt(tmp_path):
-    for option in ({"dataloader_drop_last": True}, {"train_sampling_strategy": "group_by_length"}):
+    for option in ({"dataloader_drop_last": True}, {"train_sampling_strategy": "sequential"}):
         with pytest.raises(UserError, match=rf"{next(iter(option))}: .*--share none"):
             trainer(tmp_path, **option)
         assert trainer(tmp_path, data=ALONE, **option).sharing == "none"
@@ -177,7 +177,7 @@ def test_a_collator_of_the_callers_stays(tmp_path):
 
 def test_only_what_is_trained_on_decides_how_batches_are_dealt(tmp_path):
     """Validation conversations share tokens even if the training examples are not conversations."""
-    args = arguments(tmp_path, train_sampling_strategy="group_by_length")
+    args = arguments(tmp_path, train_sampling_strategy="sequential")
     made = trainer_for(model_for(), args, conversation(1), eval_dataset=Dataset.from_list(PAIRS))
     assert made.sharing == "none"
     assert "spans" in next(iter(made.get_eval_dataloader()))
