@@ -31,8 +31,14 @@ AT_LEAST = {
     1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
         "dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb", "tokens_per_batch"),
 }  # fmt: skip
+# Those of the installed transformers, which takes an unknown one for "random", but for one that is refused below.
+SAMPLING = [
+    name
+    for name in TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
+    if name != "group_by_length"
+]
 ONE_OF = {
-    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "train_sampling_strategy": SAMPLING,
     "include_num_input_tokens_seen": ("no", "all", "non_padding", True, False),
     "log_level": ("passive", *log_levels),
     "log_level_replica": ("passive", *log_levels),
@@ -108,6 +114,12 @@ class PerceArguments(TrainingArguments):
 
 def _check_values(args: PerceArguments) -> None:
     """UserError for wrong numbers and names that would otherwise be noticed late, or never."""
+    if args.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            "train_sampling_strategy: group_by_length draws its order from the global random state, so a run that is "
+            "resumed would train on some examples twice and on others not at all. Use --tokens_per_batch, which puts "
+            "sequences of similar length together."
+        )
     for field in dataclasses.fields(args):
         require_finite(field.name, getattr(args, field.name))
     for least, names in AT_LEAST.items():

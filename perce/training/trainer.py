@@ -160,6 +160,13 @@ class PerceTrainer(ResumableTrainer):
         loader = own_train_loader(self.train_dataset, self.data_collator, self.args, self.sharing)
         return super().get_train_dataloader() if loader is None else loader
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Like transformers.Trainer's, but batch_rebalance follows the seed too."""
+        sampler: Any = super()._get_train_sampler(train_dataset)
+        if hasattr(sampler, "seed"):
+            sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return sampler
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Like transformers.Trainer's, but always of this dataset, all of its examples, in its order or conversation by
         conversation."""
