@@ -162,6 +162,21 @@ def test_in_python_a_push_saves_and_uploads_the_model_alone(tmp_path, hub):
     assert {"model.safetensors", "config.json", CARD} <= hub[-1].files and not hub[-1].files & OWN_FILES
 
 
+@pytest.mark.parametrize("private", [None, True])
+def test_a_push_that_was_not_announced_makes_the_repository(tmp_path, hub, monkeypatch, private):
+    """With init_hf_repo as it is in transformers 5.16, which takes no `private`."""
+    made, own = [], Trainer.init_hf_repo
+
+    def create_repo(*_, private, **options):
+        made.append(private)
+        return SimpleNamespace(repo_id="me/x")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: own(self, token=token))
+    trainer_for(model_for("full"), arguments(tmp_path)).push_to_hub(private=private)
+    assert made == [private] and "model.safetensors" in hub[-1].files
+
+
 def test_a_push_uploads_the_weights_as_they_are_now(tmp_path, hub):
     class Saving(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
