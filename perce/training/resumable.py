@@ -201,7 +201,9 @@ class ResumableTrainer(WeightsOfCheckpoints, Trainer):
         An upload that fails does not end the run, whose files are saved locally."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            if private is not None:  # read by init_hf_repo, to which transformers 5.16 cannot hand it
+                self.args.hub_private_repo = private
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
