@@ -325,6 +325,11 @@ def test_the_clip_moves_along_its_schedule(tmp_path):
             {"metric_for_best_model": "loss_without_persona", "eval_strategy": "steps", "eval_dataset": LABELLED},
             "greater_is_better: a smaller eval_loss_without_persona is better",
         ),
+        (
+            {"metric_for_best_model": "pir_mean", "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps",
+             "eval_dataset": LABELLED},
+            "lr_scheduler_kwargs: a greater eval_pir_mean is better",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(tmp_path, options, message):

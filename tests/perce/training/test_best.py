@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 
 import pytest
 import yaml
@@ -47,6 +48,19 @@ def test_losses_are_better_lower_and_the_mean_pir_higher(tmp_path, metric, great
     assert arguments(tmp_path, metric_for_best_model=metric).greater_is_better is greater
     with pytest.raises(UserError, match="greater_is_better"):
         arguments(tmp_path, metric_for_best_model=metric, greater_is_better=not greater)
+
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize(("metric", "mode", "other"), [("pir_mean", "max", "min"), (None, "min", "max")])
+def test_a_learning_rate_that_follows_the_metric_follows_it_in_its_direction(tmp_path, kind, metric, mode, other):
+    """transformers leaves the mode at "min", whatever the metric is: a PIR that rose lowered the learning rate."""
+    follows = partial(
+        arguments, tmp_path, eval_strategy="steps", eval_steps=1, lr_scheduler_type=kind, metric_for_best_model=metric
+    )
+    assert follows(lr_scheduler_kwargs={"mode": mode}).lr_scheduler_kwargs == {"mode": mode}
+    for refused in ({"mode": other}, f'{{"mode": "{other}"}}', *([None, {"factor": 0.5}] if metric else [])):
+        with pytest.raises(UserError, match=f"lr_scheduler_kwargs: .*{metric or 'loss'} .*{mode}"):
+            follows(lr_scheduler_kwargs=refused)
 
 
 def test_a_number_that_the_evaluation_does_not_have_is_refused(tmp_path):

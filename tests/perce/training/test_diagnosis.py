@@ -222,5 +222,6 @@ def test_the_outcome_of_a_run():
     assert (facts.warmup, facts.steps, facts.keeps_best, facts.cut) == (4, 7, False, True)
     facts = run_of(Dataset.from_list([{"input_ids": [1], "windows": []}]), nameless, lr_scheduler_type="constant")
     assert (facts.entries, facts.dropped, facts.unit, facts.units, facts.warmup) == (0, 0, "rows", 2, 0)
+    assert run_of(train, named, lr_scheduler_type="reduce_lr_on_plateau").warmup == 0
     stream = SimpleNamespace(column_names=("input_ids", "response_length"))
     assert (run_of(stream, named).entries, run_of(stream, named).dropped) == (0, 0), "not known for a stream"

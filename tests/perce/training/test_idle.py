@@ -88,6 +88,8 @@ def test_every_field_is_read_or_refused():
         ("--save_steps=5 --save_strategy=no", ["save_steps", "--save_strategy no"]),
         ("--logging_steps=5 --logging_strategy=no", ["logging_steps", "--logging_strategy no"]),
         ("--warmup_steps=5 --lr_scheduler_type=constant", ["warmup_steps", "--lr_scheduler_type constant"]),
+        ("--warmup_steps=5 --lr_scheduler_type=reduce_lr_on_plateau", ["warmup_steps", "reduce_lr_on_plateau"]),
+        ("--warmup_steps=5 --lr_scheduler_type=greedy", ["warmup_steps", "--lr_scheduler_type greedy"]),
         ("--run_name=x", ["run_name", "--report_to"]), ("--dataloader_in_order=false", ["dataloader_num_workers"]),
         ("--hub_model_id=me/x", ["hub_model_id", "--push_to_hub"]), ("--fsdp_config={}", ["fsdp_config", "--fsdp"]),
         ("--gradient_checkpointing_kwargs={}", ["checkpointing_kwargs", "--activation_checkpointing"]),
