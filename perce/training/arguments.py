@@ -20,7 +20,7 @@ from perce.errors import UserError, in_one_line
 from perce.model.loading import check_backend, resolve_precision
 from perce.model.memory import CHECKPOINTING
 from perce.process import silence_libraries
-from perce.training.best import settle_metric
+from perce.training.best import check_schedule, settle_metric
 from perce.training.idle import NOT_READ, OURS, changed, check_optimizer, check_run, idle_beside, refuse_fields
 from perce.training.parallel import check_gradients_in_reach, check_one_gpu, check_parallelism
 from perce.training.shared import largest_batch
@@ -84,6 +84,7 @@ class PerceArguments(TrainingArguments):
         refuse_fields(changed(self), NOT_READ | idle_beside(self))
         _check_together(self)
         super().__post_init__()
+        check_schedule(self)
         # Liger is patched in when training begins. Its loss would replace the forward that holds ours, and its MLPs
         # would replace our tiles; its other kernels are allowed.
         off = ["fused_linear_cross_entropy", "cross_entropy"] + ["swiglu", "geglu"] * bool(self.memory.mlp_tile)

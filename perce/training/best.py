@@ -15,6 +15,8 @@ METRICS = {
     "pir_mean": True,
 }  # fmt: skip
 """The numbers of an evaluation, and whether a greater one is better."""
+FOLLOW_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Kinds of schedules that change the learning rate by metric_for_best_model, after evaluations. None has a warm-up."""
 
 
 def evaluated_name(args: TrainingArguments) -> str:
@@ -32,6 +34,19 @@ def check_direction(args: TrainingArguments, metric: str) -> None:
     if args.greater_is_better not in (None, METRICS[metric]):
         better = "greater" if METRICS[metric] else "smaller"
         raise UserError(f"greater_is_better: a {better} {evaluated_name(args)} is better. Use {METRICS[metric]}.")
+
+
+def check_schedule(args: TrainingArguments) -> None:
+    """UserError for a schedule that follows the metric and takes better values for worse."""
+    metric, given = metric_of(args), (args.lr_scheduler_kwargs or {}).get("mode", "min")  # type: ignore[union-attr]
+    if metric is None or args.lr_scheduler_type not in FOLLOW_THE_METRIC:
+        return
+    better, mode = ("greater", "max") if METRICS[metric] else ("smaller", "min")
+    if given != mode:
+        raise UserError(
+            f"lr_scheduler_kwargs: a {better} {evaluated_name(args)} is better, and the learning rate follows it. Give "
+            f'{{"mode": "{mode}"}} with this --lr_scheduler_type.'
+        )
 
 
 def settle_metric(args: Any) -> None:

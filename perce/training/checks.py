@@ -24,7 +24,7 @@ from perce.model.reach import without_gradient
 from perce.model.trial import SHARED, Manner, check_step
 from perce.objectives import PERSONAS
 from perce.training.arguments import PerceArguments, settle_checkpointing
-from perce.training.best import check_direction, metric_of
+from perce.training.best import check_direction, check_schedule, metric_of
 from perce.training.idle import OF_THE_TRAINERS_LOADER, changed, refuse_fields
 from perce.training.parallel import check_one_gpu, check_parallelism
 from perce.visible import in_short
@@ -85,6 +85,7 @@ def check_trainer(trainer: Trainer, loss: LossConfig) -> None:
     loaders.dispatch_batches = False  # None would dispatch the batches of a stream
     if args.metric_for_best_model and (metric := metric_of(args)):
         check_direction(args, metric)
+        check_schedule(args)
     if args.label_smoothing_factor:
         raise UserError("label_smoothing_factor: the PerCE loss has no label smoothing. Leave it at 0.")
     if args.neftune_noise_alpha and loss.entry.contrasts:

@@ -15,6 +15,7 @@ from transformers import Trainer
 from perce.config.schema import LossConfig
 from perce.data.splits import RunPairs
 from perce.measuring.metrics import FEW
+from perce.training.best import FOLLOW_THE_METRIC
 
 AT_FLOOR = 0.995  # share of the tokens that counts as all of them
 NOISE = 0.01  # share of a loss by which evaluations of equally good models may differ
@@ -74,7 +75,9 @@ def outcome_of(trainer: Any, pairs: RunPairs, before: Mapping[str, float], after
 
 
 def _warmup(trainer: Trainer) -> int:
-    return 0 if trainer.args.lr_scheduler_type == "constant" else trainer.args.get_warmup_steps(trainer.state.max_steps)
+    args = trainer.args
+    has_none = args.lr_scheduler_type in ("constant", *FOLLOW_THE_METRIC)
+    return 0 if has_none else args.get_warmup_steps(trainer.state.max_steps)
 
 
 def diagnose(run: Outcome) -> list[str]:

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from perce.config.schema import RunConfig
 from perce.errors import UserError
 from perce.model.memory import CHECKPOINTING
+from perce.training.best import FOLLOW_THE_METRIC
 
 # TrainingArguments fields that an option of perce's decides.
 OURS = {"bf16": "precision", "fp16": "precision", "gradient_checkpointing": "activation_checkpointing"}
@@ -57,7 +58,7 @@ IDLE_WITH = {
     "eval_steps": ("eval_strategy", "no", "epoch"),
     "save_steps": ("save_strategy", "no", "epoch", "best"),
     "logging_steps": ("logging_strategy", "no", "epoch"),
-    "warmup_steps": ("lr_scheduler_type", "constant"),
+    "warmup_steps": ("lr_scheduler_type", "constant", *FOLLOW_THE_METRIC),
 }
 
 
