@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from perce import LossConfig
+from perce import LossConfig, MemoryConfig
 from perce.model.passes import token_statistics
 from perce.objectives import Measured
 from perce.training.meters import Window
@@ -32,6 +32,18 @@ def test_statistics_are_logged_and_right(tmp_path):
     assert entry["tokens_per_second"] > 0 and entry["peak_memory_mib"] > 0
     assert trainer.tokens_seen == sum(len(pair["input_ids"]) for pair in PAIRS)
     assert 0 < trainer.estimation_clock.seconds() < trainer.training_seconds
+
+
+@pytest.mark.parametrize("persona_grad", ["full", "none"])
+def test_ends_of_turns_are_not_counted_as_padding(tmp_path, persona_grad):
+    args = arguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=20, include_num_input_tokens_seen="non_padding",
+        memory=MemoryConfig(persona_grad=persona_grad),
+    )  # fmt: skip
+    trainer = trainer_for(model_for("full"), args)
+    assert trainer.processing_class.pad_token_id == trainer.processing_class.eos_token_id
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == sum(len(pair["input_ids"]) for pair in PAIRS)
 
 
 def test_a_window_is_on_its_device_from_the_start():

@@ -273,6 +273,13 @@ def test_other_validation_rows_are_refused(train, tmp_path):
     fails(train("--resume", **SAVED | {"max_steps": 3}), "validation pairs")
 
 
+def test_a_device_that_evaluates_other_rows_is_named(train, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("perce.training.run.EVAL_TOKENS_ON_CPU", 1)
+        assert train(save_steps=1)[0] == 0
+    fails(train("--resume", **SAVED | {"max_steps": 3}), "validation pairs", "a CPU", "--eval_examples")
+
+
 @pytest.mark.parametrize("gone", ["never saved", "deleted"])
 def test_a_finished_run_without_checkpoints_is_not_begun_again(train, tmp_path, gone):
     run = tmp_path / "run"
