@@ -263,9 +263,10 @@ def check_facts(claim: Claim, facts: Mapping[str, Any], steps: int) -> None:
                 f"{os.environ.get('WORLD_SIZE', 1)} now). Set --gradient_accumulation_steps, "
                 "--per_device_train_batch_size and --share so that it is the same."
             )
+        device = ", or the device has: without --eval_examples a CPU evaluates fewer" if "validation" in name else ""
         raise UserError(
             f"--resume: the {name.replace('_', ' ')} are not those that the run began with: the rows or the tokenizer "
-            "have changed. Put them back, or start a new run."
+            f"have changed{device}. Put them back, or start a new run."
         )
     if steps < (step := step_of(claim.checkpoint)):
         raise UserError(

@@ -336,6 +336,13 @@ class PerceTrainer(ResumableTrainer):
 
     # ---- what a run says of itself
 
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """Like transformers.Trainer's, but for "non_padding": that takes ends of turns for padding if both are one
+        token."""
+        if self.args.include_num_input_tokens_seen != "non_padding":
+            return super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(inputs["lengths"].sum(), "sum"))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self._logged_tokens, self._logged_seconds = self.tokens_seen, self.training_seconds
