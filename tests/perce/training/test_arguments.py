@@ -28,6 +28,13 @@ def on_a_gpu(**options):
     return SimpleNamespace(**({"device": torch.device("cuda")} | fields | options))
 
 
+def test_offload_needs_a_transformers_that_has_it(monkeypatch):
+    monkeypatch.setattr("perce.training.arguments.CHECKPOINTING", "gradient_checkpointing")
+    with pytest.raises(UserError, match=r"activation_offload: .*transformers 5\.23"):
+        settle_device(on_a_gpu(memory=MemoryConfig(activation_offload=True), gradient_checkpointing=True))
+
+
+@pytest.mark.skipif(CHECKPOINTING == "gradient_checkpointing", reason="transformers before 5.23 does not offload")
 def test_offload_needs_a_gpu_and_checkpointing(tmp_path):
     with pytest.raises(UserError, match="on a CPU, whose activations are in host memory"):
         arguments(tmp_path, memory=MemoryConfig(activation_offload=True))
