@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils.logging import log_levels
@@ -208,6 +209,10 @@ def settle_device(args: Any) -> None:
         raise UserError(
             "activation_offload: holds the inputs of checkpointed layers in host memory, and nothing is checkpointed. "
             "Add --activation_checkpointing."
+        )
+    if CHECKPOINTING == "gradient_checkpointing":
+        raise UserError(
+            f"activation_offload: needs transformers 5.23 or newer, and {transformers.__version__} is installed."
         )
     getattr(args, f"{CHECKPOINTING}_kwargs")["offload"] = True
 
