@@ -141,7 +141,7 @@ def test_balanced_batches_follow_the_seed_or_are_refused_where_transformers_has_
     if BALANCED:
         assert order(3) == order(3) != order(4), "the seed decides the order of balanced batches"
     else:
-        with pytest.raises(UserError, match=r"train_sampling_strategy: expected one of random, sequential, got batch"):
+        with pytest.raises(UserError, match=r"train_sampling_strategy: expected one of random, sequential, got 'batch"):
             order(3)
 
 
