@@ -185,6 +185,16 @@ def test_the_patience_is_that_of_the_options(tmp_path):
 
 # ---- resumed
 
+
+def test_a_trainer_that_has_resumed_evaluates_again_where_it_was_asked_to(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_on_start": True}
+    with_evaluation(tmp_path, max_steps=1, **options).train()
+    trainer = with_evaluation(tmp_path, max_steps=2, **options)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == [0, 1, 2]
+
+
 AGAIN = {"model": None, "data": None, "precision": None, "max_steps": None}
 KEEPS = {**AWAY, "max_steps": 8}
 ADAPTER = "adapter_model.safetensors"
