@@ -53,12 +53,15 @@ class ResumableTrainer(WeightsOfCheckpoints, Trainer):
         self._resumed = checkpoint = found_by_first(lambda: self._whole_checkpoint(asked))
         self._resumed_state = state_of(checkpoint)
         self.restore(checkpoint)
+        eval_on_start = self.args.eval_on_start  # as it is asked for: _settle_state decides it for this resume
         try:
             return super().train(str(checkpoint), *args, **kwargs)
         except FileNotFoundError as error:
             if str(checkpoint) not in str(error):
                 raise
             raise self._gone() from error
+        finally:
+            self.args.eval_on_start = eval_on_start
 
     def _whole_checkpoint(self, asked: str | bool) -> Path:
         if isinstance(asked, bool):
