@@ -107,6 +107,8 @@ SCHEDULE = "--lr_scheduler_type={} --lr_scheduler_kwargs={}"
         ("--max_grad_norm=-1", ["max_grad_norm", ">= 0"]), ("--save_total_limit=-1", ["save_total_limit"]),
         ("--save_total_limit=x", ["save_total_limit", "whole number"]), ("--data_seed=x", ["data_seed"]),
         ("--neftune_noise_alpha=-1", ["neftune_noise_alpha", ">= 0"]), ("--eval_delay=-1", ["eval_delay"]),
+        ("--optim=schedule_free_adamw", ["optim", "schedule_free_adamw", "other weights"]),
+        ("--optim=schedule_free_sgd", ["optim", "schedule_free_sgd", "--lr_scheduler_type"]),
         ("--train_sampling_strategy=nope", ["train_sampling_strategy", "sequential"]),
         ("--train_sampling_strategy=group_by_length", ["train_sampling_strategy", "resumed", "--tokens_per_batch"]),
         ("--include_num_input_tokens_seen=nope", ["include_num_input_tokens_seen", "non_padding"]),
