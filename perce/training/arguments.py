@@ -122,6 +122,13 @@ def _check_values(args: PerceArguments) -> None:
             "resumed would train on some examples twice and on others not at all. Use --tokens_per_batch, which puts "
             "sequences of similar length together."
         )
+    # Besides, transformers hands these a --warmup_steps below 1 as it is: with 0.1 the first step is ten times as long.
+    if "schedule_free" in (optimizer := str(getattr(args.optim, "value", args.optim))):
+        raise UserError(
+            f"optim: {optimizer} is to be evaluated and saved with other weights than it trains, and PerceTrainer does "
+            "not switch to them. Use another --optim, such as the default, with --lr_scheduler_type "
+            "constant_with_warmup."
+        )
     for field in dataclasses.fields(args):
         require_finite(field.name, getattr(args, field.name))
     for least, names in AT_LEAST.items():
@@ -141,12 +148,6 @@ def _check_values(args: PerceArguments) -> None:
 def _check_together(args: PerceArguments) -> None:
     """UserError for options that do not go together."""
     memory, streaming = args.memory, args.data.streaming
-    # Besides, transformers hands them a --warmup_steps below 1 as it is: with 0.1, the first step is ten times too long.
-    if "schedule_free" in (optimizer := str(getattr(args.optim, "value", args.optim))):
-        raise UserError(
-            f"optim: {optimizer} is to be evaluated and saved with other weights than it trains, and PerceTrainer does "
-            "not switch to them. Use another --optim, such as adamw_torch with --lr_scheduler_type constant_with_warmup."
-        )
     if args.packing and memory.on_trunks:
         raise UserError(
             f"packing with {memory.by_itself}: if a persona is run by itself there is no padding, so there is "
