@@ -37,6 +37,17 @@ def test_a_stray_quote_is_named_and_costs_its_own_row_only(tmp_path, lines, line
     assert len(rows.all) + rows.skipped == len(lines) + 1 and rows.all[-1].response == "last"
 
 
+@pytest.mark.parametrize("null", ["NULL", "\\N", '"NULL"'])
+def test_what_databases_write_for_no_value_is_a_missing_field(tmp_path, null):
+    """As a text it was the persona of some rows, and the one user of all rows that have none."""
+    rows = csv_file(tmp_path / "rows.csv", f"{null},I ski.,Hi,Null and NULL", header=f"user_id,{HEADER}")
+    (example,) = load_examples(rows, "train").all
+    assert (example.user_id, example.response) == (None, "Null and NULL")
+    without = csv_file(tmp_path / "without.csv", "p,q,r", f"{null},q,r")
+    with pytest.raises(UserError, match=r"without\.csv:3: field 'persona'"):
+        replies(without)
+
+
 def test_no_row_is_made_of_what_is_in_a_cell(tmp_path):
     """A record with correct quotes and a cell too many is one bad row, even if its lines look like rows."""
     path = csv_file(tmp_path / "d.csv", 'p,"first', "x,y,z", 'last",r,one too many', "p,q,r")

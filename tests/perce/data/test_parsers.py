@@ -396,6 +396,18 @@ def test_sharegpt_beside_a_profile_is_told_of_its_name(tmp_path):
     assert load(tmp_path, row, columns={"persona": "profile"})[0].persona == ("P",)
 
 
+def test_roles_are_asked_for_in_the_words_of_their_format(tmp_path):
+    row = {"persona": ["p"], "conversations": [{"from": "Human", "value": "Hi"}, {"from": "Bot", "value": "No."}]}
+    assert "expected 'human' or 'gpt', or 'system' at the beginning, got str 'Human'" in error(tmp_path, row)
+    row = {"persona": ["p"], "messages": [{"role": "User", "content": "Hi"}, {"role": "assistant", "content": "No."}]}
+    assert "expected 'user' or 'assistant', or 'system' at the beginning, got str 'User'" in error(tmp_path, row)
+
+
+def test_two_messages_of_one_side_are_to_be_joined(tmp_path):
+    said = [{"from": who, "value": "Hi"} for who in ("human", "human", "gpt")]
+    assert "join messages of one side" in error(tmp_path, {"persona": ["p"], "conversations": said})
+
+
 def test_messages_of_a_table_have_all_names(tmp_path):
     """In a table every message has the names of all messages, most of them null."""
     said = [{"from": None, "value": None, **message} for message in TALK[:2]]

@@ -188,6 +188,35 @@ def test_a_loss_that_is_not_ours_is_noticed(tmp_path, monkeypatch):
         trainer.train()
 
 
+@pytest.mark.parametrize("objective", ["perce", "ce"])
+def test_a_compute_loss_in_the_class_of_the_mixin_is_told_where_to_stand(tmp_path, objective):
+    """The model's own loss cannot take the fields of both passes, and would say so in its own words."""
+
+    class Ours(PerceMixin, Trainer):
+        compute_loss = LossOfTheModel.compute_loss
+
+    with pytest.raises(UserError, match=r"^compute_loss: .*PerceMixin.* behind it"):
+        trainer_for(tmp_path, kind=Ours, loss=LossConfig(objective=objective)).train()
+
+
+def test_an_error_of_a_compute_loss_behind_the_mixin_stays_its_own(tmp_path):
+    class Fails(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return inputs + 1
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        trainer_for(tmp_path, kind=type("Ours", (PerceMixin, Fails), {})).train()
+
+
+def test_a_compute_loss_that_calls_the_model_with_part_of_the_batch_is_told_so(tmp_path):
+    class Picks(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+
+    with pytest.raises(UserError, match=r"^compute_loss: expected .*\*\*inputs.*, got input_ids, labels"):
+        trainer_for(tmp_path, kind=type("Ours", (PerceMixin, Picks), {})).train()
+
+
 @pytest.mark.parametrize(
     "read", [lambda out: out.logits, lambda out: out["logits"], lambda out: out.get("logits"), lambda out: out[1]]
 )
@@ -335,6 +364,11 @@ def test_the_clip_moves_along_its_schedule(tmp_path):
 def test_what_cannot_be_is_refused_by_name(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         trainer_for(tmp_path, **options)
+
+
+def test_a_loss_that_is_only_a_name_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"^loss: expected a perce.LossConfig, .*objective='ce'.*, got 'ce'"):
+        trainer_for(tmp_path, loss="ce")
 
 
 def test_a_model_with_dropout_is_refused_by_name(tmp_path):
