@@ -18,6 +18,7 @@ from perce.errors import UserError
 from perce.visible import shortened
 
 _CELL = re.compile(r'(?:"[^"]*(?:""[^"]*)*"|(?![ \t]*")[^,\r\n]*(?<!"))(,|\r?\n?\Z)')
+_NO_VALUE = ("", "NULL", r"\N")  # the last two are what databases write
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
@@ -115,7 +116,7 @@ def _cells(header: list[str], cells: list[str], record: str) -> dict[str, Any] |
         return _stray_quote(header, record)
     if len(cells) != len(header):
         return BadRow(None, f"{len(header)} cells, as in the header", f"{len(cells)}")
-    row = {name: cell or None for name, cell in zip(header, cells, strict=True) if name}  # an empty cell: no field
+    row = {name: None if cell in _NO_VALUE else cell for name, cell in zip(header, cells, strict=True) if name}
     return row if any(row.values()) else {}
 
 

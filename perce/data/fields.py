@@ -147,11 +147,13 @@ def parse_messages(value: object, field: str) -> tuple[tuple[Turn, ...], tuple[f
             raise BadRow(here, expected, show(message))
         role = ROLES.get(said) if isinstance(said, str) else None
         if role is None:
-            raise BadRow(f"{here}.{who}", "'user' or 'assistant', or 'system' at the beginning", show(said))
+            both = "'human' or 'gpt'" if who == "from" else "'user' or 'assistant'"
+            raise BadRow(f"{here}.{who}", f"{both}, or 'system' at the beginning", show(said))
         if role == "system" and turns:
             raise BadRow(f"{here}.{who}", "a system message only at the beginning", f"one after {len(turns)} messages")
         if turns and turns[-1].role == role:
-            raise BadRow(f"{here}.{who}", "alternating user and assistant turns", f"a second {role} turn in a row")
+            expected = "alternating user and assistant turns (join messages of one side that follow each other)"
+            raise BadRow(f"{here}.{who}", expected, f"a second {role} turn in a row")
         turns.append(Turn(role, text_of(message.get(what), f"{here}.{what}")))
         weights.append(weight_of(message.get("weight"), f"{here}.weight") if role == "assistant" else 1.0)
     if turns[-1].role == "system":

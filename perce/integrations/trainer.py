@@ -32,6 +32,7 @@ from perce.training.checks import check_hooks, check_online, check_trainer, try_
 from perce.training.meters import Window, evaluation, progress_of
 from perce.training.parallel import found_by_first, keep_outputs_exact
 from perce.training.weights import WeightsOfCheckpoints
+from perce.visible import listed
 
 
 @dataclass
@@ -85,6 +86,8 @@ class PerceMixin(WeightsOfCheckpoints):
     """Whether each forward pass also measures accuracy and entropy, which costs one more matrix product."""
 
     def __init__(self, *args: Any, loss: LossConfig | None = None, backend: str = "auto", **kwargs: Any):
+        if isinstance(loss, str):
+            raise UserError(f"loss: expected a perce.LossConfig, such as LossConfig(objective={loss!r}), got {loss!r}.")
         self.perce_loss = loss or LossConfig()
         check_online(self.perce_loss)
         check_hooks(kwargs)
@@ -127,6 +130,9 @@ class PerceMixin(WeightsOfCheckpoints):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         self._window.start()
+        self._reached = True
+        if "rows_cf" not in inputs:
+            raise UserError("data_collator: expected a PersonaCollator, whose batches hold the rows of both passes.")
         if self._count is not None and len(args) < 2 and kwargs.get("num_items_in_batch") is None:
             kwargs["num_items_in_batch"] = self._count  # a subclass did not hand it on
         return super().compute_loss(partial(self._both_passes, model), inputs, *args, **kwargs)
@@ -134,7 +140,8 @@ class PerceMixin(WeightsOfCheckpoints):
     def _both_passes(self, model: nn.Module, num_items_in_batch: Any = None, **inputs: Any) -> TokenOutput:
         """Called in place of the model's own forward."""
         if "rows_cf" not in inputs:
-            raise UserError("data_collator: expected a PersonaCollator, whose batches hold the rows of both passes.")
+            names = listed(sorted(inputs))
+            raise UserError(f"compute_loss: expected it to call model(**inputs) with all of the batch, got {names}.")
         training, router, self._computed = self.model.training, self._router, True
         loss = self.perce_loss.at(progress_of(self.state))
         hidden_cf = counterfactual_hidden(model, inputs) if loss.entry.counterfactual else None
@@ -189,16 +196,22 @@ class PerceMixin(WeightsOfCheckpoints):
     def _our_loss(self, count: Any = None) -> Iterator[None]:
         """UserError if none of the forward passes in this context computed the loss of this class. count: the tokens of
         the step, for a compute_loss that does not hand them on."""
-        self._computed, self._count = False, count
+        self._reached, self._computed, self._count = False, False, count
+        cause = None
         try:
             yield
+        except TypeError as error:
+            if self._reached:
+                raise
+            cause = error  # the model's own loss does not know the fields of both passes
         finally:
             self._count = None
         if not self._computed:
             raise UserError(
-                "compute_loss: no forward pass computed PerceMixin's loss. A class before it replaces compute_loss, or "
-                "calls the model in another way. Put PerceMixin first, and call super().compute_loss."
-            )
+                "compute_loss: no forward pass computed PerceMixin's loss. The class itself or one before PerceMixin "
+                "replaces compute_loss, or calls the model in another way. Call super().compute_loss there, or put "
+                "PerceMixin first and your compute_loss into a class behind it: class Ours(PerceMixin, Yours)."
+            ) from cause
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
