@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.models.llama import modeling_llama
 
-from perce import MemoryConfig, UserError
+from perce import MemoryConfig, PerceArguments, UserError
 from perce.config.commands import parse_args
 from perce.model.memory import CHECKPOINTING
 from perce.train import resolve
@@ -115,6 +115,13 @@ def test_recipes_are_options_that_the_trainer_takes(recipe, tmp_path, monkeypatc
 def test_uneven_batches_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"accelerator_config: .*even_batches"):
         arguments(tmp_path, accelerator_config={"even_batches": False})
+
+
+@pytest.mark.parametrize(("section", "kind"), [("loss", "Loss"), ("data", "Data"), ("memory", "Memory")])
+def test_a_section_is_refused_by_name_if_it_is_a_name_or_a_mapping(tmp_path, section, kind):
+    for wrong in ("ce", {"objective": "ce"}, None):
+        with pytest.raises(UserError, match=f"^{section}: expected a perce.{kind}Config, got"):
+            PerceArguments(str(tmp_path), use_cpu=True, **{section: wrong})
 
 
 def test_a_number_is_no_accelerator_config(tmp_path):
