@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import ModelOutput
 
+from perce.config.options import require
 from perce.config.schema import LossConfig
 from perce.data.batch import Batch
 from perce.data.marked import PersonaCollator, check_marked
@@ -86,8 +87,7 @@ class PerceMixin(WeightsOfCheckpoints):
     """Whether each forward pass also measures accuracy and entropy, which costs one more matrix product."""
 
     def __init__(self, *args: Any, loss: LossConfig | None = None, backend: str = "auto", **kwargs: Any):
-        if isinstance(loss, str):
-            raise UserError(f"loss: expected a perce.LossConfig, such as LossConfig(objective={loss!r}), got {loss!r}.")
+        require(loss is None or isinstance(loss, LossConfig), "loss", "a perce.LossConfig", loss)
         self.perce_loss = loss or LossConfig()
         check_online(self.perce_loss)
         check_hooks(kwargs)

@@ -76,6 +76,8 @@ class PerceArguments(TrainingArguments):
     """True if a step may leave a trained weight without a gradient, such as an expert that no token was sent to."""
 
     def __post_init__(self) -> None:
+        for name, kind in (("loss", LossConfig), ("data", DataConfig), ("memory", MemoryConfig)):
+            require(isinstance(getattr(self, name), kind), name, f"a perce.{kind.__name__}", getattr(self, name))
         check_gradients_in_reach(self)
         check_parallelism(self)
         _check_values(self)

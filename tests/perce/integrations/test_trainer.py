@@ -367,7 +367,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, options, message):
 
 
 def test_a_loss_that_is_only_a_name_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"^loss: expected a perce.LossConfig, .*objective='ce'.*, got 'ce'"):
+    with pytest.raises(UserError, match=r"^loss: expected a perce.LossConfig, got 'ce'"):
         trainer_for(tmp_path, loss="ce")
 
 
