@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perce.data.batch import Batch, token_inputs
-from perce.model.probe import evaluating
+from perce.model.probe import evaluating, forget_casts
 from perce.objectives import HeadCall, Measured, RouterCall, TokenWeighting
 
 
@@ -41,7 +41,9 @@ def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
     """(N, D) hidden states of the response tokens without the persona. Dropout is off: with it on, the PIR of identical
     prompts would not be 0."""
     with evaluating(model):
-        return model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
+        hidden: Tensor = model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
+    forget_casts()
+    return hidden
 
 
 def factual(model: nn.Module, inputs: Batch, call: HeadCall, *, top_k: int = 0) -> Measured:

@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from perce.data.sharing import Forward, Spans, Trunks
 from perce.errors import UserError
+from perce.model.probe import forget_casts
 from perce.model.unpacked import known_unpacked
 
 # Besides the cache, the prefill's only memory is a chunk's activations and its mask (4 · PREFILL_CHUNK · T bytes).
@@ -77,6 +78,7 @@ def prefill(base_model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Pr
     for chunk in input_ids.split(PREFILL_CHUNK, dim=1):
         base_model(input_ids=chunk, use_cache=False, **{CACHE_ARGUMENT: cache}, **kwargs)
     cache.filled = True
+    forget_casts()
     return cache
 
 
