@@ -1,7 +1,6 @@
 """Running a model outside its training steps: eval mode and back, and a few tokens to check a loaded model with."""
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -64,21 +63,23 @@ def with_attributes(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
         yield
 
 
-def forget_casts() -> None:
-    """Call after a pass without a gradient that a pass with one may follow inside the same autocast."""
-    if _reuses_casts_without_gradient():
-        torch.clear_autocast_cache()
-
-
-@functools.cache
 def _reuses_casts_without_gradient() -> bool:
-    """Whether autocast hands the copy of a weight that a pass without a gradient has cast to a pass with one, as in
-    torch 2.10 (https://github.com/pytorch/pytorch/pull/165068). Elsewhere the copies are worth keeping."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
         weight = torch.ones(1, 1, requires_grad=True)
         with torch.no_grad():
             weight @ weight
         return not (weight @ weight).requires_grad
+
+
+REUSES_CASTS_WITHOUT_GRADIENT = _reuses_casts_without_gradient()
+"""Whether autocast hands the copy of a weight that a pass without a gradient has cast to a pass with one, as in torch
+2.10 (https://github.com/pytorch/pytorch/pull/165068). Elsewhere the copies are worth keeping."""
+
+
+def forget_casts() -> None:
+    """Call after a pass without a gradient that a pass with one may follow inside the same autocast."""
+    if REUSES_CASTS_WITHOUT_GRADIENT:
+        torch.clear_autocast_cache()
 
 
 def vocabulary_of(model: Any) -> int:
