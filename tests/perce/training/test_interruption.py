@@ -290,7 +290,7 @@ def test_resume_true_takes_the_newest_whole_checkpoint(run, monkeypatch):
     resumed = []
     monkeypatch.setattr("transformers.Trainer.train", lambda self, point, *args, **kwargs: resumed.append(point))
     trainer = PerceTrainer.__new__(PerceTrainer)
-    trainer.args = type("Args", (), {"output_dir": str(run), "loss": LossConfig()})
+    trainer.args = type("Args", (), {"output_dir": str(run), "loss": LossConfig(), "eval_on_start": False})
     trainer.train(resume_from_checkpoint=True)
     trainer.train()
     assert resumed == [str(run / "checkpoint-10"), None]
