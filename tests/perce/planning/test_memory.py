@@ -221,7 +221,8 @@ def test_the_windows_of_documents_cost_operations():
     assert planned(config, MemoryConfig(), objective="longce", context=400, **windows).flops.overhead > 0.5
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_requests_take_less_together_and_least_one_by_one(checkpointing):
     config = tiny_model("qwen3").config
     step = StepConfig(

@@ -43,7 +43,8 @@ def test_gradients_of_earlier_forwards_stay():
         assert phases["counterfactual"].start.gradients == trained * accumulates
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow  # requests behind a persona, below, are branches too
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_few_layers_tell_what_branches_take(checkpointing):
     config = tiny_model("llama", num_hidden_layers=4).config
     shape = StepShape(2, 70, 50, 12, accumulates=False, replies=3, turn=12, branch=4)
@@ -77,10 +78,8 @@ def test_a_few_layers_tell_what_requests_behind_a_persona_take(memory, options, 
     assert few == pytest.approx(every, rel=0.02)  # in the first layer's backward, either of two moments may be the peak
 
 
-@pytest.mark.parametrize(
-    "memory",
-    [pytest.param(MemoryConfig(), marks=pytest.mark.slow), pytest.param(NONE, marks=pytest.mark.slow), BY_ITSELF],
-)
+@pytest.mark.slow  # test_memory.py has it in a plan
+@pytest.mark.parametrize("memory", [MemoryConfig(), NONE, BY_ITSELF])
 def test_offload_takes_inputs_of_layers_alone_elsewhere(memory):
     """Sums of gradients, and keys and values of a persona with their gradient, stay; so do inputs of two layers."""
     config = tiny_model("llama", num_hidden_layers=6).config
