@@ -65,7 +65,8 @@ def with_attributes(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
 
 def _reuses_casts_without_gradient() -> bool:
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
-        weight = torch.ones(1, 1, requires_grad=True)
+        # Not in a default dtype or on a default device, where autocast would cast nothing.
+        weight = torch.ones(1, 1, dtype=torch.float32, device="cpu", requires_grad=True)
         with torch.no_grad():
             weight @ weight
         return not (weight @ weight).requires_grad
