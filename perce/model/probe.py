@@ -83,6 +83,21 @@ def forget_casts() -> None:
         torch.clear_autocast_cache()
 
 
+@contextlib.contextmanager
+def keeping_no_casts() -> Iterator[None]:
+    """For passes without a gradient that take turns with passes with one inside the same autocast. To forget the casts
+    of both each time would leave a copy of the weights in the graph of every pass with a gradient."""
+    if not REUSES_CASTS_WITHOUT_GRADIENT:
+        yield
+        return
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
 def vocabulary_of(model: Any) -> int:
     """The number of token ids that a model both reads and predicts: Moshi has one more embedding than logits."""
     return min(len(model.get_input_embeddings().weight), len(model.get_output_embeddings().weight))
