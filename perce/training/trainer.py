@@ -341,7 +341,7 @@ class PerceTrainer(ResumableTrainer):
         token."""
         if self.args.include_num_input_tokens_seen != "non_padding":
             return super()._track_num_input_tokens(inputs)
-        self.state.num_input_tokens_seen += int(self.accelerator.reduce(inputs["lengths"].sum(), "sum"))
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce((inputs["uses"] > 0).sum(), "sum"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
