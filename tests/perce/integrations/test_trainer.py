@@ -199,13 +199,36 @@ def test_a_compute_loss_in_the_class_of_the_mixin_is_told_where_to_stand(tmp_pat
         trainer_for(tmp_path, kind=Ours, loss=LossConfig(objective=objective)).train()
 
 
-def test_an_error_of_a_compute_loss_behind_the_mixin_stays_its_own(tmp_path):
-    class Fails(Trainer):
+def test_a_compute_loss_that_calls_another_model_than_it_is_given_is_told_so(tmp_path):
+    class Calls(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return inputs + 1
+            return self.model(**inputs).loss
 
-    with pytest.raises(TypeError, match="unsupported operand"):
-        trainer_for(tmp_path, kind=type("Ours", (PerceMixin, Fails), {})).train()
+    with pytest.raises(UserError, match=r"^compute_loss: .*PerceMixin.* behind it"):
+        trainer_for(tmp_path, kind=type("Ours", (PerceMixin, Calls), {})).train()
+
+
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("method", ["compute_loss", "_prepare_inputs"])
+def test_a_type_error_of_another_class_stays_its_own(tmp_path, behind, method):
+    def fails(*args, **kwargs):
+        return "one" + 1
+
+    other = type("Other", (Trainer,) if behind else (), {method: fails})
+    kind = type("Ours", (PerceMixin, other) if behind else (other, PerceMixin, Trainer), {})
+    with pytest.raises(TypeError, match="can only concatenate"):
+        trainer_for(tmp_path, kind=kind).train()
+
+
+def test_a_compute_loss_that_hands_on_part_of_the_batch_is_told_so(tmp_path):
+    """The collator is not to blame."""
+
+    class Ours(PerceMixin, Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, {name: inputs[name] for name in ("input_ids", "labels")})
+
+    with pytest.raises(UserError, match=r"^compute_loss: .*, got input_ids, labels"):
+        trainer_for(tmp_path, kind=Ours).train()
 
 
 def test_a_compute_loss_that_calls_the_model_with_part_of_the_batch_is_told_so(tmp_path):
@@ -380,7 +403,7 @@ def test_a_model_with_dropout_is_refused_by_name(tmp_path):
 def test_a_batch_that_another_collator_made_is_refused_by_name(tmp_path):
     trainer = trainer_for(tmp_path, max_steps=1)
     trainer.data_collator = PADDED
-    with pytest.raises(UserError, match="data_collator: expected a PersonaCollator"):
+    with pytest.raises(UserError, match="PersonaCollator.*, got attention_mask, input_ids, labels.* data_collator"):
         trainer.train()
 
 
