@@ -27,7 +27,7 @@ from perce.model.auxiliary import check_own_loss, load_balance, router_of
 from perce.model.loading import check_adapter, check_backend
 from perce.model.noise import disable_dropout
 from perce.model.passes import counterfactual_hidden, factual
-from perce.model.patch import prepare_model
+from perce.model.patch import CALLED_PAST_US, prepare_model
 from perce.objectives import HeadCall, Measured
 from perce.training.checks import check_hooks, check_online, check_trainer, try_collated, warn_of_dropout
 from perce.training.meters import Window, evaluation, progress_of
@@ -130,9 +130,6 @@ class PerceMixin(WeightsOfCheckpoints):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         self._window.start()
-        self._reached = True
-        if "rows_cf" not in inputs:
-            raise UserError("data_collator: expected a PersonaCollator, whose batches hold the rows of both passes.")
         if self._count is not None and len(args) < 2 and kwargs.get("num_items_in_batch") is None:
             kwargs["num_items_in_batch"] = self._count  # a subclass did not hand it on
         return super().compute_loss(partial(self._both_passes, model), inputs, *args, **kwargs)
@@ -141,7 +138,10 @@ class PerceMixin(WeightsOfCheckpoints):
         """Called in place of the model's own forward."""
         if "rows_cf" not in inputs:
             names = listed(sorted(inputs))
-            raise UserError(f"compute_loss: expected it to call model(**inputs) with all of the batch, got {names}.")
+            raise UserError(
+                f"compute_loss: expected model(**inputs) with all fields of a PersonaCollator's batch, got {names}. A "
+                "compute_loss has left out others, or the data_collator is another one."
+            )
         training, router, self._computed = self.model.training, self._router, True
         loss = self.perce_loss.at(progress_of(self.state))
         hidden_cf = counterfactual_hidden(model, inputs) if loss.entry.counterfactual else None
@@ -196,22 +196,13 @@ class PerceMixin(WeightsOfCheckpoints):
     def _our_loss(self, count: Any = None) -> Iterator[None]:
         """UserError if none of the forward passes in this context computed the loss of this class. count: the tokens of
         the step, for a compute_loss that does not hand them on."""
-        self._reached, self._computed, self._count = False, False, count
-        cause = None
+        self._computed, self._count = False, count
         try:
             yield
-        except TypeError as error:
-            if self._reached:
-                raise
-            cause = error  # the model's own loss does not know the fields of both passes
         finally:
             self._count = None
         if not self._computed:
-            raise UserError(
-                "compute_loss: no forward pass computed PerceMixin's loss. The class itself or one before PerceMixin "
-                "replaces compute_loss, or calls the model in another way. Call super().compute_loss there, or put "
-                "PerceMixin first and your compute_loss into a class behind it: class Ours(PerceMixin, Yours)."
-            ) from cause
+            raise UserError(CALLED_PAST_US)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

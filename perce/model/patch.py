@@ -38,6 +38,11 @@ SELF_CHECK_TOLERANCE_LOW_PRECISION = 0.25
 # Largest allowed change of a hidden state, relative to the largest one, when other tokens follow it.
 CAUSALITY_TOLERANCE = 1e-3
 CAUSALITY_TOLERANCE_LOW_PRECISION = 0.1
+CALLED_PAST_US = (
+    "compute_loss: no forward pass computed perce's loss. A class replaces compute_loss, or calls another model than "
+    "the one it is given. Call super().compute_loss there, or put PerceMixin first and your compute_loss into a class "
+    "behind it, class Ours(PerceMixin, Yours), which calls model(**inputs)."
+)
 
 
 def prepare_model(model: Any, backend: str = "auto") -> Any:
@@ -123,6 +128,8 @@ def _patch_model(model: Any) -> None:
     @functools.wraps(own_forward)  # generate() reads the signature
     def forward(self, *args, perce: dict[str, Any] | None = None, **kwargs):
         if perce is None:
+            if "rows_cf" in kwargs:  # a batch of both passes, which the model's own loss would fail on, or pass over
+                raise UserError(CALLED_PAST_US)
             return own_forward(self, *args, **kwargs)
         decoder = self.get_submodule(self.perce_decoder)
         if "spans" in kwargs:

@@ -403,7 +403,7 @@ def test_a_model_with_dropout_is_refused_by_name(tmp_path):
 def test_a_batch_that_another_collator_made_is_refused_by_name(tmp_path):
     trainer = trainer_for(tmp_path, max_steps=1)
     trainer.data_collator = PADDED
-    with pytest.raises(UserError, match="PersonaCollator.*, got attention_mask, input_ids, labels.* data_collator"):
+    with pytest.raises(UserError, match=r"PersonaCollator.*, got attention_mask, input_ids, labels.* data_collator"):
         trainer.train()
 
 
