@@ -29,6 +29,19 @@ def test_a_hook_that_would_never_be_called_is_refused(tmp_path, hook):
         PerceTrainer(tiny_model(), arguments(tmp_path), processing_class=tiny_tokenizer(), **{hook: print})
 
 
+def test_an_optimizer_that_evaluates_other_weights_is_refused_as_an_object_too(tmp_path):
+    class ScheduleFree(torch.optim.SGD):
+        def eval(self):
+            """Put the averaged weights into the model, as schedulefree's optimisers do."""
+
+    model, args = model_for("full"), arguments(tmp_path)
+    made = ScheduleFree(model.parameters(), lr=0.1)
+    for given in ({"optimizers": (made, None)}, {"optimizer_cls_and_kwargs": (ScheduleFree, {"lr": 0.1})}):
+        with pytest.raises(UserError, match=rf"{next(iter(given))}: ScheduleFree .*other weights"):
+            trainer_for(model, args, **given)
+    trainer_for(model, args, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
+
+
 def test_label_smoothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="label_smoothing"):
         arguments(tmp_path, label_smoothing_factor=0.1)
