@@ -46,6 +46,7 @@ from perce.training.checks import (
     check_hooks,
     check_sharding,
     check_trunks,
+    check_weights_of,
     try_packing,
     try_step,
     warn_of_dropout,
@@ -88,6 +89,7 @@ class PerceTrainer(ResumableTrainer):
     ):  # fmt: skip
         check_arguments(args, model, train_dataset, peft_config)
         check_hooks(kwargs)
+        check_weights_of(kwargs)
         check_metric(args, eval_dataset)
         name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
         tokenizer = processing_class or load_tokenizer(name)
