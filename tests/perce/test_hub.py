@@ -83,6 +83,17 @@ def test_a_file_that_is_no_part_of_a_model_has_no_directory_to_give(tmp_path, mo
     assert str(caught.value) == "--model rows.jsonl: expected the directory of a model, got a file."
 
 
+def test_a_directory_of_runs_names_them(tmp_path):
+    for name in ("mine/config.yaml", "mine/run.json", "base/config.json", "notes/config.yaml", "empty/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for load in (load_tokenizer, read_config):
+        with pytest.raises(
+            UserError, match=rf"has no config\.json.* Give one in it: {tmp_path}/base, {tmp_path}/mine\.$"
+        ):
+            load(str(tmp_path))
+
+
 @pytest.mark.parametrize("newest", [None, 4, 12])
 def test_a_run_that_is_not_finished_is_told_with_what_to_do(tmp_path, newest):
     for name in ("config.yaml", "run.json"):

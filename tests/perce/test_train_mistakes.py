@@ -110,6 +110,7 @@ SCHEDULE = "--lr_scheduler_type={} --lr_scheduler_kwargs={}"
         ("--optim=schedule_free_adamw", ["optim", "schedule_free_adamw", "other weights"]),
         ("--optim=schedule_free_sgd", ["optim", "schedule_free_sgd", "--lr_scheduler_type"]),
         ("--train_sampling_strategy=nope", ["train_sampling_strategy", "sequential"]),
+        ("--ignore_data_skip=true", ["ignore_data_skip", "resumed", "Leave it out"]),
         ("--train_sampling_strategy=group_by_length", ["train_sampling_strategy", "resumed", "--tokens_per_batch"]),
         ("--include_num_input_tokens_seen=nope", ["include_num_input_tokens_seen", "non_padding"]),
         ("--log_level=nope", ["log_level", "debug"]), ("--log_level_replica=nope", ["log_level_replica"]),

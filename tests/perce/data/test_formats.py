@@ -265,7 +265,10 @@ def test_a_persona_between_markers(tmp_path, row, field):
     assert f"data.jsonl:1: field '{field}': expected a system message with the persona between '<q>' and '</q>'" in text
     told = error(tmp_path, row)
     assert "missing: persona" in told and "--persona_markers START...END" in told
-    own = load(tmp_path, {**row, "persona": "P"}, persona_markers=("<p>", "</p>"))[0]  # the field has precedence
+    for persona in ("P", []):  # what is marked would stay in both prompts
+        text = error(tmp_path, {**row, "persona": persona}, persona_markers=("<p>", "</p>"))
+        assert "field 'persona': expected either this field or a persona behind '<p>'" in text and "got both" in text
+    own = load(tmp_path, {**row, "persona": "P"}, persona_markers=("<q>", "</q>"))[0]
     assert own.persona == ("P",) and own.turns[0].content == MARKED
 
 

@@ -105,8 +105,11 @@ def test_directory(tmp_path, stem):
     jsonl(tmp_path / "notes.jsonl", "not data")
     assert available_splits(tmp_path) == ["train", "validation"]
     assert load_examples(tmp_path, "validation").all[1].source == f"{stem}.jsonl:2"
-    with pytest.raises(UserError, match="has no test split; it has train, validation"):
+    with pytest.raises(
+        UserError, match=r"has no test split; it has train, validation\. Not read: notes\.jsonl \(the names"
+    ):
         load_examples(tmp_path, "test")
+    assert load_examples(tmp_path, "validation").unread == ("notes.jsonl",)
     jsonl(tmp_path / "train.csv", GOOD)
     with pytest.raises(UserError, match=r"train\.json, train\.csv are all files of the train split"):
         load_examples(tmp_path, "train")

@@ -199,6 +199,13 @@ def test_a_compute_loss_in_the_class_of_the_mixin_is_told_where_to_stand(tmp_pat
         trainer_for(tmp_path, kind=Ours, loss=LossConfig(objective=objective)).train()
 
 
+def test_a_mixin_behind_the_trainer_is_refused_when_the_class_is_made():
+    with pytest.raises(
+        UserError, match=r"^Late: expected PerceMixin before Seq2SeqTrainer: class Late\(PerceMixin, Seq"
+    ):
+        type("Late", (Seq2SeqTrainer, PerceMixin), {})
+
+
 def test_a_compute_loss_that_calls_another_model_than_it_is_given_is_told_so(tmp_path):
     class Calls(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
