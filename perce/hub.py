@@ -257,7 +257,11 @@ def from_pretrained(
             f"with {as_called('train')} --resume --output_dir {path}" + (f", or give {newest}." if newest else ".")
         )
     if local.exists() and not (local / "config.json").is_file():
-        raise UserError(f"{option} {path}: the directory has no config.json, so it is not a saved Hugging Face model.")
+        inside = sorted(str(entry) for entry in local.glob("*/") if _holds_model(entry) or lacking(entry) is None)
+        remedy = f" Give one in it: {in_short(inside)}." if inside else ""
+        raise UserError(
+            f"{option} {path}: the directory has no config.json, so it is not a saved Hugging Face model.{remedy}"
+        )
     if not local.exists() and (path.startswith((".", "/", "~", "runs/")) or path.count("/") > 1):
         reason = f"no such directory, and it is not a Hub id (name or owner/name) either.{did_you_mean(path)}"
         raise UserError(f"{option} {path}: {reason}")

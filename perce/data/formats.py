@@ -152,10 +152,16 @@ def system_message(row: Row) -> tuple[str, object] | None:
 def with_marked_persona(row: dict[str, Any], start: str, end: str) -> dict[str, Any]:
     """The row with a field `persona`: the text between two marks is moved there from the system message.
 
-    An empty `end` means the end of the message. A system message that held nothing else is left out.
+    An empty `end` means the end of the message. A system message that held nothing else is left out. A row that has the
+    field already stays as it is; a marked persona besides would stay in both prompts.
     """
     expected = f"a system message with the persona between {start!r} and {end or 'its end'!r}"
-    if (found := system_message(row)) is None:
+    found = system_message(row)
+    if "persona" in row:
+        if found and start in str(found[1]):
+            raise BadRow("persona", f"either this field or a persona behind {start!r} in the system message", "both")
+        return row
+    if found is None:
         raise BadRow("persona", f"this field, or {expected}", "no system message")
     field, text = found
     before, opened, behind = str(text).partition(start)

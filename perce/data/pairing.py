@@ -10,11 +10,9 @@ from perce.data.formats import FORMATS
 from perce.data.pairs import Pair, PairBuilder
 from perce.data.retrieval import make_retriever
 from perce.data.rows import OR_SKIP, Examples, Record
-from perce.data.sources import SPLITS
 from perce.data.template import DAY
 from perce.errors import UserError
 from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS
-from perce.visible import listed
 
 PERCE = LossConfig()
 # Options that have no effect on rows of the other kind.
@@ -73,16 +71,6 @@ def dated(builder: Builder) -> list[str]:
     """A note on a chat template that writes the date; [] for others."""
     now = isinstance(builder, PairBuilder) and builder.chat_format.writes_the_date()
     return [f"a date that the chat template writes is {DAY:%d %B %Y} here, on every day"] if now else []
-
-
-def not_read(rows: Examples) -> list[str]:
-    """A note on files, or parts of a file, that look like data and are read for no split."""
-    names = "; ".join(", ".join(aliases) for aliases in SPLITS.values())
-    return (
-        [f"not read: {listed(rows.unread)} (the names of splits are {names}; one of each is read)"]
-        if rows.unread
-        else []
-    )
 
 
 def skipped_rows(rows: Examples) -> list[str]:

@@ -10,8 +10,8 @@ from rich.text import Text
 from perce.config.commands import PreviewOptions
 from perce.config.schema import LossConfig
 from perce.data.formats import FORMATS
-from perce.data.pairing import PairSource, copied_replies, dated, make_builder, not_read, picked_by, without_persona
-from perce.data.rows import Example, Examples, Reading, Record, available_splits, load_examples
+from perce.data.pairing import PairSource, copied_replies, dated, make_builder, picked_by, without_persona
+from perce.data.rows import Example, Examples, Reading, Record, available_splits, load_examples, not_read
 from perce.data.sharing import segmented
 from perce.data.tokens import personal_words, token_texts
 from perce.demo import DATA_DIR
@@ -64,7 +64,7 @@ def _print_counts(where: str, few: int | None, splits: dict[str, Examples]) -> N
         fields = ", ".join(need.replace("|", " or ") for need in entry.needs)
         show(f"{name}: {entry.title}, known by its fields {fields}; examples per row: {entry.gives}")
     reasons = [reason for rows in splits.values() for reason in rows.reasons]
-    show(*(f"bad row: {reason}" for reason in reasons), *not_read(next(iter(splits.values()))), "")
+    show(*(f"bad row: {reason}" for reason in reasons), *not_read(next(iter(splits.values())).unread), "")
 
 
 def _sample(examples: Sequence[Record], count: int, seed: int) -> list[Record]:

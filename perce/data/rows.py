@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,7 +267,7 @@ class Examples:
         row = _nested(given)
         if "user_id" in row and not str(row["user_id"]).strip():  # of nobody
             del row["user_id"]
-        if self._reading.persona_markers and "persona" not in row:
+        if self._reading.persona_markers:
             row = formats.with_marked_persona(row, *self._reading.persona_markers)
         return row
 
@@ -353,11 +353,20 @@ def load_examples(
             raise UserError(f"columns: expected OURS=THEIRS with OURS one of {names}, got {ours!r}{turned}.")
     sources = open_data(str(data), streaming)
     if split not in sources:
-        raise UserError(f"{data} has no {split} split; it has {', '.join(sources) or 'none of ' + ', '.join(SPLITS)}.")
+        present = f"it has {', '.join(sources) or 'none of ' + ', '.join(SPLITS)}"
+        unread = {name for source in sources.values() for name in source.unread}
+        raise UserError(f"{'; '.join([f'{data} has no {split} split', present, *not_read(unread)])}.")
     rows = Examples(sources[split], reading, limit)
     if not streaming:
         _ = rows.all  # read and check everything now
     return rows
+
+
+def not_read(unread: Collection[str]) -> list[str]:
+    """A note on files, or parts of a file, that look like data and are read for no split."""
+    names = "; ".join(", ".join(aliases) for aliases in SPLITS.values())
+    told = f"not read: {listed(sorted(unread))} (the names of splits are {names}; one of each is read)"
+    return [told] * bool(unread)
 
 
 def available_splits(data: str | Path) -> list[str]:

@@ -21,7 +21,6 @@ from perce.data.pairing import (
     copied_replies,
     dated,
     make_builder,
-    not_read,
     picked_by,
     skipped_rows,
     without_persona,
@@ -34,6 +33,7 @@ from perce.data.rows import (
     Record,
     available_splits,
     load_examples,
+    not_read,
     text_key,
     texts_key,
     texts_of,
@@ -223,7 +223,7 @@ def load_splits(config: DataConfig, *, eval_examples: int, seed: int) -> Splits:
     available = len(validation)
     if 0 < eval_examples < available:
         validation = random.Random(seed).sample(validation, eval_examples)  # not sorted: its beginning is a sample too
-    notes += not_read(train)
+    notes += not_read(train.unread)
     return Splits(kept, validation, held_out.format if config.streaming else train.format, notes, who, available)
 
 

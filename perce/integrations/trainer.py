@@ -86,6 +86,14 @@ class PerceMixin(WeightsOfCheckpoints):
     top1 = False
     """Whether each forward pass also measures accuracy and entropy, which costs one more matrix product."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Trainer in (order := cls.__mro__) and order.index(Trainer) < order.index(PerceMixin):
+            first = cls.__bases__[0].__name__  # its methods would be called, and none of PerceMixin's
+            raise UserError(
+                f"{cls.__name__}: expected PerceMixin before {first}: class {cls.__name__}(PerceMixin, {first})."
+            )
+
     def __init__(self, *args: Any, loss: LossConfig | None = None, backend: str = "auto", **kwargs: Any):
         require(loss is None or isinstance(loss, LossConfig), "loss", "a perce.LossConfig", loss)
         self.perce_loss = loss or LossConfig()

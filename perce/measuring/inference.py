@@ -14,9 +14,9 @@ from perce.config.questions import InferenceConfig
 from perce.config.schema import run_directory
 from perce.data.batch import Batch, collate
 from perce.data.dataset import personas
-from perce.data.pairing import PairSource, make_persona_builder, not_read
+from perce.data.pairing import PairSource, make_persona_builder
 from perce.data.pairs import Pair, PairBuilder
-from perce.data.rows import Examples
+from perce.data.rows import Examples, not_read
 from perce.data.sharing import Sharing, segmented
 from perce.data.splits import load_split
 from perce.hub import from_anywhere
@@ -60,7 +60,7 @@ class Subject:
     @property
     def left_out(self) -> list[str]:
         """Notes on what is left out of the data. Of a stream, what is known when it has been read."""
-        return [*not_read(self.examples), *self.source.notes()]
+        return [*not_read(self.examples.unread), *self.source.notes()]
 
 
 def load_subject(options: InferenceOptions, command: str, *, unanswered: bool = False) -> Subject:

@@ -124,6 +124,11 @@ def _check_values(args: PerceArguments) -> None:
             "resumed would train on some examples twice and on others not at all. Use --tokens_per_batch, which puts "
             "sequences of similar length together."
         )
+    if args.ignore_data_skip:
+        raise UserError(
+            "ignore_data_skip: a run that is resumed would begin its epoch again, and train on some examples twice and "
+            "on others not at all. Leave it out."
+        )
     # Besides, transformers hands these a --warmup_steps below 1 as it is: with 0.1 the first step is ten times as long.
     if "schedule_free" in (optimizer := str(getattr(args.optim, "value", args.optim))):
         raise UserError(

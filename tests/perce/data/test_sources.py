@@ -106,7 +106,7 @@ def test_directory(tmp_path, stem):
     assert available_splits(tmp_path) == ["train", "validation"]
     assert load_examples(tmp_path, "validation").all[1].source == f"{stem}.jsonl:2"
     with pytest.raises(
-        UserError, match=r"has no test split; it has train, validation\. Not read: notes\.jsonl \(the names"
+        UserError, match=r"has no test split; it has train, validation; not read: notes\.jsonl \(the names"
     ):
         load_examples(tmp_path, "test")
     assert load_examples(tmp_path, "validation").unread == ("notes.jsonl",)
