@@ -1,12 +1,14 @@
 """Generated replies depend neither on their batch nor on the model's own generation config. Losses do not depend on
 whether replies of a conversation share tokens."""
 
+import json
 import random
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -291,3 +293,13 @@ def test_a_reply_uses_the_words_of_the_persona_or_of_anothers():
         scores["uses_persona"] is scores["uses_another"] is scores["reference_uses_persona"] is None
         and scores["is_cut"]
     )
+
+
+def test_a_metric_may_return_a_number_of_numpy_or_torch_or_none():
+    found = {"a": np.float32(0.5), "b": torch.tensor(0.5), "c": None}
+    evaluator = object.__new__(Evaluator)
+    evaluator.scorers = {name: lambda said, reference, value=value: value for name, value in found.items()}
+    (example,) = demo_examples(1)
+    item = Item(0, "0", example, make_builder(tiny_tokenizer(), DataConfig(), "perce").build(example), None)
+    scores = evaluator.scores(item, Written("Hello.", False))
+    assert json.loads(json.dumps([scores[name] for name in "abc"])) == [0.5, 0.5, None]
