@@ -353,7 +353,8 @@ class Evaluator:
 
         of_reference: dict[str, Any] = {"reference_uses_persona": uses(example.response, persona)}
         of_reference |= {"reference_words": len(WORD.findall(example.response))}
-        of_reference |= {name: score(said, example.response) for name, score in self.scorers.items()}
+        scored = {name: score(said, example.response) for name, score in self.scorers.items()}
+        of_reference |= {name: None if value is None else float(value) for name, value in scored.items()}
         of_reply: dict[str, Any] = {"is_cut": reply.is_cut, "reply_words": len(WORD.findall(said))}
         of_reply |= {"uses_persona": uses(said, persona), "uses_another": uses(said, item.others)}
         return {

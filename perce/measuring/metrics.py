@@ -120,8 +120,8 @@ def _find_wordnet() -> Any:
     return None
 
 
-Scorer = Callable[[str, str], float]
-"""(generated reply, what the user wrote) → a number."""
+Scorer = Callable[[str, str], float | None]
+"""(generated reply, what the user wrote) → a number; None if this reply has none."""
 
 
 class ReplyMetric(NamedTuple):
