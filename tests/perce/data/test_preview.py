@@ -38,6 +38,8 @@ def test_counts_of_every_split(previewed, tmp_path):
     assert "bad rows" in printed and "refused" not in printed and "not read" not in printed
     jsonl(tmp_path / "eval.jsonl", GOOD)
     assert previewed(tmp_path).count("not read: eval.jsonl") == 1
+    with pytest.raises(UserError, match=r"no such split; it has train, validation; not read: eval\.jsonl \("):
+        previewed(tmp_path, "--split", "test")
     assert "perce: your own rows; chat logs, known by its fields persona, query or messages" in printed
 
 

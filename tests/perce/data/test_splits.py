@@ -109,7 +109,12 @@ def test_validation_replies_stand_by_length_and_beside_those_of_their_conversati
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_split_that_a_file_does_not_have_is_named(tmp_path, streaming):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"persona": "I bake.", "query": "Hi", "response": "Hello"}])
+    rows = [{"persona": "I bake.", "query": "Hi", "response": "Hello"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for name in ("train-00000-of-00001", "valid"):
+        write_jsonl(tmp_path / f"parts/{name}.jsonl", rows)
+    with pytest.raises(UserError, match=r"no such split; it has validation; not read: train-00000-of-00001\.jsonl \("):
+        load_split(DataConfig(data=str(tmp_path / "parts")), SplitConfig(split="train"))
     with pytest.raises(UserError, match=r"--split test: .*rows\.jsonl has no such split; it has train\."):
         load_split(DataConfig(data=str(path), streaming=streaming), SplitConfig(split="test"))
 
