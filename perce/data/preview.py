@@ -11,7 +11,7 @@ from perce.config.commands import PreviewOptions
 from perce.config.schema import LossConfig
 from perce.data.formats import FORMATS
 from perce.data.pairing import PairSource, copied_replies, dated, make_builder, picked_by, without_persona
-from perce.data.rows import Example, Examples, Reading, Record, available_splits, load_examples, not_read
+from perce.data.rows import Example, Examples, Reading, Record, available_splits, load_examples, not_read, what_is_there
 from perce.data.sharing import segmented
 from perce.data.tokens import personal_words, token_texts
 from perce.demo import DATA_DIR
@@ -28,7 +28,7 @@ def print_preview(options: PreviewOptions, tokenizer: Any) -> None:
     asked, where = options.preview, options.data.data or str(DATA_DIR)
     present = available_splits(where)
     if asked.split not in present:
-        raise UserError(f"--split {asked.split}: {where} has no such split; it has {', '.join(present)}.")
+        raise UserError(f"--split {asked.split}: {where} has no such split; {what_is_there(where)}.")
     reading = vars(Reading.of(options.data, unanswered=True)) | {"skip_bad_rows": True}
     few = asked.sample if options.data.streaming else None  # a stream is not read to its end
     splits = {

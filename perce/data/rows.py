@@ -353,9 +353,7 @@ def load_examples(
             raise UserError(f"columns: expected OURS=THEIRS with OURS one of {names}, got {ours!r}{turned}.")
     sources = open_data(str(data), streaming)
     if split not in sources:
-        present = f"it has {', '.join(sources) or 'none of ' + ', '.join(SPLITS)}"
-        unread = {name for source in sources.values() for name in source.unread}
-        raise UserError(f"{'; '.join([f'{data} has no {split} split', present, *not_read(unread)])}.")
+        raise UserError(f"{data} has no {split} split; {what_is_there(data)}.")
     rows = Examples(sources[split], reading, limit)
     if not streaming:
         _ = rows.all  # read and check everything now
@@ -372,3 +370,10 @@ def not_read(unread: Collection[str]) -> list[str]:
 def available_splits(data: str | Path) -> list[str]:
     """The splits that `data` has, in the order train, validation, test; a single file has only "train"."""
     return [split for split, source in open_data(str(data)).items() if source.read is not None]
+
+
+def what_is_there(data: str | Path) -> str:
+    """The splits that `data` has, and what of it is read for none, in words."""
+    unread = {name for source in open_data(str(data)).values() for name in source.unread}
+    present = ", ".join(available_splits(data)) or f"none of {', '.join(SPLITS)}"
+    return "; ".join([f"it has {present}", *not_read(unread)])

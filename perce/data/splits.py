@@ -37,6 +37,7 @@ from perce.data.rows import (
     text_key,
     texts_key,
     texts_of,
+    what_is_there,
 )
 from perce.data.stream import PairStream
 from perce.demo import DATA_DIR
@@ -306,7 +307,7 @@ def load_split(
         held = (
             f" --split held_out takes the users that {run} held out." if run and (run / HELD_OUT_NAME).exists() else ""
         )
-        raise UserError(f"--split {split}: {where} has no such split; it has {', '.join(present)}.{held}")
+        raise UserError(f"--split {split}: {where} has no such split; {what_is_there(where)}.{held}")
     if data.streaming and (held_out or chosen.sample):
         needs = "--split held_out" if held_out else "--sample"
         raise UserError(f"{needs}: all rows must be read first to choose from them. Leave out --streaming.")
