@@ -131,3 +131,14 @@ def test_a_card_can_be_uploaded(tmp_path, monkeypatch):
     write_card(run, options, "owner/name", None, NUMBERS, "1 step")
     text = (run / CARD).read_text(encoding="utf-8")
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "owner/name" and "| owner/name (0a1b) |" in text
+
+
+@pytest.mark.parametrize(
+    ("retriever", "which"),
+    [("bm25", "that fit the request best, best first"), ("recency", "that were the latest, the latest first")],
+)
+def test_the_card_says_which_passages_of_a_history_a_prompt_showed(tmp_path, retriever, which):
+    run, tokenizer, options = saved_run(tmp_path, "chatml", retriever=retriever)
+    write_card(run, options, str(tmp_path / "base"), tokenizer, NUMBERS, "1 step", of_histories=True)
+    text = " ".join((run / CARD).read_text(encoding="utf-8").split())
+    assert f"the 4 passages of the user's history {which}. `perce.pick_passages(" in text
