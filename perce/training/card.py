@@ -125,8 +125,9 @@ def _picking(config: TrainOptions) -> str:
     data = config.data
     model = f", retriever_model={data.retriever_model!r}" if data.retriever_model else ""
     call = f"perce.pick_passages(history, request, retriever={data.retriever!r}, k={data.retrieve_k}{model})"
+    which = "were the latest, the latest" if data.retriever == "recency" else "fit the request best, best"
     return f"""
-The entries of a persona were the {data.retrieve_k} passages of the user's history that fit the request best, best
+The entries of a persona were the {data.retrieve_k} passages of the user's history that {which}
 first. `{call}`
 picks them; a history has the oldest entry first.
 """
