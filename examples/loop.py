@@ -61,7 +61,6 @@ class PerceLoss(torch.nn.Module):
     def forward(self, with_persona, without):
         with torch.no_grad():
             hidden_cf, _ = self.response_states(*without)
-        torch.clear_autocast_cache()  # torch 2.10 would reuse its copies of weights, without a gradient
         hidden, target = self.response_states(*with_persona)
         loss, stats = fused_perce_loss(hidden, self.model.lm_head.weight, target, hidden_cf, return_stats=True)
         return loss, stats, target  # stats.logp, .logp_cf, .pir, .token_weight: (N,), detached

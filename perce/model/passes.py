@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from perce.data.batch import Batch, token_inputs
-from perce.model.probe import evaluating, forget_casts
+from perce.model.probe import evaluating
 from perce.objectives import HeadCall, Measured, RouterCall, TokenWeighting
 
 
@@ -42,7 +42,6 @@ def counterfactual_hidden(model: nn.Module, inputs: Batch) -> Tensor:
     prompts would not be 0."""
     with evaluating(model):
         hidden: Tensor = model(**token_inputs(inputs, "_cf"), perce={"rows": inputs["rows_cf"]})
-    forget_casts()
     return hidden
 
 

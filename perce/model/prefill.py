@@ -29,7 +29,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from perce.data.sharing import Forward, Spans, Trunks
 from perce.errors import UserError
-from perce.model.probe import keeping_no_casts
 from perce.model.unpacked import known_unpacked
 
 # Besides the cache, the prefill's only memory is a chunk's activations and its mask (4 · PREFILL_CHUNK · T bytes).
@@ -75,9 +74,8 @@ class Recorder(DynamicCache):
 def prefill(base_model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> PrefixCache:
     """The cache of one sequence's prefix, (1, P)."""
     cache = PrefixCache(config=base_model.config)
-    with keeping_no_casts():
-        for chunk in input_ids.split(PREFILL_CHUNK, dim=1):
-            base_model(input_ids=chunk, use_cache=False, **{CACHE_ARGUMENT: cache}, **kwargs)
+    for chunk in input_ids.split(PREFILL_CHUNK, dim=1):
+        base_model(input_ids=chunk, use_cache=False, **{CACHE_ARGUMENT: cache}, **kwargs)
     cache.filled = True
     return cache
 

@@ -63,41 +63,6 @@ def with_attributes(changes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
         yield
 
 
-def _reuses_casts_without_gradient() -> bool:
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
-        # Not in a default dtype or on a default device, where autocast would cast nothing.
-        weight = torch.ones(1, 1, dtype=torch.float32, device="cpu", requires_grad=True)
-        with torch.no_grad():
-            weight @ weight
-        return not (weight @ weight).requires_grad
-
-
-REUSES_CASTS_WITHOUT_GRADIENT = _reuses_casts_without_gradient()
-"""Whether autocast hands the copy of a weight that a pass without a gradient has cast to a pass with one, as in torch
-2.10 (https://github.com/pytorch/pytorch/pull/165068). Elsewhere the copies are worth keeping."""
-
-
-def forget_casts() -> None:
-    """Call after a pass without a gradient that a pass with one may follow inside the same autocast."""
-    if REUSES_CASTS_WITHOUT_GRADIENT:
-        torch.clear_autocast_cache()
-
-
-@contextlib.contextmanager
-def keeping_no_casts() -> Iterator[None]:
-    """For passes without a gradient that take turns with passes with one inside the same autocast. To forget the casts
-    of both each time would leave a copy of the weights in the graph of every pass with a gradient."""
-    if not REUSES_CASTS_WITHOUT_GRADIENT:
-        yield
-        return
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
-
-
 def vocabulary_of(model: Any) -> int:
     """The number of token ids that a model both reads and predicts: Moshi has one more embedding than logits."""
     return min(len(model.get_input_embeddings().weight), len(model.get_output_embeddings().weight))

@@ -32,15 +32,9 @@ AT_LEAST = {
     1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
         "dataloader_prefetch_factor", "ddp_timeout", "ddp_bucket_cap_mb", "tokens_per_batch"),
 }  # fmt: skip
-# Those of the installed transformers, which takes an unknown one for "random", but for one that is refused below.
-SAMPLING = [
-    name
-    for name in TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"]
-    if name != "group_by_length"
-]
 ONE_OF = {
-    "train_sampling_strategy": SAMPLING,
-    "include_num_input_tokens_seen": ("no", "all", "non_padding", True, False),
+    "train_sampling_strategy": ("random", "sequential"),  # the order of the others does not follow the seed
+    "include_num_input_tokens_seen": ("no", "all", True, False),  # "non_padding" takes ends of turns for padding
     "log_level": ("passive", *log_levels),
     "log_level_replica": ("passive", *log_levels),
 }
@@ -118,12 +112,6 @@ class PerceArguments(TrainingArguments):
 
 def _check_values(args: PerceArguments) -> None:
     """UserError for wrong numbers and names that would otherwise be noticed late, or never."""
-    if args.train_sampling_strategy == "group_by_length":
-        raise UserError(
-            "train_sampling_strategy: group_by_length draws its order from the global random state, so a run that is "
-            "resumed would train on some examples twice and on others not at all. Use --tokens_per_batch, which puts "
-            "sequences of similar length together."
-        )
     if args.ignore_data_skip:
         raise UserError(
             "ignore_data_skip: a run that is resumed would begin its epoch again, and train on some examples twice and "

@@ -35,7 +35,7 @@ NOT_READ = {
     "batch_eval_metrics": _EVALUATION,
     "remove_unused_columns": _COLUMNS,
     "label_names": _COLUMNS,
-    "length_column_name": "--train_sampling_strategy uses the length of input_ids",
+    "length_column_name": "--tokens_per_batch puts sequences of similar length together, by their input_ids",
     "average_tokens_across_devices": "the loss is always divided by the tokens of all processes",
     "enable_jit_checkpoint": "SIGTERM is handled already: it finishes the step and saves it",
     "auto_find_batch_size": (

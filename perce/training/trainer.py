@@ -162,13 +162,6 @@ class PerceTrainer(ResumableTrainer):
         loader = own_train_loader(self.train_dataset, self.data_collator, self.args, self.sharing)
         return super().get_train_dataloader() if loader is None else loader
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Like transformers.Trainer's, but batch_rebalance follows the seed too."""
-        sampler: Any = super()._get_train_sampler(train_dataset)
-        if hasattr(sampler, "seed"):
-            sampler.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return sampler
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Like transformers.Trainer's, but always of this dataset, all of its examples, in its order or conversation by
         conversation."""
@@ -337,13 +330,6 @@ class PerceTrainer(ResumableTrainer):
         raise UserError("predict: would return logits, which PerceTrainer never holds. Use trainer.evaluate(dataset).")
 
     # ---- what a run says of itself
-
-    def _track_num_input_tokens(self, inputs: Batch) -> None:
-        """Like transformers.Trainer's, but for "non_padding": that takes ends of turns for padding if both are one
-        token."""
-        if self.args.include_num_input_tokens_seen != "non_padding":
-            return super()._track_num_input_tokens(inputs)
-        self.state.num_input_tokens_seen += int(self.accelerator.reduce((inputs["uses"] > 0).sum(), "sum"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

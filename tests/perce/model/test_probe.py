@@ -3,13 +3,11 @@
 import pytest
 import torch
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from perce import UserError
 from perce.data.batch import collate, token_inputs
-from perce.model import probe
 from perce.model.probe import check_packing, check_sequences_apart, in_mode
 from tests.helpers.models import PACKABLE, PACKED, model_with
 from tests.helpers.tiny import tiny_model
@@ -88,32 +86,3 @@ def test_a_mode_for_a_while_leaves_each_module_as_it_was(training):
         assert {module.training for module in model.modules()} == {training}
     assert kept.training == training
     assert {module.training for module in model.modules() if module is not kept} == {not training}
-
-
-class Products(TorchDispatchMode):
-    """Records the operands of matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.operands = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.mm.default:
-            self.operands += [(x.dtype, x.device.type) for x in args]
-        return func(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize(
-    ("dtype", "device"), [(torch.float64, "cpu"), (torch.bfloat16, "cpu"), (torch.float32, "meta")]
-)
-def test_whether_casts_are_reused_does_not_depend_on_defaults(dtype, device):
-    """Autocast casts no weight that is in bf16, in fp64 or elsewhere, so the fault of torch 2.10 would not show."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device), Products() as products:
-            found = probe._reuses_casts_without_gradient()
-    finally:
-        torch.set_default_dtype(before)
-    assert found == probe.REUSES_CASTS_WITHOUT_GRADIENT
-    assert set(products.operands) == {(torch.bfloat16, "cpu")}

@@ -130,21 +130,6 @@ def test_a_loader_of_ours_has_the_trainers_options(tmp_path):
     assert loader.multiprocessing_context.get_start_method() == "spawn" and loader.persistent_workers
 
 
-BALANCED = TrainingArguments.__dataclass_fields__["train_sampling_strategy"].metadata["choices"][3:]  # not in 5.16
-
-
-def test_balanced_batches_follow_the_seed_or_are_refused_where_transformers_has_none(tmp_path):
-    def order(seed, name="data_seed"):
-        args = arguments(tmp_path, train_sampling_strategy="batch_rebalance", **{name: seed})
-        return [batch["example"].tolist() for batch in trainer_for(model_for("full"), args).get_train_dataloader()]
-
-    if BALANCED:
-        assert order(3) == order(3, "seed") != order(4), "the seed decides the order of balanced batches"
-    else:
-        with pytest.raises(UserError, match=r"train_sampling_strategy: expected one of random, sequential, got 'batch"):
-            order(3)
-
-
 WORKERS = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
 
 

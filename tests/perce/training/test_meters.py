@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from perce import LossConfig, MemoryConfig
+from perce import LossConfig
 from perce.model.passes import token_statistics
 from perce.objectives import Measured
 from perce.training.meters import Window
@@ -35,27 +35,6 @@ def test_statistics_are_logged_and_right(tmp_path):
     assert entry["tokens_per_second"] > 0 and entry["peak_memory_mib"] > 0
     assert trainer.tokens_seen == sum(len(pair["input_ids"]) for pair in PAIRS)
     assert 0 < trainer.estimation_clock.seconds() < trainer.training_seconds
-
-
-@pytest.mark.parametrize(
-    ("pairs", "persona_grad", "computed"),
-    [
-        (PAIRS, "full", sum(len(pair["input_ids"]) - 1 for pair in PAIRS)),
-        (PAIRS, "none", sum(len(pair["input_ids"]) - 1 for pair in PAIRS)),
-        (TALK, "full", len(TALK[-1]["input_ids"]) - 1),
-    ],
-    ids=["full", "none", "shared"],
-)
-def test_inputs_that_are_not_padding_are_counted_as_seen(tmp_path, pairs, persona_grad, computed):
-    """Ends of turns too, and once each if sequences share them; the last token of a sequence is no input."""
-    args = arguments(
-        tmp_path, max_steps=1, per_device_train_batch_size=20, include_num_input_tokens_seen="non_padding",
-        memory=MemoryConfig(persona_grad=persona_grad),
-    )  # fmt: skip
-    trainer = trainer_for(model_for("full"), args, pairs)
-    assert trainer.processing_class.pad_token_id == trainer.processing_class.eos_token_id
-    trainer.train()
-    assert trainer.state.num_input_tokens_seen == computed
 
 
 def test_a_window_is_on_its_device_from_the_start():
