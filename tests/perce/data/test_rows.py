@@ -92,6 +92,20 @@ def test_only_an_empty_list_says_that_there_is_no_persona(tmp_path):
     for lost in ({**GOOD, "persona": None}, {name: GOOD[name] for name in ("query", "response")}):
         text = error(tmp_path, GOOD, lost)
         assert "field 'persona': expected it in a row of format perce, [] if there is none, got only query" in text
+
+
+@pytest.mark.parametrize("lost", ["persona", "response"])
+def test_an_empty_field_is_named_in_the_first_row_too(tmp_path, lost):
+    """The names of its fields tell the format; but a row that lacks something does not decide it for the others."""
+    text = error(tmp_path, {**GOOD, lost: None}, GOOD)
+    assert f"data.jsonl:1: field '{lost}'" in text and "it in a row of format perce" in text and "--columns" not in text
+    cells = {"persona": "I bake.", "query": "Hi", "response": "Yo", lost: ""}
+    (tmp_path / "data.csv").write_text(f"{','.join(cells)}\n{','.join(cells.values())}\n")
+    with pytest.raises(UserError, match=rf"data\.csv:2: field '{lost}'"):
+        load_examples(tmp_path / "data.csv", "train")
+    other = {"persona": "I bake.", "prompt": "Hi", "completion": "Yo"}
+    rows = load(tmp_path, {**GOOD, lost: None}, other, skip_bad_rows=True)
+    assert (rows.format, rows.skipped, len(rows.all)) == ("prompt_completion", 1, 1)
     assert {x.user_id for x in load(tmp_path, {"personality": [], "history": ["Hi"], "candidates": ["Yo"]})} == {None}
 
 
