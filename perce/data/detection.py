@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from perce.data.formats import FIELDS, FORMATS, OPTIONAL, Format, system_message
@@ -102,14 +103,18 @@ def _lacks_something(row: Mapping[str, Any]) -> bool:
     return bool(OF_REVIEWS & row.keys()) or max(map(told, FORMATS.values())) > 1
 
 
-def detect_format(row: Mapping[str, Any], has_header: bool = False) -> str:
-    """has_header: the names come from the first line of a file, which may be a row."""
+def detect_format(row: Mapping[str, Any], has_header: bool = False, empty: Collection[str] = ()) -> str:
+    """has_header: the names come from the first line of a file, which may be a row. empty: fields without a value; they
+    tell the format if the others do not."""
     fits = [name for name in FORMATS if not missing_fields(name, row)]
     needs = {name: {*FORMATS[name].needs} for name in fits}
     fits = [name for name in fits if not any(needs[name] < needs[other] for other in fits)]
     if len(fits) > 1 and "text" in fits:
         fits.remove("text")
     if not fits or (fits == ["text"] and _lacks_something(row)):
+        if empty:
+            with contextlib.suppress(BadRow):
+                return detect_format({**row, **dict.fromkeys(empty)})
         raise UnknownShape(row, has_header)
     if len(fits) > 1:
         known = "; ".join(f"{name} ({', '.join(FORMATS[name].needs)})" for name in fits)

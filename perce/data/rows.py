@@ -203,7 +203,9 @@ class Examples:
                 self._check_columns()
             self.rows += 1
             try:
-                examples = self._examples_of(self._row_of(value), self._source.name + place)
+                row = self._row_of(value)
+                empty = [name for name, cell in value.items() if cell is None]
+                examples = self._examples_of(row, self._source.name + place, empty)
             except (BadRow, RecursionError) as error:
                 bad = error if isinstance(error, BadRow) else BadRow(None, "values nested less deeply", "deeper ones")
                 reason = f"{self._source.origin}{place}: {bad}"
@@ -271,18 +273,17 @@ class Examples:
             row = formats.with_marked_persona(row, *self._reading.persona_markers)
         return row
 
-    def _examples_of(self, row: dict[str, object], source: str) -> Sequence[Record]:
-        """The examples of a row in our names."""
-        if self.format == "auto":
-            has_header = self._source.name.lower().endswith(".csv")
-            # The first row decides for all: errors can then name the field.
-            self.format = detect_format(row, has_header)
-        entry = FORMATS[self.format]
-        if missing := missing_fields(self.format, row):
+    def _examples_of(self, row: dict[str, object], source: str, empty: Sequence[str]) -> Sequence[Record]:
+        """The examples of a row in our names. empty: its fields that have no value."""
+        if (format := self.format) == "auto":
+            format = detect_format(row, self._source.name.lower().endswith(".csv"), empty)
+        entry = FORMATS[format]
+        if missing := missing_fields(format, row):
             fields = missing[0].split("|")
             none = ", [] if there is none" if "persona" in fields else ""
             got = f"only {listed(row) or 'an empty row'}{renaming_hint(fields, row)}"
-            raise BadRow("' or '".join(fields), f"it in a row of format {self.format}{none}", got)
+            raise BadRow("' or '".join(fields), f"it in a row of format {format}{none}", got)
+        self.format = format  # the first row that has all fields decides for all: errors can then name the field
         if "personal_spans" in row and (self.format != "perce" or "response" not in row):
             raise BadRow("personal_spans", "it only with a field 'response' (format perce)", f"format {self.format}")
         user_id = self._user_of(row)

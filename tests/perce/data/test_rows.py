@@ -14,7 +14,10 @@ BAD = [
     ('{"persona": ', "expected one JSON object per line"),
     ("[1, 2]", "expected a JSON object, got list [1, 2]"),
     ({**GOOD, "response": " \n"}, "field 'response': expected a non-empty string, got str ' \\n'"),
-    ({**GOOD, "response": None}, "The nearest format is perce; missing: response or messages."),
+    (
+        {**GOOD, "response": None},
+        "field 'response' or 'messages': expected it in a row of format perce, got only persona, query",
+    ),
     ({**GOOD, "response": 7}, "field 'response': expected a non-empty string, got int 7"),
     ({**GOOD, "response": "a\ud83d"}, "field 'response': expected UTF-8 text"),
     ({"query": "q", "response": "r", "persoan": "p"}, "--columns persona=persoan\n"),
@@ -104,7 +107,8 @@ def test_an_empty_field_is_named_in_the_first_row_too(tmp_path, lost):
     with pytest.raises(UserError, match=rf"data\.csv:2: field '{lost}'"):
         load_examples(tmp_path / "data.csv", "train")
     other = {"persona": "I bake.", "prompt": "Hi", "completion": "Yo"}
-    rows = load(tmp_path, {**GOOD, lost: None}, other, skip_bad_rows=True)
+    path = jsonl(tmp_path / "data.jsonl", {**GOOD, lost: None}, other)
+    rows = load_examples(path, "train", skip_bad_rows=True)
     assert (rows.format, rows.skipped, len(rows.all)) == ("prompt_completion", 1, 1)
     assert {x.user_id for x in load(tmp_path, {"personality": [], "history": ["Hi"], "candidates": ["Yo"]})} == {None}
 
