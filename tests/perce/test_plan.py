@@ -66,7 +66,7 @@ def test_a_conversation_is_told(run, tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "variants", lambda *given: [each for each in own(*given) if each[0] == "--share none"])
     flags = "--replies 3 --per_device_train_batch_size 6 --device cpu --precision fp32 --branches --json".split()
     out = run(*flags, tmp_path / "plan.json").out
-    assert "1 forwards of 6 replies in 2 × 96 tokens (24 persona, 3 replies of 8 query, 16 response" in " ".join(
+    assert "1 forward of 6 replies in 2 × 96 tokens (24 persona, 3 replies of 8 query, 16 response" in " ".join(
         out.split()
     )
     assert "250 are computed" in " ".join(out.split())

@@ -198,7 +198,7 @@ def test_metrics_of_other_tokens_are_not_compared_and_named(printed, place):
 
 def test_other_facts_that_differ_are_named_by_result(printed):
     a, b = side(a0=records(), a1=records()), side(b0=records())
-    a["a1"]["run"] |= {"seed": 7, "weights": "another", "batch_size": 1}
+    a["a1"]["run"] |= {"seed": 7, "weights": "another", "batch_size": 1, "streaming": True}
     b["b0"]["run"] |= {"weights": "a third"}
     assert compare(a, b)["settings"] == {"seed": {"a0": 42, "a1": 7, "b0": 42}}
     assert "not only the model differs: seed is 42 in a0, b0 and 7 in a1" in printed(a, b)
