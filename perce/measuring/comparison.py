@@ -33,7 +33,8 @@ Side = Mapping[str, Mapping[str, Any]]
 """Results by name."""
 ByKey = Mapping[str, Mapping[str, Any]]
 """The records of a result by their keys."""
-NOT_SETTINGS = ("model", "weights", "batch_size", "share")  # facts of a run that two results may have different
+# Facts of a run that two results may have different.
+NOT_SETTINGS = ("model", "weights", "batch_size", "share", "streaming")
 
 
 def read_result(option: str, path: str) -> dict[str, Any]:

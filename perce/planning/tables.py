@@ -81,8 +81,8 @@ def _header(plan: Plan) -> list[str]:
     return [
         f"model  {name}: {counts.parameters / 1e6:,.1f} M parameters, "
         f"{counts.trained / 1e6:,.1f} M trained ({method}), {plan.precision} arithmetic",
-        f"step   {step.forwards} forwards of {batch} ({tokens}), {step.objective} objective{estimate}, "
-        f"activation checkpointing {'on' if step.activation_checkpointing else 'off'}{settings}",
+        f"step   {step.forwards} forward{'s' * (step.forwards > 1)} of {batch} ({tokens}), {step.objective} "
+        f"objective{estimate}, activation checkpointing {'on' if step.activation_checkpointing else 'off'}{settings}",
         f"device {plan.device}{f' × {step.devices}, sharding {step.sharding}' if step.devices > 1 else ''}"
         f"{'' if backend == 'auto' else f', backend {backend}'}",
     ]
