@@ -36,12 +36,13 @@ help:
 setup: $(STAMP)
 
 # Whether .venv is complete is tested by pip, not python: an interrupted `venv` leaves an interpreter without pip.
-# pip would compile the modules on one core. Some packages have files that no Python compiles, such as templates.
+# pip would compile the modules on one core, and those of the packages' own tests too. Some packages have files that no
+# Python compiles, such as templates.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -e '.[test]' -c constraints.txt
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true
 	@touch $@
 
 train: $(STAMP)
