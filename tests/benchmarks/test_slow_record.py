@@ -70,6 +70,7 @@ def run(directory: Path, **files: str) -> tuple[int, dict]:
     return child.returncode, json.loads(record.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_each_outcome_is_recorded_with_its_reason_and_numbers(tmp_path):
     status, record = run(tmp_path, kinds=OF_EVERY_KIND, unreadable="import no_such_module")
     assert status == 1

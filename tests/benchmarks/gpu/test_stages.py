@@ -97,6 +97,7 @@ def test_what_runs_on_the_device_is_counted_and_summed(monkeypatch):
 
 
 @on_cpu
+@pytest.mark.slow
 def test_budgets_change_the_drivers_cut_and_are_put_back(monkeypatch):
     asked = []
     largest = cut.cut_of
@@ -173,8 +174,9 @@ def ignoring_interrupts():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ignoring_interrupts")
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_tests_are_interrupted_and_still_sum_up(tmp_path, monkeypatch, capfd, workers):
     if workers and importlib.util.find_spec("xdist") is None:
         pytest.skip("pytest-xdist is not installed")

@@ -47,6 +47,7 @@ def test_a_partial_line_is_written_and_measured_again(results):
     assert saved(results)["lines"]["a/race"] == {"value": 1}, "by the second process, which knew of the lost peer"
 
 
+@pytest.mark.slow
 def test_the_end_of_the_time_keeps_what_there_is(results):
     stages = [
         [stage("a", ("is", "a/1"), ("hangs", "a/2"), until=2.5, patience=60)],

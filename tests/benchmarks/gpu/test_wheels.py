@@ -78,6 +78,7 @@ def test_damaged_and_missing_files_are_named_and_the_others_installed(tmp_path, 
     assert not (site / "large.py").exists()
 
 
+@pytest.mark.slow
 def test_a_wheel_for_another_python_is_left_out(tmp_path):
     found = [tiny_wheel(tmp_path, "good"), tiny_wheel(tmp_path, "bad", "cp27-cp27m-win32")]
     (problem,) = wheels.unpack(tmp_path / "site-packages", wheels.fill(tmp_path / "wheels", "b", found))

@@ -206,6 +206,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_no_process_is_left_when_the_one_that_reads_is_killed(tmp_path):
     with (tmp_path / "out").open("w") as out:  # not a pipe: children that are left would keep it open
         subprocess.run([sys.executable, "-c", KILLED], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)

@@ -145,6 +145,7 @@ def planned(config, memory, device="cpu", **changes):
     return Costs(config, device).of(PlanOptions(FULL, replace(SHORT, **changes), memory))
 
 
+@pytest.mark.slow
 def test_what_grows_with_a_detached_persona_is_keys_and_values(monkeypatch):
     """In one layer at a time there are also the tensors that sdpa makes from them and from a mask."""
     monkeypatch.setattr("perce.model.prefill.PREFILL_CHUNK", 32)  # else the mask dominates

@@ -44,6 +44,7 @@ def test_largest_context_is_maximal():
     assert largest_context(config, options(gpu_memory="100TB"), costs) == 8192
 
 
+@pytest.mark.slow
 def test_a_model_is_counted_once_for_all_its_steps(monkeypatch, tmp_path):
     """It is built whole for that, which takes about as long as the rehearsal of a step."""
     tiny_model("llama").config.save_pretrained(tmp_path)
