@@ -9,10 +9,7 @@ from perce import LossConfig
 from perce.model.passes import token_statistics
 from perce.objectives import Measured
 from perce.training.meters import Window
-from tests.helpers.replies import conversation
 from tests.helpers.trainers import LOSS, PAIRS, arguments, logged, model_for, trainer_for
-
-TALK = conversation(4)  # each reply's sequence begins with those of the earlier ones
 
 
 def test_statistics_are_logged_and_right(tmp_path):
