@@ -203,9 +203,7 @@ class Examples:
                 self._check_columns()
             self.rows += 1
             try:
-                row = self._row_of(value)
-                empty = [name for name, cell in value.items() if cell is None]
-                examples = self._examples_of(row, self._source.name + place, empty)
+                examples = self._examples_of(self._row_of(value), self._source.name + place, value)
             except (BadRow, RecursionError) as error:
                 bad = error if isinstance(error, BadRow) else BadRow(None, "values nested less deeply", "deeper ones")
                 reason = f"{self._source.origin}{place}: {bad}"
@@ -273,9 +271,10 @@ class Examples:
             row = formats.with_marked_persona(row, *self._reading.persona_markers)
         return row
 
-    def _examples_of(self, row: dict[str, object], source: str, empty: Sequence[str]) -> Sequence[Record]:
-        """The examples of a row in our names. empty: its fields that have no value."""
+    def _examples_of(self, row: dict[str, object], source: str, given: Mapping[str, object]) -> Sequence[Record]:
+        """The examples of a row in our names. given: the row as it was read, with fields that have no value."""
         if (format := self.format) == "auto":
+            empty = [name for name, cell in given.items() if cell is None]
             format = detect_format(row, self._source.name.lower().endswith(".csv"), empty)
         entry = FORMATS[format]
         if missing := missing_fields(format, row):
