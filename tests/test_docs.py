@@ -33,6 +33,7 @@ NOT_RUN = {
     ".ci/run": "it is make check and make test",
     "benchmarks.study --config": "takes hours; tests/benchmarks/test_study.py runs it small",
     "benchmarks.study_report": "writes docs/RESULTS.md; tests/benchmarks/test_study.py runs it in another directory",
+    "transformers serve": "what it imports besides transformers is not installed",
     "vllm serve": "vLLM is not installed",
     "swift sft": "ms-swift is not installed",
     "recipes/several_gpus_fsdp2.yaml": "FSDP needs GPUs",

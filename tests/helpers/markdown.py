@@ -18,7 +18,7 @@ HISTORY = {"docs/LOG.md", "CHANGELOG.md"}
 SHELL = {"bash", "sh", "shell", "console"}
 PROGRAMS = set(
     ".ci/run accelerate cd curl docker export git hf llama-server make mkdir ollama perce pip pytest python python3 "
-    "swift torchrun uv vllm".split()
+    "swift torchrun transformers uv vllm".split()
 )
 """What the first line of an indented block begins with if the block is commands."""
 _ASSIGNMENTS = re.compile(r"^(?:\w+=\S+\s+)*")

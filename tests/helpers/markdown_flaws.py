@@ -142,7 +142,7 @@ def flaw_of(command: str, whole: bool = True) -> str | None:
     if program == "make":
         return flaw_of_make(argv)
     if program == "pip" and argv[0] == "install":
-        wanted = re.findall(r"\[([\w,]+)\]", " ".join(argv))
+        wanted = re.findall(r"(?:^|[ /])(?:\.|perce)\[([\w,]+)\]", " ".join(argv))
         extras = {name for names in wanted for name in names.split(",")}
         absent = [name for name in extras if not re.search(rf"^{name} = \[", read("pyproject.toml"), re.MULTILINE)]
         return f"pyproject.toml has no extra {absent[0]}" if absent else None
