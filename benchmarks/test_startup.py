@@ -1,5 +1,6 @@
-"""What the checks before training take, compared with a training step of the same model: seconds, by check, with a model
-of SmolLM2-135M's shape and two pairs (in one way a conversation).
+"""What the checks before training take, by check, compared with a training step.
+
+The model has SmolLM2-135M's shape; there are two pairs, in one way those of a conversation.
 
 Checks and steps take turns, and the fastest of each counts, because other programs on the machine only add time.
 """
