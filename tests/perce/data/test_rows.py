@@ -95,6 +95,7 @@ def test_only_an_empty_list_says_that_there_is_no_persona(tmp_path):
     for lost in ({**GOOD, "persona": None}, {name: GOOD[name] for name in ("query", "response")}):
         text = error(tmp_path, GOOD, lost)
         assert "field 'persona': expected it in a row of format perce, [] if there is none, got only query" in text
+    assert {x.user_id for x in load(tmp_path, {"personality": [], "history": ["Hi"], "candidates": ["Yo"]})} == {None}
 
 
 @pytest.mark.parametrize("lost", ["persona", "response"])
@@ -110,7 +111,21 @@ def test_an_empty_field_is_named_in_the_first_row_too(tmp_path, lost):
     path = jsonl(tmp_path / "data.jsonl", {**GOOD, lost: None}, other)
     rows = load_examples(path, "train", skip_bad_rows=True)
     assert (rows.format, rows.skipped, len(rows.all)) == ("prompt_completion", 1, 1)
-    assert {x.user_id for x in load(tmp_path, {"personality": [], "history": ["Hi"], "candidates": ["Yo"]})} == {None}
+
+
+@pytest.mark.parametrize("empty", [("query", "response"), ("persona", "query", "response")])
+def test_a_row_with_empty_fields_and_a_text_is_no_document(tmp_path, empty):
+    """Or all rows would be learnt as documents, without their personas and replies."""
+    rows = {"text": "A page.", **GOOD, **dict.fromkeys(empty)}, {"text": "A page.", **GOOD}
+    assert f"data.jsonl:1: field '{empty[0]}'" in error(tmp_path, *rows)
+    path = jsonl(tmp_path / "data.jsonl", *rows)
+    assert load_examples(path, "train", skip_bad_rows=True).format == "perce"
+    assert load_examples(path, "train", format="text").format == "text"
+
+
+def test_empty_fields_of_several_formats_are_told(tmp_path):
+    row = {"persona": "p", **dict.fromkeys(("query", "response", "prompt", "completion"))}
+    assert "choose it with --format: perce" in error(tmp_path, row)
 
 
 def test_once_the_format_is_known_the_missing_field_is_named(tmp_path):
