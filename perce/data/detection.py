@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
 import shlex
@@ -111,10 +110,10 @@ def detect_format(row: Mapping[str, Any], has_header: bool = False, empty: Colle
     fits = [name for name in fits if not any(needs[name] < needs[other] for other in fits)]
     if len(fits) > 1 and "text" in fits:
         fits.remove("text")
-    if not fits or (fits == ["text"] and _lacks_something(row)):
+    named = {**row, **dict.fromkeys(empty)}
+    if not fits or (fits == ["text"] and _lacks_something(named)):
         if empty:
-            with contextlib.suppress(BadRow):
-                return detect_format({**row, **dict.fromkeys(empty)})
+            return detect_format(named, has_header)
         raise UnknownShape(row, has_header)
     if len(fits) > 1:
         known = "; ".join(f"{name} ({', '.join(FORMATS[name].needs)})" for name in fits)

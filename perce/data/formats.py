@@ -139,7 +139,7 @@ LISTS = tuple(dict.fromkeys(name for entry in FORMATS.values() for name in entry
 
 def system_message(row: Row) -> tuple[str, object] | None:
     """(name of its field, text) of a row's system message; None if the row has none."""
-    if row.get("system", "") != "":
+    if row.get("system") not in (None, ""):
         return "system", row["system"]
     for field in ("messages", "conversations", "prompt"):
         if isinstance(messages := row.get(field), list | dict) and messages:

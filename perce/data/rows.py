@@ -157,7 +157,7 @@ class Examples:
     By default `load_examples` has read and checked every row, and `.all` is in memory.
     With `streaming=True` each `iter()` is a fresh pass over the data, and raises when it comes to a bad row.
 
-    format: the format's name; "auto" until the first row has been read.
+    format: the format's name; "auto" until a row with all of its fields has been read.
     rows: how many rows the latest pass has read, including those that were left out.
     skipped, reasons: rows left out by skip_bad_rows in the latest pass, and the first few reasons ("FILE:LINE: ...").
     weightless: replies left out because their weight is 0.
