@@ -128,6 +128,16 @@ def test_what_is_of_no_split_is_known(tmp_path):
     assert load_examples(tmp_path / "splits.json", "validation").unread == ("foo",)
 
 
+def test_splits_are_named_if_none_has_a_name_that_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list([GOOD])
+    datasets.DatasetDict({"train_sft": table, "test_sft": table}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "splits.json").write_text(json.dumps({"train": [], "train_sft": [GOOD], "test_sft": [GOOD]}))
+    for data in ("saved", "splits.json"):
+        with pytest.raises(UserError, match=rf"{data}: expected a split named train; .*, got train_sft, test_sft\."):
+            available_splits(tmp_path / data)
+
+
 def test_lamp_questions_and_outputs(tmp_path):
     question = {name: LAMP[name] for name in ("id", "input", "profile")}
     for name in ("train_questions", "dev_questions", "test_questions"):
