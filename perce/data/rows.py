@@ -30,7 +30,7 @@ from perce.data.formats import FORMATS
 from perce.data.joins import Lookup
 from perce.data.literals import parse_list
 from perce.data.readers import BadRow
-from perce.data.sources import SPLITS, Source, open_data
+from perce.data.sources import NAMES, SPLITS, Source, open_data
 from perce.errors import UserError
 from perce.visible import listed, progress
 
@@ -362,8 +362,7 @@ def load_examples(
 
 def not_read(unread: Collection[str]) -> list[str]:
     """A note on files, or parts of a file, that look like data and are read for no split."""
-    names = "; ".join(", ".join(aliases) for aliases in SPLITS.values())
-    told = f"not read: {listed(sorted(unread))} (the names of splits are {names}; one of each is read)"
+    told = f"not read: {listed(sorted(unread))} (the names of splits are {NAMES}; one of each is read)"
     return [told] * bool(unread)
 
 

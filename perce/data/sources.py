@@ -32,9 +32,10 @@ from perce.data.readers import (
 from perce.errors import UserError, first_line, in_one_line
 from perce.files.network import hub_failure
 from perce.files.paths import check_path, did_you_mean
-from perce.visible import shortened
+from perce.visible import listed, shortened
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+NAMES = "; ".join(", ".join(aliases) for aliases in SPLITS.values())
 _SPLIT = re.compile(rf'\s*\{{\s*"({"|".join(chain(*SPLITS.values()))})"\s*:\s*\[')
 READERS = {".jsonl": json_lines, ".json": json_file, ".parquet": parquet_rows, ".csv": csv_rows}
 SUFFIXES = tuple(READERS)
@@ -110,9 +111,11 @@ def _only_train(source: Source) -> dict[str, Source]:
 
 
 def _in_order(origin: object, names: Collection[str], first: bool = False) -> dict[str, str]:
-    """{our split: its name in the data} from the names in the data, which vary ("val", "dev"). UserError for several
-    names of a split, unless the first counts."""
+    """{our split: its name in the data} from the names in the data, which vary ("val", "dev"). UserError for names that
+    are of no split, and for several of one, unless the first counts."""
     found = {split: [alias for alias in aliases if alias in names] for split, aliases in SPLITS.items()}
+    if names and not any(found.values()):
+        raise UserError(f"{origin}: expected a split named {NAMES}, got {listed(names)}.")
     for split, several in found.items():
         if len(several) > 1 and not first:
             raise UserError(f"{origin}: {', '.join(several)} are all names of the {split} split; keep one of them.")
