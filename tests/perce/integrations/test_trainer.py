@@ -199,11 +199,29 @@ def test_a_compute_loss_in_the_class_of_the_mixin_is_told_where_to_stand(tmp_pat
         trainer_for(tmp_path, kind=Ours, loss=LossConfig(objective=objective)).train()
 
 
-def test_a_mixin_behind_the_trainer_is_refused_when_the_class_is_made():
-    with pytest.raises(
-        UserError, match=r"^Late: expected PerceMixin before Seq2SeqTrainer: class Late\(PerceMixin, Seq"
-    ):
-        type("Late", (Seq2SeqTrainer, PerceMixin), {})
+class Beside:
+    pass
+
+
+class Mixed(PerceMixin):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("bases", "expected"),
+    [
+        ((Seq2SeqTrainer, PerceMixin), "PerceMixin, Seq2SeqTrainer"),
+        ((Beside, Trainer, PerceMixin), "PerceMixin, Beside, Trainer"),
+        ((Trainer, Mixed), "Mixed, Trainer"),
+        # The Trainer would stand between PerceMixin and its base, which loads the weights of checkpoints.
+        ((Seq2SeqTrainer, PerceMixin, Trainer), "PerceMixin, Seq2SeqTrainer, Trainer"),
+    ],
+)
+def test_a_mixin_behind_the_trainer_is_refused_when_the_class_is_made(bases, expected):
+    with pytest.raises(UserError, match=rf"^Late: expected PerceMixin before the Trainer: class Late\({expected}\)\.$"):
+        type("Late", bases, {})
+    by_name = {base.__name__: base for base in bases}
+    type("InTime", tuple(by_name[name] for name in expected.split(", ")), {})
 
 
 def test_a_compute_loss_that_calls_another_model_than_it_is_given_is_told_so(tmp_path):
