@@ -88,11 +88,11 @@ class PerceMixin(WeightsOfCheckpoints):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if Trainer in (order := cls.__mro__) and order.index(Trainer) < order.index(PerceMixin):
-            first = cls.__bases__[0].__name__  # its methods would be called, and none of PerceMixin's
-            raise UserError(
-                f"{cls.__name__}: expected PerceMixin before {first}: class {cls.__name__}(PerceMixin, {first})."
-            )
+        order = cls.__mro__  # the Trainer's methods would be called, and none of PerceMixin's or of its base
+        if Trainer in order and order.index(Trainer) < order.index(WeightsOfCheckpoints):
+            bases = sorted(cls.__bases__, key=lambda base: not issubclass(base, PerceMixin))
+            right = ", ".join(base.__name__ for base in bases)
+            raise UserError(f"{cls.__name__}: expected PerceMixin before the Trainer: class {cls.__name__}({right}).")
 
     def __init__(self, *args: Any, loss: LossConfig | None = None, backend: str = "auto", **kwargs: Any):
         require(loss is None or isinstance(loss, LossConfig), "loss", "a perce.LossConfig", loss)
