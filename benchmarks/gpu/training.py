@@ -74,7 +74,7 @@ LAUNCHER = {"ddp": ("torch.distributed.run", "--nproc_per_node", "1", "--master_
 """By run: the launcher of its command. Even one process forms a process group, by NCCL on a GPU."""
 MODEL = "PERCE_TINY_MODEL"
 """Environment variable: directory of the model that came with the wheels; without it, one is made here."""
-THREADS = str(max(1, (os.cpu_count() or 1) // 4))  # of each run: several share the cores
+THREADS = str(min(4, max(1, (os.cpu_count() or 1) // 4)))  # of each run: several share the cores
 ABORTION = 2.0  # seconds that runs get to print their stacks
 LOSS_DIFFERENCE, PIR_DIFFERENCE = 0.005, 0.003
 """Allowed differences in the first step: relative, and in nats. The model's mean PIR is 0.018, so losing it shows."""
