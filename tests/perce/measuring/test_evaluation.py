@@ -296,10 +296,10 @@ def test_a_reply_uses_the_words_of_the_persona_or_of_anothers():
 
 
 def test_a_metric_may_return_a_number_of_numpy_or_torch_or_none():
-    found = {"a": np.float32(0.5), "b": torch.tensor(0.5), "c": None}
+    found = {"a": np.float32(0.5), "b": torch.tensor(0.5), "c": None, "d": np.float64("nan")}
     evaluator = object.__new__(Evaluator)
     evaluator.scorers = {name: lambda said, reference, value=value: value for name, value in found.items()}
     (example,) = demo_examples(1)
     item = Item(0, "0", example, make_builder(tiny_tokenizer(), DataConfig(), "perce").build(example), None)
     scores = evaluator.scores(item, Written("Hello.", False))
-    assert json.loads(json.dumps([scores[name] for name in "abc"])) == [0.5, 0.5, None]
+    assert json.loads(json.dumps([scores[name] for name in "abcd"])) == [0.5, 0.5, None, None]
