@@ -16,6 +16,7 @@ conversation (data.words.personal_word_spans: quoted facts; no paraphrase, no st
 import contextlib
 import hashlib
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
@@ -354,7 +355,9 @@ class Evaluator:
         of_reference: dict[str, Any] = {"reference_uses_persona": uses(example.response, persona)}
         of_reference |= {"reference_words": len(WORD.findall(example.response))}
         scored = {name: score(said, example.response) for name, score in self.scorers.items()}
-        of_reference |= {name: None if value is None else float(value) for name, value in scored.items()}
+        of_reference |= {
+            name: None if value is None or math.isnan(value) else float(value) for name, value in scored.items()
+        }
         of_reply: dict[str, Any] = {"is_cut": reply.is_cut, "reply_words": len(WORD.findall(said))}
         of_reply |= {"uses_persona": uses(said, persona), "uses_another": uses(said, item.others)}
         return {

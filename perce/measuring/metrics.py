@@ -121,7 +121,7 @@ def _find_wordnet() -> Any:
 
 
 Scorer = Callable[[str, str], float | None]
-"""(generated reply, what the user wrote) → a number; None if this reply has none."""
+"""(generated reply, what the user wrote) → a number; None or NaN if this reply has none."""
 
 
 class ReplyMetric(NamedTuple):
