@@ -256,12 +256,20 @@ def test_a_compute_loss_that_hands_on_part_of_the_batch_is_told_so(tmp_path):
         trainer_for(tmp_path, kind=Ours).train()
 
 
-def test_a_compute_loss_that_calls_the_model_with_part_of_the_batch_is_told_so(tmp_path):
+@pytest.mark.parametrize(
+    ("call", "got"),
+    [
+        (lambda model, inputs: model(input_ids=inputs["input_ids"], labels=inputs["labels"]), "input_ids, labels"),
+        (lambda model, inputs: model(inputs["input_ids"]), "one without a name"),
+        (lambda model, inputs: model(inputs.pop("input_ids"), **inputs), "one without a name, labels"),
+    ],
+)
+def test_a_compute_loss_that_calls_the_model_with_part_of_the_batch_is_told_so(tmp_path, call, got):
     class Picks(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+            return call(model, inputs).loss
 
-    with pytest.raises(UserError, match=r"^compute_loss: expected .*\*\*inputs.*, got input_ids, labels"):
+    with pytest.raises(UserError, match=rf"^compute_loss: expected .*\*\*inputs.*, got {got}"):
         trainer_for(tmp_path, kind=type("Ours", (PerceMixin, Picks), {})).train()
 
 
