@@ -142,10 +142,10 @@ class PerceMixin(WeightsOfCheckpoints):
             kwargs["num_items_in_batch"] = self._count  # a subclass did not hand it on
         return super().compute_loss(partial(self._both_passes, model), inputs, *args, **kwargs)
 
-    def _both_passes(self, model: nn.Module, num_items_in_batch: Any = None, **inputs: Any) -> TokenOutput:
+    def _both_passes(self, model: nn.Module, *args: Any, num_items_in_batch: Any = None, **inputs: Any) -> TokenOutput:
         """Called in place of the model's own forward."""
-        if "rows_cf" not in inputs:
-            names = listed(sorted(inputs))
+        if args or "rows_cf" not in inputs:
+            names = listed(["one without a name"] * len(args) + sorted(inputs))
             raise UserError(
                 f"compute_loss: expected model(**inputs) with all fields of a PersonaCollator's batch, got {names}. A "
                 "compute_loss has left out others, or the data_collator is another one."
