@@ -272,6 +272,14 @@ def test_a_persona_between_markers(tmp_path, row, field):
     assert own.persona == ("P",) and own.turns[0].content == MARKED
 
 
+def test_a_row_has_a_persona_or_a_profile(tmp_path):
+    """The profile was left out without a word."""
+    row = {"profile": "P", "instruction": "Hi", "output": "Hello!"}
+    marked = error(tmp_path, {**row, "system": MARKED}, persona_markers=("<p>", "</p>"))
+    for text in (marked, error(tmp_path, {**row, "persona": "Q"})):
+        assert "field 'profile': expected either 'persona' or 'profile', got both" in text
+
+
 def test_the_option_of_the_markers(tmp_path):
     said = [{"role": "system", "content": "About: I bake."}, *TALK[:2]]
     path = jsonl(tmp_path / "data.jsonl", {"messages": said}, {"messages": [said[0], *TALK[2:]]})
