@@ -101,6 +101,8 @@ def _maybe(row: Row, field: str) -> list[Any]:
 
 
 def parse_alpaca(row: Row) -> Iterator[Reply]:
+    if "persona" in row and "profile" in row:
+        raise BadRow("profile", "either 'persona' or 'profile'", "both")
     known = "persona" if "persona" in row else "profile"
     turns, persona = list[Turn](), parse_persona(row[known], known)
     for i, pair in enumerate(_maybe(row, "history")):
