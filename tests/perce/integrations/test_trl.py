@@ -329,10 +329,6 @@ IMAGE = {"images": [[]], "prompt": SAID[:1], "completion": SAID[1:]}
         ([{"persona": "A.", "messages": []}], {}, "train row 1: expected messages, got none"),
         ([{"persona": "A.", "messages": [{"content": "U"}]}], {}, "row 1: expected messages with role and content"),
         ([{"input_ids": [1, 2, 3]}], {"dataset_kwargs": {"skip_prepare_dataset": True}}, "labels: expected -101 at"),
-        (None, {"objective": "longce"}, "objective: expected one for personas"),
-        (None, {"objective": "random"}, "objective: expected one for personas"),
-        (None, {"objective": "wordmatch"}, "objective: expected one for personas"),
-        (None, {"objective": "perse"}, "perse"),
         (None, {"clip_min": 3.0, "clip_max": 2.0}, "clip_min, clip_max"),
         (None, {"prompt": {"sytem": "x"}}, "prompt: expected keys among system"),
         (None, {"label_smoothing_factor": 0.1}, "label_smoothing_factor: the PerCE loss has no label smoothing"),
@@ -343,6 +339,13 @@ IMAGE = {"images": [[]], "prompt": SAID[:1], "completion": SAID[1:]}
 def test_what_cannot_be_is_refused_by_name(tmp_path, rows, options, message):
     with pytest.raises(ValueError, match=message):
         trainer_for(tmp_path, rows or rows_of("completion", 4), **options).train()
+
+
+@pytest.mark.parametrize("objective", ["longce", "random", "wordmatch", "perse"])
+def test_an_objective_that_the_trainer_would_refuse_is_refused_where_it_is_given(tmp_path, objective):
+    taken = "perce, ce, lossce, entce, dft, nextquill"
+    with pytest.raises(UserError, match=rf"^objective: expected one for personas .* \({taken}\), got '{objective}'"):
+        config_for(tmp_path, objective=objective)
 
 
 def test_arguments_of_the_trainer_are_refused_by_name(tmp_path):
