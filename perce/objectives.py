@@ -221,3 +221,13 @@ _ENTRIES = (
               clip=(0.8, 5.0), takes=(PERSONAS,)),
 )  # fmt: skip
 OBJECTIVES = {objective.name: objective for objective in _ENTRIES}
+
+
+def in_one_pass() -> list[str]:
+    """The names of the objectives whose weights, of rows with a persona, come from the predictions of a single forward
+    pass: all that the trainers of other libraries give."""
+
+    def fits(entry: Objective) -> bool:
+        return PERSONAS in entry.takes and not entry.over_step and "personal" not in entry.weighting().needs
+
+    return [name for name, entry in OBJECTIVES.items() if fits(entry)]

@@ -21,6 +21,8 @@ from perce.data.template import has_system_role, on_one_day
 from perce.data.twice import Twice
 from perce.errors import UserError, installed
 from perce.integrations.trainer import PerceMixin
+from perce.objectives import in_one_pass
+from perce.training.checks import check_in_one_pass
 
 with installed("trl"):
     from trl import SFTConfig, SFTTrainer
@@ -33,7 +35,7 @@ class PerceSFTConfig(SFTConfig):
     """trl.SFTConfig with some options of perce.train. UserError for options that would cut the persona off."""
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "prompt"]  # noqa: RUF012
-    objective: str = option("perce", "how tokens are weighted: perce, ce, lossce, entce, dft, nextquill")
+    objective: str = option("perce", f"how tokens are weighted: {', '.join(in_one_pass())}")
     clip_min: float | None = option(None, "smallest weight of a token; default: the objective's own")
     clip_max: float | None = option(None, "largest weight of a token; default: the objective's own")
     contrast: str | None = option(None, "clip PIR (log) or exp(PIR) (ratio); default: the objective's own")
@@ -56,6 +58,7 @@ class PerceSFTConfig(SFTConfig):
     @property
     def loss(self) -> LossConfig:
         """The loss of these options, as they are now."""
+        check_in_one_pass(self.objective)
         names = ("objective", "clip_min", "clip_max", "contrast")
         return LossConfig(**{name: getattr(self, name) for name in names})
 

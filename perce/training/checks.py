@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
+from perce.config.options import require
 from perce.config.schema import LossConfig, MemoryConfig
 from perce.data.marked import PersonaCollator, collate_pairs
 from perce.errors import UserError
@@ -22,7 +23,7 @@ from perce.model.noise import adapter_noise
 from perce.model.probe import check_packing, check_sequences_apart
 from perce.model.reach import without_gradient
 from perce.model.trial import SHARED, Manner, check_step
-from perce.objectives import PERSONAS
+from perce.objectives import in_one_pass
 from perce.training.arguments import PerceArguments, settle_checkpointing
 from perce.training.best import check_direction, check_schedule, metric_of
 from perce.training.idle import OF_THE_TRAINERS_LOADER, changed, refuse_fields
@@ -74,14 +75,17 @@ def check_weights_of(kwargs: Mapping[str, Any]) -> None:
             )
 
 
+def check_in_one_pass(objective: str) -> None:
+    """UserError for an objective whose weights need more than one forward pass, which is all that other trainers
+    give."""
+    names = in_one_pass()
+    expected = "one for personas whose weights come from the predictions of a single forward pass"
+    require(objective in names, "objective", f"{expected} ({', '.join(names)})", objective)
+
+
 def check_online(loss: LossConfig) -> None:
-    """UserError for token weights that need more than one forward pass, which is all that other trainers give."""
-    entry = loss.entry
-    if PERSONAS not in entry.takes or entry.over_step or "personal" in entry.weighting().needs:
-        raise UserError(
-            "objective: expected one for personas whose weights come from the predictions of a single forward pass, "
-            f"got {loss.objective}."
-        )
+    """UserError for token weights that other trainers cannot have."""
+    check_in_one_pass(loss.objective)
     for name, only in (("estimate", "online"), ("normalize", "none")):
         if getattr(loss, name) != only:
             raise UserError(f"{name}: expected {only}, got {getattr(loss, name)}. perce.PerceTrainer has the others.")
