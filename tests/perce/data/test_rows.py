@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from perce import UserError, load_examples
+from perce.data.fields import Turn
+from perce.data.formats import FORMATS, Format
+from perce.data.parsers import Reply
 from perce.data.rows import Examples, available_splits
 from tests.helpers.raw_rows import CONVAI2, GOOD, LAMP, SPC, TALK, documented, error, jsonl, load
 
@@ -131,6 +134,27 @@ def test_empty_fields_of_several_formats_are_told(tmp_path):
 def test_once_the_format_is_known_the_missing_field_is_named(tmp_path):
     text = error(tmp_path, GOOD, {"persona": "p", "query": "q", "respnse": "r"})
     assert "data.jsonl:2: field 'response' or 'messages'" in text and "did you mean 'response' by 'respnse'" in text
+
+
+def unpack(row):
+    yield Reply(("p",), (Turn("user", "q"),), row["reply"]["text"])
+
+
+PARSERS = [
+    (unpack, "string indices must be integers"),
+    (lambda row: None, "'NoneType' object is not iterable"),  # a yield was forgotten
+    (lambda row: [Reply("p", (Turn("user", "q"),), "r")], "persona: expected a tuple of texts, got str 'p'"),
+]
+
+
+@pytest.mark.parametrize(("parser", "said"), PARSERS)
+def test_a_parser_that_fails_is_named_with_the_row(tmp_path, monkeypatch, parser, said):
+    """It is no row that can be skipped, and the error below the message shows the line of the parser."""
+    monkeypatch.setitem(FORMATS, "forum", Format("a forum", ("post", "reply"), parser))
+    path = jsonl(tmp_path / "posts.jsonl", {"post": "Who?", "reply": "Me."})
+    with pytest.raises(RuntimeError, match=rf"posts\.jsonl:1: .* format forum \(TypeError: {said}") as caught:
+        load_examples(path, "train", skip_bad_rows=True)
+    assert type(caught.value.__cause__) is TypeError
 
 
 def test_skipped_rows_are_counted_and_the_first_reasons_kept(tmp_path):
