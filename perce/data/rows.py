@@ -212,6 +212,11 @@ class Examples:
                 self.skipped, lines = self.skipped + 1, lines or bad.lines
                 self.reasons += [reason] if len(self.reasons) < KEPT_REASONS else []
                 continue
+            except UserError:
+                raise
+            except Exception as error:  # of a parser, whose author needs its line too
+                what = f"{self._source.origin}{place}: cannot be read as format {self.format}"
+                raise RuntimeError(f"{what} ({type(error).__name__}: {error}).") from error
             for example in examples:
                 yield example
                 count += 1
@@ -288,6 +293,9 @@ class Examples:
         user_id = self._user_of(row)
         weight, marked = weight_of(row.get("weight"), "weight"), row.get("personal_spans")
         replies = [*entry.parse(entry.join(self._lookup, row) if entry.join else row)]
+        for reply in replies:
+            if not isinstance(reply.persona, tuple):  # each letter of a text would become a fact
+                raise TypeError(f"persona: expected a tuple of texts, got {show(reply.persona)}")
         if "system" in entry.may_have and row.get("system", "") != "":  # an empty one is ignored
             system = Turn("system", text_of(row["system"], "system"))
             if any(reply.turns[0].role == "system" for reply in replies):

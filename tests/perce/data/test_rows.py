@@ -142,14 +142,14 @@ def unpack(row):
 
 PARSERS = [
     (unpack, "string indices must be integers"),
-    (lambda row: None, "'NoneType' object is not iterable"),  # a yield was forgotten
+    (lambda row: None, ".* not NoneType"),  # a yield was forgotten
     (lambda row: [Reply("p", (Turn("user", "q"),), "r")], "persona: expected a tuple of texts, got str 'p'"),
 ]
 
 
 @pytest.mark.parametrize(("parser", "said"), PARSERS)
 def test_a_parser_that_fails_is_named_with_the_row(tmp_path, monkeypatch, parser, said):
-    """It is no row that can be skipped, and the error below the message shows the line of the parser."""
+    """It is no row that can be skipped, and the cause has the line of the parser."""
     monkeypatch.setitem(FORMATS, "forum", Format("a forum", ("post", "reply"), parser))
     path = jsonl(tmp_path / "posts.jsonl", {"post": "Who?", "reply": "Me."})
     with pytest.raises(RuntimeError, match=rf"posts\.jsonl:1: .* format forum \(TypeError: {said}") as caught:
