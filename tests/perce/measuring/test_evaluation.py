@@ -295,11 +295,28 @@ def test_a_reply_uses_the_words_of_the_persona_or_of_anothers():
     )
 
 
-def test_a_metric_may_return_a_number_of_numpy_or_torch_or_none():
-    found = {"a": np.float32(0.5), "b": torch.tensor(0.5), "c": None, "d": np.float64("nan")}
-    evaluator = object.__new__(Evaluator)
-    evaluator.scorers = {name: lambda said, reference, value=value: value for name, value in found.items()}
+def scored(response=None, **scorers):
     (example,) = demo_examples(1)
     item = Item(0, "0", example, make_builder(tiny_tokenizer(), DataConfig(), "perce").build(example), None)
-    scores = evaluator.scores(item, Written("Hello.", False))
+    evaluator = object.__new__(Evaluator)
+    evaluator.scorers = scorers
+    if response is not None:
+        item = replace(item, example=replace(example, response=response))
+    return evaluator.scores(item, Written("Hello.", False)), example.source
+
+
+def test_a_metric_may_return_a_number_of_numpy_or_torch_or_none():
+    found = {"a": np.float32(0.5), "b": torch.tensor(0.5), "c": None, "d": np.float64("nan")}
+    scores, _ = scored(**{name: lambda said, reference, value=value: value for name, value in found.items()})
     assert json.loads(json.dumps([scores[name] for name in "abcd"])) == [0.5, 0.5, None, None]
+
+
+def test_a_metric_is_asked_only_about_rows_with_a_reply_and_is_named_where_it_fails():
+    def ratio(said, reference):
+        return len(said) / len(reference)
+
+    scores, source = scored("", ratio=ratio)
+    assert scores["ratio"] is scores["reference_words"] is scores["reference_uses_persona"] is None
+    with pytest.raises(RuntimeError, match=f"^{source}: the metric other failed \\(ZeroDivisionError: ") as caught:
+        scored(other=lambda said, reference: 1 / 0)
+    assert type(caught.value.__cause__) is ZeroDivisionError
