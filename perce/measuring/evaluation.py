@@ -352,15 +352,19 @@ class Evaluator:
         def uses(text: str, entries: Sequence[str]) -> float | None:
             return float(bool(personal_word_spans(text, entries, conversation))) if entries else None
 
-        of_reference: dict[str, Any] = {"reference_uses_persona": uses(example.response, persona)}
-        of_reference |= {"reference_words": len(WORD.findall(example.response))}
-        scored = {name: score(said, example.response) for name, score in self.scorers.items()}
-        of_reference |= {
-            name: None if value is None or math.isnan(value) else float(value) for name, value in scored.items()
-        }
+        def score(name: str) -> float | None:
+            try:
+                value = self.scorers[name](said, example.response)
+                return None if value is None or math.isnan(value) else float(value)
+            except Exception as error:  # a metric of one's own may raise anything
+                what = f"{example.source}: the metric {name} failed ({type(error).__name__}: {error})."
+                raise RuntimeError(what) from error
+
+        of_reference: dict[str, Any] = dict.fromkeys(("reference_uses_persona", "reference_words", *self.scorers))
+        if example.response:
+            of_reference |= {"reference_uses_persona": uses(example.response, persona)}
+            of_reference |= {"reference_words": len(WORD.findall(example.response))}
+            of_reference |= {name: score(name) for name in self.scorers}
         of_reply: dict[str, Any] = {"is_cut": reply.is_cut, "reply_words": len(WORD.findall(said))}
         of_reply |= {"uses_persona": uses(said, persona), "uses_another": uses(said, item.others)}
-        return {
-            "reply": said, "reference": example.response, **of_reply,
-            **(of_reference if example.response else dict.fromkeys(of_reference)),
-        }  # fmt: skip
+        return {"reply": said, "reference": example.response, **of_reply, **of_reference}
