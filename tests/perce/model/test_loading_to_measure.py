@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    MontecloraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PveraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -34,9 +42,34 @@ def test_an_adapter_is_scored_as_its_merged_model(gemma, scored, tmp_path):
     assert a == pytest.approx(b, abs=1e-4) and a != pytest.approx(c, abs=1e-2)
 
 
+Q = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PveraConfig(r=4, **Q), LoraConfig(monteclora_config=MontecloraConfig(), **Q), AdaLoraConfig(total_step=9, **Q)],
+    ids=["pvera", "monteclora", "adalora"],
+)
+def test_adapters_that_are_wrong_only_in_training_are_scored(gemma, scored, tmp_path, config):
+    """What is random in training, or would add to the loss, is not there in eval mode."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(gemma), config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tiny_tokenizer().save_pretrained(tmp_path / "merged")
+    scored("--model", tmp_path / "adapter", "--jsonl", tmp_path / "a.jsonl")
+    scored("--model", tmp_path / "merged", "--jsonl", tmp_path / "b.jsonl")
+    a, b = (read_jsonl(tmp_path / f"{name}.jsonl")[0]["logp"] for name in "ab")
+    assert a == pytest.approx(b, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
+        (PveraConfig(sample_at_inference=True, **Q), "sample_at_inference: each forward pass draws"),
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING learns a prompt"),
         (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PREFIX_TUNING learns a prompt"),
         (LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"]), "is on the output embedding"),
