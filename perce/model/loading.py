@@ -5,10 +5,10 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -144,7 +144,7 @@ def _with_adapter(model: Any, path: str) -> Any:
             "or give another adapter."
         ) from error
     try:
-        check_adapter(wrapped)
+        check_adapter(wrapped, to_train=False)
     except UserError as error:
         remedy = (
             "An adapter that can be merged into its base (merge_and_unload, in fp32) can be given as a whole model."
@@ -260,53 +260,62 @@ def merge_adapter(directory: Path, base: str) -> None:
     AutoTokenizer.from_pretrained(directory).save_pretrained(directory / MERGED)
 
 
-def check_adapter(model: Any) -> None:
+def check_adapter(model: Any, to_train: bool = True) -> None:
     """UserError for adapters with which the loss would read wrong rows, ignore an adapted head, or lack a term, for
     those that would act on wrong tokens, at random or could not be loaded again, and for those that generation leaves
-    out."""
+    out. to_train: whether what goes wrong only in training counts."""
     for config in model.peft_config.values():
-        if why := _unfit(config):
-            raise UserError(f"peft_config: {why}")
+        for unfit in UNFIT:
+            if (to_train or not unfit.in_training) and unfit.fits(config):
+                raise UserError(f"peft_config: {unfit.why.format(config=config)}")
     check_head_unwrapped(model)
+
+
+class Unfit(NamedTuple):
+    """A kind of adapter that is refused."""
+
+    fits: Callable[[Any], object]  # whether a PEFT config is of this kind
+    why: str  # a format of the config
+    in_training: bool = False  # whether only training would be wrong: such an adapter can be measured
 
 
 AT_RANDOM = (
     "draws random numbers in training mode, which would act in the factual pass and not in the counterfactual one, and "
     "bias every PIR. Use LoRA."
 )
-
-
-def _unfit(config: Any) -> str | None:
-    kind = str(config.peft_type.value)
-    if kind == "ADALORA":
-        return (
-            "AdaLoRA adds a term to the model's own loss, which perce does not compute, and has to be called after "
-            "each step. Use LoRA."
-        )
-    if kind == "PVERA":
-        return f"PVeRA {AT_RANDOM}"
-    if getattr(config, "monteclora_config", None):
-        return f"MonteCLoRA {AT_RANDOM}"
-    if kind == "XLORA":
-        return (
-            "X-LoRA runs the whole model once more, with its logits, for each token's share of its adapters. Use LoRA."
-        )
-    if getattr(config, "alora_invocation_tokens", None):
-        return (
-            "activated LoRA (alora_invocation_tokens) acts behind the last of these tokens in a row, and examples that "
-            "share tokens are one row. Use LoRA."
-        )
-    if str(initial := getattr(config, "init_lora_weights", None)).startswith("pissa_niter_"):
-        return (
-            f"init_lora_weights={initial} moves a part of the base model's weights, found with random numbers, into "
-            'the adapter. PEFT finds another part whenever the adapter is loaded. Use "pissa".'
-        )
-    if getattr(config, "is_prompt_learning", False):
-        return (
-            f"{config.peft_type.value} learns a prompt: virtual tokens would shift the response, and generation would "
-            "leave out a learned cache. Use LoRA, or another adapter on the weights."
-        )
-    return None
+UNFIT = (
+    Unfit(
+        lambda config: config.peft_type == "ADALORA",
+        "AdaLoRA adds a term to the model's own loss, which perce does not compute, and has to be called after each "
+        "step. Use LoRA.",
+        in_training=True,
+    ),
+    Unfit(lambda config: config.peft_type == "PVERA", f"PVeRA {AT_RANDOM}", in_training=True),
+    Unfit(
+        lambda config: getattr(config, "sample_at_inference", False),
+        "sample_at_inference: each forward pass draws other random numbers, so that no two can be compared.",
+    ),
+    Unfit(lambda config: getattr(config, "monteclora_config", None), f"MonteCLoRA {AT_RANDOM}", in_training=True),
+    Unfit(
+        lambda config: config.peft_type == "XLORA",
+        "X-LoRA runs the whole model once more, with its logits, for each token's share of its adapters. Use LoRA.",
+    ),
+    Unfit(
+        lambda config: getattr(config, "alora_invocation_tokens", None),
+        "activated LoRA (alora_invocation_tokens) acts behind the last of these tokens in a row, and examples that "
+        "share tokens are one row. Use LoRA.",
+    ),
+    Unfit(
+        lambda config: str(getattr(config, "init_lora_weights", None)).startswith("pissa_niter_"),
+        "init_lora_weights={config.init_lora_weights} moves a part of the base model's weights, found with random "
+        'numbers, into the adapter. PEFT finds another part whenever the adapter is loaded. Use "pissa".',
+    ),
+    Unfit(
+        lambda config: getattr(config, "is_prompt_learning", False),
+        "{config.peft_type.value} learns a prompt: virtual tokens would shift the response, and generation would leave "
+        "out a learned cache. Use LoRA, or another adapter on the weights.",
+    ),
+)
 
 
 def _four_bit() -> Any:
