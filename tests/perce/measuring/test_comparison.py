@@ -219,6 +219,8 @@ def test_other_examples_are_refused():
         ('{"kind": "perce.plan", "run": {}, "records": []}', "expected the JSON that perce.evaluate --output writes"),
         ("[]", "expected the JSON that perce.evaluate --output writes"),
         ('{"kind": "perce.evaluate", "run": {"form": 0}, "records": []}', "was written by another version of perce"),
+        ('{"kind": "perce.evaluate", "run": [], "records": []}', "expected the JSON that perce.evaluate --output writes"),
+        ('{"kind": "perce.evaluate", "run": {}, "records": null}', "expected the JSON that perce.evaluate --output"),
     ],
 )
 def test_what_is_no_result_is_refused(tmp_path, content, words):
@@ -228,6 +230,27 @@ def test_what_is_no_result_is_refused(tmp_path, content, words):
     with pytest.raises(UserError) as caught:
         read_result("--x", str(path))
     assert str(caught.value).startswith(f"--x {path}: {words}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda record: record.pop("key"), "KeyError('key')"),
+        (lambda record: record.pop("tokens"), "KeyError('tokens')"),
+        (lambda record: record.update(loss=None), "TypeError"),
+        (lambda record: record.update(loss="x"), "ValueError"),
+        (lambda record: record.update(key=[]), "TypeError"),
+    ],
+)
+def test_a_record_that_was_damaged_is_named(tmp_path, damage, reason):
+    result = {"kind": "perce.evaluate", "run": {"form": FORM}, "records": records(2)}
+    damage(result["records"][1])
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError) as caught:
+        read_result("--x", str(path))
+    told = str(caught.value)
+    assert told.startswith(f"--x {path}: record 2 is not as perce.evaluate writes it ({reason}") and "again" in told
 
 
 def test_a_result_is_read(tmp_path):
