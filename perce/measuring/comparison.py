@@ -44,10 +44,19 @@ def read_result(option: str, path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         what = f"{option} {path}: cannot be read as a result of perce.evaluate ({error})."
         raise UserError(f"{what}{did_you_mean(path)}") from error
-    if not (isinstance(result, dict) and result.get("kind") == RESULT and {"run", "records"} <= {*result}):
+    is_one = isinstance(result, dict) and result.get("kind") == RESULT
+    if not (is_one and isinstance(result.get("run"), dict) and isinstance(result.get("records"), list)):
         raise UserError(f"{option} {path}: expected the JSON that perce.evaluate --output writes.")
     if result["run"].get("form") != FORM:
         raise UserError(f"{option} {path}: was written by another version of perce. Evaluate that model again.")
+    for number, record in enumerate(result["records"], 1):
+        try:
+            users_of({"records": [record]})
+            for metric in all_metrics().values():
+                columns([record], metric)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            what = f"record {number} is not as perce.evaluate writes it ({error!r})"
+            raise UserError(f"{option} {path}: {what}. Evaluate that model again.") from error
     return result
 
 
@@ -80,7 +89,7 @@ def check_sides(sides: Mapping[str, Side]) -> None:
     for option, side in sides.items():
         known: dict[str, str] = {}
         for path, result in side.items():
-            if (before := known.setdefault(result["run"].get("weights"), path)) != path:
+            if (before := known.setdefault(str(result["run"].get("weights")), path)) != path:
                 raise UserError(
                     f"{option} {before},{path}: are results of the same weights. Give one result of each trained model."
                 )
