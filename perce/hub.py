@@ -12,7 +12,7 @@ from perce.config.options import as_called
 from perce.config.schema import lacking
 from perce.config.yaml_file import read_yaml
 from perce.errors import UserError, first_line, in_one_line
-from perce.files.integrity import LIST
+from perce.files.integrity import LIST, read_object
 from perce.files.network import hub_failure
 from perce.files.paths import did_you_mean, near_paths
 from perce.process import is_first_process
@@ -71,8 +71,8 @@ def base_of_adapter(path: str) -> str | None:
     if not is_adapter(local):
         return None
     try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        config = read_object(file)
+    except (OSError, ValueError) as error:
         raise UserError(f"--model {path}: {file} cannot be read ({in_one_line(error)}). Restore it.") from error
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base or not isinstance(base, str):

@@ -126,7 +126,7 @@ ABOUT_SEVERAL = {
 # Modules that are tested only through others: in runs of the commands and of the op.
 SEEN_THROUGH_OTHERS = {
     "data.fields",
-    "errors", "files.integrity", "process", "config.commands", "config.questions",
+    "errors", "process", "config.commands", "config.questions",
     "config.schema", "config.step", "model.head", "model.passes",
     "planning.live", "measuring.records", "measuring.scores", "measuring.score_report",
     "measuring.identification", "report.terminal", "training.normalizer",

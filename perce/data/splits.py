@@ -1,7 +1,6 @@
 """Chooses which examples are used for training, for validation, and by perce.score and perce.evaluate."""
 
 import itertools
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -42,6 +41,7 @@ from perce.data.rows import (
 from perce.data.stream import PairStream
 from perce.demo import DATA_DIR
 from perce.errors import UserError, in_one_line
+from perce.files.integrity import read_object
 from perce.hub import from_anywhere
 from perce.visible import as_json
 
@@ -82,11 +82,11 @@ class HeldOut:
         if not (file := run / HELD_OUT_NAME).exists():
             return None
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_object(file, "unit", "held_out")
             if content["unit"] not in UNITS:
                 raise ValueError(f"unit: {content['unit']!r}")
             return cls(content["unit"], frozenset(content["held_out"]), file)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{file}: cannot be read ({in_one_line(error)}); expected the users or rows that this run held out of "
                 "its training. Restore it, or draw others with --split_seed: the run may have been trained on those."

@@ -1,10 +1,33 @@
-"""Checks that files are as they were written, by their sizes and digests of their contents."""
+"""Checks that files are as they were written, by their sizes and digests of their contents; those of JSON, by what
+they hold."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from perce.visible import listed, shortened
+
 LIST = "complete.json"  # sizes and digests of the files of a checkpoint, or of the weights of a finished run
+
+
+def read_object(path: Path, *fields: str) -> dict[str, Any]:
+    """The JSON object in a file, with at least these fields.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else; the message, of one line, says what was expected.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, got {shortened(repr(content))}")
+    for name in fields:
+        if name not in content:
+            raise ValueError(f"expected a field {name}, got {listed(content) or 'none'}")
+    return content
 
 
 def digest(path: Path) -> str:

@@ -1,7 +1,6 @@
 """A model ready to be trained or measured: precision, attention, LoRA, 4-bit bases, and PerCE installed."""
 
 import copy
-import json
 import os
 import re
 import warnings
@@ -16,7 +15,7 @@ from perce.config.questions import InferenceConfig
 from perce.config.schema import MERGED, ModelConfig, run_directory
 from perce.demo import default_model_path
 from perce.errors import UserError, first_line, in_one_line
-from perce.files.integrity import LIST, difference
+from perce.files.integrity import LIST, difference, read_object
 from perce.files.outputs import let_umask_decide
 from perce.hub import base_of_adapter, check_base, from_anywhere, load_pretrained, read_config, tokenizer_of
 from perce.model.patch import check_head_unwrapped, prepare_model
@@ -118,7 +117,7 @@ def _check_weights(path: str) -> None:
             say(f"--model {path}: was not finished ({LIST} is missing): {told}", error=True)
         return
     try:
-        saved = json.loads(file.read_text(encoding="utf-8")).items()
+        saved = read_object(file).items()
         weights = {name: fact for name, fact in saved if WEIGHTS.search(name)}
         reason = difference(local, weights) if weights else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

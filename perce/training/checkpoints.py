@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perce.errors import UserError, in_one_line
-from perce.files.integrity import LIST, difference, sizes_and_digests
+from perce.files.integrity import LIST, difference, read_object, sizes_and_digests
 from perce.files.outputs import in_one_move
 from perce.visible import say
 
@@ -66,7 +66,7 @@ def _flush(path: Path) -> None:
 def damage(directory: Path, contents: bool = True) -> str | None:
     """What differs from the directory's list; None if nothing does. `contents`: read every file, not only its size."""
     try:
-        return difference(directory, json.loads((directory / LIST).read_text(encoding="utf-8")), contents)
+        return difference(directory, read_object(directory / LIST), contents)
     except FileNotFoundError:
         return f"it has no {LIST}, which is written last"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -77,7 +77,7 @@ def flaw(checkpoint: Path) -> str | None:
     """Why a run cannot be resumed from a checkpoint; None if it can."""
     if reason := damage(checkpoint):
         return reason
-    names = list(json.loads((checkpoint / LIST).read_text(encoding="utf-8")))
+    names = list(read_object(checkpoint / LIST))
     by_deepspeed = any(name.startswith("global_step") for name in names)  # which includes optimiser and schedule
     parts = {
         "trainer_state.json": "trainer_state.json" in names,
@@ -91,8 +91,7 @@ def flaw(checkpoint: Path) -> str | None:
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
     """The Trainer's state that a checkpoint holds."""
-    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return state
+    return read_object(checkpoint / "trainer_state.json")
 
 
 def step_of(checkpoint: Path) -> int:

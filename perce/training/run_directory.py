@@ -22,7 +22,8 @@ from perce.config.options import number
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, MERGED, lacking
 from perce.config.schema import FACTS_NAME as FACTS
 from perce.config.yaml_file import dump_yaml, read_yaml
-from perce.errors import UserError
+from perce.errors import UserError, in_one_line
+from perce.files.integrity import read_object
 from perce.files.lock import InUse, locked
 from perce.hub import BASE_NAME
 from perce.training.checkpoints import (
@@ -251,10 +252,11 @@ def check_facts(claim: Claim, facts: Mapping[str, Any], steps: int) -> None:
         return
     path = claim.output_dir / FACTS
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differing = {name: (before[name], now) for name, now in facts.items() if before[name] != now}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--resume: {path} cannot be read ({error!r}). Put it back, or start a new run.") from error
+        before = read_object(path, *facts)
+    except (OSError, ValueError) as error:
+        what = f"--resume: {path} cannot be read ({in_one_line(error)})"
+        raise UserError(f"{what}. Put it back, or start a new run.") from error
+    differing = {name: (before[name], now) for name, now in facts.items() if before[name] != now}
     for name, (then, now) in differing.items():
         if name in ("step", "steps_an_epoch"):
             what = "a step" if name == "step" else "the number of steps per epoch"

@@ -219,7 +219,7 @@ def test_other_examples_are_refused():
         ('{"kind": "perce.plan", "run": {}, "records": []}', "expected the JSON that perce.evaluate --output writes"),
         ("[]", "expected the JSON that perce.evaluate --output writes"),
         ('{"kind": "perce.evaluate", "run": {"form": 0}, "records": []}', "was written by another version of perce"),
-        ('{"kind": "perce.evaluate", "run": [], "records": []}', "expected the JSON that perce.evaluate --output writes"),
+        ('{"kind": "perce.evaluate", "run": [], "records": []}', "expected the JSON that perce.evaluate --output"),
         ('{"kind": "perce.evaluate", "run": {}, "records": null}', "expected the JSON that perce.evaluate --output"),
     ],
 )
