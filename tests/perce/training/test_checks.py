@@ -37,8 +37,11 @@ def test_an_optimizer_that_evaluates_other_weights_is_refused_as_an_object_too(t
     model, args = model_for("full"), arguments(tmp_path)
     made = ScheduleFree(model.parameters(), lr=0.1)
     for given in ({"optimizers": (made, None)}, {"optimizer_cls_and_kwargs": (ScheduleFree, {"lr": 0.1})}):
-        with pytest.raises(UserError, match=rf"{next(iter(given))}: ScheduleFree .*other weights"):
+        with pytest.raises(UserError, match=rf"{next(iter(given))}: ScheduleFree .*other weights") as told:
             trainer_for(model, args, **given)
+    with pytest.raises(UserError, match="optim: schedule_free_adamw") as of_name:
+        arguments(tmp_path, optim="schedule_free_adamw")
+    assert str(of_name.value).partition(" is ")[2] == str(told.value).partition(" is ")[2]
     trainer_for(model, args, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
 
 
