@@ -117,13 +117,7 @@ def _check_values(args: PerceArguments) -> None:
             "ignore_data_skip: a run that is resumed would begin its epoch again, and train on some examples twice and "
             "on others not at all. Leave it out."
         )
-    # Besides, transformers hands these a --warmup_steps below 1 as it is: with 0.1 the first step is ten times as long.
-    if "schedule_free" in (optimizer := str(getattr(args.optim, "value", args.optim))):
-        raise UserError(
-            f"optim: {optimizer} is to be evaluated and saved with other weights than it trains, and PerceTrainer does "
-            "not switch to them. Use another --optim, such as the default, with --lr_scheduler_type "
-            "constant_with_warmup."
-        )
+    refuse_other_weights("optim", str(getattr(args.optim, "value", args.optim)))
     for field in dataclasses.fields(args):
         require_finite(field.name, getattr(args, field.name))
     for least, names in AT_LEAST.items():
@@ -138,6 +132,20 @@ def _check_values(args: PerceArguments) -> None:
     require(not isinstance(config, int), "accelerator_config", "a mapping, or a JSON file", config)
     require(args.hub_token != "<HUB_TOKEN>", "hub_token", "a token", "<HUB_TOKEN>, a placeholder")
     require("tpu_metrics_debug" not in str(args.debug), "debug", "no metrics of a TPU", args.debug)
+
+
+def refuse_other_weights(option: str, optimizer: Any) -> None:
+    """UserError for an optimiser, its class or its name, that is to be switched to other weights than it trains, as
+    schedule-free ones are. Besides, transformers hands these a --warmup_steps below 1 as it is: with 0.1 the first step
+    is ten times as long."""
+    named = isinstance(optimizer, str)
+    if "schedule_free" in optimizer if named else callable(getattr(optimizer, "eval", None)):
+        kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+        raise UserError(
+            f"{option}: {optimizer if named else kind.__name__} is to be evaluated and saved with other weights than "
+            "it trains, and PerceTrainer does not switch to them. Use another, such as AdamW, with --lr_scheduler_type "
+            "constant_with_warmup."
+        )
 
 
 def _check_together(args: PerceArguments) -> None:

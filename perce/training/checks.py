@@ -62,19 +62,6 @@ def check_hooks(kwargs: Mapping[str, Any]) -> None:
             )
 
 
-def check_weights_of(kwargs: Mapping[str, Any]) -> None:
-    """UserError for an optimiser that is to be switched to other weights than it trains, as schedule-free ones are, in
-    one of the Trainer's arguments. Those that have a name: PerceArguments."""
-    for name in ("optimizers", "optimizer_cls_and_kwargs"):
-        optimizer, _ = kwargs.get(name) or (None, None)
-        if callable(getattr(optimizer, "eval", None)):
-            kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-            raise UserError(
-                f"{name}: {kind.__name__} is to be evaluated and saved with other weights than it trains (eval()), and "
-                "PerceTrainer does not switch to them. Use another, such as torch.optim.AdamW."
-            )
-
-
 def check_in_one_pass(objective: str) -> None:
     """UserError for an objective whose weights need more than one forward pass, which is all that other trainers
     give."""

@@ -37,7 +37,7 @@ from perce.model.patch import prepare_model
 from perce.model.probe import evaluating, vocabulary_of
 from perce.model.reach import freeze_beside_text
 from perce.objectives import HeadCall, Measured
-from perce.training.arguments import PerceArguments
+from perce.training.arguments import PerceArguments, refuse_other_weights
 from perce.training.balancing import StepBalance, check_balancing
 from perce.training.best import EarlyStopping, check_metric
 from perce.training.checks import (
@@ -46,7 +46,6 @@ from perce.training.checks import (
     check_hooks,
     check_sharding,
     check_trunks,
-    check_weights_of,
     try_packing,
     try_step,
     warn_of_dropout,
@@ -89,7 +88,8 @@ class PerceTrainer(ResumableTrainer):
     ):  # fmt: skip
         check_arguments(args, model, train_dataset, peft_config)
         check_hooks(kwargs)
-        check_weights_of(kwargs)
+        for option in ("optimizers", "optimizer_cls_and_kwargs"):
+            refuse_other_weights(option, (kwargs.get(option) or (None,))[0])
         check_metric(args, eval_dataset)
         name = model if isinstance(model, str) else str(model.config.name_or_path)  # type: ignore[union-attr]
         tokenizer = processing_class or load_tokenizer(name)
