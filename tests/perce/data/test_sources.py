@@ -138,6 +138,14 @@ def test_splits_are_named_if_none_has_a_name_that_is_read(tmp_path):
             available_splits(tmp_path / data)
 
 
+def test_files_of_rows_that_cannot_be_read_are_named_too(tmp_path):
+    jsonl(tmp_path / "validation.jsonl", GOOD)
+    unread = ("more.csv.gz", "test.TSV", "train.jsonl.gz", "train_1.parquet.zst", "valid.xlsx")
+    for name in (*unread, "README.txt", "images.zip", "train.md5", "train.jsonl.md5", ".train.jsonl.gz"):
+        (tmp_path / name).write_text("x")
+    assert load_examples(tmp_path, "validation").unread == unread
+
+
 def test_lamp_questions_and_outputs(tmp_path):
     question = {name: LAMP[name] for name in ("id", "input", "profile")}
     for name in ("train_questions", "dev_questions", "test_questions"):
