@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
+from os.path import splitext
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,19 @@ def _directory(path: Path) -> dict[str, Source]:
                 found[split] = Source(
                     str(questions), questions.name, partial(_lamp_pair, questions, outputs), questions
                 )
-    present = [file.name for file in path.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    present = [file.name for file in path.glob("*") if _may_have_rows(file.name.lower()) and file.is_file()]
     present = [name for name in present if not name.startswith((".", *REFERRED_TO, *ABOUT))]
     # LaMP's published test questions lack the file of their outputs, and not the name of a split.
     unanswered = {name for name in present if name.endswith("_questions.json") and _outputs(name) not in present}
     unread = _unread(present, {source.name for source in found.values()} | outputs_read | unanswered)
     return {split: replace(source, unread=unread) for split, source in found.items()}
+
+
+def _may_have_rows(name: str) -> bool:
+    """Whether a file's name is that of rows, readable or not: train.jsonl, more.jsonl.gz, test.tsv; not README.txt."""
+    stem, suffix = splitext(name)
+    of_split = stem in chain(*SPLITS.values()) or stem.endswith(SUFFIXES)
+    return suffix in SUFFIXES or (suffix in OTHER_FILES and of_split)
 
 
 def _outputs(questions: str) -> str:
