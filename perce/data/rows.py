@@ -30,7 +30,7 @@ from perce.data.formats import FORMATS
 from perce.data.joins import Lookup
 from perce.data.literals import parse_list
 from perce.data.readers import BadRow
-from perce.data.sources import NAMES, SPLITS, Source, open_data
+from perce.data.sources import NAMES, OTHER_FILES, READERS, SPLITS, Source, open_data
 from perce.errors import UserError
 from perce.visible import listed, progress
 
@@ -370,7 +370,9 @@ def load_examples(
 
 def not_read(unread: Collection[str]) -> list[str]:
     """A note on files, or parts of a file, that look like data and are read for no split."""
-    told = f"not read: {listed(sorted(unread))} (the names of splits are {NAMES}; one of each is read)"
+    others = any(name.lower().endswith(tuple(OTHER_FILES)) for name in unread)
+    kinds = f"; kinds of files: {', '.join(READERS)}" if others else ""
+    told = f"not read: {listed(sorted(unread))} (the names of splits are {NAMES}{kinds}; one of each is read)"
     return [told] * bool(unread)
 
 
