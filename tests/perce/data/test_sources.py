@@ -144,7 +144,7 @@ def test_files_of_rows_that_cannot_be_read_are_named_too(tmp_path):
     for name in (*unread, "README.txt", "images.zip", "train.md5", "train.jsonl.md5", ".train.jsonl.gz"):
         (tmp_path / name).write_text("x")
     assert load_examples(tmp_path, "validation").unread == unread
-    with pytest.raises(UserError, match=r"not read: more\.csv\.gz, .*; kinds of files: \.jsonl, \.json, \.parquet, \.csv;"):
+    with pytest.raises(UserError, match=r"not read: more.*; kinds of files: \.jsonl, \.json, \.parquet, \.csv;"):
         load_examples(tmp_path, "train")
 
 
