@@ -28,6 +28,31 @@ def on_a_gpu(**options):
     return SimpleNamespace(**({"device": torch.device("cuda")} | fields | options))
 
 
+TEXTS = (
+    "metric_for_best_model", "report_to", "optim", "lr_scheduler_type", "debug", "torch_compile_backend", "deepspeed",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize(("flag", "got"), [("", "True"), ("=", "''"), ("=false", "False")])
+def test_a_field_of_texts_needs_a_value(name, flag, got):
+    """A flag without a value is true, as for fields that are true or false."""
+    with pytest.raises(UserError, match=f"^{name}: expected a value, got {got}"):
+        training_arguments(resolve(parse_args([f"--{name}{flag}", "--output_dir=run"])[0]))
+
+
+def test_none_is_no_name_of_a_logger_or_metric(tmp_path):
+    for none in ("None", "none", "null"):
+        flags = [f"--report_to={none}", f"--metric_for_best_model={none}", f"--output_dir={tmp_path}", "--use_cpu"]
+        args = training_arguments(resolve(parse_args(flags)[0]))
+        assert args.report_to in ("none", []) and args.metric_for_best_model is None
+
+
+def test_an_empty_metric_is_no_metric(tmp_path):
+    with pytest.raises(UserError, match="metric_for_best_model: expected one of eval_loss, .*, got ''"):
+        PerceArguments(str(tmp_path), use_cpu=True, metric_for_best_model="")
+
+
 def test_offload_needs_a_transformers_that_has_it(monkeypatch):
     monkeypatch.setattr("perce.training.arguments.CHECKPOINTING", "gradient_checkpointing")
     with pytest.raises(UserError, match=r"activation_offload: .*transformers 5\.23"):
