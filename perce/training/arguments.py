@@ -45,6 +45,9 @@ REPLIES_A_STEP = 8
 TOKENS_A_FORWARD = {"cpu": 4096, "gpu": 8192}
 KEPT_CHECKPOINTS = 2
 
+TAKE_TRUE = ("fsdp", "include_num_input_tokens_seen", "trackio_static_space_id")
+"""Fields of texts that may be true or false as well, whatever their type says."""
+
 
 @dataclass
 class PerceArguments(TrainingArguments):
@@ -311,7 +314,11 @@ def _converted(name: str, hint: Any, value: Any) -> Any:
     kinds = set(typing.get_args(hint) or (hint,)) - {type(None)}
     if value is False and any("no" in getattr(kind, "__members__", {}).values() for kind in kinds):
         return "no"  # of eval_strategy and others, in YAML
-    if kinds == {str}:  # some of these fields also take true
+    if str in kinds and name not in TAKE_TRUE:  # a flag without a value is true
+        require(not isinstance(value, bool) and value != "", name, "a value", value)
+    if type(None) in typing.get_args(hint) and str(value).lower() in ("none", "null"):
+        return "none" if name == "report_to" else None  # for which its None is the name of a logger
+    if kinds == {str}:
         return str(value) if type(value) in (int, float) else value
     return convert(name, hint, value) if kinds in ({bool}, {int}, {float}) else value
 

@@ -21,7 +21,8 @@ FOLLOW_THE_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 def evaluated_name(args: TrainingArguments) -> str:
     """The evaluation's name for metric_for_best_model."""
-    return f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+    name = "loss" if args.metric_for_best_model is None else args.metric_for_best_model
+    return f"eval_{name.removeprefix('eval_')}"
 
 
 def metric_of(args: TrainingArguments) -> str | None:
