@@ -245,6 +245,12 @@ def test_an_option_beside_which_another_has_no_effect(command, beside, idle, def
     command.build(command.parse([beside, f"--{name}={default}"]).raw)  # as in the options that a run has saved
 
 
+@pytest.mark.parametrize("value", ["-1", "1e-38", "9e-7"])
+def test_logits_divided_by_the_temperature_stay_finite(value):
+    with pytest.raises(UserError, match=r"^temperature: expected 0 \(greedy\), or at least 1e-06, got "):
+        EVALUATE.build(EVALUATE.parse([f"--temperature={value}"]).raw)
+
+
 def test_options_that_have_an_effect_together():
     for flags in ("--split=test --sample=2 --split_seed=1", "--split=held_out --split_seed=1", "--split_seed=1"):
         EVALUATE.build(EVALUATE.parse(flags.split()).raw)

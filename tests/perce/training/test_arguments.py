@@ -49,7 +49,7 @@ def test_none_is_no_name_of_a_logger_or_metric(tmp_path):
 
 
 def test_an_empty_metric_is_no_metric(tmp_path):
-    with pytest.raises(UserError, match="metric_for_best_model: expected one of eval_loss, .*, got ''"):
+    with pytest.raises(UserError, match=r"metric_for_best_model: expected one of eval_loss, .*, got ''"):
         PerceArguments(str(tmp_path), use_cpu=True, metric_for_best_model="")
 
 
