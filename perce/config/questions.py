@@ -10,6 +10,7 @@ from perce.config.schema import BACKEND, MODEL, WeightingConfig, refuse_idle, re
 from perce.files.paths import check_different, check_path
 
 SPLIT_SEED = 42
+COLDEST = 1e-6  # the lowest temperature but 0: logits are divided by it, and must stay finite
 
 
 def _beside(path: str, ending: str) -> Path:
@@ -145,7 +146,8 @@ class EvaluateConfig:
     seed: int = option(42, "seed of sampling, and of the choice of another user's persona")
 
     def __post_init__(self) -> None:
-        require(0 <= self.temperature < float("inf"), "temperature", ">= 0", self.temperature)
+        fits = self.temperature == 0 or COLDEST <= self.temperature < float("inf")
+        require(fits, "temperature", f"0 (greedy), or at least {COLDEST}", self.temperature)
         lines = (self.output or "").lower().endswith(".jsonl")
         require(not lines, "output", "a name for JSON, such as e.json", self.output)
         require_at_least(self, 1, "max_new_tokens")
