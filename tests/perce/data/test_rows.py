@@ -228,6 +228,13 @@ def test_an_empty_user_id_is_none(tmp_path):
     assert "missing: user_id" in error(tmp_path, *reviews), "reviews of nobody are no history"
 
 
+def test_spaces_around_a_user_make_no_other_user(tmp_path):
+    """One of two would be trained on, and the other be held out."""
+    rows = [{**GOOD, "user_id": user} for user in ("ana", " ana", "ana\u00a0\n", "an a")]
+    assert [example.user_id for example in load(tmp_path, *rows)] == ["ana", "ana", "ana", "an a"]
+    assert load(tmp_path, {**LAMP, "id": " 7 "})[0].user_id == "7"
+
+
 @pytest.mark.parametrize(("rows", "why"), [
     ([{**GOOD, "weight": 0}] * 2, "all replies of its 2 rows have weight 0."),
     ([{**GOOD, "response": ""}, {**GOOD, "weight": 0}],
