@@ -328,7 +328,7 @@ class Examples:
                     user = hashlib.sha256(repr(parse_persona(user, path)).encode()).hexdigest()[:12]
                 if not isinstance(user, str | int):
                     raise BadRow(path, "a string or an integer", show(user))
-                return encodable(str(user), path)
+                return encodable(str(user).strip(), path)
         return None
 
 
