@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from perce_kernels import chunked, fused_perce_loss, row_pass, token_logprobs
 from perce_kernels.contract import Call
@@ -138,6 +139,27 @@ def test_matrix_products_cost_the_floor_and_ignored_rows_nothing(compact, needed
         out = chunked.sweep(*beneath(inputs, compact=compact, needed=needed))
     assert watch.flop == per_token * rows * D * V
     assert [gradient.numel() > 0 for gradient in out[-3:]] == list(needed)
+
+
+class Rounded(TorchDispatchMode):
+    """Whether rows of V logits were copied to bf16."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        of_rows = func is torch.ops.aten._to_copy.default and result.shape[-1:] == (V,)
+        self.seen |= of_rows and result.dtype == torch.bfloat16
+        return result
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
+def test_logits_are_rounded_only_for_products(monkeypatch, needed):
+    """A GPU multiplies 16-bit operands, so there the head stays as it is."""
+    monkeypatch.setattr(chunked, "can_widen", lambda _: True)
+    with Rounded() as rounded:
+        chunked.sweep(*beneath(make_inputs(bias=True).to(torch.bfloat16), needed=needed))
+    assert rounded.seen == any(needed[:2])
 
 
 @pytest.mark.parametrize("compact", [True, False])
