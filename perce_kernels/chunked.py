@@ -109,7 +109,7 @@ def sweep(call: Call, weighting: Weighting, needed: Needed) -> PerCEOutput:
                 rows.put(out.logp_cf, chunk, chunk_logp_cf)
             if scale is not None:
                 z.mul_(scale)
-            dz = z.to(head.weight.dtype)
+            dz = z.to(head.weight.dtype) if needed.dhidden or needed.dlm_head else z
             if needed.dhidden:
                 rows.put(out.dhidden, chunk, product(dz, head.weight, z.new_empty((z.shape[0], d))))
             if needed.dlm_head:
