@@ -157,8 +157,9 @@ class Rounded(TorchDispatchMode):
 def test_logits_are_rounded_only_for_products(monkeypatch, needed):
     """A GPU multiplies 16-bit operands, so there the head stays as it is."""
     monkeypatch.setattr(chunked, "can_widen", lambda _: True)
+    asked = beneath(make_inputs(bias=True).to(torch.bfloat16), needed=needed)
     with Rounded() as rounded:
-        chunked.sweep(*beneath(make_inputs(bias=True).to(torch.bfloat16), needed=needed))
+        chunked.sweep(*asked)
     assert rounded.seen == any(needed[:2])
 
 
