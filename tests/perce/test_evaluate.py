@@ -479,7 +479,7 @@ def test_the_records_have_the_whole_name_of_the_result(output, records):
 @pytest.mark.parametrize(
     ("argv", "fragment"),
     [
-        (["--temperature", "-1"], "temperature: expected >= 0"),
+        (["--temperature", "-1"], "temperature: expected 0 (greedy), or at least"),
         (["--output", "/proc/e.json"], "cannot be written to"),
         (["--output", "e.JSONL"], "output: expected a name for JSON"),
         (["--compare_with", "none.json"], "--compare_with none.json: cannot be read"),
