@@ -288,7 +288,7 @@ def test_hub(monkeypatch):
 
 def test_paths_that_the_system_refuses(tmp_path):
     for path, reason in (
-        (tmp_path / ("x" * 300), "File name too long"), (tmp_path / "a\0b.jsonl", "null byte"), ("", "expected a path"),
+        (tmp_path / ("x" * 300), "File name too long"), (tmp_path / "a\0b.jsonl", "embedded null"), ("", "expected a path"),
         (f"{'d/' * 3000}x.jsonl", "File name too long"), ("~nobody-of-this-name/x.jsonl", "no user of this name"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"--data.*{reason}") as caught:

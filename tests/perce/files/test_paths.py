@@ -22,7 +22,7 @@ NOT_PATHS = {
     " ": "expected a path",
     "x" * 300: "File name too long",
     "d/" * 3000: "File name too long",
-    "a\0b": "null byte",
+    "a\0b": "embedded null",
     "~nobody-of-this-name/x": "no user of this name",
 }
 
