@@ -42,12 +42,13 @@ class MemoryCheck:
     """Stands in the interpreter's place at launches, programs, barriers, loads and stores, which it calls itself."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        from triton.language import int1
         from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
         self.problems: list[str] = []
         self.accesses = 0  # how many were checked
         self.launches: Counter[str] = Counter()  # of each kernel
-        self._handle = TensorHandle
+        self._as_mask = lambda mask: TensorHandle(mask, int1)
         self._kernel, self._program, self._phase = "", -1, 0
         self._arenas: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by address: memory of the caller, and ours
         self._spans: list[tuple[int, int]] = []  # (first byte, end) of each tensor
@@ -126,7 +127,7 @@ class MemoryCheck:
                 f"{self._kernel}: {access} of {outside.sum()} elements out of bounds, "
                 f"the first at byte {at - first} of a tensor of {end - first}"
             )
-        return self._handle(wanted & inside, mask.dtype)
+        return self._as_mask(wanted & inside)
 
 
 @contextlib.contextmanager

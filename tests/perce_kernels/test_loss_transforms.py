@@ -345,7 +345,7 @@ COMPILED = {
     "vmap": lambda run, x, compiled: compiled(torch.vmap(run))(torch.stack([x, x])),
 }
 OURS, TORCHS = "not supported by the fused op; use backend='reference'", "torch.compile does not support input tensors"
-REFUSED_BY_TORCH = torch.__version__ >= torch.torch_version.TorchVersion("2.15")
+REFUSED_BY_TORCH = torch.__version__ >= torch.torch_version.TorchVersion("2.14")
 """Whether torch.compile with fullgraph refuses every tangent, whoever would compute it."""
 QUICK = {("mean", "a tangent", False), ("none", "jvp", True), ("logprobs", "grad", True), ("mean", "vmap", True)}
 
