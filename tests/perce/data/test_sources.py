@@ -288,8 +288,9 @@ def test_hub(monkeypatch):
 
 def test_paths_that_the_system_refuses(tmp_path):
     for path, reason in (
-        (tmp_path / ("x" * 300), "File name too long"), (tmp_path / "a\0b.jsonl", "embedded null"), ("", "expected a path"),
-        (f"{'d/' * 3000}x.jsonl", "File name too long"), ("~nobody-of-this-name/x.jsonl", "no user of this name"),
+        (tmp_path / ("x" * 300), "File name too long"), (tmp_path / "a\0b.jsonl", "embedded null"),
+        (f"{'d/' * 3000}x.jsonl", "File name too long"), ("", "expected a path"),
+        ("~nobody-of-this-name/x.jsonl", "no user of this name"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"--data.*{reason}") as caught:
             load_examples(path, "train")
