@@ -105,6 +105,7 @@ AROUND = {
 OTHERS_OPTIONS = {
     "chat-template": "vLLM",
     "is_binary_loss_scale": "ms-swift",
+    "max-lora-rank": "vLLM",
     "only": "benchmarks.gpu",
     "seconds": "benchmarks.gpu",
     "shutdown-timeout": "torchrun",
