@@ -131,6 +131,18 @@ def test_the_saved_template_takes_the_persona_and_is_else_as_it_was(template, st
         assert told.strip() in trained or template == "drops-history"
 
 
+def test_the_persona_variable_fills_the_first_slot_of_a_system_message_by_what_llama_cpp_knows():
+    tokenizer = base_tokenizer("chatml")
+    chat_format = ChatFormat(tokenizer, {})
+    tokenizer.chat_template = with_persona(tokenizer, chat_format)
+    turns = (Turn("system", "One {persona} two {persona}."), Turn("user", "Why?"))
+    asked = [{"role": turn.role, "content": turn.content} for turn in turns]
+    for persona in (["A.", "{persona}"], []):
+        said = tokenizer.apply_chat_template(asked, persona=persona, tokenize=False, add_generation_prompt=True)
+        assert said == chat_format.prompt(turns, chat_format.block(persona))
+    assert "replace(" not in tokenizer.chat_template, "its Jinja refuses the count"
+
+
 def test_what_the_persona_variable_cannot_stand_for_is_an_error_and_blanks_are_nothing():
     tokenizer = base_tokenizer("chatml")
     keys = {"header": "🐝:\n"}
