@@ -34,7 +34,10 @@ PLACED
 {%- endif %}"""
     + _ENDS
 )
-_IN_SYSTEM = "{%- set own = (own | replace(SLOT, told, 1)) if SLOT in own else told ~ own %}"
+# Not replace(SLOT, told, 1): llama.cpp's Jinja does not know the count.
+_IN_SYSTEM = """{%- set parts = own.split(SLOT) %}
+{%- set own = parts[0] ~ told ~ (parts[1:] | join(SLOT)) if parts[1:] else told ~ own %}
+"""
 _BEFORE_USER = """{%- set others = [{'role': 'user', 'content': told ~ others[0].content.lstrip()}] + others[1:] %}"""
 _WITH_ROLE = "{%- set messages = [{'role': 'system', 'content': own}] + others %}"
 _WITHOUT_ROLE = """{%- set first = own ~ '\\n\\n' ~ others[0].content %}
