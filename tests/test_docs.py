@@ -104,6 +104,7 @@ AROUND = {
 # Options in backticks that belong to other programs.
 OTHERS_OPTIONS = {
     "chat-template": "vLLM",
+    "dtype": "vLLM",
     "is_binary_loss_scale": "ms-swift",
     "max-lora-rank": "vLLM",
     "only": "benchmarks.gpu",
