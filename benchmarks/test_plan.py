@@ -86,7 +86,7 @@ SPECS = {
 
 QUICK = ("smollm2-full-fp32-1024", "qwen3-lora-fp32-2048-checkpointed", "gemma3-full-fp32-2048")
 """The steps that a run of all benchmarks measures; -m slow runs the others. Not in bf16, which a CPU without bf16
-arithmetic emulates: a step that takes 4 seconds with it took a minute."""
+arithmetic emulates: a step that takes 4 seconds with it took 109."""
 
 
 def planned(spec: Spec) -> Cost:

@@ -49,10 +49,11 @@ def read_result(option: str, path: str) -> dict[str, Any]:
         raise UserError(f"{option} {path}: expected the JSON that perce.evaluate --output writes.")
     if result["run"].get("form") != FORM:
         raise UserError(f"{option} {path}: was written by another version of perce. Evaluate that model again.")
+    metrics = all_metrics().values()
     for number, record in enumerate(result["records"], 1):
         try:
             users_of({"records": [record]})
-            for metric in all_metrics().values():
+            for metric in metrics:
                 columns([record], metric)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             what = f"record {number} is not as perce.evaluate writes it ({error!r})"
