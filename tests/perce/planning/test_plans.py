@@ -198,6 +198,15 @@ def test_precision_is_that_of_a_run_on_this_gpu(there, native, low, monkeypatch)
     assert "--precision bf16" not in lines["auto"]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bf16_that_a_run_here_refuses_is_not_planned(device, monkeypatch):
+    """Emulated products are slower than the steps made of them, so a plan's least time would be above the real one."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
+    monkeypatch.setattr("perce.model.loading.bf16_is_sound", lambda device: False)
+    with pytest.raises(UserError, match=f"precision=bf16: this {device} has no native bf16"):
+        plans.check_options(PlanOptions(replace(LORA, precision="bf16"), SHORT), device)
+
+
 def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
     config = tiny_model("llama").config
 
