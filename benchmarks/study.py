@@ -124,6 +124,8 @@ class Study:
         """Datasets that a cell is evaluated on, and whether replies are generated there."""
         if cell.stage == "rates":
             return {}
+        if cell.stage == "variants":
+            return {cell.data: self.config.get("variant_replies", False)}
         if cell.stage not in ("base", "main"):
             return {cell.data: False}
         if (
