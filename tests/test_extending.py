@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from perce import LossConfig, UserError, evaluate, load_examples, objectives
-from perce.data import formats, parsers
 from perce.measuring import metrics
+from perce.reading import formats, parsers
 from perce.report.page import Weighed
 from perce_kernels import backends, token_logprobs
 from tests.helpers import ROOT

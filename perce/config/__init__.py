@@ -2,4 +2,5 @@
 
 schema     sections of options, each a frozen dataclass       commands   the sections and the description of a command
 options    flags and YAML → a dataclass of sections           parser     argparse, with errors and notes of our own
+prompt     how a prompt words the persona
 """

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perce.config.options import option, require
+from perce.config.prompt import PromptStyle
 from perce.config.yaml_file import read_yaml
-from perce.data.formats import FORMATS
-from perce.data.prompt import PromptStyle
-from perce.data.readers import parse_json
 from perce.errors import UserError
 from perce.objectives import OBJECTIVES, Objective, TokenWeighting
+from perce.reading.formats import FORMATS
+from perce.reading.readers import parse_json
 
 CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
 FACTS_NAME = "run.json"  # facts of the run that are not options; written before config.yaml
@@ -212,7 +212,7 @@ class DataConfig:
         return _from_json("chat_template_kwargs", self.chat_template_kwargs or "{}")
 
     def prompt_style(self) -> dict[str, str]:
-        """The mapping that --prompt gives, checked; its keys are the fields of data.prompt.PromptStyle."""
+        """The mapping that --prompt gives, checked; its keys are the fields of prompt.PromptStyle."""
         if not self.prompt:
             return {}
         require(isinstance(self.prompt, str), "prompt", "a YAML file, or a mapping as JSON", self.prompt)

@@ -20,12 +20,13 @@ from datetime import datetime
 from itertools import product, takewhile
 from typing import Any
 
-from perce.data.fields import Turn
-from perce.data.prompt import CONVERSATION_START, PERSONA_FOOTERS, PLAIN_CHAT_TEMPLATE, PromptStyle, tell
+from perce.config.prompt import PERSONA_FOOTERS, PromptStyle
+from perce.data.prompt import CONVERSATION_START, PLAIN_CHAT_TEMPLATE, tell
 from perce.data.template import DAY, ChatTemplate
 from perce.data.tokens import Encoded, Line, Piece, Tokens
 from perce.errors import UserError, first_line
 from perce.hub import check_tokenizer
+from perce.reading.fields import Turn
 from perce.visible import shortened
 
 # Placeholders for the persona and the reply, and marks in texts. They are private-use characters, which no template

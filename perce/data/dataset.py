@@ -29,10 +29,10 @@ from perce.data.pairing import PERCE, Builder, PairSource, make_builder
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Document, Examples, Reading, Record
 from perce.data.sharing import UnitKind
-from perce.data.sources import Source
 from perce.data.workers import tables
 from perce.errors import UserError, in_one_line
 from perce.files.integrity import difference, sizes_and_digests
+from perce.reading.sources import Source
 
 PAIRS_VERSION = 10
 """The version of the code that makes pairs from examples; a test fails if the pairs change and this number does not."""

@@ -6,13 +6,13 @@ from typing import Any
 
 from perce.config.schema import DataConfig, LossConfig, refuse_idle
 from perce.data.documents import DocumentBuilder
-from perce.data.formats import FORMATS
 from perce.data.pairs import Pair, PairBuilder
 from perce.data.retrieval import make_retriever
 from perce.data.rows import OR_SKIP, Examples, Record
 from perce.data.template import DAY
 from perce.errors import UserError
 from perce.objectives import DOCUMENTS, OBJECTIVES, PERSONAS
+from perce.reading.formats import FORMATS
 
 PERCE = LossConfig()
 # Options that have no effect on rows of the other kind.

@@ -17,14 +17,15 @@ from typing import Any
 
 import xxhash
 
+from perce.config.prompt import PERSONA_FOOTERS, PromptStyle
 from perce.data.chat import CUT, THOUGHT, Chat, ChatFormat, refuse_marks
-from perce.data.fields import given_persona, parse_messages
-from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, system_text
-from perce.data.readers import BadRow
+from perce.data.prompt import system_text
 from perce.data.retrieval import Retriever
 from perce.data.rows import OR_SKIP, Example
 from perce.data.words import personal_word_spans, stands_in
 from perce.errors import UserError
+from perce.reading.fields import given_persona, parse_messages
+from perce.reading.readers import BadRow
 
 MOST_CHARACTERS = 16  # per token, more than any text has: a longer history cannot fit, and is not tokenised
 

@@ -9,13 +9,13 @@ from rich.text import Text
 
 from perce.config.commands import PreviewOptions
 from perce.config.schema import LossConfig
-from perce.data.formats import FORMATS
 from perce.data.pairing import PairSource, copied_replies, dated, make_builder, picked_by, without_persona
 from perce.data.rows import Example, Examples, Reading, Record, available_splits, load_examples, not_read, what_is_there
 from perce.data.sharing import segmented
 from perce.data.tokens import personal_words, token_texts
 from perce.demo import DATA_DIR
 from perce.errors import UserError
+from perce.reading.formats import FORMATS
 from perce.report.terminal import facts, plain, show, table
 from perce.visible import visible
 

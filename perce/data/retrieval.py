@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from perce.config.schema import DataConfig
-from perce.data.fields import LABELS, PASSAGES, Turn, given_persona
 from perce.data.rows import Example
 from perce.data.words import IDEOGRAPHS, LETTERS, spaced
 from perce.errors import UserError
+from perce.reading.fields import LABELS, PASSAGES, Turn, given_persona
 
 DECIMALS = 5  # scores equal to this many decimals tie: another batch or order of sums changes the seventh digit
 DEFAULT_ENCODER = "facebook/contriever"

@@ -1,13 +1,13 @@
 """Rows of any supported data set -> `Example(persona, turns, response)`, or `Document(text)` if they have no persona.
 
-    sources.py   where the rows are (file, directory, save_to_disk, Hub)  ->  a reader
-    readers.py   files of each kind, and tables                           ->  (place, row)
-    detection.py which format a row is of, by the names of its fields
-    formats.py   what a row of a format means                             ->  Reply(persona, turns, response), ...
-    fields.py    what its fields may hold
-    joins.py     what a row needs from other rows or files                ->  the row with it
-    rows.py      all of these together, and what happens to a bad row     ->  Example, Document, Examples, load_examples
+    reading/sources     where the rows are (file, directory, save_to_disk, Hub) ->  a reader
+    reading/readers     files of each kind, and tables                          ->  (place, row)
+    reading/detection   which format a row is of, by the names of its fields
+    reading/formats     what a row of a format means                            ->  Reply(persona, turns, response), ...
+    reading/fields      what its fields may hold
+    reading/joins       what a row needs from other rows or files               ->  the row with it
 
+This module puts them together (Example, Document, Examples, load_examples) and says what happens to a bad row.
 A row that cannot be used stops the run with file, line and field: a row that was silently dropped or half understood
 would train the model on something that nobody has looked at.
 """
@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.schema import DataConfig
-from perce.data import formats
-from perce.data.detection import detect_format, missing_fields, nearest_name, renaming_hint
-from perce.data.fields import Turn, encodable, parse_persona, parse_spans, show, text_of, weight_of
-from perce.data.formats import FORMATS
-from perce.data.joins import Lookup
-from perce.data.literals import parse_list
-from perce.data.readers import BadRow
-from perce.data.sources import NAMES, OTHER_FILES, READERS, SPLITS, Source, open_data
 from perce.errors import UserError
+from perce.reading import formats
+from perce.reading.detection import detect_format, missing_fields, nearest_name, renaming_hint
+from perce.reading.fields import Turn, encodable, parse_persona, parse_spans, show, text_of, weight_of
+from perce.reading.formats import FORMATS
+from perce.reading.joins import Lookup
+from perce.reading.literals import parse_list
+from perce.reading.readers import BadRow
+from perce.reading.sources import NAMES, OTHER_FILES, READERS, SPLITS, Source, open_data
 from perce.visible import listed, progress
 
 _MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")

@@ -14,7 +14,6 @@ from perce.config.questions import SplitConfig
 from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
 from perce.config.yaml_file import read_yaml
 from perce.data.dataset import conversations, numbers, pair_dataset, persona_lengths, sequence_lengths
-from perce.data.formats import FORMATS
 from perce.data.pairing import (
     PairSource,
     copied_replies,
@@ -43,6 +42,7 @@ from perce.demo import DATA_DIR
 from perce.errors import UserError, in_one_line
 from perce.files.integrity import read_object
 from perce.hub import from_anywhere
+from perce.reading.formats import FORMATS
 from perce.visible import as_json
 
 HELD_OUT = 0.1  # share of the users that is held out if the data has no validation split

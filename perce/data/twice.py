@@ -13,13 +13,14 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from perce.config.prompt import PERSONA_FOOTERS, PromptStyle
 from perce.data.chat import LIKE_CONTROL
-from perce.data.fields import parse_persona
 from perce.data.marked import IGNORED, NO_PERSONA, PERSONA, persona_span
-from perce.data.prompt import PERSONA_FOOTERS, PromptStyle, tell
-from perce.data.readers import BadRow
+from perce.data.prompt import tell
 from perce.errors import UserError
 from perce.process import is_first_process
+from perce.reading.fields import parse_persona
+from perce.reading.readers import BadRow
 from perce.visible import say
 
 Columns = Mapping[str, Sequence[Any]]

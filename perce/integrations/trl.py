@@ -14,9 +14,9 @@ from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
 
 from perce.config.options import option
+from perce.config.prompt import STYLE, PromptStyle
 from perce.config.schema import LossConfig
 from perce.data.marked import PersonaCollator
-from perce.data.prompt import STYLE, PromptStyle
 from perce.data.template import has_system_role, on_one_day
 from perce.data.twice import Twice
 from perce.errors import UserError, installed

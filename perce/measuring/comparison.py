@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from perce.data.readers import parse_json
 from perce.errors import UserError
 from perce.files.paths import did_you_mean
 from perce.measuring.evaluation_report import (
@@ -27,6 +26,7 @@ from perce.measuring.evaluation_report import (
     unit_name,
 )  # fmt: skip
 from perce.measuring.metrics import RESAMPLES, Interval, paired_difference
+from perce.reading.readers import parse_json
 from perce.report.terminal import plain, show, table
 
 Side = Mapping[str, Mapping[str, Any]]

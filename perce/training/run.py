@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 from transformers import set_seed
 
 from perce.config.commands import TrainOptions
+from perce.config.prompt import STYLE
 from perce.config.schema import HELD_OUT_NAME
 from perce.data.dataset import pairs_digest
-from perce.data.formats import FORMATS
-from perce.data.prompt import STYLE
 from perce.data.splits import RunPairs, load_pairs
 from perce.demo import default_model_path
 from perce.hub import BASE_NAME, base_facts, check_base, load_tokenizer
 from perce.model.auxiliary import router_of
 from perce.model.loading import load_model, merge_adapter
+from perce.reading.formats import FORMATS
 from perce.training.arguments import PerceArguments, fit_batch, options_that_fail_late, step_of_run
 from perce.training.best import kept_weights
 from perce.training.card import write_card

@@ -5,13 +5,14 @@ import re
 from contextlib import suppress
 from typing import Any
 
+from perce.config.prompt import SLOT, STYLE, PromptStyle
 from perce.data.chat import ChatFormat
-from perce.data.fields import Turn
-from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SLOT, STYLE, PromptStyle
+from perce.data.prompt import PLAIN_CHAT_TEMPLATE
 from perce.data.stream import PairStream
 from perce.data.template import ChatTemplate
 from perce.errors import UserError, first_line
 from perce.model.probe import unwrapped
+from perce.reading.fields import Turn
 
 # Put before a chat template: if the variable `persona` is given, it is put into the messages as in training; without an
 # entry nothing is, but the system message is that of training. Names in capitals are replaced by texts, PLACED by the

@@ -3,8 +3,8 @@ templates."""
 
 import random
 
-from perce.data.fields import Turn
 from perce.data.rows import Example
+from perce.reading.fields import Turn
 
 # Texts are combined from these. Invisible characters are escaped.
 WORDS = (

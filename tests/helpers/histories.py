@@ -1,9 +1,9 @@
 """Shared by the tests of retrieval: a user's history, a request, and which entries are picked and shown."""
 
 from perce import DataConfig
-from perce.data.fields import Turn
 from perce.data.retrieval import make_retriever
 from perce.data.rows import Example
+from perce.reading.fields import Turn
 from tests.helpers.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

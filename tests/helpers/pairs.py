@@ -1,8 +1,8 @@
 """Shared by the tests of pairs."""
 
-from perce.data.fields import Turn
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Example
+from perce.reading.fields import Turn
 from tests.helpers.tiny import TEMPLATES, tiny_tokenizer
 
 TOKENIZERS = {name: tiny_tokenizer(template) for name, template in TEMPLATES.items()}

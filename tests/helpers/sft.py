@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from perce.data.prompt import SYSTEM_MESSAGE
+from perce.config.prompt import SYSTEM_MESSAGE
 from perce.demo import DATA_DIR
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 from tests.helpers.trainers import LORA

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from perce import preview, prompt_ids, score
 from perce.config.commands import parse_args
-from perce.data.formats import FORMATS
+from perce.reading.formats import FORMATS
 from perce.train import main
 from perce.training.arguments import fit_batch
 from tests.helpers import ROOT

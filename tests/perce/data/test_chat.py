@@ -9,10 +9,11 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from perce import UserError, prompt_ids
-from perce.data.fields import Turn
+from perce.config.prompt import SYSTEM_MESSAGE
 from perce.data.pairs import PairBuilder
-from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE, tell
+from perce.data.prompt import PLAIN_CHAT_TEMPLATE, tell
 from perce.data.template import on_one_day
+from perce.reading.fields import Turn
 from tests.helpers.conversations import conversations
 from tests.helpers.pairs import EXAMPLE, example
 from tests.helpers.templates import CHAT_TEMPLATES

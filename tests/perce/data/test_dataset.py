@@ -15,12 +15,12 @@ from perce import DataConfig, LossConfig, UserError
 from perce.config.commands import TrainOptions
 from perce.data import dataset
 from perce.data.dataset import pair_dataset
-from perce.data.fields import Turn
 from perce.data.pairing import make_builder
 from perce.data.pairs import PairBuilder
 from perce.data.retrieval import Retriever, recency_scores
 from perce.data.rows import Document, Example, Examples
-from perce.data.sources import Source
+from perce.reading.fields import Turn
+from perce.reading.sources import Source
 from perce.training.arguments import fit_batch
 from tests.helpers.pairs import builder, example
 from tests.helpers.tiny import CHATML, GEMMA, QWEN3, demo_examples

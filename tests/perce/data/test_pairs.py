@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perce import DataConfig, UserError, prompt_ids
-from perce.data import prompt
-from perce.data.fields import Turn
+from perce.config.prompt import SYSTEM_MESSAGE, PromptStyle
 from perce.data.pairs import PairBuilder, counterfactual_ids
-from perce.data.prompt import PromptStyle
+from perce.data.prompt import PLAIN_CHAT_TEMPLATE
 from perce.data.retrieval import make_retriever
+from perce.reading.fields import Turn
 from tests.helpers.pairs import EXAMPLE, TOKENIZERS, builder, example
 from tests.helpers.tiny import TEMPLATES, tiny_tokenizer
 
@@ -36,9 +36,9 @@ def test_counterfactual_is_factual_minus_one_contiguous_persona_span(template, t
     assert without == pair.input_ids[:start] + pair.input_ids[end:]
     entries = "".join(f"- {entry}\n" for entry in EXAMPLE.persona)
     block = decode(template, pair.input_ids[start:end])  # its first token may contain a space of the template
-    assert block.strip() == (prompt.PromptStyle().header + entries).strip()
+    assert block.strip() == (PromptStyle().header + entries).strip()
     text = decode(template, without)
-    assert prompt.SYSTEM_MESSAGE in text and "bees.\n" not in text and "Oslo" not in text
+    assert SYSTEM_MESSAGE in text and "bees.\n" not in text and "Oslo" not in text
     assert "You are helpful" not in text, "the template's own system prompt must not come in"
     assert all(turn.content in text for turn in turns)
 
@@ -90,7 +90,7 @@ def test_control_tokens_in_a_prompt_are_text_or_allowed(value):
 def test_factual_sequence_reads_as_the_template_renders_it(template):
     own = builder(template)
     pair = own.build(EXAMPLE)
-    system = own.chat_format.block(EXAMPLE.persona) + prompt.SYSTEM_MESSAGE
+    system = own.chat_format.block(EXAMPLE.persona) + SYSTEM_MESSAGE
     rendered = TOKENIZERS[template].apply_chat_template(
         [
             {"role": "system", "content": system},
@@ -125,7 +125,7 @@ def test_the_end_of_the_prompt_and_the_reply_are_tokenised_as_in_one_text(templa
     messages = own.chat_format.messages(turns, own.chat_format.block(EXAMPLE.persona))
     whole = tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in messages],
-        chat_template=tokenizer.chat_template or prompt.PLAIN_CHAT_TEMPLATE, return_dict=False,
+        chat_template=tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, return_dict=False,
     )  # fmt: skip
     assert pair.input_ids == whole[: len(pair.input_ids)]
     ids = pair.input_ids[-pair.response_length :]

@@ -3,17 +3,11 @@
 import pytest
 
 from perce import UserError, prompt_text
-from perce.data.prompt import SYSTEM_MESSAGE, PromptStyle, system_text, tell
+from perce.config.prompt import SYSTEM_MESSAGE, PromptStyle
+from perce.data.prompt import system_text, tell
 
 
-def test_what_a_prompt_says_wrongly_is_named():
-    for keys, message in (
-        ({"sytem": "x"}, "expected keys among system, place"), ({"place": "top"}, "system or user"),
-        ({"item": "- "}, "one {} in item"), ({"system": "{persona}"}, "words besides the persona"),
-        ({"header": 3}, "a text as header"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=f"prompt: .*{message}"):
-            PromptStyle.of(keys)
+def test_a_prompt_is_told_as_text():
     for wrong in ([" "], ["A", None], 3, None, {"job": "baker"}, {"A", "B"}, b"A"):
         with pytest.raises(UserError, match=r"persona.*expected"):
             prompt_text(wrong)
@@ -53,5 +47,3 @@ def test_a_conversation_is_told_with_a_persona():
             tell(wrong, "[P]", PromptStyle(place="user"), True)
     with pytest.raises(UserError, match="expected messages, got none"):
         tell([], "[P]", PromptStyle(), True)
-    with pytest.raises(UserError, match="prompt: expected a mapping with keys among system, place"):
-        PromptStyle.of("user")

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from perce import DataConfig, LossConfig, PerceArguments, PerceTrainer, UserError, pick_passages, prompt_ids
 from perce.data.dataset import rows_dataset_pairs
-from perce.data.fields import PASSAGES, passage_text
 from perce.data.retrieval import QUERIES, Retriever, bm25_scores, indexed_text, query_of
 from perce.data.splits import load_pairs
+from perce.reading.fields import PASSAGES, passage_text
 from perce.train import main
 from tests.helpers import ROOT
 from tests.helpers.histories import HISTORY, TOKENIZER, TWEET, history, picks, row, shown

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from perce import UserError, load_examples
-from perce.data.fields import Turn
-from perce.data.formats import FORMATS, Format
-from perce.data.parsers import Reply
 from perce.data.rows import Examples, available_splits
+from perce.reading.fields import Turn
+from perce.reading.formats import FORMATS, Format
+from perce.reading.parsers import Reply
 from tests.helpers.raw_rows import CONVAI2, GOOD, LAMP, SPC, TALK, documented, error, jsonl, load
 
 BAD = [

@@ -7,23 +7,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from perce import PerceTrainer, UserError, load_examples
+from perce import UserError, load_examples
 from perce.data import stream
 from perce.data.dataset import pair_dataset
-from perce.data.pairing import PairSource
 from perce.data.pairs import PairBuilder
-from perce.data.stream import PairStream
 from perce.training.summary import left_out_of_stream
-from tests.helpers.tiny import tiny_tokenizer, write_jsonl
-from tests.helpers.trainers import arguments, logged, model_for
-
-TOKENIZER = tiny_tokenizer()
-ROWS = [{"persona": f"I am {i}." * (1 + i % 3), "query": "Who?", "response": f"It is {i}."} for i in range(23)]
-
-
-def pair_stream(path, *, seed=0, skip=False, max_length=500):
-    rows = load_examples(path, "train", streaming=True, skip_bad_rows=skip)
-    return PairStream(PairSource(rows, PairBuilder(TOKENIZER, max_length=max_length), skip), seed)
+from tests.helpers.streams import ROWS, TOKENIZER, pair_stream, run
+from tests.helpers.tiny import write_jsonl
+from tests.helpers.trainers import arguments
 
 
 @pytest.fixture
@@ -97,26 +88,6 @@ def test_what_a_stream_left_out_is_told_as_far_as_it_is_known(tmp_path):
     assert share == [rows, f"{examples} (in this process's share, one of 2)"], "every process reads all rows"
     assert workers.startswith("not counted")
     assert left_out_of_stream(SimpleNamespace(train=None), None) == []
-
-
-def train_stream(directory, path, ranks=1, **options):
-    """8 steps of 4 sequences, which reach into the second pass over 23 examples."""
-    torch.manual_seed(0)
-    args = arguments(directory, per_device_train_batch_size=4 // ranks, max_steps=8)
-    return run(args, path, "full", **options)
-
-
-def run(args, path, kind, **options):
-    trainer = PerceTrainer(
-        model_for(kind, dropout=0.3), args, train_dataset=pair_stream(path), processing_class=TOKENIZER
-    )  # fmt: skip
-    seen, collator = [], trainer.data_collator
-    trainer.data_collator = lambda pairs: (seen.append([pair["example"] for pair in pairs]), collator(pairs))[1]
-    trainer.train(**options)
-    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return {"steps": logged(trainer, "loss", "grad_norm"), "examples": seen[:8]} | (
-        {"weights": weights} if kind == "lora" else {}
-    )
 
 
 def test_resume_in_the_second_pass_is_bitwise_equal(tmp_path, path):

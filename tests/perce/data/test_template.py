@@ -13,9 +13,9 @@ from transformers.utils import chat_template_utils
 
 from perce import UserError
 from perce.data.chat import ChatFormat
-from perce.data.fields import Turn
 from perce.data.prompt import PLAIN_CHAT_TEMPLATE
 from perce.data.template import ChatTemplate, has_system_role, on_one_day
+from perce.reading.fields import Turn
 from tests.helpers.templates import CHAT_TEMPLATES
 from tests.helpers.tiny import GEMMA, LLAMA3, MISTRAL, MISTRAL_V3, tiny_tokenizer
 from tests.helpers.tokenizers import tokenizer_like

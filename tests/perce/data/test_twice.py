@@ -7,8 +7,8 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from perce import UserError
+from perce.config.prompt import PromptStyle
 from perce.data.marked import IGNORED, NO_PERSONA, PERSONA
-from perce.data.prompt import PromptStyle
 from perce.data.twice import Twice
 from tests.helpers.tiny import tiny_tokenizer
 

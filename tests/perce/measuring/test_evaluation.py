@@ -16,12 +16,12 @@ from transformers import GenerationConfig
 from perce import DataConfig, evaluate, load_examples
 from perce.config.questions import EvaluateConfig
 from perce.data.batch import collate
-from perce.data.fields import Turn
 from perce.data.pairing import make_builder
 from perce.data.rows import Example
 from perce.measuring import evaluation, inference
 from perce.measuring.evaluation import Evaluator, Item, Written, other_users, written_together
 from perce.model.patch import prepare_model
+from perce.reading.fields import Turn
 from tests.helpers.tiny import (
     CHATML,
     QWEN3,

@@ -11,7 +11,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perce.config.schema import ModelConfig
 from perce.data.batch import collate, token_inputs
-from perce.data.fields import Turn
 from perce.data.pairs import PairBuilder
 from perce.data.rows import Example
 from perce.data.sharing import Spans
@@ -21,6 +20,7 @@ from perce.model.loading import add_adapter, lora_config
 from perce.model.memory import enable_checkpointing, tile_mlps
 from perce.model.patch import prepare_model
 from perce.model.prefill import prepare_prefill
+from perce.reading.fields import Turn
 from tests.helpers.models import perce_forward
 from tests.helpers.replies import Exact, conversations, requests
 from tests.helpers.tiny import SIZES, TEMPLATES, tiny_model, tiny_tokenizer, with_drawn_adapter

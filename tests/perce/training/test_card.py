@@ -11,8 +11,8 @@ import yaml
 
 from perce import UserError, prompt_ids, prompt_text
 from perce.config.commands import TrainOptions
+from perce.config.prompt import PERSONA_FOOTERS, PromptStyle
 from perce.config.schema import DataConfig, ModelConfig
-from perce.data.prompt import PERSONA_FOOTERS, PromptStyle
 from perce.hub import fingerprint
 from perce.model.loading import add_adapter, lora_config
 from perce.training.card import CARD, ENTRIES, QUERY, write_card

@@ -17,9 +17,9 @@ from perce.training.loader import undivided_loader
 from perce.training.sampler import TokenBatches
 from tests.helpers.models import LENGTHS, drawn
 from tests.helpers.ranks import finish_rank, result_of_ranks
+from tests.helpers.streams import ROWS, train_stream
 from tests.helpers.tiny import demo_pairs, write_jsonl
 from tests.helpers.trainers import LOSS, arguments, logged, model_for, plain_loop, trainer_for
-from tests.perce.data.test_stream import ROWS, train_stream
 
 PAIRS = demo_pairs(24)[:10] + demo_pairs(24, retriever=Retriever(recency_scores, 1, "", ""))[10:]
 

@@ -10,13 +10,14 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from perce import DataConfig, LossConfig, PerceTrainer, UserError, prompt_text
+from perce.config.prompt import SYSTEM_MESSAGE, PromptStyle
 from perce.data.chat import ChatFormat
 from perce.data.dataset import pair_dataset
-from perce.data.fields import Turn
 from perce.data.pairing import PairSource
-from perce.data.prompt import PLAIN_CHAT_TEMPLATE, SYSTEM_MESSAGE, PromptStyle
+from perce.data.prompt import PLAIN_CHAT_TEMPLATE
 from perce.data.stream import PairStream
 from perce.data.template import on_one_day
+from perce.reading.fields import Turn
 from perce.training.serving import end_of_reply, serve_as_trained, takes_persona, with_persona
 from tests.helpers.models import documents
 from tests.helpers.pairs import EXAMPLE, builder

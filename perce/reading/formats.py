@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from perce.data import joins, parsers
-from perce.data.fields import list_of, names_in, show
-from perce.data.joins import Lookup
-from perce.data.parsers import Reply, Row
-from perce.data.readers import BadRow
+from perce.reading import joins, parsers
+from perce.reading.fields import list_of, names_in, show
+from perce.reading.joins import Lookup
+from perce.reading.parsers import Reply, Row
+from perce.reading.readers import BadRow
 from perce.visible import shortened
 
 

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from perce import UserError, load_examples
-from perce.data import sources
 from perce.data.rows import available_splits
+from perce.reading import sources
 from tests.helpers.raw_rows import ABSTRACT, GOOD, LAMP, error, jsonl, load
 
 

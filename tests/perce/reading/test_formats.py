@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 
 from perce import DataConfig, UserError, load_examples
-from perce.data.detection import detect_format, missing_fields
-from perce.data.fields import Turn
-from perce.data.formats import FORMATS
 from perce.data.splits import load_splits
+from perce.reading.detection import detect_format, missing_fields
+from perce.reading.fields import Turn
+from perce.reading.formats import FORMATS
 from tests.helpers.raw_rows import (
     ABSTRACT,
     FILES,
@@ -364,5 +364,5 @@ def table_of_formats() -> str:
 
 
 def test_the_table_of_the_page_is_that_of_the_entries():
-    table = PAGE.partition("perce/data/formats.py -->\n")[2].partition("\n<!-- end -->")[0]
+    table = PAGE.partition("perce/reading/formats.py -->\n")[2].partition("\n<!-- end -->")[0]
     assert table == table_of_formats()

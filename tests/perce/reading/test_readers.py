@@ -1,4 +1,4 @@
-"""perce.data.readers: every file has one meaning, or an error with the place of the mistake."""
+"""perce.reading.readers: every file has one meaning, or an error with the place of the mistake."""
 
 import gzip
 import json
@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from perce import UserError, load_examples
-from perce.data import readers
 from perce.data.rows import available_splits
+from perce.reading import readers
+from tests.helpers.csv_files import HEADER, csv_file, replies
 from tests.helpers.raw_rows import GOOD, TALK, jsonl
-from tests.perce.data.test_csv_file import HEADER, csv_file, replies
 
 # --- encodings and other kinds of file -------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ def test_a_json_array_is_read_in_pieces(tmp_path, monkeypatch):
 
 
 def test_a_json_file_of_splits_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("perce.data.readers.PIECE", 64)
+    monkeypatch.setattr("perce.reading.readers.PIECE", 64)
     rows = [{**GOOD, "response": f"Number {i}."} for i in range(40)]
     path = tmp_path / "d.json"
     path.write_text(json.dumps({"train": rows[:30], "valid": rows[30:], "test": []}, indent=1))

@@ -12,9 +12,9 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
-from perce.data import readers
-from perce.data.readers import BadRow, Placed, check_is_text, check_names, too_long
 from perce.errors import UserError
+from perce.reading import readers
+from perce.reading.readers import BadRow, Placed, check_is_text, check_names, too_long
 from perce.visible import shortened
 
 _CELL = re.compile(r'(?:"[^"]*(?:""[^"]*)*"|(?![ \t]*")[^,\r\n]*(?<!"))(,|\r?\n?\Z)')

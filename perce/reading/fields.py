@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from perce.data.readers import BadRow, not_utf8
 from perce.errors import UserError
+from perce.reading.readers import BadRow, not_utf8
 from perce.visible import listed, shortened
 
 # How a profile entry becomes a passage: (the field that tells its kind, ((label, field), ..., the text)). The first

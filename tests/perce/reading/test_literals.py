@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset, disable_progress_bars
 
 from perce import load_examples
-from perce.data import literals
+from perce.reading import literals
 from tests.helpers.raw_rows import TALK, error, load
 
 FACTS = ['I enjoy tea, "green".', "I'm a baker.", "two\nlines [sic] {x}, 'y' 'z'"]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
-from perce.data.fields import (
+from perce.reading.fields import (
     TEXT_FIELDS,
     Turn,
     exchanges,
@@ -25,9 +25,9 @@ from perce.data.fields import (
     show,
     text_of,
 )  # fmt: skip
-from perce.data.joins import LINKS, Row
-from perce.data.literals import parse_list
-from perce.data.readers import BadRow, parse_json
+from perce.reading.joins import LINKS, Row
+from perce.reading.literals import parse_list
+from perce.reading.readers import BadRow, parse_json
 
 SILENCE = "__ SILENCE __"  # Persona-Chat's placeholder where nobody has said anything yet
 SPEAKERS = {"Speaker 1": "1", "Speaker 2": "2"}  # of MSC

@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from perce.data.formats import FIELDS, FORMATS, OPTIONAL, Format, system_message
-from perce.data.readers import BadRow
+from perce.reading.formats import FIELDS, FORMATS, OPTIONAL, Format, system_message
+from perce.reading.readers import BadRow
 from perce.visible import listed
 
 # Our field → names that other data sets give it, for the hints about a row of no format.

@@ -18,9 +18,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from perce.data.fields import passage_text, rating_of, show, text_of
-from perce.data.readers import BadRow, json_file, whole_json
 from perce.errors import UserError, in_one_line
+from perce.reading.fields import passage_text, rating_of, show, text_of
+from perce.reading.readers import BadRow, json_file, whole_json
 from perce.visible import shortened
 
 Row = Mapping[str, Any]

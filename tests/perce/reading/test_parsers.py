@@ -8,10 +8,10 @@ from functools import reduce
 import pytest
 
 from perce import UserError, load_examples
-from perce.data.fields import PASSAGES, Turn
-from perce.data.formats import FORMATS
 from perce.data.rows import Example, Examples, Reading
-from perce.data.sources import Source
+from perce.reading.fields import PASSAGES, Turn
+from perce.reading.formats import FORMATS
+from perce.reading.sources import Source
 from tests.helpers.raw_rows import (
     ABSTRACT,
     CONVAI2,

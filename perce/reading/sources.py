@@ -1,6 +1,6 @@
 """Where rows come from: a file, a directory, a `save_to_disk` directory or the Hub -> (place, row) pairs.
 
-readers.py reads each kind of file, and rows.py says what a row means.
+readers.py reads each kind of file, and formats.py says what a row means.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from os.path import splitext
 from pathlib import Path
 from typing import Any
 
-from perce.data.csv_file import csv_rows
-from perce.data.readers import (
+from perce.errors import UserError, first_line, in_one_line
+from perce.files.network import hub_failure
+from perce.files.paths import check_path, did_you_mean
+from perce.reading.csv_file import csv_rows
+from perce.reading.readers import (
     BATCH,
     BadRow,
     Placed,
@@ -30,9 +33,6 @@ from perce.data.readers import (
     parquet_rows,
     whole_json,
 )  # fmt: skip
-from perce.errors import UserError, first_line, in_one_line
-from perce.files.network import hub_failure
-from perce.files.paths import check_path, did_you_mean
 from perce.visible import listed, shortened
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}

@@ -1,22 +1,11 @@
-"""perce.data.csv_file: every CSV has one meaning, or an error with the place of the mistake."""
+"""perce.reading.csv_file: every CSV has one meaning, or an error with the place of the mistake."""
 
 import csv
-from pathlib import Path
 
 import pytest
 
 from perce import UserError, load_examples
-
-HEADER = "persona,query,response"
-
-
-def csv_file(path: Path, *lines: str, header: str = HEADER) -> Path:
-    path.write_bytes("\n".join([header, *lines, ""]).encode())
-    return path
-
-
-def replies(path, **options):
-    return [(example.source.partition(":")[2], example.response) for example in load_examples(path, "train", **options)]
+from tests.helpers.csv_files import HEADER, csv_file, replies
 
 
 @pytest.mark.parametrize(

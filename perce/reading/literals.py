@@ -10,7 +10,7 @@ import re
 import tokenize
 from typing import Any
 
-from perce.data.readers import BadRow, parse_json
+from perce.reading.readers import BadRow, parse_json
 from perce.visible import shortened
 
 LONGEST = 2**22  # characters of a Python list: its syntax tree takes a hundred times as much memory
