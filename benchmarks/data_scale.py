@@ -33,7 +33,7 @@ STAGES = {
     "batch size": [("perce.training.arguments", "fit_batch")],
     "trainer": [("perce.training.trainer", "PerceTrainer")],
     "digests": [("perce.data.dataset", "pairs_digest")],
-    "all": [("perce.training.run", "train")],  # up to the first step; the last, because it imports the others by name
+    "all": [("perce.running.run", "train")],  # up to the first step; the last, because it imports the others by name
 }
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe ri so tu va we xi yo za bra cle dri flo gru sta".split()
 SAMPLED_EVERY = 1.0  # seconds

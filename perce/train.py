@@ -21,7 +21,7 @@ from perce.errors import UserError
 from perce.files.paths import check_outputs
 from perce.hub import from_anywhere
 from perce.process import end_with_launcher, guarded
-from perce.training.run_directory import claimed, free_directory
+from perce.running.directory import claimed, free_directory
 from perce.visible import as_json, say
 
 DEFAULT_LEARNING_RATE = {"full": 2e-5, "lora": 2e-4}
@@ -98,7 +98,7 @@ def run(config: TrainOptions, name: str | None = None) -> None:
         if claim.note and args.process_index == 0:
             say(claim.note)
         if not claim.finished:
-            from perce.training.run import train
+            from perce.running.run import train
 
             args.output_dir = str(claim.output_dir)
             train(replace(config, run=replace(config.run, output_dir=args.output_dir)), args, claim)

@@ -48,7 +48,7 @@ SUBSTITUTES = {
 }
 HUB_ID = re.compile(r"\b(?:Qwen|HuggingFaceTB)/[\w.-]*\w")
 # Blocks of Python that another test runs: their page, a part of their text ("": all blocks of the page), and the test.
-OF_CARDS = "tests/perce/training/test_card.py"
+OF_CARDS = "tests/perce/running/test_card.py"
 RUN_ELSEWHERE = {
     ("README.md", "fused_perce_loss("): "tests/test_examples.py::test_the_loop_in_readme_is_the_one_that_runs",
     ("docs/EXTENDING.md", "Objective("): "tests/test_extending.py::test_an_objective",

@@ -35,7 +35,7 @@ FLOORS = (
     ("perce.model",),
     ("perce.planning", "perce.measuring"),
     ("perce.training",),
-    ("perce.integrations",),
+    ("perce.integrations", "perce.running"),
     tuple(f"perce.{name}" for name in COMMANDS),
     ("perce.__main__",),
     ("perce",),
@@ -109,7 +109,7 @@ ABOUT_SEVERAL = {
     "perce/test_backend_option.py": "--backend of every command",
     "perce/test_longce.py": "documents, from rows to a run",
     "perce/model/test_architectures.py": "every model of transformers",
-    "perce/training/test_kills.py": "runs that are killed",
+    "perce/running/test_kills.py": "runs that are killed",
     "perce/training/test_ranks.py": "several processes",
     "perce_kernels/gpu/test_aot.py": "all kernels, compiled without a GPU",
     "perce_kernels/gpu/test_device.py": "all kernels on a GPU, at real sizes",
@@ -124,7 +124,7 @@ SEEN_THROUGH_OTHERS = {
     "config.schema", "config.step", "model.head", "model.passes",
     "planning.live", "measuring.records", "measuring.scores", "measuring.score_report",
     "measuring.identification", "report.terminal", "training.normalizer",
-    "training.summary", "contract", "reference", "row_pass", "gpu.blocked", "gpu.row_halves",
+    "running.run", "running.summary", "contract", "reference", "row_pass", "gpu.blocked", "gpu.row_halves",
 }  # fmt: skip
 
 

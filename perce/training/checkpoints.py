@@ -29,8 +29,25 @@ if TYPE_CHECKING:
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # from network file systems, mostly for directories
 
 
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
+SAVED = (
+    *WEIGHTS, "model.safetensors.index.json", "README.md", "config.json", "generation_config.json",
+    "adapter_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""The files that a model, an adapter and a tokenizer are saved as, and the card: only these are uploaded. Other files
+of a run hold rows of its data, names of users and paths. adapter_config.json may hold the path of the base model, and a
+checkpoint that is uploaded whole (--hub_strategy checkpoint) the paths of the run."""
+
+
 class SaveError(UserError):
     """A checkpoint that could not be written; earlier ones are untouched."""
+
+
+def model_files(directory: Path) -> list[str]:
+    """Those of SAVED that a directory has."""
+    return [path.relative_to(directory).as_posix() for name in SAVED for path in directory.glob(name)]
 
 
 def seal(directory: Path, files: Iterable[Path] | None = None) -> None:

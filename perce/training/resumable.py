@@ -17,10 +17,9 @@ from perce.errors import UserError, first_line
 from perce.files.outputs import let_umask_decide
 from perce.model.probe import unwrapped
 from perce.training.best import check_first_value, evaluated_name, is_evaluated
-from perce.training.checkpoints import check_whole, damage, resume_point, save_whole, state_of
+from perce.training.checkpoints import check_whole, damage, model_files, resume_point, save_whole, state_of
 from perce.training.divergence import check_finite, check_logged
 from perce.training.parallel import found_by_first
-from perce.training.run_directory import model_files
 from perce.training.weights import WeightsOfCheckpoints
 from perce.visible import say
 
@@ -199,7 +198,7 @@ class ResumableTrainer(WeightsOfCheckpoints, Trainer):
         **kwargs: Any,
     ) -> Any:
         """Like transformers.Trainer's, but it uploads only the files that a model is saved as (SAVED in
-        run_directory.py), and saves nothing that is saved already.
+        checkpoints.py), and saves nothing that is saved already.
 
         An upload that fails does not end the run, whose files are saved locally."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)

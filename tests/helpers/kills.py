@@ -27,8 +27,10 @@ import transformers
 
 from benchmarks.commit import commit
 from perce import PerceTrainer
+from perce.running import directory as run_directory
+from perce.running import summary
 from perce.train import main as train
-from perce.training import checkpoints, run_directory, summary
+from perce.training import checkpoints
 from tests.helpers.tiny import save_tiny_model, write_jsonl
 from tests.helpers.training import ROWS
 

@@ -43,7 +43,7 @@ def kept(tmp_path_factory):
 def quick_runs(request, kept, monkeypatch):
     """A tiny run's curves and plan take half of its time: no curves are drawn, and one plan stands for all.
     `whole` marks tests whose runs leave nothing out."""
-    if "perce.training.fits" not in sys.modules or request.node.get_closest_marker("whole"):
+    if "perce.running.fits" not in sys.modules or request.node.get_closest_marker("whole"):
         return  # tests that never train need not import what trains
     from perce.planning.memory import count, peak_memory
 
@@ -55,8 +55,8 @@ def quick_runs(request, kept, monkeypatch):
         return plans[made]
 
     for made in (count, peak_memory):
-        monkeypatch.setattr(f"perce.training.fits.{made.__name__}", partial(once, made))
-    monkeypatch.setattr("perce.training.summary.write_curves", lambda path, *_, **__: path.write_bytes(picture))
+        monkeypatch.setattr(f"perce.running.fits.{made.__name__}", partial(once, made))
+    monkeypatch.setattr("perce.running.summary.write_curves", lambda path, *_, **__: path.write_bytes(picture))
 
 
 @pytest.fixture(scope="module")

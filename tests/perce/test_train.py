@@ -417,7 +417,7 @@ def test_a_step_is_eight_replies_of_conversations_by_what_is_computed_of_them():
 
 
 def test_long_validation_sets_are_cut_on_a_cpu_unless_asked_for(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("perce.training.run.EVAL_TOKENS_ON_CPU", 1)
+    monkeypatch.setattr("perce.running.run.EVAL_TOKENS_ON_CPU", 1)
     assert " and 2 of 3 validation examples" in train(max_steps=1, eval_examples=2, output_dir=tmp_path / "a")[1]
     assert " and 1 of 3 validation examples" in train(max_steps=1, output_dir=tmp_path / "b")[1]
     assert " and 3 validation examples" in train(max_steps=1, eval_examples=3, output_dir=tmp_path / "c")[1]

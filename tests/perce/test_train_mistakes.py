@@ -142,7 +142,7 @@ def test_trying_the_options_draws_no_random_numbers(train, tmp_path, monkeypatch
         states.append(torch.get_rng_state().equal(before))
         return found
 
-    monkeypatch.setattr("perce.training.run.try_options", watched)
+    monkeypatch.setattr("perce.running.run.try_options", watched)
     assert train("--dataloader_num_workers=1", max_steps=1)[0] == 0
     assert states == [True]
 

@@ -283,7 +283,7 @@ def test_a_run_that_is_interrupted_while_it_writes_its_report(train, monkeypatch
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("perce.training.run.write_run_report", stop)
+    monkeypatch.setattr("perce.running.run.write_run_report", stop)
     code, _, err = train()
     assert code == 130 and err.endswith("Interrupted.\n") and "Traceback" not in err
 

@@ -11,7 +11,7 @@ from perce import UserError, load_examples
 from perce.data import stream
 from perce.data.dataset import pair_dataset
 from perce.data.pairs import PairBuilder
-from perce.training.summary import left_out_of_stream
+from perce.running.summary import left_out_of_stream
 from tests.helpers.streams import ROWS, TOKENIZER, pair_stream, run
 from tests.helpers.tiny import write_jsonl
 from tests.helpers.trainers import arguments

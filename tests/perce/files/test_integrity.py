@@ -7,8 +7,8 @@ from perce.data.splits import HeldOut
 from perce.errors import UserError
 from perce.files.integrity import LIST, read_object
 from perce.hub import base_of_adapter
+from perce.running.directory import FACTS, Claim, check_facts
 from perce.training.checkpoints import damage
-from perce.training.run_directory import FACTS, Claim, check_facts
 
 DEEP = "[" * 100_000
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from perce.config.commands import parse_args
-from perce.training.card import CARD
+from perce.running.card import CARD
 from tests.helpers.trainers import arguments, model_for, trainer_for
 from tests.helpers.training import fails
 

@@ -15,7 +15,7 @@ from perce.config.prompt import PERSONA_FOOTERS, PromptStyle
 from perce.config.schema import DataConfig, ModelConfig
 from perce.hub import fingerprint
 from perce.model.loading import add_adapter, lora_config
-from perce.training.card import CARD, ENTRIES, QUERY, write_card
+from perce.running.card import CARD, ENTRIES, QUERY, write_card
 from perce.training.serving import serve_as_trained
 from tests.helpers import ROOT
 from tests.helpers.templates import CHAT_TEMPLATES
@@ -127,7 +127,7 @@ def test_a_card_can_be_uploaded(tmp_path, monkeypatch):
     text = (run / CARD).read_text(encoding="utf-8")
     assert "base_model" not in yaml.safe_load(text.split("---")[1]) and str(tmp_path) not in text
     assert "| data | rows.jsonl |" in text
-    monkeypatch.setattr("perce.training.card.fingerprint", lambda path: "0a1b")
+    monkeypatch.setattr("perce.running.card.fingerprint", lambda path: "0a1b")
     write_card(run, options, "owner/name", None, NUMBERS, "1 step")
     text = (run / CARD).read_text(encoding="utf-8")
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "owner/name" and "| owner/name (0a1b) |" in text

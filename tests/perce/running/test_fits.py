@@ -15,9 +15,9 @@ from perce.objectives import OBJECTIVES
 from perce.planning import device as memory_there
 from perce.planning.plans import Costs
 from perce.planning.shapes import shape_of
+from perce.running import fits
+from perce.running.fits import check_fits, largest_step
 from perce.train import main
-from perce.training import fits
-from perce.training.fits import check_fits, largest_step
 from tests.helpers import training
 from tests.helpers.replies import conversation, requests
 from tests.helpers.tiny import save_tiny_model, tiny_model, write_jsonl

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from perce import DataConfig, LossConfig
-from perce.training.diagnosis import Outcome, best_evaluation, diagnose, outcome_of
+from perce.running.diagnosis import Outcome, best_evaluation, diagnose, outcome_of
 from tests.helpers.tiny import demo_examples
 
 WELL = Outcome(

@@ -10,9 +10,9 @@ import time
 import psutil
 import pytest
 
+from perce.running.directory import LOCK
 from perce.train import main
 from perce.training.checkpoints import flaw
-from perce.training.run_directory import LOCK
 from tests.helpers import ROOT
 from tests.helpers.kills import CONFIGURATIONS, DEFAULTS, MOMENTS, prepare
 

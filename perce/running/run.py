@@ -14,17 +14,17 @@ from perce.hub import BASE_NAME, base_facts, check_base, load_tokenizer
 from perce.model.auxiliary import router_of
 from perce.model.loading import load_model, merge_adapter
 from perce.reading.formats import FORMATS
+from perce.running.card import write_card
+from perce.running.diagnosis import diagnose, outcome_of
+from perce.running.directory import Claim, begin, check_facts, finish
+from perce.running.fits import check_fits
+from perce.running.interruption import train_interruptibly
+from perce.running.summary import Progress, describe_run, describe_sharing, loss_labels, print_result, write_run_report
 from perce.training.arguments import PerceArguments, fit_batch, options_that_fail_late, step_of_run
 from perce.training.best import kept_weights
-from perce.training.card import write_card
 from perce.training.checkpoints import disk_errors
 from perce.training.checks import try_options
-from perce.training.diagnosis import diagnose, outcome_of
-from perce.training.fits import check_fits
-from perce.training.interruption import train_interruptibly
-from perce.training.run_directory import Claim, begin, check_facts, finish
 from perce.training.shared import shared_by
-from perce.training.summary import Progress, describe_run, describe_sharing, loss_labels, print_result, write_run_report
 from perce.training.trainer import PerceTrainer
 from perce.visible import as_json, say
 

@@ -3,7 +3,7 @@
 .lock            held by the process that writes here now, until it ends; .lock.holder names it
 run.json         facts about the run besides its options: a digest of its training pairs, what a step is
 config.yaml      its options; a directory with it and run.json holds a run
-checkpoint-N/    see checkpoints.py
+checkpoint-N/    see training/checkpoints.py
 complete.json    written last: the weights of a finished run as they were saved
 """
 
@@ -28,6 +28,8 @@ from perce.files.lock import InUse, locked
 from perce.hub import BASE_NAME
 from perce.training.checkpoints import (
     LIST,
+    SAVED,
+    WEIGHTS,
     checkpoints,
     damage,
     never_saved,
@@ -57,16 +59,6 @@ MAY_CHANGE_OF_TRAINER = (
 )  # fmt: skip
 """Beginnings of the names of TrainingArguments fields that may change likewise."""
 
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors")
-SAVED = (
-    *WEIGHTS, "model.safetensors.index.json", "README.md", "config.json", "generation_config.json",
-    "adapter_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)  # fmt: skip
-"""The files that a model, an adapter and a tokenizer are saved as, and the card: only these are uploaded. Other files
-of a run hold rows of its data, names of users and paths. adapter_config.json may hold the path of the base model, and a
-checkpoint that is uploaded whole (--hub_strategy checkpoint) the paths of the run."""
 WRITTEN = (
     *SAVED, *(f"{MERGED}/{name}" for name in SAVED), CONFIG_NAME, FACTS, HELD_OUT_NAME, BASE_NAME, LIST,
     "trainer_state.json", "training_args.bin", "before.pt", "curves.png", "report.html",
@@ -84,10 +76,6 @@ class Claim:
     note: str = ""
     """What the user is told about it."""
     finished: bool = False
-
-
-def model_files(directory: Path) -> list[str]:
-    return [path.relative_to(directory).as_posix() for name in SAVED for path in directory.glob(name)]
 
 
 def would_replace(path: Path) -> list[str]:

@@ -18,11 +18,11 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from perce import LossConfig, PerceTrainer
+from perce.running.interruption import SIGNALS, Interrupted, Interruption
+from perce.running.summary import Progress
 from perce.train import main
 from perce.training import checkpoints
 from perce.training.checkpoints import LIST, damage, flaw, newest_whole, seal
-from perce.training.interruption import SIGNALS, Interrupted, Interruption
-from perce.training.summary import Progress
 from tests.helpers import ROOT
 from tests.helpers.device import DEVICE, no_host_sync
 from tests.helpers.ranks import run_ranks, start_ranks
@@ -121,7 +121,7 @@ def test_a_second_signal_stops_at_once_unless_it_is_the_first_one_again(flags, r
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("perce.training.interruption.FORWARDED_SECONDS", seconds)
+    monkeypatch.setattr("perce.running.interruption.FORWARDED_SECONDS", seconds)
     at_step(monkeypatch, STOP, twice)
     with pytest.raises(SystemExit, match="143"):
         main([*flags, "--output_dir", str(run)])

@@ -14,9 +14,9 @@ import yaml
 from perce import PerceTrainer, UserError, hub
 from perce.config.commands import parse_args
 from perce.files.lock import locked
+from perce.running.directory import LOCK, would_replace
 from perce.train import main, resolve
 from perce.training.checkpoints import flaw
-from perce.training.run_directory import LOCK, would_replace
 from tests.helpers.pages import Page
 from tests.helpers.tiny import write_jsonl
 from tests.helpers.training import ROWS, fails
@@ -41,7 +41,7 @@ def test_output_directories(train, tmp_path, monkeypatch):
     assert train(max_steps=1, output_dir=tmp_path / "taken")[0] == 0
     fails(train(output_dir=tmp_path / "taken"), "--output_dir", "holds a run", "--resume")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("perce.training.run.load_tokenizer", lambda *_: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.running.run.load_tokenizer", lambda *_: pytest.fail("found too late"))
     fails(train(output_dir=tmp_path / "file" / "run"), "--output_dir", "cannot be written")
     with pytest.raises(UserError, match="--output_dir"):
         resolve(parse_args(["--resume"])[0])
@@ -53,7 +53,7 @@ def test_output_directories(train, tmp_path, monkeypatch):
               ["run.json"], ["tokenizer.json"], ["merged/config.json"]],
 )  # fmt: skip
 def test_files_of_others_are_not_replaced(train, tmp_path, monkeypatch, names, resume):
-    monkeypatch.setattr("perce.training.run.load_tokenizer", lambda *_: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.running.run.load_tokenizer", lambda *_: pytest.fail("found too late"))
     for name in names:
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).write_text("mine: 1\n")
@@ -105,7 +105,7 @@ def test_a_directory_is_one_process_s(train, tmp_path, monkeypatch, resume):
     run = tmp_path / "run"
     assert train(max_steps=1, save_steps=1)[0] == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setattr("perce.training.run.load_tokenizer", lambda *_: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.running.run.load_tokenizer", lambda *_: pytest.fail("found too late"))
     with locked(run / LOCK, "the run"):
         fails(train(*resume, **SAVED), "--output_dir", str(run), f"in use by process {os.getpid()} on ", "since 20")
         assert {path: path.read_bytes() for path in before if path.name != LOCK} == {
@@ -135,11 +135,11 @@ def test_two_runs_that_begin_at_once_have_two_directories(model, data, tmp_path,
     own = hub.load_tokenizer
 
     def another(path):
-        monkeypatch.setattr("perce.training.run.load_tokenizer", own)
+        monkeypatch.setattr("perce.running.run.load_tokenizer", own)
         codes.append(main(flags))
         return own(path)
 
-    monkeypatch.setattr("perce.training.run.load_tokenizer", another)
+    monkeypatch.setattr("perce.running.run.load_tokenizer", another)
     codes.append(main(flags))
     assert codes == [0, 0]
     assert sorted(path.name for path in Path("runs").iterdir()) == ["rows", "rows-2"]
@@ -203,7 +203,7 @@ def at_step_end(patch, step, action):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_option_that_would_make_another_run_is_refused_by_name(train, begun, name, monkeypatch):
-    monkeypatch.setattr("perce.training.run.load_tokenizer", lambda *_: pytest.fail("found too late"))
+    monkeypatch.setattr("perce.running.run.load_tokenizer", lambda *_: pytest.fail("found too late"))
     before = {path: path.stat().st_mtime_ns for path in begun.rglob("*") if path.name != LOCK and path.is_file()}
     result = train("--resume", output_dir=begun, **SAVED | {name: OTHERS[name]})
     fails(result, "tokens_per_batch" if name == "tokens_per_batch" else f"--resume: {name} ")
@@ -275,7 +275,7 @@ def test_other_validation_rows_are_refused(train, tmp_path):
 
 def test_a_device_that_evaluates_other_rows_is_named(train, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("perce.training.run.EVAL_TOKENS_ON_CPU", 1)
+        patch.setattr("perce.running.run.EVAL_TOKENS_ON_CPU", 1)
         assert train(save_steps=1)[0] == 0
     fails(train("--resume", **SAVED | {"max_steps": 3}), "validation pairs", "a CPU", "--eval_examples")
 
@@ -376,7 +376,7 @@ def test_a_finished_run_says_so_and_trains_no_more(train, tmp_path, monkeypatch)
     run = tmp_path / "run"
     assert train("--lr_scheduler_type", "constant", max_steps=2, save_steps=1)[0] == 0
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setattr("perce.training.run.load_tokenizer", lambda *_: pytest.fail("nothing is left to do"))
+    monkeypatch.setattr("perce.running.run.load_tokenizer", lambda *_: pytest.fail("nothing is left to do"))
     code, out, err = train("--resume", **SAVED)
     assert code == 0 and "finished" in out and "2 steps" in out, err
     after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before if path.name != LOCK}
@@ -475,7 +475,7 @@ def test_the_same_command_begins_goes_on_and_ends_a_run(train, tmp_path, monkeyp
             elif where == "save":
                 patch.setattr("perce.training.checkpoints.seal", killed)
             else:
-                patch.setattr("perce.training.run.load_tokenizer", killed)
+                patch.setattr("perce.running.run.load_tokenizer", killed)
             train("--resume", **options)
     assert flaw(run / "checkpoint-2")
     code, out, err = train("--resume", **options)
@@ -540,5 +540,5 @@ def test_a_full_disk_at_either_end_is_one_paragraph(train, monkeypatch, call):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"perce.training.run.{call}", full)
+    monkeypatch.setattr(f"perce.running.run.{call}", full)
     fails(train(), "could not be written", "No space left")

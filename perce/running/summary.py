@@ -27,11 +27,11 @@ from perce.report.curves import write_curves
 from perce.report.heatmap import ScoredResponse
 from perce.report.page import Weighed, write_page
 from perce.report.terminal import facts, show, table
+from perce.running.diagnosis import best_evaluation
 from perce.training.arguments import PerceArguments
 from perce.training.best import is_evaluated, kept_step, kept_weights
 from perce.training.checkpoints import disk_errors
 from perce.training.datasets import longest_sequence
-from perce.training.diagnosis import best_evaluation
 from perce.training.divergence import check_logged
 from perce.training.meters import peak_memory_mib
 from perce.training.shared import counted
