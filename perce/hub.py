@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from perce.config.options import as_called
-from perce.config.schema import lacking
 from perce.config.yaml_file import read_yaml
 from perce.errors import UserError, first_line, in_one_line
 from perce.files.integrity import LIST, read_object
 from perce.files.network import hub_failure
 from perce.files.paths import did_you_mean, near_paths
+from perce.files.runs import BASE_NAME, lacking
 from perce.process import is_first_process
 from perce.visible import in_short, say
 
@@ -97,7 +97,6 @@ def base_of_adapter(path: str) -> str | None:
     return from_anywhere(base)
 
 
-BASE_NAME = "base.json"  # in the directory of a run that trains an adapter
 ENDS = 2**20  # a fingerprint reads this many bytes at the beginning and at the end of a file
 
 

@@ -15,6 +15,7 @@ from perce.config.step import StepConfig
 from perce.config.yaml_file import read_yaml
 from perce.errors import UserError
 from perce.files.paths import did_you_mean
+from perce.files.runs import CONFIG_NAME, holder_of, lacking, run_directory
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class TrainOptions:
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        model = self.model.model and str(schema.holder_of(Path(self.model.model).expanduser().resolve()))
+        model = self.model.model and str(holder_of(Path(self.model.model).expanduser().resolve()))
         return {"--model": model, **self.data.inputs}
 
     @property
@@ -52,7 +53,7 @@ class InferenceOptions:
 
     @property
     def inputs(self) -> dict[str, str | None]:
-        run = schema.run_directory(self.model.model)
+        run = run_directory(self.model.model)
         return {"--model": self.model.model, "the run of --model": str(run) if run else None, **self.data.inputs}
 
 
@@ -172,9 +173,9 @@ OF_A_PROMPT = (
 def of_the_run(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     """The options of the run in --model that hold where none is given, and a sentence that says so: what its tokens
     were weighted by; and of its data, all if no data is given, else what its prompts were made with."""
-    if (run := schema.run_directory(raw.get("model"))) is None:
+    if (run := run_directory(raw.get("model"))) is None:
         return {}, ""
-    file = run / schema.CONFIG_NAME
+    file = run / CONFIG_NAME
     saved = read_yaml(str(file), "--model")
     own = {option.name: saved[option.name] for option in fields(schema.DataConfig) if option.name in saved}
     told = f"--model {raw['model']}: run on its own data, with the data options in {file}"
@@ -251,8 +252,8 @@ def parse_args(argv: Sequence[str], recipe: str = "") -> tuple[TrainOptions, boo
     raw = parsed.raw
     if number(raw.get("resume")) is True and raw.get("output_dir"):
         run = Path(raw["output_dir"]).expanduser()
-        if (missing := schema.lacking(run)) is None:
-            saved = read_yaml(str(run / schema.CONFIG_NAME))
+        if (missing := lacking(run)) is None:
+            saved = read_yaml(str(run / CONFIG_NAME))
             raw = saved | {name: value for name, value in raw.items() if value is not None}
         elif not (parsed.config_file or raw.get("model") or raw.get("data")):
             raise UserError(

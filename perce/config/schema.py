@@ -4,10 +4,8 @@ or look at data are in questions.py.
 Neither torch nor transformers is imported here, so that `--help` answers at once.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from perce.config.options import option, require
@@ -18,10 +16,6 @@ from perce.objectives import OBJECTIVES, Objective, TokenWeighting
 from perce.reading.formats import FORMATS
 from perce.reading.readers import parse_json
 
-CONFIG_NAME = "config.yaml"  # the resolved options, in every run directory
-FACTS_NAME = "run.json"  # facts of the run that are not options; written before config.yaml
-HELD_OUT_NAME = "held_out.json"  # the held-out users, in the directory of a run on data without a validation split
-MERGED = "merged"  # in a run directory: the model that --merge_adapter saves
 MODEL = "DIR|HUB_ID"
 FORMAT_NAMES = ("auto", *FORMATS)
 BACKEND = (
@@ -35,24 +29,6 @@ OBJECTIVE = option(
     "\n".join(["how tokens are weighted; in brackets: the weight, and for which rows", *_LINES]),
     "|".join(OBJECTIVES),
 )
-
-
-def run_directory(model: str | None) -> Path | None:
-    """The run directory that holds a model: the model's own, or the one above merged/ or checkpoint-N/; else None."""
-    if model is None:
-        return None
-    path = Path(model).expanduser().resolve()
-    return next((run for run in (path, holder_of(path)) if lacking(run) is None), None)
-
-
-def lacking(directory: Path) -> str | None:
-    """The first of the files without which a directory is not that of a run; None for one that is."""
-    return next((name for name in (CONFIG_NAME, FACTS_NAME) if not (directory / name).is_file()), None)
-
-
-def holder_of(path: Path) -> Path:
-    """The run directory above merged/ or checkpoint-N/; any other path unchanged."""
-    return path.parent if re.fullmatch(rf"{MERGED}|checkpoint-\d+", path.name) else path
 
 
 def objective_of(name: str) -> Objective:

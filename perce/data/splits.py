@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from perce.config.questions import SplitConfig
-from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, DataConfig, LossConfig
+from perce.config.schema import DataConfig, LossConfig
 from perce.config.yaml_file import read_yaml
 from perce.data.dataset import conversations, numbers, pair_dataset, persona_lengths, sequence_lengths
 from perce.data.pairing import (
@@ -41,6 +41,7 @@ from perce.data.stream import PairStream
 from perce.demo import DATA_DIR
 from perce.errors import UserError, in_one_line
 from perce.files.integrity import read_object
+from perce.files.runs import CONFIG_NAME, HELD_OUT_NAME
 from perce.hub import from_anywhere
 from perce.reading.formats import FORMATS
 from perce.visible import as_json

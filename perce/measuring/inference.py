@@ -11,7 +11,6 @@ from accelerate.utils import send_to_device
 
 from perce.config.commands import InferenceOptions
 from perce.config.questions import InferenceConfig
-from perce.config.schema import run_directory
 from perce.data.batch import Batch, collate
 from perce.data.dataset import personas
 from perce.data.pairing import PairSource, make_persona_builder
@@ -19,6 +18,7 @@ from perce.data.pairs import Pair, PairBuilder
 from perce.data.rows import Examples, not_read
 from perce.data.sharing import Sharing, segmented
 from perce.data.splits import load_split
+from perce.files.runs import run_directory
 from perce.hub import from_anywhere
 from perce.model.branches import sharing_of
 from perce.model.loading import load_to_measure

@@ -9,10 +9,11 @@ import numpy as np
 
 from perce.config.commands import ScoreOptions
 from perce.config.options import number
-from perce.config.schema import CONFIG_NAME, WeightingConfig, run_directory
+from perce.config.schema import WeightingConfig
 from perce.config.yaml_file import read_yaml
 from perce.data.rows import Example
 from perce.files.outputs import write_json, written
+from perce.files.runs import CONFIG_NAME, run_directory
 from perce.measuring.identification import Identified
 from perce.report.heatmap import Cells, Histogram, ScoredResponse, ScoredToken, terminal_text
 from perce.report.page import Weighed, write_page

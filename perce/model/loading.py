@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from perce.config.questions import InferenceConfig
-from perce.config.schema import MERGED, ModelConfig, run_directory
+from perce.config.schema import ModelConfig
 from perce.demo import default_model_path
 from perce.errors import UserError, first_line, in_one_line
 from perce.files.integrity import LIST, difference, read_object
 from perce.files.outputs import let_umask_decide
+from perce.files.runs import MERGED, run_directory
 from perce.hub import base_of_adapter, check_base, from_anywhere, load_pretrained, read_config, tokenizer_of
 from perce.model.patch import check_head_unwrapped, prepare_model
 from perce.model.probe import unwrapped

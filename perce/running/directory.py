@@ -19,13 +19,12 @@ from typing import Any
 
 from perce.config.commands import TRAIN, TrainOptions
 from perce.config.options import number
-from perce.config.schema import CONFIG_NAME, HELD_OUT_NAME, MERGED, lacking
-from perce.config.schema import FACTS_NAME as FACTS
 from perce.config.yaml_file import dump_yaml, read_yaml
 from perce.errors import UserError, in_one_line
 from perce.files.integrity import read_object
 from perce.files.lock import InUse, locked
-from perce.hub import BASE_NAME
+from perce.files.runs import BASE_NAME, CONFIG_NAME, HELD_OUT_NAME, MERGED, lacking
+from perce.files.runs import FACTS_NAME as FACTS
 from perce.training.checkpoints import (
     LIST,
     SAVED,

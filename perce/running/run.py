@@ -6,11 +6,11 @@ from transformers import set_seed
 
 from perce.config.commands import TrainOptions
 from perce.config.prompt import STYLE
-from perce.config.schema import HELD_OUT_NAME
 from perce.data.dataset import pairs_digest
 from perce.data.splits import RunPairs, load_pairs
 from perce.demo import default_model_path
-from perce.hub import BASE_NAME, base_facts, check_base, load_tokenizer
+from perce.files.runs import BASE_NAME, HELD_OUT_NAME
+from perce.hub import base_facts, check_base, load_tokenizer
 from perce.model.auxiliary import router_of
 from perce.model.loading import load_model, merge_adapter
 from perce.reading.formats import FORMATS

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from perce import DataConfig, evaluate, score
 from perce.config.questions import EvaluateConfig
-from perce.config.schema import run_directory
 from perce.data.pairing import make_builder
 from perce.data.pairs import personal_word_spans
 from perce.data.splits import load_splits
 from perce.demo import DATA_DIR
 from perce.files.lock import locked
+from perce.files.runs import run_directory
 from perce.measuring.evaluation import Evaluator, other_users
 from tests.helpers.raw_rows import documented, documented_files
 from tests.helpers.tiny import demo_examples, save_tiny_model, tiny_tokenizer, write_jsonl

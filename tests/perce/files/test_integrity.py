@@ -2,10 +2,10 @@
 
 import pytest
 
-from perce.config.schema import HELD_OUT_NAME
 from perce.data.splits import HeldOut
 from perce.errors import UserError
 from perce.files.integrity import LIST, read_object
+from perce.files.runs import HELD_OUT_NAME
 from perce.hub import base_of_adapter
 from perce.running.directory import FACTS, Claim, check_facts
 from perce.training.checkpoints import damage
