@@ -21,6 +21,7 @@ from benchmarks.study_results import (
     by_pairs_of_seeds,
     columns,
     difference,
+    has,
     measured,
     options_text,
     scaled,
@@ -187,16 +188,32 @@ def of_rates(results: Results) -> Iterator[str]:
 
 
 def variants(results: Results) -> Iterator[str]:
+    """PerCE with other options, on the first seed; compared with CE and PerCE where they have generated replies."""
     found = searched(results)
+    varied = [x for x in found if x.cell["stage"] == "variants"]
+    shown = [
+        x
+        for x in COLUMNS
+        if any(has(v.cell["evaluations"][v.data], all_metrics()[COLUMNS[x][0]].value) for v in varied)
+    ]
     rows = [
         [
-            x.data, x.name, *(cell_text([x.cell], x.data, column) for column in list(COLUMNS)[:3]),
+            x.data, x.name, *(cell_text([x.cell], x.data, column) for column in shown),
             share_text(x.cost, "+.1f"), share_text(x.kept, ".0f"),
         ]
         for x in found
     ]  # fmt: skip
-    yield from table(["data", "options", *list(COLUMNS)[:3], COST, KEPT], rows)
-    if any(x.cell["stage"] == "variants" and None not in (x.cost, x.kept) for x in found):
+    yield from table(["data", "options", *shown, COST, KEPT], rows)
+    if results.config.get("variant_replies"):
+        plain = [x for x in found if x not in varied]
+        pairs = [(x, other) for x in varied for other in plain if other.data == x.data]
+        rows = [
+            [x.data, f"{x.name} minus {other.name}", *difference_texts([x.cell], [other.cell], x.data, shown)]
+            for x, other in pairs
+        ]
+        yield ""
+        yield from table(["data", "paired over users, one seed each", *shown], rows)
+    if any(None not in (x.cost, x.kept) for x in varied):
         name = f"{results.path.stem}_variants"
         write(lambda theme: draw_variants(found, theme), DOCS / "images" / f"{name}.png")
         yield ""
