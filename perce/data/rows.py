@@ -337,7 +337,7 @@ def load_examples(
 ) -> Examples:
     """The examples of one split ("train", "validation" or "test") of `data`.
 
-    data: a file, a directory of split files, a `save_to_disk` directory, or a Hub id; see sources.py.
+    data: a file, a directory of split files, a `save_to_disk` directory, or a Hub id; see reading/sources.py.
     streaming: read the rows anew each time the result is iterated over; otherwise all are read and checked here.
     limit: stop after this many examples; later rows are neither read nor checked.
     how: fields of Reading, such as skip_bad_rows.
