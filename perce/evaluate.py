@@ -26,7 +26,7 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
     from perce.data.splits import training_rows_note
     from perce.measuring.comparison import check_same, compare, print_comparison, read_result, users_of
     from perce.measuring.evaluation import Evaluator, make_batches
-    from perce.measuring.evaluation_report import FORM, cut_replies, print_result, summarise
+    from perce.measuring.evaluation_report import FORM, cut_replies, print_result, quoting, summarise
     from perce.measuring.inference import load_subject
     from perce.measuring.metrics import ROUGE_NOTE, reply_scorers
     from perce.model.positions import settle_lengths
@@ -51,7 +51,8 @@ def evaluate_into(file: RecordFile, options: EvaluateOptions) -> None:
         for records in evaluator.evaluate(batch, done):
             file.append(records)
     notes = [f"examples: {subject.split}", *training_rows_note(options.data, subject.split), *work.notes]
-    notes += [*cut_replies(file.records, wanted.max_new_tokens), *([ROUGE_NOTE] if scorers else [])]
+    notes += [*cut_replies(file.records, wanted.max_new_tokens), *quoting(file.records)]
+    notes += [ROUGE_NOTE] if scorers else []
     result = summarise(file.records, notes, facts)
     comparison = compare({"this result": result}, {str(wanted.compare_with): other}) if other else None
     if wanted.output:

@@ -11,6 +11,7 @@ from perce.measuring.metrics import (
     UNBOUNDED,
     Interval,
     clustered_mean,
+    paired_difference,
 )  # fmt: skip
 from perce.report.terminal import plain, show, table
 
@@ -40,7 +41,7 @@ _BUILT_IN = {
     "swap_cost": Metric("cost of another's persona", "swap_cost", "tokens"),
     "swap_cost_other": Metric("another's cost, other tokens", "swap_cost_other", "other_tokens"),
     "loss_of_nobody": Metric("loss of rows without a persona", "loss_of_nobody", "tokens", "↓", _LOSS),
-    "uses_persona": Metric("replies that use the persona", "uses_persona", bounds=SHARE, share=True),
+    "uses_persona": Metric("replies that use the persona", "uses_persona", better="–", bounds=SHARE, share=True),
     "uses_another": Metric("replies that use another's", "uses_another", better="–", bounds=SHARE, share=True),
     "reference_uses_persona": Metric(
         "references that use the persona", "reference_uses_persona", better="–", bounds=SHARE, share=True
@@ -163,6 +164,20 @@ def cut_replies(records: Records, max_new_tokens: int) -> list[str]:
     ended = [not record["is_cut"] for record in records if "is_cut" in record]
     cut = f"{ended.count(False):,} of {len(ended):,} replies were cut at --max_new_tokens {max_new_tokens}"
     return [] if all(ended) else [f"{cut}: scores are of their beginnings"]
+
+
+def quoting(records: Records) -> list[str]:
+    """A note on replies that use the persona more often than the references do, and not by chance (p ≤ 0.05)."""
+    asked = [x for x in records if None not in (x.get("uses_persona"), x.get("reference_uses_persona"))]
+    ours, theirs = ([float(x[name]) for x in asked] for name in ("uses_persona", "reference_uses_persona"))
+    found = paired_difference(ours, theirs, [1.0] * len(asked), [unit_of(x) for x in asked], bounds=SHARE)
+    if found is None or found[0].value <= 0 or found[1] > 0.05:
+        return []
+    shares = [f"{100 * sum(uses) / len(asked):.0f} %" for uses in (ours, theirs)]
+    return [
+        f"{shares[0]} of the replies use the persona, and {shares[1]} of the references. In docs/RESULTS.md replies "
+        "quoted less after training with --clip_min 1 --clip_max 2, which gained less on personal tokens"
+    ]
 
 
 def few(found: Mapping[str, Mapping[str, Any]], unit: str, rough: str = "") -> list[str]:

@@ -93,7 +93,7 @@ def test_replies_that_quote_more_than_the_users_do_are_told():
 
     def of(replies, references):
         pairs = enumerate(zip(replies, references, strict=True))
-        return [{"user_id": i, "uses_persona": ours, "reference_uses_persona": its} for i, (ours, its) in pairs]
+        return [{"user_id": f"u{i}", "uses_persona": ours, "reference_uses_persona": its} for i, (ours, its) in pairs]
 
     much, few = [True] * 15 + [False] * 5, [True] * 5 + [False] * 15
     (note,) = quoting(of(much, few))
