@@ -43,9 +43,12 @@ def test_a_study_has_the_parts_that_it_ran(reports):
     cpu, control, tweets = ({line for line in lines if "###" in line} for lines in reports)
     shared = {"\n### personachat-convai2\n", "\n### Personal against other tokens\n"}
     assert control == shared and len(cpu - control) == 5
-    assert tweets == {"\n### lamp7-tweets\n", "\n### Personal against other tokens\n"}
+    clips = "\n### Clips, normalisations, schedules\n"
+    assert tweets == {"\n### lamp7-tweets\n", "\n### Personal against other tokens\n", clips}
     lines = "\n".join(reports[1])
     assert "The learning rate is 0.0004." in lines and "| **PerCE** minus WordMatch |" in lines
+    paired = [sum("clip_max 2.0 minus **PerCE** |" in line for line in lines) for lines in reports]
+    assert paired == [0, 0, 2], "only there variants have generated replies"
 
 
 def test_the_numbers_of_the_results_page_are_those_of_the_tables():
