@@ -63,10 +63,12 @@ def imported(module: str) -> set[str]:
 
 @pytest.mark.parametrize("folder", OURS)
 def test_what_is_imported_is_there(folder):
-    """Imports inside functions too, and those whose failure is suppressed."""
+    """Imports inside functions too, those whose failure is suppressed, and modules that a process is started with."""
     line = re.compile(rf"^ *(?:from|import) ((?:{'|'.join(OURS)})(?:\.\w+)*)", re.MULTILINE)
+    started = re.compile(r'"(tests(?:\.\w+)+)"')
     for path in (ROOT / folder).rglob("*.py"):
-        for name in line.findall(path.read_text(encoding="utf-8")):
+        text = path.read_text(encoding="utf-8")
+        for name in {*line.findall(text), *started.findall(text)} - {"tests.no_such_stage"}:
             assert importlib.util.find_spec(name), f"{path.relative_to(ROOT)}: there is no {name}"
 
 

@@ -276,9 +276,11 @@ def test_a_model_is_the_same_by_a_relative_path(run, tmp_path, monkeypatch):
     assert result(tmp_path / "e.json")["run"]["model"] == str(tmp_path / "model")
 
 
-def test_replies_are_scored_and_sampled_by_the_seed(run, tmp_path):
+def test_replies_are_scored_and_sampled_by_the_seed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("perce.measuring.evaluation_report.quoting", lambda records: [f"asked of {len(records)}"])
     out = run("--output", tmp_path / "a.json").out
     first = result(tmp_path / "a.json")
+    assert f"asked of {LIMIT}" in out and f"asked of {LIMIT}" in first["notes"]
     examples = demo_examples(LIMIT, "test")
     for record in first["records"]:
         example = examples[record["example"]]

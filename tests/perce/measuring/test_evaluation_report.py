@@ -97,7 +97,8 @@ def test_replies_that_quote_more_than_the_users_do_are_told():
 
     much, few = [True] * 15 + [False] * 5, [True] * 5 + [False] * 15
     (note,) = quoting(of(much, few))
-    assert "75 % of the replies use the persona, and 25 % of the references" in note and "--clip_max 2" in note
+    assert "75.0 % of the replies use the persona, and 25.0 % of the references" in note and "--clip_max 2" in note
+    assert quoting([record | {"user_id": "a"} for record in of(much, few)]) == [], "one user's replies are no sample"
     for replies, references in (
         (few, much),
         (few, few),

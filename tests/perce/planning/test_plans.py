@@ -203,8 +203,10 @@ def test_bf16_that_a_run_here_refuses_is_not_planned(device, monkeypatch):
     """Emulated products are slower than the steps made of them, so a plan's least time would be above the real one."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
     monkeypatch.setattr("perce.model.loading.bf16_is_sound", lambda device: False)
-    with pytest.raises(UserError, match=f"precision=bf16: this {device} has no native bf16"):
-        plans.check_options(PlanOptions(replace(LORA, precision="bf16"), SHORT), device)
+    options = PlanOptions(replace(LORA, precision="bf16"), SHORT)
+    with pytest.raises(UserError, match=f"--precision bf16: this {device} has no native bf16.*--device cuda --gpu_mem"):
+        plans.check_options(options, device)
+    plans.check_options(replace(options, step=replace(SHORT, gpu_memory="80GiB")), "cuda")  # of another GPU
 
 
 def test_a_variant_that_the_architecture_cannot_do_is_left_out(monkeypatch):
