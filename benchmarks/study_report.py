@@ -21,7 +21,6 @@ from benchmarks.study_results import (
     by_pairs_of_seeds,
     columns,
     difference,
-    has,
     measured,
     options_text,
     scaled,
@@ -79,7 +78,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
 def comparison(results: Results) -> Iterator[str]:
     for data in results.config["data"]:
         yield f"\n### {data}\n"
-        rows, missing, shown = [], [], measured(results, data)
+        rows, missing, shown = [], [], measured(results.cells, data)
         for objective in results.objectives:
             cells = results.main(data, objective)
             if not any(data in cell["evaluations"] for cell in cells):
@@ -191,11 +190,7 @@ def variants(results: Results) -> Iterator[str]:
     """PerCE with other options, on the first seed; compared with CE and PerCE where they have generated replies."""
     found = searched(results)
     varied = [x for x in found if x.cell["stage"] == "variants"]
-    shown = [
-        x
-        for x in COLUMNS
-        if any(has(v.cell["evaluations"][v.data], all_metrics()[COLUMNS[x][0]].value) for v in varied)
-    ]
+    shown = measured([x.cell for x in varied], *results.config["data"]) or list(COLUMNS)[:3]
     rows = [
         [
             x.data, x.name, *(cell_text([x.cell], x.data, column) for column in shown),

@@ -39,9 +39,9 @@ def has(evaluation: Mapping[str, Any], value: str) -> bool:
     return any(value_and_weight(record, value, "") is not None for record in evaluation["records"])
 
 
-def measured(results: "Results", data: str) -> list[str]:
-    """The columns that any cell has a number for on this set."""
-    found = [cell["evaluations"][data] for cell in results.cells if data in cell["evaluations"]]
+def measured(cells: Sequence[Cell], *sets: str) -> list[str]:
+    """The columns that any of the cells has a number for on any of these sets."""
+    found = [cell["evaluations"][data] for cell in cells for data in sets if data in cell["evaluations"]]
     return [x for x, (name, *_) in COLUMNS.items() if any(has(each, all_metrics()[name].value) for each in found)]
 
 

@@ -177,7 +177,8 @@ class PairBuilder:
         whole_if_it_fits: a persona is a conversation, the latest part first; if all of it fits, it is shown from its
             beginning, without retrieval.
         chat_template_kwargs: extra variables of the chat template, such as {"enable_thinking": False}.
-        prompt: how the prompt words the persona, by keys of prompt.PromptStyle; default: as saved with the tokenizer.
+        prompt: how the prompt words the persona, by keys of config/prompt.py's PromptStyle; default: as saved with
+            the tokenizer.
         special_tokens_in_text: how strings in the data that spell control tokens are tokenised: as "text", or as these
             tokens ("allow").
     """

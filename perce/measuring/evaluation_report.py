@@ -167,16 +167,17 @@ def cut_replies(records: Records, max_new_tokens: int) -> list[str]:
 
 
 def quoting(records: Records) -> list[str]:
-    """A note on replies that use the persona more often than the references do, and not by chance (p ≤ 0.05)."""
+    """A note on replies that use the persona more often than the references do, and not by chance (p ≤ 0.05, which
+    takes six users)."""
     asked = [x for x in records if None not in (x.get("uses_persona"), x.get("reference_uses_persona"))]
     ours, theirs = ([float(x[name]) for x in asked] for name in ("uses_persona", "reference_uses_persona"))
     found = paired_difference(ours, theirs, [1.0] * len(asked), [unit_of(x) for x in asked], bounds=SHARE)
     if found is None or found[0].value <= 0 or found[1] > 0.05:
         return []
-    shares = [f"{100 * sum(uses) / len(asked):.0f} %" for uses in (ours, theirs)]
+    shares = [f"{100 * sum(uses) / len(asked):.1f} %" for uses in (ours, theirs)]
     return [
-        f"{shares[0]} of the replies use the persona, and {shares[1]} of the references. In docs/RESULTS.md replies "
-        "quoted less after training with --clip_min 1 --clip_max 2, which gained less on personal tokens"
+        f"{shares[0]} of the replies use the persona, and {shares[1]} of the references. Of models trained with "
+        "--objective perce, those with --clip_min 1 --clip_max 2 quote less, and gain less on personal tokens"
     ]
 
 

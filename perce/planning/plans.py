@@ -19,7 +19,7 @@ from perce.data.sharing import Sharing
 from perce.errors import UserError
 from perce.hub import read_config, stated
 from perce.model.branches import sharing_of
-from perce.model.loading import bf16_is_sound, check_backend, resolve_precision
+from perce.model.loading import bf16_is_sound, check_backend
 from perce.model.patch import prepare_model
 from perce.model.positions import position_limit
 from perce.objectives import DOCUMENTS, PERSONAS
@@ -167,14 +167,10 @@ def resolve_device(step: StepConfig) -> str:
     return "cuda" if step.gpu_memory or torch.cuda.is_available() else "cpu"
 
 
-def is_elsewhere(device: str) -> bool:
-    """Whether the device is a GPU that is not in this machine. It is taken to be a recent one."""
-    return device == "cuda" and not torch.cuda.is_available()
-
-
 def is_low_precision(model: ModelConfig, device: str) -> bool:
-    """Like perce.model.loading.resolve_precision."""
-    return model.precision == "bf16" or (model.precision == "auto" and (is_elsewhere(device) or bf16_is_sound(device)))
+    """Like perce.model.loading.resolve_precision. A GPU that is not in this machine is taken to be a recent one."""
+    elsewhere = device == "cuda" and not torch.cuda.is_available()
+    return model.precision == "bf16" or (model.precision == "auto" and (elsewhere or bf16_is_sound(device)))
 
 
 def load_config(options: ModelConfig) -> Any:
@@ -266,8 +262,12 @@ def check_options(options: PlanOptions, device: str) -> None:
     require(step.context >= 16, "context", ">= 16, as --max_length of perce.train", step.context)
     if model.load_in_4bit and device == "cpu":
         raise UserError("--load_in_4bit: bitsandbytes quantises on a GPU. Expected --device cuda as well.")
-    if not is_elsewhere(device):
-        resolve_precision(model.precision, device)
+    here = device == "cpu" or (torch.cuda.is_available() and not step.gpu_memory)
+    if model.precision == "bf16" and here and not bf16_is_sound(device):
+        raise UserError(
+            f"--precision bf16: this {device} has no native bf16 arithmetic, and a run here would be refused. Use "
+            "fp32, or --device cuda --gpu_memory 80GiB to plan for another GPU."
+        )
     if model.load_in_4bit and step.sharding == "full":
         raise UserError("--load_in_4bit, --sharding full: cannot be planned together. Use --sharding none.")
     by_itself = "--persona_grad none" if memory.persona_grad == "none" else "--branches_per_forward"

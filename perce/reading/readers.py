@@ -1,6 +1,6 @@
 """Files of rows → (place, row) pairs: JSON Lines, JSON arrays, Arrow tables such as Parquet; for CSV see csv_file.py.
 
-A reader does not stop at a row that it cannot decode: it yields a `BadRow` in its place, and `rows.Examples` alone
+A reader does not stop at a row that it cannot decode: it yields a `BadRow` in its place, and `data.rows.Examples` alone
 decides whether to stop or to count it. UserError is for mistakes of the file as a whole. Only a few rows are in memory
 at a time, and the size of a row is limited, so that a file without line breaks is an error and cannot fill the memory.
 """
@@ -25,7 +25,7 @@ Placed = Iterator[tuple[str, Any]]  # the place of a row (":17" or " row 17") an
 
 
 class BadRow(Exception):
-    """Why a row cannot be used, and what to do; `rows.Examples` adds where the row is.
+    """Why a row cannot be used, and what to do; `data.rows.Examples` adds where the row is.
 
     It may also stand in place of a cell that cannot be read, and is raised only if the cell's field is used.
     """

@@ -202,7 +202,7 @@ def test_precision_is_that_of_a_run_on_this_gpu(there, native, low, monkeypatch)
 def test_bf16_that_a_run_here_refuses_is_not_planned(device, monkeypatch):
     """Emulated products are slower than the steps made of them, so a plan's least time would be above the real one."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: device == "cuda")
-    monkeypatch.setattr("perce.model.loading.bf16_is_sound", lambda device: False)
+    monkeypatch.setattr(plans, "bf16_is_sound", lambda device: False)
     options = PlanOptions(replace(LORA, precision="bf16"), SHORT)
     with pytest.raises(UserError, match=f"--precision bf16: this {device} has no native bf16.*--device cuda --gpu_mem"):
         plans.check_options(options, device)

@@ -182,7 +182,7 @@ def test_sigterm_to_a_process(flags, straight, run):
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(flags, run, tmp_path):
-    module = "tests.perce.training.test_interruption"
+    module = "tests.perce.running.test_interruption"
     call = [sys.executable, "-m", module, "waits on rank 1", *flags, "--save_steps", "0", "--output_dir", str(run)]
     processes = start_ranks(call)
     wait_for_line(processes[1])
@@ -414,7 +414,7 @@ def test_the_only_checkpoint_goes_when_its_successor_is_whole(flags, run, monkey
 
 def start(mode, flags, run):
     """A run in its own process, when it has reached the point where `mode` stops it."""
-    call = [sys.executable, "-m", "tests.perce.training.test_interruption", mode, *flags, "--output_dir", str(run)]
+    call = [sys.executable, "-m", "tests.perce.running.test_interruption", mode, *flags, "--output_dir", str(run)]
     child = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_line(child)
     return child
