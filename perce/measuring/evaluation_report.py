@@ -177,7 +177,7 @@ def quoting(records: Records) -> list[str]:
     shares = [f"{100 * sum(uses) / len(asked):.1f} %" for uses in (ours, theirs)]
     return [
         f"{shares[0]} of the replies use the persona, and {shares[1]} of the references. Of models trained with "
-        "--objective perce, those with --clip_min 1 --clip_max 2 quote less, and gain less on personal tokens"
+        "--objective perce, one with --clip_min 1 --clip_max 2 quoted less on tweets, at half of the gain"
     ]
 
 
