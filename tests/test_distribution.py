@@ -265,7 +265,7 @@ def test_training_passes_its_tests_under_transformers(checkout, version):
     pinned = [f"transformers=={version}"] if version != "newest" else []
     done = install(checkout, ".[test]", *pinned, "-c", "constraints.txt")
     assert done.returncode == 0, done.stderr
-    rooms = [f"tests/perce/{name}" for name in ("training", "model", "integrations")]
+    rooms = [f"tests/perce/{name}" for name in ("training", "running", "model", "integrations")]
     done = checkout("-m", "pytest", *filter(lambda room: (ROOT / room).is_dir(), rooms), "-n2", "--dist=loadfile")
     print(done.stdout[-2000:])
     assert done.returncode == 0, done.stdout[-20_000:]
